@@ -1,0 +1,45 @@
+"""How a length is split into parts: as evenly as it goes, larger parts first."""
+
+from __future__ import annotations
+
+__all__ = ["bounds", "parts", "sizes"]
+
+
+def sizes(length: int, num_parts: int) -> list[int]:
+    """Return the sizes of ``num_parts`` parts of ``length``, as ``numpy.array_split`` cuts them.
+
+    >>> sizes(10, 4)
+    [3, 3, 2, 2]
+    """
+    _check(length, num_parts)
+    small, num_larger = divmod(length, num_parts)
+    return [small + (part < num_larger) for part in range(num_parts)]
+
+
+def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
+    """Return where part ``part`` of ``num_parts`` starts and stops.
+
+    >>> [bounds(10, 4, part) for part in range(4)]
+    [(0, 3), (3, 6), (6, 8), (8, 10)]
+    """
+    _check(length, num_parts)
+    if not 0 <= part < num_parts:
+        raise ValueError(f"part must be in 0..{num_parts - 1}; got {part}")
+    small, num_larger = divmod(length, num_parts)
+    # Before this part lie `part` small ones, and one more element for each larger one of them.
+    start = part * small + min(part, num_larger)
+    return start, start + small + (part < num_larger)
+
+
+def parts(length: int, num_parts: int) -> list[tuple[int, int]]:
+    """Return where each part starts and stops.
+
+    >>> parts(5, 2)
+    [(0, 3), (3, 5)]
+    """
+    return [bounds(length, num_parts, part) for part in range(num_parts)]
+
+
+def _check(length: int, num_parts: int) -> None:
+    if num_parts < 1 or length < 0:
+        raise ValueError(f"expected length >= 0 and num_parts >= 1; got {length} and {num_parts}")
