@@ -1,0 +1,45 @@
+"""A device: a kind and a number."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dvkernels.errors import DeviceError
+
+__all__ = ["Device"]
+
+_NAME = re.compile(r"([a-z]+):(0|[1-9][0-9]*)")
+
+
+@dataclass(frozen=True, order=True)
+class Device:
+    """A place where arrays live and replicas compute; prints and parses as ``"cpu:0"``.
+
+    Parameters
+    ----------
+    kind : str
+        ``"cpu"`` or ``"cuda"``.
+    index : int
+        Its number among the devices of that kind, from 0.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> dv.Device.parse("cpu:3").index
+    3
+    """
+
+    kind: str
+    index: int
+
+    @classmethod
+    def parse(cls, name: str) -> Device:
+        """Return the device that ``name`` names; raise ``DeviceError`` if it is not a name."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise DeviceError(f'expected a device name such as "cpu:0" or "cuda:1", got {name!r}')
+        return cls(match[1], int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.index}"

@@ -1,0 +1,83 @@
+"""Which devices there are, and how a list of names becomes a list of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from dvkernels.devices import cpu
+from dvkernels.devices.base import Device
+from dvkernels.errors import DeviceError
+
+__all__ = ["list_devices"]
+
+
+def _cpu_devices() -> list[Device]:
+    return [Device("cpu", index) for index in range(cpu.usable_cores())]
+
+
+# CUDA devices will join this table with their kernels; until then naming one is an error.
+_KINDS: dict[str, Callable[[], list[Device]]] = {"cpu": _cpu_devices}
+
+
+def list_devices(kind: str | None = None) -> list[Device]:
+    """Return the devices of this machine, of one kind or of all.
+
+    Parameters
+    ----------
+    kind : str, optional
+        ``"cpu"``: one logical device per core that this process may use (affinity and cgroup
+        quota). More may be named: every ``"cpu:k"`` exists.
+
+    Raises
+    ------
+    DeviceError
+        There is no such kind.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> print(dv.list_devices("cpu")[0])
+    cpu:0
+    """
+    if kind is None:
+        return [device for found in _KINDS.values() for device in found()]
+    if kind not in _KINDS:
+        raise DeviceError(f"no devices of kind {kind!r}; the kinds here are {sorted(_KINDS)}")
+    return _KINDS[kind]()
+
+
+def resolve(device: object) -> Device:
+    """Return the device that ``device`` is or names, if it exists."""
+    if isinstance(device, str):
+        try:
+            device = Device.parse(device)
+        except DeviceError as error:
+            raise DeviceError(f"{error}; {_those_here()}") from None
+    if not isinstance(device, Device):
+        raise DeviceError(
+            f'expected a device or a name such as "cpu:0", got {device!r} of type '
+            f"{type(device).__name__}; {_those_here()}"
+        )
+    if device.kind not in _KINDS:
+        raise DeviceError(f"there is no device {device}; {_those_here()}")
+    return device
+
+
+def resolve_all(devices: object) -> tuple[Device, ...]:
+    """Return the devices that a sequence is or names; all usable ones for None."""
+    if devices is None:
+        return tuple(_cpu_devices())
+    if isinstance(devices, (str, Device)) or not isinstance(devices, Iterable):
+        raise DeviceError(
+            f"expected a list of devices such as ['cpu:0', 'cpu:1'], got {devices!r}; "
+            f"{_those_here()}"
+        )
+    resolved = tuple(resolve(device) for device in devices)
+    if not resolved:
+        raise DeviceError(f"expected at least one device, got an empty list; {_those_here()}")
+    return resolved
+
+
+def _those_here() -> str:
+    names = ", ".join(str(device) for device in list_devices())
+    return f"the devices here are {names} (any cpu:k is allowed; CUDA is not supported yet)"
