@@ -1,0 +1,292 @@
+"""Door 1: collectives over plain arrays of one process.
+
+Every function takes one array per replica and picks the twin, CPU or CUDA, from where they lie.
+Nothing is compiled, and Numba is not imported, until a function is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dvkernels.kernels import checks, twins
+from dvkernels.reduce_op import ReduceOp
+
+__all__ = [
+    "aggregate_mean",
+    "aggregate_sum",
+    "all_reduce",
+    "broadcast",
+    "cpu",
+    "direct_all_reduce",
+    "reduce",
+    "ring_all_reduce",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a twin when it is first named."""
+    if name == "cpu":
+        return twins.cpu()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _twin(verb: str, buffers: Any) -> Any:
+    """Return the module whose functions work on ``buffers``; it checks them too."""
+    if isinstance(buffers, Sequence) and buffers and checks.is_cuda(buffers[0]):
+        checks.raise_no_cuda(verb)
+    return twins.cpu()
+
+
+def all_reduce(
+    buffers: Sequence[Any],
+    op: ReduceOp | str = "sum",
+    *,
+    algorithm: str = "auto",
+    out: Sequence[Any] | None = None,
+) -> list[Any]:
+    """Reduce the buffers elementwise and leave the result in every one of them.
+
+    Parameters
+    ----------
+    buffers : sequence of array, one shape and dtype
+        One per replica: NumPy arrays, or writable CPU arrays that speak DLPack. Overwritten,
+        unless ``out`` is given.
+    op : ReduceOp or str
+        ``"sum"``, ``"mean"``, ``"min"``, ``"max"`` or ``"prod"``. Integers have no mean and
+        their sums wrap; bool has min and max; min and max propagate NaN.
+    algorithm : {"auto", "direct", "ring"}
+        How. Every replica ends with the same bits under each; between two algorithms
+        floating-point results may differ in the last ones.
+    out : sequence of array, optional
+        Where to put the results, one array per replica; the buffers stay as they are.
+
+    Returns
+    -------
+    list of array
+        ``out``, or the buffers themselves.
+
+    Raises
+    ------
+    BufferMismatchError
+        Shapes or dtypes differ, written buffers share an element or are read-only, ``out`` does
+        not fit, or there is no buffer. No buffer has been touched; so for all errors.
+    NotABufferError
+        A buffer is not an array, or is a masked one.
+    UnsupportedDTypeError
+        ``op`` is not defined for the dtype.
+    ReduceOpError, AlgorithmError
+        No reduction, or no algorithm, of that name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> a, b = np.float32([1, 2]), np.float32([10, 20])
+    >>> results = kernels.all_reduce([a, b])
+    >>> b
+    array([11., 22.], dtype=float32)
+    """
+    results: list[Any] = _twin("all_reduce", buffers).all_reduce(
+        buffers, op, algorithm=algorithm, out=out
+    )
+    return results
+
+
+def ring_all_reduce(
+    buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Sequence[Any] | None = None
+) -> list[Any]:
+    """Reduce around a ring: reduce-scatter, then all-gather.
+
+    Parameters
+    ----------
+    buffers, op, out
+        As in :func:`all_reduce`; the buffers stand in ring order.
+
+    Returns
+    -------
+    list of array
+        ``out``, or the buffers themselves.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
+        As in :func:`all_reduce`.
+
+    Notes
+    -----
+    With p replicas, 2(p - 1) ticks; each replica sends 2(p - 1)/p of its buffer, the least
+    possible [1]_. Each chunk starts its sum at another replica, so the bits may depend on p and
+    differ from those of :func:`direct_all_reduce`, but not between replicas or runs.
+
+    References
+    ----------
+    .. [1] P. Patarasuk, X. Yuan, J. Parallel Distrib. Comput. 69(2), 117-124 (2009),
+       doi:10.1016/j.jpdc.2008.09.002.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.ring_all_reduce([np.array([1, 5]), np.array([4, 2])], "max")
+    [array([4, 5]), array([4, 5])]
+    """
+    results: list[Any] = _twin("ring_all_reduce", buffers).ring_all_reduce(buffers, op, out=out)
+    return results
+
+
+def direct_all_reduce(
+    buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Sequence[Any] | None = None
+) -> list[Any]:
+    """Reduce in one pass over memory: each element read and written once per replica.
+
+    Parameters
+    ----------
+    buffers, op, out
+        As in :func:`all_reduce`.
+
+    Returns
+    -------
+    list of array
+        ``out``, or the buffers themselves.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
+        As in :func:`all_reduce`.
+
+    Notes
+    -----
+    R replicas of S bytes move 2 R S bytes in place. The bits are those of NumPy's
+    ``buffers[0] + buffers[1] + ...``, left to right.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.direct_all_reduce([np.array([1.0, 2.0]), np.array([3.0, 6.0])], "mean")
+    [array([2., 4.]), array([2., 4.])]
+    """
+    results: list[Any] = _twin("direct_all_reduce", buffers).direct_all_reduce(buffers, op, out=out)
+    return results
+
+
+def broadcast(buffers: Sequence[Any], root: int = 0) -> list[Any]:
+    """Copy ``buffers[root]`` into every buffer.
+
+    Parameters
+    ----------
+    buffers : sequence of array, one shape and dtype
+        One per replica; any dtype but object.
+    root : int
+        Which replica has the value.
+
+    Returns
+    -------
+    list of array
+        The buffers themselves.
+
+    Raises
+    ------
+    BufferMismatchError
+        As in :func:`all_reduce`, and where ``root`` is no replica.
+    NotABufferError, UnsupportedDTypeError
+        Not an array; an array of Python objects.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.broadcast([np.array([1, 2]), np.array([3, 4])], root=1)
+    [array([3, 4]), array([3, 4])]
+    """
+    results: list[Any] = _twin("broadcast", buffers).broadcast(buffers, root)
+    return results
+
+
+def reduce(buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Any = None) -> Any:
+    """Reduce the buffers elementwise to one array.
+
+    Parameters
+    ----------
+    buffers : sequence of array, one shape and dtype
+        One per replica; not changed, and may be read-only.
+    op : ReduceOp or str
+        As in :func:`all_reduce`.
+    out : array, optional
+        Where to put the result.
+
+    Returns
+    -------
+    array
+        A new one, or ``out``.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
+        As in :func:`all_reduce`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.reduce([np.array([1, 2]), np.array([3, 4])], "prod")
+    array([3, 8])
+    """
+    return _twin("reduce", buffers).reduce(buffers, op, out=out)
+
+
+def aggregate_sum(buffers: Sequence[Any], *, out: Any = None) -> Any:
+    """Sum the buffers into one array: :func:`reduce` with the op fixed.
+
+    Parameters
+    ----------
+    buffers, out
+        As in :func:`reduce`.
+
+    Returns
+    -------
+    array
+        A new one, or ``out``.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError
+        As in :func:`reduce`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.aggregate_sum([np.array([1, 2]), np.array([3, 4])])
+    array([4, 6])
+    """
+    return _twin("aggregate_sum", buffers).aggregate_sum(buffers, out=out)
+
+
+def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
+    """Average the buffers into one array: :func:`reduce` with the op fixed.
+
+    Parameters
+    ----------
+    buffers, out
+        As in :func:`reduce`; the dtype must be a floating-point one.
+
+    Returns
+    -------
+    array
+        A new one, or ``out``.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError
+        As in :func:`reduce`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.aggregate_mean([np.array([1.0, 2.0]), np.array([3.0, 4.0])])
+    array([2., 3.])
+    """
+    return _twin("aggregate_mean", buffers).aggregate_mean(buffers, out=out)

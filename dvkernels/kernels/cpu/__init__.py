@@ -1,0 +1,39 @@
+"""The kernels of the CPU: compiled by Numba, run by our own threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvkernels.errors import AlgorithmError
+from dvkernels.kernels.cpu import direct, ring
+from dvkernels.kernels.cpu.broadcast import broadcast
+from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
+from dvkernels.kernels.cpu.ring import ring_all_reduce
+
+__all__ = [
+    "aggregate_mean",
+    "aggregate_sum",
+    "all_reduce",
+    "broadcast",
+    "direct_all_reduce",
+    "reduce",
+    "ring_all_reduce",
+]
+
+# In one memory domain the direct algorithm moves the fewest bytes at every size: hence "auto".
+_ALGORITHMS = {
+    "auto": direct.all_reduce_as,
+    "direct": direct.all_reduce_as,
+    "ring": ring.all_reduce_as,
+}
+
+
+def all_reduce(
+    buffers: Any, op: Any = "sum", *, algorithm: Any = "auto", out: Any = None
+) -> list[Any]:
+    """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
+    chosen = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
+    if chosen is None:
+        names = ", ".join(map(repr, _ALGORITHMS))
+        raise AlgorithmError(f"all_reduce: expected an algorithm of {names}; got {algorithm!r}")
+    return chosen("all_reduce", buffers, op, out)

@@ -1,0 +1,81 @@
+"""All-reduce and reduce in one pass: load from every replica, combine in registers, store.
+
+Bytes moved for R replicas of S bytes: all-reduce in place 2 R S, reduce (R + 1) S (and the read
+for ownership of what is new). Nothing is read twice, so no tile and no accumulator is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dvkernels.kernels import checks
+from dvkernels.kernels.cpu import elementwise, jobs
+from dvkernels.reduce_op import ReduceOp
+
+__all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
+
+_TABLES = elementwise.HEADER + elementwise.ROW
+
+
+def direct_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[Any]:
+    """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
+    return all_reduce_as("direct_all_reduce", buffers, op, out)
+
+
+def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
+    """Reduce under the name ``verb``, which error messages mention."""
+    reads = checks.arrays(verb, buffers)
+    op = checks.reduction(verb, op, reads[0].dtype)
+    if out is None:
+        checks.in_place(verb, reads)
+        jobs.run(op, reads, reads, _in_place)
+        return list(buffers)
+    writes = checks.arrays(verb, out, "out")
+    checks.separate(verb, reads, writes, len(reads))
+    _combine(op, reads, writes)
+    return list(out)
+
+
+def reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> Any:
+    """Return the reduction as one new array (or in ``out``); see :func:`dvkernels.kernels`."""
+    return _reduce_as("reduce", buffers, op, out)
+
+
+def aggregate_sum(buffers: Any, *, out: Any = None) -> Any:
+    """Return the sum of the buffers."""
+    return _reduce_as("aggregate_sum", buffers, ReduceOp.SUM, out)
+
+
+def aggregate_mean(buffers: Any, *, out: Any = None) -> Any:
+    """Return the mean of the buffers."""
+    return _reduce_as("aggregate_mean", buffers, ReduceOp.MEAN, out)
+
+
+def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
+    reads = checks.arrays(verb, buffers)
+    op = checks.reduction(verb, op, reads[0].dtype)
+    if out is None:
+        result = np.empty_like(reads[0])
+        _combine(op, reads, [result])
+        return checks.like(result, buffers[0])
+    writes = checks.arrays(verb, [out], "out")
+    checks.separate(verb, reads, writes, 1)
+    _combine(op, reads, writes)
+    return out
+
+
+def _in_place(addresses: list[int]) -> tuple[list[int], int]:
+    count = len(addresses)
+    return [-1, _TABLES, count, _TABLES, count, count, *addresses], 1
+
+
+def _combine(op: ReduceOp, reads: Sequence[Any], writes: Sequence[Any]) -> None:
+    count = len(reads)
+
+    def program(addresses: list[int]) -> tuple[list[int], int]:
+        return [-1, _TABLES, count, _TABLES + count, len(writes), count, *addresses], 1
+
+    jobs.run(op, reads, writes, program)

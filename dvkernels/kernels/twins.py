@@ -1,0 +1,21 @@
+"""The backends, imported when first asked for, so that nothing is compiled before it is used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+__all__: list[str] = []
+
+
+@functools.cache
+def cpu() -> Any:
+    """Return the CPU twin: the functions of door 1 over NumPy arrays."""
+    return importlib.import_module("dvkernels.kernels.cpu")
+
+
+@functools.cache
+def gate() -> Any:
+    """Return the compiled gate between threads of this process."""
+    return importlib.import_module("dvkernels.kernels.cpu.gate")
