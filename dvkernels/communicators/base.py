@@ -1,0 +1,41 @@
+"""What a communicator can do, whoever carries the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from dvkernels.reduce_op import ReduceOp
+
+__all__ = ["Communicator"]
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """The collectives of one group of ranks, seen from a process that holds some of them.
+
+    Every method takes one array per local rank, in rank order, leaves them unchanged unless
+    ``out`` says otherwise, and returns new arrays that the caller owns. Arguments have been
+    checked by the caller: one dtype, shapes that fit, an ``op`` that is defined for the dtype.
+    """
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+
+    def all_reduce(
+        self, values: Sequence[Any], op: ReduceOp, out: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """Return the reduction of all ranks' values, once per local rank."""
+
+    def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:
+        """Return the reduction of all ranks' values, once."""
+
+    def reduce_scatter(self, values: Sequence[Any], op: ReduceOp) -> list[Any]:
+        """Return part r of the reduction to rank r, parts as ``numpy.array_split`` on axis 0."""
+
+    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+        """Return the concatenation of all ranks' values, once per local rank."""
+
+    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+        """Return the root's value, once per local rank."""

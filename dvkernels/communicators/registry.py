@@ -1,0 +1,41 @@
+"""Which communicator a name stands for: one visible table."""
+
+from __future__ import annotations
+
+from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.local import Local
+from dvkernels.communicators.single import Single
+from dvkernels.errors import AlgorithmError
+
+__all__: list[str] = []
+
+# cross_device_ops by name -> the algorithm of dvkernels.kernels.all_reduce.
+_ALGORITHMS = {"auto": "auto", "direct": "direct", "ring": "ring"}
+_NOT_YET = ("hierarchical", "nccl")
+
+
+def between_devices(num_replicas: int, cross_device_ops: object) -> Communicator:
+    """Return the communicator of ``num_replicas`` replicas of this process.
+
+    ``cross_device_ops`` is a name or an object of the :class:`Communicator` protocol.
+    """
+    if isinstance(cross_device_ops, str):
+        name = cross_device_ops.lower()
+        if name in _NOT_YET:
+            raise AlgorithmError(
+                f"cross_device_ops={cross_device_ops!r} is not available in this version; "
+                f"use one of {sorted(_ALGORITHMS)}"
+            )
+        if name in _ALGORITHMS:
+            return Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
+    elif isinstance(cross_device_ops, Communicator):
+        if cross_device_ops.size != num_replicas:
+            raise AlgorithmError(
+                f"the communicator has {cross_device_ops.size} ranks, the strategy "
+                f"{num_replicas} replicas; make one of the same size"
+            )
+        return cross_device_ops
+    raise AlgorithmError(
+        f"expected cross_device_ops to be one of {sorted(_ALGORITHMS)} or an object with the "
+        f"methods of dvkernels.Communicator, got {cross_device_ops!r}"
+    )

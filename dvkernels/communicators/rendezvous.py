@@ -1,0 +1,344 @@
+"""Where the replicas of one step meet: they agree, one of them acts for all, all go on.
+
+A step belongs to one call of ``run``. Each replica thread brings a :class:`Request`; the last to
+come compares them and performs the collective for everybody, while the others wait at a gate.
+Whatever goes wrong in one replica ends the step in all: nobody is left waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dvkernels.communicators.gates import Gates
+from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, ContextError
+
+__all__: list[str] = []
+
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+
+
+def timeout_seconds() -> float:
+    """Return how long a replica waits for the others: ``DVKERNELS_TIMEOUT_SECONDS``, else 600."""
+    text = os.environ.get("DVKERNELS_TIMEOUT_SECONDS", "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"DVKERNELS_TIMEOUT_SECONDS must be a positive number, got {text!r}")
+    return seconds
+
+
+def num_gates(num_replicas: int) -> int:
+    """Return how many gates a step needs."""
+    return num_replicas + 2
+
+
+def rest_gate(num_replicas: int) -> int:
+    """Return the number of the gate that opens when a replica comes to rest."""
+    return num_replicas + 1
+
+
+class StepEnded(CollectiveMismatchError):
+    """A collective was refused because the step has already failed, here or elsewhere."""
+
+
+class Request(NamedTuple):
+    """What one replica asks for."""
+
+    verb: str  # the user's word: all_reduce, barrier, Variable.assign
+    terms: tuple[Any, ...]  # what all replicas must agree on: op, structure, shapes, dtypes
+    payload: Any  # what this replica brings
+    act: Callable[[list[Any]], Sequence[Any]]  # all payloads -> one result per replica
+
+    def __str__(self) -> str:
+        terms = ", ".join(str(term) for term in self.terms if term is not None)
+        return f"{self.verb}({terms})"
+
+
+class Step:
+    """One call of ``run`` over ``num_replicas`` threads.
+
+    A group of one meets nobody and needs no gates; others need ``num_gates`` closed ones.
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_echoes",
+        "_gates",
+        "_gone",
+        "_mutex",
+        "_pid",
+        "_requests",
+        "_results",
+        "_threads",
+        "_timeout",
+        "closed",
+        "errors",
+        "failure",
+        "num_replicas",
+    )
+
+    def __init__(self, num_replicas: int, gates: Gates | None = None) -> None:
+        self.num_replicas = num_replicas
+        self.failure: BaseException | None = None
+        self.errors: dict[int, BaseException] = {}
+        self.closed = False
+        self._echoes: list[BaseException] = []
+        self._mutex = threading.Lock()
+        self._arrived = 0
+        self._gone: set[int] = set()
+        self._requests: list[Request | None] = [None] * num_replicas
+        self._results: Sequence[Any] = ()
+        self._threads = [0] * num_replicas
+        self._timeout = timeout_seconds()
+        self._pid = os.getpid()
+        # One gate a replica; one for the caller, opened when all have left; and one that opens
+        # whenever a replica comes to rest, so that another may have the interpreter.
+        self._gates = gates
+
+    # -- in a replica ---------------------------------------------------------------------------
+
+    def enter(self, replica: int) -> bool:
+        """Say that this thread runs a replica; False: the step ended before it could start."""
+        with self._mutex:
+            if replica in self._gone:
+                return False
+            self._threads[replica] = threading.get_ident()
+            return True
+
+    def meet(self, replica: int, request: Request) -> Any:
+        """Bring a request, wait for the others, return this replica's result."""
+        self._check_alive(request.verb)
+        gates = self._gates
+        if gates is None:
+            return self._act(replica, [request])[0]
+        gates.close(replica)
+        with self._mutex:
+            if self.failure is not None:
+                raise self._ended()
+            self._requests[replica] = request
+            self._arrived += 1
+            complete = self._arrived == self.num_replicas
+            deserted = bool(self._gone)
+        if deserted:
+            self._end_deserted()
+        elif complete:
+            requests = list(self._requests)
+            results = self._act(replica, requests)  # type: ignore[arg-type]
+            with self._mutex:
+                if self.failure is not None:
+                    raise self._ended()
+                self._results = results
+                self._requests = [None] * self.num_replicas
+                self._arrived = 0
+            own = results[replica]
+            self._let_go(replica)
+            return own
+        else:
+            self._wait(replica)
+        if self.failure is not None:
+            raise self._ended()
+        return self._results[replica]
+
+    def _check_alive(self, verb: str) -> None:
+        if self.closed:
+            raise ContextError(
+                f"{verb} was called through the context of a run that has ended; get the context "
+                f"anew with get_replica_context() inside each run"
+            )
+        if self._pid != os.getpid():
+            raise ContextError(
+                f"{verb} was called in a process forked inside a step: the other replicas are not "
+                f"here; call run again in the new process"
+            )
+        if self.failure is not None:
+            raise self._ended()
+
+    def _act(self, replica: int, requests: list[Request]) -> Sequence[Any]:
+        first = requests[0]
+        try:
+            for other in requests[1:]:
+                if other.verb != first.verb or other.terms != first.terms:
+                    raise CollectiveMismatchError(
+                        f"the replicas disagree: {self._who_is_where()}; every replica must call "
+                        f"the same collectives in the same order, with the same shapes and dtypes"
+                    )
+            return first.act([request.payload for request in requests])
+        except CollectiveMismatchError as error:
+            self.fail(error)
+            raise
+        except BaseException as error:
+            self.fail(error, replica)
+            raise
+
+    def _wait(self, replica: int) -> None:
+        assert self._gates is not None
+        try:
+            self._gates.open(rest_gate(self.num_replicas))
+            opened = self._gates.wait(replica, self._timeout)
+            while not opened and self._arrived == self.num_replicas:
+                # All have come: the collective itself (a merge_call, say) takes this long.
+                opened = self._gates.sleep(replica, self._timeout)
+        except BaseException as error:  # Ctrl-C: the whole step ends with it
+            self.fail(error, replica)
+            raise
+        if not opened:
+            missing = [other for other, request in enumerate(self._requests) if request is None]
+            self.fail(
+                CollectiveTimeoutError(
+                    f"replica {replica} waited {self._timeout:g} s in vain for replicas {missing}: "
+                    f"{self._who_is_where()}; set DVKERNELS_TIMEOUT_SECONDS if they need longer"
+                )
+            )
+
+    def _let_go(self, replica: int) -> None:
+        assert self._gates is not None
+        rest = rest_gate(self.num_replicas)
+        self._gates.close(rest)
+        *others, last = (other for other in range(self.num_replicas) if other != replica)
+        for other in others:
+            self._gates.open(other)
+        self._gates.open_and_let_run(last, rest)
+
+    def _end_deserted(self) -> None:
+        self.fail(
+            CollectiveMismatchError(
+                f"a replica returned while others wait in a collective: {self._who_is_where()}; "
+                f"every replica must call the same collectives in the same order"
+            )
+        )
+
+    def leave(self, replica: int) -> None:
+        """Say that this replica's function is over."""
+        with self._mutex:
+            self._gone.add(replica)
+            all_left = len(self._gone) == self.num_replicas
+            deserts = self._arrived > 0 and self.failure is None
+        if deserts:
+            self._end_deserted()
+        if self._gates is not None:
+            done, rest = self.num_replicas, rest_gate(self.num_replicas)
+            self._gates.open(done if all_left else rest)
+
+    # -- from anywhere --------------------------------------------------------------------------
+
+    def fail(self, error: BaseException, replica: int | None = None) -> None:
+        """End the step in all replicas; of several failures the first is kept.
+
+        ``replica`` is the one that raised ``error`` by itself; None if nobody did, as for a
+        disagreement.
+        """
+        with self._mutex:
+            if self.failure is None:
+                self.failure = error
+            if replica is None:
+                self._echoes.append(error)
+            elif not self._is_consequence(error):
+                self.errors.setdefault(replica, error)
+        if self._gates is not None:
+            for gate in range(self.num_replicas):
+                self._gates.open(gate)
+
+    def settle(self, started: bool) -> None:
+        """Return when every replica has left; an interrupt ends the collectives meanwhile.
+
+        User code cannot be stopped from outside, so this waits for it however long it takes; the
+        interrupt is raised by ``run`` afterwards. If not all replicas have been ``started``, those
+        that have not entered yet never will.
+        """
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                if interrupt is not None:
+                    self.fail(interrupt, 0)
+                for replica in range(self.num_replicas):
+                    if replica == 0 or not started:
+                        self._withdraw(replica)
+                self._wait_for_all(patient=interrupt is None)
+                return
+            except BaseException as error:
+                interrupt = error
+
+    def _withdraw(self, replica: int) -> None:
+        """Count a replica as gone unless its thread is at work."""
+        with self._mutex:
+            if replica == 0 or self._threads[replica] == 0:
+                self._gone.add(replica)
+
+    def _wait_for_all(self, patient: bool) -> None:
+        while len(self._gone) < self.num_replicas:
+            if patient and self._gates is not None:
+                self._gates.wait(self.num_replicas)
+            else:  # after an interrupt the gate may be in any state
+                time.sleep(0.001)
+
+    def forget(self) -> None:
+        """Drop all errors: their tracebacks refer back to this step."""
+        self.failure = None
+        self.errors = {}
+        self._echoes = []
+
+    def outcome(self, failure: BaseException) -> BaseException:
+        """Return what ``run`` must raise: the own error of the lowest replica, others as notes."""
+        if not self.errors:
+            return failure
+        first, *others = sorted(self.errors)
+        error = self.errors[first]
+        for other in others:
+            raised = self.errors[other]
+            error.add_note(f"replica {other} also raised {type(raised).__name__}: {raised}")
+        if self.num_replicas > 1:
+            error.add_note(f"raised in replica {first} of {self.num_replicas}")
+        return error
+
+    def _ended(self) -> BaseException:
+        failure = self.failure
+        if isinstance(failure, CollectiveMismatchError | CollectiveTimeoutError):
+            echo: BaseException = type(failure)(*failure.args)
+        else:
+            echo = StepEnded(
+                f"this step has ended because a replica raised {type(failure).__name__}: {failure}"
+            )
+        self._echoes.append(echo)
+        return echo
+
+    def _is_consequence(self, error: BaseException) -> bool:
+        """Return whether an error only passes on, or was raised while handling, the failure."""
+        link: BaseException | None = error
+        while link is not None:
+            if any(link is echo for echo in self._echoes):
+                return True
+            link = link.__cause__ or link.__context__
+        return False
+
+    def _who_is_where(self) -> str:
+        frames = sys._current_frames()
+        return "; ".join(
+            self._whereabouts(replica, request, frames)
+            for replica, request in enumerate(self._requests)
+        )
+
+    def _whereabouts(
+        self, replica: int, request: Request | None, frames: dict[int, types.FrameType]
+    ) -> str:
+        ident = self._threads[replica]
+        if replica in self._gone:
+            return f"replica {replica} has returned"
+        place = _user_line(frames.get(ident))
+        doing = f"called {request}" if request is not None else "is still running"
+        return f"replica {replica} {doing} at {place}"
+
+
+def _user_line(frame: types.FrameType | None) -> str:
+    """Return the file and line of the innermost frame that is not the library's own."""
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,48 @@
+"""The communicator of one rank: every collective is a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+
+from dvkernels.reduce_op import ReduceOp
+
+__all__: list[str] = []
+
+
+@final
+class Single:
+    """A group of one is a group: the reduction of one value is that value."""
+
+    size = 1
+
+    def all_reduce(
+        self, values: Sequence[Any], op: ReduceOp, out: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """Copy the value, into ``out`` if it is given."""
+        del op
+        (value,) = values
+        if out is None:
+            return [np.array(value)]
+        np.copyto(out[0], value)
+        return list(out)
+
+    def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:
+        """Copy the value."""
+        return self.all_reduce(values, op)[0]
+
+    def reduce_scatter(self, values: Sequence[Any], op: ReduceOp) -> list[Any]:
+        """Copy the value: all of it is the only rank's part."""
+        return self.all_reduce(values, op)
+
+    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+        """Copy the value."""
+        del axis
+        return [np.array(value) for value in values]
+
+    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+        """Copy the value."""
+        del root
+        return [np.array(value) for value in values]

@@ -1,0 +1,526 @@
+"""Where am I: in a replica, in cross-replica context, or outside every strategy.
+
+The current frame is a context variable, so it follows the caller into replica threads and stays
+out of unrelated threads. Strategies sit above this module: a frame carries one without knowing it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dvkernels import reduce_op
+from dvkernels.communicators.placement import Placement
+from dvkernels.communicators.rendezvous import Request, Step
+from dvkernels.communicators.single import Single
+from dvkernels.devices.base import Device
+from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
+from dvkernels.reduce_op import ReduceOp
+from dvkernels.values import regroup
+from dvkernels.values.distributed import PerReplica
+
+__all__ = ["ReplicaContext", "get_replica_context", "in_cross_replica_context"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One entry of the stack of contexts: a strategy, and in which role its code runs."""
+
+    placement: Placement
+    strategy: Any  # None: the default strategy
+    replica: ReplicaContext | None = None  # None: cross-replica context
+    merging: bool = False  # inside merge_call: a step of this strategy is under way
+
+
+_current: ContextVar[Frame] = ContextVar("dvkernels_frame")
+_global: Frame | None = None  # set by set_strategy
+_make_default: Callable[[], Any] | None = None
+_default_lock = threading.Lock()
+_default_strategy: Any = None
+
+# Outside every scope: one replica on one device.
+UNSCOPED = Placement((Device("cpu", 0),), Single(), "the default strategy")
+
+
+def install_default(make: Callable[[], Any]) -> None:
+    """Say how the strategy that applies outside every scope is made (called by row 11)."""
+    global _make_default
+    _make_default = make
+
+
+def default_strategy() -> Any:
+    """Return the strategy that applies outside every scope, made when first asked for."""
+    global _default_strategy
+    with _default_lock:
+        if _default_strategy is None:
+            assert _make_default is not None
+            _default_strategy = _make_default()
+        return _default_strategy
+
+
+def find() -> Frame | None:
+    """Return the current frame, None outside every scope."""
+    return _current.get(None) or _global
+
+
+def enter(frame: Frame) -> Token[Frame]:
+    """Make a frame the current one of this thread."""
+    return _current.set(frame)
+
+
+def leave(token: Token[Frame]) -> None:
+    """Go back to the frame before."""
+    _current.reset(token)
+
+
+def explicit() -> Frame | None:
+    """Return the frame that this thread entered, not counting ``set_strategy``."""
+    return _current.get(None)
+
+
+def set_global(frame: Frame | None) -> None:
+    """Make a frame apply wherever no scope does."""
+    global _global
+    _global = frame
+
+
+def get_strategy() -> Any:
+    """Return the current strategy; outside every scope a default one of one replica."""
+    frame = find()
+    return default_strategy() if frame is None else frame.strategy
+
+
+def has_strategy() -> bool:
+    """Return whether a scope, a run or ``set_strategy`` gives the current strategy."""
+    return find() is not None
+
+
+def in_cross_replica_context() -> bool:
+    """Return True in ``scope()`` and ``merge_call``, False in ``run`` and outside every scope."""
+    frame = find()
+    return frame is not None and frame.replica is None
+
+
+def get_replica_context() -> ReplicaContext | None:
+    """Return the context of this replica; None in cross-replica context.
+
+    Outside every scope it is that of a single replica with id 0.
+    """
+    frame = find()
+    if frame is None:
+        return ReplicaContext(UNSCOPED, Step(1), 0, None)
+    return frame.replica
+
+
+def require_cross_replica(placement: Placement, verb: str) -> Frame | None:
+    """Raise ``ContextError`` unless ``verb`` of this strategy may be called here."""
+    frame = find()
+    if frame is None or (frame.replica is None and frame.placement is placement):
+        return frame
+    if frame.replica is not None:
+        raise ContextError(
+            f"{verb} needs cross-replica context, and this is replica "
+            f"{frame.replica.replica_id_in_sync_group} of {frame.placement.name}; use the methods "
+            f"of get_replica_context(), or merge_call to run a function once for all replicas"
+        )
+    raise ContextError(
+        f"{verb} of {placement.name} was called under {frame.placement.name}; leave that "
+        f"strategy's scope first, or use that strategy"
+    )
+
+
+class ReplicaContext:
+    """What a replica may know and do, from inside ``strategy.run``.
+
+    Collectives meet the same call of the other replicas, leave ``value`` unchanged and return
+    arrays that the caller owns. ``value`` may be any nest of arrays and numbers; a distributed
+    value in it means this replica's own component. Replicas that disagree end the step with
+    ``CollectiveMismatchError`` in all of them.
+    """
+
+    __slots__ = ("__weakref__", "_placement", "_replica_id", "_step", "_strategy")
+
+    def __init__(self, placement: Placement, step: Step, replica_id: int, strategy: Any) -> None:
+        self._placement = placement
+        self._step = step
+        self._replica_id = replica_id
+        self._strategy = strategy
+
+    @property
+    def replica_id_in_sync_group(self) -> int:
+        """The number of this replica, from 0."""
+        return self._replica_id
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """The number of replicas that take part in collectives."""
+        return self._placement.num_replicas
+
+    @property
+    def device(self) -> Device:
+        """Where this replica computes."""
+        return self._placement.replica_devices[self._replica_id]
+
+    @property
+    def strategy(self) -> Any:
+        """The strategy that runs this replica."""
+        return default_strategy() if self._strategy is None else self._strategy
+
+    def __repr__(self) -> str:
+        return (
+            f"<replica {self._replica_id} of {self.num_replicas_in_sync} on {self.device}, "
+            f"{self._placement.name}>"
+        )
+
+    # -- collectives ----------------------------------------------------------------------------
+
+    def all_reduce(
+        self, op: ReduceOp | str, value: Any, *, weight: float | None = None, out: Any = None
+    ) -> Any:
+        """Reduce ``value`` over the replicas; each gets the result.
+
+        Parameters
+        ----------
+        op : ReduceOp or str
+            SUM, MEAN, MIN, MAX or PROD.
+        value : nest of array or number
+            Of the same structure, shapes and dtypes on every replica. Unchanged.
+        weight : float, optional
+            With MEAN: the result is the sum of weight x value over the sum of weights, so that
+            uneven batches give the mean of all examples. 0 means not contributing, even where the
+            value is NaN.
+        out : nest of array, optional
+            Receives the result; may be ``value`` itself.
+
+        Returns
+        -------
+        nest of array
+            New arrays that the caller owns, or ``out``.
+
+        Raises
+        ------
+        UnsupportedDTypeError, ReduceOpError, NotABufferError, BufferMismatchError, ValueError
+            Bad input, raised before this replica meets the others; the step ends in all.
+        CollectiveMismatchError
+            The replicas asked for different things. ``out`` is unchanged.
+
+        Notes
+        -----
+        Every replica gets the same bits. 0-d inputs give 0-d arrays.
+        """
+        reduction = reduce_op.parse(op)
+        values, structure, described = self._arrays("all_reduce", value)
+        for array in values:
+            reduce_op.check_dtype("all_reduce", reduction, array.dtype)
+        targets = self._targets(out, values, structure) if out is not None else None
+        if weight is not None:
+            weight = _checked_weight(weight, reduction)
+        communicator = self._placement.communicator
+
+        def act(payloads: list[Any]) -> list[list[Any]]:
+            columns: list[Any] = list(zip(*(payload[0] for payload in payloads), strict=True))
+            kernel_op = reduction
+            weights = [payload[2] for payload in payloads]
+            if weight is not None and (weight == 0 or any(w != weight for w in weights)):
+                columns = _shares_of_the_mean(columns, weights)
+                kernel_op = ReduceOp.SUM
+            reduced = []
+            for k, column in enumerate(columns):
+                into = None if targets is None else [payload[1][k] for payload in payloads]
+                reduced.append(communicator.all_reduce(column, kernel_op, into))
+            return _per_replica_rows(reduced, len(payloads))
+
+        terms = (reduction.value, structure, described, weight is not None, out is not None)
+        result = self._step.meet(
+            self._replica_id, Request("all_reduce", terms, (values, targets, weight), act)
+        )
+        if out is not None:
+            return out
+        return result[0] if structure is None else regroup.unflatten(structure, result)
+
+    def reduce_scatter(self, op: ReduceOp | str, value: Any) -> Any:
+        """Reduce over the replicas; replica r gets part r of the result.
+
+        Parts are those of ``numpy.array_split`` along axis 0: sizes differ by at most one, larger
+        parts first. Parameters, errors and ownership are those of :meth:`all_reduce`.
+        """
+        reduction = reduce_op.parse(op)
+        values, structure, described = self._arrays("reduce_scatter", value)
+        for array in values:
+            reduce_op.check_dtype("reduce_scatter", reduction, array.dtype)
+            if array.ndim == 0:
+                raise BufferMismatchError(
+                    f"reduce_scatter splits along axis 0, and replica {self._replica_id} brought a "
+                    f"0-d array; use all_reduce"
+                )
+        communicator = self._placement.communicator
+
+        def act(payloads: list[Any]) -> list[list[Any]]:
+            columns = [
+                communicator.reduce_scatter(column, reduction)
+                for column in zip(*payloads, strict=True)
+            ]
+            return _per_replica_rows(columns, len(payloads))
+
+        return self._collect(
+            "reduce_scatter", (reduction.value,), values, structure, described, act
+        )
+
+    def all_gather(self, value: Any, axis: int = 0) -> Any:
+        """Concatenate the replicas' values along ``axis``, in replica order; each gets all.
+
+        Lengths along ``axis`` may differ; scalars are stacked. A negative axis counts from the
+        end. Ownership and errors are those of :meth:`all_reduce`.
+        """
+        values, structure, _ = self._arrays("all_gather", value)
+        values, axes, described = gatherable("all_gather", values, axis, self._replica_id)
+        communicator = self._placement.communicator
+
+        def act(payloads: list[Any]) -> list[list[Any]]:
+            columns = [
+                communicator.all_gather(column, column_axis)
+                for column, column_axis in zip(zip(*payloads, strict=True), axes, strict=True)
+            ]
+            return _per_replica_rows(columns, len(payloads))
+
+        return self._collect("all_gather", (axis,), values, structure, described, act)
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        """Return the value of replica ``root`` on every replica, as new arrays.
+
+        Every replica passes a value of the same structure, shapes and dtypes; only the root's is
+        read. ``root`` out of range raises ValueError.
+        """
+        if not is_integer(root) or not 0 <= root < self.num_replicas_in_sync:
+            raise ValueError(
+                f"broadcast: root must be a replica id from 0 to {self.num_replicas_in_sync - 1}, "
+                f"got {root!r} on replica {self._replica_id}"
+            )
+        values, structure, described = self._arrays("broadcast", value)
+        communicator = self._placement.communicator
+
+        def act(payloads: list[Any]) -> list[list[Any]]:
+            columns = [
+                communicator.broadcast(column, int(root)) for column in zip(*payloads, strict=True)
+            ]
+            return _per_replica_rows(columns, len(payloads))
+
+        return self._collect("broadcast", (int(root),), values, structure, described, act)
+
+    def barrier(self) -> None:
+        """Return when every replica has called this."""
+        self._step.meet(self._replica_id, Request("barrier", (), None, _nothing))
+
+    def merge_call(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run ``fn(strategy, *args, **kwargs)`` once, in cross-replica context.
+
+        Parameters
+        ----------
+        fn : callable
+            The same function on every replica; that of replica 0 is called, while all wait.
+        args, kwargs
+            Each leaf becomes a ``PerReplica`` of what the replicas passed; a variable that all
+            of them passed stays that variable.
+
+        Returns
+        -------
+        object
+            What ``fn`` returned; of a ``PerReplica`` in it, this replica's component.
+        """
+        if not isinstance(args, (list, tuple)):
+            raise ValueError(f"merge_call: args must be a list or tuple, got {type(args).__name__}")
+        strategy, placement = self.strategy, self._placement
+        named = dict(kwargs or {})
+
+        def act(payloads: list[Any]) -> list[Any]:
+            joined_args, joined_kwargs = regroup.regroup(
+                [(tuple(payload[1]), payload[2]) for payload in payloads],
+                placement.replica_devices,
+                placement,
+            )
+            frame = Frame(placement, self._strategy, merging=True)
+            token = enter(frame)
+            try:
+                result = payloads[0][0](strategy, *joined_args, **joined_kwargs)
+            finally:
+                leave(token)
+            return [_dealt(result, rank) for rank in range(len(payloads))]
+
+        structure = regroup.flatten((tuple(args), named))[1]
+        request = Request("merge_call", (structure,), (fn, args, named), act)
+        return self._step.meet(self._replica_id, request)
+
+    def meet(self, request: Request) -> Any:
+        """Bring a request of another module (a variable's write) to the other replicas."""
+        return self._step.meet(self._replica_id, request)
+
+    # -- what they share ------------------------------------------------------------------------
+
+    def _collect(
+        self,
+        verb: str,
+        terms: tuple[Any, ...],
+        values: list[Any],
+        structure: Any,
+        described: Any,
+        act: Callable[[list[Any]], Sequence[Any]],
+    ) -> Any:
+        request = Request(verb, (*terms, structure, described), values, act)
+        result = self._step.meet(self._replica_id, request)
+        return result[0] if structure is None else regroup.unflatten(structure, result)
+
+    def _arrays(self, verb: str, value: Any) -> tuple[list[Any], Any, Any]:
+        """Return a nest's leaves as arrays, its structure (None for one leaf), and their specs."""
+        if type(value) is np.ndarray:
+            return [value], None, Spec(value.shape, value.dtype)
+        leaves, structure = regroup.flatten(value)
+        arrays = [
+            as_array(regroup.own_component(leaf, self._replica_id), verb, self._replica_id)
+            for leaf in leaves
+        ]
+        specs = tuple(Spec(array.shape, array.dtype) for array in arrays)
+        if len(leaves) == 1 and leaves[0] is value:
+            return arrays, None, specs[0]
+        return arrays, structure, specs
+
+    def _targets(self, out: Any, values: list[Any], structure: Any) -> list[Any]:
+        leaves, out_structure = regroup.flatten(out)
+        if len(leaves) != len(values) or (structure is not None and out_structure != structure):
+            raise BufferMismatchError(
+                f"all_reduce: out must have the structure of value on replica {self._replica_id}: "
+                f"expected {structure or 'one array'}, got {out_structure}"
+            )
+        for leaf, array in zip(leaves, values, strict=True):
+            if not isinstance(leaf, np.ndarray):
+                raise NotABufferError(
+                    f"all_reduce: out must hold arrays, replica {self._replica_id} passed a "
+                    f"{type(leaf).__name__}"
+                )
+            if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not leaf.flags.writeable:
+                raise BufferMismatchError(
+                    f"all_reduce: out must be writable, {Spec(array.shape, array.dtype)}; replica "
+                    f"{self._replica_id} passed {Spec(leaf.shape, leaf.dtype)}, "
+                    f"{'writable' if leaf.flags.writeable else 'read-only'}"
+                )
+        return leaves
+
+
+class Spec(tuple[Any, ...]):
+    """Shape and dtype, printed as ``float32[2, 3]``."""
+
+    __slots__ = ()
+
+    def __new__(cls, shape: tuple[Any, ...], dtype: Any) -> Spec:
+        """Make one."""
+        return super().__new__(cls, (shape, dtype))
+
+    def __str__(self) -> str:
+        return f"{self[1]}[{', '.join(str(length) for length in self[0])}]"
+
+    __repr__ = __str__
+
+
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer, of Python or NumPy, and not a bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def as_array(value: Any, verb: str, replica: int) -> Any:
+    """Return a leaf as an array; strings, objects and ragged lists raise NotABufferError."""
+    array: Any
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise NotABufferError(
+            f"{verb}: replica {replica} passed a {type(value).__name__} that is not an array or a "
+            f"number ({error})"
+        ) from error
+    if array.dtype.hasobject:
+        raise NotABufferError(
+            f"{verb}: expected an array or a number, replica {replica} passed {value!r:.60} of "
+            f"type {type(value).__name__}"
+        )
+    return array
+
+
+def gatherable(
+    verb: str, arrays: list[Any], axis: int, replica: int
+) -> tuple[list[Any], list[int], tuple[Any, ...]]:
+    """Return arrays ready to be concatenated, the axis of each, and what must agree."""
+    if not is_integer(axis):
+        raise ValueError(f"{verb}: axis must be an integer, got {axis!r}")
+    ready, axes, described = [], [], []
+    for array in arrays:
+        stacked = array.reshape(1) if array.ndim == 0 else array
+        if not -stacked.ndim <= axis < stacked.ndim:
+            raise ValueError(
+                f"{verb}: axis {axis} is out of range for {Spec(array.shape, array.dtype)} of "
+                f"replica {replica}"
+            )
+        position = int(axis) % stacked.ndim
+        shape = (*stacked.shape[:position], "any", *stacked.shape[position + 1 :])
+        ready.append(stacked)
+        axes.append(position)
+        described.append(Spec(shape, array.dtype))
+    return ready, axes, tuple(described)
+
+
+def _checked_weight(weight: Any, op: ReduceOp) -> float:
+    if op is not ReduceOp.MEAN:
+        raise ValueError(f"all_reduce: a weight belongs to MEAN, got op {op.name}; drop the weight")
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"all_reduce: a weight is a finite number of at least 0, got {weight!r}")
+    return number
+
+
+def _shares_of_the_mean(columns: list[Any], weights: list[float]) -> list[list[Any]]:
+    """Return w x / sum(w) of each array: what must be summed for the weighted mean.
+
+    A weight of 0 gives zeros, whatever the value, so that NaN x 0 does not spoil the sum.
+    """
+    total = sum(weights)
+    if total == 0:
+        raise ValueError("all_reduce: all weights are 0; there is no mean of nothing")
+    return [
+        [
+            np.asarray(np.multiply(array, array.dtype.type(weight / total)))
+            if weight
+            else np.zeros_like(array, subok=False)
+            for array, weight in zip(column, weights, strict=True)
+        ]
+        for column in columns
+    ]
+
+
+def _dealt(result: Any, rank: int) -> Any:
+    """Return a nest with each ``PerReplica`` in it replaced by one replica's component."""
+
+    def component(leaf: Any) -> Any:
+        return leaf.on(rank) if isinstance(leaf, PerReplica) else leaf
+
+    return regroup.map_leaves(component, result)
+
+
+def _per_replica_rows(columns: list[list[Any]], num_replicas: int) -> list[list[Any]]:
+    """Turn one list of results per leaf into one list of leaves per replica."""
+    return [[column[rank] for column in columns] for rank in range(num_replicas)]
+
+
+def _nothing(payloads: list[Any]) -> list[None]:
+    return [None] * len(payloads)

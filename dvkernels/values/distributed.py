@@ -1,0 +1,221 @@
+"""Values that hold one component per replica. They hold; functions act."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, NoReturn, TypeVar
+
+import numpy as np
+
+from dvkernels.devices import registry
+from dvkernels.devices.base import Device
+from dvkernels.errors import DeviceError
+
+__all__ = ["DistributedValues", "Mirrored", "PerReplica"]
+
+T = TypeVar("T")
+
+_FIRST_CPU = Device("cpu", 0)
+_MAX_SHOWN = 60  # characters of one component in a repr
+
+
+class DistributedValues(Generic[T]):
+    """One component per replica: the base of ``PerReplica``, ``Mirrored`` and ``Variable``.
+
+    It has no arithmetic, no truth value and no iteration: what these should mean depends on
+    whether the caller wants the replicas' sum, their concatenation, or one of them.
+    """
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    @property
+    def values(self) -> tuple[T, ...]:
+        """The components, in replica order."""
+        raise NotImplementedError
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Where each component lives."""
+        raise NotImplementedError
+
+    def on(self, replica_id: int) -> T:
+        """Return the component of one replica; ``IndexError`` says which ids there are."""
+        values = self.values
+        index = _index(replica_id)
+        if not 0 <= index < len(values):
+            raise IndexError(
+                f"there is no replica {replica_id}: this {type(self).__name__} has replicas "
+                f"0 to {len(values) - 1}"
+            )
+        return values[index]
+
+
+def _index(replica_id: object) -> int:
+    if isinstance(replica_id, (int, np.integer)) and not isinstance(replica_id, bool):
+        return int(replica_id)
+    raise TypeError(f"a replica id is an integer, got {replica_id!r}")
+
+
+class _Frozen(DistributedValues[T]):
+    """What ``PerReplica`` and ``Mirrored`` share: storage, indexing, printing, refusals."""
+
+    __slots__ = ("__weakref__", "_devices", "_owner", "_values")
+    _values: tuple[T, ...]
+    _devices: tuple[Device, ...]
+    _owner: object
+
+    # How to get at what the user probably wanted; shown when an operation is refused.
+    _remedy = ""
+
+    def __init__(
+        self,
+        values: Iterable[T],
+        *,
+        devices: Iterable[Device | str] | None = None,
+        owner: object = None,
+    ) -> None:
+        held = tuple(values)
+        if not held:
+            raise ValueError(f"a {type(self).__name__} needs one value per replica, got none")
+        if devices is None:
+            where = (_FIRST_CPU,) * len(held)
+        else:
+            where = tuple(
+                device if type(device) is Device else registry.resolve(device) for device in devices
+            )
+            if len(where) != len(held):
+                raise DeviceError(
+                    f"a {type(self).__name__} of {len(held)} values needs {len(held)} devices, "
+                    f"got {len(where)}"
+                )
+        object.__setattr__(self, "_values", held)
+        object.__setattr__(self, "_devices", where)
+        object.__setattr__(self, "_owner", owner)
+
+    @property
+    def values(self) -> tuple[T, ...]:
+        """The components, in replica order."""
+        return self._values
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Where each component lives."""
+        return self._devices
+
+    @property
+    def owner(self) -> object:
+        """The placement of the strategy that made this value, None for one made by hand."""
+        return self._owner
+
+    def copy_to(self, device: Device | str) -> Any:
+        """Return the same kind of value with every component copied to ``device``.
+
+        The copies are new arrays that the caller owns; nothing is communicated or reduced.
+        """
+        target = registry.resolve(device)
+        copies = tuple(_copied(value) for value in self._values)
+        return type(self)(copies, devices=(target,) * len(copies), owner=self._owner)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, replica_id: int) -> T:
+        return self.on(replica_id)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a {type(self).__name__} is frozen; make a new one")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a {type(self).__name__} is frozen; make a new one")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._values,)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{i}: {_short(value)}" for i, value in enumerate(self._values))
+        return f"{type(self).__name__}({shown})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{i}</td><td>{device}</td><td>{html.escape(_short(value))}</td></tr>"
+            for i, (device, value) in enumerate(zip(self._devices, self._values, strict=True))
+        )
+        return (
+            f"<table><caption>{type(self).__name__}</caption>"
+            f"<tr><th>replica</th><th>device</th><th>value</th></tr>{rows}</table>"
+        )
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} is not a number or an array: it holds one value for each of "
+            f"{len(self._values)} replicas; {self._remedy}"
+        )
+
+    def __iter__(self) -> Iterator[T]:
+        self._refuse()
+
+    __bool__ = __float__ = __int__ = __complex__ = __index__ = __contains__ = _refuse
+    __array__ = __array_ufunc__ = __array_function__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
+    __matmul__ = __rmatmul__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _refuse
+    __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = __divmod__ = _refuse
+    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+class PerReplica(_Frozen[T]):
+    """One value per replica, in replica order; the values may differ.
+
+    Parameters
+    ----------
+    values : iterable
+        One value per replica.
+    devices : iterable of Device or str, optional
+        Where each of them lives; ``"cpu:0"`` for all if not given.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> losses = dv.PerReplica([0.5, 0.25])
+    >>> losses
+    PerReplica(0: 0.5, 1: 0.25)
+    >>> losses.on(1)
+    0.25
+    """
+
+    __slots__ = ()
+    _remedy = (
+        "in cross-replica context use strategy.reduce(op, value), strategy.gather(value) or "
+        "strategy.local_results(value); in a replica use .on(replica_id)"
+    )
+
+
+class Mirrored(_Frozen[T]):
+    """One value per replica, all equal.
+
+    Parameters are those of :class:`PerReplica`. Whoever makes one vouches that the copies are
+    equal; nothing is compared or communicated.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> dv.Mirrored(["a", "a"]).values
+    ('a', 'a')
+    """
+
+    __slots__ = ()
+    _remedy = "take one of its equal copies with .on(0)"
+
+
+def _copied(value: T) -> Any:
+    return np.array(value, copy=True) if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def _short(value: object) -> str:
+    if isinstance(value, np.ndarray) and value.size > 4:
+        return f"{value.dtype}{list(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"

@@ -1,0 +1,74 @@
+"""From one nest per replica to one nest of values, and back.
+
+A nest is what optree can flatten: lists, tuples, dicts, namedtuples, registered dataclasses.
+None is a leaf, so that it stays where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+
+from dvkernels.devices.base import Device
+from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
+
+__all__: list[str] = []
+
+
+def flatten(nest: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of a nest and its structure."""
+    leaves, structure = optree.tree_flatten(nest, none_is_leaf=True)
+    return leaves, structure
+
+
+def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
+    """Return the nest of this structure with these leaves."""
+    return optree.tree_unflatten(structure, leaves)
+
+
+def map_leaves(fn: Callable[[Any], Any], nest: Any) -> Any:
+    """Return the nest with ``fn`` applied to every leaf."""
+    return optree.tree_map(fn, nest, none_is_leaf=True)
+
+
+def own_component(value: Any, replica_id: int) -> Any:
+    """Return what a leaf means to one replica: its component of a distributed value."""
+    return value.on(replica_id) if isinstance(value, DistributedValues) else value
+
+
+def regroup(results: Sequence[Any], devices: tuple[Device, ...], owner: object) -> Any:
+    """Return one nest whose leaves are ``PerReplica``, from one nest per replica.
+
+    A leaf that is None on every replica stays None; a variable that every replica returned is
+    returned as it is, being a distributed value already. Structures that differ raise ValueError.
+    """
+    first = results[0]
+    if first is None and all(result is None for result in results):
+        return None
+    flat = [flatten(result) for result in results]
+    structure = flat[0][1]
+    for replica, (_, other) in enumerate(flat):
+        if other != structure:
+            raise ValueError(
+                f"the replicas returned different structures: replica 0 returned {structure}, "
+                f"replica {replica} returned {other}; return the same nest on every replica"
+            )
+
+    def joined(leaves: tuple[Any, ...]) -> Any:
+        first = leaves[0]
+        if (first is None or _is_variable(first)) and all(leaf is first for leaf in leaves):
+            return first
+        return PerReplica(
+            [own_component(leaf, replica) for replica, leaf in enumerate(leaves)],
+            devices=devices,
+            owner=owner,
+        )
+
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return unflatten(structure, [joined(column) for column in columns])
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, DistributedValues) and not isinstance(leaf, PerReplica | Mirrored)

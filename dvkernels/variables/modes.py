@@ -1,0 +1,256 @@
+"""When the copies of a variable are brought together: one row per synchronization mode.
+
+A write is worked out first and committed in one go, so that an error or an interrupt leaves all
+copies as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dvkernels import reduce_op
+from dvkernels.communicators.rendezvous import Request
+from dvkernels.context import ReplicaContext
+from dvkernels.enumeration import NamedEnum
+from dvkernels.errors import ContextError, SynchronizationError
+from dvkernels.reduce_op import ReduceOp
+from dvkernels.values.distributed import DistributedValues, PerReplica
+from dvkernels.variables.copies import Copies
+
+__all__ = ["VariableAggregation", "VariableSynchronization"]
+
+
+class VariableSynchronization(NamedEnum):
+    """When the copies of a variable are brought together."""
+
+    AUTO = "auto"  # resolves to ON_WRITE
+    NONE = "none"  # never, unless the user calls sync
+    ON_WRITE = "on_write"  # at every write in replica context: the copies are always equal
+    ON_READ = "on_read"  # at every read in cross-replica context
+
+
+class VariableAggregation(NamedEnum):
+    """How the replicas' values become one."""
+
+    NONE = "none"
+    SUM = "sum"
+    MEAN = "mean"
+    ONLY_FIRST_REPLICA = "only_first_replica"
+
+
+# What a write does to a copy: (copy, value, out) -> new content, in out if it is worked out.
+WRITES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "assign": lambda _, value, __: value,
+    "assign_add": np.add,
+    "assign_sub": np.subtract,
+}
+
+
+def _write_alike(copies: Copies, verb: str, value: Any) -> None:
+    """Write equal copies: work out the new content once, then commit it to all."""
+    scratch = None if verb == "assign" else copies.scratch()
+    new = WRITES[verb](copies.arrays[0], value, scratch)
+    copies.commit([new] * len(copies.arrays))
+
+
+_REDUCTIONS = {VariableAggregation.SUM: ReduceOp.SUM, VariableAggregation.MEAN: ReduceOp.MEAN}
+
+
+class SyncMode(NamedTuple):
+    """What reads and writes mean, in a replica and across replicas.
+
+    Writes take ``(copies, aggregation, verb, value, replica or None)``, reads
+    ``(copies, aggregation, replica or None)``.
+    """
+
+    write_in_replica: Callable[..., None]
+    read_in_replica: Callable[..., Any]
+    write_across: Callable[..., None]
+    read_across: Callable[..., Any]
+
+
+# -- writes in replica context -------------------------------------------------------------------
+
+
+def aggregate_then_write(
+    copies: Copies,
+    aggregation: VariableAggregation,
+    verb: str,
+    value: Any,
+    replica: ReplicaContext,
+) -> None:
+    """All replicas bring a value; every copy gets what the aggregation makes of them."""
+    if aggregation is VariableAggregation.NONE and replica.num_replicas_in_sync > 1:
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r} in replica context needs an aggregation: it was "
+            f"created with aggregation='none', which does not say how the values of "
+            f"{replica.num_replicas_in_sync} replicas become one; create it with 'sum', 'mean' or "
+            f"'only_first_replica', or write it in merge_call"
+        )
+    checked = copies.checked(_own(value, replica), verb, replica.replica_id_in_sync_group)
+
+    def act(values: list[Any]) -> list[None]:
+        combined = aggregated(copies, aggregation, values)
+        _write_alike(copies, verb, combined)
+        return [None] * len(values)
+
+    replica.meet(Request(f"Variable.{verb}", (copies.name, id(copies)), checked, act))
+
+
+def write_own_copy(
+    copies: Copies,
+    aggregation: VariableAggregation,
+    verb: str,
+    value: Any,
+    replica: ReplicaContext,
+) -> None:
+    """Only this replica's copy changes."""
+    rank = replica.replica_id_in_sync_group
+    own = copies.arrays[rank]
+    own[...] = WRITES[verb](own, copies.checked(_own(value, replica), verb, rank), None)
+
+
+# -- writes in cross-replica context -------------------------------------------------------------
+
+
+def write_every_copy_alike(
+    copies: Copies, aggregation: VariableAggregation, verb: str, value: Any
+) -> None:
+    """Every copy gets the same value; a ``PerReplica`` would let them drift apart."""
+    if isinstance(value, PerReplica):
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
+            f"copies of an ON_WRITE variable are equal; reduce it first: "
+            f"v.{verb}(strategy.reduce('mean', value))"
+        )
+    checked = copies.checked(_one(value, verb, copies), verb, 0)
+    _write_alike(copies, verb, checked)
+
+
+def write_every_copy(
+    copies: Copies, aggregation: VariableAggregation, verb: str, value: Any
+) -> None:
+    """Every copy gets the value, or its component of a ``PerReplica``."""
+    values = _for_each_copy(copies, verb, value)
+    write = WRITES[verb]
+    copies.commit([write(own, new, None) for own, new in zip(copies.arrays, values, strict=True)])
+
+
+def share_out(copies: Copies, aggregation: VariableAggregation, verb: str, value: Any) -> None:
+    """Under SUM the copies together get the value; else every copy gets it."""
+    if aggregation is not VariableAggregation.SUM or isinstance(value, PerReplica):
+        if aggregation is VariableAggregation.SUM and verb != "assign":
+            _refuse_adding_to_a_sum(copies, verb)
+        write_every_copy(copies, aggregation, verb, value)
+        return
+    if verb != "assign":
+        _refuse_adding_to_a_sum(copies, verb)
+    copies.commit(_shares(copies.checked(_one(value, verb, copies), verb, 0), len(copies.arrays)))
+
+
+def _refuse_adding_to_a_sum(copies: Copies, verb: str) -> None:
+    raise SynchronizationError(
+        f"{verb} of variable {copies.name!r}: it is ON_READ with aggregation SUM, so in "
+        f"cross-replica context it is not clear which copy should change; use "
+        f"v.assign(v.read_value() + x), or write it in a replica"
+    )
+
+
+def _shares(total: Any, num_copies: int) -> list[Any]:
+    """Split a total so that the shares add up to it: integers keep their remainder."""
+    if total.dtype.kind in "iu":
+        base, rest = np.divmod(total, total.dtype.type(num_copies))
+        return [base + (rank < rest).astype(total.dtype) for rank in range(num_copies)]
+    if total.dtype.kind == "b":
+        return [total, *(np.zeros_like(total) for _ in range(num_copies - 1))]
+    share = total / total.dtype.type(num_copies)
+    return [share] * num_copies
+
+
+# -- reads ---------------------------------------------------------------------------------------
+
+
+def own_copy(copies: Copies, aggregation: VariableAggregation, replica: ReplicaContext) -> Any:
+    """Return the copy of this replica."""
+    return copies.views[replica.replica_id_in_sync_group]
+
+
+def first_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
+    """Return any copy: all are equal."""
+    return copies.views[0]
+
+
+def aggregate_copies(copies: Copies, aggregation: VariableAggregation) -> Any:
+    """Return what the aggregation makes of the copies."""
+    if aggregation is VariableAggregation.NONE:
+        raise SynchronizationError(
+            f"variable {copies.name!r} is ON_READ with aggregation NONE, so a read in "
+            f"cross-replica context is not defined; read v.values, or create it with 'sum', "
+            f"'mean' or 'only_first_replica'"
+        )
+    result = aggregated(copies, aggregation, list(copies.arrays))
+    view = result.view()
+    view.flags.writeable = False
+    return view
+
+
+def every_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
+    """Return all copies, as they are."""
+    placement = copies.placement
+    return PerReplica(copies.views, devices=placement.replica_devices, owner=placement)
+
+
+def synchronize(copies: Copies, values: list[Any], op: ReduceOp) -> None:
+    """Give every copy the reduction of all."""
+    combined = copies.placement.communicator.reduce(values, op)
+    copies.commit([combined] * len(copies.arrays))
+
+
+def aggregated(copies: Copies, aggregation: VariableAggregation, values: list[Any]) -> Any:
+    """Return what the aggregation makes of one value per replica; NONE only with one replica."""
+    if aggregation in _REDUCTIONS:
+        op = _REDUCTIONS[aggregation]
+        reduce_op.check_dtype(f"variable {copies.name!r}", op, values[0].dtype)
+        return copies.placement.communicator.reduce(values, op)
+    return values[0]
+
+
+def _own(value: Any, replica: ReplicaContext) -> Any:
+    if isinstance(value, DistributedValues):
+        return value.on(replica.replica_id_in_sync_group)
+    return value
+
+
+def _one(value: Any, verb: str, copies: Copies) -> Any:
+    """Return the one array that a value means in cross-replica context."""
+    if isinstance(value, PerReplica) or not isinstance(value, DistributedValues):
+        return value
+    return value.on(0) if not hasattr(value, "read_value") else value.read_value()
+
+
+def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
+    if isinstance(value, PerReplica):
+        foreign = value.owner is not None and value.owner is not copies.placement
+        if foreign or len(value) != len(copies.arrays):
+            raise ContextError(
+                f"{verb} of variable {copies.name!r} expected a PerReplica of its own strategy's "
+                f"{len(copies.arrays)} replicas, got one of {len(value)} replicas"
+            )
+        return [copies.checked(part, verb, rank) for rank, part in enumerate(value.values)]
+    return [copies.checked(_one(value, verb, copies), verb, 0)] * len(copies.arrays)
+
+
+SYNC_MODES = {
+    #                                        in replica context
+    #                                        in cross-replica context
+    VariableSynchronization.ON_WRITE: SyncMode(
+        aggregate_then_write, own_copy, write_every_copy_alike, first_copy
+    ),
+    VariableSynchronization.ON_READ: SyncMode(
+        write_own_copy, own_copy, share_out, aggregate_copies
+    ),
+    VariableSynchronization.NONE: SyncMode(write_own_copy, own_copy, write_every_copy, every_copy),
+}
