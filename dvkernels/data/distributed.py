@@ -1,0 +1,306 @@
+"""A dataset whose batches are cut into one part per replica."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from dvkernels.data.checks import check_count
+from dvkernels.data.cursor import Cursor
+from dvkernels.data.dataset import Dataset, known_length
+from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
+from dvkernels.data.shard import even_slices
+from dvkernels.data.state import read_state, write_state
+from dvkernels.errors import DatasetError
+from dvkernels.values.distributed import PerReplica
+
+__all__ = ["DistributedDataset", "DistributedIterator", "DistributedOptional"]
+
+
+def _allow(member: str) -> None:
+    """Check nothing: every context will do."""
+
+
+class DistributedDataset:
+    """A dataset of global batches, each of which all replicas share.
+
+    Each ``iter()`` is the next epoch, from 0 on. It is made by ``strategy.distribute_dataset``.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Its elements are the global batches.
+    num_replicas : int
+        How many parts a batch is cut into, as evenly as it goes, larger ones first; a replica
+        may get an empty part.
+    devices : iterable of Device or str, optional
+        Where the replicas live, one each.
+    check_context : callable, optional
+        Called with the name of the member before anything is delivered; raises where that is
+        not allowed.
+    owner : object, optional
+        Handed on to every ``PerReplica``.
+
+    Examples
+    --------
+    >>> from dvkernels.data.dataset import Dataset
+    >>> distributed = DistributedDataset(Dataset.range(5).batch(3), num_replicas=2)
+    >>> for batch in distributed:
+    ...     print(batch)
+    PerReplica(0: array([0, 1]), 1: array([2]))
+    PerReplica(0: array([3]), 1: array([4]))
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_replicas: int,
+        devices: Iterable[Any] | None = None,
+        *,
+        check_context: Callable[[str], None] = _allow,
+        owner: object = None,
+    ) -> None:
+        if not isinstance(dataset, Dataset):
+            raise DatasetError(
+                f"distribute_dataset: expected a dv.Dataset; got a {type(dataset).__name__}; "
+                "make one with dv.Dataset.from_arrays, from_sequence or from_iterable"
+            )
+        self._dataset = dataset
+        self._num_replicas = check_count("distribute_dataset", "num_replicas", num_replicas, 1)
+        # The devices as PerReplica reads them: parsed once, and as many as there are replicas.
+        self._devices = PerReplica((None,) * self._num_replicas, devices=devices).devices
+        self._check_context = check_context
+        self._owner = owner
+        self._next_epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next ``iter()``; those after it count on from there."""
+        self._next_epoch = check_count("set_epoch", "epoch", epoch, 0)
+
+    def __iter__(self) -> DistributedIterator:
+        epoch = self._next_epoch
+        self._next_epoch += 1
+        return DistributedIterator(
+            self._dataset,
+            self._num_replicas,
+            self._devices,
+            epoch=epoch,
+            check_context=self._check_context,
+            owner=self._owner,
+            on_load=self._follow,
+        )
+
+    def __len__(self) -> int:
+        return known_length(self._dataset.length)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"DistributedDataset({self._dataset!r}, num_replicas={self._num_replicas})"
+
+    def _follow(self, epoch: int) -> None:
+        self._next_epoch = epoch + 1
+
+
+class DistributedOptional:
+    """A batch, or the lack of one at the end of an epoch."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self, *held: Any) -> None:
+        self._held = held
+
+    def has_value(self) -> bool:
+        """Tell whether there is a batch."""
+        return bool(self._held)
+
+    def get_value(self) -> Any:
+        """Return the batch; :class:`DatasetError` if there is none."""
+        if not self._held:
+            raise DatasetError(
+                "get_value: expected a batch; got none, the epoch is over; ask has_value() first"
+            )
+        return self._held[0]
+
+    def __repr__(self) -> str:
+        return f"DistributedOptional({repr(self._held[0]) if self._held else ''})"
+
+
+class DistributedIterator(Iterator[Any]):
+    """Goes through one epoch, and gives each global batch as a nest of ``PerReplica``.
+
+    The parts are views of the batch. If anything raises, be it user code, the position stays:
+    the next ``next()`` tries the same batch again. After the end ``next()`` raises
+    ``StopIteration`` each time. After :meth:`close` the members that deliver or load raise
+    :class:`DatasetError`; the state can still be asked for.
+
+    Made by ``iter(distributed_dataset)``; the parameters are those of :class:`DistributedDataset`
+    and the epoch. ``on_load`` is called with the epoch of a state that has been loaded.
+
+    Examples
+    --------
+    >>> from dvkernels.data.dataset import Dataset
+    >>> dataset = Dataset.range(6).batch(2)
+    >>> iterator = iter(DistributedDataset(dataset, num_replicas=2))
+    >>> next(iterator)
+    PerReplica(0: array([0]), 1: array([1]))
+    >>> state = iterator.state_dict()
+    >>> with iter(DistributedDataset(dataset, num_replicas=1)) as resumed:
+    ...     resumed.load_state_dict(state)
+    ...     next(resumed)
+    PerReplica(0: array([2, 3]))
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_replicas: int,
+        devices: Iterable[Any] | None = None,
+        *,
+        epoch: int = 0,
+        check_context: Callable[[str], None] = _allow,
+        owner: object = None,
+        on_load: Callable[[int], None] | None = None,
+    ) -> None:
+        self._node = dataset.node
+        self._num_replicas = num_replicas
+        self._devices = devices
+        self._check_context = check_context
+        self._owner = owner
+        self._on_load = on_load
+        self._cursor = Cursor(self._node, epoch)
+        self._is_closed = False
+        self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # Of the latest batch length.
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        self._check_context("next(iterator)")
+        return self._advance("next(iterator)")
+
+    def get_next_as_optional(self) -> DistributedOptional:
+        """Return the next batch, or at the end, and ever after it, an object without one."""
+        self._check_context("get_next_as_optional")
+        try:
+            return DistributedOptional(self._advance("get_next_as_optional"))
+        except StopIteration:
+            return DistributedOptional()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, as a small dict that JSON can hold.
+
+        It fits every iterator over a dataset built alike, on any number of replicas.
+        """
+        return write_state(self._node, self._cursor.epoch, self._cursor.position)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the next ``iter()`` of the dataset is the epoch after it.
+
+        Datasets without random access (``from_iterable``, ``filter``) are replayed from their
+        start by the next ``next()``.
+
+        Raises
+        ------
+        DatasetError
+            It is not a state, or that of another pipeline. Nothing has changed.
+        """
+        self._check_open("load_state_dict")
+        epoch, position = read_state(self._node, state)
+        self._cursor.move_to(epoch, position)
+        if self._on_load is not None:
+            self._on_load(epoch)
+
+    def close(self) -> None:
+        """Let go of the source; may be called twice."""
+        self._is_closed = True
+        self._cursor.move_to(self._cursor.epoch, self._cursor.position)
+
+    def __enter__(self) -> Self:
+        self._check_open("with")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self._is_closed else ""
+        return (
+            f"DistributedIterator({self._node!r}, num_replicas={self._num_replicas}, "
+            f"epoch={self._cursor.epoch}, position={self._cursor.position}{closed})"
+        )
+
+    def _check_open(self, member: str) -> None:
+        if self._is_closed:
+            raise DatasetError(
+                f"{member}: expected an open iterator; this one has been closed; "
+                "make a new one with iter(distributed_dataset)"
+            )
+
+    def _advance(self, member: str) -> Any:
+        if self._is_closed:
+            self._check_open(member)
+        nest = self._split(self._cursor.peek())
+        self._cursor.advance()
+        return nest
+
+    def _split(self, batch: Any) -> Any:
+        # The two most frequent nests, one array and a flat tuple, are spared optree's 2 us.
+        if type(batch) is np.ndarray:
+            return self._parts([batch], batch)[0]
+        if is_flat_tuple(batch):
+            return tuple(self._parts(batch, batch))
+        leaves, spec = flatten(batch)
+        if not leaves:
+            raise DatasetError(
+                f"distribute_dataset: expected batches with at least one array; got {batch!r:.80}; "
+                "let the dataset's elements hold something"
+            )
+        return spec.unflatten(self._parts(leaves, batch))
+
+    def _parts(self, leaves: Iterable[Any], batch: Any) -> list[PerReplica[Any]]:
+        length, slices = self._slices
+        parts = []
+        for leaf in leaves:
+            shape = getattr(leaf, "shape", None)
+            if not shape or shape[0] != length:
+                length, slices = self._cut(batch)
+            parts.append(
+                PerReplica(
+                    [leaf[where] for where in slices], devices=self._devices, owner=self._owner
+                )
+            )
+        return parts
+
+    def _cut(self, batch: Any) -> tuple[int, tuple[slice, ...]]:
+        """Check that all leaves have one leading length, and remember its slices."""
+        leaves, _ = flatten(batch)
+        found = []
+        for name, leaf in zip(leaf_names(batch, "batch"), leaves, strict=True):
+            shape = getattr(leaf, "shape", None)
+            if not shape:
+                raise DatasetError(
+                    "distribute_dataset: expected batches, arrays with a leading axis to share "
+                    f"among {self._num_replicas} replicas; got {leaf!r:.80}, a "
+                    f"{type(leaf).__name__}, as {name}; call .batch(global_batch_size) on the "
+                    "dataset"
+                )
+            found.append((name, shape[0]))
+        if len({length for _, length in found}) > 1:
+            lengths = ", ".join(f"{length} for {name}" for name, length in found)
+            raise DatasetError(
+                "distribute_dataset: expected one leading length, that of the global batch; got "
+                f"{lengths}; call .batch(global_batch_size) on the dataset"
+            )
+        length = int(found[0][1])
+        self._slices = (length, even_slices(length, self._num_replicas))
+        return self._slices

@@ -1,0 +1,84 @@
+"""Nests of arrays: stacking elements into a batch, joining batches, naming leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optree
+
+from dvkernels.errors import DatasetError
+
+__all__ = ["concatenate", "flatten", "is_flat_tuple", "leaf_names", "stack", "take"]
+
+
+def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Return the leaves and the structure of ``nest``; None is a leaf."""
+    return optree.tree_flatten(nest, none_is_leaf=True)
+
+
+def is_flat_tuple(nest: Any) -> bool:
+    """Tell whether ``nest`` is a plain, non-empty tuple of arrays: its own list of leaves."""
+    return type(nest) is tuple and bool(nest) and all(type(leaf) is np.ndarray for leaf in nest)
+
+
+def leaf_names(nest: Any, root: str) -> list[str]:
+    """Return the path of each leaf as Python code: ``nest['image'][0]``."""
+    return [path.codify(root) for path in optree.tree_accessors(nest, none_is_leaf=True)]
+
+
+def stack(elements: Sequence[Any]) -> Any:
+    """Stack the elements (one or more) along a new leading axis, leaf by leaf.
+
+    Raises
+    ------
+    DatasetError
+        The structures, or the shapes of a leaf, differ, or a leaf is not an array or a number.
+    """
+    first, spec = flatten(elements[0])
+    rows = [first]
+    for place, element in enumerate(elements[1:], 1):
+        leaves, other = flatten(element)
+        if other != spec:
+            raise DatasetError(
+                "batch: expected the elements of a batch to have one structure; got "
+                f"{spec!s:.200} for its element 0 and {other!s:.200} for its element {place}; "
+                "make them alike with map()"
+            )
+        rows.append(leaves)
+    columns: list[Any] = []
+    for which, column in enumerate(zip(*rows, strict=True)):
+        arrays = [leaf if type(leaf) is np.ndarray else np.asarray(leaf) for leaf in column]
+        for place, (leaf, array) in enumerate(zip(column, arrays, strict=True)):
+            alike = array.shape == arrays[0].shape
+            if alike and (array.dtype != object or hasattr(leaf, "dtype")):
+                continue
+            name = leaf_names(elements[0], "element")[which]
+            if alike:
+                raise DatasetError(
+                    f"batch: expected arrays or numbers to stack; got {leaf!r:.80}, a "
+                    f"{type(leaf).__name__}, as {name} of element {place} of the batch; "
+                    "turn it into an array with map()"
+                )
+            raise DatasetError(
+                f"batch: expected one shape to stack; got {arrays[0].shape} for {name} of element "
+                f"0 of the batch and {array.shape} for that of element {place}; pad or crop with "
+                "map(), or pass drop_remainder=True to an earlier batch()"
+            )
+        columns.append(np.stack(arrays))
+    return spec.unflatten(columns)
+
+
+def concatenate(batches: Sequence[Any]) -> Any:
+    """Join batches (one or more) of one structure along their leading axis, leaf by leaf."""
+    if len(batches) == 1:
+        return batches[0]
+    return optree.tree_map(
+        lambda *leaves: np.concatenate(leaves), batches[0], *batches[1:], none_is_leaf=True
+    )
+
+
+def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+    """Return the rows ``indices`` of every leaf."""
+    return optree.tree_map(lambda leaf: leaf[indices], batch, none_is_leaf=True)

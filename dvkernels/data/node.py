@@ -1,0 +1,90 @@
+"""The node: one source or one transform of a dataset, and what all of them offer.
+
+A dataset is a chain of nodes. A node with random access computes element ``index`` of an epoch
+from the two numbers alone, so its position is its whole state. A sequential node can only be
+gone through from its start; to come back to a place in it, what lies before is replayed.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dvkernels.data.nest import stack
+from dvkernels.errors import DatasetError
+
+__all__ = ["Indices", "Length", "Node", "add_note", "callable_name"]
+
+# math.inf for an endless node, None where it is not known before the end is reached.
+Length = int | float | None
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Node(abc.ABC):
+    """One link of the chain; immutable, so that any number of iterators may share it."""
+
+    length: Length
+    random_access: bool
+    source: Node | None = None
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Return this link as it was written: all that the order of the elements depends on."""
+
+    def element(self, index: int, epoch: int) -> Any:
+        """Return one element; random access only."""
+        raise DatasetError(f"{self.describe()} has no random access")
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        """Return the elements of ``indices`` (one or more), stacked along a new leading axis."""
+        return stack([self.element(index, epoch) for index in indices.tolist()])
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        """Return the elements ``start`` to ``stop`` (one or more), stacked likewise."""
+        return stack([self.element(index, epoch) for index in range(start, stop)])
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Go through an epoch, leaving out its first ``start`` elements."""
+        index = start
+        while self.length is None or index < self.length:
+            yield self.element(index, epoch)
+            index += 1
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        """Return the index at the root source of an element, None where it has no single one."""
+        return None
+
+    @functools.cached_property
+    def pipeline(self) -> tuple[str, ...]:
+        """The descriptions of all links, from the source to this one."""
+        upstream = self.source.pipeline if self.source is not None else ()
+        return (*upstream, self.describe())
+
+    def __repr__(self) -> str:
+        return ".".join(self.pipeline)
+
+
+def callable_name(function: Callable[..., Any]) -> str:
+    """Return a name that is the same in every run, which a ``repr`` with an address is not."""
+    name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else type(function).__qualname__
+
+
+def add_note(error: Exception, verb: str, node: Node, index: int, epoch: int) -> None:
+    """Say on an error of user code where it happened; the caller re-raises it as it is.
+
+    A ``StopIteration`` would end the epoch without a word, so it becomes a ``RuntimeError``.
+    """
+    origin = node.origin(index, epoch) if node.random_access else None
+    where = "" if origin is None or node.source is None else f", index {origin} of the source"
+    note = f"dvkernels: {verb} failed at element {index} of {node!r} (epoch {epoch}{where})"
+    if isinstance(error, StopIteration):
+        fault = RuntimeError(f"{verb} raised StopIteration; return or raise something else")
+        fault.add_note(note)
+        raise fault from error
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)

@@ -1,0 +1,209 @@
+"""Where elements come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from dvkernels.data.checks import LARGEST, check_callable, check_count
+from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
+from dvkernels.data.node import Indices, Node, add_note, callable_name
+from dvkernels.errors import DatasetError
+
+__all__ = ["FromArrays", "FromIterable", "FromSequence", "Range", "SupportsIndexing"]
+
+
+class SupportsIndexing(Protocol):
+    """What has a length and elements 0 to length - 1: lists, PyTorch and grain data sources."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class FromArrays(Node):
+    """The rows of a nest of arrays; batches are views or fancy indexing, never loops."""
+
+    random_access = True
+
+    def __init__(self, nest: Any) -> None:
+        leaves, self._spec = flatten(nest)
+        if not leaves:
+            raise DatasetError(
+                f"from_arrays: expected a nest with at least one array; got {nest!r:.80}; "
+                "pass an array, or a tuple or dict of arrays"
+            )
+        names = leaf_names(nest, "nest")
+        self._arrays = [_rows(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        if len({len(array) for array in self._arrays}) > 1:
+            lengths = ", ".join(
+                f"{name} has {len(array)}" for name, array in zip(names, self._arrays, strict=True)
+            )
+            raise DatasetError(
+                f"from_arrays: expected one leading length; got {lengths} rows; "
+                "cut the arrays to one length, or leave out those that hold something else"
+            )
+        self.length: int = len(self._arrays[0])
+        self._build: Callable[[list[Any]], Any] = self._spec.unflatten
+        if len(leaves) == 1 and leaves[0] is nest:
+            self._build = _only
+        elif is_flat_tuple(nest):
+            self._build = tuple
+
+    def describe(self) -> str:
+        return f"from_arrays(length={self.length})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self._build([array[index] for array in self._arrays])
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        # take() is about twice as fast as [indices], but copies the whole of a strided array.
+        return self._build(
+            [
+                array.take(indices, axis=0) if array.flags.carray else array[indices]
+                for array in self._arrays
+            ]
+        )
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return self._build([array[start:stop] for array in self._arrays])
+
+    def origin(self, index: int, epoch: int) -> int:
+        return index
+
+
+class Range(Node):
+    """The integers 0 to n - 1, as int64."""
+
+    random_access = True
+
+    def __init__(self, n: int) -> None:
+        self.length: int = check_count("range", "n", n, 0)
+        if self.length > LARGEST:
+            raise DatasetError(f"range: expected n of at most 2**62; got {n}; index in two levels")
+
+    def describe(self) -> str:
+        return f"range({self.length})"
+
+    def element(self, index: int, epoch: int) -> np.int64:
+        return np.int64(index)
+
+    def gather(self, indices: Indices, epoch: int) -> Indices:
+        return np.array(indices, np.int64)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Indices:
+        return np.arange(start, stop, dtype=np.int64)
+
+    def origin(self, index: int, epoch: int) -> int:
+        return index
+
+
+class FromSequence(Node):
+    """The elements of whatever has ``__len__`` and ``__getitem__``."""
+
+    random_access = True
+
+    def __init__(self, sequence: SupportsIndexing) -> None:
+        indexable = hasattr(sequence, "__len__") and hasattr(sequence, "__getitem__")
+        if not indexable or isinstance(sequence, Mapping | type):
+            raise DatasetError(
+                "from_sequence: expected an object with __len__ and __getitem__(index); got a "
+                f"{type(sequence).__name__}; use from_iterable(factory) for what can only be "
+                "iterated, from_arrays(nest) for a dict of arrays"
+            )
+        self._sequence = sequence
+        self.length: int = len(sequence)
+
+    def describe(self) -> str:
+        return f"from_sequence(length={self.length})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        try:
+            return self._sequence[index]
+        except Exception as error:
+            add_note(error, f"{type(self._sequence).__name__}.__getitem__", self, index, epoch)
+            raise
+
+    def origin(self, index: int, epoch: int) -> int:
+        return index
+
+
+class FromIterable(Node):
+    """What the iterables that ``factory`` makes yield, one iterable per epoch; sequential."""
+
+    random_access = False
+    length = None
+
+    def __init__(self, factory: Callable[[], Iterable[Any]]) -> None:
+        check_callable(
+            "from_iterable",
+            factory,
+            "pass what makes a new iterable on each call: from_iterable(lambda: iterable); an "
+            "iterator or generator is used up after one epoch and cannot be resumed",
+        )
+        self._factory = factory
+        self._latest: object = None  # The latest iterator, to notice one that comes again.
+
+    def describe(self) -> str:
+        return f"from_iterable({callable_name(self._factory)})"
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        index = 0
+        iterator: Iterator[Any] | None = None
+        try:
+            iterator = self._begin()
+            for element in iterator:
+                if index >= start:
+                    yield element
+                index += 1
+        except DatasetError:
+            raise
+        except Exception as error:
+            add_note(error, callable_name(self._factory), self, index, epoch)
+            raise
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
+
+    def _begin(self) -> Iterator[Any]:
+        iterable: object = self._factory()
+        if not isinstance(iterable, Iterable):
+            raise DatasetError(
+                "from_iterable: expected the factory to return an iterable; got "
+                f"{iterable!r:.80}, a {type(iterable).__name__}; write it as a generator function"
+            )
+        if not isinstance(iterable, Iterator):
+            return iter(iterable)
+        if iterable is self._latest:
+            raise DatasetError(
+                "from_iterable: expected the factory to return a new iterable each time; got "
+                f"the same {type(iterable).__name__} again, which is used up; "
+                "make the iterator inside the factory"
+            )
+        self._latest = iterable
+        return iterable
+
+
+def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return a read-only view of ``leaf``, so that nobody writes into the source by accident."""
+    try:
+        array = np.asarray(leaf)
+    except Exception as error:
+        raise DatasetError(
+            f"from_arrays: expected an array as {name}; got a {type(leaf).__name__} that NumPy "
+            f"cannot read ({error}); convert it to a NumPy array first"
+        ) from error
+    if array.ndim == 0:
+        raise DatasetError(
+            f"from_arrays: expected an array with a leading axis as {name}; got {leaf!r:.80}, "
+            f"a {type(leaf).__name__}; lists are containers here, so wrap numbers in np.asarray"
+        )
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _only(leaves: list[Any]) -> Any:
+    return leaves[0]

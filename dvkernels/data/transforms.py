@@ -1,0 +1,307 @@
+"""What can be done to a dataset, one node each; the shuffle has a file of its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dvkernels.data.checks import check_callable, check_count
+from dvkernels.data.nest import concatenate, stack, take
+from dvkernels.data.node import Indices, Length, Node, add_note, callable_name
+from dvkernels.errors import DatasetError
+
+__all__ = ["Batch", "Filter", "Map", "Repeat", "Shard", "Skip", "Take"]
+
+# Epochs of one endless repeat are this far apart: no two of its repetitions share an epoch.
+_ENDLESS_STRIDE = 2**32
+
+
+class _Transform(Node):
+    """A node with a source, which knows where to look for an element of its own."""
+
+    source: Node
+
+    def __init__(self, source: Node, length: Length) -> None:
+        self.source = source
+        self.length = length
+        self.random_access = source.random_access
+
+
+class Map(_Transform):
+    """``fn(element)`` of every element."""
+
+    def __init__(self, source: Node, fn: Callable[[Any], Any], num_workers: int = 0) -> None:
+        check_callable("map", fn, "pass a function of one element")
+        if check_count("map", "num_workers", num_workers, 0):
+            raise DatasetError(
+                f"map: expected num_workers=0; got {num_workers}; workers are not implemented "
+                "yet: leave the argument out"
+            )
+        super().__init__(source, source.length)
+        self._fn = fn
+
+    def describe(self) -> str:
+        return f"map({callable_name(self._fn)})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self._apply(self.source.element(index, epoch), index, epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        for index, element in enumerate(self.source.iterate(epoch, start), start):
+            yield self._apply(element, index, epoch)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index, epoch)
+
+    def _apply(self, element: Any, index: int, epoch: int) -> Any:
+        try:
+            return self._fn(element)
+        except Exception as error:
+            add_note(error, self.describe(), self.source, index, epoch)
+            raise
+
+
+class Filter(_Transform):
+    """The elements for which ``predicate(element)`` is true; sequential."""
+
+    def __init__(self, source: Node, predicate: Callable[[Any], object]) -> None:
+        check_callable("filter", predicate, "pass a function of one element that returns a bool")
+        super().__init__(source, 0 if source.length == 0 else None)
+        self.random_access = False
+        self._predicate = predicate
+
+    def describe(self) -> str:
+        return f"filter({callable_name(self._predicate)})"
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        passed = (
+            element
+            for index, element in enumerate(self.source.iterate(epoch))
+            if self._passes(element, index, epoch)
+        )
+        return itertools.islice(passed, start, None)
+
+    def _passes(self, element: Any, index: int, epoch: int) -> bool:
+        try:
+            return bool(self._predicate(element))
+        except Exception as error:
+            add_note(error, self.describe(), self.source, index, epoch)
+            raise
+
+
+class Batch(_Transform):
+    """Runs of ``size`` elements, stacked along a new leading axis."""
+
+    def __init__(self, source: Node, size: int, drop_remainder: bool) -> None:
+        self._size = check_count("batch", "size", size, 1)
+        if not isinstance(drop_remainder, bool):
+            raise DatasetError(
+                f"batch: expected drop_remainder to be True or False; got {drop_remainder!r}"
+            )
+        self._drops = drop_remainder
+        length = source.length
+        if isinstance(length, int):
+            length = length // self._size if drop_remainder else -(-length // self._size)
+        super().__init__(source, length)
+
+    def describe(self) -> str:
+        return f"batch({self._size}{', drop_remainder=True' if self._drops else ''})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        start = index * self._size
+        stop = start + self._size
+        length = self.source.length
+        if length is not None and stop > length:
+            stop = int(length)
+        return self.source.batch(start, stop, epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        if self.random_access:
+            yield from super().iterate(epoch, start)
+            return
+        elements = self.source.iterate(epoch, start * self._size)
+        while run := list(itertools.islice(elements, self._size)):
+            if len(run) < self._size and self._drops:
+                return
+            yield stack(run)
+
+
+class Repeat(_Transform):
+    """``count`` passes over the source, endlessly many for None.
+
+    Repetition r of epoch e is epoch ``e * count + r`` of the source, so that a shuffle before it
+    reshuffles for each; of an endless one it is epoch ``e * 2**32 + r``.
+    """
+
+    def __init__(self, source: Node, count: int | None) -> None:
+        if count is not None:
+            count = check_count(
+                "repeat", "count", count, 0, "leave it out, or pass None, to repeat without end"
+            )
+        self._count = count
+        self._stride = _ENDLESS_STRIDE if count is None else count
+        length = source.length
+        if length == 0 or count == 0:
+            length = 0
+        elif length is not None:
+            length = math.inf if count is None or length == math.inf else length * count
+        super().__init__(source, length)
+        self._period = source.length
+
+    def describe(self) -> str:
+        return f"repeat({'' if self._count is None else self._count})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        repetition, place = self._place(index)
+        return self.source.element(place, epoch * self._stride + repetition)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        pieces = []
+        while start < stop:
+            repetition, place = self._place(start)
+            end = place + stop - start
+            if self._period is not None and end > self._period:
+                end = int(self._period)
+            pieces.append(self.source.batch(place, end, epoch * self._stride + repetition))
+            start += end - place
+        return concatenate(pieces)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        if self._period is None or self._period == math.inf:
+            return self.source.gather(indices, epoch * self._stride)
+        repetitions, places = np.divmod(indices, np.int64(self._period))
+        passes = np.unique(repetitions).tolist()
+        if len(passes) == 1:
+            return self.source.gather(places, epoch * self._stride + passes[0])
+        rows = [np.flatnonzero(repetitions == repetition) for repetition in passes]
+        pieces = [
+            self.source.gather(places[where], epoch * self._stride + repetition)
+            for where, repetition in zip(rows, passes, strict=True)
+        ]
+        return take(concatenate(pieces), np.argsort(np.concatenate(rows)))
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        if self.random_access:
+            yield from super().iterate(epoch, start)
+            return
+        repetitions = itertools.count() if self._count is None else range(self._count)
+        for repetition in repetitions:
+            is_empty = True
+            for element in self.source.iterate(epoch * self._stride + repetition):
+                is_empty = False
+                if start > 0:
+                    start -= 1
+                else:
+                    yield element
+            if is_empty:  # So would be all the others, and an endless one would hang.
+                return
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        repetition, place = self._place(index)
+        return self.source.origin(place, epoch * self._stride + repetition)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if self._period is None or self._period == math.inf:
+            return 0, index
+        return divmod(index, int(self._period))
+
+
+class Take(_Transform):
+    """The first ``count`` elements."""
+
+    def __init__(self, source: Node, count: int) -> None:
+        self._count = check_count("take", "n", count, 0, "leave take() out to have all elements")
+        length: Length = None
+        if self._count == 0:
+            length = 0
+        elif source.length is not None:
+            length = int(min(source.length, self._count))
+        super().__init__(source, length)
+
+    def describe(self) -> str:
+        return f"take({self._count})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.element(index, epoch)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        return self.source.gather(indices, epoch)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return self.source.batch(start, stop, epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        wanted = max(0, self._count - start)
+        return itertools.islice(self.source.iterate(epoch, start), wanted)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index, epoch)
+
+
+class Skip(_Transform):
+    """All but the first ``count`` elements."""
+
+    def __init__(self, source: Node, count: int) -> None:
+        self._count = check_count("skip", "n", count, 0, "use take() to keep only the first ones")
+        length = source.length
+        if isinstance(length, int):
+            length = max(0, length - self._count)
+        super().__init__(source, length)
+
+    def describe(self) -> str:
+        return f"skip({self._count})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.element(index + self._count, epoch)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        return self.source.gather(indices + self._count, epoch)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return self.source.batch(start + self._count, stop + self._count, epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        return self.source.iterate(epoch, start + self._count)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index + self._count, epoch)
+
+
+class Shard(_Transform):
+    """Elements ``index``, ``index + num``, ``index + 2 * num`` and so on."""
+
+    def __init__(self, source: Node, num: int, index: int) -> None:
+        self._num = check_count("shard", "num", num, 1)
+        self._index = check_count("shard", "index", index, 0)
+        if self._index >= self._num:
+            raise DatasetError(
+                f"shard: expected index to be one of 0 to {self._num - 1} for num={self._num}; "
+                f"got {self._index}"
+            )
+        length = source.length
+        if isinstance(length, int):
+            length = max(0, -(-(length - self._index) // self._num))
+        super().__init__(source, length)
+
+    def describe(self) -> str:
+        return f"shard({self._num}, {self._index})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.element(index * self._num + self._index, epoch)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        return self.source.gather(indices * self._num + self._index, epoch)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return self.gather(np.arange(start, stop, dtype=np.int64), epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        elements = self.source.iterate(epoch, start * self._num + self._index)
+        return itertools.islice(elements, 0, None, self._num)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index * self._num + self._index, epoch)

@@ -1,0 +1,215 @@
+import json
+
+import numpy as np
+import pytest
+
+from dvkernels.data.dataset import Dataset
+from dvkernels.data.distributed import DistributedDataset, DistributedIterator
+from dvkernels.errors import ContextError, DatasetError, DeviceError
+from dvkernels.values.distributed import PerReplica
+
+
+def parts(batch):
+    return [part.tolist() for part in batch.values]
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "replicas", "expected"),
+    [
+        (8, 4, 2, [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
+        (9, 4, 2, [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8], []]]),
+        (8, 8, 3, [[[0, 1, 2], [3, 4, 5], [6, 7]]]),
+        (4, 4, 3, [[[0, 1], [2], [3]]]),
+        (1, 4, 2, [[[0], []]]),
+        (0, 4, 2, []),
+    ],
+)
+def test_batches_are_split_evenly(n, size, replicas, expected):
+    distributed = DistributedDataset(Dataset.range(n).batch(size), replicas)
+    assert [parts(batch) for batch in distributed] == expected
+    assert len(distributed) == len(expected)
+
+
+def test_parts_are_views_and_the_nest_is_kept():
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
+    for nest in (x, (x, y), {"x": x, "y": [y]}):
+        batch = next(iter(DistributedDataset(Dataset.from_arrays(nest).batch(4), 2)))
+        leaf = batch if nest is x else batch[0] if isinstance(nest, tuple) else batch["x"]
+        assert isinstance(leaf, PerReplica)
+        assert all(np.shares_memory(part, x) for part in leaf.values)
+    assert isinstance(batch["y"][0], PerReplica)
+
+
+def test_devices_are_handed_on():
+    batch = next(iter(DistributedDataset(Dataset.range(4).batch(2), 2, ["cpu:0", "cpu:1"])))
+    assert [str(device) for device in batch.devices] == ["cpu:0", "cpu:1"]
+    with pytest.raises(DeviceError):
+        DistributedDataset(Dataset.range(4), 2, ["cpu:0"])
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Dataset.range(4),
+        Dataset.from_sequence([1, 2]),
+        Dataset.from_sequence([None]),
+        Dataset.from_sequence([(np.zeros(2), np.zeros(3))]),
+        Dataset.from_sequence([{"a": np.zeros(2), "b": 3}]),
+    ],
+)
+def test_what_is_not_batched_is_refused(dataset):
+    iterator = iter(DistributedDataset(dataset, 2))
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=r"call \.batch\(global_batch_size\)"):
+            next(iterator)
+    assert iterator.state_dict()["position"] == 0
+
+
+def test_each_iter_is_the_next_epoch():
+    distributed = DistributedDataset(Dataset.range(50).shuffle(seed=0).batch(50), 1)
+    epochs = [parts(batch)[0] for _ in range(3) for batch in distributed]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    distributed.set_epoch(1)
+    assert parts(next(iter(distributed)))[0] == epochs[1]
+    assert parts(next(iter(distributed)))[0] == epochs[2]
+    for wrong in (-1, True, 1.0, None):
+        with pytest.raises(DatasetError, match="epoch"):
+            distributed.set_epoch(wrong)
+
+
+def test_loading_a_state_moves_the_epochs_on():
+    distributed = DistributedDataset(Dataset.range(4).batch(2), 1)
+    iterator = iter(distributed)
+    iterator.load_state_dict({**iterator.state_dict(), "epoch": 5})
+    assert iter(distributed).state_dict()["epoch"] == 6
+
+
+def test_get_next_as_optional():
+    iterator = iter(DistributedDataset(Dataset.range(2).batch(2), 1))
+    first = iterator.get_next_as_optional()
+    assert first.has_value()
+    assert parts(first.get_value()) == [[0, 1]]
+    for _ in range(2):
+        last = iterator.get_next_as_optional()
+        assert not last.has_value()
+        with pytest.raises(DatasetError, match="has_value"):
+            last.get_value()
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            next(iterator)
+
+
+def test_close():
+    with iter(DistributedDataset(Dataset.range(4).batch(2), 1)) as iterator:
+        next(iterator)
+    iterator.close()
+    assert iterator.state_dict()["position"] == 1
+    for use in (
+        lambda: next(iterator),
+        iterator.get_next_as_optional,
+        lambda: iterator.load_state_dict(iterator.state_dict()),
+        iterator.__enter__,
+    ):
+        with pytest.raises(DatasetError, match="closed"):
+            use()
+
+
+def test_close_ends_the_generator_of_the_user():
+    ended = []
+
+    def count():
+        try:
+            yield from range(10)
+        finally:
+            ended.append(True)
+
+    iterator = iter(DistributedDataset(Dataset.from_iterable(count).batch(2), 1))
+    next(iterator)
+    iterator.close()
+    assert ended == [True]
+
+
+def test_the_context_is_checked_first():
+    members = []
+
+    def refuse(member):
+        members.append(member)
+        raise ContextError(member)
+
+    iterator = DistributedIterator(Dataset.range(4).batch(2), 1, check_context=refuse)
+    for use in (lambda: next(iterator), iterator.get_next_as_optional):
+        with pytest.raises(ContextError):
+            use()
+    assert members == ["next(iterator)", "get_next_as_optional"]
+    distributed = DistributedDataset(Dataset.range(4).batch(2), 1, check_context=refuse)
+    with pytest.raises(ContextError):
+        next(iter(distributed))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_failed_next_leaves_the_iterator_usable(sequential):
+    fails = {2}
+
+    def once(x):
+        if int(x) in fails:
+            fails.clear()
+            raise KeyError(int(x))
+        return x
+
+    dataset = Dataset.range(6).map(once)
+    if sequential:
+        dataset = dataset.filter(lambda x: True)
+    iterator = iter(DistributedDataset(dataset.batch(2), 2))
+    assert parts(next(iterator)) == [[0], [1]]
+    with pytest.raises(KeyError):
+        next(iterator)
+    assert iterator.state_dict()["position"] == 1
+    assert [parts(batch) for batch in iterator] == [[[2], [3]], [[4], [5]]]
+
+
+def fitting_state():
+    return iter(DistributedDataset(Dataset.range(8).batch(2), 2)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (None, "NoneType"),
+        ("{}", "json.loads"),
+        ({}, "lacks format"),
+        ({**fitting_state(), "extra": 1}, "also has extra"),
+        ({**fitting_state(), "format": "zip"}, "'zip'"),
+        ({**fitting_state(), "version": 2}, "newer"),
+        ({**fitting_state(), "version": "1"}, "version"),
+        ({**fitting_state(), "epoch": -1}, "epoch"),
+        ({**fitting_state(), "epoch": True}, "epoch"),
+        ({**fitting_state(), "position": 1.5}, "position"),
+        ({**fitting_state(), "position": 5}, "at most 4"),
+        ({**fitting_state(), "pipeline": "range(8)"}, "list of strings"),
+        ({**fitting_state(), "pipeline": ["range(8)", 3]}, "list of strings"),
+        ({**fitting_state(), "pipeline": ["range(8)", "batch(4)"]}, "was batch(4)"),
+        ({**fitting_state(), "pipeline": ["range(8)"]}, "was nothing"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(state, words):
+    iterator = iter(DistributedDataset(Dataset.range(8).batch(2), 2))
+    next(iterator)
+    before = iterator.state_dict()
+    with pytest.raises(DatasetError) as caught:
+        iterator.load_state_dict(state)
+    assert words in str(caught.value)
+    assert iterator.state_dict() == before
+    assert parts(next(iterator)) == [[2], [3]]
+
+
+def test_the_state_is_small_json():
+    text = json.dumps(fitting_state())
+    assert json.loads(text) == fitting_state()
+    assert len(text) < 200
+
+
+def test_a_dataset_is_needed():
+    with pytest.raises(DatasetError, match="from_arrays"):
+        DistributedDataset([1, 2], 2)
+    with pytest.raises(DatasetError, match="num_replicas"):
+        DistributedDataset(Dataset.range(3), 0)
