@@ -1,0 +1,32 @@
+"""Data parallelism for people who compute with NumPy, Numba and CuPy.
+
+Three doors: ``dvkernels.kernels`` (plain arrays in, plain arrays out), the asv benchmarks, and the
+strategies, variables and datasets of this module, with the programming model of
+``tf.distribute``.
+"""
+
+from dvkernels import errors as errors
+from dvkernels._version import __version__ as __version__
+from dvkernels.communicators.base import Communicator as Communicator
+from dvkernels.context import ReplicaContext as ReplicaContext
+from dvkernels.context import get_replica_context as get_replica_context
+from dvkernels.context import get_strategy as get_strategy
+from dvkernels.context import has_strategy as has_strategy
+from dvkernels.context import in_cross_replica_context as in_cross_replica_context
+from dvkernels.data.dataset import Dataset as Dataset
+from dvkernels.data.distributed import DistributedDataset as DistributedDataset
+from dvkernels.data.distributed import DistributedIterator as DistributedIterator
+from dvkernels.devices.base import Device as Device
+from dvkernels.devices.registry import list_devices as list_devices
+from dvkernels.reduce_op import ReduceOp as ReduceOp
+from dvkernels.strategies.base import Strategy as Strategy
+from dvkernels.strategies.base import ValueContext as ValueContext
+from dvkernels.strategies.base import set_strategy as set_strategy
+from dvkernels.strategies.mirrored import MirroredStrategy as MirroredStrategy
+from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
+from dvkernels.values.distributed import DistributedValues as DistributedValues
+from dvkernels.values.distributed import Mirrored as Mirrored
+from dvkernels.values.distributed import PerReplica as PerReplica
+from dvkernels.variables.modes import VariableAggregation as VariableAggregation
+from dvkernels.variables.modes import VariableSynchronization as VariableSynchronization
+from dvkernels.variables.variable import Variable as Variable

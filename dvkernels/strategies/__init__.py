@@ -1,0 +1,1 @@
+"""Door 3: a strategy is devices, a communicator and a placement of variables."""

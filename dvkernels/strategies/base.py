@@ -1,0 +1,410 @@
+"""A strategy: devices, a communicator, and a placement of variables on the devices."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Token
+from typing import Any, Self
+
+from dvkernels import context, reduce_op
+from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.placement import Placement
+from dvkernels.communicators.rendezvous import Step
+from dvkernels.context import Frame, ReplicaContext
+from dvkernels.data.dataset import Dataset
+from dvkernels.data.distributed import DistributedDataset
+from dvkernels.devices.base import Device
+from dvkernels.errors import BufferMismatchError, ContextError, DatasetError
+from dvkernels.reduce_op import ReduceOp
+from dvkernels.strategies import runner
+from dvkernels.strategies.reduction import reduce_along
+from dvkernels.values import regroup
+from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
+from dvkernels.variables.variable import Variable
+
+__all__ = ["Strategy", "ValueContext"]
+
+
+class ValueContext:
+    """Which replica a value is made for, in ``distribute_values_from_function``."""
+
+    __slots__ = ("num_replicas_in_sync", "replica_id_in_sync_group")
+
+    def __init__(self, replica_id_in_sync_group: int, num_replicas_in_sync: int) -> None:
+        self.replica_id_in_sync_group = replica_id_in_sync_group
+        self.num_replicas_in_sync = num_replicas_in_sync
+
+
+class Strategy:
+    """How a computation is spread over replicas. Use one of its final kinds.
+
+    Parameters
+    ----------
+    devices : tuple of Device
+        One per replica.
+    communicator : Communicator
+        Of as many ranks.
+
+    Notes
+    -----
+    A strategy is a context manager that closes itself. Its threads are made at the first ``run``
+    and end with it: by ``close()``, ``with``, or when it is dropped.
+    """
+
+    def __init__(self, devices: tuple[Device, ...], communicator: Communicator) -> None:
+        name = f"{type(self).__name__}({', '.join(str(device) for device in devices)})"
+        self._placement = Placement(devices, communicator, name)
+        self._runner = runner.Runner(len(devices))
+        weakref.finalize(self, self._runner.close)
+
+    # -- what it is -----------------------------------------------------------------------------
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """The number of replicas that a batch is divided over."""
+        return self._placement.num_replicas
+
+    @property
+    def worker_devices(self) -> tuple[Device, ...]:
+        """Where the replicas compute, in replica order."""
+        return self._placement.replica_devices
+
+    @property
+    def parameter_devices(self) -> tuple[Device, ...]:
+        """Where variables live."""
+        return self._placement.replica_devices
+
+    @property
+    def cluster_resolver(self) -> None:
+        """None: all replicas are in this process."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"<{self._placement.name}>"
+
+    def close(self) -> None:
+        """End the replica threads. Variables stay readable; ``run`` raises ``ContextError``."""
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __copy__(self) -> Self:
+        raise TypeError("a strategy cannot be copied: its variables belong to it alone")
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        raise TypeError("a strategy cannot be copied: its variables belong to it alone")
+
+    # -- contexts -------------------------------------------------------------------------------
+
+    def scope(self) -> Scope:
+        """Return a context manager that makes this the current strategy.
+
+        Variables created inside get one copy per replica. May be entered again inside itself.
+        Inside another strategy's scope, or in a replica, entering raises ``ContextError``.
+        """
+        return Scope(self, self._placement)
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call ``fn`` once per replica, at the same time, each in its replica context.
+
+        Parameters
+        ----------
+        fn : callable
+            Runs for replica 0 on the calling thread, for the others on threads of the strategy;
+            Python code shares the interpreter, NumPy and nogil Numba code runs in parallel.
+        args : list or tuple
+        kwargs : dict, optional
+            Distributed values in them, at any depth, are replaced by the replica's component;
+            variables are passed as they are.
+
+        Returns
+        -------
+        PerReplica, or a nest of them
+            None only if every replica returned None.
+
+        Raises
+        ------
+        Exception
+            What a replica raised, as it is: of the lowest replica that raised by itself.
+        CollectiveMismatchError
+            The replicas disagreed in a collective. The next run works.
+        ContextError
+            Called in a replica, under another strategy's scope, or after ``close``.
+        ValueError
+            The replicas returned different structures.
+        """
+        frame = context.require_cross_replica(self._placement, "run")
+        if not isinstance(args, (list, tuple)):
+            raise ValueError(
+                f"run: positional args must be a list or tuple, got {type(args).__name__}; "
+                f"write run(fn, args=(x,))"
+            )
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ValueError(f"run: kwargs must be a dict, got {type(kwargs).__name__}")
+        num_replicas = self.num_replicas_in_sync
+        if args or kwargs:
+            positional = self._dealt(tuple(args), "run")
+            named = self._dealt(dict(kwargs or {}), "run")
+        else:
+            positional, named = [()] * num_replicas, [{}] * num_replicas
+
+        placement = self._placement
+
+        def replica(step: Step, rank: int) -> Any:
+            here = ReplicaContext(placement, step, rank, self)
+            context.enter(Frame(placement, self, here))
+            return fn(*positional[rank], **named[rank])
+
+        nested = frame is not None and frame.merging
+        results = self._runner.run(replica, nested)
+        return regroup.regroup(results, placement.replica_devices, placement)
+
+    # -- bringing values together ---------------------------------------------------------------
+
+    def reduce(
+        self, op: ReduceOp | str, value: Any, axis: int | Sequence[int] | None = None
+    ) -> Any:
+        """Reduce one value per replica to one array.
+
+        Parameters
+        ----------
+        op : ReduceOp or str
+        value : PerReplica, Mirrored or Variable, or a nest of them
+            A variable counts as one value per replica. Plain values raise ValueError.
+        axis : int or list of int, optional
+            Also reduce each replica's elements along these axes; MEAN weighs replicas by their
+            number of elements, so uneven batches give the mean of all examples.
+
+        Returns
+        -------
+        array, or a nest of them
+            New, owned by the caller.
+        """
+        context.require_cross_replica(self._placement, "reduce")
+        reduction = reduce_op.parse(op)
+        communicator = self._placement.communicator
+
+        def one(leaf: Any) -> Any:
+            arrays = self._arrays("reduce", leaf)
+            if axis is not None:
+                return reduce_along(reduction, arrays, axis, communicator)
+            reduce_op.check_dtype("reduce", reduction, arrays[0].dtype)
+            _check_alike("reduce", arrays)
+            return communicator.reduce(arrays, reduction)
+
+        return regroup.map_leaves(one, value)
+
+    def gather(self, value: Any, axis: int = 0) -> Any:
+        """Concatenate one value per replica along ``axis``, in replica order.
+
+        Lengths along ``axis`` may differ; scalars are stacked. Returns a new array, or a nest.
+        """
+        context.require_cross_replica(self._placement, "gather")
+
+        def one(leaf: Any) -> Any:
+            arrays = self._arrays("gather", leaf)
+            ready, axes, described = context.gatherable("gather", arrays, axis, 0)
+            for rank, spec in enumerate(described):
+                if spec != described[0]:
+                    raise BufferMismatchError(
+                        f"gather along axis {axis} needs one dtype, and one length along every "
+                        f"other axis: replica 0 holds {described[0]}, replica {rank} holds {spec}"
+                    )
+            return self._placement.communicator.all_gather(ready, axes[0])[0]
+
+        return regroup.map_leaves(one, value)
+
+    def local_results(self, value: Any) -> tuple[Any, ...]:
+        """Return what each replica of this process holds, as a tuple.
+
+        Of a nest, a tuple of nests. A plain value stands for each replica.
+        """
+        return tuple(self._dealt(value, "local_results", variables=True))
+
+    def distribute_values_from_function(self, fn: Callable[[ValueContext], Any]) -> Any:
+        """Return a ``PerReplica`` of ``fn(ctx)``, one call per replica in order.
+
+        ``ctx`` has ``replica_id_in_sync_group`` and ``num_replicas_in_sync``. A nest gives a nest
+        of ``PerReplica``.
+        """
+        context.require_cross_replica(self._placement, "distribute_values_from_function")
+        num_replicas = self.num_replicas_in_sync
+        made = [fn(ValueContext(rank, num_replicas)) for rank in range(num_replicas)]
+        flat = [regroup.flatten(result) for result in made]
+        for rank, (_, structure) in enumerate(flat):
+            if structure != flat[0][1]:
+                raise ValueError(
+                    f"distribute_values_from_function: replica 0 got {flat[0][1]}, replica {rank} "
+                    f"{structure}; return the same nest for every replica"
+                )
+        columns = zip(*(leaves for leaves, _ in flat), strict=True)
+        return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
+
+    # -- input ----------------------------------------------------------------------------------
+
+    def distribute_dataset(self, dataset: Dataset, options: None = None) -> DistributedDataset:
+        """Split each batch of a dataset over the replicas, as evenly as it goes.
+
+        Parameters
+        ----------
+        dataset : Dataset
+            Its ``batch(size)`` is the global batch.
+        options : None
+            Input options are not available in this version.
+        """
+        context.require_cross_replica(self._placement, "distribute_dataset")
+        if not isinstance(dataset, Dataset):
+            raise DatasetError(
+                f"distribute_dataset expected a dvkernels.Dataset, got a {type(dataset).__name__}; "
+                f"make one with Dataset.from_arrays, from_sequence or from_iterable"
+            )
+        if options is not None:
+            raise DatasetError("distribute_dataset: options are not available in this version")
+        placement = self._placement
+
+        def check_context(verb: str) -> None:
+            context.require_cross_replica(placement, verb)
+
+        return DistributedDataset(
+            dataset,
+            self.num_replicas_in_sync,
+            self.worker_devices,
+            check_context=check_context,
+            owner=placement,
+        )
+
+    # -- what they share ------------------------------------------------------------------------
+
+    def _per_replica(self, values: Sequence[Any]) -> PerReplica[Any]:
+        return PerReplica(values, devices=self.worker_devices, owner=self._placement)
+
+    def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
+        owner = getattr(value, "owner", None)
+        unscoped = owner is context.UNSCOPED and isinstance(value, Variable)
+        foreign = owner is not None and owner is not self._placement and not unscoped
+        if foreign or (len(value.values) != self.num_replicas_in_sync and not unscoped):
+            whose = f" of {owner.name}" if foreign and isinstance(owner, Placement) else ""
+            raise ContextError(
+                f"{verb}: expected one value for each of the {self.num_replicas_in_sync} replicas "
+                f"of {self._placement.name}, got a {type(value).__name__} of "
+                f"{len(value.values)} values{whose}"
+            )
+
+    def _dealt(self, nest: Any, verb: str, *, variables: bool = False) -> list[Any]:
+        """Return one nest per replica, with each distributed value replaced by its component."""
+        leaves, structure = regroup.flatten(nest)
+        distributed = [
+            isinstance(leaf, DistributedValues) and (variables or not isinstance(leaf, Variable))
+            for leaf in leaves
+        ]
+        for leaf, apart in zip(leaves, distributed, strict=True):
+            if apart:
+                self._check_fits(verb, leaf)
+
+        def component(leaf: Any, rank: int) -> Any:
+            return leaf.values[rank if len(leaf.values) > 1 else 0]
+
+        return [
+            regroup.unflatten(
+                structure,
+                [
+                    component(leaf, rank) if apart else leaf
+                    for leaf, apart in zip(leaves, distributed, strict=True)
+                ],
+            )
+            for rank in range(self.num_replicas_in_sync)
+        ]
+
+    def _arrays(self, verb: str, leaf: Any) -> list[Any]:
+        """Return a distributed value's components as arrays; refuse plain values."""
+        if not isinstance(leaf, PerReplica | Mirrored | Variable):
+            raise ValueError(
+                f"{verb}: expected one value per replica (PerReplica, Mirrored or Variable), got a "
+                f"plain {type(leaf).__name__}; it is the same on all replicas, so there is nothing "
+                f"to {verb}"
+            )
+        self._check_fits(verb, leaf)
+        values = leaf.values
+        if len(values) < self.num_replicas_in_sync:
+            values = values * self.num_replicas_in_sync
+        return [context.as_array(value, verb, rank) for rank, value in enumerate(values)]
+
+
+def _check_alike(verb: str, arrays: list[Any]) -> None:
+    first = context.Spec(arrays[0].shape, arrays[0].dtype)
+    for rank, array in enumerate(arrays):
+        spec = context.Spec(array.shape, array.dtype)
+        if spec != first:
+            raise BufferMismatchError(
+                f"{verb} needs one shape and dtype: replica {rank} holds {spec}, replica 0 holds "
+                f"{first}; pad or cast first, or give the axis to reduce along"
+            )
+
+
+class Scope:
+    """The context manager that ``strategy.scope()`` returns; yields the strategy."""
+
+    def __init__(self, strategy: Strategy, placement: Placement) -> None:
+        self._strategy = strategy
+        self._placement = placement
+        self._entered: list[tuple[Frame, Token[Frame]]] = []
+
+    def __enter__(self) -> Strategy:
+        """Make the strategy the current one."""
+        here = context.explicit()
+        if here is not None and (here.replica is not None or here.placement is not self._placement):
+            context.require_cross_replica(self._placement, "scope")
+        merging = here is not None and here.merging
+        frame = Frame(self._placement, self._strategy, merging=merging)
+        self._entered.append((frame, context.enter(frame)))
+        return self._strategy
+
+    def __exit__(self, *_: object) -> None:
+        """Make the strategy that was current before current again."""
+        frame, token = self._entered[-1]
+        if context.explicit() is not frame:
+            raise ContextError(
+                f"the scope of {self._placement.name} was left out of order; leave the inner scope "
+                f"first (use with statements)"
+            )
+        self._entered.pop()
+        context.leave(token)
+
+
+def set_strategy(strategy: Strategy | None) -> None:
+    """Make a strategy apply wherever no scope does, as if its scope were entered; None resets.
+
+    Meant to be called once, at the start of a program. Inside a scope or a replica it raises
+    ``ContextError``.
+    """
+    if context.explicit() is not None:
+        raise ContextError(
+            "set_strategy must not be called inside a strategy's scope or run; call it at the "
+            "start of the program"
+        )
+    if strategy is None:
+        context.set_global(None)
+    elif isinstance(strategy, Strategy):
+        context.set_global(Frame(strategy._placement, strategy))
+    else:
+        raise TypeError(f"set_strategy expected a strategy or None, got {type(strategy).__name__}")
+
+
+# Names that code written for tf.distribute uses for the same methods.
+_OTHER_NAMES = {
+    "experimental_distribute_dataset": "distribute_dataset",
+    "experimental_local_results": "local_results",
+    "experimental_distribute_values_from_function": "distribute_values_from_function",
+}
+for _other, _method in _OTHER_NAMES.items():
+    setattr(Strategy, _other, getattr(Strategy, _method))

@@ -1,0 +1,100 @@
+"""The threads of a strategy: one per replica, kept alive between steps.
+
+Replica 0 runs on the thread that called ``run``, the others on threads of the crew. They hold no
+reference to the strategy, so dropping it ends them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dvkernels.communicators import rendezvous
+from dvkernels.communicators.gates import Gates
+
+__all__: list[str] = []
+
+_JOIN_SECONDS = 5.0
+
+
+class _Inbox:
+    """One slot for a task, and the gate its thread waits at."""
+
+    __slots__ = ("gate", "gates", "task")
+
+    def __init__(self, gates: Gates, gate: int) -> None:
+        self.task: Callable[[], None] | None = None
+        self.gates = gates
+        self.gate = gate
+
+    def take(self) -> Callable[[], None]:
+        task = None
+        while task is None:  # the gate of a step that was interrupted may have no task behind it
+            self.gates.wait(self.gate)
+            self.gates.close(self.gate)
+            task, self.task = self.task, None
+        return task
+
+
+class Crew:
+    """Threads for the replicas 1 to n - 1 of a step, and the gates between all n of them.
+
+    The threads end when the crew is dropped.
+    """
+
+    def __init__(self, num_replicas: int) -> None:
+        first = rendezvous.num_gates(num_replicas)  # before it come the gates of the step
+        self._gates = Gates(first + num_replicas - 1, num_replicas)
+        self._num_replicas = num_replicas
+        self._inboxes = [_Inbox(self._gates, first + k) for k in range(num_replicas - 1)]
+        threads = [
+            threading.Thread(
+                target=_work, args=(inbox,), name=f"dvkernels-replica-{rank}", daemon=True
+            )
+            for rank, inbox in enumerate(self._inboxes, start=1)
+        ]
+        weakref.finalize(self, _stop, self._inboxes, threads, os.getpid())
+        for thread in threads:
+            thread.start()
+
+    def step(self) -> rendezvous.Step:
+        """Return a new step between these threads and the caller."""
+        self._gates.close_first(rendezvous.num_gates(self._num_replicas))
+        return rendezvous.Step(self._num_replicas, self._gates)
+
+    def start(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Start one task on each thread; a task never raises, and the thread is idle before."""
+        for inbox, task in zip(self._inboxes, tasks, strict=True):
+            inbox.task = task
+        *others, last = self._inboxes
+        for inbox in others:
+            self._gates.open(inbox.gate)
+        self._gates.open_and_let_run(last.gate, rendezvous.rest_gate(self._num_replicas))
+
+
+def _end() -> None:
+    """Tell a thread to end."""
+
+
+def _work(inbox: _Inbox) -> None:
+    while True:
+        task: Any = inbox.take()
+        if task is _end:
+            return
+        task()
+        del task  # keep nothing of the user's alive while waiting
+
+
+def _stop(inboxes: list[_Inbox], threads: list[threading.Thread], pid: int) -> None:
+    if pid != os.getpid():
+        return  # the threads live in the process that this one was forked from
+    for inbox in inboxes:
+        inbox.task = _end
+        inbox.gates.open(inbox.gate)
+    for thread in threads:
+        # Garbage collection may call this from any thread, also from one that it ends.
+        if thread.ident is not None and thread is not threading.current_thread():
+            thread.join(_JOIN_SECONDS)

@@ -1,0 +1,45 @@
+"""One replica on one device."""
+
+from __future__ import annotations
+
+from typing import final
+
+from dvkernels import context
+from dvkernels.communicators.single import Single
+from dvkernels.devices import registry
+from dvkernels.devices.base import Device
+from dvkernels.strategies.base import Strategy
+
+__all__ = ["OneDeviceStrategy"]
+
+
+@final
+class OneDeviceStrategy(Strategy):
+    """One replica on one device: the same program, without company.
+
+    Parameters
+    ----------
+    device : Device or str
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> strategy = dv.OneDeviceStrategy("cpu:0")
+    >>> strategy.run(lambda: dv.get_replica_context().num_replicas_in_sync)
+    PerReplica(0: 1)
+    """
+
+    def __init__(self, device: Device | str) -> None:
+        super().__init__((registry.resolve(device),), Single())
+
+
+@final
+class DefaultStrategy(Strategy):
+    """What applies outside every scope: one replica, and variables that no scope created."""
+
+    def __init__(self) -> None:
+        super().__init__(context.UNSCOPED.replica_devices, context.UNSCOPED.communicator)
+        self._placement = context.UNSCOPED
+
+
+context.install_default(DefaultStrategy)

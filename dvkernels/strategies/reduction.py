@@ -1,0 +1,77 @@
+"""Reduction along axes of each replica's value, then over the replicas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dvkernels import reduce_op
+from dvkernels.communicators.base import Communicator
+from dvkernels.context import Spec
+from dvkernels.errors import BufferMismatchError
+from dvkernels.reduce_op import ReduceOp
+
+__all__: list[str] = []
+
+_ALONG: dict[ReduceOp, Callable[..., Any]] = {
+    ReduceOp.SUM: np.sum,
+    ReduceOp.MEAN: np.sum,
+    ReduceOp.MIN: np.min,
+    ReduceOp.MAX: np.max,
+    ReduceOp.PROD: np.prod,
+}
+
+
+def reduce_along(
+    op: ReduceOp, arrays: list[Any], axis: int | Sequence[int], communicator: Communicator
+) -> Any:
+    """Return the reduction of all elements along the axes, over all replicas.
+
+    Replicas may hold different numbers of elements along the axes, also none; MEAN divides the sum
+    by the number of all of them.
+    """
+    axes = _normalized(axis, arrays)
+    dtype = arrays[0].dtype
+    reduce_op.check_dtype("reduce", op, dtype)
+    rest = [
+        Spec(tuple(n for k, n in enumerate(array.shape) if k not in axes), array.dtype)
+        for array in arrays
+    ]
+    for rank, spec in enumerate(rest):
+        if spec != rest[0] or arrays[rank].ndim != arrays[0].ndim:
+            raise BufferMismatchError(
+                f"reduce along axes {axes} needs one dtype and one shape of what remains: replica "
+                f"0 leaves {rest[0]}, replica {rank} leaves {spec}"
+            )
+    count = sum(math.prod(array.shape[k] for k in axes) for array in arrays)
+    if count == 0 and op in (ReduceOp.MEAN, ReduceOp.MIN, ReduceOp.MAX):
+        raise ValueError(
+            f"reduce: {op.name} along axes {axes} of nothing: every replica's value is empty there"
+        )
+    neutral = reduce_op.identity(op, dtype)
+    along = _ALONG[op]
+    # initial is what empty parts yield; dtype keeps small integers from being widened.
+    extra = {} if op in (ReduceOp.MIN, ReduceOp.MAX) else {"dtype": dtype}
+    parts = [np.asarray(along(array, axis=axes, initial=neutral, **extra)) for array in arrays]
+    total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
+    if op is ReduceOp.MEAN:
+        np.divide(total, dtype.type(count), out=total)
+    return total
+
+
+def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]:
+    axes = [axis] if isinstance(axis, (int, np.integer)) else axis
+    if not isinstance(axes, (list, tuple)) or not all(
+        isinstance(one, (int, np.integer)) and not isinstance(one, bool) for one in axes
+    ):
+        raise TypeError(f"reduce: axis must be an integer or a list of them, got {axis!r}")
+    ndim = arrays[0].ndim
+    for one in axes:
+        if not -ndim <= one < ndim:
+            raise ValueError(
+                f"reduce: axis {one} is out of range for {Spec(arrays[0].shape, arrays[0].dtype)}"
+            )
+    return tuple(sorted({int(one) % ndim for one in axes}))

@@ -1,0 +1,122 @@
+"""How one function becomes one call per replica, at the same time, each in its context."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from dvkernels.communicators.rendezvous import Step, timeout_seconds
+from dvkernels.errors import CollectiveTimeoutError, ContextError
+from dvkernels.strategies.crew import Crew
+
+__all__: list[str] = []
+
+Call = Callable[[Step, int], Any]
+
+
+class Runner:
+    """Runs the steps of one strategy, one at a time; a step inside ``merge_call`` is nested.
+
+    Holds threads only; they are made at the first step, and anew in a forked process.
+    """
+
+    def __init__(self, num_replicas: int) -> None:
+        self._num_replicas = num_replicas
+        self._closed = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._turn = threading.RLock()
+        self._idle: list[Crew] = []  # a stack: nested steps need threads of their own
+
+    def run(self, call: Call, nested: bool) -> list[Any]:
+        """Return ``[call(step, replica) for each replica]``, called at the same time.
+
+        Raises what :meth:`Step.outcome` says if any of them failed. ``nested`` says that a step of
+        this strategy is under way and waits for this one.
+        """
+        if self._pid != os.getpid():
+            self._forget()  # threads and the owner of the lock stayed in the parent process
+        if self._closed:
+            raise ContextError("this strategy has been closed; make a new one")
+        if nested:
+            return self._run(call)
+        seconds = timeout_seconds()
+        try:
+            if not self._turn.acquire(timeout=seconds):
+                raise CollectiveTimeoutError(
+                    f"another thread has been running a step of this strategy for {seconds:g} s; "
+                    f"one step runs at a time (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
+                )
+            return self._run(call)
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                self._turn.release()
+            except RuntimeError:  # not ours: the wait was in vain or was interrupted
+                pass
+
+    def _run(self, call: Call) -> list[Any]:
+        results: list[Any] = [None] * self._num_replicas
+        if self._num_replicas == 1:
+            step = Step(1)
+            contextvars.copy_context().run(_take_part, step, 0, call, results)
+        else:
+            crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
+            step = crew.step()
+            _run_together(step, crew, call, results)
+            if step.failure is None:
+                self._idle.append(crew)
+            del crew  # after a failure its gates may be half open: its threads end with it
+        step.closed = True
+        if step.failure is None:
+            return results
+        error = step.outcome(step.failure)
+        step.forget()
+        try:
+            raise error
+        finally:
+            del error  # the traceback refers to this frame: leave no circle
+
+    def close(self) -> None:
+        """End the threads. Safe to call twice."""
+        self._closed = True
+        self._idle.clear()
+
+
+def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
+    """Run one replica: its result goes into ``results``, its error into the step."""
+    if not step.enter(rank):
+        return
+    try:
+        results[rank] = call(step, rank)
+    except BaseException as error:
+        step.fail(error, rank)
+    finally:
+        step.leave(rank)
+
+
+def _run_together(step: Step, crew: Crew, call: Call, results: list[Any]) -> None:
+    """Run all replicas, replica 0 here, and return when every one has left.
+
+    An interrupt may strike between any two operations; whatever it skips, the replicas that were
+    started are waited for, and the others never start.
+    """
+    contexts = [contextvars.copy_context() for _ in results]
+    tasks = [
+        functools.partial(contexts[rank].run, _take_part, step, rank, call, results)
+        for rank in range(1, len(results))
+    ]
+    started = False
+    try:
+        crew.start(tasks)
+        started = True
+        contexts[0].run(_take_part, step, 0, call, results)
+    except BaseException as error:
+        step.fail(error, 0)
+    finally:
+        step.settle(started)
