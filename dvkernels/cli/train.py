@@ -1,0 +1,174 @@
+"""``python -m dvkernels train``: train on handwritten digits over several replicas."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from dvkernels.cli import digits, network, training
+from dvkernels.cli.training import Outcome, Recipe, Report
+from dvkernels.devices import cpu
+from dvkernels.devices.base import Device
+from dvkernels.devices.registry import resolve
+from dvkernels.errors import DvKernelsError
+from dvkernels.strategies.base import Strategy
+from dvkernels.strategies.mirrored import MirroredStrategy
+from dvkernels.strategies.one_device import OneDeviceStrategy
+
+__all__: list[str] = []
+
+HELP = "train a two-layer network on handwritten digits over several replicas"
+
+
+class MissingExtraError(DvKernelsError, ImportError):
+    """A package of the demo extra is not installed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    recipe = Recipe()
+    parser.add_argument(
+        "--replicas", type=_positive, help="number of replicas (default: one per usable core)"
+    )
+    parser.add_argument("--epochs", type=_positive, default=recipe.epochs)
+    parser.add_argument(
+        "--batch-size", type=_positive, default=recipe.batch_size, help="of all replicas together"
+    )
+    parser.add_argument("--hidden", type=_positive, default=recipe.num_hidden, help="hidden units")
+    parser.add_argument("--device", default="cpu", help="kind of device: cpu")
+    parser.add_argument("--seed", type=_natural, default=recipe.seed)
+    parser.add_argument("--dtype", choices=("float32", "float64"), default=recipe.dtype)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; times are seconds per step"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, test, compare with one device, and print what came of it."""
+    for package in ("sklearn", "rich", "threadpoolctl"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(
+                f"train needs the package {package}; install the demo extra: "
+                f"python -m pip install 'dvkernels[demo]'"
+            )
+    num_replicas = arguments.replicas or cpu.usable_cores()
+    devices = [Device(arguments.device, k) for k in range(num_replicas)]
+    for device in devices:
+        resolve(device)
+    recipe = Recipe(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        num_hidden=arguments.hidden,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+    data = digits.load(recipe.dtype)
+    _say(
+        f"{len(data.train_images)} digits to learn from, {len(data.test_images)} held out; "
+        f"{num_replicas} replicas; BLAS is held to one thread a replica"
+    )
+    with _one_blas_thread(), MirroredStrategy(devices) as strategy:
+        outcome = _train(strategy, recipe, data, "training")
+        with OneDeviceStrategy(devices[0]) as alone:
+            reference = _train(alone, recipe, data, "the same on one device")
+    result = {
+        "test_accuracy": network.accuracy(outcome.weights, data.test_images, data.test_labels),
+        "final_loss": outcome.final_loss,
+        "weights_sha256": network.checksum(outcome.weights),
+        "num_replicas": num_replicas,
+        "steps": outcome.steps,
+        "examples_per_second": outcome.examples_per_second,
+        "seconds_per_step": outcome.seconds_per_step,
+        "compute_seconds": outcome.compute_seconds,
+        "communication_seconds": outcome.communication_seconds,
+        "input_seconds": outcome.input_seconds,
+        "relative_difference_to_one_device": training.relative_difference(
+            outcome.weights, reference.weights
+        ),
+        "one_device_test_accuracy": network.accuracy(
+            reference.weights, data.test_images, data.test_labels
+        ),
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+    }
+    print(json.dumps(result) if arguments.json else _report(result))
+    return 0
+
+
+def _train(strategy: Strategy, recipe: Recipe, data: digits.Digits, title: str) -> Outcome:
+    with _progress(title, training.num_steps(recipe, data)) as report:
+        return training.train(strategy, recipe, data, report)
+
+
+def _report(result: dict[str, Any]) -> str:
+    step = result["seconds_per_step"]
+    shares = ", ".join(
+        f"{name} {result[f'{name}_seconds'] * 1e6:.0f} us"
+        for name in ("compute", "communication", "input")
+    )
+    return "\n".join(
+        [
+            f"test accuracy      {result['test_accuracy']:.4f}",
+            f"final loss         {result['final_loss']:.3g}",
+            f"steps              {result['steps']}, {result['examples_per_second']:.0f} examples/s",
+            f"time per step      {step * 1e6:.0f} us: {shares}",
+            f"against one device {result['relative_difference_to_one_device']:.2e} "
+            f"relative difference of the weights, accuracy there "
+            f"{result['one_device_test_accuracy']:.4f}",
+            f"weights            sha256 {result['weights_sha256']}",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _progress(title: str, num_steps: int) -> Iterator[Report]:
+    """Show a bar with loss and examples/s on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} examples/s"),
+    )
+    every = max(1, num_steps // 100)  # drawing takes the interpreter from the replicas
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+        bar = progress.add_task(title, total=num_steps, loss=float("nan"), rate=0.0)
+
+        def report(step: int, examples: int, loss: float, rate: float) -> None:
+            if step % every == 0 or step == num_steps:
+                progress.update(bar, completed=step, loss=loss, rate=rate, refresh=True)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return number
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
+    return number
