@@ -1,0 +1,120 @@
+"""What the machine offers, at the start of the run; leaks are errors, after each test."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Replica threads end with their strategy. The kernels' threads ("dvkernels-kernel") serve the
+# whole process and stay.
+REPLICA_THREAD_PREFIX = "dvkernels-replica"
+SECONDS_TO_END = 5.0
+
+_failed = pytest.StashKey[bool]()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _threading_layer() -> str:
+    """Say which of Numba's threading layers were built, and which one the environment asks for."""
+    spec = importlib.util.find_spec("numba")
+    if spec is None or spec.origin is None:
+        return "none"
+    folder = Path(spec.origin).parent / "np" / "ufunc"
+    built = [
+        layer
+        for layer, stem in (("tbb", "tbbpool"), ("omp", "omppool"), ("workqueue", "workqueue"))
+        if any(folder.glob(f"{stem}.*"))
+    ]
+    chosen = os.environ.get("NUMBA_THREADING_LAYER", "default")
+    return f"{chosen} (built: {' '.join(built)})"
+
+
+def _driver() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+        return "simulator"
+    return version.read_text().splitlines()[0] if version.exists() else "absent"
+
+
+def _header() -> str:
+    launcher = shutil.which("mpiexec")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"python {platform.python_version()}, numpy {_version('numpy')}, "
+        f"numba {_version('numba')}, threading layer {_threading_layer()}, cores {cores}\n"
+        f"cuda driver {_driver()}, numba-cuda {_version('numba-cuda')}, "
+        f"mpi4py {_version('mpi4py')}, mpiexec {'present' if launcher else 'absent'}, "
+        f"jax {_version('jax')}"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Not pytest_report_header: that is silent under -q.
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(_header())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if report.failed:
+        item.stash[_failed] = True
+    return report
+
+
+def _replica_threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith(REPLICA_THREAD_PREFIX)}
+
+
+def _end_strategy_left_set() -> str | None:
+    """Undo what a test left behind, and say what it was."""
+    dv = sys.modules.get("dvkernels")
+    if not getattr(dv, "has_strategy", bool)():
+        return None
+    left = repr(dv.get_strategy())
+    try:
+        dv.set_strategy(None)
+    except dv.errors.ContextError:
+        return f"a scope was entered and never left: {left}"
+    return f"set_strategy(...) was not undone with set_strategy(None): {left}"
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves replica threads or a strategy behind."""
+    before = _replica_threads()
+    yield
+    left = _end_strategy_left_set()
+    if request.node.stash.get(_failed, False):
+        return  # the traceback keeps the test's strategies alive; one failure is enough
+    deadline = time.monotonic() + SECONDS_TO_END
+    leaked = _replica_threads() - before
+    if leaked:
+        gc.collect()
+    while leaked and time.monotonic() < deadline:
+        time.sleep(0.01)
+        leaked = {thread for thread in leaked if thread.is_alive()}
+    if left:
+        pytest.fail(left, pytrace=False)
+    if leaked:
+        names = ", ".join(sorted(thread.name for thread in leaked))
+        pytest.fail(f"replica threads outlived their strategy: {names}", pytrace=False)

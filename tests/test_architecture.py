@@ -1,0 +1,314 @@
+"""The house stands as docs/explanation/architecture.md draws it.
+
+Imports are read from the syntax tree of every module, those inside functions and under
+``TYPE_CHECKING`` included, and so are strings that spell a module's full name (registry tables).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import graphlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOUSE = ROOT / "dvkernels"
+
+# A room imports only from lower rows. In row 1 each file may also import those to its left.
+ROWS = (
+    ("_version", "errors", "enumeration", "reduce_op"),
+    ("schedules", "profiler"),
+    ("devices", "cluster"),
+    ("kernels",),
+    ("communicators",),
+    ("values",),
+    ("context",),
+    ("variables",),
+    ("data",),
+    ("checkpoint", "optimizers"),
+    ("strategies",),
+    ("cli", "testing", "__main__"),
+)
+ROW = {room: number for number, rooms in enumerate(ROWS, start=1) for room in rooms}
+TOP_ROW = len(ROWS)
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+# What `import dvkernels` must not load.
+HEAVY = {
+    "cupy",
+    "jax",
+    "matplotlib",
+    "mpi4py",
+    "numba",
+    "rich",
+    "sklearn",
+    "threadpoolctl",
+    "torch",
+}
+# What may be missing altogether.
+OPTIONAL = (HEAVY - {"numba"}) | {"cuda", "nccl", "numba_cuda", "psutil"}
+IMPORT_SECONDS_OVER_NUMPY = 0.15
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of ``target`` (a module's full name) by ``module``."""
+
+    module: str
+    line: int
+    target: str
+    name: str | None = None  # what is taken out of the target; None for the module itself
+
+    def __str__(self) -> str:
+        taken = f", taking {self.name}" if self.name else ""
+        return f"{self.module}, line {self.line}: imports {self.target}{taken}"
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def _paths() -> dict[str, Path]:
+    return {_module_name(path): path for path in sorted(HOUSE.rglob("*.py"))}
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    path = _paths()[module]
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _is_door(module: str) -> bool:
+    return module in _paths() and _paths()[module].name == "__init__.py"
+
+
+def _room(module: str) -> str:
+    """Return the room of a module of the house: its second name, or "" for the front door."""
+    return [*module.split("."), ""][1]
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    """Return the full name of what ``from ... import`` imports from."""
+    if node.level == 0:
+        return node.module or ""
+    package = module.split(".") if _is_door(module) else module.split(".")[:-1]
+    base = package[: len(package) - node.level + 1]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def _imports(module: str) -> Iterator[Import]:
+    """Yield every import of ``module``, of the house and of others."""
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(module, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute(module, node)
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                if inner in _paths():
+                    yield Import(module, node.lineno, inner)
+                else:
+                    yield Import(module, node.lineno, source, alias.name)
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value in _paths()
+            and "." in node.value
+        ):
+            yield Import(module, node.lineno, node.value)
+
+
+@functools.cache
+def _all_imports() -> tuple[Import, ...]:
+    return tuple(found for module in _paths() for found in _imports(module))
+
+
+def _inner_imports() -> list[Import]:
+    return [found for found in _all_imports() if found.target.split(".")[0] == "dvkernels"]
+
+
+def _explain(broken: list[Import]) -> str:
+    return "\n".join(str(found) for found in broken)
+
+
+def _may_import(importer: str, imported: str) -> bool:
+    """Say whether the room ``importer`` may import the room ``imported``."""
+    if importer in ("", imported) or ROW[importer] == TOP_ROW:
+        return True
+    if imported == "":
+        return False
+    if ROW[importer] == ROW[imported] == 1:
+        return ROWS[0].index(importer) > ROWS[0].index(imported)
+    return ROW[importer] > ROW[imported]
+
+
+def test_every_room_has_a_row() -> None:
+    unknown = {_room(module) for module in _paths()} - set(ROW) - {""}
+    assert not unknown, f"give these rooms a row, here and on the architecture page: {unknown}"
+
+
+def test_imports_go_down() -> None:
+    broken = [
+        found
+        for found in _inner_imports()
+        if not _may_import(_room(found.module), _room(found.target))
+    ]
+    assert not broken, f"a room imports only from lower rows:\n{_explain(broken)}"
+
+
+def test_no_circles() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in _paths()}
+    for found in _inner_imports():
+        if found.target in graph and found.target != found.module:
+            graph[found.module].add(found.target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("modules import each other: " + " <- ".join(error.args[1]), pytrace=False)
+
+
+def test_modules_are_imported_not_doors() -> None:
+    def is_allowed(found: Import) -> bool:
+        if not _is_door(found.target) or _room(found.module) in ROWS[-1]:
+            return True
+        if found.module == "dvkernels.kernels.twins":  # the one table that imports the twins
+            return True
+        # A door may open onto the doors of the rooms inside it.
+        return _is_door(found.module) and found.target.startswith(f"{found.module}.")
+
+    broken = [found for found in _inner_imports() if not is_allowed(found)]
+    assert not broken, f"inside the house, import the module, not its package:\n{_explain(broken)}"
+
+
+def test_private_names_stay_in_their_file() -> None:
+    broken = [
+        found
+        for found in _inner_imports()
+        if found.name and found.name.startswith("_") and not found.name.endswith("__")
+    ]
+    assert not broken, f"a leading underscore belongs to its file:\n{_explain(broken)}"
+
+
+def test_schedules_need_only_the_standard_library() -> None:
+    broken = [
+        found
+        for found in _all_imports()
+        if _room(found.module) == "schedules"
+        and found.target.split(".")[0] not in sys.stdlib_module_names
+        and _room(found.target) not in ("schedules", "errors")
+    ]
+    assert not broken, _explain(broken)
+
+
+def _may_touch_numba_cuda(module: str) -> bool:
+    return module == "dvkernels.devices.cuda" or f"{module}.".startswith("dvkernels.kernels.cuda.")
+
+
+def _touches_numba_cuda(module: str) -> bool:
+    for found in _imports(module):
+        taken = f"{found.target}.{found.name}" if found.name else found.target
+        if f"{taken}.".startswith(("numba.cuda.", "numba_cuda.")):
+            return True
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "cuda"
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("numba", "nb")
+        for node in ast.walk(_tree(module))
+    )
+
+
+def test_numba_cuda_stays_in_two_places() -> None:
+    broken = [
+        module
+        for module in _paths()
+        if not _may_touch_numba_cuda(module) and _touches_numba_cuda(module)
+    ]
+    assert not broken, f"only kernels/cuda/ and devices/cuda.py touch numba.cuda: {broken}"
+
+
+def test_files_are_named_for_what_they_hold() -> None:
+    broken = [m for m in _paths() if FORBIDDEN_NAMES & set(m.split("."))]
+    assert not broken
+
+
+def _run_child(code: str, cwd: Path) -> str:
+    """Run ``code`` in a fresh interpreter that finds this checkout, and return what it prints."""
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": search_path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout
+
+
+IMPORT_AND_MEASURE = """
+import json, sys, time
+import numpy
+start = time.perf_counter()
+import dvkernels
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "loaded": sorted({m.split(".")[0] for m in sys.modules})}))
+"""
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    _run_child(IMPORT_AND_MEASURE, tmp_path)  # compiles the bytecode, fills the page cache
+    runs = [json.loads(_run_child(IMPORT_AND_MEASURE, tmp_path)) for _ in range(5)]
+    loaded = HEAVY.intersection(runs[0]["loaded"])
+    assert not loaded, f"`import dvkernels` loads {sorted(loaded)}"
+    seconds = statistics.median(run["seconds"] for run in runs)
+    assert seconds <= IMPORT_SECONDS_OVER_NUMPY, f"`import dvkernels` takes {seconds:.3f} s"
+
+
+WITHOUT_OPTIONAL = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None
+
+sys.meta_path.insert(0, Missing())
+import numpy as np
+import dvkernels as dv
+
+with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    def add():
+        context = dv.get_replica_context()
+        return context.all_reduce("sum", np.full(3, context.replica_id_in_sync_group + 1.0))
+
+    results = strategy.local_results(strategy.run(add))
+assert [r.tolist() for r in results] == [[3.0] * 3] * 2, results
+dv.list_devices()
+"""
+
+
+def test_works_without_optional_packages(tmp_path: Path) -> None:
+    _run_child(f"OPTIONAL = {sorted(OPTIONAL)!r}\n{WITHOUT_OPTIONAL}", tmp_path)
+
+
+def test_version_is_that_of_the_package() -> None:
+    import dvkernels
+
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert dvkernels.__version__ == tomllib.load(file)["project"]["version"]
