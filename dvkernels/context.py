@@ -19,6 +19,7 @@ from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.communicators.single import Single
 from dvkernels.devices.base import Device
+from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
@@ -384,13 +385,13 @@ class ReplicaContext:
     def _arrays(self, verb: str, value: Any) -> tuple[list[Any], Any, Any]:
         """Return a nest's leaves as arrays, its structure (None for one leaf), and their specs."""
         if type(value) is np.ndarray:
-            return [value], None, Spec(value.shape, value.dtype)
+            return [value], None, spec(value)
         leaves, structure = regroup.flatten(value)
         arrays = [
             as_array(regroup.own_component(leaf, self._replica_id), verb, self._replica_id)
             for leaf in leaves
         ]
-        specs = tuple(Spec(array.shape, array.dtype) for array in arrays)
+        specs = tuple(spec(array) for array in arrays)
         if len(leaves) == 1 and leaves[0] is value:
             return arrays, None, specs[0]
         return arrays, structure, specs
@@ -410,26 +411,11 @@ class ReplicaContext:
                 )
             if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not leaf.flags.writeable:
                 raise BufferMismatchError(
-                    f"all_reduce: out must be writable, {Spec(array.shape, array.dtype)}; replica "
-                    f"{self._replica_id} passed {Spec(leaf.shape, leaf.dtype)}, "
+                    f"all_reduce: out must be writable, {spec(array)}; replica "
+                    f"{self._replica_id} passed {spec(leaf)}, "
                     f"{'writable' if leaf.flags.writeable else 'read-only'}"
                 )
         return leaves
-
-
-class Spec(tuple[Any, ...]):
-    """Shape and dtype, printed as ``float32[2, 3]``."""
-
-    __slots__ = ()
-
-    def __new__(cls, shape: tuple[Any, ...], dtype: Any) -> Spec:
-        """Make one."""
-        return super().__new__(cls, (shape, dtype))
-
-    def __str__(self) -> str:
-        return f"{self[1]}[{', '.join(str(length) for length in self[0])}]"
-
-    __repr__ = __str__
 
 
 def is_integer(value: object) -> bool:
@@ -466,8 +452,7 @@ def gatherable(
         stacked = array.reshape(1) if array.ndim == 0 else array
         if not -stacked.ndim <= axis < stacked.ndim:
             raise ValueError(
-                f"{verb}: axis {axis} is out of range for {Spec(array.shape, array.dtype)} of "
-                f"replica {replica}"
+                f"{verb}: axis {axis} is out of range for {spec(array)} of replica {replica}"
             )
         position = int(axis) % stacked.ndim
         shape = (*stacked.shape[:position], "any", *stacked.shape[position + 1 :])

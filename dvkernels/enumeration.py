@@ -13,6 +13,8 @@ __all__: list[str] = []
 class NamedEnum(enum.Enum):
     """Members whose values are their lower-case names, so that the value is a way to write them."""
 
+    __hash__ = object.__hash__  # members are unique; hashing by name takes 0.3 us in Python
+
     @classmethod
     def of(cls, value: object, error: type[DvKernelsError] | type[ValueError] = ValueError) -> Self:
         """Return the member that ``value`` is or names; raise ``error``, listing all names."""

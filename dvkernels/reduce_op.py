@@ -38,16 +38,27 @@ _KINDS = {
 # float16, bfloat16 and complex numbers are not reduced yet: see docs/reference/kernels.md.
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
+_supported: set[tuple[ReduceOp, np.dtype[Any]]] = set()  # what has passed, to be quick next time
+
+
+_BY_NAME = {op.value: op for op in ReduceOp}  # the common way to write them, without a search
+
 
 def parse(op: object) -> ReduceOp:
     """Return the ``ReduceOp`` that ``op`` is or names, else raise :class:`ReduceOpError`."""
-    return ReduceOp.of(op, ReduceOpError)
+    if type(op) is ReduceOp:
+        return op
+    known = _BY_NAME.get(op) if type(op) is str else None
+    return known or ReduceOp.of(op, ReduceOpError)
 
 
 def check_dtype(verb: str, op: ReduceOp, dtype: np.dtype[Any]) -> None:
     """Raise :class:`UnsupportedDTypeError` unless ``op`` is defined for ``dtype``."""
+    if (op, dtype) in _supported:
+        return
     supported = dtype.kind in _KINDS[op] and (dtype.kind != "f" or dtype in _FLOATS)
     if supported and dtype.isnative:
+        _supported.add((op, dtype))
         return
     if op is ReduceOp.MEAN and dtype.kind in "iub":
         remedy = f"the mean of {dtype} would not be a {dtype}; cast to float32 or float64 first"

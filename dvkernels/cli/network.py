@@ -8,7 +8,7 @@ system puts the thread to sleep for longer than the operation lasts.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numba
@@ -18,17 +18,34 @@ from dvkernels.cli.digits import NUM_CLASSES, NUM_PIXELS
 
 __all__: list[str] = []
 
-# The order of the weights, in every list of them and in their checksum.
-WEIGHT_NAMES = ("hidden/kernel", "hidden/bias", "output/kernel", "output/bias")
+# All weights lie in one flat array, so that one collective and one update serve them all:
+# hidden kernel (64, h), hidden bias (h,), output kernel (h, 10), output bias (10,).
 
 
-def initial_weights(num_hidden: int, dtype: Any, seed: int) -> list[Any]:
-    """Return the weights in the order of ``WEIGHT_NAMES``: He's normal kernels, zero biases."""
+def num_weights(num_hidden: int) -> int:
+    """Return the length of the flat array."""
+    return (NUM_PIXELS + 1) * num_hidden + (num_hidden + 1) * NUM_CLASSES
+
+
+def layers(flat: Any, num_hidden: int) -> list[Any]:
+    """Return the weights of each layer as views of the flat array."""
+    views, start = [], 0
+    for kernel in ((NUM_PIXELS, num_hidden), (num_hidden, NUM_CLASSES)):
+        for shape in (kernel, kernel[1:]):
+            stop = start + math.prod(shape)
+            views.append(flat[start:stop].reshape(shape))
+            start = stop
+    return views
+
+
+def initial_weights(num_hidden: int, dtype: Any, seed: int) -> Any:
+    """Return flat weights: He's normal kernels, zero biases."""
     rng = np.random.default_rng(seed)
-    hidden = rng.standard_normal((NUM_PIXELS, num_hidden)) * np.sqrt(2 / NUM_PIXELS)
-    output = rng.standard_normal((num_hidden, NUM_CLASSES)) * np.sqrt(2 / num_hidden)
-    zeros = (np.zeros(num_hidden), np.zeros(NUM_CLASSES))
-    return [np.asarray(w, dtype) for w in (hidden, zeros[0], output, zeros[1])]
+    flat = np.zeros(num_weights(num_hidden), dtype)
+    hidden_kernel, _, output_kernel, _ = layers(flat, num_hidden)
+    hidden_kernel[:] = rng.standard_normal(hidden_kernel.shape) * np.sqrt(2 / NUM_PIXELS)
+    output_kernel[:] = rng.standard_normal(output_kernel.shape) * np.sqrt(2 / num_hidden)
+    return flat
 
 
 class Workspace:
@@ -39,33 +56,27 @@ class Workspace:
     """
 
     def __init__(self, num_examples: int, num_hidden: int, dtype: Any) -> None:
-        self.layers = (
+        self.num_hidden = num_hidden
+        self.activations = (
             np.empty((num_examples, num_hidden), dtype),
             np.empty((num_examples, num_hidden), dtype),
             np.empty((num_examples, NUM_CLASSES), dtype),
         )
-        shapes = (
-            (NUM_PIXELS, num_hidden),
-            (num_hidden,),
-            (num_hidden, NUM_CLASSES),
-            (NUM_CLASSES,),
-        )
-        self.gradients = [np.zeros(shape, dtype) for shape in shapes]
+        self.gradient = np.zeros(num_weights(num_hidden) + 1, dtype)  # the last one: the loss
+        self.gradients = layers(self.gradient, num_hidden)
 
 
-def loss_and_gradients(
-    weights: Sequence[Any], images: Any, labels: Any, workspace: Workspace
-) -> tuple[Any, list[Any]]:
-    """Return the mean cross-entropy over the examples, and its gradient for each weight.
+def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspace) -> Any:
+    """Return the gradient of the mean cross-entropy over the examples, and the latter at the end.
 
-    The gradients lie in the workspace, valid until its next use. Of no examples, zeros: a replica
-    with an empty part contributes with weight 0.
+    It lies in the workspace, valid until its next use. Of no examples it is whatever it was: a
+    replica with an empty part contributes with weight 0.
     """
-    loss = 0.0
     if len(images):
-        arrays = (*weights, images, labels, *workspace.layers, *workspace.gradients)
-        loss = _forward_backward(*arrays)
-    return np.array(loss, images.dtype), workspace.gradients
+        own = layers(weights, workspace.num_hidden)
+        arrays = (*own, images, labels, *workspace.activations, *workspace.gradients)
+        workspace.gradient[-1] = _forward_backward(*arrays)
+    return workspace.gradient
 
 
 @numba.njit(nogil=True, cache=True)
@@ -120,16 +131,13 @@ def _forward_backward(  # type: ignore[no-untyped-def]
     return loss / num_examples
 
 
-def accuracy(weights: Sequence[Any], images: Any, labels: Any) -> float:
+def accuracy(weights: Any, num_hidden: int, images: Any, labels: Any) -> float:
     """Return the fraction of images whose label the network guesses."""
-    kernel, bias, output_kernel, output_bias = weights
+    kernel, bias, output_kernel, output_bias = layers(weights, num_hidden)
     logits = np.maximum(images @ kernel + bias, 0) @ output_kernel + output_bias
     return float((logits.argmax(axis=1) == labels).mean())
 
 
-def checksum(weights: Sequence[Any]) -> str:
-    """Return the SHA-256 of the weights' bytes, C order, in the order of ``WEIGHT_NAMES``."""
-    digest = hashlib.sha256()
-    for weight in weights:
-        digest.update(np.ascontiguousarray(weight).tobytes())
-    return digest.hexdigest()
+def checksum(weights: Any) -> str:
+    """Return the SHA-256 of the flat weights' bytes."""
+    return hashlib.sha256(weights.tobytes()).hexdigest()

@@ -76,8 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
         outcome = _train(strategy, recipe, data, "training")
         with OneDeviceStrategy(devices[0]) as alone:
             reference = _train(alone, recipe, data, "the same on one device")
+
+    def accuracy(trained: Outcome) -> float:
+        return network.accuracy(
+            trained.weights, recipe.num_hidden, data.test_images, data.test_labels
+        )
+
     result = {
-        "test_accuracy": network.accuracy(outcome.weights, data.test_images, data.test_labels),
+        "test_accuracy": accuracy(outcome),
         "final_loss": outcome.final_loss,
         "weights_sha256": network.checksum(outcome.weights),
         "num_replicas": num_replicas,
@@ -90,9 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         "relative_difference_to_one_device": training.relative_difference(
             outcome.weights, reference.weights
         ),
-        "one_device_test_accuracy": network.accuracy(
-            reference.weights, data.test_images, data.test_labels
-        ),
+        "one_device_test_accuracy": accuracy(reference),
         "dtype": recipe.dtype,
         "seed": recipe.seed,
     }

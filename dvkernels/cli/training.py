@@ -36,7 +36,7 @@ class Recipe:
 class Outcome:
     """The trained weights, and where the time went: seconds are means per step."""
 
-    weights: list[Any]
+    weights: Any  # flat, as in network.py
     steps: int
     final_loss: float
     examples_per_second: float
@@ -68,53 +68,45 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
     """Train under a strategy, with gradients averaged over all examples of each global batch."""
     with strategy.scope():
         initial = network.initial_weights(recipe.num_hidden, recipe.dtype, recipe.seed)
-        weights = [
-            Variable(value, name=name)
-            for name, value in zip(network.WEIGHT_NAMES, initial, strict=True)
-        ]
-        velocities = [
-            Variable(np.zeros_like(value), trainable=False, name=f"{name}/velocity")
-            for name, value in zip(network.WEIGHT_NAMES, initial, strict=True)
-        ]
-    rate, momentum = (
-        np.dtype(recipe.dtype).type(x) for x in (recipe.learning_rate, recipe.momentum)
-    )
+        weights = Variable(initial, name="weights")
+        velocity = Variable(np.zeros_like(initial), trainable=False, name="velocity")
+    number = np.dtype(recipe.dtype).type
+    rate, momentum = number(recipe.learning_rate), number(recipe.momentum)
+    workspaces: dict[tuple[int, int], network.Workspace] = {}  # by replica and examples
     clock = time.perf_counter
 
-    workspaces: dict[tuple[int, int], network.Workspace] = {}  # by replica and examples
-
-    def update(_: Strategy, gradients: list[Any]) -> float:
+    def update(_: Strategy, averaged: Any) -> float:
         started = clock()
-        for weight, velocity, gradient in zip(weights, velocities, gradients, strict=True):
-            change = gradient.on(0)  # ours: all_reduce has written it into the workspace
-            change *= -rate
-            change += momentum * velocity
-            velocity.assign(change)
-            weight.assign_add(change)
+        change = averaged.on(0)[:-1]  # ours: all_reduce has written it into the workspace
+        change *= -rate
+        change += momentum * velocity
+        velocity.assign(change)
+        weights.assign_add(change)
         return clock() - started
 
-    def step(images: Any, labels: Any) -> tuple[Any, float, float]:
+    def step(images: Any, labels: Any) -> tuple[float, float, float]:
         replica = context.get_replica_context()
         assert replica is not None
         started = clock()
         key = (replica.replica_id_in_sync_group, len(images))
         if key not in workspaces:
             workspaces[key] = network.Workspace(len(images), recipe.num_hidden, recipe.dtype)
-        own = [weight.read_value() for weight in weights]
-        loss, gradients = network.loss_and_gradients(own, images, labels, workspaces[key])
+        own = network.gradient_and_loss(weights.read_value(), images, labels, workspaces[key])
         computed = clock()
-        averaged = (loss, gradients)
-        loss, gradients = replica.all_reduce("mean", averaged, weight=len(images), out=averaged)
-        updating = replica.merge_call(update, (gradients,))
+        averaged = replica.all_reduce("mean", own, weight=len(images), out=own)
+        loss = float(averaged[-1])
+        updating = replica.merge_call(update, (averaged,))
         ended = clock()
         return loss, computed - started + updating, ended - computed - updating
 
     def warm_up() -> None:
-        """Compile or load the kernels before the clock runs; changes nothing."""
+        """Compile or load what a step needs before the clock runs; changes nothing."""
         replica = context.get_replica_context()
         assert replica is not None
-        zeros = [np.zeros_like(weight.read_value()) for weight in weights]
-        replica.all_reduce("mean", (np.zeros((), recipe.dtype), zeros), weight=1)
+        workspace = network.Workspace(1, recipe.num_hidden, recipe.dtype)
+        images, labels = data.train_images[:1], data.train_labels[:1]
+        own = network.gradient_and_loss(weights.read_value(), images, labels, workspace)
+        replica.all_reduce("mean", own, weight=1, out=own)
 
     strategy.run(warm_up)
     compute = communication = waiting = 0.0
@@ -132,11 +124,11 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
             communication += sum(communicating.values) / len(communicating)
             steps += 1
             seen += sum(len(part) for part in images.values)
-            loss = float(losses.on(0))
+            loss = losses.on(0)
             report(steps, seen, loss, seen / (clock() - began))
     elapsed = clock() - began
     return Outcome(
-        weights=[weight.numpy() for weight in weights],
+        weights=weights.numpy(),
         steps=steps,
         final_loss=loss,
         examples_per_second=seen / elapsed,
@@ -147,9 +139,7 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
     )
 
 
-def relative_difference(these: list[Any], those: list[Any]) -> float:
-    """Return the norm of the weights' difference over the norm of the second ones."""
-    difference = sum(
-        float(np.square(np.float64(a) - b).sum()) for a, b in zip(these, those, strict=True)
-    )
-    return float(np.sqrt(difference / sum(float(np.square(np.float64(b)).sum()) for b in those)))
+def relative_difference(these: Any, those: Any) -> float:
+    """Return the norm of the difference over the norm of the second."""
+    reference = np.float64(those)
+    return float(np.linalg.norm(these - reference) / np.linalg.norm(reference))

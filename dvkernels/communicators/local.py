@@ -34,9 +34,12 @@ class Local:
         self, values: Sequence[Any], op: ReduceOp, out: Sequence[Any] | None = None
     ) -> list[Any]:
         """Reduce into new arrays, or into ``out``."""
-        if out is None:
-            out = [np.empty_like(value, order="C", subok=False) for value in values]
-        results: list[Any] = twins.cpu().all_reduce(values, op, algorithm=self._algorithm, out=out)
+        kernels, algorithm = twins.cpu(), self._algorithm
+        results: list[Any] = (
+            kernels.all_reduce_new(values, op, algorithm)
+            if out is None
+            else kernels.all_reduce(values, op, algorithm=algorithm, out=out)
+        )
         return results
 
     def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 from dvkernels.data.checks import LARGEST, check_count
 from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
+from dvkernels.kernels import twins
 
 __all__ = ["BLOCK_LENGTH", "Shuffle", "permute", "round_keys"]
 
@@ -32,8 +33,6 @@ BLOCK_LENGTH = 4096
 _NUM_ROUNDS = 8
 _NUM_ROUNDS_SMALL = 24
 _SMALL_BASE = 16
-
-_Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,39 +53,11 @@ def permute(positions: Indices, length: int, keys: tuple[int, ...]) -> Indices:
     """
     base = math.isqrt(max(0, length - 1)) + 1
     num_rounds = _NUM_ROUNDS if base > _SMALL_BASE else _NUM_ROUNDS_SMALL
-    words: _Words = positions.astype(np.uint64)
-    if keys[-1] & 1:  # Most networks are even permutations; one more swap makes half of them odd.
-        words ^= (words < 2 * (length > 1)).astype(np.uint64)
-    words = _encrypt(words, base, keys[:num_rounds])
-    outside = np.flatnonzero(words >= length)
-    while outside.size:
-        walked = _encrypt(words[outside], base, keys[:num_rounds])
-        words[outside] = walked
-        outside = outside[walked >= length]
-    return words.astype(np.int64)
-
-
-def _encrypt(words: _Words, base: int, keys: tuple[int, ...]) -> _Words:
-    left = words // base
-    right = words - left * base
-    mixed, high = np.empty_like(words), np.empty_like(words)
-    for key in keys:
-        # Multiply, fold, multiply: each of the top 32 bits depends on all of right + key.
-        np.add(right, key, out=mixed)
-        np.multiply(mixed, 0x9E3779B97F4A7C15, out=mixed)
-        np.right_shift(mixed, 32, out=high)
-        np.bitwise_xor(mixed, high, out=mixed)
-        np.multiply(mixed, 0xD6E8FEB86659FD93, out=mixed)
-        np.right_shift(mixed, 32, out=mixed)
-        # These 32 bits, scaled to a digit below the base, which is at most 2**31.
-        np.multiply(mixed, base, out=mixed)
-        np.right_shift(mixed, 32, out=mixed)
-        # left + mixed modulo base: where it is below base, subtracting base wraps to a huge number.
-        np.add(left, mixed, out=left)
-        np.subtract(left, base, out=high)
-        np.minimum(left, high, out=left)
-        left, right = right, left
-    return left * base + right
+    # Most networks are even permutations; one more swap makes half of them odd.
+    swaps = bool(keys[-1] & 1) and length > 1
+    words = np.array(keys[:num_rounds], np.uint64)
+    order: Indices = twins.permutation().permute(positions, length, base, words, swaps)
+    return order
 
 
 class Shuffle(Node):

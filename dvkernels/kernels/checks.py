@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
+from dvkernels.devices.buffers import spec
 from dvkernels.errors import (
     BufferMismatchError,
     DeviceError,
@@ -23,6 +24,7 @@ from dvkernels.errors import (
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = [
+    "NEW",
     "address",
     "arrays",
     "check_dtype_moves",
@@ -32,6 +34,7 @@ __all__ = [
     "like",
     "raise_no_cuda",
     "reduction",
+    "results",
     "separate",
 ]
 
@@ -41,7 +44,7 @@ Array = np.ndarray[Any, Any]
 # of NumPy's stable ABI, and reading it costs 0.2 us where `array.ctypes.data` costs 1.5 us.
 _DATA = object.__basicsize__
 _pointer_at = ctypes.c_void_p.from_address
-_reductions: dict[tuple[Any, np.dtype[Any]], ReduceOp] = {}
+NEW: Any = object()  # as ``out``: allocate the results
 _DLPACK_CPU = (1, 3)  # kDLCPU, and kDLCUDAHost: pinned memory of the host
 
 
@@ -81,8 +84,8 @@ def arrays(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
     for index, view in enumerate(views):
         if view.shape != shape or view.dtype != dtype:
             raise BufferMismatchError(
-                f"{verb} needs one shape and dtype: {name} {index} holds {_spec(view)}, "
-                f"{name} 0 holds {_spec(views[0])}; pad or cast before"
+                f"{verb} needs one shape and dtype: {name} {index} holds {spec(view)}, "
+                f"{name} 0 holds {spec(views[0])}; pad or cast before"
             )
     return views
 
@@ -116,24 +119,27 @@ def separate(verb: str, reads: Sequence[Array], writes: Sequence[Array], count: 
     for index, write in enumerate(writes):
         if write.shape != reads[0].shape or write.dtype != reads[0].dtype:
             raise BufferMismatchError(
-                f"{verb} needs out like the buffers: out {index} holds {_spec(write)}, "
-                f"replica 0 holds {_spec(reads[0])}; allocate it with np.empty_like"
+                f"{verb} needs out like the buffers: out {index} holds {spec(write)}, "
+                f"replica 0 holds {spec(reads[0])}; allocate it with np.empty_like"
             )
         if not write.flags.writeable:
             _raise_read_only(verb, "out", index)
     _check_disjoint(verb, writes, reads, "out")
 
 
+def results(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
+    """Return the arrays to write to: checked ``out``, or new ones, which need no check."""
+    if out is NEW:
+        return [np.empty(reads[0].shape, reads[0].dtype) for _ in reads]
+    writes = arrays(verb, out, "out")
+    separate(verb, reads, writes, len(reads))
+    return writes
+
+
 def reduction(verb: str, op: Any, dtype: np.dtype[Any]) -> ReduceOp:
     """Return the ``ReduceOp`` that ``op`` names; raise unless it is defined for ``dtype``."""
-    try:
-        known = _reductions.get((op, dtype))
-    except TypeError:  # not hashable, so no name either: parse raises
-        known = None
-    if known is None:
-        known = reduce_op.parse(op)
-        reduce_op.check_dtype(verb, known, dtype)
-        _reductions[op, dtype] = known
+    known = reduce_op.parse(op)
+    reduce_op.check_dtype(verb, known, dtype)
     return known
 
 
@@ -167,10 +173,6 @@ def like(result: Array, original: Any) -> Any:
     library = sys.modules.get(type(original).__module__.partition(".")[0])
     convert = getattr(library, "from_dlpack", None)
     return result if convert is None else convert(result)
-
-
-def _spec(view: Array) -> str:
-    return f"{view.dtype}[{', '.join(map(str, view.shape))}]"
 
 
 def _view(verb: str, buffer: Any, who: str) -> Array:

@@ -19,3 +19,9 @@ def cpu() -> Any:
 def gate() -> Any:
     """Return the compiled gate between threads of this process."""
     return importlib.import_module("dvkernels.kernels.cpu.gate")
+
+
+@functools.cache
+def permutation() -> Any:
+    """Return the compiled permutation that shuffles indices."""
+    return importlib.import_module("dvkernels.kernels.cpu.permutation")

@@ -15,6 +15,7 @@ from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
 from dvkernels.devices.base import Device
+from dvkernels.devices.buffers import spec
 from dvkernels.errors import BufferMismatchError, ContextError, DatasetError
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.strategies import runner
@@ -214,11 +215,11 @@ class Strategy:
         def one(leaf: Any) -> Any:
             arrays = self._arrays("gather", leaf)
             ready, axes, described = context.gatherable("gather", arrays, axis, 0)
-            for rank, spec in enumerate(described):
-                if spec != described[0]:
+            for rank, held in enumerate(described):
+                if held != described[0]:
                     raise BufferMismatchError(
                         f"gather along axis {axis} needs one dtype, and one length along every "
-                        f"other axis: replica 0 holds {described[0]}, replica {rank} holds {spec}"
+                        f"other axis: replica 0 holds {described[0]}, replica {rank} holds {held}"
                     )
             return self._placement.communicator.all_gather(ready, axes[0])[0]
 
@@ -341,13 +342,12 @@ class Strategy:
 
 
 def _check_alike(verb: str, arrays: list[Any]) -> None:
-    first = context.Spec(arrays[0].shape, arrays[0].dtype)
+    first = spec(arrays[0])
     for rank, array in enumerate(arrays):
-        spec = context.Spec(array.shape, array.dtype)
-        if spec != first:
+        if spec(array) != first:
             raise BufferMismatchError(
-                f"{verb} needs one shape and dtype: replica {rank} holds {spec}, replica 0 holds "
-                f"{first}; pad or cast first, or give the axis to reduce along"
+                f"{verb} needs one shape and dtype: replica {rank} holds {spec(array)}, replica "
+                f"0 holds {first}; pad or cast first, or give the axis to reduce along"
             )
 
 

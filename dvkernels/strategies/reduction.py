@@ -10,7 +10,7 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Communicator
-from dvkernels.context import Spec
+from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError
 from dvkernels.reduce_op import ReduceOp
 
@@ -40,11 +40,11 @@ def reduce_along(
         Spec(tuple(n for k, n in enumerate(array.shape) if k not in axes), array.dtype)
         for array in arrays
     ]
-    for rank, spec in enumerate(rest):
-        if spec != rest[0] or arrays[rank].ndim != arrays[0].ndim:
+    for rank, left in enumerate(rest):
+        if left != rest[0] or arrays[rank].ndim != arrays[0].ndim:
             raise BufferMismatchError(
                 f"reduce along axes {axes} needs one dtype and one shape of what remains: replica "
-                f"0 leaves {rest[0]}, replica {rank} leaves {spec}"
+                f"0 leaves {rest[0]}, replica {rank} leaves {left}"
             )
     count = sum(math.prod(array.shape[k] for k in axes) for array in arrays)
     if count == 0 and op in (ReduceOp.MEAN, ReduceOp.MIN, ReduceOp.MAX):
@@ -71,7 +71,5 @@ def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]
     ndim = arrays[0].ndim
     for one in axes:
         if not -ndim <= one < ndim:
-            raise ValueError(
-                f"reduce: axis {one} is out of range for {Spec(arrays[0].shape, arrays[0].dtype)}"
-            )
+            raise ValueError(f"reduce: axis {one} is out of range for {spec(arrays[0])}")
     return tuple(sorted({int(one) % ndim for one in axes}))

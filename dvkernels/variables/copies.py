@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.communicators.placement import Placement
-from dvkernels.context import Spec
+from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 
 __all__: list[str] = []
@@ -48,7 +48,7 @@ class Copies:
         if array.dtype != dtype or array.shape != shape:
             raise BufferMismatchError(
                 f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
-                f"{Spec(array.shape, array.dtype)}{came}; cast with .astype or reshape it first"
+                f"{spec(array)}{came}; cast with .astype or reshape it first"
             )
         return array
 

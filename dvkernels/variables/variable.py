@@ -15,6 +15,7 @@ from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.context import ReplicaContext
 from dvkernels.devices import registry
 from dvkernels.devices.base import Device
+from dvkernels.devices.buffers import Spec
 from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables.copies import Copies
@@ -315,7 +316,7 @@ class Variable(DistributedValues[Any]):
 
     def __repr__(self) -> str:
         return (
-            f"<Variable {self.name!r} {context.Spec(self.shape, self.dtype)} "
+            f"<Variable {self.name!r} {Spec(self.shape, self.dtype)} "
             f"{self._synchronization.value}/{self._aggregation.value} on "
             f"{', '.join(str(device) for device in self.devices)}>"
         )

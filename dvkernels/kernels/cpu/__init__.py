@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.errors import AlgorithmError
+from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
 from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
@@ -14,6 +15,7 @@ __all__ = [
     "aggregate_mean",
     "aggregate_sum",
     "all_reduce",
+    "all_reduce_new",
     "broadcast",
     "direct_all_reduce",
     "reduce",
@@ -26,6 +28,11 @@ _ALGORITHMS = {
     "direct": direct.all_reduce_as,
     "ring": ring.all_reduce_as,
 }
+
+
+def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
+    """Return the reduction as one new array per buffer, and leave the buffers as they are."""
+    return _ALGORITHMS[algorithm]("all_reduce", buffers, op, checks.NEW)
 
 
 def all_reduce(

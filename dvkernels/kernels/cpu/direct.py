@@ -33,10 +33,9 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
         checks.in_place(verb, reads)
         jobs.run(op, reads, reads, _in_place)
         return list(buffers)
-    writes = checks.arrays(verb, out, "out")
-    checks.separate(verb, reads, writes, len(reads))
+    writes = checks.results(verb, reads, out)
     _combine(op, reads, writes)
-    return list(out)
+    return writes if out is checks.NEW else list(out)
 
 
 def reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> Any:

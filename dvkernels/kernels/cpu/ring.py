@@ -35,8 +35,7 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
         checks.in_place(verb, reads)
         writes = reads
     else:
-        writes = checks.arrays(verb, out, "out")
-        checks.separate(verb, reads, writes, count)
+        writes = checks.results(verb, reads, out)
     plan = _plan(count, out is not None)
 
     def program(addresses: list[int]) -> tuple[list[int], int]:
@@ -52,6 +51,8 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
 
     nbytes = max(4096, _SEGMENT_NBYTES // count // 128 * 128)
     jobs.run(op, reads, writes, program, num_chunks=count, piece_nbytes=nbytes)
+    if out is checks.NEW:
+        return writes
     return list(buffers if out is None else out)
 
 
