@@ -4,6 +4,7 @@ A job is one int64 array, so that every kernel has one signature per dtype:
 
     [0] next piece   [8] pieces done             each on a cache line that only counters touch
     [16] number of pieces  [17] elements a piece  [18] elements  [19] chunks  [20] rows
+    [21] whether to prefetch from memory
     [24:] rows of six: chunk, sources, number of sources, targets, number of targets, divisor
     then the address tables to which `sources` and `targets` point (indices into the job)
 
@@ -29,12 +30,16 @@ from numba.core import cgutils as numba_cgutils
 
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["DONE", "HEADER", "NUM_PIECES", "ROW", "Runner", "kernel"]
+__all__ = ["DONE", "HEADER", "NUM_PIECES", "PREFETCHES", "ROW", "Runner", "kernel"]
 
-DONE, NUM_PIECES, HEADER, ROW = 8, 16, 24, 6
+DONE, NUM_PIECES, PREFETCHES, HEADER, ROW = 8, 16, 21, 24, 6
 
 _SUM, _MEAN, _MIN, _MAX, _PROD = 0, 1, 2, 3, 4
 _HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
+# Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms with it (medians of 120, 2
+# cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead alike); of 4 MiB, in cache, 0.11 and
+# 0.16 ms: hence only where the job says that the data lies in memory.
+_PREFETCH_NBYTES = 4096
 _VECTOR_BYTES = 64  # a cache line: one zmm register, or two ymm, or four of NEON
 _I64 = ir.IntType(64)
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -83,7 +88,16 @@ class _Emitter:
         address = builder.add(address, builder.add(offset, _int(position * _VECTOR_BYTES)))
         return builder.inttoptr(address, kind.as_pointer())
 
-    def block(self, offset: Any, num_vectors: int) -> None:
+    def _prefetch(self, pointer: Any) -> None:
+        """Ask for the line that a later block will read, and write where it stands."""
+        builder, byte, int32 = self.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
+        ahead = builder.gep(builder.bitcast(pointer, byte), [_int(_PREFETCH_NBYTES)])
+        function_type = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
+        prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        to_write, keep, data = (ir.Constant(int32, number) for number in (1, 3, 1))
+        builder.call(prefetch, [ahead, to_write, keep, data])
+
+    def block(self, offset: Any, num_vectors: int, prefetches: bool = False) -> None:
         """Combine and store at byte ``offset``: 2 vectors, or one element where 0 are asked for."""
         builder = self.builder
         lanes = _VECTOR_BYTES // self.itemsize
@@ -93,10 +107,14 @@ class _Emitter:
         # align=1: arrays may start anywhere, and unaligned loads cost nothing on aligned data.
         for k in places:
             pointer = self._pointer(self.sources, _int(0), offset, kind, k)
+            if prefetches:
+                self._prefetch(pointer)
             builder.store(builder.load(pointer, align=1), sums[k])
         with cgutils.for_range(builder, self.num_sources, start=_int(1), intp=_I64) as loop:
             for k in places:
                 pointer = self._pointer(self.sources, loop.index, offset, kind, k)
+                if prefetches:
+                    self._prefetch(pointer)
                 value = builder.load(pointer, align=1)
                 total = builder.load(sums[k])
                 builder.store(_combine(builder, self.op, self.dtype, total, value), sums[k])
@@ -132,8 +150,17 @@ def _span(typing: Any, job: Any, row: Any, first: Any, length: Any, witness: Any
         # Two vectors at a time: two chains of additions hide each other's latency.
         step = 2 * _VECTOR_BYTES
         middle = builder.add(start, builder.and_(nbytes, _int(-step)))
-        with cgutils.for_range_slice(builder, start, middle, _int(step), _I64) as (offset, _):
-            emit.block(offset, 2)
+        far = builder.load(builder.gep(data, [_int(PREFETCHES)]))
+        with builder.if_else(builder.icmp_signed("!=", far, _int(0))) as branches:
+            for branch, prefetches in zip(branches, (True, False), strict=True):
+                with (
+                    branch,
+                    cgutils.for_range_slice(builder, start, middle, _int(step), _I64) as (
+                        offset,
+                        _,
+                    ),
+                ):
+                    emit.block(offset, 2, prefetches)
         with cgutils.for_range_slice(builder, middle, stop, _int(emit.itemsize), _I64) as (
             offset,
             _,

@@ -26,6 +26,7 @@ _SHARED_NBYTES = 4 * 1024 * 1024
 # Pieces are handed out dynamically: small enough that the last one is short (256 KiB a replica
 # is 20 us), large enough that one claim (50 ns) and the restart of the prefetcher vanish.
 _PIECE_NBYTES = 512 * 1024
+_FAR_NBYTES = 64 * 1024 * 1024  # beyond the last cache of most machines (32 MiB on that one)
 _LINE = 128  # bytes that one turn of the vector loop moves
 
 
@@ -67,7 +68,8 @@ def run(
     rows, num_rows = program([checks.address(array) for array in operands])
     num_pieces = -(-count // piece)
     head = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, num_pieces, piece, count, num_chunks]
-    job = np.array([*head, num_rows, 0, 0, 0, *rows], np.int64)
+    far = int(moved >= _FAR_NBYTES)
+    job = np.array([*head, num_rows, far, 0, 0, *rows], np.int64)
     runner, witness = elementwise.kernel(op, dtype)
     pool.execute(runner, witness, job, shared and num_pieces > 1, copies)
 
