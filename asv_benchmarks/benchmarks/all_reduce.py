@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import numpy as np
 
 from dvkernels import kernels
 
+from .probe import fastest_probe_seconds
 from .stopwatch import median_seconds
 
 KIB = 1024
 NUM_REPLICAS = 2
+NUM_ROUNDS = 15
 
 
 def _numpy_all_reduce(buffers):
@@ -60,3 +65,51 @@ class AllReduce:
         return algbw * 2 * (NUM_REPLICAS - 1) / NUM_REPLICAS
 
     track_all_reduce_busbw.unit = "GB/s"
+
+
+class OfTheLimit:
+    """64 MiB beside the memory limit and NumPy, in alternating rounds of one run."""
+
+    params = ["direct", "ring"]
+    param_names = ["algorithm"]
+    timeout = 300
+
+    def setup(self, algorithm):
+        rng = np.random.default_rng(0)
+        length = 64 * 1024 * KIB // np.dtype(np.float32).itemsize
+        self.buffers = [rng.standard_normal(length, dtype=np.float32) for _ in range(NUM_REPLICAS)]
+        self.call = _call(algorithm)
+        self.call(self.buffers)
+        fastest_probe_seconds(self.buffers)  # compiles
+
+    def _medians(self):
+        calls = {
+            "ours": lambda: _timed(self.call, self.buffers),
+            "numpy": lambda: _timed(_numpy_all_reduce, self.buffers),
+            "probe": lambda: fastest_probe_seconds(self.buffers),
+        }
+        seconds = {name: [] for name in calls}
+        for _ in range(NUM_ROUNDS):
+            for name, call in calls.items():
+                seconds[name].append(call())
+            for buffer in self.buffers:
+                buffer[:] = 0  # sums in place, again and again, would overflow
+        return {name: statistics.median(values) for name, values in seconds.items()}
+
+    def track_times_faster_than_numpy(self, algorithm):
+        medians = self._medians()
+        return medians["numpy"] / medians["ours"]
+
+    track_times_faster_than_numpy.unit = "times"
+
+    def track_attained_fraction_of_probe(self, algorithm):
+        medians = self._medians()
+        return medians["probe"] / medians["ours"]
+
+    track_attained_fraction_of_probe.unit = "of the faster probe"
+
+
+def _timed(call, buffers):
+    began = time.perf_counter()
+    call(buffers)
+    return time.perf_counter() - began

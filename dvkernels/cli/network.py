@@ -56,14 +56,12 @@ class Workspace:
     """
 
     def __init__(self, num_examples: int, num_hidden: int, dtype: Any) -> None:
-        self.num_hidden = num_hidden
         self.activations = (
             np.empty((num_examples, num_hidden), dtype),
             np.empty((num_examples, num_hidden), dtype),
             np.empty((num_examples, NUM_CLASSES), dtype),
         )
         self.gradient = np.zeros(num_weights(num_hidden) + 1, dtype)  # the last one: the loss
-        self.gradients = layers(self.gradient, num_hidden)
 
 
 def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspace) -> Any:
@@ -73,30 +71,34 @@ def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspa
     replica with an empty part contributes with weight 0.
     """
     if len(images):
-        own = layers(weights, workspace.num_hidden)
-        arrays = (*own, images, labels, *workspace.activations, *workspace.gradients)
-        workspace.gradient[-1] = _forward_backward(*arrays)
+        _forward_backward(weights, images, labels, *workspace.activations, workspace.gradient)
     return workspace.gradient
 
 
 @numba.njit(nogil=True, cache=True)
+def _layers(flat, num_hidden, num_classes):  # type: ignore[no-untyped-def]
+    """Do what ``layers`` does, in compiled code."""
+    a = NUM_PIXELS * num_hidden
+    b = a + num_hidden
+    c = b + num_hidden * num_classes
+    return (
+        flat[:a].reshape((NUM_PIXELS, num_hidden)),
+        flat[a:b],
+        flat[b:c].reshape((num_hidden, num_classes)),
+        flat[c : c + num_classes],
+    )
+
+
+@numba.njit(nogil=True, cache=True)
 def _forward_backward(  # type: ignore[no-untyped-def]
-    kernel,
-    bias,
-    output_kernel,
-    output_bias,
-    images,
-    labels,
-    hidden,
-    back,
-    logits,
-    kernel_gradient,
-    bias_gradient,
-    output_kernel_gradient,
-    output_bias_gradient,
+    weights, images, labels, hidden, back, logits, gradient
 ):
     num_examples, num_hidden = hidden.shape
     num_classes = logits.shape[1]
+    kernel, bias, output_kernel, output_bias = _layers(weights, num_hidden, num_classes)
+    kernel_gradient, bias_gradient, output_kernel_gradient, output_bias_gradient = _layers(
+        gradient, num_hidden, num_classes
+    )
     zero = hidden.dtype.type(0)
     np.dot(images, kernel, hidden)
     for i in range(num_examples):
@@ -128,7 +130,7 @@ def _forward_backward(  # type: ignore[no-untyped-def]
             back[i, j] = back[i, j] if hidden[i, j] > zero else zero
             bias_gradient[j] += back[i, j]
     np.dot(images.T, back, kernel_gradient)
-    return loss / num_examples
+    gradient[-1] = loss / num_examples
 
 
 def accuracy(weights: Any, num_hidden: int, images: Any, labels: Any) -> float:

@@ -84,20 +84,20 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
         weights.assign_add(change)
         return clock() - started
 
-    def step(images: Any, labels: Any) -> tuple[float, float, float]:
+    def step(images: Any, labels: Any) -> None:
         replica = context.get_replica_context()
         assert replica is not None
         started = clock()
-        key = (replica.replica_id_in_sync_group, len(images))
+        rank = replica.replica_id_in_sync_group
+        key = (rank, len(images))
         if key not in workspaces:
             workspaces[key] = network.Workspace(len(images), recipe.num_hidden, recipe.dtype)
         own = network.gradient_and_loss(weights.read_value(), images, labels, workspaces[key])
         computed = clock()
         averaged = replica.all_reduce("mean", own, weight=len(images), out=own)
-        loss = float(averaged[-1])
+        losses[rank] = averaged[-1]
         updating = replica.merge_call(update, (averaged,))
-        ended = clock()
-        return loss, computed - started + updating, ended - computed - updating
+        seconds[rank] += (computed - started + updating, clock() - computed - updating)
 
     def warm_up() -> None:
         """Compile or load what a step needs before the clock runs; changes nothing."""
@@ -109,8 +109,9 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
         replica.all_reduce("mean", own, weight=1, out=own)
 
     strategy.run(warm_up)
-    compute = communication = waiting = 0.0
-    steps, seen, loss = 0, 0, float("nan")
+    seconds = np.zeros((strategy.num_replicas_in_sync, 2))  # compute, communication
+    losses = np.zeros(strategy.num_replicas_in_sync)
+    steps, seen, waiting = 0, 0, 0.0
     began = clock()
     with iter(strategy.distribute_dataset(dataset(recipe, data))) as batches:
         while True:
@@ -119,22 +120,20 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
             if images is None:
                 break
             waiting += clock() - asked
-            losses, computing, communicating = strategy.run(step, (images, labels))
-            compute += sum(computing.values) / len(computing)
-            communication += sum(communicating.values) / len(communicating)
+            strategy.run(step, (images, labels))
             steps += 1
             seen += sum(len(part) for part in images.values)
-            loss = losses.on(0)
-            report(steps, seen, loss, seen / (clock() - began))
+            report(steps, seen, losses[0], seen / (clock() - began))
     elapsed = clock() - began
+    compute, communication = seconds.mean(axis=0) / steps
     return Outcome(
         weights=weights.numpy(),
         steps=steps,
-        final_loss=loss,
+        final_loss=float(losses[0]),
         examples_per_second=seen / elapsed,
         seconds_per_step=elapsed / steps,
-        compute_seconds=compute / steps,
-        communication_seconds=communication / steps,
+        compute_seconds=float(compute),
+        communication_seconds=float(communication),
         input_seconds=waiting / steps,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -35,11 +36,13 @@ class Local:
     ) -> list[Any]:
         """Reduce into new arrays, or into ``out``."""
         kernels, algorithm = twins.cpu(), self._algorithm
-        results: list[Any] = (
-            kernels.all_reduce_new(values, op, algorithm)
-            if out is None
-            else kernels.all_reduce(values, op, algorithm=algorithm, out=out)
-        )
+        results: list[Any]
+        if out is None:
+            results = kernels.all_reduce_new(values, op, algorithm)
+        elif all(map(operator.is_, out, values)):
+            results = kernels.all_reduce(values, op, algorithm=algorithm)  # in place: fewer checks
+        else:
+            results = kernels.all_reduce(values, op, algorithm=algorithm, out=out)
         return results
 
     def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:

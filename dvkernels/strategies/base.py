@@ -153,11 +153,8 @@ class Strategy:
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise ValueError(f"run: kwargs must be a dict, got {type(kwargs).__name__}")
         num_replicas = self.num_replicas_in_sync
-        if args or kwargs:
-            positional = self._dealt(tuple(args), "run")
-            named = self._dealt(dict(kwargs or {}), "run")
-        else:
-            positional, named = [()] * num_replicas, [{}] * num_replicas
+        positional = self._dealt(tuple(args), "run") if args else [()] * num_replicas
+        named = self._dealt(dict(kwargs), "run") if kwargs else [{}] * num_replicas
 
         placement = self._placement
 
