@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from typing import Any, Self
@@ -57,7 +56,6 @@ class Strategy:
         name = f"{type(self).__name__}({', '.join(str(device) for device in devices)})"
         self._placement = Placement(devices, communicator, name)
         self._runner = runner.Runner(len(devices))
-        weakref.finalize(self, self._runner.close)
 
     # -- what it is -----------------------------------------------------------------------------
 

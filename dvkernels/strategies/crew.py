@@ -42,7 +42,8 @@ class _Inbox:
 class Crew:
     """Threads for the replicas 1 to n - 1 of a step, and the gates between all n of them.
 
-    The threads end when the crew is dropped.
+    The threads end when the crew is dropped. Only :meth:`stop` waits for that: what garbage
+    collection calls must not wait, and an interrupt during it would be lost.
     """
 
     def __init__(self, num_replicas: int) -> None:
@@ -50,14 +51,14 @@ class Crew:
         self._gates = Gates(first + num_replicas - 1, num_replicas)
         self._num_replicas = num_replicas
         self._inboxes = [_Inbox(self._gates, first + k) for k in range(num_replicas - 1)]
-        threads = [
+        self._threads = [
             threading.Thread(
                 target=_work, args=(inbox,), name=f"dvkernels-replica-{rank}", daemon=True
             )
             for rank, inbox in enumerate(self._inboxes, start=1)
         ]
-        weakref.finalize(self, _stop, self._inboxes, threads, os.getpid())
-        for thread in threads:
+        weakref.finalize(self, _end_all, self._inboxes, os.getpid())
+        for thread in self._threads:
             thread.start()
 
     def step(self) -> rendezvous.Step:
@@ -75,6 +76,14 @@ class Crew:
         self._gates.open_and_let_run(last.gate, rendezvous.rest_gate(self._num_replicas))
 
 
+    def stop(self) -> None:
+        """End the threads, which are idle, and wait until they have ended."""
+        _end_all(self._inboxes, os.getpid())
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(_JOIN_SECONDS)
+
+
 def _end() -> None:
     """Tell a thread to end."""
 
@@ -88,13 +97,9 @@ def _work(inbox: _Inbox) -> None:
         del task  # keep nothing of the user's alive while waiting
 
 
-def _stop(inboxes: list[_Inbox], threads: list[threading.Thread], pid: int) -> None:
+def _end_all(inboxes: list[_Inbox], pid: int) -> None:
     if pid != os.getpid():
         return  # the threads live in the process that this one was forked from
     for inbox in inboxes:
         inbox.task = _end
         inbox.gates.open(inbox.gate)
-    for thread in threads:
-        # Garbage collection may call this from any thread, also from one that it ends.
-        if thread.ident is not None and thread is not threading.current_thread():
-            thread.join(_JOIN_SECONDS)

@@ -83,9 +83,11 @@ class Runner:
             del error  # the traceback refers to this frame: leave no circle
 
     def close(self) -> None:
-        """End the threads. Safe to call twice."""
+        """End the threads, and wait for that. Safe to call twice."""
         self._closed = True
-        self._idle.clear()
+        if self._pid == os.getpid():
+            while self._idle:
+                self._idle.pop().stop()
 
 
 def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
