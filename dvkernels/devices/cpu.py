@@ -20,10 +20,10 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _cgroup_quota(Path("/sys/fs/cgroup")))))
+    return max(1, math.ceil(min(cores, cgroup_quota(Path("/sys/fs/cgroup")))))
 
 
-def _cgroup_quota(root: Path) -> float:
+def cgroup_quota(root: Path) -> float:
     """Return the cores that the cgroup's quota grants, infinity where there is none."""
     try:  # version 2: "max 100000", or "150000 100000" (microseconds used per period)
         quota, period = (root / "cpu.max").read_text().split()

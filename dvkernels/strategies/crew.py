@@ -75,7 +75,6 @@ class Crew:
             self._gates.open(inbox.gate)
         self._gates.open_and_let_run(last.gate, rendezvous.rest_gate(self._num_replicas))
 
-
     def stop(self) -> None:
         """End the threads, which are idle, and wait until they have ended."""
         _end_all(self._inboxes, os.getpid())

@@ -1,0 +1,62 @@
+"""Several Python threads at once, whatever threading layer Numba uses in the same process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# Numba's own parallel loop comes first, so that its layer is up and running beside our threads.
+PROGRAM = """
+import threading
+import numba
+import numpy as np
+from dvkernels import kernels
+
+@numba.njit(parallel=True)
+def parallel_sum(x):
+    total = 0.0
+    for i in numba.prange(x.size):
+        total += x[i]
+    return total
+
+parallel_sum(np.ones(10))
+print(numba.threading_layer())
+wrong = []
+
+def call(seed):
+    rng = np.random.default_rng(seed)
+    for size in (10, 10_000, 1_000_000):  # serial, and shared with the pool
+        for algorithm in ("direct", "ring"):
+            buffers = [rng.integers(-9, 9, size) for _ in range(3)]
+            expected = sum(buffers)
+            kernels.all_reduce(buffers, algorithm=algorithm)
+            if not all(np.array_equal(buffer, expected) for buffer in buffers):
+                wrong.append((seed, size, algorithm))
+
+threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not wrong, wrong
+print("right")
+"""
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_four_threads_reduce_at_once(layer: str) -> None:
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import os; os.environ['NUMBA_THREADING_LAYER'] = {layer!r}\n{PROGRAM}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    if layer == "omp" and "No threading layer could be loaded" in run.stderr:
+        pytest.skip("Numba's OpenMP layer needs libgomp, which is not installed")
+    assert run.stdout.split() == [layer, "right"], run.stderr
