@@ -152,7 +152,12 @@ def test_none_reads_as_all_copies_until_synced(strategy):
     assert isinstance(variable.read_value(), dv.PerReplica)
     variable.sync("max")
     assert copies(variable) == [float(n)] * n
-    strategy.run(lambda: (variable.assign(rank() + 1.0), variable.sync("mean")) and None)
+
+    def write_and_sync():
+        variable.assign(rank() + 1.0)
+        variable.sync("mean")
+
+    strategy.run(write_and_sync)
     assert copies(variable) == [(n + 1) / 2] * n
     with pytest.raises(ValueError, match="sync is for"):
         make(strategy, 0.0).sync()

@@ -1,0 +1,144 @@
+"""The main job: the same weights on any number of replicas, and one JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from threadpoolctl import threadpool_limits
+
+import dvkernels as dv
+from dvkernels.cli import digits, main, network, training
+
+KEYS = {
+    "test_accuracy",
+    "final_loss",
+    "weights_sha256",
+    "num_replicas",
+    "steps",
+    "seconds_per_step",
+    "compute_seconds",
+    "communication_seconds",
+    "input_seconds",
+    "relative_difference_to_one_device",
+}
+
+
+def train(strategy, recipe, data):
+    with strategy, threadpool_limits(1, user_api="blas"):  # as the command does
+        return training.train(strategy, recipe, data, lambda *_: None)
+
+
+def mirrored(num_replicas, **options):
+    return dv.MirroredStrategy([f"cpu:{k}" for k in range(num_replicas)], **options)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize("batch_size", [149, 128])
+def test_the_weights_are_those_of_one_device(dtype, tolerance, batch_size):
+    data = digits.load(dtype)
+    recipe = training.Recipe(epochs=8, batch_size=batch_size, num_hidden=64, dtype=dtype)
+    reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, data)
+    exactness = network.accuracy(reference.weights, 64, data.test_images, data.test_labels)
+    assert exactness > 0.9
+    for num_replicas in (2, 3, 7):
+        outcome = train(mirrored(num_replicas), recipe, data)
+        assert outcome.steps == reference.steps == training.num_steps(recipe, data)
+        assert training.relative_difference(outcome.weights, reference.weights) <= tolerance
+        reached = network.accuracy(outcome.weights, 64, data.test_images, data.test_labels)
+        assert abs(reached - exactness) <= 0.01
+
+
+def test_replicas_without_examples():
+    data = digits.load("float64")
+    few = digits.Digits(data.train_images[:22], data.train_labels[:22], *data[2:])
+    recipe = training.Recipe(epochs=3, batch_size=16, num_hidden=8, dtype="float64")
+    reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, few)
+    outcome = train(mirrored(7, cross_device_ops="ring"), recipe, few)  # 66 = 4 x 16 + 2
+    assert training.relative_difference(outcome.weights, reference.weights) <= 1e-9
+
+
+def test_median_accuracy_of_five_seeds():
+    data = digits.load("float32")
+    accuracies = []
+    for seed in range(5):
+        recipe = training.Recipe(seed=seed)
+        weights = train(mirrored(2), recipe, data).weights
+        accuracies.append(
+            network.accuracy(weights, recipe.num_hidden, data.test_images, data.test_labels)
+        )
+    assert statistics.median(accuracies) >= 0.97
+
+
+def test_one_json_object(capsys):
+    digests = []
+    for seed in ("3", "3", "4"):
+        options = ["--replicas", "2", "--epochs", "2", "--hidden", "32", "--seed", seed]
+        assert main.main(["train", "--json", *options]) == 0
+        out, err = capsys.readouterr()
+        report = json.loads(out)
+        assert report.keys() >= KEYS
+        assert "training" in err
+        digests.append(report["weights_sha256"])
+        split = sum(report[f"{part}_seconds"] for part in ("compute", "communication", "input"))
+        assert 0 < split <= report["seconds_per_step"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_for_people(capsys):
+    assert main.main(["train", "--replicas", "3", "--epochs", "2", "--hidden", "32"]) == 0
+    out, err = capsys.readouterr()
+    assert "test accuracy" in out
+    assert "against one device" in out
+    assert "3 replicas" in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--replicas", "0"],
+        ["--epochs", "-1"],
+        ["--batch-size", "x"],
+        ["--hidden", "1.5"],
+        ["--seed", "-3"],
+        ["--device", "cuda"],
+        ["--device", "toaster"],
+        ["--dtype", "int8"],
+        ["--unknown"],
+    ],
+)
+def test_bad_options_end_with_status_2_and_a_message(options, capsys):
+    try:
+        status = main.main(["train", *options])
+    except SystemExit as error:
+        status = error.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert "error: " in err
+    assert not out
+
+
+def test_info_computes_on_every_device(capsys):
+    assert main.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    passed = [line.split()[0] for line in lines if line.endswith("PASS")]
+    assert passed == [*(str(device) for device in dv.list_devices()), "together"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_an_interrupt_ends_the_training():
+    command = [sys.executable, "-m", "dvkernels", "train", "--epochs", "100000", "--replicas", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"Traceback" not in err

@@ -1,0 +1,256 @@
+"""What goes into run and what comes out; reduce and gather across replicas."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.errors import (
+    AlgorithmError,
+    BufferMismatchError,
+    ContextError,
+    DatasetError,
+    UnsupportedDTypeError,
+)
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+@pytest.fixture
+def strategy():
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        yield strategy
+
+
+def rank():
+    return dv.get_replica_context().replica_id_in_sync_group
+
+
+# -- run -----------------------------------------------------------------------------------------
+
+
+def test_distributed_arguments_are_unpacked_at_any_depth(strategy):
+    value = dv.PerReplica(["a", "b"])
+    nest = Pair([value, 1], {"x": (dv.Mirrored([7, 7]),)})
+    result = strategy.run(lambda n, *, k: (n.left[0], n.right["x"][0], k), (nest,), {"k": value})
+    assert [leaf.values for leaf in result] == [("a", "b"), (7, 7), ("a", "b")]
+
+
+def test_variables_are_passed_as_they_are(strategy):
+    with strategy.scope():
+        variable = dv.Variable(1.0, aggregation="sum")
+    strategy.run(lambda v: v.assign_add(1.0), (variable,))
+    assert float(variable) == 3.0
+    assert strategy.run(lambda: variable) is variable
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_results_are_per_replica_always(num_replicas):
+    with dv.MirroredStrategy([f"cpu:{k}" for k in range(num_replicas)]) as strategy:
+        shared = object()
+        assert strategy.run(lambda: shared).values == (shared,) * num_replicas
+        assert strategy.run(lambda: None) is None
+        nest = strategy.run(lambda: Pair([rank()], {"x": None}))
+        assert nest.left[0].values == tuple(range(num_replicas))
+        assert nest.right["x"] is None
+
+
+def test_none_from_some_stays(strategy):
+    assert strategy.run(lambda: rank() or None).values == (None, 1)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda: [1] * rank(),
+        lambda: {"a": 1} if rank() else {"b": 1},
+        lambda: (1,) if rank() else [1],
+        lambda: {"a": 1} if rank() else None,
+    ],
+)
+def test_structures_that_differ(strategy, fn):
+    with pytest.raises(ValueError, match=r"replica 0 returned.*replica 1 returned"):
+        strategy.run(fn)
+
+
+@pytest.mark.parametrize("bad", [{"args": 5}, {"args": "x"}, {"kwargs": [1]}])
+def test_bad_arguments(strategy, bad):
+    with pytest.raises(ValueError, match="must be a"):
+        strategy.run(print, **bad)
+
+
+def test_a_value_of_another_length_or_strategy(strategy):
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as other:
+        foreign = other.run(rank)
+    for value in (dv.PerReplica([1, 2, 3]), foreign):
+        for use in (
+            lambda v=value: strategy.run(print, (v,)),
+            lambda v=value: strategy.reduce("sum", v),
+            lambda v=value: strategy.gather(v),
+            lambda v=value: strategy.local_results(v),
+        ):
+            with pytest.raises(ContextError, match="2 replicas"):
+                use()
+
+
+# -- reduce --------------------------------------------------------------------------------------
+
+
+def per_replica(*values, dtype=None):
+    return dv.PerReplica([np.asarray(value, dtype) for value in values])
+
+
+@pytest.mark.parametrize(
+    ("op", "values", "axis", "expected"),
+    [
+        ("sum", [1.0, 2.0], None, 3.0),
+        ("mean", [1.0, 2.0], None, 1.5),
+        ("sum", [[1, 2], [3, 4]], 0, 10),
+        ("mean", [[0.0, 1, 2, 3], [4.0, 5]], 0, 2.5),
+        ("sum", [[0.0, 1, 2, 3], [4.0, 5]], 0, 15.0),
+        ("mean", [[2.0, 4.0], []], 0, 3.0),
+        ("max", [[2.0, 4.0], []], 0, 4.0),
+        ("min", [[], [2.0]], 0, 2.0),
+        ("prod", [[2.0, 3.0], [4.0]], -1, 24.0),
+        ("mean", [[[1.0, 2]], [[3.0, 4]]], -1, [2.5]),
+        ("mean", [[[1.0, 2]], [[3.0, 4]]], [0, 1], 2.5),
+        ("mean", [[[1.0, 2]], [[3.0, 4]]], (-2, 1), 2.5),
+        ("sum", [[[1.0, 2]], [[3.0, 4]]], 0, [4.0, 6.0]),
+    ],
+)
+def test_reduce(strategy, op, values, axis, expected):
+    result = strategy.reduce(op, per_replica(*values), axis=axis)
+    assert isinstance(result, np.ndarray)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_reduce_keeps_the_dtype(strategy):
+    for dtype in (np.int8, np.uint16, np.float32):
+        value = per_replica([100, 100], [100, 100], dtype=dtype)
+        assert strategy.reduce("sum", value, axis=0).dtype == dtype
+    assert strategy.reduce("sum", per_replica(200, 100, dtype=np.uint8)) == 44
+
+
+def test_reduce_takes_nests_and_variables(strategy):
+    with strategy.scope():
+        variable = dv.Variable(3.0)
+    nest = {"a": per_replica(1.0, 2.0), "v": variable, "m": dv.Mirrored([1.0, 1.0])}
+    result = strategy.reduce("sum", nest)
+    assert {key: float(value) for key, value in result.items()} == {"a": 3.0, "v": 6.0, "m": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (("sum", 1.0), ValueError),
+        (("mean", np.ones(2), 0), ValueError),
+        (("sum", None), ValueError),
+        (("mean", per_replica(1, 2)), UnsupportedDTypeError),
+        (("sum", per_replica([1.0], [1.0, 2.0])), BufferMismatchError),
+        (("sum", per_replica([1.0], [1]), 0), BufferMismatchError),
+        (("sum", per_replica([[1.0]], [[1.0, 2.0]]), 0), BufferMismatchError),
+        (("sum", per_replica([1.0], [2.0]), 5), ValueError),
+        (("sum", per_replica([1.0], [2.0]), 0.5), TypeError),
+        (("mean", per_replica([], []), 0), ValueError),
+        (("max", per_replica([], []), 0), ValueError),
+        (("median", per_replica(1.0, 2.0)), ValueError),
+    ],
+)
+def test_reduce_refuses(strategy, args, error):
+    with pytest.raises(error):
+        strategy.reduce(*args)
+
+
+def test_gather(strategy):
+    a, b = np.arange(4).reshape(2, 2), np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(strategy.gather(dv.PerReplica([a, b])), np.concatenate([a, b]))
+    np.testing.assert_array_equal(
+        strategy.gather(dv.PerReplica([a, a]), axis=-1), np.concatenate([a, a], 1)
+    )
+    assert strategy.gather(dv.PerReplica([1, 2])).tolist() == [1, 2]
+    assert strategy.gather([dv.PerReplica([True, False])])[0].tolist() == [True, False]
+    with pytest.raises(BufferMismatchError, match="replica 1"):
+        strategy.gather(dv.PerReplica([a, b]), axis=1)
+    with pytest.raises(ValueError, match="plain"):
+        strategy.gather(a)
+
+
+def test_local_results(strategy):
+    value = dv.PerReplica([1, 2])
+    with strategy.scope():
+        variable = dv.Variable(5.0)
+    assert strategy.local_results(value) == (1, 2)
+    assert strategy.local_results({"a": value, "b": 3}) == ({"a": 1, "b": 3}, {"a": 2, "b": 3})
+    assert strategy.local_results("plain") == ("plain", "plain")
+    assert [float(copy) for copy in strategy.local_results(variable)] == [5.0, 5.0]
+
+
+def test_distribute_values_from_function(strategy):
+    value = strategy.distribute_values_from_function(
+        lambda ctx: {"id": ctx.replica_id_in_sync_group, "of": (ctx.num_replicas_in_sync, None)}
+    )
+    assert value["id"].values == (0, 1)
+    assert value["of"][0].values == (2, 2)
+    with pytest.raises(ValueError, match="same nest"):
+        strategy.distribute_values_from_function(lambda ctx: [1] * ctx.replica_id_in_sync_group)
+
+
+def test_names_of_tf_distribute(strategy):
+    assert strategy.experimental_local_results(dv.PerReplica([1, 2])) == (1, 2)
+    made = strategy.experimental_distribute_values_from_function(lambda ctx: 1)
+    assert made.values == (1, 1)
+    batches = strategy.experimental_distribute_dataset(dv.Dataset.range(3).batch(3))
+    assert [part.tolist() for part in next(iter(batches)).values] == [[0, 1], [2]]
+
+
+def test_what_a_strategy_is(strategy):
+    assert strategy.num_replicas_in_sync == 2
+    assert [str(device) for device in strategy.worker_devices] == ["cpu:0", "cpu:1"]
+    assert strategy.cluster_resolver is None
+    assert dv.MirroredStrategy().num_replicas_in_sync == len(dv.list_devices())
+    with pytest.raises(TypeError):
+        __import__("copy").copy(strategy)
+
+
+@pytest.mark.parametrize("ops", ["fastest", "nccl", 3, None])
+def test_cross_device_ops_are_named(ops):
+    with pytest.raises(AlgorithmError, match="'direct'"):
+        dv.MirroredStrategy(["cpu:0", "cpu:1"], cross_device_ops=ops)
+
+
+def test_a_dataset_is_asked_for(strategy):
+    with pytest.raises(DatasetError, match="got a list"):
+        strategy.distribute_dataset([1, 2, 3])
+
+
+def test_a_communicator_of_ones_own():
+    class Logged:
+        """Delegates to the library's communicator and notes the verbs."""
+
+        size = 2
+
+        def __init__(self):
+            self.verbs = []
+
+        def __getattr__(self, verb):
+            from dvkernels.communicators.local import Local
+
+            self.verbs.append(verb)
+            return getattr(Local(2, "ring"), verb)
+
+        all_reduce = property(lambda self: self.__getattr__("all_reduce"))
+        reduce = property(lambda self: self.__getattr__("reduce"))
+        reduce_scatter = property(lambda self: self.__getattr__("reduce_scatter"))
+        all_gather = property(lambda self: self.__getattr__("all_gather"))
+        broadcast = property(lambda self: self.__getattr__("broadcast"))
+
+    logged = Logged()
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"], cross_device_ops=logged) as strategy:
+        logged.verbs.clear()
+        context = dv.get_replica_context
+        assert strategy.run(lambda: context().all_reduce("sum", 1.0)).values == (2.0, 2.0)
+        assert strategy.gather(dv.PerReplica([1, 2])).tolist() == [1, 2]
+        assert logged.verbs == ["all_reduce", "all_gather"]

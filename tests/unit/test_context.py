@@ -1,0 +1,400 @@
+"""Replicas meet in collectives; whoever disagrees ends the step in all, and the next one works."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.errors import (
+    BufferMismatchError,
+    CollectiveMismatchError,
+    ContextError,
+    NotABufferError,
+    ReduceOpError,
+    UnsupportedDTypeError,
+)
+
+
+@pytest.fixture(params=[1, 2, 3, 7])
+def strategy(request):
+    with dv.MirroredStrategy([f"cpu:{k}" for k in range(request.param)]) as strategy:
+        yield strategy
+
+
+@pytest.fixture
+def pair():
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        yield strategy
+
+
+def here():
+    return dv.get_replica_context()
+
+
+def rank():
+    return here().replica_id_in_sync_group
+
+
+def on_each(strategy, fn):
+    return strategy.run(fn).values
+
+
+# -- collectives ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "reduction"),
+    [("sum", np.sum), ("MEAN", np.mean), ("min", np.min), ("Max", np.max), ("prod", np.prod)],
+)
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "ring"])
+def test_all_reduce(op, reduction, algorithm):
+    n = 3
+    inputs = np.random.default_rng(0).integers(1, 9, (n, 5, 2)).astype(np.float64)
+    before = inputs.copy()
+    devices = [f"cpu:{k}" for k in range(n)]
+    with dv.MirroredStrategy(devices, cross_device_ops=algorithm) as strategy:
+        results = on_each(strategy, lambda: here().all_reduce(op, inputs[rank()]))
+    for result in results:
+        np.testing.assert_array_equal(result, reduction(inputs, axis=0))
+        assert not any(np.shares_memory(result, other) for other in (inputs, *inputs))
+    np.testing.assert_array_equal(inputs, before)
+    assert not np.shares_memory(results[0], results[1])
+
+
+def test_results_belong_to_the_caller_also_alone():
+    own = np.ones(3)
+    with dv.OneDeviceStrategy("cpu:0") as strategy:
+        for collective in (
+            lambda: here().all_reduce("sum", own),
+            lambda: here().all_gather(own),
+            lambda: here().broadcast(own),
+            lambda: here().reduce_scatter("sum", own),
+        ):
+            (result,) = on_each(strategy, collective)
+            result[:] = 7
+    assert own.tolist() == [1, 1, 1]
+
+
+def test_a_nest_comes_back_as_that_nest(strategy):
+    n = strategy.num_replicas_in_sync
+    nest = {"a": np.arange(3.0), "b": [1.0, (np.int8(2), None)][:1], "c": ()}
+    for result in on_each(strategy, lambda: [here().all_reduce("sum", nest)] and _seen(nest)):
+        assert result == "a,b,c"
+    reduced = strategy.run(lambda: here().all_reduce("sum", nest))
+    assert reduced["a"].on(0).tolist() == [0, n, 2 * n]
+    assert reduced["b"][0].on(0) == n
+    assert reduced["b"][0].on(0).shape == ()
+
+
+def _seen(nest):
+    return ",".join(nest)
+
+
+def test_in_place_only_where_asked(strategy):
+    n = strategy.num_replicas_in_sync
+
+    def both():
+        kept, given = np.ones(4), np.full(4, 2.0)
+        out = np.zeros(4)
+        assert here().all_reduce("sum", kept, out=out) is out
+        assert here().all_reduce("sum", given, out=given) is given
+        return kept, out, given
+
+    kept, out, given = strategy.run(both)
+    for r in range(n):
+        assert (kept.on(r)[0], out.on(r)[0], given.on(r)[0]) == (1, n, 2 * n)
+
+
+def test_weighted_mean_is_the_mean_of_all_examples(strategy):
+    n = strategy.num_replicas_in_sync
+    examples = np.random.default_rng(1).random(11)
+    parts = np.array_split(examples, n + 1)[:n]
+    expected = np.concatenate(parts).mean()
+
+    def weighted():
+        own = parts[rank()]
+        mean = own.mean() if len(own) else np.nan
+        return here().all_reduce("mean", mean, weight=len(own))
+
+    np.testing.assert_allclose(on_each(strategy, weighted), expected, rtol=1e-14)
+
+
+def test_weight_zero_hides_nan(pair):
+    values = [1.0, np.nan]
+    assert on_each(pair, lambda: here().all_reduce("mean", values[rank()], weight=1 - rank())) == (
+        1.0,
+        1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("op", "weight"), [("mean", 0), ("mean", -1), ("mean", np.nan), ("mean", "x"), ("sum", 1)]
+)
+def test_a_weight_that_makes_no_sense(strategy, op, weight):
+    with pytest.raises(ValueError, match="weight"):
+        strategy.run(lambda: here().all_reduce(op, 1.0, weight=weight))
+
+
+def test_gather_broadcast_scatter(strategy):
+    n = strategy.num_replicas_in_sync
+    gathered = on_each(strategy, lambda: here().all_gather(np.full((rank(), 2), rank())))
+    expected = np.concatenate([np.full((r, 2), r) for r in range(n)])
+    stacked = on_each(strategy, lambda: here().all_gather(rank()))
+    sideways = on_each(strategy, lambda: here().all_gather(np.full((2, 1), rank()), axis=-1))
+    last = on_each(strategy, lambda: here().broadcast(np.full(2, rank()), root=n - 1))
+    whole = np.arange(10.0)
+    parts = on_each(strategy, lambda: here().reduce_scatter("sum", whole))
+    for r in range(n):
+        np.testing.assert_array_equal(gathered[r], expected)
+        assert stacked[r].tolist() == list(range(n))
+        assert sideways[r].shape == (2, n)
+        assert last[r].tolist() == [n - 1] * 2
+        np.testing.assert_array_equal(parts[r], np.array_split(whole * n, n)[r])
+
+
+def test_a_distributed_value_means_the_own_component(pair):
+    captured = pair.run(lambda: rank() + 1.0)
+    with pair.scope():
+        counter = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
+
+    def use():
+        counter.assign(captured)
+        return here().all_reduce("sum", captured), here().all_reduce("sum", counter)
+
+    first, second = pair.run(use)
+    assert (first.on(0), second.on(1)) == (3.0, 3.0)
+
+
+def test_merge_call_runs_once_across_replicas(strategy):
+    n = strategy.num_replicas_in_sync
+    calls = []
+
+    def merge(inner, own, scale):
+        calls.append(threading.get_ident())
+        assert inner is strategy
+        assert dv.in_cross_replica_context()
+        assert here() is None
+        nested = inner.run(lambda x: x * 2, (own,))
+        total = inner.reduce("sum", own)
+        return inner.run(lambda x: x + 1, (own,)), {"total": total, "scale": scale}, nested
+
+    def step():
+        one, both, nested = here().merge_call(merge, (rank(),), {"scale": 3})
+        assert here().replica_id_in_sync_group == rank()
+        return one, both["total"], nested
+
+    one, total, nested = strategy.run(step)
+    assert len(calls) == 1
+    assert one.values == tuple(r + 1 for r in range(n))
+    assert nested.values == tuple(2 * r for r in range(n))
+    assert all(value == sum(range(n)) for value in total.values)
+
+
+# -- disagreement --------------------------------------------------------------------------------
+
+DISAGREEMENTS = {
+    "collective": lambda: here().barrier() if rank() else here().all_reduce("sum", 1.0),
+    "op": lambda: here().all_reduce("max" if rank() else "sum", 1.0),
+    "shape": lambda: here().all_reduce("sum", np.ones(1 + rank())),
+    "dtype": lambda: here().all_reduce("sum", np.ones(2, "f4" if rank() else "f8")),
+    "structure": lambda: here().all_reduce("sum", [1.0] if rank() else (1.0,)),
+    "weight": lambda: here().all_reduce("mean", 1.0, weight=1 if rank() else None),
+    "root": lambda: here().broadcast(1.0, root=rank()),
+    "axis": lambda: here().all_gather(np.ones((2, 2)), axis=rank()),
+    "returned": lambda: None if rank() else here().barrier(),
+    "returned first": lambda: here().barrier() if rank() else None,
+    "one more": lambda: [here().barrier() for _ in range(1 + rank())],
+}
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_disagreement_ends_the_step_and_says_who_and_where(pair, name):
+    with pytest.raises(CollectiveMismatchError) as raised:
+        pair.run(DISAGREEMENTS[name])
+    message = str(raised.value)
+    assert "replica 0" in message
+    assert "replica 1" in message
+    assert "test_context.py:" in message
+    assert on_each(pair, lambda: here().all_reduce("sum", 1.0)) == (2.0, 2.0)
+
+
+def test_after_a_caught_failure_every_later_collective_raises(pair):
+    caught = []
+
+    def stubborn():
+        for _ in range(3):
+            try:
+                DISAGREEMENTS["op"]()
+            except CollectiveMismatchError:
+                caught.append(rank())
+
+    with pytest.raises(CollectiveMismatchError):
+        pair.run(stubborn)
+    assert sorted(caught) == [0, 0, 0, 1, 1, 1]
+    assert on_each(pair, rank) == (0, 1)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_an_exception_is_reraised_as_it_is(pair, culprit):
+    error = KeyError("mine")
+
+    def step():
+        if rank() == culprit:
+            raise error
+        here().barrier()
+
+    with pytest.raises(KeyError) as raised:
+        pair.run(step)
+    assert raised.value is error
+    assert any(f"replica {culprit}" in note for note in error.__notes__)
+
+
+def test_of_several_exceptions_the_lowest_replica_wins(strategy):
+    meet = threading.Barrier(strategy.num_replicas_in_sync)
+
+    def step():
+        meet.wait(10)
+        raise ValueError(f"from {rank()}")
+
+    with pytest.raises(ValueError, match="from 0") as raised:
+        strategy.run(step)
+    notes = " ".join(raised.value.__notes__) if strategy.num_replicas_in_sync > 1 else ""
+    assert all(f"from {r}" in notes for r in range(1, strategy.num_replicas_in_sync))
+
+
+def test_an_error_caused_by_anothers_failure_does_not_hide_it(pair):
+    def step():
+        if rank() == 1:
+            raise KeyError("the cause")
+        try:
+            here().barrier()
+        except CollectiveMismatchError as error:
+            raise RuntimeError("cleaning up") from error
+
+    with pytest.raises(KeyError, match="the cause"):
+        pair.run(step)
+
+
+def test_an_exception_in_merge_call(strategy):
+    def fail(_):
+        raise LookupError("inside")
+
+    with pytest.raises(LookupError, match="inside"):
+        strategy.run(lambda: here().merge_call(fail))
+    assert on_each(strategy, rank) == tuple(range(strategy.num_replicas_in_sync))
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: here().all_reduce("average", 1.0), ReduceOpError),
+        (lambda: here().all_reduce("mean", 1), UnsupportedDTypeError),
+        (lambda: here().all_reduce("sum", "text"), (UnsupportedDTypeError, NotABufferError)),
+        (lambda: here().all_reduce("sum", None), NotABufferError),
+        (lambda: here().all_reduce("sum", [[1, 2], object()]), NotABufferError),
+        (lambda: here().all_reduce("sum", np.ones(2), out=np.ones(3)), BufferMismatchError),
+        (lambda: here().all_reduce("sum", np.ones(2), out=[1, 2]), BufferMismatchError),
+        (lambda: here().reduce_scatter("sum", 1.0), BufferMismatchError),
+        (lambda: here().all_gather(np.ones(2), axis=1), ValueError),
+        (lambda: here().broadcast(1.0, root=99), ValueError),
+        (lambda: here().merge_call(print, args=3), ValueError),
+    ],
+)
+def test_bad_input(strategy, call, error):
+    with pytest.raises(error):
+        strategy.run(call)
+    assert on_each(strategy, rank) == tuple(range(strategy.num_replicas_in_sync))
+
+
+# -- where am I ----------------------------------------------------------------------------------
+
+
+def test_outside_every_scope():
+    assert not dv.has_strategy()
+    assert not dv.in_cross_replica_context()
+    assert (here().replica_id_in_sync_group, here().num_replicas_in_sync) == (0, 1)
+    assert here().all_reduce("sum", 2.5) == 2.5
+    assert dv.get_strategy() is dv.get_strategy()
+    assert here().strategy is dv.get_strategy()
+
+
+def test_inside(pair):
+    with pair.scope() as entered:
+        assert entered is pair
+        assert here() is None
+        assert dv.in_cross_replica_context()
+        with pair.scope():
+            assert dv.get_strategy() is pair
+    assert not dv.has_strategy()
+    assert on_each(pair, lambda: (dv.get_strategy() is pair) and rank()) == (0, 1)
+    assert [str(device) for device in on_each(pair, lambda: here().device)] == ["cpu:0", "cpu:1"]
+
+
+def test_a_thread_of_its_own_is_outside(pair):
+    seen = []
+    with pair.scope():
+        thread = threading.Thread(target=lambda: seen.append(dv.has_strategy()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+
+
+def test_replicas_see_the_callers_context_variables(pair):
+    variable = contextvars.ContextVar("variable", default="unset")
+    variable.set("set")
+    assert on_each(pair, variable.get) == ("set", "set")
+    with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
+        pair.run(lambda: np.ones(1) / np.zeros(1) if rank() else None)
+    on_each(pair, lambda: variable.set("changed") and rank())
+    assert variable.get() == "set"
+
+
+def test_calls_in_the_wrong_context(pair):
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as other:
+        data = pair.distribute_dataset(dv.Dataset.range(4).batch(2))
+        for call in (
+            lambda: pair.scope().__enter__(),
+            lambda: other.scope().__enter__(),
+            lambda: pair.run(rank),
+            lambda: pair.reduce("sum", dv.PerReplica([1, 2])),
+            lambda: pair.gather(dv.PerReplica([1, 2])),
+            lambda: pair.distribute_dataset(dv.Dataset.range(4).batch(2)),
+            lambda: pair.distribute_values_from_function(lambda ctx: 1),
+            lambda: next(iter(data)),
+            lambda: dv.set_strategy(None),
+        ):
+            with pytest.raises(ContextError):
+                pair.run(call)
+        with pair.scope():
+            for call in (
+                lambda: other.scope().__enter__(),
+                lambda: other.run(rank),
+                lambda: other.reduce("sum", dv.PerReplica([1, 2])),
+                lambda: dv.set_strategy(None),
+            ):
+                with pytest.raises(ContextError):
+                    call()
+
+
+def test_a_context_does_not_outlive_its_run(strategy):
+    stale = strategy.run(here).on(0)
+    for call in (stale.barrier, lambda: stale.all_reduce("sum", 1.0)):
+        with pytest.raises(ContextError, match="has ended"):
+            call()
+
+
+def test_set_strategy(pair):
+    dv.set_strategy(pair)
+    try:
+        assert dv.get_strategy() is pair
+        assert dv.in_cross_replica_context()
+        assert len(dv.Variable(1.0).values) == 2
+    finally:
+        dv.set_strategy(None)
+    assert not dv.has_strategy()
+    with pytest.raises(TypeError, match="strategy or None"):
+        dv.set_strategy("pair")
