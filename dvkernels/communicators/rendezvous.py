@@ -21,12 +21,15 @@ from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, Co
 
 __all__: list[str] = []
 
+_PATIENCE_SECONDS = 600.0
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 def timeout_seconds() -> float:
     """Return how long a replica waits for the others: ``DVKERNELS_TIMEOUT_SECONDS``, else 600."""
-    text = os.environ.get("DVKERNELS_TIMEOUT_SECONDS", "600")
+    text = os.environ.get("DVKERNELS_TIMEOUT_SECONDS")
+    if text is None:
+        return _PATIENCE_SECONDS
     try:
         seconds = float(text)
     except ValueError:
@@ -86,7 +89,9 @@ class Step:
         "num_replicas",
     )
 
-    def __init__(self, num_replicas: int, gates: Gates | None = None) -> None:
+    def __init__(
+        self, num_replicas: int, gates: Gates | None = None, timeout: float = _PATIENCE_SECONDS
+    ) -> None:
         self.num_replicas = num_replicas
         self.failure: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
@@ -98,7 +103,7 @@ class Step:
         self._requests: list[Request | None] = [None] * num_replicas
         self._results: Sequence[Any] = ()
         self._threads = [0] * num_replicas
-        self._timeout = timeout_seconds()
+        self._timeout = timeout
         self._pid = os.getpid()
         # One gate a replica; one for the caller, opened when all have left; and one that opens
         # whenever a replica comes to rest, so that another may have the interpreter.
@@ -119,7 +124,7 @@ class Step:
         self._check_alive(request.verb)
         gates = self._gates
         if gates is None:
-            return self._act(replica, [request])[0]
+            return self._act([request])[0]
         gates.close(replica)
         with self._mutex:
             if self.failure is not None:
@@ -128,25 +133,32 @@ class Step:
             self._arrived += 1
             complete = self._arrived == self.num_replicas
             deserted = bool(self._gone)
-        if deserted:
-            self._end_deserted()
-        elif complete:
-            requests = list(self._requests)
-            results = self._act(replica, requests)  # type: ignore[arg-type]
-            with self._mutex:
-                if self.failure is not None:
-                    raise self._ended()
-                self._results = results
-                self._requests = [None] * self.num_replicas
-                self._arrived = 0
-            own = results[replica]
-            self._let_go(replica)
-            return own
-        else:
-            self._wait(replica)
+        try:
+            if deserted:
+                self._end_deserted()
+            elif complete:
+                return self._complete(replica)
+            else:
+                self._wait(replica)
+        except BaseException as error:  # of the collective itself, or Ctrl-C at any point
+            self.fail(error, None if isinstance(error, CollectiveMismatchError) else replica)
+            raise
         if self.failure is not None:
             raise self._ended()
         return self._results[replica]
+
+    def _complete(self, replica: int) -> Any:
+        """Act for all replicas, let them go, and return this replica's result."""
+        results = self._act([request for request in self._requests if request is not None])
+        with self._mutex:
+            if self.failure is not None:
+                raise self._ended()
+            self._results = results
+            self._requests = [None] * self.num_replicas
+            self._arrived = 0
+        own = results[replica]
+        self._let_go(replica)
+        return own
 
     def _check_alive(self, verb: str) -> None:
         if self.closed:
@@ -162,34 +174,23 @@ class Step:
         if self.failure is not None:
             raise self._ended()
 
-    def _act(self, replica: int, requests: list[Request]) -> Sequence[Any]:
+    def _act(self, requests: list[Request]) -> Sequence[Any]:
         first = requests[0]
-        try:
-            for other in requests[1:]:
-                if other.verb != first.verb or other.terms != first.terms:
-                    raise CollectiveMismatchError(
-                        f"the replicas disagree: {self._who_is_where()}; every replica must call "
-                        f"the same collectives in the same order, with the same shapes and dtypes"
-                    )
-            return first.act([request.payload for request in requests])
-        except CollectiveMismatchError as error:
-            self.fail(error)
-            raise
-        except BaseException as error:
-            self.fail(error, replica)
-            raise
+        for other in requests[1:]:
+            if other.verb != first.verb or other.terms != first.terms:
+                raise CollectiveMismatchError(
+                    f"the replicas disagree: {self._who_is_where()}; every replica must call "
+                    f"the same collectives in the same order, with the same shapes and dtypes"
+                )
+        return first.act([request.payload for request in requests])
 
     def _wait(self, replica: int) -> None:
         assert self._gates is not None
-        try:
-            self._gates.open(rest_gate(self.num_replicas))
-            opened = self._gates.wait(replica, self._timeout)
-            while not opened and self._arrived == self.num_replicas:
-                # All have come: the collective itself (a merge_call, say) takes this long.
-                opened = self._gates.sleep(replica, self._timeout)
-        except BaseException as error:  # Ctrl-C: the whole step ends with it
-            self.fail(error, replica)
-            raise
+        self._gates.open(rest_gate(self.num_replicas))
+        opened = self._gates.wait(replica, self._timeout)
+        while not opened and self._arrived == self.num_replicas:
+            # All have come: the collective itself (a merge_call, say) takes this long.
+            opened = self._gates.sleep(replica, self._timeout)
         if not opened:
             missing = [other for other, request in enumerate(self._requests) if request is None]
             self.fail(

@@ -61,10 +61,10 @@ class Crew:
         for thread in self._threads:
             thread.start()
 
-    def step(self) -> rendezvous.Step:
-        """Return a new step between these threads and the caller."""
+    def step(self, timeout: float) -> rendezvous.Step:
+        """Return a new step between these threads and the caller; ``timeout`` in seconds."""
         self._gates.close_first(rendezvous.num_gates(self._num_replicas))
-        return rendezvous.Step(self._num_replicas, self._gates)
+        return rendezvous.Step(self._num_replicas, self._gates, timeout)
 
     def start(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Start one task on each thread; a task never raises, and the thread is idle before."""

@@ -44,30 +44,30 @@ class Runner:
             self._forget()  # threads and the owner of the lock stayed in the parent process
         if self._closed:
             raise ContextError("this strategy has been closed; make a new one")
-        if nested:
-            return self._run(call)
         seconds = timeout_seconds()
+        if nested:
+            return self._run(call, seconds)
         try:
             if not self._turn.acquire(timeout=seconds):
                 raise CollectiveTimeoutError(
                     f"another thread has been running a step of this strategy for {seconds:g} s; "
                     f"one step runs at a time (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
                 )
-            return self._run(call)
+            return self._run(call, seconds)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._turn.release()
             except RuntimeError:  # not ours: the wait was in vain or was interrupted
                 pass
 
-    def _run(self, call: Call) -> list[Any]:
+    def _run(self, call: Call, timeout: float) -> list[Any]:
         results: list[Any] = [None] * self._num_replicas
         if self._num_replicas == 1:
             step = Step(1)
             contextvars.copy_context().run(_take_part, step, 0, call, results)
         else:
             crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
-            step = crew.step()
+            step = crew.step(timeout)
             _run_together(step, crew, call, results)
             if step.failure is None:
                 self._idle.append(crew)

@@ -19,6 +19,7 @@ in another one.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +109,27 @@ def _pause(typing: Any) -> Any:
     return types.void(), generate
 
 
+if os.name == "posix":
+    _yield_core = types.ExternalFunction("sched_yield", types.intc())
+else:  # without it a spinner keeps its core until the system takes it away
+
+    @numba.njit(nogil=True, cache=True)
+    def _yield_core():  # type: ignore[no-untyped-def]
+        return 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _relax(turn):  # type: ignore[no-untyped-def]
+    """Pause, and every 256th time (7 us) let another thread have this core if it waits for it.
+
+    With a core for each thread that costs nothing; on a busy machine the one that is waited for
+    may need just this core (2 replicas beside another program: a step took 3.3 ms without it).
+    """
+    _pause()
+    if turn & 255 == 255:
+        _yield_core()
+
+
 @numba.njit(nogil=True, cache=True)
 def open_gate(state, k):  # type: ignore[no-untyped-def]
     """Open gate ``k`` and return what it was: SLEEPING means that its owner must be woken."""
@@ -123,10 +145,10 @@ def close_gate(state, k):  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True, cache=True)
 def await_gate(state, k, num_pauses):  # type: ignore[no-untyped-def]
     """Spin at most ``num_pauses`` times for gate ``k``; False: it is SLEEPING now, go and block."""
-    for _ in range(num_pauses):
+    for turn in range(num_pauses):
         if _load(state, np.int64(k)) == 1:
             return True
-        _pause()
+        _relax(turn)
     return _fall_asleep(state, np.int64(k)) == 1
 
 
@@ -140,8 +162,8 @@ def open_and_await(state, opened, awaited, num_pauses):  # type: ignore[no-untyp
     old = _exchange(state, np.int64(opened), np.int64(1))
     if old == 2:
         num_pauses = 0
-    for _ in range(num_pauses):
+    for turn in range(num_pauses):
         if _load(state, np.int64(awaited)) == 1:
             return old + 4
-        _pause()
+        _relax(turn)
     return old + 4 * np.int64(_load(state, np.int64(awaited)) == 1)
