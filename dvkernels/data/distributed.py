@@ -12,9 +12,9 @@ from dvkernels.data.checks import check_count
 from dvkernels.data.cursor import Cursor
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
-from dvkernels.data.shard import even_slices
 from dvkernels.data.state import read_state, write_state
 from dvkernels.errors import DatasetError
+from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
 
 __all__ = ["DistributedDataset", "DistributedIterator", "DistributedOptional"]
@@ -302,5 +302,6 @@ class DistributedIterator(Iterator[Any]):
                 f"{lengths}; call .batch(global_batch_size) on the dataset"
             )
         length = int(found[0][1])
-        self._slices = (length, even_slices(length, self._num_replicas))
+        parts = partition.parts(length, self._num_replicas)
+        self._slices = (length, tuple(slice(start, stop) for start, stop in parts))
         return self._slices
