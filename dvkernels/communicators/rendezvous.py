@@ -166,7 +166,7 @@ class Step:
                 f"{verb} was called through the context of a run that has ended; get the context "
                 f"anew with get_replica_context() inside each run"
             )
-        if self._pid != os.getpid():
+        if self._is_forked():
             raise ContextError(
                 f"{verb} was called in a process forked inside a step: the other replicas are not "
                 f"here; call run again in the new process"
@@ -225,7 +225,7 @@ class Step:
             deserts = self._arrived > 0 and self.failure is None
         if deserts:
             self._end_deserted()
-        if self._gates is not None:
+        if self._gates is not None and not self._is_forked():
             done, rest = self.num_replicas, rest_gate(self.num_replicas)
             self._gates.open(done if all_left else rest)
 
@@ -244,7 +244,7 @@ class Step:
                 self._echoes.append(error)
             elif not self._is_consequence(error):
                 self.errors.setdefault(replica, error)
-        if self._gates is not None:
+        if self._gates is not None and not self._is_forked():
             for gate in range(self.num_replicas):
                 self._gates.open(gate)
 
@@ -275,14 +275,22 @@ class Step:
                 self._gone.add(replica)
 
     def _wait_for_all(self, patient: bool) -> None:
-        while len(self._gone) < self.num_replicas:
+        while len(self._gone) < self.num_replicas and not self._is_forked():
             if patient and self._gates is not None:
                 self._gates.wait(self.num_replicas)
             else:  # after an interrupt the gate may be in any state
                 time.sleep(0.001)
 
-    def forget(self) -> None:
-        """Drop all errors: their tracebacks refer back to this step."""
+    def _is_forked(self) -> bool:
+        """Return whether this is a process forked inside the step, without the other replicas.
+
+        Locks that their threads held at that moment, Numba's too, will never be free here.
+        """
+        return self._pid != os.getpid()
+
+    def end(self) -> None:
+        """Refuse what may still come, and drop all errors: their tracebacks refer to this step."""
+        self.closed = True
         self.failure = None
         self.errors = {}
         self._echoes = []

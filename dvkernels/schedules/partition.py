@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bounds", "parts", "sizes"]
-
-
-def sizes(length: int, num_parts: int) -> list[int]:
-    """Return the sizes of ``num_parts`` parts of ``length``, as ``numpy.array_split`` cuts them.
-
-    >>> sizes(10, 4)
-    [3, 3, 2, 2]
-    """
-    _check(length, num_parts)
-    small, num_larger = divmod(length, num_parts)
-    return [small + (part < num_larger) for part in range(num_parts)]
+__all__ = ["bounds", "parts"]
 
 
 def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:

@@ -18,22 +18,28 @@ from dvkernels.communicators.gates import Gates
 __all__: list[str] = []
 
 _JOIN_SECONDS = 5.0
+_LOOK_UP_SECONDS = 2.0  # how often an idle thread asks whether its crew still exists
 
 
 class _Inbox:
     """One slot for a task, and the gate its thread waits at."""
 
-    __slots__ = ("gate", "gates", "task")
+    __slots__ = ("gate", "gates", "owner", "task")
 
-    def __init__(self, gates: Gates, gate: int) -> None:
+    def __init__(self, gates: Gates, gate: int, owner: weakref.ref[Crew]) -> None:
         self.task: Callable[[], None] | None = None
         self.gates = gates
         self.gate = gate
+        self.owner = owner
 
     def take(self) -> Callable[[], None]:
         task = None
         while task is None:  # the gate of a step that was interrupted may have no task behind it
-            self.gates.wait(self.gate)
+            is_open = self.gates.wait(self.gate, _LOOK_UP_SECONDS)
+            while not is_open:
+                if self.owner() is None:  # and the interrupt struck while it was being dropped
+                    return _end
+                is_open = self.gates.sleep(self.gate, _LOOK_UP_SECONDS)
             self.gates.close(self.gate)
             task, self.task = self.task, None
         return task
@@ -50,7 +56,9 @@ class Crew:
         first = rendezvous.num_gates(num_replicas)  # before it come the gates of the step
         self._gates = Gates(first + num_replicas - 1, num_replicas)
         self._num_replicas = num_replicas
-        self._inboxes = [_Inbox(self._gates, first + k) for k in range(num_replicas - 1)]
+        self._inboxes = [
+            _Inbox(self._gates, first + k, weakref.ref(self)) for k in range(num_replicas - 1)
+        ]
         self._threads = [
             threading.Thread(
                 target=_work, args=(inbox,), name=f"dvkernels-replica-{rank}", daemon=True

@@ -62,25 +62,29 @@ class Runner:
 
     def _run(self, call: Call, timeout: float) -> list[Any]:
         results: list[Any] = [None] * self._num_replicas
-        if self._num_replicas == 1:
-            step = Step(1)
-            contextvars.copy_context().run(_take_part, step, 0, call, results)
-        else:
-            crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
-            step = crew.step(timeout)
-            _run_together(step, crew, call, results)
-            if step.failure is None:
-                self._idle.append(crew)
-            del crew  # after a failure its gates may be half open: its threads end with it
-        step.closed = True
-        if step.failure is None:
-            return results
-        error = step.outcome(step.failure)
-        step.forget()
+        step: Step | None = None
+        crew: Crew | None = None
         try:
-            raise error
+            if self._num_replicas == 1:
+                step = Step(1)
+                contextvars.copy_context().run(_take_part, step, 0, call, results)
+            else:
+                crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
+                step = crew.step(timeout)
+                _run_together(step, crew, call, results)
+            if step.failure is not None:
+                raise step.outcome(step.failure)
+            if crew is not None:
+                self._idle.append(crew)
+            return results
         finally:
-            del error  # the traceback refers to this frame: leave no circle
+            # The traceback of an error refers to this frame, and the step to the error: leave no
+            # circle. After a failure a gate may be half open: the crew is dropped with its threads.
+            crew = None
+            if step is not None:
+                step.end()
+            if self._closed:
+                self.close()  # by another thread, during this step
 
     def close(self) -> None:
         """End the threads, and wait for that. Safe to call twice."""
@@ -122,3 +126,4 @@ def _run_together(step: Step, crew: Crew, call: Call, results: list[Any]) -> Non
         step.fail(error, 0)
     finally:
         step.settle(started)
+        del crew, tasks  # the traceback of an error that the user keeps refers to this frame

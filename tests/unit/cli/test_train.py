@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -142,3 +143,78 @@ def test_an_interrupt_ends_the_training():
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert b"Traceback" not in err
+
+
+# -- from outside, and at the edges --------------------------------------------------------------
+
+
+def outside(*arguments):
+    command = [sys.executable, "-m", "dvkernels", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_every_process_prints_the_same_weights(capsys):
+    options = ["train", "--json", "--replicas", "2", "--epochs", "2", "--hidden", "16"]
+    done = outside(*options)
+    assert done.returncode == 0, done.stderr
+    assert "training" in done.stderr
+    assert main.main(options) == 0
+    here = json.loads(capsys.readouterr().out)
+    there = json.loads(done.stdout)  # fails if anything stands beside the one object
+    assert there["weights_sha256"] == here["weights_sha256"]
+    assert there["steps"] == -(-2 * 1437 // 128)
+    assert there["relative_difference_to_one_device"] <= 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_a_last_batch_of_one_example(dtype, tolerance):
+    data = digits.load(dtype)
+    recipe = training.Recipe(epochs=6, batch_size=37, num_hidden=32, dtype=dtype)
+    assert len(data.train_images) * recipe.epochs % recipe.batch_size == 1
+    reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, data)
+    for num_replicas in (1, 2, 3, 7):
+        outcome = train(mirrored(num_replicas), recipe, data)
+        difference = training.relative_difference(outcome.weights, reference.weights)
+        assert difference <= (tolerance if num_replicas > 1 else 0)
+        assert outcome.final_loss == pytest.approx(reference.final_loss, rel=1e3 * tolerance)
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main.main(["train"]) == 2
+    assert "dvkernels[demo]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train", "--device", "cuda"], ["train", "--replicas", "0"]]
+)
+def test_bad_input_from_outside(arguments):
+    done = outside(*arguments)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_an_interrupt_leaves_no_result(tmp_path):
+    command = [sys.executable, "-m", "dvkernels", "train", "--json", "--replicas", "3"]
+    with (tmp_path / "err").open("w+") as err:
+        process = subprocess.Popen(
+            [*command, "--epochs", "100000"], stdout=subprocess.PIPE, stderr=err
+        )
+        try:
+            end = time.monotonic() + 30
+            while "to learn from" not in (tmp_path / "err").read_text():
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=5)
+        finally:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 130
+    assert out == b""
+    assert (tmp_path / "err").read_text().rstrip().endswith("interrupted")

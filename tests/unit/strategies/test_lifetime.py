@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import gc
 import os
 import signal
@@ -246,3 +248,361 @@ def test_the_signal_module_is_left_alone(strategy):
     before = signal.getsignal(signal.SIGINT)
     strategy.run(total)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# -- more of the same, harder --------------------------------------------------------------------
+
+
+def test_a_thousand_failing_steps_leave_no_thread_and_no_memory(strategy):
+    def fail_sometimes(k):
+        if here().replica_id_in_sync_group == k % 2:
+            raise ValueError("no", bytearray(100_000))
+        here().barrier()
+
+    def fail_often(count):
+        for k in range(count):
+            with pytest.raises(ValueError, match="no"):
+                strategy.run(fail_sometimes, (k,))
+        gc.collect()
+
+    process = psutil.Process()
+    fail_often(200)
+    before = process.memory_info().rss
+    fail_often(1000)
+    assert eventually(lambda: len(replica_threads()) <= 1)
+    assert process.memory_info().rss - before < 4 * MIB
+    assert strategy.run(total).values == (2.0, 2.0)
+
+
+def kept_error():
+    with dv.MirroredStrategy(DEVICES) as strategy:
+        try:
+            strategy.run(fail)
+        except ValueError as error:
+            return error, weakref.ref(strategy)
+
+
+def test_a_kept_error_keeps_no_thread_of_a_closed_strategy():
+    error, _ = kept_error()
+    kept_alive = not eventually(lambda: not replica_threads(), 2)
+    error.with_traceback(None)
+    assert not kept_alive
+
+
+def test_an_error_without_its_traceback_keeps_nothing():
+    error, gone = kept_error()
+    error.with_traceback(None)
+    gc.collect()
+    assert gone() is None
+    assert error.args == ("no",)
+
+
+def test_closing_during_a_step_ends_the_threads_after_it(strategy):
+    is_inside = threading.Event()
+    is_closed = threading.Event()
+
+    def step():
+        is_inside.set()
+        is_closed.wait(10)
+        return total()
+
+    results = []
+    caller = threading.Thread(target=lambda: results.append(strategy.run(step).values))
+    caller.start()
+    assert is_inside.wait(10)
+    strategy.close()
+    is_closed.set()
+    caller.join(10)
+    assert results == [(2.0, 2.0)]
+    with pytest.raises(ContextError, match="closed"):
+        strategy.run(total)
+    assert eventually(lambda: not replica_threads(), 2)
+
+
+def test_a_long_merge_call_is_no_timeout(strategy, monkeypatch):
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.1")
+
+    def wait(_):
+        time.sleep(0.5)
+        return 7
+
+    assert strategy.run(lambda: here().merge_call(wait)).values == (7, 7)
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_who_comes_too_late_is_refused(absent, monkeypatch):
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.2")
+    ended = {}
+
+    def step():
+        rank = here().replica_id_in_sync_group
+        if rank == absent:
+            time.sleep(0.6)
+        began = time.monotonic()
+        try:
+            here().all_reduce("sum", 1.0)
+        finally:
+            ended[rank] = time.monotonic() - began
+
+    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+        with pytest.raises(CollectiveTimeoutError, match=rf"replicas \[{absent}\]"):
+            strategy.run(step)
+        assert max(ended.values()) < 0.5
+        assert strategy.run(total).values == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize("seconds", ["", "0", "-1", "nan", "inf", "x"])
+@pytest.mark.parametrize("devices", [DEVICES[:1], DEVICES])
+def test_a_patience_that_makes_no_sense(devices, seconds, monkeypatch):
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", seconds)
+    with (
+        dv.MirroredStrategy(devices) as strategy,
+        pytest.raises(ValueError, match="DVKERNELS_TIMEOUT_SECONDS must be a positive number"),
+    ):
+        strategy.run(here)
+
+
+# Raises KeyboardInterrupt only inside the library, where a test can demand something of it.
+STORM = """
+import faulthandler, pathlib, threading
+faulthandler.dump_traceback_later(20, exit=True)
+strategy = dv.MirroredStrategy([f'cpu:{k}' for k in range(SIZE)])
+package = str(pathlib.Path(dv.__file__).parent)
+struck = 0
+def strike(signum, frame):
+    global struck
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(package):
+            struck += 1
+            raise KeyboardInterrupt
+        frame = frame.f_back
+    if armed:  # in vain: try again
+        signal.setitimer(signal.ITIMER_REAL, 1e-4, INTERVAL)
+signal.signal(signal.SIGALRM, strike)
+random.seed(2)
+with strategy.scope():
+    variable = dv.Variable(np.zeros(125_000), aggregation='sum')
+ones = np.ones(125_000)
+def step():
+    variable.assign_add(ones)
+strategy.run(step)
+completed, swallowed, slowest, others = 1, 0, 0.0, []
+for k in range(200):
+    seen, armed = struck, True
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3), INTERVAL)
+    try:
+        while struck == seen:
+            began = time.monotonic()
+            strategy.run(step)
+            completed += 1
+        swallowed += 1  # the interrupt came, and run returned all the same
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        others.append(repr(error))
+    armed = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    slowest = max(slowest, time.monotonic() - began)
+    copies = [value.copy() for value in variable.values]
+    time.sleep(0.002)
+    assert (variable.values[0] == copies[0]).all(), 'written after run had raised'
+    assert all((value == copies[0][0]).all() for value in copies), 'copies differ'
+    assert copies[0][0] in (SIZE * completed, SIZE * (completed + 1)), (copies, completed)
+    completed = int(copies[0][0]) // SIZE
+    if k % 25 == 24:
+        result = []
+        other = threading.Thread(
+            target=lambda: result.append(strategy.run(total).on(0)), daemon=True
+        )
+        other.start()
+        other.join(5)
+        assert result == [SIZE], 'the turn was never given back'
+strategy.close()
+end = time.monotonic() + 2
+def left():
+    return [t.name for t in threading.enumerate() if t.name.startswith('dvkernels-replica')]
+while left() and time.monotonic() < end:
+    time.sleep(0.01)
+print([slowest < 3, swallowed, others, left()])
+"""
+
+storms = pytest.mark.parametrize(
+    ("num_replicas", "interval"), [(2, 0), (3, 0), (2, 3e-4), (3, 3e-4)]
+)
+
+
+@functools.cache
+def storm(num_replicas, interval):
+    """Interrupt 200 runs, once each or every few hundred microseconds until they end."""
+    done = run_alone(f"SIZE, INTERVAL = {num_replicas}, {interval}\n{STORM}")
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout)
+
+
+@needs_posix
+@storms
+def test_a_storm_of_interrupts_ends_every_run_with_all_copies_written_or_none(
+    num_replicas, interval
+):
+    is_prompt, swallowed, others, _ = storm(num_replicas, interval)
+    assert is_prompt
+    assert swallowed == 0
+    assert others == []  # run raised KeyboardInterrupt, nothing else
+
+
+@needs_posix
+@storms
+def test_a_storm_of_interrupts_leaves_no_thread(num_replicas, interval):
+    assert storm(num_replicas, interval)[-1] == []
+
+
+@needs_posix
+@pytest.mark.parametrize("sleeper", [0, 1, 2])
+def test_an_interrupt_ends_the_barriers_at_once(sleeper):
+    done = run_alone(f"""
+import threading
+strategy = dv.MirroredStrategy(['cpu:0', 'cpu:1', 'cpu:2'])
+ended = {{}}
+def step():
+    if rank() == {sleeper}:
+        time.sleep(1)
+    try:
+        here().barrier()
+    finally:
+        ended[rank()] = time.monotonic() - began
+strategy.run(total)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+began = time.monotonic()
+try:
+    strategy.run(step)
+    raise SystemExit('not interrupted')
+except KeyboardInterrupt:
+    took = time.monotonic() - began
+assert took < 1.5, took
+assert all(0.2 < ended[k] < 0.7 for k in ended if k != {sleeper}), ended
+assert strategy.run(total).values == (3.0, 3.0, 3.0)
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_posix
+def test_an_interrupt_while_another_thread_has_the_turn():
+    done = run_alone("""
+import threading
+def slow():
+    time.sleep(1.5)
+    return total()
+results = []
+other = threading.Thread(target=lambda: results.append(strategy.run(slow).values))
+other.start()
+time.sleep(0.2)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+began = time.monotonic()
+try:
+    strategy.run(total)
+    raise SystemExit('not interrupted')
+except KeyboardInterrupt:
+    assert time.monotonic() - began < 1
+assert strategy.run(total).values == (2.0, 2.0)
+other.join(10)
+assert results == [(2.0, 2.0)]
+""")
+    assert done.returncode == 0, done.stderr
+
+
+FORKED = """
+from dvkernels import kernels
+def ended_well(child, seconds=5):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status == 0
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+"""
+
+
+@needs_posix
+def test_a_forked_child_has_kernels_and_variables_of_its_own():
+    done = run_alone(f"""{FORKED}
+with strategy.scope():
+    variable = dv.Variable(0.0, aggregation='sum')
+def work():
+    buffers = [np.ones(1 << 20, np.float32) for _ in range(2)]
+    for algorithm in ('direct', 'ring'):
+        kernels.all_reduce(buffers, algorithm=algorithm)
+    assert (buffers[0] == 4).all() and (buffers[1] == 4).all()
+    strategy.run(lambda: variable.assign_add(1.0))
+work()
+child = os.fork()
+if child == 0:
+    code = 1
+    try:
+        work()
+        strategy.close()
+        code = 0 if float(variable) == 4.0 else 2
+    finally:
+        os._exit(code)
+assert ended_well(child)
+work()
+assert float(variable) == 4.0
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_posix
+@pytest.mark.parametrize("forker", [0, 1])
+def test_no_collective_hangs_in_a_process_forked_inside_a_step(forker):
+    done = run_alone(f"""{FORKED}
+with strategy.scope():
+    variable = dv.Variable(0.0, aggregation='sum')
+one = np.ones(2)
+calls = [
+    lambda: here().all_reduce('sum', one), lambda: here().all_gather(one),
+    lambda: here().reduce_scatter('sum', one), lambda: here().broadcast(one),
+    lambda: here().barrier(), lambda: here().merge_call(lambda _: 0),
+    lambda: variable.assign_add(1.0),
+]
+def step():
+    well = True
+    if rank() == {forker}:
+        child = os.fork()
+        if child == 0:
+            refused = 0
+            try:
+                for call in calls:
+                    try:
+                        call()
+                    except ContextError:
+                        refused += 1
+            finally:
+                os._exit(0 if refused == len(calls) else 1)
+        well = ended_well(child)
+    total()
+    return well
+assert strategy.run(step).values == (True, True)
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_posix
+def test_an_error_in_a_process_forked_inside_a_step_ends_that_process():
+    done = run_alone(f"""{FORKED}
+forked = None
+def step():
+    global forked
+    if rank() == 0:
+        forked = os.fork()
+        if forked:
+            assert ended_well(forked)
+    return total()
+try:
+    result = strategy.run(step).values
+except ContextError:
+    os._exit(0 if forked == 0 else 1)
+assert result == (2.0, 2.0)
+""")
+    assert done.returncode == 0, done.stderr
