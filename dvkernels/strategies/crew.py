@@ -18,7 +18,7 @@ from dvkernels.communicators.gates import Gates
 __all__: list[str] = []
 
 _JOIN_SECONDS = 5.0
-_LOOK_UP_SECONDS = 2.0  # how often an idle thread asks whether its crew still exists
+_LOOK_UP_SECONDS = 1.0  # how often an idle thread asks whether its crew still exists
 
 
 class _Inbox:

@@ -117,3 +117,26 @@ def test_of_several_openers_one_wakes(num_threads):
             gates.close(0)
         for opener in openers:
             opener.result(20)
+
+
+def test_an_interrupted_opening_can_be_repeated():
+    gates = Gates(1, SLEEPS)
+    compiled = gates._compiled
+
+    class Interrupted:
+        SLEEPING = compiled.SLEEPING
+
+        @staticmethod
+        def open_gate(state, gate):
+            compiled.open_gate(state, gate)
+            raise KeyboardInterrupt  # Ctrl-C is handled as soon as the compiled call returns
+
+    with ThreadPoolExecutor(1) as pool:
+        waiter = pool.submit(gates.wait, 0, 3)
+        time.sleep(0.2)
+        gates._compiled = Interrupted
+        with pytest.raises(KeyboardInterrupt):
+            gates.open(0)
+        gates._compiled = compiled
+        gates.open(0)  # as Step.fail does
+        assert waiter.result(20), "the waiter sleeps at an open gate"
