@@ -7,7 +7,10 @@ spins for a while in compiled code that holds no lock of the interpreter, and on
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
+import time
 from typing import Any
 
 from dvkernels.devices import cpu
@@ -44,7 +47,7 @@ class Gates:
     def open(self, gate: int) -> None:
         """Open a gate and wake who sleeps at it. Opening an open gate does nothing."""
         if self._compiled.open_gate(self._state, gate) == self._compiled.SLEEPING:
-            self._locks[gate].release()
+            self._wake(gate)
 
     def open_and_let_run(self, gate: int, awaited: int) -> None:
         """Open a gate, and let the thread behind it run until ``awaited`` opens, or a moment.
@@ -54,7 +57,7 @@ class Gates:
         """
         found = self._compiled.open_and_await(self._state, gate, awaited, self._pauses_to_hand_over)
         if found & 3 == self._compiled.SLEEPING:
-            self._locks[gate].release()
+            self._wake(gate)
 
     def close(self, gate: int) -> None:
         """Close a gate. Only its one waiter may do this, before it asks to be woken."""
@@ -71,5 +74,26 @@ class Gates:
         return self.sleep(gate, timeout_seconds)
 
     def sleep(self, gate: int, timeout_seconds: float) -> bool:
-        """Go on waiting at a gate where :meth:`wait` has returned False."""
-        return self._locks[gate].acquire(timeout=timeout_seconds)
+        """Go on waiting at a gate where :meth:`wait` has returned False.
+
+        The state of the gate decides, the lock only wakes: an interrupt may strike the opener
+        between the two, so a sleeper looks up now and then, at first after 20 ms.
+        """
+        end = math.inf if timeout_seconds < 0 else time.monotonic() + timeout_seconds
+        nap = 0.02
+        while not self._is_open(gate):
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            self._locks[gate].acquire(timeout=min(nap, left))
+            nap = min(2 * nap, 1.0)
+        return True
+
+    def _is_open(self, gate: int) -> bool:
+        slots = len(self._state) // len(self._locks)
+        return bool(self._state[gate * slots] == self._compiled.OPEN)
+
+    def _wake(self, gate: int) -> None:
+        # Already released where a sleeper looked up by itself before it was woken.
+        with contextlib.suppress(RuntimeError):
+            self._locks[gate].release()

@@ -67,7 +67,13 @@ class Crew:
         ]
         weakref.finalize(self, _end_all, self._inboxes, os.getpid())
         for thread in self._threads:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # An interrupt of start(), which waits for the thread, comes out as this.
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
 
     def step(self, timeout: float) -> rendezvous.Step:
         """Return a new step between these threads and the caller; ``timeout`` in seconds."""
@@ -87,7 +93,7 @@ class Crew:
         """End the threads, which are idle, and wait until they have ended."""
         _end_all(self._inboxes, os.getpid())
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_SECONDS)
 
 
