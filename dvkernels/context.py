@@ -23,7 +23,7 @@ from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
-from dvkernels.values.distributed import PerReplica
+from dvkernels.values.distributed import PerReplica, is_integer
 
 __all__ = ["ReplicaContext", "get_replica_context", "in_cross_replica_context"]
 
@@ -416,11 +416,6 @@ class ReplicaContext:
                     f"{'writable' if leaf.flags.writeable else 'read-only'}"
                 )
         return leaves
-
-
-def is_integer(value: object) -> bool:
-    """Return whether a value is an integer, of Python or NumPy, and not a bool."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def as_array(value: Any, verb: str, replica: int) -> Any:

@@ -13,6 +13,7 @@ from dvkernels.communicators.base import Communicator
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.values.distributed import is_integer
 
 __all__: list[str] = []
 
@@ -64,9 +65,7 @@ def reduce_along(
 
 def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]:
     axes = [axis] if isinstance(axis, (int, np.integer)) else axis
-    if not isinstance(axes, (list, tuple)) or not all(
-        isinstance(one, (int, np.integer)) and not isinstance(one, bool) for one in axes
-    ):
+    if not isinstance(axes, (list, tuple)) or not all(is_integer(one) for one in axes):
         raise TypeError(f"reduce: axis must be an integer or a list of them, got {axis!r}")
     ndim = arrays[0].ndim
     for one in axes:

@@ -52,8 +52,13 @@ class DistributedValues(Generic[T]):
         return values[index]
 
 
-def _index(replica_id: object) -> int:
-    if isinstance(replica_id, (int, np.integer)) and not isinstance(replica_id, bool):
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer, of Python or NumPy, and not a bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _index(replica_id: Any) -> int:
+    if is_integer(replica_id):
         return int(replica_id)
     raise TypeError(f"a replica id is an integer, got {replica_id!r}")
 

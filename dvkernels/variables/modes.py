@@ -17,6 +17,7 @@ from dvkernels.context import ReplicaContext
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables.copies import Copies
 
@@ -90,7 +91,7 @@ def aggregate_then_write(
             f"{replica.num_replicas_in_sync} replicas become one; create it with 'sum', 'mean' or "
             f"'only_first_replica', or write it in merge_call"
         )
-    checked = copies.checked(_own(value, replica), verb, replica.replica_id_in_sync_group)
+    checked = _checked_own(copies, verb, value, replica)
 
     def act(values: list[Any]) -> list[None]:
         combined = aggregated(copies, aggregation, values)
@@ -110,7 +111,7 @@ def write_own_copy(
     """Only this replica's copy changes."""
     rank = replica.replica_id_in_sync_group
     own = copies.arrays[rank]
-    own[...] = WRITES[verb](own, copies.checked(_own(value, replica), verb, rank), None)
+    own[...] = WRITES[verb](own, _checked_own(copies, verb, value, replica), None)
 
 
 # -- writes in cross-replica context -------------------------------------------------------------
@@ -218,10 +219,10 @@ def aggregated(copies: Copies, aggregation: VariableAggregation, values: list[An
     return values[0]
 
 
-def _own(value: Any, replica: ReplicaContext) -> Any:
-    if isinstance(value, DistributedValues):
-        return value.on(replica.replica_id_in_sync_group)
-    return value
+def _checked_own(copies: Copies, verb: str, value: Any, replica: ReplicaContext) -> Any:
+    """Return what a value means to this replica, as an array that fits."""
+    rank = replica.replica_id_in_sync_group
+    return copies.checked(regroup.own_component(value, rank), verb, rank)
 
 
 def _one(value: Any, verb: str, copies: Copies) -> Any:
