@@ -56,6 +56,7 @@ class Crew:
         first = rendezvous.num_gates(num_replicas)  # before it come the gates of the step
         self._gates = Gates(first + num_replicas - 1, num_replicas)
         self._num_replicas = num_replicas
+        self.is_busy = False  # set by whoever runs a step with it
         self._inboxes = [
             _Inbox(self._gates, first + k, weakref.ref(self)) for k in range(num_replicas - 1)
         ]

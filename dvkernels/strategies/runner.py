@@ -6,6 +6,7 @@ import contextvars
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ class Runner:
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._turn = threading.RLock()
+        # All crews that exist; one dropped by an interrupted step may wait for garbage collection.
+        self._crews: weakref.WeakSet[Crew] = weakref.WeakSet()
         self._idle: list[Crew] = []  # a stack: nested steps need threads of their own
 
     def run(self, call: Call, nested: bool) -> list[Any]:
@@ -70,16 +73,21 @@ class Runner:
                 contextvars.copy_context().run(_take_part, step, 0, call, results)
             else:
                 crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
+                self._crews.add(crew)
+                crew.is_busy = True
                 step = crew.step(timeout)
                 _run_together(step, crew, call, results)
             if step.failure is not None:
                 raise step.outcome(step.failure)
             if crew is not None:
+                crew.is_busy = False
                 self._idle.append(crew)
             return results
         finally:
             # The traceback of an error refers to this frame, and the step to the error: leave no
             # circle. After a failure a gate may be half open: the crew is dropped with its threads.
+            if crew is not None:
+                crew.is_busy = False
             crew = None
             if step is not None:
                 step.end()
@@ -90,8 +98,11 @@ class Runner:
         """End the threads, and wait for that. Safe to call twice."""
         self._closed = True
         if self._pid == os.getpid():
-            while self._idle:
-                self._idle.pop().stop()
+            crews = list(self._crews)
+            self._idle.clear()
+            for crew in crews:
+                if not crew.is_busy:
+                    crew.stop()
 
 
 def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
