@@ -291,6 +291,9 @@ class Step:
     def end(self) -> None:
         """Refuse what may still come, and drop all errors: their tracebacks refer to this step."""
         self.closed = True
+        if len(self._gone) < self.num_replicas:  # an interrupt struck at the door of settle
+            self.fail(KeyboardInterrupt(), 0)
+            self.settle(started=False)
         self.failure = None
         self.errors = {}
         self._echoes = []
