@@ -6,6 +6,7 @@ reference to the strategy, so dropping it ends them.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import weakref
@@ -67,14 +68,7 @@ class Crew:
             for rank, inbox in enumerate(self._inboxes, start=1)
         ]
         weakref.finalize(self, _end_all, self._inboxes, os.getpid())
-        for thread in self._threads:
-            try:
-                thread.start()
-            except RuntimeError as error:
-                # An interrupt of start(), which waits for the thread, comes out as this.
-                if isinstance(error.__context__, KeyboardInterrupt):
-                    raise error.__context__ from None
-                raise
+        _start_all(self._threads)
 
     def step(self, timeout: float) -> rendezvous.Step:
         """Return a new step between these threads and the caller; ``timeout`` in seconds."""
@@ -96,6 +90,31 @@ class Crew:
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_SECONDS)
+
+
+def _start_all(threads: list[threading.Thread]) -> None:
+    """Start the threads from one that no interrupt reaches, and wait for that.
+
+    Ctrl-C inside ``Thread.start`` can leave a lock taken that the new thread then waits for
+    without end. Only the main thread is interrupted, so another one calls it.
+    """
+    errors: list[BaseException] = []
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def start() -> None:
+        try:
+            for thread in threads:
+                thread.start()
+        except BaseException as error:  # no memory for a thread, the interpreter shuts down
+            errors.append(error)
+        finally:
+            done.release()
+
+    _thread.start_new_thread(start, ())
+    done.acquire()
+    if errors:
+        raise errors[0]
 
 
 def _end() -> None:
