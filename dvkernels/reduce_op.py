@@ -26,17 +26,18 @@ class ReduceOp(NamedEnum):
     PROD = "prod"
 
 
-# Which kinds of dtype (numpy.dtype.kind) a reduction is defined for.
+# Which kinds of dtype (numpy.dtype.kind) a reduction is defined for; those of ml_dtypes are "V".
 _KINDS = {
-    ReduceOp.SUM: "fiu",
-    ReduceOp.MEAN: "f",
+    ReduceOp.SUM: "fciu",
+    ReduceOp.MEAN: "fc",
     ReduceOp.MIN: "fiub",
     ReduceOp.MAX: "fiub",
-    ReduceOp.PROD: "fiu",
+    ReduceOp.PROD: "fciu",
 }
-
-# float16, bfloat16 and complex numbers are not reduced yet: see docs/reference/kernels.md.
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_NAMES = frozenset(
+    "float16 bfloat16 float32 float64 complex64 complex128 bool "
+    "int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+)
 
 _supported: set[tuple[ReduceOp, np.dtype[Any]]] = set()  # what has passed, to be quick next time
 
@@ -56,19 +57,33 @@ def check_dtype(verb: str, op: ReduceOp, dtype: np.dtype[Any]) -> None:
     """Raise :class:`UnsupportedDTypeError` unless ``op`` is defined for ``dtype``."""
     if (op, dtype) in _supported:
         return
-    supported = dtype.kind in _KINDS[op] and (dtype.kind != "f" or dtype in _FLOATS)
+    supported = dtype.name in _NAMES and _kind(dtype) in _KINDS[op]
     if supported and dtype.isnative:
         _supported.add((op, dtype))
         return
     if op is ReduceOp.MEAN and dtype.kind in "iub":
         remedy = f"the mean of {dtype} would not be a {dtype}; cast to float32 or float64 first"
+    elif dtype.kind == "c" and dtype.name in _NAMES:
+        remedy = "complex numbers have no order; reduce .real and .imag, or the absolute value"
     elif dtype.kind == "b":
         remedy = "bool has MIN (all) and MAX (any); cast to an integer to count"
     elif not dtype.isnative:
         remedy = f"its byte order is foreign; convert with .astype({dtype.newbyteorder('=')!s:.10})"
     else:
-        remedy = "use float32, float64, an integer dtype, or bool with MIN and MAX"
+        remedy = (
+            "use float16, bfloat16, float32, float64, complex64, complex128, an integer dtype, or "
+            "bool with MIN and MAX"
+        )
     raise UnsupportedDTypeError(f"{verb}: {op.name} is not defined for {dtype}: {remedy}")
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Return whether ``dtype`` is float16 or bfloat16: summed in float32, and rounded once."""
+    return dtype.itemsize == 2 and _kind(dtype) == "f"
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    return "f" if dtype.name == "bfloat16" else dtype.kind
 
 
 def identity(op: ReduceOp, dtype: np.dtype[Any]) -> Any:
@@ -78,7 +93,7 @@ def identity(op: ReduceOp, dtype: np.dtype[Any]) -> Any:
     if op is ReduceOp.PROD:
         return dtype.type(1)
     lowest = op is ReduceOp.MAX
-    if dtype.kind == "f":
+    if _kind(dtype) == "f":
         return dtype.type(-np.inf if lowest else np.inf)
     if dtype.kind == "b":
         return dtype.type(not lowest)

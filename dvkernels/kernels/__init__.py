@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dvkernels.kernels import checks, twins
 from dvkernels.reduce_op import ReduceOp
 
@@ -33,7 +35,11 @@ def __getattr__(name: str) -> Any:
 
 def _twin(verb: str, buffers: Any) -> Any:
     """Return the module whose functions work on ``buffers``; it checks them too."""
-    if isinstance(buffers, Sequence) and buffers and checks.is_cuda(buffers[0]):
+    try:
+        first = buffers[0]
+    except Exception:  # nothing to look at: the twin says what is wrong
+        return twins.cpu()
+    if type(first) is not np.ndarray and checks.is_cuda(first):
         checks.raise_no_cuda(verb)
     return twins.cpu()
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.devices.buffers import spec
+from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import (
     BufferMismatchError,
     DeviceError,
@@ -26,7 +26,10 @@ from dvkernels.reduce_op import ReduceOp
 __all__ = [
     "NEW",
     "address",
+    "apart",
     "arrays",
+    "arrays_along",
+    "check_axis",
     "check_dtype_moves",
     "check_root",
     "in_place",
@@ -36,6 +39,7 @@ __all__ = [
     "reduction",
     "results",
     "separate",
+    "views",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -64,67 +68,133 @@ address = (
 )
 
 
-def arrays(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
-    """Return a view of each buffer; raise unless they are arrays of one shape and dtype."""
-    views: list[Array] = []
+def views(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
+    """Return a view of each buffer; raise unless there is one and all are arrays."""
+    found: list[Array] = []
     try:
         for buffer in buffers:
             if type(buffer) is not np.ndarray:
-                buffer = _view(verb, buffer, f"{name} {len(views)}")
-            views.append(buffer)
+                buffer = _view(verb, buffer, f"{name} {len(found)}")
+            found.append(buffer)
     except TypeError as error:
         if isinstance(error, NotABufferError):
             raise
         raise NotABufferError(
             f"{verb} needs a sequence of arrays, one per replica; got {type(buffers).__name__}"
         ) from None
-    if not views:
+    if not found:
         raise BufferMismatchError(f"{verb} needs at least one buffer; got an empty sequence")
-    shape, dtype = views[0].shape, views[0].dtype
-    for index, view in enumerate(views):
+    return found
+
+
+def arrays(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
+    """Return a view of each buffer; raise unless they are arrays of one shape and dtype."""
+    found = views(verb, buffers, name)
+    shape, dtype = found[0].shape, found[0].dtype
+    for index, view in enumerate(found):
         if view.shape != shape or view.dtype != dtype:
-            raise BufferMismatchError(
-                f"{verb} needs one shape and dtype: {name} {index} holds {spec(view)}, "
-                f"{name} 0 holds {spec(views[0])}; pad or cast before"
-            )
-    return views
+            _raise_mismatch(verb, found, index, name, "one shape and dtype")
+    return found
 
 
-def in_place(verb: str, views: Sequence[Array]) -> None:
+def arrays_along(verb: str, buffers: Any, axis: Any) -> tuple[list[Array], int]:
+    """Return a view of each buffer, and the axis counted from the front.
+
+    Raise unless they are arrays of one dtype whose shapes differ along ``axis`` at most.
+    """
+    found = views(verb, buffers)
+    axis = check_axis(verb, axis, found[0])
+    shape, dtype = found[0].shape, found[0].dtype
+    rest = shape[:axis], shape[axis + 1 :]
+    for index, view in enumerate(found):
+        fits = view.ndim == len(shape) and (view.shape[:axis], view.shape[axis + 1 :]) == rest
+        if not fits or view.dtype != dtype:
+            _raise_mismatch(verb, found, index, "replica", f"shapes alike except along axis {axis}")
+    return found, axis
+
+
+def check_axis(verb: str, axis: Any, array: Array) -> int:
+    """Return ``axis`` counted from the front; raise unless the array has it."""
+    try:
+        index = axis.__index__()
+    except AttributeError:
+        index = None
+    if isinstance(axis, (bool, np.bool_)) or index is None or not -array.ndim <= index < array.ndim:
+        raise BufferMismatchError(
+            f"{verb} needs an axis of the buffers, which hold {spec(array)}; got {axis!r}"
+            + ("; reshape scalars to (1,) first" if array.ndim == 0 else "")
+        )
+    return int(index) % array.ndim
+
+
+def _raise_mismatch(verb: str, found: Sequence[Array], index: int, name: str, needed: str) -> None:
+    raise BufferMismatchError(
+        f"{verb} needs {needed}: {name} {index} holds {spec(found[index])}, "
+        f"{name} 0 holds {spec(found[0])}; pad or cast before"
+    )
+
+
+def in_place(verb: str, written: Sequence[Array]) -> None:
     """Raise unless every buffer can be written and none shares an element with another."""
     is_dense = True
-    for index, view in enumerate(views):
+    for index, view in enumerate(written):
         flags = view.flags
         if not flags.writeable:
             _raise_read_only(verb, "replica", index)
         is_dense = is_dense and flags.c_contiguous
     if is_dense:  # the common case, decided in 1 us: each starts where the one before has ended
-        nbytes, end = views[0].nbytes, 0
-        for start in sorted(map(address, views)):
+        nbytes, end = written[0].nbytes, 0
+        for start in sorted(map(address, written)):
             if start < end:
                 break
             end = start + nbytes
         else:
             return
-    _check_disjoint(verb, views, (), "replica")
+    _check_disjoint(verb, written, (), "replica")
 
 
 def separate(verb: str, reads: Sequence[Array], writes: Sequence[Array], count: int) -> None:
     """Raise unless ``writes`` (the ``out`` of the call) fit ``reads`` and overlap none by part."""
-    if len(writes) != count:
+    _check_outs(verb, writes, [reads[0].shape] * count, reads[0].dtype, "np.empty_like")
+    _check_disjoint(verb, writes, reads, "out")
+
+
+def apart(
+    verb: str, reads: Sequence[Array], out: Any, shapes: Sequence[tuple[int, ...]]
+) -> list[Array]:
+    """Return the arrays to write to: new ones of ``shapes``, or ``out`` where it is given.
+
+    Those must have these shapes and share no element with each other or with ``reads``.
+    """
+    dtype = reads[0].dtype
+    if out is None:
+        return [np.empty(shape, dtype) for shape in shapes]
+    writes = views(verb, out, "out")
+    _check_outs(verb, writes, shapes, dtype, "np.empty")
+    _check_disjoint(verb, writes, reads, "out", may_be_inputs=False)
+    return writes
+
+
+def _check_outs(
+    verb: str,
+    writes: Sequence[Array],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: np.dtype[Any],
+    remedy: str,
+) -> None:
+    if len(writes) != len(shapes):
         raise BufferMismatchError(
-            f"{verb} needs {count} out array{'s' * (count != 1)}; got {len(writes)}; "
+            f"{verb} needs {len(shapes)} out array{'s' * (len(shapes) != 1)}; got {len(writes)}; "
             "pass one per result"
         )
-    for index, write in enumerate(writes):
-        if write.shape != reads[0].shape or write.dtype != reads[0].dtype:
+    for index, (write, shape) in enumerate(zip(writes, shapes, strict=True)):
+        if write.shape != shape or write.dtype != dtype:
             raise BufferMismatchError(
-                f"{verb} needs out like the buffers: out {index} holds {spec(write)}, "
-                f"replica 0 holds {spec(reads[0])}; allocate it with np.empty_like"
+                f"{verb} needs out {index} to hold {Spec(shape, dtype)}, as the buffers require; "
+                f"it holds {spec(write)}; allocate it with {remedy}"
             )
         if not write.flags.writeable:
             _raise_read_only(verb, "out", index)
-    _check_disjoint(verb, writes, reads, "out")
 
 
 def results(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
@@ -234,10 +304,16 @@ def _raise_read_only(verb: str, name: str, index: int) -> None:
     )
 
 
-def _check_disjoint(verb: str, writes: Sequence[Array], reads: Sequence[Array], name: str) -> None:
+def _check_disjoint(
+    verb: str,
+    writes: Sequence[Array],
+    reads: Sequence[Array],
+    name: str,
+    may_be_inputs: bool = True,
+) -> None:
     """Raise if a written array shares an element with another, or with itself.
 
-    ``out`` may be the very buffers, element for element: that is in place.
+    Where ``may_be_inputs``, it may be the very buffer, element for element: that is in place.
     """
     spans = []
     for index, view in enumerate(writes):
@@ -254,7 +330,7 @@ def _check_disjoint(verb: str, writes: Sequence[Array], reads: Sequence[Array], 
     for span in spans:
         active = [other for other in active if other[1] > span[0]]
         for other in active:
-            _check_pair(verb, writes, reads, other, span, name)
+            _check_pair(verb, writes, reads, other, span, name, may_be_inputs)
         if span[0] < span[1]:
             active.append(span)
 
@@ -266,13 +342,14 @@ def _check_pair(
     one: tuple[int, int, bool, int],
     other: tuple[int, int, bool, int],
     name: str,
+    may_be_inputs: bool,
 ) -> None:
     if not (one[2] or other[2]) or one[0] >= one[1] or other[0] >= other[1]:
         return
     (_, _, one_written, i), (_, _, other_written, j) = one, other
     first = writes[i] if one_written else reads[i]
     second = writes[j] if other_written else reads[j]
-    if one_written != other_written and (i == j or len(writes) == 1):
+    if may_be_inputs and one_written != other_written and (i == j or len(writes) == 1):
         same = address(first) == address(second) and first.strides == second.strides
         if same:
             return

@@ -6,7 +6,7 @@ from typing import Any
 
 from dvkernels.errors import AlgorithmError
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import direct, ring
+from dvkernels.kernels.cpu import direct, prompt, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
 from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
 from dvkernels.kernels.cpu.ring import ring_all_reduce
@@ -39,6 +39,10 @@ def all_reduce(
     buffers: Any, op: Any = "sum", *, algorithm: Any = "auto", out: Any = None
 ) -> list[Any]:
     """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
+    if out is None and algorithm == "auto":
+        reduced = prompt.all_reduce(buffers, op)
+        if reduced is not None:
+            return reduced
     chosen = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
     if chosen is None:
         names = ", ".join(map(repr, _ALGORITHMS))

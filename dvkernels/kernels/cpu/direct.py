@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import elementwise, jobs
+from dvkernels.kernels.cpu import jobs, prompt
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
-
-_TABLES = elementwise.HEADER + elementwise.ROW
 
 
 def direct_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[Any]:
@@ -27,11 +25,17 @@ def direct_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list
 
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     """Reduce under the name ``verb``, which error messages mention."""
+    if out is None:
+        reduced = prompt.all_reduce(buffers, op)
+        if reduced is not None:
+            return reduced
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
         checks.in_place(verb, reads)
-        jobs.run(op, reads, reads, _in_place)
+        prompt.learn(op, reads[0].dtype)
+        program = jobs.combine_in_place(len(reads), jobs.divisor(op, len(reads)))
+        jobs.run(op, reads[0].dtype, [reads], program)
         return list(buffers)
     writes = checks.results(verb, reads, out)
     _combine(op, reads, writes)
@@ -66,15 +70,6 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
     return out
 
 
-def _in_place(addresses: list[int]) -> tuple[list[int], int]:
-    count = len(addresses)
-    return [-1, _TABLES, count, _TABLES, count, count, *addresses], 1
-
-
 def _combine(op: ReduceOp, reads: Sequence[Any], writes: Sequence[Any]) -> None:
-    count = len(reads)
-
-    def program(addresses: list[int]) -> tuple[list[int], int]:
-        return [-1, _TABLES, count, _TABLES + count, len(writes), count, *addresses], 1
-
-    jobs.run(op, reads, writes, program)
+    program = jobs.combine(len(reads), len(writes), jobs.divisor(op, len(reads)))
+    jobs.run(op, reads[0].dtype, [[*reads, *writes]], program)

@@ -1,25 +1,15 @@
-"""The compiled loops: a program of spans, run piece by piece by whichever threads are free.
+"""The compiled loops: combine the elements of all sources, left to right, store to all targets.
 
-A job is one int64 array, so that every kernel has one signature per dtype:
+One runner for each pair of an operation and an element type, a C function of the address of a job
+(see jobs.py for what a job holds). A runner claims pieces of the job until none is left, so any
+number of threads may call it at once; pieces share no element, so no thread waits for another,
+and the bits depend on the job alone.
 
-    [0] next piece   [8] pieces done             each on a cache line that only counters touch
-    [16] number of pieces  [17] elements a piece  [18] elements  [19] chunks  [20] rows
-    [21] whether to prefetch from memory
-    [24:] rows of six: chunk, sources, number of sources, targets, number of targets, divisor
-    then the address tables to which `sources` and `targets` point (indices into the job)
-
-A thread claims a piece and runs every row over it: "combine the sources, left to right, and store
-to every target", over one chunk of the piece, or all of it where chunk is -1. Pieces share no
-element, so no thread waits for another, and the bits depend on the program alone.
-
-Intrinsics and their callers share this file: Numba's cache notices no edit of a callee elsewhere.
-One top-level runner for each op: a runner made by a closure would never be found in the cache.
+Sums are kept in registers. Half types are widened to float32, combined there, and rounded once.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -28,310 +18,423 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils as numba_cgutils
 
+from dvkernels.kernels.cpu import memory
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["DONE", "HEADER", "NUM_PIECES", "PREFETCHES", "ROW", "Runner", "kernel"]
+__all__ = ["factor", "find_item", "part", "runner", "span"]
 
-DONE, NUM_PIECES, PREFETCHES, HEADER, ROW = 8, 16, 21, 24, 6
+MEMORY = "747edcf9"
 
-_SUM, _MEAN, _MIN, _MAX, _PROD = 0, 1, 2, 3, 4
-_HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
 # Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms with it (medians of 120, 2
 # cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead alike); of 4 MiB, in cache, 0.11 and
 # 0.16 ms: hence only where the job says that the data lies in memory.
 _PREFETCH_NBYTES = 4096
-_VECTOR_BYTES = 64  # a cache line: one zmm register, or two ymm, or four of NEON
+_LINE = 64  # a cache line: one zmm register, or two ymm, or four of NEON
 _I64 = ir.IntType(64)
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_intrinsic: _Decorator = extending.intrinsic
-_literal_intrinsic: _Decorator = extending.intrinsic(prefer_literal=True)
+_I32 = ir.IntType(32)
 cgutils: Any = numba_cgutils  # its functions carry no types
 
-Runner = Callable[[Any, Any, int], bool]
+_ADD, _MIN, _MAX, _MUL = range(4)
+# A mean is a sum that is divided once, at the end.
+_OPERATIONS = {
+    ReduceOp.SUM: _ADD,
+    ReduceOp.MEAN: _ADD,
+    ReduceOp.MIN: _MIN,
+    ReduceOp.MAX: _MAX,
+    ReduceOp.PROD: _MUL,
+}
+# What the loops know: the letter of numpy.dtype.kind (b for bfloat16) and the bytes of an element.
+_TYPES = (
+    ("i", 1), ("i", 2), ("i", 4), ("i", 8), ("u", 1), ("u", 2), ("u", 4), ("u", 8),
+    ("b", 2), ("f", 2), ("f", 4), ("f", 8), ("c", 8), ("c", 16),
+)  # fmt: skip
 
 
 def _int(value: int) -> Any:
     return ir.Constant(_I64, value)
 
 
-def _combine(builder: Any, op: int, dtype: Any, left: Any, right: Any) -> Any:
-    """Emit ``left op right`` for scalars or vectors of ``dtype``."""
-    is_float = isinstance(dtype, types.Float)
-    if op in (_SUM, _MEAN):
-        return builder.fadd(left, right) if is_float else builder.add(left, right)
-    if op == _PROD:
-        return builder.fmul(left, right) if is_float else builder.mul(left, right)
-    sign = "<" if op == _MIN else ">"
-    if not is_float:
-        compare = builder.icmp_signed if dtype.signed else builder.icmp_unsigned
-        return builder.select(compare(sign, left, right), left, right)
-    # A NaN on the left stays; one on the right makes the comparison false, so it is chosen.
-    stays = builder.or_(
-        builder.fcmp_ordered(sign, left, right), builder.fcmp_unordered("uno", left, left)
-    )
-    return builder.select(stays, left, right)
+class _Numbers:
+    """Emits loads, stores and arithmetic of vectors of one element type."""
 
+    def __init__(self, builder: Any, code: int) -> None:
+        self.builder = builder
+        self.kind, self.itemsize = _TYPES[code]
+        self.unit = 2 if self.kind == "c" else 1  # numbers an element
+        bits = 8 * self.itemsize // self.unit
+        self.is_half = bits == 16 and self.kind in "bf"
+        self.is_float = self.kind in "bfc"
+        floats = {16: ir.FloatType(), 32: ir.FloatType(), 64: ir.DoubleType()}
+        self.number: Any = floats[bits] if self.is_float else ir.IntType(bits)
+        self.stored: Any = ir.IntType(16) if self.is_half else self.number
 
-class _Emitter:
-    """Emits the body of a span: one block of vectors, or one element, of every source."""
+    def vector(self, lanes: int) -> Any:
+        return ir.VectorType(self.number, lanes)
 
-    def __init__(self, context: Any, builder: Any, op: int, dtype: Any, job: Any, row: Any) -> None:
-        self.builder, self.op, self.dtype, self.job = builder, op, dtype, job
-        self.element = context.get_data_type(dtype)
-        self.itemsize = dtype.bitwidth // 8
-        fields = [builder.load(builder.gep(job, [builder.add(row, _int(k))])) for k in range(1, 6)]
-        self.sources, self.num_sources, self.targets, self.num_targets, self.divisor = fields
-
-    def _pointer(self, table: Any, index: Any, offset: Any, kind: Any, position: int) -> Any:
+    def load(self, pointer: Any, lanes: int) -> Any:
+        """Load at any alignment: unaligned loads cost nothing on aligned data."""
         builder = self.builder
-        address = builder.load(builder.gep(self.job, [builder.add(table, index)]))
-        address = builder.add(address, builder.add(offset, _int(position * _VECTOR_BYTES)))
-        return builder.inttoptr(address, kind.as_pointer())
+        kind = ir.VectorType(self.stored, lanes)
+        raw = builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
+        if not self.is_half:
+            return raw
+        if self.kind == "f":
+            halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), lanes))
+            return builder.fpext(halves, self.vector(lanes))
+        wide = builder.zext(raw, ir.VectorType(_I32, lanes))
+        return builder.bitcast(builder.shl(wide, self._all(_I32, lanes, 16)), self.vector(lanes))
+
+    def store(self, value: Any, pointer: Any, lanes: int) -> None:
+        builder = self.builder
+        if self.is_half:
+            value = self._to_half(value, lanes)
+        pointer = builder.bitcast(pointer, ir.VectorType(self.stored, lanes).as_pointer())
+        builder.store(value, pointer, align=1)
+
+    def _to_half(self, value: Any, lanes: int) -> Any:
+        """Round to the nearest half, ties to even."""
+        builder = self.builder
+        shorts = ir.VectorType(ir.IntType(16), lanes)
+        if self.kind == "f":
+            halves = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
+            return builder.bitcast(halves, shorts)
+        wide = ir.VectorType(_I32, lanes)
+        bits = builder.bitcast(value, wide)
+        sixteen = self._all(_I32, lanes, 16)
+        upper = builder.lshr(bits, sixteen)
+        odd = builder.and_(upper, self._all(_I32, lanes, 1))
+        half_up = builder.add(builder.add(bits, self._all(_I32, lanes, 0x7FFF)), odd)
+        # The carry would turn some NaN into an infinity: keep its upper bits, and one for quiet.
+        quiet = builder.or_(upper, self._all(_I32, lanes, 0x40))
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        return builder.trunc(builder.select(is_nan, quiet, builder.lshr(half_up, sixteen)), shorts)
+
+    def combine(self, operation: int, left: Any, right: Any) -> Any:
+        """Emit ``left operation right``."""
+        builder = self.builder
+        if operation == _ADD:
+            return (builder.fadd if self.is_float else builder.add)(left, right)
+        if operation == _MUL:
+            if self.kind == "c":
+                return self._complex_product(left, right)
+            return (builder.fmul if self.is_float else builder.mul)(left, right)
+        sign = "<" if operation == _MIN else ">"
+        if not self.is_float:
+            compare = builder.icmp_signed if self.kind == "i" else builder.icmp_unsigned
+            return builder.select(compare(sign, left, right), left, right)
+        # A NaN on the left stays; one on the right makes the comparison false, so it is chosen.
+        stays = builder.or_(
+            builder.fcmp_ordered(sign, left, right), builder.fcmp_unordered("uno", left, left)
+        )
+        return builder.select(stays, left, right)
+
+    def _complex_product(self, left: Any, right: Any) -> Any:
+        """Emit (a + bi)(c + di) = (ac - bd) + (ad + bc)i over pairs of lanes, with NumPy's bits."""
+        builder = self.builder
+        lanes = left.type.count
+        real = self._shuffle(left, [lane & ~1 for lane in range(lanes)])
+        imaginary = self._shuffle(left, [lane | 1 for lane in range(lanes)])
+        swapped = self._shuffle(right, [lane ^ 1 for lane in range(lanes)])
+        signs = ir.Constant(left.type, [(-1.0, 1.0)[lane & 1] for lane in range(lanes)])
+        cross = builder.fmul(builder.fmul(imaginary, swapped), signs)
+        return builder.fadd(builder.fmul(real, right), cross)
+
+    def divide(self, value: Any, divisor: Any, reciprocal: Any, is_exact: Any) -> Any:
+        """Divide with NumPy's bits: by a power of two the product with 1/n is exact, and faster."""
+        builder = self.builder
+        lanes = value.type.count
+        with builder.if_else(is_exact) as (exact, rounded):
+            with exact:
+                product = builder.fmul(value, self.spread(reciprocal, lanes))
+                from_exact = builder.block
+            with rounded:
+                quotient = builder.fdiv(value, self.spread(divisor, lanes))
+                from_rounded = builder.block
+        merged = builder.phi(value.type)
+        merged.add_incoming(product, from_exact)
+        merged.add_incoming(quotient, from_rounded)
+        return merged
+
+    def spread(self, scalar: Any, lanes: int) -> Any:
+        """Return a vector with the scalar in every lane."""
+        undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+        single = self.builder.insert_element(undefined, scalar, _int(0))
+        return self._shuffle(single, [0] * lanes)
+
+    def _shuffle(self, vector: Any, lanes: list[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+    @staticmethod
+    def _all(number: Any, lanes: int, value: int) -> Any:
+        return ir.Constant(ir.VectorType(number, lanes), [value] * lanes)
+
+
+class _Span:
+    """Emits the body of a span: some vectors of every source, combined and stored."""
+
+    def __init__(self, builder: Any, operation: int, code: int, args: list[Any]) -> None:
+        self.builder, self.operation = builder, operation
+        self.numbers = _Numbers(builder, code)
+        table, sources, self.num_sources, targets, self.num_targets, divisor = args
+        word = _I64.as_pointer()
+        self.sources = builder.gep(builder.inttoptr(table, word), [sources])
+        self.targets = builder.gep(builder.inttoptr(table, word), [targets])
+        self.divides = self.numbers.is_float and operation == _ADD
+        if self.divides:
+            one = ir.Constant(self.numbers.number, 1.0)
+            self.divisor = builder.sitofp(divisor, self.numbers.number)
+            self.reciprocal = builder.fdiv(one, self.divisor)
+            less = builder.sub(divisor, _int(1))
+            self.is_mean = builder.icmp_signed("!=", divisor, _int(1))
+            self.is_exact = builder.icmp_signed("==", builder.and_(divisor, less), _int(0))
+
+    def base(self, table: Any, index: Any) -> Any:
+        """Return the address of the array ``table[index]``."""
+        return self.builder.load(self.builder.gep(table, [index]))
+
+    def _pointers(self, base: Any, offset: Any, places: list[int]) -> list[Any]:
+        """Return where an array has byte ``offset``, and so many bytes after it."""
+        builder = self.builder
+        start = builder.inttoptr(builder.add(base, offset), ir.IntType(8).as_pointer())
+        return [builder.gep(start, [_int(place)]) for place in places]
 
     def _prefetch(self, pointer: Any) -> None:
-        """Ask for the line that a later block will read, and write where it stands."""
-        builder, byte, int32 = self.builder, ir.IntType(8).as_pointer(), ir.IntType(32)
-        ahead = builder.gep(builder.bitcast(pointer, byte), [_int(_PREFETCH_NBYTES)])
-        function_type = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
+        """Ask for the line that a later turn will read, and write where it stands."""
+        builder, byte = self.builder, ir.IntType(8).as_pointer()
+        ahead = builder.gep(pointer, [_int(_PREFETCH_NBYTES)])
+        function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
         prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        to_write, keep, data = (ir.Constant(int32, number) for number in (1, 3, 1))
+        to_write, keep, data = (ir.Constant(_I32, number) for number in (1, 3, 1))
         builder.call(prefetch, [ahead, to_write, keep, data])
 
-    def block(self, offset: Any, num_vectors: int, prefetches: bool = False) -> None:
-        """Combine and store at byte ``offset``: 2 vectors, or one element where 0 are asked for."""
-        builder = self.builder
-        lanes = _VECTOR_BYTES // self.itemsize
-        kind = ir.VectorType(self.element, lanes) if num_vectors else self.element
-        places = range(max(num_vectors, 1))
-        sums = [cgutils.alloca_once(builder, kind) for _ in places]
-        # align=1: arrays may start anywhere, and unaligned loads cost nothing on aligned data.
-        for k in places:
-            pointer = self._pointer(self.sources, _int(0), offset, kind, k)
+    def turn(self, offset: Any, lanes: int, count: int, prefetches: bool = False) -> None:
+        """Combine and store ``count`` vectors of ``lanes`` numbers at byte ``offset``."""
+        builder, numbers = self.builder, self.numbers
+        places = self._places(lanes, count)
+        sums = [cgutils.alloca_once(builder, numbers.vector(lanes)) for _ in places]
+
+        def read(index: Any) -> list[Any]:
+            pointers = self._pointers(self.base(self.sources, index), offset, places)
             if prefetches:
-                self._prefetch(pointer)
-            builder.store(builder.load(pointer, align=1), sums[k])
-        with cgutils.for_range(builder, self.num_sources, start=_int(1), intp=_I64) as loop:
-            for k in places:
-                pointer = self._pointer(self.sources, loop.index, offset, kind, k)
-                if prefetches:
+                for pointer in pointers:
                     self._prefetch(pointer)
-                value = builder.load(pointer, align=1)
-                total = builder.load(sums[k])
-                builder.store(_combine(builder, self.op, self.dtype, total, value), sums[k])
-        if self.op == _MEAN:
-            self._divide(sums, lanes if num_vectors else 0)
+            return [numbers.load(pointer, lanes) for pointer in pointers]
+
+        for place, value in zip(sums, read(_int(0)), strict=True):
+            builder.store(value, place)
+        with cgutils.for_range(builder, self.num_sources, start=_int(1), intp=_I64) as loop:
+            for place, value in zip(sums, read(loop.index), strict=True):
+                builder.store(numbers.combine(self.operation, builder.load(place), value), place)
+        totals = self._divided([builder.load(place) for place in sums])
         with cgutils.for_range(builder, self.num_targets, intp=_I64) as loop:
-            for k in places:
-                pointer = self._pointer(self.targets, loop.index, offset, kind, k)
-                builder.store(builder.load(sums[k]), pointer, align=1)
+            pointers = self._pointers(self.base(self.targets, loop.index), offset, places)
+            for total, pointer in zip(totals, pointers, strict=True):
+                numbers.store(total, pointer, lanes)
 
-    def _divide(self, sums: list[Any], lanes: int) -> None:
-        """Divide, with NumPy's bits.
+    def turn_of_two(self, offset: Any, lanes: int, count: int, bases: list[Any]) -> None:
+        """Do as ``turn`` for two sources and two targets, whose addresses are known."""
+        numbers, places = self.numbers, self._places(lanes, count)
+        left, right, *targets = (self._pointers(base, offset, places) for base in bases)
+        totals = self._divided(
+            [
+                numbers.combine(self.operation, numbers.load(one, lanes), numbers.load(two, lanes))
+                for one, two in zip(left, right, strict=True)
+            ]
+        )
+        for target in targets:
+            for total, pointer in zip(totals, target, strict=True):
+                numbers.store(total, pointer, lanes)
 
-        The product with a rounded reciprocal would be other bits; that of 1, 2, 4, ... is exact,
-        and multiplying is several times as fast.
+    def is_of_two(self) -> Any:
+        """Emit whether there are two sources and two targets.
+
+        In the caches nearest to the core reading addresses for each turn shows: two replicas of
+        64 KiB took XXX us so and take XXX us with the addresses in registers.
         """
         builder = self.builder
-        divisor = builder.sitofp(self.divisor, self.element)
-        reciprocal = builder.fdiv(ir.Constant(self.element, 1.0), divisor)
-        if lanes:
-            divisor, reciprocal = self._spread(divisor, lanes), self._spread(reciprocal, lanes)
-        rest = builder.and_(self.divisor, builder.sub(self.divisor, _int(1)))
-        with builder.if_else(builder.icmp_signed("==", rest, _int(0))) as (is_exact, is_rounded):
-            with is_exact:
-                for place in sums:
-                    builder.store(builder.fmul(builder.load(place), reciprocal), place)
-            with is_rounded:
-                for place in sums:
-                    builder.store(builder.fdiv(builder.load(place), divisor), place)
+        counts = (self.num_sources, self.num_targets)
+        return builder.and_(*(builder.icmp_signed("==", count, _int(2)) for count in counts))
 
-    def _spread(self, scalar: Any, lanes: int) -> Any:
-        """Return a vector with the scalar in every lane."""
-        undefined = ir.Constant(ir.VectorType(self.element, lanes), ir.Undefined)
-        single = self.builder.insert_element(undefined, scalar, _int(0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
-        return self.builder.shuffle_vector(single, undefined, zeros)
+    def _places(self, lanes: int, count: int) -> list[int]:
+        nbytes = lanes * self.numbers.itemsize // self.numbers.unit
+        return [k * nbytes for k in range(count)]
+
+    def _divided(self, totals: list[Any]) -> list[Any]:
+        """Return the totals, or their quotients where the operation is a mean."""
+        if not self.divides:
+            return totals
+        builder = self.builder
+        before = builder.block
+        with builder.if_then(self.is_mean):
+            quotients = [
+                self.numbers.divide(total, self.divisor, self.reciprocal, self.is_exact)
+                for total in totals
+            ]
+            within = builder.block
+        merged = []
+        for total, quotient in zip(totals, quotients, strict=True):
+            phi = builder.phi(total.type)
+            phi.add_incoming(total, before)
+            phi.add_incoming(quotient, within)
+            merged.append(phi)
+        return merged
 
 
-@_literal_intrinsic
-def _span(typing: Any, job: Any, row: Any, first: Any, length: Any, witness: Any, op: Any) -> Any:
-    """Run row ``row`` over ``length`` elements from ``first``."""
+@extending.intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def span(
+    typing: Any, table: Any, sources: Any, num_sources: Any, targets: Any, num_targets: Any,
+    divisor: Any, first: Any, length: Any, far: Any, operation: Any, code: Any,
+) -> Any:  # fmt: skip
+    """Combine ``length`` elements from element ``first`` of the arrays that a table names.
+
+    ``sources`` and ``targets`` say where their addresses begin in the table. ``far`` says that
+    the data lies in memory rather than in a cache.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(job)(context, builder, args[0]).data
-        emit = _Emitter(context, builder, op.literal_value, witness.dtype, data, args[1])
-        start = builder.mul(args[2], _int(emit.itemsize))
-        nbytes = builder.mul(args[3], _int(emit.itemsize))
+        emit = _Span(builder, operation.literal_value, code.literal_value, list(args[:6]))
+        numbers = emit.numbers
+        itemsize = _int(numbers.itemsize)
+        start, nbytes = builder.mul(args[6], itemsize), builder.mul(args[7], itemsize)
         stop = builder.add(start, nbytes)
         # Arrays of one allocator lie alike in their cache lines, NumPy's large ones 16 bytes past
         # the start: elements up to the next line go first, so that no vector straddles two lines
         # (two replicas of 4 MiB: 0.11 ms before, 0.08 ms since).
-        base = builder.load(builder.gep(data, [emit.sources]))
-        head = builder.and_(builder.neg(builder.add(base, start)), _int(_VECTOR_BYTES - 1))
-        is_whole = builder.icmp_signed("==", builder.srem(head, _int(emit.itemsize)), _int(0))
+        base = builder.load(emit.sources)
+        head = builder.and_(builder.neg(builder.add(base, start)), _int(_LINE - 1))
+        is_whole = builder.icmp_signed("==", builder.srem(head, itemsize), _int(0))
         fits = builder.and_(is_whole, builder.icmp_signed("<", head, nbytes))
         aligned = builder.add(start, builder.select(fits, head, _int(0)))
-        # Two vectors at a time: two chains of additions hide each other's latency.
-        step = 2 * _VECTOR_BYTES
+        # Two lines at a time: two chains of additions hide each other's latency.
+        step = 2 * _LINE
         middle = builder.add(aligned, builder.and_(builder.sub(stop, aligned), _int(-step)))
-        far = builder.load(builder.gep(data, [_int(PREFETCHES)]))
+        lanes = _LINE // numbers.itemsize * numbers.unit
 
-        def loop(first: Any, last: Any, width: int, num_vectors: int, prefetches: bool) -> None:
-            with cgutils.for_range_slice(builder, first, last, _int(width), _I64) as (offset, _):
-                emit.block(offset, num_vectors, prefetches)
+        def loop(begin: Any, end: Any, width: int, turn: Any, *arguments: Any) -> None:
+            with cgutils.for_range_slice(builder, begin, end, _int(width), _I64) as (offset, _):
+                turn(offset, *arguments)
 
-        loop(start, aligned, emit.itemsize, 0, False)
-        with builder.if_else(builder.icmp_signed("!=", far, _int(0))) as (from_memory, in_cache):
-            with from_memory:
-                loop(aligned, middle, step, 2, True)
-            with in_cache:
-                loop(aligned, middle, step, 2, False)
-        loop(middle, stop, emit.itemsize, 0, False)
+        loop(start, aligned, numbers.itemsize, emit.turn, numbers.unit, 1)
+        with builder.if_else(builder.icmp_signed("!=", args[8], _int(0))) as (in_memory, in_cache):
+            with in_memory:
+                loop(aligned, middle, step, emit.turn, lanes, 2, True)
+            with in_cache, builder.if_else(emit.is_of_two()) as (of_two, of_many):
+                with of_two:
+                    bases = [emit.base(emit.sources, _int(k)) for k in (0, 1)]
+                    bases += [emit.base(emit.targets, _int(k)) for k in (0, 1)]
+                    loop(aligned, middle, step, emit.turn_of_two, lanes, 2, bases)
+                with of_many:
+                    loop(aligned, middle, step, emit.turn, lanes, 2)
+        loop(middle, stop, numbers.itemsize, emit.turn, numbers.unit, 1)
         return context.get_dummy_value()
 
-    return types.void(job, row, first, length, witness, op), generate
-
-
-@_intrinsic
-def _add(typing: Any, job: Any, slot: Any) -> Any:
-    """Add 1 to a counter that other threads count too, and return what it was."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(job)(context, builder, args[0]).data
-        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), _int(1), "acq_rel")
-
-    return types.int64(job, types.int64), generate
-
-
-@_intrinsic
-def _read(typing: Any, job: Any, slot: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(job)(context, builder, args[0]).data
-        return builder.load_atomic(builder.gep(data, [args[1]]), "acquire", 8)
-
-    return types.int64(job, types.int64), generate
-
-
-@_intrinsic
-def _pause(typing: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _HAS_PAUSE:
-            name, function_type = "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    integers = [types.int64] * 9
+    return types.void(*integers, operation, code), generate
 
 
 @numba.njit(nogil=True, cache=True)
-def _part(job, piece, row):  # type: ignore[no-untyped-def]
-    """Return where the chunk of ``row`` lies in ``piece``: as schedules/partition.py cuts it."""
-    first = piece * job[17]
-    length = min(job[17], job[18] - first)
-    chunk = job[row]
-    if chunk < 0:
-        return first, length
-    small = length // job[19]
-    num_larger = length - small * job[19]
-    return first + chunk * small + min(chunk, num_larger), small + np.int64(chunk < num_larger)
+def find_item(job, piece):  # type: ignore[no-untyped-def]
+    """Return the address of the item that a piece belongs to: the last that begins before it."""
+    items = job + 8 * memory.load(job, 12)
+    low, high = 0, memory.load(job, 11)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if memory.load(items, 4 * middle) <= piece:
+            low = middle
+        else:
+            high = middle
+    return items + 32 * low
 
 
 @numba.njit(nogil=True, cache=True)
-def _settle(job, num_pauses):  # type: ignore[no-untyped-def]
-    """Wait, at most ``num_pauses`` pauses, for pieces that others claimed; True: all are done."""
-    for _ in range(num_pauses):
-        if _read(job, 8) == job[16]:
-            return True
-        _pause()
-    return _read(job, 8) == job[16]
+def part(length, num_parts, k):  # type: ignore[no-untyped-def]
+    """Return where part ``k`` begins and how long it is: as schedules/partition.py cuts it."""
+    small = length // num_parts
+    num_larger = length - small * num_parts
+    return k * small + min(k, num_larger), small + np.int64(k < num_larger)
 
 
-@numba.njit(nogil=True, cache=True)
-def _run_sum(job, witness, num_pauses):  # type: ignore[no-untyped-def]
-    piece = _add(job, 0)
-    while piece < job[16]:
-        for row in range(24, 24 + 6 * job[20], 6):
-            first, length = _part(job, piece, row)
-            _span(job, row, first, length, witness, 0)  # _SUM
-        _add(job, 8)
-        piece = _add(job, 0)
-    return _settle(job, num_pauses)
+def _make(operation: int, code: int) -> Any:
+    """Return the runner; Numba's cache tells these closures apart by what they enclose."""
+
+    @numba.cfunc(types.void(types.int64), cache=True)
+    def run(job):  # type: ignore[no-untyped-def]
+        num_pieces, grain, longest = (
+            memory.load(job, 8), memory.load(job, 9), memory.load(job, 10)
+        )  # fmt: skip
+        far, width, num_parts = memory.load(job, 15), memory.load(job, 16), memory.load(job, 17)
+        program, num_rows = job + 8 * memory.load(job, 13), memory.load(job, 14)
+        begin = memory.fetch_add(job, 0, grain)
+        while begin < num_pieces:
+            for piece in range(begin, min(begin + grain, num_pieces)):
+                item = find_item(job, piece)
+                length, num_lines = memory.load(item, 1), memory.load(item, 2)
+                table = job + 8 * memory.load(item, 3)
+                blocks = max(1, -(-length // longest))  # of a line
+                lines = max(1, longest // max(1, length))  # of a piece
+                number = piece - memory.load(item, 0)
+                column = number % blocks * longest
+                length = min(longest, length - column)
+                first_line = number // blocks * lines
+                scratch = np.empty(width if num_lines > 1 else 0, np.int64)
+                for line in range(first_line, min(first_line + lines, num_lines)):
+                    addresses = table
+                    if num_lines > 1:
+                        addresses = np.int64(scratch.ctypes.data)
+                        for k in range(width):
+                            stride = memory.load(table, width + k)
+                            memory.store(addresses, k, memory.load(table, k) + line * stride)
+                    for row in range(num_rows):
+                        step = program + 48 * row
+                        first, count = column, length
+                        chunk = memory.load(step, 0)
+                        if chunk >= 0:
+                            start, count = part(length, num_parts, chunk)
+                            first += start
+                        span(
+                            addresses, memory.load(step, 1), memory.load(step, 2),
+                            memory.load(step, 3), memory.load(step, 4), memory.load(step, 5),
+                            first, count, far, operation, code,
+                        )  # fmt: skip
+            begin = memory.fetch_add(job, 0, grain)
+
+    return run
 
 
-@numba.njit(nogil=True, cache=True)
-def _run_mean(job, witness, num_pauses):  # type: ignore[no-untyped-def]
-    piece = _add(job, 0)
-    while piece < job[16]:
-        for row in range(24, 24 + 6 * job[20], 6):
-            first, length = _part(job, piece, row)
-            _span(job, row, first, length, witness, 1)  # _MEAN
-        _add(job, 8)
-        piece = _add(job, 0)
-    return _settle(job, num_pauses)
+_runners: dict[tuple[int, int], Any] = {}
+_by_dtype: dict[tuple[ReduceOp, np.dtype[Any]], tuple[int, int]] = {}
 
 
-@numba.njit(nogil=True, cache=True)
-def _run_min(job, witness, num_pauses):  # type: ignore[no-untyped-def]
-    piece = _add(job, 0)
-    while piece < job[16]:
-        for row in range(24, 24 + 6 * job[20], 6):
-            first, length = _part(job, piece, row)
-            _span(job, row, first, length, witness, 2)  # _MIN
-        _add(job, 8)
-        piece = _add(job, 0)
-    return _settle(job, num_pauses)
+def runner(op: ReduceOp, dtype: np.dtype[Any]) -> int:
+    """Return the address of the runner of ``op`` over ``dtype``, compiled here and now.
 
-
-@numba.njit(nogil=True, cache=True)
-def _run_max(job, witness, num_pauses):  # type: ignore[no-untyped-def]
-    piece = _add(job, 0)
-    while piece < job[16]:
-        for row in range(24, 24 + 6 * job[20], 6):
-            first, length = _part(job, piece, row)
-            _span(job, row, first, length, witness, 3)  # _MAX
-        _add(job, 8)
-        piece = _add(job, 0)
-    return _settle(job, num_pauses)
-
-
-@numba.njit(nogil=True, cache=True)
-def _run_prod(job, witness, num_pauses):  # type: ignore[no-untyped-def]
-    piece = _add(job, 0)
-    while piece < job[16]:
-        for row in range(24, 24 + 6 * job[20], 6):
-            first, length = _part(job, piece, row)
-            _span(job, row, first, length, witness, 4)  # _PROD
-        _add(job, 8)
-        piece = _add(job, 0)
-    return _settle(job, num_pauses)
-
-
-_RUNNERS: dict[ReduceOp, Runner] = {
-    ReduceOp.SUM: _run_sum,
-    ReduceOp.MEAN: _run_mean,
-    ReduceOp.MIN: _run_min,
-    ReduceOp.MAX: _run_max,
-    ReduceOp.PROD: _run_prod,
-}
-_kernels: dict[tuple[ReduceOp, np.dtype[Any]], tuple[Runner, Any]] = {}
-
-
-def kernel(op: ReduceOp, dtype: np.dtype[Any]) -> tuple[Runner, Any]:
-    """Return the compiled runner of ``op``, and the empty array that tells it the dtype."""
-    found = _kernels.get((op, dtype))
+    A job counts elements; of a complex sum it counts the floats: see :func:`factor`.
+    """
+    key = _by_dtype.get((op, dtype))
+    if key is None:
+        key = _by_dtype[op, dtype] = (_OPERATIONS[op], _TYPES.index(_computed_as(op, dtype)))
+    found = _runners.get(key)
     if found is None:
-        runner, witness = _RUNNERS[op], np.empty(0, _computed_as(op, dtype))
-        # Compiled here and now, by a job of no pieces: an interrupt of the compiler is harmless,
-        # and no helper thread ever waits for it.
-        runner(np.zeros(HEADER, np.int64), witness, 0)
-        found = _kernels[op, dtype] = runner, witness
-    return found
+        found = _runners[key] = _make(*key)
+    address: int = found.address
+    return address
 
 
-def _computed_as(op: ReduceOp, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype whose kernel computes the same bits: every one less saves 0.3 s."""
-    if dtype.kind == "b":
-        return np.dtype(np.uint8)
-    if dtype.kind == "u" and op in (ReduceOp.SUM, ReduceOp.PROD):
-        return np.dtype(f"i{dtype.itemsize}")
-    return dtype
+def factor(op: ReduceOp, dtype: np.dtype[Any]) -> int:
+    """Return how many of the runner's elements are one element of ``dtype``."""
+    return 2 if dtype.kind == "c" and op is not ReduceOp.PROD else 1
+
+
+def _computed_as(op: ReduceOp, dtype: np.dtype[Any]) -> tuple[str, int]:
+    """Return the type whose runner computes the same bits: every one less saves 0.3 s."""
+    kind, itemsize = dtype.kind, dtype.itemsize
+    if dtype.name == "bfloat16":
+        return "b", 2
+    if kind == "b":
+        return "u", 1
+    if kind == "u" and _OPERATIONS[op] in (_ADD, _MUL):
+        return "i", itemsize
+    if kind == "c" and op is not ReduceOp.PROD:
+        return "f", itemsize // 2
+    return kind, itemsize

@@ -1,94 +1,216 @@
-"""From checked arrays to a job: which memory, cut into which pieces, by which program."""
+"""A job: which arrays a runner combines, laid out as int64 words that compiled code reads.
+
+    [0] next piece, on a cache line of its own: what the threads count on
+    [8] pieces   [9] pieces claimed at once   [10] elements of a line that one piece holds
+    [11] items   [12] where they are          [13] where the program is   [14] its rows
+    [15] whether the data lies in memory rather than in a cache   [16] arrays an item
+    [17] parts that the rows name             [18] the runner
+    items, four words each: first piece, elements a line, lines, where the table is
+    the program, six words a row: part (-1: all), sources, how many, targets, how many, divisor
+    tables, one an item: the addresses of its arrays, then, of several lines, their strides
+
+An item is a set of arrays of one shape that are dense, or lines of dense elements at even
+distances. Items are cut into pieces; a thread runs all rows of the program over its piece.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import elementwise, pool
+from dvkernels.kernels.cpu import elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["TableProgram", "run"]
+__all__ = [
+    "FAR_NBYTES",
+    "HEADER",
+    "PIECE_NBYTES",
+    "Program",
+    "combine",
+    "combine_in_place",
+    "divisor",
+    "move",
+    "run",
+]
 
 Array = np.ndarray[Any, Any]
 
-# Given the addresses of the arrays and where the program starts in the job: the rows of the
-# program and the tables they point to, as one flat list, and the number of rows.
-TableProgram = Callable[[list[int]], tuple[list[int], int]]
-
-# A helper joins 30 to 100 us after it is called. Two replicas of 512 KiB (2 MiB of reads and
-# writes) take 26 us alone and 36 shared, of 1 MiB 46 and 54, of 2 MiB 83 and 75, of 4 MiB 159
-# and 102 (medians, 2 cores of an AMD EPYC, November 2026): it pays from about 4 MiB.
-_SHARED_NBYTES = 4 * 1024 * 1024
+HEADER = 24
 # Pieces are handed out dynamically: small enough that the last one is short (256 KiB a replica
 # is 20 us), large enough that one claim (50 ns) and the restart of the prefetcher vanish.
-_PIECE_NBYTES = 512 * 1024
-_FAR_NBYTES = 64 * 1024 * 1024  # beyond the last cache of most machines (32 MiB on that one)
+PIECE_NBYTES = 512 * 1024
+FAR_NBYTES = 64 * 1024 * 1024  # beyond the last cache of most machines (32 MiB on that one)
+_BYTE = np.dtype(np.int8)
 _LINE = 128  # bytes that one turn of the vector loop moves
+_SHORT_NBYTES = 64  # shorter lines cost more to find than to copy
+_MANY_ITEMS = 4096
+
+
+class Program(NamedTuple):
+    """What to do with the arrays of each item; arrays by their position in the item."""
+
+    rows: tuple[tuple[int, int, int, int, int, int], ...]
+    table: tuple[int, ...]  # which array each entry of the table is
+    num_reads: int  # the arrays before this one are read
+    first_write: int  # the arrays from this one on are written
+    num_parts: int = 1
+
+
+@functools.lru_cache(maxsize=256)
+def combine(num_sources: int, num_targets: int, divisor: int = 1) -> Program:
+    """Combine the first arrays of an item, and store to the others."""
+    row = (-1, 0, num_sources, num_sources, num_targets, divisor)
+    return Program((row,), tuple(range(num_sources + num_targets)), num_sources, num_sources)
+
+
+@functools.lru_cache(maxsize=256)
+def combine_in_place(count: int, divisor: int) -> Program:
+    """Combine all arrays of an item, and store to all of them."""
+    return Program(((-1, 0, count, 0, count, divisor),), tuple(range(count)), count, 0)
+
+
+def divisor(op: ReduceOp, num_replicas: int) -> int:
+    """Return what a runner divides by."""
+    return num_replicas if op is ReduceOp.MEAN else 1
+
+
+class _Item(NamedTuple):
+    length: int
+    num_lines: int
+    addresses: Sequence[int]
+    strides: Sequence[int]
+
+
+def move(groups: Sequence[Sequence[Array]], program: Program) -> None:
+    """Run a program that only copies: bytes, whatever the dtype."""
+    # The sum of one source is a copy, so the runner of int8 sums moves the bytes of every dtype.
+    run(ReduceOp.SUM, _BYTE, groups, program)
 
 
 def run(
     op: ReduceOp,
-    reads: Sequence[Array],
-    writes: Sequence[Array],
-    program: TableProgram,
+    dtype: np.dtype[Any],
+    groups: Sequence[Sequence[Array]],
+    program: Program,
     *,
-    num_chunks: int = 1,
     piece_nbytes: int = 0,
-    dtype: np.dtype[Any] | None = None,
 ) -> None:
-    """Run ``program`` over the arrays ``reads + writes`` (``reads`` alone where they are the same).
+    """Run ``program`` over each group of arrays; ``dtype`` is what its elements are computed as.
 
-    ``piece_nbytes`` fixes the size of a piece where the bits depend on it. ``dtype`` is what the
-    elements are computed as, where it is not their own (bytes).
+    ``piece_nbytes`` fixes the size of a piece where the bits depend on it.
     """
-    first = reads[0]
-    in_place = writes is reads
-    operands = reads if in_place else [*reads, *writes]
+    items: list[_Item] = []
     copies: list[tuple[Array, Array]] = []
-    for array in operands:
-        if not array.flags.c_contiguous:
-            operands, copies = _as_spans(reads, writes)
-            break
-    dtype = dtype or first.dtype
-    itemsize = dtype.itemsize
-    count = first.nbytes // itemsize
-    moved = first.nbytes * (len(reads) + len(writes))
-    shared = moved >= _SHARED_NBYTES
+    moved = 0
+    size = dtype.itemsize // elementwise.factor(op, dtype)  # bytes of the runner's elements
+    for arrays in groups:
+        first = arrays[0]
+        moved += first.nbytes * (program.num_reads + len(arrays) - program.first_write)
+        if all(array.flags.c_contiguous for array in arrays):
+            items.append(_Item(first.nbytes // size, 1, [*map(checks.address, arrays)], ()))
+            continue
+        laid = [*_lines(arrays, size)]
+        if not laid or len(laid) > _MANY_ITEMS or laid[0].length * size < _SHORT_NBYTES:
+            staged = _stage(arrays, program, copies)
+            laid = [_Item(first.nbytes // size, 1, [*map(checks.address, staged)], ())]
+        items += laid
+    width = len(groups[0])
     if piece_nbytes:
-        piece = max(1, piece_nbytes // itemsize)
-    elif shared:
-        wanted = max(4096, min(_PIECE_NBYTES // len(reads), first.nbytes // 4))
-        piece = (wanted & -_LINE) // itemsize
+        longest = max(1, piece_nbytes // size)
+    elif moved < pool.SHARED_NBYTES:
+        longest = max(1, *(item.length * item.num_lines for item in items), 1)
     else:
-        piece = count or 1
-    rows, num_rows = program([checks.address(array) for array in operands])
-    num_pieces = -(-count // piece)
-    head = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, num_pieces, piece, count, num_chunks]
-    far = int(moved >= _FAR_NBYTES)
-    job = np.array([*head, num_rows, far, 0, 0, *rows], np.int64)
-    runner, witness = elementwise.kernel(op, dtype)
-    pool.execute(runner, witness, job, shared and num_pieces > 1, copies)
+        wanted = max(4096, min(PIECE_NBYTES // width, moved // (8 * width)))
+        longest = max(1, (wanted & -_LINE) // size)
+    job = _lay_out(items, program, longest, moved, elementwise.runner(op, dtype))
+    pool.execute(job, memory.address_of(job), moved, copies)
 
 
-def _as_spans(
-    reads: Sequence[Array], writes: Sequence[Array]
-) -> tuple[list[Array], list[tuple[Array, Array]]]:
-    """Return arrays whose memory is dense and in one order, and the copies due at the end."""
-    in_place = writes is reads
-    operands = [*reads] if in_place else [*reads, *writes]
-    # Dense in another order of axes (Fortran's, say), the same for all: it is only another order
-    # of the elements, and the reduction does not care.
-    strides = reads[0].strides
-    axes = sorted(range(reads[0].ndim), key=lambda axis: -strides[axis])
-    turned = [array.transpose(axes) for array in operands]
-    if all(array.flags.c_contiguous for array in turned):
-        return turned, []
-    staged_reads = [np.array(a, order="C") if in_place else np.ascontiguousarray(a) for a in reads]
-    if in_place:
-        return staged_reads, list(zip(reads, staged_reads, strict=True))
-    staged_writes = [np.empty(array.shape, array.dtype) for array in writes]
-    return [*staged_reads, *staged_writes], list(zip(writes, staged_writes, strict=True))
+def _lay_out(
+    items: Sequence[_Item], program: Program, longest: int, moved: int, runner: int
+) -> Array:
+    """Return the words of a job."""
+    table, rows = program.table, program.rows
+    where_items = HEADER
+    where_program = where_items + 4 * len(items)
+    where_table = where_program + 6 * len(rows)
+    records: list[int] = []
+    tables: list[int] = []
+    num_pieces = 0
+    for length, num_lines, addresses, strides in items:
+        records += (num_pieces, length, num_lines, where_table + len(tables))
+        tables += [addresses[k] for k in table]
+        if num_lines > 1:
+            tables += [strides[k] for k in table]
+        lines = max(1, longest // max(1, length))
+        num_pieces += -(-length // longest) * -(-num_lines // lines)
+    grain = max(1, min(64, num_pieces // 64))
+    job = memory.words(where_table + len(tables))
+    job[8:19] = (
+        num_pieces, grain, longest, len(items), where_items, where_program, len(rows),
+        int(moved >= FAR_NBYTES), len(table), program.num_parts, runner,
+    )  # fmt: skip
+    job[where_items:] = [*records, *(word for row in rows for word in row), *tables]
+    return job
+
+
+def _lines(arrays: Sequence[Array], size: int) -> Iterator[_Item]:
+    """Yield the items that a group of arrays consists of; none if its elements lie apart."""
+    itemsize = arrays[0].itemsize
+    axes = _merge(arrays)
+    length = 1
+    if axes and all(stride == itemsize for stride in axes[-1][1]):
+        length = axes.pop()[0]
+    if length * itemsize < _SHORT_NBYTES:
+        return
+    num_lines, strides = axes.pop() if axes else (1, (0,) * len(arrays))
+    starts = [*map(checks.address, arrays)]
+    for index in np.ndindex(*(extent for extent, _ in axes)):
+        addresses = [
+            start + sum(i * outer[k] for i, (_, outer) in zip(index, axes, strict=True))
+            for k, start in enumerate(starts)
+        ]
+        yield _Item(length * itemsize // size, num_lines, addresses, strides)
+
+
+def _merge(arrays: Sequence[Array]) -> list[tuple[int, tuple[int, ...]]]:
+    """Return (extent, stride in each array) of the fewest axes that walk all arrays alike.
+
+    The outermost comes first. A reduction does not care for the order of the elements, so axes
+    are sorted by stride, and two that continue each other in every array are one.
+    """
+    shape = arrays[0].shape
+    order = sorted(range(len(shape)), key=lambda axis: -abs(arrays[0].strides[axis]))
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for axis in order:
+        extent, strides = shape[axis], tuple(array.strides[axis] for array in arrays)
+        if extent == 1:
+            continue
+        if merged and merged[-1][1] == tuple(extent * stride for stride in strides):
+            merged[-1] = (merged[-1][0] * extent, strides)
+        else:
+            merged.append((extent, strides))
+    return merged
+
+
+def _stage(
+    arrays: Sequence[Array], program: Program, copies: list[tuple[Array, Array]]
+) -> list[Array]:
+    """Return dense stand-ins for a group of arrays, and note the copies due at the end."""
+    staged: list[Array] = []
+    for index, array in enumerate(arrays):
+        is_read, is_written = index < program.num_reads, index >= program.first_write
+        if is_read and is_written:
+            stand_in = np.array(array, order="C")
+        else:
+            stand_in = (
+                np.ascontiguousarray(array) if is_read else np.empty(array.shape, array.dtype)
+            )
+        staged.append(stand_in.reshape(array.shape))
+        if is_written:
+            copies.append((array, stand_in))
+    return staged

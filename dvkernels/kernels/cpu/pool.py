@@ -1,32 +1,50 @@
 """The helper threads: they join the jobs of any caller, and no caller depends on them.
 
-A caller offers its job, then works on it until no piece is left. Helpers claim pieces when they
-wake. A caller therefore waits only for pieces that a running helper has claimed: it cannot
-deadlock, two callers progress together, and a forked child without helpers still computes.
+A caller posts its job, then works on it until no piece is left; helpers claim pieces as they see
+it. A caller waits only for helpers that are inside its job: it cannot deadlock, two callers
+progress together, and a forked child without helpers still computes.
+
+Posting and joining happen in compiled code, without the interpreter's lock: a helper that is awake
+joins within a microsecond. After a while without work it sleeps, and waking it takes 30 to 100 us.
+
+    words of a pool, a cache line each, so that one thread's writes disturb no other:
+    [0] jobs posted   [8] helpers asleep
+    [16 + 8 s] slot s: whether taken, the job, the helpers inside it
+    [16 + 8 SLOTS + 8 k] helper k: whether asleep
 """
 
 from __future__ import annotations
 
 import collections
 import os
-import queue
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import numba
 import numpy as np
 
 from dvkernels.devices import cpu
 from dvkernels.errors import CollectiveTimeoutError
-from dvkernels.kernels.cpu import elementwise
+from dvkernels.kernels.cpu import memory
 
-__all__ = ["execute", "num_threads"]
+__all__ = ["SHARED_NBYTES", "execute", "num_threads"]
 
-_Offer = tuple[elementwise.Runner, Any, Any]
+MEMORY = "747edcf9"
 
+_NUM_SLOTS = 8
+_SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS
+_TAKEN, _JOB, _INSIDE = 0, 1, 2
+_RUNNER = 18  # the word of a job that says where its compiled code lies
+
+SHARED_NBYTES = 1024 * 1024
+_WAKING_NBYTES = 2 * 1024 * 1024
+# A helper that found nothing to do for 100 us (a pause is 20 to 45 ns) sleeps: a call in a loop
+# finds it awake, a training step of milliseconds has its core for itself.
+_IDLE_PAUSES = 4_000
 # 100 to 300 us of spinning, the last piece of a helper twice over; then sleep, and free the core.
-_NUM_PAUSES = 10_000
+_LAST_PAUSES = 10_000
 _SLEEP_SECONDS = 50e-6
 _DEADLINE_SECONDS = 600.0
 
@@ -37,38 +55,117 @@ def num_threads() -> int:
     return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cpu.usable_cores()
 
 
+@numba.njit(nogil=True, cache=True)
+def help_out(pool):  # type: ignore[no-untyped-def]
+    """Join every posted job once. Between the two looks at a slot its job cannot vanish."""
+    for slot in range(_NUM_SLOTS):
+        line = pool + 8 * (_SLOTS + 8 * slot)
+        if memory.load_shared(line, _JOB) != 0:
+            memory.fetch_add(line, _INSIDE, 1)
+            job = memory.load_shared(line, _JOB)
+            if job != 0:
+                memory.call(memory.load(job, _RUNNER), job)
+            memory.fetch_add(line, _INSIDE, -1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _serve(pool, helper, num_pauses):  # type: ignore[no-untyped-def]
+    """Help until nothing was posted for ``num_pauses``; True: marked asleep, go and block."""
+    turn = 0
+    while turn < num_pauses:
+        if memory.load_shared(pool, 0) > 0:
+            help_out(pool)
+            turn = 0
+        turn += 1
+        memory.relax(turn)
+    line = pool + 8 * (_HELPERS + 8 * helper)
+    memory.fetch_add(pool, 8, 1)
+    memory.store_shared(line, 0, 1)
+    if memory.load_shared(pool, 0) > 0:
+        return not _is_woken(pool, helper)
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def _is_woken(pool, helper):  # type: ignore[no-untyped-def]
+    """Mark a helper awake; False if it was already: exactly one thread wakes a sleeper."""
+    line = pool + 8 * (_HELPERS + 8 * helper)
+    if memory.exchange(line, 0, 0) == 0:
+        return False
+    memory.fetch_add(pool, 8, -1)
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def _settle(pool, slot, num_pauses):  # type: ignore[no-untyped-def]
+    """Wait until no helper is inside; 0, or ``slot + 1`` if ``num_pauses`` were too few."""
+    line = pool + 8 * (_SLOTS + 8 * slot)
+    for turn in range(num_pauses):
+        if memory.load_shared(line, _INSIDE) == 0:
+            memory.store_shared(line, _TAKEN, 0)
+            return 0
+        memory.relax(turn)
+    return slot + 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _execute(pool, job, num_pauses):  # type: ignore[no-untyped-def]
+    """Run a job with whoever joins; returns as ``_settle``."""
+    for slot in range(_NUM_SLOTS):
+        line = pool + 8 * (_SLOTS + 8 * slot)
+        if memory.compare_exchange(line, _TAKEN, 0, 1) == 0:
+            memory.store_shared(line, _JOB, job)
+            memory.fetch_add(pool, 0, 1)
+            memory.call(memory.load(job, _RUNNER), job)
+            memory.store_shared(line, _JOB, 0)
+            memory.fetch_add(pool, 0, -1)
+            return _settle(pool, slot, num_pauses)
+    memory.call(memory.load(job, _RUNNER), job)  # more callers than slots: alone
+    return 0
+
+
+@numba.njit(nogil=True, cache=True)
+def run_alone(job):  # type: ignore[no-untyped-def]
+    """Run a job on this thread."""
+    memory.call(memory.load(job, _RUNNER), job)
+
+
 class _Pool:
-    """Daemon threads over one queue; started when first needed."""
+    """Daemon threads, started when first needed."""
 
     def __init__(self) -> None:
-        self.offers: queue.SimpleQueue[_Offer] = queue.SimpleQueue()
         self.lock = threading.Lock()
-        self.num_helpers = -1  # not started
+        self.bells: list[threading.Lock] | None = None  # not started
+        self.words = memory.words(_HELPERS)
+        self.address = 0
+        self.abandoned: list[Any] = []  # jobs that a stopped thread may still touch
 
     def start(self) -> None:
         with self.lock:
-            if self.num_helpers >= 0:
+            if self.bells is not None:
                 return
-            num_helpers = num_threads() - 1
-            for k in range(num_helpers):
-                name = f"dvkernels-kernel-{k}"
-                threading.Thread(target=_help, args=(self.offers,), name=name, daemon=True).start()
-            self.num_helpers = num_helpers
+            bells = [threading.Lock() for _ in range(num_threads() - 1)]
+            self.words = memory.words(_HELPERS + 8 * len(bells))
+            self.address = memory.address_of(self.words)
+            for helper, bell in enumerate(bells):
+                bell.acquire()
+                name = f"dvkernels-kernel-{helper}"
+                args = (self.words, self.address, helper, bell)
+                threading.Thread(target=_help, args=args, name=name, daemon=True).start()
+            self.bells = bells
 
-    def offer(self, offer: _Offer) -> None:
-        if self.num_helpers < 0:
-            self.start()
-        # Helpers that are busy elsewhere would find a long queue of finished jobs.
-        if self.offers.qsize() < 4 * self.num_helpers:
-            for _ in range(self.num_helpers):
-                self.offers.put(offer)
+    def wake(self) -> None:
+        """Wake the helpers that sleep."""
+        for helper, bell in enumerate(self.bells or ()):
+            if _is_woken(self.address, helper):
+                bell.release()
 
 
-def _help(offers: queue.SimpleQueue[_Offer]) -> None:
+def _help(words: Any, address: int, helper: int, bell: threading.Lock) -> None:
+    """Run a helper; it keeps the memory of its pool alive."""
     while True:
-        runner, witness, job = offers.get()
-        runner(job, witness, 0)
-        del job
+        if _serve(address, helper, _IDLE_PAUSES):
+            bell.acquire()
 
 
 _pool = _Pool()
@@ -84,26 +181,40 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
-def execute(
-    runner: elementwise.Runner,
-    witness: Any,
-    job: Any,
-    shared: bool,
-    copies: Sequence[tuple[Any, Any]] = (),
-) -> None:
-    """Run ``job``, with helpers if ``shared``, then copy each ``(target, source)`` of ``copies``.
+def execute(job: Any, address: int, moved: int, copies: Sequence[tuple[Any, Any]] = ()) -> None:
+    """Run the job at ``address``, with helpers if it pays to move ``moved`` bytes together.
 
-    It runs to its end once it has begun: an exception from a signal handler (Ctrl-C) waits.
+    Then copy each ``(target, source)`` of ``copies``. It runs to its end once it has begun: an
+    exception from a signal handler (Ctrl-C) waits. ``job`` keeps the memory alive.
     """
+    pool = _pool
+    if moved < SHARED_NBYTES:
+        left = run_alone(address)
+    else:
+        if pool.bells is None:
+            pool.start()
+        if moved >= _WAKING_NBYTES and pool.words[8]:
+            pool.wake()
+        left = _execute(pool.address, address, _LAST_PAUSES)
+    if left or copies:
+        _finish(pool, job, left, copies)
+
+
+def _finish(pool: _Pool, job: Any, left: int, copies: Sequence[tuple[Any, Any]]) -> None:
     interrupted: BaseException | None = None
-    offered = not shared
+    deadline = time.monotonic() + _DEADLINE_SECONDS
     while True:
         try:
-            if not offered:
-                offered = True
-                _pool.offer((runner, witness, job))
-            if not runner(job, witness, _NUM_PAUSES):
-                _sleep_until_done(job)
+            while left:
+                left = _settle(pool.address, left - 1, 1)
+                if left and time.monotonic() > deadline:
+                    pool.abandoned.append(job)
+                    raise CollectiveTimeoutError(
+                        f"a helper thread has held a piece for {_DEADLINE_SECONDS:.0f} s: "
+                        "was it stopped?"
+                    )
+                if left:
+                    time.sleep(_SLEEP_SECONDS)
             if copies:  # a loop in C: no signal is handled between two of them
                 targets, sources = zip(*copies, strict=True)
                 collections.deque(map(np.copyto, targets, sources), maxlen=0)
@@ -116,13 +227,3 @@ def execute(
             interrupted = error
     if interrupted is not None:
         raise interrupted
-
-
-def _sleep_until_done(job: Any) -> None:
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while job[elementwise.DONE] < job[elementwise.NUM_PIECES]:
-        if time.monotonic() > deadline:
-            raise CollectiveTimeoutError(
-                f"a helper thread has held a piece for {_DEADLINE_SECONDS:.0f} s: was it stopped?"
-            )
-        time.sleep(_SLEEP_SECONDS)

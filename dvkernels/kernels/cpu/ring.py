@@ -3,6 +3,9 @@
 Step by step over whole buffers a ring moves 5 (R - 1) S bytes of memory. Here one thread replays
 the whole schedule over a segment of all replicas that stays in its cache, so that memory sees
 2 R S, as in the direct algorithm, and no thread waits for another.
+
+A half type would be rounded at each step. So of these a segment keeps the sum of each chunk in
+registers: the same additions in the order of the schedule, in float32, and one rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import functools
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import elementwise, jobs
+from dvkernels.kernels.cpu import jobs
+from dvkernels.reduce_op import ReduceOp, is_half
 from dvkernels.schedules import ring
 
 __all__ = ["ring_all_reduce"]
@@ -33,38 +37,57 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     count = len(reads)
     if out is None:
         checks.in_place(verb, reads)
-        writes = reads
+        arrays = reads
     else:
         writes = checks.results(verb, reads, out)
-    plan = _plan(count, out is not None)
-
-    def program(addresses: list[int]) -> tuple[list[int], int]:
-        rows: list[int] = []
-        tables: list[int] = []
-        start = elementwise.HEADER + elementwise.ROW * len(plan)
-        for chunk, target, source, accumulate, divisor in plan:
-            # One table of two entries serves as sources (target, source) and as the target.
-            table = start + len(tables)
-            tables += (addresses[target], addresses[source])
-            rows += (chunk, table + 1 - accumulate, 1 + accumulate, table, 1, divisor)
-        return rows + tables, len(plan)
-
+        arrays = [*reads, *writes]
+    program = _program(count, out is not None, op is ReduceOp.MEAN, is_half(reads[0].dtype))
     nbytes = max(4096, _SEGMENT_NBYTES // count // 128 * 128)
-    jobs.run(op, reads, writes, program, num_chunks=count, piece_nbytes=nbytes)
+    jobs.run(op, reads[0].dtype, [arrays], program, piece_nbytes=nbytes)
     if out is checks.NEW:
         return writes
     return list(buffers if out is None else out)
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(num_ranks: int, separate: bool) -> list[tuple[int, int, int, int, int]]:
-    """Return (chunk, target, source, accumulate, divisor) of each step; arrays by operand index."""
+def _program(num_ranks: int, separate: bool, is_mean: bool, in_registers: bool) -> jobs.Program:
+    rows, table = (_chains if in_registers else _steps)(num_ranks, separate, is_mean)
+    first_write = num_ranks if separate else 0
+    return jobs.Program(tuple(rows), tuple(table), num_ranks, first_write, num_ranks)
+
+
+_Rows = list[tuple[int, int, int, int, int, int]]
+
+
+def _steps(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[int]]:
+    """Return one row a step of the schedule; where apart, copy first and work on the copies."""
     offset = num_ranks if separate else 0
-    plan = [(-1, offset + rank, rank, 0, 1) for rank in range(num_ranks)] if separate else []
+    table = [*range(2 * num_ranks)] if separate else [*range(num_ranks)]
+    rows = [(-1, rank, 1, offset + rank, 1, 1) for rank in range(num_ranks) if separate]
     for index, tick in enumerate(ring.all_reduce(num_ranks)):
         # The last accumulation of a chunk completes it: a mean divides there, once.
-        divisor = num_ranks if index == num_ranks - 2 else 1
+        divisor = num_ranks if is_mean and index == num_ranks - 2 else 1
         for step in tick:
-            target, source = offset + step.target, offset + step.source
-            plan.append((step.chunk, target, source, int(step.accumulate), divisor))
-    return plan
+            # Two entries serve as sources (target, source) and the first as the target.
+            entry = len(table)
+            table += (offset + step.target, offset + step.source)
+            accumulates = int(step.accumulate)
+            rows.append((step.chunk, entry + 1 - accumulates, 1 + accumulates, entry, 1, divisor))
+    return rows, table
+
+
+def _chains(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[int]]:
+    """Return one row a chunk: its chain of accumulations in the schedule, stored to all."""
+    chains = {chunk: [] for chunk in range(num_ranks)}  # type: dict[int, list[int]]
+    for tick in ring.all_reduce(num_ranks):
+        for step in tick:
+            if step.accumulate:
+                chain = chains[step.chunk]
+                chain += (step.source, step.target) if not chain else (step.target,)
+    table = [*range(num_ranks, 2 * num_ranks)] if separate else [*range(num_ranks)]
+    rows: _Rows = []
+    for chunk, chain in chains.items():
+        divisor = num_ranks if is_mean else 1
+        rows.append((chunk, len(table), num_ranks, 0, num_ranks, divisor))
+        table += chain or [chunk]
+    return rows, table

@@ -1,0 +1,81 @@
+"""Collectives that cut buffers into parts: reduce-scatter, all-gather, all-to-all.
+
+Each is one job over slices: what is contiguous in the arrays is moved in one run, what is not, in
+lines. Bytes moved for R replicas of S bytes, new memory counted as read once where the stores
+do not stream: reduce_scatter R S + S, all_gather R S + R R S, all_to_all 2 R S.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dvkernels.kernels import checks
+from dvkernels.kernels.cpu import jobs
+from dvkernels.schedules import partition
+
+__all__ = ["all_gather", "all_to_all", "reduce_scatter"]
+
+Array = np.ndarray[Any, Any]
+
+
+def reduce_scatter(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[Any]:
+    """Return part r of the reduction for replica r; see :func:`dvkernels.kernels`."""
+    reads = checks.arrays("reduce_scatter", buffers)
+    op = checks.reduction("reduce_scatter", op, reads[0].dtype)
+    checks.check_axis("reduce_scatter", 0, reads[0])
+    count = len(reads)
+    parts = partition.parts(len(reads[0]), count)
+    rest = reads[0].shape[1:]
+    writes = checks.apart("reduce_scatter", reads, out, [(b - a, *rest) for a, b in parts])
+    groups = [
+        [*(read[start:stop] for read in reads), write]
+        for (start, stop), write in zip(parts, writes, strict=True)
+    ]
+    program = jobs.combine(count, 1, jobs.divisor(op, count))
+    jobs.run(op, reads[0].dtype, groups, program)
+    return _returned(writes, buffers, out)
+
+
+def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None) -> list[Any]:
+    """Return the concatenation for each replica; see :func:`dvkernels.kernels`."""
+    reads, axis = checks.arrays_along("all_gather", buffers, axis)
+    checks.check_dtype_moves("all_gather", reads[0].dtype)
+    shape = reads[0].shape
+    whole = (*shape[:axis], sum(read.shape[axis] for read in reads), *shape[axis + 1 :])
+    writes = checks.apart("all_gather", reads, out, [whole] * len(reads))
+    before = (slice(None),) * axis
+    groups = []
+    start = 0
+    for read in reads:
+        place = (*before, slice(start, start + read.shape[axis]))
+        groups.append([read, *(write[place] for write in writes)])
+        start += read.shape[axis]
+    jobs.move(groups, jobs.combine(1, len(writes)))
+    return _returned(writes, buffers, out)
+
+
+def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
+    """Return, for replica i, part i of every buffer, in their order."""
+    reads = checks.arrays("all_to_all", buffers)
+    checks.check_dtype_moves("all_to_all", reads[0].dtype)
+    checks.check_axis("all_to_all", 0, reads[0])
+    count = len(reads)
+    parts = partition.parts(len(reads[0]), count)
+    rest = reads[0].shape[1:]
+    shapes = [(count * (stop - start), *rest) for start, stop in parts]
+    writes = checks.apart("all_to_all", reads, out, shapes)
+    groups = [
+        [read[start:stop], write[k * (stop - start) : (k + 1) * (stop - start)]]
+        for (start, stop), write in zip(parts, writes, strict=True)
+        for k, read in enumerate(reads)
+    ]
+    jobs.move(groups, jobs.combine(1, 1))
+    return _returned(writes, buffers, out)
+
+
+def _returned(writes: list[Array], buffers: Any, out: Any) -> list[Any]:
+    if out is not None:
+        return list(out)
+    return [checks.like(write, buffer) for write, buffer in zip(writes, buffers, strict=True)]
