@@ -34,10 +34,9 @@ _KINDS = {
     ReduceOp.MAX: "fiub",
     ReduceOp.PROD: "fciu",
 }
-_NAMES = frozenset(
-    "float16 bfloat16 float32 float64 complex64 complex128 bool "
-    "int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
-)
+_FLOATS = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
+_INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_NAMES = _FLOATS | _INTEGERS | {"bool"}
 
 _supported: set[tuple[ReduceOp, np.dtype[Any]]] = set()  # what has passed, to be quick next time
 

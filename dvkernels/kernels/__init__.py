@@ -17,11 +17,15 @@ from dvkernels.reduce_op import ReduceOp
 __all__ = [
     "aggregate_mean",
     "aggregate_sum",
+    "all_gather",
     "all_reduce",
+    "all_reduce_many",
+    "all_to_all",
     "broadcast",
     "cpu",
     "direct_all_reduce",
     "reduce",
+    "reduce_scatter",
     "ring_all_reduce",
 ]
 
@@ -60,7 +64,8 @@ def all_reduce(
         unless ``out`` is given.
     op : ReduceOp or str
         ``"sum"``, ``"mean"``, ``"min"``, ``"max"`` or ``"prod"``. Integers have no mean and
-        their sums wrap; bool has min and max; min and max propagate NaN.
+        their sums wrap; bool has min and max; min and max propagate NaN; complex numbers have
+        sum, mean and prod. float16 and bfloat16 are combined in float32 and rounded once.
     algorithm : {"auto", "direct", "ring"}
         How. Every replica ends with the same bits under each; between two algorithms
         floating-point results may differ in the last ones.
@@ -296,3 +301,149 @@ def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
     array([2., 3.])
     """
     return _twin("aggregate_mean", buffers).aggregate_mean(buffers, out=out)
+
+
+def reduce_scatter(
+    buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Sequence[Any] | None = None
+) -> list[Any]:
+    """Reduce the buffers elementwise and give replica r part r of the result.
+
+    Parameters
+    ----------
+    buffers : sequence of array, one shape and dtype
+        One per replica, of at least one axis; not changed, and may be read-only.
+    op : ReduceOp or str
+        As in :func:`all_reduce`.
+    out : sequence of array, optional
+        Where to put the parts, one array per replica.
+
+    Returns
+    -------
+    list of array
+        New ones, or ``out``: the parts of ``numpy.array_split(reduction, N)`` along axis 0.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
+        As in :func:`all_reduce`; and for arrays without an axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.reduce_scatter([np.array([1, 2, 3]), np.array([10, 20, 30])])
+    [array([11, 22]), array([33])]
+    """
+    results: list[Any] = _twin("reduce_scatter", buffers).reduce_scatter(buffers, op, out=out)
+    return results
+
+
+def all_gather(
+    buffers: Sequence[Any], axis: int = 0, *, out: Sequence[Any] | None = None
+) -> list[Any]:
+    """Give every replica the concatenation of all buffers.
+
+    Parameters
+    ----------
+    buffers : sequence of array, one dtype
+        One per replica; their shapes may differ along ``axis``. Not changed, and may be
+        read-only; any dtype but object.
+    axis : int
+        The axis to join along; negative ones count from the end.
+    out : sequence of array, optional
+        Where to put the results, one array per replica.
+
+    Returns
+    -------
+    list of array
+        New ones, or ``out``.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError
+        As in :func:`all_reduce`; and where the buffers have no such axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.all_gather([np.array([1, 2]), np.array([3])])
+    [array([1, 2, 3]), array([1, 2, 3])]
+    """
+    results: list[Any] = _twin("all_gather", buffers).all_gather(buffers, axis, out=out)
+    return results
+
+
+def all_to_all(buffers: Sequence[Any], *, out: Sequence[Any] | None = None) -> list[Any]:
+    """Give replica i part i of every buffer: part i of buffer j becomes part j of result i.
+
+    Parameters
+    ----------
+    buffers : sequence of array, one shape and dtype
+        One per replica, of at least one axis; cut as ``numpy.array_split`` does along axis 0.
+        Not changed, and may be read-only; any dtype but object.
+    out : sequence of array, optional
+        Where to put the results, one array per replica.
+
+    Returns
+    -------
+    list of array
+        New ones, or ``out``.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError
+        As in :func:`all_reduce`; and for arrays without an axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> kernels.all_to_all([np.array([1, 2, 3]), np.array([10, 20, 30])])
+    [array([ 1,  2, 10, 20]), array([ 3, 30])]
+    """
+    results: list[Any] = _twin("all_to_all", buffers).all_to_all(buffers, out=out)
+    return results
+
+
+def all_reduce_many(groups: Sequence[Sequence[Any]], op: ReduceOp | str = "sum") -> list[list[Any]]:
+    """Reduce many arrays in one go, in place, without copying them into a fusion buffer.
+
+    Parameters
+    ----------
+    groups : sequence of sequence of array
+        ``groups[k]`` holds the N buffers of array k, one per replica, of one shape and dtype.
+        The arrays may differ from each other in both. Overwritten.
+    op : ReduceOp or str
+        As in :func:`all_reduce`, for every array.
+
+    Returns
+    -------
+    list of list of array
+        The buffers themselves.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
+        As in :func:`all_reduce`, with the number of the array; and where the numbers of
+        replicas differ. No buffer of any array has been touched.
+
+    Notes
+    -----
+    The bits are those of :func:`direct_all_reduce`. Contiguous NumPy arrays of one dtype cost
+    about 0.3 us each beyond the bytes they move.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels import kernels
+    >>> weights, bias = [np.ones(3), np.ones(3)], [np.zeros(1), np.ones(1)]
+    >>> kernels.all_reduce_many([weights, bias], "mean")
+    [[array([1., 1., 1.]), array([1., 1., 1.])], [array([0.5]), array([0.5])]]
+    """
+    try:
+        first = groups[0]
+    except Exception:  # the twin says what is wrong
+        first = ()
+    results: list[list[Any]] = _twin("all_reduce_many", first).all_reduce_many(groups, op)
+    return results

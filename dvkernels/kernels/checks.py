@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,29 +134,34 @@ def _raise_mismatch(verb: str, found: Sequence[Array], index: int, name: str, ne
     )
 
 
-def in_place(verb: str, written: Sequence[Array]) -> None:
-    """Raise unless every buffer can be written and none shares an element with another."""
+def in_place(
+    verb: str, written: Sequence[Array], who: Callable[[int], str] = "replica {}".format
+) -> None:
+    """Raise unless every buffer can be written and none shares an element with another.
+
+    ``who`` is what messages call a buffer.
+    """
     is_dense = True
     for index, view in enumerate(written):
         flags = view.flags
         if not flags.writeable:
-            _raise_read_only(verb, "replica", index)
+            _raise_read_only(verb, who(index))
         is_dense = is_dense and flags.c_contiguous
     if is_dense:  # the common case, decided in 1 us: each starts where the one before has ended
-        nbytes, end = written[0].nbytes, 0
-        for start in sorted(map(address, written)):
+        end = 0
+        for start, nbytes in sorted((address(view), view.nbytes) for view in written):
             if start < end:
                 break
             end = start + nbytes
         else:
             return
-    _check_disjoint(verb, written, (), "replica")
+    _check_disjoint(verb, written, (), who)
 
 
 def separate(verb: str, reads: Sequence[Array], writes: Sequence[Array], count: int) -> None:
     """Raise unless ``writes`` (the ``out`` of the call) fit ``reads`` and overlap none by part."""
     _check_outs(verb, writes, [reads[0].shape] * count, reads[0].dtype, "np.empty_like")
-    _check_disjoint(verb, writes, reads, "out")
+    _check_disjoint(verb, writes, reads, "out {}".format)
 
 
 def apart(
@@ -171,7 +176,7 @@ def apart(
         return [np.empty(shape, dtype) for shape in shapes]
     writes = views(verb, out, "out")
     _check_outs(verb, writes, shapes, dtype, "np.empty")
-    _check_disjoint(verb, writes, reads, "out", may_be_inputs=False)
+    _check_disjoint(verb, writes, reads, "out {}".format, may_be_inputs=False)
     return writes
 
 
@@ -190,11 +195,11 @@ def _check_outs(
     for index, (write, shape) in enumerate(zip(writes, shapes, strict=True)):
         if write.shape != shape or write.dtype != dtype:
             raise BufferMismatchError(
-                f"{verb} needs out {index} to hold {Spec(shape, dtype)}, as the buffers require; "
-                f"it holds {spec(write)}; allocate it with {remedy}"
+                f"{verb} needs {Spec(shape, dtype)} there, as the buffers require: "
+                f"out {index} holds {spec(write)}; allocate it with {remedy}"
             )
         if not write.flags.writeable:
-            _raise_read_only(verb, "out", index)
+            _raise_read_only(verb, f"out {index}")
 
 
 def results(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
@@ -297,9 +302,9 @@ def raise_no_cuda(verb: str) -> None:
     )
 
 
-def _raise_read_only(verb: str, name: str, index: int) -> None:
+def _raise_read_only(verb: str, who: str) -> None:
     raise BufferMismatchError(
-        f"{verb} writes its result into every {name}: {name} {index} is read-only; "
+        f"{verb} writes its results in place: {who} is read-only; "
         "pass a writable copy, or separate arrays as out where the function takes it"
     )
 
@@ -308,7 +313,7 @@ def _check_disjoint(
     verb: str,
     writes: Sequence[Array],
     reads: Sequence[Array],
-    name: str,
+    who: Callable[[int], str],
     may_be_inputs: bool = True,
 ) -> None:
     """Raise if a written array shares an element with another, or with itself.
@@ -319,7 +324,7 @@ def _check_disjoint(
     for index, view in enumerate(writes):
         if not (view.flags.c_contiguous or view.flags.f_contiguous) and _overlaps_itself(view):
             raise BufferMismatchError(
-                f"{verb} writes every element once, and {name} {index} holds elements that share "
+                f"{verb} writes every element once, and {who(index)} holds elements that share "
                 f"memory (shape {view.shape}, strides {view.strides}); pass a copy of it"
             )
         spans.append((*_bounds(view), True, index))
@@ -330,7 +335,7 @@ def _check_disjoint(
     for span in spans:
         active = [other for other in active if other[1] > span[0]]
         for other in active:
-            _check_pair(verb, writes, reads, other, span, name, may_be_inputs)
+            _check_pair(verb, writes, reads, other, span, who, may_be_inputs)
         if span[0] < span[1]:
             active.append(span)
 
@@ -341,7 +346,7 @@ def _check_pair(
     reads: Sequence[Array],
     one: tuple[int, int, bool, int],
     other: tuple[int, int, bool, int],
-    name: str,
+    who: Callable[[int], str],
     may_be_inputs: bool,
 ) -> None:
     if not (one[2] or other[2]) or one[0] >= one[1] or other[0] >= other[1]:
@@ -354,8 +359,8 @@ def _check_pair(
         if same:
             return
     if np.shares_memory(first, second):
-        names = [f"{name if written else 'replica'} {k}" for *_, written, k in (one, other)]
-        names.sort(key=lambda text: (text.startswith(name) is False, text))
+        ordered = sorted((one, other), key=lambda span: (not span[2], span[3]))
+        names = [who(k) if written else f"replica {k}" for *_, written, k in ordered]
         raise BufferMismatchError(
             f"{verb} needs written buffers that share no element with another buffer: "
             f"{names[0]} overlaps {names[1]}; pass a copy of one of them"

@@ -9,16 +9,22 @@ from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, prompt, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
 from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
+from dvkernels.kernels.cpu.gather import all_gather, all_to_all, reduce_scatter
+from dvkernels.kernels.cpu.many import all_reduce_many
 from dvkernels.kernels.cpu.ring import ring_all_reduce
 
 __all__ = [
     "aggregate_mean",
     "aggregate_sum",
+    "all_gather",
     "all_reduce",
+    "all_reduce_many",
     "all_reduce_new",
+    "all_to_all",
     "broadcast",
     "direct_all_reduce",
     "reduce",
+    "reduce_scatter",
     "ring_all_reduce",
 ]
 

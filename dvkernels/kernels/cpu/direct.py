@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import jobs, prompt
+from dvkernels.kernels.cpu import jobs, objects, prompt
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
@@ -33,7 +33,7 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
         checks.in_place(verb, reads)
-        prompt.learn(op, reads[0].dtype)
+        objects.learn(op, reads[0].dtype)
         program = jobs.combine_in_place(len(reads), jobs.divisor(op, len(reads)))
         jobs.run(op, reads[0].dtype, [reads], program)
         return list(buffers)

@@ -10,6 +10,7 @@ Sums are kept in registers. Half types are widened to float32, combined there, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -32,6 +33,8 @@ _PREFETCH_NBYTES = 4096
 _LINE = 64  # a cache line: one zmm register, or two ymm, or four of NEON
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_literal_intrinsic: _Decorator = extending.intrinsic(prefer_literal=True)
 cgutils: Any = numba_cgutils  # its functions carry no types
 
 _ADD, _MIN, _MAX, _MUL = range(4)
@@ -281,7 +284,7 @@ class _Span:
         return merged
 
 
-@extending.intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@_literal_intrinsic
 def span(
     typing: Any, table: Any, sources: Any, num_sources: Any, targets: Any, num_targets: Any,
     divisor: Any, first: Any, length: Any, far: Any, operation: Any, code: Any,

@@ -105,6 +105,7 @@ def run(
     """
     items: list[_Item] = []
     copies: list[tuple[Array, Array]] = []
+    stand_ins: list[list[Array]] = []  # kept alive: a job knows addresses only
     moved = 0
     size = dtype.itemsize // elementwise.factor(op, dtype)  # bytes of the runner's elements
     for arrays in groups:
@@ -115,8 +116,8 @@ def run(
             continue
         laid = [*_lines(arrays, size)]
         if not laid or len(laid) > _MANY_ITEMS or laid[0].length * size < _SHORT_NBYTES:
-            staged = _stage(arrays, program, copies)
-            laid = [_Item(first.nbytes // size, 1, [*map(checks.address, staged)], ())]
+            stand_ins.append(_stage(arrays, program, copies))
+            laid = [_Item(first.nbytes // size, 1, [*map(checks.address, stand_ins[-1])], ())]
         items += laid
     width = len(groups[0])
     if piece_nbytes:

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from dvkernels import kernels
-from dvkernels.kernels.cpu import jobs
+import dvkernels as dv
+from dvkernels import kernels, reduce_op
+from dvkernels.kernels.cpu import elementwise, objects
 
 REDUCERS = [kernels.direct_all_reduce, kernels.ring_all_reduce]
 _COMBINE = {
@@ -150,16 +152,35 @@ def test_dlpack_objects_are_written_and_returned() -> None:
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_bits_do_not_depend_on_threads(reducer: Any, monkeypatch: Any) -> None:
-    rng = np.random.default_rng(1)
-    inputs = [rng.standard_normal(300_001).astype("f4") for _ in range(5)]
-    results = []
-    for shared_nbytes in (0, 1 << 60):
-        monkeypatch.setattr(jobs, "_SHARED_NBYTES", shared_nbytes)
-        buffers = [array.copy() for array in inputs]
-        reducer(buffers)
-        results += [buffer.tobytes() for buffer in buffers]
-    assert len(set(results)) == 1
+def test_bits_do_not_depend_on_threads(reducer: Any) -> None:
+    code = f"""
+        import hashlib
+        import numpy as np
+        from dvkernels import kernels
+        rng = np.random.default_rng(1)
+        buffers = [rng.standard_normal(300_001).astype("f4") for _ in range(5)]
+        kernels.{reducer.__name__}(buffers)
+        print({{hashlib.sha256(buffer).hexdigest() for buffer in buffers}})
+    """
+    results = {_python(code, DVKERNELS_NUM_THREADS=str(count)) for count in (1, 2, 5)}
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000, 300_001])
+@pytest.mark.parametrize(("op", "dtype"), [("sum", "f4"), ("mean", "f8"), ("sum", "c8")])
+def test_the_prompt_way_and_the_long_way_give_the_same_bits(
+    op: str, dtype: str, length: int, monkeypatch: Any
+) -> None:
+    rng = np.random.default_rng(2)
+    buffers = [rng.standard_normal(2 * length).astype("f4").view(dtype) for _ in range(3)]
+    long, prompt = ([array.copy() for array in buffers] for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "recipes", {})
+        kernels.all_reduce(long, op)
+    kernels.all_reduce([array.copy() for array in buffers], op)  # learns
+    assert (op, np.dtype(dtype)) in objects.recipes
+    kernels.all_reduce(prompt, op)
+    assert [a.tobytes() for a in prompt] == [a.tobytes() for a in long]
 
 
 def test_two_callers_progress_together() -> None:
@@ -241,12 +262,11 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
         from dvkernels.kernels.cpu import elementwise
         for op in ("sum", "max"):
             kernels.all_reduce([np.ones(9, "f4"), np.ones(9, "f4")], op)
-        runners = [elementwise._run_sum, elementwise._run_max]
-        print(sum(sum(runner.stats.cache_misses.values()) for runner in runners))
+        print(sum(runner.cache_hits for runner in elementwise._runners.values()))
     """
-    assert _python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "2"
-    files = sorted(path.name for path in tmp_path.rglob("*.nb?"))
     assert _python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "0"
+    files = sorted(path.name for path in tmp_path.rglob("*.nb?"))
+    assert _python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "2"
     assert sorted(path.name for path in tmp_path.rglob("*.nb?")) == files
 
 
@@ -265,3 +285,20 @@ def test_one_thread_needs_no_helper() -> None:
     """
     assert _python(code, DVKERNELS_NUM_THREADS="1") == "1 True"
     assert _python(code, DVKERNELS_NUM_THREADS="3") == "3 True"
+
+
+def test_few_specializations_serve_all_operations_and_dtypes() -> None:
+    names = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool"]
+    names += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+    served, keys = 0, set()
+    for op in dv.ReduceOp:
+        for name in names:
+            dtype = np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name)
+            try:
+                reduce_op.check_dtype("test", op, dtype)
+            except dv.errors.UnsupportedDTypeError:
+                continue
+            served += 1
+            keys.add((elementwise._OPERATIONS[op], elementwise._computed_as(op, dtype)))
+    assert served == 14 + 6 + 13 + 13 + 14
+    assert len(keys) == 8 + 12 + 12 + 10  # sum and mean share one, signs share sums

@@ -1,0 +1,141 @@
+"""All-reduce of many arrays at once: one job of one item an array, and no fusion buffer.
+
+Ten thousand small arrays cost no more than their addresses: compiled code reads them from the
+lists (see objects.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from dvkernels.errors import BufferMismatchError, NotABufferError
+from dvkernels.kernels import checks
+from dvkernels.kernels.cpu import jobs, memory, objects, pool
+
+__all__ = ["all_reduce_many"]
+
+JOBS = "b7660056"
+MEMORY = "747edcf9"
+OBJECTS = "4f84144a"
+POOL = "7ef00d54"
+
+_VERB = "all_reduce_many"
+_PIECE_NBYTES, _FAR_NBYTES, _SHARED_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES, pool.SHARED_NBYTES
+_PROGRAM, _ITEMS = jobs.HEADER, jobs.HEADER + 6  # after the program of one row
+_RUNNER, _ITEMSIZE, _IS_MEAN = objects.RUNNER, objects.ITEMSIZE, objects.IS_MEAN
+
+Array = np.ndarray[Any, Any]
+
+
+def all_reduce_many(groups: Any, op: Any = "sum") -> list[list[Any]]:
+    """Leave in every buffer of each group their reduction; see :func:`dvkernels.kernels`."""
+    try:
+        listed = [[*group] for group in groups]
+    except TypeError as error:
+        raise NotABufferError(
+            f"{_VERB} needs a sequence of groups, each a sequence of arrays, one per replica; "
+            f"got {type(groups).__name__}: {error}"
+        ) from None
+    if listed and not _reduce_at_once(listed, op):
+        _reduce_checked(listed, op)
+    return listed
+
+
+def _reduce_at_once(listed: list[list[Any]], op: Any) -> bool:
+    """Reduce contiguous arrays of one dtype; False: declined, and nothing was touched."""
+    try:
+        recipe = objects.recipes[op, listed[0][0].dtype]
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return False
+    count, width = len(listed), len(listed[0])
+    where_tables = _ITEMS + 4 * count
+    job = memory.words(where_tables + count * width)
+    address = memory.address_of(job)
+    moved = _prepare(id(listed), recipe.address, address, width)
+    if moved < 0:
+        return False
+    starts = job[where_tables:]
+    nbytes = np.repeat(job[_ITEMS + 1 : where_tables : 4] * recipe.words[_ITEMSIZE], width)
+    order = np.argsort(starts)
+    starts = starts[order]
+    if (starts[1:] - starts[:-1] < nbytes[order][:-1]).any():
+        return False  # two share an element
+    pool.execute(job, address, moved)
+    return True
+
+
+@numba.njit("int64(int64, int64, int64, int64)", cache=True)
+def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
+    """Fill the job that reduces lists of arrays; return the bytes it moves, or -1."""
+    count = objects.length_of(listed)
+    items = job + 8 * _ITEMS
+    where_tables = _ITEMS + 4 * count
+    total = np.int64(0)
+    for k in range(count):
+        group = objects.item_of(listed, k)
+        if objects.length_of(group) != width:
+            return -1
+        length = objects.look(group, recipe, job + 8 * (where_tables + k * width))
+        if length < 0:
+            return -1
+        total += length
+        memory.store(items, 4 * k + 1, length)
+        memory.store(items, 4 * k + 2, 1)
+        memory.store(items, 4 * k + 3, where_tables + k * width)
+    itemsize = memory.load(recipe, _ITEMSIZE)
+    moved = 2 * total * itemsize * width
+    longest = max(total, 1)
+    if moved >= _SHARED_NBYTES:
+        wanted = max(4096, min(_PIECE_NBYTES // width, total * itemsize // 4))
+        longest = (wanted & -128) // itemsize
+    num_pieces = np.int64(0)
+    for k in range(count):
+        memory.store(items, 4 * k, num_pieces)
+        num_pieces += -(-memory.load(items, 4 * k + 1) // longest)
+    memory.store(job, 8, num_pieces)
+    # Small arrays are claimed many at once: a claim costs as much as the sum of 1 KiB.
+    memory.store(job, 9, max(1, num_pieces // 64 if moved >= _SHARED_NBYTES else num_pieces))
+    memory.store(job, 10, longest)
+    memory.store(job, 11, count)
+    memory.store(job, 12, _ITEMS)
+    memory.store(job, 13, _PROGRAM)
+    memory.store(job, 14, 1)
+    memory.store(job, 15, np.int64(moved >= _FAR_NBYTES))
+    memory.store(job, 16, width)
+    memory.store(job, 17, 1)
+    memory.store(job, 18, memory.load(recipe, _RUNNER))
+    row = job + 8 * _PROGRAM
+    memory.store(row, 0, -1)
+    memory.store(row, 2, width)
+    memory.store(row, 4, width)
+    memory.store(row, 5, width if memory.load(recipe, _IS_MEAN) else 1)
+    return moved
+
+
+def _reduce_checked(listed: list[list[Any]], op: Any) -> None:
+    """Check every array before any is touched, then run one job for each dtype."""
+    width = len(listed[0])
+    by_dtype: dict[np.dtype[Any], list[list[Array]]] = {}
+    every: list[Array] = []
+    names: list[str] = []
+    known = None
+    for k, group in enumerate(listed):
+        verb = f"{_VERB}, array {k}"
+        if len(group) != width:
+            raise BufferMismatchError(
+                f"{verb}: {len(group)} buffers, and array 0 has {width}: expected one per replica"
+            )
+        views = checks.arrays(verb, group)
+        known = checks.reduction(verb, op, views[0].dtype)
+        by_dtype.setdefault(views[0].dtype, []).append(views)
+        every += views
+        names += (f"array {k} of replica {replica}" for replica in range(width))
+    checks.in_place(_VERB, every, names.__getitem__)
+    assert known is not None
+    program = jobs.combine_in_place(width, jobs.divisor(known, width))
+    for dtype, groups in by_dtype.items():
+        objects.learn(known, dtype)
+        jobs.run(known, dtype, groups, program)
