@@ -26,12 +26,14 @@ from dvkernels.reduce_op import ReduceOp
 __all__ = [
     "NEW",
     "address",
+    "all_apart",
     "apart",
     "arrays",
     "arrays_along",
     "check_axis",
     "check_dtype_moves",
     "check_root",
+    "fitting",
     "in_place",
     "is_cuda",
     "like",
@@ -158,10 +160,27 @@ def in_place(
     _check_disjoint(verb, written, (), who)
 
 
-def separate(verb: str, reads: Sequence[Array], writes: Sequence[Array], count: int) -> None:
+def separate(
+    verb: str,
+    reads: Sequence[Array],
+    writes: Sequence[Array],
+    count: int,
+) -> None:
     """Raise unless ``writes`` (the ``out`` of the call) fit ``reads`` and overlap none by part."""
-    _check_outs(verb, writes, [reads[0].shape] * count, reads[0].dtype, "np.empty_like")
+    fitting(verb, reads[0], writes, count)
     _check_disjoint(verb, writes, reads, "out {}".format)
+
+
+def fitting(verb: str, model: Array, writes: Sequence[Array], count: int) -> None:
+    """Raise unless there are ``count`` writable arrays of the model's shape and dtype."""
+    _check_outs(verb, writes, [model.shape] * count, model.dtype, "np.empty_like")
+
+
+def all_apart(
+    verb: str, writes: Sequence[Array], reads: Sequence[Array], who: Callable[[int], str]
+) -> None:
+    """Raise if a written array, which messages call ``who``, shares an element with any other."""
+    _check_disjoint(verb, writes, reads, who, may_be_inputs=False)
 
 
 def apart(

@@ -4,10 +4,11 @@
     [8] pieces   [9] pieces claimed at once   [10] elements of a line that one piece holds
     [11] items   [12] where they are          [13] where the program is   [14] its rows
     [15] whether the data lies in memory rather than in a cache   [16] arrays an item
-    [17] parts that the rows name             [18] the runner
+    [17] parts that the rows name             [18] the runner   [19] where its numbers are
     items, four words each: first piece, elements a line, lines, where the table is
     the program, six words a row: part (-1: all), sources, how many, targets, how many, divisor
     tables, one an item: the addresses of its arrays, then, of several lines, their strides
+    float64 numbers that the runner needs
 
 An item is a set of arrays of one shape that are dense, or lines of dense elements at even
 distances. Items are cut into pieces; a thread runs all rows of the program over its piece.
@@ -98,10 +99,13 @@ def run(
     program: Program,
     *,
     piece_nbytes: int = 0,
+    runner: int = 0,
+    numbers: Sequence[float] = (),
 ) -> None:
     """Run ``program`` over each group of arrays; ``dtype`` is what its elements are computed as.
 
-    ``piece_nbytes`` fixes the size of a piece where the bits depend on it.
+    ``piece_nbytes`` fixes the size of a piece where the bits depend on it. ``runner`` is the
+    address of another runner than that of ``op``, and ``numbers`` what it needs to know.
     """
     items: list[_Item] = []
     copies: list[tuple[Array, Array]] = []
@@ -127,12 +131,18 @@ def run(
     else:
         wanted = max(4096, min(PIECE_NBYTES // width, moved // (8 * width)))
         longest = max(1, (wanted & -_LINE) // size)
-    job = _lay_out(items, program, longest, moved, elementwise.runner(op, dtype))
+    runner = runner or elementwise.runner(op, dtype)
+    job = _lay_out(items, program, longest, moved, runner, numbers)
     pool.execute(job, memory.address_of(job), moved, copies)
 
 
 def _lay_out(
-    items: Sequence[_Item], program: Program, longest: int, moved: int, runner: int
+    items: Sequence[_Item],
+    program: Program,
+    longest: int,
+    moved: int,
+    runner: int,
+    numbers: Sequence[float],
 ) -> Array:
     """Return the words of a job."""
     table, rows = program.table, program.rows
@@ -150,12 +160,14 @@ def _lay_out(
         lines = max(1, longest // max(1, length))
         num_pieces += -(-length // longest) * -(-num_lines // lines)
     grain = max(1, min(64, num_pieces // 64))
-    job = memory.words(where_table + len(tables))
-    job[8:19] = (
+    where_numbers = where_table + len(tables)
+    job = memory.words(where_numbers + len(numbers))
+    job[8:20] = (
         num_pieces, grain, longest, len(items), where_items, where_program, len(rows),
-        int(moved >= FAR_NBYTES), len(table), program.num_parts, runner,
+        int(moved >= FAR_NBYTES), len(table), program.num_parts, runner, where_numbers,
     )  # fmt: skip
-    job[where_items:] = [*records, *(word for row in rows for word in row), *tables]
+    job[where_items:where_numbers] = [*records, *(word for row in rows for word in row), *tables]
+    job[where_numbers:].view(np.float64)[:] = numbers
     return job
 
 

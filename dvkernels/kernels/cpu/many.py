@@ -17,10 +17,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "b7660056"
-MEMORY = "747edcf9"
-OBJECTS = "4f84144a"
-POOL = "7ef00d54"
+JOBS = "bc3c1dcc"
+MEMORY = "7228b4b3"
+OBJECTS = "51a4c1bd"
+POOL = "be8eee7b"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES, _SHARED_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES, pool.SHARED_NBYTES

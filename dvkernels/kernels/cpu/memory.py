@@ -32,6 +32,7 @@ __all__ = [
     "load_int32",
     "load_shared",
     "pause",
+    "pointer",
     "relax",
     "store",
     "store_shared",
@@ -156,6 +157,16 @@ def compare_exchange(typing: Any, address: Any, index: Any, expected: Any, value
         return builder.extract_value(pair, 0)
 
     return types.int64(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """Return an address as the pointer that ``numba.carray`` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
 
 
 @_intrinsic

@@ -16,10 +16,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce"]
 
-JOBS = "b7660056"
-MEMORY = "747edcf9"
-OBJECTS = "4f84144a"
-POOL = "7ef00d54"
+JOBS = "bc3c1dcc"
+MEMORY = "7228b4b3"
+OBJECTS = "51a4c1bd"
+POOL = "be8eee7b"
 
 _MOST_REPLICAS = 64
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row

@@ -1,0 +1,334 @@
+"""Reduction of the gradients and the step of an optimizer, in one pass over memory.
+
+Separate passes move, for N replicas of S bytes and two moments, 2 N S for the all-reduce and then
+7 N S for the update. Here each thread takes a block of 1 024 elements: it sums the gradients into
+a block that stays in its first cache, updates the first copy of the parameter and its moments,
+and writes those to the other copies: N S of gradients read, 3 S of state read, 3 N S written.
+
+The copies must be equal before; they are equal after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from dvkernels.errors import BufferMismatchError, UnsupportedDTypeError
+from dvkernels.kernels import checks
+from dvkernels.kernels.cpu import elementwise, jobs, memory
+from dvkernels.reduce_op import ReduceOp
+
+__all__ = ["adam", "sgd"]
+
+ELEMENTWISE = "5694ccb2"
+JOBS = "bc3c1dcc"
+MEMORY = "7228b4b3"
+
+Array = np.ndarray[Any, Any]
+Groups = Sequence[Sequence[Any]]
+
+# The gradient, the parameter and two moments of a block: 16 KiB of float32, half a first cache.
+_BLOCK = 1024
+_PLAIN, _MOMENTUM, _NESTEROV, _ADAM = range(4)
+
+
+def sgd(
+    gradients: Groups,
+    parameters: Groups,
+    velocities: Groups | None = None,
+    *,
+    learning_rate: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    op: ReduceOp | str = "mean",
+) -> None:
+    """Reduce gradients and take a step of gradient descent, in one pass.
+
+    Parameters
+    ----------
+    gradients : sequence of sequence of array, float32 or float64
+        ``gradients[k]`` holds the N replicas' gradients of parameter k. Not changed.
+    parameters : sequence of sequence of array
+        ``parameters[k]`` holds the copies of parameter k, equal, of any number. Overwritten.
+    velocities : sequence of sequence of array, optional
+        As many copies of a velocity, zeros at first. Overwritten. Needed with momentum.
+    learning_rate, momentum, weight_decay : float
+        With ``g`` the reduced gradient plus ``weight_decay`` times the parameter:
+        ``v = momentum v + g`` and ``p = p - learning_rate v``; with ``nesterov``
+        ``p = p - learning_rate (g + momentum v)``.
+    nesterov : bool
+        Look ahead along the velocity.
+    op : ReduceOp or str
+        ``"mean"`` or ``"sum"`` of the gradients.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
+        As in :func:`dvkernels.kernels.all_reduce`, and where the numbers of arrays or copies
+        differ. Nothing has been touched.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels.kernels.cpu import optimizers
+    >>> weight = [np.array([1.0, 2.0])]
+    >>> optimizers.sgd([[np.array([1.0, 0.0]), np.array([3.0, 2.0])]], [weight], learning_rate=0.1)
+    >>> weight[0]
+    array([0.8, 1.9])
+    """
+    slots = [] if velocities is None else [velocities]
+    rule = _PLAIN if velocities is None else _NESTEROV if nesterov else _MOMENTUM
+    numbers = (learning_rate, momentum, weight_decay)
+    _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op)
+
+
+def adam(
+    gradients: Groups,
+    parameters: Groups,
+    first_moments: Groups,
+    second_moments: Groups,
+    *,
+    step: int,
+    learning_rate: float,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    op: ReduceOp | str = "mean",
+) -> None:
+    """Reduce gradients and take a step of Adam [1]_ or AdamW [2]_, in one pass.
+
+    Parameters
+    ----------
+    gradients, parameters, op
+        As in :func:`sgd`.
+    first_moments, second_moments : sequence of sequence of array
+        As many copies of each moment as of the parameter, zeros at first. Overwritten.
+    step : int
+        The number of this step, from 1.
+    learning_rate, beta_1, beta_2, epsilon : float
+        As in the paper.
+    weight_decay : float
+        Times the parameter, added to the gradient (Adam), or, ``decoupled``, times the learning
+        rate and taken from the parameter itself (AdamW).
+    decoupled : bool
+        Whether this is AdamW.
+
+    Raises
+    ------
+    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
+        As in :func:`sgd`.
+
+    References
+    ----------
+    .. [1] D. P. Kingma, J. Ba, ICLR 2015, doi:10.48550/arXiv.1412.6980.
+    .. [2] I. Loshchilov, F. Hutter, ICLR 2019, doi:10.48550/arXiv.1711.05101.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dvkernels.kernels.cpu import optimizers
+    >>> weight, first, second = ([np.zeros(2)] for _ in range(3))
+    >>> gradients = [np.array([1.0, -1.0]), np.array([3.0, -3.0])]
+    >>> optimizers.adam([gradients], [weight], [first], [second], step=1, learning_rate=0.5)
+    >>> weight[0].round(6)
+    array([-0.5,  0.5])
+    """
+    if step < 1:
+        raise ValueError(f"optimizers.adam: steps are counted from 1; got {step}")
+    numbers = (
+        learning_rate / (1 - beta_1**step),
+        beta_1,
+        beta_2,
+        epsilon,
+        1 / math.sqrt(1 - beta_2**step),
+        0.0 if decoupled else weight_decay,
+        1 - learning_rate * weight_decay if decoupled else 1.0,
+    )
+    slots = [first_moments, second_moments]
+    _step("optimizers.adam", _ADAM, gradients, parameters, slots, numbers, op)
+
+
+def _step(
+    verb: str,
+    rule: int,
+    gradients: Groups,
+    parameters: Groups,
+    slots: Sequence[Groups],
+    numbers: Sequence[float],
+    op: Any,
+) -> None:
+    lengths = {len(gradients), len(parameters), *map(len, slots)}
+    if len(lengths) != 1:
+        raise BufferMismatchError(
+            f"{verb} needs as many gradients, parameters and slots; got "
+            f"{[len(gradients), len(parameters), *map(len, slots)]}"
+        )
+    known: Any = None
+    groups: dict[np.dtype[Any], list[list[Array]]] = {}
+    sizes: set[tuple[int, int]] = set()
+    every_write: list[Array] = []
+    every_read: list[Array] = []
+    for k, gradient in enumerate(gradients):
+        where = f"{verb}, gradient {k}"
+        reads = checks.arrays(where, gradient)
+        dtype = reads[0].dtype
+        known = checks.reduction(where, op, dtype)
+        if known not in (ReduceOp.MEAN, ReduceOp.SUM) or dtype.name not in ("float32", "float64"):
+            raise UnsupportedDTypeError(
+                f"{where}: expected the mean or sum of float32 or float64, got the "
+                f"{known.name} of {dtype}; cast to float32 first"
+            )
+        writes: list[Array] = []
+        for name, states in (("parameter", parameters), *(("slot", slot) for slot in slots)):
+            copies = checks.arrays(f"{verb}, {name} {k}", states[k], "copy")
+            writes += copies
+            if len(copies) != len(parameters[k]):
+                raise BufferMismatchError(
+                    f"{verb}, {name} {k}: expected {len(parameters[k])} copies, as of the "
+                    f"parameter; got {len(copies)}"
+                )
+        checks.fitting(f"{verb}, parameter {k}", reads[0], writes, len(writes))
+        groups.setdefault(dtype, []).append([*reads, *writes])
+        sizes.add((len(reads), len(parameters[k])))
+        every_write += writes
+        every_read += reads
+    if not groups:
+        return
+    if len(sizes) != 1:
+        raise BufferMismatchError(
+            f"{verb} needs the same number of replicas, and of copies, for every parameter; got "
+            f"{sorted(sizes)} as (replicas, copies)"
+        )
+    checks.all_apart(verb, every_write, every_read, "written array {}".format)
+    ((num_replicas, num_copies),) = sizes
+    program = _program(num_replicas, num_copies, 1 + len(slots), jobs.divisor(known, num_replicas))
+    for dtype, arrays in groups.items():
+        runner = _runner(rule, dtype)
+        jobs.run(known, dtype, arrays, program, runner=runner, numbers=numbers)
+
+
+def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) -> jobs.Program:
+    """Return one row: sum the gradients into a block, whose entry follows them in the table."""
+    row = (-1, 0, num_replicas, num_replicas, num_copies, divisor)
+    num_arrays = num_replicas + num_copies * num_states
+    table = (*range(num_replicas), 0, *range(num_replicas, num_arrays))
+    return jobs.Program((row,), table, num_arrays, num_replicas)
+
+
+_runners: dict[tuple[int, np.dtype[Any]], Any] = {}
+
+
+def _runner(rule: int, dtype: np.dtype[Any]) -> int:
+    found = _runners.get((rule, dtype))
+    if found is None:
+        code = elementwise.type_code(dtype)
+        found = _runners[rule, dtype] = _make(rule, code, dtype.itemsize, dtype.type)
+    address: int = found.address
+    return address
+
+
+def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
+    """Return the runner of a rule over float32 or float64: ``real``."""
+    num_slots = (0, 1, 1, 2)[rule]
+
+    @numba.cfunc(types.void(types.int64), cache=True, error_model="numpy")
+    def run(job):  # type: ignore[no-untyped-def]
+        num_pieces, grain = memory.load(job, 8), memory.load(job, 9)
+        far, width = memory.load(job, 15), memory.load(job, 16)
+        row = job + 8 * memory.load(job, 13)
+        num_replicas, num_copies = memory.load(row, 2), memory.load(row, 4)
+        divisor = memory.load(row, 5)
+        numbers = numba.carray(memory.pointer(job + 8 * memory.load(job, 19)), 8, np.float64)
+        room = np.empty(width, np.int64)
+        table = np.int64(room.ctypes.data)
+        block = np.empty(_BLOCK + 16, real)
+        begin = memory.fetch_add(job, 0, grain)
+        while begin < num_pieces:
+            for piece in range(begin, min(begin + grain, num_pieces)):
+                where, first, length, line, last_line = elementwise.locate(job, piece)
+                while line < last_line:
+                    elementwise.addresses_on(line, where, width, table)
+                    for offset in range(first, first + length, _BLOCK):
+                        count = min(_BLOCK, first + length - offset)
+                        shift = offset * itemsize
+                        # The block stands where the gradients do in their cache lines.
+                        start = np.int64(block.ctypes.data)
+                        start += (memory.load(table, 0) + shift - start) & 63
+                        memory.store(table, num_replicas, start - shift)
+                        elementwise.span(
+                            table, 0, num_replicas, num_replicas, 1, divisor, offset, count, far,
+                            0, code,
+                        )  # fmt: skip
+                        gradient = numba.carray(memory.pointer(start), count, real)
+                        own = num_replicas + 1
+                        parameter = numba.carray(
+                            memory.pointer(memory.load(table, own) + shift), count, real
+                        )
+                        second = own + num_copies if num_slots > 0 else own
+                        third = second + num_copies if num_slots > 1 else second
+                        slot = numba.carray(
+                            memory.pointer(memory.load(table, second) + shift), count, real
+                        )
+                        other = numba.carray(
+                            memory.pointer(memory.load(table, third) + shift), count, real
+                        )
+                        if rule == 3:
+                            _adam(gradient, parameter, slot, other, numbers)
+                        else:
+                            _sgd(rule, gradient, parameter, slot, numbers)
+                        if num_copies > 1:
+                            for state in range(num_slots + 1):
+                                source = own + state * num_copies
+                                elementwise.span(
+                                    table, source, 1, source + 1, num_copies - 1, 1, offset, count,
+                                    0, 0, code,
+                                )  # fmt: skip
+                    line += 1
+            begin = memory.fetch_add(job, 0, grain)
+
+    return run
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _sgd(rule, gradient, parameter, velocity, numbers):  # type: ignore[no-untyped-def]
+    rate, momentum, decay = (
+        gradient.dtype.type(numbers[0]),
+        gradient.dtype.type(numbers[1]),
+        gradient.dtype.type(numbers[2]),
+    )
+    for i in range(len(gradient)):
+        slope = gradient[i] + decay * parameter[i]
+        if rule == 0:
+            parameter[i] -= rate * slope
+        else:
+            speed = momentum * velocity[i] + slope
+            velocity[i] = speed
+            parameter[i] -= rate * (slope + momentum * speed if rule == 2 else speed)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _adam(gradient, parameter, first, second, numbers):  # type: ignore[no-untyped-def]
+    real = gradient.dtype.type
+    rate, beta_1, beta_2, epsilon = (
+        real(numbers[0]),
+        real(numbers[1]),
+        real(numbers[2]),
+        real(numbers[3]),
+    )
+    new_1, new_2 = real(1 - numbers[1]), real(1 - numbers[2])
+    correction, decay, kept = real(numbers[4]), real(numbers[5]), real(numbers[6])
+    for i in range(len(gradient)):
+        slope = gradient[i] + decay * parameter[i]
+        mean = beta_1 * first[i] + new_1 * slope
+        square = beta_2 * second[i] + new_2 * slope * slope
+        first[i] = mean
+        second[i] = square
+        parameter[i] = kept * parameter[i] - rate * mean / (np.sqrt(square) * correction + epsilon)
