@@ -6,6 +6,7 @@ strategies, variables and datasets of this module, with the programming model of
 """
 
 from dvkernels import errors as errors
+from dvkernels import optimizers as optimizers
 from dvkernels._version import __version__ as __version__
 from dvkernels.communicators.base import Communicator as Communicator
 from dvkernels.context import ReplicaContext as ReplicaContext

@@ -360,6 +360,27 @@ def _created(
     return variable
 
 
+def companion(variable: Variable, name: str) -> Variable:
+    """Return a variable of zeros that lives like another: its shape, dtype and copies.
+
+    It is written in cross-replica context only, and is not trainable.
+    """
+    return _created(
+        np.zeros(variable.shape, variable.dtype),
+        None,
+        False,
+        VariableSynchronization.ON_WRITE,
+        VariableAggregation.NONE,
+        f"{variable.name}/{name}",
+        variable.owner,
+    )
+
+
+def copies_of(variable: Variable) -> tuple[Any, ...]:
+    """Return the copies themselves, for a kernel that writes all of them in one call."""
+    return variable._copies.arrays
+
+
 def _read(value: Any) -> Any:
     return value.read_value() if isinstance(value, Variable) else value
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dvkernels.errors import AlgorithmError
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import direct, prompt, ring
+from dvkernels.kernels.cpu import direct, optimizers, prompt, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
 from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
 from dvkernels.kernels.cpu.gather import all_gather, all_to_all, reduce_scatter
@@ -23,6 +23,7 @@ __all__ = [
     "all_to_all",
     "broadcast",
     "direct_all_reduce",
+    "optimizers",
     "reduce",
     "reduce_scatter",
     "ring_all_reduce",

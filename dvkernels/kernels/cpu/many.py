@@ -17,10 +17,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "bc3c1dcc"
-MEMORY = "7228b4b3"
-OBJECTS = "51a4c1bd"
-POOL = "be8eee7b"
+JOBS = "3ff7063d"
+MEMORY = "f4359ed3"
+OBJECTS = "8c60cd97"
+POOL = "5f0c7f87"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES, _SHARED_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES, pool.SHARED_NBYTES

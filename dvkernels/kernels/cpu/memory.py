@@ -33,6 +33,7 @@ __all__ = [
     "load_shared",
     "pause",
     "pointer",
+    "prefetch",
     "relax",
     "store",
     "store_shared",
@@ -167,6 +168,23 @@ def pointer(typing: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), generate
+
+
+@_intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, to write it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        function_type = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
+        function = _cgutils.get_or_insert_function(
+            builder.module, function_type, "llvm.prefetch.p0"
+        )
+        purpose = [ir.Constant(ir.IntType(32), number) for number in (1, 3, 1)]
+        builder.call(function, [builder.inttoptr(args[0], byte), *purpose])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @_intrinsic

@@ -31,7 +31,7 @@ from dvkernels.kernels.cpu import memory
 
 __all__ = ["SHARED_NBYTES", "execute", "num_threads"]
 
-MEMORY = "7228b4b3"
+MEMORY = "f4359ed3"
 
 _NUM_SLOTS = 8
 _SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS

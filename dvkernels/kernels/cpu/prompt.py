@@ -16,10 +16,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce"]
 
-JOBS = "bc3c1dcc"
-MEMORY = "7228b4b3"
-OBJECTS = "51a4c1bd"
-POOL = "be8eee7b"
+JOBS = "3ff7063d"
+MEMORY = "f4359ed3"
+OBJECTS = "8c60cd97"
+POOL = "5f0c7f87"
 
 _MOST_REPLICAS = 64
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row

@@ -1,0 +1,126 @@
+"""Adam, and AdamW, whose weight decay does not pass through the moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dvkernels.optimizers.optimizer import LearningRate, Optimizer, checked
+from dvkernels.reduce_op import ReduceOp
+
+__all__ = ["Adam", "AdamW"]
+
+
+class Adam(Optimizer):
+    """Adam: steps scaled by running means of the gradient and of its square [1]_.
+
+    Parameters
+    ----------
+    learning_rate : float, or callable
+        A callable gets the number of steps taken and returns the rate of the next.
+    beta_1, beta_2 : float
+        How much of the running means is kept each step, in [0, 1).
+    epsilon : float
+        Added to the root of the mean square.
+    weight_decay : float
+        Times the parameter, added to the gradient.
+
+    Raises
+    ------
+    ValueError
+        A setting out of range.
+
+    References
+    ----------
+    .. [1] D. P. Kingma, J. Ba, ICLR 2015, doi:10.48550/arXiv.1412.6980.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> weight = dv.Variable([1.0, 2.0])
+    >>> dv.optimizers.Adam(0.25).apply_gradients([([10.0, -10.0], weight)])
+    >>> weight.numpy().round(6)
+    array([0.75, 2.25])
+    """
+
+    _is_decoupled = False
+
+    def __init__(
+        self,
+        learning_rate: LearningRate = 1e-3,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate)
+        self.beta_1 = checked(beta_1, "beta_1", 0, 1)
+        self.beta_2 = checked(beta_2, "beta_2", 0, 1)
+        self.epsilon = checked(epsilon, "epsilon", 0)
+        self.weight_decay = checked(weight_decay, "weight_decay", 0)
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The two running means."""
+        return ("first_moment", "second_moment")
+
+    def _update(
+        self,
+        kernels: Any,
+        gradients: Sequence[Any],
+        states: Sequence[Sequence[Any]],
+        op: ReduceOp,
+    ) -> None:
+        kernels.adam(
+            gradients,
+            *states,
+            step=self.iterations + 1,
+            learning_rate=self.learning_rate,
+            beta_1=self.beta_1,
+            beta_2=self.beta_2,
+            epsilon=self.epsilon,
+            weight_decay=self.weight_decay,
+            decoupled=self._is_decoupled,
+            op=op,
+        )
+
+
+class AdamW(Adam):
+    """Adam whose weight decay is taken from the parameter itself [1]_.
+
+    Parameters
+    ----------
+    learning_rate, beta_1, beta_2, epsilon
+        As in :class:`Adam`.
+    weight_decay : float
+        Times the learning rate and the parameter, taken from the parameter.
+
+    Raises
+    ------
+    ValueError
+        A setting out of range.
+
+    References
+    ----------
+    .. [1] I. Loshchilov, F. Hutter, ICLR 2019, doi:10.48550/arXiv.1711.05101.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> weight = dv.Variable([1.0, 2.0])
+    >>> dv.optimizers.AdamW(0.5, weight_decay=0.5).apply_gradients([([0.0, 0.0], weight)])
+    >>> weight.numpy()
+    array([0.75, 1.5 ])
+    """
+
+    _is_decoupled = True
+
+    def __init__(
+        self,
+        learning_rate: LearningRate = 1e-3,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(learning_rate, beta_1, beta_2, epsilon, weight_decay)

@@ -1,0 +1,76 @@
+"""Stochastic gradient descent, plain or with momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dvkernels.optimizers.optimizer import LearningRate, Optimizer, checked
+from dvkernels.reduce_op import ReduceOp
+
+__all__ = ["SGD"]
+
+
+class SGD(Optimizer):
+    """Gradient descent: ``v = momentum v + g``, ``p = p - learning_rate v``.
+
+    Parameters
+    ----------
+    learning_rate : float, or callable
+        A callable gets the number of steps taken and returns the rate of the next.
+    momentum : float
+        In [0, 1); 0 keeps no velocity.
+    nesterov : bool
+        Use ``g + momentum v`` instead of ``v``; needs momentum.
+    weight_decay : float
+        Times the parameter, added to the gradient.
+
+    Raises
+    ------
+    ValueError
+        A setting out of range.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> weight = dv.Variable([1.0, 2.0])
+    >>> dv.optimizers.SGD(0.1).apply_gradients([([10.0, 10.0], weight)])
+    >>> weight.numpy()
+    array([0., 1.])
+    """
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate)
+        self.momentum = checked(momentum, "momentum", 0, 1)
+        self.nesterov = bool(nesterov)
+        self.weight_decay = checked(weight_decay, "weight_decay", 0)
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0; got momentum=0")
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """One velocity, if there is momentum."""
+        return ("velocity",) if self.momentum else ()
+
+    def _update(
+        self,
+        kernels: Any,
+        gradients: Sequence[Any],
+        states: Sequence[Sequence[Any]],
+        op: ReduceOp,
+    ) -> None:
+        kernels.sgd(
+            gradients,
+            *states,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            op=op,
+        )
