@@ -229,8 +229,8 @@ strategy.run(step)
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 random.seed(1)
 for _ in range(150):
-    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 4e-3))
     try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 4e-3))
         while True:
             strategy.run(step)
     except KeyboardInterrupt:
