@@ -12,6 +12,7 @@ from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_a
 from dvkernels.kernels.cpu.gather import all_gather, all_to_all, reduce_scatter
 from dvkernels.kernels.cpu.many import all_reduce_many
 from dvkernels.kernels.cpu.ring import ring_all_reduce
+from dvkernels.schedules import cost
 
 __all__ = [
     "aggregate_mean",
@@ -29,9 +30,19 @@ __all__ = [
     "ring_all_reduce",
 ]
 
-# In one memory domain the direct algorithm moves the fewest bytes at every size: hence "auto".
+
+def _cheapest(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
+    """Reduce by the algorithm that the cost model finds cheapest for so many bytes."""
+    try:
+        num_replicas, nbytes = len(buffers), buffers[0].nbytes
+    except (TypeError, AttributeError, IndexError, KeyError):  # the checks will say what is wrong
+        num_replicas, nbytes = 1, 0
+    chosen = cost.cheapest(cost.CPU, num_replicas, nbytes)
+    return _ALGORITHMS[chosen](verb, buffers, op, out)
+
+
 _ALGORITHMS = {
-    "auto": direct.all_reduce_as,
+    "auto": _cheapest,
     "direct": direct.all_reduce_as,
     "ring": ring.all_reduce_as,
 }
@@ -46,6 +57,7 @@ def all_reduce(
     buffers: Any, op: Any = "sum", *, algorithm: Any = "auto", out: Any = None
 ) -> list[Any]:
     """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
+    # The prompt way is direct, which in one memory domain is the cheapest at every size.
     if out is None and algorithm == "auto":
         reduced = prompt.all_reduce(buffers, op)
         if reduced is not None:

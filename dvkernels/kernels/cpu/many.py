@@ -19,13 +19,14 @@ __all__ = ["all_reduce_many"]
 
 JOBS = "3ff7063d"
 MEMORY = "f4359ed3"
-OBJECTS = "8c60cd97"
-POOL = "5f0c7f87"
+OBJECTS = "6b680a1d"
+POOL = "b314f38b"
 
 _VERB = "all_reduce_many"
-_PIECE_NBYTES, _FAR_NBYTES, _SHARED_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES, pool.SHARED_NBYTES
+_PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
 _PROGRAM, _ITEMS = jobs.HEADER, jobs.HEADER + 6  # after the program of one row
-_RUNNER, _ITEMSIZE, _IS_MEAN = objects.RUNNER, objects.ITEMSIZE, objects.IS_MEAN
+_RUNNER, _ITEMSIZE = objects.RUNNER, objects.ITEMSIZE
+_IS_MEAN, _SHARED = objects.IS_MEAN, objects.SHARED
 
 Array = np.ndarray[Any, Any]
 
@@ -88,7 +89,7 @@ def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
     itemsize = memory.load(recipe, _ITEMSIZE)
     moved = 2 * total * itemsize * width
     longest = max(total, 1)
-    if moved >= _SHARED_NBYTES:
+    if moved >= memory.load(recipe, _SHARED):
         wanted = max(4096, min(_PIECE_NBYTES // width, total * itemsize // 4))
         longest = (wanted & -128) // itemsize
     num_pieces = np.int64(0)
@@ -97,7 +98,9 @@ def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
         num_pieces += -(-memory.load(items, 4 * k + 1) // longest)
     memory.store(job, 8, num_pieces)
     # Small arrays are claimed many at once: a claim costs as much as the sum of 1 KiB.
-    memory.store(job, 9, max(1, num_pieces // 64 if moved >= _SHARED_NBYTES else num_pieces))
+    memory.store(
+        job, 9, max(1, num_pieces // 64 if moved >= memory.load(recipe, _SHARED) else num_pieces)
+    )
     memory.store(job, 10, longest)
     memory.store(job, 11, count)
     memory.store(job, 12, _ITEMS)

@@ -18,12 +18,23 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from dvkernels.kernels.cpu import elementwise, memory
+from dvkernels.kernels.cpu import elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["IS_MEAN", "ITEMSIZE", "RUNNER", "item_of", "learn", "length_of", "look", "recipes"]
+__all__ = [
+    "IS_MEAN",
+    "ITEMSIZE",
+    "RUNNER",
+    "SHARED",
+    "item_of",
+    "learn",
+    "length_of",
+    "look",
+    "recipes",
+]
 
 ELEMENTWISE = "21a83306"
+POOL = "b314f38b"
 MEMORY = "f4359ed3"
 
 # Where things lie: words of a list, and of an array, after the object header.
@@ -33,7 +44,7 @@ _LENGTH, _ITEMS = _HEAD, _HEAD + 1
 _DATA, _NUM_DIMS, _DIMS, _DTYPE, _FLAGS = _HEAD, _HEAD + 1, _HEAD + 2, _HEAD + 5, _HEAD + 6
 _CONTIGUOUS, _WRITEABLE = 0x1, 0x400
 # The words of a recipe.
-_ARRAY_TYPE, _DTYPE_OBJECT, RUNNER, ITEMSIZE, _FACTOR, IS_MEAN = range(6)
+_ARRAY_TYPE, _DTYPE_OBJECT, RUNNER, ITEMSIZE, _FACTOR, IS_MEAN, SHARED = range(7)
 
 
 class Recipe(NamedTuple):
@@ -103,6 +114,7 @@ def learn(op: ReduceOp, dtype: np.dtype[Any]) -> None:
             dtype.itemsize // factor,
             factor,
             op is ReduceOp.MEAN,
+            pool.SHARED_NBYTES,
         ],
         np.int64,
     )

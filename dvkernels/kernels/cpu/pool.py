@@ -28,6 +28,7 @@ import numpy as np
 from dvkernels.devices import cpu
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels.cpu import memory
+from dvkernels.schedules import cost
 
 __all__ = ["SHARED_NBYTES", "execute", "num_threads"]
 
@@ -38,8 +39,9 @@ _SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS
 _TAKEN, _JOB, _INSIDE = 0, 1, 2
 _RUNNER = 18  # the word of a job that says where its compiled code lies
 
-SHARED_NBYTES = 1024 * 1024
-_WAKING_NBYTES = 2 * 1024 * 1024
+# From how many bytes moved on others are let in, and from how many they are woken for it.
+SHARED_NBYTES = cost.CPU.sharing_pays_from()
+_WAKING_NBYTES = cost.CPU.sharing_pays_from(asleep=True)
 # A helper that found nothing to do for 100 us (a pause is 20 to 45 ns) sleeps: a call in a loop
 # finds it awake, a training step of milliseconds has its core for itself.
 _IDLE_PAUSES = 4_000

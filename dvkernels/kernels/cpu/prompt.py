@@ -18,16 +18,17 @@ __all__ = ["all_reduce"]
 
 JOBS = "3ff7063d"
 MEMORY = "f4359ed3"
-OBJECTS = "8c60cd97"
-POOL = "5f0c7f87"
+OBJECTS = "6b680a1d"
+POOL = "b314f38b"
 
 _MOST_REPLICAS = 64
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
 # Up to here a call keeps the interpreter's lock: 10 us, less than giving it up may cost.
 _SHORT_NBYTES = 512 * 1024
 _DECLINED, _DONE = -1, -2
-_PIECE_NBYTES, _FAR_NBYTES, _SHARED_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES, pool.SHARED_NBYTES
-_RUNNER, _ITEMSIZE, _IS_MEAN = objects.RUNNER, objects.ITEMSIZE, objects.IS_MEAN
+_PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
+_RUNNER, _ITEMSIZE = objects.RUNNER, objects.ITEMSIZE
+_IS_MEAN, _SHARED = objects.IS_MEAN, objects.SHARED
 
 
 @numba.njit("int64(int64, int64, int64)", cache=True)
@@ -52,7 +53,7 @@ def _prepare(views, recipe, job):  # type: ignore[no-untyped-def]
                 return _DECLINED  # they overlap
     moved = 2 * count * nbytes
     longest = length
-    if moved >= _SHARED_NBYTES:
+    if moved >= memory.load(recipe, _SHARED):
         wanted = max(4096, min(_PIECE_NBYTES // count, nbytes // 4))
         longest = (wanted & -128) // itemsize
     memory.store(job, 0, 0)
