@@ -6,6 +6,7 @@ strategies, variables and datasets of this module, with the programming model of
 """
 
 from dvkernels import errors as errors
+from dvkernels import kernels as kernels
 from dvkernels import optimizers as optimizers
 from dvkernels._version import __version__ as __version__
 from dvkernels.communicators.base import Communicator as Communicator
@@ -14,6 +15,7 @@ from dvkernels.context import get_replica_context as get_replica_context
 from dvkernels.context import get_strategy as get_strategy
 from dvkernels.context import has_strategy as has_strategy
 from dvkernels.context import in_cross_replica_context as in_cross_replica_context
+from dvkernels.custom_reduction import CustomReduction as CustomReduction
 from dvkernels.data.dataset import Dataset as Dataset
 from dvkernels.data.distributed import DistributedDataset as DistributedDataset
 from dvkernels.data.distributed import DistributedIterator as DistributedIterator

@@ -21,7 +21,7 @@ from dvkernels.communicators.single import Single
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values import regroup
 from dvkernels.values.distributed import PerReplica, is_integer
 
@@ -183,14 +183,20 @@ class ReplicaContext:
     # -- collectives ----------------------------------------------------------------------------
 
     def all_reduce(
-        self, op: ReduceOp | str, value: Any, *, weight: float | None = None, out: Any = None
+        self,
+        op: Reduction | str,
+        value: Any,
+        *,
+        weight: float | None = None,
+        out: Any = None,
+        shared: bool = False,
     ) -> Any:
         """Reduce ``value`` over the replicas; each gets the result.
 
         Parameters
         ----------
         op : ReduceOp or str
-            SUM, MEAN, MIN, MAX or PROD.
+            SUM, MEAN, MIN, MAX or PROD, or a ``CustomReduction``.
         value : nest of array or number
             Of the same structure, shapes and dtypes on every replica. Unchanged.
         weight : float, optional
@@ -199,11 +205,14 @@ class ReplicaContext:
             value is NaN.
         out : nest of array, optional
             Receives the result; may be ``value`` itself.
+        shared : bool
+            Allow one read-only result for all replicas of this process: R + 1 arrays are moved
+            instead of 2 R. Every replica must say the same; not together with ``out``.
 
         Returns
         -------
         nest of array
-            New arrays that the caller owns, or ``out``.
+            New arrays that the caller owns, or ``out``, or read-only ones that all share.
 
         Raises
         ------
@@ -223,11 +232,13 @@ class ReplicaContext:
         targets = self._targets(out, values, structure) if out is not None else None
         if weight is not None:
             weight = _checked_weight(weight, reduction)
+        if shared and out is not None:
+            raise ValueError("all_reduce: out is each replica's own, so it cannot be shared")
         communicator = self._placement.communicator
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns: list[Any] = list(zip(*(payload[0] for payload in payloads), strict=True))
-            kernel_op = reduction
+            kernel_op: Reduction = reduction
             weights = [payload[2] for payload in payloads]
             if weight is not None and (weight == 0 or any(w != weight for w in weights)):
                 columns = _shares_of_the_mean(columns, weights)
@@ -235,10 +246,26 @@ class ReplicaContext:
             reduced = []
             for k, column in enumerate(columns):
                 into = None if targets is None else [payload[1][k] for payload in payloads]
-                reduced.append(communicator.all_reduce(column, kernel_op, into))
+                if shared:
+                    one = communicator.reduce(column, kernel_op)
+                    one = one.astype(values[k].dtype, copy=False)
+                    one.flags.writeable = False
+                    reduced.append([one] * len(payloads))
+                elif column[0].dtype == values[k].dtype:
+                    reduced.append(communicator.all_reduce(column, kernel_op, into))
+                else:  # weighed halves
+                    mean = communicator.reduce(column, kernel_op).astype(values[k].dtype)
+                    reduced.append(_one_for_each(mean, into, len(payloads)))
             return _per_replica_rows(reduced, len(payloads))
 
-        terms = (reduction.value, structure, described, weight is not None, out is not None)
+        terms = (
+            reduction.value,
+            structure,
+            described,
+            weight is not None,
+            out is not None,
+            "shared" if shared else None,
+        )
         result = self._step.meet(
             self._replica_id, Request("all_reduce", terms, (values, targets, weight), act)
         )
@@ -246,7 +273,7 @@ class ReplicaContext:
             return out
         return result[0] if structure is None else regroup.unflatten(structure, result)
 
-    def reduce_scatter(self, op: ReduceOp | str, value: Any) -> Any:
+    def reduce_scatter(self, op: Reduction | str, value: Any) -> Any:
         """Reduce over the replicas; replica r gets part r of the result.
 
         Parts are those of ``numpy.array_split`` along axis 0: sizes differ by at most one, larger
@@ -457,7 +484,7 @@ def gatherable(
     return ready, axes, tuple(described)
 
 
-def _checked_weight(weight: Any, op: ReduceOp) -> float:
+def _checked_weight(weight: Any, op: Reduction) -> float:
     if op is not ReduceOp.MEAN:
         raise ValueError(f"all_reduce: a weight belongs to MEAN, got op {op.name}; drop the weight")
     try:
@@ -472,20 +499,26 @@ def _checked_weight(weight: Any, op: ReduceOp) -> float:
 def _shares_of_the_mean(columns: list[Any], weights: list[float]) -> list[list[Any]]:
     """Return w x / sum(w) of each array: what must be summed for the weighted mean.
 
-    A weight of 0 gives zeros, whatever the value, so that NaN x 0 does not spoil the sum.
+    A weight of 0 gives zeros, whatever the value, so that NaN x 0 does not spoil the sum. Shares of
+    a half type are float32, so that only the sum is rounded to the half.
     """
     total = sum(weights)
     if total == 0:
         raise ValueError("all_reduce: all weights are 0; there is no mean of nothing")
     return [
         [
-            np.asarray(np.multiply(array, array.dtype.type(weight / total)))
+            np.asarray(np.multiply(array, _weighing(array.dtype).type(weight / total)))
             if weight
-            else np.zeros_like(array, subok=False)
+            else np.zeros(array.shape, _weighing(array.dtype))
             for array, weight in zip(column, weights, strict=True)
         ]
         for column in columns
     ]
+
+
+def _weighing(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which values of ``dtype`` are weighed."""
+    return np.dtype(np.float32) if reduce_op.is_half(dtype) else dtype
 
 
 def _dealt(result: Any, rank: int) -> Any:
@@ -495,6 +528,15 @@ def _dealt(result: Any, rank: int) -> Any:
         return leaf.on(rank) if isinstance(leaf, PerReplica) else leaf
 
     return regroup.map_leaves(component, result)
+
+
+def _one_for_each(array: Any, into: list[Any] | None, count: int) -> list[Any]:
+    """Return an array for each replica: a copy, or where it is to go."""
+    if into is None:
+        return [array.copy() for _ in range(count)]
+    for target in into:
+        target[...] = array
+    return into
 
 
 def _per_replica_rows(columns: list[list[Any]], num_replicas: int) -> list[list[Any]]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.custom_reduction import CustomReduction
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ReduceOpError, UnsupportedDTypeError
 
-__all__ = ["ReduceOp"]
+__all__ = ["ReduceOp", "Reduction"]
 
 
 class ReduceOp(NamedEnum):
@@ -26,6 +27,8 @@ class ReduceOp(NamedEnum):
     PROD = "prod"
 
 
+Reduction = ReduceOp | CustomReduction
+
 # Which kinds of dtype (numpy.dtype.kind) a reduction is defined for; those of ml_dtypes are "V".
 _KINDS = {
     ReduceOp.SUM: "fciu",
@@ -40,20 +43,27 @@ _NAMES = _FLOATS | _INTEGERS | {"bool"}
 
 _supported: set[tuple[ReduceOp, np.dtype[Any]]] = set()  # what has passed, to be quick next time
 
-
 _BY_NAME = {op.value: op for op in ReduceOp}  # the common way to write them, without a search
 
 
-def parse(op: object) -> ReduceOp:
-    """Return the ``ReduceOp`` that ``op`` is or names, else raise :class:`ReduceOpError`."""
-    if type(op) is ReduceOp:
+def parse(op: object) -> Reduction:
+    """Return the reduction that ``op`` is or names, else raise :class:`ReduceOpError`."""
+    if type(op) is ReduceOp or type(op) is CustomReduction:
         return op
     known = _BY_NAME.get(op) if type(op) is str else None
     return known or ReduceOp.of(op, ReduceOpError)
 
 
-def check_dtype(verb: str, op: ReduceOp, dtype: np.dtype[Any]) -> None:
+def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
     """Raise :class:`UnsupportedDTypeError` unless ``op`` is defined for ``dtype``."""
+    if type(op) is CustomReduction:
+        if dtype.name not in _NAMES or is_half(dtype) or not dtype.isnative:
+            raise UnsupportedDTypeError(
+                f"{verb}: {op!r} works on integers, bool, float32, float64 and complex numbers, "
+                f"not on {dtype}; cast first"
+            )
+        return
+    assert type(op) is ReduceOp
     if (op, dtype) in _supported:
         return
     supported = dtype.name in _NAMES and _kind(dtype) in _KINDS[op]
@@ -85,8 +95,10 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return "f" if dtype.name == "bfloat16" else dtype.kind
 
 
-def identity(op: ReduceOp, dtype: np.dtype[Any]) -> Any:
+def identity(op: Reduction, dtype: np.dtype[Any]) -> Any:
     """Return the scalar that changes nothing when reduced with ``op``."""
+    if type(op) is CustomReduction:
+        return dtype.type(op.identity)
     if op in (ReduceOp.SUM, ReduceOp.MEAN):
         return dtype.type(0)
     if op is ReduceOp.PROD:

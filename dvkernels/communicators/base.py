@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import Reduction
 
 __all__ = ["Communicator"]
 
@@ -24,14 +24,14 @@ class Communicator(Protocol):
         """The number of ranks."""
 
     def all_reduce(
-        self, values: Sequence[Any], op: ReduceOp, out: Sequence[Any] | None = None
+        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
     ) -> list[Any]:
         """Return the reduction of all ranks' values, once per local rank."""
 
-    def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:
+    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Return the reduction of all ranks' values, once."""
 
-    def reduce_scatter(self, values: Sequence[Any], op: ReduceOp) -> list[Any]:
+    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Return part r of the reduction to rank r, parts as ``numpy.array_split`` on axis 0."""
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:

@@ -9,8 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.kernels import twins
-from dvkernels.reduce_op import ReduceOp
-from dvkernels.schedules import partition
+from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
 
@@ -32,7 +31,7 @@ class Local:
         self._algorithm = algorithm
 
     def all_reduce(
-        self, values: Sequence[Any], op: ReduceOp, out: Sequence[Any] | None = None
+        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
     ) -> list[Any]:
         """Reduce into new arrays, or into ``out``."""
         kernels, algorithm = twins.cpu(), self._algorithm
@@ -45,21 +44,19 @@ class Local:
             results = kernels.all_reduce(values, op, algorithm=algorithm, out=out)
         return results
 
-    def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:
+    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""
         return twins.cpu().reduce(values, op)
 
-    def reduce_scatter(self, values: Sequence[Any], op: ReduceOp) -> list[Any]:
-        """Reduce part by part: each rank's result is reduced from views of the ranks' parts."""
-        parts = partition.parts(len(values[0]), self.size)
-        return [
-            twins.cpu().reduce([value[start:stop] for value in values], op) for start, stop in parts
-        ]
+    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+        """Reduce each rank's part into a new array."""
+        results: list[Any] = twins.cpu().reduce_scatter(values, op)
+        return results
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
-        """Concatenate once, then copy for the other ranks."""
-        whole = np.concatenate(values, axis)
-        return [whole, *(whole.copy() for _ in range(self.size - 1))]
+        """Concatenate into a new array for each rank."""
+        results: list[Any] = twins.cpu().all_gather(values, axis)
+        return results
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import numpy as np
 
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
 
@@ -19,7 +19,7 @@ class Single:
     size = 1
 
     def all_reduce(
-        self, values: Sequence[Any], op: ReduceOp, out: Sequence[Any] | None = None
+        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
     ) -> list[Any]:
         """Copy the value, into ``out`` if it is given."""
         del op
@@ -29,11 +29,11 @@ class Single:
         np.copyto(out[0], value)
         return list(out)
 
-    def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:
+    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Copy the value."""
         return self.all_reduce(values, op)[0]
 
-    def reduce_scatter(self, values: Sequence[Any], op: ReduceOp) -> list[Any]:
+    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Copy the value: all of it is the only rank's part."""
         return self.all_reduce(values, op)
 

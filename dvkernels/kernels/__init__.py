@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.kernels import checks, twins
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import Reduction
 
 __all__ = [
     "aggregate_mean",
@@ -50,7 +50,7 @@ def _twin(verb: str, buffers: Any) -> Any:
 
 def all_reduce(
     buffers: Sequence[Any],
-    op: ReduceOp | str = "sum",
+    op: Reduction | str = "sum",
     *,
     algorithm: str = "auto",
     out: Sequence[Any] | None = None,
@@ -62,7 +62,7 @@ def all_reduce(
     buffers : sequence of array, one shape and dtype
         One per replica: NumPy arrays, or writable CPU arrays that speak DLPack. Overwritten,
         unless ``out`` is given.
-    op : ReduceOp or str
+    op : ReduceOp, CustomReduction or str
         ``"sum"``, ``"mean"``, ``"min"``, ``"max"`` or ``"prod"``. Integers have no mean and
         their sums wrap; bool has min and max; min and max propagate NaN; complex numbers have
         sum, mean and prod. float16 and bfloat16 are combined in float32 and rounded once.
@@ -105,7 +105,7 @@ def all_reduce(
 
 
 def ring_all_reduce(
-    buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Sequence[Any] | None = None
+    buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Sequence[Any] | None = None
 ) -> list[Any]:
     """Reduce around a ring: reduce-scatter, then all-gather.
 
@@ -147,7 +147,7 @@ def ring_all_reduce(
 
 
 def direct_all_reduce(
-    buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Sequence[Any] | None = None
+    buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Sequence[Any] | None = None
 ) -> list[Any]:
     """Reduce in one pass over memory: each element read and written once per replica.
 
@@ -215,7 +215,7 @@ def broadcast(buffers: Sequence[Any], root: int = 0) -> list[Any]:
     return results
 
 
-def reduce(buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Any = None) -> Any:
+def reduce(buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Any = None) -> Any:
     """Reduce the buffers elementwise to one array.
 
     Parameters
@@ -304,7 +304,7 @@ def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
 
 
 def reduce_scatter(
-    buffers: Sequence[Any], op: ReduceOp | str = "sum", *, out: Sequence[Any] | None = None
+    buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Sequence[Any] | None = None
 ) -> list[Any]:
     """Reduce the buffers elementwise and give replica r part r of the result.
 
@@ -406,7 +406,9 @@ def all_to_all(buffers: Sequence[Any], *, out: Sequence[Any] | None = None) -> l
     return results
 
 
-def all_reduce_many(groups: Sequence[Sequence[Any]], op: ReduceOp | str = "sum") -> list[list[Any]]:
+def all_reduce_many(
+    groups: Sequence[Sequence[Any]], op: Reduction | str = "sum"
+) -> list[list[Any]]:
     """Reduce many arrays in one go, in place, without copying them into a fusion buffer.
 
     Parameters

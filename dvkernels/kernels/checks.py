@@ -21,7 +21,7 @@ from dvkernels.errors import (
     NotABufferError,
     UnsupportedDTypeError,
 )
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import Reduction
 
 __all__ = [
     "NEW",
@@ -230,7 +230,7 @@ def results(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
     return writes
 
 
-def reduction(verb: str, op: Any, dtype: np.dtype[Any]) -> ReduceOp:
+def reduction(verb: str, op: Any, dtype: np.dtype[Any]) -> Reduction:
     """Return the ``ReduceOp`` that ``op`` names; raise unless it is defined for ``dtype``."""
     known = reduce_op.parse(op)
     reduce_op.check_dtype(verb, known, dtype)

@@ -12,7 +12,12 @@ from dvkernels import context, reduce_op
 from dvkernels.communicators.rendezvous import Request
 from dvkernels.context import ReplicaContext, as_array
 from dvkernels.devices.buffers import Spec, spec
-from dvkernels.errors import BufferMismatchError, ContextError, SynchronizationError
+from dvkernels.errors import (
+    BufferMismatchError,
+    ContextError,
+    ReduceOpError,
+    SynchronizationError,
+)
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -94,6 +99,8 @@ class Optimizer(abc.ABC):
             A gradient does not fit its variable.
         SynchronizationError
             A variable is not ON_WRITE: its copies may differ.
+        ReduceOpError
+            Another op.
         ContextError
             A variable of another strategy; the same variable twice.
         CollectiveMismatchError
@@ -118,7 +125,7 @@ class Optimizer(abc.ABC):
         [0. 0.]
         """
         listed = list(pairs)
-        reduction = reduce_op.parse(op)
+        reduction = _checked_op(op)
         variables = [_checked_variable(pair) for pair in listed]
         if len({id(variable) for variable in variables}) != len(variables):
             raise ContextError(f"{_VERB}: a variable stands twice among the pairs; add up first")
@@ -170,6 +177,13 @@ def checked(number: Any, name: str, least: float, below: float = float("inf")) -
         limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")
         raise ValueError(f"{name} must be a finite number, {limits}; got {number!r}")
     return value
+
+
+def _checked_op(op: Any) -> ReduceOp:
+    known = reduce_op.parse(op)
+    if known is ReduceOp.SUM or known is ReduceOp.MEAN:
+        return known
+    raise ReduceOpError(f"{_VERB} reduces gradients by 'sum' or 'mean'; got {op!r}")
 
 
 def _checked_variable(pair: Any) -> Variable:

@@ -16,7 +16,7 @@ from dvkernels.data.distributed import DistributedDataset
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
 from dvkernels.errors import BufferMismatchError, ContextError, DatasetError
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import Reduction
 from dvkernels.strategies import runner
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.values import regroup
@@ -168,7 +168,7 @@ class Strategy:
     # -- bringing values together ---------------------------------------------------------------
 
     def reduce(
-        self, op: ReduceOp | str, value: Any, axis: int | Sequence[int] | None = None
+        self, op: Reduction | str, value: Any, axis: int | Sequence[int] | None = None
     ) -> Any:
         """Reduce one value per replica to one array.
 

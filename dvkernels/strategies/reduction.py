@@ -10,9 +10,11 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Communicator
+from dvkernels.custom_reduction import CustomReduction
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.kernels import twins
+from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values.distributed import is_integer
 
 __all__: list[str] = []
@@ -27,7 +29,7 @@ _ALONG: dict[ReduceOp, Callable[..., Any]] = {
 
 
 def reduce_along(
-    op: ReduceOp, arrays: list[Any], axis: int | Sequence[int], communicator: Communicator
+    op: Reduction, arrays: list[Any], axis: int | Sequence[int], communicator: Communicator
 ) -> Any:
     """Return the reduction of all elements along the axes, over all replicas.
 
@@ -52,6 +54,13 @@ def reduce_along(
         raise ValueError(
             f"reduce: {op.name} along axes {axes} of nothing: every replica's value is empty there"
         )
+    if type(op) is CustomReduction:
+        parts = [_combined_along(op, array, axes) for array in arrays]
+        return communicator.reduce(parts, op)
+    assert type(op) is ReduceOp
+    if reduce_op.is_half(dtype):  # in float32, and rounded once
+        wide = [array.astype(np.float32) for array in arrays]
+        return reduce_along(op, wide, axis, communicator).astype(dtype)
     neutral = reduce_op.identity(op, dtype)
     along = _ALONG[op]
     # initial is what empty parts yield; dtype keeps small integers from being widened.
@@ -61,6 +70,16 @@ def reduce_along(
     if op is ReduceOp.MEAN:
         np.divide(total, dtype.type(count), out=total)
     return total
+
+
+def _combined_along(op: CustomReduction, array: Any, axes: tuple[int, ...]) -> Any:
+    """Return one replica's elements along the axes combined, from the first to the last."""
+    front = np.moveaxis(array, axes, range(len(axes)))
+    rest = front.shape[len(axes) :]
+    rows = front.reshape(-1, *rest)
+    if len(rows) == 0:
+        return np.full(rest, reduce_op.identity(op, array.dtype))
+    return np.asarray(twins.cpu().reduce([np.asarray(row) for row in rows], op))
 
 
 def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from dvkernels.communicators.rendezvous import Request
 from dvkernels.context import ReplicaContext
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables.copies import Copies
@@ -204,7 +204,7 @@ def every_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
     return PerReplica(copies.views, devices=placement.replica_devices, owner=placement)
 
 
-def synchronize(copies: Copies, values: list[Any], op: ReduceOp) -> None:
+def synchronize(copies: Copies, values: list[Any], op: Reduction) -> None:
     """Give every copy the reduction of all."""
     combined = copies.placement.communicator.reduce(values, op)
     copies.commit([combined] * len(copies.arrays))

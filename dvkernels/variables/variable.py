@@ -250,7 +250,7 @@ class Variable(DistributedValues[Any]):
         """Subtract ``value``, as the modes say."""
         self._write("assign_sub", value)
 
-    def sync(self, op: reduce_op.ReduceOp | str = "mean") -> None:
+    def sync(self, op: reduce_op.Reduction | str = "mean") -> None:
         """Bring the copies of a NONE variable together: every copy gets their reduction.
 
         In a replica, all replicas must call it. Other modes raise ``SynchronizationError``: they
@@ -343,7 +343,7 @@ def _created(
         raise NotABufferError(
             f"variable {label!r}: the initial value {content!r:.60} is not an array: {error}"
         ) from error
-    if array.dtype.kind not in "biufc":
+    if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
         raise NotABufferError(
             f"variable {label!r}: expected numbers, the initial value is of dtype {array.dtype}"
         )

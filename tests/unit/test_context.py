@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -398,3 +399,44 @@ def test_set_strategy(pair):
     assert not dv.has_strategy()
     with pytest.raises(TypeError, match="strategy or None"):
         dv.set_strategy("pair")
+
+
+def test_a_shared_result_is_one_read_only_array():
+    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+
+        def step(op, value, **options):
+            return dv.get_replica_context().all_reduce(op, value, shared=True, **options)
+
+        ones = dv.PerReplica([np.full(5, 2.0 * k) for k in range(3)])
+        first, *others = strategy.run(step, ("sum", ones)).values
+        assert all(other is first for other in others)
+        np.testing.assert_array_equal(first, np.full(5, 6.0))
+        assert not first.flags.writeable
+        weighted = strategy.run(step, ("mean", ones), {"weight": dv.PerReplica([0, 1, 3])})
+        np.testing.assert_array_equal(weighted.on(2), np.full(5, 3.5))
+        with pytest.raises(ValueError, match="cannot be shared"):
+            strategy.run(lambda: step("sum", np.ones(2), out=np.ones(2)))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "bfloat16"])
+def test_halves_are_weighed_in_float32(dtype):
+    half = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    values = [np.array([3.0, 257.0, 2049.0]).astype(half) for _ in range(3)]
+    weights = (1.0, 2.0, 4.0)
+    expected = sum(
+        np.multiply(value, np.float32(weight / 7))
+        for value, weight in zip(values, weights, strict=True)
+    ).astype(half)
+    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+        for in_place in (False, True):
+
+            def step(value, weight, in_place=in_place):
+                out = {"out": value.copy()} if in_place else {}
+                return dv.get_replica_context().all_reduce("mean", value, weight=weight, **out)
+
+            results = strategy.run(step, (dv.PerReplica(values), dv.PerReplica(weights))).values
+            for result in results:
+                assert result.dtype == half
+                np.testing.assert_array_equal(result, expected)
+        total = strategy.reduce("sum", dv.PerReplica(values), axis=0)
+        assert total == np.sum(np.array(values, "f4"), dtype="f4").astype(half)

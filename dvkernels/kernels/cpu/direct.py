@@ -13,7 +13,7 @@ import numpy as np
 
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import jobs, objects, prompt
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
 
@@ -70,6 +70,6 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
     return out
 
 
-def _combine(op: ReduceOp, reads: Sequence[Any], writes: Sequence[Any]) -> None:
+def _combine(op: Reduction, reads: Sequence[Any], writes: Sequence[Any]) -> None:
     program = jobs.combine(len(reads), len(writes), jobs.divisor(op, len(reads)))
     jobs.run(op, reads[0].dtype, [[*reads, *writes]], program)

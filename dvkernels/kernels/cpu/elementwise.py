@@ -23,7 +23,16 @@ from numba.core import cgutils as numba_cgutils
 from dvkernels.kernels.cpu import memory
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["addresses_on", "factor", "locate", "part", "runner", "span", "type_code"]
+__all__ = [
+    "addresses_on",
+    "factor",
+    "locate",
+    "operation_code",
+    "part",
+    "runner",
+    "span",
+    "type_code",
+]
 
 MEMORY = "f4359ed3"
 
@@ -473,14 +482,19 @@ def runner(op: ReduceOp, dtype: np.dtype[Any]) -> int:
     return address
 
 
+def operation_code(op: ReduceOp) -> int:
+    """Return what ``span`` calls an operation; a mean is a sum with a divisor."""
+    return _OPERATIONS[op]
+
+
 def type_code(dtype: np.dtype[Any]) -> int:
     """Return what ``span`` calls a dtype."""
     return _TYPES.index(_computed_as(ReduceOp.MAX, dtype))
 
 
-def factor(op: ReduceOp, dtype: np.dtype[Any]) -> int:
+def factor(op: object, dtype: np.dtype[Any]) -> int:
     """Return how many of the runner's elements are one element of ``dtype``."""
-    return 2 if dtype.kind == "c" and op is not ReduceOp.PROD else 1
+    return 2 if dtype.kind == "c" and op in (ReduceOp.SUM, ReduceOp.MEAN) else 1
 
 
 def _computed_as(op: ReduceOp, dtype: np.dtype[Any]) -> tuple[str, int]:

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels.custom_reduction import CustomReduction
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import elementwise, memory, pool
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.kernels.cpu import custom, elementwise, memory, pool
+from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = [
     "FAR_NBYTES",
@@ -74,7 +75,7 @@ def combine_in_place(count: int, divisor: int) -> Program:
     return Program(((-1, 0, count, 0, count, divisor),), tuple(range(count)), count, 0)
 
 
-def divisor(op: ReduceOp, num_replicas: int) -> int:
+def divisor(op: Reduction, num_replicas: int) -> int:
     """Return what a runner divides by."""
     return num_replicas if op is ReduceOp.MEAN else 1
 
@@ -93,7 +94,7 @@ def move(groups: Sequence[Sequence[Array]], program: Program) -> None:
 
 
 def run(
-    op: ReduceOp,
+    op: Reduction,
     dtype: np.dtype[Any],
     groups: Sequence[Sequence[Array]],
     program: Program,
@@ -131,7 +132,10 @@ def run(
     else:
         wanted = max(4096, min(PIECE_NBYTES // width, moved // (8 * width)))
         longest = max(1, (wanted & -_LINE) // size)
-    runner = runner or elementwise.runner(op, dtype)
+    if type(op) is CustomReduction:
+        runner = custom.runner(op, dtype)
+    elif type(op) is ReduceOp:
+        runner = runner or elementwise.runner(op, dtype)
     job = _lay_out(items, program, longest, moved, runner, numbers)
     pool.execute(job, memory.address_of(job), moved, copies)
 

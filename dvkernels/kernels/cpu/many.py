@@ -17,9 +17,9 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "3ff7063d"
+JOBS = "02e429cb"
 MEMORY = "f4359ed3"
-OBJECTS = "6b680a1d"
+OBJECTS = "c529d45c"
 POOL = "b314f38b"
 
 _VERB = "all_reduce_many"

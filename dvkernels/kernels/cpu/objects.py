@@ -19,7 +19,7 @@ import numba
 import numpy as np
 
 from dvkernels.kernels.cpu import elementwise, memory, pool
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = [
     "IS_MEAN",
@@ -33,7 +33,7 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "21a83306"
+ELEMENTWISE = "0b924f64"
 POOL = "b314f38b"
 MEMORY = "f4359ed3"
 
@@ -100,9 +100,9 @@ def look(listed, recipe, table):  # type: ignore[no-untyped-def]
     return length
 
 
-def learn(op: ReduceOp, dtype: np.dtype[Any]) -> None:
+def learn(op: Reduction, dtype: np.dtype[Any]) -> None:
     """Open the short way for an operation and a dtype that have passed all checks."""
-    if not _is_open or (op, dtype) in recipes:
+    if not _is_open or type(op) is not ReduceOp or (op, dtype) in recipes:
         return
     factor = elementwise.factor(op, dtype)
     # Arrays of one dtype share one dtype object where the dtype is built in; others decline.

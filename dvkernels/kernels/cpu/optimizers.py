@@ -25,8 +25,8 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "21a83306"
-JOBS = "3ff7063d"
+ELEMENTWISE = "0b924f64"
+JOBS = "02e429cb"
 MEMORY = "f4359ed3"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know

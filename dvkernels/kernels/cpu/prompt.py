@@ -16,9 +16,9 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce"]
 
-JOBS = "3ff7063d"
+JOBS = "02e429cb"
 MEMORY = "f4359ed3"
-OBJECTS = "6b680a1d"
+OBJECTS = "c529d45c"
 POOL = "b314f38b"
 
 _MOST_REPLICAS = 64

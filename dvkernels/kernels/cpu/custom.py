@@ -1,0 +1,91 @@
+"""Runners of reductions that users bring: a compiled function of two numbers, block by block.
+
+The loop over a block of the accumulator and of one source is plain, so that LLVM can make vectors
+of it, where the function allows. Compiled in each process: Numba cannot cache what depends on a
+function it does not know.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import errors as numba_errors
+
+from dvkernels.custom_reduction import CustomReduction
+from dvkernels.errors import UnsupportedDTypeError
+from dvkernels.kernels.cpu import elementwise, memory
+
+__all__ = ["runner"]
+
+ELEMENTWISE = "0b924f64"
+MEMORY = "f4359ed3"
+
+carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
+_BLOCK = 1024
+
+_runners: weakref.WeakKeyDictionary[CustomReduction, dict[np.dtype[Any], Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def runner(op: CustomReduction, dtype: np.dtype[Any]) -> int:
+    """Return the address of the runner of ``op`` over ``dtype``, compiled when first asked for."""
+    found = _runners.setdefault(op, {})
+    if dtype not in found:
+        try:
+            found[dtype] = _make(op.fn, dtype.type)
+        except numba_errors.NumbaError as error:
+            raise UnsupportedDTypeError(
+                f"{op!r} cannot be compiled for {dtype}: {str(error).strip():.300}"
+            ) from error
+    address: int = found[dtype].address
+    return address
+
+
+def _make(fn: Any, real: Any) -> Any:
+    itemsize = np.dtype(real).itemsize
+
+    @numba.cfunc(types.void(types.int64))
+    def run(job):  # type: ignore[no-untyped-def]
+        num_pieces, grain = memory.load(job, 8), memory.load(job, 9)
+        width, num_parts = memory.load(job, 16), memory.load(job, 17)
+        program, num_rows = job + 8 * memory.load(job, 13), memory.load(job, 14)
+        room = np.empty(width, np.int64)
+        table = np.int64(room.ctypes.data)
+        block = np.empty(_BLOCK, real)
+        begin = memory.fetch_add(job, 0, grain)
+        while begin < num_pieces:
+            for piece in range(begin, min(begin + grain, num_pieces)):
+                where, column, length, line, last_line = elementwise.locate(job, piece)
+                while line < last_line:
+                    elementwise.addresses_on(line, where, width, table)
+                    for row in range(num_rows):
+                        step = program + 48 * row
+                        first, count = column, length
+                        chunk = memory.load(step, 0)
+                        if chunk >= 0:
+                            start, count = elementwise.part(length, num_parts, chunk)
+                            first += start
+                        sources = table + 8 * memory.load(step, 1)
+                        targets = table + 8 * memory.load(step, 3)
+                        for offset in range(first, first + count, _BLOCK):
+                            size = min(_BLOCK, first + count - offset)
+                            for k in range(memory.load(step, 2)):
+                                address = memory.load(sources, k) + offset * itemsize
+                                source = carray(memory.pointer(address), size, real)
+                                if k == 0:
+                                    block[:size] = source
+                                else:
+                                    for i in range(size):
+                                        block[i] = fn(block[i], source[i])
+                            for k in range(memory.load(step, 4)):
+                                address = memory.load(targets, k) + offset * itemsize
+                                carray(memory.pointer(address), size, real)[:] = block[:size]
+                    line += 1
+            begin = memory.fetch_add(job, 0, grain)
+
+    return run

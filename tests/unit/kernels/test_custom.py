@@ -1,0 +1,98 @@
+"""A reduction of the user's own is accepted by every algorithm and in every door."""
+
+from __future__ import annotations
+
+import functools
+
+import numba
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels import errors, kernels
+
+
+@numba.njit
+def larger(a, b):
+    return a if abs(a) >= abs(b) else b
+
+
+@numba.njit
+def xor(a, b):
+    return a ^ b
+
+
+LARGER = dv.CustomReduction(larger, 0, "largest magnitude")
+XOR = dv.CustomReduction(xor, 0, "xor")
+
+
+def made(dtype, count=4, length=5003):
+    rng = np.random.default_rng(0)
+    return [(rng.standard_normal(length) * 50).astype(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("op", "dtype"), [(LARGER, "f4"), (LARGER, "c16"), (XOR, "i4")])
+@pytest.mark.parametrize("algorithm", ["auto", "direct", "ring"])
+def test_every_algorithm_takes_it(op, dtype, algorithm):
+    buffers = made(dtype)
+    fold = np.bitwise_xor if op is XOR else lambda a, b: np.where(abs(a) >= abs(b), a, b)
+    expected = functools.reduce(fold, buffers)
+    out = kernels.all_reduce(buffers, op, algorithm=algorithm, out=made(dtype))
+    kernels.all_reduce(buffers, op, algorithm=algorithm)
+    for array in (*buffers, *out):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_the_other_kernels_take_it():
+    buffers = made("i8")
+    expected = functools.reduce(np.bitwise_xor, buffers)
+    np.testing.assert_array_equal(kernels.reduce(buffers, XOR), expected)
+    np.testing.assert_array_equal(np.concatenate(kernels.reduce_scatter(buffers, XOR)), expected)
+    kernels.all_reduce_many([buffers], XOR)
+    np.testing.assert_array_equal(buffers[2], expected)
+
+
+def test_strategies_take_it():
+    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+        values = dv.PerReplica([np.array([1.0, -5.0]), np.array([-3.0, 2.0]), np.zeros(2)])
+        np.testing.assert_array_equal(strategy.reduce(LARGER, values), [-3, -5])
+        np.testing.assert_array_equal(strategy.reduce(LARGER, values, axis=0), -5)
+        result = strategy.run(
+            lambda value: dv.get_replica_context().all_reduce(LARGER, value), (values,)
+        )
+        for array in result.values:
+            np.testing.assert_array_equal(array, [-3, -5])
+        empty = dv.PerReplica([np.zeros((0, 2))] * 3)
+        np.testing.assert_array_equal(strategy.reduce(LARGER, empty, axis=0), [0, 0])
+
+
+def test_replicas_must_bring_the_same_one():
+    def step():
+        op = dv.CustomReduction(larger, 0, "made in run")
+        dv.get_replica_context().all_reduce(op, np.ones(2))
+
+    with (
+        dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy,
+        pytest.raises(errors.CollectiveMismatchError),
+    ):
+        strategy.run(step)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "O", ">f4"])
+def test_dtypes_that_it_does_not_work_on(dtype):
+    with pytest.raises(errors.UnsupportedDTypeError):
+        kernels.all_reduce([np.ones(3).astype(dtype) for _ in range(2)], LARGER)
+
+
+def test_a_function_that_does_not_compile_touches_nothing():
+    buffers = [np.ones(3), np.ones(3)]
+    op = dv.CustomReduction(xor, 0, "xor")
+    with pytest.raises(errors.UnsupportedDTypeError, match=r"xor.*float64"):
+        kernels.all_reduce(buffers, op)
+    assert (np.array(buffers) == 1).all()
+
+
+@pytest.mark.parametrize("arguments", [(max, 0, "x"), (None, 0, "x"), (larger, 0, 3)])
+def test_nonsense_raises(arguments):
+    with pytest.raises(TypeError, match="CustomReduction"):
+        dv.CustomReduction(*arguments)

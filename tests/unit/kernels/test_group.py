@@ -1,0 +1,169 @@
+"""Collectives inside compiled code: right, prompt, and never waiting for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numba
+import numpy as np
+import pytest
+
+from dvkernels import errors
+from dvkernels.kernels.cpu import group
+
+
+@numba.njit(nogil=True)
+def many_steps(state, rank, values, copied, count):
+    for number in range(count):
+        group.all_reduce(state, rank, values)
+        group.barrier(state, rank)
+        values += rank
+        copied[0] = rank + number
+        group.broadcast(state, rank, copied, number % 3)
+        values[0] += copied[0]
+
+
+@numba.njit(nogil=True)
+def reductions(state, rank, values, results):
+    results[:] = values
+    group.all_reduce(state, rank, results[0], "mean")
+    group.all_reduce(state, rank, results[1], "min")
+    group.all_reduce(state, rank, results[2], "max")
+    group.all_reduce(state, rank, results[3], "prod")
+
+
+@numba.njit(nogil=True)
+def barriers(state, rank, count):
+    for _ in range(count):
+        group.barrier(state, rank)
+
+
+@numba.njit(nogil=True)
+def reduce_once(state, rank, values):
+    group.all_reduce(state, rank, values)
+
+
+@numba.njit(nogil=True)
+def broadcast_once(state, rank, values, root):
+    group.broadcast(state, rank, values, root)
+
+
+def together(*calls):
+    """Run the calls on threads of their own; return what each raised."""
+    raised = [None] * len(calls)
+
+    def run(k):
+        try:
+            calls[k]()
+        except Exception as error:
+            raised[k] = error
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return raised
+
+
+def test_replicas_meet_again_and_again():
+    team = group.Group(3)
+    values = [np.full(11, float(rank)) for rank in range(3)]
+    copied = [np.zeros(5, "i2") for _ in range(3)]
+    count = 40
+    calls = [
+        lambda rank=rank: many_steps(team.state, rank, values[rank], copied[rank], count)
+        for rank in range(3)
+    ]
+    assert together(*calls) == [None] * 3
+    expected = [np.full(11, float(rank)) for rank in range(3)]
+    for number in range(count):
+        total = sum(expected)
+        expected = [total + rank for rank in range(3)]
+        for array in expected:
+            array[0] += number % 3 + number
+    for array, right in zip(values, expected, strict=True):
+        np.testing.assert_array_equal(array, right)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 1000])
+def test_reductions_are_those_of_numpy(length):
+    rng = np.random.default_rng(0)
+    team = group.Group(2)
+    values = [rng.standard_normal((4, length)) for _ in range(2)]
+    results = [np.empty((4, length)) for _ in range(2)]
+    calls = [
+        lambda rank=rank: reductions(team.state, rank, values[rank], results[rank])
+        for rank in range(2)
+    ]
+    assert together(*calls) == [None] * 2
+    a, b = values
+    expected = [(a[0] + b[0]) / 2, np.minimum(a[1], b[1]), np.maximum(a[2], b[2]), a[3] * b[3]]
+    for result in results:
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_a_replica_that_does_not_come_ends_the_wait():
+    team = group.Group(3, timeout_seconds=1)
+    barriers(group.Group(1).state, 0, 1)  # compiled
+    began = time.monotonic()
+    raised = together(*[lambda rank=rank: barriers(team.state, rank, 1) for rank in range(2)])
+    assert time.monotonic() - began < 5
+    kinds = {type(error) for error in raised}
+    assert errors.CollectiveTimeoutError in kinds
+    assert kinds <= {errors.CollectiveTimeoutError, errors.CollectiveMismatchError}
+    with pytest.raises(errors.CollectiveMismatchError, match="aborted"):
+        barriers(team.state, 0, 1)
+    team.reset()
+    assert (
+        together(*[lambda rank=rank: barriers(team.state, rank, 5) for rank in range(3)])
+        == [None] * 3
+    )
+
+
+def test_abort_ends_every_wait_at_once():
+    team = group.Group(2)
+    barriers(group.Group(1).state, 0, 1)
+    threading.Timer(0.2, team.abort).start()
+    began = time.monotonic()
+    (error,) = together(lambda: barriers(team.state, 0, 1))
+    assert isinstance(error, errors.CollectiveMismatchError)
+    assert time.monotonic() - began < 2
+
+
+def test_replicas_that_disagree():
+    for calls in (
+        lambda team: [
+            lambda: reduce_once(team.state, 0, np.ones(3)),
+            lambda: reduce_once(team.state, 1, np.ones(4)),
+        ],
+        lambda team: [
+            lambda: broadcast_once(team.state, 0, np.ones(3), 0),
+            lambda: broadcast_once(team.state, 1, np.ones(3), 1),
+        ],
+    ):
+        raised = together(*calls(group.Group(2)))
+        assert [type(error) for error in raised] == [errors.CollectiveMismatchError] * 2
+
+
+def test_a_rank_out_of_range():
+    with pytest.raises(ValueError, match="rank or a root"):
+        reduce_once(group.Group(1).state, 1, np.ones(3))
+    with pytest.raises(ValueError, match="rank or a root"):
+        broadcast_once(group.Group(1).state, 0, np.ones(3), 1)
+
+
+@pytest.mark.parametrize("array", [np.ones((3, 3))[:, 1], np.ones(3, "c8"), np.ones(3, "f2")])
+def test_arrays_that_do_not_fit(array):
+    with pytest.raises((numba.core.errors.TypingError, NotImplementedError)):
+        reduce_once(group.Group(1).state, 0, array)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (2, 0), (2, -1), (2, float("inf"))])
+def test_nonsense_raises(arguments):
+    with pytest.raises(ValueError, match="at least 1 replica"):
+        group.Group(*arguments)
+    with pytest.raises(TypeError, match=r"numba\.njit"):
+        group.all_reduce(None, 0, None)
