@@ -37,6 +37,7 @@ ROWS = (
     ("data",),
     ("checkpoint", "optimizers"),
     ("strategies",),
+    ("benchmarks",),
     ("cli", "testing", "__main__"),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS, start=1) for room in rooms}

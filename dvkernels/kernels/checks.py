@@ -37,6 +37,7 @@ __all__ = [
     "in_place",
     "is_cuda",
     "like",
+    "listed",
     "raise_no_cuda",
     "reduction",
     "results",
@@ -70,20 +71,25 @@ address = (
 )
 
 
+def listed(verb: str, buffers: Any, name: str = "replica") -> Sequence[Any]:
+    """Return the buffers as a list or tuple: what can be iterated over once is, once."""
+    if isinstance(buffers, (list, tuple)):
+        return buffers
+    try:
+        return [*buffers]
+    except TypeError:
+        raise NotABufferError(
+            f"{verb} needs a sequence of arrays, one per {name}; got {type(buffers).__name__}"
+        ) from None
+
+
 def views(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
     """Return a view of each buffer; raise unless there is one and all are arrays."""
     found: list[Array] = []
-    try:
-        for buffer in buffers:
-            if type(buffer) is not np.ndarray:
-                buffer = _view(verb, buffer, f"{name} {len(found)}")
-            found.append(buffer)
-    except TypeError as error:
-        if isinstance(error, NotABufferError):
-            raise
-        raise NotABufferError(
-            f"{verb} needs a sequence of arrays, one per replica; got {type(buffers).__name__}"
-        ) from None
+    for buffer in listed(verb, buffers):
+        if type(buffer) is not np.ndarray:
+            buffer = _view(verb, buffer, f"{name} {len(found)}")
+        found.append(buffer)
     if not found:
         raise BufferMismatchError(f"{verb} needs at least one buffer; got an empty sequence")
     return found
@@ -193,7 +199,7 @@ def apart(
     dtype = reads[0].dtype
     if out is None:
         return [np.empty(shape, dtype) for shape in shapes]
-    writes = views(verb, out, "out")
+    writes = _outs(verb, out, len(shapes))
     _check_outs(verb, writes, shapes, dtype, "np.empty")
     _check_disjoint(verb, writes, reads, "out {}".format, may_be_inputs=False)
     return writes
@@ -206,11 +212,6 @@ def _check_outs(
     dtype: np.dtype[Any],
     remedy: str,
 ) -> None:
-    if len(writes) != len(shapes):
-        raise BufferMismatchError(
-            f"{verb} needs {len(shapes)} out array{'s' * (len(shapes) != 1)}; got {len(writes)}; "
-            "pass one per result"
-        )
     for index, (write, shape) in enumerate(zip(writes, shapes, strict=True)):
         if write.shape != shape or write.dtype != dtype:
             raise BufferMismatchError(
@@ -225,9 +226,19 @@ def results(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
     """Return the arrays to write to: checked ``out``, or new ones, which need no check."""
     if out is NEW:
         return [np.empty(reads[0].shape, reads[0].dtype) for _ in reads]
-    writes = arrays(verb, out, "out")
+    writes = _outs(verb, out, len(reads))
     separate(verb, reads, writes, len(reads))
     return writes
+
+
+def _outs(verb: str, out: Sequence[Any], count: int) -> list[Array]:
+    """Return a view of each ``out``; raise unless there are ``count``."""
+    if len(out) != count:
+        raise BufferMismatchError(
+            f"{verb} needs {count} out array{'s' * (count != 1)}; got {len(out)}; "
+            "pass one per result"
+        )
+    return views(verb, out, "out")
 
 
 def reduction(verb: str, op: Any, dtype: np.dtype[Any]) -> Reduction:

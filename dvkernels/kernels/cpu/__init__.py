@@ -33,11 +33,9 @@ __all__ = [
 
 def _cheapest(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     """Reduce by the algorithm that the cost model finds cheapest for so many bytes."""
-    try:
-        num_replicas, nbytes = len(buffers), buffers[0].nbytes
-    except (TypeError, AttributeError, IndexError, KeyError):  # the checks will say what is wrong
-        num_replicas, nbytes = 1, 0
-    chosen = cost.cheapest(cost.CPU, num_replicas, nbytes)
+    buffers = checks.listed(verb, buffers)
+    nbytes = getattr(buffers[0], "nbytes", 0) if buffers else 0
+    chosen = cost.cheapest(cost.CPU, len(buffers) or 1, nbytes)
     return _ALGORITHMS[chosen](verb, buffers, op, out)
 
 

@@ -12,6 +12,7 @@ __all__ = ["broadcast"]
 
 def broadcast(buffers: Any, root: int = 0) -> list[Any]:
     """Leave ``buffers[root]`` in every buffer; see :func:`dvkernels.kernels`."""
+    buffers = checks.listed("broadcast", buffers)
     views = checks.arrays("broadcast", buffers)
     root = checks.check_root("broadcast", root, len(views))
     checks.check_dtype_moves("broadcast", views[0].dtype)

@@ -21,7 +21,7 @@ from dvkernels.kernels.cpu import elementwise, memory
 
 __all__ = ["runner"]
 
-ELEMENTWISE = "0b924f64"
+ELEMENTWISE = "d36aaa73"
 MEMORY = "f4359ed3"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
@@ -51,15 +51,15 @@ def _make(fn: Any, real: Any) -> Any:
 
     @numba.cfunc(types.void(types.int64))
     def run(job):  # type: ignore[no-untyped-def]
-        num_pieces, grain = memory.load(job, 8), memory.load(job, 9)
         width, num_parts = memory.load(job, 16), memory.load(job, 17)
         program, num_rows = job + 8 * memory.load(job, 13), memory.load(job, 14)
         room = np.empty(width, np.int64)
         table = np.int64(room.ctypes.data)
         block = np.empty(_BLOCK, real)
-        begin = memory.fetch_add(job, 0, grain)
-        while begin < num_pieces:
-            for piece in range(begin, min(begin + grain, num_pieces)):
+        ordinal = memory.fetch_add(job, 0, 1)
+        turn, begin, end = elementwise.claim(job, ordinal, 0)
+        while begin < end:
+            for piece in range(begin, end):
                 where, column, length, line, last_line = elementwise.locate(job, piece)
                 while line < last_line:
                     elementwise.addresses_on(line, where, width, table)
@@ -86,6 +86,6 @@ def _make(fn: Any, real: Any) -> Any:
                                 address = memory.load(targets, k) + offset * itemsize
                                 carray(memory.pointer(address), size, real)[:] = block[:size]
                     line += 1
-            begin = memory.fetch_add(job, 0, grain)
+            turn, begin, end = elementwise.claim(job, ordinal, turn)
 
     return run

@@ -29,6 +29,9 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
         reduced = prompt.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
+    else:
+        out = out if out is checks.NEW else checks.listed(verb, out, "out")
+    buffers = checks.listed(verb, buffers)
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
@@ -58,6 +61,7 @@ def aggregate_mean(buffers: Any, *, out: Any = None) -> Any:
 
 
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
+    buffers = checks.listed(verb, buffers)
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:

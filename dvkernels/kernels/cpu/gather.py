@@ -22,6 +22,7 @@ Array = np.ndarray[Any, Any]
 
 def reduce_scatter(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[Any]:
     """Return part r of the reduction for replica r; see :func:`dvkernels.kernels`."""
+    buffers, out = _listed("reduce_scatter", buffers, out)
     reads = checks.arrays("reduce_scatter", buffers)
     op = checks.reduction("reduce_scatter", op, reads[0].dtype)
     checks.check_axis("reduce_scatter", 0, reads[0])
@@ -40,6 +41,7 @@ def reduce_scatter(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[An
 
 def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None) -> list[Any]:
     """Return the concatenation for each replica; see :func:`dvkernels.kernels`."""
+    buffers, out = _listed("all_gather", buffers, out)
     reads, axis = checks.arrays_along("all_gather", buffers, axis)
     checks.check_dtype_moves("all_gather", reads[0].dtype)
     shape = reads[0].shape
@@ -58,6 +60,7 @@ def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None) -> list[Any]:
 
 def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
     """Return, for replica i, part i of every buffer, in their order."""
+    buffers, out = _listed("all_to_all", buffers, out)
     reads = checks.arrays("all_to_all", buffers)
     checks.check_dtype_moves("all_to_all", reads[0].dtype)
     checks.check_axis("all_to_all", 0, reads[0])
@@ -73,6 +76,12 @@ def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
     ]
     jobs.move(groups, jobs.combine(1, 1))
     return _returned(writes, buffers, out)
+
+
+def _listed(verb: str, buffers: Any, out: Any) -> tuple[Any, Any]:
+    """Return both as lists or tuples, so that they can be gone through again."""
+    buffers = checks.listed(verb, buffers)
+    return buffers, out if out is None else checks.listed(verb, out, "out")
 
 
 def _returned(writes: list[Array], buffers: Any, out: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
-ELEMENTWISE = "0b924f64"
+ELEMENTWISE = "d36aaa73"
 MEMORY = "f4359ed3"
 
 _SLOTS = 32

@@ -1,14 +1,16 @@
 """A job: which arrays a runner combines, laid out as int64 words that compiled code reads.
 
-    [0] next piece, on a cache line of its own: what the threads count on
+    [0] threads that have begun
     [8] pieces   [9] pieces claimed at once   [10] elements of a line that one piece holds
     [11] items   [12] where they are          [13] where the program is   [14] its rows
     [15] where the data lies: see elementwise.span    [16] arrays an item
     [17] parts that the rows name             [18] the runner   [19] where its numbers are
+    [20] where the counters of claimed pieces are   [21] how many: one a segment of the pieces
     items, four words each: first piece, elements a line, lines, where the table is
     the program, six words a row: part (-1: all), sources, how many, targets, how many, divisor
     tables, one an item: the addresses of its arrays, then, of several lines, their strides
     float64 numbers that the runner needs
+    counters, each at the head of 64 bytes that nothing else lies in
 
 An item is a set of arrays of one shape that are dense, or lines of dense elements at even
 distances. Items are cut into pieces; a thread runs all rows of the program over its piece.
@@ -30,11 +32,13 @@ from dvkernels.reduce_op import ReduceOp, Reduction
 __all__ = [
     "FAR_NBYTES",
     "HEADER",
+    "MOST_SEGMENTS",
     "PIECE_NBYTES",
     "Program",
     "combine",
     "combine_in_place",
     "divisor",
+    "lay_out_sum",
     "move",
     "run",
 ]
@@ -50,6 +54,7 @@ _BYTE = np.dtype(np.int8)
 _LINE = 128  # bytes that one turn of the vector loop moves
 _SHORT_NBYTES = 64  # shorter lines cost more to find than to copy
 _MANY_ITEMS = 4096
+MOST_SEGMENTS = 16
 
 
 class Program(NamedTuple):
@@ -140,6 +145,13 @@ def run(
     pool.execute(job, memory.address_of(job), moved, copies)
 
 
+def lay_out_sum(buffers: Sequence[Array], longest: int, runner: int) -> Array:
+    """Return the job that sums dense buffers in place, in pieces of ``longest`` elements."""
+    item = _Item(buffers[0].size, 1, [*map(checks.address, buffers)], ())
+    program = combine_in_place(len(buffers), 1)
+    return _lay_out([item], program, longest, pool.SHARED_NBYTES, runner, ())
+
+
 def _far(moved: int, program: Program) -> int:
     """Return where the data lies, as ``elementwise.span`` wants to know it."""
     if moved < FAR_NBYTES:
@@ -175,13 +187,17 @@ def _lay_out(
         num_pieces += -(-length // longest) * -(-num_lines // lines)
     grain = max(1, min(64, num_pieces // 64))
     where_numbers = where_table + len(tables)
-    job = memory.words(where_numbers + len(numbers))
-    job[8:20] = (
+    # Where one thread will run the job, one segment; else one for each thread.
+    num_segments = min(pool.num_threads(), MOST_SEGMENTS) if moved >= pool.SHARED_NBYTES else 1
+    where_counters = -(-(where_numbers + len(numbers)) // 8) * 8
+    job = memory.words(where_counters + 8 * num_segments)
+    job[8:22] = (
         num_pieces, grain, longest, len(items), where_items, where_program, len(rows),
         _far(moved, program), len(table), program.num_parts, runner, where_numbers,
+        where_counters, num_segments,
     )  # fmt: skip
     job[where_items:where_numbers] = [*records, *(word for row in rows for word in row), *tables]
-    job[where_numbers:].view(np.float64)[:] = numbers
+    job[where_numbers : where_numbers + len(numbers)].view(np.float64)[:] = numbers
     return job
 
 

@@ -17,16 +17,17 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "02e429cb"
+JOBS = "3c9f5544"
 MEMORY = "f4359ed3"
-OBJECTS = "c529d45c"
-POOL = "b314f38b"
+OBJECTS = "b1444e29"
+POOL = "2cf69cc9"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
 _PROGRAM, _ITEMS = jobs.HEADER, jobs.HEADER + 6  # after the program of one row
 _RUNNER, _ITEMSIZE = objects.RUNNER, objects.ITEMSIZE
-_IS_MEAN, _SHARED = objects.IS_MEAN, objects.SHARED
+_IS_MEAN, _SHARED, _THREADS = objects.IS_MEAN, objects.SHARED, objects.THREADS
+_MOST_SEGMENTS = jobs.MOST_SEGMENTS
 
 Array = np.ndarray[Any, Any]
 
@@ -53,12 +54,14 @@ def _reduce_at_once(listed: list[list[Any]], op: Any) -> bool:
         return False
     count, width = len(listed), len(listed[0])
     where_tables = _ITEMS + 4 * count
-    job = memory.words(where_tables + count * width)
+    where_counters = -(-(where_tables + count * width) // 8) * 8
+    job = memory.words(where_counters + 8 * jobs.MOST_SEGMENTS)
+    job[20] = where_counters
     address = memory.address_of(job)
     moved = _prepare(id(listed), recipe.address, address, width)
     if moved < 0:
         return False
-    starts = job[where_tables:]
+    starts = job[where_tables : where_tables + count * width]
     nbytes = np.repeat(job[_ITEMS + 1 : where_tables : 4] * recipe.words[_ITEMSIZE], width)
     order = np.argsort(starts)
     starts = starts[order]
@@ -105,6 +108,10 @@ def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
     memory.store(job, 11, count)
     memory.store(job, 12, _ITEMS)
     memory.store(job, 13, _PROGRAM)
+    num_segments = np.int64(1)
+    if moved >= memory.load(recipe, _SHARED):
+        num_segments = np.int64(min(memory.load(recipe, _THREADS), _MOST_SEGMENTS))
+    memory.store(job, 21, num_segments)
     memory.store(job, 14, 1)
     memory.store(job, 15, np.int64(moved >= _FAR_NBYTES))
     memory.store(job, 16, width)

@@ -26,6 +26,7 @@ __all__ = [
     "ITEMSIZE",
     "RUNNER",
     "SHARED",
+    "THREADS",
     "item_of",
     "learn",
     "length_of",
@@ -33,8 +34,8 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "0b924f64"
-POOL = "b314f38b"
+ELEMENTWISE = "d36aaa73"
+POOL = "2cf69cc9"
 MEMORY = "f4359ed3"
 
 # Where things lie: words of a list, and of an array, after the object header.
@@ -44,7 +45,7 @@ _LENGTH, _ITEMS = _HEAD, _HEAD + 1
 _DATA, _NUM_DIMS, _DIMS, _DTYPE, _FLAGS = _HEAD, _HEAD + 1, _HEAD + 2, _HEAD + 5, _HEAD + 6
 _CONTIGUOUS, _WRITEABLE = 0x1, 0x400
 # The words of a recipe.
-_ARRAY_TYPE, _DTYPE_OBJECT, RUNNER, ITEMSIZE, _FACTOR, IS_MEAN, SHARED = range(7)
+_ARRAY_TYPE, _DTYPE_OBJECT, RUNNER, ITEMSIZE, _FACTOR, IS_MEAN, SHARED, THREADS = range(8)
 
 
 class Recipe(NamedTuple):
@@ -115,6 +116,7 @@ def learn(op: Reduction, dtype: np.dtype[Any]) -> None:
             factor,
             op is ReduceOp.MEAN,
             pool.SHARED_NBYTES,
+            pool.num_threads(),
         ],
         np.int64,
     )

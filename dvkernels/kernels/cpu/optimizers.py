@@ -25,8 +25,8 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "0b924f64"
-JOBS = "02e429cb"
+ELEMENTWISE = "d36aaa73"
+JOBS = "3c9f5544"
 MEMORY = "f4359ed3"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
@@ -245,7 +245,6 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
 
     @numba.cfunc(types.void(types.int64), cache=True, error_model="numpy")
     def run(job):  # type: ignore[no-untyped-def]
-        num_pieces, grain = memory.load(job, 8), memory.load(job, 9)
         far, width = memory.load(job, 15), memory.load(job, 16)
         row = job + 8 * memory.load(job, 13)
         num_replicas, num_copies = memory.load(row, 2), memory.load(row, 4)
@@ -254,9 +253,10 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
         room = np.empty(width, np.int64)
         table = np.int64(room.ctypes.data)
         block = np.empty(_BLOCK + 16, real)
-        begin = memory.fetch_add(job, 0, grain)
-        while begin < num_pieces:
-            for piece in range(begin, min(begin + grain, num_pieces)):
+        ordinal = memory.fetch_add(job, 0, 1)
+        turn, begin, end = elementwise.claim(job, ordinal, 0)
+        while begin < end:
+            for piece in range(begin, end):
                 where, first, length, line, last_line = elementwise.locate(job, piece)
                 while line < last_line:
                     elementwise.addresses_on(line, where, width, table)
@@ -301,7 +301,7 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                                     2 * far, 0, code,
                                 )  # fmt: skip
                     line += 1
-            begin = memory.fetch_add(job, 0, grain)
+            turn, begin, end = elementwise.claim(job, ordinal, turn)
 
     return run
 

@@ -30,7 +30,7 @@ from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels.cpu import memory
 from dvkernels.schedules import cost
 
-__all__ = ["SHARED_NBYTES", "execute", "num_threads"]
+__all__ = ["SHARED_NBYTES", "execute", "help_out", "num_threads", "run_alone", "wake"]
 
 MEMORY = "f4359ed3"
 
@@ -181,6 +181,13 @@ def _renew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
+
+
+def wake() -> None:
+    """Wake the helpers that sleep, and start them if there are none yet."""
+    if _pool.bells is None:
+        _pool.start()
+    _pool.wake()
 
 
 def execute(job: Any, address: int, moved: int, copies: Sequence[tuple[Any, Any]] = ()) -> None:

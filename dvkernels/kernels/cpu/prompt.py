@@ -16,19 +16,20 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce"]
 
-JOBS = "02e429cb"
+JOBS = "3c9f5544"
 MEMORY = "f4359ed3"
-OBJECTS = "c529d45c"
-POOL = "b314f38b"
+OBJECTS = "b1444e29"
+POOL = "2cf69cc9"
 
-_MOST_REPLICAS = 64
+_MOST_REPLICAS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
-# Up to here a call keeps the interpreter's lock: 10 us, less than giving it up may cost.
-_SHORT_NBYTES = 512 * 1024
+_COUNTERS = -(-(_TABLE + _MOST_REPLICAS) // 8) * 8
+# Up to here a call keeps the interpreter's lock: 2 us, less than giving it up may cost.
+_SHORT_NBYTES = 256 * 1024
 _DECLINED, _DONE = -1, -2
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
 _RUNNER, _ITEMSIZE = objects.RUNNER, objects.ITEMSIZE
-_IS_MEAN, _SHARED = objects.IS_MEAN, objects.SHARED
+_IS_MEAN, _SHARED, _THREADS = objects.IS_MEAN, objects.SHARED, objects.THREADS
 
 
 @numba.njit("int64(int64, int64, int64)", cache=True)
@@ -56,6 +57,12 @@ def _prepare(views, recipe, job):  # type: ignore[no-untyped-def]
     if moved >= memory.load(recipe, _SHARED):
         wanted = max(4096, min(_PIECE_NBYTES // count, nbytes // 4))
         longest = (wanted & -128) // itemsize
+    num_segments = np.int64(1)
+    if moved >= memory.load(recipe, _SHARED):
+        num_segments = np.int64(min(memory.load(recipe, _THREADS), _MOST_SEGMENTS))
+    for segment in range(num_segments):
+        memory.store(job, _COUNTERS + 8 * segment, 0)
+    memory.store(job, 21, num_segments)
     memory.store(job, 0, 0)
     memory.store(job, 8, 0 if length == 0 else -(-length // longest))
     memory.store(job, 10, longest)
@@ -78,9 +85,9 @@ _prepare_now = _prepare.get_overload((types.int64,) * 3)
 
 
 def _new_job() -> tuple[Any, int]:
-    job = memory.words(_TABLE + _MOST_REPLICAS)
+    job = memory.words(_COUNTERS + 8 * _MOST_SEGMENTS)
     job[9] = job[11] = job[14] = job[17] = 1  # claims of one piece, one item, one row, one part
-    job[12], job[13] = _ITEM, _ROW
+    job[12], job[13], job[20] = _ITEM, _ROW, _COUNTERS
     job[_ITEM:_ROW] = (0, 0, 1, _TABLE)
     job[_ROW:_TABLE] = (-1, 0, 0, 0, 0, 1)
     return job, memory.address_of(job)

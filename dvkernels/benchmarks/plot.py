@@ -1,0 +1,53 @@
+"""The curves of a benchmark: bandwidth and time by size, ours beside the probe and the peers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dvkernels.benchmarks.measurement import Measurement
+from dvkernels.errors import DvKernelsError
+
+__all__ = ["MissingPackageError", "draw"]
+
+
+class MissingPackageError(DvKernelsError, ImportError):
+    """A package that an option needs is not installed."""
+
+
+def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
+    """Draw one collective's measurements to a file whose suffix says the format."""
+    try:
+        matplotlib: Any = importlib.import_module("matplotlib")
+    except ImportError:
+        raise MissingPackageError(
+            "bench --plot needs matplotlib: pip install 'dvkernels[plot]'"
+        ) from None
+    matplotlib.use("agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    sizes = [found.case.count * found.case.dtype.itemsize for found in measurements]
+    figure, (rate, time) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    curves: dict[str, list[tuple[int, float]]] = {"dvkernels": [], "probe (limit)": []}
+    for size, found in zip(sizes, measurements, strict=True):
+        curves["dvkernels"].append((size, found.ours.median))
+        curves["probe (limit)"].append((size, found.probe.median))
+        for name, samples in found.peers.items():
+            curves.setdefault(name, []).append((size, samples.median))
+    for name, points in curves.items():
+        style = {"dvkernels": "-o", "probe (limit)": "k--"}.get(name, "-")
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        gbps = [x / y / 1e9 for x, y in points]
+        rate.plot(xs, gbps, style, label=name, markersize=3)
+        time.plot(xs, [1e6 * y for y in ys], style, label=name, markersize=3)
+    for axes, label in ((rate, "algbw (GB/s)"), (time, "time (us)")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("bytes a replica")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    time.set_yscale("log")
+    rate.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)

@@ -1,0 +1,272 @@
+"""``python -m dvkernels bench``: how fast each collective is, beside the limit and the peers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dvkernels._version import __version__
+from dvkernels.devices import cpu
+from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
+
+__all__: list[str] = []
+
+HELP = "measure collectives by size, beside the memory limit and other libraries"
+
+_SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_DEFAULT_SIZES = "4:256M"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "collectives",
+        nargs="*",
+        metavar="COLLECTIVE",
+        help="all_reduce (default), broadcast, reduce, reduce_scatter, all_gather, all_to_all",
+    )
+    parser.add_argument(
+        "--sizes",
+        default=_DEFAULT_SIZES,
+        metavar="MIN:MAX | A,B,...",
+        help="bytes of one replica's buffer; K, M, G are powers of 1024 (default 4:256M)",
+    )
+    parser.add_argument("--factor", type=int, default=4, help="from one size to the next")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--op", default="sum")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--algorithm", default="auto", help="auto, direct or ring")
+    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds (default 9)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="PEER",
+        help="measure them in the same run: numpy, mpich, openmpi, impi, gloo, jax, tensorflow; "
+        "all that are installed if none is named",
+    )
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="PEER=PATH",
+        help="the interpreter of the environment that has a peer (repeatable)",
+    )
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="'-' is stdout")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure the constants of the cost model, print them and end",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; 1 if any element was wrong or a peer was lost."""
+    # Compiles and loads Numba: only once the options are known to be wanted.
+    from dvkernels.benchmarks import calibration, cases, measurement, memory_left, report
+
+    if arguments.calibrate:
+        print(calibration.describe(calibration.calibrate(arguments.rounds)))
+        return 0
+    collectives = arguments.collectives or ["all_reduce"]
+    if arguments.rounds < 1:
+        raise BufferMismatchError(f"bench: expected at least 1 round; got {arguments.rounds}")
+    planned = [
+        cases.case(
+            name, nbytes, arguments.dtype, arguments.op, arguments.replicas, arguments.algorithm
+        )
+        for name in collectives
+        for nbytes in _sizes(arguments.sizes, arguments.factor)
+    ]
+    plot, sink = _writable(arguments.plot), _writable(arguments.json)
+    quiet = arguments.json == "-"
+    about = _about(arguments)
+    limit = memory_left.available_nbytes() // 2
+    records: list[dict[str, Any]] = []
+    found: list[measurement.Measurement] = []
+    with contextlib.ExitStack() as stack:
+        workers, with_numpy, notes = _peers(arguments, stack)
+        about["peers"] = notes
+        columns = (["numpy"] if with_numpy else []) + list(workers)
+        if not quiet:
+            for line in _described(about):
+                print(f"# {line}")
+        last = None
+        for case in planned:
+            if not quiet and case.collective != last:
+                last = case.collective
+                print(f"# {case.collective}, {case.num_replicas} replicas")
+                print(report.header(columns))
+            if case.footprint > limit:
+                note = f"{case.nbytes} bytes left out: it needs {case.footprint >> 20} MiB"
+                records.append({"collective": case.collective, "left_out": note})
+                print(f"# {note}", file=sys.stderr if quiet else sys.stdout)
+                continue
+            measured = measurement.measure(
+                case, arguments.rounds, arguments.seed, workers, with_numpy
+            )
+            found.append(measured)
+            records.append(measured.as_record())
+            if not quiet:
+                print(report.line(measured, columns), flush=True)
+            for name, reason in measured.lost_peers.items():
+                print(f"# {reason}", file=sys.stderr if quiet else sys.stdout)
+                workers.pop(name).close()
+    wrong = sum(one.wrong + sum(one.wrong_of_peers.values()) for one in found)
+    lost = sum(len(one.lost_peers) for one in found)
+    if not quiet:
+        print(f"# errors: {wrong} wrong elements, {lost} peers lost")
+    text = json.dumps({**about, "results": records, "wrong": wrong}, indent=1)
+    if quiet:
+        print(text)
+    elif sink is not None:
+        sink.write_text(text + "\n", encoding="utf-8")
+    if plot is not None:
+        _draw(found, plot, about)
+    return 1 if wrong or lost else 0
+
+
+def _sizes(text: str, factor: int) -> list[int]:
+    """Return the bytes that ``4:256M`` or ``1K,64K`` mean."""
+    if ":" not in text:
+        return [_nbytes(part) for part in text.split(",")]
+    first, _, last = text.partition(":")
+    low, high = _nbytes(first), _nbytes(last)
+    if factor < 2 or low > high:
+        raise BufferMismatchError(
+            f"bench: expected --sizes MIN:MAX with MIN <= MAX and --factor of at least 2; got "
+            f"{text!r} and {factor}"
+        )
+    sizes = [low]
+    while sizes[-1] * factor <= high:
+        sizes.append(sizes[-1] * factor)
+    return sizes
+
+
+def _nbytes(text: str) -> int:
+    digits = text.strip().upper().removesuffix("IB").removesuffix("B")
+    suffix = digits[-1:] if digits[-1:] in ("K", "M", "G") else ""
+    number = digits.removesuffix(suffix)
+    if not number.isdecimal() or int(number) < 1:
+        raise BufferMismatchError(f"bench: expected a size such as 4, 64K or 256M; got {text!r}")
+    return int(number) * _SUFFIXES[suffix]
+
+
+def _writable(name: str | None) -> Path | None:
+    """Return the path if a file can be written there; find that out before measuring."""
+    if name is None or name == "-":
+        return None
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BufferMismatchError(f"bench: cannot write {name!r}: give a file in a folder that is")
+    return path
+
+
+def _peers(
+    arguments: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], bool, dict[str, str]]:
+    """Start the peers that were asked for; return workers, whether NumPy, and a note on each."""
+    if arguments.peers is None:
+        return {}, False, {}
+    from dvkernels.benchmarks.peers import registry
+    from dvkernels.benchmarks.peers.worker import Worker
+
+    pythons: dict[str, str] = {}
+    for given in arguments.peer_python:
+        name, _, path = given.partition("=")
+        if name not in registry.PEERS or not path:
+            raise AlgorithmError(
+                f"bench: --peer-python takes PEER=PATH with a peer of "
+                f"{', '.join(registry.PEERS)}; got {given!r}"
+            )
+        pythons[name] = path
+    known = ["numpy", *registry.PEERS]
+    for name in arguments.peers:
+        if name not in known:
+            raise AlgorithmError(f"bench: {name!r} is no peer; use one of {', '.join(known)}")
+    workers: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    for name in arguments.peers or known:
+        if name == "numpy":
+            notes[name] = f"numpy {metadata.version('numpy')}, one thread"
+            continue
+        peer, python = registry.PEERS[name], pythons.get(name, registry.default_python())
+        version = registry.version_of(name, python)
+        if version is None:
+            notes[name] = f"skipped: {peer.package} is not installed ({peer.how_to_get}; then name "
+            notes[name] += f"its interpreter with --peer-python {name}=PATH)"
+            continue
+        try:
+            worker = Worker(name, python, arguments.replicas)
+            stack.callback(worker.close)
+            worker.ask(1, "float32", 1)
+        except WorkerLostError as error:
+            notes[name] = f"skipped: {error}"
+            continue
+        workers[name] = worker
+        notes[name] = f"{peer.package} {version}, {arguments.replicas} ranks"
+    return workers, "numpy" in (arguments.peers or known), notes
+
+
+def _about(arguments: argparse.Namespace) -> dict[str, Any]:
+    packages = ("numpy", "numba", "llvmlite")
+    return {
+        "dvkernels": __version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{_processor()}, {cpu.usable_cores()} usable cores, {platform.system()} "
+        f"{platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "command": "python -m dvkernels bench " + " ".join(_shown(sys.argv)),
+        "rounds": arguments.rounds,
+    }
+
+
+def _shown(argv: Sequence[str]) -> list[str]:
+    """Return the options as given, without the paths of this machine."""
+    given = list(argv[2:]) if len(argv) > 1 and argv[1] == "bench" else []
+    return [
+        f"{word.partition('=')[0]}=PATH" if "=" in word and "/" in word else word for word in given
+    ]
+
+
+def _described(about: dict[str, Any]) -> list[str]:
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    lines = [
+        f"dvkernels {about['dvkernels']}, {about['date']}, {about['machine']}",
+        f"Python {about['python']}, {packages}; {about['rounds']} alternating rounds, medians",
+        "probe: the part of the faster in-place memory probe that was reached, beside it",
+    ]
+    return lines + [f"{name}: {note}" for name, note in about["peers"].items()]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
+
+
+def _draw(found: Sequence[Any], path: Path, about: dict[str, Any]) -> None:
+    from dvkernels.benchmarks import plot
+
+    for name in dict.fromkeys(one.case.collective for one in found):
+        chosen = [one for one in found if one.case.collective == name]
+        case = chosen[0].case
+        several = len({one.case.collective for one in found}) > 1
+        target = path.with_stem(f"{path.stem}-{name}") if several else path
+        title = (
+            f"{name} {case.op.value} {case.dtype.name}, {case.num_replicas} replicas: "
+            f"{about['machine']}, {about['date'][:10]}"
+        )
+        plot.draw(chosen, target, title)
