@@ -167,6 +167,14 @@ class Case:
         op, algorithm, call = self.op, self.algorithm, collective.call
         return lambda: call(buffers, outs, op, algorithm), outs
 
+    def probed(self, buffers: list[Array], outs: list[Array]) -> tuple[list[Array], list[Array]]:
+        """Return what the probe reads and what it overwrites; without the latter, in place."""
+        if self.collective == "all_reduce":
+            return buffers, []
+        if self.collective == "broadcast":
+            return buffers[:1], buffers[1:]
+        return buffers, outs
+
     def wrong_elements(self, seed: int) -> int:
         """Return how many result elements differ from NumPy's, on random inputs."""
         buffers = self.random_buffers(seed)

@@ -90,8 +90,8 @@ def measure(
     """Check a case on random data, then time it beside its probe and its peers."""
     wrong = case.wrong_elements(seed)
     buffers = case.steady_buffers(seed)
-    call, _ = case.caller(buffers)
-    probe = Probe(buffers, case.moved)
+    call, outs = case.caller(buffers)
+    probe = Probe(*case.probed(buffers, outs), case.moved)
     iterations = _iterations(call)
     contestants: dict[str, Callable[[], float]] = {
         "ours": lambda: timed(call, iterations),

@@ -1,13 +1,15 @@
-"""The memory limit, measured: what moving so many bytes in place takes at least.
+"""The memory limit, measured: what moving so many bytes takes at least.
 
-R buffers, each word read once and written once: the mix of an in-place all-reduce, without any
-reduction. Two orders, of which the faster counts: (1) every core goes through its share of one
-buffer after another; (2) through all buffers in step. Each core makes one compiled call; all have
-met in compiled code before the clock starts, and no thread is started in the timed region.
+Of an in-place collective: R buffers, each word read once and written once, without any reduction.
+Two orders, of which the faster counts: (1) every core goes through its share of one buffer after
+another; (2) through all buffers in step. Of one that writes elsewhere: every core reads its share
+of each source, then writes its share of each target, (1) through the caches or (2) past them,
+whichever is faster. Each core makes one compiled call; all have met in compiled code before the
+clock starts, and no thread is started in the timed region.
 
-The words are incremented by a zero that the compiler does not know: the data stays as it is, so
-the probe runs over the very buffers of the collective, as often as it, and finds them in the same
-caches.
+In place, the words are incremented by a zero that the compiler does not know: the data stays as it
+is. So the probe runs over the very buffers of the collective, as often as it, and finds them in
+the same caches. Targets elsewhere are overwritten.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _STEP = 64  # words of each buffer in turn: four lines
 @numba.njit(nogil=True)
 def _one_after_another(table, count, first, last, zero):  # type: ignore[no-untyped-def]
     for k in range(count):
-        buffer = carray(memory.pointer(memory.load(table, k)), last, np.int32)
+        buffer = carray(memory.pointer(memory.load(table, 2 * k)), last, np.int32)
         for i in range(first, last):
             buffer[i] += zero
 
@@ -41,22 +43,48 @@ def _one_after_another(table, count, first, last, zero):  # type: ignore[no-unty
 def _in_step(table, count, first, last, zero):  # type: ignore[no-untyped-def]
     for start in range(first, last - _STEP + 1, _STEP):
         for k in range(count):
-            address = memory.load(table, k) + 4 * start
+            address = memory.load(table, 2 * k) + 4 * start
             part = carray(memory.pointer(address), _STEP, np.int32)
             for i in range(_STEP):
                 part[i] += zero
 
 
 @numba.njit(nogil=True)
-def _work(state, rank, size, table, count, length, in_step, passes):  # type: ignore[no-untyped-def]
-    first, last = length * rank // size, length * (rank + 1) // size
+def _read_then_write(table, sources, targets, rank, size, zero, streams):  # type: ignore[no-untyped-def]
+    """Read a share of the sources, write one of the targets; the table holds addresses, words."""
+    total = np.int64(0)
+    for k in range(sources + targets):
+        address, length = memory.load(table, 2 * k), memory.load(table, 2 * k + 1)
+        first, last = length * rank // size, length * (rank + 1) // size
+        if k < sources:
+            for i in range(first // 2, last // 2):  # whole words: a vector of them is one load
+                total ^= memory.load(address, i)
+        elif streams:
+            begin = (address + 4 * first + 63) & -64
+            for line in range(begin, address + 4 * last - 63, 64):
+                memory.stream_line(line, np.int64(0))
+        else:
+            carray(memory.pointer(address), length, np.int32)[first:last] = zero
+    return total
+
+
+@numba.njit(nogil=True)
+def _work(state, rank, size, table, counts, way, passes):  # type: ignore[no-untyped-def]
+    sources, targets = counts
+    total = np.int64(0)
     for _ in range(passes):
         zero = np.int32(memory.load_shared(np.int64(state.ctypes.data), 20))
-        if in_step:
-            _in_step(table, count, first, last, zero)
+        if targets > 0:
+            total ^= _read_then_write(table, sources, targets, rank, size, zero, way)
         else:
-            _one_after_another(table, count, first, last, zero)
+            length = memory.load(table, 1)
+            first, last = length * rank // size, length * (rank + 1) // size
+            if way:
+                _in_step(table, sources, first, last, zero)
+            else:
+                _one_after_another(table, sources, first, last, zero)
         group.barrier(state, rank)
+    memory.store(np.int64(state.ctypes.data), 21, total)  # or nothing would be read
 
 
 @numba.njit(nogil=True)
@@ -71,38 +99,45 @@ def _meet(state, rank):  # type: ignore[no-untyped-def]
 
 
 class Probe:
-    """The two probes over given buffers, on all usable cores and on one.
+    """The probes over given arrays, on all usable cores and on one.
 
     Parameters
     ----------
-    buffers : sequence of contiguous array, of one size
-        Read and written, and left as they are.
+    sources : sequence of contiguous array
+        Read; and, without targets, written, and left as they are.
+    targets : sequence of contiguous array
+        Overwritten. None of them is a source.
     moved : int
         The bytes that the collective must read and write; times are scaled to them.
     """
 
-    def __init__(self, buffers: Sequence[np.ndarray[Any, Any]], moved: int) -> None:
-        self._buffers = buffers
-        self._length = buffers[0].nbytes // 4
-        self._table = np.array([array.ctypes.data for array in buffers], np.int64)
-        self._scale = moved / max(1, 8 * self._length * len(buffers))
+    def __init__(
+        self,
+        sources: Sequence[np.ndarray[Any, Any]],
+        targets: Sequence[np.ndarray[Any, Any]],
+        moved: int,
+    ) -> None:
+        self._arrays = [*sources, *targets]
+        self._counts = len(sources), len(targets)
+        table = [(array.ctypes.data, array.nbytes // 4) for array in self._arrays]
+        self._table = np.array(table, np.int64)
+        once = 4 * sum(length for _, length in table)
+        self._scale = moved / max(1, once if targets else 2 * once)
+        self._is_empty = once == 0
         self._groups = [group.Group(size) for size in sorted({1, cpu.usable_cores()})]
         self.seconds(1)  # compiles
 
     def seconds(self, passes: int) -> float:
-        """Return what one pass takes, the mean of so many, in the faster order."""
-        if self._length == 0:  # fewer bytes than a word: there is nothing to measure
+        """Return what one pass takes, the mean of so many, in the faster way."""
+        if self._is_empty:  # fewer bytes than a word: there is nothing to measure
             return 0.0
         return self._scale * min(
-            self._seconds(team, in_step, passes)
-            for team in self._groups
-            for in_step in (False, True)
+            self._seconds(team, way, passes) for team in self._groups for way in (False, True)
         )
 
-    def _seconds(self, team: group.Group, in_step: bool, passes: int) -> float:
+    def _seconds(self, team: group.Group, way: bool, passes: int) -> float:
         state, size = team.state, team.num_replicas
-        table, count = int(self._table.ctypes.data), len(self._buffers)
-        arguments = (size, table, count, self._length, in_step, passes)
+        arguments = (size, int(self._table.ctypes.data), self._counts, way, passes)
         helpers = [
             threading.Thread(target=_meet_and_work, args=(state, rank, *arguments), daemon=True)
             for rank in range(1, size)

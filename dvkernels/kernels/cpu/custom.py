@@ -21,8 +21,8 @@ from dvkernels.kernels.cpu import elementwise, memory
 
 __all__ = ["runner"]
 
-ELEMENTWISE = "d36aaa73"
-MEMORY = "f4359ed3"
+ELEMENTWISE = "d67c112d"
+MEMORY = "741e2bb2"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
 _BLOCK = 1024

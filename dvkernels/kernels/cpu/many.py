@@ -18,9 +18,9 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 __all__ = ["all_reduce_many"]
 
 JOBS = "3c9f5544"
-MEMORY = "f4359ed3"
-OBJECTS = "b1444e29"
-POOL = "2cf69cc9"
+MEMORY = "741e2bb2"
+OBJECTS = "65458fb3"
+POOL = "5765e433"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES

@@ -37,6 +37,7 @@ __all__ = [
     "relax",
     "store",
     "store_shared",
+    "stream_line",
     "words",
     "yield_core",
 ]
@@ -168,6 +169,25 @@ def pointer(typing: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), generate
+
+
+@_intrinsic
+def stream_line(typing: Any, address: Any, value: Any) -> Any:
+    """Fill the cache line at an address (a multiple of 64) with a word, past the caches."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = _LINE // 8
+        vector = ir.VectorType(_I64, lanes)
+        undefined = ir.Constant(vector, ir.Undefined)
+        single = builder.insert_element(undefined, args[1], ir.Constant(ir.IntType(32), 0))
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+        line = builder.shuffle_vector(single, undefined, mask)
+        stored = builder.store(line, builder.inttoptr(args[0], vector.as_pointer()), align=_LINE)
+        one = ir.Constant(ir.IntType(32), 1)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 @_intrinsic

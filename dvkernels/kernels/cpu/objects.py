@@ -34,9 +34,9 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "d36aaa73"
-POOL = "2cf69cc9"
-MEMORY = "f4359ed3"
+ELEMENTWISE = "d67c112d"
+POOL = "5765e433"
+MEMORY = "741e2bb2"
 
 # Where things lie: words of a list, and of an array, after the object header.
 _HEAD = object.__basicsize__ // 8

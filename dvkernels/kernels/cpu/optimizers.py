@@ -25,9 +25,9 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "d36aaa73"
+ELEMENTWISE = "d67c112d"
 JOBS = "3c9f5544"
-MEMORY = "f4359ed3"
+MEMORY = "741e2bb2"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
 Array = np.ndarray[Any, Any]

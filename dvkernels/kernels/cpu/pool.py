@@ -32,7 +32,7 @@ from dvkernels.schedules import cost
 
 __all__ = ["SHARED_NBYTES", "execute", "help_out", "num_threads", "run_alone", "wake"]
 
-MEMORY = "f4359ed3"
+MEMORY = "741e2bb2"
 
 _NUM_SLOTS = 8
 _SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS

@@ -17,9 +17,9 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 __all__ = ["all_reduce"]
 
 JOBS = "3c9f5544"
-MEMORY = "f4359ed3"
-OBJECTS = "b1444e29"
-POOL = "2cf69cc9"
+MEMORY = "741e2bb2"
+OBJECTS = "65458fb3"
+POOL = "5765e433"
 
 _MOST_REPLICAS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
