@@ -89,23 +89,31 @@ def measure(
 ) -> Measurement:
     """Check a case on random data, then time it beside its probe and its peers."""
     wrong = case.wrong_elements(seed)
-    buffers = case.steady_buffers(seed)
+    original = case.steady_buffers(seed)
+    buffers = [buffer.copy() for buffer in original]
     call, outs = case.caller(buffers)
     probe = Probe(*case.probed(buffers, outs), case.moved)
-    iterations = _iterations(call)
+
+    def renew() -> None:
+        for buffer, source in zip(buffers, original, strict=True):
+            np.copyto(buffer, source)
+
+    def time_of(call: Callable[[], Any]) -> Callable[[], float]:
+        renew()
+        iterations = _iterations(timed(call, 3, renew, case.most_repeats))
+        return lambda: timed(call, iterations, renew, case.most_repeats)
+
+    ours = time_of(call)
+    passes = _iterations(probe.seconds(1))
     contestants: dict[str, Callable[[], float]] = {
-        "ours": lambda: timed(call, iterations),
-        "probe": lambda: probe.seconds(iterations),
+        "ours": ours,
+        "probe": lambda: probe.seconds(passes),
     }
     wrong_of_peers: dict[str, int] = {}
     lost: dict[str, str] = {}
     is_fit = case.collective == "all_reduce" and case.op.value == "sum"
     if is_fit and with_numpy:
-        mine = [buffer.copy() for buffer in buffers]
-        for buffer in mine:
-            buffer[...] = 0
-        own_iterations = _iterations(lambda: numpy_all_reduce(mine))
-        contestants["numpy"] = lambda: timed(lambda: numpy_all_reduce(mine), own_iterations)
+        contestants["numpy"] = time_of(lambda: numpy_all_reduce(buffers))
     for name, worker in (workers or {}).items() if is_fit else ():
         try:
             worker.ask(case.count, case.dtype.name, 1)  # compiles, connects
@@ -114,20 +122,16 @@ def measure(
             lost[name] = str(error)
             continue
         wrong_of_peers[name] = first.wrong
-        times = max(1, min(_MOST_ITERATIONS, round(_ROUND_SECONDS / max(first.seconds, 1e-7))))
+        times = _iterations(first.seconds)
         contestants[name] = _asking(worker, case, times)
-    call()
     found = alternate(contestants, num_rounds, _REST_SECONDS if workers else 0.0)
-    ours, beside = found.pop("ours"), found.pop("probe")
-    return Measurement(case, ours, beside, wrong, found, wrong_of_peers, lost)
+    mine, beside = found.pop("ours"), found.pop("probe")
+    return Measurement(case, mine, beside, wrong, found, wrong_of_peers, lost)
 
 
 def _asking(worker: Worker, case: Case, iterations: int) -> Callable[[], float]:
     return lambda: worker.ask(case.count, case.dtype.name, iterations).seconds
 
 
-def _iterations(call: Callable[[], Any]) -> int:
-    call()
-    call()
-    seconds = max(timed(call, 1), 1e-7)
-    return max(1, min(_MOST_ITERATIONS, round(_ROUND_SECONDS / seconds)))
+def _iterations(seconds: float) -> int:
+    return max(1, min(_MOST_ITERATIONS, round(_ROUND_SECONDS / max(seconds, 1e-7))))

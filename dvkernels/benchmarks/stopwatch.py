@@ -29,14 +29,27 @@ class Samples(NamedTuple):
         return low, high
 
 
-def timed(call: Callable[[], object], iterations: int) -> float:
-    """Return the seconds that one of ``iterations`` calls takes, after some that do not count."""
-    for _ in range(min(10, iterations // 2)):
+def timed(
+    call: Callable[[], object],
+    iterations: int,
+    renew: Callable[[], object] | None = None,
+    most_repeats: int = 1 << 30,
+) -> float:
+    """Return the seconds that one of ``iterations`` calls takes, after one that does not count.
+
+    Every ``most_repeats`` calls ``renew`` is called, off the clock, and again one more.
+    """
+    most_repeats = max(1, most_repeats - 1)
+    elapsed = 0
+    for begun in range(0, iterations, most_repeats):
+        if renew is not None:
+            renew()
         call()
-    began = time.perf_counter_ns()
-    for _ in range(iterations):
-        call()
-    return (time.perf_counter_ns() - began) / iterations / 1e9
+        began = time.perf_counter_ns()
+        for _ in range(min(most_repeats, iterations - begun)):
+            call()
+        elapsed += time.perf_counter_ns() - began
+    return elapsed / iterations / 1e9
 
 
 def alternate(

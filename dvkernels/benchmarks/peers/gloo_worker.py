@@ -26,16 +26,19 @@ def run(rank, size, port, commands, results):
             tensor = torch.from_numpy(every[rank].copy())
             dist.all_reduce(tensor)
             wrong = int((tensor.numpy() != np.sum(every, axis=0, dtype=dtype)).sum())
-            tensor = torch.from_numpy(protocol.steady(count, size, dtype)[rank])
-            held = {(count, dtype): (tensor, wrong)}
-        tensor, wrong = held[count, dtype]
-        dist.barrier()
-        for _ in range(min(10, iterations // 2)):
+            steady = torch.from_numpy(protocol.steady(count, size, dtype)[rank])
+            held = {(count, dtype): (tensor, steady, wrong)}
+        tensor, steady, wrong = held[count, dtype]
+        elapsed = 0.0
+        for portion in protocol.portions(iterations, size):
+            tensor.copy_(steady)
             dist.all_reduce(tensor)
-        began = time.perf_counter()
-        for _ in range(iterations):
-            dist.all_reduce(tensor)
-        results.put(((time.perf_counter() - began) / iterations, wrong))
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(portion):
+                dist.all_reduce(tensor)
+            elapsed += time.perf_counter() - began
+        results.put((elapsed / iterations, wrong))
     dist.destroy_process_group()
 
 

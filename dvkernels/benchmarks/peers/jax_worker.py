@@ -34,13 +34,13 @@ for command in protocol.commands():
         wrong = int((got != np.sum(every, axis=0, dtype=dtype)).sum())
         held = {(count, dtype): (np.stack(protocol.steady(count, size, dtype)), wrong)}
     data, wrong = held[count, dtype]
-    value = reduce(jax.device_put(data, sharding)).block_until_ready()
-    for _ in range(min(10, iterations // 2)):
-        value = reduce(value)
-    began = time.perf_counter()
-    for _ in range(iterations):
-        value = reduce(value)
-    value.block_until_ready()
-    seconds = (time.perf_counter() - began) / iterations
+    elapsed = 0.0
+    for portion in protocol.portions(iterations, size):
+        value = reduce(jax.device_put(data, sharding)).block_until_ready()
+        began = time.perf_counter()
+        for _ in range(portion):
+            value = reduce(value)
+        value.block_until_ready()
+        elapsed += time.perf_counter() - began
     del value
-    answer(seconds=seconds, wrong=wrong, note="psum, buffers donated")
+    answer(seconds=elapsed / iterations, wrong=wrong, note="psum, buffers donated")

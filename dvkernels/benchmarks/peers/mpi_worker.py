@@ -27,16 +27,18 @@ def next_command(source):
     return comm.recv(source=0, tag=1)
 
 
-def seconds_of(send, receive, iterations):
-    """Return the seconds that one call takes, on the slowest rank."""
-    comm.Barrier()
-    for _ in range(min(10, iterations // 2)):
+def seconds_of(send, receive, steady, iterations):
+    """Return the seconds that one call takes, on the slowest rank; of each portion one more."""
+    elapsed = 0.0
+    for portion in protocol.portions(iterations, size):
+        receive[:] = steady
         comm.Allreduce(send, receive, op=MPI.SUM)
-    comm.Barrier()
-    began = MPI.Wtime()
-    for _ in range(iterations):
-        comm.Allreduce(send, receive, op=MPI.SUM)
-    return comm.allreduce((MPI.Wtime() - began) / iterations, op=MPI.MAX)
+        comm.Barrier()
+        began = MPI.Wtime()
+        for _ in range(portion):
+            comm.Allreduce(send, receive, op=MPI.SUM)
+        elapsed += MPI.Wtime() - began
+    return comm.allreduce(elapsed / iterations, op=MPI.MAX)
 
 
 answer = protocol.answers_go_to()
@@ -56,8 +58,8 @@ while (command := next_command(source)) is not None:
         send = protocol.steady(count, size, dtype)[rank]
         held = {(count, dtype): (send, receive, comm.allreduce(wrong))}
     send, receive, wrong = held[count, dtype]
-    apart = seconds_of(send, receive, iterations)
-    in_place = seconds_of(MPI.IN_PLACE, receive, iterations)
+    apart = seconds_of(send, receive, send, iterations)
+    in_place = seconds_of(MPI.IN_PLACE, receive, send, iterations)
     if rank == 0:
         note = "in place" if in_place <= apart else "out of place"
         answer(seconds=min(in_place, apart), wrong=wrong, note=note)

@@ -8,13 +8,14 @@ Runs without dvkernels: workers live in environments of their own.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-__all__ = ["answers_go_to", "commands", "inputs", "steady"]
+__all__ = ["answers_go_to", "commands", "inputs", "portions", "steady"]
 
 
 def answers_go_to() -> Any:
@@ -43,8 +44,19 @@ def inputs(count: int, num_ranks: int, dtype: str) -> list[np.ndarray[Any, Any]]
 
 
 def steady(count: int, num_ranks: int, dtype: str) -> list[np.ndarray[Any, Any]]:
-    """Return inputs whose sum is zero, so that it may be taken in place again and again."""
+    """Return inputs whose sum may be taken in place as often as ``portions`` allow.
+
+    Neither zero (memory takes zeros twice as fast) nor infinite in between.
+    """
     found = inputs(count, num_ranks, dtype)
-    if num_ranks > 1:
-        found[0] = -np.sum(found[1:], axis=0, dtype=dtype)
+    for array in found:
+        array[array == 0] = 1
+        array *= array.dtype.type(2.0**-50)
     return found
+
+
+def portions(iterations: int, num_ranks: int) -> Iterator[int]:
+    """Yield numbers of calls that add up to ``iterations``; between them inputs are renewed."""
+    most = max(1, int(90 / math.log2(max(2, num_ranks))))
+    for begun in range(0, iterations, most):
+        yield min(most, iterations - begun)

@@ -50,8 +50,6 @@ for command in protocol.commands():
         held = {(count, dtype): (distributed(protocol.steady(count, size, dtype)), wrong)}
     values, wrong = held[count, dtype]
     reduce(values)
-    for _ in range(min(10, iterations // 2)):
-        result = reduce(values)
     began = time.perf_counter()
     for _ in range(iterations):
         result = reduce(values)

@@ -19,5 +19,5 @@ def broadcast(buffers: Any, root: int = 0) -> list[Any]:
     checks.in_place("broadcast", views)
     views.insert(0, views.pop(root))
     if len(views) > 1:
-        jobs.move([views], jobs.combine(1, len(views) - 1))
+        jobs.move([views])
     return list(buffers)

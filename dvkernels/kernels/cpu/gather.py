@@ -54,7 +54,7 @@ def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None) -> list[Any]:
         place = (*before, slice(start, start + read.shape[axis]))
         groups.append([read, *(write[place] for write in writes)])
         start += read.shape[axis]
-    jobs.move(groups, jobs.combine(1, len(writes)))
+    jobs.move(groups)
     return _returned(writes, buffers, out)
 
 
@@ -74,7 +74,7 @@ def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
         for (start, stop), write in zip(parts, writes, strict=True)
         for k, read in enumerate(reads)
     ]
-    jobs.move(groups, jobs.combine(1, 1))
+    jobs.move(groups)
     return _returned(writes, buffers, out)
 
 

@@ -17,7 +17,7 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "3c9f5544"
+JOBS = "2ef3ff85"
 MEMORY = "741e2bb2"
 OBJECTS = "65458fb3"
 POOL = "5765e433"

@@ -26,7 +26,7 @@ from dvkernels.reduce_op import ReduceOp
 __all__ = ["adam", "sgd"]
 
 ELEMENTWISE = "d67c112d"
-JOBS = "3c9f5544"
+JOBS = "2ef3ff85"
 MEMORY = "741e2bb2"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
