@@ -1,115 +1,81 @@
-"""All-reduce of two float32 buffers, in place, by size and algorithm.
+"""Collectives over float32 buffers: the cases, the probe and the checks of ``dvkernels bench``.
 
 ``numpy`` is the neighbour: ``np.add(out=)`` and ``np.copyto``, on one thread.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-
-import numpy as np
-
-from dvkernels import kernels
-
-from .probe import fastest_probe_seconds
-from .stopwatch import median_seconds
+from dvkernels.benchmarks import cases, measurement, stopwatch
 
 KIB = 1024
-NUM_REPLICAS = 2
-NUM_ROUNDS = 15
-
-
-def _numpy_all_reduce(buffers):
-    total, *others = buffers
-    for buffer in others:
-        np.add(total, buffer, out=total)
-    for buffer in others:
-        np.copyto(buffer, total)
-
-
-def _call(algorithm):
-    if algorithm == "numpy":
-        return _numpy_all_reduce
-    return lambda buffers: kernels.all_reduce(buffers, "sum", algorithm=algorithm)
+NUM_ROUNDS = 7
+SIZES = [4 * KIB, 64 * KIB, 1024 * KIB, 16 * 1024 * KIB, 64 * 1024 * KIB]
 
 
 class AllReduce:
-    params = (
-        [4 * KIB, 64 * KIB, 1024 * KIB, 16 * 1024 * KIB, 64 * 1024 * KIB],
-        ["direct", "ring", "numpy"],
-    )
-    param_names = ["nbytes", "algorithm"]
-
-    def setup(self, nbytes, algorithm):
-        self.call = _call(algorithm)
-        length = nbytes // np.dtype(np.float32).itemsize
-        rng = np.random.default_rng(0)
-        buffers = [rng.standard_normal(length, dtype=np.float32) for _ in range(NUM_REPLICAS)]
-        expected = np.sum(buffers, axis=0, dtype=np.float32)  # two terms: one rounding, any order
-        self.call(buffers)  # compiles
-        for replica_id, buffer in enumerate(buffers):
-            if not np.array_equal(buffer, expected):
-                raise AssertionError(f"{algorithm}: replica {replica_id} has a wrong sum")
-        # The timed sums work in place, again and again: x and -x stay at zero, others overflow.
-        np.negative(buffers[0], out=buffers[1])
-        self.buffers = buffers
-        self.call(self.buffers)
-
-    def time_all_reduce(self, nbytes, algorithm):
-        self.call(self.buffers)
-
-    def track_all_reduce_busbw(self, nbytes, algorithm):
-        seconds = median_seconds(lambda: self.call(self.buffers))
-        algbw = nbytes / seconds / 1e9
-        return algbw * 2 * (NUM_REPLICAS - 1) / NUM_REPLICAS
-
-    track_all_reduce_busbw.unit = "GB/s"
-
-
-class OfTheLimit:
-    """64 MiB beside the memory limit and NumPy, in alternating rounds of one run."""
-
-    params = ["direct", "ring"]
-    param_names = ["algorithm"]
+    params = (SIZES, [2, 4], ["direct", "ring"])
+    param_names = ["nbytes", "num_replicas", "algorithm"]
     timeout = 300
 
-    def setup(self, algorithm):
-        rng = np.random.default_rng(0)
-        length = 64 * 1024 * KIB // np.dtype(np.float32).itemsize
-        self.buffers = [rng.standard_normal(length, dtype=np.float32) for _ in range(NUM_REPLICAS)]
-        self.call = _call(algorithm)
-        self.call(self.buffers)
-        fastest_probe_seconds(self.buffers)  # compiles
+    def setup(self, nbytes, num_replicas, algorithm):
+        self.case = cases.case("all_reduce", nbytes, "float32", "sum", num_replicas, algorithm)
 
-    def _medians(self):
-        calls = {
-            "ours": lambda: _timed(self.call, self.buffers),
-            "numpy": lambda: _timed(_numpy_all_reduce, self.buffers),
-            "probe": lambda: fastest_probe_seconds(self.buffers),
-        }
-        seconds = {name: [] for name in calls}
-        for _ in range(NUM_ROUNDS):
-            for name, call in calls.items():
-                seconds[name].append(call())
-            for buffer in self.buffers:
-                buffer[:] = 0  # sums in place, again and again, would overflow
-        return {name: statistics.median(values) for name, values in seconds.items()}
+    def _measured(self):
+        found = measurement.measure(self.case, NUM_ROUNDS, seed=0, with_numpy=True)
+        if found.wrong:
+            raise AssertionError(f"{self.case}: {found.wrong} wrong elements")
+        return found
 
-    def track_times_faster_than_numpy(self, algorithm):
-        medians = self._medians()
-        return medians["numpy"] / medians["ours"]
+    def track_busbw(self, nbytes, num_replicas, algorithm):
+        return self.case.rates(self._measured().ours.median)[1]
+
+    track_busbw.unit = "GB/s"
+
+    def track_attained_fraction_of_probe(self, nbytes, num_replicas, algorithm):
+        return self._measured().attained
+
+    track_attained_fraction_of_probe.unit = "of the faster probe"
+
+    def track_times_faster_than_numpy(self, nbytes, num_replicas, algorithm):
+        found = self._measured()
+        return stopwatch.ratio(found.peers["numpy"], found.ours)
 
     track_times_faster_than_numpy.unit = "times"
 
-    def track_attained_fraction_of_probe(self, algorithm):
-        medians = self._medians()
-        return medians["probe"] / medians["ours"]
+
+class OtherCollectives:
+    params = (
+        ["broadcast", "reduce", "reduce_scatter", "all_gather", "all_to_all"],
+        [1024 * KIB, 16 * 1024 * KIB],
+        [2, 4],
+    )
+    param_names = ["collective", "nbytes", "num_replicas"]
+    timeout = 300
+
+    def setup(self, collective, nbytes, num_replicas):
+        self.case = cases.case(collective, nbytes, "float32", "sum", num_replicas, "auto")
+
+    def track_attained_fraction_of_probe(self, collective, nbytes, num_replicas):
+        found = measurement.measure(self.case, NUM_ROUNDS, seed=0)
+        if found.wrong:
+            raise AssertionError(f"{self.case}: {found.wrong} wrong elements")
+        return found.attained
 
     track_attained_fraction_of_probe.unit = "of the faster probe"
 
 
-def _timed(call, buffers):
-    began = time.perf_counter()
-    call(buffers)
-    return time.perf_counter() - began
+class Halves:
+    params = ["float16", "bfloat16"]
+    param_names = ["dtype"]
+    timeout = 300
+
+    def track_share_of_float32_bandwidth(self, dtype):
+        """Both move 64 MiB a replica, in one run."""
+        halves = cases.case("all_reduce", 64 * 1024 * KIB, dtype, "sum", 2, "direct")
+        floats = cases.case("all_reduce", 64 * 1024 * KIB, "float32", "sum", 2, "direct")
+        found = [measurement.measure(case, NUM_ROUNDS, seed=0) for case in (halves, floats)]
+        if any(one.wrong for one in found):
+            raise AssertionError(f"{dtype}: wrong elements")
+        return found[1].ours.median / found[0].ours.median
+
+    track_share_of_float32_bandwidth.unit = "of float32's"

@@ -10,7 +10,7 @@ import numpy as np
 from dvkernels.benchmarks.cases import Case
 from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.benchmarks.probe import Probe
-from dvkernels.benchmarks.stopwatch import Samples, alternate, timed
+from dvkernels.benchmarks.stopwatch import Samples, alternate, ratio, timed
 from dvkernels.errors import WorkerLostError
 
 __all__ = ["Measurement", "measure", "numpy_all_reduce"]
@@ -35,7 +35,7 @@ class Measurement(NamedTuple):
     @property
     def attained(self) -> float:
         """How much of the probe's speed was reached."""
-        return self.probe.median / self.ours.median
+        return ratio(self.probe, self.ours)
 
     def as_record(self) -> dict[str, Any]:
         """Return plain numbers and strings, for JSON."""
@@ -62,7 +62,7 @@ class Measurement(NamedTuple):
                 name: {
                     "seconds": samples.median,
                     "seconds_quartiles": list(samples.quartiles),
-                    "times_ours": samples.median / self.ours.median,
+                    "times_ours": ratio(samples, self.ours),
                     "wrong": self.wrong_of_peers.get(name, 0),
                 }
                 for name, samples in self.peers.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dvkernels.benchmarks.measurement import Measurement
+from dvkernels.benchmarks.stopwatch import ratio
 
 __all__ = ["header", "line"]
 
@@ -39,7 +40,7 @@ def line(found: Measurement, peers: Sequence[str]) -> str:
         if samples is None:
             texts.append(("lost" if peer in found.lost_peers else "-").rjust(19))
             continue
-        times = samples.median / found.ours.median
+        times = ratio(samples, found.ours)
         mark = " WRONG" if found.wrong_of_peers.get(peer) else ""
         texts.append(f"{1e6 * samples.median:.2f} {times:8.2f}{mark}".rjust(19))
     return "  " + " ".join(texts)

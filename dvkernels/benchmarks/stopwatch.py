@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-__all__ = ["Samples", "alternate", "median_seconds", "timed"]
+__all__ = ["Samples", "alternate", "median_seconds", "ratio", "timed"]
 
 
 class Samples(NamedTuple):
@@ -27,6 +27,15 @@ class Samples(NamedTuple):
             return self.seconds[0], self.seconds[0]
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
+
+
+def ratio(one: Samples, other: Samples) -> float:
+    """Return the median over the rounds of one's time divided by the other's in the same round.
+
+    Not the ratio of the medians: the machine may change its pace between two rounds.
+    """
+    pairs = zip(one.seconds, other.seconds, strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def timed(

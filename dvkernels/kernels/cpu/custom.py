@@ -21,7 +21,7 @@ from dvkernels.kernels.cpu import elementwise, memory
 
 __all__ = ["runner"]
 
-ELEMENTWISE = "d67c112d"
+ELEMENTWISE = "6165c03d"
 MEMORY = "741e2bb2"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know

@@ -11,7 +11,7 @@ Sums are kept in registers. Half types are widened to float32, combined there, a
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -96,8 +96,17 @@ class _Numbers:
         if self.kind == "f":
             halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), lanes))
             return builder.fpext(halves, self.vector(lanes))
-        wide = builder.zext(raw, ir.VectorType(_I32, lanes))
-        return builder.bitcast(builder.shl(wide, self._all(_I32, lanes, 16)), self.vector(lanes))
+        if lanes % 2 == 0:
+            # A word of two halves: the lower ones first, then the upper ones. The order of lanes
+            # does not matter as long as the store knows it, and nothing needs to be shuffled.
+            words = builder.bitcast(raw, ir.VectorType(_I32, lanes // 2))
+            lower = builder.shl(words, self._all(_I32, lanes // 2, 16))
+            upper = builder.and_(words, self._all(_I32, lanes // 2, 0xFFFF0000))
+            wide = builder.shuffle_vector(lower, upper, self._lanes(range(lanes)))
+        else:
+            wide = builder.zext(raw, ir.VectorType(_I32, lanes))
+            wide = builder.shl(wide, self._all(_I32, lanes, 16))
+        return builder.bitcast(wide, self.vector(lanes))
 
     def store(self, value: Any, pointer: Any, lanes: int, streams: bool = False) -> None:
         """Store at any alignment, or, past the caches, a whole line at a line's start."""
@@ -124,9 +133,17 @@ class _Numbers:
         odd = builder.and_(upper, self._all(_I32, lanes, 1))
         half_up = builder.add(builder.add(bits, self._all(_I32, lanes, 0x7FFF)), odd)
         # The carry would turn some NaN into an infinity: keep its upper bits, and one for quiet.
-        quiet = builder.or_(upper, self._all(_I32, lanes, 0x40))
+        quiet = builder.or_(bits, self._all(_I32, lanes, 0x400000))
         is_nan = builder.fcmp_unordered("uno", value, value)
-        return builder.trunc(builder.select(is_nan, quiet, builder.lshr(half_up, sixteen)), shorts)
+        rounded = builder.select(is_nan, quiet, half_up)
+        if lanes % 2:
+            return builder.trunc(builder.lshr(rounded, sixteen), shorts)
+        half = lanes // 2
+        lower = builder.shuffle_vector(rounded, rounded, self._lanes(range(half)))
+        upper = builder.shuffle_vector(rounded, rounded, self._lanes(range(half, lanes)))
+        lower = builder.lshr(lower, self._all(_I32, half, 16))
+        upper = builder.and_(upper, self._all(_I32, half, 0xFFFF0000))
+        return builder.bitcast(builder.or_(lower, upper), shorts)
 
     def combine(self, operation: int, left: Any, right: Any) -> Any:
         """Emit ``left operation right``."""
@@ -181,8 +198,12 @@ class _Numbers:
         return self._shuffle(single, [0] * lanes)
 
     def _shuffle(self, vector: Any, lanes: list[int]) -> Any:
-        mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+        nothing = ir.Constant(vector.type, ir.Undefined)
+        return self.builder.shuffle_vector(vector, nothing, self._lanes(lanes))
+
+    @staticmethod
+    def _lanes(lanes: Sequence[int]) -> Any:
+        return ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
 
     @staticmethod
     def _all(number: Any, lanes: int, value: int) -> Any:

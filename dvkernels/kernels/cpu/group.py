@@ -25,7 +25,7 @@ from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
-ELEMENTWISE = "d67c112d"
+ELEMENTWISE = "6165c03d"
 MEMORY = "741e2bb2"
 
 _SLOTS = 32

@@ -19,7 +19,7 @@ __all__ = ["all_reduce_many"]
 
 JOBS = "2ef3ff85"
 MEMORY = "741e2bb2"
-OBJECTS = "65458fb3"
+OBJECTS = "632a29eb"
 POOL = "5765e433"
 
 _VERB = "all_reduce_many"

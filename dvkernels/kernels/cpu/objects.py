@@ -34,7 +34,7 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "d67c112d"
+ELEMENTWISE = "6165c03d"
 POOL = "5765e433"
 MEMORY = "741e2bb2"
 

@@ -25,7 +25,7 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "d67c112d"
+ELEMENTWISE = "6165c03d"
 JOBS = "2ef3ff85"
 MEMORY = "741e2bb2"
 

@@ -18,7 +18,7 @@ __all__ = ["all_reduce"]
 
 JOBS = "2ef3ff85"
 MEMORY = "741e2bb2"
-OBJECTS = "65458fb3"
+OBJECTS = "632a29eb"
 POOL = "5765e433"
 
 _MOST_REPLICAS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
