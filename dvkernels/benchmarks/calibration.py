@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from dvkernels.benchmarks.stopwatch import timed
-from dvkernels.kernels.cpu import jobs, memory, pool
+from dvkernels.kernels import checks
+from dvkernels.kernels.cpu import jobs, pool
 from dvkernels.kernels.cpu.elementwise import runner
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.schedules.cost import CPU, Machine
@@ -40,7 +41,7 @@ class _Sum:
         length = nbytes // 4
         longest = max(1024, length // 8)
         self._job = jobs.lay_out_sum(self._buffers, longest, runner(ReduceOp.SUM, np.dtype("f4")))
-        self._address = memory.address_of(self._job)
+        self._address = checks.address(self._job)
 
     def _rewind(self) -> None:
         self._job[0] = 0

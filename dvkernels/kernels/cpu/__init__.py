@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from dvkernels.errors import AlgorithmError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, optimizers, prompt, ring
@@ -48,6 +50,11 @@ _ALGORITHMS = {
 
 def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
     """Return the reduction as one new array per buffer, and leave the buffers as they are."""
+    if algorithm == "auto":
+        reads = [*buffers]
+        writes = [np.empty(read.shape, read.dtype) for read in reads]
+        if prompt.reduce_into(reads, writes, op):
+            return writes
     return _ALGORITHMS[algorithm]("all_reduce", buffers, op, checks.NEW)
 
 

@@ -21,8 +21,8 @@ from dvkernels.kernels.cpu import elementwise, memory
 
 __all__ = ["runner"]
 
-ELEMENTWISE = "6165c03d"
-MEMORY = "741e2bb2"
+ELEMENTWISE = "51782d13"
+MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
 _BLOCK = 1024

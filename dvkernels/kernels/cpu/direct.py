@@ -25,13 +25,15 @@ def direct_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list
 
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     """Reduce under the name ``verb``, which error messages mention."""
+    buffers = checks.listed(verb, buffers)
     if out is None:
         reduced = prompt.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
-    else:
-        out = out if out is checks.NEW else checks.listed(verb, out, "out")
-    buffers = checks.listed(verb, buffers)
+    elif out is not checks.NEW:
+        out = checks.listed(verb, out, "out")
+        if len(out) == len(buffers) and prompt.reduce_into(buffers, out, op):
+            return list(out)
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
@@ -69,11 +71,16 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
         _combine(op, reads, [result])
         return checks.like(result, buffers[0])
     writes = checks.arrays(verb, [out], "out")
-    checks.separate(verb, reads, writes, 1)
-    _combine(op, reads, writes)
+    if not prompt.reduce_into(reads, writes, op):
+        checks.separate(verb, reads, writes, 1)
+        _combine(op, reads, writes)
     return out
 
 
 def _combine(op: Reduction, reads: Sequence[Any], writes: Sequence[Any]) -> None:
+    """Reduce ``reads``, which have been checked, into all of ``writes``."""
+    if prompt.reduce_into(reads, writes, op):
+        return
+    objects.learn(op, reads[0].dtype)
     program = jobs.combine(len(reads), len(writes), jobs.divisor(op, len(reads)))
     jobs.run(op, reads[0].dtype, [[*reads, *writes]], program)

@@ -35,7 +35,7 @@ __all__ = [
     "type_code",
 ]
 
-MEMORY = "741e2bb2"
+MEMORY = "c8cb69fb"
 
 # Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms with it (medians of 120, 2
 # cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead alike); of 4 MiB, in cache, 0.11 and

@@ -142,7 +142,7 @@ def run(
     elif type(op) is ReduceOp:
         runner = runner or elementwise.runner(op, dtype)
     job = _lay_out(items, program, longest, moved, runner, numbers)
-    pool.execute(job, memory.address_of(job), moved, copies)
+    pool.execute(job, checks.address(job), moved, copies)
 
 
 def lay_out_sum(buffers: Sequence[Array], longest: int, runner: int) -> Array:

@@ -17,10 +17,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "2ef3ff85"
-MEMORY = "741e2bb2"
-OBJECTS = "632a29eb"
-POOL = "5765e433"
+JOBS = "a0690a14"
+MEMORY = "c8cb69fb"
+OBJECTS = "30199088"
+POOL = "e6f2088d"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
@@ -57,7 +57,7 @@ def _reduce_at_once(listed: list[list[Any]], op: Any) -> bool:
     where_counters = -(-(where_tables + count * width) // 8) * 8
     job = memory.words(where_counters + 8 * jobs.MOST_SEGMENTS)
     job[20] = where_counters
-    address = memory.address_of(job)
+    address = checks.address(job)
     moved = _prepare(id(listed), recipe.address, address, width)
     if moved < 0:
         return False
@@ -82,7 +82,7 @@ def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
         group = objects.item_of(listed, k)
         if objects.length_of(group) != width:
             return -1
-        length = objects.look(group, recipe, job + 8 * (where_tables + k * width))
+        length = objects.look(group, recipe, job + 8 * (where_tables + k * width), 0)
         if length < 0:
             return -1
         total += length

@@ -21,8 +21,9 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils as numba_cgutils
 
+from dvkernels.kernels import checks
+
 __all__ = [
-    "address_of",
     "call",
     "compare_exchange",
     "exchange",
@@ -50,15 +51,10 @@ _I64 = ir.IntType(64)
 _LINE = 64
 
 
-def address_of(array: np.ndarray[Any, Any]) -> int:
-    """Return where the first element lies."""
-    return int(array.ctypes.data)
-
-
 def words(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return ``count`` zeroed int64 words that begin on a cache line."""
     room = np.zeros(count + _LINE // 8, np.int64)
-    skipped = -address_of(room) % _LINE // 8
+    skipped = -checks.address(room) % _LINE // 8
     return room[skipped : skipped + count]
 
 

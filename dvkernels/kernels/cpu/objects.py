@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -34,9 +35,9 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "6165c03d"
-POOL = "5765e433"
-MEMORY = "741e2bb2"
+ELEMENTWISE = "51782d13"
+POOL = "e6f2088d"
+MEMORY = "c8cb69fb"
 
 # Where things lie: words of a list, and of an array, after the object header.
 _HEAD = object.__basicsize__ // 8
@@ -72,18 +73,18 @@ def item_of(listed, k):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def look(listed, recipe, table):  # type: ignore[no-untyped-def]
+def look(listed, recipe, table, num_read_only):  # type: ignore[no-untyped-def]
     """Write the addresses of a list of arrays to ``table``; return their length, or -1.
 
-    They must be contiguous, writable, of one shape and of the dtype of the recipe. The length
-    counts elements of the runner.
+    They must be contiguous, of one shape and of the dtype of the recipe, and, but for the first
+    few, writable. The length counts elements of the runner.
     """
     first = item_of(listed, 0)
     num_dims = memory.load_int32(first, 2 * _NUM_DIMS)
     extents = memory.load(first, _DIMS)
-    needed = _CONTIGUOUS | _WRITEABLE
     for k in range(length_of(listed)):
         array = item_of(listed, k)
+        needed = _CONTIGUOUS if k < num_read_only else _CONTIGUOUS | _WRITEABLE
         if (
             memory.load(array, _TYPE) != memory.load(recipe, _ARRAY_TYPE)
             or memory.load(array, _DTYPE) != memory.load(recipe, _DTYPE_OBJECT)
@@ -120,7 +121,7 @@ def learn(op: Reduction, dtype: np.dtype[Any]) -> None:
         ],
         np.int64,
     )
-    recipe = Recipe(words, memory.address_of(words), dtype)
+    recipe = Recipe(words, checks.address(words), dtype)
     recipes[op, dtype] = recipes[op.value, dtype] = recipe
 
 

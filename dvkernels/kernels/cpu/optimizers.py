@@ -25,9 +25,9 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "6165c03d"
-JOBS = "2ef3ff85"
-MEMORY = "741e2bb2"
+ELEMENTWISE = "51782d13"
+JOBS = "a0690a14"
+MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
 Array = np.ndarray[Any, Any]

@@ -27,12 +27,13 @@ import numpy as np
 
 from dvkernels.devices import cpu
 from dvkernels.errors import CollectiveTimeoutError
+from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import memory
 from dvkernels.schedules import cost
 
 __all__ = ["SHARED_NBYTES", "execute", "help_out", "num_threads", "run_alone", "wake"]
 
-MEMORY = "741e2bb2"
+MEMORY = "c8cb69fb"
 
 _NUM_SLOTS = 8
 _SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS
@@ -148,7 +149,7 @@ class _Pool:
                 return
             bells = [threading.Lock() for _ in range(num_threads() - 1)]
             self.words = memory.words(_HELPERS + 8 * len(bells))
-            self.address = memory.address_of(self.words)
+            self.address = checks.address(self.words)
             for helper, bell in enumerate(bells):
                 bell.acquire()
                 name = f"dvkernels-kernel-{helper}"

@@ -1,4 +1,4 @@
-"""The short way of the common call: a list of NumPy arrays, reduced in place.
+"""The short way of the common calls: a list of NumPy arrays, reduced in place or into others.
 
 What a call costs in Python (checks, addresses, the job: 5 us) is more than the sum of 64 KiB. So
 compiled code looks at the arrays (see objects.py) and fills a job that is used again and again.
@@ -12,18 +12,19 @@ import numba
 import numpy as np
 from numba import types
 
+from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
-__all__ = ["all_reduce"]
+__all__ = ["all_reduce", "reduce_into"]
 
-JOBS = "2ef3ff85"
-MEMORY = "741e2bb2"
-OBJECTS = "632a29eb"
-POOL = "5765e433"
+JOBS = "a0690a14"
+MEMORY = "c8cb69fb"
+OBJECTS = "30199088"
+POOL = "e6f2088d"
 
-_MOST_REPLICAS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
+_MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
-_COUNTERS = -(-(_TABLE + _MOST_REPLICAS) // 8) * 8
+_COUNTERS = -(-(_TABLE + _MOST_ARRAYS) // 8) * 8
 # Up to here a call keeps the interpreter's lock: 2 us, less than giving it up may cost.
 _SHORT_NBYTES = 256 * 1024
 _DECLINED, _DONE = -1, -2
@@ -32,48 +33,54 @@ _RUNNER, _ITEMSIZE = objects.RUNNER, objects.ITEMSIZE
 _IS_MEAN, _SHARED, _THREADS = objects.IS_MEAN, objects.SHARED, objects.THREADS
 
 
-@numba.njit("int64(int64, int64, int64)", cache=True)
-def _prepare(views, recipe, job):  # type: ignore[no-untyped-def]
-    """Fill the job that reduces a list of arrays, run it if it is short; say how it went.
+@numba.njit("int64(int64, int64, int64, int64)", cache=True)
+def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
+    """Fill the job that reduces the first arrays of a list, run it if it is short; say how it went.
 
-    Returns the bytes to be moved by whoever runs the job, or _DONE, or _DECLINED.
+    The targets are the other arrays, or, if there are none, the sources. Returns the bytes to be
+    moved by whoever runs the job, or _DONE, or _DECLINED.
     """
     count = objects.length_of(views)
-    if count < 1 or count > _MOST_REPLICAS:
+    if num_sources < 1 or count > _MOST_ARRAYS:
         return _DECLINED
+    is_apart = count > num_sources
+    num_targets = count - num_sources if is_apart else count
     table = job + 8 * _TABLE
-    length = objects.look(views, recipe, table)
+    length = objects.look(views, recipe, table, num_sources if is_apart else 0)
     if length < 0:
         return _DECLINED
     itemsize = memory.load(recipe, _ITEMSIZE)
     nbytes = length * itemsize
-    for k in range(count):
+    for k in range(num_sources if is_apart else 0, count):
         start = memory.load(table, k)
         for other in range(k):
             if abs(start - memory.load(table, other)) < nbytes:
                 return _DECLINED  # they overlap
-    moved = 2 * count * nbytes
+    moved = (num_sources + num_targets) * nbytes
     longest = length
+    num_segments = np.int64(1)
     if moved >= memory.load(recipe, _SHARED):
         wanted = max(4096, min(_PIECE_NBYTES // count, nbytes // 4))
         longest = (wanted & -128) // itemsize
-    num_segments = np.int64(1)
-    if moved >= memory.load(recipe, _SHARED):
         num_segments = np.int64(min(memory.load(recipe, _THREADS), _MOST_SEGMENTS))
     for segment in range(num_segments):
         memory.store(job, _COUNTERS + 8 * segment, 0)
-    memory.store(job, 21, num_segments)
+    far = np.int64(moved >= _FAR_NBYTES)
+    if is_apart and moved >= _FAR_NBYTES // 2:
+        far = np.int64(2)
     memory.store(job, 0, 0)
     memory.store(job, 8, 0 if length == 0 else -(-length // longest))
     memory.store(job, 10, longest)
-    memory.store(job, 15, np.int64(moved >= _FAR_NBYTES))
+    memory.store(job, 15, far)
     memory.store(job, 16, count)
     memory.store(job, 18, memory.load(recipe, _RUNNER))
+    memory.store(job, 21, num_segments)
     memory.store(job, _ITEM + 1, length)
     row = job + 8 * _ROW
-    memory.store(row, 2, count)
-    memory.store(row, 4, count)
-    memory.store(row, 5, count if memory.load(recipe, _IS_MEAN) else 1)
+    memory.store(row, 2, num_sources)
+    memory.store(row, 3, num_sources if is_apart else 0)
+    memory.store(row, 4, num_targets)
+    memory.store(row, 5, num_sources if memory.load(recipe, _IS_MEAN) else 1)
     if moved <= _SHORT_NBYTES:
         memory.call(memory.load(recipe, _RUNNER), job)
         return _DONE
@@ -81,7 +88,7 @@ def _prepare(views, recipe, job):  # type: ignore[no-untyped-def]
 
 
 # The function behind the dispatcher: 0.1 us less, for its arguments are known to be integers.
-_prepare_now = _prepare.get_overload((types.int64,) * 3)
+_prepare_now = _prepare.get_overload((types.int64,) * 4)
 
 
 def _new_job() -> tuple[Any, int]:
@@ -90,7 +97,7 @@ def _new_job() -> tuple[Any, int]:
     job[12], job[13], job[20] = _ITEM, _ROW, _COUNTERS
     job[_ITEM:_ROW] = (0, 0, 1, _TABLE)
     job[_ROW:_TABLE] = (-1, 0, 0, 0, 0, 1)
-    return job, memory.address_of(job)
+    return job, checks.address(job)
 
 
 _free: list[tuple[Any, int]] = []
@@ -103,12 +110,25 @@ def all_reduce(buffers: Any, op: Any) -> list[Any] | None:
     except (KeyError, TypeError, AttributeError, IndexError):
         return None
     views = [*buffers]
+    return views if _is_reduced(views, recipe, len(views)) else None
+
+
+def reduce_into(sources: Any, targets: Any, op: Any) -> bool:
+    """Reduce the sources into every target by the direct algorithm; False: declined."""
+    try:
+        recipe = objects.recipes[op, sources[0].dtype]
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return False
+    return _is_reduced([*sources, *targets], recipe, len(sources))
+
+
+def _is_reduced(views: list[Any], recipe: objects.Recipe, num_sources: int) -> bool:
     try:
         job = _free.pop()
     except IndexError:
         job = _new_job()
-    moved = _prepare_now(id(views), recipe.address, job[1])
+    moved = _prepare_now(id(views), recipe.address, job[1], num_sources)
     if moved > 0:
         pool.execute(job[0], job[1], moved)
     _free.append(job)
-    return views if moved != _DECLINED else None
+    return bool(moved != _DECLINED)
