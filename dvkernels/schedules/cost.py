@@ -50,11 +50,11 @@ class Machine(NamedTuple):
 
 # Two cores of an AMD EPYC, November 2026: near the middle of three calibrations, whose rates lay
 # within 10 % of each other, join between 0.1 and 0.5 us (taken as 1, since helpers are not always
-# as prompt as in a loop) and wake between 5 and 15 us.
+# as prompt as in a loop) and wake was 2 us.
 CPU = Machine(
     call_seconds=0.75e-6,
     join_seconds=1e-6,
-    wake_seconds=8e-6,
+    wake_seconds=2e-6,
     rate_of_one=190e9,
     rate_of_all=420e9,
     cached_rate=130e9,

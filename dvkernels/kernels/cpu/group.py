@@ -25,7 +25,7 @@ from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
-ELEMENTWISE = "51782d13"
+ELEMENTWISE = "0ebda179"
 MEMORY = "c8cb69fb"
 
 _SLOTS = 32

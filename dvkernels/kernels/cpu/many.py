@@ -19,8 +19,8 @@ __all__ = ["all_reduce_many"]
 
 JOBS = "a0690a14"
 MEMORY = "c8cb69fb"
-OBJECTS = "30199088"
-POOL = "e6f2088d"
+OBJECTS = "96ea3373"
+POOL = "b1ad3ae3"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES

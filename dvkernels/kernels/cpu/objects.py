@@ -35,8 +35,8 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "51782d13"
-POOL = "e6f2088d"
+ELEMENTWISE = "0ebda179"
+POOL = "b1ad3ae3"
 MEMORY = "c8cb69fb"
 
 # Where things lie: words of a list, and of an array, after the object header.

@@ -25,7 +25,7 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "51782d13"
+ELEMENTWISE = "0ebda179"
 JOBS = "a0690a14"
 MEMORY = "c8cb69fb"
 

@@ -19,8 +19,8 @@ __all__ = ["all_reduce", "reduce_into"]
 
 JOBS = "a0690a14"
 MEMORY = "c8cb69fb"
-OBJECTS = "30199088"
-POOL = "e6f2088d"
+OBJECTS = "96ea3373"
+POOL = "b1ad3ae3"
 
 _MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
