@@ -37,7 +37,7 @@ ROWS = (
     ("data",),
     ("checkpoint", "optimizers"),
     ("strategies",),
-    ("cli", "testing", "__main__"),
+    ("benchmarks", "cli", "testing", "__main__"),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS, start=1) for room in rooms}
 TOP_ROW = len(ROWS)

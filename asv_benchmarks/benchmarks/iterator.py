@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import dvkernels as dv
-
-from .stopwatch import median_seconds
+from dvkernels.benchmarks.stopwatch import median_seconds
 
 BATCH_SIZE = 64
 NUM_BATCHES = 64

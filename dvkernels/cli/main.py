@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from dvkernels._version import __version__
-from dvkernels.cli import info, train
+from dvkernels.cli import bench, info, train
 from dvkernels.errors import DvKernelsError
 
 __all__: list[str] = []
 
-_VERBS = {"train": train, "info": info}
+_VERBS = {"train": train, "info": info, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,158 @@
+"""A peer's processes, seen from the benchmark: asked, waited for with a deadline, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvkernels.benchmarks.failures import ContestantLostError
+
+__all__: list[str] = []
+
+_TAIL_BYTES = 2000
+_SECONDS_TO_END = 3.0
+
+
+class Worker:
+    """The processes of one peer, in a session of their own, so that Ctrl-C is for us alone."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], timeout: float
+    ) -> None:
+        self.name = name
+        self._timeout = timeout
+        self._heard = b""
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=dict(environment),
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as error:
+            self._errors.close()
+            raise ContestantLostError(f"{name} cannot be started: {error}") from None
+        try:
+            self.ready = self._answer("to start")
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, **message: Any) -> dict[str, Any]:
+        """Send a command and return the answer, or raise :class:`ContestantLostError`."""
+        message["deadline"] = self._timeout
+        self._send(message)
+        return self._answer(f"to {message['do']}")
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        except OSError:
+            raise self._lost("has closed its input") from None
+
+    def _answer(self, task: str) -> dict[str, Any]:
+        stream = self._process.stdout
+        assert stream is not None
+        # Its own alarm goes off first, and prints where it was.
+        end = time.monotonic() + self._timeout + 2
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            while True:
+                line, newline, rest = self._heard.partition(b"\n")
+                if newline:
+                    self._heard = rest
+                    with contextlib.suppress(ValueError):  # else a launcher's own words
+                        answer = json.loads(line)
+                        if isinstance(answer, dict):
+                            return answer
+                    continue
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    raise self._lost(f"took more than {self._timeout:g} s {task}")
+                found = os.read(stream.fileno(), 1 << 16)
+                if not found:
+                    raise self._lost(f"ended when asked {task}")
+                self._heard += found
+
+    def _lost(self, what: str) -> ContestantLostError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        status = self._process.poll()
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - _TAIL_BYTES))
+        tail = self._errors.read().decode(errors="replace").strip()
+        self.close()
+        state = "" if status is None else f" (exit status {status})"
+        return ContestantLostError(f"{self.name} {what}{state}" + (f"\n{tail}" if tail else ""))
+
+    def close(self) -> None:
+        """End every process: by asking, by closing its input, by force."""
+        process = self._process
+        if self._errors.closed:
+            return
+        with contextlib.suppress(OSError, AssertionError):
+            assert process.stdin is not None
+            process.stdin.write(b'{"do": "end"}\n')
+        family = {process.pid, *_family(process.pid)}
+        try:
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_TO_END)
+            if process.poll() is None:
+                process.terminate()  # a launcher ends its ranks
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_SECONDS_TO_END)
+        finally:
+            left = family | set(_family(process.pid))
+            for pid in left if process.poll() is None else left - {process.pid}:
+                if pid == process.pid or _session(pid) in family:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, signal.SIGKILL)
+            process.wait()
+            self._errors.close()
+
+
+def _status(pid: int | str) -> tuple[int, int] | None:
+    """Return the parent and the session of a process that runs."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else (int(fields[1]), int(fields[3]))
+
+
+def _session(pid: int) -> int | None:
+    status = _status(pid)
+    return status[1] if status else None
+
+
+def _family(root: int) -> Iterator[int]:
+    """Yield the processes of the session that ``root`` began, and its descendants."""
+    known = {}
+    with contextlib.suppress(OSError):
+        for entry in os.listdir("/proc"):
+            status = _status(entry) if entry.isdigit() else None
+            if status:
+                known[int(entry)] = status
+    family = {root}
+    grown = True
+    while grown:
+        more = {pid for pid, (parent, session) in known.items() if {parent, session} & family}
+        grown = not more <= family
+        family |= more
+    yield from family - {root}
