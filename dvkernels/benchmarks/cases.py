@@ -174,6 +174,7 @@ class Arrays:
         limit = inputs.calls_in_place(case.dtype, case.op, case.num_replicas)
         self.max_calls = limit if in_place else None
         self.calls_since_filled = 0
+        self.is_calm = False  # filled with what may be reduced in place again and again
 
     def fill(self, calm: bool) -> None:
         """Make the buffers the inputs, and forget earlier results."""
@@ -182,6 +183,7 @@ class Arrays:
         for array in self.out:
             array.view(np.uint8)[:] = 0xFF
         self.calls_since_filled = 0
+        self.is_calm = calm
 
     def num_wrong(self) -> int:
         """Count the elements that one call on filled buffers got wrong."""
@@ -210,14 +212,14 @@ class Trial:
         """Call once on fresh random data and count the elements that are wrong."""
         self._arrays.fill(calm=False)
         self._call()
-        self._arrays.calls_since_filled = self._arrays.max_calls or 1
         return self._arrays.num_wrong()
 
     def run(self, num_calls: int) -> float:
         """Return the seconds of so many calls; what they need is filled in before."""
         arrays, call = self._arrays, self._call
         limit = arrays.max_calls
-        if limit is not None and arrays.calls_since_filled + num_calls > limit:
+        too_many = limit is not None and arrays.calls_since_filled + num_calls > limit
+        if too_many or not arrays.is_calm:
             arrays.fill(calm=True)
             call()
             arrays.calls_since_filled = 1

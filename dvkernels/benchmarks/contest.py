@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dvkernels.benchmarks import cases
 from dvkernels.benchmarks.cases import Arrays, Case, Trial
 from dvkernels.benchmarks.failures import ContestantLostError
@@ -97,7 +99,8 @@ class Contest:
         self.versions: dict[str, str] = {}
         try:
             for name in peers:
-                if name == "numpy":
+                if name == "numpy":  # in this process
+                    self.versions[name] = f"NumPy {np.__version__}"
                     continue
                 say(f"starting {name}")
                 try:

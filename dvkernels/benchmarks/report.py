@@ -15,7 +15,7 @@ __all__: list[str] = []
 _COLUMNS = (
     ("size", "(bytes)", 12),
     ("count", "(elements)", 12),
-    ("dtype", "", 9),
+    ("dtype", "", 11),
     ("op", "", 5),
     ("algorithm", "", 10),
     ("time", "(us)", 11),

@@ -49,4 +49,4 @@ def spell(nbytes: float) -> str:
     ('64K', '100', '1.5G')
     """
     unit = max((name for name in _UNITS if _UNITS[name] <= max(nbytes, 1)), key=_UNITS.__getitem__)
-    return f"{nbytes / _UNITS[unit]:.3g}{unit}"
+    return f"{nbytes / _UNITS[unit]:.4g}{unit}"

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +113,3 @@ def _has_package(python: str, package: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return found.returncode == 0
-
-
-Starter = Callable[[str, str | None, int, float], Worker]

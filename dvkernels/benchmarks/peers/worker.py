@@ -20,6 +20,7 @@ __all__: list[str] = []
 
 _TAIL_BYTES = 2000
 _SECONDS_TO_END = 3.0
+_LOOK_SECONDS = 0.5  # a process may end while a child of its keeps the pipe open
 
 
 class Worker:
@@ -31,6 +32,7 @@ class Worker:
         self.name = name
         self._timeout = timeout
         self._heard = b""
+        self._end: ContestantLostError | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         try:
             self._process = subprocess.Popen(
@@ -53,6 +55,8 @@ class Worker:
 
     def ask(self, **message: Any) -> dict[str, Any]:
         """Send a command and return the answer, or raise :class:`ContestantLostError`."""
+        if self._end is not None:
+            raise self._end
         message["deadline"] = self._timeout
         self._send(message)
         return self._answer(f"to {message['do']}")
@@ -80,9 +84,14 @@ class Worker:
                         if isinstance(answer, dict):
                             return answer
                     continue
-                if not selector.select(max(0.0, end - time.monotonic())):
+                has_ended = self._process.poll() is not None  # what it said last is still there
+                found = b""
+                if selector.select(0 if has_ended else _LOOK_SECONDS):
+                    found = os.read(stream.fileno(), 1 << 16)
+                elif not has_ended and time.monotonic() < end:
+                    continue
+                elif not has_ended:
                     raise self._lost(f"took more than {self._timeout:g} s {task}")
-                found = os.read(stream.fileno(), 1 << 16)
                 if not found:
                     raise self._lost(f"ended when asked {task}")
                 self._heard += found
@@ -96,7 +105,9 @@ class Worker:
         tail = self._errors.read().decode(errors="replace").strip()
         self.close()
         state = "" if status is None else f" (exit status {status})"
-        return ContestantLostError(f"{self.name} {what}{state}" + (f"\n{tail}" if tail else ""))
+        text = f"{self.name} {what}{state}" + (f"\n{tail}" if tail else "")
+        self._end = ContestantLostError(text)
+        return self._end
 
     def close(self) -> None:
         """End every process: by asking, by closing its input, by force."""
