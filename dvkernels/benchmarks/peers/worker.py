@@ -32,6 +32,7 @@ class Worker:
         self.name = name
         self._timeout = timeout
         self._heard = b""
+        self._noise = b""
         self._end: ContestantLostError | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         try:
@@ -79,10 +80,10 @@ class Worker:
                 line, newline, rest = self._heard.partition(b"\n")
                 if newline:
                     self._heard = rest
-                    with contextlib.suppress(ValueError):  # else a launcher's own words
-                        answer = json.loads(line)
-                        if isinstance(answer, dict):
-                            return answer
+                    answer = _parsed(line)
+                    if answer is not None:
+                        return answer
+                    self._noise += line + newline  # a launcher's own words
                     continue
                 has_ended = self._process.poll() is not None  # what it said last is still there
                 found = b""
@@ -102,12 +103,21 @@ class Worker:
         status = self._process.poll()
         size = self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, size - _TAIL_BYTES))
-        tail = self._errors.read().decode(errors="replace").strip()
+        tail = self._errors.read() + self._left_to_hear()[-_TAIL_BYTES:]
         self.close()
         state = "" if status is None else f" (exit status {status})"
-        text = f"{self.name} {what}{state}" + (f"\n{tail}" if tail else "")
+        text = f"{self.name} {what}{state}" + f"\n{tail.decode(errors='replace')}".rstrip()
         self._end = ContestantLostError(text)
         return self._end
+
+    def _left_to_hear(self) -> bytes:
+        """Return what came on standard output that was no answer: some launchers complain there."""
+        stream = self._process.stdout
+        assert stream is not None
+        os.set_blocking(stream.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            self._heard += os.read(stream.fileno(), 1 << 16)
+        return self._noise + self._heard
 
     def close(self) -> None:
         """End every process: by asking, by closing its input, by force."""
@@ -136,6 +146,14 @@ class Worker:
                         os.kill(pid, signal.SIGKILL)
             process.wait()
             self._errors.close()
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _status(pid: int | str) -> tuple[int, int] | None:
