@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from dvkernels.devices import cpu
+
 __all__ = ["PEERS", "Peer", "version_of"]
 
 _HERE = Path(__file__).parent
@@ -36,13 +38,18 @@ class Peer(NamedTuple):
         mpiexec = Path(python).parent / "mpiexec"
         return [str(mpiexec), "-n", str(num_ranks), *worker]
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables that a worker needs: Open MPI as root, and more ranks than cores."""
+    def environment(self, num_ranks: int) -> dict[str, str]:
+        """Return the variables that a worker needs: Open MPI as root, and more ranks than cores.
+
+        Open MPI that was told of more ranks than cores yields its core while it waits, which costs
+        it time where each rank has a core: there it is not told.
+        """
+        crowded = num_ranks > cpu.usable_cores()
         return {
             **os.environ,
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            **({"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} if crowded else {}),
             "PYTHONPATH": str(_HERE),
         }
 

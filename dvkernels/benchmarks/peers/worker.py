@@ -49,7 +49,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 text=True,
-                env=peer.environment(),
+                env=peer.environment(num_ranks),
                 start_new_session=True,
             )
         except OSError as error:
