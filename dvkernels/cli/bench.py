@@ -11,11 +11,14 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvkernels._version import __version__
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
+
+if TYPE_CHECKING:
+    from dvkernels.benchmarks.peers.worker import Worker
 
 __all__: list[str] = []
 
@@ -195,6 +198,8 @@ def _peers(
             raise AlgorithmError(f"bench: {name!r} is no peer; use one of {', '.join(known)}")
     workers: dict[str, Any] = {}
     notes: dict[str, str] = {}
+    started: list[Worker] = []
+    stack.callback(_end, started)
     for name in arguments.peers or known:
         if name == "numpy":
             notes[name] = f"numpy {metadata.version('numpy')}, one thread"
@@ -207,7 +212,7 @@ def _peers(
             continue
         try:
             worker = Worker(name, python, arguments.replicas)
-            stack.callback(worker.close)
+            started.append(worker)
             worker.ask(1, "float32", 1)
         except WorkerLostError as error:
             notes[name] = f"skipped: {error}"
@@ -215,6 +220,13 @@ def _peers(
         workers[name] = worker
         notes[name] = f"{peer.package} {version}, {arguments.replicas} ranks"
     return workers, "numpy" in (arguments.peers or known), notes
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        worker.hang_up()  # all at once: they take their time
+    for worker in workers:
+        worker.close()
 
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:

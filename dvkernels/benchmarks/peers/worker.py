@@ -89,12 +89,16 @@ class Worker:
         tail = self._stderr.read()[-_TAIL:].strip()
         return WorkerLostError(f"peer {self.name} {what}; its last words: {tail or '(none)'}")
 
+    def hang_up(self) -> None:
+        """Close the pipe, at whose end the processes leave by themselves; do not wait for them."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+
     def close(self) -> None:
         """End the processes: by closing their pipe, else by signals. Safe to call twice."""
         process = self._process
-        with contextlib.suppress(OSError, ValueError):
-            if process.stdin is not None:
-                process.stdin.close()
+        self.hang_up()
         for sent in (None, signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if sent is not None:

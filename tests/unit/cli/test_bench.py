@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from dvkernels import kernels
@@ -137,3 +142,25 @@ def test_calibration_prints_every_constant(capsys):
     assert status == 0
     for name in ("call_seconds", "join_seconds", "wake_seconds", "rate_of_one", "rate_of_all"):
         assert name in out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_an_interrupt_ends_the_peers(tmp_path):
+    # A stand-in for the environment of a peer: it says its version, then hangs like a stuck rank.
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f"#!/bin/sh\nif [ $1 = -c ]; then echo 1.0; exit; fi\n"
+        f"echo $$ > {tmp_path}/pid; exec sleep 600\n"
+    )
+    stand_in.chmod(0o755)
+    command = [sys.executable, "-m", "dvkernels", "bench", "--sizes", "4", "--peers", "jax"]
+    with subprocess.Popen([*command, "--peer-python", f"jax={stand_in}"]) as process:
+        end = time.monotonic() + 60
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.05)
+        pid = int((tmp_path / "pid").read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
