@@ -1,0 +1,240 @@
+"""Long runs with faults in most steps: no hang, no growth, equal copies after every step."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import dvkernels as dv
+
+REPLICAS = 3
+SECONDS_PER_STEP = 20.0
+KINDS = ("fine", "raises", "raises late", "mismatch", "returns", "caught", "misfit", "interrupt")
+MOST_OBJECTS, MOST_BYTES = 300, 24 << 20
+
+
+class Boom(Exception):
+    pass
+
+
+class Watch:
+    """Show all stacks and interrupt a step that takes too long."""
+
+    def __init__(self) -> None:
+        self.step: tuple[int, str] | None = None
+        self.hung: tuple[int, str] | None = None
+        self._since = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def begin(self, step: int, kind: str) -> None:
+        self._since = time.monotonic()
+        self.step = (step, kind)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.5):
+            if self.step and time.monotonic() - self._since > SECONDS_PER_STEP:
+                self.hung = self.step
+                faulthandler.dump_traceback(sys.__stderr__)
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+@contextlib.contextmanager
+def interrupted(delay: float) -> Iterator[None]:
+    """Send this process an interrupt after a while, and have it arrive inside."""
+    arrived = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def arrive(number: int, frame: Any) -> None:
+        arrived.set()
+        signal.default_int_handler(number, frame)
+
+    def shoot() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, arrive)
+    try:
+        shooter = threading.Thread(target=shoot)
+        try:
+            shooter.start()
+            yield
+            arrived.wait(SECONDS_PER_STEP)
+        except KeyboardInterrupt:
+            assert arrived.is_set()
+        assert arrived.is_set(), "the interrupt never arrived"
+        shooter.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Endurance:
+    """A strategy with one variable of each mode, stepped with faults."""
+
+    def __init__(self, strategy: dv.Strategy, seed: int) -> None:
+        self.strategy = strategy
+        self.random = np.random.default_rng(seed)
+        self.central = not isinstance(strategy, dv.MirroredStrategy)
+        with strategy.scope():
+            self.first = dv.Variable(np.zeros(5), aggregation="sum")
+            self.second = dv.Variable(np.zeros((), "f4"), aggregation="mean")
+            if not self.central:
+                self.own = dv.Variable(0, synchronization="none", dtype="i4")
+                self.metric = dv.Variable(
+                    np.zeros(()), synchronization="on_read", aggregation="sum"
+                )
+
+    def body(self, kind: str, victim: int, late: bool) -> Callable[[], None]:
+        def faulty(context: dv.ReplicaContext) -> bool:
+            """Say whether this replica returns now."""
+            if kind == "raises":
+                raise Boom(victim)
+            if kind == "mismatch":
+                context.all_gather(np.zeros(3, "f4"))
+            if kind == "misfit":
+                self.first.assign_add(np.ones(4))
+            return kind == "returns"
+
+        def act(context: dv.ReplicaContext) -> None:
+            chosen = context.replica_id_in_sync_group == victim
+            if chosen and not late and faulty(context):
+                return
+            context.all_reduce("mean", {"a": np.ones(100, "f4"), "b": [np.ones((2, 3))]})
+            if not self.central:
+                self.own.assign_add(1)
+                self.metric.assign_add(1.0)
+            if chosen and late and faulty(context):
+                return
+            self.first.assign_add(np.ones(5))
+            context.merge_call(lambda strategy, value: strategy.reduce("max", value), (1.0,))
+            self.second.assign_add(1.0)
+            if chosen and kind == "raises late":
+                raise Boom(victim)
+            if chosen and kind == "caught":
+                context.all_gather(np.zeros(3, "f4"))
+            context.barrier()
+
+        def body() -> None:
+            context = dv.get_replica_context()
+            if kind != "caught":
+                return act(context)
+            with contextlib.suppress(dv.errors.CollectiveMismatchError):
+                act(context)
+
+        return body
+
+    def step(self, kind: str) -> None:
+        victim = int(self.random.integers(REPLICAS))
+        body = self.body(kind, victim, bool(self.random.integers(2)))
+        before = self.first.numpy()[0], float(self.second.numpy())
+        if kind == "interrupt":
+            with interrupted(float(self.random.uniform(0, 0.003))):
+                self.strategy.run(body)
+        elif kind == "fine":
+            self.strategy.run(body)
+        else:
+            error = {
+                "raises": Boom,
+                "raises late": Boom,
+                "misfit": ValueError,
+            }.get(kind, dv.errors.CollectiveMismatchError)
+            with pytest.raises(error):
+                self.strategy.run(body)
+        self.check(kind, *before)
+
+    def check(self, kind: str, first: float, second: float) -> None:
+        for variable in (self.first, self.second):
+            copies = {copy.tobytes() for copy in variable.values}
+            assert len(copies) == 1, (kind, variable.values)
+        whole = self.first.numpy()
+        assert np.all(whole == whole[0])
+        added = whole[0] - first, float(self.second.numpy()) - second
+        nothing, half, both = (0, 0), (REPLICAS, 0), (REPLICAS, 1)
+        allowed = {
+            "fine": (both,),
+            "caught": (both,),
+            "raises late": (both,),
+            "interrupt": (nothing, half, both),
+        }.get(kind, (nothing,))
+        assert added in allowed, (kind, added)
+        if added[1]:  # float32 counts exactly no further than this
+            self.second.assign(float(self.second.numpy()) % 1000)
+
+
+def grown(strategy: dv.Strategy, steps: int, seed: int) -> tuple[int, int, int]:
+    """Give how many threads, objects and bytes more there are after the steps than early on."""
+    endurance = Endurance(strategy, seed)
+    process = psutil.Process()
+    watch = Watch()
+    marks = []
+    try:
+        for step in range(steps):
+            if step in (steps // 4, steps - 1):
+                gc.collect()
+                threads = threading.active_count()
+                marks.append((threads, len(gc.get_objects()), process.memory_info().rss))
+            kind = KINDS[int(endurance.random.integers(len(KINDS)))]
+            watch.begin(step, kind)
+            try:
+                endurance.step(kind)
+            except KeyboardInterrupt:
+                if watch.hung is None:
+                    raise
+            if watch.hung:
+                pytest.fail(f"step {watch.hung} took more than {SECONDS_PER_STEP} s")
+    finally:
+        watch.end()
+    early, late = marks
+    return late[0] - early[0], late[1] - early[1], late[2] - early[2]
+
+
+def mirrored() -> dv.Strategy:
+    return dv.MirroredStrategy([f"cpu:{at}" for at in range(REPLICAS)])
+
+
+def rings() -> dv.Strategy:
+    return dv.MirroredStrategy(["cpu:0"] * REPLICAS, cross_device_ops="ring")
+
+
+def central() -> dv.Strategy:
+    return dv.CentralStorageStrategy([f"cpu:{at}" for at in range(REPLICAS)], "cpu:0")
+
+
+each_strategy = pytest.mark.parametrize("make", [mirrored, rings, central])
+
+
+@each_strategy
+def test_three_hundred_steps_with_faults(make: Callable[[], dv.Strategy]) -> None:
+    with make() as strategy:
+        threads, objects, memory = grown(strategy, 300, seed=1)
+    assert threads <= 0
+    assert objects <= MOST_OBJECTS
+    assert memory <= MOST_BYTES
+
+
+@pytest.mark.slow
+@each_strategy
+def test_ten_thousand_steps_with_faults(make: Callable[[], dv.Strategy]) -> None:
+    with make() as strategy:
+        threads, objects, memory = grown(strategy, 10_000, seed=2)
+    assert threads <= 0
+    assert objects <= MOST_OBJECTS
+    assert memory <= MOST_BYTES
