@@ -159,7 +159,7 @@ class Write(Step):
 class Scatter(Step):
     def refused(self, twin: Twin, size: int) -> bool:
         ordered = self.name in ("scatter_min", "scatter_max", "scatter_update")
-        summed = twin.mode == "on_write" and twin.aggregation in ("sum", "mean")
+        summed = size > 1 and twin.mode == "on_write" and twin.aggregation in ("sum", "mean")
         return twin.mode == "on_read" or refuses_replicas(twin, size) or (ordered and summed)
 
     def given(self, twin: Twin, replica: int, dtype: Any) -> Any:
