@@ -66,22 +66,18 @@ def test_no_iteration_and_no_truth_value(kind: Any) -> None:
 
 
 BINARY = [
-    getattr(operator, name)
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "matmul",
-        "and_",
-        "or_",
-        "xor",
-        "lshift",
-        "rshift",
-    ]
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.floordiv,
+    operator.mod,
+    operator.pow,
+    operator.matmul,
+    operator.and_,
+    operator.or_,
+    operator.xor,
+    operator.lshift,
 ]
 ORDERS = [operator.lt, operator.le, operator.gt, operator.ge]
 UNARY: list[Callable[[Any], Any]] = [
