@@ -236,6 +236,17 @@ class Collective(Step):
         elif self.name == "inplace":
             result = context.all_reduce("sum", value, out=value)
             kept = value
+        elif self.name == "background":
+            other = np.ones(3)
+            handles = [context.all_reduce_async("sum", given) for given in (other, [value, other])]
+            result = handles[1].wait()[0]
+            assert np.all(handles[0].wait() == context.num_replicas_in_sync)
+        elif self.name == "nest":
+            nest = {"a": value, "b": (np.ones(3), [np.ones(5, "i4")])}
+            result = context.all_reduce("sum", nest)["a"]
+        elif self.name == "shared":
+            result = context.all_reduce("sum", value, shared=True)
+            assert not result.flags.writeable
         else:
             result = context.all_reduce(self.name, value)
         assert np.array_equal(value, kept)
@@ -247,7 +258,7 @@ class Collective(Step):
             return [np.concatenate(given, axis=-1)] * size
         if self.name == "broadcast":
             return [given[-1]] * size
-        total = REDUCED["sum" if self.name in ("inplace", "reduce_scatter") else self.name](given)
+        total = REDUCED[self.name if self.name in ("min", "max") else "sum"](given)
         return np.array_split(total, size) if self.name == "reduce_scatter" else [total] * size
 
 
@@ -297,7 +308,7 @@ PROGRAMS = st.lists(
         steps(Write, *WRITTEN),
         steps(Read, "read"),
         steps(Collective, "sum", "min", "max", "inplace", "all_gather", "broadcast"),
-        steps(Collective, "reduce_scatter"),
+        steps(Collective, "reduce_scatter", "background", "nest", "shared"),
         steps(Merge, "dealt", "total", "nested"),
         steps(Sync, "min", "max"),
         steps(Scatter, *SCATTERS),
@@ -335,11 +346,18 @@ class Machine(RuleBasedStateMachine):
         size=st.integers(1, 5),
         central=st.booleans(),
         algorithm=st.sampled_from(["auto", "direct", "ring"]),
+        bucket=st.sampled_from([None, 1, 100]),
         aggregations=st.permutations(AGGREGATIONS),
         dtype=st.sampled_from(DTYPES),
     )
     def start(
-        self, size: int, central: bool, algorithm: str, aggregations: list[str], dtype: str
+        self,
+        size: int,
+        central: bool,
+        algorithm: str,
+        bucket: int | None,
+        aggregations: list[str],
+        dtype: str,
     ) -> None:
         self.size = size
         self.central = central
@@ -348,7 +366,9 @@ class Machine(RuleBasedStateMachine):
         if central:
             self.strategy = dv.CentralStorageStrategy(devices, "cpu:0")
         else:
-            self.strategy = dv.MirroredStrategy(devices, cross_device_ops=algorithm)
+            self.strategy = dv.MirroredStrategy(
+                devices, cross_device_ops=algorithm, bytes_per_bucket=bucket
+            )
         for at, (mode, aggregation) in enumerate(zip(MODES, aggregations, strict=True)):
             self.create(mode, aggregation, dtype, (3,), at, False)
 

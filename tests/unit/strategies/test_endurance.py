@@ -115,6 +115,8 @@ class Endurance:
             if chosen and not late and faulty(context):
                 return
             context.all_reduce("mean", {"a": np.ones(100, "f4"), "b": [np.ones((2, 3))]})
+            handles = [context.all_reduce_async("sum", np.ones(10)) for _ in range(3)]
+            handles[2].wait()  # the others: never
             if not self.central:
                 self.own.assign_add(1)
                 self.metric.assign_add(1.0)
