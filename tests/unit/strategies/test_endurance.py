@@ -230,6 +230,11 @@ def test_three_hundred_steps_with_faults(make: Callable[[], dv.Strategy]) -> Non
         survives(strategy, 300, seed=1)
 
 
+def test_three_hundred_steps_with_faults_in_debug_mode() -> None:
+    with mirrored() as strategy, dv.debug():
+        survives(strategy, 300, seed=3)
+
+
 @pytest.mark.slow
 @each_strategy
 def test_ten_thousand_steps_with_faults(make: Callable[[], dv.Strategy]) -> None:
