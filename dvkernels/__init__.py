@@ -25,6 +25,9 @@ from dvkernels.reduce_op import ReduceOp as ReduceOp
 from dvkernels.strategies.base import Strategy as Strategy
 from dvkernels.strategies.base import ValueContext as ValueContext
 from dvkernels.strategies.base import set_strategy as set_strategy
+from dvkernels.strategies.central_storage import (
+    CentralStorageStrategy as CentralStorageStrategy,
+)
 from dvkernels.strategies.mirrored import MirroredStrategy as MirroredStrategy
 from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
 from dvkernels.values.distributed import DistributedValues as DistributedValues
@@ -33,3 +36,4 @@ from dvkernels.values.distributed import PerReplica as PerReplica
 from dvkernels.variables.modes import VariableAggregation as VariableAggregation
 from dvkernels.variables.modes import VariableSynchronization as VariableSynchronization
 from dvkernels.variables.variable import Variable as Variable
+from dvkernels.variables.variable import sync as sync

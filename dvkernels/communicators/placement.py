@@ -20,8 +20,19 @@ class Placement:
     replica_devices: tuple[Device, ...]
     communicator: Communicator
     name: str  # of the strategy, for messages
+    central_device: Device | None = None  # of the only copy of each variable; None: one a replica
+    whole: Placement | None = None  # of the strategy, where this one describes a single copy
 
     @property
     def num_replicas(self) -> int:
         """The number of replicas in sync."""
         return len(self.replica_devices)
+
+    @property
+    def copy_devices(self) -> tuple[Device, ...]:
+        """Where the copies of a variable live."""
+        return self.replica_devices if self.central_device is None else (self.central_device,)
+
+    def is_of(self, strategy: Placement) -> bool:
+        """Return whether this is a strategy's placement, or that of one of its copies."""
+        return self is strategy or self.whole is strategy

@@ -216,12 +216,12 @@ def _columns(gradients: Sequence[Any], variables: Sequence[Variable]) -> list[li
     """Return, in cross-replica context, one gradient per replica for each variable."""
     columns: list[list[Any]] = []
     for gradient, variable in zip(gradients, variables, strict=True):
-        count = len(variable.values)
+        count = variable.owner.num_replicas
         if isinstance(gradient, PerReplica):
             if len(gradient) != count:
                 raise ContextError(
                     f"{_VERB}: the gradient of {variable.name!r} is a PerReplica of "
-                    f"{len(gradient)}, and the variable has {count} copies"
+                    f"{len(gradient)}, and its strategy has {count} replicas"
                 )
             parts = list(gradient.values)
         else:

@@ -6,22 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from typing import Any, Self
 
+import numpy as np
+
 from dvkernels import context, reduce_op
+from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Step
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
+from dvkernels.devices import registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
-from dvkernels.errors import BufferMismatchError, ContextError, DatasetError
+from dvkernels.errors import (
+    BufferMismatchError,
+    ContextError,
+    DatasetError,
+    SynchronizationError,
+)
 from dvkernels.reduce_op import Reduction
 from dvkernels.strategies import runner
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
-from dvkernels.variables.variable import Variable
+from dvkernels.variables.modes import VariableSynchronization
+from dvkernels.variables.variable import Variable, commit, drafts_of, end
 
 __all__ = ["Strategy", "ValueContext"]
 
@@ -37,14 +47,25 @@ class ValueContext:
 
 
 class Strategy:
-    """How a computation is spread over replicas. Use one of its final kinds.
+    """How a computation is spread over replicas: devices, a communicator, a place for variables.
+
+    Use one of its final kinds, or make your own by calling this constructor.
 
     Parameters
     ----------
-    devices : tuple of Device
-        One per replica.
+    devices : sequence of Device or str
+        One per replica; CPU devices may be named twice.
     communicator : Communicator
         Of as many ranks.
+    central_device : Device or str, optional
+        Keep a single copy of each variable there, instead of one per replica.
+
+    Raises
+    ------
+    DeviceError
+        A device that does not exist, or none.
+    AlgorithmError
+        A communicator of another size, or an object that lacks its methods.
 
     Notes
     -----
@@ -52,10 +73,19 @@ class Strategy:
     and end with it: by ``close()``, ``with``, or when it is dropped.
     """
 
-    def __init__(self, devices: tuple[Device, ...], communicator: Communicator) -> None:
-        name = f"{type(self).__name__}({', '.join(str(device) for device in devices)})"
-        self._placement = Placement(devices, communicator, name)
-        self._runner = runner.Runner(len(devices))
+    def __init__(
+        self,
+        devices: Sequence[Device | str],
+        communicator: Communicator,
+        *,
+        central_device: Device | str | None = None,
+    ) -> None:
+        resolved = registry.resolve_all(devices)
+        checked = communicators.between_devices(len(resolved), communicator)
+        name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
+        central = None if central_device is None else registry.resolve(central_device)
+        self._placement = Placement(resolved, checked, name, central)
+        self._runner = runner.Runner(len(resolved))
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -72,7 +102,7 @@ class Strategy:
     @property
     def parameter_devices(self) -> tuple[Device, ...]:
         """Where variables live."""
-        return self._placement.replica_devices
+        return self._placement.copy_devices
 
     @property
     def cluster_resolver(self) -> None:
@@ -246,6 +276,137 @@ class Strategy:
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
 
+    def reduce_to(self, op: Reduction | str, value: Any, destinations: Any) -> Any:
+        """Reduce one value per replica, and mirror the result where ``destinations`` says.
+
+        Parameters
+        ----------
+        op : ReduceOp or str
+        value : PerReplica, Mirrored or Variable, or a nest of them
+        destinations : Variable, DistributedValues, Device or str
+            The devices of a variable or value, or one device.
+
+        Returns
+        -------
+        Mirrored, or a nest of them
+            Of one read-only array that the devices of this process share.
+        """
+        devices = _devices_of(destinations, "reduce_to")
+        return self._mirrored(self.reduce(op, value), devices)
+
+    def batch_reduce_to(self, op: Reduction | str, pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
+        """Return ``reduce_to(op, value, destinations)`` of each pair of those two.
+
+        All pairs are checked before the first is reduced.
+        """
+        listed: list[Any] = [*pairs]
+        for pair in listed:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(
+                    f"batch_reduce_to needs pairs of a value and its destinations; got {pair!r:.80}"
+                )
+        places = [_devices_of(destinations, "batch_reduce_to") for _, destinations in listed]
+        reduced = self.reduce(op, [value for value, _ in listed])
+        return [self._mirrored(one, devices) for one, devices in zip(reduced, places, strict=True)]
+
+    def broadcast_to(self, value: Any, destinations: Any) -> Any:
+        """Mirror one value where ``destinations`` says.
+
+        Parameters
+        ----------
+        value : array or number, Mirrored or Variable, or a nest of them
+            Copied. A ``PerReplica`` holds several and raises ValueError.
+        destinations : Variable, DistributedValues, Device or str
+
+        Returns
+        -------
+        Mirrored, or a nest of them
+            Of one read-only array that the devices of this process share.
+        """
+        context.require_cross_replica(self._placement, "broadcast_to")
+        devices = _devices_of(destinations, "broadcast_to")
+
+        def one(leaf: Any) -> Any:
+            if isinstance(leaf, DistributedValues):
+                self._check_fits("broadcast_to", leaf)
+            whole = leaf.read_value() if isinstance(leaf, Variable) else leaf
+            if isinstance(whole, PerReplica):
+                raise ValueError(
+                    "broadcast_to: a PerReplica holds one value per replica, and one is mirrored; "
+                    "choose it with .on(replica_id), or use reduce_to"
+                )
+            single = whole.on(0) if isinstance(whole, Mirrored) else whole
+            return np.array(context.as_array(single, "broadcast_to", 0))
+
+        return self._mirrored(regroup.map_leaves(one, value), devices)
+
+    def update(
+        self,
+        variable: Variable,
+        fn: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        group: bool = True,
+    ) -> Any:
+        """Call ``fn(copy, *args, **kwargs)`` on every copy of a variable, in turn.
+
+        Parameters
+        ----------
+        variable : Variable
+            Of this strategy.
+        fn : callable
+            Gets each copy as a variable of one device, with the same methods. It runs in
+            cross-replica context, and must do the same to every copy of an ON_WRITE variable.
+        args, kwargs
+            Distributed values in them are replaced by the component of the copy; a ``PerReplica``
+            raises ValueError for an ON_WRITE variable, whose copies are equal.
+        group : bool
+            Return a ``Mirrored`` of the results, else a tuple of them.
+
+        Returns
+        -------
+        Mirrored, a nest of them, or tuple
+            What ``fn`` returned for each copy; None if that was None for all.
+
+        Notes
+        -----
+        The copies change together when ``fn`` has returned for all of them: if it raises, all are
+        as before. A copy that is written takes one more array meanwhile.
+        """
+        here = context.require_cross_replica(self._placement, "update")
+        if not isinstance(variable, Variable):
+            raise TypeError(f"update: expected a variable, got a {type(variable).__name__}")
+        if variable.owner is not self._placement:
+            raise ContextError(
+                f"update: variable {variable.name!r} belongs to {variable.owner.name}, not to "
+                f"{self._placement.name}"
+            )
+        if not isinstance(args, (list, tuple)):
+            raise ValueError(f"update: args must be a list or tuple, got {type(args).__name__}")
+        given = (tuple(args), dict(kwargs or {}))
+        equal = variable.synchronization is VariableSynchronization.ON_WRITE
+        if equal and any(isinstance(leaf, PerReplica) for leaf in regroup.flatten(given)[0]):
+            raise SynchronizationError(
+                f"update of variable {variable.name!r}: its copies are equal, and a PerReplica "
+                f"among the arguments would let them drift apart; reduce it first"
+            )
+        dealt = self._dealt(given, "update")
+        drafts = drafts_of(variable)
+        frame = Frame(self._placement, self, merging=here is not None and here.merging)
+        token = context.enter(frame)
+        try:
+            results = [
+                fn(draft, *positional, **named)
+                for draft, (positional, named) in zip(drafts, dealt[: len(drafts)], strict=True)
+            ]
+            commit(variable, drafts)
+        finally:
+            end(drafts)
+            context.leave(token)
+        if not group:
+            return tuple(results)
+        return regroup.regroup(results, variable.devices, self._placement, Mirrored)
+
     # -- input ----------------------------------------------------------------------------------
 
     def distribute_dataset(self, dataset: Dataset, options: None = None) -> DistributedDataset:
@@ -284,11 +445,21 @@ class Strategy:
     def _per_replica(self, values: Sequence[Any]) -> PerReplica[Any]:
         return PerReplica(values, devices=self.worker_devices, owner=self._placement)
 
+    def _mirrored(self, nest: Any, devices: tuple[Device, ...]) -> Any:
+        owner = self._placement if len(devices) == self.num_replicas_in_sync else None
+
+        def one(array: Any) -> Mirrored[Any]:
+            array.flags.writeable = False
+            return Mirrored([array] * len(devices), devices=devices, owner=owner)
+
+        return regroup.map_leaves(one, nest)
+
     def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
         owner = getattr(value, "owner", None)
         unscoped = owner is context.UNSCOPED and isinstance(value, Variable)
         foreign = owner is not None and owner is not self._placement and not unscoped
-        if foreign or (len(value.values) != self.num_replicas_in_sync and not unscoped):
+        is_variable = isinstance(value, Variable)  # may have a single copy for all replicas
+        if foreign or (len(value.values) != self.num_replicas_in_sync and not is_variable):
             whose = f" of {owner.name}" if foreign and isinstance(owner, Placement) else ""
             raise ContextError(
                 f"{verb}: expected one value for each of the {self.num_replicas_in_sync} replicas "
@@ -334,6 +505,17 @@ class Strategy:
         if len(values) < self.num_replicas_in_sync:
             values = values * self.num_replicas_in_sync
         return [context.as_array(value, verb, rank) for rank, value in enumerate(values)]
+
+
+def _devices_of(destinations: Any, verb: str) -> tuple[Device, ...]:
+    if isinstance(destinations, DistributedValues):
+        return destinations.devices
+    if isinstance(destinations, (Device, str)):
+        return (registry.resolve(destinations),)
+    raise TypeError(
+        f"{verb}: destinations are a variable, a distributed value or a device, got a "
+        f"{type(destinations).__name__}"
+    )
 
 
 def _check_alike(verb: str, arrays: list[Any]) -> None:

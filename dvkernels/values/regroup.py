@@ -35,11 +35,19 @@ def map_leaves(fn: Callable[[Any], Any], nest: Any) -> Any:
 
 def own_component(value: Any, replica_id: int) -> Any:
     """Return what a leaf means to one replica: its component of a distributed value."""
-    return value.on(replica_id) if isinstance(value, DistributedValues) else value
+    if not isinstance(value, DistributedValues):
+        return value
+    # A variable that has a single copy is the same to all replicas.
+    return value.on(0 if len(value.values) == 1 and _is_variable(value) else replica_id)
 
 
-def regroup(results: Sequence[Any], devices: tuple[Device, ...], owner: object) -> Any:
-    """Return one nest whose leaves are ``PerReplica``, from one nest per replica.
+def regroup(
+    results: Sequence[Any],
+    devices: tuple[Device, ...],
+    owner: object,
+    kind: type[PerReplica[Any]] | type[Mirrored[Any]] = PerReplica,
+) -> Any:
+    """Return one nest whose leaves are of ``kind``, from one nest per replica.
 
     A leaf that is None on every replica stays None; a variable that every replica returned is
     returned as it is, being a distributed value already. Structures that differ raise ValueError.
@@ -60,7 +68,7 @@ def regroup(results: Sequence[Any], devices: tuple[Device, ...], owner: object) 
         first = leaves[0]
         if (first is None or _is_variable(first)) and all(leaf is first for leaf in leaves):
             return first
-        return PerReplica(
+        return kind(
             [own_component(leaf, replica) for replica, leaf in enumerate(leaves)],
             devices=devices,
             owner=owner,

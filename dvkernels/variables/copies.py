@@ -4,55 +4,77 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from dvkernels.communicators.placement import Placement
+from dvkernels.communicators.single import Single
 from dvkernels.devices.buffers import Spec, spec
-from dvkernels.errors import BufferMismatchError, NotABufferError
+from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 
 __all__: list[str] = []
 
 
 class Copies:
-    """One array per replica, of one shape and dtype."""
+    """One array for each device that holds a copy, of one shape and dtype.
 
-    __slots__ = ("_scratch", "arrays", "name", "placement", "views")
+    ``initial`` holds the content of each copy, or of all where there is one.
+    """
 
-    def __init__(self, initial: Any, placement: Placement, name: str) -> None:
+    __slots__ = ("__weakref__", "_scratch", "arrays", "name", "placement", "views")
+
+    arrays: tuple[Any, ...]
+    views: tuple[Any, ...]
+
+    def __init__(self, initial: Sequence[Any], placement: Placement, name: str) -> None:
         self.name = name
         self.placement = placement
-        self.arrays = tuple(
-            np.array(initial, order="C", copy=True) for _ in placement.replica_devices
+        count = len(placement.copy_devices)
+        self._hold(
+            np.array(content, order="C", copy=True)
+            for content in (initial if len(initial) == count else [initial[0]] * count)
         )
-        self.views = tuple(_read_only(array) for array in self.arrays)
         self._scratch: Any = None
+
+    def _hold(self, arrays: Iterable[Any]) -> None:
+        self.arrays = tuple(arrays)
+        self.views = tuple(_read_only(array) for array in self.arrays)
+
+    def rank_of(self, replica: int) -> int:
+        """Return which copy a replica reads: its own, or the only one."""
+        return replica if len(self.arrays) > 1 else 0
 
     def checked(self, value: Any, verb: str, replica: int) -> Any:
         """Return ``value`` as an array of this shape and dtype; numbers take the dtype."""
-        dtype, shape = self.arrays[0].dtype, self.arrays[0].shape
-        came = "" if len(self.arrays) == 1 else f" from replica {replica}"
-        try:
-            if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
-                array: Any = self._converted(value, dtype)
-            else:
-                array = np.asarray(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise NotABufferError(
-                f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
-                f"{value!r:.60}{came}, which does not fit: {error}"
-            ) from error
+        array = self.converted(value, verb, replica)
+        shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
         if array.dtype != dtype or array.shape != shape:
             raise BufferMismatchError(
                 f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
-                f"{spec(array)}{came}; cast with .astype or reshape it first"
+                f"{spec(array)}{self._from(replica)}; cast with .astype or reshape it first"
             )
         return array
 
-    def _converted(self, value: complex, dtype: Any) -> Any:
+    def converted(self, value: Any, verb: str, replica: int) -> Any:
+        """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
+        shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
+        try:
+            if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
+                return self._number(value, dtype)
+            return np.asarray(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise NotABufferError(
+                f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
+                f"{value!r:.60}{self._from(replica)}, which does not fit: {error}"
+            ) from error
+
+    def _from(self, replica: int) -> str:
+        return "" if self.placement.num_replicas == 1 else f" from replica {replica}"
+
+    def _number(self, value: complex, dtype: Any) -> Any:
         if dtype.kind == "b" and not isinstance(value, bool):
             raise TypeError(f"a number is not a {dtype}")
         if dtype.kind in "iu" and not isinstance(value, int):
@@ -70,13 +92,68 @@ class Copies:
         return self._scratch
 
     def commit(self, values: Sequence[Any]) -> None:
-        """Overwrite copy r with ``values[r]``, for all r; values have been :meth:`checked`.
+        """Overwrite copy r with ``values[r]``, for all r; values have been :meth:`checked`."""
+        commit_together([(self, values)])
 
-        One expression that never enters the interpreter's loop, so that an interrupt falls before
-        or after all of it: the copies cannot be left half-written.
-        """
-        write: Any = operator.setitem
-        deque(map(write, self.arrays, repeat(...), values), maxlen=0)
+    def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
+        """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""
+        _write(self.arrays, rows, values)
+
+
+class Draft(Copies):
+    """One copy of a variable as ``update`` shows it: its writes wait in an array of their own.
+
+    So a function that fails at the third copy has not changed the first two.
+    """
+
+    __slots__ = ("has_ended", "is_written")
+
+    def __init__(self, of: Copies, rank: int) -> None:
+        whole = of.placement
+        device = (whole.copy_devices[rank],)
+        self.name = of.name if rank == 0 else f"{of.name}/replica_{rank}"
+        self.placement = Placement(device, Single(), whole.name, whole=whole)
+        self.arrays = (of.arrays[rank],)
+        self.views = (of.views[rank],)
+        self.has_ended = False
+        self.is_written = False
+        self._scratch = None
+
+    def commit(self, values: Sequence[Any]) -> None:
+        """Hold the content."""
+        if self.has_ended:
+            raise ContextError(
+                f"this copy of variable {self.name!r} belongs to an update that has ended; write "
+                f"the variable itself"
+            )
+        if self.is_written:
+            super().commit(values)
+        else:
+            self._hold([np.array(values[0], order="C", copy=True)])
+            self.is_written = True
+
+    def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
+        """Hold the content with these rows."""
+        if not self.is_written:
+            self.commit(self.arrays)
+        assert not self.has_ended
+        super().commit_rows(rows, values)
+
+
+def commit_together(writes: Sequence[tuple[Copies, Sequence[Any]]]) -> None:
+    """Overwrite the copies of several variables, each with its values.
+
+    One expression that never enters the interpreter's loop, so that an interrupt falls before
+    or after all of it: the copies cannot be left half-written.
+    """
+    arrays = [array for copies, _ in writes for array in copies.arrays]
+    values = [value for _, given in writes for value in given]
+    _write(arrays, repeat(...), values)
+
+
+def _write(arrays: Sequence[Any], where: Iterable[Any], values: Sequence[Any]) -> None:
+    set_item: Any = operator.setitem
+    deque(map(set_item, arrays, where, values), maxlen=0)
 
 
 def _read_only(array: Any) -> Any:

@@ -6,7 +6,7 @@ copies as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,10 @@ from dvkernels.communicators.rendezvous import Request
 from dvkernels.context import ReplicaContext
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
-from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica
+from dvkernels.variables import scatter
 from dvkernels.variables.copies import Copies
 
 __all__ = ["VariableAggregation", "VariableSynchronization"]
@@ -63,13 +64,16 @@ _REDUCTIONS = {VariableAggregation.SUM: ReduceOp.SUM, VariableAggregation.MEAN: 
 class SyncMode(NamedTuple):
     """What reads and writes mean, in a replica and across replicas.
 
-    Writes take ``(copies, aggregation, verb, value, replica or None)``, reads
-    ``(copies, aggregation, replica or None)``.
+    In a replica writes take ``(copies, aggregation, verb, value, replica)``, scatters
+    ``(copies, aggregation, verb, indices, updates, replica)`` and reads ``(copies, aggregation,
+    replica)``; across replicas the same without the replica.
     """
 
     write_in_replica: Callable[..., None]
+    scatter_in_replica: Callable[..., None]
     read_in_replica: Callable[..., Any]
     write_across: Callable[..., None]
+    scatter_across: Callable[..., None]
     read_across: Callable[..., Any]
 
 
@@ -84,13 +88,7 @@ def aggregate_then_write(
     replica: ReplicaContext,
 ) -> None:
     """All replicas bring a value; every copy gets what the aggregation makes of them."""
-    if aggregation is VariableAggregation.NONE and replica.num_replicas_in_sync > 1:
-        raise SynchronizationError(
-            f"{verb} of variable {copies.name!r} in replica context needs an aggregation: it was "
-            f"created with aggregation='none', which does not say how the values of "
-            f"{replica.num_replicas_in_sync} replicas become one; create it with 'sum', 'mean' or "
-            f"'only_first_replica', or write it in merge_call"
-        )
+    _check_aggregation(copies, aggregation, verb)
     checked = _checked_own(copies, verb, value, replica)
 
     def act(values: list[Any]) -> list[None]:
@@ -99,6 +97,60 @@ def aggregate_then_write(
         return [None] * len(values)
 
     replica.meet(Request(f"Variable.{verb}", (copies.name, id(copies)), checked, act))
+
+
+def aggregate_then_scatter(
+    copies: Copies,
+    aggregation: VariableAggregation,
+    verb: str,
+    indices: Any,
+    updates: Any,
+    replica: ReplicaContext,
+) -> None:
+    """All replicas bring updates of some rows; every copy gets those that the aggregation takes.
+
+    SUM takes all, MEAN all of them divided by the number of replicas, in replica order.
+    """
+    _check_aggregation(copies, aggregation, verb)
+    _check_additive(copies, aggregation, verb)
+    rank = replica.replica_id_in_sync_group
+    own_indices = regroup.own_component(indices, rank)
+    own = scatter.checked(copies, verb, own_indices, regroup.own_component(updates, rank), rank)
+
+    def act(parts: list[scatter.Updates]) -> list[None]:
+        taken = parts if aggregation in _REDUCTIONS else parts[:1]
+        divisor = len(parts) if aggregation is VariableAggregation.MEAN else 1
+        _scatter_alike(copies, verb, scatter.joined(taken, divisor))
+        return [None] * len(parts)
+
+    replica.meet(Request(f"Variable.{verb}", (copies.name, id(copies)), own, act))
+
+
+def scatter_own_copy(
+    copies: Copies,
+    aggregation: VariableAggregation,
+    verb: str,
+    indices: Any,
+    updates: Any,
+    replica: ReplicaContext,
+) -> None:
+    """Only rows of this replica's copy change."""
+    rank = replica.replica_id_in_sync_group
+    own = copies.arrays[copies.rank_of(rank)]
+    own_indices = regroup.own_component(indices, rank)
+    given = scatter.checked(copies, verb, own_indices, regroup.own_component(updates, rank), rank)
+    rows, content = scatter.changed(own, verb, given)
+    own[rows] = content
+
+
+def refuse_to_scatter(
+    copies: Copies, aggregation: VariableAggregation, verb: str, *_: object
+) -> None:
+    """Raise: what a sum over copies would mean for a row is not defined."""
+    raise SynchronizationError(
+        f"{verb} of variable {copies.name!r}: it is ON_READ, which takes assign, assign_add and "
+        f"assign_sub only; use synchronization='none' or 'on_write'"
+    )
 
 
 def write_own_copy(
@@ -110,7 +162,7 @@ def write_own_copy(
 ) -> None:
     """Only this replica's copy changes."""
     rank = replica.replica_id_in_sync_group
-    own = copies.arrays[rank]
+    own = copies.arrays[copies.rank_of(rank)]
     own[...] = WRITES[verb](own, _checked_own(copies, verb, value, replica), None)
 
 
@@ -138,6 +190,60 @@ def write_every_copy(
     values = _for_each_copy(copies, verb, value)
     write = WRITES[verb]
     copies.commit([write(own, new, None) for own, new in zip(copies.arrays, values, strict=True)])
+
+
+def scatter_every_copy_alike(
+    copies: Copies, aggregation: VariableAggregation, verb: str, indices: Any, updates: Any
+) -> None:
+    """Rows of every copy get the same updates."""
+    _check_additive(copies, aggregation, verb)
+    if isinstance(indices, PerReplica) or isinstance(updates, PerReplica):
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
+            f"copies of an ON_WRITE variable are equal; scatter in a replica, or pass one array"
+        )
+    where, what = _one(indices, verb, copies), _one(updates, verb, copies)
+    _scatter_alike(copies, verb, scatter.checked(copies, verb, where, what, 0))
+
+
+def scatter_every_copy(
+    copies: Copies, aggregation: VariableAggregation, verb: str, indices: Any, updates: Any
+) -> None:
+    """Rows of every copy get the updates, or their components of a ``PerReplica``."""
+    where, what = (_each(copies, verb, value) for value in (indices, updates))
+    found = [
+        scatter.changed(own, verb, scatter.checked(copies, verb, where[rank], what[rank], rank))
+        for rank, own in enumerate(copies.arrays)
+    ]
+    copies.commit_rows([rows for rows, _ in found], [content for _, content in found])
+
+
+def _scatter_alike(copies: Copies, verb: str, given: scatter.Updates) -> None:
+    rows, content = scatter.changed(copies.arrays[0], verb, given)
+    copies.commit_rows([rows] * len(copies.arrays), [content] * len(copies.arrays))
+
+
+def _check_additive(copies: Copies, aggregation: VariableAggregation, verb: str) -> None:
+    if verb in scatter.NOT_ADDITIVE and aggregation in _REDUCTIONS and _has_several(copies):
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r}: aggregation {aggregation.name} does not say what "
+            f"the updates of several replicas make of a row; use 'only_first_replica', or "
+            f"scatter_add, scatter_sub, scatter_mul or scatter_div"
+        )
+
+
+def _check_aggregation(copies: Copies, aggregation: VariableAggregation, verb: str) -> None:
+    if aggregation is VariableAggregation.NONE and _has_several(copies):
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r} in replica context needs an aggregation: it was "
+            f"created with aggregation='none', which does not say how the values of "
+            f"{copies.placement.num_replicas} replicas become one; create it with 'sum', 'mean' or "
+            f"'only_first_replica', or write it in merge_call"
+        )
+
+
+def _has_several(copies: Copies) -> bool:
+    return copies.placement.num_replicas > 1
 
 
 def share_out(copies: Copies, aggregation: VariableAggregation, verb: str, value: Any) -> None:
@@ -176,7 +282,7 @@ def _shares(total: Any, num_copies: int) -> list[Any]:
 
 def own_copy(copies: Copies, aggregation: VariableAggregation, replica: ReplicaContext) -> Any:
     """Return the copy of this replica."""
-    return copies.views[replica.replica_id_in_sync_group]
+    return copies.views[copies.rank_of(replica.replica_id_in_sync_group)]
 
 
 def first_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
@@ -201,13 +307,7 @@ def aggregate_copies(copies: Copies, aggregation: VariableAggregation) -> Any:
 def every_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
     """Return all copies, as they are."""
     placement = copies.placement
-    return PerReplica(copies.views, devices=placement.replica_devices, owner=placement)
-
-
-def synchronize(copies: Copies, values: list[Any], op: Reduction) -> None:
-    """Give every copy the reduction of all."""
-    combined = copies.placement.communicator.reduce(values, op)
-    copies.commit([combined] * len(copies.arrays))
+    return PerReplica(copies.views, devices=placement.copy_devices, owner=placement)
 
 
 def aggregated(copies: Copies, aggregation: VariableAggregation, values: list[Any]) -> Any:
@@ -234,24 +334,37 @@ def _one(value: Any, verb: str, copies: Copies) -> Any:
 
 def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
     if isinstance(value, PerReplica):
-        foreign = value.owner is not None and value.owner is not copies.placement
-        if foreign or len(value) != len(copies.arrays):
-            raise ContextError(
-                f"{verb} of variable {copies.name!r} expected a PerReplica of its own strategy's "
-                f"{len(copies.arrays)} replicas, got one of {len(value)} replicas"
-            )
-        return [copies.checked(part, verb, rank) for rank, part in enumerate(value.values)]
+        parts = _each(copies, verb, value)
+        return [copies.checked(part, verb, rank) for rank, part in enumerate(parts)]
     return [copies.checked(_one(value, verb, copies), verb, 0)] * len(copies.arrays)
 
 
+def _each(copies: Copies, verb: str, value: Any) -> Sequence[Any]:
+    """Return what a value means to each copy in cross-replica context."""
+    if not isinstance(value, PerReplica):
+        return [_one(value, verb, copies)] * len(copies.arrays)
+    foreign = value.owner is not None and value.owner is not copies.placement
+    if foreign or len(value) != len(copies.arrays):
+        raise ContextError(
+            f"{verb} of variable {copies.name!r} expected a PerReplica of its own strategy's "
+            f"{len(copies.arrays)} replicas, got one of {len(value)} replicas"
+        )
+    return value.values
+
+
 SYNC_MODES = {
-    #                                        in replica context
-    #                                        in cross-replica context
+    #                 in replica context: write, scatter, read
+    #                 in cross-replica context: write, scatter, read
     VariableSynchronization.ON_WRITE: SyncMode(
-        aggregate_then_write, own_copy, write_every_copy_alike, first_copy
+        aggregate_then_write, aggregate_then_scatter, own_copy,
+        write_every_copy_alike, scatter_every_copy_alike, first_copy,
     ),
     VariableSynchronization.ON_READ: SyncMode(
-        write_own_copy, own_copy, share_out, aggregate_copies
+        write_own_copy, refuse_to_scatter, own_copy,
+        share_out, refuse_to_scatter, aggregate_copies,
     ),
-    VariableSynchronization.NONE: SyncMode(write_own_copy, own_copy, write_every_copy, every_copy),
-}
+    VariableSynchronization.NONE: SyncMode(
+        write_own_copy, scatter_own_copy, own_copy,
+        write_every_copy, scatter_every_copy, every_copy,
+    ),
+}  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, final
 
 import numpy as np
@@ -17,16 +17,16 @@ from dvkernels.devices import registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
-from dvkernels.values.distributed import DistributedValues, PerReplica
-from dvkernels.variables.copies import Copies
+from dvkernels.values import regroup
+from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
+from dvkernels.variables.copies import Copies, Draft, commit_together
 from dvkernels.variables.modes import (
     SYNC_MODES,
     VariableAggregation,
     VariableSynchronization,
-    synchronize,
 )
 
-__all__ = ["Variable"]
+__all__ = ["Variable", "sync"]
 
 _numbers = itertools.count()
 
@@ -137,12 +137,14 @@ class Variable(DistributedValues[Any]):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each copy."""
-        return self._copies.arrays[0].shape
+        shape: tuple[int, ...] = self._copies.arrays[0].shape
+        return shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of each copy."""
-        return self._copies.arrays[0].dtype
+        dtype: np.dtype[Any] = self._copies.arrays[0].dtype
+        return dtype
 
     @property
     def name(self) -> str:
@@ -167,7 +169,14 @@ class Variable(DistributedValues[Any]):
     @property
     def devices(self) -> tuple[Device, ...]:
         """Where the copies live."""
-        return self._copies.placement.replica_devices
+        return self._copies.placement.copy_devices
+
+    def on(self, replica_id: int) -> Any:
+        """Return a read-only view of the copy that a replica reads."""
+        whole = self._copies.placement
+        if whole.central_device is not None and is_integer(replica_id):
+            replica_id = 0 if 0 <= replica_id < whole.num_replicas else replica_id
+        return super().on(replica_id)
 
     @property
     def owner(self) -> Placement:
@@ -250,31 +259,75 @@ class Variable(DistributedValues[Any]):
         """Subtract ``value``, as the modes say."""
         self._write("assign_sub", value)
 
+    def scatter_update(self, indices: Any, updates: Any) -> None:
+        """Replace rows ``indices`` by ``updates``; of several for one row the last stays.
+
+        Parameters
+        ----------
+        indices : array-like of int
+            Rows: positions along axis 0. Negative ones do not count from the end.
+        updates : array of shape ``indices.shape + variable.shape[1:]``, or a number
+            Of this dtype.
+
+        Raises
+        ------
+        IndexError
+            An index is out of range.
+        SynchronizationError
+            An ON_READ variable. In a replica without aggregation. ``scatter_update``,
+            ``scatter_min`` and ``scatter_max`` under SUM or MEAN of several replicas.
+        BufferMismatchError, NotABufferError
+            Shapes, dtypes or indices that do not fit.
+
+        Notes
+        -----
+        In a replica, under ON_WRITE, every copy gets the updates of all replicas (SUM), all of
+        them divided by the number of replicas (MEAN), or those of replica 0; how many rows each
+        replica names is its own affair. A NONE variable changes its own copy only. In
+        cross-replica context all copies change alike. Integers are floor-divided. After an error
+        all copies are as before. The cost is that of the rows, not of the variable.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> table = dv.Variable([1.0, 2.0, 3.0])
+        >>> table.scatter_add([0, 0, 2], [10.0, 10.0, 5.0])
+        >>> table.numpy()
+        array([21.,  2.,  8.])
+        """
+        self._scatter("scatter_update", indices, updates)
+
+    def scatter_add(self, indices: Any, updates: Any) -> None:
+        """Add ``updates`` to rows; several for one row add up. See :meth:`scatter_update`."""
+        self._scatter("scatter_add", indices, updates)
+
+    def scatter_sub(self, indices: Any, updates: Any) -> None:
+        """Subtract ``updates`` from rows. See :meth:`scatter_update`."""
+        self._scatter("scatter_sub", indices, updates)
+
+    def scatter_mul(self, indices: Any, updates: Any) -> None:
+        """Multiply rows by ``updates``. See :meth:`scatter_update`."""
+        self._scatter("scatter_mul", indices, updates)
+
+    def scatter_div(self, indices: Any, updates: Any) -> None:
+        """Divide rows by ``updates``. See :meth:`scatter_update`."""
+        self._scatter("scatter_div", indices, updates)
+
+    def scatter_min(self, indices: Any, updates: Any) -> None:
+        """Replace elements by the smaller of them and ``updates``. See :meth:`scatter_update`."""
+        self._scatter("scatter_min", indices, updates)
+
+    def scatter_max(self, indices: Any, updates: Any) -> None:
+        """Replace elements by the larger of them and ``updates``. See :meth:`scatter_update`."""
+        self._scatter("scatter_max", indices, updates)
+
     def sync(self, op: reduce_op.Reduction | str = "mean") -> None:
         """Bring the copies of a NONE variable together: every copy gets their reduction.
 
         In a replica, all replicas must call it. Other modes raise ``SynchronizationError``: they
-        are brought together by themselves.
+        are brought together by themselves. See :func:`sync` for several variables at once.
         """
-        reduction = reduce_op.parse(op)
-        if self._synchronization is not VariableSynchronization.NONE:
-            raise SynchronizationError(
-                f"sync of variable {self.name!r}: it is {self._synchronization.name}, which is "
-                f"brought together by itself; sync is for synchronization='none'"
-            )
-        reduce_op.check_dtype(f"sync of variable {self.name!r}", reduction, self.dtype)
-        copies = self._copies
-        replica = self._role("sync", write=True)
-        if replica is None:
-            synchronize(copies, list(copies.arrays), reduction)
-            return
-
-        def act(values: list[Any]) -> list[None]:
-            synchronize(copies, list(copies.arrays), reduction)
-            return [None] * len(values)
-
-        terms = (copies.name, id(copies), reduction.value)
-        replica.meet(Request("Variable.sync", terms, None, act))
+        sync([self], op)
 
     def _write(self, verb: str, value: Any) -> None:
         replica = self._role(verb, write=True)
@@ -284,15 +337,24 @@ class Variable(DistributedValues[Any]):
         else:
             mode.write_in_replica(self._copies, self._aggregation, verb, value, replica)
 
+    def _scatter(self, verb: str, indices: Any, updates: Any) -> None:
+        replica = self._role(verb, write=True)
+        mode = SYNC_MODES[self._synchronization]
+        given = (self._copies, self._aggregation, verb, indices, updates)
+        if replica is None:
+            mode.scatter_across(*given)
+        else:
+            mode.scatter_in_replica(*given, replica)
+
     def _role(self, verb: str, *, write: bool) -> ReplicaContext | None:
         """Return the replica that acts here, None for cross-replica context."""
         placement = self._copies.placement
         frame = context.find()
         if frame is None:
-            return _LONE_REPLICA if placement is context.UNSCOPED else None
-        if frame.placement is placement:
+            return _LONE_REPLICA if placement.is_of(context.UNSCOPED) else None
+        if placement.is_of(frame.placement):
             return frame.replica
-        if placement is not context.UNSCOPED:
+        if not placement.is_of(context.UNSCOPED):
             raise ContextError(
                 f"{verb} of variable {self.name!r}: it belongs to {placement.name}, and this runs "
                 f"under {frame.placement.name}; leave that strategy's scope first"
@@ -306,10 +368,26 @@ class Variable(DistributedValues[Any]):
         return _LONE_REPLICA
 
     def __copy__(self) -> NoReturn:
-        raise TypeError(f"variable {self.name!r} cannot be copied; take v.numpy()")
+        raise TypeError(
+            f"variable {self.name!r} has no shallow copy; take copy.deepcopy(v) or v.numpy()"
+        )
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise TypeError(f"variable {self.name!r} cannot be copied yet; take v.numpy()")
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
+        """Return another variable of the same strategy, modes, name and content of each copy."""
+        if self._role("deepcopy", write=False) not in (None, _LONE_REPLICA):
+            raise ContextError(
+                f"deepcopy of variable {self.name!r} in a replica: each would make its own; copy "
+                f"it outside of run or in merge_call"
+            )
+        copies = self._copies
+        made = _made(
+            Copies(copies.arrays, copies.placement, copies.name),
+            self._trainable,
+            self._synchronization,
+            self._aggregation,
+        )
+        memo[id(self)] = made
+        return made
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"variable {self.name!r} cannot be pickled; save v.numpy()")
@@ -352,8 +430,19 @@ def _created(
             f"variable {label!r}: the mean of {array.dtype} values is not a {array.dtype}; use "
             f"aggregation 'sum' or 'only_first_replica', or a floating-point dtype"
         )
+    if placement.central_device is not None and when is not VariableSynchronization.ON_WRITE:
+        raise SynchronizationError(
+            f"variable {label!r}: synchronization={when.value!r} needs one copy per replica, and "
+            f"{placement.name} keeps a single one on {placement.central_device}; use 'on_write'"
+        )
+    return _made(Copies([array], placement, label), trainable, when, how)
+
+
+def _made(
+    copies: Copies, trainable: bool, when: VariableSynchronization, how: VariableAggregation
+) -> Variable:
     variable = object.__new__(Variable)
-    variable._copies = Copies(array, placement, label)
+    variable._copies = copies
     variable._synchronization = when
     variable._aggregation = how
     variable._trainable = trainable
@@ -374,6 +463,103 @@ def companion(variable: Variable, name: str) -> Variable:
         f"{variable.name}/{name}",
         variable.owner,
     )
+
+
+def drafts_of(variable: Variable) -> list[Variable]:
+    """Return a variable for each copy, whose writes wait for :func:`commit`."""
+    copies = variable._copies
+    ranks = range(len(copies.arrays))
+    return [
+        _made(
+            Draft(copies, rank),
+            variable.trainable,
+            VariableSynchronization.ON_WRITE,
+            VariableAggregation.NONE,
+        )
+        for rank in ranks
+    ]
+
+
+def commit(variable: Variable, drafts: Sequence[Variable]) -> None:
+    """Write what the drafts hold into the copies."""
+    held = [draft._copies for draft in drafts]
+    if any(isinstance(copies, Draft) and copies.is_written for copies in held):
+        variable._copies.commit([copies.arrays[0] for copies in held])
+
+
+def end(drafts: Sequence[Variable]) -> None:
+    """Refuse what may still be written to the drafts."""
+    for draft in drafts:
+        assert isinstance(draft._copies, Draft)
+        draft._copies.has_ended = True
+
+
+def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
+    """Bring the copies of NONE variables together: every copy gets their reduction.
+
+    Parameters
+    ----------
+    variables : Variable, or a nest of them
+        All of one strategy, ``synchronization="none"``.
+    op : ReduceOp or str
+
+    Raises
+    ------
+    SynchronizationError
+        A variable of another synchronization: it is brought together by itself.
+    ContextError
+        Variables of several strategies.
+    CollectiveMismatchError
+        In a replica: all replicas must call it with the same variables.
+
+    Notes
+    -----
+    In a replica this is one meeting for all variables. After an error none has changed.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    ...     with strategy.scope():
+    ...         weight = dv.Variable(0.0, synchronization="none")
+    ...     weight.assign(dv.PerReplica([1.0, 3.0]))
+    ...     dv.sync([weight])
+    ...     print([float(copy) for copy in weight.values])
+    [2.0, 2.0]
+    """
+    reduction = reduce_op.parse(op)
+    listed: list[Variable] = regroup.flatten(variables)[0]
+    for variable in listed:
+        if not isinstance(variable, Variable):
+            raise TypeError(f"sync needs variables; got {variable!r:.80}")
+        if variable.synchronization is not VariableSynchronization.NONE:
+            raise SynchronizationError(
+                f"sync of variable {variable.name!r}: it is {variable.synchronization.name}, which "
+                f"is brought together by itself; sync is for synchronization='none'"
+            )
+        if variable.owner is not listed[0].owner:
+            raise ContextError(
+                f"sync: variable {variable.name!r} belongs to {variable.owner.name}, "
+                f"{listed[0].name!r} to {listed[0].owner.name}; sync them apart"
+            )
+        reduce_op.check_dtype(f"sync of variable {variable.name!r}", reduction, variable.dtype)
+    if not listed:
+        return
+    replica = listed[0]._role("sync", write=True)
+
+    def act(payloads: list[Any]) -> list[None]:
+        writes = []
+        for copies in (variable._copies for variable in listed):
+            reduced = copies.placement.communicator.reduce(list(copies.arrays), reduction)
+            writes.append((copies, [reduced] * len(copies.arrays)))
+        commit_together(writes)
+        return [None] * len(payloads)
+
+    if replica is None:
+        act([])
+        return
+    terms = (reduction.value, *(f"{v.name}@{id(v):x}" for v in listed))
+    replica.meet(Request("sync", terms, None, act))
 
 
 def copies_of(variable: Variable) -> tuple[Any, ...]:

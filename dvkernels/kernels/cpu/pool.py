@@ -161,6 +161,12 @@ class _Pool:
             bells = [threading.Lock() for _ in range(num_threads() - 1)]
             self.words = memory.words(_HELPERS + 8 * len(bells))
             self.address = checks.address(self.words)
+            # What is needed now and then is compiled now: an interrupt later in the compiler's
+            # hands would leave its lock taken.
+            _settle(self.address, 0, 1)
+            if bells:
+                _is_woken(self.address, 0)
+                _other_cores()
             for helper, bell in enumerate(bells):
                 bell.acquire()
                 name = f"dvkernels-kernel-{helper}"

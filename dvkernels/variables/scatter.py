@@ -1,0 +1,101 @@
+"""Writes of some rows of a variable: what ``scatter_add`` and the like do to a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dvkernels import reduce_op
+from dvkernels.devices.buffers import Spec, spec
+from dvkernels.errors import BufferMismatchError, NotABufferError
+from dvkernels.variables.copies import Copies
+
+__all__: list[str] = []
+
+
+def _replace(rows: Any, positions: Any, updates: Any) -> None:
+    rows[positions] = updates  # of several updates of a row the last stays
+
+
+def _divide(rows: Any, positions: Any, updates: Any) -> None:
+    divide: Any = np.floor_divide if rows.dtype.kind in "iu" else np.divide
+    divide.at(rows, positions, updates)
+
+
+# (rows, position of each update in them, updates): changes the rows, update after update.
+_CHANGES: dict[str, Callable[[Any, Any, Any], None]] = {
+    "scatter_update": _replace,
+    "scatter_add": np.add.at,
+    "scatter_sub": np.subtract.at,
+    "scatter_mul": np.multiply.at,
+    "scatter_div": _divide,
+    "scatter_min": np.minimum.at,
+    "scatter_max": np.maximum.at,
+}
+# What the updates of several replicas mean for these depends on who comes last or is extreme,
+# which neither a sum nor a mean says.
+NOT_ADDITIVE = frozenset({"scatter_update", "scatter_min", "scatter_max"})
+
+
+class Updates(NamedTuple):
+    """Row ``indices[k]`` meets ``updates[k]``."""
+
+    indices: Any
+    updates: Any
+
+
+def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int) -> Updates:
+    """Return the updates one by one; wrong indices, shapes or dtypes raise."""
+    shape, dtype = copies.arrays[0].shape, copies.arrays[0].dtype
+    what = f"{verb} of variable {copies.name!r}"
+    if not shape:
+        raise BufferMismatchError(f"{what}: it has no rows, being 0-d; use assign")
+    rows = np.asarray(indices)
+    if rows.size == 0 and rows.dtype.kind == "f":
+        rows = rows.astype(np.int64)  # an empty list
+    if rows.dtype.kind not in "iu":
+        raise NotABufferError(
+            f"{what}: replica {replica} passed indices {indices!r:.60}; expected integers"
+        )
+    outside = rows[(rows < 0) | (rows >= shape[0])]
+    if outside.size:
+        raise IndexError(
+            f"{what}: replica {replica} passed index {outside.flat[0]}; the rows are 0 to "
+            f"{shape[0] - 1}, and negative ones do not count from the end"
+        )
+    array = copies.converted(updates, verb, replica)
+    expected = Spec((*rows.shape, *shape[1:]), dtype)
+    is_number = isinstance(updates, (bool, int, float, complex)) and array.ndim == 0
+    if is_number and array.dtype == dtype:
+        array = np.broadcast_to(array, expected.shape)
+    if spec(array) != expected:
+        raise BufferMismatchError(
+            f"{what} at indices of shape {rows.shape} expected {expected}, or a number, got "
+            f"{spec(array)} from replica {replica}"
+        )
+    flat = array.reshape(-1, *shape[1:]) if rows.size else array.reshape(0, *shape[1:])
+    return Updates(rows.reshape(-1).astype(np.int64), flat)
+
+
+def joined(parts: Sequence[Updates], divisor: int) -> Updates:
+    """Return the updates of all parts in order, each divided."""
+    indices = np.concatenate([part.indices for part in parts])
+    updates = np.concatenate([_wide(part.updates) for part in parts])
+    return Updates(indices, updates / updates.dtype.type(divisor) if divisor > 1 else updates)
+
+
+def changed(array: Any, verb: str, given: Updates) -> tuple[Any, Any]:
+    """Return which rows change and what they become; ``array`` stays as it is.
+
+    Half types are computed in float32 and rounded once.
+    """
+    rows, positions = np.unique(given.indices, return_inverse=True)
+    content = _wide(array[rows])
+    _CHANGES[verb](content, positions.reshape(-1), given.updates.astype(content.dtype, copy=False))
+    return rows, content.astype(array.dtype, copy=False)
+
+
+def _wide(array: Any) -> Any:
+    return array.astype(np.float32) if reduce_op.is_half(array.dtype) else array
