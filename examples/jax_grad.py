@@ -51,6 +51,7 @@ for _ in range(STEPS):
 
 for name, one in expected.items():
     for replica in range(2):
+        assert isinstance(weights[name].on(replica), jax.Array)
         np.testing.assert_allclose(weights[name].on(replica), one, rtol=1e-4, atol=1e-5)
 np.testing.assert_allclose(value.on(0), last, rtol=1e-4)
 print(f"loss {float(last):.4f} after {STEPS} steps, on one device and on two replicas")
