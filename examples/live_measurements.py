@@ -60,6 +60,6 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
             shown = n
     producer.join()
 
-assert int(count) == MEASUREMENTS
-np.testing.assert_allclose(float(total) / MEASUREMENTS, measured.mean())
+assert n == MEASUREMENTS
+np.testing.assert_allclose(float(total) / n, measured.mean())
 np.testing.assert_allclose(float(squares), (measured**2).sum())

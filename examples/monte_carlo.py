@@ -30,7 +30,8 @@ def estimate(num_replicas):
 
         for _ in range(STEPS):
             strategy.run(step, args=(streams,))
-        share, n = int(hits) / int(draws), int(draws)
+        n = int(draws)
+        share = int(hits) / n
     return 4 * share, 4 * math.sqrt(share * (1 - share) / n), n
 
 
