@@ -56,6 +56,6 @@ def work(pause):
 totals, done = strategy.run(work, args=(dv.PerReplica([0.001, 0.001, 0.008]),))
 np.testing.assert_allclose(totals.on(0), values.sum())
 assert sum(done.values) == len(jobs)
-assert done.on(2) < done.on(0)
+assert done.on(2) < done.on(0) + done.on(1)
 strategy.close()
 print(f"jobs done by replicas of unequal speed: {done.values}")
