@@ -16,6 +16,7 @@ from dvkernels.communicators.rendezvous import Step
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.input_context import InputContext
 from dvkernels.devices import foreign, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
@@ -441,13 +442,57 @@ class Strategy:
             Input options are not available in this version.
         """
         context.require_cross_replica(self._placement, "distribute_dataset")
+        return self._distributed("distribute_dataset", dataset, options, is_dealt=False)
+
+    def distribute_datasets_from_function(
+        self, fn: Callable[[InputContext], Dataset], options: None = None
+    ) -> DistributedDataset:
+        """Distribute a dataset of the replicas' own batches, which ``fn`` makes.
+
+        Parameters
+        ----------
+        fn : callable
+            Gets an ``InputContext`` and returns a dataset, which is neither split nor sharded:
+            its elements, batched or not, go to the replicas in turn. Called once.
+        options : None
+            Input options are not available in this version.
+
+        Returns
+        -------
+        DistributedDataset
+            Where the last step has too few batches, the other replicas get empty ones; elements
+            that are no batches and do not fill a step raise ``DatasetError``.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> def make(context):
+        ...     return dv.Dataset.range(7).batch(context.get_per_replica_batch_size(4))
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     for batch in strategy.distribute_datasets_from_function(make):
+        ...         print(batch)
+        PerReplica(0: array([0, 1]), 1: array([2, 3]))
+        PerReplica(0: array([4, 5]), 1: array([6]))
+        """
+        verb = "distribute_datasets_from_function"
+        context.require_cross_replica(self._placement, verb)
+        if not callable(fn):
+            raise TypeError(f"{verb} expected a function, got a {type(fn).__name__}")
+        made = fn(InputContext(1, 0, self.num_replicas_in_sync))
+        return self._distributed(verb, made, options, is_dealt=True)
+
+    # -- what they share ------------------------------------------------------------------------
+
+    def _distributed(
+        self, verb: str, dataset: Any, options: None, *, is_dealt: bool
+    ) -> DistributedDataset:
         if not isinstance(dataset, Dataset):
             raise DatasetError(
-                f"distribute_dataset expected a dvkernels.Dataset, got a {type(dataset).__name__}; "
+                f"{verb} expected a dvkernels.Dataset, got a {type(dataset).__name__}; "
                 f"make one with Dataset.from_arrays, from_sequence or from_iterable"
             )
         if options is not None:
-            raise DatasetError("distribute_dataset: options are not available in this version")
+            raise DatasetError(f"{verb}: options are not available in this version")
         placement = self._placement
 
         def check_context(verb: str) -> None:
@@ -459,9 +504,8 @@ class Strategy:
             self.worker_devices,
             check_context=check_context,
             owner=placement,
+            is_dealt=is_dealt,
         )
-
-    # -- what they share ------------------------------------------------------------------------
 
     def _per_replica(self, values: Sequence[Any]) -> PerReplica[Any]:
         return PerReplica(values, devices=self.worker_devices, owner=self._placement)
