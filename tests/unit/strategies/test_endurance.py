@@ -237,6 +237,52 @@ def test_three_hundred_steps_with_faults_in_debug_mode(caplog: pytest.LogCapture
         survives(strategy, 300, seed=3)
 
 
+ROWS = 200_000
+WRITES: dict[str, Callable[[dv.Strategy, Any, Any], Any]] = {
+    "assign": lambda strategy, v, loose: v.assign(v.read_value() + 1),
+    "assign_add": lambda strategy, v, loose: v.assign_add(np.ones(ROWS)),
+    "scatter_add": lambda strategy, v, loose: v.scatter_add(np.arange(ROWS), np.ones(ROWS)),
+    "in replicas": lambda strategy, v, loose: strategy.run(lambda: v.assign_add(np.ones(ROWS))),
+    "scatter in replicas": lambda strategy, v, loose: strategy.run(
+        lambda: v.scatter_add(np.arange(ROWS), np.ones(ROWS))
+    ),
+    "update": lambda strategy, v, loose: strategy.update(
+        v, lambda copy: copy.assign_add(np.ones(ROWS))
+    ),
+    "sync": lambda strategy, v, loose: dv.sync(loose, "max"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_interrupted_writes_reach_all_copies_or_none(name: str) -> None:
+    random = np.random.default_rng(4)
+    with mirrored() as strategy:
+        with strategy.scope():
+            v = dv.Variable(np.zeros(ROWS), aggregation="only_first_replica")
+            loose = [dv.Variable(np.zeros(ROWS), synchronization="none") for _ in range(2)]
+        apart = strategy.distribute_values_from_function(
+            lambda context: np.full(ROWS, float(context.replica_id_in_sync_group))
+        )
+        WRITES[name](strategy, v, loose)
+        began = time.perf_counter()
+        WRITES[name](strategy, v, loose)
+        usual = time.perf_counter() - began
+        for _ in range(25):
+            for one in loose:
+                one.assign(apart)
+            before = v.values[0][0]
+            interrupted(
+                lambda: WRITES[name](strategy, v, loose), float(random.uniform(0, 1.2 * usual))
+            )
+            for copy in v.values:
+                assert np.all(copy == v.values[0][0])
+            assert v.values[0][0] in (before, before + 1)
+            whole = [[float(REPLICAS - 1)] * REPLICAS, [float(at) for at in range(REPLICAS)]]
+            for one in loose:
+                assert all(np.all(copy == copy[0]) for copy in one.values)
+                assert [float(copy[0]) for copy in one.values] in whole
+
+
 @pytest.mark.slow
 @each_strategy
 def test_ten_thousand_steps_with_faults(make: Callable[[], dv.Strategy]) -> None:

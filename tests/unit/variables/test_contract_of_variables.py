@@ -180,13 +180,17 @@ def test_on_read_written_across(two: dv.Strategy, aggregation: str, expected: An
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5])
-@pytest.mark.parametrize("total", [7, -7, 0, 1, 2**31 - 1, -(2**31)])
-def test_a_total_of_integers_stays_whole(replicas: int, total: int) -> None:
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i4", "i8", "u8"])
+def test_a_total_of_integers_stays_whole(replicas: int, dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    totals = np.array([0, 1, 7, limits.min, limits.max, limits.max - 1], dtype)
     with dv.MirroredStrategy(["cpu:0"] * replicas) as strategy:
-        v = variable(strategy, 0, dtype="i4", synchronization="on_read", aggregation="sum")
-        v.assign(total)
-        assert v.read_value() == total
-        assert max(held(v)) - min(held(v)) <= 1
+        v = variable(strategy, np.zeros(6, dtype), synchronization="on_read", aggregation="sum")
+        v.assign(totals)
+        assert np.array_equal(v.numpy(), totals)
+        shares = np.array(held(v), object)
+        assert np.all(shares.sum(0) == totals.astype(object))  # without wrapping
+        assert np.all(shares.max(0) - shares.min(0) <= 1)
 
 
 @pytest.mark.parametrize("mode", ["on_read", "none"])
