@@ -92,9 +92,9 @@ class Crew:
         reference's callback (ours, or the one that ``threading`` keeps for each thread) is lost.
         Each thread holds itself until it ends, so forgetting it here is no drop.
         """
-        self._at_drop.detach()
         self._threads = []
         _end_all(self._inboxes, os.getpid())
+        self._at_drop.detach()  # last: an interrupt before this leaves the ending to the drop
 
     def stop(self) -> None:
         """End the threads, which are idle, and wait until they have ended."""
