@@ -1,0 +1,164 @@
+"""Runs programs on dvkernels, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from programs import SCATTERS, WRITES, decoded, encoded
+
+import dvkernels as dv
+
+
+def answer(program: dict[str, Any]) -> list[dict[str, Any]]:
+    """The outcomes, up to the first error; of an error, the names of its class and its bases."""
+    devices = [f"cpu:{k}" for k in range(program["replicas"])]
+    kind = program["strategy"]
+    if kind == "mirrored":
+        strategy = dv.MirroredStrategy(devices)
+    elif kind == "one_device":
+        strategy = dv.OneDeviceStrategy(devices[0])
+    else:
+        strategy = dv.CentralStorageStrategy(devices, devices[0])
+    outcomes: list[dict[str, Any]] = []
+    with strategy:
+        machine = Machine(strategy)
+        for operation in (None, *program["operations"]):
+            try:
+                if operation is None:
+                    result = machine.create(program["variable"])
+                else:
+                    result = machine.perform(operation)
+                outcomes.append({"result": tree(result), "copies": machine.copies()})
+            except Exception as error:
+                outcomes.append({"error": [base.__name__ for base in type(error).__mro__]})
+                break
+    return outcomes
+
+
+def tree(result: Any) -> Any:
+    if result is None:
+        return None
+    if isinstance(result, dict):
+        return {"dict": {name: tree(item) for name, item in result.items()}}
+    if isinstance(result, (list, tuple)):
+        return {"list": [tree(item) for item in result]}
+    if isinstance(result, dv.Mirrored):
+        return {"mirrored": [tree(part) for part in result.values]}
+    if isinstance(result, dv.PerReplica):
+        return {"per_replica": [tree(part) for part in result.values]}
+    return encoded(result)
+
+
+class Machine:
+    def __init__(self, strategy: dv.Strategy) -> None:
+        self.strategy = strategy
+
+    def create(self, variable: dict[str, Any]) -> None:
+        with self.strategy.scope():
+            self.variable = dv.Variable(
+                decoded(variable["initial"]),
+                synchronization=variable["synchronization"],
+                aggregation=variable["aggregation"],
+            )
+
+    def copies(self) -> list[Any]:
+        return [encoded(part) for part in self.variable.values]
+
+    def perform(self, operation: dict[str, Any]) -> Any:
+        if operation["context"] == "replica":
+            return self.strategy.run(lambda: self.in_replica(operation))
+        with self.strategy.scope():
+            return self.across(operation)
+
+    def value(self, value: dict[str, Any], rank: int | None) -> Any:
+        form = value["form"]
+        if form == "array" and rank is not None:
+            return decoded(value["parts"][rank])
+        if form == "array":
+            return self.strategy.distribute_values_from_function(
+                lambda ctx: decoded(value["parts"][ctx.replica_id_in_sync_group])
+            )
+        if form == "nest":
+            return {name: self.value(item, rank) for name, item in value["items"].items()}
+        return {
+            "plain": lambda: decoded(value["part"]),
+            "literal": lambda: value["number"],
+            "variable": lambda: self.variable,
+            "none": lambda: None,
+        }[form]()
+
+    def write(self, operation: dict[str, Any], rank: int | None) -> None:
+        op = operation["op"]
+        if op in WRITES:
+            getattr(self.variable, op)(self.value(operation["value"], rank))
+        else:
+            getattr(self.variable, op)(
+                self.value(operation["indices"], rank), self.value(operation["updates"], rank)
+            )
+
+    def in_replica(self, operation: dict[str, Any]) -> Any:
+        ctx = dv.get_replica_context()
+        rank, op = ctx.replica_id_in_sync_group, operation["op"]
+        if op == "step":
+            return [self.in_replica(inner) for inner in operation["operations"]]
+        if op in WRITES or op in SCATTERS:
+            return self.write(operation, rank)
+        if op == "read":
+            return np.array(self.variable.read_value())
+        value = self.value(operation["value"], rank)
+        if op == "return":
+            return value
+        if op == "all_reduce":
+            return ctx.all_reduce(operation["reduce_op"], value)
+        if op == "all_gather":
+            return ctx.all_gather(value, operation["axis"])
+        assert op == "merge_call"
+        return ctx.merge_call(self.merged(operation), args=(value,))
+
+    def merged(self, operation: dict[str, Any]) -> Callable[..., Any]:
+        def fn(strategy: dv.Strategy, value: Any) -> Any:
+            if operation["fn"] == "identity":
+                return value
+            if operation["fn"] == "read":
+                read = self.variable.read_value()
+                return read if isinstance(read, dv.PerReplica) else np.array(read)
+            reduced = strategy.reduce(operation["reduce_op"], value, axis=None)
+            if operation["fn"] == "assign_reduced":
+                self.variable.assign(reduced)
+                return None
+            return reduced
+
+        return fn
+
+    def across(self, operation: dict[str, Any]) -> Any:
+        op, strategy = operation["op"], self.strategy
+        if op in WRITES or op in SCATTERS:
+            return self.write(operation, None)
+        if op == "read":
+            return self.variable.read_value()
+        if op == "batches":
+            dataset = dv.Dataset.range(operation["elements"]).batch(
+                operation["batch"], drop_remainder=operation["drop_remainder"]
+            )
+            with iter(strategy.distribute_dataset(dataset)) as batches:
+                return list(batches)
+        value = self.value(operation["value"], None)
+        if op == "reduce":
+            return strategy.reduce(operation["reduce_op"], value, axis=operation["axis"])
+        if op == "gather":
+            return strategy.gather(value, operation["axis"])
+        if op == "local_results":
+            return strategy.local_results(value)
+        if op == "reduce_to":
+            return strategy.reduce_to(operation["reduce_op"], value, self.variable)
+        if op == "broadcast_to":
+            return strategy.broadcast_to(value, self.variable)
+        assert op == "update"
+
+        def fn(copy: Any, argument: Any) -> Any:
+            getattr(copy, operation["verb"])(argument)
+            return np.array(copy.read_value())
+
+        return strategy.update(self.variable, fn, args=(value,), group=operation["group"])
