@@ -15,15 +15,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dvkernels import reduce_op
+from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.communicators.single import Single
+from dvkernels.devices import foreign
 from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.buffers import spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values import regroup
+from dvkernels.values.arrays import Arrays, arrays_of, gatherable
 from dvkernels.values.distributed import PerReplica, is_integer
+from dvkernels.values.handle import Handle
 
 __all__ = ["ReplicaContext", "get_replica_context", "in_cross_replica_context"]
 
@@ -225,16 +229,13 @@ class ReplicaContext:
         -----
         Every replica gets the same bits. 0-d inputs give 0-d arrays.
         """
-        reduction = reduce_op.parse(op)
-        values, structure, described = self._arrays("all_reduce", value)
-        for array in values:
-            reduce_op.check_dtype("all_reduce", reduction, array.dtype)
-        targets = self._targets(out, values, structure) if out is not None else None
+        brought, reduction = self._reducible("all_reduce", op, value)
+        targets = self._targets(out, brought) if out is not None else None
         if weight is not None:
             weight = _checked_weight(weight, reduction)
         if shared and out is not None:
             raise ValueError("all_reduce: out is each replica's own, so it cannot be shared")
-        communicator = self._placement.communicator
+        communicator, dtypes = self._placement.communicator, [a.dtype for a in brought.held]
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns: list[Any] = list(zip(*(payload[0] for payload in payloads), strict=True))
@@ -243,35 +244,89 @@ class ReplicaContext:
             if weight is not None and (weight == 0 or any(w != weight for w in weights)):
                 columns = _shares_of_the_mean(columns, weights)
                 kernel_op = ReduceOp.SUM
+            if targets is None and not shared and kernel_op is reduction:
+                return _per_replica_rows(
+                    all_reduce_each(communicator, columns, reduction), len(payloads)
+                )
             reduced = []
             for k, column in enumerate(columns):
                 into = None if targets is None else [payload[1][k] for payload in payloads]
                 if shared:
                     one = communicator.reduce(column, kernel_op)
-                    one = one.astype(values[k].dtype, copy=False)
+                    one = one.astype(dtypes[k], copy=False)
                     one.flags.writeable = False
                     reduced.append([one] * len(payloads))
-                elif column[0].dtype == values[k].dtype:
+                elif column[0].dtype == dtypes[k]:
                     reduced.append(communicator.all_reduce(column, kernel_op, into))
                 else:  # weighed halves
-                    mean = communicator.reduce(column, kernel_op).astype(values[k].dtype)
+                    mean = communicator.reduce(column, kernel_op).astype(dtypes[k])
                     reduced.append(_one_for_each(mean, into, len(payloads)))
             return _per_replica_rows(reduced, len(payloads))
 
         terms = (
             reduction.value,
-            structure,
-            described,
+            brought.structure,
+            brought.specs,
             weight is not None,
             out is not None,
             "shared" if shared else None,
         )
-        result = self._step.meet(
-            self._replica_id, Request("all_reduce", terms, (values, targets, weight), act)
-        )
-        if out is not None:
-            return out
-        return result[0] if structure is None else regroup.unflatten(structure, result)
+        payload = (brought.held, targets, weight)
+        result = self._step.meet(self._replica_id, Request("all_reduce", terms, payload, act))
+        return out if out is not None else brought.nest(result)
+
+    def all_reduce_async(self, op: Reduction | str, value: Any) -> Handle:
+        """Start an :meth:`all_reduce` and go on: it is carried out in the background.
+
+        Parameters
+        ----------
+        op : ReduceOp or str
+        value : nest of array or number
+            Must not be written until ``wait`` has returned: it is read in between.
+
+        Returns
+        -------
+        Handle
+            ``wait()`` returns the reduction: new arrays that the caller owns.
+
+        Raises
+        ------
+        UnsupportedDTypeError, ReduceOpError, NotABufferError
+            Bad input.
+        CollectiveMismatchError
+            The replicas issued different calls.
+
+        Notes
+        -----
+        The k-th call of a replica meets the k-th of the others, whatever they wait for between.
+        A thread of the strategy carries out one call after another, each as soon as all replicas
+        have issued it; a run ends when those are done. A handle that nobody waits for is fine.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> import numpy as np
+        >>> def step(gradients):
+        ...     replica = dv.get_replica_context()
+        ...     handles = [replica.all_reduce_async("mean", g) for g in gradients]
+        ...     # ... other work ...
+        ...     return [handle.wait() for handle in handles]
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.run(step, ([np.ones(2), np.zeros(3)],))[1])
+        PerReplica(0: array([0., 0., 0.]), 1: array([0., 0., 0.]))
+        """
+        brought, reduction = self._reducible("all_reduce_async", op, value)
+        communicator = self._placement.communicator
+
+        def act(payloads: list[Any]) -> list[list[Any]]:
+            columns = zip(*payloads, strict=True)
+            reduced = all_reduce_each(communicator, columns, reduction)
+            return _per_replica_rows(reduced, len(payloads))
+
+        terms = (reduction.value, brought.structure, brought.specs)
+        step, rank = self._step, self._replica_id
+        pending = step.issue(rank, Request("all_reduce_async", terms, brought.held, act))
+        return Handle(pending.done.is_set, lambda: brought.nest(step.await_pending(rank, pending)))
 
     def reduce_scatter(self, op: Reduction | str, value: Any) -> Any:
         """Reduce over the replicas; replica r gets part r of the result.
@@ -279,10 +334,8 @@ class ReplicaContext:
         Parts are those of ``numpy.array_split`` along axis 0: sizes differ by at most one, larger
         parts first. Parameters, errors and ownership are those of :meth:`all_reduce`.
         """
-        reduction = reduce_op.parse(op)
-        values, structure, described = self._arrays("reduce_scatter", value)
-        for array in values:
-            reduce_op.check_dtype("reduce_scatter", reduction, array.dtype)
+        brought, reduction = self._reducible("reduce_scatter", op, value)
+        for array in brought.held:
             if array.ndim == 0:
                 raise BufferMismatchError(
                     f"reduce_scatter splits along axis 0, and replica {self._replica_id} brought a "
@@ -297,9 +350,7 @@ class ReplicaContext:
             ]
             return _per_replica_rows(columns, len(payloads))
 
-        return self._collect(
-            "reduce_scatter", (reduction.value,), values, structure, described, act
-        )
+        return self._collect("reduce_scatter", (reduction.value,), brought, act)
 
     def all_gather(self, value: Any, axis: int = 0) -> Any:
         """Concatenate the replicas' values along ``axis``, in replica order; each gets all.
@@ -307,8 +358,9 @@ class ReplicaContext:
         Lengths along ``axis`` may differ; scalars are stacked. A negative axis counts from the
         end. Ownership and errors are those of :meth:`all_reduce`.
         """
-        values, structure, _ = self._arrays("all_gather", value)
-        values, axes, described = gatherable("all_gather", values, axis, self._replica_id)
+        brought = self._arrays("all_gather", value)
+        held, axes, specs = gatherable("all_gather", brought.held, axis, self._replica_id)
+        brought = brought._replace(held=held, specs=specs)
         communicator = self._placement.communicator
 
         def act(payloads: list[Any]) -> list[list[Any]]:
@@ -318,7 +370,7 @@ class ReplicaContext:
             ]
             return _per_replica_rows(columns, len(payloads))
 
-        return self._collect("all_gather", (axis,), values, structure, described, act)
+        return self._collect("all_gather", (axis,), brought, act)
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """Return the value of replica ``root`` on every replica, as new arrays.
@@ -331,7 +383,7 @@ class ReplicaContext:
                 f"broadcast: root must be a replica id from 0 to {self.num_replicas_in_sync - 1}, "
                 f"got {root!r} on replica {self._replica_id}"
             )
-        values, structure, described = self._arrays("broadcast", value)
+        brought = self._arrays("broadcast", value)
         communicator = self._placement.communicator
 
         def act(payloads: list[Any]) -> list[list[Any]]:
@@ -340,7 +392,7 @@ class ReplicaContext:
             ]
             return _per_replica_rows(columns, len(payloads))
 
-        return self._collect("broadcast", (int(root),), values, structure, described, act)
+        return self._collect("broadcast", (int(root),), brought, act)
 
     def barrier(self) -> None:
         """Return when every replica has called this."""
@@ -400,88 +452,47 @@ class ReplicaContext:
         self,
         verb: str,
         terms: tuple[Any, ...],
-        values: list[Any],
-        structure: Any,
-        described: Any,
+        brought: Arrays,
         act: Callable[[list[Any]], Sequence[Any]],
     ) -> Any:
-        request = Request(verb, (*terms, structure, described), values, act)
-        result = self._step.meet(self._replica_id, request)
-        return result[0] if structure is None else regroup.unflatten(structure, result)
+        request = Request(verb, (*terms, brought.structure, brought.specs), brought.held, act)
+        return brought.nest(self._step.meet(self._replica_id, request))
 
-    def _arrays(self, verb: str, value: Any) -> tuple[list[Any], Any, Any]:
-        """Return a nest's leaves as arrays, its structure (None for one leaf), and their specs."""
-        if type(value) is np.ndarray:
-            return [value], None, spec(value)
-        leaves, structure = regroup.flatten(value)
-        arrays = [
-            as_array(regroup.own_component(leaf, self._replica_id), verb, self._replica_id)
-            for leaf in leaves
-        ]
-        specs = tuple(spec(array) for array in arrays)
-        if len(leaves) == 1 and leaves[0] is value:
-            return arrays, None, specs[0]
-        return arrays, structure, specs
+    def _reducible(self, verb: str, op: Any, value: Any) -> tuple[Arrays, Reduction]:
+        reduction = reduce_op.parse(op)
+        brought = self._arrays(verb, value)
+        for array in brought.held:
+            reduce_op.check_dtype(verb, reduction, array.dtype)
+        return brought, reduction
 
-    def _targets(self, out: Any, values: list[Any], structure: Any) -> list[Any]:
-        leaves, out_structure = regroup.flatten(out)
-        if len(leaves) != len(values) or (structure is not None and out_structure != structure):
+    def _arrays(self, verb: str, value: Any) -> Arrays:
+        return arrays_of(value, verb, self._replica_id)
+
+    def _targets(self, out: Any, brought: Arrays) -> list[Any]:
+        leaves, structure = regroup.flatten(out)
+        count = len(brought.held)
+        if len(leaves) != count or brought.structure not in (None, structure):
             raise BufferMismatchError(
                 f"all_reduce: out must have the structure of value on replica {self._replica_id}: "
-                f"expected {structure or 'one array'}, got {out_structure}"
+                f"expected {brought.structure or 'one array'}, got {structure}"
             )
-        for leaf, array in zip(leaves, values, strict=True):
-            if not isinstance(leaf, np.ndarray):
+        return [self._target(leaf, array) for leaf, array in zip(leaves, brought.held, strict=True)]
+
+    def _target(self, leaf: Any, array: Any) -> Any:
+        if not isinstance(leaf, np.ndarray):
+            if not foreign.is_foreign(leaf):
                 raise NotABufferError(
                     f"all_reduce: out must hold arrays, replica {self._replica_id} passed a "
                     f"{type(leaf).__name__}"
                 )
-            if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not leaf.flags.writeable:
-                raise BufferMismatchError(
-                    f"all_reduce: out must be writable, {spec(array)}; replica "
-                    f"{self._replica_id} passed {spec(leaf)}, "
-                    f"{'writable' if leaf.flags.writeable else 'read-only'}"
-                )
-        return leaves
-
-
-def as_array(value: Any, verb: str, replica: int) -> Any:
-    """Return a leaf as an array; strings, objects and ragged lists raise NotABufferError."""
-    array: Any
-    try:
-        array = np.asarray(value)
-    except Exception as error:
-        raise NotABufferError(
-            f"{verb}: replica {replica} passed a {type(value).__name__} that is not an array or a "
-            f"number ({error})"
-        ) from error
-    if array.dtype.hasobject:
-        raise NotABufferError(
-            f"{verb}: expected an array or a number, replica {replica} passed {value!r:.60} of "
-            f"type {type(value).__name__}"
-        )
-    return array
-
-
-def gatherable(
-    verb: str, arrays: list[Any], axis: int, replica: int
-) -> tuple[list[Any], list[int], tuple[Any, ...]]:
-    """Return arrays ready to be concatenated, the axis of each, and what must agree."""
-    if not is_integer(axis):
-        raise ValueError(f"{verb}: axis must be an integer, got {axis!r}")
-    ready, axes, described = [], [], []
-    for array in arrays:
-        stacked = array.reshape(1) if array.ndim == 0 else array
-        if not -stacked.ndim <= axis < stacked.ndim:
-            raise ValueError(
-                f"{verb}: axis {axis} is out of range for {spec(array)} of replica {replica}"
+            leaf = foreign.view("all_reduce", leaf, f"out of replica {self._replica_id}")
+        if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not leaf.flags.writeable:
+            raise BufferMismatchError(
+                f"all_reduce: out must be writable, {spec(array)}; replica "
+                f"{self._replica_id} passed {spec(leaf)}, "
+                f"{'writable' if leaf.flags.writeable else 'read-only'}"
             )
-        position = int(axis) % stacked.ndim
-        shape = (*stacked.shape[:position], "any", *stacked.shape[position + 1 :])
-        ready.append(stacked)
-        axes.append(position)
-        described.append(Spec(shape, array.dtype))
-    return ready, axes, tuple(described)
+        return leaf
 
 
 def _checked_weight(weight: Any, op: Reduction) -> float:

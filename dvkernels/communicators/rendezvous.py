@@ -7,6 +7,7 @@ Whatever goes wrong in one replica ends the step in all: nobody is left waiting.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, ContextError
 
@@ -66,6 +68,19 @@ class Request(NamedTuple):
         return f"{self.verb}({terms})"
 
 
+class Pending:
+    """A collective that the replicas issue one by one, and that is carried out when all have."""
+
+    __slots__ = ("done", "is_complete", "places", "requests", "results")
+
+    def __init__(self, num_replicas: int) -> None:
+        self.requests: list[Request | None] = [None] * num_replicas
+        self.places = [""] * num_replicas
+        self.results: Sequence[Any] = ()
+        self.is_complete = False
+        self.done = threading.Event()
+
+
 class Step:
     """One call of ``run`` over ``num_replicas`` threads.
 
@@ -74,10 +89,14 @@ class Step:
 
     __slots__ = (
         "_arrived",
+        "_awaited",
+        "_carrier",
         "_echoes",
         "_gates",
         "_gone",
+        "_issued",
         "_mutex",
+        "_pending",
         "_pid",
         "_requests",
         "_results",
@@ -90,7 +109,11 @@ class Step:
     )
 
     def __init__(
-        self, num_replicas: int, gates: Gates | None = None, timeout: float = _PATIENCE_SECONDS
+        self,
+        num_replicas: int,
+        gates: Gates | None = None,
+        timeout: float = _PATIENCE_SECONDS,
+        carrier: Carrier | None = None,
     ) -> None:
         self.num_replicas = num_replicas
         self.failure: BaseException | None = None
@@ -100,6 +123,10 @@ class Step:
         self._mutex = threading.Lock()
         self._arrived = 0
         self._gone: set[int] = set()
+        self._carrier = carrier  # of what is issued; without one it is carried out at once
+        self._issued = [0] * num_replicas
+        self._pending: list[Pending] = []
+        self._awaited: dict[int, Pending] = {}  # what each replica waits, or has waited, for
         self._requests: list[Request | None] = [None] * num_replicas
         self._results: Sequence[Any] = ()
         self._threads = [0] * num_replicas
@@ -133,8 +160,9 @@ class Step:
             self._arrived += 1
             complete = self._arrived == self.num_replicas
             deserted = bool(self._gone)
+            stuck = self._is_stuck()
         try:
-            if deserted:
+            if deserted or stuck:
                 self._end_deserted()
             elif complete:
                 return self._complete(replica)
@@ -160,6 +188,86 @@ class Step:
         self._let_go(replica)
         return own
 
+    def issue(self, replica: int, request: Request) -> Pending:
+        """Bring a request without waiting for the others; see :meth:`await_pending`.
+
+        The k-th request that a replica issues meets the k-th of each other one.
+        """
+        self._check_alive(request.verb)
+        if self._carrier is None:
+            alone = Pending(1)
+            alone.results = self._act([request])
+            alone.done.set()
+            return alone
+        with self._mutex:
+            number = self._issued[replica]
+            self._issued[replica] += 1
+            if number == len(self._pending):
+                self._pending.append(Pending(self.num_replicas))
+            pending = self._pending[number]
+            pending.requests[replica] = request
+            pending.places[replica] = _user_line(sys._getframe())
+            pending.is_complete = all(pending.requests)
+            deserted = any(self._issued[other] <= number for other in self._gone)
+        if deserted:
+            self._end_deserted()
+            raise self._ended()
+        if pending.is_complete:
+            self._carrier.carry(functools.partial(self._carry_out, pending))
+        return pending
+
+    def _carry_out(self, pending: Pending) -> None:
+        """Act for all replicas, on the carrier's thread."""
+        try:
+            if self.failure is None:
+                requests = [one for one in pending.requests if one is not None]
+                pending.results = self._act(requests, pending.places)
+        except BaseException as error:
+            self.fail(error)
+        finally:
+            pending.done.set()
+
+    def await_pending(self, replica: int, pending: Pending) -> Any:
+        """Return this replica's result of what was issued, when it has been carried out."""
+        if not pending.done.is_set():
+            self._check_alive("wait")
+            with self._mutex:
+                self._awaited[replica] = pending
+                stuck = self._is_stuck()
+            if stuck:
+                self._end_deserted()
+            if not pending.done.wait(self._timeout):
+                missing = [k for k, request in enumerate(pending.requests) if request is None]
+                self.fail(
+                    CollectiveTimeoutError(
+                        f"replica {replica} waited {self._timeout:g} s in vain for replicas "
+                        f"{missing} to issue {pending.requests[replica]}; set "
+                        f"DVKERNELS_TIMEOUT_SECONDS if they need longer"
+                    )
+                )
+        if not pending.results:
+            raise (
+                self._ended()
+                if self.failure is not None
+                else ContextError("the step of this handle has ended")
+            )
+        return pending.results[replica]
+
+    def _is_stuck(self) -> bool:
+        """Return whether all replicas wait, some of them for calls that no other can issue."""
+        if not self._awaited:
+            return False
+        lost = [self._awaited[k] for k in self._awaited if self._requests[k] is None]
+        lost = [pending for pending in lost if not pending.done.is_set()]
+        incomplete = sum(not pending.is_complete for pending in lost)
+        return 0 < incomplete == self.num_replicas - self._arrived
+
+    def _drain(self) -> None:
+        """Wait for what the carrier is at: it reads arrays that are the caller's again after."""
+        for pending in self._pending:
+            if pending.is_complete and not self._is_forked():
+                pending.done.wait()
+
     def _check_alive(self, verb: str) -> None:
         if self.closed:
             raise ContextError(
@@ -174,12 +282,21 @@ class Step:
         if self.failure is not None:
             raise self._ended()
 
-    def _act(self, requests: list[Request]) -> Sequence[Any]:
+    def _act(self, requests: list[Request], places: Sequence[str] | None = None) -> Sequence[Any]:
         first = requests[0]
         for other in requests[1:]:
             if other.verb != first.verb or other.terms != first.terms:
+                if places is None:
+                    said = self._who_is_where()
+                else:
+                    said = "; ".join(
+                        f"replica {replica} called {request} at {place}"
+                        for replica, (request, place) in enumerate(
+                            zip(requests, places, strict=True)
+                        )
+                    )
                 raise CollectiveMismatchError(
-                    f"the replicas disagree: {self._who_is_where()}; every replica must call "
+                    f"the replicas disagree: {said}; every replica must call "
                     f"the same collectives in the same order, with the same shapes and dtypes"
                 )
         return first.act([request.payload for request in requests])
@@ -212,8 +329,9 @@ class Step:
     def _end_deserted(self) -> None:
         self.fail(
             CollectiveMismatchError(
-                f"a replica returned while others wait in a collective: {self._who_is_where()}; "
-                f"every replica must call the same collectives in the same order"
+                f"a replica returned while others wait in a collective, or each waits for another: "
+                f"{self._who_is_where()}; every replica must call the same collectives in the same "
+                f"order"
             )
         )
 
@@ -222,7 +340,8 @@ class Step:
         with self._mutex:
             self._gone.add(replica)
             all_left = len(self._gone) == self.num_replicas
-            deserts = self._arrived > 0 and self.failure is None
+            waited_for = self._arrived > 0 or self._issued[replica] < len(self._pending)
+            deserts = waited_for and self.failure is None
         if deserts:
             self._end_deserted()
         if self._gates is not None and not self._is_forked():
@@ -247,6 +366,9 @@ class Step:
         if self._gates is not None and not self._is_forked():
             for gate in range(self.num_replicas):
                 self._gates.open(gate)
+            for pending in self._pending:
+                if not pending.is_complete:
+                    pending.done.set()
 
     def settle(self, started: bool) -> None:
         """Return when every replica has left; an interrupt ends the collectives meanwhile.
@@ -264,6 +386,7 @@ class Step:
                     if replica == 0 or not started:
                         self._withdraw(replica)
                 self._wait_for_all(patient=interrupt is None)
+                self._drain()
                 return
             except BaseException as error:
                 interrupt = error
@@ -297,6 +420,8 @@ class Step:
         self.failure = None
         self.errors = {}
         self._echoes = []
+        self._pending = []
+        self._awaited = {}
 
     def outcome(self, failure: BaseException) -> BaseException:
         """Return what ``run`` must raise: the own error of the lowest replica, others as notes."""
@@ -344,8 +469,14 @@ class Step:
         ident = self._threads[replica]
         if replica in self._gone:
             return f"replica {replica} has returned"
+        issued = [p for p in self._pending if p.requests[replica] and not p.is_complete]
         place = _user_line(frames.get(ident))
-        doing = f"called {request}" if request is not None else "is still running"
+        if request is not None:
+            doing = f"called {request}"
+        elif issued:
+            doing, place = f"called {issued[0].requests[replica]}", issued[0].places[replica]
+        else:
+            doing = "is still running"
         return f"replica {replica} {doing} at {place}"
 
 

@@ -7,13 +7,13 @@ call. Each message says what was expected, what came, from which replica, and wh
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dvkernels import reduce_op
+from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import (
     BufferMismatchError,
@@ -36,7 +36,6 @@ __all__ = [
     "fitting",
     "in_place",
     "is_cuda",
-    "like",
     "listed",
     "raise_no_cuda",
     "reduction",
@@ -52,7 +51,6 @@ Array = np.ndarray[Any, Any]
 _DATA = object.__basicsize__
 _pointer_at = ctypes.c_void_p.from_address
 NEW: Any = object()  # as ``out``: allocate the results
-_DLPACK_CPU = (1, 3)  # kDLCPU, and kDLCUDAHost: pinned memory of the host
 
 
 def _address_in_struct(array: Array) -> int:
@@ -271,15 +269,6 @@ def check_dtype_moves(verb: str, dtype: np.dtype[Any]) -> None:
         )
 
 
-def like(result: Array, original: Any) -> Any:
-    """Return ``result`` as an array of the library that ``original`` comes from."""
-    if isinstance(original, np.ndarray):
-        return result
-    library = sys.modules.get(type(original).__module__.partition(".")[0])
-    convert = getattr(library, "from_dlpack", None)
-    return result if convert is None else convert(result)
-
-
 def _view(verb: str, buffer: Any, who: str) -> Array:
     """Return a NumPy view of a buffer that is not a plain ndarray."""
     if isinstance(buffer, np.ma.MaskedArray):
@@ -289,29 +278,8 @@ def _view(verb: str, buffer: Any, who: str) -> Array:
         )
     if isinstance(buffer, np.ndarray):
         return buffer.view(np.ndarray)
-    if not hasattr(buffer, "__dlpack__") or not hasattr(buffer, "__dlpack_device__"):
-        if hasattr(buffer, "__cuda_array_interface__"):
-            raise BufferMismatchError(
-                f"{verb} on the CPU needs arrays in CPU memory: {who} is in GPU memory; "
-                "copy it to the host first"
-            )
-        raise NotABufferError(
-            f"{verb} needs arrays: {who} is a {type(buffer).__name__}; "
-            "convert it with np.asarray, and note that results are written into arrays"
-        )
-    kind = int(buffer.__dlpack_device__()[0])
-    if kind not in _DLPACK_CPU:
-        raise BufferMismatchError(
-            f"{verb} on the CPU needs arrays in CPU memory: {who} is on DLPack device kind {kind}; "
-            "copy it to the host first"
-        )
-    try:
-        view: Array = np.from_dlpack(buffer)
-    except (BufferError, TypeError, RuntimeError, ValueError) as error:
-        raise NotABufferError(
-            f"{verb} cannot view {who}, a {type(buffer).__name__}, through DLPack: {error}"
-        ) from error
-    return view
+    seen: Array = foreign.view(verb, buffer, who)
+    return seen
 
 
 def is_cuda(buffer: Any) -> bool:

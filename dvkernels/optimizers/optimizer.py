@@ -10,7 +10,7 @@ import numpy as np
 
 from dvkernels import context, reduce_op
 from dvkernels.communicators.rendezvous import Request
-from dvkernels.context import ReplicaContext, as_array
+from dvkernels.context import ReplicaContext
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import (
     BufferMismatchError,
@@ -20,6 +20,7 @@ from dvkernels.errors import (
 )
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
+from dvkernels.values.arrays import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import Variable, companion, copies_of

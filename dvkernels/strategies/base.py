@@ -16,7 +16,7 @@ from dvkernels.communicators.rendezvous import Step
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
-from dvkernels.devices import registry
+from dvkernels.devices import foreign, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
 from dvkernels.errors import (
@@ -29,6 +29,7 @@ from dvkernels.reduce_op import Reduction
 from dvkernels.strategies import runner
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.values import regroup
+from dvkernels.values.arrays import as_array, gatherable
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import Variable, commit, drafts_of, end
@@ -223,10 +224,12 @@ class Strategy:
         def one(leaf: Any) -> Any:
             arrays = self._arrays("reduce", leaf)
             if axis is not None:
-                return reduce_along(reduction, arrays, axis, communicator)
-            reduce_op.check_dtype("reduce", reduction, arrays[0].dtype)
-            _check_alike("reduce", arrays)
-            return communicator.reduce(arrays, reduction)
+                total = reduce_along(reduction, arrays, axis, communicator)
+            else:
+                reduce_op.check_dtype("reduce", reduction, arrays[0].dtype)
+                _check_alike("reduce", arrays)
+                total = communicator.reduce(arrays, reduction)
+            return foreign.like(total, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -239,14 +242,15 @@ class Strategy:
 
         def one(leaf: Any) -> Any:
             arrays = self._arrays("gather", leaf)
-            ready, axes, described = context.gatherable("gather", arrays, axis, 0)
+            ready, axes, described = gatherable("gather", arrays, axis, 0)
             for rank, held in enumerate(described):
                 if held != described[0]:
                     raise BufferMismatchError(
                         f"gather along axis {axis} needs one dtype, and one length along every "
                         f"other axis: replica 0 holds {described[0]}, replica {rank} holds {held}"
                     )
-            return self._placement.communicator.all_gather(ready, axes[0])[0]
+            whole = self._placement.communicator.all_gather(ready, axes[0])[0]
+            return foreign.like(whole, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -336,7 +340,7 @@ class Strategy:
                     "choose it with .on(replica_id), or use reduce_to"
                 )
             single = whole.on(0) if isinstance(whole, Mirrored) else whole
-            return np.array(context.as_array(single, "broadcast_to", 0))
+            return np.array(as_array(single, "broadcast_to", 0))
 
         return self._mirrored(regroup.map_leaves(one, value), devices)
 
@@ -504,7 +508,7 @@ class Strategy:
         values = leaf.values
         if len(values) < self.num_replicas_in_sync:
             values = values * self.num_replicas_in_sync
-        return [context.as_array(value, verb, rank) for rank, value in enumerate(values)]
+        return [as_array(value, verb, rank) for rank, value in enumerate(values)]
 
 
 def _devices_of(destinations: Any, verb: str) -> tuple[Device, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dvkernels.communicators import rendezvous
+from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
 
 __all__: list[str] = []
@@ -70,10 +71,10 @@ class Crew:
         weakref.finalize(self, _end_all, self._inboxes, os.getpid())
         _start_all(self._threads)
 
-    def step(self, timeout: float) -> rendezvous.Step:
+    def step(self, timeout: float, carrier: Carrier) -> rendezvous.Step:
         """Return a new step between these threads and the caller; ``timeout`` in seconds."""
         self._gates.close_first(rendezvous.num_gates(self._num_replicas))
-        return rendezvous.Step(self._num_replicas, self._gates, timeout)
+        return rendezvous.Step(self._num_replicas, self._gates, timeout, carrier)
 
     def start(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Start one task on each thread; a task never raises, and the thread is idle before."""

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.rendezvous import Step, timeout_seconds
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.strategies.crew import Crew
@@ -28,6 +29,7 @@ class Runner:
     def __init__(self, num_replicas: int) -> None:
         self._num_replicas = num_replicas
         self._closed = False
+        self._carrier = Carrier()
         self._forget()
 
     def _forget(self) -> None:
@@ -75,7 +77,7 @@ class Runner:
                 crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
                 self._crews.add(crew)
                 crew.is_busy = True
-                step = crew.step(timeout)
+                step = crew.step(timeout, self._carrier)
                 _run_together(step, crew, call, results)
             if step.failure is not None:
                 raise step.outcome(step.failure)
@@ -97,6 +99,7 @@ class Runner:
     def close(self) -> None:
         """End the threads, and wait for that. Safe to call twice."""
         self._closed = True
+        self._carrier.stop()
         if self._pid == os.getpid():
             crews = list(self._crews)
             self._idle.clear()

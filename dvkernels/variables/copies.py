@@ -12,6 +12,7 @@ import numpy as np
 
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.single import Single
+from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 
@@ -61,6 +62,8 @@ class Copies:
     def converted(self, value: Any, verb: str, replica: int) -> Any:
         """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
         shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
+        if foreign.is_foreign(value):
+            return foreign.view(verb, value, f"the value{self._from(replica)}")
         try:
             if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
                 return self._number(value, dtype)

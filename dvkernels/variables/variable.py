@@ -13,7 +13,7 @@ from dvkernels import context, reduce_op
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.context import ReplicaContext
-from dvkernels.devices import registry
+from dvkernels.devices import foreign, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
@@ -416,7 +416,10 @@ def _created(
     label = f"variable_{next(_numbers)}" if name is None else name
     content = initial() if callable(initial) else initial
     try:
-        array = np.asarray(_read(content), dtype=dtype)
+        held = _read(content)
+        if foreign.is_foreign(held):
+            held = foreign.view(f"variable {label!r}", held, "the initial value")
+        array = np.asarray(held, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
             f"variable {label!r}: the initial value {content!r:.60} is not an array: {error}"

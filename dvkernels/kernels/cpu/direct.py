@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.devices import foreign
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import jobs, objects, prompt
 from dvkernels.reduce_op import ReduceOp, Reduction
@@ -69,7 +70,7 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
     if out is None:
         result = np.empty_like(reads[0])
         _combine(op, reads, [result])
-        return checks.like(result, buffers[0])
+        return foreign.like(result, buffers[0])
     writes = checks.arrays(verb, [out], "out")
     if not prompt.reduce_into(reads, writes, op):
         checks.separate(verb, reads, writes, 1)

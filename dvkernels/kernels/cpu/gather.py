@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.devices import foreign
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import jobs
 from dvkernels.schedules import partition
@@ -87,4 +88,4 @@ def _listed(verb: str, buffers: Any, out: Any) -> tuple[Any, Any]:
 def _returned(writes: list[Array], buffers: Any, out: Any) -> list[Any]:
     if out is not None:
         return list(out)
-    return [checks.like(write, buffer) for write, buffer in zip(writes, buffers, strict=True)]
+    return [foreign.like(write, buffer) for write, buffer in zip(writes, buffers, strict=True)]

@@ -1,0 +1,112 @@
+"""Many arrays in few collectives: packed into buckets, as gradients usually are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+
+from dvkernels.communicators.base import Communicator
+from dvkernels.reduce_op import Reduction
+
+__all__: list[str] = []
+
+Column = Sequence[Any]  # one array per local rank
+
+
+def all_reduce_each(
+    communicator: Communicator, columns: Iterable[Column], op: Reduction
+) -> list[list[Any]]:
+    """Return the all-reduce of each column of arrays, in buckets where the communicator packs."""
+    listed = [*columns]
+    if isinstance(communicator, Bucketing) and len(listed) > 1:
+        return communicator.all_reduce_many(listed, op)
+    return [communicator.all_reduce(column, op) for column in listed]
+
+
+@final
+class Bucketing:
+    """Another communicator, whose all-reduces of many arrays are packed.
+
+    Packing copies every byte twice; it pays where a collective costs more to start than to carry
+    the bucket. The kernels of one process start in a microsecond, so they are not packed unless
+    asked.
+
+    Parameters
+    ----------
+    communicator : Communicator
+        Who carries the buckets.
+    bytes_per_bucket : int
+        Arrays of one dtype are packed up to so many bytes a rank; larger ones go alone, as
+        they are.
+    """
+
+    def __init__(self, communicator: Communicator, bytes_per_bucket: int) -> None:
+        self._carrying = communicator
+        self._nbytes = bytes_per_bucket
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self._carrying.size
+
+    def all_reduce_many(self, columns: Sequence[Column], op: Reduction) -> list[list[Any]]:
+        """Return the all-reduce of each column: new arrays, those of a bucket side by side."""
+        results: list[list[Any]] = [[]] * len(columns)
+        for bucket in self._buckets(columns):
+            if len(bucket) == 1:
+                (k,) = bucket
+                results[k] = self._carrying.all_reduce(columns[k], op)
+                continue
+            packed = [
+                np.concatenate([np.asarray(columns[k][rank]).reshape(-1) for k in bucket])
+                for rank in range(len(columns[bucket[0]]))
+            ]
+            reduced = self._carrying.all_reduce(packed, op)
+            start = 0
+            for k in bucket:
+                shape = columns[k][0].shape
+                stop = start + math.prod(shape)
+                results[k] = [flat[start:stop].reshape(shape) for flat in reduced]
+                start = stop
+        return results
+
+    def _buckets(self, columns: Sequence[Column]) -> Iterator[list[int]]:
+        """Yield the columns of each bucket, every column once."""
+        filling: dict[Any, list[int]] = {}
+        filled: dict[Any, int] = {}
+        for k, column in enumerate(columns):
+            nbytes, dtype = column[0].nbytes, column[0].dtype
+            if nbytes >= self._nbytes:
+                yield [k]
+                continue
+            if filled.get(dtype, 0) + nbytes > self._nbytes:
+                yield filling.pop(dtype)
+                filled[dtype] = 0
+            filling.setdefault(dtype, []).append(k)
+            filled[dtype] = filled.get(dtype, 0) + nbytes
+        yield from filling.values()
+
+    def all_reduce(
+        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """Reduce one array, as it is."""
+        return self._carrying.all_reduce(values, op, out)
+
+    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
+        """Reduce into one new array."""
+        return self._carrying.reduce(values, op)
+
+    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+        """Reduce each rank's part into a new array."""
+        return self._carrying.reduce_scatter(values, op)
+
+    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+        """Concatenate into a new array for each rank."""
+        return self._carrying.all_gather(values, axis)
+
+    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+        """Copy the root's value for every rank."""
+        return self._carrying.broadcast(values, root)

@@ -1,0 +1,111 @@
+"""Arrays of other libraries: viewed as NumPy arrays without a copy, and results given back alike.
+
+DLPack carries them. What it cannot carry between NumPy and a library (bfloat16, gradients of
+PyTorch, arrays that JAX must own) has its row in a table; no library is imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dvkernels.errors import BufferMismatchError, NotABufferError
+
+__all__: list[str] = []
+
+_CPU = (1, 3)  # DLPack's kDLCPU, and kDLCUDAHost: pinned memory of the host
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def is_foreign(value: Any) -> bool:
+    """Return whether a value is an array of another library than NumPy."""
+    return hasattr(value, "__dlpack__") and not isinstance(value, (np.ndarray, np.generic))
+
+
+def view(verb: str, buffer: Any, who: str) -> Any:
+    """Return a NumPy view of another library's array; ``who`` is what messages call it.
+
+    It can be written where the library allows that: PyTorch does, JAX does not.
+    """
+    if not hasattr(buffer, "__dlpack__") or not hasattr(buffer, "__dlpack_device__"):
+        if hasattr(buffer, "__cuda_array_interface__"):
+            raise BufferMismatchError(
+                f"{verb} on the CPU needs arrays in CPU memory: {who} is in GPU memory; "
+                "copy it to the host first"
+            )
+        raise NotABufferError(
+            f"{verb} needs arrays: {who} is a {type(buffer).__name__}; "
+            "convert it with np.asarray, and note that results are written into arrays"
+        )
+    kind = int(buffer.__dlpack_device__()[0])
+    if kind not in _CPU:
+        raise BufferMismatchError(
+            f"{verb} on the CPU needs arrays in CPU memory: {who} is on DLPack device kind {kind}; "
+            "copy it to the host first"
+        )
+    see: Callable[[Any], Any] = _VIEWS.get(_library_of(buffer)) or np.from_dlpack
+    try:
+        return see(buffer)
+    except (BufferError, TypeError, RuntimeError, ValueError) as error:
+        raise NotABufferError(
+            f"{verb} cannot view {who}, a {type(buffer).__name__}, through DLPack: {error}"
+        ) from error
+
+
+def like(result: Any, original: Any) -> Any:
+    """Return ``result`` as an array of the library that ``original`` comes from, not copied.
+
+    Arrays that must not be written are copied for a library that knows no such thing.
+    """
+    if isinstance(original, np.ndarray) or not is_foreign(original):
+        return result
+    library = _library_of(original)
+    convert = _CONVERSIONS.get(library)
+    if convert is not None:
+        return convert(result)
+    from_dlpack = getattr(sys.modules.get(library), "from_dlpack", None)
+    return result if from_dlpack is None else from_dlpack(result)
+
+
+def _library_of(array: Any) -> str:
+    return type(array).__module__.partition(".")[0]
+
+
+def _view_of_tensor(tensor: Any) -> Any:
+    torch = sys.modules["torch"]
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype is torch.bfloat16:
+        return np.from_dlpack(tensor.view(torch.int16)).view(_BFLOAT16)
+    return np.from_dlpack(tensor)
+
+
+def _as_tensor(array: Any) -> Any:
+    torch = sys.modules["torch"]
+    owned = array if array.flags.writeable else array.copy()
+    if owned.dtype == _BFLOAT16:
+        return torch.from_dlpack(owned.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(owned)
+
+
+def _view_of_jax(array: Any) -> Any:
+    return np.asarray(array)  # read-only, and not copied on the CPU
+
+
+def _as_jax(array: Any) -> Any:
+    return sys.modules["jax"].numpy.asarray(array)
+
+
+_VIEWS: dict[str, Callable[[Any], Any]] = {
+    "torch": _view_of_tensor,
+    "jax": _view_of_jax,
+    "jaxlib": _view_of_jax,
+}
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "torch": _as_tensor,
+    "jax": _as_jax,
+    "jaxlib": _as_jax,
+}

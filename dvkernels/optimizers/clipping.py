@@ -1,0 +1,78 @@
+"""Gradients that are too long, shortened together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from dvkernels.errors import UnsupportedDTypeError
+from dvkernels.optimizers.optimizer import checked
+from dvkernels.values import regroup
+from dvkernels.values.arrays import as_array
+
+__all__ = ["clip_by_global_norm"]
+
+
+def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
+    """Scale all gradients by one factor, so that their common norm is at most ``clip_norm``.
+
+    Parameters
+    ----------
+    gradients : nest of array
+        Floating-point or complex. Unchanged.
+    clip_norm : float
+        Above 0.
+
+    Returns
+    -------
+    nest of array
+        New arrays; the same bits where the norm was small enough. All NaN if the norm is not
+        finite, so that it is seen and not applied.
+    float
+        The norm before: the root of the sum of all squares, accumulated in float64.
+
+    Raises
+    ------
+    ValueError
+        ``clip_norm`` is not a positive number.
+    UnsupportedDTypeError, NotABufferError
+        Gradients of integers, or not arrays.
+
+    Notes
+    -----
+    It communicates nothing. To clip the mean of the replicas' gradients, reduce first; equal
+    gradients on all replicas are their own mean, so ``apply_gradients`` takes them as they are.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> dv.optimizers.clip_by_global_norm([[3.0, 0.0], [4.0]], 1.0)
+    ([array([0.6, 0. ]), array([0.8])], 5.0)
+    """
+    limit = checked(clip_norm, "clip_norm", 0)
+    if limit == 0:
+        raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
+    leaves, structure = regroup.flatten(gradients)
+    arrays = [_floating(as_array(leaf, "clip_by_global_norm", 0)) for leaf in leaves]
+    norm = math.hypot(*(float(np.linalg.norm(_wide(array))) for array in arrays))
+    if not math.isfinite(norm):
+        factor = math.nan
+    else:
+        factor = 1.0 if norm <= limit else limit / norm
+    clipped = [np.asarray(array * array.dtype.type(factor)) for array in arrays]
+    return regroup.unflatten(structure, clipped), norm
+
+
+def _wide(array: Any) -> Any:
+    flat = array.reshape(-1)
+    return flat.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _floating(array: Any) -> Any:
+    if array.dtype.kind not in "fc" and array.dtype.name != "bfloat16":
+        raise UnsupportedDTypeError(
+            f"clip_by_global_norm needs floating-point gradients; got {array.dtype}"
+        )
+    return array

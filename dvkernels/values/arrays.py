@@ -1,0 +1,88 @@
+"""What a replica brings to a collective: a nest of arrays, and how results go back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dvkernels.devices import foreign
+from dvkernels.devices.buffers import Spec, spec
+from dvkernels.errors import NotABufferError
+from dvkernels.values import regroup
+from dvkernels.values.distributed import is_integer
+
+__all__: list[str] = []
+
+
+class Arrays(NamedTuple):
+    """The leaves of a nest as NumPy arrays, and what they were."""
+
+    held: list[Any]
+    structure: Any  # None: one array, no nest
+    specs: Any  # one, or a tuple
+    leaves: Sequence[Any] | None  # where some are arrays of other libraries
+
+    def nest(self, results: Sequence[Any]) -> Any:
+        """Return results in the place and of the kind of what came."""
+        if self.leaves is not None:
+            results = [
+                foreign.like(array, leaf) for array, leaf in zip(results, self.leaves, strict=True)
+            ]
+        return results[0] if self.structure is None else regroup.unflatten(self.structure, results)
+
+
+def arrays_of(value: Any, verb: str, replica: int) -> Arrays:
+    """Return a nest's arrays; a distributed value in it means this replica's component."""
+    if type(value) is np.ndarray:
+        return Arrays([value], None, spec(value), None)
+    leaves, structure = regroup.flatten(value)
+    own = [regroup.own_component(leaf, replica) for leaf in leaves]
+    held = [as_array(leaf, verb, replica) for leaf in own]
+    specs = tuple(spec(array) for array in held)
+    theirs = own if any(foreign.is_foreign(leaf) for leaf in own) else None
+    if len(leaves) == 1 and leaves[0] is value:
+        return Arrays(held, None, specs[0], theirs)
+    return Arrays(held, structure, specs, theirs)
+
+
+def as_array(value: Any, verb: str, replica: int) -> Any:
+    """Return a leaf as an array; strings, objects and ragged lists raise NotABufferError."""
+    if foreign.is_foreign(value):
+        return foreign.view(verb, value, f"the {type(value).__name__} of replica {replica}")
+    array: Any
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise NotABufferError(
+            f"{verb}: replica {replica} passed a {type(value).__name__} that is not an array or a "
+            f"number ({error})"
+        ) from error
+    if array.dtype.hasobject:
+        raise NotABufferError(
+            f"{verb}: expected an array or a number, replica {replica} passed {value!r:.60} of "
+            f"type {type(value).__name__}"
+        )
+    return array
+
+
+def gatherable(
+    verb: str, arrays: list[Any], axis: int, replica: int
+) -> tuple[list[Any], list[int], tuple[Any, ...]]:
+    """Return arrays ready to be concatenated, the axis of each, and what must agree."""
+    if not is_integer(axis):
+        raise ValueError(f"{verb}: axis must be an integer, got {axis!r}")
+    ready, axes, described = [], [], []
+    for array in arrays:
+        stacked = array.reshape(1) if array.ndim == 0 else array
+        if not -stacked.ndim <= axis < stacked.ndim:
+            raise ValueError(
+                f"{verb}: axis {axis} is out of range for {spec(array)} of replica {replica}"
+            )
+        position = int(axis) % stacked.ndim
+        shape = (*stacked.shape[:position], "any", *stacked.shape[position + 1 :])
+        ready.append(stacked)
+        axes.append(position)
+        described.append(Spec(shape, array.dtype))
+    return ready, axes, tuple(described)
