@@ -1,5 +1,7 @@
 """Where dvkernels is meant to answer otherwise than TensorFlow, each difference by its name.
 
+docs/explanation/differences.md tells most of them to the user.
+
 An entry explains a case only where our answer is what the contract says: most predicates work it
 out with NumPy. So the table cannot hide a wrong answer behind a trap of TensorFlow.
 """
@@ -16,7 +18,7 @@ from programs import SCATTERS, VARIABLE, WRITES, decoded
 
 class Difference(NamedTuple):
     name: str
-    sentence: str  # what it stands for, in api.md or in tf-semantics.md
+    sentence: str  # of the contract: what it stands for
     explains: Callable[[Case], bool]
 
 
@@ -161,18 +163,19 @@ def same_but_wrapped(theirs: Any, ours: Any) -> bool:
 
 
 @difference(
-    "tf-semantics.md: run always returns PerReplica leaves (also for n = 1, also when all replicas "
+    "run always returns PerReplica leaves (also for n = 1, also when all replicas "
     "return the same object)"
 )
 def run_always_wraps(case: Case) -> bool:
-    if fails(case.theirs) or fails(case.ours) or not in_replica(case):
+    runs = in_replica(case) or case.operation["op"] == "run_again"
+    if fails(case.theirs) or fails(case.ours) or not runs:
         return False
     return same(case.theirs["copies"], case.ours["copies"]) and same_but_wrapped(
         case.theirs["result"], case.ours["result"]
     )
 
 
-@difference("api.md: next() gives PerReplica (TensorFlow gives raw elements to one replica)")
+@difference("next() gives PerReplica (TensorFlow gives raw elements to one replica)")
 def one_replica_iterates_over_per_replicas(case: Case) -> bool:
     return (
         case.operation["op"] == "batches"
@@ -183,7 +186,7 @@ def one_replica_iterates_over_per_replicas(case: Case) -> bool:
 
 
 @difference(
-    "api.md: reduce_to, batch_reduce_to, broadcast_to give Mirrored; update with group=True "
+    "reduce_to, batch_reduce_to, broadcast_to give Mirrored; update with group=True "
     "returns Mirrored (TensorFlow does not wrap what one copy gave)"
 )
 def mirrored_of_one_copy(case: Case) -> bool:
@@ -197,7 +200,7 @@ def mirrored_of_one_copy(case: Case) -> bool:
 
 
 @difference(
-    "api.md: local_results gives a tuple, one per local replica; in local_results a plain value "
+    "local_results gives a tuple, one per local replica; in local_results a plain value "
     "stands for each replica"
 )
 def local_results_speaks_of_every_replica(case: Case) -> bool:
@@ -210,7 +213,7 @@ def local_results_speaks_of_every_replica(case: Case) -> bool:
 # -- which variables there are ---------------------------------------------------------------------
 
 
-@difference("tf-semantics.md: Synchronization NONE works in every strategy")
+@difference("Synchronization NONE works in every strategy")
 def none_synchronization_works(case: Case) -> bool:
     synchronization, aggregation = case.modes
     initial = decoded(case.program["variable"]["initial"])
@@ -224,7 +227,7 @@ def none_synchronization_works(case: Case) -> bool:
     )
 
 
-@difference("api.md: CentralStorageStrategy: ON_READ and NONE raise ValueError at creation")
+@difference("CentralStorageStrategy: ON_READ and NONE raise ValueError at creation")
 def central_storage_is_on_write(case: Case) -> bool:
     return (
         case.operation["op"] == "create"
@@ -235,7 +238,7 @@ def central_storage_is_on_write(case: Case) -> bool:
     )
 
 
-@difference("api.md: MEAN on an integer variable raises ValueError at creation")
+@difference("MEAN on an integer variable raises ValueError at creation")
 def mean_of_an_integer_variable(case: Case) -> bool:
     return (
         case.operation["op"] == "create"
@@ -250,7 +253,7 @@ def mean_of_an_integer_variable(case: Case) -> bool:
 
 
 @difference(
-    "tf-semantics.md: ON_WRITE with aggregation NONE raises ValueError when written in replica "
+    "ON_WRITE with aggregation NONE raises ValueError when written in replica "
     "context; copies of a mirrored variable never drift apart by an assignment"
 )
 def on_write_needs_an_aggregation(case: Case) -> bool:
@@ -265,7 +268,7 @@ def on_write_needs_an_aggregation(case: Case) -> bool:
 
 
 @difference(
-    "tf-semantics.md: A cross-replica assign(PerReplica) to an ON_WRITE variable raises ValueError "
+    "A cross-replica assign(PerReplica) to an ON_WRITE variable raises ValueError "
     "that names reduce"
 )
 def on_write_takes_no_per_replica(case: Case) -> bool:
@@ -279,7 +282,7 @@ def on_write_takes_no_per_replica(case: Case) -> bool:
 
 
 @difference(
-    "api.md: update: a PerReplica among the arguments raises ValueError for an ON_WRITE variable"
+    "update: a PerReplica among the arguments raises ValueError for an ON_WRITE variable"
 )
 def update_of_on_write_takes_no_per_replica(case: Case) -> bool:
     return (
@@ -291,7 +294,7 @@ def update_of_on_write_takes_no_per_replica(case: Case) -> bool:
 
 
 @difference(
-    "api.md: A PerReplica written in cross-replica context to an ON_READ or NONE variable sets "
+    "A PerReplica written in cross-replica context to an ON_READ or NONE variable sets "
     "each copy"
 )
 def per_replica_sets_each_copy(case: Case) -> bool:
@@ -305,7 +308,7 @@ def per_replica_sets_each_copy(case: Case) -> bool:
 
 
 @difference(
-    "tf-semantics.md: A value passed in replica context is that replica's contribution, whatever "
+    "A value passed in replica context is that replica's contribution, whatever "
     "object it is: SUM of the literal 5.0 over n replicas is 5n, also 0.0; a variable is what its "
     "own copy holds"
 )
@@ -327,7 +330,7 @@ def any_object_is_a_contribution(case: Case) -> bool:
 
 
 @difference(
-    "tf-semantics.md: SOR NONE: assign works then raises on implicit read-back (a trap); api.md: "
+    "SOR NONE: assign works then raises on implicit read-back (a trap): "
     "MEAN, ONLY_FIRST_REPLICA: every copy gets it"
 )
 def on_read_without_aggregation_is_written(case: Case) -> bool:
@@ -346,7 +349,7 @@ def on_read_without_aggregation_is_written(case: Case) -> bool:
 
 
 @difference(
-    "tf-semantics.md: SUM of an ON_READ integer variable that n does not divide keeps its total "
+    "SUM of an ON_READ integer variable that n does not divide keeps its total "
     "(7 over 2 copies reads back 7)"
 )
 def integer_total_is_kept(case: Case) -> bool:
@@ -361,7 +364,7 @@ def integer_total_is_kept(case: Case) -> bool:
 
 
 @difference(
-    "api.md: the table of modes holds for every strategy (TensorFlow's OneDeviceStrategy makes a "
+    "the table of modes holds for every strategy (TensorFlow's OneDeviceStrategy makes a "
     "plain variable, whose modes are only stored)"
 )
 def one_device_keeps_the_modes(case: Case) -> bool:
@@ -377,7 +380,7 @@ def one_device_keeps_the_modes(case: Case) -> bool:
 # -- scatter ---------------------------------------------------------------------------------------
 
 
-@difference("api.md: On ON_READ variables scatter raises ValueError (not NotImplementedError)")
+@difference("On ON_READ variables scatter raises ValueError (not NotImplementedError)")
 def scatter_on_read(case: Case) -> bool:
     return (
         case.operation["op"] in SCATTERS
@@ -388,7 +391,7 @@ def scatter_on_read(case: Case) -> bool:
 
 
 @difference(
-    "api.md: scatter min max update under SUM or MEAN raise ValueError (not NotImplementedError)"
+    "scatter min max update under SUM or MEAN raise ValueError (not NotImplementedError)"
 )
 def scatter_that_does_not_add(case: Case) -> bool:
     return (
@@ -435,7 +438,7 @@ def scattered(case: Case) -> list[np.ndarray]:
     return [copy] * len(case.before)
 
 
-@difference("api.md: integer div floors (TensorFlow's truncates)")
+@difference("integer div floors (TensorFlow's truncates)")
 def integer_quotient_floors(case: Case) -> bool:
     return (
         case.operation["op"] == "scatter_div"
@@ -446,7 +449,7 @@ def integer_quotient_floors(case: Case) -> bool:
 
 
 @difference(
-    "api.md: Scatter in replica context under ON_WRITE: MEAN the same divided by N, "
+    "Scatter in replica context under ON_WRITE: MEAN the same divided by N, "
     "ONLY_FIRST_REPLICA those of replica 0 (TensorFlow's central storage applies all as they are)"
 )
 def central_storage_aggregates_a_scatter(case: Case) -> bool:
@@ -470,7 +473,7 @@ def central_storage_aggregates_a_scatter(case: Case) -> bool:
 # -- collectives and reductions --------------------------------------------------------------------
 
 
-@difference("tf-semantics.md: MEAN of integers raises (TensorFlow silently gives float64)")
+@difference("MEAN of integers raises (TensorFlow silently gives float64)")
 def mean_of_integers(case: Case) -> bool:
     return raised(case.ours, "UnsupportedDTypeError") and any(
         one.operation.get("reduce_op") == "mean" and has_integers(one) for one in singly(case)
@@ -478,7 +481,7 @@ def mean_of_integers(case: Case) -> bool:
 
 
 @difference(
-    "tf-semantics.md: reduce, gather take nests with any axis, negative axes and lists of axes"
+    "reduce, gather take nests with any axis, negative axes and lists of axes"
 )
 def nests_and_axes(case: Case) -> bool:
     operation = case.operation
@@ -511,7 +514,7 @@ def nests_and_axes(case: Case) -> bool:
 
 
 @difference(
-    "api.md: value may be any nest (TensorFlow refuses one of int32 and float32: Inputs to "
+    "value may be any nest (TensorFlow refuses one of int32 and float32: Inputs to "
     "batch_reduce_to must be either all on the host or all on the compute devices)"
 )
 def nests_of_several_dtypes(case: Case) -> bool:
@@ -524,7 +527,7 @@ def nests_of_several_dtypes(case: Case) -> bool:
     )
 
 
-@difference("tf-semantics.md: scalars can be gathered (they are stacked)")
+@difference("scalars can be gathered (they are stacked)")
 def scalars_are_stacked(case: Case) -> bool:
     if not case.operation["op"].endswith("gather") or form(case) != "array":
         return False
@@ -535,7 +538,7 @@ def scalars_are_stacked(case: Case) -> bool:
     return result_is(case, on_every_replica(case, stacked) if in_replica(case) else stacked)
 
 
-@difference("api.md: A plain value in reduce or gather raises ValueError")
+@difference("A plain value in reduce or gather raises ValueError")
 def plain_values_are_refused(case: Case) -> bool:
     return (
         case.operation["op"] in ("reduce", "gather")
@@ -545,7 +548,7 @@ def plain_values_are_refused(case: Case) -> bool:
     )
 
 
-@difference("api.md: In reduce or gather a variable counts as one value per replica")
+@difference("In reduce or gather a variable counts as one value per replica")
 def a_variable_is_one_value_per_replica(case: Case) -> bool:
     if case.operation["op"] not in ("reduce", "gather") or form(case) != "variable":
         return False
@@ -560,7 +563,7 @@ def a_variable_is_one_value_per_replica(case: Case) -> bool:
 
 
 @difference(
-    "tf-semantics.md: Batches are split evenly (8 over 3 is 3, 3, 2; TensorFlow's ceil chunks are "
+    "Batches are split evenly (8 over 3 is 3, 3, 2; TensorFlow's ceil chunks are "
     "a trap)"
 )
 def batches_are_split_evenly(case: Case) -> bool:
@@ -575,11 +578,22 @@ def batches_are_split_evenly(case: Case) -> bool:
     return result_is(case, {"list": [{"per_replica": parts} for parts in split]})
 
 
+@difference("MIN, MAX, PROD exist")
+def more_reductions(case: Case) -> bool:
+    if case.operation["op"] not in ("reduce", "all_reduce") or not fails(case.theirs):
+        return False
+    op = {"min": np.min, "max": np.max, "prod": np.prod}.get(case.operation["reduce_op"])
+    if op is None:
+        return False
+    expected = op(parts(case, value(case)), axis=0)
+    return result_is(case, on_every_replica(case, expected) if in_replica(case) else expected)
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
 @difference(
-    "api.md: All derive from DvKernelsError and from the fitting builtin: BufferMismatchError "
+    "All derive from DvKernelsError and from the fitting builtin: BufferMismatchError "
     "(ValueError) (TensorFlow: InvalidArgumentError, which is none)"
 )
 def errors_are_builtins(case: Case) -> bool:
@@ -587,7 +601,7 @@ def errors_are_builtins(case: Case) -> bool:
 
 
 @difference(
-    "api.md: Replicas that disagree (another collective, shape, dtype, op) never hang: the step "
+    "Replicas that disagree (another collective, shape, dtype, op) never hang: the step "
     "ends with CollectiveMismatchError"
 )
 def disagreement_has_its_own_error(case: Case) -> bool:
@@ -595,4 +609,64 @@ def disagreement_has_its_own_error(case: Case) -> bool:
         case.operation["op"] in ("all_reduce", "all_gather")
         and raised(case.theirs, "InvalidArgumentError")
         and raised(case.ours, "CollectiveMismatchError")
+    )
+
+
+@difference(
+    "Indices out of range raise IndexError (TensorFlow: InvalidArgumentError, or nothing where "
+    "replica 0 alone counts)"
+)
+def indices_are_checked(case: Case) -> bool:
+    if case.operation["op"] not in SCATTERS or not raised(case.ours, "IndexError"):
+        return False
+    rows = len(decoded(case.before[0]))
+    indices = np.concatenate(parts(case, case.operation["indices"]))
+    return bool(np.any((indices < 0) | (indices >= rows)))
+
+
+@difference("Every write checks shape and dtype; arrays must match the variable's dtype")
+def every_write_checks_the_dtype(case: Case) -> bool:
+    return (
+        writes(case)
+        and form(case) in ("array", "plain")
+        and parts(case, value(case))[0].dtype != decoded(case.before[0]).dtype
+        and raised(case.ours, "BufferMismatchError")
+    )
+
+
+@difference(
+    "A structure that differs between replicas raises ValueError that shows both (TensorFlow: a "
+    "bare AssertionError)"
+)
+def structures_must_be_the_same(case: Case) -> bool:
+    return (
+        case.operation["op"] == "return"
+        and form(case) == "each"
+        and raised(case.theirs, "AssertionError")
+        and raised(case.ours, "ValueError")
+    )
+
+
+@difference(
+    "distribute_dataset, distribute_values_from_function or next(iterator) in replica context "
+    "raise ContextError"
+)
+def input_belongs_across_replicas(case: Case) -> bool:
+    return (
+        case.operation["op"] in ("batches", "values")
+        and in_replica(case)
+        and raised(case.ours, "ContextError")
+    )
+
+
+@difference(
+    "A variable that no scope created may be read in run, but writing it there raises ContextError"
+)
+def no_replica_writes_an_unscoped_variable(case: Case) -> bool:
+    return (
+        writes(case)
+        and in_replica(case)
+        and not case.program["variable"].get("scope", True)
+        and not fails(case.theirs)
+        and raised(case.ours, "ContextError")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,8 @@ class Machine:
         self.strategy = strategy
 
     def create(self, variable: dict[str, Any]) -> None:
-        with self.strategy.scope():
+        within = self.strategy.scope() if variable.get("scope", True) else contextlib.nullcontext()
+        with within:
             self.variable = dv.Variable(
                 decoded(variable["initial"]),
                 synchronization=variable["synchronization"],
@@ -80,6 +82,8 @@ class Machine:
             return self.strategy.distribute_values_from_function(
                 lambda ctx: decoded(value["parts"][ctx.replica_id_in_sync_group])
             )
+        if form == "each":
+            return self.value(value["values"][rank], rank)
         if form == "nest":
             return {name: self.value(item, rank) for name, item in value["items"].items()}
         return {
@@ -107,7 +111,14 @@ class Machine:
             return self.write(operation, rank)
         if op == "read":
             return np.array(self.variable.read_value())
+        if op == "enter_scope":
+            with self.strategy.scope():
+                return None
+        if op not in ("return", "all_reduce", "all_gather", "merge_call", "create_inside"):
+            return self.across(operation)
         value = self.value(operation["value"], rank)
+        if op == "create_inside":
+            return np.array(dv.Variable(value).read_value())
         if op == "return":
             return value
         if op == "all_reduce":
@@ -124,6 +135,8 @@ class Machine:
             if operation["fn"] == "read":
                 read = self.variable.read_value()
                 return read if isinstance(read, dv.PerReplica) else np.array(read)
+            if operation["fn"] == "run":
+                return strategy.run(self.summed, args=(value,))
             reduced = strategy.reduce(operation["reduce_op"], value, axis=None)
             if operation["fn"] == "assign_reduced":
                 self.variable.assign(reduced)
@@ -131,6 +144,9 @@ class Machine:
             return reduced
 
         return fn
+
+    def summed(self, value: Any) -> Any:
+        return dv.get_replica_context().all_reduce("sum", value)
 
     def across(self, operation: dict[str, Any]) -> Any:
         op, strategy = operation["op"], self.strategy
@@ -145,6 +161,10 @@ class Machine:
             with iter(strategy.distribute_dataset(dataset)) as batches:
                 return list(batches)
         value = self.value(operation["value"], None)
+        if op == "values":
+            return value
+        if op == "run_again":
+            return strategy.run(np.copy, args=(value,))
         if op == "reduce":
             return strategy.reduce(operation["reduce_op"], value, axis=operation["axis"])
         if op == "gather":

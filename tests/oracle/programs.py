@@ -6,6 +6,8 @@ A program is a dictionary that JSON can hold::
      "variable": {"initial": array, "synchronization": ..., "aggregation": ...},
      "operations": [{"op": name, "context": "replica" | "cross", ...}, ...]}
 
+``"scope": false`` in the variable creates it outside every scope.
+
 Its answer is one outcome for the creation of the variable and one for each operation, up to the
 first error: ``{"result": tree, "copies": [array, ...]}`` or ``{"error": class name}``. A write
 gives no result in this language; what it did is seen in the copies.
@@ -18,7 +20,10 @@ scatter_*       both                indices (an array), updates (an array), each
 read            both
 all_reduce      replica             reduce_op, value
 all_gather      replica             axis, value
-merge_call      replica             fn (reduce, assign_reduced, identity, read), value, reduce_op
+merge_call      replica             fn (reduce, assign_reduced, identity, read, run), value,
+                                    reduce_op
+create_inside   replica             value, that of the variable which run creates and reads
+enter_scope     replica
 return          replica             value, what the function of ``run`` returns
 step            replica             operations, all of them inside one ``run``
 reduce          cross               reduce_op, axis, value
@@ -27,13 +32,17 @@ update          cross               verb, value, group
 local_results   cross               value
 reduce_to       cross               reduce_op, value; the destination is the variable
 broadcast_to    cross               value; the destination is the variable
+values          cross               value, as distribute_values_from_function makes it
+run_again       cross               value, which an inner run returns
 batches         cross               elements, batch, drop_remainder
 =============== =================== ===========================================================
 
+What belongs into cross-replica context may be called in a replica too, to see what is raised.
+
 A value is ``{"form": "array", "parts": [array, ...]}`` (a fresh array on each replica, in
 cross-replica context a PerReplica of them), ``{"form": "plain", "part": array}``, ``{"form":
-"literal", "number": x}``, ``{"form": "variable"}``, ``{"form": "none"}``, or ``{"form": "nest",
-"items": {name: value}}``. An array is a line: ``"float32 2x2 1.0 2.0 3.0 4.0"``, ``"int32 - 7"``
+"literal", "number": x}``, ``{"form": "variable"}``, ``{"form": "none"}``, ``{"form": "nest",
+"items": {name: value}}``, or ``{"form": "each", "values": [value, ...]}``, one for each replica. An array is a line: ``"float32 2x2 1.0 2.0 3.0 4.0"``, ``"int32 - 7"``
 (no axes).
 """
 
@@ -133,6 +142,10 @@ def program(
         },
         "operations": list(operations),
     }
+
+
+def each(*values: Any) -> dict[str, Any]:
+    return {"form": "each", "values": list(values)}
 
 
 # -- programs written by hand ----------------------------------------------------------------------
@@ -302,6 +315,63 @@ def written() -> Iterator[dict[str, Any]]:
                 cross("read"),
             )
             yield program(size, 1.0, modes, *calls, strategy=strategy)
+    # Other reductions, and no reduction.
+    for op in ("min", "max", "prod", "median"):
+        yield program(2, 1.0, "on_write sum", cross("reduce", reduce_op=op, axis=None, value=rows))
+        yield program(2, 1.0, "on_write sum", replica("all_reduce", reduce_op=op, value=rows))
+    # What does not fit the variable.
+    for modes in ("on_write sum", "on_write mean", "on_write only_first_replica", "on_read sum"):
+        for verb in WRITES:
+            for call, value in ((replica, rows), (cross, plain([1.0, 2.0]))):
+                yield program(2, [0.0] * 3, modes, call(verb, value=value))
+            for call, value in ((replica, integers), (cross, plain(1, "int32"))):
+                yield program(2, 0.0, modes, call(verb, value=value))
+    for verb in SCATTERS:
+        far = {"indices": array([0], [5], dtype="int32"), "updates": array([2.0], [3.0])}
+        wide = {"indices": array([0], [1], dtype="int32"), "updates": array([2.0, 1.0], [3.0, 1.0])}
+        for fields in (far, wide):
+            yield program(2, [4.0, 8.0], "on_write sum", replica(verb, **fields))
+            yield program(2, [4.0, 8.0], "on_write only_first_replica", replica(verb, **fields))
+        outside = {"indices": plain([-1], "int32"), "updates": plain([2.0])}
+        yield program(2, [4.0, 8.0], "on_write none", cross(verb, **outside))
+    # What belongs into the other context.
+    for call in (
+        replica("reduce", reduce_op="sum", axis=None, value=one_two),
+        replica("gather", axis=0, value=rows),
+        replica("values", value=one_two),
+        replica("run_again", value=one_two),
+        replica("batches", elements=4, batch=2, drop_remainder=False),
+        replica("enter_scope"),
+    ):
+        yield program(2, 1.0, "on_write sum", call)
+    # More of run and merge_call.
+    for size in (1, 2):
+        given = array(*[k + 1.0 for k in range(size)])
+        for call in (
+            cross("values", value=given),
+            cross("run_again", value=given),
+            replica("merge_call", fn="run", reduce_op="sum", value=given),
+            replica("return", value=VARIABLE),
+            replica("create_inside", value=given),
+        ):
+            yield program(size, 1.0, "on_write sum", call)
+    for value in (
+        each(NONE, plain(1.0)),
+        each(nest(a=plain(1.0)), nest(b=plain(1.0))),
+        each(nest(a=plain(1.0)), plain(1.0)),
+        each(nest(a=plain(1.0)), nest(a=NONE)),
+    ):
+        yield program(2, 1.0, "on_write sum", replica("return", value=value))
+    # A variable that no scope created.
+    for call in (
+        replica("read"),
+        replica("assign_add", value=one_two),
+        cross("assign_add", value=plain(1.0)),
+        cross("read"),
+    ):
+        made = program(2, 1.0, "on_write sum", call)
+        made["variable"]["scope"] = False
+        yield made
     # How batches are split.
     for size in (1, 2, 3, 4):
         for elements, batch, drop in (

@@ -74,7 +74,8 @@ class Machine:
 
     def create(self, variable: dict[str, Any]) -> None:
         tf = self.tf
-        with self.strategy.scope():
+        within = self.strategy.scope() if variable.get("scope", True) else contextlib.nullcontext()
+        with within:
             self.variable = tf.Variable(
                 decoded(variable["initial"]),
                 synchronization=tf.VariableSynchronization[variable["synchronization"].upper()],
@@ -105,6 +106,8 @@ class Machine:
             return self.strategy.experimental_distribute_values_from_function(
                 lambda ctx: self.fresh(value["parts"][ctx.replica_id_in_sync_group])
             )
+        if form == "each":
+            return self.value(value["values"][rank], rank)
         if form == "nest":
             return {name: self.value(item, rank) for name, item in value["items"].items()}
         return {
@@ -113,9 +116,6 @@ class Machine:
             "variable": lambda: self.variable,
             "none": lambda: None,
         }[form]()
-
-    def op(self, operation: dict[str, Any]) -> Any:
-        return self.tf.distribute.ReduceOp[operation["reduce_op"].upper()]
 
     def tree(self, result: Any) -> Any:
         if result is None:
@@ -153,11 +153,18 @@ class Machine:
         if op == "read":
             # A read may be a view, and a later operation of the same step may write.
             return self.tf.constant(self.variable.read_value().numpy())
+        if op == "enter_scope":
+            with self.strategy.scope():
+                return None
+        if op not in ("return", "all_reduce", "all_gather", "merge_call", "create_inside"):
+            return self.across(operation)
         value = self.value(operation["value"], rank)
+        if op == "create_inside":
+            return self.tf.constant(self.tf.Variable(value).read_value().numpy())
         if op == "return":
             return value
         if op == "all_reduce":
-            return ctx.all_reduce(self.op(operation), value)
+            return ctx.all_reduce(operation["reduce_op"], value)
         if op == "all_gather":
             return ctx.all_gather(value, operation["axis"])
         assert op == "merge_call"
@@ -169,13 +176,19 @@ class Machine:
                 return value
             if operation["fn"] == "read":
                 return self.tf.constant(self.variable.read_value().numpy())
-            reduced = strategy.reduce(self.op(operation), value, axis=None)
+            if operation["fn"] == "run":
+                return strategy.run(self.summed, args=(value,))
+            reduced = strategy.reduce(operation["reduce_op"], value, axis=None)
             if operation["fn"] == "assign_reduced":
                 self.variable.assign(reduced)
                 return None
             return reduced
 
         return fn
+
+    def summed(self, value: Any) -> Any:
+        ctx = self.tf.distribute.get_replica_context()
+        return ctx.all_reduce("sum", self.tf.identity(value))
 
     def across(self, operation: dict[str, Any]) -> Any:
         op, strategy = operation["op"], self.strategy
@@ -186,14 +199,18 @@ class Machine:
         if op == "batches":
             return self.batches(operation)
         value = self.value(operation["value"], None)
+        if op == "values":
+            return value
+        if op == "run_again":
+            return strategy.run(self.tf.identity, args=(value,))
         if op == "reduce":
-            return strategy.reduce(self.op(operation), value, axis=operation["axis"])
+            return strategy.reduce(operation["reduce_op"], value, axis=operation["axis"])
         if op == "gather":
             return strategy.gather(value, operation["axis"])
         if op == "local_results":
             return strategy.experimental_local_results(value)
         if op == "reduce_to":
-            return strategy.extended.reduce_to(self.op(operation), value, self.variable)
+            return strategy.extended.reduce_to(operation["reduce_op"], value, self.variable)
         if op == "broadcast_to":
             return strategy.extended.broadcast_to(value, self.variable)
         assert op == "update"
