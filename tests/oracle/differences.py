@@ -268,8 +268,7 @@ def on_write_needs_an_aggregation(case: Case) -> bool:
 
 
 @difference(
-    "A cross-replica assign(PerReplica) to an ON_WRITE variable raises ValueError "
-    "that names reduce"
+    "A cross-replica assign(PerReplica) to an ON_WRITE variable raises ValueError that names reduce"
 )
 def on_write_takes_no_per_replica(case: Case) -> bool:
     return (
@@ -281,9 +280,7 @@ def on_write_takes_no_per_replica(case: Case) -> bool:
     )
 
 
-@difference(
-    "update: a PerReplica among the arguments raises ValueError for an ON_WRITE variable"
-)
+@difference("update: a PerReplica among the arguments raises ValueError for an ON_WRITE variable")
 def update_of_on_write_takes_no_per_replica(case: Case) -> bool:
     return (
         case.operation["op"] == "update"
@@ -294,8 +291,7 @@ def update_of_on_write_takes_no_per_replica(case: Case) -> bool:
 
 
 @difference(
-    "A PerReplica written in cross-replica context to an ON_READ or NONE variable sets "
-    "each copy"
+    "A PerReplica written in cross-replica context to an ON_READ or NONE variable sets each copy"
 )
 def per_replica_sets_each_copy(case: Case) -> bool:
     if case.operation["op"] not in WRITES or in_replica(case) or form(case) != "array":
@@ -390,9 +386,7 @@ def scatter_on_read(case: Case) -> bool:
     )
 
 
-@difference(
-    "scatter min max update under SUM or MEAN raise ValueError (not NotImplementedError)"
-)
+@difference("scatter min max update under SUM or MEAN raise ValueError (not NotImplementedError)")
 def scatter_that_does_not_add(case: Case) -> bool:
     return (
         case.operation["op"] in ("scatter_min", "scatter_max", "scatter_update")
@@ -480,9 +474,7 @@ def mean_of_integers(case: Case) -> bool:
     )
 
 
-@difference(
-    "reduce, gather take nests with any axis, negative axes and lists of axes"
-)
+@difference("reduce, gather take nests with any axis, negative axes and lists of axes")
 def nests_and_axes(case: Case) -> bool:
     operation = case.operation
     if operation["op"] not in ("reduce", "gather", "all_reduce", "all_gather"):
@@ -562,10 +554,7 @@ def a_variable_is_one_value_per_replica(case: Case) -> bool:
     return result_is(case, reduced(case.operation["reduce_op"], arrays))
 
 
-@difference(
-    "Batches are split evenly (8 over 3 is 3, 3, 2; TensorFlow's ceil chunks are "
-    "a trap)"
-)
+@difference("Batches are split evenly (8 over 3 is 3, 3, 2; TensorFlow's ceil chunks are a trap)")
 def batches_are_split_evenly(case: Case) -> bool:
     operation = case.operation
     if operation["op"] != "batches" or not several(case) or fails(case.ours):

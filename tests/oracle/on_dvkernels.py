@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,31 @@ from programs import SCATTERS, WRITES, decoded, encoded
 
 import dvkernels as dv
 
+# Other ways to the same answers: arguments of MirroredStrategy, or what a Machine does otherwise.
+WAYS: dict[str, dict[str, Any]] = {
+    "direct": {"cross_device_ops": "direct"},
+    "ring": {"cross_device_ops": "ring"},
+    "buckets": {"bytes_per_bucket": 8},
+    "asynchronous": {},
+    "shared": {},
+    "in place": {},
+    "copied variable": {},
+}
 
-def answer(program: dict[str, Any]) -> list[dict[str, Any]]:
+
+def answer(program: dict[str, Any], way: str = "") -> list[dict[str, Any]]:
     """The outcomes, up to the first error; of an error, the names of its class and its bases."""
     devices = [f"cpu:{k}" for k in range(program["replicas"])]
     kind = program["strategy"]
     if kind == "mirrored":
-        strategy = dv.MirroredStrategy(devices)
+        strategy = dv.MirroredStrategy(devices, **WAYS.get(way, {}))
     elif kind == "one_device":
         strategy = dv.OneDeviceStrategy(devices[0])
     else:
         strategy = dv.CentralStorageStrategy(devices, devices[0])
     outcomes: list[dict[str, Any]] = []
     with strategy:
-        machine = Machine(strategy)
+        machine = Machine(strategy, way)
         for operation in (None, *program["operations"]):
             try:
                 if operation is None:
@@ -53,8 +65,9 @@ def tree(result: Any) -> Any:
 
 
 class Machine:
-    def __init__(self, strategy: dv.Strategy) -> None:
+    def __init__(self, strategy: dv.Strategy, way: str) -> None:
         self.strategy = strategy
+        self.way = way
 
     def create(self, variable: dict[str, Any]) -> None:
         within = self.strategy.scope() if variable.get("scope", True) else contextlib.nullcontext()
@@ -64,6 +77,8 @@ class Machine:
                 synchronization=variable["synchronization"],
                 aggregation=variable["aggregation"],
             )
+        if self.way == "copied variable":
+            self.variable = copy.deepcopy(self.variable)
 
     def copies(self) -> list[Any]:
         return [encoded(part) for part in self.variable.values]
@@ -122,11 +137,18 @@ class Machine:
         if op == "return":
             return value
         if op == "all_reduce":
-            return ctx.all_reduce(operation["reduce_op"], value)
+            return self.all_reduce(ctx, operation["reduce_op"], value)
         if op == "all_gather":
             return ctx.all_gather(value, operation["axis"])
         assert op == "merge_call"
         return ctx.merge_call(self.merged(operation), args=(value,))
+
+    def all_reduce(self, ctx: dv.ReplicaContext, op: str, value: Any) -> Any:
+        if self.way == "asynchronous":
+            return ctx.all_reduce_async(op, value).wait()
+        if self.way == "in place" and isinstance(value, np.ndarray):
+            return ctx.all_reduce(op, value, out=value)
+        return ctx.all_reduce(op, value, shared=self.way == "shared")
 
     def merged(self, operation: dict[str, Any]) -> Callable[..., Any]:
         def fn(strategy: dv.Strategy, value: Any) -> Any:
@@ -177,8 +199,8 @@ class Machine:
             return strategy.broadcast_to(value, self.variable)
         assert op == "update"
 
-        def fn(copy: Any, argument: Any) -> Any:
-            getattr(copy, operation["verb"])(argument)
-            return np.array(copy.read_value())
+        def fn(own: Any, argument: Any) -> Any:
+            getattr(own, operation["verb"])(argument)
+            return np.array(own.read_value())
 
         return strategy.update(self.variable, fn, args=(value,), group=operation["group"])

@@ -42,8 +42,8 @@ What belongs into cross-replica context may be called in a replica too, to see w
 A value is ``{"form": "array", "parts": [array, ...]}`` (a fresh array on each replica, in
 cross-replica context a PerReplica of them), ``{"form": "plain", "part": array}``, ``{"form":
 "literal", "number": x}``, ``{"form": "variable"}``, ``{"form": "none"}``, ``{"form": "nest",
-"items": {name: value}}``, or ``{"form": "each", "values": [value, ...]}``, one for each replica. An array is a line: ``"float32 2x2 1.0 2.0 3.0 4.0"``, ``"int32 - 7"``
-(no axes).
+"items": {name: value}}``, or ``{"form": "each", "values": [value, ...]}``, one for each replica.
+An array is a line: ``"float32 2x2 1.0 2.0 3.0 4.0"``, ``"int32 - 7"`` (no axes).
 """
 
 from __future__ import annotations
