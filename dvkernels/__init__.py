@@ -8,6 +8,7 @@ strategies, variables and datasets of this module, with the programming model of
 from dvkernels import errors as errors
 from dvkernels import kernels as kernels
 from dvkernels import optimizers as optimizers
+from dvkernels import profiler as profiler
 from dvkernels._version import __version__ as __version__
 from dvkernels.communicators.base import Communicator as Communicator
 from dvkernels.context import ReplicaContext as ReplicaContext
@@ -21,6 +22,7 @@ from dvkernels.data.distributed import DistributedDataset as DistributedDataset
 from dvkernels.data.distributed import DistributedIterator as DistributedIterator
 from dvkernels.devices.base import Device as Device
 from dvkernels.devices.registry import list_devices as list_devices
+from dvkernels.profiler.debugging import debug as debug
 from dvkernels.reduce_op import ReduceOp as ReduceOp
 from dvkernels.strategies.base import Strategy as Strategy
 from dvkernels.strategies.base import ValueContext as ValueContext

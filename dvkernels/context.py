@@ -23,6 +23,7 @@ from dvkernels.devices import foreign
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
+from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values import regroup
 from dvkernels.values.arrays import Arrays, arrays_of, gatherable
@@ -229,7 +230,7 @@ class ReplicaContext:
         -----
         Every replica gets the same bits. 0-d inputs give 0-d arrays.
         """
-        brought, reduction = self._reducible("all_reduce", op, value)
+        brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
         targets = self._targets(out, brought) if out is not None else None
         if weight is not None:
             weight = _checked_weight(weight, reduction)
@@ -267,8 +268,8 @@ class ReplicaContext:
             reduction.value,
             brought.structure,
             brought.specs,
-            weight is not None,
-            out is not None,
+            "weighted" if weight is not None else None,
+            "into out" if out is not None else None,
             "shared" if shared else None,
         )
         payload = (brought.held, targets, weight)
@@ -458,15 +459,20 @@ class ReplicaContext:
         request = Request(verb, (*terms, brought.structure, brought.specs), brought.held, act)
         return brought.nest(self._step.meet(self._replica_id, request))
 
-    def _reducible(self, verb: str, op: Any, value: Any) -> tuple[Arrays, Reduction]:
+    def _reducible(
+        self, verb: str, op: Any, value: Any, *, counts: bool = True
+    ) -> tuple[Arrays, Reduction]:
         reduction = reduce_op.parse(op)
-        brought = self._arrays(verb, value)
+        brought = self._arrays(verb, value, counts=counts)
         for array in brought.held:
             reduce_op.check_dtype(verb, reduction, array.dtype)
         return brought, reduction
 
-    def _arrays(self, verb: str, value: Any) -> Arrays:
-        return arrays_of(value, verb, self._replica_id)
+    def _arrays(self, verb: str, value: Any, *, counts: bool = True) -> Arrays:
+        brought = arrays_of(value, verb, self._replica_id)
+        if debugging.active is not None and counts:
+            debugging.check_finite(verb, brought.held)
+        return brought
 
     def _targets(self, out: Any, brought: Arrays) -> list[Any]:
         leaves, structure = regroup.flatten(out)

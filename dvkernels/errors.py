@@ -14,7 +14,9 @@ __all__ = [
     "ContextError",
     "DatasetError",
     "DeviceError",
+    "DriftError",
     "DvKernelsError",
+    "NonFiniteError",
     "NotABufferError",
     "ReduceOpError",
     "SynchronizationError",
@@ -77,3 +79,11 @@ class CheckpointError(DvKernelsError, ValueError):
 
 class DatasetError(DvKernelsError, ValueError):
     """A dataset cannot be built, split or resumed the way it was asked to."""
+
+
+class NonFiniteError(DvKernelsError, FloatingPointError):
+    """In debug mode: NaN or infinity where there should be numbers."""
+
+
+class DriftError(DvKernelsError, RuntimeError):
+    """In debug mode: copies of a variable that should be equal differ."""

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, ContextError
+from dvkernels.profiler import debugging
 
 __all__: list[str] = []
 
 _PATIENCE_SECONDS = 600.0
+NOWHERE = debugging.Place("", 0, 0)
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
@@ -55,6 +57,15 @@ class StepEnded(CollectiveMismatchError):
     """A collective was refused because the step has already failed, here or elsewhere."""
 
 
+class Same(int):
+    """The ``id`` of an object that all replicas must mean; not printed."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return ""
+
+
 class Request(NamedTuple):
     """What one replica asks for."""
 
@@ -64,8 +75,8 @@ class Request(NamedTuple):
     act: Callable[[list[Any]], Sequence[Any]]  # all payloads -> one result per replica
 
     def __str__(self) -> str:
-        terms = ", ".join(str(term) for term in self.terms if term is not None)
-        return f"{self.verb}({terms})"
+        terms = (str(term) for term in self.terms if term is not None)
+        return f"{self.verb}({', '.join(term for term in terms if term)})"
 
 
 class Pending:
@@ -94,6 +105,7 @@ class Step:
         "_echoes",
         "_gates",
         "_gone",
+        "_has_stalled",
         "_issued",
         "_mutex",
         "_pending",
@@ -102,10 +114,12 @@ class Step:
         "_results",
         "_threads",
         "_timeout",
+        "_watch",
         "closed",
         "errors",
         "failure",
         "num_replicas",
+        "place",
     )
 
     def __init__(
@@ -132,11 +146,19 @@ class Step:
         self._threads = [0] * num_replicas
         self._timeout = timeout
         self._pid = os.getpid()
+        self.place = NOWHERE
+        self._watch: debugging.Watch | None = None
+        self._has_stalled = False
         # One gate a replica; one for the caller, opened when all have left; and one that opens
         # whenever a replica comes to rest, so that another may have the interpreter.
         self._gates = gates
 
     # -- in a replica ---------------------------------------------------------------------------
+
+    def observe(self, watch: debugging.Watch, place: debugging.Place) -> None:
+        """Report to a watch what happens in this step, which is ``place``."""
+        self._watch = watch
+        self.place = place
 
     def enter(self, replica: int) -> bool:
         """Say that this thread runs a replica; False: the step ended before it could start."""
@@ -149,6 +171,8 @@ class Step:
     def meet(self, replica: int, request: Request) -> Any:
         """Bring a request, wait for the others, return this replica's result."""
         self._check_alive(request.verb)
+        if self._watch is not None:
+            self._watch.record(self.place._replace(replica=replica), str(request))
         gates = self._gates
         if gates is None:
             return self._act([request])[0]
@@ -194,6 +218,8 @@ class Step:
         The k-th request that a replica issues meets the k-th of each other one.
         """
         self._check_alive(request.verb)
+        if self._watch is not None:
+            self._watch.record(self.place._replace(replica=replica), str(request))
         if self._carrier is None:
             alone = Pending(1)
             alone.results = self._act([request])
@@ -236,7 +262,7 @@ class Step:
                 stuck = self._is_stuck()
             if stuck:
                 self._end_deserted()
-            if not pending.done.wait(self._timeout):
+            if not self._watched(replica, pending.done.wait, pending.done.wait):
                 missing = [k for k, request in enumerate(pending.requests) if request is None]
                 self.fail(
                     CollectiveTimeoutError(
@@ -304,7 +330,11 @@ class Step:
     def _wait(self, replica: int) -> None:
         assert self._gates is not None
         self._gates.open(rest_gate(self.num_replicas))
-        opened = self._gates.wait(replica, self._timeout)
+        opened = self._watched(
+            replica,
+            functools.partial(self._gates.wait, replica),
+            functools.partial(self._gates.sleep, replica),
+        )
         while not opened and self._arrived == self.num_replicas:
             # All have come: the collective itself (a merge_call, say) takes this long.
             opened = self._gates.sleep(replica, self._timeout)
@@ -316,6 +346,22 @@ class Step:
                     f"{self._who_is_where()}; set DVKERNELS_TIMEOUT_SECONDS if they need longer"
                 )
             )
+
+    def _watched(
+        self, replica: int, wait: Callable[[float], bool], go_on: Callable[[float], bool]
+    ) -> bool:
+        """Wait until the deadline; in debug mode say so when it lasts."""
+        if self._watch is None:
+            return wait(self._timeout)
+        soon = min(self._watch.stall_seconds, self._timeout)
+        if wait(soon):
+            return True
+        with self._mutex:
+            is_first, self._has_stalled = not self._has_stalled, True
+        if is_first:
+            place = self.place._replace(replica=replica)
+            self._watch.report_stall(place, self._who_is_where(), self._threads)
+        return soon < self._timeout and go_on(self._timeout - soon)
 
     def _let_go(self, replica: int) -> None:
         assert self._gates is not None

@@ -41,7 +41,12 @@ def view(verb: str, buffer: Any, who: str) -> Any:
             f"{verb} needs arrays: {who} is a {type(buffer).__name__}; "
             "convert it with np.asarray, and note that results are written into arrays"
         )
-    kind = int(buffer.__dlpack_device__()[0])
+    try:
+        kind = int(buffer.__dlpack_device__()[0])
+    except (BufferError, TypeError, RuntimeError, ValueError) as error:
+        raise NotABufferError(
+            f"{verb} cannot tell where {who}, a {type(buffer).__name__}, lies: {error}"
+        ) from error
     if kind not in _CPU:
         raise BufferMismatchError(
             f"{verb} on the CPU needs arrays in CPU memory: {who} is on DLPack device kind {kind}; "

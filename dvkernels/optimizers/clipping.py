@@ -14,6 +14,8 @@ from dvkernels.values.arrays import as_array
 
 __all__ = ["clip_by_global_norm"]
 
+_BLOCK = 1 << 15  # elements: 256 KiB of float64
+
 
 def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
     """Scale all gradients by one factor, so that their common norm is at most ``clip_norm``.
@@ -48,7 +50,8 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
     Examples
     --------
     >>> import dvkernels as dv
-    >>> dv.optimizers.clip_by_global_norm([[3.0, 0.0], [4.0]], 1.0)
+    >>> import numpy as np
+    >>> dv.optimizers.clip_by_global_norm([np.array([3.0, 0.0]), np.array([4.0])], 1.0)
     ([array([0.6, 0. ]), array([0.8])], 5.0)
     """
     limit = checked(clip_norm, "clip_norm", 0)
@@ -56,18 +59,18 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
         raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
     leaves, structure = regroup.flatten(gradients)
     arrays = [_floating(as_array(leaf, "clip_by_global_norm", 0)) for leaf in leaves]
-    norm = math.hypot(*(float(np.linalg.norm(_wide(array))) for array in arrays))
-    if not math.isfinite(norm):
-        factor = math.nan
-    else:
-        factor = 1.0 if norm <= limit else limit / norm
+    norm = math.hypot(*map(_norm, arrays))
+    factor = (1.0 if norm <= limit else limit / norm) if math.isfinite(norm) else math.nan
     clipped = [np.asarray(array * array.dtype.type(factor)) for array in arrays]
     return regroup.unflatten(structure, clipped), norm
 
 
-def _wide(array: Any) -> Any:
+def _norm(array: Any) -> float:
+    """Return the root of the sum of squares; blocks are widened one by one, within the cache."""
     flat = array.reshape(-1)
-    return flat.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+    wide = np.complex128 if array.dtype.kind == "c" else np.float64
+    blocks = (flat[k : k + _BLOCK].astype(wide) for k in range(0, flat.size, _BLOCK))
+    return math.hypot(*(float(np.linalg.norm(block)) for block in blocks))
 
 
 def _floating(array: Any) -> Any:

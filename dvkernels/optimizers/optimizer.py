@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import context, reduce_op
-from dvkernels.communicators.rendezvous import Request
+from dvkernels.communicators.rendezvous import Request, Same
 from dvkernels.context import ReplicaContext
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import (
@@ -18,6 +18,7 @@ from dvkernels.errors import (
     ReduceOpError,
     SynchronizationError,
 )
+from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
 from dvkernels.values.arrays import as_array
@@ -148,7 +149,8 @@ class Optimizer(abc.ABC):
             self._step(variables, columns, reduction)
             return [None] * len(payloads)
 
-        terms = (id(self), reduction.value, *(f"{v.name}@{id(v):x}" for v in variables))
+        named = (term for v in variables for term in (v.name, Same(id(v))))
+        terms = (Same(id(self)), reduction.value, *named)
         replica.meet(Request(_VERB, terms, own, act))
 
     def _step(self, variables: list[Variable], columns: list[list[Any]], op: ReduceOp) -> None:
@@ -241,4 +243,6 @@ def _checked_gradient(gradient: Any, variable: Variable, replica: int) -> Any:
             f"{Spec(variable.shape, variable.dtype)}, got {spec(array)} from replica {replica}; "
             f"cast with .astype or reshape it first"
         )
+    if debugging.active is not None:
+        debugging.check_finite(f"{_VERB}: the gradient of {variable.name!r}", [array])
     return np.asarray(array)

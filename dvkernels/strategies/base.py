@@ -25,14 +25,23 @@ from dvkernels.errors import (
     DatasetError,
     SynchronizationError,
 )
+from dvkernels.profiler import debugging
 from dvkernels.reduce_op import Reduction
 from dvkernels.strategies import runner
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.values import regroup
 from dvkernels.values.arrays import as_array, gatherable
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
+from dvkernels.variables import drift
 from dvkernels.variables.modes import VariableSynchronization
-from dvkernels.variables.variable import Variable, commit, drafts_of, end
+from dvkernels.variables.variable import (
+    Variable,
+    commit,
+    copies_of,
+    drafts_of,
+    end,
+    living_in,
+)
 
 __all__ = ["Strategy", "ValueContext"]
 
@@ -86,7 +95,7 @@ class Strategy:
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         central = None if central_device is None else registry.resolve(central_device)
         self._placement = Placement(resolved, checked, name, central)
-        self._runner = runner.Runner(len(resolved))
+        self._runner = runner.Runner(len(resolved), name)
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -193,7 +202,12 @@ class Strategy:
             return fn(*positional[rank], **named[rank])
 
         nested = frame is not None and frame.merging
+        watch = debugging.active
+        if watch is not None and not nested:
+            watch.next_step()
         results = self._runner.run(replica, nested)
+        if watch is not None and not nested:
+            drift.check(living_in(placement), f"after a step of {placement.name}")
         return regroup.regroup(results, placement.replica_devices, placement)
 
     # -- bringing values together ---------------------------------------------------------------
@@ -403,6 +417,9 @@ class Strategy:
                 fn(draft, *positional, **named)
                 for draft, (positional, named) in zip(drafts, dealt[: len(drafts)], strict=True)
             ]
+            if debugging.active is not None and equal:
+                held = [copies_of(draft)[0] for draft in drafts]
+                drift.compare(f"update of variable {variable.name!r}", held)
             commit(variable, drafts)
         finally:
             end(drafts)

@@ -13,6 +13,7 @@ from typing import Any
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.rendezvous import Step, timeout_seconds
 from dvkernels.errors import CollectiveTimeoutError, ContextError
+from dvkernels.profiler import debugging
 from dvkernels.strategies.crew import Crew
 
 __all__: list[str] = []
@@ -26,8 +27,10 @@ class Runner:
     Holds threads only; they are made at the first step, and anew in a forked process.
     """
 
-    def __init__(self, num_replicas: int) -> None:
+    def __init__(self, num_replicas: int, label: str) -> None:
         self._num_replicas = num_replicas
+        self._label = label
+        self._num_steps = 0
         self._closed = False
         self._carrier = Carrier()
         self._forget()
@@ -70,17 +73,27 @@ class Runner:
         step: Step | None = None
         crew: Crew | None = None
         try:
+            self._num_steps += 1
+            watch = debugging.active
+            place = debugging.Place(self._label, self._num_steps, 0)
             if self._num_replicas == 1:
                 step = Step(1)
+                if watch is not None:
+                    step.observe(watch, place)
                 contextvars.copy_context().run(_take_part, step, 0, call, results)
             else:
                 crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
                 self._crews.add(crew)
                 crew.is_busy = True
                 step = crew.step(timeout, self._carrier)
+                if watch is not None:
+                    step.observe(watch, place)
                 _run_together(step, crew, call, results)
             if step.failure is not None:
-                raise step.outcome(step.failure)
+                error = step.outcome(step.failure)
+                if watch is not None:
+                    watch.dump(self._label, place.step, error)
+                raise error
             if crew is not None:
                 crew.is_busy = False
                 self._idle.append(crew)
@@ -112,11 +125,14 @@ def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
     """Run one replica: its result goes into ``results``, its error into the step."""
     if not step.enter(rank):
         return
+    before = debugging.enter(step.place._replace(replica=rank)) if debugging.active else None
     try:
         results[rank] = call(step, rank)
     except BaseException as error:
         step.fail(error, rank)
     finally:
+        if debugging.active:
+            debugging.enter(before)
         step.leave(rank)
 
 

@@ -15,6 +15,7 @@ from dvkernels.communicators.single import Single
 from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
+from dvkernels.profiler import debugging
 
 __all__: list[str] = []
 
@@ -25,7 +26,7 @@ class Copies:
     ``initial`` holds the content of each copy, or of all where there is one.
     """
 
-    __slots__ = ("__weakref__", "_scratch", "arrays", "name", "placement", "views")
+    __slots__ = ("__weakref__", "_scratch", "arrays", "is_slot", "name", "placement", "views")
 
     arrays: tuple[Any, ...]
     views: tuple[Any, ...]
@@ -39,6 +40,7 @@ class Copies:
             for content in (initial if len(initial) == count else [initial[0]] * count)
         )
         self._scratch: Any = None
+        self.is_slot = False  # of an optimizer
 
     def _hold(self, arrays: Iterable[Any]) -> None:
         self.arrays = tuple(arrays)
@@ -57,6 +59,8 @@ class Copies:
                 f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
                 f"{spec(array)}{self._from(replica)}; cast with .astype or reshape it first"
             )
+        if debugging.active is not None:
+            debugging.check_finite(f"{verb} of variable {self.name!r}", [array])
         return array
 
     def converted(self, value: Any, verb: str, replica: int) -> Any:
@@ -84,6 +88,11 @@ class Copies:
             raise TypeError(f"a {type(value).__name__} is not a {dtype}")
         return np.array(value, dtype)
 
+    @property
+    def has_scratch(self) -> bool:
+        """Whether :meth:`scratch` holds an array."""
+        return self._scratch is not None
+
     def scratch(self) -> Any:
         """Return an array to work out a write in, before it is committed.
 
@@ -98,8 +107,16 @@ class Copies:
         """Overwrite copy r with ``values[r]``, for all r; values have been :meth:`checked`."""
         commit_together([(self, values)])
 
+    def commit_own(self, replica: int, value: Any) -> None:
+        """Overwrite the copy of one replica."""
+        if debugging.active is not None:
+            debugging.check_finite(f"the new content of variable {self.name!r}", [value])
+        self.arrays[self.rank_of(replica)][...] = value
+
     def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
         """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""
+        if debugging.active is not None:
+            _look_at(self, values)
         _write(self.arrays, rows, values)
 
 
@@ -121,6 +138,7 @@ class Draft(Copies):
         self.has_ended = False
         self.is_written = False
         self._scratch = None
+        self.is_slot = of.is_slot
 
     def commit(self, values: Sequence[Any]) -> None:
         """Hold the content."""
@@ -149,6 +167,9 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Any]]]) -> None:
     One expression that never enters the interpreter's loop, so that an interrupt falls before
     or after all of it: the copies cannot be left half-written.
     """
+    if debugging.active is not None:
+        for copies, given in writes:
+            _look_at(copies, given)
     arrays = [array for copies, _ in writes for array in copies.arrays]
     values = [value for _, given in writes for value in given]
     _write(arrays, repeat(...), values)
@@ -157,6 +178,14 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Any]]]) -> None:
 def _write(arrays: Sequence[Any], where: Iterable[Any], values: Sequence[Any]) -> None:
     set_item: Any = operator.setitem
     deque(map(set_item, arrays, where, values), maxlen=0)
+
+
+def _look_at(copies: Copies, values: Sequence[Any]) -> None:
+    """In debug mode: refuse new content that is not finite, and note that there is some."""
+    each = {id(value): np.asarray(value) for value in values}
+    debugging.check_finite(f"the new content of variable {copies.name!r}", each.values())
+    if debugging.active is not None:
+        debugging.active.note_written(id(copies))
 
 
 def _read_only(array: Any) -> Any:

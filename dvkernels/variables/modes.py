@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.communicators.rendezvous import Request
+from dvkernels.communicators.rendezvous import Request, Same
 from dvkernels.context import ReplicaContext
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
+from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -96,7 +97,7 @@ def aggregate_then_write(
         _write_alike(copies, verb, combined)
         return [None] * len(values)
 
-    replica.meet(Request(f"Variable.{verb}", (copies.name, id(copies)), checked, act))
+    replica.meet(Request(f"Variable.{verb}", (copies.name, Same(id(copies))), checked, act))
 
 
 def aggregate_then_scatter(
@@ -123,7 +124,7 @@ def aggregate_then_scatter(
         _scatter_alike(copies, verb, scatter.joined(taken, divisor))
         return [None] * len(parts)
 
-    replica.meet(Request(f"Variable.{verb}", (copies.name, id(copies)), own, act))
+    replica.meet(Request(f"Variable.{verb}", (copies.name, Same(id(copies))), own, act))
 
 
 def scatter_own_copy(
@@ -163,7 +164,8 @@ def write_own_copy(
     """Only this replica's copy changes."""
     rank = replica.replica_id_in_sync_group
     own = copies.arrays[copies.rank_of(rank)]
-    own[...] = WRITES[verb](own, _checked_own(copies, verb, value, replica), None)
+    new = WRITES[verb](own, _checked_own(copies, verb, value, replica), None)
+    copies.commit_own(rank, new)
 
 
 # -- writes in cross-replica context -------------------------------------------------------------
@@ -298,6 +300,8 @@ def aggregate_copies(copies: Copies, aggregation: VariableAggregation) -> Any:
             f"cross-replica context is not defined; read v.values, or create it with 'sum', "
             f"'mean' or 'only_first_replica'"
         )
+    if debugging.active is not None:
+        debugging.active.note_aggregate(id(copies), copies.name)
     result = aggregated(copies, aggregation, list(copies.arrays))
     view = result.view()
     view.flags.writeable = False

@@ -10,6 +10,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
+from dvkernels.profiler import debugging
 from dvkernels.variables.copies import Copies
 
 __all__: list[str] = []
@@ -75,6 +76,8 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int)
             f"{what} at indices of shape {rows.shape} expected {expected}, or a number, got "
             f"{spec(array)} from replica {replica}"
         )
+    if debugging.active is not None:
+        debugging.check_finite(what, [array])
     flat = array.reshape(-1, *shape[1:]) if rows.size else array.reshape(0, *shape[1:])
     return Updates(rows.reshape(-1).astype(np.int64), flat)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, final
 
 import numpy as np
 
 from dvkernels import context, reduce_op
 from dvkernels.communicators.placement import Placement
-from dvkernels.communicators.rendezvous import Request, Step
+from dvkernels.communicators.rendezvous import Request, Same, Step
 from dvkernels.context import ReplicaContext
 from dvkernels.devices import foreign, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
+from dvkernels.profiler import accounts
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
 from dvkernels.variables.copies import Copies, Draft, commit_together
@@ -449,7 +451,31 @@ def _made(
     variable._synchronization = when
     variable._aggregation = how
     variable._trainable = trainable
+    if not isinstance(copies, Draft):
+        _living[id(variable)] = variable
     return variable
+
+
+# By identity: a variable compares elementwise. For debug mode, and for the account of memory.
+_living: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
+
+
+def living_in(placement: Placement) -> list[Variable]:
+    """Return the variables of a strategy that exist."""
+    return [variable for variable in list(_living.values()) if variable.owner is placement]
+
+
+def _account() -> Iterator[tuple[str, str, int]]:
+    for variable in list(_living.values()):
+        copies = variable._copies
+        owner = "slots" if copies.is_slot else "variables"
+        for device, array in zip(variable.devices, copies.arrays, strict=True):
+            yield str(device), owner, array.nbytes
+        if copies.has_scratch:
+            yield str(variable.devices[0]), "workspaces", copies.arrays[0].nbytes
+
+
+accounts.open_account(_account)
 
 
 def companion(variable: Variable, name: str) -> Variable:
@@ -457,7 +483,7 @@ def companion(variable: Variable, name: str) -> Variable:
 
     It is written in cross-replica context only, and is not trainable.
     """
-    return _created(
+    made = _created(
         np.zeros(variable.shape, variable.dtype),
         None,
         False,
@@ -466,6 +492,8 @@ def companion(variable: Variable, name: str) -> Variable:
         f"{variable.name}/{name}",
         variable.owner,
     )
+    made._copies.is_slot = True
+    return made
 
 
 def drafts_of(variable: Variable) -> list[Variable]:
@@ -561,7 +589,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
     if replica is None:
         act([])
         return
-    terms = (reduction.value, *(f"{v.name}@{id(v):x}" for v in listed))
+    terms = (reduction.value, *(t for v in listed for t in (v.name, Same(id(v)))))
     replica.meet(Request("sync", terms, None, act))
 
 

@@ -1,0 +1,239 @@
+"""Debug mode: what goes wrong in a step is found where it happens, and said with names.
+
+It is off by default, and then costs one look at ``active`` for each call. What it finds is raised,
+or goes to the logger ``dvkernels``, whose records carry the attributes ``replica`` and ``step``.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dvkernels.errors import NonFiniteError
+
+__all__ = ["debug"]
+
+_STALL_SECONDS = 30.0
+_REMEMBERED = 100  # collectives in the flight recorder
+_here = threading.local()  # what this thread runs: label, step, replica
+
+
+class _Naming(logging.Filter):
+    """Gives each record the replica and the step that it is about; "-" outside of them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Name them; keep the record."""
+        place = getattr(_here, "place", None)
+        if not hasattr(record, "replica"):
+            record.replica = "-" if place is None else place.replica
+        if not hasattr(record, "step"):
+            record.step = "-" if place is None else place.step
+        return True
+
+
+LOGGER = logging.getLogger("dvkernels")
+LOGGER.addHandler(logging.NullHandler())
+LOGGER.addFilter(_Naming())
+
+
+class Place(NamedTuple):
+    """Who runs: a replica in a step of a strategy."""
+
+    strategy: str
+    step: int
+    replica: int
+
+    def __str__(self) -> str:
+        return f"replica {self.replica}, step {self.step} of {self.strategy}"
+
+
+class _Entry(NamedTuple):
+    seconds: float  # of time.perf_counter
+    place: Place
+    called: Any  # printed only if it must be
+
+
+class Watch:
+    """What debug mode remembers while it is on."""
+
+    def __init__(self, stall_seconds: float) -> None:
+        self.stall_seconds = stall_seconds
+        self._entries: collections.deque[_Entry] = collections.deque(maxlen=_REMEMBERED)
+        self._generation = 0
+        self._reads: dict[int, tuple[int, int]] = {}
+        self._warned: set[int] = set()
+
+    # -- the flight recorder --------------------------------------------------------------------
+
+    def record(self, place: Place, called: Any) -> None:
+        """Remember that a replica called a collective."""
+        self._entries.append(_Entry(time.perf_counter(), place, called))
+
+    def dump(self, strategy: str, step: int, error: BaseException) -> None:
+        """Log the last collectives, because a step has failed."""
+        now = time.perf_counter()
+        lines = [
+            f"  {1e3 * (now - entry.seconds):10.3f} ms ago: step {entry.place.step}, replica "
+            f"{entry.place.replica} called {entry.called}"
+            for entry in self._entries
+            if entry.place.strategy == strategy
+        ]
+        listed = "\n".join(lines) or "  none"
+        LOGGER.error(
+            "step %d of %s failed with %s: %s\nthe last collectives:\n%s",
+            step, strategy, type(error).__name__, error, listed,
+            extra={"step": step},
+        )  # fmt: skip
+
+    # -- stalls ---------------------------------------------------------------------------------
+
+    def report_stall(self, place: Place, doing: str, threads: Sequence[int]) -> None:
+        """Log who waits where, with the Python stack of each replica's thread."""
+        frames = sys._current_frames()
+        stacks = "\n".join(
+            f"replica {replica}:\n{_stack(frames.get(ident))}"
+            for replica, ident in enumerate(threads)
+        )
+        LOGGER.warning(
+            "step %d of %s: replica %d has waited for %g s: %s\n%s",
+            place.step, place.strategy, place.replica, self.stall_seconds, doing, stacks,
+            extra={"step": place.step, "replica": place.replica},
+        )  # fmt: skip
+
+    # -- needless traffic -----------------------------------------------------------------------
+
+    def next_step(self) -> None:
+        """Say that a step begins: what is read after it may have changed."""
+        self._generation += 1
+
+    def note_aggregate(self, variable: int, name: str) -> None:
+        """Count a read that aggregates the copies of a variable; warn of the second in a step."""
+        generation, count = self._reads.get(variable, (-1, 0))
+        count = count + 1 if generation == self._generation else 1
+        self._reads[variable] = self._generation, count
+        if count > 1 and variable not in self._warned:
+            self._warned.add(variable)
+            LOGGER.warning(
+                "variable %r is ON_READ and was read %d times without a step between: each read "
+                "aggregates its copies anew; read it once and keep the value",
+                name, count,
+            )  # fmt: skip
+
+    def note_written(self, variable: int) -> None:
+        """Say that a variable was written across replicas: the next read has a reason."""
+        self._reads.pop(variable, None)
+
+
+# What debug mode remembers; None: it is off.
+active: Watch | None = None
+
+
+class debug:
+    """Switch debug mode on, or off; also a context manager that restores what was before.
+
+    Parameters
+    ----------
+    enabled : bool
+    stall_seconds : float
+        After how long a wait in a collective is reported.
+
+    Raises
+    ------
+    ValueError
+        ``stall_seconds`` is not a positive number.
+
+    Notes
+    -----
+    While it is on:
+
+    * NaN and infinity brought to a collective, written to a variable, or found in a variable
+      after a step raise ``NonFiniteError`` that names variable or collective, replica and step.
+      A value of weight 0 is not looked at.
+    * After each step, and each ``update``, the copies of ON_WRITE variables are compared; copies
+      that drifted apart raise ``DriftError``.
+    * A wait in a collective that lasts is logged as a warning: which replica waits where, with
+      the Python stack of each.
+    * When a step fails, the last 100 collectives are logged as an error.
+    * ON_READ variables that are read several times a step are logged as a warning, once each.
+
+    Log records of the logger ``dvkernels`` carry ``replica`` and ``step``. The logger is silent
+    unless logging is configured. It costs a pass over what it looks at, and a comparison of all
+    copies after each step. It applies to the whole process.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> weight = dv.Variable([1.0])
+    >>> with dv.debug():
+    ...     weight.assign([float("nan")])
+    Traceback (most recent call last):
+    ...
+    dvkernels.errors.NonFiniteError: assign of variable ...
+    """
+
+    def __init__(self, enabled: bool = True, *, stall_seconds: float = _STALL_SECONDS) -> None:
+        global active
+        if not isinstance(enabled, bool):
+            raise TypeError(f"debug: enabled is True or False, got {enabled!r}")
+        try:
+            seconds = float(stall_seconds)
+        except (TypeError, ValueError):
+            seconds = -1.0
+        if not seconds > 0:
+            raise ValueError(f"debug: stall_seconds is a positive number, got {stall_seconds!r}")
+        self._before = active
+        active = Watch(seconds) if enabled else None
+
+    def __enter__(self) -> debug:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global active
+        active = self._before
+
+
+def here() -> Place | None:
+    """Return what this thread runs, if debug mode was on when it began."""
+    return getattr(_here, "place", None)
+
+
+def enter(place: Place | None) -> Place | None:
+    """Say what this thread runs; return what it ran before."""
+    before = here()
+    _here.place = place
+    return before
+
+
+def check_finite(what: str, arrays: Iterable[Any]) -> None:
+    """Raise ``NonFiniteError`` if an array holds NaN or infinity. Only in debug mode."""
+    for array in arrays:
+        if array.dtype.kind not in "fc" and array.dtype.name != "bfloat16":
+            continue
+        finite = np.isfinite(array)
+        if finite.all():
+            continue
+        bad = np.argwhere(~np.atleast_1d(finite))
+        values = np.atleast_1d(array)
+        first = tuple(int(k) for k in bad[0])
+        num_nan = int(np.isnan(values).sum())
+        place = here()
+        raise NonFiniteError(
+            f"{what}: {num_nan} NaN and {len(bad) - num_nan} infinite of {array.size} elements, "
+            f"the first at {first if array.ndim else '()'}: {values[first]}; "
+            + ("outside of a run" if place is None else str(place))
+        )
+
+
+def _stack(frame: types.FrameType | None) -> str:
+    if frame is None:
+        return "  it is not running\n"
+    return "".join(traceback.format_stack(frame))
