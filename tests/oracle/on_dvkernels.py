@@ -21,6 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "shared": {},
     "in place": {},
     "copied variable": {},
+    "debug mode": {},
 }
 
 
@@ -35,7 +36,7 @@ def answer(program: dict[str, Any], way: str = "") -> list[dict[str, Any]]:
     else:
         strategy = dv.CentralStorageStrategy(devices, devices[0])
     outcomes: list[dict[str, Any]] = []
-    with strategy:
+    with strategy, dv.debug(way == "debug mode"):
         machine = Machine(strategy, way)
         for operation in (None, *program["operations"]):
             try:
