@@ -58,7 +58,7 @@ from typing import Any
 import numpy as np
 
 SEED = 20260
-GENERATED = 400
+GENERATED = 600
 
 WRITES = ("assign", "assign_add", "assign_sub")
 SCATTERS = tuple(f"scatter_{verb}" for verb in ("add", "sub", "mul", "div", "min", "max", "update"))
@@ -524,7 +524,7 @@ class _Generator:
         if op in SCATTERS and self.synchronization == "on_read":
             return True
         if op.endswith(("min", "max", "update")) and op in SCATTERS:
-            return self.aggregation in ("sum", "mean") and several
+            return self.aggregation in ("sum", "mean")
         if write and self.synchronization == "on_write":
             if context == "replica" and several:
                 return self.aggregation == "none" or value.get("form") == "literal"
@@ -600,7 +600,7 @@ class _Generator:
         while len(inner) < 2 + self._below(2):
             op = self._pick(("write", "write", "scatter", "read", "all_reduce", "merge_call"))
             drawn = getattr(self, f"_draw_{op}")()
-            if drawn is None or drawn["context"] != "replica" or self._known_to_differ(drawn["op"]):
+            if drawn is None or drawn["context"] != "replica" or self._known_to_differ(drawn):
                 continue
             if not self._ends(drawn):
                 inner.append(drawn)
@@ -608,10 +608,13 @@ class _Generator:
                 inner.append(replica("read"))
         return replica("step", operations=inner)
 
-    def _known_to_differ(self, op: str) -> bool:
-        """Tell what is left alone, so that a step with it is still compared to its end."""
+    def _known_to_differ(self, drawn: dict[str, Any]) -> bool:
+        """Tell what is left out of steps, because a step is compared as a whole."""
+        op = drawn["op"]
         if op in SCATTERS and self.strategy == "central_storage":
             return True
+        if drawn.get("fn") == "assign_reduced" and self.synchronization == "on_read":
+            return self.aggregation in ("none", "sum")
         return op == "scatter_div" and self.dtype == "int32"
 
     def _draw_reduce(self) -> dict[str, Any]:
