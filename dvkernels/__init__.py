@@ -20,6 +20,7 @@ from dvkernels.custom_reduction import CustomReduction as CustomReduction
 from dvkernels.data.dataset import Dataset as Dataset
 from dvkernels.data.distributed import DistributedDataset as DistributedDataset
 from dvkernels.data.distributed import DistributedIterator as DistributedIterator
+from dvkernels.data.input_context import InputContext as InputContext
 from dvkernels.devices.base import Device as Device
 from dvkernels.devices.registry import list_devices as list_devices
 from dvkernels.profiler.debugging import debug as debug

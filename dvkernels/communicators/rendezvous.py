@@ -321,10 +321,12 @@ class Step:
                             zip(requests, places, strict=True)
                         )
                     )
-                raise CollectiveMismatchError(
-                    f"the replicas disagree: {said}; every replica must call "
-                    f"the same collectives in the same order, with the same shapes and dtypes"
-                )
+                remedy = "every replica must call the same collectives in the same order, with "
+                remedy += "the same shapes and dtypes"
+                if str(other) == str(first):
+                    remedy = "they mean different objects that look alike; make them once, outside "
+                    remedy += "of run, or all replicas together in it"
+                raise CollectiveMismatchError(f"the replicas disagree: {said}; {remedy}")
         return first.act([request.payload for request in requests])
 
     def _wait(self, replica: int) -> None:

@@ -30,19 +30,29 @@ class Cursor(Iterator[Any]):
 
     def peek(self) -> Any:
         """Return the element at the position; ``StopIteration`` at the end."""
+        return self.peek_many(1)[0]
+
+    def peek_many(self, count: int) -> list[Any]:
+        """Return the next ``count`` elements, fewer at the end; ``StopIteration`` if none."""
         node = self._node
         if node.random_access:
-            if self.position >= node.length:  # type: ignore[operator]
+            assert node.length is not None
+            stop = int(min(self.position + count, node.length))
+            if self.position >= stop:
                 raise StopIteration
-            return node.element(self.position, self.epoch)
-        if not self._pending:
-            self._pending.append(self._pull())
-        return self._pending[0]
+            return [node.element(k, self.epoch) for k in range(self.position, stop)]
+        try:
+            while len(self._pending) < count:
+                self._pending.append(self._pull())
+        except StopIteration:
+            if not self._pending:
+                raise
+        return self._pending[:count]
 
-    def advance(self) -> None:
-        """Move past the element that :meth:`peek` returned."""
-        self._pending.clear()
-        self.position += 1
+    def advance(self, count: int = 1) -> None:
+        """Move past elements that have been looked at."""
+        del self._pending[:count]
+        self.position += count
 
     def __next__(self) -> Any:
         element = self.peek()
@@ -53,7 +63,8 @@ class Cursor(Iterator[Any]):
         if self._at_end:
             raise StopIteration
         if self._stream is None:
-            self._stream = self._node.iterate(self.epoch, self.position)
+            start = self.position + len(self._pending)
+            self._stream = self._node.iterate(self.epoch, start)
         try:
             return next(self._stream)
         except StopIteration:

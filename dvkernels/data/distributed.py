@@ -13,6 +13,7 @@ from dvkernels.data.cursor import Cursor
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
 from dvkernels.data.state import read_state, write_state
+from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
@@ -43,6 +44,8 @@ class DistributedDataset:
         not allowed.
     owner : object, optional
         Handed on to every ``PerReplica``.
+    is_dealt : bool
+        The elements are the replicas' batches, dealt to them in turn, not global batches.
 
     Examples
     --------
@@ -62,6 +65,7 @@ class DistributedDataset:
         *,
         check_context: Callable[[str], None] = _allow,
         owner: object = None,
+        is_dealt: bool = False,
     ) -> None:
         if not isinstance(dataset, Dataset):
             raise DatasetError(
@@ -74,6 +78,7 @@ class DistributedDataset:
         self._devices = PerReplica((None,) * self._num_replicas, devices=devices).devices
         self._check_context = check_context
         self._owner = owner
+        self._is_dealt = is_dealt
         self._next_epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,6 +88,14 @@ class DistributedDataset:
     def __iter__(self) -> DistributedIterator:
         epoch = self._next_epoch
         self._next_epoch += 1
+        return self._iterator(epoch)
+
+    @property
+    def element_spec(self) -> Any:
+        """What each element holds: see :attr:`DistributedIterator.element_spec`."""
+        return self._iterator(self._next_epoch).element_spec
+
+    def _iterator(self, epoch: int) -> DistributedIterator:
         return DistributedIterator(
             self._dataset,
             self._num_replicas,
@@ -91,10 +104,12 @@ class DistributedDataset:
             check_context=self._check_context,
             owner=self._owner,
             on_load=self._follow,
+            is_dealt=self._is_dealt,
         )
 
     def __len__(self) -> int:
-        return known_length(self._dataset.length)
+        length = known_length(self._dataset.length)
+        return -(-length // self._num_replicas) if self._is_dealt else length
 
     def __bool__(self) -> bool:
         return True
@@ -165,6 +180,7 @@ class DistributedIterator(Iterator[Any]):
         check_context: Callable[[str], None] = _allow,
         owner: object = None,
         on_load: Callable[[int], None] | None = None,
+        is_dealt: bool = False,
     ) -> None:
         self._node = dataset.node
         self._num_replicas = num_replicas
@@ -172,6 +188,7 @@ class DistributedIterator(Iterator[Any]):
         self._check_context = check_context
         self._owner = owner
         self._on_load = on_load
+        self._is_dealt = is_dealt
         self._cursor = Cursor(self._node, epoch)
         self._is_closed = False
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # Of the latest batch length.
@@ -190,6 +207,28 @@ class DistributedIterator(Iterator[Any]):
             return DistributedOptional(self._advance("get_next_as_optional"))
         except StopIteration:
             return DistributedOptional()
+
+    @property
+    def element_spec(self) -> Any:
+        """What an element holds: its nest, of ``PerReplica`` of shape and dtype.
+
+        The leading length is None, since parts of a batch may differ in length. It looks at the
+        first element of the epoch, and leaves the iterator where it is; ``DatasetError`` if there
+        is none.
+        """
+        self._check_open("element_spec")
+        try:
+            first = Cursor(self._node, self._cursor.epoch).peek()
+        except StopIteration:
+            raise DatasetError("element_spec: the dataset is empty; nothing tells") from None
+        leaves, spec = flatten(first)
+        held = [np.asarray(leaf) for leaf in leaves]
+        return spec.unflatten(
+            self._together(
+                [Spec((None, *a.shape[1:]) if a.ndim else (), a.dtype)] * self._num_replicas
+            )
+            for a in held
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, as a small dict that JSON can hold.
@@ -249,9 +288,40 @@ class DistributedIterator(Iterator[Any]):
     def _advance(self, member: str) -> Any:
         if self._is_closed:
             self._check_open(member)
+        if self._is_dealt:
+            elements = self._cursor.peek_many(self._num_replicas)
+            nest = self._deal(elements)
+            self._cursor.advance(len(elements))
+            return nest
         nest = self._split(self._cursor.peek())
         self._cursor.advance()
         return nest
+
+    def _together(self, parts: list[Any]) -> PerReplica[Any]:
+        return PerReplica(parts, devices=self._devices, owner=self._owner)
+
+    def _deal(self, elements: list[Any]) -> Any:
+        """Give one element to each replica; those that miss one get an empty batch like it."""
+        flat = [flatten(element) for element in elements]
+        structure = flat[0][1]
+        for place, (_, other) in enumerate(flat):
+            if other != structure:
+                raise DatasetError(
+                    f"distribute_datasets_from_function: expected elements of one structure; got "
+                    f"{structure!s:.200} and, {place} later, {other!s:.200}"
+                )
+        columns = [list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
+        missing = self._num_replicas - len(elements)
+        for column in columns if missing else ():
+            array = np.asarray(column[0])
+            if array.ndim == 0:
+                raise DatasetError(
+                    f"distribute_datasets_from_function: the last step has {len(elements)} "
+                    f"elements for {self._num_replicas} replicas, and elements that are no batches "
+                    f"have no empty part; batch the dataset, or drop the rest with take()"
+                )
+            column += [array[:0]] * missing
+        return structure.unflatten([self._together(column) for column in columns])
 
     def _split(self, batch: Any) -> Any:
         # The two most frequent nests, one array and a flat tuple, are spared optree's 2 us.

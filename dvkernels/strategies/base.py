@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dvkernels.communicators.rendezvous import Step
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.input_context import InputContext
 from dvkernels.devices import foreign, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
@@ -309,7 +310,7 @@ class Strategy:
         Mirrored, or a nest of them
             Of one read-only array that the devices of this process share.
         """
-        devices = _devices_of(destinations, "reduce_to")
+        devices = self._devices_of(destinations, "reduce_to")
         return self._mirrored(self.reduce(op, value), devices)
 
     def batch_reduce_to(self, op: Reduction | str, pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
@@ -323,7 +324,7 @@ class Strategy:
                 raise TypeError(
                     f"batch_reduce_to needs pairs of a value and its destinations; got {pair!r:.80}"
                 )
-        places = [_devices_of(destinations, "batch_reduce_to") for _, destinations in listed]
+        places = [self._devices_of(destinations, "batch_reduce_to") for _, destinations in listed]
         reduced = self.reduce(op, [value for value, _ in listed])
         return [self._mirrored(one, devices) for one, devices in zip(reduced, places, strict=True)]
 
@@ -342,7 +343,7 @@ class Strategy:
             Of one read-only array that the devices of this process share.
         """
         context.require_cross_replica(self._placement, "broadcast_to")
-        devices = _devices_of(destinations, "broadcast_to")
+        devices = self._devices_of(destinations, "broadcast_to")
 
         def one(leaf: Any) -> Any:
             if isinstance(leaf, DistributedValues):
@@ -408,14 +409,14 @@ class Strategy:
                 f"update of variable {variable.name!r}: its copies are equal, and a PerReplica "
                 f"among the arguments would let them drift apart; reduce it first"
             )
-        dealt = self._dealt(given, "update")
         drafts = drafts_of(variable)
+        dealt = self._dealt(given, "update", of=len(drafts))
         frame = Frame(self._placement, self, merging=here is not None and here.merging)
         token = context.enter(frame)
         try:
             results = [
                 fn(draft, *positional, **named)
-                for draft, (positional, named) in zip(drafts, dealt[: len(drafts)], strict=True)
+                for draft, (positional, named) in zip(drafts, dealt, strict=True)
             ]
             if debugging.active is not None and equal:
                 held = [copies_of(draft)[0] for draft in drafts]
@@ -441,13 +442,57 @@ class Strategy:
             Input options are not available in this version.
         """
         context.require_cross_replica(self._placement, "distribute_dataset")
+        return self._distributed("distribute_dataset", dataset, options, is_dealt=False)
+
+    def distribute_datasets_from_function(
+        self, fn: Callable[[InputContext], Dataset], options: None = None
+    ) -> DistributedDataset:
+        """Distribute a dataset of the replicas' own batches, which ``fn`` makes.
+
+        Parameters
+        ----------
+        fn : callable
+            Gets an ``InputContext`` and returns a dataset, which is neither split nor sharded:
+            its elements, batched or not, go to the replicas in turn. Called once.
+        options : None
+            Input options are not available in this version.
+
+        Returns
+        -------
+        DistributedDataset
+            Where the last step has too few batches, the other replicas get empty ones; elements
+            that are no batches and do not fill a step raise ``DatasetError``.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> def make(context):
+        ...     return dv.Dataset.range(7).batch(context.get_per_replica_batch_size(4))
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     for batch in strategy.distribute_datasets_from_function(make):
+        ...         print(batch)
+        PerReplica(0: array([0, 1]), 1: array([2, 3]))
+        PerReplica(0: array([4, 5]), 1: array([6]))
+        """
+        verb = "distribute_datasets_from_function"
+        context.require_cross_replica(self._placement, verb)
+        if not callable(fn):
+            raise TypeError(f"{verb} expected a function, got a {type(fn).__name__}")
+        made = fn(InputContext(1, 0, self.num_replicas_in_sync))
+        return self._distributed(verb, made, options, is_dealt=True)
+
+    # -- what they share ------------------------------------------------------------------------
+
+    def _distributed(
+        self, verb: str, dataset: Any, options: None, *, is_dealt: bool
+    ) -> DistributedDataset:
         if not isinstance(dataset, Dataset):
             raise DatasetError(
-                f"distribute_dataset expected a dvkernels.Dataset, got a {type(dataset).__name__}; "
+                f"{verb} expected a dvkernels.Dataset, got a {type(dataset).__name__}; "
                 f"make one with Dataset.from_arrays, from_sequence or from_iterable"
             )
         if options is not None:
-            raise DatasetError("distribute_dataset: options are not available in this version")
+            raise DatasetError(f"{verb}: options are not available in this version")
         placement = self._placement
 
         def check_context(verb: str) -> None:
@@ -459,12 +504,22 @@ class Strategy:
             self.worker_devices,
             check_context=check_context,
             owner=placement,
+            is_dealt=is_dealt,
         )
-
-    # -- what they share ------------------------------------------------------------------------
 
     def _per_replica(self, values: Sequence[Any]) -> PerReplica[Any]:
         return PerReplica(values, devices=self.worker_devices, owner=self._placement)
+
+    def _devices_of(self, destinations: Any, verb: str) -> tuple[Device, ...]:
+        if isinstance(destinations, DistributedValues):
+            self._check_own(verb, destinations)
+            return destinations.devices
+        if isinstance(destinations, (Device, str)):
+            return (registry.resolve(destinations),)
+        raise TypeError(
+            f"{verb}: destinations are a variable, a distributed value or a device, got a "
+            f"{type(destinations).__name__}"
+        )
 
     def _mirrored(self, nest: Any, devices: tuple[Device, ...]) -> Any:
         owner = self._placement if len(devices) == self.num_replicas_in_sync else None
@@ -476,28 +531,43 @@ class Strategy:
         return regroup.map_leaves(one, nest)
 
     def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
+        self._check_own(verb, value)
+        is_variable = isinstance(value, Variable)  # may have a single copy for all replicas
+        if len(value.values) != self.num_replicas_in_sync and not is_variable:
+            self._refuse(verb, value, "")
+
+    def _check_own(self, verb: str, value: DistributedValues[Any]) -> None:
+        """Raise if another strategy made a value."""
         owner = getattr(value, "owner", None)
         unscoped = owner is context.UNSCOPED and isinstance(value, Variable)
-        foreign = owner is not None and owner is not self._placement and not unscoped
-        is_variable = isinstance(value, Variable)  # may have a single copy for all replicas
-        if foreign or (len(value.values) != self.num_replicas_in_sync and not is_variable):
-            whose = f" of {owner.name}" if foreign and isinstance(owner, Placement) else ""
-            raise ContextError(
-                f"{verb}: expected one value for each of the {self.num_replicas_in_sync} replicas "
-                f"of {self._placement.name}, got a {type(value).__name__} of "
-                f"{len(value.values)} values{whose}"
-            )
+        if owner is not None and owner is not self._placement and not unscoped:
+            whose = f" of {owner.name}" if isinstance(owner, Placement) else ""
+            self._refuse(verb, value, whose)
 
-    def _dealt(self, nest: Any, verb: str, *, variables: bool = False) -> list[Any]:
-        """Return one nest per replica, with each distributed value replaced by its component."""
+    def _refuse(self, verb: str, value: DistributedValues[Any], whose: str) -> NoReturn:
+        raise ContextError(
+            f"{verb}: expected one value for each of the {self.num_replicas_in_sync} replicas "
+            f"of {self._placement.name}, got a {type(value).__name__} of "
+            f"{len(value.values)} values{whose}"
+        )
+
+    def _dealt(
+        self, nest: Any, verb: str, *, variables: bool = False, of: int | None = None
+    ) -> list[Any]:
+        """Return one nest per replica, with each distributed value replaced by its component.
+
+        ``of`` asks for one nest per copy of a variable instead, of which there are so many.
+        """
         leaves, structure = regroup.flatten(nest)
         distributed = [
             isinstance(leaf, DistributedValues) and (variables or not isinstance(leaf, Variable))
             for leaf in leaves
         ]
         for leaf, apart in zip(leaves, distributed, strict=True):
-            if apart:
+            if apart and len(leaf.values) != of:
                 self._check_fits(verb, leaf)
+            elif apart:
+                self._check_own(verb, leaf)
 
         def component(leaf: Any, rank: int) -> Any:
             return leaf.values[rank if len(leaf.values) > 1 else 0]
@@ -510,7 +580,7 @@ class Strategy:
                     for leaf, apart in zip(leaves, distributed, strict=True)
                 ],
             )
-            for rank in range(self.num_replicas_in_sync)
+            for rank in range(self.num_replicas_in_sync if of is None else of)
         ]
 
     def _arrays(self, verb: str, leaf: Any) -> list[Any]:
@@ -526,17 +596,6 @@ class Strategy:
         if len(values) < self.num_replicas_in_sync:
             values = values * self.num_replicas_in_sync
         return [as_array(value, verb, rank) for rank, value in enumerate(values)]
-
-
-def _devices_of(destinations: Any, verb: str) -> tuple[Device, ...]:
-    if isinstance(destinations, DistributedValues):
-        return destinations.devices
-    if isinstance(destinations, (Device, str)):
-        return (registry.resolve(destinations),)
-    raise TypeError(
-        f"{verb}: destinations are a variable, a distributed value or a device, got a "
-        f"{type(destinations).__name__}"
-    )
 
 
 def _check_alike(verb: str, arrays: list[Any]) -> None:

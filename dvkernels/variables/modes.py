@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvkernels import reduce_op
+from dvkernels import context, reduce_op
 from dvkernels.communicators.rendezvous import Request, Same
 from dvkernels.context import ReplicaContext
 from dvkernels.enumeration import NamedEnum
@@ -226,7 +226,8 @@ def _scatter_alike(copies: Copies, verb: str, given: scatter.Updates) -> None:
 
 
 def _check_additive(copies: Copies, aggregation: VariableAggregation, verb: str) -> None:
-    if verb in scatter.NOT_ADDITIVE and aggregation in _REDUCTIONS and _has_several(copies):
+    is_scoped = copies.placement is not context.UNSCOPED
+    if verb in scatter.NOT_ADDITIVE and aggregation in _REDUCTIONS and is_scoped:
         raise SynchronizationError(
             f"{verb} of variable {copies.name!r}: aggregation {aggregation.name} does not say what "
             f"the updates of several replicas make of a row; use 'only_first_replica', or "

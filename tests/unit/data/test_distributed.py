@@ -213,3 +213,68 @@ def test_a_dataset_is_needed():
         DistributedDataset([1, 2], 2)
     with pytest.raises(DatasetError, match="num_replicas"):
         DistributedDataset(Dataset.range(3), 0)
+
+
+def dealt(dataset, num_replicas):
+    return DistributedDataset(dataset, num_replicas, is_dealt=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_dealt_batches_go_to_the_replicas_in_turn(count, sequential):
+    source = Dataset.from_iterable(lambda: iter(range(11))) if sequential else Dataset.range(11)
+    batches = [batch.tolist() for batch in source.batch(2)]
+    steps = list(dealt(source.batch(2), count))
+    parts = [part.tolist() for step in steps for part in step.values]
+    assert parts == batches + [[]] * (len(steps) * count - len(batches))
+    assert len(steps) == -(-len(batches) // count)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_dealt_state_resumes_on_another_number_of_replicas(sequential):
+    source = Dataset.from_iterable(lambda: iter(range(20))) if sequential else Dataset.range(20)
+    first = iter(dealt(source.batch(2), 3))
+    next(first)
+    again = iter(dealt(source.batch(2), 2))
+    again.load_state_dict(first.state_dict())
+    rest = [x for step in again for part in step.values for x in part.tolist()]
+    assert rest == [*range(6, 20)]
+
+
+def test_an_error_in_the_middle_of_a_dealt_step_loses_nothing():
+    failing = iter([True])
+
+    def broken(x):
+        if x == 4 and next(failing, False):
+            raise ZeroDivisionError
+        return x
+
+    for source in (Dataset.range(9), Dataset.from_iterable(lambda: iter(range(9)))):
+        failing = iter([True])
+        iterator = iter(dealt(source.map(broken).batch(1), 3))
+        assert [part.tolist() for part in next(iterator).values] == [[0], [1], [2]]
+        with pytest.raises(ZeroDivisionError):
+            next(iterator)
+        assert [part.tolist() for part in next(iterator).values] == [[3], [4], [5]]
+
+
+def test_elements_that_are_no_batches_must_fill_a_step():
+    assert [int(x) for step in dealt(Dataset.range(4), 2) for x in step.values] == [0, 1, 2, 3]
+    iterator = iter(dealt(Dataset.range(3), 2))
+    next(iterator)
+    with pytest.raises(DatasetError, match="1 elements for 2 replicas"):
+        next(iterator)
+
+
+def test_element_spec_tells_shapes_and_leaves_the_place():
+    data = Dataset.from_arrays({"x": np.zeros((5, 3), np.float32), "y": np.arange(5)}).batch(2)
+    distributed = DistributedDataset(data, 2)
+    iterator = iter(distributed)
+    next(iterator)
+    spec = iterator.element_spec
+    assert spec["x"].values == (((None, 3), np.float32),) * 2
+    assert spec["y"].on(1) == ((None,), np.int64)
+    assert distributed.element_spec["x"].values == spec["x"].values
+    assert next(iterator)["y"].on(0).tolist() == [2]
+    with pytest.raises(DatasetError, match="empty"):
+        _ = DistributedDataset(data.take(0), 2).element_spec

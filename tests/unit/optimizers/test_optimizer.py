@@ -128,3 +128,26 @@ def test_replicas_that_bring_other_variables_end_the_step():
 def test_settings_out_of_range(make):
     with pytest.raises(ValueError, match=r"must be|needs"):
         make()
+
+
+def test_clipping_scales_all_gradients_by_one_factor():
+    rng = np.random.default_rng(0)
+    nest = {"a": rng.standard_normal((300, 400)), "b": [rng.standard_normal(7).astype(np.float32)]}
+    norm = np.sqrt(sum((array.astype(float) ** 2).sum() for array in (nest["a"], nest["b"][0])))
+    clipped, found = dv.optimizers.clip_by_global_norm(nest, norm / 4)
+    assert found == pytest.approx(norm, rel=1e-12)
+    np.testing.assert_allclose(clipped["a"], nest["a"] / 4, rtol=1e-12)
+    assert clipped["b"][0].dtype == np.float32
+    same, _ = dv.optimizers.clip_by_global_norm(nest, norm * 2)
+    np.testing.assert_array_equal(same["a"], nest["a"])
+    assert not np.shares_memory(same["a"], nest["a"])
+
+
+def test_clipping_shows_what_is_not_finite_and_refuses_what_is_no_gradient():
+    clipped, norm = dv.optimizers.clip_by_global_norm([np.array([1.0, np.inf])], 1.0)
+    assert np.isinf(norm)
+    assert np.isnan(clipped[0]).all()
+    with pytest.raises(ValueError, match="above 0"):
+        dv.optimizers.clip_by_global_norm([np.ones(1)], 0.0)
+    with pytest.raises(dv.errors.UnsupportedDTypeError):
+        dv.optimizers.clip_by_global_norm([np.ones(1, int)], 1.0)

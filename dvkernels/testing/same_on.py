@@ -1,0 +1,103 @@
+"""A distributed program must compute what it computes on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dvkernels.strategies.base import Strategy
+from dvkernels.strategies.mirrored import MirroredStrategy
+from dvkernels.strategies.one_device import OneDeviceStrategy
+from dvkernels.values import regroup
+from dvkernels.values.distributed import DistributedValues
+from dvkernels.variables.variable import Variable
+
+__all__ = ["assert_same_on"]
+
+# Sums over replicas add in another order: a few rounding errors of the dtype, grown over steps.
+_RELATIVE = {"float64": 1e-9, "complex128": 1e-9, "float32": 1e-4, "complex64": 1e-4}
+_RELATIVE_OF_HALVES = 2e-2
+
+
+def assert_same_on(
+    fn: Callable[[Strategy], Any],
+    replicas: Sequence[int] = (1, 2, 3, 7),
+    *,
+    make: Callable[[int], Strategy] | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+) -> None:
+    """Assert that ``fn`` returns the same under any number of replicas as on one device.
+
+    Parameters
+    ----------
+    fn : callable
+        Gets a strategy and returns a nest of arrays, numbers or variables; of a ``PerReplica`` or
+        ``Mirrored`` in it, all components must be the same. Called anew for each strategy, so it
+        must start from the same seeds.
+    replicas : sequence of int
+        How many replicas to try.
+    make : callable, optional
+        Makes the strategy of so many replicas; ``MirroredStrategy`` if not given.
+    rtol, atol : float, optional
+        Passed to ``numpy.testing.assert_allclose``. The default relative tolerance is 1e-9 for
+        float64, 1e-4 for float32, 2e-2 for half types; integers must be equal.
+
+    Raises
+    ------
+    AssertionError
+        A result differs; the message names the number of replicas and the place in the nest.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> import numpy as np
+    >>> from dvkernels.testing import assert_same_on
+    >>> def total(strategy):
+    ...     data = strategy.distribute_dataset(dv.Dataset.from_arrays(np.arange(10.0)).batch(4))
+    ...     return sum(strategy.reduce("sum", part, axis=0) for part in data)
+    >>> assert_same_on(total)
+    """
+    with OneDeviceStrategy("cpu:0") as one:
+        expected, structure = regroup.flatten(_plain(fn(one), "one device"))
+    for count in replicas:
+        who = f"{count} replicas"
+        with (make or _mirrored)(count) as strategy:
+            found, other = regroup.flatten(_plain(fn(strategy), who))
+        assert other == structure, f"{who} returned {other}, one device {structure}"
+        for place, (mine, right) in enumerate(zip(found, expected, strict=True)):
+            got, wanted = np.asarray(mine), np.asarray(right)
+            what = f"{who}, leaf {place} of the result"
+            kinds = f"{what}: {got.dtype}{got.shape} instead of {wanted.dtype}{wanted.shape}"
+            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), kinds
+            tolerance = _tolerance(wanted.dtype) if rtol is None else rtol
+            np.testing.assert_allclose(got, wanted, tolerance, atol, err_msg=what)
+
+
+def _mirrored(num_replicas: int) -> Strategy:
+    return MirroredStrategy([f"cpu:{k}" for k in range(num_replicas)])
+
+
+def _plain(nest: Any, who: str) -> Any:
+    """Return a nest of arrays; components of a distributed value must be the same."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Variable):
+            return leaf.numpy()
+        if not isinstance(leaf, DistributedValues):
+            return leaf
+        first, *others = leaf.values
+        for replica, other in enumerate(others, start=1):
+            message = f"{who}: replica {replica} differs from replica 0 in {leaf!r}"
+            np.testing.assert_array_equal(other, first, err_msg=message)
+        return first
+
+    return regroup.map_leaves(one, nest)
+
+
+def _tolerance(dtype: np.dtype[Any]) -> float:
+    if dtype.kind not in "fcV":
+        return 0.0
+    return _RELATIVE.get(dtype.name, _RELATIVE_OF_HALVES)
