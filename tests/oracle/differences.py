@@ -146,6 +146,16 @@ def on_every_replica(case: Case, array: np.ndarray) -> dict[str, Any]:
     return {"per_replica": [array] * case.program["replicas"]}
 
 
+def written_across(case: Case) -> np.ndarray | None:
+    """Return the one array that is written in cross-replica context, also within merge_call."""
+    operation = case.operation
+    if operation["op"] == "merge_call" and operation["fn"] == "assign_reduced":
+        return reduced(operation["reduce_op"], parts(case, value(case)))
+    if operation["op"] in WRITES and not in_replica(case) and form(case) != "array":
+        return parts(case, value(case))[0]
+    return None
+
+
 # -- how results are wrapped -----------------------------------------------------------------------
 
 
@@ -178,7 +188,7 @@ def run_always_wraps(case: Case) -> bool:
 @difference("next() gives PerReplica (TensorFlow gives raw elements to one replica)")
 def one_replica_iterates_over_per_replicas(case: Case) -> bool:
     return (
-        case.operation["op"] == "batches"
+        case.operation["op"] in ("batches", "own_batches")
         and not several(case)
         and not fails(case.ours)
         and same_but_wrapped(case.theirs["result"], case.ours["result"])
@@ -262,7 +272,6 @@ def on_write_needs_an_aggregation(case: Case) -> bool:
         and several(case)
         and in_replica(case)
         and any(map(writes, singly(case)))
-        and not fails(case.theirs)
         and raised(case.ours, "SynchronizationError")
     )
 
@@ -309,7 +318,7 @@ def per_replica_sets_each_copy(case: Case) -> bool:
     "own copy holds"
 )
 def any_object_is_a_contribution(case: Case) -> bool:
-    if not in_replica(case) or form(case) not in ("literal", "variable") or not fails(case.theirs):
+    if not in_replica(case) or form(case) not in ("literal", "variable") or fails(case.ours):
         return False
     given = parts(case, value(case))
     if case.operation["op"] == "all_reduce":
@@ -332,13 +341,10 @@ def any_object_is_a_contribution(case: Case) -> bool:
 def on_read_without_aggregation_is_written(case: Case) -> bool:
     if case.modes != ("on_read", "none"):
         return False
-    operation = case.operation
-    if operation["op"] == "merge_call" and operation["fn"] == "assign_reduced":
-        write, given = WRITTEN["assign"], reduced(operation["reduce_op"], parts(case, value(case)))
-    elif operation["op"] in WRITES and not in_replica(case) and form(case) != "array":
-        write, given = WRITTEN[operation["op"]], parts(case, value(case))[0]
-    else:
+    given = written_across(case)
+    if given is None:
         return False
+    write = WRITTEN.get(case.operation["op"], WRITTEN["assign"])
     return raised(case.theirs, "ValueError") and copies_are(
         case, [np.asarray(write(decoded(copy), given), given.dtype) for copy in case.before]
     )
@@ -349,9 +355,12 @@ def on_read_without_aggregation_is_written(case: Case) -> bool:
     "(7 over 2 copies reads back 7)"
 )
 def integer_total_is_kept(case: Case) -> bool:
-    if case.modes != ("on_read", "sum") or case.operation["op"] != "assign" or fails(case.ours):
+    if case.modes != ("on_read", "sum") or fails(case.ours):
         return False
-    given, ours = parts(case, value(case))[0], [decoded(copy) for copy in case.ours["copies"]]
+    given = written_across(case)
+    if case.operation["op"] not in ("assign", "merge_call") or given is None:
+        return False
+    ours = [decoded(copy) for copy in case.ours["copies"]]
     return (
         given.dtype.kind == "i"
         and np.array_equal(np.sum(ours, axis=0), given)
@@ -364,12 +373,12 @@ def integer_total_is_kept(case: Case) -> bool:
     "plain variable, whose modes are only stored)"
 )
 def one_device_keeps_the_modes(case: Case) -> bool:
-    if case.program["strategy"] != "one_device" or in_replica(case) or fails(case.theirs):
+    if case.program["strategy"] != "one_device" or fails(case.theirs):
         return False
     (synchronization, aggregation), op = case.modes, case.operation["op"]
     if synchronization == "none":
         return op == "read" and result_is(case, on_every_replica(case, decoded(case.before[0])))
-    undefined = op in SCATTERS or (op == "read" and aggregation == "none")
+    undefined = op in SCATTERS or (op == "read" and not in_replica(case) and aggregation == "none")
     return synchronization == "on_read" and undefined and raised(case.ours, "SynchronizationError")
 
 
@@ -386,13 +395,16 @@ def scatter_on_read(case: Case) -> bool:
     )
 
 
-@difference("scatter min max update under SUM or MEAN raise ValueError (not NotImplementedError)")
+@difference(
+    "Scatter: min max update under SUM or MEAN raise ValueError (TensorFlow: NotImplementedError, "
+    "or nothing where there is one copy)"
+)
 def scatter_that_does_not_add(case: Case) -> bool:
     return (
         case.operation["op"] in ("scatter_min", "scatter_max", "scatter_update")
         and case.modes[0] == "on_write"
         and case.modes[1] in ("sum", "mean")
-        and raised(case.theirs, "NotImplementedError")
+        and (raised(case.theirs, "NotImplementedError") or case.program["strategy"] != "mirrored")
         and raised(case.ours, "SynchronizationError")
     )
 
@@ -453,14 +465,7 @@ def central_storage_aggregates_a_scatter(case: Case) -> bool:
         and case.program["strategy"] == "central_storage"
         and case.modes[1] != "none"
         and not fails(case.theirs)
-        and (
-            copies_are(case, scattered(case))
-            or (
-                raised(case.ours, "SynchronizationError")
-                and case.operation["op"] in ("scatter_min", "scatter_max", "scatter_update")
-                and case.modes[1] in ("sum", "mean")
-            )
-        )
+        and copies_are(case, scattered(case))
     )
 
 
@@ -506,14 +511,14 @@ def nests_and_axes(case: Case) -> bool:
 
 
 @difference(
-    "value may be any nest (TensorFlow refuses one of int32 and float32: Inputs to "
-    "batch_reduce_to must be either all on the host or all on the compute devices)"
+    "value may be any nest (TensorFlow refuses many with integers: Inputs to batch_reduce_to must "
+    "be either all on the host or all on the compute devices)"
 )
-def nests_of_several_dtypes(case: Case) -> bool:
+def nests_with_integers(case: Case) -> bool:
     return raised(case.theirs, "ValueError") and any(
         one.operation["op"] == "all_reduce"
         and form(one) == "nest"
-        and len({parts(one, leaf)[0].dtype for leaf in leaves(value(one))}) > 1
+        and has_integers(one)
         and nests_and_axes(one)
         for one in singly(case)
     )
@@ -559,12 +564,44 @@ def batches_are_split_evenly(case: Case) -> bool:
     operation = case.operation
     if operation["op"] != "batches" or not several(case) or fails(case.ours):
         return False
+    split = [np.array_split(batch, case.program["replicas"]) for batch in batched(operation)]
+    return result_is(case, {"list": [{"per_replica": parts} for parts in split]})
+
+
+def batched(operation: dict[str, Any]) -> list[np.ndarray]:
     size, elements = operation["batch"], np.arange(operation["elements"])
     batches = [elements[start : start + size] for start in range(0, len(elements), size)]
     if operation["drop_remainder"] and batches and len(batches[-1]) < size:
         batches.pop()
-    split = [np.array_split(batch, case.program["replicas"]) for batch in batches]
-    return result_is(case, {"list": [{"per_replica": parts} for parts in split]})
+    return batches
+
+
+@difference(
+    "No step is dropped silently: missing parts of the last step are empty batches (TensorFlow "
+    "drops the step where the shapes are static)"
+)
+def no_step_is_dropped(case: Case) -> bool:
+    operation, count = case.operation, case.program["replicas"]
+    if operation["op"] != "own_batches" or operation["batch"] is None or fails(case.theirs):
+        return False
+    batches = batched(operation)
+    batches += [np.arange(0)] * (-len(batches) % count)
+    steps = [batches[start : start + count] for start in range(0, len(batches), count)]
+    return result_is(case, {"list": [{"per_replica": step} for step in steps]})
+
+
+@difference(
+    "Unbatched elements that do not fill a step raise DatasetError (TensorFlow drops them silently)"
+)
+def no_element_is_dropped(case: Case) -> bool:
+    operation = case.operation
+    return (
+        operation["op"] == "own_batches"
+        and operation["batch"] is None
+        and operation["elements"] % case.program["replicas"] != 0
+        and not fails(case.theirs)
+        and raised(case.ours, "DatasetError")
+    )
 
 
 @difference("MIN, MAX, PROD exist")
@@ -614,13 +651,11 @@ def indices_are_checked(case: Case) -> bool:
 
 
 @difference("Every write checks shape and dtype; arrays must match the variable's dtype")
-def every_write_checks_the_dtype(case: Case) -> bool:
-    return (
-        writes(case)
-        and form(case) in ("array", "plain")
-        and parts(case, value(case))[0].dtype != decoded(case.before[0]).dtype
-        and raised(case.ours, "BufferMismatchError")
-    )
+def every_write_is_checked(case: Case) -> bool:
+    if case.operation["op"] not in WRITES or not raised(case.ours, "BufferMismatchError"):
+        return False
+    given, old = parts(case, value(case))[0], decoded(case.before[0])
+    return (given.shape, given.dtype) != (old.shape, old.dtype)
 
 
 @difference(

@@ -177,12 +177,8 @@ class Machine:
             return self.write(operation, None)
         if op == "read":
             return self.variable.read_value()
-        if op == "batches":
-            dataset = dv.Dataset.range(operation["elements"]).batch(
-                operation["batch"], drop_remainder=operation["drop_remainder"]
-            )
-            with iter(strategy.distribute_dataset(dataset)) as batches:
-                return list(batches)
+        if op in ("batches", "own_batches"):
+            return self.batches(operation)
         value = self.value(operation["value"], None)
         if op == "values":
             return value
@@ -205,3 +201,14 @@ class Machine:
             return np.array(own.read_value())
 
         return strategy.update(self.variable, fn, args=(value,), group=operation["group"])
+
+    def batches(self, operation: dict[str, Any]) -> list[Any]:
+        dataset = dv.Dataset.range(operation["elements"])
+        if operation["batch"] is not None:
+            dataset = dataset.batch(operation["batch"], drop_remainder=operation["drop_remainder"])
+        if operation["op"] == "own_batches":
+            distributed = self.strategy.distribute_datasets_from_function(lambda _: dataset)
+        else:
+            distributed = self.strategy.distribute_dataset(dataset)
+        with iter(distributed) as batches:
+            return list(batches)

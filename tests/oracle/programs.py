@@ -35,6 +35,8 @@ broadcast_to    cross               value; the destination is the variable
 values          cross               value, as distribute_values_from_function makes it
 run_again       cross               value, which an inner run returns
 batches         cross               elements, batch, drop_remainder
+own_batches     cross               the same of distribute_datasets_from_function, where a batch
+                                    of None leaves the elements single
 =============== =================== ===========================================================
 
 What belongs into cross-replica context may be called in a replica too, to see what is raised.
@@ -384,6 +386,17 @@ def written() -> Iterator[dict[str, Any]]:
             (12, 12, False),
         ):
             call = cross("batches", elements=elements, batch=batch, drop_remainder=drop)
+            yield program(size, 0.0, "on_write sum", call)
+        for elements, batch, drop in (
+            (7, 2, False),
+            (9, 2, False),
+            (12, 2, False),
+            (12, 2, True),
+            (7, 2, True),
+            (12, None, False),
+            (7, None, False),
+        ):
+            call = cross("own_batches", elements=elements, batch=batch, drop_remainder=drop)
             yield program(size, 0.0, "on_write sum", call)
 
 

@@ -196,7 +196,7 @@ class Machine:
             return self.write(operation, None)
         if op == "read":
             return self.variable.read_value()
-        if op == "batches":
+        if op in ("batches", "own_batches"):
             return self.batches(operation)
         value = self.value(operation["value"], None)
         if op == "values":
@@ -222,9 +222,11 @@ class Machine:
         return strategy.extended.update(self.variable, fn, args=(value,), group=operation["group"])
 
     def batches(self, operation: dict[str, Any]) -> list[Any]:
-        dataset = self.tf.data.Dataset.range(operation["elements"]).batch(
-            operation["batch"], drop_remainder=operation["drop_remainder"]
-        )
+        dataset = self.tf.data.Dataset.range(operation["elements"])
+        if operation["batch"] is not None:
+            dataset = dataset.batch(operation["batch"], operation["drop_remainder"])
+        if operation["op"] == "own_batches":
+            return list(self.strategy.distribute_datasets_from_function(lambda _: dataset))
         return list(self.strategy.experimental_distribute_dataset(dataset))
 
 
