@@ -68,7 +68,7 @@ class Crew:
             )
             for rank, inbox in enumerate(self._inboxes, start=1)
         ]
-        weakref.finalize(self, _end_all, self._inboxes, os.getpid())
+        self._at_drop = weakref.finalize(self, _end_all, self._inboxes, os.getpid())
         _start_all(self._threads)
 
     def step(self, timeout: float, carrier: Carrier) -> rendezvous.Step:
@@ -84,6 +84,17 @@ class Crew:
         for inbox in others:
             self._gates.open(inbox.gate)
         self._gates.open_and_let_run(last.gate, rendezvous.rest_gate(self._num_replicas))
+
+    def dismiss(self) -> None:
+        """Tell the threads to end after what they do now, and do not wait.
+
+        After this, dropping the crew runs no Python code: an interrupt that strikes in a weak
+        reference's callback (ours, or the one that ``threading`` keeps for each thread) is lost.
+        Each thread holds itself until it ends, so forgetting it here is no drop.
+        """
+        self._threads = []
+        _end_all(self._inboxes, os.getpid())
+        self._at_drop.detach()  # last: an interrupt before this leaves the ending to the drop
 
     def stop(self) -> None:
         """End the threads, which are idle, and wait until they have ended."""

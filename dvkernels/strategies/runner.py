@@ -39,7 +39,7 @@ class Runner:
         self._pid = os.getpid()
         self._turn = threading.RLock()
         # All crews that exist; one dropped by an interrupted step may wait for garbage collection.
-        self._crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+        self._crews: list[weakref.ref[Crew]] = []
         self._idle: list[Crew] = []  # a stack: nested steps need threads of their own
 
     def run(self, call: Call, nested: bool) -> list[Any]:
@@ -72,6 +72,7 @@ class Runner:
         results: list[Any] = [None] * self._num_replicas
         step: Step | None = None
         crew: Crew | None = None
+        is_kept = False
         try:
             self._num_steps += 1
             watch = debugging.active
@@ -82,8 +83,7 @@ class Runner:
                     step.observe(watch, place)
                 contextvars.copy_context().run(_take_part, step, 0, call, results)
             else:
-                crew = self._idle.pop() if self._idle else Crew(self._num_replicas)
-                self._crews.add(crew)
+                crew = self._idle.pop() if self._idle else self._new_crew()
                 crew.is_busy = True
                 step = crew.step(timeout, self._carrier)
                 if watch is not None:
@@ -96,6 +96,7 @@ class Runner:
                 raise error
             if crew is not None:
                 crew.is_busy = False
+                is_kept = True  # first: a crew that is dismissed must not be found idle
                 self._idle.append(crew)
             return results
         finally:
@@ -103,21 +104,29 @@ class Runner:
             # circle. After a failure a gate may be half open: the crew is dropped with its threads.
             if crew is not None:
                 crew.is_busy = False
+                if not is_kept:
+                    crew.dismiss()
             crew = None
             if step is not None:
                 step.end()
             if self._closed:
                 self.close()  # by another thread, during this step
 
+    def _new_crew(self) -> Crew:
+        crew = Crew(self._num_replicas)
+        self._crews = [ref for ref in self._crews if ref() is not None]
+        self._crews.append(weakref.ref(crew))
+        return crew
+
     def close(self) -> None:
         """End the threads, and wait for that. Safe to call twice."""
         self._closed = True
         self._carrier.stop()
         if self._pid == os.getpid():
-            crews = list(self._crews)
+            crews = [ref() for ref in self._crews]
             self._idle.clear()
             for crew in crews:
-                if not crew.is_busy:
+                if crew is not None and not crew.is_busy:
                     crew.stop()
 
 
