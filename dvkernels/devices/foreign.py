@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from dvkernels.errors import BufferMismatchError, NotABufferError
@@ -18,7 +17,6 @@ from dvkernels.errors import BufferMismatchError, NotABufferError
 __all__: list[str] = []
 
 _CPU = (1, 3)  # DLPack's kDLCPU, and kDLCUDAHost: pinned memory of the host
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def is_foreign(value: Any) -> bool:
@@ -84,14 +82,16 @@ def _view_of_tensor(tensor: Any) -> Any:
     torch = sys.modules["torch"]
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.dtype is torch.bfloat16:
-        return np.from_dlpack(tensor.view(torch.int16)).view(_BFLOAT16)
+        import ml_dtypes
+
+        return np.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
     return np.from_dlpack(tensor)
 
 
 def _as_tensor(array: Any) -> Any:
     torch = sys.modules["torch"]
     owned = array if array.flags.writeable else array.copy()
-    if owned.dtype == _BFLOAT16:
+    if owned.dtype.name == "bfloat16":
         return torch.from_dlpack(owned.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(owned)
 
