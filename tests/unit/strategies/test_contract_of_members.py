@@ -371,17 +371,7 @@ def test_reduce_to_destinations(any_strategy: dv.Strategy, op: str) -> None:
     assert len(any_strategy.batch_reduce_to(op, [])) == 0
 
 
-def test_what_reduce_to_gives_can_be_written(
-    any_strategy: dv.Strategy, request: pytest.FixtureRequest
-) -> None:
-    if isinstance(any_strategy, dv.CentralStorageStrategy):
-        request.applymarker(
-            pytest.mark.xfail(
-                raises=ContextError,
-                strict=True,
-                reason="update takes one value per replica, not per copy, of its arguments",
-            )
-        )
+def test_what_reduce_to_gives_can_be_written(any_strategy: dv.Strategy) -> None:
     v = variable(any_strategy, np.zeros(3))
     value = any_strategy.run(lambda: np.ones(3))
     total = any_strategy.reduce_to("sum", value, v)
@@ -422,7 +412,6 @@ def test_reduce_to_refuses(two: dv.Strategy) -> None:
     assert [one.tolist() for one in value.values] == [[1.0] * 3] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="only the devices of a destination are looked at")
 def test_an_alien_among_the_destinations(two: dv.Strategy) -> None:
     value = dealt(two, np.ones(3), np.ones(3))
     with dv.MirroredStrategy(["cpu:0"] * 3) as other:
