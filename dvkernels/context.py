@@ -233,7 +233,8 @@ class ReplicaContext:
         brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
         targets = self._targets(out, brought) if out is not None else None
         if weight is not None:
-            weight = _checked_weight(weight, reduction)
+            own = regroup.own_component(weight, self._replica_id)
+            weight = _checked_weight(own, reduction)
         if shared and out is not None:
             raise ValueError("all_reduce: out is each replica's own, so it cannot be shared")
         communicator, dtypes = self._placement.communicator, [a.dtype for a in brought.held]
@@ -505,7 +506,7 @@ def _checked_weight(weight: Any, op: Reduction) -> float:
     if op is not ReduceOp.MEAN:
         raise ValueError(f"all_reduce: a weight belongs to MEAN, got op {op.name}; drop the weight")
     try:
-        number = float(weight)
+        number = -1.0 if isinstance(weight, (str, bytes)) else float(weight)
     except (TypeError, ValueError):
         number = -1.0
     if not 0 <= number < float("inf"):

@@ -90,4 +90,7 @@ def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]
     for one in axes:
         if not -ndim <= one < ndim:
             raise ValueError(f"reduce: axis {one} is out of range for {spec(arrays[0])}")
-    return tuple(sorted({int(one) % ndim for one in axes}))
+    found = sorted(int(one) % ndim for one in axes)
+    if len(set(found)) < len(found):
+        raise ValueError(f"reduce: an axis stands twice in {axis!r}")
+    return tuple(found)

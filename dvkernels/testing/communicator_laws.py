@@ -54,7 +54,7 @@ def check_communicator(
     every op that is defined for the dtype, scalars, empty arrays, lengths that the ranks do not
     divide, arrays that are not contiguous. Results are new and writable, share nothing with the
     inputs or each other, and the inputs stay as they were. Random numbers give the same bits on
-    every rank and in every call.
+    every rank and in every call. NaN of any rank reaches minimum and maximum.
 
     Examples
     --------
@@ -70,6 +70,7 @@ def check_communicator(
         for dtype in dtypes:
             for shape in _SHAPES:
                 _check_values(communicator, what, np.dtype(_named(dtype)), shape)
+        _check_nan(communicator, what)
         _check_determinism(communicator, what)
 
 
@@ -177,6 +178,18 @@ class _Unchanged:
     def __exit__(self, *_: object) -> None:
         after = [value.tobytes() for value in self._values]
         assert after == self._before, f"{self._where}: an input was changed"
+
+
+def _check_nan(communicator: Communicator, what: str) -> None:
+    """Whichever rank brings NaN, minimum and maximum are NaN there and only there."""
+    for op in (ReduceOp.MIN, ReduceOp.MAX):
+        for bad in range(communicator.size):
+            values = [np.array([1.0, 2.0], np.float32) for _ in range(communicator.size)]
+            values[bad][0] = np.nan
+            right = [np.array([np.nan, 2.0], np.float32)] * communicator.size
+            where = f"{op.name} where rank {bad} has NaN, {what}"
+            _agree(f"all_reduce, {where}", communicator.all_reduce(values, op), right, values)
+            _agree(f"reduce, {where}", [communicator.reduce(values, op)], right[:1], values)
 
 
 def _check_determinism(communicator: Communicator, what: str) -> None:

@@ -122,7 +122,16 @@ def _values_are_reduced_and_gathered(strategy: Strategy, count: int) -> None:
     _same(strategy.reduce("sum", value), [ranks, count], "reduce")
     _same(strategy.reduce("mean", value, axis=0), (ranks + count) / (2 * count), "reduce, axis 0")
     _same(strategy.gather(value), np.concatenate(value.values), "gather")
-    assert len(strategy.local_results(value)) == count, "local_results"
+    wide = strategy.run(lambda: np.full((2, _rank() + 1), _rank()))
+    _same(strategy.gather(wide, axis=1), np.concatenate(wide.values, 1), "gather, axis 1")
+    _same(strategy.gather(wide, axis=-1), np.concatenate(wide.values, 1), "gather, axis -1")
+    for rank, held in enumerate(strategy.local_results(value)):
+        _same(held, [rank, 1.0], "local_results, in replica order")
+    made = strategy.distribute_values_from_function(
+        lambda here: (here.replica_id_in_sync_group, here.num_replicas_in_sync)
+    )
+    assert made[0].values == tuple(range(count)), "distribute_values_from_function, ids"
+    assert made[1].values == (count,) * count, "distribute_values_from_function, count"
     mirrored = strategy.reduce_to("sum", value, value)
     assert isinstance(mirrored, Mirrored), "reduce_to gives Mirrored"
     _same(strategy.broadcast_to(3.0, value).on(0), 3.0, "broadcast_to")

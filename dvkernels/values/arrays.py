@@ -51,6 +51,11 @@ def as_array(value: Any, verb: str, replica: int) -> Any:
     """Return a leaf as an array; strings, objects and ragged lists raise NotABufferError."""
     if foreign.is_foreign(value):
         return foreign.view(verb, value, f"the {type(value).__name__} of replica {replica}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise NotABufferError(
+            f"{verb}: replica {replica} passed a MaskedArray, whose mask would be ignored; pass "
+            f".filled(value) or .data"
+        )
     array: Any
     try:
         array = np.asarray(value)

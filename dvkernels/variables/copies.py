@@ -50,8 +50,11 @@ class Copies:
         """Return which copy a replica reads: its own, or the only one."""
         return replica if len(self.arrays) > 1 else 0
 
-    def checked(self, value: Any, verb: str, replica: int) -> Any:
-        """Return ``value`` as an array of this shape and dtype; numbers take the dtype."""
+    def checked(self, value: Any, verb: str, replica: int | None) -> Any:
+        """Return ``value`` as an array of this shape and dtype; numbers take the dtype.
+
+        ``replica`` is who brought it, None in cross-replica context.
+        """
         array = self.converted(value, verb, replica)
         shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
         if array.dtype != dtype or array.shape != shape:
@@ -63,7 +66,7 @@ class Copies:
             debugging.check_finite(f"{verb} of variable {self.name!r}", [array])
         return array
 
-    def converted(self, value: Any, verb: str, replica: int) -> Any:
+    def converted(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
         shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
         if foreign.is_foreign(value):
@@ -78,8 +81,9 @@ class Copies:
                 f"{value!r:.60}{self._from(replica)}, which does not fit: {error}"
             ) from error
 
-    def _from(self, replica: int) -> str:
-        return "" if self.placement.num_replicas == 1 else f" from replica {replica}"
+    def _from(self, replica: int | None) -> str:
+        is_clear = replica is None or self.placement.num_replicas == 1
+        return "" if is_clear else f" from replica {replica}"
 
     def _number(self, value: complex, dtype: Any) -> Any:
         if dtype.kind == "b" and not isinstance(value, bool):
@@ -171,7 +175,13 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Any]]]) -> None:
         for copies, given in writes:
             _look_at(copies, given)
     arrays = [array for copies, _ in writes for array in copies.arrays]
-    values = [value for _, given in writes for value in given]
+    # A value that is a view of a copy would change while it is written to the others.
+    apart = {
+        id(value): value.copy() if any(np.may_share_memory(value, a) for a in arrays) else value
+        for _, given in writes
+        for value in given
+    }
+    values = [apart[id(value)] for _, given in writes for value in given]
     _write(arrays, repeat(...), values)
 
 

@@ -181,7 +181,7 @@ def write_every_copy_alike(
             f"copies of an ON_WRITE variable are equal; reduce it first: "
             f"v.{verb}(strategy.reduce('mean', value))"
         )
-    checked = copies.checked(_one(value, verb, copies), verb, 0)
+    checked = copies.checked(_one(value, verb, copies), verb, None)
     _write_alike(copies, verb, checked)
 
 
@@ -205,7 +205,7 @@ def scatter_every_copy_alike(
             f"copies of an ON_WRITE variable are equal; scatter in a replica, or pass one array"
         )
     where, what = _one(indices, verb, copies), _one(updates, verb, copies)
-    _scatter_alike(copies, verb, scatter.checked(copies, verb, where, what, 0))
+    _scatter_alike(copies, verb, scatter.checked(copies, verb, where, what, None))
 
 
 def scatter_every_copy(
@@ -258,7 +258,9 @@ def share_out(copies: Copies, aggregation: VariableAggregation, verb: str, value
         return
     if verb != "assign":
         _refuse_adding_to_a_sum(copies, verb)
-    copies.commit(_shares(copies.checked(_one(value, verb, copies), verb, 0), len(copies.arrays)))
+    copies.commit(
+        _shares(copies.checked(_one(value, verb, copies), verb, None), len(copies.arrays))
+    )
 
 
 def _refuse_adding_to_a_sum(copies: Copies, verb: str) -> None:
@@ -341,7 +343,7 @@ def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
     if isinstance(value, PerReplica):
         parts = _each(copies, verb, value)
         return [copies.checked(part, verb, rank) for rank, part in enumerate(parts)]
-    return [copies.checked(_one(value, verb, copies), verb, 0)] * len(copies.arrays)
+    return [copies.checked(_one(value, verb, copies), verb, None)] * len(copies.arrays)
 
 
 def _each(copies: Copies, verb: str, value: Any) -> Sequence[Any]:

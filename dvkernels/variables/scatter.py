@@ -47,24 +47,23 @@ class Updates(NamedTuple):
     updates: Any
 
 
-def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int) -> Updates:
+def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int | None) -> Updates:
     """Return the updates one by one; wrong indices, shapes or dtypes raise."""
     shape, dtype = copies.arrays[0].shape, copies.arrays[0].dtype
     what = f"{verb} of variable {copies.name!r}"
+    came = "" if replica is None else f" from replica {replica}"
     if not shape:
         raise BufferMismatchError(f"{what}: it has no rows, being 0-d; use assign")
     rows = np.asarray(indices)
     if rows.size == 0 and rows.dtype.kind == "f":
         rows = rows.astype(np.int64)  # an empty list
     if rows.dtype.kind not in "iu":
-        raise NotABufferError(
-            f"{what}: replica {replica} passed indices {indices!r:.60}; expected integers"
-        )
+        raise NotABufferError(f"{what}: expected integers as indices, got {indices!r:.60}{came}")
     outside = rows[(rows < 0) | (rows >= shape[0])]
     if outside.size:
         raise IndexError(
-            f"{what}: replica {replica} passed index {outside.flat[0]}; the rows are 0 to "
-            f"{shape[0] - 1}, and negative ones do not count from the end"
+            f"{what}: got index {outside.flat[0]}{came}; the rows are 0 to {shape[0] - 1}, and "
+            f"negative ones do not count from the end"
         )
     array = copies.converted(updates, verb, replica)
     expected = Spec((*rows.shape, *shape[1:]), dtype)
@@ -74,7 +73,7 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int)
     if spec(array) != expected:
         raise BufferMismatchError(
             f"{what} at indices of shape {rows.shape} expected {expected}, or a number, got "
-            f"{spec(array)} from replica {replica}"
+            f"{spec(array)}{came}"
         )
     if debugging.active is not None:
         debugging.check_finite(what, [array])

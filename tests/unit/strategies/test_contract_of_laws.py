@@ -14,9 +14,6 @@ from dvkernels.testing import assert_same_on, check_communicator, check_strategy
 UFUNCS = {"SUM": np.add, "MEAN": np.add, "PROD": np.multiply, "MIN": np.minimum, "MAX": np.maximum}
 
 
-unseen = pytest.mark.xfail(strict=True, reason="no law looks at this yet")
-
-
 class Plain:
     """A communicator in plain NumPy."""
 
@@ -183,7 +180,7 @@ DEFECTS = [
     RootIsZero,
     SharesTheRoot,
     EachInItsOwnOrder,
-    pytest.param(MinOfNumbers, marks=unseen),
+    MinOfNumbers,
     WrongSize,
 ]
 
@@ -266,9 +263,9 @@ class RunsOne(Own):
         LosesErrors,
         ReducesWrong,
         RunsOne,
-        pytest.param(GathersWrong, marks=unseen),
-        pytest.param(ResultsWrong, marks=unseen),
-        pytest.param(DealsWrong, marks=unseen),
+        GathersWrong,
+        ResultsWrong,
+        DealsWrong,
     ],
 )
 def test_each_defect_of_a_strategy_is_found(broken: Callable[[int], dv.Strategy]) -> None:
