@@ -8,6 +8,7 @@ spins for a while in compiled code that holds no lock of the interpreter, and on
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -25,6 +26,21 @@ _PAUSES = 60_000
 _PAUSES_TO_HAND_OVER = 400  # about 10 us
 
 
+@functools.cache
+def _ready() -> Any:
+    """Return the compiled functions, compiled before any thread could be at it.
+
+    A process forked while another thread compiles finds the compiler's lock taken for ever.
+    """
+    gate = twins.gate()
+    state = gate.new_state(2)
+    gate.open_gate(state, 0)
+    gate.await_gate(state, 0, 1)
+    gate.close_gate(state, 0)
+    gate.open_and_await(state, 0, 1, 1)
+    return gate
+
+
 class Gates:
     """Numbered gates between the threads of one step; closed at first.
 
@@ -35,7 +51,7 @@ class Gates:
     __slots__ = ("_compiled", "_locks", "_pauses", "_pauses_to_hand_over", "_state")
 
     def __init__(self, count: int, num_threads: int) -> None:
-        self._compiled: Any = twins.gate()
+        self._compiled: Any = _ready()
         self._state = self._compiled.new_state(count)
         self._locks = [threading.Lock() for _ in range(count)]
         for lock in self._locks:

@@ -68,7 +68,8 @@ class Crew:
             )
             for rank, inbox in enumerate(self._inboxes, start=1)
         ]
-        self._at_drop = weakref.finalize(self, _end_all, self._inboxes, os.getpid())
+        self._pid = os.getpid()
+        self._at_drop = weakref.finalize(self, _end_all, self._inboxes, self._pid)
         _start_all(self._threads)
 
     def step(self, timeout: float, carrier: Carrier) -> rendezvous.Step:
@@ -93,12 +94,12 @@ class Crew:
         Each thread holds itself until it ends, so forgetting it here is no drop.
         """
         self._threads = []
-        _end_all(self._inboxes, os.getpid())
+        _end_all(self._inboxes, self._pid)
         self._at_drop.detach()  # last: an interrupt before this leaves the ending to the drop
 
     def stop(self) -> None:
         """End the threads, which are idle, and wait until they have ended."""
-        _end_all(self._inboxes, os.getpid())
+        _end_all(self._inboxes, self._pid)
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_SECONDS)
