@@ -184,7 +184,7 @@ class Step:
             self._arrived += 1
             complete = self._arrived == self.num_replicas
             deserted = bool(self._gone)
-            stuck = self._is_stuck()
+            stuck = bool(self._awaited) and self._is_stuck()
         try:
             if deserted or stuck:
                 self._end_deserted()
@@ -281,8 +281,6 @@ class Step:
 
     def _is_stuck(self) -> bool:
         """Return whether all replicas wait, some of them for calls that no other can issue."""
-        if not self._awaited:
-            return False
         lost = [self._awaited[k] for k in self._awaited if self._requests[k] is None]
         lost = [pending for pending in lost if not pending.done.is_set()]
         incomplete = sum(not pending.is_complete for pending in lost)
@@ -332,11 +330,13 @@ class Step:
     def _wait(self, replica: int) -> None:
         assert self._gates is not None
         self._gates.open(rest_gate(self.num_replicas))
-        opened = self._watched(
-            replica,
-            functools.partial(self._gates.wait, replica),
-            functools.partial(self._gates.sleep, replica),
-        )
+        if self._watch is None:
+            opened = self._gates.wait(replica, self._timeout)
+        else:
+            wait, go_on = self._gates.wait, self._gates.sleep
+            opened = self._watched(
+                replica, functools.partial(wait, replica), functools.partial(go_on, replica)
+            )
         while not opened and self._arrived == self.num_replicas:
             # All have come: the collective itself (a merge_call, say) takes this long.
             opened = self._gates.sleep(replica, self._timeout)

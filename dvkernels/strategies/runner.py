@@ -76,23 +76,23 @@ class Runner:
         try:
             self._num_steps += 1
             watch = debugging.active
-            place = debugging.Place(self._label, self._num_steps, 0)
+            number = self._num_steps
             if self._num_replicas == 1:
                 step = Step(1)
                 if watch is not None:
-                    step.observe(watch, place)
+                    step.observe(watch, debugging.Place(self._label, number, 0))
                 contextvars.copy_context().run(_take_part, step, 0, call, results)
             else:
                 crew = self._idle.pop() if self._idle else self._new_crew()
                 crew.is_busy = True
                 step = crew.step(timeout, self._carrier)
                 if watch is not None:
-                    step.observe(watch, place)
+                    step.observe(watch, debugging.Place(self._label, number, 0))
                 _run_together(step, crew, call, results)
             if step.failure is not None:
                 error = step.outcome(step.failure)
                 if watch is not None:
-                    watch.dump(self._label, place.step, error)
+                    watch.dump(self._label, number, error)
                 raise error
             if crew is not None:
                 crew.is_busy = False
@@ -134,13 +134,14 @@ def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
     """Run one replica: its result goes into ``results``, its error into the step."""
     if not step.enter(rank):
         return
-    before = debugging.enter(step.place._replace(replica=rank)) if debugging.active else None
+    watching = debugging.active is not None
+    before = debugging.enter(step.place._replace(replica=rank)) if watching else None
     try:
         results[rank] = call(step, rank)
     except BaseException as error:
         step.fail(error, rank)
     finally:
-        if debugging.active:
+        if watching:
             debugging.enter(before)
         step.leave(rank)
 
