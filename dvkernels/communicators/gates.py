@@ -48,7 +48,7 @@ class Gates:
     a waiter would keep the one it waits for from running, so it sleeps at once.
     """
 
-    __slots__ = ("_compiled", "_locks", "_pauses", "_pauses_to_hand_over", "_state")
+    __slots__ = ("_compiled", "_locks", "_pauses", "_pauses_to_hand_over", "_state", "spins")
 
     def __init__(self, count: int, num_threads: int) -> None:
         self._compiled: Any = _ready()
@@ -56,9 +56,9 @@ class Gates:
         self._locks = [threading.Lock() for _ in range(count)]
         for lock in self._locks:
             lock.acquire()
-        spins = num_threads <= cpu.usable_cores()
-        self._pauses = _PAUSES if spins else 0
-        self._pauses_to_hand_over = _PAUSES_TO_HAND_OVER if spins else 0
+        self.spins = num_threads <= cpu.usable_cores()
+        self._pauses = _PAUSES if self.spins else 0
+        self._pauses_to_hand_over = _PAUSES_TO_HAND_OVER if self.spins else 0
 
     def open(self, gate: int) -> None:
         """Open a gate and wake who sleeps at it. Opening an open gate does nothing."""

@@ -26,10 +26,13 @@ _LOOK_UP_SECONDS = 1.0  # how often an idle thread asks whether its crew still e
 class _Inbox:
     """One slot for a task, and the gate its thread waits at."""
 
-    __slots__ = ("gate", "gates", "owner", "task")
+    __slots__ = ("gate", "gates", "next_gate", "owner", "task")
 
-    def __init__(self, gates: Gates, gate: int, owner: weakref.ref[Crew]) -> None:
+    def __init__(
+        self, gates: Gates, gate: int, next_gate: int | None, owner: weakref.ref[Crew]
+    ) -> None:
         self.task: Callable[[], None] | None = None
+        self.next_gate = next_gate
         self.gates = gates
         self.gate = gate
         self.owner = owner
@@ -44,6 +47,8 @@ class _Inbox:
                 is_open = self.gates.sleep(self.gate, _LOOK_UP_SECONDS)
             self.gates.close(self.gate)
             task, self.task = self.task, None
+            if self.next_gate is not None:
+                self.gates.open(self.next_gate)
         return task
 
 
@@ -58,9 +63,16 @@ class Crew:
         first = rendezvous.num_gates(num_replicas)  # before it come the gates of the step
         self._gates = Gates(first + num_replicas - 1, num_replicas)
         self._num_replicas = num_replicas
+        self._is_chain = not self._gates.spins
         self.is_busy = False  # set by whoever runs a step with it
         self._inboxes = [
-            _Inbox(self._gates, first + k, weakref.ref(self)) for k in range(num_replicas - 1)
+            _Inbox(
+                self._gates,
+                first + k,
+                first + k + 1 if self._is_chain and k + 2 < num_replicas else None,
+                weakref.ref(self),
+            )
+            for k in range(num_replicas - 1)
         ]
         self._threads = [
             threading.Thread(
@@ -81,6 +93,9 @@ class Crew:
         """Start one task on each thread; a task never raises, and the thread is idle before."""
         for inbox, task in zip(self._inboxes, tasks, strict=True):
             inbox.task = task
+        if self._is_chain:
+            self._gates.open(self._inboxes[0].gate)
+            return
         *others, last = self._inboxes
         for inbox in others:
             self._gates.open(inbox.gate)
