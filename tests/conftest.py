@@ -20,6 +20,7 @@ import pytest
 # whole process and stay.
 REPLICA_THREAD_PREFIX = "dvkernels-replica"
 SECONDS_TO_END = 5.0
+SECONDS_TO_END_ALONE = 0.2
 
 _failed = pytest.StashKey[bool]()
 
@@ -98,6 +99,15 @@ def _end_strategy_left_set() -> str | None:
     return f"set_strategy(...) was not undone with set_strategy(None): {left}"
 
 
+def _alive_after(seconds: float, threads: set[threading.Thread]) -> set[threading.Thread]:
+    """Return the threads that are still alive then; empty as soon as there are none."""
+    deadline = time.monotonic() + seconds
+    while threads and time.monotonic() < deadline:
+        time.sleep(0.001)
+        threads = {thread for thread in threads if thread.is_alive()}
+    return threads
+
+
 @pytest.fixture(autouse=True)
 def leave_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves replica threads or a strategy behind."""
@@ -106,13 +116,11 @@ def leave_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     left = _end_strategy_left_set()
     if request.node.stash.get(_failed, False):
         return  # the traceback keeps the test's strategies alive; one failure is enough
-    deadline = time.monotonic() + SECONDS_TO_END
-    leaked = _replica_threads() - before
+    # Those of a failed step end by themselves; a collection takes half a second, so it comes last.
+    leaked = _alive_after(SECONDS_TO_END_ALONE, _replica_threads() - before)
     if leaked:
         gc.collect()
-    while leaked and time.monotonic() < deadline:
-        time.sleep(0.01)
-        leaked = {thread for thread in leaked if thread.is_alive()}
+        leaked = _alive_after(SECONDS_TO_END, leaked)
     if left:
         pytest.fail(left, pytrace=False)
     if leaked:
