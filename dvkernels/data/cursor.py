@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dvkernels.data.node import Node
 
-__all__ = ["Cursor"]
+__all__ = ["Cursor", "Place"]
+
+
+class Place(NamedTuple):
+    """Where a cursor is: what comes next, and what the nodes must remember to make it."""
+
+    epoch: int
+    position: int
+    memory: Sequence[Any] = ()
 
 
 class Cursor(Iterator[Any]):
     """Goes through one epoch of a node; (epoch, position) is its whole state.
 
+    Where nodes have to remember (:meth:`Node.own_chain`), ``memory`` is the rest of it.
+
     When user code raises, the position stays, and the next call tries the same element again.
     """
 
     def __init__(self, node: Node, epoch: int = 0, position: int = 0) -> None:
-        self._node = node
+        self._shared = node
         self.move_to(epoch, position)
 
-    def move_to(self, epoch: int, position: int) -> None:
+    @property
+    def place(self) -> Place:
+        """Where the cursor is."""
+        return Place(self.epoch, self.position, self.memory)
+
+    def move_to(self, epoch: int, position: int, memory: Sequence[Any] = ()) -> None:
         """Go to another place. Nothing is computed until the next element is asked for."""
         self.epoch = epoch
         self.position = position
+        self.memory = memory
+        self._node = self._shared
+        if self._shared.needs_own_chain:
+            self._node = self._shared.own_chain()
+            if memory:
+                self._node.restore(iter(memory))
         self._stream: Iterator[Any] | None = None  # Sequential nodes only, as are the next two.
         self._pending: list[Any] = []
         self._at_end = False
@@ -51,6 +72,8 @@ class Cursor(Iterator[Any]):
 
     def advance(self, count: int = 1) -> None:
         """Move past elements that have been looked at."""
+        if self._shared.needs_own_chain:
+            self.memory = self._node.release(self.epoch, self.position + count)
         del self._pending[:count]
         self.position += count
 

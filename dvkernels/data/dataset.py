@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dvkernels.data.cursor import Cursor
+from dvkernels.data.files import FromFiles, FromIndexedFiles
+from dvkernels.data.live import FromLive
 from dvkernels.data.node import Length, Node
-from dvkernels.data.shuffle import Shuffle
+from dvkernels.data.shuffle import Shuffle, WindowedShuffle
 from dvkernels.data.sources import FromArrays, FromIterable, FromSequence, Range, SupportsIndexing
+from dvkernels.data.stateful import FromSource, Source
 from dvkernels.data.transforms import Batch, Filter, Map, Repeat, Shard, Skip, Take
+from dvkernels.data.zipped import Zip
 from dvkernels.errors import DatasetError
 
 __all__ = ["Dataset"]
@@ -29,9 +34,11 @@ class Dataset:
 
     Notes
     -----
-    Sources other than :meth:`from_iterable`, and all transforms of them but :meth:`filter`, have
-    random access: element n is computed from n, so an iterator starts anywhere at once. What is
-    sequential is resumed by replaying what lies before.
+    :meth:`from_arrays`, :meth:`from_sequence`, :meth:`range` and, if asked to, :meth:`from_files`
+    have random access, and so have all transforms of them but :meth:`filter`: element n is
+    computed from n, so an iterator starts anywhere at once. What is sequential is resumed by
+    replaying what lies before; :meth:`from_source` is resumed through the source's own state,
+    :meth:`from_live` not at all.
 
     Examples
     --------
@@ -134,24 +141,183 @@ class Dataset:
         """
         return cls(FromIterable(factory))
 
-    def shuffle(self, *, seed: int, reshuffle_each_epoch: bool = True) -> Dataset:
+    @classmethod
+    def from_files(
+        cls,
+        paths: Iterable[str | os.PathLike[str]],
+        reader: Callable[[str], Any],
+        *,
+        random_access: bool = False,
+    ) -> Dataset:
+        """Make what ``reader(path)`` yields of each file the elements; files in the given order.
+
+        Parameters
+        ----------
+        paths : iterable of str or path
+            Files or folders, all of which must exist now. Sort what a folder lists: the order
+            differs between machines.
+        reader : callable
+            ``reader(path)`` is a generator function, or returns an iterable; what has a
+            ``close()`` is closed when its end is reached or the iterator lets go of it. The
+            same elements must come each time.
+        random_access : bool
+            True if ``reader(path)`` returns an object with ``__len__`` and ``__getitem__``
+            (``numpy.load(path, mmap_mode="r")``). Each file is opened once here for its length,
+            and later on demand; eight are kept open.
+
+        Raises
+        ------
+        DatasetError
+            A path does not exist. The message names it.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> for name in ("a", "b"):
+        ...     _ = pathlib.Path(folder.name, name).write_text(f"{name}0 {name}1")
+        >>> def words(path):
+        ...     with open(path, encoding="utf-8") as file:
+        ...         yield from file.read().split()
+        >>> dataset = Dataset.from_files(sorted(pathlib.Path(folder.name).iterdir()), words)
+        >>> list(dataset), len(dataset.files)
+        (['a0', 'a1', 'b0', 'b1'], 2)
+        >>> folder.cleanup()
+        """
+        return cls((FromIndexedFiles if random_access else FromFiles)(paths, reader))
+
+    @classmethod
+    def from_source(cls, source: Source) -> Dataset:
+        """Make what any other reader reads the elements; sequential, resumed by its own state.
+
+        Parameters
+        ----------
+        source : Source
+            Its ``open(epoch, state)`` returns a reader with ``__next__()`` and ``state()``. The
+            state is part of the iterator's: nothing is replayed, but what a transform needs to
+            find its place again (a window of :meth:`shuffle`). See
+            :class:`dvkernels.data.stateful.Source`.
+
+        Examples
+        --------
+        >>> class Letters:
+        ...     def open(self, epoch, state):
+        ...         return LettersReader(0 if state is None else state["next"])
+        >>> class LettersReader:
+        ...     def __init__(self, place):
+        ...         self.place = place
+        ...     def __next__(self):
+        ...         if self.place == 3:
+        ...             raise StopIteration
+        ...         self.place += 1
+        ...         return "abc"[self.place - 1]
+        ...     def state(self):
+        ...         return {"next": self.place}
+        >>> list(Dataset.from_source(Letters()))
+        ['a', 'b', 'c']
+        """
+        return cls(FromSource(source))
+
+    @classmethod
+    def from_live(
+        cls,
+        source: Any,
+        *,
+        batch_size: int | None = None,
+        max_wait_seconds: float | None = None,
+        end: object = None,
+    ) -> Dataset:
+        """Make what arrives the elements, or batches of it, until the producer says it is over.
+
+        Parameters
+        ----------
+        source : queue or callable
+            A ``queue.Queue`` or anything else with ``get(timeout=...)``, or such a function: it
+            returns the next element, or raises ``queue.Empty`` or ``TimeoutError`` if there is
+            none after ``timeout`` seconds.
+        batch_size : int, optional
+            Deliver batches of that many elements, stacked as by :meth:`batch`.
+        max_wait_seconds : float, optional
+            Deliver a batch that is not full so long after its first element has been taken.
+            Without it a batch waits until it is full or all is over.
+        end : object
+            The element that says it is over. So does ``StopIteration`` of a function, and a
+            queue that has been shut down (Python 3.13).
+
+        Notes
+        -----
+        There is one stream: each element is delivered once, epochs go on where the last one
+        stopped, and one iterator reads at a time. If a transform raises, its batch is tried
+        again. An iterator cannot be resumed: saving or loading its state raises
+        ``DatasetError``.
+
+        Examples
+        --------
+        >>> import queue
+        >>> arrived = queue.SimpleQueue()
+        >>> for value in (1, 2, 3, None):
+        ...     arrived.put(value)
+        >>> list(Dataset.from_live(arrived, batch_size=2, max_wait_seconds=0.5))
+        [array([1, 2]), array([3])]
+        """
+        return cls(FromLive(source, batch_size, max_wait_seconds, end))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths that :meth:`from_files` was given; none for other sources."""
+        node: Node | None = self._node
+        while node is not None:
+            if isinstance(node, FromFiles | FromIndexedFiles):
+                return node.files
+            node = node.source
+        return ()
+
+    def zip(self, *others: Dataset) -> Dataset:
+        """Make tuples of the elements of this dataset and of others; as long as the shortest.
+
+        ``Dataset.zip(a, b, c)`` is ``a.zip(b, c)``. It has random access where all have it.
+
+        Examples
+        --------
+        >>> letters = Dataset.from_sequence("abc")
+        >>> [(letter, int(number)) for letter, number in letters.zip(Dataset.range(2))]
+        [('a', 0), ('b', 1)]
+        """
+        for place, other in enumerate(others):
+            if not isinstance(other, Dataset):
+                raise DatasetError(
+                    f"zip: expected datasets; got {other!r:.80}, a {type(other).__name__}, as "
+                    f"argument {place}; make it a dataset with from_arrays or from_sequence"
+                )
+        return Dataset(Zip([self._node, *(other.node for other in others)]))
+
+    def shuffle(
+        self, *, seed: int, window: int | None = None, reshuffle_each_epoch: bool = True
+    ) -> Dataset:
         """Put all elements into an order that is a function of the seed and the epoch.
 
         Parameters
         ----------
         seed : int
             Any non-negative integer.
+        window : int, optional
+            Shuffle within windows of so many elements, which are held in memory if there is no
+            random access; the order depends on the window too. Needed for sequential and
+            endless datasets.
         reshuffle_each_epoch : bool
             False for the order of epoch 0 in every epoch.
 
         Raises
         ------
         DatasetError
-            The dataset has no random access, or does not end.
+            Without ``window``, the dataset has no random access, or does not end.
 
         Notes
         -----
-        The whole dataset is shuffled, not a window, in O(1) memory: the index is mapped.
+        Without ``window`` the whole dataset is shuffled, in O(1) memory: the index is mapped.
+        With it no element moves further than the window, so shuffle the files as well; where
+        the windows begin differs from epoch to epoch. An iterator is resumed at the start of
+        its window.
 
         Examples
         --------
@@ -159,7 +325,9 @@ class Dataset:
         >>> sorted(int(element) for element in shuffled)
         [0, 1, 2, 3, 4, 5]
         """
-        return Dataset(Shuffle(self._node, seed, reshuffle_each_epoch))
+        if window is None:
+            return Dataset(Shuffle(self._node, seed, reshuffle_each_epoch))
+        return Dataset(WindowedShuffle(self._node, seed, window, reshuffle_each_epoch))
 
     def map(self, fn: Callable[[Any], Any], *, num_workers: int = 0) -> Dataset:
         """Replace each element by ``fn(element)``.

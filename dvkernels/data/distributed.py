@@ -218,7 +218,10 @@ class DistributedIterator(Iterator[Any]):
         """
         self._check_open("element_spec")
         try:
-            first = Cursor(self._node, self._cursor.epoch).peek()
+            # What a live source has given to another cursor, this one would never see.
+            is_live = self._node.why_not_resumed is not None
+            cursor = self._cursor if is_live else Cursor(self._node, self._cursor.epoch)
+            first = cursor.peek()
         except StopIteration:
             raise DatasetError("element_spec: the dataset is empty; nothing tells") from None
         leaves, spec = flatten(first)
@@ -235,7 +238,7 @@ class DistributedIterator(Iterator[Any]):
 
         It fits every iterator over a dataset built alike, on any number of replicas.
         """
-        return write_state(self._node, self._cursor.epoch, self._cursor.position)
+        return write_state(self._node, *self._cursor.place)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; the next ``iter()`` of the dataset is the epoch after it.
@@ -249,15 +252,15 @@ class DistributedIterator(Iterator[Any]):
             It is not a state, or that of another pipeline. Nothing has changed.
         """
         self._check_open("load_state_dict")
-        epoch, position = read_state(self._node, state)
-        self._cursor.move_to(epoch, position)
+        place = read_state(self._node, state)
+        self._cursor.move_to(*place)
         if self._on_load is not None:
-            self._on_load(epoch)
+            self._on_load(place.epoch)
 
     def close(self) -> None:
         """Let go of the source; may be called twice."""
         self._is_closed = True
-        self._cursor.move_to(self._cursor.epoch, self._cursor.position)
+        self._cursor.move_to(*self._cursor.place)
 
     def __enter__(self) -> Self:
         self._check_open("with")

@@ -3,17 +3,22 @@
 A dataset is a chain of nodes. A node with random access computes element ``index`` of an epoch
 from the two numbers alone, so its position is its whole state. A sequential node can only be
 gone through from its start; to come back to a place in it, what lies before is replayed.
+
+Where a source cannot be replayed (it has a state of its own, or is live), each iterator goes
+through a copy of the chain, whose nodes remember where they are: see :meth:`Node.own_chain`.
 """
 
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from dvkernels.data.marks import Marks
 from dvkernels.data.nest import stack
 from dvkernels.errors import DatasetError
 
@@ -30,6 +35,15 @@ class Node(abc.ABC):
     length: Length
     random_access: bool
     source: Node | None = None
+
+    # Why an iterator cannot be resumed from a saved state; None where it can.
+    refusal: str | None = None
+    # Whether iterators need a chain of their own because of this very node.
+    is_replayable = True
+    # What the node remembers at the start of an epoch; None if it remembers nothing.
+    first_mark: Any = None
+    remembers = False
+    marks: Marks | None = None  # Set in the chain of one iterator only.
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -57,6 +71,53 @@ class Node(abc.ABC):
     def origin(self, index: int, epoch: int) -> int | None:
         """Return the index at the root source of an element, None where it has no single one."""
         return None
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        """The nodes that this one takes its elements from."""
+        return () if self.source is None else (self.source,)
+
+    @functools.cached_property
+    def needs_own_chain(self) -> bool:
+        """Whether a position alone is not enough to come back to it."""
+        return not self.is_replayable or any(node.needs_own_chain for node in self.sources)
+
+    @functools.cached_property
+    def why_not_resumed(self) -> str | None:
+        """Why no state of an iterator can be saved or loaded; None where it can."""
+        reasons = (self.refusal, *(node.why_not_resumed for node in self.sources))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def own_chain(self) -> Self:
+        """Return a copy of the chain up to here for one iterator, whose nodes may remember."""
+        twin = copy.copy(self)
+        if self.source is not None:
+            twin.source = self.source.own_chain()
+        if self.remembers:
+            twin.marks = Marks(self.first_mark)
+        return twin
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return (epoch, position) in the source from which this one's ``position`` is made."""
+        return epoch, position
+
+    def release(self, epoch: int, position: int) -> list[Any]:
+        """Note that all before ``position`` has been delivered; return what it takes to go on.
+
+        One entry for each node that remembers, this one first; JSON can hold them.
+        """
+        memory = [] if self.marks is None else [self.marks.release(epoch, position)]
+        if self.sources:
+            place = self.upstream(epoch, position)
+            memory += [entry for node in self.sources for entry in node.release(*place)]
+        return memory
+
+    def restore(self, memory: Iterator[Any]) -> None:
+        """Take the own entries of what :meth:`release` returned."""
+        if self.marks is not None:
+            self.marks.restore(next(memory, None))
+        for node in self.sources:
+            node.restore(memory)
 
     @functools.cached_property
     def pipeline(self) -> tuple[str, ...]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
 from dvkernels.kernels import twins
 
-__all__ = ["BLOCK_LENGTH", "Shuffle", "permute", "round_keys"]
+__all__ = ["BLOCK_LENGTH", "Shuffle", "WindowedShuffle", "permute", "round_keys"]
 
 # Consecutive positions that are permuted in one go and kept: 32 KiB, the size of an L1 cache.
 BLOCK_LENGTH = 4096
@@ -36,9 +38,13 @@ _SMALL_BASE = 16
 
 
 @functools.lru_cache(maxsize=64)
-def round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    """Return the keys of the permutation of ``(seed, epoch)``; both of any size."""
-    digest = hashlib.shake_256(f"{seed}/{epoch}".encode()).digest(8 * _NUM_ROUNDS_SMALL)
+def round_keys(seed: int, epoch: int, *window: int) -> tuple[int, ...]:
+    """Return the keys of the permutation of ``(seed, epoch)``; both of any size.
+
+    If only one window of the epoch is permuted, its number goes with them.
+    """
+    text = "/".join(str(part) for part in (seed, epoch, *window))
+    digest = hashlib.shake_256(text.encode()).digest(8 * _NUM_ROUNDS_SMALL)
     return tuple(int.from_bytes(digest[at : at + 8], "little") for at in range(0, len(digest), 8))
 
 
@@ -67,16 +73,12 @@ class Shuffle(Node):
     source: Node
 
     def __init__(self, source: Node, seed: int, reshuffle_each_epoch: bool) -> None:
-        seed = check_count("shuffle", "seed", seed, 0)
-        if not isinstance(reshuffle_each_epoch, bool):
-            raise DatasetError(
-                "shuffle: expected reshuffle_each_epoch to be True or False; "
-                f"got {reshuffle_each_epoch!r}"
-            )
+        seed = _check_seed(seed, reshuffle_each_epoch)
         if not source.random_access or source.length is None:
             raise DatasetError(
                 f"shuffle: expected a dataset with random access; got {source!r}, which can only "
-                "be gone through in order; shuffle before filter(), or materialise the elements: "
+                "be gone through in order; pass window=n to shuffle within windows of n elements, "
+                "shuffle before filter(), or materialise the elements: "
                 "Dataset.from_sequence(list(dataset))"
             )
         if source.length == math.inf:
@@ -136,3 +138,101 @@ class Shuffle(Node):
             block.flags.writeable = False
             self._latest = (epoch, number, block)
         return block
+
+
+class WindowedShuffle(Node):
+    """Windows of ``window`` elements, each in an order of its own; the windows keep their order.
+
+    No element moves further than a window. The first window of an epoch is shorter by a number
+    that (seed, epoch) choose, so that neighbours which one epoch keeps apart meet in another.
+    A window's order is a function of (seed, epoch, number of the window, its length): random
+    access stays what it was, and a sequential source is resumed at the start of a window.
+    """
+
+    source: Node
+
+    def __init__(self, source: Node, seed: int, window: int, reshuffle_each_epoch: bool) -> None:
+        self._seed = _check_seed(seed, reshuffle_each_epoch)
+        self._window = check_count(
+            "shuffle", "window", window, 1, "leave it out to shuffle the whole dataset"
+        )
+        self._reshuffles = reshuffle_each_epoch
+        self.source = source
+        self.length = source.length
+        self.random_access = source.random_access
+        # (epoch, number of the window, its order): replaced as a whole, never changed.
+        self._latest: tuple[int, int, Indices] = (-1, -1, np.empty(0, np.int64))
+
+    def describe(self) -> str:
+        once = "" if self._reshuffles else ", reshuffle_each_epoch=False"
+        return f"shuffle(seed={self._seed}, window={self._window}{once})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.element(self._permuted(index, epoch), epoch)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        permuted = [self._permuted(index, epoch) for index in indices.tolist()]
+        return self.source.gather(np.array(permuted, np.int64), epoch)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        pieces = []
+        while start < stop:
+            number, begin, end = self._bounds(start, epoch)
+            order = self._order(number, end - begin, epoch)
+            pieces.append(begin + order[start - begin : stop - begin])
+            start = end
+        return self.source.gather(np.concatenate(pieces), epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        if self.random_access:
+            yield from super().iterate(epoch, start)
+            return
+        number, begin, end = self._bounds(start, epoch)
+        elements = self.source.iterate(epoch, begin)
+        while window := list(itertools.islice(elements, end - begin)):
+            order = self._order(number, len(window), epoch)
+            for place in order[start - begin :].tolist():
+                yield window[place]
+            start = begin + len(window)
+            number, begin, end = number + 1, end, end + self._window
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        return epoch, self._bounds(position, epoch)[1]
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(self._permuted(index, epoch), epoch)
+
+    def _permuted(self, index: int, epoch: int) -> int:
+        number, begin, end = self._bounds(index, epoch)
+        return begin + int(self._order(number, end - begin, epoch)[index - begin])
+
+    def _epoch(self, epoch: int) -> int:
+        return epoch if self._reshuffles else 0
+
+    def _bounds(self, index: int, epoch: int) -> tuple[int, int, int]:
+        """Return the number, the start and the end of the window that holds ``index``."""
+        missing = round_keys(self._seed, self._epoch(epoch))[0] % self._window
+        number = (index + missing) // self._window
+        begin = max(0, number * self._window - missing)
+        end = (number + 1) * self._window - missing
+        if self.length is not None and end > self.length:
+            end = int(self.length)
+        return number, begin, end
+
+    def _order(self, number: int, length: int, epoch: int) -> Indices:
+        latest_epoch, latest_number, order = self._latest
+        if latest_number != number or latest_epoch != epoch or len(order) != length:
+            keys = round_keys(self._seed, self._epoch(epoch), number)
+            order = permute(np.arange(length, dtype=np.int64), length, keys)
+            order.flags.writeable = False
+            self._latest = (epoch, number, order)
+        return order
+
+
+def _check_seed(seed: int, reshuffle_each_epoch: bool) -> int:
+    if not isinstance(reshuffle_each_epoch, bool):
+        raise DatasetError(
+            "shuffle: expected reshuffle_each_epoch to be True or False; "
+            f"got {reshuffle_each_epoch!r}"
+        )
+    return check_count("shuffle", "seed", seed, 0)

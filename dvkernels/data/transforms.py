@@ -68,6 +68,9 @@ class Map(_Transform):
 class Filter(_Transform):
     """The elements for which ``predicate(element)`` is true; sequential."""
 
+    remembers = True
+    first_mark = 0  # How many elements of the source have been looked at.
+
     def __init__(self, source: Node, predicate: Callable[[Any], object]) -> None:
         check_callable("filter", predicate, "pass a function of one element that returns a bool")
         super().__init__(source, 0 if source.length == 0 else None)
@@ -78,12 +81,19 @@ class Filter(_Transform):
         return f"filter({callable_name(self._predicate)})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        passed = (
-            element
-            for index, element in enumerate(self.source.iterate(epoch))
-            if self._passes(element, index, epoch)
-        )
-        return itertools.islice(passed, start, None)
+        position, begin = (0, 0) if self.marks is None else self.marks.resume(epoch, start)
+        for index, element in enumerate(self.source.iterate(epoch, begin), begin):
+            if not self._passes(element, index, epoch):
+                continue
+            position += 1
+            if self.marks is not None:
+                self.marks.add(epoch, position, index + 1)
+            if position > start:
+                yield element
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        assert self.marks is not None
+        return epoch, self.marks.find(epoch, position)[1]
 
     def _passes(self, element: Any, index: int, epoch: int) -> bool:
         try:
@@ -123,11 +133,14 @@ class Batch(_Transform):
         if self.random_access:
             yield from super().iterate(epoch, start)
             return
-        elements = self.source.iterate(epoch, start * self._size)
+        elements = self.source.iterate(*self.upstream(epoch, start))
         while run := list(itertools.islice(elements, self._size)):
             if len(run) < self._size and self._drops:
                 return
             yield stack(run)
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        return epoch, position * self._size
 
 
 class Repeat(_Transform):
@@ -136,6 +149,9 @@ class Repeat(_Transform):
     Repetition r of epoch e is epoch ``e * count + r`` of the source, so that a shuffle before it
     reshuffles for each; of an endless one it is epoch ``e * 2**32 + r``.
     """
+
+    remembers = True
+    first_mark = (0, 0)  # The repetition, and the place in it.
 
     def __init__(self, source: Node, count: int | None) -> None:
         if count is not None:
@@ -188,17 +204,23 @@ class Repeat(_Transform):
         if self.random_access:
             yield from super().iterate(epoch, start)
             return
-        repetitions = itertools.count() if self._count is None else range(self._count)
-        for repetition in repetitions:
-            is_empty = True
-            for element in self.source.iterate(epoch * self._stride + repetition):
-                is_empty = False
-                if start > 0:
-                    start -= 1
-                else:
+        marks = self.marks
+        position, (repetition, place) = (0, (0, 0)) if marks is None else marks.resume(epoch, start)
+        while self._count is None or repetition < self._count:
+            for element in self.source.iterate(epoch * self._stride + repetition, place):
+                position, place = position + 1, place + 1
+                if marks is not None:
+                    marks.add(epoch, position, [repetition, place])
+                if position > start:
                     yield element
-            if is_empty:  # So would be all the others, and an endless one would hang.
+            if place == 0:  # Empty. So would be all the others, and an endless one would hang.
                 return
+            repetition, place = repetition + 1, 0
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        assert self.marks is not None
+        repetition, place = self.marks.find(epoch, position)[1]
+        return epoch * self._stride + repetition, place
 
     def origin(self, index: int, epoch: int) -> int | None:
         repetition, place = self._place(index)
@@ -265,7 +287,10 @@ class Skip(_Transform):
         return self.source.batch(start + self._count, stop + self._count, epoch)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        return self.source.iterate(epoch, start + self._count)
+        return self.source.iterate(*self.upstream(epoch, start))
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        return epoch, position + self._count
 
     def origin(self, index: int, epoch: int) -> int | None:
         return self.source.origin(index + self._count, epoch)
@@ -300,8 +325,11 @@ class Shard(_Transform):
         return self.gather(np.arange(start, stop, dtype=np.int64), epoch)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        elements = self.source.iterate(epoch, start * self._num + self._index)
+        elements = self.source.iterate(*self.upstream(epoch, start))
         return itertools.islice(elements, 0, None, self._num)
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        return epoch, position * self._num + self._index
 
     def origin(self, index: int, epoch: int) -> int | None:
         return self.source.origin(index * self._num + self._index, epoch)

@@ -179,7 +179,7 @@ def fitting_state():
         ({}, "lacks format"),
         ({**fitting_state(), "extra": 1}, "also has extra"),
         ({**fitting_state(), "format": "zip"}, "'zip'"),
-        ({**fitting_state(), "version": 2}, "newer"),
+        ({**fitting_state(), "version": 3}, "newer"),
         ({**fitting_state(), "version": "1"}, "version"),
         ({**fitting_state(), "epoch": -1}, "epoch"),
         ({**fitting_state(), "epoch": True}, "epoch"),

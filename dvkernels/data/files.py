@@ -1,0 +1,163 @@
+"""Elements out of files, in the order of the files."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from dvkernels.data.checks import check_callable
+from dvkernels.data.node import Node, add_note, callable_name
+from dvkernels.data.sources import SupportsIndexing
+from dvkernels.errors import DatasetError
+
+__all__ = ["MAX_OPEN_FILES", "FromFiles", "FromIndexedFiles"]
+
+# So few that no limit of open files is met; a batch out of a shuffled dataset touches more.
+MAX_OPEN_FILES = 8
+
+
+class _Files(Node):
+    """Paths, and a reader of one of them."""
+
+    def __init__(
+        self, paths: Iterable[str | os.PathLike[str]], reader: Callable[[str], Any]
+    ) -> None:
+        check_callable(
+            "from_files", reader, "pass a function of one path that returns the file's elements"
+        )
+        self.files = check_paths(paths)
+        self._reader = reader
+
+    def describe(self) -> str:
+        # The order depends on the names; the folder may be another one on the next machine.
+        names = "/".join(os.path.basename(path) for path in self.files)
+        digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:8]
+        return (
+            f"from_files(count={len(self.files)}, names={digest}, "
+            f"reader={callable_name(self._reader)})"
+        )
+
+    def _verb(self, path: str) -> str:
+        return f"{callable_name(self._reader)}({path!r})"
+
+
+class FromFiles(_Files):
+    """What ``reader`` yields of each file; sequential. One file is open at a time."""
+
+    random_access = False
+    length = None
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        index = 0
+        for path in self.files:
+            opened: Any = None  # Closing twice does no harm: a file is its own iterator.
+            elements: Iterator[Any] | None = None
+            try:
+                opened = self._reader(path)
+                if not isinstance(opened, Iterable):
+                    raise DatasetError(
+                        f"from_files: expected the reader to return an iterable; got {opened!r:.80}"
+                        f", a {type(opened).__name__}, for {path!r}; write it as a generator "
+                        "function"
+                    )
+                elements = iter(opened)
+                for element in elements:
+                    if index >= start:
+                        yield element
+                    index += 1
+            except DatasetError:
+                raise
+            except Exception as error:
+                add_note(error, self._verb(path), self, index, epoch)
+                raise
+            finally:
+                for held in (elements, opened):
+                    if callable(close := getattr(held, "close", None)):
+                        close()
+
+
+class FromIndexedFiles(_Files):
+    """What ``reader`` returns of each file has a length and elements; random access.
+
+    Files are opened on demand. One that has not been used for longest is let go of, not closed:
+    another thread may be reading it, and it closes when nothing refers to it.
+    """
+
+    random_access = True
+
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        reader: Callable[[str], SupportsIndexing],
+    ) -> None:
+        super().__init__(paths, reader)
+        self._lock = threading.Lock()
+        self._open: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
+        lengths = [len(self._opened(number)) for number in range(len(self.files))]
+        self._stops = list(itertools.accumulate(lengths))
+        self.length: int = sum(lengths)
+
+    def describe(self) -> str:
+        return f"{super().describe()[:-1]}, length={self.length})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        number = bisect.bisect_right(self._stops, index)
+        place = index - (self._stops[number - 1] if number else 0)
+        try:
+            return self._opened(number)[place]
+        except DatasetError:
+            raise
+        except Exception as error:
+            add_note(error, self._verb(self.files[number]), self, index, epoch)
+            raise
+
+    def origin(self, index: int, epoch: int) -> int:
+        return index
+
+    def _opened(self, number: int) -> SupportsIndexing:
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+            opened: SupportsIndexing = self._reader(self.files[number])
+            if not hasattr(opened, "__len__") or not hasattr(opened, "__getitem__"):
+                raise DatasetError(
+                    "from_files: expected the reader to return an object with __len__ and "
+                    f"__getitem__(index); got a {type(opened).__name__} for "
+                    f"{self.files[number]!r}; leave random_access out for what can only be iterated"
+                )
+            self._open[number] = opened
+            if len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+            return opened
+
+
+def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Return the paths as strings; raise :class:`DatasetError` unless all exist."""
+    if isinstance(paths, str | bytes | os.PathLike) or not isinstance(paths, Iterable):
+        raise DatasetError(
+            f"from_files: expected a list of paths; got {paths!r:.80}, a {type(paths).__name__}; "
+            "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
+        )
+    names: Sequence[Any] = list(paths)
+    for place, name in enumerate(names):
+        if not isinstance(name, str | os.PathLike):
+            raise DatasetError(
+                f"from_files: expected paths; got {name!r:.80}, a {type(name).__name__}, as "
+                f"paths[{place}]; pass strings or pathlib.Path objects"
+            )
+    files = tuple(os.fspath(name) for name in names)
+    missing = [name for name in files if not os.path.exists(name)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DatasetError(
+            f"from_files: expected paths that exist; {missing[0]!r}{more} (of {len(files)}) does "
+            f"not, seen from {os.getcwd()!r}; pass full paths"
+        )
+    return files

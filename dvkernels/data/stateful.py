@@ -1,0 +1,148 @@
+"""Any other reader: a source that keeps its own state, and is resumed through it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from dvkernels.data.node import Node, add_note
+from dvkernels.errors import DatasetError
+
+__all__ = ["FromSource", "Reader", "Source"]
+
+
+class Reader(Protocol):
+    """Goes through one epoch of a :class:`Source`, for one iterator.
+
+    It may also have ``close()``, which is called when the reader is no longer needed.
+    """
+
+    def __next__(self) -> Any:
+        """Return the next element; ``StopIteration`` at the end of the epoch."""
+        ...
+
+    def state(self) -> Any:
+        """Return what ``open`` needs to go on behind the latest element.
+
+        It is asked for after each element, so it should cost little: numbers, strings, and
+        lists and dicts of them, a few dozen bytes.
+        """
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What :meth:`Dataset.from_source` reads: a table, an archive, a database.
+
+    Three methods are the whole protocol: ``open`` here, ``__next__`` and ``state`` of the
+    :class:`Reader` it returns. A source is shared by all iterators and has no place of its own;
+    each reader has one.
+
+    Examples
+    --------
+    >>> from dvkernels.data.dataset import Dataset
+    >>> class Countdown:
+    ...     def open(self, epoch, state):
+    ...         return CountdownReader(3 if state is None else state)
+    >>> class CountdownReader:
+    ...     def __init__(self, left):
+    ...         self.left = left
+    ...     def __next__(self):
+    ...         if self.left == 0:
+    ...             raise StopIteration
+    ...         self.left -= 1
+    ...         return self.left
+    ...     def state(self):
+    ...         return self.left
+    >>> list(Dataset.from_source(Countdown()))
+    [2, 1, 0]
+    """
+
+    def open(self, epoch: int, state: Any) -> Reader:
+        """Return a new reader: at the start of the epoch for None, else where ``state`` was asked.
+
+        The state is what JSON made of the one that ``Reader.state`` returned: tuples have become
+        lists. The elements that follow must be those that followed then.
+        """
+        ...
+
+
+class FromSource(Node):
+    """The elements of a :class:`Source`; sequential, resumed through the source's state."""
+
+    random_access = False
+    length = None
+    is_replayable = False
+    remembers = True
+    first_mark = None  # The state of the source, as JSON text: nobody can change it later.
+
+    def __init__(self, source: Source) -> None:
+        if isinstance(source, type) or not callable(getattr(source, "open", None)):
+            raise DatasetError(
+                "from_source: expected an object with open(epoch, state), which returns a reader "
+                f"with __next__() and state(); got {source!r:.80}, a {type(source).__name__}; "
+                "use from_iterable(factory) for what has no state"
+            )
+        self._source = source
+
+    def describe(self) -> str:
+        return f"from_source({type(self._source).__qualname__})"
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        index, text = (0, None) if self.marks is None else self.marks.resume(epoch, start)
+        name, verb = type(self._source).__name__, "open"
+        reader: Any = None
+        try:
+            reader = self._source.open(epoch, None if text is None else json.loads(text))
+            self._check(reader)
+            while True:
+                verb = "__next__"
+                try:
+                    element = next(reader)
+                except StopIteration:
+                    return
+                index += 1
+                if self.marks is not None:
+                    verb = "state"
+                    self.marks.add(epoch, index, self._text(reader.state()))
+                if index > start:
+                    yield element
+        except DatasetError:
+            raise
+        except Exception as error:
+            add_note(error, f"{name}.{verb}", self, index, epoch)
+            raise
+        finally:
+            if callable(close := getattr(reader, "close", None)):
+                close()
+
+    def release(self, epoch: int, position: int) -> list[Any]:
+        assert self.marks is not None
+        epoch, place, text = self.marks.release(epoch, position)
+        return [[epoch, place, None if text is None else json.loads(text)]]
+
+    def restore(self, memory: Iterator[Any]) -> None:
+        assert self.marks is not None
+        entry = next(memory, None)
+        if isinstance(entry, list) and len(entry) == 3:
+            epoch, place, state = entry
+            entry = [epoch, place, None if place == 0 else self._text(state)]
+        self.marks.restore(entry)
+
+    def _check(self, reader: object) -> None:
+        lacking = [name for name in ("__next__", "state") if not hasattr(reader, name)]
+        if lacking:
+            raise DatasetError(
+                "from_source: expected open() to return a reader with __next__() and state(); got "
+                f"a {type(reader).__name__} without {' and '.join(lacking)}; add what is missing"
+            )
+
+    def _text(self, state: object) -> str:
+        try:
+            return json.dumps(state)
+        except (TypeError, ValueError) as error:
+            raise DatasetError(
+                f"from_source: expected a state that JSON can hold; got {state!r:.80} ({error}); "
+                "return numbers, strings, and lists and dicts of them: int(n) for a NumPy integer"
+            ) from error

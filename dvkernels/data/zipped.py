@@ -1,0 +1,56 @@
+"""Several datasets side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from dvkernels.data.node import Indices, Length, Node
+
+__all__ = ["Zip"]
+
+
+class Zip(Node):
+    """Tuples of the elements with one index; as long as the shortest of the sources."""
+
+    source: Node  # The first one; its links come first in the pipeline.
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._nodes = tuple(nodes)
+        self.source = self._nodes[0]
+        self.random_access = all(node.random_access for node in nodes)
+        lengths = [node.length for node in nodes]
+        length: Length = None
+        if 0 in lengths:
+            length = 0
+        elif None not in lengths:
+            length = min(known for known in lengths if known is not None)
+        self.length = length
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        return self._nodes
+
+    def describe(self) -> str:
+        return f"zip({', '.join(repr(node) for node in self._nodes[1:])})"
+
+    def own_chain(self) -> Self:
+        twin = super().own_chain()
+        twin._nodes = (twin.source, *(node.own_chain() for node in self._nodes[1:]))
+        return twin
+
+    def element(self, index: int, epoch: int) -> Any:
+        return tuple(node.element(index, epoch) for node in self._nodes)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        return tuple(node.gather(indices, epoch) for node in self._nodes)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return tuple(node.batch(start, stop, epoch) for node in self._nodes)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        yield from zip(*(node.iterate(epoch, start) for node in self._nodes), strict=False)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        origins = {node.origin(index, epoch) for node in self._nodes}
+        return origins.pop() if len(origins) == 1 else None

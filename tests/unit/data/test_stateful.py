@@ -1,0 +1,209 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from dvkernels.data.dataset import Dataset
+from dvkernels.data.distributed import DistributedDataset
+from dvkernels.errors import DatasetError
+
+
+class Counting:
+    """The numbers 100 * epoch + i; remembers how it was opened and what was read."""
+
+    def __init__(self, length=10, fails_at=()):
+        self.length, self.fails_at = length, set(fails_at)
+        self.opened, self.read, self.num_closed = [], [], 0
+
+    def open(self, epoch, state):
+        self.opened.append((epoch, state))
+        return CountingReader(self, epoch, 0 if state is None else state["next"])
+
+
+class CountingReader:
+    def __init__(self, source, epoch, place):
+        self.source, self.epoch, self.held = source, epoch, {"next": place}
+
+    def __next__(self):
+        place = self.held["next"]
+        if place == self.source.length:
+            raise StopIteration
+        if place in self.source.fails_at:
+            self.source.fails_at.remove(place)
+            raise OSError("gone for a moment")
+        self.held["next"] += 1
+        self.source.read.append(100 * self.epoch + place)
+        return np.int64(100 * self.epoch + place)
+
+    def state(self):
+        return self.held  # always the same dict: a reader need not copy
+
+    def close(self):
+        self.source.num_closed += 1
+
+
+def ints(elements):
+    return [int(x) for x in elements]
+
+
+def test_each_iterator_has_a_reader_of_its_own():
+    dataset = Dataset.from_source(Counting(4))
+    first, second = iter(dataset), iter(dataset)
+    assert [int(next(first)), int(next(first)), int(next(second))] == [0, 1, 0]
+    assert ints(first) == [2, 3]
+    assert ints(second) == [1, 2, 3]
+
+
+def test_a_resume_opens_the_source_at_its_state_and_reads_nothing_twice():
+    source = Counting()
+    distributed = DistributedDataset(Dataset.from_source(source).batch(3), 2)
+    iterator = iter(distributed)
+    next(iterator)
+    next(iterator)
+    state = json.loads(json.dumps(iterator.state_dict()))
+    iterator.close()
+    assert state["version"] == 2
+    assert state["memory"] == [[0, 6, {"next": 6}]]
+    source.opened.clear()
+    source.read.clear()
+    resumed = iter(distributed)
+    resumed.load_state_dict(state)
+    assert [x for batch in resumed for part in batch.values for x in part] == [6, 7, 8, 9]
+    assert source.opened == [(0, {"next": 6})]
+    assert source.read == [6, 7, 8, 9]
+
+
+def test_filter_and_repeat_find_their_place_without_replay():
+    source = Counting(10)
+    dataset = Dataset.from_source(source).filter(lambda x: x % 3 == 0).repeat(2).batch(1)
+    distributed = DistributedDataset(dataset, 1)
+    iterator = iter(distributed)
+    for _ in range(6):  # 0 3 6 9, and 102 105 of epoch 1
+        batch = next(iterator)
+    assert batch.values[0].tolist() == [105]
+    state = json.loads(json.dumps(iterator.state_dict()))
+    source.read.clear()
+    resumed = iter(distributed)
+    resumed.load_state_dict(state)
+    assert [int(batch.values[0][0]) for batch in resumed] == [108]
+    assert source.read == [106, 107, 108, 109]
+
+
+def test_readers_are_closed():
+    source = Counting()
+    with iter(DistributedDataset(Dataset.from_source(source).batch(2), 1)) as iterator:
+        next(iterator)
+        assert source.num_closed == 0
+        state = iterator.state_dict()
+    assert source.num_closed == 1
+    assert iterator.state_dict() == state
+    list(Dataset.from_source(source))
+    assert source.num_closed == 2
+
+
+def test_an_error_is_tried_again_from_the_state():
+    source = Counting(6, fails_at=[4])
+    iterator = iter(Dataset.from_source(source).batch(3))
+    assert next(iterator).tolist() == [0, 1, 2]
+    with pytest.raises(OSError, match="moment") as caught:
+        next(iterator)
+    assert "Counting.__next__ failed at element 4" in caught.value.__notes__[0]
+    assert next(iterator).tolist() == [3, 4, 5]
+    assert source.opened == [(0, None), (0, {"next": 3})]
+
+
+def test_take_skip_shard_and_zip_resume_as_well():
+    source = Counting(20)
+    dataset = Dataset.from_source(source).skip(2).shard(3, 1).take(5)
+    both = dataset.zip(Dataset.range(4), Dataset.from_source(Counting(9)).filter(lambda x: x > 1))
+    wanted = [(3, 0, 2), (6, 1, 3), (9, 2, 4), (12, 3, 5)]
+    assert [tuple(ints(element)) for element in both] == wanted
+    distributed = DistributedDataset(both.batch(1), 1)
+    for count in range(5):
+        iterator = iter(distributed)
+        distributed.set_epoch(0)
+        iterator = iter(distributed)
+        list(itertools.islice(iterator, count))
+        resumed = iter(distributed)
+        resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
+        rest = [tuple(int(part.values[0][0]) for part in batch) for batch in resumed]
+        assert rest == wanted[count:]
+
+
+def test_pipelines_without_such_a_source_keep_their_state():
+    iterator = iter(DistributedDataset(Dataset.range(9).filter(lambda x: x > 2).batch(2), 1))
+    next(iterator)
+    state = iterator.state_dict()
+    assert state["version"] == 1
+    assert "memory" not in state
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"memory": []},
+        {"memory": None},
+        {"memory": [3]},
+        {"memory": [[0, -1, None], [0, 0, 0]]},
+        {"memory": [[0, 1, None]]},
+        {"memory": [[0, 1, "x"], [0, 1, {"next": 1}]]},
+        {"memory": [[0, 1, 1], [0, 1, {"next": 1}], [0, 0, 0]]},
+        {"version": 1},
+    ],
+)
+def test_a_damaged_memory_is_refused_and_changes_nothing(damage):
+    dataset = Dataset.from_source(Counting()).filter(lambda x: x >= 0).batch(2)
+    iterator = iter(DistributedDataset(dataset, 1))
+    next(iterator)
+    before = iterator.state_dict()
+    if damage == {"memory": []}:
+        damage = {"memory": [], "epoch": -1}
+    with pytest.raises(DatasetError, match="damaged"):
+        iterator.load_state_dict({**before, **damage})
+    assert iterator.state_dict() == before
+    assert next(iterator).values[0].tolist() == [2, 3]
+
+
+def test_the_state_cannot_be_changed_from_outside():
+    iterator = iter(DistributedDataset(Dataset.from_source(Counting()).batch(2), 1))
+    next(iterator)
+    iterator.state_dict()["memory"][0][2]["next"] = 77
+    assert iterator.state_dict()["memory"] == [[0, 2, {"next": 2}]]
+
+
+class Wrong:
+    def __init__(self, reader):
+        self.reader = reader
+
+    def open(self, epoch, state):
+        return self.reader
+
+
+class Stateless:
+    def __next__(self):
+        return 1
+
+
+class NumpyState(Stateless):
+    def state(self):
+        return np.int64(3)
+
+
+@pytest.mark.parametrize(
+    ("reader", "words"),
+    [
+        (iter([1]), "list_iterator without state; add what is missing"),
+        (None, "NoneType without __next__ and state"),
+        (NumpyState(), r"expected a state that JSON can hold.*int\(n\)"),
+    ],
+)
+def test_what_a_source_returns_is_checked(reader, words):
+    with pytest.raises(DatasetError, match=words):
+        next(iter(Dataset.from_source(Wrong(reader))))
+
+
+@pytest.mark.parametrize("source", [Counting, [1, 2], open])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(DatasetError, match=r"expected an object with open\(epoch, state\)"):
+        Dataset.from_source(source)
