@@ -41,8 +41,8 @@ class InputOptions:
     Examples
     --------
     >>> import dvkernels as dv
-    >>> dv.InputOptions(prefetch=2).auto_shard_policy
-    <AutoShardPolicy.AUTO>
+    >>> dv.InputOptions(prefetch=2).auto_shard_policy.name
+    'AUTO'
     """
 
     prefetch: int | None = None
