@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import queue
 import threading
 import time
@@ -83,12 +85,17 @@ class _Fetcher:
     def __init__(
         self, node: Node, epoch: int, position: int, depth: int, skips: Skips | None
     ) -> None:
-        self._held: queue.Queue[_Fetched] = queue.Queue(maxsize=depth)
+        # Simple queues, since an interrupt between two of their operations does no harm.
+        self._held: queue.SimpleQueue[_Fetched] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(depth):
+            self._free.put(None)
+        self._sizes: collections.deque[int] = collections.deque()
         self._stop = threading.Event()
         cursor = Cursor(node, epoch, position)
         self._thread = threading.Thread(
             target=_fetch,
-            args=(cursor, self._held, self._stop, skips),
+            args=(cursor, self._held, self._free, self._sizes, self._stop, skips),
             name="dvkernels-data-ahead",
             daemon=True,
         )
@@ -107,58 +114,66 @@ class _Fetcher:
                     raise RuntimeError("the prefetching thread has ended without a word") from None
         if fetched.error is not None:
             raise fetched.error
+        self._sizes.popleft()
+        self._free.put(None)
         return fetched
 
     @property
     def num_held(self) -> int:
         """How many elements are ready."""
-        return self._held.qsize()
+        return len(self._sizes)
 
     def nbytes_held(self) -> int:
         """Return the bytes of the arrays that are ready."""
-        with self._held.mutex:
-            held = [fetched.element for fetched in self._held.queue]
-        leaves: list[Any] = optree.tree_leaves(held)  # type: ignore[arg-type]
-        return sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+        return sum(self._sizes.copy())
 
     def close(self) -> None:
         """End the thread; wait for it, unless user code keeps it."""
         self._stop.set()
-        while True:
-            try:
-                self._held.get_nowait()
-            except queue.Empty:
-                break
+        self._free.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join(_JOIN_SECONDS)
 
 
 def _fetch(
-    cursor: Cursor, held: queue.Queue[_Fetched], stop: threading.Event, skips: Skips | None
+    cursor: Cursor,
+    held: queue.SimpleQueue[_Fetched],
+    free: queue.SimpleQueue[None],
+    sizes: collections.deque[int],
+    stop: threading.Event,
+    skips: Skips | None,
 ) -> None:
     skipping.set(skips)  # a thread has a context of its own
     try:
-        while not stop.is_set():
+        while _is_free(free, stop):
             began = time.perf_counter()
+            element, error = None, None
             try:
-                element, error = next(cursor), None
+                element = next(cursor)
             except BaseException as raised:
-                element, error = None, raised
+                error = raised
+            sizes.append(_nbytes(element))
             seconds = time.perf_counter() - began
-            fetched = _Fetched(element, error, seconds, cursor.position)
-            del element, error
-            is_last = fetched.error is not None
-            while not stop.is_set():
-                try:
-                    held.put(fetched, timeout=_LOOK_UP_SECONDS)
-                    break
-                except queue.Full:
-                    continue
-            del fetched  # hold nothing while the next is computed
-            if is_last:
+            held.put(_Fetched(element, error, seconds, cursor.position))
+            if error is not None:
                 return
+            del element  # hold nothing while the next is computed
     finally:
         cursor.close()
+
+
+def _is_free(free: queue.SimpleQueue[None], stop: threading.Event) -> bool:
+    """Wait for room for one more element; False: it is time to end."""
+    while not stop.is_set():
+        with contextlib.suppress(queue.Empty):
+            free.get(timeout=_LOOK_UP_SECONDS)
+            return not stop.is_set()
+    return False
+
+
+def _nbytes(element: Any) -> int:
+    leaves: list[Any] = optree.tree_leaves(element)
+    return sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
 
 
 _living: weakref.WeakSet[_Fetcher] = weakref.WeakSet()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -133,7 +134,16 @@ _installed: Callable[[Any], Any] | None = None  # in a worker process
 def _install(pickled: bytes) -> None:
     global _installed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _installed = pickle.loads(pickled)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone: a killed one cannot say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _apply_installed(elements: Sequence[Any]) -> list[Outcome]:

@@ -8,6 +8,8 @@ import logging
 import operator
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -250,3 +252,34 @@ def test_strategies_take_options():
             lambda here: Dataset.range(5).batch(1), options
         )
         assert numbers(dealt) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_program(tmp_path, sent):
+    (tmp_path / "work.py").write_text(
+        "import time\ndef slow(x):\n    time.sleep(0.02)\n    return x\n"
+    )
+    (tmp_path / "program.py").write_text(
+        "import dvkernels as dv, work\n"
+        "if __name__ == '__main__':\n"
+        "    data = dv.Dataset.range(10**6).map(work.slow, num_workers=2, workers='processes')\n"
+        "    for batch in data.batch(4).prefetch(2):\n"
+        "        print(batch, flush=True)\n"
+    )
+    root = os.path.dirname(os.path.dirname(dv.__file__))
+    with subprocess.Popen(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as program:
+        assert program.stdout.readline()
+        family = psutil.Process(program.pid).children(recursive=True)
+        assert len(family) >= 2
+        program.send_signal(sent)
+        program.stdout.close()
+        program.wait(20)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
