@@ -21,6 +21,8 @@ from dvkernels.data.dataset import Dataset as Dataset
 from dvkernels.data.distributed import DistributedDataset as DistributedDataset
 from dvkernels.data.distributed import DistributedIterator as DistributedIterator
 from dvkernels.data.input_context import InputContext as InputContext
+from dvkernels.data.options import AutoShardPolicy as AutoShardPolicy
+from dvkernels.data.options import InputOptions as InputOptions
 from dvkernels.devices.base import Device as Device
 from dvkernels.devices.registry import list_devices as list_devices
 from dvkernels.profiler.debugging import debug as debug

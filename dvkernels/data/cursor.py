@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels.data.node import Node
+from dvkernels.data.node import EmptyRunError, Node
+from dvkernels.data.skips import skipping
+from dvkernels.errors import DatasetError
 
 __all__ = ["Cursor", "Place"]
 
@@ -28,6 +31,8 @@ class Cursor(Iterator[Any]):
 
     def __init__(self, node: Node, epoch: int = 0, position: int = 0) -> None:
         self._shared = node
+        self._is_open = False
+        self._lease: weakref.finalize[Any, Any] | None = None
         self.move_to(epoch, position)
 
     @property
@@ -40,25 +45,55 @@ class Cursor(Iterator[Any]):
         self.epoch = epoch
         self.position = position
         self.memory = memory
-        self._node = self._shared
-        if self._shared.needs_own_chain:
-            self._node = self._shared.own_chain()
-            if memory:
-                self._node.restore(iter(memory))
+        self._own: Node | None = None
         self._stream: Iterator[Any] | None = None  # Sequential nodes only, as are the next two.
         self._pending: list[Any] = []
         self._at_end = False
+        self._beyond = position  # of what was looked at last
+
+    @property
+    def _node(self) -> Node:
+        if not self._shared.needs_own_chain:
+            return self._shared
+        if self._own is None:
+            self._own = self._shared.own_chain()
+            if self.memory:
+                self._own.restore(iter(self.memory))
+        return self._own
 
     def peek(self) -> Any:
         """Return the element at the position; ``StopIteration`` at the end."""
         return self.peek_many(1)[0]
 
+    def close(self) -> None:
+        """Let go of what the nodes hold: streams, workers. Looking again takes them anew."""
+        if self._stream is not None:
+            end = getattr(self._stream, "close", None)
+            self._stream = None
+            if end is not None:
+                end()
+        self._is_open = False
+        if self._lease is not None:
+            self._lease()
+            self._lease = None
+
     def peek_many(self, count: int) -> list[Any]:
         """Return the next ``count`` elements, fewer at the end; ``StopIteration`` if none."""
         node = self._node
+        if not self._is_open:
+            self._open()
+        try:
+            return self._look(node, count)
+        except StopIteration:
+            self.close()
+            raise
+
+    def _look(self, node: Node, count: int) -> list[Any]:
         if node.random_access:
             assert node.length is not None
-            stop = int(min(self.position + count, node.length))
+            if skipping.get() is not None:
+                return self._look_past_errors(node, count)
+            self._beyond = stop = int(min(self.position + count, node.length))
             if self.position >= stop:
                 raise StopIteration
             return [node.element(k, self.epoch) for k in range(self.position, stop)]
@@ -68,14 +103,43 @@ class Cursor(Iterator[Any]):
         except StopIteration:
             if not self._pending:
                 raise
-        return self._pending[:count]
+        found = self._pending[:count]
+        self._beyond = self.position + len(found)
+        return found
 
-    def advance(self, count: int = 1) -> None:
-        """Move past elements that have been looked at."""
+    def _look_past_errors(self, node: Node, count: int) -> list[Any]:
+        skips, place = skipping.get(), self.position
+        found: list[Any] = []
+        assert skips is not None
+        while len(found) < count and place < (node.length or 0):
+            try:
+                found.append(node.element(place, self.epoch))
+            except EmptyRunError:
+                pass  # each element of it has been noted
+            except DatasetError:
+                raise
+            except Exception as error:
+                skips.note(error, f"element {place} of {node!r} (epoch {self.epoch})")
+            place += 1
+        self._beyond = place
+        if not found:
+            raise StopIteration
+        return found
+
+    def _open(self) -> None:
+        held = [link for link in self._node.links() if link.is_held]
+        for link in held:
+            link.hold()
+        if held:
+            self._lease = weakref.finalize(self, _let_go, held)
+        self._is_open = True
+
+    def advance(self) -> None:
+        """Move past the elements that were looked at last, and those left out before them."""
         if self._shared.needs_own_chain:
-            self.memory = self._node.release(self.epoch, self.position + count)
-        del self._pending[:count]
-        self.position += count
+            self.memory = self._node.release(self.epoch, self._beyond)
+        self._pending.clear()
+        self.position = self._beyond
 
     def __next__(self) -> Any:
         element = self.peek()
@@ -96,3 +160,8 @@ class Cursor(Iterator[Any]):
         except BaseException:
             self._stream = None  # A generator that raised is over: the next call replays.
             raise
+
+
+def _let_go(held: list[Node]) -> None:
+    for link in held:
+        link.let_go()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from dvkernels.data.ahead import Ahead
 from dvkernels.data.cursor import Cursor
 from dvkernels.data.files import FromFiles, FromIndexedFiles
 from dvkernels.data.live import FromLive
@@ -14,7 +15,17 @@ from dvkernels.data.node import Length, Node
 from dvkernels.data.shuffle import Shuffle, WindowedShuffle
 from dvkernels.data.sources import FromArrays, FromIterable, FromSequence, Range, SupportsIndexing
 from dvkernels.data.stateful import FromSource, Source
-from dvkernels.data.transforms import Batch, Filter, Map, Repeat, Shard, Skip, Take
+from dvkernels.data.transforms import (
+    Batch,
+    Filter,
+    Map,
+    Prefetch,
+    Repeat,
+    Shard,
+    Skip,
+    Take,
+    prefetch_depth,
+)
 from dvkernels.data.zipped import Zip
 from dvkernels.errors import DatasetError
 
@@ -329,18 +340,50 @@ class Dataset:
             return Dataset(Shuffle(self._node, seed, reshuffle_each_epoch))
         return Dataset(WindowedShuffle(self._node, seed, window, reshuffle_each_epoch))
 
-    def map(self, fn: Callable[[Any], Any], *, num_workers: int = 0) -> Dataset:
+    def map(
+        self, fn: Callable[[Any], Any], *, num_workers: int = 0, workers: str = "threads"
+    ) -> Dataset:
         """Replace each element by ``fn(element)``.
 
-        ``num_workers`` must be 0 for now. The function's qualified name is part of the state of
-        an iterator, so a resume under another name is refused.
+        Parameters
+        ----------
+        fn : callable
+            Its qualified name is part of the state of an iterator, so a resume under another name
+            is refused.
+        num_workers : int
+            How many threads or processes share the elements of a batch; 0 calls ``fn`` where the
+            batch is asked for. The order is kept.
+        workers : {"threads", "processes"}
+            Threads gain where ``fn`` releases the interpreter's lock (NumPy on large arrays, Numba
+            with ``nogil``, reading files), processes where it does not. Processes are spawned, so
+            ``fn`` must be importable, and elements and results are sent to and fro. They are
+            started by the first iterator and end with the last.
+
+        Raises
+        ------
+        DatasetError
+            ``fn`` is not callable, or cannot be sent to a process.
 
         Examples
         --------
         >>> list(Dataset.from_sequence([1, 2]).map(lambda x: 10 * x))
         [10, 20]
         """
-        return Dataset(Map(self._node, fn, num_workers))
+        return Dataset(Map(self._node, fn, num_workers, workers))
+
+    def prefetch(self, n: int) -> Dataset:
+        """Have iterators hold ``n`` elements ready, which a thread computes.
+
+        The elements, their order and every state stay the same: what is held ready and not
+        delivered does not count. Worth it where computing an element releases the interpreter's
+        lock, or waits.
+
+        Examples
+        --------
+        >>> [batch.tolist() for batch in Dataset.range(4).batch(2).prefetch(1)]
+        [[0, 1], [2, 3]]
+        """
+        return Dataset(Prefetch(self._node, n))
 
     def filter(self, predicate: Callable[[Any], object]) -> Dataset:
         """Keep the elements for which ``predicate(element)`` is true; sequential from here on.
@@ -412,7 +455,8 @@ class Dataset:
         return Dataset(Shard(self._node, num, index))
 
     def __iter__(self) -> Iterator[Any]:
-        return Cursor(self._node)
+        depth = prefetch_depth(self._node)
+        return Ahead(self._node, 0, 0, depth) if depth else Cursor(self._node)
 
     def __len__(self) -> int:
         return known_length(self._node.length)

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from dvkernels.data.ahead import Ahead
 from dvkernels.data.checks import check_count
+from dvkernels.data.clock import Clock, InputStats
 from dvkernels.data.cursor import Cursor
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
+from dvkernels.data.options import InputOptions
+from dvkernels.data.skips import Skips, skipping
 from dvkernels.data.state import read_state, write_state
+from dvkernels.data.transforms import prefetch_depth
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
 
 __all__ = ["DistributedDataset", "DistributedIterator", "DistributedOptional"]
+
+
+_PLAIN = InputOptions()
 
 
 def _allow(member: str) -> None:
@@ -44,6 +53,8 @@ class DistributedDataset:
         not allowed.
     owner : object, optional
         Handed on to every ``PerReplica``.
+    options : InputOptions
+        How batches are fetched.
     is_dealt : bool
         The elements are the replicas' batches, dealt to them in turn, not global batches.
 
@@ -65,6 +76,7 @@ class DistributedDataset:
         *,
         check_context: Callable[[str], None] = _allow,
         owner: object = None,
+        options: InputOptions = _PLAIN,
         is_dealt: bool = False,
     ) -> None:
         if not isinstance(dataset, Dataset):
@@ -78,6 +90,7 @@ class DistributedDataset:
         self._devices = PerReplica((None,) * self._num_replicas, devices=devices).devices
         self._check_context = check_context
         self._owner = owner
+        self._options = options
         self._is_dealt = is_dealt
         self._next_epoch = 0
 
@@ -104,6 +117,7 @@ class DistributedDataset:
             check_context=self._check_context,
             owner=self._owner,
             on_load=self._follow,
+            options=self._options,
             is_dealt=self._is_dealt,
         )
 
@@ -180,6 +194,7 @@ class DistributedIterator(Iterator[Any]):
         check_context: Callable[[str], None] = _allow,
         owner: object = None,
         on_load: Callable[[int], None] | None = None,
+        options: InputOptions = _PLAIN,
         is_dealt: bool = False,
     ) -> None:
         self._node = dataset.node
@@ -190,6 +205,11 @@ class DistributedIterator(Iterator[Any]):
         self._on_load = on_load
         self._is_dealt = is_dealt
         self._cursor = Cursor(self._node, epoch)
+        depth = prefetch_depth(self._node, options.prefetch)
+        self._depth = depth * num_replicas if is_dealt else depth
+        self._skips = Skips() if options.on_error == "skip" else None
+        self._ahead = Ahead(self._node, epoch, 0, self._depth, self._skips) if self._depth else None
+        self._clock = Clock()
         self._is_closed = False
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # Of the latest batch length.
 
@@ -254,13 +274,22 @@ class DistributedIterator(Iterator[Any]):
         self._check_open("load_state_dict")
         place = read_state(self._node, state)
         self._cursor.move_to(*place)
+        if self._ahead is not None:
+            self._ahead.move_to(*place)
         if self._on_load is not None:
             self._on_load(place.epoch)
 
     def close(self) -> None:
         """Let go of the source; may be called twice."""
         self._is_closed = True
+        if self._ahead is not None:
+            self._ahead.move_to(*self._cursor.place)
+        self._cursor.close()
         self._cursor.move_to(*self._cursor.place)
+
+    def stats(self) -> InputStats:
+        """Return what fetching has cost since the iterator was made."""
+        return self._clock.stats(self._ahead, self._depth, self._skips)
 
     def __enter__(self) -> Self:
         self._check_open("with")
@@ -291,14 +320,38 @@ class DistributedIterator(Iterator[Any]):
     def _advance(self, member: str) -> Any:
         if self._is_closed:
             self._check_open(member)
-        if self._is_dealt:
-            elements = self._cursor.peek_many(self._num_replicas)
-            nest = self._deal(elements)
-            self._cursor.advance(len(elements))
-            return nest
-        nest = self._split(self._cursor.peek())
-        self._cursor.advance()
+        began = time.perf_counter()
+        count = self._num_replicas if self._is_dealt else 1
+        token = None if self._skips is None else skipping.set(self._skips)
+        try:
+            if self._ahead is not None:
+                elements = self._take(self._ahead, count)
+            else:
+                elements = self._cursor.peek_many(count)
+        finally:
+            if token is not None:
+                skipping.reset(token)
+        nest = self._deal(elements) if self._is_dealt else self._split(elements[0])
+        if self._ahead is not None:
+            self._cursor.move_to(*self._ahead.place)
+        else:
+            self._cursor.advance()
+        self._clock.count(began, elements)
         return nest
+
+    def _take(self, ahead: Ahead, count: int) -> list[Any]:
+        """Return the next elements of those that a thread computes ahead."""
+        found: list[Any] = []
+        try:
+            while len(found) < count:
+                found.append(next(ahead))
+        except StopIteration:
+            if not found:
+                raise
+        except BaseException:
+            ahead.move_to(*self._cursor.place)
+            raise
+        return found
 
     def _together(self, parts: list[Any]) -> PerReplica[Any]:
         return PerReplica(parts, devices=self._devices, owner=self._owner)

@@ -13,20 +13,25 @@ from __future__ import annotations
 import abc
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from dvkernels.data.marks import Marks
 from dvkernels.data.nest import stack
+from dvkernels.data.skips import skipping
 from dvkernels.errors import DatasetError
 
-__all__ = ["Indices", "Length", "Node", "add_note", "callable_name"]
+__all__ = ["EmptyRunError", "Indices", "Length", "Node", "add_note", "callable_name"]
 
 # math.inf for an endless node, None where it is not known before the end is reached.
 Length = int | float | None
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class EmptyRunError(Exception):
+    """All elements of a batch were left out, so that there is no batch."""
 
 
 class Node(abc.ABC):
@@ -35,6 +40,7 @@ class Node(abc.ABC):
     length: Length
     random_access: bool
     source: Node | None = None
+    is_held = False  # whether iterators must hold it while they go
 
     # Why an iterator cannot be resumed from a saved state; None where it can.
     refusal: str | None = None
@@ -55,11 +61,28 @@ class Node(abc.ABC):
 
     def gather(self, indices: Indices, epoch: int) -> Any:
         """Return the elements of ``indices`` (one or more), stacked along a new leading axis."""
-        return stack([self.element(index, epoch) for index in indices.tolist()])
+        return stack(self.elements(indices.tolist(), epoch))
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
         """Return the elements ``start`` to ``stop`` (one or more), stacked likewise."""
-        return stack([self.element(index, epoch) for index in range(start, stop)])
+        return stack(self.elements(range(start, stop), epoch))
+
+    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
+        """Return elements one by one; those that fail are left out where they may be."""
+        skips = skipping.get()
+        if skips is None:
+            return [self.element(index, epoch) for index in indices]
+        found = []
+        for index in indices:
+            try:
+                found.append(self.element(index, epoch))
+            except DatasetError:
+                raise
+            except Exception as error:
+                skips.note(error, f"element {index} of {self!r} (epoch {epoch})")
+        if not found:
+            raise EmptyRunError(f"every element of {indices!r:.80} of {self!r} failed")
+        return found
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Go through an epoch, leaving out its first ``start`` elements."""
@@ -67,6 +90,18 @@ class Node(abc.ABC):
         while self.length is None or index < self.length:
             yield self.element(index, epoch)
             index += 1
+
+    def links(self) -> Iterator[Node]:
+        """Yield this node and all before it."""
+        yield self
+        for node in self.sources:
+            yield from node.links()
+
+    def hold(self) -> None:  # noqa: B027 - most nodes need nothing
+        """Prepare what an iterator needs, where ``is_held``."""
+
+    def let_go(self) -> None:  # noqa: B027
+        """Give back what :meth:`hold` took."""
 
     def origin(self, index: int, epoch: int) -> int | None:
         """Return the index at the root source of an element, None where it has no single one."""
@@ -90,6 +125,8 @@ class Node(abc.ABC):
 
     def own_chain(self) -> Self:
         """Return a copy of the chain up to here for one iterator, whose nodes may remember."""
+        if not self.needs_own_chain:
+            return self
         twin = copy.copy(self)
         if self.source is not None:
             twin.source = self.source.own_chain()

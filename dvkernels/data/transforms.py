@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dvkernels.data.checks import check_callable, check_count
 from dvkernels.data.nest import concatenate, stack, take
-from dvkernels.data.node import Indices, Length, Node, add_note, callable_name
+from dvkernels.data.node import (
+    EmptyRunError,
+    Indices,
+    Length,
+    Node,
+    add_note,
+    callable_name,
+)
+from dvkernels.data.skips import skipping
+from dvkernels.data.workers import KINDS, Outcome, Workers
 from dvkernels.errors import DatasetError
 
-__all__ = ["Batch", "Filter", "Map", "Repeat", "Shard", "Skip", "Take"]
+__all__ = [
+    "Batch",
+    "Filter",
+    "Map",
+    "Prefetch",
+    "Repeat",
+    "Shard",
+    "Skip",
+    "Take",
+    "prefetch_depth",
+]
 
 # Epochs of one endless repeat are this far apart: no two of its repetitions share an epoch.
 _ENDLESS_STRIDE = 2**32
@@ -34,15 +53,34 @@ class _Transform(Node):
 class Map(_Transform):
     """``fn(element)`` of every element."""
 
-    def __init__(self, source: Node, fn: Callable[[Any], Any], num_workers: int = 0) -> None:
+    remembers = True
+    first_mark = 0  # How many elements of the source were mapped; some may have been left out.
+
+    def __init__(
+        self,
+        source: Node,
+        fn: Callable[[Any], Any],
+        num_workers: int = 0,
+        workers: str = "threads",
+    ) -> None:
         check_callable("map", fn, "pass a function of one element")
-        if check_count("map", "num_workers", num_workers, 0):
+        count = check_count("map", "num_workers", num_workers, 0)
+        if workers not in KINDS:
             raise DatasetError(
-                f"map: expected num_workers=0; got {num_workers}; workers are not implemented "
-                "yet: leave the argument out"
+                f"map: expected workers to be one of {', '.join(KINDS)}; got {workers!r}"
             )
         super().__init__(source, source.length)
         self._fn = fn
+        self._workers = Workers(fn, count, workers) if count else None
+        self.is_held = self._workers is not None
+
+    def hold(self) -> None:
+        if self._workers is not None:
+            self._workers.hold()
+
+    def let_go(self) -> None:
+        if self._workers is not None:
+            self._workers.let_go()
 
     def describe(self) -> str:
         return f"map({callable_name(self._fn)})"
@@ -50,9 +88,69 @@ class Map(_Transform):
     def element(self, index: int, epoch: int) -> Any:
         return self._apply(self.source.element(index, epoch), index, epoch)
 
+    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
+        if self._workers is None or len(indices) < 2:
+            return super().elements(indices, epoch)
+        indices, given = self._given(indices, epoch)
+        outcomes = zip(indices, self._workers.map(given), strict=True)
+        found = [self._kept(outcome, index, epoch) for index, outcome in outcomes]
+        kept = [value for one in found for value in one]
+        if not kept:
+            raise EmptyRunError(f"every element of {indices!r:.80} of {self!r} failed")
+        return kept
+
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        for index, element in enumerate(self.source.iterate(epoch, start), start):
-            yield self._apply(element, index, epoch)
+        if self.random_access:
+            yield from super().iterate(epoch, start)
+            return
+        # Elements that are left out do not count, so that what lies before is mapped again.
+        passed, begin = (start, start) if skipping.get() is None else (0, 0)
+        if self.marks is not None:
+            passed, begin = self.marks.resume(epoch, start)
+        elements = self.source.iterate(epoch, begin)
+        if self._workers is not None:
+            outcomes: Iterator[Outcome] = self._workers.map_lazily(elements)
+        else:
+            outcomes = (_outcome(self._fn, element) for element in elements)
+        for index, outcome in enumerate(outcomes, begin):
+            for value in self._kept(outcome, index, epoch):
+                passed += 1
+                if self.marks is not None:
+                    self.marks.add(epoch, passed, index + 1)
+                if passed > start:
+                    yield value
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        return epoch, position if self.marks is None else self.marks.find(epoch, position)[1]
+
+    def _given(self, indices: Sequence[int], epoch: int) -> tuple[list[int], list[Any]]:
+        """Return the source's elements, and their indices: some may be left out."""
+        skips, found = skipping.get(), []
+        for index in indices:
+            try:
+                found.append((index, self.source.element(index, epoch)))
+            except DatasetError:
+                raise
+            except Exception as error:
+                if skips is None:
+                    raise
+                skips.note(error, self.source.describe())
+        return [index for index, _ in found], [element for _, element in found]
+
+    def _kept(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
+        """Return the value of an outcome, or nothing if its error is skipped."""
+        error = outcome.error
+        if error is None:
+            return (outcome.value,)
+        try:
+            add_note(error, self.describe(), self.source, index, epoch)
+        except RuntimeError as other:
+            error = other
+        skips = skipping.get()
+        if skips is None:
+            raise error
+        skips.note(error, self.describe())
+        return ()
 
     def origin(self, index: int, epoch: int) -> int | None:
         return self.source.origin(index, epoch)
@@ -63,6 +161,58 @@ class Map(_Transform):
         except Exception as error:
             add_note(error, self.describe(), self.source, index, epoch)
             raise
+
+
+def _outcome(fn: Callable[[Any], Any], element: Any) -> Outcome:
+    try:
+        return Outcome(fn(element), None)
+    except Exception as error:
+        return Outcome(None, error)
+
+
+class Prefetch(_Transform):
+    """The same elements; iterators hold ``depth`` of them ready."""
+
+    def __init__(self, source: Node, depth: int) -> None:
+        self.depth = check_count("prefetch", "n", depth, 0)
+        super().__init__(source, source.length)
+
+    def describe(self) -> str:
+        return f"prefetch({self.depth})"
+
+    @property
+    def pipeline(self) -> tuple[str, ...]:
+        return self.source.pipeline  # what is held ready changes no element and no position
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.element(index, epoch)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        return self.source.gather(indices, epoch)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return self.source.batch(start, stop, epoch)
+
+    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
+        return self.source.elements(indices, epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        return self.source.iterate(epoch, start)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index, epoch)
+
+
+def prefetch_depth(node: Node, wanted: int | None = None) -> int:
+    """Return how many elements iterators hold ready: ``wanted``, or what the dataset asks for.
+
+    None of a live source: what is held and then dropped would be lost.
+    """
+    if node.why_not_resumed is not None:
+        return 0
+    if wanted is not None:
+        return wanted
+    return max((link.depth for link in node.links() if isinstance(link, Prefetch)), default=0)
 
 
 class Filter(_Transform):

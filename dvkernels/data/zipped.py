@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from dvkernels.data.node import Indices, Length, Node
+from dvkernels.data.skips import skipping
 
 __all__ = ["Zip"]
 
@@ -36,20 +37,37 @@ class Zip(Node):
 
     def own_chain(self) -> Self:
         twin = super().own_chain()
-        twin._nodes = (twin.source, *(node.own_chain() for node in self._nodes[1:]))
+        if twin is not self:
+            twin._nodes = (twin.source, *(node.own_chain() for node in self._nodes[1:]))
         return twin
 
     def element(self, index: int, epoch: int) -> Any:
         return tuple(node.element(index, epoch) for node in self._nodes)
 
+    # Where elements that fail are left out, each source would leave out its own and the rows would
+    # no longer belong together: there, whole tuples are left out, or the error is raised.
+
     def gather(self, indices: Indices, epoch: int) -> Any:
+        if skipping.get() is not None:
+            return super().gather(indices, epoch)
         return tuple(node.gather(indices, epoch) for node in self._nodes)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
+        if skipping.get() is not None:
+            return super().batch(start, stop, epoch)
         return tuple(node.batch(start, stop, epoch) for node in self._nodes)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        yield from zip(*(node.iterate(epoch, start) for node in self._nodes), strict=False)
+        elements = zip(*(node.iterate(epoch, start) for node in self._nodes), strict=False)
+        while True:
+            token = skipping.set(None)
+            try:
+                element = next(elements, None)
+            finally:
+                skipping.reset(token)
+            if element is None:
+                return
+            yield element
 
     def origin(self, index: int, epoch: int) -> int | None:
         origins = {node.origin(index, epoch) for node in self._nodes}

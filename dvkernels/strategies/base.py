@@ -17,6 +17,7 @@ from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
 from dvkernels.data.input_context import InputContext
+from dvkernels.data.options import InputOptions
 from dvkernels.devices import foreign, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
@@ -431,21 +432,23 @@ class Strategy:
 
     # -- input ----------------------------------------------------------------------------------
 
-    def distribute_dataset(self, dataset: Dataset, options: None = None) -> DistributedDataset:
+    def distribute_dataset(
+        self, dataset: Dataset, options: InputOptions | None = None
+    ) -> DistributedDataset:
         """Split each batch of a dataset over the replicas, as evenly as it goes.
 
         Parameters
         ----------
         dataset : Dataset
             Its ``batch(size)`` is the global batch.
-        options : None
-            Input options are not available in this version.
+        options : InputOptions, optional
+            Prefetching, and what happens to elements that fail.
         """
         context.require_cross_replica(self._placement, "distribute_dataset")
         return self._distributed("distribute_dataset", dataset, options, is_dealt=False)
 
     def distribute_datasets_from_function(
-        self, fn: Callable[[InputContext], Dataset], options: None = None
+        self, fn: Callable[[InputContext], Dataset], options: InputOptions | None = None
     ) -> DistributedDataset:
         """Distribute a dataset of the replicas' own batches, which ``fn`` makes.
 
@@ -454,8 +457,8 @@ class Strategy:
         fn : callable
             Gets an ``InputContext`` and returns a dataset, which is neither split nor sharded:
             its elements, batched or not, go to the replicas in turn. Called once.
-        options : None
-            Input options are not available in this version.
+        options : InputOptions, optional
+            Prefetching, and what happens to elements that fail.
 
         Returns
         -------
@@ -484,15 +487,17 @@ class Strategy:
     # -- what they share ------------------------------------------------------------------------
 
     def _distributed(
-        self, verb: str, dataset: Any, options: None, *, is_dealt: bool
+        self, verb: str, dataset: Any, options: InputOptions | None, *, is_dealt: bool
     ) -> DistributedDataset:
         if not isinstance(dataset, Dataset):
             raise DatasetError(
                 f"{verb} expected a dvkernels.Dataset, got a {type(dataset).__name__}; "
                 f"make one with Dataset.from_arrays, from_sequence or from_iterable"
             )
-        if options is not None:
-            raise DatasetError(f"{verb}: options are not available in this version")
+        if options is not None and not isinstance(options, InputOptions):
+            raise DatasetError(
+                f"{verb}: expected options to be a dv.InputOptions, got a {type(options).__name__}"
+            )
         placement = self._placement
 
         def check_context(verb: str) -> None:
@@ -504,6 +509,7 @@ class Strategy:
             self.worker_devices,
             check_context=check_context,
             owner=placement,
+            options=options or InputOptions(),
             is_dealt=is_dealt,
         )
 

@@ -81,7 +81,6 @@ def test_wrong_counts_are_refused(build, wrong):
         (lambda: Dataset.range(3).shard(2, 2), "0 to 1"),
         (lambda: Dataset.range(3).map(3), "function"),
         (lambda: Dataset.range(3).filter(None), "function"),
-        (lambda: Dataset.range(3).map(abs, num_workers=2), "not implemented yet"),
         (lambda: Dataset.range(3).repeat().shuffle(seed=0), "before repeat"),
         (lambda: Dataset.range(3).filter(bool).shuffle(seed=0), "materialise"),
         (lambda: Dataset.range(3).shuffle(seed=0, reshuffle_each_epoch=1), "reshuffle"),

@@ -9,6 +9,7 @@ import pytest
 
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.options import InputOptions
 from dvkernels.errors import DatasetError
 
 
@@ -158,3 +159,11 @@ def test_resuming_is_refused_with_the_reason():
 def test_what_is_passed_is_checked(arguments, words):
     with pytest.raises(DatasetError, match=words):
         Dataset.from_live(**{"source": queue.Queue(), **arguments})
+
+
+def test_nothing_is_held_ready_since_it_could_be_lost():
+    dataset = Dataset.from_live(filled(*range(6), None), batch_size=2).prefetch(2)
+    iterator = iter(DistributedDataset(dataset, 1, options=InputOptions(prefetch=3)))
+    assert next(iterator).values[0].tolist() == [0, 1]
+    iterator.close()
+    assert [b.tolist() for b in dataset] == [[2, 3], [4, 5]]

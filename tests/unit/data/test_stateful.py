@@ -6,6 +6,7 @@ import pytest
 
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.options import InputOptions
 from dvkernels.errors import DatasetError
 
 
@@ -207,3 +208,25 @@ def test_what_a_source_returns_is_checked(reader, words):
 def test_what_is_no_source_is_refused(source):
     with pytest.raises(DatasetError, match=r"expected an object with open\(epoch, state\)"):
         Dataset.from_source(source)
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_elements_left_out_and_held_ready_do_not_count(prefetch):
+    def picky(x):
+        if x % 4 == 1:
+            raise ArithmeticError("left out")
+        return x
+
+    source = Counting(20)
+    dataset = Dataset.from_source(source).map(picky, num_workers=2).batch(3)
+    options = InputOptions(on_error="skip", prefetch=prefetch)
+    distributed = DistributedDataset(dataset, 1, options=options)
+    with iter(distributed) as iterator:
+        assert next(iterator).values[0].tolist() == [0, 2, 3]
+        assert next(iterator).values[0].tolist() == [4, 6, 7]
+        state = json.loads(json.dumps(iterator.state_dict()))
+    source.read.clear()
+    with iter(distributed) as resumed:
+        resumed.load_state_dict(state)
+        assert next(resumed).values[0].tolist() == [8, 10, 11]
+    assert source.read[0] == 8

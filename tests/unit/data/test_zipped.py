@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from dvkernels.data.dataset import Dataset
+from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.options import InputOptions
 from dvkernels.errors import DatasetError
 
 
@@ -51,3 +53,20 @@ def test_an_error_names_the_element():
 def test_only_datasets_are_zipped():
     with pytest.raises(DatasetError, match=r"got \[1\], a list, as argument 1; make it a dataset"):
         Dataset.range(1).zip(Dataset.range(1), [1])
+
+
+def test_where_failing_elements_are_left_out_rows_stay_together():
+    def picky(x):
+        if x == 3:
+            raise ArithmeticError("three")
+        return x
+
+    options = InputOptions(on_error="skip")
+    by_index = Dataset.range(6).map(picky).zip(Dataset.range(6)).batch(4)
+    for batch in DistributedDataset(by_index, 1, options=options):
+        assert batch[0].values[0].tolist() == batch[1].values[0].tolist() != []
+    in_order = Dataset.from_iterable(lambda: range(6)).map(picky).zip(Dataset.range(6)).batch(2)
+    iterator = iter(DistributedDataset(in_order, 1, options=options))
+    next(iterator)
+    with pytest.raises(ArithmeticError, match="three"):
+        next(iterator)

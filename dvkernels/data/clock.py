@@ -1,0 +1,105 @@
+"""How long input took, and whether it sets the pace."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+
+from dvkernels.data.ahead import Ahead
+from dvkernels.data.skips import Skips
+from dvkernels.profiler.debugging import LOGGER
+
+__all__ = ["Clock", "InputStats"]
+
+_WARN_AFTER_BATCHES = 100
+_WARN_SHARE = 0.5  # of the time between batches
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """What an iterator has fetched, and how long that took.
+
+    Attributes
+    ----------
+    num_batches : int
+        Delivered.
+    nbytes : int
+        Of their arrays.
+    wait_seconds : float
+        That ``next`` took.
+    fetch_seconds : float
+        That computing the elements took; under prefetching it overlaps with other work.
+    elapsed_seconds : float
+        From the first ``next`` to the end of the last.
+    queue_depth, prefetch : int
+        Batches held ready now, and at most.
+    num_skipped : int
+        Elements left out because they failed, under ``on_error="skip"``.
+    skipped : tuple of str
+        The first hundred of them: the error, and where it happened.
+    """
+
+    num_batches: int
+    nbytes: int
+    wait_seconds: float
+    fetch_seconds: float
+    elapsed_seconds: float
+    queue_depth: int
+    prefetch: int
+    num_skipped: int
+    skipped: tuple[str, ...]
+
+
+class Clock:
+    """Adds up what each batch took."""
+
+    __slots__ = ("_began", "_ended", "_nbytes", "_num_batches", "_wait")
+
+    def __init__(self) -> None:
+        self._num_batches = self._nbytes = 0
+        self._wait = self._began = self._ended = 0.0
+
+    def count(self, began: float, elements: list[Any]) -> None:
+        """Count a batch that was asked for at ``began``."""
+        now = time.perf_counter()
+        if self._num_batches == 0:
+            self._began = began
+        self._ended = now
+        self._num_batches += 1
+        self._wait += now - began
+        for element in elements:
+            nbytes = getattr(element, "nbytes", None)
+            if nbytes is None:
+                leaves: list[Any] = optree.tree_leaves(element)
+                nbytes = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+            self._nbytes += nbytes
+        if self._num_batches == _WARN_AFTER_BATCHES:
+            self._warn()
+
+    def _warn(self) -> None:
+        elapsed = self._ended - self._began
+        if self._wait < _WARN_SHARE * elapsed:
+            return
+        LOGGER.warning(
+            "input sets the pace: %.0f %% of the time of %d batches went into waiting for them; "
+            "hold some ready with prefetch, share the work with map(num_workers=...), or read "
+            "larger batches",
+            100 * self._wait / elapsed, self._num_batches,
+        )  # fmt: skip
+
+    def stats(self, ahead: Ahead | None, prefetch: int, skips: Skips | None) -> InputStats:
+        """Return what has been counted."""
+        return InputStats(
+            num_batches=self._num_batches,
+            nbytes=self._nbytes,
+            wait_seconds=self._wait,
+            fetch_seconds=self._wait if ahead is None else ahead.fetch_seconds,
+            elapsed_seconds=self._ended - self._began,
+            queue_depth=0 if ahead is None else ahead.num_held,
+            prefetch=prefetch,
+            num_skipped=0 if skips is None else skips.count,
+            skipped=() if skips is None else tuple(skips.listed),
+        )

@@ -1,0 +1,61 @@
+"""How a dataset is distributed and fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dvkernels.data.checks import check_count
+from dvkernels.enumeration import NamedEnum
+from dvkernels.errors import DatasetError
+
+__all__ = ["AutoShardPolicy", "InputOptions"]
+
+
+class AutoShardPolicy(NamedEnum):
+    """How several workers share a dataset; one worker takes all of it."""
+
+    AUTO = "auto"  # by files where there are enough of them, else by elements
+    FILE = "file"
+    DATA = "data"
+    OFF = "off"  # every worker reads everything
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Options of ``distribute_dataset`` and ``distribute_datasets_from_function``.
+
+    Attributes
+    ----------
+    prefetch : int or None
+        How many batches a thread holds ready; 0 for none. None: what the dataset's own
+        ``prefetch`` says, else none.
+    auto_shard_policy : AutoShardPolicy or str
+        How several workers share the dataset. All replicas of this version are in one worker,
+        which takes all of it.
+    prefetch_to_device : bool
+        Copy batches to the devices ahead. The batches of CPU replicas are there already.
+    on_error : {"raise", "skip"}
+        What to do with an element whose source or transform raises: raise, with a note that
+        names it, or leave it out and go on; ``iterator.stats()`` counts and lists those.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> dv.InputOptions(prefetch=2).auto_shard_policy.name
+    'AUTO'
+    """
+
+    prefetch: int | None = None
+    auto_shard_policy: AutoShardPolicy | str = AutoShardPolicy.AUTO
+    prefetch_to_device: bool = True
+    on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.prefetch is not None:
+            check_count("InputOptions", "prefetch", self.prefetch, 0)
+        policy = AutoShardPolicy.of(self.auto_shard_policy)
+        object.__setattr__(self, "auto_shard_policy", policy)
+        if self.on_error not in ("raise", "skip"):
+            raise DatasetError(
+                f"InputOptions: expected on_error to be 'raise' or 'skip'; got {self.on_error!r}"
+            )

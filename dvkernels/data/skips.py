@@ -1,0 +1,31 @@
+"""Elements that failed and were left out, because the user said so."""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar
+
+__all__ = ["Skips", "skipping"]
+
+_LISTED = 100
+
+
+class Skips:
+    """Counts the elements that were left out, and lists the first of them."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self.count = 0
+        self.listed: list[str] = []
+
+    def note(self, error: Exception, where: str) -> None:
+        """Remember that an element was left out."""
+        said = (getattr(error, "__notes__", None) or [where])[-1]
+        with self._mutex:
+            self.count += 1
+            if len(self.listed) < _LISTED:
+                self.listed.append(f"{type(error).__name__}: {error}; {said}")
+
+
+# Where failing elements are noted instead of raised; None: they are raised.
+skipping: ContextVar[Skips | None] = ContextVar("dvkernels_skipping", default=None)

@@ -1,0 +1,285 @@
+"""Elements fetched by others, ahead or shared out, are the same elements in the same places."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import operator
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dvkernels as dv
+from dvkernels.data.dataset import Dataset
+from dvkernels.data.distributed import DistributedDataset
+from dvkernels.errors import DatasetError, WorkerLostError
+
+KINDS = ["threads", "processes"]
+
+
+def data_threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith("dvkernels-data")]
+
+
+def children():
+    return [
+        c for c in psutil.Process().children(recursive=True) if "spawn_main" in str(c.cmdline())
+    ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    gc.collect()
+    end = time.monotonic() + 10
+    while data_threads() or children():
+        assert time.monotonic() < end, (data_threads(), children())
+        time.sleep(0.01)
+
+
+def numbers(iterator):
+    return [int(x) for batch in iterator for part in batch.values for x in part]
+
+
+def fails_on(*bad):
+    def fn(x):
+        if int(x) in bad:
+            raise ZeroDivisionError(f"on {int(x)}")
+        return x
+
+    return fn
+
+
+def end_the_process(x):
+    if int(x) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_workers_keep_the_order(kind, sequential):
+    source = Dataset.from_iterable(lambda: iter(range(23))) if sequential else Dataset.range(23)
+    mapped = source.map(operator.neg, num_workers=2, workers=kind)
+    assert [int(x) for batch in mapped.batch(5) for x in batch] == [-x for x in range(23)]
+    shuffled = Dataset.range(23).shuffle(seed=1).map(operator.neg, num_workers=2, workers=kind)
+    plain = Dataset.range(23).shuffle(seed=1).map(operator.neg)
+    with contextlib.closing(iter(DistributedDataset(shuffled.batch(4), 2))) as batches:
+        assert numbers(batches) == numbers(DistributedDataset(plain.batch(4), 2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_a_failing_element_names_its_place_and_nothing_is_lost(num_workers):
+    data = Dataset.range(20).shuffle(seed=3).map(fails_on(7), num_workers=num_workers).batch(4)
+    iterator = iter(DistributedDataset(data.prefetch(2), 2))
+    seen = []
+
+    def go_on():
+        for batch in iterator:
+            seen.extend(int(x) for part in batch.values for x in part)
+
+    with pytest.raises(ZeroDivisionError, match="on 7") as caught:
+        go_on()
+    assert any("index 7 of the source" in note for note in caught.value.__notes__)
+    with pytest.raises(ZeroDivisionError):  # the same batch again
+        next(iterator)
+    assert iterator.state_dict()["position"] == len(seen) // 4
+    iterator.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_failing_elements_can_be_left_out(num_workers, depth, sequential):
+    source = Dataset.from_iterable(lambda: iter(range(12))) if sequential else Dataset.range(12)
+    mapped = source.map(fails_on(2, 4, 5, 6, 7), num_workers=num_workers)
+    options = dv.InputOptions(prefetch=depth, on_error="skip")
+    right = [0, 1, 3, 8, 9, 10, 11]
+    for data in (mapped.batch(4), mapped.batch(1)):
+        with iter(DistributedDataset(data, 2, options=options)) as iterator:
+            assert numbers(iterator) == right
+            stats = iterator.stats()
+            assert stats.num_skipped == 5
+            assert "ZeroDivisionError: on 2" in stats.skipped[0]
+    with iter(DistributedDataset(mapped.batch(1), 1, options=options)) as iterator:
+        for _ in range(3):
+            next(iterator)
+        state = iterator.state_dict()
+    with iter(DistributedDataset(mapped.batch(1), 1, options=options)) as iterator:
+        iterator.load_state_dict(state)
+        assert numbers(iterator) == right[3:]
+
+
+def test_a_killed_worker_process_is_an_error_and_the_next_batch_works():
+    data = Dataset.range(12).map(end_the_process, num_workers=2, workers="processes").batch(4)
+    with iter(DistributedDataset(data, 1)) as iterator:
+        next(iterator)
+        with pytest.raises(WorkerLostError, match="was it killed"):
+            next(iterator)
+        state = iterator.state_dict() | {"position": 2}
+        iterator.load_state_dict(state)
+        assert numbers(iterator) == [8, 9, 10, 11]
+
+
+def test_what_cannot_be_sent_to_a_process_is_refused():
+    with pytest.raises(DatasetError, match="cannot be pickled"):
+        Dataset.range(3).map(lambda x: x, num_workers=2, workers="processes")
+    with pytest.raises(DatasetError, match="threads, processes"):
+        Dataset.range(3).map(abs, num_workers=2, workers="magic")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(0, 40),
+    size=st.integers(1, 7),
+    depth=st.integers(0, 3),
+    num_workers=st.sampled_from([0, 0, 2]),
+    sequential=st.booleans(),
+    stops=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), max_size=4),
+)
+def test_stopped_anywhere_resumed_on_any_number_of_replicas(
+    length, size, depth, num_workers, sequential, stops
+):
+    if sequential:
+        source = Dataset.from_iterable(lambda: iter(range(length)))
+    else:
+        source = Dataset.range(length).shuffle(seed=5)
+    data = source.map(operator.neg, num_workers=num_workers).batch(size).prefetch(depth)
+    right = [int(x) for batch in source.map(operator.neg).batch(size) for x in batch]
+    seen, state = [], None
+    for steps, replicas in [*stops, (1000, 3)]:
+        with iter(DistributedDataset(data, replicas)) as iterator:
+            if state is not None:
+                iterator.load_state_dict(state)
+            for _ in range(steps):
+                found = iterator.get_next_as_optional()
+                if not found.has_value():
+                    break
+                seen += [int(x) for part in found.get_value().values for x in part]
+            state = iterator.state_dict()
+    assert seen == right
+
+
+def test_prefetch_is_no_part_of_the_state():
+    with iter(DistributedDataset(Dataset.range(9).batch(2).prefetch(3), 2)) as iterator:
+        next(iterator)
+        time.sleep(0.05)  # the thread goes on
+        state = iterator.state_dict()
+    with iter(DistributedDataset(Dataset.range(9).batch(2), 1)) as iterator:
+        iterator.load_state_dict(state)
+        assert numbers(iterator) == [*range(2, 9)]
+
+
+def test_prefetching_overlaps_with_the_work():
+    def slow(x):
+        time.sleep(0.02)
+        return x
+
+    options = dv.InputOptions(prefetch=2)
+    with iter(DistributedDataset(Dataset.range(12).map(slow).batch(1), 1, options=options)) as data:
+        next(data)
+        for _ in data:
+            time.sleep(0.025)
+        stats = data.stats()
+    assert stats.num_batches == 12
+    assert stats.nbytes == 12 * 8
+    assert stats.fetch_seconds > 12 * 0.02
+    assert stats.wait_seconds < 0.6 * stats.fetch_seconds
+    assert (stats.prefetch, stats.queue_depth) == (2, 0)
+
+
+def test_waiting_for_input_is_reported_with_a_remedy(caplog):
+    data = Dataset.range(150).map(lambda x: time.sleep(2e-4) or x).batch(1)
+    with (
+        caplog.at_level(logging.WARNING, "dvkernels"),
+        iter(DistributedDataset(data, 1)) as batches,
+    ):
+        numbers(batches)
+    (record,) = caplog.records
+    assert "prefetch" in record.message
+    assert "num_workers" in record.message
+
+
+def test_what_is_held_ready_is_accounted_for():
+    data = Dataset.from_arrays(np.zeros((8, 1000))).batch(1).prefetch(3)
+    with iter(DistributedDataset(data, 1)) as iterator:
+        next(iterator)
+        end = time.monotonic() + 5
+        while iterator.stats().queue_depth < 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert dv.profiler.memory().by_device["cpu:0"]["prefetch"] == 3 * 8000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropping_an_iterator_ends_everything(kind):
+    data = Dataset.range(1000).map(operator.neg, num_workers=2, workers=kind).batch(4).prefetch(2)
+    iterator = iter(DistributedDataset(data, 2))
+    next(iterator)
+    assert data_threads()
+    del iterator
+
+
+@pytest.mark.parametrize(
+    "options", [{"prefetch": -1}, {"on_error": "ignore"}, {"auto_shard_policy": "none"}]
+)
+def test_options_that_make_no_sense(options):
+    with pytest.raises(ValueError, match=next(iter(options))[:4]):
+        dv.InputOptions(**options)
+    with (
+        dv.OneDeviceStrategy("cpu:0") as strategy,
+        pytest.raises(DatasetError, match="InputOptions"),
+    ):
+        strategy.distribute_dataset(Dataset.range(3).batch(1), {"prefetch": 1})
+
+
+def test_strategies_take_options():
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        options = dv.InputOptions(prefetch=1)
+        batches = strategy.distribute_dataset(Dataset.range(5).batch(2), options)
+        assert numbers(batches) == [0, 1, 2, 3, 4]
+        dealt = strategy.distribute_datasets_from_function(
+            lambda here: Dataset.range(5).batch(1), options
+        )
+        assert numbers(dealt) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_program(tmp_path, sent):
+    (tmp_path / "work.py").write_text(
+        "import time\ndef slow(x):\n    time.sleep(0.02)\n    return x\n"
+    )
+    (tmp_path / "program.py").write_text(
+        "import dvkernels as dv, work\n"
+        "if __name__ == '__main__':\n"
+        "    data = dv.Dataset.range(10**6).map(work.slow, num_workers=2, workers='processes')\n"
+        "    for batch in data.batch(4).prefetch(2):\n"
+        "        print(batch, flush=True)\n"
+    )
+    root = os.path.dirname(os.path.dirname(dv.__file__))
+    with subprocess.Popen(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as program:
+        assert program.stdout.readline()
+        family = psutil.Process(program.pid).children(recursive=True)
+        assert len(family) >= 2
+        program.send_signal(sent)
+        program.stdout.close()
+        program.wait(20)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
