@@ -205,7 +205,7 @@ def _peers(
             notes[name] = f"numpy {metadata.version('numpy')}, one thread"
             continue
         peer, python = registry.PEERS[name], pythons.get(name, registry.default_python())
-        version = registry.version_of(name, python)
+        version = registry.version_of(peer, python)
         if version is None:
             notes[name] = f"skipped: {peer.package} is not installed ({peer.how_to_get}; then name "
             notes[name] += f"its interpreter with --peer-python {name}=PATH)"

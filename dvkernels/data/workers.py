@@ -68,8 +68,9 @@ class Workers:
     def map(self, elements: Sequence[Any]) -> list[Outcome]:
         """Return the outcome of each element, in their order."""
         size = -(-len(elements) // self._count)
-        runs = [elements[k : k + size] for k in range(0, len(elements), size)]
-        return [outcome for future in map(self._submit, runs) for outcome in self._result(future)]
+        starts = range(0, len(elements), size)
+        under_way = [self._submit(elements[start : start + size]) for start in starts]
+        return [outcome for future in under_way for outcome in self._result(future)]
 
     def map_lazily(self, elements: Iterable[Any]) -> Iterator[Outcome]:
         """Yield the outcome of each element in their order, a few of them ahead."""

@@ -71,9 +71,9 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def version_of(name: str, python: str) -> str | None:
+def version_of(peer: Peer, python: str) -> str | None:
     """Return the version of a peer in an interpreter's environment, None if it is not there."""
-    program = f"from importlib.metadata import version; print(version({PEERS[name].package!r}))"
+    program = f"from importlib.metadata import version; print(version({peer.package!r}))"
     try:
         found = subprocess.run(
             [python, "-c", program], capture_output=True, text=True, timeout=60, check=False

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import tempfile
 import threading
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dvkernels.benchmarks.peers.registry import PEERS
+from dvkernels.benchmarks.peers.registry import PEERS, Peer
 from dvkernels.errors import WorkerLostError
 
 __all__ = ["Answer", "Worker"]
@@ -32,7 +33,12 @@ class Worker:
     """The processes of one peer. Use as a context manager: they end with it."""
 
     def __init__(
-        self, name: str, python: str, num_ranks: int, timeout_seconds: float = 120.0
+        self,
+        name: str,
+        python: str,
+        num_ranks: int,
+        timeout_seconds: float = 120.0,
+        peers: Mapping[str, Peer] = PEERS,
     ) -> None:
         self.name = name
         self._timeout = timeout_seconds
@@ -40,7 +46,7 @@ class Worker:
         self._stderr = tempfile.TemporaryFile(  # noqa: SIM115 - closed by close()
             "w+", encoding="utf-8", errors="replace"
         )
-        peer = PEERS[name]
+        peer = peers[name]
         try:
             # A session of its own: Ctrl-C is ours to pass on, and all of it can be ended at once.
             self._process = subprocess.Popen(
@@ -66,7 +72,10 @@ class Worker:
 
     def ask(self, count: int, dtype: str, iterations: int) -> Answer:
         """Return what so many all-reduces of ``count`` elements took, per call."""
-        command = {"count": count, "dtype": dtype, "iterations": iterations}
+        return self.send({"count": count, "dtype": dtype, "iterations": iterations})
+
+    def send(self, command: Mapping[str, Any]) -> Answer:
+        """Return what the processes answer to a command."""
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(command) + "\n")

@@ -283,3 +283,14 @@ def test_no_process_outlives_the_program(tmp_path, sent):
         program.wait(20)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+def test_workers_work_at_the_same_time():
+    both = threading.Barrier(2, timeout=20)  # each waits for the other
+
+    def meet(x):
+        both.wait()
+        return x
+
+    data = Dataset.range(4).map(meet, num_workers=2).batch(2)
+    assert [batch.tolist() for batch in data] == [[0, 1], [2, 3]]

@@ -1,0 +1,87 @@
+"""How fast batches come: ours beside other libraries' input pipelines, in alternating rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dvkernels.benchmarks.peers import input_data
+from dvkernels.benchmarks.peers.registry import Peer
+from dvkernels.benchmarks.peers.worker import Worker
+from dvkernels.benchmarks.stopwatch import Samples, alternate
+from dvkernels.data.dataset import Dataset
+from dvkernels.strategies.mirrored import MirroredStrategy
+
+__all__ = ["CASES", "PEERS", "measure"]
+
+# What each case is, and the number of batches of a round.
+CASES = {
+    "arrays": ("100 000 shuffled rows of 64 float32 and a label, in memory", 400),
+    "memmap": ("the same rows, mapped from a file", 400),
+    "decode": ("16 KiB arrays to decompress in Python, no workers", 40),
+    "decode, 2": ("the same, two workers", 40),
+}
+PEERS: Mapping[str, Peer] = {
+    "dataloader": Peer("torch", "torch", "dataloader_worker.py", False, "pip install torch"),
+    "grain": Peer("grain", "grain", "grain_worker.py", False, "pip install grain"),
+    "tensorflow": Peer(
+        "tensorflow-cpu", "tensorflow", "tf_input_worker.py", False, "pip install tensorflow-cpu"
+    ),
+}
+# Each has its own way to share out work; batches of a strategy are split over two replicas.
+
+
+def measure(
+    case: str, folder: str, num_rounds: int, workers: Mapping[str, Worker]
+) -> dict[str, Samples]:
+    """Return the seconds a batch of ours and of each peer that measures the case."""
+    count = CASES[case][1]
+    with contextlib.ExitStack() as stack:
+        contestants: dict[str, Callable[[], float]] = {
+            "dvkernels": _ours(case, folder, count, stack)
+        }
+        for name, worker in workers.items():
+            command = {"case": case, "batches": count, "folder": folder}
+            first = worker.send(command)
+            if first.note == "not measured":
+                continue
+            if first.wrong:
+                raise AssertionError(f"{name} delivered {first.wrong} elements twice")
+            contestants[name] = lambda w=worker, c=command: w.send(c).seconds  # type: ignore[misc]
+        return alternate(contestants, num_rounds)
+
+
+def _ours(case: str, folder: str, count: int, stack: contextlib.ExitStack) -> Callable[[], float]:
+    strategy = stack.enter_context(MirroredStrategy(["cpu:0", "cpu:1"]))
+    if case.startswith("decode"):
+        threads = 2 if case.endswith("2") else 0
+        blobs = Dataset.from_sequence(input_data.Blobs()).shuffle(seed=1)
+        data = blobs.map(input_data.decoded, num_workers=threads).batch(input_data.BATCH)
+    else:
+        data = Dataset.from_arrays(input_data.labelled(case, folder)).shuffle(seed=1)
+        data = data.batch(input_data.BATCH)
+    distributed = strategy.distribute_dataset(data)
+
+    def once() -> float:
+        with iter(distributed) as batches:
+            seen = [next(batches)]
+            began = time.perf_counter()
+            seen += itertools.islice(batches, count)
+            seconds = (time.perf_counter() - began) / count
+        labels = np.concatenate([_labels(batch) for batch in seen])
+        if len(np.unique(labels)) != len(labels):
+            raise AssertionError("an element was delivered twice")
+        return seconds
+
+    return once
+
+
+def _labels(batch: Any) -> Any:
+    if isinstance(batch, tuple):
+        return np.concatenate(batch[1].values)
+    return np.concatenate([part[:, 0] for part in batch.values])
