@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,11 @@ SECONDS_TO_END = 5.0
 SECONDS_TO_END_ALONE = 0.2
 
 _failed = pytest.StashKey[bool]()
+
+# A job in the background is started with interrupts ignored, and its children would inherit that:
+# tests send them some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _version(distribution: str) -> str:

@@ -162,5 +162,8 @@ def test_an_interrupt_ends_the_peers(tmp_path):
             time.sleep(0.05)
         pid = int((tmp_path / "pid").read_text())
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        try:
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -280,7 +280,10 @@ def test_no_process_outlives_the_program(tmp_path, sent):
         assert len(family) >= 2
         program.send_signal(sent)
         program.stdout.close()
-        program.wait(20)
+        try:
+            program.wait(20)
+        finally:
+            program.kill()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
 
