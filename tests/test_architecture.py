@@ -10,6 +10,7 @@ import ast
 import functools
 import graphlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -275,11 +276,15 @@ print(json.dumps({"seconds": seconds, "loaded": sorted({m.split(".")[0] for m in
 
 def test_import_is_light(tmp_path: Path) -> None:
     _run_child(IMPORT_AND_MEASURE, tmp_path)  # compiles the bytecode, fills the page cache
-    runs = [json.loads(_run_child(IMPORT_AND_MEASURE, tmp_path)) for _ in range(5)]
-    loaded = HEAVY.intersection(runs[0]["loaded"])
-    assert not loaded, f"`import dvkernels` loads {sorted(loaded)}"
-    seconds = min(run["seconds"] for run in runs)  # what it costs when nothing else runs
-    assert seconds <= IMPORT_SECONDS_OVER_NUMPY, f"`import dvkernels` takes {seconds:.3f} s"
+    seconds = math.inf
+    for _ in range(20):  # what it costs when nothing else runs: a neighbour may be busy for a while
+        run = json.loads(_run_child(IMPORT_AND_MEASURE, tmp_path))
+        loaded = HEAVY.intersection(run["loaded"])
+        assert not loaded, f"`import dvkernels` loads {sorted(loaded)}"
+        seconds = min(seconds, run["seconds"])
+        if seconds <= IMPORT_SECONDS_OVER_NUMPY:
+            return
+    pytest.fail(f"`import dvkernels` takes {seconds:.3f} s")
 
 
 WITHOUT_OPTIONAL = """
