@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+
+from dvkernels.devices import threads
 
 __all__: list[str] = []
 
@@ -34,11 +34,10 @@ class Carrier:
             self._forget()  # the thread stayed in the process that this one was forked from
         with self._mutex:
             if not self._is_started:
-                # From a raw thread: see crew.py on what Ctrl-C in Thread.start leaves behind.
-                started = _thread.allocate_lock()
-                started.acquire()
-                _thread.start_new_thread(_start, (self._jobs, started))
-                started.acquire()
+                worker = threading.Thread(
+                    target=_work, args=(self._jobs,), name="dvkernels-replica-carrier", daemon=True
+                )
+                threads.start([worker])
                 weakref.finalize(self, _end, self._jobs, os.getpid())
                 self._is_started = True
         self._jobs.put(job)
@@ -47,15 +46,6 @@ class Carrier:
         """End the thread after the jobs it was given."""
         if self._pid == os.getpid():
             self._jobs.put(None)
-
-
-def _start(jobs: Any, started: Any) -> None:
-    try:
-        threading.Thread(
-            target=_work, args=(jobs,), name="dvkernels-replica-carrier", daemon=True
-        ).start()
-    finally:
-        started.release()
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

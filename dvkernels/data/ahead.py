@@ -11,11 +11,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import optree
-
 from dvkernels.data.cursor import Cursor, Place
+from dvkernels.data.nest import nbytes_of
 from dvkernels.data.node import Node
 from dvkernels.data.skips import Skips, skipping
+from dvkernels.devices import threads
 from dvkernels.profiler import accounts
 
 __all__ = ["Ahead"]
@@ -97,7 +97,7 @@ class _Fetcher:
             daemon=True,
         )
         weakref.finalize(self, self._stop.set)
-        self._thread.start()
+        threads.start([self._thread])
         _living.add(self)
 
     def take(self) -> _Fetched:
@@ -149,7 +149,7 @@ def _fetch(
                 element = next(cursor)
             except BaseException as raised:
                 error = raised
-            sizes.append(_nbytes(element))
+            sizes.append(nbytes_of(element))
             seconds = time.perf_counter() - began
             held.put(_Fetched(element, error, seconds, cursor.place))
             if error is not None:
@@ -166,11 +166,6 @@ def _is_free(free: queue.SimpleQueue[None], stop: threading.Event) -> bool:
             free.get(timeout=_LOOK_UP_SECONDS)
             return not stop.is_set()
     return False
-
-
-def _nbytes(element: Any) -> int:
-    leaves: list[Any] = optree.tree_leaves(element)
-    return sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
 
 
 _living: weakref.WeakSet[_Fetcher] = weakref.WeakSet()

@@ -6,7 +6,6 @@ reference to the strategy, so dropping it ends them.
 
 from __future__ import annotations
 
-import _thread
 import os
 import threading
 import weakref
@@ -16,6 +15,7 @@ from typing import Any
 from dvkernels.communicators import rendezvous
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
+from dvkernels.devices import threads
 
 __all__: list[str] = []
 
@@ -82,7 +82,7 @@ class Crew:
         ]
         self._pid = os.getpid()
         self._at_drop = weakref.finalize(self, _end_all, self._inboxes, self._pid)
-        _start_all(self._threads)
+        threads.start(self._threads)
 
     def step(self, timeout: float, carrier: Carrier) -> rendezvous.Step:
         """Return a new step between these threads and the caller; ``timeout`` in seconds."""
@@ -118,31 +118,6 @@ class Crew:
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_SECONDS)
-
-
-def _start_all(threads: list[threading.Thread]) -> None:
-    """Start the threads from one that no interrupt reaches, and wait for that.
-
-    Ctrl-C inside ``Thread.start`` can leave a lock taken that the new thread then waits for
-    without end. Only the main thread is interrupted, so another one calls it.
-    """
-    errors: list[BaseException] = []
-    done = _thread.allocate_lock()
-    done.acquire()
-
-    def start() -> None:
-        try:
-            for thread in threads:
-                thread.start()
-        except BaseException as error:  # no memory for a thread, the interpreter shuts down
-            errors.append(error)
-        finally:
-            done.release()
-
-    _thread.start_new_thread(start, ())
-    done.acquire()
-    if errors:
-        raise errors[0]
 
 
 def _end() -> None:

@@ -19,8 +19,8 @@ __all__ = ["all_reduce_many"]
 
 JOBS = "a0690a14"
 MEMORY = "c8cb69fb"
-OBJECTS = "d6aa48b5"
-POOL = "713c0938"
+OBJECTS = "0aef492b"
+POOL = "efe5b98d"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES

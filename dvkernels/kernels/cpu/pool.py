@@ -27,7 +27,7 @@ import numba
 import numpy as np
 from numba import types
 
-from dvkernels.devices import cpu
+from dvkernels.devices import cpu, threads
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import memory
@@ -167,13 +167,14 @@ class _Pool:
             if bells:
                 _is_woken(self.address, 0)
                 _other_cores()
+            self.threads = []
             for helper, bell in enumerate(bells):
                 bell.acquire()
                 name = f"dvkernels-kernel-{helper}"
                 args = (self.words, self.address, helper, bell)
                 thread = threading.Thread(target=_help, args=args, name=name, daemon=True)
-                thread.start()
                 self.threads.append(thread)
+            threads.start(self.threads)
             self.bells = bells
 
     def wake(self) -> None:

@@ -19,8 +19,8 @@ __all__ = ["all_reduce", "reduce_into"]
 
 JOBS = "a0690a14"
 MEMORY = "c8cb69fb"
-OBJECTS = "d6aa48b5"
-POOL = "713c0938"
+OBJECTS = "0aef492b"
+POOL = "efe5b98d"
 
 _MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
