@@ -524,19 +524,16 @@ def _shares_of_the_mean(columns: list[Any], weights: list[float]) -> list[list[A
     if total == 0:
         raise ValueError("all_reduce: all weights are 0; there is no mean of nothing")
     return [
-        [
-            np.asarray(np.multiply(array, _weighing(array.dtype).type(weight / total)))
-            if weight
-            else np.zeros(array.shape, _weighing(array.dtype))
-            for array, weight in zip(column, weights, strict=True)
-        ]
+        [_share(array, weight, total) for array, weight in zip(column, weights, strict=True)]
         for column in columns
     ]
 
 
-def _weighing(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype in which values of ``dtype`` are weighed."""
-    return np.dtype(np.float32) if reduce_op.is_half(dtype) else dtype
+def _share(array: Any, weight: float, total: float) -> Any:
+    dtype = reduce_op.working_dtype(array.dtype)
+    if not weight:
+        return np.zeros(array.shape, dtype)
+    return np.asarray(np.multiply(array, dtype.type(weight / total)))
 
 
 def _dealt(result: Any, rank: int) -> Any:

@@ -66,7 +66,7 @@ def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
     assert type(op) is ReduceOp
     if (op, dtype) in _supported:
         return
-    supported = dtype.name in _NAMES and _kind(dtype) in _KINDS[op]
+    supported = dtype.name in _NAMES and kind(dtype) in _KINDS[op]
     if supported and dtype.isnative:
         _supported.add((op, dtype))
         return
@@ -88,10 +88,16 @@ def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
 
 def is_half(dtype: np.dtype[Any]) -> bool:
     """Return whether ``dtype`` is float16 or bfloat16: summed in float32, and rounded once."""
-    return dtype.itemsize == 2 and _kind(dtype) == "f"
+    return dtype.itemsize == 2 and kind(dtype) == "f"
 
 
-def _kind(dtype: np.dtype[Any]) -> str:
+def working_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which values of ``dtype`` are computed: float32 for the half types."""
+    return np.dtype(np.float32) if is_half(dtype) else dtype
+
+
+def kind(dtype: np.dtype[Any]) -> str:
+    """Return ``dtype.kind``, and "f" for bfloat16 too, which ml_dtypes calls "V"."""
     return "f" if dtype.name == "bfloat16" else dtype.kind
 
 
@@ -104,7 +110,7 @@ def identity(op: Reduction, dtype: np.dtype[Any]) -> Any:
     if op is ReduceOp.PROD:
         return dtype.type(1)
     lowest = op is ReduceOp.MAX
-    if _kind(dtype) == "f":
+    if kind(dtype) == "f":
         return dtype.type(-np.inf if lowest else np.inf)
     if dtype.kind == "b":
         return dtype.type(not lowest)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels import reduce_op
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.optimizers.optimizer import checked
 from dvkernels.values import regroup
@@ -74,7 +75,7 @@ def _norm(array: Any) -> float:
 
 
 def _floating(array: Any) -> Any:
-    if array.dtype.kind not in "fc" and array.dtype.name != "bfloat16":
+    if reduce_op.kind(array.dtype) not in "fc":
         raise UnsupportedDTypeError(
             f"clip_by_global_norm needs floating-point gradients; got {array.dtype}"
         )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels import reduce_op
 from dvkernels.errors import NonFiniteError
 
 __all__ = ["debug"]
@@ -216,7 +217,7 @@ def enter(place: Place | None) -> Place | None:
 def check_finite(what: str, arrays: Iterable[Any]) -> None:
     """Raise ``NonFiniteError`` if an array holds NaN or infinity. Only in debug mode."""
     for array in arrays:
-        if array.dtype.kind not in "fc" and array.dtype.name != "bfloat16":
+        if reduce_op.kind(array.dtype) not in "fc":
             continue
         finite = np.isfinite(array)
         if finite.all():

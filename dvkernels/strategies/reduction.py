@@ -59,7 +59,7 @@ def reduce_along(
         return communicator.reduce(parts, op)
     assert type(op) is ReduceOp
     if reduce_op.is_half(dtype):  # in float32, and rounded once
-        wide = [array.astype(np.float32) for array in arrays]
+        wide = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
         return reduce_along(op, wide, axis, communicator).astype(dtype)
     neutral = reduce_op.identity(op, dtype)
     along = _ALONG[op]

@@ -134,7 +134,7 @@ def _check_values(
 
 def _reduced(values: Sequence[Any], op: ReduceOp) -> Any:
     dtype = values[0].dtype
-    wide = np.dtype(np.float32) if reduce_op.is_half(dtype) else dtype
+    wide = reduce_op.working_dtype(dtype)
     with np.errstate(all="ignore"):
         total = fold(_COMBINE[op], [value.astype(wide) for value in values])
         if op is ReduceOp.MEAN:

@@ -100,4 +100,4 @@ def changed(array: Any, verb: str, given: Updates) -> tuple[Any, Any]:
 
 
 def _wide(array: Any) -> Any:
-    return array.astype(np.float32) if reduce_op.is_half(array.dtype) else array
+    return array.astype(reduce_op.working_dtype(array.dtype), copy=False)

@@ -426,7 +426,7 @@ def _created(
         raise NotABufferError(
             f"variable {label!r}: the initial value {content!r:.60} is not an array: {error}"
         ) from error
-    if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
+    if reduce_op.kind(array.dtype) not in "biufc":
         raise NotABufferError(
             f"variable {label!r}: expected numbers, the initial value is of dtype {array.dtype}"
         )
