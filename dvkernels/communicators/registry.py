@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
 from dvkernels.errors import AlgorithmError
@@ -14,11 +15,19 @@ _ALGORITHMS = {"auto": "auto", "direct": "direct", "ring": "ring"}
 _NOT_YET = ("hierarchical", "nccl")
 
 
-def between_devices(num_replicas: int, cross_device_ops: object) -> Communicator:
+def between_devices(
+    num_replicas: int, cross_device_ops: object, bytes_per_bucket: int | None = None
+) -> Communicator:
     """Return the communicator of ``num_replicas`` replicas of this process.
 
-    ``cross_device_ops`` is a name or an object of the :class:`Communicator` protocol.
+    ``cross_device_ops`` is a name or an object of the :class:`Communicator` protocol; it packs
+    many arrays where ``bytes_per_bucket`` is given.
     """
+    communicator = _plain(num_replicas, cross_device_ops)
+    return communicator if bytes_per_bucket is None else Bucketing(communicator, bytes_per_bucket)
+
+
+def _plain(num_replicas: int, cross_device_ops: object) -> Communicator:
     if isinstance(cross_device_ops, str):
         name = cross_device_ops.lower()
         if name in _NOT_YET:

@@ -33,7 +33,7 @@ from dvkernels.strategies import runner
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.values import regroup
 from dvkernels.values.arrays import as_array, gatherable
-from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
+from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import (
@@ -65,10 +65,12 @@ class Strategy:
 
     Parameters
     ----------
-    devices : sequence of Device or str
-        One per replica; CPU devices may be named twice.
-    communicator : Communicator
-        Of as many ranks.
+    devices : sequence of Device or str, optional
+        One per replica; CPU devices may be named twice. One per usable core if not given.
+    communicator : Communicator or str
+        Of as many ranks; or a name, as ``MirroredStrategy`` takes.
+    bytes_per_bucket : int, optional
+        Pack the arrays of a nest into buckets of so many bytes for ``all_reduce``.
     central_device : Device or str, optional
         Keep a single copy of each variable there, instead of one per replica.
 
@@ -78,6 +80,8 @@ class Strategy:
         A device that does not exist, or none.
     AlgorithmError
         A communicator of another size, or an object that lacks its methods.
+    ValueError
+        ``bytes_per_bucket`` is not a positive integer.
 
     Notes
     -----
@@ -87,13 +91,20 @@ class Strategy:
 
     def __init__(
         self,
-        devices: Sequence[Device | str],
-        communicator: Communicator,
+        devices: Sequence[Device | str] | None,
+        communicator: Communicator | str = "auto",
         *,
+        bytes_per_bucket: int | None = None,
         central_device: Device | str | None = None,
     ) -> None:
         resolved = registry.resolve_all(devices)
-        checked = communicators.between_devices(len(resolved), communicator)
+        if bytes_per_bucket is not None:
+            if not is_integer(bytes_per_bucket) or bytes_per_bucket <= 0:
+                raise ValueError(
+                    f"bytes_per_bucket is a positive integer, got {bytes_per_bucket!r}"
+                )
+            bytes_per_bucket = int(bytes_per_bucket)
+        checked = communicators.between_devices(len(resolved), communicator, bytes_per_bucket)
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         central = None if central_device is None else registry.resolve(central_device)
         self._placement = Placement(resolved, checked, name, central)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from dvkernels.communicators import registry as communicators
-from dvkernels.devices import registry
 from dvkernels.devices.base import Device
 from dvkernels.strategies.base import Strategy
 
@@ -44,9 +42,5 @@ class CentralStorageStrategy(Strategy):
         compute_devices: Sequence[Device | str] | None = None,
         parameter_device: Device | str | None = None,
     ) -> None:
-        devices = registry.resolve_all(compute_devices)
-        super().__init__(
-            devices,
-            communicators.between_devices(len(devices), "auto"),
-            central_device="cpu:0" if parameter_device is None else parameter_device,
-        )
+        central = "cpu:0" if parameter_device is None else parameter_device
+        super().__init__(compute_devices, central_device=central)

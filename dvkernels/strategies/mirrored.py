@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
-from dvkernels.communicators.bucketing import Bucketing
-from dvkernels.devices import registry
 from dvkernels.devices.base import Device
 from dvkernels.strategies.base import Strategy
-from dvkernels.values.distributed import is_integer
 
 __all__ = ["MirroredStrategy"]
 
@@ -53,12 +49,4 @@ class MirroredStrategy(Strategy):
         cross_device_ops: str | Communicator = "auto",
         bytes_per_bucket: int | None = None,
     ) -> None:
-        resolved = registry.resolve_all(devices)
-        communicator = communicators.between_devices(len(resolved), cross_device_ops)
-        if bytes_per_bucket is not None:
-            if not is_integer(bytes_per_bucket) or bytes_per_bucket <= 0:
-                raise ValueError(
-                    f"bytes_per_bucket is a positive integer, got {bytes_per_bucket!r}"
-                )
-            communicator = Bucketing(communicator, int(bytes_per_bucket))
-        super().__init__(resolved, communicator)
+        super().__init__(devices, cross_device_ops, bytes_per_bucket=bytes_per_bucket)
