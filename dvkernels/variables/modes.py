@@ -97,7 +97,7 @@ def aggregate_then_write(
         _write_alike(copies, verb, combined)
         return [None] * len(values)
 
-    replica.meet(Request(f"Variable.{verb}", (copies.name, Same(id(copies))), checked, act))
+    _meet(copies, verb, checked, act, replica)
 
 
 def aggregate_then_scatter(
@@ -114,9 +114,7 @@ def aggregate_then_scatter(
     """
     _check_aggregation(copies, aggregation, verb)
     _check_additive(copies, aggregation, verb)
-    rank = replica.replica_id_in_sync_group
-    own_indices = regroup.own_component(indices, rank)
-    own = scatter.checked(copies, verb, own_indices, regroup.own_component(updates, rank), rank)
+    own = _checked_updates(copies, verb, indices, updates, replica)
 
     def act(parts: list[scatter.Updates]) -> list[None]:
         taken = parts if aggregation in _REDUCTIONS else parts[:1]
@@ -124,7 +122,7 @@ def aggregate_then_scatter(
         _scatter_alike(copies, verb, scatter.joined(taken, divisor))
         return [None] * len(parts)
 
-    replica.meet(Request(f"Variable.{verb}", (copies.name, Same(id(copies))), own, act))
+    _meet(copies, verb, own, act, replica)
 
 
 def scatter_own_copy(
@@ -138,8 +136,7 @@ def scatter_own_copy(
     """Only rows of this replica's copy change."""
     rank = replica.replica_id_in_sync_group
     own = copies.arrays[copies.rank_of(rank)]
-    own_indices = regroup.own_component(indices, rank)
-    given = scatter.checked(copies, verb, own_indices, regroup.own_component(updates, rank), rank)
+    given = _checked_updates(copies, verb, indices, updates, replica)
     rows, content = scatter.changed(own, verb, given)
     own[rows] = content
 
@@ -330,6 +327,26 @@ def _checked_own(copies: Copies, verb: str, value: Any, replica: ReplicaContext)
     """Return what a value means to this replica, as an array that fits."""
     rank = replica.replica_id_in_sync_group
     return copies.checked(regroup.own_component(value, rank), verb, rank)
+
+
+def _checked_updates(
+    copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
+) -> scatter.Updates:
+    """Return what updates mean to this replica, one by one."""
+    rank = replica.replica_id_in_sync_group
+    where, what = (regroup.own_component(value, rank) for value in (indices, updates))
+    return scatter.checked(copies, verb, where, what, rank)
+
+
+def _meet(
+    copies: Copies,
+    verb: str,
+    payload: Any,
+    act: Callable[[list[Any]], list[None]],
+    replica: ReplicaContext,
+) -> None:
+    """Meet the other replicas at a write of this variable."""
+    replica.meet(Request(f"Variable.{verb}", (copies.name, Same(id(copies))), payload, act))
 
 
 def _one(value: Any, verb: str, copies: Copies) -> Any:
