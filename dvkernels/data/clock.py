@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import optree
+import numpy as np
 
 from dvkernels.data.ahead import Ahead
+from dvkernels.data.nest import nbytes_of
 from dvkernels.data.skips import Skips
 from dvkernels.profiler.debugging import LOGGER
 
@@ -70,12 +71,9 @@ class Clock:
         self._ended = now
         self._num_batches += 1
         self._wait += now - began
-        for element in elements:
-            nbytes = getattr(element, "nbytes", None)
-            if nbytes is None:
-                leaves: list[Any] = optree.tree_leaves(element)
-                nbytes = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
-            self._nbytes += nbytes
+        for element in elements:  # a single array, the most frequent one, is spared optree's 1 us
+            is_array = type(element) is np.ndarray
+            self._nbytes += element.nbytes if is_array else nbytes_of(element)
         if self._num_batches == _WARN_AFTER_BATCHES:
             self._warn()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels.data.node import EmptyRunError, Node
+from dvkernels.data.node import Node
 from dvkernels.data.skips import skipping
-from dvkernels.errors import DatasetError
 
 __all__ = ["Cursor", "Place"]
 
@@ -108,23 +108,15 @@ class Cursor(Iterator[Any]):
         return found
 
     def _look_past_errors(self, node: Node, count: int) -> list[Any]:
-        skips, place = skipping.get(), self.position
-        found: list[Any] = []
-        assert skips is not None
-        while len(found) < count and place < (node.length or 0):
-            try:
-                found.append(node.element(place, self.epoch))
-            except EmptyRunError:
-                pass  # each element of it has been noted
-            except DatasetError:
-                raise
-            except Exception as error:
-                skips.note(error, f"element {place} of {node!r} (epoch {self.epoch})")
-            place += 1
-        self._beyond = place
-        if not found:
+        length = node.length or 0
+        places = itertools.takewhile(lambda k: k < length, itertools.count(self.position))
+        attempts = itertools.islice(node.attempts(places, self.epoch), count)
+        pairs = list(attempts)
+        if not pairs:
             raise StopIteration
-        return found
+        # What failed behind the last of a full run is the next call's.
+        self._beyond = pairs[-1][0] + 1 if len(pairs) == count else int(length)
+        return [element for _, element in pairs]
 
     def _open(self) -> None:
         held = [link for link in self._node.links() if link.is_held]

@@ -10,7 +10,7 @@ import optree
 
 from dvkernels.errors import DatasetError
 
-__all__ = ["concatenate", "flatten", "is_flat_tuple", "leaf_names", "stack", "take"]
+__all__ = ["concatenate", "flatten", "is_flat_tuple", "leaf_names", "nbytes_of", "stack", "take"]
 
 
 def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
@@ -77,6 +77,12 @@ def concatenate(batches: Sequence[Any]) -> Any:
     return optree.tree_map(
         lambda *leaves: np.concatenate(leaves), batches[0], *batches[1:], none_is_leaf=True
     )
+
+
+def nbytes_of(nest: Any) -> int:
+    """Return the bytes of the arrays in a nest."""
+    leaves: list[Any] = optree.tree_leaves(nest)
+    return sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
 
 
 def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:

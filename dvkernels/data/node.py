@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -69,19 +69,31 @@ class Node(abc.ABC):
 
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         """Return elements one by one; those that fail are left out where they may be."""
-        skips = skipping.get()
-        if skips is None:
+        if skipping.get() is None:
             return [self.element(index, epoch) for index in indices]
-        found = []
+        return self.non_empty([element for _, element in self.attempts(indices, epoch)])
+
+    def attempts(self, indices: Iterable[int], epoch: int) -> Iterator[tuple[int, Any]]:
+        """Yield each index and its element; those that fail are left out where they may be."""
+        skips = skipping.get()
         for index in indices:
             try:
-                found.append(self.element(index, epoch))
+                element = self.element(index, epoch)
+            except EmptyRunError:
+                continue  # each element of it has been noted
             except DatasetError:
                 raise
             except Exception as error:
+                if skips is None:
+                    raise
                 skips.note(error, f"element {index} of {self!r} (epoch {epoch})")
+                continue
+            yield index, element
+
+    def non_empty(self, found: list[Any]) -> list[Any]:
+        """Return what is left of a run of elements; raise if that is nothing."""
         if not found:
-            raise EmptyRunError(f"every element of {indices!r:.80} of {self!r} failed")
+            raise EmptyRunError(f"every element of a run of {self!r} failed")
         return found
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:

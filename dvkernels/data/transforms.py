@@ -12,7 +12,6 @@ import numpy as np
 from dvkernels.data.checks import check_callable, check_count
 from dvkernels.data.nest import concatenate, stack, take
 from dvkernels.data.node import (
-    EmptyRunError,
     Indices,
     Length,
     Node,
@@ -20,7 +19,7 @@ from dvkernels.data.node import (
     callable_name,
 )
 from dvkernels.data.skips import skipping
-from dvkernels.data.workers import KINDS, Outcome, Workers
+from dvkernels.data.workers import KINDS, Outcome, Workers, outcome_of
 from dvkernels.errors import DatasetError
 
 __all__ = [
@@ -91,13 +90,13 @@ class Map(_Transform):
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         if self._workers is None or len(indices) < 2:
             return super().elements(indices, epoch)
-        indices, given = self._given(indices, epoch)
-        outcomes = zip(indices, self._workers.map(given), strict=True)
-        found = [self._kept(outcome, index, epoch) for index, outcome in outcomes]
-        kept = [value for one in found for value in one]
-        if not kept:
-            raise EmptyRunError(f"every element of {indices!r:.80} of {self!r} failed")
-        return kept
+        given = list(self.source.attempts(indices, epoch))
+        outcomes = self._workers.map([element for _, element in given])
+        kept = (
+            self._kept(outcome, index, epoch)
+            for (index, _), outcome in zip(given, outcomes, strict=True)
+        )
+        return self.non_empty(list(itertools.chain.from_iterable(kept)))
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:
@@ -111,7 +110,7 @@ class Map(_Transform):
         if self._workers is not None:
             outcomes: Iterator[Outcome] = self._workers.map_lazily(elements)
         else:
-            outcomes = (_outcome(self._fn, element) for element in elements)
+            outcomes = (outcome_of(self._fn, element) for element in elements)
         for index, outcome in enumerate(outcomes, begin):
             for value in self._kept(outcome, index, epoch):
                 passed += 1
@@ -122,20 +121,6 @@ class Map(_Transform):
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         return epoch, position if self.marks is None else self.marks.find(epoch, position)[1]
-
-    def _given(self, indices: Sequence[int], epoch: int) -> tuple[list[int], list[Any]]:
-        """Return the source's elements, and their indices: some may be left out."""
-        skips, found = skipping.get(), []
-        for index in indices:
-            try:
-                found.append((index, self.source.element(index, epoch)))
-            except DatasetError:
-                raise
-            except Exception as error:
-                if skips is None:
-                    raise
-                skips.note(error, self.source.describe())
-        return [index for index, _ in found], [element for _, element in found]
 
     def _kept(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
         """Return the value of an outcome, or nothing if its error is skipped."""
@@ -161,13 +146,6 @@ class Map(_Transform):
         except Exception as error:
             add_note(error, self.describe(), self.source, index, epoch)
             raise
-
-
-def _outcome(fn: Callable[[Any], Any], element: Any) -> Outcome:
-    try:
-        return Outcome(fn(element), None)
-    except Exception as error:
-        return Outcome(None, error)
 
 
 class Prefetch(_Transform):

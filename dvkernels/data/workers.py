@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dvkernels.errors import DatasetError, WorkerLostError
 
-__all__ = ["Outcome", "Workers"]
+__all__ = ["KINDS", "Outcome", "Workers", "outcome_of"]
 
 KINDS = ("threads", "processes")
 
@@ -158,13 +158,15 @@ def _apply_installed(elements: Sequence[Any]) -> list[Outcome]:
 
 
 def _apply(fn: Callable[[Any], Any], elements: Sequence[Any]) -> list[Outcome]:
-    outcomes = []
-    for element in elements:
-        try:
-            outcomes.append(Outcome(fn(element), None))
-        except Exception as error:
-            outcomes.append(Outcome(None, error))
-    return outcomes
+    return [outcome_of(fn, element) for element in elements]
+
+
+def outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
+    """Return what a function makes of an element."""
+    try:
+        return Outcome(fn(element), None)
+    except Exception as error:
+        return Outcome(None, error)
 
 
 def _travels(error: Exception) -> bool:
