@@ -181,17 +181,9 @@ def _peers(
     if arguments.peers is None:
         return {}, False, {}
     from dvkernels.benchmarks.peers import registry
-    from dvkernels.benchmarks.peers.worker import Worker
+    from dvkernels.benchmarks.peers.worker import Worker, end_all
 
-    pythons: dict[str, str] = {}
-    for given in arguments.peer_python:
-        name, _, path = given.partition("=")
-        if name not in registry.PEERS or not path:
-            raise AlgorithmError(
-                f"bench: --peer-python takes PEER=PATH with a peer of "
-                f"{', '.join(registry.PEERS)}; got {given!r}"
-            )
-        pythons[name] = path
+    pythons = registry.interpreters("bench", arguments.peer_python, registry.PEERS)
     known = ["numpy", *registry.PEERS]
     for name in arguments.peers:
         if name not in known:
@@ -199,7 +191,7 @@ def _peers(
     workers: dict[str, Any] = {}
     notes: dict[str, str] = {}
     started: list[Worker] = []
-    stack.callback(_end, started)
+    stack.callback(end_all, started)
     for name in arguments.peers or known:
         if name == "numpy":
             notes[name] = f"numpy {metadata.version('numpy')}, one thread"
@@ -220,13 +212,6 @@ def _peers(
         workers[name] = worker
         notes[name] = f"{peer.package} {version}, {arguments.replicas} ranks"
     return workers, "numpy" in (arguments.peers or known), notes
-
-
-def _end(workers: Sequence[Worker]) -> None:
-    for worker in workers:
-        worker.hang_up()  # all at once: they take their time
-    for worker in workers:
-        worker.close()
 
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure all cases, and print a line for each contestant."""
     from dvkernels.benchmarks import input as cases
     from dvkernels.benchmarks.peers import registry
-    from dvkernels.benchmarks.peers.worker import Worker
+    from dvkernels.benchmarks.peers.worker import Worker, end_all
     from dvkernels.benchmarks.stopwatch import ratio
 
     if arguments.rounds < 1:
@@ -47,20 +47,17 @@ def run(arguments: argparse.Namespace) -> int:
     versions: dict[str, str] = {}
     records: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        for given in arguments.peer_python:
-            name, _, python = given.partition("=")
-            if name not in cases.PEERS or not python:
-                raise AlgorithmError(
-                    f"bench-input: --peer-python takes PEER=PATH with a peer of "
-                    f"{', '.join(cases.PEERS)}; got {given!r}"
-                )
+        started: list[Worker] = []
+        stack.callback(end_all, started)
+        pythons = registry.interpreters("bench-input", arguments.peer_python, cases.PEERS)
+        for name, python in pythons.items():
             version = registry.version_of(cases.PEERS[name], python)
             if version is None:
                 print(f"# {name} skipped: {cases.PEERS[name].how_to_get}")
                 continue
             versions[name] = version
             workers[name] = Worker(name, python, 2, peers=cases.PEERS)
-            stack.callback(workers[name].close)
+            started.append(workers[name])
         about = {
             "dvkernels": __version__,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

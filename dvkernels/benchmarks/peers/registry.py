@@ -6,13 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dvkernels.devices import cpu
+from dvkernels.errors import AlgorithmError
 
-__all__ = ["PEERS", "Peer", "version_of"]
+__all__ = ["PEERS", "Peer", "default_python", "interpreters", "version_of"]
 
 _HERE = Path(__file__).parent
 
@@ -81,6 +82,20 @@ def version_of(peer: Peer, python: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None
+
+
+def interpreters(command: str, given: Sequence[str], peers: Mapping[str, Peer]) -> dict[str, str]:
+    """Return the interpreter of each peer that ``--peer-python PEER=PATH`` names."""
+    pythons: dict[str, str] = {}
+    for option in given:
+        name, _, path = option.partition("=")
+        if name not in peers or not path:
+            raise AlgorithmError(
+                f"{command}: --peer-python takes PEER=PATH with a peer of {', '.join(peers)}; "
+                f"got {option!r}"
+            )
+        pythons[name] = path
+    return pythons
 
 
 def default_python() -> str:

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dvkernels.benchmarks.peers.registry import PEERS, Peer
 from dvkernels.errors import WorkerLostError
 
-__all__ = ["Answer", "Worker"]
+__all__ = ["Answer", "Worker", "end_all"]
 
 _TAIL = 800  # characters of stderr that a report quotes
 
@@ -130,3 +130,11 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def end_all(workers: Sequence[Worker]) -> None:
+    """End the processes of several workers."""
+    for worker in workers:
+        worker.hang_up()  # all at once: they take their time
+    for worker in workers:
+        worker.close()
