@@ -1,0 +1,1 @@
+"""The kernels of CUDA devices: compiled by Numba, launched through the driver."""
