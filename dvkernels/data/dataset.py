@@ -9,7 +9,7 @@ from typing import Any
 
 from dvkernels.data.ahead import Ahead
 from dvkernels.data.cursor import Cursor
-from dvkernels.data.files import FromFiles, FromIndexedFiles
+from dvkernels.data.files import Files, FromFiles, FromIndexedFiles
 from dvkernels.data.live import FromLive
 from dvkernels.data.node import Length, Node
 from dvkernels.data.shuffle import Shuffle, WindowedShuffle
@@ -278,7 +278,7 @@ class Dataset:
         """The paths that :meth:`from_files` was given; none for other sources."""
         node: Node | None = self._node
         while node is not None:
-            if isinstance(node, FromFiles | FromIndexedFiles):
+            if isinstance(node, Files):
                 return node.files
             node = node.source
         return ()
