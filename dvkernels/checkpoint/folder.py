@@ -32,36 +32,40 @@ def existing(path: Path) -> Path:
     return path
 
 
+def lock(path: Path) -> Lock:
+    """Return the lock of those who write what ``path`` names."""
+    return Lock(_beside(path, "lock"), f"save to {path}")
+
+
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Give a new folder to write into; at the end, and not before, it is what ``path`` names.
 
-    The files in it must have been synced. After an error what was at ``path`` before is there
-    still, and nothing else is left. If the process is killed, the next call cleans up.
+    The caller holds a lock, and has synced the files in it. After an error what was at ``path``
+    before is there still, and nothing else is left. If the process is killed, the next call cleans
+    up.
     """
-    make_folders(path.parent)
-    with Lock(_beside(path, "lock"), f"save to {path}"):
-        new, old = _beside(path, "tmp"), _beside(path, "old")
-        _recover(path)
-        _check_replaceable(path)
-        files.active.make_folder(new)
-        is_placed = False
-        try:
-            yield new
-            files.active.sync_folder(new)
-            if files.active.is_folder(path):
-                files.active.rename(path, old)
-            files.active.rename(new, path)
-            is_placed = True
-            files.active.sync_folder(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):  # what cannot be done now, the next save will do
-                if is_placed:
-                    files.active.rename(path, new)
-                _recover(path)
-            raise
-        with contextlib.suppress(OSError):
-            _let_go_of_old(path)
+    new, old = _beside(path, "tmp"), _beside(path, "old")
+    _recover(path)
+    _check_replaceable(path)
+    files.active.make_folder(new)
+    is_placed = False
+    try:
+        yield new
+        files.active.sync_folder(new)
+        if files.active.is_folder(path):
+            files.active.rename(path, old)
+        files.active.rename(new, path)
+        is_placed = True
+        files.active.sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what cannot be done now, the next save will do
+            if is_placed:
+                files.active.rename(path, new)
+            _recover(path)
+        raise
+    with contextlib.suppress(OSError):
+        _let_go_of_old(path)
 
 
 def discard(path: Path) -> None:

@@ -203,14 +203,13 @@ class CheckpointManager:
 
     def _write(self, snapshot: Snapshot) -> None:
         assert snapshot.step is not None
-        try:
+        path = self._directory / _name(snapshot.step)
+        with saving.naming_failures(path):
             folder.make_folders(self._directory)
-            with Lock(self._directory / ".lock", f"save to {self._directory}"):
+            with Lock(self._directory / ".lock", f"save to {path}"):
                 folder.clean(self._directory, _NAME)
-                saving.write(snapshot, self._directory / _name(snapshot.step))
+                saving.write_locked(snapshot, path)
                 self._remove_old(snapshot.step)
-        except OSError as error:
-            raise CheckpointError(f"save to {self._directory} failed: {error}") from error
 
     def _remove_old(self, just_saved: int) -> None:
         if self._max_to_keep is None:

@@ -18,7 +18,7 @@ from dvkernels.errors import CheckpointDamagedError, CheckpointError
 
 __all__: list[str] = []
 
-FORMAT = "dvkernels.checkpoint"
+FORMAT = "dvkernels checkpoint"
 VERSION = 1
 MAX_NBYTES = 256 << 20
 _FIELDS = {"format", "version", "library", "step", "files", "tensors", "objects", "metadata"}

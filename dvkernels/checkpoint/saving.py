@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,23 @@ def take(objects: Mapping[str, Any], step: int | None, metadata: Any) -> Snapsho
 
 def write(snapshot: Snapshot, path: Path) -> None:
     """Write a checkpoint; after an error what was at ``path`` before is there still."""
+    with naming_failures(path):
+        folder.make_folders(path.parent)
+        with folder.lock(path):
+            write_locked(snapshot, path)
+
+
+def write_locked(snapshot: Snapshot, path: Path) -> None:
+    """Write a checkpoint where the caller has seen to it that nobody else does."""
+    with folder.written(path) as new:
+        _write_files(snapshot, new)
+
+
+@contextlib.contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Say of an error of the operating system what it has kept from being saved."""
     try:
-        with folder.written(path) as new:
-            _write_files(snapshot, new)
+        yield
     except OSError as error:
         raise CheckpointError(
             f"save to {path} failed: {error}; what was there before is whole, and the run can go on"
