@@ -246,15 +246,17 @@ def _commit(plan: Plan, reader: Reader) -> None:
 
 def _set_states(changes: list[StateChange]) -> None:
     """Set all states, or none: if one is refused, those before it are taken back."""
-    before = [copy.deepcopy(change.get()) for change in changes]
-    for place, change in enumerate(changes):
+    done: list[tuple[StateChange, Any]] = []
+    for change in changes:
         try:
+            before = copy.deepcopy(change.get())
+            done.append((change, before))
             change.set(change.new)
         except Exception as error:
-            for done, old in zip(changes[: place + 1], before, strict=False):
-                done.set(old)
+            for changed, old in done:
+                changed.set(old)
             raise CheckpointError(
-                f"{change.path}: the state that was saved does not fit: {error}"
+                f"{change.path}: the state that was saved cannot be taken over: {error}"
             ) from error
 
 

@@ -84,6 +84,17 @@ def clean(parent: Path, is_ours: re.Pattern[str]) -> None:
             _recover(parent / rest)
 
 
+def within(parent: Path, is_ours: re.Pattern[str]) -> list[Path]:
+    """Return the checkpoints in a folder whose names are like ``is_ours``, by name."""
+    try:
+        names = files.active.names(parent)
+    except FileNotFoundError:
+        return []
+    # One whose replacement was cut short is there under the name of the old one.
+    own = {name.removeprefix(".old-") for name in names}
+    return sorted(parent / name for name in own if is_ours.fullmatch(name))
+
+
 def make_folders(path: Path) -> None:
     """Create a folder and those above it, if need be."""
     if files.active.is_folder(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dvkernels.checkpoint import files, folder, saving
+from dvkernels.checkpoint import folder, saving
 from dvkernels.checkpoint.checkpoint import Checkpoint, Restored, check_context
 from dvkernels.checkpoint.lock import Lock
 from dvkernels.checkpoint.saving import Snapshot
@@ -94,12 +94,12 @@ class CheckpointManager:
     @property
     def checkpoints(self) -> tuple[Path, ...]:
         """The checkpoints that are there, in the order of their steps; not looked into."""
-        return tuple(self._directory / _name(step) for step in self._steps())
+        return checkpoints_in(self._directory)
 
     @property
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint, None if there is none; not looked into."""
-        return self.checkpoints[-1] if self.checkpoints else None
+        return max(self.checkpoints, key=_step, default=None)
 
     def save(
         self, step: int, *, metadata: Mapping[str, Any] | None = None, background: bool = False
@@ -192,15 +192,6 @@ class CheckpointManager:
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self._directory)!r}, max_to_keep={self._max_to_keep})"
 
-    def _steps(self) -> list[int]:
-        try:
-            names = files.active.names(self._directory)
-        except FileNotFoundError:
-            return []
-        # One whose replacement was cut short is there under the name of the old one.
-        plain = (name.removeprefix(".old-") for name in names)
-        return sorted({int(match[1]) for name in plain if (match := _NAME.fullmatch(name))})
-
     def _write(self, snapshot: Snapshot) -> None:
         assert snapshot.step is not None
         path = self._directory / _name(snapshot.step)
@@ -215,15 +206,24 @@ class CheckpointManager:
         if self._max_to_keep is None:
             return
         every = self._keep_every
-        counted = [step for step in self._steps() if every is None or step % every]
-        for step in counted[: -self._max_to_keep]:
-            if step == just_saved:
+        counted = [path for path in self.checkpoints if every is None or _step(path) % every]
+        for path in counted[: -self._max_to_keep]:
+            if _step(path) == just_saved:
                 continue
             try:
-                folder.discard(self._directory / _name(step))
+                folder.discard(path)
             except OSError as error:  # the save itself has succeeded
-                LOGGER.warning("%s could not be removed: %s", self._directory / _name(step), error)
+                LOGGER.warning("%s could not be removed: %s", path, error)
+
+
+def checkpoints_in(directory: Path) -> tuple[Path, ...]:
+    """Return the checkpoints that managers have saved in a folder, in the order of their steps."""
+    return tuple(sorted(folder.within(directory, _NAME), key=_step))
 
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
