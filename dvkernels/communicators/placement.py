@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dvkernels.communicators.base import Communicator
+from dvkernels.devices import memory
 from dvkernels.devices.base import Device
 
 __all__: list[str] = []
@@ -32,6 +34,11 @@ class Placement:
     def copy_devices(self) -> tuple[Device, ...]:
         """Where the copies of a variable live."""
         return self.replica_devices if self.central_device is None else (self.central_device,)
+
+    @cached_property
+    def memory(self) -> memory.Memory:
+        """What its arrays lie in."""
+        return memory.of([*self.replica_devices, *self.copy_devices])
 
     def is_of(self, strategy: Placement) -> bool:
         """Return whether this is a strategy's placement, or that of one of its copies."""

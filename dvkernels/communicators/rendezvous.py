@@ -92,6 +92,10 @@ class Pending:
         self.done = threading.Event()
 
 
+def _at_once(act: Callable[[list[Any]], Sequence[Any]], payloads: list[Any]) -> Sequence[Any]:
+    return act(payloads)
+
+
 class Step:
     """One call of ``run`` over ``num_replicas`` threads.
 
@@ -119,6 +123,7 @@ class Step:
         "errors",
         "failure",
         "num_replicas",
+        "perform",
         "place",
     )
 
@@ -130,6 +135,9 @@ class Step:
         carrier: Carrier | None = None,
     ) -> None:
         self.num_replicas = num_replicas
+        self.perform: Callable[..., Sequence[Any]] = (
+            _at_once  # how what is done for all replicas is done
+        )
         self.failure: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
         self.closed = False
@@ -325,7 +333,7 @@ class Step:
                     remedy = "they mean different objects that look alike; make them once, outside "
                     remedy += "of run, or all replicas together in it"
                 raise CollectiveMismatchError(f"the replicas disagree: {said}; {remedy}")
-        return first.act([request.payload for request in requests])
+        return self.perform(first.act, [request.payload for request in requests])
 
     def _wait(self, replica: int) -> None:
         assert self._gates is not None

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from typing import Any, NoReturn, Self
 
-import numpy as np
-
 from dvkernels import context, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
@@ -18,9 +16,10 @@ from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
 from dvkernels.data.input_context import InputContext
 from dvkernels.data.options import InputOptions
-from dvkernels.devices import foreign, registry
+from dvkernels.devices import memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
+from dvkernels.devices.order import StreamOrder
 from dvkernels.errors import (
     BufferMismatchError,
     ContextError,
@@ -29,8 +28,9 @@ from dvkernels.errors import (
 )
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import Reduction
-from dvkernels.strategies import runner
 from dvkernels.strategies.reduction import reduce_along
+from dvkernels.strategies.runner import Runner
+from dvkernels.strategies.streamed import StreamedRunner
 from dvkernels.values import regroup
 from dvkernels.values.arrays import as_array, gatherable
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
@@ -66,7 +66,8 @@ class Strategy:
     Parameters
     ----------
     devices : sequence of Device or str, optional
-        One per replica; CPU devices may be named twice. One per usable core if not given.
+        One per replica, of one kind; a device may be named twice. All GPUs if not given, or else
+        one per usable core.
     communicator : Communicator or str
         Of as many ranks; or a name, as ``MirroredStrategy`` takes.
     bytes_per_bucket : int, optional
@@ -77,7 +78,7 @@ class Strategy:
     Raises
     ------
     DeviceError
-        A device that does not exist, or none.
+        A device that does not exist, or none; CPU devices and GPUs together.
     AlgorithmError
         A communicator of another size, or an object that lacks its methods.
     ValueError
@@ -108,7 +109,10 @@ class Strategy:
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         central = None if central_device is None else registry.resolve(central_device)
         self._placement = Placement(resolved, checked, name, central)
-        self._runner = runner.Runner(len(resolved), name)
+        self._runner: Runner | StreamedRunner = Runner(len(resolved), name)
+        if self._placement.memory is not memory.HOST:
+            order = StreamOrder([device.index for device in resolved])
+            self._runner = StreamedRunner(self._runner, order)
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -256,7 +260,7 @@ class Strategy:
                 reduce_op.check_dtype("reduce", reduction, arrays[0].dtype)
                 _check_alike("reduce", arrays)
                 total = communicator.reduce(arrays, reduction)
-            return foreign.like(total, leaf.values[0])
+            return memory.holding(total).like(total, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -277,7 +281,7 @@ class Strategy:
                         f"other axis: replica 0 holds {described[0]}, replica {rank} holds {held}"
                     )
             whole = self._placement.communicator.all_gather(ready, axes[0])[0]
-            return foreign.like(whole, leaf.values[0])
+            return memory.holding(whole).like(whole, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -367,7 +371,8 @@ class Strategy:
                     "choose it with .on(replica_id), or use reduce_to"
                 )
             single = whole.on(0) if isinstance(whole, Mirrored) else whole
-            return np.array(as_array(single, "broadcast_to", 0))
+            array = as_array(single, "broadcast_to", 0, self._placement.memory)
+            return memory.holding(array).beside(array, array)
 
         return self._mirrored(regroup.map_leaves(one, value), devices)
 
@@ -542,8 +547,9 @@ class Strategy:
         owner = self._placement if len(devices) == self.num_replicas_in_sync else None
 
         def one(array: Any) -> Mirrored[Any]:
-            array.flags.writeable = False
-            return Mirrored([array] * len(devices), devices=devices, owner=owner)
+            whole = memory.holding(array).read_only(array)
+            copies = [memory.brought(whole, device) for device in devices]
+            return Mirrored(copies, devices=devices, owner=owner)
 
         return regroup.map_leaves(one, nest)
 
@@ -612,7 +618,8 @@ class Strategy:
         values = leaf.values
         if len(values) < self.num_replicas_in_sync:
             values = values * self.num_replicas_in_sync
-        return [as_array(value, verb, rank) for rank, value in enumerate(values)]
+        seen = self._placement.memory
+        return [as_array(value, verb, rank, seen) for rank, value in enumerate(values)]
 
 
 def _check_alike(verb: str, arrays: list[Any]) -> None:

@@ -19,7 +19,8 @@ class MirroredStrategy(Strategy):
     Parameters
     ----------
     devices : sequence of Device or str, optional
-        One replica per usable core if not given.
+        One replica each; a CPU device or a GPU may be named several times. All GPUs if not given,
+        or else one replica per usable core.
     cross_device_ops : str or Communicator
         ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``, or an object of the protocol.
     bytes_per_bucket : int, optional

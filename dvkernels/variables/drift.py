@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.devices import memory
 from dvkernels.errors import DriftError
 from dvkernels.profiler import debugging
 from dvkernels.variables.modes import VariableSynchronization
@@ -25,7 +26,7 @@ def check(variables: Iterable[Variable], when: str) -> None:
 
 def compare(what: str, copies: Sequence[Any]) -> None:
     """Raise unless all copies hold the same finite content."""
-    first, *others = copies
+    first, *others = (memory.holding(copy).to_host(copy) for copy in copies)
     debugging.check_finite(what, [first])
     for replica, other in enumerate(others, start=1):
         if (_bits(first) != _bits(other)).any():

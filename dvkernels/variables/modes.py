@@ -6,6 +6,7 @@ copies as they were.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ WRITES: dict[str, Callable[[Any, Any, Any], Any]] = {
 def _write_alike(copies: Copies, verb: str, value: Any) -> None:
     """Write equal copies: work out the new content once, then commit it to all."""
     scratch = None if verb == "assign" else copies.scratch()
-    new = WRITES[verb](copies.arrays[0], value, scratch)
+    new = copies.memory.apply(WRITES[verb], copies.arrays[0], value, scratch)
     copies.commit([new] * len(copies.arrays))
 
 
@@ -119,7 +120,7 @@ def aggregate_then_scatter(
     def act(parts: list[scatter.Updates]) -> list[None]:
         taken = parts if aggregation in _REDUCTIONS else parts[:1]
         divisor = len(parts) if aggregation is VariableAggregation.MEAN else 1
-        _scatter_alike(copies, verb, scatter.joined(taken, divisor))
+        _scatter_alike(copies, verb, scatter.joined(copies, taken, divisor))
         return [None] * len(parts)
 
     _meet(copies, verb, own, act, replica)
@@ -137,8 +138,8 @@ def scatter_own_copy(
     rank = replica.replica_id_in_sync_group
     own = copies.arrays[copies.rank_of(rank)]
     given = _checked_updates(copies, verb, indices, updates, replica)
-    rows, content = scatter.changed(own, verb, given)
-    own[rows] = content
+    rows, content = scatter.changed(copies, own, verb, given)
+    copies.memory.overwrite_rows([own], [rows], [content])
 
 
 def refuse_to_scatter(
@@ -161,7 +162,8 @@ def write_own_copy(
     """Only this replica's copy changes."""
     rank = replica.replica_id_in_sync_group
     own = copies.arrays[copies.rank_of(rank)]
-    new = WRITES[verb](own, _checked_own(copies, verb, value, replica), None)
+    brought = _checked_own(copies, verb, value, replica)
+    new = copies.memory.apply(WRITES[verb], own, brought, None)
     copies.commit_own(rank, new)
 
 
@@ -187,7 +189,7 @@ def write_every_copy(
 ) -> None:
     """Every copy gets the value, or its component of a ``PerReplica``."""
     values = _for_each_copy(copies, verb, value)
-    write = WRITES[verb]
+    write = functools.partial(copies.memory.apply, WRITES[verb])
     copies.commit([write(own, new, None) for own, new in zip(copies.arrays, values, strict=True)])
 
 
@@ -211,14 +213,16 @@ def scatter_every_copy(
     """Rows of every copy get the updates, or their components of a ``PerReplica``."""
     where, what = (_each(copies, verb, value) for value in (indices, updates))
     found = [
-        scatter.changed(own, verb, scatter.checked(copies, verb, where[rank], what[rank], rank))
+        scatter.changed(
+            copies, own, verb, scatter.checked(copies, verb, where[rank], what[rank], rank)
+        )
         for rank, own in enumerate(copies.arrays)
     ]
     copies.commit_rows([rows for rows, _ in found], [content for _, content in found])
 
 
 def _scatter_alike(copies: Copies, verb: str, given: scatter.Updates) -> None:
-    rows, content = scatter.changed(copies.arrays[0], verb, given)
+    rows, content = scatter.changed(copies, copies.arrays[0], verb, given)
     copies.commit_rows([rows] * len(copies.arrays), [content] * len(copies.arrays))
 
 
@@ -255,9 +259,8 @@ def share_out(copies: Copies, aggregation: VariableAggregation, verb: str, value
         return
     if verb != "assign":
         _refuse_adding_to_a_sum(copies, verb)
-    copies.commit(
-        _shares(copies.checked(_one(value, verb, copies), verb, None), len(copies.arrays))
-    )
+    total = copies.checked(_one(value, verb, copies), verb, None)
+    copies.commit(copies.memory.apply(_shares, total, len(copies.arrays)))
 
 
 def _refuse_adding_to_a_sum(copies: Copies, verb: str) -> None:
@@ -303,9 +306,7 @@ def aggregate_copies(copies: Copies, aggregation: VariableAggregation) -> Any:
     if debugging.active is not None:
         debugging.active.note_aggregate(id(copies), copies.name)
     result = aggregated(copies, aggregation, list(copies.arrays))
-    view = result.view()
-    view.flags.writeable = False
-    return view
+    return copies.memory.read_only(result)
 
 
 def every_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
@@ -360,7 +361,8 @@ def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
     if isinstance(value, PerReplica):
         parts = _each(copies, verb, value)
         return [copies.checked(part, verb, rank) for rank, part in enumerate(parts)]
-    return [copies.checked(_one(value, verb, copies), verb, None)] * len(copies.arrays)
+    one = copies.checked(_one(value, verb, copies), verb, None)
+    return [copies.memory.here(one, device) for device in copies.placement.copy_devices]
 
 
 def _each(copies: Copies, verb: str, value: Any) -> Sequence[Any]:
