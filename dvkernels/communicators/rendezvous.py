@@ -92,10 +92,6 @@ class Pending:
         self.done = threading.Event()
 
 
-def _at_once(act: Callable[[list[Any]], Sequence[Any]], payloads: list[Any]) -> Sequence[Any]:
-    return act(payloads)
-
-
 class Step:
     """One call of ``run`` over ``num_replicas`` threads.
 
@@ -135,9 +131,8 @@ class Step:
         carrier: Carrier | None = None,
     ) -> None:
         self.num_replicas = num_replicas
-        self.perform: Callable[..., Sequence[Any]] = (
-            _at_once  # how what is done for all replicas is done
-        )
+        # Called with what is to be done for all replicas, and what they brought.
+        self.perform: Callable[..., Sequence[Any]] | None = None
         self.failure: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
         self.closed = False
@@ -333,7 +328,8 @@ class Step:
                     remedy = "they mean different objects that look alike; make them once, outside "
                     remedy += "of run, or all replicas together in it"
                 raise CollectiveMismatchError(f"the replicas disagree: {said}; {remedy}")
-        return self.perform(first.act, [request.payload for request in requests])
+        payloads = [request.payload for request in requests]
+        return first.act(payloads) if self.perform is None else self.perform(first.act, payloads)
 
     def _wait(self, replica: int) -> None:
         assert self._gates is not None

@@ -34,8 +34,11 @@ class Memory(Protocol):
     def new(self, content: Any, device: Device) -> Any:
         """Return a new dense array on a device; ``content`` may lie in any memory it sees."""
 
-    def here(self, array: Any, device: Device) -> Any:
+    def on(self, array: Any, device: Device) -> Any:
         """Return an array with that content on the device: the same one if it lies there."""
+
+    def near(self, array: Any, other: Any) -> Any:
+        """Return an array with that content where another lies: the same one if it lies there."""
 
     def beside(self, array: Any, other: Any) -> Any:
         """Return a copy of an array where another one lies."""
@@ -86,11 +89,14 @@ class _Host:
     def new(self, content: Any, device: Device) -> Any:
         return np.array(content, order="C", copy=True)
 
-    def here(self, array: Any, device: Device) -> Any:
+    def on(self, array: Any, device: Device) -> Any:
+        return array
+
+    def near(self, array: Any, other: Any) -> Any:
         return array
 
     def beside(self, array: Any, other: Any) -> Any:
-        return np.array(array)
+        return np.array(array, order="C")
 
     def read_only(self, array: Any) -> Any:
         view = array.view()
@@ -153,10 +159,13 @@ class _Gpu:
         self._arrays.copy(made, content)
         return made
 
-    def here(self, array: Any, device: Device) -> Any:
+    def on(self, array: Any, device: Device) -> Any:
         if isinstance(array, np.ndarray) or self._arrays.device_of(array) != device.index:
             return self.new(array, device)
         return array
+
+    def near(self, array: Any, other: Any) -> Any:
+        return self.on(array, Device("cuda", self._arrays.device_of(other)))
 
     def beside(self, array: Any, other: Any) -> Any:
         return self.new(array, Device("cuda", self._arrays.device_of(other)))
@@ -203,7 +212,7 @@ class _Gpu:
         self, targets: Sequence[Any], rows: Sequence[Any], values: Sequence[Any]
     ) -> None:
         devices = [Device("cuda", self._arrays.device_of(target)) for target in targets]
-        ready = [self.here(value, device) for value, device in zip(values, devices, strict=True)]
+        ready = [self.on(value, device) for value, device in zip(values, devices, strict=True)]
         for target, which, value, device in zip(targets, rows, ready, devices, strict=True):
             with self._arrays.at(device.index):
                 target[which] = value
@@ -252,7 +261,7 @@ def copied(array: Any, device: Device) -> Any:
 def brought(array: Any, device: Device) -> Any:
     """Return an array on a device, of any kind: the same one if it lies in memory it sees."""
     there = of([device])
-    return there.here(holding(array).to_host(array) if there is HOST else array, device)
+    return there.on(holding(array).to_host(array) if there is HOST else array, device)
 
 
 def holding(array: Any) -> Memory:

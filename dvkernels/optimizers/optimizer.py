@@ -269,4 +269,4 @@ def _checked_gradient(gradient: Any, variable: Variable, replica: int) -> Any:
         )
     if debugging.active is not None:
         debugging.check_finite(f"{_VERB}: the gradient of {variable.name!r}", [array])
-    return held.here(array, variable.owner.replica_devices[replica])
+    return held.on(array, variable.owner.replica_devices[replica])

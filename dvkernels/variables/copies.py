@@ -10,7 +10,6 @@ import numpy as np
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.single import Single
 from dvkernels.devices import foreign
-from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
@@ -71,11 +70,11 @@ class Copies:
             )
         if debugging.active is not None:
             debugging.check_finite(f"{verb} of variable {self.name!r}", [array])
-        return self.memory.here(array, self.device(replica))
+        return self.memory.near(array, self.read_by(replica))
 
-    def device(self, replica: int | None) -> Device:
-        """Return where the copy lies that a replica reads; of None, the first one."""
-        return self.placement.copy_devices[self.rank_of(replica or 0)]
+    def read_by(self, replica: int | None) -> Any:
+        """Return the copy that a replica reads; the first one for None."""
+        return self.arrays[self.rank_of(replica) if replica else 0]
 
     def converted(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
@@ -166,7 +165,7 @@ class Draft(Copies):
         if self.is_written:
             super().commit(values)
         else:
-            self._hold([self.memory.new(values[0], self.device(None))])
+            self._hold([self.memory.beside(values[0], self.arrays[0])])
             self.is_written = True
 
     def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:

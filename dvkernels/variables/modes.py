@@ -55,8 +55,9 @@ WRITES: dict[str, Callable[[Any, Any, Any], Any]] = {
 
 def _write_alike(copies: Copies, verb: str, value: Any) -> None:
     """Write equal copies: work out the new content once, then commit it to all."""
-    scratch = None if verb == "assign" else copies.scratch()
-    new = copies.memory.apply(WRITES[verb], copies.arrays[0], value, scratch)
+    new = value
+    if verb != "assign":
+        new = copies.memory.apply(WRITES[verb], copies.arrays[0], value, copies.scratch())
     copies.commit([new] * len(copies.arrays))
 
 
@@ -362,7 +363,7 @@ def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
         parts = _each(copies, verb, value)
         return [copies.checked(part, verb, rank) for rank, part in enumerate(parts)]
     one = copies.checked(_one(value, verb, copies), verb, None)
-    return [copies.memory.here(one, device) for device in copies.placement.copy_devices]
+    return [copies.memory.near(one, copy) for copy in copies.arrays]
 
 
 def _each(copies: Copies, verb: str, value: Any) -> Sequence[Any]:

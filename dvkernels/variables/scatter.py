@@ -69,15 +69,15 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     if debugging.active is not None:
         debugging.check_finite(what, [array])
     flat = array.reshape(-1, *shape[1:]) if rows.size else array.reshape(0, *shape[1:])
-    flat = copies.memory.here(flat, copies.device(replica))
-    return Updates(rows.reshape(-1).astype(np.int64), flat)
+    near = copies.memory.near(flat, copies.read_by(replica))
+    return Updates(rows.reshape(-1).astype(np.int64), near)
 
 
 def joined(copies: Copies, parts: Sequence[Updates], divisor: int) -> Updates:
     """Return the updates of all parts in order, each divided, beside the first copy."""
-    memory, device = copies.memory, copies.device(None)
+    memory = copies.memory
     indices = np.concatenate([part.indices for part in parts])
-    each = [_wide(memory.here(part.updates, device)) for part in parts]
+    each = [_wide(memory.near(part.updates, copies.arrays[0])) for part in parts]
     updates = memory.apply(_concatenated, *each)
     return Updates(indices, updates / updates.dtype.type(divisor) if divisor > 1 else updates)
 

@@ -1,4 +1,4 @@
-"""The tests of the CPU's kernels, over arrays of Numba's simulator, in processes of their own.
+"""The CPU's tests of kernels and strategies, over arrays of the simulator, in own processes.
 
 Numba chooses the simulator when it is imported.
 """
@@ -20,6 +20,14 @@ BODIES = [
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",
     "tests/simulator/test_one_gpu.py",
+    "tests/conformance/test_strategy_laws.py",
+    "tests/unit/variables",
+    "tests/unit/optimizers",
+    "tests/unit/strategies/test_contract_of_members.py",
+    "tests/unit/strategies/test_contract_of_values.py",
+    "tests/unit/strategies/test_async.py",
+    "tests/unit/strategies/test_strategies.py",
+    "tests/unit/test_context.py",
 ]
 
 
