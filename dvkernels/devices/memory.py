@@ -264,6 +264,11 @@ def brought(array: Any, device: Device) -> Any:
     return there.on(holding(array).to_host(array) if there is HOST else array, device)
 
 
+def seeing(value: Any) -> Memory:
+    """Return the memory in which to look at a value of any library."""
+    return gpu() if foreign.is_on_gpu(value) else HOST
+
+
 def holding(array: Any) -> Memory:
     """Return the memory that an array of ours lies in."""
     return HOST if isinstance(array, (np.ndarray, np.generic)) else gpu()

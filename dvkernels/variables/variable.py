@@ -423,10 +423,10 @@ def _created(
 ) -> Variable:
     label = f"variable_{next(_numbers)}" if name is None else name
     content = initial() if callable(initial) else initial
+    held = _read(content)
+    if foreign.is_foreign(held):
+        held = placement.memory.view(f"variable {label!r}", held, "the initial value")
     try:
-        held = _read(content)
-        if foreign.is_foreign(held):
-            held = placement.memory.view(f"variable {label!r}", held, "the initial value")
         array = held if foreign.is_on_gpu(held) else np.asarray(held, dtype=dtype)
         if dtype is not None and array.dtype != np.dtype(dtype):  # of what is on a GPU
             array = array.astype(dtype)
