@@ -70,8 +70,14 @@ class Arrays(Protocol):
     def device_of(self, array: Any) -> int:
         """Return the device whose memory an array lies in."""
 
-    def current(self, device: int) -> int:
-        """Return the address of the stream that is current in this thread on a device."""
+    def current(self, device: int) -> Any:
+        """Return the stream that is current in this thread on a device; its address is ``ptr``."""
+
+    def pinned(self, nbytes: int) -> Any:
+        """Return bytes in memory of the host that copies on a stream read while the host goes on.
+
+        They begin at a page. What is copied from them must have been copied before they change.
+        """
 
     def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager that makes a device, and a stream of it, current."""
@@ -278,9 +284,13 @@ class _CuPyArrays:
         """Return the device whose memory an array lies in."""
         return int(array.device.id)
 
-    def current(self, device: int) -> int:
-        """Return the address of this thread's current stream."""
-        return int(self._cupy.cuda.get_current_stream(device).ptr)
+    def current(self, device: int) -> Any:
+        """Return this thread's current stream."""
+        return self._cupy.cuda.get_current_stream(device)
+
+    def pinned(self, nbytes: int) -> Any:
+        """Return bytes in page-locked memory of the host."""
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
     def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Make a device, and a stream of it, current."""
@@ -359,9 +369,13 @@ class _SimulatedArrays:
         """Return 0: there is one."""
         return 0
 
-    def current(self, device: int) -> int:
-        """Return 0: there is one."""
-        return 0
+    def current(self, device: int) -> Any:
+        """Return what stands in for a stream."""
+        return _Done()
+
+    def pinned(self, nbytes: int) -> Any:
+        """Return bytes."""
+        return np.empty(nbytes, np.uint8)
 
     def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Change nothing."""

@@ -61,7 +61,7 @@ def adopt(verb: str, buffer: Any, who: str) -> Any:
         return buffer
     arrays = cuda.arrays()
     array, device, stream = _placed(verb, buffer, who)
-    order([(Lane(device, arrays.current(device)), Lane(device, stream))])
+    order([(Lane(device, arrays.current(device).ptr), Lane(device, stream))])
     low, high = np.lib.array_utils.byte_bounds(array)
     return arrays.over((int(low), int(high)), int(array.ctypes.data), array, device, buffer)
 
@@ -70,7 +70,7 @@ def follow(result: Any, original: Any) -> None:
     """Have the stream of another library's array wait for the one that carries a result."""
     if type(original).__module__.partition(".")[0] != "cupy":
         _, device, stream = _placed("a result", original, "the value")
-        order([(Lane(device, stream), Lane(device, cuda.arrays().current(device)))])
+        order([(Lane(device, stream), Lane(device, cuda.arrays().current(device).ptr))])
 
 
 def order(pairs: Sequence[tuple[Lane, Lane]]) -> None:

@@ -151,10 +151,10 @@ class _Gpu:
         return gpu_arrays.like(result, original)
 
     def new(self, content: Any, device: Device) -> Any:
-        lane = streams.Lane(device.index, self._arrays.current(device.index))
+        lane = streams.Lane(device.index, self._arrays.current(device.index).ptr)
         if not isinstance(content, np.ndarray):
             source = self._arrays.device_of(content)
-            gpu_arrays.order([(lane, streams.Lane(source, self._arrays.current(source)))])
+            gpu_arrays.order([(lane, streams.Lane(source, self._arrays.current(source).ptr))])
         made = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
         self._arrays.copy(made, content)
         return made

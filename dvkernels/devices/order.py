@@ -57,7 +57,7 @@ class StreamOrder:
     def step(self) -> Iterator[None]:
         """Order a step, inside, after what its caller did and before what it does then."""
         own = self._lanes()
-        callers = [Lane(device, self._arrays.current(device)) for device in self._homes]
+        callers = [Lane(device, self._arrays.current(device).ptr) for device in self._homes]
         self._order(crossings(own, callers))
         try:
             yield

@@ -168,3 +168,28 @@ def test_gradients_are_clipped_where_they_lie():
     found, norm = dv.optimizers.clip_by_global_norm([on_gpu([3.0, 0.0]), on_gpu([4.0])], 1.0)
     assert norm == 5.0
     assert [np.round(one.get(), 12).tolist() for one in found] == [[0.6, 0.0], [0.8]]
+
+
+def test_batches_come_to_the_devices_of_their_replicas(two):
+    data = dv.Dataset.from_arrays((np.arange(10.0), np.arange(10))).batch(4)
+    for prefetch in (None, 2):
+        seen = []
+        options = dv.InputOptions(prefetch=prefetch)
+        for rows, labels in two.distribute_dataset(data, options):
+            assert type(rows[0]) is type(labels[1]) is type(on_gpu(0.0))
+            assert str(rows.devices[0]) == "cuda:0"
+            seen += [one for part in rows.values for one in part.tolist()]
+        assert seen == [*range(10)]
+    on_host = next(iter(two.distribute_dataset(data, dv.InputOptions(prefetch_to_device=False))))
+    assert type(on_host[0][0]) is np.ndarray
+
+
+def test_an_iterator_over_gpus_resumes_on_the_cpu(two):
+    data = dv.Dataset.range(10).shuffle(seed=3).batch(4)
+    batches = iter(two.distribute_dataset(data))
+    first = next(batches)
+    with dv.MirroredStrategy(["cpu:0"]) as one:
+        others = iter(one.distribute_dataset(data))
+        others.load_state_dict(batches.state_dict())
+        rest = [int(k) for part in others for k in part[0]]
+    assert sorted([int(k) for part in first.values for k in part.tolist()] + rest) == [*range(10)]

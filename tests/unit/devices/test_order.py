@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import dataclass
 
 import pytest
 
 from dvkernels.devices.order import StreamOrder
 from dvkernels.devices.streams import Lane, crossings
+
+
+@dataclass
+class Stream:
+    ptr: int
 
 
 class Timeline:
@@ -30,21 +36,21 @@ class Timeline:
             self.past.setdefault(waiting, set()).update(self.past.get(awaited, ()))
 
     def lane(self, device):
-        return Lane(device, self.current(device))
+        return Lane(device, self.current(device).ptr)
 
     # the seam of arrays
 
     def stream(self, device, *, joins_default=False):
         assert joins_default, "Numba and PyTorch put their work on the default stream"
-        return type("Stream", (), {"ptr": next(self.numbers)})()
+        return Stream(next(self.numbers))
 
     def current(self, device):
-        return self.current_of.get(device, 0)
+        return self.current_of.get(device, Stream(0))
 
     @contextlib.contextmanager
     def at(self, device, stream=None):
         before = self.current(device)
-        self.current_of[device] = stream.ptr
+        self.current_of[device] = stream
         yield
         self.current_of[device] = before
 
