@@ -17,6 +17,7 @@ __all__ = [
     "DeviceError",
     "DriftError",
     "DvKernelsError",
+    "LaunchError",
     "NonFiniteError",
     "NotABufferError",
     "ReduceOpError",
@@ -56,6 +57,10 @@ class AlgorithmError(DvKernelsError, ValueError):
 
 class ClusterError(DvKernelsError, ValueError):
     """What tells a worker its place among the others is missing, malformed or contradictory."""
+
+
+class LaunchError(DvKernelsError, RuntimeError):
+    """The workers of a job cannot be started here in the way that was asked for."""
 
 
 class CollectiveMismatchError(DvKernelsError, RuntimeError):

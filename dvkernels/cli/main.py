@@ -7,12 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from dvkernels._version import __version__
-from dvkernels.cli import bench, bench_input, info, train
+from dvkernels.cli import bench, bench_input, info, launch, train
 from dvkernels.errors import DvKernelsError
 
 __all__: list[str] = []
 
-_VERBS = {"train": train, "bench": bench, "bench-input": bench_input, "info": info}
+_VERBS = {
+    "train": train,
+    "launch": launch,
+    "bench": bench,
+    "bench-input": bench_input,
+    "info": info,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

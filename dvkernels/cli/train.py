@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dvkernels.cli import digits, network, training
+from dvkernels.cli import digits, network, numbers, training
 from dvkernels.cli.training import Outcome, Recipe, Report
 from dvkernels.devices import cpu
 from dvkernels.devices.base import Device
@@ -33,15 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     recipe = Recipe()
     parser.add_argument(
-        "--replicas", type=_positive, help="number of replicas (default: one per usable core)"
+        "--replicas",
+        type=numbers.positive,
+        help="number of replicas (default: one per usable core)",
     )
-    parser.add_argument("--epochs", type=_positive, default=recipe.epochs)
+    parser.add_argument("--epochs", type=numbers.positive, default=recipe.epochs)
     parser.add_argument(
-        "--batch-size", type=_positive, default=recipe.batch_size, help="of all replicas together"
+        "--batch-size",
+        type=numbers.positive,
+        default=recipe.batch_size,
+        help="of all replicas together",
     )
-    parser.add_argument("--hidden", type=_positive, default=recipe.num_hidden, help="hidden units")
+    parser.add_argument(
+        "--hidden", type=numbers.positive, default=recipe.num_hidden, help="hidden units"
+    )
     parser.add_argument("--device", default="cpu", help="kind of device: cpu")
-    parser.add_argument("--seed", type=_natural, default=recipe.seed)
+    parser.add_argument("--seed", type=numbers.natural, default=recipe.seed)
     parser.add_argument("--dtype", choices=("float32", "float64"), default=recipe.dtype)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; times are seconds per step"
@@ -162,17 +169,3 @@ def _one_blas_thread() -> Iterator[None]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return number
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
-    return number

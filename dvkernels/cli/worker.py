@@ -1,0 +1,77 @@
+"""Run a program as a worker of a job that ends as a whole: if one worker fails, all do.
+
+``python -m dvkernels.cli.worker (script.py | -m module) [arguments]``. Without it a worker that
+raised waits in ``MPI_Finalize`` for the others, which wait for it in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+__all__: list[str] = []
+
+# Code of this module and of what it runs programs with is left out of tracebacks.
+_OURS = (__file__, runpy.__file__, "<frozen runpy>")
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the program as if the interpreter had been called with these words."""
+    try:
+        if words[0] == "-m":
+            sys.argv[:] = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[:] = words
+            sys.path[0] = str(Path(words[0]).absolute().parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        status = _status_of(end)
+        if status:
+            _end_job(status)
+        raise SystemExit(status) from None
+    except BaseException as error:
+        error.__traceback__ = _of_program(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        _end_job(status)
+        raise SystemExit(status) from None
+
+
+def _status_of(end: SystemExit) -> int:
+    """Return the exit status that a program asked for; what is no number is its last word."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _of_program(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OURS:
+        trace = trace.tb_next
+    return trace
+
+
+def _end_job(status: int) -> None:
+    """End all workers, by MPI if this one has started it, or else by the process manager."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
+        if not mpi.Is_finalized():
+            mpi.COMM_WORLD.Abort(status)
+    elif os.environ.get("PMI_FD", "").isdecimal():
+        # Hydra lets the others wait for a worker that ended before it started MPI, unless told in
+        # the words of its own protocol, PMI-1. Open MPI and srun end them by themselves.
+        with contextlib.suppress(OSError):
+            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
