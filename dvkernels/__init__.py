@@ -5,6 +5,9 @@ strategies, variables and datasets of this module, with the programming model of
 ``tf.distribute``.
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from dvkernels import cluster as cluster
 from dvkernels import errors as errors
 from dvkernels import kernels as kernels
@@ -20,7 +23,7 @@ from dvkernels.context import in_cross_replica_context as in_cross_replica_conte
 from dvkernels.custom_reduction import CustomReduction as CustomReduction
 from dvkernels.data.dataset import Dataset as Dataset
 from dvkernels.data.distributed import DistributedDataset as DistributedDataset
-from dvkernels.data.distributed import DistributedIterator as DistributedIterator
+from dvkernels.data.distributed_iterator import DistributedIterator as DistributedIterator
 from dvkernels.data.input_context import InputContext as InputContext
 from dvkernels.data.options import AutoShardPolicy as AutoShardPolicy
 from dvkernels.data.options import InputOptions as InputOptions
@@ -43,3 +46,26 @@ from dvkernels.variables.modes import VariableAggregation as VariableAggregation
 from dvkernels.variables.modes import VariableSynchronization as VariableSynchronization
 from dvkernels.variables.variable import Variable as Variable
 from dvkernels.variables.variable import sync as sync
+
+if _typing.TYPE_CHECKING:
+    from dvkernels.checkpoint.checkpoint import Checkpoint as Checkpoint
+    from dvkernels.checkpoint.checkpoint import Restored as Restored
+    from dvkernels.checkpoint.manager import CheckpointManager as CheckpointManager
+
+# Loaded when they are first asked for: few programs need them at once, and they need xxhash.
+_LATER = {
+    "Checkpoint": "dvkernels.checkpoint.checkpoint",
+    "CheckpointManager": "dvkernels.checkpoint.manager",
+    "Restored": "dvkernels.checkpoint.checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module 'dvkernels' has no attribute {name!r}")
+    value = globals()[name] = getattr(_importlib.import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

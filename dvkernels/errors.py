@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "AlgorithmError",
     "BufferMismatchError",
+    "CheckpointDamagedError",
     "CheckpointError",
     "ClusterError",
     "CollectiveMismatchError",
@@ -85,6 +86,10 @@ class ContextError(DvKernelsError, RuntimeError):
 
 class CheckpointError(DvKernelsError, ValueError):
     """A checkpoint is damaged or does not fit the objects to restore."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """A file of a checkpoint is missing, cut off or altered, or cannot be read."""
 
 
 class DatasetError(DvKernelsError, ValueError):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dvkernels._version import __version__
-from dvkernels.cli import bench, bench_input, info, launch, train
+from dvkernels.cli import bench, bench_input, checkpoint, info, launch, train
 from dvkernels.errors import DvKernelsError
 
 __all__: list[str] = []
@@ -17,6 +17,7 @@ _VERBS = {
     "launch": launch,
     "bench": bench,
     "bench-input": bench_input,
+    "checkpoint": checkpoint,
     "info": info,
 }
 
