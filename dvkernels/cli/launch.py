@@ -153,6 +153,7 @@ def _job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     num_threads = arguments.threads_per_worker
     if num_threads is None and is_here:
         num_threads = max(1, cores // num_workers)
+    known = {**environ, **launcher.environment(num_threads, environ)}
     fits = is_here and num_workers * (num_threads or 1) <= cores
     if arguments.bind and is_here and not fits:
         raise LaunchError(
@@ -169,11 +170,7 @@ def _job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         crowded=is_here and num_workers > cores,
         as_root=hasattr(os, "geteuid") and os.geteuid() == 0,
         prefixed=arguments.prefix,
-        variables=(
-            _ATTEMPT,
-            *launcher.environment(num_threads, {}),
-            *(["PYTHONPATH"] if "PYTHONPATH" in environ else []),
-        ),
+        variables=(_ATTEMPT, *(name for name in launcher.KEPT if name in known)),
         options=tuple(arguments.launcher_option),
     )
 

@@ -17,7 +17,17 @@ from typing import NamedTuple
 
 from dvkernels.errors import LaunchError
 
-__all__ = ["FLAVOURS", "Flavour", "Host", "Job", "command", "environment", "find", "flavour_of"]
+__all__ = [
+    "FLAVOURS",
+    "KEPT",
+    "Flavour",
+    "Host",
+    "Job",
+    "command",
+    "environment",
+    "find",
+    "flavour_of",
+]
 
 # What limits the threads of BLAS and OpenMP, and of our kernels, in one process.
 _THREADS = (
@@ -27,6 +37,8 @@ _THREADS = (
     "NUMBA_NUM_THREADS",
     "DVKERNELS_NUM_THREADS",
 )
+# What workers on other hosts must have too.
+KEPT = (*_THREADS, "PYTHONUNBUFFERED", "PYTHONPATH")
 _SECONDS_FOR_A_VERSION = 30
 _RELAY = Path(__file__).with_name("relay.py")
 
