@@ -1,8 +1,9 @@
 """Start a worker so that each line it prints begins with its number. No part of the package.
 
 ``python relay.py VARIABLE COMMAND...``: the variable holds the number. This process becomes the
-command. A child of it, in a session of its own, passes on what comes through two pipes, in whole
+command. Another one, in a session of its own, passes on what comes through two pipes, in whole
 lines, until nobody can write to them any more: also the last words of a worker that was killed.
+When it has, a third pipe ends, whose other end the command finds in DVKERNELS_RELAY_ENDED.
 Launchers have such an option, but some of them put it between the parts of a line.
 """
 
@@ -15,16 +16,24 @@ _NBYTES = 1 << 16
 
 
 def main() -> None:
-    """Fork the child that passes on, and become the command."""
+    """Start the process that passes on, and become the command."""
     variable, *command = sys.argv[1:]
     prefix = f"[{os.environ.get(variable, '?')}] ".encode()
     pipes = [os.pipe(), os.pipe()]
-    if os.fork() == 0:
+    ended, ending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.fork():  # no child of the command's, which may wait for all of its own
+            os._exit(0)
         os.setsid()  # out of reach of signals to the worker's group
         sources = [source for source, _ in pipes]
-        _close_all_but({1, 2, *sources})  # what the worker holds must end with the worker
+        _close_all_but({1, 2, ending, *sources})  # what the worker holds must end with the worker
         _pass_on(prefix, dict(zip(sources, (1, 2), strict=True)))
         os._exit(0)
+    os.waitpid(child, 0)
+    os.close(ending)
+    os.set_inheritable(ended, True)
+    os.environ["DVKERNELS_RELAY_ENDED"] = str(ended)
     for (end, worker_end), standard in zip(pipes, (1, 2), strict=True):
         os.close(end)
         os.dup2(worker_end, standard)

@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import runpy
+import select
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 __all__: list[str] = []
+
+_SECONDS_FOR_THE_RELAY = 1.0
+_SECONDS_FOR_THE_LAUNCHER = 0.1
 
 # Code of this module and of what it runs programs with is left out of tracebacks.
 _OURS = (__file__, runpy.__file__, "<frozen runpy>")
@@ -59,9 +64,7 @@ def _of_program(trace: TracebackType | None) -> TracebackType | None:
 
 def _end_job(status: int) -> None:
     """End all workers, by MPI if this one has started it, or else by the process manager."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    _let_last_words_out()
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized():
         if not mpi.Is_finalized():
@@ -71,6 +74,21 @@ def _end_job(status: int) -> None:
         # the words of its own protocol, PMI-1. Open MPI and srun end them by themselves.
         with contextlib.suppress(OSError):
             os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % status)
+
+
+def _let_last_words_out() -> None:
+    """Wait until the relay has passed on what was printed: launchers that kill read no more."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    relay = os.environ.get("DVKERNELS_RELAY_ENDED", "")
+    if relay.isdecimal():
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for standard in (1, 2):
+            os.dup2(nowhere, standard)
+        with contextlib.suppress(OSError):  # children that go on hold the pipe: not for ever
+            select.select([int(relay)], [], [], _SECONDS_FOR_THE_RELAY)
+    time.sleep(_SECONDS_FOR_THE_LAUNCHER)
 
 
 if __name__ == "__main__":
