@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +107,27 @@ def test_each_worker_has_cores_of_its_own(launch):
     assert status == 0, err
     shared = f"{' '.join(map(str, every))} usable {CORES // 2}"
     assert sorted(out.splitlines()) == [f"[0] {shared}", f"[1] {shared}"]
+
+
+def test_info_shows_who_is_where(flavour):
+    command = [sys.executable, "-m", "dvkernels", "launch", "-n", "2", "-m", "dvkernels", "info"]
+    ran = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = sorted(ran.stdout.splitlines())
+    for rank, line in enumerate(lines):
+        assert re.fullmatch(
+            rf"\[{rank}\] worker {rank} of 2, {rank} of 2 on {re.escape(platform.node())}, cores? "
+            r"[0-9,-]+ \((Open MPI|Hydra)\): cpu:0( cpu:[0-9]+)* PASS",
+            line,
+        )
+    assert len(lines) == 2
 
 
 IN_A_BARRIER = (

@@ -6,6 +6,7 @@ What the launchers of real MPIs do is seen in tests/processes/test_launch.py.
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import signal
 import stat
@@ -124,6 +125,17 @@ def test_workers_know_their_place_share_and_threads(launch, script):
     assert out.split()[4] == "7"
     _, out, _ = launch("-n", "1", program, OMP_NUM_THREADS="5")
     assert out.split()[4] == "5"
+
+
+def test_info_of_several_workers_says_who_is_where(launch):
+    status, out, err = launch("-n", "2", "-m", "dvkernels", "info")
+    assert status == 0, err
+    lines = sorted(out.splitlines())
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert line.startswith(f"[{rank}] worker {rank} of 2, {rank} of 2 on {platform.node()}, ")
+        assert " (Hydra): cpu:0" in line
+        assert line.endswith(" PASS")
 
 
 ENDS = {
