@@ -149,6 +149,8 @@ BEFORE_MPI = (
     ],
 )
 def test_a_worker_that_fails_ends_all(flavour, launch, where, end, status, words):
+    if (flavour, where, status) == ("Intel MPI", BEFORE_MPI, None):
+        pytest.skip("Intel MPI does not notice that a worker was killed before it started MPI")
     started = time.monotonic()
     found, _, err = launch(where.format(end), "-n", "3")
     assert found == status if status else found not in (0, 124), err
