@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -40,10 +41,10 @@ class End(NamedTuple):
     Attributes
     ----------
     status : int
-        Its exit status; 128 and the signal's number if a signal ended it, or if one was passed on
-        to it and it failed; 124 if it ran out of time.
+        Its exit status; 128 and the signal's number if a signal ended it, or the workers after
+        one was passed on to them; 124 if it ran out of time.
     may_be_restarted : bool
-        Whether it failed by itself.
+        Whether it failed by itself, and not soon after a signal was passed on.
     """
 
     status: int
@@ -87,17 +88,18 @@ def run(
     pending: list[signal.Signals] = []
     deadline = time.monotonic() + timeout_seconds
     interrupted_by: signal.Signals | None = None
+    told_at = -math.inf
     timed_out = False
     with _signals_to(pending):
         launcher = _start(command, environ, ended_by)
         try:
             while not _has_ended(launcher):
                 while pending:
-                    received = pending.pop(0)
+                    received, told_at = pending.pop(0), time.monotonic()
                     _deliver(received, launcher.pid, forwarded)
                     if received in _ENDING:  # the second one leaves no time
                         grace = grace_seconds if interrupted_by is None else 0.0
-                        deadline = min(deadline, time.monotonic() + grace)
+                        deadline = min(deadline, told_at + grace)
                         interrupted_by = received
                 if time.monotonic() > deadline:
                     if timed_out or interrupted_by is not None:
@@ -111,8 +113,11 @@ def run(
     if timed_out:
         return End(TIMED_OUT, may_be_restarted=False)
     if interrupted_by is not None:
-        return End(status and 128 + interrupted_by, may_be_restarted=False)
-    return End(status, may_be_restarted=status not in _FINAL)
+        # Killed by it, or by us; any other status is the workers' own word.
+        killed = {number for by in (interrupted_by, ended_by) for number in (by, 128 + by)}
+        return End(128 + interrupted_by if status in killed else status, may_be_restarted=False)
+    left_when_told = time.monotonic() - told_at < grace_seconds
+    return End(status, may_be_restarted=status not in _FINAL and not left_when_told)
 
 
 def workers_below(pid: int) -> list[int]:

@@ -18,6 +18,10 @@ from types import TracebackType
 
 __all__: list[str] = []
 
+# How long a worker that leaves with a status other than 0 waits for the others to do so. Those that
+# cannot be seen are given little: mostly all have found the same wrong option.
+_SECONDS_FOR_THE_OTHERS = 10.0
+_SECONDS_WITHOUT_MPI = 2.0
 _SECONDS_FOR_THE_RELAY = 1.0
 _SECONDS_FOR_THE_LAUNCHER = 0.1
 
@@ -37,7 +41,7 @@ def main(words: Sequence[str]) -> None:
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         status = _status_of(end)
-        if status:
+        if status and not _all_leave():
             _end_job(status)
         raise SystemExit(status) from None
     except BaseException as error:
@@ -60,6 +64,24 @@ def _of_program(trace: TracebackType | None) -> TracebackType | None:
     while trace is not None and trace.tb_frame.f_code.co_filename in _OURS:
         trace = trace.tb_next
     return trace
+
+
+def _all_leave() -> bool:
+    """Wait for the other workers to ask for an end too, and say whether all have.
+
+    They may all have saved what they did, and some be later than others.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        time.sleep(_SECONDS_WITHOUT_MPI)
+        return False
+    everybody = mpi.COMM_WORLD.Ibarrier()
+    deadline = time.monotonic() + _SECONDS_FOR_THE_OTHERS
+    while not everybody.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _end_job(status: int) -> None:

@@ -160,6 +160,21 @@ def test_a_worker_that_fails_ends_all(flavour, launch, where, end, status, words
     assert time.monotonic() - started < 60
 
 
+ALL_LEAVE = """
+from mpi4py import MPI
+time.sleep(2 * (MPI.COMM_WORLD.rank == 1))
+open(str(MPI.COMM_WORLD.rank), "w").close()
+sys.exit(42)
+"""
+
+
+def test_workers_that_all_leave_with_a_status_are_let_go(launch, tmp_path):
+    status, _, err = launch(ALL_LEAVE, "-n", "2")
+    assert status == 42, err
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()
+
+
 WAITING = """
 from mpi4py import MPI
 

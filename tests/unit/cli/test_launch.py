@@ -191,7 +191,11 @@ def leave(number, frame):
 
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, leave)
-signal.signal(signal.SIGUSR1, lambda number, frame: print("got SIGUSR1", flush=True))
+def once(number, frame):
+    print("got SIGUSR1", flush=True)
+    signal.signal(signal.SIGUSR1, leave)
+
+signal.signal(signal.SIGUSR1, once)
 print("up", flush=True)
 while True:
     time.sleep(0.01)
@@ -235,9 +239,9 @@ def all_gone(pids: list[int]) -> bool:
     ("sent", "asked", "status"),
     [
         (signal.SIGTERM, 0, 0),
-        (signal.SIGTERM, 1, 143),
+        (signal.SIGTERM, 42, 42),
         (signal.SIGINT, 0, 0),
-        (signal.SIGINT, 1, 130),
+        (signal.SIGUSR1, 42, 42),
     ],
 )
 def test_signals_reach_the_workers(start, script, sent, asked, status):
@@ -250,6 +254,15 @@ def test_signals_reach_the_workers(start, script, sent, asked, status):
     assert f"got {sent.name}" in out
     assert process.returncode == status
     assert "starting again" not in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_program_that_knows_nothing_of_signals(start, script, sent):
+    process = start("-n", "2", script("print('up', flush=True)\ntime.sleep(1000)"))
+    read_lines(process, 2)
+    process.send_signal(sent)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + sent
 
 
 @pytest.mark.parametrize("how", ["timeout", "interrupt", "interrupt twice"])
