@@ -75,14 +75,6 @@ class Lanes(Node):
             if step + 1 > start:
                 yield stack(run)
 
-    def release(self, epoch: int, position: int) -> list[Any]:
-        assert self.marks is not None
-        return [self.marks.release(epoch, position)]  # the lanes themselves are replayed
-
-    def restore(self, memory: Iterator[Any]) -> None:
-        assert self.marks is not None
-        self.marks.restore(next(memory, None))
-
 
 def _elements(lane: Node, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
     """Yield each element of a lane, and the position behind it."""

@@ -180,17 +180,21 @@ class Node(abc.ABC):
         One entry for each node that remembers, this one first; JSON can hold them.
         """
         memory = [] if self.marks is None else [self.marks.release(epoch, position)]
-        if self.sources:
+        if remembering := self._sources_that_remember():
             place = self.upstream(epoch, position)
-            memory += [entry for node in self.sources for entry in node.release(*place)]
+            memory += [entry for node in remembering for entry in node.release(*place)]
         return memory
 
     def restore(self, memory: Iterator[Any]) -> None:
         """Take the own entries of what :meth:`release` returned."""
         if self.marks is not None:
             self.marks.restore(next(memory, None))
-        for node in self.sources:
+        for node in self._sources_that_remember():
             node.restore(memory)
+
+    def _sources_that_remember(self) -> list[Node]:
+        # One side of a zip may be replayed while another is not: it has no marks to ask.
+        return [node for node in self.sources if node.needs_own_chain]
 
     @functools.cached_property
     def pipeline(self) -> tuple[str, ...]:

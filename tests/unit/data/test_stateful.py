@@ -132,6 +132,19 @@ def test_take_skip_shard_and_zip_resume_as_well():
         assert rest == wanted[count:]
 
 
+@pytest.mark.parametrize("count", range(7))
+def test_beside_a_stateful_source_others_are_replayed(count):
+    beside = Dataset.from_sequence(range(4)).filter(lambda x: x != 1).repeat(2)
+    both = DistributedDataset(Dataset.from_source(Counting(9)).zip(beside).batch(1), 1)
+    wanted = list(zip(range(6), [0, 2, 3, 0, 2, 3], strict=True))
+    iterator = iter(both)
+    list(itertools.islice(iterator, count))
+    resumed = iter(both)
+    resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
+    rest = [tuple(int(part.values[0][0]) for part in batch) for batch in resumed]
+    assert rest == wanted[count:]
+
+
 def test_pipelines_without_such_a_source_keep_their_state():
     iterator = iter(DistributedDataset(Dataset.range(9).filter(lambda x: x > 2).batch(2), 1))
     next(iterator)
