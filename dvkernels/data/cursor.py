@@ -108,14 +108,11 @@ class Cursor(Iterator[Any]):
         return found
 
     def _look_past_errors(self, node: Node, count: int) -> list[Any]:
-        length = node.length or 0
-        places = itertools.takewhile(lambda k: k < length, itertools.count(self.position))
-        attempts = itertools.islice(node.attempts(places, self.epoch), count)
-        pairs = list(attempts)
+        pairs = list(itertools.islice(node.places(self.epoch, self.position), count))
         if not pairs:
             raise StopIteration
         # What failed behind the last of a full run is the next call's.
-        self._beyond = pairs[-1][0] + 1 if len(pairs) == count else int(length)
+        self._beyond = pairs[-1][0] if len(pairs) == count else int(node.length or 0)
         return [element for _, element in pairs]
 
     def _open(self) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import abc
 import copy
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
@@ -97,6 +99,16 @@ class Node(abc.ABC):
                 skips.note(error, f"element {index} of {self!r} (epoch {epoch})")
                 continue
             yield index, element
+
+    def places(self, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+        """Yield each element from a place on, and the place behind it, errors as above."""
+        if self.random_access:
+            length = math.inf if self.length is None else self.length
+            rest = itertools.takewhile(lambda index: index < length, itertools.count(start))
+            for index, element in self.attempts(rest, epoch):
+                yield index + 1, element
+        else:
+            yield from enumerate(self.iterate(epoch, start), start + 1)
 
     def non_empty(self, found: list[Any]) -> list[Any]:
         """Return what is left of a run of elements; raise if that is nothing."""

@@ -38,7 +38,9 @@ class InputOptions:
         Copy batches to the devices ahead. The batches of CPU replicas are there already.
     on_error : {"raise", "skip"}
         What to do with an element whose source or transform raises: raise, with a note that
-        names it, or leave it out and go on; ``iterator.stats()`` counts and lists those.
+        names it, or leave it out and go on; ``iterator.stats()`` counts and lists those. What
+        fails in a source that can only be gone through in order, or on a side of a ``zip`` with
+        one, is raised in any case: nobody can tell what would come behind it.
 
     Examples
     --------
