@@ -71,11 +71,10 @@ class Node(abc.ABC):
         """Return the elements ``start`` to ``stop`` (one or more), stacked likewise."""
         return stack(self.elements(range(start, stop), epoch))
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
-        """Return the number of rows of an element that is a batch, and those that ``cut`` says."""
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
+        """Return the rows that ``cut`` says of an element that is a batch."""
         batch = self.element(index, epoch)
-        length = leading_length(batch)
-        return length, slice_rows(batch, *cut(length))
+        return slice_rows(batch, *cut(leading_length(batch)))
 
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         """Return elements one by one; those that fail are left out where they may be."""

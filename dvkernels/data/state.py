@@ -46,8 +46,20 @@ def write_state(node: Node, place: Place, lanes: Sequence[int] | None = None) ->
     return dict(zip(_KEYS, values, strict=True)) | extra
 
 
-def write_workers_state(epoch: int, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one state of several workers that have datasets of their own."""
+def write_workers_state(
+    node: Node, epoch: int, states: Sequence[dict[str, Any] | None]
+) -> dict[str, Any]:
+    """Return one state of several workers that have datasets of their own.
+
+    ``node`` is that of this worker; the state of one that cannot be resumed is None.
+    """
+    _check_resumable("state_dict", node)
+    if None in states:
+        raise DatasetError(
+            f"state_dict: expected datasets whose iterators can be resumed; that of worker "
+            f"{states.index(None)} cannot, as a live source cannot; keep what arrives there in a "
+            f"file, and read that with from_files"
+        )
     return {
         "format": _WORKERS_FORMAT,
         "version": _VERSION,
@@ -56,8 +68,11 @@ def write_workers_state(epoch: int, states: Sequence[dict[str, Any]]) -> dict[st
     }
 
 
-def read_workers_state(state: object, num_workers: int) -> tuple[int, list[dict[str, Any]]]:
+def read_workers_state(
+    node: Node, state: object, num_workers: int
+) -> tuple[int, list[dict[str, Any]]]:
     """Return the epoch, and each worker's state; none of them if no step had been taken."""
+    _check_resumable(_MEMBER, node)
     if not isinstance(state, Mapping) or state.get("format") != _WORKERS_FORMAT:
         raise DatasetError(
             f"{_MEMBER}: expected the state of {num_workers} workers that have datasets of their "

@@ -175,7 +175,7 @@ class Prefetch(_Transform):
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         return self.source.elements(indices, epoch)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
         return self.source.part(index, epoch, cut)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
@@ -253,14 +253,14 @@ class Batch(_Transform):
     def element(self, index: int, epoch: int) -> Any:
         return self.source.batch(*self._run(index), epoch)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
         if skipping.get() is not None:  # how long a batch will be, only computing it can tell
             return super().part(index, epoch, cut)
         start, stop = self._run(index)
         first, last = cut(stop - start)
         if first == last:
-            return stop - start, slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
-        return stop - start, self.source.batch(start + first, start + last, epoch)
+            return slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
+        return self.source.batch(start + first, start + last, epoch)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:
@@ -316,7 +316,7 @@ class Repeat(_Transform):
         repetition, place = self._place(index)
         return self.source.element(place, epoch * self._stride + repetition)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
         repetition, place = self._place(index)
         return self.source.part(place, epoch * self._stride + repetition, cut)
 
