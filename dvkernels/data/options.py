@@ -33,7 +33,8 @@ class InputOptions:
         How several workers share the dataset; one worker takes all of it. ``"data"``: each takes
         its rows of each global batch. ``"file"``: each reads files of its own. ``"auto"``: by
         files where the dataset allows it, its files are sequential and no remainder is dropped,
-        else by rows. ``"off"``: each worker reads everything. See :class:`dvkernels.data.distributed.DistributedDataset`.
+        else by rows. ``"off"``: each worker reads everything. See
+        :class:`dvkernels.data.distributed.DistributedDataset`.
     prefetch_to_device : bool
         Copy batches to the devices ahead. The batches of CPU replicas are there already.
     on_error : {"raise", "skip"}

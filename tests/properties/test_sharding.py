@@ -419,6 +419,33 @@ def test_what_cannot_be_shared_is_refused_at_once(folder, build, options, messag
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"format": "zip"}, "that of something else"),
+        ({"format": "dvkernels.data.iterator"}, "got 'dvkernels.data.iterator', that of an iter"),
+        ({"version": 2}, "newer"),
+        ({"epoch": -1}, "epoch"),
+        ({"extra": 1}, "also has extra"),
+        ({"workers": {}}, "that of {}"),
+        ({"workers": [{}, {}]}, "lacks format"),
+    ],
+)
+def test_a_damaged_state_of_workers_changes_nothing(fault, words):
+    make = alike(Dataset.range(8).batch(2))
+    with Workers([1, 1], make, is_dealt=True) as workers:
+        workers.step()
+        state = workers.state()
+        for iterator in workers.iterators:
+            with pytest.raises(DatasetError) as caught:
+                iterator.load_state_dict({**state, **fault})
+            assert words in str(caught.value)
+        assert workers.state() == state
+    alone = iter(DistributedDataset(Dataset.range(8).batch(2), 1, is_dealt=True))
+    with pytest.raises(DatasetError, match="that of several workers with datasets of their own"):
+        alone.load_state_dict(state)
+
+
 @pytest.mark.parametrize("lanes", [None, [], "12", [1, -1], [1.5], {"0": 1}])
 def test_damaged_lanes_are_refused(folder, lanes):
     dataset = Dataset.from_files(sorted(folder.iterdir()), lambda path: [np.zeros(1)]).batch(4)
