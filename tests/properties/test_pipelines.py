@@ -1,11 +1,13 @@
 """The law of every pipeline: stopped anywhere, resumed on any replicas, it goes on as it would."""
 
 import json
+from unittest import mock
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dvkernels.data import marks
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
 from dvkernels.data.options import InputOptions
@@ -91,9 +93,9 @@ def pipelines(draw):
 @settings(max_examples=250, deadline=None)
 @given(
     pipeline=pipelines(), epoch=st.sampled_from([0, 1, 5]), data=st.data(),
-    stops=st.lists(st.integers(0, 6), max_size=3),
+    stops=st.lists(st.integers(0, 6), max_size=3), max_marks=st.sampled_from([1, 4, 999]),
 )  # fmt: skip
-def test_any_pipeline_stopped_anywhere_goes_on_as_it_would(pipeline, epoch, data, stops):
+def test_any_pipeline_stopped_anywhere_goes_on_as_it_would(pipeline, epoch, data, stops, max_marks):
     dataset, options = pipeline
 
     def batches(state, most):
@@ -115,9 +117,10 @@ def test_any_pipeline_stopped_anywhere_goes_on_as_it_would(pipeline, epoch, data
                 found.append([x for part in parts for x in part.ravel().tolist()])
             return found, iterator.state_dict()
 
-    whole, _ = batches(None, None)
-    seen, state = [], None
-    for most in [*stops, None]:
-        found, state = batches(state, most)
-        seen += found
-    assert seen == whole
+    with mock.patch.object(marks, "MAX_MARKS", max_marks):
+        whole, _ = batches(None, None)
+        seen, state = [], None
+        for most in [*stops, None]:
+            found, state = batches(state, most)
+            seen += found
+        assert seen == whole

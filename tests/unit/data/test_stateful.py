@@ -1,5 +1,7 @@
+import collections
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -143,6 +145,24 @@ def test_beside_a_stateful_source_others_are_replayed(count):
     resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
     rest = [tuple(int(part.values[0][0]) for part in batch) for batch in resumed]
     assert rest == wanted[count:]
+
+
+def test_where_next_to_nothing_is_delivered_little_is_remembered():
+    source = Counting(60_000)
+    rare = Dataset.from_source(source).filter(lambda x: x % 25_000 == 24_999).batch(1)
+    iterator = iter(DistributedDataset(rare, 1))
+    source.read = collections.deque(maxlen=0)
+    tracemalloc.start()
+    try:
+        assert next(iterator).values[0] == [24_999]
+        assert tracemalloc.get_traced_memory()[1] < 3 << 20
+    finally:
+        tracemalloc.stop()
+    state = json.loads(json.dumps(iterator.state_dict()))
+    for resumed in (iterator, iter(DistributedDataset(rare, 1))):
+        resumed.load_state_dict(state)
+        assert [batch.values[0].tolist() for batch in resumed] == [[49_999]]
+    assert 20_000 < source.opened[-1][1]["next"] <= 25_000
 
 
 def test_pipelines_without_such_a_source_keep_their_state():
