@@ -16,6 +16,8 @@ Exchange = Callable[[Any], list[Any]]
 class Word(NamedTuple):
     """What a worker tells the others about its step."""
 
+    epoch: int = 0
+    step: int = 0  # of the epoch; 0 where workers count elements of their own
     has_batch: bool = False
     progress: Any = None  # of this worker: {lane: position}, or the state of its own dataset
     empty: Any = None  # an element without rows, for those that have none left
@@ -42,6 +44,13 @@ def agree(exchange: Exchange, own: Word) -> list[Word]:
             raise DatasetError(
                 f"worker {worker} could not read its batch: {word.failure}; no worker has "
                 f"taken the step, and next() tries it again"
+            )
+        if word[:2] != words[0][:2]:
+            raise DatasetError(
+                f"next(iterator): expected all workers to be at the same step; worker 0 is at step "
+                f"{words[0].step} of epoch {words[0].epoch}, worker {worker} at step {word.step} "
+                f"of epoch {word.epoch}; call iter() and next() equally often on every worker, and "
+                f"load the same state on all of them"
             )
         if word.pipeline != words[0].pipeline:
             raise DatasetError(

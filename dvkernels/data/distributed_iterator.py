@@ -294,8 +294,10 @@ class DistributedIterator(Iterator[Any]):
         except Exception as error:
             report(self._exchange, error)
             raise
-        pipeline = () if self._lanes is None else self._node.pipeline
-        words = agree(self._exchange, Word(bool(elements), self._progress(), self._empty, pipeline))
+        own = Word(self._feed.place.epoch, 0, bool(elements), self._progress(), self._empty)
+        if self._lanes is not None:
+            own = own._replace(step=self._num_steps, pipeline=self._node.pipeline)
+        words = agree(self._exchange, own)
         have = [word.has_batch for word in words]
         if not any(have) or (self._shared.ends_with_first and not all(have)):
             self._has_ended = True

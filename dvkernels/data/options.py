@@ -58,7 +58,7 @@ class InputOptions:
     def __post_init__(self) -> None:
         if self.prefetch is not None:
             check_count("InputOptions", "prefetch", self.prefetch, 0)
-        policy = AutoShardPolicy.of(self.auto_shard_policy)
+        policy = AutoShardPolicy.of(self.auto_shard_policy, DatasetError)
         object.__setattr__(self, "auto_shard_policy", policy)
         if self.on_error not in ("raise", "skip"):
             raise DatasetError(

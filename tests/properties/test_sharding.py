@@ -260,6 +260,19 @@ def test_workers_that_list_files_in_other_orders_are_told(folder):
                 raise error
 
 
+def test_workers_at_different_places_are_told(folder):
+    dataset = Dataset.from_files(sorted(folder.iterdir()), lambda path: [np.zeros(1)] * 3).batch(4)
+    with Workers([1, 1], alike(dataset)) as workers:
+        start, state = workers.state(), (workers.step(), workers.state())[1]
+        workers.iterators[0].load_state_dict(start)  # as if only one had loaded
+        for error in workers.outcomes():
+            with pytest.raises(DatasetError, match="0 is at step 0 of epoch 0, worker 1 at step 1"):
+                raise error
+        assert [iterator.state_dict() for iterator in workers.iterators] == [start, state]
+        workers.iterators[0].load_state_dict(state)
+        assert len(workers.steps()) == 8
+
+
 def test_a_short_remainder_ends_the_epoch_of_all(folder):
     def read(path):
         return [np.zeros(1)] * (3 if path.endswith("0") else 5)
