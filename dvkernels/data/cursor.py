@@ -125,10 +125,11 @@ class Cursor(Iterator[Any]):
 
     def advance(self) -> None:
         """Move past the elements that were looked at last, and those left out before them."""
+        memory = self.memory
         if self._shared.needs_own_chain:
-            self.memory = self._node.release(self.epoch, self._beyond)
-        self._pending.clear()
-        self.position = self._beyond
+            memory = self._node.release(self.epoch, self._beyond)
+        # In one go: an interrupt comes between calls, never within these.
+        self.memory, self._pending, self.position = memory, [], self._beyond
 
     def __next__(self) -> Any:
         element = self.peek()

@@ -268,11 +268,12 @@ class DistributedIterator(Iterator[Any]):
         began = time.perf_counter()
         if self._shared.needs_agreement:
             elements, nest = self._advance_together()
-        else:
-            elements = self._feed.take()
-            nest = self._dealer.deal(elements)
-            self._feed.confirm()
+            self._clock.count(began, elements)
+            return nest
+        elements = self._feed.take()
+        nest = self._dealer.deal(elements)
         self._clock.count(began, elements)
+        self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
         return nest
 
     def _advance_together(self) -> tuple[list[Any], Any]:

@@ -1,6 +1,7 @@
 import collections
 import itertools
 import json
+import sys
 import tracemalloc
 
 import numpy as np
@@ -145,6 +146,50 @@ def test_beside_a_stateful_source_others_are_replayed(count):
     resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
     rest = [tuple(int(part.values[0][0]) for part in batch) for batch in resumed]
     assert rest == wanted[count:]
+
+
+@pytest.mark.parametrize("is_dealt", [False, True])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Dataset.range(6).batch(2),
+        Dataset.from_iterable(lambda: range(6)).map(lambda x: x).batch(2),
+        Dataset.from_source(Counting(6)).filter(lambda x: True).shuffle(seed=0, window=1).batch(2),
+    ],
+)
+def test_an_interrupt_between_any_two_calls_loses_no_batch(dataset, is_dealt):
+    def interrupted(at):
+        """All elements, and whether an interrupt came; it comes at the given call."""
+        iterator = iter(DistributedDataset(dataset, 1, is_dealt=is_dealt))
+        batches = [next(iterator)]
+        calls, here = itertools.count(), sys._getframe()
+
+        def profile(frame, event, called):
+            # Where CPython looks for signals: when a function begins, and after one in C.
+            inside = frame is not here and event in ("call", "c_return")
+            if inside and next(calls) == at:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        try:
+            sys.setprofile(profile)
+            batches.append(next(iterator))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        came = len(batches) == 1
+        resumed = iter(DistributedDataset(dataset, 1, is_dealt=is_dealt))
+        resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
+        rests = [[*batches, *rest] for rest in (iterator, resumed)]
+        return came, [[x for b in whole for x in b.values[0].tolist()] for whole in rests]
+
+    for at in itertools.count():
+        came, both = interrupted(at)
+        assert both == [[0, 1, 2, 3, 4, 5]] * 2, at
+        if not came:
+            break
+    assert at > 5
 
 
 def test_where_next_to_nothing_is_delivered_little_is_remembered():
