@@ -201,6 +201,11 @@ class Saver:
             raise self._failure.pop()
 
     @property
+    def is_busy(self) -> bool:
+        """Whether something is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def failure(self) -> BaseException | None:
         """What went wrong and has not been raised."""
         return self._failure[0] if self._failure else None

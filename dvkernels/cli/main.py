@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dvkernels._version import __version__
-from dvkernels.cli import bench, bench_input, checkpoint, info, train
+from dvkernels.cli import bench, bench_checkpoint, bench_input, checkpoint, info, train
 from dvkernels.errors import DvKernelsError
 
 __all__: list[str] = []
@@ -16,6 +16,7 @@ _VERBS = {
     "train": train,
     "bench": bench,
     "bench-input": bench_input,
+    "bench-checkpoint": bench_checkpoint,
     "checkpoint": checkpoint,
     "info": info,
 }
