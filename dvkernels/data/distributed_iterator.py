@@ -14,6 +14,7 @@ from dvkernels.data.agreement import Exchange, Word, agree, report
 from dvkernels.data.clock import Clock, InputStats
 from dvkernels.data.cursor import Cursor, Place
 from dvkernels.data.dealer import Dealer
+from dvkernels.data.distributed_optional import DistributedOptional
 from dvkernels.data.feed import Feed
 from dvkernels.data.nest import flatten
 from dvkernels.data.node import Node
@@ -30,31 +31,7 @@ from dvkernels.data.state import (
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
 
-__all__ = ["DistributedIterator", "DistributedOptional"]
-
-
-class DistributedOptional:
-    """A batch, or the lack of one at the end of an epoch."""
-
-    __slots__ = ("_held",)
-
-    def __init__(self, *held: Any) -> None:
-        self._held = held
-
-    def has_value(self) -> bool:
-        """Tell whether there is a batch."""
-        return bool(self._held)
-
-    def get_value(self) -> Any:
-        """Return the batch; :class:`DatasetError` if there is none."""
-        if not self._held:
-            raise DatasetError(
-                "get_value: expected a batch; got none, the epoch is over; ask has_value() first"
-            )
-        return self._held[0]
-
-    def __repr__(self) -> str:
-        return f"DistributedOptional({repr(self._held[0]) if self._held else ''})"
+__all__ = ["DistributedIterator"]
 
 
 class DistributedIterator(Iterator[Any]):
