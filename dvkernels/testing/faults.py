@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from dvkernels.checkpoint import files
 from dvkernels.checkpoint.files import Files
@@ -85,6 +85,12 @@ class Faults:
     def count(self) -> int:
         """The number of operations so far."""
         return len(self.calls)
+
+    def die(self) -> NoReturn:
+        """Let the process die now."""
+        with self._lock:
+            self._is_dead = True
+        raise Crash("asked for")
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._real, name)
