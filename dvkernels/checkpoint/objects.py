@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -141,7 +142,7 @@ class Gathered:
         if is_object(value):
             return self._with_state(value, path)
         if plain.is_plain(value):
-            return DataNode(value)
+            return DataNode(copy.deepcopy(value))  # written later, perhaps, than it changes
         inner = opened(value, path)
         if inner is None:
             raise CheckpointError(

@@ -62,12 +62,12 @@ class Run:
         return number
 
 
-@pytest.mark.parametrize("loses_unsynced", [False, True])
+@pytest.mark.parametrize("loses", [(), ("content",), ("names",), ("content", "names")])
 @pytest.mark.parametrize("uses_manager", [False, True])
-def test_a_save_may_die_at_every_operation(tmp_path, uses_manager, loses_unsynced):
+def test_a_save_may_die_at_every_operation(tmp_path, uses_manager, loses):
     run = Run(tmp_path / "a" / "b", uses_manager)
     run.save()
-    num_operations = faults.check_every_crash(run.save, run.check, loses_unsynced=loses_unsynced)
+    num_operations = faults.check_every_crash(run.save, run.check, loses=loses)
     assert num_operations > 20
     assert run.check() == run.number
     run.save()  # and cleans up what the last of the dead left behind
@@ -78,7 +78,7 @@ def test_a_save_may_die_at_every_operation(tmp_path, uses_manager, loses_unsynce
 def test_what_a_returned_save_has_saved_outlives_a_power_failure(tmp_path):
     run = Run(tmp_path / "c")
     for number in range(1, 4):
-        with faults.injected(faults.Faults(crash_at=10**9, loses_unsynced=True)) as broken:
+        with faults.injected(faults.Faults(loses={"content", "names"})) as broken:
             run.save()
             with pytest.raises(faults.Crash):
                 broken.die()
@@ -95,8 +95,7 @@ def test_an_error_at_any_operation_is_told_and_leaves_the_one_before(tmp_path, u
         with faults.injected(faults.Faults(fail_at=number, error=error)) as broken:
             try:
                 run.save()
-            except CheckpointError as told:
-                assert "injected" in str(told)
+            except CheckpointError:
                 expected -= 1
         assert run.check() == expected
         run.save()  # the run can go on
@@ -139,9 +138,11 @@ def test_an_error_while_checking_touches_nothing(tmp_path):
     num_reads = counting.calls.count("read")
     for number in range(1, num_reads + 1):
         found = run.fresh()
-        with faults.injected(faults.Faults(fail_at=number, counted={"read"})):
-            with pytest.raises(CheckpointDamagedError) as told:
-                dv.Checkpoint(**found).restore(tmp_path / "c")
+        with (
+            faults.injected(faults.Faults(fail_at=number, counted={"read"})),
+            pytest.raises(CheckpointDamagedError) as told,
+        ):
+            dv.Checkpoint(**found).restore(tmp_path / "c")
         # Each tensor is read twice: the second time to where it belongs, which is then told.
         is_untouched = (found["weight"].numpy() == 0).all() and (found["other"] == 0).all()
         if number <= num_reads - 2:
