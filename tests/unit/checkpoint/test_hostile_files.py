@@ -228,7 +228,10 @@ def places(value):
 def lie(rng, manifest):
     """Change some values of a manifest."""
     for _ in range(rng.choice([1, 1, 2, 3])):
-        container, key = rng.choice(list(places(manifest)))
+        everywhere = list(places(manifest))
+        if not everywhere:
+            return
+        container, key = rng.choice(everywhere)
         action = rng.randrange(4)
         if action == 0 and isinstance(container, dict):
             container[rng.choice(["x", "$array", "../../x", "kind", key + "x"])] = container.pop(
@@ -237,14 +240,14 @@ def lie(rng, manifest):
         elif action == 1:
             del container[key]
         elif action == 2:
-            source, which = rng.choice(list(places(manifest)))
+            source, which = rng.choice(everywhere)
             container[key] = copy.deepcopy(source[which])
         else:
-            value = rng.choice(JUNK)
+            value = copy.deepcopy(rng.choice(JUNK))
             if rng.random() < 0.1:
                 for _ in range(rng.choice([50, 150, 5000])):
                     value = rng.choice([[value], {"$tuple": [value]}, {"a": value}])
-            container[key] = copy.deepcopy(value) if not isinstance(value, list | dict) else value
+            container[key] = value
 
 
 def header_of(path):
