@@ -153,16 +153,22 @@ def in_parallel(
             errors.append(error)
             is_over.set()
 
+    # The caller works too, unless an interrupt could reach it there.
     crew = [
         threading.Thread(target=work, name=f"dvkernels-checkpoint-{k}")
-        for k in range(min(cpu.usable_cores(), len(items)))
+        for k in range(min(cpu.usable_cores(), len(items)) - (not is_whole))
     ]
     interrupt: BaseException | None = None
     try:
         threads.start(crew)
-    except BaseException as error:  # no memory for a thread; those that run must end first
-        interrupt = error
-        is_over.set()
+    except BaseException as error:
+        # Where no thread can be had, the caller does it alone: at the end of the program, from
+        # Python 3.12 on, a save in the background goes on after threads can be started.
+        if is_whole or not isinstance(error, RuntimeError):
+            interrupt = error
+            is_over.set()
+    if not is_whole:
+        work()
     for worker in crew:
         while worker.is_alive():
             try:

@@ -1,6 +1,6 @@
 """launch starts, watches over and ends a job, here with a launcher of the tests' own.
 
-What the launchers of real MPIs do is seen in tests/processes/test_launched_jobs.py.
+What the launchers of real MPIs do is seen in tests/processes/test_launched_programs.py.
 """
 
 from __future__ import annotations
