@@ -17,10 +17,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "a0690a14"
+JOBS = "06eb162d"
 MEMORY = "c8cb69fb"
-OBJECTS = "0aef492b"
-POOL = "efe5b98d"
+OBJECTS = "af1ca4d7"
+POOL = "be693ff3"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES

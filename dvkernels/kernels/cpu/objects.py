@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 ELEMENTWISE = "0ebda179"
-POOL = "efe5b98d"
+POOL = "be693ff3"
 MEMORY = "c8cb69fb"
 
 # Where things lie: words of a list, and of an array, after the object header.

@@ -26,7 +26,7 @@ from dvkernels.reduce_op import ReduceOp
 __all__ = ["adam", "sgd"]
 
 ELEMENTWISE = "0ebda179"
-JOBS = "a0690a14"
+JOBS = "06eb162d"
 MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
