@@ -183,6 +183,7 @@ class Saver:
 
         def work() -> None:
             try:
+                _step_back()
                 write_out(copied)
                 _unsettled.discard(self)
             except BaseException as error:
@@ -225,6 +226,17 @@ class Saver:
             self._host[name] = own
         transfer.copy([(self._host[name], array) for name, array in tensors.items()])
         return self._host
+
+
+def _step_back() -> None:
+    """Give way to the threads of the run; those that this thread starts do too.
+
+    Without it steps that kept two cores busy took twice as long while 256 MiB were written to
+    memory-backed storage, and with it as long as otherwise.
+    """
+    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 # Those that write, or have failed and not said so.
