@@ -8,6 +8,7 @@ strategies, variables and datasets of this module, with the programming model of
 import importlib as _importlib
 import typing as _typing
 
+from dvkernels import cluster as cluster
 from dvkernels import errors as errors
 from dvkernels import kernels as kernels
 from dvkernels import optimizers as optimizers
@@ -50,11 +51,13 @@ if _typing.TYPE_CHECKING:
     from dvkernels.checkpoint.checkpoint import Checkpoint as Checkpoint
     from dvkernels.checkpoint.checkpoint import Restored as Restored
     from dvkernels.checkpoint.manager import CheckpointManager as CheckpointManager
+    from dvkernels.checkpoint.preemption import PreemptionHandler as PreemptionHandler
 
 # Loaded when they are first asked for: few programs need them at once, and they need xxhash.
 _LATER = {
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",
+    "PreemptionHandler": "dvkernels.checkpoint.preemption",
     "Restored": "dvkernels.checkpoint.checkpoint",
 }
 

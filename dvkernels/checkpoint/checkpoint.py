@@ -187,6 +187,11 @@ class Checkpoint:
         with reading.opened(Path(os.path.abspath(path))) as reader:
             return self._restore(reader, partial)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save goes on in the background."""
+        return self._saver.is_busy
+
     def close(self) -> None:
         """Wait for a save in the background, and raise its error; may be called twice."""
         self._saver.wait()

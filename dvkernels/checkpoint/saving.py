@@ -208,6 +208,11 @@ class Saver:
             _unsettled.discard(self)
             raise self._failure.pop()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being written in the background."""
+        return not self._is_idle.is_set()
+
     def forget(self) -> None:
         """Take it that nobody writes: a child has no thread that does."""
         self._is_idle = threading.Event()
