@@ -113,8 +113,10 @@ def run(
     if timed_out:
         return End(TIMED_OUT, may_be_restarted=False)
     if interrupted_by is not None:
-        # Killed by it, or by us; any other status is the workers' own word.
-        killed = {number for by in (interrupted_by, ended_by) for number in (by, 128 + by)}
+        # Killed by it, or at last by us, or some by one and some by the other, which Hydra tells
+        # as the bits of both. Any other status is the workers' own word.
+        signals = (interrupted_by, signal.SIGTERM, signal.SIGKILL, interrupted_by | signal.SIGKILL)
+        killed = {number for by in signals for number in (by, 128 + by)}
         return End(128 + interrupted_by if status in killed else status, may_be_restarted=False)
     left_when_told = time.monotonic() - told_at < grace_seconds
     return End(status, may_be_restarted=status not in _FINAL and not left_when_told)

@@ -1,6 +1,6 @@
 """launch starts, watches over and ends a job, here with a launcher of the tests' own.
 
-What the launchers of real MPIs do is seen in tests/processes/test_launch.py.
+What the launchers of real MPIs do is seen in tests/processes/test_launched_programs.py.
 """
 
 from __future__ import annotations
@@ -168,18 +168,18 @@ def test_a_worker_that_fails_before_mpi_was_started_ends_those_that_wait(launch,
 
 
 def test_restarts_count_and_end(launch, script):
-    program = script("print('attempt', os.environ['DVKERNELS_ATTEMPT'], flush=True)\nsys.exit(7)")
+    program = script("print('attempt', os.environ['DVKERNELS_ATTEMPT'], flush=True)\nos._exit(7)")
     status, out, err = launch("-n", "1", "--max-restarts", "2", program)
     assert status == 7
     assert out.splitlines() == [f"[0] attempt {k}" for k in range(3)]
     assert err.count("starting again") == 2
-    again = script("sys.exit(7 * (os.environ['DVKERNELS_ATTEMPT'] == '4'))")
+    again = script("os._exit(7 * (os.environ['DVKERNELS_ATTEMPT'] == '4'))")
     assert launch("-n", "1", "--max-restarts", "2", again, DVKERNELS_ATTEMPT="4")[0] == 0
 
 
 @pytest.mark.parametrize("status", [0, 2, 130])
 def test_what_will_fail_again_is_not_restarted(launch, script, status):
-    found, _, err = launch("-n", "1", "--max-restarts", "2", script(f"sys.exit({status})"))
+    found, _, err = launch("-n", "1", "--max-restarts", "2", script(f"os._exit({status})"))
     assert found == status
     assert "starting again" not in err
 
