@@ -1,8 +1,9 @@
-"""Laws that ship with the package: for users' own programs, communicators and strategies.
+"""Laws that ship with the package: for users' own programs, communicators, strategies, arrays.
 
 They raise ``AssertionError`` with what differs, and need no test framework.
 """
 
+from dvkernels.testing.array_laws import check_arrays as check_arrays
 from dvkernels.testing.communicator_laws import check_communicator as check_communicator
 from dvkernels.testing.kills import KilledRun as KilledRun
 from dvkernels.testing.kills import run_and_kill as run_and_kill

@@ -17,9 +17,9 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce", "reduce_into"]
 
-JOBS = "06eb162d"
+JOBS = "14ebad2b"
 MEMORY = "c8cb69fb"
-OBJECTS = "af1ca4d7"
+OBJECTS = "1ab62e2f"
 POOL = "be693ff3"
 
 _MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
