@@ -8,6 +8,7 @@ strategies, variables and datasets of this module, with the programming model of
 import importlib as _importlib
 import typing as _typing
 
+from dvkernels import cluster as cluster
 from dvkernels import errors as errors
 from dvkernels import kernels as kernels
 from dvkernels import optimizers as optimizers

@@ -10,6 +10,7 @@ __all__ = [
     "BufferMismatchError",
     "CheckpointDamagedError",
     "CheckpointError",
+    "ClusterError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "ContextError",
@@ -17,6 +18,7 @@ __all__ = [
     "DeviceError",
     "DriftError",
     "DvKernelsError",
+    "LaunchError",
     "NonFiniteError",
     "NotABufferError",
     "ReduceOpError",
@@ -52,6 +54,14 @@ class ReduceOpError(DvKernelsError, ValueError):
 
 class AlgorithmError(DvKernelsError, ValueError):
     """No algorithm of that name."""
+
+
+class ClusterError(DvKernelsError, ValueError):
+    """What tells a worker its place among the others is missing, malformed or contradictory."""
+
+
+class LaunchError(DvKernelsError, RuntimeError):
+    """The workers of a job cannot be started here in the way that was asked for."""
 
 
 class CollectiveMismatchError(DvKernelsError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -39,6 +40,12 @@ class Lock:
         except BaseException:
             self._let_go()
             raise
+        try:
+            owner = f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(80).encode()
+            files.active.write(self._descriptor, owner, 0)
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
@@ -47,13 +54,7 @@ class Lock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            # Locked to the end, so that nobody's lock but ours is removed.
-            files.active.remove(self._path)
-        except OSError:
-            pass  # an unlocked file does no harm
-        finally:
-            self._let_go()
+        self._end()
 
     def _acquire(self) -> None:
         while True:
@@ -67,8 +68,6 @@ class Lock:
                 break
             files.active.close(self._descriptor)
             self._descriptor = -1
-        owner = f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(80).encode()
-        files.active.write(self._descriptor, owner, 0)
 
     def _owner(self) -> str:
         text = bytearray(80)
@@ -81,10 +80,20 @@ class Lock:
             f"elsewhere"
         )
 
+    def _end(self) -> None:
+        try:
+            # Locked to the end, so that nobody's lock but ours is removed. If it cannot be: an
+            # unlocked file does no harm.
+            with contextlib.suppress(OSError):
+                files.active.remove(self._path)
+        finally:
+            self._let_go()
+
     def _let_go(self) -> None:
         try:
             if self._descriptor >= 0:
-                files.active.close(self._descriptor)
+                with contextlib.suppress(OSError):  # the kernel has let go of it all the same
+                    files.active.close(self._descriptor)
         finally:
             self._descriptor = -1
             _held.pop(self._key, None)

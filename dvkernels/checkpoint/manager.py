@@ -206,19 +206,24 @@ class CheckpointManager:
         if self._max_to_keep is None:
             return
         every = self._keep_every
-        counted = [path for path in self.checkpoints if every is None or _step(path) % every]
-        for path in counted[: -self._max_to_keep]:
-            if _step(path) == just_saved:
-                continue
-            try:
-                folder.discard(path)
-            except OSError as error:  # the save itself has succeeded
-                LOGGER.warning("%s could not be removed: %s", path, error)
+        try:
+            counted = [path for path in self.checkpoints if every is None or _step(path) % every]
+            for path in counted[: -self._max_to_keep]:
+                if _step(path) != just_saved:
+                    folder.discard(path)
+        except (
+            OSError,
+            CheckpointError,
+        ) as error:  # the save itself has succeeded; the next one tries again
+            LOGGER.warning("old checkpoints could not be removed: %s", error)
 
 
 def checkpoints_in(directory: Path) -> tuple[Path, ...]:
     """Return the checkpoints that managers have saved in a folder, in the order of their steps."""
-    return tuple(sorted(folder.within(directory, _NAME), key=_step))
+    try:
+        return tuple(sorted(folder.within(directory, _NAME), key=_step))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be listed: {error}") from error
 
 
 def _name(step: int) -> str:

@@ -143,7 +143,7 @@ class Gathered:
         if is_object(value):
             return self._with_state(value, path)
         if plain.is_plain(value):
-            return DataNode(copy.deepcopy(value))  # a save in the background outlives this moment
+            return DataNode(copy.deepcopy(value))  # written later, perhaps, than it changes
         inner = opened(value, path)
         if inner is None:
             raise CheckpointError(

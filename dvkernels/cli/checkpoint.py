@@ -39,14 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             with reading.opened(path) as reader:
                 if arguments.action == "show":
-                    print("\n".join(_lines(reader)))
+                    print("\n".join(map(_printable, _lines(reader))))
                 else:
                     reader.check(reader.manifest.tensors)
                     print(f"PASS {path}: {_summary(reader)}")
         except CheckpointDamagedError as error:
-            print(f"FAIL {path}: {error}")
+            print(_printable(f"FAIL {path}: {error}"))
             status = 1
     return status
+
+
+def _printable(line: str) -> str:
+    """Return a line that cannot steer the terminal: names are what anybody may have written."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
 def _summary(reader: Reader) -> str:

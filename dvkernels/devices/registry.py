@@ -25,8 +25,9 @@ def list_devices(kind: str | None = None) -> list[Device]:
     ----------
     kind : str, optional
         ``"cpu"``: one logical device per core that this process may use (affinity and cgroup
-        quota). More may be named: every ``"cpu:k"`` exists. ``"cuda"``: the GPUs that
-        ``CUDA_VISIBLE_DEVICES`` lets this process see, none where there is no driver.
+        quota; under a launcher, its share of them). More may be named: every ``"cpu:k"`` exists.
+        ``"cuda"``: the GPUs that ``CUDA_VISIBLE_DEVICES`` lets this process see, none where there
+        is no driver.
 
     Raises
     ------

@@ -20,7 +20,7 @@ class MirroredStrategy(Strategy):
     ----------
     devices : sequence of Device or str, optional
         One replica each; a CPU device or a GPU may be named several times. All GPUs if not given,
-        or else one replica per usable core.
+        or else one replica per usable core; under a launcher, per core of its share.
     cross_device_ops : str or Communicator
         ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``, or an object of the protocol.
     bytes_per_bucket : int, optional

@@ -12,8 +12,9 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from dvkernels.checkpoint import files
 from dvkernels.checkpoint.files import Files
@@ -41,9 +42,10 @@ class Faults:
         How many bytes can be written; what goes beyond raises ``ENOSPC``.
     most_at_once : int, optional
         A read or write takes at most so many bytes, and says so.
-    loses_unsynced : bool
-        The power fails too: what has not been synced is lost. Files are empty, and names are what
-        they were when their folder was synced; removed ones stay removed.
+    loses : collection of str
+        The power fails too. ``"content"``: files that were not synced are empty. ``"names"``: names
+        are what they were when their folder was synced; what was removed stays so. A disk may lose
+        one without the other.
     counted : collection of str, optional
         The operations that are counted, by name; all if not given.
 
@@ -61,7 +63,7 @@ class Faults:
         error: int = errno.EIO,
         room: int | None = None,
         most_at_once: int | None = None,
-        loses_unsynced: bool = False,
+        loses: Collection[str] = (),
         counted: Collection[str] | None = None,
     ) -> None:
         self.calls: list[str] = []
@@ -70,7 +72,7 @@ class Faults:
         self._error = error
         self._room = room
         self._most = most_at_once
-        self._loses = loses_unsynced
+        self._loses = loses
         self._counted = counted
         self._real = Files()
         self._lock = threading.Lock()
@@ -85,6 +87,12 @@ class Faults:
     def count(self) -> int:
         """The number of operations so far."""
         return len(self.calls)
+
+    def die(self) -> NoReturn:
+        """Let the process die now."""
+        with self._lock:
+            self._is_dead = True
+        raise Crash("asked for")
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._real, name)
@@ -113,6 +121,8 @@ class Faults:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 arguments = (descriptor, data[: self._room], offset)
                 self._room -= len(arguments[1])
+            if name == "rename":
+                self._undo.append((arguments[1].parent, _undoing_rename(*arguments)))
         result = operation(*arguments)
         with self._lock:
             self._note(name, arguments, result)
@@ -129,8 +139,6 @@ class Faults:
                 self._undo.append((path.parent, path.unlink))
             case "make_folder", (path,):
                 self._undo.append((path.parent, path.rmdir))
-            case "rename", (source, target):
-                self._undo.append((target.parent, lambda: os.rename(target, source)))
             case "close", (descriptor,):
                 self._open.discard(descriptor)
                 # A file that is closed without a sync stays unsynced, under a number of its own.
@@ -147,16 +155,29 @@ class Faults:
 
         Called by :func:`injected` when no operation is under way any more.
         """
-        if self._is_dead and self._loses:
+        if self._is_dead and "content" in self._loses:
             for copy in self._unsynced.values():
                 os.ftruncate(copy, 0)
+        if self._is_dead and "names" in self._loses:
             for _, undo in reversed(self._undo):
-                with contextlib.suppress(OSError):  # what it undoes has been removed since
+                with suppress(OSError):  # what it undoes has been removed since
                     undo()
         for descriptor in (*self._unsynced.values(), *(self._open if self._is_dead else ())):
             os.close(descriptor)
         self._unsynced.clear()
         self._open.clear()
+
+
+def _undoing_rename(source: Path, target: Path) -> Callable[[], None]:
+    """Return what takes a rename back that is about to happen."""
+    replaced = target.read_bytes() if target.is_file() else None
+
+    def undo() -> None:
+        os.rename(target, source)
+        if replaced is not None:
+            target.write_bytes(replaced)
+
+    return undo
 
 
 @contextlib.contextmanager
@@ -183,7 +204,7 @@ def injected(faults: Faults) -> Iterator[Faults]:
 
 
 def check_every_crash(
-    save: Callable[[], object], check: Callable[[], object], *, loses_unsynced: bool = False
+    save: Callable[[], object], check: Callable[[], object], *, loses: Collection[str] = ()
 ) -> int:
     """Let a save die at each of its file operations, one after another.
 
@@ -193,8 +214,9 @@ def check_every_crash(
         Saves; called once for each of its operations, and once more, when it is not disturbed.
     check : callable
         Called after each death; raises if what is there now is not good.
-    loses_unsynced : bool
-        The power fails each time too: see :class:`Faults`.
+    loses : collection of str
+        The power fails each time too, and once more when the save has returned: see
+        :class:`Faults`.
 
     Returns
     -------
@@ -218,22 +240,20 @@ def check_every_crash(
     True
     """
     for number in itertools.count(1):
-        with injected(Faults(crash_at=number, loses_unsynced=loses_unsynced)) as faults:
-            try:
-                save()
-            except Crash:
-                is_over = False
-            else:
-                is_over = True
-        if is_over and faults.count < number:
-            return faults.count
+        with injected(Faults(crash_at=number, loses=loses)) as faults, suppress(Crash):
+            save()
+            faults.die()
         check()
+        if faults.count < number:
+            return faults.count
     raise AssertionError("unreachable")
 
 
 def flip_bit(path: str | os.PathLike[str], bit: int) -> None:
     """Flip one bit of a file, counted from its beginning."""
     place, which = divmod(bit, 8)
+    if not 0 <= bit < 8 * os.path.getsize(path):
+        raise ValueError(f"{path} has {os.path.getsize(path)} bytes; it has no bit {bit}")
     with open(path, "r+b") as file:
         file.seek(place)
         (byte,) = file.read(1)

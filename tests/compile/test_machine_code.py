@@ -61,11 +61,12 @@ def check(name: str, architecture: int, assembled: toolchain.Assembled) -> None:
     budget = BUDGET[name]
     assert assembled.spills == 0, architecture
     assert assembled.stack == 0, architecture
-    assert not re.search(r"\b(LDL|STL)\b", assembled.code), architecture
-    assert re.search(r"LDG\.E(\.\w+)*\.128", assembled.code), architecture
-    assert re.search(r"STG\.E(\.\w+)*\.128", assembled.code), architecture
     assert assembled.registers <= budget["registers"] + SPARE, architecture
     assert assembled.shared <= budget["shared"], architecture
+    if assembled.code is not None:
+        assert not re.search(r"\b(LDL|STL)\b", assembled.code), architecture
+        assert re.search(r"LDG\.E(\.\w+)*\.128", assembled.code), architecture
+        assert re.search(r"STG\.E(\.\w+)*\.128", assembled.code), architecture
 
 
 @pytest.mark.parametrize("name", ["mul complex64", "mul complex128"])

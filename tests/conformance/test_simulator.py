@@ -20,6 +20,7 @@ BODIES = [
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",
     "tests/simulator/test_one_gpu.py",
+    "tests/simulator/test_strategies.py",
     "tests/conformance/test_strategy_laws.py",
     "tests/unit/variables",
     "tests/unit/optimizers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import dvkernels as dv
 from dvkernels import errors
+from dvkernels.cli.main import main
 from dvkernels.devices import memory
 
 pytestmark = pytest.mark.skipif(
@@ -193,3 +195,25 @@ def test_an_iterator_over_gpus_resumes_on_the_cpu(two):
         others.load_state_dict(batches.state_dict())
         rest = [int(k) for part in others for k in part[0]]
     assert sorted([int(k) for part in first.values for k in part.tolist()] + rest) == [*range(10)]
+
+
+def test_training_on_gpus_gives_what_training_on_one_gives(capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    arguments = [
+        "train",
+        "--device",
+        "cuda",
+        "--replicas",
+        "2",
+        "--epochs",
+        "1",
+        "--hidden",
+        "8",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_replicas"] == 2
+    assert report["relative_difference_to_one_device"] < 1e-5
+    assert report["test_accuracy"] > 0.3

@@ -6,6 +6,7 @@
     [15] where the data lies: see elementwise.span    [16] arrays an item
     [17] parts that the rows name             [18] the runner   [19] where its numbers are
     [20] where the counters of claimed pieces are   [21] how many: one a segment of the pieces
+    [22] the slot of the pool that holds it, and one; 0: none
     items, four words each: first piece, elements a line, lines, where the table is
     the program, six words a row: part (-1: all), sources, how many, targets, how many, divisor
     tables, one an item: the addresses of its arrays, then, of several lines, their strides

@@ -16,10 +16,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "21104754"
+JOBS = "14ebad2b"
 MEMORY = "c8cb69fb"
-OBJECTS = "b5b4345f"
-POOL = "efe5b98d"
+OBJECTS = "1ab62e2f"
+POOL = "be693ff3"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES

@@ -37,7 +37,7 @@ __all__ = [
 
 ARITHMETIC = "8aa368e1"
 ELEMENTWISE = "2f4aa5fb"
-POOL = "efe5b98d"
+POOL = "be693ff3"
 MEMORY = "c8cb69fb"
 
 # Where things lie: words of a list, and of an array, after the object header.

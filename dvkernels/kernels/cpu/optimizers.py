@@ -25,7 +25,7 @@ __all__ = ["adam", "sgd"]
 
 ARITHMETIC = "8aa368e1"
 ELEMENTWISE = "2f4aa5fb"
-JOBS = "21104754"
+JOBS = "14ebad2b"
 MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know

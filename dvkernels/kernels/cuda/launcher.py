@@ -19,7 +19,7 @@ from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import compiler, memory, tables
 
-__all__ = ["launch", "num_blocks", "threads"]
+__all__ = ["LongTables", "launch", "num_blocks", "prepare", "threads"]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
@@ -90,18 +90,19 @@ def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
         simulated[blocks, _SIMULATED_THREADS](arguments)
 
 
-class _LongTables:
+class LongTables:
     """Tables that are too long to be arguments, in device memory.
 
     The same arrays give the same table, step after step: it is kept, and the next step copies
     nothing. It lies in memory of the stream that reads it, so that what takes its place later, on
-    that stream, comes after.
+    that stream, comes after. What a captured graph reads stays for good.
     """
 
     _MOST = 256
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, int, bytes], Any] = {}
+        self._captured: dict[tuple[int, int, bytes], Any] = {}
         self._lock = threading.Lock()
 
     def place(self, device: int, stream: int, words: Sequence[int]) -> int:
@@ -110,20 +111,36 @@ class _LongTables:
 
         content = array.array("q", words).tobytes()
         key = (device, stream, content)
+        is_captured = bool(cupy.cuda.runtime.streamIsCapturing(stream))
         with self._lock:
-            found = self._held.pop(key, None)
+            found = self._captured.get(key) or self._held.pop(key, None)
+            if found is None and is_captured:
+                raise DeviceError(
+                    "a call with this many arrays places a table on the GPU, which a graph that is "
+                    "being captured cannot do: make the same call once on the stream, before"
+                )
             if found is None:
-                with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
-                    staged = cupy.cuda.alloc_pinned_memory(len(content))
-                    host = np.frombuffer(staged, np.int64, len(words))
-                    host[:] = words
-                    table = cupy.empty(len(words), np.int64)
-                    table.data.copy_from_host_async(host.ctypes.data, len(content))
-                found = (table, staged)
-            self._held[key] = found  # the latest used come last
+                found = self._copied(cupy, device, stream, content)
+            if is_captured or key in self._captured:
+                self._captured[key] = found
+            else:
+                self._held[key] = found  # the latest used come last
             while len(self._held) > self._MOST:
-                self._held.pop(next(iter(self._held)))
+                _, _, copied = self._held.pop(next(iter(self._held)))
+                copied.synchronize()  # long ago: the memory it was copied from can go
             return int(found[0].data.ptr)
 
+    def _copied(self, cupy: Any, device: int, stream: int, content: bytes) -> tuple[Any, Any, Any]:
+        """Return the table, the memory it is copied from, and the event of that."""
+        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device) as order:
+            staged = cupy.cuda.alloc_pinned_memory(len(content))
+            host = np.frombuffer(staged, np.uint8, len(content))
+            host[:] = np.frombuffer(content, np.uint8)
+            table = cupy.empty(len(content), np.uint8)
+            table.data.copy_from_host_async(host.ctypes.data, len(content), order)
+            copied = cupy.cuda.Event(disable_timing=True)
+            copied.record(order)
+        return table, staged, copied
 
-_long_tables = _LongTables()
+
+_long_tables = LongTables()
