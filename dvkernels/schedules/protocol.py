@@ -36,7 +36,6 @@ class Combine(NamedTuple):
     """
 
     part: int
-    num_parts: int
     sources: tuple[Place, ...]
     targets: tuple[Place, ...]
     completes: bool
@@ -60,9 +59,10 @@ Row = Combine | Signal | Wait
 
 
 class Protocol(NamedTuple):
-    """The rows of every rank, and by how much a call raises the flags."""
+    """The rows of every rank, into how many parts they cut a buffer, and how far flags rise."""
 
     name: str
+    num_parts: int
     num_stages: int
     rows: tuple[tuple[Row, ...], ...]
 

@@ -35,13 +35,13 @@ def one_shot(num_ranks: int) -> Protocol:
     def rows(rank: int) -> tuple[Row, ...]:
         peers = _peers(rank, num_ranks)
         return (
-            Combine(0, 1, (Place("input", rank),), (Place("slot", rank),), False),
+            Combine(0, (Place("input", rank),), (Place("slot", rank),), False),
             Signal(peers, 1),
             Wait(peers, 1),
-            Combine(0, 1, _everywhere("slot", num_ranks), (Place("output", rank),), True),
+            Combine(0, _everywhere("slot", num_ranks), (Place("output", rank),), True),
         )
 
-    return _protocol("one_shot", num_ranks, 1, rows)
+    return _protocol("one_shot", num_ranks, 1, 1, rows)
 
 
 @functools.cache
@@ -77,12 +77,12 @@ def _owners(name: str, orders: list[list[int]]) -> Protocol:
         return (
             Signal(peers, 1),
             Wait(peers, 1),
-            Combine(rank, num_ranks, sources, _everywhere("output", num_ranks), True),
+            Combine(rank, sources, _everywhere("output", num_ranks), True),
             Signal(peers, 2),
             Wait(peers, 2),
         )
 
-    return _protocol(name, num_ranks, 2, rows)
+    return _protocol(name, num_ranks, num_ranks, 2, rows)
 
 
 @functools.cache
@@ -109,7 +109,6 @@ def ring(num_ranks: int) -> Protocol:
                 Wait((left,), tick + 1),
                 Combine(
                     step.chunk,
-                    num_ranks,
                     (*own, Place(shown, step.source)),
                     (Place("output", rank),),
                     tick == num_ranks - 2,
@@ -118,7 +117,7 @@ def ring(num_ranks: int) -> Protocol:
         last = len(ticks) + 1
         return (*found, Signal((left,), last), Wait((right,), last))
 
-    return _protocol("ring", num_ranks, len(ticks) + 1, rows)
+    return _protocol("ring", num_ranks, num_ranks, len(ticks) + 1, rows)
 
 
 @functools.cache
@@ -132,20 +131,20 @@ def staged(num_ranks: int) -> Protocol:
         peers = _peers(rank, num_ranks)
         own = (Place("slot", rank),)
         collected: list[Row] = [
-            Combine(part, num_ranks, (Place("slot", part),), (Place("output", rank),), False)
+            Combine(part, (Place("slot", part),), (Place("output", rank),), False)
             for part in range(num_ranks)
         ]
         return (
-            Combine(0, 1, (Place("input", rank),), own, False),
+            *(Combine(part, (Place("input", rank),), own, False) for part in range(num_ranks)),
             Signal(peers, 1),
             Wait(peers, 1),
-            Combine(rank, num_ranks, _everywhere("slot", num_ranks), own, True),
+            Combine(rank, _everywhere("slot", num_ranks), own, True),
             Signal(peers, 2),
             Wait(peers, 2),
             *collected,
         )
 
-    return _protocol("staged", num_ranks, 2, rows)
+    return _protocol("staged", num_ranks, num_ranks, 2, rows)
 
 
 PROTOCOLS = {
@@ -158,14 +157,18 @@ PROTOCOLS = {
 
 
 def _protocol(
-    name: str, num_ranks: int, num_stages: int, rows: Callable[[int], tuple[Row, ...]]
+    name: str,
+    num_ranks: int,
+    num_parts: int,
+    num_stages: int,
+    rows: Callable[[int], tuple[Row, ...]],
 ) -> Protocol:
     """Return the protocol of these rows; where there is nobody to tell, nobody is told."""
     told = (
         tuple(row for row in rows(rank) if isinstance(row, Combine) or row.ranks)
         for rank in range(num_ranks)
     )
-    return Protocol(name, num_stages, tuple(told))
+    return Protocol(name, num_parts, num_stages, tuple(told))
 
 
 def _peers(rank: int, num_ranks: int) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ def programs(calls: Sequence[Protocol], *, in_place: bool, num_slots: int = NUM_
                 there = (locate(own, call, part),)
                 yield Move("put", call, there, f"{who} brings part {part} of its input", brought)
             for row in protocol.rows[rank]:
-                yield from _moves_of_row(row, rank, num_ranks, call, epoch, who, locate)
+                yield from _moves_of_row(row, rank, protocol, call, epoch, who, locate)
             right = Value(tuple((peer, call) for peer in range(num_ranks)), 1)
             for part in parts:
                 there = (locate(out, call, part),)
@@ -105,14 +105,16 @@ def programs(calls: Sequence[Protocol], *, in_place: bool, num_slots: int = NUM_
 def _moves_of_row(
     row: Row,
     rank: int,
-    num_ranks: int,
+    protocol: Protocol,
     call: int,
     epoch: int,
     who: str,
     locate: Callable[[Place, int, int], int],
 ) -> Iterator[Move]:
+    num_ranks = protocol.num_ranks
     if isinstance(row, Combine):
-        for part in range(num_ranks) if row.num_parts == 1 else (row.part,):
+        # Parts of a buffer are counted as if all protocols of a sequence cut it alike.
+        for part in range(num_ranks) if protocol.num_parts == 1 else (row.part,):
             for index, place in enumerate(row.sources):
                 there = (locate(place, call, part),)
                 text = f"{who} loads part {part} of {place.memory} {place.rank}"

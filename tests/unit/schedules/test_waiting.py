@@ -21,7 +21,7 @@ def waits(protocol: Protocol) -> int:
 def fraction_from_others(protocol: Protocol, rank: int) -> float:
     """How much of a buffer a rank loads from memory that is not its own."""
     return sum(
-        sum(place.rank != rank for place in row.sources) / row.num_parts
+        sum(place.rank != rank for place in row.sources) / protocol.num_parts
         for row in combines(protocol, rank)
     )
 
@@ -29,10 +29,10 @@ def fraction_from_others(protocol: Protocol, rank: int) -> float:
 def test_one_shot_of_two_is_this_table() -> None:
     mine, yours = Place("slot", 0), Place("slot", 1)
     assert waiting.one_shot(2).rows[0] == (
-        Combine(0, 1, (Place("input", 0),), (mine,), False),
+        Combine(0, (Place("input", 0),), (mine,), False),
         Signal((1,), 1),
         Wait((1,), 1),
-        Combine(0, 1, (mine, yours), (Place("output", 0),), True),
+        Combine(0, (mine, yours), (Place("output", 0),), True),
     )
 
 
@@ -87,4 +87,4 @@ def test_every_part_is_completed_once_everywhere_it_is_stored(num_ranks: int) ->
 def test_ranks_that_wait_for_each_other_have_no_order() -> None:
     rows = tuple((Wait((1 - rank,), 1), Signal((1 - rank,), 1)) for rank in range(2))
     with pytest.raises(ValueError, match="waits for another"):
-        list(Protocol("stuck", 1, rows).in_order())
+        list(Protocol("stuck", 2, 1, rows).in_order())
