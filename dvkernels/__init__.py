@@ -19,7 +19,7 @@ from dvkernels.context import in_cross_replica_context as in_cross_replica_conte
 from dvkernels.custom_reduction import CustomReduction as CustomReduction
 from dvkernels.data.dataset import Dataset as Dataset
 from dvkernels.data.distributed import DistributedDataset as DistributedDataset
-from dvkernels.data.distributed import DistributedIterator as DistributedIterator
+from dvkernels.data.distributed_iterator import DistributedIterator as DistributedIterator
 from dvkernels.data.input_context import InputContext as InputContext
 from dvkernels.data.options import AutoShardPolicy as AutoShardPolicy
 from dvkernels.data.options import InputOptions as InputOptions

@@ -9,12 +9,12 @@ from typing import Any
 
 from dvkernels.data.ahead import Ahead
 from dvkernels.data.cursor import Cursor
-from dvkernels.data.files import FromFiles, FromIndexedFiles
+from dvkernels.data.files import Files, FromFiles, FromIndexedFiles
 from dvkernels.data.live import FromLive
 from dvkernels.data.node import Length, Node
 from dvkernels.data.shuffle import Shuffle, WindowedShuffle
 from dvkernels.data.sources import FromArrays, FromIterable, FromSequence, Range, SupportsIndexing
-from dvkernels.data.stateful import FromSource, Source
+from dvkernels.data.stateful import FromSource, FromStatefulIterable, Source
 from dvkernels.data.transforms import (
     Batch,
     Filter,
@@ -134,7 +134,9 @@ class Dataset:
         return cls(FromSequence(sequence))
 
     @classmethod
-    def from_iterable(cls, factory: Callable[[], Iterable[Any]]) -> Dataset:
+    def from_iterable(
+        cls, factory: Callable[[], Iterable[Any]], *, stateful: bool = False
+    ) -> Dataset:
         """Make what ``iter(factory())`` yields the elements; sequential.
 
         Parameters
@@ -142,6 +144,11 @@ class Dataset:
         factory : callable
             Called at the start of each epoch, and again to resume or after an error; returns an
             iterable that yields the same elements each time.
+        stateful : bool
+            True if the iterable, or its iterator, has ``state_dict()`` and
+            ``load_state_dict(state)``, as PyTorch's ``StatefulDataLoader`` has: it is resumed
+            through them, not by replay. The state, which JSON must be able to hold, is asked for
+            after each element.
 
         Examples
         --------
@@ -150,7 +157,7 @@ class Dataset:
         >>> list(Dataset.from_iterable(lines))
         ['one', 'two']
         """
-        return cls(FromIterable(factory))
+        return cls((FromStatefulIterable if stateful else FromIterable)(factory))
 
     @classmethod
     def from_files(
@@ -278,7 +285,7 @@ class Dataset:
         """The paths that :meth:`from_files` was given; none for other sources."""
         node: Node | None = self._node
         while node is not None:
-            if isinstance(node, FromFiles | FromIndexedFiles):
+            if isinstance(node, Files):
                 return node.files
             node = node.source
         return ()

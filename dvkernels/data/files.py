@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import bisect
 import collections
+import copy
 import hashlib
 import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from dvkernels.data.checks import check_callable
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.sources import SupportsIndexing
 from dvkernels.errors import DatasetError
 
-__all__ = ["MAX_OPEN_FILES", "FromFiles", "FromIndexedFiles"]
+__all__ = ["MAX_OPEN_FILES", "Files", "FromFiles", "FromIndexedFiles"]
 
 # So few that no limit of open files is met; a batch out of a shuffled dataset touches more.
 MAX_OPEN_FILES = 8
 
 
-class _Files(Node):
+class Files(Node):
     """Paths, and a reader of one of them."""
 
     def __init__(
@@ -43,11 +46,18 @@ class _Files(Node):
             f"reader={callable_name(self._reader)})"
         )
 
+    def only(self, start: int, step: int) -> Self:
+        """Return the same with the files ``start``, ``start + step`` and so on alone."""
+        twin = copy.copy(self)
+        twin.files = self.files[start::step]
+        vars(twin).pop("pipeline", None)
+        return twin
+
     def _verb(self, path: str) -> str:
         return f"{callable_name(self._reader)}({path!r})"
 
 
-class FromFiles(_Files):
+class FromFiles(Files):
     """What ``reader`` yields of each file; sequential. One file is open at a time."""
 
     random_access = False
@@ -82,7 +92,7 @@ class FromFiles(_Files):
                         close()
 
 
-class FromIndexedFiles(_Files):
+class FromIndexedFiles(Files):
     """What ``reader`` returns of each file has a length and elements; random access.
 
     Files are opened on demand. One that has not been used for longest is let go of, not closed:
@@ -102,6 +112,13 @@ class FromIndexedFiles(_Files):
         lengths = [len(self._opened(number)) for number in range(len(self.files))]
         self._stops = list(itertools.accumulate(lengths))
         self.length: int = sum(lengths)
+
+    def only(self, start: int, step: int) -> Self:
+        lengths = np.diff(self._stops, prepend=0).tolist()[start::step]
+        twin = super().only(start, step)
+        twin._lock, twin._open = threading.Lock(), collections.OrderedDict()
+        twin._stops, twin.length = list(itertools.accumulate(lengths)), sum(lengths)
+        return twin
 
     def describe(self) -> str:
         return f"{super().describe()[:-1]}, length={self.length})"

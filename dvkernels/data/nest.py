@@ -10,7 +10,17 @@ import optree
 
 from dvkernels.errors import DatasetError
 
-__all__ = ["concatenate", "flatten", "is_flat_tuple", "leaf_names", "nbytes_of", "stack", "take"]
+__all__ = [
+    "concatenate",
+    "flatten",
+    "is_flat_tuple",
+    "leading_length",
+    "leaf_names",
+    "nbytes_of",
+    "slice_rows",
+    "stack",
+    "take",
+]
 
 
 def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
@@ -77,6 +87,44 @@ def concatenate(batches: Sequence[Any]) -> Any:
     return optree.tree_map(
         lambda *leaves: np.concatenate(leaves), batches[0], *batches[1:], none_is_leaf=True
     )
+
+
+def leading_length(batch: Any) -> int:
+    """Return the number of rows of a batch to distribute.
+
+    Raises
+    ------
+    DatasetError
+        It holds nothing, something without a leading axis, or arrays of different lengths.
+    """
+    leaves, _ = flatten(batch)
+    if not leaves:
+        raise DatasetError(
+            f"distribute_dataset: expected batches with at least one array; got {batch!r:.80}; "
+            "let the dataset's elements hold something"
+        )
+    found = []
+    for name, leaf in zip(leaf_names(batch, "batch"), leaves, strict=True):
+        shape = getattr(leaf, "shape", None)
+        if not shape:
+            raise DatasetError(
+                "distribute_dataset: expected batches, arrays with a leading axis to share "
+                f"among the replicas; got {leaf!r:.80}, a {type(leaf).__name__}, as {name}; "
+                "call .batch(global_batch_size) on the dataset"
+            )
+        found.append((name, int(shape[0])))
+    if len({length for _, length in found}) > 1:
+        lengths = ", ".join(f"{length} for {name}" for name, length in found)
+        raise DatasetError(
+            "distribute_dataset: expected one leading length, that of the global batch; got "
+            f"{lengths}; call .batch(global_batch_size) on the dataset"
+        )
+    return found[0][1]
+
+
+def slice_rows(batch: Any, start: int, stop: int) -> Any:
+    """Return rows of every leaf, as views where the leaves are arrays."""
+    return optree.tree_map(lambda leaf: leaf[start:stop], batch, none_is_leaf=True)
 
 
 def nbytes_of(nest: Any) -> int:

@@ -19,15 +19,17 @@ from typing import Any, Self
 import numpy as np
 
 from dvkernels.data.marks import Marks
-from dvkernels.data.nest import stack
+from dvkernels.data.nest import leading_length, slice_rows, stack
 from dvkernels.data.skips import skipping
 from dvkernels.errors import DatasetError
 
-__all__ = ["EmptyRunError", "Indices", "Length", "Node", "add_note", "callable_name"]
+__all__ = ["Cut", "EmptyRunError", "Indices", "Length", "Node", "add_note", "callable_name"]
 
 # math.inf for an endless node, None where it is not known before the end is reached.
 Length = int | float | None
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+# Of a batch of so many rows, those from one number to another.
+Cut = Callable[[int], tuple[int, int]]
 
 
 class EmptyRunError(Exception):
@@ -66,6 +68,12 @@ class Node(abc.ABC):
     def batch(self, start: int, stop: int, epoch: int) -> Any:
         """Return the elements ``start`` to ``stop`` (one or more), stacked likewise."""
         return stack(self.elements(range(start, stop), epoch))
+
+    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+        """Return the number of rows of an element that is a batch, and those that ``cut`` says."""
+        batch = self.element(index, epoch)
+        length = leading_length(batch)
+        return length, slice_rows(batch, *cut(length))
 
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         """Return elements one by one; those that fail are left out where they may be."""
@@ -134,6 +142,22 @@ class Node(abc.ABC):
         """Why no state of an iterator can be saved or loaded; None where it can."""
         reasons = (self.refusal, *(node.why_not_resumed for node in self.sources))
         return next((reason for reason in reasons if reason is not None), None)
+
+    def onto(self, old: Node, new: Node) -> Node:
+        """Return the chain up to here with ``new`` in the place of ``old``, a link of it.
+
+        Only for links that have as many elements as their source, or an unknown number.
+        """
+        if self is old:
+            return new
+        assert self.source is not None
+        twin = copy.copy(self)
+        twin.source = self.source.onto(old, new)
+        twin.random_access = self.random_access and twin.source.random_access
+        twin.length = twin.source.length if self.length == self.source.length else None
+        for name in ("pipeline", "needs_own_chain", "why_not_resumed"):
+            vars(twin).pop(name, None)  # what was found for the other chain
+        return twin
 
     def own_chain(self) -> Self:
         """Return a copy of the chain up to here for one iterator, whose nodes may remember."""

@@ -30,8 +30,10 @@ class InputOptions:
         How many batches a thread holds ready; 0 for none. None: what the dataset's own
         ``prefetch`` says, else none.
     auto_shard_policy : AutoShardPolicy or str
-        How several workers share the dataset. All replicas of this version are in one worker,
-        which takes all of it.
+        How several workers share the dataset; one worker takes all of it. ``"data"``: each takes
+        its rows of each global batch. ``"file"``: each reads files of its own. ``"auto"``: by
+        files where the dataset allows it and its files are sequential, else by rows. ``"off"``:
+        each worker reads everything. See :class:`dvkernels.data.distributed.DistributedDataset`.
     prefetch_to_device : bool
         Copy batches to the devices ahead. The batches of CPU replicas are there already.
     on_error : {"raise", "skip"}

@@ -5,38 +5,77 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvkernels.data.checks import check_count
 from dvkernels.data.cursor import Place
 from dvkernels.data.node import Node
 from dvkernels.errors import DatasetError
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["Saved", "read_state", "read_workers_state", "write_state", "write_workers_state"]
 
 _FORMAT = "dvkernels.data.iterator"
 _KEYS = ("format", "version", "epoch", "position", "pipeline")
-# Version 2 is version 1 and a memory. It is written only where there is one, so that what an
-# older version can read it still reads.
-_MEMORY = "memory"
-_VERSION, _VERSION_WITH_MEMORY = 1, 2
+# Version 2 is version 1 and a memory, version 3 is version 1 and how far each lane of files is.
+# They are written only where there is one, so that what an older version can read it still reads.
+_MEMORY, _LANES = "memory", "lanes"
+_VERSION, _VERSION_WITH_MEMORY, _VERSION_WITH_LANES = 1, 2, 3
+_EXTRA = {_VERSION_WITH_MEMORY: _MEMORY, _VERSION_WITH_LANES: _LANES}
+# Several workers with datasets of their own: the state of each.
+_WORKERS_FORMAT = "dvkernels.data.iterators_of_workers"
 _MEMBER = "load_state_dict"
 
 
-def write_state(
-    node: Node, epoch: int, position: int, memory: Sequence[Any] = ()
-) -> dict[str, Any]:
-    """Return the state as a dict that JSON can hold; the arguments are those of a ``Place``."""
+class Saved(NamedTuple):
+    """Where to go, and, where workers read files of their own, how far each lane of files is."""
+
+    place: Place
+    lanes: list[int] | None
+
+
+def write_state(node: Node, place: Place, lanes: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return the state as a dict that JSON can hold."""
     _check_resumable("state_dict", node)
-    version = _VERSION_WITH_MEMORY if memory else _VERSION
-    values = (_FORMAT, version, epoch, position, list(node.pipeline))
-    state: dict[str, Any] = dict(zip(_KEYS, values, strict=True))
-    if memory:
-        state[_MEMORY] = copy.deepcopy(list(memory))
-    return state
+    extra: dict[str, Any] = {}
+    version = _VERSION
+    if lanes is not None:
+        version, extra = _VERSION_WITH_LANES, {_LANES: list(lanes)}
+    elif place.memory:
+        version, extra = _VERSION_WITH_MEMORY, {_MEMORY: copy.deepcopy(list(place.memory))}
+    values = (_FORMAT, version, place.epoch, place.position, list(node.pipeline))
+    return dict(zip(_KEYS, values, strict=True)) | extra
 
 
-def read_state(node: Node, state: object) -> Place:
+def write_workers_state(epoch: int, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one state of several workers that have datasets of their own."""
+    return {
+        "format": _WORKERS_FORMAT,
+        "version": _VERSION,
+        "epoch": epoch,
+        "workers": copy.deepcopy(list(states)),
+    }
+
+
+def read_workers_state(state: object, num_workers: int) -> tuple[int, list[dict[str, Any]]]:
+    """Return the epoch, and each worker's state; none of them if no step had been taken."""
+    if not isinstance(state, Mapping) or state.get("format") != _WORKERS_FORMAT:
+        raise DatasetError(
+            f"{_MEMBER}: expected the state of {num_workers} workers that have datasets of their "
+            f"own; got {state!r:.80}; pass what state_dict() returned there"
+        )
+    epoch = check_count(_MEMBER, "epoch", state.get("epoch"), 0, "the state is damaged")
+    states = state.get("workers")
+    if not isinstance(states, list) or len(states) not in (0, num_workers):
+        held = f"{len(states)} workers" if isinstance(states, list) else repr(states)[:80]
+        raise DatasetError(
+            f"{_MEMBER}: expected the state of {num_workers} workers; got that of {held}: "
+            f"distribute_datasets_from_function makes each worker a dataset of its own, which only "
+            f"as many workers can continue; start with as many, or use distribute_dataset"
+        )
+    return epoch, states
+
+
+def read_state(node: Node, state: object) -> Saved:
     """Return where to go; raise :class:`DatasetError` unless it is a state of ``node``."""
     _check_resumable(_MEMBER, node)
     if not isinstance(state, Mapping):
@@ -45,7 +84,7 @@ def read_state(node: Node, state: object) -> Place:
             f"{type(state).__name__}; if it is JSON text, read it with json.loads first"
         )
     missing = [key for key in _KEYS if key not in state]
-    unknown = [str(key) for key in state if key not in (*_KEYS, _MEMORY)]
+    unknown = [str(key) for key in state if key not in (*_KEYS, _MEMORY, _LANES)]
     if missing or unknown:
         faults = [f"lacks {', '.join(missing)}"] if missing else []
         faults += [f"also has {', '.join(unknown)}"] if unknown else []
@@ -59,24 +98,32 @@ def read_state(node: Node, state: object) -> Place:
             "this is the state of something else"
         )
     version = check_count(_MEMBER, "version", state["version"], 1)
-    if version > _VERSION_WITH_MEMORY:
+    if version > max(_EXTRA):
         raise DatasetError(
-            f"{_MEMBER}: expected version {_VERSION} or {_VERSION_WITH_MEMORY}; got {version}; "
+            f"{_MEMBER}: expected a version from {_VERSION} to {max(_EXTRA)}; got {version}; "
             "a newer dvkernels wrote this state: update to read it"
         )
     epoch = check_count(_MEMBER, "epoch", state["epoch"], 0, "the state is damaged")
     position = check_count(_MEMBER, "position", state["position"], 0, "the state is damaged")
     _compare(node.pipeline, state["pipeline"])
+    for key in (_MEMORY, _LANES):
+        if (_EXTRA.get(version) == key) != (key in state):
+            raise DatasetError(
+                f"{_MEMBER}: expected {key!r} in a state of version "
+                f"{next(number for number, name in _EXTRA.items() if name == key)}, and in no "
+                f"other; got version {version}, {state.get(key)!r:.80}; the state is damaged"
+            )
+    if version == _VERSION_WITH_LANES:
+        return Saved(Place(epoch, position), _read_lanes(node, state[_LANES]))
     if node.length is not None and position > node.length:
         raise DatasetError(
             f"{_MEMBER}: expected a position of at most {node.length}, the number of elements an "
             f"epoch; got {position}; the state is damaged"
         )
     memory = state.get(_MEMORY, [])
-    if (version == _VERSION_WITH_MEMORY) != (_MEMORY in state) or not isinstance(memory, list):
+    if not isinstance(memory, list):
         raise DatasetError(
-            f"{_MEMBER}: expected a list {_MEMORY!r} in a state of version {_VERSION_WITH_MEMORY}, "
-            f"and in no other; got version {version}, {memory!r:.80}; the state is damaged"
+            f"{_MEMBER}: expected a list {_MEMORY!r}; got {memory!r:.80}; the state is damaged"
         )
     if memory:
         rest = iter(memory)
@@ -86,7 +133,19 @@ def read_state(node: Node, state: object) -> Place:
                 f"{_MEMBER}: expected a {_MEMORY} of {len(memory) - len(left)} entries for this "
                 f"pipeline; got {len(memory)}; the state is damaged"
             )
-    return Place(epoch, position, memory)
+    return Saved(Place(epoch, position, memory), None)
+
+
+def _read_lanes(node: Node, lanes: object) -> list[int]:
+    """Return how far each lane of the files is."""
+    if not isinstance(lanes, list) or not lanes:
+        raise DatasetError(
+            f"{_MEMBER}: expected {_LANES!r} to be a list of positions, one for each lane of "
+            f"files; got {lanes!r:.80}; the state is damaged"
+        )
+    for position in lanes:
+        check_count(_MEMBER, _LANES, position, 0, "the state is damaged")
+    return lanes
 
 
 def _check_resumable(member: str, node: Node) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from dvkernels.data.node import Node, add_note
+from dvkernels.data.checks import check_callable
+from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
 
-__all__ = ["FromSource", "Reader", "Source"]
+__all__ = ["FromSource", "FromStatefulIterable", "Reader", "Source"]
 
 
 class Reader(Protocol):
@@ -146,3 +147,61 @@ class FromSource(Node):
                 f"from_source: expected a state that JSON can hold; got {state!r:.80} ({error}); "
                 "return numbers, strings, and lists and dicts of them: int(n) for a NumPy integer"
             ) from error
+
+
+class FromStatefulIterable(FromSource):
+    """What the iterables that ``factory`` makes yield, resumed through their ``state_dict``."""
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        check_callable("from_iterable", factory, "pass what makes a new iterable on each call")
+        super().__init__(_StatefulIterables(factory))
+        self._name = callable_name(factory)
+
+    def describe(self) -> str:
+        return f"from_iterable({self._name}, stateful=True)"
+
+
+class _StatefulIterables:
+    """Iterables, or their iterators, with ``state_dict`` and ``load_state_dict``, as a source."""
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        self._factory = factory
+
+    def open(self, epoch: int, state: Any) -> Reader:
+        iterable = self._factory()
+        # A loader loads before it makes its iterator; an iterator that is its own loads itself.
+        if _keeps_state(iterable):
+            if state is not None:
+                iterable.load_state_dict(state)
+            return _StatefulReader(iter(iterable), iterable)
+        iterator = iter(iterable)
+        if not _keeps_state(iterator):
+            raise DatasetError(
+                f"from_iterable: expected stateful=True to come with an iterable, or an iterator, "
+                f"that has state_dict() and load_state_dict(state); got a "
+                f"{type(iterable).__name__} and a {type(iterator).__name__}; leave stateful out "
+                f"to have it resumed by replay"
+            )
+        if state is not None:
+            iterator.load_state_dict(state)
+        return _StatefulReader(iterator, iterator)
+
+
+class _StatefulReader:
+    def __init__(self, iterator: Iterator[Any], holder: Any) -> None:
+        self._iterator = iterator
+        self._holder = holder
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
+
+    def state(self) -> Any:
+        return self._holder.state_dict()
+
+    def close(self) -> None:
+        if callable(close := getattr(self._iterator, "close", None)):
+            close()
+
+
+def _keeps_state(held: object) -> bool:
+    return all(callable(getattr(held, name, None)) for name in ("state_dict", "load_state_dict"))

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from dvkernels.data.checks import check_callable, check_count
-from dvkernels.data.nest import concatenate, stack, take
+from dvkernels.data.nest import concatenate, slice_rows, stack, take
 from dvkernels.data.node import (
+    Cut,
     Indices,
     Length,
     Node,
@@ -174,6 +175,9 @@ class Prefetch(_Transform):
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         return self.source.elements(indices, epoch)
 
+    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+        return self.source.part(index, epoch, cut)
+
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         return self.source.iterate(epoch, start)
 
@@ -235,40 +239,52 @@ class Batch(_Transform):
     """Runs of ``size`` elements, stacked along a new leading axis."""
 
     def __init__(self, source: Node, size: int, drop_remainder: bool) -> None:
-        self._size = check_count("batch", "size", size, 1)
+        self.size = check_count("batch", "size", size, 1)
         if not isinstance(drop_remainder, bool):
             raise DatasetError(
                 f"batch: expected drop_remainder to be True or False; got {drop_remainder!r}"
             )
-        self._drops = drop_remainder
+        self.drops_remainder = drop_remainder
         length = source.length
         if isinstance(length, int):
-            length = length // self._size if drop_remainder else -(-length // self._size)
+            length = length // self.size if drop_remainder else -(-length // self.size)
         super().__init__(source, length)
 
     def describe(self) -> str:
-        return f"batch({self._size}{', drop_remainder=True' if self._drops else ''})"
+        return f"batch({self.size}{', drop_remainder=True' if self.drops_remainder else ''})"
 
     def element(self, index: int, epoch: int) -> Any:
-        start = index * self._size
-        stop = start + self._size
-        length = self.source.length
-        if length is not None and stop > length:
-            stop = int(length)
-        return self.source.batch(start, stop, epoch)
+        return self.source.batch(*self._run(index), epoch)
+
+    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+        if skipping.get() is not None:  # how long a batch will be, only computing it can tell
+            return super().part(index, epoch, cut)
+        start, stop = self._run(index)
+        first, last = cut(stop - start)
+        if first == last:
+            return stop - start, slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
+        return stop - start, self.source.batch(start + first, start + last, epoch)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:
             yield from super().iterate(epoch, start)
             return
         elements = self.source.iterate(*self.upstream(epoch, start))
-        while run := list(itertools.islice(elements, self._size)):
-            if len(run) < self._size and self._drops:
+        while run := list(itertools.islice(elements, self.size)):
+            if len(run) < self.size and self.drops_remainder:
                 return
             yield stack(run)
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
-        return epoch, position * self._size
+        return epoch, position * self.size
+
+    def _run(self, index: int) -> tuple[int, int]:
+        start = index * self.size
+        stop = start + self.size
+        length = self.source.length
+        if length is not None and stop > length:
+            stop = int(length)
+        return start, stop
 
 
 class Repeat(_Transform):
@@ -302,6 +318,10 @@ class Repeat(_Transform):
     def element(self, index: int, epoch: int) -> Any:
         repetition, place = self._place(index)
         return self.source.element(place, epoch * self._stride + repetition)
+
+    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+        repetition, place = self._place(index)
+        return self.source.part(place, epoch * self._stride + repetition, cut)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
         pieces = []

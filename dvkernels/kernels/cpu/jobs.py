@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.custom_reduction import CustomReduction
-from dvkernels.kernels import checks
+from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cpu import custom, elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -117,7 +117,7 @@ def run(
     copies: list[tuple[Array, Array]] = []
     stand_ins: list[list[Array]] = []  # kept alive: a job knows addresses only
     moved = 0
-    size = dtype.itemsize // elementwise.factor(op, dtype)  # bytes of the runner's elements
+    size = dtype.itemsize // arithmetic.factor(op, dtype)  # bytes of the runner's elements
     for arrays in groups:
         first = arrays[0]
         moved += first.nbytes * (program.num_reads + len(arrays) - program.first_write)

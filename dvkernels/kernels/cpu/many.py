@@ -17,9 +17,9 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "a0690a14"
+JOBS = "4b9365d0"
 MEMORY = "c8cb69fb"
-OBJECTS = "0aef492b"
+OBJECTS = "1cee69c6"
 POOL = "efe5b98d"
 
 _VERB = "all_reduce_many"

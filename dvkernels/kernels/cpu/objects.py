@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from dvkernels.kernels import checks
+from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cpu import elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -35,7 +35,8 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "0ebda179"
+ARITHMETIC = "44259f83"
+ELEMENTWISE = "68937784"
 POOL = "efe5b98d"
 MEMORY = "c8cb69fb"
 
@@ -106,7 +107,7 @@ def learn(op: Reduction, dtype: np.dtype[Any]) -> None:
     """Open the short way for an operation and a dtype that have passed all checks."""
     if not _is_open or type(op) is not ReduceOp or (op, dtype) in recipes:
         return
-    factor = elementwise.factor(op, dtype)
+    factor = arithmetic.factor(op, dtype)
     # Arrays of one dtype share one dtype object where the dtype is built in; others decline.
     words = np.array(
         [

@@ -19,14 +19,15 @@ import numpy as np
 from numba import types
 
 from dvkernels.errors import BufferMismatchError, UnsupportedDTypeError
-from dvkernels.kernels import checks
+from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cpu import elementwise, jobs, memory
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "0ebda179"
-JOBS = "a0690a14"
+ARITHMETIC = "44259f83"
+ELEMENTWISE = "68937784"
+JOBS = "4b9365d0"
 MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
@@ -233,7 +234,7 @@ _runners: dict[tuple[int, np.dtype[Any]], Any] = {}
 def _runner(rule: int, dtype: np.dtype[Any]) -> int:
     found = _runners.get((rule, dtype))
     if found is None:
-        code = elementwise.type_code(dtype)
+        code = arithmetic.type_code(dtype)
         found = _runners[rule, dtype] = _make(rule, code, dtype.itemsize, dtype.type)
     address: int = found.address
     return address

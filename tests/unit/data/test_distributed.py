@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset, DistributedIterator
+from dvkernels.data.distributed import DistributedDataset
 from dvkernels.errors import ContextError, DatasetError, DeviceError
 from dvkernels.values.distributed import PerReplica
 
@@ -136,7 +136,7 @@ def test_the_context_is_checked_first():
         members.append(member)
         raise ContextError(member)
 
-    iterator = DistributedIterator(Dataset.range(4).batch(2), 1, check_context=refuse)
+    iterator = iter(DistributedDataset(Dataset.range(4).batch(2), 1, check_context=refuse))
     for use in (lambda: next(iterator), iterator.get_next_as_optional):
         with pytest.raises(ContextError):
             use()
@@ -179,7 +179,8 @@ def fitting_state():
         ({}, "lacks format"),
         ({**fitting_state(), "extra": 1}, "also has extra"),
         ({**fitting_state(), "format": "zip"}, "'zip'"),
-        ({**fitting_state(), "version": 3}, "newer"),
+        ({**fitting_state(), "version": 4}, "newer"),
+        ({**fitting_state(), "version": 3}, "lanes"),
         ({**fitting_state(), "version": "1"}, "version"),
         ({**fitting_state(), "epoch": -1}, "epoch"),
         ({**fitting_state(), "epoch": True}, "epoch"),

@@ -173,6 +173,60 @@ def test_the_state_cannot_be_changed_from_outside():
     assert iterator.state_dict()["memory"] == [[0, 2, {"next": 2}]]
 
 
+class Squares:
+    """An iterable whose iterator is itself, as a loader's or an iterator's state may be kept."""
+
+    def __init__(self, keeps="iterable"):
+        self.place, self.keeps, self.started = 0, keeps, 0
+
+    def __iter__(self):
+        self.started += 1
+        return self if self.keeps == "iterator" else self._go()
+
+    def _go(self):
+        while self.place < 10:
+            yield next(self)
+
+    def __next__(self):
+        if self.place == 10:
+            raise StopIteration
+        self.place += 1
+        return (self.place - 1) ** 2
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+@pytest.mark.parametrize("keeps", ["iterable", "iterator"])
+def test_stateful_iterables_go_on_where_their_state_says(keeps):
+    made = []
+
+    def factory():
+        made.append(Squares(keeps))
+        return made[-1]
+
+    dataset = Dataset.from_iterable(factory, stateful=True).filter(lambda x: x != 4).batch(2)
+    iterator = iter(DistributedDataset(dataset, 1))
+    next(iterator), next(iterator)
+    state = json.loads(json.dumps(iterator.state_dict()))
+    resumed = iter(DistributedDataset(dataset, 1))
+    resumed.load_state_dict(state)
+    assert [batch[0].tolist() for batch in resumed] == [[25, 36], [49, 64], [81]]
+    assert made[-1].started == 1
+    assert next(iter(dataset)).tolist() == [0, 1]
+
+
+def test_an_iterable_without_state_is_not_called_stateful():
+    dataset = Dataset.from_iterable(lambda: [1, 2], stateful=True)
+    with pytest.raises(DatasetError, match="leave stateful out"):
+        next(iter(dataset))
+    with pytest.raises(DatasetError, match="from_iterable"):
+        Dataset.from_iterable([1, 2], stateful=True)
+
+
 class Wrong:
     def __init__(self, reader):
         self.reader = reader

@@ -1,0 +1,355 @@
+"""Goes through one epoch of a distributed dataset."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from dvkernels.data import sharding
+from dvkernels.data.clock import Clock, InputStats
+from dvkernels.data.cursor import Cursor, Place
+from dvkernels.data.dealer import Dealer
+from dvkernels.data.feed import Feed
+from dvkernels.data.nest import flatten
+from dvkernels.data.node import Node
+from dvkernels.data.options import AutoShardPolicy, InputOptions
+from dvkernels.data.sharding import Sharding
+from dvkernels.data.share import Share
+from dvkernels.data.skips import Skips
+from dvkernels.data.state import (
+    read_state,
+    read_workers_state,
+    write_state,
+    write_workers_state,
+)
+from dvkernels.devices.buffers import Spec
+from dvkernels.errors import DatasetError
+
+__all__ = ["DistributedIterator", "DistributedOptional", "Exchange"]
+
+# Given a small object, returns those of all workers, in their order.
+Exchange = Callable[[Any], list[Any]]
+
+
+class _Word(NamedTuple):
+    """What a worker tells the others about its step."""
+
+    has_batch: bool
+    progress: Any  # of this worker: {lane: position}, or the state of its own dataset
+    empty: Any  # an element without rows, for those that never had one
+    failure: str | None = None
+
+
+class DistributedOptional:
+    """A batch, or the lack of one at the end of an epoch."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self, *held: Any) -> None:
+        self._held = held
+
+    def has_value(self) -> bool:
+        """Tell whether there is a batch."""
+        return bool(self._held)
+
+    def get_value(self) -> Any:
+        """Return the batch; :class:`DatasetError` if there is none."""
+        if not self._held:
+            raise DatasetError(
+                "get_value: expected a batch; got none, the epoch is over; ask has_value() first"
+            )
+        return self._held[0]
+
+    def __repr__(self) -> str:
+        return f"DistributedOptional({repr(self._held[0]) if self._held else ''})"
+
+
+class DistributedIterator(Iterator[Any]):
+    """Goes through one epoch, and gives each global batch as a nest of ``PerReplica``.
+
+    The parts are views of the batch. If anything raises, be it user code, the position stays:
+    the next ``next()`` tries the same batch again. After the end ``next()`` raises
+    ``StopIteration`` each time. After :meth:`close` the members that deliver or load raise
+    :class:`DatasetError`; the state can still be asked for.
+
+    Over several workers each gives the parts of its own replicas, and all take equally many
+    steps. Where a worker cannot know when the others end (it reads files, or a dataset, of its
+    own), they tell each other at each step, so every worker must call ``next()``; one whose data
+    are used up gives empty parts until the last one ends, and an error in one worker is raised in
+    all.
+
+    Made by ``iter(distributed_dataset)``.
+
+    Examples
+    --------
+    >>> from dvkernels.data.dataset import Dataset
+    >>> from dvkernels.data.distributed import DistributedDataset
+    >>> dataset = Dataset.range(6).batch(2)
+    >>> iterator = iter(DistributedDataset(dataset, num_replicas=2))
+    >>> next(iterator)
+    PerReplica(0: array([0]), 1: array([1]))
+    >>> state = iterator.state_dict()
+    >>> with iter(DistributedDataset(dataset, num_replicas=1)) as resumed:
+    ...     resumed.load_state_dict(state)
+    ...     next(resumed)
+    PerReplica(0: array([2, 3]))
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        shared: Sharding,
+        share: Share,
+        dealer: Dealer,
+        *,
+        epoch: int,
+        check_context: Callable[[str], None],
+        on_load: Callable[[int], None],
+        options: InputOptions,
+        is_dealt: bool,
+        exchange: Exchange,
+    ) -> None:
+        self._node = node
+        self._share = share
+        self._dealer = dealer
+        self._check_context = check_context
+        self._on_load = on_load
+        self._prefetch = options.prefetch
+        self._is_dealt = is_dealt
+        self._exchange = exchange
+        self._skips = Skips() if options.on_error == "skip" else None
+        self._clock = Clock()
+        self._is_closed = False
+        self._by_policy = shared
+        self._begin(shared, Place(epoch, 0))
+
+    def _begin(self, shared: Sharding, place: Place, lanes: list[int] | None = None) -> None:
+        """Read from a place on; ``lanes`` says how far each lane of files is, if there are any."""
+        if shared.policy is AutoShardPolicy.FILE and lanes is None:
+            lanes = [0] * self._share.num_workers
+        self._shared = shared
+        self._lanes = None if lanes is None else list(lanes)
+        self._states: list[dict[str, Any]] = []  # of workers with datasets of their own
+        self._has_ended = False
+        self._empty: Any = None
+        # Lanes count from where they begin, since that is all they know of what was before.
+        self._steps_before = 0 if lanes is None else place.position
+        own = place if lanes is None else Place(place.epoch, 0)
+        count = self._share.num_local if self._is_dealt else 1
+        self._feed = Feed(shared.node, own, self._prefetch, count, self._skips)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        self._check_context("next(iterator)")
+        return self._advance("next(iterator)")
+
+    def get_next_as_optional(self) -> DistributedOptional:
+        """Return the next batch, or at the end, and ever after it, an object without one."""
+        self._check_context("get_next_as_optional")
+        try:
+            return DistributedOptional(self._advance("get_next_as_optional"))
+        except StopIteration:
+            return DistributedOptional()
+
+    @property
+    def element_spec(self) -> Any:
+        """What an element holds: its nest, of ``PerReplica`` of shape and dtype.
+
+        The leading length is None, since parts of a batch may differ in length. It looks at the
+        first element of the epoch, and leaves the iterator where it is; ``DatasetError`` if there
+        is none.
+        """
+        self._check_open("element_spec")
+        try:
+            # What a live source has given to another cursor, this one would never see.
+            is_live = self._node.why_not_resumed is not None
+            place = self._feed.place
+            first = self._feed.peek() if is_live else Cursor(self._node, place.epoch).peek()
+        except StopIteration:
+            raise DatasetError("element_spec: the dataset is empty; nothing tells") from None
+        leaves, spec = flatten(first)
+        held = [np.asarray(leaf) for leaf in leaves]
+        count = self._share.num_local
+        return spec.unflatten(
+            self._dealer.together([Spec((None, *a.shape[1:]) if a.ndim else (), a.dtype)] * count)
+            for a in held
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, as a small dict that JSON can hold; the same on every worker.
+
+        It fits every iterator over a dataset built alike, on any number of replicas and workers.
+        Two exceptions: where workers have datasets of their own
+        (``distribute_datasets_from_function``), or each reads everything (``"off"``), it fits as
+        many workers.
+        """
+        if self._is_dealt and self._share.num_workers > 1:
+            return write_workers_state(self._place.epoch, self._states)
+        return self._own_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the next ``iter()`` of the dataset is the epoch after it.
+
+        Datasets without random access (``from_iterable``, ``filter``) are replayed from their
+        start by the next ``next()``. Every worker loads the same state.
+
+        Raises
+        ------
+        DatasetError
+            It is not a state, or that of another pipeline. Nothing has changed.
+        """
+        self._check_open("load_state_dict")
+        share = self._share
+        states: list[dict[str, Any]] = []
+        if self._is_dealt and share.num_workers > 1:
+            epoch, states = read_workers_state(state, share.num_workers)
+            place, lanes = Place(epoch, 0), None
+            if states:
+                place, lanes = read_state(self._state_node, states[share.worker])
+        else:
+            place, lanes = read_state(self._state_node, state)
+        shared = self._by_policy
+        if lanes is not None:
+            shared = sharding.by_files(self._node, share, lanes, "as when the state was saved")
+        elif place.position and shared.policy is AutoShardPolicy.FILE:
+            shared = sharding.by_elements(self._node, share, "as when the state was saved")
+        self._feed.close()
+        self._begin(shared, place, lanes)
+        self._states = states
+        self._on_load(place.epoch)
+
+    def close(self) -> None:
+        """Let go of the source; may be called twice."""
+        self._is_closed = True
+        self._feed.close()
+
+    def stats(self) -> InputStats:
+        """Return what fetching has cost since the iterator was made."""
+        return self._clock.stats(self._feed.ahead, self._feed.depth, self._skips)
+
+    def __enter__(self) -> Self:
+        self._check_open("with")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self._is_closed else ""
+        return (
+            f"DistributedIterator({self._node!r}, num_replicas={self._share.num_replicas}, "
+            f"epoch={self._place.epoch}, position={self._place.position}{closed})"
+        )
+
+    @property
+    def _place(self) -> Place:
+        epoch, position, memory = self._feed.place
+        return Place(epoch, self._steps_before + position, memory)
+
+    @property
+    def _state_node(self) -> Node:
+        """The pipeline that a position belongs to: who reads everything has one of its own."""
+        is_off = self._by_policy.policy is AutoShardPolicy.OFF
+        return self._by_policy.node if is_off else self._node
+
+    def _own_state(self) -> dict[str, Any]:
+        return write_state(self._state_node, self._place, self._lanes)
+
+    def _check_open(self, member: str) -> None:
+        if self._is_closed:
+            raise DatasetError(
+                f"{member}: expected an open iterator; this one has been closed; "
+                "make a new one with iter(distributed_dataset)"
+            )
+
+    def _advance(self, member: str) -> Any:
+        if self._is_closed:
+            self._check_open(member)
+        began = time.perf_counter()
+        if self._shared.needs_agreement:
+            elements, nest = self._advance_together()
+        else:
+            elements = self._feed.take()
+            nest = self._dealer.deal(elements)
+            self._feed.confirm()
+        self._clock.count(began, elements)
+        return nest
+
+    def _advance_together(self) -> tuple[list[Any], Any]:
+        """Take a step with all workers, or end with all of them."""
+        if self._has_ended:
+            raise StopIteration
+        before = self._feed.place
+        elements: list[Any] = []
+        nest = None
+        try:
+            try:
+                elements = self._feed.take()
+            except StopIteration:
+                pass
+            else:
+                nest = self._dealer.deal(elements)
+                self._feed.confirm()
+                if self._empty is None:
+                    self._empty = self._dealer.empty(elements[0])
+        except Exception as error:
+            self._feed.move_to(before)
+            self._exchange(_Word(False, None, None, f"{type(error).__name__}: {error}"))
+            raise
+        try:
+            words = self._exchange(_Word(bool(elements), self._progress(), self._empty))
+            self._check_words(words)
+        except BaseException:
+            self._feed.move_to(before)
+            raise
+        have = [word.has_batch for word in words]
+        if not any(have) or (not all(have) and sharding.drops_remainder(self._node)):
+            self._feed.move_to(before)
+            self._has_ended = True
+            raise StopIteration
+        self._note(words)
+        if not elements:
+            if self._lanes is not None:
+                self._steps_before += 1
+            nest = self._dealer.deal_empty(self._empty)
+        return elements, nest
+
+    def _progress(self) -> Any:
+        if self._is_dealt:
+            return self._own_state()
+        if self._lanes is None:
+            return None
+        share, memory = self._share, self._feed.place.memory
+        own = range(share.worker, len(self._lanes), share.num_workers)
+        positions = memory[-1][2] if memory else [self._lanes[lane] for lane in own]
+        return dict(zip(own, positions, strict=True))
+
+    def _check_words(self, words: list[_Word]) -> None:
+        for worker, word in enumerate(words):
+            if word.failure is not None:
+                raise DatasetError(
+                    f"worker {worker} could not read its batch: {word.failure}; no worker has "
+                    f"taken the step, and next() tries it again"
+                )
+
+    def _note(self, words: list[_Word]) -> None:
+        """Keep how far all workers are."""
+        if self._empty is None:
+            self._empty = next((word.empty for word in words if word.empty is not None), None)
+        if self._is_dealt:
+            self._states = [word.progress for word in words]
+        elif self._lanes is not None:
+            for word in words:
+                for lane, position in word.progress.items():
+                    self._lanes[lane] = position

@@ -1,0 +1,76 @@
+"""Which replicas of all are this worker's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dvkernels.data.checks import check_count
+from dvkernels.errors import DatasetError
+from dvkernels.schedules import partition
+
+__all__ = ["Share"]
+
+
+class Share:
+    """The replicas of one worker among those of all; a batch is cut accordingly.
+
+    Parameters
+    ----------
+    replicas_of_workers : sequence of int
+        How many replicas each worker has. Their ids count on from worker to worker.
+    worker : int
+        Which of the workers this is.
+
+    Examples
+    --------
+    >>> share = Share([2, 2], worker=1)
+    >>> share.num_replicas, share.first_replica
+    (4, 2)
+    >>> share.rows(10)  # of 3, 3, 2 and 2
+    (6, 10)
+    """
+
+    __slots__ = ("_counts", "first_replica", "num_local", "num_replicas", "num_workers", "worker")
+
+    def __init__(self, replicas_of_workers: Sequence[int], worker: int = 0) -> None:
+        counts = [check_count("Share", "replicas", count, 1) for count in replicas_of_workers]
+        self._counts = tuple(counts)
+        self.num_workers = len(counts)
+        self.worker = check_count("Share", "worker", worker, 0)
+        if self.worker >= self.num_workers:
+            raise DatasetError(
+                f"Share: expected a worker from 0 to {self.num_workers - 1}; got {self.worker}"
+            )
+        self.num_replicas = sum(counts)
+        self.num_local = counts[self.worker]
+        self.first_replica = sum(counts[: self.worker])
+
+    def rows(self, length: int) -> tuple[int, int]:
+        """Return where this worker's rows of a global batch start and stop."""
+        last = self.first_replica + self.num_local - 1
+        start, _ = partition.bounds(length, self.num_replicas, self.first_replica)
+        return start, partition.bounds(length, self.num_replicas, last)[1]
+
+    def slices(self, length: int) -> tuple[slice, ...]:
+        """Return the rows of each local replica, counted from the first row of this worker."""
+        begin, _ = self.rows(length)
+        parts = [
+            partition.bounds(length, self.num_replicas, self.first_replica + local)
+            for local in range(self.num_local)
+        ]
+        return tuple(slice(start - begin, stop - begin) for start, stop in parts)
+
+    def is_even(self, length: int) -> bool:
+        """Tell whether every worker gets as many rows of a global batch."""
+        workers = range(self.num_workers)
+        sizes = {
+            stop - start for start, stop in (Share(self._counts, w).rows(length) for w in workers)
+        }
+        return len(sizes) == 1
+
+    def __repr__(self) -> str:
+        last = self.first_replica + self.num_local - 1
+        return (
+            f"Share(replicas {self.first_replica} to {last} of {self.num_replicas}, "
+            f"worker {self.worker} of {self.num_workers})"
+        )
