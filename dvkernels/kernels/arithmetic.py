@@ -9,12 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from llvmlite import ir
 
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["ADD", "MAX", "MIN", "MUL", "Numbers", "factor", "operation_code", "type_code"]
+__all__ = [
+    "ADD",
+    "MAX",
+    "MIN",
+    "MUL",
+    "Numbers",
+    "dtype_of",
+    "factor",
+    "number_nbytes",
+    "operation_code",
+    "type_code",
+]
 
 _LINE = 64  # what is streamed at once
 _I64 = ir.IntType(64)
@@ -61,7 +73,7 @@ class Numbers:
     def load(self, pointer: Any, lanes: int, align: int = 1) -> Any:
         """Load at any alignment: on a CPU, unaligned loads cost nothing on aligned data."""
         builder = self.builder
-        raw = builder.load(self._to_vectors(pointer, lanes), align=align)
+        raw = self.read(pointer, lanes, align)
         if not self.is_half:
             return raw
         if self.kind == "f":
@@ -86,16 +98,22 @@ class Numbers:
         builder = self.builder
         if self.is_half:
             value = self._to_half(value, lanes)
-        pointer = self._to_vectors(pointer, lanes)
-        stored = builder.store(value, pointer, align=_LINE if streams else align)
+        stored = self.write(value, pointer, lanes, _LINE if streams else align)
         if streams:
             one = ir.Constant(_I32, 1)
             stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
 
-    def _to_vectors(self, pointer: Any, lanes: int) -> Any:
-        """Return a pointer as one to vectors of what is stored, in the same address space."""
+    def read(self, pointer: Any, lanes: int, align: int) -> Any:
+        """Emit the load of what is stored."""
         kind = ir.VectorType(self.stored, lanes)
-        return self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
+        place = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
+        return self.builder.load(place, align=align)
+
+    def write(self, value: Any, pointer: Any, lanes: int, align: int) -> Any:
+        """Emit the store of what is stored, and return it."""
+        kind = ir.VectorType(self.stored, lanes)
+        place = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
+        return self.builder.store(value, place, align=align)
 
     def _to_half(self, value: Any, lanes: int) -> Any:
         """Round to the nearest half, ties to even."""
@@ -200,6 +218,18 @@ def operation_code(op: ReduceOp) -> int:
 def type_code(dtype: np.dtype[Any], op: ReduceOp = ReduceOp.MAX) -> int:
     """Return what kernels call a dtype: the type that gives ``op`` the same bits."""
     return _TYPES.index(_computed_as(op, dtype))
+
+
+def dtype_of(code: int) -> np.dtype[Any]:
+    """Return the dtype of a code."""
+    kind, itemsize = _TYPES[code]
+    return np.dtype(ml_dtypes.bfloat16 if kind == "b" else f"{kind}{itemsize}")
+
+
+def number_nbytes(code: int) -> int:
+    """Return the bytes of a number: of a complex one, half of its own."""
+    kind, itemsize = _TYPES[code]
+    return itemsize // 2 if kind == "c" else itemsize
 
 
 def factor(op: object, dtype: np.dtype[Any]) -> int:

@@ -25,20 +25,28 @@ from numba import config as numba_config
 from numba import extending, types
 
 __all__ = [
+    "GLOBAL",
     "SIMULATED",
+    "VECTOR",
     "VECTOR_NBYTES",
     "acquire",
     "add_release",
     "assemble",
     "clock_ns",
+    "keep_rolled",
     "load_relaxed",
     "load_vector",
+    "load_whole",
     "load_word",
     "nanosleep",
+    "gather",
     "pointer",
+    "quotient",
     "release",
     "store_relaxed",
     "store_vector",
+    "spread",
+    "store_whole",
     "store_word",
     "twin",
 ]
@@ -47,10 +55,10 @@ SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
 VECTOR_NBYTES = 16
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_I32, 4)
+VECTOR = ir.VectorType(_I32, 4)
 _untyped: Any = types
 _FOUR = _untyped.UniTuple(types.uint32, 4)
-_GLOBAL = 1  # the address space of device memory: without it LLVM makes generic accesses
+GLOBAL = 1  # the address space of device memory: without it LLVM makes generic accesses
 
 _Emit = Callable[..., Any]
 # Where several simulated threads add to one word: Python has no atomic addition.
@@ -70,7 +78,7 @@ def twin(plain: Callable[..., Any], *, prefer_literal: bool = False) -> Callable
 
 def pointer(builder: Any, address: Any, kind: Any) -> Any:
     """Emit an address as a pointer to ``kind`` in device memory."""
-    return builder.inttoptr(address, ir.PointerType(kind, addrspace=_GLOBAL))
+    return builder.inttoptr(address, ir.PointerType(kind, addrspace=GLOBAL))
 
 
 def _nth_word(builder: Any, args: Any) -> Any:
@@ -82,6 +90,51 @@ def assemble(builder: Any, result: Any, code: str, constraints: str, args: Seque
     """Emit PTX that memory accesses do not pass: ``result`` is its LLVM type."""
     function = ir.FunctionType(result, [arg.type for arg in args])
     return builder.asm(function, code, constraints, list(args), side_effect=True)
+
+
+def gather(builder: Any, numbers: Sequence[Any]) -> Any:
+    """Emit the vector of some numbers."""
+    vector = ir.Constant(ir.VectorType(numbers[0].type, len(numbers)), ir.Undefined)
+    for k, number in enumerate(numbers):
+        vector = builder.insert_element(vector, number, _I32(k))
+    return vector
+
+
+def spread(builder: Any, vector: Any) -> list[Any]:
+    """Emit the numbers of a vector."""
+    return [builder.extract_element(vector, _I32(k)) for k in range(vector.type.count)]
+
+
+def keep_rolled(builder: Any) -> None:
+    """Keep LLVM from unrolling the loop around this place.
+
+    A GPU hides latency by having other warps run, which needs room for them: unrolled, the loops
+    over sources took up to 152 registers, and there was room for one block where there is for
+    three or four.
+    """
+    empty = builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
+    empty.attributes.add("convergent")
+
+
+def load_whole(builder: Any, address: Any) -> Any:
+    """Emit the load of a vector, four 32-bit integers.
+
+    In PTX, because LLVM splits the loads of vectors of small numbers: eight float16 into two,
+    sixteen int8 into four.
+    """
+    keep_rolled(builder)
+    four = ir.LiteralStructType([_I32] * 4)
+    code = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    loaded = assemble(builder, four, code, "=r,=r,=r,=r,l", [address])
+    return gather(builder, [builder.extract_value(loaded, k) for k in range(4)])
+
+
+def store_whole(builder: Any, address: Any, value: Any) -> Any:
+    """Emit the store of a vector of 16 bytes, and return it."""
+    keep_rolled(builder)
+    lanes = spread(builder, builder.bitcast(value, VECTOR))
+    code = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
+    return assemble(builder, ir.VoidType(), code, "l,r,r,r,r,~{memory}", [address, *lanes])
 
 
 # ------------------------------------------------------------------ words and vectors
@@ -140,8 +193,7 @@ def load_vector(typing: Any, address: Any) -> Any:
     """Read 16 bytes at a multiple of 16, in one access."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = builder.load(pointer(builder, args[0], _VECTOR), align=VECTOR_NBYTES)
-        lanes = [builder.extract_element(vector, _I32(k)) for k in range(4)]
+        lanes = spread(builder, load_whole(builder, args[0]))
         return context.make_tuple(builder, _FOUR, lanes)
 
     return _FOUR(types.int64), generate
@@ -152,14 +204,27 @@ def store_vector(typing: Any, address: Any, vector: Any) -> Any:
     """Write 16 bytes at a multiple of 16, in one access."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole = ir.Constant(_VECTOR, ir.Undefined)
-        for k in range(4):
-            lane = builder.extract_value(args[1], k)
-            whole = builder.insert_element(whole, lane, _I32(k))
-        builder.store(whole, pointer(builder, args[0], _VECTOR), align=VECTOR_NBYTES)
+        lanes = [builder.extract_value(args[1], k) for k in range(4)]
+        store_whole(builder, args[0], gather(builder, lanes))
         return context.get_dummy_value()
 
     return types.void(types.int64, _FOUR), generate
+
+
+def _quotient(dividend: int, divisor: int) -> int:
+    return dividend // divisor
+
+
+@twin(_quotient)
+def quotient(typing: Any, dividend: Any, divisor: Any) -> Any:
+    """Divide positive numbers below 2**32: a third of the instructions of 64 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        keep_rolled(builder)
+        short = [builder.trunc(arg, _I32) for arg in args]
+        return builder.zext(builder.udiv(*short), _I64)
+
+    return types.int64(types.int64, types.int64), generate
 
 
 # ------------------------------------------------------------------ flags that other GPUs read
