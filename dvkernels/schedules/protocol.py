@@ -82,29 +82,33 @@ class Protocol(NamedTuple):
             for place in row.targets
         )
 
-    def in_order(self) -> Iterator[tuple[int, Row]]:
-        """Yield (rank, row) in an order in which nobody waits: signals come before their waits.
+    def in_order(self) -> Iterator[tuple[int, int]]:
+        """Yield (rank, number of a row) so that nobody waits: signals come before their waits.
 
         So one thread can run the protocol, launch by launch. Raises ``ValueError`` where there is
         no such order, because then the ranks would wait for each other forever.
         """
         raised: dict[tuple[int, int], int] = {}  # (writer, reader) -> stage
-        todo = [[*reversed(rows)] for rows in self.rows]
+        at = [0] * self.num_ranks
 
         def may_go(rank: int, row: Row) -> bool:
             return not isinstance(row, Wait) or all(
                 raised.get((peer, rank), 0) >= row.stage for peer in row.ranks
             )
 
-        while any(todo):
+        while any(number < len(rows) for number, rows in zip(at, self.rows, strict=True)):
             moved = False
-            for rank, rows in enumerate(todo):
-                while rows and may_go(rank, rows[-1]):
-                    row = rows.pop()
+            for rank, rows in enumerate(self.rows):
+                while at[rank] < len(rows) and may_go(rank, row := rows[at[rank]]):
                     if isinstance(row, Signal):
                         raised.update({(rank, peer): row.stage for peer in row.ranks})
                     moved = True
-                    yield rank, row
+                    yield rank, at[rank]
+                    at[rank] += 1
             if not moved:
-                stuck = {rank: rows[-1] for rank, rows in enumerate(todo) if rows}
+                stuck = {
+                    r: rows[n]
+                    for r, (n, rows) in enumerate(zip(at, self.rows, strict=True))
+                    if n < len(rows)
+                }
                 raise ValueError(f"{self.name}: every rank waits for another: {stuck}")
