@@ -27,6 +27,9 @@ class Place(NamedTuple):
     memory: Memory
     rank: int
 
+    def __str__(self) -> str:
+        return f"{self.memory} {self.rank}"
+
 
 class Combine(NamedTuple):
     """Combine one part of the sources, left to right, and store it to every target.
@@ -40,6 +43,10 @@ class Combine(NamedTuple):
     targets: tuple[Place, ...]
     completes: bool
 
+    def __str__(self) -> str:
+        sources, targets = " + ".join(map(str, self.sources)), ", ".join(map(str, self.targets))
+        return f"part {self.part}: {sources} -> {targets}{', complete' * self.completes}"
+
 
 class Signal(NamedTuple):
     """Tell ``ranks`` that all rows before this one are done, with all they read and wrote."""
@@ -47,12 +54,18 @@ class Signal(NamedTuple):
     ranks: tuple[int, ...]
     stage: int
 
+    def __str__(self) -> str:
+        return f"signal stage {self.stage} to {', '.join(map(str, self.ranks))}"
+
 
 class Wait(NamedTuple):
     """Go on when each of ``ranks`` has signalled ``stage``, or a later one."""
 
     ranks: tuple[int, ...]
     stage: int
+
+    def __str__(self) -> str:
+        return f"wait for stage {self.stage} of {', '.join(map(str, self.ranks))}"
 
 
 Row = Combine | Signal | Wait

@@ -81,7 +81,9 @@ def choose(
         return Route(waiting.one_shot if small else waiting.two_shot, ranks, waits)
     order = ring_order(reach)
     if order is not None and algorithm != "direct" and shows_buffers and not is_half:
-        return Route(waiting.ring, order, waits)
+        # A rank reads its left-hand neighbour, and stores flags into memory of both.
+        tells = all(reach[order[place - 1]][rank] for place, rank in enumerate(order))
+        return Route(waiting.ring, order, waits and tells)
     return Route(waiting.staged, ranks, False, "host")
 
 
