@@ -192,11 +192,11 @@ def test_a_rank_that_never_comes_is_named_and_all_others_leave(name):
     route = Route(PROTOCOLS[name], (0, 1, 2), waits=True)
     begun = time.monotonic()
     with concurrent():
-        team = Team((0, 1, 2), driver, timeout_seconds=0.2)
+        team = Team((0, 1, 2), driver, timeout_seconds=1.0)
         streams = [cuda.stream() for _ in range(3)]
         team.all_reduce(job(buffers, buffers, "sum", streams), route)
     assert time.monotonic() - begun < 20
-    with pytest.raises(CollectiveTimeoutError, match=r"waited for rank 1 \(cuda:1\)"):
+    with pytest.raises(CollectiveTimeoutError, match=r"rank 1 \(cuda:1\) did not come within 1.0 s"):
         team.check()
     num_launched = len(driver.launched)
     with pytest.raises(CollectiveTimeoutError):
@@ -226,7 +226,7 @@ def test_an_abort_ends_all_waiting_long_before_the_deadline(name):
         time.sleep(0.1)
         team.abort()
     assert time.monotonic() - begun < 20
-    with pytest.raises(CollectiveTimeoutError, match="aborted"):
+    with pytest.raises(CollectiveTimeoutError, match="was aborted"):
         team.check()
 
 

@@ -198,21 +198,27 @@ class Team:
         if self._shared[0] == 0:
             return
         num_ranks = len(self._devices)
-        missed = self._shared[1:].reshape(num_ranks, num_ranks)
-        waited = [
-            f"rank {rank} (cuda:{self._devices[rank]}) waited for rank {peer} "
-            f"(cuda:{self._devices[peer]})"
-            for rank, peer in np.argwhere(missed)
-        ]
-        why = (
-            f"within {self._timeout_seconds} s, {'; '.join(waited)}"
-            if waited
-            else "it was aborted, because a replica had failed"
+        missed = self._shared[1:].reshape(num_ranks, num_ranks) != 0
+        # Who waits is there; who is only waited for is not.
+        absent = np.flatnonzero(missed.any(0) & ~missed.any(1))
+        waited = "; ".join(
+            f"rank {rank} waited for {self._named(np.flatnonzero(missed[rank]))}"
+            for rank in np.flatnonzero(missed.any(1))
         )
+        if self._shared[0] == _ABORTED:
+            why = "it was aborted"
+        elif absent.size:
+            why = f"{self._named(absent)} did not come within {self._timeout_seconds} s"
+        else:
+            why = f"it took more than {self._timeout_seconds} s"
         raise CollectiveTimeoutError(
-            f"an all-reduce between devices did not end: {why}; its results, and those of calls "
-            "after it, mean nothing; see that every replica takes part, then recover()"
+            f"an all-reduce between devices did not end: {why} ({waited or 'nobody waited'}); its "
+            "results, and those of later calls, mean nothing; see that every replica takes part, "
+            "then recover()"
         )
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        return ", ".join(f"rank {rank} (cuda:{self._devices[rank]})" for rank in ranks)
 
     def abort(self) -> None:
         """End all waiting, on all devices: launched calls leave at once, wherever they are."""

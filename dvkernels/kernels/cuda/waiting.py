@@ -10,8 +10,8 @@ schedules/protocol.py and proven in testing/; here stands how a device does it:
 * Wait: one thread a peer polls its own memory (``ld.acquire.sys``), then all threads meet. A flag
   has one writer, so storing needs no atomic operation.
 * A wait that is not answered ends when the stop word is set (in memory of the host, looked at
-  every 64th poll) or at its deadline. Then the block says for whom it has waited, sets the stop
-  word, and leaves; all others hear it. What a call leaves behind then is undefined, everywhere.
+  every 64th poll) or at its deadline; then it sets that word itself. Either way the block says for
+  whom it has waited, and leaves. What a call leaves behind then is undefined, everywhere.
 
 The program of a rank, words in its memory that stay:
 
@@ -183,9 +183,10 @@ def waiting_kernel(operation: int, code: int) -> Callable[..., None]:
             failed = 0
             for k in range(thread, count, threads):
                 end = _await(tables.entry(flags, k) + own_flags, wanted, stop, deadline_ns)
-                if end == 2:
+                if end != 0:
                     missed = tables.entry(program + 8 * tables.entry(row, 4), k)
                     memory.store_relaxed(missed, wanted)
+                if end == 2:
                     memory.release(stop, 1)
                 failed |= end
             if cuda.syncthreads_or(failed):
