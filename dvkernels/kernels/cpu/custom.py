@@ -21,7 +21,7 @@ from dvkernels.kernels.cpu import elementwise, memory
 
 __all__ = ["runner"]
 
-ELEMENTWISE = "68937784"
+ELEMENTWISE = "2f4aa5fb"
 MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know

@@ -26,8 +26,8 @@ from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
-ARITHMETIC = "44259f83"
-ELEMENTWISE = "68937784"
+ARITHMETIC = "8aa368e1"
+ELEMENTWISE = "2f4aa5fb"
 MEMORY = "c8cb69fb"
 
 _SLOTS = 32

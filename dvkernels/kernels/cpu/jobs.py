@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.custom_reduction import CustomReduction
-from dvkernels.kernels import arithmetic, checks
+from dvkernels.kernels import arithmetic, checks, walks
 from dvkernels.kernels.cpu import custom, elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -206,7 +206,7 @@ def _lay_out(
 def _lines(arrays: Sequence[Array], size: int) -> Iterator[_Item]:
     """Yield the items that a group of arrays consists of; none if its elements lie apart."""
     itemsize = arrays[0].itemsize
-    axes = _merge(arrays)
+    axes = walks.merge(arrays)
     length = 1
     if axes and all(stride == itemsize for stride in axes[-1][1]):
         length = axes.pop()[0]
@@ -220,26 +220,6 @@ def _lines(arrays: Sequence[Array], size: int) -> Iterator[_Item]:
             for k, start in enumerate(starts)
         ]
         yield _Item(length * itemsize // size, num_lines, addresses, strides)
-
-
-def _merge(arrays: Sequence[Array]) -> list[tuple[int, tuple[int, ...]]]:
-    """Return (extent, stride in each array) of the fewest axes that walk all arrays alike.
-
-    The outermost comes first. A reduction does not care for the order of the elements, so axes
-    are sorted by stride, and two that continue each other in every array are one.
-    """
-    shape = arrays[0].shape
-    order = sorted(range(len(shape)), key=lambda axis: -abs(arrays[0].strides[axis]))
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for axis in order:
-        extent, strides = shape[axis], tuple(array.strides[axis] for array in arrays)
-        if extent == 1:
-            continue
-        if merged and merged[-1][1] == tuple(extent * stride for stride in strides):
-            merged[-1] = (merged[-1][0] * extent, strides)
-        else:
-            merged.append((extent, strides))
-    return merged
 
 
 def _stage(

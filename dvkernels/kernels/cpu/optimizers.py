@@ -25,9 +25,9 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ARITHMETIC = "44259f83"
-ELEMENTWISE = "68937784"
-JOBS = "4b9365d0"
+ARITHMETIC = "8aa368e1"
+ELEMENTWISE = "2f4aa5fb"
+JOBS = "21104754"
 MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know

@@ -17,9 +17,9 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce", "reduce_into"]
 
-JOBS = "4b9365d0"
+JOBS = "21104754"
 MEMORY = "c8cb69fb"
-OBJECTS = "1cee69c6"
+OBJECTS = "b5b4345f"
 POOL = "efe5b98d"
 
 _MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS

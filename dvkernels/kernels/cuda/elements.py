@@ -8,7 +8,6 @@ those of kernels/arithmetic.py, which emits the same code for the CPU: hence the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,8 @@ def _at(address: int, code: int, is_whole: bool) -> Any:
     nbytes = memory.VECTOR_NBYTES if is_whole else dtype.itemsize
     if address % (nbytes if is_whole else arithmetic.number_nbytes(code)):
         raise ValueError(f"an access of {nbytes} bytes at {address:#x}, which is no multiple of it")
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype)
+    raw: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+    return np.frombuffer(raw, dtype)
 
 
 def _plain_load(address: int, code: int, is_whole: bool) -> Any:
@@ -199,7 +199,7 @@ def combine(typing: Any, left: Any, right: Any, operation: Any, code: Any) -> An
 
 @memory.twin(_plain_divide, prefer_literal=True)
 def divide(typing: Any, value: Any, divisor: Any, code: Any) -> Any:
-    """Return ``value / divisor``, as NumPy rounds it; of integers, which have no mean, ``value``."""
+    """Return ``value / divisor`` as NumPy rounds it; of integers, which have no mean, ``value``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         numbers = _numbers(builder, code, value)

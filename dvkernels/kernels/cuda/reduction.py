@@ -12,12 +12,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda
+from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import elements, memory, tables
 
 __all__ = ["kernel"]
+
+cuda: Any = numba_cuda  # its functions carry no types
 
 
 @functools.cache

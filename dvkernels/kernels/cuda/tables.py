@@ -17,11 +17,14 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import cuda, types
+from numba import cuda as numba_cuda
+from numba import types
 
 from dvkernels.kernels.cuda import memory
 
 __all__ = ["HEADER", "NUM_WORDS", "RECORD", "THREADS", "entry", "hold", "locate", "shift"]
+
+cuda: Any = numba_cuda  # its functions carry no types
 
 THREADS = 256  # of a block, at least: eight warps bring the words in
 NUM_WORDS = 128  # arguments of a launch: 1 KiB of the 4 KiB there may be
@@ -34,7 +37,7 @@ _WARP = 32
 
 
 def _entry(table: int, index: int) -> int:
-    return memory.load_word(table, index)
+    return int(memory.load_word(table, index))
 
 
 @memory.twin(_entry)
