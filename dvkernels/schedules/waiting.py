@@ -60,12 +60,7 @@ def chain(num_ranks: int) -> Protocol:
 
     A ring would round half types at each step. This gives the sum that it would have without.
     """
-    orders: list[list[int]] = [[part] for part in range(num_ranks)]
-    for tick in ring_of_steps.all_reduce(num_ranks):
-        for step in tick:
-            if step.accumulate:
-                orders[step.chunk].append(step.target)
-    return _owners("chain", orders)
+    return _owners("chain", ring_of_steps.chains(num_ranks))
 
 
 def _owners(name: str, orders: list[list[int]]) -> Protocol:

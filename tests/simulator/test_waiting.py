@@ -36,8 +36,8 @@ class Simulated:
         self._kernels, self._kept = {}, []
         self.loaded, self.launched, self.records = [], [], 0
 
-    def zeros(self, device, nbytes):
-        room = np.zeros(nbytes + 256, np.uint8)
+    def empty(self, device, nbytes):
+        room = np.full(nbytes + 256, 0xAA, np.uint8)
         address = room.ctypes.data
         return SimpleNamespace(address=address + -address % 256, room=room)
 
@@ -196,7 +196,9 @@ def test_a_rank_that_never_comes_is_named_and_all_others_leave(name):
         streams = [cuda.stream() for _ in range(3)]
         team.all_reduce(job(buffers, buffers, "sum", streams), route)
     assert time.monotonic() - begun < 20
-    with pytest.raises(CollectiveTimeoutError, match=r"rank 1 \(cuda:1\) did not come within 1.0 s"):
+    with pytest.raises(
+        CollectiveTimeoutError, match=r"rank 1 \(cuda:1\) did not come within 1.0 s"
+    ):
         team.check()
     num_launched = len(driver.launched)
     with pytest.raises(CollectiveTimeoutError):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-from numba import cuda
+from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import elements, tables
 from dvkernels.schedules import partition
 
 __all__ = ["LINE_NBYTES", "combiner", "start"]
+
+cuda: Any = numba_cuda  # its functions carry no types
 
 # A line is what a warp's threads and a cache take at once; spans begin at lines of the buffer.
 LINE_NBYTES = 128
@@ -31,7 +32,7 @@ def start(length, line, num_parts, part, num_shares, share):  # type: ignore[no-
 
 
 @functools.cache
-def combiner(operation: int, code: int) -> Callable[..., Any]:
+def combiner(operation: int, code: int) -> Any:
     """Return the device function that combines a span, for all threads of a block.
 
     ``places`` is a table of addresses; ``sources`` and ``targets`` are tables of the numbers of

@@ -12,7 +12,7 @@ for a device, and that may be waiting, in a launch, for the one that comes next.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -43,8 +43,8 @@ class Memory(Protocol):
 class Driver(Protocol):
     """What a team asks of its devices."""
 
-    def zeros(self, device: int, nbytes: int) -> Memory:
-        """Allocate memory at a multiple of 256 bytes; when this returns, it is zero."""
+    def empty(self, device: int, nbytes: int) -> Memory:
+        """Allocate memory at a multiple of 256 bytes."""
 
     def words(self, device: int, words: Sequence[int]) -> Memory:
         """Allocate memory that holds int64 words when this returns."""
@@ -113,8 +113,8 @@ class Team:
         self._timeout_seconds = timeout_seconds
         num_ranks = len(self._devices)
         self._shared = driver.pinned(1 + num_ranks**2)
-        nbytes = 8 * num_ranks * MOST_BLOCKS
-        self._flags = [driver.zeros(device, nbytes) for device in self._devices]
+        unset = [0] * (num_ranks * MOST_BLOCKS)
+        self._flags = [driver.words(device, unset) for device in self._devices]
         self._slots: dict[str, list[list[int]]] = {}
         self._programs: dict[tuple[str, tuple[int, ...]], list[Memory]] = {}
         self._loaded: set[Callable[..., None]] = set()
@@ -217,7 +217,7 @@ class Team:
             "then recover()"
         )
 
-    def _named(self, ranks: Sequence[int]) -> str:
+    def _named(self, ranks: Iterable[int]) -> str:
         return ", ".join(f"rank {rank} (cuda:{self._devices[rank]})" for rank in ranks)
 
     def abort(self) -> None:
@@ -262,7 +262,7 @@ class Team:
             both: list[list[int]] = []
             for _ in range(NUM_SLOTS):
                 if where == "device":
-                    on_devices = [self._driver.zeros(d, _SLOT_NBYTES) for d in self._devices]
+                    on_devices = [self._driver.empty(d, _SLOT_NBYTES) for d in self._devices]
                     both.append([memory.address for memory in on_devices])
                     self._kept += on_devices
                 else:

@@ -35,13 +35,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from numba import cuda
+from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import memory, spans, tables
 from dvkernels.schedules.protocol import Combine, Memory, Protocol, Signal
 
 __all__ = ["CALL_HEADER", "Links", "call_words", "program_words", "row_kernel", "waiting_kernel"]
+
+cuda: Any = numba_cuda  # its functions carry no types
 
 _COMBINE, _SIGNAL, _WAIT = range(3)
 _HEADER, _WIDTH = 4, 7
@@ -120,7 +122,7 @@ def _await(flag, epoch, stop, deadline_ns):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _row(operation: int, code: int) -> Callable[..., Any]:
+def _row(operation: int, code: int) -> Any:
     """Return the device function that runs a row that combines."""
     line = spans.LINE_NBYTES // arithmetic.dtype_of(code).itemsize
     combine = spans.combiner(operation, code)
