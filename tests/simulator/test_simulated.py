@@ -1,4 +1,4 @@
-"""The tests of this folder, in a process of their own: Numba chooses the simulator when imported."""
+"""The tests of this folder, in a process where Numba has chosen the simulator."""
 
 from __future__ import annotations
 

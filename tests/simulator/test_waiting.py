@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 import ml_dtypes
 from concurrency import concurrent
 from numba import cuda
+from simulated_peers import Simulated
 
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import cpu
@@ -26,52 +26,6 @@ from dvkernels.schedules.routes import Route
 
 pytestmark = pytest.mark.cuda
 PROTOCOLS = waiting.PROTOCOLS
-
-
-class Simulated:
-    """A driver whose devices are memory of the host; a rank of ``absent`` never launches."""
-
-    def __init__(self, threads=2, absent=()):
-        self._threads, self._absent = threads, absent
-        self._kernels, self._kept = {}, []
-        self.loaded, self.launched, self.records = [], [], 0
-
-    def empty(self, device, nbytes):
-        room = np.full(nbytes + 256, 0xAA, np.uint8)
-        address = room.ctypes.data
-        return SimpleNamespace(address=address + -address % 256, room=room)
-
-    def words(self, device, words):
-        held = np.array(words, np.int64)
-        return SimpleNamespace(address=held.ctypes.data, held=held)
-
-    def pinned(self, num_words):
-        return np.zeros(num_words, np.int64)
-
-    def load(self, device, kernel):
-        self.loaded.append((device, kernel))
-        self._kernels.setdefault(kernel, cuda.jit(kernel))
-
-    def launch(self, device, kernel, num_blocks, stream, words):
-        assert (device, kernel) in self.loaded
-        self.launched.append(device)
-        if device in self._absent:
-            return
-        held = np.array(words, np.int64)
-        self._kept.append(held)
-        self._kernels[kernel][num_blocks, self._threads, stream]((held.ctypes.data,))
-
-    def record(self, device, stream):
-        self.records += 1
-        event = cuda.event()
-        event.record(stream)
-        return event
-
-    def wait(self, device, stream, event):
-        event.wait(stream)
-
-    def synchronize(self, device):
-        pass
 
 
 def job(inputs, outputs, op, streams):

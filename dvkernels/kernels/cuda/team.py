@@ -106,7 +106,7 @@ class Team:
     """
 
     def __init__(
-        self, devices: Sequence[int], driver: Driver, *, timeout_seconds: float = 30.0
+        self, devices: Sequence[int], driver: Driver, *, timeout_seconds: float = 600.0
     ) -> None:
         self._devices, self._driver = tuple(devices), driver
         self._deadline_ns = round(timeout_seconds * 1e9)
