@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bounds", "parts", "start"]
+__all__ = ["bounds", "parts", "start", "widths"]
 
 
 def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
@@ -14,16 +14,25 @@ def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
     _check(length, num_parts)
     if not 0 <= part < num_parts:
         raise ValueError(f"part must be in 0..{num_parts - 1}; got {part}")
-    return start(length, num_parts, part), start(length, num_parts, part + 1)
+    small, num_larger = widths(length, num_parts)
+    return start(small, num_larger, part), start(small, num_larger, part + 1)
 
 
-def start(length: int, num_parts: int, part: int) -> int:
-    """Return where part ``part`` starts: bare arithmetic, which kernels compile for themselves.
+def widths(length: int, num_parts: int) -> tuple[int, int]:
+    """Return the length of the smaller parts, and how many parts have one more.
 
-    >>> [start(10, 4, part) for part in range(5)]
+    >>> widths(10, 4)
+    (2, 2)
+    """
+    return divmod(length, num_parts)
+
+
+def start(small: int, num_larger: int, part: int) -> int:
+    """Return where a part starts: bare arithmetic, which kernels compile for themselves.
+
+    >>> [start(2, 2, part) for part in range(5)]
     [0, 3, 6, 8, 10]
     """
-    small, num_larger = length // num_parts, length % num_parts
     # Before this part lie `part` small ones, and one more element for each larger one of them.
     return part * small + min(part, num_larger)
 

@@ -15,20 +15,10 @@ __all__ = ["LINE_NBYTES", "combiner", "start"]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
-# A line is what a warp's threads and a cache take at once; spans begin at lines of the buffer.
+# What a cache takes at once: spans begin at such lines of a buffer.
 LINE_NBYTES = 128
 
-_start = cuda.jit(device=True)(partition.start)
-
-
-@cuda.jit(device=True)
-def start(length, line, num_parts, part, num_shares, share):  # type: ignore[no-untyped-def]
-    """Return where a share of a part begins: ``line`` is the elements of a line.
-
-    A buffer is cut into parts, and each part into shares, as evenly as whole lines go.
-    """
-    lines = (length + line - 1) // line
-    return min(_start(lines, num_parts * num_shares, part * num_shares + share) * line, length)
+start = cuda.jit(device=True)(partition.start)
 
 
 @functools.cache
@@ -100,7 +90,8 @@ def combiner(operation: int, code: int) -> Any:
             place += width
         # Before the whole vectors, and after them.
         num_before = whole_from - begin
-        for number in range(thread, num_before + end - whole_to, threads):
+        number = thread  # a range() with a step would divide, by a call
+        while number < num_before + end - whole_to:
             element = begin + number if number < num_before else whole_to + number - num_before
             source = tables.entry(places, tables.entry(sources, 0)) + element * itemsize
             one = elements.load(source, code, False)
@@ -111,5 +102,6 @@ def combiner(operation: int, code: int) -> Any:
             for k in range(num_targets):
                 target = tables.entry(places, tables.entry(targets, k)) + element * itemsize
                 elements.store(target, one, code, False)
+            number += threads
 
     return combine

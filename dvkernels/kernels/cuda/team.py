@@ -159,6 +159,8 @@ class Team:
         divisor = len(order) if call.job.op is ReduceOp.MEAN else 1
         nbytes = call.length * call.itemsize // call.schedule.num_parts
         num_blocks = max(1, min(MOST_BLOCKS, nbytes // _BLOCK_NBYTES))
+        num_parts = call.schedule.num_parts
+        share = waiting.shares(call.length, call.itemsize, num_parts, num_blocks)
 
         def launch(place: int, row: int) -> None:
             words = waiting.call_words(
@@ -168,6 +170,7 @@ class Team:
                 divisor,
                 self._deadline_ns,
                 row,
+                share,
                 call.places,
             )
             rank = order[place]

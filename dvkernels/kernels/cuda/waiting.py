@@ -15,8 +15,7 @@ schedules/protocol.py and proven in testing/; here stands how a device does it:
 
 The program of a rank, words in its memory that stay:
 
-    [0] rows   [1] parts   [2] bytes from a block's flags to the next block's
-    [3] address of the stop word
+    [0] rows   [1] bytes from a block's flags to the next block's   [2] address of the stop word
     rows, seven words each:  combine, part, where sources, how many, where targets, how many, ends
                              signal, stage, where flags, how many, 0, 0, 0
                              wait, stage, where flags, how many, where words to miss, 0, 0
@@ -26,6 +25,7 @@ A call, words that travel with the launch:
 
     [0] address of the program   [1] the epoch before its first   [2] elements   [3] divisor
     [4] nanoseconds that a wait may take   [5] the row, where a launch runs one
+    [6] lines of a block's share of a part   [7] how many shares have one more
     places: the inputs of all ranks, the outputs of all, the slots of all
 """
 
@@ -39,15 +39,24 @@ from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import memory, spans, tables
+from dvkernels.schedules import partition
 from dvkernels.schedules.protocol import Combine, Memory, Protocol, Signal
 
-__all__ = ["CALL_HEADER", "Links", "call_words", "program_words", "row_kernel", "waiting_kernel"]
+__all__ = [
+    "CALL_HEADER",
+    "Links",
+    "call_words",
+    "program_words",
+    "row_kernel",
+    "shares",
+    "waiting_kernel",
+]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
 _COMBINE, _SIGNAL, _WAIT = range(3)
-_HEADER, _WIDTH = 4, 7
-CALL_HEADER = 6
+_HEADER, _WIDTH = 3, 7
+CALL_HEADER = 8
 _MEMORIES: tuple[Memory, ...] = ("input", "output", "slot")
 _POLLS = 64  # between looks at the clock and the stop word, which takes a microsecond over PCIe
 _NAP_NS = 100
@@ -72,7 +81,7 @@ def program_words(protocol: Protocol, rank: int, links: Links) -> list[int]:
         lists.extend(words)
         return lists_at + len(lists) - len(words)
 
-    words = [len(rows), protocol.num_parts, 8 * num_ranks, links.stop]
+    words = [len(rows), 8 * num_ranks, links.stop]
     for row in rows:
         if isinstance(row, Combine):
             sources, targets = (
@@ -99,10 +108,20 @@ def call_words(
     divisor: int,
     deadline_ns: int,
     row: int,
+    share: tuple[int, int],
     places: Sequence[int],
 ) -> tuple[int, ...]:
     """Return the words of a call."""
-    return (program, epoch, length, divisor, deadline_ns, row, *places)
+    return (program, epoch, length, divisor, deadline_ns, row, *share, *places)
+
+
+def shares(length: int, itemsize: int, num_parts: int, num_blocks: int) -> tuple[int, int]:
+    """Return how a buffer is cut: into parts, and each of those into one share a block.
+
+    As evenly as whole lines go; the shares of a part lie side by side.
+    """
+    line = spans.LINE_NBYTES // itemsize
+    return partition.widths(-(-length // line), num_parts * num_blocks)
 
 
 @cuda.jit(device=True)
@@ -129,10 +148,14 @@ def _row(operation: int, code: int) -> Any:
 
     @cuda.jit(device=True)
     def run(call, program, row):  # type: ignore[no-untyped-def]
-        num_parts, part = tables.entry(program, 1), tables.entry(row, 1)
-        length, channel, channels = tables.entry(call, 2), cuda.blockIdx.x, cuda.gridDim.x
-        begin = spans.start(length, line, num_parts, part, channels, channel)
-        end = spans.start(length, line, num_parts, part, channels, channel + 1)
+        length, small, num_larger = (
+            tables.entry(call, 2),
+            tables.entry(call, 6),
+            tables.entry(call, 7),
+        )
+        share = tables.entry(row, 1) * cuda.gridDim.x + cuda.blockIdx.x
+        begin = min(spans.start(small, num_larger, share) * line, length)
+        end = min(spans.start(small, num_larger, share + 1) * line, length)
         divisor = tables.entry(call, 3) if tables.entry(row, 6) else 1
         combine(
             call + 8 * CALL_HEADER,
@@ -164,33 +187,35 @@ def waiting_kernel(operation: int, code: int) -> Callable[..., None]:
 
     def run(words):  # type: ignore[no-untyped-def]
         call = tables.hold(words)
-        program, epoch = tables.entry(call, 0), tables.entry(call, 1)
-        deadline_ns = tables.entry(call, 4)
-        stop = tables.entry(program, 3)
-        own_flags = cuda.blockIdx.x * tables.entry(program, 2)
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
+        program = tables.entry(call, 0)
         for number in range(tables.entry(program, 0)):
             row = program + 8 * (_HEADER + _WIDTH * number)
             kind = tables.entry(row, 0)
             if kind == _COMBINE:
                 run_row(call, program, row)
                 continue
-            wanted, count = epoch + tables.entry(row, 1), tables.entry(row, 3)
+            # All of this is read again for each row: what is kept costs registers in run_row.
+            wanted, count = tables.entry(call, 1) + tables.entry(row, 1), tables.entry(row, 3)
+            own_flags = cuda.blockIdx.x * tables.entry(program, 1)
+            threads, thread = cuda.blockDim.x, cuda.threadIdx.x
             flags = program + 8 * tables.entry(row, 2)
             if kind == _SIGNAL:
                 cuda.syncthreads()
-                for k in range(thread, count, threads):
-                    memory.release(tables.entry(flags, k) + own_flags, wanted)
+                while thread < count:
+                    memory.release(tables.entry(flags, thread) + own_flags, wanted)
+                    thread += threads
                 continue
+            stop, deadline_ns = tables.entry(program, 2), tables.entry(call, 4)
             failed = 0
-            for k in range(thread, count, threads):
-                end = _await(tables.entry(flags, k) + own_flags, wanted, stop, deadline_ns)
+            while thread < count:
+                end = _await(tables.entry(flags, thread) + own_flags, wanted, stop, deadline_ns)
                 if end != 0:
-                    missed = tables.entry(program + 8 * tables.entry(row, 4), k)
+                    missed = tables.entry(program + 8 * tables.entry(row, 4), thread)
                     memory.store_relaxed(missed, wanted)
                 if end == 2:
                     memory.release(stop, 1)
                 failed |= end
+                thread += threads
             if cuda.syncthreads_or(failed):
                 return
 
