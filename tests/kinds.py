@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,12 @@ only_cpu = pytest.mark.skipif(KIND != "cpu", reason=f"about the CPU, not about {
 
 def fewer(count: int) -> int:
     """Return how many examples to draw: the simulator runs each element as Python."""
-    return max(2, count // 5) if KIND == "simulator" else count
+    return max(2, count // 6) if KIND == "simulator" else count
+
+
+def smaller(length: int) -> int:
+    """Return a length to draw up to: there a piece of work is 128 bytes, not 16 KiB."""
+    return max(2, length // 8) if KIND == "simulator" else length
 
 
 class _Simulator:
@@ -114,6 +120,8 @@ class _Door:
             return known[id(value)][1]
         if type(value) in (list, tuple):
             return type(value)(self._sent(kind, known, one) for one in value)
+        if isinstance(value, Iterator):
+            return (self._sent(kind, known, one) for one in value)
         return value
 
     def _returned(self, kind: Any, hosts: Any, value: Any) -> Any:

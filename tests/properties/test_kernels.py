@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from kinds import fewer, kernels
 
 # Few dtypes, because each kernel compiles for 0.3 s; sizes around the 128 bytes of one turn.

@@ -12,7 +12,7 @@ from typing import Any
 
 from dvkernels.errors import AlgorithmError
 from dvkernels.kernels import checks
-from dvkernels.kernels.cuda import direct, ring
+from dvkernels.kernels.cuda import direct, optimizers, ring
 from dvkernels.kernels.cuda.broadcast import broadcast
 from dvkernels.kernels.cuda.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
 from dvkernels.kernels.cuda.gather import all_gather, all_to_all, reduce_scatter
@@ -29,6 +29,7 @@ __all__ = [
     "all_to_all",
     "broadcast",
     "direct_all_reduce",
+    "optimizers",
     "reduce",
     "reduce_scatter",
     "ring_all_reduce",

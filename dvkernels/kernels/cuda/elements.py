@@ -142,14 +142,11 @@ class _Numbers(arithmetic.Numbers):
 
     def product(self, left: Any, right: Any) -> Any:
         """Emit a product whose rounding is spelled out: NVVM would fuse others with additions."""
-        builder = self.builder
-        name = f"llvm.nvvm.mul.rn.{'d' if self.number == ir.DoubleType() else 'f'}"
-        declared = builder.module.globals.get(name)
-        if declared is None:
-            kind = ir.FunctionType(self.number, [self.number, self.number])
-            declared = ir.Function(builder.module, kind, name)
+        builder, number = self.builder, self.number
+        name = f"llvm.nvvm.mul.rn.{'d' if number == ir.DoubleType() else 'f'}"
         pairs = zip(*(memory.spread(builder, side) for side in (left, right)), strict=True)
-        return memory.gather(builder, [builder.call(declared, pair) for pair in pairs])
+        products = [memory.call(builder, name, number, pair) for pair in pairs]
+        return memory.gather(builder, products)
 
 
 def _numbers(builder: Any, code: Any, value: Any) -> _Numbers:

@@ -24,7 +24,7 @@ from dvkernels.kernels import arithmetic, checks, walks
 from dvkernels.kernels.cuda import launcher, memory, reduction, tables
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["Order", "checked", "combine", "lay_out", "move"]
+__all__ = ["Counts", "Item", "Order", "checked", "combine", "lay_out", "move", "run"]
 
 Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Array]]
@@ -41,7 +41,18 @@ class Order(NamedTuple):
     stream: int
 
 
-class _Item(NamedTuple):
+class Counts(NamedTuple):
+    """How the arrays of a group are used."""
+
+    num_sources: int
+    num_targets: int
+    first_target: int
+    divisor: int
+
+
+class Item(NamedTuple):
+    """Arrays of one shape, and how their elements are taken."""
+
     axes: Sequence[tuple[int, tuple[int, ...]]]  # innermost first; none: dense
     before: int
     units: int
@@ -72,11 +83,16 @@ def combine(
 
     In place, all arrays of a group are read, and all are written.
     """
-    divisor = num_sources if op is ReduceOp.MEAN else 1
     code = arithmetic.type_code(dtype, op)
+    first_target = 0 if in_place else num_sources
+    counts = Counts(
+        num_sources,
+        len(groups[0]) - first_target if groups else 0,
+        first_target,
+        num_sources if op is ReduceOp.MEAN else 1,
+    )
     kernel = reduction.kernel(arithmetic.operation_code(op), code)
-    _run(order, kernel, arithmetic.dtype_of(code).itemsize, groups, num_sources, divisor, in_place,
-         arithmetic.number_nbytes(code))  # fmt: skip
+    run(order, kernel, code, groups, counts, num_sources)
 
 
 def move(order: Order, groups: Groups) -> None:
@@ -94,43 +110,54 @@ def move(order: Order, groups: Groups) -> None:
     combine(order, ReduceOp.SUM, np.dtype(f"i{width}"), groups, 1)
 
 
-def _run(
-    order: Order, kernel: Callable[..., None], size: int, groups: Groups, num_sources: int,
-    divisor: int, in_place: bool, alignment: int,
-) -> None:  # fmt: skip
+def run(
+    order: Order,
+    kernel: Callable[..., None],
+    code: int,
+    groups: Groups,
+    counts: Counts,
+    num_reads: int,
+    numbers: Sequence[float] = (),
+) -> None:
+    """Run a kernel over groups of arrays of one dtype, in one launch.
+
+    The first ``num_reads`` arrays of a group are read, those from ``counts.first_target`` on are
+    written. ``numbers`` is what else the kernel needs to know.
+    """
     filled = [[*arrays] for arrays in groups if arrays[0].size]
     if not filled:
         return
-    staged: list[tuple[Array, Array]] = []
+    copied_back: list[tuple[Array, Array]] = []
     kept = []  # what stand-ins lie in, until the work that uses it has its place on the stream
     for arrays in filled:
         for k, array in enumerate(arrays):
-            if _is_aligned(array, alignment):
+            if _is_aligned(array, arithmetic.number_nbytes(code)):
                 continue
             own = cuda.arrays().empty(order.device, array.shape, array.dtype, order.stream)
             stand_in = gpu_arrays.place("staging", [own])[0].array
             kept.append(own)
-            if in_place or k < num_sources:
+            if k < num_reads:
                 move(order, [[array, stand_in]])
-            if in_place or k >= num_sources:
-                staged.append((stand_in, array))
+            if k >= counts.first_target:
+                copied_back.append((stand_in, array))
             arrays[k] = stand_in
-    first_target = 0 if in_place else num_sources
-    num_targets = len(filled[0]) - first_target
+    size = arithmetic.dtype_of(code).itemsize
     items = [item for arrays in filled for item in _items(arrays, size)]
-    counts = (num_sources, num_targets, first_target, divisor)
-    blocks, words = lay_out(items, counts, launcher.threads(), launcher.num_blocks(order.device))
+    most = launcher.num_blocks(order.device)
+    blocks, words = lay_out(items, counts, launcher.threads(), most, numbers)
     launcher.launch(kernel, order.device, blocks, words, order.stream)
-    for stand_in, array in staged:
+    for stand_in, array in copied_back:
         move(order, [[stand_in, array]])
 
 
 def lay_out(
-    items: Sequence[_Item], counts: tuple[int, int, int, int], threads: int, most_blocks: int
+    items: Sequence[Item],
+    counts: Counts,
+    threads: int,
+    most_blocks: int,
+    numbers: Sequence[float] = (),
 ) -> tuple[int, list[int]]:
     """Return the blocks of a launch and the words of its table."""
-    num_sources, num_targets, first_target, divisor = counts
-    width = len(items[0].addresses)
     # Large pieces once there are enough for every block; before that, one vector a thread.
     total = sum(-(-item.units // (_PER_THREAD * threads)) for item in items)
     per_thread = _PER_THREAD if total >= most_blocks or memory.SIMULATED else 1
@@ -146,8 +173,8 @@ def lay_out(
         for extent, strides in axes:
             records += (extent, *strides)
     words = [
-        num_pieces, len(items), num_sources, num_targets, first_target, divisor, per_thread, width,
-        *heads, *records,
+        num_pieces, len(items), *counts, per_thread, len(items[0].addresses), where + len(records),
+        *heads, *records, *np.array(numbers, np.float64).view(np.int64).tolist(),
     ]  # fmt: skip
     return min(num_pieces, most_blocks), words
 
@@ -163,7 +190,7 @@ def _is_aligned(array: Array, size: int) -> bool:
     )
 
 
-def _items(arrays: Sequence[Array], size: int) -> list[_Item]:
+def _items(arrays: Sequence[Array], size: int) -> list[Item]:
     """Return the items of a group; ``size`` is that of the elements the kernel knows."""
     axes = _merged(arrays, size)
     addresses = [*map(checks.address, arrays)]
@@ -175,19 +202,19 @@ def _items(arrays: Sequence[Array], size: int) -> list[_Item]:
         before = min(count, -place % _VECTOR // size)
         num_vectors, after = divmod(count - before, _VECTOR // size)
         if -place % size == 0:
-            return [_Item((), before, num_vectors, after, addresses)]
+            return [Item((), before, num_vectors, after, addresses)]
     if not axes:
         axes = [(1, (size,) * len(arrays))]
     return [*_cut(axes, addresses)]
 
 
-def _cut(axes: list[tuple[int, tuple[int, ...]]], addresses: list[int]) -> list[_Item]:
+def _cut(axes: list[tuple[int, tuple[int, ...]]], addresses: list[int]) -> list[Item]:
     """Return items of no more elements than 32 bits count, cut along the outermost axis."""
     total = 1
     for extent, _ in axes:
         total *= extent
     if total <= _LONGEST:
-        return [_Item(axes, 0, total, 0, addresses)]
+        return [Item(axes, 0, total, 0, addresses)]
     *inner, (extent, strides) = axes
     half = extent // 2
     if half == 0:

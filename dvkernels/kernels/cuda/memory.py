@@ -32,6 +32,7 @@ __all__ = [
     "acquire",
     "add_release",
     "assemble",
+    "call",
     "clock_ns",
     "gather",
     "keep_rolled",
@@ -103,6 +104,15 @@ def gather(builder: Any, numbers: Sequence[Any]) -> Any:
 def spread(builder: Any, vector: Any) -> list[Any]:
     """Emit the numbers of a vector."""
     return [builder.extract_element(vector, _I32(k)) for k in range(vector.type.count)]
+
+
+def call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
+    """Emit the call of a function of LLVM or NVVM."""
+    declared = builder.module.globals.get(name)
+    if declared is None:
+        kind = ir.FunctionType(result, [arg.type for arg in args])
+        declared = ir.Function(builder.module, kind, name)
+    return builder.call(declared, args)
 
 
 def keep_rolled(builder: Any) -> None:

@@ -2,6 +2,7 @@
 
     [0] pieces   [1] items   [2] sources   [3] targets   [4] where targets begin in a record
     [5] divisor  [6] vectors of a piece that one thread takes   [7] addresses in a record
+    [8] where float64 numbers begin that the kernel needs
     heads, two words an item: its first piece, and where its record begins
     records: axes (0: dense), elements before the first whole vector, vectors (or elements, where
     there are axes), elements after, whether all arrays have the strides of the first; the
@@ -28,7 +29,7 @@ cuda: Any = numba_cuda  # its functions carry no types
 
 THREADS = 256  # of a block, at least: eight warps bring the words in
 NUM_WORDS = 128  # arguments of a launch: 1 KiB of the 4 KiB there may be
-HEADER = 8
+HEADER = 9
 RECORD = 5
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)

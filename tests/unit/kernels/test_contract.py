@@ -18,11 +18,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from kinds import kernels, only_cpu
 from numpy.lib.stride_tricks import as_strided
 
 import dvkernels as dv
 from dvkernels import errors
-from kinds import kernels, only_cpu
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = [np.dtype("f2"), BF16]
