@@ -5,7 +5,7 @@ Needs no GPU: NVVM, ptxas and nvdisasm of one release, from the extra ``cuda-com
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -18,15 +18,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dvkernels.reduce_op import ReduceOp
-
-pytest.importorskip("numba_cuda", reason="needs numba-cuda")
-TOOLS = Path(sys.prefix) / f"lib/python3.{sys.version_info.minor}/site-packages/nvidia/cu13/bin"
-if shutil.which("nvdisasm", path=TOOLS) is None or os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
-    pytest.skip("needs ptxas and nvdisasm, and not the simulator", allow_module_level=True)
-
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import compiler, tables, waiting
+from dvkernels.reduce_op import ReduceOp
+
+TOOLS = Path(sys.prefix) / f"lib/python3.{sys.version_info.minor}/site-packages/nvidia/cu13/bin"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None or shutil.which("nvdisasm", path=TOOLS) is None,
+    reason="needs numba-cuda, ptxas and nvdisasm: the extra cuda-compile",
+)
 
 # A block of 256 threads finds room on every GPU with this many registers a thread.
 MOST_REGISTERS = 160

@@ -32,8 +32,11 @@ class Compiled(NamedTuple):
 def compile_to_ptx(kernel: Callable[..., None], capability: tuple[int, int]) -> Compiled:
     """Compile a kernel, which takes the words of a table, for devices of that capability."""
     words = _untyped_types.UniTuple(types.int64, tables.NUM_WORDS)
+    # At least one block a multiprocessor: where nothing is said, ptxas would rather spill a few
+    # registers than have fewer than four.
+    bounds = (tables.THREADS, 1)
     ptx, _ = _untyped_cuda.compile_ptx(
-        kernel, types.void(words), device=False, cc=capability, launch_bounds=tables.THREADS
+        kernel, types.void(words), device=False, cc=capability, launch_bounds=bounds
     )
     found = _ENTRY.search(ptx)
     assert found is not None
