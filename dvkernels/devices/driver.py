@@ -199,6 +199,13 @@ class Driver:
         """Forget an event; the driver keeps what streams still need of it."""
         self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
 
+    def is_capturing(self, device: int, stream: int) -> bool:
+        """Return whether what a stream is given becomes part of a graph."""
+        found = ctypes.c_int()
+        with self._within(device):
+            self._check("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(found))
+        return found.value != 0
+
     def synchronize(self, device: int) -> None:
         """Wait until a device has done all it was given."""
         with self._within(device):

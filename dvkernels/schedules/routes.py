@@ -8,8 +8,9 @@ rows are launched one by one, and events stand for flags.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
+from dvkernels.errors import DeviceError
 from dvkernels.schedules import waiting
 from dvkernels.schedules.protocol import Protocol
 
@@ -41,6 +42,7 @@ def choose(
     *,
     is_half: bool = False,
     shows_buffers: bool = True,
+    is_captured: bool = False,
 ) -> Route:
     """Return the route of an all-reduce of ``nbytes`` a rank.
 
@@ -59,6 +61,14 @@ def choose(
     shows_buffers : bool
         Whether devices that reach each other reach these buffers too: memory of some pools is
         open to its own device only.
+    is_captured : bool
+        Whether the launches become part of a graph. Its replays would all bring the same epochs,
+        and use the same slot, so a route with flags or slots is not taken.
+
+    Raises
+    ------
+    DeviceError
+        Captured, and there is no way without slots.
 
     Examples
     --------
@@ -70,21 +80,32 @@ def choose(
     """
     num_ranks = len(devices)
     ranks = tuple(range(num_ranks))
-    waits = len({*devices}) == num_ranks
+    waits = len({*devices}) == num_ranks and not is_captured
+    small = nbytes <= meeting_nbytes(num_ranks) and not is_captured
     if all(all(row) for row in reach):
         if not shows_buffers:
-            small = nbytes <= meeting_nbytes(num_ranks)
+            if is_captured:
+                _raise_captured("their memory is of a pool that is closed to other GPUs")
             return Route(waiting.one_shot if small else waiting.staged, ranks, waits)
         if algorithm == "ring":
             return Route(waiting.chain if is_half else waiting.ring, ranks, waits)
-        small = nbytes <= meeting_nbytes(num_ranks)
         return Route(waiting.one_shot if small else waiting.two_shot, ranks, waits)
     order = ring_order(reach)
     if order is not None and algorithm != "direct" and shows_buffers and not is_half:
         # A rank reads its left-hand neighbour, and stores flags into memory of both.
         tells = all(reach[order[place - 1]][rank] for place, rank in enumerate(order))
         return Route(waiting.ring, order, waits and tells)
+    if is_captured:
+        _raise_captured("these GPUs do not reach each other's memory")
     return Route(waiting.staged, ranks, False, "host")
+
+
+def _raise_captured(why: str) -> NoReturn:
+    raise DeviceError(
+        f"an all-reduce of buffers on several GPUs cannot become part of a CUDA graph here: {why}, "
+        "so the data goes through memory that each call must have for itself; reduce outside the "
+        "graph"
+    )
 
 
 def meeting_nbytes(num_ranks: int) -> int:

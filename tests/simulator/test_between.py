@@ -17,7 +17,7 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from simulated_peers import Simulated
 
 from dvkernels.devices import driver, gpu_arrays
-from dvkernels.errors import BufferMismatchError, DeviceError
+from dvkernels.errors import BufferMismatchError, CollectiveTimeoutError, DeviceError
 from dvkernels.kernels import cuda as kernels
 from dvkernels.kernels.cuda import between, peers
 
@@ -28,6 +28,7 @@ class Machine:
     """Several devices, where arrays lie as ``put`` says; ``reaches`` are the pairs that do not."""
 
     def __init__(self, monkeypatch):
+        self.captured = ()
         self.placed, self.apart, self.waited, self.kept = {}, set(), [], []
         self.is_open = lambda address: True
         self.peers = Simulated()
@@ -43,6 +44,9 @@ class Machine:
 
     def wait(self, device, waiting, awaited):
         self.waited.append((device, waiting, awaited))
+
+    def is_capturing(self, device, stream):
+        return stream in self.captured
 
     def record(self, device, stream):
         return (device, stream)
@@ -141,6 +145,57 @@ def test_the_first_device_does_other_verbs_for_all_and_streams_wait_both_ways(ma
     assert all(np.array_equal(array, arrays[2]) for array in arrays)
     kernels.all_reduce_many([buffers])
     assert all(np.array_equal(array, 3 * outs[0][24:]) for array in arrays)
+
+
+def test_a_graph_takes_in_all_streams_and_holds_no_flags_and_no_slots(machine):
+    arrays = some(3, 12)
+    right = np.sum(arrays, axis=0)
+    machine.captured = (11,)
+    kernels.all_reduce([machine.put(array, rank, 10 + rank) for rank, array in enumerate(arrays)])
+    assert all(np.array_equal(array, right) for array in arrays)
+    assert machine.peers.records > 0  # by launches
+    assert machine.waited == [(k, 10 + k, 1, 11) for k in (0, 2)] + [
+        (1, 11, k, 10 + k) for k in (0, 2)
+    ]
+    machine.apart = {(0, 1)}
+    between._groups.clear()
+    with pytest.raises(DeviceError, match="CUDA graph"):
+        kernels.all_reduce([machine.put(a, rank, 10 + rank) for rank, a in enumerate(arrays)])
+
+
+def test_a_failure_stays_until_recover(machine):
+    arrays = some(2, 30)
+    right = np.sum(arrays, axis=0)
+    machine.peers = Simulated(absent=[1])
+    with concurrent():
+        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        kernels.all_reduce(buffers)
+        kernels.abort()
+    with pytest.raises(CollectiveTimeoutError, match="was aborted"):
+        kernels.all_reduce(buffers)
+    machine.peers._absent = ()
+    kernels.recover()
+    for array, fresh in zip(arrays, some(2, 30), strict=True):
+        array[:] = fresh
+    with concurrent():
+        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+    assert all(np.array_equal(array, right) for array in arrays)
+
+
+def test_a_launch_that_fails_frees_those_before_it(machine):
+    arrays = some(2, 30)
+    launch = machine.peers.launch
+
+    def failing(device, *rest):
+        if device == 1:
+            raise DeviceError("cuLaunchKernel failed")
+        launch(device, *rest)
+
+    machine.peers.launch = failing
+    with concurrent(), pytest.raises(DeviceError, match="cuLaunchKernel"):
+        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+    with pytest.raises(CollectiveTimeoutError):
+        kernels.all_reduce([machine.put(a, k, 0) for k, a in enumerate(arrays)])
 
 
 def test_memory_of_a_closed_pool_is_not_touched_by_peers(machine):

@@ -17,14 +17,14 @@ from dvkernels.devices import cuda, driver, gpu_arrays
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cuda import jobs, peers
-from dvkernels.kernels.cuda.calls import Buffers
+from dvkernels.kernels.cuda.calls import Buffers, wait_for
 from dvkernels.kernels.cuda.jobs import Order
 from dvkernels.kernels.cuda.team import Job, Team
 from dvkernels.reduce_op import ReduceOp, is_half
 from dvkernels.schedules import routes
 from dvkernels.schedules.routes import Reach
 
-__all__ = ["all_reduce"]
+__all__ = ["abort", "all_reduce", "recover"]
 
 Array = np.ndarray[Any, Any]
 
@@ -32,11 +32,10 @@ Array = np.ndarray[Any, Any]
 class Rank(NamedTuple):
     """Where a rank works, and the arrays that it brings and that its result goes to."""
 
-    device: int
-    stream: int
+    order: Order
     read: Array
     write: Array  # the same array where it works in place
-    others: tuple[int, ...]  # streams of the same device that use the arrays
+    others: tuple[Order, ...]  # other streams of the same device that use the arrays
 
 
 class _Group(NamedTuple):
@@ -71,12 +70,12 @@ def all_reduce(call: Buffers, op: ReduceOp, out: Any, algorithm: str) -> list[An
         found = driver.find()
         assert found is not None  # it has told where the buffers lie
         for rank in ranks:
-            for stream in rank.others:
-                found.wait(rank.device, rank.stream, stream)
+            for other in rank.others:
+                wait_for(rank.order, other)
         _launch(found, op, ranks, algorithm)
         for rank in ranks:
-            for stream in rank.others:
-                found.wait(rank.device, stream, rank.stream)
+            for other in rank.others:
+                wait_for(other, rank.order)
     return list(call.results)
 
 
@@ -94,13 +93,13 @@ def _ranks(call: Buffers, writes: Sequence[Array]) -> list[Rank]:
                     f"{call.verb} leaves each result on the GPU of its buffer: replica {k} is on "
                     f"cuda:{place.device}, out {k} on cuda:{there.device}; allocate it there"
                 )
-            others = [there.stream] if there.stream != place.stream else []
-        ranks.append(Rank(place.device, place.stream, place.array, write, tuple(others)))
+            others = [Order(there.device, there.stream)] if there.stream != place.stream else []
+        ranks.append(Rank(Order(place.device, place.stream), place.array, write, tuple(others)))
     return ranks
 
 
 def _launch(found: driver.Driver, op: ReduceOp, ranks: Sequence[Rank], algorithm: str) -> None:
-    devices = tuple(rank.device for rank in ranks)
+    devices = tuple(rank.order.device for rank in ranks)
     group = _group(found, devices)
     dtype, length = ranks[0].read.dtype, ranks[0].read.size
     alignment = arithmetic.number_nbytes(arithmetic.type_code(dtype))
@@ -109,6 +108,7 @@ def _launch(found: driver.Driver, op: ReduceOp, ranks: Sequence[Rank], algorithm
     dense = [_dense(rank, alignment, kept) for rank in ranks]
     inputs = [checks.address(rank.read) for rank in dense]
     outputs = [checks.address(rank.write) for rank in dense]
+    captured = [rank for rank in ranks if found.is_capturing(*rank.order)]
     route = routes.choose(
         group.reach,
         devices,
@@ -116,12 +116,36 @@ def _launch(found: driver.Driver, op: ReduceOp, ranks: Sequence[Rank], algorithm
         algorithm,
         is_half=is_half(dtype),
         shows_buffers=all(found.is_open(address) for address in {*inputs, *outputs}),
+        is_captured=bool(captured),
     )
-    streams = [rank.stream for rank in ranks]
-    group.team.all_reduce(Job(inputs, outputs, length, dtype, op, streams), route)
+    job = Job(inputs, outputs, length, dtype, op, [rank.order.stream for rank in ranks])
+    # A graph takes in the streams that wait for the one that it is captured from.
+    for rank in ranks if captured else ():
+        if rank is not captured[0]:
+            wait_for(rank.order, captured[0].order)
+    group.team.all_reduce(job, route, is_captured=bool(captured))
+    for rank in ranks if captured else ():
+        if rank is not captured[0]:
+            wait_for(captured[0].order, rank.order)
     for rank, stand_in in zip(ranks, dense, strict=True):
         if stand_in.write is not rank.write:
-            jobs.move(Order(rank.device, rank.stream), [[stand_in.write, rank.write]])
+            jobs.move(rank.order, [[stand_in.write, rank.write]])
+
+
+def recover() -> None:
+    """Begin anew after a ``CollectiveTimeoutError``: wait for the GPUs that it is about, and reset.
+
+    What they were still given ends first, at the latest when its own waiting ends. Buffers of the
+    calls that failed hold nothing of use.
+    """
+    for group in [*_groups.values()]:
+        group.team.recover()
+
+
+def abort() -> None:
+    """End all waiting between GPUs now; the calls it was for, and later ones, fail."""
+    for group in [*_groups.values()]:
+        group.team.abort()
 
 
 def _group(found: driver.Driver, devices: tuple[int, ...]) -> _Group:
@@ -135,15 +159,16 @@ def _group(found: driver.Driver, devices: tuple[int, ...]) -> _Group:
 
 def _dense(rank: Rank, alignment: int, kept: list[Any]) -> Rank:
     """Return the rank with dense arrays in place of those that are not."""
+    device, stream = rank.order
 
     def stand_in(array: Array) -> Array:
         if array.flags.c_contiguous and checks.address(array) % alignment == 0:
             return array
-        kept.append(cuda.arrays().empty(rank.device, array.shape, array.dtype, rank.stream))
+        kept.append(cuda.arrays().empty(device, array.shape, array.dtype, stream))
         return gpu_arrays.place("staging", kept[-1:])[0].array
 
     read = stand_in(rank.read)
     if read is not rank.read:
-        jobs.move(Order(rank.device, rank.stream), [[rank.read, read]])
+        jobs.move(rank.order, [[rank.read, read]])
     write = read if rank.write is rank.read else stand_in(rank.write)
     return rank._replace(read=read, write=write)

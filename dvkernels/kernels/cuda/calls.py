@@ -17,7 +17,7 @@ from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.jobs import Order
 
-__all__ = ["Buffers", "Call"]
+__all__ = ["Buffers", "Call", "wait_for"]
 
 Array = np.ndarray[Any, Any]
 
@@ -70,12 +70,12 @@ class Call:
         if self.is_spread:
             self._check_reach(joined.home.device)
         for other in joined.before:
-            _wait(joined.home, other)
+            wait_for(joined.home, other)
         try:
             yield joined.home
         finally:
             for other in joined.after:
-                _wait(other, joined.home)
+                wait_for(other, joined.home)
 
     @property
     def is_spread(self) -> bool:
@@ -137,7 +137,8 @@ class Buffers(Call):
         return arrays
 
 
-def _wait(waiting: Order, awaited: Order) -> None:
+def wait_for(waiting: Order, awaited: Order) -> None:
+    """Let one stream wait for what another was given by now, of whatever device."""
     found = driver.find()
     if found is None:  # in the simulator everything has happened when a call returns
         return

@@ -125,8 +125,10 @@ class Team:
         # Two threads that launch at once must not be first on one device each.
         self._launching = threading.Lock()
 
-    def all_reduce(self, job: Job, route: Route) -> None:
+    def all_reduce(self, job: Job, route: Route, *, is_captured: bool = False) -> None:
         """Launch an all-reduce; return before it has run.
+
+        Captured into a graph, it is ordered with other calls by whoever launches the graph.
 
         Raises
         ------
@@ -144,7 +146,8 @@ class Team:
             self._load(kernel)
             programs = self._ready_programs(schedule, route.order)
             slots = self._ready_slots(route) if schedule.uses_slots else None
-            self._order_streams(job.streams)
+            if not is_captured:
+                self._order_streams(job.streams)
             longest = _SLOT_NBYTES // itemsize if slots else max(1, count)
             for begin in range(0, count, longest):
                 length = min(longest, count - begin)
@@ -178,8 +181,12 @@ class Team:
             self._driver.launch(device, call.kernel, num_blocks, stream, words)
 
         if call.route.waits:
-            for place in range(len(order)):
-                launch(place, 0)
+            try:
+                for place in range(len(order)):
+                    launch(place, 0)
+            except BaseException:
+                self.abort()  # else those that were launched wait for the others
+                raise
             self._epoch += call.schedule.num_stages
         else:
             told: dict[tuple[int, int], Any] = {}  # (writer, reader) -> event of the last signal
@@ -216,8 +223,8 @@ class Team:
             why = f"it took more than {self._timeout_seconds} s"
         raise CollectiveTimeoutError(
             f"an all-reduce between devices did not end: {why} ({waited or 'nobody waited'}); its "
-            "results, and those of later calls, mean nothing; see that every replica takes part, "
-            "then recover()"
+            "results, and those of later calls, mean nothing; find out why, then call "
+            "kernels.cuda.recover()"
         )
 
     def _named(self, ranks: Iterable[int]) -> str:
