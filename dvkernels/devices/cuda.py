@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-from importlib import metadata
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -88,6 +87,8 @@ _PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "cupy")
 @functools.cache
 def _installed() -> tuple[str, ...]:
     """Return which of the packages that a GPU needs are installed."""
+    from importlib import metadata  # 15 ms, and only where there is a driver
+
     found = []
     for name in _PACKAGES:
         try:

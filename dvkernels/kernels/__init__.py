@@ -13,6 +13,7 @@ import numpy as np
 
 from dvkernels.devices import cuda as _cuda_devices
 from dvkernels.devices import foreign
+from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks, twins
 from dvkernels.reduce_op import Reduction
 
@@ -50,7 +51,9 @@ def _twin(verb: str, buffers: Any) -> tuple[Any, Any]:
         buffers = checks.listed(verb, buffers)
         first = buffers[0] if buffers else None
     if type(first) is not np.ndarray and foreign.is_on_gpu(first):
-        _cuda_devices.require(verb)
+        problem = _cuda_devices.missing()
+        if problem:
+            raise DeviceError(f"{verb}: replica 0 is in GPU memory, and {problem}")
         return twins.cuda(), buffers
     return twins.cpu(), buffers
 
