@@ -18,7 +18,7 @@ cuda: Any = numba_cuda  # its functions carry no types
 # What a cache takes at once: spans begin at such lines of a buffer.
 LINE_NBYTES = 128
 
-start = cuda.jit(device=True)(partition.start)
+start = cuda.jit(device=True, inline="always")(partition.start)
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def combiner(operation: int, code: int) -> Any:
     """
     itemsize = arithmetic.dtype_of(code).itemsize
 
-    @cuda.jit(device=True)
+    @cuda.jit(device=True, inline="always")
     def combine(places, sources, num_sources, targets, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
         threads, thread = cuda.blockDim.x, cuda.threadIdx.x
         # Whole vectors where all addresses lie alike to 16 bytes; else, and around them, elements.

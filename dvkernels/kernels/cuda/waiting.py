@@ -124,7 +124,7 @@ def shares(length: int, itemsize: int, num_parts: int, num_blocks: int) -> tuple
     return partition.widths(-(-length // line), num_parts * num_blocks)
 
 
-@cuda.jit(device=True)
+@cuda.jit(device=True, inline="always")
 def _await(flag, epoch, stop, deadline_ns):  # type: ignore[no-untyped-def]
     """Return 0 when a flag has come to ``epoch``, 1 if all must stop, 2 after the deadline."""
     polls = 0
@@ -146,7 +146,7 @@ def _row(operation: int, code: int) -> Any:
     line = spans.LINE_NBYTES // arithmetic.dtype_of(code).itemsize
     combine = spans.combiner(operation, code)
 
-    @cuda.jit(device=True)
+    @cuda.jit(device=True, inline="always")
     def run(call, program, row):  # type: ignore[no-untyped-def]
         length, small, num_larger = (
             tables.entry(call, 2),
