@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ import dvkernels as dv
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda
 from dvkernels.kernels.cuda import elements, jobs, launcher, memory, tables
+from dvkernels.schedules import partition, ring
 from dvkernels.testing import check_arrays
 
 pytestmark = pytest.mark.skipif(
@@ -188,3 +190,18 @@ def test_a_reduction_of_the_users_own_says_where_it_runs():
     op = dv.CustomReduction(numba.njit(lambda a, b: a if a > b else b), 0, "larger")
     with pytest.raises(errors.UnsupportedDTypeError, match="on the CPU only"):
         kernels.all_reduce(buffers_of(3), op)
+
+
+def test_the_ring_adds_each_chunk_in_the_order_of_its_schedule():
+    rng = np.random.default_rng(2)
+    values = [
+        (rng.standard_normal(90) * 4.0 ** rng.integers(-6, 7, 90)).astype("f4") for _ in "abc"
+    ]
+    chunks = zip(partition.parts(90, 3), ring.chains(3), strict=True)
+    expected = np.concatenate(
+        [functools.reduce(np.add, [values[k][start:stop] for k in chain])
+         for (start, stop), chain in chunks]
+    )  # fmt: skip
+    assert (expected != values[0] + values[1] + values[2]).any()
+    for result in kernels.ring_all_reduce(on_device([value.copy() for value in values])):
+        assert np.asarray(result._ary).tobytes() == expected.tobytes()
