@@ -5,6 +5,7 @@ strategies, variables and datasets of this module, with the programming model of
 ``tf.distribute``.
 """
 
+from dvkernels import cluster as cluster
 from dvkernels import errors as errors
 from dvkernels import kernels as kernels
 from dvkernels import optimizers as optimizers

@@ -9,6 +9,7 @@ __all__ = [
     "AlgorithmError",
     "BufferMismatchError",
     "CheckpointError",
+    "ClusterError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "ContextError",
@@ -51,6 +52,10 @@ class ReduceOpError(DvKernelsError, ValueError):
 
 class AlgorithmError(DvKernelsError, ValueError):
     """No algorithm of that name."""
+
+
+class ClusterError(DvKernelsError, ValueError):
+    """What tells a worker its place among the others is missing, malformed or contradictory."""
 
 
 class CollectiveMismatchError(DvKernelsError, RuntimeError):

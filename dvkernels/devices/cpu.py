@@ -7,6 +7,9 @@ import math
 import os
 from pathlib import Path
 
+from dvkernels.cluster import launchers, processes
+from dvkernels.cluster.position import Position
+
 __all__: list[str] = []
 
 
@@ -14,13 +17,69 @@ __all__: list[str] = []
 def usable_cores() -> int:
     """Return how many cores this process may keep busy: its affinity, capped by a cgroup quota.
 
+    Under a launcher that started several workers on this host: its share of them.
+
     Asked once a process: reading the quota takes 50 microseconds, as long as a step.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, cgroup_quota(Path("/sys/fs/cgroup")))))
+    quota = cgroup_quota(Path("/sys/fs/cgroup"))
+    own = _affinity(0)
+    found = launchers.find(os.environ)
+    num_local = 1 if found is None else found[1].num_local_workers or 1
+    if found is None or num_local == 1:
+        return share(own, own, quota, 1)
+    return share(own, _affinity(_launcher_above(found)), quota, num_local)
+
+
+def share(own: int, together: float, quota: float, num_local_workers: int) -> int:
+    """Return how many cores one of several workers of a host may keep busy.
+
+    Parameters
+    ----------
+    own : int
+        The cores that this worker may run on: a few if its launcher has bound it to them, all if
+        not.
+    together : float
+        The cores that the workers may run on together: those of their launcher.
+    quota : float
+        The cores' worth of time that they may use together.
+    num_local_workers : int
+        How many they are.
+
+    Examples
+    --------
+    >>> share(own=8, together=8, quota=math.inf, num_local_workers=2)  # not bound
+    4
+    >>> share(own=3, together=8, quota=math.inf, num_local_workers=2)  # bound
+    3
+    >>> share(own=2, together=2, quota=1.5, num_local_workers=4)
+    1
+    """
+    return max(1, min(own, math.ceil(min(together, quota)) // num_local_workers))
+
+
+def _affinity(pid: int) -> int:
+    """Return how many cores a process may run on, or this one: for 0, and if it is gone."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    try:
+        return len(os.sched_getaffinity(pid))
+    except OSError:
+        return len(os.sched_getaffinity(0))
+
+
+def _launcher_above(found: tuple[str, Position]) -> int:
+    """Return the process that started this worker and its neighbours, 0 where it is not shown.
+
+    It is the first above this one that was not told the same place in the same job. Between them
+    may be a shell, or a worker whose child this is.
+    """
+    pid = os.getppid()
+    while pid > 1:
+        environment = processes.environment_of(pid)  # of another user, such as slurmstepd: None
+        if environment is None or launchers.find(environment) != found:
+            return pid
+        pid = processes.parent_of(pid)
+    return 0
 
 
 def cgroup_quota(root: Path) -> float:

@@ -26,7 +26,7 @@ def list_devices(kind: str | None = None) -> list[Device]:
     ----------
     kind : str, optional
         ``"cpu"``: one logical device per core that this process may use (affinity and cgroup
-        quota). More may be named: every ``"cpu:k"`` exists.
+        quota; under a launcher, its share of them). More may be named: every ``"cpu:k"`` exists.
 
     Raises
     ------

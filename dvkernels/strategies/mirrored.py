@@ -19,7 +19,7 @@ class MirroredStrategy(Strategy):
     Parameters
     ----------
     devices : sequence of Device or str, optional
-        One replica per usable core if not given.
+        One replica per usable core if not given; under a launcher, per core of its share.
     cross_device_ops : str or Communicator
         ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``, or an object of the protocol.
     bytes_per_bucket : int, optional

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +57,40 @@ def test_the_quota_of_a_control_group(tmp_path, files, cores):
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
     assert cpu.cgroup_quota(tmp_path) == cores
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+USABLE = "from dvkernels.devices import cpu; print(cpu.usable_cores())"
+
+
+def usable_below(command, **environ):
+    child = subprocess.run(
+        [*command, sys.executable, "-c", USABLE],
+        env={**os.environ, **{name: str(value) for name, value in environ.items()}},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return int(child.stdout)
+
+
+def hydra(num_local, rank=0):
+    names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    return dict(zip(names, (rank, num_local, rank, num_local), strict=True))
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core cannot be shared out")
+def test_workers_of_a_launcher_share_the_cores():
+    alone = usable_below([])
+    assert alone == cpu.usable_cores()
+    assert usable_below([], **hydra(1)) == alone
+    for num_local in (2, CORES, 3 * CORES):
+        assert usable_below([], **hydra(num_local)) == max(1, alone // num_local)
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core cannot be shared out")
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="there is no taskset")
+def test_a_worker_that_its_launcher_has_bound_keeps_what_it_got():
+    core = str(min(os.sched_getaffinity(0)))
+    assert usable_below(["taskset", "-c", core], **hydra(2)) == 1

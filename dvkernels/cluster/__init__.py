@@ -1,0 +1,10 @@
+"""Who is there: the jobs and tasks of a cluster, and which of them this process is."""
+
+from dvkernels.cluster.resolvers import ClusterResolver as ClusterResolver
+from dvkernels.cluster.resolvers import KubernetesClusterResolver as KubernetesClusterResolver
+from dvkernels.cluster.resolvers import MPIClusterResolver as MPIClusterResolver
+from dvkernels.cluster.resolvers import SimpleClusterResolver as SimpleClusterResolver
+from dvkernels.cluster.resolvers import SlurmClusterResolver as SlurmClusterResolver
+from dvkernels.cluster.resolvers import TFConfigClusterResolver as TFConfigClusterResolver
+from dvkernels.cluster.resolvers import default_resolver as default_resolver
+from dvkernels.cluster.spec import ClusterSpec as ClusterSpec

@@ -1,0 +1,95 @@
+"""Where one task of a cluster stands among the workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dvkernels.cluster.spec import ClusterSpec, host_of
+from dvkernels.errors import ClusterError
+
+__all__ = ["Position", "position_in", "worker_addresses"]
+
+_CHIEF, _WORKER = "chief", "worker"
+# Not one of the cluster's tasks: it looks at checkpoints beside them.
+_EVALUATOR = "evaluator"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where one task stands in its job.
+
+    Attributes
+    ----------
+    task_type, task_id : str, int
+        The job and the index in it.
+    worker_id : int or None
+        The number among the workers, the chief first; None for a task that is no worker.
+    num_workers : int
+        The chief and the workers together.
+    local_rank, num_local_workers : int or None
+        The number among the workers of this host, and how many these are; None if not told.
+    """
+
+    task_type: str = _WORKER
+    task_id: int = 0
+    worker_id: int | None = 0
+    num_workers: int = 1
+    local_rank: int | None = 0
+    num_local_workers: int | None = 1
+
+
+def position_in(
+    spec: ClusterSpec, task_type: str | None, task_id: int | None, source: str
+) -> Position:
+    """Return where one task of a spec stands. Hosts are told apart by their addresses.
+
+    Parameters
+    ----------
+    spec : ClusterSpec
+        The tasks; those of the jobs ``chief`` and ``worker`` are workers. Empty for one alone.
+    task_type, task_id : str, int, optional
+        The task: a worker if no type is given, the only one of its type if no id is.
+    source : str
+        Who says so, for messages.
+
+    Raises
+    ------
+    ClusterError
+        There is no such task, or more than one could be meant.
+    """
+    if not spec.jobs and task_type in (None, _CHIEF, _WORKER) and task_id in (None, 0):
+        return Position(task_type or _WORKER)
+    if spec.num_tasks(_CHIEF) > 1:
+        raise ClusterError(f"{source}: expected at most one chief; got {spec}")
+    workers = [(job, index) for job in (_CHIEF, _WORKER) for index in spec.task_indices(job)]
+    if task_type == _EVALUATOR:
+        return Position(task_type, task_id or 0, None, len(workers), None, None)
+    if task_type is None:
+        task_type = _CHIEF if spec.jobs == (_CHIEF,) else _WORKER
+    indices = spec.task_indices(task_type)
+    if task_id is None and len(indices) == 1:
+        task_id = indices[0]
+    if task_id is None:
+        raise ClusterError(
+            f"{source}: it must be said which {task_type} this process is, by its index; there are "
+            f"{spec}"
+        )
+    if task_id not in indices:
+        raise ClusterError(f"{source}: this process cannot be {task_type} {task_id!r} of {spec}")
+    if (task_type, task_id) not in workers:
+        return Position(task_type, task_id, None, len(workers), None, None)
+    worker_id = workers.index((task_type, task_id))
+    hosts = [host_of(address) for address in worker_addresses(spec)]
+    return Position(
+        task_type,
+        task_id,
+        worker_id,
+        len(workers),
+        local_rank=hosts[:worker_id].count(hosts[worker_id]),
+        num_local_workers=hosts.count(hosts[worker_id]),
+    )
+
+
+def worker_addresses(spec: ClusterSpec) -> tuple[str, ...]:
+    """Return the addresses of the workers, the chief first."""
+    return spec.job_tasks(_CHIEF) + spec.job_tasks(_WORKER)
