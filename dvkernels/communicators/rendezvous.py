@@ -232,7 +232,7 @@ class Step:
                 self._pending.append(Pending(self.num_replicas))
             pending = self._pending[number]
             pending.requests[replica] = request
-            pending.places[replica] = _user_line(sys._getframe())
+            pending.places[replica] = user_line(sys._getframe())
             pending.is_complete = all(pending.requests)
             deserted = any(self._issued[other] <= number for other in self._gone)
         if deserted:
@@ -518,7 +518,7 @@ class Step:
         if replica in self._gone:
             return f"replica {replica} has returned"
         issued = [p for p in self._pending if p.requests[replica] and not p.is_complete]
-        place = _user_line(frames.get(ident))
+        place = user_line(frames.get(ident))
         if request is not None:
             doing = f"called {request}"
         elif issued:
@@ -528,7 +528,7 @@ class Step:
         return f"replica {replica} {doing} at {place}"
 
 
-def _user_line(frame: types.FrameType | None) -> str:
+def user_line(frame: types.FrameType | None) -> str:
     """Return the file and line of the innermost frame that is not the library's own."""
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
