@@ -13,6 +13,7 @@ A line is 64 bytes, written by one worker only (but for the word that ends the g
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -36,7 +37,7 @@ class Room:
     Parameters
     ----------
     memory : ndarray of uint8
-        Zeroed, of :meth:`nbytes_for` bytes at least, beginning on a cache line. All workers see
+        Cleared, of :meth:`nbytes_for` bytes at least, beginning on a cache line. All workers see
         the same.
     rank, size : int
         This worker, and how many share the memory.
@@ -50,16 +51,19 @@ class Room:
         self._address = memory.ctypes.data
         self._channels = [lines + k * (1 + size) for k in range(NUM_CHANNELS)]
         count = 1 + 2 * NUM_CHANNELS
-        shape = (count, size, _TEXT_NBYTES)
-        self._texts = memory[texts : texts + int(np.prod(shape))].reshape(shape)
-        shape = (NUM_CHANNELS, 2, size, PLACE_NBYTES)
-        self._places = memory[places : places + int(np.prod(shape))].reshape(shape)
+        self._texts = _part(memory, texts, (count, size, _TEXT_NBYTES))
+        self._places = _part(memory, places, (NUM_CHANNELS, 2, size, PLACE_NBYTES))
         self._words[1 + rank, _PROCESS] = os.getpid()
 
     @staticmethod
     def nbytes_for(size: int) -> int:
         """Return how much memory so many workers need."""
         return _layout(size)[2] + NUM_CHANNELS * 2 * size * PLACE_NBYTES
+
+    @staticmethod
+    def clear(memory: Any, size: int) -> None:
+        """Make the memory what the first worker must find; one of them does this for all."""
+        memory[: _layout(size)[1]] = 0
 
     def lines(self, channel: int) -> int:
         """Return the address of the lines of a channel's rounds."""
@@ -124,8 +128,12 @@ class Room:
         target[len(held)] = 0
 
     def _read(self, slot: int, worker: int) -> str:
-        held = self._texts[slot, worker].tobytes()
+        held: bytes = self._texts[slot, worker].tobytes()
         return held[: held.index(0)].decode(errors="replace")
+
+
+def _part(memory: Any, start: int, shape: tuple[int, ...]) -> Any:
+    return memory[start : start + math.prod(shape)].reshape(shape)
 
 
 def _layout(size: int) -> tuple[int, int, int]:

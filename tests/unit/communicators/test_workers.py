@@ -147,11 +147,11 @@ def test_a_worker_that_left_is_lost():
 def test_an_interrupt_half_way_ends_the_group(monkeypatch):
     workers = groups(2)
 
-    def interrupted():
+    def interrupted(*_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(workers[0]._transport, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        workers[0]._transport._round = lambda *_: interrupted()
         workers[0].meet()
     (error,) = at_once(workers[1].meet)
     assert isinstance(error, WorkerLostError)

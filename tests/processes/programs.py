@@ -1,0 +1,110 @@
+"""What the processes of a job do: ``python programs.py name args``, started by the tests."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.testing import check_strategy
+
+
+def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
+    return dv.MultiWorkerMirroredStrategy(
+        devices=[f"cpu:{k}" for k in range(num_local)], timeout_seconds=timeout_seconds
+    )
+
+
+def rank() -> int:
+    return dv.cluster.default_resolver().worker_id
+
+
+def strategy_laws(num_local: str) -> None:
+    count = dv.cluster.default_resolver().num_workers * int(num_local)
+    check_strategy(lambda _: make(int(num_local)), replicas=[count])
+
+
+def train(num_local: str, path: str) -> None:
+    """Train on uneven data, and let the first worker save the weights and what was seen."""
+    with make(int(num_local)) as strategy:
+        weights, seen = trained(strategy)
+        if rank() == 0:
+            np.savez(path, seen=seen, **weights)
+
+
+def trained(strategy: dv.Strategy):
+    """Return the weights after some epochs, and the elements in the order they came."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((53, 6))
+    targets = np.tanh(inputs @ rng.standard_normal((6, 2)))
+    data = dv.Dataset.from_arrays((np.arange(53), inputs, targets)).shuffle(seed=1).batch(10)
+    with strategy.scope():
+        weight = dv.Variable(rng.standard_normal((6, 2)) + rank())  # all start with worker 0's
+        bias = dv.Variable(np.zeros(2))
+        loss = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
+        adam = dv.optimizers.Adam(0.05)
+
+    def step(batch):
+        numbers, x, y = batch
+        here = dv.get_replica_context()
+        error = np.tanh(x @ weight + bias) - y
+        slope = 2 * error * (1 - np.tanh(x @ weight + bias) ** 2)
+        share = max(1, len(x))
+        gradients = {"weight": x.T @ slope / share, "bias": slope.sum(0) / share}
+        mean = here.all_reduce("mean", gradients, weight=len(x))
+        adam.apply_gradients([(mean["weight"], weight), (mean["bias"], bias)])
+        loss.assign_add(float((error**2).sum()))
+        return numbers
+
+    seen = []
+    distributed = strategy.distribute_dataset(data)
+    for _ in range(3):
+        for batch in distributed:
+            seen += strategy.gather(strategy.run(step, (batch,))).tolist()
+    return {"weight": weight.numpy(), "bias": bias.numpy(), "loss": loss.numpy()}, seen
+
+
+def variables(num_local: str) -> None:
+    """Writes of every kind leave all workers alike, and follow replica 0 where it decides."""
+    with make(int(num_local)) as strategy:
+        count, mine = strategy.num_replicas_in_sync, float(rank())
+        with strategy.scope():
+            first = dv.Variable(10.0 + mine, aggregation="only_first_replica")
+            table = dv.Variable(np.zeros(count), aggregation="sum")
+            mean = dv.Variable(np.zeros(count), aggregation="mean")
+            total = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
+            own = dv.Variable(0.0, synchronization="none")
+        assert float(first) == 10.0, "the initial value is the chief's"
+        first.assign(20.0 + mine)
+        assert float(first) == 20.0, "a write across replicas is the chief's"
+
+        def write():
+            here = dv.get_replica_context().replica_id_in_sync_group
+            first.assign(float(here))
+            updates = np.full(here + 1, 1.0)  # replica r adds r + 1 times to row r
+            table.scatter_add([here] * (here + 1), updates)
+            mean.scatter_add([here] * (here + 1), updates)
+            own.assign(float(here))
+
+        strategy.run(write)
+        assert float(first) == 0.0, "ONLY_FIRST_REPLICA is global replica 0"
+        np.testing.assert_array_equal(table, np.arange(1.0, count + 1))
+        np.testing.assert_allclose(mean, np.arange(1.0, count + 1) / count)
+        total.assign(6.0)
+        assert float(total) == 6.0, "ON_READ, SUM: the copies of all workers hold the total"
+        np.testing.assert_allclose([float(v) for v in total.values], 6.0 / count)
+        own.assign(5.0 + mine)
+        assert {float(v) for v in own.values} == {5.0}, "NONE: every copy gets the chief's value"
+        if len(strategy.worker_devices) < count:
+            outside = (own.first_replica + len(strategy.worker_devices)) % count
+            with pytest.raises(IndexError, match=f"replica {outside} is one of worker"):
+                own.on(outside)
+        together = strategy.gather(strategy.run(lambda: np.asarray(table.read_value())))
+        assert (together.reshape(count, -1) == np.asarray(table)).all(), "all copies are equal"
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    print(f"done: {rank()}", flush=True)

@@ -1,0 +1,35 @@
+"""The same program on several processes: laws of strategies, variables, training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from jobs import needs_mpi, run
+from programs import trained
+
+import dvkernels as dv
+
+pytestmark = needs_mpi
+SHAPES = pytest.mark.parametrize(("count", "num_local"), [(1, 2), (2, 1), (3, 1), (4, 1), (2, 2)])
+
+
+@SHAPES
+def test_the_laws_of_strategies(count, num_local):
+    run(count, "strategy_laws", num_local)
+
+
+@SHAPES
+def test_variables(count, num_local):
+    run(count, "variables", num_local)
+
+
+@SHAPES
+def test_training_is_that_of_one_device(count, num_local, tmp_path):
+    run(count, "train", num_local, tmp_path / "weights.npz")
+    expected, seen = trained(dv.OneDeviceStrategy("cpu:0"))
+    found = np.load(tmp_path / "weights.npz")
+    assert found["seen"].tolist() == seen
+    assert sorted(seen) == sorted([*range(53)] * 3)
+    for name, right in expected.items():
+        difference = np.linalg.norm(found[name] - right) / np.linalg.norm(right)
+        assert difference <= 1e-9, name
