@@ -13,6 +13,7 @@ import hashlib
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from dvkernels.communicators.rendezvous import StepEnded, user_line
@@ -92,6 +93,42 @@ class Standing:
                 return True
             link = link.__cause__ or link.__context__
         return False
+
+    def announce(self, error: BaseException, rank: int, agreements: Sequence[Agreement]) -> None:
+        """Tell the others over every wire that the step of this worker has failed."""
+        if self.is_known(error):
+            return
+        generation, self.generation = self.generation, self.generation + 1
+        for agreement in agreements:
+            agreement.announce(generation, f"worker {rank} raised {_in_words(error)}")
+
+
+class Wholly:
+    """A context that lets ``end`` know, in words, of what stopped a collective half-way.
+
+    Not of errors that all workers raise.
+    """
+
+    __slots__ = ("_end", "_rank", "_standing")
+
+    def __init__(self, standing: Standing, rank: int, end: Callable[[str], None]) -> None:
+        self._standing, self._rank, self._end = standing, rank, end
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not self._standing.is_known(error):
+            self._end(f"worker {self._rank} left a collective half-way: {_in_words(error)}")
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 # The number of the rounds in which workers that disagree tell who did what.

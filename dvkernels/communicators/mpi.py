@@ -1,4 +1,4 @@
-"""How processes that an MPI started become the workers of a strategy. The only file with mpi4py."""
+"""How processes that an MPI started become the workers of a strategy, and how they end."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.communicators.messages import Messages
 from dvkernels.communicators.room import Room
 from dvkernels.communicators.shared_memory import SharedMemory
 from dvkernels.communicators.workers import Transport, WorkerGroup
@@ -23,6 +24,7 @@ __all__: list[str] = []
 
 _NAP_SECONDS = 1e-3
 _GRACE_SECONDS = 5.0  # for the others to raise what ended the group, before MPI ends the job
+_MOMENT_SECONDS = 0.2
 _LINE = 64
 
 _open: list[Transport] = []
@@ -54,8 +56,11 @@ def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
     _await_all(world, timeout_seconds)
     comm = world.Split(0, resolver.worker_id)
     comm.Set_errhandler(MPI.ERRORS_RETURN)
-    transport = over_shared_memory(comm, timeout_seconds)
-    return WorkerGroup(_kept(transport))
+    on_this_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    is_one_host = on_this_host.size == comm.size
+    on_this_host.Free()
+    over = over_shared_memory if is_one_host else Messages
+    return WorkerGroup(_kept(over(comm, timeout_seconds)))
 
 
 def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
@@ -114,17 +119,25 @@ def _leave() -> None:
     for transport in _open:
         transport.leave(text)
     is_broken = any(transport.has_ended for transport in _open)
-    if error is None and not is_broken:
-        return
-    patience = max(transport.timeout_seconds for transport in _open)
-    deadline = time.monotonic() + (min(_GRACE_SECONDS, patience) if is_broken else patience)
-    while any(transport.those_that_stay() for transport in _open):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(_NAP_SECONDS)
+    is_whole = error is None and all(transport.is_settled for transport in _open)
+    if is_broken or not is_whole:
+        patience = max(transport.timeout_seconds for transport in _open)
+        seconds = min(_GRACE_SECONDS, patience) if is_broken else patience
     else:
-        if not is_broken:
-            return
+        seconds = _MOMENT_SECONDS  # for words that are on their way
+    deadline = time.monotonic() + seconds
+    while not (is_left := _is_left_by_all()) and time.monotonic() < deadline:
+        time.sleep(_NAP_SECONDS)
+    if is_broken or not (is_left or is_whole):
+        _abort()
+
+
+def _is_left_by_all() -> bool:
+    are_gone = not any([transport.those_that_stay() for transport in _open])
+    return are_gone and all([transport.is_settled for transport in _open])
+
+
+def _abort() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     MPI.COMM_WORLD.Abort(1)

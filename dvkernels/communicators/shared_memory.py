@@ -11,13 +11,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, final
 
 import numpy as np
 
 from dvkernels.cluster import processes
-from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
+from dvkernels.communicators.agreement import Agreement, Asked, Standing, Wholly, Word
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.kernels.cpu import direct, prompt, rounds
@@ -69,7 +68,7 @@ class SharedMemory:
         self._views: dict[Any, list[list[Any]]] = {}
         self._standing = standing or Standing()
         self._agreement = Agreement(self, self._standing)
-        self._wholly = _Wholly(self)
+        self._wholly = Wholly(self._standing, self.rank, functools.partial(room.end, _LOST))
         if channel + 1 < NUM_CHANNELS:
             self._beside: SharedMemory | None = SharedMemory(
                 room, timeout_seconds, is_roomy, channel=channel + 1, standing=self._standing
@@ -245,22 +244,16 @@ class SharedMemory:
         """Whether no further round is possible."""
         return self._room.why_ended() is not None
 
-    def abandon(self, error: BaseException) -> None:
-        """End the group because a round was left half-way, by an interrupt or an error of ours."""
-        if not self._standing.is_known(error):
-            text = f"worker {self.rank} left a collective half-way: {type(error).__name__}: {error}"
-            self._room.end(_LOST, text)
-
     def announce(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that this worker's step has failed."""
-        standing = self._standing
-        if standing.is_known(error) or self.has_ended:
-            return
-        text = f"worker {self.rank} raised {type(error).__name__}: {error}"
-        generation, standing.generation = standing.generation, standing.generation + 1
-        self._agreement.announce(generation, text)
-        if self._beside is not None:
-            self._beside._agreement.announce(generation, text)
+        if not self.has_ended:
+            agreements = [self._agreement, self.beside()._agreement]
+            self._standing.announce(error, self.rank, agreements)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is under way that the end of the process would have to wait for."""
+        return True
 
     def leave(self, text: str) -> None:
         """Say that this worker comes to no further round, and why."""
@@ -271,27 +264,6 @@ class SharedMemory:
         room = self._room
         others = (worker for worker in range(self.size) if worker != self.rank)
         return [w for w in others if room.why_left(w) is None and room.is_alive(w)]
-
-
-class _Wholly:
-    """Ends the group if a collective of several rounds stops in the middle."""
-
-    __slots__ = ("_transport",)
-
-    def __init__(self, transport: SharedMemory) -> None:
-        self._transport = transport
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._transport.abandon(error)
 
 
 def _stage(views: Sequence[Sequence[Any]], rank: int, piece: Any, parity: int) -> None:

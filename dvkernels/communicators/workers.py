@@ -42,6 +42,10 @@ class Transport(Protocol):
     def has_ended(self) -> bool:
         """Whether nothing can be carried any more."""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is under way that the end of the process would have to wait for."""
+
     def leave(self, text: str) -> None:
         """Say that this worker calls nothing any more, and why."""
 

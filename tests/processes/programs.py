@@ -12,6 +12,10 @@ from dvkernels.testing import check_strategy
 
 
 def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
+    if "messages" in sys.argv and dv.cluster.default_resolver().num_workers > 1:
+        from dvkernels.communicators import messages, mpi
+
+        mpi.over_shared_memory = messages.Messages  # as if each worker had a host of its own
     return dv.MultiWorkerMirroredStrategy(
         devices=[f"cpu:{k}" for k in range(num_local)], timeout_seconds=timeout_seconds
     )
@@ -21,12 +25,12 @@ def rank() -> int:
     return dv.cluster.default_resolver().worker_id
 
 
-def strategy_laws(num_local: str) -> None:
+def strategy_laws(num_local: str, over: str) -> None:
     count = dv.cluster.default_resolver().num_workers * int(num_local)
     check_strategy(lambda _: make(int(num_local)), replicas=[count])
 
 
-def train(num_local: str, path: str) -> None:
+def train(num_local: str, over: str, path: str) -> None:
     """Train on uneven data, and let the first worker save the weights and what was seen."""
     with make(int(num_local)) as strategy:
         weights, seen = trained(strategy)
@@ -66,7 +70,7 @@ def trained(strategy: dv.Strategy):
     return {"weight": weight.numpy(), "bias": bias.numpy(), "loss": loss.numpy()}, seen
 
 
-def variables(num_local: str) -> None:
+def variables(num_local: str, over: str) -> None:
     """Writes of every kind leave all workers alike, and follow replica 0 where it decides."""
     with make(int(num_local)) as strategy:
         count, mine = strategy.num_replicas_in_sync, float(rank())

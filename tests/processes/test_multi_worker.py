@@ -10,22 +10,28 @@ from programs import trained
 import dvkernels as dv
 
 pytestmark = needs_mpi
-SHAPES = pytest.mark.parametrize(("count", "num_local"), [(1, 2), (2, 1), (3, 1), (4, 1), (2, 2)])
+SHAPES = pytest.mark.parametrize(
+    ("count", "num_local", "over"),
+    [
+        *((count, num_local, "memory") for count, num_local in [(1, 2), (2, 1), (4, 1), (2, 2)]),
+        *((count, num_local, "messages") for count, num_local in [(2, 1), (3, 1), (2, 2)]),
+    ],
+)
 
 
 @SHAPES
-def test_the_laws_of_strategies(count, num_local):
-    run(count, "strategy_laws", num_local)
+def test_the_laws_of_strategies(count, num_local, over):
+    run(count, "strategy_laws", num_local, over)
 
 
 @SHAPES
-def test_variables(count, num_local):
-    run(count, "variables", num_local)
+def test_variables(count, num_local, over):
+    run(count, "variables", num_local, over)
 
 
 @SHAPES
-def test_training_is_that_of_one_device(count, num_local, tmp_path):
-    run(count, "train", num_local, tmp_path / "weights.npz")
+def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
+    run(count, "train", num_local, over, tmp_path / "weights.npz")
     expected, seen = trained(dv.OneDeviceStrategy("cpu:0"))
     found = np.load(tmp_path / "weights.npz")
     assert found["seen"].tolist() == seen
