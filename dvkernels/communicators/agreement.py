@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ from dvkernels.errors import CollectiveMismatchError
 __all__: list[str] = []
 
 _MOST_SAID = 300  # characters of what a worker asks for, in messages
+_REMEMBERED = 16  # errors that the others know of
 
 
 class Asked(NamedTuple):
@@ -71,63 +73,51 @@ class Wire(Protocol):
 class Standing:
     """How many failures a worker has taken note of: one count for all the wires of a group.
 
+    All workers that have come to the same round of a wire have counted the same.
+
     Attributes
     ----------
     generation : int
-        A failure of an earlier generation is known.
-    raised : BaseException or None
-        The latest error that all workers raise.
+        The number of failures. What began before the latest of them has ended with it.
+    agreements : list of Agreement
+        Of this worker, one for each wire.
     """
 
-    __slots__ = ("generation", "raised")
+    __slots__ = ("_known", "agreements", "generation")
 
     def __init__(self) -> None:
         self.generation = 0
-        self.raised: BaseException | None = None
+        self.agreements: list[Agreement] = []
+        self._known: deque[BaseException] = deque(maxlen=_REMEMBERED)
+
+    def note(self, error: BaseException) -> BaseException:
+        """Remember, and return, an error that the others know of."""
+        self._known.append(error)
+        return error
 
     def is_known(self, error: BaseException) -> bool:
-        """Tell whether an error is one that all workers raise, or was raised because of it."""
+        """Tell whether the others know of an error, or of one that it was raised because of."""
         link: BaseException | None = error
         while link is not None:
-            if link is self.raised:
+            if any(link is known for known in self._known):
                 return True
             link = link.__cause__ or link.__context__
         return False
 
-    def announce(self, error: BaseException, rank: int, agreements: Sequence[Agreement]) -> None:
+    def announce(self, error: BaseException, rank: int) -> None:
         """Tell the others over every wire that the step of this worker has failed."""
-        if self.is_known(error):
-            return
+        if not self.is_known(error):
+            self.fail(f"worker {rank} raised {in_words(self.note(error))}", self.agreements)
+
+    def fail(self, text: str, agreements: Iterable[Agreement]) -> None:
+        """Count a failure, and tell of it over some wires."""
         generation, self.generation = self.generation, self.generation + 1
         for agreement in agreements:
-            agreement.announce(generation, f"worker {rank} raised {_in_words(error)}")
+            agreement.announce(generation, text)
 
 
-class Wholly:
-    """A context that lets ``end`` know, in words, of what stopped a collective half-way.
-
-    Not of errors that all workers raise.
-    """
-
-    __slots__ = ("_end", "_rank", "_standing")
-
-    def __init__(self, standing: Standing, rank: int, end: Callable[[str], None]) -> None:
-        self._standing, self._rank, self._end = standing, rank, end
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None and not self._standing.is_known(error):
-            self._end(f"worker {self._rank} left a collective half-way: {_in_words(error)}")
-
-
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """Return an error as the last line of its traceback has it."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -143,13 +133,39 @@ class Agreement:
     wire : Wire
     standing : Standing
         Of this worker; shared by its wires.
+    end : callable
+        Told in words what stopped a collective half-way, of which no other worker knows.
+
+    Notes
+    -----
+    A context, to be entered for each collective: it may take several rounds.
     """
 
-    def __init__(self, wire: Wire, standing: Standing) -> None:
+    def __init__(self, wire: Wire, standing: Standing, end: Callable[[str], None]) -> None:
         self._wire = wire
         self._standing = standing
+        standing.agreements.append(self)
+        self._end = end
         self._owed: deque[tuple[int, str]] = deque()  # failures to be announced
+        self._turn = threading.Lock()  # of who comes to the next round: a thread that fails does
+        self._began = 0  # the generation in which the collective that is under way began
         self.is_open = False  # the latest round is the announcement of a failure
+
+    def __enter__(self) -> None:
+        self._turn.acquire()
+        self._began = self._standing.generation
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._turn.release()
+        if error is not None and not self._standing.is_known(error):
+            self._end(f"worker {self._wire.rank} left a collective half-way: {in_words(error)}")
+        if self._owed:
+            self._announce_now()
 
     @property
     def is_settled(self) -> bool:
@@ -157,12 +173,22 @@ class Agreement:
         return not self.is_open and not self._owed
 
     def announce(self, generation: int, text: str) -> None:
-        """Tell the others of a failure in the next round, without waiting for them."""
+        """Tell the others of a failure in the next round, without waiting for them.
+
+        If a collective is under way in another thread, in the round after it.
+        """
         self._owed.append((generation, text))
-        if self.is_open and self._wire.is_complete():
-            self.is_open = False  # all have heard of the failure before
-        if not self.is_open:
-            self._announce_next()
+        self._announce_now()
+
+    def _announce_now(self) -> None:
+        if self._turn.acquire(blocking=False):
+            try:
+                if self.is_open and self._wire.is_complete():
+                    self.is_open = False  # all have heard of the failure before
+                if self._owed and not self.is_open:
+                    self._announce_next()
+            finally:
+                self._turn.release()
 
     def _announce_next(self) -> None:
         generation, text = self._owed.popleft()
@@ -205,21 +231,20 @@ class Agreement:
             self.judge(words, wanted)
 
     def judge(self, words: Sequence[Word], wanted: Asked) -> None:
-        """Raise what words that differ mean; return if they are late news, so: try again."""
+        """Raise what words that differ mean; return if they are of an earlier step: try again."""
         if not self._hear_failures(words):
             self._tell_apart(wanted)
 
     def _hear_failures(self, words: Sequence[Word]) -> bool:
-        """Return whether a worker announced a failure; raise if it is news."""
+        """Return whether a worker announced a failure; raise if it ends what is under way."""
         standing = self._standing
         failed = [(-1 - w.number, worker) for worker, w in enumerate(words) if w.number < 0]
-        news = [(g, worker) for g, worker in failed if g >= standing.generation]
+        news = [(g, worker) for g, worker in failed if g >= self._began]
         if news:
             generation, worker = max(news, key=lambda one: (one[0], -one[1]))
-            standing.generation = generation + 1
-            raise self._raised(
-                StepEnded(f"this step has ended because {self._wire.text_of(worker)}")
-            )
+            standing.generation = max(standing.generation, generation + 1)
+            text = f"this step has ended because {self._wire.text_of(worker)}"
+            raise standing.note(StepEnded(text))
         return bool(failed)
 
     def _tell_apart(self, wanted: Asked) -> None:
@@ -230,13 +255,11 @@ class Agreement:
             f"worker {worker} called {self._wire.text_of(worker)}"
             for worker in range(self._wire.size)
         )
-        raise self._raised(
-            CollectiveMismatchError(
-                f"the workers disagree: {each}; every worker must call the same collectives in "
-                f"the same order, with the same shapes and dtypes"
-            )
+        error = CollectiveMismatchError(
+            f"the workers disagree: {each}; every worker must call the same collectives in the "
+            f"same order, with the same shapes and dtypes"
         )
-
-    def _raised(self, error: BaseException) -> BaseException:
-        self._standing.raised = error
-        return error
+        # Here all know. Over other wires some may be waiting for what never comes now.
+        others = [one for one in self._standing.agreements if one is not self]
+        self._standing.fail(in_words(error), others)
+        raise self._standing.note(error)

@@ -11,6 +11,8 @@ beside them, so nothing waits for a worker that will not come.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any, final
@@ -18,7 +20,7 @@ from typing import Any, final
 import numpy as np
 from mpi4py import MPI
 
-from dvkernels.communicators.agreement import Agreement, Asked, Standing, Wholly, Word
+from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.kernels.cpu import direct, prompt
 from dvkernels.reduce_op import Reduction
@@ -34,6 +36,8 @@ _MESSAGE_NBYTES = 64 * 1024 * 1024
 _SPINS = 2_000  # about 1 ms of asking MPI
 _NAP_SECONDS, _LONGEST_NAP_SECONDS = 20e-6, 1e-3
 _SAY_SECONDS = 1.0  # after which a waiter tells the others where it waits
+_NEVER = [-1, -1]  # the last rounds of a worker that MPI has lost
+_THERE: tuple[list[int], str] = [], ""
 _LEVEL = 0  # the number that a worker brings to a round in which it asks for nothing
 _LOST, _GAVE_UP, _LEFT, _WAITS = 1, 2, 3, 4  # tags; _WAITS + channel
 
@@ -56,30 +60,46 @@ class _Post:
     def send(self, tag: int, text: str) -> None:
         """Send a word to all others, without waiting."""
         held = np.frombuffer(text.encode(errors="replace"), np.uint8)
-        self._sent = [(request, kept) for request, kept in self._sent if not request.Test()]
+        self._sent = [one for one in self._sent if not _is_over(one[0])]
         for other in self._others:
-            self._sent.append((self._comm.Isend([held, MPI.BYTE], other, tag), held))
+            with contextlib.suppress(MPI.Exception):  # who is lost hears nothing
+                self._sent.append((self._comm.Isend([held, MPI.BYTE], other, tag), held))
 
     def listen(self) -> None:
         """Take note of what has come."""
+        for other in self._others:
+            if self.left.get(other, _THERE)[0] is not _NEVER:
+                try:
+                    self._listen_to(other)
+                except MPI.Exception as error:  # of an MPI that survives its processes (ULFM)
+                    self.left[other] = _NEVER, f"MPI has lost it: {error}"
+
+    def _listen_to(self, other: int) -> None:
         status = MPI.Status()
-        while (message := self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, status)) is not None:
+        while (message := self._comm.Improbe(other, MPI.ANY_TAG, status)) is not None:
             held = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             message.Recv([held, MPI.BYTE])
-            text, tag, source = held.tobytes().decode(), status.Get_tag(), status.Get_source()
+            text, tag = held.tobytes().decode(errors="replace"), status.Get_tag()
             if tag in (_LOST, _GAVE_UP):
                 self.ended = self.ended or (tag, text)
             elif tag == _LEFT:
                 rounds, _, why = text.partition(";")
-                self.left[source] = [int(number) for number in rounds.split()], why
+                self.left[other] = [int(number) for number in rounds.split()], why
             else:
-                self.waits[tag - _WAITS, source] = int(text)
+                self.waits[tag - _WAITS, other] = int(text)
 
     def end(self, kind: int, text: str) -> None:
         """End the group for all."""
         if self.ended is None:
             self.ended = kind, text
             self.send(kind, text)
+
+
+def _is_over(request: Any) -> bool:
+    try:
+        return bool(request.Test())
+    except MPI.Exception:
+        return True
 
 
 @final
@@ -115,9 +135,9 @@ class Messages:
         self._number = 0
         self._last: Asked | None = None
         self._standing = standing or Standing()
-        self._agreement = Agreement(self, self._standing)
         self._post = post or _Post(comm)
-        self._wholly = Wholly(self._standing, self.rank, self._end_half_way)
+        end = functools.partial(self._post.end, _LOST)
+        self._agreement = Agreement(self, self._standing, end)
         if channel == 0:
             self._beside: Messages | None = Messages(
                 comm, timeout_seconds, channel=1, standing=self._standing, post=self._post
@@ -134,7 +154,7 @@ class Messages:
     def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
         """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
         step = _MESSAGE_NBYTES // source.itemsize
-        with self._wholly:
+        with self._agreement:
             self._agree(wanted, source.nbytes)
             for start in range(0, source.size, step):
                 piece, result = source[start : start + step], target[start : start + step]
@@ -163,7 +183,7 @@ class Messages:
 
     def gather(self, source: Any, wanted: Asked) -> list[Any]:
         """Return the bytes of all workers, as many as each has."""
-        with self._wholly:
+        with self._agreement:
             words = self._agree(wanted, source.nbytes)
             results = [np.empty(word.nbytes, np.uint8) for word in words]
             for start in range(0, max(word.nbytes for word in words), _MESSAGE_NBYTES):
@@ -181,7 +201,7 @@ class Messages:
 
     def broadcast_into(self, target: Any, root: int, wanted: Asked) -> None:
         """Leave the root's bytes in ``target``, which holds them on the root."""
-        with self._wholly:
+        with self._agreement:
             self._agree(wanted, len(target))
             for start in range(0, len(target), _MESSAGE_NBYTES):
                 piece = target[start : start + _MESSAGE_NBYTES]
@@ -274,15 +294,11 @@ class Messages:
         self._post.end(kind, text)
         raise self._why_ended()
 
-    def _end_half_way(self, text: str) -> None:
-        self._post.end(_LOST, text)
-
     def _why_ended(self) -> BaseException:
         assert self._post.ended is not None
         kind, text = self._post.ended
         error = CollectiveTimeoutError(text) if kind == _GAVE_UP else WorkerLostError(text)
-        self._standing.raised = error
-        return error
+        return self._standing.note(error)
 
     @property
     def has_ended(self) -> bool:
@@ -300,6 +316,8 @@ class Messages:
         return all([wire._is_level(self._post) for wire in (self, self.beside())])
 
     def _is_level(self, post: _Post) -> bool:
+        if post.ended is not None:
+            return True  # in its own way: nothing will be finished any more
         if not self.is_complete():
             return False
         if len(post.left) < self.size - 1:
@@ -313,8 +331,7 @@ class Messages:
     def announce(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that this worker's step has failed."""
         if not self.has_ended:
-            agreements = [self._agreement, self.beside()._agreement]
-            self._standing.announce(error, self.rank, agreements)
+            self._standing.announce(error, self.rank)
 
     def leave(self, text: str) -> None:
         """Say that this worker comes to no further round, and why."""

@@ -129,7 +129,7 @@ def _leave() -> None:
     while not (is_left := _is_left_by_all()) and time.monotonic() < deadline:
         time.sleep(_NAP_SECONDS)
     if is_broken or not (is_left or is_whole):
-        _abort()
+        _abort(does_any_hang=any([transport.those_that_stay() for transport in _open]))
 
 
 def _is_left_by_all() -> bool:
@@ -137,7 +137,14 @@ def _is_left_by_all() -> bool:
     return are_gone and all([transport.is_settled for transport in _open])
 
 
-def _abort() -> None:
+def _abort(does_any_hang: bool) -> None:
+    """End this process without MPI_Finalize, and those that hang with it.
+
+    Where all others are leaving too, MPI_Abort would race with them for who is heard, and Open
+    MPI's launcher does not end after it once a process was killed under ``--with-ft ulfm``.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    MPI.COMM_WORLD.Abort(1)
+    if does_any_hang:
+        MPI.COMM_WORLD.Abort(1)
+    os._exit(1)

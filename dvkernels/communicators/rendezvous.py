@@ -99,6 +99,7 @@ class Step:
     """
 
     __slots__ = (
+        "_announce",
         "_arrived",
         "_awaited",
         "_carrier",
@@ -130,8 +131,10 @@ class Step:
         timeout: float = _PATIENCE_SECONDS,
         carrier: Carrier | None = None,
         first_replica: int = 0,
+        announce: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.num_replicas = num_replicas
+        self._announce = announce  # tells other processes that this step has failed
         self._first = first_replica  # what the first of these threads is called in messages
         self.failure: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
@@ -269,7 +272,11 @@ class Step:
                 stuck = self._is_stuck()
             if stuck:
                 self._end_deserted()
-            if not self._watched(replica, pending.done.wait, pending.done.wait):
+            is_done = self._watched(replica, pending.done.wait, pending.done.wait)
+            while not is_done and pending.is_complete:
+                # All have come: the collective itself takes this long.
+                is_done = pending.done.wait(self._timeout)
+            if not is_done:
                 missing = self._missing(pending.requests)
                 self.fail(
                     CollectiveTimeoutError(
@@ -416,7 +423,8 @@ class Step:
         disagreement.
         """
         with self._mutex:
-            if self.failure is None:
+            is_first = self.failure is None
+            if is_first:
                 self.failure = error
             if replica is None:
                 self._echoes.append(error)
@@ -428,6 +436,8 @@ class Step:
             for pending in self._pending:
                 if not pending.is_complete:
                     pending.done.set()
+        if is_first and self._announce is not None and not self._is_forked():
+            self._announce(error)
 
     def settle(self, started: bool) -> None:
         """Return when every replica has left; an interrupt ends the collectives meanwhile.

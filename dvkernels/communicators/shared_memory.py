@@ -16,7 +16,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.cluster import processes
-from dvkernels.communicators.agreement import Agreement, Asked, Standing, Wholly, Word
+from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.kernels.cpu import direct, prompt, rounds
@@ -67,8 +67,7 @@ class SharedMemory:
         self._last: Asked | None = None
         self._views: dict[Any, list[list[Any]]] = {}
         self._standing = standing or Standing()
-        self._agreement = Agreement(self, self._standing)
-        self._wholly = Wholly(self._standing, self.rank, functools.partial(room.end, _LOST))
+        self._agreement = Agreement(self, self._standing, functools.partial(room.end, _LOST))
         if channel + 1 < NUM_CHANNELS:
             self._beside: SharedMemory | None = SharedMemory(
                 room, timeout_seconds, is_roomy, channel=channel + 1, standing=self._standing
@@ -85,7 +84,7 @@ class SharedMemory:
     def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
         """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
         step = PLACE_NBYTES // source.itemsize
-        with self._wholly:
+        with self._agreement:
             for start in range(0, max(1, source.size), step):
                 piece, result = source[start : start + step], target[start : start + step]
                 views = self._views_of(piece.dtype, piece.size)
@@ -99,7 +98,7 @@ class SharedMemory:
         """Return the bytes of all workers, as many as each has."""
         longest, start = 0, 0
         results: list[Any] = []
-        with self._wholly:
+        with self._agreement:
             while not results or start < longest:
                 piece = source[start : start + PLACE_NBYTES]
                 parity = self._round(wanted, source.nbytes, functools.partial(self._put, piece))
@@ -114,7 +113,7 @@ class SharedMemory:
 
     def broadcast_into(self, target: Any, root: int, wanted: Asked) -> None:
         """Leave the root's bytes in ``target``, which holds them on the root."""
-        with self._wholly:
+        with self._agreement:
             for start in range(0, max(1, len(target)), PLACE_NBYTES):
                 piece = target[start : start + PLACE_NBYTES]
                 mine = piece if self.rank == root else piece[:0]
@@ -236,8 +235,7 @@ class SharedMemory:
         assert found is not None
         kind, text = found
         error = CollectiveTimeoutError(text) if kind == _GAVE_UP else WorkerLostError(text)
-        self._standing.raised = error
-        return error
+        return self._standing.note(error)
 
     @property
     def has_ended(self) -> bool:
@@ -247,8 +245,7 @@ class SharedMemory:
     def announce(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that this worker's step has failed."""
         if not self.has_ended:
-            agreements = [self._agreement, self.beside()._agreement]
-            self._standing.announce(error, self.rank, agreements)
+            self._standing.announce(error, self.rank)
 
     @property
     def is_settled(self) -> bool:

@@ -130,7 +130,8 @@ class Strategy:
             replicas_of_workers=tuple(counts),
             background=background,
         )
-        self._runner = runner.Runner(len(resolved), name, self._placement.first_replica)
+        announce = workers.announce if workers.size > 1 else None
+        self._runner = runner.Runner(len(resolved), name, self._placement.first_replica, announce)
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -239,11 +240,7 @@ class Strategy:
         watch = debugging.active
         if watch is not None and not nested:
             watch.next_step()
-        try:
-            results = self._runner.run(replica, nested)
-        except BaseException as error:
-            placement.workers.announce(error)
-            raise
+        results = self._runner.run(replica, nested)
         if watch is not None and not nested:
             drift.check(living_in(placement), f"after a step of {placement.name}")
         return regroup.regroup(results, placement.replica_devices, placement)

@@ -39,6 +39,9 @@ def mpiexec() -> str | None:
 
 @functools.cache
 def is_open_mpi() -> bool:
+    """Tell whether the launcher is that of Open MPI."""
+    if mpiexec() is None:
+        return False
     said = subprocess.run([mpiexec(), "--version"], capture_output=True, text=True, check=False)
     return "Open MPI" in said.stdout + said.stderr
 
@@ -58,11 +61,6 @@ class Outcome:
 
     code: int
     written: str
-
-    def lines(self, beginning: str) -> list[str]:
-        """Return what follows a beginning, of each line that has it, sorted."""
-        found = (line for line in self.written.splitlines() if line.startswith(beginning))
-        return sorted(line[len(beginning) :].strip() for line in found)
 
 
 class Job:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import os
+import pathlib
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.testing import check_strategy
+from dvkernels.testing import check_communicator, check_strategy
 
 
 def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
@@ -23,6 +29,35 @@ def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
 
 def rank() -> int:
     return dv.cluster.default_resolver().worker_id
+
+
+def communicator_laws(num_local: str, over: str) -> None:
+    with make(int(num_local)) as strategy:
+        count = strategy.num_replicas_in_sync
+        ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+        placement = ids.owner
+        for communicator in (placement.communicator, placement.beside):
+            check_communicator(lambda _, c=communicator: c, sizes=[count], local=ids.values)
+            values = [np.random.default_rng(r).standard_normal(70_001) for r in ids.values]
+            found = communicator.all_reduce(values, dv.ReduceOp.SUM)[0]
+            bits = placement.workers.exchange(hashlib.sha256(found).hexdigest())
+            assert len(set(bits)) == 1, "all workers have the same bits"
+
+
+def large(over: str, num_bytes: str) -> None:
+    """More elements than 32 bits count, in place, and the same bits everywhere."""
+    with make(1) as strategy:
+        size = int(num_bytes)
+        own = np.full(size, rank() + 1, np.uint8)
+        own[-1] = 7 * rank()
+
+        def step():
+            dv.get_replica_context().all_reduce("sum", own, out=own)
+
+        strategy.run(step)
+        count = strategy.num_replicas_in_sync
+        assert own[:-1].min() == own[:-1].max() == sum(range(1, count + 1))
+        assert own[-1] == 7 * sum(range(count))
 
 
 def strategy_laws(num_local: str, over: str) -> None:
@@ -107,6 +142,42 @@ def variables(num_local: str, over: str) -> None:
                 own.on(outside)
         together = strategy.gather(strategy.run(lambda: np.asarray(table.read_value())))
         assert (together.reshape(count, -1) == np.asarray(table)).all(), "all copies are equal"
+
+
+def endure(over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str) -> None:
+    """Go on until the victim comes to harm, and write what that was to this worker."""
+    rng = np.random.default_rng(int(seed))  # the same on all
+    step_of_harm, seconds = int(rng.integers(1, 60)), float(rng.uniform(0.0, 0.4))
+    sizes = rng.choice([1, 100, 10_000, 300_000], 1000)
+    is_victim = rank() == int(victim)
+    with make(1, float(timeout_seconds)) as strategy:
+        with strategy.scope():
+            total = dv.Variable(0.0, aggregation="sum")
+
+        def step(number):
+            here = dv.get_replica_context()
+            if is_victim and number == step_of_harm and harm == "raise":
+                raise RuntimeError("of the victim")
+            if is_victim and number == step_of_harm and harm == "mismatch":
+                here.all_gather(np.ones(3))
+            pending = here.all_reduce_async("max", np.full(5, 1.0))
+            here.all_reduce("sum", np.ones(sizes[number], np.float32))
+            total.assign_add(1.0)
+            return pending.wait()
+
+        strategy.run(step, (0,))
+        if is_victim and harm in ("kill", "stop"):
+            number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[harm]
+            threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+        try:
+            for number in itertools.count(1):
+                if is_victim and number == step_of_harm and harm == "exit":
+                    return
+                strategy.gather(strategy.run(step, (number % len(sizes),)))
+        except Exception as error:
+            who = "victim" if is_victim else "survivor"
+            pathlib.Path(folder, f"{who}_{rank()}").write_text(f"{type(error).__name__}: {error}")
+            raise
 
 
 if __name__ == "__main__":

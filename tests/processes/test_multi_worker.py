@@ -20,6 +20,19 @@ SHAPES = pytest.mark.parametrize(
 
 
 @SHAPES
+def test_the_laws_of_communicators(count, num_local, over):
+    run(count, "communicator_laws", num_local, over)
+
+
+@pytest.mark.parametrize("over", ["memory", "messages"])
+@pytest.mark.parametrize(
+    "num_bytes", [150_000_001, pytest.param(2**31 + 5, marks=pytest.mark.slow)]
+)
+def test_large_arrays(over, num_bytes):
+    run(2, "large", over, num_bytes)
+
+
+@SHAPES
 def test_the_laws_of_strategies(count, num_local, over):
     run(count, "strategy_laws", num_local, over)
 
