@@ -5,6 +5,9 @@ strategies, variables and datasets of this module, with the programming model of
 ``tf.distribute``.
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from dvkernels import cluster as cluster
 from dvkernels import errors as errors
 from dvkernels import kernels as kernels
@@ -46,3 +49,28 @@ from dvkernels.variables.modes import VariableAggregation as VariableAggregation
 from dvkernels.variables.modes import VariableSynchronization as VariableSynchronization
 from dvkernels.variables.variable import Variable as Variable
 from dvkernels.variables.variable import sync as sync
+
+if _typing.TYPE_CHECKING:
+    from dvkernels.checkpoint.checkpoint import Checkpoint as Checkpoint
+    from dvkernels.checkpoint.checkpoint import Restored as Restored
+    from dvkernels.checkpoint.manager import CheckpointManager as CheckpointManager
+    from dvkernels.checkpoint.preemption import PreemptionHandler as PreemptionHandler
+
+# Loaded when they are first asked for: few programs need them at once, and they need xxhash.
+_LATER = {
+    "Checkpoint": "dvkernels.checkpoint.checkpoint",
+    "CheckpointManager": "dvkernels.checkpoint.manager",
+    "PreemptionHandler": "dvkernels.checkpoint.preemption",
+    "Restored": "dvkernels.checkpoint.checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module 'dvkernels' has no attribute {name!r}")
+    value = globals()[name] = getattr(_importlib.import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

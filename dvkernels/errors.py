@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "AlgorithmError",
     "BufferMismatchError",
+    "CheckpointDamagedError",
     "CheckpointError",
     "ClusterError",
     "CollectiveMismatchError",
@@ -17,6 +18,7 @@ __all__ = [
     "DeviceError",
     "DriftError",
     "DvKernelsError",
+    "LaunchError",
     "NonFiniteError",
     "NotABufferError",
     "ReduceOpError",
@@ -58,6 +60,10 @@ class ClusterError(DvKernelsError, ValueError):
     """What tells a worker its place among the others is missing, malformed or contradictory."""
 
 
+class LaunchError(DvKernelsError, RuntimeError):
+    """The workers of a job cannot be started here in the way that was asked for."""
+
+
 class CollectiveMismatchError(DvKernelsError, RuntimeError):
     """The replicas asked for different collectives, or one of them did not take part."""
 
@@ -80,6 +86,10 @@ class ContextError(DvKernelsError, RuntimeError):
 
 class CheckpointError(DvKernelsError, ValueError):
     """A checkpoint is damaged or does not fit the objects to restore."""
+
+
+class CheckpointDamagedError(CheckpointError):
+    """A file of a checkpoint is missing, cut off or altered, or cannot be read."""
 
 
 class DatasetError(DvKernelsError, ValueError):

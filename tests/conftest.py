@@ -61,7 +61,8 @@ def _driver() -> str:
 
 
 def _header() -> str:
-    launcher = shutil.which("mpiexec")
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    launcher = shutil.which("mpiexec", path=beside)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
         f"python {platform.python_version()}, numpy {_version('numpy')}, "

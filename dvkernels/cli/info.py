@@ -10,13 +10,15 @@ import numpy as np
 
 from dvkernels import context
 from dvkernels._version import __version__
+from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
+from dvkernels.devices import cpu
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import list_devices
 from dvkernels.strategies.mirrored import MirroredStrategy
 
 __all__: list[str] = []
 
-HELP = "compute something on every device and say PASS or why not"
+HELP = "compute something on every device and say PASS or why not; under launch, who is where"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print versions, then one line per device and one for all together; 1 if any failed."""
+    """Print versions, then one line per device and one for all together; 1 if any failed.
+
+    Of several workers each prints one line: who and where it is, what it has, and what came of it.
+    """
+    resolver = default_resolver()
+    devices = list_devices()
+    if resolver.num_workers > 1:
+        outcome = _check(devices)
+        print(f"{_place(resolver)}: {' '.join(map(str, devices))} {outcome}")
+        return 0 if outcome == "PASS" else 1
     packages = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "numba", "optree"))
     print(f"dvkernels {__version__}, Python {platform.python_version()}, {packages}")
     print(f"{platform.system()} {platform.machine()}")
-    devices = list_devices()
     outcomes = [_check([device]) for device in devices]
     for device, outcome in zip(devices, outcomes, strict=True):
         print(f"{device!s:8} {outcome}")
@@ -36,6 +46,18 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{'together':8} {together}")
     print("cuda     not supported in this version")
     return 0 if all(outcome == "PASS" for outcome in (*outcomes, together)) else 1
+
+
+def _place(resolver: ClusterResolver) -> str:
+    """Return where a worker is: ``worker 3 of 4, 1 of 2 on n2, cores 4-7 (Open MPI)``."""
+    me = f"{resolver.task_type} {resolver.task_id}"
+    if resolver.worker_id is not None:
+        me = f"worker {resolver.worker_id} of {resolver.num_workers}"
+    host = platform.node()
+    here = f"on {host}"
+    if resolver.num_local_workers is not None:
+        here = f"{resolver.local_rank} of {resolver.num_local_workers} on {host}"
+    return f"{me}, {here}, {cpu.described_affinity()} ({resolver.source})"
 
 
 def _check(devices: list[Device]) -> str:

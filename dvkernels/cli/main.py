@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from dvkernels._version import __version__
-from dvkernels.cli import bench, bench_input, info, train
 from dvkernels.errors import DvKernelsError
 
 __all__: list[str] = []
 
-_VERBS = {"train": train, "bench": bench, "bench-input": bench_input, "info": info}
+_VERBS = {
+    "train": "dvkernels.cli.train",
+    "launch": "dvkernels.cli.launch",
+    "bench": "dvkernels.cli.bench",
+    "bench-input": "dvkernels.cli.bench_input",
+    "bench-checkpoint": "dvkernels.cli.bench_checkpoint",
+    "checkpoint": "dvkernels.cli.checkpoint",
+    "info": "dvkernels.cli.info",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,11 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dvkernels", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dvkernels {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, verb in _VERBS.items():
+    # Together they take longer to load than launch takes to start: all only if all are listed.
+    words = sys.argv[1:] if argv is None else argv
+    asked = [word for word in words[:1] if word in _VERBS] or list(_VERBS)
+    loaded = {name: importlib.import_module(_VERBS[name]) for name in asked}
+    for name, verb in loaded.items():
         verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.HELP))
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     try:
-        status: int = _VERBS[arguments.verb].run(arguments)
+        status: int = loaded[arguments.verb].run(arguments)
         return status
     except DvKernelsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,14 +8,16 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from dvkernels.cli import digits, network, training
-from dvkernels.cli.training import Outcome, Recipe, Report
+from dvkernels.checkpoint.manager import checkpoints_in
+from dvkernels.cli import digits, network, numbers, training
+from dvkernels.cli.training import Keeping, Outcome, Recipe, Report
 from dvkernels.devices import cpu
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import resolve
-from dvkernels.errors import DvKernelsError
+from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.strategies.base import Strategy
 from dvkernels.strategies.mirrored import MirroredStrategy
 from dvkernels.strategies.one_device import OneDeviceStrategy
@@ -33,16 +35,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     recipe = Recipe()
     parser.add_argument(
-        "--replicas", type=_positive, help="number of replicas (default: one per usable core)"
+        "--replicas",
+        type=numbers.positive,
+        help="number of replicas (default: one per usable core)",
     )
-    parser.add_argument("--epochs", type=_positive, default=recipe.epochs)
+    parser.add_argument("--epochs", type=numbers.positive, default=recipe.epochs)
     parser.add_argument(
-        "--batch-size", type=_positive, default=recipe.batch_size, help="of all replicas together"
+        "--batch-size",
+        type=numbers.positive,
+        default=recipe.batch_size,
+        help="of all replicas together",
     )
-    parser.add_argument("--hidden", type=_positive, default=recipe.num_hidden, help="hidden units")
+    parser.add_argument(
+        "--hidden", type=numbers.positive, default=recipe.num_hidden, help="hidden units"
+    )
     parser.add_argument("--device", default="cpu", help="kind of device: cpu")
-    parser.add_argument("--seed", type=_natural, default=recipe.seed)
+    parser.add_argument("--seed", type=numbers.natural, default=recipe.seed)
     parser.add_argument("--dtype", choices=("float32", "float64"), default=recipe.dtype)
+    parser.add_argument(
+        "--checkpoint-dir", help="save checkpoints here; SIGTERM and SIGUSR1 save one and exit"
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=numbers.positive,
+        metavar="STEPS",
+        help="how often (default: once an epoch)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint; start afresh where there is none",
+    )
+    parser.add_argument(
+        "--preemption-exit-code", type=numbers.natural, default=42, help="after SIGTERM or SIGUSR1"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; times are seconds per step"
     )
@@ -72,10 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"{len(data.train_images)} digits to learn from, {len(data.test_images)} held out; "
         f"{num_replicas} replicas; BLAS is held to one thread a replica"
     )
+    keeping = _keeping(arguments)
     with _one_blas_thread(), MirroredStrategy(devices) as strategy:
-        outcome = _train(strategy, recipe, data, "training")
+        outcome = _train(strategy, recipe, data, "training", keeping)
         with OneDeviceStrategy(devices[0]) as alone:
-            reference = _train(alone, recipe, data, "the same on one device")
+            reference = _train(alone, recipe, data, "the same on one device", None)
 
     def accuracy(trained: Outcome) -> float:
         return network.accuracy(
@@ -88,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         "weights_sha256": network.checksum(outcome.weights),
         "num_replicas": num_replicas,
         "steps": outcome.steps,
+        "resumed_at_step": outcome.resumed_at_step,
         "examples_per_second": outcome.examples_per_second,
         "seconds_per_step": outcome.seconds_per_step,
         "compute_seconds": outcome.compute_seconds,
@@ -104,9 +132,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(strategy: Strategy, recipe: Recipe, data: digits.Digits, title: str) -> Outcome:
+def _keeping(arguments: argparse.Namespace) -> Keeping | None:
+    """Return what is to be saved where; raise if that is not clear."""
+    if arguments.checkpoint_dir is None:
+        if arguments.resume or arguments.checkpoint_every:
+            raise CheckpointError(
+                "--resume and --checkpoint-every say what to do with checkpoints; say where they "
+                "are with --checkpoint-dir"
+            )
+        return None
+    held = checkpoints_in(Path(arguments.checkpoint_dir))
+    if held and not arguments.resume:
+        raise CheckpointError(
+            f"{arguments.checkpoint_dir} holds the checkpoints of a run, up to {held[-1].name}; "
+            f"pass --resume to go on with it, or another --checkpoint-dir"
+        )
+    return Keeping(
+        arguments.checkpoint_dir, arguments.checkpoint_every, arguments.preemption_exit_code
+    )
+
+
+def _train(
+    strategy: Strategy, recipe: Recipe, data: digits.Digits, title: str, keeping: Keeping | None
+) -> Outcome:
     with _progress(title, training.num_steps(recipe, data)) as report:
-        return training.train(strategy, recipe, data, report)
+        return training.train(strategy, recipe, data, report, keeping)
 
 
 def _report(result: dict[str, Any]) -> str:
@@ -119,7 +169,8 @@ def _report(result: dict[str, Any]) -> str:
         [
             f"test accuracy      {result['test_accuracy']:.4f}",
             f"final loss         {result['final_loss']:.3g}",
-            f"steps              {result['steps']}, {result['examples_per_second']:.0f} examples/s",
+            f"steps              {result['steps']}, {result['examples_per_second']:.0f} examples/s"
+            + (f", resumed at {resumed}" if (resumed := result["resumed_at_step"]) else ""),
             f"time per step      {step * 1e6:.0f} us: {shares}",
             f"against one device {result['relative_difference_to_one_device']:.2e} "
             f"relative difference of the weights, accuracy there "
@@ -162,17 +213,3 @@ def _one_blas_thread() -> Iterator[None]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return number
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
-    return number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from dvkernels import context
+from dvkernels.checkpoint.checkpoint import Checkpoint
+from dvkernels.checkpoint.manager import CheckpointManager
+from dvkernels.checkpoint.preemption import PreemptionHandler
 from dvkernels.cli import network
 from dvkernels.cli.digits import Digits
 from dvkernels.data.dataset import Dataset
@@ -38,12 +43,22 @@ class Outcome:
 
     weights: Any  # flat, as in network.py
     steps: int
+    resumed_at_step: int | None
     final_loss: float
     examples_per_second: float
     seconds_per_step: float
     compute_seconds: float
     communication_seconds: float
     input_seconds: float
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where checkpoints are kept, and what happens when the machine is taken away."""
+
+    directory: str
+    every: int | None  # steps; None: those of an epoch
+    exit_code: int
 
 
 Report = Callable[[int, int, float, float], None]  # step, examples, loss, examples per second
@@ -64,7 +79,13 @@ def num_steps(recipe: Recipe, data: Digits) -> int:
     return -(-len(data.train_images) * recipe.epochs // recipe.batch_size)
 
 
-def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> Outcome:
+def train(
+    strategy: Strategy,
+    recipe: Recipe,
+    data: Digits,
+    report: Report,
+    keeping: Keeping | None = None,
+) -> Outcome:
     """Train under a strategy, with gradients averaged over all examples of each global batch."""
     with strategy.scope():
         initial = network.initial_weights(recipe.num_hidden, recipe.dtype, recipe.seed)
@@ -111,9 +132,23 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
     strategy.run(warm_up)
     seconds = np.zeros((strategy.num_replicas_in_sync, 2))  # compute, communication
     losses = np.zeros(strategy.num_replicas_in_sync)
-    steps, seen, waiting = 0, 0, 0.0
-    began = clock()
-    with iter(strategy.distribute_dataset(dataset(recipe, data))) as batches:
+    progress: dict[str, Any] = {"steps": 0, "loss": math.nan}
+    resumed_at_step = None
+    seen, waiting = 0, 0.0
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(iter(strategy.distribute_dataset(dataset(recipe, data))))
+        if keeping is not None:
+            checkpoint = Checkpoint(
+                weights=weights, velocity=velocity, batches=batches, progress=progress
+            )
+            manager = stack.enter_context(CheckpointManager(checkpoint, keeping.directory))
+            restored = manager.restore_latest()
+            resumed_at_step = None if restored is None else restored.step
+            preemption = stack.enter_context(
+                PreemptionHandler(manager, exit_code=keeping.exit_code)
+            )
+            every = keeping.every or -(-len(data.train_images) // recipe.batch_size)
+        began = clock()
         while True:
             asked = clock()
             images, labels = next(batches, (None, None))
@@ -121,20 +156,31 @@ def train(strategy: Strategy, recipe: Recipe, data: Digits, report: Report) -> O
                 break
             waiting += clock() - asked
             strategy.run(step, (images, labels))
-            steps += 1
             seen += sum(len(part) for part in images.values)
+            progress["steps"] += 1
+            progress["loss"] = float(losses[0])
+            steps = progress["steps"]
             report(steps, seen, losses[0], seen / (clock() - began))
-    elapsed = clock() - began
-    compute, communication = seconds.mean(axis=0) / steps
+            if keeping is not None:
+                preemption.after_step(steps)
+                if steps % every == 0:
+                    manager.save(steps, background=True)
+        elapsed = clock() - began
+        if keeping is not None and (resumed_at_step or 0) < progress["steps"]:
+            manager.save(progress["steps"])
+    steps = progress["steps"]
+    num_own = max(1, steps - (resumed_at_step or 0))  # of this process; 0 if all was done before
+    compute, communication = seconds.mean(axis=0) / num_own
     return Outcome(
         weights=weights.numpy(),
         steps=steps,
-        final_loss=float(losses[0]),
+        resumed_at_step=resumed_at_step,
+        final_loss=progress["loss"],
         examples_per_second=seen / elapsed,
-        seconds_per_step=elapsed / steps,
+        seconds_per_step=elapsed / num_own,
         compute_seconds=float(compute),
         communication_seconds=float(communication),
-        input_seconds=waiting / steps,
+        input_seconds=waiting / num_own,
     )
 
 

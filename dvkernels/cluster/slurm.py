@@ -13,11 +13,12 @@ __all__ = ["expand_counts", "expand_nodes"]
 # Slurm itself ends at 65536 nodes. A typing error must not fill the memory.
 _MOST_NODES = 1 << 17
 
+# Compiled when first used: most who import this are under no Slurm.
 # A name is a run of texts and brackets: rack[0-1]node[00-15]-ib.
-_NAME = re.compile(r"(?:[^\[\],\s]|\[[0-9,-]+\])+")
-_PART = re.compile(r"\[(?P<ranges>[0-9,-]+)\]|(?P<text>[^\[\]]+)")
-_RANGE = re.compile(r"(?P<low>[0-9]+)(?:-(?P<high>[0-9]+))?")
-_COUNT = re.compile(r"(?P<count>[1-9][0-9]*)(?:\(x(?P<times>[1-9][0-9]*)\))?")
+_NAME = r"(?:[^\[\],\s]|\[[0-9,-]+\])+"
+_PART = r"\[(?P<ranges>[0-9,-]+)\]|(?P<text>[^\[\]]+)"
+_RANGE = r"(?P<low>[0-9]+)(?:-(?P<high>[0-9]+))?"
+_COUNT = r"(?P<count>[1-9][0-9]*)(?:\(x(?P<times>[1-9][0-9]*)\))?"
 
 
 def expand_nodes(variable: str, text: str) -> list[str]:
@@ -44,12 +45,12 @@ def expand_nodes(variable: str, text: str) -> list[str]:
     nodes: list[str] = []
     position = 0
     while True:
-        name = _NAME.match(text, position)
+        name = re.compile(_NAME).match(text, position)
         if name is None:
             raise _malformed(variable, text, position)
         alternatives = [
             list(_numbers(variable, text, part["ranges"])) if part["ranges"] else [part["text"]]
-            for part in _PART.finditer(name[0])
+            for part in re.finditer(_PART, name[0])
         ]
         nodes.extend(
             "".join(parts)
@@ -75,7 +76,7 @@ def expand_counts(variable: str, text: str) -> list[int]:
     """
     counts: list[int] = []
     for part in text.split(","):
-        match = _COUNT.fullmatch(part)
+        match = re.fullmatch(_COUNT, part)
         if match is None:
             raise ClusterError(
                 f"{variable}: expected numbers such as 3(x2),2,1; {part!r} in {text!r} is none"
@@ -90,7 +91,7 @@ def expand_counts(variable: str, text: str) -> list[int]:
 def _numbers(variable: str, text: str, ranges: str) -> Iterator[str]:
     """Yield the numbers of one pair of brackets, as wide as the first of their range."""
     for part in ranges.split(","):
-        match = _RANGE.fullmatch(part)
+        match = re.fullmatch(_RANGE, part)
         if match is None or int(match["high"] or match["low"]) < int(match["low"]):
             raise ClusterError(
                 f"{variable}: expected numbers and ascending ranges in brackets; {part!r} in "

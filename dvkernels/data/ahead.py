@@ -52,13 +52,17 @@ class Ahead(Iterator[Any]):
         """Go to another place; what was held ready is forgotten."""
         self.close()
         self.place = Place(epoch, position, memory)
+        self._at_end = False
 
     def __next__(self) -> Any:
+        if self._at_end:  # another thread would replay all of a sequential source to learn it
+            raise StopIteration
         if self._fetcher is None:
             self._fetcher = _Fetcher(self._node, self.place, self._depth, self._skips)
         try:
             fetched = self._fetcher.take()
-        except BaseException:
+        except BaseException as error:
+            self._at_end = isinstance(error, StopIteration)
             self.close()
             raise
         self.place = fetched.place

@@ -108,14 +108,11 @@ class Cursor(Iterator[Any]):
         return found
 
     def _look_past_errors(self, node: Node, count: int) -> list[Any]:
-        length = node.length or 0
-        places = itertools.takewhile(lambda k: k < length, itertools.count(self.position))
-        attempts = itertools.islice(node.attempts(places, self.epoch), count)
-        pairs = list(attempts)
+        pairs = list(itertools.islice(node.places(self.epoch, self.position), count))
         if not pairs:
             raise StopIteration
         # What failed behind the last of a full run is the next call's.
-        self._beyond = pairs[-1][0] + 1 if len(pairs) == count else int(length)
+        self._beyond = pairs[-1][0] if len(pairs) == count else int(node.length or 0)
         return [element for _, element in pairs]
 
     def _open(self) -> None:
@@ -128,10 +125,11 @@ class Cursor(Iterator[Any]):
 
     def advance(self) -> None:
         """Move past the elements that were looked at last, and those left out before them."""
+        memory = self.memory
         if self._shared.needs_own_chain:
-            self.memory = self._node.release(self.epoch, self._beyond)
-        self._pending.clear()
-        self.position = self._beyond
+            memory = self._node.release(self.epoch, self._beyond)
+        # In one go: an interrupt comes between calls, never within these.
+        self.memory, self._pending, self.position = memory, [], self._beyond
 
     def __next__(self) -> Any:
         element = self.peek()

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dvkernels.data import sharding
+from dvkernels.data.agreement import Exchange
 from dvkernels.data.checks import check_count
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.dealer import Dealer
-from dvkernels.data.distributed_iterator import DistributedIterator, Exchange
+from dvkernels.data.distributed_iterator import DistributedIterator
 from dvkernels.data.options import AutoShardPolicy, InputOptions
 from dvkernels.data.sharding import Sharding
 from dvkernels.data.share import Share
@@ -73,9 +74,11 @@ class DistributedDataset:
         comes exactly once, in the order of its file, but which elements meet in a batch depends
         on the number of workers. Needs ``batch(size)`` as the last step but ``map``, nothing but
         ``map``, ``filter`` and ``shuffle(window=...)`` before it, and at least as many files as
-        workers.
+        workers. With ``drop_remainder=True`` all stop when the first worker's files are used up,
+        and what the others have left is not delivered.
     ``"auto"``
-        By files where that can be done and files are sequential, else by elements.
+        By files where that can be done, files are sequential, and no remainder is left out; else
+        by elements.
     ``"off"``
         Each worker reads everything, in batches of its share of the global batch: each element
         comes once a worker. For sources that differ between workers, such as live ones.
@@ -119,7 +122,7 @@ class DistributedDataset:
         self._sharding = self._shard(options)
         # The devices as PerReplica reads them: parsed once, and as many as there are replicas.
         held = PerReplica((None,) * count, devices=devices).devices
-        self._dealer = Dealer(self._share, held, owner, is_dealt)
+        self._dealer = Dealer(count, held, owner, is_dealt)
         self._check_context = check_context
         self._options = options
         self._exchange = exchange

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 from dvkernels.data import sharding
+from dvkernels.data.agreement import Exchange, Word, agree, report
 from dvkernels.data.clock import Clock, InputStats
 from dvkernels.data.cursor import Cursor, Place
 from dvkernels.data.dealer import Dealer
+from dvkernels.data.distributed_optional import DistributedOptional
 from dvkernels.data.feed import Feed
 from dvkernels.data.nest import flatten
 from dvkernels.data.node import Node
@@ -29,43 +31,7 @@ from dvkernels.data.state import (
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
 
-__all__ = ["DistributedIterator", "DistributedOptional", "Exchange"]
-
-# Given a small object, returns those of all workers, in their order.
-Exchange = Callable[[Any], list[Any]]
-
-
-class _Word(NamedTuple):
-    """What a worker tells the others about its step."""
-
-    has_batch: bool
-    progress: Any  # of this worker: {lane: position}, or the state of its own dataset
-    empty: Any  # an element without rows, for those that never had one
-    failure: str | None = None
-
-
-class DistributedOptional:
-    """A batch, or the lack of one at the end of an epoch."""
-
-    __slots__ = ("_held",)
-
-    def __init__(self, *held: Any) -> None:
-        self._held = held
-
-    def has_value(self) -> bool:
-        """Tell whether there is a batch."""
-        return bool(self._held)
-
-    def get_value(self) -> Any:
-        """Return the batch; :class:`DatasetError` if there is none."""
-        if not self._held:
-            raise DatasetError(
-                "get_value: expected a batch; got none, the epoch is over; ask has_value() first"
-            )
-        return self._held[0]
-
-    def __repr__(self) -> str:
-        return f"DistributedOptional({repr(self._held[0]) if self._held else ''})"
+__all__ = ["DistributedIterator"]
 
 
 class DistributedIterator(Iterator[Any]):
@@ -120,6 +86,7 @@ class DistributedIterator(Iterator[Any]):
         self._on_load = on_load
         self._prefetch = options.prefetch
         self._is_dealt = is_dealt
+        self._is_resumable = node.why_not_resumed is None
         self._exchange = exchange
         self._skips = Skips() if options.on_error == "skip" else None
         self._clock = Clock()
@@ -137,7 +104,7 @@ class DistributedIterator(Iterator[Any]):
         self._has_ended = False
         self._empty: Any = None
         # Lanes count from where they begin, since that is all they know of what was before.
-        self._steps_before = 0 if lanes is None else place.position
+        self._num_steps = place.position
         own = place if lanes is None else Place(place.epoch, 0)
         count = self._share.num_local if self._is_dealt else 1
         self._feed = Feed(shared.node, own, self._prefetch, count, self._skips)
@@ -168,9 +135,8 @@ class DistributedIterator(Iterator[Any]):
         self._check_open("element_spec")
         try:
             # What a live source has given to another cursor, this one would never see.
-            is_live = self._node.why_not_resumed is not None
-            place = self._feed.place
-            first = self._feed.peek() if is_live else Cursor(self._node, place.epoch).peek()
+            fresh = Cursor(self._node, self._feed.place.epoch)
+            first = fresh.peek() if self._is_resumable else self._feed.peek()
         except StopIteration:
             raise DatasetError("element_spec: the dataset is empty; nothing tells") from None
         leaves, spec = flatten(first)
@@ -190,7 +156,7 @@ class DistributedIterator(Iterator[Any]):
         many workers.
         """
         if self._is_dealt and self._share.num_workers > 1:
-            return write_workers_state(self._place.epoch, self._states)
+            return write_workers_state(self._node, self._place.epoch, self._states)
         return self._own_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -208,7 +174,7 @@ class DistributedIterator(Iterator[Any]):
         share = self._share
         states: list[dict[str, Any]] = []
         if self._is_dealt and share.num_workers > 1:
-            epoch, states = read_workers_state(state, share.num_workers)
+            epoch, states = read_workers_state(self._node, state, share.num_workers)
             place, lanes = Place(epoch, 0), None
             if states:
                 place, lanes = read_state(self._state_node, states[share.worker])
@@ -254,8 +220,8 @@ class DistributedIterator(Iterator[Any]):
 
     @property
     def _place(self) -> Place:
-        epoch, position, memory = self._feed.place
-        return Place(epoch, self._steps_before + position, memory)
+        place = self._feed.place
+        return place if self._lanes is None else Place(place.epoch, self._num_steps)
 
     @property
     def _state_node(self) -> Node:
@@ -279,11 +245,12 @@ class DistributedIterator(Iterator[Any]):
         began = time.perf_counter()
         if self._shared.needs_agreement:
             elements, nest = self._advance_together()
-        else:
-            elements = self._feed.take()
-            nest = self._dealer.deal(elements)
-            self._feed.confirm()
+            self._clock.count(began, elements)
+            return nest
+        elements = self._feed.take()
+        nest = self._dealer.deal(elements)
         self._clock.count(began, elements)
+        self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
         return nest
 
     def _advance_together(self) -> tuple[list[Any], Any]:
@@ -291,65 +258,65 @@ class DistributedIterator(Iterator[Any]):
         if self._has_ended:
             raise StopIteration
         before = self._feed.place
-        elements: list[Any] = []
-        nest = None
         try:
-            try:
-                elements = self._feed.take()
-            except StopIteration:
-                pass
-            else:
-                nest = self._dealer.deal(elements)
-                self._feed.confirm()
-                if self._empty is None:
-                    self._empty = self._dealer.empty(elements[0])
-        except Exception as error:
-            self._feed.move_to(before)
-            self._exchange(_Word(False, None, None, f"{type(error).__name__}: {error}"))
-            raise
-        try:
-            words = self._exchange(_Word(bool(elements), self._progress(), self._empty))
-            self._check_words(words)
+            return self._take_step()
         except BaseException:
-            self._feed.move_to(before)
+            # What a live source gave has not been confirmed, and comes again by itself.
+            if self._is_resumable:
+                self._feed.move_to(before)
             raise
+
+    def _take_step(self) -> tuple[list[Any], Any]:
+        try:
+            elements, nest = self._take_own()
+        except Exception as error:
+            report(self._exchange, error)
+            raise
+        own = Word(self._feed.place.epoch, 0, bool(elements), self._progress(), self._empty)
+        if self._lanes is not None:
+            own = own._replace(step=self._num_steps, pipeline=self._node.pipeline)
+        words = agree(self._exchange, own)
         have = [word.has_batch for word in words]
-        if not any(have) or (not all(have) and sharding.drops_remainder(self._node)):
-            self._feed.move_to(before)
+        if not any(have) or (self._shared.ends_with_first and not all(have)):
             self._has_ended = True
             raise StopIteration
         self._note(words)
         if not elements:
-            if self._lanes is not None:
-                self._steps_before += 1
-            nest = self._dealer.deal_empty(self._empty)
+            return elements, self._dealer.deal_empty(self._empty)
+        if not self._is_resumable:
+            self._feed.confirm()
+        return elements, nest
+
+    def _take_own(self) -> tuple[list[Any], Any]:
+        """Return what this worker has for the step, and its parts; nothing at its end."""
+        try:
+            elements = self._feed.take()
+        except StopIteration:
+            return [], None
+        nest = self._dealer.deal(elements)
+        if self._empty is None:
+            self._empty = self._dealer.empty(elements[0])
+        if self._is_resumable:
+            self._feed.confirm()  # since others are told where that leads to
         return elements, nest
 
     def _progress(self) -> Any:
         if self._is_dealt:
-            return self._own_state()
+            return self._own_state() if self._is_resumable else None
         if self._lanes is None:
             return None
-        share, memory = self._share, self._feed.place.memory
-        own = range(share.worker, len(self._lanes), share.num_workers)
+        own, memory = self._shared.own_lanes, self._feed.place.memory
         positions = memory[-1][2] if memory else [self._lanes[lane] for lane in own]
         return dict(zip(own, positions, strict=True))
 
-    def _check_words(self, words: list[_Word]) -> None:
-        for worker, word in enumerate(words):
-            if word.failure is not None:
-                raise DatasetError(
-                    f"worker {worker} could not read its batch: {word.failure}; no worker has "
-                    f"taken the step, and next() tries it again"
-                )
-
-    def _note(self, words: list[_Word]) -> None:
+    def _note(self, words: list[Word]) -> None:
         """Keep how far all workers are."""
         if self._empty is None:
             self._empty = next((word.empty for word in words if word.empty is not None), None)
         if self._is_dealt:
             self._states = [word.progress for word in words]
         elif self._lanes is not None:
+            self._num_steps += 1
             for word in words:
                 for lane, position in word.progress.items():
                     self._lanes[lane] = position

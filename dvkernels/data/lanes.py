@@ -7,7 +7,6 @@ from typing import Any
 
 from dvkernels.data.nest import stack
 from dvkernels.data.node import Node
-from dvkernels.errors import DatasetError
 
 __all__ = ["Lanes"]
 
@@ -61,7 +60,7 @@ class Lanes(Node):
         positions = list(delivered)
         run: list[Any] = []
         for which, lane in enumerate(self._lanes):
-            for position, element in _elements(lane, epoch, positions[which]):
+            for position, element in lane.places(epoch, positions[which]):
                 positions[which] = position
                 run.append(element)
                 if len(run) == self._size:
@@ -74,22 +73,3 @@ class Lanes(Node):
             self.marks.add(epoch, step + 1, tuple(positions))
             if step + 1 > start:
                 yield stack(run)
-
-    def release(self, epoch: int, position: int) -> list[Any]:
-        assert self.marks is not None
-        return [self.marks.release(epoch, position)]  # the lanes themselves are replayed
-
-    def restore(self, memory: Iterator[Any]) -> None:
-        assert self.marks is not None
-        self.marks.restore(next(memory, None))
-
-
-def _elements(lane: Node, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
-    """Yield each element of a lane, and the position behind it."""
-    if lane.random_access:
-        if not isinstance(lane.length, int):
-            raise DatasetError(f"expected files that end; got {lane!r}")
-        for index, element in lane.attempts(range(start, lane.length), epoch):
-            yield index + 1, element
-    else:
-        yield from enumerate(lane.iterate(epoch, start), start + 1)

@@ -7,7 +7,9 @@ from typing import Any
 
 from dvkernels.errors import DatasetError
 
-__all__ = ["Marks"]
+__all__ = ["MAX_MARKS", "Marks"]
+
+MAX_MARKS = 2**12  # about a megabyte of the short states that sources are asked for
 
 
 class Marks:
@@ -15,6 +17,8 @@ class Marks:
 
     They are kept in the order of (epoch, position). The oldest one is the place that the
     iterator has delivered up to: a node may be ahead of it, and may have to come back to it.
+    What lies between two places can be replayed, so where an iterator delivers nothing for long
+    (a filter rejects millions, a batch is huge) every other one is forgotten.
     """
 
     def __init__(self, initial: Any = None) -> None:
@@ -24,6 +28,9 @@ class Marks:
     def add(self, epoch: int, position: int, value: Any) -> None:
         """Remember ``value`` for a place behind all others."""
         self._marks.append((epoch, position, value))
+        if len(self._marks) > MAX_MARKS:
+            oldest, *others, newest = self._marks
+            self._marks = collections.deque((oldest, *others[1::2], newest))
 
     def find(self, epoch: int, position: int) -> tuple[int, Any]:
         """Return the last place at or before ``position`` and what was remembered there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from dvkernels.errors import DatasetError
 __all__ = [
     "concatenate",
     "flatten",
+    "is_flat_dict",
     "is_flat_tuple",
     "leading_length",
     "leaf_names",
@@ -31,6 +32,15 @@ def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
 def is_flat_tuple(nest: Any) -> bool:
     """Tell whether ``nest`` is a plain, non-empty tuple of arrays: its own list of leaves."""
     return type(nest) is tuple and bool(nest) and all(type(leaf) is np.ndarray for leaf in nest)
+
+
+def is_flat_dict(nest: Any) -> bool:
+    """Tell whether ``nest`` is a plain, non-empty dict of arrays."""
+    return (
+        type(nest) is dict
+        and bool(nest)
+        and all(type(leaf) is np.ndarray for leaf in nest.values())
+    )
 
 
 def leaf_names(nest: Any, root: str) -> list[str]:
@@ -129,8 +139,14 @@ def slice_rows(batch: Any, start: int, stop: int) -> Any:
 
 def nbytes_of(nest: Any) -> int:
     """Return the bytes of the arrays in a nest."""
-    leaves: list[Any] = optree.tree_leaves(nest)
-    return sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+    if type(nest) is np.ndarray:
+        return nest.nbytes
+    leaves: Iterable[Any]
+    if is_flat_tuple(nest):
+        leaves = nest
+    else:
+        leaves = nest.values() if is_flat_dict(nest) else optree.tree_leaves(nest)
+    return sum([getattr(leaf, "nbytes", 0) for leaf in leaves])
 
 
 def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import abc
 import copy
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
@@ -69,11 +71,10 @@ class Node(abc.ABC):
         """Return the elements ``start`` to ``stop`` (one or more), stacked likewise."""
         return stack(self.elements(range(start, stop), epoch))
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
-        """Return the number of rows of an element that is a batch, and those that ``cut`` says."""
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
+        """Return the rows that ``cut`` says of an element that is a batch."""
         batch = self.element(index, epoch)
-        length = leading_length(batch)
-        return length, slice_rows(batch, *cut(length))
+        return slice_rows(batch, *cut(leading_length(batch)))
 
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         """Return elements one by one; those that fail are left out where they may be."""
@@ -97,6 +98,16 @@ class Node(abc.ABC):
                 skips.note(error, f"element {index} of {self!r} (epoch {epoch})")
                 continue
             yield index, element
+
+    def places(self, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+        """Yield each element from a place on, and the place behind it, errors as above."""
+        if self.random_access:
+            length = math.inf if self.length is None else self.length
+            rest = itertools.takewhile(lambda index: index < length, itertools.count(start))
+            for index, element in self.attempts(rest, epoch):
+                yield index + 1, element
+        else:
+            yield from enumerate(self.iterate(epoch, start), start + 1)
 
     def non_empty(self, found: list[Any]) -> list[Any]:
         """Return what is left of a run of elements; raise if that is nothing."""
@@ -180,17 +191,21 @@ class Node(abc.ABC):
         One entry for each node that remembers, this one first; JSON can hold them.
         """
         memory = [] if self.marks is None else [self.marks.release(epoch, position)]
-        if self.sources:
+        if remembering := self._sources_that_remember():
             place = self.upstream(epoch, position)
-            memory += [entry for node in self.sources for entry in node.release(*place)]
+            memory += [entry for node in remembering for entry in node.release(*place)]
         return memory
 
     def restore(self, memory: Iterator[Any]) -> None:
         """Take the own entries of what :meth:`release` returned."""
         if self.marks is not None:
             self.marks.restore(next(memory, None))
-        for node in self.sources:
+        for node in self._sources_that_remember():
             node.restore(memory)
+
+    def _sources_that_remember(self) -> list[Node]:
+        # One side of a zip may be replayed while another is not: it has no marks to ask.
+        return [node for node in self.sources if node.needs_own_chain]
 
     @functools.cached_property
     def pipeline(self) -> tuple[str, ...]:

@@ -32,13 +32,16 @@ class InputOptions:
     auto_shard_policy : AutoShardPolicy or str
         How several workers share the dataset; one worker takes all of it. ``"data"``: each takes
         its rows of each global batch. ``"file"``: each reads files of its own. ``"auto"``: by
-        files where the dataset allows it and its files are sequential, else by rows. ``"off"``:
-        each worker reads everything. See :class:`dvkernels.data.distributed.DistributedDataset`.
+        files where the dataset allows it, its files are sequential and no remainder is dropped,
+        else by rows. ``"off"``: each worker reads everything. See
+        :class:`dvkernels.data.distributed.DistributedDataset`.
     prefetch_to_device : bool
         Copy batches to the devices ahead. The batches of CPU replicas are there already.
     on_error : {"raise", "skip"}
         What to do with an element whose source or transform raises: raise, with a note that
-        names it, or leave it out and go on; ``iterator.stats()`` counts and lists those.
+        names it, or leave it out and go on; ``iterator.stats()`` counts and lists those. What
+        fails in a source that can only be gone through in order, or on a side of a ``zip`` with
+        one, is raised in any case: nobody can tell what would come behind it.
 
     Examples
     --------
@@ -55,7 +58,7 @@ class InputOptions:
     def __post_init__(self) -> None:
         if self.prefetch is not None:
             check_count("InputOptions", "prefetch", self.prefetch, 0)
-        policy = AutoShardPolicy.of(self.auto_shard_policy)
+        policy = AutoShardPolicy.of(self.auto_shard_policy, DatasetError)
         object.__setattr__(self, "auto_shard_policy", policy)
         if self.on_error not in ("raise", "skip"):
             raise DatasetError(

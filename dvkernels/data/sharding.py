@@ -15,7 +15,7 @@ from dvkernels.data.shuffle import WindowedShuffle
 from dvkernels.data.transforms import Batch, Filter, Map, Prefetch
 from dvkernels.errors import DatasetError
 
-__all__ = ["Sharding", "by_elements", "by_files", "drops_remainder", "shard"]
+__all__ = ["Sharding", "by_elements", "by_files", "shard"]
 
 _VERB = "distribute_dataset"
 
@@ -27,6 +27,8 @@ class Sharding(NamedTuple):
     node: Node
     needs_agreement: bool
     why: str
+    own_lanes: range = range(0)  # of the files
+    ends_with_first: bool = False  # whether all end as soon as one worker does
 
 
 class _FileChain(NamedTuple):
@@ -68,8 +70,12 @@ def shard(node: Node, share: Share, policy: AutoShardPolicy) -> Sharding:
         return by_files(node, share, [0] * share.num_workers, "asked for")
     if fault is not None:
         return by_elements(node, share, fault)
-    if _file_chain(node).files.random_access:  # type: ignore[union-attr]
+    chain = _file_chain(node)
+    assert isinstance(chain, _FileChain)
+    if chain.files.random_access:
         return by_elements(node, share, "only the own rows are read where files have random access")
+    if chain.batch.drops_remainder:
+        return by_elements(node, share, "one remainder is left out, not one of every worker")
     return by_files(node, share, [0] * share.num_workers, "every worker has files of its own")
 
 
@@ -90,29 +96,20 @@ def by_files(node: Node, share: Share, positions: Sequence[int], why: str) -> Sh
             f"load_state_dict: expected a dataset that can be read by files, as when the state was "
             f"saved; got {node!r}: {chain}; build the dataset as it was"
         )
-    num_lanes = len(positions)
-    own = range(share.worker, num_lanes, share.num_workers)
-    first, last = share.rows(chain.batch.size)
-    if first == last:
-        raise DatasetError(
-            f"load_state_dict: a global batch of {chain.batch.size} has no row for worker "
-            f"{share.worker} of {share.num_workers}, which takes over files; resume with at most "
-            f"{chain.batch.size} replicas"
-        )
+    num_rows = share.num_rows(chain.batch.size)
+    own = range(0)
+    if num_rows[share.worker]:  # of a batch smaller than the replicas, some workers have none
+        readers = [worker for worker, count in enumerate(num_rows) if count]
+        own = range(readers.index(share.worker), len(positions), len(readers))
     lanes = Lanes(
-        [chain.elements.onto(chain.files, chain.files.only(lane, num_lanes)) for lane in own],
+        [chain.elements.onto(chain.files, chain.files.only(lane, len(positions))) for lane in own],
         [positions[lane] for lane in own],
-        last - first,
+        num_rows[share.worker],
         chain.batch.drops_remainder,
     )
     local = chain.whole.onto(chain.batch, lanes)
-    return Sharding(AutoShardPolicy.FILE, local, True, why)
-
-
-def drops_remainder(node: Node) -> bool:
-    """Tell whether a last batch that is not full is left out."""
-    chain = _file_chain(node)
-    return isinstance(chain, _FileChain) and chain.batch.drops_remainder
+    drops = chain.batch.drops_remainder
+    return Sharding(AutoShardPolicy.FILE, local, True, why, own, ends_with_first=drops)
 
 
 def _off(node: Node, share: Share) -> Sharding:
@@ -126,15 +123,15 @@ def _off(node: Node, share: Share) -> Sharding:
                 f"worker takes its share; {node!r} {batch}; use 'data'"
             )
         return Sharding(AutoShardPolicy.OFF, node, True, why)  # a live source makes own batches
-    if not share.is_even(batch.size):
+    num_rows = share.num_rows(batch.size)
+    if len(set(num_rows)) > 1:
         raise DatasetError(
             f"{_VERB}: auto_shard_policy='off' needs a global batch of which every worker gets as "
             f"much, or they would take different numbers of steps; got batch({batch.size}) for "
             f"{share.num_replicas} replicas of {share.num_workers} workers; give the workers as "
             f"many replicas each and choose a multiple of {share.num_replicas}, or use 'data'"
         )
-    first, last = share.rows(batch.size)
-    local = node.onto(batch, Batch(batch.source, last - first, batch.drops_remainder))
+    local = node.onto(batch, Batch(batch.source, num_rows[0], batch.drops_remainder))
     return Sharding(AutoShardPolicy.OFF, local, node.why_not_resumed is not None, why)
 
 

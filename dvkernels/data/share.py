@@ -46,27 +46,18 @@ class Share:
         self.first_replica = sum(counts[: self.worker])
 
     def rows(self, length: int) -> tuple[int, int]:
-        """Return where this worker's rows of a global batch start and stop."""
-        last = self.first_replica + self.num_local - 1
+        """Return where this worker's rows of a global batch start and stop.
+
+        Cut evenly, larger parts first, they are the parts that its replicas have of the whole.
+        """
         start, _ = partition.bounds(length, self.num_replicas, self.first_replica)
+        last = self.first_replica + self.num_local - 1
         return start, partition.bounds(length, self.num_replicas, last)[1]
 
-    def slices(self, length: int) -> tuple[slice, ...]:
-        """Return the rows of each local replica, counted from the first row of this worker."""
-        begin, _ = self.rows(length)
-        parts = [
-            partition.bounds(length, self.num_replicas, self.first_replica + local)
-            for local in range(self.num_local)
-        ]
-        return tuple(slice(start - begin, stop - begin) for start, stop in parts)
-
-    def is_even(self, length: int) -> bool:
-        """Tell whether every worker gets as many rows of a global batch."""
-        workers = range(self.num_workers)
-        sizes = {
-            stop - start for start, stop in (Share(self._counts, w).rows(length) for w in workers)
-        }
-        return len(sizes) == 1
+    def num_rows(self, length: int) -> list[int]:
+        """Return how many rows of a global batch each worker gets."""
+        shares = [Share(self._counts, worker) for worker in range(self.num_workers)]
+        return [stop - start for start, stop in (share.rows(length) for share in shares)]
 
     def __repr__(self) -> str:
         last = self.first_replica + self.num_local - 1

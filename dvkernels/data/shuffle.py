@@ -216,7 +216,7 @@ class WindowedShuffle(Node):
         begin = max(0, number * self._window - missing)
         end = (number + 1) * self._window - missing
         if self.length is not None and end > self.length:
-            end = int(self.length)
+            end = max(begin, int(self.length))  # whoever skips more than there is asks beyond it
         return number, begin, end
 
     def _order(self, number: int, length: int, epoch: int) -> Indices:

@@ -23,6 +23,11 @@ _VERSION, _VERSION_WITH_MEMORY, _VERSION_WITH_LANES = 1, 2, 3
 _EXTRA = {_VERSION_WITH_MEMORY: _MEMORY, _VERSION_WITH_LANES: _LANES}
 # Several workers with datasets of their own: the state of each.
 _WORKERS_FORMAT = "dvkernels.data.iterators_of_workers"
+_WORKERS_KEYS = ("format", "version", "epoch", "workers")
+_FORMATS = {
+    _FORMAT: "an iterator",
+    _WORKERS_FORMAT: "several workers with datasets of their own",
+}
 _MEMBER = "load_state_dict"
 
 
@@ -46,8 +51,20 @@ def write_state(node: Node, place: Place, lanes: Sequence[int] | None = None) ->
     return dict(zip(_KEYS, values, strict=True)) | extra
 
 
-def write_workers_state(epoch: int, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return one state of several workers that have datasets of their own."""
+def write_workers_state(
+    node: Node, epoch: int, states: Sequence[dict[str, Any] | None]
+) -> dict[str, Any]:
+    """Return one state of several workers that have datasets of their own.
+
+    ``node`` is that of this worker; the state of one that cannot be resumed is None.
+    """
+    _check_resumable("state_dict", node)
+    if None in states:
+        raise DatasetError(
+            f"state_dict: expected datasets whose iterators can be resumed; that of worker "
+            f"{states.index(None)} cannot, as a live source cannot; keep what arrives there in a "
+            f"file, and read that with from_files"
+        )
     return {
         "format": _WORKERS_FORMAT,
         "version": _VERSION,
@@ -56,19 +73,18 @@ def write_workers_state(epoch: int, states: Sequence[dict[str, Any]]) -> dict[st
     }
 
 
-def read_workers_state(state: object, num_workers: int) -> tuple[int, list[dict[str, Any]]]:
+def read_workers_state(
+    node: Node, state: object, num_workers: int
+) -> tuple[int, list[dict[str, Any]]]:
     """Return the epoch, and each worker's state; none of them if no step had been taken."""
-    if not isinstance(state, Mapping) or state.get("format") != _WORKERS_FORMAT:
-        raise DatasetError(
-            f"{_MEMBER}: expected the state of {num_workers} workers that have datasets of their "
-            f"own; got {state!r:.80}; pass what state_dict() returned there"
-        )
-    epoch = check_count(_MEMBER, "epoch", state.get("epoch"), 0, "the state is damaged")
-    states = state.get("workers")
+    _check_resumable(_MEMBER, node)
+    held = _check_frame(state, _WORKERS_FORMAT, _WORKERS_KEYS, (), _VERSION)
+    epoch = check_count(_MEMBER, "epoch", held["epoch"], 0, "the state is damaged")
+    states = held["workers"]
     if not isinstance(states, list) or len(states) not in (0, num_workers):
-        held = f"{len(states)} workers" if isinstance(states, list) else repr(states)[:80]
+        got = f"{len(states)} workers" if isinstance(states, list) else repr(states)[:80]
         raise DatasetError(
-            f"{_MEMBER}: expected the state of {num_workers} workers; got that of {held}: "
+            f"{_MEMBER}: expected the state of {num_workers} workers; got that of {got}: "
             f"distribute_datasets_from_function makes each worker a dataset of its own, which only "
             f"as many workers can continue; start with as many, or use distribute_dataset"
         )
@@ -78,31 +94,8 @@ def read_workers_state(state: object, num_workers: int) -> tuple[int, list[dict[
 def read_state(node: Node, state: object) -> Saved:
     """Return where to go; raise :class:`DatasetError` unless it is a state of ``node``."""
     _check_resumable(_MEMBER, node)
-    if not isinstance(state, Mapping):
-        raise DatasetError(
-            f"{_MEMBER}: expected the dict that state_dict() returned; got a "
-            f"{type(state).__name__}; if it is JSON text, read it with json.loads first"
-        )
-    missing = [key for key in _KEYS if key not in state]
-    unknown = [str(key) for key in state if key not in (*_KEYS, _MEMORY, _LANES)]
-    if missing or unknown:
-        faults = [f"lacks {', '.join(missing)}"] if missing else []
-        faults += [f"also has {', '.join(unknown)}"] if unknown else []
-        raise DatasetError(
-            f"{_MEMBER}: expected the keys {', '.join(_KEYS)}; the state {' and '.join(faults)}; "
-            "pass what state_dict() returned"
-        )
-    if state["format"] != _FORMAT:
-        raise DatasetError(
-            f"{_MEMBER}: expected the format {_FORMAT!r}; got {state['format']!r:.80}; "
-            "this is the state of something else"
-        )
-    version = check_count(_MEMBER, "version", state["version"], 1)
-    if version > max(_EXTRA):
-        raise DatasetError(
-            f"{_MEMBER}: expected a version from {_VERSION} to {max(_EXTRA)}; got {version}; "
-            "a newer dvkernels wrote this state: update to read it"
-        )
+    state = _check_frame(state, _FORMAT, _KEYS, (_MEMORY, _LANES), max(_EXTRA))
+    version = state["version"]
     epoch = check_count(_MEMBER, "epoch", state["epoch"], 0, "the state is damaged")
     position = check_count(_MEMBER, "position", state["position"], 0, "the state is damaged")
     _compare(node.pipeline, state["pipeline"])
@@ -114,7 +107,7 @@ def read_state(node: Node, state: object) -> Saved:
                 f"other; got version {version}, {state.get(key)!r:.80}; the state is damaged"
             )
     if version == _VERSION_WITH_LANES:
-        return Saved(Place(epoch, position), _read_lanes(node, state[_LANES]))
+        return Saved(Place(epoch, position), _read_lanes(state[_LANES]))
     if node.length is not None and position > node.length:
         raise DatasetError(
             f"{_MEMBER}: expected a position of at most {node.length}, the number of elements an "
@@ -136,7 +129,42 @@ def read_state(node: Node, state: object) -> Saved:
     return Saved(Place(epoch, position, memory), None)
 
 
-def _read_lanes(node: Node, lanes: object) -> list[int]:
+def _check_frame(
+    state: object, form: str, keys: Sequence[str], optional: Sequence[str], newest: int
+) -> Mapping[str, Any]:
+    """Return ``state`` if its format, its keys and its version are those of ``form``."""
+    if not isinstance(state, Mapping):
+        raise DatasetError(
+            f"{_MEMBER}: expected the dict that state_dict() returned; got a "
+            f"{type(state).__name__}; if it is JSON text, read it with json.loads first"
+        )
+    found = state.get("format", form)
+    if not isinstance(found, str) or found != form:
+        kind = _FORMATS.get(str(found), "something else")
+        raise DatasetError(
+            f"{_MEMBER}: expected the format {form!r}, the state of {_FORMATS[form]}; got "
+            f"{found!r:.80}, that of {kind}; pass what state_dict() returned for a dataset made "
+            f"alike, and shared alike"
+        )
+    missing = [key for key in keys if key not in state]
+    unknown = [str(key) for key in state if key not in (*keys, *optional)]
+    if missing or unknown:
+        faults = [f"lacks {', '.join(missing)}"] if missing else []
+        faults += [f"also has {', '.join(unknown)}"] if unknown else []
+        raise DatasetError(
+            f"{_MEMBER}: expected the keys {', '.join(keys)}; the state {' and '.join(faults)}; "
+            "pass what state_dict() returned"
+        )
+    version = check_count(_MEMBER, "version", state["version"], 1)
+    if version > newest:
+        raise DatasetError(
+            f"{_MEMBER}: expected a version from {_VERSION} to {newest}; got {version}; "
+            "a newer dvkernels wrote this state: update to read it"
+        )
+    return state
+
+
+def _read_lanes(lanes: object) -> list[int]:
     """Return how far each lane of the files is."""
     if not isinstance(lanes, list) or not lanes:
         raise DatasetError(

@@ -49,6 +49,21 @@ class _Transform(Node):
         self.length = length
         self.random_access = source.random_access
 
+    def _kept(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
+        """Return the value of an outcome, or nothing if its error is skipped."""
+        error = outcome.error
+        if error is None:
+            return (outcome.value,)
+        try:
+            add_note(error, self.describe(), self.source, index, epoch)
+        except RuntimeError as other:
+            error = other
+        skips = skipping.get()
+        if skips is None:
+            raise error
+        skips.note(error, self.describe())
+        return ()
+
 
 class Map(_Transform):
     """``fn(element)`` of every element."""
@@ -123,21 +138,6 @@ class Map(_Transform):
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         return epoch, position if self.marks is None else self.marks.find(epoch, position)[1]
 
-    def _kept(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
-        """Return the value of an outcome, or nothing if its error is skipped."""
-        error = outcome.error
-        if error is None:
-            return (outcome.value,)
-        try:
-            add_note(error, self.describe(), self.source, index, epoch)
-        except RuntimeError as other:
-            error = other
-        skips = skipping.get()
-        if skips is None:
-            raise error
-        skips.note(error, self.describe())
-        return ()
-
     def origin(self, index: int, epoch: int) -> int | None:
         return self.source.origin(index, epoch)
 
@@ -175,7 +175,7 @@ class Prefetch(_Transform):
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         return self.source.elements(indices, epoch)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
         return self.source.part(index, epoch, cut)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
@@ -214,12 +214,12 @@ class Filter(_Transform):
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         position, begin = (0, 0) if self.marks is None else self.marks.resume(epoch, start)
-        for index, element in enumerate(self.source.iterate(epoch, begin), begin):
-            if not self._passes(element, index, epoch):
+        for place, element in self.source.places(epoch, begin):
+            if not self._passes(element, place - 1, epoch):
                 continue
             position += 1
             if self.marks is not None:
-                self.marks.add(epoch, position, index + 1)
+                self.marks.add(epoch, position, place)
             if position > start:
                 yield element
 
@@ -228,11 +228,8 @@ class Filter(_Transform):
         return epoch, self.marks.find(epoch, position)[1]
 
     def _passes(self, element: Any, index: int, epoch: int) -> bool:
-        try:
-            return bool(self._predicate(element))
-        except Exception as error:
-            add_note(error, self.describe(), self.source, index, epoch)
-            raise
+        outcome = outcome_of(lambda given: bool(self._predicate(given)), element)
+        return any(self._kept(outcome, index, epoch))
 
 
 class Batch(_Transform):
@@ -256,14 +253,14 @@ class Batch(_Transform):
     def element(self, index: int, epoch: int) -> Any:
         return self.source.batch(*self._run(index), epoch)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
         if skipping.get() is not None:  # how long a batch will be, only computing it can tell
             return super().part(index, epoch, cut)
         start, stop = self._run(index)
         first, last = cut(stop - start)
         if first == last:
-            return stop - start, slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
-        return stop - start, self.source.batch(start + first, start + last, epoch)
+            return slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
+        return self.source.batch(start + first, start + last, epoch)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:
@@ -319,7 +316,7 @@ class Repeat(_Transform):
         repetition, place = self._place(index)
         return self.source.element(place, epoch * self._stride + repetition)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> tuple[int, Any]:
+    def part(self, index: int, epoch: int, cut: Cut) -> Any:
         repetition, place = self._place(index)
         return self.source.part(place, epoch * self._stride + repetition, cut)
 

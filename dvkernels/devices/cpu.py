@@ -57,6 +57,20 @@ def share(own: int, together: float, quota: float, num_local_workers: int) -> in
     return max(1, min(own, math.ceil(min(together, quota)) // num_local_workers))
 
 
+def described_affinity() -> str:
+    """Return the cores that this process may run on: ``cores 0-3,8``."""
+    if not hasattr(os, "sched_getaffinity"):
+        return "any core"
+    runs: list[list[int]] = []
+    for core in sorted(os.sched_getaffinity(0)):
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    shown = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{'core' if shown.isdecimal() else 'cores'} {shown}"
+
+
 def _affinity(pid: int) -> int:
     """Return how many cores a process may run on, or this one: for 0, and if it is gone."""
     if not hasattr(os, "sched_getaffinity"):

@@ -68,6 +68,36 @@ class Optimizer(abc.ABC):
         return found[1]
 
     @property
+    def slotted(self) -> tuple[Variable, ...]:
+        """The variables that have slots, in the order in which they got them."""
+        return tuple(variable for variable, _ in self._slots.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the slots: the number of steps, as plain data.
+
+        Learning rate, momentum and the like are the program's, and not part of it.
+        """
+        return {"iterations": self._iterations, "slot_names": list(self.slot_names)}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take over what :meth:`state_dict` returned.
+
+        Raises
+        ------
+        ValueError
+            It is not such a state, or that of an optimizer with other slots. Nothing has changed.
+        """
+        iterations = state.get("iterations") if isinstance(state, dict) else None
+        if type(iterations) is not int or iterations < 0:
+            raise ValueError(f"expected the state of an optimizer; got {state!r:.80}")
+        if state.get("slot_names") != list(self.slot_names):
+            raise ValueError(
+                f"expected the state of an optimizer with the slots {list(self.slot_names)}; got "
+                f"one with {state.get('slot_names')!r:.200}; make the optimizer as it was"
+            )
+        self._iterations = iterations
+
+    @property
     @abc.abstractmethod
     def slot_names(self) -> tuple[str, ...]:
         """What it keeps for each variable."""

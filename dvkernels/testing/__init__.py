@@ -4,5 +4,7 @@ They raise ``AssertionError`` with what differs, and need no test framework.
 """
 
 from dvkernels.testing.communicator_laws import check_communicator as check_communicator
+from dvkernels.testing.kills import KilledRun as KilledRun
+from dvkernels.testing.kills import run_and_kill as run_and_kill
 from dvkernels.testing.same_on import assert_same_on as assert_same_on
 from dvkernels.testing.strategy_laws import check_strategy as check_strategy

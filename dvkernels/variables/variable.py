@@ -26,6 +26,7 @@ from dvkernels.variables.modes import (
     SYNC_MODES,
     VariableAggregation,
     VariableSynchronization,
+    aggregated,
 )
 
 __all__ = ["Variable", "sync"]
@@ -598,6 +599,28 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
 def copies_of(variable: Variable) -> tuple[Any, ...]:
     """Return the copies themselves, for a kernel that writes all of them in one call."""
     return variable._copies.arrays
+
+
+def saved_by(variable: Variable) -> tuple[Any, ...]:
+    """Return the arrays that say what a variable holds, on however many replicas.
+
+    One where its copies are equal or have an aggregate, else every copy. They may be the copies
+    themselves.
+    """
+    copies, how = variable._copies, variable._aggregation
+    match variable._synchronization:
+        case VariableSynchronization.ON_WRITE:
+            return copies.arrays[:1]
+        case VariableSynchronization.ON_READ if how is not VariableAggregation.NONE:
+            return (aggregated(copies, how, list(copies.arrays)),)
+        case _:
+            return copies.arrays
+
+
+def share_out(variable: Variable) -> None:
+    """Assign what the first copy holds, as in cross-replica context: after all got one value."""
+    mode = SYNC_MODES[variable._synchronization]
+    mode.write_across(variable._copies, variable._aggregation, "assign", copies_of(variable)[0])
 
 
 def _read(value: Any) -> Any:

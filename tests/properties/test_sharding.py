@@ -1,6 +1,7 @@
 """Laws of datasets that several workers share, each in a thread of its own."""
 
 import json
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -144,11 +145,12 @@ def folder(tmp_path_factory):
 
 @st.composite
 def file_datasets(draw):
-    """What makes a dataset of a folder, its elements (file, place), and whether they keep order."""
+    """What makes a dataset of a folder, the size of its batches, its elements (file, place), and
+    whether they keep order."""
     sizes = draw(st.lists(st.integers(0, 7), min_size=1, max_size=12))
     window = draw(st.sampled_from([None, 3, 10]))
     keeps = draw(st.booleans())
-    size = draw(st.integers(7, 12))
+    batch_size = draw(st.integers(1, 12))
     prefetch = draw(st.integers(0, 2))
 
     def build(folder):
@@ -161,7 +163,7 @@ def file_datasets(draw):
             dataset = dataset.shuffle(seed=3, window=window)
         if not keeps:
             dataset = dataset.filter(lambda x: x.sum() % 3 != 0)
-        dataset = dataset.map(lambda x: x + 0).batch(size)
+        dataset = dataset.map(lambda x: x + 0).batch(batch_size)
         return dataset.map(lambda x: x[:, :2]).prefetch(prefetch)
 
     elements = [
@@ -170,7 +172,7 @@ def file_datasets(draw):
         for place in range(size)
         if keeps or (number + place) % 3
     ]
-    return build, elements, window is None
+    return build, batch_size, elements, window is None
 
 
 @settings(max_examples=80, deadline=None)
@@ -179,9 +181,10 @@ def file_datasets(draw):
     plan=st.lists(st.tuples(WORLDS, st.integers(0, 3)), min_size=1, max_size=4), last=WORLDS,
 )  # fmt: skip
 def test_files_are_read_once_by_any_workers_in_turn(folder, described, policy, plan, last):
-    build, elements, in_order = described
+    build, batch_size, elements, in_order = described
     dataset = build(folder)
-    if policy == "file" and len(dataset.files) < max(len(world) for world, _ in [*plan, (last, 0)]):
+    worlds = [world for world, _ in plan] + [last]
+    if len(dataset.files) < max(map(len, worlds)) or batch_size < max(map(sum, worlds)):
         policy = "auto"
     seen, state = [], None
     for replicas, most in [*plan, (last, None)]:
@@ -224,13 +227,59 @@ def test_only_the_own_rows_are_computed():
     assert asked == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
+def test_a_worker_without_files_left_reads_nothing_again(folder):
+    opened = []
+
+    def read(path):
+        opened.append(path[-2:])
+        return [np.zeros(1)] * (9 if path.endswith("0") else 1)
+
+    dataset = Dataset.from_files(sorted(folder.iterdir())[:2], read).batch(2).prefetch(2)
+    with Workers([1, 1], alike(dataset)) as workers:
+        assert len(workers.steps()) == 9
+    assert sorted(opened) == ["00", "01"]
+
+
+def test_where_a_remainder_is_left_out_it_is_one_of_all(folder):
+    def read(path):
+        return map(np.int64, range(7 if path.endswith("0") else 0))
+
+    dataset = Dataset.from_files(sorted(folder.iterdir())[:2], read).batch(2, drop_remainder=True)
+    with Workers([1, 1], alike(dataset)) as workers:
+        assert flat(workers.steps()) == list(range(6))
+
+
+def test_workers_that_list_files_in_other_orders_are_told(folder):
+    def make(worker, num_workers):
+        files = sorted(folder.iterdir(), reverse=bool(worker))
+        return Dataset.from_files(files, lambda path: [np.zeros(1)]).batch(2)
+
+    with Workers([1, 1], make) as workers:
+        for error in workers.outcomes():
+            with pytest.raises(DatasetError, match=r"same order.*on worker 1.*sort the paths"):
+                raise error
+
+
+def test_workers_at_different_places_are_told(folder):
+    dataset = Dataset.from_files(sorted(folder.iterdir()), lambda path: [np.zeros(1)] * 3).batch(4)
+    with Workers([1, 1], alike(dataset)) as workers:
+        start, state = workers.state(), (workers.step(), workers.state())[1]
+        workers.iterators[0].load_state_dict(start)  # as if only one had loaded
+        for error in workers.outcomes():
+            with pytest.raises(DatasetError, match="0 is at step 0 of epoch 0, worker 1 at step 1"):
+                raise error
+        assert [iterator.state_dict() for iterator in workers.iterators] == [start, state]
+        workers.iterators[0].load_state_dict(state)
+        assert len(workers.steps()) == 8
+
+
 def test_a_short_remainder_ends_the_epoch_of_all(folder):
     def read(path):
         return [np.zeros(1)] * (3 if path.endswith("0") else 5)
 
     files = sorted(folder.iterdir())[:2]  # 3 and 5 elements, batches of 2 for each worker
     dataset = Dataset.from_files(files, read).batch(4, drop_remainder=True)
-    with Workers([1, 1], alike(dataset)) as workers:
+    with Workers([1, 1], alike(dataset), auto_shard_policy="file") as workers:
         assert [[len(part) for part in parts] for parts in workers.steps()] == [[2, 2]]
         assert workers.step() is None
 
@@ -295,6 +344,71 @@ def test_an_error_of_one_worker_is_raised_in_all_and_the_step_comes_again(folder
     ]
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_own_datasets_go_on_until_all_have_ended_whatever_they_drop(folder, prefetch):
+    def make(worker, num_workers):
+        elements = map(np.int64, range(100 * worker, 100 * worker + 3 + 4 * worker))
+        files = sorted(folder.iterdir())[:1]
+        data = Dataset.from_files(files, lambda path: elements).batch(2, drop_remainder=True)
+        return data.prefetch(prefetch)
+
+    with Workers([1, 1], make, is_dealt=True) as workers:
+        assert lists(workers.steps()) == [
+            [[0, 1], [100, 101]],
+            [[], [102, 103]],
+            [[], [104, 105]],
+        ]
+
+
+def test_elements_that_cannot_be_empty_fail_on_all_workers():
+    with Workers([1, 1], lambda worker, _: Dataset.range(1 + worker), is_dealt=True) as workers:
+        workers.step()
+        for _ in range(2):
+            for error in workers.outcomes():
+                with pytest.raises(DatasetError, match="worker 0 has no elements left"):
+                    raise error
+
+
+def live(worker):
+    """A live source of worker * 100 and the three numbers behind it."""
+    arrived = queue.SimpleQueue()
+    for number in range(4):
+        arrived.put(np.array([100 * worker + number]))
+    arrived.put(None)
+    return Dataset.from_live(arrived)
+
+
+def test_live_sources_of_workers_can_be_dealt():
+    with Workers([1, 1], lambda worker, _: live(worker), is_dealt=True) as workers:
+        assert lists(workers.steps(3)) == [[[n], [100 + n]] for n in range(3)]
+        with pytest.raises(DatasetError, match="what a live source has delivered is gone"):
+            workers.state()
+        assert lists(workers.steps()) == [[[3], [103]]]
+    beside = [lambda: Dataset.range(4).batch(1), lambda: live(1)]
+    with Workers([1, 1], lambda worker, _: beside[worker](), is_dealt=True) as workers:
+        workers.step()
+        with pytest.raises(DatasetError, match="that of worker 1 cannot"):
+            workers.iterators[0].state_dict()
+
+
+@pytest.mark.parametrize("is_dealt", [False, True])
+def test_what_arrived_is_not_lost_when_another_worker_fails(is_dealt):
+    unplugged = [OSError("unplugged")]
+
+    def check(x):
+        if 102 in x and unplugged:
+            raise unplugged.pop()
+        return x
+
+    def make(worker, num_workers):
+        return live(worker).map(check)
+
+    with Workers([1, 1], make, is_dealt=is_dealt, auto_shard_policy="off") as workers:
+        begun = workers.steps(2)
+        assert [type(error) for error in workers.outcomes()] == [DatasetError, OSError]
+        assert sorted(flat(begun + workers.steps())) == [0, 1, 2, 3, 100, 101, 102, 103]
+
+
 def flat_rows(steps):
     return [row for parts in steps for part in parts for row in part.tolist()]
 
@@ -316,6 +430,33 @@ def test_what_cannot_be_shared_is_refused_at_once(folder, build, options, messag
     with pytest.raises(DatasetError) as caught:
         Workers([1, 1, 1], alike(dataset), **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"format": "zip"}, "that of something else"),
+        ({"format": "dvkernels.data.iterator"}, "got 'dvkernels.data.iterator', that of an iter"),
+        ({"version": 2}, "newer"),
+        ({"epoch": -1}, "epoch"),
+        ({"extra": 1}, "also has extra"),
+        ({"workers": {}}, "that of {}"),
+        ({"workers": [{}, {}]}, "lacks format"),
+    ],
+)
+def test_a_damaged_state_of_workers_changes_nothing(fault, words):
+    make = alike(Dataset.range(8).batch(2))
+    with Workers([1, 1], make, is_dealt=True) as workers:
+        workers.step()
+        state = workers.state()
+        for iterator in workers.iterators:
+            with pytest.raises(DatasetError) as caught:
+                iterator.load_state_dict({**state, **fault})
+            assert words in str(caught.value)
+        assert workers.state() == state
+    alone = iter(DistributedDataset(Dataset.range(8).batch(2), 1, is_dealt=True))
+    with pytest.raises(DatasetError, match="that of several workers with datasets of their own"):
+        alone.load_state_dict(state)
 
 
 @pytest.mark.parametrize("lanes", [None, [], "12", [1, -1], [1.5], {"0": 1}])

@@ -26,10 +26,11 @@ class Peer(NamedTuple):
     script: str
     under_mpiexec: bool
     how_to_get: str
+    arguments: tuple[str, ...] = ()  # of the script, behind the number of ranks
 
     def command(self, python: str, num_ranks: int) -> list[str]:
         """Return the command that starts the workers."""
-        worker = [python, str(_HERE / self.script), str(num_ranks)]
+        worker = [python, str(_HERE / self.script), str(num_ranks), *self.arguments]
         if self.script == "gloo_worker.py":
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))

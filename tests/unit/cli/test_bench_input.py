@@ -19,7 +19,7 @@ def test_every_case_is_measured(capsys, monkeypatch, tmp_path):
     results = json.loads(found.read_text())["results"]
     assert [one["case"] for one in results] == list(cases.CASES)
     assert all(one["seconds_per_batch"] > 0 and one["times_ours"] == 1 for one in results)
-    assert "us a batch" in capsys.readouterr().out
+    assert "us per batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

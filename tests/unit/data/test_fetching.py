@@ -120,6 +120,29 @@ def test_failing_elements_can_be_left_out(num_workers, depth, sequential):
         assert numbers(iterator) == right[3:]
 
 
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda data: data.filter(lambda x: fails_on(2, 4)(x) >= 0),
+        lambda data: data.map(fails_on(2, 4)).filter(lambda x: True),
+        lambda data: data.map(fails_on(2, 4)).filter(lambda x: True).shuffle(seed=0, window=1),
+    ],
+)
+def test_failing_elements_are_left_out_around_a_filter(transform, depth):
+    options = dv.InputOptions(prefetch=depth, on_error="skip")
+    distributed = DistributedDataset(transform(Dataset.range(7)).batch(2), 1, options=options)
+    iterator = iter(distributed)
+    assert numbers(iterator) == [0, 1, 3, 5, 6]
+    stats = iterator.stats()
+    assert stats.num_skipped == 2
+    assert "ZeroDivisionError: on 4" in stats.skipped[1]
+    assert "element 4 of range(7)" in stats.skipped[1]
+    resumed = iter(distributed)
+    resumed.load_state_dict(iterator.state_dict() | {"position": 1})
+    assert numbers(resumed) == [3, 5, 6]
+
+
 def test_a_killed_worker_process_is_an_error_and_the_next_batch_works():
     data = Dataset.range(12).map(end_the_process, num_workers=2, workers="processes").batch(4)
     with iter(DistributedDataset(data, 1)) as iterator:

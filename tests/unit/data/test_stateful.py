@@ -1,5 +1,9 @@
+import collections
+import gc
 import itertools
 import json
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -130,6 +134,83 @@ def test_take_skip_shard_and_zip_resume_as_well():
         resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
         rest = [tuple(int(part.values[0][0]) for part in batch) for batch in resumed]
         assert rest == wanted[count:]
+
+
+@pytest.mark.parametrize("count", range(7))
+def test_beside_a_stateful_source_others_are_replayed(count):
+    beside = Dataset.from_sequence(range(4)).filter(lambda x: x != 1).repeat(2)
+    both = DistributedDataset(Dataset.from_source(Counting(9)).zip(beside).batch(1), 1)
+    wanted = list(zip(range(6), [0, 2, 3, 0, 2, 3], strict=True))
+    iterator = iter(both)
+    list(itertools.islice(iterator, count))
+    resumed = iter(both)
+    resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
+    rest = [tuple(int(part.values[0][0]) for part in batch) for batch in resumed]
+    assert rest == wanted[count:]
+
+
+@pytest.mark.parametrize("is_dealt", [False, True])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Dataset.range(6).batch(2),
+        Dataset.from_iterable(lambda: range(6)).map(lambda x: x).batch(2),
+        Dataset.from_source(Counting(6)).filter(lambda x: True).shuffle(seed=0, window=1).batch(2),
+    ],
+)
+def test_an_interrupt_between_any_two_calls_loses_no_batch(dataset, is_dealt):
+    def interrupted(at):
+        """All elements, and whether an interrupt came; it comes at the given call."""
+        iterator = iter(DistributedDataset(dataset, 1, is_dealt=is_dealt))
+        batches = [next(iterator)]
+        calls, here = itertools.count(), sys._getframe()
+
+        def profile(frame, event, called):
+            # Where CPython looks for signals: when a function begins, and after one in C.
+            inside = frame is not here and event in ("call", "c_return")
+            if inside and next(calls) == at:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        gc.disable()  # an interrupt in a callback of the collector's would be lost
+        try:
+            sys.setprofile(profile)
+            batches.append(next(iterator))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+        came = len(batches) == 1
+        resumed = iter(DistributedDataset(dataset, 1, is_dealt=is_dealt))
+        resumed.load_state_dict(json.loads(json.dumps(iterator.state_dict())))
+        rests = [[*batches, *rest] for rest in (iterator, resumed)]
+        return came, [[x for b in whole for x in b.values[0].tolist()] for whole in rests]
+
+    for at in itertools.count():
+        came, both = interrupted(at)
+        assert both == [[0, 1, 2, 3, 4, 5]] * 2, at
+        if not came:
+            break
+    assert at > 5
+
+
+def test_where_next_to_nothing_is_delivered_little_is_remembered():
+    source = Counting(60_000)
+    rare = Dataset.from_source(source).filter(lambda x: x % 25_000 == 24_999).batch(1)
+    iterator = iter(DistributedDataset(rare, 1))
+    source.read = collections.deque(maxlen=0)
+    tracemalloc.start()
+    try:
+        assert next(iterator).values[0] == [24_999]
+        assert tracemalloc.get_traced_memory()[1] < 3 << 20
+    finally:
+        tracemalloc.stop()
+    state = json.loads(json.dumps(iterator.state_dict()))
+    for resumed in (iterator, iter(DistributedDataset(rare, 1))):
+        resumed.load_state_dict(state)
+        assert [batch.values[0].tolist() for batch in resumed] == [[49_999]]
+    assert 20_000 < source.opened[-1][1]["next"] <= 25_000
 
 
 def test_pipelines_without_such_a_source_keep_their_state():

@@ -95,3 +95,7 @@ def test_without_a_window_the_error_says_to_pass_one():
 def test_the_window_is_checked(window):
     with pytest.raises(DatasetError, match="expected window to be an integer of at least 1"):
         sequential(3).shuffle(seed=0, window=window)
+
+
+def test_skipping_more_than_an_empty_dataset_has():
+    assert list(Dataset.range(0).filter(bool).shuffle(seed=0, window=3).skip(4)) == []

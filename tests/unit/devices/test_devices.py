@@ -59,6 +59,15 @@ def test_the_quota_of_a_control_group(tmp_path, files, cores):
     assert cpu.cgroup_quota(tmp_path) == cores
 
 
+@pytest.mark.parametrize(
+    ("cores", "described"),
+    [({3}, "core 3"), ({0, 1, 2, 3}, "cores 0-3"), ({0, 2, 3, 8}, "cores 0,2-3,8")],
+)
+def test_cores_are_described_in_runs(monkeypatch, cores, described):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
+    assert cpu.described_affinity() == described
+
+
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 USABLE = "from dvkernels.devices import cpu; print(cpu.usable_cores())"
 

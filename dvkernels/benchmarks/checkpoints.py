@@ -1,0 +1,145 @@
+"""How fast a checkpoint is saved and restored, beside other libraries; what a save holds up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dvkernels import context
+from dvkernels.benchmarks.peers import checkpoint_data
+from dvkernels.benchmarks.peers.registry import Peer
+from dvkernels.benchmarks.peers.worker import Worker
+from dvkernels.benchmarks.stopwatch import Samples, alternate
+from dvkernels.checkpoint.checkpoint import Checkpoint
+from dvkernels.strategies.mirrored import MirroredStrategy
+from dvkernels.variables.variable import Variable
+
+__all__ = ["CASES", "PEERS", "measure", "memory_folder"]
+
+CASES = {
+    "save": "variables to files, synced, with checksums (ours alone)",
+    "restore": "files to memory, checksums compared (ours alone)",
+    "step": "a training step on two replicas, alone and while a save goes on in the background",
+}
+
+
+def _peer(name: str, package: str, module: str) -> Peer:
+    how = f"pip install {package}"
+    return Peer(package, module, "checkpoint_worker.py", False, how, (name,))
+
+
+PEERS: Mapping[str, Peer] = {
+    "safetensors": _peer("safetensors", "safetensors", "safetensors"),
+    "savez": _peer("savez", "numpy", "numpy"),
+    "torch": _peer("torch", "torch", "torch"),
+    "orbax": _peer("orbax", "orbax-checkpoint", "orbax.checkpoint"),
+}
+
+
+def memory_folder() -> str | None:
+    """Return where files lie in memory, None for where temporary files go."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def measure(
+    case: str, folder: str, nbytes: int, num_rounds: int, workers: Mapping[str, Worker]
+) -> dict[str, Samples]:
+    """Return the seconds of ours, and of each peer, in alternating rounds."""
+    with contextlib.ExitStack() as stack:
+        if case == "step":
+            return alternate(_steps(folder, nbytes, stack), num_rounds)
+        contestants: dict[str, Callable[[], float]] = {
+            "dvkernels": _ours(case, folder, nbytes, stack)
+        }
+        for name, worker in workers.items():
+            command = {"case": case, "folder": folder, "nbytes": nbytes}
+
+            def ask(worker: Worker = worker, command: Mapping[str, object] = command) -> float:
+                answer = worker.send(command)
+                if answer.wrong:
+                    raise AssertionError(f"{worker.name} restored {answer.wrong} wrong elements")
+                return answer.seconds
+
+            ask()  # its first call loads modules
+            contestants[name] = ask
+        return alternate(contestants, num_rounds)
+
+
+def _ours(case: str, folder: str, nbytes: int, stack: contextlib.ExitStack) -> Callable[[], float]:
+    arrays = checkpoint_data.arrays(nbytes)
+    strategy = stack.enter_context(MirroredStrategy(["cpu:0"]))
+    with strategy.scope():
+        variables = {name: Variable(array, name=name) for name, array in arrays.items()}
+    checkpoint = stack.enter_context(Checkpoint(**variables))
+    path = Path(folder) / "dvkernels"
+
+    def save() -> float:
+        shutil.rmtree(path, ignore_errors=True)
+        began = time.perf_counter()
+        checkpoint.save(path)
+        return time.perf_counter() - began
+
+    def restore() -> float:
+        for variable in variables.values():
+            variable.assign(np.zeros(variable.shape, variable.dtype))
+        began = time.perf_counter()
+        checkpoint.restore(path)
+        seconds = time.perf_counter() - began
+        if any(not np.array_equal(v.read_value(), arrays[n]) for n, v in variables.items()):
+            raise AssertionError("dvkernels restored wrong elements")
+        return seconds
+
+    save()
+    return save if case == "save" else restore
+
+
+def _steps(folder: str, nbytes: int, stack: contextlib.ExitStack) -> dict[str, Callable[[], float]]:
+    """Return what measures a step alone, while a save is written, and the copy to host memory."""
+    arrays = checkpoint_data.arrays(nbytes)
+    checkpoint = stack.enter_context(Checkpoint(**arrays))
+    strategy = stack.enter_context(MirroredStrategy(["cpu:0", "cpu:1"]))
+    rows, path = np.ones((64, 512), np.float32), Path(folder) / "background"
+    weights = [np.ones((512, 512), np.float32) for _ in range(2)]
+
+    def work() -> None:
+        replica = context.get_replica_context()
+        assert replica is not None
+        mine = weights[replica.replica_id_in_sync_group]
+        hidden = rows
+        for _ in range(8):
+            hidden = np.tanh(hidden @ mine / 512)
+        replica.all_reduce("mean", mine)
+
+    def step() -> float:
+        began = time.perf_counter()
+        strategy.run(work)
+        return time.perf_counter() - began
+
+    def alone() -> float:
+        return float(np.median([step() for _ in range(100)]))
+
+    def during_a_save() -> float:
+        checkpoint.save(path, background=True)
+        times = []
+        while checkpoint.is_saving:
+            times.append(step())
+        checkpoint.close()
+        shutil.rmtree(path)
+        return float(np.mean(times))
+
+    def held_up() -> float:
+        began = time.perf_counter()
+        checkpoint.save(path, background=True)
+        seconds = time.perf_counter() - began
+        checkpoint.close()
+        shutil.rmtree(path)
+        return seconds
+
+    held_up()
+    return {"dvkernels": alone, "during a save": during_a_save, "copy to host": held_up}

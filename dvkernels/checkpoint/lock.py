@@ -1,0 +1,99 @@
+"""One writer at a time: a lock that ends with the process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dvkernels.checkpoint import files
+from dvkernels.errors import CheckpointError
+
+__all__: list[str] = []
+
+# Held by this process, by path: the kernel's locks are between processes. With the process's id,
+# because a fork copies this and not the locks.
+_held: dict[tuple[int, str], object] = {}
+
+
+class Lock:
+    """Held inside ``with``; :class:`CheckpointError` at once if another writer holds it.
+
+    The lock is the kernel's, on a file that names its owner and is removed at the end. What a
+    killed owner leaves is an unlocked file, and the next one takes it.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._path = path
+        self._what = what
+        self._key = (os.getpid(), os.path.realpath(path))
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        if _held.setdefault(self._key, self) is not self:  # atomic
+            raise self._refusal(f"pid {os.getpid()}, this process")
+        try:
+            self._acquire()
+        except BaseException:
+            self._let_go()
+            raise
+        try:
+            owner = f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(80).encode()
+            files.active.write(self._descriptor, owner, 0)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _acquire(self) -> None:
+        while True:
+            self._descriptor = files.active.open_lock(self._path)
+            try:
+                files.active.lock(self._descriptor)
+            except (BlockingIOError, PermissionError):
+                raise self._refusal(self._owner()) from None
+            # Another writer may have removed it between open and lock: then it is no lock.
+            if files.active.is_same(self._descriptor, self._path):
+                break
+            files.active.close(self._descriptor)
+            self._descriptor = -1
+
+    def _owner(self) -> str:
+        text = bytearray(80)
+        count = files.active.read(self._descriptor, text, 0)
+        return text[:count].decode(errors="replace").strip() or "which has not said its pid yet"
+
+    def _refusal(self, owner: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._what}: another writer is saving there ({owner}); wait for it to end, or save "
+            f"elsewhere"
+        )
+
+    def _end(self) -> None:
+        try:
+            # Locked to the end, so that nobody's lock but ours is removed. If it cannot be: an
+            # unlocked file does no harm.
+            with contextlib.suppress(OSError):
+                files.active.remove(self._path)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
+            if self._descriptor >= 0:
+                with contextlib.suppress(OSError):  # the kernel has let go of it all the same
+                    files.active.close(self._descriptor)
+        finally:
+            self._descriptor = -1
+            _held.pop(self._key, None)

@@ -1,0 +1,211 @@
+"""The user's objects as a tree: which kinds there are, and what each of them saves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import optree
+
+from dvkernels.checkpoint import generators, plain
+from dvkernels.checkpoint.nodes import (
+    ArrayNode,
+    DataNode,
+    GeneratorNode,
+    NestNode,
+    Node,
+    StateNode,
+    VariableNode,
+)
+from dvkernels.checkpoint.shards import DTYPES
+from dvkernels.errors import CheckpointError, DvKernelsError
+from dvkernels.variables.variable import Variable, saved_by
+
+__all__: list[str] = []
+
+
+@runtime_checkable
+class HasState(Protocol):
+    """What tells its state as plain data and arrays, and takes it back."""
+
+    def state_dict(self) -> Any:
+        """Return the state."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Take a state over; after an error nothing has changed."""
+
+
+@runtime_checkable
+class HasSlots(HasState, Protocol):
+    """An optimizer: beside its state it keeps variables for variables."""
+
+    @property
+    def slotted(self) -> tuple[Variable, ...]:
+        """The variables that have slots."""
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """What each of them has."""
+
+    def slots(self, variable: Variable) -> tuple[Variable, ...]:
+        """Return the slots of a variable, which are made if there are none."""
+
+
+class Opened(NamedTuple):
+    """A container, its children by name, and how to make one like it of others."""
+
+    children: dict[str, Any]
+    keys: tuple[Any, ...]
+    rebuild: Callable[[list[Any]], Any]
+
+
+def opened(value: Any, path: str) -> Opened | None:
+    """Return what a container holds; None for anything else."""
+    if optree.tree_is_leaf(value, none_is_leaf=True):
+        return None
+    held, metadata, keys, unflatten = optree.tree_flatten_one_level(value, none_is_leaf=True)
+    names = [str(key) for key in keys]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(
+            f"{path}: two of its keys are written {twice!r:.80}; rename one of them"
+        )
+    return Opened(
+        dict(zip(names, held, strict=True)),
+        tuple(keys),
+        lambda children: unflatten(metadata, children),
+    )
+
+
+def child(path: str, name: str) -> str:
+    """Return the path of a child: names joined by "/", which "~1" stands for in a name."""
+    escaped = name.replace("~", "~0").replace("/", "~1")
+    return f"{path}/{escaped}" if path else escaped
+
+
+def walk(value: Any, path: str, above: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
+    """Yield what is no container below ``path``, with its path; plain data in one piece."""
+    inner = None if is_object(value) or plain.is_plain(value) else opened(value, path)
+    if inner is None:
+        yield path, value
+        return
+    if id(value) in above or len(above) > plain.MAX_DEPTH:
+        raise CheckpointError(
+            f"{path}: nested deeper than {plain.MAX_DEPTH} levels, or in a circle"
+        )
+    for name, each in inner.children.items():
+        yield from walk(each, child(path, name), above | {id(value)})
+
+
+def is_object(value: Any) -> bool:
+    """Say whether it is restored in place by itself, and is no container to look into."""
+    return (
+        isinstance(value, Variable | np.ndarray)
+        or generators.is_generator(value)
+        or (isinstance(value, HasState) and not isinstance(value, type))
+    )
+
+
+def variables_of(objects: Mapping[str, Any]) -> dict[str, Variable]:
+    """Return the variables by path."""
+    return {
+        path: value
+        for name, each in objects.items()
+        for path, value in walk(each, child("", name))
+        if isinstance(value, Variable)
+    }
+
+
+class Gathered:
+    """What a checkpoint of some objects consists of: nodes, and arrays by the tensors' names.
+
+    The arrays may be those of the objects themselves: they are to be written, or copied, before
+    the objects change.
+    """
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self.tensors: dict[str, Any] = {}
+        variables = variables_of(objects)
+        self._paths = {id(variable): path for path, variable in reversed(variables.items())}
+        self._saved: dict[int, tuple[str, ...]] = {}
+        self.nodes = {name: self._node(each, child("", name)) for name, each in objects.items()}
+
+    def _node(self, value: Any, path: str) -> Node:
+        if isinstance(value, Variable):
+            return self._variable(value, path)
+        if isinstance(value, np.ndarray):
+            return ArrayNode(self._tensor(path, value))
+        if generators.is_generator(value):
+            return GeneratorNode(generators.kind(value), self._state(generators.state(value), path))
+        if is_object(value):
+            return self._with_state(value, path)
+        if plain.is_plain(value):
+            return DataNode(copy.deepcopy(value))  # written later, perhaps, than it changes
+        inner = opened(value, path)
+        if inner is None:
+            raise CheckpointError(
+                f"{path}: expected variables, arrays, random generators, plain data, objects with "
+                f"state_dict and load_state_dict, or containers of them; got {value!r:.80}, a "
+                f"{type(value).__name__}"
+            )
+        return NestNode(
+            type(value).__name__,
+            {name: self._node(each, child(path, name)) for name, each in inner.children.items()},
+        )
+
+    def _variable(self, variable: Variable, path: str) -> VariableNode:
+        names = self._saved.get(id(variable))  # one that stands at two paths is saved once
+        if names is None:
+            try:
+                arrays = saved_by(variable)
+            except DvKernelsError as error:
+                raise CheckpointError(
+                    f"{path}: variable {variable.name!r} cannot be saved: {error}"
+                ) from error
+            labels = (
+                [path] if len(arrays) == 1 else [f"{path}/copy-{k}" for k in range(len(arrays))]
+            )
+            names = tuple(map(self._tensor, labels, arrays))
+            self._saved[id(variable)] = names
+        return VariableNode(names, variable.synchronization.value, variable.aggregation.value)
+
+    def _with_state(self, value: HasState, path: str) -> StateNode:
+        try:
+            state = value.state_dict()
+        except DvKernelsError as error:
+            raise CheckpointError(f"{path}: its state_dict() failed: {error}") from error
+        slots = {}
+        for variable in value.slotted if isinstance(value, HasSlots) else ():
+            assert isinstance(value, HasSlots)
+            of = self._paths.get(id(variable))
+            if of is None:
+                raise CheckpointError(
+                    f"{path}: it has slots of variable {variable.name!r}, which is not among the "
+                    f"objects of this checkpoint; give it to Checkpoint too"
+                )
+            slots[of] = {
+                name: self._tensor(f"{child(path, 'slots')}/{of}/{name}", saved_by(slot)[0])
+                for name, slot in zip(value.slot_names, value.slots(variable), strict=True)
+            }
+        return StateNode(type(value).__name__, self._state(state, path), slots)
+
+    def _state(self, state: Any, path: str) -> Any:
+        names = (f"{child(path, 'state')}/{k}" for k in range(1 << 62))
+        return plain.encode(state, path, lambda array: self._tensor(next(names), array))
+
+    def _tensor(self, name: str, array: Any) -> str:
+        if array.dtype.name not in DTYPES or not array.dtype.isnative:
+            raise CheckpointError(
+                f"{name}: arrays of dtype {array.dtype!r} are not saved; cast it to one of "
+                f"{', '.join(DTYPES)}"
+            )
+        if name in self.tensors:
+            raise CheckpointError(f"{name}: two objects have this name; rename one of them")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{name!r}: a name must be valid Unicode") from None
+        self.tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
+        return name

@@ -1,0 +1,209 @@
+"""Bytes between memory and files, block by block, with their checksums, on all usable cores.
+
+A tensor is cut into pieces of 16 MiB, each with a checksum of its own, so that several cores share
+even a single large one. A piece goes in blocks of 1 MiB: what has been hashed is still in the
+core's cache when it is written, and what has been read when it is hashed. So the memory is passed
+over once, and no second copy of it is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from dvkernels.checkpoint import files
+from dvkernels.devices import cpu, threads
+from dvkernels.errors import CheckpointDamagedError
+
+__all__: list[str] = []
+
+PIECE_NBYTES = 16 << 20  # of the format: changing it changes what files hold
+_BLOCK_NBYTES = 1 << 20
+
+
+class Piece(NamedTuple):
+    """Bytes of a tensor, in memory and in a file."""
+
+    descriptor: int
+    offset: int
+    # Where they lie in memory, as arrays of uint8. To write: one. To read: all that get them; none
+    # to check them only.
+    places: tuple[Any, ...]
+    nbytes: int
+    checksum: str  # to read: the one expected
+    where: str  # for messages
+
+
+def bytes_of(array: Any) -> Any:
+    """Return a contiguous array as uint8, without a copy."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def cut(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Yield where the pieces of so many bytes begin and end."""
+    for begin in range(0, nbytes, PIECE_NBYTES):
+        yield begin, min(begin + PIECE_NBYTES, nbytes)
+
+
+def checksum(data: Any) -> str:
+    """Return the checksum of some bytes: XXH3, 64 bits, as 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def write_all(descriptor: int, data: Any, offset: int) -> None:
+    """Write all of the data, in as many operations as it takes."""
+    left = memoryview(data)
+    while left:
+        count = files.active.write(descriptor, left, offset)
+        if count <= 0:
+            raise OSError("the disk took no bytes, and gave no reason")
+        left = left[count:]
+        offset += count
+
+
+def read_all(descriptor: int, nbytes: int, offset: int, where: str) -> bytes:
+    """Return so many bytes of a file; :class:`CheckpointDamagedError` if it ends before."""
+    content = bytearray(nbytes)
+    _fill(descriptor, memoryview(content), offset, where)
+    return bytes(content)
+
+
+def write(pieces: Sequence[Piece]) -> list[str]:
+    """Write pieces, and return their checksums."""
+
+    def write_piece(piece: Piece) -> str:
+        digest = xxhash.xxh3_64()
+        for begin, end in _blocks(piece):
+            block = piece.places[0][begin:end]
+            digest.update(block)
+            write_all(piece.descriptor, block, piece.offset + begin)
+        return digest.hexdigest()
+
+    return in_parallel(write_piece, pieces)
+
+
+def check(pieces: Sequence[Piece]) -> None:
+    """Read pieces and compare their checksums; nothing is kept."""
+    here = threading.local()
+
+    def check_piece(piece: Piece) -> None:
+        if not hasattr(here, "block"):
+            here.block = np.empty(_BLOCK_NBYTES, np.uint8)
+        digest = xxhash.xxh3_64()
+        for begin, end in _blocks(piece):
+            block = here.block[: end - begin]
+            _fill(piece.descriptor, memoryview(block), piece.offset + begin, piece.where)
+            digest.update(block)
+        _compare(piece, digest.hexdigest())
+
+    in_parallel(check_piece, pieces)
+
+
+def load(pieces: Sequence[Piece]) -> None:
+    """Read pieces to where they belong. An interrupt is held back until all are there."""
+
+    def load_piece(piece: Piece) -> None:
+        digest = xxhash.xxh3_64()
+        for begin, end in _blocks(piece):
+            first, *others = (place[begin:end] for place in piece.places)
+            _fill(piece.descriptor, memoryview(first), piece.offset + begin, piece.where)
+            digest.update(first)
+            for other in others:
+                np.copyto(other, first)
+        _compare(piece, digest.hexdigest())
+
+    in_parallel(load_piece, pieces, is_whole=True)
+
+
+def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Copy arrays: each source into its target, both contiguous, of one size and dtype."""
+    pieces = [
+        (bytes_of(target)[begin:end], bytes_of(source)[begin:end])
+        for target, source in pairs
+        for begin, end in cut(source.nbytes)
+    ]
+    in_parallel(lambda pair: np.copyto(*pair), pieces)
+
+
+def in_parallel(
+    act: Callable[[Any], Any], items: Sequence[Any], *, is_whole: bool = False
+) -> list[Any]:
+    """Return ``[act(item) for item in items]``, worked out by as many threads as there are cores.
+
+    The first error ends the work and is raised. So does an interrupt, unless ``is_whole``: then it
+    is raised when all is done.
+    """
+    results: list[Any] = [None] * len(items)
+    errors: list[BaseException] = []
+    places = iter(range(len(items)))  # next() of it is atomic
+    is_over = threading.Event()
+
+    def work() -> None:
+        try:
+            for place in places:
+                if is_over.is_set():
+                    return
+                results[place] = act(items[place])
+        except BaseException as error:
+            errors.append(error)
+            is_over.set()
+
+    # The caller works too, unless an interrupt could reach it there.
+    crew = [
+        threading.Thread(target=work, name=f"dvkernels-checkpoint-{k}")
+        for k in range(min(cpu.usable_cores(), len(items)) - (not is_whole))
+    ]
+    interrupt: BaseException | None = None
+    try:
+        threads.start(crew)
+    except BaseException as error:
+        # Where no thread can be had, the caller does it alone: at the end of the program, from
+        # Python 3.12 on, a save in the background goes on after threads can be started.
+        if is_whole or not isinstance(error, RuntimeError):
+            interrupt = error
+            is_over.set()
+    if not is_whole:
+        work()
+    for worker in crew:
+        while worker.is_alive():
+            try:
+                worker.join()
+            except BaseException as error:
+                interrupt = error
+                if not is_whole:
+                    is_over.set()
+    if errors:
+        raise errors[0]
+    if interrupt is not None:
+        raise interrupt
+    return results
+
+
+def _blocks(piece: Piece) -> Iterator[tuple[int, int]]:
+    starts = itertools.chain(range(0, piece.nbytes, _BLOCK_NBYTES), (piece.nbytes,))
+    return itertools.pairwise(starts)
+
+
+def _fill(descriptor: int, buffer: memoryview, offset: int, where: str) -> None:
+    while buffer:
+        count = files.active.read(descriptor, buffer, offset)
+        if count <= 0:
+            raise CheckpointDamagedError(
+                f"{where}: expected {len(buffer)} more bytes at {offset}; the file ends there; it "
+                f"has been cut off"
+            )
+        buffer = buffer[count:]
+        offset += count
+
+
+def _compare(piece: Piece, found: str) -> None:
+    if found != piece.checksum:
+        raise CheckpointDamagedError(
+            f"{piece.where}: expected the checksum {piece.checksum} for {piece.nbytes} bytes at "
+            f"{piece.offset}; got {found}; the file is damaged"
+        )

@@ -1,0 +1,113 @@
+"""JSON that anybody may have written: looked at field by field before it is used.
+
+Each function returns what it was given, as what it was expected to be, or raises
+:class:`CheckpointDamagedError` with the place, what was expected, and what was there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Set
+from typing import Any, NoReturn
+
+from dvkernels.errors import CheckpointDamagedError
+
+__all__: list[str] = []
+
+
+def parse(content: bytes, where: str) -> Any:
+    """Return the JSON value of a text; a name that stands twice in an object is an error."""
+    try:
+        return json.loads(
+            content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse
+        )
+    # RecursionError: nested too deep. ValueError: no JSON, no UTF-8, a number of many digits.
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{where}: expected JSON: {error!s:.200}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r:.200} stands twice in an object")
+        found[name] = value
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def fields(
+    value: Any, where: str, required: Set[str], optional: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """Return an object with these fields."""
+    found = dict(items(value, where))
+    if missing := required - found.keys():
+        _fail(where, f"the fields {_listed(required)}", f"none called {_listed(missing)}")
+    if unknown := found.keys() - required - optional:
+        _fail(where, f"the fields {_listed(required | optional)}", f"also {_listed(unknown)}")
+    return found
+
+
+def items(value: Any, where: str) -> Iterable[tuple[str, Any]]:
+    """Return the names and values of an object."""
+    if not isinstance(value, dict):
+        _fail(where, "an object", _shown(value))
+    return value.items()
+
+
+def array(value: Any, where: str) -> list[Any]:
+    """Return an array."""
+    if not isinstance(value, list):
+        _fail(where, "an array", _shown(value))
+    return value
+
+
+def text(value: Any, where: str) -> str:
+    """Return a string."""
+    if not isinstance(value, str):
+        _fail(where, "a string", _shown(value))
+    return value
+
+
+def texts(value: Any, where: str) -> tuple[str, ...]:
+    """Return an array of strings."""
+    return tuple(text(each, where) for each in array(value, where))
+
+
+def count(value: Any, where: str, most: int = 2**63 - 1) -> int:
+    """Return a whole number from 0 to ``most``."""
+    if type(value) is not int or not 0 <= value <= most:  # true is an int, in Python
+        _fail(where, f"a whole number from 0 to {most}", _shown(value))
+    return value
+
+
+def counts(value: Any, where: str, longest: int) -> tuple[int, ...]:
+    """Return an array of whole numbers, at most ``longest`` of them."""
+    given = array(value, where)
+    if len(given) > longest:
+        _fail(where, f"at most {longest} numbers", str(len(given)))
+    return tuple(count(each, where) for each in given)
+
+
+def one_of(value: Any, where: str, allowed: Iterable[Any]) -> Any:
+    """Return a value that is among those allowed."""
+    known = list(allowed)
+    if not any(type(value) is type(each) and value == each for each in known):
+        _fail(where, f"one of {_listed(known)}", _shown(value))
+    return value
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(sorted(_shown(name) for name in itertools.islice(names, 100)))
+
+
+def _fail(where: str, expected: str, got: str) -> NoReturn:
+    raise CheckpointDamagedError(f"{where}: expected {expected}; got {got}; the file is damaged")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:200]

@@ -1,0 +1,43 @@
+"""``python -m dvkernels bench-checkpoint``: how fast checkpoints are, beside other libraries."""
+
+from __future__ import annotations
+
+import argparse
+
+from dvkernels.cli import numbers
+
+__all__: list[str] = []
+
+HELP = "measure saving and restoring, beside other libraries, and what a save holds up"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from dvkernels.cli import contest
+
+    contest.add_arguments(parser, "safetensors, savez, torch, orbax")
+    parser.add_argument(
+        "--mebibytes", type=numbers.positive, default=1024, help="of the arrays (default 1024)"
+    )
+    parser.add_argument("--folder", help="where to write (default: memory, where there is any)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure all cases, and print a line for each contestant."""
+    from dvkernels.benchmarks import checkpoints as cases
+    from dvkernels.cli import contest
+
+    nbytes = arguments.mebibytes << 20
+    return contest.run(
+        contest.Contest(
+            "bench-checkpoint",
+            cases.CASES,
+            cases.PEERS,
+            lambda case, folder, workers: cases.measure(
+                case, folder, nbytes, arguments.rounds, workers
+            ),
+            "per call",
+            arguments.folder or cases.memory_folder(),
+        ),
+        arguments,
+    )

@@ -1,0 +1,224 @@
+"""``python -m dvkernels launch``: start a program on several workers with the MPI that is here."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from dvkernels.cli import launcher, numbers, supervision
+from dvkernels.cli.launcher import Host, Job
+from dvkernels.devices import cpu
+from dvkernels.errors import LaunchError
+
+__all__: list[str] = []
+
+HELP = "start a program on several workers, with the installed mpiexec or srun"
+
+_ATTEMPT = "DVKERNELS_ATTEMPT"
+_HOST = re.compile(r"(?P<name>[^\s:,]+|\[[0-9a-fA-F:]+\])(?::(?P<count>[1-9][0-9]*))?")
+# Set where the MPI Operator, or a user, has named the hosts already.
+_HOSTS_ELSEWHERE = (
+    "OMPI_MCA_orte_default_hostfile",
+    "PRTE_MCA_prte_default_hostfile",
+    "HYDRA_HOST_FILE",
+    "I_MPI_HYDRA_HOST_FILE",
+    "SLURM_JOB_ID",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.usage = "%(prog)s [-n N] [options] (script.py | -m module) [arguments]"
+    parser.add_argument(
+        "-n",
+        "--num-workers",
+        type=numbers.positive,
+        metavar="N",
+        help="default: as many as --hosts counts, as the tasks of a Slurm job, or as there are "
+        "usable cores",
+    )
+    parser.add_argument(
+        "--hosts",
+        metavar="A:2,B:2",
+        help="where, and how many workers on each; without counts they are spread evenly",
+    )
+    parser.add_argument(
+        "-m", dest="is_module", action="store_true", help="the program is a module's name"
+    )
+    parser.add_argument(
+        "--threads-per-worker",
+        type=numbers.positive,
+        metavar="T",
+        help="of BLAS, OpenMP and our kernels, unless OMP_NUM_THREADS etc. are set already; "
+        "default: a worker's share of the cores",
+    )
+    parser.add_argument(
+        "--bind",
+        action=argparse.BooleanOptionalAction,
+        help="bind each worker to cores of its own; default: on this host, if there are enough",
+    )
+    parser.add_argument(
+        "--prefix",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="begin each line with the worker's number (default: yes)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=numbers.seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="end the job after so long, restarts included, with status 124",
+    )
+    parser.add_argument(
+        "--grace",
+        type=numbers.seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long workers may go on after an interrupt or the timeout (default 30)",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=numbers.natural,
+        default=0,
+        metavar="K",
+        help=f"start a job that failed again, up to K times; the program finds the number of the "
+        f"attempt in {_ATTEMPT} and its newest checkpoint by itself",
+    )
+    parser.add_argument(
+        "--launcher", metavar="PATH", help="default: mpiexec of this environment, or of PATH, srun"
+    )
+    parser.add_argument(
+        "--launcher-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="hand the launcher one more word, such as --launcher-option=--mpi=pmi2 (repeatable)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the command, quoted for a shell, and end"
+    )
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start the workers and wait for them; return the job's status."""
+    path = launcher.find(arguments.launcher, os.environ)
+    flavour = launcher.flavour_of(path)
+    job = _job(arguments, os.environ)
+    command = launcher.command(path, flavour, job)
+    added = launcher.environment(job.num_threads, os.environ)
+    if arguments.dry_run:
+        print(shlex.join(["env", *(f"{name}={value}" for name, value in added.items()), *command]))
+        return 0
+    deadline = time.monotonic() + arguments.timeout
+    first = _first_attempt(os.environ)
+    for attempt in range(first, first + arguments.max_restarts + 1):
+        end = supervision.run(
+            command,
+            {**os.environ, **added, _ATTEMPT: str(attempt)},
+            forwarded=flavour.forwarded,
+            ended_by=flavour.ended_by,
+            timeout_seconds=max(0.0, deadline - time.monotonic()),
+            grace_seconds=arguments.grace,
+        )
+        left = first + arguments.max_restarts - attempt
+        if end.status:
+            _say(f"{flavour.name} ended with status {end.status}")
+        if not (end.may_be_restarted and left):
+            break
+        _say(f"starting again; {left - 1} more restarts are allowed after this one")
+    return end.status
+
+
+def _job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
+    """Return the job that the options describe, as this host can do it."""
+    cores = cpu.usable_cores()
+    hosts = _hosts(arguments.hosts, arguments.num_workers)
+    num_workers = sum(host.num_workers for host in hosts) or arguments.num_workers
+    if num_workers is None:
+        tasks = environ.get("SLURM_NTASKS", "")
+        num_workers = int(tasks) if tasks.isdecimal() and int(tasks) else cores
+    is_here = all(_is_this_host(host.name) for host in hosts)
+    if not hosts:
+        is_here = not any(environ.get(name) for name in _HOSTS_ELSEWHERE)
+    # Of other hosts we do not know how many cores they have: their workers find their share.
+    num_threads = arguments.threads_per_worker
+    if num_threads is None and is_here:
+        num_threads = max(1, cores // num_workers)
+    known = {**environ, **launcher.environment(num_threads, environ)}
+    fits = is_here and num_workers * (num_threads or 1) <= cores
+    if arguments.bind and is_here and not fits:
+        raise LaunchError(
+            f"--bind: {num_workers} workers of {num_threads} threads need "
+            f"{num_workers * (num_threads or 1)} cores, and {cores} may be used here; start fewer, "
+            f"or leave --bind out"
+        )
+    return Job(
+        program=_program(arguments.program, arguments.is_module),
+        num_workers=num_workers,
+        hosts=hosts,
+        num_threads=num_threads,
+        bound=fits if arguments.bind is None else arguments.bind,
+        crowded=is_here and num_workers > cores,
+        as_root=hasattr(os, "geteuid") and os.geteuid() == 0,
+        prefixed=arguments.prefix,
+        variables=(_ATTEMPT, *(name for name in launcher.KEPT if name in known)),
+        options=tuple(arguments.launcher_option),
+    )
+
+
+def _program(words: Sequence[str], is_module: bool) -> tuple[str, ...]:
+    """Return the command of a worker."""
+    words = words[1:] if words[:1] == ["--"] else words
+    if not words:
+        raise LaunchError("launch: expected a script, or -m and a module; got nothing to start")
+    if not is_module and not os.path.isfile(words[0]):
+        raise LaunchError(f"launch: there is no file {words[0]!r} to start")
+    module = ("-m",) if is_module else ()
+    return (sys.executable, "-m", "dvkernels.cli.worker", *module, *words)
+
+
+def _hosts(text: str | None, num_workers: int | None) -> tuple[Host, ...]:
+    """Return the hosts that ``a:2,b:2`` or ``a,b`` mean, with a count for each."""
+    if text is None:
+        return ()
+    matches = [_HOST.fullmatch(part) for part in text.split(",")]
+    found = [(match["name"], match["count"]) for match in matches if match is not None]
+    counted = [count for _, count in found if count is not None]
+    if len(found) < len(matches) or len(counted) not in (0, len(found)):
+        raise LaunchError(
+            f"--hosts: expected hosts such as a,b, or all with counts such as a:2,b:2; got {text!r}"
+        )
+    if len({name for name, _ in found}) < len(found):
+        raise LaunchError(f"--hosts: each host once; got {text!r}")
+    if counted:
+        hosts = tuple(Host(name, int(count)) for name, count in found)
+        room = sum(host.num_workers for host in hosts)
+        if num_workers not in (None, room):
+            raise LaunchError(f"--hosts: {text!r} counts {room} workers, but -n is {num_workers}")
+        return hosts
+    each, more = divmod(len(found) if num_workers is None else num_workers, len(found))
+    counts = [each + (place < more) for place in range(len(found))]
+    return tuple(Host(name, count) for (name, _), count in zip(found, counts, strict=True) if count)
+
+
+def _is_this_host(name: str) -> bool:
+    return name in ("localhost", "127.0.0.1", "[::1]", socket.gethostname())
+
+
+def _first_attempt(environ: Mapping[str, str]) -> int:
+    """Return the number of this attempt; a batch system that restarts us may have set it."""
+    text = environ.get(_ATTEMPT, "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _say(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,228 @@
+"""Run a command with everything that it starts, pass on signals, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import NamedTuple
+
+from dvkernels.cluster import launchers, processes
+from dvkernels.cluster.position import Position
+from dvkernels.errors import ClusterError, LaunchError
+
+__all__ = ["TIMED_OUT", "End", "run", "workers_below"]
+
+TIMED_OUT = 124  # as the command `timeout` has it
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Success, what a wrong option gives, and what Ctrl-C and an orderly end from outside give.
+_FINAL = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_FOR_LAST_WORDS = 1.0
+_SECONDS_TO_END = 2.0
+
+# Of prctl, on Linux.
+_SET_PARENT_DEATH_SIGNAL = 1
+_SET_CHILD_SUBREAPER = 36
+
+
+class End(NamedTuple):
+    """How a command ended.
+
+    Attributes
+    ----------
+    status : int
+        Its exit status; 128 and the signal's number if a signal ended it, or the workers after
+        one was passed on to them; 124 if it ran out of time.
+    may_be_restarted : bool
+        Whether it failed by itself, and not soon after a signal was passed on.
+    """
+
+    status: int
+    may_be_restarted: bool
+
+
+def run(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    forwarded: frozenset[signal.Signals],
+    ended_by: signal.Signals,
+    timeout_seconds: float,
+    grace_seconds: float,
+) -> End:
+    """Run a launcher until it has ended and nothing that it started is left.
+
+    Parameters
+    ----------
+    command : sequence of str
+        What is run.
+    environ : mapping
+        Its variables.
+    forwarded : frozenset of Signals
+        The signals that it hands on to the workers; others go to the workers of this host
+        directly.
+    ended_by : Signals
+        What it gets if this process is killed.
+    timeout_seconds : float
+        How long it may run; may be infinite.
+    grace_seconds : float
+        How long the workers may go on after they were interrupted, or after the time ran out.
+
+    Raises
+    ------
+    LaunchError
+        It cannot be started.
+    """
+    before = set(processes.descendants_of(os.getpid()))
+    _adopt_orphans()
+    pending: list[signal.Signals] = []
+    deadline = time.monotonic() + timeout_seconds
+    interrupted_by: signal.Signals | None = None
+    told_at = -math.inf
+    timed_out = False
+    with _signals_to(pending):
+        launcher = _start(command, environ, ended_by)
+        try:
+            while not _has_ended(launcher):
+                while pending:
+                    received, told_at = pending.pop(0), time.monotonic()
+                    _deliver(received, launcher.pid, forwarded)
+                    if received in _ENDING:  # the second one leaves no time
+                        grace = grace_seconds if interrupted_by is None else 0.0
+                        deadline = min(deadline, told_at + grace)
+                        interrupted_by = received
+                if time.monotonic() > deadline:
+                    if timed_out or interrupted_by is not None:
+                        break
+                    timed_out = True
+                    _deliver(signal.SIGTERM, launcher.pid, forwarded)
+                    deadline = time.monotonic() + grace_seconds
+        finally:
+            _end(launcher, ended_by, before)
+    status = launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
+    if timed_out:
+        return End(TIMED_OUT, may_be_restarted=False)
+    if interrupted_by is not None:
+        # Killed by it, or at last by us, or some by one and some by the other, which Hydra tells
+        # as the bits of both. Any other status is the workers' own word.
+        signals = (interrupted_by, signal.SIGTERM, signal.SIGKILL, interrupted_by | signal.SIGKILL)
+        killed = {number for by in signals for number in (by, 128 + by)}
+        return End(128 + interrupted_by if status in killed else status, may_be_restarted=False)
+    left_when_told = time.monotonic() - told_at < grace_seconds
+    return End(status, may_be_restarted=status not in _FINAL and not left_when_told)
+
+
+def workers_below(pid: int) -> list[int]:
+    """Return the workers of this host that a launcher has started, itself or through others."""
+    return [
+        process
+        for process in processes.descendants_of(pid)
+        if (place := _place_of(process)) is not None
+        and place != _place_of(processes.parent_of(process))
+    ]
+
+
+def _place_of(pid: int) -> tuple[str, Position] | None:
+    """Return what a process was told of its place in a job, None if nothing."""
+    with contextlib.suppress(ClusterError):
+        return launchers.find(processes.environment_of(pid) or {})
+    return None
+
+
+def _start(
+    command: Sequence[str], environ: Mapping[str, str], ended_by: signal.Signals
+) -> subprocess.Popen[bytes]:
+    def die_with_parent() -> None:
+        _prctl(_SET_PARENT_DEATH_SIGNAL, ended_by)
+
+    try:
+        # A session of its own: Ctrl-C is ours to pass on. There it cannot read from a terminal.
+        return subprocess.Popen(
+            command,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # there is no other thread here
+        )
+    except OSError as error:
+        raise LaunchError(f"{command[0]} cannot be started: {error}") from None
+
+
+def _has_ended(launcher: subprocess.Popen[bytes]) -> bool:
+    """Wait a moment for the launcher, and say whether it has ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(_SECONDS_BETWEEN_LOOKS)
+        return True
+    return False
+
+
+def _deliver(received: signal.Signals, pid: int, forwarded: frozenset[signal.Signals]) -> None:
+    """Bring a signal to all workers through the launcher, or else to those of this host."""
+    if received is signal.SIGHUP:  # the terminal is gone, which workers are to take as an end
+        received = signal.SIGTERM
+    for process in [pid] if received in forwarded else workers_below(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, received)
+
+
+def _end(launcher: subprocess.Popen[bytes], ended_by: signal.Signals, before: set[int]) -> None:
+    """End the launcher if it still runs, and then whatever is left below this process."""
+    if launcher.poll() is None:
+        launcher.send_signal(ended_by)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(_SECONDS_TO_END)
+    # Relays pass on the last words of workers, and end by themselves.
+    for sent, seconds in (
+        (None, _SECONDS_FOR_LAST_WORDS),
+        (signal.SIGTERM, _SECONDS_TO_END),
+        (signal.SIGKILL, _SECONDS_TO_END),
+    ):
+        deadline = time.monotonic() + seconds
+        while left := set(processes.descendants_of(os.getpid())) - before:
+            if sent is not None:
+                for process in left:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(process, sent)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_SECONDS_BETWEEN_LOOKS / 10)
+    launcher.wait()
+
+
+@contextlib.contextmanager
+def _signals_to(pending: list[signal.Signals]) -> Iterator[None]:
+    """Collect the signals that are passed on, instead of being ended by them."""
+
+    def collect(number: int, frame: FrameType | None) -> None:
+        pending.append(signal.Signals(number))
+
+    previous = {number: signal.signal(number, collect) for number in _PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of all below whose own parent ends, so that they are found."""
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, argument: int) -> None:
+    """Ask Linux for something about this process; elsewhere there is no such thing."""
+    if sys.platform == "linux":
+        _LIBC.prctl(option, argument, 0, 0, 0)
+
+
+_LIBC = ctypes.CDLL(None)

@@ -1,0 +1,117 @@
+"""Run a program as a worker of a job that ends as a whole: if one worker fails, all do.
+
+``python -m dvkernels.cli.worker (script.py | -m module) [arguments]``. Without it a worker that
+raised waits in ``MPI_Finalize`` for the others, which wait for it in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import select
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+__all__: list[str] = []
+
+# How long a worker that leaves with a status other than 0 waits for the others to do so. Those that
+# cannot be seen are given little: mostly all have found the same wrong option.
+_SECONDS_FOR_THE_OTHERS = 10.0
+_SECONDS_WITHOUT_MPI = 2.0
+_SECONDS_FOR_THE_RELAY = 1.0
+_SECONDS_FOR_THE_LAUNCHER = 0.1
+
+# Code of this module and of what it runs programs with is left out of tracebacks.
+_OURS = (__file__, runpy.__file__, "<frozen runpy>")
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the program as if the interpreter had been called with these words."""
+    try:
+        if words[0] == "-m":
+            sys.argv[:] = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[:] = words
+            sys.path[0] = str(Path(words[0]).absolute().parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        status = _status_of(end)
+        if status and not _all_leave():
+            _end_job(status)
+        raise SystemExit(status) from None
+    except BaseException as error:
+        error.__traceback__ = _of_program(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        _end_job(status)
+        raise SystemExit(status) from None
+
+
+def _status_of(end: SystemExit) -> int:
+    """Return the exit status that a program asked for; what is no number is its last word."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _of_program(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OURS:
+        trace = trace.tb_next
+    return trace
+
+
+def _all_leave() -> bool:
+    """Wait for the other workers to ask for an end too, and say whether all have.
+
+    They may all have saved what they did, and some be later than others.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        time.sleep(_SECONDS_WITHOUT_MPI)
+        return False
+    everybody = mpi.COMM_WORLD.Ibarrier()
+    deadline = time.monotonic() + _SECONDS_FOR_THE_OTHERS
+    while not everybody.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _end_job(status: int) -> None:
+    """End all workers, by MPI if this one has started it, or else by the process manager."""
+    _let_last_words_out()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized():
+        if not mpi.Is_finalized():
+            mpi.COMM_WORLD.Abort(status)
+    elif os.environ.get("PMI_FD", "").isdecimal():
+        # Hydra lets the others wait for a worker that ended before it started MPI, unless told in
+        # the words of its own protocol, PMI-1. Open MPI and srun end them by themselves.
+        with contextlib.suppress(OSError):
+            os.write(int(os.environ["PMI_FD"]), b"cmd=abort exitcode=%d\n" % status)
+
+
+def _let_last_words_out() -> None:
+    """Wait until the relay has passed on what was printed: launchers that kill read no more."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    relay = os.environ.get("DVKERNELS_RELAY_ENDED", "")
+    if relay.isdecimal():
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for standard in (1, 2):
+            os.dup2(nowhere, standard)
+        with contextlib.suppress(OSError):  # children that go on hold the pipe: not for ever
+            select.select([int(relay)], [], [], _SECONDS_FOR_THE_RELAY)
+    time.sleep(_SECONDS_FOR_THE_LAUNCHER)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,238 @@
+"""launch with the MPI that is installed: beside this interpreter, or else in PATH."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dvkernels.cli import launcher
+from dvkernels.errors import LaunchError
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 100
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(scope="module")
+def flavour():
+    """The kind of launcher that is here."""
+    pytest.importorskip("mpi4py")
+    try:
+        return launcher.flavour_of(launcher.find(None, os.environ)).name
+    except LaunchError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def start(flavour, tmp_path):
+    """Return a function that starts launch with a program, given as text."""
+    started = []
+
+    def start(text: str, *words: str) -> subprocess.Popen[str]:
+        program = tmp_path / "program.py"
+        program.write_text("import os, signal, sys, time\n" + text)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvkernels", "launch", "--timeout", "90", *words, str(program)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def launch(start):
+    def launch(text: str, *words: str) -> tuple[int, str, str]:
+        process = start(text, *words)
+        out, err = process.communicate(timeout=SECONDS)
+        return process.returncode, out, err
+
+    return launch
+
+
+PLACE = """
+from mpi4py import MPI
+import dvkernels as dv
+world = MPI.COMM_WORLD
+here = world.Split_type(MPI.COMM_TYPE_SHARED)
+found = dv.cluster.default_resolver()
+told = (found.worker_id, found.num_workers, found.local_rank, found.num_local_workers)
+assert told == (world.rank, world.size, here.rank, here.size), told
+print(world.allreduce(world.rank))
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_workers_are_told_what_mpi_says(launch, num_workers):
+    status, out, err = launch(PLACE, "-n", str(num_workers))
+    assert status == 0, err
+    total = num_workers * (num_workers - 1) // 2
+    assert sorted(out.splitlines()) == [f"[{rank}] {total}" for rank in range(num_workers)]
+
+
+SHARE = """
+import dvkernels as dv
+print(*sorted(os.sched_getaffinity(0)), "usable", len(dv.list_devices("cpu")))
+"""
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core cannot be shared out")
+def test_each_worker_has_cores_of_its_own(launch):
+    every = sorted(os.sched_getaffinity(0))
+    status, out, err = launch(SHARE, "-n", str(CORES))
+    assert status == 0, err
+    bound = sorted(line.split("] ")[1] for line in out.splitlines())
+    assert bound == sorted(f"{core} usable 1" for core in every)
+    status, out, err = launch(SHARE, "-n", "2", "--no-bind")
+    assert status == 0, err
+    shared = f"{' '.join(map(str, every))} usable {CORES // 2}"
+    assert sorted(out.splitlines()) == [f"[0] {shared}", f"[1] {shared}"]
+
+
+def test_info_shows_who_is_where(flavour):
+    command = [sys.executable, "-m", "dvkernels", "launch", "-n", "2", "-m", "dvkernels", "info"]
+    ran = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = sorted(ran.stdout.splitlines())
+    for rank, line in enumerate(lines):
+        assert re.fullmatch(
+            rf"\[{rank}\] worker {rank} of 2, {rank} of 2 on {re.escape(platform.node())}, cores? "
+            r"[0-9,-]+ \((Open MPI|Hydra)\): cpu:0( cpu:[0-9]+)* PASS",
+            line,
+        )
+    assert len(lines) == 2
+
+
+IN_A_BARRIER = (
+    "from mpi4py import MPI\nif MPI.COMM_WORLD.rank == 1:\n    {}\nMPI.COMM_WORLD.Barrier()"
+)
+BEFORE_MPI = (
+    "import dvkernels as dv\nif dv.cluster.default_resolver().worker_id == 1:\n    {}\n"
+    "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()"
+)
+
+
+@pytest.mark.parametrize("where", [IN_A_BARRIER, BEFORE_MPI], ids=["in a barrier", "before MPI"])
+@pytest.mark.parametrize(
+    ("end", "status", "words"),
+    [
+        ("raise ValueError('this one')", 1, "[1] ValueError: this one"),
+        ("sys.exit(3)", 3, ""),
+        ("os.kill(os.getpid(), signal.SIGKILL)", None, ""),
+    ],
+)
+def test_a_worker_that_fails_ends_all(flavour, launch, where, end, status, words):
+    if (flavour, where, status) == ("Intel MPI", BEFORE_MPI, None):
+        pytest.skip("Intel MPI does not notice that a worker was killed before it started MPI")
+    started = time.monotonic()
+    found, _, err = launch(where.format(end), "-n", "3")
+    assert found == status if status else found not in (0, 124), err
+    assert f"{flavour} ended with status {found}" in err
+    assert words in err
+    assert "runpy" not in err
+    assert time.monotonic() - started < 60
+
+
+ALL_LEAVE = """
+from mpi4py import MPI
+time.sleep(2 * (MPI.COMM_WORLD.rank == 1))
+open(str(MPI.COMM_WORLD.rank), "w").close()
+sys.exit(42)
+"""
+
+
+def test_workers_that_all_leave_with_a_status_are_let_go(launch, tmp_path):
+    status, _, err = launch(ALL_LEAVE, "-n", "2")
+    assert status == 42, err
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()
+
+
+WAITING = """
+from mpi4py import MPI
+
+def leave(number, frame):
+    print("got", signal.Signals(number).name, flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGINT, leave)
+signal.signal(signal.SIGUSR1, lambda number, frame: print("got SIGUSR1", flush=True))
+MPI.COMM_WORLD.Barrier()
+print("up", os.getpid(), flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+def read_lines(process: subprocess.Popen[str], count: int) -> list[str]:
+    return sorted(process.stdout.readline() for _ in range(count))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_workers_may_leave_in_order(start, sent):
+    process = start(WAITING, "-n", "2")
+    assert [line[:6] for line in read_lines(process, 2)] == ["[0] up", "[1] up"]
+    process.send_signal(signal.SIGUSR1)
+    assert read_lines(process, 2) == ["[0] got SIGUSR1\n", "[1] got SIGUSR1\n"]
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=SECONDS)
+    said = sorted(line for line in out.splitlines() if "got" in line)  # launchers comment on it
+    assert said == [f"[0] got {sent.name}", f"[1] got {sent.name}"]
+    assert process.returncode == 0, err
+
+
+def all_gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not left
+
+
+@pytest.mark.parametrize("ignoring", [True, False], ids=["ignoring SIGTERM", "leaving"])
+def test_nothing_is_left_when_the_launcher_itself_is_killed(start, ignoring):
+    text = WAITING.replace("SIGTERM, leave", "SIGTERM, signal.SIG_IGN") if ignoring else WAITING
+    process = start(text, "-n", "2")
+    workers = [int(line.split()[-1]) for line in read_lines(process, 2)]
+    below = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert set(workers) < set(below)
+    process.kill()
+    process.communicate(timeout=SECONDS)
+    assert all_gone(below)
+
+
+def test_two_hosts(flavour, launch):
+    if flavour != "MPICH":
+        pytest.skip("needs a launcher that starts processes on other hosts without a shell there")
+    options = ("--launcher-option=-launcher", "--launcher-option=fork")
+    text = PLACE.replace("here.rank, here.size", "*divmod(world.rank, 2)[1:], 2")
+    status, out, err = launch(text, "--hosts", "localhost:2,127.0.0.1:2", *options)
+    assert status == 0, err
+    assert sorted(out.splitlines()) == [f"[{rank}] 6" for rank in range(4)]

@@ -1,0 +1,142 @@
+"""Saving in the background: what is saved is the moment of the call, and errors are told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.checkpoint import files
+from dvkernels.errors import CheckpointError
+from dvkernels.testing import faults
+
+
+class Held(files.Files):
+    """Lets nothing be written until it may."""
+
+    def __init__(self):
+        self.may_write = threading.Event()
+
+    def create(self, path):
+        assert self.may_write.wait(60)
+        return super().create(path)
+
+
+def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
+    weight, data, array = dv.Variable(np.ones(1000)), {"history": [1]}, np.ones(3)
+    checkpoint = dv.Checkpoint(weight=weight, data=data, array=array)
+    held = Held()
+    with files.using(held):
+        checkpoint.save(tmp_path / "c", metadata=data, background=True)
+        weight.assign(np.zeros(1000))
+        array[:] = 0
+        data["history"].append(2)
+        held.may_write.set()
+        checkpoint.close()
+    restored = checkpoint.restore(tmp_path / "c")
+    assert (weight.numpy() == 1).all()
+    assert (array == 1).all()
+    assert data == {"history": [1]} == restored.metadata
+
+
+def test_a_save_waits_for_the_one_before(tmp_path):
+    weight = dv.Variable(0.0)
+    with dv.Checkpoint(weight=weight) as checkpoint:
+        for number in range(5):
+            weight.assign(float(number))
+            checkpoint.save(tmp_path / f"c{number}", background=True)
+    for number in range(5):
+        checkpoint.restore(tmp_path / f"c{number}")
+        assert float(weight) == number
+
+
+@pytest.mark.parametrize("ask", ["close", "save", "restore"])
+def test_an_error_is_told_at_the_next_call_once(tmp_path, ask):
+    checkpoint = dv.Checkpoint(weight=dv.Variable(1.0))
+    checkpoint.save(tmp_path / "c")
+    with faults.injected(faults.Faults(room=10)):
+        checkpoint.save(tmp_path / "c", background=True)
+        with pytest.raises(CheckpointError, match="No space left"):
+            getattr(checkpoint, ask)(*([] if ask == "close" else [tmp_path / "c"]))
+    checkpoint.save(tmp_path / "c", background=True)
+    checkpoint.close()
+    checkpoint.close()
+    checkpoint.restore(tmp_path / "c")
+
+
+def test_what_cannot_be_saved_is_told_at_once(tmp_path):
+    with pytest.raises(CheckpointError, match="x"):
+        dv.Checkpoint(x=object()).save(tmp_path / "c", background=True)
+
+
+def test_the_memory_of_snapshots_is_kept(tmp_path):
+    weight = dv.Variable(np.zeros(10))
+    checkpoint = dv.Checkpoint(weight=weight)
+    for _ in range(2):
+        checkpoint.save(tmp_path / "c", background=True)
+    first = checkpoint._saver._host["weight"]
+    checkpoint.save(tmp_path / "c", background=True)
+    checkpoint.close()
+    assert checkpoint._saver._host["weight"] is first
+
+
+def run(code, path):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+EXIT = """
+import sys, time
+import numpy as np
+import dvkernels as dv
+from dvkernels.checkpoint import files
+
+class Slow(files.Files):
+    def sync(self, descriptor):
+        time.sleep(0.5)
+        super().sync(descriptor)
+
+files.active = Slow()
+checkpoint = dv.Checkpoint(weight=dv.Variable(np.full(100_000, 3.0)))
+checkpoint.save(sys.argv[1], background=True)
+{ending}
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "sys.exit(0)", "del checkpoint"])
+def test_the_end_of_the_program_waits(tmp_path, ending):
+    child = run(EXIT.format(ending=ending), tmp_path / "c")
+    assert (child.returncode, child.stderr) == (0, "")
+    weight = dv.Variable(np.zeros(100_000))
+    dv.Checkpoint(weight=weight).restore(tmp_path / "c")
+    assert (weight.numpy() == 3).all()
+
+
+def test_an_error_that_nobody_asked_for_is_printed_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    child = run(EXIT.format(ending=""), tmp_path / "file" / "c")
+    assert "a save in the background failed" in child.stderr
+
+
+def test_steps_go_on_while_it_is_written(tmp_path):
+    weight = dv.Variable(np.zeros(1000))
+    checkpoint = dv.Checkpoint(weight=weight)
+    held = Held()
+    with files.using(held):
+        began = time.perf_counter()
+        checkpoint.save(tmp_path / "c", background=True)
+        assert time.perf_counter() - began < 30
+        assert not (tmp_path / "c").exists()
+        held.may_write.set()
+        checkpoint.close()
+    assert (tmp_path / "c").exists()

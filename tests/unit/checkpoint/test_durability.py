@@ -1,0 +1,287 @@
+"""Whatever happens to disk and process, a whole checkpoint is there, and the run can go on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.checkpoint import files
+from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.testing import faults
+
+
+class Run:
+    """Objects that all hold the number of the last save, and a place to save them."""
+
+    def __init__(self, path, uses_manager=False):
+        self.number = 0
+        self.path = path
+        self.uses_manager = uses_manager
+        self.objects = self.fresh()
+
+    @staticmethod
+    def fresh():
+        return {
+            "weight": dv.Variable(np.zeros(300)),
+            "other": np.zeros((2, 5)),
+            "data": {"number": 0},
+        }
+
+    def save(self):
+        self.number += 1
+        self.objects["weight"].assign(np.full(300, float(self.number)))
+        self.objects["other"][...] = self.number
+        self.objects["data"]["number"] = self.number
+        checkpoint = dv.Checkpoint(**self.objects)
+        if self.uses_manager:
+            dv.CheckpointManager(checkpoint, self.path, 2).save(self.number)
+        else:
+            checkpoint.save(self.path)
+
+    def check(self):
+        """A whole one is there: the last or the one before."""
+        found = self.fresh()
+        checkpoint = dv.Checkpoint(**found)
+        if self.uses_manager:
+            assert dv.CheckpointManager(checkpoint, self.path).restore_latest() is not None
+        else:
+            checkpoint.restore(self.path)
+        number = found["data"]["number"]
+        assert number >= 1
+        assert (found["weight"].numpy() == number).all()
+        assert (found["other"] == number).all()
+        return number
+
+
+@pytest.mark.parametrize("loses", [(), ("content",), ("names",), ("content", "names")])
+@pytest.mark.parametrize("uses_manager", [False, True])
+def test_a_save_may_die_at_every_operation(tmp_path, uses_manager, loses):
+    run = Run(tmp_path / "a" / "b", uses_manager)
+    run.save()
+    num_operations = faults.check_every_crash(run.save, run.check, loses=loses)
+    assert num_operations > 20
+    assert run.check() == run.number
+    run.save()  # and cleans up what the last of the dead left behind
+    names = os.listdir(tmp_path / "a" / "b") if uses_manager else os.listdir(tmp_path / "a")
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_what_a_returned_save_has_saved_outlives_a_power_failure(tmp_path):
+    run = Run(tmp_path / "c")
+    for number in range(1, 4):
+        with faults.injected(faults.Faults(loses={"content", "names"})) as broken:
+            run.save()
+            with pytest.raises(faults.Crash):
+                broken.die()
+        assert run.check() == number
+
+
+@pytest.mark.parametrize("uses_manager", [False, True])
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+def test_an_error_at_any_operation_is_told_and_leaves_the_one_before(tmp_path, uses_manager, error):
+    run = Run(tmp_path / "a" / "b", uses_manager)
+    run.save()
+    for number in range(1, 200):
+        expected = run.number + 1
+        with faults.injected(faults.Faults(fail_at=number, error=error)) as broken:
+            try:
+                run.save()
+            except CheckpointError:
+                expected -= 1
+        assert run.check() == expected
+        run.save()  # the run can go on
+        assert run.check() == run.number
+        if broken.count < number:
+            break
+    else:
+        pytest.fail("a save has fewer operations")
+
+
+def test_a_full_disk(tmp_path):
+    run = Run(tmp_path / "c")
+    run.save()
+    for room in (0, 100, 1000, 3000):
+        with (
+            faults.injected(faults.Faults(room=room)),
+            pytest.raises(CheckpointError, match="No space left"),
+        ):
+            run.save()
+        assert run.check() == 1
+        assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("most", [1, 7, 100])
+def test_short_reads_and_writes(tmp_path, most):
+    run = Run(tmp_path / "c")
+    with faults.injected(faults.Faults(most_at_once=most)):
+        run.save()
+        assert run.check() == 1
+    assert run.check() == 1
+
+
+def test_an_error_while_checking_touches_nothing(tmp_path):
+    run = Run(tmp_path / "c")
+    run.save()
+    found = run.fresh()
+    checkpoint = dv.Checkpoint(**found)
+    with faults.injected(faults.Faults()) as counting:
+        checkpoint.restore(tmp_path / "c")
+    num_reads = counting.calls.count("read")
+    for number in range(1, num_reads + 1):
+        found = run.fresh()
+        with (
+            faults.injected(faults.Faults(fail_at=number, counted={"read"})),
+            pytest.raises(CheckpointDamagedError) as told,
+        ):
+            dv.Checkpoint(**found).restore(tmp_path / "c")
+        # Each tensor is read twice: the second time to where it belongs, which is then told.
+        is_untouched = (found["weight"].numpy() == 0).all() and (found["other"] == 0).all()
+        if number <= num_reads - 2:
+            assert is_untouched
+        else:
+            assert "must be restored again" in "".join(told.value.__cause__.__notes__)
+        assert found["data"]["number"] == 0
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "exchange"])
+def test_a_damaged_shard_leaves_every_object_as_it_was(tmp_path, damage):
+    run = Run(tmp_path / "c")
+    run.save()
+    shard = tmp_path / "c" / "shard-00000.safetensors"
+    nbytes = shard.stat().st_size
+    if damage == "flip":
+        faults.flip_bit(shard, 8 * (nbytes - 1))
+    elif damage == "truncate":
+        faults.truncate(shard, nbytes - 1)
+    elif damage == "remove":
+        shard.unlink()
+    else:
+        other = Run(tmp_path / "d")
+        other.number = 5
+        other.save()
+        os.replace(tmp_path / "d" / "shard-00000.safetensors", shard)
+    found = run.fresh()
+    rng = found["rng"] = np.random.default_rng(0)
+    state = rng.bit_generator.state
+    with pytest.raises(CheckpointDamagedError, match="shard-00000"):
+        dv.Checkpoint(**found).restore(tmp_path / "c", partial=True)
+    assert (found["weight"].numpy() == 0).all()
+    assert (found["other"] == 0).all()
+    assert found["data"] == {"number": 0}
+    assert rng.bit_generator.state == state
+
+
+def test_something_else_at_the_path_is_not_replaced(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("c", "file"):
+        with pytest.raises(CheckpointError):
+            dv.Checkpoint(x=1).save(tmp_path / name)
+    assert (tmp_path / "c" / "thesis.tex").read_text() == "precious"
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["c", "file"]
+
+
+# -- one writer at a time ------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+import dvkernels as dv
+from pathlib import Path
+from dvkernels.checkpoint import folder
+with folder.lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def start(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_second_writer_is_told_who_the_first_is(tmp_path):
+    run = Run(tmp_path / "c")
+    run.save()
+    with start(HOLD, tmp_path / "c") as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(CheckpointError, match=rf"another writer.*pid {holder.pid} on"):
+                run.save()
+            assert run.check() == 1  # reading needs no lock
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+        run.save()  # the lock of a killed owner is free
+        assert run.check() == run.number
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_two_writers_in_one_process(tmp_path):
+    run, other = Run(tmp_path / "c"), Run(tmp_path / "c")
+    is_inside, may_go = threading.Event(), threading.Event()
+
+    class Slow(files.Files):
+        def sync_folder(self, path):
+            is_inside.set()
+            assert may_go.wait(60)
+            super().sync_folder(path)
+
+    run.save()
+    with files.using(Slow()):
+        thread = threading.Thread(target=run.save)
+        thread.start()
+        assert is_inside.wait(60)
+        with pytest.raises(CheckpointError, match="this process"):
+            other.save()
+        may_go.set()
+        thread.join()
+    assert run.check() == 2
+    other.save()
+
+
+SAVE_AND_WAIT = """
+import os, sys, threading
+import numpy as np
+import dvkernels as dv
+from dvkernels.checkpoint import files
+
+class Stopping(files.Files):
+    count = 0
+    def __getattribute__(self, name):
+        operation = object.__getattribute__(self, name)
+        if name.startswith("_") or name == "count":
+            return operation
+        Stopping.count += 1
+        if Stopping.count == int(sys.argv[2]):
+            os.kill(os.getpid(), 9)
+        return operation
+
+weight = dv.Variable(np.full(300, 2.0))
+with files.using(Stopping()):
+    dv.Checkpoint(weight=weight, other=np.full((2, 5), 2.0), data={"number": 2}).save(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("number", [3, 9, 14, 19, 24])
+def test_a_real_kill(tmp_path, number):
+    run = Run(tmp_path / "c")
+    run.save()
+    with start(SAVE_AND_WAIT, tmp_path / "c", number) as child:
+        assert child.wait(100) == -signal.SIGKILL
+    assert run.check() in (1, 2)
+    run.save()
+    assert os.listdir(tmp_path) == ["c"]

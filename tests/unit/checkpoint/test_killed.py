@@ -1,0 +1,78 @@
+"""A run that is killed at random moments ends as one that was not.
+
+The campaign: ``python -m pytest -m slow tests/unit/checkpoint/test_killed.py -s``
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+from dvkernels.checkpoint import reading
+from dvkernels.checkpoint.manager import checkpoints_in
+from dvkernels.testing import run_and_kill
+
+SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
+
+
+def command(folder, steps, *options):
+    return [sys.executable, SMALL_RUN, str(folder), str(steps), *options]
+
+
+def result(output):
+    (line,) = (line for line in output.splitlines() if line.startswith("result"))
+    return line.split()[1:]
+
+
+def check_what_is_left(folder):
+    """Whatever the moment: what is called a checkpoint is whole, and the newest can be loaded."""
+    held = checkpoints_in(folder)
+    assert held, "a step had been saved before the kill"
+    for path in held:
+        with reading.opened(path) as reader:
+            reader.check(reader.manifest.tensors)
+
+
+def run_killed(folder, steps, kills, seed, *options):
+    killed = run_and_kill(
+        command(folder, steps, *options), most_kills=kills, seed=seed, longest_seconds=0.15,
+        after_kill=lambda _: check_what_is_left(folder),
+    )  # fmt: skip
+    return killed.num_kills, result(killed.output)
+
+
+@pytest.mark.parametrize("options", [[], ["--background"]])
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path, options):
+    steps = 120
+    whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
+    num_kills, killed = run_killed(tmp_path / "killed", steps, 4, 1, *options)
+    assert killed == whole
+    assert num_kills > 0
+
+
+def test_on_another_number_of_replicas_it_ends_within_rounding(tmp_path):
+    steps = 60
+    whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
+    folder = tmp_path / "killed"
+    for replicas, reached in ((1, 20), (3, 40)):
+        run_and_kill(
+            command(folder, reached, "--replicas", str(replicas)), most_kills=0, seed=0
+        )  # fmt: skip
+    _, (_, norm) = run_killed(folder, steps, 1, 2)
+    assert float(norm) == pytest.approx(float(whole[1]), rel=1e-12)
+
+
+@pytest.mark.slow
+def test_a_thousand_kills(tmp_path):
+    steps, wanted, kills = 400, 1000, 0
+    whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
+    for number in itertools.count():
+        options = [[], ["--background"]][number % 2]
+        folder = tmp_path / f"round-{number}"
+        some, killed = run_killed(folder, steps, wanted - kills, number, *options)
+        assert killed == whole
+        kills += some
+        print(f"round {number}: {some} kills, {kills} in all, the result is the same", flush=True)
+        if kills >= wanted:
+            break

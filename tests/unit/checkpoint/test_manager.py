@@ -1,0 +1,126 @@
+"""A folder of checkpoints: which are kept, and which one a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.testing import faults
+
+
+def steps(manager):
+    return [int(path.name.split("-")[1]) for path in manager.checkpoints]
+
+
+@pytest.mark.parametrize(
+    ("max_to_keep", "keep_every", "expected"),
+    [
+        (2, None, [9, 10]),
+        (1, None, [10]),
+        (None, None, list(range(1, 11))),
+        (2, 4, [4, 8, 9, 10]),
+        (1, 3, [3, 6, 9, 10]),
+        (100, 5, list(range(1, 11))),
+    ],
+)
+def test_what_is_kept(tmp_path, max_to_keep, keep_every, expected):
+    manager = dv.CheckpointManager(
+        dv.Checkpoint(x=np.zeros(2)), tmp_path / "a" / "b", max_to_keep, keep_every=keep_every
+    )
+    assert manager.latest_checkpoint is None
+    assert manager.restore_latest() is None
+    for step in range(1, 11):
+        assert manager.save(step) == manager.latest_checkpoint
+    assert steps(manager) == expected
+    assert sorted(os.listdir(manager.directory)) == [path.name for path in manager.checkpoints]
+
+
+def test_the_one_just_saved_is_never_removed(tmp_path):
+    x = np.zeros(2)
+    manager = dv.CheckpointManager(dv.Checkpoint(x=x), tmp_path, 1)
+    manager.save(10)
+    manager.save(3)
+    assert steps(manager) == [3, 10]
+    manager.save(10)
+    assert steps(manager) == [10]
+
+
+def test_more_digits_than_names_have(tmp_path):
+    manager = dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path, 2)
+    for step in (99_999_999, 100_000_000, 5):
+        manager.save(step)
+    assert steps(manager)[-2:] == [99_999_999, 100_000_000]
+    restored = manager.restore_latest()
+    assert restored.step == 100_000_000
+
+
+def test_the_newest_good_one_and_a_word_about_the_others(tmp_path, caplog):
+    x = np.zeros(2)
+    manager = dv.CheckpointManager(dv.Checkpoint(x=x), tmp_path)
+    for step in range(1, 5):
+        x[:] = step
+        manager.save(step)
+    faults.flip_bit(tmp_path / "step-00000004" / "shard-00000.safetensors", 639)
+    (tmp_path / "step-00000003" / "manifest.json").unlink()
+    with (
+        caplog.at_level(logging.WARNING, "dvkernels"),
+        pytest.warns(RuntimeWarning, match=r"step-00000002, because.*step-00000004.*step-00000003"),
+    ):
+        restored = manager.restore_latest()
+    assert (restored.step, x.tolist()) == (2, [2, 2])
+    assert "step-00000004" in caplog.text
+    for step in (1, 2):
+        faults.truncate(tmp_path / f"step-0000000{step}" / "manifest.json", 10)
+    with pytest.raises(CheckpointDamagedError, match="every checkpoint"):
+        manager.restore_latest()
+    assert x.tolist() == [2, 2]
+    manager.save(5)
+    assert manager.restore_latest().step == 5
+
+
+def test_objects_that_do_not_fit_are_no_reason_to_go_back(tmp_path):
+    dv.CheckpointManager(dv.Checkpoint(x=np.zeros(2)), tmp_path).save(1)
+    dv.CheckpointManager(dv.Checkpoint(x=np.zeros(3)), tmp_path).save(2)
+    with pytest.raises(CheckpointError, match=r"float64\[2\].*float64\[3\]"):
+        dv.CheckpointManager(dv.Checkpoint(x=np.zeros(2)), tmp_path).restore_latest()
+
+
+def test_in_the_background(tmp_path):
+    x = np.zeros(2)
+    with dv.CheckpointManager(dv.Checkpoint(x=x), tmp_path, 2) as manager:
+        for step in range(6):
+            x[:] = step
+            manager.save(step, background=True)
+        x[:] = -1
+        assert manager.restore_latest().step == 5
+        assert x.tolist() == [5, 5]
+    assert steps(manager) == [4, 5]
+
+
+def test_other_things_in_the_folder_are_left_alone(tmp_path):
+    for name in ("step-1", ".tmp-notes", "step-000000012x", "notes"):
+        (tmp_path / name).mkdir()
+    manager = dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path, 1)
+    for step in range(3):
+        manager.save(step)
+    assert steps(manager) == [2]
+    assert {"step-1", ".tmp-notes", "step-000000012x", "notes"} < set(os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("step", [-1, True, 1.0, "1", 10**18, None])
+def test_a_step_is_a_number(tmp_path, step):
+    with pytest.raises(CheckpointError, match="step"):
+        dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path).save(step)
+
+
+@pytest.mark.parametrize("arguments", [{"max_to_keep": 0}, {"keep_every": 0}, {"max_to_keep": 1.5}])
+def test_numbers_to_keep(tmp_path, arguments):
+    with pytest.raises(CheckpointError, match="above 0"):
+        dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path, **arguments)
+    with pytest.raises(CheckpointError, match=r"dv\.Checkpoint"):
+        dv.CheckpointManager({"x": 1}, tmp_path)

@@ -1,0 +1,354 @@
+"""launch starts, watches over and ends a job, here with a launcher of the tests' own.
+
+What the launchers of real MPIs do is seen in tests/processes/test_launched_programs.py.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dvkernels.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[3]
+FAKE = Path(__file__).with_name("fake_mpiexec.py")
+SECONDS = 60
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fake launcher needs Linux")
+
+
+@pytest.fixture
+def mpiexec(tmp_path):
+    path = tmp_path / "mpiexec"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Return a function that writes a program for the workers, and returns its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "program.py"
+        start = "import os, signal, sys, time\nrank = int(os.environ['PMI_RANK'])\n"
+        path.write_text(start + text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def start(mpiexec, tmp_path):
+    """Return a function that starts launch; whatever is left of it afterwards is ended."""
+    started = []
+
+    def start(*words: str, **environ: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvkernels", "launch", "--launcher", mpiexec, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def launch(start):
+    def launch(*words: str, **environ: str) -> tuple[int, str, str]:
+        process = start(*words, **environ)
+        out, err = process.communicate(timeout=SECONDS)
+        return process.returncode, out, err
+
+    return launch
+
+
+def test_every_line_says_whose_it_is(launch, script):
+    program = script("print('a', rank)\nprint('b', rank, sys.argv[1:], end='', file=sys.stderr)")
+    status, out, err = launch("-n", "3", program, "-x", "--y=1")
+    assert status == 0
+    assert sorted(out.splitlines()) == [f"[{rank}] a {rank}" for rank in range(3)]
+    assert sorted(err.splitlines()) == [f"[{rank}] b {rank} ['-x', '--y=1']" for rank in range(3)]
+
+
+def test_lines_stay_whole(launch, script):
+    program = script("for k in range(300):\n    print(k, 'x' * 500)")
+    _, out, _ = launch("-n", "3", program)
+    expected = {f"[{rank}] {k} {'x' * 500}" for rank in range(3) for k in range(300)}
+    assert len(out.splitlines()) == 900
+    assert set(out.splitlines()) == expected
+
+
+def test_without_a_prefix_output_is_as_it_was(launch, script):
+    assert launch("-n", "1", "--no-prefix", script("print('a')"))[:2] == (0, "a\n")
+
+
+def test_a_module_is_started_too(launch):
+    status, out, _ = launch("-n", "2", "-m", "platform", "--nonaliased")
+    assert status == 0
+    assert [line[:4] for line in sorted(out.splitlines())] == ["[0] ", "[1] "]
+
+
+def test_workers_know_their_place_share_and_threads(launch, script):
+    program = script(
+        "import dvkernels as dv\n"
+        "r = dv.cluster.default_resolver()\n"
+        "print(r.worker_id, r.num_workers, r.local_rank, os.environ['OMP_NUM_THREADS'],"
+        " len(dv.list_devices()))"
+    )
+    cores = len(os.sched_getaffinity(0))
+    num_workers = 2 * cores  # more than there are cores
+    status, out, err = launch("-n", str(num_workers), program)
+    assert status == 0, err
+    expected = sorted(f"[{k}] {k} {num_workers} {k} 1 1" for k in range(num_workers))
+    assert sorted(out.splitlines()) == expected
+    _, out, _ = launch("-n", "1", "--threads-per-worker", "7", program)
+    assert out.split()[4] == "7"
+    _, out, _ = launch("-n", "1", program, OMP_NUM_THREADS="5")
+    assert out.split()[4] == "5"
+
+
+def test_info_of_several_workers_says_who_is_where(launch):
+    status, out, err = launch("-n", "2", "-m", "dvkernels", "info")
+    assert status == 0, err
+    lines = sorted(out.splitlines())
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert line.startswith(f"[{rank}] worker {rank} of 2, {rank} of 2 on {platform.node()}, ")
+        assert " (Hydra): cpu:0" in line
+        assert line.endswith(" PASS")
+
+
+ENDS = {
+    "sys.exit(3)": (3, ""),
+    "sys.exit('the last word')": (1, "[1] the last word\n"),
+    "os.kill(os.getpid(), signal.SIGKILL)": (9, ""),
+    "raise ValueError('this one')": (1, "[1] ValueError: this one\n"),
+    "import no_such_module": (1, "ModuleNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_one_status(launch, script, end):
+    status, words = ENDS[end]
+    program = script(f"if rank == 1:\n    {end}")
+    found, _, err = launch("-n", "2", program)
+    assert found == status
+    assert words in err
+    assert f"launch: MPICH ended with status {status}" in err
+
+
+def test_a_worker_that_fails_before_mpi_was_started_ends_those_that_wait(launch, script):
+    program = script("if rank == 1:\n    raise ValueError('early')\ntime.sleep(100)")
+    started = time.monotonic()
+    status, _, err = launch("-n", "3", program)
+    assert status == 1
+    assert "[1] ValueError: early" in err
+    assert "runpy" not in err
+    assert time.monotonic() - started < 50
+
+
+def test_restarts_count_and_end(launch, script):
+    program = script("print('attempt', os.environ['DVKERNELS_ATTEMPT'], flush=True)\nos._exit(7)")
+    status, out, err = launch("-n", "1", "--max-restarts", "2", program)
+    assert status == 7
+    assert out.splitlines() == [f"[0] attempt {k}" for k in range(3)]
+    assert err.count("starting again") == 2
+    again = script("os._exit(7 * (os.environ['DVKERNELS_ATTEMPT'] == '4'))")
+    assert launch("-n", "1", "--max-restarts", "2", again, DVKERNELS_ATTEMPT="4")[0] == 0
+
+
+@pytest.mark.parametrize("status", [0, 2, 130])
+def test_what_will_fail_again_is_not_restarted(launch, script, status):
+    found, _, err = launch("-n", "1", "--max-restarts", "2", script(f"os._exit({status})"))
+    assert found == status
+    assert "starting again" not in err
+
+
+GRACEFUL = """
+def leave(number, frame):
+    print("got", signal.Signals(number).name, flush=True)
+    sys.exit(int(sys.argv[1]))
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, leave)
+def once(number, frame):
+    print("got SIGUSR1", flush=True)
+    signal.signal(signal.SIGUSR1, leave)
+
+signal.signal(signal.SIGUSR1, once)
+print("up", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+LEAVING_SOMETHING = """
+import subprocess
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+child = subprocess.Popen(
+    [sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True
+)
+print("up", child.pid, os.getpid(), flush=True)
+"""
+STUBBORN = LEAVING_SOMETHING + "time.sleep(1000)"
+
+
+def read_lines(process: subprocess.Popen[str], count: int) -> list[str]:
+    return sorted(process.stdout.readline() for _ in range(count))
+
+
+def pids_in(lines: list[str]) -> list[int]:
+    return [int(word) for line in lines for word in line.split()[2:]]
+
+
+def all_gone(pids: list[int]) -> bool:
+    """Wait until no process of these is left; those that ended and were not waited for are gone."""
+
+    def alive(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    deadline = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked", "status"),
+    [
+        (signal.SIGTERM, 0, 0),
+        (signal.SIGTERM, 42, 42),
+        (signal.SIGINT, 0, 0),
+        (signal.SIGUSR1, 42, 42),
+    ],
+)
+def test_signals_reach_the_workers(start, script, sent, asked, status):
+    process = start("-n", "2", "--max-restarts", "3", script(GRACEFUL), str(asked))
+    assert read_lines(process, 2) == ["[0] up\n", "[1] up\n"]
+    process.send_signal(signal.SIGUSR1)
+    assert read_lines(process, 2) == ["[0] got SIGUSR1\n", "[1] got SIGUSR1\n"]
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=SECONDS)
+    assert f"got {sent.name}" in out
+    assert process.returncode == status
+    assert "starting again" not in err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_program_that_knows_nothing_of_signals(start, script, sent):
+    process = start("-n", "2", script("print('up', flush=True)\ntime.sleep(1000)"))
+    read_lines(process, 2)
+    process.send_signal(sent)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + sent
+
+
+@pytest.mark.parametrize("how", ["timeout", "interrupt", "interrupt twice"])
+def test_workers_that_will_not_end_are_ended_with_all_they_started(start, script, how):
+    options = {
+        "timeout": ["--timeout", "6", "--grace", "0.1"],
+        "interrupt": ["--grace", "0.1"],
+        "interrupt twice": ["--grace", "1000"],
+    }
+    process = start("-n", "2", "--max-restarts", "3", *options[how], script(STUBBORN))
+    pids = pids_in(read_lines(process, 2))
+    assert len(pids) == 4
+    for _ in range({"timeout": 0, "interrupt": 1, "interrupt twice": 2}[how]):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == (124 if how == "timeout" else 130)
+    assert all_gone(pids)
+
+
+def test_nothing_is_left_of_a_job_whose_worker_left_something(launch, script):
+    status, out, _ = launch("-n", "2", script(LEAVING_SOMETHING))
+    assert status == 0
+    assert all_gone(pids_in(out.splitlines()))
+
+
+def test_dry_run_prints_a_command_for_a_shell(launch, script, mpiexec):
+    program = script("print(rank, sys.argv[1:])")
+    status, out, _ = launch("-n", "2", "--dry-run", program, "a b", "$x", "'")
+    assert status == 0
+    words = shlex.split(out)
+    assert words[0] == "env"
+    assert words[words.index(mpiexec) + 1 : words.index(mpiexec) + 3] == ["-n", "2"]
+    ran = subprocess.run(
+        ["sh", "-c", out],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=True,
+    )
+    expected = repr(["a b", "$x", "'"])
+    assert sorted(ran.stdout.splitlines()) == [f"[0] 0 {expected}", f"[1] 1 {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "workers", "given"),
+    [
+        (["--hosts", "a:2,b"], None, "or all with counts"),
+        (["--hosts", "a,,b"], None, "--hosts: expected hosts"),
+        (["--hosts", "a:0"], None, "--hosts: expected hosts"),
+        (["--hosts", "a,a"], None, "each host once"),
+        (["-n", "3", "--hosts", "a:1,b:1"], None, "counts 2 workers, but -n is 3"),
+        (["--hosts", "a:2,b:1"], "a:2,b:1", "-n 3"),
+        (["-n", "5", "--hosts", "a,b"], "a:3,b:2", "-n 5"),
+        (["-n", "1", "--hosts", "a,b"], "a:1", "-n 1"),
+        (["--hosts", "[fe80::1]:2"], "[fe80::1]:2", "-n 2"),
+    ],
+)
+def test_hosts(mpiexec, capsys, hosts, workers, given):
+    status = main(["launch", "--launcher", mpiexec, "--dry-run", *hosts, "-m", "x"])
+    out, err = capsys.readouterr()
+    if workers is None:
+        assert (status, out) == (2, "")
+        assert given in err
+    else:
+        assert f"-hosts {workers} {given}" in out.replace("'", "")
+        assert "OMP_NUM_THREADS" not in out  # nobody knows the cores of other hosts
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected a script"),
+        (["no_such_file.py"], "there is no file 'no_such_file.py'"),
+        (["--launcher", "/no/such", "-m", "x"], "none of /no/such lies beside"),
+        (["-n", "1000000", "--bind", "-m", "x"], "--bind: 1000000 workers"),
+        (["-n", "0", "-m", "x"], "expected a number of at least 1"),
+        (["--timeout", "-1", "-m", "x"], "expected seconds of at least 0"),
+    ],
+)
+def test_bad_options(mpiexec, capsys, words, message):
+    try:
+        status = main(["launch", "--launcher", mpiexec, *words])
+    except SystemExit as end:  # argparse
+        status = end.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert message in err

@@ -1,0 +1,67 @@
+"""``python -m dvkernels train --checkpoint-dir D --resume``, killed and preempted."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dvkernels.testing import run_and_kill
+
+EPOCHS = 20
+
+
+def command(*options, replicas=2):
+    return [
+        sys.executable, "-m", "dvkernels", "train", "--json", "--epochs", str(EPOCHS),
+        "--hidden", "512", "--dtype", "float64", "--replicas", str(replicas), *options,
+    ]  # fmt: skip
+
+
+def report(output):
+    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return report(subprocess.run(command(), capture_output=True, text=True, check=True).stdout)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, whole):
+    def is_under_way(output):
+        return any(tmp_path.glob("step-*"))
+
+    options = ["--checkpoint-dir", str(tmp_path), "--checkpoint-every", "5", "--resume"]
+    killed = run_and_kill(
+        command(*options), most_kills=2, seed=3, longest_seconds=0.1, is_under_way=is_under_way
+    )
+    resumed = report(killed.output)
+    assert killed.num_kills > 0
+    assert resumed["resumed_at_step"] > 0
+    for key in ("weights_sha256", "steps", "test_accuracy", "final_loss"):
+        assert resumed[key] == whole[key]
+
+
+def test_preempted_it_saves_and_goes_on_with_other_replicas(tmp_path, whole):
+    options = ["--checkpoint-dir", str(tmp_path), "--checkpoint-every", "1"]
+    with subprocess.Popen(
+        command(*options, "--preemption-exit-code", "9"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as program:  # fmt: skip
+        while program.poll() is None and not any(tmp_path.glob("step-*")):
+            time.sleep(0.005)
+        program.send_signal(signal.SIGTERM)
+        said = program.communicate()[1]
+    assert program.returncode == 9, said
+    done = subprocess.run(
+        command(*options, "--resume", replicas=3), capture_output=True, text=True, check=True
+    )
+    resumed = report(done.stdout)
+    assert 0 < resumed["resumed_at_step"] < whole["steps"]
+    assert resumed["relative_difference_to_one_device"] <= 1e-9
+    assert resumed["final_loss"] == pytest.approx(whole["final_loss"], rel=1e-6)
+    again = subprocess.run(command(*options), capture_output=True, text=True, check=False)
+    assert again.returncode != 0
+    assert "pass --resume" in again.stderr

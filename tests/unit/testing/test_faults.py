@@ -1,0 +1,103 @@
+"""The fault harness itself: what it breaks is broken, and what it does not find is reported."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from dvkernels.checkpoint import files
+from dvkernels.testing import faults
+from dvkernels.testing.faults import Crash, Faults, check_every_crash, injected
+
+
+def save(path, content, *, syncs=True, renames=True):
+    """Save as others might: beside, and renamed."""
+    beside = path.with_suffix(".new") if renames else path
+    if beside.exists():
+        files.active.remove(beside)
+    descriptor = files.active.create(beside)
+    files.active.write(descriptor, content, 0)
+    if syncs:
+        files.active.sync(descriptor)
+    files.active.close(descriptor)
+    if renames:
+        files.active.rename(beside, path)
+    files.active.sync_folder(path.parent)
+
+
+def test_a_good_save_passes_and_bad_ones_are_found(tmp_path):
+    path = tmp_path / "x"
+
+    def check():
+        assert path.read_bytes() in (b"old", b"new")
+
+    path.write_bytes(b"old")
+    assert check_every_crash(lambda: save(path, b"new"), check) == 6
+    path.write_bytes(b"old")
+    with pytest.raises((AssertionError, OSError)):
+        check_every_crash(lambda: save(path, b"new", renames=False), check)
+    path.write_bytes(b"old")
+    check_every_crash(lambda: save(path, b"new", syncs=False), check)
+    path.write_bytes(b"old")
+    with pytest.raises(AssertionError):  # only a power failure tells that it was not synced
+        check_every_crash(lambda: save(path, b"new", syncs=False), check, loses={"content"})
+
+
+def test_nothing_happens_after_death(tmp_path):
+    with injected(Faults(crash_at=3)) as broken:
+        descriptor = files.active.create(tmp_path / "x")
+        files.active.write(descriptor, b"abc", 0)
+        for _ in range(3):
+            with pytest.raises(Crash):
+                files.active.write(descriptor, b"defg", 3)
+    assert (tmp_path / "x").read_bytes() == b"abcde"  # half of the write that it died in
+    assert broken.calls == ["create", "write", "write"]
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(descriptor)
+
+
+def test_a_power_failure_takes_what_was_not_synced(tmp_path):
+    (tmp_path / "old").write_bytes(b"old")
+    with injected(Faults(loses={"content", "names"})) as broken:
+        for name in ("synced", "unsynced"):
+            descriptor = files.active.create(tmp_path / name)
+            files.active.write(descriptor, b"abc", 0)
+            if name == "synced":
+                files.active.sync(descriptor)
+            files.active.close(descriptor)
+        files.active.sync_folder(tmp_path)
+        files.active.rename(tmp_path / "old", tmp_path / "renamed")
+        files.active.make_folder(tmp_path / "folder")
+        with pytest.raises(Crash):
+            broken.die()
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {"old": b"old", "synced": b"abc", "unsynced": b""}
+
+
+def test_full_and_failing_disks(tmp_path):
+    with injected(Faults(room=4)):
+        descriptor = files.active.create(tmp_path / "x")
+        assert files.active.write(descriptor, b"abc", 0) == 3
+        assert files.active.write(descriptor, b"def", 3) == 1
+        with pytest.raises(OSError, match="No space") as told:
+            files.active.write(descriptor, b"ef", 4)
+        assert told.value.errno == errno.ENOSPC
+        files.active.close(descriptor)
+    with injected(Faults(fail_at=2, counted={"size"}, error=errno.EIO)):
+        descriptor = files.active.open(tmp_path / "x")
+        assert files.active.size(descriptor) == 4
+        with pytest.raises(OSError, match="injected"):
+            files.active.size(descriptor)
+        assert files.active.size(descriptor) == 4
+        files.active.close(descriptor)
+
+
+def test_flipped_and_cut(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes(4))
+    faults.flip_bit(path, 9)
+    assert path.read_bytes() == bytes([0, 2, 0, 0])
+    faults.truncate(path, 2)
+    assert path.read_bytes() == bytes([0, 2])
