@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from dvkernels.communicators.rendezvous import StepEnded, user_line
-from dvkernels.errors import CollectiveMismatchError
+from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 
 __all__: list[str] = []
 
@@ -53,6 +53,7 @@ class Wire(Protocol):
 
     rank: int
     size: int
+    timeout_seconds: float
 
     def come(self, number: int, nbytes: int, text: str = "") -> None:
         """Come to the next round, without waiting. What has a text may be slow."""
@@ -152,7 +153,11 @@ class Agreement:
         self.is_open = False  # the latest round is the announcement of a failure
 
     def __enter__(self) -> None:
-        self._turn.acquire()
+        if not self._turn.acquire(timeout=self._wire.timeout_seconds):
+            raise CollectiveTimeoutError(
+                f"another thread of worker {self._wire.rank} has been in a collective for "
+                f"{self._wire.timeout_seconds:g} s, or was interrupted on its way into one"
+            )
         self._began = self._standing.generation
 
     def __exit__(

@@ -103,17 +103,19 @@ def _await_all(comm: Any, timeout_seconds: float) -> None:
 
 def _kept(transport: Transport) -> Transport:
     if not _open:
-        atexit.register(_leave)
+        atexit.register(_leave, os.getpid())
     _open.append(transport)
     return transport
 
 
-def _leave() -> None:
+def _leave(pid: int) -> None:
     """Let the others go: MPI_Finalize waits for all, so a job that is broken has to be aborted.
 
     A worker that failed waits for the others to hear of it and to leave as well; those that do
     not, because they hang or were stopped, are ended by MPI after the deadline.
     """
+    if pid != os.getpid():
+        return  # a process forked from the worker
     error = getattr(sys, "last_value", None)
     text = "it has exited" if error is None else f"it exited after {type(error).__name__}: {error}"
     for transport in _open:

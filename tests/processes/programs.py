@@ -144,6 +144,21 @@ def variables(num_local: str, over: str) -> None:
         assert (together.reshape(count, -1) == np.asarray(table)).all(), "all copies are equal"
 
 
+def drift(over: str) -> None:
+    """In debug mode a worker whose variable drifts apart is told of, on all."""
+    with dv.debug(), make(1) as strategy:
+        with strategy.scope():
+            weight = dv.Variable(np.zeros(3), name="weight")
+        strategy.run(lambda: None)
+        strategy.update(weight, lambda copy: _add_apart(copy, rank() + 1.0))
+        with pytest.raises(dv.errors.DriftError, match=r"worker 1 holds .* \['weight'\]"):
+            strategy.run(lambda: None)
+
+
+def _add_apart(copy, value: float) -> None:
+    copy.assign_add(np.full(3, value))
+
+
 def endure(over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str) -> None:
     """Go on until the victim comes to harm, and write what that was to this worker."""
     rng = np.random.default_rng(int(seed))  # the same on all

@@ -32,6 +32,10 @@ def test_large_arrays(over, num_bytes):
     run(2, "large", over, num_bytes)
 
 
+def test_drift_between_workers_is_found():
+    run(2, "drift", "memory")
+
+
 @SHAPES
 def test_the_laws_of_strategies(count, num_local, over):
     run(count, "strategy_laws", num_local, over)
