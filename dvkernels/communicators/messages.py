@@ -33,7 +33,10 @@ _RECORD_NBYTES, _HEAD_NBYTES = 512, 16
 _SHORT_NBYTES = 64 * 1024
 # One message at most. MPI counts in 32 bits where it is older than version 4.
 _MESSAGE_NBYTES = 64 * 1024 * 1024
-_SPINS = 2_000  # about 1 ms of asking MPI
+_TESTS_PER_LOOK = 100  # about 50 us of asking MPI
+# How long to ask without pausing: for workers that may be anywhere, and for data that all of them
+# have agreed to exchange, so that only a worker that is lost or stopped can hold them up.
+_SPINNING_SECONDS, _FLOWING_SECONDS = 1e-3, 2.0
 _NAP_SECONDS, _LONGEST_NAP_SECONDS = 20e-6, 1e-3
 _SAY_SECONDS = 1.0  # after which a waiter tells the others where it waits
 _NEVER = [-1, -1]  # the last rounds of a worker that MPI has lost
@@ -229,7 +232,7 @@ class Messages:
 
     def await_all(self, asked_for: Asked) -> list[Word]:
         """Return what each worker brought to the round, when all have come."""
-        self._finish(self._meeting, asked_for)
+        self._finish(self._meeting, asked_for, _SPINNING_SECONDS)
         heads = np.ascontiguousarray(self._all[:, :_HEAD_NBYTES]).view(np.int64)
         return [Word(int(number), int(nbytes)) for number, nbytes in heads]
 
@@ -238,18 +241,28 @@ class Messages:
         held = self._all[worker, _HEAD_NBYTES:].tobytes()
         return held[: held.index(0)].decode(errors="replace")
 
-    def _finish(self, request: Any, wanted: Asked) -> None:
-        """Return when MPI has carried out a request; raise if it is in vain."""
+    def _finish(self, request: Any, wanted: Asked, busy_seconds: float = _FLOWING_SECONDS) -> None:
+        """Return when MPI has carried out a request; raise if it is in vain.
+
+        MPI moves data only while it is asked, so while data flow, asking must not pause: 64 MiB
+        took 1.3 s with naps of a millisecond.
+        """
         try:
-            for _ in range(_SPINS):
-                if request.Test():
-                    return
-            self._wait(request, wanted)
+            began = time.monotonic()
+            busy_until = began + min(busy_seconds, self.timeout_seconds)
+            while True:
+                for _ in range(_TESTS_PER_LOOK):
+                    if request.Test():
+                        return
+                if time.monotonic() > busy_until:
+                    break
+                time.sleep(0)  # others may need this core
+            self._wait(request, wanted, began)
         except MPI.Exception as error:
             self._end(_LOST, f"worker {self.rank} lost another in {wanted.text}: {error}")
 
-    def _wait(self, request: Any, wanted: Asked) -> None:
-        post, began = self._post, time.monotonic()
+    def _wait(self, request: Any, wanted: Asked, began: float) -> None:
+        post = self._post
         has_said, nap = False, _NAP_SECONDS
         while not request.Test():
             post.listen()

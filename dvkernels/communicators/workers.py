@@ -83,7 +83,7 @@ class WorkerGroup:
         target = np.empty(value.shape, value.dtype) if out is None else out[0]
         is_flat = target.flags.c_contiguous
         flat = target.reshape(-1) if is_flat else np.empty(target.size, target.dtype)
-        source = np.ascontiguousarray(value).reshape(-1)
+        source = (value if value.flags.c_contiguous else np.ascontiguousarray(value)).reshape(-1)
         wanted = asked("all_reduce", op.name.lower(), Spec(value.shape, value.dtype))
         self._transport.all_reduce_into(flat, source, op, wanted)
         if not is_flat:
