@@ -14,8 +14,9 @@ LINE = re.compile(r'^([A-Z_]+) = "[0-9a-f]{8}"$', re.MULTILINE)
 
 
 def digest(name: str) -> str:
-    """Return the digest of a file of kernels/cpu, named without its suffix."""
-    return hashlib.sha256((CPU / f"{name}.py").read_bytes()).hexdigest()[:8]
+    """Return the digest of a file of kernels/cpu, or of kernels, named without its suffix."""
+    here, above = CPU / f"{name}.py", CPU.parent / f"{name}.py"
+    return hashlib.sha256((here if here.exists() else above).read_bytes()).hexdigest()[:8]
 
 
 def write() -> list[str]:

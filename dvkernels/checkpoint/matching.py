@@ -131,14 +131,15 @@ class _Matcher:
         entries = [self._manifest.tensors[name] for name in names]
         for entry in entries:
             _check_spec(label, own, entry)
-        before = self._filled_from.setdefault(id(own), names)
-        if before != names:
-            if self._alike([*before, *names]):
+        before = self._filled_from.get(id(own))
+        if before is not None:
+            if before == names or self._alike([*before, *names]):
                 return
             raise CheckpointError(
                 f"{label} stands at two paths here, and two different tensors are saved for them, "
                 f"{before[0]!r} and {names[0]!r}; restore into separate objects"
             )
+        self._filled_from[id(own)] = names
         targets = list(copies_of(own)) if is_variable else [own]
         if len(names) == 1:
             self._load(names[0], targets)
@@ -177,7 +178,7 @@ class _Matcher:
         """Plan the slots of an optimizer: they are made where there are none yet."""
         slots_path = child(path, "slots")
         names = tuple(optimizer.slot_names)
-        slotted = {id(variable) for variable in optimizer.slotted}
+        slotted = {id(variable): variable for variable in optimizer.slotted}
         for of, saved in node.slots.items():
             variable = self._variables.get(of)
             if variable is None or id(variable) not in self._filled_from:
@@ -190,18 +191,16 @@ class _Matcher:
                 )
             for name, slot in zip(names, optimizer.slots(variable), strict=True):
                 self._fill(slot, (saved[name],), f"{slots_path}/{of}/{name}")
-        for of, variable in self._variables.items():
-            if of in node.slots or id(variable) not in slotted:
-                continue
+            slotted.pop(id(variable), None)
+        known = {id(variable) for variable in self._variables.values()}
+        for variable in slotted.values():
             if id(variable) in self._filled_from:
                 # It had none when it was saved, and none means zeros.
                 self.plan.finish += [_zeroing(slot) for slot in optimizer.slots(variable)]
-        known = {id(variable) for variable in self._variables.values()}
-        self.plan.missing += [
-            f"{slots_path} of variable {variable.name!r}, which is not among the objects"
-            for variable in optimizer.slotted
-            if id(variable) not in known
-        ]
+            elif id(variable) not in known:
+                self.plan.missing.append(
+                    f"{slots_path} of variable {variable.name!r}, which is not among the objects"
+                )
 
     # -- states ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ over once, and no second copy of it is made.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -138,24 +139,10 @@ def in_parallel(
     The first error ends the work and is raised. So does an interrupt, unless ``is_whole``: then it
     is raised when all is done.
     """
-    results: list[Any] = [None] * len(items)
-    errors: list[BaseException] = []
-    places = iter(range(len(items)))  # next() of it is atomic
-    is_over = threading.Event()
-
-    def work() -> None:
-        try:
-            for place in places:
-                if is_over.is_set():
-                    return
-                results[place] = act(items[place])
-        except BaseException as error:
-            errors.append(error)
-            is_over.set()
-
+    work = _Work(act, items)
     # The caller works too, unless an interrupt could reach it there.
     crew = [
-        threading.Thread(target=work, name=f"dvkernels-checkpoint-{k}")
+        threading.Thread(target=work.help, name=f"dvkernels-checkpoint-{k}")
         for k in range(min(cpu.usable_cores(), len(items)) - (not is_whole))
     ]
     interrupt: BaseException | None = None
@@ -164,24 +151,77 @@ def in_parallel(
     except BaseException as error:
         # Where no thread can be had, the caller does it alone: at the end of the program, from
         # Python 3.12 on, a save in the background goes on after threads can be started.
-        if is_whole or not isinstance(error, RuntimeError):
+        is_fatal = is_whole and isinstance(error, RuntimeError)
+        if is_fatal or not isinstance(error, RuntimeError):
             interrupt = error
-            is_over.set()
+            work.is_over = is_fatal or not is_whole
     if not is_whole:
-        work()
-    for worker in crew:
-        while worker.is_alive():
-            try:
-                worker.join()
-            except BaseException as error:
-                interrupt = error
-                if not is_whole:
-                    is_over.set()
-    if errors:
-        raise errors[0]
+        work.go_on()
+    while not work.is_done:
+        try:
+            work.wait()
+        except BaseException as error:
+            interrupt = error
+            work.is_over = work.is_over or not is_whole
+    if work.errors:
+        raise work.errors[0]
     if interrupt is not None:
         raise interrupt
-    return results
+    return work.results
+
+
+class _Work:
+    """Items that several threads take one after another.
+
+    Waiting does not use ``Thread.join``: up to Python 3.12, one that is interrupted takes a thread
+    that still runs for ended. All that is shared changes in single, atomic steps.
+    """
+
+    def __init__(self, act: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.results: list[Any] = [None] * len(items)
+        self.errors: list[BaseException] = []
+        self.is_over = False  # what has not been taken is left
+        self._act = act
+        self._items = items
+        self._places = iter(range(len(items)))
+        self._is_exhausted = not items
+        self._helpers: set[int] = set()  # at work
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def help(self) -> None:
+        """Do what there is to do, in a thread of its own."""
+        own = threading.get_ident()
+        self._helpers.add(own)
+        self.go_on()
+        self._helpers.discard(own)
+        with contextlib.suppress(RuntimeError):  # it rings already
+            self._bell.release()
+
+    def go_on(self) -> None:
+        """Do what there is to do."""
+        try:
+            while not self.is_over:
+                place = next(self._places, None)
+                if place is None:
+                    self._is_exhausted = True
+                    return
+                self.results[place] = self._act(self._items[place])
+        except BaseException as error:
+            self.errors.append(error)
+            self.is_over = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is being worked on, or will be.
+
+        In this order: who has taken an item before all were taken was among the helpers then.
+        """
+        return (self.is_over or self._is_exhausted) and not self._helpers
+
+    def wait(self) -> None:
+        """Return when a helper has ended, or after a while."""
+        self._bell.acquire(timeout=0.1)
 
 
 def _blocks(piece: Piece) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ import numpy as np
 from dvkernels import context
 from dvkernels._version import __version__
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
-from dvkernels.devices import cpu
+from dvkernels.devices import cpu, cuda
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import list_devices
 from dvkernels.strategies.mirrored import MirroredStrategy
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     Of several workers each prints one line: who and where it is, what it has, and what came of it.
     """
     resolver = default_resolver()
-    devices = list_devices()
+    devices = list_devices("cpu")
     if resolver.num_workers > 1:
         outcome = _check(devices)
         print(f"{_place(resolver)}: {' '.join(map(str, devices))} {outcome}")
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{device!s:8} {outcome}")
     together = _check([Device("cpu", k) for k in range(max(2, len(devices)))])
     print(f"{'together':8} {together}")
-    print("cuda     not supported in this version")
+    found = ", ".join(map(str, list_devices("cuda")))
+    print(f"cuda     {cuda.missing() or f'{found}: kernels only, strategies do not run there yet'}")
     return 0 if all(outcome == "PASS" for outcome in (*outcomes, together)) else 1
 
 

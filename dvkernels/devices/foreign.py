@@ -24,17 +24,41 @@ def is_foreign(value: Any) -> bool:
     return hasattr(value, "__dlpack__") and not isinstance(value, (np.ndarray, np.generic))
 
 
+def is_on_gpu(buffer: Any) -> bool:
+    """Return whether an array lies in the memory of a CUDA device (DLPack kinds 2 and 13)."""
+    if isinstance(buffer, np.ndarray):
+        return False
+    if getattr(buffer, "__cuda_ndarray__", False):  # Numba's, and those of its simulator
+        return True
+    place = getattr(buffer, "__dlpack_device__", None)
+    if place is not None:
+        return int(place()[0]) in (2, 13)
+    return hasattr(buffer, "__cuda_array_interface__")
+
+
+def dtype_named(name: Any) -> np.dtype[Any]:
+    """Return the dtype that other libraries give this name."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(name)
+    return found
+
+
 def view(verb: str, buffer: Any, who: str) -> Any:
     """Return a NumPy view of another library's array; ``who`` is what messages call it.
 
     It can be written where the library allows that: PyTorch does, JAX does not.
     """
+    if getattr(buffer, "__cuda_ndarray__", False) or (
+        hasattr(buffer, "__cuda_array_interface__") and not hasattr(buffer, "__dlpack_device__")
+    ):
+        raise BufferMismatchError(
+            f"{verb} needs buffers of one kind of device: {who} is in GPU memory, and others are "
+            "in host memory; copy it to the host, or the others to the GPU"
+        )
     if not hasattr(buffer, "__dlpack__") or not hasattr(buffer, "__dlpack_device__"):
-        if hasattr(buffer, "__cuda_array_interface__"):
-            raise BufferMismatchError(
-                f"{verb} on the CPU needs arrays in CPU memory: {who} is in GPU memory; "
-                "copy it to the host first"
-            )
         raise NotABufferError(
             f"{verb} needs arrays: {who} is a {type(buffer).__name__}; "
             "convert it with np.asarray, and note that results are written into arrays"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from dvkernels.devices import cpu
+from dvkernels.devices import cpu, cuda
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
 
@@ -15,8 +15,7 @@ def _cpu_devices() -> list[Device]:
     return [Device("cpu", index) for index in range(cpu.usable_cores())]
 
 
-# CUDA devices will join this table with their kernels; until then naming one is an error.
-_KINDS: dict[str, Callable[[], list[Device]]] = {"cpu": _cpu_devices}
+_KINDS: dict[str, Callable[[], list[Device]]] = {"cpu": _cpu_devices, "cuda": cuda.devices}
 
 
 def list_devices(kind: str | None = None) -> list[Device]:
@@ -27,6 +26,8 @@ def list_devices(kind: str | None = None) -> list[Device]:
     kind : str, optional
         ``"cpu"``: one logical device per core that this process may use (affinity and cgroup
         quota; under a launcher, its share of them). More may be named: every ``"cpu:k"`` exists.
+        ``"cuda"``: the GPUs that ``CUDA_VISIBLE_DEVICES`` lets this process see, none where there
+        is no driver.
 
     Raises
     ------
@@ -60,6 +61,13 @@ def resolve(device: object) -> Device:
         )
     if device.kind not in _KINDS:
         raise DeviceError(f"there is no device {device}; {_those_here()}")
+    if device.kind == "cuda":
+        reason = cuda.missing() or (
+            f"there is no device {device}"
+            if device not in cuda.devices()
+            else f"strategies do not run on {device} yet; dvkernels.kernels takes its arrays"
+        )
+        raise DeviceError(f"{reason}; {_those_here()}")
     return device
 
 
@@ -80,4 +88,4 @@ def resolve_all(devices: object) -> tuple[Device, ...]:
 
 def _those_here() -> str:
     names = ", ".join(str(device) for device in list_devices())
-    return f"the devices here are {names} (any cpu:k is allowed; CUDA is not supported yet)"
+    return f"the devices here are {names} (any cpu:k is allowed)"

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.devices import cuda as _cuda_devices
+from dvkernels.devices import foreign
+from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks, twins
 from dvkernels.reduce_op import Reduction
 
@@ -23,6 +26,7 @@ __all__ = [
     "all_to_all",
     "broadcast",
     "cpu",
+    "cuda",
     "direct_all_reduce",
     "reduce",
     "reduce_scatter",
@@ -34,18 +38,24 @@ def __getattr__(name: str) -> Any:
     """Import a twin when it is first named."""
     if name == "cpu":
         return twins.cpu()
+    if name == "cuda":
+        return twins.cuda()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _twin(verb: str, buffers: Any) -> Any:
-    """Return the module whose functions work on ``buffers``; it checks them too."""
+def _twin(verb: str, buffers: Any) -> tuple[Any, Any]:
+    """Return the module whose functions work on ``buffers``, which checks them, and these."""
     try:
         first = buffers[0]
-    except Exception:  # nothing to look at: the twin says what is wrong
-        return twins.cpu()
-    if type(first) is not np.ndarray and checks.is_cuda(first):
-        checks.raise_no_cuda(verb)
-    return twins.cpu()
+    except Exception:  # not a sequence, or nothing in it
+        buffers = checks.listed(verb, buffers)
+        first = buffers[0] if buffers else None
+    if type(first) is not np.ndarray and foreign.is_on_gpu(first):
+        problem = _cuda_devices.missing()
+        if problem:
+            raise DeviceError(f"{verb}: replica 0 is in GPU memory, and {problem}")
+        return twins.cuda(), buffers
+    return twins.cpu(), buffers
 
 
 def all_reduce(
@@ -60,8 +70,9 @@ def all_reduce(
     Parameters
     ----------
     buffers : sequence of array, one shape and dtype
-        One per replica: NumPy arrays, or writable CPU arrays that speak DLPack. Overwritten,
-        unless ``out`` is given.
+        One per replica: NumPy arrays, writable CPU arrays that speak DLPack, or arrays on one GPU
+        (CuPy, PyTorch, Numba, whatever offers ``__cuda_array_interface__`` or DLPack).
+        Overwritten, unless ``out`` is given.
     op : ReduceOp, CustomReduction or str
         ``"sum"``, ``"mean"``, ``"min"``, ``"max"`` or ``"prod"``. Integers have no mean and
         their sums wrap; bool has min and max; min and max propagate NaN; complex numbers have
@@ -88,6 +99,13 @@ def all_reduce(
         ``op`` is not defined for the dtype.
     ReduceOpError, AlgorithmError
         No reduction, or no algorithm, of that name.
+    DeviceError
+        The buffers are on a GPU, and something is missing there: the message says what to install.
+
+    Notes
+    -----
+    On a GPU the work is put on the current stream of the library each array comes from, and the
+    host waits for none of it; :mod:`dvkernels.kernels.cuda` takes other streams.
 
     Examples
     --------
@@ -98,9 +116,8 @@ def all_reduce(
     >>> b
     array([11., 22.], dtype=float32)
     """
-    results: list[Any] = _twin("all_reduce", buffers).all_reduce(
-        buffers, op, algorithm=algorithm, out=out
-    )
+    twin, buffers = _twin("all_reduce", buffers)
+    results: list[Any] = twin.all_reduce(buffers, op, algorithm=algorithm, out=out)
     return results
 
 
@@ -142,7 +159,8 @@ def ring_all_reduce(
     >>> kernels.ring_all_reduce([np.array([1, 5]), np.array([4, 2])], "max")
     [array([4, 5]), array([4, 5])]
     """
-    results: list[Any] = _twin("ring_all_reduce", buffers).ring_all_reduce(buffers, op, out=out)
+    twin, buffers = _twin("ring_all_reduce", buffers)
+    results: list[Any] = twin.ring_all_reduce(buffers, op, out=out)
     return results
 
 
@@ -178,7 +196,8 @@ def direct_all_reduce(
     >>> kernels.direct_all_reduce([np.array([1.0, 2.0]), np.array([3.0, 6.0])], "mean")
     [array([2., 4.]), array([2., 4.])]
     """
-    results: list[Any] = _twin("direct_all_reduce", buffers).direct_all_reduce(buffers, op, out=out)
+    twin, buffers = _twin("direct_all_reduce", buffers)
+    results: list[Any] = twin.direct_all_reduce(buffers, op, out=out)
     return results
 
 
@@ -211,7 +230,8 @@ def broadcast(buffers: Sequence[Any], root: int = 0) -> list[Any]:
     >>> kernels.broadcast([np.array([1, 2]), np.array([3, 4])], root=1)
     [array([3, 4]), array([3, 4])]
     """
-    results: list[Any] = _twin("broadcast", buffers).broadcast(buffers, root)
+    twin, buffers = _twin("broadcast", buffers)
+    results: list[Any] = twin.broadcast(buffers, root)
     return results
 
 
@@ -244,7 +264,8 @@ def reduce(buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Any = No
     >>> kernels.reduce([np.array([1, 2]), np.array([3, 4])], "prod")
     array([3, 8])
     """
-    return _twin("reduce", buffers).reduce(buffers, op, out=out)
+    twin, buffers = _twin("reduce", buffers)
+    return twin.reduce(buffers, op, out=out)
 
 
 def aggregate_sum(buffers: Sequence[Any], *, out: Any = None) -> Any:
@@ -272,7 +293,8 @@ def aggregate_sum(buffers: Sequence[Any], *, out: Any = None) -> Any:
     >>> kernels.aggregate_sum([np.array([1, 2]), np.array([3, 4])])
     array([4, 6])
     """
-    return _twin("aggregate_sum", buffers).aggregate_sum(buffers, out=out)
+    twin, buffers = _twin("aggregate_sum", buffers)
+    return twin.aggregate_sum(buffers, out=out)
 
 
 def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
@@ -300,7 +322,8 @@ def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
     >>> kernels.aggregate_mean([np.array([1.0, 2.0]), np.array([3.0, 4.0])])
     array([2., 3.])
     """
-    return _twin("aggregate_mean", buffers).aggregate_mean(buffers, out=out)
+    twin, buffers = _twin("aggregate_mean", buffers)
+    return twin.aggregate_mean(buffers, out=out)
 
 
 def reduce_scatter(
@@ -334,7 +357,8 @@ def reduce_scatter(
     >>> kernels.reduce_scatter([np.array([1, 2, 3]), np.array([10, 20, 30])])
     [array([11, 22]), array([33])]
     """
-    results: list[Any] = _twin("reduce_scatter", buffers).reduce_scatter(buffers, op, out=out)
+    twin, buffers = _twin("reduce_scatter", buffers)
+    results: list[Any] = twin.reduce_scatter(buffers, op, out=out)
     return results
 
 
@@ -370,7 +394,8 @@ def all_gather(
     >>> kernels.all_gather([np.array([1, 2]), np.array([3])])
     [array([1, 2, 3]), array([1, 2, 3])]
     """
-    results: list[Any] = _twin("all_gather", buffers).all_gather(buffers, axis, out=out)
+    twin, buffers = _twin("all_gather", buffers)
+    results: list[Any] = twin.all_gather(buffers, axis, out=out)
     return results
 
 
@@ -402,7 +427,8 @@ def all_to_all(buffers: Sequence[Any], *, out: Sequence[Any] | None = None) -> l
     >>> kernels.all_to_all([np.array([1, 2, 3]), np.array([10, 20, 30])])
     [array([ 1,  2, 10, 20]), array([ 3, 30])]
     """
-    results: list[Any] = _twin("all_to_all", buffers).all_to_all(buffers, out=out)
+    twin, buffers = _twin("all_to_all", buffers)
+    results: list[Any] = twin.all_to_all(buffers, out=out)
     return results
 
 
@@ -443,9 +469,7 @@ def all_reduce_many(
     >>> kernels.all_reduce_many([weights, bias], "mean")
     [[array([1., 1., 1.]), array([1., 1., 1.])], [array([0.5]), array([0.5])]]
     """
-    try:
-        first = groups[0]
-    except Exception:  # the twin says what is wrong
-        first = ()
-    results: list[list[Any]] = _twin("all_reduce_many", first).all_reduce_many(groups, op)
+    groups = checks.listed_groups("all_reduce_many", groups)
+    twin, _ = _twin("all_reduce_many", groups[0] if groups else ())
+    results: list[list[Any]] = twin.all_reduce_many(groups, op)
     return results

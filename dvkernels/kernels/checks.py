@@ -17,7 +17,6 @@ from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import (
     BufferMismatchError,
-    DeviceError,
     NotABufferError,
     UnsupportedDTypeError,
 )
@@ -34,10 +33,10 @@ __all__ = [
     "check_dtype_moves",
     "check_root",
     "fitting",
+    "grouped",
     "in_place",
-    "is_cuda",
     "listed",
-    "raise_no_cuda",
+    "listed_groups",
     "reduction",
     "results",
     "separate",
@@ -79,6 +78,45 @@ def listed(verb: str, buffers: Any, name: str = "replica") -> Sequence[Any]:
         raise NotABufferError(
             f"{verb} needs a sequence of arrays, one per {name}; got {type(buffers).__name__}"
         ) from None
+
+
+def listed_groups(verb: str, groups: Any) -> list[list[Any]]:
+    """Return groups of buffers as lists, which can be gone through again."""
+    try:
+        return [[*group] for group in groups]
+    except TypeError as error:
+        raise NotABufferError(
+            f"{verb} needs a sequence of groups, each a sequence of arrays, one per replica; "
+            f"got {type(groups).__name__}: {error}"
+        ) from None
+
+
+def grouped(
+    verb: str, listed: Sequence[Sequence[Any]], op: Any
+) -> tuple[Reduction, dict[np.dtype[Any], list[list[Array]]]]:
+    """Return the reduction, and the groups as arrays, by dtype.
+
+    Raise unless each group holds as many arrays of one shape and dtype, of all groups written once.
+    """
+    width = len(listed[0])
+    by_dtype: dict[np.dtype[Any], list[list[Array]]] = {}
+    every: list[Array] = []
+    names: list[str] = []
+    known = None
+    for k, group in enumerate(listed):
+        where = f"{verb}, array {k}"
+        if len(group) != width:
+            raise BufferMismatchError(
+                f"{where}: {len(group)} buffers, and array 0 has {width}: expected one per replica"
+            )
+        found = arrays(where, group)
+        known = reduction(where, op, found[0].dtype)
+        by_dtype.setdefault(found[0].dtype, []).append(found)
+        every += found
+        names += (f"array {k} of replica {replica}" for replica in range(width))
+    in_place(verb, every, names.__getitem__)
+    assert known is not None
+    return known, by_dtype
 
 
 def views(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
@@ -280,24 +318,6 @@ def _view(verb: str, buffer: Any, who: str) -> Array:
         return buffer.view(np.ndarray)
     seen: Array = foreign.view(verb, buffer, who)
     return seen
-
-
-def is_cuda(buffer: Any) -> bool:
-    """Return whether ``buffer`` lies in the memory of a CUDA device (DLPack kinds 2 and 13)."""
-    if isinstance(buffer, np.ndarray):
-        return False
-    if hasattr(buffer, "__cuda_array_interface__"):
-        return True
-    place = getattr(buffer, "__dlpack_device__", None)
-    return place is not None and int(place()[0]) in (2, 13)
-
-
-def raise_no_cuda(verb: str) -> None:
-    """Raise the error of a library without CUDA kernels."""
-    raise DeviceError(
-        f"{verb}: replica 0 is in GPU memory, and no CUDA kernels are available here; "
-        "copy the buffers to the host (cupy.asnumpy, tensor.cpu())"
-    )
 
 
 def _raise_read_only(verb: str, who: str) -> None:

@@ -16,6 +16,12 @@ def cpu() -> Any:
 
 
 @functools.cache
+def cuda() -> Any:
+    """Return the CUDA twin: the functions of door 1 over arrays in GPU memory."""
+    return importlib.import_module("dvkernels.kernels.cuda")
+
+
+@functools.cache
 def gate() -> Any:
     """Return the compiled gate between threads of this process."""
     return importlib.import_module("dvkernels.kernels.cpu.gate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["Step", "all_reduce"]
+__all__ = ["Step", "all_reduce", "chains"]
 
 
 class Step(NamedTuple):
@@ -35,3 +35,18 @@ def all_reduce(num_ranks: int) -> Iterator[list[Step]]:
             Step((rank - tick) % num_ranks, rank, (rank + 1) % num_ranks, tick < num_ranks - 1)
             for rank in range(num_ranks)
         ]
+
+
+def chains(num_ranks: int) -> list[list[int]]:
+    """Return, for each chunk, the ranks in the order in which the ring adds theirs.
+
+    >>> chains(3)
+    [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    """
+    found: list[list[int]] = [[] for _ in range(num_ranks)]
+    for tick in all_reduce(num_ranks):
+        for step in tick:
+            if step.accumulate:
+                chain = found[step.chunk]
+                chain += (step.source, step.target) if not chain else (step.target,)
+    return [chain or [chunk] for chunk, chain in enumerate(found)]

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from dvkernels import kernels
+from kinds import KIND, fewer, kernels, smaller
 
 HALVES = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16))
 FLOATS = (*HALVES, np.dtype("f4"), np.dtype("f8"))
@@ -81,9 +80,9 @@ def placements(draw: Any, shape: Any, dtype: Any, values: Any = None) -> Placed:
 
 
 SHAPES = st.one_of(
-    st.lists(st.integers(0, 6), max_size=4).map(tuple),
-    st.integers(0, 300).map(lambda length: (length,)),
-    st.sampled_from([(4097,), (65, 127), (3, 1, 1025)]),
+    st.lists(st.integers(0, 4 if KIND == "simulator" else 6), max_size=4).map(tuple),
+    st.integers(0, smaller(300)).map(lambda length: (length,)),
+    st.sampled_from([(smaller(4097),), (smaller(65), smaller(127)), (3, 1, smaller(1025))]),
 )
 
 
@@ -155,7 +154,7 @@ def reductions(draw: Any, dtype: Any) -> Any:
 
 
 @each_dtype
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=fewer(15), deadline=None)
 @given(st.data())
 def test_all_reduce_is_numpy_on_every_replica(dtype: Any, data: Any) -> None:
     op, values = data.draw(reductions(dtype))
@@ -180,7 +179,7 @@ def test_all_reduce_is_numpy_on_every_replica(dtype: Any, data: Any) -> None:
 
 
 @each_dtype
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=fewer(12), deadline=None)
 @given(st.data())
 def test_reduce_and_reduce_scatter_then_all_gather(dtype: Any, data: Any) -> None:
     op, values = data.draw(reductions(dtype))
@@ -222,7 +221,7 @@ def test_reduce_and_reduce_scatter_then_all_gather(dtype: Any, data: Any) -> Non
         assert array.tobytes() == value.tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=fewer(60), deadline=None)
 @given(
     st.sampled_from(["sum", "min", "prod"]),
     st.integers(1, 6),
@@ -266,7 +265,7 @@ def joined(arrays: Any, axis: int = 0) -> Any:
 
 
 @each_moved
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=fewer(15), deadline=None)
 @given(st.integers(1, 9), SHAPES, st.integers(0, 2**32 - 1), st.data())
 def test_broadcast_and_all_to_all_move_the_very_bytes(
     dtype: Any, count: int, shape: Any, seed: int, data: Any
@@ -299,10 +298,10 @@ def test_broadcast_and_all_to_all_move_the_very_bytes(
 
 
 @each_moved
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=fewer(15), deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=4),
-    st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    st.lists(st.integers(0, smaller(40)), min_size=1, max_size=9),
     st.integers(0, 2**32 - 1),
     st.data(),
 )
@@ -332,8 +331,8 @@ def test_all_gather_joins_along_any_axis(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 300), st.integers(0, 2**32 - 1))
+@settings(max_examples=fewer(25), deadline=None)
+@given(st.integers(1, 9), st.integers(0, smaller(300)), st.integers(0, 2**32 - 1))
 def test_rounding_sums_keep_an_order(dtype: Any, count: int, length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = [

@@ -11,7 +11,7 @@ Sums are kept in registers. Half types are widened to float32, combined there, a
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -20,21 +20,20 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils as numba_cgutils
 
+from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cpu import memory
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = [
     "addresses_on",
     "claim",
-    "factor",
     "locate",
-    "operation_code",
     "part",
     "runner",
     "span",
-    "type_code",
 ]
 
+ARITHMETIC = "8aa368e1"
 MEMORY = "c8cb69fb"
 
 # Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms with it (medians of 120, 2
@@ -49,165 +48,9 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _literal_intrinsic: _Decorator = extending.intrinsic(prefer_literal=True)
 cgutils: Any = numba_cgutils  # its functions carry no types
 
-_ADD, _MIN, _MAX, _MUL = range(4)
-# A mean is a sum that is divided once, at the end.
-_OPERATIONS = {
-    ReduceOp.SUM: _ADD,
-    ReduceOp.MEAN: _ADD,
-    ReduceOp.MIN: _MIN,
-    ReduceOp.MAX: _MAX,
-    ReduceOp.PROD: _MUL,
-}
-# What the loops know: the letter of numpy.dtype.kind (b for bfloat16) and the bytes of an element.
-_TYPES = (
-    ("i", 1), ("i", 2), ("i", 4), ("i", 8), ("u", 1), ("u", 2), ("u", 4), ("u", 8),
-    ("b", 2), ("f", 2), ("f", 4), ("f", 8), ("c", 8), ("c", 16),
-)  # fmt: skip
-
 
 def _int(value: int) -> Any:
     return ir.Constant(_I64, value)
-
-
-class _Numbers:
-    """Emits loads, stores and arithmetic of vectors of one element type."""
-
-    def __init__(self, builder: Any, code: int) -> None:
-        self.builder = builder
-        self.kind, self.itemsize = _TYPES[code]
-        self.unit = 2 if self.kind == "c" else 1  # numbers an element
-        bits = 8 * self.itemsize // self.unit
-        self.is_half = bits == 16 and self.kind in "bf"
-        self.is_float = self.kind in "bfc"
-        floats = {16: ir.FloatType(), 32: ir.FloatType(), 64: ir.DoubleType()}
-        self.number: Any = floats[bits] if self.is_float else ir.IntType(bits)
-        self.stored: Any = ir.IntType(16) if self.is_half else self.number
-
-    def vector(self, lanes: int) -> Any:
-        return ir.VectorType(self.number, lanes)
-
-    def load(self, pointer: Any, lanes: int) -> Any:
-        """Load at any alignment: unaligned loads cost nothing on aligned data."""
-        builder = self.builder
-        kind = ir.VectorType(self.stored, lanes)
-        raw = builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
-        if not self.is_half:
-            return raw
-        if self.kind == "f":
-            halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), lanes))
-            return builder.fpext(halves, self.vector(lanes))
-        if lanes % 2 == 0:
-            # A word of two halves: the lower ones first, then the upper ones. The order of lanes
-            # does not matter as long as the store knows it, and nothing needs to be shuffled.
-            words = builder.bitcast(raw, ir.VectorType(_I32, lanes // 2))
-            lower = builder.shl(words, self._all(_I32, lanes // 2, 16))
-            upper = builder.and_(words, self._all(_I32, lanes // 2, 0xFFFF0000))
-            wide = builder.shuffle_vector(lower, upper, self._lanes(range(lanes)))
-        else:
-            wide = builder.zext(raw, ir.VectorType(_I32, lanes))
-            wide = builder.shl(wide, self._all(_I32, lanes, 16))
-        return builder.bitcast(wide, self.vector(lanes))
-
-    def store(self, value: Any, pointer: Any, lanes: int, streams: bool = False) -> None:
-        """Store at any alignment, or, past the caches, a whole line at a line's start."""
-        builder = self.builder
-        if self.is_half:
-            value = self._to_half(value, lanes)
-        pointer = builder.bitcast(pointer, ir.VectorType(self.stored, lanes).as_pointer())
-        stored = builder.store(value, pointer, align=_LINE if streams else 1)
-        if streams:
-            one = ir.Constant(_I32, 1)
-            stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
-
-    def _to_half(self, value: Any, lanes: int) -> Any:
-        """Round to the nearest half, ties to even."""
-        builder = self.builder
-        shorts = ir.VectorType(ir.IntType(16), lanes)
-        if self.kind == "f":
-            halves = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
-            return builder.bitcast(halves, shorts)
-        wide = ir.VectorType(_I32, lanes)
-        bits = builder.bitcast(value, wide)
-        sixteen = self._all(_I32, lanes, 16)
-        upper = builder.lshr(bits, sixteen)
-        odd = builder.and_(upper, self._all(_I32, lanes, 1))
-        half_up = builder.add(builder.add(bits, self._all(_I32, lanes, 0x7FFF)), odd)
-        # The carry would turn some NaN into an infinity: keep its upper bits, and one for quiet.
-        quiet = builder.or_(bits, self._all(_I32, lanes, 0x400000))
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        rounded = builder.select(is_nan, quiet, half_up)
-        if lanes % 2:
-            return builder.trunc(builder.lshr(rounded, sixteen), shorts)
-        half = lanes // 2
-        lower = builder.shuffle_vector(rounded, rounded, self._lanes(range(half)))
-        upper = builder.shuffle_vector(rounded, rounded, self._lanes(range(half, lanes)))
-        lower = builder.lshr(lower, self._all(_I32, half, 16))
-        upper = builder.and_(upper, self._all(_I32, half, 0xFFFF0000))
-        return builder.bitcast(builder.or_(lower, upper), shorts)
-
-    def combine(self, operation: int, left: Any, right: Any) -> Any:
-        """Emit ``left operation right``."""
-        builder = self.builder
-        if operation == _ADD:
-            return (builder.fadd if self.is_float else builder.add)(left, right)
-        if operation == _MUL:
-            if self.kind == "c":
-                return self._complex_product(left, right)
-            return (builder.fmul if self.is_float else builder.mul)(left, right)
-        sign = "<" if operation == _MIN else ">"
-        if not self.is_float:
-            compare = builder.icmp_signed if self.kind == "i" else builder.icmp_unsigned
-            return builder.select(compare(sign, left, right), left, right)
-        # A NaN on the left stays; one on the right makes the comparison false, so it is chosen.
-        stays = builder.or_(
-            builder.fcmp_ordered(sign, left, right), builder.fcmp_unordered("uno", left, left)
-        )
-        return builder.select(stays, left, right)
-
-    def _complex_product(self, left: Any, right: Any) -> Any:
-        """Emit (a + bi)(c + di) = (ac - bd) + (ad + bc)i over pairs of lanes, with NumPy's bits."""
-        builder = self.builder
-        lanes = left.type.count
-        real = self._shuffle(left, [lane & ~1 for lane in range(lanes)])
-        imaginary = self._shuffle(left, [lane | 1 for lane in range(lanes)])
-        swapped = self._shuffle(right, [lane ^ 1 for lane in range(lanes)])
-        signs = ir.Constant(left.type, [(-1.0, 1.0)[lane & 1] for lane in range(lanes)])
-        cross = builder.fmul(builder.fmul(imaginary, swapped), signs)
-        return builder.fadd(builder.fmul(real, right), cross)
-
-    def divide(self, value: Any, divisor: Any, reciprocal: Any, is_exact: Any) -> Any:
-        """Divide with NumPy's bits: by a power of two the product with 1/n is exact, and faster."""
-        builder = self.builder
-        lanes = value.type.count
-        with builder.if_else(is_exact) as (exact, rounded):
-            with exact:
-                product = builder.fmul(value, self.spread(reciprocal, lanes))
-                from_exact = builder.block
-            with rounded:
-                quotient = builder.fdiv(value, self.spread(divisor, lanes))
-                from_rounded = builder.block
-        merged = builder.phi(value.type)
-        merged.add_incoming(product, from_exact)
-        merged.add_incoming(quotient, from_rounded)
-        return merged
-
-    def spread(self, scalar: Any, lanes: int) -> Any:
-        """Return a vector with the scalar in every lane."""
-        undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
-        single = self.builder.insert_element(undefined, scalar, _int(0))
-        return self._shuffle(single, [0] * lanes)
-
-    def _shuffle(self, vector: Any, lanes: list[int]) -> Any:
-        nothing = ir.Constant(vector.type, ir.Undefined)
-        return self.builder.shuffle_vector(vector, nothing, self._lanes(lanes))
-
-    @staticmethod
-    def _lanes(lanes: Sequence[int]) -> Any:
-        return ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
-
-    @staticmethod
-    def _all(number: Any, lanes: int, value: int) -> Any:
-        return ir.Constant(ir.VectorType(number, lanes), [value] * lanes)
 
 
 class _Span:
@@ -215,12 +58,12 @@ class _Span:
 
     def __init__(self, builder: Any, operation: int, code: int, args: list[Any]) -> None:
         self.builder, self.operation = builder, operation
-        self.numbers = _Numbers(builder, code)
+        self.numbers = arithmetic.Numbers(builder, code)
         table, sources, self.num_sources, targets, self.num_targets, divisor = args
         word = _I64.as_pointer()
         self.sources = builder.gep(builder.inttoptr(table, word), [sources])
         self.targets = builder.gep(builder.inttoptr(table, word), [targets])
-        self.divides = self.numbers.is_float and operation == _ADD
+        self.divides = self.numbers.is_float and operation == arithmetic.ADD
         if self.divides:
             one = ir.Constant(self.numbers.number, 1.0)
             self.divisor = builder.sitofp(divisor, self.numbers.number)
@@ -514,42 +357,16 @@ _by_dtype: dict[tuple[ReduceOp, np.dtype[Any]], tuple[int, int]] = {}
 def runner(op: ReduceOp, dtype: np.dtype[Any]) -> int:
     """Return the address of the runner of ``op`` over ``dtype``, compiled here and now.
 
-    A job counts elements; of a complex sum it counts the floats: see :func:`factor`.
+    A job counts elements; of a complex sum it counts the floats: see :func:`arithmetic.factor`.
     """
     key = _by_dtype.get((op, dtype))
     if key is None:
-        key = _by_dtype[op, dtype] = (_OPERATIONS[op], _TYPES.index(_computed_as(op, dtype)))
+        key = _by_dtype[op, dtype] = (
+            arithmetic.operation_code(op),
+            arithmetic.type_code(dtype, op),
+        )
     found = _runners.get(key)
     if found is None:
         found = _runners[key] = _make(*key)
     address: int = found.address
     return address
-
-
-def operation_code(op: ReduceOp) -> int:
-    """Return what ``span`` calls an operation; a mean is a sum with a divisor."""
-    return _OPERATIONS[op]
-
-
-def type_code(dtype: np.dtype[Any]) -> int:
-    """Return what ``span`` calls a dtype."""
-    return _TYPES.index(_computed_as(ReduceOp.MAX, dtype))
-
-
-def factor(op: object, dtype: np.dtype[Any]) -> int:
-    """Return how many of the runner's elements are one element of ``dtype``."""
-    return 2 if dtype.kind == "c" and op in (ReduceOp.SUM, ReduceOp.MEAN) else 1
-
-
-def _computed_as(op: ReduceOp, dtype: np.dtype[Any]) -> tuple[str, int]:
-    """Return the type whose runner computes the same bits: every one less saves 0.3 s."""
-    kind, itemsize = dtype.kind, dtype.itemsize
-    if dtype.name == "bfloat16":
-        return "b", 2
-    if kind == "b":
-        return "u", 1
-    if kind == "u" and _OPERATIONS[op] in (_ADD, _MUL):
-        return "i", itemsize
-    if kind == "c" and op is not ReduceOp.PROD:
-        return "f", itemsize // 2
-    return kind, itemsize

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices import foreign
-from dvkernels.kernels import checks
+from dvkernels.kernels import checks, cuts
 from dvkernels.kernels.cpu import jobs
 from dvkernels.schedules import partition
 
@@ -31,10 +31,7 @@ def reduce_scatter(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[An
     parts = partition.parts(len(reads[0]), count)
     rest = reads[0].shape[1:]
     writes = checks.apart("reduce_scatter", reads, out, [(b - a, *rest) for a, b in parts])
-    groups = [
-        [*(read[start:stop] for read in reads), write]
-        for (start, stop), write in zip(parts, writes, strict=True)
-    ]
+    groups = cuts.scattered(reads, parts, writes)
     program = jobs.combine(count, 1, jobs.divisor(op, count))
     jobs.run(op, reads[0].dtype, groups, program)
     return _returned(writes, buffers, out)
@@ -45,17 +42,9 @@ def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None) -> list[Any]:
     buffers, out = _listed("all_gather", buffers, out)
     reads, axis = checks.arrays_along("all_gather", buffers, axis)
     checks.check_dtype_moves("all_gather", reads[0].dtype)
-    shape = reads[0].shape
-    whole = (*shape[:axis], sum(read.shape[axis] for read in reads), *shape[axis + 1 :])
+    whole = cuts.joined_shape(reads, axis)
     writes = checks.apart("all_gather", reads, out, [whole] * len(reads))
-    before = (slice(None),) * axis
-    groups = []
-    start = 0
-    for read in reads:
-        place = (*before, slice(start, start + read.shape[axis]))
-        groups.append([read, *(write[place] for write in writes)])
-        start += read.shape[axis]
-    jobs.move(groups)
+    jobs.move(cuts.gathered(reads, axis, writes))
     return _returned(writes, buffers, out)
 
 
@@ -70,12 +59,7 @@ def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
     rest = reads[0].shape[1:]
     shapes = [(count * (stop - start), *rest) for start, stop in parts]
     writes = checks.apart("all_to_all", reads, out, shapes)
-    groups = [
-        [read[start:stop], write[k * (stop - start) : (k + 1) * (stop - start)]]
-        for (start, stop), write in zip(parts, writes, strict=True)
-        for k, read in enumerate(reads)
-    ]
-    jobs.move(groups)
+    jobs.move(cuts.exchanged(reads, parts, writes))
     return _returned(writes, buffers, out)
 
 

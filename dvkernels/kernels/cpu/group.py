@@ -20,12 +20,14 @@ import numpy as np
 from numba import extending, types
 
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
+from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cpu import elementwise, memory
 from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
-ELEMENTWISE = "0ebda179"
+ARITHMETIC = "8aa368e1"
+ELEMENTWISE = "2f4aa5fb"
 MEMORY = "c8cb69fb"
 
 _SLOTS = 32
@@ -223,7 +225,7 @@ def _all_reduce(state: Any, rank: Any, array: Any, op: Any = "sum") -> Any:
             f"group.all_reduce needs a contiguous array of float32, float64 or integers (no mean "
             f"of those); got {known.value} of {array}"
         )
-    operation, code = elementwise.operation_code(known), elementwise.type_code(dtype)
+    operation, code = arithmetic.operation_code(known), arithmetic.type_code(dtype)
     is_mean = known is ReduceOp.MEAN
 
     def reduce_in_place(state, rank, array, op="sum"):  # type: ignore[no-untyped-def]
@@ -270,7 +272,7 @@ def _broadcast(state: Any, rank: Any, array: Any, root: Any) -> Any:
         raise numba.core.errors.TypingError(
             f"group.broadcast needs a contiguous array; got {array}"
         )
-    code = elementwise.type_code(np.dtype(np.int8))
+    code = arithmetic.type_code(np.dtype(np.int8))
 
     def copy_from_root(state, rank, array, root):  # type: ignore[no-untyped-def]
         words = np.int64(state.ctypes.data)

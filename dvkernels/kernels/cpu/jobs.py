@@ -6,6 +6,7 @@
     [15] where the data lies: see elementwise.span    [16] arrays an item
     [17] parts that the rows name             [18] the runner   [19] where its numbers are
     [20] where the counters of claimed pieces are   [21] how many: one a segment of the pieces
+    [22] the slot of the pool that holds it, and one; 0: none
     items, four words each: first piece, elements a line, lines, where the table is
     the program, six words a row: part (-1: all), sources, how many, targets, how many, divisor
     tables, one an item: the addresses of its arrays, then, of several lines, their strides
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.custom_reduction import CustomReduction
-from dvkernels.kernels import checks
+from dvkernels.kernels import arithmetic, checks, walks
 from dvkernels.kernels.cpu import custom, elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -117,7 +118,7 @@ def run(
     copies: list[tuple[Array, Array]] = []
     stand_ins: list[list[Array]] = []  # kept alive: a job knows addresses only
     moved = 0
-    size = dtype.itemsize // elementwise.factor(op, dtype)  # bytes of the runner's elements
+    size = dtype.itemsize // arithmetic.factor(op, dtype)  # bytes of the runner's elements
     for arrays in groups:
         first = arrays[0]
         moved += first.nbytes * (program.num_reads + len(arrays) - program.first_write)
@@ -206,7 +207,7 @@ def _lay_out(
 def _lines(arrays: Sequence[Array], size: int) -> Iterator[_Item]:
     """Yield the items that a group of arrays consists of; none if its elements lie apart."""
     itemsize = arrays[0].itemsize
-    axes = _merge(arrays)
+    axes = walks.merge(arrays)
     length = 1
     if axes and all(stride == itemsize for stride in axes[-1][1]):
         length = axes.pop()[0]
@@ -220,26 +221,6 @@ def _lines(arrays: Sequence[Array], size: int) -> Iterator[_Item]:
             for k, start in enumerate(starts)
         ]
         yield _Item(length * itemsize // size, num_lines, addresses, strides)
-
-
-def _merge(arrays: Sequence[Array]) -> list[tuple[int, tuple[int, ...]]]:
-    """Return (extent, stride in each array) of the fewest axes that walk all arrays alike.
-
-    The outermost comes first. A reduction does not care for the order of the elements, so axes
-    are sorted by stride, and two that continue each other in every array are one.
-    """
-    shape = arrays[0].shape
-    order = sorted(range(len(shape)), key=lambda axis: -abs(arrays[0].strides[axis]))
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for axis in order:
-        extent, strides = shape[axis], tuple(array.strides[axis] for array in arrays)
-        if extent == 1:
-            continue
-        if merged and merged[-1][1] == tuple(extent * stride for stride in strides):
-            merged[-1] = (merged[-1][0] * extent, strides)
-        else:
-            merged.append((extent, strides))
-    return merged
 
 
 def _stage(

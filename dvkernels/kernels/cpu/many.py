@@ -11,16 +11,15 @@ from typing import Any
 import numba
 import numpy as np
 
-from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "a0690a14"
+JOBS = "14ebad2b"
 MEMORY = "c8cb69fb"
-OBJECTS = "0aef492b"
-POOL = "efe5b98d"
+OBJECTS = "1ab62e2f"
+POOL = "be693ff3"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
@@ -34,13 +33,7 @@ Array = np.ndarray[Any, Any]
 
 def all_reduce_many(groups: Any, op: Any = "sum") -> list[list[Any]]:
     """Leave in every buffer of each group their reduction; see :func:`dvkernels.kernels`."""
-    try:
-        listed = [[*group] for group in groups]
-    except TypeError as error:
-        raise NotABufferError(
-            f"{_VERB} needs a sequence of groups, each a sequence of arrays, one per replica; "
-            f"got {type(groups).__name__}: {error}"
-        ) from None
+    listed = checks.listed_groups(_VERB, groups)
     if listed and not _reduce_at_once(listed, op):
         _reduce_checked(listed, op)
     return listed
@@ -127,24 +120,8 @@ def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
 
 def _reduce_checked(listed: list[list[Any]], op: Any) -> None:
     """Check every array before any is touched, then run one job for each dtype."""
+    known, by_dtype = checks.grouped(_VERB, listed, op)
     width = len(listed[0])
-    by_dtype: dict[np.dtype[Any], list[list[Array]]] = {}
-    every: list[Array] = []
-    names: list[str] = []
-    known = None
-    for k, group in enumerate(listed):
-        verb = f"{_VERB}, array {k}"
-        if len(group) != width:
-            raise BufferMismatchError(
-                f"{verb}: {len(group)} buffers, and array 0 has {width}: expected one per replica"
-            )
-        views = checks.arrays(verb, group)
-        known = checks.reduction(verb, op, views[0].dtype)
-        by_dtype.setdefault(views[0].dtype, []).append(views)
-        every += views
-        names += (f"array {k} of replica {replica}" for replica in range(width))
-    checks.in_place(_VERB, every, names.__getitem__)
-    assert known is not None
     program = jobs.combine_in_place(width, jobs.divisor(known, width))
     for dtype, groups in by_dtype.items():
         objects.learn(known, dtype)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from dvkernels.kernels import checks
+from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cpu import elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -35,8 +35,9 @@ __all__ = [
     "recipes",
 ]
 
-ELEMENTWISE = "0ebda179"
-POOL = "efe5b98d"
+ARITHMETIC = "8aa368e1"
+ELEMENTWISE = "2f4aa5fb"
+POOL = "be693ff3"
 MEMORY = "c8cb69fb"
 
 # Where things lie: words of a list, and of an array, after the object header.
@@ -106,7 +107,7 @@ def learn(op: Reduction, dtype: np.dtype[Any]) -> None:
     """Open the short way for an operation and a dtype that have passed all checks."""
     if not _is_open or type(op) is not ReduceOp or (op, dtype) in recipes:
         return
-    factor = elementwise.factor(op, dtype)
+    factor = arithmetic.factor(op, dtype)
     # Arrays of one dtype share one dtype object where the dtype is built in; others decline.
     words = np.array(
         [

@@ -10,7 +10,6 @@ The copies must be equal before; they are equal after.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +17,15 @@ import numba
 import numpy as np
 from numba import types
 
-from dvkernels.errors import BufferMismatchError, UnsupportedDTypeError
-from dvkernels.kernels import checks
+from dvkernels.kernels import arithmetic, steps
 from dvkernels.kernels.cpu import elementwise, jobs, memory
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "sgd"]
 
-ELEMENTWISE = "0ebda179"
-JOBS = "a0690a14"
+ARITHMETIC = "8aa368e1"
+ELEMENTWISE = "2f4aa5fb"
+JOBS = "14ebad2b"
 MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
@@ -38,7 +37,6 @@ Groups = Sequence[Sequence[Any]]
 # 8 192 (2 cores of an AMD EPYC, 2026-11); prefetching the states while the gradients are summed
 # gave a tenth of that.
 _BLOCK = 8192
-_PLAIN, _MOMENTUM, _NESTEROV, _ADAM = range(4)
 
 
 def sgd(
@@ -87,7 +85,7 @@ def sgd(
     array([0.8, 1.9])
     """
     slots = [] if velocities is None else [velocities]
-    rule = _PLAIN if velocities is None else _NESTEROV if nesterov else _MOMENTUM
+    rule = steps.sgd_rule(velocities, nesterov)
     numbers = (learning_rate, momentum, weight_decay)
     _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op)
 
@@ -145,19 +143,11 @@ def adam(
     >>> weight[0].round(6)
     array([-0.5,  0.5])
     """
-    if step < 1:
-        raise ValueError(f"optimizers.adam: steps are counted from 1; got {step}")
-    numbers = (
-        learning_rate / (1 - beta_1**step),
-        beta_1,
-        beta_2,
-        epsilon,
-        1 / math.sqrt(1 - beta_2**step),
-        0.0 if decoupled else weight_decay,
-        1 - learning_rate * weight_decay if decoupled else 1.0,
+    numbers = steps.adam_numbers(
+        step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
-    _step("optimizers.adam", _ADAM, gradients, parameters, slots, numbers, op)
+    _step("optimizers.adam", steps.ADAM, gradients, parameters, slots, numbers, op)
 
 
 def _step(
@@ -169,54 +159,16 @@ def _step(
     numbers: Sequence[float],
     op: Any,
 ) -> None:
-    lengths = {len(gradients), len(parameters), *map(len, slots)}
-    if len(lengths) != 1:
-        raise BufferMismatchError(
-            f"{verb} needs as many gradients, parameters and slots; got "
-            f"{[len(gradients), len(parameters), *map(len, slots)]}"
-        )
-    known: Any = None
-    groups: dict[np.dtype[Any], list[list[Array]]] = {}
-    sizes: set[tuple[int, int]] = set()
-    every_write: list[Array] = []
-    every_read: list[Array] = []
-    for k, gradient in enumerate(gradients):
-        where = f"{verb}, gradient {k}"
-        reads = checks.arrays(where, gradient)
-        dtype = reads[0].dtype
-        known = checks.reduction(where, op, dtype)
-        if known not in (ReduceOp.MEAN, ReduceOp.SUM) or dtype.name not in ("float32", "float64"):
-            raise UnsupportedDTypeError(
-                f"{where}: expected the mean or sum of float32 or float64, got the "
-                f"{known.name} of {dtype}; cast to float32 first"
-            )
-        writes: list[Array] = []
-        for name, states in (("parameter", parameters), *(("slot", slot) for slot in slots)):
-            copies = checks.arrays(f"{verb}, {name} {k}", states[k], "copy")
-            writes += copies
-            if len(copies) != len(parameters[k]):
-                raise BufferMismatchError(
-                    f"{verb}, {name} {k}: expected {len(parameters[k])} copies, as of the "
-                    f"parameter; got {len(copies)}"
-                )
-        checks.fitting(f"{verb}, parameter {k}", reads[0], writes, len(writes))
-        groups.setdefault(dtype, []).append([*reads, *writes])
-        sizes.add((len(reads), len(parameters[k])))
-        every_write += writes
-        every_read += reads
-    if not groups:
+    step = steps.check(verb, gradients, parameters, slots, op)
+    if step is None:
         return
-    if len(sizes) != 1:
-        raise BufferMismatchError(
-            f"{verb} needs the same number of replicas, and of copies, for every parameter; got "
-            f"{sorted(sizes)} as (replicas, copies)"
-        )
-    checks.all_apart(verb, every_write, every_read, "written array {}".format)
-    ((num_replicas, num_copies),) = sizes
-    program = _program(num_replicas, num_copies, 1 + len(slots), jobs.divisor(known, num_replicas))
-    for dtype, arrays in groups.items():
+    num_replicas, num_copies = step.num_replicas, step.num_copies
+    program = _program(
+        num_replicas, num_copies, 1 + len(slots), jobs.divisor(step.op, num_replicas)
+    )
+    for dtype, arrays in step.groups.items():
         runner = _runner(rule, dtype)
-        jobs.run(known, dtype, arrays, program, runner=runner, numbers=numbers)
+        jobs.run(step.op, dtype, arrays, program, runner=runner, numbers=numbers)
 
 
 def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) -> jobs.Program:
@@ -233,7 +185,7 @@ _runners: dict[tuple[int, np.dtype[Any]], Any] = {}
 def _runner(rule: int, dtype: np.dtype[Any]) -> int:
     found = _runners.get((rule, dtype))
     if found is None:
-        code = elementwise.type_code(dtype)
+        code = arithmetic.type_code(dtype)
         found = _runners[rule, dtype] = _make(rule, code, dtype.itemsize, dtype.type)
     address: int = found.address
     return address

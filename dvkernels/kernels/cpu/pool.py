@@ -40,7 +40,8 @@ MEMORY = "c8cb69fb"
 _NUM_SLOTS = 8
 _SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS
 _TAKEN, _JOB, _INSIDE = 0, 1, 2
-_RUNNER = 18  # the word of a job that says where its compiled code lies
+# Words of a job: where its compiled code lies, and its slot and one until nobody is inside it.
+_RUNNER, _HELD = 18, 22
 
 # From how many bytes moved on others are let in, and from how many they are woken for it.
 SHARED_NBYTES = cost.CPU.sharing_pays_from()
@@ -102,11 +103,12 @@ def _is_woken(pool, helper):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _settle(pool, slot, num_pauses):  # type: ignore[no-untyped-def]
+def _settle(pool, slot, job, num_pauses):  # type: ignore[no-untyped-def]
     """Wait until no helper is inside; 0, or ``slot + 1`` if ``num_pauses`` were too few."""
     line = pool + 8 * (_SLOTS + 8 * slot)
     for turn in range(num_pauses):
         if memory.load_shared(line, _INSIDE) == 0:
+            memory.store(job, _HELD, 0)
             memory.store_shared(line, _TAKEN, 0)
             return 0
         memory.relax(turn)
@@ -116,15 +118,17 @@ def _settle(pool, slot, num_pauses):  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True, cache=True)
 def _execute(pool, job, num_pauses):  # type: ignore[no-untyped-def]
     """Run a job with whoever joins; returns as ``_settle``."""
+    memory.store(job, _HELD, 0)
     for slot in range(_NUM_SLOTS):
         line = pool + 8 * (_SLOTS + 8 * slot)
         if memory.compare_exchange(line, _TAKEN, 0, 1) == 0:
+            memory.store(job, _HELD, slot + 1)
             memory.store_shared(line, _JOB, job)
             memory.fetch_add(pool, 0, 1)
             memory.call(memory.load(job, _RUNNER), job)
             memory.store_shared(line, _JOB, 0)
             memory.fetch_add(pool, 0, -1)
-            return _settle(pool, slot, num_pauses)
+            return _settle(pool, slot, job, num_pauses)
     memory.call(memory.load(job, _RUNNER), job)  # more callers than slots: alone
     return 0
 
@@ -163,7 +167,7 @@ class _Pool:
             self.address = checks.address(self.words)
             # What is needed now and then is compiled now: an interrupt later in the compiler's
             # hands would leave its lock taken.
-            _settle(self.address, 0, 1)
+            _settle(self.address, 0, checks.address(self.words), 1)
             if bells:
                 _is_woken(self.address, 0)
                 _other_cores()
@@ -232,28 +236,41 @@ def execute(job: Any, address: int, moved: int, copies: Sequence[tuple[Any, Any]
     """Run the job at ``address``, with helpers if it pays to move ``moved`` bytes together.
 
     Then copy each ``(target, source)`` of ``copies``. It runs to its end once it has begun: an
-    exception from a signal handler (Ctrl-C) waits. ``job`` keeps the memory alive.
+    exception from a signal handler (Ctrl-C) waits. ``job`` holds the words at ``address``, and
+    keeps alive what they name.
     """
     pool = _pool
     if moved < SHARED_NBYTES:
-        left = run_alone(address)
-    else:
-        if pool.bells is None:
-            pool.start()
-        if moved >= _WAKING_NBYTES and pool.words[8]:
-            pool.wake()
+        run_alone(address)
+        if copies:
+            _finish(pool, job, address, 0, copies)
+        return
+    if pool.bells is None:
+        pool.start()
+    if moved >= _WAKING_NBYTES and pool.words[8]:
+        pool.wake()
+    try:
         left = _execute(pool.address, address, _LAST_PAUSES)
-    if left or copies:
-        _finish(pool, job, left, copies)
+        if left or copies:
+            _finish(pool, job, address, left, copies)
+    except CollectiveTimeoutError:
+        raise
+    except BaseException:  # an interrupt between the two, while a helper is still at work
+        if left := int(job[_HELD]):
+            _finish(pool, job, address, left, copies)
+        raise
 
 
-def _finish(pool: _Pool, job: Any, left: int, copies: Sequence[tuple[Any, Any]]) -> None:
+def _finish(
+    pool: _Pool, job: Any, address: int, left: int, copies: Sequence[tuple[Any, Any]]
+) -> None:
+    """Wait for the helpers inside the job, then copy."""
     interrupted: BaseException | None = None
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while True:
         try:
             while left:
-                left = _settle(pool.address, left - 1, 1)
+                left = _settle(pool.address, left - 1, address, 1)
                 if left and time.monotonic() > deadline:
                     pool.abandoned.append(job)
                     raise CollectiveTimeoutError(

@@ -17,10 +17,10 @@ from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce", "reduce_into"]
 
-JOBS = "a0690a14"
+JOBS = "14ebad2b"
 MEMORY = "c8cb69fb"
-OBJECTS = "0aef492b"
-POOL = "efe5b98d"
+OBJECTS = "1ab62e2f"
+POOL = "be693ff3"
 
 _MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 _ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row

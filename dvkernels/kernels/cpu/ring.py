@@ -81,16 +81,10 @@ def _steps(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[i
 
 def _chains(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[int]]:
     """Return one row a chunk: its chain of accumulations in the schedule, stored to all."""
-    chains = {chunk: [] for chunk in range(num_ranks)}  # type: dict[int, list[int]]
-    for tick in ring.all_reduce(num_ranks):
-        for step in tick:
-            if step.accumulate:
-                chain = chains[step.chunk]
-                chain += (step.source, step.target) if not chain else (step.target,)
     table = [*range(num_ranks, 2 * num_ranks)] if separate else [*range(num_ranks)]
     rows: _Rows = []
-    for chunk, chain in chains.items():
+    for chunk, chain in enumerate(ring.chains(num_ranks)):
         divisor = num_ranks if is_mean else 1
         rows.append((chunk, len(table), num_ranks, 0, num_ranks, divisor))
-        table += chain or [chunk]
+        table += chain
     return rows, table

@@ -87,7 +87,16 @@ def test_the_memory_of_snapshots_is_kept(tmp_path):
 
 def run(code, path):
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, str(path)],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore:.*fork:DeprecationWarning",
+            "-c",
+            code,
+            str(path),
+        ],
         capture_output=True,
         text=True,
         timeout=100,
@@ -126,6 +135,41 @@ def test_an_error_that_nobody_asked_for_is_printed_at_the_end(tmp_path):
     (tmp_path / "file").write_text("in the way")
     child = run(EXIT.format(ending=""), tmp_path / "file" / "c")
     assert "a save in the background failed" in child.stderr
+
+
+FORK = """
+import os, sys, threading
+import dvkernels as dv
+from dvkernels.checkpoint import files
+
+class Held(files.Files):
+    may_write = threading.Event()
+    def create(self, path):
+        assert self.may_write.wait(60)
+        return super().create(path)
+
+checkpoint = dv.Checkpoint(x=dv.Variable(1.0))
+files.active = Held()
+checkpoint.save(sys.argv[1] + "/parent", background=True)
+child = os.fork()
+if not child:
+    files.active = files.Files()
+    checkpoint.close()  # the parent's thread is not here
+    checkpoint.save(sys.argv[1] + "/child", background=True)
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+Held.may_write.set()
+checkpoint.close()
+"""
+
+
+def test_a_child_does_not_wait_for_its_parents_thread(tmp_path):
+    child = run(FORK, tmp_path)
+    assert child.returncode == 0, child.stderr
+    for name in ("parent", "child"):
+        found = dv.Variable(0.0)
+        dv.Checkpoint(x=found).restore(tmp_path / name)
+        assert float(found) == 1.0
 
 
 def test_steps_go_on_while_it_is_written(tmp_path):

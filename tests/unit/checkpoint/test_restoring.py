@@ -175,6 +175,21 @@ def test_tied_variables_are_saved_once_and_restored_in_both_places(tmp_path):
     assert (tied.numpy() == 1).all()
 
 
+def test_a_tied_variable_has_its_share_and_its_slots_once(tmp_path):
+    modes = {"synchronization": "on_read", "aggregation": "sum"}
+    with mirrored(2) as strategy:
+        optimizer = dv.optimizers.SGD(0.1, 0.9)
+        total, weight = variable(strategy, 4.0, **modes), trained(strategy, optimizer, 1)
+        slot = optimizer.slots(weight)[0]
+        velocity = slot.numpy()
+        tied = {"a": total, "b": total, "c": weight, "d": weight, "optimizer": optimizer}
+        dv.Checkpoint(**tied).save(tmp_path / "c")
+        slot.assign(np.full(3, 7.0))
+        dv.Checkpoint(**tied).restore(tmp_path / "c")
+        assert float(total.read_value()) == 8.0
+        assert (slot.numpy() == velocity).all()
+
+
 @pytest.mark.parametrize("resumed_on", [1, 2, 3])
 def test_an_iterator_gives_the_next_batch(tmp_path, resumed_on):
     dataset = dv.Dataset.range(20).shuffle(seed=3).batch(4)

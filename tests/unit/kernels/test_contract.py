@@ -18,10 +18,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from kinds import kernels, only_cpu
 from numpy.lib.stride_tricks import as_strided
 
 import dvkernels as dv
-from dvkernels import errors, kernels
+from dvkernels import errors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 HALVES = [np.dtype("f2"), BF16]
@@ -557,6 +558,7 @@ _DIGESTS = """
 """
 
 
+@only_cpu
 def test_the_same_bits_in_every_run_with_any_number_of_threads() -> None:
     running = [
         subprocess.Popen(
@@ -605,6 +607,7 @@ def _is_right(call: Any, expected: Any) -> bool:
     return all(np.array_equal(one, other) for one, other in zip(call(), expected, strict=True))
 
 
+@only_cpu
 def test_threads_calling_different_functions_at_once() -> None:
     calls, wrong, start = _calls(), [], threading.Barrier(9)
 
@@ -648,6 +651,7 @@ def _forked(work: Any) -> int:
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+@only_cpu
 @needs_fork
 def test_a_forked_child_calls_everything() -> None:
     calls = _calls()
@@ -656,6 +660,7 @@ def test_a_forked_child_calls_everything() -> None:
     assert all(_is_right(*call) for call in calls.values())
 
 
+@only_cpu
 @needs_fork
 def test_a_child_forked_while_another_thread_calls() -> None:
     calls, stop, wrong = _calls(), threading.Event(), []
@@ -681,6 +686,7 @@ def test_a_child_forked_while_another_thread_calls() -> None:
 # ---------------------------------------------------------------- other libraries
 
 
+@only_cpu
 def test_pytorch_tensors() -> None:
     torch = pytest.importorskip("torch")
 

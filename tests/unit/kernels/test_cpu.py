@@ -16,7 +16,8 @@ import pytest
 
 import dvkernels as dv
 from dvkernels import kernels, reduce_op
-from dvkernels.kernels.cpu import elementwise, objects
+from dvkernels.kernels import arithmetic
+from dvkernels.kernels.cpu import objects, pool
 
 REDUCERS = [kernels.direct_all_reduce, kernels.ring_all_reduce]
 _COMBINE = {
@@ -206,6 +207,28 @@ def test_two_callers_progress_together() -> None:
     assert (large[1] == 1).all()
 
 
+@pytest.mark.skipif(pool.num_threads() < 2, reason="needs a helper thread")
+def test_an_interrupt_right_behind_the_compiled_code_waits_for_the_helpers(monkeypatch) -> None:
+    def interrupted(where: int, job: int, num_pauses: int) -> int:
+        held.append(real(where, job, 1))  # hardly any patience: a helper is often still inside
+        raise KeyboardInterrupt
+
+    real, held = pool._execute, []
+    for group in ([np.ones(1 << 21, "f4") for _ in range(2)],
+                  [np.ones((1 << 20, 3), "f4")[:, ::2] for _ in range(2)]):  # fmt: skip
+        kernels.all_reduce(group, "max")
+        monkeypatch.setattr(pool, "_execute", interrupted)
+        for _ in range(20):
+            for buffer in group:
+                buffer[...] = 1
+            with pytest.raises(KeyboardInterrupt):
+                kernels.all_reduce(group)
+            values = {float(value) for buffer in group for value in np.unique(buffer)}
+            assert values in ({1.0}, {2.0})
+        monkeypatch.setattr(pool, "_execute", real)
+    assert any(held)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX timers")
 def test_an_interrupt_leaves_all_or_nothing() -> None:
     buffers = [np.ones(1 << 23, "f4") for _ in range(2)]
@@ -299,6 +322,6 @@ def test_few_specializations_serve_all_operations_and_dtypes() -> None:
             except dv.errors.UnsupportedDTypeError:
                 continue
             served += 1
-            keys.add((elementwise._OPERATIONS[op], elementwise._computed_as(op, dtype)))
+            keys.add((arithmetic.operation_code(op), arithmetic.type_code(dtype, op)))
     assert served == 14 + 6 + 13 + 13 + 14
     assert len(keys) == 8 + 12 + 12 + 10  # sum and mean share one, signs share sums

@@ -1,0 +1,258 @@
+"""CUDA devices: which there are, what is missing where there are none, and arrays on them.
+
+CuPy is what the library itself allocates on a GPU. What it needs of it is four verbs, ``empty``,
+``copy``, ``stream`` and ``event``, with a second twin over the arrays of Numba's simulator:
+``testing.check_arrays`` holds both to one contract.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from dvkernels.devices import driver
+from dvkernels.devices.base import Device
+from dvkernels.errors import DeviceError
+
+__all__ = ["Arrays", "arrays", "devices", "is_simulated", "missing"]
+
+
+class Arrays(Protocol):
+    """Arrays of CUDA devices: the seam to the library that makes them."""
+
+    def empty(
+        self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
+    ) -> Any:
+        """Return a new array on a device, its elements not set.
+
+        Its memory is ordered on a stream (its address; None: the current one): what is given that
+        memory later comes after what that stream was given before.
+        """
+
+    def copy(self, target: Any, source: Any, stream: Any = None) -> None:
+        """Copy between the host and devices, in the order of ``stream``.
+
+        The host waits only where its memory is pageable: NumPy arrays that are not pinned.
+        """
+
+    def stream(self, device: int) -> Any:
+        """Return a new stream: ``with stream:`` makes it current, ``synchronize()`` waits."""
+
+    def event(self, device: int) -> Any:
+        """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``."""
+
+
+def is_simulated() -> bool:
+    """Return whether Numba's simulator stands in for a GPU in this process."""
+    return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
+
+
+def devices() -> list[Device]:
+    """Return the CUDA devices that this process sees: none where there is no driver.
+
+    ``CUDA_VISIBLE_DEVICES`` says which: they are counted from 0 in its order.
+    """
+    return [Device("cuda", index) for index in range(_count())]
+
+
+def _count() -> int:
+    if is_simulated():
+        return simulated_count(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    found = driver.find()
+    return 0 if found is None else found.count()
+
+
+def simulated_count(visible: str | None) -> int:
+    """Return how many devices the simulator has: its one, unless the variable hides it."""
+    return int(visible is None or visible.split(",")[0].strip() == "0")
+
+
+def missing() -> str:
+    """Return why kernels cannot run on GPUs here and what to do, or "" where they can."""
+    if is_simulated():
+        return "" if _count() else "CUDA_VISIBLE_DEVICES hides the simulated device: unset it"
+    found = driver.find()
+    if found is None:
+        return explain(None, "", 0, ())
+    version = None if found.problem else found.version()
+    return explain(version, found.problem, found.count(), _installed())
+
+
+_PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "cupy")
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    """Return which of the packages that a GPU needs are installed."""
+    from importlib import metadata  # 15 ms, and only where there is a driver
+
+    found = []
+    for name in _PACKAGES:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found.append(name)
+    return tuple(found)
+
+
+def explain(
+    version: tuple[int, int] | None, problem: str, count: int, installed: tuple[str, ...]
+) -> str:
+    """Return what is missing, and what to do, given what was found.
+
+    Parameters
+    ----------
+    version : (int, int) or None
+        The CUDA version of the driver; None where there is no driver, or ``problem`` keeps it
+        from starting.
+    problem : str
+        What the driver says when it is started.
+    count : int
+        The devices it sees.
+    installed : tuple of str
+        The packages that are there.
+    """
+    if problem:
+        return f"the NVIDIA driver does not start ({problem}): see that nvidia-smi works"
+    if version is None:
+        return (
+            "no NVIDIA driver was found (libcuda.so.1): install one, and see that nvidia-smi works"
+        )
+    if count == 0:
+        return "the NVIDIA driver sees no device: is CUDA_VISIBLE_DEVICES empty?"
+    extra = "cuda13" if version[0] >= 13 else "cuda12"
+    runs = f"the driver runs CUDA {version[0]}.{version[1]}"
+    install = f"python -m pip install 'dvkernels[{extra}]'"
+    if version[0] < 12:
+        return f"{runs}, and CUDA 12 or later is needed: update the NVIDIA driver"
+    if version[0] < 13 and "cupy-cuda13x" in installed and "cupy-cuda12x" not in installed:
+        return (
+            f"{runs}, and the packages here are for CUDA 13: python -m pip uninstall cupy-cuda13x, "
+            f"then {install}, or update the driver"
+        )
+    for name, needed in (("numba-cuda", "numba-cuda"), ("cupy", "CuPy")):
+        if not any(package.startswith(name) for package in installed):
+            return f"{needed} is not installed; {runs}: {install}"
+    return ""
+
+
+def require(verb: str) -> None:
+    """Raise :class:`DeviceError` unless kernels can run on a GPU here."""
+    problem = missing()
+    if problem:
+        raise DeviceError(f"{verb}: {problem}")
+
+
+@functools.cache
+def arrays() -> Arrays:
+    """Return the twin of this process: the simulator's arrays, or CuPy's."""
+    require("arrays on a GPU")
+    return cast(Arrays, _SimulatedArrays() if is_simulated() else _CuPyArrays())
+
+
+def as_numba(array: Any) -> Any:
+    """Return a CuPy array as one of Numba, not copied."""
+    from numba import cuda
+
+    untyped: Any = cuda
+    return untyped.as_cuda_array(array)
+
+
+class _CuPyArrays:
+    """Arrays of CuPy, from its memory pools."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+
+    def empty(
+        self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
+    ) -> Any:
+        """Return a new array on a device."""
+        try:
+            with self._cupy.cuda.Device(device):
+                if stream is None:
+                    return self._cupy.empty(shape, dtype)
+                with self._cupy.cuda.ExternalStream(stream, device):
+                    return self._cupy.empty(shape, dtype)
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+            raise DeviceError(
+                f"cuda:{device} has no room for {nbytes:,} bytes more: free arrays, call "
+                f"cupy.get_default_memory_pool().free_all_blocks(), or use smaller ones ({error})"
+            ) from None
+
+    def copy(self, target: Any, source: Any, stream: Any = None) -> None:
+        """Copy between the host and devices."""
+        on_device = target if isinstance(target, self._cupy.ndarray) else source
+        with on_device.device, stream or self._cupy.cuda.get_current_stream():
+            if on_device is not target:
+                source.get(out=target, blocking=stream is None)
+            elif isinstance(source, self._cupy.ndarray):
+                self._cupy.copyto(target, source)
+            else:
+                target.set(source)
+
+    def stream(self, device: int) -> Any:
+        """Return a new stream that waits for no other."""
+        with self._cupy.cuda.Device(device):
+            return self._cupy.cuda.Stream(non_blocking=True)
+
+    def event(self, device: int) -> Any:
+        """Return a new event."""
+        with self._cupy.cuda.Device(device):
+            return self._cupy.cuda.Event(disable_timing=True)
+
+
+class _SimulatedArrays:
+    """Arrays of Numba's simulator, which live on the host; its streams do all at once."""
+
+    def __init__(self) -> None:
+        from numba import cuda
+
+        self._cuda: Any = cuda
+
+    def empty(
+        self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
+    ) -> Any:
+        """Return a new array."""
+        return self._cuda.device_array(shape, dtype)
+
+    def copy(self, target: Any, source: Any, stream: Any = None) -> None:
+        """Copy, at once."""
+        into, taken = (getattr(array, "_ary", array) for array in (target, source))
+        np.copyto(into, taken, casting="no")
+
+    def stream(self, device: int) -> Any:
+        """Return what stands in for a stream."""
+        return _Done()
+
+    def event(self, device: int) -> Any:
+        """Return what stands in for an event."""
+        return _Done()
+
+
+class _Done:
+    """A stream, or an event, on which everything has already happened."""
+
+    ptr = 0
+
+    def __enter__(self) -> _Done:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Do nothing."""
+
+    def synchronize(self) -> None:
+        """Do nothing."""

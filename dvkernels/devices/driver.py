@@ -1,0 +1,305 @@
+"""The CUDA driver, asked directly: which devices there are, and how a compiled kernel starts.
+
+Its C interface has been stable for a decade, needs no package, and costs 2 us a launch where a
+launcher that looks at each argument costs ten times that. Nothing here initializes CUDA on import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvkernels.errors import DeviceError
+
+__all__ = ["Driver", "find"]
+
+_NAMES = ("libcuda.so.1", "libcuda.so")
+_NUM_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # attributes of a device
+_ORDINAL, _IS_OPEN = 9, 10  # of a pointer: the number of its device, whether peers may use it
+_UNTIMED = 2  # an event that takes no time stamp
+_NON_BLOCKING = 1  # a stream that waits for no other
+_FOR_ALL_DEVICES = 3  # memory of the host: portable, and mapped
+_ALREADY_OPEN = 704
+_NO_DEVICE, _OUT_OF_MEMORY = 100, 2
+# What follows in the list of extra launch options: the arguments in one buffer, and its size.
+_END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
+
+
+class Driver:
+    """The functions of the driver that are used here; each raises :class:`DeviceError`.
+
+    Parameters
+    ----------
+    library : ctypes.CDLL
+        The driver, or what stands in for it in a test.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self._contexts: dict[int, ctypes.c_void_p] = {}
+        self._lock = threading.Lock()
+        code = library.cuInit(0)
+        self.problem = "" if code in (0, _NO_DEVICE) else self._name(code)
+
+    def count(self) -> int:
+        """Return how many devices this process sees: ``CUDA_VISIBLE_DEVICES`` counts."""
+        found = ctypes.c_int()
+        if self.problem or self._library.cuDeviceGetCount(ctypes.byref(found)):
+            return 0
+        return found.value
+
+    def version(self) -> tuple[int, int]:
+        """Return the newest CUDA version that the driver runs."""
+        found = ctypes.c_int()
+        self._check("cuDriverGetVersion", ctypes.byref(found))
+        return found.value // 1000, found.value % 1000 // 10
+
+    def name(self, device: int) -> str:
+        """Return what the device calls itself."""
+        room = ctypes.create_string_buffer(256)
+        self._check("cuDeviceGetName", room, len(room), self._handle(device))
+        return room.value.decode()
+
+    def capability(self, device: int) -> tuple[int, int]:
+        """Return the compute capability: (9, 0) for sm_90."""
+        return self._attribute(device, _MAJOR), self._attribute(device, _MINOR)
+
+    def num_multiprocessors(self, device: int) -> int:
+        """Return how many multiprocessors a device has."""
+        return self._attribute(device, _NUM_MULTIPROCESSORS)
+
+    def nbytes(self, device: int) -> int:
+        """Return the memory of a device, in bytes."""
+        found = ctypes.c_size_t()
+        self._check("cuDeviceTotalMem_v2", ctypes.byref(found), self._handle(device))
+        return found.value
+
+    def can_reach(self, device: int, peer: int) -> bool:
+        """Return whether a device can read and write the memory of another."""
+        found = ctypes.c_int()
+        pair = self._handle(device), self._handle(peer)
+        self._check("cuDeviceCanAccessPeer", ctypes.byref(found), *pair)
+        return bool(found.value)
+
+    def device_of(self, address: int) -> int:
+        """Return the device whose memory holds an address."""
+        found = ctypes.c_int()
+        self._check(
+            "cuPointerGetAttribute", ctypes.byref(found), _ORDINAL, ctypes.c_uint64(address)
+        )
+        return found.value
+
+    def wait(self, device: int, waiting: int, awaited: int) -> None:
+        """Have a stream wait for what another has been given so far; the host does not."""
+        event = ctypes.c_void_p()
+        before = self.current()
+        self.enter(device)
+        try:
+            self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
+            try:
+                self._check("cuEventRecord", event, ctypes.c_void_p(awaited))
+                self._check("cuStreamWaitEvent", ctypes.c_void_p(waiting), event, 0)
+            finally:  # the driver keeps what streams still need
+                self._check("cuEventDestroy_v2", event)
+        finally:
+            self._check("cuCtxSetCurrent", before)
+
+    def load(self, device: int, image: bytes, name: str) -> int:
+        """Return the handle of a kernel of a compiled image, now in the memory of the device."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self.enter(device)
+        self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        self._check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        # Else a driver since 12.4 may finish that at the first launch, and wait for the device.
+        if hasattr(self._library, "cuFuncLoad"):
+            self._check("cuFuncLoad", function)
+        return function.value or 0
+
+    def open_peer(self, device: int, peer: int) -> bool:
+        """Let a device use the memory of another, if it can; return whether it can now."""
+        if not self.can_reach(device, peer):
+            return False
+        with self._within(peer):
+            context = self.current()
+        with self._within(device):
+            return self._library.cuCtxEnablePeerAccess(context, 0) in (0, _ALREADY_OPEN)
+
+    def is_open(self, address: int) -> bool:
+        """Return whether peers may use the memory at an address: that of some pools they may not.
+
+        Opening a peer opens what ``cuMemAlloc`` gave. Pools ordered by streams, and memory that is
+        mapped piece by piece, have an access list of their own.
+        """
+        found = ctypes.c_int()
+        args = ctypes.byref(found), _IS_OPEN, ctypes.c_uint64(address)
+        self._check("cuPointerGetAttribute", *args)
+        return bool(found.value)
+
+    def allocate(self, device: int, nbytes: int) -> int:
+        """Return the address of new memory of a device, at a multiple of 256 bytes."""
+        found = ctypes.c_uint64()
+        with self._within(device):
+            self._check("cuMemAlloc_v2", ctypes.byref(found), ctypes.c_size_t(nbytes))
+        return found.value
+
+    def free(self, device: int, address: int) -> None:
+        """Give back memory of a device; waits until the device has done with it."""
+        with self._within(device):
+            self._check("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def write(self, device: int, address: int, host: int, nbytes: int) -> None:
+        """Copy memory of the host to a device; it is there when this returns.
+
+        No work that others have given to the device is waited for.
+        """
+        stream = ctypes.c_void_p()
+        with self._within(device):
+            self._check("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+            try:
+                self._check(
+                    "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), ctypes.c_void_p(host),
+                    ctypes.c_size_t(nbytes), stream,
+                )  # fmt: skip
+                self._check("cuStreamSynchronize", stream)
+            finally:
+                self._check("cuStreamDestroy_v2", stream)
+
+    def allocate_on_host(self, nbytes: int) -> int:
+        """Return the address of new memory of the host: the same for it and for every device."""
+        found = ctypes.c_void_p()
+        with self._within(0):
+            size = ctypes.c_size_t(nbytes)
+            self._check("cuMemHostAlloc", ctypes.byref(found), size, _FOR_ALL_DEVICES)
+        return found.value or 0
+
+    def free_on_host(self, address: int) -> None:
+        """Give back memory of the host that no device uses any more."""
+        with self._within(0):
+            self._check("cuMemFreeHost", ctypes.c_void_p(address))
+
+    def record(self, device: int, stream: int) -> int:
+        """Return a new event after all that a stream has been given so far; destroy it."""
+        event = ctypes.c_void_p()
+        with self._within(device):
+            self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
+            self._check("cuEventRecord", event, ctypes.c_void_p(stream))
+        return event.value or 0
+
+    def await_event(self, device: int, stream: int, event: int) -> None:
+        """Have a stream wait for an event, of any device; the host does not."""
+        with self._within(device):
+            self._check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+
+    def destroy(self, event: int) -> None:
+        """Forget an event; the driver keeps what streams still need of it."""
+        self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
+
+    def is_capturing(self, device: int, stream: int) -> bool:
+        """Return whether what a stream is given becomes part of a graph."""
+        found = ctypes.c_int()
+        with self._within(device):
+            self._check("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(found))
+        return found.value != 0
+
+    def synchronize(self, device: int) -> None:
+        """Wait until a device has done all it was given."""
+        with self._within(device):
+            self._check("cuCtxSynchronize")
+
+    @contextlib.contextmanager
+    def _within(self, device: int) -> Iterator[None]:
+        """Enter a device, and go back to where the thread was."""
+        before = self.current()
+        self.enter(device)
+        try:
+            yield
+        finally:
+            self._check("cuCtxSetCurrent", before)
+
+    def enter(self, device: int) -> None:
+        """Make the context that all libraries share that of this thread."""
+        context = self._contexts.get(device)
+        if context is None:
+            with self._lock:
+                context = ctypes.c_void_p()
+                handle = self._handle(device)
+                self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+                self._contexts[device] = context
+        self._check("cuCtxSetCurrent", context)
+
+    def current(self) -> ctypes.c_void_p:
+        """Return the context of this thread, which may be none."""
+        found = ctypes.c_void_p()
+        self._check("cuCtxGetCurrent", ctypes.byref(found))
+        return found
+
+    def launch(
+        self, device: int, function: int, blocks: int, threads: int, words: Any, stream: int
+    ) -> None:
+        """Start a kernel whose arguments are int64 words; do not wait for it.
+
+        The driver copies the words before this returns. The thread's context is as before.
+        """
+        size = ctypes.c_size_t(len(words) * 8)
+        buffer = (ctypes.c_int64 * len(words)).from_buffer(words)
+        options = (ctypes.c_void_p * 5)(
+            _BUFFER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(size), _END
+        )
+        before = self.current()
+        self.enter(device)
+        try:
+            self._check(
+                "cuLaunchKernel", ctypes.c_void_p(function), blocks, 1, 1, threads, 1, 1, 0,
+                ctypes.c_void_p(stream), None, options,
+            )  # fmt: skip
+        finally:
+            self._check("cuCtxSetCurrent", before)
+
+    def _attribute(self, device: int, attribute: int) -> int:
+        found = ctypes.c_int()
+        self._check("cuDeviceGetAttribute", ctypes.byref(found), attribute, self._handle(device))
+        return found.value
+
+    def _handle(self, device: int) -> int:
+        found = ctypes.c_int()
+        self._check("cuDeviceGet", ctypes.byref(found), device)
+        return found.value
+
+    def _check(self, function: str, *args: Any) -> None:
+        code = getattr(self._library, function)(*args)
+        if code == _OUT_OF_MEMORY:
+            raise DeviceError(
+                f"{function}: the GPU is out of memory; free arrays (in CuPy "
+                "get_default_memory_pool().free_all_blocks()), or use smaller ones"
+            )
+        if code:
+            raise DeviceError(f"{function} failed with {self._name(code)}")
+
+    def _name(self, code: int) -> str:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorName(code, ctypes.byref(text))
+        return (text.value or b"").decode() or f"error {code} of the CUDA driver"
+
+
+@functools.cache
+def find(names: Sequence[str] = _NAMES) -> Driver | None:
+    """Return the driver, or None where none is installed.
+
+    The first call initializes it; a child that is forked afterwards cannot use the GPU.
+    """
+    for name in names:
+        try:
+            return Driver(ctypes.CDLL(name))
+        except OSError:
+            continue
+    return None
+
+
+def is_likely(proc: Path = Path("/proc/driver/nvidia/version")) -> bool:
+    """Return whether there seems to be a driver, without touching it."""
+    return proc.exists()

@@ -1,0 +1,146 @@
+"""Arrays in GPU memory, of any library: where they lie, on which stream, and results alike.
+
+A buffer is described by a NumPy array over its address on the device. That array is asked for its
+shape, strides, dtype, flags and address, and sliced; its elements lie where the host cannot reach,
+and nobody reads them. So the checks and cuts of the CPU serve here too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dvkernels.devices import cuda, driver, foreign
+from dvkernels.errors import BufferMismatchError, NotABufferError
+
+__all__ = ["Placed", "describe", "like", "place"]
+
+Array = np.ndarray[Any, Any]
+
+
+class Placed(NamedTuple):
+    """A buffer, as kernels need to know it."""
+
+    array: Array  # over the device's memory: never read on the host
+    device: int
+    stream: int  # where its library puts work now
+
+
+def place(verb: str, buffers: Sequence[Any], name: str = "replica") -> list[Placed]:
+    """Return where each buffer lies; raise unless all are arrays in GPU memory."""
+    found: list[Placed] = []
+    for index, buffer in enumerate(buffers):
+        who = f"{name} {index}"
+        if not foreign.is_on_gpu(buffer):
+            _raise_elsewhere(verb, buffer, who, found)
+        read = _READERS.get(type(buffer).__module__.partition(".")[0], _read_interface)
+        try:
+            found.append(read(buffer))
+        except (BufferError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+            raise NotABufferError(
+                f"{verb} cannot read where {who}, a {type(buffer).__name__}, lies: {error}"
+            ) from error
+    return found
+
+
+def _raise_elsewhere(verb: str, buffer: Any, who: str, found: Sequence[Placed]) -> None:
+    if isinstance(buffer, np.ma.MaskedArray):
+        raise NotABufferError(
+            f"{verb} needs arrays: {who} is a MaskedArray, whose mask would be ignored; "
+            "pass .filled(value) or .data"
+        )
+    if isinstance(buffer, np.ndarray) or foreign.is_foreign(buffer):
+        where = f"the others are on cuda:{found[0].device}" if found else "others are on a GPU"
+        raise BufferMismatchError(
+            f"{verb} needs buffers of one kind of device: {who} is in host memory, and {where}; "
+            "copy it to the GPU (cupy.asarray), or the others to the host"
+        )
+    raise NotABufferError(
+        f"{verb} needs arrays: {who} is a {type(buffer).__name__}; convert it with cupy.asarray"
+    )
+
+
+def describe(
+    address: int,
+    shape: Sequence[int],
+    dtype: Any,
+    strides: Sequence[int] | None = None,
+    is_read_only: bool = False,
+) -> Array:
+    """Return a NumPy array over an address of a device; nobody may read its elements."""
+    dtype, shape = np.dtype(dtype), tuple(shape)
+    if strides is None or 0 in shape:
+        nbytes, low = int(np.prod(shape, dtype=object)) * dtype.itemsize, 0
+    else:
+        reaches = [stride * (extent - 1) for stride, extent in zip(strides, shape, strict=True)]
+        low = sum(min(0, reach) for reach in reaches)
+        nbytes = sum(max(0, reach) for reach in reaches) - low + dtype.itemsize
+    if nbytes == 0:
+        found: Array = np.empty(shape, dtype)
+    else:
+        memory = (ctypes.c_uint8 * nbytes).from_address(address + low)
+        found = np.ndarray(shape, dtype, memory, -low, None if strides is None else tuple(strides))
+    if is_read_only:
+        found.flags.writeable = False
+    return found
+
+
+def _read_cupy(array: Any) -> Placed:
+    device = array.device.id
+    stream = sys.modules["cupy"].cuda.get_current_stream(device).ptr
+    return Placed(describe(array.data.ptr, array.shape, array.dtype, array.strides), device, stream)
+
+
+def _read_torch(tensor: Any) -> Placed:
+    torch, device = sys.modules["torch"], tensor.device.index
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError("it is a conjugated or negated view: call resolve_conj().resolve_neg()")
+    name = str(tensor.dtype).removeprefix("torch.")
+    dtype = foreign.dtype_named(name)
+    strides = [stride * dtype.itemsize for stride in tensor.stride()]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return Placed(describe(tensor.data_ptr(), tensor.shape, dtype, strides), device, stream)
+
+
+def _read_interface(buffer: Any) -> Placed:
+    """Read what says of itself where it lies, or can say it to CuPy through DLPack."""
+    own = getattr(buffer, "_ary", None)
+    if cuda.is_simulated() and isinstance(own, np.ndarray):
+        return Placed(own.view(np.ndarray), 0, 0)
+    told = getattr(buffer, "__cuda_array_interface__", None)
+    if told is None:
+        return _read_cupy(sys.modules["cupy"].from_dlpack(buffer))
+    if told.get("mask") is not None:
+        raise ValueError("it has a mask, which would be ignored; pass a filled copy")
+    address, is_read_only = told["data"]
+    dtype = getattr(buffer, "dtype", None)
+    if not isinstance(dtype, np.dtype):
+        dtype = np.dtype(told["typestr"])
+    array = describe(address, told["shape"], dtype, told.get("strides"), is_read_only)
+    found = driver.find()
+    device = found.device_of(address) if found is not None and array.size else 0
+    # No stream: whoever made it has waited. Then work goes to the default stream, which is 0.
+    return Placed(array, device, told.get("stream") or 0)
+
+
+_READERS: dict[str, Callable[[Any], Placed]] = {"cupy": _read_cupy, "torch": _read_torch}
+
+
+def like(result: Any, original: Any) -> Any:
+    """Return a new array of ours as one of the library that ``original`` comes from, not copied."""
+    library = type(original).__module__.partition(".")[0]
+    if cuda.is_simulated() or library == "cupy":
+        return result
+    if library == "torch":
+        torch = sys.modules["torch"]
+        if result.dtype.name == "bfloat16":
+            return torch.from_dlpack(result.view(np.int16)).view(torch.bfloat16)
+        return torch.from_dlpack(result)
+    if library in ("numba", "numba_cuda"):
+        return cuda.as_numba(result)
+    convert = getattr(sys.modules.get(library), "from_dlpack", None)
+    return result if convert is None else convert(result)

@@ -1,0 +1,62 @@
+"""The kernels of CUDA devices: compiled by Numba, launched through the driver.
+
+The functions are those of :mod:`dvkernels.kernels`, and take ``stream`` besides: one stream, or one
+for each buffer, of CuPy, PyTorch or Numba, or its address. None means the current stream of the
+library that each array comes from: work waits there for what made the arrays, and what is put
+there afterwards waits for the results. The host waits for neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvkernels.errors import AlgorithmError
+from dvkernels.kernels import checks
+from dvkernels.kernels.cuda import direct, optimizers, ring
+from dvkernels.kernels.cuda.between import abort, recover
+from dvkernels.kernels.cuda.broadcast import broadcast
+from dvkernels.kernels.cuda.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
+from dvkernels.kernels.cuda.gather import all_gather, all_to_all, reduce_scatter
+from dvkernels.kernels.cuda.many import all_reduce_many
+from dvkernels.kernels.cuda.ring import ring_all_reduce
+
+__all__ = [
+    "abort",
+    "aggregate_mean",
+    "aggregate_sum",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_many",
+    "all_reduce_new",
+    "all_to_all",
+    "broadcast",
+    "direct_all_reduce",
+    "optimizers",
+    "recover",
+    "reduce",
+    "reduce_scatter",
+    "ring_all_reduce",
+]
+
+# Within one GPU the direct algorithm moves the least at every size.
+_ALGORITHMS = {
+    "auto": direct.all_reduce_as,
+    "direct": direct.all_reduce_as,
+    "ring": ring.all_reduce_as,
+}
+
+
+def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
+    """Return the reduction as one new array per buffer, and leave the buffers as they are."""
+    return _ALGORITHMS[algorithm]("all_reduce", buffers, op, checks.NEW, None)
+
+
+def all_reduce(
+    buffers: Any, op: Any = "sum", *, algorithm: Any = "auto", out: Any = None, stream: Any = None
+) -> list[Any]:
+    """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
+    chosen = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
+    if chosen is None:
+        names = ", ".join(map(repr, _ALGORITHMS))
+        raise AlgorithmError(f"all_reduce: expected an algorithm of {names}; got {algorithm!r}")
+    return chosen("all_reduce", buffers, op, out, stream)

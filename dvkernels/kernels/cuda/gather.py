@@ -1,0 +1,65 @@
+"""Collectives that cut buffers into parts: reduce-scatter, all-gather, all-to-all, one launch each.
+
+Bytes moved for R replicas of S bytes: reduce_scatter R S + S, all_gather R S + R R S, all_to_all
+2 R S.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvkernels.kernels import checks, cuts
+from dvkernels.kernels.cuda import jobs
+from dvkernels.kernels.cuda.calls import Buffers
+from dvkernels.schedules import partition
+
+__all__ = ["all_gather", "all_to_all", "reduce_scatter"]
+
+
+def reduce_scatter(
+    buffers: Any, op: Any = "sum", *, out: Any = None, stream: Any = None
+) -> list[Any]:
+    """Return part r of the reduction for replica r; see :func:`dvkernels.kernels`."""
+    call = Buffers("reduce_scatter", buffers, out, stream)
+    reads = checks.arrays("reduce_scatter", call.reads)
+    op = jobs.checked("reduce_scatter", op, reads[0].dtype)
+    checks.check_axis("reduce_scatter", 0, reads[0])
+    parts = partition.parts(len(reads[0]), len(reads))
+    rest = reads[0].shape[1:]
+    writes = _writes(call, [(stop - start, *rest) for start, stop in parts])
+    groups = cuts.scattered(reads, parts, writes)
+    with call.ordered() as order:
+        jobs.combine(order, op, reads[0].dtype, groups, len(reads))
+    return list(call.results)
+
+
+def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None, stream: Any = None) -> list[Any]:
+    """Return the concatenation for each replica; see :func:`dvkernels.kernels`."""
+    call = Buffers("all_gather", buffers, out, stream)
+    reads, axis = checks.arrays_along("all_gather", call.reads, axis)
+    checks.check_dtype_moves("all_gather", reads[0].dtype)
+    writes = _writes(call, [cuts.joined_shape(reads, axis)] * len(reads))
+    with call.ordered() as order:
+        jobs.move(order, cuts.gathered(reads, axis, writes))
+    return list(call.results)
+
+
+def all_to_all(buffers: Any, *, out: Any = None, stream: Any = None) -> list[Any]:
+    """Return, for replica i, part i of every buffer, in their order."""
+    call = Buffers("all_to_all", buffers, out, stream)
+    reads = checks.arrays("all_to_all", call.reads)
+    checks.check_dtype_moves("all_to_all", reads[0].dtype)
+    checks.check_axis("all_to_all", 0, reads[0])
+    parts = partition.parts(len(reads[0]), len(reads))
+    rest = reads[0].shape[1:]
+    writes = _writes(call, [(len(reads) * (stop - start), *rest) for start, stop in parts])
+    with call.ordered() as order:
+        jobs.move(order, cuts.exchanged(reads, parts, writes))
+    return list(call.results)
+
+
+def _writes(call: Buffers, shapes: list[tuple[int, ...]]) -> list[Any]:
+    """Return the arrays to write to: checked ``out``, or new ones."""
+    if call.out is None:
+        return call.made(shapes)
+    return checks.apart(call.verb, call.reads, call.out, shapes)

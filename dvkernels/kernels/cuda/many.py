@@ -1,0 +1,28 @@
+"""All-reduce of many arrays at once: one launch for each dtype among them, no fusion buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvkernels.kernels import checks
+from dvkernels.kernels.cuda import jobs
+from dvkernels.kernels.cuda.calls import Call
+
+__all__ = ["all_reduce_many"]
+
+_VERB = "all_reduce_many"
+
+
+def all_reduce_many(groups: Any, op: Any = "sum", *, stream: Any = None) -> list[list[Any]]:
+    """Leave in every buffer of each group their reduction; see :func:`dvkernels.kernels`."""
+    listed = checks.listed_groups(_VERB, groups)
+    if not listed:
+        return listed
+    call = Call(_VERB, stream=stream)
+    arrays = [call.place(group, f"{_VERB}, array {k}") for k, group in enumerate(listed)]
+    known, by_dtype = checks.grouped(_VERB, arrays, op)
+    ops = {dtype: jobs.checked(_VERB, known, dtype) for dtype in by_dtype}
+    with call.ordered() as order:
+        for dtype, found in by_dtype.items():
+            jobs.combine(order, ops[dtype], dtype, found, len(listed[0]), in_place=True)
+    return listed

@@ -1,0 +1,52 @@
+"""The ring all-reduce of schedules/ring.py within one GPU, in one launch.
+
+Step by step over whole buffers a ring moves 5 (R - 1) S bytes of memory. Here each chunk keeps its
+sum in registers, in the order in which the schedule brings it around: 2 R S, and one rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvkernels.kernels import checks
+from dvkernels.kernels.cuda import between, jobs
+from dvkernels.kernels.cuda.calls import Buffers
+from dvkernels.schedules import partition, ring
+
+__all__ = ["ring_all_reduce"]
+
+
+def ring_all_reduce(
+    buffers: Any, op: Any = "sum", *, out: Any = None, stream: Any = None
+) -> list[Any]:
+    """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
+    return all_reduce_as("ring_all_reduce", buffers, op, out, stream)
+
+
+def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
+    """Reduce under the name ``verb``, which error messages mention."""
+    call = Buffers(verb, buffers, None if out is checks.NEW else out, stream)
+    reads = checks.arrays(verb, call.reads)
+    dtype, count = reads[0].dtype, len(reads)
+    op = jobs.checked(verb, op, dtype)
+    if call.is_spread:
+        return between.all_reduce(call, op, out, "ring")
+    if out is None:
+        checks.in_place(verb, reads)
+        writes = reads
+    elif out is checks.NEW:
+        writes = call.made([read.shape for read in reads])
+    else:
+        writes = checks.results(verb, reads, call.out)
+    groups = []
+    # Along the first axis: a chunk of any other would not be an array for every stride.
+    length = len(reads[0]) if reads[0].ndim else 1
+    for (start, stop), chain in zip(
+        partition.parts(length, count), ring.chains(count), strict=True
+    ):
+        chunk = slice(start, stop) if reads[0].ndim else ... if start < stop else None
+        if chunk is not None:
+            groups.append([*(reads[k][chunk] for k in chain), *(write[chunk] for write in writes)])
+    with call.ordered() as order:
+        jobs.combine(order, op, dtype, groups, count)
+    return list(call.results)

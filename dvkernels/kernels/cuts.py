@@ -1,0 +1,51 @@
+"""Which parts of which arrays belong together in collectives that cut: for both twins.
+
+Each function returns groups of arrays: what is read first, then what is written with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["exchanged", "gathered", "joined_shape", "scattered"]
+
+Array = np.ndarray[Any, Any]
+Parts = Sequence[tuple[int, int]]
+
+
+def scattered(reads: Sequence[Array], parts: Parts, writes: Sequence[Array]) -> list[list[Array]]:
+    """Return, for each part along axis 0, that of every array and where its reduction goes."""
+    return [
+        [*(read[start:stop] for read in reads), write]
+        for (start, stop), write in zip(parts, writes, strict=True)
+    ]
+
+
+def joined_shape(reads: Sequence[Array], axis: int) -> tuple[int, ...]:
+    """Return the shape of the concatenation along an axis."""
+    shape = reads[0].shape
+    return (*shape[:axis], sum(read.shape[axis] for read in reads), *shape[axis + 1 :])
+
+
+def gathered(reads: Sequence[Array], axis: int, writes: Sequence[Array]) -> list[list[Array]]:
+    """Return each array and its place in every concatenation along an axis."""
+    before = (slice(None),) * axis
+    groups = []
+    start = 0
+    for read in reads:
+        place = (*before, slice(start, start + read.shape[axis]))
+        groups.append([read, *(write[place] for write in writes)])
+        start += read.shape[axis]
+    return groups
+
+
+def exchanged(reads: Sequence[Array], parts: Parts, writes: Sequence[Array]) -> list[list[Array]]:
+    """Return part i of array j and its place, the j-th, in result i."""
+    return [
+        [read[start:stop], write[k * (stop - start) : (k + 1) * (stop - start)]]
+        for (start, stop), write in zip(parts, writes, strict=True)
+        for k, read in enumerate(reads)
+    ]

@@ -1,0 +1,32 @@
+"""How arrays of one shape are walked together: by as few axes as their strides allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["merge"]
+
+Array = np.ndarray[Any, Any]
+
+
+def merge(arrays: Sequence[Array]) -> list[tuple[int, tuple[int, ...]]]:
+    """Return (extent, stride in each array) of the fewest axes that walk all arrays alike.
+
+    The outermost comes first. A reduction does not care for the order of the elements, so axes
+    are sorted by stride, and two that continue each other in every array are one.
+    """
+    shape = arrays[0].shape
+    order = sorted(range(len(shape)), key=lambda axis: -abs(arrays[0].strides[axis]))
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for axis in order:
+        extent, strides = shape[axis], tuple(array.strides[axis] for array in arrays)
+        if extent == 1:
+            continue
+        if merged and merged[-1][1] == tuple(extent * stride for stride in strides):
+            merged[-1] = (merged[-1][0] * extent, strides)
+        else:
+            merged.append((extent, strides))
+    return merged

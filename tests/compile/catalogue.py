@@ -1,0 +1,53 @@
+"""Every kernel there is, and what each promises of its machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dvkernels import errors, reduce_op
+from dvkernels.kernels import arithmetic, steps
+from dvkernels.kernels.cuda import optimizers, reduction, waiting
+from dvkernels.reduce_op import ReduceOp
+
+DTYPES = [
+    *map(np.dtype, ["f2", ml_dtypes.bfloat16, "f4", "f8", "c8", "c16", "?"]),
+    *[np.dtype(f"{sign}{nbytes}") for sign in "iu" for nbytes in (1, 2, 4, 8)],
+]
+_ROWS = [*map(np.dtype, ["f2", "f4"])]
+_RULES = {
+    "sgd": steps.PLAIN, "momentum": steps.MOMENTUM, "nesterov": steps.NESTEROV, "adam": steps.ADAM,
+}  # fmt: skip
+
+
+class Kernel(NamedTuple):
+    """A function that runs on the device."""
+
+    function: Callable[..., None]
+    is_between_gpus: bool = False  # then its flags have the scope of the system
+
+
+def kernels() -> dict[str, Kernel]:
+    """Return every kernel by name; several dtypes and operations may share one."""
+    found: dict[str, Kernel] = {}
+    for op in ReduceOp:
+        for dtype in DTYPES:
+            try:
+                reduce_op.check_dtype("compile", op, dtype)
+            except errors.UnsupportedDTypeError:
+                continue
+            operation, code = arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
+            name = f"{('add', 'min', 'max', 'mul')[operation]} {arithmetic.dtype_of(code)}"
+            found[name] = Kernel(reduction.kernel(operation, code))
+            waits = waiting.waiting_kernel(operation, code)
+            found[f"waiting {name}"] = Kernel(waits, is_between_gpus=True)
+            if dtype in _ROWS:  # what a waiting kernel does besides waiting
+                found[f"row {name}"] = Kernel(waiting.row_kernel(operation, code))
+    for name, rule in _RULES.items():
+        for dtype in map(np.dtype, ("f4", "f8")):
+            function = optimizers.kernel(rule, arithmetic.type_code(dtype))
+            found[f"{name} {dtype}"] = Kernel(function)
+    return found

@@ -1,0 +1,89 @@
+"""Every kernel becomes the machine code that it promises, for every architecture, without a GPU.
+
+Needs the extra ``cuda-compile``. ``python tests/compile/record_budget.py`` records the budget anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import toolchain
+from catalogue import DTYPES, kernels
+
+from dvkernels.kernels.cuda import compiler
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None or os.environ.get("NUMBA_ENABLE_CUDASIM") == "1",
+    reason="needs the extra cuda-compile, and no simulator",
+)
+BUDGET = json.loads(Path(__file__).with_name("budget.json").read_text())
+SPARE = 8  # registers that another release of the assembler may take more
+KERNELS = kernels()
+
+
+def test_the_budget_knows_every_kernel() -> None:
+    assert BUDGET.keys() == KERNELS.keys(), "run: python tests/compile/record_budget.py"
+    assert len(KERNELS) == 42 + 42 + 8 + 8  # in one launch, waiting, some rows, optimizers
+    assert len(DTYPES) == 15
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_machine_code(name: str, tmp_path: Path) -> None:
+    compiled = compiler.compile_to_ptx(KERNELS[name].function, (7, 5))
+    check_ptx(compiled.ptx, KERNELS[name].is_between_gpus)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(
+            lambda architecture: toolchain.assemble(compiled.ptx, architecture, tmp_path),
+            toolchain.architectures(),
+        )
+        for architecture, assembled in zip(toolchain.architectures(), found, strict=True):
+            check(name, architecture, assembled)
+
+
+def check_ptx(ptx: str, is_between_gpus: bool) -> None:
+    body = ptx[ptx.index(".entry") :]
+    assert "ld.global.v4.b32" in body
+    assert "st.global.v4.b32" in body
+    assert not re.search(r"\bcall\b", body), "a function that the toolkit would have to link"
+    assert ".local" not in ptx
+    if is_between_gpus:
+        assert "acquire.sys" in body
+        assert "release.sys" in body
+
+
+def check(name: str, architecture: int, assembled: toolchain.Assembled) -> None:
+    budget = BUDGET[name]
+    assert assembled.spills == 0, architecture
+    assert assembled.stack == 0, architecture
+    assert assembled.registers <= budget["registers"] + SPARE, architecture
+    assert assembled.shared <= budget["shared"], architecture
+    if assembled.code is not None:
+        assert not re.search(r"\b(LDL|STL)\b", assembled.code), architecture
+        assert re.search(r"LDG\.E(\.\w+)*\.128", assembled.code), architecture
+        assert re.search(r"STG\.E(\.\w+)*\.128", assembled.code), architecture
+
+
+@pytest.mark.parametrize("name", ["mul complex64", "mul complex128"])
+def test_complex_products_round_as_numpy_does(name: str) -> None:
+    """Fused, a product and a sum would round once, and the bits differ from NumPy's."""
+    ptx = compiler.compile_to_ptx(KERNELS[name].function, (7, 5)).ptx
+    assert "mul.rn.f" in ptx  # the assembler may fuse products that do not say how they round
+    assert "fma.rn" not in ptx
+
+
+def test_the_linker_makes_machine_code() -> None:
+    compiled = compiler.compile_to_ptx(KERNELS["add float32"].function, (9, 0))
+    assert compiler.assemble(compiled, (9, 0)).startswith(b"\x7fELF")
+
+
+def test_a_linker_that_fails_says_what_to_look_at() -> None:
+    from dvkernels.errors import DeviceError
+
+    with pytest.raises(DeviceError, match="of one release"):
+        compiler.assemble(compiler.Compiled("broken", ".version 9.0\nnonsense"), (9, 0))

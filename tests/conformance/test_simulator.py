@@ -1,0 +1,40 @@
+"""The tests of the CPU's kernels, over arrays of Numba's simulator, in processes of their own.
+
+Numba chooses the simulator when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BODIES = [
+    "tests/unit/kernels/test_contract.py",
+    "tests/unit/kernels/test_optimizers.py",
+    "tests/properties/test_kernels.py",
+    "tests/properties/test_collectives.py",
+    "tests/simulator/test_one_gpu.py",
+]
+
+
+@pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="it is the simulator")
+@pytest.mark.parametrize("body", BODIES)
+def test_the_bodies_of_the_cpu_pass_in_the_simulator(body: str) -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", body, "-p", "no:cacheprovider"],
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "DVKERNELS_TEST_KIND": "simulator"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert passed is not None, child.stdout  # and not all skipped

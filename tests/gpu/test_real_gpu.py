@@ -1,0 +1,163 @@
+"""On a real GPU: ``pytest -m gpu``. The bodies of the CPU's tests, streams, graphs, memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dvkernels import errors, kernels
+from dvkernels.devices import cuda
+from dvkernels.testing import check_arrays
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        cuda.is_simulated() or bool(cuda.missing()), reason=cuda.missing() or "it is the simulator"
+    ),
+]
+ROOT = Path(__file__).resolve().parents[2]
+BODIES = [
+    "tests/unit/kernels/test_contract.py",
+    "tests/unit/kernels/test_optimizers.py",
+    "tests/properties/test_kernels.py",
+    "tests/properties/test_collectives.py",
+]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_the_bodies_of_the_cpu(body):
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", body, "-p", "no:cacheprovider"],
+        env={**os.environ, "DVKERNELS_TEST_KIND": "cupy"},
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    assert re.search(r"\d+ passed", child.stdout), child.stdout
+
+
+def test_the_seam_of_cupy():
+    check_arrays(cuda.arrays())
+
+
+@pytest.mark.parametrize("visible", ["", "0"])
+def test_visible_devices(visible):
+    code = "import dvkernels as dv; print(len(dv.list_devices('cuda')))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": visible},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ended.stdout.strip() == str(len(visible))
+
+
+def filled(cupy, length, count=2):
+    return [cupy.full(length, k + 1, "f4") for k in range(count)]
+
+
+def test_each_array_is_taken_from_its_stream_and_given_back_there():
+    import cupy
+
+    length = 1 << 24
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    buffers = filled(cupy, length)
+    cupy.cuda.Device().synchronize()
+    for _ in range(20):
+        for buffer, stream in zip(buffers, streams, strict=True):
+            with stream:  # slow work, right before: it must be awaited
+                for _ in range(8):
+                    buffer += 1
+        kernels.cuda.all_reduce(buffers, stream=streams)
+        for buffer, stream in zip(buffers, streams, strict=True):
+            with stream:  # and this comes after
+                buffer *= 0.25
+    cupy.cuda.Device().synchronize()
+    expected = [1.0, 2.0]
+    for _ in range(20):
+        total = np.float32(sum(np.float32(one + 8) for one in expected))
+        expected = [np.float32(total * np.float32(0.25))] * 2
+    for buffer in buffers:
+        assert (buffer == expected[0]).all()
+
+
+def test_a_captured_graph_replays_the_call():
+    import cupy
+
+    buffers = filled(cupy, 1000)
+    kernels.all_reduce(buffers)  # compiled before the capture
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        kernels.all_reduce(buffers)
+        graph = stream.end_capture()
+        for _ in range(3):
+            graph.launch()
+    stream.synchronize()
+    assert (buffers[0] == 3 * 2**4).all()
+
+
+def test_tables_too_long_to_be_arguments():
+    import cupy
+
+    groups = [filled(cupy, 100 + k, 3) for k in range(200)]
+    for turn in range(3):
+        kernels.all_reduce_many(groups)
+        assert all((one == 6 * 3**turn).all() for group in groups for one in group)
+
+
+def test_memory_goes_back_to_the_pool():
+    import cupy
+
+    buffers = filled(cupy, 1 << 20)
+    kernels.all_gather(buffers)
+    pool = cupy.get_default_memory_pool()
+    before = pool.used_bytes()
+    for _ in range(5):
+        kernels.all_gather(buffers)
+        kernels.reduce(buffers)
+    assert pool.used_bytes() == before
+
+
+def test_out_of_memory_is_said_and_leaks_nothing():
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    buffers = filled(cupy, 1 << 20)
+    before, limit = pool.used_bytes(), pool.get_limit()
+    pool.set_limit(size=pool.total_bytes() + (1 << 20))
+    try:
+        with pytest.raises(errors.DeviceError, match="no room"):
+            kernels.all_gather(buffers * 8)
+    finally:
+        pool.set_limit(size=limit)
+    assert pool.used_bytes() == before
+    assert (kernels.reduce(buffers) == 3).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "int8"])
+def test_tensors_of_pytorch_come_out_as_they_went_in(dtype):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    tensors = [
+        torch.full((3, 5), k + 1, dtype=getattr(torch, dtype), device="cuda") for k in (0, 1)
+    ]
+    for result in (*kernels.all_gather(tensors), kernels.reduce(tensors)):
+        assert isinstance(result, torch.Tensor)
+        assert result.dtype == tensors[0].dtype
+        assert result.is_cuda
+    kernels.all_reduce(tensors)
+    assert all((tensor == 3).all() for tensor in tensors)
+
+
+def test_arrays_of_numba():
+    from numba import cuda as numba_cuda
+
+    arrays = [numba_cuda.to_device(np.full(7, k + 1.0)) for k in range(3)]
+    kernels.all_reduce(arrays)
+    assert all((array.copy_to_host() == 6).all() for array in arrays)
+    assert type(kernels.reduce(arrays)) is type(arrays[0])

@@ -1,0 +1,155 @@
+"""The door of the kernels for tests that know NumPy arrays only, for every kind of array.
+
+``DVKERNELS_TEST_KIND`` chooses: ``cpu`` passes NumPy arrays as they are; ``simulator`` passes
+arrays of Numba's simulator over the same memory (NUMBA_ENABLE_CUDASIM=1 must be set too); ``cupy``
+copies the memory behind the arrays to the GPU, with all strides and overlaps, and back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+KIND = os.environ.get("DVKERNELS_TEST_KIND", "cpu")
+
+only_cpu = pytest.mark.skipif(KIND != "cpu", reason=f"about the CPU, not about {KIND}")
+
+
+def fewer(count: int) -> int:
+    """Return how many examples to draw: the simulator runs each element as Python."""
+    return max(2, count // 6) if KIND == "simulator" else count
+
+
+def smaller(length: int) -> int:
+    """Return a length to draw up to: there a piece of work is 128 bytes, not 16 KiB."""
+    return max(2, length // 8) if KIND == "simulator" else length
+
+
+class _Simulator:
+    """Wraps NumPy arrays: the simulator's lie in the memory of the host."""
+
+    def __init__(self) -> None:
+        from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+        self.kind = FakeCUDAArray
+
+    def to_device(self, array: Any) -> Any:
+        return self.kind(array)
+
+    def to_host(self, array: Any) -> Any:
+        return array._ary
+
+    def bring_back(self) -> None:
+        pass
+
+
+class _CuPy:
+    """Copies whole memories: arrays that share one share its copy."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.cupy, self.kind = cupy, cupy.ndarray
+        self.memories: dict[int, tuple[Any, Any]] = {}
+
+    def to_device(self, array: Any) -> Any:
+        low, high = np.lib.array_utils.byte_bounds(array)
+        base = array
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        start, stop = np.lib.array_utils.byte_bounds(base)
+        start, stop = min(start, low), max(stop, high)
+        if start not in self.memories:
+            raw = np.ndarray(stop - start, np.uint8, _Bytes(start, stop))
+            self.memories[start] = (raw, self.cupy.asarray(raw))
+        memory = self.memories[start][1]
+        pointer = memory.data + (array.__array_interface__["data"][0] - start)
+        try:
+            made = self.cupy.ndarray(array.shape, array.dtype, pointer, array.strides)
+        except (TypeError, ValueError):  # CuPy has no such dtype
+            return _Interface(array, pointer.ptr)
+        return made if array.flags.writeable else _Interface(array, pointer.ptr)
+
+    def to_host(self, array: Any) -> Any:
+        return self.cupy.asnumpy(array)
+
+    def bring_back(self) -> None:
+        for raw, memory in self.memories.values():
+            memory.get(out=raw)
+        self.memories.clear()
+
+
+class _Interface:
+    """An array of no library, which may be read-only and of any dtype."""
+
+    def __init__(self, array: Any, address: int) -> None:
+        self.dtype = array.dtype
+        self.__cuda_array_interface__ = {
+            "data": (address, not array.flags.writeable), "shape": array.shape,
+            "strides": array.strides, "typestr": array.dtype.str, "version": 3, "stream": None,
+        }  # fmt: skip
+
+
+class _Bytes:
+    """The bytes from one address of the host to another."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.__array_interface__ = {
+            "data": (start, False), "shape": (stop - start,), "typestr": "|u1", "version": 3,
+        }  # fmt: skip
+
+
+class _Door:
+    """Has the functions of dvkernels.kernels, which here take NumPy arrays and return such."""
+
+    def __init__(self, module: str, kind: Any) -> None:
+        self._module, self._kind = module, kind
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(importlib.import_module(self._module), name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            kind = self._kind()
+            known: dict[int, tuple[Any, Any]] = {}
+            sent = [self._sent(kind, known, value) for value in args]
+            sent_named = {key: self._sent(kind, known, value) for key, value in named.items()}
+            try:
+                result = function(*sent, **sent_named)
+            finally:
+                kind.bring_back()
+            return self._returned(kind, {id(one): host for host, one in known.values()}, result)
+
+        return call
+
+    def _sent(self, kind: Any, known: Any, value: Any) -> Any:
+        if type(value) is np.ndarray:
+            if id(value) not in known:
+                known[id(value)] = (value, kind.to_device(value))
+            return known[id(value)][1]
+        if type(value) in (list, tuple):
+            return type(value)(self._sent(kind, known, one) for one in value)
+        if isinstance(value, Iterator):
+            return (self._sent(kind, known, one) for one in value)
+        return value
+
+    def _returned(self, kind: Any, hosts: Any, value: Any) -> Any:
+        if isinstance(value, kind.kind):
+            return hosts[id(value)] if id(value) in hosts else kind.to_host(value)
+        if isinstance(value, list):
+            return [self._returned(kind, hosts, one) for one in value]
+        return value
+
+
+def door(module: str = "dvkernels.kernels") -> Any:
+    """Return the functions of a module, for the kind of array that is asked for."""
+    if KIND == "cpu":
+        return importlib.import_module(module)
+    return _Door(module, {"simulator": _Simulator, "cupy": _CuPy}[KIND])
+
+
+kernels = door()

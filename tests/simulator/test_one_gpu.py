@@ -1,0 +1,207 @@
+"""What the bodies of the CPU do not ask: launches, pieces, alignment, the seam."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels import errors, kernels
+from dvkernels.devices import cuda
+from dvkernels.kernels.cuda import elements, jobs, launcher, memory, tables
+from dvkernels.schedules import partition, ring
+from dvkernels.testing import check_arrays
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs the simulator"
+)
+REPLICAS = 3
+
+
+def on_device(arrays):
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    return [FakeCUDAArray(array) for array in arrays]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The words of every launch."""
+    seen, launch = [], launcher.launch
+
+    def noted(kernel, device, blocks, words, stream):
+        seen.append(list(words))
+        launch(kernel, device, blocks, words, stream)
+
+    monkeypatch.setattr(launcher, "launch", noted)
+    return seen
+
+
+def test_the_seam_of_the_simulator():
+    check_arrays(cuda.arrays())
+
+
+def test_a_seam_that_mixes_arrays_up_is_found():
+    class Shared:
+        def __getattr__(self, name):
+            return getattr(cuda.arrays(), name)
+
+        def empty(self, device, shape, dtype, stream=None):
+            room = self.__dict__.setdefault((shape, str(dtype)), np.empty(shape, dtype))
+            return on_device([room])[0]
+
+    with pytest.raises(AssertionError, match="share memory"):
+        check_arrays(Shared())
+
+
+def test_devices_are_listed_and_not_yet_for_strategies():
+    assert dv.list_devices("cuda") == [dv.Device("cuda", 0)]
+    with pytest.raises(errors.DeviceError, match="strategies do not run on cuda:0 yet"):
+        dv.MirroredStrategy(["cuda:0"])
+    with pytest.raises(errors.DeviceError, match="no device cuda:1"):
+        dv.MirroredStrategy(["cuda:1"])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda buffers: kernels.all_reduce(buffers),
+        lambda buffers: kernels.ring_all_reduce(buffers),
+        lambda buffers: kernels.reduce(buffers),
+        lambda buffers: kernels.broadcast(buffers),
+        lambda buffers: kernels.reduce_scatter(buffers),
+        lambda buffers: kernels.all_gather(buffers, 1),
+        lambda buffers: kernels.all_to_all(buffers),
+        lambda buffers: kernels.all_reduce_many([buffers, buffers_of(40)]),
+        lambda buffers: kernels.cuda.optimizers.adam(
+            [buffers], [buffers_of(24)], [buffers_of(24)], [buffers_of(24)], step=1,
+            learning_rate=0.1,
+        ),
+    ],
+)  # fmt: skip
+def test_every_verb_is_one_launch(call, launches):
+    call(on_device(np.ones((REPLICAS, 4, 6), "f4")))
+    assert len(launches) == 1
+
+
+def buffers_of(length):
+    shape = (4, 6) if length == 24 else (length,)
+    return on_device([np.zeros(shape, "f4") for _ in range(REPLICAS)])
+
+
+def test_two_dtypes_are_two_launches(launches):
+    kernels.all_reduce_many([buffers_of(3), on_device([np.zeros(2) for _ in range(3)])])
+    assert len(launches) == 2
+
+
+@pytest.mark.parametrize(
+    "offsets", [(0, 0, 0), (4, 4, 4), (12, 12, 12), (0, 4, 8), (1, 1, 1), (0, 0, 2)]
+)
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 17, 64, 131])
+def test_any_alignment_and_length_and_nothing_beside(offsets, length, launches):
+    expected = np.zeros(length, "f4")
+    rooms, buffers = [], []
+    for replica, offset in enumerate(offsets):
+        room = np.full(length * 4 + 64, 0xA5, np.uint8)
+        start = -room.ctypes.data % 16 + offset
+        buffer = np.ndarray((length,), "f4", room, start)
+        buffer[:] = np.arange(length) + replica
+        expected += buffer
+        rooms.append((room, start))
+        buffers.append(buffer)
+    kernels.all_reduce(on_device(buffers))
+    for (room, start), buffer in zip(rooms, buffers, strict=True):
+        assert (buffer == expected).all()
+        assert (np.delete(room, np.s_[start : start + 4 * length]) == 0xA5).all()
+    # Those that a GPU cannot read as float32 are copied in and out.
+    copied = sum(offset % 4 != 0 for offset in offsets)
+    assert len(launches) == 1 + 2 * copied
+    if len({*offsets}) == 1 and not copied:
+        where = launches[0][tables.HEADER + 1]
+        num_axes, before, vectors, after = launches[0][where : where + 4]
+        assert (num_axes, before + 4 * vectors + after) == (0, length)
+        assert before < 4
+        assert after < 4
+
+
+def test_a_misaligned_vector_is_refused_as_on_a_device():
+    room = np.zeros(64, np.uint8)
+    address = room.ctypes.data + -room.ctypes.data % 16
+    with pytest.raises(ValueError, match="multiple"):
+        memory.load_vector(address + 4)
+    with pytest.raises(ValueError, match="multiple"):
+        elements.load(address + 8, 10, True)
+    with pytest.raises(ValueError, match="multiple"):
+        elements.load(address + 2, 10, False)
+
+
+def items_of(sizes):
+    return [jobs.Item((), 0, size, 0, (16 * k, 16 * k)) for k, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (0, 0), (7, 0, 4096), (1 << 22,), (5000, 1, 300_000)])
+@pytest.mark.parametrize("most_blocks", [1, 2, 1056])
+def test_pieces_cover_every_unit_once(sizes, most_blocks):
+    counts = jobs.Counts(2, 2, 0, 1)
+    blocks, words = jobs.lay_out(items_of(sizes), counts, 256, most_blocks)
+    num_pieces, num_items = words[:2]
+    per_piece = 256 * words[6]
+    heads = [words[tables.HEADER + 2 * k] for k in range(num_items)]
+    ends = [*heads[1:], num_pieces]
+    for size, first, end in zip(sizes, heads, ends, strict=True):
+        assert end - first == max(1, -(-size // per_piece))
+    assert 1 <= blocks <= min(num_pieces, most_blocks)
+
+
+def test_items_with_axes_are_cut_where_32_bits_end(monkeypatch):
+    monkeypatch.setattr(jobs, "_LONGEST", 10)
+    buffers = [np.arange(120.0).reshape(5, 24)[:, ::2] + k for k in range(2)]
+    expected = buffers[0] + buffers[1]
+    kernels.all_reduce(on_device(buffers))
+    assert (buffers[0] == expected).all()
+    assert (buffers[1] == expected).all()
+
+
+def test_threads_share_the_simulator():
+    import threading
+
+    wrong = []
+
+    def work():
+        for _ in range(5):
+            buffers = [np.arange(40.0) for _ in range(2)]
+            kernels.all_reduce(on_device(buffers))
+            wrong.extend(buffer for buffer in buffers if (buffer != 2 * np.arange(40.0)).any())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+def test_a_reduction_of_the_users_own_says_where_it_runs():
+    import numba
+
+    op = dv.CustomReduction(numba.njit(lambda a, b: a if a > b else b), 0, "larger")
+    with pytest.raises(errors.UnsupportedDTypeError, match="on the CPU only"):
+        kernels.all_reduce(buffers_of(3), op)
+
+
+def test_the_ring_adds_each_chunk_in_the_order_of_its_schedule():
+    rng = np.random.default_rng(2)
+    values = [
+        (rng.standard_normal(90) * 4.0 ** rng.integers(-6, 7, 90)).astype("f4") for _ in "abc"
+    ]
+    chunks = zip(partition.parts(90, 3), ring.chains(3), strict=True)
+    expected = np.concatenate(
+        [functools.reduce(np.add, [values[k][start:stop] for k in chain])
+         for (start, stop), chain in chunks]
+    )  # fmt: skip
+    assert (expected != values[0] + values[1] + values[2]).any()
+    for result in kernels.ring_all_reduce(on_device([value.copy() for value in values])):
+        assert np.asarray(result._ary).tobytes() == expected.tobytes()

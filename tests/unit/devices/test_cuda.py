@@ -1,0 +1,237 @@
+"""What is said of GPUs where something is missing, and the driver as a double."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels import errors, kernels
+from dvkernels.devices import cuda, driver, gpu_arrays, streams
+
+BOTH = ("numba-cuda", "cupy-cuda13x")
+
+
+@pytest.mark.parametrize(
+    ("version", "problem", "count", "installed", "message"),
+    [
+        (None, "", 0, BOTH, "no NVIDIA driver was found"),
+        (None, "CUDA_ERROR_UNKNOWN", 0, BOTH, r"does not start \(CUDA_ERROR_UNKNOWN\)"),
+        ((13, 0), "", 0, BOTH, "CUDA_VISIBLE_DEVICES"),
+        ((13, 0), "", 1, (), r"numba-cuda is not installed.*CUDA 13.0.*dvkernels\[cuda13\]"),
+        ((12, 4), "", 1, (), r"dvkernels\[cuda12\]"),
+        ((13, 0), "", 1, ("numba-cuda",), r"CuPy is not installed.*dvkernels\[cuda13\]"),
+        ((12, 4), "", 1, BOTH, r"CUDA 12.4, and the packages here are for CUDA 13.*\[cuda12\]"),
+        ((11, 8), "", 1, BOTH, "CUDA 12 or later"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_remedy(version, problem, count, installed, message):
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(cuda.explain(version, problem, count, installed))
+
+
+@pytest.mark.parametrize(
+    "installed", [BOTH, ("numba-cuda", "cupy-cuda12x"), ("numba-cuda", "cupy")]
+)
+def test_nothing_is_missing(installed):
+    assert cuda.explain((13, 0), "", 2, installed) == ""
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 1), ("0", 1), ("0,1", 1), ("", 0), ("-1", 0), ("1", 0)]
+)
+def test_visible_devices_of_the_simulator(visible, count):
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": visible or ""}
+    if visible is None:
+        del environment["CUDA_VISIBLE_DEVICES"]
+    code = "import dvkernels as dv; print([str(d) for d in dv.list_devices('cuda')])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == str([f"cuda:{k}" for k in range(count)])
+
+
+@pytest.mark.skipif(cuda.devices() != [], reason="there is a GPU")
+def test_without_a_gpu_naming_one_says_why():
+    assert dv.list_devices("cuda") == []
+    with pytest.raises(errors.DeviceError, match="the devices here are cpu:0"):
+        dv.MirroredStrategy(["cuda:0"])
+    with pytest.raises(errors.DeviceError, match="all_reduce"):
+        kernels.all_reduce([OnGpu(), OnGpu()])
+
+
+class OnGpu:
+    """An array in GPU memory, as any library may offer one."""
+
+    def __init__(self, **other):
+        self.__cuda_array_interface__ = {
+            "data": (4096, False), "shape": (3,), "typestr": "<f4", "version": 3, **other,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "shape", "strides", "writeable", "stream"),
+    [
+        ({}, (3,), (4,), True, 0),
+        ({"stream": 2}, (3,), (4,), True, 2),
+        ({"stream": None, "data": (4096, True)}, (3,), (4,), False, 0),
+        ({"strides": (-8,)}, (3,), (-8,), True, 0),
+        ({"shape": (2, 3), "strides": (0, 4)}, (2, 3), (0, 4), True, 0),
+        ({"shape": (0, 3), "data": (0, False)}, (0, 3), (12, 4), True, 0),
+        ({"typestr": "<c16", "shape": ()}, (), (), True, 0),
+    ],
+)
+def test_the_array_interface_is_read(other, shape, strides, writeable, stream, monkeypatch):
+    monkeypatch.setattr(driver, "find", lambda: None)
+    array, device, told = gpu_arrays.place("test", [OnGpu(**other)])[0]
+    assert (array.shape, array.flags.writeable, device, told) == (shape, writeable, 0, stream)
+    if array.size:
+        assert array.strides == strides
+        assert array.ctypes.data == 4096
+
+
+def test_a_mask_would_be_ignored():
+    with pytest.raises(errors.NotABufferError, match=r"replica 0.*mask"):
+        gpu_arrays.place("test", [OnGpu(mask=object())])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (np.ones(3), errors.BufferMismatchError, "replica 1 is in host memory.*on cuda:0"),
+        ([1.0], errors.NotABufferError, "replica 1 is a list"),
+        (None, errors.NotABufferError, "replica 1 is a NoneType"),
+        (np.ma.ones(3), errors.NotABufferError, "replica 1 is a MaskedArray"),
+    ],
+)
+def test_mixtures_name_who_is_where(wrong, error, message, monkeypatch):
+    monkeypatch.setattr(driver, "find", lambda: None)
+    with pytest.raises(error, match=message):
+        gpu_arrays.place("all_reduce", [OnGpu(), wrong])
+    if isinstance(wrong, np.ndarray) and error is errors.BufferMismatchError:
+        with pytest.raises(error, match="replica 1 is in GPU memory"):
+            kernels.all_reduce([wrong, OnGpu()])
+
+
+@pytest.mark.parametrize(
+    ("given", "home", "others"),
+    [([5], 5, ()), ([5, 5], 5, ()), ([5, 7, 5, 9, 7], 5, (7, 9)), ([0, 2], 0, (2,))],
+)
+def test_streams_are_joined_both_ways(given, home, others):
+    assert streams.join(given) == (home, others, others)
+
+
+def test_streams_of_every_library():
+    class OfCuPy:
+        ptr = 11
+
+    class OfTorch:
+        cuda_stream = 12
+
+    class OfNumba:
+        handle = ctypes.c_void_p(13)
+
+    class OfAnyone:
+        def __cuda_stream__(self):
+            return 0, 14
+
+    given = [OfCuPy(), OfTorch(), OfNumba(), OfAnyone(), 15]
+    assert streams.given("verb", given, 5) == [11, 12, 13, 14, 15]
+    assert streams.given("verb", OfCuPy(), 2) == [11, 11]
+    assert streams.given("verb", None, 2) is None
+    with pytest.raises(errors.DeviceError, match="each of the 2 buffers; got 3"):
+        streams.given("verb", [1, 2, 3], 2)
+    with pytest.raises(errors.DeviceError, match="no CUDA stream"):
+        streams.given("verb", "fast", 2)
+
+
+class Library:
+    """A driver that notes what it is asked, with two devices."""
+
+    def __init__(self, fails=(), code=2):
+        self.asked, self.fails, self.code, self.current = [], fails, code, 77
+
+    def __getattr__(self, name):
+        def answer(*args):
+            if name in self.fails:
+                return self.code
+            return getattr(self, f"_{name}", lambda *args: 0)(*args) or 0
+
+        def asked(*args):
+            self.asked.append(name)
+            return answer(*args)
+
+        return asked if name.startswith("cu") else self.__getattribute__(name)
+
+    def _cuDeviceGetCount(self, found):
+        found._obj.value = 2
+
+    def _cuDriverGetVersion(self, found):
+        found._obj.value = 12040
+
+    def _cuDeviceGetAttribute(self, found, attribute, device):
+        found._obj.value = {75: 9, 76: 0, 16: 132}[attribute]
+
+    def _cuCtxGetCurrent(self, found):
+        found._obj.value = self.current
+
+    def _cuDevicePrimaryCtxRetain(self, found, device):
+        found._obj.value = 100
+
+    def _cuCtxSetCurrent(self, context):
+        self.current = context.value
+
+    def _cuGetErrorName(self, code, text):
+        text._obj.value = b"CUDA_ERROR_SOMETHING"
+
+    def _cuLaunchKernel(self, function, *rest):
+        assert self.current == 100, "launched outside the context of the device"
+        options = rest[-1]
+        assert [options[0], options[2], options[4]] == [1, 2, None]
+        size = ctypes.c_size_t.from_address(options[3]).value
+        words = (ctypes.c_int64 * (size // 8)).from_address(options[1])
+        self.launched = (function.value, rest[0], rest[3], rest[7].value, list(words))
+
+
+def test_a_launch_passes_its_words_and_leaves_the_context_as_it_was():
+    import array
+
+    library = Library()
+    found = driver.Driver(library)
+    assert (found.count(), found.version(), found.capability(1)) == (2, (12, 4), (9, 0))
+    found.launch(1, 5, 6, 256, array.array("q", [3, -4, 2**62]), 9)
+    assert library.launched == (5, 6, 256, 9, [3, -4, 2**62])
+    assert library.current == 77
+
+
+def test_a_wait_makes_an_event_and_gives_it_back():
+    library = Library()
+    driver.Driver(library).wait(0, 5, 7)
+    events = [name for name in library.asked if "Event" in name]
+    assert events == ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2"]
+    library = Library(fails={"cuStreamWaitEvent"}, code=400)
+    with pytest.raises(errors.DeviceError, match="cuStreamWaitEvent failed with CUDA_ERROR_SOME"):
+        driver.Driver(library).wait(0, 5, 7)
+    assert library.asked.count("cuEventDestroy_v2") == 1
+    assert library.current == 77
+
+
+def test_a_gpu_without_memory_says_so():
+    library = Library(fails={"cuLaunchKernel"})
+    import array
+
+    with pytest.raises(errors.DeviceError, match="out of memory; free arrays"):
+        driver.Driver(library).launch(0, 5, 6, 256, array.array("q", [1]), 0)
+    assert library.current == 77
+
+
+def test_a_driver_that_does_not_start():
+    found = driver.Driver(Library(fails={"cuInit"}, code=999))
+    assert (found.problem, found.count()) == ("CUDA_ERROR_SOMETHING", 0)
+    assert driver.Driver(Library(fails={"cuInit"}, code=100)).problem == ""  # no device
+    assert driver.find.__wrapped__(("libthere-is-no-such.so",)) is None

@@ -1,0 +1,94 @@
+"""Long tables of launches, over a double of what CuPy is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from dvkernels.errors import DeviceError
+from dvkernels.kernels.cuda import launcher
+
+
+class Copies:
+    """Counts what is copied and awaited; device memory is memory of the host."""
+
+    def __init__(self):
+        self.made, self.awaited, self.is_capturing = 0, 0, False
+        self.empty = self.Table
+        self.cuda = types.SimpleNamespace(
+            Device=lambda device: contextlib.nullcontext(),
+            ExternalStream=lambda stream, device: contextlib.nullcontext(stream),
+            alloc_pinned_memory=bytearray,
+            Event=lambda disable_timing: self,
+            runtime=types.SimpleNamespace(streamIsCapturing=lambda stream: self.is_capturing),
+        )
+
+    def Table(self, nbytes, dtype):
+        self.made += 1
+        room = np.zeros(nbytes, dtype)
+        data = types.SimpleNamespace(ptr=room.ctypes.data, room=room)
+        data.copy_from_host_async = lambda source, count, stream: ctypes.memmove(
+            data.ptr, source, count
+        )
+        return types.SimpleNamespace(data=data)
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        self.awaited += 1
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    double = Copies()
+    monkeypatch.setitem(sys.modules, "cupy", double)
+    return double
+
+
+def words_at(address, count):
+    return list((ctypes.c_int64 * count).from_address(address))
+
+
+def test_the_same_words_are_placed_once_a_stream(copies):
+    tables = launcher.LongTables()
+    words = [*range(200), -1]
+    address = tables.place(0, 5, words)
+    assert words_at(address, 201) == words
+    assert tables.place(0, 5, words) == address
+    assert copies.made == 1
+    assert tables.place(0, 6, words) != address
+    assert tables.place(0, 5, [*words[:-1], 7]) != address
+    assert copies.made == 3
+
+
+def test_the_oldest_go_and_their_copy_is_awaited(copies, monkeypatch):
+    monkeypatch.setattr(launcher.LongTables, "_MOST", 2)
+    tables = launcher.LongTables()
+    for k in (1, 2, 1, 3, 1):
+        tables.place(0, 5, [k] * 200)
+    assert (copies.made, copies.awaited) == (3, 1)  # 2 went, 1 was used since
+    tables.place(0, 5, [2] * 200)
+    assert copies.made == 4
+
+
+def test_what_a_graph_reads_stays(copies, monkeypatch):
+    monkeypatch.setattr(launcher.LongTables, "_MOST", 1)
+    tables = launcher.LongTables()
+    copies.is_capturing = True
+    with pytest.raises(DeviceError, match="once on the stream, before"):
+        tables.place(0, 5, [1] * 200)
+    copies.is_capturing = False
+    address = tables.place(0, 5, [1] * 200)
+    copies.is_capturing = True
+    assert tables.place(0, 5, [1] * 200) == address
+    copies.is_capturing = False
+    for k in range(2, 6):
+        tables.place(0, 5, [k] * 200)
+    assert words_at(tables.place(0, 5, [1] * 200), 2) == [1, 1]
+    assert copies.made == 5
