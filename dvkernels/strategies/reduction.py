@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError
@@ -29,7 +29,11 @@ _ALONG: dict[ReduceOp, Callable[..., Any]] = {
 
 
 def reduce_along(
-    op: Reduction, arrays: list[Any], axis: int | Sequence[int], communicator: Communicator
+    op: Reduction,
+    arrays: list[Any],
+    axis: int | Sequence[int],
+    communicator: Communicator,
+    workers: Workers,
 ) -> Any:
     """Return the reduction of all elements along the axes, over all replicas.
 
@@ -49,7 +53,7 @@ def reduce_along(
                 f"reduce along axes {axes} needs one dtype and one shape of what remains: replica "
                 f"0 leaves {rest[0]}, replica {rank} leaves {left}"
             )
-    count = sum(math.prod(array.shape[k] for k in axes) for array in arrays)
+    count = sum(workers.exchange(sum(math.prod(array.shape[k] for k in axes) for array in arrays)))
     if count == 0 and op in (ReduceOp.MEAN, ReduceOp.MIN, ReduceOp.MAX):
         raise ValueError(
             f"reduce: {op.name} along axes {axes} of nothing: every replica's value is empty there"
@@ -60,7 +64,7 @@ def reduce_along(
     assert type(op) is ReduceOp
     if reduce_op.is_half(dtype):  # in float32, and rounded once
         wide = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
-        return reduce_along(op, wide, axis, communicator).astype(dtype)
+        return reduce_along(op, wide, axis, communicator, workers).astype(dtype)
     neutral = reduce_op.identity(op, dtype)
     along = _ALONG[op]
     # initial is what empty parts yield; dtype keeps small integers from being widened.

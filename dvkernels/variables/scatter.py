@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels import reduce_op
+from dvkernels.communicators.base import Workers
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.profiler import debugging
@@ -81,11 +82,24 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     return Updates(rows.reshape(-1).astype(np.int64), flat)
 
 
-def joined(parts: Sequence[Updates], divisor: int) -> Updates:
-    """Return the updates of all parts in order, each divided."""
+def joined(parts: Sequence[Updates], like: Updates) -> Updates:
+    """Return the updates of all parts in order; of no parts, none ``like`` others."""
+    if not parts:
+        return Updates(like.indices[:0], _wide(like.updates[:0]))
     indices = np.concatenate([part.indices for part in parts])
-    updates = np.concatenate([_wide(part.updates) for part in parts])
-    return Updates(indices, updates / updates.dtype.type(divisor) if divisor > 1 else updates)
+    return Updates(indices, np.concatenate([_wide(part.updates) for part in parts]))
+
+
+def of_all_workers(given: Updates, workers: Workers) -> Updates:
+    """Return the updates of all workers, in their order."""
+    return Updates(*(workers.all_gather([array], 0)[0] for array in given))
+
+
+def divided(given: Updates, divisor: int) -> Updates:
+    """Return the updates, each divided."""
+    if divisor == 1:
+        return given
+    return Updates(given.indices, given.updates / given.updates.dtype.type(divisor))
 
 
 def changed(array: Any, verb: str, given: Updates) -> tuple[Any, Any]:
