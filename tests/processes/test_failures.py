@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import Job, is_open_mpi, needs_mpi
+from mpi_jobs import Job, is_open_mpi, needs_mpi
 
 pytestmark = needs_mpi
 COUNT, SECONDS = 3, 3.0

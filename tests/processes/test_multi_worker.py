@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from jobs import needs_mpi, run
-from programs import trained
+from mpi_jobs import needs_mpi, run
+from worker_programs import trained
 
 import dvkernels as dv
 

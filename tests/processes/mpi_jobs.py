@@ -20,7 +20,7 @@ import pytest
 from dvkernels.cluster import processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROGRAMS = Path(__file__).parent / "programs.py"
+PROGRAMS = Path(__file__).parent / "worker_programs.py"
 _MARK = "DVKERNELS_TEST_JOB"
 # What Open MPI needs to start as root, and more processes than cores; others do not read it.
 _OPEN_MPI = {
@@ -64,7 +64,7 @@ class Outcome:
 
 
 class Job:
-    """Processes that run a function of ``programs.py``."""
+    """Processes that run a function of ``worker_programs.py``."""
 
     def __init__(self, count: int, program: str, *args: object, options: list[str] | None = None):
         self.mark = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""What the processes of a job do: ``python programs.py name args``, started by the tests."""
+"""What the processes of a job do: ``python worker_programs.py name args``, started by the tests."""
 
 from __future__ import annotations
 
