@@ -38,6 +38,9 @@ from dvkernels.strategies.central_storage import (
     CentralStorageStrategy as CentralStorageStrategy,
 )
 from dvkernels.strategies.mirrored import MirroredStrategy as MirroredStrategy
+from dvkernels.strategies.multi_worker_mirrored import (
+    MultiWorkerMirroredStrategy as MultiWorkerMirroredStrategy,
+)
 from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
 from dvkernels.values.distributed import DistributedValues as DistributedValues
 from dvkernels.values.distributed import Mirrored as Mirrored

@@ -151,18 +151,24 @@ class ReplicaContext:
     ``CollectiveMismatchError`` in all of them.
     """
 
-    __slots__ = ("__weakref__", "_placement", "_replica_id", "_step", "_strategy")
+    __slots__ = ("__weakref__", "_placement", "_rank", "_replica_id", "_step", "_strategy")
 
-    def __init__(self, placement: Placement, step: Step, replica_id: int, strategy: Any) -> None:
+    def __init__(self, placement: Placement, step: Step, rank: int, strategy: Any) -> None:
         self._placement = placement
         self._step = step
-        self._replica_id = replica_id
+        self._rank = rank
+        self._replica_id = placement.first_replica + rank
         self._strategy = strategy
 
     @property
     def replica_id_in_sync_group(self) -> int:
         """The number of this replica, from 0."""
         return self._replica_id
+
+    @property
+    def rank_in_process(self) -> int:
+        """The position of this replica among those of its process."""
+        return self._rank
 
     @property
     def num_replicas_in_sync(self) -> int:
@@ -172,7 +178,7 @@ class ReplicaContext:
     @property
     def device(self) -> Device:
         """Where this replica computes."""
-        return self._placement.replica_devices[self._replica_id]
+        return self._placement.replica_devices[self._rank]
 
     @property
     def strategy(self) -> Any:
@@ -233,19 +239,22 @@ class ReplicaContext:
         brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
         targets = self._targets(out, brought) if out is not None else None
         if weight is not None:
-            own = regroup.own_component(weight, self._replica_id)
+            own = regroup.own_component(weight, self._rank)
             weight = _checked_weight(own, reduction)
         if shared and out is not None:
             raise ValueError("all_reduce: out is each replica's own, so it cannot be shared")
         communicator, dtypes = self._placement.communicator, [a.dtype for a in brought.held]
+        workers = self._placement.workers
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns: list[Any] = list(zip(*(payload[0] for payload in payloads), strict=True))
             kernel_op: Reduction = reduction
-            weights = [payload[2] for payload in payloads]
-            if weight is not None and (weight == 0 or any(w != weight for w in weights)):
-                columns = _shares_of_the_mean(columns, weights)
-                kernel_op = ReduceOp.SUM
+            if weight is not None:
+                weights = [payload[2] for payload in payloads]
+                of_all = [one for each in workers.exchange(weights) for one in each]
+                if weight == 0 or any(other != weight for other in of_all):
+                    columns = _shares_of_the_mean(columns, weights, sum(of_all))
+                    kernel_op = ReduceOp.SUM
             if targets is None and not shared and kernel_op is reduction:
                 return _per_replica_rows(
                     all_reduce_each(communicator, columns, reduction), len(payloads)
@@ -273,7 +282,7 @@ class ReplicaContext:
             "shared" if shared else None,
         )
         payload = (brought.held, targets, weight)
-        result = self._step.meet(self._replica_id, Request("all_reduce", terms, payload, act))
+        result = self._step.meet(self._rank, Request("all_reduce", terms, payload, act))
         if out is None:
             return brought.nest(result)
         if targets is not None and brought.leaves is not None:
@@ -321,7 +330,7 @@ class ReplicaContext:
         PerReplica(0: array([0., 0., 0.]), 1: array([0., 0., 0.]))
         """
         brought, reduction = self._reducible("all_reduce_async", op, value)
-        communicator = self._placement.communicator
+        communicator = self._placement.beside
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns = zip(*payloads, strict=True)
@@ -329,7 +338,7 @@ class ReplicaContext:
             return _per_replica_rows(reduced, len(payloads))
 
         terms = (reduction.value, brought.structure, brought.specs)
-        step, rank = self._step, self._replica_id
+        step, rank = self._step, self._rank
         pending = step.issue(rank, Request("all_reduce_async", terms, brought.held, act))
         return Handle(pending.done.is_set, lambda: brought.nest(step.await_pending(rank, pending)))
 
@@ -401,7 +410,13 @@ class ReplicaContext:
 
     def barrier(self) -> None:
         """Return when every replica has called this."""
-        self._step.meet(self._replica_id, Request("barrier", (), None, _nothing))
+        workers = self._placement.workers
+
+        def act(payloads: list[Any]) -> list[None]:
+            workers.meet()
+            return [None] * len(payloads)
+
+        self._step.meet(self._rank, Request("barrier", (), None, act))
 
     def merge_call(
         self,
@@ -414,7 +429,8 @@ class ReplicaContext:
         Parameters
         ----------
         fn : callable
-            The same function on every replica; that of replica 0 is called, while all wait.
+            The same function on every replica; that of the first is called, while all wait. Over
+            several workers it runs once on each, for the replicas there.
         args, kwargs
             Each leaf becomes a ``PerReplica`` of what the replicas passed; a variable that all
             of them passed stays that variable.
@@ -445,11 +461,11 @@ class ReplicaContext:
 
         structure = regroup.flatten((tuple(args), named))[1]
         request = Request("merge_call", (structure,), (fn, args, named), act)
-        return self._step.meet(self._replica_id, request)
+        return self._step.meet(self._rank, request)
 
     def meet(self, request: Request) -> Any:
         """Bring a request of another module (a variable's write) to the other replicas."""
-        return self._step.meet(self._replica_id, request)
+        return self._step.meet(self._rank, request)
 
     # -- what they share ------------------------------------------------------------------------
 
@@ -461,7 +477,7 @@ class ReplicaContext:
         act: Callable[[list[Any]], Sequence[Any]],
     ) -> Any:
         request = Request(verb, (*terms, brought.structure, brought.specs), brought.held, act)
-        return brought.nest(self._step.meet(self._replica_id, request))
+        return brought.nest(self._step.meet(self._rank, request))
 
     def _reducible(
         self, verb: str, op: Any, value: Any, *, counts: bool = True
@@ -473,7 +489,8 @@ class ReplicaContext:
         return brought, reduction
 
     def _arrays(self, verb: str, value: Any, *, counts: bool = True) -> Arrays:
-        brought = arrays_of(value, verb, self._replica_id, self._placement.memory)
+        seen = self._placement.memory
+        brought = arrays_of(value, verb, self._replica_id, self._rank, seen)
         if debugging.active is not None and counts:
             debugging.check_finite(verb, brought.held)
         return brought
@@ -519,13 +536,12 @@ def _checked_weight(weight: Any, op: Reduction) -> float:
     return number
 
 
-def _shares_of_the_mean(columns: list[Any], weights: list[float]) -> list[list[Any]]:
-    """Return w x / sum(w) of each array: what must be summed for the weighted mean.
+def _shares_of_the_mean(columns: list[Any], weights: list[float], total: float) -> list[list[Any]]:
+    """Return w x / total of each array: what must be summed for the weighted mean.
 
     A weight of 0 gives zeros, whatever the value, so that NaN x 0 does not spoil the sum. Shares of
     a half type are float32, so that only the sum is rounded to the half.
     """
-    total = sum(weights)
     if total == 0:
         raise ValueError("all_reduce: all weights are 0; there is no mean of nothing")
     return [
@@ -550,7 +566,7 @@ def _dealt(result: Any, rank: int) -> Any:
     """Return a nest with each ``PerReplica`` in it replaced by one replica's component."""
 
     def component(leaf: Any) -> Any:
-        return leaf.on(rank) if isinstance(leaf, PerReplica) else leaf
+        return leaf.at(rank) if isinstance(leaf, PerReplica) else leaf
 
     return regroup.map_leaves(component, result)
 
@@ -567,7 +583,3 @@ def _one_for_each(array: Any, into: list[Any] | None, column: Sequence[Any]) -> 
 def _per_replica_rows(columns: list[list[Any]], num_replicas: int) -> list[list[Any]]:
     """Turn one list of results per leaf into one list of leaves per replica."""
     return [[column[rank] for column in columns] for rank in range(num_replicas)]
-
-
-def _nothing(payloads: list[Any]) -> list[None]:
-    return [None] * len(payloads)

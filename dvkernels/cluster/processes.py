@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dvkernels.cluster.launchers import Environment
 
-__all__ = ["descendants_of", "environment_of", "parent_of"]
+__all__ = ["descendants_of", "environment_of", "parent_of", "state_of"]
 
 _PROC = Path("/proc")
 
@@ -17,13 +17,26 @@ def parent_of(pid: int) -> int:
 
     A process that has ended and that nobody has waited for is not shown.
     """
+    state, parent = _state_and_parent(pid)
+    return 0 if state in "ZX" else parent
+
+
+def state_of(pid: int) -> str:
+    """Return the letter for what a process does: R runs, S sleeps, T is stopped, Z has ended.
+
+    X for one that is not there.
+    """
+    return _state_and_parent(pid)[0]
+
+
+def _state_and_parent(pid: int) -> tuple[str, int]:
     try:
         stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return 0
+        return "X", 0
     # "7 (any (name)) S 1 ...": the name may hold anything, and the last bracket ends it.
     state, parent = stat.rpartition(")")[2].split()[:2]
-    return 0 if state in "ZX" else int(parent)
+    return state, int(parent)
 
 
 def environment_of(pid: int) -> Environment | None:

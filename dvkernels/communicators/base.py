@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from dvkernels.reduce_op import Reduction
 
-__all__ = ["Communicator"]
+__all__ = ["Communicator", "Workers"]
 
 
 @runtime_checkable
@@ -39,3 +39,32 @@ class Communicator(Protocol):
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Return the root's value, once per local rank."""
+
+
+@runtime_checkable
+class Workers(Communicator, Protocol):
+    """The processes of a job, each with one array: a communicator that also carries words.
+
+    Every worker calls the same methods in the same order. Workers that do not, and workers that
+    are late or lost, are errors on all of them: ``CollectiveMismatchError``, after which all are
+    in step again, ``CollectiveTimeoutError`` and ``WorkerLostError``, which are final.
+    """
+
+    @property
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+
+    def meet(self) -> None:
+        """Return when every worker has called this."""
+
+    def exchange(self, word: Any) -> list[Any]:
+        """Return a small object of each worker, in their order."""
+
+    def announce(self, error: BaseException) -> None:
+        """Make what the others wait for, or call next, raise: this worker's step has failed.
+
+        Does not wait. An error that all workers raise anyway is not announced.
+        """
+
+    def beside(self) -> Workers:
+        """Return the same workers for the use of another thread: its calls are in an own order."""

@@ -2,33 +2,79 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.base import Communicator, Workers
+from dvkernels.communicators.single import Single
 from dvkernels.devices import memory
 from dvkernels.devices.base import Device
 
 __all__: list[str] = []
 
 
+_ALONE = Single()
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """What a variable, or a replica's context, needs to know of its strategy.
 
-    Its identity says which strategy a value belongs to.
+    Its identity says which strategy a value belongs to. Replicas are numbered over all workers;
+    those of this process, the local ones, follow each other from ``first_replica`` on. A rank is
+    a position among the local ones. One worker alone has them all.
     """
 
-    replica_devices: tuple[Device, ...]
+    replica_devices: tuple[Device, ...]  # of the local replicas
     communicator: Communicator
     name: str  # of the strategy, for messages
     central_device: Device | None = None  # of the only copy of each variable; None: one a replica
     whole: Placement | None = None  # of the strategy, where this one describes a single copy
+    workers: Workers = _ALONE
+    replicas_of_workers: tuple[int, ...] | None = None  # None: all are of this one
+    background: Communicator | None = None  # for a thread that reduces meanwhile; None: the same
 
     @property
     def num_replicas(self) -> int:
-        """The number of replicas in sync."""
+        """The number of replicas in sync, over all workers."""
+        return self.communicator.size
+
+    @property
+    def num_local(self) -> int:
+        """The number of replicas of this process."""
         return len(self.replica_devices)
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many replicas each worker has."""
+        return self.replicas_of_workers or (self.num_local,)
+
+    @functools.cached_property
+    def first_replica(self) -> int:
+        """The id of the first local replica."""
+        return sum(self.counts[: self.workers.rank])
+
+    @property
+    def beside(self) -> Communicator:
+        """The communicator of a thread that reduces while replicas go on."""
+        return self.communicator if self.background is None else self.background
+
+    def worker_of(self, replica: int) -> int:
+        """Return the worker that a replica belongs to."""
+        worker = 0
+        while replica >= self.counts[worker]:
+            replica -= self.counts[worker]
+            worker += 1
+        return worker
+
+    def of_chief(self, array: Any) -> Any:
+        """Return the array that the first worker holds; every worker calls this with its own.
+
+        The array itself, not copied, where there is one worker.
+        """
+        return array if len(self.counts) == 1 else self.workers.broadcast([array], 0)[0]
 
     @property
     def copy_devices(self) -> tuple[Device, ...]:

@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
-from dvkernels.communicators.base import Communicator
+from collections.abc import Sequence
+
+from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.bucketing import Bucketing
+from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
-from dvkernels.errors import AlgorithmError
+from dvkernels.devices.base import Device
+from dvkernels.errors import AlgorithmError, ClusterError
 
 __all__: list[str] = []
 
 # cross_device_ops by name -> the algorithm of dvkernels.kernels.all_reduce.
-_ALGORITHMS = {"auto": "auto", "direct": "direct", "ring": "ring"}
-_NOT_YET = ("hierarchical", "nccl")
+# Over several workers every reduction is hierarchical, so asking for it changes nothing.
+_ALGORITHMS = {"auto": "auto", "direct": "direct", "hierarchical": "auto", "ring": "ring"}
 
 
-def between_devices(
-    num_replicas: int, cross_device_ops: object, bytes_per_bucket: int | None = None
+def between_workers(resolver: ClusterResolver, timeout_seconds: float) -> Workers:
+    """Return the workers of a job, which MPI brings together; of one worker, itself alone."""
+    if resolver.worker_id is None:
+        raise ClusterError(
+            f"expected a worker, and {resolver!r} is another task; make this strategy in the "
+            f"chief and the workers only"
+        )
+    if resolver.num_workers == 1:
+        return Single()
+    try:
+        from dvkernels.communicators import mpi
+    except ImportError as error:
+        raise ClusterError(
+            f"{resolver!r} has others to talk to, and MPI carries that: install mpi4py and an MPI "
+            f"(pip install 'dvkernels[mpi]' mpich); importing it failed: {error}"
+        ) from error
+    return mpi.connect(resolver, timeout_seconds)
+
+
+def between_replicas(
+    inside: Communicator,
+    workers: Workers,
+    replicas_of_workers: Sequence[int],
+    bytes_per_bucket: int | None = None,
 ) -> Communicator:
-    """Return the communicator of ``num_replicas`` replicas of this process.
+    """Return the communicator of all replicas of all workers.
 
-    ``cross_device_ops`` is a name or an object of the :class:`Communicator` protocol; it packs
-    many arrays where ``bytes_per_bucket`` is given.
+    ``inside`` is that of the replicas of this worker. It packs many arrays where
+    ``bytes_per_bucket`` is given.
     """
-    communicator = _plain(num_replicas, cross_device_ops)
+    communicator = inside
+    if workers.size > 1:
+        communicator = Hierarchical(inside, workers, replicas_of_workers)
     return communicator if bytes_per_bucket is None else Bucketing(communicator, bytes_per_bucket)
 
 
-def _plain(num_replicas: int, cross_device_ops: object) -> Communicator:
+def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Communicator:
+    """Return the communicator of the replicas of this process, one on each device.
+
+    ``cross_device_ops`` is a name or an object of the :class:`Communicator` protocol.
+    """
+    num_replicas = len(devices)
     if isinstance(cross_device_ops, str):
         name = cross_device_ops.lower()
-        if name in _NOT_YET:
-            raise AlgorithmError(
-                f"cross_device_ops={cross_device_ops!r} is not available in this version; "
-                f"use one of {sorted(_ALGORITHMS)}"
-            )
+        if name == "nccl":
+            from dvkernels.communicators import nccl
+
+            return nccl.Nccl(devices)
         if name in _ALGORITHMS:
             return Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
     elif isinstance(cross_device_ops, Communicator):
@@ -45,6 +78,6 @@ def _plain(num_replicas: int, cross_device_ops: object) -> Communicator:
             )
         return cross_device_ops
     raise AlgorithmError(
-        f"expected cross_device_ops to be one of {sorted(_ALGORITHMS)} or an object with the "
-        f"methods of dvkernels.Communicator, got {cross_device_ops!r}"
+        f"expected cross_device_ops to be one of {sorted([*_ALGORITHMS, 'nccl'])} or an object "
+        f"with the methods of dvkernels.Communicator, got {cross_device_ops!r}"
     )

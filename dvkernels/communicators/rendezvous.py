@@ -99,10 +99,12 @@ class Step:
     """
 
     __slots__ = (
+        "_announce",
         "_arrived",
         "_awaited",
         "_carrier",
         "_echoes",
+        "_first",
         "_gates",
         "_gone",
         "_has_stalled",
@@ -129,10 +131,14 @@ class Step:
         gates: Gates | None = None,
         timeout: float = _PATIENCE_SECONDS,
         carrier: Carrier | None = None,
+        first_replica: int = 0,
+        announce: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.num_replicas = num_replicas
         # Called with what is to be done for all replicas, and what they brought.
         self.perform: Callable[..., Sequence[Any]] | None = None
+        self._announce = announce  # tells other processes that this step has failed
+        self._first = first_replica  # what the first of these threads is called in messages
         self.failure: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
         self.closed = False
@@ -163,6 +169,10 @@ class Step:
         self._watch = watch
         self.place = place
 
+    def place_of(self, replica: int) -> debugging.Place:
+        """Return what messages call a replica of this step."""
+        return self.place._replace(replica=self._first + replica)
+
     def enter(self, replica: int) -> bool:
         """Say that this thread runs a replica; False: the step ended before it could start."""
         with self._mutex:
@@ -175,7 +185,7 @@ class Step:
         """Bring a request, wait for the others, return this replica's result."""
         self._check_alive(request.verb)
         if self._watch is not None:
-            self._watch.record(self.place._replace(replica=replica), str(request))
+            self._watch.record(self.place_of(replica), str(request))
         gates = self._gates
         if gates is None:
             return self._act([request])[0]
@@ -222,7 +232,7 @@ class Step:
         """
         self._check_alive(request.verb)
         if self._watch is not None:
-            self._watch.record(self.place._replace(replica=replica), str(request))
+            self._watch.record(self.place_of(replica), str(request))
         if self._carrier is None:
             alone = Pending(1)
             alone.results = self._act([request])
@@ -235,7 +245,7 @@ class Step:
                 self._pending.append(Pending(self.num_replicas))
             pending = self._pending[number]
             pending.requests[replica] = request
-            pending.places[replica] = _user_line(sys._getframe())
+            pending.places[replica] = user_line(sys._getframe())
             pending.is_complete = all(pending.requests)
             deserted = any(self._issued[other] <= number for other in self._gone)
         if deserted:
@@ -265,12 +275,16 @@ class Step:
                 stuck = self._is_stuck()
             if stuck:
                 self._end_deserted()
-            if not self._watched(replica, pending.done.wait, pending.done.wait):
-                missing = [k for k, request in enumerate(pending.requests) if request is None]
+            is_done = self._watched(replica, pending.done.wait, pending.done.wait)
+            while not is_done and pending.is_complete:
+                # All have come: the collective itself takes this long.
+                is_done = pending.done.wait(self._timeout)
+            if not is_done:
+                missing = self._missing(pending.requests)
                 self.fail(
                     CollectiveTimeoutError(
-                        f"replica {replica} waited {self._timeout:g} s in vain for replicas "
-                        f"{missing} to issue {pending.requests[replica]}; set "
+                        f"replica {self._first + replica} waited {self._timeout:g} s in vain for "
+                        f"replicas {missing} to issue {pending.requests[replica]}; set "
                         f"DVKERNELS_TIMEOUT_SECONDS if they need longer"
                     )
                 )
@@ -319,7 +333,7 @@ class Step:
                     said = "; ".join(
                         f"replica {replica} called {request} at {place}"
                         for replica, (request, place) in enumerate(
-                            zip(requests, places, strict=True)
+                            zip(requests, places, strict=True), self._first
                         )
                     )
                 remedy = "every replica must call the same collectives in the same order, with "
@@ -345,13 +359,17 @@ class Step:
             # All have come: the collective itself (a merge_call, say) takes this long.
             opened = self._gates.sleep(replica, self._timeout)
         if not opened:
-            missing = [other for other, request in enumerate(self._requests) if request is None]
+            missing = self._missing(self._requests)
             self.fail(
                 CollectiveTimeoutError(
-                    f"replica {replica} waited {self._timeout:g} s in vain for replicas {missing}: "
-                    f"{self._who_is_where()}; set DVKERNELS_TIMEOUT_SECONDS if they need longer"
+                    f"replica {self._first + replica} waited {self._timeout:g} s in vain for "
+                    f"replicas {missing}: {self._who_is_where()}; set "
+                    f"DVKERNELS_TIMEOUT_SECONDS if they need longer"
                 )
             )
+
+    def _missing(self, requests: Sequence[Request | None]) -> list[int]:
+        return [k for k, request in enumerate(requests, self._first) if request is None]
 
     def _watched(
         self, replica: int, wait: Callable[[float], bool], go_on: Callable[[float], bool]
@@ -365,7 +383,7 @@ class Step:
         with self._mutex:
             is_first, self._has_stalled = not self._has_stalled, True
         if is_first:
-            place = self.place._replace(replica=replica)
+            place = self.place_of(replica)
             self._watch.report_stall(place, self._who_is_where(), self._threads)
         return soon < self._timeout and go_on(self._timeout - soon)
 
@@ -409,7 +427,8 @@ class Step:
         disagreement.
         """
         with self._mutex:
-            if self.failure is None:
+            is_first = self.failure is None
+            if is_first:
                 self.failure = error
             if replica is None:
                 self._echoes.append(error)
@@ -421,6 +440,8 @@ class Step:
             for pending in self._pending:
                 if not pending.is_complete:
                     pending.done.set()
+        if is_first and self._announce is not None and not self._is_forked():
+            self._announce(error)
 
     def settle(self, started: bool) -> None:
         """Return when every replica has left; an interrupt ends the collectives meanwhile.
@@ -483,9 +504,10 @@ class Step:
         error = self.errors[first]
         for other in others:
             raised = self.errors[other]
-            error.add_note(f"replica {other} also raised {type(raised).__name__}: {raised}")
+            name = self._first + other
+            error.add_note(f"replica {name} also raised {type(raised).__name__}: {raised}")
         if self.num_replicas > 1:
-            error.add_note(f"raised in replica {first} of {self.num_replicas}")
+            error.add_note(f"raised in replica {self._first + first} of {self.num_replicas}")
         return error
 
     def _ended(self) -> BaseException:
@@ -519,20 +541,21 @@ class Step:
         self, replica: int, request: Request | None, frames: dict[int, types.FrameType]
     ) -> str:
         ident = self._threads[replica]
+        name = self._first + replica
         if replica in self._gone:
-            return f"replica {replica} has returned"
+            return f"replica {name} has returned"
         issued = [p for p in self._pending if p.requests[replica] and not p.is_complete]
-        place = _user_line(frames.get(ident))
+        place = user_line(frames.get(ident))
         if request is not None:
             doing = f"called {request}"
         elif issued:
             doing, place = f"called {issued[0].requests[replica]}", issued[0].places[replica]
         else:
             doing = "is still running"
-        return f"replica {replica} {doing} at {place}"
+        return f"replica {name} {doing} at {place}"
 
 
-def _user_line(frame: types.FrameType | None) -> str:
+def user_line(frame: types.FrameType | None) -> str:
     """Return the file and line of the innermost frame that is not the library's own."""
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back

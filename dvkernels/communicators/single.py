@@ -1,4 +1,4 @@
-"""The communicator of one rank: every collective is a copy."""
+"""The communicator of one rank, or one worker: every collective is a copy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ class Single:
     """A group of one is a group: the reduction of one value is that value."""
 
     size = 1
+    rank = 0
+
+    def meet(self) -> None:
+        """Wait for nobody."""
+
+    def exchange(self, word: Any) -> list[Any]:
+        """Return the word."""
+        return [word]
+
+    def announce(self, error: BaseException) -> None:
+        """Tell nobody."""
+
+    def beside(self) -> Single:
+        """Return this: it keeps no order of calls."""
+        return self
 
     def all_reduce(
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None

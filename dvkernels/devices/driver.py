@@ -6,11 +6,12 @@ launcher that looks at each argument costs ten times that. Nothing here initiali
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ __all__ = ["Driver", "find"]
 
 _NAMES = ("libcuda.so.1", "libcuda.so")
 _NUM_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # attributes of a device
-_ORDINAL = 9  # of a pointer: the number of its device
+_ORDINAL, _IS_OPEN = 9, 10  # of a pointer: the number of its device, whether peers may use it
 _UNTIMED = 2  # an event that takes no time stamp
+_NON_BLOCKING = 1  # a stream that waits for no other
+_FOR_ALL_DEVICES = 3  # memory of the host: portable, and mapped
+_ALREADY_OPEN = 704
 _NO_DEVICE, _OUT_OF_MEMORY = 100, 2
 # What follows in the list of extra launch options: the arguments in one buffer, and its size.
 _END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
@@ -136,7 +140,111 @@ class Driver:
         self.enter(device)
         self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
         self._check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        # Else a driver since 12.4 may finish that at the first launch, and wait for the device.
+        if hasattr(self._library, "cuFuncLoad"):
+            self._check("cuFuncLoad", function)
         return function.value or 0
+
+    def open_peer(self, device: int, peer: int) -> bool:
+        """Let a device use the memory of another, if it can; return whether it can now."""
+        if not self.can_reach(device, peer):
+            return False
+        with self._within(peer):
+            context = self.current()
+        with self._within(device):
+            return self._library.cuCtxEnablePeerAccess(context, 0) in (0, _ALREADY_OPEN)
+
+    def is_open(self, address: int) -> bool:
+        """Return whether peers may use the memory at an address: that of some pools they may not.
+
+        Opening a peer opens what ``cuMemAlloc`` gave. Pools ordered by streams, and memory that is
+        mapped piece by piece, have an access list of their own.
+        """
+        found = ctypes.c_int()
+        args = ctypes.byref(found), _IS_OPEN, ctypes.c_uint64(address)
+        self._check("cuPointerGetAttribute", *args)
+        return bool(found.value)
+
+    def allocate(self, device: int, nbytes: int) -> int:
+        """Return the address of new memory of a device, at a multiple of 256 bytes."""
+        found = ctypes.c_uint64()
+        with self._within(device):
+            self._check("cuMemAlloc_v2", ctypes.byref(found), ctypes.c_size_t(nbytes))
+        return found.value
+
+    def free(self, device: int, address: int) -> None:
+        """Give back memory of a device; waits until the device has done with it."""
+        with self._within(device):
+            self._check("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def write(self, device: int, address: int, host: int, nbytes: int) -> None:
+        """Copy memory of the host to a device; it is there when this returns.
+
+        No work that others have given to the device is waited for.
+        """
+        stream = ctypes.c_void_p()
+        with self._within(device):
+            self._check("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+            try:
+                self._check(
+                    "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), ctypes.c_void_p(host),
+                    ctypes.c_size_t(nbytes), stream,
+                )  # fmt: skip
+                self._check("cuStreamSynchronize", stream)
+            finally:
+                self._check("cuStreamDestroy_v2", stream)
+
+    def allocate_on_host(self, nbytes: int) -> int:
+        """Return the address of new memory of the host: the same for it and for every device."""
+        found = ctypes.c_void_p()
+        with self._within(0):
+            size = ctypes.c_size_t(nbytes)
+            self._check("cuMemHostAlloc", ctypes.byref(found), size, _FOR_ALL_DEVICES)
+        return found.value or 0
+
+    def free_on_host(self, address: int) -> None:
+        """Give back memory of the host that no device uses any more."""
+        with self._within(0):
+            self._check("cuMemFreeHost", ctypes.c_void_p(address))
+
+    def record(self, device: int, stream: int) -> int:
+        """Return a new event after all that a stream has been given so far; destroy it."""
+        event = ctypes.c_void_p()
+        with self._within(device):
+            self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
+            self._check("cuEventRecord", event, ctypes.c_void_p(stream))
+        return event.value or 0
+
+    def await_event(self, device: int, stream: int, event: int) -> None:
+        """Have a stream wait for an event, of any device; the host does not."""
+        with self._within(device):
+            self._check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+
+    def destroy(self, event: int) -> None:
+        """Forget an event; the driver keeps what streams still need of it."""
+        self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
+
+    def is_capturing(self, device: int, stream: int) -> bool:
+        """Return whether what a stream is given becomes part of a graph."""
+        found = ctypes.c_int()
+        with self._within(device):
+            self._check("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(found))
+        return found.value != 0
+
+    def synchronize(self, device: int) -> None:
+        """Wait until a device has done all it was given."""
+        with self._within(device):
+            self._check("cuCtxSynchronize")
+
+    @contextlib.contextmanager
+    def _within(self, device: int) -> Iterator[None]:
+        """Enter a device, and go back to where the thread was."""
+        before = self.current()
+        self.enter(device)
+        try:
+            yield
+        finally:
+            self._check("cuCtxSetCurrent", before)
 
     def enter(self, device: int) -> None:
         """Make the context that all libraries share that of this thread."""

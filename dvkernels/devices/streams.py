@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dvkernels.errors import DeviceError
 
 __all__ = ["Joined", "Lane", "crossings", "join", "pointer"]
 
 
-class Joined(NamedTuple):
+S = TypeVar("S", bound=Hashable)
+
+
+class Joined(NamedTuple, Generic[S]):
     """Where work on some arrays goes, and what orders it."""
 
-    home: int  # the stream that gets the work
-    before: tuple[int, ...]  # home waits for these, before the work
-    after: tuple[int, ...]  # these wait for home, after it
+    home: S  # the stream that gets the work
+    before: tuple[S, ...]  # home waits for these, before the work
+    after: tuple[S, ...]  # these wait for home, after it
 
 
-def join(streams: Sequence[int]) -> Joined:
+def join(streams: Sequence[S]) -> Joined[S]:
     """Return how work on arrays, one stream each, is ordered: it goes to the first stream.
 
     What each stream was given before comes before the work, and what it is given afterwards comes

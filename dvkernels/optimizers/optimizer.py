@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dvkernels import context, reduce_op
+from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.rendezvous import Request, Same
 from dvkernels.context import ReplicaContext
 from dvkernels.devices.buffers import Spec, spec
@@ -165,17 +166,20 @@ class Optimizer(abc.ABC):
             reduce_op.check_dtype(f"{_VERB} of {variable.name!r}", reduction, variable.dtype)
         replica = _replica_of(variables)
         if replica is None:
-            self._step(variables, _columns(gradients, variables), reduction)
+            columns, is_one_for_all = _columns(gradients, variables)
+            if not is_one_for_all:
+                columns = _over_workers(variables, columns, reduction)
+            self._step(variables, columns, reduction)
             return
-        rank = replica.replica_id_in_sync_group
+        rank, name = replica.rank_in_process, replica.replica_id_in_sync_group
         own = [
-            _checked_gradient(regroup.own_component(gradient, rank), variable, rank)
+            _checked_gradient(regroup.own_component(gradient, rank), variable, name)
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
 
         def act(payloads: list[list[Any]]) -> list[None]:
             columns = [list(column) for column in zip(*payloads, strict=True)]
-            self._step(variables, columns, reduction)
+            self._step(variables, _over_workers(variables, columns, reduction), reduction)
             return [None] * len(payloads)
 
         named = (term for v in variables for term in (v.name, Same(id(v))))
@@ -238,11 +242,29 @@ def _replica_of(variables: Sequence[Variable]) -> ReplicaContext | None:
     return None if frame is None else frame.replica
 
 
-def _columns(gradients: Sequence[Any], variables: Sequence[Variable]) -> list[list[Any]]:
-    """Return, in cross-replica context, one gradient per replica for each variable."""
+def _over_workers(
+    variables: list[Variable], columns: list[list[Any]], op: ReduceOp
+) -> list[list[Any]]:
+    """Return the gradients that are left to reduce here: all, or the sum or mean of all workers.
+
+    The fused kernels reduce those of one process in the pass that updates the variables.
+    """
+    if not variables or variables[0].owner.workers.size == 1:
+        return columns
+    reduced = all_reduce_each(variables[0].owner.communicator, columns, op)
+    return [copies[:1] for copies in reduced]
+
+
+def _columns(
+    gradients: Sequence[Any], variables: Sequence[Variable]
+) -> tuple[list[list[Any]], bool]:
+    """Return, in cross-replica context, one gradient per local replica for each variable.
+
+    And whether there is one for all replicas instead, the first worker's.
+    """
     columns: list[list[Any]] = []
     for gradient, variable in zip(gradients, variables, strict=True):
-        count = variable.owner.num_replicas
+        count = variable.owner.num_local
         if isinstance(gradient, PerReplica):
             if len(gradient) != count:
                 raise ContextError(
@@ -251,11 +273,14 @@ def _columns(gradients: Sequence[Any], variables: Sequence[Variable]) -> list[li
                 )
             parts = list(gradient.values)
         else:
-            parts = [gradient.on(0) if isinstance(gradient, DistributedValues) else gradient]
+            parts = [gradient.at(0) if isinstance(gradient, DistributedValues) else gradient]
         columns.append([_checked_gradient(part, variable, k) for k, part in enumerate(parts)])
+    if not any(isinstance(gradient, PerReplica) for gradient in gradients):
+        chosen = zip(columns, variables, strict=True)
+        return [[v.owner.of_chief(gradient)] for (gradient,), v in chosen], True
     # One array for all counts as the mean of equal ones, beside gradients of each replica too.
-    most = max((len(column) for column in columns), default=1)
-    return [column * most if len(column) < most else column for column in columns]
+    most = max(len(column) for column in columns)
+    return [column * most if len(column) < most else column for column in columns], False
 
 
 def _checked_gradient(gradient: Any, variable: Variable, replica: int) -> Any:

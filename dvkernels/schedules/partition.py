@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bounds", "parts"]
+__all__ = ["bounds", "parts", "start", "widths"]
 
 
 def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
@@ -14,10 +14,27 @@ def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
     _check(length, num_parts)
     if not 0 <= part < num_parts:
         raise ValueError(f"part must be in 0..{num_parts - 1}; got {part}")
-    small, num_larger = divmod(length, num_parts)
+    small, num_larger = widths(length, num_parts)
+    return start(small, num_larger, part), start(small, num_larger, part + 1)
+
+
+def widths(length: int, num_parts: int) -> tuple[int, int]:
+    """Return the length of the smaller parts, and how many parts have one more.
+
+    >>> widths(10, 4)
+    (2, 2)
+    """
+    return divmod(length, num_parts)
+
+
+def start(small: int, num_larger: int, part: int) -> int:
+    """Return where a part starts: bare arithmetic, which kernels compile for themselves.
+
+    >>> [start(2, 2, part) for part in range(5)]
+    [0, 3, 6, 8, 10]
+    """
     # Before this part lie `part` small ones, and one more element for each larger one of them.
-    start = part * small + min(part, num_larger)
-    return start, start + small + (part < num_larger)
+    return part * small + min(part, num_larger)
 
 
 def parts(length: int, num_parts: int) -> list[tuple[int, int]]:

@@ -8,14 +8,16 @@ from typing import Any, NoReturn, Self
 
 from dvkernels import context, reduce_op
 from dvkernels.communicators import registry as communicators
-from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Step
+from dvkernels.communicators.single import Single
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
 from dvkernels.data.input_context import InputContext
 from dvkernels.data.options import InputOptions
+from dvkernels.data.share import Share
 from dvkernels.devices import memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
@@ -24,6 +26,7 @@ from dvkernels.errors import (
     BufferMismatchError,
     ContextError,
     DatasetError,
+    DeviceError,
     SynchronizationError,
 )
 from dvkernels.profiler import debugging
@@ -74,6 +77,9 @@ class Strategy:
         Pack the arrays of a nest into buckets of so many bytes for ``all_reduce``.
     central_device : Device or str, optional
         Keep a single copy of each variable there, instead of one per replica.
+    workers : Workers, optional
+        The other processes, each with replicas of its own; ``devices`` and ``communicator`` are
+        those of this one. This process alone if not given.
 
     Raises
     ------
@@ -97,6 +103,7 @@ class Strategy:
         *,
         bytes_per_bucket: int | None = None,
         central_device: Device | str | None = None,
+        workers: Workers | None = None,
     ) -> None:
         resolved = registry.resolve_all(devices)
         if bytes_per_bucket is not None:
@@ -105,11 +112,37 @@ class Strategy:
                     f"bytes_per_bucket is a positive integer, got {bytes_per_bucket!r}"
                 )
             bytes_per_bucket = int(bytes_per_bucket)
-        checked = communicators.between_devices(len(resolved), communicator, bytes_per_bucket)
-        name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         central = None if central_device is None else registry.resolve(central_device)
-        self._placement = Placement(resolved, checked, name, central)
-        self._runner: Runner | StreamedRunner = Runner(len(resolved), name)
+        inside = communicators.between_devices(resolved, communicator)
+        workers = Single() if workers is None else workers
+        held = memory.of(resolved)
+        if workers.size > 1 and held is not memory.HOST:
+            raise DeviceError(
+                f"{type(self).__name__}: the replicas of several workers compute on CPU devices so "
+                f"far, and these are {', '.join(map(str, resolved))}; name CPU devices, or use one "
+                f"process for all GPUs of a machine"
+            )
+        counts = workers.exchange(len(resolved))
+        name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
+        if workers.size > 1:
+            name += f" on worker {workers.rank} of {workers.size}"
+        all_over, background = (
+            communicators.between_replicas(inside, each, counts, bytes_per_bucket)
+            for each in (workers, workers.beside())
+        )
+        self._placement = Placement(
+            resolved,
+            all_over,
+            name,
+            central,
+            workers=workers,
+            replicas_of_workers=tuple(counts),
+            background=background,
+        )
+        announce = workers.announce if workers.size > 1 else None
+        self._runner: Runner | StreamedRunner = Runner(
+            len(resolved), name, self._placement.first_replica, announce
+        )
         if self._placement.memory is not memory.HOST:
             order = StreamOrder([device.index for device in resolved])
             self._runner = StreamedRunner(self._runner, order)
@@ -123,7 +156,7 @@ class Strategy:
 
     @property
     def worker_devices(self) -> tuple[Device, ...]:
-        """Where the replicas compute, in replica order."""
+        """Where the replicas of this process compute, in replica order."""
         return self._placement.replica_devices
 
     @property
@@ -132,8 +165,8 @@ class Strategy:
         return self._placement.copy_devices
 
     @property
-    def cluster_resolver(self) -> None:
-        """None: all replicas are in this process."""
+    def cluster_resolver(self) -> Any:
+        """Who told where this process stands among others; None: all replicas are in it."""
         return None
 
     def __repr__(self) -> str:
@@ -207,11 +240,10 @@ class Strategy:
             )
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise ValueError(f"run: kwargs must be a dict, got {type(kwargs).__name__}")
-        num_replicas = self.num_replicas_in_sync
-        positional = self._dealt(tuple(args), "run") if args else [()] * num_replicas
-        named = self._dealt(dict(kwargs), "run") if kwargs else [{}] * num_replicas
-
         placement = self._placement
+        num_local = placement.num_local
+        positional = self._dealt(tuple(args), "run") if args else [()] * num_local
+        named = self._dealt(dict(kwargs), "run") if kwargs else [{}] * num_local
 
         def replica(step: Step, rank: int) -> Any:
             here = ReplicaContext(placement, step, rank, self)
@@ -224,7 +256,9 @@ class Strategy:
             watch.next_step()
         results = self._runner.run(replica, nested)
         if watch is not None and not nested:
-            drift.check(living_in(placement), f"after a step of {placement.name}")
+            when, variables = f"after a step of {placement.name}", living_in(placement)
+            drift.check(variables, when)
+            drift.check_over_workers(variables, placement.workers, when)
         return regroup.regroup(results, placement.replica_devices, placement)
 
     # -- bringing values together ---------------------------------------------------------------
@@ -250,12 +284,12 @@ class Strategy:
         """
         context.require_cross_replica(self._placement, "reduce")
         reduction = reduce_op.parse(op)
-        communicator = self._placement.communicator
+        communicator, workers = self._placement.communicator, self._placement.workers
 
         def one(leaf: Any) -> Any:
             arrays = self._arrays("reduce", leaf)
             if axis is not None:
-                total = reduce_along(reduction, arrays, axis, communicator)
+                total = reduce_along(reduction, arrays, axis, communicator, workers)
             else:
                 reduce_op.check_dtype("reduce", reduction, arrays[0].dtype)
                 _check_alike("reduce", arrays)
@@ -293,20 +327,21 @@ class Strategy:
         return tuple(self._dealt(value, "local_results", variables=True))
 
     def distribute_values_from_function(self, fn: Callable[[ValueContext], Any]) -> Any:
-        """Return a ``PerReplica`` of ``fn(ctx)``, one call per replica in order.
+        """Return a ``PerReplica`` of ``fn(ctx)``, one call per replica of this process in order.
 
         ``ctx`` has ``replica_id_in_sync_group`` and ``num_replicas_in_sync``. A nest gives a nest
         of ``PerReplica``.
         """
         context.require_cross_replica(self._placement, "distribute_values_from_function")
-        num_replicas = self.num_replicas_in_sync
-        made = [fn(ValueContext(rank, num_replicas)) for rank in range(num_replicas)]
+        first, num_replicas = self._placement.first_replica, self.num_replicas_in_sync
+        local = range(first, first + self._placement.num_local)
+        made = [fn(ValueContext(replica, num_replicas)) for replica in local]
         flat = [regroup.flatten(result) for result in made]
-        for rank, (_, structure) in enumerate(flat):
+        for replica, (_, structure) in zip(local, flat, strict=True):
             if structure != flat[0][1]:
                 raise ValueError(
-                    f"distribute_values_from_function: replica 0 got {flat[0][1]}, replica {rank} "
-                    f"{structure}; return the same nest for every replica"
+                    f"distribute_values_from_function: replica {first} got {flat[0][1]}, replica "
+                    f"{replica} {structure}; return the same nest for every replica"
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
@@ -350,7 +385,8 @@ class Strategy:
         Parameters
         ----------
         value : array or number, Mirrored or Variable, or a nest of them
-            Copied. A ``PerReplica`` holds several and raises ValueError.
+            Copied; over several workers, that of the first. A ``PerReplica`` holds several and
+            raises ValueError.
         destinations : Variable, DistributedValues, Device or str
 
         Returns
@@ -370,8 +406,9 @@ class Strategy:
                     "broadcast_to: a PerReplica holds one value per replica, and one is mirrored; "
                     "choose it with .on(replica_id), or use reduce_to"
                 )
-            single = whole.on(0) if isinstance(whole, Mirrored) else whole
+            single = whole.at(0) if isinstance(whole, Mirrored) else whole
             array = as_array(single, "broadcast_to", 0, self._placement.memory)
+            array = self._placement.of_chief(array)
             return memory.holding(array).beside(array, array)
 
         return self._mirrored(regroup.map_leaves(one, value), devices)
@@ -472,7 +509,8 @@ class Strategy:
         ----------
         fn : callable
             Gets an ``InputContext`` and returns a dataset, which is neither split nor sharded:
-            its elements, batched or not, go to the replicas in turn. Called once.
+            its elements, batched or not, go to the replicas in turn. Called once; over several
+            workers once on each, for the replicas there.
         options : InputOptions, optional
             Prefetching, and what happens to elements that fail.
 
@@ -497,7 +535,8 @@ class Strategy:
         context.require_cross_replica(self._placement, verb)
         if not callable(fn):
             raise TypeError(f"{verb} expected a function, got a {type(fn).__name__}")
-        made = fn(InputContext(1, 0, self.num_replicas_in_sync))
+        workers = self._placement.workers
+        made = fn(InputContext(workers.size, workers.rank, self.num_replicas_in_sync))
         return self._distributed(verb, made, options, is_dealt=True)
 
     # -- what they share ------------------------------------------------------------------------
@@ -521,12 +560,14 @@ class Strategy:
 
         return DistributedDataset(
             dataset,
-            self.num_replicas_in_sync,
+            placement.num_local,
             self.worker_devices,
             check_context=check_context,
             owner=placement,
             options=options or InputOptions(),
             is_dealt=is_dealt,
+            share=Share(placement.counts, placement.workers.rank),
+            exchange=placement.workers.exchange,
         )
 
     def _per_replica(self, values: Sequence[Any]) -> PerReplica[Any]:
@@ -544,7 +585,7 @@ class Strategy:
         )
 
     def _mirrored(self, nest: Any, devices: tuple[Device, ...]) -> Any:
-        owner = self._placement if len(devices) == self.num_replicas_in_sync else None
+        owner = self._placement if len(devices) == self._placement.num_local else None
 
         def one(array: Any) -> Mirrored[Any]:
             whole = memory.holding(array).read_only(array)
@@ -556,7 +597,7 @@ class Strategy:
     def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
         self._check_own(verb, value)
         is_variable = isinstance(value, Variable)  # may have a single copy for all replicas
-        if len(value.values) != self.num_replicas_in_sync and not is_variable:
+        if len(value.values) != self._placement.num_local and not is_variable:
             self._refuse(verb, value, "")
 
     def _check_own(self, verb: str, value: DistributedValues[Any]) -> None:
@@ -569,7 +610,7 @@ class Strategy:
 
     def _refuse(self, verb: str, value: DistributedValues[Any], whose: str) -> NoReturn:
         raise ContextError(
-            f"{verb}: expected one value for each of the {self.num_replicas_in_sync} replicas "
+            f"{verb}: expected one value for each of the {self._placement.num_local} replicas "
             f"of {self._placement.name}, got a {type(value).__name__} of "
             f"{len(value.values)} values{whose}"
         )
@@ -603,7 +644,7 @@ class Strategy:
                     for leaf, apart in zip(leaves, distributed, strict=True)
                 ],
             )
-            for rank in range(self.num_replicas_in_sync if of is None else of)
+            for rank in range(self._placement.num_local if of is None else of)
         ]
 
     def _arrays(self, verb: str, leaf: Any) -> list[Any]:
@@ -616,10 +657,11 @@ class Strategy:
             )
         self._check_fits(verb, leaf)
         values = leaf.values
-        if len(values) < self.num_replicas_in_sync:
-            values = values * self.num_replicas_in_sync
-        seen = self._placement.memory
-        return [as_array(value, verb, rank, seen) for rank, value in enumerate(values)]
+        placement, seen = self._placement, self._placement.memory
+        if len(values) < placement.num_local:
+            values = values * placement.num_local
+        numbered = enumerate(values, placement.first_replica)
+        return [as_array(value, verb, replica, seen) for replica, value in numbered]
 
 
 def _check_alike(verb: str, arrays: list[Any]) -> None:

@@ -84,10 +84,18 @@ class Crew:
         self._at_drop = weakref.finalize(self, _end_all, self._inboxes, self._pid)
         threads.start(self._threads)
 
-    def step(self, timeout: float, carrier: Carrier) -> rendezvous.Step:
+    def step(
+        self,
+        timeout: float,
+        carrier: Carrier,
+        first_replica: int = 0,
+        announce: Callable[[BaseException], None] | None = None,
+    ) -> rendezvous.Step:
         """Return a new step between these threads and the caller; ``timeout`` in seconds."""
         self._gates.close_first(rendezvous.num_gates(self._num_replicas))
-        return rendezvous.Step(self._num_replicas, self._gates, timeout, carrier)
+        return rendezvous.Step(
+            self._num_replicas, self._gates, timeout, carrier, first_replica, announce
+        )
 
     def start(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Start one task on each thread; a task never raises, and the thread is idle before."""

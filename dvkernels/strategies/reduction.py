@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.devices import memory
 from dvkernels.devices.buffers import Spec, spec
@@ -30,7 +30,11 @@ _ALONG: dict[ReduceOp, Callable[..., Any]] = {
 
 
 def reduce_along(
-    op: Reduction, arrays: list[Any], axis: int | Sequence[int], communicator: Communicator
+    op: Reduction,
+    arrays: list[Any],
+    axis: int | Sequence[int],
+    communicator: Communicator,
+    workers: Workers,
 ) -> Any:
     """Return the reduction of all elements along the axes, over all replicas.
 
@@ -50,7 +54,7 @@ def reduce_along(
                 f"reduce along axes {axes} needs one dtype and one shape of what remains: replica "
                 f"0 leaves {rest[0]}, replica {rank} leaves {left}"
             )
-    count = sum(math.prod(array.shape[k] for k in axes) for array in arrays)
+    count = sum(workers.exchange(sum(math.prod(array.shape[k] for k in axes) for array in arrays)))
     if count == 0 and op in (ReduceOp.MEAN, ReduceOp.MIN, ReduceOp.MAX):
         raise ValueError(
             f"reduce: {op.name} along axes {axes} of nothing: every replica's value is empty there"
@@ -61,7 +65,7 @@ def reduce_along(
     assert type(op) is ReduceOp
     if reduce_op.is_half(dtype):  # in float32, and rounded once
         wide = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
-        return reduce_along(op, wide, axis, communicator).astype(dtype)
+        return reduce_along(op, wide, axis, communicator, workers).astype(dtype)
     parts = [memory.holding(array).apply(_along, array, op, axes) for array in arrays]
     total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
     if op is ReduceOp.MEAN:

@@ -24,11 +24,20 @@ Call = Callable[[Step, int], Any]
 class Runner:
     """Runs the steps of one strategy, one at a time; a step inside ``merge_call`` is nested.
 
-    Holds threads only; they are made at the first step, and anew in a forked process.
+    Holds threads only; they are made at the first step, and anew in a forked process. Replicas
+    are called ``first_replica`` and so on; ``announce`` is told of each step's first failure.
     """
 
-    def __init__(self, num_replicas: int, label: str) -> None:
+    def __init__(
+        self,
+        num_replicas: int,
+        label: str,
+        first_replica: int = 0,
+        announce: Callable[[BaseException], None] | None = None,
+    ) -> None:
         self._num_replicas = num_replicas
+        self._first_replica = first_replica
+        self._announce = announce
         self._label = label
         self._num_steps = 0
         self._closed = False
@@ -78,14 +87,19 @@ class Runner:
             watch = debugging.active
             number = self._num_steps
             if self._num_replicas == 1:
-                step = Step(1)
+                # Alone among all workers it would wait for itself: what it issues is done at once.
+                carrier = None if self._announce is None else self._carrier
+                step = Step(1, None, timeout, carrier, self._first_replica, self._announce)
                 if watch is not None:
                     step.observe(watch, debugging.Place(self._label, number, 0))
-                contextvars.copy_context().run(_take_part, step, 0, call, results)
+                try:
+                    contextvars.copy_context().run(_take_part, step, 0, call, results)
+                finally:
+                    step.settle(started=True)
             else:
                 crew = self._idle.pop() if self._idle else self._new_crew()
                 crew.is_busy = True
-                step = crew.step(timeout, self._carrier)
+                step = crew.step(timeout, self._carrier, self._first_replica, self._announce)
                 if watch is not None:
                     step.observe(watch, debugging.Place(self._label, number, 0))
                 _run_together(step, crew, call, results)
@@ -135,7 +149,7 @@ def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
     if not step.enter(rank):
         return
     watching = debugging.active is not None
-    before = debugging.enter(step.place._replace(replica=rank)) if watching else None
+    before = debugging.enter(step.place_of(rank)) if watching else None
     try:
         results[rank] = call(step, rank)
     except BaseException as error:

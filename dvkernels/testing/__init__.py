@@ -1,4 +1,4 @@
-"""Laws that ship with the package: for users' own programs, communicators, strategies, arrays.
+"""Laws that ship with the package: for programs, communicators, strategies, arrays and protocols.
 
 They raise ``AssertionError`` with what differs, and need no test framework.
 """
@@ -7,5 +7,6 @@ from dvkernels.testing.array_laws import check_arrays as check_arrays
 from dvkernels.testing.communicator_laws import check_communicator as check_communicator
 from dvkernels.testing.kills import KilledRun as KilledRun
 from dvkernels.testing.kills import run_and_kill as run_and_kill
+from dvkernels.testing.protocol_laws import check_protocols as check_protocols
 from dvkernels.testing.same_on import assert_same_on as assert_same_on
 from dvkernels.testing.strategy_laws import check_strategy as check_strategy

@@ -31,17 +31,20 @@ def check_communicator(
     sizes: Sequence[int] = (1, 2, 3, 5),
     *,
     dtypes: Sequence[str] = _DTYPES,
+    local: Sequence[int] | None = None,
 ) -> None:
     """Assert the laws of the :class:`Communicator` protocol.
 
     Parameters
     ----------
     make : callable
-        Makes a communicator of so many ranks, all in this process.
+        Makes a communicator of so many ranks.
     sizes : sequence of int
         Numbers of ranks to try.
     dtypes : sequence of str
         Those that the communicator supports.
+    local : sequence of int, optional
+        The ranks of this process, where every process calls this; all if not given.
 
     Raises
     ------
@@ -67,11 +70,39 @@ def check_communicator(
         what = f"{type(communicator).__name__} of {size}"
         assert isinstance(communicator, Communicator), f"{what} lacks methods of the protocol"
         assert communicator.size == size, f"{what} says its size is {communicator.size}"
+        here = _Here(communicator, range(size) if local is None else local)
         for dtype in dtypes:
             for shape in _SHAPES:
-                _check_values(communicator, what, np.dtype(_named(dtype)), shape)
-        _check_nan(communicator, what)
-        _check_determinism(communicator, what)
+                _check_values(here, what, np.dtype(_named(dtype)), shape)
+        _check_nan(here, what)
+        _check_determinism(here, what)
+
+
+class _Here:
+    """The verbs over the values of all ranks, of which this process brings its own."""
+
+    def __init__(self, communicator: Communicator, local: Sequence[int]) -> None:
+        self._communicator, self.local = communicator, local
+        self.size = communicator.size
+
+    def own(self, values: Sequence[Any]) -> list[Any]:
+        return [values[rank] for rank in self.local]
+
+    def all_reduce(self, values: Sequence[Any], op: ReduceOp, out: Any = None) -> list[Any]:
+        into = None if out is None else self.own(out)
+        return self._communicator.all_reduce(self.own(values), op, into)
+
+    def reduce(self, values: Sequence[Any], op: ReduceOp) -> Any:
+        return self._communicator.reduce(self.own(values), op)
+
+    def reduce_scatter(self, values: Sequence[Any], op: ReduceOp) -> list[Any]:
+        return self._communicator.reduce_scatter(self.own(values), op)
+
+    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+        return self._communicator.all_gather(self.own(values), axis)
+
+    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+        return self._communicator.broadcast(self.own(values), root)
 
 
 def _named(dtype: str) -> Any:
@@ -93,7 +124,7 @@ def _ops(dtype: np.dtype[Any]) -> Iterator[ReduceOp]:
 
 
 def _check_values(
-    communicator: Communicator, what: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+    communicator: _Here, what: str, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> None:
     size = communicator.size
     for op in _ops(dtype):
@@ -101,35 +132,34 @@ def _check_values(
         right = _reduced(values, op)
         where = f"{what}, {op.name} of {dtype}{list(shape)}"
         with _Unchanged(values, where):
-            _agree(
-                f"all_reduce, {where}", communicator.all_reduce(values, op), [right] * size, values
-            )
+            every = communicator.own([right] * size)
+            _agree(f"all_reduce, {where}", communicator.all_reduce(values, op), every, values)
             _agree(f"reduce, {where}", [communicator.reduce(values, op)], [right], values)
             strided = [_apart(value) for value in values]
             found = communicator.all_reduce(strided, op)
-            _agree(f"all_reduce of strided arrays, {where}", found, [right] * size, strided)
+            _agree(f"all_reduce of strided arrays, {where}", found, every, strided)
             if shape:
-                parts = np.array_split(right, size)
+                parts = communicator.own(np.array_split(right, size))
                 found = communicator.reduce_scatter(values, op)
                 _agree(f"reduce_scatter, {where}", found, parts, values)
         outs = [np.empty_like(right) for _ in range(size)]
         communicator.all_reduce(values, op, outs)
-        _agree(f"all_reduce with out, {where}", outs, [right] * size, values)
+        _agree(f"all_reduce with out, {where}", communicator.own(outs), every, values)
         own = [value.copy() for value in values]
         communicator.all_reduce(own, op, own)
-        _agree(f"all_reduce in place, {where}", own, [right] * size, values)
+        _agree(f"all_reduce in place, {where}", communicator.own(own), every, values)
     values = _inputs(size, dtype, shape)
     with _Unchanged(values, what):
         for root in range(size):
             found = communicator.broadcast(values, root)
             where = f"broadcast from {root}, {what}, {dtype}{list(shape)}"
-            _agree(where, found, [values[root]] * size, values)
+            _agree(where, found, communicator.own([values[root]] * size), values)
         for axis in range(len(shape)):
             uneven = [np.repeat(value, rank + 1, axis) for rank, value in enumerate(values)]
             found = communicator.all_gather(uneven, axis)
             whole = np.concatenate(uneven, axis)
             where = f"all_gather along {axis}, {what}, {dtype}{list(shape)}"
-            _agree(where, found, [whole] * size, uneven)
+            _agree(where, found, communicator.own([whole] * size), uneven)
 
 
 def _reduced(values: Sequence[Any], op: ReduceOp) -> Any:
@@ -180,19 +210,19 @@ class _Unchanged:
         assert after == self._before, f"{self._where}: an input was changed"
 
 
-def _check_nan(communicator: Communicator, what: str) -> None:
+def _check_nan(communicator: _Here, what: str) -> None:
     """Whichever rank brings NaN, minimum and maximum are NaN there and only there."""
     for op in (ReduceOp.MIN, ReduceOp.MAX):
         for bad in range(communicator.size):
             values = [np.array([1.0, 2.0], np.float32) for _ in range(communicator.size)]
             values[bad][0] = np.nan
-            right = [np.array([np.nan, 2.0], np.float32)] * communicator.size
+            right = [np.array([np.nan, 2.0], np.float32)] * len(communicator.local)
             where = f"{op.name} where rank {bad} has NaN, {what}"
             _agree(f"all_reduce, {where}", communicator.all_reduce(values, op), right, values)
             _agree(f"reduce, {where}", [communicator.reduce(values, op)], right[:1], values)
 
 
-def _check_determinism(communicator: Communicator, what: str) -> None:
+def _check_determinism(communicator: _Here, what: str) -> None:
     rng = np.random.default_rng(0)
     values = [rng.standard_normal(10_007).astype(np.float32) for _ in range(communicator.size)]
     first = communicator.all_reduce(values, ReduceOp.SUM)

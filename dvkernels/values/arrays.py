@@ -34,15 +34,16 @@ class Arrays(NamedTuple):
         return results[0] if self.structure is None else regroup.unflatten(self.structure, results)
 
 
-def arrays_of(value: Any, verb: str, replica: int, seen: memory.Memory) -> Arrays:
+def arrays_of(value: Any, verb: str, replica: int, rank: int, seen: memory.Memory) -> Arrays:
     """Return a nest's arrays; a distributed value in it means this replica's component.
 
-    ``seen`` is the memory in which arrays of other libraries may lie.
+    ``replica`` is its id, ``rank`` its position among those of this process; ``seen`` is the memory
+    in which arrays of other libraries may lie.
     """
     if type(value) is np.ndarray:
         return Arrays([value], None, spec(value), None)
     leaves, structure = regroup.flatten(value)
-    own = [regroup.own_component(leaf, replica) for leaf in leaves]
+    own = [regroup.own_component(leaf, rank) for leaf in leaves]
     held = [as_array(leaf, verb, replica, seen) for leaf in own]
     specs = tuple(spec(array) for array in held)
     theirs = own if any(foreign.is_foreign(leaf) for leaf in own) else None

@@ -8,6 +8,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 
+from dvkernels.communicators.placement import Placement
 from dvkernels.devices import foreign, memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
@@ -40,16 +41,41 @@ class DistributedValues(Generic[T]):
         """Where each component lives."""
         raise NotImplementedError
 
+    @property
+    def owner(self) -> object:
+        """The placement of the strategy that made this value, None for one made by hand."""
+        raise NotImplementedError
+
+    @property
+    def first_replica(self) -> int:
+        """The id of the first component: 0, unless other processes hold those before."""
+        owner = self.owner
+        return owner.first_replica if isinstance(owner, Placement) else 0
+
     def on(self, replica_id: int) -> T:
-        """Return the component of one replica; ``IndexError`` says which ids there are."""
+        """Return the component of one replica.
+
+        Over several processes ids are global; one that another process holds raises
+        ``IndexError`` that names its worker.
+        """
+        return self.at(_index(replica_id) - self.first_replica)
+
+    def at(self, rank: int) -> T:
+        """Return the component at a position among those of this process."""
         values = self.values
-        index = _index(replica_id)
-        if not 0 <= index < len(values):
-            raise IndexError(
-                f"there is no replica {replica_id}: this {type(self).__name__} has replicas "
-                f"0 to {len(values) - 1}"
+        if not 0 <= rank < len(values):
+            raise IndexError(self._why_not(rank + self.first_replica, len(values)))
+        return values[rank]
+
+    def _why_not(self, replica: int, count: int) -> str:
+        first, owner = self.first_replica, self.owner
+        here = f"this {type(self).__name__} has replicas {first} to {first + count - 1}"
+        if isinstance(owner, Placement) and 0 <= replica < owner.num_replicas != count:
+            return (
+                f"replica {replica} is one of worker {owner.worker_of(replica)}, and here, on "
+                f"worker {owner.workers.rank}, {here}; use gather or reduce to bring them together"
             )
-        return values[index]
+        return f"there is no replica {replica}: {here}"
 
 
 def is_integer(value: object) -> bool:
@@ -139,13 +165,16 @@ class _Frozen(DistributedValues[T]):
         return type(self), (self._values,)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{i}: {_short(value)}" for i, value in enumerate(self._values))
+        numbered = enumerate(self._values, self.first_replica)
+        shown = ", ".join(f"{i}: {_short(value)}" for i, value in numbered)
         return f"{type(self).__name__}({shown})"
 
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{i}</td><td>{device}</td><td>{html.escape(_short(value))}</td></tr>"
-            for i, (device, value) in enumerate(zip(self._devices, self._values, strict=True))
+            for i, (device, value) in enumerate(
+                zip(self._devices, self._values, strict=True), self.first_replica
+            )
         )
         return (
             f"<table><caption>{type(self).__name__}</caption>"
@@ -212,7 +241,7 @@ class Mirrored(_Frozen[T]):
     """
 
     __slots__ = ()
-    _remedy = "take one of its equal copies with .on(0)"
+    _remedy = "take one of its equal copies with .values[0]"
 
 
 def _copied(value: Any, device: Device) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import optree
 
+from dvkernels.communicators.placement import Placement
 from dvkernels.devices.base import Device
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 
@@ -33,12 +34,12 @@ def map_leaves(fn: Callable[[Any], Any], nest: Any) -> Any:
     return optree.tree_map(fn, nest, none_is_leaf=True)
 
 
-def own_component(value: Any, replica_id: int) -> Any:
-    """Return what a leaf means to one replica: its component of a distributed value."""
+def own_component(value: Any, rank: int) -> Any:
+    """Return what a leaf means to one local replica: its component of a distributed value."""
     if not isinstance(value, DistributedValues):
         return value
     # A variable that has a single copy is the same to all replicas.
-    return value.on(0 if len(value.values) == 1 and _is_variable(value) else replica_id)
+    return value.at(0 if len(value.values) == 1 and _is_variable(value) else rank)
 
 
 def regroup(
@@ -57,11 +58,13 @@ def regroup(
         return None
     flat = [flatten(result) for result in results]
     structure = flat[0][1]
-    for replica, (_, other) in enumerate(flat):
+    named = owner.first_replica if isinstance(owner, Placement) else 0
+    for replica, (_, other) in enumerate(flat, named):
         if other != structure:
             raise ValueError(
-                f"the replicas returned different structures: replica 0 returned {structure}, "
-                f"replica {replica} returned {other}; return the same nest on every replica"
+                f"the replicas returned different structures: replica {named} returned "
+                f"{structure}, replica {replica} returned {other}; return the same nest on every "
+                f"replica"
             )
 
     def joined(leaves: tuple[Any, ...]) -> Any:
@@ -69,7 +72,7 @@ def regroup(
         if (first is None or _is_variable(first)) and all(leaf is first for leaf in leaves):
             return first
         return kind(
-            [own_component(leaf, replica) for replica, leaf in enumerate(leaves)],
+            [own_component(leaf, rank) for rank, leaf in enumerate(leaves)],
             devices=devices,
             owner=owner,
         )

@@ -51,9 +51,9 @@ class Copies:
         self.arrays = tuple(arrays)
         self.views = tuple(map(self.memory.read_only, self.arrays))
 
-    def rank_of(self, replica: int) -> int:
-        """Return which copy a replica reads: its own, or the only one."""
-        return replica if len(self.arrays) > 1 else 0
+    def index_of(self, rank: int) -> int:
+        """Return which copy a local replica reads: its own, or the only one."""
+        return rank if len(self.arrays) > 1 else 0
 
     def checked(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array of this shape and dtype; numbers take the dtype.
@@ -74,7 +74,9 @@ class Copies:
 
     def read_by(self, replica: int | None) -> Any:
         """Return the copy that a replica reads; the first one for None."""
-        return self.arrays[self.rank_of(replica) if replica else 0]
+        if not replica:
+            return self.arrays[0]
+        return self.arrays[self.index_of(replica - self.placement.first_replica)]
 
     def converted(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
@@ -121,11 +123,11 @@ class Copies:
         """Overwrite copy r with ``values[r]``, for all r; values have been :meth:`checked`."""
         commit_together([(self, values)])
 
-    def commit_own(self, replica: int, value: Any) -> None:
-        """Overwrite the copy of one replica."""
+    def commit_own(self, rank: int, value: Any) -> None:
+        """Overwrite the copy of one local replica."""
         if debugging.active is not None:
             debugging.check_finite(f"the new content of variable {self.name!r}", [value])
-        self.memory.overwrite([self.arrays[self.rank_of(replica)]], [value])
+        self.memory.overwrite([self.arrays[self.index_of(rank)]], [value])
 
     def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
         """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""

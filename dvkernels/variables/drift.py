@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from dvkernels.communicators.base import Workers
 from dvkernels.devices import memory
 from dvkernels.errors import DriftError
 from dvkernels.profiler import debugging
@@ -22,6 +24,25 @@ def check(variables: Iterable[Variable], when: str) -> None:
         if variable.synchronization is not VariableSynchronization.ON_WRITE:
             continue
         compare(f"variable {variable.name!r} {when}", copies_of(variable))
+
+
+def check_over_workers(variables: Iterable[Variable], workers: Workers, when: str) -> None:
+    """Raise, on all workers, unless they hold the same content of each ON_WRITE variable."""
+    if workers.size == 1:
+        return
+    own = {
+        variable.name: hashlib.blake2b(_bits(copies_of(variable)[0]), digest_size=16).hexdigest()
+        for variable in variables
+        if variable.synchronization is VariableSynchronization.ON_WRITE
+    }
+    first, *others = workers.exchange(own)
+    for worker, theirs in enumerate(others, start=1):
+        drifted = sorted(name for name in first.keys() & theirs if first[name] != theirs[name])
+        if drifted:
+            raise DriftError(
+                f"{when}: worker {worker} holds other content than worker 0 in variables "
+                f"{drifted}; every worker must make the same writes and updates"
+            )
 
 
 def compare(what: str, copies: Sequence[Any]) -> None:

@@ -119,9 +119,15 @@ def aggregate_then_scatter(
     own = _checked_updates(copies, verb, indices, updates, replica)
 
     def act(parts: list[scatter.Updates]) -> list[None]:
-        taken = parts if aggregation in _REDUCTIONS else parts[:1]
-        divisor = len(parts) if aggregation is VariableAggregation.MEAN else 1
-        _scatter_alike(copies, verb, scatter.joined(copies, taken, divisor))
+        placement = copies.placement
+        if aggregation in _REDUCTIONS:
+            taken = parts
+        else:  # those of replica 0, which the first worker has
+            taken = parts[: 1 if placement.workers.rank == 0 else 0]
+        divisor = placement.num_replicas if aggregation is VariableAggregation.MEAN else 1
+        own = scatter.joined(copies, taken, parts[0])
+        of_all = scatter.of_all_workers(own, placement.workers)
+        _scatter_alike(copies, verb, scatter.divided(of_all, divisor))
         return [None] * len(parts)
 
     _meet(copies, verb, own, act, replica)
@@ -136,8 +142,7 @@ def scatter_own_copy(
     replica: ReplicaContext,
 ) -> None:
     """Only rows of this replica's copy change."""
-    rank = replica.replica_id_in_sync_group
-    own = copies.arrays[copies.rank_of(rank)]
+    own = copies.arrays[copies.index_of(replica.rank_in_process)]
     given = _checked_updates(copies, verb, indices, updates, replica)
     rows, content = scatter.changed(copies, own, verb, given)
     copies.memory.overwrite_rows([own], [rows], [content])
@@ -161,8 +166,8 @@ def write_own_copy(
     replica: ReplicaContext,
 ) -> None:
     """Only this replica's copy changes."""
-    rank = replica.replica_id_in_sync_group
-    own = copies.arrays[copies.rank_of(rank)]
+    rank = replica.rank_in_process
+    own = copies.arrays[copies.index_of(rank)]
     brought = _checked_own(copies, verb, value, replica)
     new = copies.memory.apply(WRITES[verb], own, brought, None)
     copies.commit_own(rank, new)
@@ -182,7 +187,7 @@ def write_every_copy_alike(
             f"v.{verb}(strategy.reduce('mean', value))"
         )
     checked = copies.checked(_one(value, verb, copies), verb, None)
-    _write_alike(copies, verb, checked)
+    _write_alike(copies, verb, copies.placement.of_chief(checked))
 
 
 def write_every_copy(
@@ -204,21 +209,31 @@ def scatter_every_copy_alike(
             f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
             f"copies of an ON_WRITE variable are equal; scatter in a replica, or pass one array"
         )
+    _scatter_alike(copies, verb, _updates_for_all(copies, verb, indices, updates))
+
+
+def _updates_for_all(copies: Copies, verb: str, indices: Any, updates: Any) -> scatter.Updates:
+    """Return updates that are the same for every copy: those of the first worker."""
     where, what = _one(indices, verb, copies), _one(updates, verb, copies)
-    _scatter_alike(copies, verb, scatter.checked(copies, verb, where, what, None))
+    given = scatter.checked(copies, verb, where, what, None)
+    return scatter.Updates(*map(copies.placement.of_chief, given))
 
 
 def scatter_every_copy(
     copies: Copies, aggregation: VariableAggregation, verb: str, indices: Any, updates: Any
 ) -> None:
     """Rows of every copy get the updates, or their components of a ``PerReplica``."""
-    where, what = (_each(copies, verb, value) for value in (indices, updates))
-    found = [
-        scatter.changed(
-            copies, own, verb, scatter.checked(copies, verb, where[rank], what[rank], rank)
-        )
-        for rank, own in enumerate(copies.arrays)
-    ]
+    if isinstance(indices, PerReplica) or isinstance(updates, PerReplica):
+        where, what = (_each(copies, verb, value) for value in (indices, updates))
+        first = copies.placement.first_replica
+        given = [
+            scatter.checked(copies, verb, *pair, replica)
+            for replica, pair in enumerate(zip(where, what, strict=True), first)
+        ]
+    else:
+        given = [_updates_for_all(copies, verb, indices, updates)] * len(copies.arrays)
+    pairs = zip(copies.arrays, given, strict=True)
+    found = [scatter.changed(copies, own, verb, one) for own, one in pairs]
     copies.commit_rows([rows for rows, _ in found], [content for _, content in found])
 
 
@@ -260,8 +275,10 @@ def share_out(copies: Copies, aggregation: VariableAggregation, verb: str, value
         return
     if verb != "assign":
         _refuse_adding_to_a_sum(copies, verb)
-    total = copies.checked(_one(value, verb, copies), verb, None)
-    copies.commit(copies.memory.apply(_shares, total, len(copies.arrays)))
+    placement = copies.placement
+    total = placement.of_chief(copies.checked(_one(value, verb, copies), verb, None))
+    shares = copies.memory.apply(_shares, total, placement.num_replicas)
+    copies.commit(shares[placement.first_replica :][: len(copies.arrays)])
 
 
 def _refuse_adding_to_a_sum(copies: Copies, verb: str) -> None:
@@ -288,7 +305,7 @@ def _shares(total: Any, num_copies: int) -> list[Any]:
 
 def own_copy(copies: Copies, aggregation: VariableAggregation, replica: ReplicaContext) -> Any:
     """Return the copy of this replica."""
-    return copies.views[copies.rank_of(replica.replica_id_in_sync_group)]
+    return copies.views[copies.index_of(replica.rank_in_process)]
 
 
 def first_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
@@ -317,27 +334,30 @@ def every_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
 
 
 def aggregated(copies: Copies, aggregation: VariableAggregation, values: list[Any]) -> Any:
-    """Return what the aggregation makes of one value per replica; NONE only with one replica."""
+    """Return what the aggregation makes of one value per local replica, on all workers alike.
+
+    NONE only with one replica.
+    """
     if aggregation in _REDUCTIONS:
         op = _REDUCTIONS[aggregation]
         reduce_op.check_dtype(f"variable {copies.name!r}", op, values[0].dtype)
         return copies.placement.communicator.reduce(values, op)
-    return values[0]
+    return copies.placement.of_chief(values[0])
 
 
 def _checked_own(copies: Copies, verb: str, value: Any, replica: ReplicaContext) -> Any:
     """Return what a value means to this replica, as an array that fits."""
-    rank = replica.replica_id_in_sync_group
-    return copies.checked(regroup.own_component(value, rank), verb, rank)
+    own = regroup.own_component(value, replica.rank_in_process)
+    return copies.checked(own, verb, replica.replica_id_in_sync_group)
 
 
 def _checked_updates(
     copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
 ) -> scatter.Updates:
     """Return what updates mean to this replica, one by one."""
-    rank = replica.replica_id_in_sync_group
+    rank = replica.rank_in_process
     where, what = (regroup.own_component(value, rank) for value in (indices, updates))
-    return scatter.checked(copies, verb, where, what, rank)
+    return scatter.checked(copies, verb, where, what, replica.replica_id_in_sync_group)
 
 
 def _meet(
@@ -355,14 +375,15 @@ def _one(value: Any, verb: str, copies: Copies) -> Any:
     """Return the one array that a value means in cross-replica context."""
     if isinstance(value, PerReplica) or not isinstance(value, DistributedValues):
         return value
-    return value.on(0) if not hasattr(value, "read_value") else value.read_value()
+    return value.at(0) if not hasattr(value, "read_value") else value.read_value()
 
 
 def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
     if isinstance(value, PerReplica):
         parts = _each(copies, verb, value)
-        return [copies.checked(part, verb, rank) for rank, part in enumerate(parts)]
-    one = copies.checked(_one(value, verb, copies), verb, None)
+        first = copies.placement.first_replica
+        return [copies.checked(part, verb, replica) for replica, part in enumerate(parts, first)]
+    one = copies.placement.of_chief(copies.checked(_one(value, verb, copies), verb, None))
     return [copies.memory.near(one, copy) for copy in copies.arrays]
 
 

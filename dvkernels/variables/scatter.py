@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels import reduce_op
+from dvkernels.communicators.base import Workers
 from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
@@ -73,13 +74,26 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     return Updates(rows.reshape(-1).astype(np.int64), near)
 
 
-def joined(copies: Copies, parts: Sequence[Updates], divisor: int) -> Updates:
-    """Return the updates of all parts in order, each divided, beside the first copy."""
+def joined(copies: Copies, parts: Sequence[Updates], like: Updates) -> Updates:
+    """Return the updates of all parts in order, beside the first copy; of none, none ``like``."""
+    if not parts:
+        return Updates(like.indices[:0], _wide(like.updates[:0]))
     memory = copies.memory
     indices = np.concatenate([part.indices for part in parts])
     each = [_wide(memory.near(part.updates, copies.arrays[0])) for part in parts]
-    updates = memory.apply(_concatenated, *each)
-    return Updates(indices, updates / updates.dtype.type(divisor) if divisor > 1 else updates)
+    return Updates(indices, memory.apply(_concatenated, *each))
+
+
+def of_all_workers(given: Updates, workers: Workers) -> Updates:
+    """Return the updates of all workers, in their order."""
+    return Updates(*(workers.all_gather([array], 0)[0] for array in given))
+
+
+def divided(given: Updates, divisor: int) -> Updates:
+    """Return the updates, each divided."""
+    if divisor == 1:
+        return given
+    return Updates(given.indices, given.updates / given.updates.dtype.type(divisor))
 
 
 def changed(copies: Copies, array: Any, verb: str, given: Updates) -> tuple[Any, Any]:

@@ -41,7 +41,8 @@ class Variable(DistributedValues[Any]):
     Parameters
     ----------
     initial_value : array-like, or callable that returns one
-        Called once, so that all replicas start alike. Copied.
+        Called once, so that all replicas start alike. Copied. Over several workers all start
+        with the first worker's.
     dtype : dtype, optional
         Of the copies; that of ``initial_value`` if not given.
     trainable : bool, optional
@@ -448,6 +449,7 @@ def _created(
             f"variable {label!r}: synchronization={when.value!r} needs one copy per replica, and "
             f"{placement.name} keeps a single one on {placement.central_device}; use 'on_write'"
         )
+    array = placement.of_chief(array)
     return _made(Copies([array], placement, label), trainable, when, how)
 
 

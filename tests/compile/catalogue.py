@@ -10,13 +10,14 @@ import numpy as np
 
 from dvkernels import errors, reduce_op
 from dvkernels.kernels import arithmetic, steps
-from dvkernels.kernels.cuda import optimizers, reduction
+from dvkernels.kernels.cuda import optimizers, reduction, waiting
 from dvkernels.reduce_op import ReduceOp
 
 DTYPES = [
     *map(np.dtype, ["f2", ml_dtypes.bfloat16, "f4", "f8", "c8", "c16", "?"]),
     *[np.dtype(f"{sign}{nbytes}") for sign in "iu" for nbytes in (1, 2, 4, 8)],
 ]
+_ROWS = [*map(np.dtype, ["f2", "f4"])]
 _RULES = {
     "sgd": steps.PLAIN, "momentum": steps.MOMENTUM, "nesterov": steps.NESTEROV, "adam": steps.ADAM,
 }  # fmt: skip
@@ -39,8 +40,12 @@ def kernels() -> dict[str, Kernel]:
             except errors.UnsupportedDTypeError:
                 continue
             operation, code = arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
-            name = ("add", "min", "max", "mul")[operation]
-            found[f"{name} {arithmetic.dtype_of(code)}"] = Kernel(reduction.kernel(operation, code))
+            name = f"{('add', 'min', 'max', 'mul')[operation]} {arithmetic.dtype_of(code)}"
+            found[name] = Kernel(reduction.kernel(operation, code))
+            waits = waiting.waiting_kernel(operation, code)
+            found[f"waiting {name}"] = Kernel(waits, is_between_gpus=True)
+            if dtype in _ROWS:  # what a waiting kernel does besides waiting
+                found[f"row {name}"] = Kernel(waiting.row_kernel(operation, code))
     for name, rule in _RULES.items():
         for dtype in map(np.dtype, ("f4", "f8")):
             function = optimizers.kernel(rule, arithmetic.type_code(dtype))

@@ -13,6 +13,7 @@ from typing import Any
 from dvkernels.errors import AlgorithmError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import direct, optimizers, ring
+from dvkernels.kernels.cuda.between import abort, recover
 from dvkernels.kernels.cuda.broadcast import broadcast
 from dvkernels.kernels.cuda.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
 from dvkernels.kernels.cuda.gather import all_gather, all_to_all, reduce_scatter
@@ -20,6 +21,7 @@ from dvkernels.kernels.cuda.many import all_reduce_many
 from dvkernels.kernels.cuda.ring import ring_all_reduce
 
 __all__ = [
+    "abort",
     "aggregate_mean",
     "aggregate_sum",
     "all_gather",
@@ -30,6 +32,7 @@ __all__ = [
     "broadcast",
     "direct_all_reduce",
     "optimizers",
+    "recover",
     "reduce",
     "reduce_scatter",
     "ring_all_reduce",

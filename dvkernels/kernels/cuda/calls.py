@@ -17,7 +17,7 @@ from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.jobs import Order
 
-__all__ = ["Buffers", "Call"]
+__all__ = ["Buffers", "Call", "wait_for"]
 
 Array = np.ndarray[Any, Any]
 
@@ -47,35 +47,72 @@ class Call:
         self._names += (f"{name} {k}" for k in range(len(found)))
         return [one.array for one in found]
 
-    def new(self, shapes: Sequence[tuple[int, ...]], dtype: Any) -> tuple[list[Any], list[Array]]:
-        """Return new arrays of the library that makes them, and as arrays over their memory."""
-        order, _ = self._order()
-        made = [cuda.arrays().empty(order.device, shape, dtype, order.stream) for shape in shapes]
-        return made, [one.array for one in gpu_arrays.place(self.verb, made, "out")]
+    def new(
+        self, shapes: Sequence[tuple[int, ...]], dtype: Any, beside: bool = False
+    ) -> tuple[list[Any], list[Array]]:
+        """Return new arrays of the library that makes them, and as arrays over their memory.
+
+        On the GPU where the work is done, or each beside the buffer of its number.
+        """
+        home = self._joined().home
+        where = [Order(one.device, one.stream) for one in self.places()] if beside else []
+        made = [
+            cuda.arrays().empty(order.device, shape, dtype, order.stream)
+            for shape, order in zip(shapes, where or [home] * len(shapes), strict=False)
+        ]
+        placed = gpu_arrays.place(self.verb, made, "out")
+        return made, [one.array for one in placed]
 
     @contextlib.contextmanager
     def ordered(self) -> Iterator[Order]:
         """Order what is launched inside after what made the buffers, and before what follows."""
-        order, joined = self._order()
-        for stream in joined.before:
-            _wait(order.device, order.stream, stream)
+        joined = self._joined()
+        if self.is_spread:
+            self._check_reach(joined.home.device)
+        for other in joined.before:
+            wait_for(joined.home, other)
         try:
-            yield order
+            yield joined.home
         finally:
-            for stream in joined.after:
-                _wait(order.device, stream, order.stream)
+            for other in joined.after:
+                wait_for(other, joined.home)
 
-    def _order(self) -> tuple[Order, streams.Joined]:
-        where = [one.device for one in self._placed]
-        if len({*where}) > 1:
-            pairs = zip(self._names, where, strict=True)
-            places = ", ".join(f"{name} on cuda:{device}" for name, device in pairs)
-            raise DeviceError(
-                f"{self.verb} works within one GPU so far: {places}; bring the buffers to one"
-            )
-        given = streams.given(self.verb, self._given, len(where))
-        joined = streams.join(given or [one.stream for one in self._placed])
-        return Order(where[0], joined.home), joined
+    @property
+    def is_spread(self) -> bool:
+        """Whether the buffers lie on more than one GPU."""
+        return len({one.device for one in self._placed}) > 1
+
+    def places(self) -> list[gpu_arrays.Placed]:
+        """Return where each buffer, and then each out, lies, with the stream to use there."""
+        given = streams.given(self.verb, self._given, len(self._placed))
+        if given is None:
+            return self._placed
+        pairs = zip(self._placed, given, strict=True)
+        return [one._replace(stream=stream) for one, stream in pairs]
+
+    def _joined(self) -> streams.Joined[Order]:
+        """Return where the work goes, and what else must be ordered with it."""
+        return streams.join([Order(one.device, one.stream) for one in self.places()])
+
+    def _check_reach(self, home: int) -> None:
+        """Raise unless one GPU reaches all arrays of the call."""
+        found = driver.find()
+        assert found is not None  # it has told where the buffers lie
+        for name, one in zip(self._names, self._placed, strict=True):
+            if one.device == home:
+                continue
+            if not found.open_peer(home, one.device):
+                raise DeviceError(
+                    f"{self.verb}: cuda:{home} reads and writes for all, and does not reach "
+                    f"cuda:{one.device}, where {name} lies; bring the buffers to one GPU "
+                    "(all_reduce works without)"
+                )
+            if one.array.size and not found.is_open(checks.address(one.array)):
+                raise DeviceError(
+                    f"{self.verb}: {name}, on cuda:{one.device}, lies in memory of a pool that is "
+                    f"closed to cuda:{home}; allocate it with cudaMalloc, as CuPy does by default, "
+                    "or bring the buffers to one GPU"
+                )
 
 
 class Buffers(Call):
@@ -93,13 +130,21 @@ class Buffers(Call):
 
     def made(self, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
         """Return new arrays to write to; the call will return them, alike to the buffers."""
-        made, arrays = self.new(shapes, self.reads[0].dtype)
+        beside = len(shapes) == len(self.reads)
+        made, arrays = self.new(shapes, self.reads[0].dtype, beside)
         pairs = zip(made, self.buffers, strict=False)
         self.results = [gpu_arrays.like(one, buffer) for one, buffer in pairs]
         return arrays
 
 
-def _wait(device: int, waiting: int, awaited: int) -> None:
+def wait_for(waiting: Order, awaited: Order) -> None:
+    """Let one stream wait for what another was given by now, of whatever device."""
     found = driver.find()
-    if found is not None:  # in the simulator everything has happened when a call returns
-        found.wait(device, waiting, awaited)
+    if found is None:  # in the simulator everything has happened when a call returns
+        return
+    if waiting.device == awaited.device:
+        found.wait(waiting.device, waiting.stream, awaited.stream)
+        return
+    event = found.record(awaited.device, awaited.stream)
+    found.await_event(waiting.device, waiting.stream, event)
+    found.destroy(event)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cuda import jobs
+from dvkernels.kernels.cuda import between, jobs
 from dvkernels.kernels.cuda.calls import Buffers
 from dvkernels.reduce_op import ReduceOp
 
@@ -28,6 +28,8 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> li
     reads = checks.arrays(verb, call.reads)
     dtype, count = reads[0].dtype, len(reads)
     op = jobs.checked(verb, op, dtype)
+    if call.is_spread:
+        return between.all_reduce(call, op, out, "direct")
     if out is None:
         checks.in_place(verb, reads)
         groups = [reads]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cuda import jobs
+from dvkernels.kernels.cuda import between, jobs
 from dvkernels.kernels.cuda.calls import Buffers
 from dvkernels.schedules import partition, ring
 
@@ -29,6 +29,8 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> li
     reads = checks.arrays(verb, call.reads)
     dtype, count = reads[0].dtype, len(reads)
     op = jobs.checked(verb, op, dtype)
+    if call.is_spread:
+        return between.all_reduce(call, op, out, "ring")
     if out is None:
         checks.in_place(verb, reads)
         writes = reads

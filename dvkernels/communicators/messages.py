@@ -1,0 +1,382 @@
+"""Workers of several hosts, over the messages of MPI, as bytes: our kernels do the arithmetic.
+
+A short array is gathered, and every worker reduces all of them. Of a long one each worker reduces
+a part, which it is sent by all others, and then all parts are gathered: 2 (n - 1)/n S bytes leave
+a worker, the least possible. Either way every worker gets the same bits, whatever the MPI would
+make of its own reductions, and all dtypes and reductions of the kernels work.
+
+All calls are non-blocking and looked after: a deadline ends them, and words from others that come
+beside them, so nothing waits for a worker that will not come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from mpi4py import MPI
+
+from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
+from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.kernels.cpu import direct, prompt
+from dvkernels.reduce_op import Reduction
+from dvkernels.schedules import partition
+
+__all__: list[str] = []
+
+_RECORD_NBYTES, _HEAD_NBYTES = 512, 16
+# Bytes of all workers up to which they are gathered rather than exchanged in parts.
+_SHORT_NBYTES = 64 * 1024
+# One message at most. MPI counts in 32 bits where it is older than version 4.
+_MESSAGE_NBYTES = 64 * 1024 * 1024
+_TESTS_PER_LOOK = 100  # about 50 us of asking MPI
+# How long to ask without pausing: for workers that may be anywhere, and for data that all of them
+# have agreed to exchange, so that only a worker that is lost or stopped can hold them up.
+_SPINNING_SECONDS, _FLOWING_SECONDS = 1e-3, 2.0
+_NAP_SECONDS, _LONGEST_NAP_SECONDS = 20e-6, 1e-3
+_SAY_SECONDS = 1.0  # after which a waiter tells the others where it waits
+_NEVER = [-1, -1]  # the last rounds of a worker that MPI has lost
+_THERE: tuple[list[int], str] = [], ""
+_LEVEL = 0  # the number that a worker brings to a round in which it asks for nothing
+_LOST, _GAVE_UP, _LEFT, _WAITS = 1, 2, 3, 4  # tags; _WAITS + channel
+
+
+class _Post:
+    """Words between workers beside the collectives: who waits where, who left, why all ended.
+
+    Used by two threads: each word is received by one of them, and kept here.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm.Dup()
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self._others = [other for other in range(comm.size) if other != comm.rank]
+        self._sent: list[tuple[Any, Any]] = []  # requests, and what they read
+        self.ended: tuple[int, str] | None = None
+        self.left: dict[int, tuple[list[int], str]] = {}  # the last rounds, and why
+        self.waits: dict[tuple[int, int], int] = {}  # by channel and worker: in which round
+
+    def send(self, tag: int, text: str) -> None:
+        """Send a word to all others, without waiting."""
+        held = np.frombuffer(text.encode(errors="replace"), np.uint8)
+        self._sent = [one for one in self._sent if not _is_over(one[0])]
+        for other in self._others:
+            with contextlib.suppress(MPI.Exception):  # who is lost hears nothing
+                self._sent.append((self._comm.Isend([held, MPI.BYTE], other, tag), held))
+
+    def listen(self) -> None:
+        """Take note of what has come."""
+        for other in self._others:
+            if self.left.get(other, _THERE)[0] is not _NEVER:
+                try:
+                    self._listen_to(other)
+                except MPI.Exception as error:  # of an MPI that survives its processes (ULFM)
+                    self.left[other] = _NEVER, f"MPI has lost it: {error}"
+
+    def _listen_to(self, other: int) -> None:
+        status = MPI.Status()
+        while (message := self._comm.Improbe(other, MPI.ANY_TAG, status)) is not None:
+            held = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            message.Recv([held, MPI.BYTE])
+            text, tag = held.tobytes().decode(errors="replace"), status.Get_tag()
+            if tag in (_LOST, _GAVE_UP):
+                self.ended = self.ended or (tag, text)
+            elif tag == _LEFT:
+                rounds, _, why = text.partition(";")
+                self.left[other] = [int(number) for number in rounds.split()], why
+            else:
+                self.waits[tag - _WAITS, other] = int(text)
+
+    def end(self, kind: int, text: str) -> None:
+        """End the group for all."""
+        if self.ended is None:
+            self.ended = kind, text
+            self.send(kind, text)
+
+
+def _is_over(request: Any) -> bool:
+    try:
+        return bool(request.Test())
+    except MPI.Exception:
+        return True
+
+
+@final
+class Messages:
+    """Carries arrays between workers by MPI. See ``workers.Transport``.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        Of the workers; duplicated.
+    timeout_seconds : float
+        How long to wait for the other workers.
+    """
+
+    def __init__(
+        self,
+        comm: Any,
+        timeout_seconds: float,
+        *,
+        channel: int = 0,
+        standing: Standing | None = None,
+        post: _Post | None = None,
+    ) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self.timeout_seconds = timeout_seconds
+        self._comm = comm.Dup()
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self._channel = channel
+        self._own = np.zeros(_RECORD_NBYTES, np.uint8)
+        self._all = np.zeros((comm.size, _RECORD_NBYTES), np.uint8)
+        # The same buffers in every round, so MPI sets it up once.
+        self._meeting = self._comm.Allgather_init([self._own, MPI.BYTE], [self._all, MPI.BYTE])
+        self._number = 0
+        self._last: Asked | None = None
+        self._standing = standing or Standing()
+        self._post = post or _Post(comm)
+        end = functools.partial(self._post.end, _LOST)
+        self._agreement = Agreement(self, self._standing, end)
+        if channel == 0:
+            self._beside: Messages | None = Messages(
+                comm, timeout_seconds, channel=1, standing=self._standing, post=self._post
+            )
+        else:
+            self._beside = None
+
+    def beside(self) -> Messages:
+        """Return the transport for another thread."""
+        return self._beside or self
+
+    # -- arrays ----------------------------------------------------------------------------------
+
+    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
+        """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
+        step = _MESSAGE_NBYTES // source.itemsize
+        with self._agreement:
+            self._agree(wanted, source.nbytes)
+            for start in range(0, source.size, step):
+                piece, result = source[start : start + step], target[start : start + step]
+                if piece.nbytes * self.size <= _SHORT_NBYTES:
+                    self._reduce_all(piece, result, op, wanted)
+                else:
+                    self._reduce_in_parts(piece, result, op, wanted)
+
+    def _reduce_all(self, piece: Any, result: Any, op: Reduction, wanted: Asked) -> None:
+        held = np.empty((self.size, piece.size), piece.dtype)
+        self._finish(self._comm.Iallgather(_message(piece), _message(held)), wanted)
+        _combine([*held], result, op)
+
+    def _reduce_in_parts(self, piece: Any, result: Any, op: Reduction, wanted: Asked) -> None:
+        parts = partition.parts(piece.size, self.size)
+        start, stop = parts[self.rank]
+        counts, starts = _counts_and_starts(parts, piece.itemsize)
+        held = np.empty((self.size, stop - start), piece.dtype)
+        own = [held[0].nbytes] * self.size
+        places = [k * held[0].nbytes for k in range(self.size)]
+        sent, received = _bytes(piece, counts, starts), _bytes(held, own, places)
+        self._finish(self._comm.Ialltoallv(sent, received), wanted)
+        _combine([*held], result[start:stop], op)
+        whole = _bytes(result, counts, starts)
+        self._finish(self._comm.Iallgatherv(MPI.IN_PLACE, whole), wanted)
+
+    def gather(self, source: Any, wanted: Asked) -> list[Any]:
+        """Return the bytes of all workers, as many as each has."""
+        with self._agreement:
+            words = self._agree(wanted, source.nbytes)
+            results = [np.empty(word.nbytes, np.uint8) for word in words]
+            for start in range(0, max(word.nbytes for word in words), _MESSAGE_NBYTES):
+                stop = start + _MESSAGE_NBYTES
+                counts = [len(result[start:stop]) for result in results]
+                bounds = np.cumsum([0, *counts]).tolist()
+                held = np.empty(bounds[-1], np.uint8)
+                request = self._comm.Iallgatherv(
+                    _message(source[start:stop]), _bytes(held, counts, bounds[:-1])
+                )
+                self._finish(request, wanted)
+                for result, first, count in zip(results, bounds, counts, strict=False):
+                    result[start:stop] = held[first : first + count]
+        return results
+
+    def broadcast_into(self, target: Any, root: int, wanted: Asked) -> None:
+        """Leave the root's bytes in ``target``, which holds them on the root."""
+        with self._agreement:
+            self._agree(wanted, len(target))
+            for start in range(0, len(target), _MESSAGE_NBYTES):
+                piece = target[start : start + _MESSAGE_NBYTES]
+                self._finish(self._comm.Ibcast(_message(piece), root), wanted)
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def _agree(self, wanted: Asked, nbytes: int) -> list[Word]:
+        words = self._agreement.reach(wanted, nbytes, _nothing)
+        self._last = wanted
+        return words
+
+    def come(self, number: int, nbytes: int, text: str = "") -> None:
+        """Come to the next round, without waiting."""
+        held = text.encode(errors="replace")[: _RECORD_NBYTES - _HEAD_NBYTES - 1]
+        self._own[:_HEAD_NBYTES].view(np.int64)[:] = number, nbytes
+        self._own[_HEAD_NBYTES:][: len(held)] = np.frombuffer(held, np.uint8)
+        self._own[_HEAD_NBYTES + len(held)] = 0
+        self._number += 1
+        self._meeting.Start()
+
+    def is_complete(self) -> bool:
+        """Tell, without waiting, whether all have come to the round."""
+        return bool(self._meeting.Test())
+
+    def await_all(self, asked_for: Asked) -> list[Word]:
+        """Return what each worker brought to the round, when all have come."""
+        self._finish(self._meeting, asked_for, _SPINNING_SECONDS)
+        heads = np.ascontiguousarray(self._all[:, :_HEAD_NBYTES]).view(np.int64)
+        return [Word(int(number), int(nbytes)) for number, nbytes in heads]
+
+    def text_of(self, worker: int) -> str:
+        """Return what a worker said in the latest round."""
+        held = self._all[worker, _HEAD_NBYTES:].tobytes()
+        return held[: held.index(0)].decode(errors="replace")
+
+    def _finish(self, request: Any, wanted: Asked, busy_seconds: float = _FLOWING_SECONDS) -> None:
+        """Return when MPI has carried out a request; raise if it is in vain.
+
+        MPI moves data only while it is asked, so while data flow, asking must not pause: 64 MiB
+        took 1.3 s with naps of a millisecond.
+        """
+        try:
+            began = time.monotonic()
+            busy_until = began + min(busy_seconds, self.timeout_seconds)
+            while True:
+                for _ in range(_TESTS_PER_LOOK):
+                    if request.Test():
+                        return
+                if time.monotonic() > busy_until:
+                    break
+                time.sleep(0)  # others may need this core
+            self._wait(request, wanted, began)
+        except MPI.Exception as error:
+            self._end(_LOST, f"worker {self.rank} lost another in {wanted.text}: {error}")
+
+    def _wait(self, request: Any, wanted: Asked, began: float) -> None:
+        post = self._post
+        has_said, nap = False, _NAP_SECONDS
+        while not request.Test():
+            post.listen()
+            if post.ended is not None:
+                raise self._why_ended()
+            for worker, (rounds, why) in post.left.items():
+                if rounds[self._channel] < self._number:
+                    text = f"worker {worker} is lost while {wanted.text} waits for it: {why}"
+                    self._end(_LOST, text)
+            waited = time.monotonic() - began
+            where = self._number
+            others_say = any(
+                post.waits.get((self._channel, worker)) == where for worker in range(self.size)
+            )
+            is_due = others_say or waited > min(_SAY_SECONDS, self.timeout_seconds / 4)
+            if is_due and not has_said:
+                post.send(_WAITS + self._channel, str(where))
+                has_said = True
+            if waited > self.timeout_seconds:
+                self._give_up(wanted)
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_NAP_SECONDS)
+
+    def _give_up(self, wanted: Asked) -> None:
+        waits = self._post.waits
+        absent = [
+            worker
+            for worker in range(self.size)
+            if worker != self.rank and waits.get((self._channel, worker)) != self._number
+        ]
+        last = "before any collective" if self._last is None else f"in {self._last.text}"
+        self._end(
+            _GAVE_UP,
+            f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers {absent} "
+            f"to call {wanted.text}: they were last seen {last}; give timeout_seconds if they "
+            f"need longer",
+        )
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def _end(self, kind: int, text: str) -> None:
+        self._post.end(kind, text)
+        raise self._why_ended()
+
+    def _why_ended(self) -> BaseException:
+        assert self._post.ended is not None
+        kind, text = self._post.ended
+        error = CollectiveTimeoutError(text) if kind == _GAVE_UP else WorkerLostError(text)
+        return self._standing.note(error)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no further round is possible."""
+        self._post.listen()
+        return self._post.ended is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is under way that the end of the process would have to wait for.
+
+        When all have left, those that came to fewer rounds come to the last one too: a failure
+        may have been announced there of which they need not hear any more.
+        """
+        return all([wire._is_level(self._post) for wire in (self, self.beside())])
+
+    def _is_level(self, post: _Post) -> bool:
+        if post.ended is not None:
+            return True  # in its own way: nothing will be finished any more
+        if not self.is_complete():
+            return False
+        if len(post.left) < self.size - 1:
+            return not self._agreement.is_open
+        while self._number < max((rounds[self._channel] for rounds, _ in post.left.values())):
+            self.come(_LEVEL, 0)
+            if not self.is_complete():
+                return False
+        return True
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the others, wherever they wait, that this worker's step has failed."""
+        if not self.has_ended:
+            self._standing.announce(error, self.rank)
+
+    def leave(self, text: str) -> None:
+        """Say that this worker comes to no further round, and why."""
+        self._post.send(_LEFT, f"{self._number} {self.beside()._number};{text}")
+
+    def those_that_stay(self) -> list[int]:
+        """Return the workers that have not said that they leave."""
+        self._post.listen()
+        return [w for w in range(self.size) if w != self.rank and w not in self._post.left]
+
+
+def _combine(sources: Sequence[Any], result: Any, op: Reduction) -> None:
+    if not prompt.reduce_into(sources, [result], op):
+        direct.reduce(sources, op, out=result)
+
+
+def _message(array: Any) -> list[Any]:
+    """Return an array as MPI takes it: as bytes."""
+    return [array.reshape(-1).view(np.uint8), MPI.BYTE]
+
+
+def _bytes(array: Any, counts: Sequence[int], starts: Sequence[int]) -> list[Any]:
+    """Return an array as MPI takes it in parts: as bytes."""
+    return [array.reshape(-1).view(np.uint8), (counts, starts), MPI.BYTE]
+
+
+def _counts_and_starts(
+    parts: Sequence[tuple[int, int]], itemsize: int
+) -> tuple[list[int], list[int]]:
+    counts = [(stop - start) * itemsize for start, stop in parts]
+    return counts, [start * itemsize for start, _ in parts]
+
+
+def _nothing() -> None:
+    """Stage nothing: what is carried follows the round."""

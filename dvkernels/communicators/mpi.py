@@ -1,0 +1,152 @@
+"""How processes that an MPI started become the workers of a strategy, and how they end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.communicators.messages import Messages
+from dvkernels.communicators.room import Room
+from dvkernels.communicators.shared_memory import SharedMemory
+from dvkernels.communicators.workers import Transport, WorkerGroup
+from dvkernels.devices import cpu
+from dvkernels.errors import ClusterError, CollectiveTimeoutError
+
+__all__: list[str] = []
+
+_NAP_SECONDS = 1e-3
+_GRACE_SECONDS = 5.0  # for the others to raise what ended the group, before MPI ends the job
+_MOMENT_SECONDS = 0.2
+_LINE = 64
+
+_open: list[Transport] = []
+_windows: list[Any] = []  # freed by MPI itself in the end: that needs all workers
+
+
+def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
+    """Return the workers that ``resolver`` counts. Every worker of the job must call this.
+
+    Raises
+    ------
+    ClusterError
+        MPI started another number of processes, or offers too little.
+    CollectiveTimeoutError
+        Some of them do not call this in time.
+    """
+    world = MPI.COMM_WORLD
+    if world.size != resolver.num_workers:
+        raise ClusterError(
+            f"{resolver!r} counts {resolver.num_workers} workers, and MPI started {world.size} "
+            f"processes; start the program with mpiexec -n {resolver.num_workers}, or with srun "
+            f"and the --mpi that this MPI needs"
+        )
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise ClusterError(
+            "MPI was initialized without THREAD_MULTIPLE, and replicas are threads; leave "
+            "mpi4py.rc.thread_level as it is"
+        )
+    _await_all(world, timeout_seconds)
+    comm = world.Split(0, resolver.worker_id)
+    comm.Set_errhandler(MPI.ERRORS_RETURN)
+    on_this_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    is_one_host = on_this_host.size == comm.size
+    on_this_host.Free()
+    over = over_shared_memory if is_one_host else Messages
+    return WorkerGroup(_kept(over(comm, timeout_seconds)))
+
+
+def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
+    """Return the transport between processes of one host."""
+    nbytes = Room.nbytes_for(comm.size) + _LINE
+    window = MPI.Win.Allocate_shared(nbytes if comm.rank == 0 else 0, 1, comm=comm)
+    _windows.append(window)
+    held = np.frombuffer(window.Shared_query(0)[0], np.uint8)
+    memory = held[-held.ctypes.data % _LINE :]
+    if comm.rank == 0:
+        Room.clear(memory, comm.size)
+    comm.Barrier()
+    room = Room(memory, comm.rank, comm.size)
+    cores = set().union(*comm.allgather(_cores()))  # after which every process stands in the room
+    quota = cpu.cgroup_quota(Path("/sys/fs/cgroup"))
+    return SharedMemory(room, timeout_seconds, comm.size <= min(len(cores), quota))
+
+
+def _cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _await_all(comm: Any, timeout_seconds: float) -> None:
+    """Return when all processes are here: what follows waits for them without a deadline."""
+    here = comm.Ibarrier()
+    deadline = time.monotonic() + timeout_seconds
+    while not here.Test():
+        if time.monotonic() > deadline:
+            raise CollectiveTimeoutError(
+                f"process {comm.rank} waited {timeout_seconds:g} s in vain for the other "
+                f"{comm.size - 1} to make their strategy; give timeout_seconds if they need longer"
+            )
+        time.sleep(_NAP_SECONDS)
+
+
+# -- the end of the process -----------------------------------------------------------------------
+
+
+def _kept(transport: Transport) -> Transport:
+    if not _open:
+        atexit.register(_leave, os.getpid())
+    _open.append(transport)
+    return transport
+
+
+def _leave(pid: int) -> None:
+    """Let the others go: MPI_Finalize waits for all, so a job that is broken has to be aborted.
+
+    A worker that failed waits for the others to hear of it and to leave as well; those that do
+    not, because they hang or were stopped, are ended by MPI after the deadline.
+    """
+    if pid != os.getpid():
+        return  # a process forked from the worker
+    error = getattr(sys, "last_value", None)
+    text = "it has exited" if error is None else f"it exited after {type(error).__name__}: {error}"
+    for transport in _open:
+        transport.leave(text)
+    is_broken = any(transport.has_ended for transport in _open)
+    is_whole = error is None and all(transport.is_settled for transport in _open)
+    if is_broken or not is_whole:
+        patience = max(transport.timeout_seconds for transport in _open)
+        seconds = min(_GRACE_SECONDS, patience) if is_broken else patience
+    else:
+        seconds = _MOMENT_SECONDS  # for words that are on their way
+    deadline = time.monotonic() + seconds
+    while not (is_left := _is_left_by_all()) and time.monotonic() < deadline:
+        time.sleep(_NAP_SECONDS)
+    if is_broken or not (is_left or is_whole):
+        _abort(does_any_hang=any([transport.those_that_stay() for transport in _open]))
+
+
+def _is_left_by_all() -> bool:
+    are_gone = not any([transport.those_that_stay() for transport in _open])
+    return are_gone and all([transport.is_settled for transport in _open])
+
+
+def _abort(does_any_hang: bool) -> None:
+    """End this process without MPI_Finalize, and those that hang with it.
+
+    Where all others are leaving too, MPI_Abort would race with them for who is heard, and Open
+    MPI's launcher does not end after it once a process was killed under ``--with-ft ulfm``.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if does_any_hang:
+        MPI.COMM_WORLD.Abort(1)
+    os._exit(1)

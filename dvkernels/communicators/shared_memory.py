@@ -1,0 +1,267 @@
+"""The workers of one host, over memory that they share: one pass, and no message.
+
+Each worker copies a piece of its array into its place, waits for the others, and combines the
+pieces of all into its result. For n workers of S bytes each worker moves (n + 3) S bytes, most of
+it in the caches: a piece is small. Every worker combines in the order of workers, so all get the
+same bits, and those of the kernels within one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import numpy as np
+
+from dvkernels.cluster import processes
+from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
+from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
+from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.kernels.cpu import direct, prompt, rounds
+from dvkernels.reduce_op import Reduction
+
+__all__: list[str] = []
+
+# A pause is 20 to 45 ns: about 1.5 ms, as replicas of one process wait for each other. With more
+# workers than cores a waiter keeps the one that it waits for from running, so it sleeps at once.
+_PAUSES, _PAUSES_OF_MANY = 60_000, 100
+_PAUSES_BETWEEN_NAPS = 100
+_NAP_SECONDS, _LONGEST_NAP_SECONDS = 50e-6, 1e-3
+_LOOK_SECONDS = 0.1  # how often a waiter asks whether those that it waits for still exist
+_LOST, _GAVE_UP = 1, 2
+_MOST_VIEWS = 256
+
+
+@final
+class SharedMemory:
+    """Carries arrays between the workers of one host. See ``workers.Transport``.
+
+    Parameters
+    ----------
+    room : Room
+    timeout_seconds : float
+        How long to wait for the other workers.
+    is_roomy : bool
+        Each worker has a core of its own, so waiting ones may spin.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        timeout_seconds: float,
+        is_roomy: bool,
+        *,
+        channel: int = 0,
+        standing: Standing | None = None,
+    ) -> None:
+        self.rank, self.size = room.rank, room.size
+        self.timeout_seconds = timeout_seconds
+        self._room = room
+        self._channel = channel
+        self._pauses = _PAUSES if is_roomy else _PAUSES_OF_MANY
+        self._lines = room.lines(channel)
+        self._places = room.places(channel)
+        self._number = 0
+        self._last: Asked | None = None
+        self._views: dict[Any, list[list[Any]]] = {}
+        self._standing = standing or Standing()
+        self._agreement = Agreement(self, self._standing, functools.partial(room.end, _LOST))
+        if channel + 1 < NUM_CHANNELS:
+            self._beside: SharedMemory | None = SharedMemory(
+                room, timeout_seconds, is_roomy, channel=channel + 1, standing=self._standing
+            )
+        else:
+            self._beside = None
+
+    def beside(self) -> SharedMemory:
+        """Return the transport for another thread."""
+        return self._beside or self
+
+    # -- arrays ----------------------------------------------------------------------------------
+
+    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
+        """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
+        step = PLACE_NBYTES // source.itemsize
+        with self._agreement:
+            for start in range(0, max(1, source.size), step):
+                piece, result = source[start : start + step], target[start : start + step]
+                views = self._views_of(piece.dtype, piece.size)
+                parity = self._round(
+                    wanted, piece.nbytes, functools.partial(_stage, views, self.rank, piece)
+                )
+                if not prompt.reduce_into(views[parity], [result], op):
+                    direct.reduce(views[parity], op, out=result)
+
+    def gather(self, source: Any, wanted: Asked) -> list[Any]:
+        """Return the bytes of all workers, as many as each has."""
+        longest, start = 0, 0
+        results: list[Any] = []
+        with self._agreement:
+            while not results or start < longest:
+                piece = source[start : start + PLACE_NBYTES]
+                parity = self._round(wanted, source.nbytes, functools.partial(self._put, piece))
+                if not results:
+                    results = [np.empty(word.nbytes, np.uint8) for word in self._words()]
+                    longest = max(len(result) for result in results)
+                for result, place in zip(results, self._places[parity], strict=True):
+                    part = result[start : start + PLACE_NBYTES]
+                    part[...] = place[: len(part)]
+                start += PLACE_NBYTES
+        return results
+
+    def broadcast_into(self, target: Any, root: int, wanted: Asked) -> None:
+        """Leave the root's bytes in ``target``, which holds them on the root."""
+        with self._agreement:
+            for start in range(0, max(1, len(target)), PLACE_NBYTES):
+                piece = target[start : start + PLACE_NBYTES]
+                mine = piece if self.rank == root else piece[:0]
+                parity = self._round(wanted, piece.nbytes, functools.partial(self._put, mine))
+                if self.rank != root:
+                    piece[...] = self._places[parity, root, : len(piece)]
+
+    def _put(self, piece: Any, parity: int) -> None:
+        self._places[parity, self.rank, : len(piece)] = piece
+
+    def _views_of(self, dtype: Any, size: int) -> list[list[Any]]:
+        """Return the beginning of each place as an array, by parity and worker."""
+        found = self._views.get((dtype, size))
+        if found is None:
+            if len(self._views) == _MOST_VIEWS:
+                self._views.clear()
+            nbytes = size * dtype.itemsize
+            found = [[place[:nbytes].view(dtype) for place in half] for half in self._places]
+            self._views[dtype, size] = found
+        return found
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def _round(self, wanted: Asked, nbytes: int, stage: Callable[[int], None]) -> int:
+        """Stage, meet, and return the parity of the round in which all brought the like."""
+        agreement = self._agreement
+        if agreement.is_settled:  # nearly always: in short what reach() does
+            stage(self._number + 1 & 1)
+            self.come(wanted.number, nbytes)
+            if self._await(wanted, self._pauses) == rounds.AGREED:
+                self._last = wanted
+                return self._number & 1
+            agreement.judge(self._words(), wanted)
+        agreement.reach(wanted, nbytes, lambda: stage(self._number + 1 & 1))
+        self._last = wanted
+        return self._number & 1
+
+    def come(self, number: int, nbytes: int, text: str = "") -> None:
+        """Come to the next round, without waiting."""
+        self._number += 1
+        if text:
+            self._room.say(self._channel, self._number & 1, text)
+        rounds.come(self._lines, self.rank, self._number, number, nbytes)
+
+    def is_complete(self) -> bool:
+        """Tell, without waiting, whether all have come to the round."""
+        outcome = rounds.await_round(self._lines, self.size, self.rank, self._number, 0)
+        return bool(outcome in (rounds.AGREED, rounds.OTHERWISE))
+
+    def await_all(self, asked_for: Asked) -> list[Word]:
+        """Return what each worker brought to the round, when all have come."""
+        self._await(asked_for, self._pauses)
+        return self._words()
+
+    def text_of(self, worker: int) -> str:
+        """Return what a worker said in the latest round."""
+        return self._room.said(self._channel, self._number & 1, worker)
+
+    def _words(self) -> list[Word]:
+        parity = self._number & 1
+        lines = self._room.rounds(self._channel)
+        return [Word(int(line[1 + parity]), int(line[3 + parity])) for line in lines]
+
+    def _await(self, wanted: Asked, num_pauses: int) -> int:
+        """Return what a wait for all finds, AGREED or OTHERWISE; raise if it is in vain."""
+        given = (self._lines, self.size, self.rank, self._number)
+        outcome = int(rounds.await_round(*given, num_pauses))
+        if outcome == rounds.LATE:
+            began = time.monotonic()
+            look = began + _LOOK_SECONDS
+            nap = _NAP_SECONDS
+            while outcome == rounds.LATE:
+                time.sleep(nap)
+                nap = min(2 * nap, _LONGEST_NAP_SECONDS)
+                outcome = int(rounds.await_round(*given, _PAUSES_BETWEEN_NAPS))
+                now = time.monotonic()
+                if outcome == rounds.LATE and now > look:
+                    self._look_for_the_absent(wanted, now - began)
+                    look = now + _LOOK_SECONDS
+        if outcome == rounds.ENDED:
+            raise self._why_ended()
+        return outcome
+
+    def _look_for_the_absent(self, wanted: Asked, waited_seconds: float) -> None:
+        """End the group if one of those that are waited for will never come, or not in time."""
+        room = self._room
+        lines = room.rounds(self._channel)
+        absent = [w for w in range(self.size) if lines[w, 0] < self._number]
+        for worker in absent:
+            why = room.why_left(worker)
+            if why is None and not room.is_alive(worker):
+                why = f"process {room.process_of(worker)} is gone without a word: was it killed?"
+            if why is not None:
+                self._end(_LOST, f"worker {worker} is lost while {wanted.text} waits for it: {why}")
+        if waited_seconds > self.timeout_seconds:
+            last = "before any collective" if self._last is None else f"in {self._last.text}"
+            seen = "; ".join(self._whereabouts(worker, last) for worker in absent)
+            self._end(
+                _GAVE_UP,
+                f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers "
+                f"{absent} to call {wanted.text}: {seen}; give timeout_seconds if they need longer",
+            )
+
+    def _whereabouts(self, worker: int, last: str) -> str:
+        process = self._room.process_of(worker)
+        doing = {"T": "stopped", "t": "stopped by a debugger"}.get(
+            processes.state_of(process), "alive"
+        )
+        return f"worker {worker}, process {process}, is {doing} and was last seen {last}"
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def _end(self, kind: int, text: str) -> None:
+        self._room.end(kind, text)
+        raise self._why_ended()
+
+    def _why_ended(self) -> BaseException:
+        found = self._room.why_ended()
+        assert found is not None
+        kind, text = found
+        error = CollectiveTimeoutError(text) if kind == _GAVE_UP else WorkerLostError(text)
+        return self._standing.note(error)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no further round is possible."""
+        return self._room.why_ended() is not None
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the others, wherever they wait, that this worker's step has failed."""
+        if not self.has_ended:
+            self._standing.announce(error, self.rank)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is under way that the end of the process would have to wait for."""
+        return True
+
+    def leave(self, text: str) -> None:
+        """Say that this worker comes to no further round, and why."""
+        self._room.leave(text)
+
+    def those_that_stay(self) -> list[int]:
+        """Return the workers that exist, and have not left."""
+        room = self._room
+        others = (worker for worker in range(self.size) if worker != self.rank)
+        return [w for w in others if room.why_left(w) is None and room.is_alive(w)]
+
+
+def _stage(views: Sequence[Sequence[Any]], rank: int, piece: Any, parity: int) -> None:
+    views[parity][rank][...] = piece

@@ -1,0 +1,142 @@
+"""The verbs between workers, over whatever carries their arrays."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any, Protocol, final
+
+import numpy as np
+
+from dvkernels.communicators.agreement import Asked, asked
+from dvkernels.devices.buffers import Spec
+from dvkernels.reduce_op import Reduction
+from dvkernels.schedules import partition
+
+__all__: list[str] = []
+
+
+class Transport(Protocol):
+    """Carries flat arrays and bytes; every call first makes sure that all workers ask for it."""
+
+    rank: int
+    size: int
+    timeout_seconds: float
+
+    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
+        """Leave the reduction of all workers' sources in ``target``, which may be ``source``."""
+
+    def gather(self, source: Any, wanted: Asked) -> list[Any]:
+        """Return the bytes of all workers; each may bring another number of them."""
+
+    def broadcast_into(self, target: Any, root: int, wanted: Asked) -> None:
+        """Leave the root's bytes in ``target``, which holds them on the root."""
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the others that this worker's step has failed."""
+
+    def beside(self) -> Transport:
+        """Return another one, for another thread."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing can be carried any more."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is under way that the end of the process would have to wait for."""
+
+    def leave(self, text: str) -> None:
+        """Say that this worker calls nothing any more, and why."""
+
+    def those_that_stay(self) -> list[int]:
+        """Return the other workers that are there and have not left, as far as it is known."""
+
+
+_MEETING = asked("barrier")
+_EXCHANGE = asked("exchange")
+_NO_BYTES = np.empty(0, np.uint8)
+
+
+@final
+class WorkerGroup:
+    """The workers of a job, each with one array: see ``communicators.base.Workers``.
+
+    Parameters
+    ----------
+    transport : Transport
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.rank, self.size = transport.rank, transport.size
+
+    def beside(self) -> WorkerGroup:
+        """Return the same workers for another thread."""
+        return WorkerGroup(self._transport.beside())
+
+    def all_reduce(
+        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """Reduce into a new array, or into ``out``."""
+        (value,) = values
+        target = np.empty(value.shape, value.dtype) if out is None else out[0]
+        is_flat = target.flags.c_contiguous
+        flat = target.reshape(-1) if is_flat else np.empty(target.size, target.dtype)
+        source = (value if value.flags.c_contiguous else np.ascontiguousarray(value)).reshape(-1)
+        wanted = asked("all_reduce", op.name.lower(), Spec(value.shape, value.dtype))
+        self._transport.all_reduce_into(flat, source, op, wanted)
+        if not is_flat:
+            target[...] = flat.reshape(target.shape)
+        return [target]
+
+    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
+        """Reduce into a new array, on every worker."""
+        return self.all_reduce(values, op)[0]
+
+    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+        """Reduce, and keep this worker's part."""
+        (value,) = values
+        start, stop = partition.bounds(len(value), self.size, self.rank)
+        return [self.reduce(values, op)[start:stop].copy()]
+
+    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+        """Concatenate into a new array."""
+        (value,) = values
+        front = np.ascontiguousarray(np.moveaxis(value, axis, 0))
+        rest = front.shape[1:]
+        wanted = asked("all_gather", f"axis {axis}", Spec(("any", *rest), value.dtype))
+        parts = self._transport.gather(_as_bytes(front), wanted)
+        # Rows without content are counted in words: they have no bytes.
+        counts = self.exchange(len(front)) if 0 in rest else [-1] * self.size
+        rows = [
+            part.view(value.dtype).reshape(count, *rest)
+            for part, count in zip(parts, counts, strict=True)
+        ]
+        return [np.ascontiguousarray(np.moveaxis(np.concatenate(rows), 0, axis))]
+
+    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+        """Copy the root's value."""
+        (value,) = values
+        result = np.array(value, order="C")
+        wanted = asked("broadcast", f"from worker {root}", Spec(value.shape, value.dtype))
+        self._transport.broadcast_into(_as_bytes(result), root, wanted)
+        return [result]
+
+    def meet(self) -> None:
+        """Return when every worker has called this."""
+        self._transport.gather(_NO_BYTES, _MEETING)
+
+    def exchange(self, word: Any) -> list[Any]:
+        """Return a small object of each worker; it must be one that pickle takes."""
+        held = np.frombuffer(pickle.dumps(word), np.uint8)
+        return [pickle.loads(part.tobytes()) for part in self._transport.gather(held, _EXCHANGE)]
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the others that this worker's step has failed."""
+        self._transport.announce(error)
+
+
+def _as_bytes(array: Any) -> Any:
+    """Return a C-contiguous array as flat bytes, not copied."""
+    return array.reshape(-1).view(np.uint8)

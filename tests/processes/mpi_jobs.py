@@ -1,0 +1,119 @@
+"""Starts several processes under the mpiexec that is there, and sees that none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dvkernels.cluster import processes
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROGRAMS = Path(__file__).parent / "worker_programs.py"
+_MARK = "DVKERNELS_TEST_JOB"
+# What Open MPI needs to start as root, and more processes than cores; others do not read it.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+@functools.cache
+def mpiexec() -> str | None:
+    """Return the launcher of this interpreter's environment, or of the path."""
+    own = Path(sys.executable).parent / "mpiexec"
+    return str(own) if own.exists() else shutil.which("mpiexec")
+
+
+@functools.cache
+def is_open_mpi() -> bool:
+    """Tell whether the launcher is that of Open MPI."""
+    if mpiexec() is None:
+        return False
+    said = subprocess.run([mpiexec(), "--version"], capture_output=True, text=True, check=False)
+    return "Open MPI" in said.stdout + said.stderr
+
+
+needs_mpi = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(
+        mpiexec() is None or importlib.util.find_spec("mpi4py") is None,
+        reason="needs mpi4py, and mpiexec beside the interpreter or in the path",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended, and what its processes wrote."""
+
+    code: int
+    written: str
+
+
+class Job:
+    """Processes that run a function of ``worker_programs.py``."""
+
+    def __init__(self, count: int, program: str, *args: object, options: list[str] | None = None):
+        self.mark = uuid.uuid4().hex
+        command = [mpiexec(), *(options or []), "-n", str(count), sys.executable, str(PROGRAMS)]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        # Warnings of ours are errors in workers as they are in tests; MPI's own output is kept out.
+        environment = os.environ | _OPEN_MPI | {_MARK: self.mark, "PYTHONPATH": path}
+        self._process = subprocess.Popen(
+            [*command, program, *map(str, args)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+    def members(self) -> list[int]:
+        """Return the processes of the job that exist, the launcher's included."""
+        wanted = (_MARK, self.mark)
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal() and processes.state_of(int(entry.name)) not in "ZX":
+                held = processes.environment_of(int(entry.name)) or {}
+                if (held.get(_MARK), _MARK) == wanted[::-1]:
+                    found.append(int(entry.name))
+        return found
+
+    def wait(self, seconds: float = 100.0) -> Outcome:
+        """Return how the job ended. One that does not, or leaves a process, is a failure."""
+        try:
+            written, _ = self._process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            written, _ = self._process.communicate()
+            pytest.fail(f"the job did not end in {seconds:g} s; it wrote:\n{written}")
+        deadline = time.monotonic() + 5
+        while (left := self.members()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if left:
+            self.kill()
+            pytest.fail(f"processes {left} were left behind; the job wrote:\n{written}")
+        return Outcome(self._process.returncode, written)
+
+    def kill(self) -> None:
+        """End every process of the job."""
+        for member in self.members():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+
+
+def run(count: int, program: str, *args: object) -> Outcome:
+    """Run a job that must succeed."""
+    outcome = Job(count, program, *args).wait()
+    assert outcome.code == 0, outcome.written
+    return outcome

@@ -1,0 +1,58 @@
+"""The same program on several processes: laws of strategies, variables, training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mpi_jobs import needs_mpi, run
+from worker_programs import trained
+
+import dvkernels as dv
+
+pytestmark = needs_mpi
+SHAPES = pytest.mark.parametrize(
+    ("count", "num_local", "over"),
+    [
+        *((count, num_local, "memory") for count, num_local in [(1, 2), (2, 1), (4, 1), (2, 2)]),
+        *((count, num_local, "messages") for count, num_local in [(2, 1), (3, 1), (2, 2)]),
+    ],
+)
+
+
+@SHAPES
+def test_the_laws_of_communicators(count, num_local, over):
+    run(count, "communicator_laws", num_local, over)
+
+
+@pytest.mark.parametrize("over", ["memory", "messages"])
+@pytest.mark.parametrize(
+    "num_bytes", [150_000_001, pytest.param(2**31 + 5, marks=pytest.mark.slow)]
+)
+def test_large_arrays(over, num_bytes):
+    run(2, "large", over, num_bytes)
+
+
+def test_drift_between_workers_is_found():
+    run(2, "drift", "memory")
+
+
+@SHAPES
+def test_the_laws_of_strategies(count, num_local, over):
+    run(count, "strategy_laws", num_local, over)
+
+
+@SHAPES
+def test_variables(count, num_local, over):
+    run(count, "variables", num_local, over)
+
+
+@SHAPES
+def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
+    run(count, "train", num_local, over, tmp_path / "weights.npz")
+    expected, seen = trained(dv.OneDeviceStrategy("cpu:0"))
+    found = np.load(tmp_path / "weights.npz")
+    assert found["seen"].tolist() == seen
+    assert sorted(seen) == sorted([*range(53)] * 3)
+    for name, right in expected.items():
+        difference = np.linalg.norm(found[name] - right) / np.linalg.norm(right)
+        assert difference <= 1e-9, name

@@ -1,0 +1,200 @@
+"""What the processes of a job do: ``python worker_programs.py name args``, started by the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import pathlib
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.testing import check_communicator, check_strategy
+
+
+def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
+    if "messages" in sys.argv and dv.cluster.default_resolver().num_workers > 1:
+        from dvkernels.communicators import messages, mpi
+
+        mpi.over_shared_memory = messages.Messages  # as if each worker had a host of its own
+    return dv.MultiWorkerMirroredStrategy(
+        devices=[f"cpu:{k}" for k in range(num_local)], timeout_seconds=timeout_seconds
+    )
+
+
+def rank() -> int:
+    return dv.cluster.default_resolver().worker_id
+
+
+def communicator_laws(num_local: str, over: str) -> None:
+    with make(int(num_local)) as strategy:
+        count = strategy.num_replicas_in_sync
+        ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+        placement = ids.owner
+        for communicator in (placement.communicator, placement.beside):
+            check_communicator(lambda _, c=communicator: c, sizes=[count], local=ids.values)
+            values = [np.random.default_rng(r).standard_normal(70_001) for r in ids.values]
+            found = communicator.all_reduce(values, dv.ReduceOp.SUM)[0]
+            bits = placement.workers.exchange(hashlib.sha256(found).hexdigest())
+            assert len(set(bits)) == 1, "all workers have the same bits"
+
+
+def large(over: str, num_bytes: str) -> None:
+    """More elements than 32 bits count, in place, and the same bits everywhere."""
+    with make(1) as strategy:
+        size = int(num_bytes)
+        own = np.full(size, rank() + 1, np.uint8)
+        own[-1] = 7 * rank()
+
+        def step():
+            dv.get_replica_context().all_reduce("sum", own, out=own)
+
+        strategy.run(step)
+        count = strategy.num_replicas_in_sync
+        assert own[:-1].min() == own[:-1].max() == sum(range(1, count + 1))
+        assert own[-1] == 7 * sum(range(count))
+
+
+def strategy_laws(num_local: str, over: str) -> None:
+    count = dv.cluster.default_resolver().num_workers * int(num_local)
+    check_strategy(lambda _: make(int(num_local)), replicas=[count])
+
+
+def train(num_local: str, over: str, path: str) -> None:
+    """Train on uneven data, and let the first worker save the weights and what was seen."""
+    with make(int(num_local)) as strategy:
+        weights, seen = trained(strategy)
+        if rank() == 0:
+            np.savez(path, seen=seen, **weights)
+
+
+def trained(strategy: dv.Strategy):
+    """Return the weights after some epochs, and the elements in the order they came."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((53, 6))
+    targets = np.tanh(inputs @ rng.standard_normal((6, 2)))
+    data = dv.Dataset.from_arrays((np.arange(53), inputs, targets)).shuffle(seed=1).batch(10)
+    with strategy.scope():
+        weight = dv.Variable(rng.standard_normal((6, 2)) + rank())  # all start with worker 0's
+        bias = dv.Variable(np.zeros(2))
+        loss = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
+        adam = dv.optimizers.Adam(0.05)
+
+    def step(batch):
+        numbers, x, y = batch
+        here = dv.get_replica_context()
+        error = np.tanh(x @ weight + bias) - y
+        slope = 2 * error * (1 - np.tanh(x @ weight + bias) ** 2)
+        share = max(1, len(x))
+        gradients = {"weight": x.T @ slope / share, "bias": slope.sum(0) / share}
+        mean = here.all_reduce("mean", gradients, weight=len(x))
+        adam.apply_gradients([(mean["weight"], weight), (mean["bias"], bias)])
+        loss.assign_add(float((error**2).sum()))
+        return numbers
+
+    seen = []
+    distributed = strategy.distribute_dataset(data)
+    for _ in range(3):
+        for batch in distributed:
+            seen += strategy.gather(strategy.run(step, (batch,))).tolist()
+    return {"weight": weight.numpy(), "bias": bias.numpy(), "loss": loss.numpy()}, seen
+
+
+def variables(num_local: str, over: str) -> None:
+    """Writes of every kind leave all workers alike, and follow replica 0 where it decides."""
+    with make(int(num_local)) as strategy:
+        count, mine = strategy.num_replicas_in_sync, float(rank())
+        with strategy.scope():
+            first = dv.Variable(10.0 + mine, aggregation="only_first_replica")
+            table = dv.Variable(np.zeros(count), aggregation="sum")
+            mean = dv.Variable(np.zeros(count), aggregation="mean")
+            total = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
+            own = dv.Variable(0.0, synchronization="none")
+        assert float(first) == 10.0, "the initial value is the chief's"
+        first.assign(20.0 + mine)
+        assert float(first) == 20.0, "a write across replicas is the chief's"
+
+        def write():
+            here = dv.get_replica_context().replica_id_in_sync_group
+            first.assign(float(here))
+            updates = np.full(here + 1, 1.0)  # replica r adds r + 1 times to row r
+            table.scatter_add([here] * (here + 1), updates)
+            mean.scatter_add([here] * (here + 1), updates)
+            own.assign(float(here))
+
+        strategy.run(write)
+        assert float(first) == 0.0, "ONLY_FIRST_REPLICA is global replica 0"
+        np.testing.assert_array_equal(table, np.arange(1.0, count + 1))
+        np.testing.assert_allclose(mean, np.arange(1.0, count + 1) / count)
+        total.assign(6.0)
+        assert float(total) == 6.0, "ON_READ, SUM: the copies of all workers hold the total"
+        np.testing.assert_allclose([float(v) for v in total.values], 6.0 / count)
+        own.assign(5.0 + mine)
+        assert {float(v) for v in own.values} == {5.0}, "NONE: every copy gets the chief's value"
+        if len(strategy.worker_devices) < count:
+            outside = (own.first_replica + len(strategy.worker_devices)) % count
+            with pytest.raises(IndexError, match=f"replica {outside} is one of worker"):
+                own.on(outside)
+        together = strategy.gather(strategy.run(lambda: np.asarray(table.read_value())))
+        assert (together.reshape(count, -1) == np.asarray(table)).all(), "all copies are equal"
+
+
+def drift(over: str) -> None:
+    """In debug mode a worker whose variable drifts apart is told of, on all."""
+    with dv.debug(), make(1) as strategy:
+        with strategy.scope():
+            weight = dv.Variable(np.zeros(3), name="weight")
+        strategy.run(lambda: None)
+        strategy.update(weight, lambda copy: _add_apart(copy, rank() + 1.0))
+        with pytest.raises(dv.errors.DriftError, match=r"worker 1 holds .* \['weight'\]"):
+            strategy.run(lambda: None)
+
+
+def _add_apart(copy, value: float) -> None:
+    copy.assign_add(np.full(3, value))
+
+
+def endure(over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str) -> None:
+    """Go on until the victim comes to harm, and write what that was to this worker."""
+    rng = np.random.default_rng(int(seed))  # the same on all
+    step_of_harm, seconds = int(rng.integers(1, 60)), float(rng.uniform(0.0, 0.4))
+    sizes = rng.choice([1, 100, 10_000, 300_000], 1000)
+    is_victim = rank() == int(victim)
+    with make(1, float(timeout_seconds)) as strategy:
+        with strategy.scope():
+            total = dv.Variable(0.0, aggregation="sum")
+
+        def step(number):
+            here = dv.get_replica_context()
+            if is_victim and number == step_of_harm and harm == "raise":
+                raise RuntimeError("of the victim")
+            if is_victim and number == step_of_harm and harm == "mismatch":
+                here.all_gather(np.ones(3))
+            pending = here.all_reduce_async("max", np.full(5, 1.0))
+            here.all_reduce("sum", np.ones(sizes[number], np.float32))
+            total.assign_add(1.0)
+            return pending.wait()
+
+        strategy.run(step, (0,))
+        if is_victim and harm in ("kill", "stop"):
+            number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[harm]
+            threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+        try:
+            for number in itertools.count(1):
+                if is_victim and number == step_of_harm and harm == "exit":
+                    return
+                strategy.gather(strategy.run(step, (number % len(sizes),)))
+        except Exception as error:
+            who = "victim" if is_victim else "survivor"
+            pathlib.Path(folder, f"{who}_{rank()}").write_text(f"{type(error).__name__}: {error}")
+            raise
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    print(f"done: {rank()}", flush=True)

@@ -1,0 +1,244 @@
+"""The door of the CUDA kernels over buffers that lie on several devices, as a stand-in says."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+    pytest.skip("runs in the CUDA simulator: NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
+
+from concurrency import concurrent
+from numba import cuda
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+from simulated_peers import Simulated
+
+from dvkernels.devices import driver, gpu_arrays
+from dvkernels.errors import BufferMismatchError, CollectiveTimeoutError, DeviceError
+from dvkernels.kernels import cuda as kernels
+from dvkernels.kernels.cuda import between, peers
+
+pytestmark = pytest.mark.cuda
+
+
+class Machine:
+    """Several devices, where arrays lie as ``put`` says; ``reaches`` are the pairs that do not."""
+
+    def __init__(self, monkeypatch):
+        self.captured = ()
+        self.placed, self.apart, self.waited, self.kept = {}, set(), [], []
+        self.is_open = lambda address: True
+        self.peers = Simulated()
+        self.streams = {}
+        monkeypatch.setattr(between, "_groups", {})
+        monkeypatch.setattr(driver, "find", lambda: self)
+        monkeypatch.setattr(peers, "Peers", lambda found: self.peers)
+        self._place = gpu_arrays.place
+        monkeypatch.setattr(gpu_arrays, "place", self.place)
+
+    def open_peer(self, device, peer):
+        return (device, peer) not in self.apart
+
+    def wait(self, device, waiting, awaited):
+        self.waited.append((device, waiting, awaited))
+
+    def is_capturing(self, device, stream):
+        return stream in self.captured
+
+    def record(self, device, stream):
+        return (device, stream)
+
+    def await_event(self, device, stream, event):
+        self.waited.append((device, stream, *event))
+
+    def destroy(self, event):
+        pass
+
+    def put(self, array, device, stream=None):
+        buffer = FakeCUDAArray(array)
+        self.kept.append(buffer)
+        self.placed[id(buffer)] = (device, stream)
+        return buffer
+
+    def place(self, verb, buffers, name="replica"):
+        found = self._place(verb, buffers, name)
+        return [
+            one._replace(device=device, stream=stream)
+            for one, buffer in zip(found, buffers, strict=True)
+            for device, stream in [self.placed.get(id(buffer), (0, 0))]
+        ]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(monkeypatch)
+
+
+def some(count, shape, dtype="f4"):
+    rng = np.random.default_rng(count)
+    return [rng.integers(-40, 40, shape).astype(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("verb", ["direct_all_reduce", "ring_all_reduce"])
+@pytest.mark.parametrize("apart", [(), ((0, 1), (2, 0))], ids=["peers", "strangers"])
+def test_buffers_on_three_devices(machine, verb, apart):
+    machine.apart = {*apart}
+    arrays = some(3, (5, 40))
+    right = np.sum(arrays, axis=0)
+    with concurrent(seed=3):
+        buffers = [machine.put(array, rank, cuda.stream()) for rank, array in enumerate(arrays)]
+        results = getattr(kernels, verb)(buffers)
+    assert all(one is other for one, other in zip(results, buffers, strict=True))
+    assert all(np.array_equal(array, right) for array in arrays)
+    waits = machine.peers.records == 0
+    assert waits == (not apart)
+
+
+def test_out_and_its_streams(machine):
+    arrays = some(2, 77, "f8")
+    before = [array.copy() for array in arrays]
+    outs = [np.zeros(77) for _ in arrays]
+    with concurrent():
+        streams = [cuda.stream() for _ in range(4)]
+        buffers = [machine.put(array, k, streams[k]) for k, array in enumerate(arrays)]
+        places = [machine.put(out, k, streams[2 + k]) for k, out in enumerate(outs)]
+        kernels.all_reduce(buffers, "mean", out=places)
+    assert all(np.array_equal(out, np.mean(before, axis=0)) for out in outs)
+    assert all(np.array_equal(now, then) for now, then in zip(arrays, before, strict=True))
+    to_and_fro = [(k, streams[k], streams[2 + k]) for k in range(2)]
+    assert machine.waited == [*to_and_fro, *((k, b, a) for k, a, b in to_and_fro)]
+
+
+@pytest.mark.parametrize("dtype", ["i2", "f2", "c8"])
+def test_buffers_that_are_not_dense_and_two_on_one_device(machine, dtype):
+    rooms = [np.zeros((12, 2), dtype) for _ in range(3)]
+    arrays = [room[::2, 1] for room in rooms]
+    for array, values in zip(arrays, some(3, 6, dtype), strict=True):
+        array[:] = values
+    right = np.sum(arrays, axis=0).astype(dtype)
+    buffers = [
+        machine.put(array, device, 0) for array, device in zip(arrays, (0, 1, 0), strict=True)
+    ]
+    kernels.all_reduce(buffers)
+    assert all(np.array_equal(array, right) for array in arrays)
+    assert all(not room[:, 0].any() and not room[1::2].any() for room in rooms)
+
+
+def test_the_first_device_does_other_verbs_for_all_and_streams_wait_both_ways(machine):
+    arrays = some(3, 12)
+    buffers = [machine.put(array, rank, 10 + rank) for rank, array in enumerate(arrays)]
+    out = np.zeros(12, "f4")
+    kernels.reduce(buffers, "max", out=machine.put(out, 0, 10))
+    assert np.array_equal(out, np.max(arrays, axis=0))
+    before = [(0, 10, rank, 10 + rank) for rank in (1, 2)]
+    assert machine.waited == [
+        *before,
+        *((*there, *home) for *home, a, b in before for there in [(a, b)]),
+    ]
+    outs = [np.zeros(36, "f4") for _ in arrays]
+    kernels.all_gather(buffers, out=[machine.put(one, k, 10 + k) for k, one in enumerate(outs)])
+    assert all(np.array_equal(one, np.concatenate(arrays)) for one in outs)
+    kernels.broadcast(buffers, root=2)
+    assert all(np.array_equal(array, arrays[2]) for array in arrays)
+    kernels.all_reduce_many([buffers])
+    assert all(np.array_equal(array, 3 * outs[0][24:]) for array in arrays)
+
+
+def test_a_graph_takes_in_all_streams_and_holds_no_flags_and_no_slots(machine):
+    arrays = some(3, 12)
+    right = np.sum(arrays, axis=0)
+    machine.captured = (11,)
+    kernels.all_reduce([machine.put(array, rank, 10 + rank) for rank, array in enumerate(arrays)])
+    assert all(np.array_equal(array, right) for array in arrays)
+    assert machine.peers.records > 0  # by launches
+    assert machine.waited == [(k, 10 + k, 1, 11) for k in (0, 2)] + [
+        (1, 11, k, 10 + k) for k in (0, 2)
+    ]
+    machine.apart = {(0, 1)}
+    between._groups.clear()
+    with pytest.raises(DeviceError, match="CUDA graph"):
+        kernels.all_reduce([machine.put(a, rank, 10 + rank) for rank, a in enumerate(arrays)])
+
+
+def test_a_failure_stays_until_recover(machine):
+    arrays = some(2, 30)
+    right = np.sum(arrays, axis=0)
+    machine.peers = Simulated(absent=[1])
+    with concurrent():
+        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        kernels.all_reduce(buffers)
+        kernels.abort()
+    with pytest.raises(CollectiveTimeoutError, match="was aborted"):
+        kernels.all_reduce(buffers)
+    machine.peers._absent = ()
+    kernels.recover()
+    for array, fresh in zip(arrays, some(2, 30), strict=True):
+        array[:] = fresh
+    with concurrent():
+        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+    assert all(np.array_equal(array, right) for array in arrays)
+
+
+def test_a_launch_that_fails_frees_those_before_it(machine):
+    arrays = some(2, 30)
+    launch = machine.peers.launch
+
+    def failing(device, *rest):
+        if device == 1:
+            raise DeviceError("cuLaunchKernel failed")
+        launch(device, *rest)
+
+    machine.peers.launch = failing
+    with concurrent(), pytest.raises(DeviceError, match="cuLaunchKernel"):
+        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+    with pytest.raises(CollectiveTimeoutError):
+        kernels.all_reduce([machine.put(a, k, 0) for k, a in enumerate(arrays)])
+
+
+def test_memory_of_a_closed_pool_is_not_touched_by_peers(machine):
+    arrays = some(2, 5000)
+    right = np.sum(arrays, axis=0)
+    machine.is_open = lambda address: False
+    with concurrent():
+        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+    assert all(np.array_equal(array, right) for array in arrays)
+
+
+def test_new_results_lie_beside_their_buffers(machine):
+    arrays = some(2, 10)
+    buffers = [machine.put(array, 0, 0) for array in arrays]
+    machine.placed[id(buffers[1])] = (1, 0)
+    made = []
+    empty = SimpleNamespace(
+        empty=lambda device, *_: made.append(device) or FakeCUDAArray(np.zeros(10, "f4"))
+    )
+    machine.apart = {(0, 1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvkernels.devices.cuda.arrays", lambda: empty)
+        results = kernels.all_reduce_new(buffers, "sum", "auto")
+    assert made == [0, 1]
+    assert all(np.array_equal(result._ary, sum(arrays)) for result in results)
+
+
+def test_bad_input_touches_nothing(machine):
+    arrays = some(2, 10)
+    before = [array.copy() for array in arrays]
+    buffers = [machine.put(array, k, 0) for k, array in enumerate(arrays)]
+    outs = [machine.put(np.zeros(10, "f4"), 0, 0) for _ in range(2)]
+    with pytest.raises(DeviceError, match="replica 1 is on cuda:1, out 1 on cuda:0"):
+        kernels.all_reduce(buffers, out=outs)
+    with pytest.raises(BufferMismatchError, match="replica 1 holds"):
+        kernels.all_reduce([buffers[0], machine.put(np.zeros(9, "f4"), 1, 0)])
+    machine.apart = {(0, 1)}
+    with pytest.raises(
+        DeviceError, match="cuda:0 reads and writes for all, and does not reach cuda:1"
+    ):
+        kernels.reduce(buffers)
+    machine.apart, machine.is_open = set(), lambda address: False
+    with pytest.raises(DeviceError, match="pool"):
+        kernels.broadcast(buffers)
+    assert all(np.array_equal(now, then) for now, then in zip(arrays, before, strict=True))
+    assert not machine.peers.launched

@@ -1,0 +1,201 @@
+"""The waiting kernels in the simulator, where all blocks of all ranks run at the same time."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+    pytest.skip("runs in the CUDA simulator: NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
+
+import ml_dtypes
+from concurrency import concurrent
+from numba import cuda
+from simulated_peers import Simulated
+
+from dvkernels.errors import CollectiveTimeoutError
+from dvkernels.kernels import cpu
+from dvkernels.kernels.cuda import team as teams
+from dvkernels.kernels.cuda.team import Job, Team
+from dvkernels.reduce_op import ReduceOp
+from dvkernels.schedules import waiting
+from dvkernels.schedules.routes import Route
+
+pytestmark = pytest.mark.cuda
+PROTOCOLS = waiting.PROTOCOLS
+
+
+def job(inputs, outputs, op, streams):
+    first = inputs[0]
+    addresses = [[array.ctypes.data for array in arrays] for arrays in (inputs, outputs)]
+    return Job(*addresses, first.size, first.dtype, ReduceOp(op), streams)
+
+
+def some(num_ranks, length, dtype="f4", seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(-40, 40, length).astype(dtype) for _ in range(num_ranks)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Let a few hundred elements make several blocks, and several calls of a slot's size."""
+    monkeypatch.setattr(teams, "_BLOCK_NBYTES", 256)
+    monkeypatch.setattr(teams, "MOST_BLOCKS", 4)
+    monkeypatch.setattr(teams, "_SLOT_NBYTES", 1024)
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waiting", "by launches"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_calls_in_a_row_give_the_sums(name, num_ranks, waits):
+    route = Route(PROTOCOLS[name], tuple(range(num_ranks)), waits)
+    lengths = (1200, 0, 5, 701, 300, 301)
+    calls = [some(num_ranks, length, seed=seed) for seed, length in enumerate(lengths)]
+    expected = [np.sum(call, axis=0) for call in calls]
+    driver = Simulated()
+    with concurrent(seed=num_ranks):
+        team = Team(range(num_ranks), driver, timeout_seconds=5)
+        streams = [cuda.stream() for _ in range(num_ranks)]
+        for call in calls:
+            team.all_reduce(job(call, call, "sum", streams), route)
+    team.check()
+    for call, right in zip(calls, expected, strict=True):
+        assert all(np.array_equal(array, right) for array in call)
+    assert driver.records == 0 or not waits
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_protocols_mix_and_streams_change(seed):
+    rng = np.random.default_rng(seed)
+    names, num_ranks = [*PROTOCOLS], 3
+    calls = [some(num_ranks, int(rng.integers(0, 900)), seed=k) for k in range(8)]
+    before = [[array.copy() for array in call] for call in calls]
+    outs = [[np.empty_like(array) for array in call] for call in calls]
+    with concurrent(seed=seed):
+        team = Team(range(num_ranks), Simulated(), timeout_seconds=5)
+        streams = [[cuda.stream() for _ in range(num_ranks)] for _ in range(2)]
+        for number, (call, out) in enumerate(zip(calls, outs, strict=True)):
+            order = tuple(int(rank) for rank in rng.permutation(num_ranks))
+            route = Route(PROTOCOLS[names[rng.integers(5)]], order, bool(rng.integers(3)))
+            team.all_reduce(job(call, out, "sum", streams[number % 3 == 0]), route)
+    for call, kept, out in zip(calls, before, outs, strict=True):
+        assert all(np.array_equal(now, then) for now, then in zip(call, kept, strict=True))
+        assert all(np.array_equal(array, np.sum(kept, axis=0)) for array in out)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        ("mean", "f4"),
+        ("mean", ml_dtypes.bfloat16),
+        ("sum", "f2"),
+        ("sum", "c8"),
+        ("prod", "c8"),
+        ("max", "f8"),
+        ("sum", "u1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["one_shot", "two_shot", "chain", "staged"])
+def test_bits_are_those_of_the_cpu(name, op, dtype):
+    num_ranks = 3
+    rng = np.random.default_rng(7)
+    buffers = [(rng.standard_normal(333) * 9).astype(dtype) for _ in range(num_ranks)]
+    if op == "max":
+        buffers[1][5] = np.nan
+    expected = cpu.reduce(buffers, op)
+    route = Route(PROTOCOLS[name], tuple(range(num_ranks)), waits=True)
+    with concurrent():
+        streams = [cuda.stream() for _ in range(num_ranks)]
+        team = Team(range(num_ranks), Simulated(), timeout_seconds=5)
+        team.all_reduce(job(buffers, buffers, op, streams), route)
+    team.check()
+    assert len({array.tobytes() for array in buffers}) == 1
+    if name != "chain":  # its additions begin at another rank for each part
+        assert buffers[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (4, 4), (8, 4), (12, 0)])
+def test_any_alignment_and_nothing_outside(offsets):
+    rooms = [np.full(120, 7, "f4") for _ in offsets]
+    starts = [
+        (-room.ctypes.data % 16 + 16 + offset) // 4
+        for room, offset in zip(rooms, offsets, strict=True)
+    ]
+    buffers = [room[start : start + 75] for room, start in zip(rooms, starts, strict=True)]
+    for rank, buffer in enumerate(buffers):
+        buffer[:] = rank + 1
+    with concurrent():
+        team = Team((0, 1), Simulated(), timeout_seconds=5)
+        streams = [cuda.stream() for _ in offsets]
+        for name in ("two_shot", "one_shot", "ring"):
+            route = Route(PROTOCOLS[name], (0, 1), waits=True)
+            team.all_reduce(job(buffers, buffers, "max", streams), route)
+    for room, start in zip(rooms, starts, strict=True):
+        inside = slice(start, start + 75)
+        assert (room[inside] == 2).all()
+        assert (np.delete(room, np.r_[inside]) == 7).all()
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_rank_that_never_comes_is_named_and_all_others_leave(name):
+    buffers = some(3, 200)
+    driver = Simulated(absent=[1])
+    route = Route(PROTOCOLS[name], (0, 1, 2), waits=True)
+    begun = time.monotonic()
+    with concurrent():
+        team = Team((0, 1, 2), driver, timeout_seconds=1.0)
+        streams = [cuda.stream() for _ in range(3)]
+        team.all_reduce(job(buffers, buffers, "sum", streams), route)
+    assert time.monotonic() - begun < 20
+    with pytest.raises(
+        CollectiveTimeoutError, match=r"rank 1 \(cuda:1\) did not come within 1.0 s"
+    ):
+        team.check()
+    num_launched = len(driver.launched)
+    with pytest.raises(CollectiveTimeoutError):
+        team.all_reduce(job(buffers, buffers, "sum", streams), route)
+    assert len(driver.launched) == num_launched
+    # All that failed is forgotten, whatever the flags hold by now.
+    driver._absent = ()
+    team.recover()
+    buffers = some(3, 200)
+    right = np.sum(buffers, axis=0)
+    with concurrent(seed=1):
+        team.all_reduce(job(buffers, buffers, "sum", streams), route)
+    team.check()
+    assert all(np.array_equal(array, right) for array in buffers)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_an_abort_ends_all_waiting_long_before_the_deadline(name):
+    buffers = some(2, 200)
+    route = Route(PROTOCOLS[name], (0, 1), waits=True)
+    begun = time.monotonic()
+    with concurrent():
+        team = Team((0, 1), Simulated(absent=[0]), timeout_seconds=1000)
+        streams = [cuda.stream() for _ in range(2)]
+        for _ in range(3):
+            team.all_reduce(job(buffers, buffers, "sum", streams), route)
+        time.sleep(0.1)
+        team.abort()
+    assert time.monotonic() - begun < 20
+    with pytest.raises(CollectiveTimeoutError, match="was aborted"):
+        team.check()
+
+
+def test_everything_is_loaded_everywhere_before_the_first_launch():
+    driver = Simulated()
+    buffers = some(3, 50)
+    launched_at_load = []
+    load = driver.load
+    driver.load = lambda *args: (launched_at_load.append(len(driver.launched)), load(*args))
+    with concurrent():
+        team = Team((0, 1, 2), driver)
+        streams = [cuda.stream() for _ in range(3)]
+        route = Route(PROTOCOLS["ring"], (0, 1, 2), waits=True)
+        team.all_reduce(job(buffers, buffers, "sum", streams), route)
+    assert launched_at_load == [0, 0, 0]
+    assert driver.launched == [0, 1, 2]

@@ -1,0 +1,158 @@
+"""Workers keep the laws, agree on what they do, and never wait without end."""
+
+from __future__ import annotations
+
+import time
+
+import numba
+import numpy as np
+import pytest
+from threads_as_workers import Together, at_once, transports
+
+from dvkernels.communicators.base import Workers
+from dvkernels.communicators.room import PLACE_NBYTES
+from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.custom_reduction import CustomReduction
+from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, WorkerLostError
+from dvkernels.reduce_op import ReduceOp
+from dvkernels.testing import check_communicator
+
+
+def groups(size, timeout_seconds=20.0):
+    return [WorkerGroup(transport) for transport in transports(size, timeout_seconds)]
+
+
+def sums(workers, value=1.0):
+    return at_once(*(lambda w=w: w.reduce([np.full(3, value)], ReduceOp.SUM) for w in workers))
+
+
+def test_shared_memory_keeps_the_laws():
+    check_communicator(Together, sizes=(1, 2, 3))
+
+
+@pytest.mark.parametrize("extra", [-8, 0, 8, PLACE_NBYTES + 24])
+def test_arrays_of_several_pieces(extra):
+    values = [np.arange((PLACE_NBYTES + extra) // 8) * (k + 1.0) for k in range(3)]
+    together = Together(3)
+    for found in together.all_reduce(values, ReduceOp.SUM):
+        np.testing.assert_array_equal(found, sum(values))
+    uneven = [value[: 1 + 5 * k * k * 100] for k, value in enumerate(values)]
+    for found in together.all_gather(uneven, 0):
+        np.testing.assert_array_equal(found, np.concatenate(uneven))
+    for found in together.broadcast(values, 1):
+        np.testing.assert_array_equal(found, values[1])
+
+
+def test_rows_without_content_are_counted():
+    found = Together(2).all_gather([np.empty((2, 0)), np.empty((3, 0))], 0)
+    assert [one.shape for one in found] == [(5, 0), (5, 0)]
+
+
+def test_custom_reductions_take_workers_in_order():
+    first = CustomReduction(numba.njit(lambda a, b: a * 10 + b), 0, "digits")
+    values = [np.full(2, k + 1) for k in range(3)]
+    for found in Together(3).all_reduce(values, first):
+        assert found.tolist() == [123, 123]
+
+
+def test_words():
+    workers = groups(3)
+    assert all(isinstance(worker, Workers) for worker in workers)
+    found = at_once(*(lambda w=w: w.exchange({"rank": w.rank}) for w in workers))
+    assert found == [[{"rank": 0}, {"rank": 1}, {"rank": 2}]] * 3
+    at_once(*(worker.meet for worker in workers))
+
+
+def test_workers_that_disagree_are_told_who_did_what_and_go_on():
+    workers = groups(3)
+    ones = np.ones(3)
+    for _ in range(2):
+        found = at_once(
+            lambda: workers[0].reduce([ones], ReduceOp.SUM),
+            lambda: workers[1].reduce([ones], ReduceOp.MAX),
+            lambda: workers[2].all_gather([ones], 0),
+        )
+        for error in found:
+            assert isinstance(error, CollectiveMismatchError)
+            for said in ("worker 0 called all_reduce(sum, float64[3])",
+                         "worker 1 called all_reduce(max, float64[3])",
+                         "worker 2 called all_gather(axis 0, float64[any])",
+                         "test_workers.py"):  # fmt: skip
+                assert said in str(error)
+        np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_failure_reaches_those_that_wait_and_the_next_step_works(num_failures):
+    workers = groups(3)
+    beside = [worker.beside() for worker in workers]
+    sums(workers)
+    for _ in range(num_failures):
+        workers[1].announce(ZeroDivisionError("of worker 1"))
+        first, third = at_once(
+            lambda: workers[0].reduce([np.ones(3)], ReduceOp.SUM), workers[2].meet
+        )
+        for error in (first, third):
+            assert isinstance(error, CollectiveMismatchError)
+            assert "worker 1 raised ZeroDivisionError: of worker 1" in str(error)
+        workers[0].announce(first)  # which all know: nobody hears of it again
+        # Owed failures go out with the next call: here the second.
+    np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
+    np.testing.assert_array_equal(sums(beside, 2.0), np.full((3, 3), 6.0))
+    np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
+
+
+def test_all_that_fail_at_once_go_on_together():
+    workers = groups(3)
+    for worker in workers:
+        worker.announce(ValueError(f"of {worker.rank}"))
+    np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
+    np.testing.assert_array_equal(sums([w.beside() for w in workers]), np.full((3, 3), 3.0))
+
+
+def test_two_threads_of_each_worker_have_orders_of_their_own():
+    workers = groups(2)
+    beside = [worker.beside() for worker in workers]
+
+    def often(worker, value):
+        return [float(worker.reduce([np.array(value)], ReduceOp.SUM)) for _ in range(200)]
+
+    found = at_once(
+        *(lambda w=w: often(w, 1.0) for w in workers), *(lambda w=w: often(w, 2.0) for w in beside)
+    )
+    assert found == [[2.0] * 200] * 2 + [[4.0] * 200] * 2
+
+
+def test_a_deadline_names_the_absent():
+    workers = groups(3, timeout_seconds=0.5)
+    sums(workers)
+    began = time.monotonic()
+    first, third = at_once(workers[0].meet, workers[2].meet)
+    assert time.monotonic() - began < 5
+    late = at_once(workers[1].meet)[0]
+    for error in (first, third, late):
+        assert isinstance(error, CollectiveTimeoutError)
+        assert "in vain for workers [1] to call barrier()" in str(error)
+        assert "last seen in all_reduce(sum, float64[3])" in str(error)
+
+
+def test_a_worker_that_left_is_lost():
+    found = transports(2)
+    found[1].leave("ValueError: of its own")
+    (error,) = at_once(WorkerGroup(found[0]).meet)
+    assert isinstance(error, WorkerLostError)
+    assert "worker 1 is lost while barrier() waits for it: ValueError: of its own" in str(error)
+
+
+def test_an_interrupt_half_way_ends_the_group(monkeypatch):
+    workers = groups(2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers[0]._transport, "_round", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workers[0].meet()
+    (error,) = at_once(workers[1].meet)
+    assert isinstance(error, WorkerLostError)
+    assert "worker 0 left a collective half-way: KeyboardInterrupt" in str(error)

@@ -1,0 +1,153 @@
+"""What the driver is asked for between devices, by a library that writes it down."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from typing import Any
+
+import pytest
+
+from dvkernels.devices.driver import Driver
+from dvkernels.errors import DeviceError
+from dvkernels.kernels.cuda import peers
+
+
+class Library:
+    """A driver's library with three devices; ``codes`` are what functions return, if not 0."""
+
+    def __init__(self, **codes: int) -> None:
+        self.codes, self.asked, self.current = codes, [], 0
+        self.strangers: set[tuple[int, int]] = set()
+        self.taken: dict[int, Any] = {}
+        self.freed: list[int] = []
+        self.copied = b""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def function(*args: Any) -> int:
+            self.asked.append(name)
+            getattr(self, f"on_{name}", lambda *_: None)(*args)
+            return self.codes.get(name, 0)
+
+        return function
+
+    def on_cuDeviceGet(self, found: Any, device: int) -> None:
+        found._obj.value = device
+
+    def on_cuDeviceCanAccessPeer(self, found: Any, device: int, peer: int) -> None:
+        found._obj.value = (device, peer) not in self.strangers
+
+    def on_cuDevicePrimaryCtxRetain(self, found: Any, device: int) -> None:
+        found._obj.value = 100 + device
+
+    def on_cuCtxSetCurrent(self, context: Any) -> None:
+        self.current = getattr(context, "value", context) or 0
+
+    def on_cuCtxGetCurrent(self, found: Any) -> None:
+        found._obj.value = self.current or None
+
+    def on_cuCtxEnablePeerAccess(self, context: Any, flags: int) -> None:
+        self.opened = (self.current, context.value, flags)
+
+    def _take(self, found: Any, size: Any) -> None:
+        room = ctypes.create_string_buffer(size.value)
+        found._obj.value = ctypes.addressof(room)
+        self.taken[ctypes.addressof(room)] = room
+
+    def on_cuMemAlloc_v2(self, found: Any, size: Any) -> None:
+        self._take(found, size)
+
+    def on_cuMemHostAlloc(self, found: Any, size: Any, flags: int) -> None:
+        assert flags == 3
+        self._take(found, size)
+
+    def on_cuMemFree_v2(self, address: Any) -> None:
+        self.freed.append(address.value)
+
+    on_cuMemFreeHost = on_cuMemFree_v2
+
+    def on_cuMemcpyHtoDAsync_v2(self, to: Any, host: Any, size: Any, stream: Any) -> None:
+        self.copied = ctypes.string_at(host, size.value)
+
+    def on_cuEventCreate(self, found: Any, flags: int) -> None:
+        assert flags == 2
+        found._obj.value = 77
+
+
+@pytest.mark.parametrize(("code", "is_open"), [(0, True), (704, True), (711, False)])
+def test_a_pair_counts_only_if_it_can_be_opened(code: int, is_open: bool) -> None:
+    library = Library(cuCtxEnablePeerAccess=code)
+    library.strangers.add((0, 2))
+    library.current = 102  # whatever the thread used before is restored
+    driver = Driver(library)
+    assert driver.open_peer(0, 1) == is_open
+    assert library.opened == (100, 101, 0)
+    assert library.current == 102
+    assert not driver.open_peer(0, 2)
+    assert library.asked.count("cuCtxEnablePeerAccess") == 1
+    expected = [[True, is_open, False], [is_open, True, is_open], [is_open, is_open, True]]
+    assert peers.reach(driver, (0, 1, 2)) == expected
+
+
+def test_words_are_on_the_device_and_memory_is_given_back() -> None:
+    library = Library()
+    devices = peers.Peers(Driver(library))
+    held = devices.words(1, [1, -2])
+    address = held.address
+    assert library.copied == (1).to_bytes(8, "little") + (-2).to_bytes(8, "little", signed=True)
+    order = [name for name in library.asked if "Stream" in name or "Memcpy" in name]
+    assert order == [
+        "cuStreamCreate",
+        "cuMemcpyHtoDAsync_v2",
+        "cuStreamSynchronize",
+        "cuStreamDestroy_v2",
+    ]
+    assert library.freed == []
+    del held
+    gc.collect()
+    assert library.freed == [address]
+
+
+def test_pinned_words_are_zero_and_live_as_long_as_their_array() -> None:
+    library = Library()
+    words = peers.Peers(Driver(library)).pinned(5)
+    part = words[1:]
+    assert words.tolist() == [0] * 5
+    del words
+    gc.collect()
+    assert library.freed == []
+    del part
+    gc.collect()
+    assert library.freed == [*library.taken]
+
+
+def test_out_of_memory_is_said_and_leaks_nothing() -> None:
+    library = Library(cuMemcpyHtoDAsync_v2=2)
+    with pytest.raises(DeviceError, match="out of memory"):
+        peers.Peers(Driver(library)).words(0, [1])
+    gc.collect()
+    assert library.freed == [*library.taken]
+    assert library.asked.count("cuStreamDestroy_v2") == 1
+    with pytest.raises(DeviceError, match="out of memory"):
+        peers.Peers(Driver(Library(cuMemAlloc_v2=2))).empty(0, 8)
+
+
+def test_an_event_is_destroyed_when_nobody_holds_it() -> None:
+    library = Library()
+    devices = peers.Peers(Driver(library))
+    event = devices.record(0, 5)
+    devices.wait(1, 6, event)
+    assert "cuEventDestroy_v2" not in library.asked
+    del event
+    gc.collect()
+    assert library.asked.count("cuEventDestroy_v2") == 1
+    assert library.asked.index("cuEventRecord") < library.asked.index("cuStreamWaitEvent")
+
+
+def test_a_kernel_is_finished_loading_where_the_driver_can() -> None:
+    library = Library()
+    Driver(library).load(0, b"image", "name")
+    assert library.asked.index("cuModuleGetFunction") < library.asked.index("cuFuncLoad")
