@@ -10,6 +10,7 @@ import pytest
 
 import dvkernels as dv
 from dvkernels import errors
+from dvkernels.benchmarks import gpu
 from dvkernels.cli.main import main
 from dvkernels.devices import memory
 
@@ -209,7 +210,7 @@ def test_training_on_gpus_gives_what_training_on_one_gives(capsys):
         "--epochs",
         "1",
         "--hidden",
-        "8",
+        "16",
         "--json",
     ]
     assert main(arguments) == 0
@@ -217,3 +218,19 @@ def test_training_on_gpus_gives_what_training_on_one_gives(capsys):
     assert report["num_replicas"] == 2
     assert report["relative_difference_to_one_device"] < 1e-5
     assert report["test_accuracy"] > 0.3
+
+
+def test_the_measurement_of_a_gpu_is_written_down(tmp_path, capsys):
+    assert main(["bench", "--device", "cuda", "--report", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "simulator" in report["about"]["Machine"]
+    graph = next(one for one in report["figures"] if "graph" in one["name"])
+    assert graph["seconds"] is None
+    assert "not measured" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_reported(monkeypatch):
+    monkeypatch.setattr(gpu.kernels, "all_reduce", lambda *_: None)
+    with pytest.raises(errors.DeviceError, match="nothing is reported"):
+        gpu.measure(plan=gpu.Plan(nbytes=64, small_nbytes=16, rounds=1, calls=1, small_calls=1))
