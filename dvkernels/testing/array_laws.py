@@ -16,7 +16,7 @@ _SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (7, 3), (4099,))
 
 
 def check_arrays(arrays: Arrays, device: int = 0) -> None:
-    """Assert the laws of ``empty``, ``copy``, ``stream`` and ``event``.
+    """Assert the laws of ``empty``, ``copy``, ``stream``, ``event``, and what strategies need.
 
     Parameters
     ----------
@@ -34,13 +34,16 @@ def check_arrays(arrays: Arrays, device: int = 0) -> None:
     -----
     A new array has the shape and dtype that were asked for and memory of its own. What is copied
     there and back is the same, bit by bit, also from device to device and on a stream whose work
-    has been waited for. What is copied after an event has been awaited comes after it.
+    has been waited for. What is copied after an event has been awaited comes after it. Arrays know
+    their device, and their views share memory; a device and a stream are current as long as asked
+    for; arrays are overwritten on a stream; page-locked memory is read by copies.
     """
     for dtype in map(np.dtype, (*_DTYPES, ml_dtypes.bfloat16)):
         for shape in _SHAPES:
             _check_round_trip(arrays, device, shape, dtype)
     _check_streams(arrays, device)
     _check_own_memory(arrays, device)
+    _check_what_strategies_need(arrays, device)
 
 
 def _check_round_trip(
@@ -85,3 +88,22 @@ def _check_own_memory(arrays: Arrays, device: int) -> None:
         received = np.empty(33, "i4")
         arrays.copy(received, array)
         assert (received == number).all(), "two new arrays share memory"
+
+
+def _check_what_strategies_need(arrays: Arrays, device: int) -> None:
+    made = [arrays.empty(device, (5,), np.dtype("f8")) for _ in range(3)]
+    host = arrays.pinned(40).view(np.float64)
+    host[:] = np.arange(5.0)
+    arrays.copy(made[0], host)
+    stream, before = arrays.stream(device, joins_default=True), arrays.current(device).ptr
+    with arrays.at(device, stream):
+        assert arrays.current(device).ptr == stream.ptr, "at: another stream is current"
+        arrays.overwrite(device, stream.ptr, made[1:], [made[0], made[0]])
+        shown = [arrays.to_host(arrays.read_only(array)) for array in made]
+    assert arrays.current(device).ptr == before, "at: the stream stayed current"
+    for array, content in zip(made, shown, strict=True):
+        assert arrays.device_of(array) == device, "device_of"
+        assert arrays.is_writable(array), "a new array cannot be written to"
+        assert content.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0], "overwrite, read_only or to_host"
+    shown[0][:] = 7.0
+    assert arrays.to_host(made[0])[1] == 1.0, "to_host gave no copy"
