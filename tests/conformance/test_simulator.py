@@ -1,4 +1,4 @@
-"""The tests of the CPU's kernels, over arrays of Numba's simulator, in processes of their own.
+"""What runs in Numba's simulator, in processes of their own: the CPU's bodies, and some more.
 
 Numba chooses the simulator when it is imported.
 """
@@ -20,12 +20,15 @@ BODIES = [
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",
     "tests/simulator/test_one_gpu.py",
+    "tests/simulator/test_between.py",
+    "tests/simulator/test_concurrency.py",
+    "tests/simulator/test_waiting_kernels_simulated.py",
 ]
 
 
 @pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="it is the simulator")
 @pytest.mark.parametrize("body", BODIES)
-def test_the_bodies_of_the_cpu_pass_in_the_simulator(body: str) -> None:
+def test_the_bodies_pass_in_the_simulator(body: str) -> None:
     child = subprocess.run(
         [sys.executable, "-m", "pytest", body, "-p", "no:cacheprovider"],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "DVKERNELS_TEST_KIND": "simulator"},

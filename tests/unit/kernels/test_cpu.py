@@ -216,7 +216,7 @@ def test_an_interrupt_right_behind_the_compiled_code_waits_for_the_helpers(monke
     real, held = pool._execute, []
     for group in ([np.ones(1 << 21, "f4") for _ in range(2)],
                   [np.ones((1 << 20, 3), "f4")[:, ::2] for _ in range(2)]):  # fmt: skip
-        kernels.all_reduce(group, "max")
+        kernels.all_reduce(group)  # what is compiled is compiled now
         monkeypatch.setattr(pool, "_execute", interrupted)
         for _ in range(20):
             for buffer in group:
@@ -234,7 +234,7 @@ def test_an_interrupt_leaves_all_or_nothing() -> None:
     buffers = [np.ones(1 << 23, "f4") for _ in range(2)]
     staged = [np.ones((1 << 22, 2), "f4")[:, 0] for _ in range(2)]
     for group in (buffers, staged):
-        kernels.all_reduce(group, "max")
+        kernels.all_reduce(group)  # what is compiled is compiled now
         num_interrupted = 0
         for attempt in range(12):
             for buffer in group:
