@@ -21,8 +21,11 @@ def cpus(count):
         lambda n: dv.MirroredStrategy(cpus(n), cross_device_ops="ring"),
         lambda n: dv.MirroredStrategy(cpus(n), bytes_per_bucket=64),
         lambda n: dv.CentralStorageStrategy(cpus(n)),
+        lambda n: dv.MultiWorkerMirroredStrategy(
+            dv.cluster.SimpleClusterResolver({}), devices=cpus(n)
+        ),
     ],
-    ids=["mirrored", "ring", "buckets", "central storage"],
+    ids=["mirrored", "ring", "buckets", "central storage", "one worker"],
 )
 def test_of_several_replicas(make):
     check_strategy(make, replicas=(1, 2, 3))
