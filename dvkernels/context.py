@@ -19,7 +19,7 @@ from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.communicators.single import Single
-from dvkernels.devices import foreign
+from dvkernels.devices import foreign, memory
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
@@ -264,14 +264,13 @@ class ReplicaContext:
                 into = None if targets is None else [payload[1][k] for payload in payloads]
                 if shared:
                     one = communicator.reduce(column, kernel_op)
-                    one = one.astype(dtypes[k], copy=False)
-                    one.flags.writeable = False
+                    one = memory.holding(one).read_only(one.astype(dtypes[k], copy=False))
                     reduced.append([one] * len(payloads))
                 elif column[0].dtype == dtypes[k]:
                     reduced.append(communicator.all_reduce(column, kernel_op, into))
                 else:  # weighed halves
                     mean = communicator.reduce(column, kernel_op).astype(dtypes[k])
-                    reduced.append(_one_for_each(mean, into, len(payloads)))
+                    reduced.append(_one_for_each(mean, into, column))
             return _per_replica_rows(reduced, len(payloads))
 
         terms = (
@@ -284,7 +283,11 @@ class ReplicaContext:
         )
         payload = (brought.held, targets, weight)
         result = self._step.meet(self._rank, Request("all_reduce", terms, payload, act))
-        return out if out is not None else brought.nest(result)
+        if out is None:
+            return brought.nest(result)
+        if targets is not None and brought.leaves is not None:
+            brought.nest(targets)  # the streams of their libraries wait for the results
+        return out
 
     def all_reduce_async(self, op: Reduction | str, value: Any) -> Handle:
         """Start an :meth:`all_reduce` and go on: it is carried out in the background.
@@ -486,7 +489,8 @@ class ReplicaContext:
         return brought, reduction
 
     def _arrays(self, verb: str, value: Any, *, counts: bool = True) -> Arrays:
-        brought = arrays_of(value, verb, self._replica_id, self._rank)
+        seen = self._placement.memory
+        brought = arrays_of(value, verb, self._replica_id, self._rank, seen)
         if debugging.active is not None and counts:
             debugging.check_finite(verb, brought.held)
         return brought
@@ -508,12 +512,14 @@ class ReplicaContext:
                     f"all_reduce: out must hold arrays, replica {self._replica_id} passed a "
                     f"{type(leaf).__name__}"
                 )
-            leaf = foreign.view("all_reduce", leaf, f"out of replica {self._replica_id}")
-        if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not leaf.flags.writeable:
+            who = f"out of replica {self._replica_id}"
+            leaf = self._placement.memory.view("all_reduce", leaf, who)
+        is_writable = memory.holding(leaf).is_writable(leaf)
+        if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not is_writable:
             raise BufferMismatchError(
                 f"all_reduce: out must be writable, {spec(array)}; replica "
                 f"{self._replica_id} passed {spec(leaf)}, "
-                f"{'writable' if leaf.flags.writeable else 'read-only'}"
+                f"{'writable' if is_writable else 'read-only'}"
             )
         return leaf
 
@@ -546,9 +552,14 @@ def _shares_of_the_mean(columns: list[Any], weights: list[float], total: float) 
 
 def _share(array: Any, weight: float, total: float) -> Any:
     dtype = reduce_op.working_dtype(array.dtype)
+    here = memory.holding(array).apply
     if not weight:
-        return np.zeros(array.shape, dtype)
-    return np.asarray(np.multiply(array, dtype.type(weight / total)))
+        return here(np.zeros_like, array, dtype)
+    return here(_scaled, array.astype(dtype, copy=False), dtype.type(weight / total))
+
+
+def _scaled(array: Any, factor: Any) -> Any:
+    return np.multiply(array, factor, out=np.empty_like(array))
 
 
 def _dealt(result: Any, rank: int) -> Any:
@@ -560,12 +571,12 @@ def _dealt(result: Any, rank: int) -> Any:
     return regroup.map_leaves(component, result)
 
 
-def _one_for_each(array: Any, into: list[Any] | None, count: int) -> list[Any]:
-    """Return an array for each replica: a copy, or where it is to go."""
+def _one_for_each(array: Any, into: list[Any] | None, column: Sequence[Any]) -> list[Any]:
+    """Return an array for each replica: a copy beside what it brought, or where it is to go."""
+    held = memory.holding(array)
     if into is None:
-        return [array.copy() for _ in range(count)]
-    for target in into:
-        target[...] = array
+        return [held.beside(array, brought) for brought in column]
+    held.overwrite(into, [array] * len(into))
     return into
 
 

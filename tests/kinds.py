@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dvkernels.devices import foreign, memory
+
 KIND = os.environ.get("DVKERNELS_TEST_KIND", "cpu")
 
 only_cpu = pytest.mark.skipif(KIND != "cpu", reason=f"about the CPU, not about {KIND}")
@@ -79,8 +81,8 @@ class _CuPy:
         return self.cupy.asnumpy(array)
 
     def bring_back(self) -> None:
-        for raw, memory in self.memories.values():
-            memory.get(out=raw)
+        for raw, copied in self.memories.values():
+            copied.get(out=raw)
         self.memories.clear()
 
 
@@ -153,3 +155,13 @@ def door(module: str = "dvkernels.kernels") -> Any:
 
 
 kernels = door()
+
+
+def host(array: Any) -> Any:
+    """Return an array of the library as one of NumPy: a copy, where it lies on a GPU."""
+    return memory.gpu().to_host(array) if foreign.is_on_gpu(array) else array
+
+
+def devices(count: int) -> list[str]:
+    """Return names of devices for so many replicas: virtual ones, where there is one GPU."""
+    return [f"cpu:{k}" for k in range(count)] if KIND == "cpu" else ["cuda:0"] * count

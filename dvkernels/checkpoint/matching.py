@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from dvkernels.checkpoint.nodes import (
 )
 from dvkernels.checkpoint.objects import HasSlots, HasState, child
 from dvkernels.checkpoint.shards import DTYPES
+from dvkernels.devices import memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
@@ -162,16 +163,17 @@ class _Matcher:
         return len({self._manifest.tensors[name].checksums for name in names}) == 1
 
     def _load(self, name: str, targets: list[Any]) -> None:
-        direct = [target for target in targets if target.flags.c_contiguous]
-        for target in targets:
-            if not target.flags.writeable:
-                raise CheckpointError(
-                    f"{name}: the array to restore into is read-only; make it writable"
-                )
-            if not target.flags.c_contiguous:
-                between = np.empty(target.shape, target.dtype)
-                direct.append(between)
-                self.plan.finish.append(_copying(target, between))
+        held = memory.holding(targets[0])
+        if not all(map(held.is_writable, targets)):
+            raise CheckpointError(
+                f"{name}: the array to restore into is read-only; make it writable"
+            )
+        is_host = held is memory.HOST
+        direct = [target for target in targets if is_host and target.flags.c_contiguous]
+        if len(direct) < len(targets):  # they lie on a GPU, or not in one piece
+            between = np.empty(targets[0].shape, targets[0].dtype)
+            self.plan.finish.append(_copying(targets, between))
+            direct = [between]
         self.plan.loads.setdefault(name, []).extend(direct)
 
     def _slots(self, optimizer: HasSlots, node: StateNode, path: str) -> None:
@@ -331,8 +333,8 @@ def _same(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _copying(target: Any, source: Any) -> Callable[[], None]:
-    return lambda: np.copyto(target, source)
+def _copying(targets: Sequence[Any], source: Any) -> Callable[[], None]:
+    return lambda: memory.holding(targets[0]).overwrite(targets, [source] * len(targets))
 
 
 def _replacing(own: dict[Any, Any], saved: dict[Any, Any]) -> Callable[[], None]:

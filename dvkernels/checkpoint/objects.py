@@ -20,6 +20,7 @@ from dvkernels.checkpoint.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.shards import DTYPES
+from dvkernels.devices import memory
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.variables.variable import Variable, saved_by
 
@@ -207,5 +208,6 @@ class Gathered:
             name.encode()
         except UnicodeEncodeError:
             raise CheckpointError(f"{name!r}: a name must be valid Unicode") from None
-        self.tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
+        held = memory.holding(array).to_host(array)
+        self.tensors[name] = np.ascontiguousarray(held).reshape(array.shape)
         return name

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvkernels._version import __version__
+from dvkernels.cli import bench_gpu
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
 
@@ -63,6 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PEER=PATH",
         help="the interpreter of the environment that has a peer (repeatable)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: everything that is measured on a GPU, in one go; of the others --rounds counts",
+    )
+    parser.add_argument(
+        "--report", metavar="FILE", help="with --device cuda: JSON, and a page beside it (.md)"
+    )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="'-' is stdout")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
     parser.add_argument(
@@ -74,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 1 if any element was wrong or a peer was lost."""
+    if arguments.device == "cuda":
+        return bench_gpu.run(arguments)
     # Compiles and loads Numba: only once the options are known to be wanted.
     from dvkernels.benchmarks import calibration, cases, measurement, memory_left, report
 

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from dvkernels.cli.digits import NUM_CLASSES, NUM_PIXELS
+from dvkernels.devices.base import Device
 
 __all__: list[str] = []
 
@@ -55,7 +56,8 @@ class Workspace:
     faulting their pages in takes longer than computing them.
     """
 
-    def __init__(self, num_examples: int, num_hidden: int, dtype: Any) -> None:
+    def __init__(self, num_examples: int, num_hidden: int, dtype: Any, device: Device) -> None:
+        del device  # memory goes to whichever core touches it first
         self.activations = (
             np.empty((num_examples, num_hidden), dtype),
             np.empty((num_examples, num_hidden), dtype),

@@ -16,7 +16,7 @@ from dvkernels.cli import digits, network, numbers, training
 from dvkernels.cli.training import Keeping, Outcome, Recipe, Report
 from dvkernels.devices import cpu
 from dvkernels.devices.base import Device
-from dvkernels.devices.registry import resolve
+from dvkernels.devices.registry import list_devices, resolve
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.strategies.base import Strategy
 from dvkernels.strategies.mirrored import MirroredStrategy
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replicas",
         type=numbers.positive,
-        help="number of replicas (default: one per usable core)",
+        help="number of replicas (default: one per usable core, or per GPU)",
     )
     parser.add_argument("--epochs", type=numbers.positive, default=recipe.epochs)
     parser.add_argument(
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hidden", type=numbers.positive, default=recipe.num_hidden, help="hidden units"
     )
-    parser.add_argument("--device", default="cpu", help="kind of device: cpu")
+    parser.add_argument("--device", default="cpu", help="kind of device: cpu or cuda")
     parser.add_argument("--seed", type=numbers.natural, default=recipe.seed)
     parser.add_argument("--dtype", choices=("float32", "float64"), default=recipe.dtype)
     parser.add_argument(
@@ -82,10 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"train needs the package {package}; install the demo extra: "
                 f"python -m pip install 'dvkernels[demo]'"
             )
-    num_replicas = arguments.replicas or cpu.usable_cores()
-    devices = [Device(arguments.device, k) for k in range(num_replicas)]
-    for device in devices:
-        resolve(device)
+    devices = _devices(arguments.device, arguments.replicas)
+    num_replicas = len(devices)
     recipe = Recipe(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -130,6 +128,16 @@ def run(arguments: argparse.Namespace) -> int:
     }
     print(json.dumps(result) if arguments.json else _report(result))
     return 0
+
+
+def _devices(kind: str, num_replicas: int | None) -> list[Device]:
+    """Return the device of each replica; several share a GPU where there are fewer."""
+    if kind == "cuda":
+        there = list_devices(kind) or [Device(kind, 0)]
+        chosen = [there[k % len(there)] for k in range(num_replicas or len(there))]
+    else:
+        chosen = [Device(kind, k) for k in range(num_replicas or cpu.usable_cores())]
+    return [resolve(device) for device in chosen]
 
 
 def _keeping(arguments: argparse.Namespace) -> Keeping | None:

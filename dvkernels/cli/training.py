@@ -15,9 +15,10 @@ from dvkernels import context
 from dvkernels.checkpoint.checkpoint import Checkpoint
 from dvkernels.checkpoint.manager import CheckpointManager
 from dvkernels.checkpoint.preemption import PreemptionHandler
-from dvkernels.cli import network
+from dvkernels.cli import network, network_gpu
 from dvkernels.cli.digits import Digits
 from dvkernels.data.dataset import Dataset
+from dvkernels.devices import memory
 from dvkernels.strategies.base import Strategy
 from dvkernels.variables.variable import Variable
 
@@ -61,6 +62,7 @@ class Keeping:
     exit_code: int
 
 
+_NETWORKS: dict[str, Any] = {"cpu": network, "cuda": network_gpu}  # twins
 Report = Callable[[int, int, float, float], None]  # step, examples, loss, examples per second
 
 
@@ -93,7 +95,8 @@ def train(
         velocity = Variable(np.zeros_like(initial), trainable=False, name="velocity")
     number = np.dtype(recipe.dtype).type
     rate, momentum = number(recipe.learning_rate), number(recipe.momentum)
-    workspaces: dict[tuple[int, int], network.Workspace] = {}  # by replica and examples
+    net = _NETWORKS[strategy.worker_devices[0].kind]
+    workspaces: dict[tuple[int, int], Any] = {}  # by replica and examples
     clock = time.perf_counter
 
     def update(_: Strategy, averaged: Any) -> float:
@@ -112,11 +115,13 @@ def train(
         rank = replica.replica_id_in_sync_group
         key = (rank, len(images))
         if key not in workspaces:
-            workspaces[key] = network.Workspace(len(images), recipe.num_hidden, recipe.dtype)
-        own = network.gradient_and_loss(weights.read_value(), images, labels, workspaces[key])
+            workspaces[key] = net.Workspace(
+                len(images), recipe.num_hidden, recipe.dtype, replica.device
+            )
+        own = net.gradient_and_loss(weights.read_value(), images, labels, workspaces[key])
         computed = clock()
         averaged = replica.all_reduce("mean", own, weight=len(images), out=own)
-        losses[rank] = averaged[-1]
+        losses[rank] = float(averaged[-1])  # which waits for a GPU
         updating = replica.merge_call(update, (averaged,))
         seconds[rank] += (computed - started + updating, clock() - computed - updating)
 
@@ -124,9 +129,12 @@ def train(
         """Compile or load what a step needs before the clock runs; changes nothing."""
         replica = context.get_replica_context()
         assert replica is not None
-        workspace = network.Workspace(1, recipe.num_hidden, recipe.dtype)
-        images, labels = data.train_images[:1], data.train_labels[:1]
-        own = network.gradient_and_loss(weights.read_value(), images, labels, workspace)
+        workspace = net.Workspace(1, recipe.num_hidden, recipe.dtype, replica.device)
+        images, labels = (
+            memory.brought(array[:1], replica.device)
+            for array in (data.train_images, data.train_labels)
+        )
+        own = net.gradient_and_loss(weights.read_value(), images, labels, workspace)
         replica.all_reduce("mean", own, weight=1, out=own)
 
     strategy.run(warm_up)

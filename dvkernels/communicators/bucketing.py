@@ -61,7 +61,7 @@ class Bucketing:
                 results[k] = self._carrying.all_reduce(columns[k], op)
                 continue
             packed = [
-                np.concatenate([np.asarray(columns[k][rank]).reshape(-1) for k in bucket])
+                np.concatenate([columns[k][rank].reshape(-1) for k in bucket])
                 for rank in range(len(columns[bucket[0]]))
             ]
             reduced = self._carrying.all_reduce(packed, op)

@@ -6,8 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, final
 
-import numpy as np
-
+from dvkernels.devices import memory
 from dvkernels.kernels import twins
 from dvkernels.reduce_op import Reduction
 
@@ -17,6 +16,8 @@ __all__: list[str] = []
 @final
 class Local:
     """All ranks are buffers of this process; one thread calls for all of them.
+
+    A collective runs where its values lie: NumPy arrays on the CPU, others on their GPU.
 
     Parameters
     ----------
@@ -34,7 +35,7 @@ class Local:
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
     ) -> list[Any]:
         """Reduce into new arrays, or into ``out``."""
-        kernels, algorithm = twins.cpu(), self._algorithm
+        kernels, algorithm = twins.of(values[0]), self._algorithm
         results: list[Any]
         if out is None:
             results = kernels.all_reduce_new(values, op, algorithm)
@@ -46,18 +47,19 @@ class Local:
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""
-        return twins.cpu().reduce(values, op)
+        return twins.of(values[0]).reduce(values, op)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce each rank's part into a new array."""
-        results: list[Any] = twins.cpu().reduce_scatter(values, op)
+        results: list[Any] = twins.of(values[0]).reduce_scatter(values, op)
         return results
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
-        results: list[Any] = twins.cpu().all_gather(values, axis)
+        results: list[Any] = twins.of(values[0]).all_gather(values, axis)
         return results
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
-        return [np.array(values[root]) for _ in range(self.size)]
+        source = values[root]
+        return [memory.holding(source).beside(source, value) for value in values]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
+from dvkernels.devices import memory
 from dvkernels.devices.base import Device
 
 __all__: list[str] = []
@@ -78,6 +80,11 @@ class Placement:
     def copy_devices(self) -> tuple[Device, ...]:
         """Where the copies of a variable live."""
         return self.replica_devices if self.central_device is None else (self.central_device,)
+
+    @cached_property
+    def memory(self) -> memory.Memory:
+        """What its arrays lie in."""
+        return memory.of([*self.replica_devices, *self.copy_devices])
 
     def is_of(self, strategy: Placement) -> bool:
         """Return whether this is a strategy's placement, or that of one of its copies."""

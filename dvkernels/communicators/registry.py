@@ -10,6 +10,7 @@ from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
+from dvkernels.devices.base import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 
 __all__: list[str] = []
@@ -17,7 +18,6 @@ __all__: list[str] = []
 # cross_device_ops by name -> the algorithm of dvkernels.kernels.all_reduce.
 # Over several workers every reduction is hierarchical, so asking for it changes nothing.
 _ALGORITHMS = {"auto": "auto", "direct": "direct", "hierarchical": "auto", "ring": "ring"}
-_NOT_YET = ("nccl",)
 
 
 def between_workers(resolver: ClusterResolver, timeout_seconds: float) -> Workers:
@@ -56,18 +56,18 @@ def between_replicas(
     return communicator if bytes_per_bucket is None else Bucketing(communicator, bytes_per_bucket)
 
 
-def between_devices(num_replicas: int, cross_device_ops: object) -> Communicator:
-    """Return the communicator of ``num_replicas`` replicas of this process.
+def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Communicator:
+    """Return the communicator of the replicas of this process, one on each device.
 
     ``cross_device_ops`` is a name or an object of the :class:`Communicator` protocol.
     """
+    num_replicas = len(devices)
     if isinstance(cross_device_ops, str):
         name = cross_device_ops.lower()
-        if name in _NOT_YET:
-            raise AlgorithmError(
-                f"cross_device_ops={cross_device_ops!r} is not available in this version; "
-                f"use one of {sorted(_ALGORITHMS)}"
-            )
+        if name == "nccl":
+            from dvkernels.communicators import nccl
+
+            return nccl.Nccl(devices)
         if name in _ALGORITHMS:
             return Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
     elif isinstance(cross_device_ops, Communicator):
@@ -78,6 +78,6 @@ def between_devices(num_replicas: int, cross_device_ops: object) -> Communicator
             )
         return cross_device_ops
     raise AlgorithmError(
-        f"expected cross_device_ops to be one of {sorted(_ALGORITHMS)} or an object with the "
-        f"methods of dvkernels.Communicator, got {cross_device_ops!r}"
+        f"expected cross_device_ops to be one of {sorted([*_ALGORITHMS, 'nccl'])} or an object "
+        f"with the methods of dvkernels.Communicator, got {cross_device_ops!r}"
     )

@@ -121,6 +121,7 @@ class Step:
         "errors",
         "failure",
         "num_replicas",
+        "perform",
         "place",
     )
 
@@ -134,6 +135,8 @@ class Step:
         announce: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.num_replicas = num_replicas
+        # Called with what is to be done for all replicas, and what they brought.
+        self.perform: Callable[..., Sequence[Any]] | None = None
         self._announce = announce  # tells other processes that this step has failed
         self._first = first_replica  # what the first of these threads is called in messages
         self.failure: BaseException | None = None
@@ -339,7 +342,8 @@ class Step:
                     remedy = "they mean different objects that look alike; make them once, outside "
                     remedy += "of run, or all replicas together in it"
                 raise CollectiveMismatchError(f"the replicas disagree: {said}; {remedy}")
-        return first.act([request.payload for request in requests])
+        payloads = [request.payload for request in requests]
+        return first.act(payloads) if self.perform is None else self.perform(first.act, payloads)
 
     def _wait(self, replica: int) -> None:
         assert self._gates is not None

@@ -40,7 +40,7 @@ class Single:
         del op
         (value,) = values
         if out is None:
-            return [np.array(value)]
+            return [value.copy("K")]
         np.copyto(out[0], value)
         return list(out)
 
@@ -55,9 +55,9 @@ class Single:
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Copy the value."""
         del axis
-        return [np.array(value) for value in values]
+        return [value.copy("K") for value in values]
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the value."""
         del root
-        return [np.array(value) for value in values]
+        return [value.copy("K") for value in values]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.data.conveyor import Conveyor
 from dvkernels.data.nest import flatten, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.errors import DatasetError
 from dvkernels.schedules import partition
@@ -26,22 +27,37 @@ class Dealer:
         Of the local replicas.
     owner : object
         Handed on to every ``PerReplica``.
+    conveyor : Conveyor, optional
+        Brings the parts to their devices; they stay on the host if it is not given.
     is_dealt : bool
         Elements are the replicas' own batches, to be dealt in turn, not batches to be cut.
     """
 
     def __init__(
-        self, num_local: int, devices: Iterable[Any] | None, owner: object, is_dealt: bool
+        self,
+        num_local: int,
+        devices: Iterable[Any] | None,
+        owner: object,
+        is_dealt: bool,
+        conveyor: Conveyor | None = None,
     ) -> None:
         self._num_local = num_local
         self._devices = devices
         self._owner = owner
         self._is_dealt = is_dealt
+        self._conveyor = conveyor
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # of the latest length
 
     def deal(self, elements: list[Any]) -> Any:
         """Return the parts: views of the one batch, or the elements, one for each replica."""
-        return self._hand_out(elements) if self._is_dealt else self._split(elements[0])
+        nest = self._hand_out(elements) if self._is_dealt else self._split(elements[0])
+        return nest if self._conveyor is None else self._carried(nest, self._conveyor)
+
+    def _carried(self, nest: Any, conveyor: Conveyor) -> Any:
+        """Return the parts on their devices."""
+        leaves, structure = flatten(nest)
+        columns = conveyor.carry([leaf.values for leaf in leaves])
+        return structure.unflatten([self.together(column) for column in columns])
 
     def empty(self, element: Any) -> Any:
         """Return an element like ``element`` without rows; None where there are no rows."""

@@ -8,6 +8,7 @@ from typing import Any
 from dvkernels.data import sharding
 from dvkernels.data.agreement import Exchange
 from dvkernels.data.checks import check_count
+from dvkernels.data.conveyor import Conveyor
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.dealer import Dealer
 from dvkernels.data.distributed_iterator import DistributedIterator
@@ -122,7 +123,9 @@ class DistributedDataset:
         self._sharding = self._shard(options)
         # The devices as PerReplica reads them: parsed once, and as many as there are replicas.
         held = PerReplica((None,) * count, devices=devices).devices
-        self._dealer = Dealer(count, held, owner, is_dealt)
+        is_carried = options.prefetch_to_device and held[0].kind == "cuda"
+        conveyor = Conveyor(held) if is_carried else None
+        self._dealer = Dealer(count, held, owner, is_dealt, conveyor)
         self._check_context = check_context
         self._options = options
         self._exchange = exchange

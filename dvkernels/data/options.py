@@ -36,7 +36,9 @@ class InputOptions:
         else by rows. ``"off"``: each worker reads everything. See
         :class:`dvkernels.data.distributed.DistributedDataset`.
     prefetch_to_device : bool
-        Copy batches to the devices ahead. The batches of CPU replicas are there already.
+        Copy the parts of batches to the GPUs of their replicas, through page-locked memory, while
+        these still compute; else they stay arrays of NumPy. Those of CPU replicas are there by
+        themselves.
     on_error : {"raise", "skip"}
         What to do with an element whose source or transform raises: raise, with a note that
         names it, or leave it out and go on; ``iterator.stats()`` counts and lists those. What

@@ -1,14 +1,20 @@
 """CUDA devices: which there are, what is missing where there are none, and arrays on them.
 
-CuPy is what the library itself allocates on a GPU. What it needs of it is four verbs, ``empty``,
-``copy``, ``stream`` and ``event``, with a second twin over the arrays of Numba's simulator:
-``testing.check_arrays`` holds both to one contract.
+CuPy is what the library itself allocates on a GPU. Kernels need four verbs of it, ``empty``,
+``copy``, ``stream`` and ``event``; strategies, whose variables are such arrays, a few more. A
+second twin has the same over the arrays of Numba's simulator: ``testing.check_arrays`` holds both
+to one contract.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import operator
 import os
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -38,11 +44,63 @@ class Arrays(Protocol):
         The host waits only where its memory is pageable: NumPy arrays that are not pinned.
         """
 
-    def stream(self, device: int) -> Any:
-        """Return a new stream: ``with stream:`` makes it current, ``synchronize()`` waits."""
+    def stream(self, device: int, *, joins_default: bool = False) -> Any:
+        """Return a new stream: ``with stream:`` makes it current, ``synchronize()`` waits.
+
+        ``joins_default``: it waits for what is put on the device's default stream, and that for it.
+        """
 
     def event(self, device: int) -> Any:
         """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``."""
+
+    def over(
+        self,
+        memory: tuple[int, int],
+        address: int,
+        described: Any,
+        device: int,
+        owner: Any,
+    ) -> Any:
+        """Return an array over memory of another library's array, ``owner``, not copied.
+
+        ``memory`` is its first address and the one past its last; ``described`` has the shape,
+        dtype and strides of the array, whose first element lies at ``address``.
+        """
+
+    def device_of(self, array: Any) -> int:
+        """Return the device whose memory an array lies in."""
+
+    def current(self, device: int) -> Any:
+        """Return the stream that is current in this thread on a device; its address is ``ptr``."""
+
+    def pinned(self, nbytes: int) -> Any:
+        """Return bytes in memory of the host that copies on a stream read while the host goes on.
+
+        They begin at a page. What is copied from them must have been copied before they change.
+        """
+
+    def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager that makes a device, and a stream of it, current."""
+
+    def to_host(self, array: Any) -> Any:
+        """Return a copy in the memory of the host, which waits for it."""
+
+    def read_only(self, array: Any) -> Any:
+        """Return a view that is not to be written to.
+
+        CuPy knows no such thing: its view could be written to.
+        """
+
+    def is_writable(self, array: Any) -> bool:
+        """Return whether an array may be written to."""
+
+    def overwrite(
+        self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
+    ) -> None:
+        """Copy dense arrays to dense arrays, all in turn, on a stream of a device.
+
+        No interrupt of the interpreter falls between two of them.
+        """
 
 
 def is_simulated() -> bool:
@@ -198,15 +256,72 @@ class _CuPyArrays:
             else:
                 target.set(source)
 
-    def stream(self, device: int) -> Any:
-        """Return a new stream that waits for no other."""
+    def stream(self, device: int, *, joins_default: bool = False) -> Any:
+        """Return a new stream."""
         with self._cupy.cuda.Device(device):
-            return self._cupy.cuda.Stream(non_blocking=True)
+            return self._cupy.cuda.Stream(non_blocking=not joins_default)
 
     def event(self, device: int) -> Any:
         """Return a new event."""
         with self._cupy.cuda.Device(device):
             return self._cupy.cuda.Event(disable_timing=True)
+
+    def over(
+        self,
+        memory: tuple[int, int],
+        address: int,
+        described: Any,
+        device: int,
+        owner: Any,
+    ) -> Any:
+        """Return an array over memory of another library's array."""
+        start, stop = memory
+        held = self._cupy.cuda.UnownedMemory(start, stop - start, owner, device)
+        pointer = self._cupy.cuda.MemoryPointer(held, address - start)
+        return self._cupy.ndarray(described.shape, described.dtype, pointer, described.strides)
+
+    def device_of(self, array: Any) -> int:
+        """Return the device whose memory an array lies in."""
+        return int(array.device.id)
+
+    def current(self, device: int) -> Any:
+        """Return this thread's current stream."""
+        return self._cupy.cuda.get_current_stream(device)
+
+    def pinned(self, nbytes: int) -> Any:
+        """Return bytes in page-locked memory of the host."""
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+
+    def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """Make a device, and a stream of it, current."""
+        both = contextlib.ExitStack()
+        both.enter_context(self._cupy.cuda.Device(device))
+        if stream is not None:  # CuPy enters the streams of the current device only
+            both.enter_context(stream)
+        return both
+
+    def to_host(self, array: Any) -> Any:
+        """Return a copy in the memory of the host."""
+        with array.device:
+            return array.get()
+
+    def read_only(self, array: Any) -> Any:
+        """Return a view."""
+        return array.view()
+
+    def is_writable(self, array: Any) -> bool:
+        """Return True: CuPy has no read-only arrays."""
+        return True
+
+    def overwrite(
+        self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
+    ) -> None:
+        """Copy dense arrays to dense arrays."""
+        found = driver.find()
+        assert found is not None
+        into = [array.data.ptr for array in targets]
+        taken = [array.data.ptr for array in sources]
+        found.copy_each(device, stream, into, taken, [array.nbytes for array in sources])
 
 
 class _SimulatedArrays:
@@ -215,26 +330,78 @@ class _SimulatedArrays:
     def __init__(self) -> None:
         from numba import cuda
 
-        self._cuda: Any = cuda
+        from dvkernels.devices import simulated
+
+        untyped: Any = cuda
+        self._kind = simulated.kind_of(type(untyped.device_array(1)))
 
     def empty(
         self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
     ) -> Any:
         """Return a new array."""
-        return self._cuda.device_array(shape, dtype)
+        return self._kind(np.empty(shape, dtype))
 
     def copy(self, target: Any, source: Any, stream: Any = None) -> None:
         """Copy, at once."""
         into, taken = (getattr(array, "_ary", array) for array in (target, source))
         np.copyto(into, taken, casting="no")
 
-    def stream(self, device: int) -> Any:
+    def stream(self, device: int, *, joins_default: bool = False) -> Any:
         """Return what stands in for a stream."""
         return _Done()
 
     def event(self, device: int) -> Any:
         """Return what stands in for an event."""
         return _Done()
+
+    def over(
+        self,
+        memory: tuple[int, int],
+        address: int,
+        described: Any,
+        device: int,
+        owner: Any,
+    ) -> Any:
+        """Return an array over memory of another array."""
+        return owner if isinstance(owner, self._kind) else self._kind(owner._ary)
+
+    def device_of(self, array: Any) -> int:
+        """Return 0: there is one."""
+        return 0
+
+    def current(self, device: int) -> Any:
+        """Return what stands in for a stream."""
+        return _Done()
+
+    def pinned(self, nbytes: int) -> Any:
+        """Return bytes."""
+        return np.empty(nbytes, np.uint8)
+
+    def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """Change nothing."""
+        return contextlib.nullcontext()
+
+    def to_host(self, array: Any) -> Any:
+        """Return a copy."""
+        return array._ary.copy()
+
+    def read_only(self, array: Any) -> Any:
+        """Return a view that cannot be written to."""
+        view = array._ary.view()
+        view.flags.writeable = False
+        return self._kind(view)
+
+    def is_writable(self, array: Any) -> bool:
+        """Return whether an array may be written to."""
+        return bool(array._ary.flags.writeable)
+
+    def overwrite(
+        self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
+    ) -> None:
+        """Copy arrays to arrays."""
+        bare = ([array._ary for array in arrays] for arrays in (targets, sources))
+        into, taken = bare
+        deque(map(operator.setitem, into, itertools.repeat(...), taken), maxlen=0)
 
 
 class _Done:

@@ -21,7 +21,9 @@ _CPU = (1, 3)  # DLPack's kDLCPU, and kDLCUDAHost: pinned memory of the host
 
 def is_foreign(value: Any) -> bool:
     """Return whether a value is an array of another library than NumPy."""
-    return hasattr(value, "__dlpack__") and not isinstance(value, (np.ndarray, np.generic))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return False
+    return hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
 
 
 def is_on_gpu(buffer: Any) -> bool:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.devices import cuda, driver, foreign
+from dvkernels.devices.streams import Lane
 from dvkernels.errors import BufferMismatchError, NotABufferError
 
-__all__ = ["Placed", "describe", "like", "place"]
+__all__ = ["Placed", "adopt", "describe", "like", "place"]
 
 Array = np.ndarray[Any, Any]
 
@@ -37,14 +38,48 @@ def place(verb: str, buffers: Sequence[Any], name: str = "replica") -> list[Plac
         who = f"{name} {index}"
         if not foreign.is_on_gpu(buffer):
             _raise_elsewhere(verb, buffer, who, found)
-        read = _READERS.get(type(buffer).__module__.partition(".")[0], _read_interface)
-        try:
-            found.append(read(buffer))
-        except (BufferError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise NotABufferError(
-                f"{verb} cannot read where {who}, a {type(buffer).__name__}, lies: {error}"
-            ) from error
+        found.append(_placed(verb, buffer, who))
     return found
+
+
+def _placed(verb: str, buffer: Any, who: str) -> Placed:
+    read = _READERS.get(type(buffer).__module__.partition(".")[0], _read_interface)
+    try:
+        return read(buffer)
+    except (BufferError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise NotABufferError(
+            f"{verb} cannot read where {who}, a {type(buffer).__name__}, lies: {error}"
+        ) from error
+
+
+def adopt(verb: str, buffer: Any, who: str) -> Any:
+    """Return an array in GPU memory as one of ours, not copied; ``who`` is what messages call it.
+
+    The current stream of this thread waits for what its library has put on its own so far.
+    """
+    if type(buffer).__module__.partition(".")[0] == "cupy":
+        return buffer
+    arrays = cuda.arrays()
+    array, device, stream = _placed(verb, buffer, who)
+    order([(Lane(device, arrays.current(device).ptr), Lane(device, stream))])
+    low, high = np.lib.array_utils.byte_bounds(array)
+    return arrays.over((int(low), int(high)), int(array.ctypes.data), array, device, buffer)
+
+
+def follow(result: Any, original: Any) -> None:
+    """Have the stream of another library's array wait for the one that carries a result."""
+    if type(original).__module__.partition(".")[0] != "cupy":
+        _, device, stream = _placed("a result", original, "the value")
+        order([(Lane(device, stream), Lane(device, cuda.arrays().current(device).ptr))])
+
+
+def order(pairs: Sequence[tuple[Lane, Lane]]) -> None:
+    """Have the first lane of each pair wait for what the second has been given; no host waits."""
+    found = driver.find() if pairs and not cuda.is_simulated() else None
+    if found is not None:
+        for waiting, awaited in pairs:
+            if waiting != awaited:
+                found.wait(awaited.device, waiting.stream, awaited.stream)
 
 
 def _raise_elsewhere(verb: str, buffer: Any, who: str, found: Sequence[Placed]) -> None:

@@ -62,19 +62,20 @@ def resolve(device: object) -> Device:
     if device.kind not in _KINDS:
         raise DeviceError(f"there is no device {device}; {_those_here()}")
     if device.kind == "cuda":
-        reason = cuda.missing() or (
-            f"there is no device {device}"
-            if device not in cuda.devices()
-            else f"strategies do not run on {device} yet; dvkernels.kernels takes its arrays"
-        )
-        raise DeviceError(f"{reason}; {_those_here()}")
+        reason = cuda.missing()
+        if reason or device not in cuda.devices():
+            raise DeviceError(f"{reason or f'there is no device {device}'}; {_those_here()}")
     return device
 
 
 def resolve_all(devices: object) -> tuple[Device, ...]:
-    """Return the devices that a sequence is or names; all usable ones for None."""
+    """Return the devices that a sequence is or names; for None all GPUs, or else all cores.
+
+    GPUs count where kernels can run on them: a driver alone does not do.
+    """
     if devices is None:
-        return tuple(_cpu_devices())
+        gpus = [] if cuda.missing() else cuda.devices()
+        return tuple(gpus or _cpu_devices())
     if isinstance(devices, (str, Device)) or not isinstance(devices, Iterable):
         raise DeviceError(
             f"expected a list of devices such as ['cpu:0', 'cpu:1'], got {devices!r}; "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from dvkernels.errors import DeviceError
 
-__all__ = ["Joined", "join", "pointer"]
+__all__ = ["Joined", "Lane", "crossings", "join", "pointer"]
 
 
 S = TypeVar("S", bound=Hashable)
@@ -29,6 +29,19 @@ def join(streams: Sequence[S]) -> Joined[S]:
     """
     others = tuple(dict.fromkeys(stream for stream in streams if stream != streams[0]))
     return Joined(streams[0], others, others)
+
+
+class Lane(NamedTuple):
+    """A stream, and the device whose work it carries: the default stream of each is called 0."""
+
+    device: int
+    stream: int
+
+
+def crossings(waiting: Iterable[Lane], awaited: Iterable[Lane]) -> list[tuple[Lane, Lane]]:
+    """Return pairs of a lane that waits and one that it waits for: each for each other, once."""
+    behind, before = dict.fromkeys(waiting), dict.fromkeys(awaited)
+    return [(one, other) for one in behind for other in before if one != other]
 
 
 def given(verb: str, stream: Any, count: int) -> list[int] | None:

@@ -6,6 +6,8 @@ import functools
 import importlib
 from typing import Any
 
+import numpy as np
+
 __all__: list[str] = []
 
 
@@ -19,6 +21,11 @@ def cpu() -> Any:
 def cuda() -> Any:
     """Return the CUDA twin: the functions of door 1 over arrays in GPU memory."""
     return importlib.import_module("dvkernels.kernels.cuda")
+
+
+def of(array: Any) -> Any:
+    """Return the twin for an array: of NumPy, or in GPU memory."""
+    return cpu() if isinstance(array, np.ndarray) else cuda()
 
 
 @functools.cache

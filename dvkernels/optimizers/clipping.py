@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
+from dvkernels.devices import memory
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.optimizers.optimizer import checked
 from dvkernels.values import regroup
@@ -45,8 +46,9 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
 
     Notes
     -----
-    It communicates nothing. To clip the mean of the replicas' gradients, reduce first; equal
-    gradients on all replicas are their own mean, so ``apply_gradients`` takes them as they are.
+    It communicates nothing; the norm of gradients on a GPU is waited for. To clip the mean of the
+    replicas' gradients, reduce first; equal gradients on all replicas are their own mean, so
+    ``apply_gradients`` takes them as they are.
 
     Examples
     --------
@@ -59,10 +61,14 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
     if limit == 0:
         raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
     leaves, structure = regroup.flatten(gradients)
-    arrays = [_floating(as_array(leaf, "clip_by_global_norm", 0)) for leaf in leaves]
-    norm = math.hypot(*map(_norm, arrays))
+    arrays = [
+        _floating(as_array(leaf, "clip_by_global_norm", 0, memory.seeing(leaf))) for leaf in leaves
+    ]
+    norm = math.hypot(*(memory.holding(array).apply(_norm, array) for array in arrays))
     factor = (1.0 if norm <= limit else limit / norm) if math.isfinite(norm) else math.nan
-    clipped = [np.asarray(array * array.dtype.type(factor)) for array in arrays]
+    clipped = [
+        memory.holding(array).apply(_scaled, array, array.dtype.type(factor)) for array in arrays
+    ]
     return regroup.unflatten(structure, clipped), norm
 
 
@@ -70,8 +76,13 @@ def _norm(array: Any) -> float:
     """Return the root of the sum of squares; blocks are widened one by one, within the cache."""
     flat = array.reshape(-1)
     wide = np.complex128 if array.dtype.kind == "c" else np.float64
-    blocks = (flat[k : k + _BLOCK].astype(wide) for k in range(0, flat.size, _BLOCK))
+    length = _BLOCK if isinstance(array, np.ndarray) else max(1, flat.size)
+    blocks = (flat[k : k + length].astype(wide) for k in range(0, flat.size, length))
     return math.hypot(*(float(np.linalg.norm(block)) for block in blocks))
+
+
+def _scaled(array: Any, factor: Any) -> Any:
+    return np.multiply(array, factor, out=np.empty_like(array))
 
 
 def _floating(array: Any) -> Any:

@@ -6,8 +6,6 @@ import abc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from dvkernels import context, reduce_op
 from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.rendezvous import Request, Same
@@ -19,6 +17,7 @@ from dvkernels.errors import (
     ReduceOpError,
     SynchronizationError,
 )
+from dvkernels.kernels import twins
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.values import regroup
@@ -194,14 +193,8 @@ class Optimizer(abc.ABC):
         slots = [self.slots(variable) for variable in variables]
         states = [[copies_of(variable) for variable in variables]]
         states += [[copies_of(slot) for slot in column] for column in zip(*slots, strict=True)]
-        self._update(_fused_kernels(), columns, states, op)
+        self._update(twins.of(states[0][0][0]).optimizers, columns, states, op)
         self._iterations += 1
-
-
-def _fused_kernels() -> Any:
-    from dvkernels.kernels import twins
-
-    return twins.cpu().optimizers
 
 
 def checked(number: Any, name: str, least: float, below: float = float("inf")) -> float:
@@ -291,7 +284,8 @@ def _columns(
 
 
 def _checked_gradient(gradient: Any, variable: Variable, replica: int) -> Any:
-    array = as_array(gradient, _VERB, replica)
+    held = variable.owner.memory
+    array = as_array(gradient, _VERB, replica, held)
     if array.dtype != variable.dtype or array.shape != variable.shape:
         raise BufferMismatchError(
             f"{_VERB} expected a gradient of {variable.name!r} of "
@@ -300,4 +294,4 @@ def _checked_gradient(gradient: Any, variable: Variable, replica: int) -> Any:
         )
     if debugging.active is not None:
         debugging.check_finite(f"{_VERB}: the gradient of {variable.name!r}", [array])
-    return np.asarray(array)
+    return held.on(array, variable.owner.replica_devices[replica])

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from typing import Any, NoReturn, Self
 
-import numpy as np
-
 from dvkernels import context, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
@@ -20,19 +18,22 @@ from dvkernels.data.distributed import DistributedDataset
 from dvkernels.data.input_context import InputContext
 from dvkernels.data.options import InputOptions
 from dvkernels.data.share import Share
-from dvkernels.devices import foreign, registry
+from dvkernels.devices import memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
+from dvkernels.devices.order import StreamOrder
 from dvkernels.errors import (
     BufferMismatchError,
     ContextError,
     DatasetError,
+    DeviceError,
     SynchronizationError,
 )
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import Reduction
-from dvkernels.strategies import runner
 from dvkernels.strategies.reduction import reduce_along
+from dvkernels.strategies.runner import Runner
+from dvkernels.strategies.streamed import StreamedRunner
 from dvkernels.values import regroup
 from dvkernels.values.arrays import as_array, gatherable
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
@@ -68,7 +69,8 @@ class Strategy:
     Parameters
     ----------
     devices : sequence of Device or str, optional
-        One per replica; CPU devices may be named twice. One per usable core if not given.
+        One per replica, of one kind; a device may be named twice. All GPUs if not given, or else
+        one per usable core.
     communicator : Communicator or str
         Of as many ranks; or a name, as ``MirroredStrategy`` takes.
     bytes_per_bucket : int, optional
@@ -82,7 +84,7 @@ class Strategy:
     Raises
     ------
     DeviceError
-        A device that does not exist, or none.
+        A device that does not exist, or none; CPU devices and GPUs together.
     AlgorithmError
         A communicator of another size, or an object that lacks its methods.
     ValueError
@@ -111,8 +113,15 @@ class Strategy:
                 )
             bytes_per_bucket = int(bytes_per_bucket)
         central = None if central_device is None else registry.resolve(central_device)
-        inside = communicators.between_devices(len(resolved), communicator)
+        inside = communicators.between_devices(resolved, communicator)
         workers = Single() if workers is None else workers
+        held = memory.of(resolved)
+        if workers.size > 1 and held is not memory.HOST:
+            raise DeviceError(
+                f"{type(self).__name__}: the replicas of several workers compute on CPU devices so "
+                f"far, and these are {', '.join(map(str, resolved))}; name CPU devices, or use one "
+                f"process for all GPUs of a machine"
+            )
         counts = workers.exchange(len(resolved))
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         if workers.size > 1:
@@ -131,7 +140,12 @@ class Strategy:
             background=background,
         )
         announce = workers.announce if workers.size > 1 else None
-        self._runner = runner.Runner(len(resolved), name, self._placement.first_replica, announce)
+        self._runner: Runner | StreamedRunner = Runner(
+            len(resolved), name, self._placement.first_replica, announce
+        )
+        if self._placement.memory is not memory.HOST:
+            order = StreamOrder([device.index for device in resolved])
+            self._runner = StreamedRunner(self._runner, order)
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -280,7 +294,7 @@ class Strategy:
                 reduce_op.check_dtype("reduce", reduction, arrays[0].dtype)
                 _check_alike("reduce", arrays)
                 total = communicator.reduce(arrays, reduction)
-            return foreign.like(total, leaf.values[0])
+            return memory.holding(total).like(total, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -301,7 +315,7 @@ class Strategy:
                         f"other axis: replica 0 holds {described[0]}, replica {rank} holds {held}"
                     )
             whole = self._placement.communicator.all_gather(ready, axes[0])[0]
-            return foreign.like(whole, leaf.values[0])
+            return memory.holding(whole).like(whole, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -393,7 +407,9 @@ class Strategy:
                     "choose it with .on(replica_id), or use reduce_to"
                 )
             single = whole.at(0) if isinstance(whole, Mirrored) else whole
-            return np.array(self._placement.of_chief(as_array(single, "broadcast_to", 0)))
+            array = as_array(single, "broadcast_to", 0, self._placement.memory)
+            array = self._placement.of_chief(array)
+            return memory.holding(array).beside(array, array)
 
         return self._mirrored(regroup.map_leaves(one, value), devices)
 
@@ -572,8 +588,9 @@ class Strategy:
         owner = self._placement if len(devices) == self._placement.num_local else None
 
         def one(array: Any) -> Mirrored[Any]:
-            array.flags.writeable = False
-            return Mirrored([array] * len(devices), devices=devices, owner=owner)
+            whole = memory.holding(array).read_only(array)
+            copies = [memory.brought(whole, device) for device in devices]
+            return Mirrored(copies, devices=devices, owner=owner)
 
         return regroup.map_leaves(one, nest)
 
@@ -640,11 +657,11 @@ class Strategy:
             )
         self._check_fits(verb, leaf)
         values = leaf.values
-        placement = self._placement
+        placement, seen = self._placement, self._placement.memory
         if len(values) < placement.num_local:
             values = values * placement.num_local
         numbered = enumerate(values, placement.first_replica)
-        return [as_array(value, verb, replica) for replica, value in numbered]
+        return [as_array(value, verb, replica, seen) for replica, value in numbered]
 
 
 def _check_alike(verb: str, arrays: list[Any]) -> None:

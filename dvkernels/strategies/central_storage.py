@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
+from dvkernels.devices import registry
 from dvkernels.devices.base import Device
 from dvkernels.strategies.base import Strategy
 
@@ -22,9 +23,10 @@ class CentralStorageStrategy(Strategy):
     Parameters
     ----------
     compute_devices : sequence of Device or str, optional
-        One replica per usable core if not given.
+        One replica each. All GPUs if not given, or else one replica per usable core.
     parameter_device : Device or str, optional
-        Where variables live; ``"cpu:0"`` if not given.
+        Where variables live, of the kind of the others; ``"cpu:0"`` if not given, or the first
+        of the GPUs.
 
     Examples
     --------
@@ -42,5 +44,7 @@ class CentralStorageStrategy(Strategy):
         compute_devices: Sequence[Device | str] | None = None,
         parameter_device: Device | str | None = None,
     ) -> None:
-        central = "cpu:0" if parameter_device is None else parameter_device
-        super().__init__(compute_devices, central_device=central)
+        devices = registry.resolve_all(compute_devices)
+        if parameter_device is None:
+            parameter_device = "cpu:0" if devices[0].kind == "cpu" else devices[0]
+        super().__init__(devices, central_device=parameter_device)

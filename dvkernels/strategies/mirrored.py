@@ -19,9 +19,11 @@ class MirroredStrategy(Strategy):
     Parameters
     ----------
     devices : sequence of Device or str, optional
-        One replica per usable core if not given; under a launcher, per core of its share.
+        One replica each; a CPU device or a GPU may be named several times. All GPUs if not given,
+        or else one replica per usable core; under a launcher, per core of its share.
     cross_device_ops : str or Communicator
-        ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``, or an object of the protocol.
+        ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``, ``"nccl"`` (NVIDIA's library, between
+        GPUs of which each has one replica), or an object of the protocol.
     bytes_per_bucket : int, optional
         Pack the arrays of a nest into buckets of so many bytes for ``all_reduce``. Not packed if
         not given, which is faster over the kernels of one process.

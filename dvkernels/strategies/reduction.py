@@ -11,6 +11,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.custom_reduction import CustomReduction
+from dvkernels.devices import memory
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError
 from dvkernels.kernels import twins
@@ -65,15 +66,21 @@ def reduce_along(
     if reduce_op.is_half(dtype):  # in float32, and rounded once
         wide = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
         return reduce_along(op, wide, axis, communicator, workers).astype(dtype)
-    neutral = reduce_op.identity(op, dtype)
-    along = _ALONG[op]
-    # initial is what empty parts yield; dtype keeps small integers from being widened.
-    extra = {} if op in (ReduceOp.MIN, ReduceOp.MAX) else {"dtype": dtype}
-    parts = [np.asarray(along(array, axis=axes, initial=neutral, **extra)) for array in arrays]
+    parts = [memory.holding(array).apply(_along, array, op, axes) for array in arrays]
     total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
     if op is ReduceOp.MEAN:
-        np.divide(total, dtype.type(count), out=total)
+        memory.holding(total).apply(np.divide, total, dtype.type(count), total)
     return total
+
+
+def _along(array: Any, op: ReduceOp, axes: tuple[int, ...]) -> Any:
+    """Return one replica's elements along the axes combined; of none, what changes nothing."""
+    rest = tuple(extent for k, extent in enumerate(array.shape) if k not in axes)
+    if array.size == 0:
+        return np.full_like(array, reduce_op.identity(op, array.dtype), shape=rest)
+    # dtype keeps small integers from being widened.
+    extra = {} if op in (ReduceOp.MIN, ReduceOp.MAX) else {"dtype": array.dtype}
+    return _ALONG[op](array, axis=axes, keepdims=True, **extra).reshape(rest)
 
 
 def _combined_along(op: CustomReduction, array: Any, axes: tuple[int, ...]) -> Any:
@@ -83,7 +90,7 @@ def _combined_along(op: CustomReduction, array: Any, axes: tuple[int, ...]) -> A
     rows = front.reshape(-1, *rest)
     if len(rows) == 0:
         return np.full(rest, reduce_op.identity(op, array.dtype))
-    return np.asarray(twins.cpu().reduce([np.asarray(row) for row in rows], op))
+    return twins.of(rows).reduce([rows[k, ...] for k in range(len(rows))], op)
 
 
 def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]:

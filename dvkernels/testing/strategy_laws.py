@@ -9,6 +9,7 @@ import numpy as np
 
 from dvkernels import context
 from dvkernels.data.dataset import Dataset
+from dvkernels.devices import foreign, memory
 from dvkernels.errors import CollectiveMismatchError, ContextError, SynchronizationError
 from dvkernels.strategies.base import Strategy
 from dvkernels.values.distributed import Mirrored, PerReplica
@@ -84,8 +85,17 @@ def _expect(kind: type[BaseException], call: Callable[[], Any]) -> BaseException
     raise AssertionError(f"expected {kind.__name__}, and {found!r} was returned")
 
 
+def _on_device(value: Any) -> Any:
+    """Return an array where this replica computes."""
+    return memory.brought(np.asarray(value), _here().device)
+
+
+def _on_host(value: Any) -> Any:
+    return memory.gpu().to_host(value) if foreign.is_on_gpu(value) else np.asarray(value)
+
+
 def _same(found: Any, right: Any, what: str) -> None:
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(right), err_msg=what)
+    np.testing.assert_array_equal(_on_host(found), _on_host(right), err_msg=what)
 
 
 def _run_calls_each_replica_once(strategy: Strategy, count: int) -> None:
@@ -107,7 +117,7 @@ def _collectives_bring_replicas_together(strategy: Strategy, count: int) -> None
     width = max(3, count)
 
     def step() -> Any:
-        here, own = _here(), np.full(width, float(_rank() + 1))
+        here, own = _here(), _on_device(np.full(width, float(_rank() + 1)))
         total = here.all_reduce("sum", own)
         mean = here.all_reduce("mean", own, weight=float(_rank() == 0))
         pending = here.all_reduce_async("max", {"own": own})
@@ -115,9 +125,14 @@ def _collectives_bring_replicas_together(strategy: Strategy, count: int) -> None
         root = here.broadcast(own, root=count - 1)
         here.barrier()
         part = here.reduce_scatter("sum", own)
-        return total, mean, pending.wait()["own"], whole, root, part
+        plain = here.all_reduce("sum", _rank() + 1)
+        into = _on_device(np.zeros(3))
+        assert here.all_reduce("sum", own, out=into) is into, "out is returned"
+        same = here.all_reduce("sum", own, shared=True)
+        assert type(total) is type(own), "results are of the kind of what came"
+        return total, mean, pending.wait()["own"], whole, root, part, plain, into, same
 
-    total, mean, largest, whole, root, part = strategy.run(step)
+    total, mean, largest, whole, root, part, plain, into, same = strategy.run(step)
     all_values = np.arange(1.0, count + 1)
     for rank in _local(strategy):
         _same(total[rank], np.full(width, all_values.sum()), "all_reduce")
@@ -127,15 +142,18 @@ def _collectives_bring_replicas_together(strategy: Strategy, count: int) -> None
         _same(root[rank], np.full(width, float(count)), "broadcast")
         right = np.array_split(np.full(width, all_values.sum()), count)[rank]
         _same(part[rank], right, "reduce_scatter")
+        _same(plain[rank], int(all_values.sum()), "all_reduce of a number")
+        _same(into[rank], np.full(3, all_values.sum()), "all_reduce into out")
+        _same(same[rank], np.full(3, all_values.sum()), "all_reduce, shared")
 
 
 def _values_are_reduced_and_gathered(strategy: Strategy, count: int) -> None:
-    value = strategy.run(lambda: np.array([_rank(), 1.0]))
+    value = strategy.run(lambda: _on_device(np.array([_rank(), 1.0])))
     ranks = float(sum(range(count)))
     _same(strategy.reduce("sum", value), [ranks, count], "reduce")
     _same(strategy.reduce("mean", value, axis=0), (ranks + count) / (2 * count), "reduce, axis 0")
     _same(strategy.gather(value), [x for rank in range(count) for x in (rank, 1.0)], "gather")
-    wide = strategy.run(lambda: np.full((2, _rank() + 1), _rank()))
+    wide = strategy.run(lambda: _on_device(np.full((2, _rank() + 1), _rank())))
     right = np.concatenate([np.full((2, rank + 1), rank) for rank in range(count)], 1)
     _same(strategy.gather(wide, axis=1), right, "gather, axis 1")
     _same(strategy.gather(wide, axis=-1), right, "gather, axis -1")
@@ -158,7 +176,7 @@ def _writes_follow_the_modes(strategy: Strategy, count: int) -> None:
     for aggregation, right in rights.items():
         with strategy.scope():
             variable = Variable(np.zeros(2), aggregation=aggregation)
-        strategy.run(lambda v=variable: v.assign(np.full(2, _rank() + 1.0)))
+        strategy.run(lambda v=variable: v.assign(_on_device(np.full(2, _rank() + 1.0))))
         for copy in variable.values:
             _same(copy, [right, right], f"ON_WRITE, {aggregation}")
         variable.assign_add(np.ones(2))
@@ -178,6 +196,33 @@ def _writes_follow_the_modes(strategy: Strategy, count: int) -> None:
         assert [float(copy) for copy in own.values] == [*local], "NONE stays apart"
         sync(own, "max")
         assert [float(copy) for copy in own.values] == [count - 1.0] * len(local), "sync"
+
+
+def _rows_are_written(strategy: Strategy, count: int) -> None:
+    rights = {
+        "scatter_add": [6.0 + count * (count + 1) / 2, 8.0 + count, 6.0],
+        "scatter_sub": [6.0 - count * (count + 1) / 2, 8.0 - count, 6.0],
+        "scatter_mul": [6.0 * np.prod(np.arange(1.0, count + 1)), 8.0, 6.0],
+        "scatter_div": [6.0 / np.prod(np.arange(1.0, count + 1)), 8.0, 6.0],
+    }
+    for verb, right in rights.items():
+        with strategy.scope():
+            table = Variable([6.0, 8.0, 6.0], aggregation="sum")
+
+        def step(table: Variable = table, verb: str = verb) -> None:
+            updates = _on_device(np.array([_rank() + 1.0, 1.0]))
+            getattr(table, verb)([0, 1], updates)
+
+        strategy.run(step)
+        for copy in table.values:
+            np.testing.assert_allclose(_on_host(copy), right, rtol=1e-14, err_msg=verb)
+    with strategy.scope():
+        table = Variable(np.zeros((3, 2), np.int64), aggregation="only_first_replica")
+    rows = np.array([[1, 1], [2, 2], [3, 3]])
+    strategy.run(lambda: table.scatter_update([2, 0, 2], _on_device(rows)))
+    _same(table.numpy(), [[2, 2], [0, 0], [3, 3]], "scatter_update: the last stays")
+    table.scatter_max([0, 0, 0], np.array([[5, 1], [4, 9], [0, 0]]))
+    _same(table.numpy(), [[5, 9], [0, 0], [3, 3]], "scatter_max: all count")
 
 
 def _merges_run_once(strategy: Strategy, count: int) -> None:
@@ -236,6 +281,7 @@ _LAWS = (
     _collectives_bring_replicas_together,
     _values_are_reduced_and_gathered,
     _writes_follow_the_modes,
+    _rows_are_written,
     _merges_run_once,
     _every_element_comes_once,
     _failures_end_the_step_only,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvkernels.devices import foreign
+from dvkernels.devices import foreign, memory
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import NotABufferError
 from dvkernels.values import regroup
@@ -17,7 +17,7 @@ __all__: list[str] = []
 
 
 class Arrays(NamedTuple):
-    """The leaves of a nest as NumPy arrays, and what they were."""
+    """The leaves of a nest as arrays of NumPy or, on GPUs, CuPy, and what they were."""
 
     held: list[Any]
     structure: Any  # None: one array, no nest
@@ -28,21 +28,23 @@ class Arrays(NamedTuple):
         """Return results in the place and of the kind of what came."""
         if self.leaves is not None:
             results = [
-                foreign.like(array, leaf) for array, leaf in zip(results, self.leaves, strict=True)
+                memory.holding(array).like(array, leaf)
+                for array, leaf in zip(results, self.leaves, strict=True)
             ]
         return results[0] if self.structure is None else regroup.unflatten(self.structure, results)
 
 
-def arrays_of(value: Any, verb: str, replica: int, rank: int) -> Arrays:
+def arrays_of(value: Any, verb: str, replica: int, rank: int, seen: memory.Memory) -> Arrays:
     """Return a nest's arrays; a distributed value in it means this replica's component.
 
-    ``replica`` is its id, ``rank`` its position among those of this process.
+    ``replica`` is its id, ``rank`` its position among those of this process; ``seen`` is the memory
+    in which arrays of other libraries may lie.
     """
     if type(value) is np.ndarray:
         return Arrays([value], None, spec(value), None)
     leaves, structure = regroup.flatten(value)
     own = [regroup.own_component(leaf, rank) for leaf in leaves]
-    held = [as_array(leaf, verb, replica) for leaf in own]
+    held = [as_array(leaf, verb, replica, seen) for leaf in own]
     specs = tuple(spec(array) for array in held)
     theirs = own if any(foreign.is_foreign(leaf) for leaf in own) else None
     if len(leaves) == 1 and leaves[0] is value:
@@ -50,10 +52,10 @@ def arrays_of(value: Any, verb: str, replica: int, rank: int) -> Arrays:
     return Arrays(held, structure, specs, theirs)
 
 
-def as_array(value: Any, verb: str, replica: int) -> Any:
+def as_array(value: Any, verb: str, replica: int, seen: memory.Memory = memory.HOST) -> Any:
     """Return a leaf as an array; strings, objects and ragged lists raise NotABufferError."""
     if foreign.is_foreign(value):
-        return foreign.view(verb, value, f"the {type(value).__name__} of replica {replica}")
+        return seen.view(verb, value, f"the {type(value).__name__} of replica {replica}")
     if isinstance(value, np.ma.MaskedArray):
         raise NotABufferError(
             f"{verb}: replica {replica} passed a MaskedArray, whose mask would be ignored; pass "

@@ -9,7 +9,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import numpy as np
 
 from dvkernels.communicators.placement import Placement
-from dvkernels.devices import registry
+from dvkernels.devices import foreign, memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
 
@@ -146,7 +146,7 @@ class _Frozen(DistributedValues[T]):
         The copies are new arrays that the caller owns; nothing is communicated or reduced.
         """
         target = registry.resolve(device)
-        copies = tuple(_copied(value) for value in self._values)
+        copies = tuple(_copied(value, target) for value in self._values)
         return type(self)(copies, devices=(target,) * len(copies), owner=self._owner)
 
     def __len__(self) -> int:
@@ -244,12 +244,15 @@ class Mirrored(_Frozen[T]):
     _remedy = "take one of its equal copies with .values[0]"
 
 
-def _copied(value: T) -> Any:
-    return np.array(value, copy=True) if isinstance(value, (np.ndarray, np.generic)) else value
+def _copied(value: Any, device: Device) -> Any:
+    is_array = isinstance(value, (np.ndarray, np.generic)) or foreign.is_on_gpu(value)
+    return memory.copied(value, device) if is_array else value
 
 
 def _short(value: object) -> str:
-    if isinstance(value, np.ndarray) and value.size > 4:
-        return f"{value.dtype}{list(value.shape)}"
+    is_on_gpu = foreign.is_on_gpu(value)  # its content would have to be waited for
+    if is_on_gpu or (isinstance(value, np.ndarray) and value.size > 4):
+        array: Any = value
+        return f"{array.dtype}{list(array.shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -26,7 +23,16 @@ class Copies:
     ``initial`` holds the content of each copy, or of all where there is one.
     """
 
-    __slots__ = ("__weakref__", "_scratch", "arrays", "is_slot", "name", "placement", "views")
+    __slots__ = (
+        "__weakref__",
+        "_scratch",
+        "arrays",
+        "is_slot",
+        "memory",
+        "name",
+        "placement",
+        "views",
+    )
 
     arrays: tuple[Any, ...]
     views: tuple[Any, ...]
@@ -34,17 +40,16 @@ class Copies:
     def __init__(self, initial: Sequence[Any], placement: Placement, name: str) -> None:
         self.name = name
         self.placement = placement
-        count = len(placement.copy_devices)
-        self._hold(
-            np.array(content, order="C", copy=True)
-            for content in (initial if len(initial) == count else [initial[0]] * count)
-        )
+        self.memory = placement.memory
+        devices = placement.copy_devices
+        each = initial if len(initial) == len(devices) else [initial[0]] * len(devices)
+        self._hold(map(self.memory.new, each, devices))
         self._scratch: Any = None
         self.is_slot = False  # of an optimizer
 
     def _hold(self, arrays: Iterable[Any]) -> None:
         self.arrays = tuple(arrays)
-        self.views = tuple(_read_only(array) for array in self.arrays)
+        self.views = tuple(map(self.memory.read_only, self.arrays))
 
     def index_of(self, rank: int) -> int:
         """Return which copy a local replica reads: its own, or the only one."""
@@ -53,7 +58,8 @@ class Copies:
     def checked(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array of this shape and dtype; numbers take the dtype.
 
-        ``replica`` is who brought it, None in cross-replica context.
+        ``replica`` is who brought it, None in cross-replica context. The array lies where the
+        copy that this replica reads lies, or the first one.
         """
         array = self.converted(value, verb, replica)
         shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
@@ -64,13 +70,19 @@ class Copies:
             )
         if debugging.active is not None:
             debugging.check_finite(f"{verb} of variable {self.name!r}", [array])
-        return array
+        return self.memory.near(array, self.read_by(replica))
+
+    def read_by(self, replica: int | None) -> Any:
+        """Return the copy that a replica reads; the first one for None."""
+        if not replica:
+            return self.arrays[0]
+        return self.arrays[self.index_of(replica - self.placement.first_replica)]
 
     def converted(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
         shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
         if foreign.is_foreign(value):
-            return foreign.view(verb, value, f"the value{self._from(replica)}")
+            return self.memory.view(verb, value, f"the value{self._from(replica)}")
         try:
             if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
                 return self._number(value, dtype)
@@ -104,7 +116,7 @@ class Copies:
         be faulted in by the operating system each time, which takes longer than the sum.
         """
         if self._scratch is None:
-            self._scratch = np.empty_like(self.arrays[0])
+            self._scratch = self.memory.apply(np.empty_like, self.arrays[0])
         return self._scratch
 
     def commit(self, values: Sequence[Any]) -> None:
@@ -115,13 +127,13 @@ class Copies:
         """Overwrite the copy of one local replica."""
         if debugging.active is not None:
             debugging.check_finite(f"the new content of variable {self.name!r}", [value])
-        self.arrays[self.index_of(rank)][...] = value
+        self.memory.overwrite([self.arrays[self.index_of(rank)]], [value])
 
     def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
         """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""
         if debugging.active is not None:
             _look_at(self, values)
-        _write(self.arrays, rows, values)
+        self.memory.overwrite_rows(self.arrays, rows, values)
 
 
 class Draft(Copies):
@@ -137,6 +149,7 @@ class Draft(Copies):
         device = (whole.copy_devices[rank],)
         self.name = of.name if rank == 0 else f"{of.name}/replica_{rank}"
         self.placement = Placement(device, Single(), whole.name, whole=whole)
+        self.memory = of.memory
         self.arrays = (of.arrays[rank],)
         self.views = (of.views[rank],)
         self.has_ended = False
@@ -154,7 +167,7 @@ class Draft(Copies):
         if self.is_written:
             super().commit(values)
         else:
-            self._hold([np.array(values[0], order="C", copy=True)])
+            self._hold([self.memory.beside(values[0], self.arrays[0])])
             self.is_written = True
 
     def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
@@ -168,37 +181,19 @@ class Draft(Copies):
 def commit_together(writes: Sequence[tuple[Copies, Sequence[Any]]]) -> None:
     """Overwrite the copies of several variables, each with its values.
 
-    One expression that never enters the interpreter's loop, so that an interrupt falls before
-    or after all of it: the copies cannot be left half-written.
+    Their memory does so at once: an interrupt cannot leave the copies half-written.
     """
     if debugging.active is not None:
         for copies, given in writes:
             _look_at(copies, given)
     arrays = [array for copies, _ in writes for array in copies.arrays]
-    # A value that is a view of a copy would change while it is written to the others.
-    apart = {
-        id(value): value.copy() if any(np.may_share_memory(value, a) for a in arrays) else value
-        for _, given in writes
-        for value in given
-    }
-    values = [apart[id(value)] for _, given in writes for value in given]
-    _write(arrays, repeat(...), values)
-
-
-def _write(arrays: Sequence[Any], where: Iterable[Any], values: Sequence[Any]) -> None:
-    set_item: Any = operator.setitem
-    deque(map(set_item, arrays, where, values), maxlen=0)
+    values = [value for _, given in writes for value in given]
+    writes[0][0].memory.overwrite(arrays, values)
 
 
 def _look_at(copies: Copies, values: Sequence[Any]) -> None:
     """In debug mode: refuse new content that is not finite, and note that there is some."""
-    each = {id(value): np.asarray(value) for value in values}
+    each = {id(value): value for value in values}
     debugging.check_finite(f"the new content of variable {copies.name!r}", each.values())
     if debugging.active is not None:
         debugging.active.note_written(id(copies))
-
-
-def _read_only(array: Any) -> Any:
-    view = array.view()
-    view.flags.writeable = False
-    return view

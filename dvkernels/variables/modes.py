@@ -6,6 +6,7 @@ copies as they were.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,8 +55,9 @@ WRITES: dict[str, Callable[[Any, Any, Any], Any]] = {
 
 def _write_alike(copies: Copies, verb: str, value: Any) -> None:
     """Write equal copies: work out the new content once, then commit it to all."""
-    scratch = None if verb == "assign" else copies.scratch()
-    new = WRITES[verb](copies.arrays[0], value, scratch)
+    new = value
+    if verb != "assign":
+        new = copies.memory.apply(WRITES[verb], copies.arrays[0], value, copies.scratch())
     copies.commit([new] * len(copies.arrays))
 
 
@@ -123,7 +125,8 @@ def aggregate_then_scatter(
         else:  # those of replica 0, which the first worker has
             taken = parts[: 1 if placement.workers.rank == 0 else 0]
         divisor = placement.num_replicas if aggregation is VariableAggregation.MEAN else 1
-        of_all = scatter.of_all_workers(scatter.joined(taken, parts[0]), placement.workers)
+        own = scatter.joined(copies, taken, parts[0])
+        of_all = scatter.of_all_workers(own, placement.workers)
         _scatter_alike(copies, verb, scatter.divided(of_all, divisor))
         return [None] * len(parts)
 
@@ -141,8 +144,8 @@ def scatter_own_copy(
     """Only rows of this replica's copy change."""
     own = copies.arrays[copies.index_of(replica.rank_in_process)]
     given = _checked_updates(copies, verb, indices, updates, replica)
-    rows, content = scatter.changed(own, verb, given)
-    own[rows] = content
+    rows, content = scatter.changed(copies, own, verb, given)
+    copies.memory.overwrite_rows([own], [rows], [content])
 
 
 def refuse_to_scatter(
@@ -165,7 +168,8 @@ def write_own_copy(
     """Only this replica's copy changes."""
     rank = replica.rank_in_process
     own = copies.arrays[copies.index_of(rank)]
-    new = WRITES[verb](own, _checked_own(copies, verb, value, replica), None)
+    brought = _checked_own(copies, verb, value, replica)
+    new = copies.memory.apply(WRITES[verb], own, brought, None)
     copies.commit_own(rank, new)
 
 
@@ -191,7 +195,7 @@ def write_every_copy(
 ) -> None:
     """Every copy gets the value, or its component of a ``PerReplica``."""
     values = _for_each_copy(copies, verb, value)
-    write = WRITES[verb]
+    write = functools.partial(copies.memory.apply, WRITES[verb])
     copies.commit([write(own, new, None) for own, new in zip(copies.arrays, values, strict=True)])
 
 
@@ -228,12 +232,13 @@ def scatter_every_copy(
         ]
     else:
         given = [_updates_for_all(copies, verb, indices, updates)] * len(copies.arrays)
-    found = [scatter.changed(own, verb, one) for own, one in zip(copies.arrays, given, strict=True)]
+    pairs = zip(copies.arrays, given, strict=True)
+    found = [scatter.changed(copies, own, verb, one) for own, one in pairs]
     copies.commit_rows([rows for rows, _ in found], [content for _, content in found])
 
 
 def _scatter_alike(copies: Copies, verb: str, given: scatter.Updates) -> None:
-    rows, content = scatter.changed(copies.arrays[0], verb, given)
+    rows, content = scatter.changed(copies, copies.arrays[0], verb, given)
     copies.commit_rows([rows] * len(copies.arrays), [content] * len(copies.arrays))
 
 
@@ -272,7 +277,7 @@ def share_out(copies: Copies, aggregation: VariableAggregation, verb: str, value
         _refuse_adding_to_a_sum(copies, verb)
     placement = copies.placement
     total = placement.of_chief(copies.checked(_one(value, verb, copies), verb, None))
-    shares = _shares(total, placement.num_replicas)
+    shares = copies.memory.apply(_shares, total, placement.num_replicas)
     copies.commit(shares[placement.first_replica :][: len(copies.arrays)])
 
 
@@ -319,9 +324,7 @@ def aggregate_copies(copies: Copies, aggregation: VariableAggregation) -> Any:
     if debugging.active is not None:
         debugging.active.note_aggregate(id(copies), copies.name)
     result = aggregated(copies, aggregation, list(copies.arrays))
-    view = result.view()
-    view.flags.writeable = False
-    return view
+    return copies.memory.read_only(result)
 
 
 def every_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
@@ -381,7 +384,7 @@ def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
         first = copies.placement.first_replica
         return [copies.checked(part, verb, replica) for replica, part in enumerate(parts, first)]
     one = copies.placement.of_chief(copies.checked(_one(value, verb, copies), verb, None))
-    return [one] * len(copies.arrays)
+    return [copies.memory.near(one, copy) for copy in copies.arrays]
 
 
 def _each(copies: Copies, verb: str, value: Any) -> Sequence[Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Workers
+from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.profiler import debugging
@@ -17,24 +18,14 @@ from dvkernels.variables.copies import Copies
 __all__: list[str] = []
 
 
-def _replace(rows: Any, positions: Any, updates: Any) -> None:
-    rows[positions] = updates  # of several updates of a row the last stays
-
-
-def _divide(rows: Any, positions: Any, updates: Any) -> None:
-    divide: Any = np.floor_divide if rows.dtype.kind in "iu" else np.divide
-    divide.at(rows, positions, updates)
-
-
-# (rows, position of each update in them, updates): changes the rows, update after update.
-_CHANGES: dict[str, Callable[[Any, Any, Any], None]] = {
-    "scatter_update": _replace,
-    "scatter_add": np.add.at,
-    "scatter_sub": np.subtract.at,
-    "scatter_mul": np.multiply.at,
-    "scatter_div": _divide,
-    "scatter_min": np.minimum.at,
-    "scatter_max": np.maximum.at,
+# What an update makes of a row; several of one row follow each other.
+_CHANGES: dict[str, np.ufunc] = {
+    "scatter_add": np.add,
+    "scatter_sub": np.subtract,
+    "scatter_mul": np.multiply,
+    "scatter_div": np.divide,
+    "scatter_min": np.minimum,
+    "scatter_max": np.maximum,
 }
 # What the updates of several replicas mean for these depends on who comes last or is extreme,
 # which neither a sum nor a mean says.
@@ -55,7 +46,7 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     came = "" if replica is None else f" from replica {replica}"
     if not shape:
         raise BufferMismatchError(f"{what}: it has no rows, being 0-d; use assign")
-    rows = np.asarray(indices)
+    rows = copies.memory.to_host(indices) if foreign.is_on_gpu(indices) else np.asarray(indices)
     if rows.size == 0 and rows.dtype.kind == "f":
         rows = rows.astype(np.int64)  # an empty list
     if rows.dtype.kind not in "iu":
@@ -79,15 +70,18 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     if debugging.active is not None:
         debugging.check_finite(what, [array])
     flat = array.reshape(-1, *shape[1:]) if rows.size else array.reshape(0, *shape[1:])
-    return Updates(rows.reshape(-1).astype(np.int64), flat)
+    near = copies.memory.near(flat, copies.read_by(replica))
+    return Updates(rows.reshape(-1).astype(np.int64), near)
 
 
-def joined(parts: Sequence[Updates], like: Updates) -> Updates:
-    """Return the updates of all parts in order; of no parts, none ``like`` others."""
+def joined(copies: Copies, parts: Sequence[Updates], like: Updates) -> Updates:
+    """Return the updates of all parts in order, beside the first copy; of none, none ``like``."""
     if not parts:
         return Updates(like.indices[:0], _wide(like.updates[:0]))
+    memory = copies.memory
     indices = np.concatenate([part.indices for part in parts])
-    return Updates(indices, np.concatenate([_wide(part.updates) for part in parts]))
+    each = [_wide(memory.near(part.updates, copies.arrays[0])) for part in parts]
+    return Updates(indices, memory.apply(_concatenated, *each))
 
 
 def of_all_workers(given: Updates, workers: Workers) -> Updates:
@@ -102,15 +96,30 @@ def divided(given: Updates, divisor: int) -> Updates:
     return Updates(given.indices, given.updates / given.updates.dtype.type(divisor))
 
 
-def changed(array: Any, verb: str, given: Updates) -> tuple[Any, Any]:
-    """Return which rows change and what they become; ``array`` stays as it is.
+def changed(copies: Copies, array: Any, verb: str, given: Updates) -> tuple[Any, Any]:
+    """Return which rows change and what they become; ``array``, a copy, stays as it is.
 
     Half types are computed in float32 and rounded once.
     """
+    return copies.memory.apply(_changed, array, copies.memory.accumulate, verb, given)  # type: ignore[no-any-return]
+
+
+def _changed(array: Any, accumulate: Any, verb: str, given: Updates) -> tuple[Any, Any]:
+    if verb == "scatter_update":  # of several updates of a row the last stays
+        rows, last = np.unique(given.indices[::-1], return_index=True)
+        return rows, given.updates[len(given.indices) - 1 - last]
+    change = _CHANGES[verb]
+    if change is np.divide and array.dtype.kind in "iu":
+        change = np.floor_divide
     rows, positions = np.unique(given.indices, return_inverse=True)
     content = _wide(array[rows])
-    _CHANGES[verb](content, positions.reshape(-1), given.updates.astype(content.dtype, copy=False))
+    updates = given.updates.astype(content.dtype, copy=False)
+    accumulate(change, content, positions.reshape(-1), updates)
     return rows, content.astype(array.dtype, copy=False)
+
+
+def _concatenated(*arrays: Any) -> Any:
+    return np.concatenate(arrays)
 
 
 def _wide(array: Any) -> Any:

@@ -14,7 +14,7 @@ from dvkernels import context, reduce_op
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Request, Same, Step
 from dvkernels.context import ReplicaContext
-from dvkernels.devices import foreign, registry
+from dvkernels.devices import foreign, memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
@@ -195,7 +195,7 @@ class Variable(DistributedValues[Any]):
     def copy_to(self, device: Device | str) -> PerReplica[Any]:
         """Return the copies' content as new arrays on ``device``, one for each copy."""
         target = registry.resolve(device)
-        copies = [array.copy() for array in self._copies.arrays]
+        copies = [memory.copied(array, target) for array in self._copies.arrays]
         return PerReplica(copies, devices=[target] * len(copies), owner=self.owner)
 
     # -- reads ----------------------------------------------------------------------------------
@@ -214,11 +214,16 @@ class Variable(DistributedValues[Any]):
         return mode.read_in_replica(self._copies, self._aggregation, replica)
 
     def numpy(self) -> Any:
-        """Return the value as an array that the caller owns."""
-        return np.array(self.read_value())
+        """Return the value as a NumPy array that the caller owns."""
+        return np.array(self._on_host())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.array(self.read_value(), dtype=dtype, copy=copy)
+        return np.array(self._on_host(), dtype=dtype, copy=copy)
+
+    def _on_host(self) -> Any:
+        """Return the value in the memory of the host, which waits for a GPU."""
+        value = self.read_value()
+        return value if isinstance(value, PerReplica) else self._copies.memory.to_host(value)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if any(isinstance(out, Variable) for out in kwargs.get("out", ())):
@@ -419,11 +424,13 @@ def _created(
 ) -> Variable:
     label = f"variable_{next(_numbers)}" if name is None else name
     content = initial() if callable(initial) else initial
+    held = _read(content)
+    if foreign.is_foreign(held):
+        held = placement.memory.view(f"variable {label!r}", held, "the initial value")
     try:
-        held = _read(content)
-        if foreign.is_foreign(held):
-            held = foreign.view(f"variable {label!r}", held, "the initial value")
-        array = np.asarray(held, dtype=dtype)
+        array = held if foreign.is_on_gpu(held) else np.asarray(held, dtype=dtype)
+        if dtype is not None and array.dtype != np.dtype(dtype):  # of what is on a GPU
+            array = array.astype(dtype)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
             f"variable {label!r}: the initial value {content!r:.60} is not an array: {error}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.simulator
 ROOT = Path(__file__).resolve().parents[2]
 BODIES = [
     "tests/unit/kernels/test_contract.py",
@@ -20,6 +21,15 @@ BODIES = [
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",
     "tests/simulator/test_one_gpu.py",
+    "tests/simulator/test_simulated_strategies.py",
+    "tests/conformance/test_strategy_laws.py",
+    "tests/unit/variables",
+    "tests/unit/optimizers",
+    "tests/unit/strategies/test_contract_of_members.py",
+    "tests/unit/strategies/test_contract_of_values.py",
+    "tests/unit/strategies/test_async.py",
+    "tests/unit/strategies/test_strategies.py",
+    "tests/unit/test_context.py",
     "tests/simulator/test_between.py",
     "tests/simulator/test_concurrency.py",
     "tests/simulator/test_waiting_kernels_simulated.py",

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kinds import devices, only_cpu
 
 import dvkernels as dv
 from dvkernels.communicators.local import Local
 from dvkernels.testing import assert_same_on, check_strategy
 
 
-def cpus(count):
-    return [f"cpu:{k}" for k in range(count)]
-
-
 @pytest.mark.parametrize(
     "make",
     [
-        lambda n: dv.MirroredStrategy(cpus(n)),
-        lambda n: dv.MirroredStrategy(cpus(n), cross_device_ops="ring"),
-        lambda n: dv.MirroredStrategy(cpus(n), bytes_per_bucket=64),
-        lambda n: dv.CentralStorageStrategy(cpus(n)),
+        lambda n: dv.MirroredStrategy(devices(n)),
+        lambda n: dv.MirroredStrategy(devices(n), cross_device_ops="ring"),
+        lambda n: dv.MirroredStrategy(devices(n), bytes_per_bucket=64),
+        lambda n: dv.CentralStorageStrategy(devices(n)),
         lambda n: dv.MultiWorkerMirroredStrategy(
-            dv.cluster.SimpleClusterResolver({}), devices=cpus(n)
+            dv.cluster.SimpleClusterResolver({}), devices=devices(n)
         ),
     ],
     ids=["mirrored", "ring", "buckets", "central storage", "one worker"],
@@ -32,7 +29,7 @@ def test_of_several_replicas(make):
 
 
 def test_one_device():
-    check_strategy(lambda n: dv.OneDeviceStrategy("cpu:0"), replicas=[1])
+    check_strategy(lambda n: dv.OneDeviceStrategy(devices(1)[0]), replicas=[1])
 
 
 class Deaf(Local):
@@ -42,10 +39,11 @@ class Deaf(Local):
         return [np.array(value) for value in values]
 
 
+@only_cpu
 def test_a_defect_is_found():
     with pytest.raises(AssertionError, match="all_reduce") as caught:
         check_strategy(
-            lambda n: dv.MirroredStrategy(cpus(n), cross_device_ops=Deaf(n, "auto")), [2]
+            lambda n: dv.MirroredStrategy(devices(n), cross_device_ops=Deaf(n, "auto")), [2]
         )
     assert "2 replicas" in caught.value.__notes__[0]
 

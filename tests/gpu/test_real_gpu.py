@@ -27,6 +27,14 @@ BODIES = [
     "tests/unit/kernels/test_optimizers.py",
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",
+    "tests/conformance/test_strategy_laws.py",
+    "tests/unit/variables",
+    "tests/unit/optimizers",
+    "tests/unit/strategies/test_contract_of_members.py",
+    "tests/unit/strategies/test_contract_of_values.py",
+    "tests/unit/strategies/test_async.py",
+    "tests/unit/strategies/test_strategies.py",
+    "tests/unit/test_context.py",
 ]
 
 

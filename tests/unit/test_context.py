@@ -8,6 +8,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from kinds import devices
 
 import dvkernels as dv
 from dvkernels.errors import (
@@ -22,13 +23,13 @@ from dvkernels.errors import (
 
 @pytest.fixture(params=[1, 2, 3, 7])
 def strategy(request):
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(request.param)]) as strategy:
+    with dv.MirroredStrategy(devices(request.param)) as strategy:
         yield strategy
 
 
 @pytest.fixture
 def pair():
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
         yield strategy
 
 
@@ -68,7 +69,7 @@ def test_all_reduce(op, reduction, algorithm):
 
 def test_results_belong_to_the_caller_also_alone():
     own = np.ones(3)
-    with dv.OneDeviceStrategy("cpu:0") as strategy:
+    with dv.OneDeviceStrategy(devices(1)[0]) as strategy:
         for collective in (
             lambda: here().all_reduce("sum", own),
             lambda: here().all_gather(own),
@@ -332,7 +333,7 @@ def test_inside(pair):
             assert dv.get_strategy() is pair
     assert not dv.has_strategy()
     assert on_each(pair, lambda: (dv.get_strategy() is pair) and rank()) == (0, 1)
-    assert [str(device) for device in on_each(pair, lambda: here().device)] == ["cpu:0", "cpu:1"]
+    assert [str(device) for device in on_each(pair, lambda: here().device)] == devices(2)
 
 
 def test_a_thread_of_its_own_is_outside(pair):
@@ -355,7 +356,7 @@ def test_replicas_see_the_callers_context_variables(pair):
 
 
 def test_calls_in_the_wrong_context(pair):
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as other:
+    with dv.MirroredStrategy(devices(2)) as other:
         data = pair.distribute_dataset(dv.Dataset.range(4).batch(2))
         for call in (
             lambda: pair.scope().__enter__(),
@@ -402,7 +403,7 @@ def test_set_strategy(pair):
 
 
 def test_a_shared_result_is_one_read_only_array():
-    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+    with dv.MirroredStrategy(devices(3)) as strategy:
 
         def step(op, value, **options):
             return dv.get_replica_context().all_reduce(op, value, shared=True, **options)
@@ -427,7 +428,7 @@ def test_halves_are_weighed_in_float32(dtype):
         np.multiply(value, np.float32(weight / 7))
         for value, weight in zip(values, weights, strict=True)
     ).astype(half)
-    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+    with dv.MirroredStrategy(devices(3)) as strategy:
         for in_place in (False, True):
 
             def step(value, weight, in_place=in_place):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kinds import devices
 
 import dvkernels as dv
 from dvkernels.errors import (
@@ -53,7 +54,7 @@ def trained(strategy, make, num_replicas, in_replicas=True):
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_replicas_take_the_step_of_the_mean_gradient(make):
-    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+    with dv.MirroredStrategy(devices(3)) as strategy:
         inside = trained(strategy, make, 3)
         across = trained(strategy, make, 3, in_replicas=False)
     optimizer, alone = make(), (dv.Variable(np.ones((4, 3))), dv.Variable(np.zeros(3)))
@@ -86,7 +87,7 @@ def test_the_sum_of_gradients():
 )
 def test_bad_pairs_change_nothing(make, pairs, error):
     optimizer = dv.optimizers.Adam()
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
         with strategy.scope():
             variable = dv.Variable(np.ones(2), **make())
         with pytest.raises(error):
@@ -99,7 +100,7 @@ def test_bad_pairs_change_nothing(make, pairs, error):
 
 def test_replicas_that_bring_other_variables_end_the_step():
     optimizer = dv.optimizers.SGD(0.1)
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
         with strategy.scope():
             pair = dv.Variable(1.0), dv.Variable(1.0)
         with pytest.raises(CollectiveMismatchError):
@@ -108,7 +109,7 @@ def test_replicas_that_bring_other_variables_end_the_step():
                     [(1.0, pair[dv.get_replica_context().replica_id_in_sync_group])]
                 )
             )
-        with pytest.raises(ContextError), dv.MirroredStrategy(["cpu:0"]).scope():
+        with pytest.raises(ContextError), dv.MirroredStrategy(devices(1)).scope():
             optimizer.apply_gradients([(1.0, pair[0])])
         assert [float(variable) for variable in pair] == [1.0, 1.0]
 

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from kinds import devices
 
 import dvkernels as dv
 from dvkernels.errors import CollectiveMismatchError, ContextError
@@ -16,7 +17,7 @@ from dvkernels.errors import CollectiveMismatchError, ContextError
 
 @pytest.fixture(params=[1, 2, 3])
 def strategy(request):
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(request.param)]) as made:
+    with dv.MirroredStrategy(devices(request.param)) as made:
         yield made
 
 
@@ -68,7 +69,7 @@ def test_a_run_ends_when_what_it_started_is_done(strategy):
     ids=["shapes", "ops", "one returns", "numbers of calls", "each waits for another"],
 )
 def test_replicas_that_disagree_never_hang(step):
-    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+    with dv.MirroredStrategy(devices(3)) as strategy:
         for _ in range(3):
             began = time.monotonic()
             with pytest.raises(CollectiveMismatchError, match="replica 1"):
@@ -84,7 +85,7 @@ def test_an_error_elsewhere_ends_the_wait():
             raise ZeroDivisionError
         return here().all_reduce_async("sum", 1.0).wait()
 
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy, pytest.raises(ZeroDivisionError):
+    with dv.MirroredStrategy(devices(2)) as strategy, pytest.raises(ZeroDivisionError):
         strategy.run(step)
 
 
@@ -108,7 +109,7 @@ def test_a_context_that_has_ended_starts_nothing(strategy):
 
 
 def test_the_thread_ends_with_the_strategy():
-    strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
+    strategy = dv.MirroredStrategy(devices(2))
     strategy.run(lambda: here().all_reduce_async("sum", 1.0).wait())
     del strategy
     gc.collect()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from kinds import devices, host, only_cpu
 
 import dvkernels as dv
 from dvkernels.errors import ContextError
@@ -22,7 +23,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture
 def two() -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
         yield strategy
 
 
@@ -31,7 +32,7 @@ def any_strategy(request: pytest.FixtureRequest) -> Iterator[dv.Strategy]:
     make = {
         "mirrored": lambda: dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:0"]),
         "central": lambda: dv.CentralStorageStrategy(["cpu:0", "cpu:1", "cpu:0"], "cpu:1"),
-        "one": lambda: dv.OneDeviceStrategy("cpu:0"),
+        "one": lambda: dv.OneDeviceStrategy(devices(1)[0]),
     }[request.param]
     with make() as strategy:
         yield strategy
@@ -61,14 +62,15 @@ def test_what_a_strategy_says_of_itself(any_strategy: dv.Strategy) -> None:
     assert type(any_strategy).__name__ in repr(any_strategy)
 
 
+@only_cpu
 def test_central_storage_keeps_its_one_copy_where_told() -> None:
-    with dv.CentralStorageStrategy(["cpu:0", "cpu:1"], parameter_device="cpu:1") as strategy:
+    with dv.CentralStorageStrategy(devices(2), parameter_device="cpu:1") as strategy:
         v = variable(strategy, np.zeros(2))
         assert [str(device) for device in v.devices] == ["cpu:1"]
         assert [str(device) for device in strategy.worker_devices] == ["cpu:0", "cpu:1"]
         assert len(v.values) == 1
     with pytest.raises(dv.errors.DeviceError, match="cpu"):
-        dv.CentralStorageStrategy(["cpu:0"], parameter_device="tpu:0")
+        dv.CentralStorageStrategy(devices(1), parameter_device="tpu:0")
     with pytest.raises(dv.errors.DeviceError):
         dv.CentralStorageStrategy([])
 
@@ -114,7 +116,7 @@ def test_run_refuses(two: dv.Strategy) -> None:
 def test_reduce_along_any_axes(op: str, axis: Any) -> None:
     random = np.random.default_rng(3)
     ragged = axis is not None and 0 in np.atleast_1d(axis) % 3
-    with dv.MirroredStrategy(["cpu:0"] * 3) as strategy:
+    with dv.MirroredStrategy(devices(3)) as strategy:
         shapes = [(size, 2, 3) for size in ((2, 1, 4) if ragged else (2, 2, 2))]
         parts = [random.integers(-3, 4, shape).astype("f8") for shape in shapes]
         kept = [part.copy() for part in parts]
@@ -312,7 +314,7 @@ def test_update_refuses(two: dv.Strategy) -> None:
         two.update(np.zeros(2), lambda copy: None)
     with pytest.raises(ContextError):
         two.run(lambda: two.update(v, lambda copy: copy.assign(np.ones(2))))
-    with dv.MirroredStrategy(["cpu:0"] * 3) as other:
+    with dv.MirroredStrategy(devices(3)) as other:
         with pytest.raises(ContextError):
             other.update(v, lambda copy: copy.assign(np.ones(2)))
         with pytest.raises(ContextError):
@@ -350,22 +352,22 @@ def test_reduce_to_destinations(any_strategy: dv.Strategy, op: str) -> None:
         assert isinstance(result, dv.Mirrored)
         assert len(result) == length
         for one in result.values:
-            np.testing.assert_allclose(one, expected, rtol=1e-15)
-            assert not any(np.shares_memory(one, part) for part in parts)
+            np.testing.assert_allclose(host(one), expected, rtol=1e-15)
+            assert not any(np.shares_memory(host(one), part) for part in parts)
         for one, another in itertools.combinations(result.values, 2):
             assert one.tobytes() == another.tobytes()
         broadcast = any_strategy.broadcast_to(expected, destinations)
         assert isinstance(broadcast, dv.Mirrored)
         assert len(broadcast) == length
         for one in broadcast.values:
-            assert np.array_equal(one, expected)
-            assert not np.shares_memory(one, expected)
+            assert np.array_equal(host(one), expected)
+            assert not np.shares_memory(host(one), expected)
     assert [str(d) for d in any_strategy.reduce_to(op, value, "cpu:1").devices] == ["cpu:1"]
     assert any_strategy.reduce_to(op, value, dv.list_devices()[0]).values[0].shape == (3,)
     assert tuple(any_strategy.reduce_to(op, value, v).devices) == tuple(v.devices)
     pairs = [(value, v), (dealt(any_strategy, *[part[:2] for part in parts]), "cpu:0")]
     first, second = any_strategy.batch_reduce_to(op, pairs)
-    np.testing.assert_allclose(first.values[0], expected, rtol=1e-15)
+    np.testing.assert_allclose(host(first.values[0]), expected, rtol=1e-15)
     np.testing.assert_allclose(second.values[0], expected[:2], rtol=1e-15)
     assert (len(first), len(second)) == (len(v.values), 1)
     assert len(any_strategy.batch_reduce_to(op, [])) == 0
@@ -414,7 +416,7 @@ def test_reduce_to_refuses(two: dv.Strategy) -> None:
 
 def test_an_alien_among_the_destinations(two: dv.Strategy) -> None:
     value = dealt(two, np.ones(3), np.ones(3))
-    with dv.MirroredStrategy(["cpu:0"] * 3) as other:
+    with dv.MirroredStrategy(devices(3)) as other:
         alien = variable(other, np.zeros(3))
         with pytest.raises(ContextError):
             two.reduce_to("sum", value, alien)
@@ -429,7 +431,7 @@ def test_devices() -> None:
     with pytest.raises((dv.errors.DeviceError, ValueError), match="cpu:0"):
         dv.OneDeviceStrategy("nothing:0")
     with pytest.raises(ValueError, match="ring"):
-        dv.MirroredStrategy(["cpu:0"], cross_device_ops="carrier pigeon")
+        dv.MirroredStrategy(devices(1), cross_device_ops="carrier pigeon")
     listed = dv.list_devices()
     assert [str(device) for device in dv.list_devices("cpu")] == [
         str(device) for device in listed if str(device).startswith("cpu")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kinds import devices
 
 import dvkernels as dv
 
@@ -18,7 +19,7 @@ CALLS = r"strategy\.(reduce|gather|local_results)"
 
 @pytest.fixture
 def two() -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
         yield strategy
 
 
@@ -180,7 +181,7 @@ def test_copies_and_emptiness() -> None:
 
 def test_neither_communicates() -> None:
     """Values are made and seen anywhere, also inside one replica alone."""
-    with dv.MirroredStrategy(["cpu:0"] * 2) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
 
         def alone() -> int:
             if dv.get_replica_context().replica_id_in_sync_group == 0:

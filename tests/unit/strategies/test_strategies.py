@@ -6,6 +6,7 @@ import collections
 
 import numpy as np
 import pytest
+from kinds import devices
 
 import dvkernels as dv
 from dvkernels.errors import (
@@ -21,7 +22,7 @@ Pair = collections.namedtuple("Pair", "left right")
 
 @pytest.fixture
 def strategy():
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
         yield strategy
 
 
@@ -49,7 +50,7 @@ def test_variables_are_passed_as_they_are(strategy):
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_results_are_per_replica_always(num_replicas):
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(num_replicas)]) as strategy:
+    with dv.MirroredStrategy(devices(num_replicas)) as strategy:
         shared = object()
         assert strategy.run(lambda: shared).values == (shared,) * num_replicas
         assert strategy.run(lambda: None) is None
@@ -83,7 +84,7 @@ def test_bad_arguments(strategy, bad):
 
 
 def test_a_value_of_another_length_or_strategy(strategy):
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as other:
+    with dv.MirroredStrategy(devices(2)) as other:
         foreign = other.run(rank)
     for value in (dv.PerReplica([1, 2, 3]), foreign):
         for use in (
@@ -208,9 +209,10 @@ def test_names_of_tf_distribute(strategy):
 
 def test_what_a_strategy_is(strategy):
     assert strategy.num_replicas_in_sync == 2
-    assert [str(device) for device in strategy.worker_devices] == ["cpu:0", "cpu:1"]
+    assert [str(device) for device in strategy.worker_devices] == devices(2)
     assert strategy.cluster_resolver is None
-    assert dv.MirroredStrategy().num_replicas_in_sync == len(dv.list_devices())
+    usable = dv.list_devices("cuda") or dv.list_devices("cpu")
+    assert dv.MirroredStrategy().num_replicas_in_sync == len(usable)
     with pytest.raises(TypeError):
         __import__("copy").copy(strategy)
 
@@ -218,7 +220,7 @@ def test_what_a_strategy_is(strategy):
 @pytest.mark.parametrize("ops", ["fastest", "nccl", 3, None])
 def test_cross_device_ops_are_named(ops):
     with pytest.raises(AlgorithmError, match="'direct'"):
-        dv.MirroredStrategy(["cpu:0", "cpu:1"], cross_device_ops=ops)
+        dv.MirroredStrategy(devices(2), cross_device_ops=ops)
 
 
 def test_a_dataset_is_asked_for(strategy):
@@ -248,7 +250,7 @@ def test_a_communicator_of_ones_own():
         broadcast = property(lambda self: self.__getattr__("broadcast"))
 
     logged = Logged()
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"], cross_device_ops=logged) as strategy:
+    with dv.MirroredStrategy(devices(2), cross_device_ops=logged) as strategy:
         logged.verbs.clear()
         context = dv.get_replica_context
         assert strategy.run(lambda: context().all_reduce("sum", 1.0)).values == (2.0, 2.0)

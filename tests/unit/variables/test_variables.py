@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kinds import devices
 
 import dvkernels as dv
 from dvkernels.errors import BufferMismatchError, ContextError
@@ -14,7 +15,7 @@ AGGREGATIONS = ["none", "sum", "mean", "only_first_replica"]
 
 @pytest.fixture(params=SIZES)
 def strategy(request):
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(request.param)]) as strategy:
+    with dv.MirroredStrategy(devices(request.param)) as strategy:
         yield strategy
 
 
@@ -238,7 +239,7 @@ def test_outside_every_scope_it_lives_alone():
     counter.assign_add(3.0)
     assert (float(variable), float(counter)) == (2.0, 3.0)
     assert len(variable.values) == 1
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    with dv.MirroredStrategy(devices(2)) as strategy:
         assert strategy.run(lambda: float(variable)).values == (2.0, 2.0)
         with pytest.raises(ContextError, match="outside every scope"):
             strategy.run(lambda: variable.assign(5.0))
@@ -247,7 +248,7 @@ def test_outside_every_scope_it_lives_alone():
 
 def test_another_strategys_variable(strategy):
     variable = make(strategy, 1.0)
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as other, other.scope():
+    with dv.MirroredStrategy(devices(2)) as other, other.scope():
         for use in (variable.read_value, lambda: variable.assign(2.0), lambda: variable + 1):
             with pytest.raises(ContextError, match="belongs to"):
                 use()

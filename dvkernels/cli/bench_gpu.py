@@ -1,0 +1,48 @@
+"""``python -m dvkernels bench --device cuda``: the whole measurement of a GPU, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+from dvkernels._version import __version__
+from dvkernels.devices import cuda, driver
+
+__all__: list[str] = []
+
+_SIMULATED = {"nbytes": 256, "small_nbytes": 16, "rounds": 1, "calls": 1, "small_calls": 1}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print a page fragment, and write it, and the data, to a file."""
+    cuda.require("bench --device cuda")
+    from dvkernels.benchmarks import gpu
+
+    report = None if arguments.report is None else Path(arguments.report)
+    if report is not None:
+        report.touch()  # before minutes of measuring
+    plan = gpu.Plan(**_SIMULATED) if cuda.is_simulated() else gpu.Plan(rounds=arguments.rounds)  # type: ignore[arg-type]
+    found = driver.find()
+    name = "Numba's simulator: its times mean nothing"
+    if not cuda.is_simulated() and found is not None:
+        version = ".".join(map(str, found.version()))
+        name = f"{found.name(0)}, driver for CUDA {version}"
+    about = {
+        "Machine": f"{name}; {platform.platform()}",
+        "Date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "Version": f"dvkernels {__version__}, Python {platform.python_version()}",
+        "Command": " ".join(["python -m dvkernels", *sys.argv[1:]]),
+        "Rounds": f"{plan.rounds} of {plan.calls} calls, in turn; medians and quartiles",
+    }
+    figures = gpu.measure(plan=plan)
+    fragment = gpu.page(figures, about)
+    print(fragment, end="")
+    if report is not None:
+        data = {"about": about, "figures": [figure._asdict() for figure in figures]}
+        report.write_text(json.dumps(data, indent=1) + "\n")
+        report.with_suffix(".md").write_text(fragment)
+    return 0

@@ -1,0 +1,144 @@
+"""Strategies on a real GPU: ``pytest -m gpu``; between several ``pytest -m multi_gpu``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels.communicators.nccl import Nccl
+from dvkernels.devices import cuda
+from dvkernels.testing import check_strategy
+
+ROOT = Path(__file__).resolve().parents[2]
+num_gpus = 0 if cuda.is_simulated() or cuda.missing() else len(cuda.devices())
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(num_gpus < 1, reason=cuda.missing() or "it is the simulator"),
+]
+multi_gpu = [
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(num_gpus < 2, reason="needs two GPUs"),
+]
+needs_gpu = lambda test: gpu[0](gpu[1](test))  # noqa: E731
+needs_gpus = lambda test: multi_gpu[0](multi_gpu[1](test))  # noqa: E731
+
+
+@needs_gpus
+@pytest.mark.parametrize("ops", ["auto", "nccl"])
+def test_the_laws_between_gpus(ops):
+    names = [f"cuda:{k}" for k in range(num_gpus)]
+    check_strategy(
+        lambda n: dv.MirroredStrategy(names[:n], cross_device_ops=ops), range(1, num_gpus + 1)
+    )
+
+
+@needs_gpus
+def test_nccl_adds_up():
+    import cupy
+
+    nccl = Nccl([dv.Device("cuda", k) for k in range(2)])
+    values = []
+    for device in range(2):
+        with cupy.cuda.Device(device):
+            values.append(cupy.full((5, 3), device + 1.0, "f4"))
+    for result in nccl.all_reduce(values, dv.ReduceOp.MEAN):
+        assert (result.get() == 1.5).all()
+    for part, length in zip(nccl.reduce_scatter(values, dv.ReduceOp.SUM), (3, 2), strict=True):
+        assert part.get().tolist() == [[3.0] * 3] * length
+
+
+@needs_gpu
+def test_two_replicas_of_one_gpu_learn_the_digits():
+    ended = subprocess.run(
+        [sys.executable, "-m", "dvkernels", "train", "--device", "cuda", "--replicas", "2",
+         "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    report = __import__("json").loads(ended.stdout)
+    assert report["test_accuracy"] > 0.95
+    assert report["relative_difference_to_one_device"] < 1e-3
+
+
+@needs_gpu
+def test_each_replica_has_a_stream_and_all_are_in_order():
+    import cupy
+
+    with dv.MirroredStrategy(["cuda:0"] * 4) as strategy:
+        with strategy.scope():
+            total = dv.Variable(np.zeros(1 << 20, "f4"), aggregation="sum")
+        ones = cupy.ones(1 << 20, "f4")
+
+        def step():
+            own = ones
+            for _ in range(50):  # slow work, on this replica's stream
+                own = own * 1
+            total.assign_add(own)
+            return cupy.cuda.get_current_stream().ptr
+
+        for turn in range(1, 20):
+            ones = ones + 0  # made on the caller's stream, right before
+            streams = strategy.run(step)
+            assert len({*streams.values}) == 4
+            doubled = total.read_value() * 1  # on the caller's stream, right after
+            assert (doubled == 4 * turn).all()
+
+
+@needs_gpu
+def test_memory_goes_back_to_the_pool():
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+
+    def steps():
+        with dv.MirroredStrategy(["cuda:0"] * 2) as strategy:
+            with strategy.scope():
+                weight = dv.Variable(np.zeros(1 << 18, "f4"), aggregation="mean")
+            for _ in range(10):
+                strategy.run(lambda: weight.assign_add(cupy.ones(1 << 18, "f4")))
+
+    steps()
+    before = pool.used_bytes()
+    for _ in range(5):
+        steps()
+    assert pool.used_bytes() <= before
+
+
+@needs_gpu
+def test_batches_arrive_whole_while_steps_compute():
+    import cupy
+
+    rows = np.arange(1 << 22, dtype="f4").reshape(-1, 1 << 10)
+    with dv.MirroredStrategy(["cuda:0"] * 2) as strategy:
+        sums = []
+        for batch in strategy.distribute_dataset(dv.Dataset.from_arrays(rows).batch(64)):
+            sums.append(strategy.run(lambda part: (part * cupy.float32(1)).sum(axis=1), (batch,)))
+    found = np.concatenate([part.get() for one in sums for part in one.values])
+    np.testing.assert_allclose(found, rows.sum(axis=1), rtol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    code = (
+        "import cupy\nfrom dvkernels import kernels\n"
+        "for n in (1, 7, 1000, 100003):\n"
+        "    a = [cupy.ones(n, 'f4'), cupy.ones(n, 'f4')]\n"
+        "    kernels.all_reduce(a); kernels.all_gather(a); kernels.reduce_scatter(a)\n"
+        "cupy.cuda.Device().synchronize()\n"
+    )
+    ended = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+        cwd=ROOT, env={**os.environ, "CUPY_ACCELERATORS": ""}, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]

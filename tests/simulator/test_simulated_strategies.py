@@ -1,0 +1,236 @@
+"""Strategies on simulated GPUs: what the bodies of the CPU do not ask."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import dvkernels as dv
+from dvkernels import errors
+from dvkernels.benchmarks import gpu
+from dvkernels.cli.main import main
+from dvkernels.devices import memory
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs the simulator"
+)
+
+
+@pytest.fixture
+def two():
+    with dv.MirroredStrategy(["cuda:0", "cuda:0"]) as strategy:
+        yield strategy
+
+
+def on_gpu(value):
+    return memory.gpu().new(np.asarray(value), dv.Device("cuda", 0))
+
+
+def here():
+    return dv.get_replica_context()
+
+
+def rank():
+    return here().replica_id_in_sync_group
+
+
+def test_gpus_are_what_a_strategy_takes_by_itself():
+    with dv.MirroredStrategy() as strategy:
+        assert [str(device) for device in strategy.worker_devices] == ["cuda:0"]
+    with dv.CentralStorageStrategy(["cuda:0"] * 2) as strategy:
+        assert [str(device) for device in strategy.parameter_devices] == ["cuda:0"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dv.MirroredStrategy(["cpu:0", "cuda:0"]),
+        lambda: dv.CentralStorageStrategy(["cuda:0"], "cpu:0"),
+    ],
+)
+def test_one_strategy_has_one_kind_of_memory(make):
+    with pytest.raises(errors.DeviceError, match="one kind of memory"):
+        make()
+
+
+def test_a_variable_lies_on_its_devices_and_comes_to_the_host_when_asked(two):
+    with two.scope():
+        weight = dv.Variable(np.arange(3.0))
+    read = weight.read_value()
+    assert type(read) is type(on_gpu(0.0))
+    assert type(weight.numpy()) is np.ndarray
+    weight.numpy()[:] = 7  # a copy
+    assert np.asarray(weight).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="read-only"):
+        read[...] = 7.0
+    assert weight.copy_to("cpu:0").on(1).tolist() == [0, 1, 2]
+    assert type(weight.copy_to("cpu:0").on(0)) is np.ndarray
+    assert "float64[3]" in repr(two.run(weight.read_value))
+
+
+def test_values_of_the_host_are_brought_and_those_of_a_collective_stay_where_they_are(two):
+    with two.scope():
+        weight = dv.Variable(np.zeros(2), aggregation="mean")
+    two.run(lambda: weight.assign(np.full(2, rank() + 1.0)))
+    assert weight.numpy().tolist() == [1.5, 1.5]
+    found = two.run(lambda: (here().all_reduce("sum", np.ones(2)), here().all_reduce("sum", 1.0)))
+    assert type(found[0][0]) is np.ndarray
+    assert found[1][1] == 2.0
+    with pytest.raises(errors.BufferMismatchError, match="one kind of device"):
+        two.run(lambda: here().all_reduce("sum", on_gpu(np.ones(2)) if rank() else np.ones(2)))
+
+
+def test_a_cpu_strategy_refuses_arrays_of_a_gpu():
+    with dv.MirroredStrategy(["cpu:0"]) as strategy:
+        with pytest.raises(errors.BufferMismatchError, match="host"):
+            strategy.run(lambda: here().all_reduce("sum", on_gpu(np.ones(2))))
+        with strategy.scope(), pytest.raises(errors.BufferMismatchError, match="host"):
+            dv.Variable(on_gpu(np.ones(2)))
+
+
+def test_arrays_that_the_simulator_makes_are_taken_too(two):
+    from numba import cuda
+
+    held = cuda.to_device(np.ones(3))
+    total = two.run(lambda: here().all_reduce("sum", held))[0]
+    assert memory.gpu().to_host(total).tolist() == [2, 2, 2]
+    into = cuda.to_device(np.zeros(3))
+    two.run(lambda: here().all_reduce("sum", held, out=into) if rank() == 0 else
+            here().all_reduce("sum", held, out=cuda.to_device(np.zeros(3))))  # fmt: skip
+    assert into.copy_to_host().tolist() == [2, 2, 2]
+
+
+def test_arrays_of_gpu_and_host_do_not_meet_unasked(two):
+    with two.scope():
+        weight = dv.Variable(np.ones(2))
+    with pytest.raises(TypeError, match="copy the latter"):
+        two.run(lambda: weight.read_value() + np.ones(2))
+    with pytest.raises(TypeError, match=r"get\(\)"):
+        np.asarray(weight.read_value())
+
+
+def test_a_checkpoint_moves_between_gpu_and_cpu(two, tmp_path):
+    def made(strategy):
+        with strategy.scope():
+            weight = dv.Variable(np.zeros(4), aggregation="mean", name="weight")
+            seen = dv.Variable(0, synchronization="on_read", aggregation="sum", name="seen")
+            own = dv.Variable(np.zeros(2), synchronization="none", name="own")
+        adam = dv.optimizers.Adam(0.1)
+        return weight, seen, own, adam, dv.Checkpoint(weight=weight, seen=seen, own=own, adam=adam)
+
+    def step(weight, seen, own, adam):
+        adam.apply_gradients([(np.arange(4.0) + rank(), weight)])
+        seen.assign_add(rank() + 1)
+        own.assign(np.full(2, float(rank())))
+
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as cpus:
+        on_gpus, on_cpus = made(two), made(cpus)
+        two.run(step, on_gpus[:4])
+        cpus.run(step, on_cpus[:4])
+        expected = on_cpus[0].numpy()
+        np.testing.assert_allclose(on_gpus[0].numpy(), expected, rtol=1e-15)
+        on_gpus[4].save(tmp_path / "gpu")
+        for strategy in (two, cpus):
+            weight, seen, own, adam, checkpoint = made(strategy)
+            checkpoint.restore(tmp_path / "gpu")
+            np.testing.assert_array_equal(weight.numpy(), on_gpus[0].numpy())
+            assert int(seen) == 3
+            assert [float(copy[0]) for copy in own.values] == [0.0, 1.0]
+            strategy.run(step, (weight, seen, own, adam))
+            assert adam.iterations == 2
+            assert int(seen) == 6
+        on_cpus[4].save(tmp_path / "cpu")
+        on_gpus[4].restore(tmp_path / "cpu")
+        np.testing.assert_array_equal(on_gpus[0].numpy(), expected)
+
+
+def test_debug_mode_sees_what_lies_on_a_gpu(two):
+    with two.scope():
+        weight = dv.Variable(np.ones(2), aggregation="sum")
+    with dv.debug():
+        with pytest.raises(errors.NonFiniteError, match="1 NaN"):
+            weight.assign(np.array([1.0, np.nan]))
+        with pytest.raises(errors.DriftError, match="replica 1 differs"):
+            two.update(
+                weight, lambda copy: copy.assign_add(np.full(2, float("replica_1" in copy.name)))
+            )
+    assert weight.numpy().tolist() == [1, 1]
+
+
+def test_a_captured_value_is_moved_between_kinds_of_devices(two):
+    value = two.run(lambda: on_gpu(np.full(2, float(rank()))))
+    assert two.reduce_to("sum", value, "cpu:0").on(0).tolist() == [1, 1]
+    assert type(two.broadcast_to(np.ones(2), "cuda:0").on(0)) is type(on_gpu(0.0))
+    assert value.copy_to("cpu:0").on(1).tolist() == [1, 1]
+
+
+def test_gradients_are_clipped_where_they_lie():
+    found, norm = dv.optimizers.clip_by_global_norm([on_gpu([3.0, 0.0]), on_gpu([4.0])], 1.0)
+    assert norm == 5.0
+    assert [np.round(one.get(), 12).tolist() for one in found] == [[0.6, 0.0], [0.8]]
+
+
+def test_batches_come_to_the_devices_of_their_replicas(two):
+    data = dv.Dataset.from_arrays((np.arange(10.0), np.arange(10))).batch(4)
+    for prefetch in (None, 2):
+        seen = []
+        options = dv.InputOptions(prefetch=prefetch)
+        for rows, labels in two.distribute_dataset(data, options):
+            assert type(rows[0]) is type(labels[1]) is type(on_gpu(0.0))
+            assert str(rows.devices[0]) == "cuda:0"
+            seen += [one for part in rows.values for one in part.tolist()]
+        assert seen == [*range(10)]
+    on_host = next(iter(two.distribute_dataset(data, dv.InputOptions(prefetch_to_device=False))))
+    assert type(on_host[0][0]) is np.ndarray
+
+
+def test_an_iterator_over_gpus_resumes_on_the_cpu(two):
+    data = dv.Dataset.range(10).shuffle(seed=3).batch(4)
+    batches = iter(two.distribute_dataset(data))
+    first = next(batches)
+    with dv.MirroredStrategy(["cpu:0"]) as one:
+        others = iter(one.distribute_dataset(data))
+        others.load_state_dict(batches.state_dict())
+        rest = [int(k) for part in others for k in part[0]]
+    assert sorted([int(k) for part in first.values for k in part.tolist()] + rest) == [*range(10)]
+
+
+def test_training_on_gpus_gives_what_training_on_one_gives(capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    arguments = [
+        "train",
+        "--device",
+        "cuda",
+        "--replicas",
+        "2",
+        "--epochs",
+        "1",
+        "--hidden",
+        "16",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_replicas"] == 2
+    assert report["relative_difference_to_one_device"] < 1e-5
+    assert report["test_accuracy"] > 0.3
+
+
+def test_the_measurement_of_a_gpu_is_written_down(tmp_path, capsys):
+    assert main(["bench", "--device", "cuda", "--report", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "simulator" in report["about"]["Machine"]
+    graph = next(one for one in report["figures"] if "graph" in one["name"])
+    assert graph["seconds"] is None
+    assert "not measured" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_reported(monkeypatch):
+    monkeypatch.setattr(gpu.kernels, "all_reduce", lambda *_: None)
+    with pytest.raises(errors.DeviceError, match="nothing is reported"):
+        gpu.measure(plan=gpu.Plan(nbytes=64, small_nbytes=16, rounds=1, calls=1, small_calls=1))
