@@ -11,6 +11,7 @@ import itertools
 import os
 import select
 import sys
+from collections.abc import Iterable, Iterator
 
 _NBYTES = 1 << 16
 
@@ -63,7 +64,20 @@ def _pass_on(prefix: bytes, targets: dict[int, int]) -> None:
                 rest[source] = b""
             if not text:
                 del rest[source]
-            _write(targets[source], b"".join(prefix + line + b"\n" for line in lines))
+            for text in _portions(prefix + line + b"\n" for line in lines):
+                _write(targets[source], text)
+
+
+def _portions(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines to portions that a pipe takes whole: other workers write to the same one."""
+    held = b""
+    for line in lines:
+        if held and len(held) + len(line) > select.PIPE_BUF:
+            yield held
+            held = b""
+        held += line
+    if held:
+        yield held
 
 
 def _write(target: int, text: bytes) -> None:

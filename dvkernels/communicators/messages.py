@@ -274,9 +274,7 @@ class Messages:
                     self._end(_LOST, text)
             waited = time.monotonic() - began
             where = self._number
-            others_say = any(
-                post.waits.get((self._channel, worker)) == where for worker in range(self.size)
-            )
+            others_say = any(self._is_here(worker) for worker in range(self.size))
             is_due = others_say or waited > min(_SAY_SECONDS, self.timeout_seconds / 4)
             if is_due and not has_said:
                 post.send(_WAITS + self._channel, str(where))
@@ -286,13 +284,13 @@ class Messages:
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP_SECONDS)
 
+    def _is_here(self, worker: int) -> bool:
+        """Tell whether a worker has said that it waits in this round, or is ahead in the next."""
+        return self._post.waits.get((self._channel, worker), 0) >= self._number
+
     def _give_up(self, wanted: Asked) -> None:
-        waits = self._post.waits
-        absent = [
-            worker
-            for worker in range(self.size)
-            if worker != self.rank and waits.get((self._channel, worker)) != self._number
-        ]
+        others = (worker for worker in range(self.size) if worker != self.rank)
+        absent = [worker for worker in others if not self._is_here(worker)]
         last = "before any collective" if self._last is None else f"in {self._last.text}"
         self._end(
             _GAVE_UP,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -107,6 +108,9 @@ def _checked(timeout_seconds: Any) -> float:
         seconds = float(timeout_seconds)
     except (TypeError, ValueError):
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"timeout_seconds is a positive number, got {timeout_seconds!r}")
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"timeout_seconds is a positive number of at most {threading.TIMEOUT_MAX:g}, got "
+            f"{timeout_seconds!r}"
+        )
     return seconds

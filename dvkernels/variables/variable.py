@@ -612,10 +612,20 @@ def saved_by(variable: Variable) -> tuple[Any, ...]:
     """Return the arrays that say what a variable holds, on however many replicas.
 
     One where its copies are equal or have an aggregate, else every copy. They may be the copies
-    themselves.
+    themselves. ``SynchronizationError`` where other processes have copies that differ.
     """
     copies, how = variable._copies, variable._aggregation
-    match variable._synchronization:
+    when, placement = variable._synchronization, copies.placement
+    if (
+        when is not VariableSynchronization.ON_WRITE
+        and placement.num_local != placement.num_replicas
+    ):
+        raise SynchronizationError(
+            f"it is {when.name}, with a copy for each of {placement.num_replicas} replicas, of "
+            f"which this process has {placement.num_local}; over several processes only ON_WRITE "
+            f"variables are saved; save v.numpy() of an aggregate, or what gather returns"
+        )
+    match when:
         case VariableSynchronization.ON_WRITE:
             return copies.arrays[:1]
         case VariableSynchronization.ON_READ if how is not VariableAggregation.NONE:

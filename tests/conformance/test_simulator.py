@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.simulator
 ROOT = Path(__file__).resolve().parents[2]
 BODIES = [
     "tests/unit/kernels/test_contract.py",
@@ -20,7 +21,7 @@ BODIES = [
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",
     "tests/simulator/test_one_gpu.py",
-    "tests/simulator/test_strategies.py",
+    "tests/simulator/test_simulated_strategies.py",
     "tests/conformance/test_strategy_laws.py",
     "tests/unit/variables",
     "tests/unit/optimizers",

@@ -18,8 +18,11 @@ from dvkernels.testing import assert_same_on, check_strategy
         lambda n: dv.MirroredStrategy(devices(n), cross_device_ops="ring"),
         lambda n: dv.MirroredStrategy(devices(n), bytes_per_bucket=64),
         lambda n: dv.CentralStorageStrategy(devices(n)),
+        lambda n: dv.MultiWorkerMirroredStrategy(
+            dv.cluster.SimpleClusterResolver({}), devices=devices(n)
+        ),
     ],
-    ids=["mirrored", "ring", "buckets", "central storage"],
+    ids=["mirrored", "ring", "buckets", "central storage", "one worker"],
 )
 def test_of_several_replicas(make):
     check_strategy(make, replicas=(1, 2, 3))

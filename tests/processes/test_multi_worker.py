@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mpi_jobs import needs_mpi, run
-from worker_programs import trained
+from worker_programs import go_on, trained
 
 import dvkernels as dv
 
@@ -56,3 +56,12 @@ def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
     for name, right in expected.items():
         difference = np.linalg.norm(found[name] - right) / np.linalg.norm(right)
         assert difference <= 1e-9, name
+
+
+@pytest.mark.parametrize("over", ["memory", "messages"])
+def test_a_checkpoint_goes_on_with_other_workers(over, tmp_path):
+    go_on("1", "alone", str(tmp_path / "whole"), "25")
+    for count, num_local, until in ((2, 1, 6), (3, 1, 13), (1, 2, 18), (2, 2, 25)):
+        run(count, "go_on", num_local, over, tmp_path, until)
+    expected = np.load(tmp_path / "whole" / "weight.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "weight.npy"), expected, rtol=1e-12)

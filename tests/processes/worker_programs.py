@@ -105,6 +105,41 @@ def trained(strategy: dv.Strategy):
     return {"weight": weight.numpy(), "bias": bias.numpy(), "loss": loss.numpy()}, seen
 
 
+def go_on(num_local: str, over: str, folder: str, until: str) -> None:
+    """Take steps from the newest checkpoint on; the chief saves each, and the last to a file."""
+    strategy = make(int(num_local)) if over != "alone" else dv.OneDeviceStrategy("cpu:0")
+    with strategy:
+        inputs = np.random.default_rng(2).standard_normal((53, 4))
+        data = dv.Dataset.from_arrays((inputs, inputs @ np.ones(4))).shuffle(seed=3)
+        batches = iter(strategy.distribute_dataset(data.repeat(5).batch(10)))
+        with strategy.scope():
+            weight = dv.Variable(np.zeros(4), name="weight")
+            adam = dv.optimizers.Adam(0.05)
+            own = dv.Variable(0.0, synchronization="none")
+
+        def step(batch):
+            x, y = batch
+            gradient = x.T @ (x @ weight - y) / max(1, len(x))
+            gradient = dv.get_replica_context().all_reduce("mean", gradient, weight=len(x))
+            adam.apply_gradients([(gradient, weight)])
+
+        done = {"steps": 0}
+        checkpoint = dv.Checkpoint(weight=weight, adam=adam, batches=batches, done=done)
+        manager = dv.CheckpointManager(checkpoint, folder)
+        manager.restore_latest()
+        while done["steps"] < int(until):
+            strategy.run(step, (next(batches),))
+            done["steps"] += 1
+            strategy.reduce("sum", own)  # all are done with the step
+            if rank() == 0:
+                manager.save(done["steps"])
+        if strategy.num_replicas_in_sync > len(own.values):
+            with pytest.raises(dv.errors.CheckpointError, match="only ON_WRITE variables"):
+                dv.Checkpoint(own=own).save(f"{folder}/own-{rank()}")
+        if rank() == 0:
+            np.save(f"{folder}/weight.npy", weight.numpy())
+
+
 def variables(num_local: str, over: str) -> None:
     """Writes of every kind leave all workers alike, and follow replica 0 where it decides."""
     with make(int(num_local)) as strategy:

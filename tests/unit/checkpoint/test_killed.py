@@ -35,9 +35,12 @@ def check_what_is_left(folder):
 
 
 def run_killed(folder, steps, kills, seed, *options):
+    def is_under_way(output):  # its first step is done, and one has been saved
+        return "step" in output and bool(checkpoints_in(folder))
+
     killed = run_and_kill(
         command(folder, steps, *options), most_kills=kills, seed=seed, longest_seconds=0.15,
-        after_kill=lambda _: check_what_is_left(folder),
+        is_under_way=is_under_way, after_kill=lambda _: check_what_is_left(folder),
     )  # fmt: skip
     return killed.num_kills, result(killed.output)
 

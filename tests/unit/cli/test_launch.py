@@ -91,6 +91,7 @@ def test_every_line_says_whose_it_is(launch, script):
 
 
 def test_lines_stay_whole(launch, script):
+    # Many lines at once: more than a pipe takes in one piece from one of several writers.
     program = script("for k in range(300):\n    print(k, 'x' * 500)")
     _, out, _ = launch("-n", "3", program)
     expected = {f"[{rank}] {k} {'x' * 500}" for rank in range(3) for k in range(300)}

@@ -30,6 +30,10 @@ def test_shared_memory_keeps_the_laws():
     check_communicator(Together, sizes=(1, 2, 3))
 
 
+def test_replicas_of_workers_keep_the_laws():
+    check_communicator(lambda size: Together(size, 2), sizes=[4])
+
+
 @pytest.mark.parametrize("extra", [-8, 0, 8, PLACE_NBYTES + 24])
 def test_arrays_of_several_pieces(extra):
     values = [np.arange((PLACE_NBYTES + extra) // 8) * (k + 1.0) for k in range(3)]

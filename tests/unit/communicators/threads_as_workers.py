@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 
+from dvkernels.communicators.hierarchical import Hierarchical
+from dvkernels.communicators.local import Local
 from dvkernels.communicators.room import Room
 from dvkernels.communicators.shared_memory import SharedMemory
 from dvkernels.communicators.workers import WorkerGroup
@@ -34,17 +37,26 @@ def at_once(*calls):
 
 
 class Together:
-    """The communicator whose ranks are workers, each on a thread."""
+    """The communicator whose ranks belong to workers, each on a thread with so many of them."""
 
-    def __init__(self, size):
-        self.size = size
-        self.workers = [WorkerGroup(transport) for transport in transports(size)]
+    def __init__(self, size, num_local=1):
+        self.size, self._num_local = size, num_local
+        workers = [WorkerGroup(transport) for transport in transports(size // num_local)]
+        counts = [num_local] * len(workers)
+        self.communicators = [
+            Hierarchical(Local(num_local, "auto"), worker, counts) for worker in workers
+        ]
+        if num_local == 1:
+            self.communicators = workers
 
     def _each(self, verb, values, *args, outs=None):
+        """Return what each worker's call returns, one after another."""
         calls = []
-        for rank, worker in enumerate(self.workers):
-            extra = args if outs is None else (*args, [outs[rank]])
-            calls.append(lambda w=worker, r=rank, a=extra: getattr(w, verb)([values[r]], *a))
+        for k, communicator in enumerate(self.communicators):
+            own = slice(k * self._num_local, (k + 1) * self._num_local)
+            extra = args if outs is None else (*args, outs[own])
+            call = getattr(communicator, verb)
+            calls.append(lambda call=call, own=own, extra=extra: call(values[own], *extra))
         found = at_once(*calls)
         for one in found:
             if isinstance(one, Exception):
@@ -52,16 +64,16 @@ class Together:
         return found
 
     def all_reduce(self, values, op, out=None):
-        return [one for (one,) in self._each("all_reduce", values, op, outs=out)]
+        return [*chain.from_iterable(self._each("all_reduce", values, op, outs=out))]
 
     def reduce(self, values, op):
         return self._each("reduce", values, op)[0]
 
     def reduce_scatter(self, values, op):
-        return [one for (one,) in self._each("reduce_scatter", values, op)]
+        return [*chain.from_iterable(self._each("reduce_scatter", values, op))]
 
     def all_gather(self, values, axis):
-        return [one for (one,) in self._each("all_gather", values, axis)]
+        return [*chain.from_iterable(self._each("all_gather", values, axis))]
 
     def broadcast(self, values, root):
-        return [one for (one,) in self._each("broadcast", values, root)]
+        return [*chain.from_iterable(self._each("broadcast", values, root))]
