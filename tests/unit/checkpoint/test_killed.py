@@ -47,18 +47,18 @@ def run_killed(folder, steps, kills, seed, *options):
 
 @pytest.mark.parametrize("options", [[], ["--background"]])
 def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path, options):
-    steps = 120
+    steps = 60
     whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
-    num_kills, killed = run_killed(tmp_path / "killed", steps, 4, 1, *options)
+    num_kills, killed = run_killed(tmp_path / "killed", steps, 3, 1, *options)
     assert killed == whole
     assert num_kills > 0
 
 
 def test_on_another_number_of_replicas_it_ends_within_rounding(tmp_path):
-    steps = 60
+    steps = 40
     whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
     folder = tmp_path / "killed"
-    for replicas, reached in ((1, 20), (3, 40)):
+    for replicas, reached in ((1, 10), (3, 20)):
         run_and_kill(
             command(folder, reached, "--replicas", str(replicas)), most_kills=0, seed=0
         )  # fmt: skip
