@@ -29,8 +29,9 @@ def test_flags_have_the_scope_of_the_system_and_waits_end(tmp_path: Path) -> Non
     assert "nanosleep" in ptx
     # What peers write is not read through the cache of constants, which would not see it.
     assert ".nc." not in ptx
-    for architecture in toolchain.architectures():
+    for architecture in toolchain.architectures()[-2:]:  # those that are disassembled
         code = toolchain.assemble(ptx, architecture, tmp_path).code
+        assert code is not None
         assert re.search(r"LDG?\.E\.64\.STRONG\.SYS", code)
         assert re.search(r"STG?\.E\.64\.STRONG\.SYS", code)
         # Four vectors of a source are in flight together, without anything between their loads.
