@@ -31,6 +31,9 @@ class InputStats:
         That ``next`` took.
     fetch_seconds : float
         That computing the elements took; under prefetching it overlaps with other work.
+    copy_seconds : float
+        That the host took to copy batches to GPUs: into page-locked memory, and to start the
+        transfers, which overlap with other work. 0 where parts are views of the batch.
     elapsed_seconds : float
         From the first ``next`` to the end of the last.
     queue_depth, prefetch : int
@@ -45,6 +48,7 @@ class InputStats:
     nbytes: int
     wait_seconds: float
     fetch_seconds: float
+    copy_seconds: float
     elapsed_seconds: float
     queue_depth: int
     prefetch: int
@@ -55,11 +59,15 @@ class InputStats:
 class Clock:
     """Adds up what each batch took."""
 
-    __slots__ = ("_began", "_ended", "_nbytes", "_num_batches", "_wait")
+    __slots__ = ("_began", "_copied", "_ended", "_nbytes", "_num_batches", "_wait")
 
     def __init__(self) -> None:
         self._num_batches = self._nbytes = 0
-        self._wait = self._began = self._ended = 0.0
+        self._wait = self._began = self._ended = self._copied = 0.0
+
+    def count_copy(self, seconds: float) -> None:
+        """Add what a copy to devices took."""
+        self._copied += seconds
 
     def count(self, began: float, elements: list[Any]) -> None:
         """Count a batch that was asked for at ``began``."""
@@ -92,6 +100,7 @@ class Clock:
             nbytes=self._nbytes,
             wait_seconds=self._wait,
             fetch_seconds=self._wait if ahead is None else ahead.fetch_seconds,
+            copy_seconds=self._copied,
             elapsed_seconds=self._ended - self._began,
             queue_depth=0 if ahead is None else ahead.num_held,
             prefetch=prefetch,

@@ -248,9 +248,15 @@ class DistributedIterator(Iterator[Any]):
             self._clock.count(began, elements)
             return nest
         elements = self._feed.take()
-        nest = self._dealer.deal(elements)
+        nest = self._deal(elements)
         self._clock.count(began, elements)
         self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
+        return nest
+
+    def _deal(self, elements: list[Any]) -> Any:
+        before = self._dealer.copy_seconds
+        nest = self._dealer.deal(elements)
+        self._clock.count_copy(self._dealer.copy_seconds - before)
         return nest
 
     def _advance_together(self) -> tuple[list[Any], Any]:
@@ -293,7 +299,7 @@ class DistributedIterator(Iterator[Any]):
             elements = self._feed.take()
         except StopIteration:
             return [], None
-        nest = self._dealer.deal(elements)
+        nest = self._deal(elements)
         if self._empty is None:
             self._empty = self._dealer.empty(elements[0])
         if self._is_resumable:

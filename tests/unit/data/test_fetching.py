@@ -218,6 +218,7 @@ def test_prefetching_overlaps_with_the_work():
     assert stats.nbytes == 12 * 8
     assert stats.fetch_seconds > 12 * 0.02
     assert stats.wait_seconds < 0.6 * stats.fetch_seconds
+    assert stats.copy_seconds == 0  # parts are views
     assert (stats.prefetch, stats.queue_depth) == (2, 0)
 
 
@@ -320,3 +321,17 @@ def test_workers_work_at_the_same_time():
 
     data = Dataset.range(4).map(meet, num_workers=2).batch(2)
     assert [batch.tolist() for batch in data] == [[0, 1], [2, 3]]
+
+
+def test_what_copies_to_devices_take_is_counted_apart(monkeypatch):
+    class Belt:
+        def carry(self, columns):
+            time.sleep(0.01)
+            return [list(column) for column in columns]
+
+    distributed = DistributedDataset(Dataset.range(9).batch(3), 2)
+    monkeypatch.setattr(distributed._dealer, "_conveyor", Belt())
+    with iter(distributed) as iterator:
+        assert len(list(iterator)) == 3
+        stats = iterator.stats()
+    assert 0.03 <= stats.copy_seconds <= stats.wait_seconds
