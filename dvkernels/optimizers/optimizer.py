@@ -294,4 +294,5 @@ def _checked_gradient(gradient: Any, variable: Variable, replica: int) -> Any:
         )
     if debugging.active is not None:
         debugging.check_finite(f"{_VERB}: the gradient of {variable.name!r}", [array])
-    return held.on(array, variable.owner.replica_devices[replica])
+    owner = variable.owner
+    return held.on(array, owner.replica_devices[replica - owner.first_replica])

@@ -126,7 +126,7 @@ def _collectives_bring_replicas_together(strategy: Strategy, count: int) -> None
         here.barrier()
         part = here.reduce_scatter("sum", own)
         plain = here.all_reduce("sum", _rank() + 1)
-        into = _on_device(np.zeros(3))
+        into = _on_device(np.zeros(width))
         assert here.all_reduce("sum", own, out=into) is into, "out is returned"
         same = here.all_reduce("sum", own, shared=True)
         assert type(total) is type(own), "results are of the kind of what came"
@@ -143,8 +143,8 @@ def _collectives_bring_replicas_together(strategy: Strategy, count: int) -> None
         right = np.array_split(np.full(width, all_values.sum()), count)[rank]
         _same(part[rank], right, "reduce_scatter")
         _same(plain[rank], int(all_values.sum()), "all_reduce of a number")
-        _same(into[rank], np.full(3, all_values.sum()), "all_reduce into out")
-        _same(same[rank], np.full(3, all_values.sum()), "all_reduce, shared")
+        _same(into[rank], np.full(width, all_values.sum()), "all_reduce into out")
+        _same(same[rank], np.full(width, all_values.sum()), "all_reduce, shared")
 
 
 def _values_are_reduced_and_gathered(strategy: Strategy, count: int) -> None:
