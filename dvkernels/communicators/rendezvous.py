@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -523,12 +523,7 @@ class Step:
 
     def _is_consequence(self, error: BaseException) -> bool:
         """Return whether an error only passes on, or was raised while handling, the failure."""
-        link: BaseException | None = error
-        while link is not None:
-            if any(link is echo for echo in self._echoes):
-                return True
-            link = link.__cause__ or link.__context__
-        return False
+        return rests_on(error, self._echoes)
 
     def _who_is_where(self) -> str:
         frames = sys._current_frames()
@@ -553,6 +548,17 @@ class Step:
         else:
             doing = "is still running"
         return f"replica {name} {doing} at {place}"
+
+
+def rests_on(error: BaseException, known: Iterable[BaseException]) -> bool:
+    """Tell whether an error is a known one, or was raised because of it or while handling it."""
+    numbers = {id(one) for one in known}
+    link: BaseException | None = error
+    while link is not None:
+        if id(link) in numbers:
+            return True
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def user_line(frame: types.FrameType | None) -> str:

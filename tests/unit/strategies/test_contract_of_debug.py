@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ctypes
 import logging
 import threading
@@ -213,6 +214,7 @@ def test_memory_counts_variables_while_they_live(two: dv.Strategy) -> None:
     def held() -> int:
         return sum(owners.get("variables", 0) for owners in dv.profiler.memory().by_device.values())
 
+    gc.collect()  # variables of earlier tests in circles: they would go between the two looks
     before = held()
     v = variable(two, np.zeros(1 << 17))
     assert held() - before >= 2 << 20
