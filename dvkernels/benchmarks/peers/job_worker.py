@@ -17,15 +17,15 @@ import numpy as np
 import protocol
 from mpi4py import MPI
 
-import dvkernels as dv
 from dvkernels.communicators import mpi, registry
 from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.strategies.multi_worker_mirrored import MultiWorkerMirroredStrategy
 
 TIMEOUT_SECONDS = 60.0
 
 comm = MPI.COMM_WORLD
-strategy = dv.MultiWorkerMirroredStrategy(devices=["cpu:0"], timeout_seconds=TIMEOUT_SECONDS)
+strategy = MultiWorkerMirroredStrategy(devices=["cpu:0"], timeout_seconds=TIMEOUT_SECONDS)
 workers = registry.between_workers(strategy.cluster_resolver, TIMEOUT_SECONDS)
 half = comm.Split(int(comm.rank >= comm.size // 2), comm.rank)
 
