@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, final
 
 import numpy as np
@@ -43,11 +43,10 @@ class Hierarchical:
     def __init__(
         self, inside: Communicator, workers: Workers, replicas_of_workers: Sequence[int]
     ) -> None:
-        self.size = sum(replicas_of_workers)
         self._inside = inside
         self._workers = workers
-        self._first_of_workers = [0, *accumulate(replicas_of_workers)]
-        self._first = self._first_of_workers[workers.rank]
+        self._starts = partition.starts(replicas_of_workers)
+        self._first, self.size = self._starts[workers.rank], self._starts[-1]
         self._is_flat = all(count == 1 for count in replicas_of_workers)
 
     def all_reduce(
@@ -92,7 +91,7 @@ class Hierarchical:
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
-        worker = max(w for w in range(self._workers.size) if self._first_of_workers[w] <= root)
+        worker = bisect.bisect(self._starts, root) - 1
         own = root - self._first if worker == self._workers.rank else 0
         return _one_for_each(self._workers.broadcast([values[own]], worker)[0], values)
 
