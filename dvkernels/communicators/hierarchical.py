@@ -8,16 +8,12 @@ from typing import Any, final
 
 import numpy as np
 
-from dvkernels import reduce_op
+from dvkernels.communicators import levels
 from dvkernels.communicators.base import Communicator, Workers
-from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
 __all__: list[str] = []
-
-# What replicas of a worker leave to the others: MEAN divides in the end, by the number of all.
-_WITHIN = {ReduceOp.MEAN: ReduceOp.SUM}
-_ROUNDED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 
 
 @final
@@ -67,13 +63,11 @@ class Hierarchical:
         if self._is_flat:
             return self._workers.reduce(values, op)
         dtype = values[0].dtype
-        if reduce_op.is_half(dtype) and op in _ROUNDED:
-            values = [value.astype(reduce_op.working_dtype(dtype)) for value in values]
-        within = _WITHIN.get(op, op) if isinstance(op, ReduceOp) else op
-        part = np.asarray(self._inside.reduce(values, within))
-        total = self._workers.all_reduce([part], within, [part])[0]
-        if op is ReduceOp.MEAN:
-            np.divide(total, total.dtype.type(self.size), out=total)
+        how = levels.of(op, dtype, self.size)
+        wide = [value.astype(how.wide, copy=False) for value in values]
+        part = np.asarray(self._inside.reduce(wide, how.op))
+        total = self._workers.all_reduce([part], how.op, [part])[0]
+        how.divide(total)
         return total.astype(dtype, copy=False)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
