@@ -17,7 +17,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CPU", "Machine", "cheapest", "direct_seconds", "ring_seconds"]
+__all__ = [
+    "CPU",
+    "NETWORK",
+    "Machine",
+    "Network",
+    "between_hosts",
+    "cheapest",
+    "direct_seconds",
+    "exchange_seconds",
+    "gather_seconds",
+    "ring_seconds",
+]
 
 
 class Machine(NamedTuple):
@@ -82,3 +93,59 @@ def cheapest(machine: Machine, num_replicas: int, nbytes: int) -> str:
     'direct'
     """
     return min(_SECONDS, key=lambda name: _SECONDS[name](machine, num_replicas, nbytes))
+
+
+class Network(NamedTuple):
+    """What messages between workers cost; times in s, rates in bytes/s of one worker."""
+
+    message_seconds: float  # from a send to its receipt, of nothing
+    exchange_seconds: float  # what an exchange in parts costs before it moves anything
+    rate: float  # sent, and received meanwhile
+    memory_rate: float  # read or written by kernels and copies
+
+
+# Between two processes of one machine by MPICH 5.0.2, fastest of many: 2 cores of an AMD EPYC,
+# November 2026. A network of 100 Gbit/s has about the same figures; they decide only which of two
+# ways an array of some 10 to 100 KiB goes, where both take about as long.
+NETWORK = Network(message_seconds=2e-6, exchange_seconds=17e-6, rate=6e9, memory_rate=10e9)
+
+
+def gather_seconds(network: Network, num_workers: int, nbytes: int) -> float:
+    """Return what it takes to bring ``nbytes`` of each worker to all, who reduce all of them.
+
+    Log2 n messages one after another, (n - 1) S received, (n + 1) S read and written.
+    """
+    num_messages = (num_workers - 1).bit_length()
+    received, moved = (num_workers - 1) * nbytes, (num_workers + 1) * nbytes
+    seconds = received / network.rate + moved / network.memory_rate
+    return num_messages * network.message_seconds + seconds
+
+
+def exchange_seconds(network: Network, num_workers: int, num_hosts: int, nbytes: int) -> float:
+    """Return what an all-reduce in parts takes: see ``schedules/hosts.py``.
+
+    Two messages one after the other, 2 (H - 1)/n S received. With m = n/H workers a host, each
+    reads m shares of S/m and writes one, and the same of H parts of S/n; if m > 1, what it brings
+    and takes is copied beside.
+
+    A ring receives as much in 2 (H - 1) messages that wait for each other, where this has two, so
+    in this model it is never quicker; where links disturb each other it may be.
+    """
+    members = num_workers / num_hosts
+    received = 2 * (num_hosts - 1) / num_workers * nbytes
+    moved = (num_hosts + 1) / num_workers * nbytes
+    if members > 1:
+        moved += (1 + 1 / members + 4) * nbytes
+    seconds = received / network.rate + moved / network.memory_rate
+    return network.exchange_seconds + 2 * network.message_seconds + seconds
+
+
+def between_hosts(network: Network, num_workers: int, num_hosts: int, nbytes: int) -> str:
+    """Return what is quicker between workers of several hosts: ``"gather"`` or ``"exchange"``.
+
+    >>> [between_hosts(NETWORK, 4, 2, nbytes) for nbytes in (1 << 10, 1 << 20)]
+    ['gather', 'exchange']
+    """
+    gathered = gather_seconds(network, num_workers, nbytes)
+    exchanged = exchange_seconds(network, num_workers, num_hosts, nbytes)
+    return "gather" if gathered <= exchanged else "exchange"

@@ -28,3 +28,15 @@ def test_more_bytes_and_more_replicas_never_cost_less() -> None:
         by_replicas = [seconds(cost.CPU, count, 1 << 20) for count in range(1, 9)]
         assert by_size == sorted(by_size)
         assert by_replicas == sorted(by_replicas)
+
+
+@pytest.mark.parametrize(("num_workers", "num_hosts"), [(2, 2), (4, 2), (4, 4), (64, 8)])
+def test_between_hosts_short_arrays_are_gathered_and_long_ones_exchanged(num_workers, num_hosts):
+    ways = [cost.between_hosts(cost.NETWORK, num_workers, num_hosts, size) for size in [0, *SIZES]]
+    assert ways == sorted(ways, reverse=True)
+    assert {*ways} == {"gather", "exchange"}
+
+
+def test_workers_that_share_a_host_save_what_passes_between_hosts() -> None:
+    slow = cost.NETWORK._replace(rate=1e9)
+    assert cost.exchange_seconds(slow, 8, 2, 1 << 26) < cost.exchange_seconds(slow, 8, 8, 1 << 26)
