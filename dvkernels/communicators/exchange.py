@@ -36,7 +36,7 @@ _OVER = object()
 class Request(Protocol):
     """Something that MPI, or another worker, is doing."""
 
-    def Test(self) -> bool:  # noqa: N802: as in mpi4py
+    def Test(self) -> bool:  # noqa: N802 - as in mpi4py
         """Tell whether it is done."""
 
 
@@ -268,7 +268,7 @@ class _Meeting:
     def __init__(self, host: Host, comm: Any) -> None:
         self._host, self._comm = host, comm
 
-    def Test(self) -> bool:  # noqa: N802: as in mpi4py
+    def Test(self) -> bool:  # noqa: N802 - as in mpi4py
         """Tell whether all have come."""
         if self._host.is_met():
             return True
@@ -282,7 +282,7 @@ class _All:
     def __init__(self, requests: list[Any]) -> None:
         self._requests = requests
 
-    def Test(self) -> bool:  # noqa: N802: as in mpi4py
+    def Test(self) -> bool:  # noqa: N802 - as in mpi4py
         """Tell whether all are done."""
         return bool(MPI.Request.Testall(self._requests))
 

@@ -12,6 +12,8 @@ Arrays are reduced in place and out of place; the better of both counts.
 
 from __future__ import annotations
 
+import functools
+
 import mpi_commands
 import numpy as np
 import protocol
@@ -30,10 +32,11 @@ workers = registry.between_workers(strategy.cluster_resolver, TIMEOUT_SECONDS)
 half = comm.Split(int(comm.rank >= comm.size // 2), comm.rank)
 
 
+@functools.cache
 def replicas():
     """Return the communicator of two replicas in each process of this half."""
     group = WorkerGroup(mpi.over_shared_memory(half, TIMEOUT_SECONDS))
-    inside = registry.between_devices(strategy.devices * 2, "auto")
+    inside = registry.between_devices(strategy.worker_devices * 2, "auto")
     return registry.between_replicas(inside, group, [2] * half.size)
 
 
