@@ -20,7 +20,7 @@ from dvkernels.cluster import processes
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
-from dvkernels.kernels.cpu import direct, prompt, relay, rounds
+from dvkernels.kernels.cpu import direct, relay, rounds
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -77,40 +77,62 @@ class SharedMemory:
         else:
             self._beside = None
 
+    takes_replicas = True
+
     def beside(self) -> SharedMemory:
         """Return the transport for another thread."""
         return self._beside or self
 
     # -- arrays ----------------------------------------------------------------------------------
 
-    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
-        """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
-        step = PLACE_NBYTES // source.itemsize
-        start = 0
+    def all_reduce_into(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        op: Reduction,
+        wanted: Asked,
+        divisor: int = 1,
+    ) -> None:
+        """Leave the reduction of all workers' sources in each target: flat, of one dtype."""
+        size, itemsize = sources[0].size, sources[0].itemsize
+        start, step = 0, PLACE_NBYTES // itemsize
         with self._agreement:
             while True:
-                how = self._relayed(target, source, op, wanted, start * source.itemsize)
+                how = self._relayed(targets, sources, op, wanted, divisor, start * itemsize)
                 if how == relay.DONE:
                     return
                 has_come = how != relay.DECLINED
                 if has_come:
-                    start = self._relay.started // source.itemsize
-                piece, result = source[start : start + step], target[start : start + step]
-                views = self._views_of(piece.dtype, piece.size)
-                stage = functools.partial(_stage, views, self.rank, piece)
-                parity = self._round(wanted, piece.nbytes, stage, has_come=has_come)
-                if not prompt.reduce_into(views[parity], [result], op):
-                    direct.reduce(views[parity], op, out=result)
+                    start = self._relay.started // itemsize
+                here = slice(start, start + step)
+                pieces = [source[here] for source in sources]
+                views = self._views_of(pieces[0].dtype, pieces[0].size)
+                stage = functools.partial(_stage, views, self.rank, pieces, op)
+                parity = self._round(wanted, pieces[0].nbytes, stage, has_come=has_come)
+                first, *others = (target[here] for target in targets)
+                direct.reduce(views[parity], op, out=first)
+                if divisor > 1:
+                    np.divide(first, first.dtype.type(divisor), out=first)
+                for other in others:
+                    other[...] = first
                 start += step
-                if start >= source.size:
+                if start >= size:
                     return
 
-    def _relayed(self, target: Any, source: Any, op: Reduction, wanted: Asked, start: int) -> int:
+    def _relayed(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        op: Reduction,
+        wanted: Asked,
+        divisor: int,
+        start: int,
+    ) -> int:
         """Let compiled code go on from byte ``start``; return how far it came."""
         if not self._agreement.is_settled:
             return relay.DECLINED
         self._relay.number = self._number
-        how = self._relay.run(source, target, op, wanted.number, start)
+        how = self._relay.run(sources, targets, op, wanted.number, divisor, start)
         self._number = self._relay.number
         if how == relay.DONE:
             self._last = wanted
@@ -296,5 +318,7 @@ class SharedMemory:
         return [w for w in others if room.why_left(w) is None and room.is_alive(w)]
 
 
-def _stage(views: Sequence[Sequence[Any]], rank: int, piece: Any, parity: int) -> None:
-    views[parity][rank][...] = piece
+def _stage(
+    views: Sequence[Sequence[Any]], rank: int, pieces: Sequence[Any], op: Reduction, parity: int
+) -> None:
+    direct.reduce(pieces, op, out=views[parity][rank])

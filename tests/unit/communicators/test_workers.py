@@ -72,6 +72,42 @@ def test_pieces_in_compiled_code_are_those_of_the_kernels(dtype, is_roomy):
                     assert one.tobytes() == expected[0].tobytes(), (op, length)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int32", "float32", "complex64"])
+@pytest.mark.parametrize("num_local", [2, 3])
+def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_local, monkeypatch):
+    dtype = np.dtype(dtype)
+    rng = np.random.default_rng(0)
+    num_pieces = 0
+    original = WorkerGroup.all_reduce_replicas
+
+    def one_pass(self, values, how, out=None):
+        nonlocal num_pieces
+        results = original(self, values, how, out)
+        num_pieces += results is not None
+        return results
+
+    for op in (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD):
+        if op is ReduceOp.MEAN and dtype.kind == "i":
+            continue
+        for length in (0, 3, 2 * PLACE_NBYTES // dtype.itemsize + 5):
+            values = [
+                rng.standard_normal(length).astype(dtype, casting="unsafe")
+                for _ in range(2 * num_local)
+            ]
+            found = []
+            for how in (one_pass, lambda *_: None):
+                monkeypatch.setattr(WorkerGroup, "all_reduce_replicas", how)
+                together = Together(2 * num_local, num_local)
+                for _ in range(2):  # the second time in compiled code
+                    apart = together.all_reduce(values, op)
+                    own = [value.copy() for value in values]
+                    in_place = together.all_reduce(own, op, own)
+                assert all(one is other for one, other in zip(in_place, own, strict=True))
+                found += [one.tobytes() for one in [*apart, *in_place]]
+            assert len({*found}) == 1, (op, length)
+    assert (num_pieces > 0) == (dtype != np.float16)  # halves are rounded once, in the end
+
+
 def test_who_stops_between_two_pieces_is_waited_for_and_named(monkeypatch):
     workers = groups(2, timeout_seconds=0.5)
     values = [np.ones(3 * PLACE_NBYTES // 8), np.ones(PLACE_NBYTES // 8)]
