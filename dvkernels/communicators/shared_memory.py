@@ -17,6 +17,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.cluster import processes
+from dvkernels.communicators import levels
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
@@ -111,8 +112,7 @@ class SharedMemory:
                 parity = self._round(wanted, pieces[0].nbytes, stage, has_come=has_come)
                 first, *others = (target[here] for target in targets)
                 direct.reduce(views[parity], op, out=first)
-                if divisor > 1:
-                    np.divide(first, first.dtype.type(divisor), out=first)
+                levels.divide(first, divisor)
                 for other in others:
                     other[...] = first
                 start += step
