@@ -20,8 +20,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dvkernels.communicators import levels
-from dvkernels.communicators.host import Host
-from dvkernels.communicators.room import PLACE_NBYTES
+from dvkernels.communicators.host import PIECE_NBYTES, Host
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import cost, hosts, partition
@@ -87,7 +86,7 @@ class Exchange:
             how = levels.Levels(op, source.dtype, 1)
         else:
             how = levels.of(op, source.dtype, self._size)
-        step = PLACE_NBYTES // how.wide.itemsize
+        step = PIECE_NBYTES // how.wide.itemsize
         pieces = (
             self._reduced(
                 k, target[start : start + step], source[start : start + step], how, finish
@@ -98,7 +97,7 @@ class Exchange:
 
     def gather(self, targets: Sequence[Any], finish: Finish) -> None:
         """Bring the bytes of each worker to all; ``targets[rank]`` holds this worker's."""
-        step = max(1, PLACE_NBYTES // self._size)
+        step = max(1, PIECE_NBYTES // self._size)
         longest = max(map(len, targets))
         pieces = (
             self._gathered(k, [each[start : start + step] for each in targets], finish)
@@ -109,8 +108,8 @@ class Exchange:
     def broadcast(self, target: Any, root: int, finish: Finish) -> None:
         """Bring the root's bytes, which its target holds, to all."""
         pieces = (
-            self._dealt_out(k, target[start : start + PLACE_NBYTES], root, finish)
-            for k, start in enumerate(range(0, len(target), PLACE_NBYTES))
+            self._dealt_out(k, target[start : start + PIECE_NBYTES], root, finish)
+            for k, start in enumerate(range(0, len(target), PIECE_NBYTES))
         )
         self._run(pieces, finish)
 

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators.host import NUM_RESULTS, Alone, Host, Shared
+from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Host, Shared
 from dvkernels.communicators.messages import Messages
 from dvkernels.communicators.room import NUM_CHANNELS, Room
 from dvkernels.communicators.shared_memory import SharedMemory
@@ -92,7 +92,7 @@ def _hosts(comm: Any) -> list[Host]:
     """Return what the workers of this host share, for each channel."""
     if comm.size == 1:
         return [Alone()] * NUM_CHANNELS
-    room, is_roomy = _shared_room(comm, NUM_RESULTS // 2)
+    room, is_roomy = _shared_room(comm, NUM_RESULTS // 2, PIECE_NBYTES)
     return [Shared(room, channel, is_roomy) for channel in range(NUM_CHANNELS)]
 
 
@@ -102,9 +102,9 @@ def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
     return SharedMemory(room, timeout_seconds, is_roomy)
 
 
-def _shared_room(comm: Any, num_more: int = 0) -> tuple[Room, bool]:
+def _shared_room(comm: Any, *more: int) -> tuple[Room, bool]:
     """Return a room of the workers of one host, and whether each has a core of its own."""
-    nbytes = Room.nbytes_for(comm.size, num_more) + _LINE
+    nbytes = Room.nbytes_for(comm.size, *more) + _LINE
     window = MPI.Win.Allocate_shared(nbytes if comm.rank == 0 else 0, 1, comm=comm)
     _windows.append(window)
     held = np.frombuffer(window.Shared_query(0)[0], np.uint8)
@@ -112,7 +112,7 @@ def _shared_room(comm: Any, num_more: int = 0) -> tuple[Room, bool]:
     if comm.rank == 0:
         Room.clear(memory, comm.size)
     comm.Barrier()
-    room = Room(memory, comm.rank, comm.size, num_more)
+    room = Room(memory, comm.rank, comm.size, *more)
     cores = set().union(*comm.allgather(_cores()))  # after which every process stands in the room
     quota = cpu.cgroup_quota(Path("/sys/fs/cgroup"))
     return room, comm.size <= min(len(cores), quota)

@@ -47,9 +47,18 @@ class Room:
         This worker, and how many share the memory.
     num_more : int
         How many places there are in each round beside those of the workers.
+    place_nbytes : int
+        How large a place is.
     """
 
-    def __init__(self, memory: Any, rank: int, size: int, num_more: int = 0) -> None:
+    def __init__(
+        self,
+        memory: Any,
+        rank: int,
+        size: int,
+        num_more: int = 0,
+        place_nbytes: int = PLACE_NBYTES,
+    ) -> None:
         self.rank, self.size = rank, size
         self._memory = memory
         lines, texts, places = _layout(size)
@@ -58,13 +67,13 @@ class Room:
         self._channels = [lines + k * (1 + size) for k in range(NUM_CHANNELS)]
         count = 1 + 2 * NUM_CHANNELS
         self._texts = _part(memory, texts, (count, size, _TEXT_NBYTES))
-        self._places = _part(memory, places, (NUM_CHANNELS, 2, size + num_more, PLACE_NBYTES))
+        self._places = _part(memory, places, (NUM_CHANNELS, 2, size + num_more, place_nbytes))
         self._words[1 + rank, _PROCESS] = os.getpid()
 
     @staticmethod
-    def nbytes_for(size: int, num_more: int = 0) -> int:
+    def nbytes_for(size: int, num_more: int = 0, place_nbytes: int = PLACE_NBYTES) -> int:
         """Return how much memory so many workers need."""
-        return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_more) * PLACE_NBYTES
+        return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_more) * place_nbytes
 
     @staticmethod
     def clear(memory: Any, size: int) -> None:

@@ -107,7 +107,7 @@ class Network(NamedTuple):
 # Between two processes of one machine by MPICH 5.0.2, fastest of many: 2 cores of an AMD EPYC,
 # November 2026. A network of 100 Gbit/s has about the same figures; they decide only which of two
 # ways an array of some 10 to 100 KiB goes, where both take about as long.
-NETWORK = Network(message_seconds=2e-6, exchange_seconds=17e-6, rate=6e9, memory_rate=10e9)
+NETWORK = Network(message_seconds=2e-6, exchange_seconds=17e-6, rate=7e9, memory_rate=30e9)
 
 
 def gather_seconds(network: Network, num_workers: int, nbytes: int) -> float:

@@ -45,7 +45,7 @@ def communicator_laws(num_local: str, over: str) -> None:
         ):
             cost.NETWORK = network
             check_communicator(lambda _, c=communicator: c, sizes=[count], local=ids.values)
-            every = [np.random.default_rng(r).standard_normal(170_001) for r in range(count)]
+            every = [np.random.default_rng(r).standard_normal(400_001) for r in range(count)]
             values = [every[r] for r in ids.values]
             found = communicator.all_reduce(values, dv.ReduceOp.SUM)[0]
             np.testing.assert_allclose(found, sum(every))
@@ -54,7 +54,7 @@ def communicator_laws(num_local: str, over: str) -> None:
             for root in range(count):
                 found = communicator.broadcast(values, root)[0]
                 np.testing.assert_array_equal(found, every[root])
-            uneven = [every[r][: 170_001 // (r + 1)] for r in range(count)]
+            uneven = [every[r][: 400_001 // (r + 1)] for r in range(count)]
             found = communicator.all_gather([uneven[r] for r in ids.values], 0)[0]
             np.testing.assert_array_equal(found, np.concatenate(uneven))
 
