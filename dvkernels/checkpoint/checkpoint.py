@@ -81,6 +81,11 @@ class Checkpoint(Saves):
 
     ``objects`` is a dict and may be changed: ``checkpoint.objects["epoch"] = 3``.
 
+    With variables of a strategy over several workers, every worker makes the same calls, on a
+    folder that all of them see: each writes a part, and what one cannot do none has done. Data and
+    arrays are the first worker's; random generators must be in the same state on all. Without such
+    variables a checkpoint concerns its own process.
+
     The files are safetensors and JSON, without pickle: nothing that is loaded can run code.
 
     Examples
@@ -122,14 +127,18 @@ class Checkpoint(Saves):
             Plain data of the user's own, which ``restore`` returns and ``show`` prints.
         background : bool
             Copy the objects to memory of our own, return, and write while the program goes on. An
-            error is raised by the next ``save``, or by ``close``. The program's end waits.
+            error is raised by the next ``save``, or by ``close``. The program's end waits. Over
+            several workers the next ``save``, ``restore`` or ``close`` puts in place what all have
+            written; until then the one before counts.
 
         Raises
         ------
         CheckpointError
             An object cannot be saved, a writer is at work there already, the disk is full or
-            fails, or ``path`` holds something else. What was at ``path`` is there still, and
-            nothing else is left behind.
+            fails, or ``path`` holds something else; or another worker could not do its part, or has
+            other objects. What was at ``path`` is there still, and nothing else is left behind.
+        CollectiveTimeoutError, WorkerLostError
+            A worker did not come, or is gone. What was at ``path`` is whole.
         ContextError
             Called in a replica: save outside of ``run``.
 

@@ -71,11 +71,11 @@ class Save:
     def begin(self) -> None:
         """Make the place to write to, and agree on the numbers of the shards."""
         with self._undone_by_errors():
-            with team.telling(self.workers, self._what), naming_failures(self._path):
-                if self._is_chief:
-                    self._stack.enter_context(self._door())
-                    self._stack.enter_context(folder.written(self._path))
             with team.telling(self.workers, self._what):
+                if self._is_chief:
+                    with naming_failures(self._path):
+                        self._stack.enter_context(self._door())
+                        self._stack.enter_context(folder.written(self._path))
                 counts = self.workers.exchange(len(self._groups))
             self._first_shard = sum(counts[: self.workers.rank])
 
@@ -91,10 +91,11 @@ class Save:
         """Put all in place when every worker has written its shards, or raise on all of them."""
         with self._undone_by_errors():
             parts: list[_Written] = team.together(self.workers, self._what, self._own_part)
-            with team.telling(self.workers, self._what), naming_failures(self._path):
+            with team.telling(self.workers, self._what):
                 if self._is_chief:
-                    _write_manifest(self.snapshot, parts, self._new)
-                    self._stack.close()
+                    with naming_failures(self._path):
+                        _write_manifest(self.snapshot, parts, self._new)
+                        self._stack.close()
                 self.workers.meet()
 
     def _own_part(self) -> _Written:

@@ -63,5 +63,9 @@ def test_a_checkpoint_goes_on_with_other_workers(over, tmp_path):
     go_on("1", "alone", str(tmp_path / "whole"), "25")
     for count, num_local, until in ((2, 1, 6), (3, 1, 13), (1, 2, 18), (2, 2, 25)):
         run(count, "go_on", num_local, over, tmp_path, until)
-    expected = np.load(tmp_path / "whole" / "weight.npy")
-    np.testing.assert_allclose(np.load(tmp_path / "weight.npy"), expected, rtol=1e-12)
+        # The background save before last was finished by the one after it, the last by the end.
+        assert (tmp_path / f"step-{until:08d}" / "manifest.json").exists()
+        shards = list((tmp_path / f"step-{until:08d}").glob("shard-*"))
+        assert len(shards) == count
+    expected = np.load(tmp_path / "whole" / "found.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, rtol=1e-12)
