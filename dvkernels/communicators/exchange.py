@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from dvkernels.communicators import levels
 from dvkernels.communicators.host import PIECE_NBYTES, Host
-from dvkernels.kernels.cpu import direct, prompt
+from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import cost, hosts, partition
 
@@ -35,7 +35,7 @@ _OVER = object()
 class Request(Protocol):
     """Something that MPI, or another worker, is doing."""
 
-    def Test(self) -> bool:  # noqa: N802: as in mpi4py
+    def Test(self) -> bool:
         """Tell whether it is done."""
 
 
@@ -120,7 +120,7 @@ class Exchange:
         own[:] = source.view(np.uint8)
         request.Start()
         finish(request)
-        _combine([each.view(source.dtype) for each in held], target, op)
+        direct.reduce([each.view(source.dtype) for each in held], op, out=target)
 
     def _gather_of(self, nbytes: int) -> tuple[Any, Any, Any]:
         """Return a gather of so many bytes that MPI has set up: an iteration repeats its sizes."""
@@ -193,7 +193,7 @@ class Exchange:
         if len(sources) == 1:
             return sources[0]
         total = scratch.new(sources[0].size, how.wide)
-        _combine(sources, total, how.op)
+        direct.reduce(sources, how.op, out=total)
         return total
 
     def _finish_part(
@@ -204,7 +204,7 @@ class Exchange:
         total = result
         if is_in_place or how.wide != result.dtype:
             total = scratch.new(result.size, how.wide)
-        _combine(sources, total, how.op)
+        direct.reduce(sources, how.op, out=total)
         how.divide(total)
         if total is not result:
             result[...] = total
@@ -267,7 +267,7 @@ class _Meeting:
     def __init__(self, host: Host, comm: Any) -> None:
         self._host, self._comm = host, comm
 
-    def Test(self) -> bool:  # noqa: N802: as in mpi4py
+    def Test(self) -> bool:
         """Tell whether all have come."""
         if self._host.is_met():
             return True
@@ -281,7 +281,7 @@ class _All:
     def __init__(self, requests: list[Any]) -> None:
         self._requests = requests
 
-    def Test(self) -> bool:  # noqa: N802: as in mpi4py
+    def Test(self) -> bool:
         """Tell whether all are done."""
         return bool(MPI.Request.Testall(self._requests))
 
@@ -307,11 +307,6 @@ class _Scratch:
 
 
 _LINE = 64
-
-
-def _combine(sources: Sequence[Any], result: Any, op: Reduction) -> None:
-    if not prompt.reduce_into(sources, [result], op):
-        direct.reduce(sources, op, out=result)
 
 
 def _send(comm: Any, array: Any, to: int, tag: int) -> Any:

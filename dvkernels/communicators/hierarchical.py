@@ -34,7 +34,8 @@ class Hierarchical:
     -----
     With one replica a worker this is the workers' own reduction. Else the replicas of a worker
     reduce to one array, which the workers reduce and each worker copies for its replicas: between
-    processes each byte goes once a worker, not once a replica. Half types go between them as
+    processes each byte goes once a worker, not once a replica. Over shared memory all three are
+    one pass, piece by piece. Half types go between them as
     float32, so that they are rounded once.
     """
 
@@ -53,6 +54,10 @@ class Hierarchical:
         """Reduce into new arrays, or into ``out``."""
         if self._is_flat:
             return self._workers.all_reduce(values, op, out)
+        how = levels.of(op, values[0].dtype, self.size)
+        results = self._workers.all_reduce_replicas(values, how, out)
+        if results is not None:
+            return results
         total = self.reduce(values, op)
         if out is None:
             return _one_for_each(total, values)

@@ -33,8 +33,15 @@ class Levels(NamedTuple):
 
     def divide(self, total: Any) -> None:
         """Make the result of the last level, which is overwritten, that of all."""
-        if self.divisor > 1:
-            np.divide(total, total.dtype.type(self.divisor), out=total)
+        divide(total, self.divisor)
+
+
+def divide(total: Any, divisor: int) -> None:
+    """Divide an array in place, correctly rounded: complex numbers by a real one."""
+    if divisor > 1:
+        parts = (total.real, total.imag) if total.dtype.kind == "c" else (total,)
+        for part in parts:
+            np.divide(part, part.dtype.type(divisor), out=part)
 
 
 def of(op: Reduction, dtype: np.dtype[Any], count: int) -> Levels:

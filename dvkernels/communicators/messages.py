@@ -152,14 +152,25 @@ class Messages:
         else:
             self._beside = None
 
+    takes_replicas = False
+
     def beside(self) -> Messages:
         """Return the transport for another thread."""
         return self._beside or self
 
     # -- arrays ----------------------------------------------------------------------------------
 
-    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
-        """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
+    def all_reduce_into(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        op: Reduction,
+        wanted: Asked,
+        divisor: int = 1,
+    ) -> None:
+        """Leave the reduction of all workers' sources in the target: flat, of one dtype."""
+        del divisor
+        (target,), (source,) = targets, sources
         with self._agreement:
             self._agree(wanted, source.nbytes)
             self._exchange.all_reduce(target, source, op, self._finish_for(wanted))

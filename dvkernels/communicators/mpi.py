@@ -62,8 +62,7 @@ def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
     on_this_host = _split_by_host(comm)
     transport: Transport
     if on_this_host.size == comm.size:
-        room, is_roomy = _shared_room(on_this_host)
-        transport = SharedMemory(room, timeout_seconds, is_roomy)
+        transport = over_shared_memory(on_this_host, timeout_seconds)
     else:
         placed = numbered(comm.allgather(on_this_host.bcast(comm.rank)))
         transport = Messages(comm, placed, _hosts(on_this_host), timeout_seconds)
@@ -95,6 +94,12 @@ def _hosts(comm: Any) -> list[Host]:
         return [Alone()] * NUM_CHANNELS
     room, is_roomy = _shared_room(comm, NUM_RESULTS // 2, PIECE_NBYTES)
     return [Shared(room, channel, is_roomy) for channel in range(NUM_CHANNELS)]
+
+
+def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
+    """Return the transport between the processes of ``comm``, all of one host."""
+    room, is_roomy = _shared_room(comm)
+    return SharedMemory(room, timeout_seconds, is_roomy)
 
 
 def _shared_room(comm: Any, *more: int) -> tuple[Room, bool]:

@@ -12,6 +12,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.communicators.base import Workers
+from dvkernels.communicators.levels import Levels
 from dvkernels.devices import cuda, memory
 from dvkernels.reduce_op import Reduction
 
@@ -73,6 +74,14 @@ class Staged:
         held = memory.holding(target)
         held.apply(operator.setitem, target, ..., held.near(self._up(staged, value), target))
         return [target]
+
+    def all_reduce_replicas(
+        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
+    ) -> list[Any] | None:
+        """Reduce arrays of the host; None if they are on GPUs."""
+        if all(isinstance(value, np.ndarray) for value in values):
+            return self._workers.all_reduce_replicas(values, how, out)
+        return None
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into a new array, on every worker."""
