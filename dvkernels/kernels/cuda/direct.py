@@ -9,7 +9,7 @@ from typing import Any
 
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import between, jobs
-from dvkernels.kernels.cuda.calls import Buffers
+from dvkernels.kernels.cuda.calls import AllReduce, Buffers
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
@@ -22,23 +22,21 @@ def direct_all_reduce(
     return all_reduce_as("direct_all_reduce", buffers, op, out, stream)
 
 
-def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
-    """Reduce under the name ``verb``, which error messages mention."""
-    call = Buffers(verb, buffers, None if out is checks.NEW else out, stream)
-    reads = checks.arrays(verb, call.reads)
-    dtype, count = reads[0].dtype, len(reads)
-    op = jobs.checked(verb, op, dtype)
+def all_reduce_as(
+    verb: str, buffers: Any, op: Any, out: Any, stream: Any, between_gpus: str = "direct"
+) -> list[Any]:
+    """Reduce under the name ``verb``, which error messages mention.
+
+    Buffers on several GPUs are reduced by the algorithm ``between_gpus``.
+    """
+    call = AllReduce(verb, buffers, op, out, stream)
     if call.is_spread:
-        return between.all_reduce(call, op, out, "direct")
-    if out is None:
-        checks.in_place(verb, reads)
-        groups = [reads]
-    elif out is checks.NEW:
-        groups = [[*reads, *call.made([read.shape for read in reads])]]
-    else:
-        groups = [[*reads, *checks.results(verb, reads, call.out)]]
+        return between.all_reduce(call, between_gpus)
+    writes = call.written()
+    groups = [writes if call.is_in_place else [*call.reads, *writes]]
     with call.ordered() as order:
-        jobs.combine(order, op, dtype, groups, count, in_place=out is None)
+        count = len(call.reads)
+        jobs.combine(order, call.op, call.dtype, groups, count, in_place=call.is_in_place)
     return list(call.results)
 
 
