@@ -25,6 +25,7 @@ KIND = os.environ.get("DVKERNELS_TEST_KIND", "cpu")
 # The tests that know NumPy arrays only.
 BODIES = (
     "tests/unit/kernels/test_contract.py",
+    "tests/unit/kernels/test_custom.py",
     "tests/unit/kernels/test_optimizers.py",
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from simulated_peers import Simulated
 
+import dvkernels as dv
 from dvkernels.devices import driver, gpu_arrays
 from dvkernels.errors import BufferMismatchError, CollectiveTimeoutError, DeviceError
 from dvkernels.kernels import cuda as kernels
@@ -123,6 +125,17 @@ def test_where_only_neighbours_reach_each_other(machine, monkeypatch, algorithm,
         kernels.all_reduce(buffers, algorithm=algorithm)
     assert all(np.array_equal(array, right) for array in arrays)
     assert [route.make.__name__ for route in found] == [taken]
+
+
+@pytest.mark.parametrize(("algorithm", "dtype"), [("direct", "i4"), ("ring", "u1"), ("auto", "?")])
+def test_a_reduction_of_the_users_own(machine, algorithm, dtype):
+    op = dv.CustomReduction(numba.njit(lambda a, b: a ^ b), 0, "xor")
+    arrays = some(3, 200, dtype)
+    right = np.bitwise_xor.reduce(arrays)
+    with concurrent(seed=2):
+        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        kernels.all_reduce(buffers, op, algorithm=algorithm)
+    assert all(np.array_equal(array, right) for array in arrays)
 
 
 def test_out_and_its_streams(machine):

@@ -20,7 +20,7 @@ from dvkernels.kernels.cuda import jobs, peers
 from dvkernels.kernels.cuda.calls import AllReduce, wait_for
 from dvkernels.kernels.cuda.jobs import Order
 from dvkernels.kernels.cuda.team import Job, Team
-from dvkernels.reduce_op import ReduceOp, is_half
+from dvkernels.reduce_op import Reduction, is_half
 from dvkernels.schedules import routes
 from dvkernels.schedules.routes import Reach
 
@@ -91,7 +91,7 @@ def _ranks(call: AllReduce, writes: Sequence[Array]) -> list[Rank]:
     return ranks
 
 
-def _launch(found: driver.Driver, op: ReduceOp, ranks: Sequence[Rank], algorithm: str) -> None:
+def _launch(found: driver.Driver, op: Reduction, ranks: Sequence[Rank], algorithm: str) -> None:
     devices = tuple(rank.order.device for rank in ranks)
     group = _group(found, devices)
     dtype, length = ranks[0].read.dtype, ranks[0].read.size

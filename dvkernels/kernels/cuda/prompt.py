@@ -17,7 +17,7 @@ import numpy as np
 
 from dvkernels.devices import glance, streams
 from dvkernels.kernels.cuda import jobs, launcher
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import Reduction
 
 __all__ = ["Seen", "learn", "repeat", "see"]
 
@@ -77,7 +77,7 @@ def repeat(seen: Seen | None, verb: str, stream: Any) -> bool:
     return True
 
 
-def learn(seen: Seen | None, op: ReduceOp, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
+def learn(seen: Seen | None, op: Reduction, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
     """Keep the launch of a call that has passed all checks; ``arrays`` are what it saw."""
     if seen is None:
         return
