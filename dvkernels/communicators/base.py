@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from dvkernels.communicators.levels import Levels
 from dvkernels.reduce_op import Reduction
 
 __all__ = ["Communicator", "Workers"]
@@ -53,6 +54,19 @@ class Workers(Communicator, Protocol):
     @property
     def rank(self) -> int:
         """The number of this worker, from 0."""
+
+    def all_reduce_columns(
+        self,
+        columns: Sequence[Sequence[Any]],
+        how: Levels,
+        outs: Sequence[Sequence[Any]] | None = None,
+    ) -> list[list[Any]] | None:
+        """Return the reductions of many values over all replicas of all workers.
+
+        A column has one value for each replica of this worker, all columns are of one dtype; the
+        values of a worker are combined first. None, and nothing has happened: these do not go in
+        one pass here.
+        """
 
     def meet(self) -> None:
         """Return when every worker has called this."""

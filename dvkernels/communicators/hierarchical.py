@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
+import operator
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, final
 
 import numpy as np
 
-from dvkernels import reduce_op
+from dvkernels.communicators import levels
 from dvkernels.communicators.base import Communicator, Workers
-from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.communicators.levels import Levels
+from dvkernels.custom_reduction import CustomReduction
+from dvkernels.devices import memory
+from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
 __all__: list[str] = []
-
-# What replicas of a worker leave to the others: MEAN divides in the end, by the number of all.
-_WITHIN = {ReduceOp.MEAN: ReduceOp.SUM}
-_ROUNDED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 
 
 @final
@@ -36,18 +36,18 @@ class Hierarchical:
     -----
     With one replica a worker this is the workers' own reduction. Else the replicas of a worker
     reduce to one array, which the workers reduce and each worker copies for its replicas: between
-    processes each byte goes once a worker, not once a replica. Half types go between them as
+    processes each byte goes once a worker, not once a replica. Over shared memory all three are
+    one pass, piece by piece. Half types go between them as
     float32, so that they are rounded once.
     """
 
     def __init__(
         self, inside: Communicator, workers: Workers, replicas_of_workers: Sequence[int]
     ) -> None:
-        self.size = sum(replicas_of_workers)
         self._inside = inside
         self._workers = workers
-        self._first_of_workers = [0, *accumulate(replicas_of_workers)]
-        self._first = self._first_of_workers[workers.rank]
+        self._starts = partition.starts(replicas_of_workers)
+        self._first, self.size = self._starts[workers.rank], self._starts[-1]
         self._is_flat = all(count == 1 for count in replicas_of_workers)
 
     def all_reduce(
@@ -56,46 +56,88 @@ class Hierarchical:
         """Reduce into new arrays, or into ``out``."""
         if self._is_flat:
             return self._workers.all_reduce(values, op, out)
+        how = levels.of(op, values[0].dtype, self.size)
+        results = self._workers.all_reduce_columns([values], how, None if out is None else [out])
+        if results is not None:
+            return results[0]
         total = self.reduce(values, op)
         if out is None:
             return _one_for_each(total, values)
+        held = memory.holding(total)
         for target in out:
-            target[...] = total
+            held.apply(operator.setitem, target, ..., held.near(total, target))
         return list(out)
+
+    def all_reduce_many(
+        self, columns: Sequence[Sequence[Any]], op: Reduction
+    ) -> list[list[Any]] | None:
+        """Reduce each column into new arrays in one pass; None: they are better packed."""
+        hows = {column[0].dtype: self._levels_of(op, column[0].dtype) for column in columns}
+        if isinstance(op, CustomReduction) or any(how.wide != dtype for dtype, how in hows.items()):
+            return None
+        results: dict[int, list[Any]] = {}
+        for dtype, how in hows.items():
+            alike = [k for k, column in enumerate(columns) if column[0].dtype == dtype]
+            reduced = self._workers.all_reduce_columns([columns[k] for k in alike], how)
+            if reduced is None:
+                return None
+            results |= zip(alike, reduced, strict=True)
+        return [results[k] for k in range(len(columns))]
+
+    def _levels_of(self, op: Reduction, dtype: np.dtype[Any]) -> Levels:
+        if self._is_flat:  # one level: the kernels round and divide
+            return Levels(op, dtype, 1)
+        return levels.of(op, dtype, self.size)
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""
         if self._is_flat:
             return self._workers.reduce(values, op)
         dtype = values[0].dtype
-        if reduce_op.is_half(dtype) and op in _ROUNDED:
-            values = [value.astype(reduce_op.working_dtype(dtype)) for value in values]
-        within = _WITHIN.get(op, op) if isinstance(op, ReduceOp) else op
-        part = np.asarray(self._inside.reduce(values, within))
-        total = self._workers.all_reduce([part], within, [part])[0]
-        if op is ReduceOp.MEAN:
-            np.divide(total, total.dtype.type(self.size), out=total)
-        return total.astype(dtype, copy=False)
+        how = levels.of(op, dtype, self.size)
+        held = memory.holding(values[0])
+        wide = [held.apply(_as, value, how.wide) for value in values]
+        part = self._inside.reduce(wide, how.op)
+        if isinstance(part, np.generic):
+            part = np.asarray(part)
+        total = self._workers.all_reduce([part], how.op, [part])[0]
+        held.apply(how.divide, total)
+        return held.apply(_as, total, dtype)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce, and give each rank its part."""
         total = self.reduce(values, op)
+        held = memory.holding(total)
         bounds = (
             partition.bounds(len(total), self.size, self._first + k) for k in range(len(values))
         )
-        return [total[start:stop].copy() for start, stop in bounds]
+        return [
+            held.beside(total[start:stop], value)
+            for (start, stop), value in zip(bounds, values, strict=True)
+        ]
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
-        own = values[0] if len(values) == 1 else np.concatenate(values, axis)
+        held = memory.holding(values[0])
+        near = [held.near(value, values[0]) for value in values]
+        own = held.apply(lambda *parts: np.concatenate(parts, axis), *near)
         return _one_for_each(self._workers.all_gather([own], axis)[0], values)
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
-        worker = max(w for w in range(self._workers.size) if self._first_of_workers[w] <= root)
+        worker = bisect.bisect(self._starts, root) - 1
         own = root - self._first if worker == self._workers.rank else 0
         return _one_for_each(self._workers.broadcast([values[own]], worker)[0], values)
 
 
 def _one_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
-    return [array, *(array.copy() for _ in values[1:])]
+    """Return the array where the first value lies, and a copy where each other one does."""
+    held = memory.holding(array)
+    return [
+        held.near(array, values[0]),
+        *(held.beside(array, value) for value in values[1:]),
+    ]
+
+
+def _as(array: Any, dtype: np.dtype[Any]) -> Any:
+    return array.astype(dtype, copy=False)

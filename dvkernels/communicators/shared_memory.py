@@ -1,14 +1,16 @@
 """The workers of one host, over memory that they share: one pass, and no message.
 
 Each worker copies a piece of its array into its place, waits for the others, and combines the
-pieces of all into its result. For n workers of S bytes each worker moves (n + 3) S bytes, most of
-it in the caches: a piece is small. Every worker combines in the order of workers, so all get the
-same bits, and those of the kernels within one process.
+pieces of all into its result; compiled code does that for all pieces in one call, and comes back
+where a worker is late or asks for something else. For n workers of S bytes each worker moves
+(n + 3) S bytes, most of it in the caches: a piece is small. Every worker combines in the order of
+workers, so all get the same bits, and those of the kernels within one process.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -16,10 +18,11 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.cluster import processes
+from dvkernels.communicators import levels
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
-from dvkernels.kernels.cpu import direct, prompt, rounds
+from dvkernels.kernels.cpu import direct, relay, rounds
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -63,6 +66,7 @@ class SharedMemory:
         self._pauses = _PAUSES if is_roomy else _PAUSES_OF_MANY
         self._lines = room.lines(channel)
         self._places = room.places(channel)
+        self._relay = relay.Relay(self._lines, self.rank, self._places, self.size, self._pauses)
         self._number = 0
         self._last: Asked | None = None
         self._views: dict[Any, list[list[Any]]] = {}
@@ -75,24 +79,77 @@ class SharedMemory:
         else:
             self._beside = None
 
+    takes_columns = True
+
     def beside(self) -> SharedMemory:
         """Return the transport for another thread."""
         return self._beside or self
 
     # -- arrays ----------------------------------------------------------------------------------
 
-    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
-        """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
-        step = PLACE_NBYTES // source.itemsize
+    def all_reduce_into(
+        self,
+        columns: Sequence[Sequence[Any]],
+        num_sources: int,
+        op: Reduction,
+        wanted: Asked,
+        divisor: int = 1,
+    ) -> None:
+        """Leave the reduction of all workers' sources in each target: flat, of one dtype."""
         with self._agreement:
-            for start in range(0, max(1, source.size), step):
-                piece, result = source[start : start + step], target[start : start + step]
-                views = self._views_of(piece.dtype, piece.size)
-                parity = self._round(
-                    wanted, piece.nbytes, functools.partial(_stage, views, self.rank, piece)
-                )
-                if not prompt.reduce_into(views[parity], [result], op):
-                    direct.reduce(views[parity], op, out=result)
+            if self._relay.lay_out(columns, num_sources, op):
+                self._reduce_on(wanted, divisor)
+            elif len(columns) == 1:
+                self._reduce_by_kernels(columns[0], num_sources, op, wanted, divisor)
+            else:
+                ends = [*itertools.accumulate(column[0].size for column in columns)]
+                packed = [np.concatenate(arrays) for arrays in zip(*columns, strict=True)]
+                self._reduce_by_kernels(packed, num_sources, op, wanted, divisor)
+                for column, (start, stop) in zip(
+                    columns, itertools.pairwise([0, *ends]), strict=True
+                ):
+                    for target, whole in zip(
+                        column[num_sources:], packed[num_sources:], strict=True
+                    ):
+                        target[...] = whole[start:stop]
+
+    def _reduce_on(self, wanted: Asked, divisor: int) -> None:
+        """Let compiled code go on, from one worker that is late to the next."""
+        agreement, way = self._agreement, self._relay
+
+        def reach() -> None:
+            agreement.reach(wanted, way.nbytes, lambda: way.bring(self._number))
+
+        has_come = not agreement.is_settled
+        if has_come:
+            reach()
+        while True:
+            how, self._number = way.run(self._number, wanted.number, divisor, has_come=has_come)
+            if how == relay.DONE:
+                self._last = wanted
+                return
+            has_come = True
+            if self._await(wanted, self._pauses) != rounds.AGREED:
+                agreement.judge(self._words(), wanted)
+                reach()
+
+    def _reduce_by_kernels(
+        self, column: Sequence[Any], num_sources: int, op: Reduction, wanted: Asked, divisor: int
+    ) -> None:
+        """Do the same, for what compiled code declines: custom reductions."""
+        sources, targets = column[:num_sources], column[num_sources:]
+        step = PLACE_NBYTES // sources[0].itemsize
+        for start in range(0, max(1, sources[0].size), step):
+            here = slice(start, start + step)
+            pieces = [source[here] for source in sources]
+            views = self._views_of(pieces[0].dtype, pieces[0].size)
+            stage = functools.partial(_stage, views, self.rank, pieces, op)
+            parity = self._round(wanted, pieces[0].nbytes, stage)
+            first, *others = (target[here] for target in targets)
+            direct.reduce(views[parity], op, out=first)
+            levels.divide(first, divisor)
+            for other in others:
+                other[...] = first
 
     def gather(self, source: Any, wanted: Asked) -> list[Any]:
         """Return the bytes of all workers, as many as each has."""
@@ -263,5 +320,7 @@ class SharedMemory:
         return [w for w in others if room.why_left(w) is None and room.is_alive(w)]
 
 
-def _stage(views: Sequence[Sequence[Any]], rank: int, piece: Any, parity: int) -> None:
-    views[parity][rank][...] = piece
+def _stage(
+    views: Sequence[Sequence[Any]], rank: int, pieces: Sequence[Any], op: Reduction, parity: int
+) -> None:
+    direct.reduce(pieces, op, out=views[parity][rank])
