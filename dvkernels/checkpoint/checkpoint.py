@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dvkernels import context
-from dvkernels.checkpoint import matching, reading, saving, shards, transfer
+from dvkernels.checkpoint import folder, matching, reading, shards, snapshot, team, transfer
 from dvkernels.checkpoint.matching import Plan, StateChange
 from dvkernels.checkpoint.reading import Reader
+from dvkernels.checkpoint.save import Save
+from dvkernels.checkpoint.saving import Saves
+from dvkernels.communicators.base import Workers
 from dvkernels.errors import CheckpointError, ContextError
 
 __all__ = ["Checkpoint", "Restored"]
@@ -51,7 +54,7 @@ class Restored:
     unexpected: tuple[str, ...] = ()
 
 
-class Checkpoint:
+class Checkpoint(Saves):
     """Objects that are saved together and come back together.
 
     Parameters
@@ -78,6 +81,11 @@ class Checkpoint:
 
     ``objects`` is a dict and may be changed: ``checkpoint.objects["epoch"] = 3``.
 
+    With variables of a strategy over several workers, every worker makes the same calls, on a
+    folder that all of them see: each writes a part, and what one cannot do none has done. Data and
+    arrays are the first worker's; random generators must be in the same state on all. Without such
+    variables a checkpoint concerns its own process.
+
     The files are safetensors and JSON, without pickle: nothing that is loaded can run code.
 
     Examples
@@ -99,8 +107,8 @@ class Checkpoint:
         for name in objects:
             if name.startswith("__"):
                 raise CheckpointError(f"Checkpoint: the name {name!r} is reserved; choose another")
+        super().__init__()
         self.objects: dict[str, Any] = objects
-        self._saver = saving.Saver()
 
     def save(
         self,
@@ -119,14 +127,18 @@ class Checkpoint:
             Plain data of the user's own, which ``restore`` returns and ``show`` prints.
         background : bool
             Copy the objects to memory of our own, return, and write while the program goes on. An
-            error is raised by the next ``save``, or by ``close``. The program's end waits.
+            error is raised by the next ``save``, or by ``close``. The program's end waits. Over
+            several workers the next ``save``, ``restore`` or ``close`` puts in place what all have
+            written; until then the one before counts.
 
         Raises
         ------
         CheckpointError
             An object cannot be saved, a writer is at work there already, the disk is full or
-            fails, or ``path`` holds something else. What was at ``path`` is there still, and
-            nothing else is left behind.
+            fails, or ``path`` holds something else; or another worker could not do its part, or has
+            other objects. What was at ``path`` is there still, and nothing else is left behind.
+        CollectiveTimeoutError, WorkerLostError
+            A worker did not come, or is gone. What was at ``path`` is whole.
         ContextError
             Called in a replica: save outside of ``run``.
 
@@ -141,8 +153,9 @@ class Checkpoint:
         target = Path(os.path.abspath(path))
         given = None if metadata is None else dict(metadata)
         self._saver.save(
-            lambda: saving.take(self.objects, None, given),
-            lambda snapshot: saving.write(snapshot, target),
+            lambda: Save(
+                snapshot.take(self.objects, None, given), target, lambda: folder.door(target)
+            ),
             background=background,
         )
 
@@ -184,44 +197,40 @@ class Checkpoint:
         check_context("Checkpoint.restore")
         self._saver.wait()
         shards.check_machine()
-        with reading.opened(Path(os.path.abspath(path))) as reader:
-            return self._restore(reader, partial)
-
-    @property
-    def is_saving(self) -> bool:
-        """Whether a save goes on in the background."""
-        return self._saver.is_busy
-
-    def close(self) -> None:
-        """Wait for a save in the background, and raise its error; may be called twice."""
-        self._saver.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        where = Path(os.path.abspath(path))
+        workers = team.of(self.objects)
+        what = f"restore from {where}"
+        with contextlib.ExitStack() as stack:
+            readers: list[Reader] = []
+            team.together(
+                workers, what, lambda: readers.append(stack.enter_context(reading.opened(where)))
+            )
+            (reader,) = readers
+            team.check_alike(workers, what, {folder.MANIFEST: reader.checksum})
+            return self._restore(reader, partial, workers, what)
 
     def __repr__(self) -> str:
         return f"Checkpoint({', '.join(self.objects)})"
 
-    def _restore(self, reader: Reader, partial: bool) -> Restored:
-        plan = matching.match(self.objects, reader.manifest)
-        if not partial and (plan.missing or plan.unexpected):
-            raise CheckpointError(
-                f"{reader.path}: expected what the objects are; it lacks {_listed(plan.missing)}, "
-                f"and holds {_listed(plan.unexpected)} besides; pass partial=True to restore what "
-                f"matches"
-            )
-        reader.check(plan.loads)
-        reader.load({name: [array] for name, array in plan.staged.items()})
+    def _restore(self, reader: Reader, partial: bool, workers: Workers, what: str) -> Restored:
+        with team.telling(workers, what):  # optimizers make their slots, which all do together
+            plan = matching.match(self.objects, reader.manifest)
+            if not partial and (plan.missing or plan.unexpected):
+                raise CheckpointError(
+                    f"{reader.path}: expected what the objects are; it lacks "
+                    f"{_listed(plan.missing)}, and holds {_listed(plan.unexpected)} besides; pass "
+                    f"partial=True to restore what matches"
+                )
+
+        def check() -> None:
+            reader.check(plan.loads)
+            reader.load({name: [array] for name, array in plan.staged.items()})
+
+        team.together(workers, what, check)
+        fates = {"matched": plan.matched, "missing": plan.missing, "unexpected": plan.unexpected}
+        team.check_alike(workers, what, {path: fate for fate in fates for path in fates[fate]})
         # In a thread, which no interrupt reaches: all of it is done, or none.
-        transfer.in_parallel(lambda _: _commit(plan, reader), [None], is_whole=True)
+        transfer.in_parallel(lambda _: _commit(plan, reader, workers, what), [None], is_whole=True)
         values = {name: result() for name, result in plan.values.items()}
         self.objects.update(values)
         return Restored(
@@ -235,10 +244,16 @@ class Checkpoint:
         )
 
 
-def _commit(plan: Plan, reader: Reader) -> None:
-    _set_states(plan.states)
+def _commit(plan: Plan, reader: Reader, workers: Workers, what: str) -> None:
+    done: list[tuple[StateChange, Any]] = []
     try:
-        reader.load(plan.loads)
+        team.together(workers, what, lambda: _set_states(plan.states, done))
+    except BaseException:
+        for change, before in done:
+            change.set(before)
+        raise
+    try:
+        team.together(workers, what, lambda: reader.load(plan.loads))
     except (OSError, CheckpointError) as error:
         error.add_note(
             "the file was whole a moment ago, when its checksums were compared: these objects now "
@@ -249,17 +264,14 @@ def _commit(plan: Plan, reader: Reader) -> None:
         touch()
 
 
-def _set_states(changes: list[StateChange]) -> None:
-    """Set all states, or none: if one is refused, those before it are taken back."""
-    done: list[tuple[StateChange, Any]] = []
+def _set_states(changes: list[StateChange], done: list[tuple[StateChange, Any]]) -> None:
+    """Set states, and note in ``done`` what was before; the one that is refused is noted too."""
     for change in changes:
         try:
             before = copy.deepcopy(change.get())
             done.append((change, before))
             change.set(change.new)
         except Exception as error:
-            for changed, old in done:
-                changed.set(old)
             raise CheckpointError(
                 f"{change.path}: the state that was saved cannot be taken over: {error}"
             ) from error

@@ -10,6 +10,7 @@ Three names stand for a checkpoint at ``NAME`` while it is saved, all beside it:
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,30 +39,45 @@ def lock(path: Path) -> Lock:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """Give a new folder to write into; at the end, and not before, it is what ``path`` names.
+def door(path: Path) -> Iterator[None]:
+    """Be the only one who writes what ``path`` names; the folders above it are made."""
+    make_folders(path.parent)
+    with lock(path):
+        yield
+
+
+def new(path: Path) -> Path:
+    """Return where what ``path`` will name is written."""
+    return _beside(path, "tmp")
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Make :func:`new` to write into; at the end, and not before, it is what ``path`` names.
 
     The caller holds a lock, and has synced the files in it. After an error what was at ``path``
     before is there still, and nothing else is left. If the process is killed, the next call cleans
     up.
     """
-    new, old = _beside(path, "tmp"), _beside(path, "old")
+    tmp, old, pid = new(path), _beside(path, "old"), os.getpid()
     _recover(path)
     _check_replaceable(path)
-    files.active.make_folder(new)
+    files.active.make_folder(tmp)
     is_placed = False
     try:
-        yield new
-        files.active.sync_folder(new)
+        yield
+        files.active.sync_folder(tmp)
         if files.active.is_folder(path):
             files.active.rename(path, old)
-        files.active.rename(new, path)
+        files.active.rename(tmp, path)
         is_placed = True
         files.active.sync_folder(path.parent)
     except BaseException:
+        if os.getpid() != pid:  # a child that was forked meanwhile ends, and its parent goes on
+            raise
         with contextlib.suppress(OSError):  # what cannot be done now, the next save will do
             if is_placed:
-                files.active.rename(path, new)
+                files.active.rename(path, tmp)
             _recover(path)
         raise
     with contextlib.suppress(OSError):

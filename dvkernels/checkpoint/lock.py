@@ -81,6 +81,8 @@ class Lock:
         )
 
     def _end(self) -> None:
+        if self._key[0] != os.getpid():  # a child that was forked meanwhile does not hold it
+            return
         try:
             # Locked to the end, so that nobody's lock but ours is removed. If it cannot be: an
             # unlocked file does no harm.

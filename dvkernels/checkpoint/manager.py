@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from dvkernels.checkpoint import folder, saving
+from dvkernels.checkpoint import folder, snapshot, team
 from dvkernels.checkpoint.checkpoint import Checkpoint, Restored, check_context
 from dvkernels.checkpoint.lock import Lock
-from dvkernels.checkpoint.saving import Snapshot
+from dvkernels.checkpoint.save import Save
+from dvkernels.checkpoint.saving import Saves
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.profiler.debugging import LOGGER
 
@@ -22,7 +23,7 @@ __all__ = ["CheckpointManager"]
 _NAME = re.compile(r"step-([0-9]{8,18})")
 
 
-class CheckpointManager:
+class CheckpointManager(Saves):
     """Keeps the checkpoints of a run in one folder: ``step-00000100`` and so on.
 
     Parameters
@@ -80,11 +81,11 @@ class CheckpointManager:
                     f"CheckpointManager: expected {name} to be a whole number above 0, or None; "
                     f"got {number!r}"
                 )
+        super().__init__()
         self._checkpoint = checkpoint
         self._directory = Path(os.path.abspath(directory))
         self._max_to_keep = max_to_keep
         self._keep_every = keep_every
-        self._saver = saving.Saver()
 
     @property
     def directory(self) -> Path:
@@ -129,12 +130,14 @@ class CheckpointManager:
                 f"CheckpointManager.save: expected a step, a whole number from 0; got {step!r:.80}"
             )
         given = None if metadata is None else dict(metadata)
+        path = self._directory / _name(step)
         self._saver.save(
-            lambda: saving.take(self._checkpoint.objects, step, given),
-            self._write,
+            lambda: Save(
+                snapshot.take(self._checkpoint.objects, step, given), path, lambda: self._door(path)
+            ),
             background=background,
         )
-        return self._directory / _name(step)
+        return path
 
     def restore_latest(self, *, partial: bool = False) -> Restored | None:
         """Restore the newest checkpoint that is whole; None if there is none at all.
@@ -156,8 +159,15 @@ class CheckpointManager:
         Says in a warning, and to the logger, which checkpoints are damaged and were passed over.
         """
         self._saver.wait()
+        workers = team.of(self._checkpoint.objects)
+        # Those that the chief sees: a folder between hosts need not look the same to all at once.
+        names, *_ = team.together(
+            workers,
+            f"restore the latest of {self._directory}",
+            lambda: [path.name for path in self.checkpoints],
+        )
         faults: list[str] = []
-        for path in reversed(self.checkpoints):
+        for path in (self._directory / name for name in reversed(names)):
             try:
                 restored = self._checkpoint.restore(path, partial=partial)
             except CheckpointDamagedError as error:
@@ -174,33 +184,17 @@ class CheckpointManager:
             )
         return None
 
-    def close(self) -> None:
-        """Wait for a save in the background, and raise its error; may be called twice."""
-        self._saver.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self._directory)!r}, max_to_keep={self._max_to_keep})"
 
-    def _write(self, snapshot: Snapshot) -> None:
-        assert snapshot.step is not None
-        path = self._directory / _name(snapshot.step)
-        with saving.naming_failures(path):
-            folder.make_folders(self._directory)
-            with Lock(self._directory / ".lock", f"save to {path}"):
-                folder.clean(self._directory, _NAME)
-                saving.write_locked(snapshot, path)
-                self._remove_old(snapshot.step)
+    @contextlib.contextmanager
+    def _door(self, path: Path) -> Iterator[None]:
+        """Be the only one who writes to the directory; remove what is not to be kept."""
+        folder.make_folders(self._directory)
+        with Lock(self._directory / ".lock", f"save to {path}"):
+            folder.clean(self._directory, _NAME)
+            yield
+            self._remove_old(_step(path))
 
     def _remove_old(self, just_saved: int) -> None:
         if self._max_to_keep is None:

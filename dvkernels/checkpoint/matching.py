@@ -146,15 +146,17 @@ class _Matcher:
             self._load(names[0], targets)
             if is_variable and _is_shared_out(own):
                 self.plan.finish.append(lambda: share_out(own))
-        elif _has_own_copies(own) and len(names) == len(targets):
-            for name, target in zip(names, targets, strict=True):
+        elif _has_own_copies(own) and len(names) == own.owner.num_replicas:
+            first = own.owner.first_replica  # of this process
+            for name, target in zip(names[first:], targets, strict=False):
                 self._load(name, [target])
         elif self._alike(names):
             self._load(names[0], targets)
         else:
+            count = own.owner.num_replicas if is_variable else 1
             raise CheckpointError(
                 f"{label}: {len(names)} copies that differ were saved, one for each replica; here "
-                f"there are {len(targets)} "
+                f"there are {count} "
                 f"{'copies' if _has_own_copies(own) else 'that must be equal'}; restore on "
                 f"{len(names)} replicas, or bring the copies together (v.sync()) before saving"
             )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import optree
 
-from dvkernels.checkpoint import generators, plain
+from dvkernels.checkpoint import generators, plain, transfer
 from dvkernels.checkpoint.nodes import (
     ArrayNode,
     DataNode,
@@ -21,8 +21,9 @@ from dvkernels.checkpoint.nodes import (
 )
 from dvkernels.checkpoint.shards import DTYPES
 from dvkernels.devices import memory
+from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError, DvKernelsError
-from dvkernels.variables.variable import Variable, saved_by
+from dvkernels.variables.variable import Saved, Variable, saved_by
 
 __all__: list[str] = []
 
@@ -123,11 +124,28 @@ class Gathered:
     """What a checkpoint of some objects consists of: nodes, and arrays by the tensors' names.
 
     The arrays may be those of the objects themselves: they are to be written, or copied, before
-    the objects change.
+    the objects change. Aggregates bring all workers together.
+
+    Attributes
+    ----------
+    nodes : dict of str to Node
+    tensors : dict of str to array
+        Those that this worker has.
+    shared : set of str
+        The tensors that every worker has, with the same bits.
+    own : set of str
+        The tensors that this worker alone has. What is in neither set is the chief's: each worker
+        may have something else there, and the first worker's counts.
+    alike : dict of str to str
+        What must be the same on all workers, in words, by path.
     """
 
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self.tensors: dict[str, Any] = {}
+        self.shared: set[str] = set()
+        self.own: set[str] = set()
+        self.alike: dict[str, str] = {}
+        self._names: set[str] = set()
         variables = variables_of(objects)
         self._paths = {id(variable): path for path, variable in reversed(variables.items())}
         self._saved: dict[int, tuple[str, ...]] = {}
@@ -137,12 +155,14 @@ class Gathered:
         if isinstance(value, Variable):
             return self._variable(value, path)
         if isinstance(value, np.ndarray):
+            self.alike[path] = f"an array {Spec(value.shape, value.dtype)}"
             return ArrayNode(self._tensor(path, value))
         if generators.is_generator(value):
-            return GeneratorNode(generators.kind(value), self._state(generators.state(value), path))
+            return self._generator(value, path)
         if is_object(value):
             return self._with_state(value, path)
         if plain.is_plain(value):
+            self.alike[path] = "plain data"
             return DataNode(copy.deepcopy(value))  # written later, perhaps, than it changes
         inner = opened(value, path)
         if inner is None:
@@ -151,26 +171,49 @@ class Gathered:
                 f"state_dict and load_state_dict, or containers of them; got {value!r:.80}, a "
                 f"{type(value).__name__}"
             )
+        self.alike[path] = f"a {type(value).__name__} of {len(inner.children)}"
         return NestNode(
             type(value).__name__,
             {name: self._node(each, child(path, name)) for name, each in inner.children.items()},
         )
 
+    def _generator(self, value: Any, path: str) -> GeneratorNode:
+        # Those of workers that draw apart would all go on as the chief's: that is not saved.
+        kind, state = generators.kind(value), generators.state(value)
+        words = repr(plain.encode(state, path, transfer.checksum))
+        self.alike[path] = f"a {kind} generator in state {transfer.checksum(words.encode())}"
+        return GeneratorNode(kind, self._state(state, path))
+
     def _variable(self, variable: Variable, path: str) -> VariableNode:
         names = self._saved.get(id(variable))  # one that stands at two paths is saved once
         if names is None:
             try:
-                arrays = saved_by(variable)
+                saved = saved_by(variable)
             except DvKernelsError as error:
                 raise CheckpointError(
                     f"{path}: variable {variable.name!r} cannot be saved: {error}"
                 ) from error
-            labels = (
-                [path] if len(arrays) == 1 else [f"{path}/copy-{k}" for k in range(len(arrays))]
-            )
-            names = tuple(map(self._tensor, labels, arrays))
+            names = self._tensors_of(saved, path)
             self._saved[id(variable)] = names
-        return VariableNode(names, variable.synchronization.value, variable.aggregation.value)
+        modes = variable.synchronization.value, variable.aggregation.value
+        held = Spec(variable.shape, variable.dtype)
+        self.alike[path] = f"a variable {held} {'/'.join(modes)} in {len(names)}"
+        return VariableNode(names, *modes)
+
+    def _tensors_of(self, saved: Saved, path: str) -> tuple[str, ...]:
+        """Return the names of a variable's tensors, those that other workers have included."""
+        if saved.total == 1:
+            self.shared.add(path)
+            return (self._tensor(path, saved.arrays[0]),)
+        names = tuple(f"{path}/copy-{k}" for k in range(saved.total))
+        held = dict(zip(names[saved.first :], saved.arrays, strict=False))
+        self.own |= held.keys()
+        for name in names:
+            if name in held:
+                self._tensor(name, held[name])
+            else:
+                self._take_name(name)
+        return names
 
     def _with_state(self, value: HasState, path: str) -> StateNode:
         try:
@@ -187,9 +230,10 @@ class Gathered:
                     f"objects of this checkpoint; give it to Checkpoint too"
                 )
             slots[of] = {
-                name: self._tensor(f"{child(path, 'slots')}/{of}/{name}", saved_by(slot)[0])
+                name: self._tensors_of(saved_by(slot), f"{child(path, 'slots')}/{of}/{name}")[0]
                 for name, slot in zip(value.slot_names, value.slots(variable), strict=True)
             }
+        self.alike[path] = f"a {type(value).__name__} with slots of {', '.join(slots) or 'nothing'}"
         return StateNode(type(value).__name__, self._state(state, path), slots)
 
     def _state(self, state: Any, path: str) -> Any:
@@ -202,12 +246,16 @@ class Gathered:
                 f"{name}: arrays of dtype {array.dtype!r} are not saved; cast it to one of "
                 f"{', '.join(DTYPES)}"
             )
-        if name in self.tensors:
+        self._take_name(name)
+        held = memory.holding(array).to_host(array)
+        self.tensors[name] = np.ascontiguousarray(held).reshape(array.shape)
+        return name
+
+    def _take_name(self, name: str) -> None:
+        if name in self._names:
             raise CheckpointError(f"{name}: two objects have this name; rename one of them")
         try:
             name.encode()
         except UnicodeEncodeError:
             raise CheckpointError(f"{name!r}: a name must be valid Unicode") from None
-        held = memory.holding(array).to_host(array)
-        self.tensors[name] = np.ascontiguousarray(held).reshape(array.shape)
-        return name
+        self._names.add(name)

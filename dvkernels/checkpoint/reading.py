@@ -21,7 +21,9 @@ class Reader:
 
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
         self.path = path
-        self.manifest = _manifest(path)
+        content = _manifest(path)
+        self.checksum = transfer.checksum(content)  # of the manifest
+        self.manifest = manifest.read(content, str(path / folder.MANIFEST))
         self._descriptors: list[int] = []
         self._ranges: dict[str, Range] = {}
         for entry in self.manifest.files:
@@ -33,13 +35,15 @@ class Reader:
 
     def check(self, names: Iterable[str]) -> None:
         """Read tensors and compare their checksums."""
-        transfer.check([piece for name in names for piece in self._pieces(name, ())])
+        with _readable(self.path):
+            transfer.check([piece for name in names for piece in self._pieces(name, ())])
 
     def load(self, places: Mapping[str, Iterable[Any]]) -> None:
         """Read tensors, each into all its arrays, and compare their checksums."""
-        transfer.load(
-            [piece for name, given in places.items() for piece in self._pieces(name, given)]
-        )
+        with _readable(self.path):
+            transfer.load(
+                [piece for name, given in places.items() for piece in self._pieces(name, given)]
+            )
 
     def _pieces(self, name: str, places: Iterable[Any]) -> Iterator[Piece]:
         entry = self.manifest.tensors[name]
@@ -60,13 +64,20 @@ class Reader:
 def opened(path: Path) -> Iterator[Reader]:
     """Open a checkpoint; :class:`CheckpointDamagedError` if it cannot be read."""
     with contextlib.ExitStack() as stack:
-        try:
-            yield Reader(folder.existing(path), stack)
-        except OSError as error:
-            raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
+        with _readable(path):
+            reader = Reader(folder.existing(path), stack)
+        yield reader
 
 
-def _manifest(path: Path) -> Manifest:
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
+
+
+def _manifest(path: Path) -> bytes:
     where = path / folder.MANIFEST
     try:
         descriptor = files.active.open(where)
@@ -80,10 +91,9 @@ def _manifest(path: Path) -> Manifest:
             raise CheckpointDamagedError(
                 f"{where}: expected at most {manifest.MAX_NBYTES} bytes; it has {nbytes}"
             )
-        content = transfer.read_all(descriptor, nbytes, 0, str(where))
+        return transfer.read_all(descriptor, nbytes, 0, str(where))
     finally:
         files.active.close(descriptor)
-    return manifest.read(content, str(where))
 
 
 def _ranges(descriptor: int, entry: FileEntry, where: str) -> dict[str, Range]:

@@ -1,161 +1,33 @@
-"""From objects to a folder: a snapshot of what they hold, then its files."""
+"""Saves one after another: while the caller waits, or in the background."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
-import itertools
-import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
-from dvkernels.checkpoint import files, folder, manifest, plain, shards, transfer
-from dvkernels.checkpoint.manifest import FileEntry, Manifest, TensorEntry
-from dvkernels.checkpoint.nodes import Node
-from dvkernels.checkpoint.objects import Gathered
-from dvkernels.checkpoint.transfer import Piece
-from dvkernels.devices import cpu, threads
-from dvkernels.errors import CheckpointError
+from dvkernels.checkpoint import transfer
+from dvkernels.checkpoint.save import Save
+from dvkernels.devices import threads
 from dvkernels.profiler.debugging import LOGGER
 
 __all__: list[str] = []
 
-# Smaller shards gain nothing from a core of their own.
-_LEAST_SHARD_NBYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What is to be saved. The arrays may be those of the objects themselves."""
-
-    step: int | None
-    metadata: Any
-    objects: dict[str, Node]
-    tensors: dict[str, Any]
-
-
-def take(objects: Mapping[str, Any], step: int | None, metadata: Any) -> Snapshot:
-    """Return what objects hold now, and raise if one of them cannot be saved."""
-    shards.check_machine()
-    given = {} if metadata is None else metadata
-    if not isinstance(given, dict):
-        raise CheckpointError(f"metadata: expected a dict; got {metadata!r:.80}")
-    plain.encode(given, "metadata")
-    gathered = Gathered(objects)
-    return Snapshot(step, copy.deepcopy(given), gathered.nodes, gathered.tensors)
-
-
-def write(snapshot: Snapshot, path: Path) -> None:
-    """Write a checkpoint; after an error what was at ``path`` before is there still."""
-    with naming_failures(path):
-        folder.make_folders(path.parent)
-        with folder.lock(path):
-            write_locked(snapshot, path)
-
-
-def write_locked(snapshot: Snapshot, path: Path) -> None:
-    """Write a checkpoint where the caller has seen to it that nobody else does."""
-    with folder.written(path) as new:
-        _write_files(snapshot, new)
-
-
-@contextlib.contextmanager
-def naming_failures(path: Path) -> Iterator[None]:
-    """Say of an error of the operating system what it has kept from being saved."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"save to {path} failed: {error}; what was there before is whole, and the run can go on"
-        ) from error
-
-
-def _write_files(snapshot: Snapshot, new: Path) -> None:
-    groups = _dealt(snapshot.tensors)
-    with contextlib.ExitStack() as stack:
-        descriptors, headers, columns = [], [], []
-        for place, group in enumerate(groups):
-            descriptor = files.active.create(new / manifest.shard_name(place))
-            stack.callback(files.active.close, descriptor)
-            tensors = [(name, array.dtype.name, array.shape) for name, array in group]
-            header = shards.header(tensors)
-            transfer.write_all(descriptor, header, 0)
-            descriptors.append(descriptor)
-            headers.append(header)
-            columns.append(_pieces(descriptor, len(header), group))
-        # In turn, so that the cores are at work in different files: a file takes one at a time.
-        pieces = [
-            piece for row in itertools.zip_longest(*columns) for piece in row if piece is not None
-        ]
-        written = zip(pieces, transfer.write(pieces), strict=True)
-        checksums: dict[str, list[tuple[int, str]]] = {}
-        for piece, checksum in written:
-            checksums.setdefault(piece.where, []).append((piece.offset, checksum))
-        transfer.in_parallel(files.active.sync, descriptors)
-    entries = tuple(
-        FileEntry(
-            manifest.shard_name(place),
-            len(header) + sum(array.nbytes for _, array in group),
-            transfer.checksum(header),
-        )
-        for place, (header, group) in enumerate(zip(headers, groups, strict=True))
-    )
-    tensors_of = {
-        name: TensorEntry(
-            place,
-            array.dtype.name,
-            array.shape,
-            tuple(checksum for _, checksum in sorted(checksums.get(name, []))),
-        )
-        for place, group in enumerate(groups)
-        for name, array in group
-    }
-    content = manifest.write(
-        Manifest(snapshot.step, entries, tensors_of, snapshot.objects, snapshot.metadata)
-    )
-    descriptor = files.active.create(new / folder.MANIFEST)
-    try:
-        transfer.write_all(descriptor, content, 0)
-        files.active.sync(descriptor)
-    finally:
-        files.active.close(descriptor)
-
-
-def _dealt(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:
-    """Deal the tensors to shards of about one size: the largest first, each to the emptiest."""
-    total = sum(array.nbytes for array in tensors.values())
-    most = max(1, min(cpu.usable_cores(), math.ceil(total / _LEAST_SHARD_NBYTES)))
-    groups: list[list[tuple[str, Any]]] = [[] for _ in range(min(most, len(tensors)))]
-    fill = [0] * len(groups)
-    for name, array in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
-        place = fill.index(min(fill))
-        groups[place].append((name, array))
-        fill[place] += array.nbytes
-    # Wide elements first: then each tensor begins at a multiple of its element's size.
-    return [sorted(group, key=lambda item: -item[1].dtype.itemsize) for group in groups]
-
-
-def _pieces(descriptor: int, begin: int, group: Sequence[tuple[str, Any]]) -> list[Piece]:
-    pieces = []
-    for name, array in group:
-        data = transfer.bytes_of(array)
-        for start, stop in transfer.cut(array.nbytes):
-            place = (data[start:stop],)
-            pieces.append(Piece(descriptor, begin + start, place, stop - start, "", name))
-        begin += array.nbytes
-    return pieces
-
 
 class Saver:
-    """Writes snapshots one after another: while the caller waits, or in the background."""
+    """Carries out saves one after another: while the caller waits, or in the background.
+
+    Of several workers only the main threads speak to each other, so that the order of what they
+    say is that of the program. So a save in the background begins at the call, a thread writes,
+    and what comes next, another save or :meth:`wait`, finishes it.
+    """
 
     def __init__(self) -> None:
         # Where snapshots are copied to, kept from save to save: the operating system would have to
@@ -165,48 +37,70 @@ class Saver:
         self._is_idle = threading.Event()
         self._is_idle.set()
         self._failure: list[BaseException] = []
+        self._unfinished: Save | None = None
 
-    def save(
-        self,
-        snapshot: Callable[[], Snapshot],
-        write_out: Callable[[Snapshot], None],
-        *,
-        background: bool,
-    ) -> None:
-        """Take a snapshot and write it; first wait for the one before, and raise its error."""
+    def save(self, prepare: Callable[[], Save], *, background: bool) -> None:
+        """Carry out a save; first wait for the one before, and raise its error."""
         self.wait()
-        taken = snapshot()
+        save = prepare()
         if not background:
-            write_out(taken)
+            save.begin()
+            save.write()
+            save.finish()
             return
-        copied = replace(taken, tensors=self._copied(taken.tensors))
+        save.copied(self._copied)
+        is_alone = save.workers.size == 1
+        if not is_alone:
+            save.begin()
+            self._unfinished = save
+            _finish_before_mpi()
 
         def work() -> None:
             try:
                 _step_back()
-                write_out(copied)
-                _unsettled.discard(self)
+                if is_alone:
+                    save.begin()
+                save.write()
+                if is_alone:
+                    save.finish()
+                    _unsettled.pop(self, None)
             except BaseException as error:
                 self._failure.append(error)
                 LOGGER.error("a save in the background failed: %s", error)
             finally:
                 self._is_idle.set()
 
-        _unsettled.add(self)
+        _unsettled[self] = None
         self._is_idle.clear()
         try:
             # Not a daemon: the interpreter waits for it before it ends.
             threads.start([threading.Thread(target=work, name="dvkernels-checkpoint")])
         except RuntimeError:
-            self.forget()
-            raise
+            self._is_idle.set()
+            if is_alone:
+                self.forget()
+                raise
+            save.write()  # the other workers count on it
 
     def wait(self) -> None:
-        """Return when nothing is being written; raise what went wrong since the last call."""
+        """Return when nothing is left to be written; raise what went wrong since the last call.
+
+        Every worker calls this.
+        """
         self._is_idle.wait()
+        save, self._unfinished = self._unfinished, None
+        if save is not None:
+            _unsettled.pop(self, None)
+            save.finish()
         if self._failure:
-            _unsettled.discard(self)
+            _unsettled.pop(self, None)
             raise self._failure.pop()
+
+    def leave(self, error: BaseException | None) -> None:
+        """Wait, on the way out: an error tells the other workers to come and finish as well."""
+        if error is not None and self._unfinished is not None:
+            self._unfinished.workers.announce(error)
+        self.wait()
 
     @property
     def is_busy(self) -> bool:
@@ -218,7 +112,8 @@ class Saver:
         self._is_idle = threading.Event()
         self._is_idle.set()
         self._failure = []
-        _unsettled.discard(self)
+        self._unfinished = None
+        _unsettled.pop(self, None)
 
     def _copied(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Return copies of arrays."""
@@ -249,8 +144,9 @@ def _step_back() -> None:
                 os.setpriority(os.PRIO_PROCESS, own, 19)
 
 
-# Those that write, or have failed and not said so.
-_unsettled: set[Saver] = set()
+# Those that write, have something to finish, or have failed and not said so, in the same order on
+# all workers.
+_unsettled: dict[Saver, None] = {}
 
 
 @atexit.register
@@ -258,9 +154,18 @@ def _finish() -> None:
     """At the end of the program: wait, and say what nobody has asked for."""
     for saver in list(_unsettled):
         try:
-            saver.wait()
+            saver.leave(getattr(sys, "last_value", None))
         except BaseException as error:
             print(f"dvkernels: a save in the background failed: {error}", file=sys.stderr)
+
+
+def _finish_before_mpi() -> None:
+    """See to it that the end of the program calls :func:`_finish` while workers still can talk.
+
+    What was registered last is called first.
+    """
+    atexit.unregister(_finish)
+    atexit.register(_finish)
 
 
 def _forget() -> None:
@@ -269,3 +174,30 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
+
+
+class Saves:
+    """What saves by a :class:`Saver` of its own, and is a context that waits for it at the end."""
+
+    def __init__(self) -> None:
+        self._saver = Saver()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether something is being written in the background."""
+        return self._saver.is_busy
+
+    def close(self) -> None:
+        """Wait for a save in the background, and raise its error; may be called twice."""
+        self._saver.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._saver.leave(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -79,6 +79,20 @@ def stored(dtype: str, shape: Sequence[int]) -> Stored:
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Return the bytes of a tensor of a known dtype, whatever the size of the numbers."""
     return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def dealt(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Deal names with sizes to so many, about the same to each: the largest first, to the emptiest.
+
+    Equal sizes, in an equal order, are dealt equally.
+    """
+    groups: list[list[str]] = [[] for _ in range(count)]
+    fill = [0] * count
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        place = fill.index(min(fill))
+        groups[place].append(name)
+        fill[place] += size
+    return groups
 
 
 def header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvkernels._version import __version__
 from dvkernels.cli import bench_gpu
+from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
 
@@ -78,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="measure the constants of the cost model, print them and end",
+        help="measure the constants of the cost model, print them and end; on several workers "
+        "(python -m dvkernels launch -n 2 -m dvkernels bench --calibrate) those between them, to "
+        "which --json FILE adds every time",
     )
 
 
@@ -89,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Compiles and loads Numba: only once the options are known to be wanted.
     from dvkernels.benchmarks import calibration, cases, measurement, memory_left, report
 
+    if arguments.calibrate and default_resolver().num_workers > 1:
+        return _calibrate_between(arguments)
     if arguments.calibrate:
         print(calibration.describe(calibration.calibrate(arguments.rounds)))
         return 0
@@ -148,6 +153,22 @@ def run(arguments: argparse.Namespace) -> int:
     if plot is not None:
         _draw(found, plot, about)
     return 1 if wrong or lost else 0
+
+
+def _calibrate_between(arguments: argparse.Namespace) -> int:
+    """Measure between the workers of this job; the first one reports."""
+    from dvkernels.benchmarks import between_workers
+
+    resolver = default_resolver()
+    sink = _writable(arguments.json) if resolver.is_chief else None
+    found = between_workers.calibrate(resolver, arguments.rounds)
+    if not resolver.is_chief:
+        return 0
+    print(between_workers.describe(found))
+    if sink is not None:
+        record = {**_about(arguments), "transports": between_workers.as_record(found)}
+        sink.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def _sizes(text: str, factor: int) -> list[int]:

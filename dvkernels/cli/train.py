@@ -1,4 +1,7 @@
-"""``python -m dvkernels train``: train on handwritten digits over several replicas."""
+"""``python -m dvkernels train``: train on handwritten digits over several replicas.
+
+Started by ``launch``, ``mpiexec`` or ``srun``, all workers train one model, and the first reports.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from typing import Any
 from dvkernels.checkpoint.manager import checkpoints_in
 from dvkernels.cli import digits, network, numbers, training
 from dvkernels.cli.training import Keeping, Outcome, Recipe, Report
+from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.devices import cpu
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import list_devices, resolve
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.strategies.base import Strategy
 from dvkernels.strategies.mirrored import MirroredStrategy
+from dvkernels.strategies.multi_worker_mirrored import MultiWorkerMirroredStrategy
 from dvkernels.strategies.one_device import OneDeviceStrategy
 
 __all__: list[str] = []
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replicas",
         type=numbers.positive,
-        help="number of replicas (default: one per usable core, or per GPU)",
+        help="number of replicas of this process (default: one per usable core, or per GPU)",
     )
     parser.add_argument("--epochs", type=numbers.positive, default=recipe.epochs)
     parser.add_argument(
@@ -83,7 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
                 f"python -m pip install 'dvkernels[demo]'"
             )
     devices = _devices(arguments.device, arguments.replicas)
-    num_replicas = len(devices)
     recipe = Recipe(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -92,12 +96,17 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     data = digits.load(recipe.dtype)
-    _say(
-        f"{len(data.train_images)} digits to learn from, {len(data.test_images)} held out; "
-        f"{num_replicas} replicas; BLAS is held to one thread a replica"
-    )
     keeping = _keeping(arguments)
-    with _one_blas_thread(), MirroredStrategy(devices) as strategy:
+    resolver = default_resolver()
+    with _one_blas_thread(), _strategy(resolver, devices) as strategy:
+        num_replicas = strategy.num_replicas_in_sync
+        if not resolver.is_chief:
+            training.train(strategy, recipe, data, _report_nothing, keeping)
+            return 0
+        _say(
+            f"{len(data.train_images)} digits to learn from, {len(data.test_images)} held out; "
+            f"{num_replicas} replicas; BLAS is held to one thread a replica"
+        )
         outcome = _train(strategy, recipe, data, "training", keeping)
         with OneDeviceStrategy(devices[0]) as alone:
             reference = _train(alone, recipe, data, "the same on one device", None)
@@ -111,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         "test_accuracy": accuracy(outcome),
         "final_loss": outcome.final_loss,
         "weights_sha256": network.checksum(outcome.weights),
+        "num_workers": resolver.num_workers,
         "num_replicas": num_replicas,
         "steps": outcome.steps,
         "resumed_at_step": outcome.resumed_at_step,
@@ -128,6 +138,16 @@ def run(arguments: argparse.Namespace) -> int:
     }
     print(json.dumps(result) if arguments.json else _report(result))
     return 0
+
+
+def _strategy(resolver: ClusterResolver, devices: list[Device]) -> Strategy:
+    if resolver.num_workers > 1:
+        return MultiWorkerMirroredStrategy(resolver, devices=devices)
+    return MirroredStrategy(devices)
+
+
+def _report_nothing(step: int, examples: int, loss: float, rate: float) -> None:
+    """Leave it to the chief."""
 
 
 def _devices(kind: str, num_replicas: int | None) -> list[Device]:

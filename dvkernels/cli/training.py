@@ -101,7 +101,7 @@ def train(
 
     def update(_: Strategy, averaged: Any) -> float:
         started = clock()
-        change = averaged.on(0)[:-1]  # ours: all_reduce has written it into the workspace
+        change = averaged.values[0][:-1]  # ours: all_reduce has written it into the workspace
         change *= -rate
         change += momentum * velocity
         velocity.assign(change)
@@ -112,7 +112,7 @@ def train(
         replica = context.get_replica_context()
         assert replica is not None
         started = clock()
-        rank = replica.replica_id_in_sync_group
+        rank = replica.rank_in_process
         key = (rank, len(images))
         if key not in workspaces:
             workspaces[key] = net.Workspace(
@@ -138,11 +138,13 @@ def train(
         replica.all_reduce("mean", own, weight=1, out=own)
 
     strategy.run(warm_up)
-    seconds = np.zeros((strategy.num_replicas_in_sync, 2))  # compute, communication
-    losses = np.zeros(strategy.num_replicas_in_sync)
+    num_local = len(strategy.worker_devices)
+    seconds = np.zeros((num_local, 2))  # compute, communication
+    losses = np.zeros(num_local)
+    num_examples = len(data.train_images) * recipe.epochs
     progress: dict[str, Any] = {"steps": 0, "loss": math.nan}
     resumed_at_step = None
-    seen, waiting = 0, 0.0
+    resumed_at_example, waiting = 0, 0.0
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(iter(strategy.distribute_dataset(dataset(recipe, data))))
         if keeping is not None:
@@ -152,8 +154,9 @@ def train(
             manager = stack.enter_context(CheckpointManager(checkpoint, keeping.directory))
             restored = manager.restore_latest()
             resumed_at_step = None if restored is None else restored.step
+            resumed_at_example = min(progress["steps"] * recipe.batch_size, num_examples)
             preemption = stack.enter_context(
-                PreemptionHandler(manager, exit_code=keeping.exit_code)
+                PreemptionHandler(manager, exit_code=keeping.exit_code, agree=_any_of(strategy))
             )
             every = keeping.every or -(-len(data.train_images) // recipe.batch_size)
         began = clock()
@@ -164,10 +167,11 @@ def train(
                 break
             waiting += clock() - asked
             strategy.run(step, (images, labels))
-            seen += sum(len(part) for part in images.values)
             progress["steps"] += 1
             progress["loss"] = float(losses[0])
             steps = progress["steps"]
+            # Of all workers: every batch is full but the last.
+            seen = min(steps * recipe.batch_size, num_examples) - resumed_at_example
             report(steps, seen, losses[0], seen / (clock() - began))
             if keeping is not None:
                 preemption.after_step(steps)
@@ -177,6 +181,7 @@ def train(
         if keeping is not None and (resumed_at_step or 0) < progress["steps"]:
             manager.save(progress["steps"])
     steps = progress["steps"]
+    seen = min(steps * recipe.batch_size, num_examples) - resumed_at_example
     num_own = max(1, steps - (resumed_at_step or 0))  # of this process; 0 if all was done before
     compute, communication = seconds.mean(axis=0) / num_own
     return Outcome(
@@ -190,6 +195,18 @@ def train(
         communication_seconds=float(communication),
         input_seconds=waiting / num_own,
     )
+
+
+def _any_of(strategy: Strategy) -> Callable[[bool], bool]:
+    """Return what tells whether any worker has been told to stop, the same on all of them."""
+
+    def agree(is_requested: bool) -> bool:
+        if len(strategy.worker_devices) == strategy.num_replicas_in_sync:
+            return is_requested  # there are no others
+        told = strategy.distribute_values_from_function(lambda _: np.int8(is_requested))
+        return bool(strategy.reduce("max", told))
+
+    return agree
 
 
 def relative_difference(these: Any, those: Any) -> float:

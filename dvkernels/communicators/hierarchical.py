@@ -11,6 +11,8 @@ import numpy as np
 
 from dvkernels.communicators import levels
 from dvkernels.communicators.base import Communicator, Workers
+from dvkernels.communicators.levels import Levels
+from dvkernels.custom_reduction import CustomReduction
 from dvkernels.devices import memory
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
@@ -55,9 +57,9 @@ class Hierarchical:
         if self._is_flat:
             return self._workers.all_reduce(values, op, out)
         how = levels.of(op, values[0].dtype, self.size)
-        results = self._workers.all_reduce_replicas(values, how, out)
+        results = self._workers.all_reduce_columns([values], how, None if out is None else [out])
         if results is not None:
-            return results
+            return results[0]
         total = self.reduce(values, op)
         if out is None:
             return _one_for_each(total, values)
@@ -65,6 +67,27 @@ class Hierarchical:
         for target in out:
             held.apply(operator.setitem, target, ..., held.near(total, target))
         return list(out)
+
+    def all_reduce_many(
+        self, columns: Sequence[Sequence[Any]], op: Reduction
+    ) -> list[list[Any]] | None:
+        """Reduce each column into new arrays in one pass; None: they are better packed."""
+        hows = {column[0].dtype: self._levels_of(op, column[0].dtype) for column in columns}
+        if isinstance(op, CustomReduction) or any(how.wide != dtype for dtype, how in hows.items()):
+            return None
+        results: dict[int, list[Any]] = {}
+        for dtype, how in hows.items():
+            alike = [k for k, column in enumerate(columns) if column[0].dtype == dtype]
+            reduced = self._workers.all_reduce_columns([columns[k] for k in alike], how)
+            if reduced is None:
+                return None
+            results |= zip(alike, reduced, strict=True)
+        return [results[k] for k in range(len(columns))]
+
+    def _levels_of(self, op: Reduction, dtype: np.dtype[Any]) -> Levels:
+        if self._is_flat:  # one level: the kernels round and divide
+            return Levels(op, dtype, 1)
+        return levels.of(op, dtype, self.size)
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""

@@ -75,12 +75,15 @@ class Staged:
         held.apply(operator.setitem, target, ..., held.near(self._up(staged, value), target))
         return [target]
 
-    def all_reduce_replicas(
-        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
-    ) -> list[Any] | None:
+    def all_reduce_columns(
+        self,
+        columns: Sequence[Sequence[Any]],
+        how: Levels,
+        outs: Sequence[Sequence[Any]] | None = None,
+    ) -> list[list[Any]] | None:
         """Reduce arrays of the host; None if they are on GPUs."""
-        if all(isinstance(value, np.ndarray) for value in values):
-            return self._workers.all_reduce_replicas(values, how, out)
+        if all(isinstance(value, np.ndarray) for column in columns for value in column):
+            return self._workers.all_reduce_columns(columns, how, outs)
         return None
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:

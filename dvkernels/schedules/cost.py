@@ -11,15 +11,27 @@ In one memory domain, for R replicas of S bytes:
     ring     t = call + moved / rate + carried / cached,     carried = 5 (R - 1) S through a cache
 
 ``rate`` is that of one thread, or, with other threads that must join first, of all of them.
+
+Between n workers, a latency and a rate each (the model of R. Hockney, Parallel Comput. 20, 389-398
+(1994), doi:10.1016/S0167-8191(06)80021-9):
+
+    memory    t = pieces latency + (n + 3) S / rate           one host; a round for each piece
+    gathered  t = latency + (n - 1) S / rate                  messages; short arrays
+    parts     t = latency + 2 (n - 1)/n S / rate              messages; each reduces a part
+    ring      t = 2 (n - 1) latency + 2 (n - 1)/n S / rate    a step for each part and neighbour
+
+A network's step hides what it can of this behind its backward pass.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 __all__ = [
     "CPU",
     "NETWORK",
+    "Link",
     "Machine",
     "Network",
     "between_hosts",
@@ -27,7 +39,11 @@ __all__ = [
     "direct_seconds",
     "exchange_seconds",
     "gather_seconds",
+    "memory_seconds",
+    "message_seconds",
+    "network_ring_seconds",
     "ring_seconds",
+    "step_seconds",
 ]
 
 
@@ -149,3 +165,56 @@ def between_hosts(network: Network, num_workers: int, num_hosts: int, nbytes: in
     gathered = gather_seconds(network, num_workers, nbytes)
     exchanged = exchange_seconds(network, num_workers, num_hosts, nbytes)
     return "gather" if gathered <= exchanged else "exchange"
+
+
+class Link(NamedTuple):
+    """What workers have between them."""
+
+    latency_seconds: float  # what a round, or a message, costs before it moves anything
+    rate: float  # bytes/s
+
+
+def memory_seconds(
+    link: Link, num_workers: int, nbytes: int, piece_nbytes: int, cores_per_worker: float = 1.0
+) -> float:
+    """Return what an all-reduce takes over memory that the workers of one host share.
+
+    Each worker copies its pieces in, reads all workers', and writes: (n + 3) S bytes. With less
+    than a core for each, they take turns.
+
+    >>> memory_seconds(Link(1e-6, 10e9), 2, 1_000_000, 250_000)
+    0.000504
+    """
+    pieces = max(1, math.ceil(nbytes / piece_nbytes))
+    moving = (num_workers + 3) * nbytes / link.rate
+    return pieces * link.latency_seconds + moving / min(1.0, cores_per_worker)
+
+
+def message_seconds(link: Link, num_workers: int, nbytes: int) -> float:
+    """Return what an all-reduce takes by messages between hosts of one worker each."""
+    others = num_workers - 1
+    is_gathered = between_hosts(NETWORK, num_workers, num_workers, nbytes) == "gather"
+    sent = others if is_gathered else 2 * others / num_workers
+    return link.latency_seconds + sent * nbytes / link.rate
+
+
+def network_ring_seconds(link: Link, num_ranks: int, nbytes: int, num_buckets: int = 1) -> float:
+    """Return what a ring takes whose ranks send to their neighbours all at once.
+
+    Of a host with several ranks one link leads out, so ``rate`` is that of the host.
+
+    >>> network_ring_seconds(Link(0.0, 1e9), 4, 1_000_000_000)
+    1.5
+    """
+    steps = 2 * (num_ranks - 1)
+    return steps * (num_buckets * link.latency_seconds + nbytes / num_ranks / link.rate)
+
+
+def step_seconds(compute_seconds: float, reduce_seconds: float, hidden_fraction: float) -> float:
+    """Return how long a training step takes.
+
+    Up to ``hidden_fraction`` of the computation, at most that of the backward pass, the reduction
+    goes on meanwhile; what is longer is waited for.
+    """
+    hidden = hidden_fraction * compute_seconds
+    return compute_seconds + max(0.0, reduce_seconds - hidden)

@@ -6,7 +6,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, final
+from typing import Any, NamedTuple, NoReturn, final
 
 import numpy as np
 
@@ -608,30 +608,39 @@ def copies_of(variable: Variable) -> tuple[Any, ...]:
     return variable._copies.arrays
 
 
-def saved_by(variable: Variable) -> tuple[Any, ...]:
+class Saved(NamedTuple):
+    """What a checkpoint holds of a variable: ``total`` arrays, some of them in this process.
+
+    Attributes
+    ----------
+    arrays : tuple of array
+        Those of this process; they may be the copies themselves.
+    first : int
+        The number of the first of them, counted over all processes.
+    total : int
+        1 where the copies are equal or have an aggregate, which every process then holds; else
+        one for each replica.
+    """
+
+    arrays: tuple[Any, ...]
+    first: int = 0
+    total: int = 1
+
+
+def saved_by(variable: Variable) -> Saved:
     """Return the arrays that say what a variable holds, on however many replicas.
 
-    One where its copies are equal or have an aggregate, else every copy. They may be the copies
-    themselves. ``SynchronizationError`` where other processes have copies that differ.
+    An aggregate brings all workers together: each of them must call this.
     """
     copies, how = variable._copies, variable._aggregation
-    when, placement = variable._synchronization, copies.placement
-    if (
-        when is not VariableSynchronization.ON_WRITE
-        and placement.num_local != placement.num_replicas
-    ):
-        raise SynchronizationError(
-            f"it is {when.name}, with a copy for each of {placement.num_replicas} replicas, of "
-            f"which this process has {placement.num_local}; over several processes only ON_WRITE "
-            f"variables are saved; save v.numpy() of an aggregate, or what gather returns"
-        )
-    match when:
+    match variable._synchronization:
         case VariableSynchronization.ON_WRITE:
-            return copies.arrays[:1]
+            return Saved(copies.arrays[:1])
         case VariableSynchronization.ON_READ if how is not VariableAggregation.NONE:
-            return (aggregated(copies, how, list(copies.arrays)),)
+            return Saved((aggregated(copies, how, list(copies.arrays)),))
         case _:
-            return copies.arrays
+            placement = copies.placement
+            return Saved(copies.arrays, placement.first_replica, placement.num_replicas)
 
 
 def share_out(variable: Variable) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ from dvkernels.errors import LaunchError
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 100
+SEARCH_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 pytestmark = pytest.mark.mpi
@@ -128,6 +130,61 @@ def test_info_shows_who_is_where(flavour):
             line,
         )
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize(("num_workers", "num_local"), [(4, 1), (2, 2)])
+def test_digits_on_several_workers_are_those_of_one_device(
+    flavour, tmp_path, num_workers, num_local
+):
+    for package in ("sklearn", "rich", "threadpoolctl"):
+        pytest.importorskip(package)
+    command = [
+        sys.executable, "-m", "dvkernels", "launch", "-n", str(num_workers), "--no-prefix",
+        "-m", "dvkernels", "train", "--replicas", str(num_local), "--dtype", "float64",
+        "--hidden", "64", "--batch-size", "149", "--checkpoint-dir", str(tmp_path), "--resume",
+    ]  # fmt: skip
+    reports = []
+    for _ in range(2):  # the second job finds all steps done
+        ran = subprocess.run(
+            [*command, "--epochs", "5", "--json"],
+            env={**os.environ, "PYTHONPATH": SEARCH_PATH},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        reports += [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    first, second = reports  # the chief alone reports
+    assert (first["num_workers"], first["num_replicas"]) == (num_workers, 4)
+    assert first["relative_difference_to_one_device"] <= 1e-9
+    assert first["test_accuracy"] > 0.9
+    assert second["resumed_at_step"] == first["steps"]
+    assert second["weights_sha256"] == first["weights_sha256"]
+
+
+def test_workers_calibrate_what_lies_between_them(flavour, tmp_path):
+    command = [
+        sys.executable, "-m", "dvkernels", "launch", "-n", "2", "--no-prefix",
+        "-m", "dvkernels", "bench", "--calibrate", "--rounds", "1", "--json", "found.json",
+    ]  # fmt: skip
+    ran = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": SEARCH_PATH},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["transports"]
+    assert [*found] == ["memory", "messages"]
+    for name, one in found.items():
+        assert one["num_workers"] == 2
+        assert one["latency_seconds"] > 0
+        assert f"2 workers {'over memory' if name == 'memory' else 'by messages'}" in ran.stdout
+        assert all(seconds > 0 for each in one["seconds"].values() for seconds in each)
 
 
 IN_A_BARRIER = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels.checkpoint import files
 from dvkernels.devices import memory
 from dvkernels.schedules import cost
 from dvkernels.testing import check_communicator, check_strategy
@@ -122,7 +124,7 @@ def trained(strategy: dv.Strategy):
 
 
 def go_on(num_local: str, over: str, folder: str, until: str) -> None:
-    """Take steps from the newest checkpoint on; the chief saves each, and the last to a file."""
+    """Take steps from the newest checkpoint on, and save each; the chief writes the result."""
     strategy = make(int(num_local)) if over != "alone" else dv.OneDeviceStrategy("cpu:0")
     with strategy:
         inputs = np.random.default_rng(2).standard_normal((53, 4))
@@ -130,30 +132,86 @@ def go_on(num_local: str, over: str, folder: str, until: str) -> None:
         batches = iter(strategy.distribute_dataset(data.repeat(5).batch(10)))
         with strategy.scope():
             weight = dv.Variable(np.zeros(4), name="weight")
-            adam = dv.optimizers.Adam(0.05)
+            seen = dv.Variable(0, synchronization="on_read", aggregation="sum")
             own = dv.Variable(0.0, synchronization="none")
+        adam, rng = dv.optimizers.Adam(0.05), np.random.default_rng(5)
 
-        def step(batch):
+        def step(batch, noise):
             x, y = batch
-            gradient = x.T @ (x @ weight - y) / max(1, len(x))
+            gradient = x.T @ (x @ weight - y + noise) / max(1, len(x))
             gradient = dv.get_replica_context().all_reduce("mean", gradient, weight=len(x))
             adam.apply_gradients([(gradient, weight)])
+            seen.assign_add(len(x))
+            own.assign_add(1.0)
 
         done = {"steps": 0}
-        checkpoint = dv.Checkpoint(weight=weight, adam=adam, batches=batches, done=done)
-        manager = dv.CheckpointManager(checkpoint, folder)
-        manager.restore_latest()
-        while done["steps"] < int(until):
-            strategy.run(step, (next(batches),))
-            done["steps"] += 1
-            strategy.reduce("sum", own)  # all are done with the step
-            if rank() == 0:
-                manager.save(done["steps"])
-        if strategy.num_replicas_in_sync > len(own.values):
-            with pytest.raises(dv.errors.CheckpointError, match="only ON_WRITE variables"):
-                dv.Checkpoint(own=own).save(f"{folder}/own-{rank()}")
+        checkpoint = dv.Checkpoint(
+            weight=weight, seen=seen, own=own, adam=adam, batches=batches, done=done, rng=rng
+        )
+        with dv.CheckpointManager(checkpoint, folder, max_to_keep=2) as manager:
+            manager.restore_latest()
+            while done["steps"] < int(until):
+                strategy.run(step, (next(batches), rng.normal()))
+                done["steps"] += 1
+                manager.save(done["steps"], background=done["steps"] % 2 == 0)
+        assert {float(copy) for copy in own.values} == {float(until)}
+        found = np.append(weight.numpy(), float(seen))
         if rank() == 0:
-            np.save(f"{folder}/weight.npy", weight.numpy())
+            np.save(f"{folder}/found.npy", found)
+
+
+class HarmfulFiles:
+    """Brings harm to this worker at the operation of a number, of those that change something."""
+
+    _harmless = ("names", "is_folder", "is_same", "open", "size")
+
+    def __init__(self, harm: str, number: int) -> None:
+        self._harm, self._left = harm, itertools.count(number, -1)
+
+    def __getattr__(self, name: str):
+        if name not in self._harmless and next(self._left) == 0:
+            if self._harm == "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self._harm])
+        return getattr(files.Files(), name)
+
+
+def save_in_harm(
+    over: str, harm: str, victim: str, number: str, timeout_seconds: str, folder: str
+) -> None:
+    """Save again and again until a worker comes to harm; write what was told, and how far all is.
+
+    With ``harm`` none: look, go on from there, and save once.
+    """
+    with make(1, float(timeout_seconds)) as strategy:
+        with strategy.scope():
+            weight = dv.Variable(np.zeros(70_000))
+            own = dv.Variable(np.zeros(3), synchronization="none")
+            total = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
+        data = {"number": 0}
+        checkpoint = dv.Checkpoint(weight=weight, own=own, total=total, data=data)
+        manager = dv.CheckpointManager(checkpoint, folder, max_to_keep=2)
+        manager.restore_latest()
+        assert set(weight.numpy()) == {data["number"]} == {float(total)}
+        assert {float(x) for copy in own.values for x in copy} == {data["number"]}
+        if rank() == 0:
+            pathlib.Path(folder, "found").write_text(str(data["number"]))
+        if harm != "none" and rank() == int(victim):
+            files.active = HarmfulFiles(harm, int(number))
+        try:
+            for number_saved in range(data["number"] + 1, 50):
+                for variable in (weight, own, total):
+                    variable.assign(np.full(variable.shape, float(number_saved)))
+                data["number"] = number_saved
+                manager.save(number_saved)
+                if rank() == 0:
+                    pathlib.Path(folder, "saved").write_text(str(number_saved))
+                if harm == "none":
+                    return
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            pathlib.Path(folder, f"told_{rank()}").write_text(text)
+            raise
 
 
 def variables(num_local: str, over: str) -> None:

@@ -148,7 +148,7 @@ def test_an_error_while_checking_touches_nothing(tmp_path):
         if number <= num_reads - 2:
             assert is_untouched
         else:
-            assert "must be restored again" in "".join(told.value.__cause__.__notes__)
+            assert "must be restored again" in "".join(told.value.__notes__)
         assert found["data"]["number"] == 0
 
 

@@ -82,7 +82,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     least = pytest.MonkeyPatch()
     with least.context() as patch:  # several shards, though they are small
-        patch.setattr("dvkernels.checkpoint.saving._LEAST_SHARD_NBYTES", 1000)
+        patch.setattr("dvkernels.checkpoint.save._LEAST_SHARD_NBYTES", 1000)
         patch.setattr(cpu, "usable_cores", lambda: 3)
         dv.Checkpoint(**make(2)).save(folder / "two", metadata={"note": "x"})
         dv.Checkpoint(**make(3)).save(folder / "three", metadata={"note": "x"})

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from dvkernels.benchmarks import between_workers
+from dvkernels.benchmarks.stopwatch import Samples
 from dvkernels.schedules import cost
 
 SIZES = [4 << k for k in range(0, 27, 2)]
@@ -40,3 +42,46 @@ def test_between_hosts_short_arrays_are_gathered_and_long_ones_exchanged(num_wor
 def test_workers_that_share_a_host_save_what_passes_between_hosts() -> None:
     slow = cost.NETWORK._replace(rate=1e9)
     assert cost.exchange_seconds(slow, 8, 2, 1 << 26) < cost.exchange_seconds(slow, 8, 8, 1 << 26)
+
+
+LINK = cost.Link(10e-6, 1e9)
+
+
+def test_between_workers_more_bytes_and_more_workers_never_cost_less() -> None:
+    models = [
+        lambda count, nbytes: cost.memory_seconds(LINK, count, nbytes, 1 << 18),
+        lambda count, nbytes: cost.message_seconds(LINK, count, nbytes),
+        lambda count, nbytes: cost.network_ring_seconds(LINK, count, nbytes),
+    ]
+    for seconds in models:
+        by_size = [seconds(4, nbytes) for nbytes in SIZES]
+        by_count = [seconds(count, 1 << 20) for count in range(2, 65)]
+        assert by_size == sorted(by_size)
+        assert by_count == sorted(by_count)
+
+
+@pytest.mark.parametrize("count", [2, 3, 64])
+def test_a_ring_sends_the_least_possible_and_takes_its_steps(count: int) -> None:
+    least = 2 * (count - 1) / count * 1e9
+    no_latency, no_bytes = cost.Link(0.0, 1e9), cost.Link(1e-6, 1e9)
+    assert cost.network_ring_seconds(no_latency, count, 10**9) == pytest.approx(least / 1e9)
+    steps = 2 * (count - 1)
+    assert cost.network_ring_seconds(no_bytes, count, 0, 5) == pytest.approx(5 * steps * 1e-6)
+
+
+@pytest.mark.parametrize("reduce", [0.0, 0.5, 1.0, 3.0])
+def test_a_step_waits_for_what_is_not_hidden(reduce: float) -> None:
+    waited = [cost.step_seconds(1.0, reduce, part) for part in (1.0, 2 / 3, 0.0)]
+    assert waited == sorted(waited)
+    assert waited[-1] == 1.0 + reduce
+    assert waited[0] == max(1.0, reduce)
+
+
+@pytest.mark.parametrize("name", ["memory", "messages"])
+@pytest.mark.parametrize("link", [cost.Link(5e-6, 20e9), cost.Link(1e-4, 1e8)])
+def test_calibration_finds_the_constants_that_made_the_times(name: str, link: cost.Link) -> None:
+    times = {
+        nbytes: Samples((between_workers.modelled(name, 3, 0.5, link, nbytes),) * 3)
+        for nbytes in between_workers.SIZES
+    }
+    assert between_workers.fit(name, 3, 0.5, times) == pytest.approx(link, rel=1e-6)

@@ -1,0 +1,195 @@
+"""What the cost model says of published networks on published clusters: the page on scaling.
+
+Everything here about networks and clusters is other people's; the sources stand on the page
+``docs/explanation/scaling.md``, whose tables a test compares with these functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dvkernels.benchmarks import between_workers
+from dvkernels.schedules import cost
+from dvkernels.schedules.cost import Link
+
+__all__ = ["CLUSTERS", "NETWORKS", "PUBLISHED", "RANKS", "efficiency", "reduce_seconds", "tables"]
+
+RANKS = (8, 32, 128, 512)
+# A backward pass has two products for each of the forward pass. An assumption about all of them.
+_BACKWARD_FRACTION = 2 / 3
+
+
+class Network(NamedTuple):
+    """What a step of a network computes and sends, on one device."""
+
+    name: str
+    num_parameters: int
+    batch_size: int
+    seconds: float  # of a step, on one device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its gradient, in float32."""
+        return 4 * self.num_parameters
+
+
+class Cluster(NamedTuple):
+    """Hosts with so many devices each, and what lies between them."""
+
+    name: str
+    per_host: int
+    between: Link  # out of a host
+    inside: Link
+    bucket_nbytes: int
+
+
+class Published(NamedTuple):
+    """An efficiency that others have measured."""
+
+    network: str
+    cluster: str
+    num_ranks: int
+    efficiency: float
+    by: str
+
+
+# The latencies, and the rates inside of hosts, are assumptions: nobody publishes them.
+CLUSTERS = {
+    "pascal": Cluster(
+        "4 P100 a host, 25 Gbit/s", 4, Link(10e-6, 25e9 / 8), Link(10e-6, 10e9), 64 << 20
+    ),
+    "volta": Cluster(
+        "8 V100 a host, 4 x 100 Gbit/s", 8, Link(10e-6, 400e9 / 8), Link(10e-6, 60e9), 25 << 20
+    ),
+}
+NETWORKS = {
+    "pascal": (
+        Network("Inception V3", 23_851_784, 64, 64 / 142),
+        Network("ResNet-50", 25_557_032, 64, 64 / 219),
+        Network("VGG-16", 138_357_544, 64, 64 / 154),
+    ),
+    "volta": (
+        Network("ResNet-50", 25_557_032, 32, 0.097),
+        Network("BERT-large", 340_000_000, 7, 7 / 7.56),
+    ),
+}
+PUBLISHED = (
+    Published("Inception V3", "pascal", 128, 0.90, "Horovod"),
+    Published("Inception V3", "pascal", 512, 0.90, "Horovod"),
+    Published("VGG-16", "pascal", 128, 0.79, "Horovod"),
+    Published("VGG-16", "pascal", 512, 0.68, "Horovod"),
+    Published("ResNet-50", "volta", 8, 0.097 / 0.104, "DDP"),
+    Published("ResNet-50", "volta", 16, 0.097 / 0.104, "DDP"),
+)
+SCHEDULES = ("ring", "hierarchical")
+
+
+def reduce_seconds(network: Network, cluster: Cluster, num_ranks: int, schedule: str) -> float:
+    """Return what reducing a gradient takes: by one ring, or host by host and then between them."""
+    buckets = math.ceil(network.nbytes / cluster.bucket_nbytes)
+    hosts = math.ceil(num_ranks / cluster.per_host)
+    inside = cost.network_ring_seconds(
+        cluster.inside, min(num_ranks, cluster.per_host), network.nbytes, buckets
+    )
+    if hosts == 1:
+        return inside
+    ranks = num_ranks if schedule == "ring" else hosts
+    between = cost.network_ring_seconds(cluster.between, ranks, network.nbytes, buckets)
+    return between if schedule == "ring" else inside + between
+
+
+def efficiency(
+    network: Network, cluster: Cluster, num_ranks: int, schedule: str, *, is_hidden: bool
+) -> float:
+    """Return which part of ``num_ranks`` devices' speed is reached.
+
+    With ``is_hidden`` the whole backward pass hides the reduction, else nothing does: what is
+    measured should lie between.
+    """
+    reduced = reduce_seconds(network, cluster, num_ranks, schedule)
+    fraction = _BACKWARD_FRACTION if is_hidden else 0.0
+    return network.seconds / cost.step_seconds(network.seconds, reduced, fraction)
+
+
+def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the tables of the page, in Markdown; ``runs`` are what ``--calibrate`` has written."""
+    return {
+        "constants": _constants(runs),
+        "memory": _measured(runs, "memory"),
+        "messages": _measured(runs, "messages"),
+        "predictions": _predictions(),
+        "published": _published(),
+    }
+
+
+def _constants(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = [["processes", "over", "latency", "rate"]]
+    for run in runs:
+        for name, found in run["transports"].items():
+            rate = "not seen" if found["rate"] is None else f"{found['rate'] / 1e9:.1f} GB/s"
+            latency = f"{found['latency_seconds'] * 1e6:.0f} µs"
+            rows.append([str(found["num_workers"]), name, latency, rate])
+    return _markdown(rows)
+
+
+def _measured(runs: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Return the medians, each with its ratio to what the model gives with that run's constants."""
+    held = [run["transports"][name] for run in runs]
+    rows = [["bytes", *(f"{one['num_workers']} processes | of model" for one in held)]]
+    for nbytes in held[0]["seconds"]:
+        cells = []
+        for one in held:
+            seconds = sorted(one["seconds"][nbytes])[len(one["seconds"][nbytes]) // 2]
+            link = Link(one["latency_seconds"], one["rate"] or math.inf)
+            model = between_workers.modelled(
+                name, one["num_workers"], one["cores_per_worker"], link, int(nbytes)
+            )
+            cells.append(f"{_time(seconds)} | {seconds / model:.2f}")
+        rows.append([_size(int(nbytes)), *cells])
+    return _markdown(rows)
+
+
+def _predictions() -> str:
+    rows = [["network", "cluster", "schedule", *(f"{count} ranks" for count in RANKS)]]
+    for key, cluster in CLUSTERS.items():
+        for network in NETWORKS[key]:
+            for schedule in SCHEDULES:
+                cells = [_span(network, cluster, count, schedule) for count in RANKS]
+                rows.append([network.name, cluster.name, schedule, *cells])
+    return _markdown(rows)
+
+
+def _published() -> str:
+    rows = [["network", "ranks", "by", "published", "ring", "hierarchical"]]
+    for one in PUBLISHED:
+        cluster = CLUSTERS[one.cluster]
+        network = next(each for each in NETWORKS[one.cluster] if each.name == one.network)
+        spans = [_span(network, cluster, one.num_ranks, schedule) for schedule in SCHEDULES]
+        rows.append([one.network, str(one.num_ranks), one.by, f"{one.efficiency:.0%}", *spans])
+    return _markdown(rows)
+
+
+def _span(network: Network, cluster: Cluster, num_ranks: int, schedule: str) -> str:
+    low, high = (
+        efficiency(network, cluster, num_ranks, schedule, is_hidden=hidden)
+        for hidden in (False, True)
+    )
+    return f"{low:.0%} to {high:.0%}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= size:
+            return f"{nbytes // size} {unit}"
+    return f"{nbytes} B"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *body])

@@ -1,0 +1,210 @@
+"""One save on its way: from a snapshot to the files of a folder, by all workers together."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dvkernels.checkpoint import files, folder, manifest, shards, team, transfer
+from dvkernels.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from dvkernels.checkpoint.snapshot import Snapshot
+from dvkernels.checkpoint.transfer import Piece
+from dvkernels.devices import cpu
+from dvkernels.errors import CheckpointError
+
+__all__: list[str] = []
+
+# Smaller shards gain nothing from a core of their own.
+_LEAST_SHARD_NBYTES = 32 << 20
+
+
+class _Written(NamedTuple):
+    """What a worker has written: its shards, in order, and what lies in them."""
+
+    files: list[FileEntry]
+    tensors: dict[str, TensorEntry]
+
+
+class Save:
+    """Three steps, in this order; after an error what was at ``path`` before is there still.
+
+    Every worker takes them; :meth:`begin` and :meth:`finish` bring all of them together.
+
+    Parameters
+    ----------
+    snapshot : Snapshot
+    path : Path
+    door : callable
+        Returns a context in which nobody else writes there. Entered by the chief, who leaves it
+        when all is in place.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, path: Path, door: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.snapshot = snapshot
+        self.workers = snapshot.workers
+        self._path = path
+        self._door = door
+        self._what = f"save to {path}"
+        self._is_chief = self.workers.rank == team.CHIEF
+        self._stack = ExitStack()
+        self._new = folder.new(path)
+        self._groups = _dealt(snapshot.tensors)
+        self._first_shard = 0
+        self._written: _Written | None = None
+        self._failure: BaseException | None = None
+
+    def copied(self, copied: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        """Save copies of the arrays, as ``copied`` returns them, instead of themselves."""
+        tensors = copied(self.snapshot.tensors)
+        self.snapshot = replace(self.snapshot, tensors=tensors)
+        self._groups = _dealt(tensors)
+
+    def begin(self) -> None:
+        """Make the place to write to, and agree on the numbers of the shards."""
+        with self._undone_by_errors():
+            with team.telling(self.workers, self._what):
+                if self._is_chief:
+                    with naming_failures(self._path):
+                        self._stack.enter_context(self._door())
+                        self._stack.enter_context(folder.written(self._path))
+                counts = self.workers.exchange(len(self._groups))
+            self._first_shard = sum(counts[: self.workers.rank])
+
+    def write(self) -> None:
+        """Write the shards of this worker; :meth:`finish` says if that has failed."""
+        try:
+            with naming_failures(self._path):
+                self._written = _write_shards(self._groups, self._new, self._first_shard)
+        except BaseException as error:
+            self._failure = error
+
+    def finish(self) -> None:
+        """Put all in place when every worker has written its shards, or raise on all of them."""
+        with self._undone_by_errors():
+            parts: list[_Written] = team.together(self.workers, self._what, self._own_part)
+            with team.telling(self.workers, self._what):
+                if self._is_chief:
+                    with naming_failures(self._path):
+                        _write_manifest(self.snapshot, parts, self._new)
+                        self._stack.close()
+                self.workers.meet()
+
+    def _own_part(self) -> _Written:
+        if self._failure is not None:
+            raise self._failure
+        assert self._written is not None
+        return self._written
+
+    @contextlib.contextmanager
+    def _undone_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._stack.__exit__(*sys.exc_info())
+            raise
+
+
+@contextlib.contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Say of an error of the operating system what it has kept from being saved."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"save to {path} failed: {error}; what was there before is whole, and the run can go on"
+        ) from error
+
+
+def _write_shards(
+    groups: Sequence[Sequence[tuple[str, Any]]], new: Path, first_shard: int
+) -> _Written:
+    with contextlib.ExitStack() as stack:
+        descriptors, headers, columns = [], [], []
+        for place, group in enumerate(groups, first_shard):
+            descriptor = files.active.create(new / manifest.shard_name(place))
+            stack.callback(files.active.close, descriptor)
+            tensors = [(name, array.dtype.name, array.shape) for name, array in group]
+            header = shards.header(tensors)
+            transfer.write_all(descriptor, header, 0)
+            descriptors.append(descriptor)
+            headers.append(header)
+            columns.append(_pieces(descriptor, len(header), group))
+        # In turn, so that the cores are at work in different files: a file takes one at a time.
+        pieces = [
+            piece for row in itertools.zip_longest(*columns) for piece in row if piece is not None
+        ]
+        written = zip(pieces, transfer.write(pieces), strict=True)
+        checksums: dict[str, list[tuple[int, str]]] = {}
+        for piece, checksum in written:
+            checksums.setdefault(piece.where, []).append((piece.offset, checksum))
+        transfer.in_parallel(files.active.sync, descriptors)
+    entries = [
+        FileEntry(
+            manifest.shard_name(place),
+            len(header) + sum(array.nbytes for _, array in group),
+            transfer.checksum(header),
+        )
+        for place, (header, group) in enumerate(zip(headers, groups, strict=True), first_shard)
+    ]
+    tensors_of = {
+        name: TensorEntry(
+            place,
+            array.dtype.name,
+            array.shape,
+            tuple(checksum for _, checksum in sorted(checksums.get(name, []))),
+        )
+        for place, group in enumerate(groups, first_shard)
+        for name, array in group
+    }
+    return _Written(entries, tensors_of)
+
+
+def _write_manifest(snapshot: Snapshot, parts: Sequence[_Written], new: Path) -> None:
+    content = manifest.write(
+        Manifest(
+            snapshot.step,
+            tuple(entry for part in parts for entry in part.files),
+            {name: entry for part in parts for name, entry in part.tensors.items()},
+            snapshot.objects,
+            snapshot.metadata,
+        )
+    )
+    descriptor = files.active.create(new / folder.MANIFEST)
+    try:
+        transfer.write_all(descriptor, content, 0)
+        files.active.sync(descriptor)
+    finally:
+        files.active.close(descriptor)
+
+
+def _dealt(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:
+    """Deal the tensors to shards of about one size."""
+    total = sum(array.nbytes for array in tensors.values())
+    most = max(1, min(cpu.usable_cores(), math.ceil(total / _LEAST_SHARD_NBYTES)))
+    sizes = {name: array.nbytes for name, array in tensors.items()}
+    groups = [
+        [(name, tensors[name]) for name in names]
+        for names in shards.dealt(sizes, min(most, len(tensors)))
+    ]
+    # Wide elements first: then each tensor begins at a multiple of its element's size.
+    return [sorted(group, key=lambda item: -item[1].dtype.itemsize) for group in groups]
+
+
+def _pieces(descriptor: int, begin: int, group: Sequence[tuple[str, Any]]) -> list[Piece]:
+    pieces = []
+    for name, array in group:
+        data = transfer.bytes_of(array)
+        for start, stop in transfer.cut(array.nbytes):
+            place = (data[start:stop],)
+            pieces.append(Piece(descriptor, begin + start, place, stop - start, "", name))
+        begin += array.nbytes
+    return pieces
