@@ -14,13 +14,13 @@ from dvkernels.communicators.shared_memory import SharedMemory
 from dvkernels.communicators.workers import WorkerGroup
 
 
-def transports(size, timeout_seconds=20.0):
+def transports(size, timeout_seconds=20.0, is_roomy=False):
     """Return a transport for each worker, over memory of this process."""
     nbytes = Room.nbytes_for(size)
     memory = np.zeros(nbytes + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :][:nbytes]
     rooms = [Room(memory, rank, size) for rank in range(size)]
-    return [SharedMemory(room, timeout_seconds, is_roomy=False) for room in rooms]
+    return [SharedMemory(room, timeout_seconds, is_roomy) for room in rooms]
 
 
 def at_once(*calls):

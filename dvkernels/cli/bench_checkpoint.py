@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dvkernels.cli import numbers
+from dvkernels.benchmarks import checkpoints as cases
+from dvkernels.cli import contest, numbers
 
 __all__: list[str] = []
 
@@ -13,8 +14,6 @@ HELP = "measure saving and restoring, beside other libraries, and what a save ho
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from dvkernels.cli import contest
-
     contest.add_arguments(parser, "safetensors, savez, torch, orbax")
     parser.add_argument(
         "--mebibytes", type=numbers.positive, default=1024, help="of the arrays (default 1024)"
@@ -24,9 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all cases, and print a line for each contestant."""
-    from dvkernels.benchmarks import checkpoints as cases
-    from dvkernels.cli import contest
-
     nbytes = arguments.mebibytes << 20
     return contest.run(
         contest.Contest(

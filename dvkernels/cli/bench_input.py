@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from dvkernels.benchmarks import input as cases
+from dvkernels.cli import contest
+
 __all__: list[str] = []
 
 HELP = "measure input pipelines: arrays, mapped files, decoding, beside other libraries"
@@ -11,16 +14,11 @@ HELP = "measure input pipelines: arrays, mapped files, decoding, beside other li
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    from dvkernels.cli import contest
-
     contest.add_arguments(parser, "dataloader, grain, tensorflow")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all cases, and print a line for each contestant."""
-    from dvkernels.benchmarks import input as cases
-    from dvkernels.cli import contest
-
     return contest.run(
         contest.Contest(
             "bench-input",

@@ -35,6 +35,7 @@ class Contest(NamedTuple):
     measure: Measure
     unit: str  # what the seconds are for: "a batch"
     folder: str | None = None  # in which a temporary one is made
+    num_ranks: int = 2  # processes of each peer
 
 
 def add_arguments(parser: argparse.ArgumentParser, peers: str) -> None:
@@ -69,7 +70,7 @@ def run(contest: Contest, arguments: argparse.Namespace) -> int:
                 print(f"# {name} skipped: {contest.peers[name].how_to_get}")
                 continue
             versions[name] = version
-            workers[name] = Worker(name, python, 2, peers=contest.peers)
+            workers[name] = Worker(name, python, contest.num_ranks, peers=contest.peers)
             started.append(workers[name])
         about = {
             "dvkernels": __version__,

@@ -18,6 +18,7 @@ _VERBS = {
     "bench": "dvkernels.cli.bench",
     "bench-input": "dvkernels.cli.bench_input",
     "bench-checkpoint": "dvkernels.cli.bench_checkpoint",
+    "bench-workers": "dvkernels.cli.bench_workers",
     "checkpoint": "dvkernels.cli.checkpoint",
     "info": "dvkernels.cli.info",
 }

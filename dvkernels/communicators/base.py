@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from dvkernels.communicators.levels import Levels
 from dvkernels.reduce_op import Reduction
 
 __all__ = ["Communicator", "Workers"]
@@ -53,6 +54,14 @@ class Workers(Communicator, Protocol):
     @property
     def rank(self) -> int:
         """The number of this worker, from 0."""
+
+    def all_reduce_replicas(
+        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
+    ) -> list[Any] | None:
+        """Return the reduction of the values of all replicas of all workers, once per local one.
+
+        Those of a worker are combined first. None, and nothing has happened: not in one go here.
+        """
 
     def meet(self) -> None:
         """Return when every worker has called this."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, final
 
 import numpy as np
 
-from dvkernels import reduce_op
+from dvkernels.communicators import levels
 from dvkernels.communicators.base import Communicator, Workers
-from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
 __all__: list[str] = []
-
-# What replicas of a worker leave to the others: MEAN divides in the end, by the number of all.
-_WITHIN = {ReduceOp.MEAN: ReduceOp.SUM}
-_ROUNDED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 
 
 @final
@@ -36,18 +32,18 @@ class Hierarchical:
     -----
     With one replica a worker this is the workers' own reduction. Else the replicas of a worker
     reduce to one array, which the workers reduce and each worker copies for its replicas: between
-    processes each byte goes once a worker, not once a replica. Half types go between them as
+    processes each byte goes once a worker, not once a replica. Over shared memory all three are
+    one pass, piece by piece. Half types go between them as
     float32, so that they are rounded once.
     """
 
     def __init__(
         self, inside: Communicator, workers: Workers, replicas_of_workers: Sequence[int]
     ) -> None:
-        self.size = sum(replicas_of_workers)
         self._inside = inside
         self._workers = workers
-        self._first_of_workers = [0, *accumulate(replicas_of_workers)]
-        self._first = self._first_of_workers[workers.rank]
+        self._starts = partition.starts(replicas_of_workers)
+        self._first, self.size = self._starts[workers.rank], self._starts[-1]
         self._is_flat = all(count == 1 for count in replicas_of_workers)
 
     def all_reduce(
@@ -56,6 +52,10 @@ class Hierarchical:
         """Reduce into new arrays, or into ``out``."""
         if self._is_flat:
             return self._workers.all_reduce(values, op, out)
+        how = levels.of(op, values[0].dtype, self.size)
+        results = self._workers.all_reduce_replicas(values, how, out)
+        if results is not None:
+            return results
         total = self.reduce(values, op)
         if out is None:
             return _one_for_each(total, values)
@@ -68,13 +68,11 @@ class Hierarchical:
         if self._is_flat:
             return self._workers.reduce(values, op)
         dtype = values[0].dtype
-        if reduce_op.is_half(dtype) and op in _ROUNDED:
-            values = [value.astype(reduce_op.working_dtype(dtype)) for value in values]
-        within = _WITHIN.get(op, op) if isinstance(op, ReduceOp) else op
-        part = np.asarray(self._inside.reduce(values, within))
-        total = self._workers.all_reduce([part], within, [part])[0]
-        if op is ReduceOp.MEAN:
-            np.divide(total, total.dtype.type(self.size), out=total)
+        how = levels.of(op, dtype, self.size)
+        wide = [value.astype(how.wide, copy=False) for value in values]
+        part = np.asarray(self._inside.reduce(wide, how.op))
+        total = self._workers.all_reduce([part], how.op, [part])[0]
+        how.divide(total)
         return total.astype(dtype, copy=False)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
@@ -92,7 +90,7 @@ class Hierarchical:
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
-        worker = max(w for w in range(self._workers.size) if self._first_of_workers[w] <= root)
+        worker = bisect.bisect(self._starts, root) - 1
         own = root - self._first if worker == self._workers.rank else 0
         return _one_for_each(self._workers.broadcast([values[own]], worker)[0], values)
 

@@ -1,9 +1,4 @@
-"""Workers of several hosts, over the messages of MPI, as bytes: our kernels do the arithmetic.
-
-A short array is gathered, and every worker reduces all of them. Of a long one each worker reduces
-a part, which it is sent by all others, and then all parts are gathered: 2 (n - 1)/n S bytes leave
-a worker, the least possible. Either way every worker gets the same bits, whatever the MPI would
-make of its own reductions, and all dtypes and reductions of the kernels work.
+"""Workers of several hosts, over the messages of MPI: their rounds, and words beside them.
 
 All calls are non-blocking and looked after: a deadline ends them, and words from others that come
 beside them, so nothing waits for a worker that will not come.
@@ -21,18 +16,14 @@ import numpy as np
 from mpi4py import MPI
 
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
+from dvkernels.communicators.exchange import Exchange, Finish, Request
+from dvkernels.communicators.host import Host
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
-from dvkernels.kernels.cpu import direct, prompt
 from dvkernels.reduce_op import Reduction
-from dvkernels.schedules import partition
 
 __all__: list[str] = []
 
 _RECORD_NBYTES, _HEAD_NBYTES = 512, 16
-# Bytes of all workers up to which they are gathered rather than exchanged in parts.
-_SHORT_NBYTES = 64 * 1024
-# One message at most. MPI counts in 32 bits where it is older than version 4.
-_MESSAGE_NBYTES = 64 * 1024 * 1024
 _TESTS_PER_LOOK = 100  # about 50 us of asking MPI
 # How long to ask without pausing: for workers that may be anywhere, and for data that all of them
 # have agreed to exchange, so that only a worker that is lost or stopped can hold them up.
@@ -113,6 +104,10 @@ class Messages:
     ----------
     comm : mpi4py.MPI.Comm
         Of the workers; duplicated.
+    placed : sequence of int
+        The number of each worker's host.
+    hosts : sequence of Host
+        What this worker shares with the others of its host, for each channel.
     timeout_seconds : float
         How long to wait for the other workers.
     """
@@ -120,6 +115,8 @@ class Messages:
     def __init__(
         self,
         comm: Any,
+        placed: Sequence[int],
+        hosts: Sequence[Host],
         timeout_seconds: float,
         *,
         channel: int = 0,
@@ -130,6 +127,7 @@ class Messages:
         self.timeout_seconds = timeout_seconds
         self._comm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self._exchange = Exchange(self._comm, hosts[channel], placed)
         self._channel = channel
         self._own = np.zeros(_RECORD_NBYTES, np.uint8)
         self._all = np.zeros((comm.size, _RECORD_NBYTES), np.uint8)
@@ -143,10 +141,18 @@ class Messages:
         self._agreement = Agreement(self, self._standing, end)
         if channel == 0:
             self._beside: Messages | None = Messages(
-                comm, timeout_seconds, channel=1, standing=self._standing, post=self._post
+                comm,
+                placed,
+                hosts,
+                timeout_seconds,
+                channel=1,
+                standing=self._standing,
+                post=self._post,
             )
         else:
             self._beside = None
+
+    takes_replicas = False
 
     def beside(self) -> Messages:
         """Return the transport for another thread."""
@@ -154,61 +160,38 @@ class Messages:
 
     # -- arrays ----------------------------------------------------------------------------------
 
-    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
-        """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
-        step = _MESSAGE_NBYTES // source.itemsize
+    def all_reduce_into(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        op: Reduction,
+        wanted: Asked,
+        divisor: int = 1,
+    ) -> None:
+        """Leave the reduction of all workers' sources in the target: flat, of one dtype."""
+        del divisor
+        (target,), (source,) = targets, sources
         with self._agreement:
             self._agree(wanted, source.nbytes)
-            for start in range(0, source.size, step):
-                piece, result = source[start : start + step], target[start : start + step]
-                if piece.nbytes * self.size <= _SHORT_NBYTES:
-                    self._reduce_all(piece, result, op, wanted)
-                else:
-                    self._reduce_in_parts(piece, result, op, wanted)
-
-    def _reduce_all(self, piece: Any, result: Any, op: Reduction, wanted: Asked) -> None:
-        held = np.empty((self.size, piece.size), piece.dtype)
-        self._finish(self._comm.Iallgather(_message(piece), _message(held)), wanted)
-        _combine([*held], result, op)
-
-    def _reduce_in_parts(self, piece: Any, result: Any, op: Reduction, wanted: Asked) -> None:
-        parts = partition.parts(piece.size, self.size)
-        start, stop = parts[self.rank]
-        counts, starts = _counts_and_starts(parts, piece.itemsize)
-        held = np.empty((self.size, stop - start), piece.dtype)
-        own = [held[0].nbytes] * self.size
-        places = [k * held[0].nbytes for k in range(self.size)]
-        sent, received = _bytes(piece, counts, starts), _bytes(held, own, places)
-        self._finish(self._comm.Ialltoallv(sent, received), wanted)
-        _combine([*held], result[start:stop], op)
-        whole = _bytes(result, counts, starts)
-        self._finish(self._comm.Iallgatherv(MPI.IN_PLACE, whole), wanted)
+            self._exchange.all_reduce(target, source, op, self._finish_for(wanted))
 
     def gather(self, source: Any, wanted: Asked) -> list[Any]:
         """Return the bytes of all workers, as many as each has."""
         with self._agreement:
             words = self._agree(wanted, source.nbytes)
             results = [np.empty(word.nbytes, np.uint8) for word in words]
-            for start in range(0, max(word.nbytes for word in words), _MESSAGE_NBYTES):
-                stop = start + _MESSAGE_NBYTES
-                counts = [len(result[start:stop]) for result in results]
-                bounds = np.cumsum([0, *counts]).tolist()
-                held = np.empty(bounds[-1], np.uint8)
-                request = self._comm.Iallgatherv(
-                    _message(source[start:stop]), _bytes(held, counts, bounds[:-1])
-                )
-                self._finish(request, wanted)
-                for result, first, count in zip(results, bounds, counts, strict=False):
-                    result[start:stop] = held[first : first + count]
+            results[self.rank][...] = source
+            self._exchange.gather(results, self._finish_for(wanted))
         return results
 
     def broadcast_into(self, target: Any, root: int, wanted: Asked) -> None:
         """Leave the root's bytes in ``target``, which holds them on the root."""
         with self._agreement:
             self._agree(wanted, len(target))
-            for start in range(0, len(target), _MESSAGE_NBYTES):
-                piece = target[start : start + _MESSAGE_NBYTES]
-                self._finish(self._comm.Ibcast(_message(piece), root), wanted)
+            self._exchange.broadcast(target, root, self._finish_for(wanted))
+
+    def _finish_for(self, wanted: Asked) -> Finish:
+        return functools.partial(self._finish, wanted=wanted)
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -241,7 +224,9 @@ class Messages:
         held = self._all[worker, _HEAD_NBYTES:].tobytes()
         return held[: held.index(0)].decode(errors="replace")
 
-    def _finish(self, request: Any, wanted: Asked, busy_seconds: float = _FLOWING_SECONDS) -> None:
+    def _finish(
+        self, request: Request, wanted: Asked, busy_seconds: float = _FLOWING_SECONDS
+    ) -> None:
         """Return when MPI has carried out a request; raise if it is in vain.
 
         MPI moves data only while it is asked, so while data flow, asking must not pause: 64 MiB
@@ -261,7 +246,7 @@ class Messages:
         except MPI.Exception as error:
             self._end(_LOST, f"worker {self.rank} lost another in {wanted.text}: {error}")
 
-    def _wait(self, request: Any, wanted: Asked, began: float) -> None:
+    def _wait(self, request: Request, wanted: Asked, began: float) -> None:
         post = self._post
         has_said, nap = False, _NAP_SECONDS
         while not request.Test():
@@ -352,28 +337,6 @@ class Messages:
         """Return the workers that have not said that they leave."""
         self._post.listen()
         return [w for w in range(self.size) if w != self.rank and w not in self._post.left]
-
-
-def _combine(sources: Sequence[Any], result: Any, op: Reduction) -> None:
-    if not prompt.reduce_into(sources, [result], op):
-        direct.reduce(sources, op, out=result)
-
-
-def _message(array: Any) -> list[Any]:
-    """Return an array as MPI takes it: as bytes."""
-    return [array.reshape(-1).view(np.uint8), MPI.BYTE]
-
-
-def _bytes(array: Any, counts: Sequence[int], starts: Sequence[int]) -> list[Any]:
-    """Return an array as MPI takes it in parts: as bytes."""
-    return [array.reshape(-1).view(np.uint8), (counts, starts), MPI.BYTE]
-
-
-def _counts_and_starts(
-    parts: Sequence[tuple[int, int]], itemsize: int
-) -> tuple[list[int], list[int]]:
-    counts = [(stop - start) * itemsize for start, stop in parts]
-    return counts, [start * itemsize for start, _ in parts]
 
 
 def _nothing() -> None:

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Host, Shared
 from dvkernels.communicators.messages import Messages
-from dvkernels.communicators.room import Room
+from dvkernels.communicators.room import NUM_CHANNELS, Room
 from dvkernels.communicators.shared_memory import SharedMemory
 from dvkernels.communicators.workers import Transport, WorkerGroup
 from dvkernels.devices import cpu
 from dvkernels.errors import ClusterError, CollectiveTimeoutError
+from dvkernels.schedules.hosts import numbered
 
 __all__: list[str] = []
 
@@ -56,16 +59,52 @@ def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
     _await_all(world, timeout_seconds)
     comm = world.Split(0, resolver.worker_id)
     comm.Set_errhandler(MPI.ERRORS_RETURN)
-    on_this_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    is_one_host = on_this_host.size == comm.size
-    on_this_host.Free()
-    over = over_shared_memory if is_one_host else Messages
-    return WorkerGroup(_kept(over(comm, timeout_seconds)))
+    on_this_host = _split_by_host(comm)
+    transport: Transport
+    if on_this_host.size == comm.size:
+        transport = over_shared_memory(on_this_host, timeout_seconds)
+    else:
+        placed = numbered(comm.allgather(on_this_host.bcast(comm.rank)))
+        transport = Messages(comm, placed, _hosts(on_this_host), timeout_seconds)
+    return WorkerGroup(_kept(transport))
+
+
+def _split_by_host(comm: Any) -> Any:
+    """Return the communicator of the workers of this host, or of the one it pretends to be on.
+
+    Raises
+    ------
+    ClusterError
+        The variable that says so is malformed, or differs between workers: on all of them.
+    """
+    said = comm.allgather(os.environ.get(hosts.VARIABLE, ""))
+    if len({*said}) > 1:
+        raise ClusterError(
+            f"{hosts.VARIABLE} must be the same for all workers, and is {said}, in their order"
+        )
+    pretended = hosts.pretended(os.environ, comm.size)
+    if pretended is not None:
+        comm = comm.Split(pretended[comm.rank], comm.rank)
+    return comm.Split_type(MPI.COMM_TYPE_SHARED)
+
+
+def _hosts(comm: Any) -> list[Host]:
+    """Return what the workers of this host share, for each channel."""
+    if comm.size == 1:
+        return [Alone()] * NUM_CHANNELS
+    room, is_roomy = _shared_room(comm, NUM_RESULTS // 2, PIECE_NBYTES)
+    return [Shared(room, channel, is_roomy) for channel in range(NUM_CHANNELS)]
 
 
 def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
-    """Return the transport between processes of one host."""
-    nbytes = Room.nbytes_for(comm.size) + _LINE
+    """Return the transport between the processes of ``comm``, all of one host."""
+    room, is_roomy = _shared_room(comm)
+    return SharedMemory(room, timeout_seconds, is_roomy)
+
+
+def _shared_room(comm: Any, *more: int) -> tuple[Room, bool]:
+    """Return a room of the workers of one host, and whether each has a core of its own."""
+    nbytes = Room.nbytes_for(comm.size, *more) + _LINE
     window = MPI.Win.Allocate_shared(nbytes if comm.rank == 0 else 0, 1, comm=comm)
     _windows.append(window)
     held = np.frombuffer(window.Shared_query(0)[0], np.uint8)
@@ -73,10 +112,10 @@ def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
     if comm.rank == 0:
         Room.clear(memory, comm.size)
     comm.Barrier()
-    room = Room(memory, comm.rank, comm.size)
+    room = Room(memory, comm.rank, comm.size, *more)
     cores = set().union(*comm.allgather(_cores()))  # after which every process stands in the room
     quota = cpu.cgroup_quota(Path("/sys/fs/cgroup"))
-    return SharedMemory(room, timeout_seconds, comm.size <= min(len(cores), quota))
+    return room, comm.size <= min(len(cores), quota)
 
 
 def _cores() -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import bisect
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.devices import memory
 from dvkernels.devices.base import Device
+from dvkernels.schedules import partition
 
 __all__: list[str] = []
 
@@ -46,15 +47,19 @@ class Placement:
         """The number of replicas of this process."""
         return len(self.replica_devices)
 
-    @functools.cached_property
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """How many replicas each worker has."""
         return self.replicas_of_workers or (self.num_local,)
 
-    @functools.cached_property
+    @cached_property
+    def _starts(self) -> list[int]:
+        return partition.starts(self.counts)
+
+    @cached_property
     def first_replica(self) -> int:
         """The id of the first local replica."""
-        return sum(self.counts[: self.workers.rank])
+        return self._starts[self.workers.rank]
 
     @property
     def beside(self) -> Communicator:
@@ -63,11 +68,7 @@ class Placement:
 
     def worker_of(self, replica: int) -> int:
         """Return the worker that a replica belongs to."""
-        worker = 0
-        while replica >= self.counts[worker]:
-            replica -= self.counts[worker]
-            worker += 1
-        return worker
+        return bisect.bisect(self._starts, replica) - 1
 
     def of_chief(self, array: Any) -> Any:
         """Return the array that the first worker holds; every worker calls this with its own.

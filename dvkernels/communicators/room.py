@@ -6,7 +6,8 @@
         a line     [0] the group has ended
         n lines    the rounds of each worker: see dvkernels/kernels/cpu/rounds.py
     texts          of each worker: why it ended or left, and what it says in two rounds a channel
-    places         of each channel, for even and odd rounds, of each worker: what it brings
+    places         of each channel, for even and odd rounds, of each worker: what it brings; and
+                   more of them where all workers write to the same
 
 A line is 64 bytes, written by one worker only (but for the word that ends the group).
 """
@@ -44,9 +45,20 @@ class Room:
         the same.
     rank, size : int
         This worker, and how many share the memory.
+    num_more : int
+        How many places there are in each round beside those of the workers.
+    place_nbytes : int
+        How large a place is.
     """
 
-    def __init__(self, memory: Any, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        memory: Any,
+        rank: int,
+        size: int,
+        num_more: int = 0,
+        place_nbytes: int = PLACE_NBYTES,
+    ) -> None:
         self.rank, self.size = rank, size
         self._memory = memory
         lines, texts, places = _layout(size)
@@ -55,13 +67,13 @@ class Room:
         self._channels = [lines + k * (1 + size) for k in range(NUM_CHANNELS)]
         count = 1 + 2 * NUM_CHANNELS
         self._texts = _part(memory, texts, (count, size, _TEXT_NBYTES))
-        self._places = _part(memory, places, (NUM_CHANNELS, 2, size, PLACE_NBYTES))
+        self._places = _part(memory, places, (NUM_CHANNELS, 2, size + num_more, place_nbytes))
         self._words[1 + rank, _PROCESS] = os.getpid()
 
     @staticmethod
-    def nbytes_for(size: int) -> int:
+    def nbytes_for(size: int, num_more: int = 0, place_nbytes: int = PLACE_NBYTES) -> int:
         """Return how much memory so many workers need."""
-        return _layout(size)[2] + NUM_CHANNELS * 2 * size * PLACE_NBYTES
+        return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_more) * place_nbytes
 
     @staticmethod
     def clear(memory: Any, size: int) -> None:
@@ -78,7 +90,7 @@ class Room:
         return self._words[first : first + self.size]
 
     def places(self, channel: int) -> Any:
-        """Return bytes by the parity of the round and by worker."""
+        """Return bytes by the parity of the round and by worker, those of all at the end."""
         return self._places[channel]
 
     # -- what workers say ------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The workers of one host, over memory that they share: one pass, and no message.
 
 Each worker copies a piece of its array into its place, waits for the others, and combines the
-pieces of all into its result. For n workers of S bytes each worker moves (n + 3) S bytes, most of
-it in the caches: a piece is small. Every worker combines in the order of workers, so all get the
-same bits, and those of the kernels within one process.
+pieces of all into its result; compiled code does that for all pieces in one call, and comes back
+where a worker is late or asks for something else. For n workers of S bytes each worker moves
+(n + 3) S bytes, most of it in the caches: a piece is small. Every worker combines in the order of
+workers, so all get the same bits, and those of the kernels within one process.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.cluster import processes
+from dvkernels.communicators import levels
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
-from dvkernels.kernels.cpu import direct, prompt, rounds
+from dvkernels.kernels.cpu import direct, relay, rounds
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -63,6 +65,7 @@ class SharedMemory:
         self._pauses = _PAUSES if is_roomy else _PAUSES_OF_MANY
         self._lines = room.lines(channel)
         self._places = room.places(channel)
+        self._relay = relay.Relay(self._lines, self.rank, self._places, self.size, self._pauses)
         self._number = 0
         self._last: Asked | None = None
         self._views: dict[Any, list[list[Any]]] = {}
@@ -75,24 +78,65 @@ class SharedMemory:
         else:
             self._beside = None
 
+    takes_replicas = True
+
     def beside(self) -> SharedMemory:
         """Return the transport for another thread."""
         return self._beside or self
 
     # -- arrays ----------------------------------------------------------------------------------
 
-    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
-        """Leave the reduction of all workers' sources in ``target``: flat, of one dtype."""
-        step = PLACE_NBYTES // source.itemsize
+    def all_reduce_into(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        op: Reduction,
+        wanted: Asked,
+        divisor: int = 1,
+    ) -> None:
+        """Leave the reduction of all workers' sources in each target: flat, of one dtype."""
+        size, itemsize = sources[0].size, sources[0].itemsize
+        start, step = 0, PLACE_NBYTES // itemsize
         with self._agreement:
-            for start in range(0, max(1, source.size), step):
-                piece, result = source[start : start + step], target[start : start + step]
-                views = self._views_of(piece.dtype, piece.size)
-                parity = self._round(
-                    wanted, piece.nbytes, functools.partial(_stage, views, self.rank, piece)
-                )
-                if not prompt.reduce_into(views[parity], [result], op):
-                    direct.reduce(views[parity], op, out=result)
+            while True:
+                how = self._relayed(targets, sources, op, wanted, divisor, start * itemsize)
+                if how == relay.DONE:
+                    return
+                has_come = how != relay.DECLINED
+                if has_come:
+                    start = self._relay.started // itemsize
+                here = slice(start, start + step)
+                pieces = [source[here] for source in sources]
+                views = self._views_of(pieces[0].dtype, pieces[0].size)
+                stage = functools.partial(_stage, views, self.rank, pieces, op)
+                parity = self._round(wanted, pieces[0].nbytes, stage, has_come=has_come)
+                first, *others = (target[here] for target in targets)
+                direct.reduce(views[parity], op, out=first)
+                levels.divide(first, divisor)
+                for other in others:
+                    other[...] = first
+                start += step
+                if start >= size:
+                    return
+
+    def _relayed(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        op: Reduction,
+        wanted: Asked,
+        divisor: int,
+        start: int,
+    ) -> int:
+        """Let compiled code go on from byte ``start``; return how far it came."""
+        if not self._agreement.is_settled:
+            return relay.DECLINED
+        self._relay.number = self._number
+        how = self._relay.run(sources, targets, op, wanted.number, divisor, start)
+        self._number = self._relay.number
+        if how == relay.DONE:
+            self._last = wanted
+        return how
 
     def gather(self, source: Any, wanted: Asked) -> list[Any]:
         """Return the bytes of all workers, as many as each has."""
@@ -137,12 +181,23 @@ class SharedMemory:
 
     # -- rounds ----------------------------------------------------------------------------------
 
-    def _round(self, wanted: Asked, nbytes: int, stage: Callable[[int], None]) -> int:
-        """Stage, meet, and return the parity of the round in which all brought the like."""
+    def _round(
+        self,
+        wanted: Asked,
+        nbytes: int,
+        stage: Callable[[int], None],
+        *,
+        has_come: bool = False,
+    ) -> int:
+        """Stage, meet, and return the parity of the round in which all brought the like.
+
+        A worker that ``has_come`` has done both, and the others may not be there yet.
+        """
         agreement = self._agreement
         if agreement.is_settled:  # nearly always: in short what reach() does
-            stage(self._number + 1 & 1)
-            self.come(wanted.number, nbytes)
+            if not has_come:
+                stage(self._number + 1 & 1)
+                self.come(wanted.number, nbytes)
             if self._await(wanted, self._pauses) == rounds.AGREED:
                 self._last = wanted
                 return self._number & 1
@@ -263,5 +318,7 @@ class SharedMemory:
         return [w for w in others if room.why_left(w) is None and room.is_alive(w)]
 
 
-def _stage(views: Sequence[Sequence[Any]], rank: int, piece: Any, parity: int) -> None:
-    views[parity][rank][...] = piece
+def _stage(
+    views: Sequence[Sequence[Any]], rank: int, pieces: Sequence[Any], op: Reduction, parity: int
+) -> None:
+    direct.reduce(pieces, op, out=views[parity][rank])

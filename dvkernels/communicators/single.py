@@ -7,6 +7,7 @@ from typing import Any, final
 
 import numpy as np
 
+from dvkernels.communicators.levels import Levels
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -18,6 +19,11 @@ class Single:
 
     size = 1
     rank = 0
+
+    def all_reduce_replicas(
+        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
+    ) -> list[Any] | None:
+        """Return None: replicas of one worker meet without it."""
 
     def meet(self) -> None:
         """Wait for nobody."""

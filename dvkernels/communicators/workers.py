@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 import numpy as np
 
 from dvkernels.communicators.agreement import Asked, asked
+from dvkernels.communicators.levels import Levels
 from dvkernels.devices.buffers import Spec
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
@@ -23,8 +24,21 @@ class Transport(Protocol):
     size: int
     timeout_seconds: float
 
-    def all_reduce_into(self, target: Any, source: Any, op: Reduction, wanted: Asked) -> None:
-        """Leave the reduction of all workers' sources in ``target``, which may be ``source``."""
+    takes_replicas: bool  # all_reduce_into takes several arrays
+
+    def all_reduce_into(
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        op: Reduction,
+        wanted: Asked,
+        divisor: int = 1,
+    ) -> None:
+        """Leave the reduction of all workers' sources in each target: flat, of one dtype.
+
+        Targets may be sources. A worker's own sources are combined first; the result is divided
+        by ``divisor``. One of each, and no divisor, unless the transport takes replicas.
+        """
 
     def gather(self, source: Any, wanted: Asked) -> list[Any]:
         """Return the bytes of all workers; each may bring another number of them."""
@@ -85,10 +99,35 @@ class WorkerGroup:
         flat = target.reshape(-1) if is_flat else np.empty(target.size, target.dtype)
         source = (value if value.flags.c_contiguous else np.ascontiguousarray(value)).reshape(-1)
         wanted = asked("all_reduce", op.name.lower(), Spec(value.shape, value.dtype))
-        self._transport.all_reduce_into(flat, source, op, wanted)
+        self._transport.all_reduce_into([flat], [source], op, wanted)
         if not is_flat:
             target[...] = flat.reshape(target.shape)
         return [target]
+
+    def all_reduce_replicas(
+        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
+    ) -> list[Any] | None:
+        """Reduce the arrays of all replicas of all workers, each in one pass over memory.
+
+        None: these are not to be had so. The others need not know of it: they are asked for the
+        same as by ``all_reduce`` of what the replicas of this worker make.
+        """
+        first = values[0]
+        targets = [np.empty(first.shape, first.dtype) for _ in values] if out is None else [*out]
+        if (
+            not self._transport.takes_replicas
+            or how.wide != first.dtype
+            or not all(type(one) is np.ndarray and one.flags.c_contiguous for one in values)
+            or not all(type(one) is np.ndarray and one.flags.c_contiguous for one in targets)
+        ):
+            return None
+        wanted = asked("all_reduce", how.op.name.lower(), Spec(first.shape, first.dtype))
+        self._transport.all_reduce_into(
+            [target.reshape(-1) for target in targets],
+            [value.reshape(-1) for value in values],
+            how.op, wanted, how.divisor,
+        )  # fmt: skip
+        return targets
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into a new array, on every worker."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.data.clock import Clock
 from dvkernels.data.conveyor import Conveyor
 from dvkernels.data.nest import flatten, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.errors import DatasetError
@@ -48,19 +49,21 @@ class Dealer:
         self._is_dealt = is_dealt
         self._conveyor = conveyor
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # of the latest length
-        self.copy_seconds = 0.0  # that the host has taken to bring parts to devices
 
-    def deal(self, elements: list[Any]) -> Any:
-        """Return the parts: views of the one batch, or the elements, one for each replica."""
+    def deal(self, elements: list[Any], clock: Clock) -> Any:
+        """Return the parts: views of the one batch, or the elements, one for each replica.
+
+        The clock counts what bringing them to devices takes.
+        """
         nest = self._hand_out(elements) if self._is_dealt else self._split(elements[0])
-        return nest if self._conveyor is None else self._carried(nest, self._conveyor)
+        return nest if self._conveyor is None else self._carried(nest, self._conveyor, clock)
 
-    def _carried(self, nest: Any, conveyor: Conveyor) -> Any:
+    def _carried(self, nest: Any, conveyor: Conveyor, clock: Clock) -> Any:
         """Return the parts on their devices."""
         leaves, structure = flatten(nest)
         began = time.perf_counter()
         columns = conveyor.carry([leaf.values for leaf in leaves])
-        self.copy_seconds += time.perf_counter() - began
+        clock.count_copy(time.perf_counter() - began)
         return structure.unflatten([self.together(column) for column in columns])
 
     def empty(self, element: Any) -> Any:
@@ -71,9 +74,9 @@ class Dealer:
             return None
         return structure.unflatten([_without_rows(array) for array in arrays])
 
-    def deal_empty(self, empty: Any) -> Any:
+    def deal_empty(self, empty: Any, clock: Clock) -> Any:
         """Return an empty part for each replica, each like ``empty``."""
-        return self.deal([empty] * (self._num_local if self._is_dealt else 1))
+        return self.deal([empty] * (self._num_local if self._is_dealt else 1), clock)
 
     def together(self, parts: list[Any]) -> PerReplica[Any]:
         """Return one value per local replica."""

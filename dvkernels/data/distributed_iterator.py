@@ -248,15 +248,9 @@ class DistributedIterator(Iterator[Any]):
             self._clock.count(began, elements)
             return nest
         elements = self._feed.take()
-        nest = self._deal(elements)
+        nest = self._dealer.deal(elements, self._clock)
         self._clock.count(began, elements)
         self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
-        return nest
-
-    def _deal(self, elements: list[Any]) -> Any:
-        before = self._dealer.copy_seconds
-        nest = self._dealer.deal(elements)
-        self._clock.count_copy(self._dealer.copy_seconds - before)
         return nest
 
     def _advance_together(self) -> tuple[list[Any], Any]:
@@ -288,7 +282,7 @@ class DistributedIterator(Iterator[Any]):
             raise StopIteration
         self._note(words)
         if not elements:
-            return elements, self._dealer.deal_empty(self._empty)
+            return elements, self._dealer.deal_empty(self._empty, self._clock)
         if not self._is_resumable:
             self._feed.confirm()
         return elements, nest
@@ -299,7 +293,7 @@ class DistributedIterator(Iterator[Any]):
             elements = self._feed.take()
         except StopIteration:
             return [], None
-        nest = self._deal(elements)
+        nest = self._dealer.deal(elements, self._clock)
         if self._empty is None:
             self._empty = self._dealer.empty(elements[0])
         if self._is_resumable:

@@ -41,9 +41,10 @@ class Share:
             raise DatasetError(
                 f"Share: expected a worker from 0 to {self.num_workers - 1}; got {self.worker}"
             )
-        self.num_replicas = sum(counts)
+        starts = partition.starts(counts)
+        self.num_replicas = starts[-1]
         self.num_local = counts[self.worker]
-        self.first_replica = sum(counts[: self.worker])
+        self.first_replica = starts[self.worker]
 
     def rows(self, length: int) -> tuple[int, int]:
         """Return where this worker's rows of a global batch start and stop.

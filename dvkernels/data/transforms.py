@@ -65,6 +65,22 @@ class _Transform(Node):
         return ()
 
 
+class _InPlace(_Transform):
+    """A node whose elements stand where they stand in its source."""
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.element(index, epoch)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        return self.source.gather(indices, epoch)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return self.source.batch(start, stop, epoch)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index, epoch)
+
+
 class Map(_Transform):
     """``fn(element)`` of every element."""
 
@@ -149,7 +165,7 @@ class Map(_Transform):
             raise
 
 
-class Prefetch(_Transform):
+class Prefetch(_InPlace):
     """The same elements; iterators hold ``depth`` of them ready."""
 
     def __init__(self, source: Node, depth: int) -> None:
@@ -163,15 +179,6 @@ class Prefetch(_Transform):
     def pipeline(self) -> tuple[str, ...]:
         return self.source.pipeline  # what is held ready changes no element and no position
 
-    def element(self, index: int, epoch: int) -> Any:
-        return self.source.element(index, epoch)
-
-    def gather(self, indices: Indices, epoch: int) -> Any:
-        return self.source.gather(indices, epoch)
-
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
-        return self.source.batch(start, stop, epoch)
-
     def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
         return self.source.elements(indices, epoch)
 
@@ -180,9 +187,6 @@ class Prefetch(_Transform):
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         return self.source.iterate(epoch, start)
-
-    def origin(self, index: int, epoch: int) -> int | None:
-        return self.source.origin(index, epoch)
 
 
 def prefetch_depth(node: Node, wanted: int | None = None) -> int:
@@ -377,7 +381,7 @@ class Repeat(_Transform):
         return divmod(index, int(self._period))
 
 
-class Take(_Transform):
+class Take(_InPlace):
     """The first ``count`` elements."""
 
     def __init__(self, source: Node, count: int) -> None:
@@ -392,21 +396,9 @@ class Take(_Transform):
     def describe(self) -> str:
         return f"take({self._count})"
 
-    def element(self, index: int, epoch: int) -> Any:
-        return self.source.element(index, epoch)
-
-    def gather(self, indices: Indices, epoch: int) -> Any:
-        return self.source.gather(indices, epoch)
-
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
-        return self.source.batch(start, stop, epoch)
-
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         wanted = max(0, self._count - start)
         return itertools.islice(self.source.iterate(epoch, start), wanted)
-
-    def origin(self, index: int, epoch: int) -> int | None:
-        return self.source.origin(index, epoch)
 
 
 class Skip(_Transform):

@@ -12,28 +12,34 @@ In one memory domain, for R replicas of S bytes:
 
 ``rate`` is that of one thread, or, with other threads that must join first, of all of them.
 
-Between n workers, a latency and a rate each (the model of R. Hockney, Parallel Comput. 20, 389-398
-(1994), doi:10.1016/S0167-8191(06)80021-9):
+Between n workers of H hosts, a latency and a rate each: the model of R. Hockney, Parallel Comput.
+20, 389-398 (1994), doi:10.1016/S0167-8191(06)80021-9.
 
-    memory    t = pieces latency + (n + 3) S / rate           one host; a round for each piece
+    memory    t = latency + (n + 3) S / rate                  one host
     gathered  t = latency + (n - 1) S / rate                  messages; short arrays
-    parts     t = latency + 2 (n - 1)/n S / rate              messages; each reduces a part
+    parts     t = latency + 2 (H - 1)/n S / rate              messages; each reduces a part
     ring      t = 2 (n - 1) latency + 2 (n - 1)/n S / rate    a step for each part and neighbour
 
-A network's step hides what it can of this behind its backward pass.
+``python -m dvkernels launch -n 2 -m dvkernels bench --calibrate`` measures the two. A ``Network``
+says more of messages, to choose between the two ways. A step of training hides what it can of this
+behind its backward pass.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 __all__ = [
     "CPU",
+    "NETWORK",
     "Link",
     "Machine",
+    "Network",
+    "between_hosts",
     "cheapest",
     "direct_seconds",
+    "exchange_seconds",
+    "gather_seconds",
     "memory_seconds",
     "message_seconds",
     "network_ring_seconds",
@@ -106,34 +112,85 @@ def cheapest(machine: Machine, num_replicas: int, nbytes: int) -> str:
     return min(_SECONDS, key=lambda name: _SECONDS[name](machine, num_replicas, nbytes))
 
 
+class Network(NamedTuple):
+    """What messages between workers cost; times in s, rates in bytes/s of one worker."""
+
+    message_seconds: float  # from a send to its receipt, of nothing
+    exchange_seconds: float  # what an exchange in parts costs before it moves anything
+    rate: float  # sent, and received meanwhile
+    memory_rate: float  # read or written by kernels and copies
+
+
+# Between two processes of one machine by MPICH 5.0.2, fastest of many: 2 cores of an AMD EPYC,
+# November 2026. A network of 100 Gbit/s has about the same figures; they decide only which of two
+# ways an array of some 10 to 100 KiB goes, where both take about as long.
+NETWORK = Network(message_seconds=2e-6, exchange_seconds=17e-6, rate=7e9, memory_rate=30e9)
+
+
+def gather_seconds(network: Network, num_workers: int, nbytes: int) -> float:
+    """Return what it takes to bring ``nbytes`` of each worker to all, who reduce all of them.
+
+    Log2 n messages one after another, (n - 1) S received, (n + 1) S read and written.
+    """
+    num_messages = (num_workers - 1).bit_length()
+    received, moved = (num_workers - 1) * nbytes, (num_workers + 1) * nbytes
+    seconds = received / network.rate + moved / network.memory_rate
+    return num_messages * network.message_seconds + seconds
+
+
+def exchange_seconds(network: Network, num_workers: int, num_hosts: int, nbytes: int) -> float:
+    """Return what an all-reduce in parts takes: see ``schedules/hosts.py``.
+
+    Two messages one after the other, 2 (H - 1)/n S received. With m = n/H workers a host, each
+    reads m shares of S/m and writes one, and the same of H parts of S/n; if m > 1, what it brings
+    and takes is copied beside.
+
+    A ring receives as much in 2 (H - 1) messages that wait for each other, where this has two, so
+    in this model it is never quicker; where links disturb each other it may be.
+    """
+    members = num_workers / num_hosts
+    received = 2 * (num_hosts - 1) / num_workers * nbytes
+    moved = (num_hosts + 1) / num_workers * nbytes
+    if members > 1:
+        moved += (1 + 1 / members + 4) * nbytes
+    seconds = received / network.rate + moved / network.memory_rate
+    return network.exchange_seconds + 2 * network.message_seconds + seconds
+
+
+def between_hosts(network: Network, num_workers: int, num_hosts: int, nbytes: int) -> str:
+    """Return what is quicker between workers of several hosts: ``"gather"`` or ``"exchange"``.
+
+    >>> [between_hosts(NETWORK, 4, 2, nbytes) for nbytes in (1 << 10, 1 << 20)]
+    ['gather', 'exchange']
+    """
+    gathered = gather_seconds(network, num_workers, nbytes)
+    exchanged = exchange_seconds(network, num_workers, num_hosts, nbytes)
+    return "gather" if gathered <= exchanged else "exchange"
+
+
 class Link(NamedTuple):
     """What workers have between them."""
 
-    latency_seconds: float  # what a round, or a message, costs before it moves anything
+    latency_seconds: float  # what a call, or a step of a ring, costs before it moves anything
     rate: float  # bytes/s
 
 
-def memory_seconds(
-    link: Link, num_workers: int, nbytes: int, piece_nbytes: int, cores_per_worker: float = 1.0
-) -> float:
+def memory_seconds(link: Link, num_workers: int, nbytes: int) -> float:
     """Return what an all-reduce takes over memory that the workers of one host share.
 
-    Each worker copies its pieces in, reads all workers', and writes: (n + 3) S bytes. With less
-    than a core for each, they take turns.
+    Each worker copies its pieces in, reads all workers', and writes: (n + 3) S bytes.
 
-    >>> memory_seconds(Link(1e-6, 10e9), 2, 1_000_000, 250_000)
-    0.000504
+    >>> memory_seconds(Link(1e-6, 10e9), 2, 1_000_000)
+    0.000501
     """
-    pieces = max(1, math.ceil(nbytes / piece_nbytes))
-    moving = (num_workers + 3) * nbytes / link.rate
-    return pieces * link.latency_seconds + moving / min(1.0, cores_per_worker)
+    return link.latency_seconds + (num_workers + 3) * nbytes / link.rate
 
 
-def message_seconds(link: Link, num_workers: int, nbytes: int, short_nbytes: int) -> float:
-    """Return what an all-reduce takes by messages: gathered if short, else in parts."""
-    others = num_workers - 1
-    sent = others if nbytes * num_workers <= short_nbytes else 2 * others / num_workers
-    return link.latency_seconds + sent * nbytes / link.rate
+def message_seconds(link: Link, num_workers: int, num_hosts: int, nbytes: int) -> float:
+    """Return what an all-reduce takes by messages between hosts: gathered, or in parts."""
+    is_gathered = between_hosts(NETWORK, num_workers, num_hosts, nbytes) == "gather"
+    received = num_workers - 1 if is_gathered else 2 * (num_hosts - 1) / num_workers
+    return link.latency_seconds + received * nbytes / link.rate
 
 
 def network_ring_seconds(link: Link, num_ranks: int, nbytes: int, num_buckets: int = 1) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["bounds", "parts", "start", "widths"]
+from collections.abc import Iterable
+from itertools import accumulate
+
+__all__ = ["bounds", "parts", "start", "starts", "widths"]
 
 
 def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
@@ -44,6 +47,15 @@ def parts(length: int, num_parts: int) -> list[tuple[int, int]]:
     [(0, 3), (3, 5)]
     """
     return [bounds(length, num_parts, part) for part in range(num_parts)]
+
+
+def starts(counts: Iterable[int]) -> list[int]:
+    """Return where each of several runs of given lengths starts, and where the last one stops.
+
+    >>> starts([2, 1, 3])
+    [0, 2, 3, 6]
+    """
+    return [0, *accumulate(counts)]
 
 
 def _check(length: int, num_parts: int) -> None:

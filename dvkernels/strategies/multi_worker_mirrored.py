@@ -64,7 +64,9 @@ class MultiWorkerMirroredStrategy(Strategy):
     (``CollectiveTimeoutError``) or lost (``WorkerLostError``) ends the job: every later collective
     raises the same, and MPI ends what is left when the first process exits.
 
-    Processes of one host exchange data through memory that they share.
+    Processes of one host exchange data through memory that they share, hosts by messages of MPI:
+    what the workers of a host have is added up there first. ``DVKERNELS_HOSTS=2,2`` in the
+    environment lets four workers of one host pretend to be on two.
 
     Examples
     --------

@@ -64,13 +64,12 @@ def reduce_along(
         return communicator.reduce(parts, op)
     assert type(op) is ReduceOp
     if reduce_op.is_half(dtype):  # in float32, and rounded once
-        wide = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
-        return reduce_along(op, wide, axis, communicator, workers).astype(dtype)
+        arrays = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
     parts = [memory.holding(array).apply(_along, array, op, axes) for array in arrays]
     total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
     if op is ReduceOp.MEAN:
-        memory.holding(total).apply(np.divide, total, dtype.type(count), total)
-    return total
+        memory.holding(total).apply(np.divide, total, total.dtype.type(count), total)
+    return total.astype(dtype, copy=False)
 
 
 def _along(array: Any, op: ReduceOp, axes: tuple[int, ...]) -> Any:

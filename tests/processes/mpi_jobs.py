@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +39,17 @@ def mpiexec() -> str | None:
 
 
 @functools.cache
+def launcher_says() -> str:
+    """Return what the launcher says of its version; nothing if there is none."""
+    if mpiexec() is None:
+        return ""
+    said = subprocess.run([mpiexec(), "--version"], capture_output=True, text=True, check=False)
+    return said.stdout + said.stderr
+
+
 def is_open_mpi() -> bool:
     """Tell whether the launcher is that of Open MPI."""
-    if mpiexec() is None:
-        return False
-    said = subprocess.run([mpiexec(), "--version"], capture_output=True, text=True, check=False)
-    return "Open MPI" in said.stdout + said.stderr
+    return "Open MPI" in launcher_says()
 
 
 needs_mpi = [
@@ -64,11 +70,22 @@ class Outcome:
 
 
 class Job:
-    """Processes that run a function of ``worker_programs.py``."""
+    """Processes that run a function of ``worker_programs.py``.
 
-    def __init__(self, count: int, program: str, *args: object, options: list[str] | None = None):
+    ``prefix`` are words before the launcher's name, ``options`` those after it.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        program: str,
+        *args: object,
+        prefix: Sequence[str] = (),
+        options: Sequence[str] | None = None,
+    ):
         self.mark = uuid.uuid4().hex
-        command = [mpiexec(), *(options or []), "-n", str(count), sys.executable, str(PROGRAMS)]
+        words = [*prefix, mpiexec(), *(options or ())]
+        command = [*words, "-n", str(count), sys.executable, str(PROGRAMS)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         # Warnings of ours are errors in workers as they are in tests; MPI's own output is kept out.
         environment = os.environ | _OPEN_MPI | {_MARK: self.mark, "PYTHONPATH": path}

@@ -37,7 +37,7 @@ def check(over: str, harm: str, seed: int, folder: Path, options: list[str] | No
             assert text.format(victim=victim) in line, outcome.written
 
 
-OVER = pytest.mark.parametrize("over", ["memory", "messages"])
+OVER = pytest.mark.parametrize("over", ["memory", "1,1,1", "2,1"])
 
 
 @OVER

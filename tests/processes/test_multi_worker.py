@@ -14,7 +14,17 @@ SHAPES = pytest.mark.parametrize(
     ("count", "num_local", "over"),
     [
         *((count, num_local, "memory") for count, num_local in [(1, 2), (2, 1), (4, 1), (2, 2)]),
-        *((count, num_local, "messages") for count, num_local in [(2, 1), (3, 1), (2, 2)]),
+        *(
+            (count, num_local, hosts)
+            for count, num_local, hosts in [
+                (2, 1, "1,1"),
+                (2, 2, "1,1"),
+                (3, 1, "1,1,1"),
+                (3, 1, "2,1"),
+                (4, 1, "2,2"),
+                (4, 1, "3,1"),
+            ]
+        ),
     ],
 )
 
@@ -24,7 +34,7 @@ def test_the_laws_of_communicators(count, num_local, over):
     run(count, "communicator_laws", num_local, over)
 
 
-@pytest.mark.parametrize("over", ["memory", "messages"])
+@pytest.mark.parametrize("over", ["memory", "1,1"])
 @pytest.mark.parametrize(
     "num_bytes", [150_000_001, pytest.param(2**31 + 5, marks=pytest.mark.slow)]
 )
@@ -67,10 +77,11 @@ def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
         assert difference <= 1e-9, name
 
 
-@pytest.mark.parametrize("over", ["memory", "messages"])
-def test_a_checkpoint_goes_on_with_other_workers(over, tmp_path):
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_a_checkpoint_goes_on_with_other_workers(is_apart, tmp_path):
     go_on("1", "alone", str(tmp_path / "whole"), "25")
     for count, num_local, until in ((2, 1, 6), (3, 1, 13), (1, 2, 18), (2, 2, 25)):
+        over = ",".join(["1"] * count) if is_apart else "memory"
         run(count, "go_on", num_local, over, tmp_path, until)
         # The background save before last was finished by the one after it, the last by the end.
         assert (tmp_path / f"step-{until:08d}" / "manifest.json").exists()

@@ -16,14 +16,13 @@ import pytest
 
 import dvkernels as dv
 from dvkernels.checkpoint import files
+from dvkernels.schedules import cost
 from dvkernels.testing import check_communicator, check_strategy
 
 
 def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
-    if "messages" in sys.argv and dv.cluster.default_resolver().num_workers > 1:
-        from dvkernels.communicators import messages, mpi
-
-        mpi.over_shared_memory = messages.Messages  # as if each worker had a host of its own
+    hosts = next((word for word in sys.argv if "," in word), "")  # as 2,2: two on each of two
+    os.environ["DVKERNELS_HOSTS"] = hosts
     return dv.MultiWorkerMirroredStrategy(
         devices=[f"cpu:{k}" for k in range(num_local)], timeout_seconds=timeout_seconds
     )
@@ -38,12 +37,28 @@ def communicator_laws(num_local: str, over: str) -> None:
         count = strategy.num_replicas_in_sync
         ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         placement = ids.owner
-        for communicator in (placement.communicator, placement.beside):
+        chosen = cost.NETWORK
+        for communicator, network in (
+            (placement.communicator, chosen),
+            (
+                placement.beside,
+                chosen._replace(exchange_seconds=-np.inf),
+            ),  # all as if they were long
+        ):
+            cost.NETWORK = network
             check_communicator(lambda _, c=communicator: c, sizes=[count], local=ids.values)
-            values = [np.random.default_rng(r).standard_normal(70_001) for r in ids.values]
+            every = [np.random.default_rng(r).standard_normal(400_001) for r in range(count)]
+            values = [every[r] for r in ids.values]
             found = communicator.all_reduce(values, dv.ReduceOp.SUM)[0]
+            np.testing.assert_allclose(found, sum(every))
             bits = placement.workers.exchange(hashlib.sha256(found).hexdigest())
             assert len(set(bits)) == 1, "all workers have the same bits"
+            for root in range(count):
+                found = communicator.broadcast(values, root)[0]
+                np.testing.assert_array_equal(found, every[root])
+            uneven = [every[r][: 400_001 // (r + 1)] for r in range(count)]
+            found = communicator.all_gather([uneven[r] for r in ids.values], 0)[0]
+            np.testing.assert_array_equal(found, np.concatenate(uneven))
 
 
 def large(over: str, num_bytes: str) -> None:

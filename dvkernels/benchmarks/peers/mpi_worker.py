@@ -1,30 +1,14 @@
-"""All-reduce by the MPI library of this environment: in place and out of place, the better of both.
-
-Ranks that wait for the next command sleep: MPI's own waits keep a core busy.
-"""
+"""All-reduce by the MPI of this environment: in place and out of place, the better of both."""
 
 from __future__ import annotations
 
-import time
-
+import mpi_commands
 import numpy as np
 import protocol
 from mpi4py import MPI
 
 comm = MPI.COMM_WORLD
 rank, size = comm.Get_rank(), comm.Get_size()
-
-
-def next_command(source):
-    """Return the next command on every rank, None at the end."""
-    if rank == 0:
-        command = next(source, None)
-        for other in range(1, size):
-            comm.send(command, dest=other, tag=1)
-        return command
-    while not comm.Iprobe(source=0, tag=1):
-        time.sleep(0.005)
-    return comm.recv(source=0, tag=1)
 
 
 def seconds_of(send, receive, steady, iterations):
@@ -42,9 +26,8 @@ def seconds_of(send, receive, steady, iterations):
 
 
 answer = protocol.answers_go_to()
-source = protocol.commands()
 held: dict = {}
-while (command := next_command(source)) is not None:
+for command in mpi_commands.each(comm, protocol.commands()):
     count, dtype, iterations = command["count"], command["dtype"], command["iterations"]
     if (count, dtype) not in held:
         every = protocol.inputs(count, size, dtype)

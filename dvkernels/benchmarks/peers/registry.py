@@ -52,7 +52,9 @@ class Peer(NamedTuple):
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             **({"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} if crowded else {}),
-            "PYTHONPATH": str(_HERE),
+            "PYTHONPATH": os.pathsep.join(
+                [str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
         }
 
 

@@ -64,6 +64,8 @@ def aggregate_mean(buffers: Any, *, out: Any = None) -> Any:
 
 
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
+    if out is not None and prompt.reduce_into(buffers, [out], op):
+        return out
     buffers = checks.listed(verb, buffers)
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
@@ -72,9 +74,8 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
         _combine(op, reads, [result])
         return foreign.like(result, buffers[0])
     writes = checks.arrays(verb, [out], "out")
-    if not prompt.reduce_into(reads, writes, op):
-        checks.separate(verb, reads, writes, 1)
-        _combine(op, reads, writes)
+    checks.separate(verb, reads, writes, 1)
+    _combine(op, reads, writes)
     return out
 
 

@@ -15,16 +15,25 @@ from numba import types
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
-__all__ = ["all_reduce", "reduce_into"]
+__all__ = [
+    "COUNTERS",
+    "ITEM",
+    "MOST_ARRAYS",
+    "ROW",
+    "TABLE",
+    "all_reduce",
+    "new_job",
+    "reduce_into",
+]
 
 JOBS = "14ebad2b"
 MEMORY = "c8cb69fb"
 OBJECTS = "1ab62e2f"
 POOL = "be693ff3"
 
-_MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
-_ITEM, _ROW, _TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
-_COUNTERS = -(-(_TABLE + _MOST_ARRAYS) // 8) * 8
+MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
+ITEM, ROW, TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
+COUNTERS = -(-(TABLE + MOST_ARRAYS) // 8) * 8
 # Up to here a call keeps the interpreter's lock: 2 us, less than giving it up may cost.
 _SHORT_NBYTES = 256 * 1024
 _DECLINED, _DONE = -1, -2
@@ -41,11 +50,11 @@ def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
     moved by whoever runs the job, or _DONE, or _DECLINED.
     """
     count = objects.length_of(views)
-    if num_sources < 1 or count > _MOST_ARRAYS:
+    if num_sources < 1 or count > MOST_ARRAYS:
         return _DECLINED
     is_apart = count > num_sources
     num_targets = count - num_sources if is_apart else count
-    table = job + 8 * _TABLE
+    table = job + 8 * TABLE
     length = objects.look(views, recipe, table, num_sources if is_apart else 0)
     if length < 0:
         return _DECLINED
@@ -64,7 +73,7 @@ def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
         longest = (wanted & -128) // itemsize
         num_segments = np.int64(min(memory.load(recipe, _THREADS), _MOST_SEGMENTS))
     for segment in range(num_segments):
-        memory.store(job, _COUNTERS + 8 * segment, 0)
+        memory.store(job, COUNTERS + 8 * segment, 0)
     far = np.int64(moved >= _FAR_NBYTES)
     if is_apart and moved >= _FAR_NBYTES // 2:
         far = np.int64(2)
@@ -75,8 +84,8 @@ def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
     memory.store(job, 16, count)
     memory.store(job, 18, memory.load(recipe, _RUNNER))
     memory.store(job, 21, num_segments)
-    memory.store(job, _ITEM + 1, length)
-    row = job + 8 * _ROW
+    memory.store(job, ITEM + 1, length)
+    row = job + 8 * ROW
     memory.store(row, 2, num_sources)
     memory.store(row, 3, num_sources if is_apart else 0)
     memory.store(row, 4, num_targets)
@@ -91,12 +100,13 @@ def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
 _prepare_now = _prepare.get_overload((types.int64,) * 4)
 
 
-def _new_job() -> tuple[Any, int]:
-    job = memory.words(_COUNTERS + 8 * _MOST_SEGMENTS)
+def new_job() -> tuple[Any, int]:
+    """Return the words of a job of one item and one row, to be filled, and their address."""
+    job = memory.words(COUNTERS + 8 * _MOST_SEGMENTS)
     job[9] = job[11] = job[14] = job[17] = 1  # claims of one piece, one item, one row, one part
-    job[12], job[13], job[20] = _ITEM, _ROW, _COUNTERS
-    job[_ITEM:_ROW] = (0, 0, 1, _TABLE)
-    job[_ROW:_TABLE] = (-1, 0, 0, 0, 0, 1)
+    job[12], job[13], job[20] = ITEM, ROW, COUNTERS
+    job[ITEM:ROW] = (0, 0, 1, TABLE)
+    job[ROW:TABLE] = (-1, 0, 0, 0, 0, 1)
     return job, checks.address(job)
 
 
@@ -126,7 +136,7 @@ def _is_reduced(views: list[Any], recipe: objects.Recipe, num_sources: int) -> b
     try:
         job = _free.pop()
     except IndexError:
-        job = _new_job()
+        job = new_job()
     moved = _prepare_now(id(views), recipe.address, job[1], num_sources)
     if moved > 0:
         pool.execute(job[0], job[1], moved)

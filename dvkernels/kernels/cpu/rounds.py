@@ -19,7 +19,16 @@ from numba import types
 
 from dvkernels.kernels.cpu import memory
 
-__all__ = ["AGREED", "ENDED", "LATE", "OTHERWISE", "await_round", "come"]
+__all__ = [
+    "AGREED",
+    "ENDED",
+    "LATE",
+    "OTHERWISE",
+    "await_members",
+    "await_round",
+    "come",
+    "come_to",
+]
 
 MEMORY = "c8cb69fb"
 
@@ -29,7 +38,7 @@ AGREED, LATE, OTHERWISE, ENDED = 0, 1, 2, 3
 
 
 @numba.njit("int64(int64, int64, int64, int64, int64)", nogil=True, cache=True)
-def _await_round(lines, count, rank, number, num_pauses):  # type: ignore[no-untyped-def]
+def await_members(lines, count, rank, number, num_pauses):  # type: ignore[no-untyped-def]
     """Spin at most ``num_pauses`` times for the members; word -8 of the lines ends it."""
     place = 1 + (number & 1)
     mine = memory.load_shared(lines + 64 * rank, place)
@@ -52,7 +61,7 @@ def _await_round(lines, count, rank, number, num_pauses):  # type: ignore[no-unt
 
 
 @numba.njit("int64(int64, int64, int64, int64, int64)", nogil=True, cache=True)
-def _come(lines, rank, number, brings, nbytes):  # type: ignore[no-untyped-def]
+def come_to(lines, rank, number, brings, nbytes):  # type: ignore[no-untyped-def]
     """Come to a round."""
     line = lines + 64 * rank
     memory.store_shared(line, 1 + (number & 1), brings)
@@ -61,6 +70,6 @@ def _come(lines, rank, number, brings, nbytes):  # type: ignore[no-untyped-def]
     return 0
 
 
-# The functions behind the dispatchers: less to do for each call, for the arguments are integers.
-await_round: Any = _await_round.get_overload((types.int64,) * 5)
-come: Any = _come.get_overload((types.int64,) * 5)
+# The same for Python: the functions behind the dispatchers have less to do for each call.
+await_round: Any = await_members.get_overload((types.int64,) * 5)
+come: Any = come_to.get_overload((types.int64,) * 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import numba
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from threads_as_workers import Together, at_once, transports
 
+from dvkernels import kernels
 from dvkernels.communicators.base import Workers
 from dvkernels.communicators.room import PLACE_NBYTES
 from dvkernels.communicators.workers import WorkerGroup
@@ -45,6 +47,78 @@ def test_arrays_of_several_pieces(extra):
         np.testing.assert_array_equal(found, np.concatenate(uneven))
     for found in together.broadcast(values, 1):
         np.testing.assert_array_equal(found, values[1])
+
+
+@pytest.mark.parametrize("is_roomy", [True, False], ids=["waits for long", "sleeps at once"])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32", "complex128"])
+def test_pieces_in_compiled_code_are_those_of_the_kernels(dtype, is_roomy):
+    dtype = np.dtype(dtype)
+    workers = [WorkerGroup(one) for one in transports(2, is_roomy=is_roomy)]
+    rng = np.random.default_rng(0)
+    step = PLACE_NBYTES // dtype.itemsize
+    ops = [op for op in ReduceOp if not (op is ReduceOp.MEAN and dtype.kind in "iu")]
+    for op in ops if dtype.kind != "c" else (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD):
+        for length in (0, 1, step - 1, step, step + 1, 3 * step + 5):
+            values = [rng.integers(-4, 5, length).astype(dtype) for _ in workers]
+            expected = kernels.all_reduce(values, op, out=[value.copy() for value in values])
+
+            def in_place(k, values=values, op=op):
+                own = values[k].copy()
+                apart = workers[k].all_reduce([values[k]], op)[0]
+                return apart, workers[k].all_reduce([own], op, [own])[0]
+
+            for found in at_once(*(functools.partial(in_place, k) for k in range(2))):
+                for one in found:
+                    assert one.tobytes() == expected[0].tobytes(), (op, length)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "float32", "complex64"])
+@pytest.mark.parametrize("num_local", [2, 3])
+def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_local, monkeypatch):
+    dtype = np.dtype(dtype)
+    rng = np.random.default_rng(0)
+    num_pieces = 0
+    original = WorkerGroup.all_reduce_replicas
+
+    def one_pass(self, values, how, out=None):
+        nonlocal num_pieces
+        results = original(self, values, how, out)
+        num_pieces += results is not None
+        return results
+
+    for op in (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD):
+        if op is ReduceOp.MEAN and dtype.kind == "i":
+            continue
+        for length in (0, 3, 2 * PLACE_NBYTES // dtype.itemsize + 5):
+            values = [
+                rng.standard_normal(length).astype(dtype, casting="unsafe")
+                for _ in range(2 * num_local)
+            ]
+            found = []
+            for how in (one_pass, lambda *_: None):
+                monkeypatch.setattr(WorkerGroup, "all_reduce_replicas", how)
+                together = Together(2 * num_local, num_local)
+                for _ in range(2):  # the second time in compiled code
+                    apart = together.all_reduce(values, op)
+                    own = [value.copy() for value in values]
+                    in_place = together.all_reduce(own, op, own)
+                assert all(one is other for one, other in zip(in_place, own, strict=True))
+                found += [one.tobytes() for one in [*apart, *in_place]]
+            assert len({*found}) == 1, (op, length)
+    assert (num_pieces > 0) == (dtype != np.float16)  # halves are rounded once, in the end
+
+
+def test_who_stops_between_two_pieces_is_waited_for_and_named(monkeypatch):
+    workers = groups(2, timeout_seconds=0.5)
+    values = [np.ones(3 * PLACE_NBYTES // 8), np.ones(PLACE_NBYTES // 8)]
+    asked_alike = "dvkernels.communicators.workers.Spec"
+    monkeypatch.setattr(asked_alike, lambda shape, dtype: "as many as there are")
+    longer, shorter = at_once(
+        *(lambda k=k: workers[k].reduce([values[k]], ReduceOp.SUM) for k in (0, 1))
+    )
+    assert isinstance(longer, CollectiveTimeoutError)
+    assert "in vain for workers [1]" in str(longer)
+    assert shorter.tolist() == [2.0] * (PLACE_NBYTES // 8)
 
 
 def test_rows_without_content_are_counted():

@@ -19,3 +19,8 @@ def test_parts_are_those_of_array_split(length: int, num_parts: int) -> None:
 def test_nonsense_raises(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"got|must"):
         partition.bounds(*arguments)
+
+
+def test_runs_start_where_those_before_them_stop() -> None:
+    assert partition.starts([]) == [0]
+    assert partition.starts([3, 0, 2]) == [0, 3, 3, 5]
