@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import dvkernels as dv
 from dvkernels.cli import launcher
 from dvkernels.errors import LaunchError
 
@@ -51,7 +52,7 @@ def start(flavour, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": SEARCH_PATH},
         )
         started.append(process)
         return process
@@ -161,6 +162,32 @@ def test_digits_on_several_workers_are_those_of_one_device(
     assert first["test_accuracy"] > 0.9
     assert second["resumed_at_step"] == first["steps"]
     assert second["weights_sha256"] == first["weights_sha256"]
+
+
+PREEMPTED = """
+from dvkernels.cli import main
+sys.exit(main.main(["train", "--replicas", "1", "--epochs", "1000", "--hidden", "512",
+                    "--checkpoint-dir", "saved", "--checkpoint-every", "5"]))
+"""
+
+
+def test_workers_that_are_told_to_stop_save_the_same_step(flavour, start, tmp_path):
+    for package in ("sklearn", "rich", "threadpoolctl"):
+        pytest.importorskip(package)
+    process = start(PREEMPTED, "-n", "2")
+    saved = tmp_path / "saved"
+    deadline = time.monotonic() + 60
+    while not any(saved.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 42, err
+    held = sorted(path.name for path in saved.iterdir())
+    assert 1 <= len(held) <= 5, "nothing half-written is left, and no more than are kept"
+    assert all(name.startswith("step-") for name in held), held
+    assert dv.Checkpoint().restore(saved / held[-1], partial=True).unexpected == (
+        "weights", "velocity", "batches", "progress",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("hosts", ["2", "1,1"])
