@@ -101,8 +101,9 @@ class Save:
                 self.workers.meet()
 
     def _own_part(self) -> _Written:
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None  # it holds what was on the stack
+        if failure is not None:
+            raise failure
         assert self._written is not None
         return self._written
 
