@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,10 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.benchmarks.stopwatch import Samples
+from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
 from dvkernels.communicators.base import Workers
-from dvkernels.communicators.room import PLACE_NBYTES
-from dvkernels.devices import cpu
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.schedules import cost
 from dvkernels.schedules.cost import Link
@@ -28,45 +28,29 @@ __all__ = ["SIZES", "Calibration", "as_record", "calibrate", "describe", "fit", 
 SIZES = tuple(4 << k for k in (0, 8, 12, 14, 16, 18, 20, 22, 24))
 _SECONDS_PER_ROUND = 0.02
 _TIMEOUT_SECONDS = 120.0
-_CHANNEL = {
-    "memory": "over memory that the workers of one host share",
-    "messages": "by messages of MPI",
-}
 
 
 class Calibration(NamedTuple):
-    """What was measured over one transport, and the constants that follow."""
+    """What was measured, and the constants that follow."""
 
     num_workers: int
-    cores_per_worker: float
+    num_hosts: int
     link: Link
     samples: dict[int, Samples]  # by bytes
 
 
-def calibrate(resolver: ClusterResolver, num_rounds: int) -> dict[str, Calibration]:
-    """Measure over every transport that these workers have; all of them call this."""
-    return {name: _measure(name, group, num_rounds) for name, group in _groups(resolver).items()}
-
-
-def _groups(resolver: ClusterResolver) -> dict[str, Workers]:
+def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
+    """Measure between the workers of the job; all of them call this."""
     # Loads MPI: not before somebody wants it.
-    from mpi4py import MPI
-
     from dvkernels.communicators import mpi
-    from dvkernels.communicators.workers import WorkerGroup
 
-    default = mpi.connect(resolver, _TIMEOUT_SECONDS)
-    groups: dict[str, Workers] = {
-        "messages": WorkerGroup(mpi.over_messages(MPI.COMM_WORLD, _TIMEOUT_SECONDS))
-    }
-    on_this_host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-    if on_this_host.size == resolver.num_workers:
-        groups = {"memory": default} | groups
-    on_this_host.Free()
-    return groups
+    workers = mpi.connect(resolver, _TIMEOUT_SECONDS)
+    apart: list[Any] = hosts.pretended(os.environ, workers.size) or [platform.node()]
+    num_hosts = len({host for each in workers.exchange(apart) for host in each})
+    return _measure(workers, num_hosts, num_rounds)
 
 
-def _measure(name: str, workers: Workers, num_rounds: int) -> Calibration:
+def _measure(workers: Workers, num_hosts: int, num_rounds: int) -> Calibration:
     samples: dict[int, list[float]] = {nbytes: [] for nbytes in SIZES}
     held = {nbytes: np.ones(nbytes // 4, np.float32) for nbytes in SIZES}
     calls = {nbytes: 3 for nbytes in SIZES}
@@ -78,15 +62,7 @@ def _measure(name: str, workers: Workers, num_rounds: int) -> Calibration:
             else:  # warm, and all agree on how often
                 calls[nbytes] = int(np.clip(_SECONDS_PER_ROUND / seconds, 3, 2000))
     found = {nbytes: Samples(tuple(seconds)) for nbytes, seconds in samples.items()}
-    cores = cpu.usable_cores() if workers.size == 1 else _cores_of_all(workers) / workers.size
-    return Calibration(workers.size, cores, fit(name, workers.size, cores, found), found)
-
-
-def _cores_of_all(workers: Workers) -> int:
-    """Return how many cores the workers have together, on hosts that are alike."""
-    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    every = {core for theirs in workers.exchange(mine) for core in theirs}
-    return len(every) or os.cpu_count() or 1
+    return Calibration(workers.size, num_hosts, fit(workers.size, num_hosts, found), found)
 
 
 def _slowest(workers: Workers, array: Any, count: int) -> float:
@@ -101,14 +77,14 @@ def _slowest(workers: Workers, array: Any, count: int) -> float:
     return float(max(workers.exchange(seconds)))
 
 
-def fit(name: str, num_workers: int, cores: float, samples: Mapping[int, Samples]) -> Link:
+def fit(num_workers: int, num_hosts: int, samples: Mapping[int, Samples]) -> Link:
     """Return the constants of the least squares of relative errors; the rate may be infinite.
 
     The model is linear in the latency and in the time of a byte.
     """
 
     def column(link: Link) -> Any:
-        modeled = [modelled(name, num_workers, cores, link, nbytes) for nbytes in samples]
+        modeled = [modelled(num_workers, num_hosts, link, nbytes) for nbytes in samples]
         return np.array(modeled) / [one.median for one in samples.values()]
 
     latencies, moved = column(Link(1.0, np.inf)), column(Link(0.0, 1.0))
@@ -121,41 +97,37 @@ def fit(name: str, num_workers: int, cores: float, samples: Mapping[int, Samples
     return Link(float(latency), float(1 / per_byte) if per_byte else math.inf)
 
 
-def modelled(name: str, num_workers: int, cores: float, link: Link, nbytes: int) -> float:
-    """Return the seconds that the model gives for a transport."""
-    if name == "memory":
-        return cost.memory_seconds(link, num_workers, nbytes, PLACE_NBYTES, cores)
-    return cost.message_seconds(link, num_workers, nbytes)
+def modelled(num_workers: int, num_hosts: int, link: Link, nbytes: int) -> float:
+    """Return the seconds that the model gives: over shared memory, or between hosts."""
+    if num_hosts == 1:
+        return cost.memory_seconds(link, num_workers, nbytes)
+    return cost.message_seconds(link, num_workers, num_hosts, nbytes)
 
 
-def describe(found: Mapping[str, Calibration]) -> str:
+def describe(found: Calibration) -> str:
     """Return the constants, and each time beside what the model makes of them."""
-    lines: list[str] = []
-    for name, one in found.items():
-        lines += [
-            f"{one.num_workers} workers {_CHANNEL[name]}: latency "
-            f"{one.link.latency_seconds * 1e6:.2f} us, rate {one.link.rate / 1e9:.2f} GB/s",
-            f"{'bytes':>10} {'measured':>10} {'quartiles':>21} {'model':>10}",
-        ]
-        for nbytes, samples in one.samples.items():
-            model = modelled(name, one.num_workers, one.cores_per_worker, one.link, nbytes)
-            low, high = samples.quartiles
-            lines.append(
-                f"{nbytes:10} {samples.median * 1e6:7.1f} us {low * 1e6:8.1f} to "
-                f"{high * 1e6:7.1f} us {model * 1e6:7.1f} us"
-            )
+    over = "in shared memory" if found.num_hosts == 1 else f"by messages of {found.num_hosts} hosts"
+    lines = [
+        f"{found.num_workers} workers {over}: latency "
+        f"{found.link.latency_seconds * 1e6:.2f} us, rate {found.link.rate / 1e9:.2f} GB/s",
+        f"{'bytes':>10} {'measured':>10} {'quartiles':>21} {'model':>10}",
+    ]
+    for nbytes, samples in found.samples.items():
+        model = modelled(found.num_workers, found.num_hosts, found.link, nbytes)
+        low, high = samples.quartiles
+        lines.append(
+            f"{nbytes:10} {samples.median * 1e6:7.1f} us {low * 1e6:8.1f} to "
+            f"{high * 1e6:7.1f} us {model * 1e6:7.1f} us"
+        )
     return "\n".join(lines)
 
 
-def as_record(found: Mapping[str, Calibration]) -> dict[str, Any]:
-    """Return it as JSON can hold it."""
+def as_record(found: Calibration) -> dict[str, Any]:
+    """Return it as JSON can hold it; a rate that was not seen is None."""
     return {
-        name: {
-            "num_workers": one.num_workers,
-            "cores_per_worker": one.cores_per_worker,
-            "latency_seconds": one.link.latency_seconds,
-            "rate": one.link.rate if math.isfinite(one.link.rate) else None,
-            "seconds": {str(nbytes): samples.seconds for nbytes, samples in one.samples.items()},
-        }
-        for name, one in found.items()
+        "num_workers": found.num_workers,
+        "num_hosts": found.num_hosts,
+        "latency_seconds": found.link.latency_seconds,
+        "rate": found.link.rate if math.isfinite(found.link.rate) else None,
+        "seconds": {str(nbytes): samples.seconds for nbytes, samples in found.samples.items()},
     }

@@ -7,6 +7,7 @@ Everything here about networks and clusters is other people's; the sources stand
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -115,10 +116,12 @@ def efficiency(
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the tables of the page, in Markdown; ``runs`` are what ``--calibrate`` has written."""
+    memory = [run for run in runs if run["num_hosts"] == 1]
+    messages = [run for run in runs if run["num_hosts"] > 1]
     return {
         "constants": _constants(runs),
-        "memory": _measured(runs, "memory"),
-        "messages": _measured(runs, "messages"),
+        "memory": _measured(memory),
+        "messages": _measured(messages),
         "predictions": _predictions(),
         "published": _published(),
     }
@@ -127,24 +130,22 @@ def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _constants(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = [["processes", "over", "latency", "rate"]]
     for run in runs:
-        for name, found in run["transports"].items():
-            rate = "not seen" if found["rate"] is None else f"{found['rate'] / 1e9:.1f} GB/s"
-            latency = f"{found['latency_seconds'] * 1e6:.0f} µs"
-            rows.append([str(found["num_workers"]), name, latency, rate])
+        over = "shared memory" if run["num_hosts"] == 1 else "messages"
+        latency = f"{run['latency_seconds'] * 1e6:.0f} µs"
+        rows.append([str(run["num_workers"]), over, latency, f"{run['rate'] / 1e9:.1f} GB/s"])
     return _markdown(rows)
 
 
-def _measured(runs: Sequence[Mapping[str, Any]], name: str) -> str:
+def _measured(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the medians, each with its ratio to what the model gives with that run's constants."""
-    held = [run["transports"][name] for run in runs]
-    rows = [["bytes", *(f"{one['num_workers']} processes | of model" for one in held)]]
-    for nbytes in held[0]["seconds"]:
+    rows = [["bytes", *(f"{run['num_workers']} processes | of model" for run in runs)]]
+    for nbytes in runs[0]["seconds"]:
         cells = []
-        for one in held:
-            seconds = sorted(one["seconds"][nbytes])[len(one["seconds"][nbytes]) // 2]
-            link = Link(one["latency_seconds"], one["rate"] or math.inf)
+        for run in runs:
+            seconds = statistics.median(run["seconds"][nbytes])
+            link = Link(run["latency_seconds"], run["rate"])
             model = between_workers.modelled(
-                name, one["num_workers"], one["cores_per_worker"], link, int(nbytes)
+                run["num_workers"], run["num_hosts"], link, int(nbytes)
             )
             cells.append(f"{_time(seconds)} | {seconds / model:.2f}")
         rows.append([_size(int(nbytes)), *cells])

@@ -18,6 +18,7 @@ from dvkernels.checkpoint.snapshot import Snapshot
 from dvkernels.checkpoint.transfer import Piece
 from dvkernels.devices import cpu
 from dvkernels.errors import CheckpointError
+from dvkernels.profiler import tracing
 
 __all__: list[str] = []
 
@@ -79,6 +80,7 @@ class Save:
                 counts = self.workers.exchange(len(self._groups))
             self._first_shard = sum(counts[: self.workers.rank])
 
+    @tracing.span("write", "checkpoint")
     def write(self) -> None:
         """Write the shards of this worker; :meth:`finish` says if that has failed."""
         try:
@@ -99,8 +101,9 @@ class Save:
                 self.workers.meet()
 
     def _own_part(self) -> _Written:
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None  # it holds what was on the stack
+        if failure is not None:
+            raise failure
         assert self._written is not None
         return self._written
 

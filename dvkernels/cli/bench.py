@@ -166,7 +166,7 @@ def _calibrate_between(arguments: argparse.Namespace) -> int:
         return 0
     print(between_workers.describe(found))
     if sink is not None:
-        record = {**_about(arguments), "transports": between_workers.as_record(found)}
+        record = {**_about(arguments), **between_workers.as_record(found)}
         sink.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -12,20 +12,21 @@ In one memory domain, for R replicas of S bytes:
 
 ``rate`` is that of one thread, or, with other threads that must join first, of all of them.
 
-Between n workers, a latency and a rate each (the model of R. Hockney, Parallel Comput. 20, 389-398
-(1994), doi:10.1016/S0167-8191(06)80021-9):
+Between n workers of H hosts, a latency and a rate each: the model of R. Hockney, Parallel Comput.
+20, 389-398 (1994), doi:10.1016/S0167-8191(06)80021-9.
 
-    memory    t = pieces latency + (n + 3) S / rate           one host; a round for each piece
+    memory    t = latency + (n + 3) S / rate                  one host
     gathered  t = latency + (n - 1) S / rate                  messages; short arrays
-    parts     t = latency + 2 (n - 1)/n S / rate              messages; each reduces a part
+    parts     t = latency + 2 (H - 1)/n S / rate              messages; each reduces a part
     ring      t = 2 (n - 1) latency + 2 (n - 1)/n S / rate    a step for each part and neighbour
 
-A network's step hides what it can of this behind its backward pass.
+``python -m dvkernels launch -n 2 -m dvkernels bench --calibrate`` measures the two. A ``Network``
+says more of messages, to choose between the two ways. A step of training hides what it can of this
+behind its backward pass.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 __all__ = [
@@ -170,32 +171,26 @@ def between_hosts(network: Network, num_workers: int, num_hosts: int, nbytes: in
 class Link(NamedTuple):
     """What workers have between them."""
 
-    latency_seconds: float  # what a round, or a message, costs before it moves anything
+    latency_seconds: float  # what a call, or a step of a ring, costs before it moves anything
     rate: float  # bytes/s
 
 
-def memory_seconds(
-    link: Link, num_workers: int, nbytes: int, piece_nbytes: int, cores_per_worker: float = 1.0
-) -> float:
+def memory_seconds(link: Link, num_workers: int, nbytes: int) -> float:
     """Return what an all-reduce takes over memory that the workers of one host share.
 
-    Each worker copies its pieces in, reads all workers', and writes: (n + 3) S bytes. With less
-    than a core for each, they take turns.
+    Each worker copies its pieces in, reads all workers', and writes: (n + 3) S bytes.
 
-    >>> memory_seconds(Link(1e-6, 10e9), 2, 1_000_000, 250_000)
-    0.000504
+    >>> memory_seconds(Link(1e-6, 10e9), 2, 1_000_000)
+    0.000501
     """
-    pieces = max(1, math.ceil(nbytes / piece_nbytes))
-    moving = (num_workers + 3) * nbytes / link.rate
-    return pieces * link.latency_seconds + moving / min(1.0, cores_per_worker)
+    return link.latency_seconds + (num_workers + 3) * nbytes / link.rate
 
 
-def message_seconds(link: Link, num_workers: int, nbytes: int) -> float:
-    """Return what an all-reduce takes by messages between hosts of one worker each."""
-    others = num_workers - 1
-    is_gathered = between_hosts(NETWORK, num_workers, num_workers, nbytes) == "gather"
-    sent = others if is_gathered else 2 * others / num_workers
-    return link.latency_seconds + sent * nbytes / link.rate
+def message_seconds(link: Link, num_workers: int, num_hosts: int, nbytes: int) -> float:
+    """Return what an all-reduce takes by messages between hosts: gathered, or in parts."""
+    is_gathered = between_hosts(NETWORK, num_workers, num_hosts, nbytes) == "gather"
+    received = num_workers - 1 if is_gathered else 2 * (num_hosts - 1) / num_workers
+    return link.latency_seconds + received * nbytes / link.rate
 
 
 def network_ring_seconds(link: Link, num_ranks: int, nbytes: int, num_buckets: int = 1) -> float:

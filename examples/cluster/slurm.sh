@@ -18,6 +18,7 @@
 set -euo pipefail
 
 # The environment that dvkernels, mpi4py and one MPI are installed in, the same path on all nodes.
+# Checkpoints go to a folder that all nodes see as well: the workers save together.
 PYTHON="${PYTHON:-.venv/bin/python}"
 
 # Which attempt this is, for programs that look for a checkpoint; launch counts on from here.

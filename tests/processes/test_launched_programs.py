@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import dvkernels as dv
 from dvkernels.cli import launcher
 from dvkernels.errors import LaunchError
 
@@ -51,7 +52,7 @@ def start(flavour, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": SEARCH_PATH},
         )
         started.append(process)
         return process
@@ -163,7 +164,34 @@ def test_digits_on_several_workers_are_those_of_one_device(
     assert second["weights_sha256"] == first["weights_sha256"]
 
 
-def test_workers_calibrate_what_lies_between_them(flavour, tmp_path):
+PREEMPTED = """
+from dvkernels.cli import main
+sys.exit(main.main(["train", "--replicas", "1", "--epochs", "1000", "--hidden", "512",
+                    "--checkpoint-dir", "saved", "--checkpoint-every", "5"]))
+"""
+
+
+def test_workers_that_are_told_to_stop_save_the_same_step(flavour, start, tmp_path):
+    for package in ("sklearn", "rich", "threadpoolctl"):
+        pytest.importorskip(package)
+    process = start(PREEMPTED, "-n", "2")
+    saved = tmp_path / "saved"
+    deadline = time.monotonic() + 60
+    while not any(saved.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 42, err
+    held = sorted(path.name for path in saved.iterdir())
+    assert 1 <= len(held) <= 5, "nothing half-written is left, and no more than are kept"
+    assert all(name.startswith("step-") for name in held), held
+    assert dv.Checkpoint().restore(saved / held[-1], partial=True).unexpected == (
+        "weights", "velocity", "batches", "progress",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("hosts", ["2", "1,1"])
+def test_workers_calibrate_what_lies_between_them(flavour, tmp_path, hosts):
     command = [
         sys.executable, "-m", "dvkernels", "launch", "-n", "2", "--no-prefix",
         "-m", "dvkernels", "bench", "--calibrate", "--rounds", "1", "--json", "found.json",
@@ -171,20 +199,19 @@ def test_workers_calibrate_what_lies_between_them(flavour, tmp_path):
     ran = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": SEARCH_PATH},
+        env={**os.environ, "PYTHONPATH": SEARCH_PATH, "DVKERNELS_HOSTS": hosts},
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    found = json.loads((tmp_path / "found.json").read_text())["transports"]
-    assert [*found] == ["memory", "messages"]
-    for name, one in found.items():
-        assert one["num_workers"] == 2
-        assert one["latency_seconds"] > 0
-        assert f"2 workers {'over memory' if name == 'memory' else 'by messages'}" in ran.stdout
-        assert all(seconds > 0 for each in one["seconds"].values() for seconds in each)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["num_workers"], found["num_hosts"]) == (2, len(hosts.split(",")))
+    assert found["latency_seconds"] > 0
+    assert all(seconds > 0 for each in found["seconds"].values() for seconds in each)
+    over = "in shared memory" if hosts == "2" else "by messages of 2 hosts"
+    assert f"2 workers {over}" in ran.stdout
 
 
 IN_A_BARRIER = (
