@@ -32,7 +32,8 @@ class CustomReduction:
     -----
     It works on integers, float32, float64, complex numbers and bool; halves must be widened
     first. Every replica ends with the same bits, and the direct algorithm applies ``fn`` from
-    left to right. It is compiled when first used on a dtype, in each process (about 0.5 s).
+    left to right. It is compiled when first used on a dtype, in each process (about 0.5 s), for
+    the CPU or for a GPU, wherever the arrays lie; a GPU may round a product and a sum once.
     Make it once, outside ``run``: replicas must bring the same one.
 
     Examples

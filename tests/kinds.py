@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,38 @@ import pytest
 from dvkernels.devices import foreign, memory
 
 KIND = os.environ.get("DVKERNELS_TEST_KIND", "cpu")
+# The tests that know NumPy arrays only.
+BODIES = (
+    "tests/unit/kernels/test_contract.py",
+    "tests/unit/kernels/test_custom.py",
+    "tests/unit/kernels/test_optimizers.py",
+    "tests/properties/test_kernels.py",
+    "tests/properties/test_collectives.py",
+    "tests/conformance/test_strategy_laws.py",
+    "tests/unit/variables",
+    "tests/unit/optimizers",
+    "tests/unit/strategies/test_contract_of_members.py",
+    "tests/unit/strategies/test_contract_of_values.py",
+    "tests/unit/strategies/test_async.py",
+    "tests/unit/strategies/test_strategies.py",
+    "tests/unit/test_context.py",
+)
+
+
+def check_body(body: str, kind: str, timeout: float, **environment: str) -> None:
+    """Run tests in a process of their own, for another kind of array; fail unless they pass."""
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", body, "-p", "no:cacheprovider"],
+        env={**os.environ, "DVKERNELS_TEST_KIND": kind, **environment},
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    assert re.search(r"\d+ passed", child.stdout), child.stdout  # and not all skipped
+
 
 only_cpu = pytest.mark.skipif(KIND != "cpu", reason=f"about the CPU, not about {KIND}")
 

@@ -53,6 +53,10 @@ _OF_TWO = {
         others={"same bytes": ("ours", "bfloat16"), "same count": ("ours", "bfloat16")},
         is_beside_mpi=False,
     ),
+    "gradients": _Case(
+        0, 5, "the mean of a ResNet-50's gradients (161 arrays, 102 MB), and fused for MPI",
+        "gradients", others={"mpi fused": ("fused", "float32")}, is_beside_mpi=False,
+    ),
     "scalar": _Case(1, 3000, "strategy.reduce of a float64, and Allreduce", "strategy", "float64"),
 }  # fmt: skip
 _OF_FOUR = {

@@ -18,6 +18,7 @@ from dvkernels.checkpoint.save import Save
 from dvkernels.checkpoint.saving import Saves
 from dvkernels.communicators.base import Workers
 from dvkernels.errors import CheckpointError, ContextError
+from dvkernels.profiler import tracing
 
 __all__ = ["Checkpoint", "Restored"]
 
@@ -159,6 +160,7 @@ class Checkpoint(Saves):
             background=background,
         )
 
+    @tracing.span("restore", "checkpoint")
     def restore(self, path: str | os.PathLike[str], *, partial: bool = False) -> Restored:
         """Restore the objects: all of them, or after an error none.
 

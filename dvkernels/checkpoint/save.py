@@ -18,6 +18,7 @@ from dvkernels.checkpoint.snapshot import Snapshot
 from dvkernels.checkpoint.transfer import Piece
 from dvkernels.devices import cpu
 from dvkernels.errors import CheckpointError
+from dvkernels.profiler import tracing
 
 __all__: list[str] = []
 
@@ -79,6 +80,7 @@ class Save:
                 counts = self.workers.exchange(len(self._groups))
             self._first_shard = sum(counts[: self.workers.rank])
 
+    @tracing.span("write", "checkpoint")
     def write(self) -> None:
         """Write the shards of this worker; :meth:`finish` says if that has failed."""
         try:

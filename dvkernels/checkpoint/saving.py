@@ -16,6 +16,7 @@ import numpy as np
 from dvkernels.checkpoint import transfer
 from dvkernels.checkpoint.save import Save
 from dvkernels.devices import threads
+from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 
 __all__: list[str] = []
@@ -39,6 +40,7 @@ class Saver:
         self._failure: list[BaseException] = []
         self._unfinished: Save | None = None
 
+    @tracing.span("save", "checkpoint")
     def save(self, prepare: Callable[[], Save], *, background: bool) -> None:
         """Carry out a save; first wait for the one before, and raise its error."""
         self.wait()

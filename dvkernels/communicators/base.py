@@ -55,12 +55,17 @@ class Workers(Communicator, Protocol):
     def rank(self) -> int:
         """The number of this worker, from 0."""
 
-    def all_reduce_replicas(
-        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
-    ) -> list[Any] | None:
-        """Return the reduction of the values of all replicas of all workers, once per local one.
+    def all_reduce_columns(
+        self,
+        columns: Sequence[Sequence[Any]],
+        how: Levels,
+        outs: Sequence[Sequence[Any]] | None = None,
+    ) -> list[list[Any]] | None:
+        """Return the reductions of many values over all replicas of all workers.
 
-        Those of a worker are combined first. None, and nothing has happened: not in one go here.
+        A column has one value for each replica of this worker, all columns are of one dtype; the
+        values of a worker are combined first. None, and nothing has happened: these do not go in
+        one pass here.
         """
 
     def meet(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -30,7 +31,8 @@ def all_reduce_each(
 class Bucketing:
     """Another communicator, whose all-reduces of many arrays are packed.
 
-    Packing copies every byte twice; it pays where a collective costs more to start than to carry
+    Workers that share memory need no buckets: the memory between them is one. Else packing copies
+    every byte twice; it pays where a collective costs more to start than to carry
     the bucket. The kernels of one process start in a microsecond, so they are not packed unless
     asked.
 
@@ -54,6 +56,10 @@ class Bucketing:
 
     def all_reduce_many(self, columns: Sequence[Column], op: Reduction) -> list[list[Any]]:
         """Return the all-reduce of each column: new arrays, those of a bucket side by side."""
+        if isinstance(self._carrying, Hierarchical):
+            at_once = self._carrying.all_reduce_many(columns, op)
+            if at_once is not None:
+                return at_once
         results: list[list[Any]] = [[]] * len(columns)
         for bucket in self._buckets(columns):
             if len(bucket) == 1:

@@ -28,7 +28,9 @@ from dvkernels.schedules import cost, hosts, partition
 __all__: list[str] = []
 
 _TO_REDUCE, _RESULT = 1, 2  # tags
-_MOST_MEETINGS = 64
+_MOST_GATHERS = 64
+_LINE = 64
+_STAGES = 4  # of a piece, after it has been brought
 _OVER = object()
 
 
@@ -67,10 +69,12 @@ class Exchange:
         self._rank, self._size = comm.rank, comm.size
         self._roles = hosts.roles(placed, comm.rank)
         self._others = [door for door in self._roles.doors if door != comm.rank]
-        self._hosts = placed
         self._is_flat = len({*placed}) == comm.size
         self._scratch = [_Scratch(), _Scratch()]
         self._gathers: dict[int, tuple[Any, Any, Any]] = {}  # by the bytes of a worker
+        # Of the pieces under way. Where a collective fails they stay: a message that comes late
+        # must not be written to memory that has become another's.
+        self._posted: list[list[Any]] = [[] for _ in range(_STAGES)]
 
     # -- verbs ------------------------------------------------------------------------------------
 
@@ -126,7 +130,7 @@ class Exchange:
         """Return a gather of so many bytes that MPI has set up: an iteration repeats its sizes."""
         found = self._gathers.get(nbytes)
         if found is None:
-            if len(self._gathers) == _MOST_MEETINGS:
+            if len(self._gathers) == _MOST_GATHERS:
                 _, _, request = self._gathers.pop(next(iter(self._gathers)))
                 request.Free()
             own, held = np.empty(nbytes, np.uint8), np.empty((self._size, nbytes), np.uint8)
@@ -139,11 +143,12 @@ class Exchange:
     def _run(self, pieces: Iterable[_Piece], finish: Finish) -> None:
         """Carry pieces through their stages, a new one at each meeting, so that they overlap.
 
-        meeting       0       1       2       3       4
-        piece 0    brings   reduces  waits   takes
-                   sends    sends
-        piece 1            brings   reduces  waits   takes
-                           sends    sends
+        after meeting    0         1         2          3          4
+        piece 0       reduces   adds up   receives    takes
+        piece 1                 reduces   adds up   receives    takes
+
+        Each is brought before the meeting after which it is reduced. The newest goes first: what it
+        sends travels while the others are seen to.
         """
         coming = iter(pieces)
         under_way: list[_Piece] = []
@@ -153,6 +158,7 @@ class Exchange:
                 next(piece)
                 under_way.insert(0, piece)
             if not under_way:
+                self._posted = [[] for _ in range(_STAGES)]
                 return
             self._host.come()
             finish(_Meeting(self._host, self._comm))
@@ -171,7 +177,9 @@ class Exchange:
         mine = parts[rank].stop - parts[rank].start
         doors = self._roles.doors
         received = {door: scratch.new(mine, how.wide) for door in self._others}
-        requests = [_receive(comm, received[door], door, _TO_REDUCE) for door in self._others]
+        requests = self._posted[number % _STAGES] = [
+            _receive(comm, received[door], door, _TO_REDUCE) for door in self._others
+        ]
         for part in self._roles.carried:
             of_host = self._of_host([each[parts[part]] for each in brought], how, scratch)
             if part != rank:
@@ -182,7 +190,7 @@ class Exchange:
         finish(_All(requests))
         results = self._host.results(number, targets)
         self._finish_part([received[door] for door in doors], results[rank], how, scratch)
-        requests = self._spread(results)
+        requests = self._spread(number, results)
         yield
         finish(_All(requests))
         yield
@@ -215,7 +223,7 @@ class Exchange:
         results = self._host.results(number, targets)
         if results[self._rank] is not targets[self._rank]:
             results[self._rank][...] = targets[self._rank]
-        requests = self._spread(results)
+        requests = self._spread(number, results)
         yield
         finish(_All(requests))
         yield
@@ -231,7 +239,7 @@ class Exchange:
         targets = [target[part] for part in parts]
         results = self._host.results(number, targets)
         yield
-        requests = []
+        requests = self._posted[number % _STAGES] = []
         if rank == root:
             for worker, part in enumerate(targets):
                 if worker != rank:
@@ -242,16 +250,16 @@ class Exchange:
             requests.append(_receive(comm, results[rank], root, _TO_REDUCE))
         yield
         finish(_All(requests))
-        requests = self._spread(results)
+        requests = self._spread(number, results)
         yield
         finish(_All(requests))
         yield
         self._host.take(results, targets)
 
-    def _spread(self, results: Sequence[Any]) -> list[Any]:
+    def _spread(self, number: int, results: Sequence[Any]) -> list[Any]:
         """Send this worker's part to every other host, and receive what it is the door for."""
         comm, rank = self._comm, self._rank
-        return [
+        requests = self._posted[number % _STAGES] = [
             *(_send(comm, results[rank], door, _RESULT) for door in self._others),
             *(
                 _receive(comm, results[part], part, _RESULT)
@@ -259,6 +267,7 @@ class Exchange:
                 if part != rank
             ),
         ]
+        return requests
 
 
 class _Meeting:
@@ -304,9 +313,6 @@ class _Scratch:
         if self._used > len(self._memory):
             self._memory = np.empty(2 * self._used, np.uint8)  # others keep theirs
         return self._memory[start : self._used].view(dtype)
-
-
-_LINE = 64
 
 
 def _send(comm: Any, array: Any, to: int, tag: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -10,6 +11,9 @@ import numpy as np
 
 from dvkernels.communicators import levels
 from dvkernels.communicators.base import Communicator, Workers
+from dvkernels.communicators.levels import Levels
+from dvkernels.custom_reduction import CustomReduction
+from dvkernels.devices import memory
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
@@ -53,15 +57,37 @@ class Hierarchical:
         if self._is_flat:
             return self._workers.all_reduce(values, op, out)
         how = levels.of(op, values[0].dtype, self.size)
-        results = self._workers.all_reduce_replicas(values, how, out)
+        results = self._workers.all_reduce_columns([values], how, None if out is None else [out])
         if results is not None:
-            return results
+            return results[0]
         total = self.reduce(values, op)
         if out is None:
             return _one_for_each(total, values)
+        held = memory.holding(total)
         for target in out:
-            target[...] = total
+            held.apply(operator.setitem, target, ..., held.near(total, target))
         return list(out)
+
+    def all_reduce_many(
+        self, columns: Sequence[Sequence[Any]], op: Reduction
+    ) -> list[list[Any]] | None:
+        """Reduce each column into new arrays in one pass; None: they are better packed."""
+        hows = {column[0].dtype: self._levels_of(op, column[0].dtype) for column in columns}
+        if isinstance(op, CustomReduction) or any(how.wide != dtype for dtype, how in hows.items()):
+            return None
+        results: dict[int, list[Any]] = {}
+        for dtype, how in hows.items():
+            alike = [k for k, column in enumerate(columns) if column[0].dtype == dtype]
+            reduced = self._workers.all_reduce_columns([columns[k] for k in alike], how)
+            if reduced is None:
+                return None
+            results |= zip(alike, reduced, strict=True)
+        return [results[k] for k in range(len(columns))]
+
+    def _levels_of(self, op: Reduction, dtype: np.dtype[Any]) -> Levels:
+        if self._is_flat:  # one level: the kernels round and divide
+            return Levels(op, dtype, 1)
+        return levels.of(op, dtype, self.size)
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""
@@ -69,23 +95,32 @@ class Hierarchical:
             return self._workers.reduce(values, op)
         dtype = values[0].dtype
         how = levels.of(op, dtype, self.size)
-        wide = [value.astype(how.wide, copy=False) for value in values]
-        part = np.asarray(self._inside.reduce(wide, how.op))
+        held = memory.holding(values[0])
+        wide = [held.apply(_as, value, how.wide) for value in values]
+        part = self._inside.reduce(wide, how.op)
+        if isinstance(part, np.generic):
+            part = np.asarray(part)
         total = self._workers.all_reduce([part], how.op, [part])[0]
-        how.divide(total)
-        return total.astype(dtype, copy=False)
+        held.apply(how.divide, total)
+        return held.apply(_as, total, dtype)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce, and give each rank its part."""
         total = self.reduce(values, op)
+        held = memory.holding(total)
         bounds = (
             partition.bounds(len(total), self.size, self._first + k) for k in range(len(values))
         )
-        return [total[start:stop].copy() for start, stop in bounds]
+        return [
+            held.beside(total[start:stop], value)
+            for (start, stop), value in zip(bounds, values, strict=True)
+        ]
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
-        own = values[0] if len(values) == 1 else np.concatenate(values, axis)
+        held = memory.holding(values[0])
+        near = [held.near(value, values[0]) for value in values]
+        own = held.apply(lambda *parts: np.concatenate(parts, axis), *near)
         return _one_for_each(self._workers.all_gather([own], axis)[0], values)
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
@@ -96,4 +131,13 @@ class Hierarchical:
 
 
 def _one_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
-    return [array, *(array.copy() for _ in values[1:])]
+    """Return the array where the first value lies, and a copy where each other one does."""
+    held = memory.holding(array)
+    return [
+        held.near(array, values[0]),
+        *(held.beside(array, value) for value in values[1:]),
+    ]
+
+
+def _as(array: Any, dtype: np.dtype[Any]) -> Any:
+    return array.astype(dtype, copy=False)

@@ -152,7 +152,7 @@ class Messages:
         else:
             self._beside = None
 
-    takes_replicas = False
+    takes_columns = False
 
     def beside(self) -> Messages:
         """Return the transport for another thread."""
@@ -162,15 +162,15 @@ class Messages:
 
     def all_reduce_into(
         self,
-        targets: Sequence[Any],
-        sources: Sequence[Any],
+        columns: Sequence[Sequence[Any]],
+        num_sources: int,
         op: Reduction,
         wanted: Asked,
         divisor: int = 1,
     ) -> None:
         """Leave the reduction of all workers' sources in the target: flat, of one dtype."""
-        del divisor
-        (target,), (source,) = targets, sources
+        del num_sources, divisor
+        ((source, target),) = columns
         with self._agreement:
             self._agree(wanted, source.nbytes)
             self._exchange.all_reduce(target, source, op, self._finish_for(wanted))

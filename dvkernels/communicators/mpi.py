@@ -102,6 +102,11 @@ def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
     return SharedMemory(room, timeout_seconds, is_roomy)
 
 
+def over_messages(comm: Any, timeout_seconds: float) -> Messages:
+    """Return the transport between processes that share nothing, wherever they are."""
+    return Messages(comm, range(comm.size), [Alone()] * NUM_CHANNELS, timeout_seconds)
+
+
 def _shared_room(comm: Any, *more: int) -> tuple[Room, bool]:
     """Return a room of the workers of one host, and whether each has a core of its own."""
     nbytes = Room.nbytes_for(comm.size, *more) + _LINE

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, ContextError
-from dvkernels.profiler import debugging
+from dvkernels.profiler import debugging, tracing
 
 __all__: list[str] = []
 
@@ -171,7 +171,11 @@ class Step:
 
     def place_of(self, replica: int) -> debugging.Place:
         """Return what messages call a replica of this step."""
-        return self.place._replace(replica=self._first + replica)
+        return self.place._replace(replica=self.number_of(replica))
+
+    def number_of(self, replica: int) -> int:
+        """Return the number of a replica of this process among those of all."""
+        return self._first + replica
 
     def enter(self, replica: int) -> bool:
         """Say that this thread runs a replica; False: the step ended before it could start."""
@@ -183,34 +187,40 @@ class Step:
 
     def meet(self, replica: int, request: Request) -> Any:
         """Bring a request, wait for the others, return this replica's result."""
-        self._check_alive(request.verb)
-        if self._watch is not None:
-            self._watch.record(self.place_of(replica), str(request))
-        gates = self._gates
-        if gates is None:
-            return self._act([request])[0]
-        gates.close(replica)
-        with self._mutex:
+        recording = tracing.active
+        began = 0 if recording is None else time.perf_counter_ns()
+        try:
+            self._check_alive(request.verb)
+            if self._watch is not None:
+                self._watch.record(self.place_of(replica), str(request))
+            gates = self._gates
+            if gates is None:
+                return self._act([request])[0]
+            gates.close(replica)
+            with self._mutex:
+                if self.failure is not None:
+                    raise self._ended()
+                self._requests[replica] = request
+                self._arrived += 1
+                complete = self._arrived == self.num_replicas
+                deserted = bool(self._gone)
+                stuck = bool(self._awaited) and self._is_stuck()
+            try:
+                if deserted or stuck:
+                    self._end_deserted()
+                elif complete:
+                    return self._complete(replica)
+                else:
+                    self._wait(replica)
+            except BaseException as error:  # of the collective itself, or Ctrl-C at any point
+                self.fail(error, None if isinstance(error, CollectiveMismatchError) else replica)
+                raise
             if self.failure is not None:
                 raise self._ended()
-            self._requests[replica] = request
-            self._arrived += 1
-            complete = self._arrived == self.num_replicas
-            deserted = bool(self._gone)
-            stuck = bool(self._awaited) and self._is_stuck()
-        try:
-            if deserted or stuck:
-                self._end_deserted()
-            elif complete:
-                return self._complete(replica)
-            else:
-                self._wait(replica)
-        except BaseException as error:  # of the collective itself, or Ctrl-C at any point
-            self.fail(error, None if isinstance(error, CollectiveMismatchError) else replica)
-            raise
-        if self.failure is not None:
-            raise self._ended()
-        return self._results[replica]
+            return self._results[replica]
+        finally:
+            if recording is not None:
+                recording.add(request.verb, "collective", began, {"call": str(request)})
 
     def _complete(self, replica: int) -> Any:
         """Act for all replicas, let them go, and return this replica's result."""
@@ -343,7 +353,15 @@ class Step:
                     remedy += "of run, or all replicas together in it"
                 raise CollectiveMismatchError(f"the replicas disagree: {said}; {remedy}")
         payloads = [request.payload for request in requests]
-        return first.act(payloads) if self.perform is None else self.perform(first.act, payloads)
+        if tracing.active is None:
+            return self._performed(first, payloads)
+        with tracing.span("reduce", "collective", call=str(first)):
+            return self._performed(first, payloads)
+
+    def _performed(self, request: Request, payloads: list[Any]) -> Sequence[Any]:
+        return (
+            request.act(payloads) if self.perform is None else self.perform(request.act, payloads)
+        )
 
     def _wait(self, replica: int) -> None:
         assert self._gates is not None

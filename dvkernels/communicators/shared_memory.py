@@ -10,6 +10,7 @@ workers, so all get the same bits, and those of the kernels within one process.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -78,7 +79,7 @@ class SharedMemory:
         else:
             self._beside = None
 
-    takes_replicas = True
+    takes_columns = True
 
     def beside(self) -> SharedMemory:
         """Return the transport for another thread."""
@@ -88,55 +89,67 @@ class SharedMemory:
 
     def all_reduce_into(
         self,
-        targets: Sequence[Any],
-        sources: Sequence[Any],
+        columns: Sequence[Sequence[Any]],
+        num_sources: int,
         op: Reduction,
         wanted: Asked,
         divisor: int = 1,
     ) -> None:
         """Leave the reduction of all workers' sources in each target: flat, of one dtype."""
-        size, itemsize = sources[0].size, sources[0].itemsize
-        start, step = 0, PLACE_NBYTES // itemsize
         with self._agreement:
-            while True:
-                how = self._relayed(targets, sources, op, wanted, divisor, start * itemsize)
-                if how == relay.DONE:
-                    return
-                has_come = how != relay.DECLINED
-                if has_come:
-                    start = self._relay.started // itemsize
-                here = slice(start, start + step)
-                pieces = [source[here] for source in sources]
-                views = self._views_of(pieces[0].dtype, pieces[0].size)
-                stage = functools.partial(_stage, views, self.rank, pieces, op)
-                parity = self._round(wanted, pieces[0].nbytes, stage, has_come=has_come)
-                first, *others = (target[here] for target in targets)
-                direct.reduce(views[parity], op, out=first)
-                levels.divide(first, divisor)
-                for other in others:
-                    other[...] = first
-                start += step
-                if start >= size:
-                    return
+            if self._relay.lay_out(columns, num_sources, op):
+                self._reduce_on(wanted, divisor)
+            elif len(columns) == 1:
+                self._reduce_by_kernels(columns[0], num_sources, op, wanted, divisor)
+            else:
+                ends = [*itertools.accumulate(column[0].size for column in columns)]
+                packed = [np.concatenate(arrays) for arrays in zip(*columns, strict=True)]
+                self._reduce_by_kernels(packed, num_sources, op, wanted, divisor)
+                for column, (start, stop) in zip(
+                    columns, itertools.pairwise([0, *ends]), strict=True
+                ):
+                    for target, whole in zip(
+                        column[num_sources:], packed[num_sources:], strict=True
+                    ):
+                        target[...] = whole[start:stop]
 
-    def _relayed(
-        self,
-        targets: Sequence[Any],
-        sources: Sequence[Any],
-        op: Reduction,
-        wanted: Asked,
-        divisor: int,
-        start: int,
-    ) -> int:
-        """Let compiled code go on from byte ``start``; return how far it came."""
-        if not self._agreement.is_settled:
-            return relay.DECLINED
-        self._relay.number = self._number
-        how = self._relay.run(sources, targets, op, wanted.number, divisor, start)
-        self._number = self._relay.number
-        if how == relay.DONE:
-            self._last = wanted
-        return how
+    def _reduce_on(self, wanted: Asked, divisor: int) -> None:
+        """Let compiled code go on, from one worker that is late to the next."""
+        agreement, way = self._agreement, self._relay
+
+        def reach() -> None:
+            agreement.reach(wanted, way.nbytes, lambda: way.bring(self._number))
+
+        has_come = not agreement.is_settled
+        if has_come:
+            reach()
+        while True:
+            how, self._number = way.run(self._number, wanted.number, divisor, has_come=has_come)
+            if how == relay.DONE:
+                self._last = wanted
+                return
+            has_come = True
+            if self._await(wanted, self._pauses) != rounds.AGREED:
+                agreement.judge(self._words(), wanted)
+                reach()
+
+    def _reduce_by_kernels(
+        self, column: Sequence[Any], num_sources: int, op: Reduction, wanted: Asked, divisor: int
+    ) -> None:
+        """Do the same, for what compiled code declines: custom reductions."""
+        sources, targets = column[:num_sources], column[num_sources:]
+        step = PLACE_NBYTES // sources[0].itemsize
+        for start in range(0, max(1, sources[0].size), step):
+            here = slice(start, start + step)
+            pieces = [source[here] for source in sources]
+            views = self._views_of(pieces[0].dtype, pieces[0].size)
+            stage = functools.partial(_stage, views, self.rank, pieces, op)
+            parity = self._round(wanted, pieces[0].nbytes, stage)
+            first, *others = (target[here] for target in targets)
+            direct.reduce(views[parity], op, out=first)
+            levels.divide(first, divisor)
+            for other in others:
+                other[...] = first
 
     def gather(self, source: Any, wanted: Asked) -> list[Any]:
         """Return the bytes of all workers, as many as each has."""
@@ -181,23 +194,12 @@ class SharedMemory:
 
     # -- rounds ----------------------------------------------------------------------------------
 
-    def _round(
-        self,
-        wanted: Asked,
-        nbytes: int,
-        stage: Callable[[int], None],
-        *,
-        has_come: bool = False,
-    ) -> int:
-        """Stage, meet, and return the parity of the round in which all brought the like.
-
-        A worker that ``has_come`` has done both, and the others may not be there yet.
-        """
+    def _round(self, wanted: Asked, nbytes: int, stage: Callable[[int], None]) -> int:
+        """Stage, meet, and return the parity of the round in which all brought the like."""
         agreement = self._agreement
         if agreement.is_settled:  # nearly always: in short what reach() does
-            if not has_come:
-                stage(self._number + 1 & 1)
-                self.come(wanted.number, nbytes)
+            stage(self._number + 1 & 1)
+            self.come(wanted.number, nbytes)
             if self._await(wanted, self._pauses) == rounds.AGREED:
                 self._last = wanted
                 return self._number & 1

@@ -20,9 +20,12 @@ class Single:
     size = 1
     rank = 0
 
-    def all_reduce_replicas(
-        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
-    ) -> list[Any] | None:
+    def all_reduce_columns(
+        self,
+        columns: Sequence[Sequence[Any]],
+        how: Levels,
+        outs: Sequence[Sequence[Any]] | None = None,
+    ) -> list[list[Any]] | None:
         """Return None: replicas of one worker meet without it."""
 
     def meet(self) -> None:

@@ -24,20 +24,21 @@ class Transport(Protocol):
     size: int
     timeout_seconds: float
 
-    takes_replicas: bool  # all_reduce_into takes several arrays
+    takes_columns: bool  # all_reduce_into takes several, of several arrays
 
     def all_reduce_into(
         self,
-        targets: Sequence[Any],
-        sources: Sequence[Any],
+        columns: Sequence[Sequence[Any]],
+        num_sources: int,
         op: Reduction,
         wanted: Asked,
         divisor: int = 1,
     ) -> None:
         """Leave the reduction of all workers' sources in each target: flat, of one dtype.
 
-        Targets may be sources. A worker's own sources are combined first; the result is divided
-        by ``divisor``. One of each, and no divisor, unless the transport takes replicas.
+        A column is [*sources, *targets], of one length, and targets may be sources. A worker's own
+        sources are combined first; the result is divided by ``divisor``. One column of one each,
+        and no divisor, unless the transport takes columns.
         """
 
     def gather(self, source: Any, wanted: Asked) -> list[Any]:
@@ -99,35 +100,44 @@ class WorkerGroup:
         flat = target.reshape(-1) if is_flat else np.empty(target.size, target.dtype)
         source = (value if value.flags.c_contiguous else np.ascontiguousarray(value)).reshape(-1)
         wanted = asked("all_reduce", op.name.lower(), Spec(value.shape, value.dtype))
-        self._transport.all_reduce_into([flat], [source], op, wanted)
+        self._transport.all_reduce_into([[source, flat]], 1, op, wanted)
         if not is_flat:
             target[...] = flat.reshape(target.shape)
         return [target]
 
-    def all_reduce_replicas(
-        self, values: Sequence[Any], how: Levels, out: Sequence[Any] | None = None
-    ) -> list[Any] | None:
-        """Reduce the arrays of all replicas of all workers, each in one pass over memory.
-
-        None: these are not to be had so. The others need not know of it: they are asked for the
-        same as by ``all_reduce`` of what the replicas of this worker make.
-        """
-        first = values[0]
-        targets = [np.empty(first.shape, first.dtype) for _ in values] if out is None else [*out]
+    def all_reduce_columns(
+        self,
+        columns: Sequence[Sequence[Any]],
+        how: Levels,
+        outs: Sequence[Sequence[Any]] | None = None,
+    ) -> list[list[Any]] | None:
+        """Reduce the arrays of all replicas of all workers, each in one pass over memory."""
+        first = columns[0][0]
         if (
-            not self._transport.takes_replicas
+            not self._transport.takes_columns
             or how.wide != first.dtype
-            or not all(type(one) is np.ndarray and one.flags.c_contiguous for one in values)
-            or not all(type(one) is np.ndarray and one.flags.c_contiguous for one in targets)
+            or not all(type(value) is np.ndarray for column in columns for value in column)
         ):
             return None
-        wanted = asked("all_reduce", how.op.name.lower(), Spec(first.shape, first.dtype))
+        if outs is None:
+            outs = [[np.empty(value.shape, value.dtype) for value in column] for column in columns]
+        targets = [
+            [out if out.flags.c_contiguous else np.empty_like(out, order="C") for out in each]
+            for each in outs
+        ]
+        specs = (Spec(column[0].shape, first.dtype) for column in columns)
         self._transport.all_reduce_into(
-            [target.reshape(-1) for target in targets],
-            [value.reshape(-1) for value in values],
-            how.op, wanted, how.divisor,
+            [
+                [array.reshape(-1) for array in [*map(np.ascontiguousarray, column), *each]]
+                for column, each in zip(columns, targets, strict=True)
+            ],
+            len(columns[0]), how.op, asked("all_reduce", how.op.name.lower(), *specs), how.divisor,
         )  # fmt: skip
-        return targets
+        for each, made in zip(outs, targets, strict=True):
+            for out, target in zip(each, made, strict=True):
+                if out is not target:
+                    out[...] = target
+        return [[*each] for each in outs]
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into a new array, on every worker."""

@@ -9,6 +9,7 @@ from typing import Any
 from dvkernels.data.ahead import Ahead
 from dvkernels.data.nest import nbytes_of
 from dvkernels.data.skips import Skips
+from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 
 __all__ = ["Clock", "InputStats"]
@@ -77,6 +78,8 @@ class Clock:
         self._ended = now
         self._num_batches += 1
         self._wait += now - began
+        if tracing.active is not None:
+            tracing.active.add("next", "input", round(began * 1e9), {})
         for element in elements:
             self._nbytes += nbytes_of(element)
         if self._num_batches == _WARN_AFTER_BATCHES:

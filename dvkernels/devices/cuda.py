@@ -135,6 +135,17 @@ def missing() -> str:
     found = driver.find()
     if found is None:
         return explain(None, "", 0, ())
+    if found.is_inherited:
+        return (
+            "this process was forked from one that had begun to use the GPU, and the driver serves "
+            "only that one: start processes with the method 'spawn' or 'forkserver'"
+        )
+    return _missing_with(found)
+
+
+@functools.cache
+def _missing_with(found: driver.Driver) -> str:
+    """Return what is missing beside a driver, asked once: it does not change while it runs."""
     version = None if found.problem else found.version()
     return explain(version, found.problem, found.count(), _installed())
 

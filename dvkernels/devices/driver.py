@@ -6,10 +6,12 @@ launcher that looks at each argument costs ten times that. Nothing here initiali
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 from dvkernels.errors import DeviceError
 
-__all__ = ["Driver", "find"]
+__all__ = ["Arguments", "Driver", "find"]
 
 _NAMES = ("libcuda.so.1", "libcuda.so")
 _NUM_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # attributes of a device
@@ -29,6 +31,29 @@ _ALREADY_OPEN = 704
 _NO_DEVICE, _OUT_OF_MEMORY = 100, 2
 # What follows in the list of extra launch options: the arguments in one buffer, and its size.
 _END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
+
+
+class Arguments:
+    """The int64 arguments of a kernel, laid out as the driver takes them; for one launch at a time.
+
+    Attributes
+    ----------
+    words : array.array
+        What to fill in, all of it.
+    options
+        What a launch is given.
+    """
+
+    __slots__ = ("_buffer", "_size", "options", "words")
+
+    def __init__(self, count: int) -> None:
+        self.words = array.array("q", bytes(8 * count))
+        self._size = ctypes.c_size_t(8 * count)
+        self._buffer = (ctypes.c_int64 * count).from_buffer(self.words)
+        self.options = (ctypes.c_void_p * 5)(
+            _BUFFER, ctypes.addressof(self._buffer),
+            _BUFFER_SIZE, ctypes.addressof(self._size), _END,
+        )  # fmt: skip
 
 
 class Driver:
@@ -44,8 +69,14 @@ class Driver:
         self._library = library
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         code = library.cuInit(0)
         self.problem = "" if code in (0, _NO_DEVICE) else self._name(code)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Return whether this process was forked from the one that it serves."""
+        return os.getpid() != self._pid
 
     def count(self) -> int:
         """Return how many devices this process sees: ``CUDA_VISIBLE_DEVICES`` counts."""
@@ -264,26 +295,32 @@ class Driver:
         return found
 
     def launch(
-        self, device: int, function: int, blocks: int, threads: int, words: Any, stream: int
+        self,
+        device: int,
+        function: int,
+        blocks: int,
+        threads: int,
+        arguments: Arguments,
+        stream: int,
     ) -> None:
-        """Start a kernel whose arguments are int64 words; do not wait for it.
+        """Start a kernel; do not wait for it.
 
-        The driver copies the words before this returns. The thread's context is as before.
+        The driver copies the arguments before this returns. The thread's context is as before.
         """
-        size = ctypes.c_size_t(len(words) * 8)
-        buffer = (ctypes.c_int64 * len(words)).from_buffer(words)
-        options = (ctypes.c_void_p * 5)(
-            _BUFFER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(size), _END
-        )
         before = self.current()
-        self.enter(device)
+        own = self._contexts.get(device)
+        is_elsewhere = own is None or before.value != own.value
+        if is_elsewhere:
+            self.enter(device)
         try:
-            self._check(
-                "cuLaunchKernel", ctypes.c_void_p(function), blocks, 1, 1, threads, 1, 1, 0,
-                ctypes.c_void_p(stream), None, options,
+            code = self._library.cuLaunchKernel(
+                ctypes.c_void_p(function), blocks, 1, 1, threads, 1, 1, 0,
+                ctypes.c_void_p(stream), None, arguments.options,
             )  # fmt: skip
         finally:
-            self._check("cuCtxSetCurrent", before)
+            if is_elsewhere:
+                self._check("cuCtxSetCurrent", before)
+        self._raise("cuLaunchKernel", code)
 
     def _attribute(self, device: int, attribute: int) -> int:
         found = ctypes.c_int()

@@ -7,8 +7,8 @@ call. Each message says what was expected, what came, from which replica, and wh
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dvkernels import reduce_op
 from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import (
+    AlgorithmError,
     BufferMismatchError,
     NotABufferError,
     UnsupportedDTypeError,
@@ -25,6 +26,7 @@ from dvkernels.reduce_op import Reduction
 __all__ = [
     "NEW",
     "address",
+    "algorithm",
     "all_apart",
     "apart",
     "arrays",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 
 # The C struct of an ndarray starts with the object header and then the data pointer. It is part
 # of NumPy's stable ABI, and reading it costs 0.2 us where `array.ctypes.data` costs 1.5 us.
@@ -282,6 +285,14 @@ def reduction(verb: str, op: Any, dtype: np.dtype[Any]) -> Reduction:
     known = reduce_op.parse(op)
     reduce_op.check_dtype(verb, known, dtype)
     return known
+
+
+def algorithm(verb: str, name: Any, known: Mapping[str, T]) -> T:
+    """Return what the name of an algorithm stands for; raise unless it is one of ``known``."""
+    if not isinstance(name, str) or name not in known:
+        names = ", ".join(map(repr, known))
+        raise AlgorithmError(f"{verb}: expected an algorithm of {names}; got {name!r}")
+    return known[name]
 
 
 def check_root(verb: str, root: Any, num_replicas: int) -> int:

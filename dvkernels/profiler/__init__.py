@@ -2,3 +2,4 @@
 
 from dvkernels.profiler.accounts import MemoryReport as MemoryReport
 from dvkernels.profiler.accounts import memory as memory
+from dvkernels.profiler.tracing import trace as trace

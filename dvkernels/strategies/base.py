@@ -12,6 +12,7 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Step
 from dvkernels.communicators.single import Single
+from dvkernels.communicators.staged import Staged
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
@@ -26,7 +27,6 @@ from dvkernels.errors import (
     BufferMismatchError,
     ContextError,
     DatasetError,
-    DeviceError,
     SynchronizationError,
 )
 from dvkernels.profiler import debugging
@@ -117,11 +117,7 @@ class Strategy:
         workers = Single() if workers is None else workers
         held = memory.of(resolved)
         if workers.size > 1 and held is not memory.HOST:
-            raise DeviceError(
-                f"{type(self).__name__}: the replicas of several workers compute on CPU devices so "
-                f"far, and these are {', '.join(map(str, resolved))}; name CPU devices, or use one "
-                f"process for all GPUs of a machine"
-            )
+            workers = Staged(workers)
         counts = workers.exchange(len(resolved))
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         if workers.size > 1:

@@ -13,7 +13,7 @@ from typing import Any
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.rendezvous import Step, timeout_seconds
 from dvkernels.errors import CollectiveTimeoutError, ContextError
-from dvkernels.profiler import debugging
+from dvkernels.profiler import debugging, tracing
 from dvkernels.strategies.crew import Crew
 
 __all__: list[str] = []
@@ -151,13 +151,20 @@ def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
     watching = debugging.active is not None
     before = debugging.enter(step.place_of(rank)) if watching else None
     try:
-        results[rank] = call(step, rank)
+        results[rank] = call(step, rank) if tracing.active is None else _traced(step, rank, call)
     except BaseException as error:
         step.fail(error, rank)
     finally:
         if watching:
             debugging.enter(before)
         step.leave(rank)
+
+
+def _traced(step: Step, rank: int, call: Call) -> Any:
+    """Return what the replica returns, and record it."""
+    replica = step.number_of(rank)
+    with tracing.span("run", "step", lane=f"replica {replica}", replica=replica):
+        return call(step, rank)
 
 
 def _run_together(step: Step, crew: Crew, call: Call, results: list[Any]) -> None:

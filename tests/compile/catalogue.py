@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_dtypes
+import numba
 import numpy as np
 
 from dvkernels import errors, reduce_op
+from dvkernels.custom_reduction import CustomReduction
 from dvkernels.kernels import arithmetic, steps
-from dvkernels.kernels.cuda import optimizers, reduction, waiting
+from dvkernels.kernels.cuda import operations, optimizers, reduction, waiting
 from dvkernels.reduce_op import ReduceOp
 
 DTYPES = [
@@ -21,6 +23,13 @@ _ROWS = [*map(np.dtype, ["f2", "f4"])]
 _RULES = {
     "sgd": steps.PLAIN, "momentum": steps.MOMENTUM, "nesterov": steps.NESTEROV, "adam": steps.ADAM,
 }  # fmt: skip
+
+
+# Reductions of a user's own, over elements of every kind: wide, packed, complex, of one bit.
+CUSTOM = {
+    "farther": (numba.njit(lambda a, b: a if abs(a) >= abs(b) else b), "fdD"),
+    "xor": (numba.njit(lambda a, b: a ^ b), "bHl?"),
+}
 
 
 class Kernel(NamedTuple):
@@ -50,4 +59,11 @@ def kernels() -> dict[str, Kernel]:
         for dtype in map(np.dtype, ("f4", "f8")):
             function = optimizers.kernel(rule, arithmetic.type_code(dtype))
             found[f"{name} {dtype}"] = Kernel(function)
+    for name, (function, letters) in CUSTOM.items():
+        for dtype in map(np.dtype, letters):
+            told = operations.told(CustomReduction(function, 0, name), dtype)
+            found[f"{name} {dtype}"] = Kernel(reduction.kernel(*told))
+            if dtype.char == "f":
+                waits = waiting.waiting_kernel(*told)
+                found[f"waiting {name} {dtype}"] = Kernel(waits, is_between_gpus=True)
     return found

@@ -11,12 +11,17 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numba
+import numpy as np
 import pytest
 import toolchain
 from catalogue import DTYPES, kernels
 
-from dvkernels.kernels.cuda import compiler
+from dvkernels.custom_reduction import CustomReduction
+from dvkernels.errors import DeviceError, UnsupportedDTypeError
+from dvkernels.kernels.cuda import compiler, operations, reduction
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("numba_cuda") is None or os.environ.get("NUMBA_ENABLE_CUDASIM") == "1",
@@ -29,7 +34,8 @@ KERNELS = kernels()
 
 def test_the_budget_knows_every_kernel() -> None:
     assert BUDGET.keys() == KERNELS.keys(), "run: python tests/compile/record_budget.py"
-    assert len(KERNELS) == 42 + 42 + 8 + 8  # in one launch, waiting, some rows, optimizers
+    # In one launch, waiting, some rows, optimizers, reductions of a user's own.
+    assert len(KERNELS) == 42 + 42 + 8 + 8 + 8
     assert len(DTYPES) == 15
 
 
@@ -83,7 +89,23 @@ def test_the_linker_makes_machine_code() -> None:
 
 
 def test_a_linker_that_fails_says_what_to_look_at() -> None:
-    from dvkernels.errors import DeviceError
-
     with pytest.raises(DeviceError, match="of one release"):
         compiler.assemble(compiler.Compiled("broken", ".version 9.0\nnonsense"), (9, 0))
+
+
+def test_a_function_of_the_users_that_does_not_compile_is_named() -> None:
+    op = CustomReduction(numba.njit(lambda a, b: a ^ b), 0, "xor")
+    with pytest.raises(UnsupportedDTypeError, match=r"(?s)'xor'.*for float32 on a GPU.*float32"):
+        operations.told(op, np.dtype("f4"))
+
+
+def test_a_function_of_the_users_may_call_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.cuda import dispatcher
+
+    # What it calls is compiled for the device at hand; here there is none.
+    device = SimpleNamespace(compute_capability=(7, 5))
+    monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
+    square = numba.njit(lambda x: x * x)
+    op = CustomReduction(numba.njit(lambda a, b: square(a) + b), 0, "sum of squares")
+    kernel = reduction.kernel(*operations.told(op, np.dtype("f4")))
+    check_ptx(compiler.compile_to_ptx(kernel, (7, 5)).ptx, False)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kinds import BODIES, check_body
 
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda
@@ -21,32 +20,11 @@ pytestmark = [
         cuda.is_simulated() or bool(cuda.missing()), reason=cuda.missing() or "it is the simulator"
     ),
 ]
-ROOT = Path(__file__).resolve().parents[2]
-BODIES = [
-    "tests/unit/kernels/test_contract.py",
-    "tests/unit/kernels/test_optimizers.py",
-    "tests/properties/test_kernels.py",
-    "tests/properties/test_collectives.py",
-    "tests/conformance/test_strategy_laws.py",
-    "tests/unit/variables",
-    "tests/unit/optimizers",
-    "tests/unit/strategies/test_contract_of_members.py",
-    "tests/unit/strategies/test_contract_of_values.py",
-    "tests/unit/strategies/test_async.py",
-    "tests/unit/strategies/test_strategies.py",
-    "tests/unit/test_context.py",
-]
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_the_bodies_of_the_cpu(body):
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", body, "-p", "no:cacheprovider"],
-        env={**os.environ, "DVKERNELS_TEST_KIND": "cupy"},
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    assert re.search(r"\d+ passed", child.stdout), child.stdout
+    check_body(body, "cupy", 600)
 
 
 def test_the_seam_of_cupy():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,8 @@ class Outcome:
 class Job:
     """Processes that run a function of ``worker_programs.py``.
 
-    ``prefix`` are words before the launcher's name, ``options`` those after it.
+    ``prefix`` are words before the launcher's name, ``options`` those after it, ``environ`` more
+    variables.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Job:
         *args: object,
         prefix: Sequence[str] = (),
         options: Sequence[str] | None = None,
+        environ: Mapping[str, str] | None = None,
     ):
         self.mark = uuid.uuid4().hex
         words = [*prefix, mpiexec(), *(options or ())]
@@ -89,6 +91,7 @@ class Job:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         # Warnings of ours are errors in workers as they are in tests; MPI's own output is kept out.
         environment = os.environ | _OPEN_MPI | {_MARK: self.mark, "PYTHONPATH": path}
+        environment |= environ or {}
         self._process = subprocess.Popen(
             [*command, program, *map(str, args)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -129,8 +132,10 @@ class Job:
                 os.kill(member, signal.SIGKILL)
 
 
-def run(count: int, program: str, *args: object) -> Outcome:
+def run(
+    count: int, program: str, *args: object, environ: Mapping[str, str] | None = None
+) -> Outcome:
     """Run a job that must succeed."""
-    outcome = Job(count, program, *args).wait()
+    outcome = Job(count, program, *args, environ=environ).wait()
     assert outcome.code == 0, outcome.written
     return outcome

@@ -89,3 +89,9 @@ def test_a_checkpoint_goes_on_with_other_workers(is_apart, tmp_path):
         assert len(shards) == count
     expected = np.load(tmp_path / "whole" / "found.npy")
     np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("program", ["strategy_laws", "variables"])
+@pytest.mark.parametrize("num_local", [1, 2])
+def test_replicas_on_gpus(program, num_local):
+    run(2, program, num_local, "memory", environ={"NUMBA_ENABLE_CUDASIM": "1"})

@@ -16,6 +16,7 @@ import pytest
 
 import dvkernels as dv
 from dvkernels.checkpoint import files
+from dvkernels.devices import memory
 from dvkernels.schedules import cost
 from dvkernels.testing import check_communicator, check_strategy
 
@@ -23,9 +24,9 @@ from dvkernels.testing import check_communicator, check_strategy
 def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
     hosts = next((word for word in sys.argv if "," in word), "")  # as 2,2: two on each of two
     os.environ["DVKERNELS_HOSTS"] = hosts
-    return dv.MultiWorkerMirroredStrategy(
-        devices=[f"cpu:{k}" for k in range(num_local)], timeout_seconds=timeout_seconds
-    )
+    is_simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+    devices = ["cuda:0" if is_simulated else f"cpu:{k}" for k in range(num_local)]
+    return dv.MultiWorkerMirroredStrategy(devices=devices, timeout_seconds=timeout_seconds)
 
 
 def rank() -> int:
@@ -248,7 +249,8 @@ def variables(num_local: str, over: str) -> None:
             outside = (own.first_replica + len(strategy.worker_devices)) % count
             with pytest.raises(IndexError, match=f"replica {outside} is one of worker"):
                 own.on(outside)
-        together = strategy.gather(strategy.run(lambda: np.asarray(table.read_value())))
+        together = strategy.gather(strategy.run(lambda: table.read_value().copy()))
+        together = memory.holding(together).to_host(together)
         assert (together.reshape(count, -1) == np.asarray(table)).all(), "all copies are equal"
 
 

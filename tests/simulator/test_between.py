@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 
@@ -16,10 +17,12 @@ from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from simulated_peers import Simulated
 
+import dvkernels as dv
 from dvkernels.devices import driver, gpu_arrays
 from dvkernels.errors import BufferMismatchError, CollectiveTimeoutError, DeviceError
 from dvkernels.kernels import cuda as kernels
 from dvkernels.kernels.cuda import between, peers
+from dvkernels.schedules import routes
 
 pytestmark = pytest.mark.cuda
 
@@ -97,6 +100,44 @@ def test_buffers_on_three_devices(machine, verb, apart):
     assert waits == (not apart)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "taken"),
+    [
+        ("auto", "f4", "ring"),
+        ("auto", "f2", "staged"),
+        ("ring", "f4", "ring"),
+        ("direct", "f4", "staged"),
+    ],
+)
+def test_where_only_neighbours_reach_each_other(machine, monkeypatch, algorithm, dtype, taken):
+    found, choose = [], routes.choose
+
+    def choosing(*args, **named):
+        found.append(choose(*args, **named))
+        return found[-1]
+
+    monkeypatch.setattr(routes, "choose", choosing)
+    machine.apart = {(0, 1), (1, 2), (2, 0)}
+    arrays = some(3, 50, dtype)
+    right = np.sum(arrays, axis=0)
+    with concurrent(seed=1):
+        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        kernels.all_reduce(buffers, algorithm=algorithm)
+    assert all(np.array_equal(array, right) for array in arrays)
+    assert [route.make.__name__ for route in found] == [taken]
+
+
+@pytest.mark.parametrize(("algorithm", "dtype"), [("direct", "i4"), ("ring", "u1"), ("auto", "?")])
+def test_a_reduction_of_the_users_own(machine, algorithm, dtype):
+    op = dv.CustomReduction(numba.njit(lambda a, b: a ^ b), 0, "xor")
+    arrays = some(3, 200, dtype)
+    right = np.bitwise_xor.reduce(arrays)
+    with concurrent(seed=2):
+        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        kernels.all_reduce(buffers, op, algorithm=algorithm)
+    assert all(np.array_equal(array, right) for array in arrays)
+
+
 def test_out_and_its_streams(machine):
     arrays = some(2, 77, "f8")
     before = [array.copy() for array in arrays]
@@ -157,7 +198,7 @@ def test_a_graph_takes_in_all_streams_and_holds_no_flags_and_no_slots(machine):
     assert machine.waited == [(k, 10 + k, 1, 11) for k in (0, 2)] + [
         (1, 11, k, 10 + k) for k in (0, 2)
     ]
-    machine.apart = {(0, 1)}
+    machine.apart = {(0, 1), (0, 2)}  # no ring either
     between._groups.clear()
     with pytest.raises(DeviceError, match="CUDA graph"):
         kernels.all_reduce([machine.put(a, rank, 10 + rank) for rank, a in enumerate(arrays)])

@@ -182,14 +182,6 @@ def test_threads_share_the_simulator():
     assert not wrong
 
 
-def test_a_reduction_of_the_users_own_says_where_it_runs():
-    import numba
-
-    op = dv.CustomReduction(numba.njit(lambda a, b: a if a > b else b), 0, "larger")
-    with pytest.raises(errors.UnsupportedDTypeError, match="on the CPU only"):
-        kernels.all_reduce(buffers_of(3), op)
-
-
 def test_the_ring_adds_each_chunk_in_the_order_of_its_schedule():
     rng = np.random.default_rng(2)
     values = [

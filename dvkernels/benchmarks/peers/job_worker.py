@@ -5,7 +5,9 @@ Started under mpiexec in an environment that has dvkernels. A command says ``who
 * ``mpi``: ``Allreduce``;
 * ``ours``: the communicator between workers;
 * ``replicas``: the first half of the processes, with two replicas each;
-* ``strategy``: ``strategy.reduce`` of a number.
+* ``strategy``: ``strategy.reduce`` of a number;
+* ``gradients``: the mean of a ResNet-50's gradients, 161 arrays, as a strategy takes it;
+* ``fused``: the same by MPI, through a buffer that they are packed into and unpacked from.
 
 Arrays are reduced in place and out of place; the better of both counts.
 """
@@ -13,18 +15,24 @@ Arrays are reduced in place and out of place; the better of both counts.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
 import mpi_commands
 import numpy as np
 import protocol
 from mpi4py import MPI
 
-from dvkernels.communicators import mpi, registry
+from dvkernels.benchmarks import gradients
+from dvkernels.communicators import mpi, registry, single
+from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.strategies.multi_worker_mirrored import MultiWorkerMirroredStrategy
 
 TIMEOUT_SECONDS = 60.0
+BYTES_PER_BUCKET = 4 * 1024 * 1024  # where there are buckets
+MEAN = ReduceOp.MEAN
 
 comm = MPI.COMM_WORLD
 strategy = MultiWorkerMirroredStrategy(devices=["cpu:0"], timeout_seconds=TIMEOUT_SECONDS)
@@ -82,6 +90,34 @@ def in_place_and_apart(reduce_into, count, dtype, own, group, iterations):
     return min(in_place, apart), group.allreduce(wrong), note
 
 
+def mean_of_gradients(who, iterations):
+    """Return seconds, wrong elements and a note of one step's gradients, into new arrays."""
+    every = [
+        protocol.inputs(math.prod(shape), comm.size, "float32")
+        for shape in gradients.resnet_50_shapes()
+    ]
+    mine = [arrays[comm.rank] for arrays in every]
+    whole = registry.between_replicas(single.Single(), workers, [1] * comm.size, BYTES_PER_BUCKET)
+    held = np.empty(sum(array.size for array in mine), np.float32)
+
+    def ours():
+        return [one for (one,) in all_reduce_each(whole, [[array] for array in mine], MEAN)]
+
+    def by_mpi():
+        np.concatenate(mine, out=held)
+        comm.Allreduce(MPI.IN_PLACE, held, op=MPI.SUM)
+        np.divide(held, comm.size, out=held)
+        ends = itertools.accumulate((array.size for array in mine), initial=0)
+        return [held[start:stop].copy() for start, stop in itertools.pairwise(ends)]
+
+    call = ours if who == "gradients" else by_mpi
+    wrong = sum(
+        int((found != np.mean(arrays, axis=0)).sum())
+        for found, arrays in zip(call(), every, strict=True)
+    )
+    return seconds_of(call, comm, lambda: None, iterations), comm.allreduce(wrong), ""
+
+
 def mpi_reduce_into(targets, sources):
     """Reduce by MPI."""
     (target,), (source,) = targets, sources
@@ -99,6 +135,8 @@ def measure(who, count, dtype, iterations):
             strategy.reduce("sum", number)
 
         return seconds_of(reduce, comm, lambda: None, iterations), comm.allreduce(wrong), ""
+    if who in ("gradients", "fused"):
+        return mean_of_gradients(who, iterations)
     if who == "replicas":
         if comm.rank >= half.size:
             return 0.0, 0, ""

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.errors import AlgorithmError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, optimizers, prompt, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
@@ -67,8 +66,5 @@ def all_reduce(
         reduced = prompt.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
-    chosen = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
-    if chosen is None:
-        names = ", ".join(map(repr, _ALGORITHMS))
-        raise AlgorithmError(f"all_reduce: expected an algorithm of {names}; got {algorithm!r}")
+    chosen = checks.algorithm("all_reduce", algorithm, _ALGORITHMS)
     return chosen("all_reduce", buffers, op, out)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvkernels.errors import AlgorithmError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import direct, optimizers, ring
 from dvkernels.kernels.cuda.between import abort, recover
@@ -38,9 +37,14 @@ __all__ = [
     "ring_all_reduce",
 ]
 
-# Within one GPU the direct algorithm moves the least at every size.
+
+def _cheapest(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
+    """Reduce directly within a GPU: that moves the least at every size. Between GPUs it depends."""
+    return direct.all_reduce_as(verb, buffers, op, out, stream, between_gpus="auto")
+
+
 _ALGORITHMS = {
-    "auto": direct.all_reduce_as,
+    "auto": _cheapest,
     "direct": direct.all_reduce_as,
     "ring": ring.all_reduce_as,
 }
@@ -55,8 +59,5 @@ def all_reduce(
     buffers: Any, op: Any = "sum", *, algorithm: Any = "auto", out: Any = None, stream: Any = None
 ) -> list[Any]:
     """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
-    chosen = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
-    if chosen is None:
-        names = ", ".join(map(repr, _ALGORITHMS))
-        raise AlgorithmError(f"all_reduce: expected an algorithm of {names}; got {algorithm!r}")
+    chosen = checks.algorithm("all_reduce", algorithm, _ALGORITHMS)
     return chosen("all_reduce", buffers, op, out, stream)

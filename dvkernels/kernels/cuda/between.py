@@ -17,10 +17,10 @@ from dvkernels.devices import cuda, driver, gpu_arrays
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cuda import jobs, peers
-from dvkernels.kernels.cuda.calls import Buffers, wait_for
+from dvkernels.kernels.cuda.calls import AllReduce, wait_for
 from dvkernels.kernels.cuda.jobs import Order
 from dvkernels.kernels.cuda.team import Job, Team
-from dvkernels.reduce_op import ReduceOp, is_half
+from dvkernels.reduce_op import Reduction, is_half
 from dvkernels.schedules import routes
 from dvkernels.schedules.routes import Reach
 
@@ -47,8 +47,8 @@ _groups: dict[tuple[int, ...], _Group] = {}
 _grouping = threading.Lock()
 
 
-def all_reduce(call: Buffers, op: ReduceOp, out: Any, algorithm: str) -> list[Any]:
-    """Leave the reduction in every buffer of a call, or in ``out``, or in new arrays.
+def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
+    """Leave the reduction in every buffer of a call, or in its ``out``, or in new arrays.
 
     Arrays that are not dense, or lie where a GPU cannot read their elements, are copied to the side
     and back: a launch or two more, and their memory once more.
@@ -58,28 +58,21 @@ def all_reduce(call: Buffers, op: ReduceOp, out: Any, algorithm: str) -> list[An
     CollectiveTimeoutError
         An earlier call on these devices failed. No buffer has been touched.
     """
-    if out is None:
-        checks.in_place(call.verb, call.reads)
-        writes = call.reads
-    elif out is checks.NEW:
-        writes = call.made([read.shape for read in call.reads])
-    else:
-        writes = checks.results(call.verb, call.reads, call.out)
-    ranks = _ranks(call, writes)
+    ranks = _ranks(call, call.written())
     if ranks[0].read.size:
         found = driver.find()
         assert found is not None  # it has told where the buffers lie
         for rank in ranks:
             for other in rank.others:
                 wait_for(rank.order, other)
-        _launch(found, op, ranks, algorithm)
+        _launch(found, call.op, ranks, algorithm)
         for rank in ranks:
             for other in rank.others:
                 wait_for(other, rank.order)
     return list(call.results)
 
 
-def _ranks(call: Buffers, writes: Sequence[Array]) -> list[Rank]:
+def _ranks(call: AllReduce, writes: Sequence[Array]) -> list[Rank]:
     """Return where each rank works; raise unless its result goes to the GPU of its buffer."""
     places = call.places()
     count = len(writes)
@@ -98,7 +91,7 @@ def _ranks(call: Buffers, writes: Sequence[Array]) -> list[Rank]:
     return ranks
 
 
-def _launch(found: driver.Driver, op: ReduceOp, ranks: Sequence[Rank], algorithm: str) -> None:
+def _launch(found: driver.Driver, op: Reduction, ranks: Sequence[Rank], algorithm: str) -> None:
     devices = tuple(rank.order.device for rank in ranks)
     group = _group(found, devices)
     dtype, length = ranks[0].read.dtype, ranks[0].read.size

@@ -1,4 +1,4 @@
-"""What every call on GPU arrays does around its launch: places, streams, new arrays, results.
+"""What every call on GPU arrays does around its launch: checks, places, streams, new arrays.
 
 A call reads where its buffers lie, checks them, puts its work on one stream and orders the others
 by events. The host waits for nothing.
@@ -15,9 +15,10 @@ import numpy as np
 from dvkernels.devices import cuda, driver, gpu_arrays, streams
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
+from dvkernels.kernels.cuda import jobs
 from dvkernels.kernels.cuda.jobs import Order
 
-__all__ = ["Buffers", "Call", "wait_for"]
+__all__ = ["AllReduce", "Buffers", "Call", "wait_for"]
 
 Array = np.ndarray[Any, Any]
 
@@ -135,6 +136,30 @@ class Buffers(Call):
         pairs = zip(made, self.buffers, strict=False)
         self.results = [gpu_arrays.like(one, buffer) for one, buffer in pairs]
         return arrays
+
+
+class AllReduce(Buffers):
+    """An all-reduce of arrays that fit together, by an op that GPUs can do on them.
+
+    Its results go to the buffers (``out`` is None), to new arrays (``checks.NEW``), or to ``out``.
+    """
+
+    def __init__(self, verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> None:
+        self._makes_new = out is checks.NEW
+        super().__init__(verb, buffers, None if self._makes_new else out, stream)
+        checks.arrays(verb, self.reads)
+        self.dtype = self.reads[0].dtype
+        self.op = jobs.checked(verb, op, self.dtype)
+        self.is_in_place = out is None
+
+    def written(self) -> list[Array]:
+        """Return the arrays that get the results; raise unless they can be written to."""
+        if self.is_in_place:
+            checks.in_place(self.verb, self.reads)
+            return self.reads
+        if self._makes_new:
+            return self.made([read.shape for read in self.reads])
+        return checks.results(self.verb, self.reads, self.out)
 
 
 def wait_for(waiting: Order, awaited: Order) -> None:

@@ -15,10 +15,11 @@ from numba import cuda, types
 from dvkernels.errors import DeviceError
 from dvkernels.kernels.cuda import tables
 
-__all__ = ["Compiled", "assemble", "compile_to_ptx"]
+__all__ = ["Compiled", "assemble", "check", "compile_to_ptx"]
 
 _untyped_cuda: Any = cuda
 _untyped_types: Any = types
+_OLDEST = (7, 5)  # the capability that all toolkits of today compile for
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 
 
@@ -41,6 +42,11 @@ def compile_to_ptx(kernel: Callable[..., None], capability: tuple[int, int]) -> 
     found = _ENTRY.search(ptx)
     assert found is not None
     return Compiled(found[1], ptx)
+
+
+def check(function: Callable[..., Any], signature: Any) -> None:
+    """Raise what Numba raises unless a function can be compiled for devices."""
+    _untyped_cuda.compile_ptx(function, signature, device=True, cc=_OLDEST)
 
 
 def assemble(compiled: Compiled, capability: tuple[int, int]) -> bytes:

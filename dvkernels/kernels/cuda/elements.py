@@ -8,6 +8,8 @@ those of kernels/arithmetic.py, which emits the same code for the CPU: hence the
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from numba import types
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import memory
+from dvkernels.kernels.cuda.operations import Custom, Operation
 from dvkernels.reduce_op import working_dtype
 
-__all__ = ["combine", "divide", "load", "store"]
+__all__ = ["combiner", "divide", "load", "store"]
 
 _untyped: Any = types  # its classes carry no types
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -55,11 +58,6 @@ def _plain_store(address: int, value: Any, code: int, is_whole: bool) -> None:
     with np.errstate(all="ignore"):
         place = _at(address, code, is_whole)
         place[:] = value.astype(place.dtype)
-
-
-def _plain_combine(left: Any, right: Any, operation: int, code: int) -> Any:
-    with np.errstate(all="ignore"):
-        return _UFUNCS[operation](left, right)
 
 
 def _plain_divide(value: Any, divisor: int, code: int) -> Any:
@@ -149,10 +147,10 @@ class _Numbers(arithmetic.Numbers):
         return memory.gather(builder, products)
 
 
-def _numbers(builder: Any, code: Any, value: Any) -> _Numbers:
+def _numbers(builder: Any, code: int, value: Any) -> _Numbers:
     """Return the arithmetic of a vector of this type."""
     for is_whole in (True, False):
-        numbers = _Numbers(builder, code.literal_value, is_whole)
+        numbers = _Numbers(builder, code, is_whole)
         if numbers.described() == value:
             break
     return numbers
@@ -182,16 +180,64 @@ def store(typing: Any, address: Any, value: Any, code: Any, is_whole: Any) -> An
     return types.void(types.int64, value, code, is_whole), generate
 
 
-@memory.twin(_plain_combine, prefer_literal=True)
-def combine(typing: Any, left: Any, right: Any, operation: Any, code: Any) -> Any:
-    """Return ``left operation right``, lane by lane."""
+@functools.cache
+def combiner(operation: Operation, code: int) -> Any:
+    """Return the function that combines two vectors, or two elements, lane by lane."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        numbers = _numbers(builder, code, left)
-        sides = [numbers.from_tuple(arg) for arg in args[:2]]
-        return numbers.to_tuple(context, numbers.combine(operation.literal_value, *sides))
+    def plain(left: Any, right: Any) -> Any:
+        with np.errstate(all="ignore"):
+            if not isinstance(operation, Custom):
+                return _UFUNCS[operation](left, right)
+            pairs = zip(left, right, strict=True)
+            return np.array([operation.function(*pair) for pair in pairs], left.dtype)
 
-    return left(left, left, operation, code), generate
+    @memory.twin(plain)
+    def combine(typing: Any, left: Any, right: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            numbers = _numbers(builder, code, left)
+            one, other = (numbers.from_tuple(arg) for arg in args)
+            if isinstance(operation, Custom):
+                result = _called(context, builder, operation, numbers, one, other)
+            else:
+                result = numbers.combine(operation, one, other)
+            return numbers.to_tuple(context, result)
+
+        return left(left, right), generate
+
+    return combine
+
+
+def _called(
+    context: Any, builder: Any, custom: Custom, numbers: _Numbers, one: Any, other: Any
+) -> Any:
+    """Emit calls of a function of the user's, element by element; they are inlined."""
+    # Not kept by Numba: it would take functions of equal code, and other globals, for the same.
+    compiled = context.compile_subroutine(
+        builder, custom.function.py_func, custom.signature, caching=False
+    )
+    kind, unit = custom.signature.return_type, numbers.unit
+    sides = [memory.spread(builder, side) for side in (one, other)]
+    found: list[Any] = []
+    for k in range(0, one.type.count, unit):
+        pair = [_as_element(context, builder, kind, side[k : k + unit]) for side in sides]
+        result = context.call_internal(builder, compiled.fndesc, custom.signature, pair)
+        if unit == 2:
+            found += (builder.extract_value(result, part) for part in range(2))
+        else:
+            is_bool = kind == types.boolean
+            found.append(builder.zext(result, numbers.number) if is_bool else result)
+    return memory.gather(builder, found)
+
+
+def _as_element(context: Any, builder: Any, kind: Any, numbers: Sequence[Any]) -> Any:
+    """Emit the value, as Numba's functions take it, of the numbers of an element."""
+    if len(numbers) == 2:
+        value = context.make_complex(builder, kind)
+        value.real, value.imag = numbers
+        return value._getvalue()
+    if kind == types.boolean:
+        return builder.icmp_unsigned("!=", numbers[0], numbers[0].type(0))
+    return numbers[0]
 
 
 @memory.twin(_plain_divide, prefer_literal=True)
@@ -199,7 +245,7 @@ def divide(typing: Any, value: Any, divisor: Any, code: Any) -> Any:
     """Return ``value / divisor`` as NumPy rounds it; of integers, which have no mean, ``value``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        numbers = _numbers(builder, code, value)
+        numbers = _numbers(builder, code.literal_value, value)
         if not numbers.is_float:
             return args[0]
         one, whole = ir.Constant(_I64, 1), numbers.from_tuple(args[0])

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.devices import cuda, gpu_arrays
-from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import arithmetic, checks, walks
-from dvkernels.kernels.cuda import launcher, memory, reduction, tables
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.kernels.cuda import launcher, memory, operations, reduction, tables
+from dvkernels.reduce_op import ReduceOp, Reduction
 
-__all__ = ["Counts", "Item", "Order", "checked", "combine", "lay_out", "move", "run"]
+__all__ = ["Counts", "Item", "Order", "checked", "combine", "lay_out", "move", "repeated", "run"]
 
 Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Array]]
@@ -60,19 +59,16 @@ class Item(NamedTuple):
     addresses: Sequence[int]
 
 
-def checked(verb: str, op: Any, dtype: np.dtype[Any]) -> ReduceOp:
-    """Return the ``ReduceOp`` that ``op`` names; raise unless GPUs can do it on ``dtype``."""
+def checked(verb: str, op: Any, dtype: np.dtype[Any]) -> Reduction:
+    """Return the reduction that ``op`` is or names; raise unless GPUs can do it on ``dtype``."""
     known = checks.reduction(verb, op, dtype)
-    if not isinstance(known, ReduceOp):
-        raise UnsupportedDTypeError(
-            f"{verb}: {known!r} runs on the CPU only so far; bring the buffers to the host"
-        )
+    operations.told(known, dtype)
     return known
 
 
 def combine(
     order: Order,
-    op: ReduceOp,
+    op: Reduction,
     dtype: np.dtype[Any],
     groups: Groups,
     num_sources: int,
@@ -83,16 +79,41 @@ def combine(
 
     In place, all arrays of a group are read, and all are written.
     """
-    code = arithmetic.type_code(dtype, op)
-    first_target = 0 if in_place else num_sources
-    counts = Counts(
-        num_sources,
-        len(groups[0]) - first_target if groups else 0,
-        first_target,
-        num_sources if op is ReduceOp.MEAN else 1,
-    )
-    kernel = reduction.kernel(arithmetic.operation_code(op), code)
+    operation, code = operations.told(op, dtype)
+    kernel = reduction.kernel(operation, code)
+    counts = _counts(op, len(groups[0]) if groups else 0, num_sources, in_place)
     run(order, kernel, code, groups, counts, num_sources)
+
+
+def repeated(
+    device: int, op: Reduction, arrays: Sequence[Array], num_sources: int, *, in_place: bool = False
+) -> launcher.Repeated | None:
+    """Return the launch of :func:`combine` on one group, for others that lie alike.
+
+    None where it depends on more than their addresses, or where nothing is to be launched: the
+    arrays must be dense and begin at multiples of 16 bytes.
+    """
+    operation, code = operations.told(op, arrays[0].dtype)
+    size = arithmetic.dtype_of(code).itemsize
+    is_dense = all(
+        array.flags.c_contiguous and checks.address(array) % _VECTOR == 0 for array in arrays
+    )
+    if not is_dense or not arrays[0].size:
+        return None
+    counts = _counts(op, len(arrays), num_sources, in_place)
+    most = launcher.num_blocks(device)
+    blocks, words = lay_out(_items(arrays, size), counts, launcher.threads(), most)
+    if len(words) >= tables.NUM_WORDS:
+        return None
+    kernel = reduction.kernel(operation, code)
+    return launcher.Repeated(kernel, device, blocks, words, len(arrays))
+
+
+def _counts(op: Reduction, num_arrays: int, num_sources: int, in_place: bool) -> Counts:
+    """Return how a reduction uses the arrays of a group."""
+    first_target = 0 if in_place else num_sources
+    divisor = num_sources if op is ReduceOp.MEAN else 1
+    return Counts(num_sources, num_arrays - first_target, first_target, divisor)
 
 
 def move(order: Order, groups: Groups) -> None:

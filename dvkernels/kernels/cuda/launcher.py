@@ -19,13 +19,15 @@ from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import compiler, memory, tables
 
-__all__ = ["LongTables", "launch", "num_blocks", "prepare", "threads"]
+__all__ = ["LongTables", "Repeated", "launch", "num_blocks", "prepare", "threads"]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
 Kernel = Callable[..., None]
 
+_NUM_WORDS = tables.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
+_free: list[driver.Arguments] = []  # one for each launch that is being made
 _compiling = threading.Lock()
 # The simulator has one kernel at a time in the whole process.
 _simulating = threading.RLock()
@@ -51,15 +53,65 @@ def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], strea
     if memory.SIMULATED:
         _simulate(kernel, blocks, words)
         return
-    handle = _handles.get((device, kernel)) or prepare(kernel, device)
-    arguments = array.array("q", bytes(8 * tables.NUM_WORDS))
     if len(words) < tables.NUM_WORDS:
-        arguments[1 : 1 + len(words)] = array.array("q", words)
+        _start(kernel, device, blocks, _framed(words), stream)
+    else:
+        prepare(kernel, device)
+        held = _long_tables.place(device, stream, words)
+        _start(kernel, device, blocks, array.array("q", [held, *[0] * (_NUM_WORDS - 1)]), stream)
+
+
+class Repeated:
+    """A launch over a short table, again and again, with other addresses in its last words.
+
+    Parameters
+    ----------
+    kernel, device, blocks, words
+        As in :func:`launch`.
+    num_addresses : int
+        The words at the end that change.
+    """
+
+    __slots__ = ("_begin", "_blocks", "_device", "_end", "_kernel", "_words")
+
+    def __init__(
+        self, kernel: Kernel, device: int, blocks: int, words: Sequence[int], num_addresses: int
+    ) -> None:
+        self._kernel, self._device, self._blocks = kernel, device, blocks
+        self._words = _framed(words)
+        self._end = 1 + len(words)
+        self._begin = self._end - num_addresses
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch; several threads may do so at once."""
+        words = self._words[:]
+        words[self._begin : self._end] = array.array("q", addresses)
+        if memory.SIMULATED:
+            _simulate(self._kernel, self._blocks, words[1 : self._end])
+        else:
+            _start(self._kernel, self._device, self._blocks, words, stream)
+
+
+def _framed(words: Sequence[int]) -> array.array[int]:
+    """Return the arguments of a launch: that the table is here, the table, nothing."""
+    return array.array("q", [0, *words, *[0] * (_NUM_WORDS - 1 - len(words))])
+
+
+def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], stream: int) -> None:
+    """Launch a kernel with these arguments."""
+    handle = _handles.get((device, kernel)) or prepare(kernel, device)
+    try:
+        arguments = _free.pop()
+    except IndexError:
+        arguments = driver.Arguments(_NUM_WORDS)
+    arguments.words[:] = words
+    try:
         _driver().launch(device, handle, blocks, tables.THREADS, arguments, stream)
-        return
-    held = _long_tables.place(device, stream, words)
-    arguments[0] = held
-    _driver().launch(device, handle, blocks, tables.THREADS, arguments, stream)
+    except DeviceError:
+        # The device may have been reset, and the kernel is gone with all else: load it again.
+        _handles.pop((device, kernel), None)
+        raise
+    _free.append(arguments)
 
 
 def prepare(kernel: Kernel, device: int) -> int:

@@ -109,7 +109,7 @@ def kernel(rule: int, code: int) -> Callable[..., None]:
     """Return the function that runs on the device, not yet compiled."""
     itemsize = arithmetic.dtype_of(code).itemsize
     per_vector = memory.VECTOR_NBYTES // itemsize
-    add = arithmetic.ADD
+    add = elements.combiner(arithmetic.ADD, code)
     header, record = tables.HEADER, tables.RECORD
     num_slots = (0, 1, 1, 2)[rule]
 
@@ -137,7 +137,7 @@ def kernel(rule: int, code: int) -> Callable[..., None]:
                     g = elements.load(tables.entry(arrays, 0) + place, code, True)
                     for k in range(1, num_replicas):
                         h = elements.load(tables.entry(arrays, k) + place, code, True)
-                        g = elements.combine(g, h, add, code)
+                        g = add(g, h)
                     g = elements.divide(g, divisor, code)
                     p = elements.load(tables.entry(arrays, own) + place, code, True)
                     s = elements.load(tables.entry(arrays, second) + place, code, True)
@@ -159,7 +159,7 @@ def kernel(rule: int, code: int) -> Callable[..., None]:
                 for k in range(1, num_replicas):
                     shift = tables.shift(where, width, k, i, itemsize)
                     b = elements.load(tables.entry(arrays, k) + shift, code, False)
-                    a = elements.combine(a, b, add, code)
+                    a = add(a, b)
                 a = elements.divide(a, divisor, code)
                 shift = tables.shift(where, width, own, i, itemsize)
                 x = elements.load(tables.entry(arrays, own) + shift, code, False)

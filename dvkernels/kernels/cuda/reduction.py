@@ -16,6 +16,7 @@ from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import elements, memory, tables
+from dvkernels.kernels.cuda.operations import Operation
 
 __all__ = ["kernel"]
 
@@ -23,11 +24,12 @@ cuda: Any = numba_cuda  # its functions carry no types
 
 
 @functools.cache
-def kernel(operation: int, code: int) -> Callable[..., None]:
-    """Return the function that runs on the device, not yet compiled."""
+def kernel(operation: Operation, code: int) -> Callable[..., None]:
+    """Return the function that runs on the device, not yet compiled; see operations.py."""
     itemsize = arithmetic.dtype_of(code).itemsize
     per_vector = memory.VECTOR_NBYTES // itemsize
     header, record = tables.HEADER, tables.RECORD
+    combine_lanes = elements.combiner(operation, code)
 
     def run(words):  # type: ignore[no-untyped-def]
         table = tables.hold(words)
@@ -63,10 +65,10 @@ def kernel(operation: int, code: int) -> Callable[..., None]:
                         f = elements.load(source + second, code, True)
                         g = elements.load(source + third, code, True)
                         h = elements.load(source + fourth, code, True)
-                        a = elements.combine(a, e, operation, code)
-                        b = elements.combine(b, f, operation, code)
-                        c = elements.combine(c, g, operation, code)
-                        d = elements.combine(d, h, operation, code)
+                        a = combine_lanes(a, e)
+                        b = combine_lanes(b, f)
+                        c = combine_lanes(c, g)
+                        d = combine_lanes(d, h)
                     a = elements.divide(a, divisor, code)
                     b = elements.divide(b, divisor, code)
                     c = elements.divide(c, divisor, code)
@@ -83,7 +85,7 @@ def kernel(operation: int, code: int) -> Callable[..., None]:
                         a = elements.load(tables.entry(sources, 0) + place, code, True)
                         for k in range(1, num_sources):
                             e = elements.load(tables.entry(sources, k) + place, code, True)
-                            a = elements.combine(a, e, operation, code)
+                            a = combine_lanes(a, e)
                         a = elements.divide(a, divisor, code)
                         for k in range(num_targets):
                             elements.store(tables.entry(targets, k) + place, a, code, True)
@@ -97,7 +99,7 @@ def kernel(operation: int, code: int) -> Callable[..., None]:
                 for k in range(1, num_sources):
                     own = common if is_alike else tables.shift(where, width, k, element, itemsize)
                     other = elements.load(tables.entry(sources, k) + own, code, False)
-                    one = elements.combine(one, other, operation, code)
+                    one = combine_lanes(one, other)
                 one = elements.divide(one, divisor, code)
                 for k in range(num_targets):
                     own = common

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import between, jobs
-from dvkernels.kernels.cuda.calls import Buffers
+from dvkernels.kernels.cuda.calls import AllReduce
 from dvkernels.schedules import partition, ring
 
 __all__ = ["ring_all_reduce"]
@@ -25,19 +24,11 @@ def ring_all_reduce(
 
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
     """Reduce under the name ``verb``, which error messages mention."""
-    call = Buffers(verb, buffers, None if out is checks.NEW else out, stream)
-    reads = checks.arrays(verb, call.reads)
-    dtype, count = reads[0].dtype, len(reads)
-    op = jobs.checked(verb, op, dtype)
+    call = AllReduce(verb, buffers, op, out, stream)
     if call.is_spread:
-        return between.all_reduce(call, op, out, "ring")
-    if out is None:
-        checks.in_place(verb, reads)
-        writes = reads
-    elif out is checks.NEW:
-        writes = call.made([read.shape for read in reads])
-    else:
-        writes = checks.results(verb, reads, call.out)
+        return between.all_reduce(call, "ring")
+    reads, writes = call.reads, call.written()
+    count = len(reads)
     groups = []
     # Along the first axis: a chunk of any other would not be an array for every stride.
     length = len(reads[0]) if reads[0].ndim else 1
@@ -48,5 +39,5 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> li
         if chunk is not None:
             groups.append([*(reads[k][chunk] for k in chain), *(write[chunk] for write in writes)])
     with call.ordered() as order:
-        jobs.combine(order, op, dtype, groups, count)
+        jobs.combine(order, call.op, call.dtype, groups, count)
     return list(call.results)

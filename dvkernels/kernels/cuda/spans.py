@@ -9,6 +9,7 @@ from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import elements, tables
+from dvkernels.kernels.cuda.operations import Operation
 from dvkernels.schedules import partition
 
 __all__ = ["LINE_NBYTES", "combiner", "start"]
@@ -22,13 +23,14 @@ start = cuda.jit(device=True, inline="always")(partition.start)
 
 
 @functools.cache
-def combiner(operation: int, code: int) -> Any:
+def combiner(operation: Operation, code: int) -> Any:
     """Return the device function that combines a span, for all threads of a block.
 
     ``places`` is a table of addresses; ``sources`` and ``targets`` are tables of the numbers of
     places. Each thread has four vectors of every source in flight, a block's width apart.
     """
     itemsize = arithmetic.dtype_of(code).itemsize
+    combine_lanes = elements.combiner(operation, code)
 
     @cuda.jit(device=True, inline="always")
     def combine(places, sources, num_sources, targets, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
@@ -62,10 +64,10 @@ def combiner(operation: int, code: int) -> Any:
                 f = elements.load(source + width, code, True)
                 g = elements.load(source + 2 * width, code, True)
                 h = elements.load(source + 3 * width, code, True)
-                a = elements.combine(a, e, operation, code)
-                b = elements.combine(b, f, operation, code)
-                c = elements.combine(c, g, operation, code)
-                d = elements.combine(d, h, operation, code)
+                a = combine_lanes(a, e)
+                b = combine_lanes(b, f)
+                c = combine_lanes(c, g)
+                d = combine_lanes(d, h)
             a = elements.divide(a, divisor, code)
             b = elements.divide(b, divisor, code)
             c = elements.divide(c, divisor, code)
@@ -82,7 +84,7 @@ def combiner(operation: int, code: int) -> Any:
             a = elements.load(source, code, True)
             for k in range(1, num_sources):
                 source = tables.entry(places, tables.entry(sources, k)) + place
-                a = elements.combine(a, elements.load(source, code, True), operation, code)
+                a = combine_lanes(a, elements.load(source, code, True))
             a = elements.divide(a, divisor, code)
             for k in range(num_targets):
                 target = tables.entry(places, tables.entry(targets, k)) + place
@@ -97,7 +99,7 @@ def combiner(operation: int, code: int) -> Any:
             one = elements.load(source, code, False)
             for k in range(1, num_sources):
                 source = tables.entry(places, tables.entry(sources, k)) + element * itemsize
-                one = elements.combine(one, elements.load(source, code, False), operation, code)
+                one = combine_lanes(one, elements.load(source, code, False))
             one = elements.divide(one, divisor, code)
             for k in range(num_targets):
                 target = tables.entry(places, tables.entry(targets, k)) + element * itemsize

@@ -19,8 +19,8 @@ import numpy as np
 
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda import waiting
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.kernels.cuda import operations, waiting
+from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.schedules.protocol import NUM_SLOTS, Combine, Signal
 from dvkernels.schedules.protocol import Protocol as Schedule
 from dvkernels.schedules.routes import Route
@@ -82,7 +82,7 @@ class Job(NamedTuple):
     outputs: Sequence[int]  # those of the inputs where it works in place
     length: int
     dtype: np.dtype[Any]
-    op: ReduceOp
+    op: Reduction
     streams: Sequence[Any]
 
 
@@ -136,9 +136,9 @@ class Team:
             An earlier call failed; nothing has been launched.
         """
         schedule = route.make(len(self._devices))
-        code = arithmetic.type_code(job.dtype, job.op)
+        operation, code = operations.told(job.op, job.dtype)
         make = waiting.waiting_kernel if route.waits else waiting.row_kernel
-        kernel = make(arithmetic.operation_code(job.op), code)
+        kernel = make(operation, code)
         itemsize = arithmetic.dtype_of(code).itemsize
         count = job.length * arithmetic.factor(job.op, job.dtype)
         with self._launching:

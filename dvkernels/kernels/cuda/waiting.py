@@ -39,6 +39,7 @@ from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda import memory, spans, tables
+from dvkernels.kernels.cuda.operations import Operation
 from dvkernels.schedules import partition
 from dvkernels.schedules.protocol import Combine, Memory, Protocol, Signal
 
@@ -141,7 +142,7 @@ def _await(flag, epoch, stop, deadline_ns):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _row(operation: int, code: int) -> Any:
+def _row(operation: Operation, code: int) -> Any:
     """Return the device function that runs a row that combines."""
     line = spans.LINE_NBYTES // arithmetic.dtype_of(code).itemsize
     combine = spans.combiner(operation, code)
@@ -168,7 +169,7 @@ def _row(operation: int, code: int) -> Any:
 
 
 @functools.cache
-def row_kernel(operation: int, code: int) -> Callable[..., None]:
+def row_kernel(operation: Operation, code: int) -> Callable[..., None]:
     """Return the function that runs one row that combines, and waits for nobody."""
     run_row = _row(operation, code)
 
@@ -181,7 +182,7 @@ def row_kernel(operation: int, code: int) -> Callable[..., None]:
 
 
 @functools.cache
-def waiting_kernel(operation: int, code: int) -> Callable[..., None]:
+def waiting_kernel(operation: Operation, code: int) -> Callable[..., None]:
     """Return the function that runs all rows of a rank, and waits for the others."""
     run_row = _row(operation, code)
 

@@ -12,6 +12,8 @@ from threads_as_workers import Together, at_once, transports
 
 from dvkernels import kernels
 from dvkernels.communicators.base import Workers
+from dvkernels.communicators.hierarchical import Hierarchical
+from dvkernels.communicators.local import Local
 from dvkernels.communicators.room import PLACE_NBYTES
 from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.custom_reduction import CustomReduction
@@ -78,11 +80,11 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_loc
     dtype = np.dtype(dtype)
     rng = np.random.default_rng(0)
     num_pieces = 0
-    original = WorkerGroup.all_reduce_replicas
+    original = WorkerGroup.all_reduce_columns
 
-    def one_pass(self, values, how, out=None):
+    def one_pass(self, columns, how, outs=None):
         nonlocal num_pieces
-        results = original(self, values, how, out)
+        results = original(self, columns, how, outs)
         num_pieces += results is not None
         return results
 
@@ -96,7 +98,7 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_loc
             ]
             found = []
             for how in (one_pass, lambda *_: None):
-                monkeypatch.setattr(WorkerGroup, "all_reduce_replicas", how)
+                monkeypatch.setattr(WorkerGroup, "all_reduce_columns", how)
                 together = Together(2 * num_local, num_local)
                 for _ in range(2):  # the second time in compiled code
                     apart = together.all_reduce(values, op)
@@ -106,6 +108,40 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_loc
                 found += [one.tobytes() for one in [*apart, *in_place]]
             assert len({*found}) == 1, (op, length)
     assert (num_pieces > 0) == (dtype != np.float16)  # halves are rounded once, in the end
+
+
+@pytest.mark.parametrize(
+    "who_packs", [(), (0,), (0, 1)], ids=["none packs", "one packs", "all pack"]
+)
+@pytest.mark.parametrize("num_local", [1, 2])
+def test_many_arrays_reduce_at_once_as_they_do_one_by_one(num_local, who_packs, monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = [(3,), (0,), (), (200, 300), (5, 0), (1,), (PLACE_NBYTES // 8,), (7, 2)]
+    columns = [
+        [rng.standard_normal(shape).astype(dtype) for _ in range(2 * num_local)]
+        for shape in shapes
+        for dtype in ("float64", "float32")
+    ]
+    columns[6] = [np.asfortranarray(value) for value in columns[6]]
+    together = Together(2 * num_local, num_local)
+    for worker, communicator in enumerate(together.communicators):
+        if num_local == 1:
+            together.communicators[worker] = Hierarchical(Local(1, "auto"), communicator, [1, 1])
+        if worker in who_packs:
+            transport = together.communicators[worker]._workers._transport
+            monkeypatch.setattr(transport._relay, "lay_out", lambda *_: False)
+
+    def many(worker):
+        own = slice(worker * num_local, (worker + 1) * num_local)
+        given = [column[own] for column in columns]
+        return together.communicators[worker].all_reduce_many(given, ReduceOp.MEAN)
+
+    for results in at_once(*(functools.partial(many, worker) for worker in range(2))):
+        for column, found in zip(columns, results, strict=True):
+            expected = together.all_reduce(column, ReduceOp.MEAN)[0]
+            for one in found:
+                assert one.shape == column[0].shape
+                assert one.tobytes() == expected.tobytes()
 
 
 def test_who_stops_between_two_pieces_is_waited_for_and_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import os
 import subprocess
@@ -199,14 +200,18 @@ class Library:
 
 
 def test_a_launch_passes_its_words_and_leaves_the_context_as_it_was():
-    import array
-
     library = Library()
     found = driver.Driver(library)
     assert (found.count(), found.version(), found.capability(1)) == (2, (12, 4), (9, 0))
-    found.launch(1, 5, 6, 256, array.array("q", [3, -4, 2**62]), 9)
+    arguments = driver.Arguments(3)
+    arguments.words[:] = array.array("q", [3, -4, 2**62])
+    found.launch(1, 5, 6, 256, arguments, 9)
     assert library.launched == (5, 6, 256, 9, [3, -4, 2**62])
     assert library.current == 77
+    library.current = 100  # where it works already
+    library.asked.clear()
+    found.launch(1, 5, 6, 256, arguments, 9)
+    assert library.asked == ["cuCtxGetCurrent", "cuLaunchKernel"]
 
 
 def test_a_wait_makes_an_event_and_gives_it_back():
@@ -223,11 +228,20 @@ def test_a_wait_makes_an_event_and_gives_it_back():
 
 def test_a_gpu_without_memory_says_so():
     library = Library(fails={"cuLaunchKernel"})
-    import array
-
     with pytest.raises(errors.DeviceError, match="out of memory; free arrays"):
-        driver.Driver(library).launch(0, 5, 6, 256, array.array("q", [1]), 0)
+        driver.Driver(library).launch(0, 5, 6, 256, driver.Arguments(1), 0)
     assert library.current == 77
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_fork_is_told_that_the_driver_is_not_its_own(monkeypatch):
+    found = driver.Driver(Library())
+    monkeypatch.setattr(driver, "find", lambda: found)
+    monkeypatch.setattr(cuda, "_installed", lambda: ("numba-cuda", "cupy-cuda12x"))
+    assert cuda.missing() == ""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(errors.DeviceError, match=r"all_reduce: .*forked.*'spawn'"):
+        cuda.require("all_reduce")
 
 
 def test_a_driver_that_does_not_start():

@@ -7,9 +7,10 @@ import functools
 import numba
 import numpy as np
 import pytest
+from kinds import devices, kernels, smaller
 
 import dvkernels as dv
-from dvkernels import errors, kernels
+from dvkernels import errors
 
 
 @numba.njit
@@ -26,12 +27,15 @@ LARGER = dv.CustomReduction(larger, 0, "largest magnitude")
 XOR = dv.CustomReduction(xor, 0, "xor")
 
 
-def made(dtype, count=4, length=5003):
+def made(dtype):
     rng = np.random.default_rng(0)
-    return [(rng.standard_normal(length) * 50).astype(dtype) for _ in range(count)]
+    values = [rng.standard_normal(smaller(5003)) * 50 for _ in range(4)]
+    return [one > 0 if dtype == "?" else one.astype(dtype) for one in values]
 
 
-@pytest.mark.parametrize(("op", "dtype"), [(LARGER, "f4"), (LARGER, "c16"), (XOR, "i4")])
+@pytest.mark.parametrize(
+    ("op", "dtype"), [(LARGER, "f4"), (LARGER, "c16"), (XOR, "i4"), (XOR, "u2"), (XOR, "?")]
+)
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "ring"])
 def test_every_algorithm_takes_it(op, dtype, algorithm):
     buffers = made(dtype)
@@ -52,8 +56,25 @@ def test_the_other_kernels_take_it():
     np.testing.assert_array_equal(buffers[2], expected)
 
 
+def test_functions_may_call_others_and_know_what_they_were_made_with():
+    @numba.njit
+    def distance(x, near):
+        return abs(x - near)
+
+    def closer_to(near):
+        return numba.njit(lambda a, b: a if distance(a, near) <= distance(b, near) else b)
+
+    buffers = made("f4")
+    for near in (3, -40):
+        op = dv.CustomReduction(closer_to(near), np.inf, f"closer to {near}")
+        expected = functools.reduce(
+            lambda a, b, near=near: np.where(abs(a - near) <= abs(b - near), a, b), buffers
+        )
+        np.testing.assert_array_equal(kernels.reduce(buffers, op), expected)
+
+
 def test_strategies_take_it():
-    with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+    with dv.MirroredStrategy(devices(3)) as strategy:
         values = dv.PerReplica([np.array([1.0, -5.0]), np.array([-3.0, 2.0]), np.zeros(2)])
         np.testing.assert_array_equal(strategy.reduce(LARGER, values), [-3, -5])
         np.testing.assert_array_equal(strategy.reduce(LARGER, values, axis=0), -5)
@@ -72,7 +93,7 @@ def test_replicas_must_bring_the_same_one():
         dv.get_replica_context().all_reduce(op, np.ones(2))
 
     with (
-        dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy,
+        dv.MirroredStrategy(devices(2)) as strategy,
         pytest.raises(errors.CollectiveMismatchError),
     ):
         strategy.run(step)

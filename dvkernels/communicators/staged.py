@@ -1,0 +1,139 @@
+"""Workers whose values lie on GPUs, over others that carry arrays of the host.
+
+A value goes down into page-locked memory, through the workers there, and back up to where it lay.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+
+from dvkernels.communicators.base import Workers
+from dvkernels.communicators.levels import Levels
+from dvkernels.devices import cuda, memory
+from dvkernels.reduce_op import Reduction
+
+__all__: list[str] = []
+
+
+@final
+class Staged:
+    """The same workers, for arrays of any memory. See ``communicators.base.Workers``.
+
+    Parameters
+    ----------
+    workers : Workers
+        Who carry arrays of the host.
+    arrays : Arrays, optional
+        What makes arrays on GPUs; that of this process if not given.
+
+    Notes
+    -----
+    The caller waits for a value to have come down, and not for the result to have gone up: that
+    follows in the order of the current stream. Page-locked memory is kept, and grows.
+    """
+
+    def __init__(self, workers: Workers, arrays: cuda.Arrays | None = None) -> None:
+        self._workers = workers
+        self._arrays = cuda.arrays() if arrays is None else arrays
+        self._pinned = np.empty(0, np.uint8)
+        self._uploaded: Any = None  # when the memory may be written again
+        self.rank, self.size = workers.rank, workers.size
+
+    def beside(self) -> Staged:
+        """Return the same workers for another thread, with memory of their own."""
+        return Staged(self._workers.beside(), self._arrays)
+
+    def meet(self) -> None:
+        """Return when every worker has called this."""
+        self._workers.meet()
+
+    def exchange(self, word: Any) -> list[Any]:
+        """Return a small object of each worker."""
+        return self._workers.exchange(word)
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the others that this worker's step has failed."""
+        self._workers.announce(error)
+
+    def all_reduce(
+        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
+    ) -> list[Any]:
+        """Reduce into a new array, or into ``out``."""
+        (value,) = values
+        if isinstance(value, np.ndarray):
+            return self._workers.all_reduce(values, op, out)
+        staged = self._down(value)
+        self._workers.all_reduce([staged], op, [staged])
+        if out is None:
+            return [self._up(staged, value)]
+        (target,) = out
+        held = memory.holding(target)
+        held.apply(operator.setitem, target, ..., held.near(self._up(staged, value), target))
+        return [target]
+
+    def all_reduce_columns(
+        self,
+        columns: Sequence[Sequence[Any]],
+        how: Levels,
+        outs: Sequence[Sequence[Any]] | None = None,
+    ) -> list[list[Any]] | None:
+        """Reduce arrays of the host; None if they are on GPUs."""
+        if all(isinstance(value, np.ndarray) for column in columns for value in column):
+            return self._workers.all_reduce_columns(columns, how, outs)
+        return None
+
+    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
+        """Reduce into a new array, on every worker."""
+        return self.all_reduce(values, op)[0]
+
+    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+        """Reduce, and keep this worker's part."""
+        (value,) = values
+        if isinstance(value, np.ndarray):
+            return self._workers.reduce_scatter(values, op)
+        return [self._up(self._workers.reduce_scatter([self._down(value)], op)[0], value)]
+
+    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+        """Concatenate into a new array."""
+        (value,) = values
+        if isinstance(value, np.ndarray):
+            return self._workers.all_gather(values, axis)
+        return [self._up(self._workers.all_gather([self._down(value)], axis)[0], value)]
+
+    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+        """Copy the root's value."""
+        (value,) = values
+        if isinstance(value, np.ndarray):
+            return self._workers.broadcast(values, root)
+        return [self._up(self._workers.broadcast([self._down(value)], root)[0], value)]
+
+    def _down(self, value: Any) -> Any:
+        """Return what a value holds, in page-locked memory, when it has come there."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+        if value.nbytes > len(self._pinned):
+            self._pinned = self._arrays.pinned(value.nbytes)
+        staged = self._pinned[: value.nbytes].view(value.dtype).reshape(value.shape)
+        dense = value if value.flags.c_contiguous else memory.holding(value).beside(value, value)
+        device = self._arrays.device_of(value)
+        stream = self._arrays.current(device)
+        self._arrays.copy(staged, dense, stream)
+        self._recorded(device, stream).synchronize()
+        return staged
+
+    def _up(self, staged: Any, value: Any) -> Any:
+        """Return a new array where the value lies."""
+        device = self._arrays.device_of(value)
+        made = self._arrays.empty(device, staged.shape, staged.dtype)
+        self._arrays.copy(made, staged)
+        self._uploaded = self._recorded(device, self._arrays.current(device))
+        return made
+
+    def _recorded(self, device: int, stream: Any) -> Any:
+        event = self._arrays.event(device)
+        event.record(stream)
+        return event

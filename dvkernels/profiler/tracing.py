@@ -1,0 +1,189 @@
+"""What happened when, on which replica: a trace that Perfetto and Chrome show.
+
+Off by default, and then costs one look at ``active`` for each call.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from dvkernels.errors import ContextError
+from dvkernels.profiler.debugging import LOGGER
+
+__all__ = ["trace"]
+
+_MOST_SPANS = 1_000_000  # some 300 MB while they are held
+
+
+class _Span(NamedTuple):
+    """Something that a thread did; times of ``time.perf_counter_ns``."""
+
+    name: str
+    category: str
+    began: int
+    ended: int
+    thread: int
+    about: dict[str, Any]
+
+
+class trace:
+    """Record what the program does until the end of a ``with`` block, and write it to a file.
+
+    Parameters
+    ----------
+    path : path-like
+        The file, say ``run.json``. What is there is replaced when the trace is whole.
+
+    Raises
+    ------
+    ContextError
+        A trace is being recorded already: there is one for the process.
+    OSError
+        The file cannot be written there; found out before anything is recorded.
+
+    Notes
+    -----
+    One lane for each thread, named after the replica that runs on it. In it: ``run`` (a replica's
+    function), each collective from its call to its result, inside it ``reduce`` where this thread
+    did the work for all, so that the rest was waiting; ``next`` of distributed iterators, and what
+    checkpoints do. Open the file at ui.perfetto.dev or chrome://tracing.
+
+    A span costs about a microsecond. After a million of them the later ones are counted only, and
+    a warning says how many. With several workers every worker records itself: give each a path of
+    its own.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> import dvkernels as dv
+    >>> two = dv.MirroredStrategy(["cpu:0", "cpu:0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with dv.profiler.trace(f"{folder}/run.json"):
+    ...         _ = two.run(lambda: dv.get_replica_context().all_reduce("sum", 1.0))
+    ...     events = json.load(open(f"{folder}/run.json"))["traceEvents"]
+    >>> sorted({event["name"] for event in events if event["ph"] == "X"})
+    ['all_reduce', 'reduce', 'run']
+    """
+
+    _path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        global active
+        if active is not None:
+            raise ContextError(
+                f"a trace is being recorded already, to {active._path}; end it first"
+            )
+        self._path = Path(os.path.abspath(path))
+        if self._path.is_dir():
+            raise IsADirectoryError(f"trace: {self._path} is a folder; name a file")
+        descriptor, partial = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
+        self._partial = Path(partial)
+        os.close(descriptor)
+        self._pid = os.getpid()
+        self._began = time.perf_counter_ns()
+        self._spans: list[_Span] = []
+        self._lanes: dict[int, str] = {}
+        self._num_dropped = 0
+        active = self
+        atexit.register(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the recording and write the file. Safe to call twice."""
+        global active
+        if active is not self:
+            return
+        active = None
+        atexit.unregister(self.close)
+        if self._num_dropped:
+            LOGGER.warning(
+                "the trace %s holds %d spans; %d later ones were left out",
+                self._path, len(self._spans), self._num_dropped,
+            )  # fmt: skip
+        try:
+            with open(self._partial, "w", encoding="utf-8") as file:
+                json.dump({"traceEvents": [*self._events()], "displayTimeUnit": "ns"}, file)
+            os.replace(self._partial, self._path)
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
+
+    def name_lane(self, name: str) -> None:
+        """Say what the lane of this thread is called."""
+        self._lanes[threading.get_native_id()] = name
+
+    def add(self, name: str, category: str, began: int, about: dict[str, Any]) -> None:
+        """Record that this thread did something from ``began`` (``perf_counter_ns``) to now."""
+        if len(self._spans) >= _MOST_SPANS:
+            self._num_dropped += 1
+            return
+        thread = threading.get_native_id()
+        if thread not in self._lanes:
+            self._lanes[thread] = threading.current_thread().name
+        ended = time.perf_counter_ns()
+        self._spans.append(_Span(name, category, began, ended, thread, about))
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        """Yield events of the Trace Event Format: complete ones in microseconds, and names."""
+        for thread, name in self._lanes.items():
+            about = {"name": name}
+            yield {
+                "ph": "M", "name": "thread_name", "pid": self._pid, "tid": thread, "args": about
+            }  # fmt: skip
+        for span in self._spans:
+            yield {
+                "ph": "X",
+                "name": span.name,
+                "cat": span.category,
+                "ts": (span.began - self._began) / 1e3,
+                "dur": (span.ended - span.began) / 1e3,
+                "pid": self._pid,
+                "tid": span.thread,
+                "args": span.about,
+            }
+
+
+# The one that is being recorded; None: none is.
+active: trace | None = None
+
+
+@contextlib.contextmanager
+def span(name: str, category: str, *, lane: str = "", **about: Any) -> Iterator[None]:
+    """Record a block, if a trace is being recorded when it begins; ``lane`` names the thread."""
+    recording, began = active, time.perf_counter_ns()
+    if recording is not None and lane:
+        recording.name_lane(lane)
+    try:
+        yield
+    finally:
+        if recording is not None:
+            recording.add(name, category, began, about)
+
+
+def _forget() -> None:
+    """Record nothing in a child: the file is its parent's."""
+    global active
+    active = None
+
+
+os.register_at_fork(after_in_child=_forget)

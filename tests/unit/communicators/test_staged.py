@@ -1,0 +1,124 @@
+"""Values on GPUs go through page-locked memory, which nobody overwrites before it has been read."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from threads_as_workers import at_once, transports
+
+from dvkernels.communicators.base import Workers
+from dvkernels.communicators.staged import Staged
+from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.reduce_op import ReduceOp
+
+
+class OnDevice:
+    """An array that the host cannot read."""
+
+    def __init__(self, content):
+        self.hidden = content
+        self.shape, self.dtype, self.nbytes = content.shape, content.dtype, content.nbytes
+        self.flags = content.flags
+
+
+class Stream:
+    def __init__(self, seed):
+        self.queue, self._random = [], random.Random(seed)
+
+    def give(self, work):
+        self.queue.append(work)
+        for _ in range(self._random.randrange(3)):
+            self.step()
+
+    def step(self):
+        if self.queue:
+            self.queue.pop(0)()
+
+
+class Event:
+    def record(self, stream):
+        self._stream, self._happened = stream, False
+        stream.give(lambda: setattr(self, "_happened", True))
+
+    def synchronize(self):
+        while not self._happened:
+            self._stream.step()
+
+
+class Arrays:
+    """The seam to a GPU that does things some time after they are asked for, stream by stream."""
+
+    def __init__(self, seed):
+        self.streams = [Stream(seed), Stream(seed + 1)]
+        self.stream, self.num_pinned = self.streams[0], 0
+
+    def empty(self, device, shape, dtype, stream=None):
+        return OnDevice(np.full(shape, 0xEE, dtype))
+
+    def copy(self, target, source, stream=None):
+        assert isinstance(target, OnDevice) != isinstance(source, OnDevice)
+        into, taken = (getattr(array, "hidden", array) for array in (target, source))
+        (stream or self.stream).give(lambda: np.copyto(into, taken))
+
+    def event(self, device):
+        return Event()
+
+    def current(self, device):
+        return self.stream
+
+    def device_of(self, array):
+        return 0
+
+    def pinned(self, nbytes):
+        self.num_pinned += 1
+        return np.empty(nbytes, np.uint8)
+
+
+def on_device(content):
+    return OnDevice(np.array(content))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_follows_does_not_disturb_what_is_still_going_up(seed):
+    arrays = [Arrays(seed), Arrays(seed + 100)]
+    workers = [
+        Staged(WorkerGroup(wire), seam) for wire, seam in zip(transports(2), arrays, strict=True)
+    ]
+    assert all(isinstance(worker, Workers) for worker in workers)
+
+    def sums(worker):
+        for turn, size in enumerate((3, 9, 2, 9)):
+            arrays[worker.rank].stream = arrays[worker.rank].streams[turn % 2]
+            value = on_device(np.full(size, size + worker.rank))
+            yield worker.all_reduce([value], ReduceOp.SUM)[0]
+
+    def call(worker):
+        rank = worker.rank
+        return [
+            *sums(worker),
+            worker.reduce_scatter([on_device(np.arange(3) + rank)], ReduceOp.MAX)[0],
+            worker.all_gather([on_device(np.full((rank + 1, 2), rank))], 0)[0],
+            worker.broadcast([on_device([rank, 7])], 1)[0],
+        ]  # fmt: skip
+
+    for rank, found in enumerate(at_once(*(lambda w=w: call(w) for w in workers))):
+        for stream in arrays[rank].streams:
+            while stream.queue:
+                stream.step()
+        right = [np.full(size, 2 * size + 1) for size in (3, 9, 2, 9)]
+        right += [np.array([1, 2] if rank == 0 else [3]), np.array([[0, 0], [1, 1], [1, 1]])]
+        for one, wanted in zip(found, [*right, np.array([1, 7])], strict=True):
+            np.testing.assert_array_equal(one.hidden, wanted)
+        assert arrays[rank].num_pinned == 2, "page-locked memory is kept, and grew once"
+
+
+def test_values_of_the_host_go_as_they_are():
+    seams = [Arrays(0), Arrays(1)]
+    workers = [Staged(WorkerGroup(w), seam) for w, seam in zip(transports(2), seams, strict=True)]
+    found = at_once(*(lambda w=w: w.reduce([np.ones(3)], ReduceOp.SUM) for w in workers))
+    assert [one.tolist() for one in found] == [[2.0] * 3] * 2
+    beside = [worker.beside() for worker in workers]
+    assert at_once(*(lambda w=w: w.exchange(w.rank) for w in beside)) == [[0, 1]] * 2
+    assert all(seam.num_pinned == 0 for seam in seams)
