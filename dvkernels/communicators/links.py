@@ -65,7 +65,7 @@ class Links:
     ) -> None:
         self._nccl, self._arrays, self._devices = nccl, arrays, devices
         self._workers = workers
-        self._turn = threading.Lock()  # NCCL takes the calls of one thread at a time
+        self._turn = threading.RLock()  # NCCL takes the calls of one thread at a time
         self._comms: list[Any] = []
         self._join(ranks, size, unique_id)
         self._watch: Watch | None = None
@@ -91,7 +91,10 @@ class Links:
         # Half of it, so that all hear from those that fail before they give each other up.
         seconds = min(self._workers.timeout_seconds / 2, threading.TIMEOUT_MAX)
         thread.join(seconds)
-        words = self._workers.exchange(_LATE if thread.is_alive() else "".join(failures))
+        is_late = thread.is_alive()
+        words = self._workers.exchange(_LATE if is_late else "".join(failures))
+        if any(words) and not is_late:  # else NCCL is still busy with them
+            self._abort()
         for worker, word in enumerate(words):
             if word not in ("", _LATE):
                 raise DeviceError(
@@ -165,8 +168,12 @@ class Links:
         # A thread that NCCL itself holds up gives its turn back only after the abort.
         has_turn = self._turn.acquire(timeout=_TURN_SECONDS)
         try:
-            for comm in self._comms:
-                comm.abort()
+            self._abort()
         finally:
             if has_turn:
                 self._turn.release()
+
+    def _abort(self) -> None:
+        """Drop the ranks: to destroy them would wait for what they have been given."""
+        for comm in self._comms:
+            comm.abort()

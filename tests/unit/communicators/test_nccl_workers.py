@@ -37,6 +37,7 @@ class OfHost:
 
     def __init__(self, communicator, to=placed):
         self._communicator, self._to = communicator, to
+        self.size = communicator.size
 
     def __getattr__(self, verb):
         def call(values, *args):
@@ -304,3 +305,41 @@ def test_a_strategy_without_gpus_says_so_on_all_workers():
     for error in begin(make, make):
         assert isinstance(error, AlgorithmError)
         assert "on worker 0: cross_device_ops='nccl' needs a GPU of its own" in str(error)
+
+
+@pytest.mark.parametrize("bytes_per_bucket", [None, 16])
+def test_a_strategy_learns_the_same_over_it(monkeypatch, bytes_per_bucket):
+    library, rests = Library(), {}
+
+    def stand_in(devices, *, workers, rest):
+        return over(library, [len(devices)] * 2, rests)(workers, rest)
+
+    monkeypatch.setattr("dvkernels.communicators.nccl.Nccl", stand_in)
+
+    def learn(strategy):
+        def step():
+            replica = dv.get_replica_context()
+            k = replica.replica_id_in_sync_group
+            gradients = [np.arange(3.0) + k, np.full((2, 2), k, "f4"), np.float16([k])]
+            later = replica.all_reduce_async("mean", gradients)
+            total.assign_add(replica.all_reduce("mean", gradients)[0])
+            parts = replica.reduce_scatter("sum", np.arange(7) * k)
+            rows = replica.all_gather(np.full((k + 1, 2), k))
+            return later.wait(), parts, rows, replica.broadcast(np.float64(k), 3)
+
+        with strategy, strategy.scope():
+            total = dv.Variable(np.ones(3), aggregation="sum")
+            found = strategy.local_results(strategy.run(step))
+            ids = strategy.distribute_values_from_function(lambda one: one.replica_id_in_sync_group)
+            return [*found], total.numpy(), strategy.reduce("sum", ids), strategy.gather(ids)
+
+    def work(workers):
+        return learn(Strategy(["cpu:0", "cpu:1"], "nccl", workers=workers,
+                              bytes_per_bucket=bytes_per_bucket))  # fmt: skip
+
+    (one, *same), (other, *also) = (result for result in begin(work, work))
+    right, *alone = learn(dv.MirroredStrategy(["cpu:0"] * 4))
+    np.testing.assert_equal([*one, *other], right)
+    np.testing.assert_equal(same, alone)
+    np.testing.assert_equal(also, alone)
+    assert library.num_groups >= 6
