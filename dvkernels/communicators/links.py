@@ -164,12 +164,12 @@ class Links:
 
     def end(self, error: BaseException) -> None:
         """Abort NCCL's communicator, and end the group of the workers."""
-        self._workers.end(error)
-        # A thread that NCCL itself holds up gives its turn back only after the abort.
-        has_turn = self._turn.acquire(timeout=_TURN_SECONDS)
         try:
-            self._abort()
+            self._workers.end(error)
         finally:
+            # A thread that NCCL itself holds up gives its turn back only after the abort.
+            has_turn = self._turn.acquire(timeout=_TURN_SECONDS)
+            self._abort()
             if has_turn:
                 self._turn.release()
 

@@ -196,6 +196,8 @@ class Messages:
     # -- rounds ----------------------------------------------------------------------------------
 
     def _agree(self, wanted: Asked, nbytes: int) -> list[Word]:
+        if self._post.ended is not None:  # so nothing of a worker that has ended the group gets out
+            raise self._why_ended()
         words = self._agreement.reach(wanted, nbytes, _nothing)
         self._last = wanted
         return words

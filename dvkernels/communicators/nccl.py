@@ -144,10 +144,12 @@ class Nccl:
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array, on the first device of each worker."""
+        first = values[0]
+        if not _reduces(op, first.dtype):
+            return self._rest.reduce(values, op)
         if self._workers.size > 1:  # so that all workers get the same bits
             return self.all_reduce(values, op)[0]
-        first = values[0]
-        if not (_reduces(op, first.dtype) and self._can_move(values)):
+        if not self._can_move(values):
             return self._rest.reduce(values, op)
         (result,) = self._new([first.shape], first.dtype)
         codes = self._codes(op, first.dtype)

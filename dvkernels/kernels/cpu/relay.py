@@ -29,7 +29,7 @@ __all__ = ["DONE", "Relay"]
 MEMORY = "c8cb69fb"
 OBJECTS = "1ab62e2f"
 PROMPT = "6ddf890e"
-ROUNDS = "8ba893c5"
+ROUNDS = "e5cdd45a"
 
 # How it went, unless as a wait does that finds the members not all there, or not agreed.
 DONE = -2

@@ -44,8 +44,6 @@ def await_members(lines, count, rank, number, num_pauses):  # type: ignore[no-un
     mine = memory.load_shared(lines + 64 * rank, place)
     outcome = 0
     turn = 0
-    if memory.load_shared(lines, -8) != 0:
-        return 3
     for member in range(count):
         line = lines + 64 * member
         while memory.load_shared(line, 0) < number:
@@ -57,6 +55,9 @@ def await_members(lines, count, rank, number, num_pauses):  # type: ignore[no-un
             turn += 1
         if memory.load_shared(line, place) != mine:
             outcome = 2
+    # Looked at last: a member that has ended the group brings nothing that counts.
+    if memory.load_shared(lines, -8) != 0:
+        return 3
     return outcome
 
 
