@@ -46,6 +46,13 @@ def test_survivors_are_told(over, harm, tmp_path):
     check(over, harm, 1, tmp_path)
 
 
+@pytest.mark.parametrize("over", ["memory", "1,1"])
+def test_all_hear_of_nccl_that_one_lacks_and_of_an_end(over):
+    outcome = Job(2, "asks_for_nccl", over).wait(60)
+    assert outcome.code != 0  # the group has ended, and with it the job
+    assert "Traceback" not in outcome.written, outcome.written
+
+
 @pytest.mark.skipif(not is_open_mpi(), reason="MPICH ends a job of which a process is killed")
 @OVER
 def test_survivors_that_the_launcher_leaves_alone(over, tmp_path):

@@ -21,12 +21,14 @@ from dvkernels.schedules import cost
 from dvkernels.testing import check_communicator, check_strategy
 
 
-def make(num_local: int, timeout_seconds: float = 60.0) -> dv.Strategy:
+def make(num_local: int, timeout_seconds: float = 60.0, ops: str = "auto") -> dv.Strategy:
     hosts = next((word for word in sys.argv if "," in word), "")  # as 2,2: two on each of two
     os.environ["DVKERNELS_HOSTS"] = hosts
     is_simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
     devices = ["cuda:0" if is_simulated else f"cpu:{k}" for k in range(num_local)]
-    return dv.MultiWorkerMirroredStrategy(devices=devices, timeout_seconds=timeout_seconds)
+    return dv.MultiWorkerMirroredStrategy(
+        devices=devices, cross_device_ops=ops, timeout_seconds=timeout_seconds
+    )
 
 
 def rank() -> int:
@@ -60,6 +62,35 @@ def communicator_laws(num_local: str, over: str) -> None:
             uneven = [every[r][: 400_001 // (r + 1)] for r in range(count)]
             found = communicator.all_gather([uneven[r] for r in ids.values], 0)[0]
             np.testing.assert_array_equal(found, np.concatenate(uneven))
+
+
+def asks_for_nccl(over: str) -> None:
+    """Without GPUs, and then with one worker only that asks: an error on all, and all go on."""
+    for ops, text in (
+        ("nccl", "on worker 0: cross_device_ops='nccl' needs a GPU of its own"),
+        ("auto" if rank() else "nccl", r"workers \[0\] ask for it, and workers \[1\] do not"),
+    ):
+        with pytest.raises(dv.errors.AlgorithmError, match=text):
+            make(1, 60.0, ops)
+    end(over)
+
+
+def end(over: str) -> None:
+    """A worker that has ended the group is in no round, however late the others learn of it."""
+    from mpi4py import MPI
+
+    with make(1) as strategy:
+        workers = strategy.distribute_values_from_function(lambda _: 0).owner.workers
+        assert workers.agree([rank(), 7], "of the test", 1) == [[0, 7], [1, 7]]
+        with pytest.raises(dv.errors.CollectiveMismatchError, match=r"called of the test\(1\)"):
+            workers.agree([], "of the test", rank())
+        MPI.COMM_WORLD.Barrier()  # all have seen the end of that round
+        if rank() == 0:
+            workers.end(dv.errors.CollectiveTimeoutError("a GPU is late"))
+        for call in (workers.meet, lambda: workers.exchange("wrong")):
+            with pytest.raises(dv.errors.CollectiveTimeoutError, match="a GPU is late"):
+                call()
+        assert workers.has_ended
 
 
 def large(over: str, num_bytes: str) -> None:

@@ -270,3 +270,16 @@ def test_an_interrupt_half_way_ends_the_group(monkeypatch):
     (error,) = at_once(workers[1].meet)
     assert isinstance(error, WorkerLostError)
     assert "worker 0 left a collective half-way: KeyboardInterrupt" in str(error)
+
+
+def test_nothing_gets_out_of_a_worker_that_has_ended_the_group():
+    for _ in range(50):
+        one, other = (WorkerGroup(transport) for transport in transports(2))
+
+        def ends(worker=one):
+            worker.end(WorkerLostError("of the test"))
+            return worker.exchange("wrong")
+
+        for error in at_once(ends, lambda worker=other: worker.exchange("right")):
+            assert isinstance(error, WorkerLostError)
+            assert str(error) == "of the test"
