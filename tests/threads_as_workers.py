@@ -12,6 +12,7 @@ from dvkernels.communicators.local import Local
 from dvkernels.communicators.room import Room
 from dvkernels.communicators.shared_memory import SharedMemory
 from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.schedules import partition
 
 
 def transports(size, timeout_seconds=20.0, is_roomy=False):
@@ -36,32 +37,46 @@ def at_once(*calls):
         return [*pool.map(outcome, calls)]
 
 
-class Together:
-    """The communicator whose ranks belong to workers, each on a thread with so many of them."""
+def results(*calls):
+    """Return the result of each call, all at the same time; raise the first exception."""
+    found = at_once(*calls)
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+    return found
 
-    def __init__(self, size, num_local=1):
-        self.size, self._num_local = size, num_local
-        workers = [WorkerGroup(transport) for transport in transports(size // num_local)]
-        counts = [num_local] * len(workers)
+
+class Together:
+    """The communicator whose ranks belong to workers, each on a thread with some of them.
+
+    ``num_local`` each, or as many as ``counts`` says; ``over`` makes each worker's communicator
+    from its group and its hierarchical communicator.
+    """
+
+    def __init__(self, size, num_local=1, counts=None, over=None):
+        self.size = size
+        counts = counts or [num_local] * (size // num_local)
+        self._starts = partition.starts(counts)
+        workers = [WorkerGroup(transport) for transport in transports(len(counts))]
         self.communicators = [
-            Hierarchical(Local(num_local, "auto"), worker, counts) for worker in workers
+            Hierarchical(Local(count, "auto"), worker, counts)
+            for count, worker in zip(counts, workers, strict=True)
         ]
-        if num_local == 1:
+        if over is not None:
+            pairs = zip(workers, self.communicators, strict=True)
+            self.communicators = results(*(lambda pair=pair: over(*pair) for pair in pairs))
+        elif num_local == 1:
             self.communicators = workers
 
     def _each(self, verb, values, *args, outs=None):
         """Return what each worker's call returns, one after another."""
         calls = []
         for k, communicator in enumerate(self.communicators):
-            own = slice(k * self._num_local, (k + 1) * self._num_local)
+            own = slice(*self._starts[k : k + 2])
             extra = args if outs is None else (*args, outs[own])
             call = getattr(communicator, verb)
             calls.append(lambda call=call, own=own, extra=extra: call(values[own], *extra))
-        found = at_once(*calls)
-        for one in found:
-            if isinstance(one, Exception):
-                raise one
-        return found
+        return results(*calls)
 
     def all_reduce(self, values, op, out=None):
         return [*chain.from_iterable(self._each("all_reduce", values, op, outs=out))]

@@ -55,6 +55,10 @@ class Workers(Communicator, Protocol):
     def rank(self) -> int:
         """The number of this worker, from 0."""
 
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a worker waits for the others."""
+
     def all_reduce_columns(
         self,
         columns: Sequence[Sequence[Any]],
@@ -74,11 +78,28 @@ class Workers(Communicator, Protocol):
     def exchange(self, word: Any) -> list[Any]:
         """Return a small object of each worker, in their order."""
 
+    def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
+        """Return some integers of each worker, when all have called this with equal terms.
+
+        For what is carried out by others than the workers, and must be asked for by all of them:
+        after this they do.
+        """
+
     def announce(self, error: BaseException) -> None:
         """Make what the others wait for, or call next, raise: this worker's step has failed.
 
         Does not wait. An error that all workers raise anyway is not announced.
         """
+
+    def end(self, error: BaseException) -> None:
+        """Make everything that any worker calls from now on raise this; final, does not wait.
+
+        A ``CollectiveTimeoutError`` or a ``WorkerLostError``: other workers raise one of that kind.
+        """
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether everything that a worker calls raises: after ``end``, or the loss of another."""
 
     def beside(self) -> Workers:
         """Return the same workers for the use of another thread: its calls are in an own order."""

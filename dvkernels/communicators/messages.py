@@ -286,6 +286,12 @@ class Messages:
 
     # -- the end ---------------------------------------------------------------------------------
 
+    def end(self, error: BaseException) -> None:
+        """End the group, unless it has ended."""
+        if not self.has_ended:
+            kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
+            self._post.end(kind, str(error))
+
     def _end(self, kind: int, text: str) -> None:
         self._post.end(kind, text)
         raise self._why_ended()

@@ -39,6 +39,44 @@ def between_workers(resolver: ClusterResolver, timeout_seconds: float) -> Worker
     return mpi.connect(resolver, timeout_seconds)
 
 
+def between_all(
+    devices: Sequence[Device],
+    cross_device_ops: object,
+    workers: Workers,
+    bytes_per_bucket: int | None = None,
+) -> tuple[list[int], Communicator, Communicator]:
+    """Return how many replicas each worker has, and the communicator of all of them, twice.
+
+    The second is for a thread that reduces meanwhile. Every worker calls this, with the devices of
+    its own replicas.
+
+    Raises
+    ------
+    AlgorithmError
+        Some workers ask for NCCL, and others do not: on all of them.
+    """
+    asks_for_nccl = _named(cross_device_ops) == "nccl"
+    inside = between_devices(devices, "auto" if asks_for_nccl else cross_device_ops)
+    told = workers.exchange((len(devices), asks_for_nccl))
+    counts = [count for count, _ in told]
+    asking = [worker for worker, (_, asks) in enumerate(told) if asks]
+    if 0 < len(asking) < len(told):
+        others = [worker for worker in range(len(told)) if worker not in asking]
+        raise AlgorithmError(
+            f"cross_device_ops='nccl' connects the GPUs of all workers: workers {asking} ask for "
+            f"it, and workers {others} do not; give all of them the same"
+        )
+    main = between_replicas(inside, workers, counts)
+    background = between_replicas(inside, workers.beside(), counts)
+    if asks_for_nccl:
+        from dvkernels.communicators import nccl
+
+        main = nccl.Nccl(devices, workers=workers, rest=main)
+        # NCCL wants one order of calls on all workers, and a second thread has its own.
+        background = main if workers.size == 1 else background
+    return counts, _packing(main, bytes_per_bucket), _packing(background, bytes_per_bucket)
+
+
 def between_replicas(
     inside: Communicator,
     workers: Workers,
@@ -53,24 +91,23 @@ def between_replicas(
     communicator = inside
     if workers.size > 1:
         communicator = Hierarchical(inside, workers, replicas_of_workers)
+    return _packing(communicator, bytes_per_bucket)
+
+
+def _packing(communicator: Communicator, bytes_per_bucket: int | None) -> Communicator:
     return communicator if bytes_per_bucket is None else Bucketing(communicator, bytes_per_bucket)
 
 
 def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Communicator:
     """Return the communicator of the replicas of this process, one on each device.
 
-    ``cross_device_ops`` is a name or an object of the :class:`Communicator` protocol.
+    ``cross_device_ops`` is the name of an algorithm of our own, or an object of the
+    :class:`Communicator` protocol.
     """
-    num_replicas = len(devices)
-    if isinstance(cross_device_ops, str):
-        name = cross_device_ops.lower()
-        if name == "nccl":
-            from dvkernels.communicators import nccl
-
-            return nccl.Nccl(devices)
-        if name in _ALGORITHMS:
-            return Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
-    elif isinstance(cross_device_ops, Communicator):
+    num_replicas, name = len(devices), _named(cross_device_ops)
+    if name in _ALGORITHMS:
+        return Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
+    if isinstance(cross_device_ops, Communicator):
         if cross_device_ops.size != num_replicas:
             raise AlgorithmError(
                 f"the communicator has {cross_device_ops.size} ranks, the strategy "
@@ -81,3 +118,8 @@ def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Comm
         f"expected cross_device_ops to be one of {sorted([*_ALGORITHMS, 'nccl'])} or an object "
         f"with the methods of dvkernels.Communicator, got {cross_device_ops!r}"
     )
+
+
+def _named(cross_device_ops: object) -> str:
+    """Return the name that was given, or "" for an object."""
+    return cross_device_ops.lower() if isinstance(cross_device_ops, str) else ""

@@ -283,6 +283,12 @@ class SharedMemory:
 
     # -- the end ---------------------------------------------------------------------------------
 
+    def end(self, error: BaseException) -> None:
+        """End the group, unless it has ended."""
+        if not self.has_ended:
+            kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
+            self._room.end(kind, str(error))
+
     def _end(self, kind: int, text: str) -> None:
         self._room.end(kind, text)
         raise self._why_ended()

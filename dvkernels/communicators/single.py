@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -19,6 +20,8 @@ class Single:
 
     size = 1
     rank = 0
+    timeout_seconds = math.inf
+    has_ended = False
 
     def all_reduce_columns(
         self,
@@ -35,8 +38,15 @@ class Single:
         """Return the word."""
         return [word]
 
+    def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
+        """Return the numbers."""
+        return [[*numbers]]
+
     def announce(self, error: BaseException) -> None:
         """Tell nobody."""
+
+    def end(self, error: BaseException) -> None:
+        """End nothing: nobody waits for this one."""
 
     def beside(self) -> Single:
         """Return this: it keeps no order of calls."""

@@ -42,6 +42,7 @@ class Staged:
         self._pinned = np.empty(0, np.uint8)
         self._uploaded: Any = None  # when the memory may be written again
         self.rank, self.size = workers.rank, workers.size
+        self.timeout_seconds = workers.timeout_seconds
 
     def beside(self) -> Staged:
         """Return the same workers for another thread, with memory of their own."""
@@ -55,9 +56,22 @@ class Staged:
         """Return a small object of each worker."""
         return self._workers.exchange(word)
 
+    def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
+        """Return some integers of each worker, when all have called this with equal terms."""
+        return self._workers.agree(numbers, verb, *terms)
+
     def announce(self, error: BaseException) -> None:
         """Tell the others that this worker's step has failed."""
         self._workers.announce(error)
+
+    def end(self, error: BaseException) -> None:
+        """Make everything that any worker calls from now on raise this."""
+        self._workers.end(error)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether everything that a worker calls raises."""
+        return self._workers.has_ended
 
     def all_reduce(
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None

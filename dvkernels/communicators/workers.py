@@ -50,6 +50,9 @@ class Transport(Protocol):
     def announce(self, error: BaseException) -> None:
         """Tell the others that this worker's step has failed."""
 
+    def end(self, error: BaseException) -> None:
+        """End the group, unless it has ended: what any worker calls from now on raises this."""
+
     def beside(self) -> Transport:
         """Return another one, for another thread."""
 
@@ -85,6 +88,7 @@ class WorkerGroup:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.rank, self.size = transport.rank, transport.size
+        self.timeout_seconds = transport.timeout_seconds
 
     def beside(self) -> WorkerGroup:
         """Return the same workers for another thread."""
@@ -181,9 +185,24 @@ class WorkerGroup:
         held = np.frombuffer(pickle.dumps(word), np.uint8)
         return [pickle.loads(part.tobytes()) for part in self._transport.gather(held, _EXCHANGE)]
 
+    def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
+        """Return some integers of each worker, when all have called this with equal terms."""
+        held = np.array(numbers, np.int64).view(np.uint8)
+        parts = self._transport.gather(held, asked(verb, *terms))
+        return [part.view(np.int64).tolist() for part in parts]
+
     def announce(self, error: BaseException) -> None:
         """Tell the others that this worker's step has failed."""
         self._transport.announce(error)
+
+    def end(self, error: BaseException) -> None:
+        """Make everything that any worker calls from now on raise this."""
+        self._transport.end(error)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether everything that a worker calls raises."""
+        return self._transport.has_ended
 
 
 def _as_bytes(array: Any) -> Any:

@@ -51,7 +51,13 @@ class Arrays(Protocol):
         """
 
     def event(self, device: int) -> Any:
-        """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``."""
+        """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``.
+
+        Its ``done`` tells, without waiting, whether it has happened.
+        """
+
+    def identity(self, device: int) -> str:
+        """Return what a device is called by every process that sees it, and no other one is."""
 
     def over(
         self,
@@ -277,6 +283,12 @@ class _CuPyArrays:
         with self._cupy.cuda.Device(device):
             return self._cupy.cuda.Event(disable_timing=True)
 
+    def identity(self, device: int) -> str:
+        """Return the UUID of a device."""
+        found = driver.find()
+        assert found is not None
+        return found.uuid(device)
+
     def over(
         self,
         memory: tuple[int, int],
@@ -365,6 +377,10 @@ class _SimulatedArrays:
         """Return what stands in for an event."""
         return _Done()
 
+    def identity(self, device: int) -> str:
+        """Return what nothing else is called: each process has a simulated device of its own."""
+        return f"simulated by process {os.getpid()}"
+
     def over(
         self,
         memory: tuple[int, int],
@@ -419,6 +435,7 @@ class _Done:
     """A stream, or an event, on which everything has already happened."""
 
     ptr = 0
+    done = True
 
     def __enter__(self) -> _Done:
         return self

@@ -97,6 +97,12 @@ class Driver:
         self._check("cuDeviceGetName", room, len(room), self._handle(device))
         return room.value.decode()
 
+    def uuid(self, device: int) -> str:
+        """Return the 32 digits that no other GPU, or part of one, has anywhere."""
+        found = (ctypes.c_uint8 * 16)()
+        self._check("cuDeviceGetUuid_v2", found, self._handle(device))
+        return bytes(found).hex()
+
     def capability(self, device: int) -> tuple[int, int]:
         """Return the compute capability: (9, 0) for sm_90."""
         return self._attribute(device, _MAJOR), self._attribute(device, _MINOR)

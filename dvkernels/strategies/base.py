@@ -113,19 +113,16 @@ class Strategy:
                 )
             bytes_per_bucket = int(bytes_per_bucket)
         central = None if central_device is None else registry.resolve(central_device)
-        inside = communicators.between_devices(resolved, communicator)
         workers = Single() if workers is None else workers
         held = memory.of(resolved)
         if workers.size > 1 and held is not memory.HOST:
             workers = Staged(workers)
-        counts = workers.exchange(len(resolved))
+        counts, all_over, background = communicators.between_all(
+            resolved, communicator, workers, bytes_per_bucket
+        )
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         if workers.size > 1:
             name += f" on worker {workers.rank} of {workers.size}"
-        all_over, background = (
-            communicators.between_replicas(inside, each, counts, bytes_per_bucket)
-            for each in (workers, workers.beside())
-        )
         self._placement = Placement(
             resolved,
             all_over,

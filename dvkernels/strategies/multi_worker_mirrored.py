@@ -33,7 +33,8 @@ class MultiWorkerMirroredStrategy(Strategy):
     devices : sequence of Device or str, optional
         Those of this process, one replica each. One per core of its share if not given.
     cross_device_ops : str or Communicator
-        How the replicas of this process reduce: see :class:`MirroredStrategy`.
+        How the replicas of this process reduce: see :class:`MirroredStrategy`. ``"nccl"`` connects
+        the GPUs of all workers, of which each replica has one; all workers ask for it or none.
     timeout_seconds : float
         How long a worker waits for the others in a collective.
     bytes_per_bucket : int, optional
@@ -46,7 +47,10 @@ class MultiWorkerMirroredStrategy(Strategy):
         The launcher's variables are malformed, MPI started another number of processes, or
         mpi4py is missing.
     DeviceError, AlgorithmError
-        As of ``MirroredStrategy``.
+        As of ``MirroredStrategy``. What is wrong with ``"nccl"`` on one worker is raised on all:
+        NCCL is missing, two replicas share a GPU, some workers do not ask for it.
+    CollectiveTimeoutError
+        The other workers do not make theirs in time, or NCCL does not connect them.
     ValueError
         ``timeout_seconds`` or ``bytes_per_bucket`` is not positive.
 
@@ -65,7 +69,11 @@ class MultiWorkerMirroredStrategy(Strategy):
     raises the same, and MPI ends what is left when the first process exits.
 
     Processes of one host exchange data through memory that they share, hosts by messages of MPI:
-    what the workers of a host have is added up there first. ``DVKERNELS_HOSTS=2,2`` in the
+    what the workers of a host have is added up there first. Values on GPUs go through the memory of
+    the host, or between the GPUs by ``"nccl"``: it carries what is dense and what it does as this
+    library promises, the workers agree on each of its calls before they make it, and a call that
+    does not end on the GPU within ``timeout_seconds`` ends the job. ``all_reduce_async`` goes
+    through the host. ``DVKERNELS_HOSTS=2,2`` in the
     environment lets four workers of one host pretend to be on two.
 
     Examples

@@ -75,6 +75,7 @@ def _check_streams(arrays: Arrays, device: int) -> None:
         other.synchronize()
         assert (received == turn).all(), "a stream that awaited an event read what was before it"
         event.synchronize()
+        assert event.done, "an event that was waited for says that it has not happened"
     with one:
         pass
     one.synchronize()

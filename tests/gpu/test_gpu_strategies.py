@@ -54,6 +54,48 @@ def test_nccl_adds_up():
         assert part.get().tolist() == [[3.0] * 3] * length
 
 
+WORKER = """
+import cupy, numpy as np, dvkernels as dv
+from dvkernels.communicators.nccl import Nccl
+
+worker = dv.cluster.default_resolver()
+strategy = dv.MultiWorkerMirroredStrategy(
+    devices=[f"cuda:{worker.local_rank}"], cross_device_ops="nccl", timeout_seconds=60
+)
+given = []
+call = Nccl.all_reduce
+Nccl.all_reduce = lambda self, *args: given.append(call(self, *args)) or given[-1]
+
+def step():
+    replica = dv.get_replica_context()
+    k = replica.replica_id_in_sync_group
+    later = replica.all_reduce_async("sum", cupy.full(5, k + 1.0))
+    half = replica.all_reduce("sum", cupy.full(3, k + 1, "f2"))
+    total = replica.all_reduce("mean", cupy.full((1000, 3), k + 1.0, "f4"))
+    rows = replica.all_gather(cupy.full((k + 1, 2), k))
+    part = replica.reduce_scatter("sum", cupy.arange(5.0))
+    return [one.get().tolist() for one in (later.wait(), half, total[0], rows, part)]
+
+with strategy:
+    found = strategy.local_results(strategy.run(step))[0]
+    assert found[:4] == [[3.0] * 5, [3.0] * 3, [1.5] * 3, [[0, 0], [1, 1], [1, 1]]], found
+    assert found[4] == ([0.0, 2.0, 4.0], [6.0, 8.0])[worker.worker_id]
+    assert given
+"""
+
+
+@needs_gpus
+def test_nccl_between_two_processes(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    ended = subprocess.run(
+        [sys.executable, "-m", "dvkernels", "launch", "-n", "2", str(script)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
+
+
 @needs_gpu
 def test_two_replicas_of_one_gpu_learn_the_digits():
     ended = subprocess.run(

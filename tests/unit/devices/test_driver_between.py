@@ -40,6 +40,9 @@ class Library:
     def on_cuDeviceCanAccessPeer(self, found: Any, device: int, peer: int) -> None:
         found._obj.value = (device, peer) not in self.strangers
 
+    def on_cuDeviceGetUuid_v2(self, found: Any, device: int) -> None:
+        found[:] = [*range(15), device]
+
     def on_cuDevicePrimaryCtxRetain(self, found: Any, device: int) -> None:
         found._obj.value = 100 + device
 
@@ -151,3 +154,10 @@ def test_a_kernel_is_finished_loading_where_the_driver_can() -> None:
     library = Library()
     Driver(library).load(0, b"image", "name")
     assert library.asked.index("cuModuleGetFunction") < library.asked.index("cuFuncLoad")
+
+
+def test_each_device_has_a_name_of_its_own() -> None:
+    driver = Driver(Library())
+    assert [driver.uuid(k) for k in (0, 2)] == [
+        f"000102030405060708090a0b0c0d0e{k}" for k in ("00", "02")
+    ]
