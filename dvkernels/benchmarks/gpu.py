@@ -20,7 +20,7 @@ from dvkernels.benchmarks.stopwatch import Samples, alternate, timed
 from dvkernels.devices import cuda
 from dvkernels.errors import DeviceError
 
-__all__ = ["Figure", "Plan", "all_reduce", "measure", "page"]
+__all__ = ["Figure", "Plan", "all_reduce", "compare", "measure", "page"]
 
 _MOST_BYTES_APART = 1e-2  # of bfloat16, whose sums are rounded once
 
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     nbytes: int = 256 << 20
     small_nbytes: int = 4 << 10
     replicas: tuple[int, ...] = (2, 4, 8)
+    between_nbytes: tuple[int, ...] = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20)
     rounds: int = 9
     calls: int = 20
     small_calls: int = 1000
@@ -139,7 +140,9 @@ def _all_reduce(bench: _Bench, count: int, dtype: np.dtype[Any]) -> Figure:
     buffers, host = bench.filled(length, dtype, count)
     kernels.all_reduce(buffers)
     expected = np.sum([one.astype("f4") for one in host], axis=0, dtype="f4")
-    _compare(bench, "all_reduce", buffers, expected, 1e-6 if dtype == "f4" else _MOST_BYTES_APART)
+    compare(
+        bench.arrays, "all_reduce", buffers, expected, 1e-6 if dtype == "f4" else _MOST_BYTES_APART
+    )
     neighbours = _neighbours(buffers) if dtype == "f4" else {}
     found = bench.contest(
         lambda: kernels.all_reduce(buffers, "mean"), neighbours, bench.plan.calls
@@ -199,18 +202,19 @@ def _adam(bench: _Bench) -> Figure:
     step()
     mean = np.mean(host, axis=0, dtype="f4")
     expected = -1e-3 * mean / (np.abs(mean) + 1e-8)
-    _compare(bench, "mean and Adam", states[0], expected, 1e-4)
+    compare(bench.arrays, "mean and Adam", states[0], expected, 1e-4)
     found = bench.contest(step, {}, bench.plan.calls)
     moved = (count + 3 + 3 * count) * gradients[0].nbytes
     return bench.figure("mean and Adam, fused", count, gradients[0], moved, found)
 
 
-def _compare(
-    bench: _Bench, what: str, arrays: Sequence[Any], expected: Any, most_apart: float
+def compare(
+    seam: cuda.Arrays, what: str, arrays: Sequence[Any], expected: Any, most_apart: float
 ) -> None:
+    """Raise ``DeviceError`` unless all arrays hold what NumPy computes."""
     for replica, array in enumerate(arrays):
         found = np.empty(array.shape, array.dtype)
-        bench.arrays.copy(found, array)
+        seam.copy(found, array)
         apart = np.abs(found.astype("f4") - expected) / (np.abs(expected) + 1)
         if not apart.max(initial=0) <= most_apart:
             raise DeviceError(
@@ -251,7 +255,16 @@ def _neighbours(buffers: Sequence[Any]) -> dict[str, Callable[[], object]]:
                 for tensor in tensors:
                     tensor.copy_(total)
 
-        found["torch stack"] = by_torch
+        def by_adding_in_torch() -> None:
+            with torch.cuda.stream(stream):
+                total = tensors[0] + tensors[1]
+                for tensor in tensors[2:]:
+                    total += tensor
+                total /= len(tensors)
+                for tensor in tensors:
+                    tensor.copy_(total)
+
+        found["torch stack"], found["torch add"] = by_torch, by_adding_in_torch
     return found
 
 

@@ -20,7 +20,7 @@ _SIMULATED = {"nbytes": 256, "small_nbytes": 16, "rounds": 1, "calls": 1, "small
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a page fragment, and write it, and the data, to a file."""
     cuda.require("bench --device cuda")
-    from dvkernels.benchmarks import gpu
+    from dvkernels.benchmarks import between_gpus, gpu
 
     report = None if arguments.report is None else Path(arguments.report)
     if report is not None:
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         "Rounds": f"{plan.rounds} of {plan.calls} calls, in turn; medians and quartiles",
     }
     figures = gpu.measure(plan=plan)
+    figures += between_gpus.measure([device.index for device in cuda.devices()], plan)
     fragment = gpu.page(figures, about)
     print(fragment, end="")
     if report is not None:

@@ -353,15 +353,15 @@ class Step:
                     remedy += "of run, or all replicas together in it"
                 raise CollectiveMismatchError(f"the replicas disagree: {said}; {remedy}")
         payloads = [request.payload for request in requests]
-        if tracing.active is None:
-            return self._performed(first, payloads)
-        with tracing.span("reduce", "collective", call=str(first)):
-            return self._performed(first, payloads)
-
-    def _performed(self, request: Request, payloads: list[Any]) -> Sequence[Any]:
-        return (
-            request.act(payloads) if self.perform is None else self.perform(request.act, payloads)
-        )
+        recording = tracing.active
+        began = 0 if recording is None else time.perf_counter_ns()
+        try:
+            return (
+                first.act(payloads) if self.perform is None else self.perform(first.act, payloads)
+            )
+        finally:
+            if recording is not None:
+                recording.add("reduce", "collective", began, {"call": str(first)})
 
     def _wait(self, replica: int) -> None:
         assert self._gates is not None

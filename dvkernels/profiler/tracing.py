@@ -64,13 +64,14 @@ class trace:
 
     Examples
     --------
-    >>> import json, tempfile
+    >>> import json, pathlib, tempfile
     >>> import dvkernels as dv
     >>> two = dv.MirroredStrategy(["cpu:0", "cpu:0"])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with dv.profiler.trace(f"{folder}/run.json"):
     ...         _ = two.run(lambda: dv.get_replica_context().all_reduce("sum", 1.0))
-    ...     events = json.load(open(f"{folder}/run.json"))["traceEvents"]
+    ...     events = json.loads(pathlib.Path(folder, "run.json").read_text())["traceEvents"]
+    >>> two.close()
     >>> sorted({event["name"] for event in events if event["ph"] == "X"})
     ['all_reduce', 'reduce', 'run']
     """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from kinds import BODIES, check_body
 
+import dvkernels as dv
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda
 from dvkernels.testing import check_arrays
@@ -138,6 +139,45 @@ def test_tensors_of_pytorch_come_out_as_they_went_in(dtype):
         assert result.is_cuda
     kernels.all_reduce(tensors)
     assert all((tensor == 3).all() for tensor in tensors)
+
+
+def test_calls_like_earlier_ones_use_their_own_arrays():
+    import cupy
+
+    kept = []
+    for turn in range(200):
+        kept.append(filled(cupy, 1024))
+        out = [cupy.empty(1024, "f4") for _ in range(2)]
+        kernels.all_reduce(kept[-1], out=out)
+        kernels.all_reduce(kept[-1], "max")
+        assert all((one == 3).all() for one in out), turn
+    assert all((one == 2).all() for pair in kept for one in pair)
+
+
+def test_a_reduction_that_calls_other_functions():
+    import cupy
+    import numba
+
+    size = numba.njit(lambda x: x if x >= 0 else -x)
+    op = dv.CustomReduction(numba.njit(lambda a, b: a if size(a) >= size(b) else b), 0, "farther")
+    buffers = [cupy.asarray(np.float32([1, -5, 2])), cupy.asarray(np.float32([-3, 2, 1]))]
+    assert kernels.reduce(buffers, op).tolist() == [-3, -5, 2]
+
+
+def test_a_forked_child_is_told(tmp_path):
+    import cupy
+
+    buffers = filled(cupy, 8)
+    kernels.all_reduce(buffers)
+    child = os.fork()
+    if child == 0:
+        try:
+            kernels.all_reduce(buffers)
+        except errors.DeviceError as error:
+            (tmp_path / "said").write_text(str(error))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert "forked" in (tmp_path / "said").read_text()
 
 
 def test_arrays_of_numba():

@@ -18,6 +18,9 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from simulated_peers import Simulated
 
 import dvkernels as dv
+from dvkernels.benchmarks import between_gpus, gpu
+from dvkernels.benchmarks.peers import registry
+from dvkernels.devices import cuda as cuda_devices
 from dvkernels.devices import driver, gpu_arrays
 from dvkernels.errors import BufferMismatchError, CollectiveTimeoutError, DeviceError
 from dvkernels.kernels import cuda as kernels
@@ -60,11 +63,22 @@ class Machine:
     def destroy(self, event):
         pass
 
+    def synchronize(self, device):
+        pass
+
     def put(self, array, device, stream=None):
         buffer = FakeCUDAArray(array)
         self.kept.append(buffer)
         self.placed[id(buffer)] = (device, stream)
         return buffer
+
+    def allocate(self, monkeypatch, streams):
+        """Let the library allocate on these devices, each with a stream that is current."""
+
+        def empty(device, shape, dtype):
+            return self.put(np.empty(shape, dtype), device, streams[device])
+
+        monkeypatch.setattr(cuda_devices.arrays(), "empty", empty)
 
     def place(self, verb, buffers, name="replica"):
         found = self._place(verb, buffers, name)
@@ -283,3 +297,52 @@ def test_bad_input_touches_nothing(machine):
         kernels.broadcast(buffers)
     assert all(np.array_equal(now, then) for now, then in zip(arrays, before, strict=True))
     assert not machine.peers.launched
+
+
+def test_the_measurement_takes_every_protocol_and_rival(machine, monkeypatch):
+    taken = []
+
+    def rival(bench, inputs, outs):
+        def call():
+            taken.append(len(inputs))
+            for out in outs:
+                out._ary[:] = sum(one._ary for one in inputs)
+
+        return lambda calls: bench.seconds(call, calls)
+
+    plan = gpu.Plan(between_nbytes=(256, 4096), rounds=2, calls=2, small_calls=3, small_nbytes=256)
+    with concurrent():
+        streams = [cuda.stream() for _ in range(3)]
+        monkeypatch.setattr(machine, "synchronize", lambda device: streams[device].synchronize())
+        machine.allocate(monkeypatch, streams)
+        figures = between_gpus.measure([0, 1, 2], plan, {"rival": rival})
+        machine.apart = {(0, 1), (0, 2)}
+        between._groups.clear()
+        alone = between_gpus.measure([0, 1, 2], plan, {})
+    assert [(one.nbytes, one.replicas) for one in figures] == [(256, 3), (4096, 3)]
+    contestants = {"one_shot", "two_shot", "ring", "staged", "rival", "copy"}
+    assert all(one.neighbours.keys() == contestants for one in figures)
+    assert all(one.seconds > 0 and one.attained > 0 for one in figures)
+    assert {*taken} == {3}
+    assert all(one.neighbours.keys() == {"staged", "copy"} for one in alone)
+
+
+def test_a_rival_that_computes_something_else_is_not_reported(machine, monkeypatch):
+    machine.apart = {(0, 1)}
+    plan = gpu.Plan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
+    machine.allocate(monkeypatch, [0, 0])
+    idle = {"idle": lambda *_: lambda calls: 1.0}
+    with pytest.raises(DeviceError, match=r"GPUs, idle: .*nothing is reported"):
+        between_gpus.measure([0, 1], plan, idle)
+
+
+def test_what_is_not_there_is_said(machine, monkeypatch):
+    machine.apart = {(0, 1)}
+    plan = gpu.Plan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
+    machine.allocate(monkeypatch, [0, 0])
+    monkeypatch.setattr(registry, "version_of", lambda peer, python: None)
+    notes = {one.name: one.note for one in between_gpus.measure([0, 1], plan)[1:]}
+    assert "the simulator has none" in notes["all_reduce between GPUs, nccl"]
+    assert "torch is not installed" in notes["all_reduce between GPUs, torch nccl"]
+    (one,) = between_gpus.measure([0], plan)
+    assert one.note == "not measured: it takes two GPUs, and 1 is there"

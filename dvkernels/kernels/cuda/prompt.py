@@ -41,7 +41,8 @@ class _Kept(NamedTuple):
 
 _kept: dict[Hashable, _Kept] = {}
 # The driver serves no child of fork: what that calls goes the long way, which says so.
-os.register_at_fork(after_in_child=_kept.clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.clear)
 
 
 def see(sources: Sequence[Any], targets: Sequence[Any], op: Any) -> Seen | None:
@@ -84,6 +85,7 @@ def learn(seen: Seen | None, op: Reduction, arrays: Sequence[np.ndarray[Any, Any
     launch = jobs.repeated(seen.at.device, op, arrays, seen.num_sources, in_place=seen.is_in_place)
     if launch is None:
         return
-    while len(_kept) >= _MOST:
-        _kept.pop(next(iter(_kept)), None)
+    if len(_kept) >= _MOST:
+        for key in [*_kept][:1]:  # the oldest; other threads may be here too
+            _kept.pop(key, None)
     _kept[seen.key] = _Kept(arrays[0].nbytes, launch)

@@ -1,4 +1,4 @@
-"""All-reduce by PyTorch's Gloo, one process a rank, over the loopback interface, in place."""
+"""All-reduce by PyTorch, one process a rank, in place: by Gloo over loopback, by NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,30 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run(rank, size, port, commands, results):
+def finish(place):
+    """Wait for what a GPU was given; on the CPU, calls return when they have ended."""
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+
+
+def run(rank, size, backend, port, commands, results):
     """Serve one rank: commands come through a queue, so that waiting costs nothing."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    place = torch.device("cpu")
+    if backend == "nccl":
+        place = torch.device("cuda", rank)
+        torch.cuda.set_device(place)
+    dist.init_process_group(backend, rank=rank, world_size=size)
     held = {}
     while (command := commands.get()) is not None:
         count, dtype, iterations = command["count"], command["dtype"], command["iterations"]
         if (count, dtype) not in held:
             every = protocol.inputs(count, size, dtype)
-            tensor = torch.from_numpy(every[rank].copy())
+            tensor = torch.from_numpy(every[rank].copy()).to(place)
             dist.all_reduce(tensor)
-            wrong = int((tensor.numpy() != np.sum(every, axis=0, dtype=dtype)).sum())
-            steady = torch.from_numpy(protocol.steady(count, size, dtype)[rank])
+            wrong = int((tensor.cpu().numpy() != np.sum(every, axis=0, dtype=dtype)).sum())
+            steady = torch.from_numpy(protocol.steady(count, size, dtype)[rank]).to(place)
             held = {(count, dtype): (tensor, steady, wrong)}
         tensor, steady, wrong = held[count, dtype]
         elapsed = 0.0
@@ -34,22 +44,26 @@ def run(rank, size, port, commands, results):
             tensor.copy_(steady)
             dist.all_reduce(tensor)
             dist.barrier()
+            finish(place)
             began = time.perf_counter()
             for _ in range(portion):
                 dist.all_reduce(tensor)
+            finish(place)
             elapsed += time.perf_counter() - began
         results.put((elapsed / iterations, wrong))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    size, port = int(sys.argv[1]), int(sys.argv[2])
+    size, backend, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     answer = protocol.answers_go_to()
     context = mp.get_context("spawn")
     queues = [context.Queue() for _ in range(size)]
     results = context.Queue()
     ranks = [
-        context.Process(target=run, args=(rank, size, port, queues[rank], results), daemon=True)
+        context.Process(
+            target=run, args=(rank, size, backend, port, queues[rank], results), daemon=True
+        )
         for rank in range(size)
     ]
     for process in ranks:
