@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib.metadata
 import importlib.util
@@ -118,6 +119,8 @@ def _alive_after(seconds: float, threads: set[threading.Thread]) -> set[threadin
 @pytest.fixture(autouse=True)
 def leave_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves replica threads or a strategy behind."""
+    if request.node.get_closest_marker("slow") is not None:
+        faulthandler.cancel_dump_traceback_later()  # that ends pytest after 120 s
     before = _replica_threads()
     yield
     left = _end_strategy_left_set()

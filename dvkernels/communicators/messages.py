@@ -18,6 +18,7 @@ from mpi4py import MPI
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.exchange import Exchange, Finish, Request
 from dvkernels.communicators.host import Host
+from dvkernels.communicators.room import NUM_CHANNELS
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 
@@ -50,6 +51,7 @@ class _Post:
         self.ended: tuple[int, str] | None = None
         self.left: dict[int, tuple[list[int], str]] = {}  # the last rounds, and why
         self.waits: dict[tuple[int, int], int] = {}  # by channel and worker: in which round
+        self.rounds = [0] * NUM_CHANNELS  # to which this worker has come
 
     def send(self, tag: int, text: str) -> None:
         """Send a word to all others, without waiting."""
@@ -81,6 +83,14 @@ class _Post:
                 self.left[other] = [int(number) for number in rounds.split()], why
             else:
                 self.waits[tag - _WAITS, other] = int(text)
+
+    def is_held_up(self, worker: int) -> bool:
+        """Tell whether a worker has said that it waits, in a channel's latest round or the last.
+
+        It may wait for the data of that, while this worker has its own and is in the next.
+        """
+        own = enumerate(self.rounds)
+        return any(self.waits.get((channel, worker), -2) >= number - 1 for channel, number in own)
 
     def end(self, kind: int, text: str) -> None:
         """End the group for all."""
@@ -209,6 +219,7 @@ class Messages:
         self._own[_HEAD_NBYTES:][: len(held)] = np.frombuffer(held, np.uint8)
         self._own[_HEAD_NBYTES + len(held)] = 0
         self._number += 1
+        self._post.rounds[self._channel] = self._number
         self._meeting.Start()
 
     def is_complete(self) -> bool:
@@ -278,6 +289,9 @@ class Messages:
     def _give_up(self, wanted: Asked) -> None:
         others = (worker for worker in range(self.size) if worker != self.rank)
         absent = [worker for worker in others if not self._is_here(worker)]
+        # One that waits in the collective before this, or over the other channel, is absent too,
+        # but because of another, who stopped half-way.
+        absent = [worker for worker in absent if not self._post.is_held_up(worker)] or absent
         last = "before any collective" if self._last is None else f"in {self._last.text}"
         self._end(
             _GAVE_UP,
