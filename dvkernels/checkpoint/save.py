@@ -59,12 +59,17 @@ class Save:
         self._stack = ExitStack()
         self._new = folder.new(path)
         self._groups = _dealt(snapshot.tensors)
+        self._block_nbytes = transfer.BLOCK_NBYTES
         self._first_shard = 0
         self._written: _Written | None = None
         self._failure: BaseException | None = None
 
     def copied(self, copied: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
         """Save copies of the arrays, as ``copied`` returns them, instead of themselves."""
+        # Who writes beside the run asks for the interpreter's lock as seldom as possible: a replica
+        # that needs it waits for a writer that has it, and may wait for a core. Steps took 1.1
+        # times as long as alone with whole pieces, 1.2 to 1.3 times with blocks that stay in caches.
+        self._block_nbytes = transfer.PIECE_NBYTES
         tensors = copied(self.snapshot.tensors)
         self.snapshot = replace(self.snapshot, tensors=tensors)
         self._groups = _dealt(tensors)
@@ -85,7 +90,9 @@ class Save:
         """Write the shards of this worker; :meth:`finish` says if that has failed."""
         try:
             with naming_failures(self._path):
-                self._written = _write_shards(self._groups, self._new, self._first_shard)
+                self._written = _write_shards(
+                    self._groups, self._new, self._first_shard, self._block_nbytes
+                )
         except BaseException as error:
             self._failure = error
 
@@ -128,7 +135,7 @@ def naming_failures(path: Path) -> Iterator[None]:
 
 
 def _write_shards(
-    groups: Sequence[Sequence[tuple[str, Any]]], new: Path, first_shard: int
+    groups: Sequence[Sequence[tuple[str, Any]]], new: Path, first_shard: int, block_nbytes: int
 ) -> _Written:
     with contextlib.ExitStack() as stack:
         descriptors, headers, columns = [], [], []
@@ -145,7 +152,7 @@ def _write_shards(
         pieces = [
             piece for row in itertools.zip_longest(*columns) for piece in row if piece is not None
         ]
-        written = zip(pieces, transfer.write(pieces), strict=True)
+        written = zip(pieces, transfer.write(pieces, block_nbytes), strict=True)
         checksums: dict[str, list[tuple[int, str]]] = {}
         for piece, checksum in written:
             checksums.setdefault(piece.where, []).append((piece.offset, checksum))

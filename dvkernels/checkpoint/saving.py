@@ -134,8 +134,8 @@ def _step_back() -> None:
     """Run only where nobody else wants to; threads that this thread starts do likewise.
 
     Steps that kept two cores busy took five times as long while 1 GiB was written at the usual
-    priority, 1.5 times at the lowest, and as long as otherwise under ``SCHED_IDLE``. The save then
-    took 7 s in place of 1.3 there; who waits for it frees a core, and it goes on at full speed.
+    priority, and 1.1 times under ``SCHED_IDLE``. Who waits for the save frees a core, and it goes
+    on at full speed.
     """
     if sys.platform == "linux":  # elsewhere a priority is that of the whole process
         own = threading.get_native_id()

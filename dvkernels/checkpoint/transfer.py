@@ -24,7 +24,7 @@ from dvkernels.errors import CheckpointDamagedError
 __all__: list[str] = []
 
 PIECE_NBYTES = 16 << 20  # of the format: changing it changes what files hold
-_BLOCK_NBYTES = 1 << 20
+BLOCK_NBYTES = 1 << 20
 
 
 class Piece(NamedTuple):
@@ -74,12 +74,12 @@ def read_all(descriptor: int, nbytes: int, offset: int, where: str) -> bytes:
     return bytes(content)
 
 
-def write(pieces: Sequence[Piece]) -> list[str]:
+def write(pieces: Sequence[Piece], block_nbytes: int = BLOCK_NBYTES) -> list[str]:
     """Write pieces, and return their checksums."""
 
     def write_piece(piece: Piece) -> str:
         digest = xxhash.xxh3_64()
-        for begin, end in _blocks(piece):
+        for begin, end in _blocks(piece, block_nbytes):
             block = piece.places[0][begin:end]
             digest.update(block)
             write_all(piece.descriptor, block, piece.offset + begin)
@@ -94,7 +94,7 @@ def check(pieces: Sequence[Piece]) -> None:
 
     def check_piece(piece: Piece) -> None:
         if not hasattr(here, "block"):
-            here.block = np.empty(_BLOCK_NBYTES, np.uint8)
+            here.block = np.empty(BLOCK_NBYTES, np.uint8)
         digest = xxhash.xxh3_64()
         for begin, end in _blocks(piece):
             block = here.block[: end - begin]
@@ -224,8 +224,8 @@ class _Work:
         self._bell.acquire(timeout=0.1)
 
 
-def _blocks(piece: Piece) -> Iterator[tuple[int, int]]:
-    starts = itertools.chain(range(0, piece.nbytes, _BLOCK_NBYTES), (piece.nbytes,))
+def _blocks(piece: Piece, nbytes: int = BLOCK_NBYTES) -> Iterator[tuple[int, int]]:
+    starts = itertools.chain(range(0, piece.nbytes, nbytes), (piece.nbytes,))
     return itertools.pairwise(starts)
 
 

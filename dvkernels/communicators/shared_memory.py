@@ -116,13 +116,9 @@ class SharedMemory:
     def _reduce_on(self, wanted: Asked, divisor: int) -> None:
         """Let compiled code go on, from one worker that is late to the next."""
         agreement, way = self._agreement, self._relay
-
-        def reach() -> None:
-            agreement.reach(wanted, way.nbytes, lambda: way.bring(self._number))
-
         has_come = not agreement.is_settled
         if has_come:
-            reach()
+            self._reach(wanted)
         while True:
             how, self._number = way.run(self._number, wanted.number, divisor, has_come=has_come)
             if how == relay.DONE:
@@ -131,7 +127,12 @@ class SharedMemory:
             has_come = True
             if self._await(wanted, self._pauses) != rounds.AGREED:
                 agreement.judge(self._words(), wanted)
-                reach()
+                self._reach(wanted)
+
+    def _reach(self, wanted: Asked) -> None:
+        """Come, with the piece at hand, to a round in which all ask for the like."""
+        way = self._relay
+        self._agreement.reach(wanted, way.nbytes, lambda: way.bring(self._number))
 
     def _reduce_by_kernels(
         self, column: Sequence[Any], num_sources: int, op: Reduction, wanted: Asked, divisor: int

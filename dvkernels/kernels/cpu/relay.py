@@ -83,8 +83,8 @@ def _combine(job, runner, num_sources, num_targets, divisor, length):  # type: i
     memory.call(runner, job)
 
 
-@numba.njit("int64(int64, int64, int64, int64)", nogil=True, cache=True)
-def _lay_out(columns, num_sources, recipe, layout):  # type: ignore[no-untyped-def]
+@numba.njit("int64(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+def _lay_out(columns, num_sources, recipe, layout, route):  # type: ignore[no-untyped-def]
     """Write each column's first byte and its arrays' addresses; return the bytes of all, or -1.
 
     After the last column stands where it ends.
@@ -93,6 +93,13 @@ def _lay_out(columns, num_sources, recipe, layout):  # type: ignore[no-untyped-d
     first = objects.item_of(columns, 0)
     width = 1 + objects.length_of(first)
     begin = np.int64(0)
+    memory.store(route, _STARTED, 0)
+    memory.store(route, _COLUMN, 0)
+    memory.store(route, _LAYOUT, layout)
+    memory.store(route, _NUM_COLUMNS, count)
+    memory.store(route, _NUM_SOURCES, num_sources)
+    memory.store(route, _NUM_TARGETS, width - 1 - num_sources)
+    memory.store(route, _RECIPE, recipe)
     for k in range(count):
         column = objects.item_of(columns, k)
         line = layout + 8 * k * width
@@ -176,7 +183,7 @@ def _relay(route, job, wanted, divisor, what):  # type: ignore[no-untyped-def]
 
 
 # The functions behind the dispatchers: less to do for each call, for the arguments are integers.
-_lay_out_now = _lay_out.get_overload((types.int64,) * 4)
+_lay_out_now = _lay_out.get_overload((types.int64,) * 5)
 _relay_now = _relay.get_overload((types.int64,) * 5)
 
 
@@ -207,7 +214,10 @@ class Relay:
         self._address = checks.address(self._route)
         self._job = prompt.new_job()
         self._most = prompt.MOST_ARRAYS - size  # arrays of a column
-        self._layout = memory.words(_NUM_WORDS)
+        self._lay_out_in(memory.words(_NUM_WORDS))
+
+    def _lay_out_in(self, words: Any) -> None:
+        self._layout, self._layout_address = words, checks.address(words)
 
     def lay_out(self, columns: Sequence[Sequence[Any]], num_sources: int, op: Reduction) -> bool:
         """Take columns of [*sources, *targets], all as many, to be reduced; False: declined.
@@ -218,20 +228,17 @@ class Relay:
         held = [column if type(column) is list else [*column] for column in columns]
         width = len(held[0])
         dtype = held[0][0].dtype
-        objects.learn(op, dtype)
         recipe = objects.recipes.get((op, dtype))
+        if recipe is None:
+            objects.learn(op, dtype)
+            recipe = objects.recipes.get((op, dtype))
         if recipe is None or width > self._most:
             return False
         num_words = len(held) * (1 + width) + 1
         if len(self._layout) < num_words:
-            self._layout = memory.words(2 * num_words)
-        layout = checks.address(self._layout)
-        if _lay_out_now(id(held), num_sources, recipe.address, layout) < 0:
-            return False
-        self._route[_STARTED:_NUM_WORDS] = (
-            0, 0, layout, len(held), num_sources, width - num_sources, recipe.address, 0
-        )  # fmt: skip
-        return True
+            self._lay_out_in(memory.words(2 * num_words))
+        given = (recipe.address, self._layout_address, self._address)
+        return bool(_lay_out_now(id(held), num_sources, *given) >= 0)
 
     @property
     def nbytes(self) -> int:
