@@ -68,7 +68,7 @@ class Save:
         """Save copies of the arrays, as ``copied`` returns them, instead of themselves."""
         # Who writes beside the run asks for the interpreter's lock as seldom as possible: a replica
         # that needs it waits for a writer that has it, and may wait for a core. Steps took 1.1
-        # times as long as alone with whole pieces, 1.2 to 1.3 times with blocks that stay in caches.
+        # times as long as alone with whole pieces, 1.2 to 1.3 times with blocks for the caches.
         self._block_nbytes = transfer.PIECE_NBYTES
         tensors = copied(self.snapshot.tensors)
         self.snapshot = replace(self.snapshot, tensors=tensors)
