@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -87,9 +86,8 @@ class trace:
         self._path = Path(os.path.abspath(path))
         if self._path.is_dir():
             raise IsADirectoryError(f"trace: {self._path} is a folder; name a file")
-        descriptor, partial = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        self._partial = Path(partial)
-        os.close(descriptor)
+        self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        self._partial.touch()
         self._pid = os.getpid()
         self._began = time.perf_counter_ns()
         self._spans: list[_Span] = []
