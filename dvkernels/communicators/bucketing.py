@@ -32,9 +32,8 @@ class Bucketing:
     """Another communicator, whose all-reduces of many arrays are packed.
 
     Workers that share memory need no buckets: the memory between them is one. Else packing copies
-    every byte twice; it pays where a collective costs more to start than to carry
-    the bucket. The kernels of one process start in a microsecond, so they are not packed unless
-    asked.
+    every byte twice; it pays where a collective costs more to start than to carry the bucket. The
+    kernels of one process start in a microsecond, so they are not packed unless asked.
 
     Parameters
     ----------

@@ -37,8 +37,7 @@ class Hierarchical:
     With one replica a worker this is the workers' own reduction. Else the replicas of a worker
     reduce to one array, which the workers reduce and each worker copies for its replicas: between
     processes each byte goes once a worker, not once a replica. Over shared memory all three are
-    one pass, piece by piece. Half types go between them as
-    float32, so that they are rounded once.
+    one pass, piece by piece. Half types go between them as float32, so that they are rounded once.
     """
 
     def __init__(

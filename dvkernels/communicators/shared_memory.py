@@ -102,16 +102,23 @@ class SharedMemory:
             elif len(columns) == 1:
                 self._reduce_by_kernels(columns[0], num_sources, op, wanted, divisor)
             else:
-                ends = [*itertools.accumulate(column[0].size for column in columns)]
-                packed = [np.concatenate(arrays) for arrays in zip(*columns, strict=True)]
-                self._reduce_by_kernels(packed, num_sources, op, wanted, divisor)
-                for column, (start, stop) in zip(
-                    columns, itertools.pairwise([0, *ends]), strict=True
-                ):
-                    for target, whole in zip(
-                        column[num_sources:], packed[num_sources:], strict=True
-                    ):
-                        target[...] = whole[start:stop]
+                self._reduce_packed(columns, num_sources, op, wanted, divisor)
+
+    def _reduce_packed(
+        self,
+        columns: Sequence[Sequence[Any]],
+        num_sources: int,
+        op: Reduction,
+        wanted: Asked,
+        divisor: int,
+    ) -> None:
+        """Do it with one column that holds all of them: others may have them one by one."""
+        packed = [np.concatenate(arrays) for arrays in zip(*columns, strict=True)]
+        self._reduce_by_kernels(packed, num_sources, op, wanted, divisor)
+        ends = itertools.accumulate((column[0].size for column in columns), initial=0)
+        for column, (start, stop) in zip(columns, itertools.pairwise(ends), strict=True):
+            for target, whole in zip(column[num_sources:], packed[num_sources:], strict=True):
+                target[...] = whole[start:stop]
 
     def _reduce_on(self, wanted: Asked, divisor: int) -> None:
         """Let compiled code go on, from one worker that is late to the next."""

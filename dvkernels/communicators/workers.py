@@ -23,7 +23,6 @@ class Transport(Protocol):
     rank: int
     size: int
     timeout_seconds: float
-
     takes_columns: bool  # all_reduce_into takes several, of several arrays
 
     def all_reduce_into(
