@@ -19,6 +19,7 @@ from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.exchange import Exchange, Finish, Request
 from dvkernels.communicators.host import Host
 from dvkernels.communicators.room import NUM_CHANNELS
+from dvkernels.communicators.window import Window
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 
@@ -163,6 +164,7 @@ class Messages:
             self._beside = None
 
     takes_columns = False
+    window: Window | None = None
 
     def beside(self) -> Messages:
         """Return the transport for another thread."""
