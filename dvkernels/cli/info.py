@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from importlib import metadata
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from dvkernels import context
 from dvkernels._version import __version__
+from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.devices import cpu, cuda, memory
 from dvkernels.devices.base import Device
@@ -58,7 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _place(resolver: ClusterResolver) -> str:
-    """Return where a worker is: ``worker 3 of 4, 1 of 2 on n2, cores 4-7 (Open MPI)``."""
+    """Return where a worker is: ``worker 3 of 4, 1 of 2 on n2, cores 4-7 (Open MPI)``.
+
+    And which host it pretends to be on, if it does: ``1 of 4 on n2, as if on host 1 of 2``.
+    """
     me = f"{resolver.task_type} {resolver.task_id}"
     if resolver.worker_id is not None:
         me = f"worker {resolver.worker_id} of {resolver.num_workers}"
@@ -66,6 +71,9 @@ def _place(resolver: ClusterResolver) -> str:
     here = f"on {host}"
     if resolver.num_local_workers is not None:
         here = f"{resolver.local_rank} of {resolver.num_local_workers} on {host}"
+    pretended = hosts.pretended(os.environ, resolver.num_workers)
+    if pretended is not None and resolver.worker_id is not None:
+        here += f", as if on host {pretended[resolver.worker_id]} of {pretended[-1] + 1}"
     return f"{me}, {here}, {cpu.described_affinity()} ({resolver.source})"
 
 

@@ -27,9 +27,16 @@ TIMED_OUT = 124  # as the command `timeout` has it
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Success, what a wrong option gives, what a worker says that was told to stop and has saved (by a
-# batch system that may have told the workers alone, and is about to take their machines), and what
-# Ctrl-C and an orderly end from outside give.
-_FINAL = (0, 2, PREEMPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+# batch system that may have told the workers alone, and is about to take their machines), what
+# Ctrl-C and an orderly end from outside give, and that nobody reads the output any more.
+_FINAL = (
+    0,
+    2,
+    PREEMPTED,
+    128 + signal.SIGINT,
+    128 + signal.SIGTERM,
+    128 + signal.SIGPIPE,
+)
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_FOR_LAST_WORDS = 1.0
 _SECONDS_TO_END = 2.0

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from dvkernels.cluster import launchers
+from dvkernels.errors import ClusterError
+
 __all__: list[str] = []
 
 # How long a worker that leaves with a status other than 0 waits for the others to do so. Those that
@@ -31,6 +34,7 @@ _OURS = (__file__, runpy.__file__, "<frozen runpy>")
 
 def main(words: Sequence[str]) -> None:
     """Run the program as if the interpreter had been called with these words."""
+    _leave_input_to_the_first()
     try:
         if words[0] == "-m":
             sys.argv[:] = words[1:]
@@ -50,6 +54,17 @@ def main(words: Sequence[str]) -> None:
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         _end_job(status)
         raise SystemExit(status) from None
+
+
+def _leave_input_to_the_first() -> None:
+    """Let the other workers read nothing: launchers leave them waiting for what never comes."""
+    with contextlib.suppress(ClusterError):
+        found = launchers.find(os.environ)
+        if found is not None and found[1].worker_id != 0:
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, 0)
+            if nothing:  # 0 if it was closed
+                os.close(nothing)
 
 
 def _status_of(end: SystemExit) -> int:

@@ -53,13 +53,15 @@ def start(mpiexec, tmp_path):
     """Return a function that starts launch; whatever is left of it afterwards is ended."""
     started = []
 
-    def start(*words: str, **environ: str) -> subprocess.Popen[str]:
+    def start(
+        *words: str, stdin: int = subprocess.DEVNULL, encoding: str = "utf-8", **environ: str
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "dvkernels", "launch", "--launcher", mpiexec, *words],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding=encoding,
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
         )
@@ -88,6 +90,25 @@ def test_every_line_says_whose_it_is(launch, script):
     assert status == 0
     assert sorted(out.splitlines()) == [f"[{rank}] a {rank}" for rank in range(3)]
     assert sorted(err.splitlines()) == [f"[{rank}] b {rank} ['-x', '--y=1']" for rank in range(3)]
+
+
+def test_only_the_first_worker_reads_what_launch_is_given(start, script):
+    # The fake launcher gives its own to all, and nothing ever ends it.
+    source, target = os.pipe()
+    os.write(target, b"hello\n")
+    program = script("print(repr(sys.stdin.readline()), flush=True)")
+    process = start("-n", "3", program, stdin=source)
+    out, err = process.communicate(timeout=SECONDS)
+    os.close(source)
+    os.close(target)
+    assert sorted(out.splitlines()) == ["[0] 'hello\\n'", "[1] ''", "[2] ''"], err
+
+
+def test_output_is_bytes_of_any_kind_and_length(launch, script):
+    long = "sys.stdout.buffer.write(b'x' * 3_000_000 + b'\\xff\\x00\\n')"
+    status, out, _ = launch("-n", "1", script(long), encoding="latin-1")
+    assert status == 0
+    assert out.replace("\n[0] ", "").replace("[0] ", "") == "x" * 3_000_000 + "\xff\x00\n"
 
 
 def test_lines_stay_whole(launch, script):
@@ -139,6 +160,14 @@ def test_info_of_several_workers_says_who_is_where(launch):
         assert line.endswith(" PASS")
 
 
+def test_info_says_which_hosts_are_pretended(launch):
+    status, out, err = launch("-n", "3", "-m", "dvkernels", "info", DVKERNELS_HOSTS="2,1")
+    assert status == 0, err
+    for rank, line in enumerate(sorted(out.splitlines())):
+        here = f"{rank} of 3 on {platform.node()}, as if on host {int(rank > 1)} of 2, "
+        assert line.startswith(f"[{rank}] worker {rank} of 3, {here}")
+
+
 ENDS = {
     "sys.exit(3)": (3, ""),
     "sys.exit('the last word')": (1, "[1] the last word\n"),
@@ -178,7 +207,7 @@ def test_restarts_count_and_end(launch, script):
     assert launch("-n", "1", "--max-restarts", "2", again, DVKERNELS_ATTEMPT="4")[0] == 0
 
 
-@pytest.mark.parametrize("status", [0, 2, 42, 130])
+@pytest.mark.parametrize("status", [0, 2, 42, 130, 141])
 def test_what_will_fail_again_is_not_restarted(launch, script, status):
     found, _, err = launch("-n", "1", "--max-restarts", "2", script(f"os._exit({status})"))
     assert found == status
