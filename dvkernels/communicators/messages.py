@@ -16,11 +16,14 @@ import numpy as np
 from mpi4py import MPI
 
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
-from dvkernels.communicators.exchange import Exchange, Finish, Request
+from dvkernels.communicators.exchange import Exchange
 from dvkernels.communicators.host import Host
+from dvkernels.communicators.mpi_traffic import MpiTraffic
 from dvkernels.communicators.room import NUM_CHANNELS
+from dvkernels.communicators.traffic import Finish, Request
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
+from dvkernels.schedules.cost import Routing
 
 __all__: list[str] = []
 
@@ -120,6 +123,8 @@ class Messages:
         What this worker shares with the others of its host, for each channel.
     timeout_seconds : float
         How long to wait for the other workers.
+    routing : Routing
+        Which way a reduction goes; the same on all workers.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Messages:
         placed: Sequence[int],
         hosts: Sequence[Host],
         timeout_seconds: float,
+        routing: Routing,
         *,
         channel: int = 0,
         standing: Standing | None = None,
@@ -137,7 +143,7 @@ class Messages:
         self.timeout_seconds = timeout_seconds
         self._comm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self._exchange = Exchange(self._comm, hosts[channel], placed)
+        self._exchange = Exchange(MpiTraffic(self._comm), hosts[channel], placed, routing)
         self._channel = channel
         self._own = np.zeros(_RECORD_NBYTES, np.uint8)
         self._all = np.zeros((comm.size, _RECORD_NBYTES), np.uint8)
@@ -155,6 +161,7 @@ class Messages:
                 placed,
                 hosts,
                 timeout_seconds,
+                routing,
                 channel=1,
                 standing=self._standing,
                 post=self._post,

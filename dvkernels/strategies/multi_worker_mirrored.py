@@ -33,8 +33,10 @@ class MultiWorkerMirroredStrategy(Strategy):
     devices : sequence of Device or str, optional
         Those of this process, one replica each. One per core of its share if not given.
     cross_device_ops : str or Communicator
-        How the replicas of this process reduce: see :class:`MirroredStrategy`. ``"nccl"`` connects
-        the GPUs of all workers, of which each replica has one; all workers ask for it or none.
+        How the replicas of this process reduce, see :class:`MirroredStrategy`, and hosts between
+        each other: ``"direct"`` exchanges parts, ``"ring"`` sends them around, and otherwise the
+        cost model says for each size. ``"nccl"`` connects the GPUs of all workers, of which each
+        replica has one. All workers ask for the same of these three, or for none.
     timeout_seconds : float
         How long a worker waits for the others in a collective.
     bytes_per_bucket : int, optional
@@ -48,7 +50,8 @@ class MultiWorkerMirroredStrategy(Strategy):
         mpi4py is missing.
     DeviceError, AlgorithmError
         As of ``MirroredStrategy``. What is wrong with ``"nccl"`` on one worker is raised on all:
-        NCCL is missing, two replicas share a GPU, some workers do not ask for it.
+        NCCL is missing, two replicas share a GPU, some workers do not ask for it. So are different
+        ways between hosts.
     CollectiveTimeoutError
         The other workers do not make theirs in time, or NCCL does not connect them.
     ValueError
@@ -100,7 +103,9 @@ class MultiWorkerMirroredStrategy(Strategy):
                 f"expected cluster_resolver to be a dv.cluster.ClusterResolver, got "
                 f"{cluster_resolver!r:.80}"
             )
-        workers = communicators.between_workers(self._resolver, _checked(timeout_seconds))
+        workers = communicators.between_workers(
+            self._resolver, _checked(timeout_seconds), cross_device_ops
+        )
         if bytes_per_bucket is None and workers.size > 1:
             bytes_per_bucket = _BYTES_PER_BUCKET
         super().__init__(
