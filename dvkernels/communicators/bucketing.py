@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from dvkernels.communicators.base import Communicator
 from dvkernels.communicators.hierarchical import Hierarchical
+from dvkernels.devices import memory
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -18,13 +20,23 @@ Column = Sequence[Any]  # one array per local rank
 
 
 def all_reduce_each(
-    communicator: Communicator, columns: Iterable[Column], op: Reduction
+    communicator: Communicator,
+    columns: Iterable[Column],
+    op: Reduction,
+    outs: Sequence[Column] | None = None,
 ) -> list[list[Any]]:
-    """Return the all-reduce of each column of arrays, in buckets where the communicator packs."""
+    """Return the all-reduce of each column of arrays, in buckets where the communicator packs.
+
+    New arrays, or those of ``outs``, which may be the columns.
+    """
     listed = [*columns]
     if isinstance(communicator, Bucketing) and len(listed) > 1:
-        return communicator.all_reduce_many(listed, op)
-    return [communicator.all_reduce(column, op) for column in listed]
+        return communicator.all_reduce_many(listed, op, outs)
+    if outs is None:
+        return [communicator.all_reduce(column, op) for column in listed]
+    return [
+        communicator.all_reduce(column, op, out) for column, out in zip(listed, outs, strict=True)
+    ]
 
 
 @final
@@ -53,17 +65,23 @@ class Bucketing:
         """The number of ranks."""
         return self._carrying.size
 
-    def all_reduce_many(self, columns: Sequence[Column], op: Reduction) -> list[list[Any]]:
-        """Return the all-reduce of each column: new arrays, those of a bucket side by side."""
+    def all_reduce_many(
+        self, columns: Sequence[Column], op: Reduction, outs: Sequence[Column] | None = None
+    ) -> list[list[Any]]:
+        """Return the all-reduce of each column: new arrays, those of a bucket side by side.
+
+        Or those of ``outs``.
+        """
         if isinstance(self._carrying, Hierarchical):
-            at_once = self._carrying.all_reduce_many(columns, op)
+            at_once = self._carrying.all_reduce_many(columns, op, outs)
             if at_once is not None:
                 return at_once
         results: list[list[Any]] = [[]] * len(columns)
         for bucket in self._buckets(columns):
             if len(bucket) == 1:
                 (k,) = bucket
-                results[k] = self._carrying.all_reduce(columns[k], op)
+                out = None if outs is None else outs[k]
+                results[k] = self._carrying.all_reduce(columns[k], op, out)
                 continue
             packed = [
                 np.concatenate([columns[k][rank].reshape(-1) for k in bucket])
@@ -74,7 +92,8 @@ class Bucketing:
             for k in bucket:
                 shape = columns[k][0].shape
                 stop = start + math.prod(shape)
-                results[k] = [flat[start:stop].reshape(shape) for flat in reduced]
+                parts = [flat[start:stop].reshape(shape) for flat in reduced]
+                results[k] = parts if outs is None else _written(outs[k], parts)
                 start = stop
         return results
 
@@ -115,3 +134,10 @@ class Bucketing:
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
         return self._carrying.broadcast(values, root)
+
+
+def _written(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Return arrays that each have taken over a value, which lies beside it."""
+    for target, value in zip(targets, values, strict=True):
+        memory.holding(target).apply(operator.setitem, target, ..., value)
+    return [*targets]

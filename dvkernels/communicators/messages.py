@@ -21,6 +21,7 @@ from dvkernels.communicators.host import Host
 from dvkernels.communicators.mpi_traffic import MpiTraffic
 from dvkernels.communicators.room import NUM_CHANNELS
 from dvkernels.communicators.traffic import Finish, Request
+from dvkernels.communicators.window import Window
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules.cost import Routing
@@ -170,6 +171,7 @@ class Messages:
             self._beside = None
 
     takes_columns = False
+    window: Window | None = None
 
     def beside(self) -> Messages:
         """Return the transport for another thread."""

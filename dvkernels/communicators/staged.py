@@ -48,6 +48,10 @@ class Staged:
         """Return the same workers for another thread, with memory of their own."""
         return Staged(self._workers.beside(), self._arrays)
 
+    def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+        """Return new arrays of the host."""
+        return self._workers.empty(shape, dtype, count)
+
     def meet(self) -> None:
         """Return when every worker has called this."""
         self._workers.meet()

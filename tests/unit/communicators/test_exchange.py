@@ -6,7 +6,8 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from threads_as_workers import Together, results, transports_between_hosts
+from mail_between_workers import transports_between_hosts
+from threads_as_workers import Together, results
 
 from dvkernels import reduce_op
 from dvkernels.communicators import exchange
