@@ -37,6 +37,8 @@ _TO_REDUCE, _RESULT = 1, 2  # tags
 _MOST_GATHERS = 64
 _LINE = 64
 _STAGES = 4  # of a piece, after it has been brought
+# For how many stages a piece needs scratch: while sums are brought together, and around a ring.
+_TOGETHER, _LONGEST = 2, 3
 _OVER = object()
 
 _Piece = Iterator[None]
@@ -72,7 +74,7 @@ class Exchange:
         self._ring = Ring(traffic, placed)
         self._others = [door for door in self._roles.doors if door != self._rank]
         self._is_flat = len({*placed}) == self._size
-        self._scratch = [_Scratch() for _ in range(_STAGES)]
+        self._scratch = [_Scratch() for _ in range(_LONGEST)]
         self._gathers: dict[int, tuple[Any, Any, Any]] = {}  # by the bytes of a worker
         # Of the pieces under way. Where a collective fails they stay: a message that comes late
         # must not be written to memory that has become another's.
@@ -180,7 +182,7 @@ class Exchange:
         targets = [target[part] for part in parts]
         brought = self._host.bring(number, source, how.wide)
         yield
-        scratch = self._new_scratch(number)
+        scratch = self._cleared(number % _TOGETHER)
         received = {door: scratch.new(targets[rank].size, how.wide) for door in self._others}
         requests = self._posted[number % _STAGES] = [
             traffic.receive(received[door], door, _TO_REDUCE) for door in self._others
@@ -209,7 +211,7 @@ class Exchange:
         targets = [target[part] for part in parts]
         brought = self._host.bring(number, source, how.wide)
         yield
-        scratch = self._new_scratch(number)
+        scratch = self._cleared(number % _LONGEST)
         of_host = {
             part: self._of_host([each[parts[part]] for each in brought], how, scratch)
             for part in self._roles.carried
@@ -222,8 +224,8 @@ class Exchange:
         yield
         self._host.take(results, targets)
 
-    def _new_scratch(self, number: int) -> _Scratch:
-        scratch = self._scratch[number % _STAGES]
+    def _cleared(self, place: int) -> _Scratch:
+        scratch = self._scratch[place]
         scratch.clear()
         return scratch
 

@@ -98,13 +98,16 @@ class Ring:
     ) -> _Walk:
         """Yield, one after another, what has to be done before a part goes on."""
         traffic, total = self._traffic, own
+        is_end = stop.place == self._last
         if stop.place > 0:
-            total = new(own.size, how.wide)
-            yield traffic.receive(total, stop.before, tag)
-            direct.reduce([total, own], how.op, out=total)
-        if stop.place == self._last:
+            received = new(own.size, how.wide)
+            yield traffic.receive(received, stop.before, tag)
+            total = result if is_end and how.wide == result.dtype else received
+            direct.reduce([received, own], how.op, out=total)
+        if is_end:
             how.divide(total)
-            result[...] = total
+            if total is not result:
+                result[...] = total
         else:
             yield traffic.send(total, stop.after, tag)
             yield traffic.receive(result, stop.before, tag + 1)

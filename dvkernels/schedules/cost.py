@@ -174,12 +174,12 @@ def circuit_seconds(
 
     2 (H - 1) messages one after another, 2 (H - 1)/n S received from one worker at a time, the half
     of it as ``wide_nbytes`` for the whole. Of each part, H - 1 hosts read what comes, and their
-    own, and write the sum; the last copies it.
+    own, and write the sum.
     """
     members = num_workers / num_hosts
     wide = nbytes if wide_nbytes is None else wide_nbytes
     received = (num_hosts - 1) / num_workers * (wide + nbytes)
-    moved = (3 * num_hosts - 1) / num_workers * nbytes + _shared_nbytes(members, nbytes)
+    moved = 3 * (num_hosts - 1) / num_workers * nbytes + _shared_nbytes(members, nbytes)
     seconds = received / network.rate + moved / network.memory_rate
     hops = 2 * (num_hosts - 1)
     starting = network.exchange_seconds + (hops - 2) * network.hop_seconds

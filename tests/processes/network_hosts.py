@@ -1,10 +1,11 @@
-"""Two hosts on one machine: network namespaces that a cable joins."""
+"""Hosts on one machine: network namespaces, each with a cable to a switch, itself one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import string
 import subprocess
 import sys
 import time
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-_CABLE = "dvcable"
-_ADDRESSES = ("10.231.7.1", "10.231.7.2")  # seen by nobody else
+_CABLE, _SWITCH = "dvcable", "dvswitch"
+_ADDRESS = "10.231.7.{}"  # seen by nobody else
 _DEADLINE_SECONDS = 20
 
 # What carries MPI's messages (UCX, libfabric) would find out that both are one machine, and go
@@ -38,58 +39,73 @@ exec ip netns exec "$space" sh -c "$*"
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two of them, up and joined.
+    """Some of them, up and joined.
 
     Attributes
     ----------
-    names : tuple of str
+    names : list of str
         Of their namespaces.
+    switch : str
+        The namespace of what joins them; there ``port0`` leads to the first.
     prefix : list of str
         What a command starts with that runs on the first.
     options : list of str
-        What tells Hydra's mpiexec to start two workers on each.
+        What tells Hydra's mpiexec to start so many workers on each.
     """
 
-    names: tuple[str, str]
+    names: list[str]
+    switch: str
     prefix: list[str]
     options: list[str]
 
     def sent_nbytes(self) -> list[int]:
-        """Return how many bytes each host has sent to the other."""
+        """Return how many bytes each host has sent to others."""
         return [int(_shown(name, "statistics/tx_bytes")) for name in self.names]
+
+    def limit(self, megabits: int, queue_nbytes: int) -> None:
+        """Let each host send and receive so much a second; what does not fit a queue is lost."""
+        ports = [(self.switch, f"port{k}") for k in range(len(self.names))]
+        for space, link in [*ports, *((name, _CABLE) for name in self.names)]:
+            limit = ["rate", f"{megabits}mbit", "burst", "64k", "limit", str(queue_nbytes)]
+            _make(["tc", "-n", space, "qdisc", "replace", "dev", link, "root", "tbf", *limit])
 
 
 @contextlib.contextmanager
-def joined(folder: Path) -> Iterator[Hosts]:
-    """Make two hosts, and remove them; skip where the machine does not allow it."""
+def joined(folder: Path, count: int = 2, workers: int = 2) -> Iterator[Hosts]:
+    """Make hosts for so many workers each, and remove them; skip where this is not allowed."""
     if sys.platform != "linux" or shutil.which("ip") is None:
         pytest.skip("network namespaces are made by Linux and ip (of iproute2)")
-    names = (f"dv{os.getpid()}a", f"dv{os.getpid()}b")
+    names = [f"dv{os.getpid()}{letter}" for letter in string.ascii_lowercase[:count]]
+    switch = f"dv{os.getpid()}switch"
     with contextlib.ExitStack() as undo:
-        for name in names:
-            _make("netns", "add", name)
-            undo.callback(_ip, "netns", "del", name)  # and the cable with it
-        ends = ["netns", names[0], "type", "veth", "peer", "name", _CABLE, "netns", names[1]]
-        _make("link", "add", _CABLE, *ends)
-        for name, address in zip(names, _ADDRESSES, strict=True):
-            _make("-n", name, "addr", "add", f"{address}/24", "dev", _CABLE)
+        for name in [switch, *names]:
+            _ip("netns", "add", name)
+            undo.callback(_ip, "netns", "del", name)  # and the cables with it
+        _ip("-n", switch, "link", "add", _SWITCH, "type", "bridge")
+        _ip("-n", switch, "link", "set", _SWITCH, "up")
+        addresses = [_ADDRESS.format(number) for number in range(1, count + 1)]
+        for k, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            ends = ["netns", name, "type", "veth", "peer", "name", f"port{k}", "netns", switch]
+            _ip("link", "add", _CABLE, *ends)
+            _ip("-n", switch, "link", "set", f"port{k}", "master", _SWITCH, "up")
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", _CABLE)
             for link in ("lo", _CABLE):
-                _make("-n", name, "link", "set", link, "up")
-        _await_both(names)
-        pairs = zip(_ADDRESSES, names, strict=True)
+                _ip("-n", name, "link", "set", link, "up")
+        _await_all(names)
+        pairs = zip(addresses, names, strict=True)
         shell = folder / "shell"
         shell.write_text(
             _SHELL.format(cases="\n".join(f"    {at}) space={name} ;;" for at, name in pairs))
         )
         shell.chmod(0o755)
-        hosts = ",".join(f"{address}:2" for address in _ADDRESSES)
+        hosts = ",".join(f"{address}:{workers}" for address in addresses)
         options = ["-launcher", "ssh", "-launcher-exec", str(shell), "-hosts", hosts]
         prefix = ["ip", "netns", "exec", names[0], "env", *_BY_NETWORK]
-        yield Hosts(names, prefix, options)
+        yield Hosts(names, switch, prefix, options)
 
 
-def _await_both(names: tuple[str, str]) -> None:
-    """Return when both ends of the cable are up: the kernel says so up to a second late."""
+def _await_all(names: list[str]) -> None:
+    """Return when the cables are up: the kernel says so up to a second late."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while not all(_shown(name, "operstate").strip() == "up" for name in names):
         assert time.monotonic() < deadline, "the ends of a cable are set up, and do not come up"
@@ -97,19 +113,22 @@ def _await_both(names: tuple[str, str]) -> None:
 
 
 def _shown(name: str, what: str) -> str:
-    return _ip("netns", "exec", name, "cat", f"/sys/class/net/{_CABLE}/{what}")
+    return _run(["ip", "netns", "exec", name, "cat", f"/sys/class/net/{_CABLE}/{what}"])
 
 
-def _make(*words: str) -> None:
+def _ip(*words: str) -> None:
+    _make(["ip", *words])
+
+
+def _make(command: list[str]) -> None:
     try:
-        _ip(*words)
+        _run(command)
     except (subprocess.CalledProcessError, OSError) as error:
         why = getattr(error, "stderr", None) or str(error)
-        pytest.skip(f"this machine allows no network namespaces: ip {' '.join(words)}: {why}")
+        pytest.skip(f"this machine allows no such network: {' '.join(command)}: {why}")
 
 
-def _ip(*words: str) -> str:
-    command = ["ip", *words]
+def _run(command: list[str]) -> str:
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=_DEADLINE_SECONDS
     )
