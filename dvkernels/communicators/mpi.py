@@ -74,9 +74,20 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
     else:
-        placed = numbered(comm.allgather(on_this_host.bcast(comm.rank)))
-        transport = Messages(comm, placed, _hosts(on_this_host), timeout_seconds, routing)
+        transport = Messages(
+            comm, _placed(comm, on_this_host), _hosts(on_this_host), timeout_seconds, routing
+        )
     return WorkerGroup(_kept(transport))
+
+
+def placed(resolver: ClusterResolver) -> list[int]:
+    """Return the number of each worker's host. Every worker calls this, after ``connect``."""
+    comm = MPI.COMM_WORLD.Split(0, resolver.worker_id)
+    return _placed(comm, _split_by_host(comm))
+
+
+def _placed(comm: Any, on_this_host: Any) -> list[int]:
+    return numbered(comm.allgather(on_this_host.bcast(comm.rank)))
 
 
 def _split_by_host(comm: Any) -> Any:

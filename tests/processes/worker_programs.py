@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import os
 import pathlib
@@ -15,7 +17,10 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels.benchmarks import between_workers
 from dvkernels.checkpoint import files
+from dvkernels.cli import main
+from dvkernels.communicators import network
 from dvkernels.devices import memory
 from dvkernels.testing import check_communicator, check_strategy
 
@@ -84,6 +89,24 @@ def asks_for_ways(over: str) -> None:
             make(1)
     del os.environ["DVKERNELS_NETWORK"]
     end(over)
+
+
+def calibrate(over: str) -> None:
+    """Calibration measures every way, and prints what can be set; the chief alone prints."""
+    os.environ["DVKERNELS_HOSTS"] = over
+    between_workers.SIZES = tuple(4 << k for k in (0, 8, 14, 18))
+    between_workers._SECONDS_PER_ROUND = 1e-3
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main.main(["bench", "--calibrate", "--rounds", "1"]) == 0
+    lines = said.getvalue().splitlines()
+    assert bool(lines) == (rank() == 0)
+    if lines:
+        name, _, value = lines[-1].partition("=")
+        assert network.of({name: value}).rate > 0
+        table = [line.split() for line in lines[-7:-3]]
+        assert [int(row[0]) for row in table] == [*between_workers.SIZES]
+        assert all(row[-1] in between_workers.WAYS and row.count("us") == 3 for row in table)
 
 
 def end(over: str) -> None:
