@@ -1,8 +1,8 @@
 """Parts on their way around the hosts: who receives one adds its own, and sends it on.
 
 The way of each part says ``schedules/hosts.py``. A worker carries all of them at once: whenever it
-is asked about any, every one that can goes a step further, those of the next pieces among them. So
-no worker waits for another that has its own reasons to wait.
+is asked about any, every one that can goes a step further, those of the next pieces among them, so
+that others wait no longer than they must.
 
 Sums travel as they are added up, of half types in float32, and are rounded once, where the part
 ends. Its result goes around in its own type, so all workers get the same bits.

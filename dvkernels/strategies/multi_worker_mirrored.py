@@ -76,8 +76,11 @@ class MultiWorkerMirroredStrategy(Strategy):
     the host, or between the GPUs by ``"nccl"``: it carries what is dense and what it does as this
     library promises, the workers agree on each of its calls before they make it, and a call that
     does not end on the GPU within ``timeout_seconds`` ends the job. ``all_reduce_async`` goes
-    through the host. ``DVKERNELS_HOSTS=2,2`` in the
-    environment lets four workers of one host pretend to be on two.
+    through the host.
+
+    ``DVKERNELS_HOSTS=2,2`` in the environment lets four workers of one host pretend to be on two,
+    and ``DVKERNELS_NETWORK`` tells the cost model what is between hosts, as ``bench --calibrate``
+    prints it.
 
     Examples
     --------

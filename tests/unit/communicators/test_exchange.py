@@ -6,11 +6,13 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from mail_between_workers import transports_between_hosts
+from mail_between_workers import ByMail, Mail, MailTraffic, transports_between_hosts
 from threads_as_workers import Together, results
 
 from dvkernels import reduce_op
-from dvkernels.communicators import exchange
+from dvkernels.communicators import exchange, levels
+from dvkernels.communicators.host import Alone
+from dvkernels.communicators.ring import Ring
 from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.reduce_op import ReduceOp
@@ -121,6 +123,72 @@ def test_a_ring_adds_in_the_order_of_its_hosts(placed):
         right[own] = sum(of_hosts[(owner + 1 + k) % num_hosts][own] for k in range(num_hosts))
     (found,) = bits(reduced(groups(placed, "ring"), values, ReduceOp.SUM))
     assert found == right.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_the_model_is_asked_for_the_bytes_that_travel(dtype):
+    """Sums of halves are twice as wide; two workers a host, two hosts."""
+    asked = []
+
+    class Asked:
+        def way_of(self, *given):
+            asked.append(given)
+            return "gather"
+
+    transports = transports_between_hosts([0, 0, 1, 1], "auto")
+    for transport in transports:
+        transport.exchange._routing = Asked()
+    values = [np.ones(100, dtype)] * 4
+    reduced([WorkerGroup(transport) for transport in transports], values, ReduceOp.SUM)
+    nbytes = 100 * np.dtype(dtype).itemsize
+    assert asked == [(4, 2, nbytes, max(nbytes, 400))] * 4
+
+
+def test_parts_go_on_whatever_others_wait_for():
+    """The second piece gets around while the first one waits for a worker."""
+    mail = Mail()
+    rings = [Ring(MailTraffic(mail, rank, 2), [0, 1]) for rank in range(2)]
+    how = levels.of(ReduceOp.SUM, np.dtype(np.float32), 2)
+
+    def start(rank, number):
+        own = {part: np.full(3, rank + 1.0, np.float32) for part in range(2)}
+        return rings[rank].start(number, own, list(own.values()), how, np.empty)
+
+    first, second, other = start(0, 0), start(0, 1), start(1, 1)
+    assert not any([second.Test(), other.Test(), first.Test()])
+    assert [second.Test(), other.Test(), first.Test()] == [True, True, False]
+    late = start(1, 0)
+    assert not all([late.Test(), first.Test()])
+    assert all([late.Test(), first.Test()])
+
+
+def test_parts_go_on_while_workers_of_a_host_are_waited_for():
+    """Between two meetings a worker sends what it has, although nobody asks for the ring."""
+    mail, posted = Mail(), []
+
+    class Late(Alone):
+        meetings = 0
+
+        def come(self):
+            self.meetings += 1
+
+        def is_met(self):
+            return self.meetings < 2 or bool(posted)
+
+    class Seen(MailTraffic):
+        def send(self, array, to, tag):
+            posted.append(tag)
+            return super().send(array, to, tag)
+
+    def all_reduce(traffic, host):
+        transport = ByMail(traffic, host, [0, 1], "ring", 5.0)
+        return WorkerGroup(transport).all_reduce([np.ones(10)], ReduceOp.SUM)[0]
+
+    for found in results(
+        lambda: all_reduce(Seen(mail, 0, 2), Late()),
+        lambda: all_reduce(MailTraffic(mail, 1, 2), Alone()),
+    ):
+        np.testing.assert_array_equal(found, np.full(10, 2.0))
 
 
 def test_a_failure_in_the_middle_keeps_what_is_under_way():
