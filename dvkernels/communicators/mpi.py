@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from mpi4py import MPI
 
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators import network
+from dvkernels.communicators import host_memory, network
 from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Host, Shared
 from dvkernels.communicators.messages import Messages
 from dvkernels.communicators.room import NUM_CHANNELS, Room
@@ -32,7 +33,9 @@ _NAP_SECONDS = 1e-3
 _GRACE_SECONDS = 5.0  # for the others to raise what ended the group, before MPI ends the job
 _MOMENT_SECONDS = 0.2
 _LINE = 64
-_SHARED_MEMORY = Path("/dev/shm")  # there MPICH, Open MPI and Intel MPI put it
+_SPARE_NBYTES = 1 << 16  # for what MPI itself keeps beside a window, and whole pages
+# The places that the workers of a host have beside their own where there are other hosts.
+_BETWEEN_HOSTS = (NUM_RESULTS // 2, PIECE_NBYTES)
 
 _open: list[Transport] = []
 _windows: list[Any] = []  # freed by MPI itself in the end: that needs all workers
@@ -49,7 +52,8 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
         Workers want different ways: on all of them.
     ClusterError
         MPI started another number of processes, or offers too little; a variable is malformed, or
-        differs between workers.
+        differs between workers; or a host has too little memory for its workers to share. Of the
+        last, all workers hear.
     CollectiveTimeoutError
         Some of them do not call this in time.
     """
@@ -70,6 +74,7 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
     comm.Set_errhandler(MPI.ERRORS_RETURN)
     routing = _agreed_routing(comm, way)
     on_this_host = _split_by_host(comm)
+    _check_memory(comm, on_this_host)
     transport: Transport
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
@@ -125,11 +130,20 @@ def _check_alike(comm: Any, variable: str) -> None:
         )
 
 
+def _check_memory(comm: Any, here: Any) -> None:
+    """Raise on all workers where one host has too little memory for its workers to share."""
+    more = () if here.size == comm.size else _BETWEEN_HOSTS
+    needed = Room.nbytes_for(here.size, *more) + _SPARE_NBYTES if here.size > 1 else 0
+    found = host_memory.free_nbytes() if here.rank == 0 else needed
+    for told in comm.allgather((platform.node(), here.size, needed, found)):
+        host_memory.check(*told)
+
+
 def _hosts(comm: Any) -> list[Host]:
     """Return what the workers of this host share, for each channel."""
     if comm.size == 1:
         return [Alone()] * NUM_CHANNELS
-    room, is_roomy = _shared_room(comm, NUM_RESULTS // 2, PIECE_NBYTES)
+    room, is_roomy = _shared_room(comm, *_BETWEEN_HOSTS)
     return [Shared(room, channel, is_roomy) for channel in range(NUM_CHANNELS)]
 
 
@@ -163,11 +177,8 @@ class _Segments:
         self._comm = comm
 
     def free_nbytes(self) -> int:
-        """Return how much is left where MPI puts windows, on Linux; elsewhere it is not known."""
-        if not _SHARED_MEMORY.is_dir():
-            return sys.maxsize
-        found = os.statvfs(_SHARED_MEMORY)
-        return found.f_bavail * found.f_frsize
+        """Return how much is left."""
+        return host_memory.free_nbytes()
 
     def open(self, nbytes: int) -> list[Any]:
         """Return a new segment of each process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import string
 import subprocess
@@ -20,12 +21,14 @@ _ADDRESS = "10.231.7.{}"  # seen by nobody else
 _DEADLINE_SECONDS = 20
 
 # What carries MPI's messages (UCX, libfabric) would find out that both are one machine, and go
-# through its memory.
+# through its memory. Of Open MPI the rest: its own way over TCP, and by which its daemons talk.
 _BY_NETWORK = (
     "UCX_TLS=tcp,self", f"UCX_NET_DEVICES={_CABLE}", "FI_PROVIDER=tcp", f"FI_TCP_IFACE={_CABLE}",
+    "OMPI_MCA_pml=ob1", "OMPI_MCA_btl=self,sm,tcp", f"OMPI_MCA_btl_tcp_if_include={_CABLE}",
+    f"PRTE_MCA_prte_if_include={_CABLE}",
 )  # fmt: skip
 
-# What starts a command on a host, as Hydra asks for it: options, the host, the command.
+# What starts a command on a host, as Hydra and Open MPI ask for it: options, the host, the command.
 _SHELL = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 case "$1" in
@@ -33,8 +36,11 @@ case "$1" in
     *) echo "no such host: $1" >&2; exit 1 ;;
 esac
 shift
-exec ip netns exec "$space" sh -c "$*"
+exec {on} sh -c "$*"
 """
+
+# A host has a name of its own, by which MPI tells who shares memory. Then come words to run there.
+_NAMED = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Hosts:
     prefix : list of str
         What a command starts with that runs on the first.
     options : list of str
-        What tells Hydra's mpiexec to start so many workers on each.
+        What tells mpiexec to start so many workers on each.
     """
 
     names: list[str]
@@ -71,10 +77,10 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def joined(folder: Path, count: int = 2, workers: int = 2) -> Iterator[Hosts]:
-    """Make hosts for so many workers each, and remove them; skip where this is not allowed."""
-    if sys.platform != "linux" or shutil.which("ip") is None:
-        pytest.skip("network namespaces are made by Linux and ip (of iproute2)")
+def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) -> Iterator[Hosts]:
+    """Make hosts for one kind of mpiexec, and remove them; skip where that is not allowed."""
+    if sys.platform != "linux" or not (shutil.which("ip") and shutil.which("unshare")):
+        pytest.skip("hosts are made by Linux, ip (of iproute2) and unshare (of util-linux)")
     names = [f"dv{os.getpid()}{letter}" for letter in string.ascii_lowercase[:count]]
     switch = f"dv{os.getpid()}switch"
     with contextlib.ExitStack() as undo:
@@ -93,15 +99,23 @@ def joined(folder: Path, count: int = 2, workers: int = 2) -> Iterator[Hosts]:
                 _ip("-n", name, "link", "set", link, "up")
         _await_all(names)
         pairs = zip(addresses, names, strict=True)
+        cases = "\n".join(f"    {at}) space={name} ;;" for at, name in pairs)
+        on = shlex.join(_on("$space")).replace("'$space'", '"$space"')
         shell = folder / "shell"
-        shell.write_text(
-            _SHELL.format(cases="\n".join(f"    {at}) space={name} ;;" for at, name in pairs))
-        )
+        shell.write_text(_SHELL.format(cases=cases, on=on))
         shell.chmod(0o755)
         hosts = ",".join(f"{address}:{workers}" for address in addresses)
+        prefix = [*_on(names[0]), "env", *_BY_NETWORK]
         options = ["-launcher", "ssh", "-launcher-exec", str(shell), "-hosts", hosts]
-        prefix = ["ip", "netns", "exec", names[0], "env", *_BY_NETWORK]
+        if is_open_mpi:
+            prefix.append(f"PRTE_MCA_plm_ssh_agent={shell}")
+            options = ["--host", hosts, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
         yield Hosts(names, switch, prefix, options)
+
+
+def _on(name: str) -> list[str]:
+    """Return what a command starts with that runs on a host."""
+    return ["ip", "netns", "exec", name, *_NAMED, name]
 
 
 def _await_all(names: list[str]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from mpi_jobs import Job, launcher_says, needs_mpi
+from mpi_jobs import Job, is_open_mpi, launcher_says, needs_mpi
 from network_hosts import Hosts, joined
 from worker_programs import trained
 
@@ -17,10 +17,10 @@ pytestmark = needs_mpi
 
 @pytest.fixture
 def join(tmp_path):
-    if "HYDRA" not in launcher_says() or "Intel" in launcher_says():
-        pytest.skip("needs the mpiexec of MPICH, which starts processes by any command")
+    if "HYDRA" not in launcher_says() and not is_open_mpi():
+        pytest.skip("needs an mpiexec that is known to start processes by any command")
     with contextlib.ExitStack() as stack:
-        yield lambda *counts: stack.enter_context(joined(tmp_path, *counts))
+        yield lambda *counts: stack.enter_context(joined(tmp_path, is_open_mpi(), *counts))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import random
 from itertools import chain
 
@@ -203,7 +202,7 @@ def test_memory_is_taken_again_when_no_worker_has_it_and_never_before():
     segments = Segments(2)
     workers = groups(2, segments=segments)
     kept = [[], []]  # of each worker: array, what it holds
-    for step in range(400):
+    for step in range(150):
         length = rng.choice([0, 1, 7, 1000, 30_000])
         made = empties(workers, length, np.int32, [rng.randrange(3), rng.randrange(1, 3)])
         for own, arrays in zip(kept, made, strict=True):
@@ -215,10 +214,9 @@ def test_memory_is_taken_again_when_no_worker_has_it_and_never_before():
             rng.shuffle(own)
             del own[rng.randrange(2, 8) :]
         del made, arrays, array
-        gc.collect()
         for array, content in joined(kept):
             assert (array == content).all()
-    assert len(segments.opened) == 1  # 400 steps made 100 MB in one of 16
+    assert len(segments.opened) == 1  # 150 steps made 40 MB a worker in one of 16
 
 
 def test_too_much_is_refused_on_all_and_nothing_is_taken():
