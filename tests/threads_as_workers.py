@@ -41,14 +41,18 @@ class Segments:
 def transports(size, timeout_seconds=20.0, is_roomy=False, segments=None):
     """Return a transport for each worker, over memory of this process."""
     segments = segments or Segments(size)
-    nbytes = Room.nbytes_for(size)
-    memory = np.zeros(nbytes + 64, np.uint8)
-    memory = memory[-memory.ctypes.data % 64 :][:nbytes]
-    rooms = [Room(memory, rank, size) for rank in range(size)]
     return [
         SharedMemory(room, timeout_seconds, is_roomy, Window(room.rank, size, segments))
-        for room in rooms
+        for room in rooms(size)
     ]
+
+
+def rooms(size, *more):
+    """Return each worker's view of memory that they share, with more places if asked for."""
+    nbytes = Room.nbytes_for(size, *more)
+    memory = np.zeros(nbytes + 64, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 :][:nbytes]
+    return [Room(memory, rank, size, *more) for rank in range(size)]
 
 
 def at_once(*calls):
@@ -77,14 +81,15 @@ class Together:
     """The communicator whose ranks belong to workers, each on a thread with some of them.
 
     ``num_local`` each, or as many as ``counts`` says; ``over`` makes each worker's communicator
-    from its group and its hierarchical communicator.
+    from its group and its hierarchical communicator. ``carried`` are the workers' transports, in
+    memory that they share if not given.
     """
 
-    def __init__(self, size, num_local=1, counts=None, over=None):
+    def __init__(self, size, num_local=1, counts=None, over=None, carried=None):
         self.size = size
         counts = counts or [num_local] * (size // num_local)
         self._starts = partition.starts(counts)
-        workers = [WorkerGroup(transport) for transport in transports(len(counts))]
+        workers = [WorkerGroup(transport) for transport in carried or transports(len(counts))]
         self.communicators = [
             Hierarchical(Local(count, "auto"), worker, counts)
             for count, worker in zip(counts, workers, strict=True)

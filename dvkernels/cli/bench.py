@@ -80,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         action="store_true",
         help="measure the constants of the cost model, print them and end; on several workers "
-        "(python -m dvkernels launch -n 2 -m dvkernels bench --calibrate) those between them, to "
-        "which --json FILE adds every time",
+        "(python -m dvkernels launch -n 2 -m dvkernels bench --calibrate) those between them, "
+        "of several hosts also those of the network, and what to set; --json FILE adds every time",
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dvkernels.cli import steps
+from dvkernels.communicators import network
 from dvkernels.errors import LaunchError
 
 __all__ = [
@@ -39,7 +40,7 @@ _THREADS = (
     "DVKERNELS_NUM_THREADS",
 )
 # What workers on other hosts must have too.
-KEPT = (*_THREADS, "PYTHONUNBUFFERED", "PYTHONPATH")
+KEPT = (*_THREADS, network.VARIABLE, "PYTHONUNBUFFERED", "PYTHONPATH")
 _SECONDS_FOR_A_VERSION = 30
 _RELAY = Path(__file__).with_name("relay.py")
 

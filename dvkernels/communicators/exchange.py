@@ -1,10 +1,14 @@
 """Arrays on their way between hosts, in pieces that follow each other closely.
 
-A short array is gathered, and every worker reduces all of them. A long one is reduced by hosts
-first, and then in parts: who sends what to whom says ``schedules/hosts.py``, and which of the two
-is quicker ``schedules/cost.py``. Every worker gets the same bits either way. The order of the
-additions: short, that of the workers; long, that of the workers within each host, then that of the
-hosts by their first workers.
+There are three ways for a reduction, and all workers get the same bits by each of them:
+
+    gather     every worker gets all arrays and reduces them, in the order of the workers
+    exchange   hosts reduce first, in the order of their workers; then each part goes to a worker,
+               who adds up those of the hosts, in the order of their first workers, and sends the
+               sum back
+    ring       hosts reduce first; then each part goes around them, and each adds its own
+
+Who sends what to whom says ``schedules/hosts.py``, and which way is quickest ``schedules/cost.py``.
 
 MPI carries bytes only, and the kernels do the arithmetic: the reductions of MPI know no half types,
 do not define NaN in a minimum, and need not give all ranks the same bits. No message is longer than
@@ -14,16 +18,18 @@ a piece, so counts stay small however long the array.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
-from mpi4py import MPI
 
 from dvkernels.communicators import levels
 from dvkernels.communicators.host import PIECE_NBYTES, Host
+from dvkernels.communicators.ring import Ring
+from dvkernels.communicators.traffic import Finish, Traffic
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
-from dvkernels.schedules import cost, hosts, partition
+from dvkernels.schedules import hosts, partition
+from dvkernels.schedules.cost import Routing
 
 __all__: list[str] = []
 
@@ -31,17 +37,10 @@ _TO_REDUCE, _RESULT = 1, 2  # tags
 _MOST_GATHERS = 64
 _LINE = 64
 _STAGES = 4  # of a piece, after it has been brought
+# For how many stages a piece needs scratch: while sums are brought together, and around a ring.
+_TOGETHER, _LONGEST = 2, 3
 _OVER = object()
 
-
-class Request(Protocol):
-    """Something that MPI, or another worker, is doing."""
-
-    def Test(self) -> bool:
-        """Tell whether it is done."""
-
-
-Finish = Callable[[Request], None]
 _Piece = Iterator[None]
 
 
@@ -51,12 +50,14 @@ class Exchange:
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Comm
-        Of the workers, for the use of this alone.
+    traffic : Traffic
+        Between the workers, for the use of this alone.
     host : Host
         What this worker shares with the others of its host.
     placed : sequence of int
         The number of each worker's host.
+    routing : Routing
+        Which way a reduction goes; the same on all workers.
 
     Notes
     -----
@@ -64,13 +65,16 @@ class Exchange:
     the same, with arrays of the same sizes.
     """
 
-    def __init__(self, comm: Any, host: Host, placed: Sequence[int]) -> None:
-        self._comm, self._host = comm, host
-        self._rank, self._size = comm.rank, comm.size
-        self._roles = hosts.roles(placed, comm.rank)
-        self._others = [door for door in self._roles.doors if door != comm.rank]
-        self._is_flat = len({*placed}) == comm.size
-        self._scratch = [_Scratch(), _Scratch()]
+    def __init__(
+        self, traffic: Traffic, host: Host, placed: Sequence[int], routing: Routing
+    ) -> None:
+        self._traffic, self._host, self._routing = traffic, host, routing
+        self._rank, self._size = traffic.rank, traffic.size
+        self._roles = hosts.roles(placed, self._rank)
+        self._ring = Ring(traffic, placed)
+        self._others = [door for door in self._roles.doors if door != self._rank]
+        self._is_flat = len({*placed}) == self._size
+        self._scratch = [_Scratch() for _ in range(_LONGEST)]
         self._gathers: dict[int, tuple[Any, Any, Any]] = {}  # by the bytes of a worker
         # Of the pieces under way. Where a collective fails they stay: a message that comes late
         # must not be written to memory that has become another's.
@@ -82,19 +86,19 @@ class Exchange:
         """Leave the reduction of all sources in the target: flat, of one dtype."""
         if not source.size:
             return
-        num_hosts = len(self._roles.doors)
-        if cost.between_hosts(cost.NETWORK, self._size, num_hosts, source.nbytes) == "gather":
+        how = levels.of(op, source.dtype, self._size)
+        way = self._routing.way_of(
+            self._size, len(self._roles.doors), source.nbytes, source.size * how.wide.itemsize
+        )
+        if way == "gather":
             self._reduce_all(target, source, op, finish)
             return
-        if self._is_flat:  # one level: the kernels round and divide
+        if way == "exchange" and self._is_flat:  # one level: the kernels round and divide
             how = levels.Levels(op, source.dtype, 1)
-        else:
-            how = levels.of(op, source.dtype, self._size)
+        reduced = self._around if way == "ring" else self._in_parts
         step = PIECE_NBYTES // how.wide.itemsize
         pieces = (
-            self._reduced(
-                k, target[start : start + step], source[start : start + step], how, finish
-            )
+            reduced(k, target[start : start + step], source[start : start + step], how, finish)
             for k, start in enumerate(range(0, source.size, step))
         )
         self._run(pieces, finish)
@@ -134,7 +138,7 @@ class Exchange:
                 _, _, request = self._gathers.pop(next(iter(self._gathers)))
                 request.Free()
             own, held = np.empty(nbytes, np.uint8), np.empty((self._size, nbytes), np.uint8)
-            request = self._comm.Allgather_init([own, MPI.BYTE], [held, MPI.BYTE])
+            request = self._traffic.gather(own, held)
             found = self._gathers[nbytes] = own, held, request
         return found
 
@@ -148,7 +152,8 @@ class Exchange:
         piece 1                 reduces   adds up   receives    takes
 
         Each is brought before the meeting after which it is reduced. The newest goes first: what it
-        sends travels while the others are seen to.
+        sends travels while the others are seen to. In a ring, "adds up" and "receives" go on
+        whenever something is waited for.
         """
         coming = iter(pieces)
         under_way: list[_Piece] = []
@@ -161,40 +166,68 @@ class Exchange:
                 self._posted = [[] for _ in range(_STAGES)]
                 return
             self._host.come()
-            finish(_Meeting(self._host, self._comm))
+            finish(_Meeting(self._host, self._move))
             under_way = [one for one in under_way if next(one, _OVER) is not _OVER]
 
-    def _reduced(
+    def _move(self) -> None:
+        """Let data move while others of this host are waited for: who has it may wait for ours."""
+        self._ring.move()
+        self._traffic.move()
+
+    def _in_parts(
         self, number: int, target: Any, source: Any, how: levels.Levels, finish: Finish
     ) -> _Piece:
-        rank, comm = self._rank, self._comm
+        rank, traffic = self._rank, self._traffic
         parts = [slice(*bounds) for bounds in partition.parts(source.size, self._size)]
         targets = [target[part] for part in parts]
         brought = self._host.bring(number, source, how.wide)
         yield
-        scratch = self._scratch[number & 1]
-        scratch.clear()
-        mine = parts[rank].stop - parts[rank].start
-        doors = self._roles.doors
-        received = {door: scratch.new(mine, how.wide) for door in self._others}
+        scratch = self._cleared(number % _TOGETHER)
+        received = {door: scratch.new(targets[rank].size, how.wide) for door in self._others}
         requests = self._posted[number % _STAGES] = [
-            _receive(comm, received[door], door, _TO_REDUCE) for door in self._others
+            traffic.receive(received[door], door, _TO_REDUCE) for door in self._others
         ]
         for part in self._roles.carried:
             of_host = self._of_host([each[parts[part]] for each in brought], how, scratch)
             if part != rank:
-                requests.append(_send(comm, of_host, part, _TO_REDUCE))
+                requests.append(traffic.send(of_host, part, _TO_REDUCE))
             else:
                 received[rank] = of_host
         yield
-        finish(_All(requests))
+        finish(traffic.together(requests))
         results = self._host.results(number, targets)
-        self._finish_part([received[door] for door in doors], results[rank], how, scratch)
+        in_order = [received[door] for door in self._roles.doors]
+        self._finish_part(in_order, results[rank], how, scratch)
         requests = self._spread(number, results)
         yield
-        finish(_All(requests))
+        finish(traffic.together(requests))
         yield
         self._host.take(results, targets)
+
+    def _around(
+        self, number: int, target: Any, source: Any, how: levels.Levels, finish: Finish
+    ) -> _Piece:
+        parts = [slice(*bounds) for bounds in partition.parts(source.size, self._size)]
+        targets = [target[part] for part in parts]
+        brought = self._host.bring(number, source, how.wide)
+        yield
+        scratch = self._cleared(number % _LONGEST)
+        of_host = {
+            part: self._of_host([each[parts[part]] for each in brought], how, scratch)
+            for part in self._roles.carried
+        }
+        results = self._host.results(number, targets)
+        lap = self._ring.start(number, of_host, results, how, scratch.new)
+        yield
+        yield
+        finish(lap)
+        yield
+        self._host.take(results, targets)
+
+    def _cleared(self, place: int) -> _Scratch:
+        scratch = self._scratch[place]
+        scratch.clear()
+        return scratch
 
     def _of_host(self, sources: list[Any], how: levels.Levels, scratch: _Scratch) -> Any:
         """Return what the workers of this host make of a part; of one worker, what it brought."""
@@ -225,7 +258,7 @@ class Exchange:
             results[self._rank][...] = targets[self._rank]
         requests = self._spread(number, results)
         yield
-        finish(_All(requests))
+        finish(self._traffic.together(requests))
         yield
         self._host.take(results, targets)
 
@@ -234,7 +267,7 @@ class Exchange:
 
         So the root sends 1 + (H - 1)/n of it rather than H - 1 times.
         """
-        rank, comm = self._rank, self._comm
+        rank, traffic = self._rank, self._traffic
         parts = [slice(*bounds) for bounds in partition.parts(target.size, self._size)]
         targets = [target[part] for part in parts]
         results = self._host.results(number, targets)
@@ -243,26 +276,26 @@ class Exchange:
         if rank == root:
             for worker, part in enumerate(targets):
                 if worker != rank:
-                    requests.append(_send(comm, part, worker, _TO_REDUCE))
+                    requests.append(traffic.send(part, worker, _TO_REDUCE))
             if results[rank] is not targets[rank]:
                 results[rank][...] = targets[rank]
         else:
-            requests.append(_receive(comm, results[rank], root, _TO_REDUCE))
+            requests.append(traffic.receive(results[rank], root, _TO_REDUCE))
         yield
-        finish(_All(requests))
+        finish(self._traffic.together(requests))
         requests = self._spread(number, results)
         yield
-        finish(_All(requests))
+        finish(self._traffic.together(requests))
         yield
         self._host.take(results, targets)
 
     def _spread(self, number: int, results: Sequence[Any]) -> list[Any]:
         """Send this worker's part to every other host, and receive what it is the door for."""
-        comm, rank = self._comm, self._rank
+        traffic, rank = self._traffic, self._rank
         requests = self._posted[number % _STAGES] = [
-            *(_send(comm, results[rank], door, _RESULT) for door in self._others),
+            *(traffic.send(results[rank], door, _RESULT) for door in self._others),
             *(
-                _receive(comm, results[part], part, _RESULT)
+                traffic.receive(results[part], part, _RESULT)
                 for part in self._roles.carried
                 if part != rank
             ),
@@ -271,32 +304,21 @@ class Exchange:
 
 
 class _Meeting:
-    """A meeting of the workers of a host, as a request; MPI goes on meanwhile."""
+    """A meeting of the workers of a host, as a request; data move meanwhile."""
 
-    def __init__(self, host: Host, comm: Any) -> None:
-        self._host, self._comm = host, comm
+    def __init__(self, host: Host, move: Callable[[], None]) -> None:
+        self._host, self._move = host, move
 
     def Test(self) -> bool:
         """Tell whether all have come."""
         if self._host.is_met():
             return True
-        self._comm.Iprobe()  # MPI moves data only while it is asked, and others may wait for ours
+        self._move()
         return False
 
 
-class _All:
-    """Several requests of MPI as one."""
-
-    def __init__(self, requests: list[Any]) -> None:
-        self._requests = requests
-
-    def Test(self) -> bool:
-        """Tell whether all are done."""
-        return bool(MPI.Request.Testall(self._requests))
-
-
 class _Scratch:
-    """Memory that is used again for every other piece."""
+    """Memory that is used again for another piece."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
@@ -313,11 +335,3 @@ class _Scratch:
         if self._used > len(self._memory):
             self._memory = np.empty(2 * self._used, np.uint8)  # others keep theirs
         return self._memory[start : self._used].view(dtype)
-
-
-def _send(comm: Any, array: Any, to: int, tag: int) -> Any:
-    return comm.Isend([array.view(np.uint8), MPI.BYTE], to, tag)
-
-
-def _receive(comm: Any, array: Any, source: int, tag: int) -> Any:
-    return comm.Irecv([array.view(np.uint8), MPI.BYTE], source, tag)

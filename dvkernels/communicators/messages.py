@@ -16,13 +16,16 @@ import numpy as np
 from mpi4py import MPI
 
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
-from dvkernels.communicators.exchange import Exchange, Finish, Request
+from dvkernels.communicators.exchange import Exchange
 from dvkernels.communicators.host import Host
+from dvkernels.communicators.mpi_traffic import MpiTraffic
 from dvkernels.communicators.roll_call import RollCall
 from dvkernels.communicators.room import NUM_CHANNELS
+from dvkernels.communicators.traffic import Finish, Request
 from dvkernels.communicators.window import Window
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
+from dvkernels.schedules.cost import Routing
 
 __all__: list[str] = []
 
@@ -121,6 +124,8 @@ class Messages:
         What this worker shares with the others of its host, for each channel.
     timeout_seconds : float
         How long to wait for the other workers.
+    routing : Routing
+        Which way a reduction goes; the same on all workers.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class Messages:
         placed: Sequence[int],
         hosts: Sequence[Host],
         timeout_seconds: float,
+        routing: Routing,
         *,
         channel: int = 0,
         standing: Standing | None = None,
@@ -138,7 +144,7 @@ class Messages:
         self.timeout_seconds = timeout_seconds
         self._comm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self._exchange = Exchange(self._comm, hosts[channel], placed)
+        self._exchange = Exchange(MpiTraffic(self._comm), hosts[channel], placed, routing)
         self._channel = channel
         self._round = RollCall(self._comm)
         self._number = 0
@@ -153,6 +159,7 @@ class Messages:
                 placed,
                 hosts,
                 timeout_seconds,
+                routing,
                 channel=1,
                 standing=self._standing,
                 post=self._post,

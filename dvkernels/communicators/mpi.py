@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators import host_memory
+from dvkernels.communicators import host_memory, network
 from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Host, Shared
 from dvkernels.communicators.messages import Messages
 from dvkernels.communicators.room import NUM_CHANNELS, Room
@@ -23,7 +23,8 @@ from dvkernels.communicators.shared_memory import SharedMemory
 from dvkernels.communicators.window import Window
 from dvkernels.communicators.workers import Transport, WorkerGroup
 from dvkernels.devices import cpu
-from dvkernels.errors import ClusterError, CollectiveTimeoutError
+from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
+from dvkernels.schedules.cost import Routing
 from dvkernels.schedules.hosts import numbered
 
 __all__: list[str] = []
@@ -40,14 +41,19 @@ _open: list[Transport] = []
 _windows: list[Any] = []  # freed by MPI itself in the end: that needs all workers
 
 
-def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
+def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto") -> WorkerGroup:
     """Return the workers that ``resolver`` counts. Every worker of the job must call this.
+
+    ``way`` is that of reductions between hosts: see ``cost.Routing``.
 
     Raises
     ------
+    AlgorithmError
+        Workers want different ways: on all of them.
     ClusterError
-        MPI started another number of processes, or offers too little; or a host has too little
-        memory for its workers to share. Of the last, all workers hear.
+        MPI started another number of processes, or offers too little; a variable is malformed, or
+        differs between workers; or a host has too little memory for its workers to share. Of the
+        last, all workers hear.
     CollectiveTimeoutError
         Some of them do not call this in time.
     """
@@ -66,15 +72,27 @@ def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
     _await_all(world, timeout_seconds)
     comm = world.Split(0, resolver.worker_id)
     comm.Set_errhandler(MPI.ERRORS_RETURN)
+    routing = _agreed_routing(comm, way)
     on_this_host = _split_by_host(comm)
     _check_memory(comm, on_this_host)
     transport: Transport
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
     else:
-        placed = numbered(comm.allgather(on_this_host.bcast(comm.rank)))
-        transport = Messages(comm, placed, _hosts(on_this_host), timeout_seconds)
+        transport = Messages(
+            comm, _placed(comm, on_this_host), _hosts(on_this_host), timeout_seconds, routing
+        )
     return WorkerGroup(_kept(transport))
+
+
+def placed(resolver: ClusterResolver) -> list[int]:
+    """Return the number of each worker's host. Every worker calls this, after ``connect``."""
+    comm = MPI.COMM_WORLD.Split(0, resolver.worker_id)
+    return _placed(comm, _split_by_host(comm))
+
+
+def _placed(comm: Any, on_this_host: Any) -> list[int]:
+    return numbered(comm.allgather(on_this_host.bcast(comm.rank)))
 
 
 def _split_by_host(comm: Any) -> Any:
@@ -85,15 +103,31 @@ def _split_by_host(comm: Any) -> Any:
     ClusterError
         The variable that says so is malformed, or differs between workers: on all of them.
     """
-    said = comm.allgather(os.environ.get(hosts.VARIABLE, ""))
-    if len({*said}) > 1:
-        raise ClusterError(
-            f"{hosts.VARIABLE} must be the same for all workers, and is {said}, in their order"
-        )
+    _check_alike(comm, hosts.VARIABLE)
     pretended = hosts.pretended(os.environ, comm.size)
     if pretended is not None:
         comm = comm.Split(pretended[comm.rank], comm.rank)
     return comm.Split_type(MPI.COMM_TYPE_SHARED)
+
+
+def _agreed_routing(comm: Any, way: str) -> Routing:
+    """Return how reductions go, which is the same for all; on all of them, or none."""
+    ways = comm.allgather(way)
+    if len({*ways}) > 1:
+        raise AlgorithmError(
+            f"between hosts all workers go the same way, and cross_device_ops leads them {ways}, "
+            f"in their order; give all of them the same"
+        )
+    _check_alike(comm, network.VARIABLE)
+    return Routing(way, network.of(os.environ))
+
+
+def _check_alike(comm: Any, variable: str) -> None:
+    said = comm.allgather(os.environ.get(variable, ""))
+    if len({*said}) > 1:
+        raise ClusterError(
+            f"{variable} must be the same for all workers, and is {said}, in their order"
+        )
 
 
 def _check_memory(comm: Any, here: Any) -> None:

@@ -23,8 +23,22 @@ __all__: list[str] = []
 _ALGORITHMS = {"auto": "auto", "direct": "direct", "hierarchical": "auto", "ring": "ring"}
 
 
-def between_workers(resolver: ClusterResolver, timeout_seconds: float) -> Workers:
-    """Return the workers of a job, which MPI brings together; of one worker, itself alone."""
+# Between hosts: see schedules/cost.py. Other names leave it to the model.
+_WAYS = {"direct": "exchange", "ring": "ring"}
+
+
+def between_workers(
+    resolver: ClusterResolver, timeout_seconds: float, cross_device_ops: object = "auto"
+) -> Workers:
+    """Return the workers of a job, which MPI brings together; of one worker, itself alone.
+
+    Raises
+    ------
+    AlgorithmError
+        ``cross_device_ops`` leads workers different ways between hosts: on all of them.
+    ClusterError, CollectiveTimeoutError
+        See ``mpi.connect``.
+    """
     if resolver.worker_id is None:
         raise ClusterError(
             f"expected a worker, and {resolver!r} is another task; make this strategy in the "
@@ -40,7 +54,7 @@ def between_workers(resolver: ClusterResolver, timeout_seconds: float) -> Worker
             f"{resolver!r} has others to talk to, and MPI carries that: install mpi4py and an MPI "
             f"(pip install 'dvkernels[mpi]' mpich); importing it failed: {error}"
         ) from error
-    return mpi.connect(resolver, timeout_seconds)
+    return mpi.connect(resolver, timeout_seconds, _WAYS.get(_named(cross_device_ops), "auto"))
 
 
 def between_all(

@@ -21,8 +21,8 @@ Between n workers of H hosts, a latency and a rate each: the model of R. Hockney
     ring      t = 2 (n - 1) latency + 2 (n - 1)/n S / rate    a step for each part and neighbour
 
 ``python -m dvkernels launch -n 2 -m dvkernels bench --calibrate`` measures the two. A ``Network``
-says more of messages, to choose between the two ways. A step of training hides what it can of this
-behind its backward pass.
+says more of messages, to choose between three ways: gathered, exchanged in parts, or around a ring.
+A step of training hides what it can of this behind its backward pass.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ __all__ = [
     "Link",
     "Machine",
     "Network",
+    "Routing",
     "between_hosts",
     "cheapest",
+    "circuit_seconds",
     "direct_seconds",
     "exchange_seconds",
     "gather_seconds",
@@ -44,6 +46,7 @@ __all__ = [
     "message_seconds",
     "network_ring_seconds",
     "ring_seconds",
+    "seconds_by_way",
     "step_seconds",
 ]
 
@@ -117,14 +120,26 @@ class Network(NamedTuple):
 
     message_seconds: float  # from a send to its receipt, of nothing
     exchange_seconds: float  # what an exchange in parts costs before it moves anything
+    hop_seconds: float  # what a part costs at each stop of a ring, before it moves anything
     rate: float  # sent, and received meanwhile
+    incast: float  # what part of it a receiver gets where several send to it at once; 1.0: all
     memory_rate: float  # read or written by kernels and copies
 
 
 # Between two processes of one machine by MPICH 5.0.2, fastest of many: 2 cores of an AMD EPYC,
-# November 2026. A network of 100 Gbit/s has about the same figures; they decide only which of two
-# ways an array of some 10 to 100 KiB goes, where both take about as long.
-NETWORK = Network(message_seconds=2e-6, exchange_seconds=17e-6, rate=7e9, memory_rate=30e9)
+# November 2026. A network of 100 Gbit/s has about the same figures. A hop is the half of an
+# exchange, which has two: between three processes it took 60 us, but they waited for two cores.
+# Incast is that of four hosts (network namespaces) of 200 Mbit/s each with queues of 1 MB: parts of
+# 8 MiB took 594 ms, around a ring 536 ms. Where one link of that rate joined two hosts each, it was
+# 0.75 (769 and 578 ms); so a ring is left to networks that are slower than memory, or said to be.
+NETWORK = Network(
+    message_seconds=2e-6,
+    exchange_seconds=17e-6,
+    hop_seconds=9e-6,
+    rate=7e9,
+    incast=0.9,
+    memory_rate=30e9,
+)
 
 
 def gather_seconds(network: Network, num_workers: int, nbytes: int) -> float:
@@ -138,34 +153,97 @@ def gather_seconds(network: Network, num_workers: int, nbytes: int) -> float:
     return num_messages * network.message_seconds + seconds
 
 
-def exchange_seconds(network: Network, num_workers: int, num_hosts: int, nbytes: int) -> float:
+def exchange_seconds(
+    network: Network, num_workers: int, num_hosts: int, nbytes: int, wide_nbytes: int | None = None
+) -> float:
     """Return what an all-reduce in parts takes: see ``schedules/hosts.py``.
 
-    Two messages one after the other, 2 (H - 1)/n S received. With m = n/H workers a host, each
-    reads m shares of S/m and writes one, and the same of H parts of S/n; if m > 1, what it brings
-    and takes is copied beside.
+    Two messages one after the other. With m = n/H workers a host, each reads m shares of S/m and
+    writes one, and the same of H parts of S/n; if m > 1, what it brings and takes is copied beside,
+    and the hosts' parts go as ``wide_nbytes`` for the whole.
 
-    A ring receives as much in 2 (H - 1) messages that wait for each other, where this has two, so
-    in this model it is never quicker; where links disturb each other it may be.
+    2 (H - 1)/n S are received, as in a ring, from H - 1 workers at once: where they disturb each
+    other, at the receiver or on a link that they share, that takes 1/``incast`` as long.
     """
     members = num_workers / num_hosts
-    received = 2 * (num_hosts - 1) / num_workers * nbytes
-    moved = (num_hosts + 1) / num_workers * nbytes
-    if members > 1:
-        moved += (1 + 1 / members + 4) * nbytes
-    seconds = received / network.rate + moved / network.memory_rate
+    wide = nbytes if wide_nbytes is None or members == 1 else wide_nbytes
+    received = (num_hosts - 1) / num_workers * (wide + nbytes)
+    moved = (num_hosts + 1) / num_workers * nbytes + _shared_nbytes(members, nbytes)
+    rate = network.rate * (network.incast if num_hosts > 2 else 1.0)
+    seconds = received / rate + moved / network.memory_rate
     return network.exchange_seconds + 2 * network.message_seconds + seconds
 
 
-def between_hosts(network: Network, num_workers: int, num_hosts: int, nbytes: int) -> str:
-    """Return what is quicker between workers of several hosts: ``"gather"`` or ``"exchange"``.
+def circuit_seconds(
+    network: Network, num_workers: int, num_hosts: int, nbytes: int, wide_nbytes: int | None = None
+) -> float:
+    """Return what a ring of hosts takes: see ``schedules/hosts.py``.
 
-    >>> [between_hosts(NETWORK, 4, 2, nbytes) for nbytes in (1 << 10, 1 << 20)]
-    ['gather', 'exchange']
+    2 (H - 1) messages one after another, 2 (H - 1)/n S received from one worker at a time, the half
+    of it as ``wide_nbytes`` for the whole. Of each part, H - 1 hosts read what comes, and their
+    own, and write the sum.
     """
-    gathered = gather_seconds(network, num_workers, nbytes)
-    exchanged = exchange_seconds(network, num_workers, num_hosts, nbytes)
-    return "gather" if gathered <= exchanged else "exchange"
+    members = num_workers / num_hosts
+    wide = nbytes if wide_nbytes is None else wide_nbytes
+    received = (num_hosts - 1) / num_workers * (wide + nbytes)
+    moved = 3 * (num_hosts - 1) / num_workers * nbytes + _shared_nbytes(members, nbytes)
+    seconds = received / network.rate + moved / network.memory_rate
+    hops = 2 * (num_hosts - 1)
+    starting = network.exchange_seconds + (hops - 2) * network.hop_seconds
+    return starting + hops * network.message_seconds + seconds
+
+
+def _shared_nbytes(members: float, nbytes: int) -> float:
+    """Return what a worker moves in the memory of its host, beside what comes and goes."""
+    return (1 + 1 / members + 4) * nbytes if members > 1 else 0.0
+
+
+def seconds_by_way(
+    network: Network, num_workers: int, num_hosts: int, nbytes: int, wide_nbytes: int | None = None
+) -> dict[str, float]:
+    """Return what each way between hosts takes: ``"gather"``, ``"exchange"``, ``"ring"``.
+
+    ``wide_nbytes`` is what ``nbytes`` become where sums are wider than what is summed.
+    """
+    return {
+        "gather": gather_seconds(network, num_workers, nbytes),
+        "exchange": exchange_seconds(network, num_workers, num_hosts, nbytes, wide_nbytes),
+        "ring": circuit_seconds(network, num_workers, num_hosts, nbytes, wide_nbytes),
+    }
+
+
+def between_hosts(
+    network: Network, num_workers: int, num_hosts: int, nbytes: int, wide_nbytes: int | None = None
+) -> str:
+    """Return what is quickest between workers of several hosts; of ways alike, the first.
+
+    >>> [between_hosts(NETWORK, 4, 4, nbytes) for nbytes in (1 << 10, 1 << 20)]
+    ['gather', 'exchange']
+    >>> between_hosts(NETWORK._replace(rate=1e9), 4, 4, 1 << 24)
+    'ring'
+    """
+    seconds = seconds_by_way(network, num_workers, num_hosts, nbytes, wide_nbytes)
+    return min(seconds, key=seconds.__getitem__)
+
+
+class Routing(NamedTuple):
+    """Which way reductions go between hosts.
+
+    Attributes
+    ----------
+    way : {"auto", "gather", "exchange", "ring"}
+        ``"auto"`` is what the model says; the others are taken for every size.
+    network : Network
+    """
+
+    way: str = "auto"
+    network: Network = NETWORK
+
+    def way_of(self, num_workers: int, num_hosts: int, nbytes: int, wide_nbytes: int) -> str:
+        """Return the way of an array; see :func:`between_hosts`."""
+        if self.way != "auto":
+            return self.way
+        return between_hosts(self.network, num_workers, num_hosts, nbytes, wide_nbytes)
 
 
 class Link(NamedTuple):
@@ -192,7 +270,10 @@ def memory_seconds(link: Link, num_workers: int, nbytes: int) -> float:
 
 
 def message_seconds(link: Link, num_workers: int, num_hosts: int, nbytes: int) -> float:
-    """Return what an all-reduce takes by messages between hosts: gathered, or in parts."""
+    """Return what an all-reduce takes by messages between hosts: gathered, or in parts.
+
+    A ring receives what an exchange does; of the messages' time this model knows the latency.
+    """
     is_gathered = between_hosts(NETWORK, num_workers, num_hosts, nbytes) == "gather"
     received = num_workers - 1 if is_gathered else 2 * (num_hosts - 1) / num_workers
     return link.latency_seconds + received * nbytes / link.rate

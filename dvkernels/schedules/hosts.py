@@ -12,6 +12,20 @@ workers of a host send at the same time:
 
 A host of m of n workers sends, and receives, (1 - m/n) S + (H - 1) m/n S bytes of an array of S;
 with as many workers on each of H hosts that is 2 (H - 1)/H S, the least possible.
+
+In an exchange all hosts send their part j to worker j at once, and it sends the result to all of
+them. In a ring each part goes around instead, twice, through the same doors, and every worker hears
+only from those of the host before its own. Part j starts at the host after worker j's. Each host
+adds its own, and worker j has the sum, which then goes around once more:
+
+    3 hosts of a worker      part 0        part 1        part 2
+    tick 0    add            1->2          2->0          0->1
+         1    add            2->0          0->1          1->2
+         2    result         0->1          1->2          2->0
+         3    result         1->2          2->0          0->1
+
+So the hosts' parts of part j are added in the order of the hosts, from the one after worker j's on.
+As many bytes, in 2 (H - 1) messages one after another where an exchange has two.
 """
 
 from __future__ import annotations
@@ -19,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Roles", "numbered", "roles"]
+__all__ = ["Roles", "Stop", "numbered", "ring", "roles"]
 
 
 class Roles(NamedTuple):
@@ -58,13 +72,63 @@ def roles(hosts: Sequence[int], worker: int) -> Roles:
     >>> roles([0, 0, 0, 1], 3)
     Roles(host=1, doors=(0, 3), carried=(0, 1, 2, 3))
     """
-    members = [[w for w, h in enumerate(hosts) if h == host] for host in range(max(hosts) + 1)]
-    place = [members[host].index(w) for w, host in enumerate(hosts)]
-
-    def door(host: int, of: int) -> int:
-        return members[host][place[of] % len(members[host])]
-
+    doors = _Doors(hosts)
     own = hosts[worker]
-    doors = tuple(door(host, worker) for host in range(len(members)))
-    carried = tuple(w for w in range(len(hosts)) if door(own, w) == worker)
-    return Roles(own, doors, carried)
+    carried = tuple(w for w in range(len(hosts)) if doors.of(own, w) == worker)
+    return Roles(own, tuple(doors.of(host, worker) for host in range(doors.num_hosts)), carried)
+
+
+class Stop(NamedTuple):
+    """Where a part comes by this worker on its way around the hosts.
+
+    Attributes
+    ----------
+    part : int
+    place : int
+        How many hosts have added theirs before: at 0 the part starts, at H - 1 is its worker.
+    before, after : int
+        The workers from whom it comes and to whom it goes.
+    """
+
+    part: int
+    place: int
+    before: int
+    after: int
+
+
+def ring(hosts: Sequence[int], worker: int) -> list[Stop]:
+    """Return where parts come by a worker, those that come first first.
+
+    >>> ring([0, 1, 2], 1)
+    [Stop(part=0, place=0, before=0, after=2), Stop(part=2, place=1, before=0, after=2), \
+Stop(part=1, place=2, before=0, after=2)]
+    """
+    doors = _Doors(hosts)
+    own, count = hosts[worker], doors.num_hosts
+    stops = [
+        Stop(
+            part,
+            (own - hosts[part] - 1) % count,
+            doors.of((own - 1) % count, part),
+            doors.of((own + 1) % count, part),
+        )
+        for part in roles(hosts, worker).carried
+    ]
+    return sorted(stops, key=lambda stop: stop.place)
+
+
+class _Doors:
+    """Through whom parts enter hosts."""
+
+    def __init__(self, hosts: Sequence[int]) -> None:
+        self.num_hosts = max(hosts) + 1
+        self._members: list[list[int]] = [[] for _ in range(self.num_hosts)]
+        self._places: list[int] = []  # of each worker among those of its host
+        for worker, host in enumerate(hosts):
+            self._places.append(len(self._members[host]))
+            self._members[host].append(worker)
+
+    def of(self, host: int, part: int) -> int:
+        """Return the worker through whom a part enters a host."""
+        members = self._members[host]
+        return members[self._places[part] % len(members)]

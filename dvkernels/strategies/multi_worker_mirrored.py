@@ -33,8 +33,10 @@ class MultiWorkerMirroredStrategy(Strategy):
     devices : sequence of Device or str, optional
         Those of this process, one replica each. One per core of its share if not given.
     cross_device_ops : str or Communicator
-        How the replicas of this process reduce: see :class:`MirroredStrategy`. ``"nccl"`` connects
-        the GPUs of all workers, of which each replica has one; all workers ask for it or none.
+        How the replicas of this process reduce, see :class:`MirroredStrategy`, and hosts between
+        each other: ``"direct"`` exchanges parts, ``"ring"`` sends them around, and otherwise the
+        cost model says for each size. ``"nccl"`` connects the GPUs of all workers, of which each
+        replica has one. All workers ask for the same of these three, or for none.
     timeout_seconds : float
         How long a worker waits for the others in a collective.
     bytes_per_bucket : int, optional
@@ -48,7 +50,8 @@ class MultiWorkerMirroredStrategy(Strategy):
         mpi4py is missing.
     DeviceError, AlgorithmError
         As of ``MirroredStrategy``. What is wrong with ``"nccl"`` on one worker is raised on all:
-        NCCL is missing, two replicas share a GPU, some workers do not ask for it.
+        NCCL is missing, two replicas share a GPU, some workers do not ask for it. So are different
+        ways between hosts.
     CollectiveTimeoutError
         The other workers do not make theirs in time, or NCCL does not connect them.
     ValueError
@@ -73,8 +76,11 @@ class MultiWorkerMirroredStrategy(Strategy):
     the host, or between the GPUs by ``"nccl"``: it carries what is dense and what it does as this
     library promises, the workers agree on each of its calls before they make it, and a call that
     does not end on the GPU within ``timeout_seconds`` ends the job. ``all_reduce_async`` goes
-    through the host. ``DVKERNELS_HOSTS=2,2`` in the
-    environment lets four workers of one host pretend to be on two.
+    through the host.
+
+    ``DVKERNELS_HOSTS=2,2`` in the environment lets four workers of one host pretend to be on two,
+    and ``DVKERNELS_NETWORK`` tells the cost model what is between hosts, as ``bench --calibrate``
+    prints it.
 
     Examples
     --------
@@ -100,7 +106,9 @@ class MultiWorkerMirroredStrategy(Strategy):
                 f"expected cluster_resolver to be a dv.cluster.ClusterResolver, got "
                 f"{cluster_resolver!r:.80}"
             )
-        workers = communicators.between_workers(self._resolver, _checked(timeout_seconds))
+        workers = communicators.between_workers(
+            self._resolver, _checked(timeout_seconds), cross_device_ops
+        )
         if bytes_per_bucket is None and workers.size > 1:
             bytes_per_bucket = _BYTES_PER_BUCKET
         super().__init__(

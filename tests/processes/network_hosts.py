@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces that a cable joins."""
+"""Hosts on one machine: network namespaces, each with a cable to a switch, itself one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-_CABLE = "dvcable"
-_ADDRESSES = ("10.231.7.1", "10.231.7.2")  # seen by nobody else
+_CABLE, _SWITCH = "dvcable", "dvswitch"
+_ADDRESS = "10.231.7.{}"  # seen by nobody else
 _DEADLINE_SECONDS = 20
 
 # What carries MPI's messages (UCX, libfabric) would find out that both are one machine, and go
@@ -44,57 +45,72 @@ _NAMED = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two of them, up and joined.
+    """Some of them, up and joined.
 
     Attributes
     ----------
-    names : tuple of str
+    names : list of str
         Of their namespaces.
+    switch : str
+        The namespace of what joins them; there ``port0`` leads to the first.
     prefix : list of str
         What a command starts with that runs on the first.
     options : list of str
-        What tells mpiexec to start two workers on each.
+        What tells mpiexec to start so many workers on each.
     """
 
-    names: tuple[str, str]
+    names: list[str]
+    switch: str
     prefix: list[str]
     options: list[str]
 
     def sent_nbytes(self) -> list[int]:
-        """Return how many bytes each host has sent to the other."""
+        """Return how many bytes each host has sent to others."""
         return [int(_shown(name, "statistics/tx_bytes")) for name in self.names]
+
+    def limit(self, megabits: int, queue_nbytes: int) -> None:
+        """Let each host send and receive so much a second; what does not fit a queue is lost."""
+        ports = [(self.switch, f"port{k}") for k in range(len(self.names))]
+        for space, link in [*ports, *((name, _CABLE) for name in self.names)]:
+            limit = ["rate", f"{megabits}mbit", "burst", "64k", "limit", str(queue_nbytes)]
+            _make(["tc", "-n", space, "qdisc", "replace", "dev", link, "root", "tbf", *limit])
 
 
 @contextlib.contextmanager
-def joined(folder: Path, is_open_mpi: bool) -> Iterator[Hosts]:
-    """Make two hosts for one kind of mpiexec, and remove them; skip where that is not allowed."""
+def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) -> Iterator[Hosts]:
+    """Make hosts for one kind of mpiexec, and remove them; skip where that is not allowed."""
     if sys.platform != "linux" or not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("hosts are made by Linux, ip (of iproute2) and unshare (of util-linux)")
-    names = (f"dv{os.getpid()}a", f"dv{os.getpid()}b")
+    names = [f"dv{os.getpid()}{letter}" for letter in string.ascii_lowercase[:count]]
+    switch = f"dv{os.getpid()}switch"
     with contextlib.ExitStack() as undo:
-        for name in names:
-            _make("netns", "add", name)
-            undo.callback(_ip, "netns", "del", name)  # and the cable with it
-        ends = ["netns", names[0], "type", "veth", "peer", "name", _CABLE, "netns", names[1]]
-        _make("link", "add", _CABLE, *ends)
-        for name, address in zip(names, _ADDRESSES, strict=True):
-            _make("-n", name, "addr", "add", f"{address}/24", "dev", _CABLE)
+        for name in [switch, *names]:
+            _ip("netns", "add", name)
+            undo.callback(_ip, "netns", "del", name)  # and the cables with it
+        _ip("-n", switch, "link", "add", _SWITCH, "type", "bridge")
+        _ip("-n", switch, "link", "set", _SWITCH, "up")
+        addresses = [_ADDRESS.format(number) for number in range(1, count + 1)]
+        for k, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            ends = ["netns", name, "type", "veth", "peer", "name", f"port{k}", "netns", switch]
+            _ip("link", "add", _CABLE, *ends)
+            _ip("-n", switch, "link", "set", f"port{k}", "master", _SWITCH, "up")
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", _CABLE)
             for link in ("lo", _CABLE):
-                _make("-n", name, "link", "set", link, "up")
-        _await_both(names)
-        pairs = zip(_ADDRESSES, names, strict=True)
+                _ip("-n", name, "link", "set", link, "up")
+        _await_all(names)
+        pairs = zip(addresses, names, strict=True)
         cases = "\n".join(f"    {at}) space={name} ;;" for at, name in pairs)
         on = shlex.join(_on("$space")).replace("'$space'", '"$space"')
         shell = folder / "shell"
         shell.write_text(_SHELL.format(cases=cases, on=on))
         shell.chmod(0o755)
-        hosts = ",".join(f"{address}:2" for address in _ADDRESSES)
+        hosts = ",".join(f"{address}:{workers}" for address in addresses)
         prefix = [*_on(names[0]), "env", *_BY_NETWORK]
         options = ["-launcher", "ssh", "-launcher-exec", str(shell), "-hosts", hosts]
         if is_open_mpi:
             prefix.append(f"PRTE_MCA_plm_ssh_agent={shell}")
             options = ["--host", hosts, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
-        yield Hosts(names, prefix, options)
+        yield Hosts(names, switch, prefix, options)
 
 
 def _on(name: str) -> list[str]:
@@ -102,8 +118,8 @@ def _on(name: str) -> list[str]:
     return ["ip", "netns", "exec", name, *_NAMED, name]
 
 
-def _await_both(names: tuple[str, str]) -> None:
-    """Return when both ends of the cable are up: the kernel says so up to a second late."""
+def _await_all(names: list[str]) -> None:
+    """Return when the cables are up: the kernel says so up to a second late."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while not all(_shown(name, "operstate").strip() == "up" for name in names):
         assert time.monotonic() < deadline, "the ends of a cable are set up, and do not come up"
@@ -111,19 +127,22 @@ def _await_both(names: tuple[str, str]) -> None:
 
 
 def _shown(name: str, what: str) -> str:
-    return _ip("netns", "exec", name, "cat", f"/sys/class/net/{_CABLE}/{what}")
+    return _run(["ip", "netns", "exec", name, "cat", f"/sys/class/net/{_CABLE}/{what}"])
 
 
-def _make(*words: str) -> None:
+def _ip(*words: str) -> None:
+    _make(["ip", *words])
+
+
+def _make(command: list[str]) -> None:
     try:
-        _ip(*words)
+        _run(command)
     except (subprocess.CalledProcessError, OSError) as error:
         why = getattr(error, "stderr", None) or str(error)
-        pytest.skip(f"this machine allows no network namespaces: ip {' '.join(words)}: {why}")
+        pytest.skip(f"this machine allows no such network: {' '.join(command)}: {why}")
 
 
-def _ip(*words: str) -> str:
-    command = ["ip", *words]
+def _run(command: list[str]) -> str:
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=_DEADLINE_SECONDS
     )

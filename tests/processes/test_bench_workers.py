@@ -37,3 +37,10 @@ def test_every_case_is_measured(num_processes, monkeypatch, tmp_path):
     assert {one["case"] for one in results} == {*jobs.cases(num_processes)}
     assert {"dvkernels", mpi} <= {one["who"] for one in results}
     assert all(one["seconds_per_call"] > 0 for one in results)
+
+
+@mpi_jobs.needs_mpi[1]
+@mpi_jobs.needs_mpi[0]
+@pytest.mark.parametrize(("count", "over"), [(2, "1,1"), (3, "1,1,1")])
+def test_the_network_between_hosts_is_calibrated(count, over):
+    mpi_jobs.run(count, "calibrate", over)

@@ -20,9 +20,16 @@ TOLD = {
 }
 
 
-def check(over: str, harm: str, seed: int, folder: Path, options: list[str] | None = None) -> None:
+def check(
+    over: str,
+    harm: str,
+    seed: int,
+    folder: Path,
+    options: list[str] | None = None,
+    ops: str = "auto",
+) -> None:
     victim = int(np.random.default_rng([seed]).integers(COUNT))
-    job = Job(COUNT, "endure", over, harm, victim, seed, SECONDS, folder, options=options)
+    job = Job(COUNT, "endure", over, harm, victim, seed, SECONDS, folder, ops, options=options)
     outcome = job.wait(60)
     kind, text = TOLD[harm]
     told = [path.read_text() for path in sorted(folder.glob("survivor_*"))]
@@ -46,6 +53,12 @@ def test_survivors_are_told(over, harm, tmp_path):
     check(over, harm, 1, tmp_path)
 
 
+@pytest.mark.parametrize("over", ["1,1,1", "2,1"])
+@pytest.mark.parametrize("harm", TOLD)
+def test_survivors_of_a_ring_are_told(over, harm, tmp_path):
+    check(over, harm, 3, tmp_path, ops="ring")
+
+
 @pytest.mark.parametrize("over", ["memory", "1,1"])
 def test_all_hear_of_nccl_that_one_lacks_and_of_an_end(over):
     outcome = Job(2, "asks_for_nccl", over).wait(60)
@@ -59,9 +72,23 @@ def test_survivors_that_the_launcher_leaves_alone(over, tmp_path):
     check(over, "kill", 2, tmp_path, ["--with-ft", "ulfm"])
 
 
+@pytest.mark.skipif(not is_open_mpi(), reason="MPICH ends a job of which a process is killed")
+@pytest.mark.parametrize("over", ["1,1,1", "2,1"])
+def test_survivors_of_a_ring_that_the_launcher_leaves_alone(over, tmp_path):
+    check(over, "kill", 2, tmp_path, ["--with-ft", "ulfm"], "ring")
+
+
 @pytest.mark.slow
 @OVER
 @pytest.mark.parametrize("harm", TOLD)
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_a_campaign(over, harm, seed, tmp_path):
     check(over, harm, seed, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over", ["1,1,1", "2,1"])
+@pytest.mark.parametrize("harm", TOLD)
+@pytest.mark.parametrize("seed", range(200, 210))
+def test_a_campaign_around_rings(over, harm, seed, tmp_path):
+    check(over, harm, seed, tmp_path, ops="ring")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mpi_jobs import needs_mpi, run
+from mpi_jobs import Job, needs_mpi, run
 from worker_programs import go_on, trained
 
 import dvkernels as dv
@@ -32,6 +32,26 @@ SHAPES = pytest.mark.parametrize(
 @SHAPES
 def test_the_laws_of_communicators(count, num_local, over):
     run(count, "communicator_laws", num_local, over)
+
+
+@pytest.mark.parametrize("ops", ["direct", "ring"])
+@pytest.mark.parametrize(
+    ("count", "num_local", "over"),
+    [(2, 1, "1,1"), (2, 2, "1,1"), (3, 1, "1,1,1"), (4, 1, "3,1"), (4, 1, "2,1,1"), (4, 1, "2,2")],
+)
+def test_the_laws_of_each_way_between_hosts(count, num_local, over, ops):
+    run(count, "communicator_laws", num_local, over, ops)
+
+
+@pytest.mark.parametrize("over", ["memory", "1,1"])
+def test_all_hear_of_ways_and_networks_that_differ(over):
+    outcome = Job(2, "asks_for_ways", over).wait(60)
+    assert outcome.code != 0  # the group has ended, and with it the job
+    assert "Traceback" not in outcome.written, outcome.written
+
+
+def test_large_arrays_around_a_ring():
+    run(3, "large", "1,1,1", 150_000_001, "ring")
 
 
 @pytest.mark.parametrize(
@@ -69,10 +89,12 @@ def test_variables(count, num_local, over):
         *((count, 1, "memory") for count in (1, 2, 3, 4)),
         *((count, 1, "messages") for count in (2, 3, 4)),
         *((2, 2, over) for over in ("memory", "messages")),
+        *((4, 1, over) for over in ("1,1,1,1", "2,1,1")),
     ],
 )
 def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
-    run(count, "train", num_local, over, tmp_path / "weights.npz")
+    ops = "ring" if "," in over else "auto"
+    run(count, "train", num_local, over, tmp_path / "weights.npz", ops)
     expected, seen = trained(dv.OneDeviceStrategy("cpu:0"))
     found = np.load(tmp_path / "weights.npz")
     assert found["seen"].tolist() == seen

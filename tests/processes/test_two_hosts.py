@@ -1,11 +1,13 @@
-"""Two hosts with two workers each, and a network between them."""
+"""Hosts with a network between them: two with two workers each, and three."""
 
 from __future__ import annotations
+
+import contextlib
 
 import numpy as np
 import pytest
 from mpi_jobs import Job, is_open_mpi, launcher_says, needs_mpi
-from network_hosts import joined
+from network_hosts import Hosts, joined
 from worker_programs import trained
 
 import dvkernels as dv
@@ -14,20 +16,26 @@ pytestmark = needs_mpi
 
 
 @pytest.fixture
-def hosts(tmp_path):
+def join(tmp_path):
     if "HYDRA" not in launcher_says() and not is_open_mpi():
         pytest.skip("needs an mpiexec that is known to start processes by any command")
-    with joined(tmp_path, is_open_mpi()) as found:
-        yield found
+    with contextlib.ExitStack() as stack:
+        yield lambda *counts: stack.enter_context(joined(tmp_path, is_open_mpi(), *counts))
+
+
+@pytest.fixture
+def hosts(join):
+    return join()
 
 
 @pytest.fixture
 def run(hosts):
-    def run(program: str, *args: object) -> None:
-        outcome = Job(4, program, *args, prefix=hosts.prefix, options=hosts.options).wait()
-        assert outcome.code == 0, outcome.written
+    return lambda *words: run_on(hosts, 4, *words)
 
-    return run
+
+def run_on(hosts: Hosts, count: int, *words: object) -> None:
+    outcome = Job(count, *words, prefix=hosts.prefix, options=hosts.options).wait()
+    assert outcome.code == 0, outcome.written
 
 
 def test_the_laws_hold(run):
@@ -51,6 +59,27 @@ def test_each_byte_passes_once_between_hosts_and_not_once_a_worker(hosts, run):
     for sent, was in zip(hosts.sent_nbytes(), before, strict=True):
         # 2 (H - 1)/H of the array, and what frames, acknowledgements and the start come to.
         assert nbytes < sent - was < 1.3 * nbytes
+
+
+@pytest.mark.parametrize("ops", ["direct", "ring"])
+def test_the_laws_hold_between_three_hosts(join, ops):
+    run_on(join(3, 1), 3, "communicator_laws", 1, "as they are", ops)
+
+
+@pytest.mark.parametrize("ops", ["direct", "ring"])
+def test_what_a_slow_network_loses_is_sent_again(join, ops):
+    hosts = join(3, 1)
+    hosts.limit(megabits=200, queue_nbytes=60_000)
+    run_on(hosts, 3, "large", "as they are", 2_000_001, ops)
+
+
+@pytest.mark.parametrize("ops", ["direct", "ring"])
+def test_of_three_hosts_each_sends_what_two_thirds_twice_come_to(join, ops):
+    hosts, nbytes = join(3, 1), 30_000_001
+    before = hosts.sent_nbytes()
+    run_on(hosts, 3, "large", "as they are", nbytes, ops)
+    for sent, was in zip(hosts.sent_nbytes(), before, strict=True):
+        assert 4 / 3 * nbytes < sent - was < 1.3 * 4 / 3 * nbytes
 
 
 def test_a_worker_that_stops_is_named_over_the_network(hosts, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import os
 import pathlib
@@ -15,9 +17,11 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels.benchmarks import between_workers
 from dvkernels.checkpoint import files
+from dvkernels.cli import main
+from dvkernels.communicators import network
 from dvkernels.devices import memory
-from dvkernels.schedules import cost
 from dvkernels.testing import check_communicator, check_strategy
 
 
@@ -35,20 +39,12 @@ def rank() -> int:
     return dv.cluster.default_resolver().worker_id
 
 
-def communicator_laws(num_local: str, over: str) -> None:
-    with make(int(num_local)) as strategy:
+def communicator_laws(num_local: str, over: str, ops: str = "auto") -> None:
+    with make(int(num_local), 60.0, ops) as strategy:
         count = strategy.num_replicas_in_sync
         ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         placement = ids.owner
-        chosen = cost.NETWORK
-        for communicator, network in (
-            (placement.communicator, chosen),
-            (
-                placement.beside,
-                chosen._replace(exchange_seconds=-np.inf),
-            ),  # all as if they were long
-        ):
-            cost.NETWORK = network
+        for communicator in (placement.communicator, placement.beside):
             check_communicator(lambda _, c=communicator: c, sizes=[count], local=ids.values)
             every = [np.random.default_rng(r).standard_normal(400_001) for r in range(count)]
             values = [every[r] for r in ids.values]
@@ -75,6 +71,44 @@ def asks_for_nccl(over: str) -> None:
     end(over)
 
 
+def asks_for_ways(over: str) -> None:
+    """Different ways between hosts, or networks, are an error on all, and all go on."""
+    ops = "ring" if rank() else "direct"
+    ways = r"leads them \['exchange', 'ring'\], in their order"
+    with pytest.raises(dv.errors.AlgorithmError, match=ways):
+        make(1, 60.0, ops)
+    for said, text in (
+        (
+            f"rate=1e{rank()}",
+            r"must be the same for all workers, and is \['rate=1e0', 'rate=1e1'\]",
+        ),
+        ("incast=1.1", "expected words such as rate=7e9.* got 'incast=1.1'"),
+    ):
+        os.environ["DVKERNELS_NETWORK"] = said
+        with pytest.raises(dv.errors.ClusterError, match=text):
+            make(1)
+    del os.environ["DVKERNELS_NETWORK"]
+    end(over)
+
+
+def calibrate(over: str) -> None:
+    """Calibration measures every way, and prints what can be set; the chief alone prints."""
+    os.environ["DVKERNELS_HOSTS"] = over
+    between_workers.SIZES = tuple(4 << k for k in (0, 8, 14, 18))
+    between_workers._SECONDS_PER_ROUND = 1e-3
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main.main(["bench", "--calibrate", "--rounds", "1"]) == 0
+    lines = said.getvalue().splitlines()
+    assert bool(lines) == (rank() == 0)
+    if lines:
+        name, _, value = lines[-1].partition("=")
+        assert network.of({name: value}).rate > 0
+        table = [line.split() for line in lines[-7:-3]]
+        assert [int(row[0]) for row in table] == [*between_workers.SIZES]
+        assert all(row[-1] in between_workers.WAYS and row.count("us") == 3 for row in table)
+
+
 def end(over: str) -> None:
     """A worker that has ended the group is in no round, however late the others learn of it."""
     from mpi4py import MPI
@@ -93,9 +127,9 @@ def end(over: str) -> None:
         assert workers.has_ended
 
 
-def large(over: str, num_bytes: str) -> None:
+def large(over: str, num_bytes: str, ops: str = "auto") -> None:
     """More elements than 32 bits count, in place, and the same bits everywhere."""
-    with make(1) as strategy:
+    with make(1, 60.0, ops) as strategy:
         size = int(num_bytes)
         own = np.full(size, rank() + 1, np.uint8)
         own[-1] = 7 * rank()
@@ -142,9 +176,9 @@ def strategy_laws(num_local: str, over: str) -> None:
     check_strategy(lambda _: make(int(num_local)), replicas=[count])
 
 
-def train(num_local: str, over: str, path: str) -> None:
+def train(num_local: str, over: str, path: str, ops: str = "auto") -> None:
     """Train on uneven data, and let the first worker save the weights and what was seen."""
-    with make(int(num_local)) as strategy:
+    with make(int(num_local), 60.0, ops) as strategy:
         weights, seen = trained(strategy)
         if rank() == 0:
             np.savez(path, seen=seen, **weights)
@@ -328,13 +362,21 @@ def _add_apart(copy, value: float) -> None:
     copy.assign_add(np.full(3, value))
 
 
-def endure(over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str) -> None:
+def endure(
+    over: str,
+    harm: str,
+    victim: str,
+    seed: str,
+    timeout_seconds: str,
+    folder: str,
+    ops: str = "auto",
+) -> None:
     """Go on until the victim comes to harm, and write what that was to this worker."""
     rng = np.random.default_rng(int(seed))  # the same on all
     step_of_harm, seconds = int(rng.integers(1, 60)), float(rng.uniform(0.0, 0.4))
     sizes = rng.choice([1, 100, 10_000, 300_000], 1000)
     is_victim = rank() == int(victim)
-    with make(1, float(timeout_seconds)) as strategy:
+    with make(1, float(timeout_seconds), ops) as strategy:
         with strategy.scope():
             total = dv.Variable(0.0, aggregation="sum")
         held = strategy.empty(200_000)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dvkernels.benchmarks import between_workers
 from dvkernels.benchmarks.stopwatch import Samples
@@ -89,6 +91,55 @@ def test_between_hosts_short_arrays_are_gathered_and_long_ones_exchanged(num_wor
     ways = [cost.between_hosts(cost.NETWORK, num_workers, num_hosts, size) for size in [0, *SIZES]]
     assert ways == sorted(ways, reverse=True)
     assert {*ways} == {"gather", "exchange"}
+
+
+NETWORKS = st.builds(
+    cost.Network,
+    *(st.floats(1e-7, 1e-3) for _ in range(3)),
+    st.floats(1e7, 1e10),
+    st.floats(0.1, 1.0),
+    st.just(cost.NETWORK.memory_rate),
+)
+SHAPES = st.sampled_from([(2, 2), (3, 3), (4, 2), (4, 4), (6, 3), (64, 8)])
+
+
+@given(NETWORKS, SHAPES, st.sampled_from([0, *SIZES]), st.sampled_from([1, 2]))
+def test_the_way_between_hosts_is_the_quickest(network, shape, nbytes, wider):
+    wide = nbytes * wider
+    seconds = cost.seconds_by_way(network, *shape, nbytes, wide)
+    way = cost.Routing(network=network).way_of(*shape, nbytes, wide)
+    assert seconds[way] == min(seconds.values())
+    for named in seconds:
+        assert cost.Routing(named, network).way_of(*shape, nbytes, wide) == named
+
+
+@given(NETWORKS, SHAPES, st.sampled_from(SIZES))
+def test_only_where_senders_disturb_each_other_a_ring_is_quicker(network, shape, nbytes):
+    """And never between two hosts, of which each hears from one."""
+    if shape[1] > 2:
+        network = network._replace(incast=1.0)
+    seconds = cost.seconds_by_way(network, *shape, nbytes)
+    assert seconds["exchange"] <= seconds["ring"] * (1 + 1e-9)
+
+
+def test_a_ring_is_taken_where_links_are_slow_and_shared():
+    shared = cost.NETWORK._replace(rate=25e6, incast=0.75)
+    ways = [cost.between_hosts(shared, 4, 4, size) for size in (4, 1 << 16, 1 << 20, 1 << 23)]
+    assert ways == ["gather", "ring", "ring", "ring"]
+    alone = shared._replace(incast=1.0)
+    assert cost.between_hosts(alone, 4, 4, 1 << 23) == "exchange"
+
+
+@given(NETWORKS, SHAPES)
+def test_calibration_finds_the_network_that_made_the_times(network, shape):
+    times = {size: cost.seconds_by_way(network, *shape, size) for size in between_workers.SIZES}
+    ways = {
+        way: {size: Samples((seconds[way],) * 3) for size, seconds in times.items()}
+        for way in between_workers.WAYS
+    }
+    found = between_workers.fit_network(*shape, ways)
+    for size, seconds in times.items():
+        assert cost.seconds_by_way(found, *shape, size) == pytest.approx(seconds, rel=1e-3)
 
 
 def test_workers_that_share_a_host_save_what_passes_between_hosts() -> None:

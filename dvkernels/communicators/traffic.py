@@ -1,0 +1,54 @@
+"""Bytes between the workers of several hosts: what can be under way, and who waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+__all__: list[str] = []
+
+
+class Request(Protocol):
+    """Something that MPI, or another worker, is doing."""
+
+    def Test(self) -> bool:
+        """Tell whether it is done."""
+
+
+class Repeated(Request, Protocol):
+    """Something that can be done again and again."""
+
+    def Start(self) -> None:
+        """Begin."""
+
+    def Free(self) -> None:
+        """Forget it."""
+
+
+Finish = Callable[[Request], None]
+
+
+class Traffic(Protocol):
+    """Carries flat arrays between workers; no call waits.
+
+    An array stays as it is until its request is done. Messages of one tag between two workers are
+    received in the order in which they were sent.
+    """
+
+    rank: int
+    size: int
+
+    def send(self, array: Any, to: int, tag: int) -> Request:
+        """Send an array to a worker."""
+
+    def receive(self, array: Any, source: int, tag: int) -> Request:
+        """Receive what a worker sends; the array is as long as that."""
+
+    def together(self, requests: Sequence[Request]) -> Request:
+        """Return several requests as one."""
+
+    def gather(self, own: Any, held: Any) -> Repeated:
+        """Return what brings the bytes of each worker to row ``rank`` of each worker's ``held``."""
+
+    def move(self) -> None:
+        """Let data move that nobody asks for here: others may wait for it."""
