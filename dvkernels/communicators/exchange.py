@@ -13,14 +13,15 @@ a piece, so counts stay small however long the array.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, final
 
 import numpy as np
 from mpi4py import MPI
 
 from dvkernels.communicators import levels
 from dvkernels.communicators.host import PIECE_NBYTES, Host
+from dvkernels.communicators.request import Finish
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import cost, hosts, partition
@@ -34,14 +35,6 @@ _STAGES = 4  # of a piece, after it has been brought
 _OVER = object()
 
 
-class Request(Protocol):
-    """Something that MPI, or another worker, is doing."""
-
-    def Test(self) -> bool:
-        """Tell whether it is done."""
-
-
-Finish = Callable[[Request], None]
 _Piece = Iterator[None]
 
 

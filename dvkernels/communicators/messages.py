@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, final
 
 import numpy as np
 from mpi4py import MPI
 
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
-from dvkernels.communicators.exchange import Exchange, Finish, Request
+from dvkernels.communicators.exchange import Exchange
 from dvkernels.communicators.host import Host
+from dvkernels.communicators.request import Finish, Request
 from dvkernels.communicators.room import NUM_CHANNELS
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
@@ -35,6 +36,8 @@ _NEVER = [-1, -1]  # the last rounds of a worker that MPI has lost
 _THERE: tuple[list[int], str] = [], ""
 _LEVEL = 0  # the number that a worker brings to a round in which it asks for nothing
 _LOST, _GAVE_UP, _LEFT, _WAITS = 1, 2, 3, 4  # tags; _WAITS + channel
+
+T = TypeVar("T")
 
 
 class _Post:
@@ -199,6 +202,12 @@ class Messages:
         with self._agreement:
             self._agree(wanted, len(target))
             self._exchange.broadcast(target, root, self._finish_for(wanted))
+
+    def carry(self, move: Callable[[list[int], Finish], T], number: int, wanted: Asked) -> T:
+        """Return what ``move`` makes of the numbers of all workers, not below 0."""
+        with self._agreement:
+            words = self._agree(wanted, number)
+            return move([word.nbytes for word in words], self._finish_for(wanted))
 
     def _finish_for(self, wanted: Asked) -> Finish:
         return functools.partial(self._finish, wanted=wanted)
