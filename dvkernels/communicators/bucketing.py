@@ -10,6 +10,7 @@ import numpy as np
 
 from dvkernels.communicators.base import Communicator
 from dvkernels.communicators.hierarchical import Hierarchical
+from dvkernels.devices import memory
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -66,7 +67,7 @@ class Bucketing:
                 results[k] = self._carrying.all_reduce(columns[k], op)
                 continue
             packed = [
-                np.concatenate([columns[k][rank].reshape(-1) for k in bucket])
+                _packed([columns[k][rank] for k in bucket])
                 for rank in range(len(columns[bucket[0]]))
             ]
             reduced = self._carrying.all_reduce(packed, op)
@@ -74,7 +75,10 @@ class Bucketing:
             for k in bucket:
                 shape = columns[k][0].shape
                 stop = start + math.prod(shape)
-                results[k] = [flat[start:stop].reshape(shape) for flat in reduced]
+                results[k] = [
+                    _unpacked(flat[start:stop], value).reshape(shape)
+                    for flat, value in zip(reduced, columns[k], strict=True)
+                ]
                 start = stop
         return results
 
@@ -115,3 +119,19 @@ class Bucketing:
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
         return self._carrying.broadcast(values, root)
+
+
+def _packed(arrays: Sequence[Any]) -> Any:
+    """Return arrays one behind the other: on a GPU, if one of them lies there.
+
+    Which of them share a bucket does not depend on where they lie: that may differ among workers.
+    """
+    first = next((array for array in arrays if not isinstance(array, np.ndarray)), arrays[0])
+    held = memory.holding(first)
+    flat = [held.near(array, first).reshape(-1) for array in arrays]
+    return held.apply(lambda *parts: np.concatenate(parts), *flat)
+
+
+def _unpacked(part: Any, value: Any) -> Any:
+    """Return a part of a bucket where the value lies that it was made of."""
+    return memory.holding(part).to_host(part) if isinstance(value, np.ndarray) else part
