@@ -255,23 +255,27 @@ class ReplicaContext:
                 if weight == 0 or any(other != weight for other in of_all):
                     columns = _shares_of_the_mean(columns, weights, sum(of_all))
                     kernel_op = ReduceOp.SUM
-            if targets is None and not shared and kernel_op is reduction:
-                return _per_replica_rows(
-                    all_reduce_each(communicator, columns, reduction), len(payloads)
-                )
-            reduced = []
+            outs = None
+            if targets is not None:
+                outs = list(zip(*(payload[1] for payload in payloads), strict=True))
+            if not shared and all(
+                column[0].dtype == dtype for column, dtype in zip(columns, dtypes, strict=True)
+            ):
+                reduced = all_reduce_each(communicator, columns, kernel_op, outs)
+                return _per_replica_rows(reduced, len(payloads))
+            singly: list[Sequence[Any]] = []
             for k, column in enumerate(columns):
-                into = None if targets is None else [payload[1][k] for payload in payloads]
+                into = None if outs is None else outs[k]
                 if shared:
                     one = communicator.reduce(column, kernel_op)
                     one = memory.holding(one).read_only(one.astype(dtypes[k], copy=False))
-                    reduced.append([one] * len(payloads))
+                    singly.append([one] * len(payloads))
                 elif column[0].dtype == dtypes[k]:
-                    reduced.append(communicator.all_reduce(column, kernel_op, into))
+                    singly.append(communicator.all_reduce(column, kernel_op, into))
                 else:  # weighed halves
                     mean = communicator.reduce(column, kernel_op).astype(dtypes[k])
-                    reduced.append(_one_for_each(mean, into, column))
-            return _per_replica_rows(reduced, len(payloads))
+                    singly.append(_one_for_each(mean, into, column))
+            return _per_replica_rows(singly, len(payloads))
 
         terms = (
             reduction.value,
@@ -571,7 +575,7 @@ def _dealt(result: Any, rank: int) -> Any:
     return regroup.map_leaves(component, result)
 
 
-def _one_for_each(array: Any, into: list[Any] | None, column: Sequence[Any]) -> list[Any]:
+def _one_for_each(array: Any, into: Sequence[Any] | None, column: Sequence[Any]) -> Sequence[Any]:
     """Return an array for each replica: a copy beside what it brought, or where it is to go."""
     held = memory.holding(array)
     if into is None:
@@ -580,6 +584,6 @@ def _one_for_each(array: Any, into: list[Any] | None, column: Sequence[Any]) -> 
     return into
 
 
-def _per_replica_rows(columns: list[list[Any]], num_replicas: int) -> list[list[Any]]:
+def _per_replica_rows(columns: Sequence[Sequence[Any]], num_replicas: int) -> list[list[Any]]:
     """Turn one list of results per leaf into one list of leaves per replica."""
     return [[column[rank] for column in columns] for rank in range(num_replicas)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
@@ -11,17 +12,43 @@ from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.room import Room
 from dvkernels.communicators.shared_memory import SharedMemory
+from dvkernels.communicators.window import Window
 from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.schedules import partition
 
 
-def transports(size, timeout_seconds=20.0, is_roomy=False):
+class Segments:
+    """Memory that threads share: all of them open a segment together."""
+
+    def __init__(self, size, free_nbytes=1 << 40):
+        self.left, self.opened = free_nbytes, []
+        self._size, self._meeting = size, threading.Barrier(size, self._make, 20)
+
+    def free_nbytes(self):
+        return self.left
+
+    def open(self, nbytes):
+        self._wanted = nbytes
+        self._meeting.wait()
+        return self.opened[-1]
+
+    def _make(self):
+        held = [np.full(self._wanted + 64, 0xEE, np.uint8) for _ in range(self._size)]
+        self.opened.append([one[-one.ctypes.data % 64 :][: self._wanted] for one in held])
+        self.left -= self._size * self._wanted
+
+
+def transports(size, timeout_seconds=20.0, is_roomy=False, segments=None):
     """Return a transport for each worker, over memory of this process."""
+    segments = segments or Segments(size)
     nbytes = Room.nbytes_for(size)
     memory = np.zeros(nbytes + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :][:nbytes]
     rooms = [Room(memory, rank, size) for rank in range(size)]
-    return [SharedMemory(room, timeout_seconds, is_roomy) for room in rooms]
+    return [
+        SharedMemory(room, timeout_seconds, is_roomy, Window(room.rank, size, segments))
+        for room in rooms
+    ]
 
 
 def at_once(*calls):

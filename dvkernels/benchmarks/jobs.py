@@ -30,7 +30,10 @@ class _Case(NamedTuple):
 
 
 def _of_size(nbytes: int, iterations: int) -> _Case:
-    return _Case(nbytes // 4, iterations, f"all-reduce of {_text(nbytes)} of float32 a process")
+    what = f"all-reduce of {_text(nbytes)} of float32 a process"
+    # Shorter ones are staged, wherever they lie.
+    others = {"in shared memory": ("window", "float32")} if nbytes >= _MIB else {}
+    return _Case(nbytes // 4, iterations, what, others=others)
 
 
 def _text(nbytes: int) -> str:
@@ -55,7 +58,10 @@ _OF_TWO = {
     ),
     "gradients": _Case(
         0, 5, "the mean of a ResNet-50's gradients (161 arrays, 102 MB), and fused for MPI",
-        "gradients", others={"mpi fused": ("fused", "float32")}, is_beside_mpi=False,
+        "gradients", is_beside_mpi=False,
+        others={
+            "mpi fused": ("fused", "float32"), "in shared memory": ("kept gradients", "float32"),
+        },
     ),
     "scalar": _Case(1, 3000, "strategy.reduce of a float64, and Allreduce", "strategy", "float64"),
 }  # fmt: skip

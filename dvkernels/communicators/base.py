@@ -72,6 +72,12 @@ class Workers(Communicator, Protocol):
         one pass here.
         """
 
+    def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+        """Return ``count`` new arrays of the host, reduced where they lie if that is possible.
+
+        All workers call this, with the same shape and dtype.
+        """
+
     def meet(self) -> None:
         """Return when every worker has called this."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
@@ -19,13 +20,23 @@ Column = Sequence[Any]  # one array per local rank
 
 
 def all_reduce_each(
-    communicator: Communicator, columns: Iterable[Column], op: Reduction
+    communicator: Communicator,
+    columns: Iterable[Column],
+    op: Reduction,
+    outs: Sequence[Column] | None = None,
 ) -> list[list[Any]]:
-    """Return the all-reduce of each column of arrays, in buckets where the communicator packs."""
+    """Return the all-reduce of each column of arrays, in buckets where the communicator packs.
+
+    New arrays, or those of ``outs``, which may be the columns.
+    """
     listed = [*columns]
     if isinstance(communicator, Bucketing) and len(listed) > 1:
-        return communicator.all_reduce_many(listed, op)
-    return [communicator.all_reduce(column, op) for column in listed]
+        return communicator.all_reduce_many(listed, op, outs)
+    if outs is None:
+        return [communicator.all_reduce(column, op) for column in listed]
+    return [
+        communicator.all_reduce(column, op, out) for column, out in zip(listed, outs, strict=True)
+    ]
 
 
 @final
@@ -54,17 +65,23 @@ class Bucketing:
         """The number of ranks."""
         return self._carrying.size
 
-    def all_reduce_many(self, columns: Sequence[Column], op: Reduction) -> list[list[Any]]:
-        """Return the all-reduce of each column: new arrays, those of a bucket side by side."""
+    def all_reduce_many(
+        self, columns: Sequence[Column], op: Reduction, outs: Sequence[Column] | None = None
+    ) -> list[list[Any]]:
+        """Return the all-reduce of each column: new arrays, those of a bucket side by side.
+
+        Or those of ``outs``.
+        """
         if isinstance(self._carrying, Hierarchical):
-            at_once = self._carrying.all_reduce_many(columns, op)
+            at_once = self._carrying.all_reduce_many(columns, op, outs)
             if at_once is not None:
                 return at_once
         results: list[list[Any]] = [[]] * len(columns)
         for bucket in self._buckets(columns):
             if len(bucket) == 1:
                 (k,) = bucket
-                results[k] = self._carrying.all_reduce(columns[k], op)
+                out = None if outs is None else outs[k]
+                results[k] = self._carrying.all_reduce(columns[k], op, out)
                 continue
             packed = [
                 _packed([columns[k][rank] for k in bucket])
@@ -75,10 +92,12 @@ class Bucketing:
             for k in bucket:
                 shape = columns[k][0].shape
                 stop = start + math.prod(shape)
-                results[k] = [
-                    _unpacked(flat[start:stop], value).reshape(shape)
-                    for flat, value in zip(reduced, columns[k], strict=True)
+                beside = columns[k] if outs is None else outs[k]
+                parts = [
+                    _unpacked(flat[start:stop], array).reshape(shape)
+                    for flat, array in zip(reduced, beside, strict=True)
                 ]
+                results[k] = parts if outs is None else _written(outs[k], parts)
                 start = stop
         return results
 
@@ -132,6 +151,15 @@ def _packed(arrays: Sequence[Any]) -> Any:
     return held.apply(lambda *parts: np.concatenate(parts), *flat)
 
 
-def _unpacked(part: Any, value: Any) -> Any:
-    """Return a part of a bucket where the value lies that it was made of."""
-    return memory.holding(part).to_host(part) if isinstance(value, np.ndarray) else part
+def _unpacked(part: Any, array: Any) -> Any:
+    """Return a part of a bucket, where an array lies."""
+    if isinstance(array, np.ndarray):
+        return memory.holding(part).to_host(part)
+    return memory.holding(array).near(part, array)
+
+
+def _written(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Return arrays that each have taken over a value, which lies beside it."""
+    for target, value in zip(targets, values, strict=True):
+        memory.holding(target).apply(operator.setitem, target, ..., value)
+    return [*targets]

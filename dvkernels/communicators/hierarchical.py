@@ -68,9 +68,15 @@ class Hierarchical:
         return list(out)
 
     def all_reduce_many(
-        self, columns: Sequence[Sequence[Any]], op: Reduction
+        self,
+        columns: Sequence[Sequence[Any]],
+        op: Reduction,
+        outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
-        """Reduce each column into new arrays in one pass; None: they are better packed."""
+        """Reduce each column into new arrays, or ``outs``, in one pass.
+
+        None: they are better packed.
+        """
         hows = {column[0].dtype: self._levels_of(op, column[0].dtype) for column in columns}
         if isinstance(op, CustomReduction) or any(how.wide != dtype for dtype, how in hows.items()):
             return None
@@ -80,7 +86,8 @@ class Hierarchical:
         results: dict[int, list[Any]] = {}
         for dtype, how in hows.items():
             alike = [k for k, column in enumerate(columns) if column[0].dtype == dtype]
-            reduced = self._workers.all_reduce_columns([columns[k] for k in alike], how)
+            into = None if outs is None else [outs[k] for k in alike]
+            reduced = self._workers.all_reduce_columns([columns[k] for k in alike], how, into)
             if reduced is None:
                 return None
             results |= zip(alike, reduced, strict=True)
@@ -142,4 +149,5 @@ def _one_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _as(array: Any, dtype: np.dtype[Any]) -> Any:
-    return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # of half types, as in the kernels
+        return array.astype(dtype, copy=False)

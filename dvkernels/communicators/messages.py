@@ -20,6 +20,7 @@ from dvkernels.communicators.exchange import Exchange
 from dvkernels.communicators.host import Host
 from dvkernels.communicators.request import Finish, Request
 from dvkernels.communicators.room import NUM_CHANNELS
+from dvkernels.communicators.window import Window
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 
@@ -166,6 +167,7 @@ class Messages:
             self._beside = None
 
     takes_columns = False
+    window: Window | None = None
 
     def beside(self) -> Messages:
         """Return the transport for another thread."""

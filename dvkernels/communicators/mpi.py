@@ -19,6 +19,7 @@ from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Host,
 from dvkernels.communicators.messages import Messages
 from dvkernels.communicators.room import NUM_CHANNELS, Room
 from dvkernels.communicators.shared_memory import SharedMemory
+from dvkernels.communicators.window import Window
 from dvkernels.communicators.workers import Transport, WorkerGroup
 from dvkernels.devices import cpu
 from dvkernels.errors import ClusterError, CollectiveTimeoutError
@@ -30,6 +31,7 @@ _NAP_SECONDS = 1e-3
 _GRACE_SECONDS = 5.0  # for the others to raise what ended the group, before MPI ends the job
 _MOMENT_SECONDS = 0.2
 _LINE = 64
+_SHARED_MEMORY = Path("/dev/shm")  # there MPICH, Open MPI and Intel MPI put it
 
 _open: list[Transport] = []
 _windows: list[Any] = []  # freed by MPI itself in the end: that needs all workers
@@ -124,7 +126,8 @@ def _hosts(comm: Any) -> list[Host]:
 def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemory:
     """Return the transport between the processes of ``comm``, all of one host."""
     room, is_roomy = _shared_room(comm)
-    return SharedMemory(room, timeout_seconds, is_roomy)
+    window = Window(comm.rank, comm.size, _Segments(comm))
+    return SharedMemory(room, timeout_seconds, is_roomy, window)
 
 
 def _shared_room(comm: Any, *more: int) -> tuple[Room, bool]:
@@ -141,6 +144,34 @@ def _shared_room(comm: Any, *more: int) -> tuple[Room, bool]:
     cores = set().union(*comm.allgather(_cores()))  # after which every process stands in the room
     quota = cpu.cgroup_quota(Path("/sys/fs/cgroup"))
     return room, comm.size <= min(len(cores), quota)
+
+
+class _Segments:
+    """Memory from MPI that the processes of ``comm`` share. See ``window.Segments``."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+
+    def free_nbytes(self) -> int:
+        """Return how much is left where MPI puts windows, on Linux; elsewhere it is not known."""
+        if not _SHARED_MEMORY.is_dir():
+            return sys.maxsize
+        found = os.statvfs(_SHARED_MEMORY)
+        return found.f_bavail * found.f_frsize
+
+    def open(self, nbytes: int) -> list[Any]:
+        """Return a new segment of each process."""
+        # Each process's on pages of its own, so that they lie near the one that writes them first.
+        info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
+        window = MPI.Win.Allocate_shared(nbytes + _LINE, 1, info, self._comm)
+        _windows.append(window)
+        held = [
+            np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(self._comm.size)
+        ]
+        held = [each[-each.ctypes.data % _LINE :][:nbytes] for each in held]
+        # Such memory is taken when it is first touched; where there is none left, that is fatal.
+        held[self._comm.rank][:] = 0
+        return held
 
 
 def _cores() -> set[int]:

@@ -11,8 +11,6 @@ from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
 from dvkernels.communicators.staged import Staged
-from dvkernels.communicators.straight import Straight
-from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.devices.base import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 
@@ -50,10 +48,12 @@ def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
     told = workers.exchange(are_on_gpus)
     if len(told) == 1 or not any(told):
         return workers
-    straight = None
+    from dvkernels.communicators.straight import Straight
+    from dvkernels.communicators.workers import WorkerGroup
+
     if all(told) and isinstance(workers, WorkerGroup) and workers.gpu_comms:
-        straight = Straight(workers)
-    return Staged(workers, straight=straight)
+        return Staged(workers, straight=Straight(workers))
+    return Staged(workers)
 
 
 def between_all(

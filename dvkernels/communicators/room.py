@@ -7,7 +7,7 @@
         n lines    the rounds of each worker: see dvkernels/kernels/cpu/rounds.py
     texts          of each worker: why it ended or left, and what it says in two rounds a channel
     places         of each channel, for even and odd rounds, of each worker: what it brings; and
-                   more of them where all workers write to the same
+                   one or more to which all workers write
 
 A line is 64 bytes, written by one worker only (but for the word that ends the group).
 """
@@ -46,7 +46,7 @@ class Room:
     rank, size : int
         This worker, and how many share the memory.
     num_more : int
-        How many places there are in each round beside those of the workers.
+        How many places there are in each round behind those of the workers.
     place_nbytes : int
         How large a place is.
     """
@@ -56,7 +56,7 @@ class Room:
         memory: Any,
         rank: int,
         size: int,
-        num_more: int = 0,
+        num_more: int = 1,
         place_nbytes: int = PLACE_NBYTES,
     ) -> None:
         self.rank, self.size = rank, size
@@ -71,7 +71,7 @@ class Room:
         self._words[1 + rank, _PROCESS] = os.getpid()
 
     @staticmethod
-    def nbytes_for(size: int, num_more: int = 0, place_nbytes: int = PLACE_NBYTES) -> int:
+    def nbytes_for(size: int, num_more: int = 1, place_nbytes: int = PLACE_NBYTES) -> int:
         """Return how much memory so many workers need."""
         return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_more) * place_nbytes
 

@@ -31,6 +31,10 @@ class Single:
     ) -> list[list[Any]] | None:
         """Return None: replicas of one worker meet without it."""
 
+    def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+        """Return new arrays."""
+        return [np.empty(shape, dtype) for _ in range(count)]
+
     def meet(self) -> None:
         """Wait for nobody."""
 

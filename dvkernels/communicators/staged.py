@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from dvkernels.communicators.base import Workers
 from dvkernels.communicators.levels import Levels
-from dvkernels.communicators.straight import Straight
 from dvkernels.devices import cuda, memory
 from dvkernels.reduce_op import Reduction
+
+if TYPE_CHECKING:  # it brings the compiler of kernels with it
+    from dvkernels.communicators.straight import Straight
 
 __all__: list[str] = []
 
@@ -62,6 +64,10 @@ class Staged:
         """Return the same workers for another thread, with memory of their own."""
         straight = None if self._straight is None else self._straight.beside()
         return Staged(self._workers.beside(), self._given, straight)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+        """Return new arrays of the host."""
+        return self._workers.empty(shape, dtype, count)
 
     def meet(self) -> None:
         """Return when every worker has called this."""

@@ -11,6 +11,7 @@ import numpy as np
 from dvkernels.communicators.agreement import Asked, asked
 from dvkernels.communicators.levels import Levels
 from dvkernels.communicators.request import Finish
+from dvkernels.communicators.window import Window
 from dvkernels.devices.buffers import Spec
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
@@ -27,6 +28,7 @@ class Transport(Protocol):
     size: int
     timeout_seconds: float
     takes_columns: bool  # all_reduce_into takes several, of several arrays
+    window: Window | None  # where it reduces arrays without copying them
 
     def all_reduce_into(
         self,
@@ -202,6 +204,13 @@ class WorkerGroup:
         held = np.array(numbers, np.int64).view(np.uint8)
         parts = self._transport.gather(held, asked(verb, *terms))
         return [part.view(np.int64).tolist() for part in parts]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+        """Return new arrays, which are reduced where they lie if the workers share memory."""
+        window = self._transport.window
+        if window is None:
+            return [np.empty(shape, dtype) for _ in range(count)]
+        return window.empty(self.agree, shape, dtype, count)
 
     def carry(
         self, move: Callable[[list[int], Finish], T], number: int, verb: str, *terms: Any

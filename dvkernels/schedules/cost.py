@@ -15,7 +15,7 @@ In one memory domain, for R replicas of S bytes:
 Between n workers of H hosts, a latency and a rate each: the model of R. Hockney, Parallel Comput.
 20, 389-398 (1994), doi:10.1016/S0167-8191(06)80021-9.
 
-    memory    t = latency + (n + 3) S / rate                  one host
+    memory    t = latency + min(n + 3, 5 + 1/n) S / rate      one host; the latter from n = 4 on
     gathered  t = latency + (n - 1) S / rate                  messages; short arrays
     parts     t = latency + 2 (H - 1)/n S / rate              messages; each reduces a part
     ring      t = 2 (n - 1) latency + 2 (n - 1)/n S / rate    a step for each part and neighbour
@@ -178,12 +178,17 @@ class Link(NamedTuple):
 def memory_seconds(link: Link, num_workers: int, nbytes: int) -> float:
     """Return what an all-reduce takes over memory that the workers of one host share.
 
-    Each worker copies its pieces in, reads all workers', and writes: (n + 3) S bytes.
+    Each worker copies its pieces in, reads all workers', and writes: (n + 3) S bytes. Four and more
+    read a part of all workers' pieces each, write it, and copy the results of all:
+    (2 + (n + 1)/n + 2) S.
 
     >>> memory_seconds(Link(1e-6, 10e9), 2, 1_000_000)
     0.000501
+    >>> memory_seconds(Link(1e-6, 10e9), 4, 1_000_000)
+    0.000526
     """
-    return link.latency_seconds + (num_workers + 3) * nbytes / link.rate
+    moved = num_workers + 3 if num_workers < 4 else 5 + 1 / num_workers
+    return link.latency_seconds + moved * nbytes / link.rate
 
 
 def message_seconds(link: Link, num_workers: int, num_hosts: int, nbytes: int) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from typing import Any, NoReturn, Self
 
+import numpy as np
+
 from dvkernels import context, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
@@ -29,7 +31,7 @@ from dvkernels.errors import (
     SynchronizationError,
 )
 from dvkernels.profiler import debugging
-from dvkernels.reduce_op import Reduction
+from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.strategies.runner import Runner
 from dvkernels.strategies.streamed import StreamedRunner
@@ -336,6 +338,65 @@ class Strategy:
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = np.float64) -> PerReplica[Any]:
+        """Return a ``PerReplica`` of new arrays, one for each replica of this process.
+
+        Made to be computed into and reduced in place, step after step: gradients, for instance.
+        Where processes of one host share memory, collectives reduce such arrays where they lie,
+        by all threads of the processes; others are copied through it by one thread of each.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+        dtype : dtype
+            Of numbers or bool; not of objects.
+
+        Returns
+        -------
+        PerReplica
+            Arrays on the devices of the replicas. What they hold is not set.
+
+        Raises
+        ------
+        ValueError, TypeError, UnsupportedDTypeError
+            No shape, or no dtype that can be reduced.
+        ContextError
+            In replica context.
+        CollectiveMismatchError
+            Over several workers: they do not all call this alike.
+        DeviceError
+            Over several workers of one host: it has not enough memory that processes can share.
+            Raised on all of them; nothing has been taken.
+
+        Notes
+        -----
+        Over several workers all make the same calls in the same order. An array's memory is taken
+        again after the arrays of all workers have been dropped. What is reduced in place has to
+        lie alike on all workers: the arrays of one ``empty``, or the same slices of them.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     gradients = strategy.empty(3, "float32")
+        ...     def step(own):
+        ...         own[:] = dv.get_replica_context().replica_id_in_sync_group
+        ...         return dv.get_replica_context().all_reduce("mean", own, out=own)
+        ...     print(strategy.run(step, args=(gradients,))[0])
+        [0.5 0.5 0.5]
+        """
+        context.require_cross_replica(self._placement, "empty")
+        kind = np.dtype(dtype)
+        reduce_op.check_dtype("empty", ReduceOp.MAX if kind.kind == "b" else ReduceOp.SUM, kind)
+        extents = _extents(shape)
+        placement = self._placement
+        is_of_host = placement.memory is memory.HOST
+        made = placement.workers.empty(extents, kind, placement.num_local if is_of_host else 0)
+        if not is_of_host:
+            content = np.broadcast_to(np.zeros((), kind), extents)
+            made = [placement.memory.new(content, one) for one in placement.replica_devices]
+        return self._per_replica(made)
 
     def reduce_to(self, op: Reduction | str, value: Any, destinations: Any) -> Any:
         """Reduce one value per replica, and mirror the result where ``destinations`` says.
@@ -653,6 +714,16 @@ class Strategy:
             values = values * placement.num_local
         numbered = enumerate(values, placement.first_replica)
         return [as_array(value, verb, replica, seen) for replica, value in numbered]
+
+
+def _extents(shape: Any) -> tuple[int, ...]:
+    """Return a shape as NumPy understands it."""
+    extents = (shape,) if is_integer(shape) else shape
+    if not isinstance(extents, (list, tuple)) or not all(is_integer(one) for one in extents):
+        raise TypeError(f"empty: shape must be an integer or a list of them, got {shape!r:.80}")
+    if any(one < 0 for one in extents):
+        raise ValueError(f"empty: lengths must not be negative, got shape {shape!r:.80}")
+    return tuple(map(int, extents))
 
 
 def _check_alike(verb: str, arrays: list[Any]) -> None:

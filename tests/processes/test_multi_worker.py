@@ -34,6 +34,13 @@ def test_the_laws_of_communicators(count, num_local, over):
     run(count, "communicator_laws", num_local, over)
 
 
+@pytest.mark.parametrize(
+    ("count", "num_local", "over"), [(2, 1, "memory"), (3, 2, "memory"), (3, 1, "2,1")]
+)
+def test_arrays_in_shared_memory(count, num_local, over):
+    run(count, "own_memory", num_local, over)
+
+
 @pytest.mark.parametrize("over", ["memory", "1,1"])
 @pytest.mark.parametrize(
     "num_bytes", [150_000_001, pytest.param(2**31 + 5, marks=pytest.mark.slow)]

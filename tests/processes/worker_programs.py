@@ -109,6 +109,34 @@ def large(over: str, num_bytes: str) -> None:
         assert own[-1] == 7 * sum(range(count))
 
 
+def own_memory(num_local: str, over: str) -> None:
+    """Arrays of ``empty``: the same results as of others, also of slices, and dropped ones."""
+    with make(int(num_local)) as strategy:
+        ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+        count = strategy.num_replicas_in_sync
+        for length in (3, 70_000, 300_001):
+            for dtype in (np.float64, np.float32, np.int16):
+                gradients = [strategy.empty(length, dtype) for _ in range(3)]
+                every = [
+                    [np.random.default_rng([r, k]).integers(-9, 9, length) for r in range(count)]
+                    for k in range(3)
+                ]
+
+                def step(replica, held, every=every):
+                    here = dv.get_replica_context()
+                    for array, values in zip(held, every, strict=True):
+                        array[:] = values[replica]
+                    assert here.all_reduce("sum", held, out=held) is held
+                    return here.all_reduce("max", held[0][1:-1], out=held[0][1:-1])
+
+                middles = strategy.run(step, args=(ids, gradients))
+                for k, array in enumerate(gradients):
+                    for one in array.values:
+                        np.testing.assert_array_equal(one, sum(every[k]))
+                for one in middles.values:
+                    np.testing.assert_array_equal(one, sum(every[0])[1:-1])
+
+
 def strategy_laws(num_local: str, over: str) -> None:
     count = dv.cluster.default_resolver().num_workers * int(num_local)
     check_strategy(lambda _: make(int(num_local)), replicas=[count])
@@ -309,8 +337,9 @@ def endure(over: str, harm: str, victim: str, seed: str, timeout_seconds: str, f
     with make(1, float(timeout_seconds)) as strategy:
         with strategy.scope():
             total = dv.Variable(0.0, aggregation="sum")
+        held = strategy.empty(200_000)
 
-        def step(number):
+        def step(number, own):
             here = dv.get_replica_context()
             if is_victim and number == step_of_harm and harm == "raise":
                 raise RuntimeError("of the victim")
@@ -318,10 +347,11 @@ def endure(over: str, harm: str, victim: str, seed: str, timeout_seconds: str, f
                 here.all_gather(np.ones(3))
             pending = here.all_reduce_async("max", np.full(5, 1.0))
             here.all_reduce("sum", np.ones(sizes[number], np.float32))
+            here.all_reduce("max", own, out=own)
             total.assign_add(1.0)
             return pending.wait()
 
-        strategy.run(step, (0,))
+        strategy.run(step, (0, held))
         if is_victim and harm in ("kill", "stop"):
             number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[harm]
             threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
@@ -329,7 +359,7 @@ def endure(over: str, harm: str, victim: str, seed: str, timeout_seconds: str, f
             for number in itertools.count(1):
                 if is_victim and number == step_of_harm and harm == "exit":
                     return
-                strategy.gather(strategy.run(step, (number % len(sizes),)))
+                strategy.gather(strategy.run(step, (number % len(sizes), held)))
         except Exception as error:
             who = "victim" if is_victim else "survivor"
             pathlib.Path(folder, f"{who}_{rank()}").write_text(f"{type(error).__name__}: {error}")

@@ -4,9 +4,11 @@ Started under mpiexec in an environment that has dvkernels. A command says ``who
 
 * ``mpi``: ``Allreduce``;
 * ``ours``: the communicator between workers;
+* ``window``: the same, of arrays in memory that the processes share;
 * ``replicas``: the first half of the processes, with two replicas each;
 * ``strategy``: ``strategy.reduce`` of a number;
 * ``gradients``: the mean of a ResNet-50's gradients, 161 arrays, as a strategy takes it;
+* ``kept gradients``: the same, in place, of arrays in memory that the processes share;
 * ``fused``: the same by MPI, through a buffer that they are packed into and unpacked from.
 
 Arrays are reduced in place and out of place; the better of both counts.
@@ -62,15 +64,27 @@ def seconds_of(call, group, renew, iterations):
     return group.allreduce(elapsed / iterations, op=MPI.MAX)
 
 
-def in_place_and_apart(reduce_into, count, dtype, own, group, iterations):
+def plain(shape, dtype):
+    """Return a new array that only this process sees."""
+    return np.empty(shape, dtype)
+
+
+def shared(shape, dtype):
+    """Return a new array in memory that all processes see."""
+    return workers.empty(shape, np.dtype(dtype), 1)[0]
+
+
+def in_place_and_apart(reduce_into, count, dtype, own, group, iterations, new=plain):
     """Return seconds, wrong elements and a note of ``reduce_into(targets, sources)``.
 
-    ``own`` is the ranks whose arrays this process brings.
+    ``own`` is the ranks whose arrays this process brings; ``new`` makes arrays.
     """
     every = protocol.inputs(count, comm.size, dtype)
     expected = np.sum(every, axis=0, dtype=dtype)
-    sources = [every[rank].copy() for rank in own]
-    targets = [np.empty(count, dtype) for _ in own]
+    sources = [new((count,), dtype) for _ in own]
+    targets = [new((count,), dtype) for _ in own]
+    for source, rank in zip(sources, own, strict=True):
+        source[:] = every[rank]
     del every
     reduce_into(targets, sources)
     wrong = sum(int((target != expected).sum()) for target in targets)
@@ -79,19 +93,20 @@ def in_place_and_apart(reduce_into, count, dtype, own, group, iterations):
     steady = [protocol.steady(count, comm.size, dtype)[rank] for rank in own]
 
     def renew():
-        for target, given in zip(targets, steady, strict=True):
-            target[:] = given
+        for arrays in (sources, targets):
+            for array, given in zip(arrays, steady, strict=True):
+                array[:] = given
 
     def measured(given):
         return seconds_of(lambda: reduce_into(targets, given), group, renew, iterations)
 
-    apart, in_place = measured(steady), measured(targets)
+    apart, in_place = measured(sources), measured(targets)
     note = "in place" if in_place <= apart else "out of place"
     return min(in_place, apart), group.allreduce(wrong), note
 
 
 def mean_of_gradients(who, iterations):
-    """Return seconds, wrong elements and a note of one step's gradients, into new arrays."""
+    """Return seconds, wrong elements and a note of one step's gradients."""
     every = [
         protocol.inputs(math.prod(shape), comm.size, "float32")
         for shape in gradients.resnet_50_shapes()
@@ -103,6 +118,15 @@ def mean_of_gradients(who, iterations):
     def ours():
         return [one for (one,) in all_reduce_each(whole, [[array] for array in mine], MEAN)]
 
+    kept = [[shared(array.shape, array.dtype)] for array in mine] if who == "kept gradients" else []
+
+    def renew():
+        for (array,), given in zip(kept, mine, strict=bool(kept)):
+            array[:] = given
+
+    def in_place():
+        return [one for (one,) in all_reduce_each(whole, kept, MEAN, kept)]
+
     def by_mpi():
         np.concatenate(mine, out=held)
         comm.Allreduce(MPI.IN_PLACE, held, op=MPI.SUM)
@@ -110,12 +134,13 @@ def mean_of_gradients(who, iterations):
         ends = itertools.accumulate((array.size for array in mine), initial=0)
         return [held[start:stop].copy() for start, stop in itertools.pairwise(ends)]
 
-    call = ours if who == "gradients" else by_mpi
+    call = {"gradients": ours, "kept gradients": in_place, "fused": by_mpi}[who]
+    renew()
     wrong = sum(
         int((found != np.mean(arrays, axis=0)).sum())
         for found, arrays in zip(call(), every, strict=True)
     )
-    return seconds_of(call, comm, lambda: None, iterations), comm.allreduce(wrong), ""
+    return seconds_of(call, comm, renew, iterations), comm.allreduce(wrong), ""
 
 
 def mpi_reduce_into(targets, sources):
@@ -135,7 +160,7 @@ def measure(who, count, dtype, iterations):
             strategy.reduce("sum", number)
 
         return seconds_of(reduce, comm, lambda: None, iterations), comm.allreduce(wrong), ""
-    if who in ("gradients", "fused"):
+    if who in ("gradients", "kept gradients", "fused"):
         return mean_of_gradients(who, iterations)
     if who == "replicas":
         if comm.rank >= half.size:
@@ -150,7 +175,8 @@ def measure(who, count, dtype, iterations):
         "mpi": mpi_reduce_into,
         "ours": lambda targets, sources: workers.all_reduce(sources, ReduceOp.SUM, targets),
     }
-    return in_place_and_apart(ours[who], count, dtype, [comm.rank], comm, iterations)
+    call, new = (ours["ours"], shared) if who == "window" else (ours[who], plain)
+    return in_place_and_apart(call, count, dtype, [comm.rank], comm, iterations, new)
 
 
 answer = protocol.answers_go_to()

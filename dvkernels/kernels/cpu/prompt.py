@@ -16,7 +16,6 @@ from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = [
-    "COUNTERS",
     "ITEM",
     "MOST_ARRAYS",
     "ROW",
@@ -33,7 +32,7 @@ POOL = "be693ff3"
 
 MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 ITEM, ROW, TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
-COUNTERS = -(-(TABLE + MOST_ARRAYS) // 8) * 8
+_COUNTERS = -(-(TABLE + MOST_ARRAYS) // 8) * 8
 # Up to here a call keeps the interpreter's lock: 2 us, less than giving it up may cost.
 _SHORT_NBYTES = 256 * 1024
 _DECLINED, _DONE = -1, -2
@@ -73,7 +72,7 @@ def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
         longest = (wanted & -128) // itemsize
         num_segments = np.int64(min(memory.load(recipe, _THREADS), _MOST_SEGMENTS))
     for segment in range(num_segments):
-        memory.store(job, COUNTERS + 8 * segment, 0)
+        memory.store(job, _COUNTERS + 8 * segment, 0)
     far = np.int64(moved >= _FAR_NBYTES)
     if is_apart and moved >= _FAR_NBYTES // 2:
         far = np.int64(2)
@@ -100,11 +99,12 @@ def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
 _prepare_now = _prepare.get_overload((types.int64,) * 4)
 
 
-def new_job() -> tuple[Any, int]:
+def new_job(num_arrays: int = MOST_ARRAYS) -> tuple[Any, int]:
     """Return the words of a job of one item and one row, to be filled, and their address."""
-    job = memory.words(COUNTERS + 8 * _MOST_SEGMENTS)
+    counters = -(-(TABLE + num_arrays) // 8) * 8
+    job = memory.words(counters + 8 * _MOST_SEGMENTS)
     job[9] = job[11] = job[14] = job[17] = 1  # claims of one piece, one item, one row, one part
-    job[12], job[13], job[20] = ITEM, ROW, COUNTERS
+    job[12], job[13], job[20] = ITEM, ROW, counters
     job[ITEM:ROW] = (0, 0, 1, TABLE)
     job[ROW:TABLE] = (-1, 0, 0, 0, 0, 1)
     return job, checks.address(job)

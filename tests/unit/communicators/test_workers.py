@@ -53,9 +53,10 @@ def test_arrays_of_several_pieces(extra):
 
 @pytest.mark.parametrize("is_roomy", [True, False], ids=["waits for long", "sleeps at once"])
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32", "complex128"])
-def test_pieces_in_compiled_code_are_those_of_the_kernels(dtype, is_roomy):
+@pytest.mark.parametrize("num_workers", [2, 4, 5])
+def test_pieces_in_compiled_code_are_those_of_the_kernels(num_workers, dtype, is_roomy):
     dtype = np.dtype(dtype)
-    workers = [WorkerGroup(one) for one in transports(2, is_roomy=is_roomy)]
+    workers = [WorkerGroup(one) for one in transports(num_workers, is_roomy=is_roomy)]
     rng = np.random.default_rng(0)
     step = PLACE_NBYTES // dtype.itemsize
     ops = [op for op in ReduceOp if not (op is ReduceOp.MEAN and dtype.kind in "iu")]
@@ -69,14 +70,16 @@ def test_pieces_in_compiled_code_are_those_of_the_kernels(dtype, is_roomy):
                 apart = workers[k].all_reduce([values[k]], op)[0]
                 return apart, workers[k].all_reduce([own], op, [own])[0]
 
-            for found in at_once(*(functools.partial(in_place, k) for k in range(2))):
+            for found in at_once(*(functools.partial(in_place, k) for k in range(num_workers))):
                 for one in found:
                     assert one.tobytes() == expected[0].tobytes(), (op, length)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int32", "float32", "complex64"])
-@pytest.mark.parametrize("num_local", [2, 3])
-def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_local, monkeypatch):
+@pytest.mark.parametrize(("num_workers", "num_local"), [(2, 2), (2, 3), (4, 2)])
+def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(
+    dtype, num_workers, num_local, monkeypatch
+):
     dtype = np.dtype(dtype)
     rng = np.random.default_rng(0)
     num_pieces = 0
@@ -94,12 +97,12 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_loc
         for length in (0, 3, 2 * PLACE_NBYTES // dtype.itemsize + 5):
             values = [
                 rng.standard_normal(length).astype(dtype, casting="unsafe")
-                for _ in range(2 * num_local)
+                for _ in range(num_workers * num_local)
             ]
             found = []
             for how in (one_pass, lambda *_: None):
                 monkeypatch.setattr(WorkerGroup, "all_reduce_columns", how)
-                together = Together(2 * num_local, num_local)
+                together = Together(num_workers * num_local, num_local)
                 for _ in range(2):  # the second time in compiled code
                     apart = together.all_reduce(values, op)
                     own = [value.copy() for value in values]
@@ -111,22 +114,27 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(dtype, num_loc
 
 
 @pytest.mark.parametrize(
-    "who_packs", [(), (0,), (0, 1)], ids=["none packs", "one packs", "all pack"]
+    "who_packs", [(), (0,), (0, 1, 2, 3)], ids=["none packs", "one packs", "all pack"]
 )
 @pytest.mark.parametrize("num_local", [1, 2])
-def test_many_arrays_reduce_at_once_as_they_do_one_by_one(num_local, who_packs, monkeypatch):
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_many_arrays_reduce_at_once_as_they_do_one_by_one(
+    num_workers, num_local, who_packs, monkeypatch
+):
     rng = np.random.default_rng(0)
     shapes = [(3,), (0,), (), (200, 300), (5, 0), (1,), (PLACE_NBYTES // 8,), (7, 2)]
     columns = [
-        [rng.standard_normal(shape).astype(dtype) for _ in range(2 * num_local)]
+        [rng.standard_normal(shape).astype(dtype) for _ in range(num_workers * num_local)]
         for shape in shapes
         for dtype in ("float64", "float32")
     ]
     columns[6] = [np.asfortranarray(value) for value in columns[6]]
-    together = Together(2 * num_local, num_local)
+    together = Together(num_workers * num_local, num_local)
     for worker, communicator in enumerate(together.communicators):
         if num_local == 1:
-            together.communicators[worker] = Hierarchical(Local(1, "auto"), communicator, [1, 1])
+            together.communicators[worker] = Hierarchical(
+                Local(1, "auto"), communicator, [1] * num_workers
+            )
         if worker in who_packs:
             transport = together.communicators[worker]._workers._transport
             monkeypatch.setattr(transport._relay, "lay_out", lambda *_: False)
@@ -136,7 +144,7 @@ def test_many_arrays_reduce_at_once_as_they_do_one_by_one(num_local, who_packs, 
         given = [column[own] for column in columns]
         return together.communicators[worker].all_reduce_many(given, ReduceOp.MEAN)
 
-    for results in at_once(*(functools.partial(many, worker) for worker in range(2))):
+    for results in at_once(*(functools.partial(many, worker) for worker in range(num_workers))):
         for column, found in zip(columns, results, strict=True):
             expected = together.all_reduce(column, ReduceOp.MEAN)[0]
             for one in found:
@@ -155,6 +163,14 @@ def test_who_stops_between_two_pieces_is_waited_for_and_named(monkeypatch):
     assert isinstance(longer, CollectiveTimeoutError)
     assert "in vain for workers [1]" in str(longer)
     assert shorter.tolist() == [2.0] * (PLACE_NBYTES // 8)
+
+
+def test_more_workers_than_a_table_of_arrays_has_places():
+    workers = [WorkerGroup(one) for one in transports(66, timeout_seconds=60.0)]
+    values = [np.full(PLACE_NBYTES // 8 + 3, k) for k in range(66)]
+    pairs = zip(workers, values, strict=True)
+    for found in at_once(*(functools.partial(w.reduce, [v], ReduceOp.SUM) for w, v in pairs)):
+        assert set(found.tolist()) == {66 * 65 // 2}
 
 
 def test_rows_without_content_are_counted():

@@ -43,9 +43,16 @@ def test_between_workers_more_bytes_and_more_workers_never_cost_less() -> None:
     ]
     for seconds in models:
         by_size = [seconds(4, nbytes) for nbytes in SIZES]
-        by_count = [seconds(count, 1 << 20) for count in range(2, 65)]
         assert by_size == sorted(by_size)
+    for seconds in models[1:]:
+        by_count = [seconds(count, 1 << 20) for count in range(2, 65)]
         assert by_count == sorted(by_count)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 64])
+def test_workers_that_share_memory_move_no_more_than_six_times_their_bytes(count: int) -> None:
+    moved = cost.memory_seconds(cost.Link(0.0, 1.0), count, 1)
+    assert 5 <= moved <= min(6, count + 3)
 
 
 @pytest.mark.parametrize("count", [2, 3, 64])

@@ -189,6 +189,50 @@ def test_local_results(strategy):
     assert [float(copy) for copy in strategy.local_results(variable)] == [5.0, 5.0]
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(3, float), ((), "complex64"), ([2, 0], bool), ((4, 5), "float16")]
+)
+def test_empty_makes_an_array_for_each_replica(strategy, shape, dtype):
+    made = strategy.empty(shape, dtype)
+    first, second = made.values
+    assert first.shape == second.shape == np.empty(shape).shape
+    assert first.dtype == second.dtype == dtype
+    assert first is not second
+
+    def step(own):
+        own[...] = rank()
+        here = dv.get_replica_context()
+        return here.all_reduce("max" if own.dtype != "complex64" else "sum", own, out=own)
+
+    np.testing.assert_array_equal(strategy.gather(strategy.run(step, (made,))), 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "text"),
+    [
+        (-1, float, ValueError, r"must not be negative, got shape -1"),
+        ((2, -3), float, ValueError, r"must not be negative, got shape \(2, -3\)"),
+        (2.0, float, TypeError, "an integer or a list of them, got 2.0"),
+        ("ab", float, TypeError, "an integer or a list of them, got 'ab'"),
+        ([True], float, TypeError, "an integer or a list of them"),
+        (3, object, UnsupportedDTypeError, "object"),
+        (3, "U3", UnsupportedDTypeError, "U3"),
+        (3, "no dtype", TypeError, "no dtype"),
+    ],
+)
+def test_empty_refuses_what_cannot_be_reduced(strategy, shape, dtype, error, text):
+    with pytest.raises(error, match=text):
+        strategy.empty(shape, dtype)
+
+
+def test_empty_belongs_to_cross_replica_context(strategy):
+    with pytest.raises(ContextError, match="empty"):
+        strategy.run(lambda: strategy.empty(3))
+    other = dv.OneDeviceStrategy("cpu:0")
+    with other.scope(), pytest.raises(ContextError, match="empty"):
+        strategy.empty(3)
+
+
 def test_distribute_values_from_function(strategy):
     value = strategy.distribute_values_from_function(
         lambda ctx: {"id": ctx.replica_id_in_sync_group, "of": (ctx.num_replicas_in_sync, None)}

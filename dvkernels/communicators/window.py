@@ -1,0 +1,241 @@
+"""Memory in which the workers of one host see each other's arrays, so that nothing is staged.
+
+Every worker has a segment of its own and sees those of all. Arrays are made by all workers
+together, at the same place of each one's segment: where the own one lies, the others' are known.
+A block is taken again when no worker has an array in it any more; they tell each other of that
+whenever they make new ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, final
+
+import numpy as np
+
+from dvkernels.devices.buffers import Spec
+from dvkernels.errors import DeviceError
+from dvkernels.kernels import checks
+from dvkernels.kernels.cpu import direct, many
+from dvkernels.reduce_op import Reduction
+from dvkernels.schedules import partition
+
+__all__: list[str] = []
+
+_LINE = 64
+_SEGMENT_NBYTES = 16 * 1024 * 1024  # at least: windows of MPI are few and large
+_MOST_NBYTES = 1 << 44  # of a segment; a place in all segments is one number
+_POSITIVE = (1 << 62) - 1
+
+Agree = Callable[..., list[list[int]]]
+
+
+class Segments(Protocol):
+    """What makes memory that the workers of a host share."""
+
+    def free_nbytes(self) -> int:
+        """Return how much this host has left for all of them."""
+
+    def open(self, nbytes: int) -> Sequence[Any]:
+        """Return a new segment of each worker, as bytes; all workers call this together."""
+
+
+class _Block:
+    """Some bytes of the own segment; arrays made of it keep it alive, and views of those."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__array_interface__ = {
+            "data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3,
+        }  # fmt: skip
+
+
+class Placed(NamedTuple):
+    """Columns of arrays in a window, by their places, which are the same on all workers."""
+
+    number: int  # equal only where all places are
+    nbytes: list[int]  # of an array of each column
+    dtype: Any
+    sources: list[int]
+    targets: list[int]
+
+
+@final
+class Window:
+    """One worker's view of the segments of all.
+
+    Parameters
+    ----------
+    rank, size : int
+        This worker, and how many share the memory.
+    segments : Segments
+    """
+
+    def __init__(self, rank: int, size: int, segments: Segments) -> None:
+        self._rank, self._size = rank, size
+        self._segments = segments
+        self._open: list[tuple[Any, ...]] = []  # of each segment, the bytes of every worker
+        self._starts: list[tuple[int, int]] = []  # the own ones' addresses, sorted, and which
+        self._free: list[tuple[int, int]] = []  # places, sorted, none adjacent
+        self._taken: dict[int, tuple[int, int]] = {}  # blocks by number: place, nbytes
+        self._number = 0
+        self._dropped: deque[int] = deque()  # blocks; from any thread, at any moment
+        self._told: set[int] = set()  # blocks that no array of this worker lies in
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there may be arrays in it: the same on all workers."""
+        return bool(self._open)
+
+    # -- making arrays ---------------------------------------------------------------------------
+
+    def empty(self, agree: Agree, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+        """Return ``count`` new arrays; all workers call this alike, but for the count.
+
+        ``agree`` is that of the workers.
+
+        Raises
+        ------
+        DeviceError
+            The host has not enough memory that processes can share: on all workers.
+        """
+        while self._dropped:
+            self._told.add(self._dropped.popleft())
+        free = self._segments.free_nbytes()
+        told = agree([count, free, *sorted(self._told)], "empty", Spec(shape, dtype))
+        for block in sorted(set.intersection(*(set(each[2:]) for each in told))):
+            self._told.remove(block)
+            self._give_back(*self._taken.pop(block))
+        most, least = max(each[0] for each in told), min(each[1] for each in told)
+        nbytes = math.prod(shape) * dtype.itemsize
+        room = -(-max(1, nbytes) // _LINE) * _LINE
+        needed = most * room
+        if needed and not any(length >= needed for _, length in self._free):
+            wanted = max(_SEGMENT_NBYTES, needed)
+            wanted = wanted if wanted * self._size <= least else needed
+            if wanted > _MOST_NBYTES or wanted * self._size > least:
+                raise DeviceError(
+                    f"empty: {most} arrays of {Spec(shape, dtype)} on each of {self._size} workers "
+                    f"of a host need {needed * self._size} bytes of memory that processes share, "
+                    f"and it has {least} left: give it more (a larger /dev/shm: --shm-size of a "
+                    f"container, a volume of medium Memory in a pod), or use numpy.empty"
+                )
+            self._extend(wanted)
+        arrays = [self._made(room, nbytes, shape, dtype) for _ in range(most)]
+        return arrays[:count]
+
+    def _extend(self, nbytes: int) -> None:
+        found = tuple(self._segments.open(nbytes))
+        bisect.insort(self._starts, (checks.address(found[self._rank]), len(self._open)))
+        self._give_back(len(self._open) * _MOST_NBYTES, nbytes)
+        self._open.append(found)
+
+    def _made(self, room: int, nbytes: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array in the first free place that is large enough."""
+        k = next(k for k, (_, length) in enumerate(self._free) if length >= room)
+        place, length = self._free[k]
+        self._free[k : k + 1] = [(place + room, length - room)] if length > room else []
+        number, self._number = self._number, self._number + 1
+        self._taken[number] = place, room
+        segment, offset = divmod(place, _MOST_NBYTES)
+        block = _Block(checks.address(self._open[segment][self._rank]) + offset, nbytes)
+        weakref.finalize(block, self._dropped.append, number).atexit = False
+        return np.asarray(block).view(dtype).reshape(shape)
+
+    def _give_back(self, place: int, nbytes: int) -> None:
+        """Make a place free, one with free ones that it touches."""
+        k = bisect.bisect(self._free, (place, nbytes))
+        stop = place + nbytes
+        if k < len(self._free) and self._free[k][0] == stop:
+            stop += self._free.pop(k)[1]
+        if k and sum(self._free[k - 1]) == place:
+            place = self._free.pop(k - 1)[0]
+            k -= 1
+        self._free.insert(k, (place, stop - place))
+
+    # -- reducing them ---------------------------------------------------------------------------
+
+    def place(self, columns: Sequence[Sequence[Any]], num_sources: int) -> Placed | None:
+        """Return where flat arrays lie: columns of [*sources, *targets], of one dtype.
+
+        None: some lie elsewhere, or an element is to be written twice.
+        """
+        sources = self._places_of([a for column in columns for a in column[:num_sources]])
+        targets = self._places_of([a for column in columns for a in column[num_sources:]])
+        if sources is None or targets is None:
+            return None
+        nbytes = [column[0].nbytes for column in columns]
+        written = [*_stretches(targets, nbytes)]
+        if sources != targets:
+            written += _stretches(sources, nbytes)
+        written.sort()
+        if any(stop > start for (_, stop), (start, _) in itertools.pairwise(written)):
+            return None
+        number = hash((num_sources, *sources, *targets)) & _POSITIVE
+        return Placed(number, nbytes, columns[0][0].dtype, sources, targets)
+
+    def _places_of(self, arrays: Sequence[Any]) -> list[int] | None:
+        """Return where arrays lie; None: some lie elsewhere."""
+        found = []
+        for array in arrays:
+            address = checks.address(array)
+            k = bisect.bisect(self._starts, (address, len(self._open))) - 1
+            if k < 0:
+                return None
+            start, segment = self._starts[k]
+            offset = address - start
+            if offset + array.nbytes > len(self._open[segment][self._rank]):
+                return None
+            found.append(segment * _MOST_NBYTES + offset)
+        return found
+
+    def reduce(self, placed: Placed, op: Reduction) -> None:
+        """Combine this worker's share of all workers' sources into all workers' targets.
+
+        Each element in the order of the workers, and of each worker in that of its sources.
+        """
+        sources = self._share(placed, placed.sources)
+        if placed.sources == placed.targets:
+            many.all_reduce_many(sources, op)
+            return
+        targets = self._share(placed, placed.targets)
+        for reads, writes in zip(sources, targets, strict=True):
+            direct.all_reduce_as("all_reduce", reads, op, writes)
+
+    def _share(self, placed: Placed, places: Sequence[int]) -> list[list[Any]]:
+        """Return a part of each column of all workers' arrays, those of the first worker first.
+
+        The cache lines of all columns are dealt out evenly, so of many short arrays a worker has
+        most whole or not at all.
+        """
+        lines = [-(-nbytes // _LINE) for nbytes in placed.nbytes]
+        low, high = partition.bounds(sum(lines), self._size, self._rank)
+        found, begin, width = [], 0, len(places) // len(lines)
+        for k, (count, nbytes) in enumerate(zip(lines, placed.nbytes, strict=True)):
+            first, last = max(low - begin, 0), min(high - begin, count)
+            if first < last:
+                here = first * _LINE, min(last * _LINE, nbytes)
+                of_column = places[k * width : (k + 1) * width]
+                found.append(self._everyones(of_column, *here, placed.dtype))
+            begin += count
+        return found
+
+    def _everyones(self, places: Sequence[int], start: int, stop: int, dtype: Any) -> list[Any]:
+        """Return the bytes ``start`` to ``stop`` of each worker's arrays at some places."""
+        where = [divmod(place, _MOST_NBYTES) for place in places]
+        return [
+            self._open[segment][member][offset + start : offset + stop].view(dtype)
+            for member in range(self._size)
+            for segment, offset in where
+        ]
+
+
+def _stretches(places: Sequence[int], nbytes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where arrays start and stop, as many of each column; ``nbytes`` are of one of them."""
+    width = len(places) // len(nbytes)
+    for k, place in enumerate(places):
+        yield place, place + nbytes[k // width]
