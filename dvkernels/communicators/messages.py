@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, NoReturn, TypeVar, final
 
 import numpy as np
 from mpi4py import MPI
@@ -209,7 +209,11 @@ class Messages:
         """Return what ``move`` makes of the numbers of all workers, not below 0."""
         with self._agreement:
             words = self._agree(wanted, number)
-            return move([word.nbytes for word in words], self._finish_for(wanted))
+            told = [word.nbytes for word in words]
+            try:
+                return move(told, self._finish_for(wanted))
+            except MPI.Exception as error:  # where it is called, not where it is waited for
+                self._end(_LOST, f"worker {self.rank} lost another in {wanted.text}: {error}")
 
     def _finish_for(self, wanted: Asked) -> Finish:
         return functools.partial(self._finish, wanted=wanted)
@@ -319,7 +323,7 @@ class Messages:
             kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
             self._post.end(kind, str(error))
 
-    def _end(self, kind: int, text: str) -> None:
+    def _end(self, kind: int, text: str) -> NoReturn:
         self._post.end(kind, text)
         raise self._why_ended()
 

@@ -18,7 +18,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, NoReturn, TypeVar, final
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word, 
 from dvkernels.communicators.request import Finish
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.communicators.window import Window
-from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.errors import CollectiveTimeoutError, DvKernelsError, WorkerLostError
 from dvkernels.kernels.cpu import direct, relay, rounds
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -263,7 +263,13 @@ class SharedMemory:
             self._round(wanted, number, _stage_nothing)
             look = functools.partial(self._look_at_those_that_move, wanted)
             told = [word.nbytes for word in self._words()]
-            return move(told, functools.partial(request.finish, look=look))
+            try:
+                return move(told, functools.partial(request.finish, look=look))
+            except DvKernelsError:
+                raise
+            except Exception as error:  # of MPI, or of a GPU
+                look(0.0)  # which may know whom MPI has lost
+                self._end(_LOST, f"worker {self.rank} failed in {wanted.text}: {error}")
 
     def _put(self, piece: Any, parity: int) -> None:
         self._places[parity, self.rank, : len(piece)] = piece
@@ -401,7 +407,7 @@ class SharedMemory:
             kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
             self._room.end(kind, str(error))
 
-    def _end(self, kind: int, text: str) -> None:
+    def _end(self, kind: int, text: str) -> NoReturn:
         self._room.end(kind, text)
         raise self._why_ended()
 

@@ -20,9 +20,16 @@ TOLD = {
 }
 
 
-def check(over: str, harm: str, seed: int, folder: Path, options: list[str] | None = None) -> None:
+def check(
+    over: str,
+    harm: str,
+    seed: int,
+    folder: Path,
+    options: list[str] | None = None,
+    program: str = "endure",
+) -> None:
     victim = int(np.random.default_rng([seed]).integers(COUNT))
-    job = Job(COUNT, "endure", over, harm, victim, seed, SECONDS, folder, options=options)
+    job = Job(COUNT, program, over, harm, victim, seed, SECONDS, folder, options=options)
     outcome = job.wait(60)
     kind, text = TOLD[harm]
     told = [path.read_text() for path in sorted(folder.glob("survivor_*"))]
@@ -57,6 +64,21 @@ def test_all_hear_of_nccl_that_one_lacks_and_of_an_end(over):
 @OVER
 def test_survivors_that_the_launcher_leaves_alone(over, tmp_path):
     check(over, "kill", 2, tmp_path, ["--with-ft", "ulfm"])
+
+
+@OVER
+@pytest.mark.parametrize(
+    ("harm", "options"),
+    [
+        ("stop", None),
+        pytest.param("kill", ["--with-ft", "ulfm"], marks=pytest.mark.skipif(
+            not is_open_mpi(), reason="MPICH ends a job of which a process is killed"
+        )),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", [1, 2])
+def test_survivors_on_gpus_are_told(over, harm, options, seed, tmp_path):
+    check(over, harm, seed, tmp_path, options, "endure_straight")
 
 
 @pytest.mark.slow

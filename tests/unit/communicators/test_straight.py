@@ -308,3 +308,16 @@ def silent(of, rank):
             pass
 
     return lambda self, device: Silent() if self._workers.rank == rank else of(self, device)
+
+
+def test_a_failure_of_mpi_or_of_the_gpu_is_told_to_all(monkeypatch):
+    choose(monkeypatch, "in parts")
+    workers, _ = group(2, timeout_seconds=20.0)
+
+    def fails(*_, **__):
+        raise RuntimeError("an illegal address")
+
+    workers[0]._straight._reduce = fails
+    for error in outcomes(workers, "all_reduce", ones(900), SUM):
+        assert isinstance(error, WorkerLostError)
+        assert "worker 0 failed in gpu.all_reduce(sum, float64[900]): an illegal" in str(error)
