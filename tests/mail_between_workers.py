@@ -11,6 +11,7 @@ from threads_as_workers import rooms
 
 from dvkernels.communicators.exchange import Exchange
 from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Shared
+from dvkernels.communicators.request import All
 from dvkernels.schedules.cost import Routing
 
 
@@ -63,16 +64,6 @@ class Letter:
         return self.is_done
 
 
-class Letters:
-    """Several as one."""
-
-    def __init__(self, letters):
-        self._letters = letters
-
-    def Test(self):
-        return all(letter.Test() for letter in self._letters)
-
-
 class MailTraffic:
     """A worker's traffic by mail."""
 
@@ -84,9 +75,6 @@ class MailTraffic:
 
     def receive(self, array, source, tag):
         return self._mail.post((source, self.rank, tag), array, False)
-
-    def together(self, requests):
-        return Letters(list(requests))
 
     def gather(self, own, held):
         return MailGather(self, own, held)
@@ -105,7 +93,7 @@ class MailGather:
         rank = self._traffic.rank
         self._held[rank] = self._own
         others = [other for other in range(self._traffic.size) if other != rank]
-        self._letters = Letters(
+        self._letters = All(
             [
                 *(self._traffic.receive(self._held[other], other, 0) for other in others),
                 *(self._traffic.send(self._own, other, 0) for other in others),

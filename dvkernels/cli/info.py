@@ -13,9 +13,11 @@ from dvkernels import context
 from dvkernels._version import __version__
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
+from dvkernels.communicators import awareness
 from dvkernels.devices import cpu, cuda, memory
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import list_devices
+from dvkernels.errors import ClusterError
 from dvkernels.strategies.mirrored import MirroredStrategy
 
 __all__: list[str] = []
@@ -30,13 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print versions, then one line per device and one for all together; 1 if any failed.
 
-    Of several workers each prints one line: who and where it is, what it has, and what came of it.
+    Of several workers each prints one line, who and where it is, what it has, and what came of it,
+    and then whether its MPI takes memory of GPUs: one that does not start ends it there.
     """
     resolver = default_resolver()
     devices = list_devices("cpu")
     if resolver.num_workers > 1:
         outcome = _check(devices)
-        print(f"{_place(resolver)}: {' '.join(map(str, devices))} {outcome}")
+        print(f"{_place(resolver)}: {' '.join(map(str, devices))} {outcome}", flush=True)
+        print(_mpi())
         return 0 if outcome == "PASS" else 1
     packages = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "numba", "optree"))
     print(f"dvkernels {__version__}, Python {platform.python_version()}, {packages}")
@@ -75,6 +79,14 @@ def _place(resolver: ClusterResolver) -> str:
     if pretended is not None and resolver.worker_id is not None:
         here += f", as if on host {pretended[resolver.worker_id]} of {pretended[-1] + 1}"
     return f"{me}, {here}, {cpu.described_affinity()} ({resolver.source})"
+
+
+def _mpi() -> str:
+    """Return whether the MPI of this worker takes memory of GPUs, and who says so."""
+    try:
+        return f"MPI {awareness.of_mpi()}"
+    except (ImportError, ClusterError) as error:
+        return f"MPI cannot be asked: {error}"
 
 
 def _check(devices: list[Device]) -> str:

@@ -84,7 +84,7 @@ class Bucketing:
                 results[k] = self._carrying.all_reduce(columns[k], op, out)
                 continue
             packed = [
-                np.concatenate([columns[k][rank].reshape(-1) for k in bucket])
+                _packed([columns[k][rank] for k in bucket])
                 for rank in range(len(columns[bucket[0]]))
             ]
             reduced = self._carrying.all_reduce(packed, op)
@@ -92,7 +92,11 @@ class Bucketing:
             for k in bucket:
                 shape = columns[k][0].shape
                 stop = start + math.prod(shape)
-                parts = [flat[start:stop].reshape(shape) for flat in reduced]
+                beside = columns[k] if outs is None else outs[k]
+                parts = [
+                    _unpacked(flat[start:stop], array).reshape(shape)
+                    for flat, array in zip(reduced, beside, strict=True)
+                ]
                 results[k] = parts if outs is None else _written(outs[k], parts)
                 start = stop
         return results
@@ -134,6 +138,24 @@ class Bucketing:
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
         return self._carrying.broadcast(values, root)
+
+
+def _packed(arrays: Sequence[Any]) -> Any:
+    """Return arrays one behind the other: on a GPU, if one of them lies there.
+
+    Which of them share a bucket does not depend on where they lie: that may differ among workers.
+    """
+    first = next((array for array in arrays if not isinstance(array, np.ndarray)), arrays[0])
+    held = memory.holding(first)
+    flat = [held.near(array, first).reshape(-1) for array in arrays]
+    return held.apply(lambda *parts: np.concatenate(parts), *flat)
+
+
+def _unpacked(part: Any, array: Any) -> Any:
+    """Return a part of a bucket, where an array lies."""
+    if isinstance(array, np.ndarray):
+        return memory.holding(part).to_host(part)
+    return memory.holding(array).near(part, array)
 
 
 def _written(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:

@@ -24,8 +24,9 @@ import numpy as np
 
 from dvkernels.communicators import levels
 from dvkernels.communicators.host import PIECE_NBYTES, Host
+from dvkernels.communicators.request import All, Finish
 from dvkernels.communicators.ring import Ring
-from dvkernels.communicators.traffic import Finish, Traffic
+from dvkernels.communicators.traffic import Traffic
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import hosts, partition
@@ -194,13 +195,13 @@ class Exchange:
             else:
                 received[rank] = of_host
         yield
-        finish(traffic.together(requests))
+        finish(All(requests))
         results = self._host.results(number, targets)
         in_order = [received[door] for door in self._roles.doors]
         self._finish_part(in_order, results[rank], how, scratch)
         requests = self._spread(number, results)
         yield
-        finish(traffic.together(requests))
+        finish(All(requests))
         yield
         self._host.take(results, targets)
 
@@ -258,7 +259,7 @@ class Exchange:
             results[self._rank][...] = targets[self._rank]
         requests = self._spread(number, results)
         yield
-        finish(self._traffic.together(requests))
+        finish(All(requests))
         yield
         self._host.take(results, targets)
 
@@ -282,10 +283,10 @@ class Exchange:
         else:
             requests.append(traffic.receive(results[rank], root, _TO_REDUCE))
         yield
-        finish(self._traffic.together(requests))
+        finish(All(requests))
         requests = self._spread(number, results)
         yield
-        finish(self._traffic.together(requests))
+        finish(All(requests))
         yield
         self._host.take(results, targets)
 

@@ -80,6 +80,9 @@ class Hierarchical:
         hows = {column[0].dtype: self._levels_of(op, column[0].dtype) for column in columns}
         if isinstance(op, CustomReduction) or any(how.wide != dtype for dtype, how in hows.items()):
             return None
+        # The workers are to decline all dtypes or none: what they have reduced is not done again.
+        if len(hows) > 1 and not all(type(one) is np.ndarray for each in columns for one in each):
+            return None
         results: dict[int, list[Any]] = {}
         for dtype, how in hows.items():
             alike = [k for k, column in enumerate(columns) if column[0].dtype == dtype]

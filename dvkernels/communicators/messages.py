@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar, final
 
 import numpy as np
 from mpi4py import MPI
@@ -19,9 +19,9 @@ from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.exchange import Exchange
 from dvkernels.communicators.host import Host
 from dvkernels.communicators.mpi_traffic import MpiTraffic
+from dvkernels.communicators.request import Finish, Request
 from dvkernels.communicators.roll_call import RollCall
 from dvkernels.communicators.room import NUM_CHANNELS
-from dvkernels.communicators.traffic import Finish, Request
 from dvkernels.communicators.window import Window
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
@@ -39,6 +39,8 @@ _NEVER = [-1, -1]  # the last rounds of a worker that MPI has lost
 _THERE: tuple[list[int], str] = [], ""
 _LEVEL = 0  # the number that a worker brings to a round in which it asks for nothing
 _LOST, _GAVE_UP, _LEFT, _WAITS = 1, 2, 3, 4  # tags; _WAITS + channel
+
+T = TypeVar("T")
 
 
 class _Post:
@@ -206,6 +208,16 @@ class Messages:
             self._agree(wanted, len(target))
             self._exchange.broadcast(target, root, self._finish_for(wanted))
 
+    def carry(self, move: Callable[[list[int], Finish], T], number: int, wanted: Asked) -> T:
+        """Return what ``move`` makes of the numbers of all workers, not below 0."""
+        with self._agreement:
+            words = self._agree(wanted, number)
+            told = [word.nbytes for word in words]
+            try:
+                return move(told, self._finish_for(wanted))
+            except MPI.Exception as error:  # where it is called, not where it is waited for
+                self._end(_LOST, f"worker {self.rank} lost another in {wanted.text}: {error}")
+
     def _finish_for(self, wanted: Asked) -> Finish:
         return functools.partial(self._finish, wanted=wanted)
 
@@ -308,7 +320,7 @@ class Messages:
             kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
             self._post.end(kind, str(error))
 
-    def _end(self, kind: int, text: str) -> None:
+    def _end(self, kind: int, text: str) -> NoReturn:
         self._post.end(kind, text)
         raise self._why_ended()
 

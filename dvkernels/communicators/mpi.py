@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators import host_memory, network
+from dvkernels.communicators import awareness, host_memory, network
 from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Host, Shared
 from dvkernels.communicators.messages import Messages
 from dvkernels.communicators.room import NUM_CHANNELS, Room
@@ -82,7 +82,31 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
         transport = Messages(
             comm, _placed(comm, on_this_host), _hosts(on_this_host), timeout_seconds, routing
         )
-    return WorkerGroup(_kept(transport))
+    return WorkerGroup(_kept(transport), _for_gpus(comm))
+
+
+def _for_gpus(comm: Any) -> list[Any]:
+    """Return a communicator that takes memory of GPUs for each channel; none unless all MPIs do.
+
+    Raises
+    ------
+    ClusterError
+        The variable that says so is malformed on some worker: on all of them.
+    """
+    try:
+        answer, problem = awareness.of_mpi().is_there, ""
+    except ClusterError as error:
+        answer, problem = False, str(error)
+    told = comm.allgather((answer, problem))
+    for worker, (_, text) in enumerate(told):
+        if text:
+            raise ClusterError(f"on worker {worker}: {text}")
+    if comm.size == 1 or not all(takes for takes, _ in told):
+        return []
+    made = [comm.Dup() for _ in range(NUM_CHANNELS)]
+    for one in made:
+        one.Set_errhandler(MPI.ERRORS_RETURN)
+    return made
 
 
 def placed(resolver: ClusterResolver) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
@@ -33,10 +32,6 @@ class MpiTraffic:
         """Receive what a worker sends."""
         return self._comm.Irecv([array.view(np.uint8), MPI.BYTE], source, tag)
 
-    def together(self, requests: Sequence[Any]) -> _All:
-        """Return several requests as one."""
-        return _All(list(requests))
-
     def gather(self, own: Any, held: Any) -> Any:
         """Return a gather that MPI has set up."""
         return self._comm.Allgather_init([own, MPI.BYTE], [held, MPI.BYTE])
@@ -44,14 +39,3 @@ class MpiTraffic:
     def move(self) -> None:
         """Ask MPI something: it moves data only while it is asked."""
         self._comm.Iprobe()
-
-
-class _All:
-    """Several requests of MPI as one."""
-
-    def __init__(self, requests: list[Any]) -> None:
-        self._requests = requests
-
-    def Test(self) -> bool:
-        """Tell whether all are done."""
-        return bool(MPI.Request.Testall(self._requests))

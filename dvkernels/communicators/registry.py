@@ -13,6 +13,7 @@ from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
+from dvkernels.communicators.staged import Staged
 from dvkernels.devices.base import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 
@@ -55,6 +56,22 @@ def between_workers(
             f"(pip install 'dvkernels[mpi]' mpich); importing it failed: {error}"
         ) from error
     return mpi.connect(resolver, timeout_seconds, _WAYS.get(_named(cross_device_ops), "auto"))
+
+
+def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
+    """Return workers that take arrays of GPUs too, where those of some worker lie there.
+
+    Every worker calls this. Where those of all lie there, and MPI takes them, nothing is staged.
+    """
+    told = workers.exchange(are_on_gpus)
+    if len(told) == 1 or not any(told):
+        return workers
+    from dvkernels.communicators.straight import Straight
+    from dvkernels.communicators.workers import WorkerGroup
+
+    if all(told) and isinstance(workers, WorkerGroup) and workers.gpu_comms:
+        return Staged(workers, straight=Straight(workers))
+    return Staged(workers)
 
 
 def between_all(

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 from dvkernels.communicators.levels import Levels
-from dvkernels.communicators.traffic import Request, Traffic
+from dvkernels.communicators.request import Request
+from dvkernels.communicators.traffic import Traffic
 from dvkernels.kernels.cpu import direct
 from dvkernels.schedules import hosts
 from dvkernels.schedules.hosts import Stop

@@ -18,16 +18,17 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, NoReturn, TypeVar, final
 
 import numpy as np
 
 from dvkernels.cluster import processes
-from dvkernels.communicators import levels
+from dvkernels.communicators import levels, request
 from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word, asked
+from dvkernels.communicators.request import Finish
 from dvkernels.communicators.room import NUM_CHANNELS, PLACE_NBYTES, Room
 from dvkernels.communicators.window import Window
-from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.errors import CollectiveTimeoutError, DvKernelsError, WorkerLostError
 from dvkernels.kernels.cpu import direct, relay, rounds
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -48,6 +49,8 @@ _NO_PIECE, _NOTHING = slice(0), np.empty(0)
 _LEAST_IN_WINDOW = 512 * 1024
 _WHERE = 2  # makes one number another
 _REDUCED = asked("all_reduce, the end")
+
+T = TypeVar("T")
 
 
 @final
@@ -254,6 +257,20 @@ class SharedMemory:
                 if self.rank != root:
                     piece[...] = self._places[parity, root, : len(piece)]
 
+    def carry(self, move: Callable[[list[int], Finish], T], number: int, wanted: Asked) -> T:
+        """Return what ``move`` makes of the numbers of all workers, not below 0."""
+        with self._agreement:
+            self._round(wanted, number, _stage_nothing)
+            look = functools.partial(self._look_at_those_that_move, wanted)
+            told = [word.nbytes for word in self._words()]
+            try:
+                return move(told, functools.partial(request.finish, look=look))
+            except DvKernelsError:
+                raise
+            except Exception as error:  # of MPI, or of a GPU
+                look(0.0)  # which may know whom MPI has lost
+                self._end(_LOST, f"worker {self.rank} failed in {wanted.text}: {error}")
+
     def _put(self, piece: Any, parity: int) -> None:
         self._places[parity, self.rank, : len(piece)] = piece
 
@@ -350,6 +367,31 @@ class SharedMemory:
                 f"{absent} to call {wanted.text}: {seen}; give timeout_seconds if they need longer",
             )
 
+    def _look_at_those_that_move(self, wanted: Asked, waited_seconds: float) -> None:
+        """End the group if another that has come cannot move its data any more, or not in time.
+
+        One that has left may have done its part: MPI brings the rest of it.
+        """
+        room = self._room
+        if self.has_ended:
+            raise self._why_ended()
+        others = [worker for worker in range(self.size) if worker != self.rank]
+        for worker in others:
+            if room.why_left(worker) is None and not room.is_alive(worker):
+                process = room.process_of(worker)
+                why = f"process {process} is gone without a word: was it killed?"
+                self._end(_LOST, f"worker {worker} is lost while {wanted.text} waits for it: {why}")
+        if waited_seconds > self.timeout_seconds:
+            stopped = [w for w in others if processes.state_of(room.process_of(w)) in ("T", "t")]
+            late = stopped or others
+            seen = "; ".join(self._whereabouts(worker, f"in {wanted.text}") for worker in late)
+            self._end(
+                _GAVE_UP,
+                f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers {late} "
+                f"to move their data in {wanted.text}: {seen}; give timeout_seconds if they need "
+                f"longer",
+            )
+
     def _whereabouts(self, worker: int, last: str) -> str:
         process = self._room.process_of(worker)
         doing = {"T": "stopped", "t": "stopped by a debugger"}.get(
@@ -365,7 +407,7 @@ class SharedMemory:
             kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
             self._room.end(kind, str(error))
 
-    def _end(self, kind: int, text: str) -> None:
+    def _end(self, kind: int, text: str) -> NoReturn:
         self._room.end(kind, text)
         raise self._why_ended()
 
@@ -410,3 +452,7 @@ def _stage(
     views: Sequence[Sequence[Any]], rank: int, pieces: Sequence[Any], op: Reduction, parity: int
 ) -> None:
     direct.reduce(pieces, op, out=views[parity][rank])
+
+
+def _stage_nothing(parity: int) -> None:
+    """Leave the places as they are."""

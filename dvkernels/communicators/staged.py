@@ -1,13 +1,15 @@
-"""Workers whose values lie on GPUs, over others that carry arrays of the host.
+"""Workers whose values lie in any memory, over others that carry arrays of the host.
 
-A value goes down into page-locked memory, through the workers there, and back up to where it lay.
+A value on a GPU goes straight to the GPUs of the others where MPI takes their memory and the values
+of all lie there. Else it goes down into page-locked memory, through the workers there, and back up.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from dvkernels.communicators.base import Workers
 from dvkernels.communicators.levels import Levels
 from dvkernels.devices import cuda, memory
 from dvkernels.reduce_op import Reduction
+
+if TYPE_CHECKING:  # it brings the compiler of kernels with it
+    from dvkernels.communicators.straight import Straight
 
 __all__: list[str] = []
 
@@ -28,17 +33,28 @@ class Staged:
     workers : Workers
         Who carry arrays of the host.
     arrays : Arrays, optional
-        What makes arrays on GPUs; that of this process if not given.
+        What makes arrays on GPUs; that of this process if not given, when there is one to stage.
+    straight : Straight, optional
+        The same workers, for values that go from GPU to GPU. All workers have it, or none.
 
     Notes
     -----
+    If the values of one worker may lie on a GPU, all workers have this: what one of them packs, the
+    others do not reduce array by array.
+
     The caller waits for a value to have come down, and not for the result to have gone up: that
     follows in the order of the current stream. Page-locked memory is kept, and grows.
     """
 
-    def __init__(self, workers: Workers, arrays: cuda.Arrays | None = None) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        arrays: cuda.Arrays | None = None,
+        straight: Straight | None = None,
+    ) -> None:
         self._workers = workers
-        self._arrays = cuda.arrays() if arrays is None else arrays
+        self._given = arrays
+        self._straight = straight
         self._pinned = np.empty(0, np.uint8)
         self._uploaded: Any = None  # when the memory may be written again
         self.rank, self.size = workers.rank, workers.size
@@ -46,7 +62,8 @@ class Staged:
 
     def beside(self) -> Staged:
         """Return the same workers for another thread, with memory of their own."""
-        return Staged(self._workers.beside(), self._arrays)
+        straight = None if self._straight is None else self._straight.beside()
+        return Staged(self._workers.beside(), self._given, straight)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
         """Return new arrays of the host."""
@@ -82,6 +99,10 @@ class Staged:
     ) -> list[Any]:
         """Reduce into a new array, or into ``out``."""
         (value,) = values
+        if self._straight is not None:
+            result = self._straight.all_reduce(value, op, None if out is None else out[0])
+            if result is not None:
+                return [result]
         if isinstance(value, np.ndarray):
             return self._workers.all_reduce(values, op, out)
         staged = self._down(value)
@@ -99,9 +120,7 @@ class Staged:
         how: Levels,
         outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
-        """Reduce arrays of the host; None if they are on GPUs."""
-        if all(isinstance(value, np.ndarray) for column in columns for value in column):
-            return self._workers.all_reduce_columns(columns, how, outs)
+        """Return None: those of another worker may lie on GPUs, wherever these do."""
         return None
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
@@ -111,6 +130,10 @@ class Staged:
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce, and keep this worker's part."""
         (value,) = values
+        if self._straight is not None:
+            part = self._straight.reduce_scatter(value, op)
+            if part is not None:
+                return [part]
         if isinstance(value, np.ndarray):
             return self._workers.reduce_scatter(values, op)
         return [self._up(self._workers.reduce_scatter([self._down(value)], op)[0], value)]
@@ -118,6 +141,10 @@ class Staged:
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array."""
         (value,) = values
+        if self._straight is not None:
+            result = self._straight.all_gather(value, axis)
+            if result is not None:
+                return [result]
         if isinstance(value, np.ndarray):
             return self._workers.all_gather(values, axis)
         return [self._up(self._workers.all_gather([self._down(value)], axis)[0], value)]
@@ -125,9 +152,17 @@ class Staged:
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value."""
         (value,) = values
+        if self._straight is not None:
+            result = self._straight.broadcast(value, root)
+            if result is not None:
+                return [result]
         if isinstance(value, np.ndarray):
             return self._workers.broadcast(values, root)
         return [self._up(self._workers.broadcast([self._down(value)], root)[0], value)]
+
+    @functools.cached_property
+    def _arrays(self) -> cuda.Arrays:
+        return cuda.arrays() if self._given is None else self._given
 
     def _down(self, value: Any) -> Any:
         """Return what a value holds, in page-locked memory, when it has come there."""

@@ -1,18 +1,12 @@
-"""Bytes between the workers of several hosts: what can be under way, and who waits for it."""
+"""Bytes between the workers of several hosts: what can be under way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from dvkernels.communicators.request import Request
+
 __all__: list[str] = []
-
-
-class Request(Protocol):
-    """Something that MPI, or another worker, is doing."""
-
-    def Test(self) -> bool:
-        """Tell whether it is done."""
 
 
 class Repeated(Request, Protocol):
@@ -23,9 +17,6 @@ class Repeated(Request, Protocol):
 
     def Free(self) -> None:
         """Forget it."""
-
-
-Finish = Callable[[Request], None]
 
 
 class Traffic(Protocol):
@@ -43,9 +34,6 @@ class Traffic(Protocol):
 
     def receive(self, array: Any, source: int, tag: int) -> Request:
         """Receive what a worker sends; the array is as long as that."""
-
-    def together(self, requests: Sequence[Request]) -> Request:
-        """Return several requests as one."""
 
     def gather(self, own: Any, held: Any) -> Repeated:
         """Return what brings the bytes of each worker to row ``rank`` of each worker's ``held``."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
-from typing import Any, Protocol, final
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, final
 
 import numpy as np
 
 from dvkernels.communicators.agreement import Asked, asked
 from dvkernels.communicators.levels import Levels
+from dvkernels.communicators.request import Finish
 from dvkernels.communicators.window import Window
 from dvkernels.devices.buffers import Spec
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
 __all__: list[str] = []
+
+T = TypeVar("T")
 
 
 class Transport(Protocol):
@@ -47,6 +50,13 @@ class Transport(Protocol):
 
     def broadcast_into(self, target: Any, root: int, wanted: Asked) -> None:
         """Leave the root's bytes in ``target``, which holds them on the root."""
+
+    def carry(self, move: Callable[[list[int], Finish], T], number: int, wanted: Asked) -> T:
+        """Return what ``move`` makes of the numbers of all workers, not below 0.
+
+        It carries what this does not, by requests of its own, and is given what waits for one:
+        that raises where it is in vain.
+        """
 
     def announce(self, error: BaseException) -> None:
         """Tell the others that this worker's step has failed."""
@@ -84,16 +94,19 @@ class WorkerGroup:
     Parameters
     ----------
     transport : Transport
+    gpu_comms : sequence of mpi4py.MPI.Comm
+        That take memory of GPUs, one for each thread; none if MPI does not.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, gpu_comms: Sequence[Any] = ()) -> None:
         self._transport = transport
+        self.gpu_comms = gpu_comms
         self.rank, self.size = transport.rank, transport.size
         self.timeout_seconds = transport.timeout_seconds
 
     def beside(self) -> WorkerGroup:
         """Return the same workers for another thread."""
-        return WorkerGroup(self._transport.beside())
+        return WorkerGroup(self._transport.beside(), self.gpu_comms[1:] or self.gpu_comms)
 
     def all_reduce(
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
@@ -198,6 +211,12 @@ class WorkerGroup:
         if window is None:
             return [np.empty(shape, dtype) for _ in range(count)]
         return window.empty(self.agree, shape, dtype, count)
+
+    def carry(
+        self, move: Callable[[list[int], Finish], T], number: int, verb: str, *terms: Any
+    ) -> T:
+        """Return what ``move`` makes of a number of each worker; see ``Transport``."""
+        return self._transport.carry(move, number, asked(verb, *terms))
 
     def announce(self, error: BaseException) -> None:
         """Tell the others that this worker's step has failed."""

@@ -91,6 +91,12 @@ class Arrays(Protocol):
     def to_host(self, array: Any) -> Any:
         """Return a copy in the memory of the host, which waits for it."""
 
+    def bytes_of(self, array: Any) -> Any:
+        """Return the bytes of a dense array, flat, not copied, as MPI takes them.
+
+        MPI waits for no stream, neither to read nor to write them.
+        """
+
     def read_only(self, array: Any) -> Any:
         """Return a view that is not to be written to.
 
@@ -328,6 +334,10 @@ class _CuPyArrays:
         with array.device:
             return array.get()
 
+    def bytes_of(self, array: Any) -> Any:
+        """Return a view."""
+        return array.reshape(-1).view(np.uint8)
+
     def read_only(self, array: Any) -> Any:
         """Return a view."""
         return array.view()
@@ -411,6 +421,10 @@ class _SimulatedArrays:
     def to_host(self, array: Any) -> Any:
         """Return a copy."""
         return array._ary.copy()
+
+    def bytes_of(self, array: Any) -> Any:
+        """Return a view by NumPy: the memory is that of the host."""
+        return array._ary.reshape(-1).view(np.uint8)
 
     def read_only(self, array: Any) -> Any:
         """Return a view that cannot be written to."""

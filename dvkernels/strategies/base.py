@@ -14,7 +14,6 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Step
 from dvkernels.communicators.single import Single
-from dvkernels.communicators.staged import Staged
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
@@ -117,8 +116,7 @@ class Strategy:
         central = None if central_device is None else registry.resolve(central_device)
         workers = Single() if workers is None else workers
         held = memory.of(resolved)
-        if workers.size > 1 and held is not memory.HOST:
-            workers = Staged(workers)
+        workers = communicators.for_any_memory(workers, held is not memory.HOST)
         counts, all_over, background = communicators.between_all(
             resolved, communicator, workers, bytes_per_bucket
         )

@@ -124,13 +124,17 @@ def test_info_shows_who_is_where(flavour):
     )
     assert ran.returncode == 0, ran.stderr
     lines = sorted(ran.stdout.splitlines())
-    for rank, line in enumerate(lines):
+    for rank, (mpi, line) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
         assert re.fullmatch(
             rf"\[{rank}\] worker {rank} of 2, {rank} of 2 on {re.escape(platform.node())}, cores? "
             r"[0-9,-]+ \((Open MPI|Hydra)\): cpu:0( cpu:[0-9]+)* PASS",
             line,
         )
-    assert len(lines) == 2
+        assert re.fullmatch(
+            rf"\[{rank}\] MPI does not take memory of GPUs \(MPIX_(GPU_query|Query_cuda)_support\)",
+            mpi,
+        )
+    assert len(lines) == 4
 
 
 @pytest.mark.parametrize(("num_workers", "num_local"), [(4, 1), (2, 2)])

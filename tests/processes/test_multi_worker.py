@@ -8,6 +8,7 @@ from mpi_jobs import Job, needs_mpi, run
 from worker_programs import go_on, trained
 
 import dvkernels as dv
+from dvkernels.communicators import awareness
 
 pytestmark = needs_mpi
 SHAPES = pytest.mark.parametrize(
@@ -124,3 +125,21 @@ def test_a_checkpoint_goes_on_with_other_workers(is_apart, tmp_path):
 @pytest.mark.parametrize("num_local", [1, 2])
 def test_replicas_on_gpus(program, num_local):
     run(2, program, num_local, "memory", environ={"NUMBA_ENABLE_CUDASIM": "1"})
+
+
+@pytest.mark.parametrize(
+    ("count", "over"), [(2, "memory"), (3, "memory"), (2, "1,1"), (3, "2,1"), (4, "2,2")]
+)
+def test_the_laws_from_gpu_to_gpu(count, over):
+    run(count, "straight_laws", over)
+
+
+@pytest.mark.parametrize("program", ["strategy_laws", "variables"])
+@pytest.mark.parametrize(("over", "said"), [("memory", "1"), ("1,1", "1"), ("memory", "0")])
+def test_replicas_on_gpus_whose_memory_mpi_takes(program, over, said):
+    environ = {"NUMBA_ENABLE_CUDASIM": "1", awareness.VARIABLE: said}
+    run(2, "on_gpus", program, 1, over, said, environ=environ)
+
+
+def test_all_must_say_that_they_take_memory_of_gpus():
+    run(2, "says_differently", "memory")

@@ -20,8 +20,12 @@ import dvkernels as dv
 from dvkernels.benchmarks import between_workers
 from dvkernels.checkpoint import files
 from dvkernels.cli import main
-from dvkernels.communicators import network
+from dvkernels.communicators import awareness, gpu_exchange, network
+from dvkernels.communicators.staged import Staged
+from dvkernels.communicators.straight import Straight
 from dvkernels.devices import memory
+from dvkernels.kernels import cpu
+from dvkernels.schedules import cost
 from dvkernels.testing import check_communicator, check_strategy
 
 
@@ -360,6 +364,110 @@ def drift(over: str) -> None:
 
 def _add_apart(copy, value: float) -> None:
     copy.assign_add(np.full(3, value))
+
+
+def straight(timeout_seconds: float = 60.0):
+    """Return the workers, and GPUs of a double, whose memory any MPI takes."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+    from gpu_double import Arrays
+
+    from dvkernels.communicators import mpi
+
+    os.environ["DVKERNELS_HOSTS"] = next((word for word in sys.argv if "," in word), "")
+    os.environ[awareness.VARIABLE] = "1"
+    workers = mpi.connect(dv.cluster.default_resolver(), timeout_seconds)
+    seam = Arrays(rank())
+    return Staged(workers, seam, Straight(workers, seam, seam.reduce)), seam
+
+
+def straight_laws(over: str) -> None:
+    """Short and long arrays from GPU to GPU, in pieces of any size."""
+    workers, seam = straight()
+    from gpu_double import OfHost
+
+    chosen, piece_nbytes = cost.NETWORK, gpu_exchange.PIECE_NBYTES
+    for thread in (OfHost(workers, seam), OfHost(workers.beside(), seam)):
+        for seconds, nbytes in ((np.inf, 512), (-np.inf, 512), (chosen[1], piece_nbytes)):
+            cost.NETWORK = chosen._replace(exchange_seconds=seconds)
+            gpu_exchange.PIECE_NBYTES = nbytes
+            check_communicator(lambda _: thread, sizes=[workers.size], local=[rank()])  # noqa: B023
+            if nbytes == piece_nbytes:
+                check_large(thread, workers.size, nbytes)
+            for length in (0, 1, 63, 64, 65, 127, 128, 129, 1000):
+                values = [np.arange(length) * 0.1 + k for k in range(workers.size)]
+                for op in ("sum", "mean", "prod", "max"):
+                    op = dv.ReduceOp(op)
+                    found = thread.all_reduce([values[rank()]], op)[0]
+                    assert found.tobytes() == cpu.reduce(values, op).tobytes(), (length, op)
+    assert seam.num_pinned <= 16, "nothing is staged but reductions of the user's own"
+
+
+def check_large(thread, size: int, piece_nbytes: int) -> None:
+    for length in (piece_nbytes // 8, piece_nbytes // 8 + 1, 3 * piece_nbytes // 8 - 1):
+        every = [np.random.default_rng(k).standard_normal(length) for k in range(size)]
+        own = every[rank()].copy()
+        thread.all_reduce([own], dv.ReduceOp.SUM, [own])
+        assert own.tobytes() == cpu.reduce(every, "sum").tobytes()
+        uneven = [each[: length // (k + 1)] for k, each in enumerate(every)]
+        np.testing.assert_array_equal(
+            thread.all_gather([uneven[rank()]], 0)[0], np.concatenate(uneven)
+        )
+        for root in range(size):
+            np.testing.assert_array_equal(thread.broadcast([every[rank()]], root)[0], every[root])
+
+
+def on_gpus(program: str, num_local: str, over: str, is_straight: str) -> None:
+    """Run another program on simulated GPUs; see that arrays went straight, or that none did."""
+    moved, staged = [], []
+    for of, name, seen in (
+        (gpu_exchange.GpuExchange, "all_reduce", moved),
+        (Staged, "_down", staged),
+    ):
+        noted(of, name, seen)
+    globals()[program](num_local, over)
+    assert bool(moved) == (is_straight == "1")
+    assert moved or staged
+
+
+def noted(of: type, name: str, seen: list[str]) -> None:
+    call = getattr(of, name)
+    setattr(of, name, lambda *args: seen.append(name) or call(*args))
+
+
+def says_differently(over: str) -> None:
+    """One MPI that does not take memory of GPUs is enough; a wrong word is an error on all."""
+    from dvkernels.communicators import mpi
+
+    for said, count in ((("1", "1"), 2), (("1", "0"), 0), (("0", "1"), 0), (("auto", "1"), 0)):
+        os.environ[awareness.VARIABLE] = said[rank()]
+        assert len(mpi.connect(dv.cluster.default_resolver(), 60.0).gpu_comms) == count
+    os.environ[awareness.VARIABLE] = ("1", "perhaps")[rank()]
+    with pytest.raises(dv.errors.ClusterError, match="on worker 1: DVKERNELS_CUDA_AWARE_MPI='per"):
+        mpi.connect(dv.cluster.default_resolver(), 60.0)
+
+
+def endure_straight(
+    over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str, ops: str
+) -> None:
+    """Reduce from GPU to GPU until the victim comes to harm, and write what that was."""
+    rng = np.random.default_rng(int(seed))  # the same on all
+    seconds = float(rng.uniform(0.0, 0.4))
+    sizes = rng.choice([1, 100, 10_000, 3_000_000], 1000)
+    workers, seam = straight(float(timeout_seconds))
+    from gpu_double import OnDevice
+
+    is_victim = rank() == int(victim)
+    if is_victim:
+        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[harm]
+        threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+    try:
+        for size in itertools.cycle(sizes):
+            workers.all_reduce([OnDevice(np.ones(size, "f4"))], dv.ReduceOp.SUM)
+            seam.drain()
+    except Exception as error:
+        who = "victim" if is_victim else "survivor"
+        pathlib.Path(folder, f"{who}_{rank()}").write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 def endure(

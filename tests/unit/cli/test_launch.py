@@ -149,12 +149,15 @@ def test_workers_know_their_place_share_and_threads(launch, script):
     assert out.split()[4] == "5"
 
 
-def test_info_of_several_workers_says_who_is_where(launch):
-    status, out, err = launch("-n", "2", "-m", "dvkernels", "info")
+def test_info_of_several_workers_says_who_is_where(launch, tmp_path):
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])  # a real MPI would not start under this
+    status, out, err = launch("-n", "2", "-m", "dvkernels", "info", PYTHONPATH=path)
     assert status == 0, err
     lines = sorted(out.splitlines())
-    assert len(lines) == 2
-    for rank, line in enumerate(lines):
+    assert len(lines) == 4
+    for rank, (mpi, line) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
+        assert mpi == f"[{rank}] MPI cannot be asked: there is none"
         assert line.startswith(f"[{rank}] worker {rank} of 2, {rank} of 2 on {platform.node()}, ")
         assert " (Hydra): cpu:0" in line
         assert line.endswith(" PASS")

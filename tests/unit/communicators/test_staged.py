@@ -2,78 +2,15 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
+from gpu_double import Arrays, OnDevice
 from threads_as_workers import at_once, transports
 
 from dvkernels.communicators.base import Workers
 from dvkernels.communicators.staged import Staged
 from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.reduce_op import ReduceOp
-
-
-class OnDevice:
-    """An array that the host cannot read."""
-
-    def __init__(self, content):
-        self.hidden = content
-        self.shape, self.dtype, self.nbytes = content.shape, content.dtype, content.nbytes
-        self.flags = content.flags
-
-
-class Stream:
-    def __init__(self, seed):
-        self.queue, self._random = [], random.Random(seed)
-
-    def give(self, work):
-        self.queue.append(work)
-        for _ in range(self._random.randrange(3)):
-            self.step()
-
-    def step(self):
-        if self.queue:
-            self.queue.pop(0)()
-
-
-class Event:
-    def record(self, stream):
-        self._stream, self._happened = stream, False
-        stream.give(lambda: setattr(self, "_happened", True))
-
-    def synchronize(self):
-        while not self._happened:
-            self._stream.step()
-
-
-class Arrays:
-    """The seam to a GPU that does things some time after they are asked for, stream by stream."""
-
-    def __init__(self, seed):
-        self.streams = [Stream(seed), Stream(seed + 1)]
-        self.stream, self.num_pinned = self.streams[0], 0
-
-    def empty(self, device, shape, dtype, stream=None):
-        return OnDevice(np.full(shape, 0xEE, dtype))
-
-    def copy(self, target, source, stream=None):
-        assert isinstance(target, OnDevice) != isinstance(source, OnDevice)
-        into, taken = (getattr(array, "hidden", array) for array in (target, source))
-        (stream or self.stream).give(lambda: np.copyto(into, taken))
-
-    def event(self, device):
-        return Event()
-
-    def current(self, device):
-        return self.stream
-
-    def device_of(self, array):
-        return 0
-
-    def pinned(self, nbytes):
-        self.num_pinned += 1
-        return np.empty(nbytes, np.uint8)
 
 
 def on_device(content):
@@ -104,9 +41,7 @@ def test_what_follows_does_not_disturb_what_is_still_going_up(seed):
         ]  # fmt: skip
 
     for rank, found in enumerate(at_once(*(lambda w=w: call(w) for w in workers))):
-        for stream in arrays[rank].streams:
-            while stream.queue:
-                stream.step()
+        arrays[rank].drain()
         right = [np.full(size, 2 * size + 1) for size in (3, 9, 2, 9)]
         right += [np.array([1, 2] if rank == 0 else [3]), np.array([[0, 0], [1, 1], [1, 1]])]
         for one, wanted in zip(found, [*right, np.array([1, 7])], strict=True):
