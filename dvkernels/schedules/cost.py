@@ -128,10 +128,11 @@ class Network(NamedTuple):
 
 # Between two processes of one machine by MPICH 5.0.2, fastest of many: 2 cores of an AMD EPYC,
 # November 2026. A network of 100 Gbit/s has about the same figures. A hop is the half of an
-# exchange, which has two: between three processes it took 60 us, but they waited for two cores.
-# Incast is that of four hosts (network namespaces) of 200 Mbit/s each with queues of 1 MB: parts of
-# 8 MiB took 594 ms, around a ring 536 ms. Where one link of that rate joined two hosts each, it was
-# 0.75 (769 and 578 ms); so a ring is left to networks that are slower than memory, or said to be.
+# exchange, which has two: between three processes it took 60 to 100 us, but they waited for two
+# cores. Incast is that of four hosts (network namespaces) of 100 Mbit/s each: 1 MiB took 149 ms in
+# parts, 133 ms around the ring. Where one link of that rate joined two hosts and two, it was 0.75
+# and less (187 and 134 ms). At the rate of this table a ring is left out all the same: what it
+# reads and writes more takes longer than what it saves. See docs/explanation/scaling.md.
 NETWORK = Network(
     message_seconds=2e-6,
     exchange_seconds=17e-6,
