@@ -41,6 +41,11 @@ _THREADS = (
 )
 # What workers on other hosts must have too.
 KEPT = (*_THREADS, network.VARIABLE, "PYTHONUNBUFFERED", "PYTHONPATH")
+# The MPI Operator names the hosts in words that Open MPI 5 does not heed: all workers were here.
+_RENAMED = {
+    "OMPI_MCA_orte_default_hostfile": "PRTE_MCA_prte_default_hostfile",
+    "OMPI_MCA_orte_keep_fqdn_hostnames": "PRTE_MCA_prte_keep_fqdn_hostnames",
+}
 _SECONDS_FOR_A_VERSION = 30
 _RELAY = Path(__file__).with_name("relay.py")
 
@@ -190,6 +195,7 @@ def environment(num_threads: int | None, environ: Mapping[str, str]) -> dict[str
     threads = {} if num_threads is None else dict.fromkeys(_THREADS, str(num_threads))
     # Lines come when they are printed, and what was printed before a crash is not lost.
     added = {"PYTHONUNBUFFERED": "1", **threads}
+    added |= {new: environ[old] for old, new in _RENAMED.items() if old in environ}
     return {name: value for name, value in added.items() if name not in environ}
 
 
@@ -199,9 +205,9 @@ def _open_mpi(job: Job, worker: Sequence[str]) -> list[str]:
         words += ["--allow-run-as-root"]
     if job.hosts:
         words += ["--host", _with_counts(job.hosts)]
-        # It hands on no variables to other hosts but those that it is told to.
-        for name in job.variables:
-            words += ["-x", name]
+    # It hands on no variables to other hosts but those that it is told to.
+    for name in job.variables:
+        words += ["-x", name]
     # Logical cores count: those are what affinity and quota speak of. Told of more workers than
     # cores it lets go of the core while it waits, which costs time where each has its own.
     if job.crowded:

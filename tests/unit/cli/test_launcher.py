@@ -69,12 +69,17 @@ JOBS = {
     "plain": Job(("prog", "x"), 4, prefixed=False),
     "bound": Job(("prog",), 2, num_threads=2, bound=True, prefixed=False),
     "crowded": Job(("prog",), 4, num_threads=1, crowded=True, as_root=True, prefixed=False),
+    "hosts elsewhere": Job(("prog",), 4, variables=("OMP_NUM_THREADS",), prefixed=False),
     "not asked for": Job(("prog",), 4, num_threads=2, bound=None, prefixed=False),
     "hosts": Job(
         ("prog",), 4, HOSTS, variables=("PYTHONPATH",), options=("--more",), prefixed=False
     ),
 }
 COMMANDS = {
+    # Where a file names the hosts, variables must get there too.
+    ("Open MPI", "hosts elsewhere"): (
+        "-n 4 -x OMP_NUM_THREADS --map-by slot:HWTCPUS --bind-to none prog"
+    ),
     ("Open MPI", "plain"): "-n 4 --map-by slot:HWTCPUS --bind-to none prog x",
     ("Open MPI", "bound"): "-n 2 --map-by slot:PE=2:HWTCPUS --bind-to hwthread prog",
     ("Open MPI", "crowded"): (
@@ -119,6 +124,15 @@ def test_srun_needs_equal_counts():
 def test_lines_are_prefixed_by_a_relay_that_knows_the_variable():
     command = launcher.command("mpiexec", FLAVOURS["Open MPI"], Job(("prog",), 1))
     assert command[-2:] == ["OMPI_COMM_WORLD_RANK", "prog"]
+
+
+def test_open_mpi_5_is_told_the_hosts_of_the_operator_in_its_own_words():
+    told = {"OMPI_MCA_orte_default_hostfile": "/f", "OMPI_MCA_orte_keep_fqdn_hostnames": "true"}
+    added = launcher.environment(None, told)
+    assert added["PRTE_MCA_prte_default_hostfile"] == "/f"
+    assert added["PRTE_MCA_prte_keep_fqdn_hostnames"] == "true"
+    own = launcher.environment(None, {**told, "PRTE_MCA_prte_default_hostfile": "/g"})
+    assert "PRTE_MCA_prte_default_hostfile" not in own
 
 
 def test_threads_are_set_unless_the_user_has_set_them():
