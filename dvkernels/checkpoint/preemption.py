@@ -10,7 +10,9 @@ from typing import Any, NoReturn, Protocol, Self
 from dvkernels.errors import ContextError
 from dvkernels.profiler.debugging import LOGGER
 
-__all__ = ["PreemptionHandler"]
+__all__ = ["PREEMPTED", "PreemptionHandler"]
+
+PREEMPTED = 42  # the exit status that says: told to stop, and saved
 
 
 class Saves(Protocol):
@@ -44,7 +46,8 @@ class PreemptionHandler:
     signals : iterable of str
         Names of signals. Those that the system does not know are left out.
     exit_code : int
-        With which the process exits, so that what started it knows to start it again.
+        With which the process exits, so that what started it knows to start it again: 42 if not
+        given, which ``python -m dvkernels launch`` leaves to the batch system.
     agree : callable, optional
         Given whether this process has been told to stop, returns whether any has, the same in
         all of them. For several processes, so that all save the same step.
@@ -83,7 +86,7 @@ class PreemptionHandler:
         manager: Saves,
         *,
         signals: Iterable[str] = ("SIGTERM", "SIGUSR1"),
-        exit_code: int = 42,
+        exit_code: int = PREEMPTED,
         agree: Callable[[bool], bool] = _own,
     ) -> None:
         names: list[Any] = [signals] if isinstance(signals, str) else list(signals)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dvkernels.cli import launcher, numbers, supervision
-from dvkernels.cli.launcher import Host, Job
+from dvkernels.cli.launcher import Flavour, Host, Job
+from dvkernels.cluster import launchers, slurm
 from dvkernels.devices import cpu
 from dvkernels.errors import LaunchError
 
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers.positive,
         metavar="T",
         help="of BLAS, OpenMP and our kernels, unless OMP_NUM_THREADS etc. are set already; "
-        "default: a worker's share of the cores",
+        "default: SLURM_CPUS_PER_TASK, or a worker's share of the cores",
     )
     parser.add_argument(
         "--bind",
@@ -112,12 +115,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Start the workers and wait for them; return the job's status."""
     path = launcher.find(arguments.launcher, os.environ)
     flavour = launcher.flavour_of(path)
-    job = _job(arguments, os.environ)
+    job = _job(arguments, flavour, os.environ)
     command = launcher.command(path, flavour, job)
     added = launcher.environment(job.num_threads, os.environ)
     if arguments.dry_run:
         print(shlex.join(["env", *(f"{name}={value}" for name, value in added.items()), *command]))
         return 0
+    if flavour.name == "Open MPI" and os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        # PRRTE's daemons are tasks of Slurm: told to stop as well, they kill the workers at once,
+        # and of what srun says of them mpiexec returns the low byte, which is 0.
+        _say(
+            "when Slurm stops this job, Open MPI's mpiexec leaves the workers of other nodes no "
+            "time and may end with status 0; where `srun --mpi=list` names pmix, use "
+            "--launcher srun --launcher-option=--mpi=pmix"
+        )
     deadline = time.monotonic() + arguments.timeout
     first = _first_attempt(os.environ)
     for attempt in range(first, first + arguments.max_restarts + 1):
@@ -128,6 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
             ended_by=flavour.ended_by,
             timeout_seconds=max(0.0, deadline - time.monotonic()),
             grace_seconds=arguments.grace,
+            sent=None if flavour.sent is None else functools.partial(_send, flavour.sent, path),
+            failures=flavour.failures,
         )
         left = first + arguments.max_restarts - attempt
         if end.status:
@@ -138,19 +151,31 @@ def run(arguments: argparse.Namespace) -> int:
     return end.status
 
 
-def _job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
+def _send(
+    sent: Callable[[str, int, signal.Signals], bool], path: str, pid: int, number: signal.Signals
+) -> bool:
+    if sent(path, pid, number):
+        return True
+    _say(f"{number.name} could not be brought to the workers: they are ended after --grace seconds")
+    return False
+
+
+def _job(arguments: argparse.Namespace, flavour: Flavour, environ: Mapping[str, str]) -> Job:
     """Return the job that the options describe, as this host can do it."""
     cores = cpu.usable_cores()
     hosts = _hosts(arguments.hosts, arguments.num_workers)
     num_workers = sum(host.num_workers for host in hosts) or arguments.num_workers
     if num_workers is None:
-        tasks = environ.get("SLURM_NTASKS", "")
-        num_workers = int(tasks) if tasks.isdecimal() and int(tasks) else cores
+        num_workers = _slurm_tasks(environ) or cores
     is_here = all(_is_this_host(host.name) for host in hosts)
     if not hosts:
         is_here = not any(environ.get(name) for name in _HOSTS_ELSEWHERE)
-    # Of other hosts we do not know how many cores they have: their workers find their share.
+    is_here = is_here and flavour.name != launchers.SRUN
+    # Of other hosts we do not know how many cores they have: their workers find their share,
+    # unless Slurm was told.
     num_threads = arguments.threads_per_worker
+    if num_threads is None and "SLURM_CPUS_PER_TASK" in environ:
+        num_threads = launchers.number(environ, "SLURM_CPUS_PER_TASK", 1)
     if num_threads is None and is_here:
         num_threads = max(1, cores // num_workers)
     known = {**environ, **launcher.environment(num_threads, environ)}
@@ -166,13 +191,21 @@ def _job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         num_workers=num_workers,
         hosts=hosts,
         num_threads=num_threads,
-        bound=fits if arguments.bind is None else arguments.bind,
+        bound=(fits or None) if arguments.bind is None else arguments.bind,
         crowded=is_here and num_workers > cores,
         as_root=hasattr(os, "geteuid") and os.geteuid() == 0,
         prefixed=arguments.prefix,
         variables=(_ATTEMPT, *(name for name in launcher.KEPT if name in known)),
         options=tuple(arguments.launcher_option),
     )
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int | None:
+    """Return how many tasks a Slurm job has; None outside of one."""
+    if "SLURM_NTASKS" in environ:
+        return launchers.number(environ, "SLURM_NTASKS", 1)
+    name = "SLURM_TASKS_PER_NODE"  # alone, if the job was asked for as so many nodes
+    return sum(slurm.expand_counts(name, environ[name])) if name in environ else None
 
 
 def _program(words: Sequence[str], is_module: bool) -> tuple[str, ...]:

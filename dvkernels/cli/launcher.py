@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dvkernels.cli import steps
 from dvkernels.errors import LaunchError
 
 __all__ = [
@@ -64,8 +65,9 @@ class Job:
         Where; empty where the launcher decides, which is here unless a batch system says more.
     num_threads : int or None
         How many threads each worker is to use; None for its own choice.
-    bound : bool
-        Whether each worker is bound to as many cores as it has threads.
+    bound : bool or None
+        Whether each worker is bound to as many cores as it has threads; None where nobody asked:
+        Slurm binds tasks to what they were given, the others bind nothing.
     crowded : bool
         Whether there are more workers than cores.
     as_root : bool
@@ -82,7 +84,7 @@ class Job:
     num_workers: int
     hosts: tuple[Host, ...] = ()
     num_threads: int | None = None
-    bound: bool = False
+    bound: bool | None = False
     crowded: bool = False
     as_root: bool = False
     prefixed: bool = True
@@ -99,6 +101,10 @@ class Flavour(NamedTuple):
     arguments: Callable[[Job, Sequence[str]], list[str]]  # of a job, and the command of a worker
     forwarded: frozenset[signal.Signals]  # the signals that it hands on to the workers
     ended_by: signal.Signals  # what makes it end the workers, whatever these do
+    # brings a signal that it does not hand on to all workers: given its path, process, the signal
+    sent: Callable[[str, int, signal.Signals], bool] | None = None
+    # statuses that tell of a failure, and of an orderly end from outside with the others
+    failures: frozenset[int] = frozenset()
 
 
 def find(name: str | None, environ: Mapping[str, str]) -> str:
@@ -241,7 +247,8 @@ def _srun(job: Job, worker: Sequence[str]) -> list[str]:
         words += [f"--ntasks-per-node={counts.pop()}"]
     if job.num_threads is not None:
         words += [f"--cpus-per-task={job.num_threads}"]
-    words += [f"--cpu-bind={'cores' if job.bound else 'none'}"]
+    if job.bound is not None:
+        words += [f"--cpu-bind={'cores' if job.bound else 'none'}"]
     return [*words, *job.options, *worker]
 
 
@@ -282,7 +289,11 @@ FLAVOURS = (
         re.compile(r"^slurm", re.MULTILINE),
         "SLURM_PROCID",
         _srun,
-        _ALL,
-        signal.SIGKILL,
+        # At the other two it does what it wants: it kills the tasks, or says how they are.
+        _ALL - {signal.SIGINT, signal.SIGTERM},
+        signal.SIGTERM,  # killed itself, it would leave the tasks behind
+        steps.send,
+        # If a worker fails it ends the others by SIGTERM, and tells the largest status.
+        failures=frozenset({128 + signal.SIGTERM}),
     ),
 )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import NamedTuple
 
+from dvkernels.checkpoint.preemption import PREEMPTED
 from dvkernels.cluster import launchers, processes
 from dvkernels.cluster.position import Position
 from dvkernels.errors import ClusterError, LaunchError
@@ -24,8 +26,10 @@ TIMED_OUT = 124  # as the command `timeout` has it
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Success, what a wrong option gives, and what Ctrl-C and an orderly end from outside give.
-_FINAL = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+# Success, what a wrong option gives, what a worker says that was told to stop and has saved (by a
+# batch system that may have told the workers alone, and is about to take their machines), and what
+# Ctrl-C and an orderly end from outside give.
+_FINAL = (0, 2, PREEMPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_FOR_LAST_WORDS = 1.0
 _SECONDS_TO_END = 2.0
@@ -44,7 +48,8 @@ class End(NamedTuple):
         Its exit status; 128 and the signal's number if a signal ended it, or the workers after
         one was passed on to them; 124 if it ran out of time.
     may_be_restarted : bool
-        Whether it failed by itself, and not soon after a signal was passed on.
+        Whether it failed by itself: not soon after a signal was passed on, and not as one whose
+        workers were told to stop.
     """
 
     status: int
@@ -59,6 +64,8 @@ def run(
     ended_by: signal.Signals,
     timeout_seconds: float,
     grace_seconds: float,
+    sent: Callable[[int, signal.Signals], bool] | None = None,
+    failures: frozenset[int] = frozenset(),
 ) -> End:
     """Run a launcher until it has ended and nothing that it started is left.
 
@@ -77,6 +84,12 @@ def run(
         How long it may run; may be infinite.
     grace_seconds : float
         How long the workers may go on after they were interrupted, or after the time ran out.
+    sent : callable, optional
+        Given the launcher's process and a signal that it does not hand on, brings that to the
+        workers wherever they are, and returns whether it could. Where it could not, and without
+        it, the workers of this host get the signal.
+    failures : frozenset of int
+        Statuses after which the job may be restarted, though they say elsewhere that it was ended.
 
     Raises
     ------
@@ -85,6 +98,7 @@ def run(
     """
     before = set(processes.descendants_of(os.getpid()))
     _adopt_orphans()
+    deliver = functools.partial(_deliver, forwarded=forwarded, sent=sent)
     pending: list[signal.Signals] = []
     deadline = time.monotonic() + timeout_seconds
     interrupted_by: signal.Signals | None = None
@@ -96,7 +110,7 @@ def run(
             while not _has_ended(launcher):
                 while pending:
                     received, told_at = pending.pop(0), time.monotonic()
-                    _deliver(received, launcher.pid, forwarded)
+                    deliver(received, launcher.pid)
                     if received in _ENDING:  # the second one leaves no time
                         grace = grace_seconds if interrupted_by is None else 0.0
                         deadline = min(deadline, told_at + grace)
@@ -105,7 +119,7 @@ def run(
                     if timed_out or interrupted_by is not None:
                         break
                     timed_out = True
-                    _deliver(signal.SIGTERM, launcher.pid, forwarded)
+                    deliver(signal.SIGTERM, launcher.pid)
                     deadline = time.monotonic() + grace_seconds
         finally:
             _end(launcher, ended_by, before)
@@ -119,7 +133,8 @@ def run(
         killed = {number for by in signals for number in (by, 128 + by)}
         return End(128 + interrupted_by if status in killed else status, may_be_restarted=False)
     left_when_told = time.monotonic() - told_at < grace_seconds
-    return End(status, may_be_restarted=status not in _FINAL and not left_when_told)
+    failed = status in failures or status not in _FINAL
+    return End(status, may_be_restarted=failed and not left_when_told)
 
 
 def workers_below(pid: int) -> list[int]:
@@ -166,10 +181,18 @@ def _has_ended(launcher: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _deliver(received: signal.Signals, pid: int, forwarded: frozenset[signal.Signals]) -> None:
+def _deliver(
+    received: signal.Signals,
+    pid: int,
+    *,
+    forwarded: frozenset[signal.Signals],
+    sent: Callable[[int, signal.Signals], bool] | None,
+) -> None:
     """Bring a signal to all workers through the launcher, or else to those of this host."""
     if received is signal.SIGHUP:  # the terminal is gone, which workers are to take as an end
         received = signal.SIGTERM
+    if received not in forwarded and sent is not None and sent(pid, received):
+        return
     for process in [pid] if received in forwarded else workers_below(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process, received)

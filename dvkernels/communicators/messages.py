@@ -19,6 +19,7 @@ from dvkernels.communicators.agreement import Agreement, Asked, Standing, Word
 from dvkernels.communicators.exchange import Exchange
 from dvkernels.communicators.host import Host
 from dvkernels.communicators.request import Finish, Request
+from dvkernels.communicators.roll_call import RollCall
 from dvkernels.communicators.room import NUM_CHANNELS
 from dvkernels.communicators.window import Window
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
@@ -26,7 +27,6 @@ from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
 
-_RECORD_NBYTES, _HEAD_NBYTES = 512, 16
 _TESTS_PER_LOOK = 100  # about 50 us of asking MPI
 # How long to ask without pausing: for workers that may be anywhere, and for data that all of them
 # have agreed to exchange, so that only a worker that is lost or stopped can hold them up.
@@ -143,10 +143,7 @@ class Messages:
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self._exchange = Exchange(self._comm, hosts[channel], placed)
         self._channel = channel
-        self._own = np.zeros(_RECORD_NBYTES, np.uint8)
-        self._all = np.zeros((comm.size, _RECORD_NBYTES), np.uint8)
-        # The same buffers in every round, so MPI sets it up once.
-        self._meeting = self._comm.Allgather_init([self._own, MPI.BYTE], [self._all, MPI.BYTE])
+        self._round = RollCall(self._comm)
         self._number = 0
         self._last: Asked | None = None
         self._standing = standing or Standing()
@@ -229,28 +226,22 @@ class Messages:
 
     def come(self, number: int, nbytes: int, text: str = "") -> None:
         """Come to the next round, without waiting."""
-        held = text.encode(errors="replace")[: _RECORD_NBYTES - _HEAD_NBYTES - 1]
-        self._own[:_HEAD_NBYTES].view(np.int64)[:] = number, nbytes
-        self._own[_HEAD_NBYTES:][: len(held)] = np.frombuffer(held, np.uint8)
-        self._own[_HEAD_NBYTES + len(held)] = 0
         self._number += 1
         self._post.rounds[self._channel] = self._number
-        self._meeting.Start()
+        self._round.start(number, nbytes, text)
 
     def is_complete(self) -> bool:
         """Tell, without waiting, whether all have come to the round."""
-        return bool(self._meeting.Test())
+        return self._round.Test()
 
     def await_all(self, asked_for: Asked) -> list[Word]:
         """Return what each worker brought to the round, when all have come."""
-        self._finish(self._meeting, asked_for, _SPINNING_SECONDS)
-        heads = np.ascontiguousarray(self._all[:, :_HEAD_NBYTES]).view(np.int64)
-        return [Word(int(number), int(nbytes)) for number, nbytes in heads]
+        self._finish(self._round, asked_for, _SPINNING_SECONDS)
+        return self._round.words()
 
     def text_of(self, worker: int) -> str:
         """Return what a worker said in the latest round."""
-        held = self._all[worker, _HEAD_NBYTES:].tobytes()
-        return held[: held.index(0)].decode(errors="replace")
+        return self._round.text_of(worker)
 
     def _finish(
         self, request: Request, wanted: Asked, busy_seconds: float = _FLOWING_SECONDS

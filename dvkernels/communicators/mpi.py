@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from mpi4py import MPI
 
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators import awareness
+from dvkernels.communicators import awareness, host_memory
 from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Host, Shared
 from dvkernels.communicators.messages import Messages
 from dvkernels.communicators.room import NUM_CHANNELS, Room
@@ -31,7 +32,9 @@ _NAP_SECONDS = 1e-3
 _GRACE_SECONDS = 5.0  # for the others to raise what ended the group, before MPI ends the job
 _MOMENT_SECONDS = 0.2
 _LINE = 64
-_SHARED_MEMORY = Path("/dev/shm")  # there MPICH, Open MPI and Intel MPI put it
+_SPARE_NBYTES = 1 << 16  # for what MPI itself keeps beside a window, and whole pages
+# The places that the workers of a host have beside their own where there are other hosts.
+_BETWEEN_HOSTS = (NUM_RESULTS // 2, PIECE_NBYTES)
 
 _open: list[Transport] = []
 _windows: list[Any] = []  # freed by MPI itself in the end: that needs all workers
@@ -43,7 +46,8 @@ def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
     Raises
     ------
     ClusterError
-        MPI started another number of processes, or offers too little.
+        MPI started another number of processes, or offers too little; or a host has too little
+        memory for its workers to share. Of the last, all workers hear.
     CollectiveTimeoutError
         Some of them do not call this in time.
     """
@@ -63,13 +67,15 @@ def connect(resolver: ClusterResolver, timeout_seconds: float) -> WorkerGroup:
     comm = world.Split(0, resolver.worker_id)
     comm.Set_errhandler(MPI.ERRORS_RETURN)
     on_this_host = _split_by_host(comm)
+    _check_memory(comm, on_this_host)
+    gpu_comms = _for_gpus(comm)
     transport: Transport
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
     else:
         placed = numbered(comm.allgather(on_this_host.bcast(comm.rank)))
         transport = Messages(comm, placed, _hosts(on_this_host), timeout_seconds)
-    return WorkerGroup(_kept(transport), _for_gpus(comm))
+    return WorkerGroup(_kept(transport), gpu_comms)
 
 
 def _for_gpus(comm: Any) -> list[Any]:
@@ -115,11 +121,20 @@ def _split_by_host(comm: Any) -> Any:
     return comm.Split_type(MPI.COMM_TYPE_SHARED)
 
 
+def _check_memory(comm: Any, here: Any) -> None:
+    """Raise on all workers where one host has too little memory for its workers to share."""
+    more = () if here.size == comm.size else _BETWEEN_HOSTS
+    needed = Room.nbytes_for(here.size, *more) + _SPARE_NBYTES if here.size > 1 else 0
+    found = host_memory.free_nbytes() if here.rank == 0 else needed
+    for told in comm.allgather((platform.node(), here.size, needed, found)):
+        host_memory.check(*told)
+
+
 def _hosts(comm: Any) -> list[Host]:
     """Return what the workers of this host share, for each channel."""
     if comm.size == 1:
         return [Alone()] * NUM_CHANNELS
-    room, is_roomy = _shared_room(comm, NUM_RESULTS // 2, PIECE_NBYTES)
+    room, is_roomy = _shared_room(comm, *_BETWEEN_HOSTS)
     return [Shared(room, channel, is_roomy) for channel in range(NUM_CHANNELS)]
 
 
@@ -153,11 +168,8 @@ class _Segments:
         self._comm = comm
 
     def free_nbytes(self) -> int:
-        """Return how much is left where MPI puts windows, on Linux; elsewhere it is not known."""
-        if not _SHARED_MEMORY.is_dir():
-            return sys.maxsize
-        found = os.statvfs(_SHARED_MEMORY)
-        return found.f_bavail * found.f_frsize
+        """Return how much is left."""
+        return host_memory.free_nbytes()
 
     def open(self, nbytes: int) -> list[Any]:
         """Return a new segment of each process."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
 
 from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.communicators import host_memory
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
@@ -30,6 +33,7 @@ def between_workers(resolver: ClusterResolver, timeout_seconds: float) -> Worker
         )
     if resolver.num_workers == 1:
         return Single()
+    host_memory.check_for_mpi(resolver, os.environ, platform.node())
     try:
         from dvkernels.communicators import mpi
     except ImportError as error:

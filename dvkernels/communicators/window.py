@@ -13,7 +13,7 @@ import itertools
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, final
 
 import numpy as np
@@ -31,6 +31,7 @@ _LINE = 64
 _SEGMENT_NBYTES = 16 * 1024 * 1024  # at least: windows of MPI are few and large
 _MOST_NBYTES = 1 << 44  # of a segment; a place in all segments is one number
 _POSITIVE = (1 << 62) - 1
+_MOST_KNOWN = 256
 
 Agree = Callable[..., list[list[int]]]
 
@@ -55,13 +56,14 @@ class _Block:
 
 
 class Placed(NamedTuple):
-    """Columns of arrays in a window, by their places, which are the same on all workers."""
+    """Columns of arrays in a window: this worker's share of those of all workers.
 
-    number: int  # equal only where all places are
-    nbytes: list[int]  # of an array of each column
-    dtype: Any
-    sources: list[int]
-    targets: list[int]
+    Of each column a part of all workers' arrays, those of the first worker first.
+    """
+
+    number: int  # equal only on workers on which all lie alike
+    sources: list[list[Any]]
+    targets: list[list[Any]] | None  # None: the sources
 
 
 @final
@@ -84,6 +86,7 @@ class Window:
         self._taken: dict[int, tuple[int, int]] = {}  # blocks by number: place, nbytes
         self._number = 0
         self._dropped: deque[int] = deque()  # blocks; from any thread, at any moment
+        self._known: dict[Any, Placed | None] = {}
         self._told: set[int] = set()  # blocks that no array of this worker lies in
 
     @property
@@ -133,6 +136,7 @@ class Window:
         bisect.insort(self._starts, (checks.address(found[self._rank]), len(self._open)))
         self._give_back(len(self._open) * _MOST_NBYTES, nbytes)
         self._open.append(found)
+        self._known.clear()
 
     def _made(self, room: int, nbytes: int, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return an array in the first free place that is large enough."""
@@ -164,63 +168,76 @@ class Window:
 
         None: some lie elsewhere, or an element is to be written twice.
         """
-        sources = self._places_of([a for column in columns for a in column[:num_sources]])
-        targets = self._places_of([a for column in columns for a in column[num_sources:]])
-        if sources is None or targets is None:
-            return None
+        # The same arrays come step after step, and finding them takes longer than a round.
+        addresses = [checks.address(array) for column in columns for array in column]
+        lengths = [column[0].size for column in columns]
+        key = (num_sources, columns[0][0].dtype, *lengths, *addresses)
+        if key not in self._known:
+            if len(self._known) == _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = self._placed(columns, num_sources, addresses)
+        return self._known[key]
+
+    def _placed(
+        self, columns: Sequence[Sequence[Any]], num_sources: int, addresses: Sequence[int]
+    ) -> Placed | None:
         nbytes = [column[0].nbytes for column in columns]
-        written = [*_stretches(targets, nbytes)]
-        if sources != targets:
-            written += _stretches(sources, nbytes)
-        written.sort()
+        width = len(columns[0])
+        places = [self._place_of(at, nbytes[k // width]) for k, at in enumerate(addresses)]
+        if None in places:
+            return None
+        rows = [places[k : k + width] for k in range(0, len(places), width)]
+        sources, targets = [row[:num_sources] for row in rows], [row[num_sources:] for row in rows]
+        is_in_place = sources == targets
+        written = sorted(
+            (place, place + count)
+            for row, count in zip(targets if is_in_place else rows, nbytes, strict=True)
+            for place in row
+        )
         if any(stop > start for (_, stop), (start, _) in itertools.pairwise(written)):
             return None
-        number = hash((num_sources, *sources, *targets)) & _POSITIVE
-        return Placed(number, nbytes, columns[0][0].dtype, sources, targets)
+        dtype = columns[0][0].dtype
+        return Placed(
+            hash((num_sources, *nbytes, *places)) & _POSITIVE,
+            self._share(sources, nbytes, dtype),
+            None if is_in_place else self._share(targets, nbytes, dtype),
+        )
 
-    def _places_of(self, arrays: Sequence[Any]) -> list[int] | None:
-        """Return where arrays lie; None: some lie elsewhere."""
-        found = []
-        for array in arrays:
-            address = checks.address(array)
-            k = bisect.bisect(self._starts, (address, len(self._open))) - 1
-            if k < 0:
-                return None
-            start, segment = self._starts[k]
-            offset = address - start
-            if offset + array.nbytes > len(self._open[segment][self._rank]):
-                return None
-            found.append(segment * _MOST_NBYTES + offset)
-        return found
+    def _place_of(self, address: int, nbytes: int) -> int | None:
+        """Return where bytes lie; None: elsewhere."""
+        k = bisect.bisect(self._starts, (address, len(self._open))) - 1
+        if k < 0:
+            return None
+        start, segment = self._starts[k]
+        if address + nbytes > start + len(self._open[segment][self._rank]):
+            return None
+        return segment * _MOST_NBYTES + address - start
 
     def reduce(self, placed: Placed, op: Reduction) -> None:
         """Combine this worker's share of all workers' sources into all workers' targets.
 
         Each element in the order of the workers, and of each worker in that of its sources.
         """
-        sources = self._share(placed, placed.sources)
-        if placed.sources == placed.targets:
-            many.all_reduce_many(sources, op)
+        if placed.targets is None:
+            many.all_reduce_many(placed.sources, op)
             return
-        targets = self._share(placed, placed.targets)
-        for reads, writes in zip(sources, targets, strict=True):
+        for reads, writes in zip(placed.sources, placed.targets, strict=True):
             direct.all_reduce_as("all_reduce", reads, op, writes)
 
-    def _share(self, placed: Placed, places: Sequence[int]) -> list[list[Any]]:
-        """Return a part of each column of all workers' arrays, those of the first worker first.
+    def _share(self, rows: Sequence[Sequence[Any]], nbytes: Sequence[int], dtype: Any) -> Any:
+        """Return a part of the arrays of all workers at some places, a row for each column.
 
         The cache lines of all columns are dealt out evenly, so of many short arrays a worker has
         most whole or not at all.
         """
-        lines = [-(-nbytes // _LINE) for nbytes in placed.nbytes]
+        lines = [-(-count // _LINE) for count in nbytes]
         low, high = partition.bounds(sum(lines), self._size, self._rank)
-        found, begin, width = [], 0, len(places) // len(lines)
-        for k, (count, nbytes) in enumerate(zip(lines, placed.nbytes, strict=True)):
+        found, begin = [], 0
+        for places, count, length in zip(rows, lines, nbytes, strict=True):
             first, last = max(low - begin, 0), min(high - begin, count)
             if first < last:
-                here = first * _LINE, min(last * _LINE, nbytes)
-                of_column = places[k * width : (k + 1) * width]
-                found.append(self._everyones(of_column, *here, placed.dtype))
+                here = first * _LINE, min(last * _LINE, length)
+                found.append(self._everyones(places, *here, dtype))
             begin += count
         return found
 
@@ -232,10 +249,3 @@ class Window:
             for member in range(self._size)
             for segment, offset in where
         ]
-
-
-def _stretches(places: Sequence[int], nbytes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield where arrays start and stop, as many of each column; ``nbytes`` are of one of them."""
-    width = len(places) // len(nbytes)
-    for k, place in enumerate(places):
-        yield place, place + nbytes[k // width]

@@ -19,8 +19,9 @@ from dvkernels.data.node import (
     add_note,
     callable_name,
 )
+from dvkernels.data.outcome import Outcome, outcome_of
 from dvkernels.data.skips import skipping
-from dvkernels.data.workers import KINDS, Outcome, Workers, outcome_of
+from dvkernels.data.workers import KINDS, Workers
 from dvkernels.errors import DatasetError
 
 __all__ = [

@@ -1,34 +1,23 @@
 """Threads or processes that apply a function to elements, in order.
 
-They are started when the first iterator needs them and end when the last one lets go. Processes are
-spawned, never forked: a child forked from a process with OpenMP threads may end or hang.
+They are started when the first iterator needs them and end when the last one lets go.
 """
 
 from __future__ import annotations
 
 import collections
-import multiprocessing
-import os
 import pickle
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from typing import Any
 
+from dvkernels.data.outcome import Outcome, outcomes_of
 from dvkernels.errors import DatasetError, WorkerLostError
 
-__all__ = ["KINDS", "Outcome", "Workers", "outcome_of"]
+__all__ = ["KINDS", "Workers"]
 
 KINDS = ("threads", "processes")
-
-
-class Outcome(NamedTuple):
-    """What the function made of an element: a value, or the error it raised."""
-
-    value: Any
-    error: Exception | None
 
 
 class Workers:
@@ -93,15 +82,17 @@ class Workers:
             executor = self._executor
         try:
             if self._kind == "processes":
-                return executor.submit(_apply_installed, elements)
-            return executor.submit(_apply, self._fn, elements)
-        except BrokenProcessPool as error:
+                from dvkernels.data import processes
+
+                return executor.submit(processes.apply, elements)
+            return executor.submit(outcomes_of, self._fn, elements)
+        except BrokenExecutor as error:
             raise self._lost() from error
 
     def _result(self, future: Future[list[Outcome]]) -> list[Outcome]:
         try:
             return future.result()
-        except BrokenProcessPool as error:
+        except BrokenExecutor as error:
             raise self._lost() from error
 
     def _lost(self) -> WorkerLostError:
@@ -121,58 +112,7 @@ class Workers:
     def _start(self) -> Executor:
         if self._kind == "threads":
             return ThreadPoolExecutor(self._count, thread_name_prefix="dvkernels-data-map")
-        return ProcessPoolExecutor(
-            self._count,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_install,
-            initargs=(self._pickled,),
-        )
+        # Loaded when they are wanted: they need much of the standard library.
+        from dvkernels.data import processes
 
-
-_installed: Callable[[Any], Any] | None = None  # in a worker process
-
-
-def _install(pickled: bytes) -> None:
-    global _installed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _installed = pickle.loads(pickled)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone: a killed one cannot say so."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _apply_installed(elements: Sequence[Any]) -> list[Outcome]:
-    assert _installed is not None
-    outcomes = _apply(_installed, elements)
-    for place, outcome in enumerate(outcomes):
-        if outcome.error is not None and not _travels(outcome.error):
-            error = RuntimeError(f"{type(outcome.error).__name__}: {outcome.error}")
-            outcomes[place] = Outcome(None, error)
-    return outcomes
-
-
-def _apply(fn: Callable[[Any], Any], elements: Sequence[Any]) -> list[Outcome]:
-    return [outcome_of(fn, element) for element in elements]
-
-
-def outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
-    """Return what a function makes of an element."""
-    try:
-        return Outcome(fn(element), None)
-    except Exception as error:
-        return Outcome(None, error)
-
-
-def _travels(error: Exception) -> bool:
-    """Return whether an error survives the way between processes: not all do."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return False
-    return True
+        return processes.start(self._count, self._pickled)

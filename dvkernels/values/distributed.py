@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -170,6 +169,8 @@ class _Frozen(DistributedValues[T]):
         return f"{type(self).__name__}({shown})"
 
     def _repr_html_(self) -> str:
+        import html  # with all entities' names: for notebooks only
+
         rows = "".join(
             f"<tr><td>{i}</td><td>{device}</td><td>{html.escape(_short(value))}</td></tr>"
             for i, (device, value) in enumerate(

@@ -9,8 +9,8 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
 #SBATCH --output=%x-%j.log
-# Two minutes before the time is up this shell, and no other process, gets SIGTERM. It has become
-# the launcher by then (see `exec` below), which hands it on to all workers: time for a checkpoint.
+# Two minutes before the time is up this script gets SIGTERM, and hands it on to all workers: time
+# for a checkpoint.
 #SBATCH --signal=B:TERM@120
 # A node that fails, or an urgent job, puts this one back into the queue.
 #SBATCH --requeue
@@ -24,11 +24,26 @@ PYTHON="${PYTHON:-.venv/bin/python}"
 # Which attempt this is, for programs that look for a checkpoint; launch counts on from here.
 export DVKERNELS_ATTEMPT="${SLURM_RESTART_COUNT:-0}"
 
-# The number of workers is that of the job's tasks, and Slurm tells mpiexec the nodes.
+# The number of workers is that of the job's tasks, their threads are the tasks' cores, and Slurm
+# tells mpiexec the nodes.
 # --max-restarts: a job that fails by itself starts again here, without queueing.
-# Where mpiexec may not be used, let srun start the workers, with the plugin that your MPI speaks
-# (srun --mpi=list):  --launcher srun --launcher-option=--mpi=pmix
-exec "$PYTHON" -m dvkernels launch \
-    --threads-per-worker "${SLURM_CPUS_PER_TASK:-1}" --bind \
-    --grace 110 --max-restarts 2 \
-    "$@"
+# Where mpiexec may not be used, and with Open MPI always, let srun start the workers, with the
+# plugin that your MPI speaks (srun --mpi=list), pmi2 for MPICH and pmix for Open MPI:
+#     --launcher srun --launcher-option=--mpi=pmix
+"$PYTHON" -m dvkernels launch --bind --grace 110 --max-restarts 2 "$@" &
+launch=$!
+trap 'told=yes; kill -TERM "$launch"' TERM
+told=
+status=0
+wait "$launch" || status=$?
+if [ "$told" ]; then # the signal ended the waiting, and not launch
+    status=0
+    wait "$launch" || status=$?
+fi
+
+# A PreemptionHandler was told to stop, has saved, and left with 42: back into the queue, to go on
+# from there. But not if the job was cancelled, or its time is up for good.
+if [ "$status" = 42 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

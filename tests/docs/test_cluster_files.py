@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,33 +24,95 @@ print(*(os.environ[name] for name in names), sys.argv[1:])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the fake launcher needs Linux")
-def test_the_batch_script(tmp_path):
-    mpiexec, program = tmp_path / "mpiexec", tmp_path / "train.py"
-    mpiexec.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
-    mpiexec.chmod(0o755)
-    program.write_text(PROGRAM)
-    ran = subprocess.run(
-        [str(FILES / "slurm.sh"), "--launcher", str(mpiexec), str(program), "--epochs", "10"],
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
-            "SLURM_JOB_ID": "7",
-            "SLURM_NTASKS": "4",
-            "SLURM_CPUS_PER_TASK": "8",
-            "SLURM_RESTART_COUNT": "1",
-            "SLURM_PROCID": "0",
-            "SLURM_LOCALID": "0",
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
+BATCH_JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_CPUS_PER_TASK": "8",
+    "SLURM_RESTART_COUNT": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
+print("up", flush=True)
+while len(sys.argv) == 1:
+    time.sleep(0.01)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def executable(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Return a function that starts the batch script with a program, as Slurm does."""
+    started = []
+
+    def batch(text: str, *words: str, state: str = "RUNNING") -> subprocess.Popen[str]:
+        run = f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n'
+        mpiexec = executable(tmp_path / "mpiexec", run)
+        executable(tmp_path / "squeue", f"#!/bin/sh\necho {state}\n")
+        executable(tmp_path / "scontrol", '#!/bin/sh\necho "scontrol $*"\n')
+        (tmp_path / "train.py").write_text(text)
+        found = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+        path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+        process = subprocess.Popen(
+            [FILES / "slurm.sh", "--launcher", mpiexec, tmp_path / "train.py", *words],
+            env={**os.environ, **BATCH_JOB, **found, **path},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield batch
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the fake launcher needs Linux")
+
+
+@needs_linux
+def test_the_batch_script(batch):
+    process = batch(PROGRAM, "--epochs", "10")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     expected = [f"[{rank}] 4 8 1 ['--epochs', '10']" for rank in range(4)]
-    assert sorted(ran.stdout.splitlines()) == expected
+    assert sorted(out.splitlines()) == expected
+
+
+@needs_linux
+def test_the_batch_script_hands_on_the_warning_and_requeues_what_was_saved(batch):
+    process = batch(SAVES)
+    for _ in range(4):
+        process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (42, "scontrol requeue 7\n"), err
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("end", "state", "words"),
+    [
+        ("42", "RUNNING", ["scontrol requeue 7"]),  # Slurm has told the workers alone
+        ("42", "CANCELLED", []),
+        ("0", "RUNNING", []),
+        ("2", "RUNNING", []),
+    ],
+)
+def test_the_batch_script_requeues_what_was_saved_and_nothing_else(batch, end, state, words):
+    process = batch(SAVES, end, state=state)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == int(end), err
+    assert out.splitlines()[4:] == words
 
 
 def launches() -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,14 @@ _ADDRESSES = ("10.231.7.1", "10.231.7.2")  # seen by nobody else
 _DEADLINE_SECONDS = 20
 
 # What carries MPI's messages (UCX, libfabric) would find out that both are one machine, and go
-# through its memory.
+# through its memory. Of Open MPI the rest: its own way over TCP, and by which its daemons talk.
 _BY_NETWORK = (
     "UCX_TLS=tcp,self", f"UCX_NET_DEVICES={_CABLE}", "FI_PROVIDER=tcp", f"FI_TCP_IFACE={_CABLE}",
+    "OMPI_MCA_pml=ob1", "OMPI_MCA_btl=self,sm,tcp", f"OMPI_MCA_btl_tcp_if_include={_CABLE}",
+    f"PRTE_MCA_prte_if_include={_CABLE}",
 )  # fmt: skip
 
-# What starts a command on a host, as Hydra asks for it: options, the host, the command.
+# What starts a command on a host, as Hydra and Open MPI ask for it: options, the host, the command.
 _SHELL = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 case "$1" in
@@ -32,8 +35,11 @@ case "$1" in
     *) echo "no such host: $1" >&2; exit 1 ;;
 esac
 shift
-exec ip netns exec "$space" sh -c "$*"
+exec {on} sh -c "$*"
 """
+
+# A host has a name of its own, by which MPI tells who shares memory. Then come words to run there.
+_NAMED = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Hosts:
     prefix : list of str
         What a command starts with that runs on the first.
     options : list of str
-        What tells Hydra's mpiexec to start two workers on each.
+        What tells mpiexec to start two workers on each.
     """
 
     names: tuple[str, str]
@@ -60,10 +66,10 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def joined(folder: Path) -> Iterator[Hosts]:
-    """Make two hosts, and remove them; skip where the machine does not allow it."""
-    if sys.platform != "linux" or shutil.which("ip") is None:
-        pytest.skip("network namespaces are made by Linux and ip (of iproute2)")
+def joined(folder: Path, is_open_mpi: bool) -> Iterator[Hosts]:
+    """Make two hosts for one kind of mpiexec, and remove them; skip where that is not allowed."""
+    if sys.platform != "linux" or not (shutil.which("ip") and shutil.which("unshare")):
+        pytest.skip("hosts are made by Linux, ip (of iproute2) and unshare (of util-linux)")
     names = (f"dv{os.getpid()}a", f"dv{os.getpid()}b")
     with contextlib.ExitStack() as undo:
         for name in names:
@@ -77,15 +83,23 @@ def joined(folder: Path) -> Iterator[Hosts]:
                 _make("-n", name, "link", "set", link, "up")
         _await_both(names)
         pairs = zip(_ADDRESSES, names, strict=True)
+        cases = "\n".join(f"    {at}) space={name} ;;" for at, name in pairs)
+        on = shlex.join(_on("$space")).replace("'$space'", '"$space"')
         shell = folder / "shell"
-        shell.write_text(
-            _SHELL.format(cases="\n".join(f"    {at}) space={name} ;;" for at, name in pairs))
-        )
+        shell.write_text(_SHELL.format(cases=cases, on=on))
         shell.chmod(0o755)
         hosts = ",".join(f"{address}:2" for address in _ADDRESSES)
+        prefix = [*_on(names[0]), "env", *_BY_NETWORK]
         options = ["-launcher", "ssh", "-launcher-exec", str(shell), "-hosts", hosts]
-        prefix = ["ip", "netns", "exec", names[0], "env", *_BY_NETWORK]
+        if is_open_mpi:
+            prefix.append(f"PRTE_MCA_plm_ssh_agent={shell}")
+            options = ["--host", hosts, "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
         yield Hosts(names, prefix, options)
+
+
+def _on(name: str) -> list[str]:
+    """Return what a command starts with that runs on a host."""
+    return ["ip", "netns", "exec", name, *_NAMED, name]
 
 
 def _await_both(names: tuple[str, str]) -> None:

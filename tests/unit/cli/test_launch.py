@@ -181,11 +181,48 @@ def test_restarts_count_and_end(launch, script):
     assert launch("-n", "1", "--max-restarts", "2", again, DVKERNELS_ATTEMPT="4")[0] == 0
 
 
-@pytest.mark.parametrize("status", [0, 2, 130])
+@pytest.mark.parametrize("status", [0, 2, 42, 130])
 def test_what_will_fail_again_is_not_restarted(launch, script, status):
     found, _, err = launch("-n", "1", "--max-restarts", "2", script(f"os._exit({status})"))
     assert found == status
     assert "starting again" not in err
+
+
+def test_open_mpi_in_a_slurm_job_of_several_nodes_is_warned_of(launch, tmp_path):
+    mpiexec = tmp_path / "mpirun"
+    mpiexec.write_text("#!/bin/sh\necho 'mpiexec (Open MPI) 5.0.11'\n")
+    mpiexec.chmod(0o755)
+    for nodes, told in (("2", True), ("1", False)):
+        words = ("--launcher", str(mpiexec), "-m", "platform")
+        status, _, err = launch(*words, SLURM_JOB_NUM_NODES=nodes)
+        assert status == 0
+        assert ("use --launcher srun" in err) == told
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("told", "num_workers"),
+    [
+        ({"SLURM_NTASKS": "5", "SLURM_TASKS_PER_NODE": "3,2"}, 5),
+        ({"SLURM_TASKS_PER_NODE": "2(x2),1"}, 5),  # sbatch --nodes=3 --exclusive
+    ],
+)
+def test_a_slurm_job_says_how_many_workers_and_threads(launch, told, num_workers):
+    status, out, err = launch("--dry-run", "-m", "x", **SLURM, **told)
+    assert status == 0, err
+    assert f"-n {num_workers} -bind-to none" in out
+    assert "OMP_NUM_THREADS=3" in out
+    assert (
+        "OMP_NUM_THREADS=1" in launch("--dry-run", "--threads-per-worker=1", "-m", "x", **SLURM)[1]
+    )
+
+
+def test_a_wrong_variable_of_slurm_is_named(launch):
+    status, _, err = launch("--dry-run", "-m", "x", SLURM_JOB_ID="7", SLURM_NTASKS="none")
+    assert status == 2
+    assert "SLURM_NTASKS: expected an integer from 1; got 'none'" in err
 
 
 GRACEFUL = """

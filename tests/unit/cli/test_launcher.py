@@ -22,6 +22,7 @@ VERSIONS = {
     "HYDRA build details:\n    Version:                                 5.0.2": "MPICH",
     "Intel(R) MPI Library for Linux* OS, Version 2021.18.1 Build 20260626": "Intel MPI",
     "slurm 23.11.4": "srun",
+    "slurm-wlm 22.05.8": "srun",
 }
 
 
@@ -68,6 +69,7 @@ JOBS = {
     "plain": Job(("prog", "x"), 4, prefixed=False),
     "bound": Job(("prog",), 2, num_threads=2, bound=True, prefixed=False),
     "crowded": Job(("prog",), 4, num_threads=1, crowded=True, as_root=True, prefixed=False),
+    "not asked for": Job(("prog",), 4, num_threads=2, bound=None, prefixed=False),
     "hosts": Job(
         ("prog",), 4, HOSTS, variables=("PYTHONPATH",), options=("--more",), prefixed=False
     ),
@@ -92,6 +94,9 @@ COMMANDS = {
     ("srun", "plain"): "--ntasks=4 --kill-on-bad-exit=1 --cpu-bind=none prog x",
     ("srun", "bound"): "--ntasks=2 --kill-on-bad-exit=1 --cpus-per-task=2 --cpu-bind=cores prog",
     ("srun", "crowded"): "--ntasks=4 --kill-on-bad-exit=1 --cpus-per-task=1 --cpu-bind=none prog",
+    # Slurm binds by itself, to what the tasks were given.
+    ("srun", "not asked for"): "--ntasks=4 --kill-on-bad-exit=1 --cpus-per-task=2 prog",
+    ("MPICH", "not asked for"): "-n 4 -bind-to none prog",
     ("srun", "hosts"): (
         "--ntasks=4 --kill-on-bad-exit=1 --nodelist=a,b --ntasks-per-node=2 --cpu-bind=none "
         "--more prog"

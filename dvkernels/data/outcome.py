@@ -1,0 +1,28 @@
+"""What a function made of an element, or the error it raised: both go on to whoever asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["Outcome", "outcome_of", "outcomes_of"]
+
+
+class Outcome(NamedTuple):
+    """What the function made of an element: a value, or the error it raised."""
+
+    value: Any
+    error: Exception | None
+
+
+def outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
+    """Return what a function makes of an element."""
+    try:
+        return Outcome(fn(element), None)
+    except Exception as error:
+        return Outcome(None, error)
+
+
+def outcomes_of(fn: Callable[[Any], Any], elements: Sequence[Any]) -> list[Outcome]:
+    """Return what a function makes of some elements."""
+    return [outcome_of(fn, element) for element in elements]
