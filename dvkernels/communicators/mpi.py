@@ -75,6 +75,7 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
     routing = _agreed_routing(comm, way)
     on_this_host = _split_by_host(comm)
     _check_memory(comm, on_this_host)
+    gpu_comms = _for_gpus(comm)
     transport: Transport
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
@@ -82,7 +83,7 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
         transport = Messages(
             comm, _placed(comm, on_this_host), _hosts(on_this_host), timeout_seconds, routing
         )
-    return WorkerGroup(_kept(transport), _for_gpus(comm))
+    return WorkerGroup(_kept(transport), gpu_comms)
 
 
 def _for_gpus(comm: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 
 import ml_dtypes
 import numba
@@ -318,6 +319,8 @@ def test_a_failure_of_mpi_or_of_the_gpu_is_told_to_all(monkeypatch):
         raise RuntimeError("an illegal address")
 
     workers[0]._straight._reduce = fails
+    began = time.monotonic()
     for error in outcomes(workers, "all_reduce", ones(900), SUM):
         assert isinstance(error, WorkerLostError)
         assert "worker 0 failed in gpu.all_reduce(sum, float64[900]): an illegal" in str(error)
+    assert time.monotonic() - began < 10, "long before the deadline"

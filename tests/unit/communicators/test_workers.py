@@ -12,9 +12,11 @@ from threads_as_workers import Together, at_once, transports
 
 from dvkernels import kernels
 from dvkernels.communicators.base import Workers
+from dvkernels.communicators.bucketing import Bucketing, all_reduce_each
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.room import PLACE_NBYTES
+from dvkernels.communicators.shared_memory import SharedMemory
 from dvkernels.communicators.workers import WorkerGroup
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, WorkerLostError
@@ -299,3 +301,27 @@ def test_nothing_gets_out_of_a_worker_that_has_ended_the_group():
         for error in at_once(ends, lambda worker=other: worker.exchange("right")):
             assert isinstance(error, WorkerLostError)
             assert str(error) == "of the test"
+
+
+def test_what_is_declined_is_not_reduced_before(monkeypatch):
+    """Arrays of one dtype go in one pass, those of another do not: none is reduced twice."""
+
+    class Own(np.ndarray):
+        pass
+
+    seen = []
+    into = SharedMemory.all_reduce_into
+
+    def noted(self, columns, *rest):
+        seen.append((self.rank, sum(column[0].size for column in columns)))
+        return into(self, columns, *rest)
+
+    monkeypatch.setattr(SharedMemory, "all_reduce_into", noted)
+    plain, own = np.ones(5), np.ones(7, "f4").view(Own)
+    workers = [WorkerGroup(transport) for transport in transports(2)]
+    bucketing = [Bucketing(Hierarchical(Local(2, "auto"), one, [2, 2]), 1 << 20) for one in workers]
+    columns = [[plain] * 2, [own] * 2]
+    calls = (functools.partial(all_reduce_each, one, columns, ReduceOp.SUM) for one in bucketing)
+    for found in at_once(*calls):
+        assert [set(array.tolist()) for column in found for array in column] == [{4.0}] * 4
+    assert sorted(seen) == [(0, 5), (0, 7), (1, 5), (1, 7)]
