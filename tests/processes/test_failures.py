@@ -54,7 +54,7 @@ def test_survivors_are_told(over, harm, tmp_path):
     check(over, harm, 1, tmp_path)
 
 
-@pytest.mark.parametrize("over", ["1,1,1", "2,1"])
+@pytest.mark.parametrize("over", ["2,1"])
 @pytest.mark.parametrize("harm", TOLD)
 def test_survivors_of_a_ring_are_told(over, harm, tmp_path):
     check(over, harm, 3, tmp_path, ops="ring")
@@ -74,12 +74,12 @@ def test_survivors_that_the_launcher_leaves_alone(over, tmp_path):
 
 
 @pytest.mark.skipif(not is_open_mpi(), reason="MPICH ends a job of which a process is killed")
-@pytest.mark.parametrize("over", ["1,1,1", "2,1"])
+@pytest.mark.parametrize("over", ["1,1,1"])
 def test_survivors_of_a_ring_that_the_launcher_leaves_alone(over, tmp_path):
     check(over, "kill", 2, tmp_path, ["--with-ft", "ulfm"], "ring")
 
 
-@OVER
+@pytest.mark.parametrize("over", ["memory", "2,1"])
 @pytest.mark.parametrize(
     ("harm", "options"),
     [
@@ -89,7 +89,7 @@ def test_survivors_of_a_ring_that_the_launcher_leaves_alone(over, tmp_path):
         )),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_survivors_on_gpus_are_told(over, harm, options, seed, tmp_path):
     check(over, harm, seed, tmp_path, options, program="endure_straight")
 

@@ -11,22 +11,15 @@ import dvkernels as dv
 from dvkernels.communicators import awareness
 
 pytestmark = needs_mpi
+# Each way of bringing workers together daily; the others in slow campaigns.
+DAILY = [
+    (1, 2, "memory"), (2, 2, "memory"), (4, 1, "memory"),
+    (2, 2, "1,1"), (4, 1, "2,2"), (3, 1, "2,1"),
+]  # fmt: skip
+SLOW = [(2, 1, "memory"), (2, 1, "1,1"), (3, 1, "1,1,1"), (4, 1, "3,1")]
 SHAPES = pytest.mark.parametrize(
     ("count", "num_local", "over"),
-    [
-        *((count, num_local, "memory") for count, num_local in [(1, 2), (2, 1), (4, 1), (2, 2)]),
-        *(
-            (count, num_local, hosts)
-            for count, num_local, hosts in [
-                (2, 1, "1,1"),
-                (2, 2, "1,1"),
-                (3, 1, "1,1,1"),
-                (3, 1, "2,1"),
-                (4, 1, "2,2"),
-                (4, 1, "3,1"),
-            ]
-        ),
-    ],
+    [*DAILY, *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SLOW)],
 )
 
 
@@ -38,7 +31,19 @@ def test_the_laws_of_communicators(count, num_local, over):
 @pytest.mark.parametrize("ops", ["direct", "ring"])
 @pytest.mark.parametrize(
     ("count", "num_local", "over"),
-    [(2, 1, "1,1"), (2, 2, "1,1"), (3, 1, "1,1,1"), (4, 1, "3,1"), (4, 1, "2,1,1"), (4, 1, "2,2")],
+    [
+        (4, 1, "2,1,1"),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in [
+                (2, 1, "1,1"),
+                (2, 2, "1,1"),
+                (3, 1, "1,1,1"),
+                (4, 1, "3,1"),
+                (4, 1, "2,2"),
+            ]
+        ),
+    ],
 )
 def test_the_laws_of_each_way_between_hosts(count, num_local, over, ops):
     run(count, "communicator_laws", num_local, over, ops)
@@ -88,8 +93,7 @@ def test_variables(count, num_local, over):
     ("count", "num_local", "over"),
     [
         *((count, 1, "memory") for count in (1, 2, 3, 4)),
-        *((count, 1, "messages") for count in (2, 3, 4)),
-        *((2, 2, over) for over in ("memory", "messages")),
+        *((2, 2, over) for over in ("memory", "1,1")),
         *((4, 1, over) for over in ("1,1,1,1", "2,1,1")),
     ],
 )
@@ -128,7 +132,15 @@ def test_replicas_on_gpus(program, num_local):
 
 
 @pytest.mark.parametrize(
-    ("count", "over"), [(2, "memory"), (3, "memory"), (2, "1,1"), (3, "2,1"), (4, "2,2")]
+    ("count", "over"),
+    [
+        (3, "memory"),
+        (3, "2,1"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in [(2, "memory"), (2, "1,1"), (4, "2,2")]
+        ),
+    ],
 )
 def test_the_laws_from_gpu_to_gpu(count, over):
     run(count, "straight_laws", over)
