@@ -102,3 +102,7 @@ def test_a_checkpoint_goes_on_with_other_workers(is_apart, tmp_path):
 @pytest.mark.parametrize("num_local", [1, 2])
 def test_replicas_on_gpus(program, num_local):
     run(2, program, num_local, "memory", environ={"NUMBA_ENABLE_CUDASIM": "1"})
+
+
+def test_an_mpi_that_brings_old_data_is_refused():
+    run(2, "old_data", "as they are")
