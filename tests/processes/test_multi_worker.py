@@ -155,3 +155,7 @@ def test_replicas_on_gpus_whose_memory_mpi_takes(program, over, said):
 
 def test_all_must_say_that_they_take_memory_of_gpus():
     run(2, "says_differently", "memory")
+
+
+def test_an_mpi_that_brings_old_data_is_refused():
+    run(2, "old_data", "as they are")

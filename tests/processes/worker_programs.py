@@ -131,6 +131,38 @@ def end(over: str) -> None:
         assert workers.has_ended
 
 
+class OldData:
+    """A persistent all-gather that from its second round on brings what was there in the first."""
+
+    size = 1
+
+    def Allgather_init(self, own, held):
+        self.own, self.held, self.rounds = own, held, 0
+        return self
+
+    def Start(self):
+        self.rounds += 1
+        if self.rounds == 1:
+            self.held[:] = self.own
+
+    def Wait(self):
+        pass
+
+    Free = Wait
+
+    def allreduce(self, value, op):
+        return value
+
+
+def old_data(over: str) -> None:
+    """An MPI whose persistent operations bring old data is refused between hosts."""
+    from dvkernels.communicators import mpi
+
+    mpi._check_persistent(mpi.MPI.COMM_WORLD)
+    with pytest.raises(dv.errors.ClusterError, match="those of this MPI bring old data"):
+        mpi._check_persistent(OldData())
+
+
 def large(over: str, num_bytes: str, ops: str = "auto") -> None:
     """More elements than 32 bits count, in place, and the same bits everywhere."""
     with make(1, 60.0, ops) as strategy:
