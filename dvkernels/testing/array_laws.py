@@ -60,6 +60,10 @@ def _check_round_trip(
     arrays.copy(second, first)
     arrays.copy(received, second)
     assert received.tobytes() == sent.tobytes(), f"copy: {dtype}{shape} came back changed"
+    held = arrays.bytes_of(second)
+    held = held if isinstance(held, np.ndarray) else arrays.to_host(held)
+    assert held.dtype == np.uint8, f"bytes_of: expected uint8, got {held.dtype}"
+    assert held.tobytes() == sent.tobytes(), f"bytes_of: those of {dtype}{shape} are others"
 
 
 def _check_streams(arrays: Arrays, device: int) -> None:
