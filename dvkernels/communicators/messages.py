@@ -146,9 +146,10 @@ class Messages:
         self.timeout_seconds = timeout_seconds
         self._comm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self._exchange = Exchange(MpiTraffic(self._comm), hosts[channel], placed, routing)
+        traffic = MpiTraffic(self._comm)
+        self._exchange = Exchange(traffic, hosts[channel], placed, routing)
+        self._round = RollCall(traffic)
         self._channel = channel
-        self._round = RollCall(self._comm)
         self._number = 0
         self._last: Asked | None = None
         self._standing = standing or Standing()

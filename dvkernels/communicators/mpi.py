@@ -80,7 +80,6 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
     else:
-        _check_persistent(comm)
         transport = Messages(
             comm, _placed(comm, on_this_host), _hosts(on_this_host), timeout_seconds, routing
         )
@@ -163,27 +162,6 @@ def _check_memory(comm: Any, here: Any) -> None:
     found = host_memory.free_nbytes() if here.rank == 0 else needed
     for told in comm.allgather((platform.node(), here.size, needed, found)):
         host_memory.check(*told)
-
-
-def _check_persistent(comm: Any) -> None:
-    """Raise on all workers if MPI's persistent operations, by which hosts meet, bring old data.
-
-    Those of Intel MPI 2021.18 do from the second round on, between two processes of one host too.
-    """
-    own, held = np.zeros(1, np.int64), np.zeros(comm.size, np.int64)
-    meeting = comm.Allgather_init(own, held)
-    found = []
-    for own[0] in (1, 2):
-        meeting.Start()
-        meeting.Wait()
-        found.append(bool((held == own[0]).all()))
-    meeting.Free()
-    if not comm.allreduce(all(found), MPI.LAND):
-        library = MPI.Get_library_version().partition("\n")[0].strip("\0 ")
-        raise ClusterError(
-            f"workers of several hosts meet by persistent operations, and those of this MPI bring "
-            f"old data ({library}); use MPICH or Open MPI, or the workers of one host"
-        )
 
 
 def _hosts(comm: Any) -> list[Host]:

@@ -6,12 +6,12 @@ workers receive 16 KB in nearly every round, and not half a MB.
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 import numpy as np
-from mpi4py import MPI
 
 from dvkernels.communicators.agreement import Word
+from dvkernels.communicators.traffic import Traffic
 
 __all__: list[str] = []
 
@@ -25,17 +25,17 @@ class RollCall:
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Comm
-        Its other collectives begin and end between rounds.
+    traffic : Traffic
+        What else it gathers begins and ends between rounds.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, traffic: Traffic) -> None:
         self._own, self._own_text = np.zeros(2, np.int64), np.zeros(_TEXT_NBYTES, np.uint8)
-        self._all = np.zeros((comm.size, 2), np.int64)
-        self._all_texts = np.zeros((comm.size, _TEXT_NBYTES), np.uint8)
-        # The same buffers in every round, so MPI sets it up once.
-        self._heads = comm.Allgather_init(self._own, self._all)
-        self._texts = comm.Allgather_init([self._own_text, MPI.BYTE], [self._all_texts, MPI.BYTE])
+        self._all = np.zeros((traffic.size, 2), np.int64)
+        self._all_texts = np.zeros((traffic.size, _TEXT_NBYTES), np.uint8)
+        # The same buffers in every round, so they are set up once.
+        self._heads = traffic.gather(self._own.view(np.uint8), self._all.view(np.uint8))
+        self._texts = traffic.gather(self._own_text, self._all_texts)
         self._has_texts = False
 
     def start(self, number: int, nbytes: int, text: str = "") -> None:

@@ -157,5 +157,5 @@ def test_all_must_say_that_they_take_memory_of_gpus():
     run(2, "says_differently", "memory")
 
 
-def test_an_mpi_that_brings_old_data_is_refused():
+def test_an_mpi_that_brings_old_data_is_asked_each_time_anew():
     run(2, "old_data", "as they are")
