@@ -260,7 +260,7 @@ class SharedMemory:
     def carry(self, move: Callable[[list[int], Finish], T], number: int, wanted: Asked) -> T:
         """Return what ``move`` makes of the numbers of all workers, not below 0."""
         with self._agreement:
-            self._round(wanted, number, _stage_nothing)
+            self._round(wanted, number, _nothing)
             look = functools.partial(self._look_at_those_that_move, wanted)
             told = [word.nbytes for word in self._words()]
             try:
@@ -452,7 +452,3 @@ def _stage(
     views: Sequence[Sequence[Any]], rank: int, pieces: Sequence[Any], op: Reduction, parity: int
 ) -> None:
     direct.reduce(pieces, op, out=views[parity][rank])
-
-
-def _stage_nothing(parity: int) -> None:
-    """Leave the places as they are."""
