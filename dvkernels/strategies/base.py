@@ -373,7 +373,8 @@ class Strategy:
         -----
         Over several workers all make the same calls in the same order. An array's memory is taken
         again after the arrays of all workers have been dropped. What is reduced in place has to
-        lie alike on all workers: the arrays of one ``empty``, or the same slices of them.
+        lie alike on all workers: the arrays of one ``empty``, or the same slices of them. A process
+        forked from a worker sees the worker's, not a copy.
 
         Examples
         --------
