@@ -249,7 +249,7 @@ class Exchange:
         direct.reduce(sources, how.op, out=total)
         how.divide(total)
         if total is not result:
-            result[...] = total
+            levels.write(total, result)
 
     def _gathered(self, number: int, targets: Sequence[Any], finish: Finish) -> _Piece:
         yield

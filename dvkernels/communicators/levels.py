@@ -44,6 +44,12 @@ def divide(total: Any, divisor: int) -> None:
             np.divide(part, part.dtype.type(divisor), out=part)
 
 
+def write(total: Any, result: Any) -> None:
+    """Write a total where it is to stay; as a half it is rounded, or infinite."""
+    with np.errstate(over="ignore"):  # as the kernels do it
+        result[...] = total
+
+
 def of(op: Reduction, dtype: np.dtype[Any], count: int) -> Levels:
     """Return the levels in which ``count`` values of a dtype are reduced."""
     wide = reduce_op.working_dtype(dtype) if op in _ROUNDED else dtype

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
+from dvkernels.communicators import levels
 from dvkernels.communicators.levels import Levels
 from dvkernels.communicators.request import Request
 from dvkernels.communicators.traffic import Traffic
@@ -108,7 +109,7 @@ class Ring:
         if is_end:
             how.divide(total)
             if total is not result:
-                result[...] = total
+                levels.write(total, result)
         else:
             yield traffic.send(total, stop.after, tag)
             yield traffic.receive(result, stop.before, tag + 1)

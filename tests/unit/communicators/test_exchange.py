@@ -99,6 +99,14 @@ def test_halves_are_rounded_once(placed, way, dtype, op):
 
 @WAYS
 @PLACED
+def test_halves_that_become_too_large_are_infinite_without_a_warning(placed, way):
+    values = [np.full(1000, 60_000.0, np.float16) for _ in placed]
+    for found in reduced(groups(placed, way), values, ReduceOp.SUM):
+        assert np.isinf(found).all()
+
+
+@WAYS
+@PLACED
 def test_a_reduction_of_the_users(placed, way):
     rng = np.random.default_rng(1)
     values = [rng.standard_normal(2 * PIECE_NBYTES + 3) for _ in placed]
