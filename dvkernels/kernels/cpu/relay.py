@@ -52,9 +52,10 @@ _LAYOUT, _NUM_COLUMNS, _NUM_SOURCES, _NUM_TARGETS, _RECIPE = range(10, 15)
 _COLUMN_BEFORE, _IN_PARTS = 15, 16
 _NUM_WORDS = 24
 _LINE = 64
-# From 3 on (5 + 1/n) S is less than (n + 3) S, but the round more costs something: on two cores of
-# an AMD EPYC 3 processes took 1.2 times as long in parts for 1 MiB and as long for 16 MiB, 4 as
-# long for both, 8 took 0.73 times as long (November 2026).
+# From 3 on (5 + 1/n) S is less than (n + 3) S, but the round more costs something, most of all
+# where processes wait for cores. On two cores of an AMD EPYC 4 processes took 1.0 times as long in
+# parts for 1 MiB and 0.86 for 16 MiB, 6 took 0.85 and 0.77, 8 took 0.74 and 0.72, but 3 took 1.2
+# and 1.0 (November 2026).
 _LEAST_MEMBERS = 4
 # What there is to do: all of it, all but to bring the piece at hand, nothing but that.
 _WHOLE, _GO_ON, _BRING = range(3)
