@@ -17,13 +17,14 @@ a piece, so counts stay small however long the array.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import numpy as np
 
 from dvkernels.communicators import levels
 from dvkernels.communicators.host import PIECE_NBYTES, Host
+from dvkernels.communicators.pieces import Piece, carry
 from dvkernels.communicators.request import All, Finish
 from dvkernels.communicators.ring import Ring
 from dvkernels.communicators.traffic import Traffic
@@ -40,9 +41,6 @@ _LINE = 64
 _STAGES = 4  # of a piece, after it has been brought
 # For how many stages a piece needs scratch: while sums are brought together, and around a ring.
 _TOGETHER, _LONGEST = 2, 3
-_OVER = object()
-
-_Piece = Iterator[None]
 
 
 @final
@@ -145,30 +143,25 @@ class Exchange:
 
     # -- pieces -----------------------------------------------------------------------------------
 
-    def _run(self, pieces: Iterable[_Piece], finish: Finish) -> None:
+    def _run(self, pieces: Iterable[Piece], finish: Finish) -> None:
         """Carry pieces through their stages, a new one at each meeting, so that they overlap.
 
         after meeting    0         1         2          3          4
         piece 0       reduces   adds up   receives    takes
         piece 1                 reduces   adds up   receives    takes
 
-        Each is brought before the meeting after which it is reduced. The newest goes first: what it
-        sends travels while the others are seen to. In a ring, "adds up" and "receives" go on
-        whenever something is waited for.
+        Each is brought before the meeting after which it is reduced. In a ring, "adds up" and
+        "receives" go on whenever something is waited for.
         """
-        coming = iter(pieces)
-        under_way: list[_Piece] = []
-        while True:
-            piece = next(coming, None)
+
+        def meet(piece: Piece | None) -> None:
             if piece is not None:
                 next(piece)
-                under_way.insert(0, piece)
-            if not under_way:
-                self._posted = [[] for _ in range(_STAGES)]
-                return
             self._host.come()
             finish(_Meeting(self._host, self._move))
-            under_way = [one for one in under_way if next(one, _OVER) is not _OVER]
+
+        carry(pieces, meet)
+        self._posted = [[] for _ in range(_STAGES)]
 
     def _move(self) -> None:
         """Let data move while others of this host are waited for: who has it may wait for ours."""
@@ -177,7 +170,7 @@ class Exchange:
 
     def _in_parts(
         self, number: int, target: Any, source: Any, how: levels.Levels, finish: Finish
-    ) -> _Piece:
+    ) -> Piece:
         rank, traffic = self._rank, self._traffic
         parts = [slice(*bounds) for bounds in partition.parts(source.size, self._size)]
         targets = [target[part] for part in parts]
@@ -207,7 +200,7 @@ class Exchange:
 
     def _around(
         self, number: int, target: Any, source: Any, how: levels.Levels, finish: Finish
-    ) -> _Piece:
+    ) -> Piece:
         parts = [slice(*bounds) for bounds in partition.parts(source.size, self._size)]
         targets = [target[part] for part in parts]
         brought = self._host.bring(number, source, how.wide)
@@ -251,7 +244,7 @@ class Exchange:
         if total is not result:
             levels.write(total, result)
 
-    def _gathered(self, number: int, targets: Sequence[Any], finish: Finish) -> _Piece:
+    def _gathered(self, number: int, targets: Sequence[Any], finish: Finish) -> Piece:
         yield
         yield
         results = self._host.results(number, targets)
@@ -263,7 +256,7 @@ class Exchange:
         yield
         self._host.take(results, targets)
 
-    def _dealt_out(self, number: int, target: Any, root: int, finish: Finish) -> _Piece:
+    def _dealt_out(self, number: int, target: Any, root: int, finish: Finish) -> Piece:
         """Deal a piece out among all workers, each of which then brings its part to all hosts.
 
         So the root sends 1 + (H - 1)/n of it rather than H - 1 times.

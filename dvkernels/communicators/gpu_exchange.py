@@ -25,6 +25,7 @@ from typing import Any, final
 
 import numpy as np
 
+from dvkernels.communicators.pieces import Piece, carry
 from dvkernels.communicators.request import All, Finish
 from dvkernels.devices import cuda
 from dvkernels.errors import CollectiveTimeoutError
@@ -42,9 +43,6 @@ _NUM_SCRATCHES = 3  # a piece is reduced, and that awaited, two turns after it b
 _LINE = 256  # parts begin at multiples of so many bytes: what one warp reads at once
 _VECTOR = 16  # and short arrays at what one thread does
 _NAP_SECONDS, _SPINNING_SECONDS = 50e-6, 1e-3
-_OVER = object()
-
-_Piece = Iterator[None]
 
 # What MPI may still write to. Where a collective fails half-way its group has ended, and a message
 # that comes late must not be written to memory that has become another's: it is never freed.
@@ -185,30 +183,18 @@ class GpuExchange:
 
     # -- pieces -----------------------------------------------------------------------------------
 
-    def _run(self, pieces: Iterable[_Piece]) -> None:
+    def _run(self, pieces: Iterable[Piece]) -> None:
         """Carry pieces through their stages, a new one at each turn, so that they overlap.
 
-            turn       0       1         2         3        4
-            piece 0    comes   reduced   spread    is there
-            piece 1            comes     reduced   spread   is there
-
-        The newest goes first: what it sends travels while the others are seen to.
+        turn       0       1         2         3        4
+        piece 0    comes   reduced   spread    is there
+        piece 1            comes     reduced   spread   is there
         """
-        coming = iter(pieces)
-        under_way: list[_Piece] = []
-        while True:
-            piece = next(coming, None)
-            if piece is not None:
-                next(piece)
-            under_way = [one for one in under_way if next(one, _OVER) is not _OVER]
-            if piece is not None:
-                under_way.insert(0, piece)
-            if not under_way:
-                return
+        carry(pieces, _meet_nobody)
 
     def _reduced(
         self, number: int, target: Any, source: Any, op: Reduction, finish: Finish
-    ) -> _Piece:
+    ) -> Piece:
         parts = self._parts(source)
         mine = parts[self._rank]
         received = self._received(number, source[mine])
@@ -228,7 +214,7 @@ class GpuExchange:
         self._await(reduced)
         yield from self._spread(number, [target[part] for part in parts], finish)
 
-    def _dealt_out(self, number: int, result: Any, root: int, finish: Finish) -> _Piece:
+    def _dealt_out(self, number: int, result: Any, root: int, finish: Finish) -> Piece:
         """Deal a piece out among all workers, each of which then brings its part to all.
 
         So the root sends less than two of it, however many workers there are.
@@ -245,7 +231,7 @@ class GpuExchange:
 
     def _spread(
         self, number: int, targets: Sequence[Any], finish: Finish, all_there: int | None = None
-    ) -> _Piece:
+    ) -> Piece:
         """Bring this worker's target to all others, and theirs here; one may have all of them."""
         coming = [] if all_there == self._rank else self._others
         going = [other for other in self._others if other != all_there]
@@ -325,6 +311,10 @@ class GpuExchange:
                     f"or has it failed? Give timeout_seconds if it needs longer"
                 )
             time.sleep(0 if waited < _SPINNING_SECONDS else _NAP_SECONDS)
+
+
+def _meet_nobody(_: Piece | None) -> None:
+    """Go on at once: a GPU shares nothing with another worker's."""
 
 
 class _Nothing:
