@@ -17,6 +17,10 @@ from dvkernels.errors import ClusterError
 __all__: list[str] = []
 
 _PLACE = Path("/dev/shm")  # MPICH, Open MPI and Intel MPI
+REMEDY = (
+    "make it larger (docker run --shm-size=1g; in Kubernetes an emptyDir with medium: Memory, "
+    "mounted there)"
+)
 # What MPICH 5.0.2 cannot do without in MPI_Init, of each process: its segment was of 2.12 MB for 2,
 # of 4.23 for 4 and of 8.46 for 8. What it takes beside, up to 5.4 MB each, it takes where it is
 # there; so do Open MPI 5.0.11 and Intel MPI 2021.18.
@@ -33,8 +37,7 @@ def check(host: str, num_workers: int, needed: int, found: int) -> None:
     if needed > found:
         raise ClusterError(
             f"{num_workers} workers on {host} need {needed:,} bytes of shared memory, and "
-            f"{_PLACE} has {found:,}; make it larger (docker run --shm-size=1g; in Kubernetes an "
-            f"emptyDir with medium: Memory, mounted there), or start fewer workers a host"
+            f"{_PLACE} has {found:,}; {REMEDY}, or start fewer workers a host"
         )
 
 

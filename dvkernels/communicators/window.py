@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, final
 
 import numpy as np
 
+from dvkernels.communicators import host_memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
@@ -124,8 +125,7 @@ class Window:
                 raise DeviceError(
                     f"empty: {most} arrays of {Spec(shape, dtype)} on each of {self._size} workers "
                     f"of a host need {needed * self._size} bytes of memory that processes share, "
-                    f"and it has {least} left: give it more (a larger /dev/shm: --shm-size of a "
-                    f"container, a volume of medium Memory in a pod), or use numpy.empty"
+                    f"and its /dev/shm has {least} left; {host_memory.REMEDY}, or use numpy.empty"
                 )
             self._extend(wanted)
         arrays = [self._made(room, nbytes, shape, dtype) for _ in range(most)]
