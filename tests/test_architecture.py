@@ -26,7 +26,15 @@ HOUSE = ROOT / "dvkernels"
 
 # A room imports only from lower rows. In row 1 each file may also import those to its left.
 ROWS = (
-    ("_version", "errors", "enumeration", "custom_reduction", "reduce_op"),
+    (
+        "_version",
+        "errors",
+        "user_errors",
+        "deadlines",
+        "enumeration",
+        "custom_reduction",
+        "reduce_op",
+    ),
     ("schedules", "profiler", "cluster"),
     ("devices",),
     ("kernels",),

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-from dvkernels.communicators.rendezvous import StepEnded, rests_on, user_line
+from dvkernels import user_errors
+from dvkernels.communicators.rendezvous import StepEnded, user_line
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 
 __all__: list[str] = []
@@ -98,7 +99,7 @@ class Standing:
 
     def is_known(self, error: BaseException) -> bool:
         """Tell whether the others know of an error, or of one that it was raised because of."""
-        return rests_on(error, self._known)
+        return user_errors.rests_on(error, self._known)
 
     def announce(self, error: BaseException, rank: int) -> None:
         """Tell the others over every wire that the step of this worker has failed."""

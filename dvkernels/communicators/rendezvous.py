@@ -13,10 +13,11 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dvkernels import deadlines, user_errors
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, ContextError
@@ -24,23 +25,8 @@ from dvkernels.profiler import debugging, tracing
 
 __all__: list[str] = []
 
-_PATIENCE_SECONDS = 600.0
 NOWHERE = debugging.Place("", 0, 0)
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
-
-
-def timeout_seconds() -> float:
-    """Return how long a replica waits for the others: ``DVKERNELS_TIMEOUT_SECONDS``, else 600."""
-    text = os.environ.get("DVKERNELS_TIMEOUT_SECONDS")
-    if text is None:
-        return _PATIENCE_SECONDS
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(f"DVKERNELS_TIMEOUT_SECONDS must be a positive number, got {text!r}")
-    return seconds
 
 
 def num_gates(num_replicas: int) -> int:
@@ -129,7 +115,7 @@ class Step:
         self,
         num_replicas: int,
         gates: Gates | None = None,
-        timeout: float = _PATIENCE_SECONDS,
+        timeout: float = deadlines.PATIENCE_SECONDS,
         carrier: Carrier | None = None,
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
@@ -523,9 +509,13 @@ class Step:
         for other in others:
             raised = self.errors[other]
             name = self._first + other
-            error.add_note(f"replica {name} also raised {type(raised).__name__}: {raised}")
+            user_errors.annotate(
+                error, f"replica {name} also raised {user_errors.in_words(raised)}"
+            )
         if self.num_replicas > 1:
-            error.add_note(f"raised in replica {self._first + first} of {self.num_replicas}")
+            user_errors.annotate(
+                error, f"raised in replica {self._first + first} of {self.num_replicas}"
+            )
         return error
 
     def _ended(self) -> BaseException:
@@ -534,14 +524,14 @@ class Step:
             echo: BaseException = type(failure)(*failure.args)
         else:
             echo = StepEnded(
-                f"this step has ended because a replica raised {type(failure).__name__}: {failure}"
+                f"this step has ended because a replica raised {user_errors.in_words(failure)}"
             )
         self._echoes.append(echo)
         return echo
 
     def _is_consequence(self, error: BaseException) -> bool:
         """Return whether an error only passes on, or was raised while handling, the failure."""
-        return rests_on(error, self._echoes)
+        return user_errors.rests_on(error, self._echoes)
 
     def _who_is_where(self) -> str:
         frames = sys._current_frames()
@@ -566,17 +556,6 @@ class Step:
         else:
             doing = "is still running"
         return f"replica {name} {doing} at {place}"
-
-
-def rests_on(error: BaseException, known: Iterable[BaseException]) -> bool:
-    """Tell whether an error is a known one, or was raised because of it or while handling it."""
-    numbers = {id(one) for one in known}
-    link: BaseException | None = error
-    while link is not None:
-        if id(link) in numbers:
-            return True
-        link = link.__cause__ or link.__context__
-    return False
 
 
 def user_line(frame: types.FrameType | None) -> str:

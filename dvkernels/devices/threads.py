@@ -1,12 +1,15 @@
-"""How threads are started, so that an interrupt at any moment leaves them whole."""
+"""How threads are started and waited for, so that an interrupt at any moment leaves them whole."""
 
 from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections.abc import Sequence
 
 __all__: list[str] = []
+
+_NAP_SECONDS = 0.1  # what a sleeper loses at most whose wake-up an interrupt has swallowed
 
 
 def start(threads: Sequence[threading.Thread]) -> None:
@@ -32,3 +35,39 @@ def start(threads: Sequence[threading.Thread]) -> None:
     done.acquire()
     if errors:
         raise errors[0]
+
+
+class Latch:
+    """A one-time event that an interrupt can neither break nor keep taken.
+
+    ``threading.Event`` holds a Python lock while it is set or waited for: Ctrl-C between two of its
+    operations leaves that lock taken, and everybody else waits without end. Here the truth is one
+    attribute, and the lock below it only wakes sleepers: what an interrupt leaves of it costs the
+    others one nap.
+    """
+
+    __slots__ = ("_bell", "is_open")
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._bell = _thread.allocate_lock()
+        self._bell.acquire()
+
+    def open(self) -> None:
+        """Let everybody pass, now and later. Safe to call twice, from any thread."""
+        self.is_open = True
+        try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+            self._bell.release()
+        except RuntimeError:  # opened before
+            pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return whether it is open, at the latest after ``timeout`` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.is_open:
+            left = _NAP_SECONDS if end is None else min(end - time.monotonic(), _NAP_SECONDS)
+            if left <= 0:
+                return False
+            if self._bell.acquire(timeout=left):
+                self.open()  # wakes the next sleeper
+        return True

@@ -10,8 +10,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from dvkernels import deadlines
 from dvkernels.communicators.carrier import Carrier
-from dvkernels.communicators.rendezvous import Step, timeout_seconds
+from dvkernels.communicators.rendezvous import Step
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.profiler import debugging, tracing
 from dvkernels.strategies.crew import Crew
@@ -61,7 +62,7 @@ class Runner:
             self._forget()  # threads and the owner of the lock stayed in the parent process
         if self._closed:
             raise ContextError("this strategy has been closed; make a new one")
-        seconds = timeout_seconds()
+        seconds = deadlines.timeout_seconds()
         if nested:
             return self._run(call, seconds)
         try:
