@@ -27,8 +27,10 @@ def test_bucketing():
 
 
 def defect(**methods):
+    verbs = {name: verb for name, verb in vars(Local).items() if not name.startswith("__")}
+
     def make(size):
-        wrong = object.__new__(type("Wrong", (), {**Local.__dict__, **methods}))
+        wrong = type("Wrong", (), {**verbs, **methods})()
         wrong.size, wrong._algorithm = size, "auto"
         return wrong
 
