@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, final
 
 __all__ = ["CustomReduction"]
@@ -54,7 +56,8 @@ class CustomReduction:
     name: str
 
     def __init__(self, fn: Callable[[Any, Any], Any], identity: Any, name: str) -> None:
-        if not callable(getattr(fn, "py_func", None)) or not hasattr(fn, "signatures"):
+        is_compiled = callable(getattr(fn, "py_func", None)) and hasattr(fn, "signatures")
+        if not is_compiled and not (_is_jit_disabled() and isinstance(fn, FunctionType)):
             raise TypeError(
                 f"a CustomReduction needs a function compiled by numba.njit; got {fn!r:.60}: "
                 f"decorate it"
@@ -72,3 +75,9 @@ class CustomReduction:
 
     def __repr__(self) -> str:
         return f"<CustomReduction {self.name!r}>"
+
+
+def _is_jit_disabled() -> bool:
+    """Tell whether ``numba.njit`` returns functions as they are: NUMBA_DISABLE_JIT."""
+    numba: Any = sys.modules.get("numba")
+    return numba is not None and bool(numba.config.DISABLE_JIT)

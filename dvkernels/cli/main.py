@@ -20,6 +20,7 @@ _VERBS = {
     "bench-checkpoint": "dvkernels.cli.bench_checkpoint",
     "bench-workers": "dvkernels.cli.bench_workers",
     "checkpoint": "dvkernels.cli.checkpoint",
+    "compile": "dvkernels.cli.compile",
     "info": "dvkernels.cli.info",
 }
 

@@ -11,11 +11,11 @@ import hashlib
 import math
 from typing import Any
 
-import numba
 import numpy as np
 
 from dvkernels.cli.digits import NUM_CLASSES, NUM_PIXELS
 from dvkernels.devices.base import Device
+from dvkernels.kernels import compiled
 
 __all__: list[str] = []
 
@@ -77,7 +77,7 @@ def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspa
     return workspace.gradient
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _layers(flat, num_hidden, num_classes):  # type: ignore[no-untyped-def]
     """Do what ``layers`` does, in compiled code."""
     a = NUM_PIXELS * num_hidden
@@ -91,7 +91,7 @@ def _layers(flat, num_hidden, num_classes):  # type: ignore[no-untyped-def]
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _forward_backward(  # type: ignore[no-untyped-def]
     weights, images, labels, hidden, back, logits, gradient
 ):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import numpy as np
+
+from dvkernels.kernels import loading
 
 __all__: list[str] = []
 
@@ -14,13 +15,13 @@ __all__: list[str] = []
 @functools.cache
 def cpu() -> Any:
     """Return the CPU twin: the functions of door 1 over NumPy arrays."""
-    return importlib.import_module("dvkernels.kernels.cpu")
+    return loading.module("dvkernels.kernels.cpu")
 
 
 @functools.cache
 def cuda() -> Any:
     """Return the CUDA twin: the functions of door 1 over arrays in GPU memory."""
-    return importlib.import_module("dvkernels.kernels.cuda")
+    return loading.module("dvkernels.kernels.cuda")
 
 
 def of(array: Any) -> Any:
@@ -31,10 +32,10 @@ def of(array: Any) -> Any:
 @functools.cache
 def gate() -> Any:
     """Return the compiled gate between threads of this process."""
-    return importlib.import_module("dvkernels.kernels.cpu.gate")
+    return loading.module("dvkernels.kernels.cpu.gate")
 
 
 @functools.cache
 def permutation() -> Any:
     """Return the compiled permutation that shuffles indices."""
-    return importlib.import_module("dvkernels.kernels.cpu.permutation")
+    return loading.module("dvkernels.kernels.cpu.permutation")

@@ -17,12 +17,11 @@ from numba.core import errors as numba_errors
 
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import UnsupportedDTypeError
+from dvkernels.kernels import compiled
 from dvkernels.kernels.cpu import elementwise, memory
 
 __all__ = ["runner"]
 
-ELEMENTWISE = "2f4aa5fb"
-MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
 _BLOCK = 1024
@@ -37,7 +36,9 @@ def runner(op: CustomReduction, dtype: np.dtype[Any]) -> int:
     found = _runners.setdefault(op, {})
     if dtype not in found:
         try:
-            found[dtype] = _make(op.fn, dtype.type)
+            # Not compiled where NUMBA_DISABLE_JIT says so of the user's functions: here it must be.
+            fn = op.fn if hasattr(op.fn, "py_func") else compiled.njit(cache=False)(op.fn)
+            found[dtype] = _make(fn, dtype.type)
         except numba_errors.NumbaError as error:
             raise UnsupportedDTypeError(
                 f"{op!r} cannot be compiled for {dtype}: {str(error).strip():.300}"
@@ -49,7 +50,7 @@ def runner(op: CustomReduction, dtype: np.dtype[Any]) -> int:
 def _make(fn: Any, real: Any) -> Any:
     itemsize = np.dtype(real).itemsize
 
-    @numba.cfunc(types.void(types.int64))
+    @compiled.cfunc(types.void(types.int64), cache=False)
     def run(job):  # type: ignore[no-untyped-def]
         width, num_parts = memory.load(job, 16), memory.load(job, 17)
         program, num_rows = job + 8 * memory.load(job, 13), memory.load(job, 14)

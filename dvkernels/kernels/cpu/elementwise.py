@@ -14,13 +14,12 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils as numba_cgutils
 
-from dvkernels.kernels import arithmetic
+from dvkernels.kernels import arithmetic, compiled
 from dvkernels.kernels.cpu import memory
 from dvkernels.reduce_op import ReduceOp
 
@@ -33,8 +32,6 @@ __all__ = [
     "span",
 ]
 
-ARITHMETIC = "8aa368e1"
-MEMORY = "c8cb69fb"
 
 # Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms with it (medians of 120, 2
 # cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead alike); of 4 MiB, in cache, 0.11 and
@@ -251,7 +248,7 @@ def span(
     return types.void(*integers, operation, code), generate
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def claim(job, ordinal, turn):  # type: ignore[no-untyped-def]
     """Claim pieces for a thread; return its turn, the first, and one past the last (0: none).
 
@@ -273,7 +270,7 @@ def claim(job, ordinal, turn):  # type: ignore[no-untyped-def]
     return turn, np.int64(0), np.int64(0)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def locate(job, piece):  # type: ignore[no-untyped-def]
     """Return what a piece is: its table, first element, length, first line, and one past the last.
 
@@ -298,7 +295,7 @@ def locate(job, piece):  # type: ignore[no-untyped-def]
     return table, first, min(longest, length - first), line, min(line + lines, num_lines)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def addresses_on(line, table, width, scratch):  # type: ignore[no-untyped-def]
     """Write to ``scratch`` where the arrays of a table have their ``line``."""
     for k in range(width):
@@ -306,7 +303,7 @@ def addresses_on(line, table, width, scratch):  # type: ignore[no-untyped-def]
         memory.store(scratch, k, memory.load(table, k) + shift)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def part(length, num_parts, k):  # type: ignore[no-untyped-def]
     """Return where part ``k`` begins and how long it is: as schedules/partition.py cuts it."""
     small = length // num_parts
@@ -317,7 +314,7 @@ def part(length, num_parts, k):  # type: ignore[no-untyped-def]
 def _make(operation: int, code: int) -> Any:
     """Return the runner; Numba's cache tells these closures apart by what they enclose."""
 
-    @numba.cfunc(types.void(types.int64), cache=True)
+    @compiled.cfunc(types.void(types.int64))
     def run(job):  # type: ignore[no-untyped-def]
         far, width, num_parts = memory.load(job, 15), memory.load(job, 16), memory.load(job, 17)
         program, num_rows = job + 8 * memory.load(job, 13), memory.load(job, 14)

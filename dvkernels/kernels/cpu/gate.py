@@ -13,21 +13,19 @@ not take the cache line on which another thread spins.
 The waiter that gives up marks the gate SLEEPING by compare-and-swap, and the opener learns by
 its exchange that a wake-up is due: exactly one of the two sees the other, so no wake-up is lost.
 A gate holds one opening: its owner must close it before anyone opens it again.
-Intrinsics and their callers share this file, because Numba's cache notices no edit of a callee
-in another one.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
+
+from dvkernels.kernels import compiled
+from dvkernels.kernels.cpu import memory
 
 __all__ = [
     "CLOSED",
@@ -43,7 +41,6 @@ __all__ = [
 CLOSED, OPEN, SLEEPING = 0, 1, 2
 
 _STRIDE = 8  # int64 slots a gate: one cache line of 64 bytes
-_HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
 _I64 = ir.IntType(64)
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _intrinsic: _Decorator = extending.intrinsic
@@ -93,66 +90,29 @@ def _fall_asleep(typing: Any, state: Any, gate: Any) -> Any:
     return types.int64(state, types.int64), generate
 
 
-@_intrinsic
-def _pause(typing: Any) -> Any:
-    """Tell the core that this is a spin; where it has no such instruction, do nothing."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _HAS_PAUSE:
-            module = builder.module
-            function_type = ir.FunctionType(ir.VoidType(), [])
-            pause = module.globals.get("llvm.x86.sse2.pause")
-            pause = pause or ir.Function(module, function_type, "llvm.x86.sse2.pause")
-            builder.call(pause, [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-if os.name == "posix":
-    _yield_core = types.ExternalFunction("sched_yield", types.intc())
-else:  # without it a spinner keeps its core until the system takes it away
-
-    @numba.njit(nogil=True, cache=True)
-    def _yield_core():  # type: ignore[no-untyped-def]
-        return 0
-
-
-@numba.njit(nogil=True, cache=True)
-def _relax(turn):  # type: ignore[no-untyped-def]
-    """Pause, and every 256th time (7 us) let another thread have this core if it waits for it.
-
-    With a core for each thread that costs nothing; on a busy machine the one that is waited for
-    may need just this core (2 replicas beside another program: a step took 3.3 ms without it).
-    """
-    _pause()
-    if turn & 255 == 255:
-        _yield_core()
-
-
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64[::1], int64)", nogil=True)
 def open_gate(state, k):  # type: ignore[no-untyped-def]
     """Open gate ``k`` and return what it was: SLEEPING means that its owner must be woken."""
     return _exchange(state, np.int64(k), np.int64(1))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64[::1], int64)", nogil=True)
 def close_gate(state, k):  # type: ignore[no-untyped-def]
     """Close gate ``k``: it can be awaited again."""
     _exchange(state, np.int64(k), np.int64(0))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64[::1], int64, int64)", nogil=True)
 def await_gate(state, k, num_pauses):  # type: ignore[no-untyped-def]
     """Spin at most ``num_pauses`` times for gate ``k``; False: it is SLEEPING now, go and block."""
     for turn in range(num_pauses):
         if _load(state, np.int64(k)) == 1:
             return True
-        _relax(turn)
+        memory.relax(turn)
     return _fall_asleep(state, np.int64(k)) == 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64[::1], int64, int64, int64)", nogil=True)
 def open_and_await(state, opened, awaited, num_pauses):  # type: ignore[no-untyped-def]
     """Open one gate and spin for another, in one call.
 
@@ -165,5 +125,5 @@ def open_and_await(state, opened, awaited, num_pauses):  # type: ignore[no-untyp
     for turn in range(num_pauses):
         if _load(state, np.int64(awaited)) == 1:
             return old + 4
-        _relax(turn)
+        memory.relax(turn)
     return old + 4 * np.int64(_load(state, np.int64(awaited)) == 1)

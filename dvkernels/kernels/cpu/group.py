@@ -20,15 +20,12 @@ import numpy as np
 from numba import extending, types
 
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
-from dvkernels.kernels import arithmetic
+from dvkernels.kernels import arithmetic, compiled
 from dvkernels.kernels.cpu import elementwise, memory
 from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
-ARITHMETIC = "8aa368e1"
-ELEMENTWISE = "2f4aa5fb"
-MEMORY = "c8cb69fb"
 
 _SLOTS = 32
 _TURNS_PER_LOOK = 1 << 16  # at the clock: about every 2 ms
@@ -103,7 +100,7 @@ class Group:
         self.state[25] = max(1, round(self.timeout_seconds))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _meet(state):  # type: ignore[no-untyped-def]
     """Wait for all; 0: they came, 1: the deadline passed, 2: aborted."""
     passed = memory.load_shared(state, 8)
@@ -128,7 +125,7 @@ def _meet(state):  # type: ignore[no-untyped-def]
     return 0 if memory.load_shared(state, 16) == 0 else 2
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _meet_or_raise(state):  # type: ignore[no-untyped-def]
     outcome = _meet(state)
     if outcome == 1:
@@ -139,7 +136,7 @@ def _meet_or_raise(state):  # type: ignore[no-untyped-def]
         )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _bring(state, rank, address, length, root):  # type: ignore[no-untyped-def]
     """Show the others what this replica brings, and check that all bring the like."""
     num_replicas = memory.load(state, 24)
@@ -160,7 +157,7 @@ def _bring(state, rank, address, length, root):  # type: ignore[no-untyped-def]
             )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64[::1], int64)", nogil=True)
 def barrier(state, rank):  # type: ignore[no-untyped-def]
     """Return when every replica of the group has called this.
 

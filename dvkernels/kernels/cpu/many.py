@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
-from dvkernels.kernels import checks
+from dvkernels.kernels import checks, compiled
 from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = ["all_reduce_many"]
 
-JOBS = "14ebad2b"
-MEMORY = "c8cb69fb"
-OBJECTS = "1ab62e2f"
-POOL = "be693ff3"
 
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
@@ -64,7 +59,7 @@ def _reduce_at_once(listed: list[list[Any]], op: Any) -> bool:
     return True
 
 
-@numba.njit("int64(int64, int64, int64, int64)", cache=True)
+@compiled.njit("int64(int64, int64, int64, int64)")
 def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
     """Fill the job that reduces lists of arrays; return the bytes it moves, or -1."""
     count = objects.length_of(listed)

@@ -2,10 +2,6 @@
 
 Everything here takes an address and an index of words: ``load(job, 3)`` reads the word 24 bytes
 past ``job``. The atomic ones are sequentially consistent.
-
-Numba's cache notices an edit of a function's own file only. A file with compiled code therefore
-names the digest of each file of this folder that it imports (``MEMORY = ...``): a change there
-changes this file too. ``python .ci/digests.py`` writes them, and a test keeps them true.
 """
 
 from __future__ import annotations
@@ -15,13 +11,12 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils as numba_cgutils
 
-from dvkernels.kernels import checks
+from dvkernels.kernels import checks, compiled
 
 __all__ = [
     "call",
@@ -233,13 +228,13 @@ if os.name == "posix":
     yield_core = types.ExternalFunction("sched_yield", types.intc())
 else:  # without it a spinner keeps its core until the system takes it away
 
-    @numba.njit(nogil=True, cache=True)
+    @compiled.njit(nogil=True)
     def yield_core():  # type: ignore[no-untyped-def]
         """Do nothing."""
         return 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def relax(turn):  # type: ignore[no-untyped-def]
     """Pause, and every 256th time (7 us) let another thread have this core if it waits for it.
 

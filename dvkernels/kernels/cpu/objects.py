@@ -15,10 +15,9 @@ import ctypes
 import sys
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from dvkernels.kernels import arithmetic, checks
+from dvkernels.kernels import arithmetic, checks, compiled
 from dvkernels.kernels.cpu import elementwise, memory, pool
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -35,10 +34,6 @@ __all__ = [
     "recipes",
 ]
 
-ARITHMETIC = "8aa368e1"
-ELEMENTWISE = "2f4aa5fb"
-POOL = "be693ff3"
-MEMORY = "c8cb69fb"
 
 # Where things lie: words of a list, and of an array, after the object header.
 _HEAD = object.__basicsize__ // 8
@@ -61,19 +56,19 @@ class Recipe(NamedTuple):
 recipes: dict[tuple[Any, Any], Recipe] = {}
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def length_of(listed):  # type: ignore[no-untyped-def]
     """Return how many objects a list holds."""
     return memory.load(listed, _LENGTH)
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def item_of(listed, k):  # type: ignore[no-untyped-def]
     """Return the address of an object in a list."""
     return memory.load(memory.load(listed, _ITEMS), k)
 
 
-@numba.njit(cache=True)
+@compiled.njit()
 def look(listed, recipe, table, num_read_only):  # type: ignore[no-untyped-def]
     """Write the addresses of a list of arrays to ``table``; return their length, or -1.
 

@@ -17,16 +17,12 @@ import numba
 import numpy as np
 from numba import types
 
-from dvkernels.kernels import arithmetic, steps
+from dvkernels.kernels import arithmetic, compiled, steps
 from dvkernels.kernels.cpu import elementwise, jobs, memory
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["adam", "sgd"]
+__all__ = ["adam", "runner", "sgd"]
 
-ARITHMETIC = "8aa368e1"
-ELEMENTWISE = "2f4aa5fb"
-JOBS = "14ebad2b"
-MEMORY = "c8cb69fb"
 
 carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
 Array = np.ndarray[Any, Any]
@@ -167,8 +163,8 @@ def _step(
         num_replicas, num_copies, 1 + len(slots), jobs.divisor(step.op, num_replicas)
     )
     for dtype, arrays in step.groups.items():
-        runner = _runner(rule, dtype)
-        jobs.run(step.op, dtype, arrays, program, runner=runner, numbers=numbers)
+        address = runner(rule, dtype)
+        jobs.run(step.op, dtype, arrays, program, runner=address, numbers=numbers)
 
 
 def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) -> jobs.Program:
@@ -182,7 +178,8 @@ def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) 
 _runners: dict[tuple[int, np.dtype[Any]], Any] = {}
 
 
-def _runner(rule: int, dtype: np.dtype[Any]) -> int:
+def runner(rule: int, dtype: np.dtype[Any]) -> int:
+    """Return the address of the runner of a rule over float32 or float64, compiled here and now."""
     found = _runners.get((rule, dtype))
     if found is None:
         code = arithmetic.type_code(dtype)
@@ -195,7 +192,7 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
     """Return the runner of a rule over float32 or float64: ``real``."""
     num_slots = (0, 1, 1, 2)[rule]
 
-    @numba.cfunc(types.void(types.int64), cache=True, error_model="numpy")
+    @compiled.cfunc(types.void(types.int64), error_model="numpy")
     def run(job):  # type: ignore[no-untyped-def]
         far, width = memory.load(job, 15), memory.load(job, 16)
         row = job + 8 * memory.load(job, 13)
@@ -258,7 +255,7 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
     return run
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled.njit(nogil=True, error_model="numpy")
 def _sgd(rule, gradient, parameter, velocity, numbers):  # type: ignore[no-untyped-def]
     rate, momentum, decay = (
         gradient.dtype.type(numbers[0]),
@@ -275,7 +272,7 @@ def _sgd(rule, gradient, parameter, velocity, numbers):  # type: ignore[no-untyp
             parameter[i] -= rate * (slope + momentum * speed if rule == 2 else speed)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled.njit(nogil=True, error_model="numpy")
 def _adam(gradient, parameter, first, second, numbers):  # type: ignore[no-untyped-def]
     real = gradient.dtype.type
     rate, beta_1, beta_2, epsilon = (

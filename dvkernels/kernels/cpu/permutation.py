@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from dvkernels.kernels import compiled
 
 __all__ = ["permute"]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _encrypt(word, base, keys):  # type: ignore[no-untyped-def]
     left = word // base
     right = word - left * base
@@ -31,7 +32,9 @@ def _encrypt(word, base, keys):  # type: ignore[no-untyped-def]
     return left * base + right
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(
+    called_with="(int64[::1], uint64, uint64, uint64[::1], boolean, int64[::1])", nogil=True
+)
 def _permute(positions, length, base, keys, swaps, out):  # type: ignore[no-untyped-def]
     for i in range(positions.size):
         word = np.uint64(positions[i])

@@ -23,19 +23,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
 from dvkernels.devices import cpu, threads
 from dvkernels.errors import CollectiveTimeoutError
-from dvkernels.kernels import checks
+from dvkernels.kernels import checks, compiled
 from dvkernels.kernels.cpu import memory
 from dvkernels.schedules import cost
 
 __all__ = ["SHARED_NBYTES", "execute", "help_out", "num_threads", "run_alone", "wake"]
 
-MEMORY = "c8cb69fb"
 
 _NUM_SLOTS = 8
 _SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS
@@ -61,7 +59,7 @@ def num_threads() -> int:
     return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else cpu.usable_cores()
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def help_out(pool):  # type: ignore[no-untyped-def]
     """Join every posted job once. Between the two looks at a slot its job cannot vanish."""
     for slot in range(_NUM_SLOTS):
@@ -74,7 +72,7 @@ def help_out(pool):  # type: ignore[no-untyped-def]
             memory.fetch_add(line, _INSIDE, -1)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64, int64, int64)", nogil=True)
 def _serve(pool, helper, num_pauses):  # type: ignore[no-untyped-def]
     """Help until nothing was posted for ``num_pauses``; True: marked asleep, go and block."""
     turn = 0
@@ -92,7 +90,7 @@ def _serve(pool, helper, num_pauses):  # type: ignore[no-untyped-def]
     return True
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64, int64)", nogil=True)
 def _is_woken(pool, helper):  # type: ignore[no-untyped-def]
     """Mark a helper awake; False if it was already: exactly one thread wakes a sleeper."""
     line = pool + 8 * (_HELPERS + 8 * helper)
@@ -102,7 +100,7 @@ def _is_woken(pool, helper):  # type: ignore[no-untyped-def]
     return True
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64, int64, int64, int64)", nogil=True)
 def _settle(pool, slot, job, num_pauses):  # type: ignore[no-untyped-def]
     """Wait until no helper is inside; 0, or ``slot + 1`` if ``num_pauses`` were too few."""
     line = pool + 8 * (_SLOTS + 8 * slot)
@@ -115,7 +113,7 @@ def _settle(pool, slot, job, num_pauses):  # type: ignore[no-untyped-def]
     return slot + 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64, int64, int64)", nogil=True)
 def _execute(pool, job, num_pauses):  # type: ignore[no-untyped-def]
     """Run a job with whoever joins; returns as ``_settle``."""
     memory.store(job, _HELD, 0)
@@ -133,7 +131,7 @@ def _execute(pool, job, num_pauses):  # type: ignore[no-untyped-def]
     return 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(called_with="(int64,)", nogil=True)
 def run_alone(job):  # type: ignore[no-untyped-def]
     """Run a job on this thread."""
     memory.call(memory.load(job, _RUNNER), job)
@@ -142,7 +140,7 @@ def run_alone(job):  # type: ignore[no-untyped-def]
 if hasattr(os, "sched_setaffinity"):
     _core = types.ExternalFunction("sched_getcpu", types.intc())
 
-    @numba.njit(cache=True)
+    @compiled.njit(called_with="()")
     def _this_core():  # type: ignore[no-untyped-def]
         return _core()
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
-from dvkernels.kernels import checks
+from dvkernels.kernels import checks, compiled
 from dvkernels.kernels.cpu import jobs, memory, objects, pool
 
 __all__ = [
@@ -25,10 +24,6 @@ __all__ = [
     "reduce_into",
 ]
 
-JOBS = "14ebad2b"
-MEMORY = "c8cb69fb"
-OBJECTS = "1ab62e2f"
-POOL = "be693ff3"
 
 MOST_ARRAYS, _MOST_SEGMENTS = 64, jobs.MOST_SEGMENTS
 ITEM, ROW, TABLE = jobs.HEADER, jobs.HEADER + 4, jobs.HEADER + 10  # one item, one row
@@ -41,7 +36,7 @@ _RUNNER, _ITEMSIZE = objects.RUNNER, objects.ITEMSIZE
 _IS_MEAN, _SHARED, _THREADS = objects.IS_MEAN, objects.SHARED, objects.THREADS
 
 
-@numba.njit("int64(int64, int64, int64, int64)", cache=True)
+@compiled.njit("int64(int64, int64, int64, int64)")
 def _prepare(views, recipe, job, num_sources):  # type: ignore[no-untyped-def]
     """Fill the job that reduces the first arrays of a list, run it if it is short; say how it went.
 

@@ -22,22 +22,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils as numba_cgutils
 
-from dvkernels.kernels import checks
+from dvkernels.kernels import checks, compiled
 from dvkernels.kernels.cpu import memory, objects, prompt, rounds
 from dvkernels.reduce_op import Reduction
 
 __all__ = ["DONE", "Relay"]
 
-MEMORY = "c8cb69fb"
-OBJECTS = "1ab62e2f"
-PROMPT = "cc62e3df"
-ROUNDS = "e5cdd45a"
 
 # How it went, unless as a wait does that finds the members not all there, or not agreed.
 DONE = -2
@@ -80,7 +75,7 @@ def _copy(typing: Any, target: Any, source: Any, nbytes: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _combine(job, runner, num_sources, num_targets, divisor, length):  # type: ignore[no-untyped-def]
     """Combine the arrays that the table begins with into those that follow."""
     row = job + 8 * _ROW
@@ -100,7 +95,7 @@ def _combine(job, runner, num_sources, num_targets, divisor, length):  # type: i
     memory.call(runner, job)
 
 
-@numba.njit("int64(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+@compiled.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
 def _lay_out(columns, num_sources, recipe, layout, route):  # type: ignore[no-untyped-def]
     """Write each column's first byte and its arrays' addresses; return the bytes of all, or -1.
 
@@ -129,7 +124,7 @@ def _lay_out(columns, num_sources, recipe, layout, route):  # type: ignore[no-un
     return begin
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _bring(route, job, place, start, stop):  # type: ignore[no-untyped-def]
     """Bring what the bytes of a piece make to a place."""
     layout, recipe = memory.load(route, _LAYOUT), memory.load(route, _RECIPE)
@@ -155,7 +150,7 @@ def _bring(route, job, place, start, stop):  # type: ignore[no-untyped-def]
     return 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _take(route, job, places, count, divisor, column, start, stop):  # type: ignore[no-untyped-def]
     """Take what the bytes of a piece in ``count`` places make to the targets."""
     layout, recipe = memory.load(route, _LAYOUT), memory.load(route, _RECIPE)
@@ -184,7 +179,7 @@ def _take(route, job, places, count, divisor, column, start, stop):  # type: ign
     return 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled.njit(nogil=True)
 def _combine_part(route, job, places, divisor, nbytes):  # type: ignore[no-untyped-def]
     """Combine this member's part of a piece in all places into the place behind them."""
     recipe = memory.load(route, _RECIPE)
@@ -201,7 +196,7 @@ def _combine_part(route, job, places, divisor, nbytes):  # type: ignore[no-untyp
     return 0
 
 
-@numba.njit("int64(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+@compiled.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
 def _relay(route, job, wanted, divisor, what):  # type: ignore[no-untyped-def]
     """Reduce from the piece at hand on; return how it went."""
     layout, recipe = memory.load(route, _LAYOUT), memory.load(route, _RECIPE)

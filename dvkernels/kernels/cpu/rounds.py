@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 from numba import types
 
+from dvkernels.kernels import compiled
 from dvkernels.kernels.cpu import memory
 
 __all__ = [
@@ -30,14 +30,13 @@ __all__ = [
     "come_to",
 ]
 
-MEMORY = "c8cb69fb"
 
 # What a wait found: all came and brought the same; some are not there yet; some brought something
 # else; the group has ended.
 AGREED, LATE, OTHERWISE, ENDED = 0, 1, 2, 3
 
 
-@numba.njit("int64(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+@compiled.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
 def await_members(lines, count, rank, number, num_pauses):  # type: ignore[no-untyped-def]
     """Spin at most ``num_pauses`` times for the members; word -8 of the lines ends it."""
     place = 1 + (number & 1)
@@ -61,7 +60,7 @@ def await_members(lines, count, rank, number, num_pauses):  # type: ignore[no-un
     return outcome
 
 
-@numba.njit("int64(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+@compiled.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
 def come_to(lines, rank, number, brings, nbytes):  # type: ignore[no-untyped-def]
     """Come to a round."""
     line = lines + 64 * rank

@@ -1,0 +1,41 @@
+"""``python -m dvkernels compile``: compile everything ahead, for images and read-only machines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+
+import numpy as np
+
+from dvkernels.cli import digits, network
+from dvkernels.devices.base import Device
+from dvkernels.kernels import cache
+from dvkernels.kernels.cpu import ahead
+
+__all__: list[str] = []
+
+HELP = "compile all kernels for this processor now, into the folder that NUMBA_CACHE_DIR names"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare no options: the place is that of every other run, see ``info``."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compile what is not there yet, and print where it is; 1 if it cannot be kept."""
+    began = time.monotonic()
+    with warnings.catch_warnings(record=True) as problems:
+        warnings.simplefilter("always", RuntimeWarning)
+        ahead.compile_all()
+        for dtype in ("float32", "float64"):  # the network of ``train``
+            weights = network.initial_weights(1, dtype, seed=0)
+            weights.flags.writeable = False  # as those of a step are
+            images, labels = np.zeros((1, digits.NUM_PIXELS), dtype), np.zeros(1, np.int64)
+            workspace = network.Workspace(1, 1, dtype, Device("cpu", 0))
+            network.gradient_and_loss(weights, images, labels, workspace)
+    print(f"compiled in {time.monotonic() - began:.0f} s: {cache.describe()}")
+    for problem in problems:
+        print(f"error: {problem.message}", file=sys.stderr)
+    return 1 if problems or cache.folder() is None else 0
