@@ -127,7 +127,6 @@ class Striking:
         self.at = at
         self.count = 0
         self.has_struck = False
-        self.where = ""
 
     def call(self, act: Callable[[], object]) -> None:
         """Call ``act``; the interrupt comes out of this as it comes out of ``act``."""
@@ -141,7 +140,8 @@ class Striking:
                 self.has_struck = True
                 code = frame.f_code
                 name = getattr(called, "__qualname__", "") if event == "c_return" else "its entry"
-                self.where = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}, {name}"
+                where = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}, {name}"
+                os.write(2, f"struck at {where}\n".encode())
                 raise KeyboardInterrupt
             self.count += 1
 
@@ -179,8 +179,7 @@ def serve(make: Callable[[], Any], asked: dict[str, Any]) -> None:
         num_struck += told["has_struck"]
         slowest = max(slowest, told["seconds"])
         if told["what"]:
-            said = f"struck at {told['where']}\n{told['said']}"
-            print(json.dumps([at, told["what"], said]), flush=True)
+            print(json.dumps([at, told["what"], told["said"]]), flush=True)
     print(json.dumps([num_points, num_struck, slowest]), flush=True)
 
 
@@ -213,14 +212,15 @@ def _in_a_child(
         told.seek(0)
         said.seek(0)
         text = told.read()
-        result: dict[str, Any] = {"count": 0, "has_struck": True, "where": "", "what": ""}
-        result |= {"said": "", "seconds": seconds} | (json.loads(text) if text else {})
+        result: dict[str, Any] = {"count": 0, "has_struck": True, "what": "", "said": ""}
+        result |= {"seconds": seconds} | (json.loads(text) if text else {})
         if not is_ended:
             result["what"] = "hangs at its end" if text else "hangs"
         elif status != 0 and not result["what"]:
             result["what"] = f"died with status {os.waitstatus_to_exitcode(status)}"
         if result["what"]:
-            result["said"] = f"{result['said']}\n{said.read()[-6000:]}"
+            stacks = said.read().partition("Extension modules:")[0]
+            result["said"] = f"{result['said']}\n{stacks[-6000:]}"
         return result
 
 
@@ -240,12 +240,11 @@ def _one_point(make: Callable[[], Any], at: int | None, may_be_lost: bool, told:
     is_lost = striking.has_struck and not was_raised
     if is_lost and not what and not may_be_lost and KeyboardInterrupt not in lost_by_python:
         what = "loses the interrupt"
-    os.write(2, f"struck at {striking.where}\n".encode())
     if not what:
         try:
             check(was_raised)
         except BaseException:
             what, said = "breaks its law", traceback.format_exc()
-    result = {"count": striking.count, "has_struck": striking.has_struck, "where": striking.where}
+    result = {"count": striking.count, "has_struck": striking.has_struck}
     os.write(told, json.dumps(result | {"what": what, "said": said}).encode())
     os.close(told)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 import interrupt_points
+import pytest
 
 CLEAN = """
 def make():
