@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, final
 
+from dvkernels.user_errors import shown
+
 __all__ = ["CustomReduction"]
 
 
@@ -56,7 +58,7 @@ class CustomReduction:
     def __init__(self, fn: Callable[[Any, Any], Any], identity: Any, name: str) -> None:
         if not callable(getattr(fn, "py_func", None)) or not hasattr(fn, "signatures"):
             raise TypeError(
-                f"a CustomReduction needs a function compiled by numba.njit; got {fn!r:.60}: "
+                f"a CustomReduction needs a function compiled by numba.njit; got {shown(fn, 60)}: "
                 f"decorate it"
             )
         if not isinstance(name, str):

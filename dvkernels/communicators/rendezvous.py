@@ -71,7 +71,7 @@ class Request(NamedTuple):
     act: Callable[[list[Any]], Sequence[Any]]  # all payloads -> one result per replica
 
     def __str__(self) -> str:
-        terms = (str(term) for term in self.terms if term is not None)
+        terms = (user_errors.text_of(term) for term in self.terms if term is not None)
         return f"{self.verb}({', '.join(term for term in terms if term)})"
 
 
@@ -604,7 +604,8 @@ class Step:
 
     def _ended(self) -> BaseException:
         failure = self.failure
-        if failure is not None and type(failure) in _OUR_OWN:  # not a class of the user's, which may be made otherwise
+        # A class of the user's may not be made of its arguments, so none is.
+        if failure is not None and type(failure) in _OUR_OWN:
             echo: BaseException = type(failure)(*failure.args)
         else:
             echo = StepEnded(
