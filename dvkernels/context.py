@@ -344,7 +344,9 @@ class ReplicaContext:
         terms = (reduction.value, brought.structure, brought.specs)
         step, rank = self._step, self._rank
         pending = step.issue(rank, Request("all_reduce_async", terms, brought.held, act))
-        return Handle(pending.done.is_set, lambda: brought.nest(step.await_pending(rank, pending)))
+        return Handle(
+            lambda: pending.done.is_open, lambda: brought.nest(step.await_pending(rank, pending))
+        )
 
     def reduce_scatter(self, op: Reduction | str, value: Any) -> Any:
         """Reduce over the replicas; replica r gets part r of the result.

@@ -19,6 +19,7 @@ from dvkernels.checkpoint.saving import Saves
 from dvkernels.communicators.base import Workers
 from dvkernels.errors import CheckpointError, ContextError
 from dvkernels.profiler import tracing
+from dvkernels.user_errors import text_of
 
 __all__ = ["Checkpoint", "Restored"]
 
@@ -275,7 +276,7 @@ def _set_states(changes: list[StateChange], done: list[tuple[StateChange, Any]])
             change.set(change.new)
         except Exception as error:
             raise CheckpointError(
-                f"{change.path}: the state that was saved cannot be taken over: {error}"
+                f"{change.path}: the state that was saved cannot be taken over: {text_of(error)}"
             ) from error
 
 

@@ -17,6 +17,7 @@ from dvkernels.checkpoint.save import Save
 from dvkernels.checkpoint.saving import Saves
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.profiler.debugging import LOGGER
+from dvkernels.user_errors import shown
 
 __all__ = ["CheckpointManager"]
 
@@ -73,7 +74,7 @@ class CheckpointManager(Saves):
     ) -> None:
         if not isinstance(checkpoint, Checkpoint):
             raise CheckpointError(
-                f"CheckpointManager: expected a dv.Checkpoint; got {checkpoint!r:.80}"
+                f"CheckpointManager: expected a dv.Checkpoint; got {shown(checkpoint)}"
             )
         for name, number in (("max_to_keep", max_to_keep), ("keep_every", keep_every)):
             if number is not None and (type(number) is not int or number < 1):
@@ -127,7 +128,7 @@ class CheckpointManager(Saves):
         check_context("CheckpointManager.save")
         if type(step) is not int or not 0 <= step < 10**18:
             raise CheckpointError(
-                f"CheckpointManager.save: expected a step, a whole number from 0; got {step!r:.80}"
+                f"CheckpointManager.save: expected a step, a whole number from 0; got {shown(step)}"
             )
         given = None if metadata is None else dict(metadata)
         path = self._directory / _name(step)

@@ -23,6 +23,7 @@ from dvkernels.checkpoint.shards import DTYPES
 from dvkernels.devices import memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError, DvKernelsError
+from dvkernels.user_errors import shown, text_of
 from dvkernels.variables.variable import Saved, Variable, saved_by
 
 __all__: list[str] = []
@@ -168,7 +169,7 @@ class Gathered:
         if inner is None:
             raise CheckpointError(
                 f"{path}: expected variables, arrays, random generators, plain data, objects with "
-                f"state_dict and load_state_dict, or containers of them; got {value!r:.80}, a "
+                f"state_dict and load_state_dict, or containers of them; got {shown(value)}, a "
                 f"{type(value).__name__}"
             )
         self.alike[path] = f"a {type(value).__name__} of {len(inner.children)}"
@@ -219,7 +220,7 @@ class Gathered:
         try:
             state = value.state_dict()
         except DvKernelsError as error:
-            raise CheckpointError(f"{path}: its state_dict() failed: {error}") from error
+            raise CheckpointError(f"{path}: its state_dict() failed: {text_of(error)}") from error
         slots = {}
         for variable in value.slotted if isinstance(value, HasSlots) else ():
             assert isinstance(value, HasSlots)

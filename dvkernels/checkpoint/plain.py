@@ -17,6 +17,7 @@ import numpy as np
 from dvkernels.checkpoint import untrusted
 from dvkernels.checkpoint.shards import DTYPES
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -74,7 +75,7 @@ def _encode(value: Any, where: str, save: Callable[[Any], str] | None, depth: in
     allowed = "arrays, " if save is not None else ""
     raise CheckpointError(
         f"{where}: expected {allowed}numbers, strings, bytes, None, or lists, tuples and dicts of "
-        f"them; got {value!r:.80}, a {kind.__name__}; keep it out of the checkpoint, or save what "
+        f"them; got {shown(value)}, a {kind.__name__}; keep it out of the checkpoint, or save what "
         f"it can be made from"
     )
 
@@ -87,7 +88,7 @@ def _encode_dict(
         if type(key) not in _KEYS:
             raise CheckpointError(
                 f"{where}: expected the keys of a dict to be strings or whole numbers; got "
-                f"{key!r:.80}, a {type(key).__name__}"
+                f"{shown(key)}, a {type(key).__name__}"
             )
     held = [(key, _encode(each, where, save, depth + 1)) for key, each in value.items()]
     if all(type(key) is str and not key.startswith("$") for key, _ in held):

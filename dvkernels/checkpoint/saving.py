@@ -18,6 +18,7 @@ from dvkernels.checkpoint.save import Save
 from dvkernels.devices import threads
 from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
+from dvkernels.user_errors import text_of
 
 __all__: list[str] = []
 
@@ -158,7 +159,7 @@ def _finish() -> None:
         try:
             saver.leave(getattr(sys, "last_value", None))
         except BaseException as error:
-            print(f"dvkernels: a save in the background failed: {error}", file=sys.stderr)
+            print(f"dvkernels: a save in the background failed: {text_of(error)}", file=sys.stderr)
 
 
 def _finish_before_mpi() -> None:

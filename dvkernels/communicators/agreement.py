@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-from dvkernels import user_errors
 from dvkernels.communicators.rendezvous import StepEnded, user_line
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
+from dvkernels.user_errors import in_words, rests_on
 
 __all__: list[str] = []
 
@@ -45,7 +45,7 @@ class Word(NamedTuple):
 def asked(verb: str, *terms: Any) -> Asked:
     """Return what a verb with these terms asks for; equal terms print alike on all workers."""
     text = f"{verb}({', '.join(str(term) for term in terms)})"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return Asked(text[:_MOST_SAID], int.from_bytes(digest) >> 1 | 1)
 
 
@@ -99,7 +99,7 @@ class Standing:
 
     def is_known(self, error: BaseException) -> bool:
         """Tell whether the others know of an error, or of one that it was raised because of."""
-        return user_errors.rests_on(error, self._known)
+        return rests_on(error, tuple(self._known))
 
     def announce(self, error: BaseException, rank: int) -> None:
         """Tell the others over every wire that the step of this worker has failed."""
@@ -111,11 +111,6 @@ class Standing:
         generation, self.generation = self.generation, self.generation + 1
         for agreement in agreements:
             agreement.announce(generation, text)
-
-
-def in_words(error: BaseException) -> str:
-    """Return an error as the last line of its traceback has it."""
-    return f"{type(error).__name__}: {error}"
 
 
 # The number of the rounds in which workers that disagree tell who did what.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from dvkernels import user_errors
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
 from dvkernels.communicators import awareness, host_memory, network
@@ -258,7 +259,7 @@ def _leave(pid: int) -> None:
     if pid != os.getpid():
         return  # a process forked from the worker
     error = getattr(sys, "last_value", None)
-    text = "it has exited" if error is None else f"it exited after {type(error).__name__}: {error}"
+    text = "it has exited" if error is None else f"it exited after {user_errors.in_words(error)}"
     for transport in _open:
         transport.leave(text)
     is_broken = any(transport.has_ended for transport in _open)

@@ -3,11 +3,16 @@
 A step belongs to one call of ``run``. Each replica thread brings a :class:`Request`; the last to
 come compares them and performs the collective for everybody, while the others wait at a gate.
 Whatever goes wrong in one replica ends the step in all: nobody is left waiting.
+
+No lock is held here, so none can be left taken by an interrupt: what several threads change is
+changed by one atomic operation (an item of a list, ``dict.setdefault``, ``next`` of a counter), and
+each says what it does before it looks at what the others do, so that the last one sees all.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -20,6 +25,7 @@ from typing import Any, NamedTuple
 from dvkernels import deadlines, user_errors
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
+from dvkernels.devices.threads import Latch
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, ContextError
 from dvkernels.profiler import debugging, tracing
 
@@ -27,6 +33,7 @@ __all__: list[str] = []
 
 NOWHERE = debugging.Place("", 0, 0)
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
+_LOOK_SECONDS = 1.0  # how often who waits asks whether the others can still come
 
 
 def num_gates(num_replicas: int) -> int:
@@ -41,6 +48,9 @@ def rest_gate(num_replicas: int) -> int:
 
 class StepEnded(CollectiveMismatchError):
     """A collective was refused because the step has already failed, here or elsewhere."""
+
+
+_OUR_OWN = (CollectiveMismatchError, CollectiveTimeoutError, StepEnded)
 
 
 class Same(int):
@@ -61,21 +71,35 @@ class Request(NamedTuple):
     act: Callable[[list[Any]], Sequence[Any]]  # all payloads -> one result per replica
 
     def __str__(self) -> str:
-        terms = (str(term) for term in self.terms if term is not None)
+        terms = (user_errors.text_of(term) for term in self.terms if term is not None)
         return f"{self.verb}({', '.join(term for term in terms if term)})"
 
 
 class Pending:
     """A collective that the replicas issue one by one, and that is carried out when all have."""
 
-    __slots__ = ("done", "is_complete", "places", "requests", "results")
+    __slots__ = ("_claims", "done", "is_over", "places", "requests", "results")
 
     def __init__(self, num_replicas: int) -> None:
         self.requests: list[Request | None] = [None] * num_replicas
         self.places = [""] * num_replicas
         self.results: Sequence[Any] = ()
-        self.is_complete = False
-        self.done = threading.Event()
+        self.done = Latch()  # nobody need wait any more: there are results, or the step has failed
+        self.is_over = Latch()  # whoever carried it out is done with it
+        self._claims = [None]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all replicas have issued it."""
+        return None not in self.requests
+
+    def claim(self) -> bool:
+        """Take it, to carry it out or to have nobody do so; False: somebody has."""
+        try:
+            self._claims.pop()
+        except IndexError:
+            return False
+        return True
 
 
 class Step:
@@ -86,21 +110,23 @@ class Step:
 
     __slots__ = (
         "_announce",
-        "_arrived",
+        "_arrivals",
         "_awaited",
         "_carrier",
+        "_dead",
         "_echoes",
+        "_failures",
         "_first",
         "_gates",
         "_gone",
-        "_has_stalled",
+        "_has_awaited",
         "_issued",
-        "_mutex",
         "_pending",
         "_pid",
         "_requests",
         "_results",
-        "_threads",
+        "_seats",
+        "_stalls",
         "_timeout",
         "_watch",
         "closed",
@@ -119,6 +145,7 @@ class Step:
         carrier: Carrier | None = None,
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
+        dead: Sequence[bool] = (),
     ) -> None:
         self.num_replicas = num_replicas
         # Called with what is to be done for all replicas, and what they brought.
@@ -128,22 +155,25 @@ class Step:
         self.failure: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
         self.closed = False
+        self._failures: dict[int, BaseException] = {}  # the first, as item 0
         self._echoes: list[BaseException] = []
-        self._mutex = threading.Lock()
-        self._arrived = 0
-        self._gone: set[int] = set()
+        self._arrivals = itertools.count(1)
+        self._gone = [False] * num_replicas
+        self._dead = dead  # which replicas' threads have ended: they never come to anything
         self._carrier = carrier  # of what is issued; without one it is carried out at once
         self._issued = [0] * num_replicas
-        self._pending: list[Pending] = []
-        self._awaited: dict[int, Pending] = {}  # what each replica waits, or has waited, for
+        self._pending: dict[int, Pending] = {}
+        # What each replica waits, or has waited, for.
+        self._awaited: list[Pending | None] = [None] * num_replicas
+        self._has_awaited = False
         self._requests: list[Request | None] = [None] * num_replicas
         self._results: Sequence[Any] = ()
-        self._threads = [0] * num_replicas
+        self._seats: dict[int, int] = {}  # the thread of each replica; 0: it will never start
         self._timeout = timeout
         self._pid = os.getpid()
         self.place = NOWHERE
         self._watch: debugging.Watch | None = None
-        self._has_stalled = False
+        self._stalls = itertools.count()
         # One gate a replica; one for the caller, opened when all have left; and one that opens
         # whenever a replica comes to rest, so that another may have the interpreter.
         self._gates = gates
@@ -165,11 +195,7 @@ class Step:
 
     def enter(self, replica: int) -> bool:
         """Say that this thread runs a replica; False: the step ended before it could start."""
-        with self._mutex:
-            if replica in self._gone:
-                return False
-            self._threads[replica] = threading.get_ident()
-            return True
+        return self._seats.setdefault(replica, threading.get_ident()) != 0
 
     def meet(self, replica: int, request: Request) -> Any:
         """Bring a request, wait for the others, return this replica's result."""
@@ -183,18 +209,14 @@ class Step:
             if gates is None:
                 return self._act([request])[0]
             gates.close(replica)
-            with self._mutex:
-                if self.failure is not None:
-                    raise self._ended()
-                self._requests[replica] = request
-                self._arrived += 1
-                complete = self._arrived == self.num_replicas
-                deserted = bool(self._gone)
-                stuck = bool(self._awaited) and self._is_stuck()
             try:
-                if deserted or stuck:
+                self._requests[replica] = request
+                is_last = next(self._arrivals) % self.num_replicas == 0
+                if self.failure is not None:  # meanwhile; after this, it opens the gate
+                    raise self._ended()
+                if True in self._gone or (self._has_awaited and self._is_stuck()):
                     self._end_deserted()
-                elif complete:
+                elif is_last:
                     return self._complete(replica)
                 else:
                     self._wait(replica)
@@ -211,12 +233,10 @@ class Step:
     def _complete(self, replica: int) -> Any:
         """Act for all replicas, let them go, and return this replica's result."""
         results = self._act([request for request in self._requests if request is not None])
-        with self._mutex:
-            if self.failure is not None:
-                raise self._ended()
-            self._results = results
-            self._requests = [None] * self.num_replicas
-            self._arrived = 0
+        if self.failure is not None:
+            raise self._ended()
+        self._results = results
+        self._requests = [None] * self.num_replicas
         own = results[replica]
         self._let_go(replica)
         return own
@@ -232,27 +252,27 @@ class Step:
         if self._carrier is None:
             alone = Pending(1)
             alone.results = self._act([request])
-            alone.done.set()
+            alone.done.open()
             return alone
-        with self._mutex:
-            number = self._issued[replica]
-            self._issued[replica] += 1
-            if number == len(self._pending):
-                self._pending.append(Pending(self.num_replicas))
-            pending = self._pending[number]
-            pending.requests[replica] = request
-            pending.places[replica] = user_line(sys._getframe())
-            pending.is_complete = all(pending.requests)
-            deserted = any(self._issued[other] <= number for other in self._gone)
-        if deserted:
+        number = self._issued[replica]
+        pending = self._pending.get(number) or self._pending.setdefault(
+            number, Pending(self.num_replicas)
+        )
+        pending.places[replica] = user_line(sys._getframe())
+        pending.requests[replica] = request
+        self._issued[replica] = number + 1
+        if any(gone and self._issued[k] <= number for k, gone in enumerate(self._gone)):
             self._end_deserted()
+        if self.failure is not None:
             raise self._ended()
-        if pending.is_complete:
+        if pending.is_complete:  # several may see it: it is carried out once
             self._carrier.carry(functools.partial(self._carry_out, pending))
         return pending
 
     def _carry_out(self, pending: Pending) -> None:
         """Act for all replicas, on the carrier's thread."""
+        if not pending.claim():
+            return
         try:
             if self.failure is None:
                 requests = [one for one in pending.requests if one is not None]
@@ -260,28 +280,26 @@ class Step:
         except BaseException as error:
             self.fail(error)
         finally:
-            pending.done.set()
+            pending.done.open()
+            pending.is_over.open()
 
     def await_pending(self, replica: int, pending: Pending) -> Any:
         """Return this replica's result of what was issued, when it has been carried out."""
-        if not pending.done.is_set():
+        if not pending.done.is_open:
             self._check_alive("wait")
-            with self._mutex:
-                self._awaited[replica] = pending
-                stuck = self._is_stuck()
-            if stuck:
+            self._awaited[replica] = pending
+            self._has_awaited = True
+            if self._is_stuck():
                 self._end_deserted()
-            is_done = self._watched(replica, pending.done.wait, pending.done.wait)
-            while not is_done and pending.is_complete:
-                # All have come: the collective itself takes this long.
-                is_done = pending.done.wait(self._timeout)
-            if not is_done:
+            wait = pending.done.wait
+            if not self._endure(replica, wait, wait, lambda: self._is_carried(pending)):
                 missing = self._missing(pending.requests)
+                whom = f"replicas {missing} to issue" if missing else "a thread to carry out"
                 self.fail(
                     CollectiveTimeoutError(
                         f"replica {self._first + replica} waited {self._timeout:g} s in vain for "
-                        f"replicas {missing} to issue {pending.requests[replica]}; set "
-                        f"DVKERNELS_TIMEOUT_SECONDS if they need longer"
+                        f"{whom} {pending.requests[replica]}; set DVKERNELS_TIMEOUT_SECONDS if "
+                        f"they need longer"
                     )
                 )
         if not pending.results:
@@ -292,18 +310,34 @@ class Step:
             )
         return pending.results[replica]
 
+    def _is_carried(self, pending: Pending) -> bool:
+        """Return whether all have issued it, and a thread is there to carry it out."""
+        return pending.is_complete and self._carrier is not None and self._carrier.is_served
+
     def _is_stuck(self) -> bool:
         """Return whether all replicas wait, some of them for calls that no other can issue."""
-        lost = [self._awaited[k] for k in self._awaited if self._requests[k] is None]
-        lost = [pending for pending in lost if not pending.done.is_set()]
-        incomplete = sum(not pending.is_complete for pending in lost)
-        return 0 < incomplete == self.num_replicas - self._arrived
+        met = tuple(self._requests)  # first: who has come here has issued all it could before
+        incomplete = 0
+        for request, pending in zip(met, self._awaited, strict=True):
+            if request is None and pending is not None and not pending.done.is_open:
+                incomplete += not pending.is_complete
+        return 0 < incomplete == met.count(None)
 
     def _drain(self) -> None:
-        """Wait for what the carrier is at: it reads arrays that are the caller's again after."""
-        for pending in self._pending:
-            if pending.is_complete and not self._is_forked():
-                pending.done.wait()
+        """Wait for what the carrier is at: it reads arrays that are the caller's again after.
+
+        Where the step has failed, what it has not begun with it never will.
+        """
+        if self._carrier is None or self._is_forked():
+            return
+        for pending in tuple(self._pending.values()):
+            while pending.is_complete and not pending.is_over.is_open:
+                if self.failure is not None and pending.claim():
+                    break
+                if not pending.is_over.wait(_LOOK_SECONDS) and not self._carrier.is_served:
+                    if self.failure is not None:
+                        break
+                    self.fail(ContextError("the thread that carries out collectives has ended"))
 
     def _check_alive(self, verb: str) -> None:
         if self.closed:
@@ -350,18 +384,15 @@ class Step:
                 recording.add("reduce", "collective", began, {"call": str(first)})
 
     def _wait(self, replica: int) -> None:
-        assert self._gates is not None
-        self._gates.open(rest_gate(self.num_replicas))
-        if self._watch is None:
-            opened = self._gates.wait(replica, self._timeout)
-        else:
-            wait, go_on = self._gates.wait, self._gates.sleep
-            opened = self._watched(
-                replica, functools.partial(wait, replica), functools.partial(go_on, replica)
-            )
-        while not opened and self._arrived == self.num_replicas:
-            # All have come: the collective itself (a merge_call, say) takes this long.
-            opened = self._gates.sleep(replica, self._timeout)
+        gates = self._gates
+        assert gates is not None
+        gates.open(rest_gate(self.num_replicas))
+        opened = self._endure(
+            replica,
+            functools.partial(gates.wait, replica),
+            functools.partial(gates.sleep, replica),
+            lambda: self._has_all(replica),
+        )
         if not opened:
             missing = self._missing(self._requests)
             self.fail(
@@ -372,24 +403,54 @@ class Step:
                 )
             )
 
+    def _has_all(self, replica: int) -> bool:
+        """Return whether all have come to what a replica waits for, or have done so before."""
+        return self._requests[replica] is None or None not in self._requests
+
     def _missing(self, requests: Sequence[Request | None]) -> list[int]:
         return [k for k, request in enumerate(requests, self._first) if request is None]
 
-    def _watched(
-        self, replica: int, wait: Callable[[float], bool], go_on: Callable[[float], bool]
+    def _endure(
+        self,
+        replica: int,
+        wait: Callable[[float], bool],
+        go_on: Callable[[float], bool],
+        has_all: Callable[[], bool],
     ) -> bool:
-        """Wait until the deadline; in debug mode say so when it lasts."""
-        if self._watch is None:
-            return wait(self._timeout)
-        soon = min(self._watch.stall_seconds, self._timeout)
-        if wait(soon):
+        """Wait until the deadline; once all have come, as long as the collective itself takes.
+
+        Asks now and then whether the others can still come; in debug mode says so when it lasts.
+        """
+        watch = self._watch
+        soon = _LOOK_SECONDS if watch is None else min(watch.stall_seconds, _LOOK_SECONDS)
+        nap = min(soon, self._timeout)
+        if wait(nap):
             return True
-        with self._mutex:
-            is_first, self._has_stalled = not self._has_stalled, True
-        if is_first:
-            place = self.place_of(replica)
-            self._watch.report_stall(place, self._who_is_where(), self._threads)
-        return soon < self._timeout and go_on(self._timeout - soon)
+        began = time.monotonic() - nap
+        is_told = watch is None
+        while True:
+            waited = time.monotonic() - began
+            if watch is not None and not is_told and waited >= watch.stall_seconds:
+                is_told = True
+                if next(self._stalls) == 0:
+                    threads = [self._seats.get(k, 0) for k in range(self.num_replicas)]
+                    watch.report_stall(self.place_of(replica), self._who_is_where(), threads)
+            self._end_if_dead()
+            nap = soon
+            if not has_all():
+                if waited >= self._timeout:
+                    return False
+                nap = min(nap, self._timeout - waited)
+            if go_on(nap):
+                return True
+
+    def _end_if_dead(self) -> None:
+        """End the step if the thread of a replica has ended in the midst of it."""
+        for replica, is_dead in enumerate(self._dead):
+            if is_dead and not self._gone[replica]:
+                name = self._first + replica
+                self.fail(ContextError(f"the thread of replica {name} has ended during the step"))
+                self._gone[replica] = True
 
     def _let_go(self, replica: int) -> None:
         assert self._gates is not None
@@ -411,16 +472,16 @@ class Step:
 
     def leave(self, replica: int) -> None:
         """Say that this replica's function is over."""
-        with self._mutex:
-            self._gone.add(replica)
-            all_left = len(self._gone) == self.num_replicas
-            waited_for = self._arrived > 0 or self._issued[replica] < len(self._pending)
-            deserts = waited_for and self.failure is None
-        if deserts:
+        self._gone[replica] = True
+        is_waited_for = (
+            self._issued[replica] < len(self._pending)
+            or self._requests.count(None) < self.num_replicas
+        )
+        if is_waited_for and self.failure is None:
             self._end_deserted()
         if self._gates is not None and not self._is_forked():
             done, rest = self.num_replicas, rest_gate(self.num_replicas)
-            self._gates.open(done if all_left else rest)
+            self._gates.open(rest if False in self._gone else done)
 
     # -- from anywhere --------------------------------------------------------------------------
 
@@ -430,22 +491,20 @@ class Step:
         ``replica`` is the one that raised ``error`` by itself; None if nobody did, as for a
         disagreement.
         """
-        with self._mutex:
-            is_first = self.failure is None
-            if is_first:
-                self.failure = error
-            if replica is None:
-                self._echoes.append(error)
-            elif not self._is_consequence(error):
-                self.errors.setdefault(replica, error)
-        if self._gates is not None and not self._is_forked():
+        self.failure = self._failures.setdefault(0, error)
+        if replica is None:
+            self._echoes.append(error)
+        elif not self._is_consequence(error):
+            self.errors.setdefault(replica, error)
+        if self._is_forked():
+            return
+        if self._gates is not None:
             for gate in range(self.num_replicas):
                 self._gates.open(gate)
-            for pending in self._pending:
-                if not pending.is_complete:
-                    pending.done.set()
-        if is_first and self._announce is not None and not self._is_forked():
-            self._announce(error)
+        for pending in tuple(self._pending.values()):
+            pending.done.open()
+        if self._announce is not None:  # of the same failure once, however often it is told
+            self._announce(self.failure)
 
     def settle(self, started: bool) -> None:
         """Return when every replica has left; an interrupt ends the collectives meanwhile.
@@ -470,16 +529,40 @@ class Step:
 
     def _withdraw(self, replica: int) -> None:
         """Count a replica as gone unless its thread is at work."""
-        with self._mutex:
-            if replica == 0 or self._threads[replica] == 0:
-                self._gone.add(replica)
+        if replica == 0 or self._seats.setdefault(replica, 0) == 0:
+            self._gone[replica] = True
 
     def _wait_for_all(self, patient: bool) -> None:
-        while len(self._gone) < self.num_replicas and not self._is_forked():
-            if patient and self._gates is not None:
-                self._gates.wait(self.num_replicas)
+        wait: Callable[[int, float], bool] | None = None
+        if patient and self._gates is not None:
+            wait = self._gates.wait
+        latest = None
+        while False in self._gone and not self._is_forked():
+            if wait is not None and self._gates is not None:
+                wait(self.num_replicas, _LOOK_SECONDS)
+                wait = self._gates.sleep
             else:  # after an interrupt the gate may be in any state
                 time.sleep(0.001)
+            if False in self._gone:
+                self._end_if_dead()
+                now = time.monotonic()
+                latest = latest or now + self._timeout
+                if now > latest:
+                    self._give_up()
+
+    def _give_up(self) -> None:
+        """Wait no longer for replicas that have not begun: their threads do not run."""
+        for replica in range(self.num_replicas):
+            if not self._gone[replica] and replica not in self._seats:
+                self._withdraw(replica)
+                name = self._first + replica
+                if self._gone[replica]:
+                    self.fail(
+                        CollectiveTimeoutError(
+                            f"replica {name} has not begun within {self._timeout:g} s: its thread "
+                            f"does not run"
+                        )
+                    )
 
     def _is_forked(self) -> bool:
         """Return whether this is a process forked inside the step, without the other replicas.
@@ -491,14 +574,15 @@ class Step:
     def end(self) -> None:
         """Refuse what may still come, and drop all errors: their tracebacks refer to this step."""
         self.closed = True
-        if len(self._gone) < self.num_replicas:  # an interrupt struck at the door of settle
+        if False in self._gone:  # an interrupt struck at the door of settle
             self.fail(KeyboardInterrupt(), 0)
             self.settle(started=False)
         self.failure = None
+        self._failures = {}
         self.errors = {}
         self._echoes = []
-        self._pending = []
-        self._awaited = {}
+        self._pending = {}
+        self._awaited = [None] * self.num_replicas
 
     def outcome(self, failure: BaseException) -> BaseException:
         """Return what ``run`` must raise: the own error of the lowest replica, others as notes."""
@@ -520,7 +604,8 @@ class Step:
 
     def _ended(self) -> BaseException:
         failure = self.failure
-        if isinstance(failure, CollectiveMismatchError | CollectiveTimeoutError):
+        # A class of the user's may not be made of its arguments, so none is.
+        if failure is not None and type(failure) in _OUR_OWN:
             echo: BaseException = type(failure)(*failure.args)
         else:
             echo = StepEnded(
@@ -543,11 +628,13 @@ class Step:
     def _whereabouts(
         self, replica: int, request: Request | None, frames: dict[int, types.FrameType]
     ) -> str:
-        ident = self._threads[replica]
+        ident = self._seats.get(replica, 0)
         name = self._first + replica
-        if replica in self._gone:
+        if self._gone[replica]:
             return f"replica {name} has returned"
-        issued = [p for p in self._pending if p.requests[replica] and not p.is_complete]
+        issued = [
+            p for p in tuple(self._pending.values()) if p.requests[replica] and not p.is_complete
+        ]
         place = user_line(frames.get(ident))
         if request is not None:
             doing = f"called {request}"

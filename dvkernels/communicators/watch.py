@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol, final
 
-from dvkernels.communicators.agreement import in_words
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.user_errors import in_words
 
 __all__: list[str] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = ["LARGEST", "check_callable", "check_count"]
 
@@ -37,5 +38,5 @@ def check_callable(member: str, value: object, remedy: str) -> None:
     """Raise :class:`DatasetError` unless ``value`` can be called."""
     if not callable(value):
         raise DatasetError(
-            f"{member}: expected a function; got {value!r:.80}, a {type(value).__name__}; {remedy}"
+            f"{member}: expected a function; got {shown(value)}, a {type(value).__name__}; {remedy}"
         )

@@ -28,6 +28,7 @@ from dvkernels.data.transforms import (
 )
 from dvkernels.data.zipped import Zip
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = ["Dataset"]
 
@@ -304,7 +305,7 @@ class Dataset:
         for place, other in enumerate(others):
             if not isinstance(other, Dataset):
                 raise DatasetError(
-                    f"zip: expected datasets; got {other!r:.80}, a {type(other).__name__}, as "
+                    f"zip: expected datasets; got {shown(other)}, a {type(other).__name__}, as "
                     f"argument {place}; make it a dataset with from_arrays or from_sequence"
                 )
         return Dataset(Zip([self._node, *(other.node for other in others)]))

@@ -14,6 +14,7 @@ from dvkernels.data.checks import check_count
 from dvkernels.data.nest import stack
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = ["FromLive"]
 
@@ -53,7 +54,8 @@ class FromLive(Node):
         if not callable(get) or isinstance(source, dict | type):
             raise DatasetError(
                 "from_live: expected a queue, or a function get(timeout); got "
-                f"{source!r:.80}, a {type(source).__name__}; pass a queue.Queue that a thread fills"
+                f"{shown(source)}, a {type(source).__name__}; pass a queue.Queue that a thread "
+                "fills"
             )
         if batch_size is not None:
             batch_size = check_count(

@@ -9,6 +9,7 @@ import numpy as np
 import optree
 
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = [
     "concatenate",
@@ -77,7 +78,7 @@ def stack(elements: Sequence[Any]) -> Any:
             name = leaf_names(elements[0], "element")[which]
             if alike:
                 raise DatasetError(
-                    f"batch: expected arrays or numbers to stack; got {leaf!r:.80}, a "
+                    f"batch: expected arrays or numbers to stack; got {shown(leaf)}, a "
                     f"{type(leaf).__name__}, as {name} of element {place} of the batch; "
                     "turn it into an array with map()"
                 )
@@ -110,7 +111,7 @@ def leading_length(batch: Any) -> int:
     leaves, _ = flatten(batch)
     if not leaves:
         raise DatasetError(
-            f"distribute_dataset: expected batches with at least one array; got {batch!r:.80}; "
+            f"distribute_dataset: expected batches with at least one array; got {shown(batch)}; "
             "let the dataset's elements hold something"
         )
     found = []
@@ -119,7 +120,7 @@ def leading_length(batch: Any) -> int:
         if not shape:
             raise DatasetError(
                 "distribute_dataset: expected batches, arrays with a leading axis to share "
-                f"among the replicas; got {leaf!r:.80}, a {type(leaf).__name__}, as {name}; "
+                f"among the replicas; got {shown(leaf)}, a {type(leaf).__name__}, as {name}; "
                 "call .batch(global_batch_size) on the dataset"
             )
         found.append((name, int(shape[0])))

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from dvkernels import user_errors
 from dvkernels.data.marks import Marks
 from dvkernels.data.nest import leading_length, slice_rows, stack
 from dvkernels.data.skips import skipping
@@ -233,7 +234,6 @@ def add_note(error: Exception, verb: str, node: Node, index: int, epoch: int) ->
     note = f"dvkernels: {verb} failed at element {index} of {node!r} (epoch {epoch}{where})"
     if isinstance(error, StopIteration):
         fault = RuntimeError(f"{verb} raised StopIteration; return or raise something else")
-        fault.add_note(note)
+        user_errors.annotate(fault, note)
         raise fault from error
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    user_errors.annotate(error, note)

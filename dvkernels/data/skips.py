@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from contextvars import ContextVar
 
+from dvkernels import user_errors
+
 __all__ = ["Skips", "skipping"]
 
 _LISTED = 100
@@ -20,11 +22,11 @@ class Skips:
 
     def note(self, error: Exception, where: str) -> None:
         """Remember that an element was left out."""
-        said = (getattr(error, "__notes__", None) or [where])[-1]
+        said = user_errors.latest_note(error) or where
         with self._mutex:
             self.count += 1
             if len(self.listed) < _LISTED:
-                self.listed.append(f"{type(error).__name__}: {error}; {said}")
+                self.listed.append(f"{user_errors.in_words(error)}; {said}")
 
 
 # Where failing elements are noted instead of raised; None: they are raised.

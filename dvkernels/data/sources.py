@@ -11,6 +11,7 @@ from dvkernels.data.checks import LARGEST, check_callable, check_count
 from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown, text_of
 
 __all__ = ["FromArrays", "FromIterable", "FromSequence", "Range", "SupportsIndexing"]
 
@@ -32,7 +33,7 @@ class FromArrays(Node):
         leaves, self._spec = flatten(nest)
         if not leaves:
             raise DatasetError(
-                f"from_arrays: expected a nest with at least one array; got {nest!r:.80}; "
+                f"from_arrays: expected a nest with at least one array; got {shown(nest)}; "
                 "pass an array, or a tuple or dict of arrays"
             )
         names = leaf_names(nest, "nest")
@@ -172,7 +173,7 @@ class FromIterable(Node):
         if not isinstance(iterable, Iterable):
             raise DatasetError(
                 "from_iterable: expected the factory to return an iterable; got "
-                f"{iterable!r:.80}, a {type(iterable).__name__}; write it as a generator function"
+                f"{shown(iterable)}, a {type(iterable).__name__}; write it as a generator function"
             )
         if not isinstance(iterable, Iterator):
             return iter(iterable)
@@ -193,11 +194,11 @@ def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
     except Exception as error:
         raise DatasetError(
             f"from_arrays: expected an array as {name}; got a {type(leaf).__name__} that NumPy "
-            f"cannot read ({error}); convert it to a NumPy array first"
+            f"cannot read ({text_of(error)}); convert it to a NumPy array first"
         ) from error
     if array.ndim == 0:
         raise DatasetError(
-            f"from_arrays: expected an array with a leading axis as {name}; got {leaf!r:.80}, "
+            f"from_arrays: expected an array with a leading axis as {name}; got {shown(leaf)}, "
             f"a {type(leaf).__name__}; lists are containers here, so wrap numbers in np.asarray"
         )
     view = array.view()

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from dvkernels.data.checks import check_callable
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown, text_of
 
 __all__ = ["FromSource", "FromStatefulIterable", "Reader", "Source"]
 
@@ -82,7 +83,7 @@ class FromSource(Node):
         if isinstance(source, type) or not callable(getattr(source, "open", None)):
             raise DatasetError(
                 "from_source: expected an object with open(epoch, state), which returns a reader "
-                f"with __next__() and state(); got {source!r:.80}, a {type(source).__name__}; "
+                f"with __next__() and state(); got {shown(source)}, a {type(source).__name__}; "
                 "use from_iterable(factory) for what has no state"
             )
         self._source = source
@@ -144,7 +145,8 @@ class FromSource(Node):
             return json.dumps(state)
         except (TypeError, ValueError) as error:
             raise DatasetError(
-                f"from_source: expected a state that JSON can hold; got {state!r:.80} ({error}); "
+                f"from_source: expected a state that JSON can hold; got {shown(state)} "
+                f"({text_of(error)}); "
                 "return numbers, strings, and lists and dicts of them: int(n) for a NumPy integer"
             ) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.errors import BufferMismatchError, NotABufferError
+from dvkernels.user_errors import text_of
 
 __all__: list[str] = []
 
@@ -75,7 +76,7 @@ def view(verb: str, buffer: Any, who: str) -> Any:
         kind = int(buffer.__dlpack_device__()[0])
     except (BufferError, TypeError, RuntimeError, ValueError) as error:
         raise NotABufferError(
-            f"{verb} cannot tell where {who}, a {type(buffer).__name__}, lies: {error}"
+            f"{verb} cannot tell where {who}, a {type(buffer).__name__}, lies: {text_of(error)}"
         ) from error
     if kind not in _CPU:
         raise BufferMismatchError(
@@ -87,7 +88,7 @@ def view(verb: str, buffer: Any, who: str) -> Any:
         return see(buffer)
     except (BufferError, TypeError, RuntimeError, ValueError) as error:
         raise NotABufferError(
-            f"{verb} cannot view {who}, a {type(buffer).__name__}, through DLPack: {error}"
+            f"{verb} cannot view {who}, a {type(buffer).__name__}, through DLPack: {text_of(error)}"
         ) from error
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from dvkernels.devices import cuda, driver, foreign
 from dvkernels.devices.streams import Lane
 from dvkernels.errors import BufferMismatchError, NotABufferError
+from dvkernels.user_errors import text_of
 
 __all__ = ["Placed", "adopt", "describe", "like", "place"]
 
@@ -48,7 +49,7 @@ def _placed(verb: str, buffer: Any, who: str) -> Placed:
         return read(buffer)
     except (BufferError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise NotABufferError(
-            f"{verb} cannot read where {who}, a {type(buffer).__name__}, lies: {error}"
+            f"{verb} cannot read where {who}, a {type(buffer).__name__}, lies: {text_of(error)}"
         ) from error
 
 

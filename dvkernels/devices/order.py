@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dvkernels import user_errors
 from dvkernels.devices import cuda, gpu_arrays
 from dvkernels.devices.streams import Lane, crossings
 
@@ -53,7 +54,7 @@ class StreamOrder:
         self._homes: dict[int, Any] = {}
         self._mutex = threading.Lock()
 
-    @contextlib.contextmanager
+    @user_errors.block
     def step(self) -> Iterator[None]:
         """Order a step, inside, after what its caller did and before what it does then."""
         own = self._lanes()

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from dvkernels.errors import DeviceError
+from dvkernels.user_errors import shown
 
 __all__ = ["Joined", "Lane", "crossings", "join", "pointer"]
 
@@ -73,6 +74,6 @@ def pointer(verb: str, stream: Any) -> int:
     if isinstance(value, int):
         return value
     raise DeviceError(
-        f"{verb}: {stream!r:.60} is no CUDA stream: pass one of CuPy, PyTorch or Numba, its "
+        f"{verb}: {shown(stream, 60)} is no CUDA stream: pass one of CuPy, PyTorch or Numba, its "
         "address, or None for the current ones"
     )

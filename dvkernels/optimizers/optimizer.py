@@ -20,6 +20,7 @@ from dvkernels.errors import (
 from dvkernels.kernels import twins
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.user_errors import shown
 from dvkernels.values import regroup
 from dvkernels.values.arrays import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -88,11 +89,11 @@ class Optimizer(abc.ABC):
         """
         iterations = state.get("iterations") if isinstance(state, dict) else None
         if type(iterations) is not int or iterations < 0:
-            raise ValueError(f"expected the state of an optimizer; got {state!r:.80}")
+            raise ValueError(f"expected the state of an optimizer; got {shown(state)}")
         if state.get("slot_names") != list(self.slot_names):
             raise ValueError(
                 f"expected the state of an optimizer with the slots {list(self.slot_names)}; got "
-                f"one with {state.get('slot_names')!r:.200}; make the optimizer as it was"
+                f"one with {shown(state.get('slot_names'), 200)}; make the optimizer as it was"
             )
         self._iterations = iterations
 
@@ -218,7 +219,7 @@ def _checked_op(op: Any) -> ReduceOp:
 
 def _checked_variable(pair: Any) -> Variable:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Variable):
-        raise TypeError(f"{_VERB} needs pairs of a gradient and a variable; got {pair!r:.80}")
+        raise TypeError(f"{_VERB} needs pairs of a gradient and a variable; got {shown(pair)}")
     variable: Variable = pair[1]
     if variable.synchronization is not VariableSynchronization.ON_WRITE:
         raise SynchronizationError(

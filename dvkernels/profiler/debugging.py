@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvkernels import reduce_op
+from dvkernels import reduce_op, user_errors
 from dvkernels.errors import NonFiniteError
 
 __all__ = ["debug"]
@@ -90,8 +90,8 @@ class Watch:
         ]
         listed = "\n".join(lines) or "  none"
         LOGGER.error(
-            "step %d of %s failed with %s: %s\nthe last collectives:\n%s",
-            step, strategy, type(error).__name__, error, listed,
+            "step %d of %s failed with %s\nthe last collectives:\n%s",
+            step, strategy, user_errors.in_words(error), listed,
             extra={"step": step},
         )  # fmt: skip
 

@@ -6,7 +6,6 @@ Off by default, and then costs one look at ``active`` for each call.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from dvkernels import user_errors
 from dvkernels.errors import ContextError
 from dvkernels.profiler.debugging import LOGGER
 
@@ -166,7 +166,7 @@ class trace:
 active: trace | None = None
 
 
-@contextlib.contextmanager
+@user_errors.block
 def span(name: str, category: str, *, lane: str = "", **about: Any) -> Iterator[None]:
     """Record a block, if a trace is being recorded when it begins; ``lane`` names the thread."""
     recording, began = active, time.perf_counter_ns()

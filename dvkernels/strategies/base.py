@@ -35,6 +35,7 @@ from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.strategies.runner import Runner
 from dvkernels.strategies.streamed import StreamedRunner
+from dvkernels.user_errors import shown
 from dvkernels.values import regroup
 from dvkernels.values.arrays import as_array, gatherable
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
@@ -426,7 +427,8 @@ class Strategy:
         for pair in listed:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TypeError(
-                    f"batch_reduce_to needs pairs of a value and its destinations; got {pair!r:.80}"
+                    "batch_reduce_to needs pairs of a value and its destinations; got "
+                    f"{shown(pair)}"
                 )
         places = [self._devices_of(destinations, "batch_reduce_to") for _, destinations in listed]
         reduced = self.reduce(op, [value for value, _ in listed])
@@ -721,9 +723,9 @@ def _extents(shape: Any) -> tuple[int, ...]:
     """Return a shape as NumPy understands it."""
     extents = (shape,) if is_integer(shape) else shape
     if not isinstance(extents, (list, tuple)) or not all(is_integer(one) for one in extents):
-        raise TypeError(f"empty: shape must be an integer or a list of them, got {shape!r:.80}")
+        raise TypeError(f"empty: shape must be an integer or a list of them, got {shown(shape)}")
     if any(one < 0 for one in extents):
-        raise ValueError(f"empty: lengths must not be negative, got shape {shape!r:.80}")
+        raise ValueError(f"empty: lengths must not be negative, got shape {shown(shape)}")
     return tuple(map(int, extents))
 
 

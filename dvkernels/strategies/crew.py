@@ -7,6 +7,7 @@ reference to the strategy, so dropping it ends them.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -65,6 +66,7 @@ class Crew:
         self._num_replicas = num_replicas
         self._is_chain = not self._gates.spins
         self.is_busy = False  # set by whoever runs a step with it
+        self._dead = [False] * num_replicas  # whose thread has ended
         self._inboxes = [
             _Inbox(
                 self._gates,
@@ -75,8 +77,11 @@ class Crew:
             for k in range(num_replicas - 1)
         ]
         self._threads = [
-            threading.Thread(
-                target=_work, args=(inbox,), name=f"dvkernels-replica-{rank}", daemon=True
+            threads.Thread(
+                target=_work,
+                args=(inbox, self._dead, rank),
+                name=f"dvkernels-replica-{rank}",
+                daemon=True,
             )
             for rank, inbox in enumerate(self._inboxes, start=1)
         ]
@@ -94,7 +99,13 @@ class Crew:
         """Return a new step between these threads and the caller; ``timeout`` in seconds."""
         self._gates.close_first(rendezvous.num_gates(self._num_replicas))
         return rendezvous.Step(
-            self._num_replicas, self._gates, timeout, carrier, first_replica, announce
+            self._num_replicas,
+            self._gates,
+            timeout,
+            carrier,
+            first_replica,
+            announce,
+            self._dead,
         )
 
     def start(self, tasks: Sequence[Callable[[], None]]) -> None:
@@ -123,6 +134,8 @@ class Crew:
     def stop(self) -> None:
         """End the threads, which are idle, and wait until they have ended."""
         _end_all(self._inboxes, self._pid)
+        if sys.is_finalizing():
+            return  # they run no more
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_SECONDS)
@@ -132,13 +145,17 @@ def _end() -> None:
     """Tell a thread to end."""
 
 
-def _work(inbox: _Inbox) -> None:
-    while True:
-        task: Any = inbox.take()
-        if task is _end:
-            return
-        task()
-        del task  # keep nothing of the user's alive while waiting
+def _work(inbox: _Inbox, dead: list[bool], rank: int) -> None:
+    pid = os.getpid()
+    try:
+        while pid == os.getpid():  # a task may fork: in that process nobody brings another
+            task: Any = inbox.take()
+            if task is _end:
+                return
+            task()
+            del task  # keep nothing of the user's alive while waiting
+    finally:
+        dead[rank] = True  # whoever waits for it looks
 
 
 def _end_all(inboxes: list[_Inbox], pid: int) -> None:

@@ -12,6 +12,7 @@ from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
 from dvkernels.devices.base import Device
 from dvkernels.strategies.base import Strategy
+from dvkernels.user_errors import shown
 
 __all__ = ["MultiWorkerMirroredStrategy"]
 
@@ -104,7 +105,7 @@ class MultiWorkerMirroredStrategy(Strategy):
         if not isinstance(self._resolver, ClusterResolver):
             raise TypeError(
                 f"expected cluster_resolver to be a dv.cluster.ClusterResolver, got "
-                f"{cluster_resolver!r:.80}"
+                f"{shown(cluster_resolver)}"
             )
         workers = communicators.between_workers(
             self._resolver, _checked(timeout_seconds), cross_device_ops

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -46,11 +47,11 @@ class Runner:
         self._forget()
 
     def _forget(self) -> None:
-        self._pid = os.getpid()
         self._turn = threading.RLock()
         # All crews that exist; one dropped by an interrupted step may wait for garbage collection.
         self._crews: list[weakref.ref[Crew]] = []
         self._idle: list[Crew] = []  # a stack: nested steps need threads of their own
+        self._pid = os.getpid()  # last: an interrupt before this leaves it to be done again
 
     def run(self, call: Call, nested: bool) -> list[Any]:
         """Return ``[call(step, replica) for each replica]``, called at the same time.
@@ -62,6 +63,12 @@ class Runner:
             self._forget()  # threads and the owner of the lock stayed in the parent process
         if self._closed:
             raise ContextError("this strategy has been closed; make a new one")
+        if self._num_replicas > 1 and sys.is_finalizing():
+            raise ContextError(
+                f"run of {self._label} was called while the interpreter is shutting down, when the "
+                f"threads of its replicas run no more; call it before that, in a function "
+                f"registered with atexit at the latest"
+            )
         seconds = deadlines.timeout_seconds()
         if nested:
             return self._run(call, seconds)

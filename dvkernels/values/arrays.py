@@ -10,6 +10,7 @@ import numpy as np
 from dvkernels.devices import foreign, memory
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import NotABufferError
+from dvkernels.user_errors import shown, text_of
 from dvkernels.values import regroup
 from dvkernels.values.distributed import is_integer
 
@@ -67,11 +68,12 @@ def as_array(value: Any, verb: str, replica: int, seen: memory.Memory = memory.H
     except Exception as error:
         raise NotABufferError(
             f"{verb}: replica {replica} passed a {type(value).__name__} that is not an array or a "
-            f"number ({error})"
+            f"number ({text_of(error)})"
         ) from error
     if array.dtype.hasobject:
         raise NotABufferError(
-            f"{verb}: expected an array or a number, replica {replica} passed {value!r:.60} of "
+            f"{verb}: expected an array or a number, replica {replica} passed {shown(value, 60)} "
+            "of "
             f"type {type(value).__name__}"
         )
     return array

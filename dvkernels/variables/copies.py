@@ -13,6 +13,7 @@ from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
+from dvkernels.user_errors import shown, text_of
 
 __all__: list[str] = []
 
@@ -90,7 +91,7 @@ class Copies:
         except (TypeError, ValueError, OverflowError) as error:
             raise NotABufferError(
                 f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
-                f"{value!r:.60}{self._from(replica)}, which does not fit: {error}"
+                f"{shown(value, 60)}{self._from(replica)}, which does not fit: {text_of(error)}"
             ) from error
 
     def _from(self, replica: int | None) -> str:

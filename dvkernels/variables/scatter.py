@@ -13,6 +13,7 @@ from dvkernels.devices import foreign
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.profiler import debugging
+from dvkernels.user_errors import shown
 from dvkernels.variables.copies import Copies
 
 __all__: list[str] = []
@@ -50,7 +51,9 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     if rows.size == 0 and rows.dtype.kind == "f":
         rows = rows.astype(np.int64)  # an empty list
     if rows.dtype.kind not in "iu":
-        raise NotABufferError(f"{what}: expected integers as indices, got {indices!r:.60}{came}")
+        raise NotABufferError(
+            f"{what}: expected integers as indices, got {shown(indices, 60)}{came}"
+        )
     outside = rows[(rows < 0) | (rows >= shape[0])]
     if outside.size:
         raise IndexError(

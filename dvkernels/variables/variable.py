@@ -19,6 +19,7 @@ from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
 from dvkernels.profiler import accounts
+from dvkernels.user_errors import shown, text_of
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
 from dvkernels.variables.copies import Copies, Draft, commit_together
@@ -433,7 +434,8 @@ def _created(
             array = array.astype(dtype)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
-            f"variable {label!r}: the initial value {content!r:.60} is not an array: {error}"
+            f"variable {label!r}: the initial value {shown(content, 60)} is not an array: "
+            f"{text_of(error)}"
         ) from error
     if reduce_op.kind(array.dtype) not in "biufc":
         raise NotABufferError(
@@ -572,7 +574,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
     listed: list[Variable] = regroup.flatten(variables)[0]
     for variable in listed:
         if not isinstance(variable, Variable):
-            raise TypeError(f"sync needs variables; got {variable!r:.80}")
+            raise TypeError(f"sync needs variables; got {shown(variable)}")
         if variable.synchronization is not VariableSynchronization.NONE:
             raise SynchronizationError(
                 f"sync of variable {variable.name!r}: it is {variable.synchronization.name}, which "
