@@ -418,6 +418,8 @@ class Variable(DistributedValues[Any]):
             self._aggregation,
         )
         memo[id(self)] = made
+        for follow in memo.get(id(_FOLLOWERS), ()):
+            follow(self, made)
         return made
 
     def __reduce__(self) -> NoReturn:
@@ -513,13 +515,13 @@ def _account() -> Iterator[tuple[str, str, int]]:
 accounts.open_account(_account)
 
 
-def companion(variable: Variable, name: str) -> Variable:
-    """Return a variable of zeros that lives like another: its shape, dtype and copies.
+def companion(variable: Variable, name: str, content: Any = None) -> Variable:
+    """Return a variable that lives like another: its shape, dtype and copies; zeros at first.
 
     It is written in cross-replica context only, and is not trainable.
     """
     made = _created(
-        np.zeros(variable.shape, variable.dtype),
+        np.zeros(variable.shape, variable.dtype) if content is None else content,
         None,
         False,
         VariableSynchronization.ON_WRITE,
@@ -529,6 +531,15 @@ def companion(variable: Variable, name: str) -> Variable:
     )
     made._copies.is_slot = True
     return made
+
+
+_FOLLOWERS = object()  # stands for those who follow a deep copy, in its memo
+Follower = Callable[[Variable, Variable], None]
+
+
+def on_copy(memo: dict[int, Any], follow: Follower) -> None:
+    """Have ``follow(variable, copy)`` called for each variable that is yet copied in this go."""
+    memo.setdefault(id(_FOLLOWERS), []).append(follow)
 
 
 def drafts_of(variable: Variable) -> list[Variable]:
