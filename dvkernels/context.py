@@ -21,12 +21,12 @@ from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.communicators.single import Single
 from dvkernels.devices import foreign, memory
 from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import spec
+from dvkernels.devices.buffers import refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
-from dvkernels.values import regroup
-from dvkernels.values.arrays import Arrays, arrays_of, gatherable
+from dvkernels.values import functions, regroup, weights
+from dvkernels.values.arrays import Arrays, alike, arrays_of, gatherable
 from dvkernels.values.distributed import PerReplica, is_integer
 from dvkernels.values.handle import Handle
 
@@ -100,12 +100,18 @@ def set_global(frame: Frame | None) -> None:
 def get_strategy() -> Any:
     """Return the current strategy; outside every scope a default one of one replica."""
     frame = find()
-    return default_strategy() if frame is None else frame.strategy
+    if frame is None or frame.placement is UNSCOPED:
+        return default_strategy()
+    return frame.strategy
 
 
 def has_strategy() -> bool:
-    """Return whether a scope, a run or ``set_strategy`` gives the current strategy."""
-    return find() is not None
+    """Return whether a scope, a run or ``set_strategy`` gives the current strategy.
+
+    False in ``merge_call`` and ``run`` of the default strategy, too: that is still the default.
+    """
+    frame = find()
+    return frame is not None and frame.placement is not UNSCOPED
 
 
 def in_cross_replica_context() -> bool:
@@ -130,6 +136,8 @@ def require_cross_replica(placement: Placement, verb: str) -> Frame | None:
     frame = find()
     if frame is None or (frame.replica is None and frame.placement is placement):
         return frame
+    if frame.replica is None and frame.placement is UNSCOPED:
+        return None  # merge_call of the default strategy, which is outside every scope
     if frame.replica is not None:
         raise ContextError(
             f"{verb} needs cross-replica context, and this is replica "
@@ -236,11 +244,11 @@ class ReplicaContext:
         -----
         Every replica gets the same bits. 0-d inputs give 0-d arrays.
         """
-        brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
-        targets = self._targets(out, brought) if out is not None else None
         if weight is not None:
             own = regroup.own_component(weight, self._rank)
-            weight = _checked_weight(own, reduction)
+            weight = weights.checked(own, "all_reduce", reduce_op.parse(op))
+        brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
+        targets = self._targets(out, brought) if out is not None else None
         if shared and out is not None:
             raise ValueError("all_reduce: out is each replica's own, so it cannot be shared")
         communicator, dtypes = self._placement.communicator, [a.dtype for a in brought.held]
@@ -250,10 +258,10 @@ class ReplicaContext:
             columns: list[Any] = list(zip(*(payload[0] for payload in payloads), strict=True))
             kernel_op: Reduction = reduction
             if weight is not None:
-                weights = [payload[2] for payload in payloads]
-                of_all = [one for each in workers.exchange(weights) for one in each]
-                if weight == 0 or any(other != weight for other in of_all):
-                    columns = _shares_of_the_mean(columns, weights, sum(of_all))
+                brought_by = [payload[2] for payload in payloads]
+                shares = weights.shares_over(brought_by, workers, "all_reduce")
+                if shares is not None:
+                    columns = weights.shares_of(columns, shares)
                     kernel_op = ReduceOp.SUM
             outs = None
             if targets is not None:
@@ -376,16 +384,17 @@ class ReplicaContext:
         """Concatenate the replicas' values along ``axis``, in replica order; each gets all.
 
         Lengths along ``axis`` may differ; scalars are stacked. A negative axis counts from the
-        end. Ownership and errors are those of :meth:`all_reduce`.
+        end. Strings are as wide as the widest. Ownership and errors are those of
+        :meth:`all_reduce`.
         """
         brought = self._arrays("all_gather", value)
         held, axes, specs = gatherable("all_gather", brought.held, axis, self._replica_id)
         brought = brought._replace(held=held, specs=specs)
-        communicator = self._placement.communicator
+        communicator, workers = self._placement.communicator, self._placement.workers
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns = [
-                communicator.all_gather(column, column_axis)
+                communicator.all_gather(alike(column, workers), column_axis)
                 for column, column_axis in zip(zip(*payloads, strict=True), axes, strict=True)
             ]
             return _per_replica_rows(columns, len(payloads))
@@ -446,6 +455,7 @@ class ReplicaContext:
         object
             What ``fn`` returned; of a ``PerReplica`` in it, this replica's component.
         """
+        functions.check("merge_call", fn)
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"merge_call: args must be a list or tuple, got {type(args).__name__}")
         strategy, placement = self.strategy, self._placement
@@ -512,6 +522,7 @@ class ReplicaContext:
         return [self._target(leaf, array) for leaf, array in zip(leaves, brought.held, strict=True)]
 
     def _target(self, leaf: Any, array: Any) -> Any:
+        refuse_masked(leaf, f"all_reduce: out of replica {self._replica_id}")
         if not isinstance(leaf, np.ndarray):
             if not foreign.is_foreign(leaf):
                 raise NotABufferError(
@@ -528,44 +539,6 @@ class ReplicaContext:
                 f"{'writable' if is_writable else 'read-only'}"
             )
         return leaf
-
-
-def _checked_weight(weight: Any, op: Reduction) -> float:
-    if op is not ReduceOp.MEAN:
-        raise ValueError(f"all_reduce: a weight belongs to MEAN, got op {op.name}; drop the weight")
-    try:
-        number = -1.0 if isinstance(weight, (str, bytes)) else float(weight)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"all_reduce: a weight is a finite number of at least 0, got {weight!r}")
-    return number
-
-
-def _shares_of_the_mean(columns: list[Any], weights: list[float], total: float) -> list[list[Any]]:
-    """Return w x / total of each array: what must be summed for the weighted mean.
-
-    A weight of 0 gives zeros, whatever the value, so that NaN x 0 does not spoil the sum. Shares of
-    a half type are float32, so that only the sum is rounded to the half.
-    """
-    if total == 0:
-        raise ValueError("all_reduce: all weights are 0; there is no mean of nothing")
-    return [
-        [_share(array, weight, total) for array, weight in zip(column, weights, strict=True)]
-        for column in columns
-    ]
-
-
-def _share(array: Any, weight: float, total: float) -> Any:
-    dtype = reduce_op.working_dtype(array.dtype)
-    here = memory.holding(array).apply
-    if not weight:
-        return here(np.zeros_like, array, dtype)
-    return here(_scaled, array.astype(dtype, copy=False), dtype.type(weight / total))
-
-
-def _scaled(array: Any, factor: Any) -> Any:
-    return np.multiply(array, factor, out=np.empty_like(array))
 
 
 def _dealt(result: Any, rank: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,21 @@ def working_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def kind(dtype: np.dtype[Any]) -> str:
     """Return ``dtype.kind``, and "f" for bfloat16 too, which ml_dtypes calls "V"."""
     return "f" if dtype.name == "bfloat16" else dtype.kind
+
+
+def shares(weights: Sequence[float], verb: str) -> list[float]:
+    """Return what each weight is of their sum; raise ValueError where all are 0.
+
+    Scaled by a power of two first, which rounds nothing: the sum of large finite weights is no
+    float64, and the quotient of two tiny ones has few bits.
+    """
+    largest = max(weights)
+    if largest == 0:
+        raise ValueError(f"{verb}: all weights are 0; there is no mean of nothing")
+    exponent = math.frexp(largest)[1]
+    scaled = [math.ldexp(weight, -exponent) for weight in weights]
+    total = sum(scaled)
+    return [weight / total for weight in scaled]
 
 
 def identity(op: Reduction, dtype: np.dtype[Any]) -> Any:

@@ -25,7 +25,7 @@ from dvkernels.checkpoint.nodes import (
     StateNode,
     VariableNode,
 )
-from dvkernels.checkpoint.objects import HasSlots, HasState, child
+from dvkernels.checkpoint.objects import STEPS, HasSlots, HasState, child
 from dvkernels.checkpoint.shards import DTYPES
 from dvkernels.devices import memory
 from dvkernels.devices.buffers import Spec
@@ -188,19 +188,25 @@ class _Matcher:
             if variable is None or id(variable) not in self._filled_from:
                 self.plan.unexpected.append(f"{slots_path}/{of}")
                 continue
-            if saved.keys() != set(names):
+            if saved.keys() - {STEPS} != set(names):
                 raise CheckpointError(
                     f"{slots_path}/{of}: expected the slots {', '.join(names) or '(none)'}; the "
                     f"checkpoint holds {', '.join(saved) or '(none)'}; make the optimizer as it was"
                 )
             for name, slot in zip(names, optimizer.slots(variable), strict=True):
                 self._fill(slot, (saved[name],), f"{slots_path}/{of}/{name}")
+            steps = optimizer.steps(variable)
+            if STEPS in saved:
+                self._fill(steps, (saved[STEPS],), f"{slots_path}/{of}/{STEPS}")
+            else:  # written when all variables of an optimizer had one count
+                self.plan.finish.append(_setting(steps, optimizer))
             slotted.pop(id(variable), None)
         known = {id(variable) for variable in self._variables.values()}
         for variable in slotted.values():
             if id(variable) in self._filled_from:
                 # It had none when it was saved, and none means zeros.
-                self.plan.finish += [_zeroing(slot) for slot in optimizer.slots(variable)]
+                slots = [copy for slot in optimizer.slots(variable) for copy in copies_of(slot)]
+                self.plan.finish.append(_zeroing([*slots, optimizer.steps(variable)]))
             elif id(variable) not in known:
                 self.plan.missing.append(
                     f"{slots_path} of variable {variable.name!r}, which is not among the objects"
@@ -228,11 +234,13 @@ class _Matcher:
 
     def _state(self, own: HasState, node: StateNode, path: str) -> None:
         state = plain.decode(node.value, path, self._stage)
-        self.plan.states.append(StateChange(path, own.state_dict, own.load_state_dict, state))
-        self.plan.matched.append(path)
+        get, change = own.state_dict, own.load_state_dict
         if isinstance(own, HasSlots):
+            get, change = own.progress, own.set_progress
             self._with_slots.append((own, node, path))
-        elif node.slots:
+        self.plan.states.append(StateChange(path, get, change, state))
+        self.plan.matched.append(path)
+        if node.slots and not isinstance(own, HasSlots):
             raise CheckpointError(
                 f"{path}: the checkpoint holds an optimizer's slots; the {type(own).__name__} "
                 f"here has none"
@@ -347,12 +355,16 @@ def _replacing(own: dict[Any, Any], saved: dict[Any, Any]) -> Callable[[], None]
     return replace
 
 
-def _zeroing(slot: Variable) -> Callable[[], None]:
+def _zeroing(arrays: Sequence[Any]) -> Callable[[], None]:
     def fill() -> None:
-        for copy in copies_of(slot):
-            copy.fill(0)
+        for array in arrays:
+            array.fill(0)
 
     return fill
+
+
+def _setting(steps: Any, optimizer: HasSlots) -> Callable[[], None]:
+    return lambda: steps.fill(optimizer.iterations)
 
 
 def _described(own: Any) -> str:

@@ -42,11 +42,18 @@ class HasState(Protocol):
 
 @runtime_checkable
 class HasSlots(HasState, Protocol):
-    """An optimizer: beside its state it keeps variables for variables."""
+    """An optimizer: for each variable it keeps others, and a count of steps.
+
+    A checkpoint saves these by the paths of the variables, and beside them its progress.
+    """
 
     @property
     def slotted(self) -> tuple[Variable, ...]:
         """The variables that have slots."""
+
+    @property
+    def iterations(self) -> int:
+        """The most steps that a variable has taken."""
 
     @property
     def slot_names(self) -> tuple[str, ...]:
@@ -54,6 +61,18 @@ class HasSlots(HasState, Protocol):
 
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable, which are made if there are none."""
+
+    def steps(self, variable: Variable) -> np.ndarray[Any, Any]:
+        """Return the count of a variable, an array of shape () that may be written."""
+
+    def progress(self) -> Any:
+        """Return the rest of its state."""
+
+    def set_progress(self, state: Any) -> Any:
+        """Take that over; after an error nothing has changed."""
+
+
+STEPS = "steps"  # what a count is called among the slots of its variable
 
 
 class Opened(NamedTuple):
@@ -218,7 +237,7 @@ class Gathered:
 
     def _with_state(self, value: HasState, path: str) -> StateNode:
         try:
-            state = value.state_dict()
+            state = value.progress() if isinstance(value, HasSlots) else value.state_dict()
         except DvKernelsError as error:
             raise CheckpointError(f"{path}: its state_dict() failed: {text_of(error)}") from error
         slots = {}
@@ -230,9 +249,14 @@ class Gathered:
                     f"{path}: it has slots of variable {variable.name!r}, which is not among the "
                     f"objects of this checkpoint; give it to Checkpoint too"
                 )
-            slots[of] = {
-                name: self._tensors_of(saved_by(slot), f"{child(path, 'slots')}/{of}/{name}")[0]
+            held = {
+                name: saved_by(slot)
                 for name, slot in zip(value.slot_names, value.slots(variable), strict=True)
+            }
+            held[STEPS] = Saved((value.steps(variable),))
+            slots[of] = {
+                name: self._tensors_of(saved, f"{child(path, 'slots')}/{of}/{name}")[0]
+                for name, saved in held.items()
             }
         self.alike[path] = f"a {type(value).__name__} with slots of {', '.join(slots) or 'nothing'}"
         return StateNode(type(value).__name__, self._state(state, path), slots)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.devices import cuda, driver, foreign
+from dvkernels.devices.buffers import refuse_masked
 from dvkernels.devices.streams import Lane
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.user_errors import text_of
@@ -84,11 +85,7 @@ def order(pairs: Sequence[tuple[Lane, Lane]]) -> None:
 
 
 def _raise_elsewhere(verb: str, buffer: Any, who: str, found: Sequence[Placed]) -> None:
-    if isinstance(buffer, np.ma.MaskedArray):
-        raise NotABufferError(
-            f"{verb} needs arrays: {who} is a MaskedArray, whose mask would be ignored; "
-            "pass .filled(value) or .data"
-        )
+    refuse_masked(buffer, f"{verb} needs arrays: {who}")
     if isinstance(buffer, np.ndarray) or foreign.is_foreign(buffer):
         where = f"the others are on cuda:{found[0].device}" if found else "others are on a GPU"
         raise BufferMismatchError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.devices import foreign
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import (
     AlgorithmError,
     BufferMismatchError,
@@ -320,12 +320,8 @@ def check_dtype_moves(verb: str, dtype: np.dtype[Any]) -> None:
 
 def _view(verb: str, buffer: Any, who: str) -> Array:
     """Return a NumPy view of a buffer that is not a plain ndarray."""
-    if isinstance(buffer, np.ma.MaskedArray):
-        raise NotABufferError(
-            f"{verb} needs arrays: {who} is a MaskedArray, whose mask would be ignored; "
-            "pass .filled(value) or .data"
-        )
     if isinstance(buffer, np.ndarray):
+        refuse_masked(buffer, f"{verb} needs arrays: {who}")
         return buffer.view(np.ndarray)
     seen: Array = foreign.view(verb, buffer, who)
     return seen

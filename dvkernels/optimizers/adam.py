@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dvkernels.optimizers.optimizer import LearningRate, Optimizer, checked
-from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["Adam", "AdamW"]
 
@@ -17,7 +16,8 @@ class Adam(Optimizer):
     Parameters
     ----------
     learning_rate : float, or callable
-        A callable gets the number of steps taken and returns the rate of the next.
+        A callable gets the number of steps that a variable has taken and returns the rate of
+        its next.
     beta_1, beta_2 : float
         How much of the running means is kept each step, in [0, 1).
     epsilon : float
@@ -69,19 +69,20 @@ class Adam(Optimizer):
         kernels: Any,
         gradients: Sequence[Any],
         states: Sequence[Sequence[Any]],
-        op: ReduceOp,
+        steps: Sequence[int],
+        reduction: Mapping[str, Any],
     ) -> None:
         kernels.adam(
             gradients,
             *states,
-            step=self.iterations + 1,
-            learning_rate=self.learning_rate,
+            step=[taken + 1 for taken in steps],
+            learning_rate=self._rates(steps),
             beta_1=self.beta_1,
             beta_2=self.beta_2,
             epsilon=self.epsilon,
             weight_decay=self.weight_decay,
             decoupled=self._is_decoupled,
-            op=op,
+            **reduction,
         )
 
 

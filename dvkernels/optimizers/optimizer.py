@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, Self
 
-from dvkernels import context, reduce_op
+from dvkernels import context, user_errors
 from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.rendezvous import Request, Same
-from dvkernels.context import ReplicaContext
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices import memory
 from dvkernels.errors import (
-    BufferMismatchError,
-    ContextError,
-    ReduceOpError,
-    SynchronizationError,
+    CollectiveMismatchError,
 )
 from dvkernels.kernels import twins
-from dvkernels.profiler import debugging
+from dvkernels.optimizers import gradients, saved
+from dvkernels.optimizers.slots import Slots
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.user_errors import shown
-from dvkernels.values import regroup
-from dvkernels.values.arrays import as_array
-from dvkernels.values.distributed import DistributedValues, PerReplica
-from dvkernels.variables.modes import VariableSynchronization
-from dvkernels.variables.variable import Variable, companion, copies_of
+from dvkernels.values import regroup, weights
+from dvkernels.variables.variable import Variable, copies_of
 
 __all__ = ["Optimizer"]
 
-_VERB = "apply_gradients"
 LearningRate = float | Callable[[int], float]
 
 
@@ -37,7 +30,16 @@ class Optimizer(abc.ABC):
     """Updates variables from gradients; :class:`SGD`, :class:`Adam` and :class:`AdamW` are such.
 
     Its slots (velocities, moments) are variables that live like the ones they belong to: as many
-    copies, on the same devices. They are made at the first step.
+    copies, on the same devices. They are made at a variable's first step, and go with it.
+
+    Notes
+    -----
+    Each variable has its own count of steps, which is what a callable learning rate is given: one
+    that comes later, or only sometimes, is stepped as one of that age.
+
+    ``copy.deepcopy`` of an optimizer has slots and counts of its own. They are those of the copies
+    of variables that are copied by the same call, ``copy.deepcopy((model, optimizer))``, in
+    whatever order; of variables that are not, they are for the variables themselves.
     """
 
     def __init__(self, learning_rate: LearningRate) -> None:
@@ -45,56 +47,121 @@ class Optimizer(abc.ABC):
             checked(learning_rate, "learning_rate", 0)
         self._learning_rate = learning_rate
         self._iterations = 0
-        # By identity: variables compare elementwise. The variable is kept alive with its slots.
-        self._slots: dict[int, tuple[Variable, tuple[Variable, ...]]] = {}
+        self._slots = Slots()
 
     @property
     def iterations(self) -> int:
-        """The number of steps taken."""
+        """The most steps that a variable has taken."""
         return self._iterations
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate of the next step of a variable that has taken :attr:`iterations`."""
+        return self._rate(self._iterations)
+
+    def _rate(self, steps: int) -> float:
         rate = self._learning_rate
-        return checked(rate(self._iterations) if callable(rate) else rate, "learning_rate", 0)
+        return checked(rate(steps) if callable(rate) else rate, "learning_rate", 0)
+
+    def _rates(self, steps: Sequence[int]) -> list[float]:
+        """Return the learning rate of each variable; a callable is asked once for each count."""
+        of_count = {count: self._rate(count) for count in dict.fromkeys(steps)}
+        return [of_count[count] for count in steps]
 
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable, in the order of :attr:`slot_names`; zeros at first."""
-        found = self._slots.get(id(variable))
-        if found is None:
-            made = tuple(companion(variable, name) for name in self.slot_names)
-            found = self._slots[id(variable)] = variable, made
-        return found[1]
+        names = self.slot_names
+        (kept,) = self._slots.of_each([variable], names)
+        return tuple(kept.slots[name] for name in names)
+
+    def steps(self, variable: Variable) -> Any:
+        """Return how many steps a variable has taken: an int64 array of shape ()."""
+        (kept,) = self._slots.of_each([variable], self.slot_names)
+        return kept.steps
 
     @property
     def slotted(self) -> tuple[Variable, ...]:
-        """The variables that have slots, in the order in which they got them."""
-        return tuple(variable for variable, _ in self._slots.values())
+        """The variables that have taken steps, in the order in which they came."""
+        return tuple(variable for variable, _ in self._slots.living())
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} has no shallow copy: both would step the same slots; take "
+            f"copy.deepcopy, of the variables too if the copy is to step copies of them"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update((name, copy.deepcopy(one, memo)) for name, one in vars(self).items())
+        return made
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled: its slots live with their variables; save "
+            f"state_dict(), or all of the run with dv.Checkpoint"
+        )
+
+    # -- states ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside the slots: the number of steps, as plain data.
+        """Return steps and slots, as plain data and arrays: see :meth:`load_state_dict`.
 
-        Learning rate, momentum and the like are the program's, and not part of it.
+        ``"variables"`` lists, for each variable that has taken steps, in the order in which they
+        came, its ``"name"``, ``"shape"``, ``"dtype"`` and ``"steps"``, and its ``"slots"``, an
+        array for each name. Learning rate, momentum and the like are the program's, and not part
+        of it.
         """
-        return {"iterations": self._iterations, "slot_names": list(self.slot_names)}
+        entries = [
+            saved.entry(variable, int(kept.steps), kept.slots, self.slot_names)
+            for variable, kept in self._slots.living()
+        ]
+        return {
+            "iterations": self._iterations,
+            "slot_names": list(self.slot_names),
+            "variables": [*entries, *copy.deepcopy(self._slots.pending)],
+        }
 
-    def load_state_dict(self, state: Any) -> None:
+    def load_state_dict(self, state: Any, variables: Sequence[Variable] | None = None) -> None:
         """Take over what :meth:`state_dict` returned.
+
+        Parameters
+        ----------
+        state : dict
+        variables : sequence of Variable, optional
+            Whose they are: as many as the state holds, in its order. If not given, they are found
+            by name among those that have taken steps here, and, of the others, when they come; a
+            state of the very same list of variables needs no unique names.
 
         Raises
         ------
         ValueError
-            It is not such a state, or that of an optimizer with other slots. Nothing has changed.
+            It is not such a state, that of an optimizer with other slots, or does not fit the
+            variables. Nothing has changed.
+
+        Notes
+        -----
+        A variable that comes later and is not in the state begins with zeros, unless the state
+        still holds one of its shape and dtype under another name: then ``apply_gradients`` raises
+        ``ValueError``, since it might be that one.
         """
-        iterations = state.get("iterations") if isinstance(state, dict) else None
-        if type(iterations) is not int or iterations < 0:
-            raise ValueError(f"expected the state of an optimizer; got {shown(state)}")
-        if state.get("slot_names") != list(self.slot_names):
-            raise ValueError(
-                f"expected the state of an optimizer with the slots {list(self.slot_names)}; got "
-                f"one with {shown(state.get('slot_names'), 200)}; make the optimizer as it was"
-            )
+        iterations = saved.checked_progress(state, self.slot_names)
+        entries = saved.checked_entries(state.get("variables"), self.slot_names)
+        known = self.slotted if variables is None else tuple(variables)
+        chosen, pending = saved.matched(entries, known, is_ordered=variables is not None)
+        self._slots = Slots.of(chosen, pending, self.slot_names)
+        self._iterations = iterations
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the slots and steps of variables."""
+        pending = copy.deepcopy(self._slots.pending)
+        held = {"iterations": self._iterations, "slot_names": list(self.slot_names)}
+        return {**held, "pending": pending} if pending else held
+
+    def set_progress(self, state: Any) -> None:
+        """Take over what :meth:`progress` returned; raise ValueError for anything else."""
+        iterations = saved.checked_progress(state, self.slot_names)
+        self._slots.pending = saved.checked_entries(state.get("pending", []), self.slot_names)
         self._iterations = iterations
 
     @property
@@ -108,12 +175,21 @@ class Optimizer(abc.ABC):
         kernels: Any,
         gradients: Sequence[Any],
         states: Sequence[Sequence[Any]],
-        op: ReduceOp,
+        steps: Sequence[int],
+        reduction: Mapping[str, Any],
     ) -> None:
-        """Take the step: ``states[0]`` holds the variables' copies, then come the slots'."""
+        """Take the step: ``states[0]`` holds the variables' copies, then come the slots'.
+
+        ``steps`` are those that each variable has taken before, ``reduction`` the arguments that
+        say how the gradients of the replicas become one.
+        """
 
     def apply_gradients(
-        self, pairs: Iterable[tuple[Any, Variable]], op: ReduceOp | str = "mean"
+        self,
+        pairs: Iterable[tuple[Any, Variable]],
+        *,
+        op: ReduceOp | str = "mean",
+        weight: Any = None,
     ) -> None:
         """Reduce the gradients over the replicas and update the variables, in one pass.
 
@@ -123,8 +199,12 @@ class Optimizer(abc.ABC):
             In a replica its own gradients, and all replicas call this with the same variables.
             In cross-replica context each gradient is a ``PerReplica``, or one array for all. The
             variables are float32 or float64 and ON_WRITE; gradients have their shape and dtype.
+            A gradient of None, on all replicas, leaves its variable out: it takes no step.
         op : ReduceOp or str
             How the replicas' gradients become one: ``"mean"`` or ``"sum"``.
+        weight : float, optional
+            How much this replica's gradients count in the mean, as for ``all_reduce``: the number
+            of its rows, where batches are uneven. In cross-replica context a ``PerReplica``.
 
         Raises
         ------
@@ -137,11 +217,13 @@ class Optimizer(abc.ABC):
         ContextError
             A variable of another strategy; the same variable twice.
         CollectiveMismatchError
-            The replicas brought different variables.
+            The replicas brought different variables, or None on some of them only.
+        ValueError
+            A weight that is no finite number of at least 0, all weights 0, or one with ``"sum"``.
 
         Notes
         -----
-        After an error all variables, slots and :attr:`iterations` are as before.
+        After an error all variables, slots and counts of steps are as before.
 
         Examples
         --------
@@ -157,45 +239,108 @@ class Optimizer(abc.ABC):
         ...     print(weight.numpy())
         [0. 0.]
         """
-        listed = list(pairs)
-        reduction = _checked_op(op)
-        variables = [_checked_variable(pair) for pair in listed]
-        if len({id(variable) for variable in variables}) != len(variables):
-            raise ContextError(f"{_VERB}: a variable stands twice among the pairs; add up first")
-        gradients = [gradient for gradient, _ in listed]
-        for variable in variables:
-            reduce_op.check_dtype(f"{_VERB} of {variable.name!r}", reduction, variable.dtype)
-        replica = _replica_of(variables)
+        reduction = gradients.checked_op(op)
+        listed = gradients.listed(pairs)
+        frame = context.find()
+        replica = None if frame is None else frame.replica
         if replica is None:
-            columns, is_one_for_all = _columns(gradients, variables)
-            if not is_one_for_all:
-                columns = _over_workers(variables, columns, reduction)
-            self._step(variables, columns, reduction)
+            self._across(listed, reduction, weight)
             return
-        rank, name = replica.rank_in_process, replica.replica_id_in_sync_group
-        own = [
-            _checked_gradient(regroup.own_component(gradient, rank), variable, name)
-            for gradient, variable in zip(gradients, variables, strict=True)
-        ]
+        rank = replica.rank_in_process
+        if weight is not None:
+            own_weight = regroup.own_component(weight, rank)
+            weight = weights.checked(own_weight, gradients.VERB, reduction)
+        own = [(regroup.own_component(gradient, rank), variable) for gradient, variable in listed]
+        present = [pair for pair in own if pair[0] is not None]
+        variables = gradients.variables_of(present, reduction)
+        name, counts = replica.replica_id_in_sync_group, weight != 0
+        brought = [gradients.checked(*pair, name, counts=counts) for pair in present]
+        absent = [variable.name for gradient, variable in own if gradient is None]
 
-        def act(payloads: list[list[Any]]) -> list[None]:
-            columns = [list(column) for column in zip(*payloads, strict=True)]
-            self._step(variables, _over_workers(variables, columns, reduction), reduction)
+        def act(payloads: list[Any]) -> list[None]:
+            columns = [list(column) for column in zip(*(p[0] for p in payloads), strict=True)]
+            given = None if weight is None else [payload[1] for payload in payloads]
+            self._reduce(variables, columns, reduction, given, absent)
             return [None] * len(payloads)
 
-        named = (term for v in variables for term in (v.name, Same(id(v))))
-        terms = (Same(id(self)), reduction.value, *named)
-        replica.meet(Request(_VERB, terms, own, act))
+        named = (
+            term
+            for gradient, variable in own
+            for term in (
+                f"{variable.name} without a gradient" if gradient is None else variable.name,
+                Same(id(variable)),
+            )
+        )
+        weighted = None if weight is None else "weighted"
+        terms = (Same(id(self)), reduction.value, weighted, *named)
+        replica.meet(Request(gradients.VERB, terms, (brought, weight), act))
 
-    def _step(self, variables: list[Variable], columns: list[list[Any]], op: ReduceOp) -> None:
+    def _across(self, listed: list[tuple[Any, Variable]], op: ReduceOp, weight: Any) -> None:
+        """Take a step in cross-replica context, or outside every scope."""
+        present = [(one, v) for one, v in listed if not gradients.is_absent(one, v)]
+        variables = gradients.variables_of(present, op)
+        each = gradients.weights_of(weight, variables, op)
+        columns, is_one_for_all = gradients.columns_of(present, each)
+        if not is_one_for_all:
+            absent = [v.name for _, v in listed if all(v is not other for other in variables)]
+            self._reduce(variables, columns, op, each, absent)
+            return
+        if each is not None:  # of equal gradients it is the mean, but that there must be one
+            weights.shares_over(each, variables[0].owner.workers, gradients.VERB)
+        self._step(variables, columns, op, None)
+
+    def _reduce(
+        self,
+        variables: list[Variable],
+        columns: list[list[Any]],
+        op: ReduceOp,
+        each: list[float] | None,
+        absent: list[str],
+    ) -> None:
+        """Take a step with what the replicas of all workers brought; ``each`` is their weights.
+
+        The fused kernels reduce the gradients of one process in the pass that updates the
+        variables.
+        """
+        if not variables:
+            return
+        owner = variables[0].owner
+        shares = None
+        if each is not None:
+            shares = weights.shares_over(each, owner.workers, gradients.VERB)
+        is_alone = owner.workers.size == 1
+        if shares is not None and not (is_alone and owner.memory is memory.HOST):
+            columns, op, shares = weights.shares_of(columns, shares), ReduceOp.SUM, None
+        if not is_alone:
+            try:
+                reduced = all_reduce_each(owner.communicator, columns, op)
+            except CollectiveMismatchError as error:
+                where = f"{gradients.VERB} on worker {owner.workers.rank}"
+                user_errors.annotate(error, f"{where}: without a gradient are {absent or 'none'}")
+                raise
+            columns = [copies[:1] for copies in reduced]
+        self._step(variables, columns, op, shares)
+
+    def _step(
+        self,
+        variables: list[Variable],
+        columns: list[list[Any]],
+        op: ReduceOp,
+        shares: list[float] | None,
+    ) -> None:
         """Take one step; ``columns[k]`` holds the replicas' gradients of variable k."""
         if not variables:
             return
-        slots = [self.slots(variable) for variable in variables]
+        names = self.slot_names
+        kept = self._slots.of_each(variables, names)
         states = [[copies_of(variable) for variable in variables]]
-        states += [[copies_of(slot) for slot in column] for column in zip(*slots, strict=True)]
-        self._update(twins.of(states[0][0][0]).optimizers, columns, states, op)
-        self._iterations += 1
+        states += [[copies_of(one.slots[name]) for one in kept] for name in names]
+        reduction = {"op": op} if shares is None else {"op": ReduceOp.SUM, "shares": shares}
+        taken = [int(one.steps) for one in kept]
+        self._update(twins.of(states[0][0][0]).optimizers, columns, states, taken, reduction)
+        for one in kept:
+            one.steps[...] += 1
+        self._iterations = max(self._iterations, max(taken) + 1)
 
 
 def checked(number: Any, name: str, least: float, below: float = float("inf")) -> float:
@@ -208,92 +353,3 @@ def checked(number: Any, name: str, least: float, below: float = float("inf")) -
         limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")
         raise ValueError(f"{name} must be a finite number, {limits}; got {number!r}")
     return value
-
-
-def _checked_op(op: Any) -> ReduceOp:
-    known = reduce_op.parse(op)
-    if known is ReduceOp.SUM or known is ReduceOp.MEAN:
-        return known
-    raise ReduceOpError(f"{_VERB} reduces gradients by 'sum' or 'mean'; got {op!r}")
-
-
-def _checked_variable(pair: Any) -> Variable:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Variable):
-        raise TypeError(f"{_VERB} needs pairs of a gradient and a variable; got {shown(pair)}")
-    variable: Variable = pair[1]
-    if variable.synchronization is not VariableSynchronization.ON_WRITE:
-        raise SynchronizationError(
-            f"{_VERB}: variable {variable.name!r} is {variable.synchronization.name}, so its "
-            f"copies may differ; optimizers update ON_WRITE variables, whose copies are equal"
-        )
-    return variable
-
-
-def _replica_of(variables: Sequence[Variable]) -> ReplicaContext | None:
-    """Return the replica that acts here, None for cross-replica context or no strategy."""
-    frame = context.find()
-    for variable in variables:
-        placement = context.UNSCOPED if frame is None else frame.placement
-        is_own = variable.owner is placement or (frame is None and variable.owner is not None)
-        if not is_own:
-            raise ContextError(
-                f"{_VERB}: variable {variable.name!r} belongs to {variable.owner.name}, and this "
-                f"runs under {placement.name}; create it inside that strategy's scope"
-            )
-    return None if frame is None else frame.replica
-
-
-def _over_workers(
-    variables: list[Variable], columns: list[list[Any]], op: ReduceOp
-) -> list[list[Any]]:
-    """Return the gradients that are left to reduce here: all, or the sum or mean of all workers.
-
-    The fused kernels reduce those of one process in the pass that updates the variables.
-    """
-    if not variables or variables[0].owner.workers.size == 1:
-        return columns
-    reduced = all_reduce_each(variables[0].owner.communicator, columns, op)
-    return [copies[:1] for copies in reduced]
-
-
-def _columns(
-    gradients: Sequence[Any], variables: Sequence[Variable]
-) -> tuple[list[list[Any]], bool]:
-    """Return, in cross-replica context, one gradient per local replica for each variable.
-
-    And whether there is one for all replicas instead, the first worker's.
-    """
-    columns: list[list[Any]] = []
-    for gradient, variable in zip(gradients, variables, strict=True):
-        count = variable.owner.num_local
-        if isinstance(gradient, PerReplica):
-            if len(gradient) != count:
-                raise ContextError(
-                    f"{_VERB}: the gradient of {variable.name!r} is a PerReplica of "
-                    f"{len(gradient)}, and its strategy has {count} replicas"
-                )
-            parts = list(gradient.values)
-        else:
-            parts = [gradient.at(0) if isinstance(gradient, DistributedValues) else gradient]
-        columns.append([_checked_gradient(part, variable, k) for k, part in enumerate(parts)])
-    if not any(isinstance(gradient, PerReplica) for gradient in gradients):
-        chosen = zip(columns, variables, strict=True)
-        return [[v.owner.of_chief(gradient)] for (gradient,), v in chosen], True
-    # One array for all counts as the mean of equal ones, beside gradients of each replica too.
-    most = max(len(column) for column in columns)
-    return [column * most if len(column) < most else column for column in columns], False
-
-
-def _checked_gradient(gradient: Any, variable: Variable, replica: int) -> Any:
-    held = variable.owner.memory
-    array = as_array(gradient, _VERB, replica, held)
-    if array.dtype != variable.dtype or array.shape != variable.shape:
-        raise BufferMismatchError(
-            f"{_VERB} expected a gradient of {variable.name!r} of "
-            f"{Spec(variable.shape, variable.dtype)}, got {spec(array)} from replica {replica}; "
-            f"cast with .astype or reshape it first"
-        )
-    if debugging.active is not None:
-        debugging.check_finite(f"{_VERB}: the gradient of {variable.name!r}", [array])
-    owner = variable.owner
-    return held.on(array, owner.replica_devices[replica - owner.first_replica])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dvkernels.optimizers.optimizer import LearningRate, Optimizer, checked
-from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["SGD"]
 
@@ -17,7 +16,8 @@ class SGD(Optimizer):
     Parameters
     ----------
     learning_rate : float, or callable
-        A callable gets the number of steps taken and returns the rate of the next.
+        A callable gets the number of steps that a variable has taken and returns the rate of
+        its next.
     momentum : float
         In [0, 1); 0 keeps no velocity.
     nesterov : bool
@@ -63,14 +63,15 @@ class SGD(Optimizer):
         kernels: Any,
         gradients: Sequence[Any],
         states: Sequence[Sequence[Any]],
-        op: ReduceOp,
+        steps: Sequence[int],
+        reduction: Mapping[str, Any],
     ) -> None:
         kernels.sgd(
             gradients,
             *states,
-            learning_rate=self.learning_rate,
+            learning_rate=self._rates(steps),
             momentum=self.momentum,
             nesterov=self.nesterov,
             weight_decay=self.weight_decay,
-            op=op,
+            **reduction,
         )

@@ -90,6 +90,8 @@ def _of_process() -> tuple[int | None, int | None]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     except ImportError:  # Windows
         pass
+    if now is not None and peak is not None:
+        peak = max(now, peak)  # the system keeps the two in different places, not always in step
     return now, peak
 
 

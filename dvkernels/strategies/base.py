@@ -36,8 +36,8 @@ from dvkernels.strategies.reduction import reduce_along
 from dvkernels.strategies.runner import Runner
 from dvkernels.strategies.streamed import StreamedRunner
 from dvkernels.user_errors import shown
-from dvkernels.values import regroup
-from dvkernels.values.arrays import as_array, gatherable
+from dvkernels.values import functions, regroup
+from dvkernels.values.arrays import alike, as_array, gatherable
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.modes import VariableSynchronization
@@ -227,6 +227,7 @@ class Strategy:
             The replicas returned different structures.
         """
         frame = context.require_cross_replica(self._placement, "run")
+        functions.check("run", fn)
         if not isinstance(args, (list, tuple)):
             raise ValueError(
                 f"run: positional args must be a list or tuple, got {type(args).__name__}; "
@@ -269,7 +270,8 @@ class Strategy:
             A variable counts as one value per replica. Plain values raise ValueError.
         axis : int or list of int, optional
             Also reduce each replica's elements along these axes; MEAN weighs replicas by their
-            number of elements, so uneven batches give the mean of all examples.
+            number of elements, so uneven batches give the mean of all examples. Sums and products
+            of small integers and bool are as wide as NumPy's.
 
         Returns
         -------
@@ -295,7 +297,8 @@ class Strategy:
     def gather(self, value: Any, axis: int = 0) -> Any:
         """Concatenate one value per replica along ``axis``, in replica order.
 
-        Lengths along ``axis`` may differ; scalars are stacked. Returns a new array, or a nest.
+        Lengths along ``axis`` may differ; scalars are stacked; strings are as wide as the widest.
+        Returns a new array, or a nest.
         """
         context.require_cross_replica(self._placement, "gather")
 
@@ -308,7 +311,9 @@ class Strategy:
                         f"gather along axis {axis} needs one dtype, and one length along every "
                         f"other axis: replica 0 holds {described[0]}, replica {rank} holds {held}"
                     )
-            whole = self._placement.communicator.all_gather(ready, axes[0])[0]
+            placement = self._placement
+            ready = [*alike(ready, placement.workers)]
+            whole = placement.communicator.all_gather(ready, axes[0])[0]
             return memory.holding(whole).like(whole, leaf.values[0])
 
         return regroup.map_leaves(one, value)
@@ -327,6 +332,7 @@ class Strategy:
         of ``PerReplica``.
         """
         context.require_cross_replica(self._placement, "distribute_values_from_function")
+        functions.check("distribute_values_from_function", fn)
         first, num_replicas = self._placement.first_replica, self.num_replicas_in_sync
         local = range(first, first + self._placement.num_local)
         made = [fn(ValueContext(replica, num_replicas)) for replica in local]
@@ -502,6 +508,7 @@ class Strategy:
         as before. A copy that is written takes one more array meanwhile.
         """
         here = context.require_cross_replica(self._placement, "update")
+        functions.check("update", fn)
         if not isinstance(variable, Variable):
             raise TypeError(f"update: expected a variable, got a {type(variable).__name__}")
         if variable.owner is not self._placement:
@@ -588,8 +595,7 @@ class Strategy:
         """
         verb = "distribute_datasets_from_function"
         context.require_cross_replica(self._placement, verb)
-        if not callable(fn):
-            raise TypeError(f"{verb} expected a function, got a {type(fn).__name__}")
+        functions.check(verb, fn)
         workers = self._placement.workers
         made = fn(InputContext(workers.size, workers.rank, self.num_replicas_in_sync))
         return self._distributed(verb, made, options, is_dealt=True)

@@ -39,10 +39,11 @@ def reduce_along(
     """Return the reduction of all elements along the axes, over all replicas.
 
     Replicas may hold different numbers of elements along the axes, also none; MEAN divides the sum
-    by the number of all of them.
+    by the number of all of them. Sums and products of small integers and bool are as wide as
+    NumPy's.
     """
     axes = _normalized(axis, arrays)
-    dtype = arrays[0].dtype
+    dtype = _dtype_of_total(op, arrays[0].dtype)
     reduce_op.check_dtype("reduce", op, dtype)
     rest = [
         Spec(tuple(n for k, n in enumerate(array.shape) if k not in axes), array.dtype)
@@ -65,20 +66,27 @@ def reduce_along(
     assert type(op) is ReduceOp
     if reduce_op.is_half(dtype):  # in float32, and rounded once
         arrays = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
-    parts = [memory.holding(array).apply(_along, array, op, axes) for array in arrays]
+    working = reduce_op.working_dtype(dtype)
+    parts = [memory.holding(array).apply(_along, array, op, axes, working) for array in arrays]
     total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
     if op is ReduceOp.MEAN:
         memory.holding(total).apply(np.divide, total, total.dtype.type(count), total)
     return total.astype(dtype, copy=False)
 
 
-def _along(array: Any, op: ReduceOp, axes: tuple[int, ...]) -> Any:
+def _dtype_of_total(op: Reduction, dtype: Any) -> Any:
+    """Return the dtype of ``np.sum`` and ``np.prod`` along an axis: no narrower than int64."""
+    if op in (ReduceOp.SUM, ReduceOp.PROD) and dtype.kind in "biu" and dtype.isnative:
+        return np.sum(np.empty(0, dtype)).dtype
+    return dtype
+
+
+def _along(array: Any, op: ReduceOp, axes: tuple[int, ...], dtype: Any) -> Any:
     """Return one replica's elements along the axes combined; of none, what changes nothing."""
     rest = tuple(extent for k, extent in enumerate(array.shape) if k not in axes)
     if array.size == 0:
-        return np.full_like(array, reduce_op.identity(op, array.dtype), shape=rest)
-    # dtype keeps small integers from being widened.
-    extra = {} if op in (ReduceOp.MIN, ReduceOp.MAX) else {"dtype": array.dtype}
+        return np.full_like(array, reduce_op.identity(op, dtype), dtype=dtype, shape=rest)
+    extra = {} if op in (ReduceOp.MIN, ReduceOp.MAX) else {"dtype": dtype}
     return _ALONG[op](array, axis=axes, keepdims=True, **extra).reshape(rest)
 
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels.communicators.base import Workers
 from dvkernels.devices import foreign, memory
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import NotABufferError
 from dvkernels.user_errors import shown, text_of
 from dvkernels.values import regroup
@@ -57,11 +58,8 @@ def as_array(value: Any, verb: str, replica: int, seen: memory.Memory = memory.H
     """Return a leaf as an array; strings, objects and ragged lists raise NotABufferError."""
     if foreign.is_foreign(value):
         return seen.view(verb, value, f"the {type(value).__name__} of replica {replica}")
-    if isinstance(value, np.ma.MaskedArray):
-        raise NotABufferError(
-            f"{verb}: replica {replica} passed a MaskedArray, whose mask would be ignored; pass "
-            f".filled(value) or .data"
-        )
+    if type(value) is not np.ndarray:
+        refuse_masked(value, f"{verb}: what replica {replica} passed")
     array: Any
     try:
         array = np.asarray(value)
@@ -96,5 +94,23 @@ def gatherable(
         shape = (*stacked.shape[:position], "any", *stacked.shape[position + 1 :])
         ready.append(stacked)
         axes.append(position)
-        described.append(Spec(shape, array.dtype))
+        described.append(Spec(shape, _STRINGS.get(array.dtype.kind, array.dtype)))
     return ready, axes, tuple(described)
+
+
+# What strings of any width are called: they are gathered in the widest.
+_STRINGS = {"U": "str", "S": "bytes"}
+
+
+def alike(column: Sequence[Any], workers: Workers) -> Sequence[Any]:
+    """Return arrays to be concatenated with one dtype: strings as wide as the widest of all.
+
+    Every worker must call this.
+    """
+    if column[0].dtype.kind not in _STRINGS:
+        return column
+    dtype = np.result_type(*(array.dtype for array in column))
+    widest = max(workers.exchange(dtype.itemsize))
+    if dtype.itemsize < widest:
+        dtype = np.dtype((dtype.type, widest // np.dtype((dtype.type, 1)).itemsize))
+    return [array.astype(dtype, copy=False) for array in column]

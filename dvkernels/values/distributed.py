@@ -8,7 +8,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import numpy as np
 
 from dvkernels.communicators.placement import Placement
-from dvkernels.devices import foreign, memory, registry
+from dvkernels.devices import buffers, foreign, memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
 
@@ -200,6 +200,11 @@ class _Frozen(DistributedValues[T]):
     __neg__ = __pos__ = __abs__ = __invert__ = __round__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
+    def __eq__(self, other: object) -> bool:
+        return self is other if isinstance(other, DistributedValues) else self._refuse()
+
+    __hash__ = object.__hash__
+
 
 class PerReplica(_Frozen[T]):
     """One value per replica, in replica order; the values may differ.
@@ -246,6 +251,7 @@ class Mirrored(_Frozen[T]):
 
 
 def _copied(value: Any, device: Device) -> Any:
+    buffers.refuse_masked(value, f"copy_to {device}: a component")
     is_array = isinstance(value, (np.ndarray, np.generic)) or foreign.is_on_gpu(value)
     return memory.copied(value, device) if is_array else value
 

@@ -10,7 +10,7 @@ import numpy as np
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.single import Single
 from dvkernels.devices import foreign
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.user_errors import shown, text_of
@@ -82,16 +82,21 @@ class Copies:
     def converted(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
         shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
+        came = self._from(replica)
         if foreign.is_foreign(value):
-            return self.memory.view(verb, value, f"the value{self._from(replica)}")
+            return self.memory.view(verb, value, f"the value{came}")
         try:
             if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
                 return self._number(value, dtype)
+            if type(value) is not np.ndarray:
+                refuse_masked(value, f"{verb} of variable {self.name!r}: the value{came}")
             return np.asarray(value)
+        except NotABufferError:
+            raise
         except (TypeError, ValueError, OverflowError) as error:
             raise NotABufferError(
                 f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
-                f"{shown(value, 60)}{self._from(replica)}, which does not fit: {text_of(error)}"
+                f"{shown(value, 60)}{came}, which does not fit: {text_of(error)}"
             ) from error
 
     def _from(self, replica: int | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Workers
 from dvkernels.devices import foreign
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.user_errors import shown
@@ -47,6 +47,7 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     came = "" if replica is None else f" from replica {replica}"
     if not shape:
         raise BufferMismatchError(f"{what}: it has no rows, being 0-d; use assign")
+    refuse_masked(indices, f"{what}: what came as indices{came}")
     rows = copies.memory.to_host(indices) if foreign.is_on_gpu(indices) else np.asarray(indices)
     if rows.size == 0 and rows.dtype.kind == "f":
         rows = rows.astype(np.int64)  # an empty list

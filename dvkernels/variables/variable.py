@@ -16,11 +16,11 @@ from dvkernels.communicators.rendezvous import Request, Same, Step
 from dvkernels.context import ReplicaContext
 from dvkernels.devices import foreign, memory, registry
 from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.buffers import Spec, refuse_masked
 from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
 from dvkernels.profiler import accounts
 from dvkernels.user_errors import shown, text_of
-from dvkernels.values import regroup
+from dvkernels.values import functions, regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
 from dvkernels.variables.copies import Copies, Draft, commit_together
 from dvkernels.variables.modes import (
@@ -221,18 +221,38 @@ class Variable(DistributedValues[Any]):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return np.array(self._on_host(), dtype=dtype, copy=copy)
 
+    def _single(self) -> Any:
+        """Return the value for who needs one: of one replica's NONE variable, that copy."""
+        value = self.read_value()
+        if isinstance(value, PerReplica) and self.owner.num_replicas == 1:
+            return value.at(0)
+        return value
+
     def _on_host(self) -> Any:
         """Return the value in the memory of the host, which waits for a GPU."""
-        value = self.read_value()
+        value = self._single()
         return value if isinstance(value, PerReplica) else self._copies.memory.to_host(value)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        if any(isinstance(out, Variable) for out in kwargs.get("out", ())):
-            raise TypeError("a variable cannot be the out of a ufunc; use assign")
+        # ``at`` writes its first operand.
+        written = inputs[:1] if method == "at" else kwargs.get("out", ())
+        for out in written:
+            _refuse_to_write(out, f"the out of np.{ufunc.__name__}")
         return getattr(ufunc, method)(*map(_read, inputs), **kwargs)
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        target = given[0] if func in _NUMPY_WRITERS else kwargs.get("out")
+        for out in target if isinstance(target, tuple) else (target,):
+            _refuse_to_write(out, f"what np.{func.__name__} writes")
+        # What NumPy does with what offers __array__, and has no such method.
+        return func._implementation(*args, **kwargs)
 
     def __getitem__(self, key: Any) -> Any:
         return self.read_value()[_read(key)]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _refuse_to_write(self, "v[...] = x", "v.scatter_update(rows, x) for some rows")
 
     def __len__(self) -> int:
         return len(self.read_value())
@@ -241,19 +261,19 @@ class Variable(DistributedValues[Any]):
         return iter(self.read_value())
 
     def __bool__(self) -> bool:
-        return bool(self.read_value())
+        return bool(self._single())
 
     def __float__(self) -> float:
-        return float(self.read_value())
+        return float(self._single())
 
     def __int__(self) -> int:
-        return int(self.read_value())
+        return int(self._single())
 
     def __index__(self) -> int:
-        return operator.index(self.read_value())
+        return operator.index(self._single())
 
     def __complex__(self) -> complex:
-        return complex(self.read_value())
+        return complex(self._single())
 
     # -- writes ---------------------------------------------------------------------------------
 
@@ -364,6 +384,8 @@ class Variable(DistributedValues[Any]):
             return _LONE_REPLICA if placement.is_of(context.UNSCOPED) else None
         if placement.is_of(frame.placement):
             return frame.replica
+        if frame.placement is context.UNSCOPED and frame.replica is None:
+            return None  # merge_call of the default strategy, which is outside every scope
         if not placement.is_of(context.UNSCOPED):
             raise ContextError(
                 f"{verb} of variable {self.name!r}: it belongs to {placement.name}, and this runs "
@@ -397,6 +419,8 @@ class Variable(DistributedValues[Any]):
             self._aggregation,
         )
         memo[id(self)] = made
+        for follow in memo.get(id(_FOLLOWERS), ()):
+            follow(self, made)
         return made
 
     def __reduce__(self) -> NoReturn:
@@ -424,8 +448,11 @@ def _created(
     placement: Placement,
 ) -> Variable:
     label = f"variable_{next(_numbers)}" if name is None else name
+    if callable(initial):
+        functions.check(f"variable {label!r}: initial_value", initial)
     content = initial() if callable(initial) else initial
     held = _read(content)
+    refuse_masked(held, f"variable {label!r}: the initial value")
     if foreign.is_foreign(held):
         held = placement.memory.view(f"variable {label!r}", held, "the initial value")
     try:
@@ -490,13 +517,13 @@ def _account() -> Iterator[tuple[str, str, int]]:
 accounts.open_account(_account)
 
 
-def companion(variable: Variable, name: str) -> Variable:
-    """Return a variable of zeros that lives like another: its shape, dtype and copies.
+def companion(variable: Variable, name: str, content: Any = None) -> Variable:
+    """Return a variable that lives like another: its shape, dtype and copies; zeros at first.
 
     It is written in cross-replica context only, and is not trainable.
     """
     made = _created(
-        np.zeros(variable.shape, variable.dtype),
+        np.zeros(variable.shape, variable.dtype) if content is None else content,
         None,
         False,
         VariableSynchronization.ON_WRITE,
@@ -506,6 +533,15 @@ def companion(variable: Variable, name: str) -> Variable:
     )
     made._copies.is_slot = True
     return made
+
+
+_FOLLOWERS = object()  # stands for those who follow a deep copy, in its memo
+Follower = Callable[[Variable, Variable], None]
+
+
+def on_copy(memo: dict[int, Any], follow: Follower) -> None:
+    """Have ``follow(variable, copy)`` called for each variable that is yet copied in this go."""
+    memo.setdefault(id(_FOLLOWERS), []).append(follow)
 
 
 def drafts_of(variable: Variable) -> list[Variable]:
@@ -655,8 +691,29 @@ def _read(value: Any) -> Any:
     return value.read_value() if isinstance(value, Variable) else value
 
 
+# The operators that write in place when "=" follows, as they are written.
+_SIGNS = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
+    "matmul": "@", "lshift": "<<", "rshift": ">>", "and": "&", "or": "|", "xor": "^",
+}  # fmt: skip
+# The functions of NumPy that write their first argument.
+_NUMPY_WRITERS = {
+    np.copyto, np.put, np.place, np.putmask, np.put_along_axis, np.fill_diagonal,
+}  # fmt: skip
+
+
+def _refuse_to_write(out: Any, what: str, remedy: str = "") -> None:
+    """Raise for a variable that is to be written as an array is: its modes would not hold."""
+    if isinstance(out, Variable):
+        ways = ["v.assign(x)", "v.assign_add(x)", "v.assign_sub(x)", *filter(None, [remedy])]
+        raise TypeError(
+            f"variable {out.name!r} is written by its methods, which keep the copies of all "
+            f"replicas in step, not by {what}; use {', '.join(ways[:-1])} or {ways[-1]}"
+        )
+
+
 def _install_operators() -> None:
-    """Give variables NumPy's operators: each acts on the value that is read."""
+    """Give variables NumPy's operators: each acts on the value that is read, none writes it."""
 
     def binary(fn: Callable[[Any, Any], Any], name: str) -> None:
         def forward(self: Variable, other: Any) -> Any:
@@ -666,15 +723,24 @@ def _install_operators() -> None:
             return fn(other, self.read_value())
 
         setattr(Variable, f"__{name}__", forward)
-        if name not in ("lt", "le", "gt", "ge", "eq", "ne"):
-            setattr(Variable, f"__r{name}__", backward)
+        if name in ("lt", "le", "gt", "ge", "eq", "ne"):
+            return
+        setattr(Variable, f"__r{name}__", backward)
 
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
-        binary(getattr(operator, name), name)
-    for name in ("lt", "le", "gt", "ge", "eq", "ne"):
-        binary(getattr(operator, name), name)
-    for name, fn in (("and", operator.and_), ("or", operator.or_), ("xor", operator.xor)):
-        binary(fn, name)
+        # Without it Python would take ``v + x`` for ``v += x`` and put an array in the
+        # variable's place.
+        def in_place(self: Variable, other: Any) -> Any:
+            remedy = "" if name in ("add", "sub") else f"v.assign(v {sign} x)"
+            _refuse_to_write(self, f"v {sign}= x", remedy)
+
+        sign = _SIGNS.get(name)
+        if sign is not None:
+            setattr(Variable, f"__i{name}__", in_place)
+
+    for name in (*_SIGNS, "lt", "le", "gt", "ge", "eq", "ne"):
+        function = f"{name}_" if name in ("and", "or") else name
+        binary(getattr(operator, function), name)
+    binary(divmod, "divmod")
 
     def unary(fn: Callable[[Any], Any]) -> Callable[[Variable], Any]:
         return lambda self: fn(self.read_value())

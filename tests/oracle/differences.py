@@ -511,6 +511,19 @@ def nests_and_axes(case: Case) -> bool:
 
 
 @difference(
+    "sums and products of small integers along an axis are as wide as NumPy's (TensorFlow's wrap)"
+)
+def totals_along_an_axis_are_wide(case: Case) -> bool:
+    operation = case.operation
+    if operation["op"] != "reduce" or operation.get("axis") is None or form(case) != "array":
+        return False
+    arrays, axis = parts(case, value(case)), operation["axis"]
+    axes = tuple(axis) if isinstance(axis, list) else axis
+    total = np.sum([np.sum(array, axis=axes) for array in arrays], axis=0)
+    return total.dtype != arrays[0].dtype and result_is(case, np.asarray(total))
+
+
+@difference(
     "value may be any nest (TensorFlow refuses many with integers: Inputs to batch_reduce_to must "
     "be either all on the host or all on the compute devices)"
 )

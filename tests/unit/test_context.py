@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from decimal import Decimal
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -441,3 +443,72 @@ def test_halves_are_weighed_in_float32(dtype):
                 np.testing.assert_array_equal(result, expected)
         total = strategy.reduce("sum", dv.PerReplica(values), axis=0)
         assert total == np.sum(np.array(values, "f4"), dtype="f4").astype(half)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (1e308, 1.5e308),
+        (np.finfo(float).max,) * 2,
+        (np.finfo(float).max, np.nextafter(np.finfo(float).max, 0)),
+        (5e-324, 1e-323),
+        (1e-310, 2.0),
+        (2, 3),
+        (Fraction(1, 3), Decimal("0.5")),
+        (np.array([2.0]), np.float32(3)),
+        (True, 10**300),
+    ],
+    ids=str,
+)
+def test_weights_of_any_size_give_the_mean(pair, weights):
+    exact = [Fraction(w.item() if isinstance(w, (np.ndarray, np.generic)) else w) for w in weights]
+    expected = float((exact[0] * 1 + exact[1] * 5) / sum(exact))
+    for dtype, tolerance in (("f8", 1e-15), ("f4", 1e-6), ("f2", 1e-3)):
+        found = on_each(
+            pair,
+            lambda dtype=dtype: here().all_reduce(
+                "mean", np.array([1.0, 5.0][rank()], dtype), weight=weights[rank()]
+            ),
+        )
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [10**400, 10**5000, Decimal("1e400"), "2", b"2", np.ones(2), [], None.__class__, 1j, -1e-300,
+     np.inf, np.nan, -(10**5000)],
+    ids=lambda weight: f"{type(weight).__name__}",
+)  # fmt: skip
+def test_a_weight_that_is_no_finite_number_is_named(pair, weight):
+    with pytest.raises(ValueError, match="a weight is a finite number of at least 0"):
+        pair.run(lambda: here().all_reduce("mean", 1.0, weight=weight))
+
+
+def test_merge_call_of_the_default_strategy_is_outside_every_scope(pair):
+    with pair.scope():
+        scoped = dv.Variable(1.0, aggregation="sum")
+    default = dv.get_strategy()
+
+    def look(strategy, value):
+        scoped.assign_add(1.0)
+        total = pair.reduce("sum", pair.run(lambda: scoped.assign_add(rank() + 1.0) or 1))
+        with pair.scope():
+            assert dv.get_strategy() is pair
+            assert dv.has_strategy()
+        made = dv.Variable(value.on(0))
+        return (
+            strategy is default,
+            dv.get_strategy() is default,
+            dv.has_strategy(),
+            dv.in_cross_replica_context(),
+            here() is None,
+            int(total),
+            made.owner is scoped.owner,
+        )
+
+    expected = (True, True, False, True, True, 2, False)
+    assert here().merge_call(look, (2.0,)) == expected
+    assert float(scoped) == 5.0
+    seen = default.run(lambda: (dv.get_strategy() is default, dv.has_strategy()))
+    assert [part.on(0) for part in seen] == [True, False]
+    assert default.update(dv.Variable(1.0), lambda copy: dv.has_strategy()).on(0) is False

@@ -17,6 +17,7 @@ import numba
 import numpy as np
 from numba import types
 
+from dvkernels.errors import BufferMismatchError
 from dvkernels.kernels import arithmetic, compiled, steps
 from dvkernels.kernels.cpu import elementwise, jobs, memory
 from dvkernels.reduce_op import ReduceOp
@@ -33,6 +34,7 @@ Groups = Sequence[Sequence[Any]]
 # 8 192 (2 cores of an AMD EPYC, 2026-11); prefetching the states while the gradients are summed
 # gave a tenth of that.
 _BLOCK = 8192
+_NUM_NUMBERS = 8  # room for those of any rule; the shares of the replicas follow them
 
 
 def sgd(
@@ -40,11 +42,12 @@ def sgd(
     parameters: Groups,
     velocities: Groups | None = None,
     *,
-    learning_rate: float,
+    learning_rate: float | Sequence[float],
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
     op: ReduceOp | str = "mean",
+    shares: Sequence[float] | None = None,
 ) -> None:
     """Reduce gradients and take a step of gradient descent, in one pass.
 
@@ -59,11 +62,15 @@ def sgd(
     learning_rate, momentum, weight_decay : float
         With ``g`` the reduced gradient plus ``weight_decay`` times the parameter:
         ``v = momentum v + g`` and ``p = p - learning_rate v``; with ``nesterov``
-        ``p = p - learning_rate (g + momentum v)``.
+        ``p = p - learning_rate (g + momentum v)``. The learning rate may be a list: one for each
+        parameter.
     nesterov : bool
         Look ahead along the velocity.
     op : ReduceOp or str
         ``"mean"`` or ``"sum"`` of the gradients.
+    shares : sequence of float, optional
+        One for each replica: with ``"sum"``, the sum of share x gradient. What has a share of 0
+        is not read.
 
     Raises
     ------
@@ -82,8 +89,8 @@ def sgd(
     """
     slots = [] if velocities is None else [velocities]
     rule = steps.sgd_rule(velocities, nesterov)
-    numbers = (learning_rate, momentum, weight_decay)
-    _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op)
+    numbers = steps.sgd_numbers(parameters, learning_rate, momentum, weight_decay)
+    _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, shares)
 
 
 def adam(
@@ -92,27 +99,28 @@ def adam(
     first_moments: Groups,
     second_moments: Groups,
     *,
-    step: int,
-    learning_rate: float,
+    step: int | Sequence[int],
+    learning_rate: float | Sequence[float],
     beta_1: float = 0.9,
     beta_2: float = 0.999,
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     decoupled: bool = False,
     op: ReduceOp | str = "mean",
+    shares: Sequence[float] | None = None,
 ) -> None:
     """Reduce gradients and take a step of Adam [1]_ or AdamW [2]_, in one pass.
 
     Parameters
     ----------
-    gradients, parameters, op
+    gradients, parameters, op, shares
         As in :func:`sgd`.
     first_moments, second_moments : sequence of sequence of array
         As many copies of each moment as of the parameter, zeros at first. Overwritten.
-    step : int
-        The number of this step, from 1.
+    step : int, or list of int
+        The number of this step, from 1; or that of each parameter.
     learning_rate, beta_1, beta_2, epsilon : float
-        As in the paper.
+        As in the paper. The learning rate may be a list: one for each parameter.
     weight_decay : float
         Times the parameter, added to the gradient (Adam), or, ``decoupled``, times the learning
         rate and taken from the parameter itself (AdamW).
@@ -140,10 +148,10 @@ def adam(
     array([-0.5,  0.5])
     """
     numbers = steps.adam_numbers(
-        step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
+        parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
-    _step("optimizers.adam", steps.ADAM, gradients, parameters, slots, numbers, op)
+    _step("optimizers.adam", steps.ADAM, gradients, parameters, slots, numbers, op, shares)
 
 
 def _step(
@@ -152,19 +160,26 @@ def _step(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    numbers: Sequence[float],
+    numbers: Sequence[steps.Numbers],
     op: Any,
+    shares: Sequence[float] | None,
 ) -> None:
-    step = steps.check(verb, gradients, parameters, slots, op)
+    step = steps.check(verb, gradients, parameters, slots, numbers, op)
     if step is None:
         return
     num_replicas, num_copies = step.num_replicas, step.num_copies
-    program = _program(
-        num_replicas, num_copies, 1 + len(slots), jobs.divisor(step.op, num_replicas)
-    )
-    for dtype, arrays in step.groups.items():
-        address = runner(rule, dtype)
-        jobs.run(step.op, dtype, arrays, program, runner=address, numbers=numbers)
+    divisor = jobs.divisor(step.op, num_replicas)
+    if shares is not None:
+        if len(shares) != num_replicas or step.op is not ReduceOp.SUM:
+            raise BufferMismatchError(
+                f"{verb} needs a share for each of {num_replicas} replicas, and op 'sum'; got "
+                f"{len(shares)} and {step.op.value!r}"
+            )
+        divisor = 0  # which says that there are shares
+    program = _program(num_replicas, num_copies, 1 + len(slots), divisor)
+    for (dtype, told), arrays in step.groups.items():
+        held = [*told, *[0.0] * (_NUM_NUMBERS - len(told)), *(shares or ())]
+        jobs.run(step.op, dtype, arrays, program, runner=runner(rule, dtype), numbers=held)
 
 
 def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) -> jobs.Program:
@@ -198,7 +213,9 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
         row = job + 8 * memory.load(job, 13)
         num_replicas, num_copies = memory.load(row, 2), memory.load(row, 4)
         divisor = memory.load(row, 5)
-        numbers = carray(memory.pointer(job + 8 * memory.load(job, 19)), 8, np.float64)
+        where = job + 8 * memory.load(job, 19)
+        numbers = carray(memory.pointer(where), _NUM_NUMBERS, np.float64)
+        shares = carray(memory.pointer(where + 8 * _NUM_NUMBERS), num_replicas, np.float64)
         room = np.empty(width, np.int64)
         table = np.int64(room.ctypes.data)
         block = np.empty(_BLOCK + 16, real)
@@ -206,9 +223,9 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
         turn, begin, end = elementwise.claim(job, ordinal, 0)
         while begin < end:
             for piece in range(begin, end):
-                where, first, length, line, last_line = elementwise.locate(job, piece)
+                lines, first, length, line, last_line = elementwise.locate(job, piece)
                 while line < last_line:
-                    elementwise.addresses_on(line, where, width, table)
+                    elementwise.addresses_on(line, lines, width, table)
                     for offset in range(first, first + length, _BLOCK):
                         count = min(_BLOCK, first + length - offset)
                         shift = offset * itemsize
@@ -222,11 +239,18 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                                 ahead = memory.load(table, own + state * num_copies) + shift
                                 for k in range(0, _BLOCK * itemsize, 64):
                                     memory.prefetch(ahead + k)
-                        elementwise.span(
-                            table, 0, num_replicas, num_replicas, 1, divisor, offset, count, far,
-                            0, code,
-                        )  # fmt: skip
                         gradient = carray(memory.pointer(start), count, real)
+                        if divisor > 0:
+                            elementwise.span(
+                                table, 0, num_replicas, num_replicas, 1, divisor, offset, count,
+                                far, 0, code,
+                            )  # fmt: skip
+                        else:
+                            gradient[:] = 0
+                            for k in range(num_replicas):
+                                if shares[k] > 0:
+                                    brought = memory.pointer(memory.load(table, k) + shift)
+                                    _add_share(gradient, carray(brought, count, real), shares[k])
                         parameter = carray(
                             memory.pointer(memory.load(table, own) + shift), count, real
                         )
@@ -253,6 +277,13 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
             turn, begin, end = elementwise.claim(job, ordinal, turn)
 
     return run
+
+
+@compiled.njit(nogil=True, error_model="numpy")
+def _add_share(total, gradient, share):  # type: ignore[no-untyped-def]
+    factor = gradient.dtype.type(share)
+    for i in range(len(gradient)):
+        total[i] += factor * gradient[i]
 
 
 @compiled.njit(nogil=True, error_model="numpy")

@@ -28,7 +28,7 @@ def sgd(
     parameters: Groups,
     velocities: Groups | None = None,
     *,
-    learning_rate: float,
+    learning_rate: float | Sequence[float],
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
@@ -37,10 +37,12 @@ def sgd(
 ) -> None:
     """Reduce gradients and take a step of gradient descent, as ``kernels.cpu.optimizers.sgd``.
 
+    Without ``shares``: scale the gradients before, and take their sum.
+
     ``stream`` is one stream, or None for the current ones; see :mod:`dvkernels.kernels.cuda`.
     """
     slots = [] if velocities is None else [velocities]
-    numbers = (learning_rate, momentum, weight_decay)
+    numbers = steps.sgd_numbers(parameters, learning_rate, momentum, weight_decay)
     rule = steps.sgd_rule(velocities, nesterov)
     _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, stream)
 
@@ -51,8 +53,8 @@ def adam(
     first_moments: Groups,
     second_moments: Groups,
     *,
-    step: int,
-    learning_rate: float,
+    step: int | Sequence[int],
+    learning_rate: float | Sequence[float],
     beta_1: float = 0.9,
     beta_2: float = 0.999,
     epsilon: float = 1e-8,
@@ -66,7 +68,7 @@ def adam(
     ``stream`` is one stream, or None for the current ones; see :mod:`dvkernels.kernels.cuda`.
     """
     numbers = steps.adam_numbers(
-        step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
+        parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
     _step("optimizers.adam", steps.ADAM, gradients, parameters, slots, numbers, op, stream)
@@ -78,7 +80,7 @@ def _step(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    numbers: Sequence[float],
+    numbers: Sequence[steps.Numbers],
     op: Any,
     stream: Any,
 ) -> None:
@@ -91,16 +93,16 @@ def _step(
             *((slot, "slot", "copy") for slot in slots),
         )
     ]
-    step = steps.check(verb, placed[0], placed[1], placed[2:], op)
+    step = steps.check(verb, placed[0], placed[1], placed[2:], numbers, op)
     if step is None:
         return
     divisor = step.num_replicas if step.op is ReduceOp.MEAN else 1
     with call.ordered() as order:
-        for dtype, groups in step.groups.items():
+        for (dtype, held), groups in step.groups.items():
             counts = jobs.Counts(step.num_replicas, step.num_copies, step.num_replicas, divisor)
             code = arithmetic.type_code(dtype)
             # The states are read, too; the numbers are at least as many as any rule has.
-            told = [*numbers, *[0.0] * (7 - len(numbers))]
+            told = [*held, *[0.0] * (7 - len(held))]
             jobs.run(order, kernel(rule, code), code, groups, counts, len(groups[0]), told)
 
 

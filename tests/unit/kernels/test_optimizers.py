@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kinds import KIND, door
+from kinds import KIND, door, only_cpu
 
 from dvkernels import errors
 
@@ -83,6 +83,49 @@ def test_sgd(momentum, nesterov, op):
     for group, value in zip(parameters, expected, strict=True):
         assert len({copy.tobytes() for copy in group}) == 1
         np.testing.assert_allclose(group[0], value, rtol=1e-12, atol=1e-14)
+
+
+def test_each_parameter_has_its_own_step_and_rate():
+    gradients, parameters, first, second = made("f8", 2, 2)
+    apart = made("f8", 2, 2)
+    steps, rates = [1, 7, 1], [0.1, 0.2, 0.1]
+    optimizers.adam(gradients, parameters, first, second, step=steps, learning_rate=rates)
+    for k, (step, rate) in enumerate(zip(steps, rates, strict=True)):
+        one = [groups[k : k + 1] for groups in apart]
+        optimizers.adam(*one, step=step, learning_rate=rate)
+    for together, alone in zip((parameters, first, second), apart[1:], strict=True):
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(one, other)
+    optimizers.sgd(gradients, parameters, learning_rate=[0.1, 0.0, 0.1])
+    np.testing.assert_array_equal(parameters[1][0], apart[1][1][0])
+    with pytest.raises(errors.BufferMismatchError, match="one for each of the 3"):
+        optimizers.sgd(gradients, parameters, learning_rate=[0.1, 0.1])
+    with pytest.raises(ValueError, match="counted from 1; got 0"):
+        optimizers.adam(gradients, parameters, first, second, step=[1, 1, 0], learning_rate=0.1)
+
+
+@only_cpu
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("shares", [(0.5, 0.25, 0.25), (0.0, 1.0, 0.0), (0.1, 0.2, 0.7)])
+def test_shares_of_gradients(dtype, shares):
+    gradients, parameters, _, _ = made(dtype, 3, 2)
+    for group in gradients:
+        for gradient, share in zip(group, shares, strict=True):
+            if not share:
+                gradient[...] = np.nan
+    expected = []
+    for group, copies in zip(gradients, parameters, strict=True):
+        total = np.zeros_like(copies[0])
+        for gradient, share in zip(group, shares, strict=True):
+            total += gradient.dtype.type(share) * gradient if share else 0
+        expected.append(copies[0] - gradient.dtype.type(0.1) * total)
+    optimizers.sgd(gradients, parameters, learning_rate=0.1, op="sum", shares=shares)
+    for copies, value in zip(parameters, expected, strict=True):
+        for copy in copies:
+            np.testing.assert_array_equal(copy, value)
+    for wrong in ({"shares": shares[:2], "op": "sum"}, {"shares": shares}):
+        with pytest.raises(errors.BufferMismatchError, match="a share for each of 3"):
+            optimizers.sgd(gradients, parameters, learning_rate=0.1, **wrong)
 
 
 def test_two_dtypes_and_strided_parameters_in_one_call():

@@ -38,3 +38,11 @@ def test_the_process_is_as_large_as_the_system_says():
     assert abs(report.process_nbytes - seen) < 0.2 * seen
     assert report.process_peak_nbytes >= 0.8 * seen
     assert report.nbytes == sum(sum(owners.values()) for owners in report.by_device.values())
+
+
+def test_the_process_never_held_less_than_it_holds():
+    kept = []
+    for _ in range(50):
+        kept.append(np.ones(100_000))
+        report = dv.profiler.memory()
+        assert report.process_peak_nbytes >= report.process_nbytes

@@ -161,6 +161,71 @@ def test_reduce_is_like_numpy_with_integers(two: dv.Strategy) -> None:
         two.reduce("mean", dealt(two, np.ones(2, int), np.ones(3, int)), axis=0)
 
 
+@pytest.mark.parametrize("op", ["sum", "prod", "min", "max"])
+@pytest.mark.parametrize("dtype", ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])
+@pytest.mark.parametrize("axis", [0, (0, 1), []])
+def test_integers_along_an_axis_are_as_wide_as_numpys(
+    two: dv.Strategy, op: str, dtype: str, axis: Any
+) -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 120, (4, 3)).astype(dtype) for _ in range(2)]
+    found = two.reduce(op, dealt(two, *parts), axis=axis)
+    whole = np.stack(parts)
+    axes = (0, *(one + 1 for one in ([axis] if isinstance(axis, int) else axis)))
+    expected = getattr(np, op)(whole, axis=axes)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    nothing = dealt(two, parts[0][:0], parts[1])
+    if axis == 0:
+        np.testing.assert_array_equal(
+            two.reduce(op, nothing, axis=0), getattr(np, op)(parts[1], axis=0)
+        )
+
+
+WORDS = [np.array(["cat", "dog"]), np.array(["mouse"])]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        WORDS,
+        WORDS[::-1],
+        [np.char.encode(part) for part in WORDS],
+        [np.array(["a"], ">U3"), np.array(["abcde"], "<U5")],
+        [np.array(["a"], ">U5"), np.array(["abc"], ">U3")],
+        [np.array([], "U1"), np.array(["abc"])],
+        [np.array("ab"), np.array("c")],
+        [np.array([["a", "b"]]), np.array([["ccc", "d"]])],
+    ],
+    ids=lambda parts: f"{parts[0].dtype}{parts[1].dtype}",
+)
+def test_strings_are_gathered_in_the_wider_dtype(two: dv.Strategy, parts: Any) -> None:
+    expected = np.concatenate([np.atleast_1d(part) for part in parts])
+    across = two.gather(dealt(two, *parts))
+    inside = two.run(lambda own: dv.get_replica_context().all_gather(own), (dealt(two, *parts),))
+    for found in (across, *inside.values):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [np.array(["a"]), np.array([b"a"])],
+        [np.array(["a"]), np.array([1.0])],
+        [np.array([1], "i4"), np.array([1], "i8")],
+        [np.array([1.0], "f4"), np.array([1.0], "f8")],
+        [np.array([["a", "b"]]), np.array([["a"]])],
+    ],
+    ids=lambda parts: f"{parts[0].dtype}{parts[1].dtype}",
+)
+def test_other_dtypes_are_not_promoted(two: dv.Strategy, parts: Any) -> None:
+    with pytest.raises(dv.errors.BufferMismatchError):
+        two.gather(dealt(two, *parts))
+    with pytest.raises(dv.errors.CollectiveMismatchError):
+        two.run(lambda own: dv.get_replica_context().all_gather(own), (dealt(two, *parts),))
+
+
 def test_reduce_refuses(two: dv.Strategy) -> None:
     good = dealt(two, np.ones((2, 2)), np.ones((2, 2)))
     for plain in (1.0, 0.0, np.ones(2), [1, 2], None):

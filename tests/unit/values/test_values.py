@@ -93,3 +93,16 @@ def test_needs_a_value_and_a_device_each():
         dv.PerReplica([])
     with pytest.raises(DeviceError, match="2 values needs 2 devices"):
         dv.PerReplica([1, 2], devices=["cpu:0"])
+
+
+@pytest.mark.parametrize("kind", [dv.PerReplica, dv.Mirrored])
+@pytest.mark.parametrize("other", [3, None, "a", [1, 2], (1, 2), np.ones(2), np.float64(1), object])
+def test_equality_with_anything_else_is_refused(kind, other):
+    value = kind([1, 2])
+    for compare in (operator.eq, operator.ne):
+        for pair in ((value, other), (other, value)):
+            with pytest.raises(TypeError, match=r"local_results|\.values\[0\]"):
+                compare(*pair)
+    assert {value: 1}[value] == 1
+    assert value in [dv.PerReplica([1, 2]), value]
+    assert value != dv.Mirrored([1, 2])

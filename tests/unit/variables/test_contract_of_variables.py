@@ -654,3 +654,25 @@ def test_it_has_no_truth_by_identity_and_no_hash_surprise(two: dv.Strategy) -> N
     with pytest.raises((ValueError, TypeError)):
         bool(v)
     assert "1." in repr(variable(two, 1.0)) or "float" in repr(variable(two, 1.0))
+
+
+@pytest.mark.parametrize("content", [2.0, [2.0], [1.0, 2.0]])
+@pytest.mark.parametrize("make", [lambda: dv.OneDeviceStrategy("cpu:0"), dv.get_strategy])
+def test_a_none_variable_of_one_replica_is_its_copy(content: Any, make: Any) -> None:
+    strategy = make()
+    one = variable(strategy, np.array(content), synchronization="none")
+    np.testing.assert_array_equal(one.numpy(), content)
+    np.testing.assert_array_equal(np.asarray(one), content)
+    if one.shape == ():
+        assert (float(one), int(one), complex(one), bool(one)) == (2, 2, 2, 1)
+        assert [10, 20, 30][variable(strategy, np.array(1), synchronization="none")] == 20
+    if isinstance(strategy, dv.OneDeviceStrategy):
+        assert isinstance(one.read_value(), dv.PerReplica)
+        assert len(one.read_value()) == 1
+
+
+def test_a_none_variable_of_several_replicas_is_no_single_value(two: dv.Strategy) -> None:
+    several = variable(two, 2.0, synchronization="none")
+    for convert in (float, np.asarray, lambda v: v.numpy()):
+        with pytest.raises(TypeError, match="local_results"):
+            convert(several)

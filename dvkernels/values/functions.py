@@ -1,0 +1,64 @@
+"""Functions that are called for their result: what is refused as such."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any
+
+__all__: list[str] = []
+
+_KINDS = {
+    inspect.CO_COROUTINE: "a coroutine function (async def)",
+    inspect.CO_ITERABLE_COROUTINE: "a coroutine function (types.coroutine)",
+    inspect.CO_ASYNC_GENERATOR: "an asynchronous generator function",
+    inspect.CO_GENERATOR: "a generator function (it has a yield)",
+}
+_FLAGS = functools.reduce(int.__or__, _KINDS)
+
+
+def check(verb: str, fn: Any) -> None:
+    """Raise TypeError unless calling ``fn`` does its work: a generator's is done by who asks it.
+
+    A call of a coroutine or generator function returns at once, and nothing of its body has run.
+    """
+    if type(fn) is types.FunctionType:  # the common case, in 0.1 us
+        flags = fn.__code__.co_flags
+    else:
+        if not callable(fn):
+            raise TypeError(f"{verb} expected a function, got {fn!r:.80}, a {type(fn).__name__}")
+        flags = getattr(_code_of(fn), "co_flags", 0)
+    if not flags & _FLAGS:
+        return
+    kind = next(words for flag, words in _KINDS.items() if flags & flag)
+    remedy = (
+        "write a function that returns its result (a list, say)"
+        if flags & inspect.CO_GENERATOR and not flags & inspect.CO_ITERABLE_COROUTINE
+        else "write a plain function, which may use asyncio.run inside"
+    )
+    raise TypeError(
+        f"{verb} expected a function that does its work when it is called, got {kind}: "
+        f"{getattr(fn, '__qualname__', fn)!s:.80}; calling that runs nothing of it, so {remedy}"
+    )
+
+
+def _code_of(fn: Any) -> Any:
+    """Return the code that runs when ``fn`` is called, None where there is none of Python."""
+    inner, seen = fn, 0
+    while seen < 100:  # an object may call itself
+        seen += 1
+        if isinstance(inner, functools.partial):
+            inner = inner.func
+        elif isinstance(inner, types.MethodType):
+            inner = inner.__func__
+        elif isinstance(inner, type):
+            return None  # makes an object
+        elif hasattr(inner, "__code__"):
+            return inner.__code__
+        else:
+            call = getattr(type(inner), "__call__", None)  # noqa: B004 - what it is, not whether
+            if not isinstance(call, (types.FunctionType, functools.partial)):
+                return None
+            inner = call
+    return None
