@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import queue
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dvkernels import deadlines
 from dvkernels.data.cursor import Cursor, Place
 from dvkernels.data.nest import nbytes_of
 from dvkernels.data.node import Node
 from dvkernels.data.skips import Skips, skipping
-from dvkernels.devices import threads
+from dvkernels.data.turn import Turn
+from dvkernels.devices.stoppable_thread import StoppableThread
+from dvkernels.devices.threads import Latch
+from dvkernels.errors import DatasetError
 from dvkernels.profiler import accounts
+from dvkernels.user_errors import in_words
 
 __all__ = ["Ahead"]
 
 _LOOK_UP_SECONDS = 0.1
-_JOIN_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0
 
 
 class _Fetched(NamedTuple):
@@ -38,32 +43,39 @@ class Ahead(Iterator[Any]):
 
     Nothing that is held counts as delivered. After an error the next call tries the same element
     again. The thread ends with the epoch, on an error, by :meth:`close`, and when this is dropped.
+    Several threads may share it; each element goes to one of them.
     """
 
     def __init__(
         self, node: Node, epoch: int, position: int, depth: int, skips: Skips | None = None
     ) -> None:
         self._node, self._depth, self._skips = node, depth, skips
+        self._turn = Turn()
         self._fetcher: _Fetcher | None = None
         self.fetch_seconds = 0.0  # of all elements so far
         self.move_to(epoch, position)
 
     def move_to(self, epoch: int, position: int, memory: Sequence[Any] = ()) -> None:
         """Go to another place; what was held ready is forgotten."""
-        self.close()
+        self._let_go()
         self.place = Place(epoch, position, memory)
         self._at_end = False
 
     def __next__(self) -> Any:
+        return self._turn.take(self.take)
+
+    def take(self) -> Any:
+        """Return the next element; for one thread at a time."""
         if self._at_end:  # another thread would replay all of a sequential source to learn it
             raise StopIteration
-        if self._fetcher is None:
-            self._fetcher = _Fetcher(self._node, self.place, self._depth, self._skips)
+        fetcher = self._fetcher
+        if fetcher is None or not fetcher.thread.is_here:  # but in the parent of this fork
+            self._fetcher = fetcher = _Fetcher(self._node, self.place, self._depth, self._skips)
         try:
-            fetched = self._fetcher.take()
+            fetched = fetcher.take()
         except BaseException as error:
             self._at_end = isinstance(error, StopIteration)
-            self.close()
+            self._let_go()
             raise
         self.place = fetched.place
         self.fetch_seconds += fetched.seconds
@@ -72,17 +84,28 @@ class Ahead(Iterator[Any]):
     @property
     def num_held(self) -> int:
         """How many elements are ready."""
-        return 0 if self._fetcher is None else self._fetcher.num_held
+        fetcher = self._fetcher
+        return 0 if fetcher is None else fetcher.num_held
+
+    def stop(self) -> None:
+        """End the thread, and with it the wait of who takes an element now."""
+        fetcher = self._fetcher
+        if fetcher is not None:
+            fetcher.thread.stop()
 
     def close(self) -> None:
         """End the thread; the next element starts another."""
+        self._turn.end(self._let_go, self.stop)
+
+    def _let_go(self) -> None:
         fetcher, self._fetcher = self._fetcher, None
         if fetcher is not None:
-            fetcher.close()
+            fetcher.thread.stop()
+            fetcher.thread.wait(_CLOSE_SECONDS)  # unless user code keeps it
 
 
 class _Fetcher:
-    """A thread, and the elements that it has computed."""
+    """A thread, and the elements that it has computed. The thread ends when this is dropped."""
 
     def __init__(self, node: Node, place: Place, depth: int, skips: Skips | None) -> None:
         # Simple queues, since an interrupt between two of their operations does no harm.
@@ -91,33 +114,56 @@ class _Fetcher:
         for _ in range(depth):
             self._free.put(None)
         self._sizes: collections.deque[int] = collections.deque()
-        self._stop = threading.Event()
         cursor = Cursor(node)
         cursor.move_to(*place)
-        self._thread = threading.Thread(
-            target=_fetch,
-            args=(cursor, self._held, self._free, self._sizes, self._stop, skips),
-            name="dvkernels-data-ahead",
-            daemon=True,
+        own = weakref.ref(self)
+        self.thread = StoppableThread(
+            functools.partial(
+                _fetch, cursor, self._held, self._free, self._sizes, skips, lambda: own() is None
+            ),
+            "dvkernels-data-ahead",
+            functools.partial(self._free.put, None),
         )
-        weakref.finalize(self, self._stop.set)
-        threads.start([self._thread])
+        try:
+            self.thread.start()
+        except (RuntimeError, MemoryError) as error:
+            raise DatasetError(
+                f"prefetch: expected to start a thread; got {in_words(error)}; "
+                "free threads or memory, or hold nothing ready: InputOptions(prefetch=0)"
+            ) from error
         _living.add(self)
 
     def take(self) -> _Fetched:
         """Return the next element; ``StopIteration`` at the end."""
-        fetched = None
-        while fetched is None:
+        late = 0.0
+        while True:
             try:
                 fetched = self._held.get(timeout=_LOOK_UP_SECONDS)
+                break
             except queue.Empty:
-                if not self._thread.is_alive() and self._held.empty():
-                    raise RuntimeError("the prefetching thread has ended without a word") from None
+                late = late or time.monotonic() + deadlines.timeout_seconds()
+                self._check(late)
         if fetched.error is not None:
             raise fetched.error
         self._sizes.popleft()
         self._free.put(None)
         return fetched
+
+    def _check(self, late: float) -> None:
+        """Raise unless the next element may still come."""
+        if self.thread.is_stopping:
+            raise DatasetError(
+                "next(iterator): expected an open iterator; this one was closed, or the program "
+                "ended, while it waited for an element"
+            )
+        if self.thread.has_ended.is_open and self._held.empty():
+            raise DatasetError("next(iterator): the prefetching thread has ended without a word")
+        if time.monotonic() > late:
+            raise DatasetError(
+                f"prefetch: expected an element within {deadlines.timeout_seconds():g} s; the "
+                "source or a function of the dataset has not returned; set "
+                "DVKERNELS_TIMEOUT_SECONDS if it takes longer"
+            )
 
     @property
     def num_held(self) -> int:
@@ -128,29 +174,23 @@ class _Fetcher:
         """Return the bytes of the arrays that are ready."""
         return sum(self._sizes.copy())
 
-    def close(self) -> None:
-        """End the thread; wait for it, unless user code keeps it."""
-        self._stop.set()
-        self._free.put(None)
-        if self._thread is not threading.current_thread():
-            self._thread.join(_JOIN_SECONDS)
-
 
 def _fetch(
     cursor: Cursor,
     held: queue.SimpleQueue[_Fetched],
     free: queue.SimpleQueue[None],
     sizes: collections.deque[int],
-    stop: threading.Event,
     skips: Skips | None,
+    is_dropped: Callable[[], bool],
+    stop: Latch,
 ) -> None:
     skipping.set(skips)  # a thread has a context of its own
     try:
-        while _is_free(free, stop):
+        while _is_free(free, stop, is_dropped):
             began = time.perf_counter()
             element, error = None, None
             try:
-                element = next(cursor)
+                element = cursor.take()
             except BaseException as raised:
                 error = raised
             sizes.append(nbytes_of(element))
@@ -163,13 +203,14 @@ def _fetch(
         cursor.close()
 
 
-def _is_free(free: queue.SimpleQueue[None], stop: threading.Event) -> bool:
+def _is_free(free: queue.SimpleQueue[None], stop: Latch, is_dropped: Callable[[], bool]) -> bool:
     """Wait for room for one more element; False: it is time to end."""
-    while not stop.is_set():
+    is_free = False
+    while not (is_free or stop.is_open or is_dropped()):
         with contextlib.suppress(queue.Empty):
             free.get(timeout=_LOOK_UP_SECONDS)
-            return not stop.is_set()
-    return False
+            is_free = True
+    return is_free and not stop.is_open
 
 
 _living: weakref.WeakSet[_Fetcher] = weakref.WeakSet()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import weakref
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dvkernels.data.node import Node
 from dvkernels.data.skips import skipping
+from dvkernels.data.turn import Turn
 
 __all__ = ["Cursor", "Place"]
 
@@ -27,12 +28,15 @@ class Cursor(Iterator[Any]):
     Where nodes have to remember (:meth:`Node.own_chain`), ``memory`` is the rest of it.
 
     When user code raises, the position stays, and the next call tries the same element again.
+    Several threads may share a cursor by ``next`` and ``close``; each element goes to one of them.
     """
 
     def __init__(self, node: Node, epoch: int = 0, position: int = 0) -> None:
         self._shared = node
-        self._is_open = False
-        self._lease: weakref.finalize[Any, Any] | None = None
+        self._turn = Turn()
+        # What nodes need while it goes, their workers say; None: nobody has looked yet.
+        self._held: list[object] | None = None
+        self._pid = 0  # of the process that holds it
         self.move_to(epoch, position)
 
     @property
@@ -65,27 +69,30 @@ class Cursor(Iterator[Any]):
         """Return the element at the position; ``StopIteration`` at the end."""
         return self.peek_many(1)[0]
 
+    def stop(self) -> None:
+        """End the wait of another thread for an element that may never come."""
+        for link in () if self._own is None else self._own.links():
+            link.stop()
+
     def close(self) -> None:
         """Let go of what the nodes hold: streams, workers. Looking again takes them anew."""
-        if self._stream is not None:
-            end = getattr(self._stream, "close", None)
-            self._stream = None
-            if end is not None:
-                end()
-        self._is_open = False
-        if self._lease is not None:
-            self._lease()
-            self._lease = None
+        self._turn.end(self._let_go, self.stop)
+
+    def _let_go(self) -> None:
+        stream, self._stream, self._held = self._stream, None, None
+        end = getattr(stream, "close", None)
+        if end is not None:
+            end()
 
     def peek_many(self, count: int) -> list[Any]:
         """Return the next ``count`` elements, fewer at the end; ``StopIteration`` if none."""
         node = self._node
-        if not self._is_open:
-            self._open()
+        if self._held is None or (self._held and self._pid != os.getpid()):
+            self._hold(node)
         try:
             return self._look(node, count)
         except StopIteration:
-            self.close()
+            self._let_go()
             raise
 
     def _look(self, node: Node, count: int) -> list[Any]:
@@ -115,13 +122,11 @@ class Cursor(Iterator[Any]):
         self._beyond = pairs[-1][0] if len(pairs) == count else int(node.length or 0)
         return [element for _, element in pairs]
 
-    def _open(self) -> None:
-        held = [link for link in self._node.links() if link.is_held]
-        for link in held:
-            link.hold()
-        if held:
-            self._lease = weakref.finalize(self, _let_go, held)
-        self._is_open = True
+    def _hold(self, node: Node) -> None:
+        if self._held:  # in the parent of this fork; so has what it made for this stream
+            self._stream, self._pending, self._at_end = None, [], False
+        self._pid = os.getpid()
+        self._held = [link.hold() for link in node.links() if link.is_held]
 
     def advance(self) -> None:
         """Move past the elements that were looked at last, and those left out before them."""
@@ -132,6 +137,10 @@ class Cursor(Iterator[Any]):
         self.memory, self._pending, self.position = memory, [], self._beyond
 
     def __next__(self) -> Any:
+        return self._turn.take(self.take)
+
+    def take(self) -> Any:
+        """Return the next element and move past it; for one thread at a time."""
         element = self.peek()
         self.advance()
         return element
@@ -150,8 +159,3 @@ class Cursor(Iterator[Any]):
         except BaseException:
             self._stream = None  # A generator that raised is over: the next call replays.
             raise
-
-
-def _let_go(held: list[Node]) -> None:
-    for link in held:
-        link.let_go()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -28,6 +29,7 @@ from dvkernels.data.state import (
     write_state,
     write_workers_state,
 )
+from dvkernels.data.turn import Turn
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
 
@@ -40,7 +42,8 @@ class DistributedIterator(Iterator[Any]):
     The parts are views of the batch. If anything raises, be it user code, the position stays:
     the next ``next()`` tries the same batch again. After the end ``next()`` raises
     ``StopIteration`` each time. After :meth:`close` the members that deliver or load raise
-    :class:`DatasetError`; the state can still be asked for.
+    :class:`DatasetError`; the state can still be asked for. Several threads may share an iterator:
+    one at a time is at it, so each batch goes to one of them.
 
     Over several workers each gives the parts of its own replicas, and all take equally many
     steps. Where a worker cannot know when the others end (it reads files, or a dataset, of its
@@ -90,6 +93,7 @@ class DistributedIterator(Iterator[Any]):
         self._exchange = exchange
         self._skips = Skips() if options.on_error == "skip" else None
         self._clock = Clock()
+        self._turn = Turn()
         self._is_closed = False
         self._by_policy = shared
         self._begin(shared, Place(epoch, 0))
@@ -114,13 +118,13 @@ class DistributedIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         self._check_context("next(iterator)")
-        return self._advance("next(iterator)")
+        return self._turn.take(self._advance)
 
     def get_next_as_optional(self) -> DistributedOptional:
         """Return the next batch, or at the end, and ever after it, an object without one."""
         self._check_context("get_next_as_optional")
         try:
-            return DistributedOptional(self._advance("get_next_as_optional"))
+            return DistributedOptional(self._turn.take(self._advance))
         except StopIteration:
             return DistributedOptional()
 
@@ -133,6 +137,9 @@ class DistributedIterator(Iterator[Any]):
         is none.
         """
         self._check_open("element_spec")
+        return self._turn.take(self._spec)
+
+    def _spec(self) -> Any:
         try:
             # What a live source has given to another cursor, this one would never see.
             fresh = Cursor(self._node, self._feed.place.epoch)
@@ -155,6 +162,11 @@ class DistributedIterator(Iterator[Any]):
         (``distribute_datasets_from_function``), or each reads everything (``"off"``), it fits as
         many workers.
         """
+        if not self._is_resumable:
+            return self._state()  # which says why not, and waits for nobody
+        return self._turn.take(self._state)
+
+    def _state(self) -> dict[str, Any]:
         if self._is_dealt and self._share.num_workers > 1:
             return write_workers_state(self._node, self._place.epoch, self._states)
         return self._own_state()
@@ -171,6 +183,9 @@ class DistributedIterator(Iterator[Any]):
             It is not a state, or that of another pipeline. Nothing has changed.
         """
         self._check_open("load_state_dict")
+        self._turn.take(functools.partial(self._load, state))
+
+    def _load(self, state: dict[str, Any]) -> None:
         share = self._share
         states: list[dict[str, Any]] = []
         if self._is_dealt and share.num_workers > 1:
@@ -191,9 +206,13 @@ class DistributedIterator(Iterator[Any]):
         self._on_load(place.epoch)
 
     def close(self) -> None:
-        """Let go of the source; may be called twice."""
+        """Let go of the source; may be called twice.
+
+        Another thread that waits for an element gets a :class:`DatasetError` instead.
+        """
         self._is_closed = True
-        self._feed.close()
+        self._feed.stop()
+        self._turn.end(self._feed.close, self._feed.stop)
 
     def stats(self) -> InputStats:
         """Return what fetching has cost since the iterator was made."""
@@ -239,9 +258,16 @@ class DistributedIterator(Iterator[Any]):
                 "make a new one with iter(distributed_dataset)"
             )
 
-    def _advance(self, member: str) -> Any:
+    def _advance(self) -> Any:
         if self._is_closed:
-            self._check_open(member)
+            self._check_open("next(iterator)")
+        try:
+            return self._next()
+        finally:
+            if self._is_closed:  # meanwhile, by a thread that may not have waited for this one
+                self._feed.close()
+
+    def _next(self) -> Any:
         began = time.perf_counter()
         if self._shared.needs_agreement:
             elements, nest = self._advance_together()

@@ -67,7 +67,7 @@ class Feed:
         found: list[Any] = []
         try:
             while len(found) < self._count:
-                found.append(next(self.ahead))
+                found.append(self.ahead.take())
         except StopIteration:
             if not found:
                 raise
@@ -81,11 +81,18 @@ class Feed:
         if self.ahead is None:
             self._cursor.advance()
         else:
-            self._cursor.move_to(*self.ahead.place)
+            epoch, position, memory = self.ahead.place
+            self._cursor.move_to(epoch, position, memory)
 
     def peek(self) -> Any:
         """Return the next element and stay; only where nothing is computed ahead."""
         return self._cursor.peek()
+
+    def stop(self) -> None:
+        """End the wait of another thread in :meth:`take`."""
+        self._cursor.stop()
+        if self.ahead is not None:
+            self.ahead.stop()
 
     def close(self) -> None:
         """Let go of threads, workers and streams; taking more begins anew."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -109,7 +110,7 @@ class FromIndexedFiles(Files):
         reader: Callable[[str], SupportsIndexing],
     ) -> None:
         super().__init__(paths, reader)
-        self._lock = threading.Lock()
+        self._opening: set[tuple[int, int]] = set()  # by which thread, which file
         self._open: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
         lengths = [len(self._opened(number)) for number in range(len(self.files))]
         self._stops = list(itertools.accumulate(lengths))
@@ -118,7 +119,7 @@ class FromIndexedFiles(Files):
     def only(self, start: int, step: int) -> Self:
         lengths = np.diff(self._stops, prepend=0).tolist()[start::step]
         twin = super().only(start, step)
-        twin._lock, twin._open = threading.Lock(), collections.OrderedDict()
+        twin._opening, twin._open = set(), collections.OrderedDict()
         twin._stops, twin.length = list(itertools.accumulate(lengths)), sum(lengths)
         return twin
 
@@ -140,21 +141,38 @@ class FromIndexedFiles(Files):
         return index
 
     def _opened(self, number: int) -> SupportsIndexing:
-        with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
-            opened: SupportsIndexing = self._reader(self.files[number])
-            if not hasattr(opened, "__len__") or not hasattr(opened, "__getitem__"):
-                raise DatasetError(
-                    "from_files: expected the reader to return an object with __len__ and "
-                    f"__getitem__(index); got a {type(opened).__name__} for "
-                    f"{self.files[number]!r}; leave random_access out for what can only be iterated"
-                )
-            self._open[number] = opened
-            if len(self._open) > MAX_OPEN_FILES:
+        opened = self._open.get(number)
+        if opened is None:
+            opened = self._newly_opened(number)
+            # Another thread may have been faster. A file is never opened under a lock: the reader
+            # is the user's, and may use this dataset.
+            opened = self._open.setdefault(number, opened)
+        with contextlib.suppress(KeyError):  # another thread has just let go of it
+            self._open.move_to_end(number)
+            while len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)
-            return opened
+        return opened
+
+    def _newly_opened(self, number: int) -> SupportsIndexing:
+        mark = (threading.get_ident(), number)
+        if mark in self._opening:
+            raise DatasetError(
+                f"from_files: expected a reader that does without the file that it is to open; "
+                f"{callable_name(self._reader)} asks the dataset for an element of "
+                f"{self.files[number]!r} while it opens it; read what it needs beforehand"
+            )
+        try:
+            self._opening.add(mark)
+            opened: SupportsIndexing = self._reader(self.files[number])
+        finally:
+            self._opening.discard(mark)
+        if not hasattr(opened, "__len__") or not hasattr(opened, "__getitem__"):
+            raise DatasetError(
+                "from_files: expected the reader to return an object with __len__ and "
+                f"__getitem__(index); got a {type(opened).__name__} for "
+                f"{self.files[number]!r}; leave random_access out for what can only be iterated"
+            )
+        return opened
 
 
 def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import collections
+import functools
+import itertools
 import math
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from dvkernels.data.checks import check_count
 from dvkernels.data.nest import stack
 from dvkernels.data.node import Node, add_note, callable_name
+from dvkernels.data.turn import Turn
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
@@ -20,6 +21,8 @@ __all__ = ["FromLive"]
 
 # Waiting is cut into pieces of this length, so that Ctrl-C and a closed iterator get through.
 _PATIENCE_SECONDS = 0.1
+
+_ONCE = [()]  # arguments of one call
 
 # Python 3.13: the producer has shut the queue down, and it is empty.
 _SHUT_DOWN: type[Exception] = getattr(queue, "ShutDown", StopIteration)
@@ -29,8 +32,8 @@ class _Feed:
     """What has arrived and not been delivered, and who reads it now; one for all iterators."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.kept: collections.deque[Any] = collections.deque()
+        self.turn = Turn()
+        self.kept: list[list[Any]] = []  # Runs of elements, each of which is delivered together.
         self.arriving: list[Any] = []  # Elements of a batch that is not full yet.
         self.is_over = False
         self.reader: object = None
@@ -77,6 +80,7 @@ class FromLive(Node):
         # Of an iterator's own chain: the position of the first kept element.
         self._begin = 0
         self._has_begun = False
+        self._is_stopped = False
 
     def describe(self) -> str:
         size = "" if self._size is None else f", batch_size={self._size}"
@@ -88,27 +92,38 @@ class FromLive(Node):
         if not self._has_begun:  # The iterator that began last is the one that reads.
             self._has_begun = True
             feed.reader = self
-        position = self._begin
-        while True:
-            with feed.lock:
-                self._check_reader()
-                is_here = position - self._begin < len(feed.kept)
-                if not is_here and not self._arrives(position, epoch):
-                    return
-                element = feed.kept[position - self._begin]
+        self._is_stopped = False
+        for position in itertools.count(self._begin):
+            found = feed.turn.take(functools.partial(self._look, position, epoch))
+            if not found:
+                return
             if position >= start:
-                yield element if self._size is None else stack(element)
-            position += 1
+                yield found[0] if self._size is None else stack(found)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def _look(self, position: int, epoch: int) -> list[Any]:
+        """Return the run that has arrived, or does now, at a position; empty at the end."""
+        self._check_reader()
+        place = position - self._begin
+        is_here = place < len(self._feed.kept) or self._arrives(position, epoch)
+        return self._feed.kept[place] if is_here else []
 
     def release(self, epoch: int, position: int) -> list[Any]:
-        feed = self._feed
         self._check_reader()
-        while self._begin < position and feed.kept:
-            feed.kept.popleft()
-            self._begin += 1
+        count = position - self._begin
+        if count > 0:
+            # Without a call between the two: there an interrupt might strike.
+            self._feed.kept, self._begin = self._feed.kept[count:], position
         return []
 
     def _check_reader(self) -> None:
+        if self._is_stopped:
+            raise DatasetError(
+                "next(iterator): expected an open iterator; this one was closed by another thread "
+                "while it waited for an element"
+            )
         if self._feed.reader is not self:
             raise DatasetError(
                 "from_live: expected one iterator at a time; a newer one has taken over what "
@@ -120,35 +135,38 @@ class FromLive(Node):
 
         A batch waits in the feed, so that what has arrived is not lost if the producer raises.
         """
-        feed = self._feed
+        feed, size = self._feed, self._size or 1
+        if feed.kept and feed.kept[-1] is feed.arriving:  # an interrupt struck below
+            feed.arriving = []
         deadline = math.inf
-        while not feed.is_over:
-            if feed.arriving and self._max_wait is not None and deadline == math.inf:
+        while True:
+            arriving = feed.arriving
+            if arriving and arriving[-1] is self._end:
+                feed.is_over, feed.arriving = True, arriving[:-1]
+            if feed.is_over or len(arriving) == size:
+                break
+            if arriving and self._max_wait is not None and deadline == math.inf:
                 deadline = time.monotonic() + self._max_wait
             left = deadline - time.monotonic()
             # At the deadline what is there already still comes along.
+            get = functools.partial(self._get, timeout=min(max(left, 0.0), _PATIENCE_SECONDS))
+            count = len(arriving)
             try:
-                element = self._get(timeout=min(max(left, 0.0), _PATIENCE_SECONDS))
+                # One call, since an interrupt between two would lose what has been taken.
+                arriving.extend(itertools.starmap(get, _ONCE))
+                feed.is_over = len(arriving) == count  # ``get`` raised StopIteration
             except (queue.Empty, TimeoutError):
                 if left <= 0:
                     break
                 self._check_reader()
-                continue
-            except (StopIteration, _SHUT_DOWN):
+            except _SHUT_DOWN:
                 feed.is_over = True
-                break
             except Exception as error:
                 add_note(error, self._name, self, position, epoch)
                 raise
-            if element is self._end:
-                feed.is_over = True
-                break
-            feed.arriving.append(element)
-            if len(feed.arriving) == (self._size or 1):
-                break
         if not feed.arriving:
             return False
-        feed.kept.append(feed.arriving[0] if self._size is None else feed.arriving)
+        feed.kept.append(feed.arriving)
         feed.arriving = []
         return True
 

@@ -45,7 +45,7 @@ class Node(abc.ABC):
     length: Length
     random_access: bool
     source: Node | None = None
-    is_held = False  # whether iterators must hold it while they go
+    is_held = False  # whether iterators must hold something of it while they go
 
     # Why an iterator cannot be resumed from a saved state; None where it can.
     refusal: str | None = None
@@ -129,11 +129,12 @@ class Node(abc.ABC):
         for node in self.sources:
             yield from node.links()
 
-    def hold(self) -> None:  # noqa: B027 - most nodes need nothing
-        """Prepare what an iterator needs, where ``is_held``."""
+    def hold(self) -> object:
+        """Return what an iterator must hold while it goes, where ``is_held``."""
+        return None
 
-    def let_go(self) -> None:  # noqa: B027
-        """Give back what :meth:`hold` took."""
+    def stop(self) -> None:  # noqa: B027 - most nodes never wait
+        """End a wait of another thread in :meth:`iterate`: the iterator is being closed."""
 
     def origin(self, index: int, epoch: int) -> int | None:
         """Return the index at the root source of an element, None where it has no single one."""

@@ -106,13 +106,8 @@ class Map(_Transform):
         self._workers = Workers(fn, count, workers) if count else None
         self.is_held = self._workers is not None
 
-    def hold(self) -> None:
-        if self._workers is not None:
-            self._workers.hold()
-
-    def let_go(self) -> None:
-        if self._workers is not None:
-            self._workers.let_go()
+    def hold(self) -> object:
+        return None if self._workers is None else self._workers.hold()
 
     def describe(self) -> str:
         return f"map({callable_name(self._fn)})"

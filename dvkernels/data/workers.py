@@ -1,118 +1,269 @@
-"""Threads or processes that apply a function to elements, in order.
+"""Threads that apply a function to elements, in order, each by itself or through a process.
 
-They are started when the first iterator needs them and end when the last one lets go.
+They are started when the first element needs them, and end when no iterator holds them.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
+import os
 import pickle
-import threading
+import queue
+import sys
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from typing import Any
 
-from dvkernels.data.outcome import Outcome, outcomes_of
-from dvkernels.errors import DatasetError, WorkerLostError
+from dvkernels import deadlines
+from dvkernels.data.node import callable_name
+from dvkernels.data.outcome import Outcome, outcome_of
+from dvkernels.data.turn import Turn
+from dvkernels.devices.stoppable_thread import StoppableThread
+from dvkernels.devices.threads import Latch
+from dvkernels.errors import DatasetError
+from dvkernels.user_errors import in_words
 
 __all__ = ["KINDS", "Workers"]
 
 KINDS = ("threads", "processes")
 
+_LOOK_UP_SECONDS = 1.0  # how often an idle thread asks whether anybody still holds it
+_NAP_SECONDS = 0.05  # after which who waits for a thread does the work that none has begun
+_END_SECONDS = 5.0  # that a thread has for its own end of a deadline
+
+# Yields the outcomes of elements one by one; given what to call between them.
+Apply = Callable[[Sequence[Any], Latch], Iterator[Outcome]]
+
+
+class _Job:
+    """Elements to which the function is to be applied, by whoever claims them first."""
+
+    __slots__ = ("_claims", "_elements", "error", "is_done", "outcomes")
+
+    def __init__(self, elements: Sequence[Any]) -> None:
+        self._elements = elements
+        self._claims = [None]
+        self.outcomes: list[Outcome] = []
+        self.error: BaseException | None = None
+        self.is_done = Latch()
+
+    def claim(self) -> bool:
+        """Return True to the first who asks."""
+        try:
+            self._claims.pop()
+        except IndexError:
+            return False
+        return True
+
+    def run(self, apply: Apply, board: _Board, stop: Latch) -> None:
+        """Do what was claimed; whatever it raises is the answer."""
+        try:
+            for outcome in apply(self._elements, stop):
+                self.outcomes.append(outcome)
+                board.heard_at = time.monotonic()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.is_done.open()
+
+
+class _Board:
+    """Jobs that wait for a thread, and when any of the threads has given a sign of life."""
+
+    __slots__ = ("heard_at", "jobs")
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.heard_at = 0.0
+
+
+class _Team:
+    """The threads; they end when it is dropped."""
+
+    def __init__(self, count: int, new_apply: Callable[[_Board], Apply]) -> None:
+        self.board = _Board()
+        self.pid = os.getpid()
+        self._count = count
+        self._new_apply = new_apply
+        self._threads: list[StoppableThread] = []
+        self._turn = Turn()
+
+    def start(self) -> None:
+        """Start the threads that are missing; an error if there is none at all."""
+        if len(self._threads) < self._count:
+            self._turn.take(self._hire)
+
+    def _hire(self) -> None:
+        own = weakref.ref(self)
+        while len(self._threads) < self._count:
+            thread = StoppableThread(
+                functools.partial(_serve, self.board, self._new_apply, lambda: own() is None),
+                "dvkernels-data-map",
+                functools.partial(self.board.jobs.put, None),
+            )
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):
+                if not self._threads:
+                    raise
+                return  # fewer do as well
+            self._threads.append(thread)
+
+    def __del__(self) -> None:
+        if self.pid == os.getpid():
+            for thread in self._threads:
+                thread.stop()
+
+
+def _serve(
+    board: _Board, new_apply: Callable[[_Board], Apply], is_dropped: Callable[[], bool], stop: Latch
+) -> None:
+    apply = new_apply(board)
+    try:
+        while not stop.is_open:
+            try:
+                job = board.jobs.get(timeout=_LOOK_UP_SECONDS)
+            except queue.Empty:
+                if is_dropped():
+                    return
+                continue
+            if job is not None and job.claim():
+                job.run(apply, board, stop)
+            del job  # keep nothing of the user's alive while waiting
+    finally:
+        if callable(end := getattr(apply, "end", None)):
+            end()
+
 
 class Workers:
-    """Applies ``fn`` to elements on ``count`` threads or processes."""
+    """Applies ``fn`` to elements on ``count`` threads or processes.
+
+    A thread that waits for others does itself what none of them has begun, unless it takes a
+    process: so ``fn`` may use the same workers, and there may be no thread to be had.
+    """
 
     def __init__(self, fn: Callable[[Any], Any], count: int, kind: str) -> None:
         self._fn = fn
         self._count = count
-        self._kind = kind
-        self._pickled = b""
-        if kind == "processes":
-            try:
-                self._pickled = pickle.dumps(fn)
-            except Exception as error:
-                raise DatasetError(
-                    f"map: expected a function that can be sent to worker processes; got {fn!r}, "
-                    f"which cannot be pickled ({error}); define it at the top of a module, or use "
-                    f"workers='threads'"
-                ) from error
-        self._mutex = threading.Lock()
-        self._holders = 0
-        self._executor: Executor | None = None
+        self._in_threads = kind == "threads"
+        self._new_apply = self._apply_here if self._in_threads else self._sender(fn)
+        self._team: weakref.ref[_Team] | None = None
 
-    def hold(self) -> None:
-        """Say that an iterator may need them."""
-        with self._mutex:
-            self._holders += 1
-
-    def let_go(self) -> None:
-        """Say that it no longer does; the last one ends them."""
-        with self._mutex:
-            self._holders -= 1
-            executor = None if self._holders else self._forget()
-        if executor is not None:
-            executor.shutdown(wait=True, cancel_futures=True)
+    def hold(self) -> object:
+        """Return what keeps them; an iterator holds it while it goes."""
+        team = None if self._team is None else self._team()
+        if team is None or team.pid != os.getpid():
+            team = _Team(self._count, self._new_apply)
+            self._team = weakref.ref(team)
+        return team
 
     def map(self, elements: Sequence[Any]) -> list[Outcome]:
         """Return the outcome of each element, in their order."""
+        team = self._started()
         size = -(-len(elements) // self._count)
         starts = range(0, len(elements), size)
-        under_way = [self._submit(elements[start : start + size]) for start in starts]
-        return [outcome for future in under_way for outcome in self._result(future)]
+        jobs = [self._submit(team, elements[start : start + size]) for start in starts]
+        try:
+            return [outcome for job in jobs for outcome in self._result(team.board, job)]
+        finally:
+            del team  # else an error's traceback would keep the threads
+            for job in jobs:
+                job.claim()  # what nobody has begun is not wanted any more
 
     def map_lazily(self, elements: Iterable[Any]) -> Iterator[Outcome]:
         """Yield the outcome of each element in their order, a few of them ahead."""
-        ahead: collections.deque[Future[list[Outcome]]] = collections.deque()
+        team = self._started()
+        ahead: collections.deque[_Job] = collections.deque()
         try:
             for element in elements:
-                ahead.append(self._submit([element]))
+                ahead.append(self._submit(team, [element]))
                 if len(ahead) > 2 * self._count:
-                    yield self._result(ahead.popleft())[0]
+                    yield self._result(team.board, ahead[0])[0]
+                    ahead.popleft()
             while ahead:
-                yield self._result(ahead.popleft())[0]
+                yield self._result(team.board, ahead[0])[0]
+                ahead.popleft()
         finally:
-            for future in ahead:
-                future.cancel()
+            del team
+            for job in ahead:
+                job.claim()
 
-    def _submit(self, elements: Sequence[Any]) -> Future[list[Outcome]]:
-        with self._mutex:
-            if self._executor is None:
-                self._executor = self._start()
-            executor = self._executor
+    def _started(self) -> _Team:
+        team = self.hold()
+        assert isinstance(team, _Team)
         try:
-            if self._kind == "processes":
-                from dvkernels.data import processes
+            team.start()
+        except (RuntimeError, MemoryError) as error:
+            if not self._in_threads:
+                raise DatasetError(
+                    f"map: expected to start threads for the worker processes; got "
+                    f"{in_words(error)}; free threads or memory, or leave num_workers out"
+                ) from error
+        return team
 
-                return executor.submit(processes.apply, elements)
-            return executor.submit(outcomes_of, self._fn, elements)
-        except BrokenExecutor as error:
-            raise self._lost() from error
+    def _submit(self, team: _Team, elements: Sequence[Any]) -> _Job:
+        job = _Job(elements)
+        team.board.jobs.put(job)
+        return job
 
-    def _result(self, future: Future[list[Outcome]]) -> list[Outcome]:
+    def _result(self, board: _Board, job: _Job) -> list[Outcome]:
+        began = time.monotonic()
+        while not job.is_done.wait(_NAP_SECONDS):
+            if self._in_threads and job.claim():
+                job.run(self._new_apply(board), board, Latch())
+            else:
+                self._check(time.monotonic() - max(began, board.heard_at))
+        if job.error is None:
+            return job.outcomes
+        error, job.error = job.error, None
         try:
-            return future.result()
-        except BrokenExecutor as error:
-            raise self._lost() from error
+            raise error
+        finally:
+            del error  # or it would hold this frame, and this frame the error
 
-    def _lost(self) -> WorkerLostError:
-        with self._mutex:
-            executor = self._forget()
-        if executor is not None:
-            executor.shutdown(wait=False, cancel_futures=True)
-        return WorkerLostError(
-            "map: a worker process ended before it answered: was it killed, perhaps for its "
-            "memory, or did the function end the process? The next batch starts new ones"
-        )
+    def _check(self, quiet_seconds: float) -> None:
+        """Raise if nothing has been heard of any thread for too long."""
+        patience = deadlines.timeout_seconds()
+        if quiet_seconds > patience + (0 if self._in_threads else _END_SECONDS):
+            raise DatasetError(
+                f"map: expected {callable_name(self._fn)} to return within {patience:g} s; it has "
+                "not in any thread; set DVKERNELS_TIMEOUT_SECONDS if an element takes longer"
+            )
 
-    def _forget(self) -> Executor | None:
-        executor, self._executor = self._executor, None
-        return executor
+    def _apply_here(self, board: _Board) -> Apply:
+        return self._outcomes
 
-    def _start(self) -> Executor:
-        if self._kind == "threads":
-            return ThreadPoolExecutor(self._count, thread_name_prefix="dvkernels-data-map")
-        # Loaded when they are wanted: they need much of the standard library.
-        from dvkernels.data import processes
+    def _outcomes(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
+        for element in elements:
+            if stop.is_open:
+                raise DatasetError("map: the program ended before all elements were mapped")
+            yield outcome_of(self._fn, element)
 
-        return processes.start(self._count, self._pickled)
+    def _sender(self, fn: Callable[[Any], Any]) -> Callable[[_Board], Apply]:
+        name = callable_name(fn)
+        try:
+            pickled = pickle.dumps(fn)
+        except Exception as error:
+            raise DatasetError(
+                f"map: expected a function that can be sent to worker processes; got {name}, "
+                f"which cannot be pickled ({in_words(error)}); define it at the top of a module, "
+                f"or use workers='threads'"
+            ) from error
+        main = sys.modules.get("__main__")
+        is_file = getattr(main, "__spec__", None) or getattr(main, "__file__", None)
+        if b"__main__" in pickled and not is_file:
+            raise DatasetError(
+                f"map: expected a function that worker processes can import; got {name} of "
+                "__main__, which is no file but a notebook, standard input or an interactive "
+                "session; put the function into a module and import it, or use workers='threads'"
+            )
+
+        def new_process(board: _Board) -> Apply:
+            # Loaded when they are wanted: they need much of the standard library.
+            from dvkernels.data.processes import Process
+
+            return Process(name, pickled, board)
+
+        return new_process

@@ -33,7 +33,7 @@ def data_threads():
 
 def children():
     return [
-        c for c in psutil.Process().children(recursive=True) if "spawn_main" in str(c.cmdline())
+        c for c in psutil.Process().children(recursive=True) if "dvkernels.data.processes" in str(c.cmdline())
     ]
 
 
