@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dvkernels.data.checks import check_count
-from dvkernels.data.nest import stack
+from dvkernels.data.nest import owned
 from dvkernels.data.node import Node, add_note, callable_name
+from dvkernels.data.stack import stack
 from dvkernels.errors import DatasetError
 
 __all__ = ["FromLive"]
@@ -41,6 +42,7 @@ class FromLive(Node):
     random_access = False
     length = None
     is_replayable = False
+    owns_elements = True
     refusal = (
         "what a live source has delivered is gone and cannot be delivered again; keep the "
         "elements yourself (in a file, a log) and read them with from_files to resume"
@@ -95,7 +97,7 @@ class FromLive(Node):
                     return
                 element = feed.kept[position - self._begin]
             if position >= start:
-                yield element if self._size is None else stack(element)
+                yield element if self._size is None else stack(element, len(element))
             position += 1
 
     def release(self, epoch: int, position: int) -> list[Any]:
@@ -141,7 +143,7 @@ class FromLive(Node):
             if element is self._end:
                 feed.is_over = True
                 break
-            feed.arriving.append(element)
+            feed.arriving.append(owned(element))  # its producer may use the memory again
             if len(feed.arriving) == (self._size or 1):
                 break
         if not feed.arriving:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.data.checks import LARGEST, check_count
+from dvkernels.data.nest import owned
 from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
 from dvkernels.kernels import twins
@@ -167,6 +168,10 @@ class WindowedShuffle(Node):
         once = "" if self._reshuffles else ", reshuffle_each_epoch=False"
         return f"shuffle(seed={self._seed}, window={self._window}{once})"
 
+    @property
+    def owns_elements(self) -> bool:
+        return not self.random_access or self.source.owns_elements
+
     def element(self, index: int, epoch: int) -> Any:
         return self.source.element(self._permuted(index, epoch), epoch)
 
@@ -189,6 +194,8 @@ class WindowedShuffle(Node):
             return
         number, begin, end = self._bounds(start, epoch)
         elements = self.source.iterate(epoch, begin)
+        if not self.source.owns_elements:
+            elements = map(owned, elements)
         while window := list(itertools.islice(elements, end - begin)):
             order = self._order(number, len(window), epoch)
             for place in order[start - begin :].tolist():

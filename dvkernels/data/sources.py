@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dvkernels.data.checks import LARGEST, check_callable, check_count
-from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
+from dvkernels.data.nest import as_array, flatten, is_flat_tuple, leaf_names
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.errors import DatasetError
 
@@ -27,6 +27,7 @@ class FromArrays(Node):
     """The rows of a nest of arrays; batches are views or fancy indexing, never loops."""
 
     random_access = True
+    owns_elements = True  # as far as the user leaves the arrays alone
 
     def __init__(self, nest: Any) -> None:
         leaves, self._spec = flatten(nest)
@@ -78,6 +79,7 @@ class Range(Node):
     """The integers 0 to n - 1, as int64."""
 
     random_access = True
+    owns_elements = True
 
     def __init__(self, n: int) -> None:
         self.length: int = check_count("range", "n", n, 0)
@@ -189,7 +191,9 @@ class FromIterable(Node):
 def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
     """Return a read-only view of ``leaf``, so that nobody writes into the source by accident."""
     try:
-        array = np.asarray(leaf)
+        array = as_array(leaf, "from_arrays", name)
+    except DatasetError:
+        raise
     except Exception as error:
         raise DatasetError(
             f"from_arrays: expected an array as {name}; got a {type(leaf).__name__} that NumPy "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.data.checks import check_callable, check_count
-from dvkernels.data.nest import concatenate, slice_rows, stack, take
+from dvkernels.data.nest import concatenate, owned, slice_rows, take
 from dvkernels.data.node import (
     Cut,
     Indices,
@@ -21,6 +21,7 @@ from dvkernels.data.node import (
 )
 from dvkernels.data.outcome import Outcome, outcome_of
 from dvkernels.data.skips import skipping
+from dvkernels.data.stack import Stack
 from dvkernels.data.workers import KINDS, Workers
 from dvkernels.errors import DatasetError
 
@@ -87,6 +88,7 @@ class Map(_Transform):
 
     remembers = True
     first_mark = 0  # How many elements of the source were mapped; some may have been left out.
+    owns_elements = False
 
     def __init__(
         self,
@@ -120,16 +122,23 @@ class Map(_Transform):
     def element(self, index: int, epoch: int) -> Any:
         return self._apply(self.source.element(index, epoch), index, epoch)
 
-    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
         if self._workers is None or len(indices) < 2:
             return super().elements(indices, epoch)
-        given = list(self.source.attempts(indices, epoch))
+        given = [
+            (index, self._handed_over(element))
+            for index, element in self.source.attempts(indices, epoch)
+        ]
         outcomes = self._workers.map([element for _, element in given])
         kept = (
             self._kept(outcome, index, epoch)
             for (index, _), outcome in zip(given, outcomes, strict=True)
         )
-        return self.non_empty(list(itertools.chain.from_iterable(kept)))
+        return itertools.chain.from_iterable(kept)
+
+    def _handed_over(self, element: Any) -> Any:
+        """Return an element that stays as it is while workers have it."""
+        return element if self.source.owns_elements else owned(element)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:
@@ -141,7 +150,7 @@ class Map(_Transform):
             passed, begin = self.marks.resume(epoch, start)
         elements = self.source.iterate(epoch, begin)
         if self._workers is not None:
-            outcomes: Iterator[Outcome] = self._workers.map_lazily(elements)
+            outcomes: Iterator[Outcome] = self._workers.map_lazily(map(self._handed_over, elements))
         else:
             outcomes = (outcome_of(self._fn, element) for element in elements)
         for index, outcome in enumerate(outcomes, begin):
@@ -180,7 +189,7 @@ class Prefetch(_InPlace):
     def pipeline(self) -> tuple[str, ...]:
         return self.source.pipeline  # what is held ready changes no element and no position
 
-    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
         return self.source.elements(indices, epoch)
 
     def part(self, index: int, epoch: int, cut: Cut) -> Any:
@@ -252,6 +261,8 @@ class Batch(_Transform):
             length = length // self.size if drop_remainder else -(-length // self.size)
         super().__init__(source, length)
 
+    owns_elements = True  # it copies what it stacks
+
     def describe(self) -> str:
         return f"batch({self.size}{', drop_remainder=True' if self.drops_remainder else ''})"
 
@@ -272,10 +283,13 @@ class Batch(_Transform):
             yield from super().iterate(epoch, start)
             return
         elements = self.source.iterate(*self.upstream(epoch, start))
-        while run := list(itertools.islice(elements, self.size)):
-            if len(run) < self.size and self.drops_remainder:
+        while True:
+            batch = Stack(self.size)
+            for element in itertools.islice(elements, self.size):
+                batch.add(element)
+            if not batch.count or (batch.count < self.size and self.drops_remainder):
                 return
-            yield stack(run)
+            yield batch.finished()
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         return epoch, position * self.size
