@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from dvkernels import user_errors
 from dvkernels.errors import DatasetError
 
 __all__ = ["Exchange", "Word", "agree", "report"]
@@ -27,7 +28,7 @@ class Word(NamedTuple):
 
 def report(exchange: Exchange, error: Exception) -> None:
     """Tell the others that this worker has failed; :func:`agree` raises there."""
-    exchange(Word(failure=f"{type(error).__name__}: {error}"))
+    exchange(Word(failure=user_errors.in_words(error)))
 
 
 def agree(exchange: Exchange, own: Word) -> list[Word]:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dvkernels.data.checks import check_callable
+from dvkernels.data.checks import check_callable, shown
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.sources import SupportsIndexing
 from dvkernels.errors import DatasetError
@@ -72,8 +72,8 @@ class FromFiles(Files):
                 opened = self._reader(path)
                 if not isinstance(opened, Iterable):
                     raise DatasetError(
-                        f"from_files: expected the reader to return an iterable; got {opened!r:.80}"
-                        f", a {type(opened).__name__}, for {path!r}; write it as a generator "
+                        f"from_files: expected the reader to return an iterable; got "
+                        f"{shown(opened)}, a {type(opened).__name__}, for {path!r}; write it as a generator "
                         "function"
                     )
                 elements = iter(opened)
@@ -159,14 +159,14 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Return the paths as strings; raise :class:`DatasetError` unless all exist."""
     if isinstance(paths, str | bytes | os.PathLike) or not isinstance(paths, Iterable):
         raise DatasetError(
-            f"from_files: expected a list of paths; got {paths!r:.80}, a {type(paths).__name__}; "
+            f"from_files: expected a list of paths; got {shown(paths)}, a {type(paths).__name__}; "
             "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
         )
     names: Sequence[Any] = list(paths)
     for place, name in enumerate(names):
         if not isinstance(name, str | os.PathLike):
             raise DatasetError(
-                f"from_files: expected paths; got {name!r:.80}, a {type(name).__name__}, as "
+                f"from_files: expected paths; got {shown(name)}, a {type(name).__name__}, as "
                 f"paths[{place}]; pass strings or pathlib.Path objects"
             )
     files = tuple(os.fspath(name) for name in names)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dvkernels.data.checks import check_count
+from dvkernels.data.checks import check_count, shown
 from dvkernels.data.nest import owned
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.stack import stack
@@ -55,7 +55,8 @@ class FromLive(Node):
         if not callable(get) or isinstance(source, dict | type):
             raise DatasetError(
                 "from_live: expected a queue, or a function get(timeout); got "
-                f"{source!r:.80}, a {type(source).__name__}; pass a queue.Queue that a thread fills"
+                f"{shown(source)}, a {type(source).__name__}; pass a queue.Queue that a thread "
+                "fills"
             )
         if batch_size is not None:
             batch_size = check_count(

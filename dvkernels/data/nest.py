@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import optree
 
+from dvkernels.data.checks import shown
 from dvkernels.devices import foreign
 from dvkernels.errors import DatasetError
 
@@ -137,7 +138,7 @@ def leading_length(batch: Any) -> int:
     leaves, _ = flatten(batch)
     if not leaves:
         raise DatasetError(
-            f"distribute_dataset: expected batches with at least one array; got {batch!r:.80}; "
+            f"distribute_dataset: expected batches with at least one array; got {shown(batch)}; "
             "let the dataset's elements hold something"
         )
     found = []
@@ -146,7 +147,7 @@ def leading_length(batch: Any) -> int:
         if not shape:
             raise DatasetError(
                 "distribute_dataset: expected batches, arrays with a leading axis to share "
-                f"among the replicas; got {leaf!r:.80}, a {type(leaf).__name__}, as {name}; "
+                f"among the replicas; got {shown(leaf)}, a {type(leaf).__name__}, as {name}; "
                 "call .batch(global_batch_size) on the dataset"
             )
         found.append((name, int(shape[0])))

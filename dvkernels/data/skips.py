@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from contextvars import ContextVar
 
+from dvkernels import user_errors
+
 __all__ = ["Skips", "skipping"]
 
 _LISTED = 100
@@ -24,7 +26,7 @@ class Skips:
         with self._mutex:
             self.count += 1
             if len(self.listed) < _LISTED:
-                self.listed.append(f"{type(error).__name__}: {error}; {said}")
+                self.listed.append(f"{user_errors.in_words(error)}; {said}")
 
 
 # Where failing elements are noted instead of raised; None: they are raised.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dvkernels.data.checks import LARGEST, check_callable, check_count
+from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag, shown
 from dvkernels.data.nest import as_array, flatten, is_flat_tuple, leaf_names
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.errors import DatasetError
@@ -33,7 +33,7 @@ class FromArrays(Node):
         leaves, self._spec = flatten(nest)
         if not leaves:
             raise DatasetError(
-                f"from_arrays: expected a nest with at least one array; got {nest!r:.80}; "
+                f"from_arrays: expected a nest with at least one array; got {shown(nest)}; "
                 "pass an array, or a tuple or dict of arrays"
             )
         names = leaf_names(nest, "nest")
@@ -138,7 +138,8 @@ class FromIterable(Node):
     random_access = False
     length = None
 
-    def __init__(self, factory: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, factory: Callable[..., Iterable[Any]], takes_epoch: bool) -> None:
+        check_flag("from_iterable", "epoch", takes_epoch)
         check_callable(
             "from_iterable",
             factory,
@@ -146,16 +147,18 @@ class FromIterable(Node):
             "iterator or generator is used up after one epoch and cannot be resumed",
         )
         self._factory = factory
+        self._takes_epoch = takes_epoch
         self._latest: object = None  # The latest iterator, to notice one that comes again.
 
     def describe(self) -> str:
-        return f"from_iterable({callable_name(self._factory)})"
+        epoch = ", epoch=True" if self._takes_epoch else ""
+        return f"from_iterable({callable_name(self._factory)}{epoch})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         index = 0
         iterator: Iterator[Any] | None = None
         try:
-            iterator = self._begin()
+            iterator = self._begin(epoch)
             for element in iterator:
                 if index >= start:
                     yield element
@@ -169,12 +172,12 @@ class FromIterable(Node):
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    def _begin(self) -> Iterator[Any]:
-        iterable: object = self._factory()
+    def _begin(self, epoch: int) -> Iterator[Any]:
+        iterable: object = self._factory(epoch) if self._takes_epoch else self._factory()
         if not isinstance(iterable, Iterable):
             raise DatasetError(
                 "from_iterable: expected the factory to return an iterable; got "
-                f"{iterable!r:.80}, a {type(iterable).__name__}; write it as a generator function"
+                f"{shown(iterable)}, a {type(iterable).__name__}; write it as a generator function"
             )
         if not isinstance(iterable, Iterator):
             return iter(iterable)
@@ -201,7 +204,7 @@ def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
         ) from error
     if array.ndim == 0:
         raise DatasetError(
-            f"from_arrays: expected an array with a leading axis as {name}; got {leaf!r:.80}, "
+            f"from_arrays: expected an array with a leading axis as {name}; got {shown(leaf)}, "
             f"a {type(leaf).__name__}; lists are containers here, so wrap numbers in np.asarray"
         )
     view = array.view()

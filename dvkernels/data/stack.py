@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.data.checks import shown
 from dvkernels.data.nest import as_array, flatten, leaf_names
 from dvkernels.errors import DatasetError
 from dvkernels.values.regroup import in_words
@@ -134,7 +135,7 @@ class _Column:
         array = as_array(leaf, "batch", where)
         if array.dtype == object and not hasattr(leaf, "dtype"):
             raise DatasetError(
-                f"batch: expected arrays or numbers to stack; got {leaf!r:.80}, a "
+                f"batch: expected arrays or numbers to stack; got {shown(leaf)}, a "
                 f"{type(leaf).__name__}, as {where}; turn it into an array with map()"
             )
         if isinstance(leaf, str | bytes) and leaf[-1:] in ("\0", b"\0"):

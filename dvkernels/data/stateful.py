@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from dvkernels.data.checks import check_callable
+from dvkernels.data.checks import check_callable, check_flag, shown
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
 
@@ -82,7 +82,7 @@ class FromSource(Node):
         if isinstance(source, type) or not callable(getattr(source, "open", None)):
             raise DatasetError(
                 "from_source: expected an object with open(epoch, state), which returns a reader "
-                f"with __next__() and state(); got {source!r:.80}, a {type(source).__name__}; "
+                f"with __next__() and state(); got {shown(source)}, a {type(source).__name__}; "
                 "use from_iterable(factory) for what has no state"
             )
         self._source = source
@@ -144,7 +144,7 @@ class FromSource(Node):
             return json.dumps(state)
         except (TypeError, ValueError) as error:
             raise DatasetError(
-                f"from_source: expected a state that JSON can hold; got {state!r:.80} ({error}); "
+                f"from_source: expected a state that JSON can hold; got {shown(state)} ({error}); "
                 "return numbers, strings, and lists and dicts of them: int(n) for a NumPy integer"
             ) from error
 
@@ -152,23 +152,26 @@ class FromSource(Node):
 class FromStatefulIterable(FromSource):
     """What the iterables that ``factory`` makes yield, resumed through their ``state_dict``."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[..., Any], takes_epoch: bool) -> None:
+        check_flag("from_iterable", "epoch", takes_epoch)
         check_callable("from_iterable", factory, "pass what makes a new iterable on each call")
-        super().__init__(_StatefulIterables(factory))
+        super().__init__(_StatefulIterables(factory, takes_epoch))
+        self._options = "stateful=True, epoch=True" if takes_epoch else "stateful=True"
         self._name = callable_name(factory)
 
     def describe(self) -> str:
-        return f"from_iterable({self._name}, stateful=True)"
+        return f"from_iterable({self._name}, {self._options})"
 
 
 class _StatefulIterables:
     """Iterables, or their iterators, with ``state_dict`` and ``load_state_dict``, as a source."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[..., Any], takes_epoch: bool) -> None:
         self._factory = factory
+        self._takes_epoch = takes_epoch
 
     def open(self, epoch: int, state: Any) -> Reader:
-        iterable = self._factory()
+        iterable = self._factory(epoch) if self._takes_epoch else self._factory()
         # A loader loads before it makes its iterator; an iterator that is its own loads itself.
         if _keeps_state(iterable):
             if state is not None:

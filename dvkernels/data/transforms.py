@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.checks import check_callable, check_count
+from dvkernels.data.checks import LARGEST_INDEX, check_callable, check_count, check_flag
 from dvkernels.data.nest import concatenate, owned, slice_rows, take
 from dvkernels.data.node import (
     Cut,
@@ -50,6 +50,16 @@ class _Transform(Node):
         self.source = source
         self.length = length
         self.random_access = source.random_access
+
+    def _fits(self, indices: Indices, factor: int, offset: int) -> bool:
+        """Return whether indices of the source, computed from these, are small enough for arrays.
+
+        Those of endless and of very long sources may not be; Python's integers always are.
+        """
+        length = self.source.length
+        if length is not None and length <= LARGEST_INDEX:
+            return True
+        return int(indices.max()) * factor + offset <= LARGEST_INDEX
 
     def _kept(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
         """Return the value of an outcome, or nothing if its error is skipped."""
@@ -251,10 +261,7 @@ class Batch(_Transform):
 
     def __init__(self, source: Node, size: int, drop_remainder: bool) -> None:
         self.size = check_count("batch", "size", size, 1)
-        if not isinstance(drop_remainder, bool):
-            raise DatasetError(
-                f"batch: expected drop_remainder to be True or False; got {drop_remainder!r}"
-            )
+        check_flag("batch", "drop_remainder", drop_remainder)
         self.drops_remainder = drop_remainder
         length = source.length
         if isinstance(length, int):
@@ -353,6 +360,8 @@ class Repeat(_Transform):
     def gather(self, indices: Indices, epoch: int) -> Any:
         if self._period is None or self._period == math.inf:
             return self.source.gather(indices, epoch * self._stride)
+        if self._period > LARGEST_INDEX:
+            return super().gather(indices, epoch)
         repetitions, places = np.divmod(indices, np.int64(self._period))
         passes = np.unique(repetitions).tolist()
         if len(passes) == 1:
@@ -433,6 +442,8 @@ class Skip(_Transform):
         return self.source.element(index + self._count, epoch)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
+        if not self._fits(indices, 1, self._count):
+            return super().gather(indices, epoch)
         return self.source.gather(indices + self._count, epoch)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
@@ -471,9 +482,13 @@ class Shard(_Transform):
         return self.source.element(index * self._num + self._index, epoch)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
+        if not self._fits(indices, self._num, self._index):
+            return super().gather(indices, epoch)
         return self.source.gather(indices * self._num + self._index, epoch)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
+        if stop > LARGEST_INDEX:
+            return super().batch(start, stop, epoch)
         return self.gather(np.arange(start, stop, dtype=np.int64), epoch)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:

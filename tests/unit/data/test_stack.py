@@ -20,8 +20,9 @@ Point = collections.namedtuple("Point", "x y")
 VALUES = [
     3, -1, 2**62, 2**63, True, 1.5, float("nan"), 2j, "a", "longer", b"ab", np.int8(3),
     np.uint8(200), np.int16(-4), np.uint64(2**63), np.float16(0.1), np.float32(0.1),
-    np.float64(0.1), np.bool_(True), np.datetime64("2020"), np.datetime64("2020-05-01T12"), np.timedelta64(3, "s"),
-    np.array(3.0), np.array(3, ">i4"), ml_dtypes.bfloat16(1.5), np.str_("text"),
+    np.float64(0.1), np.bool_(True), np.datetime64("2020"), np.datetime64("2020-05-01T12"),
+    np.timedelta64(3, "s"), np.array(3.0), np.array(3, ">i4"),
+    ml_dtypes.bfloat16(1.5), np.str_("text"),
 ]  # fmt: skip
 
 
