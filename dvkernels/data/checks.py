@@ -7,14 +7,23 @@ import operator
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
-__all__ = ["LARGEST", "check_callable", "check_count"]
+__all__ = ["LARGEST", "LARGEST_INDEX", "check_callable", "check_count", "check_flag", "shown"]
 
 # The largest number of elements that an index of 64 bits and the shuffle can address.
 LARGEST = 2**62
+# The largest that an array of indices holds; Python's own loops count no further.
+LARGEST_INDEX = 2**63 - 1
 
 
-def check_count(member: str, name: str, value: object, minimum: int, remedy: str = "") -> int:
-    """Return ``value`` as an int of at least ``minimum``, else raise :class:`DatasetError`."""
+def check_count(
+    member: str,
+    name: str,
+    value: object,
+    minimum: int,
+    remedy: str = "",
+    maximum: int = LARGEST_INDEX,
+) -> int:
+    """Return ``value`` as an int from ``minimum`` to ``maximum``, else raise ``DatasetError``."""
     wanted = "a non-negative integer" if minimum == 0 else f"an integer of at least {minimum}"
     ending = f"; {remedy}" if remedy else ""
     try:
@@ -23,15 +32,24 @@ def check_count(member: str, name: str, value: object, minimum: int, remedy: str
         count = None
     if count is None or isinstance(value, bool):
         raise DatasetError(
-            f"{member}: expected {name} to be {wanted}; got {value!r}, "
+            f"{member}: expected {name} to be {wanted}; got {shown(value)}, "
             f"a {type(value).__name__}{ending or '; pass an int'}"
         )
+    if minimum <= count <= maximum:
+        return count
+    bits = count.bit_length()
+    got = str(count) if bits < 256 else f"an integer of {bits} bits"  # Python prints no longer ones
     if count < minimum:
-        raise DatasetError(
-            f"{member}: expected {name} to be {wanted}; got {count}"
-            f"{ending or f'; pass {minimum} or more'}"
-        )
-    return count
+        reason = f"; got {got}{ending or f'; pass {minimum} or more'}"
+    else:
+        reason = f" and of at most {maximum.bit_length()} bits; got {got}{ending}"
+    raise DatasetError(f"{member}: expected {name} to be {wanted}{reason}")
+
+
+def check_flag(member: str, name: str, value: object) -> None:
+    """Raise :class:`DatasetError` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise DatasetError(f"{member}: expected {name} to be True or False; got {shown(value)}")
 
 
 def check_callable(member: str, value: object, remedy: str) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dvkernels.data.nest import owned
 from dvkernels.data.node import Node
 from dvkernels.data.skips import skipping
 from dvkernels.data.turn import Turn
@@ -37,6 +38,7 @@ class Cursor(Iterator[Any]):
         # What nodes need while it goes, their workers say; None: nobody has looked yet.
         self._held: list[object] | None = None
         self._pid = 0  # of the process that holds it
+        self._keep = _as_it_is if node.owns_elements else owned
         self.move_to(epoch, position)
 
     @property
@@ -103,7 +105,8 @@ class Cursor(Iterator[Any]):
             self._beyond = stop = int(min(self.position + count, node.length))
             if self.position >= stop:
                 raise StopIteration
-            return [node.element(k, self.epoch) for k in range(self.position, stop)]
+            keep = self._keep
+            return [keep(node.element(k, self.epoch)) for k in range(self.position, stop)]
         try:
             while len(self._pending) < count:
                 self._pending.append(self._pull())
@@ -115,7 +118,8 @@ class Cursor(Iterator[Any]):
         return found
 
     def _look_past_errors(self, node: Node, count: int) -> list[Any]:
-        pairs = list(itertools.islice(node.places(self.epoch, self.position), count))
+        places = itertools.islice(node.places(self.epoch, self.position), count)
+        pairs = [(place, self._keep(element)) for place, element in places]
         if not pairs:
             raise StopIteration
         # What failed behind the last of a full run is the next call's.
@@ -152,10 +156,14 @@ class Cursor(Iterator[Any]):
             start = self.position + len(self._pending)
             self._stream = self._node.iterate(self.epoch, start)
         try:
-            return next(self._stream)
+            return self._keep(next(self._stream))
         except StopIteration:
             self._stream, self._at_end = None, True
             raise
         except BaseException:
             self._stream = None  # A generator that raised is over: the next call replays.
             raise
+
+
+def _as_it_is(element: Any) -> Any:
+    return element

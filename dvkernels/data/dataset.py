@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dvkernels.data.ahead import Ahead
+from dvkernels.data.checks import check_count, check_flag
 from dvkernels.data.cursor import Cursor
 from dvkernels.data.files import Files, FromFiles, FromIndexedFiles
 from dvkernels.data.live import FromLive
@@ -40,7 +41,8 @@ class Dataset:
     leaves this one as it is. An element is a nest of arrays and numbers: anything ``optree``
     knows (tuples, lists, dicts, named tuples, registered dataclasses).
 
-    Iterating gives the elements of epoch 0, each time anew. An error in user code (a source, a
+    Iterating gives the elements of epoch 0, each time anew, or of that of :meth:`with_epoch`. An
+    error in user code (a source, a
     function given to :meth:`map` or :meth:`filter`) is re-raised as it is, with a note that
     names index, source and transform; the next ``next()`` tries the same element again.
 
@@ -65,20 +67,29 @@ class Dataset:
     [3 4] [ 9 16]
     """
 
-    __slots__ = ("_node",)
+    __slots__ = ("__weakref__", "_epoch", "_node")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, epoch: int | None = None) -> None:
         if not isinstance(node, Node):
             raise DatasetError(
                 f"Dataset: expected a node; got a {type(node).__name__}; make datasets with "
                 "Dataset.from_arrays, from_sequence, from_iterable or range"
             )
         self._node = node
+        self._epoch = epoch
+
+    def _then(self, node: Node) -> Dataset:
+        return Dataset(node, self._epoch)
 
     @property
     def node(self) -> Node:
         """The last node of the chain, for whoever computes elements."""
         return self._node
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that :meth:`with_epoch` chose, None if nothing did."""
+        return self._epoch
 
     @property
     def length(self) -> Length:
@@ -136,7 +147,7 @@ class Dataset:
 
     @classmethod
     def from_iterable(
-        cls, factory: Callable[[], Iterable[Any]], *, stateful: bool = False
+        cls, factory: Callable[..., Iterable[Any]], *, stateful: bool = False, epoch: bool = False
     ) -> Dataset:
         """Make what ``iter(factory())`` yields the elements; sequential.
 
@@ -145,6 +156,9 @@ class Dataset:
         factory : callable
             Called at the start of each epoch, and again to resume or after an error; returns an
             iterable that yields the same elements each time.
+        epoch : bool
+            True to call ``factory(epoch)``: the iterable then yields the same elements each time
+            for the same epoch.
         stateful : bool
             True if the iterable, or its iterator, has ``state_dict()`` and
             ``load_state_dict(state)``, as PyTorch's ``StatefulDataLoader`` has: it is resumed
@@ -158,7 +172,8 @@ class Dataset:
         >>> list(Dataset.from_iterable(lines))
         ['one', 'two']
         """
-        return cls((FromStatefulIterable if stateful else FromIterable)(factory))
+        check_flag("from_iterable", "stateful", stateful)
+        return cls((FromStatefulIterable if stateful else FromIterable)(factory, epoch))
 
     @classmethod
     def from_files(
@@ -203,6 +218,7 @@ class Dataset:
         (['a0', 'a1', 'b0', 'b1'], 2)
         >>> folder.cleanup()
         """
+        check_flag("from_files", "random_access", random_access)
         return cls((FromIndexedFiles if random_access else FromFiles)(paths, reader))
 
     @classmethod
@@ -308,7 +324,25 @@ class Dataset:
                     f"zip: expected datasets; got {shown(other)}, a {type(other).__name__}, as "
                     f"argument {place}; make it a dataset with from_arrays or from_sequence"
                 )
-        return Dataset(Zip([self._node, *(other.node for other in others)]))
+            if other.epoch != self._epoch:
+                raise DatasetError(
+                    f"zip: expected datasets that begin with one epoch; got {self._epoch} for this "
+                    f"one and {other.epoch} for argument {place}; call with_epoch() behind zip()"
+                )
+        return self._then(Zip([self._node, *(other.node for other in others)]))
+
+    def with_epoch(self, epoch: int) -> Dataset:
+        """Begin with this epoch instead of epoch 0: the order is that of the epoch.
+
+        For loops that distribute, or iterate, anew for each epoch.
+
+        Examples
+        --------
+        >>> shuffled = Dataset.range(6).shuffle(seed=1)
+        >>> [[int(element) for element in shuffled.with_epoch(epoch)] for epoch in range(2)]
+        [[3, 4, 0, 5, 2, 1], [5, 0, 2, 1, 3, 4]]
+        """
+        return Dataset(self._node, check_count("with_epoch", "epoch", epoch, 0))
 
     def shuffle(
         self, *, seed: int, window: int | None = None, reshuffle_each_epoch: bool = True
@@ -318,7 +352,7 @@ class Dataset:
         Parameters
         ----------
         seed : int
-            Any non-negative integer.
+            Any non-negative integer of up to 1024 bits.
         window : int, optional
             Shuffle within windows of so many elements, which are held in memory if there is no
             random access; the order depends on the window too. Needed for sequential and
@@ -345,8 +379,8 @@ class Dataset:
         [0, 1, 2, 3, 4, 5]
         """
         if window is None:
-            return Dataset(Shuffle(self._node, seed, reshuffle_each_epoch))
-        return Dataset(WindowedShuffle(self._node, seed, window, reshuffle_each_epoch))
+            return self._then(Shuffle(self._node, seed, reshuffle_each_epoch))
+        return self._then(WindowedShuffle(self._node, seed, window, reshuffle_each_epoch))
 
     def map(
         self, fn: Callable[[Any], Any], *, num_workers: int = 0, workers: str = "threads"
@@ -377,7 +411,7 @@ class Dataset:
         >>> list(Dataset.from_sequence([1, 2]).map(lambda x: 10 * x))
         [10, 20]
         """
-        return Dataset(Map(self._node, fn, num_workers, workers))
+        return self._then(Map(self._node, fn, num_workers, workers))
 
     def prefetch(self, n: int) -> Dataset:
         """Have iterators hold ``n`` elements ready, which a thread computes.
@@ -391,7 +425,7 @@ class Dataset:
         >>> [batch.tolist() for batch in Dataset.range(4).batch(2).prefetch(1)]
         [[0, 1], [2, 3]]
         """
-        return Dataset(Prefetch(self._node, n))
+        return self._then(Prefetch(self._node, n))
 
     def filter(self, predicate: Callable[[Any], object]) -> Dataset:
         """Keep the elements for which ``predicate(element)`` is true; sequential from here on.
@@ -401,7 +435,7 @@ class Dataset:
         >>> list(Dataset.from_sequence([1, 2, 3]).filter(lambda x: x != 2))
         [1, 3]
         """
-        return Dataset(Filter(self._node, predicate))
+        return self._then(Filter(self._node, predicate))
 
     def batch(self, size: int, *, drop_remainder: bool = False) -> Dataset:
         """Stack runs of ``size`` elements along a new leading axis.
@@ -414,7 +448,7 @@ class Dataset:
         >>> [batch.tolist() for batch in Dataset.range(5).batch(2)]
         [[0, 1], [2, 3], [4]]
         """
-        return Dataset(Batch(self._node, size, drop_remainder))
+        return self._then(Batch(self._node, size, drop_remainder))
 
     def repeat(self, count: int | None = None) -> Dataset:
         """Go through the elements ``count`` times, without end for None.
@@ -428,7 +462,7 @@ class Dataset:
         >>> [int(element) for element in Dataset.range(2).repeat(2)]
         [0, 1, 0, 1]
         """
-        return Dataset(Repeat(self._node, count))
+        return self._then(Repeat(self._node, count))
 
     def take(self, n: int) -> Dataset:
         """Keep the first ``n`` elements, all if there are fewer.
@@ -438,7 +472,7 @@ class Dataset:
         >>> [int(element) for element in Dataset.range(9).take(2)]
         [0, 1]
         """
-        return Dataset(Take(self._node, n))
+        return self._then(Take(self._node, n))
 
     def skip(self, n: int) -> Dataset:
         """Leave out the first ``n`` elements, all if there are fewer.
@@ -448,7 +482,7 @@ class Dataset:
         >>> [int(element) for element in Dataset.range(4).skip(2)]
         [2, 3]
         """
-        return Dataset(Skip(self._node, n))
+        return self._then(Skip(self._node, n))
 
     def shard(self, num: int, index: int) -> Dataset:
         """Keep every ``num``-th element, from element ``index`` on.
@@ -460,11 +494,12 @@ class Dataset:
         >>> [int(element) for element in Dataset.range(7).shard(3, 1)]
         [1, 4]
         """
-        return Dataset(Shard(self._node, num, index))
+        return self._then(Shard(self._node, num, index))
 
     def __iter__(self) -> Iterator[Any]:
         depth = prefetch_depth(self._node)
-        return Ahead(self._node, 0, 0, depth) if depth else Cursor(self._node)
+        epoch = self._epoch or 0
+        return Ahead(self._node, epoch, 0, depth) if depth else Cursor(self._node, epoch)
 
     def __len__(self) -> int:
         return known_length(self._node.length)
@@ -474,7 +509,8 @@ class Dataset:
         return True
 
     def __repr__(self) -> str:
-        return f"Dataset.{self._node!r}"
+        chosen = "" if self._epoch is None else f".with_epoch({self._epoch})"
+        return f"Dataset.{self._node!r}{chosen}"
 
 
 def known_length(length: Length) -> int:

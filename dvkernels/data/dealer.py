@@ -14,6 +14,7 @@ from dvkernels.data.nest import flatten, is_flat_dict, is_flat_tuple, leading_le
 from dvkernels.errors import DatasetError
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
+from dvkernels.values.regroup import in_words
 
 __all__ = ["Dealer"]
 
@@ -90,7 +91,7 @@ class Dealer:
             if other != structure:
                 raise DatasetError(
                     f"distribute_datasets_from_function: expected elements of one structure; got "
-                    f"{structure!s:.200} and, {place} later, {other!s:.200}"
+                    f"{in_words(structure)} and, {place} later, {in_words(other)}"
                 )
         columns = [list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
         missing = self._num_local - len(elements)

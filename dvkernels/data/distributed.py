@@ -12,6 +12,7 @@ from dvkernels.data.conveyor import Conveyor
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.dealer import Dealer
 from dvkernels.data.distributed_iterator import DistributedIterator
+from dvkernels.data.epochs import EpochCount
 from dvkernels.data.options import AutoShardPolicy, InputOptions
 from dvkernels.data.sharding import Sharding
 from dvkernels.data.share import Share
@@ -37,7 +38,9 @@ def _alone(word: Any) -> list[Any]:
 class DistributedDataset:
     """A dataset of global batches, each of which all replicas share.
 
-    Each ``iter()`` is the next epoch, from 0 on. It is made by ``strategy.distribute_dataset``.
+    Each ``iter()`` is the next epoch: from that of ``dataset.with_epoch`` on, else from 0 or, where
+    a strategy has distributed this very dataset before, from the one behind those begun then. It
+    is made by ``strategy.distribute_dataset``.
 
     Parameters
     ----------
@@ -61,6 +64,8 @@ class DistributedDataset:
         Which replicas of all workers these are; all of them if not given.
     exchange : callable, optional
         Given a small object, returns those of all workers in their order; every worker calls it.
+    count : EpochCount, optional
+        Which epoch comes next where the same dataset is distributed again.
 
     Notes
     -----
@@ -71,7 +76,7 @@ class DistributedDataset:
         others are not computed where the batched elements have random access; a sequential
         source is gone through by every worker.
     ``"file"``
-        Each worker reads files of its own: every so manieth of ``from_files``. Each element still
+        Each worker reads files of its own: every n-th of ``from_files``. Each element still
         comes exactly once, in the order of its file, but which elements meet in a batch depends
         on the number of workers. Needs ``batch(size)`` as the last step but ``map``, nothing but
         ``map``, ``filter`` and ``shuffle(window=...)`` before it, and at least as many files as
@@ -106,30 +111,33 @@ class DistributedDataset:
         is_dealt: bool = False,
         share: Share | None = None,
         exchange: Exchange = _alone,
+        count: EpochCount | None = None,
     ) -> None:
         if not isinstance(dataset, Dataset):
             raise DatasetError(
                 f"distribute_dataset: expected a dv.Dataset; got a {type(dataset).__name__}; "
                 "make one with dv.Dataset.from_arrays, from_sequence or from_iterable"
             )
-        count = check_count("distribute_dataset", "num_replicas", num_replicas, 1)
-        self._share = share or Share([count])
-        if self._share.num_local != count:
+        num_local = check_count("distribute_dataset", "num_replicas", num_replicas, 1)
+        self._share = share or Share([num_local])
+        if self._share.num_local != num_local:
             raise DatasetError(
-                f"distribute_dataset: expected a share of {count} local replicas; got {self._share}"
+                f"distribute_dataset: expected a share of {num_local} local replicas; got "
+                f"{self._share}"
             )
         self._dataset = dataset
         self._is_dealt = is_dealt
         self._sharding = self._shard(options)
         # The devices as PerReplica reads them: parsed once, and as many as there are replicas.
-        held = PerReplica((None,) * count, devices=devices).devices
+        held = PerReplica((None,) * num_local, devices=devices).devices
         is_carried = options.prefetch_to_device and held[0].kind == "cuda"
         conveyor = Conveyor(held) if is_carried else None
-        self._dealer = Dealer(count, held, owner, is_dealt, conveyor)
+        self._dealer = Dealer(num_local, held, owner, is_dealt, conveyor)
         self._check_context = check_context
         self._options = options
         self._exchange = exchange
-        self._next_epoch = 0
+        self._count = count or EpochCount()
+        self._next_epoch = self._count.next if dataset.epoch is None else dataset.epoch
 
     def _shard(self, options: InputOptions) -> Sharding:
         node, share = self._dataset.node, self._share
@@ -149,7 +157,7 @@ class DistributedDataset:
 
     def __iter__(self) -> DistributedIterator:
         epoch = self._next_epoch
-        self._next_epoch += 1
+        self._follow(epoch)
         return self._iterator(epoch)
 
     @property
@@ -184,4 +192,4 @@ class DistributedDataset:
         return f"DistributedDataset({self._dataset!r}, num_replicas={self._share.num_replicas})"
 
     def _follow(self, epoch: int) -> None:
-        self._next_epoch = epoch + 1
+        self._next_epoch = self._count.next = epoch + 1

@@ -21,6 +21,9 @@ class InputContext:
         Which of them this one is, from 0.
     num_replicas_in_sync : int
         The replicas of all workers.
+    epoch : int
+        The first epoch that the dataset is made for. It counts on where a loop hands the same
+        function to ``distribute_datasets_from_function`` for each epoch.
 
     Examples
     --------
@@ -32,6 +35,7 @@ class InputContext:
     num_input_pipelines: int = 1
     input_pipeline_id: int = 0
     num_replicas_in_sync: int = 1
+    epoch: int = 0
 
     def get_per_replica_batch_size(self, global_batch_size: int) -> int:
         """Return the share of one replica in a global batch; ValueError if it does not divide."""

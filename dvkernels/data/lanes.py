@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dvkernels.data.nest import stack
 from dvkernels.data.node import Node
+from dvkernels.data.stack import Stack
 
 __all__ = ["Lanes"]
 
@@ -14,7 +14,7 @@ __all__ = ["Lanes"]
 class Lanes(Node):
     """Runs of ``size`` elements of one lane after another, stacked.
 
-    A lane is what one worker read when the epoch began: every so manieth file, and what makes
+    A lane is what one worker read when the epoch began: every n-th file, and what makes
     elements of them. A worker goes through one lane, or, when it has taken over from workers that
     are no more, through several. How far each has come is the whole state.
 
@@ -34,6 +34,7 @@ class Lanes(Node):
     length = None
     is_replayable = False
     remembers = True
+    owns_elements = True
 
     def __init__(
         self,
@@ -58,18 +59,18 @@ class Lanes(Node):
         assert self.marks is not None
         step, delivered = self.marks.resume(epoch, start)
         positions = list(delivered)
-        run: list[Any] = []
+        run = Stack(self._size)
         for which, lane in enumerate(self._lanes):
             for position, element in lane.places(epoch, positions[which]):
                 positions[which] = position
-                run.append(element)
-                if len(run) == self._size:
+                run.add(element)
+                if run.count == self._size:
                     step += 1
                     self.marks.add(epoch, step, tuple(positions))
                     if step > start:
-                        yield stack(run)
-                    run = []
-        if run and not self._drops_remainder:
+                        yield run.finished()
+                    run = Stack(self._size)
+        if run.count and not self._drops_remainder:
             self.marks.add(epoch, step + 1, tuple(positions))
             if step + 1 > start:
-                yield stack(run)
+                yield run.finished()

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dvkernels.data.checks import check_count
-from dvkernels.data.nest import stack
+from dvkernels.data.nest import owned
 from dvkernels.data.node import Node, add_note, callable_name
+from dvkernels.data.stack import stack
 from dvkernels.data.turn import Turn
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
@@ -45,6 +46,7 @@ class FromLive(Node):
     random_access = False
     length = None
     is_replayable = False
+    owns_elements = True
     refusal = (
         "what a live source has delivered is gone and cannot be delivered again; keep the "
         "elements yourself (in a file, a log) and read them with from_files to resume"
@@ -98,7 +100,7 @@ class FromLive(Node):
             if not found:
                 return
             if position >= start:
-                yield found[0] if self._size is None else stack(found)
+                yield found[0] if self._size is None else stack(found, len(found))
 
     def stop(self) -> None:
         self._is_stopped = True
@@ -155,6 +157,8 @@ class FromLive(Node):
                 # One call, since an interrupt between two would lose what has been taken.
                 arriving.extend(itertools.starmap(get, _ONCE))
                 feed.is_over = len(arriving) == count  # ``get`` raised StopIteration
+                if not feed.is_over and arriving[-1] is not self._end:
+                    arriving[-1] = owned(arriving[-1])  # its producer may use the memory again
             except (queue.Empty, TimeoutError):
                 if left <= 0:
                     break

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 from typing import Any
 
+from dvkernels.data.checks import LARGEST_INDEX
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = ["MAX_MARKS", "Marks"]
 
@@ -70,7 +72,7 @@ class Marks:
         if not whole:
             raise DatasetError(
                 "load_state_dict: expected the memory to hold [epoch, position, value]; got "
-                f"{memory!r:.80}; the state is damaged"
+                f"{shown(memory)}; the state is damaged"
             )
         epoch, position, value = memory
         self._marks.clear()
@@ -78,4 +80,4 @@ class Marks:
 
 
 def _are_counts(values: list[Any]) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value <= LARGEST_INDEX for value in values)

@@ -1,17 +1,22 @@
-"""Nests of arrays: stacking elements into a batch, joining batches, naming leaves."""
+"""Nests of arrays: joining batches, cutting them, copying elements, naming leaves."""
 
 from __future__ import annotations
 
+import array
+import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import optree
 
+from dvkernels.devices import foreign
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
 __all__ = [
+    "as_array",
     "concatenate",
     "flatten",
     "is_flat_dict",
@@ -19,10 +24,13 @@ __all__ = [
     "leading_length",
     "leaf_names",
     "nbytes_of",
+    "owned",
     "slice_rows",
-    "stack",
     "take",
 ]
+
+# Nobody can change these, so they need no copy.
+_FROZEN = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
 def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
@@ -49,46 +57,65 @@ def leaf_names(nest: Any, root: str) -> list[str]:
     return [path.codify(root) for path in optree.tree_accessors(nest, none_is_leaf=True)]
 
 
-def stack(elements: Sequence[Any]) -> Any:
-    """Stack the elements (one or more) along a new leading axis, leaf by leaf.
+def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
+    """Return a leaf as NumPy sees it; ``where`` is what messages call it.
 
     Raises
     ------
     DatasetError
-        The structures, or the shapes of a leaf, differ, or a leaf is not an array or a number.
+        It is a masked array, which would lose its mask.
     """
-    first, spec = flatten(elements[0])
-    rows = [first]
-    for place, element in enumerate(elements[1:], 1):
-        leaves, other = flatten(element)
-        if other != spec:
-            raise DatasetError(
-                "batch: expected the elements of a batch to have one structure; got "
-                f"{spec!s:.200} for its element 0 and {other!s:.200} for its element {place}; "
-                "make them alike with map()"
-            )
-        rows.append(leaves)
-    columns: list[Any] = []
-    for which, column in enumerate(zip(*rows, strict=True)):
-        arrays = [leaf if type(leaf) is np.ndarray else np.asarray(leaf) for leaf in column]
-        for place, (leaf, array) in enumerate(zip(column, arrays, strict=True)):
-            alike = array.shape == arrays[0].shape
-            if alike and (array.dtype != object or hasattr(leaf, "dtype")):
-                continue
-            name = leaf_names(elements[0], "element")[which]
-            if alike:
-                raise DatasetError(
-                    f"batch: expected arrays or numbers to stack; got {shown(leaf)}, a "
-                    f"{type(leaf).__name__}, as {name} of element {place} of the batch; "
-                    "turn it into an array with map()"
-                )
-            raise DatasetError(
-                f"batch: expected one shape to stack; got {arrays[0].shape} for {name} of element "
-                f"0 of the batch and {array.shape} for that of element {place}; pad or crop with "
-                "map(), or pass drop_remainder=True to an earlier batch()"
-            )
-        columns.append(np.stack(arrays))
-    return spec.unflatten(columns)
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise DatasetError(
+            f"{verb}: expected an array without a mask as {where}; got a {type(leaf).__name__}, "
+            "whose mask would be ignored; pass .filled(value) or .data, and the mask as an array "
+            "of its own"
+        )
+    try:
+        held: np.ndarray[Any, Any] = np.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError):
+        if not foreign.is_foreign(leaf):
+            raise
+        held = foreign.view(verb, leaf, where)  # what NumPy cannot see, as tensors with a gradient
+    return held
+
+
+def owned(element: Any) -> Any:
+    """Return a copy of an element that shares no memory with it, so that it stays as it is.
+
+    Copied are arrays of any library, views of memory, structured scalars and what holds them:
+    nests and dataclasses. Other objects are handed on as they are.
+    """
+    kind = type(element)
+    if kind in _FROZEN:
+        return element
+    if kind is np.ndarray:
+        return element.copy("K")
+    return optree.tree_map(_owned_leaf, element, none_is_leaf=True)
+
+
+def _owned_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        if isinstance(leaf, np.ma.MaskedArray):
+            as_array(leaf, "next", "a part of an element")
+        return leaf.copy("K")
+    if isinstance(leaf, np.generic):
+        return leaf.copy() if isinstance(leaf, np.void) else leaf  # a void is a view of its array
+    if type(leaf) in _FROZEN:
+        return leaf
+    if foreign.is_foreign(leaf):
+        return foreign.copy(leaf)
+    if isinstance(leaf, memoryview):
+        return np.array(leaf).data
+    if isinstance(leaf, bytearray | array.array):
+        return copy.copy(leaf)
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        twin = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            if hasattr(leaf, field.name):
+                object.__setattr__(twin, field.name, owned(getattr(leaf, field.name)))
+        return twin
+    return leaf
 
 
 def concatenate(batches: Sequence[Any]) -> Any:

@@ -22,8 +22,9 @@ import numpy as np
 
 from dvkernels import user_errors
 from dvkernels.data.marks import Marks
-from dvkernels.data.nest import leading_length, slice_rows, stack
+from dvkernels.data.nest import leading_length, slice_rows
 from dvkernels.data.skips import skipping
+from dvkernels.data.stack import Stack
 from dvkernels.errors import DatasetError
 
 __all__ = ["Cut", "EmptyRunError", "Indices", "Length", "Node", "add_note", "callable_name"]
@@ -66,22 +67,30 @@ class Node(abc.ABC):
 
     def gather(self, indices: Indices, epoch: int) -> Any:
         """Return the elements of ``indices`` (one or more), stacked along a new leading axis."""
-        return stack(self.elements(indices.tolist(), epoch))
+        return self._stacked(indices.tolist(), epoch)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
         """Return the elements ``start`` to ``stop`` (one or more), stacked likewise."""
-        return stack(self.elements(range(start, stop), epoch))
+        return self._stacked(range(start, stop), epoch)
+
+    def _stacked(self, indices: Sequence[int], epoch: int) -> Any:
+        batch = Stack(len(indices))
+        for element in self.elements(indices, epoch):
+            batch.add(element)
+        if not batch.count:
+            raise EmptyRunError(f"every element of a run of {self!r} failed")
+        return batch.finished()
 
     def part(self, index: int, epoch: int, cut: Cut) -> Any:
         """Return the rows that ``cut`` says of an element that is a batch."""
         batch = self.element(index, epoch)
         return slice_rows(batch, *cut(leading_length(batch)))
 
-    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
-        """Return elements one by one; those that fail are left out where they may be."""
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+        """Yield elements one by one; those that fail are left out where they may be."""
         if skipping.get() is None:
-            return [self.element(index, epoch) for index in indices]
-        return self.non_empty([element for _, element in self.attempts(indices, epoch)])
+            return (self.element(index, epoch) for index in indices)
+        return (element for _, element in self.attempts(indices, epoch))
 
     def attempts(self, indices: Iterable[int], epoch: int) -> Iterator[tuple[int, Any]]:
         """Yield each index and its element; those that fail are left out where they may be."""
@@ -110,12 +119,6 @@ class Node(abc.ABC):
         else:
             yield from enumerate(self.iterate(epoch, start), start + 1)
 
-    def non_empty(self, found: list[Any]) -> list[Any]:
-        """Return what is left of a run of elements; raise if that is nothing."""
-        if not found:
-            raise EmptyRunError(f"every element of a run of {self!r} failed")
-        return found
-
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Go through an epoch, leaving out its first ``start`` elements."""
         index = start
@@ -139,6 +142,14 @@ class Node(abc.ABC):
     def origin(self, index: int, epoch: int) -> int | None:
         """Return the index at the root source of an element, None where it has no single one."""
         return None
+
+    @property
+    def owns_elements(self) -> bool:
+        """Whether what it gives stays as it is, whatever user code does with its own memory.
+
+        Else an element may change as soon as the next one is pulled: who holds it copies it.
+        """
+        return bool(self.sources) and all(node.owns_elements for node in self.sources)
 
     @property
     def sources(self) -> tuple[Node, ...]:

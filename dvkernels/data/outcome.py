@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from dvkernels.data.nest import owned
+
 __all__ = ["Outcome", "outcome_of", "outcomes_of"]
 
 
@@ -24,5 +26,5 @@ def outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
 
 
 def outcomes_of(fn: Callable[[Any], Any], elements: Sequence[Any]) -> list[Outcome]:
-    """Return what a function makes of some elements."""
-    return [outcome_of(fn, element) for element in elements]
+    """Return what a function makes of some elements, in memory that it does not use again."""
+    return [outcome_of(lambda given: owned(fn(given)), element) for element in elements]

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.checks import LARGEST, check_count
+from dvkernels.data.checks import LARGEST, LARGEST_INDEX, check_count, check_flag
+from dvkernels.data.nest import owned
 from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
 from dvkernels.kernels import twins
@@ -35,6 +36,7 @@ BLOCK_LENGTH = 4096
 _NUM_ROUNDS = 8
 _NUM_ROUNDS_SMALL = 24
 _SMALL_BASE = 16
+_LARGEST_SEED = 2**1024 - 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -167,14 +169,22 @@ class WindowedShuffle(Node):
         once = "" if self._reshuffles else ", reshuffle_each_epoch=False"
         return f"shuffle(seed={self._seed}, window={self._window}{once})"
 
+    @property
+    def owns_elements(self) -> bool:
+        return not self.random_access or self.source.owns_elements
+
     def element(self, index: int, epoch: int) -> Any:
         return self.source.element(self._permuted(index, epoch), epoch)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
         permuted = [self._permuted(index, epoch) for index in indices.tolist()]
+        if max(permuted) > LARGEST_INDEX:
+            return super().gather(indices, epoch)
         return self.source.gather(np.array(permuted, np.int64), epoch)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
+        if stop + self._window > LARGEST_INDEX:
+            return super().batch(start, stop, epoch)
         pieces = []
         while start < stop:
             number, begin, end = self._bounds(start, epoch)
@@ -189,6 +199,8 @@ class WindowedShuffle(Node):
             return
         number, begin, end = self._bounds(start, epoch)
         elements = self.source.iterate(epoch, begin)
+        if not self.source.owns_elements:
+            elements = map(owned, elements)
         while window := list(itertools.islice(elements, end - begin)):
             order = self._order(number, len(window), epoch)
             for place in order[start - begin :].tolist():
@@ -230,9 +242,5 @@ class WindowedShuffle(Node):
 
 
 def _check_seed(seed: int, reshuffle_each_epoch: bool) -> int:
-    if not isinstance(reshuffle_each_epoch, bool):
-        raise DatasetError(
-            "shuffle: expected reshuffle_each_epoch to be True or False; "
-            f"got {reshuffle_each_epoch!r}"
-        )
-    return check_count("shuffle", "seed", seed, 0)
+    check_flag("shuffle", "reshuffle_each_epoch", reshuffle_each_epoch)
+    return check_count("shuffle", "seed", seed, 0, maximum=_LARGEST_SEED)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dvkernels.data.checks import LARGEST, check_callable, check_count
-from dvkernels.data.nest import flatten, is_flat_tuple, leaf_names
+from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag
+from dvkernels.data.nest import as_array, flatten, is_flat_tuple, leaf_names
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown, text_of
@@ -28,6 +28,7 @@ class FromArrays(Node):
     """The rows of a nest of arrays; batches are views or fancy indexing, never loops."""
 
     random_access = True
+    owns_elements = True  # as far as the user leaves the arrays alone
 
     def __init__(self, nest: Any) -> None:
         leaves, self._spec = flatten(nest)
@@ -79,6 +80,7 @@ class Range(Node):
     """The integers 0 to n - 1, as int64."""
 
     random_access = True
+    owns_elements = True
 
     def __init__(self, n: int) -> None:
         self.length: int = check_count("range", "n", n, 0)
@@ -137,7 +139,8 @@ class FromIterable(Node):
     random_access = False
     length = None
 
-    def __init__(self, factory: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, factory: Callable[..., Iterable[Any]], takes_epoch: bool) -> None:
+        check_flag("from_iterable", "epoch", takes_epoch)
         check_callable(
             "from_iterable",
             factory,
@@ -145,16 +148,18 @@ class FromIterable(Node):
             "iterator or generator is used up after one epoch and cannot be resumed",
         )
         self._factory = factory
+        self._takes_epoch = takes_epoch
         self._latest: object = None  # The latest iterator, to notice one that comes again.
 
     def describe(self) -> str:
-        return f"from_iterable({callable_name(self._factory)})"
+        epoch = ", epoch=True" if self._takes_epoch else ""
+        return f"from_iterable({callable_name(self._factory)}{epoch})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         index = 0
         iterator: Iterator[Any] | None = None
         try:
-            iterator = self._begin()
+            iterator = self._begin(epoch)
             for element in iterator:
                 if index >= start:
                     yield element
@@ -168,8 +173,8 @@ class FromIterable(Node):
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    def _begin(self) -> Iterator[Any]:
-        iterable: object = self._factory()
+    def _begin(self, epoch: int) -> Iterator[Any]:
+        iterable: object = self._factory(epoch) if self._takes_epoch else self._factory()
         if not isinstance(iterable, Iterable):
             raise DatasetError(
                 "from_iterable: expected the factory to return an iterable; got "
@@ -190,7 +195,9 @@ class FromIterable(Node):
 def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
     """Return a read-only view of ``leaf``, so that nobody writes into the source by accident."""
     try:
-        array = np.asarray(leaf)
+        array = as_array(leaf, "from_arrays", name)
+    except DatasetError:
+        raise
     except Exception as error:
         raise DatasetError(
             f"from_arrays: expected an array as {name}; got a {type(leaf).__name__} that NumPy "

@@ -11,6 +11,7 @@ from dvkernels.data.checks import check_count
 from dvkernels.data.cursor import Place
 from dvkernels.data.node import Node
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = ["Saved", "read_state", "read_workers_state", "write_state", "write_workers_state"]
 
@@ -82,7 +83,7 @@ def read_workers_state(
     epoch = check_count(_MEMBER, "epoch", held["epoch"], 0, "the state is damaged")
     states = held["workers"]
     if not isinstance(states, list) or len(states) not in (0, num_workers):
-        got = f"{len(states)} workers" if isinstance(states, list) else repr(states)[:80]
+        got = f"{len(states)} workers" if isinstance(states, list) else shown(states)
         raise DatasetError(
             f"{_MEMBER}: expected the state of {num_workers} workers; got that of {got}: "
             f"distribute_datasets_from_function makes each worker a dataset of its own, which only "
@@ -97,14 +98,14 @@ def read_state(node: Node, state: object) -> Saved:
     state = _check_frame(state, _FORMAT, _KEYS, (_MEMORY, _LANES), max(_EXTRA))
     version = state["version"]
     epoch = check_count(_MEMBER, "epoch", state["epoch"], 0, "the state is damaged")
-    position = check_count(_MEMBER, "position", state["position"], 0, "the state is damaged")
+    position = _check_position("position", state["position"])
     _compare(node.pipeline, state["pipeline"])
     for key in (_MEMORY, _LANES):
         if (_EXTRA.get(version) == key) != (key in state):
             raise DatasetError(
                 f"{_MEMBER}: expected {key!r} in a state of version "
                 f"{next(number for number, name in _EXTRA.items() if name == key)}, and in no "
-                f"other; got version {version}, {state.get(key)!r:.80}; the state is damaged"
+                f"other; got version {version}, {shown(state.get(key))}; the state is damaged"
             )
     if version == _VERSION_WITH_LANES:
         return Saved(Place(epoch, position), _read_lanes(state[_LANES]))
@@ -116,7 +117,7 @@ def read_state(node: Node, state: object) -> Saved:
     memory = state.get(_MEMORY, [])
     if not isinstance(memory, list):
         raise DatasetError(
-            f"{_MEMBER}: expected a list {_MEMORY!r}; got {memory!r:.80}; the state is damaged"
+            f"{_MEMBER}: expected a list {_MEMORY!r}; got {shown(memory)}; the state is damaged"
         )
     if memory:
         rest = iter(memory)
@@ -143,7 +144,7 @@ def _check_frame(
         kind = _FORMATS.get(str(found), "something else")
         raise DatasetError(
             f"{_MEMBER}: expected the format {form!r}, the state of {_FORMATS[form]}; got "
-            f"{found!r:.80}, that of {kind}; pass what state_dict() returned for a dataset made "
+            f"{shown(found)}, that of {kind}; pass what state_dict() returned for a dataset made "
             f"alike, and shared alike"
         )
     missing = [key for key in keys if key not in state]
@@ -169,11 +170,15 @@ def _read_lanes(lanes: object) -> list[int]:
     if not isinstance(lanes, list) or not lanes:
         raise DatasetError(
             f"{_MEMBER}: expected {_LANES!r} to be a list of positions, one for each lane of "
-            f"files; got {lanes!r:.80}; the state is damaged"
+            f"files; got {shown(lanes)}; the state is damaged"
         )
     for position in lanes:
-        check_count(_MEMBER, _LANES, position, 0, "the state is damaged")
+        _check_position(_LANES, position)
     return lanes
+
+
+def _check_position(name: str, value: object) -> int:
+    return check_count(_MEMBER, name, value, 0, "the state is damaged")
 
 
 def _check_resumable(member: str, node: Node) -> None:
@@ -187,7 +192,7 @@ def _check_resumable(member: str, node: Node) -> None:
 def _compare(own: tuple[str, ...], saved: object) -> None:
     if not isinstance(saved, list | tuple) or not all(isinstance(link, str) for link in saved):
         raise DatasetError(
-            f"{_MEMBER}: expected the pipeline to be a list of strings; got {saved!r:.80}; "
+            f"{_MEMBER}: expected the pipeline to be a list of strings; got {shown(saved)}; "
             "the state is damaged"
         )
     for place, (mine, theirs) in enumerate(itertools.zip_longest(own, saved, fillvalue="nothing")):

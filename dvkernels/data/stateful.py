@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from dvkernels.data.checks import check_callable
+from dvkernels.data.checks import check_callable, check_flag
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown, text_of
@@ -154,23 +154,26 @@ class FromSource(Node):
 class FromStatefulIterable(FromSource):
     """What the iterables that ``factory`` makes yield, resumed through their ``state_dict``."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[..., Any], takes_epoch: bool) -> None:
+        check_flag("from_iterable", "epoch", takes_epoch)
         check_callable("from_iterable", factory, "pass what makes a new iterable on each call")
-        super().__init__(_StatefulIterables(factory))
+        super().__init__(_StatefulIterables(factory, takes_epoch))
+        self._options = "stateful=True, epoch=True" if takes_epoch else "stateful=True"
         self._name = callable_name(factory)
 
     def describe(self) -> str:
-        return f"from_iterable({self._name}, stateful=True)"
+        return f"from_iterable({self._name}, {self._options})"
 
 
 class _StatefulIterables:
     """Iterables, or their iterators, with ``state_dict`` and ``load_state_dict``, as a source."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[..., Any], takes_epoch: bool) -> None:
         self._factory = factory
+        self._takes_epoch = takes_epoch
 
     def open(self, epoch: int, state: Any) -> Reader:
-        iterable = self._factory()
+        iterable = self._factory(epoch) if self._takes_epoch else self._factory()
         # A loader loads before it makes its iterator; an iterator that is its own loads itself.
         if _keeps_state(iterable):
             if state is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.checks import check_callable, check_count
-from dvkernels.data.nest import concatenate, slice_rows, stack, take
+from dvkernels.data.checks import LARGEST_INDEX, check_callable, check_count, check_flag
+from dvkernels.data.nest import concatenate, owned, slice_rows, take
 from dvkernels.data.node import (
     Cut,
     Indices,
@@ -21,6 +21,7 @@ from dvkernels.data.node import (
 )
 from dvkernels.data.outcome import Outcome, outcome_of
 from dvkernels.data.skips import skipping
+from dvkernels.data.stack import Stack
 from dvkernels.data.workers import KINDS, Workers
 from dvkernels.errors import DatasetError
 
@@ -49,6 +50,16 @@ class _Transform(Node):
         self.source = source
         self.length = length
         self.random_access = source.random_access
+
+    def _fits(self, indices: Indices, factor: int, offset: int) -> bool:
+        """Return whether indices of the source, computed from these, are small enough for arrays.
+
+        Those of endless and of very long sources may not be; Python's integers always are.
+        """
+        length = self.source.length
+        if length is not None and length <= LARGEST_INDEX:
+            return True
+        return int(indices.max()) * factor + offset <= LARGEST_INDEX
 
     def _kept(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
         """Return the value of an outcome, or nothing if its error is skipped."""
@@ -87,6 +98,7 @@ class Map(_Transform):
 
     remembers = True
     first_mark = 0  # How many elements of the source were mapped; some may have been left out.
+    owns_elements = False
 
     def __init__(
         self,
@@ -115,16 +127,23 @@ class Map(_Transform):
     def element(self, index: int, epoch: int) -> Any:
         return self._apply(self.source.element(index, epoch), index, epoch)
 
-    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
         if self._workers is None or len(indices) < 2:
             return super().elements(indices, epoch)
-        given = list(self.source.attempts(indices, epoch))
+        given = [
+            (index, self._handed_over(element))
+            for index, element in self.source.attempts(indices, epoch)
+        ]
         outcomes = self._workers.map([element for _, element in given])
         kept = (
             self._kept(outcome, index, epoch)
             for (index, _), outcome in zip(given, outcomes, strict=True)
         )
-        return self.non_empty(list(itertools.chain.from_iterable(kept)))
+        return itertools.chain.from_iterable(kept)
+
+    def _handed_over(self, element: Any) -> Any:
+        """Return an element that stays as it is while workers have it."""
+        return element if self.source.owns_elements else owned(element)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:
@@ -136,7 +155,7 @@ class Map(_Transform):
             passed, begin = self.marks.resume(epoch, start)
         elements = self.source.iterate(epoch, begin)
         if self._workers is not None:
-            outcomes: Iterator[Outcome] = self._workers.map_lazily(elements)
+            outcomes: Iterator[Outcome] = self._workers.map_lazily(map(self._handed_over, elements))
         else:
             outcomes = (outcome_of(self._fn, element) for element in elements)
         for index, outcome in enumerate(outcomes, begin):
@@ -175,7 +194,7 @@ class Prefetch(_InPlace):
     def pipeline(self) -> tuple[str, ...]:
         return self.source.pipeline  # what is held ready changes no element and no position
 
-    def elements(self, indices: Sequence[int], epoch: int) -> list[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
         return self.source.elements(indices, epoch)
 
     def part(self, index: int, epoch: int, cut: Cut) -> Any:
@@ -237,15 +256,14 @@ class Batch(_Transform):
 
     def __init__(self, source: Node, size: int, drop_remainder: bool) -> None:
         self.size = check_count("batch", "size", size, 1)
-        if not isinstance(drop_remainder, bool):
-            raise DatasetError(
-                f"batch: expected drop_remainder to be True or False; got {drop_remainder!r}"
-            )
+        check_flag("batch", "drop_remainder", drop_remainder)
         self.drops_remainder = drop_remainder
         length = source.length
         if isinstance(length, int):
             length = length // self.size if drop_remainder else -(-length // self.size)
         super().__init__(source, length)
+
+    owns_elements = True  # it copies what it stacks
 
     def describe(self) -> str:
         return f"batch({self.size}{', drop_remainder=True' if self.drops_remainder else ''})"
@@ -267,10 +285,13 @@ class Batch(_Transform):
             yield from super().iterate(epoch, start)
             return
         elements = self.source.iterate(*self.upstream(epoch, start))
-        while run := list(itertools.islice(elements, self.size)):
-            if len(run) < self.size and self.drops_remainder:
+        while True:
+            batch = Stack(self.size)
+            for element in itertools.islice(elements, self.size):
+                batch.add(element)
+            if not batch.count or (batch.count < self.size and self.drops_remainder):
                 return
-            yield stack(run)
+            yield batch.finished()
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         return epoch, position * self.size
@@ -334,6 +355,8 @@ class Repeat(_Transform):
     def gather(self, indices: Indices, epoch: int) -> Any:
         if self._period is None or self._period == math.inf:
             return self.source.gather(indices, epoch * self._stride)
+        if self._period > LARGEST_INDEX:
+            return super().gather(indices, epoch)
         repetitions, places = np.divmod(indices, np.int64(self._period))
         passes = np.unique(repetitions).tolist()
         if len(passes) == 1:
@@ -414,6 +437,8 @@ class Skip(_Transform):
         return self.source.element(index + self._count, epoch)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
+        if not self._fits(indices, 1, self._count):
+            return super().gather(indices, epoch)
         return self.source.gather(indices + self._count, epoch)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
@@ -452,9 +477,13 @@ class Shard(_Transform):
         return self.source.element(index * self._num + self._index, epoch)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
+        if not self._fits(indices, self._num, self._index):
+            return super().gather(indices, epoch)
         return self.source.gather(indices * self._num + self._index, epoch)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
+        if stop > LARGEST_INDEX:
+            return super().batch(start, stop, epoch)
         return self.gather(np.arange(start, stop, dtype=np.int64), epoch)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:

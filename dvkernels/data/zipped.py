@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+from dvkernels.data.nest import owned
 from dvkernels.data.node import Indices, Length, Node
 from dvkernels.data.skips import skipping
 
@@ -15,6 +16,7 @@ class Zip(Node):
     """Tuples of the elements with one index; as long as the shortest of the sources."""
 
     source: Node  # The first one; its links come first in the pipeline.
+    owns_elements = True  # two sides may share memory that they use again
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self._nodes = tuple(nodes)
@@ -42,7 +44,10 @@ class Zip(Node):
         return twin
 
     def element(self, index: int, epoch: int) -> Any:
-        return tuple(node.element(index, epoch) for node in self._nodes)
+        return tuple(
+            node.element(index, epoch) if node.owns_elements else owned(node.element(index, epoch))
+            for node in self._nodes
+        )
 
     # Where elements that fail are left out, each source would leave out its own and the rows would
     # no longer belong together: there, whole tuples are left out, or the error is raised.
@@ -58,7 +63,13 @@ class Zip(Node):
         return tuple(node.batch(start, stop, epoch) for node in self._nodes)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        elements = zip(*(node.iterate(epoch, start) for node in self._nodes), strict=False)
+        sides = (
+            node.iterate(epoch, start)
+            if node.owns_elements
+            else map(owned, node.iterate(epoch, start))
+            for node in self._nodes
+        )
+        elements = zip(*sides, strict=False)
         while True:
             token = skipping.set(None)
             try:

@@ -17,6 +17,7 @@ from dvkernels.communicators.single import Single
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.epochs import EpochCount, Epochs
 from dvkernels.data.input_context import InputContext
 from dvkernels.data.options import InputOptions
 from dvkernels.data.share import Share
@@ -124,6 +125,7 @@ class Strategy:
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         if workers.size > 1:
             name += f" on worker {workers.rank} of {workers.size}"
+        self._epochs = Epochs()
         self._placement = Placement(
             resolved,
             all_over,
@@ -558,9 +560,15 @@ class Strategy:
             Its ``batch(size)`` is the global batch.
         options : InputOptions, optional
             Prefetching, and what happens to elements that fail.
+
+        Notes
+        -----
+        Each ``iter()`` is the next epoch, which is shuffled anew, also where a loop distributes the
+        same ``Dataset`` once for each epoch. ``dataset.with_epoch(k)`` says which.
         """
         context.require_cross_replica(self._placement, "distribute_dataset")
-        return self._distributed("distribute_dataset", dataset, options, is_dealt=False)
+        count = self._epochs.of(dataset)
+        return self._distributed("distribute_dataset", dataset, options, count, is_dealt=False)
 
     def distribute_datasets_from_function(
         self, fn: Callable[[InputContext], Dataset], options: InputOptions | None = None
@@ -572,7 +580,8 @@ class Strategy:
         fn : callable
             Gets an ``InputContext`` and returns a dataset, which is neither split nor sharded:
             its elements, batched or not, go to the replicas in turn. Called once; over several
-            workers once on each, for the replicas there.
+            workers once on each, for the replicas there. ``context.epoch`` is the epoch of the
+            first ``iter()``; it counts on when the same function is passed again.
         options : InputOptions, optional
             Prefetching, and what happens to elements that fail.
 
@@ -597,13 +606,20 @@ class Strategy:
         context.require_cross_replica(self._placement, verb)
         functions.check(verb, fn)
         workers = self._placement.workers
-        made = fn(InputContext(workers.size, workers.rank, self.num_replicas_in_sync))
-        return self._distributed(verb, made, options, is_dealt=True)
+        count = self._epochs.of(fn)
+        made = fn(InputContext(workers.size, workers.rank, self.num_replicas_in_sync, count.next))
+        return self._distributed(verb, made, options, count, is_dealt=True)
 
     # -- what they share ------------------------------------------------------------------------
 
     def _distributed(
-        self, verb: str, dataset: Any, options: InputOptions | None, *, is_dealt: bool
+        self,
+        verb: str,
+        dataset: Any,
+        options: InputOptions | None,
+        count: EpochCount,
+        *,
+        is_dealt: bool,
     ) -> DistributedDataset:
         if not isinstance(dataset, Dataset):
             raise DatasetError(
@@ -629,6 +645,7 @@ class Strategy:
             is_dealt=is_dealt,
             share=Share(placement.counts, placement.workers.rank),
             exchange=placement.workers.exchange,
+            count=count,
         )
 
     def _per_replica(self, values: Sequence[Any]) -> PerReplica[Any]:

@@ -33,7 +33,9 @@ def data_threads():
 
 def children():
     return [
-        c for c in psutil.Process().children(recursive=True) if "dvkernels.data.processes" in str(c.cmdline())
+        c
+        for c in psutil.Process().children(recursive=True)
+        if "dvkernels.data.processes" in str(c.cmdline())
     ]
 
 
