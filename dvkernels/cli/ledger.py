@@ -85,15 +85,15 @@ class Ledger:
         if _CREDENTIALS.unpack(found)[1] != os.geteuid():
             return  # anybody of this host may connect
         connection.settimeout(_SECONDS_FOR_A_LINE)
-        word, worker, *status = connection.recv(_NBYTES).decode("ascii").split()
-        if word == _HERE:
-            self._here.add(int(worker))
-            if int(worker) == 0 and self._given is not None:
-                socket.send_fds(connection, [b"input"], [self._given])
-        elif word == _REPLACED:
-            self._replaced.add(int(worker))
-        else:
-            self._ended.setdefault(int(worker), int(status[0]))
+        match connection.recv(_NBYTES).decode("ascii").split():
+            case [word, worker] if word == _HERE:
+                self._here.add(int(worker))
+                if int(worker) == 0 and self._given is not None:
+                    socket.send_fds(connection, [b"input"], [self._given])
+            case [word, worker] if word == _REPLACED:
+                self._replaced.add(int(worker))
+            case [word, worker, status] if word == _ENDED:
+                self._ended.setdefault(int(worker), int(status))
 
     @property
     def first_failure(self) -> int | None:
@@ -148,7 +148,8 @@ class Entry:
     def arrive(self) -> int | None:
         """Say that this worker is here; return a descriptor of the input that it is given."""
         with _LOST, self._said(_HERE) as connection:
-            connection.settimeout(deadlines.timeout_seconds())
+            if self.worker != 0:
+                return None
             return next(iter(socket.recv_fds(connection, _NBYTES, 1)[1]), None)
         return None
 
