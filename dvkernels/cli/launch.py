@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -129,6 +130,13 @@ def run(arguments: argparse.Namespace) -> int:
             "time and may end with status 0; where `srun --mpi=list` names pmix, use "
             "--launcher srun --launcher-option=--mpi=pmix"
         )
+    given = _input()
+    is_fed_by_launcher = flavour.feeds and not _is_first_here(job)
+    if given is not None and not flavour.feeds and job.hosts and not _is_first_here(job):
+        _say(
+            f"the first worker is on another host, and {flavour.name} would end the job when its "
+            f"input comes faster than it is read: it gets none; let the program read a file"
+        )
     deadline = time.monotonic() + arguments.timeout
     first = _first_attempt(os.environ)
     for attempt in range(first, first + arguments.max_restarts + 1):
@@ -141,8 +149,16 @@ def run(arguments: argparse.Namespace) -> int:
             grace_seconds=arguments.grace,
             sent=None if flavour.sent is None else functools.partial(_send, flavour.sent, path),
             failures=flavour.failures,
+            num_workers=job.num_workers if job.is_here else None,
+            given=given,
+            is_fed_by_launcher=is_fed_by_launcher,
         )
         left = first + arguments.max_restarts - attempt
+        if end.silent:
+            _say(
+                f"workers {', '.join(map(str, end.silent))} ended without a word, though "
+                f"{flavour.name} says that all is well: they were killed, or ended by a library"
+            )
         if end.status:
             _say(f"{flavour.name} ended with status {end.status}")
         if not (end.may_be_restarted and left):
@@ -192,6 +208,7 @@ def _job(arguments: argparse.Namespace, flavour: Flavour, environ: Mapping[str, 
         hosts=hosts,
         num_threads=num_threads,
         bound=(fits or None) if arguments.bind is None else arguments.bind,
+        is_here=is_here,
         crowded=is_here and num_workers > cores,
         as_root=hasattr(os, "geteuid") and os.geteuid() == 0,
         prefixed=arguments.prefix,
@@ -241,6 +258,23 @@ def _hosts(text: str | None, num_workers: int | None) -> tuple[Host, ...]:
     each, more = divmod(len(found) if num_workers is None else num_workers, len(found))
     counts = [each + (place < more) for place in range(len(found))]
     return tuple(Host(name, count) for (name, _), count in zip(found, counts, strict=True) if count)
+
+
+def _is_first_here(job: Job) -> bool:
+    """Tell whether it is known that the first worker goes to this host."""
+    return job.is_here or (bool(job.hosts) and _is_this_host(job.hosts[0].name))
+
+
+def _input() -> int | None:
+    """Return the descriptor of what the first worker may read.
+
+    Not a terminal: workers are in sessions of their own, where Ctrl-C and Ctrl-Z do not reach them.
+    """
+    with contextlib.suppress(OSError):
+        if sys.stdin is None or os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
+            return None
+        return 0
+    return None
 
 
 def _is_this_host(name: str) -> bool:

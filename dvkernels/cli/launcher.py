@@ -74,6 +74,8 @@ class Job:
     bound : bool or None
         Whether each worker is bound to as many cores as it has threads; None where nobody asked:
         Slurm binds tasks to what they were given, the others bind nothing.
+    is_here : bool
+        Whether it is known that all of them go to this host.
     crowded : bool
         Whether there are more workers than cores.
     as_root : bool
@@ -91,6 +93,7 @@ class Job:
     hosts: tuple[Host, ...] = ()
     num_threads: int | None = None
     bound: bool | None = False
+    is_here: bool = False
     crowded: bool = False
     as_root: bool = False
     prefixed: bool = True
@@ -111,6 +114,8 @@ class Flavour(NamedTuple):
     sent: Callable[[str, int, signal.Signals], bool] | None = None
     # statuses that tell of a failure, and of an orderly end from outside with the others
     failures: frozenset[int] = frozenset()
+    # whether it hands on an input of any size; Hydra ends jobs that do not read as fast as it does
+    feeds: bool = True
 
 
 def find(name: str | None, environ: Mapping[str, str]) -> str:
@@ -282,6 +287,7 @@ FLAVOURS = (
         _intel,
         _ALL,
         signal.SIGKILL,
+        feeds=False,
     ),
     Flavour(
         "MPICH",
@@ -290,6 +296,7 @@ FLAVOURS = (
         _hydra,
         _ALL,
         signal.SIGKILL,
+        feeds=False,
     ),
     Flavour(
         "srun",

@@ -16,6 +16,8 @@ from types import FrameType
 from typing import NamedTuple
 
 from dvkernels.checkpoint.preemption import PREEMPTED
+from dvkernels.cli.ledger import Ledger
+from dvkernels.cli.leftovers import Leftovers
 from dvkernels.cluster import launchers, processes
 from dvkernels.cluster.position import Position
 from dvkernels.errors import ClusterError, LaunchError
@@ -37,7 +39,7 @@ _FINAL = (
     128 + signal.SIGTERM,
     128 + signal.SIGPIPE,
 )
-_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_FOR_LAST_WORDS = 1.0
 _SECONDS_TO_END = 2.0
 
@@ -52,15 +54,19 @@ class End(NamedTuple):
     Attributes
     ----------
     status : int
-        Its exit status; 128 and the signal's number if a signal ended it, or the workers after
-        one was passed on to them; 124 if it ran out of time.
+        That of the first worker that said it failed, or else the launcher's; 128 and the signal's
+        number if a signal ended it, or the workers after one was passed on to them; 124 if it ran
+        out of time; 1 if all seems well, but for workers that have not said so.
     may_be_restarted : bool
         Whether it failed by itself: not soon after a signal was passed on, and not as one whose
         workers were told to stop.
+    silent : list of int
+        The workers that have not said how they ended, where that is why the status is 1.
     """
 
     status: int
     may_be_restarted: bool
+    silent: Sequence[int] = ()
 
 
 def run(
@@ -73,6 +79,9 @@ def run(
     grace_seconds: float,
     sent: Callable[[int, signal.Signals], bool] | None = None,
     failures: frozenset[int] = frozenset(),
+    num_workers: int | None = None,
+    given: int | None = None,
+    is_fed_by_launcher: bool = False,
 ) -> End:
     """Run a launcher until it has ended and nothing that it started is left.
 
@@ -97,6 +106,12 @@ def run(
         it, the workers of this host get the signal.
     failures : frozenset of int
         Statuses after which the job may be restarted, though they say elsewhere that it was ended.
+    num_workers : int, optional
+        How many workers must say that they ended well; those that say they are here if not known.
+    given : int, optional
+        The descriptor of the first worker's input; it has none if not given.
+    is_fed_by_launcher : bool
+        Whether the launcher hands that on; else the worker gets it from here.
 
     Raises
     ------
@@ -104,6 +119,10 @@ def run(
         It cannot be started.
     """
     before = set(processes.descendants_of(os.getpid()))
+
+    def left() -> set[int]:
+        return set(processes.descendants_of(os.getpid())) - before
+
     _adopt_orphans()
     deliver = functools.partial(_deliver, forwarded=forwarded, sent=sent)
     pending: list[signal.Signals] = []
@@ -111,10 +130,26 @@ def run(
     interrupted_by: signal.Signals | None = None
     told_at = -math.inf
     timed_out = False
-    with _signals_to(pending):
-        launcher = _start(command, environ, ended_by)
+    with (
+        _signals_to(pending),
+        contextlib.closing(Ledger(None if is_fed_by_launcher else given)) as ledger,
+        contextlib.closing(Leftovers(left)) as leftovers,
+    ):
+
+        def attend(seconds: float) -> None:
+            """Spend some time on what comes from the job."""
+            ledger.serve(seconds, leftovers.news)
+            leftovers.note()
+
+        def is_told() -> bool:
+            """Say whether somebody has asked for an end not long ago, or while the job ended."""
+            return time.monotonic() - told_at < grace_seconds or bool({*pending} & {*_ENDING})
+
+        launched_with = given if is_fed_by_launcher else None
+        launcher = _start(command, {**environ, **ledger.environ}, ended_by, launched_with)
         try:
-            while not _has_ended(launcher):
+            while launcher.poll() is None:
+                attend(_SECONDS_BETWEEN_LOOKS)
                 while pending:
                     received, told_at = pending.pop(0), time.monotonic()
                     deliver(received, launcher.pid)
@@ -129,19 +164,28 @@ def run(
                     deliver(signal.SIGTERM, launcher.pid)
                     deadline = time.monotonic() + grace_seconds
         finally:
-            _end(launcher, ended_by, before)
+            _end(launcher, ended_by, left, attend)
+            leftovers.remove()
     status = launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
     if timed_out:
         return End(TIMED_OUT, may_be_restarted=False)
+    said = ledger.first_failure
+    # One that says it was told to stop may have been told so by the launcher, which had lost
+    # another one: then the launcher's word counts.
+    if said is not None and (status == 0 or not {status, said} & {*failures, PREEMPTED}):
+        status = said
+    silent = [] if status else ledger.silent(num_workers)
     if interrupted_by is not None:
         # Killed by it, or at last by us, or some by one and some by the other, which Hydra tells
         # as the bits of both. Any other status is the workers' own word.
         signals = (interrupted_by, signal.SIGTERM, signal.SIGKILL, interrupted_by | signal.SIGKILL)
         killed = {number for by in signals for number in (by, 128 + by)}
-        return End(128 + interrupted_by if status in killed else status, may_be_restarted=False)
-    left_when_told = time.monotonic() - told_at < grace_seconds
+        was_killed = bool(silent) or status in killed
+        return End(128 + interrupted_by if was_killed else status, may_be_restarted=False)
+    if silent:
+        return End(1, may_be_restarted=not is_told(), silent=silent)
     failed = status in failures or status not in _FINAL
-    return End(status, may_be_restarted=failed and not left_when_told)
+    return End(status, may_be_restarted=failed and not is_told())
 
 
 def workers_below(pid: int) -> list[int]:
@@ -162,30 +206,25 @@ def _place_of(pid: int) -> tuple[str, Position] | None:
 
 
 def _start(
-    command: Sequence[str], environ: Mapping[str, str], ended_by: signal.Signals
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    ended_by: signal.Signals,
+    given: int | None,
 ) -> subprocess.Popen[bytes]:
     def die_with_parent() -> None:
         _prctl(_SET_PARENT_DEATH_SIGNAL, ended_by)
 
     try:
-        # A session of its own: Ctrl-C is ours to pass on. There it cannot read from a terminal.
+        # A session of its own: Ctrl-C is ours to pass on.
         return subprocess.Popen(
             command,
             env=dict(environ),
-            stdin=subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None,
+            stdin=subprocess.DEVNULL if given is None else given,
             start_new_session=True,
             preexec_fn=die_with_parent,  # there is no other thread here
         )
     except OSError as error:
         raise LaunchError(f"{command[0]} cannot be started: {error}") from None
-
-
-def _has_ended(launcher: subprocess.Popen[bytes]) -> bool:
-    """Wait a moment for the launcher, and say whether it has ended."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        launcher.wait(_SECONDS_BETWEEN_LOOKS)
-        return True
-    return False
 
 
 def _deliver(
@@ -205,12 +244,18 @@ def _deliver(
             os.kill(process, received)
 
 
-def _end(launcher: subprocess.Popen[bytes], ended_by: signal.Signals, before: set[int]) -> None:
+def _end(
+    launcher: subprocess.Popen[bytes],
+    ended_by: signal.Signals,
+    left: Callable[[], set[int]],
+    attend: Callable[[float], None],
+) -> None:
     """End the launcher if it still runs, and then whatever is left below this process."""
     if launcher.poll() is None:
         launcher.send_signal(ended_by)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(_SECONDS_TO_END)
+        deadline = time.monotonic() + _SECONDS_TO_END
+        while launcher.poll() is None and time.monotonic() < deadline:
+            attend(_SECONDS_BETWEEN_LOOKS)
     # Relays pass on the last words of workers, and end by themselves.
     for sent, seconds in (
         (None, _SECONDS_FOR_LAST_WORDS),
@@ -218,15 +263,16 @@ def _end(launcher: subprocess.Popen[bytes], ended_by: signal.Signals, before: se
         (signal.SIGKILL, _SECONDS_TO_END),
     ):
         deadline = time.monotonic() + seconds
-        while left := set(processes.descendants_of(os.getpid())) - before:
+        while found := left():
             if sent is not None:
-                for process in left:
+                for process in found:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(process, sent)
             if time.monotonic() > deadline:
                 break
-            time.sleep(_SECONDS_BETWEEN_LOOKS / 10)
+            attend(_SECONDS_BETWEEN_LOOKS / 5)
     launcher.wait()
+    attend(0.0)  # what was said at the end
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """Run a program as a worker of a job that ends as a whole: if one worker fails, all do.
 
 ``python -m dvkernels.cli.worker (script.py | -m module) [arguments]``. Without it a worker that
-raised waits in ``MPI_Finalize`` for the others, which wait for it in a collective.
+raised waits in ``MPI_Finalize`` for the others, which wait for it in a collective. Whoever started
+the job with ``launch`` is told how this worker ended: see ``ledger.py``.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import runpy
 import select
@@ -15,9 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn
 
-from dvkernels.cluster import launchers
-from dvkernels.errors import ClusterError
+from dvkernels.cli import ledger
+from dvkernels.cli.ledger import Entry
 
 __all__: list[str] = []
 
@@ -34,7 +38,9 @@ _OURS = (__file__, runpy.__file__, "<frozen runpy>")
 
 def main(words: Sequence[str]) -> None:
     """Run the program as if the interpreter had been called with these words."""
-    _leave_input_to_the_first()
+    entry = ledger.entry_of(os.environ)
+    _leave_input_to_the_first(entry)
+    _tell_of_every_end(entry)
     try:
         if words[0] == "-m":
             sys.argv[:] = words[1:]
@@ -45,32 +51,60 @@ def main(words: Sequence[str]) -> None:
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         status = _status_of(end)
-        if status and not _all_leave():
-            _end_job(status)
+        if status:
+            entry.leave(status)
+            if not _all_leave():
+                _end_job(status)
         raise SystemExit(status) from None
     except BaseException as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        entry.leave(status)
         error.__traceback__ = _of_program(error.__traceback__)
         sys.excepthook(type(error), error, error.__traceback__)
-        status = 130 if isinstance(error, KeyboardInterrupt) else 1
         _end_job(status)
         raise SystemExit(status) from None
 
 
-def _leave_input_to_the_first() -> None:
-    """Let the other workers read nothing: launchers leave them waiting for what never comes."""
-    with contextlib.suppress(ClusterError):
-        found = launchers.find(os.environ)
-        if found is not None and found[1].worker_id != 0:
-            nothing = os.open(os.devnull, os.O_RDONLY)
-            os.dup2(nothing, 0)
-            if nothing:  # 0 if it was closed
-                os.close(nothing)
+def _leave_input_to_the_first(entry: Entry) -> None:
+    """Give the first worker the input of the job, and the others none.
+
+    Launchers leave those waiting for what never comes.
+    """
+    given = entry.arrive()
+    if given is None and entry.worker != 0:
+        given = os.open(os.devnull, os.O_RDONLY)
+    if given:  # 0 if it was closed
+        os.dup2(given, 0)
+        os.close(given)
+
+
+def _tell_of_every_end(entry: Entry) -> None:
+    """Have it said when the process ends well, by ``os._exit`` or by becoming another program.
+
+    Other ends, by a signal or out of a library in C, go without a word.
+    """
+    atexit.register(entry.leave, 0)  # the last to be called; a failure was said before
+
+    def exit_at_once(status: int) -> NoReturn:
+        entry.leave(status & 0xFF)
+        leave(status)
+
+    def becoming(become: Any) -> Any:
+        @functools.wraps(become)
+        def become_another(*words: Any, **named: Any) -> Any:
+            entry.be_replaced()
+            return become(*words, **named)
+
+        return become_another
+
+    leave, os._exit = os._exit, functools.wraps(os._exit)(exit_at_once)
+    os.execv, os.execve = becoming(os.execv), becoming(os.execve)
 
 
 def _status_of(end: SystemExit) -> int:
     """Return the exit status that a program asked for; what is no number is its last word."""
     if end.code is None or isinstance(end.code, int):
-        return end.code or 0
+        return (end.code or 0) & 0xFF
     print(end.code, file=sys.stderr)
     return 1
 

@@ -1,6 +1,7 @@
 """A launcher for tests, in the words of Hydra: workers on this host, with Hydra's variables.
 
 It passes on signals, ends with the largest status, and ends all if a worker says so or is killed.
+With FAKE_STATUS it ends with that one, as launchers do that know no better.
 """
 
 from __future__ import annotations
@@ -65,4 +66,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    found = main(sys.argv[1:])
+    sys.exit(int(os.environ.get("FAKE_STATUS", found)))

@@ -5,11 +5,11 @@ What the launchers of real MPIs do is seen in tests/processes/test_launched_prog
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -21,67 +21,9 @@ import pytest
 from dvkernels.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
-FAKE = Path(__file__).with_name("fake_mpiexec.py")
 SECONDS = 60
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fake launcher needs Linux")
-
-
-@pytest.fixture
-def mpiexec(tmp_path):
-    path = tmp_path / "mpiexec"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE}" "$@"\n')
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
-@pytest.fixture
-def script(tmp_path):
-    """Return a function that writes a program for the workers, and returns its path."""
-
-    def write(text: str) -> str:
-        path = tmp_path / "program.py"
-        start = "import os, signal, sys, time\nrank = int(os.environ['PMI_RANK'])\n"
-        path.write_text(start + text)
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def start(mpiexec, tmp_path):
-    """Return a function that starts launch; whatever is left of it afterwards is ended."""
-    started = []
-
-    def start(
-        *words: str, stdin: int = subprocess.DEVNULL, encoding: str = "utf-8", **environ: str
-    ) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dvkernels", "launch", "--launcher", mpiexec, *words],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding=encoding,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def launch(start):
-    def launch(*words: str, **environ: str) -> tuple[int, str, str]:
-        process = start(*words, **environ)
-        out, err = process.communicate(timeout=SECONDS)
-        return process.returncode, out, err
-
-    return launch
 
 
 def test_every_line_says_whose_it_is(launch, script):
@@ -102,6 +44,41 @@ def test_only_the_first_worker_reads_what_launch_is_given(start, script):
     os.close(source)
     os.close(target)
     assert sorted(out.splitlines()) == ["[0] 'hello\\n'", "[1] ''", "[2] ''"], err
+
+
+READS = """
+import hashlib
+text = sys.stdin.buffer.read() if sys.stdin else b""
+print(len(text), hashlib.sha256(text).hexdigest(), flush=True)
+"""
+# How a shell gives 3 MB of any bytes, and whether they are to be read.
+INPUTS = {
+    'exec "$@" < input': True,
+    'cat input | "$@"': True,
+    'exec "$@" < /dev/null': False,
+    'exec "$@" <&-': False,
+}
+
+
+@pytest.mark.parametrize("shell", INPUTS)
+def test_an_input_of_any_size_and_kind_is_read_whole(start, script, tmp_path, shell):
+    text = os.urandom(3_000_000)
+    (tmp_path / "input").write_bytes(text)
+    process = start("-n", "2", script(READS), shell=shell)
+    out, err = process.communicate(timeout=SECONDS)
+    given = text if INPUTS[shell] else b""
+    assert sorted(out.splitlines()) == [
+        f"[{rank}] {len(read)} {hashlib.sha256(read).hexdigest()}"
+        for rank, read in enumerate((given, b""))
+    ], err
+
+
+def test_a_program_that_does_not_read_is_not_disturbed(start, script, tmp_path):
+    (tmp_path / "input").write_bytes(b"y" * 1_000_000)
+    with open(tmp_path / "input", "rb") as file:
+        process = start("-n", "2", script("print('done')"), stdin=file)
+        out, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, sorted(out.splitlines())) == (0, ["[0] done", "[1] done"]), err
 
 
 def test_output_is_bytes_of_any_kind_and_length(launch, script):
@@ -225,7 +202,7 @@ def test_open_mpi_in_a_slurm_job_of_several_nodes_is_warned_of(launch, tmp_path)
     mpiexec.chmod(0o755)
     for nodes, told in (("2", True), ("1", False)):
         words = ("--launcher", str(mpiexec), "-m", "platform")
-        status, _, err = launch(*words, SLURM_JOB_NUM_NODES=nodes)
+        status, _, err = launch(*words, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES=nodes)
         assert status == 0
         assert ("use --launcher srun" in err) == told
 
