@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dvkernels.data.nest import owned
 
-__all__ = ["Outcome", "outcome_of", "outcomes_of"]
+__all__ = ["Outcome", "outcome_of", "owned_outcome_of"]
 
 
 class Outcome(NamedTuple):
@@ -25,6 +25,6 @@ def outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
         return Outcome(None, error)
 
 
-def outcomes_of(fn: Callable[[Any], Any], elements: Sequence[Any]) -> list[Outcome]:
-    """Return what a function makes of some elements, in memory that it does not use again."""
-    return [outcome_of(lambda given: owned(fn(given)), element) for element in elements]
+def owned_outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
+    """Return what a function makes of an element, in memory that it does not use again."""
+    return outcome_of(lambda given: owned(fn(given)), element)

@@ -18,7 +18,7 @@ from typing import Any
 
 from dvkernels import deadlines
 from dvkernels.data.node import callable_name
-from dvkernels.data.outcome import Outcome, outcome_of
+from dvkernels.data.outcome import Outcome, owned_outcome_of
 from dvkernels.data.turn import Turn
 from dvkernels.devices.stoppable_thread import StoppableThread
 from dvkernels.devices.threads import Latch
@@ -239,7 +239,7 @@ class Workers:
         for element in elements:
             if stop.is_open:
                 raise DatasetError("map: the program ended before all elements were mapped")
-            yield outcome_of(self._fn, element)
+            yield owned_outcome_of(self._fn, element)
 
     def _sender(self, fn: Callable[[Any], Any]) -> Callable[[_Board], Apply]:
         name = callable_name(fn)
