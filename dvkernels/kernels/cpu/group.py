@@ -2,17 +2,24 @@
 
 A replica's own ``@numba.njit(nogil=True)`` function calls :func:`barrier`, :func:`all_reduce` and
 :func:`broadcast` with the ``state`` of a :class:`Group` and its rank. Each waits by spinning, then
-by giving its core to others; a deadline and an abort word end every wait.
+by giving its core to others; a deadline and an abort word end every wait. Whoever meets tells the
+others what for, and compares: nothing is written unless all want the same.
 
     words of a state, a cache line each where several threads write:
-    [0] how many have arrived   [8] the number of barriers passed   [16] aborted
-    [24] replicas   [25] patience in s
-    [32 + 8 r] what replica r brings: the address, the elements, the root
+    [0] how many have arrived   [8] the number of meetings   [16] how it ended, if it did
+    [24] replicas   [25] patience in ms   [26] which layout this is
+    [32 + 8 r] what replica r brings: the address of its array, then
+        [2] [3] what it wants of an even, of an odd meeting   [4] [5] of how many elements
+
+A replica comes to meeting k + 1 only after it has compared what all wanted of meeting k, so that
+what it wanted stays readable until it comes to meeting k + 2: two places are enough.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import zlib
 from typing import Any
 
 import numba
@@ -28,11 +35,34 @@ __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
 
 _SLOTS = 32
+_WANTED, _LENGTH = 2, 4  # words of a slot, for even meetings
+_LAYOUT = 0x64766B67726F7570 + 2  # changes with what the words mean: users keep compiled code
 _TURNS_PER_LOOK = 1 << 16  # at the clock: about every 2 ms
+# What is wanted: a verb, an operation, a root, and what the elements are.
+_BARRIER, _ALL_REDUCE, _BROADCAST = range(1, 4)
+_OPERATION, _ROOT, _ELEMENTS = 1 << 4, 1 << 8, 1 << 32
+# How a meeting went.
+_MET, _LATE, _ABORTED, _OTHERS_DIFFER = range(4)
 
-# Whole seconds since 1970. A deadline may so be noticed up to a second late.
 _int64: Any = types.int64
-_seconds: Any = types.ExternalFunction("time" if os.name == "posix" else "_time64", _int64(_int64))
+_int32: Any = types.int32
+if os.name == "posix":
+    _clock: Any = types.ExternalFunction("clock_gettime", _int32(_int32, _int64))
+    _MONOTONIC = time.CLOCK_MONOTONIC
+
+    @compiled.njit(nogil=True)
+    def _milliseconds():  # type: ignore[no-untyped-def]
+        """Return a time that nobody sets."""
+        found = np.zeros(2, np.int64)  # seconds and nanoseconds
+        _clock(_MONOTONIC, np.int64(found.ctypes.data))
+        return found[0] * 1000 + found[1] // 1_000_000
+else:
+    _ticks: Any = types.ExternalFunction("GetTickCount64", _int64())
+
+    @compiled.njit(nogil=True)
+    def _milliseconds():  # type: ignore[no-untyped-def]
+        """Return a time that nobody sets."""
+        return _ticks()
 
 
 class Group:
@@ -43,7 +73,7 @@ class Group:
     num_replicas : int
         How many. Each uses its own rank, from 0.
     timeout_seconds : float
-        How long one waits for the others. Noticed up to a second late.
+        How long one waits for the others.
 
     Attributes
     ----------
@@ -91,70 +121,99 @@ class Group:
 
     def abort(self) -> None:
         """End every wait in this group, now and later, with ``CollectiveMismatchError``."""
-        self.state[16] = 1
+        self.state[16] = _ABORTED
 
     def reset(self) -> None:
         """Make the group usable again. Nobody may be waiting in it."""
         self.state[:] = 0
         self.state[24] = self.num_replicas
-        self.state[25] = max(1, round(self.timeout_seconds))
+        self.state[25] = max(1, round(1000 * self.timeout_seconds))
+        self.state[26] = _LAYOUT
 
 
 @compiled.njit(nogil=True)
-def _meet(state):  # type: ignore[no-untyped-def]
-    """Wait for all; 0: they came, 1: the deadline passed, 2: aborted."""
-    passed = memory.load_shared(state, 8)
-    if memory.fetch_add(state, 0, 1) == memory.load(state, 24) - 1:
+def _how_it_ended(state):  # type: ignore[no-untyped-def]
+    how = memory.load_shared(state, 16)
+    return _ABORTED if how == _LATE else how  # late was who waited
+
+
+@compiled.njit(nogil=True)
+def _meet(state, rank, wanted, length):  # type: ignore[no-untyped-def]
+    """Wait for all, and compare what they want; return how it went."""
+    if memory.load_shared(state, 16) != _MET:
+        return _how_it_ended(state)
+    meeting = memory.load_shared(state, 8)
+    num_replicas = memory.load(state, 24)
+    place = meeting & 1
+    mine = state + 8 * (_SLOTS + 8 * rank)
+    memory.store_shared(mine, _WANTED + place, wanted)
+    memory.store_shared(mine, _LENGTH + place, length)
+    if memory.fetch_add(state, 0, 1) == num_replicas - 1:
         memory.store_shared(state, 0, 0)
-        memory.store_shared(state, 8, passed + 1)
-        return 0 if memory.load_shared(state, 16) == 0 else 2
+        memory.store_shared(state, 8, meeting + 1)
     deadline = np.int64(0)
     turn = 0
-    while memory.load_shared(state, 8) == passed:
-        if memory.load_shared(state, 16) != 0:
-            return 2
+    while memory.load_shared(state, 8) == meeting:
+        if memory.load_shared(state, 16) != _MET:
+            return _how_it_ended(state)
         memory.relax(turn)
         turn += 1
         if turn % _TURNS_PER_LOOK == 0:
-            now = _seconds(0)
+            now = _milliseconds()
             if deadline == 0:
                 deadline = now + memory.load(state, 25)
             elif now > deadline:
-                memory.store_shared(state, 16, 1)
-                return 1
-    return 0 if memory.load_shared(state, 16) == 0 else 2
+                memory.store_shared(state, 16, _LATE)
+                return _LATE
+    for other in range(num_replicas):
+        theirs = state + 8 * (_SLOTS + 8 * other)
+        if (
+            memory.load_shared(theirs, _WANTED + place) != wanted
+            or memory.load_shared(theirs, _LENGTH + place) != length
+        ):
+            memory.store_shared(state, 16, _OTHERS_DIFFER)
+            return _OTHERS_DIFFER
+    return _how_it_ended(state)
 
 
 @compiled.njit(nogil=True)
-def _meet_or_raise(state):  # type: ignore[no-untyped-def]
-    outcome = _meet(state)
-    if outcome == 1:
+def _meet_or_raise(state, rank, wanted, length):  # type: ignore[no-untyped-def]
+    outcome = _meet(state, rank, wanted, length)
+    if outcome == _LATE:
         raise CollectiveTimeoutError("a replica of the group waited in vain for the others")
-    if outcome == 2:
+    if outcome == _OTHERS_DIFFER:
         raise CollectiveMismatchError(
-            "the group was aborted: a replica failed, was late or brought another array"
+            "the replicas of the group called different functions, or with different operations, "
+            "roots, dtypes or lengths; nothing was written: bring the same in all of them, then "
+            "reset() the group"
+        )
+    if outcome == _ABORTED:
+        raise CollectiveMismatchError(
+            "the group was aborted: a replica failed, was late or wanted something else"
         )
 
 
 @compiled.njit(nogil=True)
-def _bring(state, rank, address, length, root):  # type: ignore[no-untyped-def]
-    """Show the others what this replica brings, and check that all bring the like."""
-    num_replicas = memory.load(state, 24)
+def _checked(state, rank, root):  # type: ignore[no-untyped-def]
+    """Return where the words of a state are, that are a group's with such a rank and root."""
+    words = np.int64(state.ctypes.data)
+    if state.size * state.itemsize < 8 * _SLOTS or memory.load(words, 26) != _LAYOUT:
+        raise ValueError(
+            "that is no state of a Group, or compiled code of another version of dvkernels was "
+            "kept by numba.njit(cache=True): delete its cache"
+        )
+    num_replicas = memory.load(words, 24)
     if rank < 0 or rank >= num_replicas or root < 0 or root >= num_replicas:
-        memory.store_shared(state, 16, 1)
+        memory.store_shared(words, 16, _ABORTED)
         raise ValueError("a rank or a root is not one of the group's")
-    slot = state + 8 * (_SLOTS + 8 * rank)
-    memory.store_shared(slot, 0, address)
-    memory.store_shared(slot, 1, length)
-    memory.store_shared(slot, 2, root)
-    _meet_or_raise(state)
-    for other in range(num_replicas):
-        theirs = state + 8 * (_SLOTS + 8 * other)
-        if memory.load_shared(theirs, 1) != length or memory.load_shared(theirs, 2) != root:
-            memory.store_shared(state, 16, 1)
-            raise CollectiveMismatchError(
-                "the replicas of the group brought arrays of different lengths, or other roots"
-            )
+    return words
+
+
+@compiled.njit(nogil=True)
+def _bring(words, rank, address, wanted, length):  # type: ignore[no-untyped-def]
+    """Show the others what this replica brings, and check that all bring the like."""
+    memory.store_shared(words + 8 * (_SLOTS + 8 * rank), 0, address)
+    _meet_or_raise(words, rank, wanted, length)
 
 
 @compiled.njit(called_with="(int64[::1], int64)", nogil=True)
@@ -170,14 +229,16 @@ def barrier(state, rank):  # type: ignore[no-untyped-def]
 
     Raises
     ------
-    CollectiveTimeoutError, CollectiveMismatchError
-        The others did not come in time; the group was aborted.
+    CollectiveTimeoutError, CollectiveMismatchError, ValueError
+        The others did not come in time; they called something else, or the group was aborted; a
+        rank out of range, or a state that is no group's.
 
     Notes
     -----
     0.2 us with a core for each of two replicas.
     """
-    _meet_or_raise(np.int64(state.ctypes.data))
+    words = _checked(state, np.int64(rank), np.int64(0))
+    _meet_or_raise(words, np.int64(rank), np.int64(_BARRIER), np.int64(0))
 
 
 def all_reduce(state: Any, rank: int, array: Any, op: str = "sum") -> None:
@@ -197,8 +258,8 @@ def all_reduce(state: Any, rank: int, array: Any, op: str = "sum") -> None:
     Raises
     ------
     CollectiveTimeoutError, CollectiveMismatchError, ValueError
-        The others did not come in time; they brought another length, or the group was aborted;
-        a rank out of range.
+        The others did not come in time; they brought another length, dtype or operation, or the
+        group was aborted: nothing is written; a rank out of range, or a state that is no group's.
 
     Notes
     -----
@@ -224,23 +285,25 @@ def _all_reduce(state: Any, rank: Any, array: Any, op: Any = "sum") -> Any:
         )
     operation, code = arithmetic.operation_code(known), arithmetic.type_code(dtype)
     is_mean = known is ReduceOp.MEAN
+    wanted = _ALL_REDUCE + [*ReduceOp].index(known) * _OPERATION + _elements(array)
 
     def reduce_in_place(state, rank, array, op="sum"):  # type: ignore[no-untyped-def]
-        words = np.int64(state.ctypes.data)
+        rank = np.int64(rank)
+        words = _checked(state, rank, np.int64(0))
         length = np.int64(array.size)
-        _bring(words, np.int64(rank), np.int64(array.ctypes.data), length, np.int64(0))
+        _bring(words, rank, np.int64(array.ctypes.data), wanted, length)
         num_replicas = memory.load(words, 24)
         table = np.empty(num_replicas, np.int64)
         for k in range(num_replicas):
             table[k] = memory.load_shared(words + 8 * (_SLOTS + 8 * k), 0)
-        first, count = elementwise.part(length, num_replicas, np.int64(rank))
+        first, count = elementwise.part(length, num_replicas, rank)
         divisor = num_replicas if is_mean else np.int64(1)
         if count > 0:
             elementwise.span(
                 np.int64(table.ctypes.data), np.int64(0), num_replicas, np.int64(0), num_replicas,
                 divisor, first, count, np.int64(0), operation, code,
             )  # fmt: skip
-        _meet_or_raise(words)
+        _meet_or_raise(words, rank, wanted, length)
 
     return reduce_in_place
 
@@ -270,12 +333,19 @@ def _broadcast(state: Any, rank: Any, array: Any, root: Any) -> Any:
             f"group.broadcast needs a contiguous array; got {array}"
         )
     code = arithmetic.type_code(np.dtype(np.int8))
+    base = _BROADCAST + _elements(array)
+    is_mutable = array.mutable
 
     def copy_from_root(state, rank, array, root):  # type: ignore[no-untyped-def]
-        words = np.int64(state.ctypes.data)
+        rank, root = np.int64(rank), np.int64(root)
+        words = _checked(state, rank, root)
+        wanted = base + root * _ROOT
         nbytes = np.int64(array.size * array.itemsize)
         own = np.int64(array.ctypes.data)
-        _bring(words, np.int64(rank), own, nbytes, np.int64(root))
+        if rank != root and not is_mutable:
+            memory.store_shared(words, 16, _ABORTED)
+            raise ValueError("group.broadcast would write into a read-only array")
+        _bring(words, rank, own, wanted, nbytes)
         if rank != root:
             table = np.empty(2, np.int64)
             table[0] = memory.load_shared(words + 8 * (_SLOTS + 8 * root), 0)
@@ -285,7 +355,7 @@ def _broadcast(state: Any, rank: Any, array: Any, root: Any) -> Any:
                 np.int64(table.ctypes.data), np.int64(0), one, one, one, one, np.int64(0), nbytes,
                 np.int64(0), 0, code,
             )  # fmt: skip
-        _meet_or_raise(words)
+        _meet_or_raise(words, rank, wanted, nbytes)
 
     return copy_from_root
 
@@ -298,3 +368,9 @@ def _dtype_of(array: Any) -> np.dtype[Any] | None:
     if isinstance(number, (types.Integer, types.Float)):
         return np.dtype(str(number))
     return None
+
+
+def _elements(array: Any) -> int:
+    """Return a number that differs where the elements of two arrays do not correspond."""
+    order = array.layout if array.ndim > 1 else ""
+    return (zlib.crc32(f"{array.dtype} {order}".encode()) >> 1) * _ELEMENTS

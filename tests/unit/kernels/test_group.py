@@ -133,19 +133,90 @@ def test_abort_ends_every_wait_at_once():
     assert time.monotonic() - began < 2
 
 
-def test_replicas_that_disagree():
-    for calls in (
-        lambda team: [
-            lambda: reduce_once(team.state, 0, np.ones(3)),
-            lambda: reduce_once(team.state, 1, np.ones(4)),
-        ],
-        lambda team: [
-            lambda: broadcast_once(team.state, 0, np.ones(3), 0),
-            lambda: broadcast_once(team.state, 1, np.ones(3), 1),
-        ],
-    ):
-        raised = together(*calls(group.Group(2)))
-        assert [type(error) for error in raised] == [errors.CollectiveMismatchError] * 2
+@numba.njit(nogil=True)
+def reduce_mean(state, rank, values):
+    group.all_reduce(state, rank, values, "mean")
+
+
+@numba.njit(nogil=True)
+def broadcast_from_first(state, rank, values):
+    group.broadcast(state, rank, values, 0)
+
+
+@numba.njit(nogil=True)
+def broadcast_from_second(state, rank, values):
+    group.broadcast(state, rank, values, 1)
+
+
+@numba.njit(nogil=True)
+def meet_twice(state, rank, values):
+    group.barrier(state, rank)
+    group.barrier(state, rank)
+
+
+def ones(shape=8, dtype="f8", order="C"):
+    return lambda: np.ones(shape, dtype, order)
+
+
+@pytest.mark.parametrize(
+    ("function", "array", "other_function", "other_array"),
+    [
+        (reduce_once, ones(), reduce_once, ones(9)),
+        (reduce_once, ones(), reduce_once, ones(dtype="i1")),  # eight times as long in memory
+        (reduce_once, ones(), reduce_once, ones(dtype="i8")),  # as long, other bits
+        (reduce_once, ones((2, 4)), reduce_once, ones((2, 4), order="F")),
+        (reduce_once, ones(), reduce_mean, ones()),
+        (reduce_once, ones(), broadcast_from_first, ones()),
+        (reduce_once, ones(), meet_twice, ones()),
+        (meet_twice, ones(), broadcast_from_first, ones()),
+        (broadcast_from_first, ones(), broadcast_from_first, ones(64, "i1")),
+        (broadcast_from_first, ones(), broadcast_from_second, ones()),
+    ],
+)
+def test_replicas_that_disagree_learn_it_before_anything_is_written(
+    function, array, other_function, other_array
+):
+    for odd in range(3):
+        team = group.Group(3, timeout_seconds=60)
+        held = [(other_array if rank == odd else array)() for rank in range(3)]
+        functions = [other_function if rank == odd else function for rank in range(3)]
+        raised = together(
+            *[
+                lambda rank=rank: functions[rank](team.state, rank, held[rank])  # noqa: B023
+                for rank in range(3)
+            ]
+        )
+        assert [type(error) for error in raised] == [errors.CollectiveMismatchError] * 3
+        assert all((values == 1).all() for values in held)
+        team.reset()
+        calls = [lambda rank=rank: barriers(team.state, rank, 2) for rank in range(3)]  # noqa: B023
+        assert together(*calls) == [None] * 3
+
+
+def test_states_that_are_no_groups_are_refused():
+    for state in (np.zeros(2, np.int64), np.zeros(100, np.int64), group.Group(1).state[1:].copy()):
+        for function in (reduce_once, broadcast_from_first, meet_twice):
+            with pytest.raises(ValueError, match="no state of a Group"):
+                function(state, 0, np.ones(3))
+
+
+def test_a_read_only_array_is_read_and_never_written():
+    fixed = np.ones(3)
+    fixed.flags.writeable = False
+    broadcast_from_first(group.Group(1).state, 0, fixed)
+    team = group.Group(2)
+    raised = together(
+        lambda: broadcast_from_first(team.state, 0, np.full(3, 5.0)),
+        lambda: broadcast_from_first(team.state, 1, fixed),
+    )
+    assert isinstance(raised[0], errors.CollectiveMismatchError)
+    assert isinstance(raised[1], ValueError)
+    assert (fixed == 1).all()
+
+
+def test_compiled_deadlines_go_by_the_clock_that_nobody_sets():
+    assert abs(group._milliseconds() - 1000 * time.monotonic()) < 10_000
+    assert abs(group._milliseconds() - 1000 * time.time()) > 1e9
 
 
 def test_a_rank_out_of_range():
