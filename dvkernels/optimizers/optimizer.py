@@ -240,6 +240,8 @@ def _replica_of(variables: Sequence[Variable]) -> ReplicaContext | None:
                 f"{_VERB}: variable {variable.name!r} belongs to {variable.owner.name}, and this "
                 f"runs under {placement.name}; create it inside that strategy's scope"
             )
+        if frame is None or frame.replica is None:
+            context.check_turn(variable.owner, f"{_VERB} of variable {variable.name!r}")
     return None if frame is None else frame.replica
 
 

@@ -360,10 +360,15 @@ class Variable(DistributedValues[Any]):
         """Return the replica that acts here, None for cross-replica context."""
         placement = self._copies.placement
         frame = context.find()
-        if frame is None:
-            return _LONE_REPLICA if placement.is_of(context.UNSCOPED) else None
-        if placement.is_of(frame.placement):
-            return frame.replica
+        if frame is None and placement.is_of(context.UNSCOPED):
+            return _LONE_REPLICA
+        if frame is None or placement.is_of(frame.placement):
+            replica = None if frame is None else frame.replica
+            if write and replica is None:
+                context.check_turn(
+                    placement.whole or placement, f"{verb} of variable {self.name!r}"
+                )
+            return replica
         if not placement.is_of(context.UNSCOPED):
             raise ContextError(
                 f"{verb} of variable {self.name!r}: it belongs to {placement.name}, and this runs "
