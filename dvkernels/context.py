@@ -6,7 +6,6 @@ out of unrelated threads. Strategies sit above this module: a frame carries one 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.communicators.single import Single
+from dvkernels.communicators.strangers import UnscopedStep
 from dvkernels.devices import foreign, memory
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import refuse_masked, spec
@@ -48,8 +48,7 @@ class Frame:
 _current: ContextVar[Frame] = ContextVar("dvkernels_frame")
 _global: Frame | None = None  # set by set_strategy
 _make_default: Callable[[], Any] | None = None
-_default_lock = threading.Lock()
-_default_strategy: Any = None
+_default: dict[int, Any] = {}
 
 # Outside every scope: one replica on one device.
 UNSCOPED = Placement((Device("cpu", 0),), Single(), "the default strategy")
@@ -63,12 +62,10 @@ def install_default(make: Callable[[], Any]) -> None:
 
 def default_strategy() -> Any:
     """Return the strategy that applies outside every scope, made when first asked for."""
-    global _default_strategy
-    with _default_lock:
-        if _default_strategy is None:
-            assert _make_default is not None
-            _default_strategy = _make_default()
-        return _default_strategy
+    if not _default:
+        assert _make_default is not None
+        _default.setdefault(0, _make_default())  # of several that are made at once one stays
+    return _default[0]
 
 
 def find() -> Frame | None:
@@ -127,8 +124,24 @@ def get_replica_context() -> ReplicaContext | None:
     """
     frame = find()
     if frame is None:
-        return ReplicaContext(UNSCOPED, Step(1), 0, None)
+        return ReplicaContext(UNSCOPED, UnscopedStep(), 0, None)
     return frame.replica
+
+
+def check_turn(placement: Placement, what: str) -> None:
+    """Raise if another thread runs a step of this strategy, which ``what`` would write amid."""
+    frame = find()
+    if (frame is None or not frame.merging) and placement.turn.is_elsewhere():
+        raise ContextError(
+            f"{what}: another thread runs a step of {placement.name}, and this one has no part in "
+            f"it; a thread of a replica gets its context by contextvars.copy_context().run(fn), "
+            f"other threads write between steps"
+        )
+
+
+def is_outside(frame: Frame | None) -> bool:
+    """Return whether a frame is outside every scope: none, or merge_call of the default one."""
+    return frame is None or (frame.placement is UNSCOPED and frame.replica is None)
 
 
 def require_cross_replica(placement: Placement, verb: str) -> Frame | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+from dvkernels import deadlines
 from dvkernels.communicators.rendezvous import StepEnded, user_line
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 from dvkernels.user_errors import in_words, rests_on
@@ -85,12 +86,13 @@ class Standing:
         Of this worker, one for each wire.
     """
 
-    __slots__ = ("_known", "agreements", "generation")
+    __slots__ = ("_known", "_telling", "agreements", "generation")
 
     def __init__(self) -> None:
         self.generation = 0
         self.agreements: list[Agreement] = []
         self._known: deque[BaseException] = deque(maxlen=_REMEMBERED)
+        self._telling = threading.RLock()  # of whom announces: each failure is counted once
 
     def note(self, error: BaseException) -> BaseException:
         """Remember, and return, an error that the others know of."""
@@ -103,8 +105,15 @@ class Standing:
 
     def announce(self, error: BaseException, rank: int) -> None:
         """Tell the others over every wire that the step of this worker has failed."""
-        if not self.is_known(error):
-            self.fail(f"worker {rank} raised {in_words(self.note(error))}", self.agreements)
+        try:
+            self._telling.acquire(timeout=deadlines.timeout_seconds())
+            if not self.is_known(error):
+                self.fail(f"worker {rank} raised {in_words(self.note(error))}", self.agreements)
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                self._telling.release()
+            except RuntimeError:  # not ours
+                pass
 
     def fail(self, text: str, agreements: Iterable[Agreement]) -> None:
         """Count a failure, and tell of it over some wires."""
@@ -139,7 +148,9 @@ class Agreement:
         standing.agreements.append(self)
         self._end = end
         self._owed: deque[tuple[int, str]] = deque()  # failures to be announced
-        self._turn = threading.Lock()  # of who comes to the next round: a thread that fails does
+        # Of who comes to the next round. An interrupt on the way into a collective leaves it with
+        # its thread, which then announces that its step has failed, and gives it back.
+        self._turn = threading.RLock()
         self._began = 0  # the generation in which the collective that is under way began
         self.is_open = False  # the latest round is the announcement of a failure
 
@@ -157,9 +168,12 @@ class Agreement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._turn.release()
-        if error is not None and not self._standing.is_known(error):
-            self._end(f"worker {self._wire.rank} left a collective half-way: {in_words(error)}")
+        try:
+            if error is not None and not self._standing.is_known(error):
+                said = in_words(error)
+                self._end(f"worker {self._wire.rank} left a collective half-way: {said}")
+        finally:
+            self._turn.release()
         if self._owed:
             self._announce_now()
 
@@ -177,14 +191,18 @@ class Agreement:
         self._announce_now()
 
     def _announce_now(self) -> None:
-        if self._turn.acquire(blocking=False):
-            try:
+        try:
+            if self._turn.acquire(blocking=False):
                 if self.is_open and self._wire.is_complete():
                     self.is_open = False  # all have heard of the failure before
                 if self._owed and not self.is_open:
                     self._announce_next()
-            finally:
-                self._turn.release()
+        finally:
+            try:
+                while True:  # what an interrupt has left with this thread, too
+                    self._turn.release()
+            except RuntimeError:  # it is not ours, or no more
+                pass
 
     def _announce_next(self) -> None:
         generation, text = self._owed.popleft()

@@ -125,7 +125,13 @@ class Links:
         CollectiveTimeoutError, WorkerLostError
             All has ended, before or meanwhile.
         """
-        with self._turn:
+        try:
+            seconds = min(self._workers.timeout_seconds, threading.TIMEOUT_MAX)
+            if not self._turn.acquire(timeout=seconds):
+                raise CollectiveTimeoutError(
+                    f"another thread of worker {self._workers.rank} has been in a call of NCCL for "
+                    f"{seconds:g} s"
+                )
             if self._watch is None:
                 self._give(call)
                 return
@@ -135,6 +141,11 @@ class Links:
                     event = self._arrays.event(device)
                     event.record(self._arrays.current(device))
                     events.append(event)
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                self._turn.release()
+            except RuntimeError:  # not ours
+                pass
 
     def _give(self, call: Callable[[int, Any, int], None]) -> None:
         with self._group():

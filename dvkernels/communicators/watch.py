@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol, final
 
+from dvkernels.devices import threads
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.user_errors import in_words
 
@@ -57,9 +57,8 @@ class Watch:
     def __init__(self, timeout_seconds: float) -> None:
         self._seconds = timeout_seconds
         self._calls: deque[_Call] = deque()
-        self._is_looking = False
-        self._why_ended: BaseException | None = None
-        self._mutex = threading.Lock()
+        self._vacancy = [None]  # taken by the one thread that looks, on that thread
+        self._ends: dict[int, BaseException] = {}  # the reason, as item 0
 
     @contextlib.contextmanager
     def over(self, text: str, guard: Guard) -> Iterator[list[Any]]:
@@ -90,21 +89,31 @@ class Watch:
 
     def _begun(self, text: str, guard: Guard) -> _Call:
         call = _Call(text)
-        with self._mutex:
-            if self._why_ended is not None:
-                raise self._ended()
-            self._calls.append(call)
-            if not self._is_looking:
-                self._is_looking = True
-                threading.Thread(target=self._look, args=[guard], name="dvkernels-watch").start()
+        self._calls.append(call)
+        if self._ends:
+            raise self._ended()
+        if self._vacancy:  # several may see it: of their threads one stays
+            looker = threads.Thread(target=self._look, args=[guard], name="dvkernels-watch")
+            threads.start([looker])
         return call
 
     def _ended(self) -> BaseException:
         """Return the reason anew: it is raised more than once."""
-        assert self._why_ended is not None
-        return type(self._why_ended)(str(self._why_ended))
+        why = self._ends[0]
+        return type(why)(str(why))
 
     def _look(self, guard: Guard) -> None:
+        is_needed = True
+        while is_needed:
+            try:
+                self._vacancy.pop()
+            except IndexError:
+                return  # another thread looks
+            self._look_after(guard)
+            self._vacancy.append(None)
+            is_needed = bool(self._calls) and not self._ends  # it came while this was ending
+
+    def _look_after(self, guard: Guard) -> None:
         latest, since = None, 0.0
         try:
             while (oldest := self._oldest()) is not None:
@@ -126,17 +135,13 @@ class Watch:
             self._give_up(failure, guard)
 
     def _oldest(self) -> _Call | None:
-        """Return the oldest call that is under way; if None, nobody looks any more."""
-        with self._mutex:
-            while self._calls and self._calls[0].is_over():
-                self._calls.popleft()
-            self._is_looking = bool(self._calls) and self._why_ended is None
-            return self._calls[0] if self._is_looking else None
+        """Return the oldest call that is under way; None if nobody need look any more."""
+        while self._calls and not self._ends:
+            if not self._calls[0].is_over():
+                return self._calls[0]
+            self._calls.popleft()  # by this thread only
+        return None
 
     def _give_up(self, error: BaseException, guard: Guard) -> None:
-        with self._mutex:
-            if self._why_ended is not None:
-                return
-            self._why_ended = error
-            self._calls.clear()
-        guard.end(error)
+        if self._ends.setdefault(0, error) is error:
+            guard.end(error)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dvkernels import deadlines
 from dvkernels.errors import DeviceError
 
 __all__ = ["Arguments", "Driver", "find"]
@@ -68,7 +69,7 @@ class Driver:
     def __init__(self, library: Any) -> None:
         self._library = library
         self._contexts: dict[int, ctypes.c_void_p] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pid = os.getpid()
         code = library.cuInit(0)
         self.problem = "" if code in (0, _NO_DEVICE) else self._name(code)
@@ -287,11 +288,17 @@ class Driver:
         """Make the context that all libraries share that of this thread."""
         context = self._contexts.get(device)
         if context is None:
-            with self._lock:
+            try:
+                self._lock.acquire(timeout=deadlines.timeout_seconds())
                 context = ctypes.c_void_p()
                 handle = self._handle(device)
                 self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
                 self._contexts[device] = context
+            finally:
+                try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                    self._lock.release()
+                except RuntimeError:  # not ours
+                    pass
         self._check("cuCtxSetCurrent", context)
 
     def current(self) -> ctypes.c_void_p:

@@ -17,7 +17,6 @@ replicas have been waited for: so whichever replica drops an array, nobody overw
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ class StreamOrder:
         self._order = order
         self._own: list[Any] = []
         self._homes: dict[int, Any] = {}
-        self._mutex = threading.Lock()
+        self._made: dict[int, tuple[dict[int, Any], list[Any]]] = {}
 
     @user_errors.block
     def step(self) -> Iterator[None]:
@@ -83,13 +82,14 @@ class StreamOrder:
             self._order(crossings(own, homes))
 
     def _lanes(self) -> list[Lane]:
-        with self._mutex:
-            if not self._own:
-                for device in dict.fromkeys(self._devices):
-                    self._homes[device] = self._arrays.stream(device, joins_default=True)
-                self._own = [
-                    self._arrays.stream(device, joins_default=True) for device in self._devices
-                ]
+        if not self._own:
+            homes = {
+                device: self._arrays.stream(device, joins_default=True)
+                for device in dict.fromkeys(self._devices)
+            }
+            own = [self._arrays.stream(device, joins_default=True) for device in self._devices]
+            # Of those that several threads make at once one stays.
+            self._homes, self._own = self._made.setdefault(0, (homes, own))
         return [
             Lane(device, stream.ptr)
             for device, stream in zip(self._devices, self._own, strict=True)

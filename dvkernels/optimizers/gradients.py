@@ -55,7 +55,6 @@ def variables_of(pairs: Sequence[Pair], op: ReduceOp) -> list[Variable]:
     """Return the variables of pairs; raise unless they can be updated here."""
     frame = context.find()
     variables = [variable for _, variable in pairs]
-    is_outside = frame is None or (frame.placement is context.UNSCOPED and frame.replica is None)
     if len({id(variable) for variable in variables}) != len(variables):
         raise ContextError(f"{VERB}: a variable stands twice among the pairs; add up first")
     for variable in variables:
@@ -65,11 +64,13 @@ def variables_of(pairs: Sequence[Pair], op: ReduceOp) -> list[Variable]:
                 f"copies may differ; optimizers update ON_WRITE variables, whose copies are equal"
             )
         reduce_op.check_dtype(f"{VERB} of {variable.name!r}", op, variable.dtype)
-        if frame is not None and not is_outside and variable.owner is not frame.placement:
+        if frame and not context.is_outside(frame) and variable.owner is not frame.placement:
             raise ContextError(
                 f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, and this "
                 f"runs under {frame.placement.name}; create it inside that strategy's scope"
             )
+        if frame is None or frame.replica is None:
+            context.check_turn(variable.owner, f"{VERB} of variable {variable.name!r}")
         if variable.owner is not variables[0].owner:
             raise ContextError(
                 f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, "

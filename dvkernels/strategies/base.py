@@ -137,7 +137,7 @@ class Strategy:
         )
         announce = workers.announce if workers.size > 1 else None
         self._runner: Runner | StreamedRunner = Runner(
-            len(resolved), name, self._placement.first_replica, announce
+            len(resolved), name, self._placement.first_replica, announce, self._placement.turn
         )
         if self._placement.memory is not memory.HOST:
             order = StreamOrder([device.index for device in resolved])
@@ -518,6 +518,7 @@ class Strategy:
                 f"update: variable {variable.name!r} belongs to {variable.owner.name}, not to "
                 f"{self._placement.name}"
             )
+        context.check_turn(self._placement, f"update of variable {variable.name!r}")
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"update: args must be a list or tuple, got {type(args).__name__}")
         given = (tuple(args), dict(kwargs or {}))

@@ -6,14 +6,15 @@ import contextvars
 import functools
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from dvkernels import deadlines
+from dvkernels.communicators import strangers
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.rendezvous import Step
+from dvkernels.communicators.turn import Turn
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.profiler import debugging, tracing
 from dvkernels.strategies.crew import Crew
@@ -36,7 +37,9 @@ class Runner:
         label: str,
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
+        turn: Turn | None = None,
     ) -> None:
+        self._turn = Turn() if turn is None else turn
         self._num_replicas = num_replicas
         self._first_replica = first_replica
         self._announce = announce
@@ -47,7 +50,7 @@ class Runner:
         self._forget()
 
     def _forget(self) -> None:
-        self._turn = threading.RLock()
+        self._turn.renew()
         # All crews that exist; one dropped by an interrupted step may wait for garbage collection.
         self._crews: list[weakref.ref[Crew]] = []
         self._idle: list[Crew] = []  # a stack: nested steps need threads of their own
@@ -73,7 +76,7 @@ class Runner:
         if nested:
             return self._run(call, seconds)
         try:
-            if not self._turn.acquire(timeout=seconds):
+            if not self._turn.lock.acquire(timeout=seconds):
                 raise CollectiveTimeoutError(
                     f"another thread has been running a step of this strategy for {seconds:g} s; "
                     f"one step runs at a time (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
@@ -81,7 +84,7 @@ class Runner:
             return self._run(call, seconds)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                self._turn.release()
+                self._turn.lock.release()
             except RuntimeError:  # not ours: the wait was in vain or was interrupted
                 pass
 
@@ -166,6 +169,9 @@ def _take_part(step: Step, rank: int, call: Call, results: list[Any]) -> None:
         if watching:
             debugging.enter(before)
         step.leave(rank)
+
+
+strangers.ENTRANCES.add(_take_part.__code__)
 
 
 def _traced(step: Step, rank: int, call: Call) -> Any:

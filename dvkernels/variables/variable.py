@@ -380,12 +380,15 @@ class Variable(DistributedValues[Any]):
         """Return the replica that acts here, None for cross-replica context."""
         placement = self._copies.placement
         frame = context.find()
-        if frame is None:
-            return _LONE_REPLICA if placement.is_of(context.UNSCOPED) else None
-        if placement.is_of(frame.placement):
-            return frame.replica
-        if frame.placement is context.UNSCOPED and frame.replica is None:
-            return None  # merge_call of the default strategy, which is outside every scope
+        if frame is None and placement.is_of(context.UNSCOPED):
+            return _LONE_REPLICA
+        if context.is_outside(frame) or (frame and placement.is_of(frame.placement)):
+            replica = None if frame is None else frame.replica
+            if write and replica is None:
+                context.check_turn(
+                    placement.whole or placement, f"{verb} of variable {self.name!r}"
+                )
+            return replica
         if not placement.is_of(context.UNSCOPED):
             raise ContextError(
                 f"{verb} of variable {self.name!r}: it belongs to {placement.name}, and this runs "
