@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import platform
 import sys
@@ -26,6 +27,7 @@ from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
 from dvkernels.schedules.cost import Routing
 from dvkernels.schedules.hosts import numbered
+from dvkernels.user_errors import in_words
 
 __all__: list[str] = []
 
@@ -258,7 +260,7 @@ def _leave(pid: int) -> None:
     if pid != os.getpid():
         return  # a process forked from the worker
     error = getattr(sys, "last_value", None)
-    text = "it has exited" if error is None else f"it exited after {type(error).__name__}: {error}"
+    text = "it has exited" if error is None else f"it exited after {in_words(error)}"
     for transport in _open:
         transport.leave(text)
     is_broken = any(transport.has_ended for transport in _open)
@@ -286,8 +288,9 @@ def _abort(does_any_hang: bool) -> None:
     Where all others are leaving too, MPI_Abort would race with them for who is heard, and Open
     MPI's launcher does not end after it once a process was killed under ``--with-ft ulfm``.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
     if does_any_hang:
         MPI.COMM_WORLD.Abort(1)
     os._exit(1)
