@@ -149,8 +149,8 @@ def require_cross_replica(placement: Placement, verb: str) -> Frame | None:
     frame = find()
     if frame is None or (frame.replica is None and frame.placement is placement):
         return frame
-    if frame.replica is None and frame.placement is UNSCOPED:
-        return None  # merge_call of the default strategy, which is outside every scope
+    if is_outside(frame):
+        return None
     if frame.replica is not None:
         raise ContextError(
             f"{verb} needs cross-replica context, and this is replica "

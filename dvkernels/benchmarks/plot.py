@@ -10,23 +10,41 @@ from typing import Any
 from dvkernels.benchmarks.measurement import Measurement
 from dvkernels.errors import DvKernelsError
 
-__all__ = ["MissingPackageError", "draw"]
+__all__ = ["FormatError", "MissingPackageError", "check", "draw"]
 
 
 class MissingPackageError(DvKernelsError, ImportError):
     """A package that an option needs is not installed."""
 
 
-def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
-    """Draw one collective's measurements to a file whose suffix says the format."""
+class FormatError(DvKernelsError, ValueError):
+    """No drawing is made in the format that a suffix says."""
+
+
+def check(path: Path) -> None:
+    """Raise where nothing can be drawn, or not in the format of this suffix."""
+    figure: Any = _matplotlib("matplotlib.figure").Figure()
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise FormatError(
+            f"bench --plot: {path.name!r} must end in what says its format, such as .svg; known "
+            f"are {', '.join(known)}"
+        )
+
+
+def _matplotlib(name: str) -> Any:
     try:
-        matplotlib: Any = importlib.import_module("matplotlib")
+        importlib.import_module("matplotlib").use("agg")
+        return importlib.import_module(name)
     except ImportError:
         raise MissingPackageError(
             "bench --plot needs matplotlib: pip install 'dvkernels[plot]'"
         ) from None
-    matplotlib.use("agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
+
+
+def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
+    """Draw one collective's measurements to a file whose suffix says the format."""
+    pyplot = _matplotlib("matplotlib.pyplot")
     sizes = [found.case.count * found.case.dtype.itemsize for found in measurements]
     figure, (rate, time) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     curves: dict[str, list[tuple[int, float]]] = {"dvkernels": [], "probe (limit)": []}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvkernels._version import __version__
-from dvkernels.cli import bench_gpu
+from dvkernels.cli import bench_gpu, numbers, outputs
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
@@ -44,13 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MIN:MAX | A,B,...",
         help="bytes of one replica's buffer; K, M, G are powers of 1024 (default 4:256M)",
     )
-    parser.add_argument("--factor", type=int, default=4, help="from one size to the next")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--op", default="sum")
-    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument(
+        "--factor", type=numbers.integer, default=4, help="from one size to the next"
+    )
+    parser.add_argument("--dtype", default="float32", help="of the elements")
+    parser.add_argument("--op", default="sum", help="sum, mean, min, max or prod")
+    parser.add_argument("--replicas", type=numbers.integer, default=2, help="how many buffers")
     parser.add_argument("--algorithm", default="auto", help="auto, direct or ring")
-    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds (default 9)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=numbers.integer, default=9, help="alternating rounds")
+    parser.add_argument("--seed", type=numbers.natural, default=0, help="of the elements")
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -107,8 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
         for name in collectives
         for nbytes in _sizes(arguments.sizes, arguments.factor)
     ]
-    plot, sink = _writable(arguments.plot), _writable(arguments.json)
+    plot = None if arguments.plot is None else _plotted(arguments.plot)
     quiet = arguments.json == "-"
+    sink = None if quiet or arguments.json is None else outputs.file("--json", arguments.json)
     about = _about(arguments)
     limit = memory_left.available_nbytes() // 2
     records: list[dict[str, Any]] = []
@@ -124,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         for case in planned:
             if not quiet and case.collective != last:
                 last = case.collective
-                print(f"# {case.collective}, {case.num_replicas} replicas")
+                print(f"# {case.collective}, {numbers.counted(case.num_replicas, 'replica')}")
                 print(report.header(columns))
             if case.footprint > limit:
                 note = f"{case.nbytes} bytes left out: it needs {case.footprint >> 20} MiB"
@@ -160,7 +163,8 @@ def _calibrate_between(arguments: argparse.Namespace) -> int:
     from dvkernels.benchmarks import between_workers
 
     resolver = default_resolver()
-    sink = _writable(arguments.json) if resolver.is_chief else None
+    wanted = arguments.json not in (None, "-") and resolver.is_chief
+    sink = outputs.file("--json", arguments.json) if wanted else None
     found = between_workers.calibrate(resolver, arguments.rounds)
     if not resolver.is_chief:
         return 0
@@ -197,14 +201,13 @@ def _nbytes(text: str) -> int:
     return int(number) * _SUFFIXES[suffix]
 
 
-def _writable(name: str | None) -> Path | None:
-    """Return the path if a file can be written there; find that out before measuring."""
-    if name is None or name == "-":
-        return None
+def _plotted(name: str) -> Path:
+    """Return the path of a file that can be drawn to."""
+    from dvkernels.benchmarks import plot
+
     path = Path(name)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise BufferMismatchError(f"bench: cannot write {name!r}: give a file in a folder that is")
-    return path
+    plot.check(path)
+    return outputs.file("--plot", name)
 
 
 def _peers(
@@ -243,7 +246,7 @@ def _peers(
             notes[name] = f"skipped: {error}"
             continue
         workers[name] = worker
-        notes[name] = f"{peer.package} {version}, {arguments.replicas} ranks"
+        notes[name] = f"{peer.package} {version}, {numbers.counted(arguments.replicas, 'rank')}"
     return workers, "numpy" in (arguments.peers or known), notes
 
 
@@ -296,7 +299,8 @@ def _draw(found: Sequence[Any], path: Path, about: dict[str, Any]) -> None:
         several = len({one.case.collective for one in found}) > 1
         target = path.with_stem(f"{path.stem}-{name}") if several else path
         title = (
-            f"{name} {case.op.value} {case.dtype.name}, {case.num_replicas} replicas: "
-            f"{about['machine']}, {about['date'][:10]}"
+            f"{name} {case.op.value} {case.dtype.name}, "
+            f"{numbers.counted(case.num_replicas, 'replica')}: {about['machine']}, "
+            f"{about['date'][:10]}"
         )
         plot.draw(chosen, target, title)

@@ -15,9 +15,7 @@ HELP = "measure saving and restoring, beside other libraries, and what a save ho
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     contest.add_arguments(parser, "safetensors, savez, torch, orbax")
-    parser.add_argument(
-        "--mebibytes", type=numbers.positive, default=1024, help="of the arrays (default 1024)"
-    )
+    parser.add_argument("--mebibytes", type=numbers.positive, default=1024, help="of the arrays")
     parser.add_argument("--folder", help="where to write (default: memory, where there is any)")
 
 

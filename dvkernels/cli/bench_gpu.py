@@ -7,9 +7,9 @@ import datetime
 import json
 import platform
 import sys
-from pathlib import Path
 
 from dvkernels._version import __version__
+from dvkernels.cli import outputs
 from dvkernels.devices import cuda, driver
 
 __all__: list[str] = []
@@ -22,9 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
     cuda.require("bench --device cuda")
     from dvkernels.benchmarks import between_gpus, gpu
 
-    report = None if arguments.report is None else Path(arguments.report)
+    report = None if arguments.report is None else outputs.file("--report", arguments.report)
     if report is not None:
-        report.touch()  # before minutes of measuring
+        outputs.file("--report", str(report.with_suffix(".md")))
     plan = gpu.Plan(**_SIMULATED) if cuda.is_simulated() else gpu.Plan(rounds=arguments.rounds)  # type: ignore[arg-type]
     found = driver.find()
     name = "Numba's simulator: its times mean nothing"

@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
                     reader.check(reader.manifest.tensors)
                     print(f"PASS {path}: {_summary(reader)}")
         except CheckpointDamagedError as error:
-            print(_printable(f"FAIL {path}: {error}"))
+            said = str(error)
+            print(_printable(f"FAIL {said if str(path) in said else f'{path}: {said}'}"))
             status = 1
     return status
 

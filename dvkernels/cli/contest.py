@@ -16,6 +16,7 @@ from dvkernels.benchmarks.peers import registry
 from dvkernels.benchmarks.peers.registry import Peer
 from dvkernels.benchmarks.peers.worker import Worker, end_all
 from dvkernels.benchmarks.stopwatch import Samples, ratio
+from dvkernels.cli import numbers, outputs
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, WorkerLostError
 
@@ -40,7 +41,7 @@ class Contest(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, peers: str) -> None:
     """Declare the options."""
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (default 7)")
+    parser.add_argument("--rounds", type=numbers.integer, default=7, help="alternating rounds")
     parser.add_argument(
         "--peer-python",
         action="append",
@@ -57,6 +58,9 @@ def run(contest: Contest, arguments: argparse.Namespace) -> int:
         raise AlgorithmError(
             f"{contest.command}: expected --rounds of at least 1, got {arguments.rounds}"
         )
+    sink = None if arguments.json is None else outputs.file("--json", arguments.json)
+    if contest.folder is not None:
+        outputs.folder("--folder", contest.folder)
     workers: dict[str, Worker] = {}
     versions: dict[str, str] = {}
     records: list[dict[str, Any]] = []
@@ -90,8 +94,8 @@ def run(contest: Contest, arguments: argparse.Namespace) -> int:
                 print(f"# {error}")
                 return 1
             records += [_record(case, name, found, contest.unit) for name in found]
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
+    if sink is not None:
+        with sink.open("w", encoding="utf-8") as file:
             json.dump({**about, "results": records}, file, indent=1)
     return 0
 

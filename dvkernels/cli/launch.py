@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers.seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long workers may go on after an interrupt or the timeout (default 30)",
+        help="how long workers may go on after an interrupt or the timeout",
     )
     parser.add_argument(
         "--max-restarts",

@@ -1,4 +1,4 @@
-"""Numbers that options take."""
+"""Numbers that options take, and how many of something there are."""
 
 from __future__ import annotations
 
@@ -7,25 +7,56 @@ import argparse
 __all__: list[str] = []
 
 
+def integer(text: str) -> int:
+    """Return an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     """Return an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return number
+    return _at_least(1, text)
 
 
 def natural(text: str) -> int:
     """Return an integer of at least 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    number = integer(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
+    return number
+
+
+def exit_status(text: str) -> int:
+    """Return what a process may end with."""
+    number = integer(text)
+    if not 0 <= number <= 255:
+        raise argparse.ArgumentTypeError(f"expected an exit status from 0 to 255, got {text}")
     return number
 
 
 def seconds(text: str) -> float:
     """Return a time of at least 0, in seconds."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}") from None
     if not number >= 0:
         raise argparse.ArgumentTypeError(f"expected seconds of at least 0, got {text}")
     return number
+
+
+def counted(number: int, noun: str) -> str:
+    """Return how many of something there are.
+
+    Examples
+    --------
+    >>> counted(1, "replica"), counted(2, "replica")
+    ('1 replica', '2 replicas')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dvkernels.checkpoint.manager import checkpoints_in
-from dvkernels.cli import digits, network, numbers, training
+from dvkernels.cli import digits, network, numbers, outputs, training
 from dvkernels.cli.training import Keeping, Outcome, Recipe, Report
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.devices import cpu
@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=numbers.positive,
         help="number of replicas of this process (default: one per usable core, or per GPU)",
     )
-    parser.add_argument("--epochs", type=numbers.positive, default=recipe.epochs)
+    parser.add_argument(
+        "--epochs",
+        type=numbers.positive,
+        default=recipe.epochs,
+        help="how often all are seen",
+    )
     parser.add_argument(
         "--batch-size",
         type=numbers.positive,
@@ -55,8 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hidden", type=numbers.positive, default=recipe.num_hidden, help="hidden units"
     )
     parser.add_argument("--device", default="cpu", help="kind of device: cpu or cuda")
-    parser.add_argument("--seed", type=numbers.natural, default=recipe.seed)
-    parser.add_argument("--dtype", choices=("float32", "float64"), default=recipe.dtype)
+    parser.add_argument(
+        "--seed", type=numbers.natural, default=recipe.seed, help="of weights and order"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), default=recipe.dtype, help="of the weights"
+    )
     parser.add_argument(
         "--checkpoint-dir", help="save checkpoints here; SIGTERM and SIGUSR1 save one and exit"
     )
@@ -72,7 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest checkpoint; start afresh where there is none",
     )
     parser.add_argument(
-        "--preemption-exit-code", type=numbers.natural, default=42, help="after SIGTERM or SIGUSR1"
+        "--preemption-exit-code",
+        type=numbers.exit_status,
+        default=42,
+        help="after SIGTERM or SIGUSR1",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; times are seconds per step"
@@ -105,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         _say(
             f"{len(data.train_images)} digits to learn from, {len(data.test_images)} held out; "
-            f"{num_replicas} replicas; BLAS is held to one thread a replica"
+            f"{numbers.counted(num_replicas, 'replica')}; BLAS is held to one thread a replica"
         )
         outcome = _train(strategy, recipe, data, "training", keeping)
         with OneDeviceStrategy(devices[0]) as alone:
@@ -133,11 +145,20 @@ def run(arguments: argparse.Namespace) -> int:
             outcome.weights, reference.weights
         ),
         "one_device_test_accuracy": accuracy(reference),
+        "one_device_examples_per_second": reference.examples_per_second,
+        "speed_up": _speed_up(outcome, reference),
         "dtype": recipe.dtype,
         "seed": recipe.seed,
     }
     print(json.dumps(result) if arguments.json else _report(result))
     return 0
+
+
+def _speed_up(outcome: Outcome, reference: Outcome) -> float | None:
+    """Return how many times faster it went than on one device; None if all was done before."""
+    if not (outcome.examples_per_second > 0 and reference.examples_per_second > 0):
+        return None
+    return outcome.examples_per_second / reference.examples_per_second
 
 
 def _strategy(resolver: ClusterResolver, devices: list[Device]) -> Strategy:
@@ -169,6 +190,7 @@ def _keeping(arguments: argparse.Namespace) -> Keeping | None:
                 "are with --checkpoint-dir"
             )
         return None
+    outputs.folder("--checkpoint-dir", arguments.checkpoint_dir, is_made=True)
     held = checkpoints_in(Path(arguments.checkpoint_dir))
     if held and not arguments.resume:
         raise CheckpointError(
@@ -203,6 +225,8 @@ def _report(result: dict[str, Any]) -> str:
             f"against one device {result['relative_difference_to_one_device']:.2e} "
             f"relative difference of the weights, accuracy there "
             f"{result['one_device_test_accuracy']:.4f}",
+            f"one device goes at {result['one_device_examples_per_second']:.0f} examples/s"
+            + ("" if result["speed_up"] is None else f", speed-up {result['speed_up']:.2f}"),
             f"weights            sha256 {result['weights_sha256']}",
         ]
     )

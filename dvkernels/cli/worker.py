@@ -59,8 +59,7 @@ def main(words: Sequence[str]) -> None:
     except BaseException as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
         entry.leave(status)
-        error.__traceback__ = _of_program(error.__traceback__)
-        sys.excepthook(type(error), error, error.__traceback__)
+        _show(error)
         _end_job(status)
         raise SystemExit(status) from None
 
@@ -105,8 +104,20 @@ def _status_of(end: SystemExit) -> int:
     """Return the exit status that a program asked for; what is no number is its last word."""
     if end.code is None or isinstance(end.code, int):
         return (end.code or 0) & 0xFF
-    print(end.code, file=sys.stderr)
+    with contextlib.suppress(Exception):  # it may have no words
+        print(end.code, file=sys.stderr)
     return 1
+
+
+def _show(error: BaseException) -> None:
+    """Print an exception as the interpreter does, or whatever the program does in its stead.
+
+    Nothing that goes wrong there, be it a second Ctrl-C, may keep the job from ending.
+    """
+    with contextlib.suppress(BaseException):
+        trace = _of_program(error.__traceback__)
+        BaseException.with_traceback(error, trace)  # which no class of the program's refuses
+        sys.excepthook(type(error), error, trace)
 
 
 def _of_program(trace: TracebackType | None) -> TracebackType | None:
@@ -150,7 +161,7 @@ def _end_job(status: int) -> None:
 def _let_last_words_out() -> None:
     """Wait until the relay has passed on what was printed: launchers that kill read no more."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
             stream.flush()
     relay = os.environ.get("DVKERNELS_RELAY_ENDED", "")
     if relay.isdecimal():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import platform
 import sys
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from dvkernels import user_errors
 from dvkernels.cluster import hosts
 from dvkernels.cluster.resolvers import ClusterResolver
 from dvkernels.communicators import awareness, host_memory, network
@@ -27,6 +27,7 @@ from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
 from dvkernels.schedules.cost import Routing
 from dvkernels.schedules.hosts import numbered
+from dvkernels.user_errors import in_words
 
 __all__: list[str] = []
 
@@ -259,7 +260,7 @@ def _leave(pid: int) -> None:
     if pid != os.getpid():
         return  # a process forked from the worker
     error = getattr(sys, "last_value", None)
-    text = "it has exited" if error is None else f"it exited after {user_errors.in_words(error)}"
+    text = "it has exited" if error is None else f"it exited after {in_words(error)}"
     for transport in _open:
         transport.leave(text)
     is_broken = any(transport.has_ended for transport in _open)
@@ -287,8 +288,9 @@ def _abort(does_any_hang: bool) -> None:
     Where all others are leaving too, MPI_Abort would race with them for who is heard, and Open
     MPI's launcher does not end after it once a process was killed under ``--with-ft ulfm``.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+            stream.flush()
     if does_any_hang:
         MPI.COMM_WORLD.Abort(1)
     os._exit(1)

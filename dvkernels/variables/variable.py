@@ -382,7 +382,7 @@ class Variable(DistributedValues[Any]):
         frame = context.find()
         if frame is None and placement.is_of(context.UNSCOPED):
             return _LONE_REPLICA
-        if context.is_outside(frame) or (frame and placement.is_of(frame.placement)):
+        if frame is None or context.is_outside(frame) or placement.is_of(frame.placement):
             replica = None if frame is None else frame.replica
             if write and replica is None:
                 context.check_turn(

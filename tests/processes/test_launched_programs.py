@@ -42,12 +42,12 @@ def start(flavour, tmp_path):
     """Return a function that starts launch with a program, given as text."""
     started = []
 
-    def start(text: str, *words: str) -> subprocess.Popen[str]:
+    def start(text: str, *words: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
         program = tmp_path / "program.py"
         program.write_text("import os, signal, sys, time\n" + text)
         process = subprocess.Popen(
             [sys.executable, "-m", "dvkernels", "launch", "--timeout", "90", *words, str(program)],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -314,6 +314,38 @@ def test_nothing_is_left_when_the_launcher_itself_is_killed(start, ignoring):
     process.kill()
     process.communicate(timeout=SECONDS)
     assert all_gone(below)
+
+
+VANISHES = """
+import re
+import numpy as np
+import dvkernels as dv
+strategy = dv.MultiWorkerMirroredStrategy(devices=["cpu:0"], timeout_seconds=20)
+strategy.run(lambda: dv.get_replica_context().all_reduce("sum", np.ones(9)))
+with open("/proc/self/maps") as maps, open("held", "a") as held:
+    print(*re.findall("/dev/shm/[^ ]+(?=\\n)", maps.read()), file=held)
+if dv.cluster.default_resolver().worker_id == 1:
+    END
+strategy.run(lambda: dv.get_replica_context().all_reduce("sum", np.ones(9)))
+"""
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 9)", "raise ValueError"])
+def test_a_job_that_lost_a_worker_fails_and_leaves_nothing(launch, tmp_path, end):
+    status, _, err = launch(VANISHES.replace("END", end), "-n", "2", "--grace", "3")
+    assert status not in (0, 124), err
+    held = (tmp_path / "held").read_text().split()
+    assert held
+    assert [name for name in held if Path(name).exists()] == []
+
+
+def test_an_input_that_nobody_reads_and_one_that_is_read(start):
+    text = "x" * 3_000_000
+    for program, words in (("", ()), ("print(len(sys.stdin.read()))", ("[0] 3000000", "[1] 0"))):
+        process = start(program, "-n", "2", stdin=subprocess.PIPE)
+        out, err = process.communicate(text, timeout=SECONDS)
+        assert process.returncode == 0, err
+        assert sorted(out.splitlines()) == list(words)
 
 
 def test_two_hosts(flavour, launch):
