@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
+from dvkernels.communicators.turn import Turn
 from dvkernels.devices import memory
 from dvkernels.devices.base import Device
 from dvkernels.schedules import partition
@@ -36,6 +37,7 @@ class Placement:
     workers: Workers = _ALONE
     replicas_of_workers: tuple[int, ...] | None = None  # None: all are of this one
     background: Communicator | None = None  # for a thread that reduces meanwhile; None: the same
+    turn: Turn = field(default_factory=Turn)
 
     @property
     def num_replicas(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import functools
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from dvkernels import deadlines
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.rendezvous import Step
+from dvkernels.communicators.turn import Turn
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.profiler import debugging, tracing
 from dvkernels.strategies.crew import Crew
@@ -35,7 +35,9 @@ class Runner:
         label: str,
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
+        turn: Turn | None = None,
     ) -> None:
+        self._turns = turn or Turn()
         self._num_replicas = num_replicas
         self._first_replica = first_replica
         self._announce = announce
@@ -47,7 +49,7 @@ class Runner:
 
     def _forget(self) -> None:
         self._pid = os.getpid()
-        self._turn = threading.RLock()
+        self._turn = self._turns.lock()
         # All crews that exist; one dropped by an interrupted step may wait for garbage collection.
         self._crews: list[weakref.ref[Crew]] = []
         self._idle: list[Crew] = []  # a stack: nested steps need threads of their own
