@@ -27,6 +27,7 @@ from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values import functions, regroup, weights
 from dvkernels.values.arrays import Arrays, alike, arrays_of, gatherable
+from dvkernels.values.bound import Bound
 from dvkernels.values.distributed import PerReplica, is_integer
 from dvkernels.values.handle import Handle
 
@@ -163,7 +164,7 @@ def require_cross_replica(placement: Placement, verb: str) -> Frame | None:
     )
 
 
-class ReplicaContext:
+class ReplicaContext(Bound):
     """What a replica may know and do, from inside ``strategy.run``.
 
     Collectives meet the same call of the other replicas, leave ``value`` unchanged and return
@@ -173,6 +174,10 @@ class ReplicaContext:
     """
 
     __slots__ = ("__weakref__", "_placement", "_rank", "_replica_id", "_step", "_strategy")
+    _bound_by = (
+        "it is the place of one replica in one step; call dv.get_replica_context() where it is "
+        "needed, and pass on what it knows (replica_id_in_sync_group)"
+    )
 
     def __init__(self, placement: Placement, step: Step, rank: int, strategy: Any) -> None:
         self._placement = placement

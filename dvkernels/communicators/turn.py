@@ -1,38 +1,36 @@
-"""Whose turn it is to run a step of a strategy: one thread's at a time."""
+"""Whose turn it is: the steps of one strategy follow each other, and so does what reads between."""
 
 from __future__ import annotations
 
 import os
 import threading
+from typing import final
 
 __all__: list[str] = []
 
 
+@final
 class Turn:
-    """The lock of a strategy's steps; whoever runs one holds ``lock``.
+    """A lock that steps take, and deep copies of variables; another one in each forked process."""
 
-    An RLock: releasing one that is not ours raises, so that an interrupt between any two operations
-    leaves it as it should be. A forked process has it anew.
-    """
-
-    __slots__ = ("_pid", "lock")
+    __slots__ = ("_locks", "is_reading")
 
     def __init__(self) -> None:
-        self.renew()
+        self.is_reading = False  # whoever has it changes nothing
+        self._locks: dict[int, threading.RLock] = {}
 
-    def renew(self) -> None:
-        """Forget who has it: the owner stayed in the process that this one was forked from."""
-        self.lock = threading.RLock()
-        self._pid = os.getpid()
+    def lock(self) -> threading.RLock:
+        """Return the lock of this process: nobody here has what another process had taken."""
+        pid = os.getpid()
+        return self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
 
     def is_elsewhere(self) -> bool:
         """Return whether another thread of this process runs a step."""
-        if self._pid != os.getpid():
-            return False
+        lock = self.lock()
         try:
-            return not self.lock.acquire(blocking=False)
+            return not lock.acquire(blocking=False) and not self.is_reading
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                self.lock.release()
+                lock.release()
             except RuntimeError:  # not ours
                 pass

@@ -18,6 +18,7 @@ from dvkernels.data.sharding import Sharding
 from dvkernels.data.share import Share
 from dvkernels.errors import DatasetError
 from dvkernels.profiler.debugging import LOGGER
+from dvkernels.values.bound import Bound
 from dvkernels.values.distributed import PerReplica
 
 __all__ = ["DistributedDataset"]
@@ -35,7 +36,7 @@ def _alone(word: Any) -> list[Any]:
     return [word]
 
 
-class DistributedDataset:
+class DistributedDataset(Bound):
     """A dataset of global batches, each of which all replicas share.
 
     Each ``iter()`` is the next epoch: from that of ``dataset.with_epoch`` on, else from 0 or, where
@@ -98,6 +99,11 @@ class DistributedDataset:
     PerReplica(0: array([0, 1]), 1: array([2]))
     PerReplica(0: array([3]), 1: array([4]))
     """
+
+    _bound_by = (
+        "it feeds the replicas of one strategy of this process; pass on the dv.Dataset, and "
+        "distribute that where it is needed"
+    )
 
     def __init__(
         self,

@@ -32,11 +32,12 @@ from dvkernels.data.state import (
 from dvkernels.data.turn import Turn
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
+from dvkernels.values.bound import Bound
 
 __all__ = ["DistributedIterator"]
 
 
-class DistributedIterator(Iterator[Any]):
+class DistributedIterator(Bound, Iterator[Any]):
     """Goes through one epoch, and gives each global batch as a nest of ``PerReplica``.
 
     The parts are views of the batch. If anything raises, be it user code, the position stays:
@@ -67,6 +68,11 @@ class DistributedIterator(Iterator[Any]):
     ...     next(resumed)
     PerReplica(0: array([2, 3]))
     """
+
+    _bound_by = (
+        "it has a place in an epoch that this process goes through; pass on state_dict(), and load "
+        "that into an iterator made where it is needed"
+    )
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ from dvkernels.strategies.streamed import StreamedRunner
 from dvkernels.user_errors import shown
 from dvkernels.values import functions, regroup
 from dvkernels.values.arrays import alike, as_array, gatherable
+from dvkernels.values.bound import Bound
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.modes import VariableSynchronization
@@ -64,7 +65,7 @@ class ValueContext:
         self.num_replicas_in_sync = num_replicas_in_sync
 
 
-class Strategy:
+class Strategy(Bound):
     """How a computation is spread over replicas: devices, a communicator, a place for variables.
 
     Use one of its final kinds, or make your own by calling this constructor.
@@ -98,6 +99,12 @@ class Strategy:
     A strategy is a context manager that closes itself. Its threads are made at the first ``run``
     and end with it: by ``close()``, ``with``, or when it is dropped.
     """
+
+    _bound_by = (
+        "its threads are of this process, and its variables belong to it alone; make another one "
+        "where it is needed, and take along what variables hold with dv.Checkpoint, or as arrays "
+        "(v.numpy())"
+    )
 
     def __init__(
         self,
@@ -177,12 +184,6 @@ class Strategy:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __copy__(self) -> Self:
-        raise TypeError("a strategy cannot be copied: its variables belong to it alone")
-
-    def __deepcopy__(self, memo: Any) -> Self:
-        raise TypeError("a strategy cannot be copied: its variables belong to it alone")
 
     # -- contexts -------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class Runner:
         announce: Callable[[BaseException], None] | None = None,
         turn: Turn | None = None,
     ) -> None:
-        self._turn = Turn() if turn is None else turn
+        self._turns = Turn() if turn is None else turn
         self._num_replicas = num_replicas
         self._first_replica = first_replica
         self._announce = announce
@@ -50,7 +50,7 @@ class Runner:
         self._forget()
 
     def _forget(self) -> None:
-        self._turn.renew()
+        self._turn = self._turns.lock()
         # All crews that exist; one dropped by an interrupted step may wait for garbage collection.
         self._crews: list[weakref.ref[Crew]] = []
         self._idle: list[Crew] = []  # a stack: nested steps need threads of their own
@@ -76,15 +76,16 @@ class Runner:
         if nested:
             return self._run(call, seconds)
         try:
-            if not self._turn.lock.acquire(timeout=seconds):
+            if not self._turn.acquire(timeout=seconds):
                 raise CollectiveTimeoutError(
                     f"another thread has been running a step of this strategy for {seconds:g} s; "
                     f"one step runs at a time (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
                 )
+            self._turns.is_reading = False  # an interrupted reader may have left it
             return self._run(call, seconds)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                self._turn.lock.release()
+                self._turn.release()
             except RuntimeError:  # not ours: the wait was in vain or was interrupted
                 pass
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import numpy as np
 
@@ -159,6 +160,13 @@ class _Frozen(DistributedValues[T]):
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"a {type(self).__name__} is frozen; make a new one")
+
+    def __copy__(self) -> Self:
+        return self  # it is frozen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        values = copy.deepcopy(self._values, memo)
+        return type(self)(values, devices=self._devices, owner=self._owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._values,)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, final
 
+from dvkernels.values.bound import Bound
+
 __all__ = ["Handle"]
 
 
 @final
-class Handle:
+class Handle(Bound):
     """The result of ``all_reduce_async``; made by it."""
 
+    _bound_by = "it is on its way in one step; pass on what wait() returns"
     __slots__ = ("_finish", "_is_done", "_result")
 
     def __init__(self, is_done: Callable[[], bool], finish: Callable[[], Any]) -> None:

@@ -10,14 +10,19 @@ from typing import Any, NamedTuple, NoReturn, final
 
 import numpy as np
 
-from dvkernels import context, reduce_op
+from dvkernels import context, deadlines, reduce_op
 from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.rendezvous import Request, Same, Step
 from dvkernels.context import ReplicaContext
 from dvkernels.devices import foreign, memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec, refuse_masked
-from dvkernels.errors import ContextError, NotABufferError, SynchronizationError
+from dvkernels.errors import (
+    CollectiveTimeoutError,
+    ContextError,
+    NotABufferError,
+    SynchronizationError,
+)
 from dvkernels.profiler import accounts
 from dvkernels.user_errors import shown, text_of
 from dvkernels.values import functions, regroup
@@ -408,26 +413,55 @@ class Variable(DistributedValues[Any]):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
-        """Return another variable of the same strategy, modes, name and content of each copy."""
+        """Return another variable of the same strategy, modes, name and content of each copy.
+
+        A step that another thread runs is waited for: its copies are those between two steps.
+        """
         if self._role("deepcopy", write=False) not in (None, _LONE_REPLICA):
             raise ContextError(
                 f"deepcopy of variable {self.name!r} in a replica: each would make its own; copy "
                 f"it outside of run or in merge_call"
             )
-        copies = self._copies
-        made = _made(
-            Copies(copies.arrays, copies.placement, copies.name),
-            self._trainable,
-            self._synchronization,
-            self._aggregation,
-        )
+        placement, seconds = self._copies.placement, deadlines.timeout_seconds()
+        frame = context.find()
+        if placement is context.UNSCOPED or (frame is not None and frame.merging):
+            made = self._twin()  # one copy; or inside a step, which has the turn
+        else:
+            turn = placement.turn.lock()
+            try:
+                if not turn.acquire(timeout=seconds):
+                    raise CollectiveTimeoutError(
+                        f"deepcopy of variable {self.name!r}: another thread has been running a "
+                        f"step of its strategy for {seconds:g} s; one that this step waits for "
+                        f"must not copy (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
+                    )
+                placement.turn.is_reading = True
+                made = self._twin()
+            finally:
+                placement.turn.is_reading = False
+                try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                    turn.release()
+                except RuntimeError:  # not ours: the wait was in vain or was interrupted
+                    pass
         memo[id(self)] = made
         for follow in memo.get(id(_FOLLOWERS), ()):
             follow(self, made)
         return made
 
+    def _twin(self) -> Variable:
+        copies, when = self._copies, self._synchronization
+        # Copies that are equal have one content, whoever writes them meanwhile.
+        are_equal = when is VariableSynchronization.ON_WRITE
+        initial = copies.arrays[:1] if are_equal else copies.arrays
+        held = Copies(initial, copies.placement, copies.name)
+        held.is_slot = copies.is_slot
+        return _made(held, self._trainable, when, self._aggregation)
+
     def __reduce__(self) -> NoReturn:
-        raise TypeError(f"variable {self.name!r} cannot be pickled; save v.numpy()")
+        raise TypeError(
+            f"variable {self.name!r} cannot be pickled: its copies belong to a strategy of this "
+            f"process; pass on v.numpy(), or save it with dv.Checkpoint"
+        )
 
     def __repr__(self) -> str:
         return (

@@ -252,8 +252,9 @@ def trained(strategy: dv.Strategy):
         slope = 2 * error * (1 - np.tanh(x @ weight + bias) ** 2)
         share = max(1, len(x))
         gradients = {"weight": x.T @ slope / share, "bias": slope.sum(0) / share}
-        mean = here.all_reduce("mean", gradients, weight=len(x))
-        adam.apply_gradients([(mean["weight"], weight), (mean["bias"], bias)])
+        mean = here.all_reduce("mean", gradients["bias"], weight=len(x))
+        adam.apply_gradients([(mean, bias), (None, weight)])
+        adam.apply_gradients([(None, bias), (gradients["weight"], weight)], weight=len(x))
         loss.assign_add(float((error**2).sum()))
         return numbers
 
@@ -394,6 +395,13 @@ def variables(num_local: str, over: str) -> None:
         together = strategy.gather(strategy.run(lambda: table.read_value().copy()))
         together = memory.holding(together).to_host(together)
         assert (together.reshape(count, -1) == np.asarray(table)).all(), "all copies are equal"
+        if strategy.worker_devices[0].kind == "cpu":
+            named = strategy.distribute_values_from_function(
+                lambda c: np.array(["replica " + "x" * c.replica_id_in_sync_group])
+            )
+            inside = strategy.run(lambda own: dv.get_replica_context().all_gather(own), (named,))
+            for found in (strategy.gather(named), *inside.values):
+                assert found.tolist() == ["replica " + "x" * r for r in range(count)]
 
 
 def drift(over: str) -> None:
