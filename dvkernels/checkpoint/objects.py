@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import optree
 
+from dvkernels import user_errors
 from dvkernels.checkpoint import generators, plain, transfer
 from dvkernels.checkpoint.nodes import (
     ArrayNode,
@@ -20,12 +21,15 @@ from dvkernels.checkpoint.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.shards import DTYPES
+from dvkernels.checkpoint.wording import shown
 from dvkernels.devices import memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.variables.variable import Saved, Variable, saved_by
 
 __all__: list[str] = []
+
+_MOST_PLACES = 1 << 20
 
 
 @runtime_checkable
@@ -72,7 +76,7 @@ def opened(value: Any, path: str) -> Opened | None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(
-            f"{path}: two of its keys are written {twice!r:.80}; rename one of them"
+            f"{path}: two of its keys are written {shown(twice)}; rename one of them"
         )
     return Opened(
         dict(zip(names, held, strict=True)),
@@ -87,18 +91,60 @@ def child(path: str, name: str) -> str:
     return f"{path}/{escaped}" if path else escaped
 
 
-def walk(value: Any, path: str, above: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
+def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield what is no container below ``path``, with its path; plain data in one piece."""
-    inner = None if is_object(value) or plain.is_plain(value) else opened(value, path)
+    if _Places().count(value, path, 0) > _MOST_PLACES:
+        raise CheckpointError(
+            f"{path}: containers in it stand at more than {_MOST_PLACES} places; let what holds "
+            f"variables or arrays stand at one"
+        )
+    return _walk(value, path)
+
+
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    inner = _inner(value, path)
     if inner is None:
         yield path, value
-        return
-    if id(value) in above or len(above) > plain.MAX_DEPTH:
-        raise CheckpointError(
-            f"{path}: nested deeper than {plain.MAX_DEPTH} levels, or in a circle"
+    else:
+        for name, each in inner.children.items():
+            yield from _walk(each, child(path, name))
+
+
+def _inner(value: Any, path: str) -> Opened | None:
+    return None if is_object(value) or plain.is_plain(value) else opened(value, path)
+
+
+class _Places:
+    """At how many places containers stand, found by going through each of them once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+        self._above: dict[int, str] = {}  # those that are being gone through, and their paths
+        self._kept: list[Any] = []  # so that their identities stay theirs
+
+    def count(self, value: Any, path: str, depth: int) -> int:
+        if id(value) in self._above:
+            raise CheckpointError(
+                f"{path}: it is the {type(value).__name__} at {self._above[id(value)]} again, so "
+                f"that it is in a circle; keep it out of the checkpoint"
+            )
+        if id(value) in self._known:
+            return self._known[id(value)]
+        inner = _inner(value, path)
+        if inner is None:
+            return 0
+        if depth > plain.MAX_DEPTH:
+            raise CheckpointError(
+                f"{path}: nested deeper than {plain.MAX_DEPTH} levels, or in a circle"
+            )
+        self._kept.append(value)
+        self._above[id(value)] = path
+        count = 1 + sum(
+            self.count(each, child(path, name), depth + 1) for name, each in inner.children.items()
         )
-    for name, each in inner.children.items():
-        yield from walk(each, child(path, name), above | {id(value)})
+        del self._above[id(value)]
+        self._known[id(value)] = count
+        return count
 
 
 def is_object(value: Any) -> bool:
@@ -168,7 +214,7 @@ class Gathered:
         if inner is None:
             raise CheckpointError(
                 f"{path}: expected variables, arrays, random generators, plain data, objects with "
-                f"state_dict and load_state_dict, or containers of them; got {value!r:.80}, a "
+                f"state_dict and load_state_dict, or containers of them; got {shown(value)}, a "
                 f"{type(value).__name__}"
             )
         self.alike[path] = f"a {type(value).__name__} of {len(inner.children)}"
@@ -219,7 +265,9 @@ class Gathered:
         try:
             state = value.state_dict()
         except DvKernelsError as error:
-            raise CheckpointError(f"{path}: its state_dict() failed: {error}") from error
+            raise CheckpointError(
+                f"{path}: its state_dict() failed: {user_errors.in_words(error)}"
+            ) from error
         slots = {}
         for variable in value.slotted if isinstance(value, HasSlots) else ():
             assert isinstance(value, HasSlots)

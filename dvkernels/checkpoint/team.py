@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from dvkernels.checkpoint import transfer
 from dvkernels.checkpoint.objects import variables_of
-from dvkernels.communicators.agreement import in_words
 from dvkernels.communicators.base import Workers
 from dvkernels.communicators.rendezvous import StepEnded
 from dvkernels.communicators.single import Single
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.user_errors import in_words
 
 __all__: list[str] = []
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from dvkernels.checkpoint import manager, plain, reading
+from dvkernels.checkpoint import plain, reading, steps
 from dvkernels.checkpoint.nodes import (
     ArrayNode,
     DataNode,
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show or verify one checkpoint, or all of a folder; 1 if one of them is damaged."""
     status = 0
-    for path in manager.checkpoints_in(arguments.path) or (arguments.path,):
+    for path in steps.within(arguments.path) or (arguments.path,):
         try:
             with reading.opened(path) as reader:
                 if arguments.action == "show":
