@@ -11,6 +11,8 @@ from pathlib import Path
 
 from dvkernels._version import __version__
 from dvkernels.devices import cuda, driver
+from dvkernels.profiler import output
+from dvkernels.profiler.output import Output
 
 __all__: list[str] = []
 
@@ -24,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     report = None if arguments.report is None else Path(arguments.report)
     if report is not None:
-        report.touch()  # before minutes of measuring
+        Output(report).discard()  # to know before minutes of measuring that it can be written
     plan = gpu.Plan(**_SIMULATED) if cuda.is_simulated() else gpu.Plan(rounds=arguments.rounds)  # type: ignore[arg-type]
     found = driver.find()
     name = "Numba's simulator: its times mean nothing"
@@ -44,6 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(fragment, end="")
     if report is not None:
         data = {"about": about, "figures": [figure._asdict() for figure in figures]}
-        report.write_text(json.dumps(data, indent=1) + "\n")
-        report.with_suffix(".md").write_text(fragment)
+        output.put(report, json.dumps(data, indent=1) + "\n")
+        output.put(report.with_suffix(".md"), fragment)
     return 0

@@ -18,6 +18,7 @@ from dvkernels.benchmarks.peers.worker import Worker, end_all
 from dvkernels.benchmarks.stopwatch import Samples, ratio
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, WorkerLostError
+from dvkernels.profiler import output
 
 __all__: list[str] = []
 
@@ -91,8 +92,7 @@ def run(contest: Contest, arguments: argparse.Namespace) -> int:
                 return 1
             records += [_record(case, name, found, contest.unit) for name in found]
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({**about, "results": records}, file, indent=1)
+        output.put(arguments.json, json.dumps({**about, "results": records}, indent=1))
     return 0
 
 
