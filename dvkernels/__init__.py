@@ -52,16 +52,16 @@ from dvkernels.variables.variable import sync as sync
 
 if _typing.TYPE_CHECKING:
     from dvkernels.checkpoint.checkpoint import Checkpoint as Checkpoint
-    from dvkernels.checkpoint.checkpoint import Restored as Restored
     from dvkernels.checkpoint.manager import CheckpointManager as CheckpointManager
     from dvkernels.checkpoint.preemption import PreemptionHandler as PreemptionHandler
+    from dvkernels.checkpoint.restoring import Restored as Restored
 
 # Loaded when they are first asked for: few programs need them at once, and they need xxhash.
 _LATER = {
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",
     "PreemptionHandler": "dvkernels.checkpoint.preemption",
-    "Restored": "dvkernels.checkpoint.checkpoint",
+    "Restored": "dvkernels.checkpoint.restoring",
 }
 
 

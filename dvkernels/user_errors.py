@@ -8,6 +8,7 @@ Likewise the user's values in messages of ours: their ``repr`` may fail as well.
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -19,6 +20,10 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 _LINKS = ("__cause__", "__context__")
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 3  # what stands in itself, or at many places, has no end
+_BRIEF.maxstring = _BRIEF.maxother = 400
 
 
 def annotate(error: BaseException, note: str) -> None:
@@ -59,10 +64,10 @@ def latest_note(error: BaseException) -> str | None:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Return the beginning of a value's ``repr``; its type if that fails."""
+    """Return the beginning of a value's ``repr``, of any size; its type if that fails."""
     try:
-        return repr(value)[:most]
-    except Exception:
+        return _BRIEF.repr(value)[:most]
+    except Exception:  # of user code, or of an integer of thousands of digits
         return f"<{type(value).__name__}, whose repr fails>"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dvkernels.benchmarks.measurement import Measurement
 from dvkernels.errors import DvKernelsError
+from dvkernels.profiler.output import Output
 
 __all__ = ["FormatError", "MissingPackageError", "check", "draw"]
 
@@ -67,5 +68,7 @@ def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
     time.set_yscale("log")
     rate.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    kind = path.suffix.removeprefix(".") or "png"
+    metadata = {"Date": None} if kind == "svg" else None
+    Output(path).fill(lambda file: figure.savefig(file, format=kind, metadata=metadata))
     pyplot.close(figure)

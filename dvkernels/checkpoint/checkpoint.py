@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dvkernels import context
-from dvkernels.checkpoint import folder, matching, reading, shards, snapshot, team, transfer
-from dvkernels.checkpoint.matching import Plan, StateChange
-from dvkernels.checkpoint.reading import Reader
-from dvkernels.checkpoint.save import Save
+from dvkernels.checkpoint import folder, restoring, save, steps
+from dvkernels.checkpoint.restoring import Restored
 from dvkernels.checkpoint.saving import Saves
-from dvkernels.communicators.base import Workers
 from dvkernels.errors import CheckpointError, ContextError
-from dvkernels.profiler import tracing
-from dvkernels.user_errors import text_of
 
-__all__ = ["Checkpoint", "Restored"]
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a restore has done.
-
-    Attributes
-    ----------
-    path : Path
-        The checkpoint.
-    step : int or None
-        The step that it was saved under by a ``CheckpointManager``.
-    values : dict
-        The objects by name after the restore: variables, generators, lists, dicts and other
-        objects that can be changed are the same ones; numbers, strings, tuples are new.
-    metadata : dict
-        What the user gave to ``save``.
-    matched : tuple of str
-        The paths of what was restored: names of objects and keys of containers, joined by "/".
-    missing : tuple of str
-        The paths of what the checkpoint does not hold; left as they were.
-    unexpected : tuple of str
-        The paths of what the checkpoint holds and nobody asked for.
-    """
-
-    path: Path
-    step: int | None
-    values: dict[str, Any] = field(repr=False)
-    metadata: dict[str, Any]
-    matched: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
+__all__ = ["Checkpoint"]
 
 
 class Checkpoint(Saves):
@@ -152,16 +114,14 @@ class Checkpoint(Saves):
         what another thread writes meanwhile may be saved half.
         """
         check_context("Checkpoint.save")
-        target = Path(os.path.abspath(path))
-        given = None if metadata is None else dict(metadata)
+        target = folder.located(path, "Checkpoint.save")
         self._saver.save(
-            lambda: Save(
-                snapshot.take(self.objects, None, given), target, lambda: folder.door(target)
+            lambda: save.prepared(
+                self.objects, None, metadata, target, lambda: folder.replaced(target)
             ),
             background=background,
         )
 
-    @tracing.span("restore", "checkpoint")
     def restore(self, path: str | os.PathLike[str], *, partial: bool = False) -> Restored:
         """Restore the objects: all of them, or after an error none.
 
@@ -194,90 +154,21 @@ class Checkpoint(Saves):
         -----
         Everything is read twice: once to compare the checksums, and when all fit, once to where it
         belongs. So there is no second copy in memory, and a damaged file leaves all objects as
-        they were. Only a disk that fails between the two leaves variables half restored, and the
-        error says which. An interrupt waits for the end.
+        they were. Only a disk that fails between the two leaves arrays half restored, and the
+        error says which. An interrupt ends it before anything is changed, or waits for the end.
+
+        Warns where a ``CheckpointManager`` has saved later steps beside it: ``manager.restore``
+        goes back to go on from there.
         """
         check_context("Checkpoint.restore")
+        where = folder.located(path, "Checkpoint.restore")
         self._saver.wait()
-        shards.check_machine()
-        where = Path(os.path.abspath(path))
-        workers = team.of(self.objects)
-        what = f"restore from {where}"
-        with contextlib.ExitStack() as stack:
-            readers: list[Reader] = []
-            team.together(
-                workers, what, lambda: readers.append(stack.enter_context(reading.opened(where)))
-            )
-            (reader,) = readers
-            team.check_alike(workers, what, {folder.MANIFEST: reader.checksum})
-            return self._restore(reader, partial, workers, what)
+        restored = restoring.restore(self.objects, where, partial=partial)
+        _warn_of_later_ones(where)
+        return restored
 
     def __repr__(self) -> str:
         return f"Checkpoint({', '.join(self.objects)})"
-
-    def _restore(self, reader: Reader, partial: bool, workers: Workers, what: str) -> Restored:
-        with team.telling(workers, what):  # optimizers make their slots, which all do together
-            plan = matching.match(self.objects, reader.manifest)
-            if not partial and (plan.missing or plan.unexpected):
-                raise CheckpointError(
-                    f"{reader.path}: expected what the objects are; it lacks "
-                    f"{_listed(plan.missing)}, and holds {_listed(plan.unexpected)} besides; pass "
-                    f"partial=True to restore what matches"
-                )
-
-        def check() -> None:
-            reader.check(plan.loads)
-            reader.load({name: [array] for name, array in plan.staged.items()})
-
-        team.together(workers, what, check)
-        fates = {"matched": plan.matched, "missing": plan.missing, "unexpected": plan.unexpected}
-        team.check_alike(workers, what, {path: fate for fate in fates for path in fates[fate]})
-        # In a thread, which no interrupt reaches: all of it is done, or none.
-        transfer.in_parallel(lambda _: _commit(plan, reader, workers, what), [None], is_whole=True)
-        values = {name: result() for name, result in plan.values.items()}
-        self.objects.update(values)
-        return Restored(
-            reader.path,
-            reader.manifest.step,
-            values,
-            reader.manifest.metadata,
-            tuple(plan.matched),
-            tuple(plan.missing),
-            tuple(plan.unexpected),
-        )
-
-
-def _commit(plan: Plan, reader: Reader, workers: Workers, what: str) -> None:
-    done: list[tuple[StateChange, Any]] = []
-    try:
-        team.together(workers, what, lambda: _set_states(plan.states, done))
-    except BaseException:
-        for change, before in done:
-            change.set(before)
-        raise
-    try:
-        team.together(workers, what, lambda: reader.load(plan.loads))
-    except (OSError, CheckpointError) as error:
-        error.add_note(
-            "the file was whole a moment ago, when its checksums were compared: these objects now "
-            f"hold parts of it, and must be restored again: {_listed(list(plan.loads))}"
-        )
-        raise
-    for touch in plan.finish:
-        touch()
-
-
-def _set_states(changes: list[StateChange], done: list[tuple[StateChange, Any]]) -> None:
-    """Set states, and note in ``done`` what was before; the one that is refused is noted too."""
-    for change in changes:
-        try:
-            before = copy.deepcopy(change.get())
-            done.append((change, before))
-            change.set(change.new)
-        except Exception as error:
-            raise CheckpointError(
-                f"{change.path}: the state that was saved cannot be taken over: {text_of(error)}"
-            ) from error
 
 
 def check_context(verb: str) -> None:
@@ -289,6 +180,14 @@ def check_context(verb: str) -> None:
         )
 
 
-def _listed(paths: list[str]) -> str:
-    shown = ", ".join(paths[:10]) + (f" and {len(paths) - 10} more" if len(paths) > 10 else "")
-    return shown or "nothing"
+def _warn_of_later_ones(path: Path) -> None:
+    with contextlib.suppress(CheckpointError):  # their folder cannot be listed
+        later = steps.above(path)
+        if later:
+            warnings.warn(
+                f"restored {path}; there are later checkpoints beside it, up to "
+                f"{later[-1].name}, and a CheckpointManager saves nothing below them; to go back "
+                f"and on from here, call manager.restore({steps.step(path.resolve())})",
+                RuntimeWarning,
+                stacklevel=3,
+            )

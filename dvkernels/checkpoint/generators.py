@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.errors import CheckpointError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -103,15 +104,15 @@ def _compare(own: Any, given: Any, where: str) -> None:
         fits = 0 <= given <= _MOST_INTEGER
     if not fits:
         raise CheckpointError(
-            f"{where}: expected the state of a generator like this one, {own!r:.80}; got "
-            f"{given!r:.80}; make the generator as it was made when it was saved"
+            f"{where}: expected the state of a generator like this one, {shown(own)}; got "
+            f"{shown(given)}; make the generator as it was made when it was saved"
         )
     if isinstance(own, dict):
         for name in own:
             most = _MOST.get(name, _MOST_INTEGER)
             if type(given[name]) is int and given[name] > most:
                 raise CheckpointError(
-                    f"{where}, {name}: expected at most {most}; got {given[name]!r:.80}; the file "
+                    f"{where}, {name}: expected at most {most}; got {shown(given[name])}; the file "
                     f"is damaged"
                 )
             _compare(own[name], given[name], f"{where}, {name}")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from pathlib import Path
+import weakref
 from types import TracebackType
 from typing import Self
 
 from dvkernels.checkpoint import files
+from dvkernels.checkpoint.files import Entry
 from dvkernels.errors import CheckpointError
 
 __all__: list[str] = []
 
 # Held by this process, by path: the kernel's locks are between processes. With the process's id,
-# because a fork copies this and not the locks.
-_held: dict[tuple[int, str], object] = {}
+# because a fork copies this and not the locks. Weakly: a lock that nobody has any more is free.
+_held: dict[tuple[int, str], weakref.ref[Lock]] = {}
 
 
 class Lock:
@@ -26,25 +27,25 @@ class Lock:
     killed owner leaves is an unlocked file, and the next one takes it.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
-        self._path = path
+    def __init__(self, entry: Entry, what: str) -> None:
+        self._entry = entry
         self._what = what
-        self._key = (os.getpid(), os.path.realpath(path))
+        self._key = (os.getpid(), os.path.realpath(entry.path))
         self._descriptor = -1
+        self._is_locked = False
 
     def __enter__(self) -> Self:
-        if _held.setdefault(self._key, self) is not self:  # atomic
-            raise self._refusal(f"pid {os.getpid()}, this process")
         try:
+            # setdefault is atomic: of two threads, one holds it.
+            while (holder := _held.setdefault(self._key, weakref.ref(self))()) is not self:
+                if holder is not None:
+                    raise self._refusal(f"pid {os.getpid()}, this process")
+                _held.pop(self._key, None)
             self._acquire()
-        except BaseException:
-            self._let_go()
-            raise
-        try:
             owner = f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(80).encode()
             files.active.write(self._descriptor, owner, 0)
         except BaseException:
-            self._end()
+            self._let_go()
             raise
         return self
 
@@ -54,20 +55,20 @@ class Lock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end()
+        self._let_go()
 
     def _acquire(self) -> None:
         while True:
-            self._descriptor = files.active.open_lock(self._path)
+            self._descriptor = files.active.open_lock(self._entry)
             try:
                 files.active.lock(self._descriptor)
             except (BlockingIOError, PermissionError):
                 raise self._refusal(self._owner()) from None
             # Another writer may have removed it between open and lock: then it is no lock.
-            if files.active.is_same(self._descriptor, self._path):
-                break
-            files.active.close(self._descriptor)
-            self._descriptor = -1
+            if files.active.is_same(self._descriptor, self._entry):
+                self._is_locked = True
+                return
+            self._close()
 
     def _owner(self) -> str:
         text = bytearray(80)
@@ -80,22 +81,24 @@ class Lock:
             f"elsewhere"
         )
 
-    def _end(self) -> None:
+    def _let_go(self) -> None:
         if self._key[0] != os.getpid():  # a child that was forked meanwhile does not hold it
             return
         try:
             # Locked to the end, so that nobody's lock but ours is removed. If it cannot be: an
             # unlocked file does no harm.
-            with contextlib.suppress(OSError):
-                files.active.remove(self._path)
+            if self._is_locked:
+                with contextlib.suppress(OSError):
+                    files.active.remove(self._entry)
         finally:
-            self._let_go()
+            try:
+                self._close()
+            finally:
+                if _held.get(self._key) is weakref.ref(self):
+                    del _held[self._key]
 
-    def _let_go(self) -> None:
-        try:
-            if self._descriptor >= 0:
-                with contextlib.suppress(OSError):  # the kernel has let go of it all the same
-                    files.active.close(self._descriptor)
-        finally:
-            self._descriptor = -1
-            _held.pop(self._key, None)
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # the kernel has let go of it all the same
+                files.active.close(descriptor)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dvkernels.checkpoint import folder, snapshot, team
-from dvkernels.checkpoint.checkpoint import Checkpoint, Restored, check_context
+from dvkernels.checkpoint import folder, restoring, steps, team
+from dvkernels.checkpoint.checkpoint import Checkpoint, check_context
+from dvkernels.checkpoint.files import Folder
 from dvkernels.checkpoint.lock import Lock
-from dvkernels.checkpoint.save import Save
+from dvkernels.checkpoint.restoring import Restored
+from dvkernels.checkpoint.save import Save, prepared
 from dvkernels.checkpoint.saving import Saves
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.user_errors import shown
 
 __all__ = ["CheckpointManager"]
-
-_NAME = re.compile(r"step-([0-9]{8,18})")
 
 
 class CheckpointManager(Saves):
@@ -44,8 +43,8 @@ class CheckpointManager(Saves):
 
     Notes
     -----
-    The newest is the one with the highest step. To go back on purpose and go on from there, use
-    another directory, or remove the later ones.
+    The newest is the one with the highest step, and nothing is saved below it. To go back and go on
+    from there, call :meth:`restore` with a step.
 
     Examples
     --------
@@ -80,13 +79,15 @@ class CheckpointManager(Saves):
             if number is not None and (type(number) is not int or number < 1):
                 raise CheckpointError(
                     f"CheckpointManager: expected {name} to be a whole number above 0, or None; "
-                    f"got {number!r}"
+                    f"got {shown(number)}"
                 )
         super().__init__()
         self._checkpoint = checkpoint
-        self._directory = Path(os.path.abspath(directory))
+        self._directory = folder.located(directory, "CheckpointManager")
         self._max_to_keep = max_to_keep
         self._keep_every = keep_every
+        # Since the run went back: what was later then, until the next save.
+        self._ending: frozenset[str] = frozenset()
 
     @property
     def directory(self) -> Path:
@@ -96,12 +97,12 @@ class CheckpointManager(Saves):
     @property
     def checkpoints(self) -> tuple[Path, ...]:
         """The checkpoints that are there, in the order of their steps; not looked into."""
-        return checkpoints_in(self._directory)
+        return steps.within(self._directory)
 
     @property
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint, None if there is none; not looked into."""
-        return max(self.checkpoints, key=_step, default=None)
+        return max(self.checkpoints, key=steps.step, default=None)
 
     def save(
         self, step: int, *, metadata: Mapping[str, Any] | None = None, background: bool = False
@@ -111,7 +112,8 @@ class CheckpointManager(Saves):
         Parameters
         ----------
         step : int
-            At least 0. A checkpoint of this step that is there already is replaced.
+            At least 0, and not below the newest that is there, unless :meth:`restore` has gone
+            back. A checkpoint of this step is replaced.
         metadata, background
             As in :meth:`Checkpoint.save`.
 
@@ -126,19 +128,47 @@ class CheckpointManager(Saves):
             As in :meth:`Checkpoint.save`. Nothing has been removed.
         """
         check_context("CheckpointManager.save")
-        if type(step) is not int or not 0 <= step < 10**18:
-            raise CheckpointError(
-                f"CheckpointManager.save: expected a step, a whole number from 0; got {shown(step)}"
+        path = self._directory / steps.name(_checked(step, "save"))
+
+        def prepare() -> Save:
+            taken = prepared(
+                self._checkpoint.objects, step, metadata, path, lambda: self._door(path)
             )
-        given = None if metadata is None else dict(metadata)
-        path = self._directory / _name(step)
-        self._saver.save(
-            lambda: Save(
-                snapshot.take(self._checkpoint.objects, step, given), path, lambda: self._door(path)
-            ),
-            background=background,
-        )
+            if taken.workers.size == 1:  # of several the chief looks, when they begin
+                self._ending_with(path)
+            return taken
+
+        self._saver.save(prepare, background=background)
         return path
+
+    def restore(self, step: int, *, partial: bool = False) -> Restored:
+        """Go back to a step, to go on from there: the next save removes what is later.
+
+        Parameters
+        ----------
+        step : int
+            One that is there.
+        partial : bool
+            As in :meth:`Checkpoint.restore`.
+
+        Raises
+        ------
+        CheckpointError, CheckpointDamagedError, ContextError
+            As in :meth:`Checkpoint.restore`; or the step is not there.
+
+        Notes
+        -----
+        Until the next save is whole everything is there still, and the newest is the one that it
+        was. With it, at the same moment, all later ones are gone that were there at the restore.
+        """
+        check_context("CheckpointManager.restore")
+        name = steps.name(_checked(step, "restore"))
+        self._wait()
+        names = self._names(f"restore step {step} of {self._directory}")
+        if name not in names:
+            there = ", ".join(names) or "no checkpoint"
+            raise CheckpointError(f"{self._directory}: expected {name}; there is {there}")
+        return self._restore(names, name, partial)
 
     def restore_latest(self, *, partial: bool = False) -> Restored | None:
         """Restore the newest checkpoint that is whole; None if there is none at all.
@@ -157,73 +187,111 @@ class CheckpointManager(Saves):
 
         Notes
         -----
-        Says in a warning, and to the logger, which checkpoints are damaged and were passed over.
+        Says in a warning, and to the logger, which checkpoints are damaged and were passed over;
+        the next save removes them.
         """
-        self._saver.wait()
-        workers = team.of(self._checkpoint.objects)
-        # Those that the chief sees: a folder between hosts need not look the same to all at once.
-        names, *_ = team.together(
-            workers,
-            f"restore the latest of {self._directory}",
-            lambda: [path.name for path in self.checkpoints],
-        )
-        faults: list[str] = []
-        for path in (self._directory / name for name in reversed(names)):
+        check_context("CheckpointManager.restore_latest")
+        self._wait()
+        faults: dict[str, str] = {}
+        while True:
+            # Each time anew: a run beside this one may save, and remove.
+            names = self._names(f"restore the latest of {self._directory}")
+            faults = {name: faults[name] for name in names if name in faults}
+            left = [name for name in names if name not in faults]
+            if not left:
+                break
             try:
-                restored = self._checkpoint.restore(path, partial=partial)
+                restored = self._restore(names, left[-1], partial)
             except CheckpointDamagedError as error:
-                faults.append(f"{path.name}: {error}")
+                faults[left[-1]] = str(error)
                 continue
-            if faults:
-                message = f"restored {path}, because newer ones are damaged: {'; '.join(faults)}"
+            passed_over = _told({name: faults[name] for name in faults if name > left[-1]})
+            if passed_over:
+                message = f"restored {restored.path}, because newer ones are damaged: {passed_over}"
                 LOGGER.warning("%s", message)
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             return restored
         if faults:
             raise CheckpointDamagedError(
-                f"{self._directory}: every checkpoint there is damaged: {'; '.join(faults)}"
+                f"{self._directory}: every checkpoint there is damaged: {_told(faults)}"
             )
         return None
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self._directory)!r}, max_to_keep={self._max_to_keep})"
 
+    def _wait(self) -> None:
+        self._saver.wait()
+        self._checkpoint.close()
+
+    def _names(self, what: str) -> list[str]:
+        """Return what the chief sees: a folder need not look the same on all hosts at once."""
+        names, *_ = team.together(
+            team.of(self._checkpoint.objects),
+            what,
+            lambda: [each.name for each in self.checkpoints],
+        )
+        return list(names)
+
+    def _restore(self, names: list[str], name: str, partial: bool) -> Restored:
+        restored = restoring.restore(
+            self._checkpoint.objects, self._directory / name, partial=partial
+        )
+        self._ending = frozenset(names[names.index(name) + 1 :])
+        return restored
+
     @contextlib.contextmanager
     def _door(self, path: Path) -> Iterator[None]:
         """Be the only one who writes to the directory; remove what is not to be kept."""
         folder.make_folders(self._directory)
-        with Lock(self._directory / ".lock", f"save to {path}"):
-            folder.clean(self._directory, _NAME)
-            yield
-            self._remove_old(_step(path))
+        with (
+            folder.opened(self._directory) as parent,
+            Lock(parent / ".lock", f"save to {path}"),
+        ):
+            folder.clean(parent, steps.NAME)
+            ending = [parent / name for name in self._ending_with(path)]
+            with folder.written(parent / path.name, ending):
+                yield
+            self._ending = frozenset()
+            self._remove_old(parent, path)
 
-    def _remove_old(self, just_saved: int) -> None:
-        if self._max_to_keep is None:
-            return
+    def _ending_with(self, path: Path) -> list[str]:
+        """Return what a save ends, the later ones of the time before the run went back."""
+        there = self.checkpoints
+        later = [other.name for other in there if steps.step(other) > steps.step(path)]
+        unknown = [name for name in later if name not in self._ending]
+        if unknown:
+            raise CheckpointError(
+                f"save to {path}: expected a step that is not below the newest, {unknown[-1]}; to "
+                f"go back and on from a step, call manager.restore(step) first: the save after it "
+                f"removes what is later; or use another directory"
+            )
+        return [other.name for other in there if other.name in self._ending and other != path]
+
+    def _remove_old(self, parent: Folder, just_saved: Path) -> None:
         every = self._keep_every
         try:
-            counted = [path for path in self.checkpoints if every is None or _step(path) % every]
+            folder.settle(parent, steps.NAME)
+            if self._max_to_keep is None:
+                return
+            counted = [
+                path for path in self.checkpoints if every is None or steps.step(path) % every
+            ]
             for path in counted[: -self._max_to_keep]:
-                if _step(path) != just_saved:
-                    folder.discard(path)
-        except (
-            OSError,
-            CheckpointError,
-        ) as error:  # the save itself has succeeded; the next one tries again
+                if path != just_saved:
+                    folder.discard(parent / path.name)
+        except (OSError, CheckpointError) as error:
+            # The save itself has succeeded; the next one tries again.
             LOGGER.warning("old checkpoints could not be removed: %s", error)
 
 
-def checkpoints_in(directory: Path) -> tuple[Path, ...]:
-    """Return the checkpoints that managers have saved in a folder, in the order of their steps."""
-    try:
-        return tuple(sorted(folder.within(directory, _NAME), key=_step))
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be listed: {error}") from error
+def _checked(step: Any, verb: str) -> int:
+    if type(step) is not int or not 0 <= step < 10**18:
+        raise CheckpointError(
+            f"CheckpointManager.{verb}: expected a step, a whole number from 0; got {shown(step)}"
+        )
+    return step
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _told(faults: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {fault}" for name, fault in reversed([*faults.items()]))

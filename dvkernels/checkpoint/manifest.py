@@ -65,7 +65,7 @@ class Manifest:
 
 def write(manifest: Manifest) -> bytes:
     """Return the content of the file."""
-    rest = json.dumps(
+    rest = _dumped(
         {
             "format": FORMAT,
             "version": VERSION,
@@ -75,9 +75,7 @@ def write(manifest: Manifest) -> bytes:
             "tensors": {name: vars(entry) for name, entry in manifest.tensors.items()},
             "objects": {name: node.to_json() for name, node in manifest.objects.items()},
             "metadata": plain.encode(manifest.metadata, "metadata"),
-        },
-        separators=(",", ":"),
-        allow_nan=False,
+        }
     )
     body = rest[1:].encode()
     content = b'{"xxh3_64":"%s",\n' % transfer.checksum(body).encode() + body
@@ -87,6 +85,13 @@ def write(manifest: Manifest) -> bytes:
             f"large data in arrays"
         )
     return content
+
+
+def _dumped(given: dict[str, Any]) -> str:
+    try:
+        return json.dumps(given, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:  # a whole number of more digits than this program allows
+        raise CheckpointError(f"what is to be saved cannot be written as JSON: {error}") from error
 
 
 def read(content: bytes, where: str) -> Manifest:

@@ -5,8 +5,9 @@ Everything that can be wrong is found here, but for what only the bytes show.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
+import operator
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from dvkernels.checkpoint.shards import DTYPES
 from dvkernels.devices import memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError
+from dvkernels.user_errors import shown
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of, share_out
 
@@ -37,8 +39,8 @@ __all__: list[str] = []
 
 
 @dataclass
-class StateChange:
-    """An object that takes over a state, and can be given back the one it has."""
+class Change:
+    """An object that takes something over, and can be given back what it has."""
 
     path: str
     get: Callable[[], Any]
@@ -48,20 +50,20 @@ class StateChange:
 
 @dataclass
 class Plan:
-    """What a restore does, in this order: states, loads, finishing touches."""
+    """What a restore does, in this order: changes, loads, finishing touches."""
 
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     # Arrays of our own that states are made of: read before anything is touched.
     staged: dict[str, Any] = field(default_factory=dict)
-    states: list[StateChange] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     # The arrays that each tensor fills, in full.
     loads: dict[str, list[Any]] = field(default_factory=dict)
-    # What is left to do when the loads are done; it cannot fail.
+    # What is left to do when the loads are done, to arrays only; may be done again after them.
     finish: list[Callable[[], None]] = field(default_factory=list)
     # What stands at the top after the restore: the same objects, and new immutable ones.
-    values: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def match(own: Mapping[str, Any], manifest: Manifest) -> Plan:
@@ -83,33 +85,33 @@ class _Matcher:
 
     def _children(
         self, own: Mapping[str, Any], saved: Mapping[str, Node], path: str
-    ) -> dict[str, Callable[[], Any]]:
-        """Match what has the same name; return how to get each child after the restore."""
+    ) -> dict[str, Any]:
+        """Match what has the same name; return what each child is after the restore."""
         self.plan.unexpected += [child(path, name) for name in saved if name not in own]
-        results: dict[str, Callable[[], Any]] = {}
+        results: dict[str, Any] = {}
         for name, value in own.items():
             here = child(path, name)
             if name in saved:
                 results[name] = self._match(value, saved[name], here)
             else:
                 self.plan.missing.append(here)
-                results[name] = _same(value)
+                results[name] = value
         return results
 
-    def _match(self, own: Any, node: Node, path: str) -> Callable[[], Any]:
-        """Plan how to restore one object; return how to get it afterwards."""
+    def _match(self, own: Any, node: Node, path: str) -> Any:
+        """Plan how to restore one object; return what it is afterwards."""
         match node:
             case VariableNode() | ArrayNode() if isinstance(own, Variable | np.ndarray):
                 names = node.tensors if isinstance(node, VariableNode) else (node.tensor,)
                 self._fill(own, names, path)
                 self.plan.matched.append(path)
-                return _same(own)
+                return own
             case GeneratorNode() if generators.is_generator(own):
                 self._generator(own, node, path)
-                return _same(own)
+                return own
             case StateNode() if objects.is_object(own) and isinstance(own, HasState):
                 self._state(own, node, path)
-                return _same(own)
+                return own
             case DataNode() if plain.is_plain(own):
                 self.plan.matched.append(path)
                 return self._data(own, node.value, path)
@@ -205,7 +207,7 @@ class _Matcher:
         for variable in slotted.values():
             if id(variable) in self._filled_from:
                 # It had none when it was saved, and none means zeros.
-                slots = [copy for slot in optimizer.slots(variable) for copy in copies_of(slot)]
+                slots = [each for slot in optimizer.slots(variable) for each in copies_of(slot)]
                 self.plan.finish.append(_zeroing([*slots, optimizer.steps(variable)]))
             elif id(variable) not in known:
                 self.plan.missing.append(
@@ -222,10 +224,10 @@ class _Matcher:
             )
         state = plain.decode(node.value, path, self._stage)
         generators.check(own, state, path)
-        self.plan.states.append(
-            StateChange(
+        self.plan.changes.append(
+            Change(
                 path,
-                lambda: generators.state(own),
+                lambda: copy.deepcopy(generators.state(own)),
                 lambda given: generators.set_state(own, given),
                 state,
             )
@@ -234,11 +236,11 @@ class _Matcher:
 
     def _state(self, own: HasState, node: StateNode, path: str) -> None:
         state = plain.decode(node.value, path, self._stage)
-        get, change = own.state_dict, own.load_state_dict
+        get, set_ = own.state_dict, own.load_state_dict
         if isinstance(own, HasSlots):
-            get, change = own.progress, own.set_progress
+            get, set_ = own.progress, own.set_progress
             self._with_slots.append((own, node, path))
-        self.plan.states.append(StateChange(path, get, change, state))
+        self._change(path, lambda: copy.deepcopy(get()), set_, state)
         self.plan.matched.append(path)
         if node.slots and not isinstance(own, HasSlots):
             raise CheckpointError(
@@ -258,52 +260,57 @@ class _Matcher:
 
     # -- data and containers --------------------------------------------------------------------
 
-    def _data(self, own: Any, saved: Any, path: str) -> Callable[[], Any]:
-        """Plan to make a list or dict what was saved, in place; hand back anything else."""
+    def _data(self, own: Any, saved: Any, path: str) -> Any:
+        """Plan to make a list or dict what was saved, in place; return anything else."""
         if type(own) is list and type(saved) is list:
-            self.plan.finish.append(lambda: own.__setitem__(slice(None), saved))
+            self._change(
+                path, lambda: [*own], lambda given: own.__setitem__(slice(None), given), saved
+            )
         elif type(own) is dict and type(saved) is dict:
-            self.plan.finish.append(_replacing(own, saved))
+            self._change(path, lambda: {**own}, lambda given: _replace(own, given), saved)
         elif type(own) in (list, dict):
             raise CheckpointError(
-                f"{path}: expected a {type(own).__name__}; the checkpoint holds {saved!r:.80}, a "
+                f"{path}: expected a {type(own).__name__}; the checkpoint holds {shown(saved)}, a "
                 f"{type(saved).__name__}"
             )
         else:
-            return _same(saved)
-        return _same(own)
-
-    def _nest(
-        self, own: Any, inner: objects.Opened, saved: dict[str, Node], path: str
-    ) -> Callable[[], Any]:
-        results = self._children(inner.children, saved, path)
-        rebuilt: list[Any] = []
-
-        def finish() -> None:
-            values = [result() for result in results.values()]
-            changes = {
-                key: new
-                for key, new, old in zip(inner.keys, values, inner.children.values(), strict=True)
-                if new is not old
-            }
-            rebuilt.append(own if not changes else _changed(own, changes, inner, values))
-
-        self.plan.finish.append(finish)
-        return lambda: rebuilt[0]
-
-
-def _changed(own: Any, changes: dict[Any, Any], inner: objects.Opened, values: list[Any]) -> Any:
-    """Return a container with other children: itself where it can be changed."""
-    if isinstance(own, dict | list | deque):
-        for key, new in changes.items():
-            own[key] = new
+            return saved
         return own
-    if dataclasses.is_dataclass(own):
-        with contextlib.suppress(dataclasses.FrozenInstanceError):
-            for key, new in changes.items():
-                setattr(own, key, new)
+
+    def _nest(self, own: Any, inner: objects.Opened, saved: dict[str, Node], path: str) -> Any:
+        values = list(self._children(inner.children, saved, path).values())
+        before = dict(zip(inner.keys, inner.children.values(), strict=True))
+        new = {
+            key: value
+            for key, value in zip(inner.keys, values, strict=True)
+            if value is not before[key]
+        }
+        if not new:
             return own
-    return inner.rebuild(values)
+        store = _storing(own)
+        if store is None:
+            return inner.rebuild(values)
+
+        def put(given: dict[Any, Any]) -> None:
+            for key, value in given.items():
+                store(own, key, value)
+
+        self._change(path, lambda: {key: before[key] for key in new}, put, new)
+        return own
+
+    def _change(
+        self, path: str, get: Callable[[], Any], set_: Callable[[Any], Any], new: Any
+    ) -> None:
+        self.plan.changes.append(Change(path, get, set_, new))
+
+
+def _storing(own: Any) -> Callable[[Any, Any, Any], None] | None:
+    """Return what puts a child into a container; None if it cannot be changed."""
+    if isinstance(own, dict | list | deque):
+        return operator.setitem
+    if dataclasses.is_dataclass(own) and not getattr(own, "__dataclass_params__").frozen:  # noqa: B009
+        return setattr
+    return None
 
 
 def _items(node: NestNode | DataNode) -> dict[str, Node] | None:
@@ -339,20 +346,13 @@ def _is_shared_out(variable: Variable) -> bool:
     )
 
 
-def _same(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
 def _copying(targets: Sequence[Any], source: Any) -> Callable[[], None]:
     return lambda: memory.holding(targets[0]).overwrite(targets, [source] * len(targets))
 
 
-def _replacing(own: dict[Any, Any], saved: dict[Any, Any]) -> Callable[[], None]:
-    def replace() -> None:
-        own.clear()
-        own.update(saved)
-
-    return replace
+def _replace(own: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    own.clear()
+    own.update(saved)
 
 
 def _zeroing(arrays: Sequence[Any]) -> Callable[[], None]:
@@ -370,10 +370,10 @@ def _setting(steps: Any, optimizer: HasSlots) -> Callable[[], None]:
 def _described(own: Any) -> str:
     if isinstance(own, Variable):
         return f"the variable {own.name!r}"
-    return f"what fits {own!r:.80}, a {type(own).__name__}"
+    return f"what fits {shown(own)}, a {type(own).__name__}"
 
 
 def _described_node(node: Node) -> str:
     if isinstance(node, GeneratorNode | StateNode | NestNode):
         return f"a {node.type:.80} ({node.kind})"
-    return f"{node.value!r:.80}" if isinstance(node, DataNode) else f"a {node.kind}"
+    return shown(node.value) if isinstance(node, DataNode) else f"a {node.kind}"

@@ -28,6 +28,8 @@ from dvkernels.variables.variable import Saved, Variable, saved_by
 
 __all__: list[str] = []
 
+_MOST_PLACES = 1 << 20
+
 
 @runtime_checkable
 class HasState(Protocol):
@@ -92,7 +94,7 @@ def opened(value: Any, path: str) -> Opened | None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(
-            f"{path}: two of its keys are written {twice!r:.80}; rename one of them"
+            f"{path}: two of its keys are written {shown(twice)}; rename one of them"
         )
     return Opened(
         dict(zip(names, held, strict=True)),
@@ -107,18 +109,60 @@ def child(path: str, name: str) -> str:
     return f"{path}/{escaped}" if path else escaped
 
 
-def walk(value: Any, path: str, above: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
+def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield what is no container below ``path``, with its path; plain data in one piece."""
-    inner = None if is_object(value) or plain.is_plain(value) else opened(value, path)
+    if _Places().count(value, path, 0) > _MOST_PLACES:
+        raise CheckpointError(
+            f"{path}: containers in it stand at more than {_MOST_PLACES} places; let what holds "
+            f"variables or arrays stand at one"
+        )
+    return _walk(value, path)
+
+
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    inner = _inner(value, path)
     if inner is None:
         yield path, value
-        return
-    if id(value) in above or len(above) > plain.MAX_DEPTH:
-        raise CheckpointError(
-            f"{path}: nested deeper than {plain.MAX_DEPTH} levels, or in a circle"
+    else:
+        for name, each in inner.children.items():
+            yield from _walk(each, child(path, name))
+
+
+def _inner(value: Any, path: str) -> Opened | None:
+    return None if is_object(value) or plain.is_plain(value) else opened(value, path)
+
+
+class _Places:
+    """At how many places containers stand, found by going through each of them once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+        self._above: dict[int, str] = {}  # those that are being gone through, and their paths
+        self._kept: list[Any] = []  # so that their identities stay theirs
+
+    def count(self, value: Any, path: str, depth: int) -> int:
+        if id(value) in self._above:
+            raise CheckpointError(
+                f"{path}: it is the {type(value).__name__} at {self._above[id(value)]} again, so "
+                f"that it is in a circle; keep it out of the checkpoint"
+            )
+        if id(value) in self._known:
+            return self._known[id(value)]
+        inner = _inner(value, path)
+        if inner is None:
+            return 0
+        if depth > plain.MAX_DEPTH:
+            raise CheckpointError(
+                f"{path}: nested deeper than {plain.MAX_DEPTH} levels, or in a circle"
+            )
+        self._kept.append(value)
+        self._above[id(value)] = path
+        count = 1 + sum(
+            self.count(each, child(path, name), depth + 1) for name, each in inner.children.items()
         )
-    for name, each in inner.children.items():
-        yield from walk(each, child(path, name), above | {id(value)})
+        del self._above[id(value)]
+        self._known[id(value)] = count
+        return count
 
 
 def is_object(value: Any) -> bool:

@@ -10,7 +10,7 @@ import base64
 import binascii
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,78 +22,142 @@ from dvkernels.user_errors import shown
 __all__: list[str] = []
 
 MAX_DEPTH = 100
+MAX_COUNT = 1 << 24
+_MOST_BITS = 14284  # 4300 digits, the most that Python reads unless it is told otherwise
+_TOO_HIGH = MAX_DEPTH + 1
 _ATOMS = (type(None), bool, int, str)
 _KEYS = (bool, int, str)
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def is_plain(value: Any, depth: int = 0) -> bool:
-    """Say whether a value is plain data through and through."""
+def is_plain(value: Any) -> bool:
+    """Say whether a value is plain data through and through, and not too deep."""
+    return _height(value, 0, {}) <= MAX_DEPTH
+
+
+def _height(value: Any, depth: int, known: dict[int, int]) -> int:
+    """Return how many levels of plain data there are; too many for what is none, or a circle."""
     kind = type(value)
     if kind in (*_ATOMS, float, complex, bytes):
-        return True
-    if kind in (list, tuple):
-        return depth < MAX_DEPTH and all(is_plain(each, depth + 1) for each in value)
-    if kind is dict:
-        return depth < MAX_DEPTH and all(
-            type(key) in _KEYS and is_plain(each, depth + 1) for key, each in value.items()
-        )
-    return isinstance(value, np.generic) and value.dtype.name in DTYPES
+        return 0
+    if kind not in (list, tuple, dict):
+        is_scalar = isinstance(value, np.generic) and value.dtype.name in DTYPES
+        return 0 if is_scalar else _TOO_HIGH
+    if id(value) in known or depth > MAX_DEPTH:
+        return known.get(id(value), _TOO_HIGH)
+    known[id(value)] = _TOO_HIGH  # until it is known: what it holds must not hold it
+    if kind is dict and any(type(key) not in _KEYS for key in value):
+        return _TOO_HIGH
+    height = 0
+    for each in value.values() if kind is dict else value:
+        height = max(height, 1 + _height(each, depth + 1, known))
+        if height > MAX_DEPTH:
+            return _TOO_HIGH
+    known[id(value)] = height
+    return height
 
 
 def encode(value: Any, where: str, save_array: Callable[[Any], str] | None = None) -> Any:
     """Return plain data as JSON can hold it.
 
-    ``save_array`` allows arrays in it: it takes one and returns the name that stands for it.
+    ``save_array`` allows arrays in it: it takes one and returns the name that stands for it. What
+    stands at several places is gone through once, and the result stands at several places.
     """
-    return _encode(value, where, save_array, 0)
+    return _Encoder(where, save_array).encode(value, 0)
 
 
-def _encode(value: Any, where: str, save: Callable[[Any], str] | None, depth: int) -> Any:
-    kind = type(value)
-    if depth > MAX_DEPTH:
-        raise CheckpointError(f"{where}: nested deeper than {MAX_DEPTH} levels, or in a circle")
-    if kind in _ATOMS:
-        return value
-    if kind is float:
-        return value if math.isfinite(value) else {"$float": str(value)}
-    if kind is complex:
-        parts = (value.real, value.imag)
-        return {"$complex": [_encode(part, where, save, depth + 1) for part in parts]}
-    if kind is bytes:
-        return {"$bytes": base64.b64encode(value).decode()}
-    if kind in (list, tuple):
-        listed = [_encode(each, where, save, depth + 1) for each in value]
-        return listed if kind is list else {"$tuple": listed}
-    if isinstance(value, dict):
-        return _encode_dict(value, where, save, depth)
-    if isinstance(value, np.generic) and value.dtype.name in DTYPES:
-        item = value.item() if value.dtype.name != "bfloat16" else float(value)
-        return {"$scalar": [value.dtype.name, _encode(item, where, save, depth + 1)]}
-    if isinstance(value, np.ndarray) and save is not None:
-        return {"$array": save(value)}
-    allowed = "arrays, " if save is not None else ""
-    raise CheckpointError(
-        f"{where}: expected {allowed}numbers, strings, bytes, None, or lists, tuples and dicts of "
-        f"them; got {shown(value)}, a {kind.__name__}; keep it out of the checkpoint, or save what "
-        f"it can be made from"
-    )
+class _Encoded(NamedTuple):
+    """What a container has become."""
+
+    json: Any
+    height: int  # levels
+    size: int  # values in it, once for each place
+    kept: Any  # the value and what it gave: so that their identities stay theirs
 
 
-def _encode_dict(
-    value: dict[Any, Any], where: str, save: Callable[[Any], str] | None, depth: int
-) -> Any:
-    """Return a dict of any kind as an object, or as a list of pairs where names are not enough."""
-    for key in value:
-        if type(key) not in _KEYS:
+class _Encoder:
+    def __init__(self, where: str, save_array: Callable[[Any], str] | None) -> None:
+        self._where = where
+        self._save_array = save_array
+        self._known: dict[int, _Encoded | None] = {}  # None: what it holds is being encoded
+
+    def encode(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if kind is int and value.bit_length() > _MOST_BITS:
             raise CheckpointError(
-                f"{where}: expected the keys of a dict to be strings or whole numbers; got "
-                f"{shown(key)}, a {type(key).__name__}"
+                f"{self._where}: expected whole numbers of at most {_MOST_BITS} bits; got one of "
+                f"{value.bit_length()}; save it as bytes: number.to_bytes(..., signed=True)"
             )
-    held = [(key, _encode(each, where, save, depth + 1)) for key, each in value.items()]
-    if all(type(key) is str and not key.startswith("$") for key, _ in held):
-        return dict(held)
-    return {"$dict": [[key, each] for key, each in held]}
+        if kind in _ATOMS:
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": str(value)}
+        if kind is complex:
+            return {"$complex": [self.encode(part, depth) for part in (value.real, value.imag)]}
+        if kind is bytes:
+            return {"$bytes": base64.b64encode(value).decode()}
+        if kind in (list, tuple) or isinstance(value, dict):
+            return self._container(value, depth)
+        if isinstance(value, np.generic) and value.dtype.name in DTYPES:
+            item = value.item() if value.dtype.name != "bfloat16" else float(value)
+            return {"$scalar": [value.dtype.name, self.encode(item, depth)]}
+        if isinstance(value, np.ndarray) and self._save_array is not None:
+            return {"$array": self._save_array(value)}
+        allowed = "arrays, " if self._save_array is not None else ""
+        raise CheckpointError(
+            f"{self._where}: expected {allowed}numbers, strings, bytes, None, or lists, tuples and "
+            f"dicts of them; got {shown(value)}, a {kind.__name__}; keep it out of the checkpoint, "
+            f"or save what it can be made from"
+        )
+
+    def _container(self, value: Any, depth: int) -> Any:
+        if id(value) not in self._known:
+            self._known[id(value)] = None
+            self._known[id(value)] = self._opened(value, depth)
+        known = self._known[id(value)]
+        if known is None:
+            raise CheckpointError(
+                f"{self._where}: a {type(value).__name__} in it is in a circle, and holds itself; "
+                f"keep it out of the checkpoint"
+            )
+        if depth + known.height > _TOO_HIGH:
+            raise CheckpointError(f"{self._where}: nested deeper than {MAX_DEPTH} levels")
+        return known.json
+
+    def _opened(self, value: Any, depth: int) -> _Encoded:
+        if depth > MAX_DEPTH:
+            raise CheckpointError(
+                f"{self._where}: nested deeper than {MAX_DEPTH} levels, or in a circle"
+            )
+        held = list(value.values() if isinstance(value, dict) else value)
+        json: Any = [self.encode(each, depth + 1) for each in held]
+        below = [found for each in held if (found := self._known.get(id(each))) is not None]
+        height = 1 + max((found.height for found in below), default=0)
+        size = len(held) + sum(found.size for found in below)
+        if size > MAX_COUNT:
+            raise CheckpointError(
+                f"{self._where}: expected at most {MAX_COUNT} values, each counted once for each "
+                f"place where it stands; got more; keep large data in arrays, and let what is "
+                f"large stand at one place"
+            )
+        if isinstance(value, dict):
+            json = self._named(list(value), json)
+        elif type(value) is tuple:
+            json = {"$tuple": json}
+        return _Encoded(json, height, size, (value, held))
+
+    def _named(self, keys: list[Any], values: list[Any]) -> Any:
+        """Return a dict of any kind as an object, or as pairs where names are not enough."""
+        for key in keys:
+            if type(key) not in _KEYS:
+                raise CheckpointError(
+                    f"{self._where}: expected the keys of a dict to be strings or whole numbers; "
+                    f"got {shown(key)}, a {type(key).__name__}"
+                )
+        pairs = zip(keys, values, strict=True)
+        if all(type(key) is str and not key.startswith("$") for key in keys):
+            return dict(pairs)
+        return {"$dict": [[self.encode(key, 0), each] for key, each in pairs]}
 
 
 def decode(value: Any, where: str, load_array: Callable[[str], Any] | None = None) -> Any:
@@ -143,13 +207,13 @@ def _decode(value: Any, where: str, load: Callable[[str], Any] | None, depth: in
             return _decode_scalar(held, here, depth)
         case "$array" if load is not None:
             return load(untrusted.text(held, here))
-    raise CheckpointDamagedError(f"{where}: got the unknown name {tag!r:.80}")
+    raise CheckpointDamagedError(f"{where}: got the unknown name {shown(tag)}")
 
 
 def _floats(value: Any, where: str, depth: int) -> list[float]:
     parts = [_decode(each, where, None, depth + 1) for each in untrusted.array(value, where)]
     if len(parts) != 2 or any(type(part) is not float for part in parts):
-        raise CheckpointDamagedError(f"{where}: expected two numbers; got {parts!r:.80}")
+        raise CheckpointDamagedError(f"{where}: expected two numbers; got {shown(parts)}")
     return parts
 
 
@@ -158,10 +222,10 @@ def _decode_dict(value: Any, where: str, load: Callable[[str], Any] | None, dept
     for pair in untrusted.array(value, where):
         if len(untrusted.array(pair, where)) != 2 or type(pair[0]) not in _KEYS:
             raise CheckpointDamagedError(
-                f"{where}: expected pairs of a key and a value; got {pair!r:.80}"
+                f"{where}: expected pairs of a key and a value; got {shown(pair)}"
             )
         if pair[0] in found:
-            raise CheckpointDamagedError(f"{where}: the key {pair[0]!r:.80} stands there twice")
+            raise CheckpointDamagedError(f"{where}: the key {shown(pair[0])} stands there twice")
         found[pair[0]] = _decode(pair[1], where, load, depth + 1)
     return found
 
@@ -169,12 +233,12 @@ def _decode_dict(value: Any, where: str, load: Callable[[str], Any] | None, dept
 def _decode_scalar(value: Any, where: str, depth: int) -> Any:
     given = untrusted.array(value, where)
     if len(given) != 2:
-        raise CheckpointDamagedError(f"{where}: expected a dtype and a number; got {given!r:.80}")
+        raise CheckpointDamagedError(f"{where}: expected a dtype and a number; got {shown(given)}")
     dtype = DTYPES[untrusted.one_of(given[0], f"{where}, dtype", DTYPES)]
     item = _decode(given[1], where, None, depth + 1)
     kinds = {"b": bool, "i": int, "u": int, "c": complex}
     if type(item) is not kinds.get(dtype.kind, float):
-        raise CheckpointDamagedError(f"{where}: expected a number of {dtype}; got {item!r:.80}")
+        raise CheckpointDamagedError(f"{where}: expected a number of {dtype}; got {shown(item)}")
     try:
         with np.errstate(over="raise"):
             return dtype.type(item)

@@ -130,14 +130,20 @@ class PreemptionHandler:
         raise SystemExit(self._exit_code)
 
     def __enter__(self) -> Self:
+        # An interrupt may come between any two steps: what was before is noted before it changes.
         try:
             for number in self._numbers:
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.getsignal(number)
+                signal.signal(number, self._note)
         except ValueError as error:
+            self._before.clear()
             raise ContextError(
                 f"PreemptionHandler: signals are handled in the main thread; enter it there "
                 f"({error})"
             ) from error
+        except BaseException:
+            self._restore_handlers()
+            raise
         return self
 
     def __exit__(
@@ -146,9 +152,19 @@ class PreemptionHandler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        interrupt: BaseException | None = None
         while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            try:
+                number, handler = next(iter(self._before.items()))
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                del self._before[number]
+            except BaseException as error:  # first all of them
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dvkernels.checkpoint import files, folder, manifest, shards, transfer
+from dvkernels.checkpoint.files import Folder
+from dvkernels.checkpoint.folder import MANIFEST
 from dvkernels.checkpoint.manifest import FileEntry, Manifest
 from dvkernels.checkpoint.shards import Range
 from dvkernels.checkpoint.transfer import Piece
-from dvkernels.errors import CheckpointDamagedError
+from dvkernels.errors import CheckpointDamagedError, CheckpointError
 
 __all__: list[str] = []
 
+_OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_MOST_REPLACEMENTS = 100  # each of them a whole save, between two looks at the folder
+
 
 class Reader:
-    """The content of a checkpoint. Made by :func:`opened`."""
+    """The content of a checkpoint; who replaces or removes it meanwhile changes nothing in here."""
 
-    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, path: Path, folder: Folder) -> None:
         self.path = path
-        content = _manifest(path)
-        self.checksum = transfer.checksum(content)  # of the manifest
-        self.manifest = manifest.read(content, str(path / folder.MANIFEST))
         self._descriptors: list[int] = []
-        self._ranges: dict[str, Range] = {}
-        for entry in self.manifest.files:
-            descriptor = files.active.open(path / entry.name)
-            stack.callback(files.active.close, descriptor)
-            self._descriptors.append(descriptor)
-            self._ranges |= _ranges(descriptor, entry, f"{path / entry.name}")
-        _compare(self.manifest, self._ranges, path)
+        try:
+            content = _manifest(folder)
+            self.checksum = transfer.checksum(content)  # of the manifest
+            self.manifest = manifest.read(content, str(path / MANIFEST))
+            self._ranges: dict[str, Range] = {}
+            for entry in self.manifest.files:
+                descriptor = files.active.open(folder / entry.name)
+                self._descriptors.append(descriptor)
+                self._ranges |= _ranges(descriptor, entry, f"{path / entry.name}")
+            _compare(self.manifest, self._ranges, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the files; may be called twice."""
+        while self._descriptors:
+            files.active.close(self._descriptors.pop())
+
+    __del__ = close  # an interrupt may keep anybody from calling it
 
     def check(self, names: Iterable[str]) -> None:
         """Read tensors and compare their checksums."""
@@ -40,10 +57,17 @@ class Reader:
 
     def load(self, places: Mapping[str, Iterable[Any]]) -> None:
         """Read tensors, each into all its arrays, and compare their checksums."""
-        with _readable(self.path):
-            transfer.load(
-                [piece for name, given in places.items() for piece in self._pieces(name, given)]
-            )
+        self.loading(places)()
+
+    def loading(self, places: Mapping[str, Iterable[Any]]) -> Callable[[], None]:
+        """Return what does :meth:`load`, and needs hardly any memory to do it."""
+        pieces = [piece for name, given in places.items() for piece in self._pieces(name, given)]
+
+        def load() -> None:
+            with _readable(self.path):
+                transfer.load(pieces)
+
+        return load
 
     def _pieces(self, name: str, places: Iterable[Any]) -> Iterator[Piece]:
         entry = self.manifest.tensors[name]
@@ -62,29 +86,72 @@ class Reader:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Reader]:
-    """Open a checkpoint; :class:`CheckpointDamagedError` if it cannot be read."""
-    with contextlib.ExitStack() as stack:
-        with _readable(path):
-            reader = Reader(folder.existing(path), stack)
+    """Have a checkpoint open; :class:`CheckpointDamagedError` if it cannot be read."""
+    reader = open_reader(path)
+    try:
         yield reader
+    finally:
+        reader.close()
+
+
+def open_reader(path: Path) -> Reader:
+    """Open a checkpoint; :class:`CheckpointDamagedError` if it cannot be read.
+
+    A writer beside it may remove the one that was found before all its files are open. Then what
+    has taken its place is opened.
+    """
+    with _readable(path):
+        for is_last in (*[False] * _MOST_REPLACEMENTS, True):
+            try:
+                found = folder.open_existing(path)
+            except FileNotFoundError:
+                raise _absent(path) from None
+            try:
+                return Reader(path, found)
+            except (OSError, CheckpointDamagedError):
+                if is_last or not _is_replaced(path, found):
+                    raise
+            finally:
+                files.active.close(found.descriptor)
+    raise AssertionError("unreachable")
+
+
+def _is_replaced(path: Path, found: Folder) -> bool:
+    """Say whether another folder has taken the place of an open one."""
+    try:
+        now = folder.open_existing(path)
+    except OSError:
+        return False
+    try:
+        return not os.path.sameopenfile(now.descriptor, found.descriptor)
+    finally:
+        files.active.close(now.descriptor)
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
+    except (OSError, MemoryError) as error:
+        # Where the process has too little of something, the files are not to blame.
+        is_ours = isinstance(error, MemoryError) or error.errno in _OF_THE_PROCESS
+        kind = CheckpointError if is_ours else CheckpointDamagedError
+        why = str(error) or "there is not enough memory"
+        raise kind(f"{path} cannot be read: {why}") from error
 
 
-def _manifest(path: Path) -> bytes:
-    where = path / folder.MANIFEST
+def _absent(path: Path) -> CheckpointDamagedError:
+    return CheckpointDamagedError(
+        f"{path}: expected a checkpoint, a folder with {MANIFEST}; there is none"
+    )
+
+
+def _manifest(given: Folder) -> bytes:
+    where = given / MANIFEST
     try:
         descriptor = files.active.open(where)
     except FileNotFoundError:
-        raise CheckpointDamagedError(
-            f"{path}: expected a checkpoint, a folder with {folder.MANIFEST}; there is none"
-        ) from None
+        raise _absent(given.path) from None
     try:
         nbytes = files.active.size(descriptor)
         if nbytes > manifest.MAX_NBYTES:

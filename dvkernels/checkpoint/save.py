@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dvkernels.checkpoint import files, folder, manifest, shards, team, transfer
+from dvkernels.checkpoint import files, folder, manifest, shards, snapshot, team, transfer
+from dvkernels.checkpoint.errand import uninterrupted
+from dvkernels.checkpoint.files import Folder
 from dvkernels.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from dvkernels.checkpoint.snapshot import Snapshot
 from dvkernels.checkpoint.transfer import Piece
@@ -33,6 +34,22 @@ class _Written(NamedTuple):
     tensors: dict[str, TensorEntry]
 
 
+def prepared(
+    objects: Mapping[str, Any],
+    step: int | None,
+    metadata: Any,
+    path: Path,
+    door: Callable[[], AbstractContextManager[None]],
+) -> Save:
+    """Return a save of what objects hold now; raise if one of them cannot be saved."""
+    try:
+        return Save(snapshot.take(objects, step, metadata), path, door)
+    except MemoryError as error:
+        raise CheckpointError(
+            f"save to {path}: there is not enough memory for what is to be saved"
+        ) from error
+
+
 class Save:
     """Three steps, in this order; after an error what was at ``path`` before is there still.
 
@@ -40,29 +57,29 @@ class Save:
 
     Parameters
     ----------
-    snapshot : Snapshot
+    taken : Snapshot
     path : Path
     door : callable
-        Returns a context in which nobody else writes there. Entered by the chief, who leaves it
-        when all is in place.
+        Returns a context in which nobody else writes there, and at whose end what was written is
+        put in place. Entered by the chief.
     """
 
     def __init__(
-        self, snapshot: Snapshot, path: Path, door: Callable[[], AbstractContextManager[None]]
+        self, taken: Snapshot, path: Path, door: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        self.snapshot = snapshot
-        self.workers = snapshot.workers
+        self.snapshot = taken
+        self.workers = taken.workers
         self._path = path
         self._door = door
         self._what = f"save to {path}"
         self._is_chief = self.workers.rank == team.CHIEF
         self._stack = ExitStack()
-        self._new = folder.new(path)
-        self._groups = _dealt(snapshot.tensors)
+        self._groups = _dealt(taken.tensors)
         self._block_nbytes = transfer.BLOCK_NBYTES
         self._first_shard = 0
         self._written: _Written | None = None
         self._failure: BaseException | None = None
+        self._is_undone = False
 
     def copied(self, copied: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
         """Save copies of the arrays, as ``copied`` returns them, instead of themselves."""
@@ -70,42 +87,63 @@ class Save:
         # that needs it waits for a writer that has it, and may wait for a core. Steps took 1.1
         # times as long as alone with whole pieces, 1.2 to 1.3 times with blocks for the caches.
         self._block_nbytes = transfer.PIECE_NBYTES
-        tensors = copied(self.snapshot.tensors)
+        with naming_failures(self._path):
+            tensors = copied(self.snapshot.tensors)
         self.snapshot = replace(self.snapshot, tensors=tensors)
         self._groups = _dealt(tensors)
 
+    def carry_out(self) -> None:
+        """Take the three steps, or undo them."""
+        try:
+            self.begin()
+            uninterrupted(self.write)
+            self.finish()
+        except BaseException as error:
+            self.abort(error)
+            raise
+
     def begin(self) -> None:
         """Make the place to write to, and agree on the numbers of the shards."""
-        with self._undone_by_errors():
-            with team.telling(self.workers, self._what):
-                if self._is_chief:
-                    with naming_failures(self._path):
-                        self._stack.enter_context(self._door())
-                        self._stack.enter_context(folder.written(self._path))
-                counts = self.workers.exchange(len(self._groups))
-            self._first_shard = sum(counts[: self.workers.rank])
+        with team.telling(self.workers, self._what):
+            if self._is_chief:
+                uninterrupted(self._open, is_whole=True)
+            counts = self.workers.exchange(len(self._groups))
+        self._first_shard = sum(counts[: self.workers.rank])
 
     @tracing.span("write", "checkpoint")
     def write(self) -> None:
         """Write the shards of this worker; :meth:`finish` says if that has failed."""
         try:
-            with naming_failures(self._path):
+            with naming_failures(self._path), folder.unfinished(self._path) as new:
                 self._written = _write_shards(
-                    self._groups, self._new, self._first_shard, self._block_nbytes
+                    self._groups, new, self._first_shard, self._block_nbytes
                 )
         except BaseException as error:
             self._failure = error
 
     def finish(self) -> None:
         """Put all in place when every worker has written its shards, or raise on all of them."""
-        with self._undone_by_errors():
-            parts: list[_Written] = team.together(self.workers, self._what, self._own_part)
-            with team.telling(self.workers, self._what):
-                if self._is_chief:
-                    with naming_failures(self._path):
-                        _write_manifest(self.snapshot, parts, self._new)
-                        self._stack.close()
-                self.workers.meet()
+        parts: list[_Written] = team.together(self.workers, self._what, self._own_part)
+        with team.telling(self.workers, self._what):
+            if self._is_chief:
+                uninterrupted(lambda: self._close(parts), is_whole=True)
+            self.workers.meet()
+
+    def abort(self, error: BaseException) -> None:
+        """Undo what has been done, and let the other workers know; may be called twice."""
+        if not self._is_undone:
+            self.workers.announce(error)
+            uninterrupted(lambda: self._undo(error), is_whole=True)
+            self._is_undone = True
+
+    def _open(self) -> None:
+        with naming_failures(self._path):
+            self._stack.enter_context(self._door())
+
+    def _close(self, parts: Sequence[_Written]) -> None:
+        with naming_failures(self._path):
+            _write_manifest(self.snapshot, parts, self._path)
+            self._stack.close()
 
     def _own_part(self) -> _Written:
         failure, self._failure = self._failure, None  # it holds what was on the stack
@@ -114,13 +152,10 @@ class Save:
         assert self._written is not None
         return self._written
 
-    @contextlib.contextmanager
-    def _undone_by_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._stack.__exit__(*sys.exc_info())
-            raise
+    def _undo(self, error: BaseException) -> None:
+        # The error is raised by who has called; the contexts raise it too.
+        with contextlib.suppress(BaseException):
+            self._stack.__exit__(type(error), error, error.__traceback__)
 
 
 @contextlib.contextmanager
@@ -128,14 +163,15 @@ def naming_failures(path: Path) -> Iterator[None]:
     """Say of an error of the operating system what it has kept from being saved."""
     try:
         yield
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise CheckpointError(
-            f"save to {path} failed: {error}; what was there before is whole, and the run can go on"
+            f"save to {path} failed: {str(error) or 'there is not enough memory'}; what was there "
+            f"before is whole, and the run can go on"
         ) from error
 
 
 def _write_shards(
-    groups: Sequence[Sequence[tuple[str, Any]]], new: Path, first_shard: int, block_nbytes: int
+    groups: Sequence[Sequence[tuple[str, Any]]], new: Folder, first_shard: int, block_nbytes: int
 ) -> _Written:
     with contextlib.ExitStack() as stack:
         descriptors, headers, columns = [], [], []
@@ -178,22 +214,23 @@ def _write_shards(
     return _Written(entries, tensors_of)
 
 
-def _write_manifest(snapshot: Snapshot, parts: Sequence[_Written], new: Path) -> None:
+def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> None:
     content = manifest.write(
         Manifest(
-            snapshot.step,
+            taken.step,
             tuple(entry for part in parts for entry in part.files),
             {name: entry for part in parts for name, entry in part.tensors.items()},
-            snapshot.objects,
-            snapshot.metadata,
+            taken.objects,
+            taken.metadata,
         )
     )
-    descriptor = files.active.create(new / folder.MANIFEST)
-    try:
-        transfer.write_all(descriptor, content, 0)
-        files.active.sync(descriptor)
-    finally:
-        files.active.close(descriptor)
+    with folder.unfinished(path) as new:
+        descriptor = files.active.create(new / folder.MANIFEST)
+        try:
+            transfer.write_all(descriptor, content, 0)
+            files.active.sync(descriptor)
+        finally:
+            files.active.close(descriptor)
 
 
 def _dealt(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:

@@ -9,18 +9,28 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from dvkernels import user_errors
 from dvkernels.checkpoint import transfer
+from dvkernels.checkpoint.errand import Errand, uninterrupted
 from dvkernels.checkpoint.save import Save
-from dvkernels.devices import threads
 from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.user_errors import text_of
 
 __all__: list[str] = []
+
+
+class _Unfinished(NamedTuple):
+    """A save that has been begun, or will be by who waits for it."""
+
+    save: Save
+    # What is done of it without the other workers; None: an interrupt has ended the call before.
+    errand: Errand | None
+    pid: int  # a child has no thread that does it
 
 
 class Saver:
@@ -29,93 +39,95 @@ class Saver:
     Of several workers only the main threads speak to each other, so that the order of what they
     say is that of the program. So a save in the background begins at the call, a thread writes,
     and what comes next, another save or :meth:`wait`, finishes it.
+
+    An interrupt may end any method anywhere. So what is unfinished is noted before anything is
+    done, and stays noted until it is finished or undone: the next call sees to that.
     """
 
     def __init__(self) -> None:
         # Where snapshots are copied to, kept from save to save: the operating system would have to
         # find new memory each time, which takes longer than the copy.
         self._host: dict[str, Any] = {}
-        # Not the thread: up to Python 3.12 an interrupted join takes it for ended.
-        self._is_idle = threading.Event()
-        self._is_idle.set()
-        self._failure: list[BaseException] = []
-        self._unfinished: Save | None = None
+        self._unfinished: _Unfinished | None = None
 
     @tracing.span("save", "checkpoint")
     def save(self, prepare: Callable[[], Save], *, background: bool) -> None:
         """Carry out a save; first wait for the one before, and raise its error."""
         self.wait()
         save = prepare()
-        if not background:
-            save.begin()
-            save.write()
-            save.finish()
-            return
-        save.copied(self._copied)
         is_alone = save.workers.size == 1
-        if not is_alone:
-            save.begin()
-            self._unfinished = save
-            _finish_before_mpi()
-
-        def work() -> None:
-            try:
-                _step_back()
-                if is_alone:
-                    save.begin()
-                save.write()
-                if is_alone:
-                    save.finish()
-                    _unsettled.pop(self, None)
-            except BaseException as error:
-                self._failure.append(error)
-                LOGGER.error("a save in the background failed: %s", error)
-            finally:
-                self._is_idle.set()
-
+        if is_alone and not background:
+            uninterrupted(save.carry_out)
+            return
+        if background:
+            save.copied(self._copied)
         _unsettled[self] = None
-        self._is_idle.clear()
+        self._unfinished = _Unfinished(save, None, os.getpid())
         try:
-            # Not a daemon: the interpreter waits for it before it ends.
-            threads.start([threading.Thread(target=work, name="dvkernels-checkpoint")])
-        except RuntimeError:
-            self._is_idle.set()
-            if is_alone:
-                self.forget()
-                raise
-            save.write()  # the other workers count on it
+            if not background:
+                save.carry_out()
+                self._settle()
+                return
+            if not is_alone:
+                save.begin()
+                _finish_before_mpi()
+        except BaseException as error:
+            save.abort(error)
+            self._settle()
+            raise
+        errand = Errand(lambda: self._carry_out(save) if is_alone else save.write())
+        self._unfinished = _Unfinished(save, errand, os.getpid())
+        errand.start(_step_back)
 
     def wait(self) -> None:
         """Return when nothing is left to be written; raise what went wrong since the last call.
 
         Every worker calls this.
         """
-        self._is_idle.wait()
-        save, self._unfinished = self._unfinished, None
-        if save is not None:
-            _unsettled.pop(self, None)
-            save.finish()
-        if self._failure:
-            _unsettled.pop(self, None)
-            raise self._failure.pop()
+        found = self._unfinished
+        if found is None or found.pid != os.getpid():
+            self._unfinished = None
+            return
+        save, errand, _ = found
+        if errand is None:
+            save.abort(KeyboardInterrupt())
+            self._settle()
+            return
+        errand.wait()
+        try:
+            if save.workers.size > 1:
+                save.finish()
+        except BaseException as error:
+            save.abort(error)
+            self._settle()
+            raise
+        self._settle()
+        errand.outcome()
 
     def leave(self, error: BaseException | None) -> None:
         """Wait, on the way out: an error tells the other workers to come and finish as well."""
         if error is not None and self._unfinished is not None:
-            self._unfinished.workers.announce(error)
+            self._unfinished.save.workers.announce(error)
         self.wait()
 
     @property
     def is_busy(self) -> bool:
         """Whether something is being written in the background."""
-        return not self._is_idle.is_set()
+        found = self._unfinished
+        if found is None or found.errand is None or found.pid != os.getpid():
+            return False
+        return not found.errand.done.is_open
 
-    def forget(self) -> None:
-        """Take it that nobody writes: a child has no thread that does."""
-        self._is_idle = threading.Event()
-        self._is_idle.set()
-        self._failure = []
+    def _settle(self) -> None:
         self._unfinished = None
+        _unsettled.pop(self, None)
+
+    def _carry_out(self, save: Save) -> None:
+        try:
+            save.carry_out()
+        except BaseException as error:
+            LOGGER.error("a save in the background failed: %s", user_errors.in_words(error))
+            raise
         _unsettled.pop(self, None)
 
     def _copied(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +139,8 @@ class Saver:
             if own is None or own.shape != array.shape or own.dtype != array.dtype:
                 own = np.empty(array.shape, array.dtype)
             self._host[name] = own
-        transfer.copy([(self._host[name], array) for name, array in tensors.items()])
+        pairs = [(self._host[name], array) for name, array in tensors.items()]
+        uninterrupted(lambda: transfer.copy(pairs))
         return self._host
 
 
@@ -147,8 +160,7 @@ def _step_back() -> None:
                 os.setpriority(os.PRIO_PROCESS, own, 19)
 
 
-# Those that write, have something to finish, or have failed and not said so, in the same order on
-# all workers.
+# Those that have something unfinished, in the same order on all workers.
 _unsettled: dict[Saver, None] = {}
 
 
@@ -169,14 +181,6 @@ def _finish_before_mpi() -> None:
     """
     atexit.unregister(_finish)
     atexit.register(_finish)
-
-
-def _forget() -> None:
-    for saver in list(_unsettled):
-        saver.forget()
-
-
-os.register_at_fork(after_in_child=_forget)
 
 
 class Saves:

@@ -12,6 +12,7 @@ from dvkernels.checkpoint.nodes import Node
 from dvkernels.checkpoint.objects import Gathered
 from dvkernels.communicators.base import Workers
 from dvkernels.errors import CheckpointError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -33,9 +34,9 @@ def take(objects: Mapping[str, Any], step: int | None, metadata: Any) -> Snapsho
     Every worker calls this. Tensors that all have are dealt to them, so that each writes a part.
     """
     shards.check_machine()
-    given = {} if metadata is None else metadata
-    if not isinstance(given, dict):
-        raise CheckpointError(f"metadata: expected a dict; got {metadata!r:.80}")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise CheckpointError(f"metadata: expected a dict; got {shown(metadata)}")
+    given = dict(metadata or {})
     plain.encode(given, "metadata")
     workers = team.of(objects)
     if workers.size == 1:

@@ -8,6 +8,7 @@ over once, and no second copy of it is made.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import threading
@@ -17,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from dvkernels.checkpoint import files
-from dvkernels.devices import cpu, threads
+from dvkernels.checkpoint import errand, files
+from dvkernels.devices import cpu
 from dvkernels.errors import CheckpointDamagedError
 
 __all__: list[str] = []
@@ -106,7 +107,7 @@ def check(pieces: Sequence[Piece]) -> None:
 
 
 def load(pieces: Sequence[Piece]) -> None:
-    """Read pieces to where they belong. An interrupt is held back until all are there."""
+    """Read pieces to where they belong."""
 
     def load_piece(piece: Piece) -> None:
         digest = xxhash.xxh3_64()
@@ -118,7 +119,7 @@ def load(pieces: Sequence[Piece]) -> None:
                 np.copyto(other, first)
         _compare(piece, digest.hexdigest())
 
-    in_parallel(load_piece, pieces, is_whole=True)
+    in_parallel(load_piece, pieces)
 
 
 def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
@@ -131,85 +132,80 @@ def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
     in_parallel(lambda pair: np.copyto(*pair), pieces)
 
 
-def in_parallel(
-    act: Callable[[Any], Any], items: Sequence[Any], *, is_whole: bool = False
-) -> list[Any]:
+def in_parallel(act: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """Return ``[act(item) for item in items]``, worked out by as many threads as there are cores.
 
-    The first error ends the work and is raised. So does an interrupt, unless ``is_whole``: then it
-    is raised when all is done.
+    The caller is one of them; where no others are to be had it works alone. The first error ends
+    the work and is raised.
     """
     work = _Work(act, items)
-    # The caller works too, unless an interrupt could reach it there.
-    crew = [
-        threading.Thread(target=work.help, name=f"dvkernels-checkpoint-{k}")
-        for k in range(min(cpu.usable_cores(), len(items)) - (not is_whole))
-    ]
-    interrupt: BaseException | None = None
-    try:
-        threads.start(crew)
-    except BaseException as error:
-        # Where no thread can be had, the caller does it alone: at the end of the program, from
-        # Python 3.12 on, a save in the background goes on after threads can be started.
-        is_fatal = is_whole and isinstance(error, RuntimeError)
-        if is_fatal or not isinstance(error, RuntimeError):
-            interrupt = error
-            work.is_over = is_fatal or not is_whole
-    if not is_whole:
-        work.go_on()
+    for _ in range(min(cpu.usable_cores(), len(items)) - 1):
+        try:
+            # Not threading.Thread, whose start waits without end for one that finds no memory.
+            _thread.start_new_thread(work.help, ())
+        except (RuntimeError, MemoryError):
+            break
+    work.go_on()
     while not work.is_done:
         try:
             work.wait()
         except BaseException as error:
-            interrupt = error
-            work.is_over = work.is_over or not is_whole
+            work.end(error)
     if work.errors:
-        raise work.errors[0]
-    if interrupt is not None:
-        raise interrupt
+        try:
+            raise work.errors[0]
+        finally:
+            work.errors.clear()  # their tracebacks refer to this frame
     return work.results
 
 
 class _Work:
-    """Items that several threads take one after another.
-
-    Waiting does not use ``Thread.join``: up to Python 3.12, one that is interrupted takes a thread
-    that still runs for ended. All that is shared changes in single, atomic steps.
-    """
+    """Items that several threads take one after another; what they share changes atomically."""
 
     def __init__(self, act: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self.results: list[Any] = [None] * len(items)
         self.errors: list[BaseException] = []
-        self.is_over = False  # what has not been taken is left
+        self._errand = errand.current()
+        self._is_over = False  # what has not been taken is left
         self._act = act
         self._items = items
         self._places = iter(range(len(items)))
         self._is_exhausted = not items
         self._helpers: set[int] = set()  # at work
-        self._bell = threading.Lock()
+        self._bell = _thread.allocate_lock()
         self._bell.acquire()
 
     def help(self) -> None:
         """Do what there is to do, in a thread of its own."""
-        own = threading.get_ident()
-        self._helpers.add(own)
-        self.go_on()
-        self._helpers.discard(own)
-        with contextlib.suppress(RuntimeError):  # it rings already
-            self._bell.release()
+        own = _thread.get_ident()
+        try:
+            self._helpers.add(own)
+            self.go_on()
+        except MemoryError as error:
+            self.end(error)
+        finally:
+            self._helpers.discard(own)
+            with contextlib.suppress(RuntimeError):  # it rings already
+                self._bell.release()
 
     def go_on(self) -> None:
         """Do what there is to do."""
         try:
-            while not self.is_over:
+            while not self._is_over:
+                if self._errand is not None:
+                    self._errand.check()
                 place = next(self._places, None)
                 if place is None:
                     self._is_exhausted = True
                     return
                 self.results[place] = self._act(self._items[place])
         except BaseException as error:
-            self.errors.append(error)
-            self.is_over = True
+            self.end(error)
+
+    def end(self, error: BaseException) -> None:
+        """Leave what nobody has taken yet."""
+        self._is_over = True
+        self.errors.append(error)
 
     @property
     def is_done(self) -> bool:
@@ -217,7 +213,7 @@ class _Work:
 
         In this order: who has taken an item before all were taken was among the helpers then.
         """
-        return (self.is_over or self._is_exhausted) and not self._helpers
+        return (self._is_over or self._is_exhausted) and not self._helpers
 
     def wait(self) -> None:
         """Return when a helper has ended, or after a while."""

@@ -18,6 +18,7 @@ from dvkernels.cli import bench_gpu, numbers, outputs
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
+from dvkernels.profiler import output
 
 if TYPE_CHECKING:
     from dvkernels.benchmarks.peers.worker import Worker
@@ -152,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     if quiet:
         print(text)
     elif sink is not None:
-        sink.write_text(text + "\n", encoding="utf-8")
+        output.put(sink, text + "\n")
     if plot is not None:
         _draw(found, plot, about)
     return 1 if wrong or lost else 0
@@ -171,7 +172,7 @@ def _calibrate_between(arguments: argparse.Namespace) -> int:
     print(between_workers.describe(found))
     if sink is not None:
         record = {**_about(arguments), **between_workers.as_record(found)}
-        sink.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        output.put(sink, json.dumps(record, indent=1) + "\n")
     return 0
 
 

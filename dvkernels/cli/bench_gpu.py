@@ -11,6 +11,7 @@ import sys
 from dvkernels._version import __version__
 from dvkernels.cli import outputs
 from dvkernels.devices import cuda, driver
+from dvkernels.profiler import output
 
 __all__: list[str] = []
 
@@ -44,6 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(fragment, end="")
     if report is not None:
         data = {"about": about, "figures": [figure._asdict() for figure in figures]}
-        report.write_text(json.dumps(data, indent=1) + "\n")
-        report.with_suffix(".md").write_text(fragment)
+        output.put(report, json.dumps(data, indent=1) + "\n")
+        output.put(report.with_suffix(".md"), fragment)
     return 0

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from dvkernels.checkpoint import manager, plain, reading
+from dvkernels.checkpoint import folder, plain, reading, steps
 from dvkernels.checkpoint.nodes import (
     ArrayNode,
     DataNode,
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show or verify one checkpoint, or all of a folder; 1 if one of them is damaged."""
     status = 0
-    for path in manager.checkpoints_in(arguments.path) or (arguments.path,):
+    where = folder.located(arguments.path, "checkpoint")
+    for path in steps.within(where) or (where,):
         try:
             with reading.opened(path) as reader:
                 if arguments.action == "show":
@@ -44,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
                     reader.check(reader.manifest.tensors)
                     print(f"PASS {path}: {_summary(reader)}")
         except CheckpointDamagedError as error:
+            if path != where and path not in steps.within(where):  # by a run that goes on
+                print(_printable(f"GONE {path}: removed meanwhile"))
+                continue
             said = str(error)
             print(_printable(f"FAIL {said if str(path) in said else f'{path}: {said}'}"))
             status = 1

@@ -19,6 +19,7 @@ from dvkernels.benchmarks.stopwatch import Samples, ratio
 from dvkernels.cli import numbers, outputs
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, WorkerLostError
+from dvkernels.profiler import output
 
 __all__: list[str] = []
 
@@ -58,7 +59,7 @@ def run(contest: Contest, arguments: argparse.Namespace) -> int:
         raise AlgorithmError(
             f"{contest.command}: expected --rounds of at least 1, got {arguments.rounds}"
         )
-    sink = None if arguments.json is None else outputs.file("--json", arguments.json)
+    None if arguments.json is None else outputs.file("--json", arguments.json)
     if contest.folder is not None:
         outputs.folder("--folder", contest.folder)
     workers: dict[str, Worker] = {}
@@ -94,9 +95,8 @@ def run(contest: Contest, arguments: argparse.Namespace) -> int:
                 print(f"# {error}")
                 return 1
             records += [_record(case, name, found, contest.unit) for name in found]
-    if sink is not None:
-        with sink.open("w", encoding="utf-8") as file:
-            json.dump({**about, "results": records}, file, indent=1)
+    if arguments.json:
+        output.put(arguments.json, json.dumps({**about, "results": records}, indent=1))
     return 0
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from dvkernels.errors import DvKernelsError
+from dvkernels.profiler.output import Output
 
 __all__: list[str] = []
 
@@ -23,19 +23,14 @@ def file(option: str, name: str) -> Path:
     OutputError
         It cannot.
     """
-    path = Path(name)
     try:
-        is_new = not os.path.lexists(path)
-        with path.open("ab"):
-            pass
-        if is_new:
-            path.unlink()
+        Output(name).discard()
     except (OSError, ValueError) as error:
         raise OutputError(
             f"{option}: cannot write {name!r} ({_reason(error)}); give a file in a folder that is "
             f"there and may be written"
         ) from None
-    return path
+    return Path(name)
 
 
 def folder(option: str, name: str, *, is_made: bool = False) -> Path:

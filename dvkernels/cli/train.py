@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dvkernels.checkpoint.manager import checkpoints_in
+from dvkernels.checkpoint import steps
 from dvkernels.cli import digits, network, numbers, outputs, training
 from dvkernels.cli.training import Keeping, Outcome, Recipe, Report
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
@@ -191,7 +191,7 @@ def _keeping(arguments: argparse.Namespace) -> Keeping | None:
             )
         return None
     outputs.folder("--checkpoint-dir", arguments.checkpoint_dir, is_made=True)
-    held = checkpoints_in(Path(arguments.checkpoint_dir))
+    held = steps.within(Path(arguments.checkpoint_dir))
     if held and not arguments.resume:
         raise CheckpointError(
             f"{arguments.checkpoint_dir} holds the checkpoints of a run, up to {held[-1].name}; "

@@ -6,6 +6,7 @@ Off by default, and then costs one look at ``active`` for each call.
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import os
 import threading
@@ -13,11 +14,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from dvkernels import user_errors
 from dvkernels.errors import ContextError
 from dvkernels.profiler.debugging import LOGGER
+from dvkernels.profiler.output import Output
 
 __all__ = ["trace"]
 
@@ -83,11 +85,8 @@ class trace:
             raise ContextError(
                 f"a trace is being recorded already, to {active._path}; end it first"
             )
-        self._path = Path(os.path.abspath(path))
-        if self._path.is_dir():
-            raise IsADirectoryError(f"trace: {self._path} is a folder; name a file")
-        self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
-        self._partial.touch()
+        self._output = Output(path)
+        self._path = self._output.path
         self._pid = os.getpid()
         self._began = time.perf_counter_ns()
         self._spans: list[_Span] = []
@@ -119,13 +118,13 @@ class trace:
                 "the trace %s holds %d spans; %d later ones were left out",
                 self._path, len(self._spans), self._num_dropped,
             )  # fmt: skip
-        try:
-            with open(self._partial, "w", encoding="utf-8") as file:
-                json.dump({"traceEvents": [*self._events()], "displayTimeUnit": "ns"}, file)
-            os.replace(self._partial, self._path)
-        except BaseException:
-            self._partial.unlink(missing_ok=True)
-            raise
+        self._output.fill(self._write)
+
+    def _write(self, file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        json.dump({"traceEvents": [*self._events()], "displayTimeUnit": "ns"}, text)
+        text.flush()
+        text.detach()
 
     def name_lane(self, name: str) -> None:
         """Say what the lane of this thread is called."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from dvkernels.checkpoint import files
-from dvkernels.checkpoint.files import Files
+from dvkernels.checkpoint.files import Entry, Files
 
 __all__ = ["Crash", "Faults", "check_every_crash", "flip_bit", "injected", "truncate"]
 
@@ -122,7 +122,7 @@ class Faults:
                 arguments = (descriptor, data[: self._room], offset)
                 self._room -= len(arguments[1])
             if name == "rename":
-                self._undo.append((arguments[1].parent, _undoing_rename(*arguments)))
+                self._undo.append((arguments[1].folder.path, _undoing_rename(*arguments)))
         result = operation(*arguments)
         with self._lock:
             self._note(name, arguments, result)
@@ -133,12 +133,14 @@ class Faults:
         match name, arguments:
             case "open" | "open_lock", _:
                 self._open.add(result)
-            case "create", (path,):
+            case "open_folder" | "enter", _:
+                self._open.add(result.descriptor)
+            case "create", (entry,):
                 self._open.add(result)
                 self._unsynced[result] = os.dup(result)
-                self._undo.append((path.parent, path.unlink))
-            case "make_folder", (path,):
-                self._undo.append((path.parent, path.rmdir))
+                self._undo.append((entry.folder.path, entry.path.unlink))
+            case "make_folder", (entry,):
+                self._undo.append((entry.folder.path, entry.path.rmdir))
             case "close", (descriptor,):
                 self._open.discard(descriptor)
                 # A file that is closed without a sync stays unsynced, under a number of its own.
@@ -147,8 +149,8 @@ class Faults:
             case "sync", (descriptor,):
                 if descriptor in self._unsynced:
                     os.close(self._unsynced.pop(descriptor))
-            case "sync_folder", (path,):
-                self._undo = [entry for entry in self._undo if entry[0] != path]
+            case "sync_folder", (folder,):
+                self._undo = [one for one in self._undo if one[0] != folder.path]
 
     def end(self) -> None:
         """Close what the dead process had open, and after a power failure lose what was unsynced.
@@ -168,14 +170,15 @@ class Faults:
         self._open.clear()
 
 
-def _undoing_rename(source: Path, target: Path) -> Callable[[], None]:
+def _undoing_rename(source: Entry, target: Entry) -> Callable[[], None]:
     """Return what takes a rename back that is about to happen."""
-    replaced = target.read_bytes() if target.is_file() else None
+    before, after = source.path, target.path
+    replaced = after.read_bytes() if after.is_file() else None
 
     def undo() -> None:
-        os.rename(target, source)
+        os.rename(after, before)
         if replaced is not None:
-            target.write_bytes(replaced)
+            after.write_bytes(replaced)
 
     return undo
 

@@ -306,7 +306,7 @@ def go_on(num_local: str, over: str, folder: str, until: str) -> None:
 class HarmfulFiles:
     """Brings harm to this worker at the operation of a number, of those that change something."""
 
-    _harmless = ("names", "is_folder", "is_same", "open", "size")
+    _harmless = ("names", "kind", "is_same", "open", "size", "open_folder", "enter")
 
     def __init__(self, harm: str, number: int) -> None:
         self._harm, self._left = harm, itertools.count(number, -1)

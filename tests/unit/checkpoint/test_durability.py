@@ -199,7 +199,7 @@ import sys, time
 import dvkernels as dv
 from pathlib import Path
 from dvkernels.checkpoint import folder
-with folder.lock(Path(sys.argv[1])):
+with folder.replaced(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dvkernels.checkpoint import reading
-from dvkernels.checkpoint.manager import checkpoints_in
+from dvkernels.checkpoint.steps import within
 from dvkernels.testing import run_and_kill
 
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
@@ -27,7 +27,7 @@ def result(output):
 
 def check_what_is_left(folder):
     """Whatever the moment: what is called a checkpoint is whole, and the newest can be loaded."""
-    held = checkpoints_in(folder)
+    held = within(folder)
     assert held, "a step had been saved before the kill"
     for path in held:
         with reading.opened(path) as reader:
@@ -36,7 +36,7 @@ def check_what_is_left(folder):
 
 def run_killed(folder, steps, kills, seed, *options):
     def is_under_way(output):  # its first step is done, and one has been saved
-        return "step" in output and bool(checkpoints_in(folder))
+        return "step" in output and bool(within(folder))
 
     killed = run_and_kill(
         command(folder, steps, *options), most_kills=kills, seed=seed, longest_seconds=0.15,

@@ -7,15 +7,20 @@ import os
 
 import pytest
 
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint import files, folder
 from dvkernels.testing import faults
 from dvkernels.testing.faults import Crash, Faults, check_every_crash, injected
 
 
 def save(path, content, *, syncs=True, renames=True):
     """Save as others might: beside, and renamed."""
-    beside = path.with_suffix(".new") if renames else path
-    if beside.exists():
+    with folder.opened(path.parent) as parent:
+        _save(parent, path.name, content, syncs, renames)
+
+
+def _save(parent, name, content, syncs, renames):
+    beside = parent / (f"{name}.new" if renames else name)
+    if files.active.kind(beside):
         files.active.remove(beside)
     descriptor = files.active.create(beside)
     files.active.write(descriptor, content, 0)
@@ -23,8 +28,8 @@ def save(path, content, *, syncs=True, renames=True):
         files.active.sync(descriptor)
     files.active.close(descriptor)
     if renames:
-        files.active.rename(beside, path)
-    files.active.sync_folder(path.parent)
+        files.active.rename(beside, parent / name)
+    files.active.sync_folder(parent)
 
 
 def test_a_good_save_passes_and_bad_ones_are_found(tmp_path):
@@ -34,7 +39,7 @@ def test_a_good_save_passes_and_bad_ones_are_found(tmp_path):
         assert path.read_bytes() in (b"old", b"new")
 
     path.write_bytes(b"old")
-    assert check_every_crash(lambda: save(path, b"new"), check) == 6
+    assert check_every_crash(lambda: save(path, b"new"), check) == 9
     path.write_bytes(b"old")
     with pytest.raises((AssertionError, OSError)):
         check_every_crash(lambda: save(path, b"new", renames=False), check)
@@ -45,9 +50,15 @@ def test_a_good_save_passes_and_bad_ones_are_found(tmp_path):
         check_every_crash(lambda: save(path, b"new", syncs=False), check, loses={"content"})
 
 
-def test_nothing_happens_after_death(tmp_path):
+@pytest.fixture
+def here(tmp_path):
+    with folder.opened(tmp_path) as opened:
+        yield opened
+
+
+def test_nothing_happens_after_death(tmp_path, here):
     with injected(Faults(crash_at=3)) as broken:
-        descriptor = files.active.create(tmp_path / "x")
+        descriptor = files.active.create(here / "x")
         files.active.write(descriptor, b"abc", 0)
         for _ in range(3):
             with pytest.raises(Crash):
@@ -58,27 +69,27 @@ def test_nothing_happens_after_death(tmp_path):
         os.fstat(descriptor)
 
 
-def test_a_power_failure_takes_what_was_not_synced(tmp_path):
+def test_a_power_failure_takes_what_was_not_synced(tmp_path, here):
     (tmp_path / "old").write_bytes(b"old")
     with injected(Faults(loses={"content", "names"})) as broken:
         for name in ("synced", "unsynced"):
-            descriptor = files.active.create(tmp_path / name)
+            descriptor = files.active.create(here / name)
             files.active.write(descriptor, b"abc", 0)
             if name == "synced":
                 files.active.sync(descriptor)
             files.active.close(descriptor)
-        files.active.sync_folder(tmp_path)
-        files.active.rename(tmp_path / "old", tmp_path / "renamed")
-        files.active.make_folder(tmp_path / "folder")
+        files.active.sync_folder(here)
+        files.active.rename(here / "old", here / "renamed")
+        files.active.make_folder(here / "folder")
         with pytest.raises(Crash):
             broken.die()
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert found == {"old": b"old", "synced": b"abc", "unsynced": b""}
 
 
-def test_full_and_failing_disks(tmp_path):
+def test_full_and_failing_disks(here):
     with injected(Faults(room=4)):
-        descriptor = files.active.create(tmp_path / "x")
+        descriptor = files.active.create(here / "x")
         assert files.active.write(descriptor, b"abc", 0) == 3
         assert files.active.write(descriptor, b"def", 3) == 1
         with pytest.raises(OSError, match="No space") as told:
@@ -86,7 +97,7 @@ def test_full_and_failing_disks(tmp_path):
         assert told.value.errno == errno.ENOSPC
         files.active.close(descriptor)
     with injected(Faults(fail_at=2, counted={"size"}, error=errno.EIO)):
-        descriptor = files.active.open(tmp_path / "x")
+        descriptor = files.active.open(here / "x")
         assert files.active.size(descriptor) == 4
         with pytest.raises(OSError, match="injected"):
             files.active.size(descriptor)
