@@ -17,6 +17,7 @@ from dvkernels.data.nest import nbytes_of
 from dvkernels.data.node import Node
 from dvkernels.data.skips import Skips, skipping
 from dvkernels.data.turn import Turn
+from dvkernels.devices import stoppable_thread
 from dvkernels.devices.stoppable_thread import StoppableThread
 from dvkernels.devices.threads import Latch
 from dvkernels.errors import DatasetError
@@ -160,9 +161,11 @@ class _Fetcher:
     def _check(self, late: float) -> None:
         """Raise unless the next element may still come."""
         if self.thread.is_stopping:
+            if stoppable_thread.is_over:
+                raise SystemExit  # which ends a thread of the user's without a word
             raise DatasetError(
-                "next(iterator): expected an open iterator; this one was closed, or the program "
-                "ended, while it waited for an element"
+                "next(iterator): expected an open iterator; this one was closed by another thread "
+                "while it waited for an element"
             )
         if self.thread.has_ended.is_open and self._held.empty():
             raise DatasetError("next(iterator): the prefetching thread has ended without a word")

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from dvkernels import user_errors
 from dvkernels.data.marks import Marks
 from dvkernels.data.nest import leading_length, slice_rows, stack
 from dvkernels.data.skips import skipping
@@ -237,4 +238,4 @@ def add_note(error: Exception, verb: str, node: Node, index: int, epoch: int) ->
         fault.add_note(note)
         raise fault from error
     if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+        user_errors.annotate(error, note)

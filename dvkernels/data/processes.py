@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from dvkernels import deadlines
-from dvkernels.data.outcome import Outcome, outcome_of
+from dvkernels.data.outcome import Outcome, outcomes_of
 from dvkernels.devices.threads import Latch
 from dvkernels.errors import DatasetError, WorkerLostError
 from dvkernels.user_errors import annotate, in_words
@@ -171,20 +171,20 @@ class Process:
                     self._board.heard_at = time.monotonic()
                     late = self._board.heard_at + patience
                 elif stop.is_open:
-                    raise DatasetError("map: the program ended before all elements were mapped")
+                    raise SystemExit  # the program is over: a thread of the user's ends in silence
                 elif time.monotonic() > late:
                     raise WorkerLostError(
                         f"map: a worker process has not answered for {patience:g} s: was it "
                         f"stopped, or does {self._name} not return? The next batch starts a new "
                         f"one; set DVKERNELS_TIMEOUT_SECONDS if an element takes longer"
                     )
-        except (OSError, EOFError):
-            raise self._lost() from None
         except WorkerLostError:
             assert self._process is not None
             self._process.kill()
             self.end()
             raise
+        except (OSError, EOFError):
+            raise self._lost() from None
         except BaseException:
             self.end()
             raise
@@ -267,7 +267,7 @@ def _applied(fn: Callable[[Any], Any], connection: Connection) -> Any:
     said_at = time.monotonic()
     try:
         for element in pickle.loads(received):
-            value, error = outcome_of(fn, element)
+            ((value, error),) = outcomes_of(fn, [element])
             answers.append((value, None if error is None else _SentError.of(error)))
             if time.monotonic() - said_at > _SIGN_SECONDS:
                 connection.send_bytes(_SIGN_OF_LIFE)

@@ -18,14 +18,14 @@ from typing import Any
 
 from dvkernels import deadlines
 from dvkernels.data.node import callable_name
-from dvkernels.data.outcome import Outcome, outcome_of
+from dvkernels.data.outcome import Outcome, outcomes_of
 from dvkernels.data.turn import Turn
 from dvkernels.devices.stoppable_thread import StoppableThread
 from dvkernels.devices.threads import Latch
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import in_words
 
-__all__ = ["KINDS", "Workers"]
+__all__ = ["KINDS", "Workers", "check_sendable"]
 
 KINDS = ("threads", "processes")
 
@@ -161,7 +161,7 @@ class Workers:
     def __init__(self, fn: Callable[[Any], Any], count: int, kind: str) -> None:
         self._fn = fn
         self._count = count
-        self._pickled = _pickled(fn) if kind == "processes" else b""
+        self._pickled = pickle.dumps(fn) if kind == "processes" else b""
         self._team: weakref.ref[_Team] | None = None
 
     def hold(self) -> object:
@@ -250,11 +250,12 @@ class Workers:
     def _outcomes(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
         for element in elements:
             if stop.is_open:
-                raise DatasetError("map: the program ended before all elements were mapped")
-            yield outcome_of(self._fn, element)
+                raise SystemExit  # the program is over: a thread of the user's ends in silence
+            yield from outcomes_of(self._fn, [element])
 
 
-def _pickled(fn: Callable[[Any], Any]) -> bytes:
+def check_sendable(fn: Callable[[Any], Any]) -> None:
+    """Raise :class:`DatasetError` unless worker processes can be given ``fn``."""
     name = callable_name(fn)
     try:
         pickled = pickle.dumps(fn)
@@ -273,4 +274,3 @@ def _pickled(fn: Callable[[Any], Any]) -> bytes:
             "which is no file but a notebook, standard input or an interactive session; put the "
             "function into a module and import it, or use workers='threads'"
         )
-    return pickled

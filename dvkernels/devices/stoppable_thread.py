@@ -104,10 +104,13 @@ class StoppableThread:
 
 
 _running: set[StoppableThread] = set()
+is_over = False  # whether the program is, so that a daemon thread of the user's waits in vain
 
 
 def _end_all() -> None:
     """Stop all that run, and wait; leave behind what some system call holds for good."""
+    global is_over
+    is_over = True
     began = time.monotonic()
     ours = [thread for thread in _running.copy() if thread.is_here and thread.has_begun]
     for thread in ours:
