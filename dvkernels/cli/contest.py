@@ -59,7 +59,8 @@ def run(contest: Contest, arguments: argparse.Namespace) -> int:
         raise AlgorithmError(
             f"{contest.command}: expected --rounds of at least 1, got {arguments.rounds}"
         )
-    None if arguments.json is None else outputs.file("--json", arguments.json)
+    if arguments.json is not None:
+        outputs.file("--json", arguments.json)
     if contest.folder is not None:
         outputs.folder("--folder", contest.folder)
     workers: dict[str, Worker] = {}

@@ -17,6 +17,7 @@ from dvkernels.data.nest import nbytes_of
 from dvkernels.data.node import Node
 from dvkernels.data.skips import Skips, skipping
 from dvkernels.data.turn import Turn
+from dvkernels.devices import stoppable_thread
 from dvkernels.devices.stoppable_thread import StoppableThread
 from dvkernels.devices.threads import Latch
 from dvkernels.errors import DatasetError
@@ -52,6 +53,7 @@ class Ahead(Iterator[Any]):
         self._node, self._depth, self._skips = node, depth, skips
         self._turn = Turn()
         self._fetcher: _Fetcher | None = None
+        self._former: StoppableThread | None = None
         self.fetch_seconds = 0.0  # of all elements so far
         self.move_to(epoch, position)
 
@@ -70,6 +72,7 @@ class Ahead(Iterator[Any]):
             raise StopIteration
         fetcher = self._fetcher
         if fetcher is None or not fetcher.thread.is_here:  # but in the parent of this fork
+            self._wait_for_the_former()
             self._fetcher = fetcher = _Fetcher(self._node, self.place, self._depth, self._skips)
         try:
             fetched = fetcher.take()
@@ -96,12 +99,18 @@ class Ahead(Iterator[Any]):
     def close(self) -> None:
         """End the thread; the next element starts another."""
         self._turn.end(self._let_go, self.stop)
+        self._wait_for_the_former()
 
     def _let_go(self) -> None:
         fetcher, self._fetcher = self._fetcher, None
         if fetcher is not None:
+            self._former = fetcher.thread
             fetcher.thread.stop()
-            fetcher.thread.wait(_CLOSE_SECONDS)  # unless user code keeps it
+
+    def _wait_for_the_former(self) -> None:
+        """Wait for a thread that was let go of, since user code may not bear two of them."""
+        if self._former is not None and self._former.wait(_CLOSE_SECONDS):
+            self._former = None
 
 
 class _Fetcher:
@@ -126,7 +135,7 @@ class _Fetcher:
         )
         try:
             self.thread.start()
-        except (RuntimeError, MemoryError) as error:
+        except RuntimeError as error:
             raise DatasetError(
                 f"prefetch: expected to start a thread; got {in_words(error)}; "
                 "free threads or memory, or hold nothing ready: InputOptions(prefetch=0)"
@@ -152,9 +161,11 @@ class _Fetcher:
     def _check(self, late: float) -> None:
         """Raise unless the next element may still come."""
         if self.thread.is_stopping:
+            if stoppable_thread.is_over:
+                raise SystemExit  # which ends a thread of the user's without a word
             raise DatasetError(
-                "next(iterator): expected an open iterator; this one was closed, or the program "
-                "ended, while it waited for an element"
+                "next(iterator): expected an open iterator; this one was closed by another thread "
+                "while it waited for an element"
             )
         if self.thread.has_ended.is_open and self._held.empty():
             raise DatasetError("next(iterator): the prefetching thread has ended without a word")

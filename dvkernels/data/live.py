@@ -138,8 +138,6 @@ class FromLive(Node):
         A batch waits in the feed, so that what has arrived is not lost if the producer raises.
         """
         feed, size = self._feed, self._size or 1
-        if feed.kept and feed.kept[-1] is feed.arriving:  # an interrupt struck below
-            feed.arriving = []
         deadline = math.inf
         while True:
             arriving = feed.arriving
@@ -170,8 +168,8 @@ class FromLive(Node):
                 raise
         if not feed.arriving:
             return False
-        feed.kept.append(feed.arriving)
-        feed.arriving = []
+        # Without a call, as in release().
+        feed.kept, feed.arriving = [*feed.kept, feed.arriving], []
         return True
 
 

@@ -171,20 +171,20 @@ class Process:
                     self._board.heard_at = time.monotonic()
                     late = self._board.heard_at + patience
                 elif stop.is_open:
-                    raise DatasetError("map: the program ended before all elements were mapped")
+                    raise SystemExit  # the program is over: a thread of the user's ends in silence
                 elif time.monotonic() > late:
                     raise WorkerLostError(
                         f"map: a worker process has not answered for {patience:g} s: was it "
                         f"stopped, or does {self._name} not return? The next batch starts a new "
                         f"one; set DVKERNELS_TIMEOUT_SECONDS if an element takes longer"
                     )
-        except (OSError, EOFError):
-            raise self._lost() from None
         except WorkerLostError:
             assert self._process is not None
             self._process.kill()
             self.end()
             raise
+        except (OSError, EOFError):
+            raise self._lost() from None
         except BaseException:
             self.end()
             raise

@@ -22,7 +22,7 @@ from dvkernels.data.node import (
 from dvkernels.data.outcome import Outcome, outcome_of
 from dvkernels.data.skips import skipping
 from dvkernels.data.stack import Stack
-from dvkernels.data.workers import KINDS, Workers
+from dvkernels.data.workers import KINDS, Workers, check_sendable
 from dvkernels.errors import DatasetError
 
 __all__ = [
@@ -113,6 +113,8 @@ class Map(_Transform):
             raise DatasetError(
                 f"map: expected workers to be one of {', '.join(KINDS)}; got {workers!r}"
             )
+        if count and workers == "processes":
+            check_sendable(fn)
         super().__init__(source, source.length)
         self._fn = fn
         self._workers = Workers(fn, count, workers) if count else None

@@ -25,7 +25,7 @@ from dvkernels.devices.threads import Latch
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import in_words
 
-__all__ = ["KINDS", "Workers"]
+__all__ = ["KINDS", "Workers", "check_sendable"]
 
 KINDS = ("threads", "processes")
 
@@ -33,17 +33,21 @@ _LOOK_UP_SECONDS = 1.0  # how often an idle thread asks whether anybody still ho
 _NAP_SECONDS = 0.05  # after which who waits for a thread does the work that none has begun
 _END_SECONDS = 5.0  # that a thread has for its own end of a deadline
 
-# Yields the outcomes of elements one by one; given what to call between them.
+# Yields the outcomes of elements one by one, until the latch is open.
 Apply = Callable[[Sequence[Any], Latch], Iterator[Outcome]]
 
 
 class _Job:
-    """Elements to which the function is to be applied, by whoever claims them first."""
+    """Elements to which the function is to be applied, by whoever claims them first.
 
-    __slots__ = ("_claims", "_elements", "error", "is_done", "outcomes")
+    It brings the function along: idle threads hold nothing that may refer to an iterator.
+    """
 
-    def __init__(self, elements: Sequence[Any]) -> None:
+    __slots__ = ("_apply", "_claims", "_elements", "error", "is_done", "outcomes")
+
+    def __init__(self, elements: Sequence[Any], apply: Apply | None) -> None:
         self._elements = elements
+        self._apply = apply  # None: only the process of a thread can do it
         self._claims = [None]
         self.outcomes: list[Outcome] = []
         self.error: BaseException | None = None
@@ -57,9 +61,11 @@ class _Job:
             return False
         return True
 
-    def run(self, apply: Apply, board: _Board, stop: Latch) -> None:
+    def run(self, process: Apply | None, board: _Board, stop: Latch) -> None:
         """Do what was claimed; whatever it raises is the answer."""
         try:
+            apply = self._apply or process
+            assert apply is not None
             for outcome in apply(self._elements, stop):
                 self.outcomes.append(outcome)
                 board.heard_at = time.monotonic()
@@ -82,11 +88,12 @@ class _Board:
 class _Team:
     """The threads; they end when it is dropped."""
 
-    def __init__(self, count: int, new_apply: Callable[[_Board], Apply]) -> None:
+    def __init__(self, count: int, pickled: bytes, name: str) -> None:
         self.board = _Board()
         self.pid = os.getpid()
         self._count = count
-        self._new_apply = new_apply
+        self._pickled = pickled  # the function, if processes apply it
+        self._name = name
         self._threads: list[StoppableThread] = []
         self._turn = Turn()
 
@@ -99,13 +106,15 @@ class _Team:
         own = weakref.ref(self)
         while len(self._threads) < self._count:
             thread = StoppableThread(
-                functools.partial(_serve, self.board, self._new_apply, lambda: own() is None),
+                functools.partial(
+                    _serve, self.board, self._pickled, self._name, lambda: own() is None
+                ),
                 "dvkernels-data-map",
                 functools.partial(self.board.jobs.put, None),
             )
             try:
                 thread.start()
-            except (RuntimeError, MemoryError):
+            except RuntimeError:
                 if not self._threads:
                     raise
                 return  # fewer do as well
@@ -118,9 +127,14 @@ class _Team:
 
 
 def _serve(
-    board: _Board, new_apply: Callable[[_Board], Apply], is_dropped: Callable[[], bool], stop: Latch
+    board: _Board, pickled: bytes, name: str, is_dropped: Callable[[], bool], stop: Latch
 ) -> None:
-    apply = new_apply(board)
+    process = None
+    if pickled:
+        # Loaded when they are wanted: they need much of the standard library.
+        from dvkernels.data.processes import Process
+
+        process = Process(name, pickled, board)
     try:
         while not stop.is_open:
             try:
@@ -130,11 +144,11 @@ def _serve(
                     return
                 continue
             if job is not None and job.claim():
-                job.run(apply, board, stop)
+                job.run(process, board, stop)
             del job  # keep nothing of the user's alive while waiting
     finally:
-        if callable(end := getattr(apply, "end", None)):
-            end()
+        if process is not None:
+            process.end()
 
 
 class Workers:
@@ -147,15 +161,17 @@ class Workers:
     def __init__(self, fn: Callable[[Any], Any], count: int, kind: str) -> None:
         self._fn = fn
         self._count = count
-        self._in_threads = kind == "threads"
-        self._new_apply = self._apply_here if self._in_threads else self._sender(fn)
+        self._pickled = pickle.dumps(fn) if kind == "processes" else b""
         self._team: weakref.ref[_Team] | None = None
 
     def hold(self) -> object:
         """Return what keeps them; an iterator holds it while it goes."""
+        return self._held()
+
+    def _held(self) -> _Team:
         team = None if self._team is None else self._team()
         if team is None or team.pid != os.getpid():
-            team = _Team(self._count, self._new_apply)
+            team = _Team(self._count, self._pickled, callable_name(self._fn))
             self._team = weakref.ref(team)
         return team
 
@@ -191,12 +207,11 @@ class Workers:
                 job.claim()
 
     def _started(self) -> _Team:
-        team = self.hold()
-        assert isinstance(team, _Team)
+        team = self._held()
         try:
             team.start()
-        except (RuntimeError, MemoryError) as error:
-            if not self._in_threads:
+        except RuntimeError as error:
+            if self._pickled:
                 raise DatasetError(
                     f"map: expected to start threads for the worker processes; got "
                     f"{in_words(error)}; free threads or memory, or leave num_workers out"
@@ -204,15 +219,15 @@ class Workers:
         return team
 
     def _submit(self, team: _Team, elements: Sequence[Any]) -> _Job:
-        job = _Job(elements)
+        job = _Job(elements, None if self._pickled else self._outcomes)
         team.board.jobs.put(job)
         return job
 
     def _result(self, board: _Board, job: _Job) -> list[Outcome]:
         began = time.monotonic()
         while not job.is_done.wait(_NAP_SECONDS):
-            if self._in_threads and job.claim():
-                job.run(self._new_apply(board), board, Latch())
+            if not self._pickled and job.claim():
+                job.run(None, board, Latch())
             else:
                 self._check(time.monotonic() - max(began, board.heard_at))
         if job.error is None:
@@ -226,44 +241,36 @@ class Workers:
     def _check(self, quiet_seconds: float) -> None:
         """Raise if nothing has been heard of any thread for too long."""
         patience = deadlines.timeout_seconds()
-        if quiet_seconds > patience + (0 if self._in_threads else _END_SECONDS):
+        if quiet_seconds > patience + (_END_SECONDS if self._pickled else 0):
             raise DatasetError(
                 f"map: expected {callable_name(self._fn)} to return within {patience:g} s; it has "
                 "not in any thread; set DVKERNELS_TIMEOUT_SECONDS if an element takes longer"
             )
 
-    def _apply_here(self, board: _Board) -> Apply:
-        return self._outcomes
-
     def _outcomes(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
         for element in elements:
             if stop.is_open:
-                raise DatasetError("map: the program ended before all elements were mapped")
+                raise SystemExit  # the program is over: a thread of the user's ends in silence
             yield owned_outcome_of(self._fn, element)
 
-    def _sender(self, fn: Callable[[Any], Any]) -> Callable[[_Board], Apply]:
-        name = callable_name(fn)
-        try:
-            pickled = pickle.dumps(fn)
-        except Exception as error:
-            raise DatasetError(
-                f"map: expected a function that can be sent to worker processes; got {name}, "
-                f"which cannot be pickled ({in_words(error)}); define it at the top of a module, "
-                f"or use workers='threads'"
-            ) from error
-        main = sys.modules.get("__main__")
-        is_file = getattr(main, "__spec__", None) or getattr(main, "__file__", None)
-        if b"__main__" in pickled and not is_file:
-            raise DatasetError(
-                f"map: expected a function that worker processes can import; got {name} of "
-                "__main__, which is no file but a notebook, standard input or an interactive "
-                "session; put the function into a module and import it, or use workers='threads'"
-            )
 
-        def new_process(board: _Board) -> Apply:
-            # Loaded when they are wanted: they need much of the standard library.
-            from dvkernels.data.processes import Process
-
-            return Process(name, pickled, board)
-
-        return new_process
+def check_sendable(fn: Callable[[Any], Any]) -> None:
+    """Raise :class:`DatasetError` unless worker processes can be given ``fn``."""
+    name = callable_name(fn)
+    try:
+        pickled = pickle.dumps(fn)
+    except Exception as error:
+        raise DatasetError(
+            f"map: expected a function that can be sent to worker processes; got {name}, which "
+            f"cannot be pickled ({in_words(error)}); define it at the top of a module, or use "
+            f"workers='threads'"
+        ) from error
+    main = sys.modules.get("__main__")
+    path = getattr(main, "__file__", None)
+    is_importable = getattr(main, "__spec__", None) or (path and os.path.isfile(path))
+    if b"__main__" in pickled and not is_importable:
+        raise DatasetError(
+            f"map: expected a function that worker processes can import; got {name} of __main__, "
+            "which is no file but a notebook, standard input or an interactive session; put the "
+            "function into a module and import it, or use workers='threads'"
+        )

@@ -38,22 +38,24 @@ class StoppableThread:
         self,
         work: Callable[[threads.Latch], None],
         name: str,
-        wake: Callable[[], object] = threading.get_ident,
+        wake: Callable[[], object] | None = None,
     ) -> None:
         self.has_ended = threads.Latch()
         self._stop = threads.Latch()
         self._work = work
         self._wake = wake
         self._pid = os.getpid()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threads.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start; ``RuntimeError`` or ``MemoryError`` if there are no means for a thread."""
+        """Start; ``RuntimeError`` if there are no means for a thread.
+
+        After an interrupt it may have started: ``work`` should look whether its owner still lives.
+        """
         try:
             _running.add(self)
             threads.start([self._thread])
-        except BaseException:
-            self._stop.open()  # after an interrupt it may still start
+        except Exception:
             _running.discard(self)
             raise
 
@@ -63,6 +65,11 @@ class StoppableThread:
         return self._pid == os.getpid()
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is or was such a thread."""
+        return self._thread.ident is not None
+
+    @property
     def is_stopping(self) -> bool:
         """Whether it has been told to stop."""
         return self._stop.is_open
@@ -70,7 +77,8 @@ class StoppableThread:
     def stop(self) -> None:
         """Tell it to stop, and do not wait."""
         self._stop.open()
-        self._wake()
+        if self._wake is not None:
+            self._wake()
 
     def wait(self, seconds: float) -> bool:
         """Return whether it has ended, at the latest after so many seconds.
@@ -82,7 +90,6 @@ class StoppableThread:
 
     def _run(self) -> None:
         try:
-            _running.add(self)
             self._work(self._stop)
         finally:
             _running.discard(self)
@@ -97,12 +104,15 @@ class StoppableThread:
 
 
 _running: set[StoppableThread] = set()
+is_over = False  # whether the program is, so that a daemon thread of the user's waits in vain
 
 
 def _end_all() -> None:
     """Stop all that run, and wait; leave behind what some system call holds for good."""
+    global is_over
+    is_over = True
     began = time.monotonic()
-    ours = [thread for thread in _running.copy() if thread.is_here]
+    ours = [thread for thread in _running.copy() if thread.is_here and thread.has_begun]
     for thread in ours:
         thread.stop()
     for thread in ours:

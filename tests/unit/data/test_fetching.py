@@ -32,11 +32,8 @@ def data_threads():
 
 
 def children():
-    return [
-        c
-        for c in psutil.Process().children(recursive=True)
-        if "dvkernels.data.processes" in str(c.cmdline())
-    ]
+    family = psutil.Process().children(recursive=True)
+    return [child for child in family if "dvkernels.data.processes" in str(child.cmdline())]
 
 
 @pytest.fixture(autouse=True)

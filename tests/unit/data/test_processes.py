@@ -1,0 +1,308 @@
+"""Worker processes of map: what they say, what they survive, and when they end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import dvkernels as dv
+from dvkernels.data import processes
+from dvkernels.data.dataset import Dataset
+from dvkernels.errors import DatasetError, WorkerLostError
+
+ROOT = Path(dv.__file__).parent.parent
+
+
+class Picky(Exception):
+    """It cannot be rebuilt from its arguments."""
+
+    def __init__(self, left, right):
+        super().__init__(f"{left} and {right}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+ERRORS = {
+    1: lambda: KeyError("plain"),
+    2: lambda: Picky("sand", "sea"),
+    3: lambda: Frozen(7),
+    4: lambda: Mute(),
+    5: lambda: OSError(28, "No space left"),
+}
+
+
+def fail(x):
+    raise ERRORS[int(x)]()
+
+
+def leave(x):
+    sys.exit(int(x))
+
+
+def give_a_lock(x):
+    return threading.Lock() if x == 1 else x
+
+
+def stop_at_five(x):
+    if x == 5:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return x
+
+
+def think(x):
+    time.sleep(0.6)
+    return x
+
+
+def own_process(x):
+    return os.getpid()
+
+
+def status_of_a_terminated_child(x):
+    child = subprocess.Popen(["sleep", "60"])
+    child.terminate()
+    return child.wait()
+
+
+def mapped(fn, elements, **options):
+    data = Dataset.from_sequence(elements).map(fn, num_workers=2, workers="processes")
+    return iter(data.batch(2, **options))
+
+
+@pytest.mark.parametrize("which", [1, 4, 5])
+def test_an_error_that_can_travel_comes_out_as_it_is(which):
+    want = ERRORS[which]()
+    with pytest.raises(type(want)) as caught:
+        next(mapped(fail, [which] * 2))
+    assert caught.value.args == want.args
+    assert any("in fail" in note for note in caught.value.__notes__)  # where it was raised
+
+
+@pytest.mark.parametrize(("which", "words"), [(2, "Picky: sand and sea"), (3, "Frozen: 7")])
+def test_an_error_that_cannot_travel_says_what_it_was(which, words):
+    with pytest.raises(RuntimeError, match=words) as caught:
+        next(mapped(fail, [which] * 2))
+    assert "in fail" in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ERRORS)
+def test_out_of_a_thread_comes_the_very_error(which):
+    raised = []
+
+    def fn(x):
+        raised.append(ERRORS[which]())
+        raise raised[0]
+
+    with pytest.raises(type(ERRORS[which]())) as caught:
+        next(iter(Dataset.range(2).map(fn, num_workers=1).batch(2)))
+    assert caught.value in raised
+
+
+def test_what_is_no_error_comes_out_too():
+    with pytest.raises(SystemExit) as caught:
+        next(mapped(leave, [3, 3]))
+    assert caught.value.code == 3
+
+
+def test_what_cannot_be_sent_is_named():
+    iterator = mapped(give_a_lock, [0, 1, 2, 3])
+    with pytest.raises(DatasetError, match=r"got a lock, which cannot be pickled"):
+        next(iterator)
+    with pytest.raises(DatasetError, match="elements that can be sent to a worker process"):
+        next(mapped(abs, [threading.Lock()] * 2))
+
+
+def test_a_process_that_is_stopped_is_given_up_and_replaced(monkeypatch):
+    iterator = mapped(stop_at_five, range(8))
+    assert [next(iterator).tolist(), next(iterator).tolist()] == [[0, 1], [2, 3]]
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "1")
+    with pytest.raises(WorkerLostError, match=r"not answered for 1 s.*DVKERNELS_TIMEOUT_SECONDS"):
+        next(iterator)
+    monkeypatch.delenv("DVKERNELS_TIMEOUT_SECONDS")
+    iterator.move_to(0, 3)
+    assert next(iterator).tolist() == [6, 7]
+    iterator.close()
+
+
+@pytest.mark.slow
+def test_a_process_that_works_is_waited_for(monkeypatch):
+    data = Dataset.range(16).map(think, num_workers=2, workers="processes").batch(8)
+    iterator = iter(data)
+    next(iterator)
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "2")  # less than its share of a batch takes
+    assert next(iterator).tolist() == [*range(8, 16)]
+    iterator.close()
+
+
+def test_signals_to_everybody_are_the_programs_to_handle():
+    iterator = mapped(own_process, range(40))
+    before = {*next(iterator).tolist(), *next(iterator).tolist()}
+    for pid in before:
+        for number in processes._SIGNALS:
+            os.kill(pid, number)
+    for _ in range(5):
+        assert {*next(iterator).tolist()} <= before
+    iterator.close()
+
+
+def test_what_a_function_starts_is_not_deaf():
+    iterator = mapped(status_of_a_terminated_child, range(2))
+    assert next(iterator).tolist() == [-signal.SIGTERM] * 2
+    iterator.close()
+
+
+PREEMPTED = """
+import os, sys
+import dvkernels as dv
+if __name__ == "__main__":
+    data = dv.Dataset.range(10**6).map(abs, num_workers=2, workers="processes").batch(8)
+    with dv.MirroredStrategy(["cpu:0"]) as strategy:
+        batches = iter(strategy.distribute_dataset(data))
+        manager = dv.CheckpointManager(dv.Checkpoint(batches=batches), "runs")
+        with manager, dv.PreemptionHandler(manager) as preemption:
+            print("ready", flush=True)
+            for step, batch in enumerate(batches, 1):
+                preemption.after_step(step)
+"""
+
+
+def start(folder, text, **options):
+    (folder / "program.py").write_text(text)
+    return subprocess.Popen(
+        [sys.executable, "program.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_costs_no_checkpoint(tmp_path, number):
+    with start(tmp_path, PREEMPTED, start_new_session=True) as program:
+        assert program.stdout.readline() == "ready\n"
+        while not psutil.Process(program.pid).children():
+            time.sleep(0.001)
+        os.killpg(program.pid, number)  # while the first process is being born
+        _, said = program.communicate(timeout=60)
+    assert (program.returncode, said) == (42, "")
+    assert list((tmp_path / "runs").glob("step-*"))
+
+
+def test_processes_end_with_a_killed_program_that_has_a_fork(tmp_path):
+    text = """
+import os, time
+import dvkernels as dv
+if __name__ == "__main__":
+    iterator = iter(dv.Dataset.range(99).map(abs, num_workers=2, workers="processes").batch(4))
+    next(iterator)
+    if os.fork() == 0:  # it keeps open what the processes read from
+        os.setsid()
+        time.sleep(30)
+        os._exit(0)
+    print("ready", flush=True)
+    time.sleep(30)
+"""
+    with start(tmp_path, text) as program:
+        assert program.stdout.readline() == "ready\n"
+        family = psutil.Process(program.pid).children()
+        serving = [one for one in family if "dvkernels.data.processes" in str(one.cmdline())]
+        fork = [one for one in family if one not in serving]
+        program.kill()
+        try:
+            assert len(serving) == 2
+            assert not psutil.wait_procs(serving, timeout=20)[1]
+        finally:
+            for one in fork:
+                one.kill()
+
+
+UNGUARDED = """
+import dvkernels as dv
+def plus_one(x):
+    return x + 1
+data = dv.Dataset.range(8).map(plus_one, num_workers=2, workers="processes").batch(4)
+print([batch.tolist() for batch in data])
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "standard input", "command"])
+def test_what_cannot_be_imported_is_the_cause_that_is_told(tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    words = {"script": [str(script)], "standard input": ["-"], "command": ["-c", UNGUARDED]}[how]
+    done = subprocess.run(
+        [sys.executable, *words],
+        input=UNGUARDED,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    *lines, last = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "memory" not in done.stderr
+    assert done.stderr.count("Traceback") == 1  # none of the processes' own
+    assert last.startswith("dvkernels.errors.DatasetError: map: expected a function")
+    assert "import" in last
+    if how == "script":
+        assert "__main__" in last
+    else:
+        assert len(lines) < 10  # it is refused where it was written
+
+
+@pytest.mark.parametrize("missing", ["files", "threads"])
+def test_starved_they_say_of_what(missing, monkeypatch):
+    iterator = mapped(abs, range(4))
+    if missing == "threads":
+        monkeypatch.setattr(threading.Thread, "start", _no_thread)
+        with pytest.raises(DatasetError, match=r"start threads .* can't start new thread"):
+            next(iterator)
+        return
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = min(set(range(len(used) + 1)) - used)  # below the limit there is none
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        with pytest.raises(DatasetError, match=r"start a worker process; got OSError.*open files"):
+            next(iterator)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert next(iterator).tolist() == [0, 1]
+    iterator.close()
+
+
+def _no_thread(self):
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_threads_there_are_elements_still(monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", _no_thread)
+    data = Dataset.range(9).map(abs, num_workers=3)
+    assert [batch.tolist() for batch in data.batch(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert [int(x) for x in Dataset.from_iterable(lambda: range(9)).map(abs, num_workers=3)] == [
+        *range(9)
+    ]
+    with pytest.raises(DatasetError, match=r"prefetch: expected to start a thread.*prefetch=0"):
+        next(iter(data.prefetch(2)))
