@@ -73,8 +73,8 @@ class FromFiles(Files):
                 if not isinstance(opened, Iterable):
                     raise DatasetError(
                         f"from_files: expected the reader to return an iterable; got "
-                        f"{shown(opened)}, a {type(opened).__name__}, for {path!r}; write it as a generator "
-                        "function"
+                        f"{shown(opened)}, a {type(opened).__name__}, for {path!r}; write it as a "
+                        "generator function"
                     )
                 elements = iter(opened)
                 for element in elements:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dvkernels.data.checks import check_count, shown
 from dvkernels.data.cursor import Place
+from dvkernels.data.encoding import decode, encode
 from dvkernels.data.node import Node
 from dvkernels.errors import DatasetError
 
@@ -46,7 +47,7 @@ def write_state(node: Node, place: Place, lanes: Sequence[int] | None = None) ->
     if lanes is not None:
         version, extra = _VERSION_WITH_LANES, {_LANES: list(lanes)}
     elif place.memory:
-        version, extra = _VERSION_WITH_MEMORY, {_MEMORY: copy.deepcopy(list(place.memory))}
+        version, extra = _VERSION_WITH_MEMORY, {_MEMORY: encode(list(place.memory), _MEMORY)}
     values = (_FORMAT, version, place.epoch, place.position, list(node.pipeline))
     return dict(zip(_KEYS, values, strict=True)) | extra
 
@@ -62,8 +63,9 @@ def write_workers_state(
     if None in states:
         raise DatasetError(
             f"state_dict: expected datasets whose iterators can be resumed; that of worker "
-            f"{states.index(None)} cannot, as a live source cannot; keep what arrives there in a "
-            f"file, and read that with from_files"
+            f"{states.index(None)} cannot: it is live, or the state of its reader cannot be saved; "
+            f"keep what arrives in a file and read that with from_files, or leave out of the state "
+            f"what is no number, text, bytes or array"
         )
     return {
         "format": _WORKERS_FORMAT,
@@ -113,7 +115,7 @@ def read_state(node: Node, state: object) -> Saved:
             f"{_MEMBER}: expected a position of at most {node.length}, the number of elements an "
             f"epoch; got {position}; the state is damaged"
         )
-    memory = state.get(_MEMORY, [])
+    memory = decode(state.get(_MEMORY, []))
     if not isinstance(memory, list):
         raise DatasetError(
             f"{_MEMBER}: expected a list {_MEMORY!r}; got {shown(memory)}; the state is damaged"
