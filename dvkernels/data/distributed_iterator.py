@@ -301,10 +301,13 @@ class DistributedIterator(Iterator[Any]):
         before = self._feed.place
         try:
             return self._take_step()
+        except StopIteration:
+            raise
         except BaseException:
             # What a live source gave has not been confirmed, and comes again by itself.
             if self._is_resumable:
                 self._feed.move_to(before)
+            self._has_begun = False  # all try again, and compare first where they are
             raise
 
     def _take_step(self) -> tuple[list[Any], Any]:

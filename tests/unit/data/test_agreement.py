@@ -199,10 +199,24 @@ def test_workers_meet_once_an_iterator_and_once_a_load(policy: str) -> None:
         seen = [list(distributed), list(distributed)]
         batches = iter(distributed)
         batches.load_state_dict(batches.state_dict())
-        return [*seen, list(batches)]
+        seen.append(list(batches))
+        assert next(batches, None) is None  # at the end nobody waits for others
+        return seen
 
     found, meeting = together(work)
-    assert meeting.count == 3, found
+    assert not isinstance(found[0], Exception), found
+    assert meeting.count == 3
+
+
+def test_at_the_end_nobody_waits_for_others() -> None:
+    dataset = Dataset.from_files(FILES, lambda path: iter(np.load(path))).batch(3)
+
+    def work(worker: int, exchange: Any) -> Any:
+        batches = iter(shared(dataset, worker, exchange, auto_shard_policy="file"))
+        assert len(list(batches)) == 4
+        return worker != ODD or next(batches, "ended")
+
+    assert together(work)[0] == [True, "ended", True]
 
 
 DATA: dict[str, Callable[[bool], Dataset]] = {
