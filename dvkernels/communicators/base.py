@@ -81,8 +81,8 @@ class Workers(Communicator, Protocol):
     def meet(self) -> None:
         """Return when every worker has called this."""
 
-    def exchange(self, word: Any) -> list[Any]:
-        """Return a small object of each worker, in their order."""
+    def exchange(self, word: Any, verb: str = "exchange") -> list[Any]:
+        """Return a small object of each worker, in their order; ``verb`` is for messages."""
 
     def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
         """Return some integers of each worker, when all have called this with equal terms.

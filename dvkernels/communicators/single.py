@@ -38,7 +38,7 @@ class Single:
     def meet(self) -> None:
         """Wait for nobody."""
 
-    def exchange(self, word: Any) -> list[Any]:
+    def exchange(self, word: Any, verb: str = "exchange") -> list[Any]:
         """Return the word."""
         return [word]
 

@@ -73,9 +73,9 @@ class Staged:
         """Return when every worker has called this."""
         self._workers.meet()
 
-    def exchange(self, word: Any) -> list[Any]:
+    def exchange(self, word: Any, verb: str = "exchange") -> list[Any]:
         """Return a small object of each worker."""
-        return self._workers.exchange(word)
+        return self._workers.exchange(word, verb)
 
     def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
         """Return some integers of each worker, when all have called this with equal terms."""

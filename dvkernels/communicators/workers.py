@@ -83,7 +83,6 @@ class Transport(Protocol):
 
 
 _MEETING = asked("barrier")
-_EXCHANGE = asked("exchange")
 _NO_BYTES = np.empty(0, np.uint8)
 
 
@@ -194,10 +193,10 @@ class WorkerGroup:
         """Return when every worker has called this."""
         self._transport.gather(_NO_BYTES, _MEETING)
 
-    def exchange(self, word: Any) -> list[Any]:
+    def exchange(self, word: Any, verb: str = "exchange") -> list[Any]:
         """Return a small object of each worker; it must be one that pickle takes."""
         held = np.frombuffer(pickle.dumps(word), np.uint8)
-        return [pickle.loads(part.tobytes()) for part in self._transport.gather(held, _EXCHANGE)]
+        return [pickle.loads(part.tobytes()) for part in self._transport.gather(held, asked(verb))]
 
     def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
         """Return some integers of each worker, when all have called this with equal terms."""

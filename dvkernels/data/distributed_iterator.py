@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -10,20 +11,24 @@ from typing import Any, Self
 
 import numpy as np
 
+from dvkernels import reduce_op
 from dvkernels.data import sharding
-from dvkernels.data.agreement import Exchange, Word, agree, report
+from dvkernels.data.agreement import Exchange, Start, Word, agree, agree_on_start, report
 from dvkernels.data.clock import Clock, InputStats
 from dvkernels.data.cursor import Cursor, Place
 from dvkernels.data.dealer import Dealer
 from dvkernels.data.distributed_optional import DistributedOptional
 from dvkernels.data.feed import Feed
-from dvkernels.data.nest import flatten
+from dvkernels.data.fingerprint import fingerprint
+from dvkernels.data.nest import flatten, outline
 from dvkernels.data.node import Node
 from dvkernels.data.options import AutoShardPolicy, InputOptions
 from dvkernels.data.sharding import Sharding
 from dvkernels.data.share import Share
 from dvkernels.data.skips import Skips
 from dvkernels.data.state import (
+    Saved,
+    check_same,
     read_state,
     read_workers_state,
     write_state,
@@ -47,7 +52,9 @@ class DistributedIterator(Bound, Iterator[Any]):
     one at a time is at it, so each batch goes to one of them.
 
     Over several workers each gives the parts of its own replicas, and all take equally many
-    steps. Where a worker cannot know when the others end (it reads files, or a dataset, of its
+    steps. Before the first one, and after a state has been loaded, they compare their pipelines,
+    epochs, positions and lengths; if they differ, :class:`DatasetError` on all of them says how.
+    Where a worker cannot know when the others end (it reads files, or a dataset, of its
     own), they tell each other at each step, so every worker must call ``next()``; one whose data
     are used up gives empty parts until the last one ends, and an error in one worker is raised in
     all.
@@ -97,11 +104,13 @@ class DistributedIterator(Bound, Iterator[Any]):
         self._is_dealt = is_dealt
         self._is_resumable = node.why_not_resumed is None
         self._exchange = exchange
+        self._takes_fingerprint = options.fingerprint
         self._skips = Skips() if options.on_error == "skip" else None
         self._clock = Clock()
         self._turn = Turn()
         self._is_closed = False
         self._by_policy = shared
+        self._element: str | None = None  # the outline of what has been, or is to be delivered
         self._begin(shared, Place(epoch, 0))
 
     def _begin(self, shared: Sharding, place: Place, lanes: list[int] | None = None) -> None:
@@ -112,6 +121,7 @@ class DistributedIterator(Bound, Iterator[Any]):
         self._lanes = None if lanes is None else list(lanes)
         self._states: list[dict[str, Any]] = []  # of workers with datasets of their own
         self._has_ended = False
+        self._has_begun = self._is_outlined = False
         self._empty: Any = None
         # Lanes count from where they begin, since that is all they know of what was before.
         self._num_steps = place.position
@@ -196,11 +206,15 @@ class DistributedIterator(Bound, Iterator[Any]):
         states: list[dict[str, Any]] = []
         if self._is_dealt and share.num_workers > 1:
             epoch, states = read_workers_state(self._node, state, share.num_workers)
-            place, lanes = Place(epoch, 0), None
+            saved = Saved(Place(epoch, 0))
             if states:
-                place, lanes = read_state(self._state_node, states[share.worker])
+                saved = read_state(self._state_node, states[share.worker])
         else:
-            place, lanes = read_state(self._state_node, state)
+            saved = read_state(self._state_node, state)
+        check_same("element", self._element, saved.element)
+        if saved.fingerprint is not None:
+            check_same("fingerprint", self._fingerprint, saved.fingerprint)
+        place, lanes = saved.place, saved.lanes
         shared = self._by_policy
         if lanes is not None:
             shared = sharding.by_files(self._node, share, lanes, "as when the state was saved")
@@ -209,6 +223,7 @@ class DistributedIterator(Bound, Iterator[Any]):
         self._feed.close()
         self._begin(shared, place, lanes)
         self._states = states
+        self._element = saved.element
         self._on_load(place.epoch)
 
     def close(self) -> None:
@@ -254,8 +269,20 @@ class DistributedIterator(Bound, Iterator[Any]):
         is_off = self._by_policy.policy is AutoShardPolicy.OFF
         return self._by_policy.node if is_off else self._node
 
+    def _outline(self, element: Any) -> None:
+        """Note what the elements are, which a saved state may know already."""
+        found = outline(element, "element", _kind_of)
+        check_same("element", found, self._element)
+        self._element, self._is_outlined = found, True
+
+    @property
+    def _fingerprint(self) -> str | None:
+        return fingerprint(self._node) if self._takes_fingerprint else None
+
     def _own_state(self) -> dict[str, Any]:
-        return write_state(self._state_node, self._place, self._lanes)
+        return write_state(
+            self._state_node, self._place, self._lanes, self._element, self._fingerprint
+        )
 
     def _check_open(self, member: str) -> None:
         if self._is_closed:
@@ -274,16 +301,30 @@ class DistributedIterator(Bound, Iterator[Any]):
                 self._feed.close()
 
     def _next(self) -> Any:
+        if not self._has_begun:
+            self._agree_on_start()
         began = time.perf_counter()
         if self._shared.needs_agreement:
             elements, nest = self._advance_together()
             self._clock.count(began, elements)
             return nest
         elements = self._feed.take()
+        if not self._is_outlined:
+            self._outline(elements[0])
         nest = self._dealer.deal(elements, self._clock)
         self._clock.count(began, elements)
         self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
         return nest
+
+    def _agree_on_start(self) -> None:
+        """Make sure that all workers are about to read the same."""
+        if self._share.num_workers > 1:
+            place = self._place
+            own = Start((), None, place.epoch, 0)
+            if not self._is_dealt:
+                own = Start(self._node.pipeline, self._node.length, *place[:2], self._fingerprint)
+            agree_on_start(self._exchange, own)
+        self._has_begun = True
 
     def _advance_together(self) -> tuple[list[Any], Any]:
         """Take a step with all workers, or end with all of them."""
@@ -292,10 +333,13 @@ class DistributedIterator(Bound, Iterator[Any]):
         before = self._feed.place
         try:
             return self._take_step()
+        except StopIteration:
+            raise
         except BaseException:
             # What a live source gave has not been confirmed, and comes again by itself.
             if self._is_resumable:
                 self._feed.move_to(before)
+            self._has_begun = False  # all try again, and compare first where they are
             raise
 
     def _take_step(self) -> tuple[list[Any], Any]:
@@ -306,7 +350,7 @@ class DistributedIterator(Bound, Iterator[Any]):
             raise
         own = Word(self._feed.place.epoch, 0, bool(elements), self._progress(), self._empty)
         if self._lanes is not None:
-            own = own._replace(step=self._num_steps, pipeline=self._node.pipeline)
+            own = own._replace(step=self._num_steps)
         words = agree(self._exchange, own)
         have = [word.has_batch for word in words]
         if not any(have) or (self._shared.ends_with_first and not all(have)):
@@ -325,6 +369,8 @@ class DistributedIterator(Bound, Iterator[Any]):
             elements = self._feed.take()
         except StopIteration:
             return [], None
+        if not self._is_outlined:
+            self._outline(elements[0])
         nest = self._dealer.deal(elements, self._clock)
         if self._empty is None:
             self._empty = self._dealer.empty(elements[0])
@@ -334,7 +380,9 @@ class DistributedIterator(Bound, Iterator[Any]):
 
     def _progress(self) -> Any:
         if self._is_dealt:
-            return self._own_state() if self._is_resumable else None
+            with contextlib.suppress(DatasetError):  # only who asks for a state needs one
+                return self._own_state()
+            return None
         if self._lanes is None:
             return None
         own, memory = self._shared.own_lanes, self._feed.place.memory
@@ -345,6 +393,8 @@ class DistributedIterator(Bound, Iterator[Any]):
         """Keep how far all workers are."""
         if self._empty is None:
             self._empty = next((word.empty for word in words if word.empty is not None), None)
+        if self._element is None and self._empty is not None:
+            self._outline(self._empty)
         if self._is_dealt:
             self._states = [word.progress for word in words]
         elif self._lanes is not None:
@@ -352,3 +402,9 @@ class DistributedIterator(Bound, Iterator[Any]):
             for word in words:
                 for lane, position in word.progress.items():
                     self._lanes[lane] = position
+
+
+def _kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+    """Say what a leaf holds, in words that are the same for all elements of a dataset."""
+    kind = reduce_op.kind(dtype)
+    return "numbers" if kind in "biufc" else {"S": "bytes", "U": "text"}.get(kind, str(dtype))

@@ -25,6 +25,8 @@ __all__ = ["MAX_OPEN_FILES", "Files", "FromFiles", "FromIndexedFiles"]
 
 # So few that no limit of open files is met; a batch out of a shuffled dataset touches more.
 MAX_OPEN_FILES = 8
+# What a fingerprint reads of each.
+_BLOCK_BYTES, _MAX_BLOCKS = 4096, 16
 
 
 class Files(Node):
@@ -47,6 +49,20 @@ class Files(Node):
             f"from_files(count={len(self.files)}, names={digest}, "
             f"reader={callable_name(self._reader)})"
         )
+
+    def sample(self) -> Iterator[Any]:
+        for path in self.files:
+            yield os.path.basename(path)
+            if os.path.isdir(path):  # as those of zarr: what lies in it, and how large that is
+                inside = sorted(os.scandir(path), key=lambda entry: entry.name)
+                yield [(entry.name, entry.stat().st_size) for entry in inside]
+                continue
+            with open(path, "rb") as file:
+                yield (size := file.seek(0, os.SEEK_END))
+                step = max(_BLOCK_BYTES, (size - _BLOCK_BYTES) / (_MAX_BLOCKS - 1))
+                for k in range(min(_MAX_BLOCKS, -(-size // _BLOCK_BYTES))):
+                    file.seek(round(k * step))
+                    yield file.read(_BLOCK_BYTES)
 
     def only(self, start: int, step: int) -> Self:
         """Return the same with the files ``start``, ``start + step`` and so on alone."""

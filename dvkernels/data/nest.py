@@ -5,7 +5,8 @@ from __future__ import annotations
 import array
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,13 @@ __all__ = [
     "leading_length",
     "leaf_names",
     "nbytes_of",
+    "outline",
     "owned",
     "slice_rows",
     "take",
 ]
+
+_LONGEST_OUTLINE = 200
 
 # Nobody can change these, so they need no copy.
 _FROZEN = frozenset({bool, int, float, complex, str, bytes, type(None)})
@@ -55,6 +59,22 @@ def is_flat_dict(nest: Any) -> bool:
 def leaf_names(nest: Any, root: str) -> list[str]:
     """Return the path of each leaf as Python code: ``nest['image'][0]``."""
     return [path.codify(root) for path in optree.tree_accessors(nest, none_is_leaf=True)]
+
+
+def outline(nest: Any, root: str, say: Callable[[np.dtype[Any], tuple[int, ...]], Any]) -> str:
+    """Return the leaves' names, each with what ``say`` says of its dtype and shape, on one line.
+
+    A long one is cut, and ends with a digest of the whole.
+    """
+    leaves, _ = flatten(nest)
+    said = []
+    for name, leaf in zip(leaf_names(nest, root), leaves, strict=True):
+        array = as_array(leaf, "outline", name)
+        said.append(f"{name}: {say(array.dtype, array.shape)}")
+    text = ", ".join(said)
+    if len(text) <= _LONGEST_OUTLINE:
+        return text
+    return f"{text[:_LONGEST_OUTLINE]}... {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:

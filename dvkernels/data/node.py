@@ -36,6 +36,11 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 Cut = Callable[[int], tuple[int, int]]
 
 
+# How many elements a fingerprint reads of a source.
+_MAX_SAMPLES = 4096
+_MAX_SEQUENTIAL_SAMPLES = 256
+
+
 class EmptyRunError(Exception):
     """All elements of a batch were left out, so that there is no batch."""
 
@@ -125,6 +130,15 @@ class Node(abc.ABC):
         while self.length is None or index < self.length:
             yield self.element(index, epoch)
             index += 1
+
+    def sample(self) -> Iterator[Any]:
+        """Yield what tells the data of a source from others, for a fingerprint: some elements."""
+        if self.random_access and self.length is not None:
+            count = int(self.length)
+            step = max(1, (count - 1) / (_MAX_SAMPLES - 1))
+            chosen = dict.fromkeys(round(k * step) for k in range(min(count, _MAX_SAMPLES)))
+            return (self.element(index, 0) for index in chosen)
+        return itertools.islice(self.own_chain().iterate(0), _MAX_SEQUENTIAL_SAMPLES)
 
     def links(self) -> Iterator[Node]:
         """Yield this node and all before it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dvkernels.data.checks import check_count
+from dvkernels.data.checks import check_count, check_flag
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import DatasetError
 
@@ -44,6 +44,14 @@ class InputOptions:
         names it, or leave it out and go on; ``iterator.stats()`` counts and lists those. What
         fails in a source that can only be gone through in order, or on a side of a ``zip`` with
         one, is raised in any case: nobody can tell what would come behind it.
+    fingerprint : bool
+        Compare the data too: between the workers before the first step, and with those of a state
+        that is loaded, if it was saved with this option. Found are other values and another order,
+        of which pipelines know nothing. It reads, once per dataset: all bytes of ``from_arrays``
+        (about a second per GB); 4096 elements of ``from_sequence``, spread over its length, or all
+        if there are no more; of each file its size and 16 blocks of 4 KiB; the first 256 elements
+        of what can only be gone through in order. So a few single elements that differ in much
+        data may be missed. Nothing is read of ``from_live``.
 
     Examples
     --------
@@ -56,12 +64,15 @@ class InputOptions:
     auto_shard_policy: AutoShardPolicy | str = AutoShardPolicy.AUTO
     prefetch_to_device: bool = True
     on_error: str = "raise"
+    fingerprint: bool = False
 
     def __post_init__(self) -> None:
         if self.prefetch is not None:
             check_count("InputOptions", "prefetch", self.prefetch, 0)
         policy = AutoShardPolicy.of(self.auto_shard_policy, DatasetError)
         object.__setattr__(self, "auto_shard_policy", policy)
+        check_flag("InputOptions", "prefetch_to_device", self.prefetch_to_device)
+        check_flag("InputOptions", "fingerprint", self.fingerprint)
         if self.on_error not in ("raise", "skip"):
             raise DatasetError(
                 f"InputOptions: expected on_error to be 'raise' or 'skip'; got {self.on_error!r}"

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag
-from dvkernels.data.nest import as_array, flatten, is_flat_tuple, leaf_names
+from dvkernels.data.nest import as_array, flatten, is_flat_tuple, leaf_names, outline
 from dvkernels.data.node import Indices, Node, add_note, callable_name
+from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown, text_of
 
@@ -48,6 +49,9 @@ class FromArrays(Node):
                 "cut the arrays to one length, or leave out those that hold something else"
             )
         self.length: int = len(self._arrays[0])
+        self._columns = outline(
+            self._spec.unflatten(self._arrays), "row", lambda dtype, shape: Spec(shape[1:], dtype)
+        )
         self._build: Callable[[list[Any]], Any] = self._spec.unflatten
         if len(leaves) == 1 and leaves[0] is nest:
             self._build = _only
@@ -55,7 +59,7 @@ class FromArrays(Node):
             self._build = tuple
 
     def describe(self) -> str:
-        return f"from_arrays(length={self.length})"
+        return f"from_arrays(length={self.length}, {self._columns})"
 
     def element(self, index: int, epoch: int) -> Any:
         return self._build([array[index] for array in self._arrays])
@@ -71,6 +75,9 @@ class FromArrays(Node):
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
         return self._build([array[start:stop] for array in self._arrays])
+
+    def sample(self) -> Iterator[Any]:
+        return iter(self._arrays)
 
     def origin(self, index: int, epoch: int) -> int:
         return index
@@ -89,6 +96,9 @@ class Range(Node):
 
     def describe(self) -> str:
         return f"range({self.length})"
+
+    def sample(self) -> Iterator[Any]:
+        return iter(())
 
     def element(self, index: int, epoch: int) -> np.int64:
         return np.int64(index)

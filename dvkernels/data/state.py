@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dvkernels.data.checks import check_count
 from dvkernels.data.cursor import Place
+from dvkernels.data.encoding import decode, encode
 from dvkernels.data.node import Node
+from dvkernels.data.transforms import Batch, Map, Prefetch, Repeat
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
-__all__ = ["Saved", "read_state", "read_workers_state", "write_state", "write_workers_state"]
+__all__ = [
+    "Saved",
+    "check_same",
+    "read_state",
+    "read_workers_state",
+    "write_state",
+    "write_workers_state",
+]
 
 _FORMAT = "dvkernels.data.iterator"
 _KEYS = ("format", "version", "epoch", "position", "pipeline")
@@ -21,6 +32,8 @@ _KEYS = ("format", "version", "epoch", "position", "pipeline")
 # They are written only where there is one, so that what an older version can read it still reads.
 _MEMORY, _LANES = "memory", "lanes"
 _VERSION, _VERSION_WITH_MEMORY, _VERSION_WITH_LANES = 1, 2, 3
+# What is known of the data: versions that do not know it refuse it, which is right.
+_ELEMENT, _FINGERPRINT = "element", "fingerprint"
 _EXTRA = {_VERSION_WITH_MEMORY: _MEMORY, _VERSION_WITH_LANES: _LANES}
 # Several workers with datasets of their own: the state of each.
 _WORKERS_FORMAT = "dvkernels.data.iterators_of_workers"
@@ -33,23 +46,33 @@ _MEMBER = "load_state_dict"
 
 
 class Saved(NamedTuple):
-    """Where to go, and, where workers read files of their own, how far each lane of files is."""
+    """Where to go, how far each lane of files is if there are any, and in which data."""
 
     place: Place
-    lanes: list[int] | None
+    lanes: list[int] | None = None
+    element: str | None = None  # the outline of its elements, as far as one had been delivered
+    fingerprint: str | None = None
 
 
-def write_state(node: Node, place: Place, lanes: Sequence[int] | None = None) -> dict[str, Any]:
+def write_state(
+    node: Node,
+    place: Place,
+    lanes: Sequence[int] | None,
+    element: str | None,
+    fingerprint: str | None,
+) -> dict[str, Any]:
     """Return the state as a dict that JSON can hold."""
     _check_resumable("state_dict", node)
     extra: dict[str, Any] = {}
+    about = {_ELEMENT: element, _FINGERPRINT: fingerprint}
     version = _VERSION
     if lanes is not None:
         version, extra = _VERSION_WITH_LANES, {_LANES: list(lanes)}
     elif place.memory:
-        version, extra = _VERSION_WITH_MEMORY, {_MEMORY: copy.deepcopy(list(place.memory))}
+        version, extra = _VERSION_WITH_MEMORY, {_MEMORY: encode(list(place.memory), _MEMORY)}
     values = (_FORMAT, version, place.epoch, place.position, list(node.pipeline))
-    return dict(zip(_KEYS, values, strict=True)) | extra
+    known = {key: value for key, value in about.items() if value is not None}
+    return dict(zip(_KEYS, values, strict=True)) | extra | known
 
 
 def write_workers_state(
@@ -63,8 +86,9 @@ def write_workers_state(
     if None in states:
         raise DatasetError(
             f"state_dict: expected datasets whose iterators can be resumed; that of worker "
-            f"{states.index(None)} cannot, as a live source cannot; keep what arrives there in a "
-            f"file, and read that with from_files"
+            f"{states.index(None)} cannot: it is live, or the state of its reader cannot be saved; "
+            f"keep what arrives in a file and read that with from_files, or leave out of the state "
+            f"what is no number, text, bytes or array"
         )
     return {
         "format": _WORKERS_FORMAT,
@@ -95,11 +119,19 @@ def read_workers_state(
 def read_state(node: Node, state: object) -> Saved:
     """Return where to go; raise :class:`DatasetError` unless it is a state of ``node``."""
     _check_resumable(_MEMBER, node)
-    state = _check_frame(state, _FORMAT, _KEYS, (_MEMORY, _LANES), max(_EXTRA))
+    state = _check_frame(
+        state, _FORMAT, _KEYS, (_MEMORY, _LANES, _ELEMENT, _FINGERPRINT), max(_EXTRA)
+    )
     version = state["version"]
     epoch = check_count(_MEMBER, "epoch", state["epoch"], 0, "the state is damaged")
     position = _check_position("position", state["position"])
-    _compare(node.pipeline, state["pipeline"])
+    _compare(node, state["pipeline"], epoch, position)
+    about = [state.get(key) for key in (_ELEMENT, _FINGERPRINT)]
+    if not all(value is None or isinstance(value, str) for value in about):
+        raise DatasetError(
+            f"{_MEMBER}: expected text as {_ELEMENT} and {_FINGERPRINT}; got {shown(about)}; the "
+            "state is damaged"
+        )
     for key in (_MEMORY, _LANES):
         if (_EXTRA.get(version) == key) != (key in state):
             raise DatasetError(
@@ -108,13 +140,13 @@ def read_state(node: Node, state: object) -> Saved:
                 f"other; got version {version}, {shown(state.get(key))}; the state is damaged"
             )
     if version == _VERSION_WITH_LANES:
-        return Saved(Place(epoch, position), _read_lanes(state[_LANES]))
+        return Saved(Place(epoch, position), _read_lanes(state[_LANES]), *about)
     if node.length is not None and position > node.length:
         raise DatasetError(
             f"{_MEMBER}: expected a position of at most {node.length}, the number of elements an "
             f"epoch; got {position}; the state is damaged"
         )
-    memory = state.get(_MEMORY, [])
+    memory = decode(state.get(_MEMORY, []))
     if not isinstance(memory, list):
         raise DatasetError(
             f"{_MEMBER}: expected a list {_MEMORY!r}; got {shown(memory)}; the state is damaged"
@@ -127,7 +159,7 @@ def read_state(node: Node, state: object) -> Saved:
                 f"{_MEMBER}: expected a {_MEMORY} of {len(memory) - len(left)} entries for this "
                 f"pipeline; got {len(memory)}; the state is damaged"
             )
-    return Saved(Place(epoch, position, memory), None)
+    return Saved(Place(epoch, position, memory), None, *about)
 
 
 def _check_frame(
@@ -189,16 +221,53 @@ def _check_resumable(member: str, node: Node) -> None:
         )
 
 
-def _compare(own: tuple[str, ...], saved: object) -> None:
+def check_same(what: str, own: str | None, saved: str | None) -> None:
+    """Raise :class:`DatasetError` if the data are known not to be those of the saved state."""
+    if own is not None and saved is not None and own != saved:
+        raise DatasetError(
+            f"{_MEMBER}: expected the data that the state was saved for; their {what} was {saved} "
+            f"and is {own} here; build the dataset as it was, or start afresh"
+        )
+
+
+def _compare(node: Node, saved: object, epoch: int, position: int) -> None:
     if not isinstance(saved, list | tuple) or not all(isinstance(link, str) for link in saved):
         raise DatasetError(
             f"{_MEMBER}: expected the pipeline to be a list of strings; got {shown(saved)}; "
             "the state is damaged"
         )
-    for place, (mine, theirs) in enumerate(itertools.zip_longest(own, saved, fillvalue="nothing")):
-        if mine != theirs:
-            raise DatasetError(
-                f"{_MEMBER}: expected the state of the same pipeline; link {place} was {theirs} "
-                f"when it was saved and is {mine} here (saved: {'.'.join(saved)}; here: "
-                f"{'.'.join(own)}); build the dataset as it was, or start afresh"
-            )
+    own = node.pipeline
+    links = list(itertools.zip_longest(own, saved, fillvalue="nothing"))
+    differing = [place for place, (mine, theirs) in enumerate(links) if mine != theirs]
+    if not differing:
+        return
+    place = differing[0]
+    mine, theirs = links[place]
+    hint = "build the dataset as it was, or start afresh"
+    if len(differing) == 1 and (then := re.fullmatch(r"repeat\((\d+)\)", theirs)):
+        if epoch == 0 and _goes_on(node, len(own) - 1 - place, position, int(then[1])):
+            return
+        hint = "the count of a last repeat() may grow in its first epoch; otherwise " + hint
+    raise DatasetError(
+        f"{_MEMBER}: expected the state of the same pipeline; link {place} was {theirs} "
+        f"when it was saved and is {mine} here (saved: {'.'.join(saved)}; here: "
+        f"{'.'.join(own)}); {hint}"
+    )
+
+
+def _goes_on(node: Node, num_behind: int, position: int, count_then: int) -> bool:
+    """Return whether a position means the same under a ``repeat`` whose count has grown.
+
+    Behind it there may be ``map`` and ``batch``, but no batch may have been cut short by the end
+    that it had then.
+    """
+    chain = [link for link in node.links() if not isinstance(link, Prefetch)]
+    behind, repeat = chain[:num_behind], chain[num_behind]
+    if not isinstance(repeat, Repeat) or not all(isinstance(link, Map | Batch) for link in behind):
+        return False
+    if repeat.count is not None and repeat.count < count_then:
+        return False
+    batches = [link for link in behind if isinstance(link, Batch)]
+    length = repeat.source.length
+    rows = position * math.prod(batch.size for batch in batches)
+    return not batches or (length is not None and rows <= length * count_then)

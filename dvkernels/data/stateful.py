@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from dvkernels.data.checks import check_callable, check_flag
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown, text_of
+from dvkernels.user_errors import in_words, shown
 
 __all__ = ["FromSource", "FromStatefulIterable", "Reader", "Source"]
 
@@ -27,8 +27,9 @@ class Reader(Protocol):
     def state(self) -> Any:
         """Return what ``open`` needs to go on behind the latest element.
 
-        It is asked for after each element, so it should cost little: numbers, strings, and
-        lists and dicts of them, a few dozen bytes.
+        It is asked for, and copied, after each element, so it should cost little: a few dozen
+        bytes. What is saved may hold numbers, text, bytes, arrays of NumPy and tensors of PyTorch,
+        and lists, tuples and dicts of these.
         """
         ...
 
@@ -64,8 +65,8 @@ class Source(Protocol):
     def open(self, epoch: int, state: Any) -> Reader:
         """Return a new reader: at the start of the epoch for None, else where ``state`` was asked.
 
-        The state is what JSON made of the one that ``Reader.state`` returned: tuples have become
-        lists. The elements that follow must be those that followed then.
+        The state is a copy of the one that ``Reader.state`` returned. The elements that follow must
+        be those that followed then.
         """
         ...
 
@@ -77,7 +78,7 @@ class FromSource(Node):
     length = None
     is_replayable = False
     remembers = True
-    first_mark = None  # The state of the source, as JSON text: nobody can change it later.
+    first_mark = None  # The state of the source, a copy that nobody changes.
 
     def __init__(self, source: Source) -> None:
         if isinstance(source, type) or not callable(getattr(source, "open", None)):
@@ -92,11 +93,11 @@ class FromSource(Node):
         return f"from_source({type(self._source).__qualname__})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        index, text = (0, None) if self.marks is None else self.marks.resume(epoch, start)
+        index, state = (0, None) if self.marks is None else self.marks.resume(epoch, start)
         name, verb = type(self._source).__name__, "open"
         reader: Any = None
         try:
-            reader = self._source.open(epoch, None if text is None else json.loads(text))
+            reader = self._source.open(epoch, copy.deepcopy(state))
             self._check(reader)
             while True:
                 verb = "__next__"
@@ -107,7 +108,7 @@ class FromSource(Node):
                 index += 1
                 if self.marks is not None:
                     verb = "state"
-                    self.marks.add(epoch, index, self._text(reader.state()))
+                    self.marks.add(epoch, index, self._copy(reader.state()))
                 if index > start:
                     yield element
         except DatasetError:
@@ -119,17 +120,11 @@ class FromSource(Node):
             if callable(close := getattr(reader, "close", None)):
                 close()
 
-    def release(self, epoch: int, position: int) -> list[Any]:
-        assert self.marks is not None
-        epoch, place, text = self.marks.release(epoch, position)
-        return [[epoch, place, None if text is None else json.loads(text)]]
-
     def restore(self, memory: Iterator[Any]) -> None:
         assert self.marks is not None
         entry = next(memory, None)
-        if isinstance(entry, list) and len(entry) == 3:
-            epoch, place, state = entry
-            entry = [epoch, place, None if place == 0 else self._text(state)]
+        if isinstance(entry, list) and len(entry) == 3 and entry[1] == 0:
+            entry = [*entry[:2], None]
         self.marks.restore(entry)
 
     def _check(self, reader: object) -> None:
@@ -140,14 +135,14 @@ class FromSource(Node):
                 f"a {type(reader).__name__} without {' and '.join(lacking)}; add what is missing"
             )
 
-    def _text(self, state: object) -> str:
+    def _copy(self, state: object) -> object:
         try:
-            return json.dumps(state)
-        except (TypeError, ValueError) as error:
+            return copy.deepcopy(state)
+        except Exception as error:
             raise DatasetError(
-                f"from_source: expected a state that JSON can hold; got {shown(state)} "
-                f"({text_of(error)}); "
-                "return numbers, strings, and lists and dicts of them: int(n) for a NumPy integer"
+                f"from_source: expected a state that can be copied; got {shown(state)} "
+                f"({in_words(error)}); return numbers, text, arrays, and lists and "
+                "dicts of them"
             ) from error
 
 

@@ -322,7 +322,7 @@ class Repeat(_Transform):
             count = check_count(
                 "repeat", "count", count, 0, "leave it out, or pass None, to repeat without end"
             )
-        self._count = count
+        self.count = count
         self._stride = _ENDLESS_STRIDE if count is None else count
         length = source.length
         if length == 0 or count == 0:
@@ -333,7 +333,7 @@ class Repeat(_Transform):
         self._period = source.length
 
     def describe(self) -> str:
-        return f"repeat({'' if self._count is None else self._count})"
+        return f"repeat({'' if self.count is None else self.count})"
 
     def element(self, index: int, epoch: int) -> Any:
         repetition, place = self._place(index)
@@ -376,7 +376,7 @@ class Repeat(_Transform):
             return
         marks = self.marks
         position, (repetition, place) = (0, (0, 0)) if marks is None else marks.resume(epoch, start)
-        while self._count is None or repetition < self._count:
+        while self.count is None or repetition < self.count:
             for element in self.source.iterate(epoch * self._stride + repetition, place):
                 position, place = position + 1, place + 1
                 if marks is not None:

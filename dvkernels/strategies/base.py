@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from typing import Any, NoReturn, Self
@@ -63,6 +64,9 @@ class ValueContext:
     def __init__(self, replica_id_in_sync_group: int, num_replicas_in_sync: int) -> None:
         self.replica_id_in_sync_group = replica_id_in_sync_group
         self.num_replicas_in_sync = num_replicas_in_sync
+
+
+_READ = "next(iterator) of a distributed dataset"  # what workers agree on, in messages
 
 
 class Strategy(Bound):
@@ -646,7 +650,7 @@ class Strategy(Bound):
             options=options or InputOptions(),
             is_dealt=is_dealt,
             share=Share(placement.counts, placement.workers.rank),
-            exchange=placement.workers.exchange,
+            exchange=functools.partial(placement.workers.exchange, verb=_READ),
             count=count,
         )
 
