@@ -59,7 +59,7 @@ def hold(tmp_path):
 def test_what_the_job_held_goes_and_what_others_hold_stays(hold, tmp_path):
     (tmp_path / "mpich_shm_before_0").write_text("")
     job: list[int] = []
-    leftovers = Leftovers(lambda: job, tmp_path)
+    leftovers = Leftovers(lambda: job, [str(tmp_path)])
     names = {
         "job": ["mpich_shm_a_0", "ucx_shm_posix_1", "sm_segment.n1.0.1.0", "hydra_hwloc_xmlfile_x"],
         "program": ["weights.npy", "psm_1234", "mpich_shm.py"],
@@ -80,7 +80,7 @@ def test_what_the_job_held_goes_and_what_others_hold_stays(hold, tmp_path):
 
 def test_what_is_made_between_looks_is_noted(hold, tmp_path):
     job: list[int] = []
-    leftovers = Leftovers(lambda: job, tmp_path)
+    leftovers = Leftovers(lambda: job, [str(tmp_path)])
     for number in range(3):
         job.append(hold(tmp_path / f"mpich_shm_{number}").pid)
         leftovers.note()
