@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -60,9 +61,9 @@ class Leftovers:
         folders: Iterable[str] = (_MEMORY, "/tmp", tempfile.gettempdir()),
     ) -> None:
         self._processes = processes
-        chosen = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
-        self.news = _watch(chosen)  # can be read when something has come into being; or -1
-        self._before = {file for folder in chosen for file in _lying_in(folder)}
+        self._folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
+        self.news = _watch(self._folders)  # can be read when something has come into being; or -1
+        self._before = {file for folder in self._folders for file in _lying_in(folder)}
         self._noted: set[_File] = set()
 
     def note(self) -> None:
@@ -70,8 +71,16 @@ class Leftovers:
         if self.news >= 0 and any(map(_NAMES.fullmatch, _created(self.news))):
             self._noted.update(*map(_held_by, self._processes()))
 
-    def remove(self) -> None:
-        """Remove what was noted and is still there. To be called when no process is left."""
+    def remove(self, launcher: int) -> None:
+        """Remove what was noted and is still there. To be called when no process is left.
+
+        And the folder of Open MPI's launcher, which bears the number of its process.
+        """
+        for folder in self._folders:
+            session = os.path.join(folder, f"ompi.{launcher}")
+            with contextlib.suppress(OSError):
+                if os.lstat(session).st_uid == os.geteuid():
+                    shutil.rmtree(session)  # which follows no links
         for file in self._noted - self._before:
             if _file(file.path) == file:
                 with contextlib.suppress(OSError):

@@ -60,13 +60,13 @@ class End(NamedTuple):
     may_be_restarted : bool
         Whether it failed by itself: not soon after a signal was passed on, and not as one whose
         workers were told to stop.
-    silent : list of int
-        The workers that have not said how they ended, where that is why the status is 1.
+    silent : str
+        Which workers have not said how they ended, where that is why the status is 1.
     """
 
     status: int
     may_be_restarted: bool
-    silent: Sequence[int] = ()
+    silent: str = ""
 
 
 def run(
@@ -79,7 +79,6 @@ def run(
     grace_seconds: float,
     sent: Callable[[int, signal.Signals], bool] | None = None,
     failures: frozenset[int] = frozenset(),
-    num_workers: int | None = None,
     given: int | None = None,
     is_fed_by_launcher: bool = False,
 ) -> End:
@@ -106,8 +105,6 @@ def run(
         it, the workers of this host get the signal.
     failures : frozenset of int
         Statuses after which the job may be restarted, though they say elsewhere that it was ended.
-    num_workers : int, optional
-        How many workers must say that they ended well; those that say they are here if not known.
     given : int, optional
         The descriptor of the first worker's input; it has none if not given.
     is_fed_by_launcher : bool
@@ -161,12 +158,12 @@ def run(
                     deadline = time.monotonic() + grace_seconds
         finally:
             _end(launcher, ended_by, left, attend)
-            leftovers.remove()
+            leftovers.remove(launcher.pid)
     if timed_out:
         return End(TIMED_OUT, may_be_restarted=False)
     status = launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
     status = _agreed(status, ledger.first_failure, failures)
-    silent = [] if status else ledger.silent(num_workers)
+    silent = "" if status else ledger.silent()
     if interrupted_by is not None:
         was_killed = bool(silent) or status in _killed_by(interrupted_by)
         return End(128 + interrupted_by if was_killed else status, may_be_restarted=False)

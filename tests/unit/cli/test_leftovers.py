@@ -58,6 +58,8 @@ def hold(tmp_path):
 
 def test_what_the_job_held_goes_and_what_others_hold_stays(hold, tmp_path):
     (tmp_path / "mpich_shm_before_0").write_text("")
+    for name in ("ompi.7/1/session", "ompi.8/1/session"):
+        (tmp_path / name).mkdir(parents=True)
     job: list[int] = []
     leftovers = Leftovers(lambda: job, [str(tmp_path)])
     names = {
@@ -71,10 +73,17 @@ def test_what_the_job_held_goes_and_what_others_hold_stays(hold, tmp_path):
     leftovers.note()
     (tmp_path / "mpich_shm_a_0").rename(tmp_path / "old")
     (tmp_path / "mpich_shm_a_0").write_text("another job's, of the same name")
-    leftovers.remove()
+    leftovers.remove(7)
     leftovers.close()
     left = {path.name for path in tmp_path.iterdir()}
-    kept = {*names["program"], *names["others"], "mpich_shm_a_0", "old", "mpich_shm_before_0"}
+    kept = {
+        *names["program"],
+        *names["others"],
+        "mpich_shm_a_0",
+        "old",
+        "mpich_shm_before_0",
+        "ompi.8",
+    }
     assert left == kept
 
 
@@ -86,7 +95,7 @@ def test_what_is_made_between_looks_is_noted(hold, tmp_path):
         leftovers.note()
     for process in job:
         os.kill(process, signal.SIGKILL)
-    leftovers.remove()
+    leftovers.remove(7)
     leftovers.close()
     assert list(tmp_path.iterdir()) == []
 
