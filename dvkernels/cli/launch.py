@@ -27,13 +27,16 @@ HELP = "start a program on several workers, with the installed mpiexec or srun"
 
 _ATTEMPT = "DVKERNELS_ATTEMPT"
 _HOST = re.compile(r"(?P<name>[^\s:,]+|\[[0-9a-fA-F:]+\])(?::(?P<count>[1-9][0-9]*))?")
-# Set where the MPI Operator, or a user, has named the hosts already.
+# Set where the MPI Operator, a batch system or a user has named the hosts already.
 _HOSTS_ELSEWHERE = (
     "OMPI_MCA_orte_default_hostfile",
     "PRTE_MCA_prte_default_hostfile",
     "HYDRA_HOST_FILE",
     "I_MPI_HYDRA_HOST_FILE",
     "SLURM_JOB_ID",
+    "PBS_NODEFILE",
+    "LSB_HOSTS",
+    "PE_HOSTFILE",
 )
 
 
@@ -149,15 +152,14 @@ def run(arguments: argparse.Namespace) -> int:
             grace_seconds=arguments.grace,
             sent=None if flavour.sent is None else functools.partial(_send, flavour.sent, path),
             failures=flavour.failures,
-            num_workers=job.num_workers if job.is_here else None,
             given=given,
             is_fed_by_launcher=is_fed_by_launcher,
         )
         left = first + arguments.max_restarts - attempt
         if end.silent:
             _say(
-                f"workers {', '.join(map(str, end.silent))} ended without a word, though "
-                f"{flavour.name} says that all is well: they were killed, or ended by a library"
+                f"{flavour.name} says that all is well, but of the workers {end.silent} ended "
+                f"without a word: killed, or by the exit of a library in C"
             )
         if end.status:
             _say(f"{flavour.name} ended with status {end.status}")

@@ -48,7 +48,7 @@ class Ledger:
 
     def __init__(self, given: int | None) -> None:
         self._given = given
-        self._here: set[int] = set()
+        self._here: dict[int, int] = {}  # and how many they say there are on this host
         self._replaced: set[int] = set()
         self._ended: dict[int, int] = {}  # in their order
         self.environ: dict[str, str] = {}
@@ -86,8 +86,8 @@ class Ledger:
             return  # anybody of this host may connect
         connection.settimeout(_SECONDS_FOR_A_LINE)
         match connection.recv(_NBYTES).decode("ascii").split():
-            case [word, worker] if word == _HERE:
-                self._here.add(int(worker))
+            case [word, worker, num_local] if word == _HERE:
+                self._here[int(worker)] = int(num_local)
                 if int(worker) == 0 and self._given is not None:
                     socket.send_fds(connection, [b"input"], [self._given])
             case [word, worker] if word == _REPLACED:
@@ -100,19 +100,16 @@ class Ledger:
         """The first status other than 0 that a worker said."""
         return next((status for status in self._ended.values() if status), None)
 
-    def silent(self, num_workers: int | None) -> list[int]:
-        """Return the workers that have not said how they ended.
+    def silent(self) -> str:
+        """Return which workers of this host have not said how they ended; empty if all have.
 
-        Parameters
-        ----------
-        num_workers : int or None
-            How many there are here; None where that is not known: those that said they are.
+        How many there are, the first one that came was told by its launcher.
         """
-        known = self._here if num_workers is None else set(range(num_workers))
-        if self._listener is None:
-            return []
         # What a worker has replaced itself by knows nothing of this.
-        return sorted(known - self._ended.keys() - self._replaced)
+        silent = sorted(self._here.keys() - self._ended.keys() - self._replaced)
+        missing = max(self._here.values(), default=0) - len(self._here)
+        words = [", ".join(map(str, silent))] if silent else []
+        return " and ".join(words + [f"{missing} that never began"] * (missing > 0))
 
     def close(self) -> None:
         """Hear no more."""
@@ -125,8 +122,9 @@ def entry_of(environ: Mapping[str, str]) -> Entry:
     with contextlib.suppress(ClusterError):
         found = launchers.find(environ)
         if found is not None and found[1].worker_id is not None:
-            return Entry(environ.get(VARIABLE), found[1].worker_id)
-    return Entry(None, 0)
+            place = found[1]
+            return Entry(environ.get(VARIABLE), place.worker_id or 0, place.num_local_workers or 0)
+    return Entry(None, 0, 0)
 
 
 @final
@@ -139,15 +137,17 @@ class Entry:
         What ``launch`` called the socket; None: no launch of ours has started this process.
     worker : int
         The worker's number.
+    num_local : int
+        How many workers there are on this host; 0 if not told.
     """
 
-    def __init__(self, name: str | None, worker: int) -> None:
-        self._name, self.worker = name, worker
+    def __init__(self, name: str | None, worker: int, num_local: int) -> None:
+        self._name, self.worker, self._num_local = name, worker, num_local
         self._process = os.getpid()
 
     def arrive(self) -> int | None:
         """Say that this worker is here; return a descriptor of the input that it is given."""
-        with _LOST, self._said(_HERE) as connection:
+        with _LOST, self._said(_HERE, self._num_local) as connection:
             if self.worker != 0:
                 return None
             return next(iter(socket.recv_fds(connection, _NBYTES, 1)[1]), None)

@@ -12,20 +12,27 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
+import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, final
 
 __all__ = ["Leftovers"]
 
-_MEMORY = Path("/dev/shm")
+_MEMORY = "/dev/shm"
 _PROC = Path("/proc")
 # MPICH, UCX, Intel MPI, libfabric's PSM; of Hydra, in the temporary folder; Open MPI.
 _NAMES = re.compile(
     r"mpich_sh(m|ar)_\w+|ucx_shm_posix_\w+|Intel_MPI_\w+|psm[23]_shm[\w.-]+|hydra_hwloc_xmlfile_\w+"
     r"|(sm|vader)_segment\.[\w.-]+|osc_(sm|rdma)[\w.-]+|open_mpi\.\w+"
 )
-_CREATED = 0x100  # of inotify
+# Of inotify: the kind of event, and how one is told before the name. 64 KiB are all that wait, or
+# the rest comes at the next look.
+_CREATED = 0x100
+_EVENT = struct.Struct("iIII")
+_NBYTES = 1 << 16
 
 
 class _File(NamedTuple):
@@ -44,30 +51,36 @@ class Leftovers:
     ----------
     processes : callable
         Returns the numbers of the job's processes that exist.
-    folder : Path
-        Where shared memory has its names.
+    folders : iterable of str, optional
+        Where to look; by default where shared memory has its names, and for temporary files.
     """
 
-    def __init__(self, processes: Callable[[], Iterable[int]], folder: Path = _MEMORY) -> None:
+    def __init__(
+        self,
+        processes: Callable[[], Iterable[int]],
+        folders: Iterable[str] = (_MEMORY, "/tmp", tempfile.gettempdir()),
+    ) -> None:
         self._processes = processes
-        self._folder = folder
-        self.news = _watch(folder)  # can be read when something has come into being; or -1
-        self._before = self._seen = self._there()
+        self._folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
+        self.news = _watch(self._folders)  # can be read when something has come into being; or -1
+        self._before = {file for folder in self._folders for file in _lying_in(folder)}
         self._noted: set[_File] = set()
 
     def note(self) -> None:
         """Note what has come into being and is held by the job."""
-        if self.news >= 0:
-            try:
-                os.read(self.news, 1 << 16)
-            except BlockingIOError:
-                return
-        seen, self._seen = self._seen, self._there()
-        if self._seen - seen:
+        if self.news >= 0 and any(map(_NAMES.fullmatch, _created(self.news))):
             self._noted.update(*map(_held_by, self._processes()))
 
-    def remove(self) -> None:
-        """Remove what was noted and is still there. To be called when no process is left."""
+    def remove(self, launcher: int) -> None:
+        """Remove what was noted and is still there. To be called when no process is left.
+
+        And the folder of Open MPI's launcher, which bears the number of its process.
+        """
+        for folder in self._folders:
+            session = os.path.join(folder, f"ompi.{launcher}")
+            with contextlib.suppress(OSError):
+                if os.lstat(session).st_uid == os.geteuid():
+                    shutil.rmtree(session)  # which follows no links
         for file in self._noted - self._before:
             if _file(file.path) == file:
                 with contextlib.suppress(OSError):
@@ -78,13 +91,12 @@ class Leftovers:
         if self.news >= 0:
             os.close(self.news)
 
-    def _there(self) -> set[_File]:
-        try:
-            names = [name for name in os.listdir(self._folder) if _NAMES.fullmatch(name)]
-        except OSError:
-            return set()
-        found = (_file(str(self._folder / name)) for name in names)
-        return {file for file in found if file is not None}
+
+def _lying_in(folder: str) -> Iterator[_File]:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if _NAMES.fullmatch(name):
+                yield from filter(None, [_file(os.path.join(folder, name))])
 
 
 def _file(path: str, shown: str | None = None) -> _File | None:
@@ -118,19 +130,28 @@ def _held_by(process: int) -> Iterator[_File]:
                 yield _File(name, os.makedev(major, minor), int(inode))
 
 
-def _watch(folder: Path) -> int:
-    """Return a descriptor that tells when files come into being, -1 where there is no such thing.
-
-    Without it they are found when next looked for.
-    """
+def _watch(folders: Iterable[str]) -> int:
+    """Return a descriptor that tells what comes into being, -1 where there is no such thing."""
     try:
-        watch = _LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        watch: int = _LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     except AttributeError:
         return -1
-    if watch >= 0 and _LIBC.inotify_add_watch(watch, os.fsencode(folder), _CREATED) < 0:
-        os.close(watch)
-        return -1
-    return int(watch)
+    for folder in folders:
+        _LIBC.inotify_add_watch(watch, os.fsencode(folder), _CREATED)
+    return watch
+
+
+def _created(watch: int) -> Iterator[str]:
+    """Yield the names of what has come into being since the last time."""
+    try:
+        text = os.read(watch, _NBYTES)
+    except OSError:  # nothing
+        return
+    place = 0
+    while place < len(text):
+        *_, length = _EVENT.unpack_from(text, place)
+        place += _EVENT.size + length
+        yield os.fsdecode(text[place - length : place].rstrip(b"\0"))
 
 
 _LIBC = ctypes.CDLL(None)

@@ -60,13 +60,13 @@ class End(NamedTuple):
     may_be_restarted : bool
         Whether it failed by itself: not soon after a signal was passed on, and not as one whose
         workers were told to stop.
-    silent : list of int
-        The workers that have not said how they ended, where that is why the status is 1.
+    silent : str
+        Which workers have not said how they ended, where that is why the status is 1.
     """
 
     status: int
     may_be_restarted: bool
-    silent: Sequence[int] = ()
+    silent: str = ""
 
 
 def run(
@@ -79,7 +79,6 @@ def run(
     grace_seconds: float,
     sent: Callable[[int, signal.Signals], bool] | None = None,
     failures: frozenset[int] = frozenset(),
-    num_workers: int | None = None,
     given: int | None = None,
     is_fed_by_launcher: bool = False,
 ) -> End:
@@ -106,8 +105,6 @@ def run(
         it, the workers of this host get the signal.
     failures : frozenset of int
         Statuses after which the job may be restarted, though they say elsewhere that it was ended.
-    num_workers : int, optional
-        How many workers must say that they ended well; those that say they are here if not known.
     given : int, optional
         The descriptor of the first worker's input; it has none if not given.
     is_fed_by_launcher : bool
@@ -141,10 +138,6 @@ def run(
             ledger.serve(seconds, leftovers.news)
             leftovers.note()
 
-        def is_told() -> bool:
-            """Say whether somebody has asked for an end not long ago, or while the job ended."""
-            return time.monotonic() - told_at < grace_seconds or bool({*pending} & {*_ENDING})
-
         launched_with = given if is_fed_by_launcher else None
         launcher = _start(command, {**environ, **ledger.environ}, ended_by, launched_with)
         try:
@@ -165,27 +158,41 @@ def run(
                     deadline = time.monotonic() + grace_seconds
         finally:
             _end(launcher, ended_by, left, attend)
-            leftovers.remove()
-    status = launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
+            leftovers.remove(launcher.pid)
     if timed_out:
         return End(TIMED_OUT, may_be_restarted=False)
-    said = ledger.first_failure
-    # One that says it was told to stop may have been told so by the launcher, which had lost
-    # another one: then the launcher's word counts.
-    if said is not None and (status == 0 or not {status, said} & {*failures, PREEMPTED}):
-        status = said
-    silent = [] if status else ledger.silent(num_workers)
+    status = launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
+    status = _agreed(status, ledger.first_failure, failures)
+    silent = "" if status else ledger.silent()
     if interrupted_by is not None:
-        # Killed by it, or at last by us, or some by one and some by the other, which Hydra tells
-        # as the bits of both. Any other status is the workers' own word.
-        signals = (interrupted_by, signal.SIGTERM, signal.SIGKILL, interrupted_by | signal.SIGKILL)
-        killed = {number for by in signals for number in (by, 128 + by)}
-        was_killed = bool(silent) or status in killed
+        was_killed = bool(silent) or status in _killed_by(interrupted_by)
         return End(128 + interrupted_by if was_killed else status, may_be_restarted=False)
+    is_told = time.monotonic() - told_at < grace_seconds or not {*pending}.isdisjoint(_ENDING)
     if silent:
-        return End(1, may_be_restarted=not is_told(), silent=silent)
+        return End(1, may_be_restarted=not is_told, silent=silent)
     failed = status in failures or status not in _FINAL
-    return End(status, may_be_restarted=failed and not is_told())
+    return End(status, may_be_restarted=failed and not is_told)
+
+
+def _agreed(status: int, said: int | None, failures: frozenset[int]) -> int:
+    """Return the status of a launcher, or what the first worker said that did not end well.
+
+    One that says it was told to stop may have been told so by the launcher, which had lost another
+    one: then the launcher's word counts.
+    """
+    if said is None or (status and not {status, said}.isdisjoint({*failures, PREEMPTED})):
+        return status
+    return said
+
+
+def _killed_by(number: signal.Signals) -> set[int]:
+    """Return the statuses of a job that a signal has ended, or at last this process.
+
+    Hydra tells of some workers that one has ended, and others the other, as the bits of both. Any
+    other status is the workers' own word.
+    """
+    signals = (number, signal.SIGTERM, signal.SIGKILL, number | signal.SIGKILL)
+    return {status for by in signals for status in (by, 128 + by)}
 
 
 def workers_below(pid: int) -> list[int]:
