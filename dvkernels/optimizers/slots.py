@@ -67,6 +67,10 @@ class Slots:
                     kept.slots[name] = companion(variable, name)
         return found
 
+    def has(self, variable: Variable) -> bool:
+        """Return whether anything is kept for a variable."""
+        return id(variable) in self._kept
+
     def living(self) -> list[tuple[Variable, Kept]]:
         """Return the variables that live with what is kept, in the order in which they came."""
         held = [(ref(), kept) for ref, kept in list(self._kept.values())]
