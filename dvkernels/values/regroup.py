@@ -60,8 +60,8 @@ def check_own(value: DistributedValues[Any], placement: object, what: str = "") 
     else:
         return
     raise ContextError(
-        f"{what}expected a value for each of the {placement.num_local} replicas of {placement.name}, got "
-        f"a {type(value).__name__} of {count} values{whose}"
+        f"{what}expected a value for each of the {placement.num_local} replicas of "
+        f"{placement.name}, got a {type(value).__name__} of {count} values{whose}"
     )
 
 
