@@ -44,7 +44,7 @@ class Optimizer(abc.ABC):
         if callable(learning_rate):
             functions.check("learning_rate", learning_rate)
         else:
-            checked(learning_rate, "learning_rate", 0)
+            learning_rate = checked(learning_rate, "learning_rate", 0)
         self._learning_rate = learning_rate
         self._iterations = 0
         self._slots = Slots()
@@ -61,10 +61,12 @@ class Optimizer(abc.ABC):
 
     def _rate(self, steps: int) -> float:
         rate = self._learning_rate
-        return checked(rate(steps) if callable(rate) else rate, "learning_rate", 0)
+        return checked(rate(steps), "learning_rate", 0) if callable(rate) else rate
 
     def _rates(self, steps: Sequence[int]) -> list[float]:
         """Return the learning rate of each variable; a callable is asked once for each count."""
+        if not callable(self._learning_rate):
+            return [self._learning_rate] * len(steps)
         of_count = {count: self._rate(count) for count in dict.fromkeys(steps)}
         return [of_count[count] for count in steps]
 
