@@ -418,6 +418,18 @@ def test_slots_go_with_their_variable_and_to_no_stranger():
         del new, variable
 
 
+def test_slots_go_with_the_optimizer_at_once():
+    weight, adam = dv.Variable(np.ones(3)), dv.optimizers.Adam()
+    adam.apply_gradients([(np.ones(3), weight)])
+    slots = [weakref.ref(slot) for slot in adam.slots(weight)]
+    gc.disable()
+    try:
+        del adam
+        assert all(slot() is None for slot in slots)
+    finally:
+        gc.enable()
+
+
 def test_other_copies_are_refused():
     for attempt in (copy.copy, pickle.dumps):
         with pytest.raises(TypeError, match=r"deepcopy|state_dict"):
