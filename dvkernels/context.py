@@ -49,10 +49,10 @@ class Frame:
 _current: ContextVar[Frame] = ContextVar("dvkernels_frame")
 _global: Frame | None = None  # set by set_strategy
 _make_default: Callable[[], Any] | None = None
-_default: dict[int, Any] = {}
+_default: dict[str, Any] = {}  # the default strategy, once it has been asked for
 
 # Outside every scope: one replica on one device.
-UNSCOPED = Placement((Device("cpu", 0),), Single(), "the default strategy")
+UNSCOPED = Placement((Device("cpu", 0),), Single(), "the default strategy", is_default=True)
 
 
 def install_default(make: Callable[[], Any]) -> None:
@@ -63,10 +63,11 @@ def install_default(make: Callable[[], Any]) -> None:
 
 def default_strategy() -> Any:
     """Return the strategy that applies outside every scope, made when first asked for."""
-    if not _default:
+    found = _default.get("strategy")
+    if found is None:
         assert _make_default is not None
-        _default.setdefault(0, _make_default())  # of several that are made at once one stays
-    return _default[0]
+        found = _default.setdefault("strategy", _make_default())  # of two threads one makes it
+    return found
 
 
 def find() -> Frame | None:
@@ -263,8 +264,7 @@ class ReplicaContext(Bound):
         Every replica gets the same bits. 0-d inputs give 0-d arrays.
         """
         if weight is not None:
-            own = regroup.own_component(weight, self._rank)
-            weight = weights.checked(own, "all_reduce", reduce_op.parse(op))
+            weight = weights.checked(self.own(weight), "all_reduce", reduce_op.parse(op))
         brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
         targets = self._targets(out, brought) if out is not None else None
         if shared and out is not None:
@@ -476,6 +476,8 @@ class ReplicaContext(Bound):
         functions.check("merge_call", fn)
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"merge_call: args must be a list or tuple, got {type(args).__name__}")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ValueError(f"merge_call: kwargs must be a dict, got {type(kwargs).__name__}")
         strategy, placement = self.strategy, self._placement
         named = dict(kwargs or {})
 
@@ -491,7 +493,7 @@ class ReplicaContext(Bound):
                 result = payloads[0][0](strategy, *joined_args, **joined_kwargs)
             finally:
                 leave(token)
-            return [_dealt(result, rank) for rank in range(len(payloads))]
+            return [_dealt(result, rank, placement) for rank in range(len(payloads))]
 
         structure = regroup.flatten((tuple(args), named))[1]
         request = Request("merge_call", (structure,), (fn, args, named), act)
@@ -500,6 +502,10 @@ class ReplicaContext(Bound):
     def meet(self, request: Request) -> Any:
         """Bring a request of another module (a variable's write) to the other replicas."""
         return self._step.meet(self._rank, request)
+
+    def own(self, value: Any) -> Any:
+        """Return what a value means to this replica: its component of a distributed one."""
+        return regroup.own_component(value, self._rank, self._placement)
 
     # -- what they share ------------------------------------------------------------------------
 
@@ -524,7 +530,7 @@ class ReplicaContext(Bound):
 
     def _arrays(self, verb: str, value: Any, *, counts: bool = True) -> Arrays:
         seen = self._placement.memory
-        brought = arrays_of(value, verb, self._replica_id, self._rank, seen)
+        brought = arrays_of(value, verb, self._replica_id, self.own, seen)
         if debugging.active is not None and counts:
             debugging.check_finite(verb, brought.held)
         return brought
@@ -559,11 +565,12 @@ class ReplicaContext(Bound):
         return leaf
 
 
-def _dealt(result: Any, rank: int) -> Any:
+def _dealt(result: Any, rank: int, placement: Placement) -> Any:
     """Return a nest with each ``PerReplica`` in it replaced by one replica's component."""
 
     def component(leaf: Any) -> Any:
-        return leaf.at(rank) if isinstance(leaf, PerReplica) else leaf
+        is_dealt = isinstance(leaf, PerReplica)
+        return regroup.own_component(leaf, rank, placement) if is_dealt else leaf
 
     return regroup.map_leaves(component, result)
 

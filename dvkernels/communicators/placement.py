@@ -37,7 +37,8 @@ class Placement:
     workers: Workers = _ALONE
     replicas_of_workers: tuple[int, ...] | None = None  # None: all are of this one
     background: Communicator | None = None  # for a thread that reduces meanwhile; None: the same
-    turn: Turn = field(default_factory=Turn)  # to run a step
+    is_default: bool = False  # of what applies outside every scope: its variables go anywhere
+    turn: Turn = field(default_factory=Turn)
 
     @property
     def num_replicas(self) -> int:

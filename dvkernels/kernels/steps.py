@@ -128,7 +128,7 @@ def check(
         reads = checks.arrays(where, gradient)
         dtype = reads[0].dtype
         known = checks.reduction(where, op, dtype)
-        if known not in (ReduceOp.MEAN, ReduceOp.SUM) or dtype.name not in ("float32", "float64"):
+        if known not in (ReduceOp.MEAN, ReduceOp.SUM) or dtype.char not in "fd":
             raise UnsupportedDTypeError(
                 f"{where}: expected the mean or sum of float32 or float64, got the "
                 f"{known.name} of {dtype}; cast to float32 first"

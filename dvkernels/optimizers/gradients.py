@@ -16,7 +16,7 @@ from dvkernels.errors import (
 )
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.values import weights
+from dvkernels.values import regroup, weights
 from dvkernels.values.arrays import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables.modes import VariableSynchronization
@@ -101,11 +101,8 @@ def weights_of(weight: Any, variables: Sequence[Variable], op: ReduceOp) -> list
     if not variables:
         return None
     count = variables[0].owner.num_local
-    if isinstance(weight, PerReplica) and len(found) != count:
-        raise ContextError(
-            f"{VERB}: the weight is a PerReplica of {len(found)}, and the strategy has {count} "
-            f"replicas"
-        )
+    if isinstance(weight, PerReplica):
+        regroup.check_own(weight, variables[0].owner, f"{VERB}, weight: ")
     return found if isinstance(weight, PerReplica) else found * count
 
 
@@ -119,11 +116,8 @@ def columns_of(pairs: Sequence[Pair], each: Sequence[float] | None) -> tuple[lis
     for gradient, variable in pairs:
         count, first = variable.owner.num_local, variable.owner.first_replica
         if isinstance(gradient, PerReplica):
-            if len(gradient) != count:
-                raise ContextError(
-                    f"{VERB}: the gradient of {variable.name!r} is a PerReplica of "
-                    f"{len(gradient)}, and its strategy has {count} replicas"
-                )
+            what = f"{VERB}, gradient of {variable.name!r}: "
+            regroup.check_own(gradient, variable.owner, what)
             parts = list(gradient.values)
         else:
             parts = [gradient.at(0) if isinstance(gradient, DistributedValues) else gradient]

@@ -11,14 +11,12 @@ from dvkernels import context, user_errors
 from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.rendezvous import Request, Same
 from dvkernels.devices import memory
-from dvkernels.errors import (
-    CollectiveMismatchError,
-)
+from dvkernels.errors import CollectiveMismatchError, ContextError
 from dvkernels.kernels import twins
 from dvkernels.optimizers import gradients, saved
-from dvkernels.optimizers.slots import Slots
+from dvkernels.optimizers.slots import Kept, Slots
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.values import regroup, weights
+from dvkernels.values import functions, scalars, weights
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__ = ["Optimizer"]
@@ -43,8 +41,10 @@ class Optimizer(abc.ABC):
     """
 
     def __init__(self, learning_rate: LearningRate) -> None:
-        if not callable(learning_rate):
-            checked(learning_rate, "learning_rate", 0)
+        if callable(learning_rate):
+            functions.check("learning_rate", learning_rate)
+        else:
+            learning_rate = checked(learning_rate, "learning_rate", 0)
         self._learning_rate = learning_rate
         self._iterations = 0
         self._slots = Slots()
@@ -61,23 +61,40 @@ class Optimizer(abc.ABC):
 
     def _rate(self, steps: int) -> float:
         rate = self._learning_rate
-        return checked(rate(steps) if callable(rate) else rate, "learning_rate", 0)
+        return checked(rate(steps), "learning_rate", 0) if callable(rate) else rate
 
     def _rates(self, steps: Sequence[int]) -> list[float]:
         """Return the learning rate of each variable; a callable is asked once for each count."""
+        if not callable(self._learning_rate):
+            return [self._learning_rate] * len(steps)
         of_count = {count: self._rate(count) for count in dict.fromkeys(steps)}
         return [of_count[count] for count in steps]
 
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable, in the order of :attr:`slot_names`; zeros at first."""
         names = self.slot_names
-        (kept,) = self._slots.of_each([variable], names)
+        kept = self._kept("slots", variable)
         return tuple(kept.slots[name] for name in names)
 
     def steps(self, variable: Variable) -> Any:
         """Return how many steps a variable has taken: an int64 array of shape ()."""
-        (kept,) = self._slots.of_each([variable], self.slot_names)
-        return kept.steps
+        return self._kept("steps", variable).steps
+
+    def _kept(self, verb: str, variable: Variable) -> Kept:
+        if not isinstance(variable, Variable):
+            raise TypeError(f"{verb} belong to variables; got {variable!r:.80}")
+        if not self._slots.has(variable):
+            self._check_across(f"{verb} of variable {variable.name!r}, which has none yet")
+        return self._slots.of_each([variable], self.slot_names)[0]
+
+    def _check_across(self, verb: str) -> None:
+        """Raise in a replica: each would make its own."""
+        frame = context.find()
+        if frame is not None and frame.replica is not None:
+            raise ContextError(
+                f"{verb}, in replica {frame.replica.replica_id_in_sync_group}: each replica would "
+                f"make its own; call it outside of run or in merge_call"
+            )
 
     @property
     def slotted(self) -> tuple[Variable, ...]:
@@ -138,6 +155,8 @@ class Optimizer(abc.ABC):
         ValueError
             It is not such a state, that of an optimizer with other slots, or does not fit the
             variables. Nothing has changed.
+        ContextError
+            Called in a replica.
 
         Notes
         -----
@@ -145,6 +164,7 @@ class Optimizer(abc.ABC):
         still holds one of its shape and dtype under another name: then ``apply_gradients`` raises
         ``ValueError``, since it might be that one.
         """
+        self._check_across("load_state_dict")
         iterations = saved.checked_progress(state, self.slot_names)
         entries = saved.checked_entries(state.get("variables"), self.slot_names)
         known = self.slotted if variables is None else tuple(variables)
@@ -246,11 +266,9 @@ class Optimizer(abc.ABC):
         if replica is None:
             self._across(listed, reduction, weight)
             return
-        rank = replica.rank_in_process
         if weight is not None:
-            own_weight = regroup.own_component(weight, rank)
-            weight = weights.checked(own_weight, gradients.VERB, reduction)
-        own = [(regroup.own_component(gradient, rank), variable) for gradient, variable in listed]
+            weight = weights.checked(replica.own(weight), gradients.VERB, reduction)
+        own = [(replica.own(gradient), variable) for gradient, variable in listed]
         present = [pair for pair in own if pair[0] is not None]
         variables = gradients.variables_of(present, reduction)
         name, counts = replica.replica_id_in_sync_group, weight != 0
@@ -345,11 +363,8 @@ class Optimizer(abc.ABC):
 
 def checked(number: Any, name: str, least: float, below: float = float("inf")) -> float:
     """Return a setting as a float in ``[least, below)``, else raise ValueError."""
-    try:
-        value = float(number)
-    except (TypeError, ValueError):
-        value = float("nan")
+    value = scalars.real(number)
     if not least <= value < below:
         limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")
-        raise ValueError(f"{name} must be a finite number, {limits}; got {number!r}")
+        raise ValueError(f"{name} must be a finite number, {limits}; got {scalars.shown(number)}")
     return value

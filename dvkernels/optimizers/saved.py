@@ -82,6 +82,9 @@ def matched(
     entries: list[Entry], variables: Sequence[Variable], *, is_ordered: bool
 ) -> tuple[list[tuple[Variable, Entry]], list[Entry]]:
     """Return the variables that entries are of, and the entries that are left over."""
+    for variable in variables:
+        if not isinstance(variable, Variable):
+            raise ValueError(f"variables: expected variables, got {variable!r:.80}")
     if is_ordered and len(entries) != len(variables):
         raise ValueError(
             f"the state holds {len(entries)} variables, {_names(entries)}; got {len(variables)}"

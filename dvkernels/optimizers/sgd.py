@@ -48,7 +48,9 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(learning_rate)
         self.momentum = checked(momentum, "momentum", 0, 1)
-        self.nesterov = bool(nesterov)
+        if not isinstance(nesterov, bool):
+            raise TypeError(f"nesterov is True or False; got {nesterov!r:.80}")
+        self.nesterov = nesterov
         self.weight_decay = checked(weight_decay, "weight_decay", 0)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0; got momentum=0")

@@ -51,7 +51,7 @@ class Slots:
 
     def of_each(self, variables: Sequence[Variable], names: Sequence[str]) -> list[Kept]:
         """Return what is kept for variables; for new ones what was loaded, or zeros."""
-        new = [variable for variable in variables if id(variable) not in self._kept]
+        new = [variable for variable in variables if not self.has(variable)]
         if new:
             taken = saved.taken(new, self.pending)
             made = [
@@ -67,14 +67,25 @@ class Slots:
                     kept.slots[name] = companion(variable, name)
         return found
 
+    def has(self, variable: Variable) -> bool:
+        """Return whether anything is kept for a variable, not for one whose place it has taken."""
+        held = self._kept.get(id(variable))
+        return held is not None and held[0]() is variable
+
     def living(self) -> list[tuple[Variable, Kept]]:
         """Return the variables that live with what is kept, in the order in which they came."""
         held = [(ref(), kept) for ref, kept in list(self._kept.values())]
         return [(variable, kept) for variable, kept in held if variable is not None]
 
     def _keep(self, variable: Variable, kept: Kept) -> None:
-        held, key = self._kept, id(variable)
-        held[key] = weakref.ref(variable, lambda _: held.pop(key, None)), kept
+        me, key = weakref.ref(self), id(variable)
+
+        def forget(ref: weakref.ref[Variable]) -> None:
+            slots = me()  # weakly: what is kept goes with the optimizer, without a collection
+            if slots is not None and slots._kept.get(key, (None,))[0] is ref:
+                del slots._kept[key]
+
+        self._kept[key] = weakref.ref(variable, forget), kept
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
         """Return what the copies of variables keep that are copied in the same go.

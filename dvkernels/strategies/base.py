@@ -526,6 +526,8 @@ class Strategy(Bound):
         context.check_turn(self._placement, f"update of variable {variable.name!r}")
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"update: args must be a list or tuple, got {type(args).__name__}")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ValueError(f"update: kwargs must be a dict, got {type(kwargs).__name__}")
         given = (tuple(args), dict(kwargs or {}))
         equal = variable.synchronization is VariableSynchronization.ON_WRITE
         if equal and any(isinstance(leaf, PerReplica) for leaf in regroup.flatten(given)[0]):
@@ -788,6 +790,11 @@ class Scope:
 
     def __exit__(self, *_: object) -> None:
         """Make the strategy that was current before current again."""
+        if not self._entered:
+            raise ContextError(
+                f"the scope of {self._placement.name} was left without having been entered; use it "
+                f"in a with statement"
+            )
         frame, token = self._entered[-1]
         if context.explicit() is not frame:
             raise ContextError(

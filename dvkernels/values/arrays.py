@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,16 +36,18 @@ class Arrays(NamedTuple):
         return results[0] if self.structure is None else regroup.unflatten(self.structure, results)
 
 
-def arrays_of(value: Any, verb: str, replica: int, rank: int, seen: memory.Memory) -> Arrays:
+def arrays_of(
+    value: Any, verb: str, replica: int, own_of: Callable[[Any], Any], seen: memory.Memory
+) -> Arrays:
     """Return a nest's arrays; a distributed value in it means this replica's component.
 
-    ``replica`` is its id, ``rank`` its position among those of this process; ``seen`` is the memory
-    in which arrays of other libraries may lie.
+    ``replica`` is its id, ``own_of`` returns its component; ``seen`` is the memory in which arrays
+    of other libraries may lie.
     """
     if type(value) is np.ndarray:
         return Arrays([value], None, spec(value), None)
     leaves, structure = regroup.flatten(value)
-    own = [regroup.own_component(leaf, rank) for leaf in leaves]
+    own = [own_of(leaf) for leaf in leaves]
     held = [as_array(leaf, verb, replica, seen) for leaf in own]
     specs = tuple(spec(array) for array in held)
     theirs = own if any(foreign.is_foreign(leaf) for leaf in own) else None
@@ -68,6 +70,11 @@ def as_array(value: Any, verb: str, replica: int, seen: memory.Memory = memory.H
             f"{verb}: replica {replica} passed a {type(value).__name__} that is not an array or a "
             f"number ({text_of(error)})"
         ) from error
+    if array.dtype.hasobject and isinstance(value, np.ndarray):
+        raise NotABufferError(
+            f"{verb}: expected numbers, or strings of fixed width, replica {replica} passed an "
+            f"array of {array.dtype}, which holds references; convert it with .astype first"
+        )
     if array.dtype.hasobject:
         raise NotABufferError(
             f"{verb}: expected an array or a number, replica {replica} passed {shown(value, 60)} "

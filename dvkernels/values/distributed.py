@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import numpy as np
@@ -107,6 +107,11 @@ class _Frozen(DistributedValues[T]):
         devices: Iterable[Device | str] | None = None,
         owner: object = None,
     ) -> None:
+        if isinstance(values, (str, bytes, Mapping, Set)):  # these have no order of replicas
+            raise TypeError(
+                f"a {type(self).__name__} needs a sequence of values, one per replica, got a "
+                f"{type(values).__name__}; write [{values!r:.40}, ...]"
+            )
         held = tuple(values)
         if not held:
             raise ValueError(f"a {type(self).__name__} needs one value per replica, got none")
@@ -171,6 +176,17 @@ class _Frozen(DistributedValues[T]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._values,)
 
+    def __format__(self, how: str) -> str:
+        return self._refuse() if how else str(self)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # NumPy and others ask what it can do
+            raise AttributeError(name)
+        raise AttributeError(
+            f"a {type(self).__name__} has no {name!r}: it holds one value for each replica; "
+            f"{self._remedy}"
+        )
+
     def __repr__(self) -> str:
         numbered = enumerate(self._values, self.first_replica)
         shown = ", ".join(f"{i}: {_short(value)}" for i, value in numbered)
@@ -204,7 +220,8 @@ class _Frozen(DistributedValues[T]):
     __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _refuse
     __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
     __matmul__ = __rmatmul__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _refuse
-    __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = __divmod__ = _refuse
+    __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = _refuse
+    __divmod__ = __rdivmod__ = __reversed__ = _refuse
     __neg__ = __pos__ = __abs__ = __invert__ = __round__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = _refuse
 

@@ -13,6 +13,7 @@ import optree
 
 from dvkernels.communicators.placement import Placement
 from dvkernels.devices.base import Device
+from dvkernels.errors import ContextError
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 
 __all__: list[str] = []
@@ -60,12 +61,34 @@ def map_leaves(fn: Callable[[Any], Any], nest: Any) -> Any:
     return optree.tree_map(fn, nest, none_is_leaf=True)
 
 
-def own_component(value: Any, rank: int) -> Any:
-    """Return what a leaf means to one local replica: its component of a distributed value."""
+def own_component(value: Any, rank: int, placement: object) -> Any:
+    """Return what a leaf means to one local replica: its component of a distributed value.
+
+    One of another strategy than that of the ``placement``, or of other replicas, raises.
+    """
     if not isinstance(value, DistributedValues):
         return value
+    check_own(value, placement)
     # A variable that has a single copy is the same to all replicas.
     return value.at(0 if len(value.values) == 1 and _is_variable(value) else rank)
+
+
+def check_own(value: DistributedValues[Any], placement: object, what: str = "") -> None:
+    """Raise ContextError unless there is a component for each local replica of a strategy."""
+    if not isinstance(placement, Placement):
+        return
+    owner, count, is_variable = value.owner, len(value.values), _is_variable(value)
+    is_anywhere = is_variable and (placement.is_default or getattr(owner, "is_default", False))
+    if isinstance(owner, Placement) and not owner.is_of(placement) and not is_anywhere:
+        whose = f" of {owner.name}"
+    elif count != placement.num_local and not is_variable:
+        whose = ""
+    else:
+        return
+    raise ContextError(
+        f"{what}expected a value for each of the {placement.num_local} replicas of "
+        f"{placement.name}, got a {type(value).__name__} of {count} values{whose}"
+    )
 
 
 def regroup(
@@ -98,7 +121,7 @@ def regroup(
         if (first is None or _is_variable(first)) and all(leaf is first for leaf in leaves):
             return first
         return kind(
-            [own_component(leaf, rank) for rank, leaf in enumerate(leaves)],
+            [own_component(leaf, rank, owner) for rank, leaf in enumerate(leaves)],
             devices=devices,
             owner=owner,
         )

@@ -12,6 +12,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.devices import memory
 from dvkernels.devices.buffers import refuse_masked
 from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.values import scalars
 
 __all__: list[str] = []
 
@@ -21,22 +22,12 @@ def checked(weight: Any, verb: str, op: Reduction) -> float:
     if op is not ReduceOp.MEAN:
         raise ValueError(f"{verb}: a weight belongs to MEAN, got op {op.name}; drop the weight")
     refuse_masked(weight, f"{verb}: the weight")
-    try:
-        if isinstance(weight, (str, bytes)):
-            raise TypeError
-        one = weight.item() if getattr(weight, "size", 0) == 1 and weight.ndim else weight
-        number = float(one)
-    except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
-        number = -1.0
+    number = scalars.real(weight)
     if not 0 <= number < float("inf"):
-        shown = "a number beyond float64" if _is_huge(weight) else f"{weight!r:.60}"
-        raise ValueError(f"{verb}: a weight is a finite number of at least 0, got {shown}")
+        raise ValueError(
+            f"{verb}: a weight is a finite number of at least 0, got {scalars.shown(weight)}"
+        )
     return number
-
-
-def _is_huge(weight: Any) -> bool:
-    """Return whether it is an integer that cannot even be written out: of 4,301 digits."""
-    return type(weight) is int and weight.bit_length() > 1024
 
 
 def shares_over(local: Sequence[float], workers: Workers, verb: str) -> list[float] | None:

@@ -90,7 +90,10 @@ class Copies:
                 return self._number(value, dtype)
             if type(value) is not np.ndarray:
                 refuse_masked(value, f"{verb} of variable {self.name!r}: the value{came}")
-            return np.asarray(value)
+            array = np.asarray(value)
+            if array.dtype.hasobject:
+                raise TypeError(f"a {type(value).__name__} is no number or array of numbers")
+            return array
         except NotABufferError:
             raise
         except (TypeError, ValueError, OverflowError) as error:

@@ -19,7 +19,6 @@ from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables import scatter
 from dvkernels.variables.copies import Copies
@@ -347,16 +346,14 @@ def aggregated(copies: Copies, aggregation: VariableAggregation, values: list[An
 
 def _checked_own(copies: Copies, verb: str, value: Any, replica: ReplicaContext) -> Any:
     """Return what a value means to this replica, as an array that fits."""
-    own = regroup.own_component(value, replica.rank_in_process)
-    return copies.checked(own, verb, replica.replica_id_in_sync_group)
+    return copies.checked(replica.own(value), verb, replica.replica_id_in_sync_group)
 
 
 def _checked_updates(
     copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
 ) -> scatter.Updates:
     """Return what updates mean to this replica, one by one."""
-    rank = replica.rank_in_process
-    where, what = (regroup.own_component(value, rank) for value in (indices, updates))
+    where, what = replica.own(indices), replica.own(updates)
     return scatter.checked(copies, verb, where, what, replica.replica_id_in_sync_group)
 
 

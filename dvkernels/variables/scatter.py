@@ -40,13 +40,13 @@ class Updates(NamedTuple):
     updates: Any
 
 
-def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int | None) -> Updates:
-    """Return the updates one by one; wrong indices, shapes or dtypes raise."""
-    shape, dtype = copies.arrays[0].shape, copies.arrays[0].dtype
+def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -> Any:
+    """Return indices of rows as an array of the host; wrong ones raise."""
+    shape = copies.arrays[0].shape
     what = f"{verb} of variable {copies.name!r}"
     came = "" if replica is None else f" from replica {replica}"
     if not shape:
-        raise BufferMismatchError(f"{what}: it has no rows, being 0-d; use assign")
+        raise BufferMismatchError(f"{what}: it has no rows, being 0-d; take the whole value")
     refuse_masked(indices, f"{what}: what came as indices{came}")
     rows = copies.memory.to_host(indices) if foreign.is_on_gpu(indices) else np.asarray(indices)
     if rows.size == 0 and rows.dtype.kind == "f":
@@ -61,6 +61,15 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
             f"{what}: got index {outside.flat[0]}{came}; the rows are 0 to {shape[0] - 1}, and "
             f"negative ones do not count from the end"
         )
+    return rows
+
+
+def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int | None) -> Updates:
+    """Return the updates one by one; wrong indices, shapes or dtypes raise."""
+    shape, dtype = copies.arrays[0].shape, copies.arrays[0].dtype
+    what = f"{verb} of variable {copies.name!r}"
+    came = "" if replica is None else f" from replica {replica}"
+    rows = checked_rows(copies, verb, indices, replica)
     array = copies.converted(updates, verb, replica)
     expected = Spec((*rows.shape, *shape[1:]), dtype)
     is_number = isinstance(updates, (bool, int, float, complex)) and array.ndim == 0

@@ -18,6 +18,7 @@ from dvkernels.devices import foreign, memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec, refuse_masked
 from dvkernels.errors import (
+    BufferMismatchError,
     CollectiveTimeoutError,
     ContextError,
     NotABufferError,
@@ -27,6 +28,7 @@ from dvkernels.profiler import accounts
 from dvkernels.user_errors import shown, text_of
 from dvkernels.values import functions, regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
+from dvkernels.variables import scatter
 from dvkernels.variables.copies import Copies, Draft, commit_together
 from dvkernels.variables.modes import (
     SYNC_MODES,
@@ -119,6 +121,8 @@ class Variable(DistributedValues[Any]):
         how = VariableAggregation.of(aggregation)
         if name is not None and not isinstance(name, str):
             raise TypeError(f"a variable's name is a string, got {name!r}")
+        if not isinstance(trainable, (bool, np.bool_, type(None))):
+            raise TypeError(f"trainable is True, False or None, got {trainable!r:.80}")
         if trainable is None:
             trainable = when is not VariableSynchronization.ON_READ
         frame = context.find()
@@ -218,6 +222,43 @@ class Variable(DistributedValues[Any]):
         if replica is None:
             return mode.read_across(self._copies, self._aggregation)
         return mode.read_in_replica(self._copies, self._aggregation, replica)
+
+    def gather_rows(self, indices: Any) -> Any:
+        """Return rows of what :meth:`read_value` returns, as a new array.
+
+        Parameters
+        ----------
+        indices : array-like of int
+            Rows: positions along axis 0, as often as they are wanted. Negative ones do not count
+            from the end.
+
+        Returns
+        -------
+        array of shape ``indices.shape + variable.shape[1:]``
+            Owned by the caller; a ``PerReplica`` of such where ``read_value`` is one.
+
+        Raises
+        ------
+        IndexError
+            There is no such row.
+        NotABufferError, BufferMismatchError
+            Indices that are not integers; a variable without axes.
+        """
+        replica = self._role("gather_rows", write=False)
+        if replica is not None:
+            indices = replica.own(indices)
+        number = None if replica is None else replica.replica_id_in_sync_group
+        rows = scatter.checked_rows(self._copies, "gather_rows", indices, number)
+        value = self.read_value()
+
+        def taken(array: Any) -> Any:
+            return array[rows.reshape(-1)].reshape(*rows.shape, *self.shape[1:])
+
+        apply = self._copies.memory.apply
+        if isinstance(value, PerReplica):
+            each = [apply(taken, array) for array in value.values]
+            return PerReplica(each, devices=value.devices, owner=value.owner)
+        return apply(taken, value)
 
     def numpy(self) -> Any:
         """Return the value as a NumPy array that the caller owns."""
@@ -493,14 +534,15 @@ def _created(
     if foreign.is_foreign(held):
         held = placement.memory.view(f"variable {label!r}", held, "the initial value")
     try:
-        array = held if foreign.is_on_gpu(held) else np.asarray(held, dtype=dtype)
-        if dtype is not None and array.dtype != np.dtype(dtype):  # of what is on a GPU
-            array = array.astype(dtype)
+        array = held if foreign.is_on_gpu(held) else np.asarray(held)
+        wanted = array.dtype if dtype is None else np.dtype(dtype)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
             f"variable {label!r}: the initial value {shown(content, 60)} is not an array: "
             f"{text_of(error)}"
         ) from error
+    if reduce_op.kind(array.dtype) in "biufc" and not (array.dtype == wanted and wanted.isnative):
+        array = _cast(array, wanted, label)
     if reduce_op.kind(array.dtype) not in "biufc":
         raise NotABufferError(
             f"variable {label!r}: expected numbers, the initial value is of dtype {array.dtype}"
@@ -517,6 +559,28 @@ def _created(
         )
     array = placement.of_chief(array)
     return _made(Copies([array], placement, label), trainable, when, how)
+
+
+def _cast(array: Any, dtype: np.dtype[Any], label: str) -> Any:
+    """Return numbers in another dtype; raise where integers or real numbers would be others."""
+    into = reduce_op.kind(dtype)
+    if into not in "biufc":
+        raise NotABufferError(f"variable {label!r}: expected a dtype of numbers, got {dtype}")
+    if not dtype.isnative:  # which no kernel computes with
+        dtype = dtype.newbyteorder("=")
+    is_kept = reduce_op.kind(array.dtype) != "c" or into == "c"
+    cast = None
+    if is_kept:
+        with np.errstate(invalid="ignore"):  # NaN as an integer is found below
+            cast = array.astype(dtype)
+        is_kept = into in "fc" or bool((cast == array).all())
+    if not is_kept:
+        raise BufferMismatchError(
+            f"variable {label!r}: {dtype} cannot hold the initial value, "
+            f"{Spec(array.shape, array.dtype)}: numbers would be cut off; round or cast it first, "
+            f"if that is meant"
+        )
+    return cast
 
 
 def _made(

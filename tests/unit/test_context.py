@@ -512,3 +512,62 @@ def test_merge_call_of_the_default_strategy_is_outside_every_scope(pair):
     seen = default.run(lambda: (dv.get_strategy() is default, dv.has_strategy()))
     assert [part.on(0) for part in seen] == [True, False]
     assert default.update(dv.Variable(1.0), lambda copy: dv.has_strategy()).on(0) is False
+
+
+STRANGE = {
+    "too long": lambda other: dv.PerReplica([1.0, 2.0, 3.0]),
+    "too short": lambda other: dv.Mirrored([1.0]),
+    "of another strategy": lambda other: other.run(lambda: 1.0),
+}
+USES = {
+    "all_reduce": lambda v, x: here().all_reduce("sum", x),
+    "all_gather": lambda v, x: here().all_gather({"in": [x]}),
+    "all_reduce_async": lambda v, x: here().all_reduce_async("sum", x),
+    "weight": lambda v, x: here().all_reduce("mean", 1.0, weight=x),
+    "assign": lambda v, x: v.assign(x),
+    "gradient": lambda v, x: dv.optimizers.SGD(1.0).apply_gradients([(x, v)]),
+    "weight of gradients": lambda v, x: dv.optimizers.SGD(1.0).apply_gradients(
+        [(1.0, v)], weight=x
+    ),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("use", USES)
+def test_a_captured_value_has_a_component_for_each_replica_here(pair, use, strange):
+    with pair.scope():
+        variable = dv.Variable(1.0, aggregation="sum")
+    with dv.MirroredStrategy(devices(2)) as other:
+        value = STRANGE[strange](other)
+    with pytest.raises(ContextError, match="a value for each of the 2 replicas"):
+        pair.run(lambda: USES[use](variable, value))
+    assert float(variable) == 1.0
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_merge_call_deals_out_what_has_a_component_for_each_replica(pair, strange):
+    with dv.MirroredStrategy(devices(2)) as other:
+        value = STRANGE[strange](other)
+    if isinstance(value, dv.Mirrored):
+        value = dv.PerReplica(value.values)
+    with pytest.raises(ContextError, match="a value for each of the 2 replicas"):
+        pair.run(lambda: here().merge_call(lambda _: [value]))
+
+
+def test_another_strategys_variable_is_no_value_in_a_replica(pair):
+    with dv.OneDeviceStrategy(devices(1)[0]) as other, other.scope():
+        variable = dv.Variable(1.0)
+    with pytest.raises(ContextError, match="OneDeviceStrategy"):
+        pair.run(lambda: here().all_reduce("sum", variable))
+    unscoped = dv.Variable(1.0)
+    assert pair.run(lambda: here().all_reduce("sum", unscoped))[0] == 2.0
+
+
+def test_a_scope_that_was_not_entered_is_not_left(pair):
+    scope = pair.scope()
+    with pytest.raises(ContextError, match="without having been entered"):
+        scope.__exit__(None, None, None)
+    with scope:
+        pass
+    with pytest.raises(ContextError, match="without having been entered"):
+        scope.__exit__(None, None, None)

@@ -129,6 +129,10 @@ def test_replicas_that_bring_other_variables_end_the_step():
         lambda: dv.optimizers.SGD(0.1, nesterov=True),
         lambda: dv.optimizers.Adam(beta_1=1.5),
         lambda: dv.optimizers.Adam(epsilon=float("nan")),
+        lambda: dv.optimizers.SGD(10**400),
+        lambda: dv.optimizers.SGD("0.1"),
+        lambda: dv.optimizers.SGD(np.ma.masked),
+        lambda: dv.optimizers.SGD(lambda step: None).apply_gradients([(1.0, dv.Variable(1.0))]),
         lambda: dv.optimizers.SGD(lambda step: -1.0).apply_gradients([(1.0, dv.Variable(1.0))]),
     ],
 )
@@ -414,6 +418,18 @@ def test_slots_go_with_their_variable_and_to_no_stranger():
         del new, variable
 
 
+def test_slots_go_with_the_optimizer_at_once():
+    weight, adam = dv.Variable(np.ones(3)), dv.optimizers.Adam()
+    adam.apply_gradients([(np.ones(3), weight)])
+    slots = [weakref.ref(slot) for slot in adam.slots(weight)]
+    gc.disable()
+    try:
+        del adam
+        assert all(slot() is None for slot in slots)
+    finally:
+        gc.enable()
+
+
 def test_other_copies_are_refused():
     for attempt in (copy.copy, pickle.dumps):
         with pytest.raises(TypeError, match=r"deepcopy|state_dict"):
@@ -540,3 +556,32 @@ def _loaded(state):
     optimizer = dv.optimizers.Adam(0.1)
     optimizer.load_state_dict(state)
     return optimizer
+
+
+def test_a_learning_rate_that_runs_later_is_refused():
+    async def rate(steps):
+        return 0.1
+
+    with pytest.raises(TypeError, match="learning_rate expected a function"):
+        dv.optimizers.Adam(rate)
+    with pytest.raises(TypeError, match="nesterov is True or False"):
+        dv.optimizers.SGD(0.1, momentum=0.9, nesterov="no")
+
+
+def test_slots_are_made_for_all_replicas_together():
+    adam = dv.optimizers.Adam()
+    with dv.MirroredStrategy(devices(2)) as strategy:
+        with strategy.scope():
+            weight = dv.Variable(np.ones(2), name="w")
+        state = adam.state_dict()
+        for attempt in (adam.slots, adam.steps, lambda _: adam.load_state_dict(state)):
+            with pytest.raises(ContextError, match="each replica would make its own"):
+                strategy.run(attempt, (weight,))
+        stepped(adam, [weight])
+        strategy.run(lambda: adam.slots(weight))
+        assert adam.steps(weight) == 1
+    for ask in (adam.slots, adam.steps):
+        with pytest.raises(TypeError, match="belong to variables"):
+            ask(np.ones(2))
+    with pytest.raises(ValueError, match="expected variables"):
+        adam.load_state_dict(adam.state_dict(), variables=[3])

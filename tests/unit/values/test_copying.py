@@ -99,9 +99,7 @@ def test_a_deep_copy_in_merge_call_is_of_the_step(strategy):
     with strategy.scope():
         variable = dv.Variable(np.zeros(3))
     twin = strategy.run(
-        lambda: dv.get_replica_context().merge_call(
-            lambda strategy, v: copy.deepcopy(v), (variable,)
-        )
+        lambda: dv.get_replica_context().merge_call(lambda _, v: copy.deepcopy(v), (variable,))
     )
     assert isinstance(twin, dv.Variable)
     assert twin is not variable

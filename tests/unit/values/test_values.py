@@ -41,6 +41,10 @@ def test_holds_its_values_in_order(kind):
         lambda v: np.add(v, 1),
         lambda v: np.concatenate([v, v]),
         lambda v: 1 in v,
+        lambda v: divmod(7, v),
+        lambda v: f"{v:.3f}",
+        reversed,
+        round,
     ],
 )
 def test_is_not_a_number(operation):
@@ -106,3 +110,19 @@ def test_equality_with_anything_else_is_refused(kind, other):
     assert {value: 1}[value] == 1
     assert value in [dv.PerReplica([1, 2]), value]
     assert value != dv.Mirrored([1, 2])
+
+
+def test_what_it_has_not_says_what_to_do():
+    value = dv.PerReplica([np.ones(2), np.ones(2)])
+    for ask in (lambda v: v.mean(), lambda v: v.shape, lambda v: v.item):
+        with pytest.raises(AttributeError, match=r"one value for each replica.*local_results"):
+            ask(value)
+    assert not hasattr(value, "shape")
+    assert f"{value}" == str(value)
+
+
+@pytest.mark.parametrize("kind", [dv.PerReplica, dv.Mirrored])
+@pytest.mark.parametrize("values", ["ab", b"ab", {"a": 1}, {1, 2}])
+def test_what_has_no_order_of_replicas_is_no_sequence_of_values(kind, values):
+    with pytest.raises(TypeError, match="one per replica"):
+        kind(values)

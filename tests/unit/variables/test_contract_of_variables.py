@@ -676,3 +676,43 @@ def test_a_none_variable_of_several_replicas_is_no_single_value(two: dv.Strategy
     for convert in (float, np.asarray, lambda v: v.numpy()):
         with pytest.raises(TypeError, match="local_results"):
             convert(several)
+
+
+@pytest.mark.parametrize("mode", ["on_write", "on_read", "none"])
+@pytest.mark.parametrize("indices", [[2, 0, 2], [], 1, [[0, 1], [1, 2]], np.array([1], "u1")])
+def test_gather_rows_are_those_of_the_value(two: dv.Strategy, mode: str, indices: Any) -> None:
+    table = np.arange(6.0).reshape(3, 2)
+    of = variable(two, table, synchronization=mode, aggregation="mean")
+    expected = table[np.asarray(indices, int)]
+    inside = two.run(lambda: of.gather_rows(indices))
+    across = of.gather_rows(indices)
+    found = [*inside.values, *(across.values if mode == "none" else [across])]
+    for one in found:
+        np.testing.assert_array_equal(host(one), expected)
+        assert host(one).shape == expected.shape
+        one[...] = 7.0  # the caller's own
+    assert held(of) == [table.tolist()] * 2
+    own_rows = two.run(
+        lambda rows: of.gather_rows(rows), (own(two, np.array([0]), np.array([1, 2])),)
+    )
+    assert [len(one) for one in own_rows.values] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("indices", "error"),
+    [
+        ([3], IndexError),
+        ([-1], IndexError),
+        ([0.5], dv.errors.NotABufferError),
+        (["0"], dv.errors.NotABufferError),
+        ([True], dv.errors.NotABufferError),
+        (np.ma.array([0], mask=[1]), dv.errors.NotABufferError),
+    ],
+)
+def test_gather_rows_refuses(two: dv.Strategy, indices: Any, error: type[Exception]) -> None:
+    of = variable(two, np.zeros((3, 2)))
+    for ask in (lambda: of.gather_rows(indices), lambda: two.run(lambda: of.gather_rows(indices))):
+        with pytest.raises(error, match="gather_rows of variable"):
+            ask()
+    with pytest.raises(dv.errors.BufferMismatchError, match="no rows"):
+        variable(two, 1.0).gather_rows([0])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+from decimal import Decimal
+from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kinds import devices, only_cpu
@@ -171,3 +174,62 @@ def test_a_mask_is_refused_wherever_an_array_is_taken(strategy, use):
     with pytest.raises(dv.errors.NotABufferError, match="mask would be ignored"):
         use(strategy, variable, MASKED.copy())
     assert not any(copy.any() for copy in variable.values)
+
+
+@only_cpu
+@pytest.mark.parametrize(
+    ("initial", "dtype"),
+    [
+        ([1.5, 2.0], "i4"),
+        ([np.nan], "i8"),
+        ([np.inf], "i8"),
+        ([300], "u1"),
+        (np.array([-1]), "u8"),
+        ([2], "?"),
+        ([1 + 2j], "f8"),
+        ([1 + 0j], "i8"),
+        ([1.0], "M8[s]"),
+        ([1.0], "U3"),
+    ],
+)
+def test_a_dtype_that_cannot_hold_the_initial_value_is_refused(strategy, initial, dtype):
+    with pytest.raises(
+        (dv.errors.BufferMismatchError, dv.errors.NotABufferError), match=r"dtype|hold"
+    ):
+        made(strategy, initial, dtype=dtype)
+
+
+@only_cpu
+@pytest.mark.parametrize(
+    ("initial", "dtype", "expected"),
+    [
+        ([1.0, 2.0], "i4", "i4"),
+        ([1, 0], "?", "?"),
+        ([1], "f2", "f2"),
+        ([0.25], "f4", "f4"),
+        ([1], "c8", "c8"),
+        (np.array([1.0, 2.0], ">f8"), None, "f8"),
+        (np.array([1, 2], ">i4"), None, "i4"),
+        ([1.0], ">f4", "f4"),
+        ([1.0], ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+        (np.array([1.0], ml_dtypes.bfloat16), "f4", "f4"),
+    ],
+)
+def test_a_dtype_that_holds_it_is_native(strategy, initial, dtype, expected):
+    variable = made(strategy, initial, dtype=dtype, aggregation="sum")
+    assert variable.dtype == np.dtype(expected)
+    assert variable.dtype.isnative
+    np.testing.assert_array_equal(variable.numpy().astype(complex), np.array(initial, complex))
+
+
+@pytest.mark.parametrize("wrong", ["no", 0, []])
+def test_trainable_is_a_truth_value(wrong):
+    with pytest.raises(TypeError, match="trainable"):
+        dv.Variable(1.0, trainable=wrong)
+
+
+@pytest.mark.parametrize("number", [Decimal("1.5"), Fraction(1, 2), {}, [None]])
+def test_what_is_no_number_is_called_so(strategy, number):
+    variable = made(strategy, 1.0, synchronization="none")
+    with pytest.raises(dv.errors.NotABufferError, match="is no number or array of numbers"):
+        variable.assign(number)
