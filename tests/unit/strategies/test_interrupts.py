@@ -111,7 +111,8 @@ def test_some_points(kind):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_point(kind, size):
-    broken = interrupt_points.broken_in(program(kind, size))
+    # An error of a replica itself may come out in the interrupt's stead: it ended the step as well.
+    broken = interrupt_points.broken_in(program(kind, size), may_be_lost=kind == "dies")
     print(f"{kind}, {size} replicas: {broken.num_struck} points")
     assert not broken, broken.text()
 
