@@ -614,3 +614,92 @@ except ContextError:
 assert result == (2.0, 2.0)
 """)
     assert done.returncode == 0, done.stderr
+
+
+WHERE = {
+    "replica 0": "run(lambda: rank() == 0 and fork())",
+    "replica 1": "run(lambda: rank() == 1 and fork())",
+    "merge_call": "run(lambda: here().merge_call(lambda _: fork()))",
+    "write": "run(lambda: variable.assign_add(Forking()) if rank() else variable.assign_add(1.0))",
+    "background": "run(lambda: here().all_reduce_async(op, np.ones(3)).wait())",
+    "nested": "run(lambda: here().merge_call(lambda s: s.run(lambda: rank() == 1 and fork())))",
+}
+
+
+@needs_posix
+@pytest.mark.parametrize("where", WHERE)
+def test_a_child_forked_in_a_step_that_goes_on_ends(where):
+    """It returns from the function: whatever thread it is in there, none waits for the others."""
+    done = run_alone(f"""{FORKED}
+import sys, threading
+from dvkernels.communicators.local import Local
+with strategy.scope():
+    variable = dv.Variable(0.0, aggregation='sum')
+children = []
+def fork():
+    children.append(os.fork())
+class Forking:
+    def __array__(self, *args, **kwargs):
+        fork()
+        return np.array(1.0)
+if {where!r} == 'background':
+    reduce = Local.all_reduce
+    def all_reduce(self, *args, **kwargs):
+        if threading.current_thread().name == 'dvkernels-replica-carrier':
+            fork()
+        return reduce(self, *args, **kwargs)
+    Local.all_reduce = all_reduce
+op, run = 'sum', strategy.run
+strategy.run(total)
+try:
+    {WHERE[where]}
+except dv.errors.DvKernelsError:
+    assert 0 in children  # the others are not there
+if 0 in children:
+    sys.exit()
+assert children, 'nothing was forked'
+for child in children:
+    began = time.monotonic()
+    ended_well(child, 30)  # with which status is its own affair
+    assert time.monotonic() - began < 29
+assert strategy.run(total).values == (2.0, 2.0)
+print('done')
+""")
+    assert done.stdout.endswith("done\n"), done.stderr
+
+
+ENDING = """
+import dvkernels as dv, numpy as np
+strategy = dv.MirroredStrategy([f"cpu:{k}" for k in range(SIZE)])
+here = dv.get_replica_context
+with strategy.scope():
+    variable = dv.Variable(np.zeros(3), aggregation="sum")
+for _ in range(2):
+    strategy.run(lambda: here().all_reduce_async("sum", np.ones(3)).wait())
+class Last:
+    def __del__(self):
+        ACT
+last = Last()
+"""
+LAST = [
+    "strategy.run(lambda: 2)",
+    "strategy.run(lambda: variable.assign_add(np.ones(3)))",
+    "strategy.run(lambda: here().all_reduce_async('sum', np.ones(3)).wait())",
+    "strategy.close()",
+    "dv.MirroredStrategy(['cpu:0', 'cpu:1']).run(lambda: here().barrier())",
+]
+
+
+@pytest.mark.parametrize("act", LAST)
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_the_end_of_the_interpreter_calls_ends(act, size):
+    """Threads that are no part of the end run no more then, and nobody waits for them."""
+    program = ENDING.replace("ACT", act).replace("SIZE", str(size))
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert time.monotonic() - began < 20
+    if size == 2 and act.startswith("strategy.run"):
+        assert "ContextError: run of MirroredStrategy(cpu:0, cpu:1)" in done.stderr
