@@ -80,7 +80,7 @@ def test_a_folder_with_something_of_the_users_is_left_alone(treasure, here, name
     assert (here / name / "thesis.txt").read_bytes() == b"years"
 
 
-class _either:  # noqa: N801 - it stands for an expectation
+class _either:
     def __enter__(self):
         return self
 
