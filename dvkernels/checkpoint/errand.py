@@ -21,7 +21,7 @@ from dvkernels.errors import CheckpointError
 __all__: list[str] = []
 
 # After so long a thread that was started is taken for one that never ran, for want of memory.
-_SECONDS_TO_BEGIN = 1.0
+_SECONDS_TO_BEGIN = 0.5
 
 
 class Cancelled(BaseException):

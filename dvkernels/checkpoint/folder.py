@@ -219,6 +219,7 @@ def _ending(place: Entry, other: Entry) -> Entry:
 
 def _recover(place: Entry) -> None:
     """Bring back what was there before a save that did not end; remove the rest."""
+    _check_own(_beside(place, "old"), "removing it")
     _remove(_beside(place, "tmp"))
     if files.active.kind(place) is None:
         marks = [_ending(place, place.folder / name) for name in _ended_with(place)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -269,20 +270,26 @@ class CheckpointManager(Saves):
         return [other.name for other in there if other.name in self._ending and other != path]
 
     def _remove_old(self, parent: Folder, just_saved: Path) -> None:
+        settle = functools.partial(folder.settle, parent, steps.NAME)
+        self._try_to_remove("what the run has gone back from", settle)
+        old: list[Path] = []
+        self._try_to_remove("old checkpoints", lambda: old.extend(self._old(just_saved)))
+        for path in old:
+            self._try_to_remove(path.name, functools.partial(folder.discard, parent / path.name))
+
+    def _old(self, just_saved: Path) -> list[Path]:
         every = self._keep_every
+        if self._max_to_keep is None:
+            return []
+        counted = [path for path in self.checkpoints if every is None or steps.step(path) % every]
+        return [path for path in counted[: -self._max_to_keep] if path != just_saved]
+
+    def _try_to_remove(self, what: str, remove: Callable[[], None]) -> None:
+        """Remove something; if it fails the save itself has succeeded, and the next tries again."""
         try:
-            folder.settle(parent, steps.NAME)
-            if self._max_to_keep is None:
-                return
-            counted = [
-                path for path in self.checkpoints if every is None or steps.step(path) % every
-            ]
-            for path in counted[: -self._max_to_keep]:
-                if path != just_saved:
-                    folder.discard(parent / path.name)
+            remove()
         except (OSError, CheckpointError) as error:
-            # The save itself has succeeded; the next one tries again.
-            LOGGER.warning("old checkpoints could not be removed: %s", error)
+            LOGGER.warning("%s could not be removed from %s: %s", what, self._directory, error)
 
 
 def _checked(step: Any, verb: str) -> int:

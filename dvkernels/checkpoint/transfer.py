@@ -11,6 +11,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -217,7 +218,11 @@ class _Work:
 
     def wait(self) -> None:
         """Return when a helper has ended, or after a while."""
-        self._bell.acquire(timeout=0.1)
+        if not self._bell.acquire(timeout=0.1):
+            alive = sys._current_frames()
+            for helper in [each for each in self._helpers if each not in alive]:
+                self._helpers.discard(helper)  # it found no memory to say that it has ended
+                self.end(MemoryError())
 
 
 def _blocks(piece: Piece, nbytes: int = BLOCK_NBYTES) -> Iterator[tuple[int, int]]:

@@ -113,6 +113,18 @@ def test_other_things_in_the_folder_are_left_alone(tmp_path):
     assert {"step-1", ".tmp-notes", "step-000000012x", "notes"} < set(os.listdir(tmp_path))
 
 
+def test_what_the_user_has_put_into_an_old_one_stays(tmp_path, caplog):
+    manager = dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path, 1)
+    manager.save(1)
+    (tmp_path / "step-00000001" / "notes.txt").write_text("the best so far")
+    with caplog.at_level(logging.WARNING, "dvkernels"):
+        for step in (2, 3, 4):
+            manager.save(step)
+    assert steps(manager) == [1, 4]
+    assert "'notes.txt', which is no part of a checkpoint" in caplog.text
+    manager.restore(1)
+
+
 @pytest.mark.parametrize("step", [-1, True, 1.0, "1", 10**18, None])
 def test_a_step_is_a_number(tmp_path, step):
     with pytest.raises(CheckpointError, match="step"):

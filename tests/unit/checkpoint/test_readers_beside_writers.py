@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 
 import numpy as np
@@ -148,6 +149,7 @@ def test_files_are_closed(tmp_path):
 
             return act
 
+    gc.collect()  # what other tests have left is closed now
     writer = Writer(tmp_path)
     writer.replace()
     for act in (

@@ -1,0 +1,166 @@
+"""Threads, memory, descriptors or the disk run out: errors of ours, nothing lost, no hang."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+
+PROGRAM = """
+import contextlib, json, os, resource, sys, tempfile
+import numpy as np
+import dvkernels as dv
+
+class Counter:
+    n = 0
+    def state_dict(self): return {"n": self.n, "more": np.full(1000, self.n)}
+    def load_state_dict(self, state): self.n = state["n"]
+
+def objects(number):
+    counter = Counter()
+    counter.n = number
+    return dict(
+        weight=dv.Variable(np.full(LENGTH, float(number))), counter=counter, list=[number] * 100,
+        data={str(k): number for k in range(100)}, pair=(number,),
+        rng=np.random.Generator(np.random.MT19937(number)), other=np.full((3, 2), number),
+    )
+
+def numbers(objects):
+    states = {n: repr(np.random.MT19937(n).state) for n in (1, 2, 3)}
+    held = {*objects["weight"].numpy()[[0, LENGTH // 2, -1]], *objects["list"]}
+    held |= {*objects["data"].values(), *objects["pair"], *objects["other"].ravel()}
+    held.add(objects["counter"].n)
+    held |= {n for n in states if states[n] == repr(objects["rng"].bit_generator.state)}
+    return {int(n) for n in held}
+
+def used(what):
+    if what == "RLIMIT_NPROC":
+        os.setuid(65534)
+        return len(os.listdir("/proc/self/task")), 1
+    if what == "RLIMIT_NOFILE":
+        return len(os.listdir("/proc/self/fd")) - 1, 1
+    if what == "RLIMIT_AS":
+        return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize(), 0
+    return 0, 1 << 12
+
+def exhausted(free):
+    "Take all memory in small blocks, and give some of it back."
+    hog = [None] * 2_000_000
+    count = 0
+    try:
+        for size in (1 << 16, 500):
+            try:
+                while True:
+                    hog[count] = bytes(size)
+                    count += 1
+            except MemoryError:
+                pass
+    finally:
+        for place in range(max(0, count - 30 * free), count):
+            hog[place] = None
+    return hog
+
+what, verb, LENGTH = sys.argv[1], sys.argv[2], int(sys.argv[3])
+limit = getattr(resource, what)
+folder = tempfile.mkdtemp()
+os.chmod(folder, 0o777)
+os.umask(0)
+path = folder + "/run"
+with dv.Checkpoint(**objects(1)) as first:
+    first.save(path, background=True)
+told = []
+unlimited = resource.getrlimit(limit)
+for free in map(int, sys.argv[4:]):
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        if status:
+            told.append([free, f"status {status}"])
+        continue
+    checkpoint = dv.Checkpoint(**objects(2))
+    how = "done"
+    base, unit = used(what)
+    resource.setrlimit(limit, (base + free * unit, unlimited[1]))
+    hog = exhausted(free) if what == "RLIMIT_AS" else None
+    try:
+        if verb == "restore":
+            checkpoint.restore(path)
+        else:
+            checkpoint.save(path, background=verb == "background")
+            checkpoint.close()
+    except dv.errors.CheckpointError as error:
+        how = "error"
+    except BaseException as error:
+        how = f"{type(error).__name__}: {error}"
+    resource.setrlimit(limit, unlimited)
+    hog = None
+    found = dv.Checkpoint(**objects(3))
+    fault = ""
+    try:
+        with contextlib.suppress(dv.errors.CheckpointError):
+            checkpoint.close()
+        found.restore(path)
+        if how not in ("done", "error"):
+            fault = how
+        elif verb == "restore":
+            if numbers(checkpoint.objects) != ({1} if how == "done" else {2}):
+                fault = f"{how}, and the objects hold {numbers(checkpoint.objects)}"
+        elif numbers(found.objects) != ({2} if how == "done" else {1}):
+            fault = f"{how}, and there is {numbers(found.objects)}"
+        if os.listdir(folder) != ["run"]:
+            dv.Checkpoint(**objects(1)).save(path)
+        if os.listdir(folder) != ["run"]:
+            fault += f" left {os.listdir(folder)}"
+    except BaseException as error:
+        fault = f"{how}, then {type(error).__name__}: {error}"
+    with contextlib.suppress(BaseException):
+        dv.Checkpoint(**objects(1)).save(path)
+    print(json.dumps([free, how, fault]), flush=True)
+    os._exit(0)
+print(json.dumps(["told", told]))
+"""
+
+# What is limited, and to how much: from nothing at all to enough.
+LIMITS = {"RLIMIT_NPROC": range(5), "RLIMIT_NOFILE": range(16), "RLIMIT_FSIZE": range(10)}
+
+
+def campaign(what, verb, length, frees):
+    """Return how each try ended, and what was wrong."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, what, verb, *map(str, (length, *frees))],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[-1:] == [["told", []]], (lines[-1:], done.stderr[-500:])
+    return lines[:-1]
+
+
+@pytest.mark.parametrize(
+    ("what", "frees"),
+    [
+        *LIMITS.items(),
+        ("RLIMIT_AS", (0, 30)),  # a thread that finds no memory is waited for
+        pytest.param("RLIMIT_AS", range(100), marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("verb", ["save", "background", "restore"])
+def test_all_or_nothing(what, frees, verb):
+    if verb == "restore" and what == "RLIMIT_FSIZE":
+        pytest.skip("a restore writes nothing")
+    if what == "RLIMIT_NPROC" and resource.getrlimit(resource.RLIMIT_NPROC)[1] == 0:
+        pytest.skip("no threads at all")
+    found = campaign(what, verb, 3000, frees)
+    wrong = [[free, fault] for free, _, fault in found if fault]
+    assert not wrong, wrong
+    assert found[-1][1] == "done", found
+    if what != "RLIMIT_NPROC":
+        assert found[0][1] == "error", found[0]
+    assert len(found) == len(frees)
