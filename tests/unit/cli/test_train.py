@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import dvkernels as dv
 from dvkernels.cli import digits, main, network, training
+from dvkernels.kernels import cache
 
 KEYS = {
     "test_accuracy",
