@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 from importlib import metadata
 
 import numpy as np
@@ -18,6 +19,7 @@ from dvkernels.devices import cpu, cuda, memory
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import list_devices
 from dvkernels.errors import ClusterError
+from dvkernels.kernels import cache, parallel
 from dvkernels.strategies.mirrored import MirroredStrategy
 
 __all__: list[str] = []
@@ -44,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if outcome == "PASS" else 1
     packages = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "numba", "optree"))
     print(f"dvkernels {__version__}, Python {platform.python_version()}, {packages}")
-    print(f"{platform.system()} {platform.machine()}")
+    print(f"{platform.system()} {platform.machine()}, {_interpreter_lock()}, {_threading_layer()}")
+    print(f"compiled code: {cache.describe()}")
     outcomes = [_check([device]) for device in devices]
     for device, outcome in zip(devices, outcomes, strict=True):
         print(f"{device!s:8} {outcome}")
@@ -61,6 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
         outcomes.append(_check(gpus))
         print(f"{'all GPUs':8} {outcomes[-1]}")
     return 0 if all(outcome == "PASS" for outcome in (*outcomes, together)) else 1
+
+
+def _interpreter_lock() -> str:
+    is_on = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return f"interpreter lock {'on' if is_on else 'off'}"
+
+
+def _threading_layer() -> str:
+    """Return which layer parallel functions of users will have; kernels have their own threads."""
+    return f"Numba's threading layer {parallel.layer()}"
 
 
 def _place(resolver: ClusterResolver) -> str:

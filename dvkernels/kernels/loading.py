@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging  # noqa: F401 - it holds its lock during a fork: from after ours on, see below
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 from dvkernels import deadlines
 from dvkernels.devices import threads
+from dvkernels.kernels import parallel
 
 __all__ = ["module"]
 
@@ -31,7 +33,9 @@ def module(name: str) -> Any:
 
 def _imported(name: str) -> Any:
     with _importing:
-        return importlib.import_module(name)
+        found = importlib.import_module(name)
+        parallel.guard()
+        return found
 
 
 def _locks() -> list[Any]:
@@ -62,5 +66,10 @@ def _go_on() -> None:
             lock.release()
 
 
+# The latest registered comes first: these locks are waited for before that of logging is held,
+# which a thread that imports or compiles may need to go on.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_wait_for_others, after_in_parent=_go_on, after_in_child=_go_on)
+
+if "numba.np.ufunc.parallel" in sys.modules:  # before the first parallel function is compiled
+    parallel.guard()

@@ -21,6 +21,9 @@ set -euo pipefail
 # Checkpoints go to a folder that all nodes see as well: the workers save together.
 PYTHON="${PYTHON:-.venv/bin/python}"
 
+# Where all nodes see it, compiled code is compiled once: fill it with "$PYTHON -m dvkernels compile".
+export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$PWD/.numba-cache}"
+
 # Which attempt this is, for programs that look for a checkpoint; launch counts on from here.
 export DVKERNELS_ATTEMPT="${SLURM_RESTART_COUNT:-0}"
 

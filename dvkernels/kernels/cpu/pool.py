@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from dvkernels import deadlines
 from dvkernels.devices import cpu, threads
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, compiled
@@ -50,7 +51,7 @@ _IDLE_PAUSES = 4_000
 # 100 to 300 us of spinning, the last piece of a helper twice over; then sleep, and free the core.
 _LAST_PAUSES = 10_000
 _SLEEP_SECONDS = 50e-6
-_DEADLINE_SECONDS = 600.0
+_LOST_SECONDS = 10.0  # after which a helper looks whether an interrupt has swallowed its bell
 
 
 def num_threads() -> int:
@@ -146,7 +147,7 @@ if hasattr(os, "sched_setaffinity"):
 
 
 class _Pool:
-    """Daemon threads, started when first needed."""
+    """Daemon threads, started when first needed; fewer, or none, where there are none to be had."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -157,6 +158,10 @@ class _Pool:
         self.abandoned: list[Any] = []  # jobs that a stopped thread may still touch
 
     def start(self) -> None:
+        """Start the helpers, where no interrupt reaches it."""
+        threads.beyond_interrupts(self._start)
+
+    def _start(self) -> None:
         with self.lock:
             if self.bells is not None:
                 return
@@ -169,15 +174,17 @@ class _Pool:
             if bells:
                 _is_woken(self.address, 0)
                 _other_cores()
-            self.threads = []
+            helpers = []
             for helper, bell in enumerate(bells):
                 bell.acquire()
                 name = f"dvkernels-kernel-{helper}"
                 args = (self.words, self.address, helper, bell)
                 thread = threading.Thread(target=_help, args=args, name=name, daemon=True)
-                self.threads.append(thread)
-            threads.start(self.threads)
-            self.bells = bells
+                helpers.append(thread)
+            with contextlib.suppress(Exception):  # no thread to be had, or not as many
+                threads.start(helpers)
+            self.threads = [helper for helper in helpers if helper.is_alive()]
+            self.bells = bells[: len(self.threads)]
 
     def wake(self) -> None:
         """Wake the helpers that sleep."""
@@ -187,7 +194,8 @@ class _Pool:
                 if away:
                     with contextlib.suppress(OSError):  # a core that was taken from us just now
                         os.sched_setaffinity(self.threads[helper].native_id or 0, away)
-                bell.release()
+                with contextlib.suppress(RuntimeError):  # it has looked for itself
+                    bell.release()
 
 
 def _other_cores() -> set[int]:
@@ -207,7 +215,8 @@ def _help(words: Any, address: int, helper: int, bell: threading.Lock) -> None:
     """Run a helper; it keeps the memory of its pool alive."""
     while True:
         if _serve(address, helper, _IDLE_PAUSES):
-            bell.acquire()
+            while not bell.acquire(timeout=_LOST_SECONDS) and words[_HELPERS + 8 * helper]:
+                pass
 
 
 _pool = _Pool()
@@ -264,7 +273,8 @@ def _finish(
 ) -> None:
     """Wait for the helpers inside the job, then copy."""
     interrupted: BaseException | None = None
-    deadline = time.monotonic() + _DEADLINE_SECONDS
+    patience = deadlines.timeout_seconds()
+    deadline = time.monotonic() + patience
     while True:
         try:
             while left:
@@ -272,8 +282,7 @@ def _finish(
                 if left and time.monotonic() > deadline:
                     pool.abandoned.append(job)
                     raise CollectiveTimeoutError(
-                        f"a helper thread has held a piece for {_DEADLINE_SECONDS:.0f} s: "
-                        "was it stopped?"
+                        f"a helper thread has held a piece for {patience:.0f} s: was it stopped?"
                     )
                 if left:
                     time.sleep(_SLEEP_SECONDS)

@@ -95,7 +95,8 @@ def _combine(job, runner, num_sources, num_targets, divisor, length):  # type: i
     memory.call(runner, job)
 
 
-@compiled.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
+# It reads lists of Python, so it keeps the interpreter's lock.
+@compiled.njit("int64(int64, int64, int64, int64, int64)")
 def _lay_out(columns, num_sources, recipe, layout, route):  # type: ignore[no-untyped-def]
     """Write each column's first byte and its arrays' addresses; return the bytes of all, or -1.
 

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import dvkernels as dv
 from dvkernels.cli import digits, main, network, training
+from dvkernels.kernels import cache
 
 KEYS = {
     "test_accuracy",
@@ -130,6 +131,9 @@ def test_info_computes_on_every_device(capsys):
     lines = capsys.readouterr().out.splitlines()
     passed = [line.split()[0] for line in lines if line.endswith("PASS")]
     assert passed == [*(str(device) for device in dv.list_devices()), "together"]
+    (place,) = [line for line in lines if line.startswith("compiled code: ")]
+    assert str(cache.folder()) in place
+    assert any("interpreter lock o" in line and "threading layer" in line for line in lines)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")

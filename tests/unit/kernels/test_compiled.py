@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import dvkernels
+from dvkernels import errors
+from dvkernels.kernels import compiled
+from dvkernels.kernels.cpu import ahead
 
 PACKAGE = Path(dvkernels.__file__).parent
 
@@ -29,7 +32,7 @@ def test_one_module_speaks_to_the_compiler() -> None:
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
         for line in path.read_text().splitlines()
-        if "cache=True" in line or line.strip().startswith(("@numba.njit", "@numba.cfunc"))
+        if line.strip().startswith(("@numba.njit", "@numba.cfunc", "@njit"))
     }
     # Measurements are compiled where they are made.
     assert {name for name in speakers if not name.startswith("benchmarks")} == set()
@@ -91,3 +94,35 @@ def test_what_was_compiled_ahead_is_all_there_is_to_compile(tmp_path) -> None:
     train = [sys.executable, "-m", "dvkernels", "train", "--epochs", "1"]
     subprocess.run(train, env={**os.environ, **environ}, capture_output=True, check=True)
     assert {path.name for path in folder.iterdir()} == before
+
+
+def _compiled_functions():
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("dvkernels.kernels.cpu."):
+            for name, value in vars(module).items():
+                if isinstance(value, compiled._Dispatcher):
+                    yield f"{module.__name__}.{name}", value
+
+
+def test_what_reads_objects_of_python_keeps_the_interpreters_lock() -> None:
+    assert ahead.compile_all  # so every module is loaded
+    readers = [
+        (name, function)
+        for name, function in _compiled_functions()
+        if {"look", "item_of", "length_of"} & {*function.py_func.__code__.co_names}
+    ]
+    assert len(readers) >= 4
+    assert [name for name, function in readers if function.targetoptions.get("nogil")] == []
+
+
+def test_compiled_functions_are_made_of_what_the_folder_is_named_by() -> None:
+    strangers = [
+        f"{name}: {used}"
+        for name, function in _compiled_functions()
+        for used in function.py_func.__code__.co_names
+        if (value := function.py_func.__globals__.get(used)) is not None
+        if (home := getattr(value, "__module__", getattr(value, "__name__", ""))) is not None
+        if home.startswith("dvkernels.") and not home.startswith("dvkernels.kernels.")
+        if not (isinstance(value, type) and issubclass(value, errors.DvKernelsError))
+    ]
+    assert strangers == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -60,3 +61,50 @@ def test_four_threads_reduce_at_once(layer: str) -> None:
     if layer == "omp" and "No threading layer could be loaded" in run.stderr:
         pytest.skip("Numba's OpenMP layer needs libgomp, which is not installed")
     assert run.stdout.split() == [layer, "right"], run.stderr
+
+
+IN_REPLICAS = """
+import numba
+import numpy as np
+{early}
+@numba.njit(parallel=True)
+def total(x):
+    s = 0.0
+    for i in numba.prange(x.size):
+        s += x[i]
+    return s
+
+@numba.njit(parallel=True)
+def nested(x):
+    s = 0.0
+    for i in numba.prange(4):
+        s += total(x)
+    return s
+
+import dvkernels as dv
+x = np.ones(100_000)
+with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
+    for _ in range(50):
+        assert strategy.run(total, (x,)).values == (x.size,) * 3
+    assert total(x) == x.size
+    print(numba.threading_layer(), flush=True)
+    nested(x)
+"""
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+@pytest.mark.parametrize("early", ["import dvkernels", ""])
+def test_parallel_functions_of_users_run_in_several_replicas(layer: str, early: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", IN_REPLICAS.format(early=early)],
+        env={**os.environ, "NUMBA_THREADING_LAYER": layer},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    if layer == "omp" and "No threading layer could be loaded" in run.stderr:
+        pytest.skip("Numba's OpenMP layer needs libgomp, which is not installed")
+    assert run.stdout.split() == [layer], run.stderr
+    # One inside another is Numba's to refuse, at once: nobody waits for his own turn.
+    assert (run.returncode == 0) == (layer == "omp")
+    assert ("workqueue threading layer is terminating" in run.stderr) == (layer == "workqueue")
