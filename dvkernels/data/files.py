@@ -14,9 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from dvkernels.data.checks import check_callable, shown
+from dvkernels.data.checks import check_callable, check_ordered, shown
 from dvkernels.data.node import Node, add_note, callable_name
-from dvkernels.data.sources import SupportsIndexing
+from dvkernels.data.sources import SupportsIndexing, length_of
 from dvkernels.errors import DatasetError
 
 __all__ = ["MAX_OPEN_FILES", "Files", "FromFiles", "FromIndexedFiles"]
@@ -125,7 +125,9 @@ class FromIndexedFiles(Files):
         super().__init__(paths, reader)
         self._lock = threading.Lock()
         self._open: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
-        lengths = [len(self._opened(number)) for number in range(len(self.files))]
+        lengths = [
+            length_of(self._opened(number), "from_files") for number in range(len(self.files))
+        ]
         self._stops = list(itertools.accumulate(lengths))
         self.length: int = sum(lengths)
 
@@ -178,6 +180,7 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
             f"from_files: expected a list of paths; got {shown(paths)}, a {type(paths).__name__}; "
             "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
         )
+    check_ordered("from_files", "the paths", paths)
     names: Sequence[Any] = list(paths)
     for place, name in enumerate(names):
         if not isinstance(name, str | os.PathLike):
