@@ -120,6 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"{numbers.counted(num_replicas, 'replica')}; BLAS is held to one thread a replica"
         )
         outcome = _train(strategy, recipe, data, "training", keeping)
+        if outcome.resumed_at_step == outcome.steps:
+            _say(
+                f"nothing was left to do: the run in {arguments.checkpoint_dir} has had its "
+                f"{outcome.steps} steps, {recipe.epochs} epochs; pass a larger --epochs to go on"
+            )
         with OneDeviceStrategy(devices[0]) as alone:
             reference = _train(alone, recipe, data, "the same on one device", None)
 
@@ -219,9 +224,14 @@ def _report(result: dict[str, Any]) -> str:
         [
             f"test accuracy      {result['test_accuracy']:.4f}",
             f"final loss         {result['final_loss']:.3g}",
-            f"steps              {result['steps']}, {result['examples_per_second']:.0f} examples/s"
-            + (f", resumed at {resumed}" if (resumed := result["resumed_at_step"]) else ""),
-            f"time per step      {step * 1e6:.0f} us: {shares}",
+            f"steps              {result['steps']}, "
+            + (
+                "none of them now: the run had ended"
+                if result["resumed_at_step"] == result["steps"]
+                else f"{result['examples_per_second']:.0f} examples/s"
+                + (f", resumed at {resumed}" if (resumed := result["resumed_at_step"]) else "")
+                + f"\ntime per step      {step * 1e6:.0f} us: {shares}"
+            ),
             f"against one device {result['relative_difference_to_one_device']:.2e} "
             f"relative difference of the weights, accuracy there "
             f"{result['one_device_test_accuracy']:.4f}",
@@ -242,15 +252,18 @@ def _progress(title: str, num_steps: int) -> Iterator[Report]:
         TextColumn("{task.description:24}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} examples/s"),
+        TextColumn("{task.fields[pace]}"),
     )
     every = max(1, num_steps // 100)  # drawing takes the interpreter from the replicas
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-        bar = progress.add_task(title, total=num_steps, loss=float("nan"), rate=0.0)
+        bar = progress.add_task(title, total=num_steps, pace="")
 
         def report(step: int, examples: int, loss: float, rate: float) -> None:
-            if step % every == 0 or step == num_steps:
-                progress.update(bar, completed=step, loss=loss, rate=rate, refresh=True)
+            if examples == 0:
+                progress.update(bar, completed=step, pace=f"loss {loss:.4f}, resumed", refresh=True)
+            elif step % every == 0 or step == num_steps:
+                pace = f"loss {loss:.4f}  {rate:,.0f} examples/s"
+                progress.update(bar, completed=step, pace=pace, refresh=True)
 
         yield report
 

@@ -67,18 +67,29 @@ Report = Callable[[int, int, float, float], None]  # step, examples, loss, examp
 
 
 def dataset(recipe: Recipe, data: Digits) -> Dataset:
-    """Return the batches of all epochs; repeat before batch, so that all steps but one are full."""
+    """Return the batches of all epochs; repeat comes last, so that a resumed run may have more."""
     return (
         Dataset.from_arrays((data.train_images, data.train_labels))
         .shuffle(seed=recipe.seed)
-        .repeat(recipe.epochs)
         .batch(recipe.batch_size)
+        .repeat(recipe.epochs)
     )
 
 
 def num_steps(recipe: Recipe, data: Digits) -> int:
     """Return how many batches the epochs make."""
-    return -(-len(data.train_images) * recipe.epochs // recipe.batch_size)
+    return recipe.epochs * _steps_of_an_epoch(recipe, data)
+
+
+def _steps_of_an_epoch(recipe: Recipe, data: Digits) -> int:
+    return -(-len(data.train_images) // recipe.batch_size)
+
+
+def _examples_until(step: int, recipe: Recipe, data: Digits) -> int:
+    """Return how many examples of all workers that many steps see: an epoch's last may be short."""
+    num_examples = len(data.train_images)
+    epochs, rest = divmod(step, _steps_of_an_epoch(recipe, data))
+    return epochs * num_examples + min(rest * recipe.batch_size, num_examples)
 
 
 def train(
@@ -141,7 +152,6 @@ def train(
     num_local = len(strategy.worker_devices)
     seconds = np.zeros((num_local, 2))  # compute, communication
     losses = np.zeros(num_local)
-    num_examples = len(data.train_images) * recipe.epochs
     progress: dict[str, Any] = {"steps": 0, "loss": math.nan}
     resumed_at_step = None
     resumed_at_example, waiting = 0, 0.0
@@ -154,11 +164,13 @@ def train(
             manager = stack.enter_context(CheckpointManager(checkpoint, keeping.directory))
             restored = manager.restore_latest()
             resumed_at_step = None if restored is None else restored.step
-            resumed_at_example = min(progress["steps"] * recipe.batch_size, num_examples)
+            resumed_at_example = _examples_until(progress["steps"], recipe, data)
+            if restored is not None:
+                report(progress["steps"], 0, progress["loss"], 0.0)
             preemption = stack.enter_context(
                 PreemptionHandler(manager, exit_code=keeping.exit_code, agree=_any_of(strategy))
             )
-            every = keeping.every or -(-len(data.train_images) // recipe.batch_size)
+            every = keeping.every or _steps_of_an_epoch(recipe, data)
         began = clock()
         while True:
             asked = clock()
@@ -170,8 +182,7 @@ def train(
             progress["steps"] += 1
             progress["loss"] = float(losses[0])
             steps = progress["steps"]
-            # Of all workers: every batch is full but the last.
-            seen = min(steps * recipe.batch_size, num_examples) - resumed_at_example
+            seen = _examples_until(steps, recipe, data) - resumed_at_example
             report(steps, seen, losses[0], seen / (clock() - began))
             if keeping is not None:
                 preemption.after_step(steps)
@@ -181,7 +192,7 @@ def train(
         if keeping is not None and (resumed_at_step or 0) < progress["steps"]:
             manager.save(progress["steps"])
     steps = progress["steps"]
-    seen = min(steps * recipe.batch_size, num_examples) - resumed_at_example
+    seen = _examples_until(steps, recipe, data) - resumed_at_example
     num_own = max(1, steps - (resumed_at_step or 0))  # of this process; 0 if all was done before
     compute, communication = seconds.mean(axis=0) / num_own
     return Outcome(

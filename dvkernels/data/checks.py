@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+from typing import Any
 
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
-__all__ = ["LARGEST", "LARGEST_INDEX", "check_callable", "check_count", "check_flag", "shown"]
+__all__ = [
+    "LARGEST",
+    "LARGEST_INDEX",
+    "check_callable",
+    "check_count",
+    "check_flag",
+    "check_function_of_one",
+    "check_ordered",
+    "shown",
+]
 
 # The largest number of elements that an index of 64 bits and the shuffle can address.
 LARGEST = 2**62
@@ -53,8 +64,40 @@ def check_flag(member: str, name: str, value: object) -> None:
 
 
 def check_callable(member: str, value: object, remedy: str) -> None:
-    """Raise :class:`DatasetError` unless ``value`` can be called."""
+    """Raise :class:`DatasetError` unless a call of ``value`` does what it is to do."""
     if not callable(value):
         raise DatasetError(
             f"{member}: expected a function; got {shown(value)}, a {type(value).__name__}; {remedy}"
         )
+    if any(map(_is_asynchronous, _called(value))):
+        raise DatasetError(
+            f"{member}: expected a function that does its work when it is called; got "
+            f"{shown(value)}, an async one, which nobody would await; write it without async"
+        )
+
+
+def check_function_of_one(member: str, value: object) -> None:
+    """Raise :class:`DatasetError` unless ``value`` can be called, and returns something itself."""
+    check_callable(member, value, "pass a function of one element")
+    if any(map(inspect.isgeneratorfunction, _called(value))):
+        raise DatasetError(
+            f"{member}: expected a function that returns; got {shown(value)}, which makes a "
+            "generator of every element; write return instead of yield"
+        )
+
+
+def check_ordered(member: str, name: str, value: object) -> None:
+    """Raise :class:`DatasetError` if ``value`` is a set, whose order is another in each process."""
+    if isinstance(value, set | frozenset):
+        raise DatasetError(
+            f"{member}: expected {name} to have an order; got a {type(value).__name__}, whose "
+            "order may be another one in every process; pass sorted(...)"
+        )
+
+
+def _called(value: Any) -> tuple[object, ...]:
+    return value, type(value).__call__
+
+
+def _is_asynchronous(value: object) -> bool:
+    return inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value)

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from dvkernels.data.checks import check_callable
+from dvkernels.data.checks import check_callable, check_ordered
 from dvkernels.data.node import Node, add_note, callable_name
-from dvkernels.data.sources import SupportsIndexing
+from dvkernels.data.sources import SupportsIndexing, length_of
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
@@ -127,7 +127,9 @@ class FromIndexedFiles(Files):
         super().__init__(paths, reader)
         self._opening: set[tuple[int, int]] = set()  # by which thread, which file
         self._open: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
-        lengths = [len(self._opened(number)) for number in range(len(self.files))]
+        lengths = [
+            length_of(self._opened(number), "from_files") for number in range(len(self.files))
+        ]
         self._stops = list(itertools.accumulate(lengths))
         self.length: int = sum(lengths)
 
@@ -197,6 +199,7 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
             f"from_files: expected a list of paths; got {shown(paths)}, a {type(paths).__name__}; "
             "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
         )
+    check_ordered("from_files", "the paths", paths)
     names: Sequence[Any] = list(paths)
     for place, name in enumerate(names):
         if not isinstance(name, str | os.PathLike):

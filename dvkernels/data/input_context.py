@@ -37,6 +37,13 @@ class InputContext:
     num_replicas_in_sync: int = 1
     epoch: int = 0
 
+    def __post_init__(self) -> None:
+        check_count("InputContext", "num_input_pipelines", self.num_input_pipelines, 1)
+        check_count("InputContext", "num_replicas_in_sync", self.num_replicas_in_sync, 1)
+        check_count("InputContext", "epoch", self.epoch, 0)
+        last = self.num_input_pipelines - 1
+        check_count("InputContext", "input_pipeline_id", self.input_pipeline_id, 0, maximum=last)
+
     def get_per_replica_batch_size(self, global_batch_size: int) -> int:
         """Return the share of one replica in a global batch; ValueError if it does not divide."""
         size = check_count("get_per_replica_batch_size", "global_batch_size", global_batch_size, 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dvkernels.data.checks import check_count, check_flag
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = ["AutoShardPolicy", "InputOptions"]
 
@@ -75,5 +76,6 @@ class InputOptions:
         check_flag("InputOptions", "fingerprint", self.fingerprint)
         if self.on_error not in ("raise", "skip"):
             raise DatasetError(
-                f"InputOptions: expected on_error to be 'raise' or 'skip'; got {self.on_error!r}"
+                "InputOptions: expected on_error to be 'raise' or 'skip'; got "
+                f"{shown(self.on_error)}"
             )

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag
+from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag, check_ordered
 from dvkernels.data.nest import as_array, flatten, is_flat_tuple, leaf_names, outline
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.devices.buffers import Spec
@@ -127,7 +127,7 @@ class FromSequence(Node):
                 "iterated, from_arrays(nest) for a dict of arrays"
             )
         self._sequence = sequence
-        self.length: int = len(sequence)
+        self.length: int = length_of(sequence, "from_sequence")
 
     def describe(self) -> str:
         return f"from_sequence(length={self.length})"
@@ -141,6 +141,14 @@ class FromSequence(Node):
 
     def origin(self, index: int, epoch: int) -> int:
         return index
+
+
+def length_of(sequence: SupportsIndexing, verb: str) -> int:
+    """Return the length of what a user made; :class:`DatasetError` if it is none."""
+    length: object = sequence.__len__()  # len() has errors of its own
+    return check_count(
+        verb, f"the length of the {type(sequence).__name__}", length, 0, "mend __len__"
+    )
 
 
 class FromIterable(Node):
@@ -190,6 +198,7 @@ class FromIterable(Node):
                 "from_iterable: expected the factory to return an iterable; got "
                 f"{shown(iterable)}, a {type(iterable).__name__}; write it as a generator function"
             )
+        check_ordered("from_iterable", "what the factory returns", iterable)
         if not isinstance(iterable, Iterator):
             return iter(iterable)
         if iterable is self._latest:

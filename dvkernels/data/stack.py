@@ -117,10 +117,23 @@ class _Column:
 
     def finished(self, count: int) -> Array:
         if self._mixed is not None:
-            return np.stack(self._mixed)  # which finds the dtype that holds them all
+            return self._stacked(self._mixed)
         if count < len(self._rows):
             self._rows.resize((count, *self._rows.shape[1:]), refcheck=False)
         return self._rows
+
+    def _stacked(self, rows: list[Array]) -> Array:
+        """Stack rows of several dtypes, if there is one that holds them all as they are."""
+        batch = np.stack(rows)
+        kinds = {array.dtype.kind for array in rows}
+        becomes_text = batch.dtype.kind in "SU" and not kinds <= {"S", "U"}
+        if becomes_text or (batch.dtype.kind == "f" and kinds <= {"b", "i", "u"}):
+            dtypes = ", ".join(sorted({str(array.dtype) for array in rows}))
+            raise DatasetError(
+                f"batch: expected rows that one dtype holds as they are; got {dtypes} for "
+                f"{self._name}, of which NumPy would make {batch.dtype}; convert them with map()"
+            )
+        return batch
 
     def _begin(self, array: Array) -> None:
         self._shape, self._dtype = array.shape, array.dtype

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.checks import LARGEST_INDEX, check_callable, check_count, check_flag
+from dvkernels.data.checks import LARGEST_INDEX, check_count, check_flag, check_function_of_one
 from dvkernels.data.nest import concatenate, owned, slice_rows, take
 from dvkernels.data.node import (
     Cut,
@@ -24,6 +24,7 @@ from dvkernels.data.skips import skipping
 from dvkernels.data.stack import Stack
 from dvkernels.data.workers import KINDS, Workers, check_sendable
 from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
 
 __all__ = [
     "Batch",
@@ -107,11 +108,11 @@ class Map(_Transform):
         num_workers: int = 0,
         workers: str = "threads",
     ) -> None:
-        check_callable("map", fn, "pass a function of one element")
+        check_function_of_one("map", fn)
         count = check_count("map", "num_workers", num_workers, 0)
         if workers not in KINDS:
             raise DatasetError(
-                f"map: expected workers to be one of {', '.join(KINDS)}; got {workers!r}"
+                f"map: expected workers to be one of {', '.join(KINDS)}; got {shown(workers)}"
             )
         if count and workers == "processes":
             check_sendable(fn)
@@ -225,7 +226,7 @@ class Filter(_Transform):
     first_mark = 0  # How many elements of the source have been looked at.
 
     def __init__(self, source: Node, predicate: Callable[[Any], object]) -> None:
-        check_callable("filter", predicate, "pass a function of one element that returns a bool")
+        check_function_of_one("filter", predicate)
         super().__init__(source, 0 if source.length == 0 else None)
         self.random_access = False
         self._predicate = predicate

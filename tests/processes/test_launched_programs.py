@@ -356,3 +356,45 @@ def test_two_hosts(flavour, launch):
     status, out, err = launch(text, "--hosts", "localhost:2,127.0.0.1:2", *options)
     assert status == 0, err
     assert sorted(out.splitlines()) == [f"[{rank}] 6" for rank in range(4)]
+
+
+DATA_THAT_DIFFER = """
+import numpy as np
+import dvkernels as dv
+
+strategy = dv.MultiWorkerMirroredStrategy(devices=["cpu:0"], timeout_seconds=60)
+odd = strategy.cluster_resolver.worker_id
+rows = np.arange(12)[:: -1 if odd else 1]
+for name, data in {
+    "alike": dv.Dataset.range(12),
+    "seeds": dv.Dataset.range(12).shuffle(seed=odd),
+    "lengths": dv.Dataset.range(12 - odd),
+    "orders": dv.Dataset.from_sequence(list(rows)),
+}.items():
+    options = dv.InputOptions(fingerprint=name == "orders")
+    batches = iter(strategy.distribute_dataset(data.batch(4), options))
+    try:
+        seen = [int(x) for batch in batches for x in strategy.gather(batch)]
+        print(name, sorted(seen) == list(range(12)), flush=True)
+    except dv.errors.DatasetError as error:
+        print(name, error, flush=True)
+distributed = strategy.distribute_dataset(dv.Dataset.range(12).shuffle(seed=1).batch(4))
+if odd:
+    next(iter(distributed))  # a look that the other worker does not take
+try:
+    for batch in distributed:
+        strategy.gather(batch)
+except dv.errors.CollectiveMismatchError as error:
+    print("looks", "next(iterator) of a distributed dataset" in str(error), flush=True)
+"""
+
+
+def test_workers_whose_data_differ_are_told(launch):
+    _, out, err = launch(DATA_THAT_DIFFER, "-n", "2")
+    for worker in "01":
+        said = re.findall(rf"^\[{worker}\] (.*)$", out, re.M)
+        words = dict(line.split(" ", 1) for line in said)
+        assert words["alike"] == words["looks"] == "True", out + err
+        assert "shuffle(seed=0) on worker 0, shuffle(seed=1) on worker 1" in words["seeds"]
+        assert "range(12) on worker 0, range(11) on worker 1" in words["lengths"]
+        assert "fingerprint" in words["orders"]

@@ -166,15 +166,15 @@ def test_every_process_prints_the_same_weights(capsys):
     here = json.loads(capsys.readouterr().out)
     there = json.loads(done.stdout)  # fails if anything stands beside the one object
     assert there["weights_sha256"] == here["weights_sha256"]
-    assert there["steps"] == -(-2 * 1437 // 128)
+    assert there["steps"] == 2 * -(-1437 // 128)
     assert there["relative_difference_to_one_device"] <= 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_a_last_batch_of_one_example(dtype, tolerance):
     data = digits.load(dtype)
-    recipe = training.Recipe(epochs=6, batch_size=37, num_hidden=32, dtype=dtype)
-    assert len(data.train_images) * recipe.epochs % recipe.batch_size == 1
+    recipe = training.Recipe(epochs=6, batch_size=359, num_hidden=32, dtype=dtype)
+    assert len(data.train_images) % recipe.batch_size == 1
     reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, data)
     for num_replicas in (1, 2, 3, 7):
         outcome = train(mirrored(num_replicas), recipe, data)
@@ -222,3 +222,26 @@ def test_an_interrupt_leaves_no_result(tmp_path):
     assert process.returncode == 130
     assert out == b""
     assert (tmp_path / "err").read_text().rstrip().endswith("interrupted")
+
+
+def test_a_run_that_has_ended_says_so_and_goes_on_with_more_epochs(tmp_path, capsys):
+    def run(epochs, *more):
+        options = ["--replicas", "2", "--hidden", "16", "--json", "--epochs", str(epochs), *more]
+        status = main.main(["train", *options])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        assert "nan" not in out + err
+        return json.loads(out), err
+
+    keeping = ["--checkpoint-dir", str(tmp_path / "run"), "--resume"]
+    first, _ = run(1, *keeping)
+    again, said = run(1, *keeping)
+    assert "nothing was left to do" in said
+    assert "larger --epochs" in said
+    assert again["weights_sha256"] == first["weights_sha256"]
+    for epochs in (2, 4):
+        longer, said = run(epochs, *keeping)
+        assert "nothing was left to do" not in said
+        assert longer["weights_sha256"] == run(epochs)[0]["weights_sha256"]
+    main.main(["train", "--replicas", "2", "--hidden", "16", "--epochs", "3", *keeping])
+    assert "was repeat(4) when it was saved and is repeat(3)" in capsys.readouterr().err

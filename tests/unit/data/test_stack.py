@@ -38,6 +38,13 @@ def test_a_batch_is_what_numpy_stacks(one: Any, other: Any) -> None:
         with pytest.raises(type(error)):
             stack(rows, 3)
         return
+    kinds = {np.asarray(row).dtype.kind for row in rows}
+    if (wanted.dtype.kind in "SU" and not kinds <= {"S", "U"}) or (
+        wanted.dtype.kind == "f" and kinds <= {"i", "u"}
+    ):  # which loses what the rows are
+        with pytest.raises(DatasetError, match="that one dtype holds as they are"):
+            stack(rows, 3)
+        return
     got = stack(iter(rows), 3)
     assert got.dtype == wanted.dtype
     np.testing.assert_array_equal(got, wanted)
