@@ -149,8 +149,9 @@ class DistributedDataset:
 
     def __iter__(self) -> DistributedIterator:
         epoch = self._next_epoch
-        self._next_epoch += 1
-        return self._iterator(epoch)
+        iterator = self._iterator(epoch)
+        self._next_epoch = epoch + 1  # now that nothing can keep this one from being used
+        return iterator
 
     @property
     def element_spec(self) -> Any:
