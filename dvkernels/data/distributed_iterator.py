@@ -261,23 +261,20 @@ class DistributedIterator(Iterator[Any]):
     def _advance(self) -> Any:
         if self._is_closed:
             self._check_open("next(iterator)")
+        began = time.perf_counter()
         try:
-            return self._next()
+            if self._shared.needs_agreement:
+                elements, nest = self._advance_together()
+                self._clock.count(began, elements)
+                return nest
+            elements = self._feed.take()
+            nest = self._dealer.deal(elements, self._clock)
+            self._clock.count(began, elements)
+            self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
+            return nest
         finally:
             if self._is_closed:  # meanwhile, by a thread that may not have waited for this one
                 self._feed.close()
-
-    def _next(self) -> Any:
-        began = time.perf_counter()
-        if self._shared.needs_agreement:
-            elements, nest = self._advance_together()
-            self._clock.count(began, elements)
-            return nest
-        elements = self._feed.take()
-        nest = self._dealer.deal(elements, self._clock)
-        self._clock.count(began, elements)
-        self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
-        return nest
 
     def _advance_together(self) -> tuple[list[Any], Any]:
         """Take a step with all workers, or end with all of them."""
