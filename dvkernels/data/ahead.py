@@ -70,12 +70,14 @@ class Ahead(Iterator[Any]):
         """Return the next element; for one thread at a time."""
         if self._at_end:  # another thread would replay all of a sequential source to learn it
             raise StopIteration
-        fetcher = self._fetcher
-        if fetcher is None or not fetcher.thread.is_here:  # but in the parent of this fork
+        if self._fetcher is None:
             self._wait_for_the_former()
-            self._fetcher = fetcher = _Fetcher(self._node, self.place, self._depth, self._skips)
+            self._fetcher = _Fetcher(self._node, self.place, self._depth, self._skips)
         try:
-            fetched = fetcher.take()
+            fetched = self._fetcher.take()
+        except _LeftBehindError:
+            self._let_go()
+            return self.take()
         except BaseException as error:
             self._at_end = isinstance(error, StopIteration)
             self._let_go()
@@ -111,6 +113,10 @@ class Ahead(Iterator[Any]):
         """Wait for a thread that was let go of, since user code may not bear two of them."""
         if self._former is not None and self._former.wait(_CLOSE_SECONDS):
             self._former = None
+
+
+class _LeftBehindError(Exception):
+    """The thread is in the process that this one was forked from."""
 
 
 class _Fetcher:
@@ -160,6 +166,8 @@ class _Fetcher:
 
     def _check(self, late: float) -> None:
         """Raise unless the next element may still come."""
+        if not self.thread.is_here:
+            raise _LeftBehindError
         if self.thread.is_stopping:
             if stoppable_thread.is_over:
                 raise SystemExit  # which ends a thread of the user's without a word

@@ -104,8 +104,9 @@ class Conveyor:
     def _carry_to(self, device: int, places: list[_Place], carried: list[list[Any]]) -> None:
         arrays = self._arrays
         if device not in self._slots:
-            self._slots[device] = [_Slot(arrays, device) for _ in range(_NUM_SLOTS)]
+            # The slots last: an interrupt before they are there has them made again.
             self._streams[device] = arrays.stream(device)
+            self._slots[device] = [_Slot(arrays, device) for _ in range(_NUM_SLOTS)]
         slot, side = self._slots[device][self._turn % _NUM_SLOTS], self._streams[device]
         last = places[-1]
         nbytes = max(1, last.begin + last.array.nbytes)

@@ -163,8 +163,9 @@ class DistributedDataset(Bound):
 
     def __iter__(self) -> DistributedIterator:
         epoch = self._next_epoch
-        self._follow(epoch)
-        return self._iterator(epoch)
+        iterator = self._iterator(epoch)
+        self._follow(epoch)  # now that nothing can keep this one from being used
+        return iterator
 
     @property
     def element_spec(self) -> Any:

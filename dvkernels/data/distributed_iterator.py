@@ -294,27 +294,24 @@ class DistributedIterator(Bound, Iterator[Any]):
     def _advance(self) -> Any:
         if self._is_closed:
             self._check_open("next(iterator)")
-        try:
-            return self._next()
-        finally:
-            if self._is_closed:  # meanwhile, by a thread that may not have waited for this one
-                self._feed.close()
-
-    def _next(self) -> Any:
         if not self._has_begun:
             self._agree_on_start()
         began = time.perf_counter()
-        if self._shared.needs_agreement:
-            elements, nest = self._advance_together()
+        try:
+            if self._shared.needs_agreement:
+                elements, nest = self._advance_together()
+                self._clock.count(began, elements)
+                return nest
+            elements = self._feed.take()
+            if not self._is_outlined:
+                self._outline(elements[0])
+            nest = self._dealer.deal(elements, self._clock)
             self._clock.count(began, elements)
+            self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
             return nest
-        elements = self._feed.take()
-        if not self._is_outlined:
-            self._outline(elements[0])
-        nest = self._dealer.deal(elements, self._clock)
-        self._clock.count(began, elements)
-        self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
-        return nest
+        finally:
+            if self._is_closed:  # meanwhile, by a thread that may not have waited for this one
+                self._feed.close()
 
     def _agree_on_start(self) -> None:
         """Make sure that all workers are about to read the same."""

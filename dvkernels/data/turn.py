@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
+from threading import get_ident
 from typing import TypeVar
 
 from dvkernels import deadlines
@@ -36,9 +36,9 @@ class Turn:
 
     def take(self, work: Callable[[], T]) -> T:
         """Return what ``work`` returns, when nobody else is at it."""
-        me = (threading.get_ident(),)
+        me = (get_ident(),)
         try:
-            if self._pid != os.getpid() or self._owner.setdefault("now", me) is not me:
+            if self._owner.setdefault("now", me) is not me:
                 self._wait(me)
             return work()
         finally:
@@ -47,7 +47,7 @@ class Turn:
 
     def end(self, work: Callable[[], None], stop: Callable[[], None]) -> None:
         """Do ``work`` when nobody else is at it; who is, is told to ``stop``, for a few seconds."""
-        me = (threading.get_ident(),)
+        me = (get_ident(),)
         try:
             if self._come(me, _CLOSE_SECONDS, stop):
                 work()

@@ -137,7 +137,7 @@ def test_a_sample_of_the_points(act):
 def test_all_points(name, act, is_distributed):
     if name == "live" and act in ("new", "new epoch"):
         pytest.skip("each of its iterators gets what the one before has left")
-    sample = 40 if name == "processes" else None  # each point starts processes
+    sample = 25 if name == "processes" else None  # each point starts processes
     report = broken_in(name, act, is_distributed, sample)
     print(f"{report.num_struck} of {report.num_points} points")
     assert not report, report.text()
