@@ -44,7 +44,7 @@ class _Group(NamedTuple):
 
 
 _groups: dict[tuple[int, ...], _Group] = {}
-_grouping = threading.Lock()
+_grouping = threading.RLock()
 
 
 def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
@@ -143,11 +143,17 @@ def abort() -> None:
 
 def _group(found: driver.Driver, devices: tuple[int, ...]) -> _Group:
     """Return the team of these devices: one for each list of them, as long as the process lives."""
-    with _grouping:
+    try:
+        _grouping.acquire()
         if devices not in _groups:
             reach = peers.reach(found, devices)
             _groups[devices] = _Group(Team(devices, peers.Peers(found)), reach)
         return _groups[devices]
+    finally:
+        try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+            _grouping.release()
+        except RuntimeError:  # not ours: the wait was interrupted
+            pass
 
 
 def _dense(rank: Rank, alignment: int, kept: list[Any]) -> Rank:

@@ -28,7 +28,7 @@ Kernel = Callable[..., None]
 _NUM_WORDS = tables.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
 _free: list[driver.Arguments] = []  # one for each launch that is being made
-_compiling = threading.Lock()
+_compiling = threading.RLock()
 # The simulator has one kernel at a time in the whole process.
 _simulating = threading.RLock()
 # As few threads and blocks as still differ from one: each thread of the simulator is one of Python.
@@ -116,7 +116,8 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
 
 def prepare(kernel: Kernel, device: int) -> int:
     """Compile a kernel and load it on a device; return its handle there."""
-    with _compiling:
+    try:
+        _compiling.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
@@ -124,6 +125,11 @@ def prepare(kernel: Kernel, device: int) -> int:
             image = compiler.assemble(compiled, capability)
             _handles[key] = _driver().load(device, image, compiled.name)
         return _handles[key]
+    finally:
+        try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+            _compiling.release()
+        except RuntimeError:  # not ours: the wait was interrupted
+            pass
 
 
 def _driver() -> driver.Driver:
@@ -155,7 +161,7 @@ class LongTables:
     def __init__(self) -> None:
         self._held: dict[tuple[int, int, bytes], Any] = {}
         self._captured: dict[tuple[int, int, bytes], Any] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def place(self, device: int, stream: int, words: Sequence[int]) -> int:
         """Return the address on the device of a table with these words."""
@@ -164,7 +170,8 @@ class LongTables:
         content = array.array("q", words).tobytes()
         key = (device, stream, content)
         is_captured = bool(cupy.cuda.runtime.streamIsCapturing(stream))
-        with self._lock:
+        try:
+            self._lock.acquire()
             found = self._captured.get(key) or self._held.pop(key, None)
             if found is None and is_captured:
                 raise DeviceError(
@@ -181,6 +188,11 @@ class LongTables:
                 _, _, copied = self._held.pop(next(iter(self._held)))
                 copied.synchronize()  # long ago: the memory it was copied from can go
             return int(found[0].data.ptr)
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                self._lock.release()
+            except RuntimeError:  # not ours: the wait was interrupted
+                pass
 
     def _copied(self, cupy: Any, device: int, stream: int, content: bytes) -> tuple[Any, Any, Any]:
         """Return the table, the memory it is copied from, and the event of that."""

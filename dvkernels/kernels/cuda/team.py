@@ -123,7 +123,7 @@ class Team:
         self._epoch = 0
         self._num_calls = 0
         # Two threads that launch at once must not be first on one device each.
-        self._launching = threading.Lock()
+        self._launching = threading.RLock()
 
     def all_reduce(self, job: Job, route: Route, *, is_captured: bool = False) -> None:
         """Launch an all-reduce; return before it has run.
@@ -141,7 +141,8 @@ class Team:
         kernel = make(operation, code)
         itemsize = arithmetic.dtype_of(code).itemsize
         count = job.length * arithmetic.factor(job.op, job.dtype)
-        with self._launching:
+        try:
+            self._launching.acquire()
             self.check()
             self._load(kernel)
             programs = self._ready_programs(schedule, route.order)
@@ -155,6 +156,11 @@ class Team:
                 self._launch(
                     _Call(schedule, route, kernel, programs, places, job, length, itemsize)
                 )
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                self._launching.release()
+            except RuntimeError:  # not ours: the wait was interrupted
+                pass
 
     def _launch(self, call: _Call) -> None:
         """Launch the kernels of a call, one a rank, or its rows, one by one."""
@@ -236,12 +242,18 @@ class Team:
 
     def recover(self) -> None:
         """Begin anew after a failure, when nothing runs any more: waits for all devices."""
-        with self._launching:
+        try:
+            self._launching.acquire()
             for device in self._devices:
                 self._driver.synchronize(device)
             # What was left behind in the flags is not above the epoch of the call that failed, or
             # that of those launched after it; a new epoch is above all of them.
             self._shared[:] = 0
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                self._launching.release()
+            except RuntimeError:  # not ours: the wait was interrupted
+                pass
 
     # -- what a call needs ------------------------------------------------------------------------
 
