@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from dvkernels import reduce_op
 from dvkernels.data import sharding
 from dvkernels.data.agreement import Exchange, Start, Word, agree, agree_on_start, report
 from dvkernels.data.clock import Clock, InputStats
@@ -19,8 +18,8 @@ from dvkernels.data.cursor import Cursor, Place
 from dvkernels.data.dealer import Dealer
 from dvkernels.data.distributed_optional import DistributedOptional
 from dvkernels.data.feed import Feed
-from dvkernels.data.fingerprint import fingerprint
-from dvkernels.data.nest import flatten, outline
+from dvkernels.data.fingerprint import fingerprint, kinds_of
+from dvkernels.data.nest import flatten
 from dvkernels.data.node import Node
 from dvkernels.data.options import AutoShardPolicy, InputOptions
 from dvkernels.data.sharding import Sharding
@@ -271,7 +270,7 @@ class DistributedIterator(Bound, Iterator[Any]):
 
     def _outline(self, element: Any) -> None:
         """Note what the elements are, which a saved state may know already."""
-        found = outline(element, "element", _kind_of)
+        found = kinds_of(element)
         check_same("element", found, self._element)
         self._element, self._is_outlined = found, True
 
@@ -399,9 +398,3 @@ class DistributedIterator(Bound, Iterator[Any]):
             for word in words:
                 for lane, position in word.progress.items():
                     self._lanes[lane] = position
-
-
-def _kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
-    """Say what a leaf holds, in words that are the same for all elements of a dataset."""
-    kind = reduce_op.kind(dtype)
-    return "numbers" if kind in "biufc" else {"S": "bytes", "U": "text"}.get(kind, str(dtype))

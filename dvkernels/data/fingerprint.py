@@ -1,4 +1,4 @@
-"""A number that tells the data of one dataset from those of another."""
+"""What tells the data of one dataset from those of another: values, or what they hold."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.nest import as_array, flatten, leaf_names
+from dvkernels import reduce_op
+from dvkernels.data.nest import as_array, flatten, leaf_names, outline
 from dvkernels.data.node import Node
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "kinds_of"]
 
 _PIECE_BYTES = 2**24  # hashed at a time, where an array has to be copied for it
 
@@ -21,6 +22,16 @@ def fingerprint(node: Node) -> str:
     It is found once for each source; what the data become later is told by the pipeline.
     """
     return "/".join(_of_source(link) for link in node.links() if not link.sources)
+
+
+def kinds_of(element: Any) -> str:
+    """Say what an element holds, in words that are the same for all elements of a dataset."""
+    return outline(element, "element", _kind)
+
+
+def _kind(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+    kind = reduce_op.kind(dtype)
+    return "numbers" if kind in "biufc" else {"S": "bytes", "U": "text"}.get(kind, str(dtype))
 
 
 def _of_source(node: Node) -> str:

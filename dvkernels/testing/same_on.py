@@ -66,7 +66,9 @@ def assert_same_on(
         who = f"{count} replicas"
         with (make or _mirrored)(count) as strategy:
             found, other = regroup.flatten(_plain(fn(strategy), who))
-        assert other == structure, f"{who} returned {other}, one device {structure}"
+        assert other == structure, (
+            f"{who} returned {regroup.in_words(other)}, one device {regroup.in_words(structure)}"
+        )
         for place, (mine, right) in enumerate(zip(found, expected, strict=True)):
             got, wanted = np.asarray(mine), np.asarray(right)
             what = f"{who}, leaf {place} of the result"
