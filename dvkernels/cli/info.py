@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +30,10 @@ HELP = "compute something on every device and say PASS or why not; under launch,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare no options: there are none."""
+    """Declare the one option."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (default: lines of text)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,42 +43,69 @@ def run(arguments: argparse.Namespace) -> int:
     and then whether its MPI takes memory of GPUs: one that does not start ends it there.
     """
     resolver = default_resolver()
-    devices = list_devices("cpu")
-    if resolver.num_workers > 1:
-        outcome = _check(devices)
-        print(f"{_place(resolver)}: {' '.join(map(str, devices))} {outcome}", flush=True)
+    found = _of_worker(resolver) if resolver.num_workers > 1 else _of_machine()
+    if resolver.num_workers == 1:
+        if arguments.json:
+            print(json.dumps(found))
+        else:
+            _print(found)
+    elif arguments.json:
+        print(json.dumps({**found, "mpi": _mpi()}))
+    else:
+        print(f"{found['place']}: {' '.join(found['devices'])} {found['together']}", flush=True)
         print(_mpi())
-        return 0 if outcome == "PASS" else 1
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "numba", "optree"))
-    print(f"dvkernels {__version__}, Python {platform.python_version()}, {packages}")
-    print(f"{platform.system()} {platform.machine()}, {_interpreter_lock()}, {_threading_layer()}")
-    print(f"compiled code: {cache.describe()}")
-    outcomes = [_check([device]) for device in devices]
-    for device, outcome in zip(devices, outcomes, strict=True):
-        print(f"{device!s:8} {outcome}")
-    together = _check([Device("cpu", k) for k in range(max(2, len(devices)))])
-    print(f"{'together':8} {together}")
+    return 0 if {*found["devices"].values(), found["together"]} == {"PASS"} else 1
+
+
+def _of_worker(resolver: ClusterResolver) -> dict[str, Any]:
+    devices = list_devices("cpu")
+    outcome = _check(devices)
+    return {
+        "place": _place(resolver),
+        "devices": {str(device): outcome for device in devices},
+        "together": outcome,
+    }
+
+
+def _of_machine() -> dict[str, Any]:
+    """Return what this machine has, and what came of computing on it."""
+    devices = list_devices("cpu")
     missing = cuda.missing()
     gpus = [] if missing else list_devices("cuda")
-    if missing:
-        print(f"{'cuda':8} {missing}")
-    for device in gpus:
-        outcomes.append(_check([device, device]))  # two replicas that share it
-        print(f"{device!s:8} {outcomes[-1]}{' in the simulator' * cuda.is_simulated()}")
+    outcomes = {str(device): _check([device]) for device in devices}
+    outcomes |= {str(gpu): _check([gpu, gpu]) for gpu in gpus}  # two replicas that share it
     if len(gpus) > 1:
-        outcomes.append(_check(gpus))
-        print(f"{'all GPUs':8} {outcomes[-1]}")
-    return 0 if all(outcome == "PASS" for outcome in (*outcomes, together)) else 1
+        outcomes["all GPUs"] = _check(gpus)
+    return {
+        "dvkernels": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("numpy", "numba", "optree")},
+        "system": f"{platform.system()} {platform.machine()}",
+        "interpreter_lock": getattr(sys, "_is_gil_enabled", lambda: True)(),
+        # of users' parallel functions; kernels have threads of their own
+        "threading_layer": parallel.layer(),
+        "compiled_code": cache.describe(),
+        "devices": outcomes,
+        "together": _check([Device("cpu", k) for k in range(max(2, len(devices)))]),
+        "cuda": missing or ("simulated" if cuda.is_simulated() else "found"),
+    }
 
 
-def _interpreter_lock() -> str:
-    is_on = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return f"interpreter lock {'on' if is_on else 'off'}"
-
-
-def _threading_layer() -> str:
-    """Return which layer parallel functions of users will have; kernels have their own threads."""
-    return f"Numba's threading layer {parallel.layer()}"
+def _print(found: dict[str, Any]) -> None:
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    lock = "on" if found["interpreter_lock"] else "off"
+    print(f"dvkernels {found['dvkernels']}, Python {found['python']}, {packages}")
+    print(
+        f"{found['system']}, interpreter lock {lock}, Numba's threading layer "
+        f"{found['threading_layer']}"
+    )
+    print(f"compiled code: {found['compiled_code']}")
+    for device, outcome in found["devices"].items():
+        is_simulated = found["cuda"] == "simulated" and not device.startswith("cpu")
+        print(f"{device:8} {outcome}{' in the simulator' * is_simulated}")
+    print(f"{'together':8} {found['together']}")
+    if found["cuda"] not in ("simulated", "found"):
+        print(f"{'cuda':8} {found['cuda']}")
 
 
 def _place(resolver: ClusterResolver) -> str:

@@ -133,6 +133,11 @@ def test_info_computes_on_every_device(capsys):
     assert passed == [*(str(device) for device in dv.list_devices()), "together"]
     (place,) = [line for line in lines if line.startswith("compiled code: ")]
     assert str(cache.folder()) in place
+    assert main.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [*found["devices"], "together"] == passed
+    assert {*found["devices"].values(), found["together"]} == {"PASS"}
+    assert f"compiled code: {found['compiled_code']}" == place
     assert any("interpreter lock o" in line and "threading layer" in line for line in lines)
 
 
