@@ -117,6 +117,7 @@ class Step:
         "_echoes",
         "_failures",
         "_first",
+        "_first_nap",
         "_gates",
         "_gone",
         "_has_awaited",
@@ -170,6 +171,7 @@ class Step:
         self._results: Sequence[Any] = ()
         self._seats: dict[int, int] = {}  # the thread of each replica; 0: it will never start
         self._timeout = timeout
+        self._first_nap = min(timeout, _LOOK_SECONDS)
         self._pid = os.getpid()
         self.place = NOWHERE
         self._watch: debugging.Watch | None = None
@@ -183,6 +185,7 @@ class Step:
     def observe(self, watch: debugging.Watch, place: debugging.Place) -> None:
         """Report to a watch what happens in this step, which is ``place``."""
         self._watch = watch
+        self._first_nap = min(watch.stall_seconds, self._timeout, _LOOK_SECONDS)
         self.place = place
 
     def place_of(self, replica: int) -> debugging.Place:
@@ -292,7 +295,9 @@ class Step:
             if self._is_stuck():
                 self._end_deserted()
             wait = pending.done.wait
-            if not self._endure(replica, wait, wait, lambda: self._is_carried(pending)):
+            if not wait(self._first_nap) and not self._endure(
+                replica, wait, lambda: self._is_carried(pending)
+            ):
                 missing = self._missing(pending.requests)
                 whom = f"replicas {missing} to issue" if missing else "a thread to carry out"
                 self.fail(
@@ -384,14 +389,13 @@ class Step:
                 recording.add("reduce", "collective", began, {"call": str(first)})
 
     def _wait(self, replica: int) -> None:
-        gates = self._gates
+        gates, nap = self._gates, self._first_nap
         assert gates is not None
         gates.open(rest_gate(self.num_replicas))
-        opened = self._endure(
-            replica,
-            functools.partial(gates.wait, replica),
-            functools.partial(gates.sleep, replica),
-            lambda: self._has_all(replica),
+        # Nothing between the two: whoever stood aside for this replica wants the interpreter's lock
+        # now, and would sleep for it (a step of 4 KiB: 48 us became 85).
+        opened = gates.wait(replica, nap) or self._endure(
+            replica, functools.partial(gates.sleep, replica), lambda: self._has_all(replica)
         )
         if not opened:
             missing = self._missing(self._requests)
@@ -413,20 +417,16 @@ class Step:
     def _endure(
         self,
         replica: int,
-        wait: Callable[[float], bool],
         go_on: Callable[[float], bool],
         has_all: Callable[[], bool],
     ) -> bool:
-        """Wait until the deadline; once all have come, as long as the collective itself takes.
+        """Wait on, behind the first nap, until the deadline; once all have come, without one.
 
         Asks now and then whether the others can still come; in debug mode says so when it lasts.
         """
         watch = self._watch
         soon = _LOOK_SECONDS if watch is None else min(watch.stall_seconds, _LOOK_SECONDS)
-        nap = min(soon, self._timeout)
-        if wait(nap):
-            return True
-        began = time.monotonic() - nap
+        began = time.monotonic() - self._first_nap
         is_told = watch is None
         while True:
             waited = time.monotonic() - began

@@ -13,10 +13,10 @@ __all__: list[str] = []
 class Turn:
     """A lock that steps take, and deep copies of variables; another one in each forked process."""
 
-    __slots__ = ("_locks", "is_reading")
+    __slots__ = ("_locks", "is_stepping")
 
     def __init__(self) -> None:
-        self.is_reading = False  # whoever has it changes nothing
+        self.is_stepping = False  # who has it may run a step; an interrupt may leave that behind
         self._locks: dict[int, threading.RLock] = {}
 
     def lock(self) -> threading.RLock:
@@ -26,9 +26,11 @@ class Turn:
 
     def is_elsewhere(self) -> bool:
         """Return whether another thread of this process runs a step."""
+        if not self.is_stepping:
+            return False
         lock = self.lock()
         try:
-            return not lock.acquire(blocking=False) and not self.is_reading
+            return not lock.acquire(blocking=False)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 lock.release()

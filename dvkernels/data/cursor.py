@@ -105,8 +105,10 @@ class Cursor(Iterator[Any]):
             self._beyond = stop = int(min(self.position + count, node.length))
             if self.position >= stop:
                 raise StopIteration
-            keep = self._keep
-            return [keep(node.element(k, self.epoch)) for k in range(self.position, stop)]
+            places, keep = range(self.position, stop), self._keep
+            if keep is _as_it_is:
+                return [node.element(k, self.epoch) for k in places]
+            return [keep(node.element(k, self.epoch)) for k in places]
         try:
             while len(self._pending) < count:
                 self._pending.append(self._pull())

@@ -81,8 +81,12 @@ class Runner:
                     f"another thread has been running a step of this strategy for {seconds:g} s; "
                     f"one step runs at a time (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
                 )
-            self._turns.is_reading = False  # an interrupted reader may have left it
-            return self._run(call, seconds)
+            was_stepping = self._turns.is_stepping  # the default strategy may be in merge_call
+            try:
+                self._turns.is_stepping = True
+                return self._run(call, seconds)
+            finally:
+                self._turns.is_stepping = was_stepping
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._turn.release()

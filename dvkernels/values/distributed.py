@@ -107,7 +107,9 @@ class _Frozen(DistributedValues[T]):
         devices: Iterable[Device | str] | None = None,
         owner: object = None,
     ) -> None:
-        if isinstance(values, (str, bytes, Mapping, Set)):  # these have no order of replicas
+        is_listed = type(values) in (list, tuple)  # what asks abstract classes takes 0.5 us more
+        # Text, and what has no order of replicas.
+        if not is_listed and isinstance(values, (str, bytes, Mapping, Set)):
             raise TypeError(
                 f"a {type(self).__name__} needs a sequence of values, one per replica, got a "
                 f"{type(values).__name__}; write [{values!r:.40}, ...]"

@@ -476,10 +476,8 @@ class Variable(DistributedValues[Any]):
                         f"step of its strategy for {seconds:g} s; one that this step waits for "
                         f"must not copy (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
                     )
-                placement.turn.is_reading = True
                 made = self._twin()
             finally:
-                placement.turn.is_reading = False
                 try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                     turn.release()
                 except RuntimeError:  # not ours: the wait was in vain or was interrupted
