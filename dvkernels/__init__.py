@@ -27,7 +27,7 @@ from dvkernels.data.distributed_iterator import DistributedIterator as Distribut
 from dvkernels.data.input_context import InputContext as InputContext
 from dvkernels.data.options import AutoShardPolicy as AutoShardPolicy
 from dvkernels.data.options import InputOptions as InputOptions
-from dvkernels.devices import threads as _threads
+from dvkernels.devices import errand as _errand
 from dvkernels.devices.base import Device as Device
 from dvkernels.devices.registry import list_devices as list_devices
 from dvkernels.profiler.debugging import debug as debug
@@ -69,7 +69,7 @@ _LATER = {
 def __getattr__(name: str) -> object:
     if name not in _LATER:
         raise AttributeError(f"module 'dvkernels' has no attribute {name!r}")
-    module = _threads.beyond_interrupts(_importlib.import_module, _LATER[name])
+    module = _errand.beyond_interrupts(_importlib.import_module, _LATER[name])
     value = globals()[name] = getattr(module, name)
     return value
 

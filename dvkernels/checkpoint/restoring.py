@@ -14,10 +14,10 @@ from typing import Any
 
 from dvkernels import user_errors
 from dvkernels.checkpoint import folder, matching, reading, shards, team
-from dvkernels.checkpoint.errand import uninterrupted
 from dvkernels.checkpoint.matching import Change, Plan
 from dvkernels.checkpoint.reading import Reader
 from dvkernels.communicators.base import Workers
+from dvkernels.devices.errand import uninterrupted
 from dvkernels.errors import CheckpointError
 from dvkernels.profiler import tracing
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dvkernels.checkpoint import files, folder, manifest, shards, snapshot, team, transfer
-from dvkernels.checkpoint.errand import uninterrupted
 from dvkernels.checkpoint.files import Folder
 from dvkernels.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from dvkernels.checkpoint.snapshot import Snapshot
 from dvkernels.checkpoint.transfer import Piece
 from dvkernels.devices import cpu
+from dvkernels.devices.errand import uninterrupted
 from dvkernels.errors import CheckpointError
 from dvkernels.profiler import tracing
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from dvkernels import user_errors
 from dvkernels.checkpoint import transfer
-from dvkernels.checkpoint.errand import Errand, uninterrupted
 from dvkernels.checkpoint.save import Save
+from dvkernels.devices.errand import Errand, uninterrupted
 from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.user_errors import text_of

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from dvkernels.checkpoint import errand, files
-from dvkernels.devices import cpu
+from dvkernels.checkpoint import files
+from dvkernels.devices import cpu, errand
 from dvkernels.errors import CheckpointDamagedError
 
 __all__: list[str] = []

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from dvkernels.devices import driver, threads
+from dvkernels.devices import driver, errand
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
 
@@ -233,7 +233,7 @@ def arrays() -> Arrays:
     """Return the twin of this process: the simulator's arrays, or CuPy's."""
     require("arrays on a GPU")
     kind = _SimulatedArrays if is_simulated() else _CuPyArrays
-    return cast(Arrays, threads.beyond_interrupts(kind))  # which imports Numba, or CuPy
+    return cast(Arrays, errand.beyond_interrupts(kind))  # which imports Numba, or CuPy
 
 
 def as_numba(array: Any) -> Any:

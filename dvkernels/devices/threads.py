@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import _thread
-import collections
-import contextlib
 import functools
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any
 
 from dvkernels import deadlines
 
 __all__: list[str] = []
 
-_T = TypeVar("_T")
-_TAKE_BACK_SECONDS = 1.0  # after which whoever handed a call to a thread makes it instead
 _NAP_SECONDS = 0.1  # what a sleeper loses at most whose wake-up an interrupt has swallowed
 _BEGIN_SECONDS = 30.0  # a thread that has not run its first line by then never will
 _DEAD_SECONDS = 0.5  # how long a thread may be gone before whoever waits for it must be told
@@ -133,43 +129,3 @@ class Latch:
             if self._bell.acquire(timeout=left):
                 self.open()  # wakes the next sleeper
         return True
-
-
-def beyond_interrupts(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Call a function where no interrupt reaches it, and return what it returns.
-
-    Ctrl-C in the midst of an import leaves a package half imported, and in the midst of a
-    compilation a lock taken. It reaches the main thread only: so another thread calls the function
-    there. An interrupt ends the wait for it, and the function goes on to its end.
-    """
-    if threading.get_ident() != threading.main_thread().ident:
-        return function(*arguments)
-    calls: collections.deque[Callable[[], _T]] = collections.deque(
-        [functools.partial(function, *arguments)]
-    )
-    outcome: list[tuple[Any, BaseException | None]] = []
-    ended = Latch()
-
-    def call() -> None:
-        try:
-            outcome.append((calls.popleft()(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-        finally:
-            ended.open()
-
-    try:
-        # Not a daemon: the end of the interpreter waits for what may be inside foreign code.
-        start([Thread(target=call, name="dvkernels-undisturbed", daemon=False)])
-        patience = _TAKE_BACK_SECONDS
-    except (RuntimeError, MemoryError):  # no thread to be had
-        patience = 0.0
-    while not ended.wait(patience):
-        if calls:  # it has not begun, and need not: whoever takes the call makes it
-            with contextlib.suppress(IndexError):
-                return calls.popleft()()
-        patience = _TAKE_BACK_SECONDS
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return cast("_T", value)

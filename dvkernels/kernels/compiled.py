@@ -17,7 +17,7 @@ from numba.core import caching, ccallback, config, registry, serialize, sigutils
 from numba.core import compiler as numba_compiler
 from numba.core.compiler_lock import global_compiler_lock
 
-from dvkernels.devices import threads
+from dvkernels.devices import errand
 from dvkernels.kernels import cache
 
 __all__ = ["ahead", "cfunc", "njit"]
@@ -77,7 +77,7 @@ def _undisturbed(compile_now: Callable[..., Any], *arguments: Any) -> Any:
     # another, or a module that is being imported, which the compiler may look up.
     if _compiler_lock.is_locked() or _is_importing():
         return _compile(compile_now, *arguments)
-    return threads.beyond_interrupts(_compile, compile_now, *arguments)
+    return errand.beyond_interrupts(_compile, compile_now, *arguments)
 
 
 def _is_importing() -> bool:

@@ -17,7 +17,7 @@ import threading
 from typing import Any
 
 from dvkernels import deadlines
-from dvkernels.devices import threads
+from dvkernels.devices import errand
 from dvkernels.kernels import parallel
 
 __all__ = ["module"]
@@ -28,7 +28,7 @@ _importing = threading.RLock()
 @functools.cache
 def module(name: str) -> Any:
     """Return a module, imported now if it has not been."""
-    return threads.beyond_interrupts(_imported, name)
+    return errand.beyond_interrupts(_imported, name)
 
 
 def _imported(name: str) -> Any:

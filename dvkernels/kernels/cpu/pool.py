@@ -27,7 +27,7 @@ import numpy as np
 from numba import types
 
 from dvkernels import deadlines
-from dvkernels.devices import cpu, threads
+from dvkernels.devices import cpu, errand, threads
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, compiled
 from dvkernels.kernels.cpu import memory
@@ -159,7 +159,7 @@ class _Pool:
 
     def start(self) -> None:
         """Start the helpers, where no interrupt reaches it."""
-        threads.beyond_interrupts(self._start)
+        errand.beyond_interrupts(self._start)
 
     def _start(self) -> None:
         with self.lock:

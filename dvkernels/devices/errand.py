@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import _thread
 import contextvars
+import functools
 import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from dvkernels.devices.threads import Latch
-from dvkernels.errors import CheckpointError
 
 __all__: list[str] = []
+
+_T = TypeVar("_T")
 
 # After so long a thread that was started is taken for one that never ran, for want of memory.
 _SECONDS_TO_BEGIN = 0.5
@@ -49,7 +51,7 @@ class Errand:
         self.error: BaseException | None = None
         self._is_cancelled = False
 
-    def start(self, prepare: Callable[[], None]) -> None:
+    def start(self, prepare: Callable[[], object] = object) -> None:
         """Let a thread do it that the end of the program waits for; where there is none, do it.
 
         The thread calls ``prepare`` first.
@@ -61,7 +63,7 @@ class Errand:
 
         def start() -> None:
             try:
-                threading.Thread(target=work, name="dvkernels-checkpoint").start()
+                threading.Thread(target=work, name="dvkernels-errand").start()
             except (RuntimeError, MemoryError):
                 work()
 
@@ -91,7 +93,7 @@ class Errand:
             if doer is None or doer == threading.get_ident():
                 self.do()
             elif self._pid != os.getpid() or doer not in sys._current_frames():
-                self.error = CheckpointError("the thread that was at work on it is gone")
+                self.error = RuntimeError("the thread that was at work on it is gone")
                 self.done.open()
 
     def cancel(self) -> None:
@@ -125,6 +127,20 @@ _current: contextvars.ContextVar[Errand | None] = contextvars.ContextVar("errand
 def current() -> Errand | None:
     """Return the errand that this thread is on."""
     return _current.get()
+
+
+def beyond_interrupts(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Return what a function returns, called where no interrupt reaches it.
+
+    Ctrl-C in the midst of an import leaves a package half imported, and in the midst of a
+    compilation a lock taken. An interrupt ends the wait, and the function goes on to its end.
+    """
+    if threading.get_ident() != threading.main_thread().ident:
+        return function(*arguments)
+    errand = Errand(functools.partial(function, *arguments))
+    errand.start()
+    errand.wait()
+    return cast("_T", errand.outcome())
 
 
 def uninterrupted(act: Callable[[], Any], *, is_whole: bool = False) -> Any:

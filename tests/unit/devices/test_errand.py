@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from dvkernels.devices import threads
+from dvkernels.devices import errand
 
 
 def test_values_and_errors_come_out_as_they_are() -> None:
-    assert threads.beyond_interrupts(divmod, 7, 3) == (2, 1)
+    assert errand.beyond_interrupts(divmod, 7, 3) == (2, 1)
     error = LookupError("mine")
 
     def fail() -> None:
         raise error
 
     with pytest.raises(LookupError) as caught:
-        threads.beyond_interrupts(fail)
+        errand.beyond_interrupts(fail)
     assert caught.value is error
 
 
 def test_only_the_main_thread_needs_another() -> None:
-    assert threads.beyond_interrupts(threading.get_ident) != threading.get_ident()
+    assert errand.beyond_interrupts(threading.get_ident) != threading.get_ident()
     seen = []
 
     def elsewhere() -> None:
-        seen.append(threads.beyond_interrupts(threading.get_ident) == threading.get_ident())
+        seen.append(errand.beyond_interrupts(threading.get_ident) == threading.get_ident())
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
@@ -44,27 +45,27 @@ def test_an_interrupt_ends_the_wait_and_not_the_call() -> None:
         ended.set()
 
     with pytest.raises(KeyboardInterrupt):
-        threads.beyond_interrupts(work)
+        errand.beyond_interrupts(work)
     assert not ended.is_set()
     go_on.set()
     assert ended.wait(60)
 
 
 def test_where_there_is_no_thread_it_is_called_here(monkeypatch) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threads, "start", fail)
-    assert threads.beyond_interrupts(threading.get_ident) == threading.get_ident()
+    monkeypatch.setattr(errand._thread, "start_new_thread", fail)
+    assert errand.beyond_interrupts(threading.get_ident) == threading.get_ident()
 
 
 def test_a_thread_that_never_begins_is_not_waited_for(monkeypatch) -> None:
-    late: list[threading.Thread] = []
-    monkeypatch.setattr(threads, "start", late.extend)
-    monkeypatch.setattr(threads, "_BEGIN_SECONDS", 0.01)
+    late: list[Callable[[], None]] = []
+    monkeypatch.setattr(errand._thread, "start_new_thread", lambda begin, _: late.append(begin))
+    monkeypatch.setattr(errand, "_SECONDS_TO_BEGIN", 0.01)
     calls: list[int] = []
-    threads.beyond_interrupts(calls.append, 1)
+    errand.beyond_interrupts(calls.append, 1)
     assert calls == [1]
-    late[0].start()  # so late that it has been done
-    late[0].join()
+    monkeypatch.undo()
+    late[0]()  # so late that it has been done
     assert calls == [1]
