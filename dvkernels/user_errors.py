@@ -21,7 +21,14 @@ P = ParamSpec("P")
 
 _LINKS = ("__cause__", "__context__")
 
-_BRIEF = reprlib.Repr()
+
+class _Brief(reprlib.Repr):
+    def repr_instance(self, value: object, level: int) -> str:
+        """Return a repr that fails where the object's own does."""
+        return repr(value)
+
+
+_BRIEF = _Brief()
 _BRIEF.maxlevel = 3  # what stands in itself, or at many places, has no end
 _BRIEF.maxstring = _BRIEF.maxother = 400
 
@@ -66,9 +73,11 @@ def latest_note(error: BaseException) -> str | None:
 def shown(value: object, most: int = 80) -> str:
     """Return the beginning of a value's ``repr``, of any size; its type if that fails."""
     try:
+        if type(value) is int and value.bit_length() > 1024:  # its digits say nothing
+            return f"an integer of {value.bit_length()} bits, beyond float64"
         return _BRIEF.repr(value)[:most]
     except Exception:  # of user code, or of an integer of thousands of digits
-        return f"<{type(value).__name__}, whose repr fails>"
+        return f"a {type(value).__name__}, whose repr fails"
 
 
 def rests_on(error: BaseException, known: Iterable[BaseException]) -> bool:

@@ -15,6 +15,7 @@ from dvkernels.checkpoint import nodes, plain, shards, transfer, untrusted
 from dvkernels.checkpoint.folder import SHARD
 from dvkernels.checkpoint.nodes import Node
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -111,7 +112,7 @@ def read(content: bytes, where: str) -> Manifest:
     if version != VERSION:
         raise CheckpointError(
             f"{where}, version: expected {VERSION}; got {version}; another version of dvkernels "
-            f"wrote it, {given.get('library')!r:.40}: use that one"
+            f"wrote it, {shown(given.get('library'), 40)}: use that one"
         )
     untrusted.fields(given, where, _FIELDS)
     step = given["step"]
@@ -120,7 +121,7 @@ def read(content: bytes, where: str) -> Manifest:
         for place, entry in enumerate(untrusted.array(given["files"], f"{where}, files"))
     )
     tensors = {
-        name: _tensor(entry, len(files), f"{where}, tensor {name!r:.200}")
+        name: _tensor(entry, len(files), f"{where}, tensor {shown(name, 200)}")
         for name, entry in untrusted.items(given["tensors"], f"{where}, tensors")
     }
     return Manifest(
@@ -142,7 +143,8 @@ def _file(value: Any, place: int, where: str) -> FileEntry:
     # A name that says its place: so none stands twice, and none leads out of the folder.
     if not SHARD.fullmatch(name) or int(name[6:11]) != place:
         raise CheckpointDamagedError(
-            f"{where}, name: expected {shard_name(place)!r}; got {name!r:.200}; the file is damaged"
+            f"{where}, name: expected {shard_name(place)!r}; got {shown(name, 200)}; "
+            "the file is damaged"
         )
     nbytes = untrusted.count(given["nbytes"], f"{where}, nbytes")
     return FileEntry(name, nbytes, _checksum(given["header"], f"{where}, header"))
@@ -175,5 +177,5 @@ def _tensor(value: Any, num_files: int, where: str) -> TensorEntry:
 
 def _checksum(value: Any, where: str) -> str:
     if not _CHECKSUM.fullmatch(untrusted.text(value, where)):
-        raise CheckpointDamagedError(f"{where}: expected 16 hexadecimal digits; got {value!r:.80}")
+        raise CheckpointDamagedError(f"{where}: expected 16 hexadecimal digits; got {shown(value)}")
     return str(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dvkernels.checkpoint import plain, untrusted
 from dvkernels.errors import CheckpointDamagedError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -112,7 +113,7 @@ def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> No
 
     def tensor(name: Any, here: str) -> str:
         if untrusted.text(name, here) not in tensors:
-            raise CheckpointDamagedError(f"{here}: there is no tensor called {name!r:.200}")
+            raise CheckpointDamagedError(f"{here}: there is no tensor called {shown(name, 200)}")
         return str(name)
 
     def checked(held: Any) -> Any:
@@ -150,7 +151,7 @@ def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> No
             held = fields("type", "value", optional=frozenset({"slots"}))
             slots = {
                 path: {
-                    name: tensor(each, f"{where}, slots of {path!r:.200}")
+                    name: tensor(each, f"{where}, slots of {shown(path, 200)}")
                     for name, each in untrusted.items(of_path, f"{where}, slots")
                 }
                 for path, of_path in untrusted.items(held.get("slots", {}), f"{where}, slots")

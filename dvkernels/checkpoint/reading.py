@@ -16,6 +16,7 @@ from dvkernels.checkpoint.manifest import FileEntry, Manifest
 from dvkernels.checkpoint.shards import Range
 from dvkernels.checkpoint.transfer import Piece
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -71,7 +72,7 @@ class Reader:
 
     def _pieces(self, name: str, places: Iterable[Any]) -> Iterator[Piece]:
         entry = self.manifest.tensors[name]
-        where = f"{self.path / self.manifest.files[entry.file].name}, tensor {name!r:.200}"
+        where = f"{self.path / self.manifest.files[entry.file].name}, tensor {shown(name, 200)}"
         held = [transfer.bytes_of(place) for place in places]
         for checksum, (begin, end) in zip(entry.checksums, transfer.cut(entry.nbytes), strict=True):
             yield Piece(
@@ -187,13 +188,14 @@ def _compare(given: Manifest, ranges: dict[str, Range], path: Path) -> None:
     if ranges.keys() != given.tensors.keys():
         name = next(iter(ranges.keys() ^ given.tensors.keys()))
         raise CheckpointDamagedError(
-            f"{path}: tensor {name!r:.200} stands in the manifest or in a shard, and not in both"
+            f"{path}: tensor {shown(name, 200)} stands in the manifest or in a shard, "
+            "and not in both"
         )
     for name, entry in given.tensors.items():
         held = ranges[name]
         expected = shards.stored(entry.dtype, entry.shape)
         if held.stored != expected or held.end - held.begin != entry.nbytes:
             raise CheckpointDamagedError(
-                f"{path / given.files[entry.file].name}, tensor {name!r:.200}: expected "
+                f"{path / given.files[entry.file].name}, tensor {shown(name, 200)}: expected "
                 f"{expected} in {entry.nbytes} bytes, as the manifest says; got {held}"
             )

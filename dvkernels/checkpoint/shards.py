@@ -18,6 +18,7 @@ import numpy as np
 
 from dvkernels.checkpoint import untrusted
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -134,7 +135,7 @@ def read_header(text: bytes, file_nbytes: int, where: str) -> dict[str, Range]:
     for name, entry in untrusted.items(entries, where):
         if name == _RESERVED:
             continue
-        here = f"{where}, tensor {name!r:.200}"
+        here = f"{where}, tensor {shown(name, 200)}"
         given = untrusted.fields(entry, here, {"dtype", "shape", "data_offsets"})
         code = untrusted.text(given["dtype"], f"{here}, dtype")
         shape = untrusted.counts(given["shape"], f"{here}, shape", MAX_NDIM)
@@ -149,7 +150,8 @@ def read_header(text: bytes, file_nbytes: int, where: str) -> dict[str, Range]:
     for name, held in sorted(ranges.items(), key=lambda item: (item[1].begin, item[1].end)):
         if held.begin != place:
             raise CheckpointDamagedError(
-                f"{where}, tensor {name!r:.200}: expected its bytes to begin at {place}, where "
+                f"{where}, tensor {shown(name, 200)}: expected its bytes to begin at {place}, "
+                "where "
                 f"those before it end; they begin at {held.begin}; the file is damaged"
             )
         place = held.end

@@ -13,7 +13,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.communicators.rendezvous import StepEnded
 from dvkernels.communicators.single import Single
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.user_errors import in_words
+from dvkernels.user_errors import in_words, shown
 
 __all__: list[str] = []
 
@@ -90,7 +90,8 @@ def check_alike(workers: Workers, what: str, details: Mapping[str, str]) -> None
             mine, other = each[0].get(path, "nothing"), theirs.get(path, "nothing")
             if mine != other:
                 raise CheckpointError(
-                    f"{what}: expected the same on all workers; for {path!r:.200} worker 0 has "
+                    f"{what}: expected the same on all workers; for {shown(path, 200)} worker 0 "
+                    "has "
                     f"{mine}, worker {worker} {other}; build the objects alike everywhere, give a "
                     f"path where all workers see the same files, and keep what is a worker's own "
                     f"in a checkpoint of its own, without the variables of this strategy"

@@ -20,6 +20,7 @@ from dvkernels.checkpoint.nodes import (
 from dvkernels.checkpoint.objects import child
 from dvkernels.checkpoint.reading import Reader
 from dvkernels.errors import CheckpointDamagedError
+from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
@@ -88,7 +89,7 @@ def _node_lines(reader: Reader, node: Node, path: str) -> Iterator[str]:
         case ArrayNode():
             yield f"{path}: array {_tensor(reader, node.tensor)}"
         case DataNode():
-            yield f"{path}: {node.value!r:.200}"
+            yield f"{path}: {shown(node.value, 200)}"
         case GeneratorNode():
             yield f"{path}: generator {node.type:.80}"
         case StateNode():

@@ -98,6 +98,7 @@ class Feed:
         """Let go of threads, workers and streams; taking more begins anew."""
         place = self._cursor.place
         if self.ahead is not None:
+            self.ahead.close()  # which waits for its thread: nothing reads the source any more
             self.ahead.move_to(*place)
         self._cursor.close()
         self._cursor.move_to(*place)

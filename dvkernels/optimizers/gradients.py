@@ -16,6 +16,7 @@ from dvkernels.errors import (
 )
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.user_errors import shown
 from dvkernels.values import regroup, weights
 from dvkernels.values.arrays import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -42,12 +43,12 @@ def listed(pairs: Any) -> list[Pair]:
         found = list(pairs)
     except TypeError as error:
         raise TypeError(
-            f"{VERB} needs pairs of a gradient and a variable; got {pairs!r:.80}: {error}"
+            f"{VERB} needs pairs of a gradient and a variable; got {shown(pairs)}: {error}"
         ) from error
     for pair in found:
         is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
         if not is_pair or not isinstance(pair[1], Variable):
-            raise TypeError(f"{VERB} needs pairs of a gradient and a variable; got {pair!r:.80}")
+            raise TypeError(f"{VERB} needs pairs of a gradient and a variable; got {shown(pair)}")
     return [(pair[0], pair[1]) for pair in found]
 
 

@@ -16,6 +16,7 @@ from dvkernels.kernels import twins
 from dvkernels.optimizers import gradients, saved
 from dvkernels.optimizers.slots import Kept, Slots
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.user_errors import shown
 from dvkernels.values import functions, scalars, weights
 from dvkernels.variables.variable import Variable, copies_of
 
@@ -82,7 +83,7 @@ class Optimizer(abc.ABC):
 
     def _kept(self, verb: str, variable: Variable) -> Kept:
         if not isinstance(variable, Variable):
-            raise TypeError(f"{verb} belong to variables; got {variable!r:.80}")
+            raise TypeError(f"{verb} belong to variables; got {shown(variable)}")
         if not self._slots.has(variable):
             self._check_across(f"{verb} of variable {variable.name!r}, which has none yet")
         return self._slots.of_each([variable], self.slot_names)[0]
@@ -366,5 +367,5 @@ def checked(number: Any, name: str, least: float, below: float = float("inf")) -
     value = scalars.real(number)
     if not least <= value < below:
         limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")
-        raise ValueError(f"{name} must be a finite number, {limits}; got {scalars.shown(number)}")
+        raise ValueError(f"{name} must be a finite number, {limits}; got {shown(number, 60)}")
     return value

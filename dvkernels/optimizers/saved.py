@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices.buffers import Spec
+from dvkernels.user_errors import shown
 from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []
@@ -33,11 +34,11 @@ def checked_progress(state: Any, slot_names: Sequence[str]) -> int:
     """Return the most steps that a variable has taken; raise unless it is a state with it."""
     iterations = state.get("iterations") if isinstance(state, dict) else None
     if type(iterations) is not int or iterations < 0:
-        raise ValueError(f"expected the state of an optimizer; got {state!r:.80}")
+        raise ValueError(f"expected the state of an optimizer; got {shown(state)}")
     if state.get("slot_names") != list(slot_names):
         raise ValueError(
             f"expected the state of an optimizer with the slots {list(slot_names)}; got "
-            f"one with {state.get('slot_names')!r:.200}; make the optimizer as it was"
+            f"one with {shown(state.get('slot_names'), 200)}; make the optimizer as it was"
         )
     return iterations
 
@@ -65,7 +66,7 @@ def _checked_entry(given: Any, slot_names: Sequence[str]) -> Entry:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"expected name, shape, dtype, steps and the slots {list(slot_names)} of a variable; "
-            f"got {given!r:.80}: {error}"
+            f"got {shown(given)}: {error}"
         ) from error
     for name, array in made["slots"].items():
         if array.shape != spec.shape or array.dtype != spec.dtype:
@@ -84,7 +85,7 @@ def matched(
     """Return the variables that entries are of, and the entries that are left over."""
     for variable in variables:
         if not isinstance(variable, Variable):
-            raise ValueError(f"variables: expected variables, got {variable!r:.80}")
+            raise ValueError(f"variables: expected variables, got {shown(variable)}")
     if is_ordered and len(entries) != len(variables):
         raise ValueError(
             f"the state holds {len(entries)} variables, {_names(entries)}; got {len(variables)}"

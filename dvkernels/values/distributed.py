@@ -12,6 +12,7 @@ from dvkernels.communicators.placement import Placement
 from dvkernels.devices import buffers, foreign, memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
+from dvkernels.user_errors import shown
 
 __all__ = ["DistributedValues", "Mirrored", "PerReplica"]
 
@@ -112,7 +113,7 @@ class _Frozen(DistributedValues[T]):
         if not is_listed and isinstance(values, (str, bytes, Mapping, Set)):
             raise TypeError(
                 f"a {type(self).__name__} needs a sequence of values, one per replica, got a "
-                f"{type(values).__name__}; write [{values!r:.40}, ...]"
+                f"{type(values).__name__}; write [{shown(values, 40)}, ...]"
             )
         held = tuple(values)
         if not held:

@@ -22,10 +22,3 @@ def real(value: Any) -> float:
         return float(value.item() if is_single else value)
     except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
         return math.nan
-
-
-def shown(value: Any) -> str:
-    """Return a value in a few characters: of an integer beyond float64 not its digits."""
-    if type(value) is int and value.bit_length() > 1024:
-        return f"an integer of {value.bit_length()} bits, beyond float64"
-    return f"{value!r:.60}"

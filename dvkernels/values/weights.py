@@ -12,6 +12,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.devices import memory
 from dvkernels.devices.buffers import refuse_masked
 from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.user_errors import shown
 from dvkernels.values import scalars
 
 __all__: list[str] = []
@@ -25,7 +26,7 @@ def checked(weight: Any, verb: str, op: Reduction) -> float:
     number = scalars.real(weight)
     if not 0 <= number < float("inf"):
         raise ValueError(
-            f"{verb}: a weight is a finite number of at least 0, got {scalars.shown(weight)}"
+            f"{verb}: a weight is a finite number of at least 0, got {shown(weight, 60)}"
         )
     return number
 

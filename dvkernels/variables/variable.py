@@ -122,7 +122,7 @@ class Variable(DistributedValues[Any]):
         if name is not None and not isinstance(name, str):
             raise TypeError(f"a variable's name is a string, got {name!r}")
         if not isinstance(trainable, (bool, np.bool_, type(None))):
-            raise TypeError(f"trainable is True, False or None, got {trainable!r:.80}")
+            raise TypeError(f"trainable is True, False or None, got {shown(trainable)}")
         if trainable is None:
             trainable = when is not VariableSynchronization.ON_READ
         frame = context.find()
