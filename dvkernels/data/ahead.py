@@ -71,7 +71,7 @@ class Ahead(Iterator[Any]):
         if self._at_end:  # another thread would replay all of a sequential source to learn it
             raise StopIteration
         if self._fetcher is None:
-            self._wait_for_the_former()
+            self.wait()
             self._fetcher = _Fetcher(self._node, self.place, self._depth, self._skips)
         try:
             fetched = self._fetcher.take()
@@ -101,7 +101,7 @@ class Ahead(Iterator[Any]):
     def close(self) -> None:
         """End the thread; the next element starts another."""
         self._turn.end(self._let_go, self.stop)
-        self._wait_for_the_former()
+        self.wait()
 
     def _let_go(self) -> None:
         fetcher, self._fetcher = self._fetcher, None
@@ -109,7 +109,7 @@ class Ahead(Iterator[Any]):
             self._former = fetcher.thread
             fetcher.thread.stop()
 
-    def _wait_for_the_former(self) -> None:
+    def wait(self) -> None:
         """Wait for a thread that was let go of, since user code may not bear two of them."""
         if self._former is not None and self._former.wait(_CLOSE_SECONDS):
             self._former = None

@@ -233,6 +233,7 @@ class DistributedIterator(Bound, Iterator[Any]):
         self._is_closed = True
         self._feed.stop()
         self._turn.end(self._feed.close, self._feed.stop)
+        self._feed.wait()
 
     def stats(self) -> InputStats:
         """Return what fetching has cost since the iterator was made."""

@@ -98,7 +98,11 @@ class Feed:
         """Let go of threads, workers and streams; taking more begins anew."""
         place = self._cursor.place
         if self.ahead is not None:
-            self.ahead.close()  # which waits for its thread: nothing reads the source any more
             self.ahead.move_to(*place)
         self._cursor.close()
         self._cursor.move_to(*place)
+
+    def wait(self) -> None:
+        """Wait until the thread that was let go of reads no more, unless user code keeps it."""
+        if self.ahead is not None:
+            self.ahead.wait()

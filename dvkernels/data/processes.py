@@ -99,10 +99,11 @@ class Process:
 
     def __call__(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
         """Yield what the function makes of elements, all of which go there at once."""
-        request = self._pickle_elements(elements)
-        if self._connection is None:
-            self._start(stop)
-        answer = self._ask(request, stop)
+        # A view of a buffer that is let go of here, and not when the traceback of an error is.
+        with self._pickle_elements(elements) as request:
+            if self._connection is None:
+                self._start(stop)
+            answer = self._ask(request, stop)
         if isinstance(answer, _SentError):
             raise answer.received()
         for value, sent in answer:

@@ -269,7 +269,8 @@ def test_what_cannot_be_imported_is_the_cause_that_is_told(tmp_path, how):
     if how == "script":
         assert "__main__" in last
     else:
-        assert len(lines) < 10  # it is refused where it was written
+        # It is refused where it was written; newer Pythons mark places in lines of their own.
+        assert len([line for line in lines if set(line) - set(" ~^")]) < 10
 
 
 @pytest.mark.parametrize("missing", ["files", "threads"])
