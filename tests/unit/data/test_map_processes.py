@@ -269,8 +269,8 @@ def test_what_cannot_be_imported_is_the_cause_that_is_told(tmp_path, how):
     if how == "script":
         assert "__main__" in last
     else:
-        # It is refused where it was written; newer Pythons mark places in lines of their own.
-        assert len([line for line in lines if set(line) - set(" ~^")]) < 10
+        # It is refused where it was written, a few calls deep.
+        assert sum(line.startswith("  File ") for line in lines) <= 5
 
 
 @pytest.mark.parametrize("missing", ["files", "threads"])
