@@ -298,10 +298,10 @@ def algorithm(verb: str, name: Any, known: Mapping[str, T]) -> T:
 def check_root(verb: str, root: Any, num_replicas: int) -> int:
     """Return ``root`` as an int; raise unless it names a replica."""
     try:
-        index = root.__index__()
+        index = -1 if isinstance(root, (bool, np.bool_)) else root.__index__()
     except AttributeError:
         index = -1
-    if isinstance(root, (bool, np.bool_)) or not 0 <= index < num_replicas:
+    if not 0 <= index < num_replicas:
         raise BufferMismatchError(
             f"{verb} needs a root in 0..{num_replicas - 1}, one of the {num_replicas} replicas; "
             f"got {root!r}"
