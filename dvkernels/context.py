@@ -23,6 +23,7 @@ from dvkernels.devices import foreign, memory
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
+from dvkernels.nest import words_of
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values import functions, regroup, weights
@@ -539,9 +540,10 @@ class ReplicaContext(Bound):
         leaves, structure = regroup.flatten(out)
         count = len(brought.held)
         if len(leaves) != count or brought.structure not in (None, structure):
+            expected = "one array" if brought.structure is None else words_of(brought.structure)
             raise BufferMismatchError(
                 f"all_reduce: out must have the structure of value on replica {self._replica_id}: "
-                f"expected {brought.structure or 'one array'}, got {structure}"
+                f"expected {expected}, got {words_of(structure)}"
             )
         return [self._target(leaf, array) for leaf, array in zip(leaves, brought.held, strict=True)]
 

@@ -35,7 +35,7 @@ ROWS = (
         "custom_reduction",
         "reduce_op",
     ),
-    ("schedules", "profiler", "cluster"),
+    ("schedules", "profiler", "cluster", "nest"),
     ("devices",),
     ("kernels",),
     ("communicators",),

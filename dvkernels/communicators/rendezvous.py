@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dvkernels import deadlines, user_errors
+from dvkernels import deadlines, nest, user_errors
 from dvkernels.communicators.carrier import Carrier
 from dvkernels.communicators.gates import Gates
 from dvkernels.devices.threads import Latch
@@ -71,7 +71,11 @@ class Request(NamedTuple):
     act: Callable[[list[Any]], Sequence[Any]]  # all payloads -> one result per replica
 
     def __str__(self) -> str:
-        terms = (user_errors.text_of(term) for term in self.terms if term is not None)
+        terms = (
+            nest.words_of(term) if nest.is_structure(term) else user_errors.text_of(term)
+            for term in self.terms
+            if term is not None
+        )
         return f"{self.verb}({', '.join(term for term in terms if term)})"
 
 

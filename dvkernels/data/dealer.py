@@ -12,9 +12,9 @@ from dvkernels.data.clock import Clock
 from dvkernels.data.conveyor import Conveyor
 from dvkernels.data.nest import flatten, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.errors import DatasetError
+from dvkernels.nest import words_of
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
-from dvkernels.values.regroup import in_words
 
 __all__ = ["Dealer"]
 
@@ -91,7 +91,7 @@ class Dealer:
             if other != structure:
                 raise DatasetError(
                     f"distribute_datasets_from_function: expected elements of one structure; got "
-                    f"{in_words(structure)} and, {place} later, {in_words(other)}"
+                    f"{words_of(structure)} and, {place} later, {words_of(other)}"
                 )
         columns = [list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
         missing = self._num_local - len(elements)

@@ -9,8 +9,8 @@ import numpy as np
 
 from dvkernels.data.nest import as_array, flatten, leaf_names
 from dvkernels.errors import DatasetError
+from dvkernels.nest import words_of
 from dvkernels.user_errors import shown
-from dvkernels.values.regroup import in_words
 
 __all__ = ["Stack", "stack"]
 
@@ -72,7 +72,7 @@ class Stack:
         elif structure != self._structure:
             raise DatasetError(
                 "batch: expected the elements of a batch to have one structure; got "
-                f"{in_words(self._structure)} for its element 0 and {in_words(structure)} for its "
+                f"{words_of(self._structure)} for its element 0 and {words_of(structure)} for its "
                 f"element {self.count}; make them alike with map()"
             )
         return leaves

@@ -32,6 +32,7 @@ from dvkernels.errors import (
     DatasetError,
     SynchronizationError,
 )
+from dvkernels.nest import words_of
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.strategies.reduction import reduce_along
@@ -347,8 +348,9 @@ class Strategy(Bound):
         for replica, (_, structure) in zip(local, flat, strict=True):
             if structure != flat[0][1]:
                 raise ValueError(
-                    f"distribute_values_from_function: replica {first} got {flat[0][1]}, replica "
-                    f"{replica} {structure}; return the same nest for every replica"
+                    f"distribute_values_from_function: replica {first} got "
+                    f"{words_of(flat[0][1])}, replica {replica} {words_of(structure)}; return "
+                    f"the same nest for every replica"
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])

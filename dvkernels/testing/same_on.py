@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels import nest
 from dvkernels.strategies.base import Strategy
 from dvkernels.strategies.mirrored import MirroredStrategy
 from dvkernels.strategies.one_device import OneDeviceStrategy
@@ -67,7 +68,7 @@ def assert_same_on(
         with (make or _mirrored)(count) as strategy:
             found, other = regroup.flatten(_plain(fn(strategy), who))
         assert other == structure, (
-            f"{who} returned {regroup.in_words(other)}, one device {regroup.in_words(structure)}"
+            f"{who} returned {nest.words_of(other)}, one device {nest.words_of(structure)}"
         )
         for place, (mine, right) in enumerate(zip(found, expected, strict=True)):
             got, wanted = np.asarray(mine), np.asarray(right)

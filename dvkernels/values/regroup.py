@@ -6,19 +6,18 @@ None is a leaf, so that it stays where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
 
+from dvkernels import nest
 from dvkernels.communicators.placement import Placement
 from dvkernels.devices.base import Device
 from dvkernels.errors import ContextError
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 
 __all__: list[str] = []
-
-_LONGEST_WORDS = 200
 
 
 def flatten(nest: Any) -> tuple[list[Any], Any]:
@@ -30,30 +29,6 @@ def flatten(nest: Any) -> tuple[list[Any], Any]:
 def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
     """Return the nest of this structure with these leaves."""
     return optree.tree_unflatten(structure, leaves)
-
-
-def in_words(structure: Any) -> str:
-    """Say what a nest of this structure is, in messages: ``a dict of 'image', 'label'``."""
-    words = _words(structure)
-    return words if len(words) <= _LONGEST_WORDS else f"{words[:_LONGEST_WORDS]}..."
-
-
-def _words(structure: Any) -> str:
-    if structure.type is None:
-        return "one value"
-    children = structure.children()
-    name = structure.type.__name__
-    article = "an" if name[0] in "aeiouAEIOU" else "a"
-    if not children:
-        return f"an empty {name}"
-    names = getattr(structure.type, "_fields", None)  # of a namedtuple
-    if names is None and not issubclass(structure.type, Mapping):
-        if all(child.type is None for child in children):
-            return f"{article} {name} of {len(children)}"
-        return f"{article} {name} of ({', '.join(map(_words, children))})"
-    named = zip(names or map(repr, structure.entries()), children, strict=True)
-    held = (key if child.type is None else f"{key}: {_words(child)}" for key, child in named)
-    return f"{article} {name} of {', '.join(held)}"
 
 
 def map_leaves(fn: Callable[[Any], Any], nest: Any) -> Any:
@@ -112,8 +87,8 @@ def regroup(
         if other != structure:
             raise ValueError(
                 f"the replicas returned different structures: replica {named} returned "
-                f"{in_words(structure)}, replica {replica} returned {in_words(other)}; return the "
-                f"same nest on every replica"
+                f"{nest.words_of(structure)}, replica {replica} returned "
+                f"{nest.words_of(other)}; return the same nest on every replica"
             )
 
     def joined(leaves: tuple[Any, ...]) -> Any:

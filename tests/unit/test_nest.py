@@ -7,7 +7,9 @@ import collections
 import numpy as np
 import pytest
 
-from dvkernels.values.regroup import flatten, in_words, regroup
+import dvkernels as dv
+from dvkernels.nest import words_of
+from dvkernels.values.regroup import flatten, regroup
 
 Point = collections.namedtuple("Point", "x y")
 
@@ -22,11 +24,11 @@ Point = collections.namedtuple("Point", "x y")
     (collections.deque([1]), "a deque of 1"),
 ])  # fmt: skip
 def test_nests_are_said_in_words(nest, words):
-    assert in_words(flatten(nest)[1]) == words
+    assert words_of(flatten(nest)[1]) == words
 
 
 def test_long_words_are_cut():
-    words = in_words(flatten({f"a long name {k}": k for k in range(1000)})[1])
+    words = words_of(flatten({f"a long name {k}": k for k in range(1000)})[1])
     assert len(words) < 250
     assert words.endswith("...")
 
@@ -36,3 +38,18 @@ def test_replicas_that_return_different_nests_are_told_in_words():
         ValueError, match=r"replica 0 returned a dict of 'x', replica 1 returned a t"
     ):
         regroup([{"x": 1}, (1, 2)], (), object())
+
+
+def test_replicas_that_disagree_are_told_in_words():
+    def step():
+        replica = dv.get_replica_context()
+        key = "xy"[replica.replica_id_in_sync_group]
+        return replica.all_reduce("sum", {key: np.zeros(2)})
+
+    mismatch = dv.errors.CollectiveMismatchError
+    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy, pytest.raises(mismatch) as caught:
+        strategy.run(step)
+    said = str(caught.value)
+    assert "a dict of 'x'" in said
+    assert "a dict of 'y'" in said
+    assert "PyTreeSpec" not in said
