@@ -22,12 +22,11 @@ from dvkernels.context import has_strategy as has_strategy
 from dvkernels.context import in_cross_replica_context as in_cross_replica_context
 from dvkernels.custom_reduction import CustomReduction as CustomReduction
 from dvkernels.data.dataset import Dataset as Dataset
-from dvkernels.data.distributed import DistributedDataset as DistributedDataset
-from dvkernels.data.distributed_iterator import DistributedIterator as DistributedIterator
-from dvkernels.data.input_context import InputContext as InputContext
-from dvkernels.data.options import AutoShardPolicy as AutoShardPolicy
-from dvkernels.data.options import InputOptions as InputOptions
-from dvkernels.devices import errand as _errand
+from dvkernels.data.distributed.dataset import DistributedDataset as DistributedDataset
+from dvkernels.data.distributed.input_context import InputContext as InputContext
+from dvkernels.data.distributed.iterator import DistributedIterator as DistributedIterator
+from dvkernels.data.distributed.options import AutoShardPolicy as AutoShardPolicy
+from dvkernels.data.distributed.options import InputOptions as InputOptions
 from dvkernels.devices.base import Device as Device
 from dvkernels.devices.registry import list_devices as list_devices
 from dvkernels.profiler.debugging import debug as debug
@@ -43,6 +42,7 @@ from dvkernels.strategies.multi_worker_mirrored import (
     MultiWorkerMirroredStrategy as MultiWorkerMirroredStrategy,
 )
 from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
+from dvkernels.threads import shielded as _errand
 from dvkernels.values.distributed import DistributedValues as DistributedValues
 from dvkernels.values.distributed import Mirrored as Mirrored
 from dvkernels.values.distributed import PerReplica as PerReplica
@@ -55,14 +55,14 @@ if _typing.TYPE_CHECKING:
     from dvkernels.checkpoint.checkpoint import Checkpoint as Checkpoint
     from dvkernels.checkpoint.manager import CheckpointManager as CheckpointManager
     from dvkernels.checkpoint.preemption import PreemptionHandler as PreemptionHandler
-    from dvkernels.checkpoint.restoring import Restored as Restored
+    from dvkernels.checkpoint.restoring.restore import Restored as Restored
 
 # Loaded when they are first asked for: few programs need them at once, and they need xxhash.
 _LATER = {
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",
     "PreemptionHandler": "dvkernels.checkpoint.preemption",
-    "Restored": "dvkernels.checkpoint.restoring",
+    "Restored": "dvkernels.checkpoint.restoring.restore",
 }
 
 

@@ -15,22 +15,22 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.communicators.bucketing import all_reduce_each
-from dvkernels.communicators.placement import Placement
-from dvkernels.communicators.rendezvous import Request, Step
 from dvkernels.communicators.single import Single
-from dvkernels.communicators.strangers import UnscopedStep
-from dvkernels.devices import foreign, memory
+from dvkernels.devices import array_memory, interop
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.nest import words_of
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
-from dvkernels.values import functions, regroup, weights
-from dvkernels.values.arrays import Arrays, alike, arrays_of, gatherable
-from dvkernels.values.bound import Bound
+from dvkernels.replicas.foreign_threads import UnscopedRendezvous
+from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous
+from dvkernels.values import function_checks, regroup, replica_weights
+from dvkernels.values.array_leaves import ArrayLeaves, alike, arrays_of, gatherable
 from dvkernels.values.distributed import PerReplica, is_integer
 from dvkernels.values.handle import Handle
+from dvkernels.values.placement import Placement
+from dvkernels.values.process_bound import ProcessBound
 
 __all__ = ["ReplicaContext", "get_replica_context", "in_cross_replica_context"]
 
@@ -127,7 +127,7 @@ def get_replica_context() -> ReplicaContext | None:
     """
     frame = find()
     if frame is None:
-        return ReplicaContext(UNSCOPED, UnscopedStep(), 0, None)
+        return ReplicaContext(UNSCOPED, UnscopedRendezvous(), 0, None)
     return frame.replica
 
 
@@ -166,7 +166,7 @@ def require_cross_replica(placement: Placement, verb: str) -> Frame | None:
     )
 
 
-class ReplicaContext(Bound):
+class ReplicaContext(ProcessBound):
     """What a replica may know and do, from inside ``strategy.run``.
 
     Collectives meet the same call of the other replicas, leave ``value`` unchanged and return
@@ -181,7 +181,7 @@ class ReplicaContext(Bound):
         "needed, and pass on what it knows (replica_id_in_sync_group)"
     )
 
-    def __init__(self, placement: Placement, step: Step, rank: int, strategy: Any) -> None:
+    def __init__(self, placement: Placement, step: Rendezvous, rank: int, strategy: Any) -> None:
         self._placement = placement
         self._step = step
         self._rank = rank
@@ -265,7 +265,7 @@ class ReplicaContext(Bound):
         Every replica gets the same bits. 0-d inputs give 0-d arrays.
         """
         if weight is not None:
-            weight = weights.checked(self.own(weight), "all_reduce", reduce_op.parse(op))
+            weight = replica_weights.checked(self.own(weight), "all_reduce", reduce_op.parse(op))
         brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
         targets = self._targets(out, brought) if out is not None else None
         if shared and out is not None:
@@ -278,9 +278,9 @@ class ReplicaContext(Bound):
             kernel_op: Reduction = reduction
             if weight is not None:
                 brought_by = [payload[2] for payload in payloads]
-                shares = weights.shares_over(brought_by, workers, "all_reduce")
+                shares = replica_weights.shares_over(brought_by, workers, "all_reduce")
                 if shares is not None:
-                    columns = weights.shares_of(columns, shares)
+                    columns = replica_weights.shares_of(columns, shares)
                     kernel_op = ReduceOp.SUM
             outs = None
             if targets is not None:
@@ -295,7 +295,7 @@ class ReplicaContext(Bound):
                 into = None if outs is None else outs[k]
                 if shared:
                     one = communicator.reduce(column, kernel_op)
-                    one = memory.holding(one).read_only(one.astype(dtypes[k], copy=False))
+                    one = array_memory.holding(one).read_only(one.astype(dtypes[k], copy=False))
                     singly.append([one] * len(payloads))
                 elif column[0].dtype == dtypes[k]:
                     singly.append(communicator.all_reduce(column, kernel_op, into))
@@ -313,7 +313,7 @@ class ReplicaContext(Bound):
             "shared" if shared else None,
         )
         payload = (brought.held, targets, weight)
-        result = self._step.meet(self._rank, Request("all_reduce", terms, payload, act))
+        result = self._step.meet(self._rank, CollectiveCall("all_reduce", terms, payload, act))
         if out is None:
             return brought.nest(result)
         if targets is not None and brought.leaves is not None:
@@ -370,7 +370,7 @@ class ReplicaContext(Bound):
 
         terms = (reduction.value, brought.structure, brought.specs)
         step, rank = self._step, self._rank
-        pending = step.issue(rank, Request("all_reduce_async", terms, brought.held, act))
+        pending = step.issue(rank, CollectiveCall("all_reduce_async", terms, brought.held, act))
         return Handle(
             lambda: pending.done.is_open, lambda: brought.nest(step.await_pending(rank, pending))
         )
@@ -450,7 +450,7 @@ class ReplicaContext(Bound):
             workers.meet()
             return [None] * len(payloads)
 
-        self._step.meet(self._rank, Request("barrier", (), None, act))
+        self._step.meet(self._rank, CollectiveCall("barrier", (), None, act))
 
     def merge_call(
         self,
@@ -474,7 +474,7 @@ class ReplicaContext(Bound):
         object
             What ``fn`` returned; of a ``PerReplica`` in it, this replica's component.
         """
-        functions.check("merge_call", fn)
+        function_checks.check("merge_call", fn)
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"merge_call: args must be a list or tuple, got {type(args).__name__}")
         if kwargs is not None and not isinstance(kwargs, Mapping):
@@ -497,10 +497,10 @@ class ReplicaContext(Bound):
             return [_dealt(result, rank, placement) for rank in range(len(payloads))]
 
         structure = regroup.flatten((tuple(args), named))[1]
-        request = Request("merge_call", (structure,), (fn, args, named), act)
+        request = CollectiveCall("merge_call", (structure,), (fn, args, named), act)
         return self._step.meet(self._rank, request)
 
-    def meet(self, request: Request) -> Any:
+    def meet(self, request: CollectiveCall) -> Any:
         """Bring a request of another module (a variable's write) to the other replicas."""
         return self._step.meet(self._rank, request)
 
@@ -514,29 +514,31 @@ class ReplicaContext(Bound):
         self,
         verb: str,
         terms: tuple[Any, ...],
-        brought: Arrays,
+        brought: ArrayLeaves,
         act: Callable[[list[Any]], Sequence[Any]],
     ) -> Any:
-        request = Request(verb, (*terms, brought.structure, brought.specs), brought.held, act)
+        request = CollectiveCall(
+            verb, (*terms, brought.structure, brought.specs), brought.held, act
+        )
         return brought.nest(self._step.meet(self._rank, request))
 
     def _reducible(
         self, verb: str, op: Any, value: Any, *, counts: bool = True
-    ) -> tuple[Arrays, Reduction]:
+    ) -> tuple[ArrayLeaves, Reduction]:
         reduction = reduce_op.parse(op)
         brought = self._arrays(verb, value, counts=counts)
         for array in brought.held:
             reduce_op.check_dtype(verb, reduction, array.dtype)
         return brought, reduction
 
-    def _arrays(self, verb: str, value: Any, *, counts: bool = True) -> Arrays:
+    def _arrays(self, verb: str, value: Any, *, counts: bool = True) -> ArrayLeaves:
         seen = self._placement.memory
         brought = arrays_of(value, verb, self._replica_id, self.own, seen)
         if debugging.active is not None and counts:
             debugging.check_finite(verb, brought.held)
         return brought
 
-    def _targets(self, out: Any, brought: Arrays) -> list[Any]:
+    def _targets(self, out: Any, brought: ArrayLeaves) -> list[Any]:
         leaves, structure = regroup.flatten(out)
         count = len(brought.held)
         if len(leaves) != count or brought.structure not in (None, structure):
@@ -550,14 +552,14 @@ class ReplicaContext(Bound):
     def _target(self, leaf: Any, array: Any) -> Any:
         refuse_masked(leaf, f"all_reduce: out of replica {self._replica_id}")
         if not isinstance(leaf, np.ndarray):
-            if not foreign.is_foreign(leaf):
+            if not interop.is_foreign(leaf):
                 raise NotABufferError(
                     f"all_reduce: out must hold arrays, replica {self._replica_id} passed a "
                     f"{type(leaf).__name__}"
                 )
             who = f"out of replica {self._replica_id}"
             leaf = self._placement.memory.view("all_reduce", leaf, who)
-        is_writable = memory.holding(leaf).is_writable(leaf)
+        is_writable = array_memory.holding(leaf).is_writable(leaf)
         if (leaf.shape, leaf.dtype) != (array.shape, array.dtype) or not is_writable:
             raise BufferMismatchError(
                 f"all_reduce: out must be writable, {spec(array)}; replica "
@@ -579,7 +581,7 @@ def _dealt(result: Any, rank: int, placement: Placement) -> Any:
 
 def _one_for_each(array: Any, into: Sequence[Any] | None, column: Sequence[Any]) -> Sequence[Any]:
     """Return an array for each replica: a copy beside what it brought, or where it is to go."""
-    held = memory.holding(array)
+    held = array_memory.holding(array)
     if into is None:
         return [held.beside(array, brought) for brought in column]
     held.overwrite(into, [array] * len(into))

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dvkernels.devices import foreign, memory
+from dvkernels.devices import array_memory as memory
+from dvkernels.devices import interop
 
 KIND = os.environ.get("DVKERNELS_TEST_KIND", "cpu")
 # The tests that know NumPy arrays only.
@@ -195,7 +196,7 @@ kernels = door()
 
 def host(array: Any) -> Any:
     """Return an array of the library as one of NumPy: a copy, where it lies on a GPU."""
-    return memory.gpu().to_host(array) if foreign.is_on_gpu(array) else array
+    return memory.gpu().to_host(array) if interop.is_on_gpu(array) else array
 
 
 def devices(count: int) -> list[str]:

@@ -9,19 +9,24 @@ import time
 import numpy as np
 from threads_as_workers import rooms
 
-from dvkernels.communicators.exchange import Exchange
-from dvkernels.communicators.host import NUM_RESULTS, PIECE_NBYTES, Alone, Shared
-from dvkernels.communicators.request import All
-from dvkernels.schedules.cost import Routing
+from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
+from dvkernels.communicators.workers.shm.staging import (
+    NUM_RESULTS,
+    PIECE_NBYTES,
+    LocalStaging,
+    SharedStaging,
+)
+from dvkernels.communicators.workers.wait import AllRequests
+from dvkernels.schedules.cost_model import Routing
 
 
 def transports_between_hosts(placed, way, timeout_seconds=20.0):
     """Return a transport for each worker, over messages within this process; numbers of hosts."""
     hosts = {}
     for host, size in collections.Counter(placed).items():
-        alone = [Alone()]
+        alone = [LocalStaging()]
         shared = rooms(size, NUM_RESULTS // 2, PIECE_NBYTES) if size > 1 else []
-        hosts[host] = iter([Shared(room, 0, False) for room in shared] or alone)
+        hosts[host] = iter([SharedStaging(room, 0, False) for room in shared] or alone)
     mail = Mail()
     return [
         ByMail(
@@ -93,7 +98,7 @@ class MailGather:
         rank = self._traffic.rank
         self._held[rank] = self._own
         others = [other for other in range(self._traffic.size) if other != rank]
-        self._letters = All(
+        self._letters = AllRequests(
             [
                 *(self._traffic.receive(self._held[other], other, 0) for other in others),
                 *(self._traffic.send(self._own, other, 0) for other in others),
@@ -114,7 +119,7 @@ class ByMail:
     def __init__(self, traffic, host, placed, way, timeout_seconds):
         self.rank, self.size, self.timeout_seconds = traffic.rank, traffic.size, timeout_seconds
         self._traffic = traffic
-        self.exchange = Exchange(traffic, host, placed, Routing(way))
+        self.exchange = MpiCollectives(traffic, host, placed, Routing(way))
 
     def all_reduce_into(self, columns, num_sources, op, wanted, divisor=1):
         ((source, target),) = columns

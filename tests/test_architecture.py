@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,9 +36,10 @@ ROWS = (
         "custom_reduction",
         "reduce_op",
     ),
-    ("schedules", "profiler", "cluster", "nest"),
+    ("schedules", "profiler", "cluster", "nest", "threads"),
     ("devices",),
     ("kernels",),
+    ("replicas",),
     ("communicators",),
     ("values",),
     ("context",),
@@ -45,7 +47,7 @@ ROWS = (
     ("data",),
     ("checkpoint", "optimizers"),
     ("strategies",),
-    ("benchmarks",),
+    ("benchmarks", "launcher"),
     ("cli", "testing", "__main__"),
 )
 ROW = {room: number for number, rooms in enumerate(ROWS, start=1) for room in rooms}
@@ -192,7 +194,7 @@ def test_modules_are_imported_not_doors() -> None:
     def is_allowed(found: Import) -> bool:
         if not _is_door(found.target) or _room(found.module) in ROWS[-1]:
             return True
-        if found.module == "dvkernels.kernels.twins":  # the one table that imports the twins
+        if found.module == "dvkernels.kernels.backends":  # the one table that imports the twins
             return True
         # The benchmarks measure what a user calls.
         if found.module.startswith("dvkernels.benchmarks.") and found.target == "dvkernels.kernels":
@@ -254,6 +256,130 @@ def test_numba_cuda_stays_in_two_places() -> None:
 def test_files_are_named_for_what_they_hold() -> None:
     broken = [m for m in _paths() if FORBIDDEN_NAMES & set(m.split("."))]
     assert not broken
+
+
+# Where a module stands, to the reader of a folder: in the folder, or for a file at the top itself.
+def _place(module: str) -> str:
+    return _folder(module) or _room(module)
+
+
+def _folder(module: str) -> str:
+    """Return the folder of a module, without the package's name; "" at the top."""
+    parts = _paths()[module].relative_to(HOUSE).parts[:-1]
+    return ".".join(parts)
+
+
+def _folders() -> list[str]:
+    return sorted({_folder(module) for module in _paths()} - {""})
+
+
+def _is_within(place: str, folder: str) -> bool:
+    return f"{place}.".startswith(f"{folder}.")
+
+
+def _imported_by(folder: str) -> set[str]:
+    """Return what a folder imports: rooms, or for a folder inside a room, folders."""
+    places = {
+        _place(found.target)
+        for found in _inner_imports()
+        if found.target in _paths()
+        and _is_within(_folder(found.module), folder)
+        and not _is_within(_place(found.target), folder)
+    }
+    return {place if "." in folder else place.split(".")[0] for place in places} - {"", "_version"}
+
+
+@pytest.mark.parametrize("folder", _folders())
+def test_a_folder_says_what_lives_there_and_what_it_imports(folder: str) -> None:
+    text = ast.get_docstring(_tree(f"dvkernels.{folder}")) or ""
+    sentence, *_ = text.split("\n\n")
+    assert sentence.endswith(".")
+    assert "\n" not in sentence, "one sentence, on one line"
+    _, _, listed = text.replace("\n", " ").rpartition("Imports: ")
+    said = set(listed.removesuffix(".").split(", ")) - {"nothing"}
+    assert said == _imported_by(folder), f"{folder}/__init__.py: correct its line 'Imports:'"
+
+
+# Classes of one name that mean the same thing, and why they are two.
+SAME_NAME = {"Item": "arrays of one shape in a job: of the CPU engine, and of its twin for CUDA"}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for module in _paths():
+        for node in ast.walk(_tree(module)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(f"{module}:{node.lineno}")
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert shared.keys() == SAME_NAME.keys(), shared
+
+
+# Modules of one name in two rooms. The twins of ``kernels/`` are meant to be compared; the others
+# are the same kind of thing for another room.
+SHARED_MODULE_NAMES = {
+    "base": "what a strategy, a communicator, a device is",
+    "registry": "one visible table of names each, of devices, communicators, peers",
+    "checks": "the checks at the doors of kernels and of datasets",
+    "ring": "the schedule, its kernels, and the ring of hosts that follows it",
+    "collectives": "between hosts by MPI, and the same between GPUs",
+    "transport": "two transports of one protocol: shared memory and MPI",
+    "group": "workers of a job, GPUs of a process, and threads inside compiled code",
+    "dataset": "a dataset, and a distributed one",
+    "gradients": "those of an optimizer's step, and the benchmark of that",
+    "checkpoint": "the room's class, and the verb of the command line",
+    "worker": "a worker of a job, and of a peer library; the command keeps its earlier name",
+    "direct": "the direct algorithm, and GPUDirect",
+}
+
+
+def test_a_module_name_is_found_once() -> None:
+    places: dict[str, set[str]] = {}
+    for module, path in _paths().items():
+        if path.name != "__init__.py":
+            folder = _folder(module).replace("kernels.cuda", "kernels.cpu")  # twins
+            places.setdefault(path.stem, set()).add(folder)
+    shared = {name for name, found in places.items() if len(found) > 1}
+    assert shared == SHARED_MODULE_NAMES.keys()
+
+
+def _sentence(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split("\n\n")[0]
+
+
+def _drawn(folder: Path, depth: int = 0) -> Iterator[str]:
+    """Yield the lines that draw a folder: its sentence, its modules, the folders inside it."""
+    indent = "  " * depth
+    yield f"{indent}{folder.name + '/':<{20 - 2 * depth}} {_sentence(folder / '__init__.py')}"
+    modules = " ".join(sorted(path.stem for path in folder.glob("*.py") if path.stem[0] != "_"))
+    yield from textwrap.wrap(
+        modules, 94, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    "
+    )
+    for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
+        yield from _drawn(inner, depth + 1)
+
+
+def _house() -> str:
+    lines = [
+        f"{path.name:<20} {' '.join(_sentence(path).split())}"
+        for path in sorted(HOUSE.glob("*.py"))
+        if path.stem[0] != "_"
+    ]
+    for room in sorted(path.parent for path in HOUSE.glob("*/__init__.py")):
+        lines += ["", *_drawn(room)]
+    return "\n".join(lines)
+
+
+def _rows() -> str:
+    return "\n".join(
+        f"{number:>2}  {'  '.join(room for room in rooms if room[0] != '_')}"
+        for number, rooms in reversed(list(enumerate(ROWS, start=1)))
+    )
+
+
+@pytest.mark.parametrize("drawing", [_house, _rows], ids=["the tree", "the rows"])
+def test_the_architecture_page_shows_the_house_as_it_is(drawing) -> None:
+    page = (ROOT / "docs" / "explanation" / "architecture.md").read_text("utf-8")
+    assert drawing() in page, f"put this on the page:\n{drawing()}"
 
 
 def _run_child(code: str, cwd: Path) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
-from dvkernels.communicators.room import Room
-from dvkernels.communicators.shared_memory import SharedMemory
-from dvkernels.communicators.window import Window
-from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.communicators.workers.group import WorkerGroup
+from dvkernels.communicators.workers.shm.segment import Segment
+from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
+from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
 from dvkernels.schedules import partition
 
 
@@ -42,17 +42,19 @@ def transports(size, timeout_seconds=20.0, is_roomy=False, segments=None):
     """Return a transport for each worker, over memory of this process."""
     segments = segments or Segments(size)
     return [
-        SharedMemory(room, timeout_seconds, is_roomy, Window(room.rank, size, segments))
+        SharedMemoryTransport(
+            room, timeout_seconds, is_roomy, SymmetricMemory(room.rank, size, segments)
+        )
         for room in rooms(size)
     ]
 
 
 def rooms(size, *more):
     """Return each worker's view of memory that they share, with more places if asked for."""
-    nbytes = Room.nbytes_for(size, *more)
+    nbytes = Segment.nbytes_for(size, *more)
     memory = np.zeros(nbytes + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :][:nbytes]
-    return [Room(memory, rank, size, *more) for rank in range(size)]
+    return [Segment(memory, rank, size, *more) for rank in range(size)]
 
 
 def at_once(*calls):

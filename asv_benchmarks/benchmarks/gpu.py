@@ -18,7 +18,7 @@ class AllReduceOnOneGpu:
 
     def track_attained(self, replicas, nbytes):
         size = int(nbytes[:-1]) << {"K": 10, "M": 20}[nbytes[-1]]
-        plan = gpu.Plan(nbytes=size, replicas=(replicas,))
+        plan = gpu.MeasurementPlan(nbytes=size, replicas=(replicas,))
         return gpu.all_reduce(0, plan, replicas).attained
 
     track_attained.unit = unit

@@ -1,1 +1,5 @@
-"""What is measured and how: shared by ``python -m dvkernels bench`` and the asv suite."""
+"""Benchmark cases, probes, stopwatch and reports, for ``python -m dvkernels bench`` and for asv.
+
+Imports: checkpoint, cluster, communicators, context, data, devices, errors, kernels, profiler,
+reduce_op, schedules, strategies, variables.
+"""

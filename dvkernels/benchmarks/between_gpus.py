@@ -15,20 +15,20 @@ import numpy as np
 
 from dvkernels import kernels
 from dvkernels.benchmarks import gpu
-from dvkernels.benchmarks.gpu import Figure, Plan
+from dvkernels.benchmarks.gpu import Figure, MeasurementPlan
 from dvkernels.benchmarks.peers import registry
 from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.benchmarks.stopwatch import alternate, timed
-from dvkernels.communicators.nccl import Nccl
-from dvkernels.devices import cuda, driver, gpu_arrays
+from dvkernels.communicators.nccl.communicator import Nccl
+from dvkernels.devices import cuda, cuda_arrays, driver
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError, WorkerLostError
 from dvkernels.kernels import checks
-from dvkernels.kernels.cuda import peers
-from dvkernels.kernels.cuda.team import Job, Team
+from dvkernels.kernels.cuda.multi_gpu import peer_access
+from dvkernels.kernels.cuda.multi_gpu.group import AllReduceCall, DeviceGroup
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.schedules import routes, waiting
-from dvkernels.schedules.routes import Route
+from dvkernels.schedules import flag_all_reduce, flag_selection
+from dvkernels.schedules.flag_selection import Route
 
 __all__ = ["Rival", "measure"]
 
@@ -37,20 +37,20 @@ _FLOAT = np.dtype("f4")
 
 Measured = Callable[[int], float]  # the seconds of one of so many calls, all of which have ended
 # What sums the first arrays, one a GPU, into the others; it says how long that takes.
-Rival = Callable[["_Bench", Sequence[Any], Sequence[Any]], Measured]
+Rival = Callable[["_MultiGpuBench", Sequence[Any], Sequence[Any]], Measured]
 
 
-class _Bench:
+class _MultiGpuBench:
     """What all contestants need: GPUs, who reaches whom, arrays, a clock that waits for all."""
 
-    def __init__(self, devices: Sequence[int], plan: Plan) -> None:
+    def __init__(self, devices: Sequence[int], plan: MeasurementPlan) -> None:
         found = driver.find()
         if found is None:
             raise DeviceError(f"{_NAME}: no NVIDIA driver was found")
         self.devices, self.plan, self.driver = tuple(devices), plan, found
         self.arrays = cuda.arrays()
-        self.reach = peers.reach(found, self.devices)
-        self.team = Team(self.devices, peers.Peers(found))
+        self.reach = peer_access.reach(found, self.devices)
+        self.team = DeviceGroup(self.devices, peer_access.PeerAccess(found))
         self.rng = np.random.default_rng(0)
 
     def empty(self, count: int) -> list[Any]:
@@ -67,7 +67,7 @@ class _Bench:
 
 
 def measure(
-    devices: Sequence[int], plan: Plan, rivals: Mapping[str, Rival] | None = None
+    devices: Sequence[int], plan: MeasurementPlan, rivals: Mapping[str, Rival] | None = None
 ) -> list[Figure]:
     """Return the figures of so many GPUs; ``DeviceError`` where a result is wrong.
 
@@ -75,7 +75,7 @@ def measure(
     """
     if len(devices) < 2:
         return [_missing(_NAME, len(devices), f"it takes two GPUs, and {len(devices)} is there")]
-    bench = _Bench(devices, plan)
+    bench = _MultiGpuBench(devices, plan)
     with contextlib.ExitStack() as stack:
         absent: list[Figure] = []
         if rivals is None:
@@ -84,7 +84,7 @@ def measure(
         return [*(_figure(bench, nbytes, every) for nbytes in plan.between_nbytes), *absent]
 
 
-def _figure(bench: _Bench, nbytes: int, rivals: Mapping[str, Rival]) -> Figure:
+def _figure(bench: _MultiGpuBench, nbytes: int, rivals: Mapping[str, Rival]) -> Figure:
     count, num = nbytes // _FLOAT.itemsize, len(bench.devices)
     host = [bench.rng.integers(-99, 100, count).astype(_FLOAT) for _ in range(num)]
     inputs, outs = bench.empty(count), bench.empty(count)
@@ -116,33 +116,33 @@ def _figure(bench: _Bench, nbytes: int, rivals: Mapping[str, Rival]) -> Figure:
     )  # fmt: skip
 
 
-def _auto(bench: _Bench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
+def _auto(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
     return lambda calls: bench.seconds(lambda: kernels.all_reduce(inputs, out=outs), calls)
 
 
-def _protocols(bench: _Bench) -> dict[str, Rival]:
+def _protocols(bench: _MultiGpuBench) -> dict[str, Rival]:
     """Return the protocols that these GPUs can run, each by name."""
     ranks = tuple(range(len(bench.devices)))
     found: dict[str, Route] = {}
     # Memory of some pools is closed to other GPUs, and these run on what arrays() allocates.
-    probes = gpu_arrays.place(_NAME, bench.empty(1))
+    probes = cuda_arrays.place(_NAME, bench.empty(1))
     is_open = all(bench.driver.is_open(checks.address(one.array)) for one in probes)
     if is_open and all(all(row) for row in bench.reach):
         for name in ("one_shot", "two_shot", "ring"):
-            found[name] = Route(waiting.PROTOCOLS[name], ranks, True)
-    elif is_open and routes.ring_order(bench.reach) is not None:
-        found["ring"] = routes.choose(bench.reach, bench.devices, 1, "ring")
-    found["staged"] = Route(waiting.staged, ranks, False, "host")
+            found[name] = Route(flag_all_reduce.PROTOCOLS[name], ranks, True)
+    elif is_open and flag_selection.ring_order(bench.reach) is not None:
+        found["ring"] = flag_selection.choose(bench.reach, bench.devices, 1, "ring")
+    found["staged"] = Route(flag_all_reduce.staged, ranks, False, "host")
     return {name: _by(route) for name, route in found.items()}
 
 
 def _by(route: Route) -> Rival:
-    def rival(bench: _Bench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
-        placed = gpu_arrays.place(_NAME, [*inputs, *outs])
+    def rival(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
+        placed = cuda_arrays.place(_NAME, [*inputs, *outs])
         addresses = [checks.address(one.array) for one in placed]
         num = len(inputs)
         streams = [one.stream for one in placed[:num]]
-        job = Job(
+        job = AllReduceCall(
             addresses[:num], addresses[num:], placed[0].array.size, _FLOAT, ReduceOp.SUM, streams
         )
         return lambda calls: bench.seconds(lambda: bench.team.all_reduce(job, route), calls)
@@ -153,7 +153,9 @@ def _by(route: Route) -> Rival:
 _TORCH = "torch nccl"
 
 
-def _rivals(bench: _Bench, stack: contextlib.ExitStack, absent: list[Figure]) -> dict[str, Rival]:
+def _rivals(
+    bench: _MultiGpuBench, stack: contextlib.ExitStack, absent: list[Figure]
+) -> dict[str, Rival]:
     """Return NCCL and PyTorch, where they are; else say why not."""
     found: dict[str, Rival] = {}
     num = len(bench.devices)
@@ -181,7 +183,7 @@ def _rivals(bench: _Bench, stack: contextlib.ExitStack, absent: list[Figure]) ->
 
 
 def _asked(worker: Worker) -> Rival:
-    def rival(bench: _Bench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
+    def rival(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
         def measured(calls: int) -> float:
             answer = worker.ask(int(inputs[0].size), _FLOAT.name, calls)
             if answer.wrong:

@@ -15,11 +15,11 @@ import numpy as np
 
 from dvkernels.benchmarks.stopwatch import Samples
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators import network
 from dvkernels.communicators.base import Workers
+from dvkernels.communicators.workers.mpi import network_model as network
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.schedules import cost
-from dvkernels.schedules.cost import Link, Network
+from dvkernels.schedules import cost_model
+from dvkernels.schedules.cost_model import Link, Network
 
 __all__ = [
     "SIZES",
@@ -56,19 +56,21 @@ class Calibration(NamedTuple):
 def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
     """Measure between the workers of the job; all of them call this."""
     # Loads MPI: not before somebody wants it.
-    from dvkernels.communicators import mpi
+    from dvkernels.communicators.workers import connect
 
-    workers: dict[str, Workers] = {"auto": mpi.connect(resolver, _TIMEOUT_SECONDS)}
-    placed = mpi.placed(resolver)
+    workers: dict[str, Workers] = {"auto": connect.connect(resolver, _TIMEOUT_SECONDS)}
+    placed = connect.placed(resolver)
     num_workers, num_hosts = len(placed), len({*placed})
     if num_hosts > 1:
-        workers = {way: mpi.connect(resolver, _TIMEOUT_SECONDS, way) for way in WAYS}
+        workers = {way: connect.connect(resolver, _TIMEOUT_SECONDS, way) for way in WAYS}
     found = _measure(workers, num_rounds)
     if num_hosts == 1:
         samples = found["auto"]
         return Calibration(num_workers, 1, fit(num_workers, 1, samples), samples, None, {})
     samples = {
-        nbytes: found[cost.between_hosts(cost.NETWORK, num_workers, num_hosts, nbytes)][nbytes]
+        nbytes: found[cost_model.between_hosts(cost_model.NETWORK, num_workers, num_hosts, nbytes)][
+            nbytes
+        ]
         for nbytes in SIZES
     }
     link = fit(num_workers, num_hosts, samples)
@@ -141,14 +143,14 @@ def fit_network(
     several send at once. What two hosts cannot show is as it was measured before: ``hop_seconds``
     and ``incast``. So is the rate of memory, which is this machine's own.
     """
-    known = Network(0.0, 0.0, 0.0, math.inf, 1.0, cost.NETWORK.memory_rate)
+    known = Network(0.0, 0.0, 0.0, math.inf, 1.0, cost_model.NETWORK.memory_rate)
     cases = [(way, nbytes) for way, samples in ways.items() for nbytes in samples]
     measured = np.array([ways[way][nbytes].median for way, nbytes in cases])
 
     def modeled(given: Network) -> Any:
         return np.array(
             [
-                cost.seconds_by_way(given, num_workers, num_hosts, nbytes)[way]
+                cost_model.seconds_by_way(given, num_workers, num_hosts, nbytes)[way]
                 for way, nbytes in cases
             ]
         )
@@ -168,7 +170,7 @@ def fit_network(
     weighted = np.column_stack(columns) / measured[:, None]
     message, exchange, per_byte, *more = _not_negative(weighted, (measured - base) / measured)
     per_byte = max(per_byte, 1 / _MOST_RATE)
-    found = cost.NETWORK._replace(
+    found = cost_model.NETWORK._replace(
         message_seconds=message, exchange_seconds=exchange, rate=1 / per_byte
     )
     if not more:
@@ -194,8 +196,8 @@ def _not_negative(columns: Any, wanted: Any) -> list[float]:
 def modelled(num_workers: int, num_hosts: int, link: Link, nbytes: int) -> float:
     """Return the seconds that the model gives: over shared memory, or between hosts."""
     if num_hosts == 1:
-        return cost.memory_seconds(link, num_workers, nbytes)
-    return cost.message_seconds(link, num_workers, num_hosts, nbytes)
+        return cost_model.memory_seconds(link, num_workers, nbytes)
+    return cost_model.message_seconds(link, num_workers, num_hosts, nbytes)
 
 
 def describe(found: Calibration) -> str:
@@ -226,7 +228,7 @@ def _described_ways(found: Calibration, fitted: Network) -> list[str]:
             f"{found.ways[way][nbytes].median * 1e6:10.1f} us" if nbytes in found.ways[way] else "-"
             for way in WAYS
         )
-        choice = cost.between_hosts(fitted, found.num_workers, found.num_hosts, nbytes)
+        choice = cost_model.between_hosts(fitted, found.num_workers, found.num_hosts, nbytes)
         lines.append(f"{nbytes:10}" + "".join(f" {cell:>13}" for cell in cells) + f"   {choice}")
     return [
         *lines,

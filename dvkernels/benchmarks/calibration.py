@@ -1,4 +1,4 @@
-"""The constants of the cost model, measured: what ``schedules/cost.py`` calls a machine.
+"""The constants of the cost model, measured: what ``schedules/cost_model.py`` calls a machine.
 
 All by in-place sums of two float32 buffers, the medians of several rounds:
 
@@ -21,10 +21,11 @@ import numpy as np
 
 from dvkernels.benchmarks.stopwatch import timed
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import jobs, pool
-from dvkernels.kernels.cpu.elementwise import runner
+from dvkernels.kernels.cpu.engine import job as jobs
+from dvkernels.kernels.cpu.engine import thread_pool
+from dvkernels.kernels.cpu.engine.loops import runner
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.schedules.cost import CPU, Machine
+from dvkernels.schedules.cost_model import CPU, Machine
 
 __all__ = ["calibrate", "describe"]
 
@@ -50,12 +51,12 @@ class _Sum:
     def alone(self) -> None:
         """Run it on this thread."""
         self._rewind()
-        pool.run_alone(self._address)
+        thread_pool.run_alone(self._address)
 
     def shared(self) -> None:
         """Run it with the helpers, however small it is."""
         self._rewind()
-        pool.execute(self._job, self._address, max(self.moved, pool.SHARED_NBYTES))
+        thread_pool.execute(self._job, self._address, max(self.moved, thread_pool.SHARED_NBYTES))
 
 
 def calibrate(num_rounds: int) -> Machine:
@@ -65,7 +66,7 @@ def calibrate(num_rounds: int) -> Machine:
 
     def median(call: Callable[[], Any], iterations: int) -> float:
         def once() -> float:
-            pool.wake()
+            thread_pool.wake()
             return timed(call, iterations)
 
         return statistics.median(once() for _ in range(5 * num_rounds))
@@ -79,7 +80,7 @@ def calibrate(num_rounds: int) -> Machine:
     naps = []
     for _ in range(5 * num_rounds):
         time.sleep(_NAP_SECONDS)
-        naps.append(timed(pool.wake, 1))
+        naps.append(timed(thread_pool.wake, 1))
     wake = statistics.median(naps)
     return Machine(call, join, wake, rate_of_one, rate_of_all, cached)
 

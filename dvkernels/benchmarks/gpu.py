@@ -20,12 +20,12 @@ from dvkernels.benchmarks.stopwatch import Samples, alternate, timed
 from dvkernels.devices import cuda
 from dvkernels.errors import DeviceError
 
-__all__ = ["Figure", "Plan", "all_reduce", "compare", "measure", "page"]
+__all__ = ["Figure", "MeasurementPlan", "all_reduce", "compare", "measure", "page"]
 
 _MOST_BYTES_APART = 1e-2  # of bfloat16, whose sums are rounded once
 
 
-class Plan(NamedTuple):
+class MeasurementPlan(NamedTuple):
     """How large, how many, how often."""
 
     nbytes: int = 256 << 20
@@ -52,10 +52,10 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-class _Bench:
+class _OneGpuBench:
     """What all figures need: a device, its copy bandwidth, a clock that waits."""
 
-    def __init__(self, device: int, plan: Plan) -> None:
+    def __init__(self, device: int, plan: MeasurementPlan) -> None:
         self.arrays, self.device, self.plan = cuda.arrays(), device, plan
         self.rng = np.random.default_rng(0)
         self.source, self.target = (self.empty(plan.nbytes, np.dtype("u1")) for _ in range(2))
@@ -116,9 +116,9 @@ class _Bench:
         )  # fmt: skip
 
 
-def measure(device: int = 0, plan: Plan | None = None) -> list[Figure]:
+def measure(device: int = 0, plan: MeasurementPlan | None = None) -> list[Figure]:
     """Return all figures; :class:`DeviceError` where there is no GPU, or a result is wrong."""
-    bench = _Bench(device, plan or Plan())
+    bench = _OneGpuBench(device, plan or MeasurementPlan())
     figures = [
         _all_reduce(bench, count, dtype)
         for dtype in (np.dtype("f4"), np.dtype(ml_dtypes.bfloat16))
@@ -130,12 +130,12 @@ def measure(device: int = 0, plan: Plan | None = None) -> list[Figure]:
     return figures
 
 
-def all_reduce(device: int, plan: Plan, replicas: int) -> Figure:
+def all_reduce(device: int, plan: MeasurementPlan, replicas: int) -> Figure:
     """Return the figure of one float32 all-reduce."""
-    return _all_reduce(_Bench(device, plan), replicas, np.dtype("f4"))
+    return _all_reduce(_OneGpuBench(device, plan), replicas, np.dtype("f4"))
 
 
-def _all_reduce(bench: _Bench, count: int, dtype: np.dtype[Any]) -> Figure:
+def _all_reduce(bench: _OneGpuBench, count: int, dtype: np.dtype[Any]) -> Figure:
     length = bench.plan.nbytes // dtype.itemsize
     buffers, host = bench.filled(length, dtype, count)
     kernels.all_reduce(buffers)
@@ -150,14 +150,14 @@ def _all_reduce(bench: _Bench, count: int, dtype: np.dtype[Any]) -> Figure:
     return bench.figure("all_reduce", count, buffers[0], 2 * count * buffers[0].nbytes, found)
 
 
-def _small(bench: _Bench) -> Figure:
+def _small(bench: _OneGpuBench) -> Figure:
     buffers, _ = bench.filled(bench.plan.small_nbytes // 4, np.dtype("f4"), 2)
     found = bench.contest(lambda: kernels.all_reduce(buffers, "mean"), {}, bench.plan.small_calls)
     moved = 4 * buffers[0].nbytes
     return bench.figure("all_reduce, a call from Python", 2, buffers[0], moved, found)
 
 
-def _in_a_graph(bench: _Bench) -> Figure:
+def _in_a_graph(bench: _OneGpuBench) -> Figure:
     name, nbytes = "all_reduce, in a CUDA graph", bench.plan.small_nbytes
     if cuda.is_simulated():
         note = "not measured: the simulator has no graphs"
@@ -186,7 +186,7 @@ def _in_a_graph(bench: _Bench) -> Figure:
     return Figure(name, 2, nbytes, "float32", ours.median, ours.quartiles, 4 * nbytes, None, {})
 
 
-def _adam(bench: _Bench) -> Figure:
+def _adam(bench: _OneGpuBench) -> Figure:
     count, dtype = 4, np.dtype("f4")
     length = bench.plan.nbytes // dtype.itemsize // 4
     gradients, host = bench.filled(length, dtype, count)
@@ -209,7 +209,7 @@ def _adam(bench: _Bench) -> Figure:
 
 
 def compare(
-    seam: cuda.Arrays, what: str, arrays: Sequence[Any], expected: Any, most_apart: float
+    seam: cuda.ArrayLibrary, what: str, arrays: Sequence[Any], expected: Any, most_apart: float
 ) -> None:
     """Raise ``DeviceError`` unless all arrays hold what NumPy computes."""
     for replica, array in enumerate(arrays):

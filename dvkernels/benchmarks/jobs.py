@@ -17,7 +17,7 @@ __all__ = ["PEERS", "cases", "measure"]
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
-class _Case(NamedTuple):
+class _JobCase(NamedTuple):
     """What is reduced, and by whom beside our ``ours``: a name and who of the job that is."""
 
     length: int
@@ -29,11 +29,11 @@ class _Case(NamedTuple):
     is_beside_mpi: bool = True
 
 
-def _of_size(nbytes: int, iterations: int) -> _Case:
+def _of_size(nbytes: int, iterations: int) -> _JobCase:
     what = f"all-reduce of {_text(nbytes)} of float32 a process"
     # Shorter ones are staged, wherever they lie.
     others = {"in shared memory": ("window", "float32")} if nbytes >= _MIB else {}
-    return _Case(nbytes // 4, iterations, what, others=others)
+    return _JobCase(nbytes // 4, iterations, what, others=others)
 
 
 def _text(nbytes: int) -> str:
@@ -51,22 +51,24 @@ _OF_TWO = {
     "1MiB": _of_size(_MIB, 200),
     "16MiB": _of_size(16 * _MIB, 10),
     "64MiB": _of_size(64 * _MIB, 3),
-    "halves": _Case(
+    "halves": _JobCase(
         16 * _MIB, 3, "64 MiB of float32, and as many bytes and elements of bfloat16",
         others={"same bytes": ("ours", "bfloat16"), "same count": ("ours", "bfloat16")},
         is_beside_mpi=False,
     ),
-    "gradients": _Case(
+    "gradients": _JobCase(
         0, 5, "the mean of a ResNet-50's gradients (161 arrays, 102 MB), and fused for MPI",
         "gradients", is_beside_mpi=False,
         others={
             "mpi fused": ("fused", "float32"), "in shared memory": ("kept gradients", "float32"),
         },
     ),
-    "scalar": _Case(1, 3000, "strategy.reduce of a float64, and Allreduce", "strategy", "float64"),
+    "scalar": _JobCase(
+        1, 3000, "strategy.reduce of a float64, and Allreduce", "strategy", "float64"
+    ),
 }  # fmt: skip
 _OF_FOUR = {
-    f"replicas-{name}": _Case(
+    f"replicas-{name}": _JobCase(
         nbytes // 4, iterations,
         f"{name} of float32 a replica: two processes of two replicas, and four processes",
         ours="replicas", others={"flat": ("ours", "float32")},

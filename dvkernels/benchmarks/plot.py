@@ -9,7 +9,7 @@ from typing import Any
 
 from dvkernels.benchmarks.measurement import Measurement
 from dvkernels.errors import DvKernelsError
-from dvkernels.profiler.output import Output
+from dvkernels.profiler.atomic_file import AtomicFile
 
 __all__ = ["FormatError", "MissingPackageError", "check", "draw"]
 
@@ -70,5 +70,5 @@ def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=10)
     kind = path.suffix.removeprefix(".") or "png"
     metadata = {"Date": None} if kind == "svg" else None
-    Output(path).fill(lambda file: figure.savefig(file, format=kind, metadata=metadata))
+    AtomicFile(path).fill(lambda file: figure.savefig(file, format=kind, metadata=metadata))
     pyplot.close(figure)

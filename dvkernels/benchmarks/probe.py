@@ -23,7 +23,8 @@ import numba
 import numpy as np
 
 from dvkernels.devices import cpu
-from dvkernels.kernels.cpu import group, memory
+from dvkernels.kernels.cpu import group
+from dvkernels.kernels.cpu.engine import intrinsics
 
 __all__ = ["Probe"]
 
@@ -36,7 +37,7 @@ _PATTERN = np.int64(0x12345678)
 @numba.njit(nogil=True)
 def _one_after_another(table, count, first, last, zero):  # type: ignore[no-untyped-def]
     for k in range(count):
-        buffer = carray(memory.pointer(memory.load(table, 2 * k)), last, np.int32)
+        buffer = carray(intrinsics.pointer(intrinsics.load(table, 2 * k)), last, np.int32)
         for i in range(first, last):
             buffer[i] += zero
 
@@ -45,8 +46,8 @@ def _one_after_another(table, count, first, last, zero):  # type: ignore[no-unty
 def _in_step(table, count, first, last, zero):  # type: ignore[no-untyped-def]
     for start in range(first, last - _STEP + 1, _STEP):
         for k in range(count):
-            address = memory.load(table, 2 * k) + 4 * start
-            part = carray(memory.pointer(address), _STEP, np.int32)
+            address = intrinsics.load(table, 2 * k) + 4 * start
+            part = carray(intrinsics.pointer(address), _STEP, np.int32)
             for i in range(_STEP):
                 part[i] += zero
 
@@ -56,17 +57,17 @@ def _read_then_write(table, sources, targets, rank, size, zero, streams):  # typ
     """Read a share of the sources, write one of the targets; the table holds addresses, words."""
     total = np.int64(0)
     for k in range(sources + targets):
-        address, length = memory.load(table, 2 * k), memory.load(table, 2 * k + 1)
+        address, length = intrinsics.load(table, 2 * k), intrinsics.load(table, 2 * k + 1)
         first, last = length * rank // size, length * (rank + 1) // size
         if k < sources:
             for i in range(first // 2, last // 2):  # whole words: a vector of them is one load
-                total ^= memory.load(address, i)
+                total ^= intrinsics.load(address, i)
         elif streams:
             begin = (address + 4 * first + 63) & -64
             for line in range(begin, address + 4 * last - 63, 64):
-                memory.stream_line(line, _PATTERN)
+                intrinsics.stream_line(line, _PATTERN)
         else:
-            carray(memory.pointer(address), length, np.int32)[first:last] = zero + np.int32(
+            carray(intrinsics.pointer(address), length, np.int32)[first:last] = zero + np.int32(
                 _PATTERN
             )
     return total
@@ -77,18 +78,18 @@ def _work(state, rank, size, table, counts, way, passes):  # type: ignore[no-unt
     sources, targets = counts
     total = np.int64(0)
     for _ in range(passes):
-        zero = np.int32(memory.load_shared(np.int64(state.ctypes.data), 20))
+        zero = np.int32(intrinsics.load_shared(np.int64(state.ctypes.data), 20))
         if targets > 0:
             total ^= _read_then_write(table, sources, targets, rank, size, zero, way)
         else:
-            length = memory.load(table, 1)
+            length = intrinsics.load(table, 1)
             first, last = length * rank // size, length * (rank + 1) // size
             if way:
                 _in_step(table, sources, first, last, zero)
             else:
                 _one_after_another(table, sources, first, last, zero)
         group.barrier(state, rank)
-    memory.store(np.int64(state.ctypes.data), 21, total)  # or nothing would be read
+    intrinsics.store(np.int64(state.ctypes.data), 21, total)  # or nothing would be read
 
 
 @numba.njit(nogil=True)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dvkernels.benchmarks import between_workers
-from dvkernels.schedules import cost
-from dvkernels.schedules.cost import Link
+from dvkernels.schedules import cost_model
+from dvkernels.schedules.cost_model import Link
 
 __all__ = ["CLUSTERS", "NETWORKS", "PUBLISHED", "RANKS", "efficiency", "reduce_seconds", "tables"]
 
@@ -22,7 +22,7 @@ RANKS = (8, 32, 128, 512)
 _BACKWARD_FRACTION = 2 / 3
 
 
-class Network(NamedTuple):
+class NeuralNetwork(NamedTuple):
     """What a step of a network computes and sends, on one device."""
 
     name: str
@@ -67,13 +67,13 @@ CLUSTERS = {
 }
 NETWORKS = {
     "pascal": (
-        Network("Inception V3", 23_851_784, 64, 64 / 142),
-        Network("ResNet-50", 25_557_032, 64, 64 / 219),
-        Network("VGG-16", 138_357_544, 64, 64 / 154),
+        NeuralNetwork("Inception V3", 23_851_784, 64, 64 / 142),
+        NeuralNetwork("ResNet-50", 25_557_032, 64, 64 / 219),
+        NeuralNetwork("VGG-16", 138_357_544, 64, 64 / 154),
     ),
     "volta": (
-        Network("ResNet-50", 25_557_032, 32, 0.097),
-        Network("BERT-large", 340_000_000, 7, 7 / 7.56),
+        NeuralNetwork("ResNet-50", 25_557_032, 32, 0.097),
+        NeuralNetwork("BERT-large", 340_000_000, 7, 7 / 7.56),
     ),
 }
 PUBLISHED = (
@@ -87,22 +87,24 @@ PUBLISHED = (
 SCHEDULES = ("ring", "hierarchical")
 
 
-def reduce_seconds(network: Network, cluster: Cluster, num_ranks: int, schedule: str) -> float:
+def reduce_seconds(
+    network: NeuralNetwork, cluster: Cluster, num_ranks: int, schedule: str
+) -> float:
     """Return what reducing a gradient takes: by one ring, or host by host and then between them."""
     buckets = math.ceil(network.nbytes / cluster.bucket_nbytes)
     hosts = math.ceil(num_ranks / cluster.per_host)
-    inside = cost.network_ring_seconds(
+    inside = cost_model.network_ring_seconds(
         cluster.inside, min(num_ranks, cluster.per_host), network.nbytes, buckets
     )
     if hosts == 1:
         return inside
     ranks = num_ranks if schedule == "ring" else hosts
-    between = cost.network_ring_seconds(cluster.between, ranks, network.nbytes, buckets)
+    between = cost_model.network_ring_seconds(cluster.between, ranks, network.nbytes, buckets)
     return between if schedule == "ring" else inside + between
 
 
 def efficiency(
-    network: Network, cluster: Cluster, num_ranks: int, schedule: str, *, is_hidden: bool
+    network: NeuralNetwork, cluster: Cluster, num_ranks: int, schedule: str, *, is_hidden: bool
 ) -> float:
     """Return which part of ``num_ranks`` devices' speed is reached.
 
@@ -111,7 +113,7 @@ def efficiency(
     """
     reduced = reduce_seconds(network, cluster, num_ranks, schedule)
     fraction = _BACKWARD_FRACTION if is_hidden else 0.0
-    return network.seconds / cost.step_seconds(network.seconds, reduced, fraction)
+    return network.seconds / cost_model.step_seconds(network.seconds, reduced, fraction)
 
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -172,7 +174,7 @@ def _published() -> str:
     return _markdown(rows)
 
 
-def _span(network: Network, cluster: Cluster, num_ranks: int, schedule: str) -> str:
+def _span(network: NeuralNetwork, cluster: Cluster, num_ranks: int, schedule: str) -> str:
     low, high = (
         efficiency(network, cluster, num_ranks, schedule, is_hidden=hidden)
         for hidden in (False, True)

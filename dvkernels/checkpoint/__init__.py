@@ -1,5 +1,9 @@
-"""Come back to the same place: what a run needs to go on, saved whole or not at all."""
+"""Checkpoints: a program's objects, saved whole or not at all, restored by any number of workers.
+
+Imports: communicators, context, devices, errors, profiler, replicas, threads, user_errors,
+variables.
+"""
 
 from dvkernels.checkpoint.checkpoint import Checkpoint as Checkpoint
 from dvkernels.checkpoint.manager import CheckpointManager as CheckpointManager
-from dvkernels.checkpoint.restoring import Restored as Restored
+from dvkernels.checkpoint.restoring.restore import Restored as Restored

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from dvkernels import context
-from dvkernels.checkpoint import folder, restoring, save, steps
-from dvkernels.checkpoint.restoring import Restored
-from dvkernels.checkpoint.saving import Saves
+from dvkernels.checkpoint.format import step_names
+from dvkernels.checkpoint.restoring import restore as restoring
+from dvkernels.checkpoint.restoring.restore import Restored
+from dvkernels.checkpoint.saving import save
+from dvkernels.checkpoint.saving.background import SavesInBackground
+from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.errors import CheckpointError, ContextError
 
 __all__ = ["Checkpoint"]
 
 
-class Checkpoint(Saves):
+class Checkpoint(SavesInBackground):
     """Objects that are saved together and come back together.
 
     Parameters
@@ -114,10 +117,10 @@ class Checkpoint(Saves):
         what another thread writes meanwhile may be saved half.
         """
         check_context("Checkpoint.save")
-        target = folder.located(path, "Checkpoint.save")
+        target = atomic_folder.located(path, "Checkpoint.save")
         self._saver.save(
             lambda: save.prepared(
-                self.objects, None, metadata, target, lambda: folder.replaced(target)
+                self.objects, None, metadata, target, lambda: atomic_folder.replaced(target)
             ),
             background=background,
         )
@@ -161,7 +164,7 @@ class Checkpoint(Saves):
         goes back to go on from there.
         """
         check_context("Checkpoint.restore")
-        where = folder.located(path, "Checkpoint.restore")
+        where = atomic_folder.located(path, "Checkpoint.restore")
         self._saver.wait()
         restored = restoring.restore(self.objects, where, partial=partial)
         _warn_of_later_ones(where)
@@ -182,12 +185,12 @@ def check_context(verb: str) -> None:
 
 def _warn_of_later_ones(path: Path) -> None:
     with contextlib.suppress(CheckpointError):  # their folder cannot be listed
-        later = steps.above(path)
+        later = step_names.above(path)
         if later:
             warnings.warn(
                 f"restored {path}; there are later checkpoints beside it, up to "
                 f"{later[-1].name}, and a CheckpointManager saves nothing below them; to go back "
-                f"and on from here, call manager.restore({steps.step(path.resolve())})",
+                f"and on from here, call manager.restore({step_names.step(path.resolve())})",
                 RuntimeWarning,
                 stacklevel=3,
             )

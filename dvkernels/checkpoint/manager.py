@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dvkernels.checkpoint import folder, restoring, steps, team
+from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.checkpoint import Checkpoint, check_context
-from dvkernels.checkpoint.files import Folder
-from dvkernels.checkpoint.lock import Lock
-from dvkernels.checkpoint.restoring import Restored
-from dvkernels.checkpoint.save import Save, prepared
-from dvkernels.checkpoint.saving import Saves
+from dvkernels.checkpoint.format import step_names
+from dvkernels.checkpoint.restoring import restore as restoring
+from dvkernels.checkpoint.restoring.restore import Restored
+from dvkernels.checkpoint.saving.background import SavesInBackground
+from dvkernels.checkpoint.saving.save import Save, prepared
+from dvkernels.checkpoint.storage import atomic_folder
+from dvkernels.checkpoint.storage.files import Folder
+from dvkernels.checkpoint.storage.folder_lock import FolderLock
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.user_errors import shown
@@ -24,7 +27,7 @@ from dvkernels.user_errors import shown
 __all__ = ["CheckpointManager"]
 
 
-class CheckpointManager(Saves):
+class CheckpointManager(SavesInBackground):
     """Keeps the checkpoints of a run in one folder: ``step-00000100`` and so on.
 
     Parameters
@@ -84,7 +87,7 @@ class CheckpointManager(Saves):
                 )
         super().__init__()
         self._checkpoint = checkpoint
-        self._directory = folder.located(directory, "CheckpointManager")
+        self._directory = atomic_folder.located(directory, "CheckpointManager")
         self._max_to_keep = max_to_keep
         self._keep_every = keep_every
         # Since the run went back: what was later then, until the next save.
@@ -98,12 +101,12 @@ class CheckpointManager(Saves):
     @property
     def checkpoints(self) -> tuple[Path, ...]:
         """The checkpoints that are there, in the order of their steps; not looked into."""
-        return steps.within(self._directory)
+        return step_names.within(self._directory)
 
     @property
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint, None if there is none; not looked into."""
-        return max(self.checkpoints, key=steps.step, default=None)
+        return max(self.checkpoints, key=step_names.step, default=None)
 
     def save(
         self, step: int, *, metadata: Mapping[str, Any] | None = None, background: bool = False
@@ -129,7 +132,7 @@ class CheckpointManager(Saves):
             As in :meth:`Checkpoint.save`. Nothing has been removed.
         """
         check_context("CheckpointManager.save")
-        path = self._directory / steps.name(_checked(step, "save"))
+        path = self._directory / step_names.name(_checked(step, "save"))
 
         def prepare() -> Save:
             taken = prepared(
@@ -163,7 +166,7 @@ class CheckpointManager(Saves):
         was. With it, at the same moment, all later ones are gone that were there at the restore.
         """
         check_context("CheckpointManager.restore")
-        name = steps.name(_checked(step, "restore"))
+        name = step_names.name(_checked(step, "restore"))
         self._wait()
         names = self._names(f"restore step {step} of {self._directory}")
         if name not in names:
@@ -227,8 +230,8 @@ class CheckpointManager(Saves):
 
     def _names(self, what: str) -> list[str]:
         """Return what the chief sees: a folder need not look the same on all hosts at once."""
-        names, *_ = team.together(
-            team.of(self._checkpoint.objects),
+        names, *_ = all_or_none.together(
+            all_or_none.of(self._checkpoint.objects),
             what,
             lambda: [each.name for each in self.checkpoints],
         )
@@ -244,14 +247,14 @@ class CheckpointManager(Saves):
     @contextlib.contextmanager
     def _door(self, path: Path) -> Iterator[None]:
         """Be the only one who writes to the directory; remove what is not to be kept."""
-        folder.make_folders(self._directory)
+        atomic_folder.make_folders(self._directory)
         with (
-            folder.opened(self._directory) as parent,
-            Lock(parent / ".lock", f"save to {path}"),
+            atomic_folder.opened(self._directory) as parent,
+            FolderLock(parent / ".lock", f"save to {path}"),
         ):
-            folder.clean(parent, steps.NAME)
+            atomic_folder.clean(parent, step_names.NAME)
             ending = [parent / name for name in self._ending_with(path)]
-            with folder.written(parent / path.name, ending):
+            with atomic_folder.written(parent / path.name, ending):
                 yield
             self._ending = frozenset()
             self._remove_old(parent, path)
@@ -259,7 +262,7 @@ class CheckpointManager(Saves):
     def _ending_with(self, path: Path) -> list[str]:
         """Return what a save ends, the later ones of the time before the run went back."""
         there = self.checkpoints
-        later = [other.name for other in there if steps.step(other) > steps.step(path)]
+        later = [other.name for other in there if step_names.step(other) > step_names.step(path)]
         unknown = [name for name in later if name not in self._ending]
         if unknown:
             raise CheckpointError(
@@ -270,18 +273,22 @@ class CheckpointManager(Saves):
         return [other.name for other in there if other.name in self._ending and other != path]
 
     def _remove_old(self, parent: Folder, just_saved: Path) -> None:
-        settle = functools.partial(folder.settle, parent, steps.NAME)
+        settle = functools.partial(atomic_folder.settle, parent, step_names.NAME)
         self._try_to_remove("what the run has gone back from", settle)
         old: list[Path] = []
         self._try_to_remove("old checkpoints", lambda: old.extend(self._old(just_saved)))
         for path in old:
-            self._try_to_remove(path.name, functools.partial(folder.discard, parent / path.name))
+            self._try_to_remove(
+                path.name, functools.partial(atomic_folder.discard, parent / path.name)
+            )
 
     def _old(self, just_saved: Path) -> list[Path]:
         every = self._keep_every
         if self._max_to_keep is None:
             return []
-        counted = [path for path in self.checkpoints if every is None or steps.step(path) % every]
+        counted = [
+            path for path in self.checkpoints if every is None or step_names.step(path) % every
+        ]
         return [path for path in counted[: -self._max_to_keep] if path != just_saved]
 
     def _try_to_remove(self, what: str, remove: Callable[[], None]) -> None:

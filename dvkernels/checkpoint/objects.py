@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import optree
 
-from dvkernels.checkpoint import generators, plain, transfer
-from dvkernels.checkpoint.nodes import (
+from dvkernels.checkpoint import generators
+from dvkernels.checkpoint.format import json_codec
+from dvkernels.checkpoint.format.nodes import (
     ArrayNode,
     DataNode,
     GeneratorNode,
@@ -19,12 +20,13 @@ from dvkernels.checkpoint.nodes import (
     StateNode,
     VariableNode,
 )
-from dvkernels.checkpoint.shards import DTYPES
-from dvkernels.devices import memory
+from dvkernels.checkpoint.format.shards import DTYPES
+from dvkernels.checkpoint.storage import parallel_io
+from dvkernels.devices import array_memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.user_errors import shown, text_of
-from dvkernels.variables.variable import Saved, Variable, saved_by
+from dvkernels.variables.variable import SavedVariable, Variable, saved_by
 
 __all__: list[str] = []
 
@@ -129,7 +131,7 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _inner(value: Any, path: str) -> Opened | None:
-    return None if is_object(value) or plain.is_plain(value) else opened(value, path)
+    return None if is_object(value) or json_codec.is_plain(value) else opened(value, path)
 
 
 class _Places:
@@ -151,9 +153,9 @@ class _Places:
         inner = _inner(value, path)
         if inner is None:
             return 0
-        if depth > plain.MAX_DEPTH:
+        if depth > json_codec.MAX_DEPTH:
             raise CheckpointError(
-                f"{path}: nested deeper than {plain.MAX_DEPTH} levels, or in a circle"
+                f"{path}: nested deeper than {json_codec.MAX_DEPTH} levels, or in a circle"
             )
         self._kept.append(value)
         self._above[id(value)] = path
@@ -184,7 +186,7 @@ def variables_of(objects: Mapping[str, Any]) -> dict[str, Variable]:
     }
 
 
-class Gathered:
+class ObjectTree:
     """What a checkpoint of some objects consists of: nodes, and arrays by the tensors' names.
 
     The arrays may be those of the objects themselves: they are to be written, or copied, before
@@ -225,7 +227,7 @@ class Gathered:
             return self._generator(value, path)
         if is_object(value):
             return self._with_state(value, path)
-        if plain.is_plain(value):
+        if json_codec.is_plain(value):
             self.alike[path] = "plain data"
             return DataNode(copy.deepcopy(value))  # written later, perhaps, than it changes
         inner = opened(value, path)
@@ -244,8 +246,8 @@ class Gathered:
     def _generator(self, value: Any, path: str) -> GeneratorNode:
         # Those of workers that draw apart would all go on as the chief's: that is not saved.
         kind, state = generators.kind(value), generators.state(value)
-        words = repr(plain.encode(state, path, transfer.checksum))
-        self.alike[path] = f"a {kind} generator in state {transfer.checksum(words.encode())}"
+        words = repr(json_codec.encode(state, path, parallel_io.checksum))
+        self.alike[path] = f"a {kind} generator in state {parallel_io.checksum(words.encode())}"
         return GeneratorNode(kind, self._state(state, path))
 
     def _variable(self, variable: Variable, path: str) -> VariableNode:
@@ -264,7 +266,7 @@ class Gathered:
         self.alike[path] = f"a variable {held} {'/'.join(modes)} in {len(names)}"
         return VariableNode(names, *modes)
 
-    def _tensors_of(self, saved: Saved, path: str) -> tuple[str, ...]:
+    def _tensors_of(self, saved: SavedVariable, path: str) -> tuple[str, ...]:
         """Return the names of a variable's tensors, those that other workers have included."""
         if saved.total == 1:
             self.shared.add(path)
@@ -297,7 +299,7 @@ class Gathered:
                 name: saved_by(slot)
                 for name, slot in zip(value.slot_names, value.slots(variable), strict=True)
             }
-            held[STEPS] = Saved((value.steps(variable),))
+            held[STEPS] = SavedVariable((value.steps(variable),))
             slots[of] = {
                 name: self._tensors_of(saved, f"{child(path, 'slots')}/{of}/{name}")[0]
                 for name, saved in held.items()
@@ -307,7 +309,7 @@ class Gathered:
 
     def _state(self, state: Any, path: str) -> Any:
         names = (f"{child(path, 'state')}/{k}" for k in range(1 << 62))
-        return plain.encode(state, path, lambda array: self._tensor(next(names), array))
+        return json_codec.encode(state, path, lambda array: self._tensor(next(names), array))
 
     def _tensor(self, name: str, array: Any) -> str:
         if array.dtype.name not in DTYPES or not array.dtype.isnative:
@@ -316,7 +318,7 @@ class Gathered:
                 f"{', '.join(DTYPES)}"
             )
         self._take_name(name)
-        held = memory.holding(array).to_host(array)
+        held = array_memory.holding(array).to_host(array)
         self.tensors[name] = np.ascontiguousarray(held).reshape(array.shape)
         return name
 

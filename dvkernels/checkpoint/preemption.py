@@ -15,7 +15,7 @@ __all__ = ["PREEMPTED", "PreemptionHandler"]
 PREEMPTED = 42  # the exit status that says: told to stop, and saved
 
 
-class Saves(Protocol):
+class SupportsSave(Protocol):
     """What can save a step: a :class:`~dvkernels.checkpoint.manager.CheckpointManager`."""
 
     def save(self, step: int) -> Any:
@@ -83,7 +83,7 @@ class PreemptionHandler:
 
     def __init__(
         self,
-        manager: Saves,
+        manager: SupportsSave,
         *,
         signals: Iterable[str] = ("SIGTERM", "SIGUSR1"),
         exit_code: int = PREEMPTED,

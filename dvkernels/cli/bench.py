@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvkernels._version import __version__
-from dvkernels.cli import bench_gpu, numbers, outputs
+from dvkernels.cli import argument_types, bench_gpu, output_paths
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
-from dvkernels.profiler import output
+from dvkernels.profiler import atomic_file
 
 if TYPE_CHECKING:
     from dvkernels.benchmarks.peers.worker import Worker
@@ -46,14 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes of one replica's buffer; K, M, G are powers of 1024 (default 4:256M)",
     )
     parser.add_argument(
-        "--factor", type=numbers.integer, default=4, help="from one size to the next"
+        "--factor", type=argument_types.integer, default=4, help="from one size to the next"
     )
     parser.add_argument("--dtype", default="float32", help="of the elements")
     parser.add_argument("--op", default="sum", help="sum, mean, min, max or prod")
-    parser.add_argument("--replicas", type=numbers.integer, default=2, help="how many buffers")
+    parser.add_argument(
+        "--replicas", type=argument_types.integer, default=2, help="how many buffers"
+    )
     parser.add_argument("--algorithm", default="auto", help="auto, direct or ring")
-    parser.add_argument("--rounds", type=numbers.integer, default=9, help="alternating rounds")
-    parser.add_argument("--seed", type=numbers.natural, default=0, help="of the elements")
+    parser.add_argument(
+        "--rounds", type=argument_types.integer, default=9, help="alternating rounds"
+    )
+    parser.add_argument("--seed", type=argument_types.natural, default=0, help="of the elements")
     parser.add_argument(
         "--peers",
         nargs="*",
@@ -93,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda":
         return bench_gpu.run(arguments)
     # Compiles and loads Numba: only once the options are known to be wanted.
-    from dvkernels.benchmarks import calibration, cases, measurement, memory_left, report
+    from dvkernels.benchmarks import available_memory, calibration, cases, measurement, report
 
     if arguments.calibrate and default_resolver().num_workers > 1:
         return _calibrate_between(arguments)
@@ -112,9 +116,9 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     plot = None if arguments.plot is None else _plotted(arguments.plot)
     quiet = arguments.json == "-"
-    sink = None if quiet or arguments.json is None else outputs.file("--json", arguments.json)
+    sink = None if quiet or arguments.json is None else output_paths.file("--json", arguments.json)
     about = _about(arguments)
-    limit = memory_left.available_nbytes() // 2
+    limit = available_memory.available_nbytes() // 2
     records: list[dict[str, Any]] = []
     found: list[measurement.Measurement] = []
     with contextlib.ExitStack() as stack:
@@ -128,7 +132,9 @@ def run(arguments: argparse.Namespace) -> int:
         for case in planned:
             if not quiet and case.collective != last:
                 last = case.collective
-                print(f"# {case.collective}, {numbers.counted(case.num_replicas, 'replica')}")
+                print(
+                    f"# {case.collective}, {argument_types.counted(case.num_replicas, 'replica')}"
+                )
                 print(report.header(columns))
             if case.footprint > limit:
                 note = f"{case.nbytes} bytes left out: it needs {case.footprint >> 20} MiB"
@@ -153,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     if quiet:
         print(text)
     elif sink is not None:
-        output.put(sink, text + "\n")
+        atomic_file.put(sink, text + "\n")
     if plot is not None:
         _draw(found, plot, about)
     return 1 if wrong or lost else 0
@@ -165,14 +171,14 @@ def _calibrate_between(arguments: argparse.Namespace) -> int:
 
     resolver = default_resolver()
     wanted = arguments.json not in (None, "-") and resolver.is_chief
-    sink = outputs.file("--json", arguments.json) if wanted else None
+    sink = output_paths.file("--json", arguments.json) if wanted else None
     found = between_workers.calibrate(resolver, arguments.rounds)
     if not resolver.is_chief:
         return 0
     print(between_workers.describe(found))
     if sink is not None:
         record = {**_about(arguments), **between_workers.as_record(found)}
-        output.put(sink, json.dumps(record, indent=1) + "\n")
+        atomic_file.put(sink, json.dumps(record, indent=1) + "\n")
     return 0
 
 
@@ -208,7 +214,7 @@ def _plotted(name: str) -> Path:
 
     path = Path(name)
     plot.check(path)
-    return outputs.file("--plot", name)
+    return output_paths.file("--plot", name)
 
 
 def _peers(
@@ -247,7 +253,9 @@ def _peers(
             notes[name] = f"skipped: {error}"
             continue
         workers[name] = worker
-        notes[name] = f"{peer.package} {version}, {numbers.counted(arguments.replicas, 'rank')}"
+        notes[name] = (
+            f"{peer.package} {version}, {argument_types.counted(arguments.replicas, 'rank')}"
+        )
     return workers, "numpy" in (arguments.peers or known), notes
 
 
@@ -301,7 +309,7 @@ def _draw(found: Sequence[Any], path: Path, about: dict[str, Any]) -> None:
         target = path.with_stem(f"{path.stem}-{name}") if several else path
         title = (
             f"{name} {case.op.value} {case.dtype.name}, "
-            f"{numbers.counted(case.num_replicas, 'replica')}: {about['machine']}, "
+            f"{argument_types.counted(case.num_replicas, 'replica')}: {about['machine']}, "
             f"{about['date'][:10]}"
         )
         plot.draw(chosen, target, title)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dvkernels.benchmarks import checkpoints as cases
-from dvkernels.cli import contest, numbers
+from dvkernels.cli import argument_types, peer_bench
 
 __all__: list[str] = []
 
@@ -14,16 +14,18 @@ HELP = "measure saving and restoring, beside other libraries, and what a save ho
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    contest.add_arguments(parser, "safetensors, savez, torch, orbax")
-    parser.add_argument("--mebibytes", type=numbers.positive, default=1024, help="of the arrays")
+    peer_bench.add_arguments(parser, "safetensors, savez, torch, orbax")
+    parser.add_argument(
+        "--mebibytes", type=argument_types.positive, default=1024, help="of the arrays"
+    )
     parser.add_argument("--folder", help="where to write (default: memory, where there is any)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all cases, and print a line for each contestant."""
     nbytes = arguments.mebibytes << 20
-    return contest.run(
-        contest.Contest(
+    return peer_bench.run(
+        peer_bench.PeerBench(
             "bench-checkpoint",
             cases.CASES,
             cases.PEERS,

@@ -9,9 +9,9 @@ import platform
 import sys
 
 from dvkernels._version import __version__
-from dvkernels.cli import outputs
+from dvkernels.cli import output_paths
 from dvkernels.devices import cuda, driver
-from dvkernels.profiler import output
+from dvkernels.profiler import atomic_file
 
 __all__: list[str] = []
 
@@ -23,10 +23,14 @@ def run(arguments: argparse.Namespace) -> int:
     cuda.require("bench --device cuda")
     from dvkernels.benchmarks import between_gpus, gpu
 
-    report = None if arguments.report is None else outputs.file("--report", arguments.report)
+    report = None if arguments.report is None else output_paths.file("--report", arguments.report)
     if report is not None:
-        outputs.file("--report", str(report.with_suffix(".md")))
-    plan = gpu.Plan(**_SIMULATED) if cuda.is_simulated() else gpu.Plan(rounds=arguments.rounds)  # type: ignore[arg-type]
+        output_paths.file("--report", str(report.with_suffix(".md")))
+    plan = (
+        gpu.MeasurementPlan(**_SIMULATED)  # type: ignore[arg-type]
+        if cuda.is_simulated()
+        else gpu.MeasurementPlan(rounds=arguments.rounds)
+    )
     found = driver.find()
     name = "Numba's simulator: its times mean nothing"
     if not cuda.is_simulated() and found is not None:
@@ -45,6 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(fragment, end="")
     if report is not None:
         data = {"about": about, "figures": [figure._asdict() for figure in figures]}
-        output.put(report, json.dumps(data, indent=1) + "\n")
-        output.put(report.with_suffix(".md"), fragment)
+        atomic_file.put(report, json.dumps(data, indent=1) + "\n")
+        atomic_file.put(report.with_suffix(".md"), fragment)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dvkernels.benchmarks import input as cases
-from dvkernels.cli import contest
+from dvkernels.cli import peer_bench
 
 __all__: list[str] = []
 
@@ -14,13 +14,13 @@ HELP = "measure input pipelines: arrays, mapped files, decoding, beside other li
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    contest.add_arguments(parser, "dataloader, grain, tensorflow")
+    peer_bench.add_arguments(parser, "dataloader, grain, tensorflow")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all cases, and print a line for each contestant."""
-    return contest.run(
-        contest.Contest(
+    return peer_bench.run(
+        peer_bench.PeerBench(
             "bench-input",
             {case: what for case, (what, _) in cases.CASES.items()},
             cases.PEERS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dvkernels.benchmarks import jobs
-from dvkernels.cli import contest
+from dvkernels.cli import peer_bench
 
 __all__: list[str] = []
 
@@ -14,7 +14,7 @@ HELP = "measure all-reduces between processes, beside the MPI that started them 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    contest.add_arguments(parser, ", ".join(jobs.PEERS))
+    peer_bench.add_arguments(parser, ", ".join(jobs.PEERS))
     parser.add_argument(
         "--processes", type=int, choices=(2, 4), default=2,
         help="2: sizes, half types, a number; 4: two replicas in each of two, beside four",
@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure all cases, and print a line for each contestant."""
-    return contest.run(
-        contest.Contest(
+    return peer_bench.run(
+        peer_bench.PeerBench(
             "bench-workers",
             jobs.cases(arguments.processes),
             jobs.PEERS,

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from dvkernels.checkpoint import folder, plain, reading, steps
-from dvkernels.checkpoint.nodes import (
+from dvkernels.checkpoint.format import json_codec, step_names
+from dvkernels.checkpoint.format.nodes import (
     ArrayNode,
     DataNode,
     GeneratorNode,
@@ -18,7 +18,9 @@ from dvkernels.checkpoint.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.objects import child
-from dvkernels.checkpoint.reading import Reader
+from dvkernels.checkpoint.restoring import reader as reading
+from dvkernels.checkpoint.restoring.reader import CheckpointReader
+from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.errors import CheckpointDamagedError
 from dvkernels.user_errors import shown
 
@@ -36,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show or verify one checkpoint, or all of a folder; 1 if one of them is damaged."""
     status = 0
-    where = folder.located(arguments.path, "checkpoint")
-    for path in steps.within(where) or (where,):
+    where = atomic_folder.located(arguments.path, "checkpoint")
+    for path in step_names.within(where) or (where,):
         try:
             with reading.opened(path) as reader:
                 if arguments.action == "show":
@@ -46,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
                     reader.check(reader.manifest.tensors)
                     print(f"PASS {path}: {_summary(reader)}")
         except CheckpointDamagedError as error:
-            if path != where and path not in steps.within(where):  # by a run that goes on
+            if path != where and path not in step_names.within(where):  # by a run that goes on
                 print(_printable(f"GONE {path}: removed meanwhile"))
                 continue
             said = str(error)
@@ -60,24 +62,24 @@ def _printable(line: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
-def _summary(reader: Reader) -> str:
+def _summary(reader: CheckpointReader) -> str:
     tensors = reader.manifest.tensors.values()
     num_files = len(reader.manifest.files)
     nbytes = sum(entry.nbytes for entry in tensors)
     return f"{len(tensors)} tensors, {nbytes} bytes in {num_files} files"
 
 
-def _lines(reader: Reader) -> Iterator[str]:
+def _lines(reader: CheckpointReader) -> Iterator[str]:
     manifest = reader.manifest
     step = "" if manifest.step is None else f", step {manifest.step}"
     yield f"{reader.path}: {_summary(reader)}{step}, written by dvkernels {manifest.library}"
     if manifest.metadata:
-        yield f"  metadata {json.dumps(plain.encode(manifest.metadata, 'metadata'))}"
+        yield f"  metadata {json.dumps(json_codec.encode(manifest.metadata, 'metadata'))}"
     for name, node in manifest.objects.items():
         yield from (f"  {line}" for line in _node_lines(reader, node, child("", name)))
 
 
-def _node_lines(reader: Reader, node: Node, path: str) -> Iterator[str]:
+def _node_lines(reader: CheckpointReader, node: Node, path: str) -> Iterator[str]:
     match node:
         case NestNode():
             for name, each in node.items.items():
@@ -99,6 +101,6 @@ def _node_lines(reader: Reader, node: Node, path: str) -> Iterator[str]:
                     yield f"{path}: {name} of {of} {_tensor(reader, tensor)}"
 
 
-def _tensor(reader: Reader, name: str) -> str:
+def _tensor(reader: CheckpointReader, name: str) -> str:
     entry = reader.manifest.tensors[name]
     return f"{entry.dtype}{list(entry.shape)}"

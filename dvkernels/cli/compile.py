@@ -9,10 +9,10 @@ import warnings
 
 import numpy as np
 
-from dvkernels.cli import digits, network
+from dvkernels.cli import digits, mlp
 from dvkernels.devices.base import Device
-from dvkernels.kernels import cache
-from dvkernels.kernels.cpu import ahead
+from dvkernels.kernels import compile_cache
+from dvkernels.kernels.cpu import compile_ahead
 
 __all__: list[str] = []
 
@@ -28,14 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     with warnings.catch_warnings(record=True) as problems:
         warnings.simplefilter("always", RuntimeWarning)
-        ahead.compile_all()
+        compile_ahead.compile_all()
         for dtype in ("float32", "float64"):  # the network of ``train``
-            weights = network.initial_weights(1, dtype, seed=0)
+            weights = mlp.initial_weights(1, dtype, seed=0)
             weights.flags.writeable = False  # as those of a step are
             images, labels = np.zeros((1, digits.NUM_PIXELS), dtype), np.zeros(1, np.int64)
-            workspace = network.Workspace(1, 1, dtype, Device("cpu", 0))
-            network.gradient_and_loss(weights, images, labels, workspace)
-    print(f"compiled in {time.monotonic() - began:.0f} s: {cache.describe()}")
+            workspace = mlp.Workspace(1, 1, dtype, Device("cpu", 0))
+            mlp.gradient_and_loss(weights, images, labels, workspace)
+    print(f"compiled in {time.monotonic() - began:.0f} s: {compile_cache.describe()}")
     for problem in problems:
         print(f"error: {problem.message}", file=sys.stderr)
-    return 1 if problems or cache.folder() is None else 0
+    return 1 if problems or compile_cache.folder() is None else 0

@@ -14,14 +14,14 @@ import numpy as np
 
 from dvkernels import context
 from dvkernels._version import __version__
-from dvkernels.cluster import hosts
+from dvkernels.cluster import simulated_hosts
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
-from dvkernels.communicators import awareness
-from dvkernels.devices import cpu, cuda, memory
+from dvkernels.communicators.workers.gpu import cuda_aware
+from dvkernels.devices import array_memory, cpu, cuda
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import list_devices
 from dvkernels.errors import ClusterError
-from dvkernels.kernels import cache, parallel
+from dvkernels.kernels import compile_cache, threading_layer
 from dvkernels.strategies.mirrored import MirroredStrategy
 
 __all__: list[str] = []
@@ -83,8 +83,8 @@ def _of_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "interpreter_lock": getattr(sys, "_is_gil_enabled", lambda: True)(),
         # of users' parallel functions; kernels have threads of their own
-        "threading_layer": parallel.layer(),
-        "compiled_code": cache.describe(),
+        "threading_layer": threading_layer.layer(),
+        "compiled_code": compile_cache.describe(),
         "devices": outcomes,
         "together": _check([Device("cpu", k) for k in range(max(2, len(devices)))]),
         "cuda": missing or ("simulated" if cuda.is_simulated() else "found"),
@@ -120,7 +120,7 @@ def _place(resolver: ClusterResolver) -> str:
     here = f"on {host}"
     if resolver.num_local_workers is not None:
         here = f"{resolver.local_rank} of {resolver.num_local_workers} on {host}"
-    pretended = hosts.pretended(os.environ, resolver.num_workers)
+    pretended = simulated_hosts.pretended(os.environ, resolver.num_workers)
     if pretended is not None and resolver.worker_id is not None:
         here += f", as if on host {pretended[resolver.worker_id]} of {pretended[-1] + 1}"
     return f"{me}, {here}, {cpu.described_affinity()} ({resolver.source})"
@@ -129,7 +129,7 @@ def _place(resolver: ClusterResolver) -> str:
 def _mpi() -> str:
     """Return whether the MPI of this worker takes memory of GPUs, and who says so."""
     try:
-        return f"MPI {awareness.of_mpi()}"
+        return f"MPI {cuda_aware.of_mpi()}"
     except (ImportError, ClusterError) as error:
         return f"MPI cannot be asked: {error}"
 
@@ -148,10 +148,10 @@ def _check(devices: list[Device]) -> str:
                     replica = context.get_replica_context()
                     assert replica is not None
                     own = inputs[replica.replica_id_in_sync_group]
-                    return replica.all_reduce("sum", memory.brought(own, replica.device))
+                    return replica.all_reduce("sum", array_memory.brought(own, replica.device))
 
                 for result in strategy.run(reduce_own).values:
-                    if not np.array_equal(memory.brought(result, Device("cpu", 0)), expected):
+                    if not np.array_equal(array_memory.brought(result, Device("cpu", 0)), expected):
                         return f"FAIL: the {algorithm} all-reduce gave a wrong sum"
     except Exception as error:
         return f"FAIL: {type(error).__name__}: {error}"

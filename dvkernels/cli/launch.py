@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from dvkernels.cli import launcher, numbers, supervision
-from dvkernels.cli.launcher import Flavour, Host, Job
-from dvkernels.cluster import launchers, slurm
+from dvkernels.cli import argument_types
+from dvkernels.cluster import launcher_environment, slurm_lists
 from dvkernels.devices import cpu
 from dvkernels.errors import LaunchError
+from dvkernels.launcher import commands, supervision
+from dvkernels.launcher.commands import HostSlots, Job, LauncherFlavour
 
 __all__: list[str] = []
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n",
         "--num-workers",
-        type=numbers.positive,
+        type=argument_types.positive,
         metavar="N",
         help="default: as many as --hosts counts, as the tasks of a Slurm job, or as there are "
         "usable cores",
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads-per-worker",
-        type=numbers.positive,
+        type=argument_types.positive,
         metavar="T",
         help="of BLAS, OpenMP and our kernels, unless OMP_NUM_THREADS etc. are set already; "
         "default: SLURM_CPUS_PER_TASK, or a worker's share of the cores",
@@ -79,21 +80,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=numbers.seconds,
+        type=argument_types.seconds,
         default=math.inf,
         metavar="SECONDS",
         help="end the job after so long, restarts included, with status 124",
     )
     parser.add_argument(
         "--grace",
-        type=numbers.seconds,
+        type=argument_types.seconds,
         default=30.0,
         metavar="SECONDS",
         help="how long workers may go on after an interrupt or the timeout",
     )
     parser.add_argument(
         "--max-restarts",
-        type=numbers.natural,
+        type=argument_types.natural,
         default=0,
         metavar="K",
         help=f"start a job that failed again, up to K times; the program finds the number of the "
@@ -117,11 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the workers and wait for them; return the job's status."""
-    path = launcher.find(arguments.launcher, os.environ)
-    flavour = launcher.flavour_of(path)
+    path = commands.find(arguments.launcher, os.environ)
+    flavour = commands.flavour_of(path)
     job = _job(arguments, flavour, os.environ)
-    command = launcher.command(path, flavour, job)
-    added = launcher.environment(job.num_threads, os.environ)
+    command = commands.command(path, flavour, job)
+    added = commands.environment(job.num_threads, os.environ)
     if arguments.dry_run:
         print(shlex.join(["env", *(f"{name}={value}" for name, value in added.items()), *command]))
         return 0
@@ -178,7 +179,9 @@ def _send(
     return False
 
 
-def _job(arguments: argparse.Namespace, flavour: Flavour, environ: Mapping[str, str]) -> Job:
+def _job(
+    arguments: argparse.Namespace, flavour: LauncherFlavour, environ: Mapping[str, str]
+) -> Job:
     """Return the job that the options describe, as this host can do it."""
     cores = cpu.usable_cores()
     hosts = _hosts(arguments.hosts, arguments.num_workers)
@@ -188,15 +191,15 @@ def _job(arguments: argparse.Namespace, flavour: Flavour, environ: Mapping[str, 
     is_here = all(_is_this_host(host.name) for host in hosts)
     if not hosts:
         is_here = not any(environ.get(name) for name in _HOSTS_ELSEWHERE)
-    is_here = is_here and flavour.name != launchers.SRUN
+    is_here = is_here and flavour.name != launcher_environment.SRUN
     # Of other hosts we do not know how many cores they have: their workers find their share,
     # unless Slurm was told.
     num_threads = arguments.threads_per_worker
     if num_threads is None and "SLURM_CPUS_PER_TASK" in environ:
-        num_threads = launchers.number(environ, "SLURM_CPUS_PER_TASK", 1)
+        num_threads = launcher_environment.number(environ, "SLURM_CPUS_PER_TASK", 1)
     if num_threads is None and is_here:
         num_threads = max(1, cores // num_workers)
-    known = {**environ, **launcher.environment(num_threads, environ)}
+    known = {**environ, **commands.environment(num_threads, environ)}
     fits = is_here and num_workers * (num_threads or 1) <= cores
     if arguments.bind and is_here and not fits:
         raise LaunchError(
@@ -214,7 +217,7 @@ def _job(arguments: argparse.Namespace, flavour: Flavour, environ: Mapping[str, 
         crowded=is_here and num_workers > cores,
         as_root=hasattr(os, "geteuid") and os.geteuid() == 0,
         prefixed=arguments.prefix,
-        variables=(_ATTEMPT, *(name for name in launcher.KEPT if name in known)),
+        variables=(_ATTEMPT, *(name for name in commands.KEPT if name in known)),
         options=tuple(arguments.launcher_option),
     )
 
@@ -222,9 +225,9 @@ def _job(arguments: argparse.Namespace, flavour: Flavour, environ: Mapping[str, 
 def _slurm_tasks(environ: Mapping[str, str]) -> int | None:
     """Return how many tasks a Slurm job has; None outside of one."""
     if "SLURM_NTASKS" in environ:
-        return launchers.number(environ, "SLURM_NTASKS", 1)
+        return launcher_environment.number(environ, "SLURM_NTASKS", 1)
     name = "SLURM_TASKS_PER_NODE"  # alone, if the job was asked for as so many nodes
-    return sum(slurm.expand_counts(name, environ[name])) if name in environ else None
+    return sum(slurm_lists.expand_counts(name, environ[name])) if name in environ else None
 
 
 def _program(words: Sequence[str], is_module: bool) -> tuple[str, ...]:
@@ -235,10 +238,10 @@ def _program(words: Sequence[str], is_module: bool) -> tuple[str, ...]:
     if not is_module and not os.path.isfile(words[0]):
         raise LaunchError(f"launch: there is no file {words[0]!r} to start")
     module = ("-m",) if is_module else ()
-    return (sys.executable, "-m", "dvkernels.cli.worker", *module, *words)
+    return (sys.executable, "-m", "dvkernels.launcher.worker", *module, *words)
 
 
-def _hosts(text: str | None, num_workers: int | None) -> tuple[Host, ...]:
+def _hosts(text: str | None, num_workers: int | None) -> tuple[HostSlots, ...]:
     """Return the hosts that ``a:2,b:2`` or ``a,b`` mean, with a count for each."""
     if text is None:
         return ()
@@ -252,14 +255,16 @@ def _hosts(text: str | None, num_workers: int | None) -> tuple[Host, ...]:
     if len({name for name, _ in found}) < len(found):
         raise LaunchError(f"--hosts: each host once; got {text!r}")
     if counted:
-        hosts = tuple(Host(name, int(count)) for name, count in found)
+        hosts = tuple(HostSlots(name, int(count)) for name, count in found)
         room = sum(host.num_workers for host in hosts)
         if num_workers not in (None, room):
             raise LaunchError(f"--hosts: {text!r} counts {room} workers, but -n is {num_workers}")
         return hosts
     each, more = divmod(len(found) if num_workers is None else num_workers, len(found))
     counts = [each + (place < more) for place in range(len(found))]
-    return tuple(Host(name, count) for (name, _), count in zip(found, counts, strict=True) if count)
+    return tuple(
+        HostSlots(name, count) for (name, _), count in zip(found, counts, strict=True) if count
+    )
 
 
 def _is_first_here(job: Job) -> bool:

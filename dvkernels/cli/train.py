@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dvkernels.checkpoint import steps
-from dvkernels.cli import digits, network, numbers, outputs, training
-from dvkernels.cli.training import Keeping, Outcome, Recipe, Report
+from dvkernels.checkpoint.format import step_names
+from dvkernels.cli import argument_types, digits, mlp, output_paths, training_loop
+from dvkernels.cli.training_loop import Keeping, Report, TrainingConfig, TrainingResult
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.devices import cpu
 from dvkernels.devices.base import Device
@@ -38,30 +38,30 @@ class MissingExtraError(DvKernelsError, ImportError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    recipe = Recipe()
+    recipe = TrainingConfig()
     parser.add_argument(
         "--replicas",
-        type=numbers.positive,
+        type=argument_types.positive,
         help="number of replicas of this process (default: one per usable core, or per GPU)",
     )
     parser.add_argument(
         "--epochs",
-        type=numbers.positive,
+        type=argument_types.positive,
         default=recipe.epochs,
         help="how often all are seen",
     )
     parser.add_argument(
         "--batch-size",
-        type=numbers.positive,
+        type=argument_types.positive,
         default=recipe.batch_size,
         help="of all replicas together",
     )
     parser.add_argument(
-        "--hidden", type=numbers.positive, default=recipe.num_hidden, help="hidden units"
+        "--hidden", type=argument_types.positive, default=recipe.num_hidden, help="hidden units"
     )
     parser.add_argument("--device", default="cpu", help="kind of device: cpu or cuda")
     parser.add_argument(
-        "--seed", type=numbers.natural, default=recipe.seed, help="of weights and order"
+        "--seed", type=argument_types.natural, default=recipe.seed, help="of weights and order"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "float64"), default=recipe.dtype, help="of the weights"
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoint-every",
-        type=numbers.positive,
+        type=argument_types.positive,
         metavar="STEPS",
         help="how often (default: once an epoch)",
     )
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preemption-exit-code",
-        type=numbers.exit_status,
+        type=argument_types.exit_status,
         default=42,
         help="after SIGTERM or SIGUSR1",
     )
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"python -m pip install 'dvkernels[demo]'"
             )
     devices = _devices(arguments.device, arguments.replicas)
-    recipe = Recipe(
+    recipe = TrainingConfig(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         num_hidden=arguments.hidden,
@@ -113,11 +113,12 @@ def run(arguments: argparse.Namespace) -> int:
     with _one_blas_thread(), _strategy(resolver, devices) as strategy:
         num_replicas = strategy.num_replicas_in_sync
         if not resolver.is_chief:
-            training.train(strategy, recipe, data, _report_nothing, keeping)
+            training_loop.train(strategy, recipe, data, _report_nothing, keeping)
             return 0
         _say(
             f"{len(data.train_images)} digits to learn from, {len(data.test_images)} held out; "
-            f"{numbers.counted(num_replicas, 'replica')}; BLAS is held to one thread a replica"
+            f"{argument_types.counted(num_replicas, 'replica')}; "
+            "BLAS is held to one thread a replica"
         )
         outcome = _train(strategy, recipe, data, "training", keeping)
         if outcome.resumed_at_step == outcome.steps:
@@ -128,15 +129,13 @@ def run(arguments: argparse.Namespace) -> int:
         with OneDeviceStrategy(devices[0]) as alone:
             reference = _train(alone, recipe, data, "the same on one device", None)
 
-    def accuracy(trained: Outcome) -> float:
-        return network.accuracy(
-            trained.weights, recipe.num_hidden, data.test_images, data.test_labels
-        )
+    def accuracy(trained: TrainingResult) -> float:
+        return mlp.accuracy(trained.weights, recipe.num_hidden, data.test_images, data.test_labels)
 
     result = {
         "test_accuracy": accuracy(outcome),
         "final_loss": outcome.final_loss,
-        "weights_sha256": network.checksum(outcome.weights),
+        "weights_sha256": mlp.checksum(outcome.weights),
         "num_workers": resolver.num_workers,
         "num_replicas": num_replicas,
         "steps": outcome.steps,
@@ -146,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
         "compute_seconds": outcome.compute_seconds,
         "communication_seconds": outcome.communication_seconds,
         "input_seconds": outcome.input_seconds,
-        "relative_difference_to_one_device": training.relative_difference(
+        "relative_difference_to_one_device": training_loop.relative_difference(
             outcome.weights, reference.weights
         ),
         "one_device_test_accuracy": accuracy(reference),
@@ -159,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _speed_up(outcome: Outcome, reference: Outcome) -> float | None:
+def _speed_up(outcome: TrainingResult, reference: TrainingResult) -> float | None:
     """Return how many times faster it went than on one device; None if all was done before."""
     if not (outcome.examples_per_second > 0 and reference.examples_per_second > 0):
         return None
@@ -195,8 +194,8 @@ def _keeping(arguments: argparse.Namespace) -> Keeping | None:
                 "are with --checkpoint-dir"
             )
         return None
-    outputs.folder("--checkpoint-dir", arguments.checkpoint_dir, is_made=True)
-    held = steps.within(Path(arguments.checkpoint_dir))
+    output_paths.folder("--checkpoint-dir", arguments.checkpoint_dir, is_made=True)
+    held = step_names.within(Path(arguments.checkpoint_dir))
     if held and not arguments.resume:
         raise CheckpointError(
             f"{arguments.checkpoint_dir} holds the checkpoints of a run, up to {held[-1].name}; "
@@ -208,10 +207,14 @@ def _keeping(arguments: argparse.Namespace) -> Keeping | None:
 
 
 def _train(
-    strategy: Strategy, recipe: Recipe, data: digits.Digits, title: str, keeping: Keeping | None
-) -> Outcome:
-    with _progress(title, training.num_steps(recipe, data)) as report:
-        return training.train(strategy, recipe, data, report, keeping)
+    strategy: Strategy,
+    recipe: TrainingConfig,
+    data: digits.Digits,
+    title: str,
+    keeping: Keeping | None,
+) -> TrainingResult:
+    with _progress(title, training_loop.num_steps(recipe, data)) as report:
+        return training_loop.train(strategy, recipe, data, report, keeping)
 
 
 def _report(result: dict[str, Any]) -> str:

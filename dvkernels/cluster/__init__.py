@@ -1,4 +1,7 @@
-"""Who is there: the jobs and tasks of a cluster, and which of them this process is."""
+"""The cluster: its jobs and tasks, and which of them this process is.
+
+Imports: errors.
+"""
 
 from dvkernels.cluster.resolvers import ClusterResolver as ClusterResolver
 from dvkernels.cluster.resolvers import KubernetesClusterResolver as KubernetesClusterResolver

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, final
 
-from dvkernels.cluster import launchers
+from dvkernels.cluster import launcher_environment
 from dvkernels.cluster.position import Position, position_in, worker_addresses
 from dvkernels.cluster.spec import ClusterSpec, Tasks
 from dvkernels.errors import ClusterError
@@ -179,7 +179,7 @@ class TFConfigClusterResolver(ClusterResolver):
         *,
         task_type: str | None = None,
         task_id: int | None = None,
-        environ: launchers.Environment | None = None,
+        environ: launcher_environment.Environment | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
         name = _OWN_CONFIG if environ.get(_OWN_CONFIG, "").strip() else _TF_CONFIG
@@ -224,12 +224,14 @@ class SlurmClusterResolver(ClusterResolver):
     ``block`` or ``cyclic``), and None elsewhere.
     """
 
-    def __init__(self, *, port: int = 8888, environ: launchers.Environment | None = None) -> None:
+    def __init__(
+        self, *, port: int = 8888, environ: launcher_environment.Environment | None = None
+    ) -> None:
         environ = os.environ if environ is None else environ
         super().__init__(
-            launchers.SRUN,
-            launchers.slurm_position(environ),
-            launchers.slurm_spec(environ, _port(port)),
+            launcher_environment.SRUN,
+            launcher_environment.slurm_position(environ),
+            launcher_environment.slurm_spec(environ, _port(port)),
         )
 
 
@@ -250,11 +252,11 @@ class MPIClusterResolver(ClusterResolver):
         No launcher started this process, or a variable is malformed.
     """
 
-    def __init__(self, *, environ: launchers.Environment | None = None) -> None:
+    def __init__(self, *, environ: launcher_environment.Environment | None = None) -> None:
         environ = os.environ if environ is None else environ
-        found = launchers.find(environ)
+        found = launcher_environment.find(environ)
         if found is None:
-            raise ClusterError(launchers.why_none(environ))
+            raise ClusterError(launcher_environment.why_none(environ))
         super().__init__(*found)
 
 
@@ -291,7 +293,7 @@ class KubernetesClusterResolver(ClusterResolver):
         *,
         service: str | None = None,
         port: int = 8888,
-        environ: launchers.Environment | None = None,
+        environ: launcher_environment.Environment | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
         if _COMPLETION_INDEX not in environ:
@@ -305,9 +307,9 @@ class KubernetesClusterResolver(ClusterResolver):
                     f"{_NUM_WORKERS} is not set, and Kubernetes does not tell a pod how many there "
                     f"are: set it to the Job's completions, or pass num_workers"
                 )
-            num_workers = launchers.number(environ, _NUM_WORKERS, 1)
+            num_workers = launcher_environment.number(environ, _NUM_WORKERS, 1)
         num_workers = _integer("num_workers", num_workers, 1, math.inf)
-        index = launchers.number(environ, _COMPLETION_INDEX, 0, num_workers)
+        index = launcher_environment.number(environ, _COMPLETION_INDEX, 0, num_workers)
         service = environ.get("DVKERNELS_SERVICE") if service is None else service
         # A pod is named for its Job and its index, and is alone: pods are hosts.
         job = environ.get("HOSTNAME", "").removesuffix(f"-{index}")
@@ -318,7 +320,7 @@ class KubernetesClusterResolver(ClusterResolver):
         super().__init__("Kubernetes", position, ClusterSpec(spec))
 
 
-def default_resolver(environ: launchers.Environment | None = None) -> ClusterResolver:
+def default_resolver(environ: launcher_environment.Environment | None = None) -> ClusterResolver:
     """Return the resolver of whoever started this process.
 
     In this order: an MPI launcher or ``srun``; the JSON of ``DVKERNELS_CLUSTER`` or ``TF_CONFIG``;
@@ -350,9 +352,9 @@ def default_resolver(environ: launchers.Environment | None = None) -> ClusterRes
     SimpleClusterResolver(explicit: worker 0 of 1, 0 of 1 on this host)
     """
     environ = os.environ if environ is None else environ
-    found = launchers.find(environ)
+    found = launcher_environment.find(environ)
     if found is not None:
-        by_srun = found[0] == launchers.SRUN
+        by_srun = found[0] == launcher_environment.SRUN
         return (SlurmClusterResolver if by_srun else MPIClusterResolver)(environ=environ)
     if environ.get(_OWN_CONFIG, "").strip() or environ.get(_TF_CONFIG, "").strip():
         return TFConfigClusterResolver(environ=environ)

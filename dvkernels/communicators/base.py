@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from dvkernels.communicators.levels import Levels
+from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.reduce_op import Reduction
 
 __all__ = ["Communicator", "Workers"]
@@ -62,7 +62,7 @@ class Workers(Communicator, Protocol):
     def all_reduce_columns(
         self,
         columns: Sequence[Sequence[Any]],
-        how: Levels,
+        how: Accumulation,
         outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
         """Return the reductions of many values over all replicas of all workers.

@@ -11,7 +11,7 @@ import numpy as np
 
 from dvkernels.communicators.base import Communicator
 from dvkernels.communicators.hierarchical import Hierarchical
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -146,7 +146,7 @@ def _packed(arrays: Sequence[Any]) -> Any:
     Which of them share a bucket does not depend on where they lie: that may differ among workers.
     """
     first = next((array for array in arrays if not isinstance(array, np.ndarray)), arrays[0])
-    held = memory.holding(first)
+    held = array_memory.holding(first)
     flat = [held.near(array, first).reshape(-1) for array in arrays]
     return held.apply(lambda *parts: np.concatenate(parts), *flat)
 
@@ -154,12 +154,12 @@ def _packed(arrays: Sequence[Any]) -> Any:
 def _unpacked(part: Any, array: Any) -> Any:
     """Return a part of a bucket, where an array lies."""
     if isinstance(array, np.ndarray):
-        return memory.holding(part).to_host(part)
-    return memory.holding(array).near(part, array)
+        return array_memory.holding(part).to_host(part)
+    return array_memory.holding(array).near(part, array)
 
 
 def _written(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     """Return arrays that each have taken over a value, which lies beside it."""
     for target, value in zip(targets, values, strict=True):
-        memory.holding(target).apply(operator.setitem, target, ..., value)
+        array_memory.holding(target).apply(operator.setitem, target, ..., value)
     return [*targets]

@@ -9,11 +9,11 @@ from typing import Any, final
 
 import numpy as np
 
-from dvkernels.communicators import levels
+from dvkernels.communicators import accumulation
+from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.base import Communicator, Workers
-from dvkernels.communicators.levels import Levels
 from dvkernels.custom_reduction import CustomReduction
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
@@ -55,14 +55,14 @@ class Hierarchical:
         """Reduce into new arrays, or into ``out``."""
         if self._is_flat:
             return self._workers.all_reduce(values, op, out)
-        how = levels.of(op, values[0].dtype, self.size)
+        how = accumulation.of(op, values[0].dtype, self.size)
         results = self._workers.all_reduce_columns([values], how, None if out is None else [out])
         if results is not None:
             return results[0]
         total = self.reduce(values, op)
         if out is None:
             return _one_for_each(total, values)
-        held = memory.holding(total)
+        held = array_memory.holding(total)
         for target in out:
             held.apply(operator.setitem, target, ..., held.near(total, target))
         return list(out)
@@ -93,18 +93,18 @@ class Hierarchical:
             results |= zip(alike, reduced, strict=True)
         return [results[k] for k in range(len(columns))]
 
-    def _levels_of(self, op: Reduction, dtype: np.dtype[Any]) -> Levels:
+    def _levels_of(self, op: Reduction, dtype: np.dtype[Any]) -> Accumulation:
         if self._is_flat:  # one level: the kernels round and divide
-            return Levels(op, dtype, 1)
-        return levels.of(op, dtype, self.size)
+            return Accumulation(op, dtype, 1)
+        return accumulation.of(op, dtype, self.size)
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""
         if self._is_flat:
             return self._workers.reduce(values, op)
         dtype = values[0].dtype
-        how = levels.of(op, dtype, self.size)
-        held = memory.holding(values[0])
+        how = accumulation.of(op, dtype, self.size)
+        held = array_memory.holding(values[0])
         wide = [held.apply(_as, value, how.wide) for value in values]
         part = self._inside.reduce(wide, how.op)
         if isinstance(part, np.generic):
@@ -116,7 +116,7 @@ class Hierarchical:
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce, and give each rank its part."""
         total = self.reduce(values, op)
-        held = memory.holding(total)
+        held = array_memory.holding(total)
         bounds = (
             partition.bounds(len(total), self.size, self._first + k) for k in range(len(values))
         )
@@ -127,7 +127,7 @@ class Hierarchical:
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
-        held = memory.holding(values[0])
+        held = array_memory.holding(values[0])
         near = [held.near(value, values[0]) for value in values]
         own = held.apply(lambda *parts: np.concatenate(parts, axis), *near)
         return _one_for_each(self._workers.all_gather([own], axis)[0], values)
@@ -141,7 +141,7 @@ class Hierarchical:
 
 def _one_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
     """Return the array where the first value lies, and a copy where each other one does."""
-    held = memory.holding(array)
+    held = array_memory.holding(array)
     return [
         held.near(array, values[0]),
         *(held.beside(array, value) for value in values[1:]),

@@ -6,8 +6,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any, final
 
-from dvkernels.devices import memory
-from dvkernels.kernels import twins
+from dvkernels.devices import array_memory
+from dvkernels.kernels import backends
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -35,7 +35,7 @@ class Local:
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
     ) -> list[Any]:
         """Reduce into new arrays, or into ``out``."""
-        kernels, algorithm = twins.of(values[0]), self._algorithm
+        kernels, algorithm = backends.of(values[0]), self._algorithm
         results: list[Any]
         if out is None:
             results = kernels.all_reduce_new(values, op, algorithm)
@@ -47,19 +47,19 @@ class Local:
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""
-        return twins.of(values[0]).reduce(values, op)
+        return backends.of(values[0]).reduce(values, op)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce each rank's part into a new array."""
-        results: list[Any] = twins.of(values[0]).reduce_scatter(values, op)
+        results: list[Any] = backends.of(values[0]).reduce_scatter(values, op)
         return results
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
-        results: list[Any] = twins.of(values[0]).all_gather(values, axis)
+        results: list[Any] = backends.of(values[0]).all_gather(values, axis)
         return results
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
         source = values[root]
-        return [memory.holding(source).beside(source, value) for value in values]
+        return [array_memory.holding(source).beside(source, value) for value in values]

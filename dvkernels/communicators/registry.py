@@ -7,13 +7,13 @@ import platform
 from collections.abc import Sequence
 
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators import host_memory
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
-from dvkernels.communicators.staged import Staged
+from dvkernels.communicators.workers.gpu.staged import Staged
+from dvkernels.communicators.workers.shm import available
 from dvkernels.devices.base import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 
@@ -24,7 +24,7 @@ __all__: list[str] = []
 _ALGORITHMS = {"auto": "auto", "direct": "direct", "hierarchical": "auto", "ring": "ring"}
 
 
-# Between hosts: see schedules/cost.py. Other names leave it to the model.
+# Between hosts: see schedules/cost_model.py. Other names leave it to the model.
 _WAYS = {"direct": "exchange", "ring": "ring"}
 
 
@@ -47,15 +47,15 @@ def between_workers(
         )
     if resolver.num_workers == 1:
         return Single()
-    host_memory.check_for_mpi(resolver, os.environ, platform.node())
+    available.check_for_mpi(resolver, os.environ, platform.node())
     try:
-        from dvkernels.communicators import mpi
+        from dvkernels.communicators.workers import connect
     except ImportError as error:
         raise ClusterError(
             f"{resolver!r} has others to talk to, and MPI carries that: install mpi4py and an MPI "
             f"(pip install 'dvkernels[mpi]' mpich); importing it failed: {error}"
         ) from error
-    return mpi.connect(resolver, timeout_seconds, _WAYS.get(_named(cross_device_ops), "auto"))
+    return connect.connect(resolver, timeout_seconds, _WAYS.get(_named(cross_device_ops), "auto"))
 
 
 def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
@@ -66,11 +66,11 @@ def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
     told = workers.exchange(are_on_gpus)
     if len(told) == 1 or not any(told):
         return workers
-    from dvkernels.communicators.straight import Straight
-    from dvkernels.communicators.workers import WorkerGroup
+    from dvkernels.communicators.workers.gpu.direct import GpuDirect
+    from dvkernels.communicators.workers.group import WorkerGroup
 
     if all(told) and isinstance(workers, WorkerGroup) and workers.gpu_comms:
-        return Staged(workers, straight=Straight(workers))
+        return Staged(workers, straight=GpuDirect(workers))
     return Staged(workers)
 
 
@@ -104,7 +104,7 @@ def between_all(
     main = between_replicas(inside, workers, counts)
     background = between_replicas(inside, workers.beside(), counts)
     if asks_for_nccl:
-        from dvkernels.communicators import nccl
+        from dvkernels.communicators.nccl import communicator as nccl
 
         main = nccl.Nccl(devices, workers=workers, rest=main)
         # NCCL wants one order of calls on all workers, and a second thread has its own.

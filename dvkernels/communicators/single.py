@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from dvkernels.communicators.levels import Levels
+from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -26,7 +26,7 @@ class Single:
     def all_reduce_columns(
         self,
         columns: Sequence[Sequence[Any]],
-        how: Levels,
+        how: Accumulation,
         outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
         """Return None: replicas of one worker meet without it."""

@@ -1,1 +1,5 @@
-"""Batches in order: datasets as chains of nodes, and their distribution over replicas."""
+"""Datasets: chains of sources and transforms, and iterators that resume from a position.
+
+Imports: deadlines, devices, enumeration, errors, kernels, nest, profiler, reduce_op, schedules,
+threads, user_errors, values.
+"""

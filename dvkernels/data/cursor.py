@@ -7,15 +7,15 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels.data.nest import owned
+from dvkernels.data.array_nest import owned
+from dvkernels.data.error_policy import skipping
+from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.node import Node
-from dvkernels.data.skips import skipping
-from dvkernels.data.turn import Turn
 
-__all__ = ["Cursor", "Place"]
+__all__ = ["Cursor", "EpochPosition"]
 
 
-class Place(NamedTuple):
+class EpochPosition(NamedTuple):
     """Where a cursor is: what comes next, and what the nodes must remember to make it."""
 
     epoch: int
@@ -34,7 +34,7 @@ class Cursor(Iterator[Any]):
 
     def __init__(self, node: Node, epoch: int = 0, position: int = 0) -> None:
         self._shared = node
-        self._turn = Turn()
+        self._turn = MutualExclusion()
         # What nodes need while it goes, their workers say; None: nobody has looked yet.
         self._held: list[object] | None = None
         self._pid = 0  # of the process that holds it
@@ -42,9 +42,9 @@ class Cursor(Iterator[Any]):
         self.move_to(epoch, position)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> EpochPosition:
         """Where the cursor is."""
-        return Place(self.epoch, self.position, self.memory)
+        return EpochPosition(self.epoch, self.position, self.memory)
 
     def move_to(self, epoch: int, position: int, memory: Sequence[Any] = ()) -> None:
         """Go to another place. Nothing is computed until the next element is asked for."""

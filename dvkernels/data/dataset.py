@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dvkernels.data.ahead import Ahead
 from dvkernels.data.checks import check_count, check_flag
 from dvkernels.data.cursor import Cursor
-from dvkernels.data.files import Files, FromFiles, FromIndexedFiles
-from dvkernels.data.live import FromLive
+from dvkernels.data.file_source import FileList, FromFiles, FromIndexedFiles
 from dvkernels.data.node import Length, Node
+from dvkernels.data.prefetch import Prefetcher
+from dvkernels.data.queue_source import FromQueue
 from dvkernels.data.shuffle import Shuffle, WindowedShuffle
 from dvkernels.data.sources import FromArrays, FromIterable, FromSequence, Range, SupportsIndexing
-from dvkernels.data.stateful import FromSource, FromStatefulIterable, Source
+from dvkernels.data.stateful_source import FromSource, FromStatefulIterable, Source
 from dvkernels.data.transforms import (
     Batch,
     Filter,
@@ -231,7 +231,7 @@ class Dataset:
             Its ``open(epoch, state)`` returns a reader with ``__next__()`` and ``state()``. The
             state is part of the iterator's: nothing is replayed, but what a transform needs to
             find its place again (a window of :meth:`shuffle`). See
-            :class:`dvkernels.data.stateful.Source`.
+            :class:`dvkernels.data.stateful_source.Source`.
 
         Examples
         --------
@@ -295,14 +295,14 @@ class Dataset:
         >>> list(Dataset.from_live(arrived, batch_size=2, max_wait_seconds=0.5))
         [array([1, 2]), array([3])]
         """
-        return cls(FromLive(source, batch_size, max_wait_seconds, end))
+        return cls(FromQueue(source, batch_size, max_wait_seconds, end))
 
     @property
     def files(self) -> tuple[str, ...]:
         """The paths that :meth:`from_files` was given; none for other sources."""
         node: Node | None = self._node
         while node is not None:
-            if isinstance(node, Files):
+            if isinstance(node, FileList):
                 return node.files
             node = node.source
         return ()
@@ -499,7 +499,7 @@ class Dataset:
     def __iter__(self) -> Iterator[Any]:
         depth = prefetch_depth(self._node)
         epoch = self._epoch or 0
-        return Ahead(self._node, epoch, 0, depth) if depth else Cursor(self._node, epoch)
+        return Prefetcher(self._node, epoch, 0, depth) if depth else Cursor(self._node, epoch)
 
     def __len__(self) -> int:
         return known_length(self._node.length)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.data.nest import as_array, flatten, leaf_names, outline
+from dvkernels.data.array_nest import as_array, flatten, leaf_names, outline
 from dvkernels.data.node import Node
 
 __all__ = ["fingerprint", "kinds_of"]

@@ -21,10 +21,10 @@ from typing import Any, Self
 import numpy as np
 
 from dvkernels import user_errors
-from dvkernels.data.marks import Marks
-from dvkernels.data.nest import leading_length, slice_rows
-from dvkernels.data.skips import skipping
-from dvkernels.data.stack import Stack
+from dvkernels.data.array_nest import leading_length, slice_rows
+from dvkernels.data.error_policy import skipping
+from dvkernels.data.resume_points import ResumePoints
+from dvkernels.data.stacking import Stack
 from dvkernels.errors import DatasetError
 
 __all__ = ["Cut", "EmptyRunError", "Indices", "Length", "Node", "add_note", "callable_name"]
@@ -60,7 +60,7 @@ class Node(abc.ABC):
     # What the node remembers at the start of an epoch; None if it remembers nothing.
     first_mark: Any = None
     remembers = False
-    marks: Marks | None = None  # Set in the chain of one iterator only.
+    marks: ResumePoints | None = None  # Set in the chain of one iterator only.
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -205,7 +205,7 @@ class Node(abc.ABC):
         if self.source is not None:
             twin.source = self.source.own_chain()
         if self.remembers:
-            twin.marks = Marks(self.first_mark)
+            twin.marks = ResumePoints(self.first_mark)
         return twin
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dvkernels.data.nest import owned
+from dvkernels.data.array_nest import owned
 
 __all__ = ["Outcome", "outcome_of", "owned_outcome_of"]
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.data.array_nest import owned
 from dvkernels.data.checks import LARGEST, LARGEST_INDEX, check_count, check_flag
-from dvkernels.data.nest import owned
 from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
-from dvkernels.kernels import twins
+from dvkernels.kernels import backends
 
 __all__ = ["BLOCK_LENGTH", "Shuffle", "WindowedShuffle", "permute", "round_keys"]
 
@@ -64,7 +64,7 @@ def permute(positions: Indices, length: int, keys: tuple[int, ...]) -> Indices:
     # Most networks are even permutations; one more swap makes half of them odd.
     swaps = bool(keys[-1] & 1) and length > 1
     words = np.array(keys[:num_rounds], np.uint64)
-    order: Indices = twins.permutation().permute(positions, length, base, words, swaps)
+    order: Indices = backends.permutation().permute(positions, length, base, words, swaps)
     return order
 
 

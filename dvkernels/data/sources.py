@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dvkernels.data.array_nest import as_array, flatten, is_flat_tuple, leaf_names, outline
 from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag, check_ordered
-from dvkernels.data.nest import as_array, flatten, is_flat_tuple, leaf_names, outline
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError

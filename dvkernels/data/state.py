@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dvkernels.data.checks import check_count
-from dvkernels.data.cursor import Place
-from dvkernels.data.encoding import decode, encode
+from dvkernels.data.cursor import EpochPosition
 from dvkernels.data.node import Node
+from dvkernels.data.state_encoding import decode, encode
 from dvkernels.data.transforms import Batch, Map, Prefetch, Repeat
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
 __all__ = [
-    "Saved",
+    "SavedPosition",
     "check_same",
     "read_state",
     "read_workers_state",
@@ -45,10 +45,10 @@ _FORMATS = {
 _MEMBER = "load_state_dict"
 
 
-class Saved(NamedTuple):
+class SavedPosition(NamedTuple):
     """Where to go, how far each lane of files is if there are any, and in which data."""
 
-    place: Place
+    place: EpochPosition
     lanes: list[int] | None = None
     element: str | None = None  # the outline of its elements, as far as one had been delivered
     fingerprint: str | None = None
@@ -56,7 +56,7 @@ class Saved(NamedTuple):
 
 def write_state(
     node: Node,
-    place: Place,
+    place: EpochPosition,
     lanes: Sequence[int] | None,
     element: str | None,
     fingerprint: str | None,
@@ -116,7 +116,7 @@ def read_workers_state(
     return epoch, states
 
 
-def read_state(node: Node, state: object) -> Saved:
+def read_state(node: Node, state: object) -> SavedPosition:
     """Return where to go; raise :class:`DatasetError` unless it is a state of ``node``."""
     _check_resumable(_MEMBER, node)
     state = _check_frame(
@@ -140,7 +140,7 @@ def read_state(node: Node, state: object) -> Saved:
                 f"other; got version {version}, {shown(state.get(key))}; the state is damaged"
             )
     if version == _VERSION_WITH_LANES:
-        return Saved(Place(epoch, position), _read_lanes(state[_LANES]), *about)
+        return SavedPosition(EpochPosition(epoch, position), _read_lanes(state[_LANES]), *about)
     if node.length is not None and position > node.length:
         raise DatasetError(
             f"{_MEMBER}: expected a position of at most {node.length}, the number of elements an "
@@ -159,7 +159,7 @@ def read_state(node: Node, state: object) -> Saved:
                 f"{_MEMBER}: expected a {_MEMORY} of {len(memory) - len(left)} entries for this "
                 f"pipeline; got {len(memory)}; the state is damaged"
             )
-    return Saved(Place(epoch, position, memory), None, *about)
+    return SavedPosition(EpochPosition(epoch, position, memory), None, *about)
 
 
 def _check_frame(

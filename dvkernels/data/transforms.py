@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.data.array_nest import concatenate, owned, slice_rows, take
 from dvkernels.data.checks import LARGEST_INDEX, check_count, check_flag, check_function_of_one
-from dvkernels.data.nest import concatenate, owned, slice_rows, take
+from dvkernels.data.error_policy import skipping
+from dvkernels.data.map_workers import KINDS, MapWorkers, check_sendable
 from dvkernels.data.node import (
     Cut,
     Indices,
@@ -20,9 +22,7 @@ from dvkernels.data.node import (
     callable_name,
 )
 from dvkernels.data.outcome import Outcome, outcome_of
-from dvkernels.data.skips import skipping
-from dvkernels.data.stack import Stack
-from dvkernels.data.workers import KINDS, Workers, check_sendable
+from dvkernels.data.stacking import Stack
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
@@ -118,7 +118,7 @@ class Map(_Transform):
             check_sendable(fn)
         super().__init__(source, source.length)
         self._fn = fn
-        self._workers = Workers(fn, count, workers) if count else None
+        self._workers = MapWorkers(fn, count, workers) if count else None
         self.is_held = self._workers is not None
 
     def hold(self) -> object:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from dvkernels.data.nest import owned
+from dvkernels.data.array_nest import owned
+from dvkernels.data.error_policy import skipping
 from dvkernels.data.node import Indices, Length, Node
-from dvkernels.data.skips import skipping
 
 __all__ = ["Zip"]
 

@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from dvkernels.cluster import launchers, processes
+from dvkernels.cluster import launcher_environment, procfs
 from dvkernels.cluster.position import Position
 
 __all__: list[str] = []
@@ -23,7 +23,7 @@ def usable_cores() -> int:
     """
     quota = cgroup_quota(Path("/sys/fs/cgroup"))
     own = _affinity(0)
-    found = launchers.find(os.environ)
+    found = launcher_environment.find(os.environ)
     num_local = 1 if found is None else found[1].num_local_workers or 1
     if found is None or num_local == 1:
         return share(own, own, quota, 1)
@@ -89,10 +89,10 @@ def _launcher_above(found: tuple[str, Position]) -> int:
     """
     pid = os.getppid()
     while pid > 1:
-        environment = processes.environment_of(pid)  # of another user, such as slurmstepd: None
-        if environment is None or launchers.find(environment) != found:
+        environment = procfs.environment_of(pid)  # of another user, such as slurmstepd: None
+        if environment is None or launcher_environment.find(environment) != found:
             return pid
-        pid = processes.parent_of(pid)
+        pid = procfs.parent_of(pid)
     return 0
 
 

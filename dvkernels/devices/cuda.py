@@ -19,14 +19,15 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from dvkernels.devices import driver, errand
+from dvkernels.devices import driver
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
+from dvkernels.threads import shielded
 
-__all__ = ["Arrays", "arrays", "devices", "is_simulated", "missing"]
+__all__ = ["ArrayLibrary", "arrays", "devices", "is_simulated", "missing"]
 
 
-class Arrays(Protocol):
+class ArrayLibrary(Protocol):
     """Arrays of CUDA devices: the seam to the library that makes them."""
 
     def empty(
@@ -229,11 +230,11 @@ def require(verb: str) -> None:
 
 
 @functools.cache
-def arrays() -> Arrays:
+def arrays() -> ArrayLibrary:
     """Return the twin of this process: the simulator's arrays, or CuPy's."""
     require("arrays on a GPU")
     kind = _SimulatedArrays if is_simulated() else _CuPyArrays
-    return cast(Arrays, errand.beyond_interrupts(kind))  # which imports Numba, or CuPy
+    return cast(ArrayLibrary, shielded.beyond_interrupts(kind))  # which imports Numba, or CuPy
 
 
 def as_numba(array: Any) -> Any:
@@ -364,10 +365,10 @@ class _SimulatedArrays:
     def __init__(self) -> None:
         from numba import cuda
 
-        from dvkernels.devices import simulated
+        from dvkernels.devices import simulated_arrays
 
         untyped: Any = cuda
-        self._kind = simulated.kind_of(type(untyped.device_array(1)))
+        self._kind = simulated_arrays.kind_of(type(untyped.device_array(1)))
 
     def empty(
         self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None

@@ -2,6 +2,8 @@
 
 Every function takes one array per replica and picks the twin, CPU or CUDA, from where they lie.
 Nothing is compiled, and Numba is not imported, until a function is called.
+
+Imports: custom_reduction, deadlines, devices, errors, reduce_op, schedules, threads.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices import cuda as _cuda_devices
-from dvkernels.devices import foreign
+from dvkernels.devices import interop
 from dvkernels.errors import DeviceError
-from dvkernels.kernels import checks, twins
+from dvkernels.kernels import backends, checks
 from dvkernels.reduce_op import Reduction
 
 __all__ = [
@@ -37,9 +39,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a twin when it is first named."""
     if name == "cpu":
-        return twins.cpu()
+        return backends.cpu()
     if name == "cuda":
-        return twins.cuda()
+        return backends.cuda()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -50,12 +52,12 @@ def _twin(verb: str, buffers: Any) -> tuple[Any, Any]:
     except Exception:  # not a sequence, or nothing in it
         buffers = checks.listed(verb, buffers)
         first = buffers[0] if buffers else None
-    if type(first) is not np.ndarray and foreign.is_on_gpu(first):
+    if type(first) is not np.ndarray and interop.is_on_gpu(first):
         problem = _cuda_devices.missing()
         if problem:
             raise DeviceError(f"{verb}: replica 0 is in GPU memory, and {problem}")
-        return twins.cuda(), buffers
-    return twins.cpu(), buffers
+        return backends.cuda(), buffers
+    return backends.cpu(), buffers
 
 
 def all_reduce(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.devices import foreign
+from dvkernels.devices import interop
 from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import (
     AlgorithmError,
@@ -323,7 +323,7 @@ def _view(verb: str, buffer: Any, who: str) -> Array:
     if isinstance(buffer, np.ndarray):
         refuse_masked(buffer, f"{verb} needs arrays: {who}")
         return buffer.view(np.ndarray)
-    seen: Array = foreign.view(verb, buffer, who)
+    seen: Array = interop.view(verb, buffer, who)
     return seen
 
 

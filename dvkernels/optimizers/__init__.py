@@ -1,4 +1,8 @@
-"""Recipes over the fused kernels: gradients reduced and variables updated in one pass."""
+"""Optimizers: recipes over the fused kernels, which reduce gradients and update variables at once.
+
+Imports: communicators, context, devices, errors, kernels, profiler, reduce_op, replicas,
+user_errors, values, variables.
+"""
 
 from dvkernels.optimizers.adam import Adam as Adam
 from dvkernels.optimizers.adam import AdamW as AdamW

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.optimizers.optimizer import checked
 from dvkernels.values import regroup
-from dvkernels.values.arrays import as_array
+from dvkernels.values.array_leaves import as_array
 
 __all__ = ["clip_by_global_norm"]
 
@@ -62,12 +62,14 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
         raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
     leaves, structure = regroup.flatten(gradients)
     arrays = [
-        _floating(as_array(leaf, "clip_by_global_norm", 0, memory.seeing(leaf))) for leaf in leaves
+        _floating(as_array(leaf, "clip_by_global_norm", 0, array_memory.seeing(leaf)))
+        for leaf in leaves
     ]
-    norm = math.hypot(*(memory.holding(array).apply(_norm, array) for array in arrays))
+    norm = math.hypot(*(array_memory.holding(array).apply(_norm, array) for array in arrays))
     factor = (1.0 if norm <= limit else limit / norm) if math.isfinite(norm) else math.nan
     clipped = [
-        memory.holding(array).apply(_scaled, array, array.dtype.type(factor)) for array in arrays
+        array_memory.holding(array).apply(_scaled, array, array.dtype.type(factor))
+        for array in arrays
     ]
     return regroup.unflatten(structure, clipped), norm
 

@@ -17,8 +17,8 @@ from dvkernels.errors import (
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.user_errors import shown
-from dvkernels.values import regroup, weights
-from dvkernels.values.arrays import as_array
+from dvkernels.values import regroup, replica_weights
+from dvkernels.values.array_leaves import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import Variable
@@ -98,7 +98,7 @@ def weights_of(weight: Any, variables: Sequence[Variable], op: ReduceOp) -> list
     if weight is None:
         return None
     each = weight.values if isinstance(weight, PerReplica) else [weight]
-    found = [weights.checked(one, VERB, op) for one in each]
+    found = [replica_weights.checked(one, VERB, op) for one in each]
     if not variables:
         return None
     count = variables[0].owner.num_local

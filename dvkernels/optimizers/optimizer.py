@@ -9,15 +9,15 @@ from typing import Any, NoReturn, Self
 
 from dvkernels import context, user_errors
 from dvkernels.communicators.bucketing import all_reduce_each
-from dvkernels.communicators.rendezvous import Request, Same
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 from dvkernels.errors import CollectiveMismatchError, ContextError
-from dvkernels.kernels import twins
-from dvkernels.optimizers import gradients, saved
+from dvkernels.kernels import backends
+from dvkernels.optimizers import gradients, saved_state
 from dvkernels.optimizers.slots import Kept, Slots
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.replicas.rendezvous import CollectiveCall, Same
 from dvkernels.user_errors import shown
-from dvkernels.values import functions, scalars, weights
+from dvkernels.values import function_checks, replica_weights, scalar_checks
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__ = ["Optimizer"]
@@ -43,7 +43,7 @@ class Optimizer(abc.ABC):
 
     def __init__(self, learning_rate: LearningRate) -> None:
         if callable(learning_rate):
-            functions.check("learning_rate", learning_rate)
+            function_checks.check("learning_rate", learning_rate)
         else:
             learning_rate = checked(learning_rate, "learning_rate", 0)
         self._learning_rate = learning_rate
@@ -131,7 +131,7 @@ class Optimizer(abc.ABC):
         of it.
         """
         entries = [
-            saved.entry(variable, int(kept.steps), kept.slots, self.slot_names)
+            saved_state.entry(variable, int(kept.steps), kept.slots, self.slot_names)
             for variable, kept in self._slots.living()
         ]
         return {
@@ -166,10 +166,10 @@ class Optimizer(abc.ABC):
         ``ValueError``, since it might be that one.
         """
         self._check_across("load_state_dict")
-        iterations = saved.checked_progress(state, self.slot_names)
-        entries = saved.checked_entries(state.get("variables"), self.slot_names)
+        iterations = saved_state.checked_progress(state, self.slot_names)
+        entries = saved_state.checked_entries(state.get("variables"), self.slot_names)
         known = self.slotted if variables is None else tuple(variables)
-        chosen, pending = saved.matched(entries, known, is_ordered=variables is not None)
+        chosen, pending = saved_state.matched(entries, known, is_ordered=variables is not None)
         self._slots = Slots.of(chosen, pending, self.slot_names)
         self._iterations = iterations
 
@@ -181,8 +181,8 @@ class Optimizer(abc.ABC):
 
     def set_progress(self, state: Any) -> None:
         """Take over what :meth:`progress` returned; raise ValueError for anything else."""
-        iterations = saved.checked_progress(state, self.slot_names)
-        self._slots.pending = saved.checked_entries(state.get("pending", []), self.slot_names)
+        iterations = saved_state.checked_progress(state, self.slot_names)
+        self._slots.pending = saved_state.checked_entries(state.get("pending", []), self.slot_names)
         self._iterations = iterations
 
     @property
@@ -268,7 +268,7 @@ class Optimizer(abc.ABC):
             self._across(listed, reduction, weight)
             return
         if weight is not None:
-            weight = weights.checked(replica.own(weight), gradients.VERB, reduction)
+            weight = replica_weights.checked(replica.own(weight), gradients.VERB, reduction)
         own = [(replica.own(gradient), variable) for gradient, variable in listed]
         present = [pair for pair in own if pair[0] is not None]
         variables = gradients.variables_of(present, reduction)
@@ -292,7 +292,7 @@ class Optimizer(abc.ABC):
         )
         weighted = None if weight is None else "weighted"
         terms = (Same(id(self)), reduction.value, weighted, *named)
-        replica.meet(Request(gradients.VERB, terms, (brought, weight), act))
+        replica.meet(CollectiveCall(gradients.VERB, terms, (brought, weight), act))
 
     def _across(self, listed: list[tuple[Any, Variable]], op: ReduceOp, weight: Any) -> None:
         """Take a step in cross-replica context, or outside every scope."""
@@ -305,7 +305,7 @@ class Optimizer(abc.ABC):
             self._reduce(variables, columns, op, each, absent)
             return
         if each is not None:  # of equal gradients it is the mean, but that there must be one
-            weights.shares_over(each, variables[0].owner.workers, gradients.VERB)
+            replica_weights.shares_over(each, variables[0].owner.workers, gradients.VERB)
         self._step(variables, columns, op, None)
 
     def _reduce(
@@ -326,10 +326,10 @@ class Optimizer(abc.ABC):
         owner = variables[0].owner
         shares = None
         if each is not None:
-            shares = weights.shares_over(each, owner.workers, gradients.VERB)
+            shares = replica_weights.shares_over(each, owner.workers, gradients.VERB)
         is_alone = owner.workers.size == 1
-        if shares is not None and not (is_alone and owner.memory is memory.HOST):
-            columns, op, shares = weights.shares_of(columns, shares), ReduceOp.SUM, None
+        if shares is not None and not (is_alone and owner.memory is array_memory.HOST):
+            columns, op, shares = replica_weights.shares_of(columns, shares), ReduceOp.SUM, None
         if not is_alone:
             try:
                 reduced = all_reduce_each(owner.communicator, columns, op)
@@ -356,7 +356,7 @@ class Optimizer(abc.ABC):
         states += [[copies_of(one.slots[name]) for one in kept] for name in names]
         reduction = {"op": op} if shares is None else {"op": ReduceOp.SUM, "shares": shares}
         taken = [int(one.steps) for one in kept]
-        self._update(twins.of(states[0][0][0]).optimizers, columns, states, taken, reduction)
+        self._update(backends.of(states[0][0][0]).optimizers, columns, states, taken, reduction)
         for one in kept:
             one.steps[...] += 1
         self._iterations = max(self._iterations, max(taken) + 1)
@@ -364,7 +364,7 @@ class Optimizer(abc.ABC):
 
 def checked(number: Any, name: str, least: float, below: float = float("inf")) -> float:
     """Return a setting as a float in ``[least, below)``, else raise ValueError."""
-    value = scalars.real(number)
+    value = scalar_checks.real(number)
     if not least <= value < below:
         limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")
         raise ValueError(f"{name} must be a finite number, {limits}; got {shown(number, 60)}")

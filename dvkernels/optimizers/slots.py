@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvkernels.optimizers import saved
+from dvkernels.optimizers import saved_state
 from dvkernels.variables.variable import Variable, companion, on_copy
 
 __all__: list[str] = []
@@ -32,15 +32,15 @@ class Slots:
     not come yet.
     """
 
-    def __init__(self, pending: Sequence[saved.Entry] = ()) -> None:
+    def __init__(self, pending: Sequence[saved_state.Entry] = ()) -> None:
         self.pending = [*pending]
         self._kept: dict[int, tuple[weakref.ref[Variable], Kept]] = {}
 
     @classmethod
     def of(
         cls,
-        chosen: Iterable[tuple[Variable, saved.Entry]],
-        pending: Sequence[saved.Entry],
+        chosen: Iterable[tuple[Variable, saved_state.Entry]],
+        pending: Sequence[saved_state.Entry],
         names: Sequence[str],
     ) -> Slots:
         """Return what a state holds, where it is known whose that is."""
@@ -53,7 +53,7 @@ class Slots:
         """Return what is kept for variables; for new ones what was loaded, or zeros."""
         new = [variable for variable in variables if not self.has(variable)]
         if new:
-            taken = saved.taken(new, self.pending)
+            taken = saved_state.taken(new, self.pending)
             made = [
                 _made(variable, entry, names) for variable, entry in zip(new, taken, strict=True)
             ]
@@ -107,7 +107,7 @@ class Slots:
         return made
 
 
-def _made(variable: Variable, entry: saved.Entry | None, names: Sequence[str]) -> Kept:
+def _made(variable: Variable, entry: saved_state.Entry | None, names: Sequence[str]) -> Kept:
     content = {} if entry is None else entry["slots"]
     slots = {name: companion(variable, name, content.get(name)) for name in names}
     return Kept(slots, np.array(0 if entry is None else entry["steps"], np.int64))

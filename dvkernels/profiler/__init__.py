@@ -1,5 +1,8 @@
-"""What happened when, and what takes how much: a leaf that everything may report to."""
+"""The profiler: traces, debug mode and memory reports, which every room may record to.
 
-from dvkernels.profiler.accounts import MemoryReport as MemoryReport
-from dvkernels.profiler.accounts import memory as memory
+Imports: errors, reduce_op, user_errors.
+"""
+
+from dvkernels.profiler.memory_report import MemoryReport as MemoryReport
+from dvkernels.profiler.memory_report import memory as memory
 from dvkernels.profiler.tracing import trace as trace

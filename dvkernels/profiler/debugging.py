@@ -46,7 +46,7 @@ LOGGER.addHandler(logging.NullHandler())
 LOGGER.addFilter(_Naming())
 
 
-class Place(NamedTuple):
+class RunningReplica(NamedTuple):
     """Who runs: a replica in a step of a strategy."""
 
     strategy: str
@@ -57,27 +57,27 @@ class Place(NamedTuple):
         return f"replica {self.replica}, step {self.step} of {self.strategy}"
 
 
-class _Entry(NamedTuple):
+class _ReportedEntry(NamedTuple):
     seconds: float  # of time.perf_counter
-    place: Place
+    place: RunningReplica
     called: Any  # printed only if it must be
 
 
-class Watch:
+class DebugState:
     """What debug mode remembers while it is on."""
 
     def __init__(self, stall_seconds: float) -> None:
         self.stall_seconds = stall_seconds
-        self._entries: collections.deque[_Entry] = collections.deque(maxlen=_REMEMBERED)
+        self._entries: collections.deque[_ReportedEntry] = collections.deque(maxlen=_REMEMBERED)
         self._generation = 0
         self._reads: dict[int, tuple[int, int]] = {}
         self._warned: set[int] = set()
 
     # -- the flight recorder --------------------------------------------------------------------
 
-    def record(self, place: Place, called: Any) -> None:
+    def record(self, place: RunningReplica, called: Any) -> None:
         """Remember that a replica called a collective."""
-        self._entries.append(_Entry(time.perf_counter(), place, called))
+        self._entries.append(_ReportedEntry(time.perf_counter(), place, called))
 
     def dump(self, strategy: str, step: int, error: BaseException) -> None:
         """Log the last collectives, because a step has failed."""
@@ -97,7 +97,7 @@ class Watch:
 
     # -- stalls ---------------------------------------------------------------------------------
 
-    def report_stall(self, place: Place, doing: str, threads: Sequence[int]) -> None:
+    def report_stall(self, place: RunningReplica, doing: str, threads: Sequence[int]) -> None:
         """Log who waits where, with the Python stack of each replica's thread."""
         frames = sys._current_frames()
         stacks = "\n".join(
@@ -135,7 +135,7 @@ class Watch:
 
 
 # What debug mode remembers; None: it is off.
-active: Watch | None = None
+active: DebugState | None = None
 
 
 class debug:
@@ -192,7 +192,7 @@ class debug:
         if not seconds > 0:
             raise ValueError(f"debug: stall_seconds is a positive number, got {stall_seconds!r}")
         self._before = active
-        active = Watch(seconds) if enabled else None
+        active = DebugState(seconds) if enabled else None
 
     def __enter__(self) -> debug:
         return self
@@ -202,12 +202,12 @@ class debug:
         active = self._before
 
 
-def here() -> Place | None:
+def here() -> RunningReplica | None:
     """Return what this thread runs, if debug mode was on when it began."""
     return getattr(_here, "place", None)
 
 
-def enter(place: Place | None) -> Place | None:
+def enter(place: RunningReplica | None) -> RunningReplica | None:
     """Say what this thread runs; return what it ran before."""
     before = here()
     _here.place = place

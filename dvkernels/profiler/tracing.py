@@ -18,15 +18,15 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 from dvkernels import user_errors
 from dvkernels.errors import ContextError
+from dvkernels.profiler.atomic_file import AtomicFile
 from dvkernels.profiler.debugging import LOGGER
-from dvkernels.profiler.output import Output
 
 __all__ = ["trace"]
 
 _MOST_SPANS = 1_000_000  # some 300 MB while they are held
 
 
-class _Span(NamedTuple):
+class _TraceEvent(NamedTuple):
     """Something that a thread did; times of ``time.perf_counter_ns``."""
 
     name: str
@@ -85,11 +85,11 @@ class trace:
             raise ContextError(
                 f"a trace is being recorded already, to {active._path}; end it first"
             )
-        self._output = Output(path)
+        self._output = AtomicFile(path)
         self._path = self._output.path
         self._pid = os.getpid()
         self._began = time.perf_counter_ns()
-        self._spans: list[_Span] = []
+        self._spans: list[_TraceEvent] = []
         self._lanes: dict[int, str] = {}
         self._num_dropped = 0
         active = self
@@ -139,7 +139,7 @@ class trace:
         if thread not in self._lanes:
             self._lanes[thread] = threading.current_thread().name
         ended = time.perf_counter_ns()
-        self._spans.append(_Span(name, category, began, ended, thread, about))
+        self._spans.append(_TraceEvent(name, category, began, ended, thread, about))
 
     def _events(self) -> Iterator[dict[str, Any]]:
         """Yield events of the Trace Event Format: complete ones in microseconds, and names."""

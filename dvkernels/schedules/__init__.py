@@ -1,4 +1,7 @@
-"""Who sends what when: pure integers, standard library only."""
+"""Schedules: which rank sends which segment when, and what that costs; standard library only.
+
+Imports: errors.
+"""
 
 from __future__ import annotations
 

@@ -12,20 +12,18 @@ import numpy as np
 from dvkernels import context, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
-from dvkernels.communicators.placement import Placement
-from dvkernels.communicators.rendezvous import Step
 from dvkernels.communicators.single import Single
 from dvkernels.context import Frame, ReplicaContext
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
-from dvkernels.data.epochs import EpochCount, Epochs
-from dvkernels.data.input_context import InputContext
-from dvkernels.data.options import InputOptions
-from dvkernels.data.share import Share
-from dvkernels.devices import memory, registry
+from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.input_context import InputContext
+from dvkernels.data.distributed.options import InputOptions
+from dvkernels.data.distributed.worker_share import WorkerShare
+from dvkernels.data.epoch_count import EpochCount, EpochCounts
+from dvkernels.devices import array_memory, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import spec
-from dvkernels.devices.order import StreamOrder
+from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.errors import (
     BufferMismatchError,
     ContextError,
@@ -35,14 +33,16 @@ from dvkernels.errors import (
 from dvkernels.nest import words_of
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.replicas.rendezvous import Rendezvous
+from dvkernels.replicas.runner import Runner
+from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.strategies.reduction import reduce_along
-from dvkernels.strategies.runner import Runner
-from dvkernels.strategies.streamed import StreamedRunner
 from dvkernels.user_errors import shown
-from dvkernels.values import functions, regroup
-from dvkernels.values.arrays import alike, as_array, gatherable
-from dvkernels.values.bound import Bound
+from dvkernels.values import function_checks, regroup
+from dvkernels.values.array_leaves import alike, as_array, gatherable
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
+from dvkernels.values.placement import Placement
+from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import (
@@ -70,7 +70,7 @@ class ValueContext:
 _READ = "next(iterator) of a distributed dataset"  # what workers agree on, in messages
 
 
-class Strategy(Bound):
+class Strategy(ProcessBound):
     """How a computation is spread over replicas: devices, a communicator, a place for variables.
 
     Use one of its final kinds, or make your own by calling this constructor.
@@ -129,15 +129,15 @@ class Strategy(Bound):
             bytes_per_bucket = int(bytes_per_bucket)
         central = None if central_device is None else registry.resolve(central_device)
         workers = Single() if workers is None else workers
-        held = memory.of(resolved)
-        workers = communicators.for_any_memory(workers, held is not memory.HOST)
+        held = array_memory.of(resolved)
+        workers = communicators.for_any_memory(workers, held is not array_memory.HOST)
         counts, all_over, background = communicators.between_all(
             resolved, communicator, workers, bytes_per_bucket
         )
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
         if workers.size > 1:
             name += f" on worker {workers.rank} of {workers.size}"
-        self._epochs = Epochs()
+        self._epochs = EpochCounts()
         self._placement = Placement(
             resolved,
             all_over,
@@ -151,7 +151,7 @@ class Strategy(Bound):
         self._runner: Runner | StreamedRunner = Runner(
             len(resolved), name, self._placement.first_replica, announce, self._placement.turn
         )
-        if self._placement.memory is not memory.HOST:
+        if self._placement.memory is not array_memory.HOST:
             order = StreamOrder([device.index for device in resolved])
             self._runner = StreamedRunner(self._runner, order)
 
@@ -235,7 +235,7 @@ class Strategy(Bound):
             The replicas returned different structures.
         """
         frame = context.require_cross_replica(self._placement, "run")
-        functions.check("run", fn)
+        function_checks.check("run", fn)
         if not isinstance(args, (list, tuple)):
             raise ValueError(
                 f"run: positional args must be a list or tuple, got {type(args).__name__}; "
@@ -248,7 +248,7 @@ class Strategy(Bound):
         positional = self._dealt(tuple(args), "run") if args else [()] * num_local
         named = self._dealt(dict(kwargs), "run") if kwargs else [{}] * num_local
 
-        def replica(step: Step, rank: int) -> Any:
+        def replica(step: Rendezvous, rank: int) -> Any:
             here = ReplicaContext(placement, step, rank, self)
             context.enter(Frame(placement, self, here))
             return fn(*positional[rank], **named[rank])
@@ -298,7 +298,7 @@ class Strategy(Bound):
                 reduce_op.check_dtype("reduce", reduction, arrays[0].dtype)
                 _check_alike("reduce", arrays)
                 total = communicator.reduce(arrays, reduction)
-            return memory.holding(total).like(total, leaf.values[0])
+            return array_memory.holding(total).like(total, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -322,7 +322,7 @@ class Strategy(Bound):
             placement = self._placement
             ready = [*alike(ready, placement.workers)]
             whole = placement.communicator.all_gather(ready, axes[0])[0]
-            return memory.holding(whole).like(whole, leaf.values[0])
+            return array_memory.holding(whole).like(whole, leaf.values[0])
 
         return regroup.map_leaves(one, value)
 
@@ -340,7 +340,7 @@ class Strategy(Bound):
         of ``PerReplica``.
         """
         context.require_cross_replica(self._placement, "distribute_values_from_function")
-        functions.check("distribute_values_from_function", fn)
+        function_checks.check("distribute_values_from_function", fn)
         first, num_replicas = self._placement.first_replica, self.num_replicas_in_sync
         local = range(first, first + self._placement.num_local)
         made = [fn(ValueContext(replica, num_replicas)) for replica in local]
@@ -408,7 +408,7 @@ class Strategy(Bound):
         reduce_op.check_dtype("empty", ReduceOp.MAX if kind.kind == "b" else ReduceOp.SUM, kind)
         extents = _extents(shape)
         placement = self._placement
-        is_of_host = placement.memory is memory.HOST
+        is_of_host = placement.memory is array_memory.HOST
         made = placement.workers.empty(extents, kind, placement.num_local if is_of_host else 0)
         if not is_of_host:
             content = np.broadcast_to(np.zeros((), kind), extents)
@@ -479,7 +479,7 @@ class Strategy(Bound):
             single = whole.at(0) if isinstance(whole, Mirrored) else whole
             array = as_array(single, "broadcast_to", 0, self._placement.memory)
             array = self._placement.of_chief(array)
-            return memory.holding(array).beside(array, array)
+            return array_memory.holding(array).beside(array, array)
 
         return self._mirrored(regroup.map_leaves(one, value), devices)
 
@@ -517,7 +517,7 @@ class Strategy(Bound):
         as before. A copy that is written takes one more array meanwhile.
         """
         here = context.require_cross_replica(self._placement, "update")
-        functions.check("update", fn)
+        function_checks.check("update", fn)
         if not isinstance(variable, Variable):
             raise TypeError(f"update: expected a variable, got a {type(variable).__name__}")
         if variable.owner is not self._placement:
@@ -614,7 +614,7 @@ class Strategy(Bound):
         """
         verb = "distribute_datasets_from_function"
         context.require_cross_replica(self._placement, verb)
-        functions.check(verb, fn)
+        function_checks.check(verb, fn)
         workers = self._placement.workers
         count = self._epochs.of(fn)
         made = fn(InputContext(workers.size, workers.rank, self.num_replicas_in_sync, count.next))
@@ -653,7 +653,7 @@ class Strategy(Bound):
             owner=placement,
             options=options or InputOptions(),
             is_dealt=is_dealt,
-            share=Share(placement.counts, placement.workers.rank),
+            share=WorkerShare(placement.counts, placement.workers.rank),
             exchange=functools.partial(placement.workers.exchange, verb=_READ),
             count=count,
         )
@@ -676,8 +676,8 @@ class Strategy(Bound):
         owner = self._placement if len(devices) == self._placement.num_local else None
 
         def one(array: Any) -> Mirrored[Any]:
-            whole = memory.holding(array).read_only(array)
-            copies = [memory.brought(whole, device) for device in devices]
+            whole = array_memory.holding(array).read_only(array)
+            copies = [array_memory.brought(whole, device) for device in devices]
             return Mirrored(copies, devices=devices, owner=owner)
 
         return regroup.map_leaves(one, nest)

@@ -11,10 +11,10 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.custom_reduction import CustomReduction
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 from dvkernels.devices.buffers import Spec, spec
 from dvkernels.errors import BufferMismatchError
-from dvkernels.kernels import twins
+from dvkernels.kernels import backends
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.values.distributed import is_integer
 
@@ -67,10 +67,12 @@ def reduce_along(
     if reduce_op.is_half(dtype):  # in float32, and rounded once
         arrays = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
     working = reduce_op.working_dtype(dtype)
-    parts = [memory.holding(array).apply(_along, array, op, axes, working) for array in arrays]
+    parts = [
+        array_memory.holding(array).apply(_along, array, op, axes, working) for array in arrays
+    ]
     total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
     if op is ReduceOp.MEAN:
-        memory.holding(total).apply(np.divide, total, total.dtype.type(count), total)
+        array_memory.holding(total).apply(np.divide, total, total.dtype.type(count), total)
     return total.astype(dtype, copy=False)
 
 
@@ -97,7 +99,7 @@ def _combined_along(op: CustomReduction, array: Any, axes: tuple[int, ...]) -> A
     rows = front.reshape(-1, *rest)
     if len(rows) == 0:
         return np.full(rest, reduce_op.identity(op, array.dtype))
-    return twins.of(rows).reduce([rows[k, ...] for k in range(len(rows))], op)
+    return backends.of(rows).reduce([rows[k, ...] for k in range(len(rows))], op)
 
 
 def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]:

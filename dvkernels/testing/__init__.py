@@ -1,6 +1,9 @@
 """Laws that ship with the package: for programs, communicators, strategies, arrays and protocols.
 
 They raise ``AssertionError`` with what differs, and need no test framework.
+
+Imports: checkpoint, communicators, context, data, devices, errors, nest, reduce_op, schedules,
+strategies, values, variables.
 """
 
 from dvkernels.testing.array_laws import check_arrays as check_arrays

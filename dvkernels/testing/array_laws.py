@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dvkernels.devices.cuda import Arrays
+from dvkernels.devices.cuda import ArrayLibrary
 
 __all__ = ["check_arrays"]
 
@@ -15,12 +15,12 @@ _DTYPES = ("float32", "float64", "float16", "complex64", "int8", "uint64", "bool
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (7, 3), (4099,))
 
 
-def check_arrays(arrays: Arrays, device: int = 0) -> None:
+def check_arrays(arrays: ArrayLibrary, device: int = 0) -> None:
     """Assert the laws of ``empty``, ``copy``, ``stream``, ``event``, and what strategies need.
 
     Parameters
     ----------
-    arrays : Arrays
+    arrays : ArrayLibrary
         What makes arrays on a device and copies between them and the host.
     device : int
         The device to try them on.
@@ -47,7 +47,7 @@ def check_arrays(arrays: Arrays, device: int = 0) -> None:
 
 
 def _check_round_trip(
-    arrays: Arrays, device: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    arrays: ArrayLibrary, device: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> None:
     rng = np.random.default_rng(7)
     sent = rng.integers(0, 2, shape).astype(dtype)
@@ -66,7 +66,7 @@ def _check_round_trip(
     assert held.tobytes() == sent.tobytes(), f"bytes_of: those of {dtype}{shape} are others"
 
 
-def _check_streams(arrays: Arrays, device: int) -> None:
+def _check_streams(arrays: ArrayLibrary, device: int) -> None:
     one, other = arrays.stream(device), arrays.stream(device)
     made = arrays.empty(device, (1 << 12,), np.dtype("f4"))
     for turn in range(8):
@@ -85,7 +85,7 @@ def _check_streams(arrays: Arrays, device: int) -> None:
     one.synchronize()
 
 
-def _check_own_memory(arrays: Arrays, device: int) -> None:
+def _check_own_memory(arrays: ArrayLibrary, device: int) -> None:
     made = [arrays.empty(device, (33,), np.dtype("i4")) for _ in range(3)]
     for number, array in enumerate(made):
         arrays.copy(array, np.full(33, number, "i4"))
@@ -95,7 +95,7 @@ def _check_own_memory(arrays: Arrays, device: int) -> None:
         assert (received == number).all(), "two new arrays share memory"
 
 
-def _check_what_strategies_need(arrays: Arrays, device: int) -> None:
+def _check_what_strategies_need(arrays: ArrayLibrary, device: int) -> None:
     made = [arrays.empty(device, (5,), np.dtype("f8")) for _ in range(3)]
     host = arrays.pinned(40).view(np.float64)
     host[:] = np.arange(5.0)

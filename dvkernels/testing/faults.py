@@ -1,6 +1,6 @@
 """Disks that fail and processes that die while something is saved: on purpose, one by one.
 
-What is tested must do its file operations through ``dvkernels.checkpoint.files.active``, as
+What is tested must do its file operations through ``dvkernels.checkpoint.storage.files.active``, as
 checkpoints do; so may others that save by their own means.
 """
 
@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from dvkernels.checkpoint import files
-from dvkernels.checkpoint.files import Entry, Files
+from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage.files import Entry, FileSystem
 
 __all__ = ["Crash", "Faults", "check_every_crash", "flip_bit", "injected", "truncate"]
 
@@ -51,8 +51,8 @@ class Faults:
 
     Notes
     -----
-    It has the methods of ``dvkernels.checkpoint.files.Files``, and is used by :func:`injected`.
-    ``count`` says how many operations there were, and ``calls`` which.
+    It has the methods of ``dvkernels.checkpoint.storage.files.FileSystem``, and is used by
+    :func:`injected`. ``count`` says how many operations there were, and ``calls`` which.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Faults:
         self._most = most_at_once
         self._loses = loses
         self._counted = counted
-        self._real = Files()
+        self._real = FileSystem()
         self._lock = threading.Lock()
         self._is_dead = False
         self._open: set[int] = set()
@@ -199,7 +199,7 @@ def injected(faults: Faults) -> Iterator[Faults]:
     ...
     dvkernels.errors.CheckpointError: save to ... No space left on device...
     """
-    with files.using(cast(Files, faults)):
+    with files.using(cast(FileSystem, faults)):
         try:
             yield faults
         finally:

@@ -38,7 +38,7 @@ _Choice = tuple[int, bool]  # which rank moves, and whether it gives up
 _ABORT: _Choice = (-1, True)
 
 
-class Machine:
+class RankInterpreter:
     """Runs the programs of some ranks, and raises ``AssertionError`` where a law is broken.
 
     No rank waits forever, unless an abort may still come. A result that is read while nobody has

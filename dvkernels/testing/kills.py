@@ -105,7 +105,7 @@ def run_and_kill(
     raise AssertionError("the last start is not killed")
 
 
-class _Program:
+class _RunningProgram:
     """A running program and the lines that it has printed so far, both streams together."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None) -> None:
@@ -160,8 +160,8 @@ class _Program:
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str], env: Mapping[str, str] | None) -> Iterator[_Program]:
-    program = _Program(command, env)
+def _started(command: Sequence[str], env: Mapping[str, str] | None) -> Iterator[_RunningProgram]:
+    program = _RunningProgram(command, env)
     try:
         yield program
     finally:

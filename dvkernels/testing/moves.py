@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from dvkernels.schedules.protocol import NUM_SLOTS, Combine, Place, Protocol, Row, Signal
+from dvkernels.schedules.flag_protocol import NUM_SLOTS, BufferRole, Combine, Protocol, Row, Signal
 
 __all__: list[str] = []
 
@@ -68,7 +68,7 @@ def programs(calls: Sequence[Protocol], *, in_place: bool, num_slots: int = NUM_
     num_ranks = calls[0].num_ranks
     numbers: dict[tuple[str, int, int], int] = {}
 
-    def locate(place: Place, call: int, part: int) -> int:
+    def locate(place: BufferRole, call: int, part: int) -> int:
         memory: str = place.memory
         if memory == "output" and in_place:
             memory = "input"
@@ -81,7 +81,7 @@ def programs(calls: Sequence[Protocol], *, in_place: bool, num_slots: int = NUM_
         epoch = 0
         for call, protocol in enumerate(calls):
             who = f"rank {rank} in call {call}"
-            own, out = Place("input", rank), Place("output", rank)
+            own, out = BufferRole("input", rank), BufferRole("output", rank)
             if not in_place:
                 for part in parts:
                     there = (locate(out, call, part),)
@@ -109,7 +109,7 @@ def _moves_of_row(
     call: int,
     epoch: int,
     who: str,
-    locate: Callable[[Place, int, int], int],
+    locate: Callable[[BufferRole, int, int], int],
 ) -> Iterator[Move]:
     num_ranks = protocol.num_ranks
     if isinstance(row, Combine):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from dvkernels.schedules.protocol import NUM_SLOTS, Protocol
+from dvkernels.schedules.flag_protocol import NUM_SLOTS, Protocol
 from dvkernels.testing import happens_before, moves
-from dvkernels.testing.interleaving import Machine, Spin
+from dvkernels.testing.interleaving import RankInterpreter, Spin
 
 __all__ = ["check_protocols"]
 
@@ -60,9 +60,9 @@ def check_protocols(
 
     Examples
     --------
-    >>> from dvkernels.schedules import waiting
+    >>> from dvkernels.schedules import flag_all_reduce
     >>> from dvkernels.testing import check_protocols
-    >>> check_protocols([waiting.one_shot, waiting.ring], most_ranks=3)
+    >>> check_protocols([flag_all_reduce.one_shot, flag_all_reduce.ring], most_ranks=3)
     """
     for num_ranks in range(1, most_ranks + 1):
         made = [make(num_ranks) for make in makers]
@@ -80,12 +80,12 @@ def check_protocols(
             try:
                 happens_before.check_order(programs)
                 if num_ranks <= 3:
-                    Machine(programs).run_every_order()
+                    RankInterpreter(programs).run_every_order()
                 else:
                     thrice = (*calls, calls[0])
                     longer = moves.programs(thrice, in_place=in_place, num_slots=num_slots)
                     for seed in range(num_seeds):
-                        Machine(longer).run_at_random(seed)
+                        RankInterpreter(longer).run_at_random(seed)
                 if num_ranks <= 3 and calls in alone:
                     _check_leaving(programs, spin)
             except AssertionError as error:
@@ -102,9 +102,9 @@ def _check_one_thread(protocol: Protocol) -> None:
 
 
 def _check_leaving(programs: moves.Programs, spin: Spin) -> None:
-    Machine(programs, spin).run_every_order()
+    RankInterpreter(programs, spin).run_every_order()
     patient = spin._replace(has_deadline=False)
-    Machine(programs, patient, aborts_from_outside=True).run_every_order()
+    RankInterpreter(programs, patient, aborts_from_outside=True).run_every_order()
     for rank, own in enumerate(programs.moves):
         for at in range(len(own)):
-            Machine(programs.stopping(rank, at), spin).run_every_order()
+            RankInterpreter(programs.stopping(rank, at), spin).run_every_order()

@@ -9,7 +9,7 @@ import numpy as np
 
 from dvkernels import context
 from dvkernels.data.dataset import Dataset
-from dvkernels.devices import foreign, memory
+from dvkernels.devices import array_memory, interop
 from dvkernels.errors import CollectiveMismatchError, ContextError, SynchronizationError
 from dvkernels.strategies.base import Strategy
 from dvkernels.values.distributed import Mirrored, PerReplica
@@ -87,11 +87,11 @@ def _expect(kind: type[BaseException], call: Callable[[], Any]) -> BaseException
 
 def _on_device(value: Any) -> Any:
     """Return an array where this replica computes."""
-    return memory.brought(np.asarray(value), _here().device)
+    return array_memory.brought(np.asarray(value), _here().device)
 
 
 def _on_host(value: Any) -> Any:
-    return memory.gpu().to_host(value) if foreign.is_on_gpu(value) else np.asarray(value)
+    return array_memory.gpu().to_host(value) if interop.is_on_gpu(value) else np.asarray(value)
 
 
 def _same(found: Any, right: Any, what: str) -> None:

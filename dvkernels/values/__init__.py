@@ -1,1 +1,4 @@
-"""One thing per replica."""
+"""Distributed values: one component per replica, and where the replicas' values live.
+
+Imports: communicators, devices, errors, nest, reduce_op, replicas, schedules, user_errors.
+"""

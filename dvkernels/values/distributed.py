@@ -8,11 +8,11 @@ from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import numpy as np
 
-from dvkernels.communicators.placement import Placement
-from dvkernels.devices import buffers, foreign, memory, registry
+from dvkernels.devices import array_memory, buffers, interop, registry
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
 from dvkernels.user_errors import shown
+from dvkernels.values.placement import Placement
 
 __all__ = ["DistributedValues", "Mirrored", "PerReplica"]
 
@@ -280,12 +280,12 @@ class Mirrored(_Frozen[T]):
 
 def _copied(value: Any, device: Device) -> Any:
     buffers.refuse_masked(value, f"copy_to {device}: a component")
-    is_array = isinstance(value, (np.ndarray, np.generic)) or foreign.is_on_gpu(value)
-    return memory.copied(value, device) if is_array else value
+    is_array = isinstance(value, (np.ndarray, np.generic)) or interop.is_on_gpu(value)
+    return array_memory.copied(value, device) if is_array else value
 
 
 def _short(value: object) -> str:
-    is_on_gpu = foreign.is_on_gpu(value)  # its content would have to be waited for
+    is_on_gpu = interop.is_on_gpu(value)  # its content would have to be waited for
     if is_on_gpu or (isinstance(value, np.ndarray) and value.size > 4):
         array: Any = value
         return f"{array.dtype}{list(array.shape)}"

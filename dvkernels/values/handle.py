@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, final
 
-from dvkernels.values.bound import Bound
+from dvkernels.values.process_bound import ProcessBound
 
 __all__ = ["Handle"]
 
 
 @final
-class Handle(Bound):
+class Handle(ProcessBound):
     """The result of ``all_reduce_async``; made by it."""
 
     _bound_by = "it is on its way in one step; pass on what wait() returns"

@@ -12,10 +12,10 @@ from typing import Any
 import optree
 
 from dvkernels import nest
-from dvkernels.communicators.placement import Placement
 from dvkernels.devices.base import Device
 from dvkernels.errors import ContextError
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
+from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
 

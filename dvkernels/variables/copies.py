@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.communicators.placement import Placement
 from dvkernels.communicators.single import Single
-from dvkernels.devices import foreign
+from dvkernels.devices import interop
 from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.user_errors import shown, text_of
+from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
 
@@ -83,7 +83,7 @@ class Copies:
         """Return ``value`` as an array, numbers with this dtype; others keep theirs."""
         shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
         came = self._from(replica)
-        if foreign.is_foreign(value):
+        if interop.is_foreign(value):
             return self.memory.view(verb, value, f"the value{came}")
         try:
             if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):

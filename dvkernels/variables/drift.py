@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.communicators.base import Workers
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 from dvkernels.errors import DriftError
 from dvkernels.profiler import debugging
 from dvkernels.variables.modes import VariableSynchronization
@@ -47,7 +47,7 @@ def check_over_workers(variables: Iterable[Variable], workers: Workers, when: st
 
 def compare(what: str, copies: Sequence[Any]) -> None:
     """Raise unless all copies hold the same finite content."""
-    first, *others = (memory.holding(copy).to_host(copy) for copy in copies)
+    first, *others = (array_memory.holding(copy).to_host(copy) for copy in copies)
     debugging.check_finite(what, [first])
     for replica, other in enumerate(others, start=1):
         if (_bits(first) != _bits(other)).any():

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels import context, reduce_op
-from dvkernels.communicators.rendezvous import Request, Same
 from dvkernels.context import ReplicaContext
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.replicas.rendezvous import CollectiveCall, Same
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables import scatter
 from dvkernels.variables.copies import Copies
@@ -365,7 +365,7 @@ def _meet(
     replica: ReplicaContext,
 ) -> None:
     """Meet the other replicas at a write of this variable."""
-    replica.meet(Request(f"Variable.{verb}", (copies.name, Same(id(copies))), payload, act))
+    replica.meet(CollectiveCall(f"Variable.{verb}", (copies.name, Same(id(copies))), payload, act))
 
 
 def _one(value: Any, verb: str, copies: Copies) -> Any:

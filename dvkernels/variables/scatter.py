@@ -9,7 +9,7 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Workers
-from dvkernels.devices import foreign
+from dvkernels.devices import interop
 from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.profiler import debugging
@@ -48,7 +48,7 @@ def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -
     if not shape:
         raise BufferMismatchError(f"{what}: it has no rows, being 0-d; take the whole value")
     refuse_masked(indices, f"{what}: what came as indices{came}")
-    rows = copies.memory.to_host(indices) if foreign.is_on_gpu(indices) else np.asarray(indices)
+    rows = copies.memory.to_host(indices) if interop.is_on_gpu(indices) else np.asarray(indices)
     if rows.size == 0 and rows.dtype.kind == "f":
         rows = rows.astype(np.int64)  # an empty list
     if rows.dtype.kind not in "iu":

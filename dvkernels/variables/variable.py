@@ -11,10 +11,8 @@ from typing import Any, NamedTuple, NoReturn, final
 import numpy as np
 
 from dvkernels import context, deadlines, reduce_op
-from dvkernels.communicators.placement import Placement
-from dvkernels.communicators.rendezvous import Request, Same, Step
 from dvkernels.context import ReplicaContext
-from dvkernels.devices import foreign, memory, registry
+from dvkernels.devices import array_memory, interop, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec, refuse_masked
 from dvkernels.errors import (
@@ -24,10 +22,12 @@ from dvkernels.errors import (
     NotABufferError,
     SynchronizationError,
 )
-from dvkernels.profiler import accounts
+from dvkernels.profiler import memory_report
+from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous, Same
 from dvkernels.user_errors import shown, text_of
-from dvkernels.values import functions, regroup
+from dvkernels.values import function_checks, regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
+from dvkernels.values.placement import Placement
 from dvkernels.variables import scatter
 from dvkernels.variables.copies import Copies, Draft, commit_together
 from dvkernels.variables.modes import (
@@ -143,7 +143,9 @@ class Variable(DistributedValues[Any]):
                 context.leave(token)
             return [variable] * len(initial_values)
 
-        created: Variable = frame.replica.meet(Request("Variable", terms, initial_value, act))
+        created: Variable = frame.replica.meet(
+            CollectiveCall("Variable", terms, initial_value, act)
+        )
         return created
 
     # -- what it is -----------------------------------------------------------------------------
@@ -205,7 +207,7 @@ class Variable(DistributedValues[Any]):
     def copy_to(self, device: Device | str) -> PerReplica[Any]:
         """Return the copies' content as new arrays on ``device``, one for each copy."""
         target = registry.resolve(device)
-        copies = [memory.copied(array, target) for array in self._copies.arrays]
+        copies = [array_memory.copied(array, target) for array in self._copies.arrays]
         return PerReplica(copies, devices=[target] * len(copies), owner=self.owner)
 
     # -- reads ----------------------------------------------------------------------------------
@@ -511,7 +513,7 @@ class Variable(DistributedValues[Any]):
 
 
 # The role of code outside every scope towards a variable that no scope created.
-_LONE_REPLICA = ReplicaContext(context.UNSCOPED, Step(1), 0, None)
+_LONE_REPLICA = ReplicaContext(context.UNSCOPED, Rendezvous(1), 0, None)
 
 
 def _created(
@@ -525,14 +527,14 @@ def _created(
 ) -> Variable:
     label = f"variable_{next(_numbers)}" if name is None else name
     if callable(initial):
-        functions.check(f"variable {label!r}: initial_value", initial)
+        function_checks.check(f"variable {label!r}: initial_value", initial)
     content = initial() if callable(initial) else initial
     held = _read(content)
     refuse_masked(held, f"variable {label!r}: the initial value")
-    if foreign.is_foreign(held):
+    if interop.is_foreign(held):
         held = placement.memory.view(f"variable {label!r}", held, "the initial value")
     try:
-        array = held if foreign.is_on_gpu(held) else np.asarray(held)
+        array = held if interop.is_on_gpu(held) else np.asarray(held)
         wanted = array.dtype if dtype is None else np.dtype(dtype)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
@@ -613,7 +615,7 @@ def _account() -> Iterator[tuple[str, str, int]]:
             yield str(variable.devices[0]), "workspaces", copies.arrays[0].nbytes
 
 
-accounts.open_account(_account)
+memory_report.open_account(_account)
 
 
 def companion(variable: Variable, name: str, content: Any = None) -> Variable:
@@ -737,7 +739,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
         act([])
         return
     terms = (reduction.value, *(t for v in listed for t in (v.name, Same(id(v)))))
-    replica.meet(Request("sync", terms, None, act))
+    replica.meet(CollectiveCall("sync", terms, None, act))
 
 
 def copies_of(variable: Variable) -> tuple[Any, ...]:
@@ -745,7 +747,7 @@ def copies_of(variable: Variable) -> tuple[Any, ...]:
     return variable._copies.arrays
 
 
-class Saved(NamedTuple):
+class SavedVariable(NamedTuple):
     """What a checkpoint holds of a variable: ``total`` arrays, some of them in this process.
 
     Attributes
@@ -764,7 +766,7 @@ class Saved(NamedTuple):
     total: int = 1
 
 
-def saved_by(variable: Variable) -> Saved:
+def saved_by(variable: Variable) -> SavedVariable:
     """Return the arrays that say what a variable holds, on however many replicas.
 
     An aggregate brings all workers together: each of them must call this.
@@ -772,12 +774,12 @@ def saved_by(variable: Variable) -> Saved:
     copies, how = variable._copies, variable._aggregation
     match variable._synchronization:
         case VariableSynchronization.ON_WRITE:
-            return Saved(copies.arrays[:1])
+            return SavedVariable(copies.arrays[:1])
         case VariableSynchronization.ON_READ if how is not VariableAggregation.NONE:
-            return Saved((aggregated(copies, how, list(copies.arrays)),))
+            return SavedVariable((aggregated(copies, how, list(copies.arrays)),))
         case _:
             placement = copies.placement
-            return Saved(copies.arrays, placement.first_replica, placement.num_replicas)
+            return SavedVariable(copies.arrays, placement.first_replica, placement.num_replicas)
 
 
 def share_out(variable: Variable) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 
 from dvkernels import errors, reduce_op
 from dvkernels.custom_reduction import CustomReduction
-from dvkernels.kernels import arithmetic, steps
-from dvkernels.kernels.cuda import operations, optimizers, reduction, waiting
+from dvkernels.kernels import arithmetic, optimizer_checks
+from dvkernels.kernels.cuda import optimizers
+from dvkernels.kernels.cuda.engine import loops, operations
+from dvkernels.kernels.cuda.multi_gpu import flag_kernel
 from dvkernels.reduce_op import ReduceOp
 
 DTYPES = [
@@ -21,8 +23,11 @@ DTYPES = [
 ]
 _ROWS = [*map(np.dtype, ["f2", "f4"])]
 _RULES = {
-    "sgd": steps.PLAIN, "momentum": steps.MOMENTUM, "nesterov": steps.NESTEROV, "adam": steps.ADAM,
-}  # fmt: skip
+    "sgd": optimizer_checks.PLAIN,
+    "momentum": optimizer_checks.MOMENTUM,
+    "nesterov": optimizer_checks.NESTEROV,
+    "adam": optimizer_checks.ADAM,
+}
 
 
 # Reductions of a user's own, over elements of every kind: wide, packed, complex, of one bit.
@@ -50,11 +55,11 @@ def kernels() -> dict[str, Kernel]:
                 continue
             operation, code = arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
             name = f"{('add', 'min', 'max', 'mul')[operation]} {arithmetic.dtype_of(code)}"
-            found[name] = Kernel(reduction.kernel(operation, code))
-            waits = waiting.waiting_kernel(operation, code)
+            found[name] = Kernel(loops.kernel(operation, code))
+            waits = flag_kernel.waiting_kernel(operation, code)
             found[f"waiting {name}"] = Kernel(waits, is_between_gpus=True)
             if dtype in _ROWS:  # what a waiting kernel does besides waiting
-                found[f"row {name}"] = Kernel(waiting.row_kernel(operation, code))
+                found[f"row {name}"] = Kernel(flag_kernel.row_kernel(operation, code))
     for name, rule in _RULES.items():
         for dtype in map(np.dtype, ("f4", "f8")):
             function = optimizers.kernel(rule, arithmetic.type_code(dtype))
@@ -62,8 +67,8 @@ def kernels() -> dict[str, Kernel]:
     for name, (function, letters) in CUSTOM.items():
         for dtype in map(np.dtype, letters):
             told = operations.told(CustomReduction(function, 0, name), dtype)
-            found[f"{name} {dtype}"] = Kernel(reduction.kernel(*told))
+            found[f"{name} {dtype}"] = Kernel(loops.kernel(*told))
             if dtype.char == "f":
-                waits = waiting.waiting_kernel(*told)
+                waits = flag_kernel.waiting_kernel(*told)
                 found[f"waiting {name} {dtype}"] = Kernel(waits, is_between_gpus=True)
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 import toolchain
 from catalogue import kernels
 
-from dvkernels.kernels.cuda import compiler
+from dvkernels.kernels.cuda.engine import compiler
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from catalogue import DTYPES, kernels
 
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import DeviceError, UnsupportedDTypeError
-from dvkernels.kernels.cuda import compiler, operations, reduction
+from dvkernels.kernels.cuda.engine import compiler, loops, operations
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("numba_cuda") is None or os.environ.get("NUMBA_ENABLE_CUDASIM") == "1",
@@ -107,5 +107,5 @@ def test_a_function_of_the_users_may_call_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     square = numba.njit(lambda x: x * x)
     op = CustomReduction(numba.njit(lambda a, b: square(a) + b), 0, "sum of squares")
-    kernel = reduction.kernel(*operations.told(op, np.dtype("f4")))
+    kernel = loops.kernel(*operations.told(op, np.dtype("f4")))
     check_ptx(compiler.compile_to_ptx(kernel, (7, 5)).ptx, False)

@@ -11,7 +11,7 @@ import pytest
 import toolchain
 from catalogue import kernels
 
-from dvkernels.kernels.cuda import compiler
+from dvkernels.kernels.cuda.engine import compiler
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("numba_cuda") is None or os.environ.get("NUMBA_ENABLE_CUDASIM") == "1",

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from dvkernels.schedules import waiting
-from dvkernels.schedules.protocol import Combine, Protocol, Row, Signal, Wait
+from dvkernels.schedules import flag_all_reduce
+from dvkernels.schedules.flag_protocol import Combine, Protocol, Row, Signal, Wait
 from dvkernels.testing import check_protocols, happens_before, moves
-from dvkernels.testing.interleaving import Machine, Spin
+from dvkernels.testing.interleaving import RankInterpreter, Spin
 
-MAKERS = waiting.PROTOCOLS
+MAKERS = flag_all_reduce.PROTOCOLS
 Rows = list[Row]
 
 
@@ -44,7 +44,10 @@ def check(make: Callable[[int], Protocol], **how: int) -> None:
     found = set()
     for in_place in (False, True):
         programs = moves.programs(calls, in_place=in_place, **how)
-        for law in (happens_before.check_order, lambda those: Machine(those).run_every_order()):
+        for law in (
+            happens_before.check_order,
+            lambda those: RankInterpreter(those).run_every_order(),
+        ):
             try:
                 law(programs)
             except AssertionError as error:
@@ -115,15 +118,17 @@ def test_a_contribution_that_comes_twice_is_found(name: str) -> None:
         rows[at] = row._replace(sources=(*row.sources, row.sources[0]))
 
     with pytest.raises(AssertionError, match="expected"):
-        Machine(moves.programs([changed(MAKERS[name], twice)(3)], in_place=False)).run_every_order()
+        RankInterpreter(
+            moves.programs([changed(MAKERS[name], twice)(3)], in_place=False)
+        ).run_every_order()
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_without_deadline_and_abort_a_lost_rank_stops_the_others(name: str) -> None:
     programs = moves.programs([MAKERS[name](2)], in_place=False).stopping(1, 0)
     with pytest.raises(AssertionError, match="deadlock"):
-        Machine(programs).run_every_order()
-    Machine(programs, Spin(has_deadline=True)).run_every_order()
+        RankInterpreter(programs).run_every_order()
+    RankInterpreter(programs, Spin(has_deadline=True)).run_every_order()
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -131,6 +136,6 @@ def test_who_gives_up_in_silence_or_hears_no_abort_is_found(name: str) -> None:
     programs = moves.programs([MAKERS[name](2)] * 2, in_place=True)
     deaf, silent = Spin(hears_abort=False), Spin(has_deadline=True, aborts_others=False)
     with pytest.raises(AssertionError, match="expected"):
-        Machine(programs, silent).run_every_order()
+        RankInterpreter(programs, silent).run_every_order()
     with pytest.raises(AssertionError, match="deadlock"):
-        Machine(programs.stopping(1, 0), deaf, aborts_from_outside=True).run_every_order()
+        RankInterpreter(programs.stopping(1, 0), deaf, aborts_from_outside=True).run_every_order()

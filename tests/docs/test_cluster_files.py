@@ -16,7 +16,7 @@ from dvkernels.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "examples" / "cluster"
-FAKE = ROOT / "tests" / "unit" / "cli" / "fake_mpiexec.py"
+FAKE = ROOT / "tests" / "unit" / "launcher" / "fake_mpiexec.py"
 PROGRAM = """
 import os, sys
 names = ("PMI_SIZE", "OMP_NUM_THREADS", "DVKERNELS_ATTEMPT")

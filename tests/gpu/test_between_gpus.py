@@ -11,8 +11,8 @@ from dvkernels.devices import cuda, driver
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import cpu
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.schedules import waiting
-from dvkernels.schedules.routes import Route
+from dvkernels.schedules import flag_all_reduce
+from dvkernels.schedules.flag_selection import Route
 
 COUNT = 0 if cuda.is_simulated() or cuda.missing() else len(cuda.devices())
 pytestmark = [
@@ -31,7 +31,7 @@ def cupy():
 @pytest.fixture
 def between():
     """The module; whatever a test did to the teams is forgotten after it."""
-    from dvkernels.kernels.cuda import between
+    from dvkernels.kernels.cuda.multi_gpu import all_reduce as between
 
     yield between
     between.recover()
@@ -51,9 +51,9 @@ def some(length, dtype="f4", seed=0):
 
 
 @pytest.mark.parametrize("waits", [True, False])
-@pytest.mark.parametrize("name", waiting.PROTOCOLS)
+@pytest.mark.parametrize("name", flag_all_reduce.PROTOCOLS)
 def test_every_protocol_many_times(cupy, between, monkeypatch, name, waits):
-    route = Route(waiting.PROTOCOLS[name], tuple(range(COUNT)), waits)
+    route = Route(flag_all_reduce.PROTOCOLS[name], tuple(range(COUNT)), waits)
     monkeypatch.setattr(between.routes, "choose", lambda *_, **__: route)
     for turn, length in enumerate(LENGTHS * 20):
         arrays = [np.float32(np.arange(length) % 97 + turn + k) for k in range(COUNT)]
@@ -94,24 +94,24 @@ def test_calls_back_to_back_while_one_gpu_is_slow(cupy):
 
 
 def test_a_launch_that_never_comes_is_told_and_forgotten(cupy, between):
-    from dvkernels.kernels.cuda import peers, team
+    from dvkernels.kernels.cuda.multi_gpu import group, peer_access
 
     found = driver.find()
     devices = tuple(range(COUNT))
 
-    class Forgetful(peers.Peers):
+    class Forgetful(peer_access.PeerAccess):
         def launch(self, device, *rest):
             if device != 1:
                 super().launch(device, *rest)
 
     buffers = on_gpus(cupy, some(5000))
     addresses = [buffer.data.ptr for buffer in buffers]
-    peers.reach(found, devices)
-    lonely = team.Team(devices, Forgetful(found), timeout_seconds=0.5)
+    peer_access.reach(found, devices)
+    lonely = group.DeviceGroup(devices, Forgetful(found), timeout_seconds=0.5)
     dtype = np.dtype("f4")
-    job = team.Job(addresses, addresses, 5000, dtype, ReduceOp.SUM, [0] * COUNT)
+    job = group.AllReduceCall(addresses, addresses, 5000, dtype, ReduceOp.SUM, [0] * COUNT)
     begun = time.monotonic()
-    lonely.all_reduce(job, Route(waiting.two_shot, devices, True))
+    lonely.all_reduce(job, Route(flag_all_reduce.two_shot, devices, True))
     for device in devices:
         found.synchronize(device)
     assert time.monotonic() - begun < 10

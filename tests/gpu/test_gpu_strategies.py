@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.communicators.nccl import Nccl
+from dvkernels.communicators.nccl.communicator import Nccl
 from dvkernels.devices import cuda
 from dvkernels.testing import check_strategy
 
@@ -56,7 +56,7 @@ def test_nccl_adds_up():
 
 WORKER = """
 import cupy, numpy as np, dvkernels as dv
-from dvkernels.communicators.nccl import Nccl
+from dvkernels.communicators.nccl.communicator import Nccl
 
 worker = dv.cluster.default_resolver()
 strategy = dv.MultiWorkerMirroredStrategy(
@@ -100,17 +100,17 @@ STRAIGHT = """
 import cupy
 import numpy as np
 import dvkernels as dv
-from dvkernels.communicators import awareness
-from dvkernels.communicators.gpu_exchange import GpuExchange
+from dvkernels.communicators.workers.gpu import cuda_aware
+from dvkernels.communicators.workers.gpu.collectives import GpuCollectives
 from dvkernels.devices import cuda
 
-if not awareness.of_mpi().is_there:
-    print(f"skip: MPI {awareness.of_mpi()}")
+if not cuda_aware.of_mpi().is_there:
+    print(f"skip: MPI {cuda_aware.of_mpi()}")
     raise SystemExit
 moved = []
 for verb in ("all_reduce", "all_gather", "broadcast"):
-    call = getattr(GpuExchange, verb)
-    setattr(GpuExchange, verb, lambda *args, call=call: moved.append(call) or call(*args))
+    call = getattr(GpuCollectives, verb)
+    setattr(GpuCollectives, verb, lambda *args, call=call: moved.append(call) or call(*args))
 worker = dv.cluster.default_resolver()
 own = worker.local_rank % len(cuda.devices())
 strategy = dv.MultiWorkerMirroredStrategy(devices=[f"cuda:{own}"], timeout_seconds=60)

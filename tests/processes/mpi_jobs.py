@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from dvkernels.cluster import processes
+from dvkernels.cluster import procfs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = Path(__file__).parent / "worker_programs.py"
@@ -103,8 +103,8 @@ class Job:
         wanted = (_MARK, self.mark)
         found = []
         for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal() and processes.state_of(int(entry.name)) not in "ZX":
-                held = processes.environment_of(int(entry.name)) or {}
+            if entry.name.isdecimal() and procfs.state_of(int(entry.name)) not in "ZX":
+                held = procfs.environment_of(int(entry.name)) or {}
                 if (held.get(_MARK), _MARK) == wanted[::-1]:
                     found.append(int(entry.name))
         return found

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 import dvkernels as dv
-from dvkernels.cli import launcher
 from dvkernels.errors import LaunchError
+from dvkernels.launcher import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 100
@@ -32,7 +32,7 @@ def flavour():
     """The kind of launcher that is here."""
     pytest.importorskip("mpi4py")
     try:
-        return launcher.flavour_of(launcher.find(None, os.environ)).name
+        return commands.flavour_of(commands.find(None, os.environ)).name
     except LaunchError as error:
         pytest.skip(str(error))
 

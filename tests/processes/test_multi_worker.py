@@ -8,7 +8,7 @@ from mpi_jobs import Job, needs_mpi, run
 from worker_programs import go_on, trained
 
 import dvkernels as dv
-from dvkernels.communicators import awareness
+from dvkernels.communicators.workers.gpu import cuda_aware
 
 pytestmark = needs_mpi
 # Each way of bringing workers together daily; the others in slow campaigns.
@@ -149,7 +149,7 @@ def test_the_laws_from_gpu_to_gpu(count, over):
 @pytest.mark.parametrize("program", ["strategy_laws", "variables"])
 @pytest.mark.parametrize(("over", "said"), [("memory", "1"), ("1,1", "1"), ("memory", "0")])
 def test_replicas_on_gpus_whose_memory_mpi_takes(program, over, said):
-    environ = {"NUMBA_ENABLE_CUDASIM": "1", awareness.VARIABLE: said}
+    environ = {"NUMBA_ENABLE_CUDASIM": "1", cuda_aware.VARIABLE: said}
     run(2, "on_gpus", program, 1, over, said, environ=environ)
 
 

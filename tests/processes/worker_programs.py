@@ -18,14 +18,15 @@ import pytest
 
 import dvkernels as dv
 from dvkernels.benchmarks import between_workers
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 from dvkernels.cli import main
-from dvkernels.communicators import awareness, gpu_exchange, network
-from dvkernels.communicators.staged import Staged
-from dvkernels.communicators.straight import Straight
-from dvkernels.devices import memory
+from dvkernels.communicators.workers.gpu import collectives, cuda_aware
+from dvkernels.communicators.workers.gpu.direct import GpuDirect
+from dvkernels.communicators.workers.gpu.staged import Staged
+from dvkernels.communicators.workers.mpi import network_model
+from dvkernels.devices import array_memory
 from dvkernels.kernels import cpu
-from dvkernels.schedules import cost
+from dvkernels.schedules import cost_model
 from dvkernels.testing import check_communicator, check_strategy
 
 
@@ -107,7 +108,7 @@ def calibrate(over: str) -> None:
     assert bool(lines) == (rank() == 0)
     if lines:
         name, _, value = lines[-1].partition("=")
-        assert network.of({name: value}).rate > 0
+        assert network_model.of({name: value}).rate > 0
         table = [line.split() for line in lines[-7:-3]]
         assert [int(row[0]) for row in table] == [*between_workers.SIZES]
         assert all(row[-1] in between_workers.WAYS and row.count("us") == 3 for row in table)
@@ -162,11 +163,11 @@ def old_data(over: str) -> None:
     """An MPI whose persistent operations bring old data is asked each time anew."""
     from mpi4py import MPI
 
-    from dvkernels.communicators.mpi_traffic import MpiTraffic
+    from dvkernels.communicators.workers.mpi.mpi_point_to_point import MpiPointToPoint
 
     for comm, is_set_up in ((MPI.COMM_WORLD, True), (OldData(MPI.COMM_WORLD), False)):
         own, held = np.zeros(3, np.uint8), np.zeros((2, 3), np.uint8)
-        gather = MpiTraffic(comm).gather(own, held)
+        gather = MpiPointToPoint(comm).gather(own, held)
         assert isinstance(gather, MPI.Request) == is_set_up
         for number in range(3):
             own[:] = 10 * number + rank()
@@ -316,7 +317,7 @@ class HarmfulFiles:
             if self._harm == "full":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self._harm])
-        return getattr(files.Files(), name)
+        return getattr(files.FileSystem(), name)
 
 
 def save_in_harm(
@@ -393,7 +394,7 @@ def variables(num_local: str, over: str) -> None:
             with pytest.raises(IndexError, match=f"replica {outside} is one of worker"):
                 own.on(outside)
         together = strategy.gather(strategy.run(lambda: table.read_value().copy()))
-        together = memory.holding(together).to_host(together)
+        together = array_memory.holding(together).to_host(together)
         assert (together.reshape(count, -1) == np.asarray(table)).all(), "all copies are equal"
         if strategy.worker_devices[0].kind == "cpu":
             named = strategy.distribute_values_from_function(
@@ -424,13 +425,13 @@ def straight(timeout_seconds: float = 60.0):
     sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
     from gpu_double import Arrays
 
-    from dvkernels.communicators import mpi
+    from dvkernels.communicators.workers import connect
 
     os.environ["DVKERNELS_HOSTS"] = next((word for word in sys.argv if "," in word), "")
-    os.environ[awareness.VARIABLE] = "1"
-    workers = mpi.connect(dv.cluster.default_resolver(), timeout_seconds)
+    os.environ[cuda_aware.VARIABLE] = "1"
+    workers = connect.connect(dv.cluster.default_resolver(), timeout_seconds)
     seam = Arrays(rank())
-    return Staged(workers, seam, Straight(workers, seam, seam.reduce)), seam
+    return Staged(workers, seam, GpuDirect(workers, seam, seam.reduce)), seam
 
 
 def straight_laws(over: str) -> None:
@@ -438,11 +439,11 @@ def straight_laws(over: str) -> None:
     workers, seam = straight()
     from gpu_double import OfHost
 
-    chosen, piece_nbytes = cost.NETWORK, gpu_exchange.PIECE_NBYTES
+    chosen, piece_nbytes = cost_model.NETWORK, collectives.PIECE_NBYTES
     for thread in (OfHost(workers, seam), OfHost(workers.beside(), seam)):
         for seconds, nbytes in ((np.inf, 512), (-np.inf, 512), (chosen[1], piece_nbytes)):
-            cost.NETWORK = chosen._replace(exchange_seconds=seconds)
-            gpu_exchange.PIECE_NBYTES = nbytes
+            cost_model.NETWORK = chosen._replace(exchange_seconds=seconds)
+            collectives.PIECE_NBYTES = nbytes
             check_communicator(lambda _: thread, sizes=[workers.size], local=[rank()])  # noqa: B023
             if nbytes == piece_nbytes:
                 check_large(thread, workers.size, nbytes)
@@ -473,7 +474,7 @@ def on_gpus(program: str, num_local: str, over: str, is_straight: str) -> None:
     """Run another program on simulated GPUs; see that arrays went straight, or that none did."""
     moved, staged = [], []
     for of, name, seen in (
-        (gpu_exchange.GpuExchange, "all_reduce", moved),
+        (collectives.GpuCollectives, "all_reduce", moved),
         (Staged, "_down", staged),
     ):
         noted(of, name, seen)
@@ -489,14 +490,14 @@ def noted(of: type, name: str, seen: list[str]) -> None:
 
 def says_differently(over: str) -> None:
     """One MPI that does not take memory of GPUs is enough; a wrong word is an error on all."""
-    from dvkernels.communicators import mpi
+    from dvkernels.communicators.workers import connect
 
     for said, count in ((("1", "1"), 2), (("1", "0"), 0), (("0", "1"), 0), (("auto", "1"), 0)):
-        os.environ[awareness.VARIABLE] = said[rank()]
-        assert len(mpi.connect(dv.cluster.default_resolver(), 60.0).gpu_comms) == count
-    os.environ[awareness.VARIABLE] = ("1", "perhaps")[rank()]
+        os.environ[cuda_aware.VARIABLE] = said[rank()]
+        assert len(connect.connect(dv.cluster.default_resolver(), 60.0).gpu_comms) == count
+    os.environ[cuda_aware.VARIABLE] = ("1", "perhaps")[rank()]
     with pytest.raises(dv.errors.ClusterError, match="on worker 1: DVKERNELS_CUDA_AWARE_MPI='per"):
-        mpi.connect(dv.cluster.default_resolver(), 60.0)
+        connect.connect(dv.cluster.default_resolver(), 60.0)
 
 
 def endure_straight(

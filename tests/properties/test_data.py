@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.shuffle import permute, round_keys
 
 REPLICAS = st.sampled_from([1, 2, 3, 7])

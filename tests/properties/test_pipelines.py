@@ -7,10 +7,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvkernels.data import marks
+from dvkernels.data import resume_points
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
-from dvkernels.data.options import InputOptions
+from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.options import InputOptions
 
 
 class Numbers:
@@ -117,7 +117,7 @@ def test_any_pipeline_stopped_anywhere_goes_on_as_it_would(pipeline, epoch, data
                 found.append([x for part in parts for x in part.ravel().tolist()])
             return found, iterator.state_dict()
 
-    with mock.patch.object(marks, "MAX_MARKS", max_marks):
+    with mock.patch.object(resume_points, "MAX_MARKS", max_marks):
         whole, _ = batches(None, None)
         seen, state = [], None
         for most in [*stops, None]:

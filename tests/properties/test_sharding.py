@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
-from dvkernels.data.options import InputOptions
-from dvkernels.data.share import Share
+from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.options import InputOptions
+from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.errors import DatasetError
 
 WORLDS = st.sampled_from([[1], [2], [1, 1], [2, 2], [1, 2], [3, 1, 1], [1, 1, 1, 1], [2, 1, 3, 1]])
@@ -30,7 +30,7 @@ class Workers:
         self.iterators = []
         for worker, count in enumerate(replicas):
             distributed = DistributedDataset(
-                make(worker, len(replicas)), count, share=Share(replicas, worker),
+                make(worker, len(replicas)), count, share=WorkerShare(replicas, worker),
                 exchange=self._exchange_of(worker), options=InputOptions(**options),
                 is_dealt=is_dealt,
             )  # fmt: skip

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
-from dvkernels.data.options import InputOptions
+from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.options import InputOptions
 
 REPLICAS = st.sampled_from([1, 2, 3])
 FILES = 5

@@ -21,11 +21,11 @@ import dvkernels as dv
 from dvkernels.benchmarks import between_gpus, gpu
 from dvkernels.benchmarks.peers import registry
 from dvkernels.devices import cuda as cuda_devices
-from dvkernels.devices import driver, gpu_arrays
+from dvkernels.devices import cuda_arrays, driver
 from dvkernels.errors import BufferMismatchError, CollectiveTimeoutError, DeviceError
 from dvkernels.kernels import cuda as kernels
-from dvkernels.kernels.cuda import between, peers
-from dvkernels.schedules import routes
+from dvkernels.kernels.cuda.multi_gpu import all_reduce, peer_access
+from dvkernels.schedules import flag_selection
 
 pytestmark = pytest.mark.cuda
 
@@ -39,11 +39,11 @@ class Machine:
         self.is_open = lambda address: True
         self.peers = Simulated()
         self.streams = {}
-        monkeypatch.setattr(between, "_groups", {})
+        monkeypatch.setattr(all_reduce, "_groups", {})
         monkeypatch.setattr(driver, "find", lambda: self)
-        monkeypatch.setattr(peers, "Peers", lambda found: self.peers)
-        self._place = gpu_arrays.place
-        monkeypatch.setattr(gpu_arrays, "place", self.place)
+        monkeypatch.setattr(peer_access, "Peers", lambda found: self.peers)
+        self._place = cuda_arrays.place
+        monkeypatch.setattr(cuda_arrays, "place", self.place)
 
     def open_peer(self, device, peer):
         return (device, peer) not in self.apart
@@ -124,13 +124,13 @@ def test_buffers_on_three_devices(machine, verb, apart):
     ],
 )
 def test_where_only_neighbours_reach_each_other(machine, monkeypatch, algorithm, dtype, taken):
-    found, choose = [], routes.choose
+    found, choose = [], flag_selection.choose
 
     def choosing(*args, **named):
         found.append(choose(*args, **named))
         return found[-1]
 
-    monkeypatch.setattr(routes, "choose", choosing)
+    monkeypatch.setattr(flag_selection, "choose", choosing)
     machine.apart = {(0, 1), (1, 2), (2, 0)}
     arrays = some(3, 50, dtype)
     right = np.sum(arrays, axis=0)
@@ -213,7 +213,7 @@ def test_a_graph_takes_in_all_streams_and_holds_no_flags_and_no_slots(machine):
         (1, 11, k, 10 + k) for k in (0, 2)
     ]
     machine.apart = {(0, 1), (0, 2)}  # no ring either
-    between._groups.clear()
+    all_reduce._groups.clear()
     with pytest.raises(DeviceError, match="CUDA graph"):
         kernels.all_reduce([machine.put(a, rank, 10 + rank) for rank, a in enumerate(arrays)])
 
@@ -310,14 +310,16 @@ def test_the_measurement_takes_every_protocol_and_rival(machine, monkeypatch):
 
         return lambda calls: bench.seconds(call, calls)
 
-    plan = gpu.Plan(between_nbytes=(256, 4096), rounds=2, calls=2, small_calls=3, small_nbytes=256)
+    plan = gpu.MeasurementPlan(
+        between_nbytes=(256, 4096), rounds=2, calls=2, small_calls=3, small_nbytes=256
+    )
     with concurrent():
         streams = [cuda.stream() for _ in range(3)]
         monkeypatch.setattr(machine, "synchronize", lambda device: streams[device].synchronize())
         machine.allocate(monkeypatch, streams)
         figures = between_gpus.measure([0, 1, 2], plan, {"rival": rival})
         machine.apart = {(0, 1), (0, 2)}
-        between._groups.clear()
+        all_reduce._groups.clear()
         alone = between_gpus.measure([0, 1, 2], plan, {})
     assert [(one.nbytes, one.replicas) for one in figures] == [(256, 3), (4096, 3)]
     contestants = {"one_shot", "two_shot", "ring", "staged", "rival", "copy"}
@@ -329,7 +331,7 @@ def test_the_measurement_takes_every_protocol_and_rival(machine, monkeypatch):
 
 def test_a_rival_that_computes_something_else_is_not_reported(machine, monkeypatch):
     machine.apart = {(0, 1)}
-    plan = gpu.Plan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
+    plan = gpu.MeasurementPlan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
     machine.allocate(monkeypatch, [0, 0])
     idle = {"idle": lambda *_: lambda calls: 1.0}
     with pytest.raises(DeviceError, match=r"GPUs, idle: .*nothing is reported"):
@@ -338,7 +340,7 @@ def test_a_rival_that_computes_something_else_is_not_reported(machine, monkeypat
 
 def test_what_is_not_there_is_said(machine, monkeypatch):
     machine.apart = {(0, 1)}
-    plan = gpu.Plan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
+    plan = gpu.MeasurementPlan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
     machine.allocate(monkeypatch, [0, 0])
     monkeypatch.setattr(registry, "version_of", lambda peer, python: None)
     notes = {one.name: one.note for one in between_gpus.measure([0, 1], plan)[1:]}

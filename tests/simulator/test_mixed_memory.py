@@ -16,8 +16,8 @@ from dvkernels.communicators import registry
 from dvkernels.communicators.bucketing import Bucketing, all_reduce_each
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
-from dvkernels.communicators.workers import WorkerGroup
-from dvkernels.devices import memory
+from dvkernels.communicators.workers.group import WorkerGroup
+from dvkernels.devices import array_memory
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs the simulator"
@@ -26,11 +26,11 @@ COUNTS = pytest.mark.parametrize("counts", [[1, 1], [2, 1], [1, 2], [2, 2]])
 
 
 def put(value, on_gpu):
-    return memory.gpu().new(np.asarray(value), dv.Device("cuda", 0)) if on_gpu else value
+    return array_memory.gpu().new(np.asarray(value), dv.Device("cuda", 0)) if on_gpu else value
 
 
 def bare(value):
-    return memory.holding(value).to_host(value)
+    return array_memory.holding(value).to_host(value)
 
 
 def is_on_gpu(value):

@@ -11,7 +11,7 @@ import pytest
 import dvkernels as dv
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda
-from dvkernels.kernels.cuda import elements, jobs, launcher, memory, tables
+from dvkernels.kernels.cuda.engine import elements, intrinsics, job, launch_table, launcher
 from dvkernels.schedules import partition, ring
 from dvkernels.testing import check_arrays
 
@@ -118,7 +118,7 @@ def test_any_alignment_and_length_and_nothing_beside(offsets, length, launches):
     copied = sum(offset % 4 != 0 for offset in offsets)
     assert len(launches) == 1 + 2 * copied
     if len({*offsets}) == 1 and not copied:
-        where = launches[0][tables.HEADER + 1]
+        where = launches[0][launch_table.HEADER + 1]
         num_axes, before, vectors, after = launches[0][where : where + 4]
         assert (num_axes, before + 4 * vectors + after) == (0, length)
         assert before < 4
@@ -129,7 +129,7 @@ def test_a_misaligned_vector_is_refused_as_on_a_device():
     room = np.zeros(64, np.uint8)
     address = room.ctypes.data + -room.ctypes.data % 16
     with pytest.raises(ValueError, match="multiple"):
-        memory.load_vector(address + 4)
+        intrinsics.load_vector(address + 4)
     with pytest.raises(ValueError, match="multiple"):
         elements.load(address + 8, 10, True)
     with pytest.raises(ValueError, match="multiple"):
@@ -137,17 +137,17 @@ def test_a_misaligned_vector_is_refused_as_on_a_device():
 
 
 def items_of(sizes):
-    return [jobs.Item((), 0, size, 0, (16 * k, 16 * k)) for k, size in enumerate(sizes)]
+    return [job.Item((), 0, size, 0, (16 * k, 16 * k)) for k, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("sizes", [(1,), (0, 0), (7, 0, 4096), (1 << 22,), (5000, 1, 300_000)])
 @pytest.mark.parametrize("most_blocks", [1, 2, 1056])
 def test_pieces_cover_every_unit_once(sizes, most_blocks):
-    counts = jobs.Counts(2, 2, 0, 1)
-    blocks, words = jobs.lay_out(items_of(sizes), counts, 256, most_blocks)
+    counts = job.Counts(2, 2, 0, 1)
+    blocks, words = job.lay_out(items_of(sizes), counts, 256, most_blocks)
     num_pieces, num_items = words[:2]
     per_piece = 256 * words[6]
-    heads = [words[tables.HEADER + 2 * k] for k in range(num_items)]
+    heads = [words[launch_table.HEADER + 2 * k] for k in range(num_items)]
     ends = [*heads[1:], num_pieces]
     for size, first, end in zip(sizes, heads, ends, strict=True):
         assert end - first == max(1, -(-size // per_piece))
@@ -155,7 +155,7 @@ def test_pieces_cover_every_unit_once(sizes, most_blocks):
 
 
 def test_items_with_axes_are_cut_where_32_bits_end(monkeypatch):
-    monkeypatch.setattr(jobs, "_LONGEST", 10)
+    monkeypatch.setattr(job, "_LONGEST", 10)
     buffers = [np.arange(120.0).reshape(5, 24)[:, ::2] + k for k in range(2)]
     expected = buffers[0] + buffers[1]
     kernels.all_reduce(on_device(buffers))

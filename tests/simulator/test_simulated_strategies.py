@@ -12,7 +12,7 @@ import dvkernels as dv
 from dvkernels import errors
 from dvkernels.benchmarks import gpu
 from dvkernels.cli.main import main
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs the simulator"
@@ -26,7 +26,7 @@ def two():
 
 
 def on_gpu(value):
-    return memory.gpu().new(np.asarray(value), dv.Device("cuda", 0))
+    return array_memory.gpu().new(np.asarray(value), dv.Device("cuda", 0))
 
 
 def here():
@@ -96,7 +96,7 @@ def test_arrays_that_the_simulator_makes_are_taken_too(two):
 
     held = cuda.to_device(np.ones(3))
     total = two.run(lambda: here().all_reduce("sum", held))[0]
-    assert memory.gpu().to_host(total).tolist() == [2, 2, 2]
+    assert array_memory.gpu().to_host(total).tolist() == [2, 2, 2]
     into = cuda.to_device(np.zeros(3))
     two.run(lambda: here().all_reduce("sum", held, out=into) if rank() == 0 else
             here().all_reduce("sum", held, out=cuda.to_device(np.zeros(3))))  # fmt: skip
@@ -233,4 +233,6 @@ def test_the_measurement_of_a_gpu_is_written_down(tmp_path, capsys):
 def test_a_wrong_result_is_not_reported(monkeypatch):
     monkeypatch.setattr(gpu.kernels, "all_reduce", lambda *_: None)
     with pytest.raises(errors.DeviceError, match="nothing is reported"):
-        gpu.measure(plan=gpu.Plan(nbytes=64, small_nbytes=16, rounds=1, calls=1, small_calls=1))
+        gpu.measure(
+            plan=gpu.MeasurementPlan(nbytes=64, small_nbytes=16, rounds=1, calls=1, small_calls=1)
+        )

@@ -18,20 +18,20 @@ from simulated_peers import Simulated
 
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import cpu
-from dvkernels.kernels.cuda import team as teams
-from dvkernels.kernels.cuda.team import Job, Team
+from dvkernels.kernels.cuda.multi_gpu import group as teams
+from dvkernels.kernels.cuda.multi_gpu.group import AllReduceCall, DeviceGroup
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.schedules import waiting
-from dvkernels.schedules.routes import Route
+from dvkernels.schedules import flag_all_reduce
+from dvkernels.schedules.flag_selection import Route
 
 pytestmark = pytest.mark.cuda
-PROTOCOLS = waiting.PROTOCOLS
+PROTOCOLS = flag_all_reduce.PROTOCOLS
 
 
 def job(inputs, outputs, op, streams):
     first = inputs[0]
     addresses = [[array.ctypes.data for array in arrays] for arrays in (inputs, outputs)]
-    return Job(*addresses, first.size, first.dtype, ReduceOp(op), streams)
+    return AllReduceCall(*addresses, first.size, first.dtype, ReduceOp(op), streams)
 
 
 def some(num_ranks, length, dtype="f4", seed=0):
@@ -57,7 +57,7 @@ def test_calls_in_a_row_give_the_sums(name, num_ranks, waits):
     expected = [np.sum(call, axis=0) for call in calls]
     driver = Simulated()
     with concurrent(seed=num_ranks):
-        team = Team(range(num_ranks), driver, timeout_seconds=5)
+        team = DeviceGroup(range(num_ranks), driver, timeout_seconds=5)
         streams = [cuda.stream() for _ in range(num_ranks)]
         for call in calls:
             team.all_reduce(job(call, call, "sum", streams), route)
@@ -75,7 +75,7 @@ def test_protocols_mix_and_streams_change(seed):
     before = [[array.copy() for array in call] for call in calls]
     outs = [[np.empty_like(array) for array in call] for call in calls]
     with concurrent(seed=seed):
-        team = Team(range(num_ranks), Simulated(), timeout_seconds=5)
+        team = DeviceGroup(range(num_ranks), Simulated(), timeout_seconds=5)
         streams = [[cuda.stream() for _ in range(num_ranks)] for _ in range(2)]
         for number, (call, out) in enumerate(zip(calls, outs, strict=True)):
             order = tuple(int(rank) for rank in rng.permutation(num_ranks))
@@ -109,7 +109,7 @@ def test_bits_are_those_of_the_cpu(name, op, dtype):
     route = Route(PROTOCOLS[name], tuple(range(num_ranks)), waits=True)
     with concurrent():
         streams = [cuda.stream() for _ in range(num_ranks)]
-        team = Team(range(num_ranks), Simulated(), timeout_seconds=5)
+        team = DeviceGroup(range(num_ranks), Simulated(), timeout_seconds=5)
         team.all_reduce(job(buffers, buffers, op, streams), route)
     team.check()
     assert len({array.tobytes() for array in buffers}) == 1
@@ -128,7 +128,7 @@ def test_any_alignment_and_nothing_outside(offsets):
     for rank, buffer in enumerate(buffers):
         buffer[:] = rank + 1
     with concurrent():
-        team = Team((0, 1), Simulated(), timeout_seconds=5)
+        team = DeviceGroup((0, 1), Simulated(), timeout_seconds=5)
         streams = [cuda.stream() for _ in offsets]
         for name in ("two_shot", "one_shot", "ring"):
             route = Route(PROTOCOLS[name], (0, 1), waits=True)
@@ -146,7 +146,7 @@ def test_a_rank_that_never_comes_is_named_and_all_others_leave(name):
     route = Route(PROTOCOLS[name], (0, 1, 2), waits=True)
     begun = time.monotonic()
     with concurrent():
-        team = Team((0, 1, 2), driver, timeout_seconds=1.0)
+        team = DeviceGroup((0, 1, 2), driver, timeout_seconds=1.0)
         streams = [cuda.stream() for _ in range(3)]
         team.all_reduce(job(buffers, buffers, "sum", streams), route)
     assert time.monotonic() - begun < 20
@@ -175,7 +175,7 @@ def test_an_abort_ends_all_waiting_long_before_the_deadline(name):
     route = Route(PROTOCOLS[name], (0, 1), waits=True)
     begun = time.monotonic()
     with concurrent():
-        team = Team((0, 1), Simulated(absent=[0]), timeout_seconds=1000)
+        team = DeviceGroup((0, 1), Simulated(absent=[0]), timeout_seconds=1000)
         streams = [cuda.stream() for _ in range(2)]
         for _ in range(3):
             team.all_reduce(job(buffers, buffers, "sum", streams), route)
@@ -193,7 +193,7 @@ def test_everything_is_loaded_everywhere_before_the_first_launch():
     load = driver.load
     driver.load = lambda *args: (launched_at_load.append(len(driver.launched)), load(*args))
     with concurrent():
-        team = Team((0, 1, 2), driver)
+        team = DeviceGroup((0, 1, 2), driver)
         streams = [cuda.stream() for _ in range(3)]
         route = Route(PROTOCOLS["ring"], (0, 1, 2), waits=True)
         team.all_reduce(job(buffers, buffers, "sum", streams), route)

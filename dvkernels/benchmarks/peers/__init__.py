@@ -1,1 +1,4 @@
-"""Other ways to the same all-reduce: each worker is a script for whoever has the peer."""
+"""Peer libraries of the benchmarks: each worker is a script for an environment that has the peer.
+
+Imports: benchmarks, communicators, communicators.workers, devices, errors, reduce_op, strategies.
+"""

@@ -26,9 +26,10 @@ import protocol
 from mpi4py import MPI
 
 from dvkernels.benchmarks import gradients
-from dvkernels.communicators import mpi, registry, single
+from dvkernels.communicators import registry, single
 from dvkernels.communicators.bucketing import all_reduce_each
-from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.communicators.workers import connect
+from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.strategies.multi_worker_mirrored import MultiWorkerMirroredStrategy
 
@@ -45,7 +46,7 @@ half = comm.Split(int(comm.rank >= comm.size // 2), comm.rank)
 @functools.cache
 def replicas():
     """Return the communicator of two replicas in each process of this half."""
-    group = WorkerGroup(mpi.over_shared_memory(half, TIMEOUT_SECONDS))
+    group = WorkerGroup(connect.over_shared_memory(half, TIMEOUT_SECONDS))
     inside = registry.between_devices(strategy.worker_devices * 2, "auto")
     return registry.between_replicas(inside, group, [2] * half.size)
 

@@ -1,4 +1,7 @@
-"""The kernels of the CPU: compiled by Numba, run by our own threads."""
+"""The kernels of the CPU: compiled by Numba, run by our own threads.
+
+Imports: custom_reduction, deadlines, devices, errors, kernels, reduce_op, schedules, threads.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import direct, optimizers, prompt, ring
+from dvkernels.kernels.cpu import direct, optimizers, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
 from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
+from dvkernels.kernels.cpu.engine import fast_path
 from dvkernels.kernels.cpu.gather import all_gather, all_to_all, reduce_scatter
 from dvkernels.kernels.cpu.many import all_reduce_many
 from dvkernels.kernels.cpu.ring import ring_all_reduce
-from dvkernels.schedules import cost
+from dvkernels.schedules import cost_model
 
 __all__ = [
     "aggregate_mean",
@@ -36,7 +40,7 @@ def _cheapest(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     """Reduce by the algorithm that the cost model finds cheapest for so many bytes."""
     buffers = checks.listed(verb, buffers)
     nbytes = getattr(buffers[0], "nbytes", 0) if buffers else 0
-    chosen = cost.cheapest(cost.CPU, len(buffers) or 1, nbytes)
+    chosen = cost_model.cheapest(cost_model.CPU, len(buffers) or 1, nbytes)
     return _ALGORITHMS[chosen](verb, buffers, op, out)
 
 
@@ -52,7 +56,7 @@ def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
     if algorithm == "auto":
         reads = [*buffers]
         writes = [np.empty(read.shape, read.dtype) for read in reads]
-        if prompt.reduce_into(reads, writes, op):
+        if fast_path.reduce_into(reads, writes, op):
             return writes
     return _ALGORITHMS[algorithm]("all_reduce", buffers, op, checks.NEW)
 
@@ -63,7 +67,7 @@ def all_reduce(
     """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
     # The prompt way is direct, which in one memory domain is the cheapest at every size.
     if out is None and algorithm == "auto":
-        reduced = prompt.all_reduce(buffers, op)
+        reduced = fast_path.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
     chosen = checks.algorithm("all_reduce", algorithm, _ALGORITHMS)

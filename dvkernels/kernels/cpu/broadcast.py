@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import jobs
+from dvkernels.kernels.cpu.engine import job
 
 __all__ = ["broadcast"]
 
@@ -19,5 +19,5 @@ def broadcast(buffers: Any, root: int = 0) -> list[Any]:
     checks.in_place("broadcast", views)
     views.insert(0, views.pop(root))
     if len(views) > 1:
-        jobs.move([views])
+        job.move([views])
     return list(buffers)

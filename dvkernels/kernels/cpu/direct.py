@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.devices import foreign
+from dvkernels.devices import interop
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import jobs, objects, prompt
+from dvkernels.kernels.cpu.engine import array_structs, fast_path, job
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
@@ -28,20 +28,20 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     """Reduce under the name ``verb``, which error messages mention."""
     buffers = checks.listed(verb, buffers)
     if out is None:
-        reduced = prompt.all_reduce(buffers, op)
+        reduced = fast_path.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
     elif out is not checks.NEW:
         out = checks.listed(verb, out, "out")
-        if len(out) == len(buffers) and prompt.reduce_into(buffers, out, op):
+        if len(out) == len(buffers) and fast_path.reduce_into(buffers, out, op):
             return list(out)
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
         checks.in_place(verb, reads)
-        objects.learn(op, reads[0].dtype)
-        program = jobs.combine_in_place(len(reads), jobs.divisor(op, len(reads)))
-        jobs.run(op, reads[0].dtype, [reads], program)
+        array_structs.learn(op, reads[0].dtype)
+        program = job.combine_in_place(len(reads), job.divisor(op, len(reads)))
+        job.run(op, reads[0].dtype, [reads], program)
         return list(buffers)
     writes = checks.results(verb, reads, out)
     _combine(op, reads, writes)
@@ -64,7 +64,7 @@ def aggregate_mean(buffers: Any, *, out: Any = None) -> Any:
 
 
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
-    if out is not None and prompt.reduce_into(buffers, [out], op):
+    if out is not None and fast_path.reduce_into(buffers, [out], op):
         return out
     buffers = checks.listed(verb, buffers)
     reads = checks.arrays(verb, buffers)
@@ -72,7 +72,7 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
     if out is None:
         result = np.empty_like(reads[0])
         _combine(op, reads, [result])
-        return foreign.like(result, buffers[0])
+        return interop.like(result, buffers[0])
     writes = checks.arrays(verb, [out], "out")
     checks.separate(verb, reads, writes, 1)
     _combine(op, reads, writes)
@@ -81,8 +81,8 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
 
 def _combine(op: Reduction, reads: Sequence[Any], writes: Sequence[Any]) -> None:
     """Reduce ``reads``, which have been checked, into all of ``writes``."""
-    if prompt.reduce_into(reads, writes, op):
+    if fast_path.reduce_into(reads, writes, op):
         return
-    objects.learn(op, reads[0].dtype)
-    program = jobs.combine(len(reads), len(writes), jobs.divisor(op, len(reads)))
-    jobs.run(op, reads[0].dtype, [[*reads, *writes]], program)
+    array_structs.learn(op, reads[0].dtype)
+    program = job.combine(len(reads), len(writes), job.divisor(op, len(reads)))
+    job.run(op, reads[0].dtype, [[*reads, *writes]], program)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.devices import foreign
-from dvkernels.kernels import checks, cuts
-from dvkernels.kernels.cpu import jobs
+from dvkernels.devices import interop
+from dvkernels.kernels import checks, slices
+from dvkernels.kernels.cpu.engine import job
 from dvkernels.schedules import partition
 
 __all__ = ["all_gather", "all_to_all", "reduce_scatter"]
@@ -31,9 +31,9 @@ def reduce_scatter(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[An
     parts = partition.parts(len(reads[0]), count)
     rest = reads[0].shape[1:]
     writes = checks.apart("reduce_scatter", reads, out, [(b - a, *rest) for a, b in parts])
-    groups = cuts.scattered(reads, parts, writes)
-    program = jobs.combine(count, 1, jobs.divisor(op, count))
-    jobs.run(op, reads[0].dtype, groups, program)
+    groups = slices.scattered(reads, parts, writes)
+    program = job.combine(count, 1, job.divisor(op, count))
+    job.run(op, reads[0].dtype, groups, program)
     return _returned(writes, buffers, out)
 
 
@@ -42,9 +42,9 @@ def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None) -> list[Any]:
     buffers, out = _listed("all_gather", buffers, out)
     reads, axis = checks.arrays_along("all_gather", buffers, axis)
     checks.check_dtype_moves("all_gather", reads[0].dtype)
-    whole = cuts.joined_shape(reads, axis)
+    whole = slices.joined_shape(reads, axis)
     writes = checks.apart("all_gather", reads, out, [whole] * len(reads))
-    jobs.move(cuts.gathered(reads, axis, writes))
+    job.move(slices.gathered(reads, axis, writes))
     return _returned(writes, buffers, out)
 
 
@@ -59,7 +59,7 @@ def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
     rest = reads[0].shape[1:]
     shapes = [(count * (stop - start), *rest) for start, stop in parts]
     writes = checks.apart("all_to_all", reads, out, shapes)
-    jobs.move(cuts.exchanged(reads, parts, writes))
+    job.move(slices.exchanged(reads, parts, writes))
     return _returned(writes, buffers, out)
 
 
@@ -72,4 +72,4 @@ def _listed(verb: str, buffers: Any, out: Any) -> tuple[Any, Any]:
 def _returned(writes: list[Array], buffers: Any, out: Any) -> list[Any]:
     if out is not None:
         return list(out)
-    return [foreign.like(write, buffer) for write, buffer in zip(writes, buffers, strict=True)]
+    return [interop.like(write, buffer) for write, buffer in zip(writes, buffers, strict=True)]

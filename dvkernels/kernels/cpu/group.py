@@ -27,8 +27,8 @@ import numpy as np
 from numba import extending, types
 
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
-from dvkernels.kernels import arithmetic, compiled
-from dvkernels.kernels.cpu import elementwise, memory
+from dvkernels.kernels import arithmetic, jit
+from dvkernels.kernels.cpu.engine import intrinsics, loops
 from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
@@ -50,7 +50,7 @@ if os.name == "posix":
     _clock: Any = types.ExternalFunction("clock_gettime", _int32(_int32, _int64))
     _MONOTONIC = time.CLOCK_MONOTONIC
 
-    @compiled.njit(nogil=True)
+    @jit.njit(nogil=True)
     def _milliseconds():  # type: ignore[no-untyped-def]
         """Return a time that nobody sets."""
         found = np.zeros(2, np.int64)  # seconds and nanoseconds
@@ -59,7 +59,7 @@ if os.name == "posix":
 else:
     _ticks: Any = types.ExternalFunction("GetTickCount64", _int64())
 
-    @compiled.njit(nogil=True)
+    @jit.njit(nogil=True)
     def _milliseconds():  # type: ignore[no-untyped-def]
         """Return a time that nobody sets."""
         return _ticks()
@@ -116,7 +116,7 @@ class Group:
             )
         self.num_replicas = int(num_replicas)
         self.timeout_seconds = float(timeout_seconds)
-        self.state = memory.words(_SLOTS + 8 * self.num_replicas)
+        self.state = intrinsics.words(_SLOTS + 8 * self.num_replicas)
         self.reset()
 
     def abort(self) -> None:
@@ -131,52 +131,52 @@ class Group:
         self.state[26] = _LAYOUT
 
 
-@compiled.njit(nogil=True)
+@jit.njit(nogil=True)
 def _how_it_ended(state):  # type: ignore[no-untyped-def]
-    how = memory.load_shared(state, 16)
+    how = intrinsics.load_shared(state, 16)
     return _ABORTED if how == _LATE else how  # late was who waited
 
 
-@compiled.njit(nogil=True)
+@jit.njit(nogil=True)
 def _meet(state, rank, wanted, length):  # type: ignore[no-untyped-def]
     """Wait for all, and compare what they want; return how it went."""
-    if memory.load_shared(state, 16) != _MET:
+    if intrinsics.load_shared(state, 16) != _MET:
         return _how_it_ended(state)
-    meeting = memory.load_shared(state, 8)
-    num_replicas = memory.load(state, 24)
+    meeting = intrinsics.load_shared(state, 8)
+    num_replicas = intrinsics.load(state, 24)
     place = meeting & 1
     mine = state + 8 * (_SLOTS + 8 * rank)
-    memory.store_shared(mine, _WANTED + place, wanted)
-    memory.store_shared(mine, _LENGTH + place, length)
-    if memory.fetch_add(state, 0, 1) == num_replicas - 1:
-        memory.store_shared(state, 0, 0)
-        memory.store_shared(state, 8, meeting + 1)
+    intrinsics.store_shared(mine, _WANTED + place, wanted)
+    intrinsics.store_shared(mine, _LENGTH + place, length)
+    if intrinsics.fetch_add(state, 0, 1) == num_replicas - 1:
+        intrinsics.store_shared(state, 0, 0)
+        intrinsics.store_shared(state, 8, meeting + 1)
     deadline = np.int64(0)
     turn = 0
-    while memory.load_shared(state, 8) == meeting:
-        if memory.load_shared(state, 16) != _MET:
+    while intrinsics.load_shared(state, 8) == meeting:
+        if intrinsics.load_shared(state, 16) != _MET:
             return _how_it_ended(state)
-        memory.relax(turn)
+        intrinsics.relax(turn)
         turn += 1
         if turn % _TURNS_PER_LOOK == 0:
             now = _milliseconds()
             if deadline == 0:
-                deadline = now + memory.load(state, 25)
+                deadline = now + intrinsics.load(state, 25)
             elif now > deadline:
-                memory.store_shared(state, 16, _LATE)
+                intrinsics.store_shared(state, 16, _LATE)
                 return _LATE
     for other in range(num_replicas):
         theirs = state + 8 * (_SLOTS + 8 * other)
         if (
-            memory.load_shared(theirs, _WANTED + place) != wanted
-            or memory.load_shared(theirs, _LENGTH + place) != length
+            intrinsics.load_shared(theirs, _WANTED + place) != wanted
+            or intrinsics.load_shared(theirs, _LENGTH + place) != length
         ):
-            memory.store_shared(state, 16, _OTHERS_DIFFER)
+            intrinsics.store_shared(state, 16, _OTHERS_DIFFER)
             return _OTHERS_DIFFER
     return _how_it_ended(state)
 
 
-@compiled.njit(nogil=True)
+@jit.njit(nogil=True)
 def _meet_or_raise(state, rank, wanted, length):  # type: ignore[no-untyped-def]
     outcome = _meet(state, rank, wanted, length)
     if outcome == _LATE:
@@ -193,30 +193,30 @@ def _meet_or_raise(state, rank, wanted, length):  # type: ignore[no-untyped-def]
         )
 
 
-@compiled.njit(nogil=True)
+@jit.njit(nogil=True)
 def _checked(state, rank, root):  # type: ignore[no-untyped-def]
     """Return where the words of a state are, that are a group's with such a rank and root."""
     words = np.int64(state.ctypes.data)
-    if state.size * state.itemsize < 8 * _SLOTS or memory.load(words, 26) != _LAYOUT:
+    if state.size * state.itemsize < 8 * _SLOTS or intrinsics.load(words, 26) != _LAYOUT:
         raise ValueError(
             "that is no state of a Group, or compiled code of another version of dvkernels was "
             "kept by numba.njit(cache=True): delete its cache"
         )
-    num_replicas = memory.load(words, 24)
+    num_replicas = intrinsics.load(words, 24)
     if rank < 0 or rank >= num_replicas or root < 0 or root >= num_replicas:
-        memory.store_shared(words, 16, _ABORTED)
+        intrinsics.store_shared(words, 16, _ABORTED)
         raise ValueError("a rank or a root is not one of the group's")
     return words
 
 
-@compiled.njit(nogil=True)
+@jit.njit(nogil=True)
 def _bring(words, rank, address, wanted, length):  # type: ignore[no-untyped-def]
     """Show the others what this replica brings, and check that all bring the like."""
-    memory.store_shared(words + 8 * (_SLOTS + 8 * rank), 0, address)
+    intrinsics.store_shared(words + 8 * (_SLOTS + 8 * rank), 0, address)
     _meet_or_raise(words, rank, wanted, length)
 
 
-@compiled.njit(called_with="(int64[::1], int64)", nogil=True)
+@jit.njit(called_with="(int64[::1], int64)", nogil=True)
 def barrier(state, rank):  # type: ignore[no-untyped-def]
     """Return when every replica of the group has called this.
 
@@ -292,14 +292,14 @@ def _all_reduce(state: Any, rank: Any, array: Any, op: Any = "sum") -> Any:
         words = _checked(state, rank, np.int64(0))
         length = np.int64(array.size)
         _bring(words, rank, np.int64(array.ctypes.data), wanted, length)
-        num_replicas = memory.load(words, 24)
+        num_replicas = intrinsics.load(words, 24)
         table = np.empty(num_replicas, np.int64)
         for k in range(num_replicas):
-            table[k] = memory.load_shared(words + 8 * (_SLOTS + 8 * k), 0)
-        first, count = elementwise.part(length, num_replicas, rank)
+            table[k] = intrinsics.load_shared(words + 8 * (_SLOTS + 8 * k), 0)
+        first, count = loops.part(length, num_replicas, rank)
         divisor = num_replicas if is_mean else np.int64(1)
         if count > 0:
-            elementwise.span(
+            loops.span(
                 np.int64(table.ctypes.data), np.int64(0), num_replicas, np.int64(0), num_replicas,
                 divisor, first, count, np.int64(0), operation, code,
             )  # fmt: skip
@@ -343,15 +343,15 @@ def _broadcast(state: Any, rank: Any, array: Any, root: Any) -> Any:
         nbytes = np.int64(array.size * array.itemsize)
         own = np.int64(array.ctypes.data)
         if rank != root and not is_mutable:
-            memory.store_shared(words, 16, _ABORTED)
+            intrinsics.store_shared(words, 16, _ABORTED)
             raise ValueError("group.broadcast would write into a read-only array")
         _bring(words, rank, own, wanted, nbytes)
         if rank != root:
             table = np.empty(2, np.int64)
-            table[0] = memory.load_shared(words + 8 * (_SLOTS + 8 * root), 0)
+            table[0] = intrinsics.load_shared(words + 8 * (_SLOTS + 8 * root), 0)
             table[1] = own
             one = np.int64(1)
-            elementwise.span(
+            loops.span(
                 np.int64(table.ctypes.data), np.int64(0), one, one, one, one, np.int64(0), nbytes,
                 np.int64(0), 0, code,
             )  # fmt: skip

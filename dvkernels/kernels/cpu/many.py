@@ -1,7 +1,7 @@
 """All-reduce of many arrays at once: one job of one item an array, and no fusion buffer.
 
 Ten thousand small arrays cost no more than their addresses: compiled code reads them from the
-lists (see objects.py).
+lists (see array_structs.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.kernels import checks, compiled
-from dvkernels.kernels.cpu import jobs, memory, objects, pool
+from dvkernels.kernels import checks, jit
+from dvkernels.kernels.cpu.engine import array_structs, intrinsics, thread_pool
+from dvkernels.kernels.cpu.engine import job as jobs
 
 __all__ = ["all_reduce_many"]
 
@@ -19,8 +20,8 @@ __all__ = ["all_reduce_many"]
 _VERB = "all_reduce_many"
 _PIECE_NBYTES, _FAR_NBYTES = jobs.PIECE_NBYTES, jobs.FAR_NBYTES
 _PROGRAM, _ITEMS = jobs.HEADER, jobs.HEADER + 6  # after the program of one row
-_RUNNER, _ITEMSIZE = objects.RUNNER, objects.ITEMSIZE
-_IS_MEAN, _SHARED, _THREADS = objects.IS_MEAN, objects.SHARED, objects.THREADS
+_RUNNER, _ITEMSIZE = array_structs.RUNNER, array_structs.ITEMSIZE
+_IS_MEAN, _SHARED, _THREADS = array_structs.IS_MEAN, array_structs.SHARED, array_structs.THREADS
 _MOST_SEGMENTS = jobs.MOST_SEGMENTS
 
 Array = np.ndarray[Any, Any]
@@ -37,13 +38,13 @@ def all_reduce_many(groups: Any, op: Any = "sum") -> list[list[Any]]:
 def _reduce_at_once(listed: list[list[Any]], op: Any) -> bool:
     """Reduce contiguous arrays of one dtype; False: declined, and nothing was touched."""
     try:
-        recipe = objects.recipes[op, listed[0][0].dtype]
+        recipe = array_structs.recipes[op, listed[0][0].dtype]
     except (KeyError, TypeError, AttributeError, IndexError):
         return False
     count, width = len(listed), len(listed[0])
     where_tables = _ITEMS + 4 * count
     where_counters = -(-(where_tables + count * width) // 8) * 8
-    job = memory.words(where_counters + 8 * jobs.MOST_SEGMENTS)
+    job = intrinsics.words(where_counters + 8 * jobs.MOST_SEGMENTS)
     job[20] = where_counters
     address = checks.address(job)
     moved = _prepare(id(listed), recipe.address, address, width)
@@ -55,61 +56,63 @@ def _reduce_at_once(listed: list[list[Any]], op: Any) -> bool:
     starts = starts[order]
     if (starts[1:] - starts[:-1] < nbytes[order][:-1]).any():
         return False  # two share an element
-    pool.execute(job, address, moved)
+    thread_pool.execute(job, address, moved)
     return True
 
 
-@compiled.njit("int64(int64, int64, int64, int64)")
+@jit.njit("int64(int64, int64, int64, int64)")
 def _prepare(listed, recipe, job, width):  # type: ignore[no-untyped-def]
     """Fill the job that reduces lists of arrays; return the bytes it moves, or -1."""
-    count = objects.length_of(listed)
+    count = array_structs.length_of(listed)
     items = job + 8 * _ITEMS
     where_tables = _ITEMS + 4 * count
     total = np.int64(0)
     for k in range(count):
-        group = objects.item_of(listed, k)
-        if objects.length_of(group) != width:
+        group = array_structs.item_of(listed, k)
+        if array_structs.length_of(group) != width:
             return -1
-        length = objects.look(group, recipe, job + 8 * (where_tables + k * width), 0)
+        length = array_structs.look(group, recipe, job + 8 * (where_tables + k * width), 0)
         if length < 0:
             return -1
         total += length
-        memory.store(items, 4 * k + 1, length)
-        memory.store(items, 4 * k + 2, 1)
-        memory.store(items, 4 * k + 3, where_tables + k * width)
-    itemsize = memory.load(recipe, _ITEMSIZE)
+        intrinsics.store(items, 4 * k + 1, length)
+        intrinsics.store(items, 4 * k + 2, 1)
+        intrinsics.store(items, 4 * k + 3, where_tables + k * width)
+    itemsize = intrinsics.load(recipe, _ITEMSIZE)
     moved = 2 * total * itemsize * width
     longest = max(total, 1)
-    if moved >= memory.load(recipe, _SHARED):
+    if moved >= intrinsics.load(recipe, _SHARED):
         wanted = max(4096, min(_PIECE_NBYTES // width, total * itemsize // 4))
         longest = (wanted & -128) // itemsize
     num_pieces = np.int64(0)
     for k in range(count):
-        memory.store(items, 4 * k, num_pieces)
-        num_pieces += -(-memory.load(items, 4 * k + 1) // longest)
-    memory.store(job, 8, num_pieces)
+        intrinsics.store(items, 4 * k, num_pieces)
+        num_pieces += -(-intrinsics.load(items, 4 * k + 1) // longest)
+    intrinsics.store(job, 8, num_pieces)
     # Small arrays are claimed many at once: a claim costs as much as the sum of 1 KiB.
-    memory.store(
-        job, 9, max(1, num_pieces // 64 if moved >= memory.load(recipe, _SHARED) else num_pieces)
+    intrinsics.store(
+        job,
+        9,
+        max(1, num_pieces // 64 if moved >= intrinsics.load(recipe, _SHARED) else num_pieces),
     )
-    memory.store(job, 10, longest)
-    memory.store(job, 11, count)
-    memory.store(job, 12, _ITEMS)
-    memory.store(job, 13, _PROGRAM)
+    intrinsics.store(job, 10, longest)
+    intrinsics.store(job, 11, count)
+    intrinsics.store(job, 12, _ITEMS)
+    intrinsics.store(job, 13, _PROGRAM)
     num_segments = np.int64(1)
-    if moved >= memory.load(recipe, _SHARED):
-        num_segments = np.int64(min(memory.load(recipe, _THREADS), _MOST_SEGMENTS))
-    memory.store(job, 21, num_segments)
-    memory.store(job, 14, 1)
-    memory.store(job, 15, np.int64(moved >= _FAR_NBYTES))
-    memory.store(job, 16, width)
-    memory.store(job, 17, 1)
-    memory.store(job, 18, memory.load(recipe, _RUNNER))
+    if moved >= intrinsics.load(recipe, _SHARED):
+        num_segments = np.int64(min(intrinsics.load(recipe, _THREADS), _MOST_SEGMENTS))
+    intrinsics.store(job, 21, num_segments)
+    intrinsics.store(job, 14, 1)
+    intrinsics.store(job, 15, np.int64(moved >= _FAR_NBYTES))
+    intrinsics.store(job, 16, width)
+    intrinsics.store(job, 17, 1)
+    intrinsics.store(job, 18, intrinsics.load(recipe, _RUNNER))
     row = job + 8 * _PROGRAM
-    memory.store(row, 0, -1)
-    memory.store(row, 2, width)
-    memory.store(row, 4, width)
-    memory.store(row, 5, width if memory.load(recipe, _IS_MEAN) else 1)
+    intrinsics.store(row, 0, -1)
+    intrinsics.store(row, 2, width)
+    intrinsics.store(row, 4, width)
+    intrinsics.store(row, 5, width if intrinsics.load(recipe, _IS_MEAN) else 1)
     return moved
 
 
@@ -119,5 +122,5 @@ def _reduce_checked(listed: list[list[Any]], op: Any) -> None:
     width = len(listed[0])
     program = jobs.combine_in_place(width, jobs.divisor(known, width))
     for dtype, groups in by_dtype.items():
-        objects.learn(known, dtype)
+        array_structs.learn(known, dtype)
         jobs.run(known, dtype, groups, program)

@@ -18,8 +18,9 @@ import numpy as np
 from numba import types
 
 from dvkernels.errors import BufferMismatchError
-from dvkernels.kernels import arithmetic, compiled, steps
-from dvkernels.kernels.cpu import elementwise, jobs, memory
+from dvkernels.kernels import arithmetic, jit, optimizer_checks
+from dvkernels.kernels.cpu.engine import intrinsics, loops
+from dvkernels.kernels.cpu.engine import job as jobs
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "runner", "sgd"]
@@ -88,8 +89,8 @@ def sgd(
     array([0.8, 1.9])
     """
     slots = [] if velocities is None else [velocities]
-    rule = steps.sgd_rule(velocities, nesterov)
-    numbers = steps.sgd_numbers(parameters, learning_rate, momentum, weight_decay)
+    rule = optimizer_checks.sgd_rule(velocities, nesterov)
+    numbers = optimizer_checks.sgd_numbers(parameters, learning_rate, momentum, weight_decay)
     _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, shares)
 
 
@@ -147,11 +148,13 @@ def adam(
     >>> weight[0].round(6)
     array([-0.5,  0.5])
     """
-    numbers = steps.adam_numbers(
+    numbers = optimizer_checks.adam_numbers(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
-    _step("optimizers.adam", steps.ADAM, gradients, parameters, slots, numbers, op, shares)
+    _step(
+        "optimizers.adam", optimizer_checks.ADAM, gradients, parameters, slots, numbers, op, shares
+    )
 
 
 def _step(
@@ -160,11 +163,11 @@ def _step(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    numbers: Sequence[steps.Numbers],
+    numbers: Sequence[optimizer_checks.Numbers],
     op: Any,
     shares: Sequence[float] | None,
 ) -> None:
-    step = steps.check(verb, gradients, parameters, slots, numbers, op)
+    step = optimizer_checks.check(verb, gradients, parameters, slots, numbers, op)
     if step is None:
         return
     num_replicas, num_copies = step.num_replicas, step.num_copies
@@ -207,41 +210,41 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
     """Return the runner of a rule over float32 or float64: ``real``."""
     num_slots = (0, 1, 1, 2)[rule]
 
-    @compiled.cfunc(types.void(types.int64), error_model="numpy")
+    @jit.cfunc(types.void(types.int64), error_model="numpy")
     def run(job):  # type: ignore[no-untyped-def]
-        far, width = memory.load(job, 15), memory.load(job, 16)
-        row = job + 8 * memory.load(job, 13)
-        num_replicas, num_copies = memory.load(row, 2), memory.load(row, 4)
-        divisor = memory.load(row, 5)
-        where = job + 8 * memory.load(job, 19)
-        numbers = carray(memory.pointer(where), _NUM_NUMBERS, np.float64)
-        shares = carray(memory.pointer(where + 8 * _NUM_NUMBERS), num_replicas, np.float64)
+        far, width = intrinsics.load(job, 15), intrinsics.load(job, 16)
+        row = job + 8 * intrinsics.load(job, 13)
+        num_replicas, num_copies = intrinsics.load(row, 2), intrinsics.load(row, 4)
+        divisor = intrinsics.load(row, 5)
+        where = job + 8 * intrinsics.load(job, 19)
+        numbers = carray(intrinsics.pointer(where), _NUM_NUMBERS, np.float64)
+        shares = carray(intrinsics.pointer(where + 8 * _NUM_NUMBERS), num_replicas, np.float64)
         room = np.empty(width, np.int64)
         table = np.int64(room.ctypes.data)
         block = np.empty(_BLOCK + 16, real)
-        ordinal = memory.fetch_add(job, 0, 1)
-        turn, begin, end = elementwise.claim(job, ordinal, 0)
+        ordinal = intrinsics.fetch_add(job, 0, 1)
+        turn, begin, end = loops.claim(job, ordinal, 0)
         while begin < end:
             for piece in range(begin, end):
-                lines, first, length, line, last_line = elementwise.locate(job, piece)
+                lines, first, length, line, last_line = loops.locate(job, piece)
                 while line < last_line:
-                    elementwise.addresses_on(line, lines, width, table)
+                    loops.addresses_on(line, lines, width, table)
                     for offset in range(first, first + length, _BLOCK):
                         count = min(_BLOCK, first + length - offset)
                         shift = offset * itemsize
                         # The block stands where the gradients do in their cache lines.
                         start = np.int64(block.ctypes.data)
-                        start += (memory.load(table, 0) + shift - start) & 63
-                        memory.store(table, num_replicas, start - shift)
+                        start += (intrinsics.load(table, 0) + shift - start) & 63
+                        intrinsics.store(table, num_replicas, start - shift)
                         own = num_replicas + 1
                         if far:
                             for state in range(num_slots + 1):
-                                ahead = memory.load(table, own + state * num_copies) + shift
+                                ahead = intrinsics.load(table, own + state * num_copies) + shift
                                 for k in range(0, _BLOCK * itemsize, 64):
-                                    memory.prefetch(ahead + k)
-                        gradient = carray(memory.pointer(start), count, real)
+                                    intrinsics.prefetch(ahead + k)
+                        gradient = carray(intrinsics.pointer(start), count, real)
                         if divisor > 0:
-                            elementwise.span(
+                            loops.span(
                                 table, 0, num_replicas, num_replicas, 1, divisor, offset, count,
                                 far, 0, code,
                             )  # fmt: skip
@@ -249,18 +252,18 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                             gradient[:] = 0
                             for k in range(num_replicas):
                                 if shares[k] > 0:
-                                    brought = memory.pointer(memory.load(table, k) + shift)
+                                    brought = intrinsics.pointer(intrinsics.load(table, k) + shift)
                                     _add_share(gradient, carray(brought, count, real), shares[k])
                         parameter = carray(
-                            memory.pointer(memory.load(table, own) + shift), count, real
+                            intrinsics.pointer(intrinsics.load(table, own) + shift), count, real
                         )
                         second = own + num_copies if num_slots > 0 else own
                         third = second + num_copies if num_slots > 1 else second
                         slot = carray(
-                            memory.pointer(memory.load(table, second) + shift), count, real
+                            intrinsics.pointer(intrinsics.load(table, second) + shift), count, real
                         )
                         other = carray(
-                            memory.pointer(memory.load(table, third) + shift), count, real
+                            intrinsics.pointer(intrinsics.load(table, third) + shift), count, real
                         )
                         if rule == 3:
                             _adam(gradient, parameter, slot, other, numbers)
@@ -269,24 +272,24 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                         if num_copies > 1:
                             for state in range(num_slots + 1):
                                 source = own + state * num_copies
-                                elementwise.span(
+                                loops.span(
                                     table, source, 1, source + 1, num_copies - 1, 1, offset, count,
                                     2 * far, 0, code,
                                 )  # fmt: skip
                     line += 1
-            turn, begin, end = elementwise.claim(job, ordinal, turn)
+            turn, begin, end = loops.claim(job, ordinal, turn)
 
     return run
 
 
-@compiled.njit(nogil=True, error_model="numpy")
+@jit.njit(nogil=True, error_model="numpy")
 def _add_share(total, gradient, share):  # type: ignore[no-untyped-def]
     factor = gradient.dtype.type(share)
     for i in range(len(gradient)):
         total[i] += factor * gradient[i]
 
 
-@compiled.njit(nogil=True, error_model="numpy")
+@jit.njit(nogil=True, error_model="numpy")
 def _sgd(rule, gradient, parameter, velocity, numbers):  # type: ignore[no-untyped-def]
     rate, momentum, decay = (
         gradient.dtype.type(numbers[0]),
@@ -303,7 +306,7 @@ def _sgd(rule, gradient, parameter, velocity, numbers):  # type: ignore[no-untyp
             parameter[i] -= rate * (slope + momentum * speed if rule == 2 else speed)
 
 
-@compiled.njit(nogil=True, error_model="numpy")
+@jit.njit(nogil=True, error_model="numpy")
 def _adam(gradient, parameter, first, second, numbers):  # type: ignore[no-untyped-def]
     real = gradient.dtype.type
     rate, beta_1, beta_2, epsilon = (

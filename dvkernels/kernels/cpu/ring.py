@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu import jobs
+from dvkernels.kernels.cpu.engine import job
 from dvkernels.reduce_op import ReduceOp, is_half
 from dvkernels.schedules import ring
 
@@ -46,17 +46,17 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
         arrays = [*reads, *writes]
     program = _program(count, out is not None, op is ReduceOp.MEAN, is_half(reads[0].dtype))
     nbytes = max(4096, _SEGMENT_NBYTES // count // 128 * 128)
-    jobs.run(op, reads[0].dtype, [arrays], program, piece_nbytes=nbytes)
+    job.run(op, reads[0].dtype, [arrays], program, piece_nbytes=nbytes)
     if out is checks.NEW:
         return writes
     return list(buffers if out is None else out)
 
 
 @functools.lru_cache(maxsize=64)
-def _program(num_ranks: int, separate: bool, is_mean: bool, in_registers: bool) -> jobs.Program:
+def _program(num_ranks: int, separate: bool, is_mean: bool, in_registers: bool) -> job.Program:
     rows, table = (_chains if in_registers else _steps)(num_ranks, separate, is_mean)
     first_write = num_ranks if separate else 0
-    return jobs.Program(tuple(rows), tuple(table), num_ranks, first_write, num_ranks)
+    return job.Program(tuple(rows), tuple(table), num_ranks, first_write, num_ranks)
 
 
 _Rows = list[tuple[int, int, int, int, int, int]]

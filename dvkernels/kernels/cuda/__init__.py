@@ -4,6 +4,8 @@ The functions are those of :mod:`dvkernels.kernels`, and take ``stream`` besides
 for each buffer, of CuPy, PyTorch or Numba, or its address. None means the current stream of the
 library that each array comes from: work waits there for what made the arrays, and what is put
 there afterwards waits for the results. The host waits for neither.
+
+Imports: devices, errors, kernels, reduce_op, schedules.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from typing import Any
 
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import direct, optimizers, ring
-from dvkernels.kernels.cuda.between import abort, recover
 from dvkernels.kernels.cuda.broadcast import broadcast
 from dvkernels.kernels.cuda.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
 from dvkernels.kernels.cuda.gather import all_gather, all_to_all, reduce_scatter
 from dvkernels.kernels.cuda.many import all_reduce_many
+from dvkernels.kernels.cuda.multi_gpu.all_reduce import abort, recover
 from dvkernels.kernels.cuda.ring import ring_all_reduce
 
 __all__ = [

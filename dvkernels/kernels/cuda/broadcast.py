@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cuda import jobs
-from dvkernels.kernels.cuda.calls import Buffers
+from dvkernels.kernels.cuda.engine import job
+from dvkernels.kernels.cuda.engine.call import Buffers
 
 __all__ = ["broadcast"]
 
@@ -21,5 +21,5 @@ def broadcast(buffers: Any, root: int = 0, *, stream: Any = None) -> list[Any]:
     views.insert(0, views.pop(root))
     if len(views) > 1:
         with call.ordered() as order:
-            jobs.move(order, [views])
+            job.move(order, [views])
     return list(call.results)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cuda import between, jobs, prompt
-from dvkernels.kernels.cuda.calls import AllReduce, Buffers
+from dvkernels.kernels.cuda.engine import fast_path, job
+from dvkernels.kernels.cuda.engine.call import AllReduce, Buffers
+from dvkernels.kernels.cuda.multi_gpu import all_reduce
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
@@ -31,21 +32,21 @@ def all_reduce_as(
     """
     buffers, seen = checks.listed(verb, buffers), None
     if out is None:
-        seen = prompt.see(buffers, (), op)
+        seen = fast_path.see(buffers, (), op)
     elif out is not checks.NEW:
         out = checks.listed(verb, out, "out")
-        seen = prompt.see(buffers, out, op) if len(out) == len(buffers) else None
-    if prompt.repeat(seen, verb, stream):
+        seen = fast_path.see(buffers, out, op) if len(out) == len(buffers) else None
+    if fast_path.repeat(seen, verb, stream):
         return list(buffers if out is None else out)
     call = AllReduce(verb, buffers, op, out, stream)
     if call.is_spread:
-        return between.all_reduce(call, between_gpus)
+        return all_reduce.all_reduce(call, between_gpus)
     writes = call.written()
     arrays = writes if call.is_in_place else [*call.reads, *writes]
     with call.ordered() as order:
         count = len(call.reads)
-        jobs.combine(order, call.op, call.dtype, [arrays], count, in_place=call.is_in_place)
-    prompt.learn(seen, call.op, arrays)
+        job.combine(order, call.op, call.dtype, [arrays], count, in_place=call.is_in_place)
+    fast_path.learn(seen, call.op, arrays)
     return list(call.results)
 
 
@@ -67,18 +68,18 @@ def aggregate_mean(buffers: Any, *, out: Any = None, stream: Any = None) -> Any:
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> Any:
     buffers, seen = checks.listed(verb, buffers), None
     if out is not None:
-        seen = prompt.see(buffers, (out,), op)
-        if prompt.repeat(seen, verb, stream):
+        seen = fast_path.see(buffers, (out,), op)
+        if fast_path.repeat(seen, verb, stream):
             return out
     call = Buffers(verb, buffers, None if out is None else [out], stream)
     reads = checks.arrays(verb, call.reads)
-    op = jobs.checked(verb, op, reads[0].dtype)
+    op = job.checked(verb, op, reads[0].dtype)
     if call.out is None:
         writes = call.made([reads[0].shape])
     else:
         writes = call.out
         checks.separate(verb, reads, writes, 1)
     with call.ordered() as order:
-        jobs.combine(order, op, reads[0].dtype, [[*reads, *writes]], len(reads))
-    prompt.learn(seen, op, [*reads, *writes])
+        job.combine(order, op, reads[0].dtype, [[*reads, *writes]], len(reads))
+    fast_path.learn(seen, op, [*reads, *writes])
     return call.results[0]

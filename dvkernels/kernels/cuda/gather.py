@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvkernels.kernels import checks, cuts
-from dvkernels.kernels.cuda import jobs
-from dvkernels.kernels.cuda.calls import Buffers
+from dvkernels.kernels import checks, slices
+from dvkernels.kernels.cuda.engine import job
+from dvkernels.kernels.cuda.engine.call import Buffers
 from dvkernels.schedules import partition
 
 __all__ = ["all_gather", "all_to_all", "reduce_scatter"]
@@ -22,14 +22,14 @@ def reduce_scatter(
     """Return part r of the reduction for replica r; see :func:`dvkernels.kernels`."""
     call = Buffers("reduce_scatter", buffers, out, stream)
     reads = checks.arrays("reduce_scatter", call.reads)
-    op = jobs.checked("reduce_scatter", op, reads[0].dtype)
+    op = job.checked("reduce_scatter", op, reads[0].dtype)
     checks.check_axis("reduce_scatter", 0, reads[0])
     parts = partition.parts(len(reads[0]), len(reads))
     rest = reads[0].shape[1:]
     writes = _writes(call, [(stop - start, *rest) for start, stop in parts])
-    groups = cuts.scattered(reads, parts, writes)
+    groups = slices.scattered(reads, parts, writes)
     with call.ordered() as order:
-        jobs.combine(order, op, reads[0].dtype, groups, len(reads))
+        job.combine(order, op, reads[0].dtype, groups, len(reads))
     return list(call.results)
 
 
@@ -38,9 +38,9 @@ def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None, stream: Any = No
     call = Buffers("all_gather", buffers, out, stream)
     reads, axis = checks.arrays_along("all_gather", call.reads, axis)
     checks.check_dtype_moves("all_gather", reads[0].dtype)
-    writes = _writes(call, [cuts.joined_shape(reads, axis)] * len(reads))
+    writes = _writes(call, [slices.joined_shape(reads, axis)] * len(reads))
     with call.ordered() as order:
-        jobs.move(order, cuts.gathered(reads, axis, writes))
+        job.move(order, slices.gathered(reads, axis, writes))
     return list(call.results)
 
 
@@ -54,7 +54,7 @@ def all_to_all(buffers: Any, *, out: Any = None, stream: Any = None) -> list[Any
     rest = reads[0].shape[1:]
     writes = _writes(call, [(len(reads) * (stop - start), *rest) for start, stop in parts])
     with call.ordered() as order:
-        jobs.move(order, cuts.exchanged(reads, parts, writes))
+        job.move(order, slices.exchanged(reads, parts, writes))
     return list(call.results)
 
 

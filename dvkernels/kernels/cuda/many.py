@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.kernels import checks
-from dvkernels.kernels.cuda import jobs
-from dvkernels.kernels.cuda.calls import Call
+from dvkernels.kernels.cuda.engine import job
+from dvkernels.kernels.cuda.engine.call import Call
 
 __all__ = ["all_reduce_many"]
 
@@ -21,8 +21,8 @@ def all_reduce_many(groups: Any, op: Any = "sum", *, stream: Any = None) -> list
     call = Call(_VERB, stream=stream)
     arrays = [call.place(group, f"{_VERB}, array {k}") for k, group in enumerate(listed)]
     known, by_dtype = checks.grouped(_VERB, arrays, op)
-    ops = {dtype: jobs.checked(_VERB, known, dtype) for dtype in by_dtype}
+    ops = {dtype: job.checked(_VERB, known, dtype) for dtype in by_dtype}
     with call.ordered() as order:
         for dtype, found in by_dtype.items():
-            jobs.combine(order, ops[dtype], dtype, found, len(listed[0]), in_place=True)
+            job.combine(order, ops[dtype], dtype, found, len(listed[0]), in_place=True)
     return listed

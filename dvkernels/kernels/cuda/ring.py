@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvkernels.kernels.cuda import between, jobs
-from dvkernels.kernels.cuda.calls import AllReduce
+from dvkernels.kernels.cuda.engine import job
+from dvkernels.kernels.cuda.engine.call import AllReduce
+from dvkernels.kernels.cuda.multi_gpu import all_reduce
 from dvkernels.schedules import partition, ring
 
 __all__ = ["ring_all_reduce"]
@@ -26,7 +27,7 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> li
     """Reduce under the name ``verb``, which error messages mention."""
     call = AllReduce(verb, buffers, op, out, stream)
     if call.is_spread:
-        return between.all_reduce(call, "ring")
+        return all_reduce.all_reduce(call, "ring")
     reads, writes = call.reads, call.written()
     count = len(reads)
     groups = []
@@ -39,5 +40,5 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> li
         if chunk is not None:
             groups.append([*(reads[k][chunk] for k in chain), *(write[chunk] for write in writes)])
     with call.ordered() as order:
-        jobs.combine(order, call.op, call.dtype, groups, count)
+        job.combine(order, call.op, call.dtype, groups, count)
     return list(call.results)

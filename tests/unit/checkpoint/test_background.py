@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 from dvkernels.errors import CheckpointError
 from dvkernels.testing import faults
 
 
-class Held(files.Files):
+class Held(files.FileSystem):
     """Lets nothing be written until it may."""
 
     def __init__(self):
@@ -108,9 +108,9 @@ EXIT = """
 import sys, time
 import numpy as np
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 
-class Slow(files.Files):
+class Slow(files.FileSystem):
     def sync(self, descriptor):
         time.sleep(0.5)
         super().sync(descriptor)
@@ -140,9 +140,9 @@ def test_an_error_that_nobody_asked_for_is_printed_at_the_end(tmp_path):
 FORK = """
 import os, sys, threading
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 
-class Held(files.Files):
+class Held(files.FileSystem):
     may_write = threading.Event()
     def create(self, path):
         assert self.may_write.wait(60)
@@ -153,7 +153,7 @@ files.active = Held()
 checkpoint.save(sys.argv[1] + "/parent", background=True)
 child = os.fork()
 if not child:
-    files.active = files.Files()
+    files.active = files.FileSystem()
     checkpoint.close()  # the parent's thread is not here
     checkpoint.save(sys.argv[1] + "/child", background=True)
     sys.exit(0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.testing import faults
 
@@ -198,7 +198,7 @@ HOLD = """
 import sys, time
 import dvkernels as dv
 from pathlib import Path
-from dvkernels.checkpoint import folder
+from dvkernels.checkpoint.storage import atomic_folder as folder
 with folder.replaced(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
@@ -234,7 +234,7 @@ def test_two_writers_in_one_process(tmp_path):
     run, other = Run(tmp_path / "c"), Run(tmp_path / "c")
     is_inside, may_go = threading.Event(), threading.Event()
 
-    class Slow(files.Files):
+    class Slow(files.FileSystem):
         def sync_folder(self, path):
             is_inside.set()
             assert may_go.wait(60)
@@ -257,9 +257,9 @@ SAVE_AND_WAIT = """
 import os, sys, threading
 import numpy as np
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 
-class Stopping(files.Files):
+class Stopping(files.FileSystem):
     count = 0
     def __getattribute__(self, name):
         operation = object.__getattribute__(self, name)

@@ -11,7 +11,8 @@ import pytest
 import xxhash
 
 import dvkernels as dv
-from dvkernels.checkpoint import shards, transfer
+from dvkernels.checkpoint.format import shards
+from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.devices import cpu
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -113,7 +114,7 @@ def test_memory_stays_bounded(tmp_path):
 
 
 def test_all_items_are_worked_on_and_the_first_error_is_raised():
-    assert transfer.in_parallel(lambda k: k * k, range(100)) == [k * k for k in range(100)]
-    assert transfer.in_parallel(lambda k: k, []) == []
+    assert parallel_io.in_parallel(lambda k: k * k, range(100)) == [k * k for k in range(100)]
+    assert parallel_io.in_parallel(lambda k: k, []) == []
     with pytest.raises(ZeroDivisionError):
-        transfer.in_parallel(lambda k: 1 // (k - 50), range(100))
+        parallel_io.in_parallel(lambda k: 1 // (k - 50), range(100))

@@ -13,7 +13,7 @@ import pytest
 from threads_as_workers import at_once, transports
 
 import dvkernels as dv
-from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.testing import faults
 

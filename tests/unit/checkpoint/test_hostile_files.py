@@ -16,7 +16,8 @@ import pytest
 
 import dvkernels as dv
 from dvkernels import checkpoint
-from dvkernels.checkpoint import shards, transfer
+from dvkernels.checkpoint.format import shards
+from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.devices import cpu
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.testing import faults
@@ -82,7 +83,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     least = pytest.MonkeyPatch()
     with least.context() as patch:  # several shards, though they are small
-        patch.setattr("dvkernels.checkpoint.save._LEAST_SHARD_NBYTES", 1000)
+        patch.setattr("dvkernels.checkpoint.saving.save._LEAST_SHARD_NBYTES", 1000)
         patch.setattr(cpu, "usable_cores", lambda: 3)
         dv.Checkpoint(**make(2)).save(folder / "two", metadata={"note": "x"})
         dv.Checkpoint(**make(3)).save(folder / "three", metadata={"note": "x"})
@@ -93,7 +94,7 @@ def saved(tmp_path_factory):
 def sign(folder, manifest):
     """Write a manifest with a checksum that fits."""
     body = json.dumps(manifest).encode()[1:]
-    digest = transfer.checksum(body).encode()
+    digest = parallel_io.checksum(body).encode()
     (folder / "manifest.json").write_bytes(b'{"xxh3_64":"%s",\n' % digest + body)
 
 
@@ -267,7 +268,7 @@ def lie_in_a_header(rng, folder):
     text = text.ljust(-(-len(text) // 8) * 8)
     raw = len(text).to_bytes(8, "little") + text
     path.write_bytes(raw + data)
-    manifest["files"][place]["header"] = transfer.checksum(raw)
+    manifest["files"][place]["header"] = parallel_io.checksum(raw)
     manifest["files"][place]["nbytes"] = len(raw + data)
     sign(folder, manifest)
 
@@ -335,7 +336,7 @@ def test_raw_texts(folder):
         b"",
         b'"',
     ):
-        path.write_bytes(b'{"xxh3_64":"%s",\n' % transfer.checksum(text).encode() + text)
+        path.write_bytes(b'{"xxh3_64":"%s",\n' % parallel_io.checksum(text).encode() + text)
         with pytest.raises(CheckpointDamagedError, match=r"manifest\.json"):
             restore(folder)
     for text in (b"", b"{}", b"null", good[1:], good.replace(b"\n", b" ", 1)):
@@ -417,7 +418,7 @@ def test_nothing_that_is_loaded_can_run_code():
     room = Path(checkpoint.__file__).parent
     names = {
         name
-        for source in room.glob("*.py")
+        for source in room.rglob("*.py")
         for node in ast.walk(ast.parse(source.read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 
 
 class Interrupting:
@@ -20,7 +20,7 @@ class Interrupting:
     def __init__(self, at):
         self.at = at
         self.count = 0
-        self.real = files.Files()
+        self.real = files.FileSystem()
 
     def __getattr__(self, name):
         operation = getattr(self.real, name)

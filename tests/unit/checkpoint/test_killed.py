@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dvkernels.checkpoint import reading
-from dvkernels.checkpoint.steps import within
+from dvkernels.checkpoint.format.step_names import within
+from dvkernels.checkpoint.restoring import reader as reading
 from dvkernels.testing import run_and_kill
 
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))

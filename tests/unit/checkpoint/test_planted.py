@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 from dvkernels.errors import CheckpointError
 
 TREASURE = {"thesis.txt": b"years", "manifest.json": b"{}", "shard-00000.safetensors": b"bytes"}
@@ -100,11 +100,11 @@ def test_the_users_own_names_of_a_lock_file_are_not_written_to(treasure, here):
 def test_a_link_that_is_put_there_meanwhile(tmp_path, treasure, here, name):
     """At each operation the folder is exchanged for a link: what is open stays what it was."""
 
-    class Exchanging(files.Files):
+    class Exchanging(files.FileSystem):
         left = 0
 
         def __getattribute__(self, operation):
-            if operation in files.Files.__dict__:
+            if operation in files.FileSystem.__dict__:
                 Exchanging.left -= 1
                 if Exchanging.left == 0:
                     place = here / name

@@ -11,13 +11,13 @@ import pytest
 from threads_as_workers import at_once, transports
 
 import dvkernels as dv
-from dvkernels.checkpoint import files
+from dvkernels.checkpoint.storage import files
 from dvkernels.cli.main import main
-from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError
 
 
-class Beside(files.Files):
+class Beside(files.FileSystem):
     """Lets another do something before the operation of a number, and before so many after it."""
 
     def __init__(self, at, act, times=1):
@@ -25,11 +25,11 @@ class Beside(files.Files):
 
     def __getattribute__(self, name):
         value = object.__getattribute__(self, name)
-        if name in files.Files.__dict__:
+        if name in files.FileSystem.__dict__:
             self.count += 1
             if self.count >= self.at and self.left:
                 self.left -= 1
-                with files.using(files.Files()):
+                with files.using(files.FileSystem()):
                     self.act()
         return value
 
@@ -134,7 +134,7 @@ def test_all_workers_read_the_same(tmp_path):
 def test_files_are_closed(tmp_path):
     """Also those of tries that came to nothing."""
 
-    class Counting(files.Files):
+    class Counting(files.FileSystem):
         open_now = 0
 
         def __getattribute__(self, name):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dvkernels import kernels
-from dvkernels.benchmarks import memory_left
+from dvkernels.benchmarks import available_memory
 from dvkernels.cli import main
 
 QUICK = ["--sizes", "64,4K", "--rounds", "2"]
@@ -83,7 +83,7 @@ def test_what_is_written_can_be_read(capsys, tmp_path):
 
 
 def test_sizes_that_do_not_fit_are_named(capsys, monkeypatch):
-    monkeypatch.setattr(memory_left, "available_nbytes", lambda: 1 << 20)
+    monkeypatch.setattr(available_memory, "available_nbytes", lambda: 1 << 20)
     status, out, _ = bench(capsys, "--sizes", "64,64M", "--rounds", "1")
     assert status == 0
     assert "67108864 bytes left out" in out

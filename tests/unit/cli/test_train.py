@@ -15,8 +15,8 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import dvkernels as dv
-from dvkernels.cli import digits, main, network, training
-from dvkernels.kernels import cache
+from dvkernels.cli import digits, main, mlp, training_loop
+from dvkernels.kernels import compile_cache
 
 KEYS = {
     "test_accuracy",
@@ -34,7 +34,7 @@ KEYS = {
 
 def train(strategy, recipe, data):
     with strategy, threadpool_limits(1, user_api="blas"):  # as the command does
-        return training.train(strategy, recipe, data, lambda *_: None)
+        return training_loop.train(strategy, recipe, data, lambda *_: None)
 
 
 def mirrored(num_replicas, **options):
@@ -45,35 +45,37 @@ def mirrored(num_replicas, **options):
 @pytest.mark.parametrize("batch_size", [149, 128])
 def test_the_weights_are_those_of_one_device(dtype, tolerance, batch_size):
     data = digits.load(dtype)
-    recipe = training.Recipe(epochs=8, batch_size=batch_size, num_hidden=64, dtype=dtype)
+    recipe = training_loop.TrainingConfig(
+        epochs=8, batch_size=batch_size, num_hidden=64, dtype=dtype
+    )
     reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, data)
-    exactness = network.accuracy(reference.weights, 64, data.test_images, data.test_labels)
+    exactness = mlp.accuracy(reference.weights, 64, data.test_images, data.test_labels)
     assert exactness > 0.9
     for num_replicas in (2, 3, 7):
         outcome = train(mirrored(num_replicas), recipe, data)
-        assert outcome.steps == reference.steps == training.num_steps(recipe, data)
-        assert training.relative_difference(outcome.weights, reference.weights) <= tolerance
-        reached = network.accuracy(outcome.weights, 64, data.test_images, data.test_labels)
+        assert outcome.steps == reference.steps == training_loop.num_steps(recipe, data)
+        assert training_loop.relative_difference(outcome.weights, reference.weights) <= tolerance
+        reached = mlp.accuracy(outcome.weights, 64, data.test_images, data.test_labels)
         assert abs(reached - exactness) <= 0.01
 
 
 def test_replicas_without_examples():
     data = digits.load("float64")
     few = digits.Digits(data.train_images[:22], data.train_labels[:22], *data[2:])
-    recipe = training.Recipe(epochs=3, batch_size=16, num_hidden=8, dtype="float64")
+    recipe = training_loop.TrainingConfig(epochs=3, batch_size=16, num_hidden=8, dtype="float64")
     reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, few)
     outcome = train(mirrored(7, cross_device_ops="ring"), recipe, few)  # 66 = 4 x 16 + 2
-    assert training.relative_difference(outcome.weights, reference.weights) <= 1e-9
+    assert training_loop.relative_difference(outcome.weights, reference.weights) <= 1e-9
 
 
 def test_median_accuracy_of_five_seeds():
     data = digits.load("float32")
     accuracies = []
     for seed in range(5):
-        recipe = training.Recipe(seed=seed)
+        recipe = training_loop.TrainingConfig(seed=seed)
         weights = train(mirrored(2), recipe, data).weights
         accuracies.append(
-            network.accuracy(weights, recipe.num_hidden, data.test_images, data.test_labels)
+            mlp.accuracy(weights, recipe.num_hidden, data.test_images, data.test_labels)
         )
     assert statistics.median(accuracies) >= 0.97
 
@@ -132,7 +134,7 @@ def test_info_computes_on_every_device(capsys):
     passed = [line.split()[0] for line in lines if line.endswith("PASS")]
     assert passed == [*(str(device) for device in dv.list_devices()), "together"]
     (place,) = [line for line in lines if line.startswith("compiled code: ")]
-    assert str(cache.folder()) in place
+    assert str(compile_cache.folder()) in place
     assert main.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found["devices"], "together"] == passed
@@ -178,12 +180,12 @@ def test_every_process_prints_the_same_weights(capsys):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_a_last_batch_of_one_example(dtype, tolerance):
     data = digits.load(dtype)
-    recipe = training.Recipe(epochs=6, batch_size=359, num_hidden=32, dtype=dtype)
+    recipe = training_loop.TrainingConfig(epochs=6, batch_size=359, num_hidden=32, dtype=dtype)
     assert len(data.train_images) % recipe.batch_size == 1
     reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, data)
     for num_replicas in (1, 2, 3, 7):
         outcome = train(mirrored(num_replicas), recipe, data)
-        difference = training.relative_difference(outcome.weights, reference.weights)
+        difference = training_loop.relative_difference(outcome.weights, reference.weights)
         assert difference <= (tolerance if num_replicas > 1 else 0)
         assert outcome.final_loss == pytest.approx(reference.final_loss, rel=1e3 * tolerance)
 

@@ -7,7 +7,7 @@ import pytest
 from nccl_double import Arrays, Library, can_move, gpus, placed
 
 import dvkernels as dv
-from dvkernels.communicators.nccl import Nccl
+from dvkernels.communicators.nccl.communicator import Nccl
 from dvkernels.devices import cuda
 from dvkernels.errors import AlgorithmError, DeviceError
 from dvkernels.testing import check_communicator

@@ -12,8 +12,8 @@ from threads_as_workers import Together, at_once, results, transports
 
 import dvkernels as dv
 from dvkernels.communicators import registry
-from dvkernels.communicators.nccl import Nccl
-from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.communicators.nccl.communicator import Nccl
+from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import (
     AlgorithmError,
     CollectiveMismatchError,
@@ -314,7 +314,7 @@ def test_a_strategy_learns_the_same_over_it(monkeypatch, bytes_per_bucket):
     def stand_in(devices, *, workers, rest):
         return over(library, [len(devices)] * 2, rests)(workers, rest)
 
-    monkeypatch.setattr("dvkernels.communicators.nccl.Nccl", stand_in)
+    monkeypatch.setattr("dvkernels.communicators.nccl.communicator.Nccl", stand_in)
 
     def learn(strategy):
         def step():

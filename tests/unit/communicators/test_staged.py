@@ -8,8 +8,8 @@ from gpu_double import Arrays, OnDevice
 from threads_as_workers import at_once, transports
 
 from dvkernels.communicators.base import Workers
-from dvkernels.communicators.staged import Staged
-from dvkernels.communicators.workers import WorkerGroup
+from dvkernels.communicators.workers.gpu.staged import Staged
+from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.reduce_op import ReduceOp
 
 

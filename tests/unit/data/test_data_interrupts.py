@@ -8,7 +8,7 @@ import pytest
 TOP = """
 import gc, operator, os, queue, threading, time
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset
 
 def sequence():
     return Dataset.range(40)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.errors import ContextError, DatasetError, DeviceError
 from dvkernels.values.distributed import PerReplica
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import dvkernels as dv
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.errors import DatasetError, WorkerLostError
 
 KINDS = ["threads", "processes"]
@@ -33,7 +33,7 @@ def data_threads():
 
 def children():
     family = psutil.Process().children(recursive=True)
-    return [child for child in family if "dvkernels.data.processes" in str(child.cmdline())]
+    return [child for child in family if "dvkernels.data.worker_process" in str(child.cmdline())]
 
 
 @pytest.fixture(autouse=True)

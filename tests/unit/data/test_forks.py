@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 

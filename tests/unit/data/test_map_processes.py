@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import dvkernels as dv
-from dvkernels.data import processes
+from dvkernels.data import worker_process
 from dvkernels.data.dataset import Dataset
 from dvkernels.errors import DatasetError, WorkerLostError
 
@@ -156,7 +156,7 @@ def test_signals_to_everybody_are_the_programs_to_handle():
     iterator = mapped(own_process, range(40))
     before = {*next(iterator).tolist(), *next(iterator).tolist()}
     for pid in before:
-        for number in processes._SIGNALS:
+        for number in worker_process._SIGNALS:
             os.kill(pid, number)
     for _ in range(5):
         assert {*next(iterator).tolist()} <= before
@@ -226,7 +226,7 @@ if __name__ == "__main__":
     with start(tmp_path, text) as program:
         assert program.stdout.readline() == "ready\n"
         family = psutil.Process(program.pid).children()
-        serving = [one for one in family if "dvkernels.data.processes" in str(one.cmdline())]
+        serving = [one for one in family if "dvkernels.data.worker_process" in str(one.cmdline())]
         fork = [one for one in family if one not in serving]
         program.kill()
         try:

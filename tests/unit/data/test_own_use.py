@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.files import MAX_OPEN_FILES
+from dvkernels.data.file_source import MAX_OPEN_FILES
 from dvkernels.errors import DatasetError
 
 

@@ -14,8 +14,8 @@ import optree
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
-from dvkernels.data.options import InputOptions
+from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.options import InputOptions
 from dvkernels.values.distributed import PerReplica
 
 COUNT = 7
@@ -201,10 +201,10 @@ def test_what_arrives_stays_as_it_came() -> None:
 
 
 def test_files_of_lanes_stay_as_they_were_read(tmp_path: pathlib.Path) -> None:
-    from dvkernels.data.lanes import Lanes
+    from dvkernels.data.distributed.file_shards import FileShards
 
     lane = SOURCES["iterable"]("array").node
-    lanes = Dataset(Lanes([lane, lane], [0, 0], 4, drops_remainder=False))
+    lanes = Dataset(FileShards([lane, lane], [0, 0], 4, drops_remainder=False))
     rows = np.concatenate(list(lanes))[:, 0]
     assert rows.tolist() == [*range(COUNT), *range(COUNT)]
 

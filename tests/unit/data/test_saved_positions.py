@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
-from dvkernels.data.distributed_iterator import DistributedIterator
-from dvkernels.data.options import InputOptions
+from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.iterator import DistributedIterator
+from dvkernels.data.distributed.options import InputOptions
 from dvkernels.errors import DatasetError
 
 X = np.arange(20.0)

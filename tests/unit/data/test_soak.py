@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset
 
 
 def resident():

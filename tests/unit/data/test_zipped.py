@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed import DistributedDataset
-from dvkernels.data.options import InputOptions
+from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.options import InputOptions
 from dvkernels.errors import DatasetError
 
 

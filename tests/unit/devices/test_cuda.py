@@ -13,7 +13,7 @@ import pytest
 
 import dvkernels as dv
 from dvkernels import errors, kernels
-from dvkernels.devices import cuda, driver, gpu_arrays, streams
+from dvkernels.devices import cuda, cuda_arrays, driver, stream_order
 
 BOTH = ("numba-cuda", "cupy-cuda13x")
 
@@ -89,7 +89,7 @@ class OnGpu:
 )
 def test_the_array_interface_is_read(other, shape, strides, writeable, stream, monkeypatch):
     monkeypatch.setattr(driver, "find", lambda: None)
-    array, device, told = gpu_arrays.place("test", [OnGpu(**other)])[0]
+    array, device, told = cuda_arrays.place("test", [OnGpu(**other)])[0]
     assert (array.shape, array.flags.writeable, device, told) == (shape, writeable, 0, stream)
     if array.size:
         assert array.strides == strides
@@ -98,7 +98,7 @@ def test_the_array_interface_is_read(other, shape, strides, writeable, stream, m
 
 def test_a_mask_would_be_ignored():
     with pytest.raises(errors.NotABufferError, match=r"replica 0.*mask"):
-        gpu_arrays.place("test", [OnGpu(mask=object())])
+        cuda_arrays.place("test", [OnGpu(mask=object())])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_mask_would_be_ignored():
 def test_mixtures_name_who_is_where(wrong, error, message, monkeypatch):
     monkeypatch.setattr(driver, "find", lambda: None)
     with pytest.raises(error, match=message):
-        gpu_arrays.place("all_reduce", [OnGpu(), wrong])
+        cuda_arrays.place("all_reduce", [OnGpu(), wrong])
     if isinstance(wrong, np.ndarray) and error is errors.BufferMismatchError:
         with pytest.raises(error, match="replica 1 is in GPU memory"):
             kernels.all_reduce([wrong, OnGpu()])
@@ -124,7 +124,7 @@ def test_mixtures_name_who_is_where(wrong, error, message, monkeypatch):
     [([5], 5, ()), ([5, 5], 5, ()), ([5, 7, 5, 9, 7], 5, (7, 9)), ([0, 2], 0, (2,))],
 )
 def test_streams_are_joined_both_ways(given, home, others):
-    assert streams.join(given) == (home, others, others)
+    assert stream_order.join(given) == (home, others, others)
 
 
 def test_streams_of_every_library():
@@ -142,13 +142,13 @@ def test_streams_of_every_library():
             return 0, 14
 
     given = [OfCuPy(), OfTorch(), OfNumba(), OfAnyone(), 15]
-    assert streams.given("verb", given, 5) == [11, 12, 13, 14, 15]
-    assert streams.given("verb", OfCuPy(), 2) == [11, 11]
-    assert streams.given("verb", None, 2) is None
+    assert stream_order.given("verb", given, 5) == [11, 12, 13, 14, 15]
+    assert stream_order.given("verb", OfCuPy(), 2) == [11, 11]
+    assert stream_order.given("verb", None, 2) is None
     with pytest.raises(errors.DeviceError, match="each of the 2 buffers; got 3"):
-        streams.given("verb", [1, 2, 3], 2)
+        stream_order.given("verb", [1, 2, 3], 2)
     with pytest.raises(errors.DeviceError, match="no CUDA stream"):
-        streams.given("verb", "fast", 2)
+        stream_order.given("verb", "fast", 2)
 
 
 class Library:

@@ -10,7 +10,7 @@ import pytest
 
 from dvkernels.devices.driver import Driver
 from dvkernels.errors import DeviceError
-from dvkernels.kernels.cuda import peers
+from dvkernels.kernels.cuda.multi_gpu import peer_access
 
 
 class Library:
@@ -92,12 +92,12 @@ def test_a_pair_counts_only_if_it_can_be_opened(code: int, is_open: bool) -> Non
     assert not driver.open_peer(0, 2)
     assert library.asked.count("cuCtxEnablePeerAccess") == 1
     expected = [[True, is_open, False], [is_open, True, is_open], [is_open, is_open, True]]
-    assert peers.reach(driver, (0, 1, 2)) == expected
+    assert peer_access.reach(driver, (0, 1, 2)) == expected
 
 
 def test_words_are_on_the_device_and_memory_is_given_back() -> None:
     library = Library()
-    devices = peers.Peers(Driver(library))
+    devices = peer_access.PeerAccess(Driver(library))
     held = devices.words(1, [1, -2])
     address = held.address
     assert library.copied == (1).to_bytes(8, "little") + (-2).to_bytes(8, "little", signed=True)
@@ -116,7 +116,7 @@ def test_words_are_on_the_device_and_memory_is_given_back() -> None:
 
 def test_pinned_words_are_zero_and_live_as_long_as_their_array() -> None:
     library = Library()
-    words = peers.Peers(Driver(library)).pinned(5)
+    words = peer_access.PeerAccess(Driver(library)).pinned(5)
     part = words[1:]
     assert words.tolist() == [0] * 5
     del words
@@ -130,17 +130,17 @@ def test_pinned_words_are_zero_and_live_as_long_as_their_array() -> None:
 def test_out_of_memory_is_said_and_leaks_nothing() -> None:
     library = Library(cuMemcpyHtoDAsync_v2=2)
     with pytest.raises(DeviceError, match="out of memory"):
-        peers.Peers(Driver(library)).words(0, [1])
+        peer_access.PeerAccess(Driver(library)).words(0, [1])
     gc.collect()
     assert library.freed == [*library.taken]
     assert library.asked.count("cuStreamDestroy_v2") == 1
     with pytest.raises(DeviceError, match="out of memory"):
-        peers.Peers(Driver(Library(cuMemAlloc_v2=2))).empty(0, 8)
+        peer_access.PeerAccess(Driver(Library(cuMemAlloc_v2=2))).empty(0, 8)
 
 
 def test_an_event_is_destroyed_when_nobody_holds_it() -> None:
     library = Library()
-    devices = peers.Peers(Driver(library))
+    devices = peer_access.PeerAccess(Driver(library))
     event = devices.record(0, 5)
     devices.wait(1, 6, event)
     assert "cuEventDestroy_v2" not in library.asked

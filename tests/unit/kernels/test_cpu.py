@@ -17,7 +17,7 @@ import pytest
 import dvkernels as dv
 from dvkernels import kernels, reduce_op
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cpu import objects, pool
+from dvkernels.kernels.cpu.engine import array_structs, thread_pool
 
 REDUCERS = [kernels.direct_all_reduce, kernels.ring_all_reduce]
 _COMBINE = {
@@ -176,10 +176,10 @@ def test_the_prompt_way_and_the_long_way_give_the_same_bits(
     buffers = [rng.standard_normal(2 * length).astype("f4").view(dtype) for _ in range(3)]
     long, prompt = ([array.copy() for array in buffers] for _ in range(2))
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "recipes", {})
+        patch.setattr(array_structs, "recipes", {})
         kernels.all_reduce(long, op)
     kernels.all_reduce([array.copy() for array in buffers], op)  # learns
-    assert (op, np.dtype(dtype)) in objects.recipes
+    assert (op, np.dtype(dtype)) in array_structs.recipes
     kernels.all_reduce(prompt, op)
     assert [a.tobytes() for a in prompt] == [a.tobytes() for a in long]
 
@@ -207,17 +207,17 @@ def test_two_callers_progress_together() -> None:
     assert (large[1] == 1).all()
 
 
-@pytest.mark.skipif(pool.num_threads() < 2, reason="needs a helper thread")
+@pytest.mark.skipif(thread_pool.num_threads() < 2, reason="needs a helper thread")
 def test_an_interrupt_right_behind_the_compiled_code_waits_for_the_helpers(monkeypatch) -> None:
     def interrupted(where: int, job: int, num_pauses: int) -> int:
         held.append(real(where, job, 1))  # hardly any patience: a helper is often still inside
         raise KeyboardInterrupt
 
-    real, held = pool._execute, []
+    real, held = thread_pool._execute, []
     for group in ([np.ones(1 << 21, "f4") for _ in range(2)],
                   [np.ones((1 << 20, 3), "f4")[:, ::2] for _ in range(2)]):  # fmt: skip
         kernels.all_reduce(group)  # what is compiled is compiled now
-        monkeypatch.setattr(pool, "_execute", interrupted)
+        monkeypatch.setattr(thread_pool, "_execute", interrupted)
         for _ in range(20):
             for buffer in group:
                 buffer[...] = 1
@@ -225,7 +225,7 @@ def test_an_interrupt_right_behind_the_compiled_code_waits_for_the_helpers(monke
                 kernels.all_reduce(group)
             values = {float(value) for buffer in group for value in np.unique(buffer)}
             assert values in ({1.0}, {2.0})
-        monkeypatch.setattr(pool, "_execute", real)
+        monkeypatch.setattr(thread_pool, "_execute", real)
     assert any(held)
 
 
@@ -282,10 +282,10 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     code = """
         import numpy as np
         from dvkernels import kernels
-        from dvkernels.kernels.cpu import elementwise
+        from dvkernels.kernels.cpu.engine import loops
         for op in ("sum", "max"):
             kernels.all_reduce([np.ones(9, "f4"), np.ones(9, "f4")], op)
-        print(sum(runner.cache_hits for runner in elementwise._runners.values()))
+        print(sum(runner.cache_hits for runner in loops._runners.values()))
     """
     assert _python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "0"
     files = sorted(path.name for path in tmp_path.rglob("*.nb?"))

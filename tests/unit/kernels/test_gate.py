@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 
-from dvkernels.kernels.cpu import gate
+from dvkernels.kernels.cpu.engine import gate
 
 
 def test_the_states_of_a_gate() -> None:

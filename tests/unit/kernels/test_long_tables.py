@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dvkernels.errors import DeviceError
-from dvkernels.kernels.cuda import launcher
+from dvkernels.kernels.cuda.engine import launcher
 
 
 class Copies:

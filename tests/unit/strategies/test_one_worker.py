@@ -13,7 +13,7 @@ TWO = {"worker": ["a:1", "b:1"]}
 
 def test_without_mpi4py_other_workers_are_out_of_reach(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    monkeypatch.delitem(sys.modules, "dvkernels.communicators.mpi", raising=False)
+    monkeypatch.delitem(sys.modules, "dvkernels.communicators.workers.connect", raising=False)
     resolver = dv.cluster.SimpleClusterResolver(TWO, task_id=1)
     with pytest.raises(dv.errors.ClusterError, match=r"worker 1 of 2.* install mpi4py"):
         dv.MultiWorkerMirroredStrategy(resolver)

@@ -9,7 +9,7 @@ import pytest
 from kinds import devices
 
 import dvkernels as dv
-from dvkernels.devices import memory
+from dvkernels.devices import array_memory
 from dvkernels.errors import (
     AlgorithmError,
     BufferMismatchError,
@@ -207,7 +207,7 @@ def test_empty_makes_an_array_for_each_replica(strategy, shape, dtype):
         return here.all_reduce("max" if own.dtype != "complex64" else "sum", own, out=own)
 
     found = strategy.gather(strategy.run(step, (made,)))
-    assert (memory.holding(found).to_host(found) == 1).all()
+    assert (array_memory.holding(found).to_host(found) == 1).all()
 
 
 @pytest.mark.parametrize(

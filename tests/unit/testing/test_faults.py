@@ -7,14 +7,14 @@ import os
 
 import pytest
 
-from dvkernels.checkpoint import files, folder
+from dvkernels.checkpoint.storage import atomic_folder, files
 from dvkernels.testing import faults
 from dvkernels.testing.faults import Crash, Faults, check_every_crash, injected
 
 
 def save(path, content, *, syncs=True, renames=True):
     """Save as others might: beside, and renamed."""
-    with folder.opened(path.parent) as parent:
+    with atomic_folder.opened(path.parent) as parent:
         _save(parent, path.name, content, syncs, renames)
 
 
@@ -52,7 +52,7 @@ def test_a_good_save_passes_and_bad_ones_are_found(tmp_path):
 
 @pytest.fixture
 def here(tmp_path):
-    with folder.opened(tmp_path) as opened:
+    with atomic_folder.opened(tmp_path) as opened:
         yield opened
 
 

@@ -1,0 +1,170 @@
+"""What a manifest says of the saved objects: a tree of nodes, one class for each kind.
+
+A node says which tensors belong to an object and what else is known of it; it holds no arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from dvkernels.checkpoint.format import json_codec, json_validation
+from dvkernels.errors import CheckpointDamagedError
+from dvkernels.user_errors import shown
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class VariableNode:
+    """A variable: one tensor, or one for each copy where the copies are their own."""
+
+    kind = "variable"
+    tensors: tuple[str, ...]
+    synchronization: str
+    aggregation: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {
+            "kind": self.kind,
+            "tensors": list(self.tensors),
+            "synchronization": self.synchronization,
+            "aggregation": self.aggregation,
+        }
+
+
+@dataclass(frozen=True)
+class ArrayNode:
+    """A NumPy array."""
+
+    kind = "array"
+    tensor: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {"kind": self.kind, "tensor": self.tensor}
+
+
+@dataclass(frozen=True)
+class DataNode:
+    """Plain data."""
+
+    kind = "data"
+    value: Any  # decoded
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {"kind": self.kind, "value": json_codec.encode(self.value, self.kind)}
+
+
+@dataclass(frozen=True)
+class GeneratorNode:
+    """A random generator."""
+
+    kind = "generator"
+    type: str
+    value: Any  # encoded: it may speak of tensors
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {"kind": self.kind, "type": self.type, "value": self.value}
+
+
+@dataclass(frozen=True)
+class StateNode:
+    """An object with ``state_dict`` and ``load_state_dict``; an optimizer has slots besides."""
+
+    kind = "state"
+    type: str
+    value: Any  # encoded: it may speak of tensors
+    # By the path of the variable that they belong to: the tensor of each slot.
+    slots: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        slots = {"slots": self.slots} if self.slots else {}
+        return {"kind": self.kind, "type": self.type, "value": self.value, **slots}
+
+
+@dataclass(frozen=True)
+class NestNode:
+    """A container that holds more than plain data."""
+
+    kind = "nest"
+    type: str
+    items: dict[str, Node]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        items = {name: node.to_json() for name, node in self.items.items()}
+        return {"kind": self.kind, "type": self.type, "items": items}
+
+
+Node = VariableNode | ArrayNode | DataNode | GeneratorNode | StateNode | NestNode
+_KINDS = {"variable", "array", "data", "generator", "state", "nest"}
+
+
+def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> Node:
+    """Return the node that JSON speaks of; ``tensors`` are the names that it may use."""
+    if depth > json_codec.MAX_DEPTH:
+        raise CheckpointDamagedError(f"{where}: nested deeper than {json_codec.MAX_DEPTH} levels")
+
+    def tensor(name: Any, here: str) -> str:
+        if json_validation.text(name, here) not in tensors:
+            raise CheckpointDamagedError(f"{here}: there is no tensor called {shown(name, 200)}")
+        return str(name)
+
+    def checked(held: Any) -> Any:
+        """Decode once, to find what is wrong before anything is restored."""
+        json_codec.decode(held, where, lambda name: tensor(name, where))
+        return held
+
+    given = dict(json_validation.items(value, where))
+    kind = json_validation.one_of(given.get("kind"), f"{where}, kind", _KINDS)
+
+    def fields(*names: str, optional: frozenset[str] = frozenset()) -> dict[str, Any]:
+        return json_validation.fields(given, where, {"kind", *names}, optional)
+
+    match kind:
+        case "variable":
+            held = fields("tensors", "synchronization", "aggregation")
+            names = json_validation.array(held["tensors"], f"{where}, tensors")
+            if not names:
+                raise CheckpointDamagedError(f"{where}, tensors: expected at least one; got none")
+            return VariableNode(
+                tuple(tensor(name, f"{where}, tensors") for name in names),
+                json_validation.text(held["synchronization"], f"{where}, synchronization"),
+                json_validation.text(held["aggregation"], f"{where}, aggregation"),
+            )
+        case "array":
+            return ArrayNode(tensor(fields("tensor")["tensor"], f"{where}, tensor"))
+        case "data":
+            return DataNode(json_codec.decode(fields("value")["value"], where))
+        case "generator":
+            held = fields("type", "value")
+            return GeneratorNode(
+                json_validation.text(held["type"], f"{where}, type"), checked(held["value"])
+            )
+        case "state":
+            held = fields("type", "value", optional=frozenset({"slots"}))
+            slots = {
+                path: {
+                    name: tensor(each, f"{where}, slots of {shown(path, 200)}")
+                    for name, each in json_validation.items(of_path, f"{where}, slots")
+                }
+                for path, of_path in json_validation.items(held.get("slots", {}), f"{where}, slots")
+            }
+            return StateNode(
+                json_validation.text(held["type"], f"{where}, type"), checked(held["value"]), slots
+            )
+        case _:
+            held = fields("type", "items")
+            return NestNode(
+                json_validation.text(held["type"], f"{where}, type"),
+                {
+                    name: read(each, f"{where}/{name:.200}", tensors, depth + 1)
+                    for name, each in json_validation.items(held["items"], f"{where}, items")
+                },
+            )

@@ -1,0 +1,47 @@
+"""The gradient of mlp.py where weights and batches lie on a GPU: NumPy's words, CuPy's work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dvkernels.cli.digits import NUM_CLASSES
+from dvkernels.cli.mlp import layers, num_weights
+from dvkernels.devices import array_memory
+from dvkernels.devices.base import Device
+
+__all__: list[str] = []
+
+
+class GpuWorkspace:
+    """What one replica keeps from step to step; a GPU's memory pool keeps the rest."""
+
+    def __init__(self, num_examples: int, num_hidden: int, dtype: Any, device: Device) -> None:
+        self.num_hidden = num_hidden
+        self.classes = array_memory.brought(np.arange(NUM_CLASSES), device)
+        self.gradient = array_memory.brought(np.zeros(num_weights(num_hidden) + 1, dtype), device)
+
+
+def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: GpuWorkspace) -> Any:
+    """Return the gradient of the mean cross-entropy over the examples, and the latter at the end.
+
+    As in mlp.py; the host does not wait for it.
+    """
+    if not len(images):
+        return workspace.gradient
+    kernel, bias, output_kernel, output_bias = layers(weights, workspace.num_hidden)
+    hidden = np.maximum(images @ kernel + bias, 0)
+    logits = hidden @ output_kernel + output_bias
+    logits -= logits.max(axis=1, keepdims=True)
+    powers = np.exp(logits)
+    norm = powers.sum(axis=1, keepdims=True)
+    is_right = (labels[:, None] == workspace.classes).astype(logits.dtype)
+    losses = np.log(norm) - (logits * is_right).sum(axis=1, keepdims=True)
+    slope = (powers / norm - is_right) / len(images)  # d loss / d logits
+    back = (slope @ output_kernel.T) * (hidden > 0)
+    parts = (images.T @ back, back.sum(axis=0), hidden.T @ slope, slope.sum(axis=0))
+    for place, part in zip(layers(workspace.gradient, workspace.num_hidden), parts, strict=True):
+        place[...] = part
+    workspace.gradient[-1:] = losses.mean()
+    return workspace.gradient

@@ -1,0 +1,5 @@
+"""NCCL: the communicator of GPUs over NVIDIA's library, through CuPy.
+
+Imports: communicators, communicators.workers, devices, errors, reduce_op, schedules, threads,
+user_errors.
+"""

@@ -1,0 +1,202 @@
+"""Nests of arrays: joining batches, cutting them, copying elements, naming leaves."""
+
+from __future__ import annotations
+
+import array
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import optree
+
+from dvkernels.devices import interop
+from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
+
+__all__ = [
+    "as_array",
+    "concatenate",
+    "flatten",
+    "is_flat_dict",
+    "is_flat_tuple",
+    "leading_length",
+    "leaf_names",
+    "nbytes_of",
+    "outline",
+    "owned",
+    "slice_rows",
+    "take",
+]
+
+_LONGEST_OUTLINE = 200
+
+# Nobody can change these, so they need no copy.
+_FROZEN = frozenset({bool, int, float, complex, str, bytes, type(None)})
+
+
+def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Return the leaves and the structure of ``nest``; None is a leaf."""
+    return optree.tree_flatten(nest, none_is_leaf=True)
+
+
+def is_flat_tuple(nest: Any) -> bool:
+    """Tell whether ``nest`` is a plain, non-empty tuple of arrays: its own list of leaves."""
+    return type(nest) is tuple and bool(nest) and all(type(leaf) is np.ndarray for leaf in nest)
+
+
+def is_flat_dict(nest: Any) -> bool:
+    """Tell whether ``nest`` is a plain, non-empty dict of arrays."""
+    return (
+        type(nest) is dict
+        and bool(nest)
+        and all(type(leaf) is np.ndarray for leaf in nest.values())
+    )
+
+
+def leaf_names(nest: Any, root: str) -> list[str]:
+    """Return the path of each leaf as Python code: ``nest['image'][0]``."""
+    return [path.codify(root) for path in optree.tree_accessors(nest, none_is_leaf=True)]
+
+
+def outline(nest: Any, root: str, say: Callable[[np.dtype[Any], tuple[int, ...]], Any]) -> str:
+    """Return the leaves' names, each with what ``say`` says of its dtype and shape, on one line.
+
+    A long one is cut, and ends with a digest of the whole.
+    """
+    leaves, _ = flatten(nest)
+    said = []
+    for name, leaf in zip(leaf_names(nest, root), leaves, strict=True):
+        array = as_array(leaf, "outline", name)
+        said.append(f"{name}: {say(array.dtype, array.shape)}")
+    text = ", ".join(said)
+    if len(text) <= _LONGEST_OUTLINE:
+        return text
+    return f"{text[:_LONGEST_OUTLINE]}... {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
+    """Return a leaf as NumPy sees it; ``where`` is what messages call it.
+
+    Raises
+    ------
+    DatasetError
+        It is a masked array, which would lose its mask.
+    """
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise DatasetError(
+            f"{verb}: expected an array without a mask as {where}; got a {type(leaf).__name__}, "
+            "whose mask would be ignored; pass .filled(value) or .data, and the mask as an array "
+            "of its own"
+        )
+    try:
+        held: np.ndarray[Any, Any] = np.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError):
+        if not interop.is_foreign(leaf):
+            raise
+        held = interop.view(verb, leaf, where)  # what NumPy cannot see, as tensors with a gradient
+    return held
+
+
+def owned(element: Any) -> Any:
+    """Return a copy of an element that shares no memory with it, so that it stays as it is.
+
+    Copied are arrays of any library, views of memory, structured scalars and what holds them:
+    nests and dataclasses. Other objects are handed on as they are.
+    """
+    kind = type(element)
+    if kind in _FROZEN:
+        return element
+    if kind is np.ndarray:
+        return element.copy("K")
+    return optree.tree_map(_owned_leaf, element, none_is_leaf=True)
+
+
+def _owned_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        if isinstance(leaf, np.ma.MaskedArray):
+            as_array(leaf, "next", "a part of an element")
+        return leaf.copy("K")
+    if isinstance(leaf, np.generic):
+        return leaf.copy() if isinstance(leaf, np.void) else leaf  # a void is a view of its array
+    if type(leaf) in _FROZEN:
+        return leaf
+    if interop.is_foreign(leaf):
+        return interop.copy(leaf)
+    if isinstance(leaf, memoryview):
+        return np.array(leaf).data
+    if isinstance(leaf, bytearray | array.array):
+        return copy.copy(leaf)
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        twin = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            if hasattr(leaf, field.name):
+                object.__setattr__(twin, field.name, owned(getattr(leaf, field.name)))
+        return twin
+    return leaf
+
+
+def concatenate(batches: Sequence[Any]) -> Any:
+    """Join batches (one or more) of one structure along their leading axis, leaf by leaf."""
+    if len(batches) == 1:
+        return batches[0]
+    return optree.tree_map(
+        lambda *leaves: np.concatenate(leaves), batches[0], *batches[1:], none_is_leaf=True
+    )
+
+
+def leading_length(batch: Any) -> int:
+    """Return the number of rows of a batch to distribute.
+
+    Raises
+    ------
+    DatasetError
+        It holds nothing, something without a leading axis, or arrays of different lengths.
+    """
+    leaves, _ = flatten(batch)
+    if not leaves:
+        raise DatasetError(
+            f"distribute_dataset: expected batches with at least one array; got {shown(batch)}; "
+            "let the dataset's elements hold something"
+        )
+    found = []
+    for name, leaf in zip(leaf_names(batch, "batch"), leaves, strict=True):
+        shape = getattr(leaf, "shape", None)
+        if not shape:
+            raise DatasetError(
+                "distribute_dataset: expected batches, arrays with a leading axis to share "
+                f"among the replicas; got {shown(leaf)}, a {type(leaf).__name__}, as {name}; "
+                "call .batch(global_batch_size) on the dataset"
+            )
+        found.append((name, int(shape[0])))
+    if len({length for _, length in found}) > 1:
+        lengths = ", ".join(f"{length} for {name}" for name, length in found)
+        raise DatasetError(
+            "distribute_dataset: expected one leading length, that of the global batch; got "
+            f"{lengths}; call .batch(global_batch_size) on the dataset"
+        )
+    return found[0][1]
+
+
+def slice_rows(batch: Any, start: int, stop: int) -> Any:
+    """Return rows of every leaf, as views where the leaves are arrays."""
+    return optree.tree_map(lambda leaf: leaf[start:stop], batch, none_is_leaf=True)
+
+
+def nbytes_of(nest: Any) -> int:
+    """Return the bytes of the arrays in a nest."""
+    if type(nest) is np.ndarray:
+        return nest.nbytes
+    leaves: Iterable[Any]
+    if is_flat_tuple(nest):
+        leaves = nest
+    else:
+        leaves = nest.values() if is_flat_dict(nest) else optree.tree_leaves(nest)
+    return sum([getattr(leaf, "nbytes", 0) for leaf in leaves])
+
+
+def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+    """Return the rows ``indices`` of every leaf."""
+    return optree.tree_map(lambda leaf: leaf[indices], batch, none_is_leaf=True)

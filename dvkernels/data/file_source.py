@@ -1,0 +1,218 @@
+"""Elements out of files, in the order of the files."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import copy
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from dvkernels.data.checks import check_callable, check_ordered
+from dvkernels.data.node import Node, add_note, callable_name
+from dvkernels.data.sources import SupportsIndexing, length_of
+from dvkernels.errors import DatasetError
+from dvkernels.user_errors import shown
+
+__all__ = ["MAX_OPEN_FILES", "FileList", "FromFiles", "FromIndexedFiles"]
+
+# So few that no limit of open files is met; a batch out of a shuffled dataset touches more.
+MAX_OPEN_FILES = 8
+# What a fingerprint reads of each.
+_BLOCK_BYTES, _MAX_BLOCKS = 4096, 16
+
+
+class FileList(Node):
+    """Paths, and a reader of one of them."""
+
+    def __init__(
+        self, paths: Iterable[str | os.PathLike[str]], reader: Callable[[str], Any]
+    ) -> None:
+        check_callable(
+            "from_files", reader, "pass a function of one path that returns the file's elements"
+        )
+        self.files = check_paths(paths)
+        self._reader = reader
+
+    def describe(self) -> str:
+        # The order depends on the names; the folder may be another one on the next machine.
+        names = "/".join(os.path.basename(path) for path in self.files)
+        digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:8]
+        return (
+            f"from_files(count={len(self.files)}, names={digest}, "
+            f"reader={callable_name(self._reader)})"
+        )
+
+    def sample(self) -> Iterator[Any]:
+        for path in self.files:
+            yield os.path.basename(path)
+            if os.path.isdir(path):  # as those of zarr: what lies in it, and how large that is
+                inside = sorted(os.scandir(path), key=lambda entry: entry.name)
+                yield [(entry.name, entry.stat().st_size) for entry in inside]
+                continue
+            with open(path, "rb") as file:
+                yield (size := file.seek(0, os.SEEK_END))
+                step = max(_BLOCK_BYTES, (size - _BLOCK_BYTES) / (_MAX_BLOCKS - 1))
+                for k in range(min(_MAX_BLOCKS, -(-size // _BLOCK_BYTES))):
+                    file.seek(round(k * step))
+                    yield file.read(_BLOCK_BYTES)
+
+    def only(self, start: int, step: int) -> Self:
+        """Return the same with the files ``start``, ``start + step`` and so on alone."""
+        twin = copy.copy(self)
+        twin.files = self.files[start::step]
+        vars(twin).pop("pipeline", None)
+        return twin
+
+    def _verb(self, path: str) -> str:
+        return f"{callable_name(self._reader)}({path!r})"
+
+
+class FromFiles(FileList):
+    """What ``reader`` yields of each file; sequential. One file is open at a time."""
+
+    random_access = False
+    length = None
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        index = 0
+        for path in self.files:
+            opened: Any = None  # Closing twice does no harm: a file is its own iterator.
+            elements: Iterator[Any] | None = None
+            try:
+                opened = self._reader(path)
+                if not isinstance(opened, Iterable):
+                    raise DatasetError(
+                        "from_files: expected the reader to return an iterable; got "
+                        f"{shown(opened)}, a {type(opened).__name__}, for {path!r}; write it as a "
+                        "generator function"
+                    )
+                elements = iter(opened)
+                for element in elements:
+                    if index >= start:
+                        yield element
+                    index += 1
+            except DatasetError:
+                raise
+            except Exception as error:
+                add_note(error, self._verb(path), self, index, epoch)
+                raise
+            finally:
+                for held in (elements, opened):
+                    if callable(close := getattr(held, "close", None)):
+                        close()
+
+
+class FromIndexedFiles(FileList):
+    """What ``reader`` returns of each file has a length and elements; random access.
+
+    Files are opened on demand. One that has not been used for longest is let go of, not closed:
+    another thread may be reading it, and it closes when nothing refers to it.
+    """
+
+    random_access = True
+
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        reader: Callable[[str], SupportsIndexing],
+    ) -> None:
+        super().__init__(paths, reader)
+        self._opening: set[tuple[int, int]] = set()  # by which thread, which file
+        self._open: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
+        lengths = [
+            length_of(self._opened(number), "from_files") for number in range(len(self.files))
+        ]
+        self._stops = list(itertools.accumulate(lengths))
+        self.length: int = sum(lengths)
+
+    def only(self, start: int, step: int) -> Self:
+        lengths = np.diff(self._stops, prepend=0).tolist()[start::step]
+        twin = super().only(start, step)
+        twin._opening, twin._open = set(), collections.OrderedDict()
+        twin._stops, twin.length = list(itertools.accumulate(lengths)), sum(lengths)
+        return twin
+
+    def describe(self) -> str:
+        return f"{super().describe()[:-1]}, length={self.length})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        number = bisect.bisect_right(self._stops, index)
+        place = index - (self._stops[number - 1] if number else 0)
+        try:
+            return self._opened(number)[place]
+        except DatasetError:
+            raise
+        except Exception as error:
+            add_note(error, self._verb(self.files[number]), self, index, epoch)
+            raise
+
+    def origin(self, index: int, epoch: int) -> int:
+        return index
+
+    def _opened(self, number: int) -> SupportsIndexing:
+        opened = self._open.get(number)
+        if opened is None:
+            opened = self._newly_opened(number)
+            # Another thread may have been faster. A file is never opened under a lock: the reader
+            # is the user's, and may use this dataset.
+            opened = self._open.setdefault(number, opened)
+        with contextlib.suppress(KeyError):  # another thread has just let go of it
+            self._open.move_to_end(number)
+            while len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+        return opened
+
+    def _newly_opened(self, number: int) -> SupportsIndexing:
+        mark = (threading.get_ident(), number)
+        if mark in self._opening:
+            raise DatasetError(
+                f"from_files: expected a reader that does without the file that it is to open; "
+                f"{callable_name(self._reader)} asks the dataset for an element of "
+                f"{self.files[number]!r} while it opens it; read what it needs beforehand"
+            )
+        try:
+            self._opening.add(mark)
+            opened: SupportsIndexing = self._reader(self.files[number])
+        finally:
+            self._opening.discard(mark)
+        if not hasattr(opened, "__len__") or not hasattr(opened, "__getitem__"):
+            raise DatasetError(
+                "from_files: expected the reader to return an object with __len__ and "
+                f"__getitem__(index); got a {type(opened).__name__} for "
+                f"{self.files[number]!r}; leave random_access out for what can only be iterated"
+            )
+        return opened
+
+
+def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Return the paths as strings; raise :class:`DatasetError` unless all exist."""
+    if isinstance(paths, str | bytes | os.PathLike) or not isinstance(paths, Iterable):
+        raise DatasetError(
+            f"from_files: expected a list of paths; got {shown(paths)}, a {type(paths).__name__}; "
+            "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
+        )
+    check_ordered("from_files", "the paths", paths)
+    names: Sequence[Any] = list(paths)
+    for place, name in enumerate(names):
+        if not isinstance(name, str | os.PathLike):
+            raise DatasetError(
+                f"from_files: expected paths; got {shown(name)}, a {type(name).__name__}, as "
+                f"paths[{place}]; pass strings or pathlib.Path objects"
+            )
+    files = tuple(os.fspath(name) for name in names)
+    missing = [name for name in files if not os.path.exists(name)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DatasetError(
+            f"from_files: expected paths that exist; {missing[0]!r}{more} (of {len(files)}) does "
+            f"not, seen from {os.getcwd()!r}; pass full paths"
+        )
+    return files

@@ -1,0 +1,43 @@
+"""Compiles all that this room may ever need, for machines that must not do it themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import numpy as np
+
+from dvkernels.devices import interop
+from dvkernels.errors import UnsupportedDTypeError
+from dvkernels.kernels import jit, optimizer_checks
+from dvkernels.kernels.cpu import feistel, group, many, optimizers, shm_all_reduce
+from dvkernels.kernels.cpu.engine import gate, loops
+from dvkernels.reduce_op import ReduceOp, check_dtype
+
+__all__ = ["compile_all"]
+
+# Whose functions are compiled when they are imported, or wait for their first call.
+_MODULES: list[Any] = [gate, group, many, feistel, shm_all_reduce]
+_DTYPES = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
+)  # fmt: skip
+
+
+def compile_all() -> None:
+    """Compile for every operation and dtype, and for every rule of the fused optimizers."""
+    for op, name in itertools.product(ReduceOp, _DTYPES):
+        dtype = interop.dtype_named(name)
+        with contextlib.suppress(UnsupportedDTypeError):
+            check_dtype("compile", op, dtype)
+            loops.runner(op, dtype)
+    rules = (
+        optimizer_checks.PLAIN,
+        optimizer_checks.MOMENTUM,
+        optimizer_checks.NESTEROV,
+        optimizer_checks.ADAM,
+    )
+    for rule, real in itertools.product(rules, (np.float32, np.float64)):
+        optimizers.runner(rule, np.dtype(real))
+    jit.ahead()

@@ -1,0 +1,246 @@
+"""What compiled code does with raw memory: int64 words at addresses, some of them shared.
+
+Everything here takes an address and an index of words: ``load(job, 3)`` reads the word 24 bytes
+past ``job``. The atomic ones are sequentially consistent.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils as numba_cgutils
+
+from dvkernels.kernels import checks, jit
+
+__all__ = [
+    "call",
+    "compare_exchange",
+    "exchange",
+    "fetch_add",
+    "load",
+    "load_byte",
+    "load_int32",
+    "load_shared",
+    "pause",
+    "pointer",
+    "prefetch",
+    "relax",
+    "store",
+    "store_shared",
+    "stream_line",
+    "words",
+    "yield_core",
+]
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_intrinsic: _Decorator = extending.intrinsic
+_cgutils: Any = numba_cgutils  # its functions carry no types
+_HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
+_I64 = ir.IntType(64)
+_LINE = 64
+
+
+def words(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return ``count`` zeroed int64 words that begin on a cache line."""
+    room = np.zeros(count + _LINE // 8, np.int64)
+    skipped = -checks.address(room) % _LINE // 8
+    return room[skipped : skipped + count]
+
+
+def _word(builder: Any, args: Any, width: int = 64) -> Any:
+    """Return the pointer to word ``args[1]`` after the address ``args[0]``."""
+    pointer = builder.inttoptr(args[0], ir.IntType(width).as_pointer())
+    return builder.gep(pointer, [args[1]])
+
+
+@_intrinsic
+def load(typing: Any, address: Any, index: Any) -> Any:
+    """Read a word."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_word(builder, args))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@_intrinsic
+def load_int32(typing: Any, address: Any, index: Any) -> Any:
+    """Read a 32-bit integer; the index counts these."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sext(builder.load(_word(builder, args, 32)), _I64)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@_intrinsic
+def load_byte(typing: Any, address: Any, index: Any) -> Any:
+    """Read an unsigned byte; the index counts bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(builder.load(_word(builder, args, 8)), _I64)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@_intrinsic
+def store(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write a word."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _word(builder, args))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def load_shared(typing: Any, address: Any, index: Any) -> Any:
+    """Read a word that other threads write."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_word(builder, args), "seq_cst", 8)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@_intrinsic
+def store_shared(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write a word that other threads read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[2], _word(builder, args), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def fetch_add(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Add to a word and return what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _word(builder, args), args[2], "seq_cst")
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def exchange(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Write a word and return what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("xchg", _word(builder, args), args[2], "seq_cst")
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def compare_exchange(typing: Any, address: Any, index: Any, expected: Any, value: Any) -> Any:
+    """Write a word if it is ``expected``; return what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pair = builder.cmpxchg(_word(builder, args), args[2], args[3], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 0)
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """Return an address as the pointer that ``numba.carray`` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@_intrinsic
+def stream_line(typing: Any, address: Any, value: Any) -> Any:
+    """Fill the cache line at an address (a multiple of 64) with a word, past the caches."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = _LINE // 8
+        vector = ir.VectorType(_I64, lanes)
+        undefined = ir.Constant(vector, ir.Undefined)
+        single = builder.insert_element(undefined, args[1], ir.Constant(ir.IntType(32), 0))
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+        line = builder.shuffle_vector(single, undefined, mask)
+        stored = builder.store(line, builder.inttoptr(args[0], vector.as_pointer()), align=_LINE)
+        one = ir.Constant(ir.IntType(32), 1)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@_intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, to write it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        function_type = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
+        function = _cgutils.get_or_insert_function(
+            builder.module, function_type, "llvm.prefetch.p0"
+        )
+        purpose = [ir.Constant(ir.IntType(32), number) for number in (1, 3, 1)]
+        builder.call(function, [builder.inttoptr(args[0], byte), *purpose])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@_intrinsic
+def call(typing: Any, function: Any, argument: Any) -> Any:
+    """Call the compiled ``void function(int64)`` at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64]).as_pointer()
+        builder.call(builder.inttoptr(args[0], kind), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@_intrinsic
+def pause(typing: Any) -> Any:
+    """Tell the core that this is a spin; where it has no such instruction, do nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if _HAS_PAUSE:
+            function_type = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(_cgutils.get_or_insert_function(builder.module, function_type, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+if os.name == "posix":
+    yield_core = types.ExternalFunction("sched_yield", types.intc())
+else:  # without it a spinner keeps its core until the system takes it away
+
+    @jit.njit(nogil=True)
+    def yield_core():  # type: ignore[no-untyped-def]
+        """Do nothing."""
+        return 0
+
+
+@jit.njit(nogil=True)
+def relax(turn):  # type: ignore[no-untyped-def]
+    """Pause, and every 256th time (7 us) let another thread have this core if it waits for it.
+
+    With a core for each thread that costs nothing; on a busy machine the one that is waited for
+    may need just this core (2 replicas beside another program: a step took 3.3 ms without it).
+    """
+    pause()
+    if turn & 255 == 255:
+        yield_core()

@@ -1,0 +1,81 @@
+"""Whose threads without a context are, while replicas are at work.
+
+Contexts belong to threads. A thread that a replica has made has none, so what it calls would mean
+the default strategy, of one replica: all_reduce would return its input. A thread that has nothing
+to do with the replicas looks the same, and may mean just that. What tells them apart is that the
+replica waits for its thread.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import sys
+import threading
+import types
+from pathlib import Path
+
+from dvkernels.errors import ContextError
+from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous
+
+__all__: list[str] = []
+
+# What the stack of a replica's thread begins with; filled by whoever runs replicas.
+ENTRANCES: set[types.CodeType] = set()
+
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+_LIBRARY = str(Path(threading.__file__).parent) + os.sep  # that of Python
+_SITE = f"{os.sep}site-packages{os.sep}"
+_WAITING = (threading.__file__, selectors.__file__)  # where a thread waits for another
+
+
+class UnscopedRendezvous(Rendezvous):
+    """The step that code outside of every scope and run is in: it is alone."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def meet(self, replica: int, request: CollectiveCall) -> object:
+        """Act at once."""
+        _check(request)
+        return super().meet(replica, request)
+
+    def issue(self, replica: int, request: CollectiveCall) -> object:  # type: ignore[override]
+        """Act at once."""
+        _check(request)
+        return super().issue(replica, request)
+
+
+def _check(request: CollectiveCall) -> None:
+    """Raise where this thread is one that a replica waits for."""
+    own = threading.get_ident()
+    if own == threading.main_thread().ident:
+        return
+    for ident, frame in sys._current_frames().items():
+        if ident != own and _is_replica_that_waits(frame):
+            raise ContextError(
+                f"{request} was called in thread {threading.current_thread().name!r}, which has no "
+                f"context, while a replica waits for a thread of its own: contexts belong to "
+                f"threads, so this would be a reduction over one replica; hand the replica's on: "
+                f"pool.submit(contextvars.copy_context().run, fn). If it means the default "
+                f"strategy, say so: dv.get_strategy().run(fn)"
+            )
+
+
+def _is_replica_that_waits(frame: types.FrameType | None) -> bool:
+    """Return whether a thread runs a replica, whose own code waits for another thread."""
+    if frame is None or frame.f_code.co_filename not in _WAITING:
+        return False
+    while frame is not None and _is_of_python(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(_PACKAGE):
+        return False  # the library itself waits
+    while frame is not None and frame.f_code not in ENTRANCES:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_of_python(filename: str) -> bool:
+    return filename.startswith(_LIBRARY) and _SITE not in filename

@@ -1,0 +1,4 @@
+"""Threads that neither an interrupt, nor a fork, nor the end of the program breaks.
+
+Imports: deadlines.
+"""

@@ -1,0 +1,39 @@
+"""Processes are shown with their parents and their variables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dvkernels.cluster import procfs
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+
+
+def test_a_child_and_its_child():
+    program = "import sys; sys.stdin.read()"
+    shell = subprocess.Popen(
+        ["sh", "-c", f'"{sys.executable}" -c "{program}"; true'],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "DVKERNELS_TEST": "a=b"},
+    )
+    try:
+        while len(below := procfs.descendants_of(os.getpid())) < 2:
+            pass
+        assert below[0] == shell.pid
+        assert [procfs.parent_of(pid) for pid in below] == [os.getpid(), shell.pid]
+        assert procfs.environment_of(shell.pid)["DVKERNELS_TEST"] == "a=b"
+    finally:
+        shell.communicate()
+    assert shell.pid not in procfs.descendants_of(os.getpid())
+
+
+def test_what_is_not_there_is_not_shown():
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # ended, and not waited for
+    assert procfs.parent_of(ended.pid) == 0
+    ended.wait()
+    assert procfs.environment_of(ended.pid) is None

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dvkernels.benchmarks import between_workers
+from dvkernels.benchmarks.stopwatch import Samples
+from dvkernels.schedules import cost_model
+
+SIZES = [4 << k for k in range(0, 27, 2)]
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_sharing_pays_where_both_ways_cost_the_same(asleep: bool) -> None:
+    machine = cost_model.CPU
+    moved = machine.sharing_pays_from(asleep)
+    extra = machine.join_seconds + machine.wake_seconds * asleep
+    alone, shared = moved / machine.rate_of_one, extra + moved / machine.rate_of_all
+    assert alone == pytest.approx(shared, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 8, 64])
+def test_in_one_memory_domain_the_direct_algorithm_is_never_dearer(num_replicas: int) -> None:
+    # The prompt way of kernels/cpu relies on it: it does not ask the model.
+    assert {cost_model.cheapest(cost_model.CPU, num_replicas, nbytes) for nbytes in SIZES} == {
+        "direct"
+    }
+
+
+def test_more_bytes_and_more_replicas_never_cost_less() -> None:
+    for seconds in (cost_model.direct_seconds, cost_model.ring_seconds):
+        by_size = [seconds(cost_model.CPU, 4, nbytes) for nbytes in SIZES]
+        by_replicas = [seconds(cost_model.CPU, count, 1 << 20) for count in range(1, 9)]
+        assert by_size == sorted(by_size)
+        assert by_replicas == sorted(by_replicas)
+
+
+LINK = cost_model.Link(10e-6, 1e9)
+
+
+def test_between_workers_more_bytes_and_more_workers_never_cost_less() -> None:
+    models = [
+        lambda count, nbytes: cost_model.memory_seconds(LINK, count, nbytes),
+        lambda count, nbytes: cost_model.message_seconds(LINK, count, count, nbytes),
+        lambda count, nbytes: cost_model.network_ring_seconds(LINK, count, nbytes),
+    ]
+    for seconds in models:
+        by_size = [seconds(4, nbytes) for nbytes in SIZES]
+        assert by_size == sorted(by_size)
+    for seconds in models[1:]:
+        by_count = [seconds(count, 1 << 20) for count in range(2, 65)]
+        assert by_count == sorted(by_count)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 64])
+def test_workers_that_share_memory_move_no_more_than_six_times_their_bytes(count: int) -> None:
+    moved = cost_model.memory_seconds(cost_model.Link(0.0, 1.0), count, 1)
+    assert 5 <= moved <= min(6, count + 3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 64])
+def test_a_ring_sends_the_least_possible_and_takes_its_steps(count: int) -> None:
+    least = 2 * (count - 1) / count * 1e9
+    no_latency, no_bytes = cost_model.Link(0.0, 1e9), cost_model.Link(1e-6, 1e9)
+    assert cost_model.network_ring_seconds(no_latency, count, 10**9) == pytest.approx(least / 1e9)
+    steps = 2 * (count - 1)
+    assert cost_model.network_ring_seconds(no_bytes, count, 0, 5) == pytest.approx(5 * steps * 1e-6)
+
+
+@pytest.mark.parametrize("reduce", [0.0, 0.5, 1.0, 3.0])
+def test_a_step_waits_for_what_is_not_hidden(reduce: float) -> None:
+    waited = [cost_model.step_seconds(1.0, reduce, part) for part in (1.0, 2 / 3, 0.0)]
+    assert waited == sorted(waited)
+    assert waited[-1] == 1.0 + reduce
+    assert waited[0] == max(1.0, reduce)
+
+
+@pytest.mark.parametrize("num_hosts", [1, 3])
+@pytest.mark.parametrize("link", [cost_model.Link(5e-6, 20e9), cost_model.Link(1e-4, 1e8)])
+def test_calibration_finds_the_constants_that_made_the_times(
+    num_hosts: int, link: cost_model.Link
+) -> None:
+    times = {
+        nbytes: Samples((between_workers.modelled(3, num_hosts, link, nbytes),) * 3)
+        for nbytes in between_workers.SIZES
+    }
+    assert between_workers.fit(3, num_hosts, times) == pytest.approx(link, rel=1e-6)
+
+
+@pytest.mark.parametrize(("num_workers", "num_hosts"), [(2, 2), (4, 2), (4, 4), (64, 8)])
+def test_between_hosts_short_arrays_are_gathered_and_long_ones_exchanged(num_workers, num_hosts):
+    ways = [
+        cost_model.between_hosts(cost_model.NETWORK, num_workers, num_hosts, size)
+        for size in [0, *SIZES]
+    ]
+    assert ways == sorted(ways, reverse=True)
+    assert {*ways} == {"gather", "exchange"}
+
+
+NETWORKS = st.builds(
+    cost_model.Network,
+    *(st.floats(1e-7, 1e-3) for _ in range(3)),
+    st.floats(1e7, 1e10),
+    st.floats(0.1, 1.0),
+    st.just(cost_model.NETWORK.memory_rate),
+)
+SHAPES = st.sampled_from([(2, 2), (3, 3), (4, 2), (4, 4), (6, 3), (64, 8)])
+
+
+@given(NETWORKS, SHAPES, st.sampled_from([0, *SIZES]), st.sampled_from([1, 2]))
+def test_the_way_between_hosts_is_the_quickest(network, shape, nbytes, wider):
+    wide = nbytes * wider
+    seconds = cost_model.seconds_by_way(network, *shape, nbytes, wide)
+    way = cost_model.Routing(network=network).way_of(*shape, nbytes, wide)
+    assert seconds[way] == min(seconds.values())
+    for named in seconds:
+        assert cost_model.Routing(named, network).way_of(*shape, nbytes, wide) == named
+
+
+@given(NETWORKS, SHAPES, st.sampled_from(SIZES))
+def test_only_where_senders_disturb_each_other_a_ring_is_quicker(network, shape, nbytes):
+    """And never between two hosts, of which each hears from one."""
+    if shape[1] > 2:
+        network = network._replace(incast=1.0)
+    seconds = cost_model.seconds_by_way(network, *shape, nbytes)
+    assert seconds["exchange"] <= seconds["ring"] * (1 + 1e-9)
+
+
+def test_a_ring_is_taken_where_links_are_slow_and_shared():
+    shared = cost_model.NETWORK._replace(rate=25e6, incast=0.75)
+    ways = [cost_model.between_hosts(shared, 4, 4, size) for size in (4, 1 << 16, 1 << 20, 1 << 23)]
+    assert ways == ["gather", "ring", "ring", "ring"]
+    alone = shared._replace(incast=1.0)
+    assert cost_model.between_hosts(alone, 4, 4, 1 << 23) == "exchange"
+
+
+@given(NETWORKS, SHAPES)
+def test_calibration_finds_the_network_that_made_the_times(network, shape):
+    times = {
+        size: cost_model.seconds_by_way(network, *shape, size) for size in between_workers.SIZES
+    }
+    ways = {
+        way: {size: Samples((seconds[way],) * 3) for size, seconds in times.items()}
+        for way in between_workers.WAYS
+    }
+    found = between_workers.fit_network(*shape, ways)
+    for size, seconds in times.items():
+        assert cost_model.seconds_by_way(found, *shape, size) == pytest.approx(seconds, rel=1e-3)
+
+
+def test_workers_that_share_a_host_save_what_passes_between_hosts() -> None:
+    slow = cost_model.NETWORK._replace(rate=1e9)
+    assert cost_model.exchange_seconds(slow, 8, 2, 1 << 26) < cost_model.exchange_seconds(
+        slow, 8, 8, 1 << 26
+    )

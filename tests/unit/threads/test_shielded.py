@@ -1,0 +1,71 @@
+"""What no interrupt may hit is called where none arrives, and comes out as it was."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from dvkernels.threads import shielded
+
+
+def test_values_and_errors_come_out_as_they_are() -> None:
+    assert shielded.beyond_interrupts(divmod, 7, 3) == (2, 1)
+    error = LookupError("mine")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(LookupError) as caught:
+        shielded.beyond_interrupts(fail)
+    assert caught.value is error
+
+
+def test_only_the_main_thread_needs_another() -> None:
+    assert shielded.beyond_interrupts(threading.get_ident) != threading.get_ident()
+    seen = []
+
+    def elsewhere() -> None:
+        seen.append(shielded.beyond_interrupts(threading.get_ident) == threading.get_ident())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [True]
+
+
+def test_an_interrupt_ends_the_wait_and_not_the_call() -> None:
+    go_on, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        signal.raise_signal(signal.SIGINT)  # handled by the main thread, whoever raises it
+        go_on.wait(60)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        shielded.beyond_interrupts(work)
+    assert not ended.is_set()
+    go_on.set()
+    assert ended.wait(60)
+
+
+def test_where_there_is_no_thread_it_is_called_here(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(shielded._thread, "start_new_thread", fail)
+    assert shielded.beyond_interrupts(threading.get_ident) == threading.get_ident()
+
+
+def test_a_thread_that_never_begins_is_not_waited_for(monkeypatch) -> None:
+    late: list[Callable[[], None]] = []
+    monkeypatch.setattr(shielded._thread, "start_new_thread", lambda begin, _: late.append(begin))
+    monkeypatch.setattr(shielded, "_SECONDS_TO_BEGIN", 0.01)
+    calls: list[int] = []
+    shielded.beyond_interrupts(calls.append, 1)
+    assert calls == [1]
+    monkeypatch.undo()
+    late[0]()  # so late that it has been done
+    assert calls == [1]
