@@ -54,7 +54,7 @@ def some(length, dtype="f4", seed=0):
 @pytest.mark.parametrize("name", flag_all_reduce.PROTOCOLS)
 def test_every_protocol_many_times(cupy, between, monkeypatch, name, waits):
     route = Route(flag_all_reduce.PROTOCOLS[name], tuple(range(COUNT)), waits)
-    monkeypatch.setattr(between.routes, "choose", lambda *_, **__: route)
+    monkeypatch.setattr(between.flag_selection, "choose", lambda *_, **__: route)
     for turn, length in enumerate(LENGTHS * 20):
         arrays = [np.float32(np.arange(length) % 97 + turn + k) for k in range(COUNT)]
         buffers = on_gpus(cupy, arrays)

@@ -41,7 +41,7 @@ class Machine:
         self.streams = {}
         monkeypatch.setattr(all_reduce, "_groups", {})
         monkeypatch.setattr(driver, "find", lambda: self)
-        monkeypatch.setattr(peer_access, "Peers", lambda found: self.peers)
+        monkeypatch.setattr(peer_access, "PeerAccess", lambda found: self.peers)
         self._place = cuda_arrays.place
         monkeypatch.setattr(cuda_arrays, "place", self.place)
 

@@ -16,7 +16,7 @@ from dvkernels import kernels
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.workers.group import WorkerGroup
-from dvkernels.communicators.workers.shm import transport as shared_memory
+from dvkernels.communicators.workers.shm import transport as shm_transport
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import CollectiveMismatchError, DeviceError, WorkerLostError
@@ -29,20 +29,20 @@ FIRST_DIGITS = CustomReduction(numba.njit(lambda a, b: a * 10 + b), 0, "digits")
 def staged(monkeypatch):
     """Return the list of the columns that were not reduced where they lie."""
     found = []
-    way = shared_memory.relay.Relay.lay_out
+    original = shm_transport.shm_all_reduce.Relay.lay_out
 
     def lay_out(self, columns, num_sources, op):
         found.extend(columns)
-        return way(self, columns, num_sources, op)
+        return original(self, columns, num_sources, op)
 
-    monkeypatch.setattr(shared_memory.relay.Relay, "lay_out", lay_out)
+    monkeypatch.setattr(shm_transport.shm_all_reduce.Relay, "lay_out", lay_out)
     return found
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Let short arrays be reduced where they lie, so that tests see their ends."""
-    monkeypatch.setattr(shared_memory, "_LEAST_IN_WINDOW", 1)
+    monkeypatch.setattr(shm_transport, "_LEAST_IN_WINDOW", 1)
 
 
 def groups(size, **given):
