@@ -1,0 +1,67 @@
+"""The first run on a real GPU (tests/gpu/first_run) is whole, since it has ten minutes there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.simulator
+
+FIRST_RUN = Path(__file__).parents[1] / "gpu" / "first_run" / "gpu_first_run.py"
+SECTIONS = [
+    "first",
+    "bandwidth",
+    "latency",
+    "compare",
+    "teams",
+    "frameworks",
+    "body_of_sanitizer",
+    "body_of_ncu",
+    *(f"correct {k}/5" for k in range(5)),
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_runs_on_tiny_arrays(section, tmp_path):
+    name, *part = section.split()
+    result = tmp_path / "result.json"
+    ended = subprocess.run(
+        [sys.executable, FIRST_RUN, name, "--part", result, "--slice", *(part or ["0/1"])],
+        env={**os.environ, "DVK_DRY": "1", "NUMBA_ENABLE_CUDASIM": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(result.read_text())
+    assert found["ok"]
+    assert not found.get("failed")
+    assert all(line["wrong"] == 0 for line in found.get("all_reduce", []))
+
+
+def test_all_that_it_uses_of_the_library_is_there():
+    """Some of it runs on hardware only: names are looked up without being called."""
+    tree = ast.parse(FIRST_RUN.read_text("utf-8"))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dvkernels"):
+            for alias in node.names:
+                try:
+                    modules[alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+                except ModuleNotFoundError:
+                    assert hasattr(importlib.import_module(node.module), alias.name), alias.name
+    used = {
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    missing = [f"{m}.{name}" for m, name in used if m in modules and not hasattr(modules[m], name)]
+    assert len(modules) > 10
+    assert not missing
