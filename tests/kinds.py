@@ -25,16 +25,17 @@ from dvkernels.devices import interop
 KIND = os.environ.get("DVKERNELS_TEST_KIND", "cpu")
 # The tests that know NumPy arrays only.
 BODIES = (
-    "tests/unit/kernels/test_contract.py",
+    "tests/contract/test_contract_of_kernels.py",
     "tests/unit/kernels/test_custom.py",
     "tests/unit/kernels/test_optimizers.py",
     "tests/properties/test_kernels.py",
     "tests/properties/test_collectives.py",
     "tests/conformance/test_strategy_laws.py",
     "tests/unit/variables",
+    "tests/contract/test_contract_of_variables.py",
     "tests/unit/optimizers",
-    "tests/unit/strategies/test_contract_of_members.py",
-    "tests/unit/strategies/test_contract_of_values.py",
+    "tests/contract/test_contract_of_members.py",
+    "tests/contract/test_contract_of_values.py",
     "tests/unit/strategies/test_async.py",
     "tests/unit/strategies/test_strategies.py",
     "tests/unit/test_context.py",

@@ -422,7 +422,7 @@ def _add_apart(copy, value: float) -> None:
 
 def straight(timeout_seconds: float = 60.0):
     """Return the workers, and GPUs of a double, whose memory any MPI takes."""
-    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "doubles"))
     from gpu_double import Arrays
 
     from dvkernels.communicators.workers import connect

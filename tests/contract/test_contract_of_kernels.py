@@ -567,7 +567,7 @@ def test_the_same_bits_in_every_run_with_any_number_of_threads() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[3],
+            cwd=Path(__file__).parents[2],
         )
         for count in (1, 2, 3)
     ]
