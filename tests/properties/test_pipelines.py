@@ -117,7 +117,7 @@ def test_any_pipeline_stopped_anywhere_goes_on_as_it_would(pipeline, epoch, data
                 found.append([x for part in parts for x in part.ravel().tolist()])
             return found, iterator.state_dict()
 
-    with mock.patch.object(resume_points, "MAX_MARKS", max_marks):
+    with mock.patch.object(resume_points, "MAX_RESUME_POINTS", max_marks):
         whole, _ = batches(None, None)
         seen, state = [], None
         for most in [*stops, None]:

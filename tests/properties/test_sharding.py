@@ -381,7 +381,7 @@ def live(worker):
 def test_live_sources_of_workers_can_be_dealt():
     with Workers([1, 1], lambda worker, _: live(worker), is_dealt=True) as workers:
         assert lists(workers.steps(3)) == [[[n], [100 + n]] for n in range(3)]
-        with pytest.raises(DatasetError, match="what a live source has delivered is gone"):
+        with pytest.raises(DatasetError, match="that a live source has delivered cannot"):
             workers.state()
         assert lists(workers.steps()) == [[[3], [103]]]
     beside = [lambda: Dataset.range(4).batch(1), lambda: live(1)]

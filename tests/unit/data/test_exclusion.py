@@ -81,20 +81,20 @@ def test_a_state_asked_for_beside_another_thread_is_that_of_a_whole_batch():
 
 def test_the_turn_is_free_after_an_error_and_after_a_wait_in_vain(monkeypatch):
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.05")
-    turn, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
+    mutex, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
     with pytest.raises(ZeroDivisionError):
-        turn.take(lambda: 1 / 0)
-    thread = threading.Thread(target=turn.take, args=[lambda: is_in.set() or may_go.wait(60)])
+        mutex.run(lambda: 1 / 0)
+    thread = threading.Thread(target=mutex.run, args=[lambda: is_in.set() or may_go.wait(60)])
     thread.start()
     is_in.wait(60)
     with pytest.raises(DatasetError, match="DVKERNELS_TIMEOUT_SECONDS"):
-        turn.take(lambda: 1)
+        mutex.run(lambda: 1)
     asked = []
-    turn.end(lambda: asked.append("end"), lambda: asked.append("stop") or may_go.set())
+    mutex.close(lambda: asked.append("end"), lambda: asked.append("stop") or may_go.set())
     assert asked[0] == "stop"
     assert asked[-1] == "end"
     thread.join()
-    assert turn.take(lambda: 2) == 2
+    assert mutex.run(lambda: 2) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -110,13 +110,13 @@ def test_an_iterator_used_by_its_own_function_says_so(workers):
 
 
 def test_a_fork_does_not_wait_for_the_threads_of_its_parent():
-    turn, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
-    thread = threading.Thread(target=turn.take, args=[lambda: is_in.set() or may_go.wait(60)])
+    mutex, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
+    thread = threading.Thread(target=mutex.run, args=[lambda: is_in.set() or may_go.wait(60)])
     thread.start()
     is_in.wait(60)
     child = os.fork()
     if child == 0:
-        os._exit(turn.take(lambda: 5))
+        os._exit(mutex.run(lambda: 5))
     may_go.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5

@@ -323,13 +323,13 @@ def test_workers_work_at_the_same_time():
 
 
 def test_what_copies_to_devices_take_is_counted_apart(monkeypatch):
-    class Belt:
-        def carry(self, columns):
+    class SlowCopier:
+        def copy(self, columns):
             time.sleep(0.01)
             return [list(column) for column in columns]
 
     distributed = DistributedDataset(Dataset.range(9).batch(3), 2)
-    monkeypatch.setattr(distributed._dealer, "_conveyor", Belt())
+    monkeypatch.setattr(distributed._splitter, "_copier", SlowCopier())
     with iter(distributed) as iterator:
         assert len(list(iterator)) == 3
         stats = iterator.stats()

@@ -144,9 +144,9 @@ def test_lengths_are_asked_for_once_and_few_files_stay_open(arrays):
 
     dataset = Dataset.from_files(arrays, counted, random_access=True)
     assert len(opened) == len(arrays) == 12
-    assert len(dataset.node._open) == MAX_OPEN_FILES
+    assert len(dataset.node._open_files) == MAX_OPEN_FILES
     list(dataset)
-    assert len(dataset.node._open) == MAX_OPEN_FILES
+    assert len(dataset.node._open_files) == MAX_OPEN_FILES
     before = len(opened)
     list(dataset.skip(15))  # the last two files, which are still open
     assert len(opened) == before

@@ -43,7 +43,7 @@ def test_what_no_thread_of_a_map_has_begun_the_caller_does():
     data = Dataset.from_iterable(lambda: iter(range(8))).map(fn, num_workers=1)
     outer, inner = iter(data.batch(2)), iter(Dataset.range(8).map(fn, num_workers=1).batch(8))
     held = data.node._workers  # both go through the same thread
-    inner._shared.source._workers = held
+    inner._shared_node.source._workers = held
     thread = threading.Thread(target=next, args=[outer])
     thread.start()
     while not first:
@@ -85,7 +85,7 @@ def test_a_reader_that_needs_the_file_that_it_opens_says_so(paths):
 
     dataset = Dataset.from_files(paths, reader, random_access=True)
     held.append(dataset)
-    with pytest.raises(DatasetError, match=r"reader that does without the file"):
+    with pytest.raises(DatasetError, match=r"reader that does not use the file"):
         next(iter(dataset))  # of the first file, which is not open any more
     held.clear()
     assert len(list(dataset)) == 3 * len(paths)

@@ -99,11 +99,11 @@ def batch(number, rows):
 @pytest.mark.parametrize("seed", [None, *range(20)])
 def test_no_memory_is_written_before_it_was_read(seed):
     gpu = Gpu(seed)
-    conveyor = DeviceCopier([dv.Device("cuda", 0)] * 2, gpu)
+    copier = DeviceCopier([dv.Device("cuda", 0)] * 2, gpu)
     sent = [batch(k, rows) for k, rows in enumerate([(4, 3), (4, 4), (0, 2), (9, 9), (1, 0)] * 4)]
     got = []
     for columns in sent:
-        got.append(conveyor.carry([[np.copy(one) for one in column] for column in columns[:2]]
+        got.append(copier.copy([[np.copy(one) for one in column] for column in columns[:2]]
                                   + columns[2:]))  # fmt: skip
         gpu.tick()
     gpu.finish()
@@ -118,12 +118,12 @@ def test_no_memory_is_written_before_it_was_read(seed):
 
 def test_a_batch_crosses_while_the_step_before_it_computes():
     gpu = Gpu()
-    conveyor = DeviceCopier([dv.Device("cuda", 0)], gpu)
+    copier = DeviceCopier([dv.Device("cuda", 0)], gpu)
     for _ in range(2):  # from the third on, memory is used again
-        conveyor.carry([[np.zeros(8)]])
+        copier.copy([[np.zeros(8)]])
     computed = []
     gpu.default.queue.append((lambda: bool(computed), lambda: None))  # a step that takes long
-    conveyor.carry([[np.ones(8)]])
+    copier.copy([[np.ones(8)]])
     side = gpu.streams[1]
     while gpu.default.step() or side.step():
         pass
@@ -135,5 +135,5 @@ def test_a_batch_crosses_while_the_step_before_it_computes():
 
 def test_what_is_no_number_stays_on_the_host():
     text = np.array(["a", "b"])
-    (found,) = DeviceCopier([dv.Device("cuda", 0)], Gpu()).carry([[text]])
+    (found,) = DeviceCopier([dv.Device("cuda", 0)], Gpu()).copy([[text]])
     assert found[0] is text
