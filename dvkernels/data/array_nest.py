@@ -92,12 +92,12 @@ def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
             "of its own"
         )
     try:
-        held: np.ndarray[Any, Any] = np.asarray(leaf)
+        view: np.ndarray[Any, Any] = np.asarray(leaf)
     except (TypeError, ValueError, RuntimeError):
         if not interop.is_foreign(leaf):
             raise
-        held = interop.view(verb, leaf, where)  # for tensors with a gradient, say
-    return held
+        view = interop.view(verb, leaf, where)  # for tensors with a gradient, say
+    return view
 
 
 def owned_copy(element: Any) -> Any:

@@ -25,7 +25,7 @@ __all__ = ["MAX_OPEN_FILES", "FileList", "FromFiles", "FromIndexedFiles"]
 
 # Small enough for any limit of open files, though a batch of a shuffled dataset touches more.
 MAX_OPEN_FILES = 8
-# A fingerprint reads at most so many blocks of each file.
+# A fingerprint reads at most _MAX_BLOCKS blocks of each file.
 _BLOCK_BYTES, _MAX_BLOCKS = 4096, 16
 
 
@@ -128,7 +128,7 @@ class FromIndexedFiles(FileList):
         self._opening: set[tuple[int, int]] = set()  # (thread, file) of readers now running
         self._open_files: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
         lengths = [
-            length_of(self._open_file(number), "from_files") for number in range(len(self.files))
+            length_of(self._open_file(file), "from_files") for file in range(len(self.files))
         ]
         self._stops = list(itertools.accumulate(lengths))
         self.length: int = sum(lengths)
@@ -144,50 +144,50 @@ class FromIndexedFiles(FileList):
         return f"{super().describe()[:-1]}, length={self.length})"
 
     def element(self, index: int, epoch: int) -> Any:
-        number = bisect.bisect_right(self._stops, index)
-        offset = index - (self._stops[number - 1] if number else 0)
+        file = bisect.bisect_right(self._stops, index)
+        offset = index - (self._stops[file - 1] if file else 0)
         try:
-            return self._open_file(number)[offset]
+            return self._open_file(file)[offset]
         except DatasetError:
             raise
         except Exception as error:
-            add_note(error, self._call_text(self.files[number]), self, index, epoch)
+            add_note(error, self._call_text(self.files[file]), self, index, epoch)
             raise
 
     def origin(self, index: int, epoch: int) -> int:
         return index
 
-    def _open_file(self, number: int) -> SupportsIndexing:
-        opened = self._open_files.get(number)
+    def _open_file(self, file: int) -> SupportsIndexing:
+        opened = self._open_files.get(file)
         if opened is None:
-            opened = self._call_reader(number)
+            opened = self._call_reader(file)
             # Another thread may have been faster. No lock is held while a file is opened, since
             # the user's reader may use this dataset.
-            opened = self._open_files.setdefault(number, opened)
+            opened = self._open_files.setdefault(file, opened)
         with contextlib.suppress(KeyError):  # another thread has just evicted it
-            self._open_files.move_to_end(number)
+            self._open_files.move_to_end(file)
             while len(self._open_files) > MAX_OPEN_FILES:
                 self._open_files.popitem(last=False)
         return opened
 
-    def _call_reader(self, number: int) -> SupportsIndexing:
-        call = (threading.get_ident(), number)
+    def _call_reader(self, file: int) -> SupportsIndexing:
+        call = (threading.get_ident(), file)
         if call in self._opening:
             raise DatasetError(
                 f"from_files: expected a reader that does not use the file that it is to open; "
                 f"{callable_name(self._reader)} asks the dataset for an element of "
-                f"{self.files[number]!r} while it opens it; read what it needs beforehand"
+                f"{self.files[file]!r} while it opens it; read what it needs beforehand"
             )
         try:
             self._opening.add(call)
-            opened: SupportsIndexing = self._reader(self.files[number])
+            opened: SupportsIndexing = self._reader(self.files[file])
         finally:
             self._opening.discard(call)
         if not hasattr(opened, "__len__") or not hasattr(opened, "__getitem__"):
             raise DatasetError(
                 "from_files: expected the reader to return an object with __len__ and "
                 f"__getitem__(index); got a {type(opened).__name__} for "
-                f"{self.files[number]!r}; leave random_access out for what can only be iterated"
+                f"{self.files[file]!r}; leave random_access out for what can only be iterated"
             )
         return opened
 

@@ -131,7 +131,7 @@ class _PrefetchThread:
     """Prefetch thread and its queue of ready elements; it ends when this object is collected."""
 
     def __init__(
-        self, node: Node, place: EpochPosition, depth: int, skips: SkippedElements | None
+        self, node: Node, epoch_position: EpochPosition, depth: int, skips: SkippedElements | None
     ) -> None:
         # A SimpleQueue stays consistent when an interrupt strikes between two operations.
         self._ready: queue.SimpleQueue[_PrefetchedElement] = queue.SimpleQueue()
@@ -140,7 +140,7 @@ class _PrefetchThread:
             self._free_slots.put(None)
         self._sizes: collections.deque[int] = collections.deque()
         cursor = Cursor(node)
-        cursor.move_to(*place)
+        cursor.move_to(*epoch_position)
         own = weakref.ref(self)
         self.thread = StoppableThread(
             functools.partial(

@@ -258,7 +258,7 @@ def _receive_function(received: bytes) -> Callable[[Any], Any]:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this process when the program is gone: a killed program cannot tell it."""
+    """End this process once its parent is gone, even while the function runs."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     os._exit(1)
