@@ -21,11 +21,11 @@ _LAST_SLEEP_SECONDS = 0.05
 
 
 class MutualExclusion:
-    """Mutex that an interrupt (Ctrl-C) at any moment leaves released.
+    """Mutex that is released again whenever an interrupt (Ctrl-C) strikes.
 
-    A ``threading.Lock`` is none: an interrupt may strike between ``acquire`` and the ``try``, or
-    between the end of the work and ``release``. Here one call, ``dict.setdefault``, acquires and
-    names the owner, and the release makes no call. Waiting threads poll; waiting is rare.
+    A ``threading.Lock`` may stay locked: an interrupt may strike between ``acquire`` and ``try``,
+    or between the end of the work and ``release``. Here one call, ``dict.setdefault``, acquires
+    and names the owner, and the release makes no call. Waiting threads poll; waiting is rare.
     """
 
     __slots__ = ("_owner", "_pid")
