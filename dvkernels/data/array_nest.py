@@ -1,4 +1,4 @@
-"""Nests of arrays: joining batches, cutting them, copying elements, naming leaves."""
+"""Operations on pytrees of arrays: concatenate, slice and copy batches, name their leaves."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ __all__ = [
     "leaf_names",
     "nbytes_of",
     "outline",
-    "owned",
+    "owned_copy",
     "slice_rows",
     "take",
 ]
 
 _LONGEST_OUTLINE = 200
 
-# Nobody can change these, so they need no copy.
-_FROZEN = frozenset({bool, int, float, complex, str, bytes, type(None)})
+# Immutable, so they need no copy.
+_IMMUTABLE_TYPES = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
 def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
-    """Return the leaves and the structure of ``nest``; None is a leaf."""
+    """Return the leaves and the structure of a pytree; None is a leaf."""
     return optree.tree_flatten(nest, none_is_leaf=True)
 
 
 def is_flat_tuple(nest: Any) -> bool:
-    """Tell whether ``nest`` is a plain, non-empty tuple of arrays: its own list of leaves."""
+    """Return whether ``nest`` is a plain, non-empty tuple of arrays, thus its list of leaves."""
     return type(nest) is tuple and bool(nest) and all(type(leaf) is np.ndarray for leaf in nest)
 
 
 def is_flat_dict(nest: Any) -> bool:
-    """Tell whether ``nest`` is a plain, non-empty dict of arrays."""
+    """Return whether ``nest`` is a plain, non-empty dict of arrays."""
     return (
         type(nest) is dict
         and bool(nest)
@@ -61,29 +61,29 @@ def leaf_names(nest: Any, root: str) -> list[str]:
     return [path.codify(root) for path in optree.tree_accessors(nest, none_is_leaf=True)]
 
 
-def outline(nest: Any, root: str, say: Callable[[np.dtype[Any], tuple[int, ...]], Any]) -> str:
-    """Return the leaves' names, each with what ``say`` says of its dtype and shape, on one line.
+def outline(nest: Any, root: str, describe: Callable[[np.dtype[Any], tuple[int, ...]], Any]) -> str:
+    """Return one line with each leaf's name and ``describe(dtype, shape)``.
 
-    A long one is cut, and ends with a digest of the whole.
+    A long line is truncated and ends with a digest of the whole.
     """
     leaves, _ = flatten(nest)
-    said = []
+    parts = []
     for name, leaf in zip(leaf_names(nest, root), leaves, strict=True):
         array = as_array(leaf, "outline", name)
-        said.append(f"{name}: {say(array.dtype, array.shape)}")
-    text = ", ".join(said)
+        parts.append(f"{name}: {describe(array.dtype, array.shape)}")
+    text = ", ".join(parts)
     if len(text) <= _LONGEST_OUTLINE:
         return text
     return f"{text[:_LONGEST_OUTLINE]}... {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
-    """Return a leaf as NumPy sees it; ``where`` is what messages call it.
+    """Return a leaf as a NumPy array; error messages call it ``where``.
 
     Raises
     ------
     DatasetError
-        It is a masked array, which would lose its mask.
+        The leaf is a masked array, which would lose its mask.
     """
     if isinstance(leaf, np.ma.MaskedArray):
         raise DatasetError(
@@ -92,36 +92,36 @@ def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
             "of its own"
         )
     try:
-        held: np.ndarray[Any, Any] = np.asarray(leaf)
+        view: np.ndarray[Any, Any] = np.asarray(leaf)
     except (TypeError, ValueError, RuntimeError):
         if not interop.is_foreign(leaf):
             raise
-        held = interop.view(verb, leaf, where)  # what NumPy cannot see, as tensors with a gradient
-    return held
+        view = interop.view(verb, leaf, where)  # for tensors with a gradient, say
+    return view
 
 
-def owned(element: Any) -> Any:
-    """Return a copy of an element that shares no memory with it, so that it stays as it is.
+def owned_copy(element: Any) -> Any:
+    """Return a copy of an element that shares no memory with it.
 
-    Copied are arrays of any library, views of memory, structured scalars and what holds them:
-    nests and dataclasses. Other objects are handed on as they are.
+    Copied are arrays of any library, memoryviews, byte arrays and structured scalars, also within
+    pytrees and dataclasses. Other objects are returned as they are.
     """
     kind = type(element)
-    if kind in _FROZEN:
+    if kind in _IMMUTABLE_TYPES:
         return element
     if kind is np.ndarray:
         return element.copy("K")
-    return optree.tree_map(_owned_leaf, element, none_is_leaf=True)
+    return optree.tree_map(_owned_leaf_copy, element, none_is_leaf=True)
 
 
-def _owned_leaf(leaf: Any) -> Any:
+def _owned_leaf_copy(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray):
         if isinstance(leaf, np.ma.MaskedArray):
             as_array(leaf, "next", "a part of an element")
         return leaf.copy("K")
     if isinstance(leaf, np.generic):
         return leaf.copy() if isinstance(leaf, np.void) else leaf  # a void is a view of its array
-    if type(leaf) in _FROZEN:
+    if type(leaf) in _IMMUTABLE_TYPES:
         return leaf
     if interop.is_foreign(leaf):
         return interop.copy(leaf)
@@ -130,16 +130,16 @@ def _owned_leaf(leaf: Any) -> Any:
     if isinstance(leaf, bytearray | array.array):
         return copy.copy(leaf)
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-        twin = copy.copy(leaf)
+        clone = copy.copy(leaf)
         for field in dataclasses.fields(leaf):
             if hasattr(leaf, field.name):
-                object.__setattr__(twin, field.name, owned(getattr(leaf, field.name)))
-        return twin
+                object.__setattr__(clone, field.name, owned_copy(getattr(leaf, field.name)))
+        return clone
     return leaf
 
 
 def concatenate(batches: Sequence[Any]) -> Any:
-    """Join batches (one or more) of one structure along their leading axis, leaf by leaf."""
+    """Concatenate one or more batches of one structure along their leading axis."""
     if len(batches) == 1:
         return batches[0]
     return optree.tree_map(
@@ -153,7 +153,7 @@ def leading_length(batch: Any) -> int:
     Raises
     ------
     DatasetError
-        It holds nothing, something without a leading axis, or arrays of different lengths.
+        The batch has no leaf, a leaf without a leading axis, or leaves of different lengths.
     """
     leaves, _ = flatten(batch)
     if not leaves:
@@ -181,12 +181,12 @@ def leading_length(batch: Any) -> int:
 
 
 def slice_rows(batch: Any, start: int, stop: int) -> Any:
-    """Return rows of every leaf, as views where the leaves are arrays."""
+    """Return the rows ``start`` to ``stop`` of every leaf, as views of arrays."""
     return optree.tree_map(lambda leaf: leaf[start:stop], batch, none_is_leaf=True)
 
 
 def nbytes_of(nest: Any) -> int:
-    """Return the bytes of the arrays in a nest."""
+    """Return the number of bytes of the arrays in a pytree."""
     if type(nest) is np.ndarray:
         return nest.nbytes
     leaves: Iterable[Any]
@@ -198,5 +198,5 @@ def nbytes_of(nest: Any) -> int:
 
 
 def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
-    """Return the rows ``indices`` of every leaf."""
+    """Return the rows ``indices``, of shape (n,), of every leaf."""
     return optree.tree_map(lambda leaf: leaf[indices], batch, none_is_leaf=True)

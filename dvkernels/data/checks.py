@@ -1,4 +1,4 @@
-"""The checks of what users pass to a dataset, once."""
+"""Checks of the arguments that users pass to datasets."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = [
     "shown",
 ]
 
-# The largest number of elements that an index of 64 bits and the shuffle can address.
+# The largest number of elements that the shuffle, on 64-bit integers, can address.
 LARGEST = 2**62
-# The largest that an array of indices holds; Python's own loops count no further.
+# The largest index in an int64 array of indices.
 LARGEST_INDEX = 2**63 - 1
 
 
@@ -64,7 +64,7 @@ def check_flag(member: str, name: str, value: object) -> None:
 
 
 def check_callable(member: str, value: object, remedy: str) -> None:
-    """Raise :class:`DatasetError` unless a call of ``value`` does what it is to do."""
+    """Raise :class:`DatasetError` unless ``value`` is callable and not asynchronous."""
     if not callable(value):
         raise DatasetError(
             f"{member}: expected a function; got {shown(value)}, a {type(value).__name__}; {remedy}"
@@ -72,12 +72,12 @@ def check_callable(member: str, value: object, remedy: str) -> None:
     if any(map(_is_asynchronous, _called(value))):
         raise DatasetError(
             f"{member}: expected a function that does its work when it is called; got "
-            f"{shown(value)}, an async one, which nobody would await; write it without async"
+            f"{shown(value)}, an async one, which is never awaited; write it without async"
         )
 
 
 def check_function_of_one(member: str, value: object) -> None:
-    """Raise :class:`DatasetError` unless ``value`` can be called, and returns something itself."""
+    """Raise :class:`DatasetError` unless ``value`` is callable, not asynchronous, no generator."""
     check_callable(member, value, "pass a function of one element")
     if any(map(inspect.isgeneratorfunction, _called(value))):
         raise DatasetError(
@@ -87,11 +87,11 @@ def check_function_of_one(member: str, value: object) -> None:
 
 
 def check_ordered(member: str, name: str, value: object) -> None:
-    """Raise :class:`DatasetError` if ``value`` is a set, whose order is another in each process."""
+    """Raise :class:`DatasetError` if ``value`` is a set, whose order differs between processes."""
     if isinstance(value, set | frozenset):
         raise DatasetError(
             f"{member}: expected {name} to have an order; got a {type(value).__name__}, whose "
-            "order may be another one in every process; pass sorted(...)"
+            "order may differ between processes; pass sorted(...)"
         )
 
 

@@ -1,4 +1,4 @@
-"""The dataset: a description of elements in an order, which computes nothing by itself."""
+"""Dataset: the lazy description of a pipeline, which computes nothing by itself."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class Dataset:
     """Elements in an order that depends on the seeds and the epoch alone.
 
     Made by the ``from_...`` methods and :meth:`range`; every transform returns a new dataset and
-    leaves this one as it is. An element is a nest of arrays and numbers: anything ``optree``
-    knows (tuples, lists, dicts, named tuples, registered dataclasses).
+    leaves this one unchanged. An element is a pytree of arrays and numbers: any container that
+    ``optree`` knows (tuples, lists, dicts, named tuples, registered dataclasses).
 
-    Iterating gives the elements of epoch 0, each time anew, or of that of :meth:`with_epoch`. An
-    error in user code (a source, a
-    function given to :meth:`map` or :meth:`filter`) is re-raised as it is, with a note that
-    names index, source and transform; the next ``next()`` tries the same element again.
+    Each iteration starts anew and yields the elements of epoch 0, or of the epoch set by
+    :meth:`with_epoch`. An error in user code (a source, a function given to :meth:`map` or
+    :meth:`filter`) is re-raised as it is, with a note that names index, source and transform; the
+    next ``next()`` tries the same element again.
 
     Notes
     -----
     :meth:`from_arrays`, :meth:`from_sequence`, :meth:`range` and, if asked to, :meth:`from_files`
-    have random access, and so have all transforms of them but :meth:`filter`: element n is
-    computed from n, so an iterator starts anywhere at once. What is sequential is resumed by
-    replaying what lies before; :meth:`from_source` is resumed through the source's own state,
-    :meth:`from_live` not at all.
+    have random access, and so have all transforms of them except :meth:`filter`: element n is
+    computed from n, so an iterator starts anywhere at once. An iterator over a sequential dataset
+    is resumed by replaying the elements before its position; over :meth:`from_source` it is
+    resumed through the state of the source, and over :meth:`from_live` it cannot be resumed.
 
     Examples
     --------
@@ -83,29 +83,29 @@ class Dataset:
 
     @property
     def node(self) -> Node:
-        """The last node of the chain, for whoever computes elements."""
+        """The last node of the pipeline, which computes the elements."""
         return self._node
 
     @property
     def epoch(self) -> int | None:
-        """The epoch that :meth:`with_epoch` chose, None if nothing did."""
+        """The epoch set by :meth:`with_epoch`, else None."""
         return self._epoch
 
     @property
     def length(self) -> Length:
-        """The number of elements: ``math.inf`` if endless, None if only iterating can tell."""
+        """The number of elements: ``math.inf`` if endless, None if unknown before the end."""
         return self._node.length
 
     @classmethod
     def from_arrays(cls, nest: Any) -> Dataset:
-        """Make the rows of one or more arrays of one leading length the elements.
+        """Make a dataset of the rows of one or more arrays of the same leading length.
 
         The arrays are not copied: batches of consecutive rows are read-only views of them.
 
         Parameters
         ----------
-        nest : array or nest of arrays
-            Arrays, and what ``numpy.asarray`` reads without a loop (PyTorch CPU tensors).
+        nest : array or pytree of arrays, each of shape (n, ...), any dtype
+            Arrays, and objects that ``numpy.asarray`` reads without a loop (PyTorch CPU tensors).
 
         Raises
         ------
@@ -122,7 +122,7 @@ class Dataset:
 
     @classmethod
     def range(cls, n: int) -> Dataset:
-        """Make the integers 0 to n - 1 (int64) the elements.
+        """Make a dataset of the integers 0 to n - 1 (int64).
 
         Examples
         --------
@@ -133,10 +133,9 @@ class Dataset:
 
     @classmethod
     def from_sequence(cls, sequence: SupportsIndexing) -> Dataset:
-        """Make ``sequence[0]`` to ``sequence[len(sequence) - 1]`` the elements.
+        """Make a dataset of ``sequence[0]`` to ``sequence[len(sequence) - 1]``.
 
-        The length is asked for once, here; the elements are asked for when they are needed, one
-        at a time, and in any order.
+        The length is read once, here; elements are read on demand, one at a time and in any order.
 
         Examples
         --------
@@ -149,7 +148,7 @@ class Dataset:
     def from_iterable(
         cls, factory: Callable[..., Iterable[Any]], *, stateful: bool = False, epoch: bool = False
     ) -> Dataset:
-        """Make what ``iter(factory())`` yields the elements; sequential.
+        """Make a sequential dataset of the elements that ``iter(factory())`` yields.
 
         Parameters
         ----------
@@ -162,8 +161,8 @@ class Dataset:
         stateful : bool
             True if the iterable, or its iterator, has ``state_dict()`` and
             ``load_state_dict(state)``, as PyTorch's ``StatefulDataLoader`` has: it is resumed
-            through them, not by replay. The state, which JSON must be able to hold, is asked for
-            after each element.
+            through them, not by replay. The state, which must be JSON-serializable, is read after
+            each element.
 
         Examples
         --------
@@ -183,17 +182,17 @@ class Dataset:
         *,
         random_access: bool = False,
     ) -> Dataset:
-        """Make what ``reader(path)`` yields of each file the elements; files in the given order.
+        """Make a dataset of the elements that ``reader(path)`` yields of each file, in order.
 
         Parameters
         ----------
         paths : iterable of str or path
-            Files or folders, all of which must exist now. Sort what a folder lists: the order
+            Files or folders, all of which must exist now. Sort the listing of a folder: its order
             differs between machines.
         reader : callable
-            ``reader(path)`` is a generator function, or returns an iterable; what has a
-            ``close()`` is closed when its end is reached or the iterator lets go of it. The
-            same elements must come each time.
+            ``reader(path)`` is a generator function, or returns an iterable. The iterable and its
+            iterator are closed, where they have ``close()``, at the end or when the dataset's
+            iterator is closed. The reader must yield the same elements each time.
         random_access : bool
             True if ``reader(path)`` returns an object with ``__len__`` and ``__getitem__``
             (``numpy.load(path, mmap_mode="r")``). Each file is opened once here for its length,
@@ -223,14 +222,14 @@ class Dataset:
 
     @classmethod
     def from_source(cls, source: Source) -> Dataset:
-        """Make what any other reader reads the elements; sequential, resumed by its own state.
+        """Make a sequential dataset of a source that saves and restores its own state.
 
         Parameters
         ----------
         source : Source
             Its ``open(epoch, state)`` returns a reader with ``__next__()`` and ``state()``. The
-            state is part of the iterator's: nothing is replayed, but what a transform needs to
-            find its place again (a window of :meth:`shuffle`). See
+            state becomes part of the iterator's state, so nothing is replayed, except the elements
+            that a transform needs (a window of :meth:`shuffle`). See
             :class:`dvkernels.data.stateful_source.Source`.
 
         Examples
@@ -239,15 +238,15 @@ class Dataset:
         ...     def open(self, epoch, state):
         ...         return LettersReader(0 if state is None else state["next"])
         >>> class LettersReader:
-        ...     def __init__(self, place):
-        ...         self.place = place
+        ...     def __init__(self, position):
+        ...         self.position = position
         ...     def __next__(self):
-        ...         if self.place == 3:
+        ...         if self.position == 3:
         ...             raise StopIteration
-        ...         self.place += 1
-        ...         return "abc"[self.place - 1]
+        ...         self.position += 1
+        ...         return "abc"[self.position - 1]
         ...     def state(self):
-        ...         return {"next": self.place}
+        ...         return {"next": self.position}
         >>> list(Dataset.from_source(Letters()))
         ['a', 'b', 'c']
         """
@@ -262,26 +261,26 @@ class Dataset:
         max_wait_seconds: float | None = None,
         end: object = None,
     ) -> Dataset:
-        """Make what arrives the elements, or batches of it, until the producer says it is over.
+        """Make a dataset of the elements of a queue, or of batches of them, as they arrive.
 
         Parameters
         ----------
         source : queue or callable
-            A ``queue.Queue`` or anything else with ``get(timeout=...)``, or such a function: it
+            A ``queue.Queue`` or another object with ``get(timeout=...)``, or such a function: it
             returns the next element, or raises ``queue.Empty`` or ``TimeoutError`` if there is
             none after ``timeout`` seconds.
         batch_size : int, optional
             Deliver batches of that many elements, stacked as by :meth:`batch`.
         max_wait_seconds : float, optional
-            Deliver a batch that is not full so long after its first element has been taken.
-            Without it a batch waits until it is full or all is over.
+            Deliver an incomplete batch this long after its first element was taken. Without it
+            a batch waits until it is full or the stream ends.
         end : object
-            The element that says it is over. So does ``StopIteration`` of a function, and a
-            queue that has been shut down (Python 3.13).
+            The element that ends the stream. ``StopIteration`` raised by a function ends it too,
+            as does a queue that has been shut down (Python 3.13).
 
         Notes
         -----
-        There is one stream: each element is delivered once, epochs go on where the last one
+        There is one stream: each element is delivered once, an epoch continues where the last one
         stopped, and one iterator reads at a time. If a transform raises, its batch is tried
         again. An iterator cannot be resumed: saving or loading its state raises
         ``DatasetError``.
@@ -299,7 +298,7 @@ class Dataset:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The paths that :meth:`from_files` was given; none for other sources."""
+        """The paths given to :meth:`from_files`, empty for other sources."""
         node: Node | None = self._node
         while node is not None:
             if isinstance(node, FileList):
@@ -310,7 +309,7 @@ class Dataset:
     def zip(self, *others: Dataset) -> Dataset:
         """Make tuples of the elements of this dataset and of others; as long as the shortest.
 
-        ``Dataset.zip(a, b, c)`` is ``a.zip(b, c)``. It has random access where all have it.
+        ``Dataset.zip(a, b, c)`` is ``a.zip(b, c)``. It has random access if all of them have it.
 
         Examples
         --------
@@ -318,23 +317,23 @@ class Dataset:
         >>> [(letter, int(number)) for letter, number in letters.zip(Dataset.range(2))]
         [('a', 0), ('b', 1)]
         """
-        for place, other in enumerate(others):
+        for index, other in enumerate(others):
             if not isinstance(other, Dataset):
                 raise DatasetError(
                     f"zip: expected datasets; got {shown(other)}, a {type(other).__name__}, as "
-                    f"argument {place}; make it a dataset with from_arrays or from_sequence"
+                    f"argument {index}; make it a dataset with from_arrays or from_sequence"
                 )
             if other.epoch != self._epoch:
                 raise DatasetError(
                     f"zip: expected datasets that begin with one epoch; got {self._epoch} for this "
-                    f"one and {other.epoch} for argument {place}; call with_epoch() behind zip()"
+                    f"one and {other.epoch} for argument {index}; call with_epoch() after zip()"
                 )
         return self._then(Zip([self._node, *(other.node for other in others)]))
 
     def with_epoch(self, epoch: int) -> Dataset:
-        """Begin with this epoch instead of epoch 0: the order is that of the epoch.
+        """Set the epoch to begin with, instead of epoch 0; the order is that of this epoch.
 
-        For loops that distribute, or iterate, anew for each epoch.
+        For loops that distribute or iterate the dataset anew for each epoch.
 
         Examples
         --------
@@ -347,29 +346,29 @@ class Dataset:
     def shuffle(
         self, *, seed: int, window: int | None = None, reshuffle_each_epoch: bool = True
     ) -> Dataset:
-        """Put all elements into an order that is a function of the seed and the epoch.
+        """Shuffle the elements into an order that is a function of the seed and the epoch.
 
         Parameters
         ----------
         seed : int
             Any non-negative integer of up to 1024 bits.
         window : int, optional
-            Shuffle within windows of so many elements, which are held in memory if there is no
+            Shuffle within windows of this many elements, which are kept in memory if there is no
             random access; the order depends on the window too. Needed for sequential and
             endless datasets.
         reshuffle_each_epoch : bool
-            False for the order of epoch 0 in every epoch.
+            False to use the order of epoch 0 in every epoch.
 
         Raises
         ------
         DatasetError
-            Without ``window``, the dataset has no random access, or does not end.
+            Without ``window``, the dataset has no random access, or is endless.
 
         Notes
         -----
-        Without ``window`` the whole dataset is shuffled, in O(1) memory: the index is mapped.
-        With it no element moves further than the window, so shuffle the files as well; where
-        the windows begin differs from epoch to epoch. An iterator is resumed at the start of
+        Without ``window`` the whole dataset is shuffled in O(1) memory, by a keyed permutation of
+        the indices. With it no element moves further than the window, so shuffle the files as
+        well; the windows begin elsewhere in each epoch. An iterator is resumed at the start of
         its window.
 
         Examples
@@ -390,16 +389,16 @@ class Dataset:
         Parameters
         ----------
         fn : callable
-            Its qualified name is part of the state of an iterator, so a resume under another name
-            is refused.
+            Its qualified name is part of the state of an iterator, so resuming with a function of
+            another name is refused.
         num_workers : int
-            How many threads or processes share the elements of a batch; 0 calls ``fn`` where the
-            batch is asked for. The order is kept.
+            How many threads or processes share the elements of a batch; 0 calls ``fn`` in the
+            thread that requests the batch. The order is kept.
         workers : {"threads", "processes"}
-            Threads gain where ``fn`` releases the interpreter's lock (NumPy on large arrays, Numba
+            Use threads where ``fn`` releases the interpreter lock (NumPy on large arrays, Numba
             with ``nogil``, reading files), processes where it does not. Processes are spawned, so
-            ``fn`` must be importable, and elements and results are sent to and fro. They are
-            started by the first iterator and end with the last.
+            ``fn`` must be importable; elements and results are pickled and sent between the
+            processes. They are started by the first iterator and end with the last.
 
         Raises
         ------
@@ -414,11 +413,11 @@ class Dataset:
         return self._then(Map(self._node, fn, num_workers, workers))
 
     def prefetch(self, n: int) -> Dataset:
-        """Have iterators hold ``n`` elements ready, which a thread computes.
+        """Have a thread of each iterator keep up to ``n`` elements ready.
 
-        The elements, their order and every state stay the same: what is held ready and not
-        delivered does not count. Worth it where computing an element releases the interpreter's
-        lock, or waits.
+        The elements, their order and every state stay the same: elements that are ready but not
+        delivered do not count. Prefetching pays off where computing an element releases the
+        interpreter lock, or waits.
 
         Examples
         --------
@@ -440,8 +439,8 @@ class Dataset:
     def batch(self, size: int, *, drop_remainder: bool = False) -> Dataset:
         """Stack runs of ``size`` elements along a new leading axis.
 
-        ``drop_remainder=True`` leaves out the last run if it is shorter. Before a dataset is
-        distributed this is the global batch, which the replicas share.
+        ``drop_remainder=True`` drops the last run if it is shorter. In a dataset that is
+        distributed, ``size`` is the global batch size, which is split over the replicas.
 
         Examples
         --------
@@ -451,11 +450,12 @@ class Dataset:
         return self._then(Batch(self._node, size, drop_remainder))
 
     def repeat(self, count: int | None = None) -> Dataset:
-        """Go through the elements ``count`` times, without end for None.
+        """Repeat the elements ``count`` times, endlessly for None.
 
-        Each repetition counts as an epoch for what comes before, so ``shuffle(...).repeat(...)``
-        reshuffles: repetition r of epoch e is epoch ``e * count + r`` there, and
-        ``e * 2**32 + r`` if the repetition is endless. An empty dataset stays empty.
+        Each repetition counts as an epoch of the transforms before it, so
+        ``shuffle(...).repeat(...)`` reshuffles: repetition r of epoch e is epoch
+        ``e * count + r`` there, and ``e * 2**32 + r`` if the repetition is endless. An empty
+        dataset stays empty.
 
         Examples
         --------
@@ -505,7 +505,7 @@ class Dataset:
         return known_length(self._node.length)
 
     def __bool__(self) -> bool:
-        # Without this, ``if dataset`` would ask for a length that may not be known.
+        # Without this, ``if dataset`` would call __len__, which may raise.
         return True
 
     def __repr__(self) -> str:
@@ -514,7 +514,7 @@ class Dataset:
 
 
 def known_length(length: Length) -> int:
-    """Return ``length`` if it is a number; ``len()`` wants a ``TypeError`` otherwise."""
+    """Return a known, finite length; raise the ``TypeError`` of ``len()`` otherwise."""
     if length is None:
         raise TypeError("the length of this dataset is not known before its end is reached")
     if length == math.inf:

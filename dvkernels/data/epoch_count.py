@@ -1,4 +1,4 @@
-"""Which epoch comes next, for loops that distribute the same data anew for each."""
+"""Epoch counters of datasets, for loops that distribute the same dataset anew for each epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["EpochCount", "EpochCounts"]
 
 
 class EpochCount:
-    """The epoch behind the one begun last."""
+    """Counter of the epochs of one dataset: the number of the next one."""
 
     __slots__ = ("next",)
 
@@ -18,7 +18,7 @@ class EpochCount:
 
 
 class EpochCounts:
-    """A count for each dataset, or function that makes one, as long as that is alive."""
+    """Epoch counters of datasets, or of functions that make datasets, held by weak references."""
 
     def __init__(self) -> None:
         self._counts: weakref.WeakKeyDictionary[Any, dict[str, EpochCount]] = (
@@ -26,8 +26,11 @@ class EpochCounts:
         )
 
     def of(self, made: Any) -> EpochCount:
-        """Return the count of a dataset or function; a new one of what cannot be known again."""
-        # A bound method is made anew whenever it is looked up; its object is not.
+        """Return the counter of a dataset or function; a new one if it cannot be weakly referenced.
+
+        Bound methods of one object count by name.
+        """
+        # A bound method is a new object at each look-up; the object that it is bound to is not.
         holder, name = getattr(made, "__self__", made), getattr(made, "__name__", "")
         try:
             return self._counts.setdefault(holder, {}).setdefault(name, EpochCount())

@@ -1,4 +1,4 @@
-"""Elements that failed and were left out, because the user said so."""
+"""Error policy ``on_error="skip"``: elements that raise are left out and recorded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dvkernels import user_errors
 
 __all__ = ["SkippedElements", "skipping"]
 
-_LISTED = 100
+_MAX_LISTED = 100
 
 
 class SkippedElements:
-    """Counts the elements that were left out, and lists the first of them."""
+    """Count of the elements that were left out, and a list of the first hundred."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -21,20 +21,20 @@ class SkippedElements:
         self.listed: list[str] = []
 
     def note(self, error: Exception, where: str) -> None:
-        """Remember that an element was left out."""
-        said = user_errors.latest_note(error) or where
-        text = f"{user_errors.in_words(error)}; {said}"
+        """Record that an element was left out."""
+        location = user_errors.latest_note(error) or where
+        text = f"{user_errors.in_words(error)}; {location}"
         try:
             self._lock.acquire()
             self.count += 1
-            if len(self.listed) < _LISTED:
+            if len(self.listed) < _MAX_LISTED:
                 self.listed.append(text)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._lock.release()
-            except RuntimeError:  # not ours: the wait was interrupted
+            except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
 
-# Where failing elements are noted instead of raised; None: they are raised.
+# Records failing elements instead of raising their errors; None: they are raised.
 skipping: ContextVar[SkippedElements | None] = ContextVar("dvkernels_skipping", default=None)

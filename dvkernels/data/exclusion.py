@@ -1,4 +1,4 @@
-"""Lets one thread at a time use an iterator."""
+"""Mutual exclusion of the threads that use one iterator."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ __all__ = ["MutualExclusion"]
 
 T = TypeVar("T")
 
-_CLOSE_SECONDS = 5.0  # that closing waits for another thread which is at it
-_FIRST_NAP_SECONDS = 1e-4
-_LAST_NAP_SECONDS = 0.05
+_CLOSE_SECONDS = 5.0  # how long closing waits for the thread inside
+_FIRST_SLEEP_SECONDS = 1e-4
+_LAST_SLEEP_SECONDS = 0.05
 
 
 class MutualExclusion:
-    """Has one thread at a time at something; the others wait for their turn.
+    """Mutex that is released again whenever an interrupt (Ctrl-C) strikes.
 
-    An interrupt at any moment leaves it free, and none can strike between the end of the work and
-    the return: it is taken by one call, which says whose it is, and given up without any. That is
-    why it is no lock. Those that wait look now and then; that is rare.
+    A ``threading.Lock`` may stay locked: an interrupt may strike between ``acquire`` and ``try``,
+    or between the end of the work and ``release``. Here one call, ``dict.setdefault``, acquires
+    and names the owner, and the release makes no call. Waiting threads poll; waiting is rare.
     """
 
     __slots__ = ("_owner", "_pid")
 
     def __init__(self) -> None:
-        self._owner: dict[str, tuple[int]] = {}  # used once: who is done leaves a new one
+        self._owner: dict[str, tuple[int]] = {}  # Used once: a release replaces it.
         self._pid = os.getpid()
 
-    def take(self, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns, when nobody else is at it."""
+    def run(self, work: Callable[[], T]) -> T:
+        """Call ``work`` once no other thread is inside, and return its result."""
         me = (get_ident(),)
         try:
             if self._owner.setdefault("now", me) is not me:
@@ -45,19 +45,22 @@ class MutualExclusion:
             if "now" in self._owner and self._owner["now"] is me:
                 self._owner = {}
 
-    def end(self, work: Callable[[], None], stop: Callable[[], None]) -> None:
-        """Do ``work`` when nobody else is at it; who is, is told to ``stop``, for a few seconds."""
+    def close(self, work: Callable[[], None], stop: Callable[[], None]) -> None:
+        """Call ``work`` once no other thread is inside, or not at all after a few seconds.
+
+        While another thread is inside, ``stop`` is called repeatedly to make it leave.
+        """
         me = (get_ident(),)
         try:
-            if self._come(me, _CLOSE_SECONDS, stop):
+            if self._acquire(me, _CLOSE_SECONDS, stop):
                 work()
         finally:
             if "now" in self._owner and self._owner["now"] is me:
                 self._owner = {}
 
     def _wait(self, me: tuple[int]) -> None:
-        patience = deadlines.timeout_seconds()
-        if self._come(me, patience, _do_nothing):
+        timeout = deadlines.timeout_seconds()
+        if self._acquire(me, timeout, _do_nothing):
             return
         if self._owner.get("now", me)[0] == me[0]:
             raise DatasetError(
@@ -65,24 +68,24 @@ class MutualExclusion:
                 "made: a function or a source of its dataset uses it; make another iterator there"
             )
         raise DatasetError(
-            f"expected the iterator to be free within {patience:g} s; another thread is still at "
+            f"expected the iterator to be free within {timeout:g} s; another thread still uses "
             "it; give each thread an iterator of its own, or set DVKERNELS_TIMEOUT_SECONDS if an "
             "element takes that long"
         )
 
-    def _come(self, me: tuple[int], patience: float, stop: Callable[[], None]) -> bool:
-        """Wait for the turn; False if it does not come, or this very thread is at it."""
-        if self._pid != os.getpid():  # whoever is at it stayed in the parent of this fork
+    def _acquire(self, me: tuple[int], timeout: float, stop: Callable[[], None]) -> bool:
+        """Acquire; False after the timeout, or if this very thread is inside."""
+        if self._pid != os.getpid():  # The thread inside stayed in the parent of this fork.
             self._owner, self._pid = {}, os.getpid()
-        nap, late = _FIRST_NAP_SECONDS, time.monotonic() + patience
+        sleep_seconds, deadline = _FIRST_SLEEP_SECONDS, time.monotonic() + timeout
         while (owner := self._owner.setdefault("now", me)) is not me:
-            if owner[0] == me[0] or time.monotonic() > late:
+            if owner[0] == me[0] or time.monotonic() > deadline:
                 return False
             stop()
-            time.sleep(nap)
-            nap = min(2 * nap, _LAST_NAP_SECONDS)
+            time.sleep(sleep_seconds)
+            sleep_seconds = min(2 * sleep_seconds, _LAST_SLEEP_SECONDS)
         return True
 
 
 def _do_nothing() -> None:
-    """Let whoever is at it go on."""
+    """Let the thread inside continue."""

@@ -1,4 +1,4 @@
-"""Elements out of files, in the order of the files."""
+"""Sources that read a list of files in order, sequentially or with random access."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dvkernels.user_errors import shown
 
 __all__ = ["MAX_OPEN_FILES", "FileList", "FromFiles", "FromIndexedFiles"]
 
-# So few that no limit of open files is met; a batch out of a shuffled dataset touches more.
+# Small enough for any limit of open files, though a batch of a shuffled dataset touches more.
 MAX_OPEN_FILES = 8
-# What a fingerprint reads of each.
+# A fingerprint reads at most _MAX_BLOCKS blocks of each file.
 _BLOCK_BYTES, _MAX_BLOCKS = 4096, 16
 
 
 class FileList(Node):
-    """Paths, and a reader of one of them."""
+    """Base class of the file sources: a list of paths, and the user's reader of one file."""
 
     def __init__(
         self, paths: Iterable[str | os.PathLike[str]], reader: Callable[[str], Any]
@@ -42,7 +42,7 @@ class FileList(Node):
         self._reader = reader
 
     def describe(self) -> str:
-        # The order depends on the names; the folder may be another one on the next machine.
+        # The order depends on the names only; the folder may differ between machines.
         names = "/".join(os.path.basename(path) for path in self.files)
         digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:8]
         return (
@@ -53,7 +53,7 @@ class FileList(Node):
     def sample(self) -> Iterator[Any]:
         for path in self.files:
             yield os.path.basename(path)
-            if os.path.isdir(path):  # as those of zarr: what lies in it, and how large that is
+            if os.path.isdir(path):  # a zarr array, say: the names and sizes of its entries
                 inside = sorted(os.scandir(path), key=lambda entry: entry.name)
                 yield [(entry.name, entry.stat().st_size) for entry in inside]
                 continue
@@ -64,19 +64,19 @@ class FileList(Node):
                     file.seek(round(k * step))
                     yield file.read(_BLOCK_BYTES)
 
-    def only(self, start: int, step: int) -> Self:
-        """Return the same with the files ``start``, ``start + step`` and so on alone."""
-        twin = copy.copy(self)
-        twin.files = self.files[start::step]
-        vars(twin).pop("pipeline", None)
-        return twin
+    def strided(self, start: int, step: int) -> Self:
+        """Return a source of the files ``start``, ``start + step``, ``start + 2 * step``, ..."""
+        clone = copy.copy(self)
+        clone.files = self.files[start::step]
+        vars(clone).pop("pipeline", None)
+        return clone
 
-    def _verb(self, path: str) -> str:
+    def _call_text(self, path: str) -> str:
         return f"{callable_name(self._reader)}({path!r})"
 
 
 class FromFiles(FileList):
-    """What ``reader`` yields of each file; sequential. One file is open at a time."""
+    """Sequential source of the elements that ``reader`` yields; one file is open at a time."""
 
     random_access = False
     length = None
@@ -84,7 +84,7 @@ class FromFiles(FileList):
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         index = 0
         for path in self.files:
-            opened: Any = None  # Closing twice does no harm: a file is its own iterator.
+            opened: Any = None  # May be its own iterator, as a file is; closing it twice is fine.
             elements: Iterator[Any] | None = None
             try:
                 opened = self._reader(path)
@@ -102,18 +102,18 @@ class FromFiles(FileList):
             except DatasetError:
                 raise
             except Exception as error:
-                add_note(error, self._verb(path), self, index, epoch)
+                add_note(error, self._call_text(path), self, index, epoch)
                 raise
             finally:
-                for held in (elements, opened):
-                    if callable(close := getattr(held, "close", None)):
+                for closable in (elements, opened):
+                    if callable(close := getattr(closable, "close", None)):
                         close()
 
 
 class FromIndexedFiles(FileList):
-    """What ``reader`` returns of each file has a length and elements; random access.
+    """Random-access source: ``reader`` returns a sequence for each file.
 
-    Files are opened on demand. One that has not been used for longest is let go of, not closed:
+    Files are opened on demand and kept in an LRU cache. An evicted file is dropped, not closed:
     another thread may be reading it, and it closes when nothing refers to it.
     """
 
@@ -125,69 +125,69 @@ class FromIndexedFiles(FileList):
         reader: Callable[[str], SupportsIndexing],
     ) -> None:
         super().__init__(paths, reader)
-        self._opening: set[tuple[int, int]] = set()  # by which thread, which file
-        self._open: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
+        self._opening: set[tuple[int, int]] = set()  # (thread, file) of readers now running
+        self._open_files: collections.OrderedDict[int, SupportsIndexing] = collections.OrderedDict()
         lengths = [
-            length_of(self._opened(number), "from_files") for number in range(len(self.files))
+            length_of(self._open_file(file), "from_files") for file in range(len(self.files))
         ]
         self._stops = list(itertools.accumulate(lengths))
         self.length: int = sum(lengths)
 
-    def only(self, start: int, step: int) -> Self:
+    def strided(self, start: int, step: int) -> Self:
         lengths = np.diff(self._stops, prepend=0).tolist()[start::step]
-        twin = super().only(start, step)
-        twin._opening, twin._open = set(), collections.OrderedDict()
-        twin._stops, twin.length = list(itertools.accumulate(lengths)), sum(lengths)
-        return twin
+        clone = super().strided(start, step)
+        clone._opening, clone._open_files = set(), collections.OrderedDict()
+        clone._stops, clone.length = list(itertools.accumulate(lengths)), sum(lengths)
+        return clone
 
     def describe(self) -> str:
         return f"{super().describe()[:-1]}, length={self.length})"
 
     def element(self, index: int, epoch: int) -> Any:
-        number = bisect.bisect_right(self._stops, index)
-        place = index - (self._stops[number - 1] if number else 0)
+        file = bisect.bisect_right(self._stops, index)
+        offset = index - (self._stops[file - 1] if file else 0)
         try:
-            return self._opened(number)[place]
+            return self._open_file(file)[offset]
         except DatasetError:
             raise
         except Exception as error:
-            add_note(error, self._verb(self.files[number]), self, index, epoch)
+            add_note(error, self._call_text(self.files[file]), self, index, epoch)
             raise
 
     def origin(self, index: int, epoch: int) -> int:
         return index
 
-    def _opened(self, number: int) -> SupportsIndexing:
-        opened = self._open.get(number)
+    def _open_file(self, file: int) -> SupportsIndexing:
+        opened = self._open_files.get(file)
         if opened is None:
-            opened = self._newly_opened(number)
-            # Another thread may have been faster. A file is never opened under a lock: the reader
-            # is the user's, and may use this dataset.
-            opened = self._open.setdefault(number, opened)
-        with contextlib.suppress(KeyError):  # another thread has just let go of it
-            self._open.move_to_end(number)
-            while len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)
+            opened = self._call_reader(file)
+            # Another thread may have been faster. No lock is held while a file is opened, since
+            # the user's reader may use this dataset.
+            opened = self._open_files.setdefault(file, opened)
+        with contextlib.suppress(KeyError):  # another thread has just evicted it
+            self._open_files.move_to_end(file)
+            while len(self._open_files) > MAX_OPEN_FILES:
+                self._open_files.popitem(last=False)
         return opened
 
-    def _newly_opened(self, number: int) -> SupportsIndexing:
-        mark = (threading.get_ident(), number)
-        if mark in self._opening:
+    def _call_reader(self, file: int) -> SupportsIndexing:
+        call = (threading.get_ident(), file)
+        if call in self._opening:
             raise DatasetError(
-                f"from_files: expected a reader that does without the file that it is to open; "
+                f"from_files: expected a reader that does not use the file that it is to open; "
                 f"{callable_name(self._reader)} asks the dataset for an element of "
-                f"{self.files[number]!r} while it opens it; read what it needs beforehand"
+                f"{self.files[file]!r} while it opens it; read what it needs beforehand"
             )
         try:
-            self._opening.add(mark)
-            opened: SupportsIndexing = self._reader(self.files[number])
+            self._opening.add(call)
+            opened: SupportsIndexing = self._reader(self.files[file])
         finally:
-            self._opening.discard(mark)
+            self._opening.discard(call)
         if not hasattr(opened, "__len__") or not hasattr(opened, "__getitem__"):
             raise DatasetError(
                 "from_files: expected the reader to return an object with __len__ and "
                 f"__getitem__(index); got a {type(opened).__name__} for "
-                f"{self.files[number]!r}; leave random_access out for what can only be iterated"
+                f"{self.files[file]!r}; leave random_access out for what can only be iterated"
             )
         return opened
 
@@ -201,11 +201,11 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
         )
     check_ordered("from_files", "the paths", paths)
     names: Sequence[Any] = list(paths)
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         if not isinstance(name, str | os.PathLike):
             raise DatasetError(
                 f"from_files: expected paths; got {shown(name)}, a {type(name).__name__}, as "
-                f"paths[{place}]; pass strings or pathlib.Path objects"
+                f"paths[{index}]; pass strings or pathlib.Path objects"
             )
     files = tuple(os.fspath(name) for name in names)
     missing = [name for name in files if not os.path.exists(name)]

@@ -1,4 +1,4 @@
-"""What tells the data of one dataset from those of another: values, or what they hold."""
+"""Fingerprint of the data of a pipeline, and outline of the kinds of its elements."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dvkernels.data.node import Node
 
 __all__ = ["fingerprint", "kinds_of"]
 
-_PIECE_BYTES = 2**24  # hashed at a time, where an array has to be copied for it
+_CHUNK_BYTES = 2**24  # hashed at a time, which bounds the copy of an array not contiguous
 
 
 def fingerprint(node: Node) -> str:
-    """Return what differs, almost surely, where what :meth:`Node.sample` yields does.
+    """Return the digests of what :meth:`Node.sample` yields of each source of a pipeline.
 
-    It is found once for each source; what the data become later is told by the pipeline.
+    They are computed once per source. The transforms are compared by ``Node.pipeline``.
     """
     return "/".join(_of_source(link) for link in node.links() if not link.sources)
 
 
 def kinds_of(element: Any) -> str:
-    """Say what an element holds, in words that are the same for all elements of a dataset."""
+    """Return the kinds of the leaves of an element, the same text for all elements of a dataset."""
     return outline(element, "element", _kind)
 
 
@@ -35,16 +35,16 @@ def _kind(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
 
 
 def _of_source(node: Node) -> str:
-    held = vars(node).get("fingerprint")
-    if held is None:
+    known = vars(node).get("fingerprint")
+    if known is None:
         digest = hashlib.blake2b(digest_size=16)
         try:
             for part in node.sample():
                 _add(digest, part)
-        except Exception as error:  # which whoever reads that element will see
+        except Exception as error:  # raised again to whoever reads that element
             digest.update(type(error).__qualname__.encode())
-        held = vars(node)["fingerprint"] = digest.hexdigest()
-    return str(held)
+        known = vars(node)["fingerprint"] = digest.hexdigest()
+    return str(known)
 
 
 def _add(digest: Any, element: Any) -> None:
@@ -52,11 +52,11 @@ def _add(digest: Any, element: Any) -> None:
     for name, leaf in zip(leaf_names(element, "element"), leaves, strict=True):
         array = as_array(leaf, "fingerprint", name)
         digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-        if array.dtype.hasobject:  # whose bytes are addresses
+        if array.dtype.hasobject:  # its bytes are addresses
             digest.update(type(leaf).__qualname__.encode())
             continue
         rows = array.reshape(1) if array.ndim == 0 else array
-        count = max(1, _PIECE_BYTES // max(1, rows.nbytes // max(1, len(rows))))
+        count = max(1, _CHUNK_BYTES // max(1, rows.nbytes // max(1, len(rows))))
         for start in range(0, len(rows), count):
-            piece = np.ascontiguousarray(rows[start : start + count])
-            digest.update(piece.reshape(-1).view(np.uint8).data)
+            chunk = np.ascontiguousarray(rows[start : start + count])
+            digest.update(chunk.reshape(-1).view(np.uint8).data)

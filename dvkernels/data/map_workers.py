@@ -1,6 +1,6 @@
-"""Threads that apply a function to elements, in order, each by itself or through a process.
+"""Worker threads of ``map``; each applies the function itself, or through a worker process.
 
-They are started when the first element needs them, and end when no iterator holds them.
+They are started by the first element and end when no iterator holds them.
 """
 
 from __future__ import annotations
@@ -29,80 +29,80 @@ __all__ = ["KINDS", "MapWorkers", "check_sendable"]
 
 KINDS = ("threads", "processes")
 
-_LOOK_UP_SECONDS = 1.0  # how often an idle thread asks whether anybody still holds it
-_NAP_SECONDS = 0.05  # after which who waits for a thread does the work that none has begun
-_END_SECONDS = 5.0  # that a thread has for its own end of a deadline
+_IDLE_CHECK_SECONDS = 1.0  # how often an idle thread checks whether the map still needs it
+_CLAIM_AFTER_SECONDS = 0.05  # after which a waiting caller runs a task that no thread has begun
+_GRACE_SECONDS = 5.0  # for a thread to report that its process has missed the deadline
 
-# Yields the outcomes of elements one by one, until the latch is open.
+# Yields the outcomes of the elements one by one, until the latch is open.
 Apply = Callable[[Sequence[Any], Latch], Iterator[Outcome]]
 
 
 class _MapTask:
-    """Elements to which the function is to be applied, by whoever claims them first.
+    """Task: elements to which the function is applied by the thread that claims them first.
 
-    It brings the function along: idle threads hold nothing that may refer to an iterator.
+    The task holds the function, so idle threads refer to nothing that may refer to an iterator.
     """
 
     __slots__ = ("_apply", "_claims", "_elements", "error", "is_done", "outcomes")
 
     def __init__(self, elements: Sequence[Any], apply: Apply | None) -> None:
         self._elements = elements
-        self._apply = apply  # None: only the process of a thread can do it
+        self._apply = apply  # None: the process of a worker thread applies the function
         self._claims = [None]
         self.outcomes: list[Outcome] = []
         self.error: BaseException | None = None
         self.is_done = Latch()
 
     def claim(self) -> bool:
-        """Return True to the first who asks."""
+        """Return True to the first caller."""
         try:
             self._claims.pop()
         except IndexError:
             return False
         return True
 
-    def run(self, process: Apply | None, board: _Board, stop: Latch) -> None:
-        """Do what was claimed; whatever it raises is the answer."""
+    def run(self, process: Apply | None, board: _TaskBoard, stop: Latch) -> None:
+        """Run the claimed task; an exception becomes its ``error``."""
         try:
             apply = self._apply or process
             assert apply is not None
             for outcome in apply(self._elements, stop):
                 self.outcomes.append(outcome)
-                board.heard_at = time.monotonic()
+                board.last_heartbeat = time.monotonic()
         except BaseException as error:
             self.error = error
         finally:
             self.is_done.open()
 
 
-class _Board:
-    """Jobs that wait for a thread, and when any of the threads has given a sign of life."""
+class _TaskBoard:
+    """Queue of the tasks that wait for a thread, and the time of the latest heartbeat of any."""
 
-    __slots__ = ("heard_at", "jobs")
+    __slots__ = ("last_heartbeat", "tasks")
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[_MapTask | None] = queue.SimpleQueue()
-        self.heard_at = 0.0
+        self.tasks: queue.SimpleQueue[_MapTask | None] = queue.SimpleQueue()
+        self.last_heartbeat = 0.0
 
 
-class _Team:
-    """The threads; they end when it is dropped."""
+class _WorkerThreads:
+    """Worker threads of one map; they end when it is garbage collected."""
 
     def __init__(self, count: int, pickled: bytes, name: str) -> None:
-        self.board = _Board()
+        self.board = _TaskBoard()
         self.pid = os.getpid()
         self._count = count
-        self._pickled = pickled  # the function, if processes apply it
+        self._pickled = pickled  # The function, if processes apply it, else empty.
         self._name = name
         self._threads: list[StoppableThread] = []
-        self._turn = MutualExclusion()
+        self._mutex = MutualExclusion()
 
     def start(self) -> None:
-        """Start the threads that are missing; an error if there is none at all."""
+        """Start the missing threads; ``RuntimeError`` if not a single one runs."""
         if len(self._threads) < self._count:
-            self._turn.take(self._hire)
+            self._mutex.run(self._start_missing)
 
-    def _hire(self) -> None:
+    def _start_missing(self) -> None:
         own = weakref.ref(self)
         while len(self._threads) < self._count:
             thread = StoppableThread(
@@ -110,14 +110,14 @@ class _Team:
                     _serve, self.board, self._pickled, self._name, lambda: own() is None
                 ),
                 "dvkernels-data-map",
-                functools.partial(self.board.jobs.put, None),
+                functools.partial(self.board.tasks.put, None),
             )
             try:
                 thread.start()
             except RuntimeError:
                 if not self._threads:
                     raise
-                return  # fewer do as well
+                return  # fewer threads will do
             self._threads.append(thread)
 
     def __del__(self) -> None:
@@ -127,135 +127,135 @@ class _Team:
 
 
 def _serve(
-    board: _Board, pickled: bytes, name: str, is_dropped: Callable[[], bool], stop: Latch
+    board: _TaskBoard, pickled: bytes, name: str, is_dropped: Callable[[], bool], stop: Latch
 ) -> None:
     process = None
     if pickled:
-        # Loaded when they are wanted: they need much of the standard library.
+        # Imported on demand: it loads much of the standard library.
         from dvkernels.data.worker_process import WorkerProcess
 
         process = WorkerProcess(name, pickled, board)
     try:
         while not stop.is_open:
             try:
-                job = board.jobs.get(timeout=_LOOK_UP_SECONDS)
+                task = board.tasks.get(timeout=_IDLE_CHECK_SECONDS)
             except queue.Empty:
                 if is_dropped():
                     return
                 continue
-            if job is not None and job.claim():
-                job.run(process, board, stop)
-            del job  # keep nothing of the user's alive while waiting
+            if task is not None and task.claim():
+                task.run(process, board, stop)
+            del task  # keeps no object of the user's alive while waiting
     finally:
         if process is not None:
             process.end()
 
 
 class MapWorkers:
-    """Applies ``fn`` to elements on ``count`` threads or processes.
+    """Worker pool of ``map``: applies ``fn`` to elements on ``count`` threads or processes.
 
-    A thread that waits for others does itself what none of them has begun, unless it takes a
-    process: so ``fn`` may use the same workers, and there may be no thread to be had.
+    With threads, a caller that waits runs the tasks that no thread has begun. So ``fn`` may use
+    the same workers, and the map works even where no thread can be started.
     """
 
     def __init__(self, fn: Callable[[Any], Any], count: int, kind: str) -> None:
         self._fn = fn
         self._count = count
         self._pickled = pickle.dumps(fn) if kind == "processes" else b""
-        self._team: weakref.ref[_Team] | None = None
+        self._threads_ref: weakref.ref[_WorkerThreads] | None = None
 
     def hold(self) -> object:
-        """Return what keeps them; an iterator holds it while it goes."""
-        return self._held()
+        """Return an object that keeps the worker threads alive while an iterator refers to it."""
+        return self._live_threads()
 
-    def _held(self) -> _Team:
-        team = None if self._team is None else self._team()
-        if team is None or team.pid != os.getpid():
-            team = _Team(self._count, self._pickled, callable_name(self._fn))
-            self._team = weakref.ref(team)
-        return team
+    def _live_threads(self) -> _WorkerThreads:
+        threads = None if self._threads_ref is None else self._threads_ref()
+        if threads is None or threads.pid != os.getpid():
+            threads = _WorkerThreads(self._count, self._pickled, callable_name(self._fn))
+            self._threads_ref = weakref.ref(threads)
+        return threads
 
     def map(self, elements: Sequence[Any]) -> list[Outcome]:
-        """Return the outcome of each element, in their order."""
-        team = self._started()
+        """Return the outcomes of the elements, in order."""
+        threads = self._started()
         size = -(-len(elements) // self._count)
         starts = range(0, len(elements), size)
-        jobs = [self._submit(team, elements[start : start + size]) for start in starts]
+        tasks = [self._submit(threads, elements[start : start + size]) for start in starts]
         try:
-            return [outcome for job in jobs for outcome in self._result(team.board, job)]
+            return [outcome for task in tasks for outcome in self._result(threads.board, task)]
         finally:
-            del team  # else an error's traceback would keep the threads
-            for job in jobs:
-                job.claim()  # what nobody has begun is not wanted any more
+            del threads  # else the traceback of an error would keep the threads alive
+            for task in tasks:
+                task.claim()  # cancels the tasks that no thread has begun
 
     def map_lazily(self, elements: Iterable[Any]) -> Iterator[Outcome]:
-        """Yield the outcome of each element in their order, a few of them ahead."""
-        team = self._started()
-        ahead: collections.deque[_MapTask] = collections.deque()
+        """Yield the outcomes of the elements in order, computing a few of them ahead."""
+        threads = self._started()
+        submitted: collections.deque[_MapTask] = collections.deque()
         try:
             for element in elements:
-                ahead.append(self._submit(team, [element]))
-                if len(ahead) > 2 * self._count:
-                    yield self._result(team.board, ahead[0])[0]
-                    ahead.popleft()
-            while ahead:
-                yield self._result(team.board, ahead[0])[0]
-                ahead.popleft()
+                submitted.append(self._submit(threads, [element]))
+                if len(submitted) > 2 * self._count:
+                    yield self._result(threads.board, submitted[0])[0]
+                    submitted.popleft()
+            while submitted:
+                yield self._result(threads.board, submitted[0])[0]
+                submitted.popleft()
         finally:
-            del team
-            for job in ahead:
-                job.claim()
+            del threads
+            for task in submitted:
+                task.claim()
 
-    def _started(self) -> _Team:
-        team = self._held()
+    def _started(self) -> _WorkerThreads:
+        threads = self._live_threads()
         try:
-            team.start()
+            threads.start()
         except RuntimeError as error:
             if self._pickled:
                 raise DatasetError(
                     f"map: expected to start threads for the worker processes; got "
                     f"{in_words(error)}; free threads or memory, or leave num_workers out"
                 ) from error
-        return team
+        return threads
 
-    def _submit(self, team: _Team, elements: Sequence[Any]) -> _MapTask:
-        job = _MapTask(elements, None if self._pickled else self._outcomes)
-        team.board.jobs.put(job)
-        return job
+    def _submit(self, threads: _WorkerThreads, elements: Sequence[Any]) -> _MapTask:
+        task = _MapTask(elements, None if self._pickled else self._outcomes)
+        threads.board.tasks.put(task)
+        return task
 
-    def _result(self, board: _Board, job: _MapTask) -> list[Outcome]:
+    def _result(self, board: _TaskBoard, task: _MapTask) -> list[Outcome]:
         began = time.monotonic()
-        while not job.is_done.wait(_NAP_SECONDS):
-            if not self._pickled and job.claim():
-                job.run(None, board, Latch())
+        while not task.is_done.wait(_CLAIM_AFTER_SECONDS):
+            if not self._pickled and task.claim():
+                task.run(None, board, Latch())
             else:
-                self._check(time.monotonic() - max(began, board.heard_at))
-        if job.error is None:
-            return job.outcomes
-        error, job.error = job.error, None
+                self._check_alive(time.monotonic() - max(began, board.last_heartbeat))
+        if task.error is None:
+            return task.outcomes
+        error, task.error = task.error, None
         try:
             raise error
         finally:
-            del error  # or it would hold this frame, and this frame the error
+            del error  # breaks the reference cycle of the error and this frame
 
-    def _check(self, quiet_seconds: float) -> None:
-        """Raise if nothing has been heard of any thread for too long."""
-        patience = deadlines.timeout_seconds()
-        if quiet_seconds > patience + (_END_SECONDS if self._pickled else 0):
+    def _check_alive(self, quiet_seconds: float) -> None:
+        """Raise if no thread has given a heartbeat for too long."""
+        timeout = deadlines.timeout_seconds()
+        if quiet_seconds > timeout + (_GRACE_SECONDS if self._pickled else 0):
             raise DatasetError(
-                f"map: expected {callable_name(self._fn)} to return within {patience:g} s; it has "
+                f"map: expected {callable_name(self._fn)} to return within {timeout:g} s; it has "
                 "not in any thread; set DVKERNELS_TIMEOUT_SECONDS if an element takes longer"
             )
 
     def _outcomes(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
         for element in elements:
             if stop.is_open:
-                raise SystemExit  # the program is over: a thread of the user's ends in silence
+                raise SystemExit  # the program ends: a thread of the user's ends silently
             yield owned_outcome_of(self._fn, element)
 
 
 def check_sendable(fn: Callable[[Any], Any]) -> None:
-    """Raise :class:`DatasetError` unless worker processes can be given ``fn``."""
+    """Raise :class:`DatasetError` unless ``fn`` can be sent to worker processes."""
     name = callable_name(fn)
     try:
         pickled = pickle.dumps(fn)

@@ -1,11 +1,11 @@
-"""The node: one source or one transform of a dataset, and what all of them offer.
+"""Base class of the nodes of a pipeline: a source or a transform of a dataset.
 
 A dataset is a chain of nodes. A node with random access computes element ``index`` of an epoch
-from the two numbers alone, so its position is its whole state. A sequential node can only be
-gone through from its start; to come back to a place in it, what lies before is replayed.
+from (epoch, index) alone, so its position is its whole state. A sequential node can only be
+iterated from its start; a position in it is reached by replaying the elements before it.
 
-Where a source cannot be replayed (it has a state of its own, or is live), each iterator goes
-through a copy of the chain, whose nodes remember where they are: see :meth:`Node.own_chain`.
+Where a source cannot be replayed (a stateful or a live source), each iterator works on its own
+copy of the chain, whose nodes keep resume points: see :meth:`Node.own_chain`.
 """
 
 from __future__ import annotations
@@ -24,87 +24,98 @@ from dvkernels import user_errors
 from dvkernels.data.array_nest import leading_length, slice_rows
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.resume_points import ResumePoints
-from dvkernels.data.stacking import Stack
+from dvkernels.data.stacking import BatchBuilder
 from dvkernels.errors import DatasetError
 
-__all__ = ["Cut", "EmptyRunError", "Indices", "Length", "Node", "add_note", "callable_name"]
+__all__ = [
+    "EmptyBatchError",
+    "Indices",
+    "Length",
+    "Node",
+    "RowSelector",
+    "add_note",
+    "callable_name",
+]
 
-# math.inf for an endless node, None where it is not known before the end is reached.
+# math.inf for an endless node, None where the length is unknown until the end is reached.
 Length = int | float | None
 Indices = np.ndarray[Any, np.dtype[np.int64]]
-# Of a batch of so many rows, those from one number to another.
-Cut = Callable[[int], tuple[int, int]]
+# Maps the number of rows of a batch to the range (start, stop) of the rows to keep.
+RowSelector = Callable[[int], tuple[int, int]]
 
 
-# How many elements a fingerprint reads of a source.
+# The most elements of a source that a fingerprint reads.
 _MAX_SAMPLES = 4096
 _MAX_SEQUENTIAL_SAMPLES = 256
 
 
-class EmptyRunError(Exception):
-    """All elements of a batch were left out, so that there is no batch."""
+class EmptyBatchError(Exception):
+    """All elements of a batch were skipped, so there is no batch."""
 
 
 class Node(abc.ABC):
-    """One link of the chain; immutable, so that any number of iterators may share it."""
+    """One link of a pipeline; immutable, so any number of iterators may share it."""
 
     length: Length
     random_access: bool
     source: Node | None = None
-    is_held = False  # whether iterators must hold something of it while they go
+    has_workers = False  # whether iterators keep its workers alive: see hold_workers()
 
-    # Why an iterator cannot be resumed from a saved state; None where it can.
+    # Why this node keeps an iterator from being resumed from a saved state; None if it does not.
     refusal: str | None = None
-    # Whether iterators need a chain of their own because of this very node.
+    # False if each iterator needs a chain of its own because of this node.
     is_replayable = True
-    # What the node remembers at the start of an epoch; None if it remembers nothing.
-    first_mark: Any = None
-    remembers = False
-    marks: ResumePoints | None = None  # Set in the chain of one iterator only.
+    # The value of the resume point at the start of an epoch.
+    initial_resume_value: Any = None
+    has_resume_points = False
+    resume_points: ResumePoints | None = None  # Set only in the own chain of an iterator.
 
     @abc.abstractmethod
     def describe(self) -> str:
-        """Return this link as it was written: all that the order of the elements depends on."""
+        """Return this link as the user wrote it: all that the order of the elements depends on."""
 
     def element(self, index: int, epoch: int) -> Any:
         """Return one element; random access only."""
         raise DatasetError(f"{self.describe()} has no random access")
 
     def gather(self, indices: Indices, epoch: int) -> Any:
-        """Return the elements of ``indices`` (one or more), stacked along a new leading axis."""
+        """Return the elements at ``indices``, stacked along a new leading axis.
+
+        ``indices`` has shape (n,) with n >= 1, int64.
+        """
         return self._stacked(indices.tolist(), epoch)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
-        """Return the elements ``start`` to ``stop`` (one or more), stacked likewise."""
+        """Return the elements ``start`` to ``stop`` (one or more), stacked as by `gather`."""
         return self._stacked(range(start, stop), epoch)
 
     def _stacked(self, indices: Sequence[int], epoch: int) -> Any:
-        batch = Stack(len(indices))
+        batch = BatchBuilder(len(indices))
         for element in self.elements(indices, epoch):
             batch.add(element)
         if not batch.count:
-            raise EmptyRunError(f"every element of a run of {self!r} failed")
-        return batch.finished()
+            raise EmptyBatchError(f"every element of a batch of {self!r} failed")
+        return batch.build()
 
-    def part(self, index: int, epoch: int, cut: Cut) -> Any:
-        """Return the rows that ``cut`` says of an element that is a batch."""
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+        """Return the rows of batch ``index`` that ``select`` chooses."""
         batch = self.element(index, epoch)
-        return slice_rows(batch, *cut(leading_length(batch)))
+        return slice_rows(batch, *select(leading_length(batch)))
 
     def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
-        """Yield elements one by one; those that fail are left out where they may be."""
+        """Yield the elements at ``indices``; failing elements are skipped where that is asked."""
         if skipping.get() is None:
             return (self.element(index, epoch) for index in indices)
         return (element for _, element in self.attempts(indices, epoch))
 
     def attempts(self, indices: Iterable[int], epoch: int) -> Iterator[tuple[int, Any]]:
-        """Yield each index and its element; those that fail are left out where they may be."""
+        """Yield (index, element) pairs; failing elements are skipped where that is asked."""
         skips = skipping.get()
         for index in indices:
             try:
                 element = self.element(index, epoch)
-            except EmptyRunError:
-                continue  # each element of it has been noted
+            except EmptyBatchError:
+                continue  # each of its elements has been noted
             except DatasetError:
                 raise
             except Exception as error:
@@ -114,8 +125,8 @@ class Node(abc.ABC):
                 continue
             yield index, element
 
-    def places(self, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
-        """Yield each element from a place on, and the place behind it, errors as above."""
+    def enumerate_from(self, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+        """Yield (position behind the element, element) from ``start`` on, skipping as above."""
         if self.random_access:
             length = math.inf if self.length is None else self.length
             rest = itertools.takewhile(lambda index: index < length, itertools.count(start))
@@ -125,14 +136,14 @@ class Node(abc.ABC):
             yield from enumerate(self.iterate(epoch, start), start + 1)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Go through an epoch, leaving out its first ``start`` elements."""
+        """Yield the elements of an epoch from position ``start`` on."""
         index = start
         while self.length is None or index < self.length:
             yield self.element(index, epoch)
             index += 1
 
     def sample(self) -> Iterator[Any]:
-        """Yield what tells the data of a source from others, for a fingerprint: some elements."""
+        """Yield elements, or other samples of the data of a source, to fingerprint."""
         if self.random_access and self.length is not None:
             count = int(self.length)
             step = max(1, (count - 1) / (_MAX_SAMPLES - 1))
@@ -141,102 +152,103 @@ class Node(abc.ABC):
         return itertools.islice(self.own_chain().iterate(0), _MAX_SEQUENTIAL_SAMPLES)
 
     def links(self) -> Iterator[Node]:
-        """Yield this node and all before it."""
+        """Yield this node and all nodes upstream of it."""
         yield self
         for node in self.sources:
             yield from node.links()
 
-    def hold(self) -> object:
-        """Return what an iterator must hold while it goes, where ``is_held``."""
+    def hold_workers(self) -> object:
+        """Return an object that keeps the workers of this node alive, where ``has_workers``."""
         return None
 
     def stop(self) -> None:  # noqa: B027 - most nodes never wait
-        """End a wait of another thread in :meth:`iterate`: the iterator is being closed."""
+        """Wake a thread that waits in :meth:`iterate`: its iterator is being closed."""
 
     def origin(self, index: int, epoch: int) -> int | None:
-        """Return the index at the root source of an element, None where it has no single one."""
+        """Return the index at the root source of an element, None if it has no single one."""
         return None
 
     @property
     def owns_elements(self) -> bool:
-        """Whether what it gives stays as it is, whatever user code does with its own memory.
+        """Whether user code cannot change an element after the node has returned it.
 
-        Else an element may change as soon as the next one is pulled: who holds it copies it.
+        If False, an element may change as soon as the next one is pulled, so whoever keeps an
+        element copies it first.
         """
         return bool(self.sources) and all(node.owns_elements for node in self.sources)
 
     @property
     def sources(self) -> tuple[Node, ...]:
-        """The nodes that this one takes its elements from."""
+        """The nodes directly upstream, from which this one takes its elements."""
         return () if self.source is None else (self.source,)
 
     @functools.cached_property
     def needs_own_chain(self) -> bool:
-        """Whether a position alone is not enough to come back to it."""
+        """Whether a position alone does not suffice to resume there."""
         return not self.is_replayable or any(node.needs_own_chain for node in self.sources)
 
     @functools.cached_property
-    def why_not_resumed(self) -> str | None:
-        """Why no state of an iterator can be saved or loaded; None where it can."""
-        reasons = (self.refusal, *(node.why_not_resumed for node in self.sources))
+    def why_not_resumable(self) -> str | None:
+        """Why iterators cannot save or load a state; None if they can."""
+        reasons = (self.refusal, *(node.why_not_resumable for node in self.sources))
         return next((reason for reason in reasons if reason is not None), None)
 
-    def onto(self, old: Node, new: Node) -> Node:
-        """Return the chain up to here with ``new`` in the place of ``old``, a link of it.
+    def replace_link(self, old: Node, new: Node) -> Node:
+        """Return a copy of the chain up to this node, with its link ``old`` replaced by ``new``.
 
-        Only for links that have as many elements as their source, or an unknown number.
+        Every link behind ``old`` must have as many elements as its source, or an unknown number.
         """
         if self is old:
             return new
         assert self.source is not None
-        twin = copy.copy(self)
-        twin.source = self.source.onto(old, new)
-        twin.random_access = self.random_access and twin.source.random_access
-        twin.length = twin.source.length if self.length == self.source.length else None
-        for name in ("pipeline", "needs_own_chain", "why_not_resumed"):
-            vars(twin).pop(name, None)  # what was found for the other chain
-        return twin
+        clone = copy.copy(self)
+        clone.source = self.source.replace_link(old, new)
+        clone.random_access = self.random_access and clone.source.random_access
+        clone.length = clone.source.length if self.length == self.source.length else None
+        for name in ("pipeline", "needs_own_chain", "why_not_resumable"):
+            vars(clone).pop(name, None)  # cached properties of the original chain
+        return clone
 
     def own_chain(self) -> Self:
-        """Return a copy of the chain up to here for one iterator, whose nodes may remember."""
+        """Return a copy of the chain up to this node for one iterator, with its resume points."""
         if not self.needs_own_chain:
             return self
-        twin = copy.copy(self)
+        clone = copy.copy(self)
         if self.source is not None:
-            twin.source = self.source.own_chain()
-        if self.remembers:
-            twin.marks = ResumePoints(self.first_mark)
-        return twin
+            clone.source = self.source.own_chain()
+        if self.has_resume_points:
+            clone.resume_points = ResumePoints(self.initial_resume_value)
+        return clone
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
-        """Return (epoch, position) in the source from which this one's ``position`` is made."""
+        """Return the (epoch, position) of the source that this node's ``position`` maps to."""
         return epoch, position
 
     def release(self, epoch: int, position: int) -> list[Any]:
-        """Note that all before ``position`` has been delivered; return what it takes to go on.
+        """Drop the resume points before ``position``; return those needed to resume there.
 
-        One entry for each node that remembers, this one first; JSON can hold them.
+        The result has one JSON-serializable entry per node with resume points, this node first.
         """
-        memory = [] if self.marks is None else [self.marks.release(epoch, position)]
-        if remembering := self._sources_that_remember():
-            place = self.upstream(epoch, position)
-            memory += [entry for node in remembering for entry in node.release(*place)]
+        memory = [] if self.resume_points is None else [self.resume_points.release(epoch, position)]
+        if stateful := self._sources_with_resume_points():
+            source_position = self.upstream(epoch, position)
+            memory += [entry for node in stateful for entry in node.release(*source_position)]
         return memory
 
     def restore(self, memory: Iterator[Any]) -> None:
-        """Take the own entries of what :meth:`release` returned."""
-        if self.marks is not None:
-            self.marks.restore(next(memory, None))
-        for node in self._sources_that_remember():
+        """Consume this chain's entries of what :meth:`release` returned."""
+        if self.resume_points is not None:
+            self.resume_points.restore(next(memory, None))
+        for node in self._sources_with_resume_points():
             node.restore(memory)
 
-    def _sources_that_remember(self) -> list[Node]:
-        # One side of a zip may be replayed while another is not: it has no marks to ask.
+    def _sources_with_resume_points(self) -> list[Node]:
+        # Of two zipped sources one may be replayable and have no resume points.
         return [node for node in self.sources if node.needs_own_chain]
 
     @functools.cached_property
     def pipeline(self) -> tuple[str, ...]:
-        """The descriptions of all links, from the source to this one."""
+        """The descriptions of all links, from the source to this node."""
         upstream = self.source.pipeline if self.source is not None else ()
         return (*upstream, self.describe())
 
@@ -245,15 +257,15 @@ class Node(abc.ABC):
 
 
 def callable_name(function: Callable[..., Any]) -> str:
-    """Return a name that is the same in every run, which a ``repr`` with an address is not."""
+    """Return a name of the callable that is the same in every run, unlike its ``repr``."""
     name = getattr(function, "__qualname__", None)
     return name if isinstance(name, str) else type(function).__qualname__
 
 
 def add_note(error: Exception, verb: str, node: Node, index: int, epoch: int) -> None:
-    """Say on an error of user code where it happened; the caller re-raises it as it is.
+    """Add a note to an error of user code that says where it happened; the caller re-raises it.
 
-    A ``StopIteration`` would end the epoch without a word, so it becomes a ``RuntimeError``.
+    A ``StopIteration`` would end the epoch silently, so a ``RuntimeError`` is raised instead.
     """
     origin = node.origin(index, epoch) if node.random_access else None
     where = "" if origin is None or node.source is None else f", index {origin} of the source"

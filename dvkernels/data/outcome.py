@@ -1,24 +1,24 @@
-"""What a function made of an element, or the error it raised: both go on to whoever asked."""
+"""Outcome of a function applied to an element: its result or its exception."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dvkernels.data.array_nest import owned
+from dvkernels.data.array_nest import owned_copy
 
 __all__ = ["Outcome", "outcome_of", "owned_outcome_of"]
 
 
 class Outcome(NamedTuple):
-    """What the function made of an element: a value, or the error it raised."""
+    """Result of a function, or the exception that it raised."""
 
     value: Any
     error: Exception | None
 
 
 def outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
-    """Return what a function makes of an element."""
+    """Return the outcome of ``fn(element)``."""
     try:
         return Outcome(fn(element), None)
     except Exception as error:
@@ -26,5 +26,5 @@ def outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
 
 
 def owned_outcome_of(fn: Callable[[Any], Any], element: Any) -> Outcome:
-    """Return what a function makes of an element, in memory that it does not use again."""
-    return outcome_of(lambda given: owned(fn(given)), element)
+    """Return the outcome of ``fn(element)``, its value copied: ``fn`` may reuse its memory."""
+    return outcome_of(lambda argument: owned_copy(fn(argument)), element)

@@ -1,4 +1,4 @@
-"""Elements that a thread computes before they are asked for."""
+"""Prefetching: a thread computes elements before they are requested."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from dvkernels.user_errors import in_words
 
 __all__ = ["Prefetcher"]
 
-_LOOK_UP_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 5.0
 
 
 class _PrefetchedElement(NamedTuple):
-    """An element, or the error that came instead of it."""
+    """An element, or the error that was raised instead."""
 
     element: Any
     error: BaseException | None
-    seconds: float  # that it took
-    place: EpochPosition  # after it
+    seconds: float  # to compute it
+    epoch_position: EpochPosition  # behind it
 
 
 class Prefetcher(Iterator[Any]):
-    """Goes through one epoch with up to ``depth`` elements ready; like a cursor, it can resume.
+    """Iterator over one epoch with up to ``depth`` elements ready; it resumes like a cursor.
 
-    Nothing that is held counts as delivered. After an error the next call tries the same element
-    again. The thread ends with the epoch, on an error, by :meth:`close`, and when this is dropped.
-    Several threads may share it; each element goes to one of them.
+    Elements that are only ready do not count as delivered. After an error the next call tries the
+    same element again. The prefetch thread ends with the epoch, on an error, by :meth:`close`, and
+    when this object is garbage collected. Several threads may share it; each element goes to one
+    thread.
     """
 
     def __init__(
@@ -56,135 +57,143 @@ class Prefetcher(Iterator[Any]):
         skips: SkippedElements | None = None,
     ) -> None:
         self._node, self._depth, self._skips = node, depth, skips
-        self._turn = MutualExclusion()
-        self._fetcher: _PrefetchThread | None = None
-        self._former: StoppableThread | None = None
+        self._mutex = MutualExclusion()
+        self._prefetch_thread: _PrefetchThread | None = None
+        self._previous_thread: StoppableThread | None = None
         self.fetch_seconds = 0.0  # of all elements so far
         self.move_to(epoch, position)
 
     def move_to(self, epoch: int, position: int, memory: Sequence[Any] = ()) -> None:
-        """Go to another place; what was held ready is forgotten."""
-        self._let_go()
-        self.place = EpochPosition(epoch, position, memory)
+        """Move to another position; prefetched elements are dropped."""
+        self._drop_thread()
+        self.epoch_position = EpochPosition(epoch, position, memory)
         self._at_end = False
 
     def __next__(self) -> Any:
-        return self._turn.take(self.take)
+        return self._mutex.run(self.take)
 
     def take(self) -> Any:
-        """Return the next element; for one thread at a time."""
-        if self._at_end:  # another thread would replay all of a sequential source to learn it
+        """Return the next element; one thread at a time may call it."""
+        if self._at_end:  # A new prefetch thread would replay a sequential source to find that.
             raise StopIteration
-        if self._fetcher is None:
+        if self._prefetch_thread is None:
             self.wait()
-            self._fetcher = _PrefetchThread(self._node, self.place, self._depth, self._skips)
+            self._prefetch_thread = _PrefetchThread(
+                self._node, self.epoch_position, self._depth, self._skips
+            )
         try:
-            fetched = self._fetcher.take()
-        except _LeftBehindError:
-            self._let_go()
+            fetched = self._prefetch_thread.take()
+        except _ForkedError:
+            self._drop_thread()
             return self.take()
         except BaseException as error:
             self._at_end = isinstance(error, StopIteration)
-            self._let_go()
+            self._drop_thread()
             raise
-        self.place = fetched.place
+        self.epoch_position = fetched.epoch_position
         self.fetch_seconds += fetched.seconds
         return fetched.element
 
     @property
-    def num_held(self) -> int:
-        """How many elements are ready."""
-        fetcher = self._fetcher
-        return 0 if fetcher is None else fetcher.num_held
+    def num_ready(self) -> int:
+        """The number of elements that are ready."""
+        prefetch_thread = self._prefetch_thread
+        return 0 if prefetch_thread is None else prefetch_thread.num_ready
 
     def stop(self) -> None:
-        """End the thread, and with it the wait of who takes an element now."""
-        fetcher = self._fetcher
-        if fetcher is not None:
-            fetcher.thread.stop()
+        """Stop the prefetch thread, which also wakes a thread that waits for an element."""
+        prefetch_thread = self._prefetch_thread
+        if prefetch_thread is not None:
+            prefetch_thread.thread.stop()
 
     def close(self) -> None:
-        """End the thread; the next element starts another."""
-        self._turn.end(self._let_go, self.stop)
+        """Stop the prefetch thread; the next element starts another."""
+        self._mutex.close(self._drop_thread, self.stop)
         self.wait()
 
-    def _let_go(self) -> None:
-        fetcher, self._fetcher = self._fetcher, None
-        if fetcher is not None:
-            self._former = fetcher.thread
-            fetcher.thread.stop()
+    def _drop_thread(self) -> None:
+        prefetch_thread, self._prefetch_thread = self._prefetch_thread, None
+        if prefetch_thread is not None:
+            self._previous_thread = prefetch_thread.thread
+            prefetch_thread.thread.stop()
 
     def wait(self) -> None:
-        """Wait for a thread that was let go of, since user code may not bear two of them."""
-        if self._former is not None and self._former.wait(_CLOSE_SECONDS):
-            self._former = None
+        """Wait for the thread stopped last, since user code may not support two at a time."""
+        if self._previous_thread is not None and self._previous_thread.wait(_CLOSE_SECONDS):
+            self._previous_thread = None
 
 
-class _LeftBehindError(Exception):
-    """The thread is in the process that this one was forked from."""
+class _ForkedError(Exception):
+    """The prefetch thread runs in the process that this one was forked from."""
 
 
 class _PrefetchThread:
-    """A thread, and the elements that it has computed. The thread ends when this is dropped."""
+    """Prefetch thread and its queue of ready elements; it ends when this object is collected."""
 
     def __init__(
-        self, node: Node, place: EpochPosition, depth: int, skips: SkippedElements | None
+        self, node: Node, epoch_position: EpochPosition, depth: int, skips: SkippedElements | None
     ) -> None:
-        # Simple queues, since an interrupt between two of their operations does no harm.
-        self._held: queue.SimpleQueue[_PrefetchedElement] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # A SimpleQueue stays consistent when an interrupt strikes between two operations.
+        self._ready: queue.SimpleQueue[_PrefetchedElement] = queue.SimpleQueue()
+        self._free_slots: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(depth):
-            self._free.put(None)
+            self._free_slots.put(None)
         self._sizes: collections.deque[int] = collections.deque()
         cursor = Cursor(node)
-        cursor.move_to(*place)
+        cursor.move_to(*epoch_position)
         own = weakref.ref(self)
         self.thread = StoppableThread(
             functools.partial(
-                _fetch, cursor, self._held, self._free, self._sizes, skips, lambda: own() is None
+                _fetch,
+                cursor,
+                self._ready,
+                self._free_slots,
+                self._sizes,
+                skips,
+                lambda: own() is None,
             ),
             "dvkernels-data-ahead",
-            functools.partial(self._free.put, None),
+            functools.partial(self._free_slots.put, None),
         )
         try:
             self.thread.start()
         except RuntimeError as error:
             raise DatasetError(
                 f"prefetch: expected to start a thread; got {in_words(error)}; "
-                "free threads or memory, or hold nothing ready: InputOptions(prefetch=0)"
+                "free threads or memory, or prefetch nothing: InputOptions(prefetch=0)"
             ) from error
-        _living.add(self)
+        _live_threads.add(self)
 
     def take(self) -> _PrefetchedElement:
         """Return the next element; ``StopIteration`` at the end."""
-        late = 0.0
+        deadline = 0.0
         while True:
             try:
-                fetched = self._held.get(timeout=_LOOK_UP_SECONDS)
+                fetched = self._ready.get(timeout=_POLL_SECONDS)
                 break
             except queue.Empty:
-                late = late or time.monotonic() + deadlines.timeout_seconds()
-                self._check(late)
+                deadline = deadline or time.monotonic() + deadlines.timeout_seconds()
+                self._check(deadline)
         if fetched.error is not None:
             raise fetched.error
         self._sizes.popleft()
-        self._free.put(None)
+        self._free_slots.put(None)
         return fetched
 
-    def _check(self, late: float) -> None:
-        """Raise unless the next element may still come."""
+    def _check(self, deadline: float) -> None:
+        """Raise if no further element can arrive."""
         if not self.thread.is_here:
-            raise _LeftBehindError
+            raise _ForkedError
         if self.thread.is_stopping:
             if stoppable_thread.is_over:
-                raise SystemExit  # which ends a thread of the user's without a word
+                raise SystemExit  # ends a thread of the user's silently
             raise DatasetError(
                 "next(iterator): expected an open iterator; this one was closed by another thread "
                 "while it waited for an element"
             )
-        if self.thread.has_ended.is_open and self._held.empty():
-            raise DatasetError("next(iterator): the prefetching thread has ended without a word")
-        if time.monotonic() > late:
+        if self.thread.has_ended.is_open and self._ready.empty():
+            raise DatasetError("next(iterator): the prefetch thread has ended without an error")
+        if time.monotonic() > deadline:
             raise DatasetError(
                 f"prefetch: expected an element within {deadlines.timeout_seconds():g} s; the "
                 "source or a function of the dataset has not returned; set "
@@ -192,27 +201,27 @@ class _PrefetchThread:
             )
 
     @property
-    def num_held(self) -> int:
-        """How many elements are ready."""
+    def num_ready(self) -> int:
+        """The number of elements that are ready."""
         return len(self._sizes)
 
-    def nbytes_held(self) -> int:
+    def nbytes_ready(self) -> int:
         """Return the bytes of the arrays that are ready."""
         return sum(self._sizes.copy())
 
 
 def _fetch(
     cursor: Cursor,
-    held: queue.SimpleQueue[_PrefetchedElement],
-    free: queue.SimpleQueue[None],
+    ready: queue.SimpleQueue[_PrefetchedElement],
+    free_slots: queue.SimpleQueue[None],
     sizes: collections.deque[int],
     skips: SkippedElements | None,
     is_dropped: Callable[[], bool],
     stop: Latch,
 ) -> None:
-    skipping.set(skips)  # a thread has a context of its own
+    skipping.set(skips)  # Each thread has its own context.
     try:
-        while _is_free(free, stop, is_dropped):
+        while _wait_for_slot(free_slots, stop, is_dropped):
             began = time.perf_counter()
             element, error = None, None
             try:
@@ -221,30 +230,32 @@ def _fetch(
                 error = raised
             sizes.append(nbytes_of(element))
             seconds = time.perf_counter() - began
-            held.put(_PrefetchedElement(element, error, seconds, cursor.place))
+            ready.put(_PrefetchedElement(element, error, seconds, cursor.epoch_position))
             if error is not None:
                 return
-            del element  # hold nothing while the next is computed
+            del element  # keep no reference while the next one is computed
     finally:
         cursor.close()
 
 
-def _is_free(free: queue.SimpleQueue[None], stop: Latch, is_dropped: Callable[[], bool]) -> bool:
-    """Wait for room for one more element; False: it is time to end."""
-    is_free = False
-    while not (is_free or stop.is_open or is_dropped()):
+def _wait_for_slot(
+    free_slots: queue.SimpleQueue[None], stop: Latch, is_dropped: Callable[[], bool]
+) -> bool:
+    """Wait for a free slot; False if the thread is to end."""
+    has_slot = False
+    while not (has_slot or stop.is_open or is_dropped()):
         with contextlib.suppress(queue.Empty):
-            free.get(timeout=_LOOK_UP_SECONDS)
-            is_free = True
-    return is_free and not stop.is_open
+            free_slots.get(timeout=_POLL_SECONDS)
+            has_slot = True
+    return has_slot and not stop.is_open
 
 
-_living: weakref.WeakSet[_PrefetchThread] = weakref.WeakSet()
+_live_threads: weakref.WeakSet[_PrefetchThread] = weakref.WeakSet()
 
 
-def _account() -> Iterator[tuple[str, str, int]]:
-    for fetcher in list(_living):
-        yield "cpu:0", "prefetch", fetcher.nbytes_held()
+def _memory_entries() -> Iterator[tuple[str, str, int]]:
+    for prefetch_thread in list(_live_threads):
+        yield "cpu:0", "prefetch", prefetch_thread.nbytes_ready()
 
 
-memory_report.open_account(_account)
+memory_report.open_account(_memory_entries)

@@ -1,4 +1,4 @@
-"""Elements that arrive: a source without an end, or with one that only the producer knows."""
+"""Live source: elements that arrive in a queue until the producer says that they end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dvkernels.data.array_nest import owned
+from dvkernels.data.array_nest import owned_copy
 from dvkernels.data.checks import check_count
 from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.node import Node, add_note, callable_name
@@ -20,35 +20,35 @@ from dvkernels.user_errors import shown
 
 __all__ = ["FromQueue"]
 
-# Waiting is cut into pieces of this length, so that Ctrl-C and a closed iterator get through.
-_PATIENCE_SECONDS = 0.1
+# The longest wait at a time, so that Ctrl-C and the closing of the iterator are noticed.
+_POLL_SECONDS = 0.1
 
-_ONCE = [()]  # arguments of one call
+_ONE_CALL = [()]  # the arguments of one call, for itertools.starmap
 
 # Python 3.13: the producer has shut the queue down, and it is empty.
 _SHUT_DOWN: type[Exception] = getattr(queue, "ShutDown", StopIteration)
 
 
-class _QueueReader:
-    """What has arrived and not been delivered, and who reads it now; one for all iterators."""
+class _Arrivals:
+    """Buffer of the elements that have arrived but not been delivered; shared by all iterators."""
 
     def __init__(self) -> None:
-        self.turn = MutualExclusion()
-        self.kept: list[list[Any]] = []  # Runs of elements, each of which is delivered together.
-        self.arriving: list[Any] = []  # Elements of a batch that is not full yet.
+        self.mutex = MutualExclusion()
+        self.undelivered: list[list[Any]] = []  # Runs of elements: one run makes one batch.
+        self.incomplete: list[Any] = []  # The elements of a batch that is not full yet.
         self.is_over = False
-        self.reader: object = None
+        self.reader: object = None  # The chain of the one iterator that may read.
 
 
 class FromQueue(Node):
-    """What a queue, or a callable like its ``get``, gives; each element is given only once."""
+    """Source of the elements of a queue, or of a callable like its ``get``, each delivered once."""
 
     random_access = False
     length = None
     is_replayable = False
     owns_elements = True
     refusal = (
-        "what a live source has delivered is gone and cannot be delivered again; keep the "
+        "elements that a live source has delivered cannot be delivered again; keep the "
         "elements yourself (in a file, a log) and read them with from_files to resume"
     )
 
@@ -78,9 +78,9 @@ class FromQueue(Node):
         self._size = batch_size
         self._max_wait = max_wait_seconds
         self._end = end
-        self._feed = _QueueReader()
-        # Of an iterator's own chain: the position of the first kept element.
-        self._begin = 0
+        self._arrivals = _Arrivals()
+        # In the own chain of an iterator: the position of the first undelivered run.
+        self._first_position = 0
         self._has_begun = False
         self._is_stopped = False
 
@@ -90,37 +90,40 @@ class FromQueue(Node):
         return f"from_live({self._name}{size}{wait})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        feed = self._feed
-        if not self._has_begun:  # The iterator that began last is the one that reads.
+        arrivals = self._arrivals
+        if not self._has_begun:  # The iterator begun last becomes the reader.
             self._has_begun = True
-            feed.reader = self
+            arrivals.reader = self
         self._is_stopped = False
-        for position in itertools.count(self._begin):
-            found = feed.turn.take(functools.partial(self._look, position, epoch))
-            if not found:
+        for position in itertools.count(self._first_position):
+            run = arrivals.mutex.run(functools.partial(self._run_at, position, epoch))
+            if not run:
                 return
             if position >= start:
-                yield found[0] if self._size is None else stack(found, len(found))
+                yield run[0] if self._size is None else stack(run, len(run))
 
     def stop(self) -> None:
         self._is_stopped = True
 
-    def _look(self, position: int, epoch: int) -> list[Any]:
-        """Return the run that has arrived, or does now, at a position; empty at the end."""
+    def _run_at(self, position: int, epoch: int) -> list[Any]:
+        """Return the run at a position, waiting for it to arrive; an empty list at the end."""
         self._check_reader()
-        place = position - self._begin
-        is_here = place < len(self._feed.kept) or self._arrives(position, epoch)
-        return self._feed.kept[place] if is_here else []
+        offset = position - self._first_position
+        has_run = offset < len(self._arrivals.undelivered) or self._wait_for_run(position, epoch)
+        return self._arrivals.undelivered[offset] if has_run else []
 
     def sample(self) -> Iterator[Any]:
-        return iter(())  # what is taken to look at it would be lost
+        return iter(())  # an element taken for a sample would be lost
 
     def release(self, epoch: int, position: int) -> list[Any]:
         self._check_reader()
-        count = position - self._begin
+        count = position - self._first_position
         if count > 0:
-            # Without a call between the two: there an interrupt might strike.
-            self._feed.kept, self._begin = self._feed.kept[count:], position
+            # One statement without a call in between, where an interrupt might strike.
+            self._arrivals.undelivered, self._first_position = (
+                self._arrivals.undelivered[count:],
+                position,
+            )
         return []
 
     def _check_reader(self) -> None:
@@ -129,55 +132,56 @@ class FromQueue(Node):
                 "next(iterator): expected an open iterator; this one was closed by another thread "
                 "while it waited for an element"
             )
-        if self._feed.reader is not self:
+        if self._arrivals.reader is not self:
             raise DatasetError(
-                "from_live: expected one iterator at a time; a newer one has taken over what "
-                "arrives; go on with that one, or give each iterator a queue of its own"
+                "from_live: expected one iterator at a time; a newer one has taken over the "
+                "source; go on with that one, or give each iterator a queue of its own"
             )
 
-    def _arrives(self, position: int, epoch: int) -> bool:
-        """Wait until there is one more to deliver; False at the end.
+    def _wait_for_run(self, position: int, epoch: int) -> bool:
+        """Wait until one more run can be delivered; False at the end.
 
-        A batch waits in the feed, so that what has arrived is not lost if the producer raises.
+        An incomplete batch stays in the buffer, so that its elements are not lost if the producer
+        raises.
         """
-        feed, size = self._feed, self._size or 1
+        arrivals, size = self._arrivals, self._size or 1
         deadline = math.inf
         while True:
-            arriving = feed.arriving
-            if arriving and arriving[-1] is self._end:
-                feed.is_over, feed.arriving = True, arriving[:-1]
-            if feed.is_over or len(arriving) == size:
+            incomplete = arrivals.incomplete
+            if incomplete and incomplete[-1] is self._end:
+                arrivals.is_over, arrivals.incomplete = True, incomplete[:-1]
+            if arrivals.is_over or len(incomplete) == size:
                 break
-            if arriving and self._max_wait is not None and deadline == math.inf:
+            if incomplete and self._max_wait is not None and deadline == math.inf:
                 deadline = time.monotonic() + self._max_wait
             left = deadline - time.monotonic()
-            # At the deadline what is there already still comes along.
-            get = functools.partial(self._get, timeout=min(max(left, 0.0), _PATIENCE_SECONDS))
-            count = len(arriving)
+            # After the deadline, elements that have arrived already are still taken.
+            get = functools.partial(self._get, timeout=min(max(left, 0.0), _POLL_SECONDS))
+            count = len(incomplete)
             try:
-                # One call, since an interrupt between two would lose what has been taken.
-                arriving.extend(itertools.starmap(get, _ONCE))
-                feed.is_over = len(arriving) == count  # ``get`` raised StopIteration
-                if not feed.is_over and arriving[-1] is not self._end:
-                    arriving[-1] = owned(arriving[-1])  # its producer may use the memory again
+                # One call: an interrupt between two would lose the element that was taken.
+                incomplete.extend(itertools.starmap(get, _ONE_CALL))
+                arrivals.is_over = len(incomplete) == count  # ``get`` raised StopIteration
+                if not arrivals.is_over and incomplete[-1] is not self._end:
+                    incomplete[-1] = owned_copy(incomplete[-1])  # its producer may reuse the memory
             except (queue.Empty, TimeoutError):
                 if left <= 0:
                     break
                 self._check_reader()
             except _SHUT_DOWN:
-                feed.is_over = True
+                arrivals.is_over = True
             except Exception as error:
                 add_note(error, self._name, self, position, epoch)
                 raise
-        if not feed.arriving:
+        if not arrivals.incomplete:
             return False
-        # Without a call, as in release().
-        feed.kept, feed.arriving = [*feed.kept, feed.arriving], []
+        # Without a call between the two, as in release().
+        arrivals.undelivered, arrivals.incomplete = [*arrivals.undelivered, arrivals.incomplete], []
         return True
 
 
 def check_seconds(value: object) -> None:
-    """Raise :class:`DatasetError` unless ``value`` is a time to wait."""
+    """Raise :class:`DatasetError` unless ``value`` is a finite number of seconds, at least 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value < math.inf:  # type: ignore[operator]
         raise DatasetError(

@@ -1,10 +1,11 @@
-"""A shuffle that maps an index: a keyed permutation in O(1) memory.
+"""Shuffle by a keyed permutation of the indices, in O(1) memory.
 
 The permutation of [0, n) is a balanced Feistel network over pairs of digits to the base
-a = ceil(sqrt(n)), with addition modulo a, and cycle walking: what falls outside [0, n) is
+a = ceil(sqrt(n)), with addition modulo a, and cycle walking: an output outside [0, n) is
 encrypted again until it falls inside [1]_. Of the a * a points fewer than 2a are outside, so
-walking is rare; over bits, with up to 4n points, it took most of the time. Arithmetic is on
-unsigned 64-bit integers only, so the order is the same on every machine and under every NumPy.
+walking is rare; a network over bits, with up to 4n points, spent most of its time walking.
+Arithmetic is on unsigned 64-bit integers only, so the order is the same on every machine and
+with every version of NumPy.
 
 .. [1] J. Black, P. Rogaway, CT-RSA 2002, LNCS 2271, 114-130, doi:10.1007/3-540-45760-7_9.
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import owned
+from dvkernels.data.array_nest import owned_copy
 from dvkernels.data.checks import LARGEST, LARGEST_INDEX, check_count, check_flag
 from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
@@ -28,11 +29,11 @@ from dvkernels.kernels import backends
 
 __all__ = ["BLOCK_LENGTH", "Shuffle", "WindowedShuffle", "permute", "round_keys"]
 
-# Consecutive positions that are permuted in one go and kept: 32 KiB, the size of an L1 cache.
+# Consecutive positions that are permuted at once and cached: 32 KiB, the size of an L1 cache.
 BLOCK_LENGTH = 4096
 
-# Rounds of the network. Over the few points of a small base eight are not enough to make all
-# orders equally likely (chi-squared test over the orders of 5 elements in tests/unit/data).
+# Rounds of the Feistel network. For a small base eight rounds do not make all orders equally
+# likely (chi-squared test over the orders of 5 elements in tests/unit/data).
 _NUM_ROUNDS = 8
 _NUM_ROUNDS_SMALL = 24
 _SMALL_BASE = 16
@@ -41,9 +42,9 @@ _LARGEST_SEED = 2**1024 - 1
 
 @functools.lru_cache(maxsize=64)
 def round_keys(seed: int, epoch: int, *window: int) -> tuple[int, ...]:
-    """Return the keys of the permutation of ``(seed, epoch)``; both of any size.
+    """Return the round keys of the permutation of (seed, epoch), integers of any size.
 
-    If only one window of the epoch is permuted, its number goes with them.
+    ``window`` is the number of the window, if only one window of the epoch is permuted.
     """
     text = "/".join(str(part) for part in (seed, epoch, *window))
     digest = hashlib.shake_256(text.encode()).digest(8 * _NUM_ROUNDS_SMALL)
@@ -51,7 +52,20 @@ def round_keys(seed: int, epoch: int, *window: int) -> tuple[int, ...]:
 
 
 def permute(positions: Indices, length: int, keys: tuple[int, ...]) -> Indices:
-    """Return where each of ``positions``, all in [0, length), goes.
+    """Return the image of each position under the keyed permutation of [0, length).
+
+    Parameters
+    ----------
+    positions : array of shape (n,), int64
+        Positions in [0, length).
+    length : int
+        The number of elements that are permuted.
+    keys : tuple of int
+        The round keys, as :func:`round_keys` returns them.
+
+    Returns
+    -------
+    array of shape (n,), int64
 
     Examples
     --------
@@ -61,15 +75,15 @@ def permute(positions: Indices, length: int, keys: tuple[int, ...]) -> Indices:
     """
     base = math.isqrt(max(0, length - 1)) + 1
     num_rounds = _NUM_ROUNDS if base > _SMALL_BASE else _NUM_ROUNDS_SMALL
-    # Most networks are even permutations; one more swap makes half of them odd.
+    # Most Feistel networks are even permutations; one more swap makes half of them odd.
     swaps = bool(keys[-1] & 1) and length > 1
-    words = np.array(keys[:num_rounds], np.uint64)
-    order: Indices = backends.permutation().permute(positions, length, base, words, swaps)
+    used_keys = np.array(keys[:num_rounds], np.uint64)
+    order: Indices = backends.permutation().permute(positions, length, base, used_keys, swaps)
     return order
 
 
 class Shuffle(Node):
-    """All elements of ``source`` in an order that is a function of (seed, epoch)."""
+    """Shuffle of all elements of ``source``, in an order that is a function of (seed, epoch)."""
 
     random_access = True
     source: Node
@@ -79,7 +93,7 @@ class Shuffle(Node):
         if not source.random_access or source.length is None:
             raise DatasetError(
                 f"shuffle: expected a dataset with random access; got {source!r}, which can only "
-                "be gone through in order; pass window=n to shuffle within windows of n elements, "
+                "be read in order; pass window=n to shuffle within windows of n elements, "
                 "shuffle before filter(), or materialise the elements: "
                 "Dataset.from_sequence(list(dataset))"
             )
@@ -97,7 +111,7 @@ class Shuffle(Node):
         self.length: int = int(source.length)
         self._seed = seed
         self._reshuffles = reshuffle_each_epoch
-        # (epoch, number of the block, its permuted positions): replaced as a whole, never changed.
+        # (epoch, block number, its permuted positions): replaced as a whole, never modified.
         self._latest: tuple[int, int, Indices] = (-1, -1, np.empty(0, np.int64))
 
     def describe(self) -> str:
@@ -125,8 +139,8 @@ class Shuffle(Node):
         return self.source.origin(self._permuted(index, epoch), epoch)
 
     def _permuted(self, index: int, epoch: int) -> int:
-        number, place = divmod(index, BLOCK_LENGTH)
-        return int(self._block(number, epoch)[place])
+        number, offset = divmod(index, BLOCK_LENGTH)
+        return int(self._block(number, epoch)[offset])
 
     def _keys(self, epoch: int) -> tuple[int, ...]:
         return round_keys(self._seed, epoch if self._reshuffles else 0)
@@ -143,12 +157,12 @@ class Shuffle(Node):
 
 
 class WindowedShuffle(Node):
-    """Windows of ``window`` elements, each in an order of its own; the windows keep their order.
+    """Shuffle within consecutive windows of ``window`` elements.
 
     No element moves further than a window. The first window of an epoch is shorter by a number
-    that (seed, epoch) choose, so that neighbours which one epoch keeps apart meet in another.
-    A window's order is a function of (seed, epoch, number of the window, its length): random
-    access stays what it was, and a sequential source is resumed at the start of a window.
+    drawn from (seed, epoch), so that elements in different windows of one epoch share a window in
+    another. The order within a window is a function of (seed, epoch, window number, length), so
+    random access is kept, and a sequential source is resumed at the start of a window.
     """
 
     source: Node
@@ -162,7 +176,7 @@ class WindowedShuffle(Node):
         self.source = source
         self.length = source.length
         self.random_access = source.random_access
-        # (epoch, number of the window, its order): replaced as a whole, never changed.
+        # (epoch, window number, its order): replaced as a whole, never modified.
         self._latest: tuple[int, int, Indices] = (-1, -1, np.empty(0, np.int64))
 
     def describe(self) -> str:
@@ -200,11 +214,11 @@ class WindowedShuffle(Node):
         number, begin, end = self._bounds(start, epoch)
         elements = self.source.iterate(epoch, begin)
         if not self.source.owns_elements:
-            elements = map(owned, elements)
+            elements = map(owned_copy, elements)
         while window := list(itertools.islice(elements, end - begin)):
             order = self._order(number, len(window), epoch)
-            for place in order[start - begin :].tolist():
-                yield window[place]
+            for offset in order[start - begin :].tolist():
+                yield window[offset]
             start = begin + len(window)
             number, begin, end = number + 1, end, end + self._window
 
@@ -223,12 +237,12 @@ class WindowedShuffle(Node):
 
     def _bounds(self, index: int, epoch: int) -> tuple[int, int, int]:
         """Return the number, the start and the end of the window that holds ``index``."""
-        missing = round_keys(self._seed, self._epoch(epoch))[0] % self._window
-        number = (index + missing) // self._window
-        begin = max(0, number * self._window - missing)
-        end = (number + 1) * self._window - missing
+        shortfall = round_keys(self._seed, self._epoch(epoch))[0] % self._window
+        number = (index + shortfall) // self._window
+        begin = max(0, number * self._window - shortfall)
+        end = (number + 1) * self._window - shortfall
         if self.length is not None and end > self.length:
-            end = max(begin, int(self.length))  # whoever skips more than there is asks beyond it
+            end = max(begin, int(self.length))  # an index beyond the end, after skip()
         return number, begin, end
 
     def _order(self, number: int, length: int, epoch: int) -> Indices:

@@ -1,4 +1,4 @@
-"""Where elements come from."""
+"""Sources of datasets: arrays, sequences, integer ranges and iterables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FromArrays", "FromIterable", "FromSequence", "Range", "SupportsIndex
 
 
 class SupportsIndexing(Protocol):
-    """What has a length and elements 0 to length - 1: lists, PyTorch and grain data sources."""
+    """Map-style sequence of elements 0 to length - 1: lists, PyTorch datasets, grain sources."""
 
     def __len__(self) -> int: ...
 
@@ -26,10 +26,10 @@ class SupportsIndexing(Protocol):
 
 
 class FromArrays(Node):
-    """The rows of a nest of arrays; batches are views or fancy indexing, never loops."""
+    """Source of the rows of a pytree of arrays; batches are views or fancy indexing, not loops."""
 
     random_access = True
-    owns_elements = True  # as far as the user leaves the arrays alone
+    owns_elements = True  # provided that the user does not write to the arrays
 
     def __init__(self, nest: Any) -> None:
         leaves, self._spec = flatten(nest)
@@ -46,7 +46,7 @@ class FromArrays(Node):
             )
             raise DatasetError(
                 f"from_arrays: expected one leading length; got {lengths} rows; "
-                "cut the arrays to one length, or leave out those that hold something else"
+                "cut the arrays to one length, or leave out those that do not belong to the rows"
             )
         self.length: int = len(self._arrays[0])
         self._columns = outline(
@@ -54,7 +54,7 @@ class FromArrays(Node):
         )
         self._build: Callable[[list[Any]], Any] = self._spec.unflatten
         if len(leaves) == 1 and leaves[0] is nest:
-            self._build = _only
+            self._build = _single_leaf
         elif is_flat_tuple(nest):
             self._build = tuple
 
@@ -84,7 +84,7 @@ class FromArrays(Node):
 
 
 class Range(Node):
-    """The integers 0 to n - 1, as int64."""
+    """Source of the integers 0 to n - 1, as int64."""
 
     random_access = True
     owns_elements = True
@@ -114,7 +114,7 @@ class Range(Node):
 
 
 class FromSequence(Node):
-    """The elements of whatever has ``__len__`` and ``__getitem__``."""
+    """Source of the elements of a sequence with ``__len__`` and ``__getitem__``."""
 
     random_access = True
 
@@ -144,15 +144,15 @@ class FromSequence(Node):
 
 
 def length_of(sequence: SupportsIndexing, verb: str) -> int:
-    """Return the length of what a user made; :class:`DatasetError` if it is none."""
-    length: object = sequence.__len__()  # len() has errors of its own
+    """Return the length of a user's sequence; :class:`DatasetError` if ``__len__`` is wrong."""
+    length: object = sequence.__len__()  # len() would raise errors of its own
     return check_count(
         verb, f"the length of the {type(sequence).__name__}", length, 0, "mend __len__"
     )
 
 
 class FromIterable(Node):
-    """What the iterables that ``factory`` makes yield, one iterable per epoch; sequential."""
+    """Sequential source that iterates a new iterable from ``factory`` in each epoch."""
 
     random_access = False
     length = None
@@ -167,7 +167,7 @@ class FromIterable(Node):
         )
         self._factory = factory
         self._takes_epoch = takes_epoch
-        self._latest: object = None  # The latest iterator, to notice one that comes again.
+        self._latest: object = None  # The latest iterator, to detect one that is returned twice.
 
     def describe(self) -> str:
         epoch = ", epoch=True" if self._takes_epoch else ""
@@ -212,7 +212,7 @@ class FromIterable(Node):
 
 
 def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return a read-only view of ``leaf``, so that nobody writes into the source by accident."""
+    """Return a read-only view of ``leaf``, so that nobody writes to the source by accident."""
     try:
         array = as_array(leaf, "from_arrays", name)
     except DatasetError:
@@ -232,5 +232,5 @@ def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
     return view
 
 
-def _only(leaves: list[Any]) -> Any:
+def _single_leaf(leaves: list[Any]) -> Any:
     return leaves[0]

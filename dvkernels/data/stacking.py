@@ -1,4 +1,4 @@
-"""A batch in the making: elements are copied into it as they are pulled."""
+"""Builder of batches: stacks elements along a new leading axis as they are pulled."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from dvkernels.errors import DatasetError
 from dvkernels.nest import words_of
 from dvkernels.user_errors import shown
 
-__all__ = ["Stack", "stack"]
+__all__ = ["BatchBuilder", "stack"]
 
 Array = np.ndarray[Any, Any]
 
-# A sequential source may end long before a batch is full: more room than this is taken as needed.
-_ROOM_BYTES = 2**26
-# What is surely no container: asking optree takes longer than copying a short row.
-_VALUES = frozenset({np.ndarray, bool, int, float, complex, *np.sctypeDict.values()})
+# Allocated at first for one leaf, since a sequential source may end long before a batch is full.
+_INITIAL_BYTES = 2**26
+# Types that are leaves for certain: asking optree takes longer than copying a short row.
+_LEAF_TYPES = frozenset({np.ndarray, bool, int, float, complex, *np.sctypeDict.values()})
 
 
-class Stack:
-    """Elements of one structure, stacked along a new leading axis.
+class BatchBuilder:
+    """Builder that stacks elements of one structure along a new leading axis.
 
-    Each is copied when it comes, which costs what stacking them all at the end does. So whoever
-    made it may use its memory again at once.
+    Each element is copied when it is added, which costs as much as stacking all of them at the
+    end, so its producer may reuse its memory at once.
 
     Parameters
     ----------
     capacity : int
-        The most elements there will be.
+        The largest number of elements.
     """
 
     __slots__ = ("_capacity", "_columns", "_num_values", "_structure", "count")
@@ -40,7 +40,7 @@ class Stack:
         self._capacity = capacity
         self._columns: list[_Column] = []
         self._structure: Any = None
-        self._num_values: int | None = None  # of each element, as _num_values() says
+        self._num_values: int | None = None  # _num_values() of the first element
         self.count = 0
 
     def add(self, element: Any) -> None:
@@ -49,8 +49,8 @@ class Stack:
         Raises
         ------
         DatasetError
-            Its structure or the shape of a leaf is not that of the first, or a leaf is no array
-            and no number.
+            Its structure or the shape of a leaf differs from that of the first element, or a leaf
+            is neither an array nor a number.
         """
         num_values = _num_values(element)
         leaves: Sequence[Any]
@@ -77,13 +77,13 @@ class Stack:
             )
         return leaves
 
-    def finished(self) -> Any:
-        """Return the batch of one or more elements; to be called once."""
-        return self._structure.unflatten([column.finished(self.count) for column in self._columns])
+    def build(self) -> Any:
+        """Return the batch of one or more elements; may be called once."""
+        return self._structure.unflatten([column.build(self.count) for column in self._columns])
 
 
 class _Column:
-    """The rows of one leaf."""
+    """Rows of one leaf of the batch."""
 
     __slots__ = ("_capacity", "_dtype", "_mixed", "_name", "_rows", "_shape")
 
@@ -93,29 +93,29 @@ class _Column:
         self._shape: tuple[int, ...] | None = None
         self._dtype: Any = None
         self._rows: Array = np.empty(0)
-        self._mixed: list[Array] | None = None  # rows of several dtypes
+        self._mixed: list[Array] | None = None  # the rows, once their dtypes differ
 
-    def add(self, leaf: Any, place: int) -> None:
-        array = leaf if type(leaf) is np.ndarray else self._row(leaf, place)
+    def add(self, leaf: Any, row: int) -> None:
+        array = leaf if type(leaf) is np.ndarray else self._row(leaf, row)
         if self._shape is None:
             self._begin(array)
         elif array.shape != self._shape:
             raise DatasetError(
                 f"batch: expected one shape to stack; got {self._shape} for {self._name} of "
-                f"element 0 of the batch and {array.shape} for that of element {place}; pad or "
+                f"element 0 of the batch and {array.shape} for that of element {row}; pad or "
                 "crop with map(), or pass drop_remainder=True to an earlier batch()"
             )
         if self._mixed is None and array.dtype == self._dtype:
-            if place == len(self._rows):
-                room = min(2 * place, self._capacity)
-                self._rows.resize((room, *array.shape), refcheck=False)  # nobody has seen it yet
-            self._rows[place, ...] = array  # with an ellipsis, an object goes in as it is
+            if row == len(self._rows):
+                capacity = min(2 * row, self._capacity)
+                self._rows.resize((capacity, *array.shape), refcheck=False)  # not shared yet
+            self._rows[row, ...] = array  # With an ellipsis, an object is stored as it is.
             return
         if self._mixed is None:
-            self._mixed = list(self._rows[:place])
+            self._mixed = list(self._rows[:row])
         self._mixed.append(array.copy())
 
-    def finished(self, count: int) -> Array:
+    def build(self, count: int) -> Array:
         if self._mixed is not None:
             return self._stacked(self._mixed)
         if count < len(self._rows):
@@ -123,7 +123,7 @@ class _Column:
         return self._rows
 
     def _stacked(self, rows: list[Array]) -> Array:
-        """Stack rows of several dtypes, if there is one that holds them all as they are."""
+        """Stack rows of several dtypes, if one dtype represents all of them exactly."""
         batch = np.stack(rows)
         kinds = {array.dtype.kind for array in rows}
         becomes_text = batch.dtype.kind in "SU" and not kinds <= {"S", "U"}
@@ -137,14 +137,14 @@ class _Column:
 
     def _begin(self, array: Array) -> None:
         self._shape, self._dtype = array.shape, array.dtype
-        room = max(1, min(self._capacity, _ROOM_BYTES // max(1, array.nbytes)))
-        # The dtype of a batch is what NumPy makes of those of its rows: in native byte order.
-        self._rows = np.empty((room, *array.shape), np.result_type(array.dtype, array.dtype))
+        capacity = max(1, min(self._capacity, _INITIAL_BYTES // max(1, array.nbytes)))
+        # The dtype of a batch is NumPy's result type of its rows, in native byte order.
+        self._rows = np.empty((capacity, *array.shape), np.result_type(array.dtype, array.dtype))
 
-    def _row(self, leaf: Any, place: int) -> Array:
+    def _row(self, leaf: Any, row: int) -> Array:
         if type(leaf) in (int, float) and -(2**63) <= leaf < 2**63:
             return np.asarray(leaf)
-        where = f"{self._name} of element {place} of the batch"
+        where = f"{self._name} of element {row} of the batch"
         array = as_array(leaf, "batch", where)
         if array.dtype == object and not hasattr(leaf, "dtype"):
             raise DatasetError(
@@ -161,18 +161,18 @@ class _Column:
 
 
 def _num_values(element: Any) -> int | None:
-    """Return how many values a plain tuple holds, 0 for a bare value; None for other nests."""
+    """Return the number of leaves of a plain tuple, 0 for a bare leaf; None for other pytrees."""
     kind = type(element)
-    if kind in _VALUES:
+    if kind in _LEAF_TYPES:
         return 0
-    if kind is not tuple or not all([type(leaf) in _VALUES for leaf in element]):
+    if kind is not tuple or not all([type(leaf) in _LEAF_TYPES for leaf in element]):
         return None
     return len(element) or None
 
 
 def stack(elements: Iterable[Any], capacity: int) -> Any:
-    """Stack the elements (one or more, at most ``capacity``) along a new leading axis."""
-    made = Stack(capacity)
+    """Stack 1 to ``capacity`` elements along a new leading axis."""
+    batch = BatchBuilder(capacity)
     for element in elements:
-        made.add(element)
-    return made.finished()
+        batch.add(element)
+    return batch.build()

@@ -1,4 +1,8 @@
-"""The state of an iterator: a position, and the pipeline that it is a position in."""
+"""Saved state of an iterator: its position, and the description of the pipeline.
+
+A *lane* is the list of files that one worker read when the epoch began: see
+:class:`dvkernels.data.distributed.file_shards.FileShards`.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +32,14 @@ __all__ = [
 
 _FORMAT = "dvkernels.data.iterator"
 _KEYS = ("format", "version", "epoch", "position", "pipeline")
-# Version 2 is version 1 and a memory, version 3 is version 1 and how far each lane of files is.
-# They are written only where there is one, so that what an older version can read it still reads.
+# Version 2 adds the resume points of the nodes (key "memory"), version 3 the position in each lane
+# of files. They are written only where needed, so that older releases read all that they can.
 _MEMORY, _LANES = "memory", "lanes"
 _VERSION, _VERSION_WITH_MEMORY, _VERSION_WITH_LANES = 1, 2, 3
-# What is known of the data: versions that do not know it refuse it, which is right.
+# Optional checks of the data; releases that do not know these keys rightly refuse the state.
 _ELEMENT, _FINGERPRINT = "element", "fingerprint"
 _EXTRA = {_VERSION_WITH_MEMORY: _MEMORY, _VERSION_WITH_LANES: _LANES}
-# Several workers with datasets of their own: the state of each.
+# The states of several workers with datasets of their own.
 _WORKERS_FORMAT = "dvkernels.data.iterators_of_workers"
 _WORKERS_KEYS = ("format", "version", "epoch", "workers")
 _FORMATS = {
@@ -46,41 +50,44 @@ _MEMBER = "load_state_dict"
 
 
 class SavedPosition(NamedTuple):
-    """Where to go, how far each lane of files is if there are any, and in which data."""
+    """Saved position: in the epoch, in each lane of files if there are lanes, and in which data."""
 
-    place: EpochPosition
+    epoch_position: EpochPosition
     lanes: list[int] | None = None
-    element: str | None = None  # the outline of its elements, as far as one had been delivered
+    element: str | None = None  # the outline of an element, if one had been delivered
     fingerprint: str | None = None
 
 
 def write_state(
     node: Node,
-    place: EpochPosition,
+    epoch_position: EpochPosition,
     lanes: Sequence[int] | None,
     element: str | None,
     fingerprint: str | None,
 ) -> dict[str, Any]:
-    """Return the state as a dict that JSON can hold."""
+    """Return the state as a JSON-serializable dict."""
     _check_resumable("state_dict", node)
     extra: dict[str, Any] = {}
-    about = {_ELEMENT: element, _FINGERPRINT: fingerprint}
+    optional = {_ELEMENT: element, _FINGERPRINT: fingerprint}
     version = _VERSION
     if lanes is not None:
         version, extra = _VERSION_WITH_LANES, {_LANES: list(lanes)}
-    elif place.memory:
-        version, extra = _VERSION_WITH_MEMORY, {_MEMORY: encode(list(place.memory), _MEMORY)}
-    values = (_FORMAT, version, place.epoch, place.position, list(node.pipeline))
-    known = {key: value for key, value in about.items() if value is not None}
+    elif epoch_position.memory:
+        version, extra = (
+            _VERSION_WITH_MEMORY,
+            {_MEMORY: encode(list(epoch_position.memory), _MEMORY)},
+        )
+    values = (_FORMAT, version, epoch_position.epoch, epoch_position.position, list(node.pipeline))
+    known = {key: value for key, value in optional.items() if value is not None}
     return dict(zip(_KEYS, values, strict=True)) | extra | known
 
 
 def write_workers_state(
     node: Node, epoch: int, states: Sequence[dict[str, Any] | None]
 ) -> dict[str, Any]:
-    """Return one state of several workers that have datasets of their own.
+    """Return one state for several workers that have datasets of their own.
 
-    ``node`` is that of this worker; the state of one that cannot be resumed is None.
+    ``node`` is the pipeline of this worker. The state of a worker that cannot be resumed is None.
     """
     _check_resumable("state_dict", node)
     if None in states:
@@ -88,7 +95,7 @@ def write_workers_state(
             f"state_dict: expected datasets whose iterators can be resumed; that of worker "
             f"{states.index(None)} cannot: it is live, or the state of its reader cannot be saved; "
             f"keep what arrives in a file and read that with from_files, or leave out of the state "
-            f"what is no number, text, bytes or array"
+            f"all that is no number, text, bytes or array"
         )
     return {
         "format": _WORKERS_FORMAT,
@@ -101,11 +108,11 @@ def write_workers_state(
 def read_workers_state(
     node: Node, state: object, num_workers: int
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return the epoch, and each worker's state; none of them if no step had been taken."""
+    """Return the epoch and the states of the workers, an empty list if no step had been taken."""
     _check_resumable(_MEMBER, node)
-    held = _check_frame(state, _WORKERS_FORMAT, _WORKERS_KEYS, (), _VERSION)
-    epoch = check_count(_MEMBER, "epoch", held["epoch"], 0, "the state is damaged")
-    states = held["workers"]
+    frame = _check_frame(state, _WORKERS_FORMAT, _WORKERS_KEYS, (), _VERSION)
+    epoch = check_count(_MEMBER, "epoch", frame["epoch"], 0, "the state is damaged")
+    states = frame["workers"]
     if not isinstance(states, list) or len(states) not in (0, num_workers):
         got = f"{len(states)} workers" if isinstance(states, list) else shown(states)
         raise DatasetError(
@@ -117,7 +124,7 @@ def read_workers_state(
 
 
 def read_state(node: Node, state: object) -> SavedPosition:
-    """Return where to go; raise :class:`DatasetError` unless it is a state of ``node``."""
+    """Return the saved position; raise :class:`DatasetError` unless it is a state of ``node``."""
     _check_resumable(_MEMBER, node)
     state = _check_frame(
         state, _FORMAT, _KEYS, (_MEMORY, _LANES, _ELEMENT, _FINGERPRINT), max(_EXTRA)
@@ -126,11 +133,11 @@ def read_state(node: Node, state: object) -> SavedPosition:
     epoch = check_count(_MEMBER, "epoch", state["epoch"], 0, "the state is damaged")
     position = _check_position("position", state["position"])
     _compare(node, state["pipeline"], epoch, position)
-    about = [state.get(key) for key in (_ELEMENT, _FINGERPRINT)]
-    if not all(value is None or isinstance(value, str) for value in about):
+    optional = [state.get(key) for key in (_ELEMENT, _FINGERPRINT)]
+    if not all(value is None or isinstance(value, str) for value in optional):
         raise DatasetError(
-            f"{_MEMBER}: expected text as {_ELEMENT} and {_FINGERPRINT}; got {shown(about)}; the "
-            "state is damaged"
+            f"{_MEMBER}: expected text as {_ELEMENT} and {_FINGERPRINT}; got {shown(optional)}; "
+            "the state is damaged"
         )
     for key in (_MEMORY, _LANES):
         if (_EXTRA.get(version) == key) != (key in state):
@@ -140,7 +147,7 @@ def read_state(node: Node, state: object) -> SavedPosition:
                 f"other; got version {version}, {shown(state.get(key))}; the state is damaged"
             )
     if version == _VERSION_WITH_LANES:
-        return SavedPosition(EpochPosition(epoch, position), _read_lanes(state[_LANES]), *about)
+        return SavedPosition(EpochPosition(epoch, position), _read_lanes(state[_LANES]), *optional)
     if node.length is not None and position > node.length:
         raise DatasetError(
             f"{_MEMBER}: expected a position of at most {node.length}, the number of elements an "
@@ -153,13 +160,13 @@ def read_state(node: Node, state: object) -> SavedPosition:
         )
     if memory:
         rest = iter(memory)
-        node.own_chain().restore(rest)  # Only to see whether it can be done.
+        node.own_chain().restore(rest)  # Only to check that it can be restored.
         if len(left := list(rest)):
             raise DatasetError(
                 f"{_MEMBER}: expected a {_MEMORY} of {len(memory) - len(left)} entries for this "
                 f"pipeline; got {len(memory)}; the state is damaged"
             )
-    return SavedPosition(EpochPosition(epoch, position, memory), None, *about)
+    return SavedPosition(EpochPosition(epoch, position, memory), None, *optional)
 
 
 def _check_frame(
@@ -176,8 +183,8 @@ def _check_frame(
         kind = _FORMATS.get(str(found), "something else")
         raise DatasetError(
             f"{_MEMBER}: expected the format {form!r}, the state of {_FORMATS[form]}; got "
-            f"{shown(found)}, that of {kind}; pass what state_dict() returned for a dataset made "
-            f"alike, and shared alike"
+            f"{shown(found)}, that of {kind}; pass what state_dict() returned for a dataset built "
+            f"and distributed in the same way"
         )
     missing = [key for key in keys if key not in state]
     unknown = [str(key) for key in state if key not in (*keys, *optional)]
@@ -198,7 +205,7 @@ def _check_frame(
 
 
 def _read_lanes(lanes: object) -> list[int]:
-    """Return how far each lane of the files is."""
+    """Return the position in each lane of files."""
     if not isinstance(lanes, list) or not lanes:
         raise DatasetError(
             f"{_MEMBER}: expected {_LANES!r} to be a list of positions, one for each lane of "
@@ -214,15 +221,15 @@ def _check_position(name: str, value: object) -> int:
 
 
 def _check_resumable(member: str, node: Node) -> None:
-    if node.why_not_resumed is not None:
+    if node.why_not_resumable is not None:
         raise DatasetError(
             f"{member}: expected a dataset whose iterators can be resumed; got {node!r}; "
-            f"{node.why_not_resumed}"
+            f"{node.why_not_resumable}"
         )
 
 
 def check_same(what: str, own: str | None, saved: str | None) -> None:
-    """Raise :class:`DatasetError` if the data are known not to be those of the saved state."""
+    """Raise :class:`DatasetError` if the data are known to differ from those of the state."""
     if own is not None and saved is not None and own != saved:
         raise DatasetError(
             f"{_MEMBER}: expected the data that the state was saved for; their {what} was {saved} "
@@ -238,36 +245,36 @@ def _compare(node: Node, saved: object, epoch: int, position: int) -> None:
         )
     own = node.pipeline
     links = list(itertools.zip_longest(own, saved, fillvalue="nothing"))
-    differing = [place for place, (mine, theirs) in enumerate(links) if mine != theirs]
+    differing = [index for index, (here, there) in enumerate(links) if here != there]
     if not differing:
         return
-    place = differing[0]
-    mine, theirs = links[place]
+    index = differing[0]
+    here, there = links[index]
     hint = "build the dataset as it was, or start afresh"
-    if len(differing) == 1 and (then := re.fullmatch(r"repeat\((\d+)\)", theirs)):
-        if epoch == 0 and _goes_on(node, len(own) - 1 - place, position, int(then[1])):
+    if len(differing) == 1 and (repeat := re.fullmatch(r"repeat\((\d+)\)", there)):
+        if epoch == 0 and _continues_repeat(node, len(own) - 1 - index, position, int(repeat[1])):
             return
         hint = "the count of a last repeat() may grow in its first epoch; otherwise " + hint
     raise DatasetError(
-        f"{_MEMBER}: expected the state of the same pipeline; link {place} was {theirs} "
-        f"when it was saved and is {mine} here (saved: {'.'.join(saved)}; here: "
+        f"{_MEMBER}: expected the state of the same pipeline; link {index} was {there} "
+        f"when it was saved and is {here} here (saved: {'.'.join(saved)}; here: "
         f"{'.'.join(own)}); {hint}"
     )
 
 
-def _goes_on(node: Node, num_behind: int, position: int, count_then: int) -> bool:
-    """Return whether a position means the same under a ``repeat`` whose count has grown.
+def _continues_repeat(node: Node, num_behind: int, position: int, saved_count: int) -> bool:
+    """Return whether a position stays valid under a ``repeat`` whose count has grown.
 
-    Behind it there may be ``map`` and ``batch``, but no batch may have been cut short by the end
-    that it had then.
+    ``map`` and ``batch`` may follow the ``repeat``, but no batch may have been cut short by the
+    end that ``saved_count`` set.
     """
     chain = [link for link in node.links() if not isinstance(link, Prefetch)]
     behind, repeat = chain[:num_behind], chain[num_behind]
     if not isinstance(repeat, Repeat) or not all(isinstance(link, Map | Batch) for link in behind):
         return False
-    if repeat.count is not None and repeat.count < count_then:
+    if repeat.count is not None and repeat.count < saved_count:
         return False
     batches = [link for link in behind if isinstance(link, Batch)]
     length = repeat.source.length
     rows = position * math.prod(batch.size for batch in batches)
-    return not batches or (length is not None and rows <= length * count_then)
+    return not batches or (length is not None and rows <= length * saved_count)

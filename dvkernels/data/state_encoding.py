@@ -1,7 +1,7 @@
-"""States of readers as JSON can hold them: arrays, tensors and bytes too, without pickle.
+"""JSON encoding of the states of readers: arrays, tensors and bytes too, without pickle.
 
-What JSON has stays as it is. Anything else becomes a dict with the key ``"dvkernels"``, which says
-what it was; decoding gives it back as it was, and makes nothing but what is listed here.
+JSON's own types stay as they are. Any other value becomes a dict whose key ``"dvkernels"`` names
+its type; decoding restores the value, and constructs no types but those listed here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _TAG = "dvkernels"
 
 
 def encode(value: Any, where: str) -> Any:
-    """Return what JSON can hold of a value; ``where`` is what messages call it.
+    """Return a value in the types of JSON; error messages call the value ``where``.
 
     Raises
     ------
     DatasetError
-        A part of it is none of None, bool, int, float, str, bytes, an array or a scalar of NumPy, a
-        tensor of PyTorch, or a list, tuple or dict of these. The message names it.
+        A part of it is none of None, bool, int, float, str, bytes, a NumPy array or scalar, a
+        PyTorch tensor, or a list, tuple or dict of these. The message names the part.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -43,26 +43,26 @@ def encode(value: Any, where: str) -> Any:
             return dict(parts)
         return {_TAG: "dict", "items": [[encode(key, where), part] for key, part in parts]}
     if isinstance(value, bytes | bytearray):
-        return {_TAG: "bytes", "base64": _text(value)}
+        return {_TAG: "bytes", "base64": _base64(value)}
     if isinstance(value, np.ndarray | np.generic) and not isinstance(value, np.ma.MaskedArray):
-        held = np.asarray(value)
-        if held.dtype == _dtype(_name(held.dtype)):
+        array = np.asarray(value)
+        if array.dtype == _dtype_named(_dtype_name(array.dtype)):
             kind = "scalar" if isinstance(value, np.generic) else "array"
-            return {_TAG: kind, **_numbers(held)}
+            return {_TAG: kind, **_encode_array(array)}
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
         tensor = value.detach().cpu().contiguous()
         bits = np.asarray(tensor.reshape(-1).view(_torch().uint8))
         name = str(tensor.dtype).removeprefix("torch.")
-        return {_TAG: "tensor", "dtype": name, "shape": [*tensor.shape], "base64": _text(bits)}
+        return {_TAG: "tensor", "dtype": name, "shape": [*tensor.shape], "base64": _base64(bits)}
     raise DatasetError(
         f"state_dict: expected {where} to hold numbers, text, bytes, arrays, and lists, tuples and "
         f"dicts of them; got {shown(value)}, a {type(value).__name__}; leave it out of the state, "
-        "or put there what it can be made of again"
+        "or save values from which it can be rebuilt"
     )
 
 
 def decode(value: Any) -> Any:
-    """Return what :func:`encode` was given; :class:`DatasetError` if it made no such thing."""
+    """Return the value that :func:`encode` was given; :class:`DatasetError` if it is damaged."""
     if isinstance(value, list):
         return [decode(part) for part in value]
     if not isinstance(value, dict):
@@ -78,31 +78,35 @@ def decode(value: Any) -> Any:
         ) from error
 
 
-def _text(data: Any) -> str:
+def _base64(data: Any) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _bytes(text: str) -> bytes:
+def _decode_bytes(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
-def _numbers(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _encode_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
     little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-    data = _text(little.reshape(-1).view(np.uint8)) if array.size else ""
-    return {"dtype": _name(array.dtype), "shape": [*array.shape], "base64": data}
+    data = _base64(little.reshape(-1).view(np.uint8)) if array.size else ""
+    return {"dtype": _dtype_name(array.dtype), "shape": [*array.shape], "base64": data}
 
 
-def _array(encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
-    dtype, shape, data = _dtype(encoded["dtype"]), encoded["shape"], _bytes(encoded["base64"])
+def _decode_array(encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
+    dtype, shape, data = (
+        _dtype_named(encoded["dtype"]),
+        encoded["shape"],
+        _decode_bytes(encoded["base64"]),
+    )
     if dtype is None or len(data) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes are no {encoded['dtype']} of shape {shape}")
-    held = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
-    return held.astype(dtype)  # a copy, which the reader may change
+    array = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
+    return array.astype(dtype)  # a writable copy
 
 
-def _tensor(encoded: dict[str, Any]) -> Any:
+def _decode_tensor(encoded: dict[str, Any]) -> Any:
     torch = _torch()
-    dtype, data = getattr(torch, encoded["dtype"]), bytearray(_bytes(encoded["base64"]))
+    dtype, data = getattr(torch, encoded["dtype"]), bytearray(_decode_bytes(encoded["base64"]))
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{encoded['dtype']} is no dtype of PyTorch")
     if not data:
@@ -120,12 +124,12 @@ def _torch() -> Any:
         ) from error
 
 
-def _name(dtype: np.dtype[Any]) -> str:
-    return dtype.name if dtype.kind == "V" else dtype.str  # V: bfloat16 and the like
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name if dtype.kind == "V" else dtype.str  # V: bfloat16 and other extension types
 
 
-def _dtype(name: str) -> np.dtype[Any] | None:
-    """Return the dtype of numbers, dates or text that has this name, None if there is none."""
+def _dtype_named(name: str) -> np.dtype[Any] | None:
+    """Return the dtype of numbers, dates or text with this name, None if there is none."""
     try:
         found = interop.dtype_named(name)
     except (TypeError, ImportError):
@@ -136,8 +140,8 @@ def _dtype(name: str) -> np.dtype[Any] | None:
 _DECODERS: dict[str, Any] = {
     "tuple": lambda encoded: tuple(decode(encoded["items"])),
     "dict": lambda encoded: {decode(key): decode(part) for key, part in encoded["items"]},
-    "bytes": lambda encoded: _bytes(encoded["base64"]),
-    "array": _array,
-    "scalar": lambda encoded: _array(encoded)[()],
-    "tensor": _tensor,
+    "bytes": lambda encoded: _decode_bytes(encoded["base64"]),
+    "array": _decode_array,
+    "scalar": lambda encoded: _decode_array(encoded)[()],
+    "tensor": _decode_tensor,
 }

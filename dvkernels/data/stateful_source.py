@@ -1,4 +1,4 @@
-"""Any other reader: a source that keeps its own state, and is resumed through it."""
+"""Stateful sources: readers that save and restore their own state, so need no replay."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["FromSource", "FromStatefulIterable", "Reader", "Source"]
 
 
 class Reader(Protocol):
-    """Goes through one epoch of a :class:`Source`, for one iterator.
+    """Reader of one epoch of a :class:`Source`, for one iterator.
 
-    It may also have ``close()``, which is called when the reader is no longer needed.
+    A reader may also have ``close()``, which is called when it is no longer needed.
     """
 
     def __next__(self) -> Any:
@@ -25,22 +25,22 @@ class Reader(Protocol):
         ...
 
     def state(self) -> Any:
-        """Return what ``open`` needs to go on behind the latest element.
+        """Return the state from which ``open`` continues behind the latest element.
 
-        It is asked for, and copied, after each element, so it should cost little: a few dozen
-        bytes. What is saved may hold numbers, text, bytes, arrays of NumPy and tensors of PyTorch,
-        and lists, tuples and dicts of these.
+        The state is requested and copied after each element, so it should be small: a few dozen
+        bytes. It may consist of numbers, text, bytes, NumPy arrays, PyTorch tensors, and lists,
+        tuples and dicts of these.
         """
         ...
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What :meth:`Dataset.from_source` reads: a table, an archive, a database.
+    """Stateful source for :meth:`Dataset.from_source`: a table, an archive, a database.
 
-    Three methods are the whole protocol: ``open`` here, ``__next__`` and ``state`` of the
-    :class:`Reader` it returns. A source is shared by all iterators and has no place of its own;
-    each reader has one.
+    The protocol has three methods: ``open`` here, ``__next__`` and ``state`` of the
+    :class:`Reader` that it returns. All iterators share the source, which therefore has no
+    position; each reader has one.
 
     Examples
     --------
@@ -63,22 +63,22 @@ class Source(Protocol):
     """
 
     def open(self, epoch: int, state: Any) -> Reader:
-        """Return a new reader: at the start of the epoch for None, else where ``state`` was asked.
+        """Return a new reader, at the start of the epoch if ``state`` is None.
 
-        The state is a copy of the one that ``Reader.state`` returned. The elements that follow must
-        be those that followed then.
+        Otherwise ``state`` is a copy of a result of ``Reader.state``, and the new reader must yield
+        the elements that followed there.
         """
         ...
 
 
 class FromSource(Node):
-    """The elements of a :class:`Source`; sequential, resumed through the source's state."""
+    """Sequential node over a :class:`Source`, resumed through the state of its reader."""
 
     random_access = False
     length = None
     is_replayable = False
-    remembers = True
-    first_mark = None  # The state of the source, a copy that nobody changes.
+    has_resume_points = True
+    initial_resume_value = None  # A resume value is a private copy of the reader's state.
 
     def __init__(self, source: Source) -> None:
         if isinstance(source, type) or not callable(getattr(source, "open", None)):
@@ -93,12 +93,14 @@ class FromSource(Node):
         return f"from_source({type(self._source).__qualname__})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        index, state = (0, None) if self.marks is None else self.marks.resume(epoch, start)
+        index, state = (
+            (0, None) if self.resume_points is None else self.resume_points.resume(epoch, start)
+        )
         name, verb = type(self._source).__name__, "open"
         reader: Any = None
         try:
             reader = self._source.open(epoch, copy.deepcopy(state))
-            self._check(reader)
+            self._check_reader(reader)
             while True:
                 verb = "__next__"
                 try:
@@ -106,9 +108,9 @@ class FromSource(Node):
                 except StopIteration:
                     return
                 index += 1
-                if self.marks is not None:
+                if self.resume_points is not None:
                     verb = "state"
-                    self.marks.add(epoch, index, self._copy(reader.state()))
+                    self.resume_points.add(epoch, index, self._copy_state(reader.state()))
                 if index > start:
                     yield element
         except DatasetError:
@@ -121,13 +123,13 @@ class FromSource(Node):
                 close()
 
     def restore(self, memory: Iterator[Any]) -> None:
-        assert self.marks is not None
+        assert self.resume_points is not None
         entry = next(memory, None)
         if isinstance(entry, list) and len(entry) == 3 and entry[1] == 0:
             entry = [*entry[:2], None]
-        self.marks.restore(entry)
+        self.resume_points.restore(entry)
 
-    def _check(self, reader: object) -> None:
+    def _check_reader(self, reader: object) -> None:
         lacking = [name for name in ("__next__", "state") if not hasattr(reader, name)]
         if lacking:
             raise DatasetError(
@@ -135,7 +137,7 @@ class FromSource(Node):
                 f"a {type(reader).__name__} without {' and '.join(lacking)}; add what is missing"
             )
 
-    def _copy(self, state: object) -> object:
+    def _copy_state(self, state: object) -> object:
         try:
             return copy.deepcopy(state)
         except Exception as error:
@@ -147,12 +149,12 @@ class FromSource(Node):
 
 
 class FromStatefulIterable(FromSource):
-    """What the iterables that ``factory`` makes yield, resumed through their ``state_dict``."""
+    """Sequential node over the iterables of ``factory``, resumed through their ``state_dict``."""
 
     def __init__(self, factory: Callable[..., Any], takes_epoch: bool) -> None:
         check_flag("from_iterable", "epoch", takes_epoch)
         check_callable("from_iterable", factory, "pass what makes a new iterable on each call")
-        super().__init__(_StatefulIterables(factory, takes_epoch))
+        super().__init__(_StatefulIterableSource(factory, takes_epoch))
         self._options = "stateful=True, epoch=True" if takes_epoch else "stateful=True"
         self._name = callable_name(factory)
 
@@ -160,8 +162,8 @@ class FromStatefulIterable(FromSource):
         return f"from_iterable({self._name}, {self._options})"
 
 
-class _StatefulIterables:
-    """Iterables, or their iterators, with ``state_dict`` and ``load_state_dict``, as a source."""
+class _StatefulIterableSource:
+    """Source over iterables that have, or whose iterators have, ``state_dict``."""
 
     def __init__(self, factory: Callable[..., Any], takes_epoch: bool) -> None:
         self._factory = factory
@@ -169,13 +171,13 @@ class _StatefulIterables:
 
     def open(self, epoch: int, state: Any) -> Reader:
         iterable = self._factory(epoch) if self._takes_epoch else self._factory()
-        # A loader loads before it makes its iterator; an iterator that is its own loads itself.
-        if _keeps_state(iterable):
+        # A loader loads its state before it makes an iterator; iter() of an iterator is itself.
+        if _has_state_dict(iterable):
             if state is not None:
                 iterable.load_state_dict(state)
             return _StatefulReader(iter(iterable), iterable)
         iterator = iter(iterable)
-        if not _keeps_state(iterator):
+        if not _has_state_dict(iterator):
             raise DatasetError(
                 f"from_iterable: expected stateful=True to come with an iterable, or an iterator, "
                 f"that has state_dict() and load_state_dict(state); got a "
@@ -188,6 +190,8 @@ class _StatefulIterables:
 
 
 class _StatefulReader:
+    """Reader of an iterator whose state is in ``holder``: the iterable or the iterator itself."""
+
     def __init__(self, iterator: Iterator[Any], holder: Any) -> None:
         self._iterator = iterator
         self._holder = holder
@@ -203,5 +207,5 @@ class _StatefulReader:
             close()
 
 
-def _keeps_state(held: object) -> bool:
-    return all(callable(getattr(held, name, None)) for name in ("state_dict", "load_state_dict"))
+def _has_state_dict(value: object) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))

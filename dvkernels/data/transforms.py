@@ -1,4 +1,4 @@
-"""What can be done to a dataset, one node each; the shuffle has a file of its own."""
+"""Transforms of datasets, except shuffle and zip: one node class each."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import concatenate, owned, slice_rows, take
+from dvkernels.data.array_nest import concatenate, owned_copy, slice_rows, take
 from dvkernels.data.checks import LARGEST_INDEX, check_count, check_flag, check_function_of_one
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.map_workers import KINDS, MapWorkers, check_sendable
 from dvkernels.data.node import (
-    Cut,
     Indices,
     Length,
     Node,
+    RowSelector,
     add_note,
     callable_name,
 )
 from dvkernels.data.outcome import Outcome, outcome_of
-from dvkernels.data.stacking import Stack
+from dvkernels.data.stacking import BatchBuilder
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import shown
 
@@ -38,12 +38,12 @@ __all__ = [
     "prefetch_depth",
 ]
 
-# Epochs of one endless repeat are this far apart: no two of its repetitions share an epoch.
+# Epochs of the source per epoch of an endless repeat, so that no two repetitions share one.
 _ENDLESS_STRIDE = 2**32
 
 
 class _Transform(Node):
-    """A node with a source, which knows where to look for an element of its own."""
+    """Base class of the transforms: a node with one source."""
 
     source: Node
 
@@ -52,18 +52,18 @@ class _Transform(Node):
         self.length = length
         self.random_access = source.random_access
 
-    def _fits(self, indices: Indices, factor: int, offset: int) -> bool:
-        """Return whether indices of the source, computed from these, are small enough for arrays.
+    def _fits_int64(self, indices: Indices, factor: int, offset: int) -> bool:
+        """Return whether ``indices * factor + offset``, of shape (n,), fits int64.
 
-        Those of endless and of very long sources may not be; Python's integers always are.
+        It may not for endless and very long sources, which need Python's integers.
         """
         length = self.source.length
         if length is not None and length <= LARGEST_INDEX:
             return True
         return int(indices.max()) * factor + offset <= LARGEST_INDEX
 
-    def _kept(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
-        """Return the value of an outcome, or nothing if its error is skipped."""
+    def _value_unless_skipped(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
+        """Return (value,) of an outcome, or () if its error is skipped; else raise the error."""
         error = outcome.error
         if error is None:
             return (outcome.value,)
@@ -78,8 +78,8 @@ class _Transform(Node):
         return ()
 
 
-class _InPlace(_Transform):
-    """A node whose elements stand where they stand in its source."""
+class _SamePositions(_Transform):
+    """Base class of the transforms whose element n is element n of the source."""
 
     def element(self, index: int, epoch: int) -> Any:
         return self.source.element(index, epoch)
@@ -95,10 +95,10 @@ class _InPlace(_Transform):
 
 
 class Map(_Transform):
-    """``fn(element)`` of every element."""
+    """Map: ``fn(element)`` for every element."""
 
-    remembers = True
-    first_mark = 0  # How many elements of the source were mapped; some may have been left out.
+    has_resume_points = True
+    initial_resume_value = 0  # The number of elements of the source mapped so far, or skipped.
     owns_elements = False
 
     def __init__(
@@ -119,9 +119,9 @@ class Map(_Transform):
         super().__init__(source, source.length)
         self._fn = fn
         self._workers = MapWorkers(fn, count, workers) if count else None
-        self.is_held = self._workers is not None
+        self.has_workers = self._workers is not None
 
-    def hold(self) -> object:
+    def hold_workers(self) -> object:
         return None if self._workers is None else self._workers.hold()
 
     def describe(self) -> str:
@@ -134,43 +134,45 @@ class Map(_Transform):
         if self._workers is None or len(indices) < 2:
             return super().elements(indices, epoch)
         given = [
-            (index, self._handed_over(element))
+            (index, self._unshared(element))
             for index, element in self.source.attempts(indices, epoch)
         ]
         outcomes = self._workers.map([element for _, element in given])
         kept = (
-            self._kept(outcome, index, epoch)
+            self._value_unless_skipped(outcome, index, epoch)
             for (index, _), outcome in zip(given, outcomes, strict=True)
         )
         return itertools.chain.from_iterable(kept)
 
-    def _handed_over(self, element: Any) -> Any:
-        """Return an element that stays as it is while workers have it."""
-        return element if self.source.owns_elements else owned(element)
+    def _unshared(self, element: Any) -> Any:
+        """Return the element, copied if user code could change it while workers use it."""
+        return element if self.source.owns_elements else owned_copy(element)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:
             yield from super().iterate(epoch, start)
             return
-        # Elements that are left out do not count, so that what lies before is mapped again.
-        passed, begin = (start, start) if skipping.get() is None else (0, 0)
-        if self.marks is not None:
-            passed, begin = self.marks.resume(epoch, start)
+        # Skipped elements do not count as positions, so the elements before are mapped again.
+        num_yielded, begin = (start, start) if skipping.get() is None else (0, 0)
+        if self.resume_points is not None:
+            num_yielded, begin = self.resume_points.resume(epoch, start)
         elements = self.source.iterate(epoch, begin)
         if self._workers is not None:
-            outcomes: Iterator[Outcome] = self._workers.map_lazily(map(self._handed_over, elements))
+            outcomes: Iterator[Outcome] = self._workers.map_lazily(map(self._unshared, elements))
         else:
             outcomes = (outcome_of(self._fn, element) for element in elements)
         for index, outcome in enumerate(outcomes, begin):
-            for value in self._kept(outcome, index, epoch):
-                passed += 1
-                if self.marks is not None:
-                    self.marks.add(epoch, passed, index + 1)
-                if passed > start:
+            for value in self._value_unless_skipped(outcome, index, epoch):
+                num_yielded += 1
+                if self.resume_points is not None:
+                    self.resume_points.add(epoch, num_yielded, index + 1)
+                if num_yielded > start:
                     yield value
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
-        return epoch, position if self.marks is None else self.marks.find(epoch, position)[1]
+        return epoch, position if self.resume_points is None else self.resume_points.find(
+            epoch, position
+        )[1]
 
     def origin(self, index: int, epoch: int) -> int | None:
         return self.source.origin(index, epoch)
@@ -183,8 +185,8 @@ class Map(_Transform):
             raise
 
 
-class Prefetch(_InPlace):
-    """The same elements; iterators hold ``depth`` of them ready."""
+class Prefetch(_SamePositions):
+    """Prefetch: the same elements, of which iterators keep ``depth`` ready."""
 
     def __init__(self, source: Node, depth: int) -> None:
         self.depth = check_count("prefetch", "n", depth, 0)
@@ -195,24 +197,24 @@ class Prefetch(_InPlace):
 
     @property
     def pipeline(self) -> tuple[str, ...]:
-        return self.source.pipeline  # what is held ready changes no element and no position
+        return self.source.pipeline  # prefetching changes no element and no position
 
     def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
         return self.source.elements(indices, epoch)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> Any:
-        return self.source.part(index, epoch, cut)
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+        return self.source.select_rows(index, epoch, select)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         return self.source.iterate(epoch, start)
 
 
 def prefetch_depth(node: Node, wanted: int | None = None) -> int:
-    """Return how many elements iterators hold ready: ``wanted``, or what the dataset asks for.
+    """Return how many elements iterators prefetch: ``wanted``, or the depth set by the pipeline.
 
-    None of a live source: what is held and then dropped would be lost.
+    It is 0 for a live source, whose prefetched elements would be lost when they are dropped.
     """
-    if node.why_not_resumed is not None:
+    if node.why_not_resumable is not None:
         return 0
     if wanted is not None:
         return wanted
@@ -220,10 +222,10 @@ def prefetch_depth(node: Node, wanted: int | None = None) -> int:
 
 
 class Filter(_Transform):
-    """The elements for which ``predicate(element)`` is true; sequential."""
+    """Filter: the elements for which ``predicate(element)`` is true; sequential."""
 
-    remembers = True
-    first_mark = 0  # How many elements of the source have been looked at.
+    has_resume_points = True
+    initial_resume_value = 0  # The number of elements of the source tested so far.
 
     def __init__(self, source: Node, predicate: Callable[[Any], object]) -> None:
         check_function_of_one("filter", predicate)
@@ -235,27 +237,29 @@ class Filter(_Transform):
         return f"filter({callable_name(self._predicate)})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        position, begin = (0, 0) if self.marks is None else self.marks.resume(epoch, start)
-        for place, element in self.source.places(epoch, begin):
-            if not self._passes(element, place - 1, epoch):
+        position, begin = (
+            (0, 0) if self.resume_points is None else self.resume_points.resume(epoch, start)
+        )
+        for source_position, element in self.source.enumerate_from(epoch, begin):
+            if not self._passes(element, source_position - 1, epoch):
                 continue
             position += 1
-            if self.marks is not None:
-                self.marks.add(epoch, position, place)
+            if self.resume_points is not None:
+                self.resume_points.add(epoch, position, source_position)
             if position > start:
                 yield element
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
-        assert self.marks is not None
-        return epoch, self.marks.find(epoch, position)[1]
+        assert self.resume_points is not None
+        return epoch, self.resume_points.find(epoch, position)[1]
 
     def _passes(self, element: Any, index: int, epoch: int) -> bool:
-        outcome = outcome_of(lambda given: bool(self._predicate(given)), element)
-        return any(self._kept(outcome, index, epoch))
+        outcome = outcome_of(lambda argument: bool(self._predicate(argument)), element)
+        return any(self._value_unless_skipped(outcome, index, epoch))
 
 
 class Batch(_Transform):
-    """Runs of ``size`` elements, stacked along a new leading axis."""
+    """Batch: runs of ``size`` elements, stacked along a new leading axis."""
 
     def __init__(self, source: Node, size: int, drop_remainder: bool) -> None:
         self.size = check_count("batch", "size", size, 1)
@@ -266,7 +270,7 @@ class Batch(_Transform):
             length = length // self.size if drop_remainder else -(-length // self.size)
         super().__init__(source, length)
 
-    owns_elements = True  # it copies what it stacks
+    owns_elements = True  # Stacking copies.
 
     def describe(self) -> str:
         return f"batch({self.size}{', drop_remainder=True' if self.drops_remainder else ''})"
@@ -274,11 +278,11 @@ class Batch(_Transform):
     def element(self, index: int, epoch: int) -> Any:
         return self.source.batch(*self._run(index), epoch)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> Any:
-        if skipping.get() is not None:  # how long a batch will be, only computing it can tell
-            return super().part(index, epoch, cut)
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+        if skipping.get() is not None:  # the length of the batch is known only once it is computed
+            return super().select_rows(index, epoch, select)
         start, stop = self._run(index)
-        first, last = cut(stop - start)
+        first, last = select(stop - start)
         if first == last:
             return slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
         return self.source.batch(start + first, start + last, epoch)
@@ -289,12 +293,12 @@ class Batch(_Transform):
             return
         elements = self.source.iterate(*self.upstream(epoch, start))
         while True:
-            batch = Stack(self.size)
+            batch = BatchBuilder(self.size)
             for element in itertools.islice(elements, self.size):
                 batch.add(element)
             if not batch.count or (batch.count < self.size and self.drops_remainder):
                 return
-            yield batch.finished()
+            yield batch.build()
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         return epoch, position * self.size
@@ -309,14 +313,14 @@ class Batch(_Transform):
 
 
 class Repeat(_Transform):
-    """``count`` passes over the source, endlessly many for None.
+    """Repeat: ``count`` passes over the source, endlessly many for None.
 
-    Repetition r of epoch e is epoch ``e * count + r`` of the source, so that a shuffle before it
-    reshuffles for each; of an endless one it is epoch ``e * 2**32 + r``.
+    Repetition r of epoch e is epoch ``e * count + r`` of the source, so that a shuffle upstream
+    reshuffles for each repetition; it is epoch ``e * 2**32 + r`` if the repeat is endless.
     """
 
-    remembers = True
-    first_mark = (0, 0)  # The repetition, and the place in it.
+    has_resume_points = True
+    initial_resume_value = (0, 0)  # The repetition, and the position in it.
 
     def __init__(self, source: Node, count: int | None) -> None:
         if count is not None:
@@ -337,22 +341,22 @@ class Repeat(_Transform):
         return f"repeat({'' if self.count is None else self.count})"
 
     def element(self, index: int, epoch: int) -> Any:
-        repetition, place = self._place(index)
-        return self.source.element(place, epoch * self._stride + repetition)
+        repetition, offset = self._split_index(index)
+        return self.source.element(offset, epoch * self._stride + repetition)
 
-    def part(self, index: int, epoch: int, cut: Cut) -> Any:
-        repetition, place = self._place(index)
-        return self.source.part(place, epoch * self._stride + repetition, cut)
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+        repetition, offset = self._split_index(index)
+        return self.source.select_rows(offset, epoch * self._stride + repetition, select)
 
     def batch(self, start: int, stop: int, epoch: int) -> Any:
         pieces = []
         while start < stop:
-            repetition, place = self._place(start)
-            end = place + stop - start
+            repetition, offset = self._split_index(start)
+            end = offset + stop - start
             if self._period is not None and end > self._period:
                 end = int(self._period)
-            pieces.append(self.source.batch(place, end, epoch * self._stride + repetition))
-            start += end - place
+            pieces.append(self.source.batch(offset, end, epoch * self._stride + repetition))
+            start += end - offset
         return concatenate(pieces)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
@@ -360,13 +364,13 @@ class Repeat(_Transform):
             return self.source.gather(indices, epoch * self._stride)
         if self._period > LARGEST_INDEX:
             return super().gather(indices, epoch)
-        repetitions, places = np.divmod(indices, np.int64(self._period))
+        repetitions, offsets = np.divmod(indices, np.int64(self._period))
         passes = np.unique(repetitions).tolist()
         if len(passes) == 1:
-            return self.source.gather(places, epoch * self._stride + passes[0])
+            return self.source.gather(offsets, epoch * self._stride + passes[0])
         rows = [np.flatnonzero(repetitions == repetition) for repetition in passes]
         pieces = [
-            self.source.gather(places[where], epoch * self._stride + repetition)
+            self.source.gather(offsets[where], epoch * self._stride + repetition)
             for where, repetition in zip(rows, passes, strict=True)
         ]
         return take(concatenate(pieces), np.argsort(np.concatenate(rows)))
@@ -375,36 +379,41 @@ class Repeat(_Transform):
         if self.random_access:
             yield from super().iterate(epoch, start)
             return
-        marks = self.marks
-        position, (repetition, place) = (0, (0, 0)) if marks is None else marks.resume(epoch, start)
+        points = self.resume_points
+        position, (repetition, offset) = (
+            (0, (0, 0)) if points is None else points.resume(epoch, start)
+        )
         while self.count is None or repetition < self.count:
-            for element in self.source.iterate(epoch * self._stride + repetition, place):
-                position, place = position + 1, place + 1
-                if marks is not None:
-                    marks.add(epoch, position, [repetition, place])
+            for element in self.source.iterate(epoch * self._stride + repetition, offset):
+                position, offset = position + 1, offset + 1
+                if points is not None:
+                    points.add(epoch, position, [repetition, offset])
                 if position > start:
                     yield element
-            if place == 0:  # Empty. So would be all the others, and an endless one would hang.
+            if (
+                offset == 0
+            ):  # An empty repetition: all others are empty too; endless, it would hang.
                 return
-            repetition, place = repetition + 1, 0
+            repetition, offset = repetition + 1, 0
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
-        assert self.marks is not None
-        repetition, place = self.marks.find(epoch, position)[1]
-        return epoch * self._stride + repetition, place
+        assert self.resume_points is not None
+        repetition, offset = self.resume_points.find(epoch, position)[1]
+        return epoch * self._stride + repetition, offset
 
     def origin(self, index: int, epoch: int) -> int | None:
-        repetition, place = self._place(index)
-        return self.source.origin(place, epoch * self._stride + repetition)
+        repetition, offset = self._split_index(index)
+        return self.source.origin(offset, epoch * self._stride + repetition)
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _split_index(self, index: int) -> tuple[int, int]:
+        """Return the repetition of an index, and the offset in it."""
         if self._period is None or self._period == math.inf:
             return 0, index
         return divmod(index, int(self._period))
 
 
-class Take(_InPlace):
-    """The first ``count`` elements."""
+class Take(_SamePositions):
+    """Take: the first ``count`` elements."""
 
     def __init__(self, source: Node, count: int) -> None:
         self._count = check_count("take", "n", count, 0, "leave take() out to have all elements")
@@ -424,7 +433,7 @@ class Take(_InPlace):
 
 
 class Skip(_Transform):
-    """All but the first ``count`` elements."""
+    """Skip: all but the first ``count`` elements."""
 
     def __init__(self, source: Node, count: int) -> None:
         self._count = check_count("skip", "n", count, 0, "use take() to keep only the first ones")
@@ -440,7 +449,7 @@ class Skip(_Transform):
         return self.source.element(index + self._count, epoch)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
-        if not self._fits(indices, 1, self._count):
+        if not self._fits_int64(indices, 1, self._count):
             return super().gather(indices, epoch)
         return self.source.gather(indices + self._count, epoch)
 
@@ -458,7 +467,7 @@ class Skip(_Transform):
 
 
 class Shard(_Transform):
-    """Elements ``index``, ``index + num``, ``index + 2 * num`` and so on."""
+    """Shard: elements ``index``, ``index + num``, ``index + 2 * num`` and so on."""
 
     def __init__(self, source: Node, num: int, index: int) -> None:
         self._num = check_count("shard", "num", num, 1)
@@ -480,7 +489,7 @@ class Shard(_Transform):
         return self.source.element(index * self._num + self._index, epoch)
 
     def gather(self, indices: Indices, epoch: int) -> Any:
-        if not self._fits(indices, self._num, self._index):
+        if not self._fits_int64(indices, self._num, self._index):
             return super().gather(indices, epoch)
         return self.source.gather(indices * self._num + self._index, epoch)
 

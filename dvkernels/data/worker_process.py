@@ -1,8 +1,8 @@
-"""Processes that apply one function to elements, each for a thread of the program's own.
+"""Worker processes of ``map``; each applies one function for one worker thread of the program.
 
-They are spawned, never forked: a child forked from a process with OpenMP threads may end or hang.
-Signals are the program's to handle: where one is sent to a whole group or job, the processes do
-nothing about it, and end with the program, however that ends.
+They are spawned, never forked: a child forked from a process with OpenMP threads may crash or
+hang. They ignore the signals sent to a process group or job, which the program handles, and they
+end with the program, however that ends.
 """
 
 from __future__ import annotations
@@ -33,62 +33,63 @@ from dvkernels.user_errors import annotate, in_words
 
 __all__ = ["WorkerProcess", "serve"]
 
-_LOOK_SECONDS = 0.1  # how often who waits for an answer looks whether it is still wanted
-_SIGN_SECONDS = 1.0  # after which a process that goes on says so
-_PARENT_SECONDS = 1.0  # how often a process looks whether the program still exists
-_END_SECONDS = 2.0  # that a process has to end what it does once nobody waits for it
+_POLL_SECONDS = 0.1  # how often a thread that waits for an answer checks whether it is cancelled
+_HEARTBEAT_SECONDS = 1.0  # between two heartbeats of a busy process
+_PARENT_SECONDS = 1.0  # how often a process checks whether the program still exists
+_EXIT_SECONDS = 2.0  # for a process to exit by itself before it is killed
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_SIGN_OF_LIFE = b""
+_HEARTBEAT = b""
 
-# The path first, so that the library is found where the program found it.
+# The path is set first, so that the library is imported from where the program imported it.
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[1:]; import dvkernels.data.worker_process as p; p.serve()"
 )
 
 
 class Heartbeat(Protocol):
-    """Where a sign of life is noted."""
+    """Record of the time of the latest heartbeat."""
 
-    heard_at: float
+    last_heartbeat: float
 
 
-class _SentError(NamedTuple):
-    """An error on its way between processes."""
+class _PickledError(NamedTuple):
+    """Exception in transit between processes."""
 
-    pickled: bytes  # empty: it does not survive the way
-    words: str
-    trace: str
+    pickled: bytes  # empty if pickling would change the exception
+    message: str
+    traceback_text: str
 
     @classmethod
-    def of(cls, error: BaseException) -> _SentError:
-        words = in_words(error)
+    def of(cls, error: BaseException) -> _PickledError:
+        message = in_words(error)
         try:
-            trace = "".join(traceback.format_exception(error, chain=False)).rstrip()
+            traceback_text = "".join(traceback.format_exception(error, chain=False)).rstrip()
         except Exception:
-            trace = words
+            traceback_text = message
         try:
             pickled = pickle.dumps(error)
             back = pickle.loads(pickled)
         except Exception:
-            return cls(b"", words, trace)
-        survives = type(back) is type(error) and in_words(back) == words
-        return cls(pickled if survives else b"", words, trace)
+            return cls(b"", message, traceback_text)
+        survives = type(back) is type(error) and in_words(back) == message
+        return cls(pickled if survives else b"", message, traceback_text)
 
-    def received(self) -> Any:
-        """Return the error as it was; if it cannot be had, one that says what it was."""
+    def unpickled(self) -> Any:
+        """Return the original exception, or else a ``RuntimeError`` that describes it."""
         try:
             error = pickle.loads(self.pickled)
         except Exception:
-            return RuntimeError(f"{self.words}\nin a worker process:\n{self.trace}")
-        annotate(error, f"in a worker process:\n{self.trace}")
+            return RuntimeError(f"{self.message}\nin a worker process:\n{self.traceback_text}")
+        annotate(error, f"in a worker process:\n{self.traceback_text}")
         return error
 
 
 class WorkerProcess:
-    """A process that applies a function; started by its first elements, and anew once lost.
+    """Process that applies a function; started by its first elements, restarted once lost.
 
-    It serves one thread, which it makes deaf to signals, so that the process is from its birth.
+    It serves the thread that makes it, and blocks signals in that thread, so that the process
+    inherits the blocked mask when it is spawned.
     """
 
     def __init__(self, name: str, pickled: bytes, board: Heartbeat) -> None:
@@ -100,26 +101,26 @@ class WorkerProcess:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
     def __call__(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
-        """Yield what the function makes of elements, all of which go there at once."""
-        # A view of a buffer that is let go of here, and not when the traceback of an error is.
+        """Yield the outcomes of the elements, which are sent in one message."""
+        # The view of the pickle buffer is released here, not with the traceback of an error.
         with self._pickle_elements(elements) as request:
             if self._connection is None:
                 self._start(stop)
-            answer = self._ask(request, stop)
-        if isinstance(answer, _SentError):
-            raise answer.received()
+            answer = self._request(request, stop)
+        if isinstance(answer, _PickledError):
+            raise answer.unpickled()
         for value, sent in answer:
-            yield Outcome(value, None if sent is None else sent.received())
+            yield Outcome(value, None if sent is None else sent.unpickled())
 
     def end(self) -> None:
-        """End the process: by itself if it does so soon."""
+        """End the process; it is killed if it does not exit by itself soon."""
         connection, self._connection = self._connection, None
         process, self._process = self._process, None
         if connection is not None:
             connection.close()
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_SECONDS)
+                process.wait(_EXIT_SECONDS)
             process.kill()
             process.wait()
 
@@ -150,34 +151,34 @@ class WorkerProcess:
             ) from error
         state = multiprocessing.spawn.get_preparation_data("dvkernels-data-map")
         state["authkey"] = bytes(state["authkey"])  # an authentication string refuses to be sent
-        answer = self._ask(pickle.dumps((os.getpid(), state, self._pickled)), stop)
-        if isinstance(answer, _SentError):
+        answer = self._request(pickle.dumps((os.getpid(), state, self._pickled)), stop)
+        if isinstance(answer, _PickledError):
             self.end()
             raise DatasetError(
                 f"map: expected a function and a main module that worker processes can import; "
-                f"{self._name} gave {answer.words}; define the function in a module, put what the "
-                f'program does below if __name__ == "__main__":, or use workers="threads"'
+                f"{self._name} gave {answer.message}; define the function in a module, put what "
+                f'the program does below if __name__ == "__main__":, or use workers="threads"'
             )
 
-    def _ask(self, request: Any, stop: Latch) -> Any:
-        """Return what the process answers; whatever keeps it from that ends it."""
+    def _request(self, request: Any, stop: Latch) -> Any:
+        """Return the answer of the process; on any failure the process is ended."""
         assert self._connection is not None
-        patience = deadlines.timeout_seconds()
+        timeout = deadlines.timeout_seconds()
         try:
             self._connection.send_bytes(request)
-            late = time.monotonic() + patience
+            deadline = time.monotonic() + timeout
             while True:
-                if self._connection.poll(_LOOK_SECONDS):
+                if self._connection.poll(_POLL_SECONDS):
                     received = self._connection.recv_bytes()
-                    if received != _SIGN_OF_LIFE:
+                    if received != _HEARTBEAT:
                         return _loads(received)
-                    self._board.heard_at = time.monotonic()
-                    late = self._board.heard_at + patience
+                    self._board.last_heartbeat = time.monotonic()
+                    deadline = self._board.last_heartbeat + timeout
                 elif stop.is_open:
-                    raise SystemExit  # the program is over: a thread of the user's ends in silence
-                elif time.monotonic() > late:
+                    raise SystemExit  # the program ends: a thread of the user's ends silently
+                elif time.monotonic() > deadline:
                     raise WorkerLostError(
-                        f"map: a worker process has not answered for {patience:g} s: was it "
+                        f"map: a worker process has not answered for {timeout:g} s: was it "
                         f"stopped, or does {self._name} not return? The next batch starts a new "
                         f"one; set DVKERNELS_TIMEOUT_SECONDS if an element takes longer"
                     )
@@ -187,16 +188,16 @@ class WorkerProcess:
             self.end()
             raise
         except (OSError, EOFError):
-            raise self._lost() from None
+            raise self._lost_error() from None
         except BaseException:
             self.end()
             raise
 
-    def _lost(self) -> WorkerLostError:
+    def _lost_error(self) -> WorkerLostError:
         process, self._process = self._process, None
         assert process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_END_SECONDS)
+            process.wait(_EXIT_SECONDS)
         process.kill()
         status = process.wait()
         self.end()
@@ -220,34 +221,34 @@ def _loads(received: bytes) -> Any:
 
 
 def serve() -> None:
-    """Apply a function to elements until the program wants no more: the life of a process."""
+    """Run the main loop of a worker process: apply the function until the program closes."""
     for number in _SIGNALS:
-        signal.signal(number, _do_nothing)  # and not SIG_IGN, which programs started here inherit
+        signal.signal(number, _do_nothing)  # not SIG_IGN, which child processes would inherit
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     connection = Connection(os.dup(0))
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     with contextlib.suppress(OSError, EOFError):  # the program has gone
         try:
-            fn = _prepared(connection.recv_bytes())
+            fn = _receive_function(connection.recv_bytes())
         except BaseException as error:
-            connection.send(_SentError.of(error))
+            connection.send(_PickledError.of(error))
             return
         connection.send(None)
         while True:
-            connection.send_bytes(_applied(fn, connection))
+            connection.send_bytes(_answer_request(fn, connection))
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Leave a signal to the program."""
+    """Ignore a signal, which the program handles."""
 
 
-def _prepared(received: bytes) -> Callable[[Any], Any]:
-    """Become like the program, as far as its function needs it; return the function."""
+def _receive_function(received: bytes) -> Callable[[Any], Any]:
+    """Import the main module of the program as ``multiprocessing`` does; return the function."""
     parent, state, pickled = pickle.loads(received)
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=[parent], daemon=True).start()
     process = multiprocessing.process.current_process()
-    process._inheriting = True  # type: ignore[attr-defined]  # what no process may be started in
+    process._inheriting = True  # type: ignore[attr-defined]  # forbids starting processes
     try:
         multiprocessing.spawn.prepare(state)
         fn: Callable[[Any], Any] = pickle.loads(pickled)
@@ -256,34 +257,34 @@ def _prepared(received: bytes) -> Callable[[Any], Any]:
     return fn
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the program is gone: a killed one cannot say so."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process once its parent is gone, even while the function runs."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     os._exit(1)
 
 
-def _applied(fn: Callable[[Any], Any], connection: Connection) -> Any:
-    """Return the answer to a request for some elements."""
+def _answer_request(fn: Callable[[Any], Any], connection: Connection) -> Any:
+    """Apply ``fn`` to the elements of the next request; return the pickled answer."""
     received = connection.recv_bytes()
-    answers: list[tuple[Any, _SentError | None]] = []
-    said_at = time.monotonic()
+    answers: list[tuple[Any, _PickledError | None]] = []
+    sent_at = time.monotonic()
     try:
         for element in pickle.loads(received):
             value, error = outcome_of(fn, element)
-            answers.append((value, None if error is None else _SentError.of(error)))
-            if time.monotonic() - said_at > _SIGN_SECONDS:
-                connection.send_bytes(_SIGN_OF_LIFE)
-                said_at = time.monotonic()
+            answers.append((value, None if error is None else _PickledError.of(error)))
+            if time.monotonic() - sent_at > _HEARTBEAT_SECONDS:
+                connection.send_bytes(_HEARTBEAT)
+                sent_at = time.monotonic()
     except BaseException as error:  # SystemExit of the function; elements that do not load
-        return _pickled(_SentError.of(error))
+        return _pickle_answer(_PickledError.of(error))
     try:
-        return _pickled(answers)
+        return _pickle_answer(answers)
     except Exception:
-        return _pickled([_sendable(*answer) for answer in answers])
+        return _pickle_answer([_picklable(*answer) for answer in answers])
 
 
-def _sendable(value: Any, error: _SentError | None) -> tuple[Any, _SentError | None]:
+def _picklable(value: Any, error: _PickledError | None) -> tuple[Any, _PickledError | None]:
     try:
         ForkingPickler.dumps(value)
     except Exception as failure:
@@ -292,9 +293,9 @@ def _sendable(value: Any, error: _SentError | None) -> tuple[Any, _SentError | N
             f"{type(value).__name__}, which cannot be pickled ({in_words(failure)}); return "
             "arrays and nests of them, or use workers='threads'"
         )
-        return None, _SentError.of(unsent)
+        return None, _PickledError.of(unsent)
     return value, error
 
 
-def _pickled(answer: object) -> Any:
+def _pickle_answer(answer: object) -> Any:
     return ForkingPickler.dumps(answer)

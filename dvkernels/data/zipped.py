@@ -1,11 +1,11 @@
-"""Several datasets side by side."""
+"""Zip of several datasets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from dvkernels.data.array_nest import owned
+from dvkernels.data.array_nest import owned_copy
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.node import Indices, Length, Node
 
@@ -13,10 +13,10 @@ __all__ = ["Zip"]
 
 
 class Zip(Node):
-    """Tuples of the elements with one index; as long as the shortest of the sources."""
+    """Tuples of the sources' elements at one index; as long as the shortest source."""
 
-    source: Node  # The first one; its links come first in the pipeline.
-    owns_elements = True  # two sides may share memory that they use again
+    source: Node  # The first source; its links come first in the pipeline.
+    owns_elements = True  # It copies, since two sources may reuse the same memory.
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self._nodes = tuple(nodes)
@@ -38,19 +38,21 @@ class Zip(Node):
         return f"zip({', '.join(repr(node) for node in self._nodes[1:])})"
 
     def own_chain(self) -> Self:
-        twin = super().own_chain()
-        if twin is not self:
-            twin._nodes = (twin.source, *(node.own_chain() for node in self._nodes[1:]))
-        return twin
+        clone = super().own_chain()
+        if clone is not self:
+            clone._nodes = (clone.source, *(node.own_chain() for node in self._nodes[1:]))
+        return clone
 
     def element(self, index: int, epoch: int) -> Any:
         return tuple(
-            node.element(index, epoch) if node.owns_elements else owned(node.element(index, epoch))
+            node.element(index, epoch)
+            if node.owns_elements
+            else owned_copy(node.element(index, epoch))
             for node in self._nodes
         )
 
-    # Where elements that fail are left out, each source would leave out its own and the rows would
-    # no longer belong together: there, whole tuples are left out, or the error is raised.
+    # Under on_error="skip" each source would skip its own failing elements, and the rows would no
+    # longer match. So a whole tuple is skipped, or the error is raised.
 
     def gather(self, indices: Indices, epoch: int) -> Any:
         if skipping.get() is not None:
@@ -63,13 +65,13 @@ class Zip(Node):
         return tuple(node.batch(start, stop, epoch) for node in self._nodes)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        sides = (
+        iterators = (
             node.iterate(epoch, start)
             if node.owns_elements
-            else map(owned, node.iterate(epoch, start))
+            else map(owned_copy, node.iterate(epoch, start))
             for node in self._nodes
         )
-        elements = zip(*sides, strict=False)
+        elements = zip(*iterators, strict=False)
         while True:
             token = skipping.set(None)
             try:

@@ -65,7 +65,7 @@ def test_the_order_does_not_depend_on_the_number_of_replicas(dataset, epoch):
 
 @settings(max_examples=100, deadline=None)
 @given(dataset=datasets(), before=REPLICAS, after=REPLICAS, epoch=st.integers(0, 3), data=st.data())
-def test_save_anywhere_resume_same_tail(dataset, before, after, epoch, data):
+def test_an_iterator_saved_anywhere_resumes_with_the_same_tail(dataset, before, after, epoch, data):
     distributed = DistributedDataset(dataset, before)
     distributed.set_epoch(epoch)
     num_batches = len(list(distributed))

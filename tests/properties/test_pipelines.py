@@ -1,4 +1,4 @@
-"""The law of every pipeline: stopped anywhere, resumed on any replicas, it goes on as it would."""
+"""Law of all pipelines: stopped anywhere and resumed on any replicas, the elements are the same."""
 
 import json
 from unittest import mock
@@ -14,7 +14,7 @@ from dvkernels.data.distributed.options import InputOptions
 
 
 class Numbers:
-    """A source with a state."""
+    """A stateful source."""
 
     def __init__(self, length):
         self.length = length
@@ -95,7 +95,7 @@ def pipelines(draw):
     pipeline=pipelines(), epoch=st.sampled_from([0, 1, 5]), data=st.data(),
     stops=st.lists(st.integers(0, 6), max_size=3), max_marks=st.sampled_from([1, 4, 999]),
 )  # fmt: skip
-def test_any_pipeline_stopped_anywhere_goes_on_as_it_would(pipeline, epoch, data, stops, max_marks):
+def test_any_pipeline_resumed_anywhere_continues_unchanged(pipeline, epoch, data, stops, max_marks):
     dataset, options = pipeline
 
     def batches(state, most):
@@ -117,7 +117,7 @@ def test_any_pipeline_stopped_anywhere_goes_on_as_it_would(pipeline, epoch, data
                 found.append([x for part in parts for x in part.ravel().tolist()])
             return found, iterator.state_dict()
 
-    with mock.patch.object(resume_points, "MAX_MARKS", max_marks):
+    with mock.patch.object(resume_points, "MAX_RESUME_POINTS", max_marks):
         whole, _ = batches(None, None)
         seen, state = [], None
         for most in [*stops, None]:

@@ -1,4 +1,4 @@
-"""Laws of datasets that several workers share, each in a thread of its own."""
+"""Laws of datasets shared by several workers, each of which is a thread."""
 
 import json
 import queue
@@ -21,7 +21,7 @@ SEEDS = st.integers(0, 2**70)
 
 
 class Workers:
-    """One distributed dataset a worker, which take their steps at the same time."""
+    """One distributed dataset per worker; all take their steps at the same time."""
 
     def __init__(self, replicas, make, is_dealt=False, state=None, **options):
         self._barrier = threading.Barrier(len(replicas), timeout=20)
@@ -57,7 +57,7 @@ class Workers:
             iterator.close()
 
     def outcomes(self):
-        """What the next step is on each worker: a batch, None at the end, or an error."""
+        """Return the next step of each worker: a batch, None at the end, or an error."""
 
         def step(iterator):
             try:
@@ -69,7 +69,7 @@ class Workers:
         return list(self._pool.map(step, self.iterators))
 
     def step(self):
-        """The parts of all replicas, or None at the end, which comes for all workers at once."""
+        """Return the parts of all replicas, or None at the end, which is that of all workers."""
         batches = self.outcomes()
         for batch in batches:
             if isinstance(batch, Exception):
@@ -123,7 +123,7 @@ def datasets(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(dataset=datasets(), replicas=WORLDS, most=st.integers(0, 8), after=WORLDS)
-def test_rows_of_workers_are_the_parts_of_one(dataset, replicas, most, after):
+def test_rows_of_workers_are_the_parts_of_a_single_worker(dataset, replicas, most, after):
     whole = DistributedDataset(dataset, sum(replicas))
     expected = [list(batch.values) for batch in whole]
     with Workers(replicas, alike(dataset), auto_shard_policy="data") as workers:
@@ -136,7 +136,7 @@ def test_rows_of_workers_are_the_parts_of_one(dataset, replicas, most, after):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files named by how many elements they hold: their numbers."""
+    """Folder of twelve empty files, named by their numbers."""
     path = tmp_path_factory.mktemp("files")
     for number in range(12):
         (path / f"{number:02d}").touch()
@@ -145,8 +145,8 @@ def folder(tmp_path_factory):
 
 @st.composite
 def file_datasets(draw):
-    """What makes a dataset of a folder, the size of its batches, its elements (file, place), and
-    whether they keep order."""
+    """Function that builds a dataset of a folder, its batch size, its elements (file, offset), and
+    whether they keep their order."""
     sizes = draw(st.lists(st.integers(0, 7), min_size=1, max_size=12))
     window = draw(st.sampled_from([None, 3, 10]))
     keeps = draw(st.booleans())
@@ -180,7 +180,7 @@ def file_datasets(draw):
     described=file_datasets(), policy=st.sampled_from(["auto", "file"]),
     plan=st.lists(st.tuples(WORLDS, st.integers(0, 3)), min_size=1, max_size=4), last=WORLDS,
 )  # fmt: skip
-def test_files_are_read_once_by_any_workers_in_turn(folder, described, policy, plan, last):
+def test_files_are_read_once_by_changing_workers(folder, described, policy, plan, last):
     build, batch_size, elements, in_order = described
     dataset = build(folder)
     worlds = [world for world, _ in plan] + [last]
@@ -240,7 +240,7 @@ def test_a_worker_without_files_left_reads_nothing_again(folder):
     assert sorted(opened) == ["00", "01"]
 
 
-def test_where_a_remainder_is_left_out_it_is_one_of_all(folder):
+def test_a_dropped_remainder_is_that_of_all_workers(folder):
     def read(path):
         return map(np.int64, range(7 if path.endswith("0") else 0))
 
@@ -249,7 +249,7 @@ def test_where_a_remainder_is_left_out_it_is_one_of_all(folder):
         assert flat(workers.steps()) == list(range(6))
 
 
-def test_workers_that_list_files_in_other_orders_are_told(folder):
+def test_different_file_orders_are_refused(folder):
     def make(worker, num_workers):
         files = sorted(folder.iterdir(), reverse=bool(worker))
         return Dataset.from_files(files, lambda path: [np.zeros(1)]).batch(2)
@@ -260,11 +260,11 @@ def test_workers_that_list_files_in_other_orders_are_told(folder):
                 raise error
 
 
-def test_workers_at_different_places_are_told(folder):
+def test_different_positions_are_refused(folder):
     dataset = Dataset.from_files(sorted(folder.iterdir()), lambda path: [np.zeros(1)] * 3).batch(4)
     with Workers([1, 1], alike(dataset)) as workers:
         start, state = workers.state(), (workers.step(), workers.state())[1]
-        workers.iterators[0].load_state_dict(start)  # as if only one had loaded
+        workers.iterators[0].load_state_dict(start)  # as if only this worker had loaded
         for error in workers.outcomes():
             with pytest.raises(DatasetError, match="worker 0 begins an iterator"):
                 raise error
@@ -320,7 +320,7 @@ def test_workers_with_datasets_of_their_own_end_together(lengths, replicas, most
             Workers([1, 1, 1], make, is_dealt=True, state=state)
 
 
-def test_an_error_of_one_worker_is_raised_in_all_and_the_step_comes_again(folder):
+def test_an_error_of_one_worker_is_raised_on_all_and_the_step_is_retried(folder):
     unplugged = []
 
     def read(path):
@@ -345,7 +345,7 @@ def test_an_error_of_one_worker_is_raised_in_all_and_the_step_comes_again(folder
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_own_datasets_go_on_until_all_have_ended_whatever_they_drop(folder, prefetch):
+def test_datasets_made_per_worker_continue_until_all_have_ended(folder, prefetch):
     def make(worker, num_workers):
         elements = map(np.int64, range(100 * worker, 100 * worker + 3 + 4 * worker))
         files = sorted(folder.iterdir())[:1]
@@ -370,7 +370,7 @@ def test_elements_that_cannot_be_empty_fail_on_all_workers():
 
 
 def live(worker):
-    """A live source of worker * 100 and the three numbers behind it."""
+    """A live source of the numbers worker * 100 to worker * 100 + 3."""
     arrived = queue.SimpleQueue()
     for number in range(4):
         arrived.put(np.array([100 * worker + number]))
@@ -378,10 +378,10 @@ def live(worker):
     return Dataset.from_live(arrived)
 
 
-def test_live_sources_of_workers_can_be_dealt():
+def test_live_sources_of_workers_can_be_distributed():
     with Workers([1, 1], lambda worker, _: live(worker), is_dealt=True) as workers:
         assert lists(workers.steps(3)) == [[[n], [100 + n]] for n in range(3)]
-        with pytest.raises(DatasetError, match="what a live source has delivered is gone"):
+        with pytest.raises(DatasetError, match="that a live source has delivered cannot"):
             workers.state()
         assert lists(workers.steps()) == [[[3], [103]]]
     beside = [lambda: Dataset.range(4).batch(1), lambda: live(1)]
@@ -392,7 +392,7 @@ def test_live_sources_of_workers_can_be_dealt():
 
 
 @pytest.mark.parametrize("is_dealt", [False, True])
-def test_what_arrived_is_not_lost_when_another_worker_fails(is_dealt):
+def test_elements_that_arrived_are_not_lost_when_another_worker_fails(is_dealt):
     unplugged = [OSError("unplugged")]
 
     def check(x):
@@ -425,7 +425,7 @@ def flat_rows(steps):
         (lambda d: Dataset.from_live(print), {}, "auto_shard_policy='off'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_shared_is_refused_at_once(folder, build, options, message):
+def test_datasets_that_cannot_be_sharded_are_refused_at_once(folder, build, options, message):
     dataset = build(Dataset.from_files(sorted(folder.iterdir())[:2], lambda path: []))
     with pytest.raises(DatasetError) as caught:
         Workers([1, 1, 1], alike(dataset), **options)

@@ -1,4 +1,4 @@
-"""Whatever the source and the transforms: an iterator saved anywhere goes on where it was."""
+"""An iterator saved anywhere resumes there, for any source and any transforms."""
 
 import json
 
@@ -16,7 +16,7 @@ FILES = 5
 
 
 class Numbers:
-    """The numbers below ``length``, from another place in each epoch."""
+    """Source of the numbers below ``length``, rotated by the epoch."""
 
     def __init__(self, length):
         self.length = length
@@ -137,7 +137,7 @@ def test_a_stateful_source_is_not_replayed(length, size, window, data):
     list(resumed)
     assert source.num_read <= 2 * length
     if at:
-        # No more is read again than the window that is under way, twice as long before the filter.
+        # At most the current window is read again, twice its length before the filter.
         left = 2 * length - 2 * (at * size)
         assert source.num_read <= max(left, 0) + 2 * (window + 1) + 2 * size + 2
 

@@ -1,4 +1,4 @@
-"""A dataset whose batches are cut into one part per replica."""
+"""Distributed dataset: each global batch is split into one part per replica."""
 
 from __future__ import annotations
 
@@ -24,71 +24,71 @@ from dvkernels.values.process_bound import ProcessBound
 __all__ = ["DistributedDataset"]
 
 
-_PLAIN = InputOptions()
+_DEFAULT_OPTIONS = InputOptions()
 
 
-def _allow(member: str) -> None:
-    """Check nothing: every context will do."""
+def _allow_any_context(member: str) -> None:
+    """Allow every context."""
 
 
-def _alone(word: Any) -> list[Any]:
-    """Exchange a word among one worker."""
-    return [word]
+def _exchange_alone(message: Any) -> list[Any]:
+    """Exchange a message in a group of one worker."""
+    return [message]
 
 
 class DistributedDataset(ProcessBound):
-    """A dataset of global batches, each of which all replicas share.
+    """Dataset of global batches, each of which is split over all replicas.
 
-    Each ``iter()`` is the next epoch: from that of ``dataset.with_epoch`` on, else from 0 or, where
-    a strategy has distributed this very dataset before, from the one behind those begun then. It
-    is made by ``strategy.distribute_dataset``.
+    Each ``iter()`` begins the next epoch. The first epoch is that of ``dataset.with_epoch``, else
+    0, or, where a strategy has distributed the same dataset before, the epoch after the last one
+    begun. Made by ``strategy.distribute_dataset``.
 
     Parameters
     ----------
     dataset : Dataset
         Its elements are the global batches.
     num_replicas : int
-        How many parts a batch is cut into, as evenly as it goes, larger ones first; a replica
-        may get an empty part. Over several workers, the replicas of this one.
+        The number of replicas of this worker. A batch is split over the replicas of all workers
+        as evenly as possible, larger parts first; a replica may get an empty part.
     devices : iterable of Device or str, optional
-        Where these replicas live, one each.
+        The devices of these replicas, one each.
     check_context : callable, optional
-        Called with the name of the member before anything is delivered; raises where that is
-        not allowed.
+        Called with the name of a member before it delivers; raises where that is not allowed.
     owner : object, optional
-        Handed on to every ``PerReplica``.
+        Passed to every ``PerReplica``.
     options : InputOptions
-        How batches are fetched.
+        How batches are sharded and fetched.
     is_dealt : bool
-        The elements are the replicas' batches, dealt to them in turn, not global batches.
+        The elements are batches of single replicas, assigned to them in turn, not global batches.
     share : WorkerShare, optional
-        Which replicas of all workers these are; all of them if not given.
+        Which replicas of all workers are local; all of them if not given.
     exchange : callable, optional
-        Given a small object, returns those of all workers in their order; every worker calls it.
+        All-gather of a small object, in the order of the workers; every worker calls it.
     count : EpochCount, optional
-        Which epoch comes next where the same dataset is distributed again.
+        Counter that continues the epochs where the same dataset is distributed again.
 
     Notes
     -----
-    How several workers share a dataset, ``options.auto_shard_policy`` says:
+    ``options.auto_shard_policy`` sets how several workers share a dataset:
 
     ``"data"``
-        Each worker takes its rows of each global batch. The order is that of one worker. Rows of
-        others are not computed where the batched elements have random access; a sequential
-        source is gone through by every worker.
+        Each worker takes its rows of each global batch. The order is that of a single worker.
+        Rows of other workers are not computed where the batched elements have random access; a
+        sequential source is read in full by every worker.
     ``"file"``
-        Each worker reads files of its own: every n-th of ``from_files``. Each element still
-        comes exactly once, in the order of its file, but which elements meet in a batch depends
-        on the number of workers. Needs ``batch(size)`` as the last step but ``map``, nothing but
-        ``map``, ``filter`` and ``shuffle(window=...)`` before it, and at least as many files as
-        workers. With ``drop_remainder=True`` all stop when the first worker's files are used up,
-        and what the others have left is not delivered.
+        Each worker reads files of its own: every n-th of ``from_files``. Each element is still
+        delivered exactly once, in the order of its file, but the composition of the batches
+        depends on the number of workers. Needs ``batch(size)`` as the last transform except
+        ``map``, no others than ``map``, ``filter`` and ``shuffle(window=...)`` before it, and at
+        least as many files as workers. With ``drop_remainder=True`` all workers stop when the
+        first worker's files are used up, and the remaining elements of the others are not
+        delivered.
     ``"auto"``
-        By files where that can be done, files are sequential, and no remainder is left out; else
-        by elements.
+        By files where that is possible, files are sequential and no remainder is dropped; else
+        by rows, as ``"data"``.
     ``"off"``
-        Each worker reads everything, in batches of its share of the global batch: each element
-        comes once a worker. For sources that differ between workers, such as live ones.
+        Each worker reads everything, in batches of its share of the global batch, so each element
+        is delivered once per worker. For sources that differ between workers, such as live ones.
 
     Examples
     --------
@@ -111,12 +111,12 @@ class DistributedDataset(ProcessBound):
         num_replicas: int,
         devices: Iterable[Any] | None = None,
         *,
-        check_context: Callable[[str], None] = _allow,
+        check_context: Callable[[str], None] = _allow_any_context,
         owner: object = None,
-        options: InputOptions = _PLAIN,
+        options: InputOptions = _DEFAULT_OPTIONS,
         is_dealt: bool = False,
         share: WorkerShare | None = None,
-        exchange: Exchange = _alone,
+        exchange: Exchange = _exchange_alone,
         count: EpochCount | None = None,
     ) -> None:
         if not isinstance(dataset, Dataset):
@@ -134,11 +134,11 @@ class DistributedDataset(ProcessBound):
         self._dataset = dataset
         self._is_dealt = is_dealt
         self._sharding = self._shard(options)
-        # The devices as PerReplica reads them: parsed once, and as many as there are replicas.
-        held = PerReplica((None,) * num_local, devices=devices).devices
-        is_carried = options.prefetch_to_device and held[0].kind == "cuda"
-        conveyor = DeviceCopier(held) if is_carried else None
-        self._dealer = Splitter(num_local, held, owner, is_dealt, conveyor)
+        # PerReplica parses the devices, and checks that there is one for each replica.
+        replica_devices = PerReplica((None,) * num_local, devices=devices).devices
+        is_copied = options.prefetch_to_device and replica_devices[0].kind == "cuda"
+        copier = DeviceCopier(replica_devices) if is_copied else None
+        self._splitter = Splitter(num_local, replica_devices, owner, is_dealt, copier)
         self._check_context = check_context
         self._options = options
         self._exchange = exchange
@@ -148,28 +148,28 @@ class DistributedDataset(ProcessBound):
     def _shard(self, options: InputOptions) -> Sharding:
         node, share = self._dataset.node, self._share
         if self._is_dealt:
-            why = "each worker has a dataset of its own"
-            shared = Sharding(AutoShardPolicy.OFF, node, share.num_workers > 1, why)
+            reason = "each worker has a dataset of its own"
+            sharded = Sharding(AutoShardPolicy.OFF, node, share.num_workers > 1, reason)
         else:
-            shared = sharding.shard(node, share, AutoShardPolicy.of(options.auto_shard_policy))
+            sharded = sharding.shard(node, share, AutoShardPolicy.of(options.auto_shard_policy))
         if share.num_workers > 1:
             LOGGER.info("%r over %d workers: %s, since %s", self._dataset, share.num_workers,
-                        shared.policy.name, shared.why)  # fmt: skip
-        return shared
+                        sharded.policy.name, sharded.reason)  # fmt: skip
+        return sharded
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next ``iter()``; those after it count on from there."""
+        """Set the epoch of the next ``iter()``; later ones continue from it."""
         self._next_epoch = check_count("set_epoch", "epoch", epoch, 0)
 
     def __iter__(self) -> DistributedIterator:
         epoch = self._next_epoch
         iterator = self._iterator(epoch)
-        self._follow(epoch)  # now that nothing can keep this one from being used
+        self._set_latest_epoch(epoch)  # only once the iterator has been made
         return iterator
 
     @property
     def element_spec(self) -> Any:
-        """What each element holds: see :attr:`DistributedIterator.element_spec`."""
+        """Shapes and dtypes of an element: see :attr:`DistributedIterator.element_spec`."""
         return self._iterator(self._next_epoch).element_spec
 
     def _iterator(self, epoch: int) -> DistributedIterator:
@@ -177,17 +177,17 @@ class DistributedDataset(ProcessBound):
             self._dataset.node,
             self._sharding,
             self._share,
-            self._dealer,
+            self._splitter,
             epoch=epoch,
             check_context=self._check_context,
-            on_load=self._follow,
+            on_load=self._set_latest_epoch,
             options=self._options,
             is_dealt=self._is_dealt,
             exchange=self._exchange,
         )
 
     def __len__(self) -> int:
-        if self._sharding.needs_agreement:  # only the end of the last worker tells
+        if self._sharding.needs_agreement:  # the last worker's end decides
             return known_length(None)
         length = known_length(self._sharding.node.length)
         return -(-length // self._share.num_local) if self._is_dealt else length
@@ -198,5 +198,5 @@ class DistributedDataset(ProcessBound):
     def __repr__(self) -> str:
         return f"DistributedDataset({self._dataset!r}, num_replicas={self._share.num_replicas})"
 
-    def _follow(self, epoch: int) -> None:
+    def _set_latest_epoch(self, epoch: int) -> None:
         self._next_epoch = self._count.next = epoch + 1

@@ -1,4 +1,4 @@
-"""Batches out of some of the files, while other workers read the others."""
+"""File shards: the batches of one worker, made of its own part of the files."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dvkernels.data.node import Node
-from dvkernels.data.stacking import Stack
+from dvkernels.data.stacking import BatchBuilder
 
 __all__ = ["FileShards"]
 
 
 class FileShards(Node):
-    """Runs of ``size`` elements of one lane after another, stacked.
+    """Batches of ``size`` elements of the file shards ("lanes") that a worker reads, one by one.
 
-    A lane is what one worker read when the epoch began: every n-th file, and what makes
-    elements of them. A worker goes through one lane, or, when it has taken over from workers that
-    are no more, through several. How far each has come is the whole state.
+    A lane is the file shard of one worker at the start of the epoch: every n-th file, and the
+    transforms of its elements. A worker reads one lane, or several if the epoch is resumed on
+    fewer workers. The positions in the lanes are the whole state.
 
     Parameters
     ----------
     lanes : sequence of Node
-        Each of them gives elements, not batches.
+        Each yields elements, not batches.
     positions : sequence of int
-        How many elements of each have been delivered before.
+        The number of elements of each lane that have been delivered before.
     size : int
-        The elements of a batch of this worker.
+        The number of elements in a batch of this worker.
     drops_remainder : bool
-        Leave out a last batch that is shorter.
+        Drop the last batch if it is shorter.
     """
 
     random_access = False
     length = None
     is_replayable = False
-    remembers = True
+    has_resume_points = True
     owns_elements = True
 
     def __init__(
@@ -44,7 +44,7 @@ class FileShards(Node):
         drops_remainder: bool,
     ) -> None:
         self._lanes = tuple(lanes)
-        self.first_mark = tuple(positions)
+        self.initial_resume_value = tuple(positions)
         self._size = size
         self._drops_remainder = drops_remainder
 
@@ -56,21 +56,21 @@ class FileShards(Node):
         return f"lanes({', '.join(map(repr, self._lanes))}).batch({self._size})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        assert self.marks is not None
-        step, delivered = self.marks.resume(epoch, start)
+        assert self.resume_points is not None
+        step, delivered = self.resume_points.resume(epoch, start)
         positions = list(delivered)
-        run = Stack(self._size)
-        for which, lane in enumerate(self._lanes):
-            for position, element in lane.places(epoch, positions[which]):
-                positions[which] = position
-                run.add(element)
-                if run.count == self._size:
+        batch = BatchBuilder(self._size)
+        for index, lane in enumerate(self._lanes):
+            for position, element in lane.enumerate_from(epoch, positions[index]):
+                positions[index] = position
+                batch.add(element)
+                if batch.count == self._size:
                     step += 1
-                    self.marks.add(epoch, step, tuple(positions))
+                    self.resume_points.add(epoch, step, tuple(positions))
                     if step > start:
-                        yield run.finished()
-                    run = Stack(self._size)
-        if run.count and not self._drops_remainder:
-            self.marks.add(epoch, step + 1, tuple(positions))
+                        yield batch.build()
+                    batch = BatchBuilder(self._size)
+        if batch.count and not self._drops_remainder:
+            self.resume_points.add(epoch, step + 1, tuple(positions))
             if step + 1 > start:
-                yield run.finished()
+                yield batch.build()

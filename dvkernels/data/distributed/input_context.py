@@ -1,4 +1,4 @@
-"""What a function that makes a worker's dataset may know of its place among the workers."""
+"""Input context: a worker's rank and the sizes, for functions that make a dataset per worker."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["InputContext"]
 
 @dataclass(frozen=True)
 class InputContext:
-    """The place of one input pipeline; handed to ``distribute_datasets_from_function``'s function.
+    """Index of one input pipeline among all, as ``distribute_datasets_from_function`` passes it.
 
     Attributes
     ----------
     num_input_pipelines : int
-        How many datasets are made, one a worker.
+        The number of datasets, one per worker.
     input_pipeline_id : int
-        Which of them this one is, from 0.
+        The index of this dataset, from 0.
     num_replicas_in_sync : int
-        The replicas of all workers.
+        The number of replicas of all workers.
     epoch : int
-        The first epoch that the dataset is made for. It counts on where a loop hands the same
+        The first epoch that the dataset is made for. It continues where a loop passes the same
         function to ``distribute_datasets_from_function`` for each epoch.
 
     Examples
@@ -45,7 +45,13 @@ class InputContext:
         check_count("InputContext", "input_pipeline_id", self.input_pipeline_id, 0, maximum=last)
 
     def get_per_replica_batch_size(self, global_batch_size: int) -> int:
-        """Return the share of one replica in a global batch; ValueError if it does not divide."""
+        """Return the batch size of one replica; ``ValueError`` if the global size does not divide.
+
+        Parameters
+        ----------
+        global_batch_size : int
+            The number of rows of a global batch.
+        """
         size = check_count("get_per_replica_batch_size", "global_batch_size", global_batch_size, 0)
         if size % self.num_replicas_in_sync:
             raise ValueError(

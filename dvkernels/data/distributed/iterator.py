@@ -1,4 +1,4 @@
-"""Goes through one epoch of a distributed dataset."""
+"""Iterator over one epoch of a distributed dataset."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import numpy as np
 
 from dvkernels.data.array_nest import flatten
 from dvkernels.data.cursor import Cursor, EpochPosition
-from dvkernels.data.distributed import sharding
 from dvkernels.data.distributed.lockstep import (
     Exchange,
     StartReport,
     StepReport,
-    agree,
     agree_on_start,
-    report,
+    agree_on_step,
+    report_failure,
 )
 from dvkernels.data.distributed.optional import DistributedOptional
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
-from dvkernels.data.distributed.sharding import Sharding
+from dvkernels.data.distributed.sharding import Sharding, by_elements, by_files
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.stats import InputStats, StatsRecorder
 from dvkernels.data.distributed.worker_share import WorkerShare
@@ -49,21 +48,21 @@ __all__ = ["DistributedIterator"]
 
 
 class DistributedIterator(ProcessBound, Iterator[Any]):
-    """Goes through one epoch, and gives each global batch as a nest of ``PerReplica``.
+    """Iterator over the global batches of one epoch, each a pytree of ``PerReplica``.
 
-    The parts are views of the batch. If anything raises, be it user code, the position stays:
-    the next ``next()`` tries the same batch again. After the end ``next()`` raises
-    ``StopIteration`` each time. After :meth:`close` the members that deliver or load raise
-    :class:`DatasetError`; the state can still be asked for. Several threads may share an iterator:
-    one at a time is at it, so each batch goes to one of them.
+    The parts are views of the batch. If an error is raised, in user code too, the position stays:
+    the next ``next()`` tries the same batch again. After the end each ``next()`` raises
+    ``StopIteration``. After :meth:`close` the members that deliver or load raise
+    :class:`DatasetError`; ``state_dict()`` still works. Several threads may share an iterator:
+    each batch goes to one thread.
 
-    Over several workers each gives the parts of its own replicas, and all take equally many
-    steps. Before the first one, and after a state has been loaded, they compare their pipelines,
-    epochs, positions and lengths; if they differ, :class:`DatasetError` on all of them says how.
-    Where a worker cannot know when the others end (it reads files, or a dataset, of its
-    own), they tell each other at each step, so every worker must call ``next()``; one whose data
-    are used up gives empty parts until the last one ends, and an error in one worker is raised in
-    all.
+    With several workers, each delivers the parts of its own replicas, and all take the same
+    number of steps. Before the first step, and after a state has been loaded, the workers compare
+    their pipelines, epochs, positions and lengths; a difference is a :class:`DatasetError` on all
+    of them. Where a worker cannot know when the others end (it reads files, or a dataset, of its
+    own), the workers exchange reports at each step, so every worker must call ``next()``; a
+    worker whose data are used up delivers empty parts until the last worker ends, and an error
+    on one worker is raised on all.
 
     Made by ``iter(distributed_dataset)``.
 
@@ -83,16 +82,16 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
     """
 
     _bound_by = (
-        "it has a place in an epoch that this process goes through; pass on state_dict(), and load "
+        "it has a position in an epoch that this process reads; pass on state_dict(), and load "
         "that into an iterator made where it is needed"
     )
 
     def __init__(
         self,
         node: Node,
-        shared: Sharding,
+        sharding: Sharding,
         share: WorkerShare,
-        dealer: Splitter,
+        splitter: Splitter,
         *,
         epoch: int,
         check_context: Callable[[str], None],
@@ -103,111 +102,118 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
     ) -> None:
         self._node = node
         self._share = share
-        self._dealer = dealer
+        self._splitter = splitter
         self._check_context = check_context
         self._on_load = on_load
         self._prefetch = options.prefetch
         self._is_dealt = is_dealt
-        self._is_resumable = node.why_not_resumed is None
+        self._is_resumable = node.why_not_resumable is None
         self._exchange = exchange
         self._takes_fingerprint = options.fingerprint
         self._skips = SkippedElements() if options.on_error == "skip" else None
-        self._clock = StatsRecorder()
-        self._turn = MutualExclusion()
+        self._recorder = StatsRecorder()
+        self._mutex = MutualExclusion()
         self._is_closed = False
-        self._by_policy = shared
-        self._element: str | None = None  # the outline of what has been, or is to be delivered
-        self._begin(shared, EpochPosition(epoch, 0))
+        self._policy_sharding = sharding
+        self._element: str | None = None  # the outline of the elements, once it is known
+        self._begin(sharding, EpochPosition(epoch, 0))
 
     def _begin(
-        self, shared: Sharding, place: EpochPosition, lanes: list[int] | None = None
+        self, sharding: Sharding, epoch_position: EpochPosition, lanes: list[int] | None = None
     ) -> None:
-        """Read from a place on; ``lanes`` says how far each lane of files is, if there are any."""
-        if shared.policy is AutoShardPolicy.FILE and lanes is None:
+        """Begin at a position; ``lanes`` holds the position in each lane of files, if any."""
+        if sharding.policy is AutoShardPolicy.FILE and lanes is None:
             lanes = [0] * self._share.num_workers
-        self._shared = shared
+        self._sharding = sharding
         self._lanes = None if lanes is None else list(lanes)
         self._states: list[dict[str, Any]] = []  # of workers with datasets of their own
         self._has_ended = False
         self._has_begun = self._is_outlined = False
         self._empty: Any = None
-        # Lanes count from where they begin, since that is all they know of what was before.
-        self._num_steps = place.position
-        own = place if lanes is None else EpochPosition(place.epoch, 0)
+        # With lanes the fetcher counts steps from 0: only the positions in the lanes were saved.
+        self._num_steps = epoch_position.position
+        own = epoch_position if lanes is None else EpochPosition(epoch_position.epoch, 0)
         count = self._share.num_local if self._is_dealt else 1
-        self._feed = Fetcher(shared.node, own, self._prefetch, count, self._skips)
+        self._fetcher = Fetcher(sharding.node, own, self._prefetch, count, self._skips)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Any:
         self._check_context("next(iterator)")
-        return self._turn.take(self._advance)
+        return self._mutex.run(self._advance)
 
     def get_next_as_optional(self) -> DistributedOptional:
-        """Return the next batch, or at the end, and ever after it, an object without one."""
+        """Return the next batch as an optional, which is empty from the end of the epoch on."""
         self._check_context("get_next_as_optional")
         try:
-            return DistributedOptional(self._turn.take(self._advance))
+            return DistributedOptional(self._mutex.run(self._advance))
         except StopIteration:
             return DistributedOptional()
 
     @property
     def element_spec(self) -> Any:
-        """What an element holds: its nest, of ``PerReplica`` of shape and dtype.
+        """Structure of an element: a pytree of ``PerReplica`` of shape and dtype.
 
-        The leading length is None, since parts of a batch may differ in length. It looks at the
-        first element of the epoch, and leaves the iterator where it is; ``DatasetError`` if there
-        is none.
+        The leading length is None, since parts of a batch may differ in length. It is read off the
+        first element of the epoch, without moving the iterator; ``DatasetError`` if there is none.
         """
         self._check_open("element_spec")
-        return self._turn.take(self._spec)
+        return self._mutex.run(self._spec)
 
     def _spec(self) -> Any:
         try:
-            # What a live source has given to another cursor, this one would never see.
-            fresh = Cursor(self._node, self._feed.place.epoch)
-            first = fresh.peek() if self._is_resumable else self._feed.peek()
+            # Elements that a live source gives to another cursor would be lost to this iterator.
+            fresh = Cursor(self._node, self._fetcher.epoch_position.epoch)
+            first = fresh.peek() if self._is_resumable else self._fetcher.peek()
         except StopIteration:
-            raise DatasetError("element_spec: the dataset is empty; nothing tells") from None
+            raise DatasetError(
+                "element_spec: expected at least one element to inspect; the dataset is empty"
+            ) from None
         leaves, spec = flatten(first)
-        held = [np.asarray(leaf) for leaf in leaves]
+        arrays = [np.asarray(leaf) for leaf in leaves]
         count = self._share.num_local
         return spec.unflatten(
-            self._dealer.together([Spec((None, *a.shape[1:]) if a.ndim else (), a.dtype)] * count)
-            for a in held
+            self._splitter.per_replica(
+                [Spec((None, *a.shape[1:]) if a.ndim else (), a.dtype)] * count
+            )
+            for a in arrays
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, as a small dict that JSON can hold; the same on every worker.
+        """Return the position as a small JSON-serializable dict, the same on every worker.
 
-        It fits every iterator over a dataset built alike, on any number of replicas and workers.
-        Two exceptions: where workers have datasets of their own
-        (``distribute_datasets_from_function``), or each reads everything (``"off"``), it fits as
-        many workers.
+        Any iterator over a dataset built in the same way can load it, on any number of replicas
+        and workers. Two exceptions need the same number of workers: datasets made per worker
+        (``distribute_datasets_from_function``), and ``"off"``, where each worker reads everything.
         """
         if not self._is_resumable:
-            return self._state()  # which says why not, and waits for nobody
-        return self._turn.take(self._state)
+            return self._state()  # raises, without waiting for another thread
+        return self._mutex.run(self._state)
 
     def _state(self) -> dict[str, Any]:
         if self._is_dealt and self._share.num_workers > 1:
-            return write_workers_state(self._node, self._place.epoch, self._states)
+            return write_workers_state(self._node, self._epoch_position.epoch, self._states)
         return self._own_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the next ``iter()`` of the dataset is the epoch after it.
+        """Move to a saved position; the next ``iter()`` of the dataset is the epoch after it.
 
         Datasets without random access (``from_iterable``, ``filter``) are replayed from their
-        start by the next ``next()``. Every worker loads the same state.
+        start by the next ``next()``. Every worker must load the same state.
+
+        Parameters
+        ----------
+        state : dict
+            The result of :meth:`state_dict`.
 
         Raises
         ------
         DatasetError
-            It is not a state, or that of another pipeline. Nothing has changed.
+            It is not a state, or the state of another pipeline. Nothing has changed.
         """
         self._check_open("load_state_dict")
-        self._turn.take(functools.partial(self._load, state))
+        self._mutex.run(functools.partial(self._load, state))
 
     def _load(self, state: dict[str, Any]) -> None:
         share = self._share
@@ -222,31 +228,31 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
         check_same("element", self._element, saved.element)
         if saved.fingerprint is not None:
             check_same("fingerprint", self._fingerprint, saved.fingerprint)
-        place, lanes = saved.place, saved.lanes
-        shared = self._by_policy
+        epoch_position, lanes = saved.epoch_position, saved.lanes
+        sharding = self._policy_sharding
         if lanes is not None:
-            shared = sharding.by_files(self._node, share, lanes, "as when the state was saved")
-        elif place.position and shared.policy is AutoShardPolicy.FILE:
-            shared = sharding.by_elements(self._node, share, "as when the state was saved")
-        self._feed.close()
-        self._begin(shared, place, lanes)
+            sharding = by_files(self._node, share, lanes, "as when the state was saved")
+        elif epoch_position.position and sharding.policy is AutoShardPolicy.FILE:
+            sharding = by_elements(self._node, share, "as when the state was saved")
+        self._fetcher.close()
+        self._begin(sharding, epoch_position, lanes)
         self._states = states
         self._element = saved.element
-        self._on_load(place.epoch)
+        self._on_load(epoch_position.epoch)
 
     def close(self) -> None:
-        """Let go of the source; may be called twice.
+        """Release the source; may be called twice.
 
-        Another thread that waits for an element gets a :class:`DatasetError` instead.
+        In another thread that waits for an element a :class:`DatasetError` is raised.
         """
         self._is_closed = True
-        self._feed.stop()
-        self._turn.end(self._feed.close, self._feed.stop)
-        self._feed.wait()
+        self._fetcher.stop()
+        self._mutex.close(self._fetcher.close, self._fetcher.stop)
+        self._fetcher.wait()
 
     def stats(self) -> InputStats:
-        """Return what fetching has cost since the iterator was made."""
-        return self._clock.stats(self._feed.ahead, self._feed.depth, self._skips)
+        """Return the fetching statistics since the iterator was made."""
+        return self._recorder.stats(self._fetcher.prefetcher, self._fetcher.depth, self._skips)
 
     def __enter__(self) -> Self:
         self._check_open("with")
@@ -264,22 +270,26 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
         closed = ", closed" if self._is_closed else ""
         return (
             f"DistributedIterator({self._node!r}, num_replicas={self._share.num_replicas}, "
-            f"epoch={self._place.epoch}, position={self._place.position}{closed})"
+            f"epoch={self._epoch_position.epoch}, position={self._epoch_position.position}{closed})"
         )
 
     @property
-    def _place(self) -> EpochPosition:
-        place = self._feed.place
-        return place if self._lanes is None else EpochPosition(place.epoch, self._num_steps)
+    def _epoch_position(self) -> EpochPosition:
+        epoch_position = self._fetcher.epoch_position
+        return (
+            epoch_position
+            if self._lanes is None
+            else EpochPosition(epoch_position.epoch, self._num_steps)
+        )
 
     @property
     def _state_node(self) -> Node:
-        """The pipeline that a position belongs to: who reads everything has one of its own."""
-        is_off = self._by_policy.policy is AutoShardPolicy.OFF
-        return self._by_policy.node if is_off else self._node
+        """The pipeline that a position refers to: under ``"off"`` the worker's own batches."""
+        is_off = self._policy_sharding.policy is AutoShardPolicy.OFF
+        return self._policy_sharding.node if is_off else self._node
 
     def _outline(self, element: Any) -> None:
-        """Note what the elements are, which a saved state may know already."""
+        """Record the outline of the elements; compare it with that of a loaded state."""
         found = kinds_of(element)
         check_same("element", found, self._element)
         self._element, self._is_outlined = found, True
@@ -290,7 +300,7 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
 
     def _own_state(self) -> dict[str, Any]:
         return write_state(
-            self._state_node, self._place, self._lanes, self._element, self._fingerprint
+            self._state_node, self._epoch_position, self._lanes, self._element, self._fingerprint
         )
 
     def _check_open(self, member: str) -> None:
@@ -307,106 +317,110 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
             self._agree_on_start()
         began = time.perf_counter()
         try:
-            if self._shared.needs_agreement:
+            if self._sharding.needs_agreement:
                 elements, nest = self._advance_together()
-                self._clock.count(began, elements)
+                self._recorder.count(began, elements)
                 return nest
-            elements = self._feed.take()
+            elements = self._fetcher.take()
             if not self._is_outlined:
                 self._outline(elements[0])
-            nest = self._dealer.deal(elements, self._clock)
-            self._clock.count(began, elements)
-            self._feed.confirm()  # last, so that an interrupt of what comes before loses no batch
+            nest = self._splitter.split(elements, self._recorder)
+            self._recorder.count(began, elements)
+            self._fetcher.confirm()  # last, so that an interrupt before it loses no batch
             return nest
         finally:
-            if self._is_closed:  # meanwhile, by a thread that may not have waited for this one
-                self._feed.close()
+            if self._is_closed:  # by another thread, which may not have waited for this one
+                self._fetcher.close()
 
     def _agree_on_start(self) -> None:
-        """Make sure that all workers are about to read the same."""
+        """Check that all workers are about to read the same data from the same position."""
         if self._share.num_workers > 1:
-            place = self._place
-            own = StartReport((), None, place.epoch, 0)
+            epoch_position = self._epoch_position
+            own = StartReport((), None, epoch_position.epoch, 0)
             if not self._is_dealt:
                 own = StartReport(
-                    self._node.pipeline, self._node.length, *place[:2], self._fingerprint
+                    self._node.pipeline, self._node.length, *epoch_position[:2], self._fingerprint
                 )
             agree_on_start(self._exchange, own)
         self._has_begun = True
 
     def _advance_together(self) -> tuple[list[Any], Any]:
-        """Take a step with all workers, or end with all of them."""
+        """Take a step in lockstep with all workers, or end with all of them."""
         if self._has_ended:
             raise StopIteration
-        before = self._feed.place
+        before = self._fetcher.epoch_position
         try:
             return self._take_step()
         except StopIteration:
             raise
         except BaseException:
-            # What a live source gave has not been confirmed, and comes again by itself.
+            # The elements of a live source were not confirmed, so they are returned again.
             if self._is_resumable:
-                self._feed.move_to(before)
-            self._has_begun = False  # all try again, and compare first where they are
+                self._fetcher.move_to(before)
+            self._has_begun = False  # Before the next try all workers compare their positions.
             raise
 
     def _take_step(self) -> tuple[list[Any], Any]:
         try:
             elements, nest = self._take_own()
         except Exception as error:
-            report(self._exchange, error)
+            report_failure(self._exchange, error)
             raise
-        own = StepReport(self._feed.place.epoch, 0, bool(elements), self._progress(), self._empty)
+        own = StepReport(
+            self._fetcher.epoch_position.epoch, 0, bool(elements), self._progress(), self._empty
+        )
         if self._lanes is not None:
             own = own._replace(step=self._num_steps)
-        words = agree(self._exchange, own)
-        have = [word.has_batch for word in words]
-        if not any(have) or (self._shared.ends_with_first and not all(have)):
+        reports = agree_on_step(self._exchange, own)
+        have = [report.has_batch for report in reports]
+        if not any(have) or (self._sharding.ends_with_first and not all(have)):
             self._has_ended = True
             raise StopIteration
-        self._note(words)
+        self._record_progress(reports)
         if not elements:
-            return elements, self._dealer.deal_empty(self._empty, self._clock)
+            return elements, self._splitter.split_empty(self._empty, self._recorder)
         if not self._is_resumable:
-            self._feed.confirm()
+            self._fetcher.confirm()
         return elements, nest
 
     def _take_own(self) -> tuple[list[Any], Any]:
-        """Return what this worker has for the step, and its parts; nothing at its end."""
+        """Return this worker's elements for the step, and their parts; ([], None) at its end."""
         try:
-            elements = self._feed.take()
+            elements = self._fetcher.take()
         except StopIteration:
             return [], None
         if not self._is_outlined:
             self._outline(elements[0])
-        nest = self._dealer.deal(elements, self._clock)
+        nest = self._splitter.split(elements, self._recorder)
         if self._empty is None:
-            self._empty = self._dealer.empty(elements[0])
+            self._empty = self._splitter.empty_like(elements[0])
         if self._is_resumable:
-            self._feed.confirm()  # since others are told where that leads to
+            self._fetcher.confirm()  # The report to the other workers holds the new position.
         return elements, nest
 
     def _progress(self) -> Any:
         if self._is_dealt:
-            with contextlib.suppress(DatasetError):  # only who asks for a state needs one
+            with contextlib.suppress(DatasetError):  # raised only when a state is requested
                 return self._own_state()
             return None
         if self._lanes is None:
             return None
-        own, memory = self._shared.own_lanes, self._feed.place.memory
+        own, memory = self._sharding.own_lanes, self._fetcher.epoch_position.memory
         positions = memory[-1][2] if memory else [self._lanes[lane] for lane in own]
         return dict(zip(own, positions, strict=True))
 
-    def _note(self, words: list[StepReport]) -> None:
-        """Keep how far all workers are."""
+    def _record_progress(self, reports: list[StepReport]) -> None:
+        """Record the progress of all workers."""
         if self._empty is None:
-            self._empty = next((word.empty for word in words if word.empty is not None), None)
+            self._empty = next(
+                (report.empty for report in reports if report.empty is not None), None
+            )
         if self._element is None and self._empty is not None:
             self._outline(self._empty)
         if self._is_dealt:
-            self._states = [word.progress for word in words]
+            self._states = [report.progress for report in reports]
         elif self._lanes is not None:
             self._num_steps += 1
-            for word in words:
-                for lane, position in word.progress.items():
+            for report in reports:
+                for lane, position in report.progress.items():
                     self._lanes[lane] = position

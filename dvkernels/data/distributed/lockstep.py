@@ -1,6 +1,6 @@
-"""What workers tell each other before the first step, and where needed at each.
+"""Lockstep of the workers: before the first step, and where needed at each, they compare reports.
 
-All of them take a step or none does.
+Either all workers take a step, or none does.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ from dvkernels import user_errors
 from dvkernels.data.node import Length
 from dvkernels.errors import DatasetError
 
-__all__ = ["Exchange", "StartReport", "StepReport", "agree", "agree_on_start", "report"]
+__all__ = [
+    "Exchange",
+    "StartReport",
+    "StepReport",
+    "agree_on_start",
+    "agree_on_step",
+    "report_failure",
+]
 
-# Given a small object, returns those of all workers, in their order.
+# All-gather of a small object: returns the objects of all workers, in order.
 Exchange = Callable[[Any], list[Any]]
 
 
 class StartReport(NamedTuple):
-    """What a worker is about to read, and from where."""
+    """Report of a worker before its first step: what it is about to read, and from where."""
 
     pipeline: tuple[str, ...]
     length: Length
@@ -30,30 +37,30 @@ class StartReport(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What a worker tells the others about its step."""
+    """Report of a worker about its step."""
 
     epoch: int = 0
-    step: int = 0  # of the epoch; 0 where workers count elements of their own
+    step: int = 0  # in the epoch; 0 where the workers have datasets of their own
     has_batch: bool = False
     progress: Any = None  # of this worker: {lane: position}, or the state of its own dataset
-    empty: Any = None  # an element without rows, for those that have none left
+    empty: Any = None  # an element without rows, for the workers that have none left
     failure: str | None = None
 
 
-def report(exchange: Exchange, error: Exception) -> None:
-    """Tell the others that this worker has failed; :func:`agree` raises there."""
+def report_failure(exchange: Exchange, error: Exception) -> None:
+    """Report to the other workers that this one failed; :func:`agree_on_step` raises there."""
     exchange(StepReport(failure=user_errors.in_words(error)))
 
 
 def agree_on_start(exchange: Exchange, own: StartReport) -> None:
-    """Tell the others what is about to be read; return if it is the same everywhere.
+    """Check that all workers are about to read the same data from the same position.
 
     Raises
     ------
     DatasetError
-        It is not: on every worker alike, so that none takes a step.
+        They are not. Raised on every worker, so that none takes a step.
     """
-    starts: list[StartReport] = _of_one_kind(exchange(own))
+    starts: list[StartReport] = _check_kinds(exchange(own))
     for name, remedy in _REMEDIES.items():
         found = [getattr(start, name) for start in starts]
         if all(value == found[0] for value in found):
@@ -61,7 +68,7 @@ def agree_on_start(exchange: Exchange, own: StartReport) -> None:
         if name == "pipeline":
             name, found = _first_difference(found)
         raise DatasetError(
-            f"next(iterator): expected one dataset, at one place, on all workers; its {name} is "
+            f"next(iterator): expected one dataset, at one position, on all workers; its {name} is "
             f"{_by_worker(found)}; {remedy}. No worker has taken the step"
         )
 
@@ -79,16 +86,16 @@ _REMEDIES = {
 
 
 def _first_difference(pipelines: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
-    """Return which link of the pipelines differs, and what it is on each worker."""
+    """Return the name of the first link that differs, and the link on each worker."""
     links = itertools.zip_longest(*pipelines, fillvalue="missing")
-    place, found = next(
-        (place, list(link)) for place, link in enumerate(links) if len(set(link)) > 1
+    index, found = next(
+        (index, list(link)) for index, link in enumerate(links) if len(set(link)) > 1
     )
-    return f"link {place}", found
+    return f"link {index}", found
 
 
 def _by_worker(found: Sequence[Any]) -> str:
-    """Say which workers have which value: ``3 on workers 0 and 2, 4 on worker 1``."""
+    """Return a text of the values by worker: ``3 on workers 0 and 2, 4 on worker 1``."""
     holders: dict[Any, list[str]] = {}
     for worker, value in enumerate(found):
         holders.setdefault(value, []).append(str(worker))
@@ -98,47 +105,49 @@ def _by_worker(found: Sequence[Any]) -> str:
     )
 
 
-def _of_one_kind(words: list[Any]) -> list[Any]:
-    """Return what the workers told each other; raise if one failed, or told something else."""
-    for worker, word in enumerate(words):
-        if isinstance(word, StepReport) and word.failure is not None:
+def _check_kinds(reports: list[Any]) -> list[Any]:
+    """Return the reports; raise if a worker failed, or if their kinds differ."""
+    for worker, report in enumerate(reports):
+        if isinstance(report, StepReport) and report.failure is not None:
             raise DatasetError(
-                f"worker {worker} could not read its batch: {word.failure}; no worker has "
+                f"worker {worker} could not read its batch: {report.failure}; no worker has "
                 f"taken the step, and next() tries it again"
             )
-    beginning = [str(worker) for worker, word in enumerate(words) if isinstance(word, StartReport)]
-    if len(beginning) not in (0, len(words)):
+    beginning = [
+        str(worker) for worker, report in enumerate(reports) if isinstance(report, StartReport)
+    ]
+    if len(beginning) not in (0, len(reports)):
         raise DatasetError(
             f"next(iterator): expected all workers to be at the same step of one dataset; worker "
             f"{' and '.join(beginning)} begins an iterator, or has loaded a state, and others are "
             f"in the middle of one; call iter(), next() and load_state_dict() alike on every worker"
         )
-    return words
+    return reports
 
 
-def agree(exchange: Exchange, own: StepReport) -> list[StepReport]:
-    """Tell the others; return the words of all workers if they fit together.
+def agree_on_step(exchange: Exchange, own: StepReport) -> list[StepReport]:
+    """Exchange the reports of a step, and return those of all workers if they are consistent.
 
     Raises
     ------
     DatasetError
-        They do not: on every worker alike, so that none takes the step.
+        They are not. Raised on every worker, so that none takes the step.
     """
-    words: list[StepReport] = _of_one_kind(exchange(own))
-    for worker, word in enumerate(words):
-        if word[:2] != words[0][:2]:
+    reports: list[StepReport] = _check_kinds(exchange(own))
+    for worker, report in enumerate(reports):
+        if report[:2] != reports[0][:2]:
             raise DatasetError(
                 f"next(iterator): expected all workers to be at the same step; worker 0 is at step "
-                f"{words[0].step} of epoch {words[0].epoch}, worker {worker} at step {word.step} "
-                f"of epoch {word.epoch}; call iter() and next() equally often on every worker, and "
-                f"load the same state on all of them"
+                f"{reports[0].step} of epoch {reports[0].epoch}, worker {worker} at step "
+                f"{report.step} of epoch {report.epoch}; call iter() and next() equally often on "
+                f"every worker, and load the same state on all of them"
             )
-    ended = [worker for worker, word in enumerate(words) if not word.has_batch]
-    having = [word for word in words if word.has_batch]
-    if ended and any(word.empty is None for word in having):
+    ended = [worker for worker, report in enumerate(reports) if not report.has_batch]
+    having = [report for report in reports if report.has_batch]
+    if ended and any(report.empty is None for report in having):
         raise DatasetError(
             f"distribute_datasets_from_function: worker {ended[0]} has no elements left while "
             f"others have, and elements that are no batches have no empty part; batch the "
             f"datasets, or make them equally long with take()"
         )
-    return words
+    return reports

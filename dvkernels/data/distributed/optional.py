@@ -1,4 +1,4 @@
-"""A batch, or the lack of one."""
+"""Optional batch: the result of ``get_next_as_optional``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ __all__ = ["DistributedOptional"]
 
 
 class DistributedOptional:
-    """A batch, or the lack of one at the end of an epoch."""
+    """Optional batch, which is empty at the end of an epoch."""
 
-    __slots__ = ("_held",)
+    __slots__ = ("_value",)
 
-    def __init__(self, *held: Any) -> None:
-        self._held = held
+    def __init__(self, *value: Any) -> None:
+        self._value = value
 
     def has_value(self) -> bool:
-        """Tell whether there is a batch."""
-        return bool(self._held)
+        """Return whether there is a batch."""
+        return bool(self._value)
 
     def get_value(self) -> Any:
         """Return the batch; :class:`DatasetError` if there is none."""
-        if not self._held:
+        if not self._value:
             raise DatasetError(
                 "get_value: expected a batch; got none, the epoch is over; ask has_value() first"
             )
-        return self._held[0]
+        return self._value[0]
 
     def __repr__(self) -> str:
-        return f"DistributedOptional({repr(self._held[0]) if self._held else ''})"
+        return f"DistributedOptional({repr(self._value[0]) if self._value else ''})"

@@ -1,4 +1,4 @@
-"""How a dataset is distributed and fetched."""
+"""Input options: sharding policy, prefetching and error policy of a distributed dataset."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["AutoShardPolicy", "InputOptions"]
 
 
 class AutoShardPolicy(NamedEnum):
-    """How several workers share a dataset; one worker takes all of it."""
+    """Policy by which several workers share a dataset; a single worker takes all of it."""
 
-    AUTO = "auto"  # by files where there are enough of them, else by elements
+    AUTO = "auto"  # by files where the dataset allows it, else by rows
     FILE = "file"
     DATA = "data"
     OFF = "off"  # every worker reads everything
@@ -28,31 +28,30 @@ class InputOptions:
     Attributes
     ----------
     prefetch : int or None
-        How many batches a thread holds ready; 0 for none. None: what the dataset's own
-        ``prefetch`` says, else none.
+        How many batches a thread keeps ready; 0 for none. None: as many as the dataset's own
+        ``prefetch`` sets, else none.
     auto_shard_policy : AutoShardPolicy or str
-        How several workers share the dataset; one worker takes all of it. ``"data"``: each takes
-        its rows of each global batch. ``"file"``: each reads files of its own. ``"auto"``: by
-        files where the dataset allows it, its files are sequential and no remainder is dropped,
+        How several workers share the dataset; a single worker takes all of it. ``"data"``: each
+        takes its rows of each global batch. ``"file"``: each reads files of its own. ``"auto"``:
+        by files where the dataset allows it, its files are sequential and no remainder is dropped,
         else by rows. ``"off"``: each worker reads everything. See
         :class:`dvkernels.data.distributed.dataset.DistributedDataset`.
     prefetch_to_device : bool
         Copy the parts of batches to the GPUs of their replicas, through page-locked memory, while
-        these still compute; else they stay arrays of NumPy. Those of CPU replicas are there by
-        themselves.
+        the GPUs still compute; else the parts stay NumPy arrays. CPU replicas need no copy.
     on_error : {"raise", "skip"}
-        What to do with an element whose source or transform raises: raise, with a note that
-        names it, or leave it out and go on; ``iterator.stats()`` counts and lists those. What
-        fails in a source that can only be gone through in order, or on a side of a ``zip`` with
-        one, is raised in any case: nobody can tell what would come behind it.
+        Policy for an element whose source or transform raises: raise the error with a note that
+        names the element, or skip the element; ``iterator.stats()`` counts and lists the skipped
+        ones. An error in a sequential source, or in a ``zip`` with a sequential source, is always
+        raised, since the elements behind it cannot be determined.
     fingerprint : bool
-        Compare the data too: between the workers before the first step, and with those of a state
-        that is loaded, if it was saved with this option. Found are other values and another order,
-        of which pipelines know nothing. It reads, once per dataset: all bytes of ``from_arrays``
-        (about a second per GB); 4096 elements of ``from_sequence``, spread over its length, or all
-        if there are no more; of each file its size and 16 blocks of 4 KiB; the first 256 elements
-        of what can only be gone through in order. So a few single elements that differ in much
-        data may be missed. Nothing is read of ``from_live``.
+        Compare the data too: between the workers before the first step, and with those of a loaded
+        state that was saved with this option. This detects differing values and orders, which the
+        description of a pipeline does not contain. It reads, once per dataset: all bytes of
+        ``from_arrays`` (about a second per GB); 4096 elements of ``from_sequence``, spread over
+        its length, or all if there are fewer; of each file its size and 16 blocks of 4 KiB; the
+        first 256 elements of a sequential source. So a few differing elements in a large dataset
+        may be missed. Nothing is read of ``from_live``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The rows of one worker, of every global batch."""
+"""Row shards: one worker's rows of every global batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["RowShard"]
 
 
 class RowShard(Node):
-    """Of every batch the rows of one worker.
+    """Node that keeps one worker's rows of every batch.
 
-    The batches and their order are those of the source, so that a position means the same on
-    every worker, and on any number of them. Of a batch of elements with random access no other
-    rows are computed.
+    The batches and their order are those of the source, so a position means the same on every
+    worker and on any number of workers. Where the batched elements have random access, the rows
+    of other workers are not computed.
     """
 
     source: Node
@@ -36,7 +36,7 @@ class RowShard(Node):
         return self.source.pipeline
 
     def element(self, index: int, epoch: int) -> Any:
-        return self.source.part(index, epoch, self._share.rows)
+        return self.source.select_rows(index, epoch, self._share.rows)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
         if self.random_access:

@@ -1,4 +1,4 @@
-"""Which part of a dataset a worker reads."""
+"""Sharding of a dataset: the pipeline of one worker, by rows, by files, or all of it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dvkernels.errors import DatasetError
 
 __all__ = ["Sharding", "by_elements", "by_files", "shard"]
 
-_VERB = "distribute_dataset"
+_MEMBER = "distribute_dataset"
 
 
 class Sharding(NamedTuple):
-    """What a worker goes through, and whether the others' ends depend on what it finds there."""
+    """The pipeline of one worker, and whether the workers must agree at each step."""
 
     policy: AutoShardPolicy  # never AUTO
     node: Node
     needs_agreement: bool
-    why: str
-    own_lanes: range = range(0)  # of the files
-    ends_with_first: bool = False  # whether all end as soon as one worker does
+    reason: str
+    own_lanes: range = range(0)  # the lanes of files that the worker reads
+    ends_with_first: bool = False  # whether all workers end as soon as one does
 
 
 class _FileChain(NamedTuple):
-    """A chain that can be cut by files: files, transforms, a batch, transforms of batches."""
+    """Chain that can be sharded by files: files, transforms, a batch, transforms of batches."""
 
     whole: Node
     batch: Batch
@@ -41,22 +41,22 @@ class _FileChain(NamedTuple):
 
 
 def shard(node: Node, share: WorkerShare, policy: AutoShardPolicy) -> Sharding:
-    """Return what the worker of ``share`` reads of a dataset.
+    """Return the sharding of a dataset for the worker of ``share``.
 
     Raises
     ------
     DatasetError
-        The policy does not fit the dataset; the message says why and which one does.
+        The policy does not fit the dataset; the message says why and which policy does.
     """
     if share.num_workers == 1:
         return Sharding(AutoShardPolicy.OFF, node, False, "there is one worker")
     if policy is AutoShardPolicy.OFF:
-        return _off(node, share)
-    if node.why_not_resumed is not None:
+        return _read_everything(node, share)
+    if node.why_not_resumable is not None:
         raise DatasetError(
-            f"{_VERB}: expected a dataset that every worker can read alike; got {node!r}, of which "
-            f"each worker would see and drop other elements; pass auto_shard_policy='off', so that "
-            f"each worker delivers what its own source gives"
+            f"{_MEMBER}: expected a dataset that every worker can read alike; got {node!r}, of "
+            f"which each worker would see and drop other elements; pass auto_shard_policy='off', "
+            f"so that each worker delivers the elements of its own source"
         )
     if policy is AutoShardPolicy.DATA:
         return by_elements(node, share, "asked for")
@@ -64,7 +64,7 @@ def shard(node: Node, share: WorkerShare, policy: AutoShardPolicy) -> Sharding:
     if policy is AutoShardPolicy.FILE:
         if fault is not None:
             raise DatasetError(
-                f"{_VERB}: auto_shard_policy='file' cannot be applied to {node!r}: {fault}; use "
+                f"{_MEMBER}: auto_shard_policy='file' cannot be applied to {node!r}: {fault}; use "
                 f"'auto' or 'data', which let every worker take its rows of each batch"
             )
         return by_files(node, share, [0] * share.num_workers, "asked for")
@@ -79,16 +79,16 @@ def shard(node: Node, share: WorkerShare, policy: AutoShardPolicy) -> Sharding:
     return by_files(node, share, [0] * share.num_workers, "every worker has files of its own")
 
 
-def by_elements(node: Node, share: WorkerShare, why: str) -> Sharding:
-    """Give the worker its rows of every global batch."""
-    return Sharding(AutoShardPolicy.DATA, RowShard(node, share), False, why)
+def by_elements(node: Node, share: WorkerShare, reason: str) -> Sharding:
+    """Return the sharding by rows: the worker's rows of every global batch."""
+    return Sharding(AutoShardPolicy.DATA, RowShard(node, share), False, reason)
 
 
-def by_files(node: Node, share: WorkerShare, positions: Sequence[int], why: str) -> Sharding:
-    """Give the worker its lanes of the files.
+def by_files(node: Node, share: WorkerShare, positions: Sequence[int], reason: str) -> Sharding:
+    """Return the sharding by files: the worker's lanes.
 
-    ``positions`` says how many elements of each lane have been delivered, by whomever; there are
-    as many lanes as there were workers when the epoch began.
+    ``positions`` holds the number of elements of each lane that have been delivered, by any
+    worker; there are as many lanes as there were workers when the epoch began.
     """
     chain = _file_chain(node)
     if isinstance(chain, str):
@@ -102,41 +102,46 @@ def by_files(node: Node, share: WorkerShare, positions: Sequence[int], why: str)
         readers = [worker for worker, count in enumerate(num_rows) if count]
         own = range(readers.index(share.worker), len(positions), len(readers))
     lanes = FileShards(
-        [chain.elements.onto(chain.files, chain.files.only(lane, len(positions))) for lane in own],
+        [
+            chain.elements.replace_link(chain.files, chain.files.strided(lane, len(positions)))
+            for lane in own
+        ],
         [positions[lane] for lane in own],
         num_rows[share.worker],
         chain.batch.drops_remainder,
     )
-    local = chain.whole.onto(chain.batch, lanes)
+    local = chain.whole.replace_link(chain.batch, lanes)
     drops = chain.batch.drops_remainder
-    return Sharding(AutoShardPolicy.FILE, local, True, why, own, ends_with_first=drops)
+    return Sharding(AutoShardPolicy.FILE, local, True, reason, own, ends_with_first=drops)
 
 
-def _off(node: Node, share: WorkerShare) -> Sharding:
-    """Let the worker read everything, in batches of its share of the global batch."""
-    why = "asked for"
+def _read_everything(node: Node, share: WorkerShare) -> Sharding:
+    """Return the sharding of a worker that reads everything, in batches of its share."""
+    reason = "asked for"
     batch = _batch_of(node)
     if isinstance(batch, str):
-        if node.why_not_resumed is None:
+        if node.why_not_resumable is None:
             raise DatasetError(
-                f"{_VERB}: auto_shard_policy='off' needs to know the global batch, of which each "
+                f"{_MEMBER}: auto_shard_policy='off' needs to know the global batch, of which each "
                 f"worker takes its share; {node!r} {batch}; use 'data'"
             )
-        return Sharding(AutoShardPolicy.OFF, node, True, why)  # a live source makes own batches
+        return Sharding(
+            AutoShardPolicy.OFF, node, True, reason
+        )  # a live source makes its own batches
     num_rows = share.num_rows(batch.size)
     if len(set(num_rows)) > 1:
         raise DatasetError(
-            f"{_VERB}: auto_shard_policy='off' needs a global batch of which every worker gets as "
-            f"much, or they would take different numbers of steps; got batch({batch.size}) for "
-            f"{share.num_replicas} replicas of {share.num_workers} workers; give the workers as "
-            f"many replicas each and choose a multiple of {share.num_replicas}, or use 'data'"
+            f"{_MEMBER}: auto_shard_policy='off' needs a global batch of which every worker gets "
+            f"as much, or they would take different numbers of steps; got batch({batch.size}) for "
+            f"{share.num_replicas} replicas of {share.num_workers} workers; give all workers the "
+            f"same number of replicas and choose a multiple of {share.num_replicas}, or use 'data'"
         )
-    local = node.onto(batch, Batch(batch.source, num_rows[0], batch.drops_remainder))
-    return Sharding(AutoShardPolicy.OFF, local, node.why_not_resumed is not None, why)
+    local = node.replace_link(batch, Batch(batch.source, num_rows[0], batch.drops_remainder))
+    return Sharding(AutoShardPolicy.OFF, local, node.why_not_resumable is not None, reason)
 
 
 def _batch_of(node: Node) -> Batch | str:
-    """Return the last batch() of a chain, or what stands in its way."""
+    """Return the last batch() of a chain, or a text that says what follows it."""
     while not isinstance(node, Batch):
         if not isinstance(node, Map | Prefetch):
             return f"has {node.describe()} where batch() is needed"

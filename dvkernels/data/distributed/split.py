@@ -1,4 +1,4 @@
-"""How elements become one part per replica."""
+"""Split of the elements of a step into one part per replica."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["Splitter"]
 
 
 class Splitter:
-    """Makes nests of ``PerReplica`` for the replicas of this worker.
+    """Splitter of batches into pytrees of ``PerReplica`` for the replicas of this worker.
 
     Parameters
     ----------
     num_local : int
-        How many these are.
+        The number of local replicas.
     devices : iterable of Device, or None
-        Of the local replicas.
+        The devices of the local replicas.
     owner : object
-        Handed on to every ``PerReplica``.
-    conveyor : DeviceCopier, optional
-        Brings the parts to their devices; they stay on the host if it is not given.
+        Passed to every ``PerReplica``.
     is_dealt : bool
-        Elements are the replicas' own batches, to be dealt in turn, not batches to be cut.
+        The elements are batches of single replicas, assigned to them in turn, not global batches.
+    copier : DeviceCopier, optional
+        Copies the parts to their devices; without it they stay on the host.
     """
 
     def __init__(
@@ -42,56 +42,56 @@ class Splitter:
         devices: Iterable[Any] | None,
         owner: object,
         is_dealt: bool,
-        conveyor: DeviceCopier | None = None,
+        copier: DeviceCopier | None = None,
     ) -> None:
         self._num_local = num_local
         self._devices = devices
         self._owner = owner
         self._is_dealt = is_dealt
-        self._conveyor = conveyor
-        self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # of the latest length
+        self._copier = copier
+        self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # for the latest batch length
 
-    def deal(self, elements: list[Any], clock: StatsRecorder) -> Any:
-        """Return the parts: views of the one batch, or the elements, one for each replica.
+    def split(self, elements: list[Any], recorder: StatsRecorder) -> Any:
+        """Return the parts: views of the one batch, or one element for each replica.
 
-        The clock counts what bringing them to devices takes.
+        The recorder adds up the time of the copies to devices.
         """
-        nest = self._hand_out(elements) if self._is_dealt else self._split(elements[0])
-        return nest if self._conveyor is None else self._carried(nest, self._conveyor, clock)
+        nest = self._assign_elements(elements) if self._is_dealt else self._split_batch(elements[0])
+        return nest if self._copier is None else self._on_devices(nest, self._copier, recorder)
 
-    def _carried(self, nest: Any, conveyor: DeviceCopier, clock: StatsRecorder) -> Any:
-        """Return the parts on their devices."""
+    def _on_devices(self, nest: Any, copier: DeviceCopier, recorder: StatsRecorder) -> Any:
+        """Return the parts, copied to their devices."""
         leaves, structure = flatten(nest)
         began = time.perf_counter()
-        columns = conveyor.carry([leaf.values for leaf in leaves])
-        clock.count_copy(time.perf_counter() - began)
-        return structure.unflatten([self.together(column) for column in columns])
+        columns = copier.copy([leaf.values for leaf in leaves])
+        recorder.count_copy(time.perf_counter() - began)
+        return structure.unflatten([self.per_replica(column) for column in columns])
 
-    def empty(self, element: Any) -> Any:
-        """Return an element like ``element`` without rows; None where there are no rows."""
+    def empty_like(self, element: Any) -> Any:
+        """Return an element like ``element`` without rows; None if a leaf has no leading axis."""
         leaves, structure = flatten(element)
         arrays = [np.asarray(leaf) for leaf in leaves]
         if any(array.ndim == 0 for array in arrays):
             return None
         return structure.unflatten([_without_rows(array) for array in arrays])
 
-    def deal_empty(self, empty: Any, clock: StatsRecorder) -> Any:
+    def split_empty(self, empty: Any, recorder: StatsRecorder) -> Any:
         """Return an empty part for each replica, each like ``empty``."""
-        return self.deal([empty] * (self._num_local if self._is_dealt else 1), clock)
+        return self.split([empty] * (self._num_local if self._is_dealt else 1), recorder)
 
-    def together(self, parts: list[Any]) -> PerReplica[Any]:
+    def per_replica(self, parts: list[Any]) -> PerReplica[Any]:
         """Return one value per local replica."""
         return PerReplica(parts, devices=self._devices, owner=self._owner)
 
-    def _hand_out(self, elements: list[Any]) -> Any:
-        """Give one element to each replica; those that miss one get an empty batch like it."""
+    def _assign_elements(self, elements: list[Any]) -> Any:
+        """Assign one element to each replica, and an empty batch to the replicas left over."""
         flat = [flatten(element) for element in elements]
         structure = flat[0][1]
-        for place, (_, other) in enumerate(flat):
+        for index, (_, other) in enumerate(flat):
             if other != structure:
                 raise DatasetError(
                     f"distribute_datasets_from_function: expected elements of one structure; got "
-                    f"{words_of(structure)} and, {place} later, {words_of(other)}"
+                    f"{words_of(structure)} and, {index} later, {words_of(other)}"
                 )
         columns = [list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
         missing = self._num_local - len(elements)
@@ -104,10 +104,10 @@ class Splitter:
                     f"have no empty part; batch the dataset, or drop the rest with take()"
                 )
             column += [_without_rows(array)] * missing
-        return structure.unflatten([self.together(column) for column in columns])
+        return structure.unflatten([self.per_replica(column) for column in columns])
 
-    def _split(self, batch: Any) -> Any:
-        # The most frequent nests, an array, a flat tuple or dict, are spared optree's 3 us.
+    def _split_batch(self, batch: Any) -> Any:
+        # The most frequent structures, an array or a flat tuple or dict, avoid optree's 3 us.
         if type(batch) is np.ndarray:
             return self._parts([batch], batch)[0]
         if is_flat_tuple(batch):
@@ -116,7 +116,7 @@ class Splitter:
             return dict(zip(batch, self._parts(batch.values(), batch), strict=True))
         leaves, spec = flatten(batch)
         if not leaves:
-            leading_length(batch)  # which says what is missing
+            leading_length(batch)  # raises: the batch has no array
         return spec.unflatten(self._parts(leaves, batch))
 
     def _parts(self, leaves: Iterable[Any], batch: Any) -> list[PerReplica[Any]]:
@@ -125,19 +125,19 @@ class Splitter:
         for leaf in leaves:
             shape = getattr(leaf, "shape", None)
             if not shape or shape[0] != length:
-                length = leading_length(batch)  # the same for all leaves, or an error
+                length = leading_length(batch)  # raises if the leaves differ in length
                 slices = tuple(
                     slice(start, stop) for start, stop in partition.parts(length, self._num_local)
                 )
                 self._slices = (length, slices)
             parts.append(
                 PerReplica(
-                    [leaf[where] for where in slices], devices=self._devices, owner=self._owner
+                    [leaf[rows] for rows in slices], devices=self._devices, owner=self._owner
                 )
             )
         return parts
 
 
 def _without_rows(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return no rows like those of ``array``, which does not keep it alive."""
+    """Return an array of shape (0, ...) like ``array``, which it does not keep alive."""
     return np.empty((0, *array.shape[1:]), array.dtype)

@@ -1,4 +1,4 @@
-"""How long input took, and whether it sets the pace."""
+"""Input statistics: time, bytes and batches of an iterator, and a warning if it is input-bound."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _WARN_SHARE = 0.5  # of the time between batches
 
 @dataclass(frozen=True)
 class InputStats:
-    """What an iterator has fetched, and how long that took.
+    """Input statistics of one iterator.
 
     Attributes
     ----------
     num_batches : int
-        Delivered.
+        Batches delivered.
     nbytes : int
-        Of their arrays.
+        Bytes of their arrays.
     wait_seconds : float
-        That ``next`` took.
+        Time spent in ``next`` [s].
     fetch_seconds : float
-        That computing the elements took; under prefetching it overlaps with other work.
+        Time to compute the elements [s]; with prefetching it overlaps with other work.
     copy_seconds : float
-        That the host took to copy batches to GPUs: into page-locked memory, and to start the
+        Time of the host to copy batches to GPUs [s]: to fill page-locked memory and to start the
         transfers, which overlap with other work. 0 where parts are views of the batch.
     elapsed_seconds : float
-        From the first ``next`` to the end of the last.
+        Time from the first ``next`` to the end of the last [s].
     queue_depth, prefetch : int
-        Batches held ready now, and at most.
+        Prefetched batches that are ready now, and the most there can be.
     num_skipped : int
-        Elements left out because they failed, under ``on_error="skip"``.
+        Elements that failed and were skipped, under ``on_error="skip"``.
     skipped : tuple of str
         The first hundred of them: the error, and where it happened.
     """
@@ -58,7 +58,7 @@ class InputStats:
 
 
 class StatsRecorder:
-    """Adds up what each batch took."""
+    """Recorder of the input statistics, which adds up the times of the batches."""
 
     __slots__ = ("_began", "_copied", "_ended", "_nbytes", "_num_batches", "_wait")
 
@@ -67,11 +67,11 @@ class StatsRecorder:
         self._wait = self._began = self._ended = self._copied = 0.0
 
     def count_copy(self, seconds: float) -> None:
-        """Add what a copy to devices took."""
+        """Add the time of a copy to devices."""
         self._copied += seconds
 
     def count(self, began: float, elements: list[Any]) -> None:
-        """Count a batch that was asked for at ``began``."""
+        """Count a batch that was requested at ``began``."""
         now = time.perf_counter()
         if self._num_batches == 0:
             self._began = began
@@ -91,23 +91,23 @@ class StatsRecorder:
             return
         LOGGER.warning(
             "input sets the pace: %.0f %% of the time of %d batches went into waiting for them; "
-            "hold some ready with prefetch, share the work with map(num_workers=...), or read "
+            "keep some ready with prefetch, share the work with map(num_workers=...), or read "
             "larger batches",
             100 * self._wait / elapsed, self._num_batches,
         )  # fmt: skip
 
     def stats(
-        self, ahead: Prefetcher | None, prefetch: int, skips: SkippedElements | None
+        self, prefetcher: Prefetcher | None, prefetch: int, skips: SkippedElements | None
     ) -> InputStats:
-        """Return what has been counted."""
+        """Return the statistics so far."""
         return InputStats(
             num_batches=self._num_batches,
             nbytes=self._nbytes,
             wait_seconds=self._wait,
-            fetch_seconds=self._wait if ahead is None else ahead.fetch_seconds,
+            fetch_seconds=self._wait if prefetcher is None else prefetcher.fetch_seconds,
             copy_seconds=self._copied,
             elapsed_seconds=self._ended - self._began,
-            queue_depth=0 if ahead is None else ahead.num_held,
+            queue_depth=0 if prefetcher is None else prefetcher.num_ready,
             prefetch=prefetch,
             num_skipped=0 if skips is None else skips.count,
             skipped=() if skips is None else tuple(skips.listed),

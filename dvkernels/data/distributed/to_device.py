@@ -1,10 +1,10 @@
-"""Carries the parts of batches to the GPUs of their replicas, while these still compute.
+"""Double-buffered copies of batches to the GPUs of their replicas, while the GPUs still compute.
 
-The parts for one GPU are laid out side by side in page-locked memory, cross in one copy on a stream
-of their own, and are then copied, within the GPU, into new memory of the stream that is current:
-some hundredths of the time that the crossing takes. So a batch crosses while the step before it
-computes, and what the caller gets belongs to the caller's stream: it may be kept, dropped and
-reused at any time. Two slots take turns, each of memory on both sides that is used again and again.
+The parts for one GPU are packed into page-locked memory, transferred in one copy on a separate copy
+stream, and then copied within the GPU into new memory of the current stream, which takes a few
+hundredths of the time of the transfer. So a batch is transferred while the step before it computes,
+and the result belongs to the caller's stream: the caller may keep, drop and reuse it at any time.
+Two slots alternate, each with a reused staging buffer on the host and one on the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUM_SLOTS = 2
 
 
 class _SlotRange(NamedTuple):
-    """Where a part lies in a slot."""
+    """Byte range of one part in a slot."""
 
     column: int
     row: int
@@ -34,40 +34,40 @@ class _SlotRange(NamedTuple):
 
 
 class _Slot:
-    """Memory of one batch on both sides, and the events that say when it is free."""
+    """Staging buffers of one batch on host and device, and the events that guard their reuse."""
 
     def __init__(self, arrays: cuda.ArrayLibrary, device: int) -> None:
         self.arrays, self.device = arrays, device
         self.capacity = 0
-        self.host: Any = None
-        self.there: Any = None
-        self.uploaded = arrays.event(device)  # the host's side may be written
-        self.emptied = arrays.event(device)  # the device's side may be
+        self.host_buffer: Any = None
+        self.device_buffer: Any = None
+        self.uploaded = arrays.event(device)  # the host buffer may be overwritten
+        self.emptied = arrays.event(device)  # the device buffer may be overwritten
 
-    def make_room(self, nbytes: int) -> None:
-        """Wait until the host's side is free; grow both sides if they are too small."""
+    def reserve(self, nbytes: int) -> None:
+        """Wait until the host buffer is free; grow both buffers if they are too small."""
         if self.capacity:
             self.uploaded.synchronize()
         if nbytes <= self.capacity:
             return
         if self.capacity:
             self.emptied.synchronize()
-        self.host = self.arrays.pinned(nbytes)
-        self.there = self.arrays.empty(self.device, (nbytes,), np.dtype(np.uint8))
-        # That memory may have been another's, whose work is on the stream that it came from.
+        self.host_buffer = self.arrays.pinned(nbytes)
+        self.device_buffer = self.arrays.empty(self.device, (nbytes,), np.dtype(np.uint8))
+        # The allocator may reuse memory that work on the current stream still accesses.
         self.emptied.record(self.arrays.current(self.device))
         self.capacity = nbytes
 
 
 class DeviceCopier:
-    """Makes arrays on GPUs of arrays of the host.
+    """Copier of host arrays to the GPUs of the replicas.
 
     Parameters
     ----------
     devices : sequence of Device
-        Of each replica.
+        The device of each replica.
     arrays : ArrayLibrary, optional
-        What makes arrays, streams and events; that of this process if not given.
+        Makes arrays, streams and events; by default the library of this process.
     """
 
     def __init__(self, devices: Sequence[Device], arrays: cuda.ArrayLibrary | None = None) -> None:
@@ -75,23 +75,24 @@ class DeviceCopier:
         self._arrays = arrays or cuda.arrays()
         self._slots: dict[int, list[_Slot]] = {}
         self._streams: dict[int, Any] = {}
-        self._turn = 0
+        self._num_batches = 0
 
-    def carry(self, columns: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Return columns of arrays, one per replica, each on the device of its replica.
+    def copy(self, columns: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Return the columns with each array copied to the device of its replica.
 
-        What is no array of numbers stays as it is. The current streams wait for the arrays; the
-        host waits for the batch before the last to have crossed.
+        A column is one leaf: one array per replica, of any shape and dtype. Values other than
+        numeric arrays stay as they are. The current streams wait for the copies; the host waits
+        until the batch before the last has been transferred.
         """
-        carried = [list(column) for column in columns]
+        copied = [list(column) for column in columns]
         for device in dict.fromkeys(self._devices):
-            places = [*self._places(columns, device)]
-            if places:
-                self._carry_to(device, places, carried)
-        self._turn += 1
-        return carried
+            ranges = [*self._slot_ranges(columns, device)]
+            if ranges:
+                self._copy_to(device, ranges, copied)
+        self._num_batches += 1
+        return copied
 
-    def _places(self, columns: Sequence[Sequence[Any]], device: int) -> Iterator[_SlotRange]:
+    def _slot_ranges(self, columns: Sequence[Sequence[Any]], device: int) -> Iterator[_SlotRange]:
         begin = 0
         for k, column in enumerate(columns):
             for rank, value in enumerate(column):
@@ -101,30 +102,33 @@ class DeviceCopier:
                 yield _SlotRange(k, rank, begin, array)
                 begin += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
 
-    def _carry_to(self, device: int, places: list[_SlotRange], carried: list[list[Any]]) -> None:
+    def _copy_to(self, device: int, ranges: list[_SlotRange], copied: list[list[Any]]) -> None:
         arrays = self._arrays
         if device not in self._slots:
-            # The slots last: an interrupt before they are there has them made again.
+            # The slots are set last: after an interrupt before that, both are made again.
             self._streams[device] = arrays.stream(device)
             self._slots[device] = [_Slot(arrays, device) for _ in range(_NUM_SLOTS)]
-        slot, side = self._slots[device][self._turn % _NUM_SLOTS], self._streams[device]
-        last = places[-1]
+        slot, copy_stream = (
+            self._slots[device][self._num_batches % _NUM_SLOTS],
+            self._streams[device],
+        )
+        last = ranges[-1]
         nbytes = max(1, last.begin + last.array.nbytes)
-        slot.make_room(nbytes)
-        for _, _, begin, array in places:
-            room = slot.host[begin : begin + array.nbytes]
-            room.view(array.dtype).reshape(array.shape)[...] = array
-        side.wait_event(slot.emptied)
-        arrays.copy(slot.there[:nbytes], slot.host[:nbytes], side)
-        slot.uploaded.record(side)
-        here = arrays.current(device)
-        here.wait_event(slot.uploaded)
-        own = arrays.empty(device, (nbytes,), np.dtype(np.uint8))
-        arrays.copy(own, slot.there[:nbytes])
-        slot.emptied.record(here)
-        for column, row, begin, array in places:
-            part = own[begin : begin + array.nbytes]
-            carried[column][row] = part.view(array.dtype).reshape(array.shape)
+        slot.reserve(nbytes)
+        for _, _, begin, array in ranges:
+            staging = slot.host_buffer[begin : begin + array.nbytes]
+            staging.view(array.dtype).reshape(array.shape)[...] = array
+        copy_stream.wait_event(slot.emptied)
+        arrays.copy(slot.device_buffer[:nbytes], slot.host_buffer[:nbytes], copy_stream)
+        slot.uploaded.record(copy_stream)
+        current_stream = arrays.current(device)
+        current_stream.wait_event(slot.uploaded)
+        packed = arrays.empty(device, (nbytes,), np.dtype(np.uint8))
+        arrays.copy(packed, slot.device_buffer[:nbytes])
+        slot.emptied.record(current_stream)
+        for column, row, begin, array in ranges:
+            part = packed[begin : begin + array.nbytes]
+            copied[column][row] = part.view(array.dtype).reshape(array.shape)
 
 
 def _is_numeric(value: Any) -> bool:

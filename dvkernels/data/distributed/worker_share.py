@@ -1,4 +1,4 @@
-"""Which replicas of all are this worker's."""
+"""Worker share: the replicas of one worker, and its rows of a global batch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ __all__ = ["WorkerShare"]
 
 
 class WorkerShare:
-    """The replicas of one worker among those of all; a batch is cut accordingly.
+    """The replicas of one worker among those of all workers.
 
     Parameters
     ----------
     replicas_of_workers : sequence of int
-        How many replicas each worker has. Their ids count on from worker to worker.
+        The number of replicas of each worker. Global replica ids continue from worker to worker.
     worker : int
-        Which of the workers this is.
+        The rank of this worker.
 
     Examples
     --------
-    >>> share = Share([2, 2], worker=1)
+    >>> share = WorkerShare([2, 2], worker=1)
     >>> share.num_replicas, share.first_replica
     (4, 2)
-    >>> share.rows(10)  # of 3, 3, 2 and 2
+    >>> share.rows(10)  # the parts of the replicas have 3, 3, 2 and 2 rows
     (6, 10)
     """
 
@@ -39,7 +39,8 @@ class WorkerShare:
         self.worker = check_count("WorkerShare", "worker", worker, 0)
         if self.worker >= self.num_workers:
             raise DatasetError(
-                f"Share: expected a worker from 0 to {self.num_workers - 1}; got {self.worker}"
+                f"WorkerShare: expected a worker from 0 to {self.num_workers - 1}; got "
+                f"{self.worker}"
             )
         starts = partition.starts(counts)
         self.num_replicas = starts[-1]
@@ -47,22 +48,23 @@ class WorkerShare:
         self.first_replica = starts[self.worker]
 
     def rows(self, length: int) -> tuple[int, int]:
-        """Return where this worker's rows of a global batch start and stop.
+        """Return the range (start, stop) of this worker's rows of a global batch of ``length``.
 
-        Cut evenly, larger parts first, they are the parts that its replicas have of the whole.
+        Split evenly over the local replicas, larger parts first, these rows give the same parts as
+        the whole batch split over all replicas.
         """
         start, _ = partition.bounds(length, self.num_replicas, self.first_replica)
         last = self.first_replica + self.num_local - 1
         return start, partition.bounds(length, self.num_replicas, last)[1]
 
     def num_rows(self, length: int) -> list[int]:
-        """Return how many rows of a global batch each worker gets."""
+        """Return the number of rows of a global batch for each worker."""
         shares = [WorkerShare(self._counts, worker) for worker in range(self.num_workers)]
         return [stop - start for start, stop in (share.rows(length) for share in shares)]
 
     def __repr__(self) -> str:
         last = self.first_replica + self.num_local - 1
         return (
-            f"Share(replicas {self.first_replica} to {last} of {self.num_replicas}, "
+            f"WorkerShare(replicas {self.first_replica} to {last} of {self.num_replicas}, "
             f"worker {self.worker} of {self.num_workers})"
         )

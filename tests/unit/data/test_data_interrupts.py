@@ -1,4 +1,4 @@
-"""Ctrl-C at any point of an iterator's life loses no element, leaves no thread, hangs nothing."""
+"""An interrupt (Ctrl-C) at any point of an iterator's life loses no element and leaks no thread."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make():
     ACT
     return act, check
 
-if "live" not in NAME:  # what is loaded or compiled at the first use is none of this
+if "live" not in NAME:  # first-use imports and compilation are not under test
     warm = new()
     next(warm)
     warm.close()
@@ -51,7 +51,7 @@ NEXT = """
     for _ in range(FIRST):
         got += numbers(next(iterator))
     def act():
-        for held[0] in iterator:  # no call after it, in which the batch would be the user's to lose
+        for held[0] in iterator:  # no call follows in which user code could lose the batch
             return
     def check(was_raised):
         assert not (was_raised and held[0] is not None)
@@ -137,7 +137,7 @@ def test_a_sample_of_the_points(act):
 def test_all_points(name, act, is_distributed):
     if name == "live" and act in ("new", "new epoch"):
         pytest.skip("each of its iterators gets what the one before has left")
-    sample = 25 if name == "processes" else None  # each point starts processes
+    sample = 25 if name == "processes" else None  # every point starts processes
     report = broken_in(name, act, is_distributed, sample)
     print(f"{report.num_struck} of {report.num_points} points")
     assert not report, report.text()

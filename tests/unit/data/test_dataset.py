@@ -181,7 +181,7 @@ def test_repeat_reshuffles():
     assert runs[0] == runs[1]
 
 
-def test_endless_datasets_can_be_taken_from():
+def test_take_ends_an_endless_dataset():
     endless = Dataset.range(3).repeat()
     assert ints(endless.take(7)) == [0, 1, 2, 0, 1, 2, 0]
     assert [b.tolist() for b in itertools.islice(endless.batch(2), 2)] == [[0, 1], [2, 0]]
@@ -190,7 +190,7 @@ def test_endless_datasets_can_be_taken_from():
 
 
 class Flaky:
-    """Fails the first time each element is asked for."""
+    """Source whose elements fail at the first access."""
 
     def __init__(self, n):
         self.n, self.seen = n, set()
@@ -295,7 +295,7 @@ def test_elements_that_do_not_stack_are_refused(elements, words):
     assert words in str(caught.value)
 
 
-def test_shuffle_is_one_integer_whatever_the_size():
+def test_shuffle_takes_constant_memory():
     huge = Dataset.range(10**12).shuffle(seed=0)
     assert len(set(ints(huge.take(100)))) == 100
     assert len(set(next(iter(huge.batch(10_000))).tolist())) == 10_000

@@ -40,7 +40,7 @@ def test_parts_are_views_and_the_nest_is_kept():
     assert isinstance(batch["y"][0], PerReplica)
 
 
-def test_devices_are_handed_on():
+def test_devices_are_passed_to_per_replica():
     batch = next(iter(DistributedDataset(Dataset.range(4).batch(2), 2, ["cpu:0", "cpu:1"])))
     assert [str(device) for device in batch.devices] == ["cpu:0", "cpu:1"]
     with pytest.raises(DeviceError):
@@ -57,7 +57,7 @@ def test_devices_are_handed_on():
         Dataset.from_sequence([{"a": np.zeros(2), "b": 3}]),
     ],
 )
-def test_what_is_not_batched_is_refused(dataset):
+def test_unbatched_elements_are_refused(dataset):
     iterator = iter(DistributedDataset(dataset, 2))
     for _ in range(2):
         with pytest.raises(DatasetError, match=r"call \.batch\(global_batch_size\)"):
@@ -77,7 +77,7 @@ def test_each_iter_is_the_next_epoch():
             distributed.set_epoch(wrong)
 
 
-def test_loading_a_state_moves_the_epochs_on():
+def test_loading_a_state_sets_the_next_epoch():
     distributed = DistributedDataset(Dataset.range(4).batch(2), 1)
     iterator = iter(distributed)
     iterator.load_state_dict({**iterator.state_dict(), "epoch": 5})
@@ -222,7 +222,7 @@ def dealt(dataset, num_replicas):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("sequential", [False, True])
-def test_dealt_batches_go_to_the_replicas_in_turn(count, sequential):
+def test_per_replica_batches_are_assigned_in_turn(count, sequential):
     source = Dataset.from_iterable(lambda: iter(range(11))) if sequential else Dataset.range(11)
     batches = [batch.tolist() for batch in source.batch(2)]
     steps = list(dealt(source.batch(2), count))
@@ -232,7 +232,7 @@ def test_dealt_batches_go_to_the_replicas_in_turn(count, sequential):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_dealt_state_resumes_on_another_number_of_replicas(sequential):
+def test_a_state_of_per_replica_batches_resumes_on_another_number_of_replicas(sequential):
     source = Dataset.from_iterable(lambda: iter(range(20))) if sequential else Dataset.range(20)
     first = iter(dealt(source.batch(2), 3))
     next(first)
@@ -242,7 +242,7 @@ def test_a_dealt_state_resumes_on_another_number_of_replicas(sequential):
     assert rest == [*range(6, 20)]
 
 
-def test_an_error_in_the_middle_of_a_dealt_step_loses_nothing():
+def test_an_error_within_a_step_of_per_replica_batches_loses_nothing():
     failing = iter([True])
 
     def broken(x):
@@ -259,7 +259,7 @@ def test_an_error_in_the_middle_of_a_dealt_step_loses_nothing():
         assert [part.tolist() for part in next(iterator).values] == [[3], [4], [5]]
 
 
-def test_elements_that_are_no_batches_must_fill_a_step():
+def test_unbatched_elements_must_fill_a_step():
     assert [int(x) for step in dealt(Dataset.range(4), 2) for x in step.values] == [0, 1, 2, 3]
     iterator = iter(dealt(Dataset.range(3), 2))
     next(iterator)
@@ -267,7 +267,7 @@ def test_elements_that_are_no_batches_must_fill_a_step():
         next(iterator)
 
 
-def test_element_spec_tells_shapes_and_leaves_the_place():
+def test_element_spec_returns_shapes_and_keeps_the_position():
     data = Dataset.from_arrays({"x": np.zeros((5, 3), np.float32), "y": np.arange(5)}).batch(2)
     distributed = DistributedDataset(data, 2)
     iterator = iter(distributed)

@@ -1,4 +1,4 @@
-"""A program that uses data ends with its own status, whatever it leaves running."""
+"""A program ends with its own exit status, whatever threads of its datasets still run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Elements go through optree's C++, where a thread must not be when the interpreter ends.
+# Elements pass through optree's C++ code, in which no thread may be when the interpreter ends.
 PROGRAM = """
 import signal, sys, tempfile, threading, time
 import numpy as np
@@ -30,7 +30,7 @@ iterator = iter(data if HOW == "a long element" else strategy.distribute_dataset
 if HOW == "a long element":
     thread = threading.Thread(target=next, args=[iterator], daemon=True)
     thread.start()
-    time.sleep(0.3)  # the element is being made
+    time.sleep(0.3)  # the element is being computed
     sys.exit(42)
 if HOW == "preempted":
     manager = dv.CheckpointManager(dv.Checkpoint(w=dv.Variable(0.0)), tempfile.mkdtemp())
@@ -69,8 +69,8 @@ sys.exit(42)
         "a long element",
     ],
 )
-def test_the_status_is_the_programs_own(how):
-    for _ in range(2):  # it was aborted more often than not
+def test_the_exit_status_is_that_of_the_program(how):
+    for _ in range(2):  # a regression aborted in more than half of the runs
         done = subprocess.run(
             [sys.executable, "-c", f"HOW = {how!r}\n{PROGRAM}"],
             capture_output=True,

@@ -1,4 +1,4 @@
-"""Which epoch a loop sees: the next one each time, or the one it asks for."""
+"""Epochs of repeated loops: each loop sees the next epoch, or the epoch that it sets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_loops_that_distribute_anew_see_the_orders_of_one_distributed_dataset(
     data = SHUFFLED.take(4)
     once = strategy.distribute_dataset(SHUFFLED)
     wanted = [order(once) for _ in range(3)]
-    assert len({tuple(held) for held in wanted}) == 3
+    assert len({tuple(epoch) for epoch in wanted}) == 3
     assert wanted == expected(range(3))
     assert [order(strategy.distribute_dataset(data)) for _ in range(3)] == wanted
     chosen = [order(strategy.distribute_dataset(SHUFFLED.with_epoch(k))) for k in (2, 0, 1)]
@@ -56,7 +56,7 @@ def test_each_strategy_counts_for_itself_and_one_distributed_dataset_too(
     assert order(strategy.distribute_dataset(data)) == expected([2])[0]
 
 
-def test_a_loop_that_resumes_goes_on_with_the_epoch_behind(strategy: dv.MirroredStrategy) -> None:
+def test_a_resumed_loop_continues_with_the_next_epoch(strategy: dv.MirroredStrategy) -> None:
     batches = iter(strategy.distribute_dataset(SHUFFLED.with_epoch(4)))
     head = order([next(batches)])
     state = json.loads(json.dumps(batches.state_dict()))
@@ -69,7 +69,7 @@ def test_a_loop_that_resumes_goes_on_with_the_epoch_behind(strategy: dv.Mirrored
     assert order(strategy.distribute_dataset(data)) == expected([5])[0]
 
 
-def test_transforms_keep_the_epoch_and_zip_wants_one() -> None:
+def test_transforms_keep_the_epoch_and_zip_needs_equal_epochs() -> None:
     shuffled = Dataset.range(6).shuffle(seed=1)
     wanted = [int(x) for x in shuffled.with_epoch(3)]
     early = shuffled.with_epoch(3).map(int).filter(lambda x: True).take(6).prefetch(1)
@@ -83,13 +83,13 @@ def test_transforms_keep_the_epoch_and_zip_wants_one() -> None:
 @pytest.mark.parametrize(
     "epoch", [-1, True, 1.0, float("nan"), "1", None, 2**63, 1 << 99999], ids=type
 )
-def test_what_is_no_epoch_is_refused(epoch: Any) -> None:
+def test_invalid_epochs_are_refused(epoch: Any) -> None:
     with pytest.raises(DatasetError, match=r"with_epoch: expected epoch"):
         SHUFFLED.with_epoch(epoch)
 
 
 @pytest.mark.parametrize("stateful", [False, True])
-def test_a_factory_is_told_the_epoch_if_it_asks(
+def test_a_factory_receives_the_epoch_on_request(
     strategy: dv.MirroredStrategy, stateful: bool
 ) -> None:
     class Numbers:
@@ -118,7 +118,7 @@ def test_a_factory_is_told_the_epoch_if_it_asks(
         Dataset.from_iterable(Numbers, epoch=1, stateful=stateful)  # type: ignore[arg-type]
 
 
-def test_a_function_of_an_input_context_is_told_the_epoch(strategy: dv.MirroredStrategy) -> None:
+def test_an_input_context_holds_the_epoch(strategy: dv.MirroredStrategy) -> None:
     told: list[int] = []
 
     def make(context: dv.InputContext) -> Dataset:
@@ -130,7 +130,10 @@ def test_a_function_of_an_input_context_is_told_the_epoch(strategy: dv.MirroredS
             return make(context)
 
     holder = Holder()
-    for each in (lambda: make, lambda: holder.make):  # a bound method is another object each time
+    for each in (
+        lambda: make,
+        lambda: holder.make,
+    ):  # bound methods are new objects
         told.clear()
         got = [order(strategy.distribute_datasets_from_function(each())) for _ in range(3)]
         assert told == [0, 1, 2]
@@ -138,7 +141,7 @@ def test_a_function_of_an_input_context_is_told_the_epoch(strategy: dv.MirroredS
     assert dv.InputContext(2, 0, 4).epoch == 0
 
 
-def test_a_count_ends_with_what_is_counted() -> None:
+def test_a_counter_is_collected_with_its_dataset() -> None:
     epochs = EpochCounts()
     data: Dataset | None = Dataset.range(3).batch(1)
     epochs.of(data).next = 4
@@ -148,5 +151,5 @@ def test_a_count_ends_with_what_is_counted() -> None:
     gc.collect()
     assert gone() is None
     for unknowable in (3, [], print):
-        held: Callable[..., Any] | Any = unknowable
-        assert epochs.of(held).next == 0
+        made: Callable[..., Any] | Any = unknowable
+        assert epochs.of(made).next == 0

@@ -1,4 +1,4 @@
-"""One thread at a time is at an iterator, whatever becomes of the others."""
+"""One thread at a time uses an iterator, in spite of errors, timeouts, forks and closing."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ DATASETS = {
 
 
 def filled(count):
-    held = queue.SimpleQueue()
+    iterators = queue.SimpleQueue()
     for k in [*range(count), None]:
-        held.put(k)
-    return held
+        iterators.put(k)
+    return iterators
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_threads_that_share_an_iterator_get_each_element_once(kind, is_distribut
     assert collections.Counter(numbers) == collections.Counter(range(2000))
 
 
-def test_a_state_asked_for_beside_another_thread_is_that_of_a_whole_batch():
+def test_a_state_saved_while_another_thread_reads_is_that_of_a_whole_batch():
     data = Dataset.range(600).shuffle(seed=1).batch(3)
     iterator, whole = iter(DistributedDataset(data, 2)), iter(DistributedDataset(data, 2))
     right = [np.concatenate(batch.values).tolist() for batch in whole]
@@ -79,44 +79,44 @@ def test_a_state_asked_for_beside_another_thread_is_that_of_a_whole_batch():
     thread.join()
 
 
-def test_the_turn_is_free_after_an_error_and_after_a_wait_in_vain(monkeypatch):
+def test_the_mutex_is_released_after_an_error_and_after_a_timeout(monkeypatch):
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.05")
-    turn, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
+    mutex, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
     with pytest.raises(ZeroDivisionError):
-        turn.take(lambda: 1 / 0)
-    thread = threading.Thread(target=turn.take, args=[lambda: is_in.set() or may_go.wait(60)])
+        mutex.run(lambda: 1 / 0)
+    thread = threading.Thread(target=mutex.run, args=[lambda: is_in.set() or may_go.wait(60)])
     thread.start()
     is_in.wait(60)
     with pytest.raises(DatasetError, match="DVKERNELS_TIMEOUT_SECONDS"):
-        turn.take(lambda: 1)
+        mutex.run(lambda: 1)
     asked = []
-    turn.end(lambda: asked.append("end"), lambda: asked.append("stop") or may_go.set())
+    mutex.close(lambda: asked.append("end"), lambda: asked.append("stop") or may_go.set())
     assert asked[0] == "stop"
     assert asked[-1] == "end"
     thread.join()
-    assert turn.take(lambda: 2) == 2
+    assert mutex.run(lambda: 2) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_iterator_used_by_its_own_function_says_so(workers):
-    held = []
-    data = Dataset.range(10).map(lambda x: next(held[0]) if x == 4 else x, num_workers=workers)
-    held.append(iter(data.batch(2)))
-    assert next(held[0]).tolist() == [0, 1]
-    assert next(held[0]).tolist() == [2, 3]
+def test_an_iterator_used_by_its_own_map_function_raises(workers):
+    iterators = []
+    data = Dataset.range(10).map(lambda x: next(iterators[0]) if x == 4 else x, num_workers=workers)
+    iterators.append(iter(data.batch(2)))
+    assert next(iterators[0]).tolist() == [0, 1]
+    assert next(iterators[0]).tolist() == [2, 3]
     if workers == 0:
         with pytest.raises(DatasetError, match="is not in use"):
-            next(held[0])
+            next(iterators[0])
 
 
 def test_a_fork_does_not_wait_for_the_threads_of_its_parent():
-    turn, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
-    thread = threading.Thread(target=turn.take, args=[lambda: is_in.set() or may_go.wait(60)])
+    mutex, is_in, may_go = MutualExclusion(), threading.Event(), threading.Event()
+    thread = threading.Thread(target=mutex.run, args=[lambda: is_in.set() or may_go.wait(60)])
     thread.start()
     is_in.wait(60)
     child = os.fork()
     if child == 0:
-        os._exit(turn.take(lambda: 5))
+        os._exit(mutex.run(lambda: 5))
     may_go.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
@@ -130,7 +130,7 @@ def test_a_fork_does_not_wait_for_the_threads_of_its_parent():
         lambda: Dataset.from_live(queue.Queue()).filter(bool).batch(2),
     ],
 )
-def test_closing_ends_the_wait_of_another_thread(data, is_distributed):
+def test_closing_wakes_a_waiting_thread(data, is_distributed):
     iterator = iter(DistributedDataset(data(), 1) if is_distributed else data())
     outcome = queue.SimpleQueue()
 
@@ -150,7 +150,7 @@ def test_closing_ends_the_wait_of_another_thread(data, is_distributed):
         raise outcome.get(timeout=0)
 
 
-def test_closing_ends_the_wait_for_a_prefetching_thread():
+def test_closing_wakes_a_thread_that_waits_for_the_prefetch_thread():
     is_in, may_go = threading.Event(), threading.Event()
     data = Dataset.range(9).map(lambda x: is_in.set() or (may_go.wait(60) and x)).prefetch(1)
     iterator = iter(DistributedDataset(data.batch(1), 1))

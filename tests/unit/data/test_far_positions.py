@@ -1,4 +1,4 @@
-"""Places far into endless and very long datasets: exact, or refused before anything changes."""
+"""Large positions in endless and very long datasets are exact, or refused without a change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.errors import DatasetError
 
 ENDLESS = Dataset.range(10).repeat()
-# Of each, which number of the endless source its element k is, in Python's exact integers.
+# For each pipeline: the element of the endless source that its element k is, in exact integers.
 FAR: dict[str, tuple[Dataset, Callable[[int], int]]] = {
     "repeat": (ENDLESS, lambda k: k),
     "skip": (ENDLESS.skip(2**63 - 1), lambda k: k + 2**63 - 1),
@@ -36,13 +36,13 @@ def at(dataset: Dataset, place: int) -> Any:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", FAR)
-def test_far_elements_are_those_that_arithmetic_says(name: str, place: int) -> None:
+def test_elements_at_large_positions_match_the_arithmetic(name: str, place: int) -> None:
     dataset, index = FAR[name]
     assert at(dataset, place) == [index(place + k) % 10 for k in range(3)]
 
 
 @pytest.mark.parametrize("name", FAR)
-def test_far_batches_are_too(name: str) -> None:
+def test_batches_at_large_positions_match_the_arithmetic(name: str) -> None:
     dataset, index = FAR[name]
     with iter(DistributedDataset(dataset.batch(2**10), 1)) as batches:
         batches.load_state_dict({**batches.state_dict(), "position": 2**53 + 3})
@@ -52,14 +52,14 @@ def test_far_batches_are_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_far_windows_hold_every_element_once(place: int) -> None:
+def test_windows_at_large_positions_hold_every_element_once(place: int) -> None:
     dataset = ENDLESS.shuffle(seed=1, window=5).batch(10)
     with iter(DistributedDataset(dataset, 1)) as batches:
         batches.load_state_dict({**batches.state_dict(), "position": place})
         rows = np.concatenate([next(batches).values[0] for _ in range(4)])
     counts = np.bincount(rows, minlength=10)
     assert counts.sum() == 40
-    assert counts.min() >= 2  # windows of five: the ends of what was looked at are ragged
+    assert counts.min() >= 2  # windows of five: the first and last are incomplete
 
 
 BAD = [-1, True, 1.0, 1.5, float("nan"), "3", None, [3], 2**63, 2**64, 10**30, 1 << 99999]
@@ -68,9 +68,7 @@ BAD = [-1, True, 1.0, 1.5, float("nan"), "3", None, [3], 2**63, 2**64, 10**30, 1
 @pytest.mark.parametrize("value", BAD, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("key", ["position", "epoch"])
 @pytest.mark.parametrize("name", [*FAR, "window", "sequential"])
-def test_what_is_no_position_is_refused_and_nothing_changes(
-    name: str, key: str, value: Any
-) -> None:
+def test_invalid_positions_are_refused_and_nothing_changes(name: str, key: str, value: Any) -> None:
     more = {
         "window": ENDLESS.shuffle(seed=1, window=5),
         "sequential": Dataset.from_source(Tens()).filter(lambda x: True),
@@ -87,7 +85,7 @@ def test_what_is_no_position_is_refused_and_nothing_changes(
 
 
 @pytest.mark.parametrize("value", BAD, ids=lambda value: type(value).__name__)
-def test_what_is_no_position_in_a_memory_is_refused(value: Any) -> None:
+def test_invalid_positions_in_resume_points_are_refused(value: Any) -> None:
     data = Dataset.from_source(Tens()).filter(lambda x: True).batch(2)
     with iter(DistributedDataset(data, 1)) as batches:
         next(batches)
@@ -102,7 +100,7 @@ def test_what_is_no_position_in_a_memory_is_refused(value: Any) -> None:
 
 
 class Tens:
-    """0 to 9, resumed by its own state."""
+    """The integers 0 to 9, resumed by the source's own state."""
 
     def open(self, epoch: int, state: Any) -> Any:
         return TensReader(0 if state is None else state)
@@ -140,12 +138,12 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("value", BAD, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("name", COUNTS)
-def test_what_is_no_count_is_refused_by_every_transform(name: str, value: Any) -> None:
+def test_invalid_counts_are_refused_by_every_transform(name: str, value: Any) -> None:
     if name == "seed" and type(value) is int and 0 <= value < 2**1024:
         list(COUNTS[name](value))  # seeds may be long
         return
     if name in ("window", "live") and value is None:
-        return  # as if it was left out
+        return  # as if the count were left out
     with pytest.raises(DatasetError, match="expected") as raised:
         COUNTS[name](value)
     assert len(str(raised.value)) < 400

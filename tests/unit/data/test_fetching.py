@@ -1,4 +1,4 @@
-"""Elements fetched by others, ahead or shared out, are the same elements in the same places."""
+"""Prefetching and map workers change neither the elements nor their positions."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_workers_keep_the_order(kind, sequential):
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_a_failing_element_names_its_place_and_nothing_is_lost(num_workers):
+def test_a_failing_element_is_named_and_nothing_is_lost(num_workers):
     data = Dataset.range(20).shuffle(seed=3).map(fails_on(7), num_workers=num_workers).batch(4)
     iterator = iter(DistributedDataset(data.prefetch(2), 2))
     seen = []
@@ -90,7 +90,7 @@ def test_a_failing_element_names_its_place_and_nothing_is_lost(num_workers):
     with pytest.raises(ZeroDivisionError, match="on 7") as caught:
         go_on()
     assert any("index 7 of the source" in note for note in caught.value.__notes__)
-    with pytest.raises(ZeroDivisionError):  # the same batch again
+    with pytest.raises(ZeroDivisionError):  # the same batch is tried again
         next(iterator)
     assert iterator.state_dict()["position"] == len(seen) // 4
     iterator.close()
@@ -99,7 +99,7 @@ def test_a_failing_element_names_its_place_and_nothing_is_lost(num_workers):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("depth", [0, 3])
 @pytest.mark.parametrize("sequential", [False, True])
-def test_failing_elements_can_be_left_out(num_workers, depth, sequential):
+def test_failing_elements_can_be_skipped(num_workers, depth, sequential):
     source = Dataset.from_iterable(lambda: iter(range(12))) if sequential else Dataset.range(12)
     mapped = source.map(fails_on(2, 4, 5, 6, 7), num_workers=num_workers)
     options = dv.InputOptions(prefetch=depth, on_error="skip")
@@ -128,7 +128,7 @@ def test_failing_elements_can_be_left_out(num_workers, depth, sequential):
         lambda data: data.map(fails_on(2, 4)).filter(lambda x: True).shuffle(seed=0, window=1),
     ],
 )
-def test_failing_elements_are_left_out_around_a_filter(transform, depth):
+def test_failing_elements_are_skipped_around_a_filter(transform, depth):
     options = dv.InputOptions(prefetch=depth, on_error="skip")
     distributed = DistributedDataset(transform(Dataset.range(7)).batch(2), 1, options=options)
     iterator = iter(distributed)
@@ -153,7 +153,7 @@ def test_a_killed_worker_process_is_an_error_and_the_next_batch_works():
         assert numbers(iterator) == [8, 9, 10, 11]
 
 
-def test_what_cannot_be_sent_to_a_process_is_refused():
+def test_functions_that_cannot_be_pickled_are_refused():
     with pytest.raises(DatasetError, match="cannot be pickled"):
         Dataset.range(3).map(lambda x: x, num_workers=2, workers="processes")
     with pytest.raises(DatasetError, match="threads, processes"):
@@ -195,7 +195,7 @@ def test_stopped_anywhere_resumed_on_any_number_of_replicas(
 def test_prefetch_is_no_part_of_the_state():
     with iter(DistributedDataset(Dataset.range(9).batch(2).prefetch(3), 2)) as iterator:
         next(iterator)
-        time.sleep(0.05)  # the thread goes on
+        time.sleep(0.05)  # the prefetch thread continues meanwhile
         state = iterator.state_dict()
     with iter(DistributedDataset(Dataset.range(9).batch(2), 1)) as iterator:
         iterator.load_state_dict(state)
@@ -221,7 +221,7 @@ def test_prefetching_overlaps_with_the_work():
     assert (stats.prefetch, stats.queue_depth) == (2, 0)
 
 
-def test_waiting_for_input_is_reported_with_a_remedy(caplog):
+def test_an_input_bound_loop_is_warned_with_a_remedy(caplog):
     data = Dataset.range(150).map(lambda x: time.sleep(2e-4) or x).batch(1)
     with (
         caplog.at_level(logging.WARNING, "dvkernels"),
@@ -233,7 +233,7 @@ def test_waiting_for_input_is_reported_with_a_remedy(caplog):
     assert "num_workers" in record.message
 
 
-def test_what_is_held_ready_is_accounted_for():
+def test_prefetched_bytes_are_in_the_memory_report():
     data = Dataset.from_arrays(np.zeros((8, 1000))).batch(1).prefetch(3)
     with iter(DistributedDataset(data, 1)) as iterator:
         next(iterator)
@@ -245,7 +245,7 @@ def test_what_is_held_ready_is_accounted_for():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropping_an_iterator_ends_everything(kind):
+def test_a_collected_iterator_ends_its_threads_and_processes(kind):
     data = Dataset.range(1000).map(operator.neg, num_workers=2, workers=kind).batch(4).prefetch(2)
     iterator = iter(DistributedDataset(data, 2))
     next(iterator)
@@ -256,7 +256,7 @@ def test_dropping_an_iterator_ends_everything(kind):
 @pytest.mark.parametrize(
     "options", [{"prefetch": -1}, {"on_error": "ignore"}, {"auto_shard_policy": "none"}]
 )
-def test_options_that_make_no_sense(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))[:4]):
         dv.InputOptions(**options)
     with (
@@ -311,7 +311,7 @@ def test_no_process_outlives_the_program(tmp_path, sent):
     assert not alive
 
 
-def test_workers_work_at_the_same_time():
+def test_workers_run_concurrently():
     both = threading.Barrier(2, timeout=20)  # each waits for the other
 
     def meet(x):
@@ -322,14 +322,14 @@ def test_workers_work_at_the_same_time():
     assert [batch.tolist() for batch in data] == [[0, 1], [2, 3]]
 
 
-def test_what_copies_to_devices_take_is_counted_apart(monkeypatch):
-    class Belt:
-        def carry(self, columns):
+def test_the_time_of_copies_to_devices_is_counted_separately(monkeypatch):
+    class SlowCopier:
+        def copy(self, columns):
             time.sleep(0.01)
             return [list(column) for column in columns]
 
     distributed = DistributedDataset(Dataset.range(9).batch(3), 2)
-    monkeypatch.setattr(distributed._dealer, "_conveyor", Belt())
+    monkeypatch.setattr(distributed._splitter, "_copier", SlowCopier())
     with iter(distributed) as iterator:
         assert len(list(iterator)) == 3
         stats = iterator.stats()

@@ -11,16 +11,16 @@ from dvkernels.errors import DatasetError
 
 @pytest.fixture
 def paths(tmp_path):
-    """Three files; their lines count on from file to file, the second has none."""
-    held = {"a.txt": "0\n1\n2\n", "b.txt": "", "c.txt": "3\n4\n"}
-    for name, text in held.items():
+    """Three files with consecutively numbered lines; the second file is empty."""
+    texts = {"a.txt": "0\n1\n2\n", "b.txt": "", "c.txt": "3\n4\n"}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    return [tmp_path / name for name in held]
+    return [tmp_path / name for name in texts]
 
 
 @pytest.fixture
 def arrays(tmp_path):
-    """Twelve files, more than are kept open, of 0 to 3 rows."""
+    """Twelve files of 0 to 3 rows, more than are kept open."""
     rows = np.array_split(np.arange(18), [3, 3, 5, 6, 9, 9, 10, 12, 13, 15, 17])
     for number, part in enumerate(rows):
         np.save(tmp_path / f"{number:02}.npy", part)
@@ -37,7 +37,7 @@ def mapped(path):
     return np.load(path, mmap_mode="r")
 
 
-def test_elements_come_file_by_file_in_the_given_order(paths):
+def test_elements_are_read_file_by_file_in_the_given_order(paths):
     assert list(Dataset.from_files(paths, numbers)) == [0, 1, 2, 3, 4]
     assert list(Dataset.from_files(paths[::-1], numbers)) == [3, 4, 0, 1, 2]
     assert list(Dataset.from_files(iter(paths), lambda path: [path[-5]])) == ["a", "b", "c"]
@@ -50,7 +50,7 @@ def test_the_files_are_known_before_they_are_read(paths):
     assert Dataset.range(3).files == ()
 
 
-def test_a_file_is_closed_at_its_end_and_when_the_iterator_goes(paths):
+def test_a_file_is_closed_at_its_end_and_with_the_iterator(paths):
     opened = []
 
     def lines(path):
@@ -98,7 +98,7 @@ def test_an_error_of_the_reader_names_the_file_and_is_tried_again(paths):
     assert list(iterator) == [3, 4]
 
 
-def test_a_path_that_is_not_there_is_named_at_once(paths):
+def test_a_missing_path_is_named_at_once(paths):
     with pytest.raises(DatasetError, match=r"nowhere\.txt.*pass full paths"):
         Dataset.from_files([*paths, "nowhere.txt"], numbers)
 
@@ -112,19 +112,19 @@ def test_a_path_that_is_not_there_is_named_at_once(paths):
         (([], 3), "expected a function"),
     ],
 )
-def test_what_is_passed_is_checked(arguments, words):
+def test_arguments_are_checked(arguments, words):
     with pytest.raises(DatasetError, match=words):
         Dataset.from_files(*arguments)
 
 
-def test_what_a_reader_returns_is_checked(paths):
+def test_results_of_a_reader_are_checked(paths):
     with pytest.raises(DatasetError, match="expected the reader to return an iterable; got None"):
         list(Dataset.from_files(paths, lambda path: None))
     with pytest.raises(DatasetError, match="leave random_access out"):
         Dataset.from_files(paths, numbers, random_access=True)
 
 
-def test_random_access_is_the_same_rows(arrays):
+def test_random_access_yields_the_same_rows(arrays):
     dataset = Dataset.from_files(arrays, mapped, random_access=True)
     assert len(dataset) == 18
     assert [int(x) for x in dataset] == list(range(18))
@@ -135,7 +135,7 @@ def test_random_access_is_the_same_rows(arrays):
     ]
 
 
-def test_lengths_are_asked_for_once_and_few_files_stay_open(arrays):
+def test_lengths_are_read_once_and_few_files_stay_open(arrays):
     opened = []
 
     def counted(path):
@@ -144,9 +144,9 @@ def test_lengths_are_asked_for_once_and_few_files_stay_open(arrays):
 
     dataset = Dataset.from_files(arrays, counted, random_access=True)
     assert len(opened) == len(arrays) == 12
-    assert len(dataset.node._open) == MAX_OPEN_FILES
+    assert len(dataset.node._open_files) == MAX_OPEN_FILES
     list(dataset)
-    assert len(dataset.node._open) == MAX_OPEN_FILES
+    assert len(dataset.node._open_files) == MAX_OPEN_FILES
     before = len(opened)
     list(dataset.skip(15))  # the last two files, which are still open
     assert len(opened) == before
@@ -171,7 +171,7 @@ def test_an_error_of_an_indexed_file_names_it(arrays):
 
 
 @pytest.mark.parametrize("random_access", [False, True])
-def test_other_names_are_another_pipeline(arrays, random_access):
+def test_other_file_names_make_another_pipeline(arrays, random_access):
     def over(paths):
         dataset = Dataset.from_files(paths, mapped, random_access=random_access).batch(2)
         return iter(DistributedDataset(dataset, 1))

@@ -1,4 +1,4 @@
-"""A forked process goes on with an iterator, as its parent does."""
+"""A forked process continues with an iterator, as its parent does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def forked(act):
 @pytest.mark.parametrize(
     ("workers", "depth"), [(None, 2), ("threads", 0), ("threads", 2), ("processes", 0)]
 )
-def test_child_and_parent_both_get_what_follows(workers, depth, sequential, is_distributed):
+def test_child_and_parent_both_continue_after_a_fork(workers, depth, sequential, is_distributed):
     squares = [float(k * k) for k in range(24)]
     source = Dataset.from_sequence(squares)
     if sequential:

@@ -1,4 +1,4 @@
-"""Workers whose data differ learn it, all of them and in the same words, before the first step."""
+"""Workers whose data differ all raise the same error before the first step."""
 
 from __future__ import annotations
 
@@ -22,41 +22,45 @@ ODD = 1  # the worker that differs
 POLICIES = ["auto", "data", "off"]
 
 
-class Meeting:
-    """What threads that stand for workers exchange; counts how often."""
+class AllGather:
+    """All-gather between threads that stand for workers; counts the rounds."""
 
     def __init__(self) -> None:
         self._barrier = threading.Barrier(SIZE, timeout=20)
-        self._words: list[Any] = [None] * SIZE
+        self._messages: list[Any] = [None] * SIZE
         self.count = 0
 
     def of(self, worker: int) -> Callable[[Any], list[Any]]:
-        def exchange(word: Any) -> list[Any]:
-            self._words[worker] = word
+        def exchange(message: Any) -> list[Any]:
+            self._messages[worker] = message
             self._barrier.wait()
-            words = list(self._words)
+            messages = list(self._messages)
             if self._barrier.wait() == 0:
                 self.count += 1
-            return words
+            return messages
 
         return exchange
 
 
-def together(work: Callable[[int, Callable[[Any], list[Any]]], Any]) -> tuple[list[Any], Meeting]:
-    """Return what each worker returns or raises, and their meeting."""
-    meeting = Meeting()
+def run_workers(
+    work: Callable[[int, Callable[[Any], list[Any]]], Any],
+) -> tuple[list[Any], AllGather]:
+    """Return the result or error of each worker, and the exchange."""
+    all_gather = AllGather()
 
     def outcome(worker: int) -> Any:
         try:
-            return work(worker, meeting.of(worker))
+            return work(worker, all_gather.of(worker))
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(SIZE) as pool:
-        return list(pool.map(outcome, range(SIZE))), meeting
+        return list(pool.map(outcome, range(SIZE))), all_gather
 
 
-def shared(dataset: Dataset, worker: int, exchange: Any, **options: Any) -> DistributedDataset:
+def distributed_for(
+    dataset: Dataset, worker: int, exchange: Any, **options: Any
+) -> DistributedDataset:
     return DistributedDataset(
         dataset, 1, share=WorkerShare([1] * SIZE, worker), exchange=exchange,
         options=InputOptions(**options),
@@ -67,17 +71,17 @@ def first_steps(make: Callable[[int], Dataset], **options: Any) -> list[Any]:
     """Return the first batch of each worker, or its error."""
 
     def work(worker: int, exchange: Any) -> Any:
-        with iter(shared(make(worker), worker, exchange, **options)) as batches:
+        with iter(distributed_for(make(worker), worker, exchange, **options)) as batches:
             return next(batches)
 
-    return together(work)[0]
+    return run_workers(work)[0]
 
 
-def check_refused(found: list[Any], *words: str) -> None:
+def check_refused(found: list[Any], *messages: str) -> None:
     assert [type(one) for one in found] == [DatasetError] * SIZE, found
     assert len({str(one) for one in found}) == 1
-    for word in words:
-        assert word in str(found[0])
+    for message in messages:
+        assert message in str(found[0])
 
 
 ROWS = np.arange(12)
@@ -119,9 +123,9 @@ def files(tmp_path: pathlib.Path) -> Iterator[None]:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_pipelines_that_differ_are_refused_by_all(name: str, policy: str) -> None:
-    make, words = DIFFERENCES[name]
+    make, messages = DIFFERENCES[name]
     found = first_steps(lambda worker: make(worker == ODD).batch(3), auto_shard_policy=policy)
-    check_refused(found, "dataset", *words)
+    check_refused(found, "dataset", *messages)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -145,13 +149,13 @@ def test_files_that_differ_are_refused_where_each_reads_its_own() -> None:
 
 @pytest.mark.parametrize("policy", [*POLICIES, "file"])
 @pytest.mark.parametrize("which", ["epoch", "position", "state of another epoch"])
-def test_places_that_differ_are_refused_by_all_and_no_step_is_taken(
+def test_positions_that_differ_are_refused_by_all_and_no_step_is_taken(
     which: str, policy: str
 ) -> None:
     dataset = Dataset.from_files(FILES, lambda path: iter(np.load(path))).batch(3)
 
     def work(worker: int, exchange: Any) -> Any:
-        distributed = shared(dataset, worker, exchange, auto_shard_policy=policy)
+        distributed = distributed_for(dataset, worker, exchange, auto_shard_policy=policy)
         if which == "epoch" and worker == ODD:
             distributed.set_epoch(7)
         batches = iter(distributed)
@@ -173,50 +177,50 @@ def test_places_that_differ_are_refused_by_all_and_no_step_is_taken(
         return raised.value
 
     check_refused(
-        together(work)[0], "position" if which == "position" else "7 on worker 1", "worker 1"
+        run_workers(work)[0], "position" if which == "position" else "7 on worker 1", "worker 1"
     )
 
 
-def test_a_worker_that_loads_alone_is_named() -> None:
+def test_a_worker_that_alone_loads_a_state_is_named() -> None:
     dataset = Dataset.from_files(FILES, lambda path: iter(np.load(path))).batch(3)
 
     def work(worker: int, exchange: Any) -> Any:
-        batches = iter(shared(dataset, worker, exchange, auto_shard_policy="file"))
+        batches = iter(distributed_for(dataset, worker, exchange, auto_shard_policy="file"))
         next(batches)
         if worker == ODD:
             batches.load_state_dict(batches.state_dict())
         return next(batches)
 
-    check_refused(together(work)[0], "worker 1 begins an iterator, or has loaded a state")
+    check_refused(run_workers(work)[0], "worker 1 begins an iterator, or has loaded a state")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_workers_meet_once_an_iterator_and_once_a_load(policy: str) -> None:
+def test_workers_exchange_reports_once_per_iterator_and_once_per_load(policy: str) -> None:
     def work(worker: int, exchange: Any) -> Any:
-        distributed = shared(
+        distributed = distributed_for(
             Dataset.range(30).shuffle(seed=1).batch(3), worker, exchange, auto_shard_policy=policy
         )
         seen = [list(distributed), list(distributed)]
         batches = iter(distributed)
         batches.load_state_dict(batches.state_dict())
         seen.append(list(batches))
-        assert next(batches, None) is None  # at the end nobody waits for others
+        assert next(batches, None) is None  # at the end no worker waits for another
         return seen
 
-    found, meeting = together(work)
+    found, all_gather = run_workers(work)
     assert not isinstance(found[0], Exception), found
-    assert meeting.count == 3
+    assert all_gather.count == 3
 
 
-def test_at_the_end_nobody_waits_for_others() -> None:
+def test_at_the_end_no_worker_waits_for_another() -> None:
     dataset = Dataset.from_files(FILES, lambda path: iter(np.load(path))).batch(3)
 
     def work(worker: int, exchange: Any) -> Any:
-        batches = iter(shared(dataset, worker, exchange, auto_shard_policy="file"))
+        batches = iter(distributed_for(dataset, worker, exchange, auto_shard_policy="file"))
         assert len(list(batches)) == 4
         return worker != ODD or next(batches, "ended")
 
-    assert together(work)[0] == [True, "ended", True]
+    assert run_workers(work)[0] == [True, "ended", True]
 
 
 DATA: dict[str, Callable[[bool], Dataset]] = {
@@ -291,14 +295,14 @@ def test_a_fingerprint_is_taken_once_and_reads_a_bounded_part() -> None:
         source.read.clear()
         assert fingerprint(data.node) == taken
         assert not source.read
-    several = np.arange(2**22).reshape(-1, 4)  # more than is hashed at a time
+    several = np.arange(2**22).reshape(-1, 4)  # larger than one hashed chunk
     whole = [
-        fingerprint(Dataset.from_arrays(held).node) for held in (several, several[:, :].copy("F"))
+        fingerprint(Dataset.from_arrays(array).node) for array in (several, several[:, :].copy("F"))
     ]
     assert whole[0] == whole[1]
 
 
-def test_files_are_told_apart_by_size_and_blocks(tmp_path: pathlib.Path) -> None:
+def test_fingerprints_of_files_use_size_and_blocks(tmp_path: pathlib.Path) -> None:
     from dvkernels.data.fingerprint import fingerprint
 
     path = tmp_path / "data"
@@ -317,7 +321,7 @@ def test_files_are_told_apart_by_size_and_blocks(tmp_path: pathlib.Path) -> None
     assert len(found) == len(contents) + 2
 
 
-def test_datasets_of_the_workers_own_may_differ_but_not_their_epochs() -> None:
+def test_datasets_made_per_worker_may_differ_but_not_their_epochs() -> None:
     def work(worker: int, exchange: Any, epoch: int = 0) -> Any:
         distributed = DistributedDataset(
             Dataset.range(4 + worker).batch(1 + worker), 1, share=WorkerShare([1] * SIZE, worker),
@@ -326,7 +330,7 @@ def test_datasets_of_the_workers_own_may_differ_but_not_their_epochs() -> None:
         distributed.set_epoch(epoch * worker)
         return len(list(distributed))
 
-    assert len(set(together(work)[0])) == 1
+    assert len(set(run_workers(work)[0])) == 1
     check_refused(
-        together(lambda worker, exchange: work(worker, exchange, 1))[0], "epoch is 0 on worker 0"
+        run_workers(lambda worker, exchange: work(worker, exchange, 1))[0], "epoch is 0 on worker 0"
     )

@@ -1,4 +1,4 @@
-"""Worker processes of map: what they say, what they survive, and when they end."""
+"""Worker processes of map: their errors, their failures and their end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(dv.__file__).parent.parent
 
 
 class Picky(Exception):
-    """It cannot be rebuilt from its arguments."""
+    """An exception that cannot be rebuilt from its arguments."""
 
     def __init__(self, left, right):
         super().__init__(f"{left} and {right}")
@@ -88,23 +88,23 @@ def mapped(fn, elements, **options):
 
 
 @pytest.mark.parametrize("which", [1, 4, 5])
-def test_an_error_that_can_travel_comes_out_as_it_is(which):
+def test_a_picklable_error_is_raised_as_it_is(which):
     want = ERRORS[which]()
     with pytest.raises(type(want)) as caught:
         next(mapped(fail, [which] * 2))
     assert caught.value.args == want.args
-    assert any("in fail" in note for note in caught.value.__notes__)  # where it was raised
+    assert any("in fail" in note for note in caught.value.__notes__)  # its traceback
 
 
 @pytest.mark.parametrize(("which", "words"), [(2, "Picky: sand and sea"), (3, "Frozen: 7")])
-def test_an_error_that_cannot_travel_says_what_it_was(which, words):
+def test_an_error_that_cannot_be_pickled_is_described(which, words):
     with pytest.raises(RuntimeError, match=words) as caught:
         next(mapped(fail, [which] * 2))
     assert "in fail" in str(caught.value)
 
 
 @pytest.mark.parametrize("which", ERRORS)
-def test_out_of_a_thread_comes_the_very_error(which):
+def test_worker_threads_raise_the_very_error(which):
     raised = []
 
     def fn(x):
@@ -116,13 +116,13 @@ def test_out_of_a_thread_comes_the_very_error(which):
     assert caught.value in raised
 
 
-def test_what_is_no_error_comes_out_too():
+def test_system_exit_in_a_worker_process_is_raised():
     with pytest.raises(SystemExit) as caught:
         next(mapped(leave, [3, 3]))
     assert caught.value.code == 3
 
 
-def test_what_cannot_be_sent_is_named():
+def test_results_that_cannot_be_pickled_are_named():
     iterator = mapped(give_a_lock, [0, 1, 2, 3])
     with pytest.raises(DatasetError, match=r"got a lock, which cannot be pickled"):
         next(iterator)
@@ -130,7 +130,7 @@ def test_what_cannot_be_sent_is_named():
         next(mapped(abs, [threading.Lock()] * 2))
 
 
-def test_a_process_that_is_stopped_is_given_up_and_replaced(monkeypatch):
+def test_a_stopped_process_is_replaced_after_the_timeout(monkeypatch):
     iterator = mapped(stop_at_five, range(8))
     assert [next(iterator).tolist(), next(iterator).tolist()] == [[0, 1], [2, 3]]
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "1")
@@ -143,16 +143,16 @@ def test_a_process_that_is_stopped_is_given_up_and_replaced(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_process_that_works_is_waited_for(monkeypatch):
+def test_heartbeats_extend_the_timeout_of_a_busy_process(monkeypatch):
     data = Dataset.range(16).map(think, num_workers=2, workers="processes").batch(8)
     iterator = iter(data)
     next(iterator)
-    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "2")  # less than its share of a batch takes
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "2")  # less than its share takes
     assert next(iterator).tolist() == [*range(8, 16)]
     iterator.close()
 
 
-def test_signals_to_everybody_are_the_programs_to_handle():
+def test_worker_processes_ignore_signals_to_the_process_group():
     iterator = mapped(own_process, range(40))
     before = {*next(iterator).tolist(), *next(iterator).tolist()}
     for pid in before:
@@ -163,7 +163,7 @@ def test_signals_to_everybody_are_the_programs_to_handle():
     iterator.close()
 
 
-def test_what_a_function_starts_is_not_deaf():
+def test_child_processes_of_a_function_receive_signals():
     iterator = mapped(status_of_a_terminated_child, range(2))
     assert next(iterator).tolist() == [-signal.SIGTERM] * 2
     iterator.close()
@@ -203,7 +203,7 @@ def test_a_signal_to_all_processes_costs_no_checkpoint(tmp_path, number):
         assert program.stdout.readline() == "ready\n"
         while not psutil.Process(program.pid).children():
             time.sleep(0.001)
-        os.killpg(program.pid, number)  # while the first process is being born
+        os.killpg(program.pid, number)  # while the first process is starting
         _, said = program.communicate(timeout=60)
     assert (program.returncode, said) == (42, "")
     assert list((tmp_path / "runs").glob("step-*"))
@@ -216,7 +216,7 @@ import dvkernels as dv
 if __name__ == "__main__":
     iterator = iter(dv.Dataset.range(99).map(abs, num_workers=2, workers="processes").batch(4))
     next(iterator)
-    if os.fork() == 0:  # it keeps open what the processes read from
+    if os.fork() == 0:  # the fork keeps the sockets of the processes open
         os.setsid()
         time.sleep(30)
         os._exit(0)
@@ -247,7 +247,7 @@ print([batch.tolist() for batch in data])
 
 
 @pytest.mark.parametrize("how", ["script", "standard input", "command"])
-def test_what_cannot_be_imported_is_the_cause_that_is_told(tmp_path, how):
+def test_an_import_failure_is_reported_as_the_cause(tmp_path, how):
     script = tmp_path / "script.py"
     script.write_text(UNGUARDED)
     words = {"script": [str(script)], "standard input": ["-"], "command": ["-c", UNGUARDED]}[how]
@@ -263,18 +263,18 @@ def test_what_cannot_be_imported_is_the_cause_that_is_told(tmp_path, how):
     *lines, last = done.stderr.splitlines()
     assert done.returncode == 1
     assert "memory" not in done.stderr
-    assert done.stderr.count("Traceback") == 1  # none of the processes' own
+    assert done.stderr.count("Traceback") == 1  # no traceback of a worker process
     assert last.startswith("dvkernels.errors.DatasetError: map: expected a function")
     assert "import" in last
     if how == "script":
         assert "__main__" in last
     else:
-        # It is refused where it was written, a few calls deep.
+        # Raised at the line that the user wrote, a few calls below.
         assert sum(line.startswith("  File ") for line in lines) <= 5
 
 
 @pytest.mark.parametrize("missing", ["files", "threads"])
-def test_starved_they_say_of_what(missing, monkeypatch):
+def test_a_lack_of_resources_is_named(missing, monkeypatch):
     iterator = mapped(abs, range(4))
     if missing == "threads":
         monkeypatch.setattr(threading.Thread, "start", _no_thread)
@@ -283,7 +283,7 @@ def test_starved_they_say_of_what(missing, monkeypatch):
         return
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = set(map(int, os.listdir("/proc/self/fd")))
-    free = min(set(range(len(used) + 1)) - used)  # below the limit there is none
+    free = min(set(range(len(used) + 1)) - used)  # no file descriptor below the limit is free
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
         with pytest.raises(DatasetError, match=r"start a worker process; got OSError.*open files"):
@@ -298,7 +298,7 @@ def _no_thread(self):
     raise RuntimeError("can't start new thread")
 
 
-def test_without_threads_there_are_elements_still(monkeypatch):
+def test_map_works_when_no_thread_can_be_started(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", _no_thread)
     data = Dataset.range(9).map(abs, num_workers=3)
     assert [batch.tolist() for batch in data.batch(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]

@@ -1,4 +1,4 @@
-"""What a user may get wrong is refused where it is said, in words of the library."""
+"""Misuse is refused at the call that is wrong, with an error of this library."""
 
 from __future__ import annotations
 
@@ -108,14 +108,14 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_would_go_wrong_silently_or_later_is_refused(name: str) -> None:
+def test_misuse_that_would_fail_silently_or_later_is_refused(name: str) -> None:
     call, words = CALLS[name]
     with pytest.raises(DatasetError, match=words):
         call()
 
 
 @pytest.mark.parametrize("paths", [[__file__], {__file__: 1}.keys(), (x for x in [__file__])])
-def test_what_has_an_order_may_be_paths(paths: Any) -> None:
+def test_any_ordered_iterable_may_hold_the_paths(paths: Any) -> None:
     assert Dataset.from_files(paths, lambda path: [1]).files == (__file__,)
 
 
@@ -132,6 +132,6 @@ class Hostile:
     lambda: list(Dataset.from_iterable(Hostile)), lambda: dv.InputOptions(on_error=Hostile()),
     lambda: iter(dv.DistributedDataset(Dataset.from_sequence([Hostile()]), 1)).__next__(),
 ])  # fmt: skip
-def test_objects_that_do_not_print_are_refused_all_the_same(call: Callable[[], Any]) -> None:
+def test_objects_whose_repr_raises_are_refused_too(call: Callable[[], Any]) -> None:
     with pytest.raises(DatasetError, match="a Hostile"):
         call()

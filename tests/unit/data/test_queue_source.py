@@ -14,38 +14,38 @@ from dvkernels.errors import DatasetError
 
 
 def filled(*values):
-    held = queue.Queue()
+    source = queue.Queue()
     for value in values:
-        held.put(value)
-    return held
+        source.put(value)
+    return source
 
 
-def test_elements_come_until_the_producer_says_so():
+def test_elements_are_delivered_until_the_end_element():
     assert list(Dataset.from_live(filled(1, 2, 3, None))) == [1, 2, 3]
     assert list(Dataset.from_live(filled(1, None, "over"), end="over")) == [1, None]
     values = iter([4, 5])
     assert list(Dataset.from_live(lambda timeout: next(values))) == [4, 5]
 
 
-def test_transforms_work_as_ever():
+def test_transforms_apply_to_live_sources():
     dataset = Dataset.from_live(filled(*range(10), None)).filter(lambda x: x % 2).map(np.int64)
     assert [b.tolist() for b in dataset.batch(2)] == [[1, 3], [5, 7], [9]]
 
 
 @pytest.mark.skipif(not hasattr(queue, "ShutDown"), reason="queues are shut down since 3.13")
-def test_a_queue_that_is_shut_down_is_over():
-    held = filled(1, 2)
-    held.shutdown()
-    assert list(Dataset.from_live(held)) == [1, 2]
+def test_a_queue_that_is_shut_down_ends_the_stream():
+    source = filled(1, 2)
+    source.shutdown()
+    assert list(Dataset.from_live(source)) == [1, 2]
 
 
-def test_a_queue_of_another_process_will_do():
-    held = multiprocessing.get_context("spawn").Queue()
+def test_a_multiprocessing_queue_is_accepted():
+    source = multiprocessing.get_context("spawn").Queue()
     for value in (1, 2, None):
-        held.put(value)
-    assert list(Dataset.from_live(held)) == [1, 2]
-    held.close()
-    held.join_thread()
+        source.put(value)
+    assert list(Dataset.from_live(source)) == [1, 2]
+    source.close()
+    source.join_thread()
 
 
 def test_a_batch_is_delivered_when_it_is_full():
@@ -53,20 +53,20 @@ def test_a_batch_is_delivered_when_it_is_full():
     assert [b.tolist() for b in dataset] == [[0, 1], [2, 3], [4]]
 
 
-def test_a_batch_is_delivered_when_its_first_element_has_waited_long_enough():
-    held = filled(1, 2)
-    iterator = iter(Dataset.from_live(held, batch_size=100, max_wait_seconds=0.2))
+def test_an_incomplete_batch_is_delivered_after_max_wait_seconds():
+    source = filled(1, 2)
+    iterator = iter(Dataset.from_live(source, batch_size=100, max_wait_seconds=0.2))
     start = time.monotonic()
     assert next(iterator).tolist() == [1, 2]
     assert 0.15 <= time.monotonic() - start < 5
-    timer = threading.Timer(0.3, lambda: [held.put(3), held.put(None)])
+    timer = threading.Timer(0.3, lambda: [source.put(3), source.put(None)])
     timer.start()
     assert next(iterator).tolist() == [3]  # no batch is empty: it waited for the first element
     assert list(iterator) == []
     timer.join()
 
 
-def test_what_is_there_at_the_deadline_comes_along():
+def test_elements_that_have_arrived_by_the_deadline_are_included():
     iterator = iter(Dataset.from_live(filled(1, 2, 3), batch_size=9, max_wait_seconds=0))
     assert next(iterator).tolist() == [1, 2, 3]
 
@@ -76,7 +76,7 @@ def test_a_batch_is_split_over_the_replicas():
     assert [[p.tolist() for p in b.values] for b in distributed] == [[[0, 1], [2]], [[3], [4]]]
 
 
-def test_epochs_go_on_where_the_last_one_stopped():
+def test_an_epoch_continues_where_the_last_one_stopped():
     dataset = Dataset.from_live(filled(*range(4), None))
     assert list(itertools.islice(dataset, 2)) == [0, 1]
     assert list(dataset) == [2, 3]
@@ -115,7 +115,7 @@ def test_a_failed_producer_loses_nothing():
     assert next(iterator).tolist() == [1, 2]
 
 
-def test_looking_at_the_spec_takes_nothing_away():
+def test_element_spec_loses_no_element():
     distributed = DistributedDataset(Dataset.from_live(filled(*range(6), None), batch_size=2), 1)
     assert distributed.element_spec.values[0].shape == (None,)
     iterator = iter(distributed)
@@ -137,7 +137,7 @@ def test_resuming_is_refused_with_the_reason():
     distributed = DistributedDataset(Dataset.from_live(filled(1, None), batch_size=1).map(abs), 1)
     iterator = iter(distributed)
     next(iterator)
-    with pytest.raises(DatasetError, match=r"state_dict: .* is gone and cannot be delivered again"):
+    with pytest.raises(DatasetError, match=r"state_dict: .* cannot be delivered again"):
         iterator.state_dict()
     with pytest.raises(DatasetError, match=r"load_state_dict: .* read them with from_files"):
         iterator.load_state_dict({})
@@ -156,12 +156,12 @@ def test_resuming_is_refused_with_the_reason():
         ({"batch_size": 2, "max_wait_seconds": float("nan")}, "a number of at least 0; got nan"),
     ],
 )
-def test_what_is_passed_is_checked(arguments, words):
+def test_arguments_are_checked(arguments, words):
     with pytest.raises(DatasetError, match=words):
         Dataset.from_live(**{"source": queue.Queue(), **arguments})
 
 
-def test_nothing_is_held_ready_since_it_could_be_lost():
+def test_live_sources_are_not_prefetched():
     dataset = Dataset.from_live(filled(*range(6), None), batch_size=2).prefetch(2)
     iterator = iter(DistributedDataset(dataset, 1, options=InputOptions(prefetch=3)))
     assert next(iterator).values[0].tolist() == [0, 1]

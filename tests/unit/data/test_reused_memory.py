@@ -1,4 +1,4 @@
-"""Sources and functions that use their memory again change nothing that was pulled before."""
+"""Sources and functions that reuse their memory do not change elements that were pulled before."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COUNT = 7
 
 @dataclasses.dataclass
 class Plain:
-    """No nest: optree takes it for a leaf."""
+    """A class that is not a pytree node: optree treats it as a leaf."""
 
     image: Any
 
 
 class Frames:
-    """Every element lies in the same memory, whose bytes are those of the latest."""
+    """A source whose elements share one buffer, which holds the latest element."""
 
     def __init__(self, form: str) -> None:
         self._buffer = np.zeros(3)
@@ -115,7 +115,7 @@ def mapped_after_filter(form: str) -> Dataset:
 
 
 def zipped(form: str) -> Dataset:
-    frames = Frames(form)  # both sides share it
+    frames = Frames(form)  # both sources share the buffer
     sides = Dataset.from_sequence(frames), Dataset.from_sequence(frames).skip(0)
     return sides[0].zip(sides[1]).map(lambda pair: pair[0])
 
@@ -130,7 +130,7 @@ USES: dict[str, Callable[[Dataset], Dataset]] = {
 
 
 def numbers(element: Any) -> list[float]:
-    """Return what is written in every part of an element."""
+    """Return the values in every part of an element."""
     found: list[float] = []
     for leaf in optree.tree_leaves(element):
         leaf = leaf.image if isinstance(leaf, Plain) else leaf
@@ -146,7 +146,7 @@ def numbers(element: Any) -> list[float]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("use", USES)
-def test_elements_stay_as_they_were_pulled(source: str, use: str, form: str) -> None:
+def test_pulled_elements_do_not_change(source: str, use: str, form: str) -> None:
     dataset = USES[use](SOURCES[source](form))
     held = list(dataset)
     seen = sorted(value for element in held for value in set(numbers(element)))
@@ -158,7 +158,7 @@ def test_elements_stay_as_they_were_pulled(source: str, use: str, form: str) -> 
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in ("plain dataclass",)])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("use", ["as it is", "prefetch", "window", "worker"])
-def test_batches_hold_their_rows_as_they_were_pulled(source: str, use: str, form: str) -> None:
+def test_rows_of_batches_do_not_change(source: str, use: str, form: str) -> None:
     held = list(USES[use](SOURCES[source](form)).batch(3))
     first = optree.tree_map(lambda *parts: np.concatenate(parts), held[0], *held[1:])
     rows = [optree.tree_map(lambda leaf, k=k: leaf[k], first) for k in range(COUNT)]
@@ -168,7 +168,7 @@ def test_batches_hold_their_rows_as_they_were_pulled(source: str, use: str, form
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("is_dealt", [False, True])
-def test_parts_of_the_replicas_stay_too(prefetch: int, is_dealt: bool) -> None:
+def test_parts_of_replicas_do_not_change(prefetch: int, is_dealt: bool) -> None:
     def batches() -> Iterator[Any]:
         for frame in Frames("array"):
             yield frame[None]
@@ -183,7 +183,7 @@ def test_parts_of_the_replicas_stay_too(prefetch: int, is_dealt: bool) -> None:
     assert [float(x) for parts in held for part in parts.values for x in part[:, 0]] == [*range(6)]
 
 
-def test_what_arrives_stays_as_it_came() -> None:
+def test_elements_of_live_sources_do_not_change() -> None:
     arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
     frames = Frames("array")
 
@@ -200,7 +200,7 @@ def test_what_arrives_stays_as_it_came() -> None:
     assert [row[0] for row in singles] == list(range(COUNT))
 
 
-def test_files_of_lanes_stay_as_they_were_read(tmp_path: pathlib.Path) -> None:
+def test_elements_of_file_shards_do_not_change(tmp_path: pathlib.Path) -> None:
     from dvkernels.data.distributed.file_shards import FileShards
 
     lane = SOURCES["iterable"]("array").node

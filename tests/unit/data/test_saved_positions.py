@@ -1,4 +1,4 @@
-"""A position is taken over by the data that it was saved for, and by a run that became longer."""
+"""A saved position is accepted for the same data, and after a repeat count has grown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = np.arange(20.0)
 
 
 def begun(dataset: Dataset, steps: int, **options: Any) -> dict[str, Any]:
-    """Return the state after some batches, through JSON."""
+    """Return the state after some batches, after a round trip through JSON."""
     with opened(dataset, **options) as batches:
         for _ in range(steps):
             next(batches)
@@ -70,13 +70,13 @@ def test_elements_of_another_kind_are_refused_before_any_is_delivered(name: str)
         rows = [other(k) for k in range(20)]
         with opened(SOURCES[name](rows).batch(4)) as batches:
             batches.load_state_dict(state)
-            for _ in range(2):  # and again
+            for _ in range(2):  # a second try is refused too
                 with pytest.raises(DatasetError, match=r"element\['x'\]: numbers and is"):
                     next(batches)
             assert batches.state_dict() == state
     with opened(SOURCES[name]([{"x": -0.5} for k in range(20)]).batch(4)) as batches:
         next(batches)
-        batches.load_state_dict(state)  # numbers of another dtype may come in another batch too
+        batches.load_state_dict(state)  # another numeric dtype is accepted
         assert len(list(batches)) == 3
 
 
@@ -107,7 +107,7 @@ def test_other_values_are_refused_where_fingerprints_are_taken(name: str) -> Non
                 batches.load_state_dict(state)
     with opened(SOURCES[name](rows).batch(4), fingerprint=True) as batches:
         batches.load_state_dict(state)
-        batches.load_state_dict(begun(SOURCES[name](other).batch(4), 2))  # nothing is known of it
+        batches.load_state_dict(begun(SOURCES[name](other).batch(4), 2))  # no fingerprint
         assert len(list(batches)) == 3
 
 
@@ -119,7 +119,7 @@ def test_damaged_descriptions_are_refused(key: str, value: Any) -> None:
         batches.load_state_dict({**begun(data, 1), key: value})
 
 
-def test_states_of_before_such_descriptions_are_still_read() -> None:
+def test_states_without_element_and_fingerprint_are_still_read() -> None:
     data = Dataset.range(9).batch(3)
     state = begun(data, 1)
     del state["element"]
@@ -142,7 +142,7 @@ ENDS: dict[str, Callable[[int | None], Dataset]] = {
 
 @pytest.mark.parametrize("longer", [3, 7, None])
 @pytest.mark.parametrize("name", ENDS)
-def test_a_run_goes_on_with_more_repetitions_from_every_place(
+def test_a_run_continues_with_more_repetitions_from_every_position(
     name: str, longer: int | None
 ) -> None:
     short, long = ENDS[name](2), ENDS[name](longer)

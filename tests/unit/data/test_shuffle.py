@@ -8,7 +8,7 @@ from dvkernels.data.dataset import Dataset
 from dvkernels.data.shuffle import BLOCK_LENGTH, permute, round_keys
 
 
-def test_it_is_a_permutation_of_every_small_length():
+def test_the_shuffle_permutes_every_small_length():
     for length in range(301):
         for seed in (0, 1):
             order = permute(np.arange(length), length, round_keys(seed, 0))
@@ -16,13 +16,13 @@ def test_it_is_a_permutation_of_every_small_length():
 
 
 @pytest.mark.parametrize("length", [4095, 4096, 4097, 65_536, 99_991, 1_000_000])
-def test_it_is_a_permutation_of_larger_lengths(length):
+def test_the_shuffle_permutes_larger_lengths(length):
     order = permute(np.arange(length), length, round_keys(7, 3))
     assert np.bincount(order, minlength=length).tolist() == [1] * length
 
 
 @pytest.mark.parametrize("length", [10**12, 2**40, 2**62])
-def test_huge_lengths_stay_in_range_and_apart(length):
+def test_indices_of_huge_lengths_are_in_range_and_distinct(length):
     positions = np.concatenate([np.arange(50_000), length - 1 - np.arange(50_000)])
     order = permute(positions, length, round_keys(1, 1))
     assert order.min() >= 0
@@ -53,7 +53,7 @@ def test_neighbours_do_not_stay_neighbours():
 
 
 def test_the_order_is_the_same_in_every_version():
-    # A change of these numbers makes every saved position mean other elements.
+    # If these numbers change, every saved position refers to other elements.
     assert [int(x) for x in Dataset.range(10).shuffle(seed=1)] == [5, 1, 8, 9, 4, 0, 3, 2, 6, 7]
     assert [int(x) for x in Dataset.range(10**12).shuffle(seed=1).take(3)] == [
         334761499847,
@@ -62,7 +62,7 @@ def test_the_order_is_the_same_in_every_version():
     ]
 
 
-def test_blocks_join_without_a_seam():
+def test_batches_across_blocks_match_the_elements():
     length = 2 * BLOCK_LENGTH + 100
     order = permute(np.arange(length), length, round_keys(2, 0)).tolist()
     for size in (1000, 5000, length):

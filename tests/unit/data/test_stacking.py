@@ -1,4 +1,4 @@
-"""A batch is what ``np.stack`` makes of its rows, or a refusal; nothing is lost on the way."""
+"""A batch equals ``np.stack`` of its rows, or is refused; no value changes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_batch_is_what_numpy_stacks(one: Any, other: Any) -> None:
     kinds = {np.asarray(row).dtype.kind for row in rows}
     if (wanted.dtype.kind in "SU" and not kinds <= {"S", "U"}) or (
         wanted.dtype.kind == "f" and kinds <= {"i", "u"}
-    ):  # which loses what the rows are
+    ):  # NumPy's result would change the values
         with pytest.raises(DatasetError, match="that one dtype holds as they are"):
             stack(rows, 3)
         return
@@ -94,23 +94,23 @@ def test_nests_keep_their_structure(nest: Any) -> None:
     ([np.ma.array([1, 2], mask=[0, 1])], "MaskedArray, whose mask would be ignored"),
     ([(1, np.ma.masked)], r"MaskedConstant.*element\[1\]|element\[1\].*MaskedConstant"),
 ])  # fmt: skip
-def test_what_cannot_be_stacked_is_refused_in_words(rows: list[Any], said: str) -> None:
+def test_rows_that_cannot_be_stacked_are_refused(rows: list[Any], said: str) -> None:
     with pytest.raises(DatasetError, match=said) as raised:
         stack(rows, len(rows))
     assert "PyTreeSpec" not in str(raised.value)
 
 
-def test_a_batch_takes_the_room_that_its_elements_need() -> None:
+def test_a_batch_takes_the_memory_that_its_elements_need() -> None:
     (batch,) = Dataset.from_iterable(lambda: iter(range(1000))).batch(2**60)
     assert batch.tolist() == list(range(1000))
     assert batch.nbytes == batch.base.nbytes if batch.base is not None else True
-    rows = [np.full(2**20, k) for k in range(20)]  # more than is taken at once
+    rows = [np.full(2**20, k) for k in range(20)]  # more than is allocated at first
     (large,) = Dataset.from_iterable(lambda: iter(rows)).batch(2**60)
     assert large[:, 0].tolist() == list(range(20))
     assert large.shape == (20, 2**20)
 
 
-def test_tensors_with_gradients_and_halves_of_pytorch_can_be_stacked() -> None:
+def test_pytorch_tensors_with_gradients_and_bfloat16_can_be_stacked() -> None:
     torch = pytest.importorskip("torch")
     half = torch.tensor([1.5, 2.0], dtype=torch.bfloat16)
     grown = torch.ones(2, requires_grad=True)

@@ -1,4 +1,4 @@
-"""States of readers come back from JSON as they were: types, bits and all; nothing else does."""
+"""States of readers survive a round trip through JSON, with types and bits."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return same(list(one.items()), list(other.items()))
     if isinstance(one, np.ndarray | np.generic):
-        held = np.asarray(one), np.asarray(other)
+        values = np.asarray(one), np.asarray(other)
         return (
-            held[0].dtype == held[1].dtype
-            and held[0].shape == held[1].shape
-            and (held[0].tobytes() == held[1].tobytes())
+            values[0].dtype == values[1].dtype
+            and values[0].shape == values[1].shape
+            and (values[0].tobytes() == values[1].tobytes())
         )
     return bool(one == other)
 
@@ -54,11 +54,11 @@ STATES = st.recursive(
 
 
 @given(STATES)
-def test_states_come_back_as_they_were(state: Any) -> None:
+def test_states_survive_the_round_trip(state: Any) -> None:
     assert same(state, through_json(state))
 
 
-def test_halves_scalars_and_generators_come_back() -> None:
+def test_bfloat16_scalars_and_generators_survive_the_round_trip() -> None:
     half = np.array([1.5, 2], ml_dtypes.bfloat16)
     assert same(through_json(half), half)
     for scalar in (np.int64(3), np.float16(0.1), np.bool_(True), np.datetime64("2020-01-02")):
@@ -71,7 +71,7 @@ def test_halves_scalars_and_generators_come_back() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "bool", "complex64", "int64"])
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
-def test_tensors_come_back(dtype: str, shape: tuple[int, ...]) -> None:
+def test_tensors_survive_the_round_trip(dtype: str, shape: tuple[int, ...]) -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.ones(shape).to(getattr(torch, dtype))
     back = through_json(tensor)
@@ -79,14 +79,14 @@ def test_tensors_come_back(dtype: str, shape: tuple[int, ...]) -> None:
     assert back.shape == tensor.shape
     assert torch.equal(back, tensor)
     if tensor.numel():
-        back.zero_()  # it may be written
+        back.zero_()  # it is writable
 
 
 @pytest.mark.parametrize("part", [
     object(), {1, 2}, np.array([object()]), np.ma.array([1], mask=[1]), lambda: 1,
     np.zeros(2, [("a", int)]), iter([1]), 1j,
 ], ids=lambda part: type(part).__name__)  # fmt: skip
-def test_what_cannot_be_kept_is_named(part: Any) -> None:
+def test_parts_that_cannot_be_encoded_are_named(part: Any) -> None:
     with pytest.raises(DatasetError, match=rf"(?s)state\['a'\]\[1\] .* a {type(part).__name__};"):
         encode({"a": [1, part]}, "state")
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_kept_is_named(part: Any) -> None:
     {"dvkernels": "tensor", "dtype": "load", "shape": [1], "base64": ""},
     {"dvkernels": "tensor", "dtype": "float32", "shape": [3], "base64": "AAAAAAAAAAA="},
 ])  # fmt: skip
-def test_what_was_not_encoded_here_is_refused(damaged: Any) -> None:
+def test_damaged_encodings_are_refused(damaged: Any) -> None:
     if damaged["dvkernels"] == "tensor":
         pytest.importorskip("torch")
     with pytest.raises(DatasetError, match="damaged"):
@@ -111,7 +111,7 @@ def test_what_was_not_encoded_here_is_refused(damaged: Any) -> None:
 
 
 class Draws:
-    """Numbers of a generator, whose state is an array and a tuple; ``extra`` belongs to it too."""
+    """Reader of random numbers, whose state holds an array and a tuple, and ``extra``."""
 
     def __init__(self, extra: Any = None, length: int = 12) -> None:
         self.extra, self.length = extra, length
@@ -123,22 +123,22 @@ class Draws:
 class DrawsReader:
     def __init__(self, source: Draws, epoch: int, state: Any) -> None:
         self.source, self.generator = source, np.random.Generator(np.random.MT19937(epoch))
-        self.held: Any = {"left": source.length, "key": None, "extra": source.extra, 7: (1, [2])}
+        self.values: Any = {"left": source.length, "key": None, "extra": source.extra, 7: (1, [2])}
         if state is not None:
-            self.held = state
+            self.values = state
             self.generator.bit_generator.state = state["key"]
             assert state[7] == (1, [2])
 
     def __next__(self) -> Any:
-        if self.held["left"] == 0:
+        if self.values["left"] == 0:
             raise StopIteration
-        self.held["left"] -= 1
+        self.values["left"] -= 1
         value = self.generator.random()
-        self.held["key"] = self.generator.bit_generator.state
+        self.values["key"] = self.generator.bit_generator.state
         return value
 
     def state(self) -> Any:
-        return self.held  # always the same dict
+        return self.values  # always the same dict
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

@@ -15,7 +15,7 @@ from dvkernels.errors import DatasetError
 
 
 class Counting:
-    """The numbers 100 * epoch + i; remembers how it was opened and what was read."""
+    """Source of the numbers 100 * epoch + i; records how it was opened and what was read."""
 
     def __init__(self, length=10, fails_at=()):
         self.length, self.fails_at = length, set(fails_at)
@@ -28,21 +28,21 @@ class Counting:
 
 class CountingReader:
     def __init__(self, source, epoch, place):
-        self.source, self.epoch, self.held = source, epoch, {"next": place}
+        self.source, self.epoch, self.position = source, epoch, {"next": place}
 
     def __next__(self):
-        place = self.held["next"]
+        place = self.position["next"]
         if place == self.source.length:
             raise StopIteration
         if place in self.source.fails_at:
             self.source.fails_at.remove(place)
             raise OSError("gone for a moment")
-        self.held["next"] += 1
+        self.position["next"] += 1
         self.source.read.append(100 * self.epoch + place)
         return np.int64(100 * self.epoch + place)
 
     def state(self):
-        return self.held  # always the same dict: a reader need not copy
+        return self.position  # always the same dict: a reader need not copy
 
     def close(self):
         self.source.num_closed += 1
@@ -79,7 +79,7 @@ def test_a_resume_opens_the_source_at_its_state_and_reads_nothing_twice():
     assert source.read == [6, 7, 8, 9]
 
 
-def test_filter_and_repeat_find_their_place_without_replay():
+def test_filter_and_repeat_resume_without_replay():
     source = Counting(10)
     dataset = Dataset.from_source(source).filter(lambda x: x % 3 == 0).repeat(2).batch(1)
     distributed = DistributedDataset(dataset, 1)
@@ -107,7 +107,7 @@ def test_readers_are_closed():
     assert source.num_closed == 2
 
 
-def test_an_error_is_tried_again_from_the_state():
+def test_after_an_error_the_source_is_opened_at_its_state():
     source = Counting(6, fails_at=[4])
     iterator = iter(Dataset.from_source(source).batch(3))
     assert next(iterator).tolist() == [0, 1, 2]
@@ -137,7 +137,7 @@ def test_take_skip_shard_and_zip_resume_as_well():
 
 
 @pytest.mark.parametrize("count", range(7))
-def test_beside_a_stateful_source_others_are_replayed(count):
+def test_other_sources_of_a_zip_are_replayed(count):
     beside = Dataset.from_sequence(range(4)).filter(lambda x: x != 1).repeat(2)
     both = DistributedDataset(Dataset.from_source(Counting(9)).zip(beside).batch(1), 1)
     wanted = list(zip(range(6), [0, 2, 3, 0, 2, 3], strict=True))
@@ -160,19 +160,19 @@ def test_beside_a_stateful_source_others_are_replayed(count):
 )
 def test_an_interrupt_between_any_two_calls_loses_no_batch(dataset, is_dealt):
     def interrupted(at):
-        """All elements, and whether an interrupt came; it comes at the given call."""
+        """Return all elements, and whether the interrupt, raised at the given call, was seen."""
         iterator = iter(DistributedDataset(dataset, 1, is_dealt=is_dealt))
         batches = [next(iterator)]
         calls, here = itertools.count(), sys._getframe()
 
         def profile(frame, event, called):
-            # Where CPython looks for signals: when a function begins, and after one in C.
+            # CPython checks for signals when a function begins, and after a C function.
             inside = frame is not here and event in ("call", "c_return")
             if inside and next(calls) == at:
                 sys.setprofile(None)
                 raise KeyboardInterrupt
 
-        gc.disable()  # an interrupt in a callback of the collector's would be lost
+        gc.disable()  # an interrupt in a callback of the garbage collector would be lost
         try:
             sys.setprofile(profile)
             batches.append(next(iterator))
@@ -195,7 +195,7 @@ def test_an_interrupt_between_any_two_calls_loses_no_batch(dataset, is_dealt):
     assert at > 5
 
 
-def test_where_next_to_nothing_is_delivered_little_is_remembered():
+def test_resume_points_are_thinned_where_little_is_delivered():
     source = Counting(60_000)
     rare = Dataset.from_source(source).filter(lambda x: x % 25_000 == 24_999).batch(1)
     iterator = iter(DistributedDataset(rare, 1))
@@ -213,7 +213,7 @@ def test_where_next_to_nothing_is_delivered_little_is_remembered():
     assert 20_000 < source.opened[-1][1]["next"] <= 25_000
 
 
-def test_pipelines_without_such_a_source_keep_their_state():
+def test_pipelines_without_stateful_sources_keep_their_state_format():
     iterator = iter(DistributedDataset(Dataset.range(9).filter(lambda x: x > 2).batch(2), 1))
     next(iterator)
     state = iterator.state_dict()
@@ -234,7 +234,7 @@ def test_pipelines_without_such_a_source_keep_their_state():
         {"version": 1},
     ],
 )
-def test_a_damaged_memory_is_refused_and_changes_nothing(damage):
+def test_damaged_resume_points_are_refused_and_change_nothing(damage):
     dataset = Dataset.from_source(Counting()).filter(lambda x: x >= 0).batch(2)
     iterator = iter(DistributedDataset(dataset, 1))
     next(iterator)
@@ -255,7 +255,7 @@ def test_the_state_cannot_be_changed_from_outside():
 
 
 class Squares:
-    """An iterable whose iterator is itself, as a loader's or an iterator's state may be kept."""
+    """An iterable that is its own iterator; the state is kept by the loader or by the iterator."""
 
     def __init__(self, keeps="iterable"):
         self.place, self.keeps, self.started = 0, keeps, 0
@@ -282,7 +282,7 @@ class Squares:
 
 
 @pytest.mark.parametrize("keeps", ["iterable", "iterator"])
-def test_stateful_iterables_go_on_where_their_state_says(keeps):
+def test_stateful_iterables_resume_at_their_state(keeps):
     made = []
 
     def factory():
@@ -300,7 +300,7 @@ def test_stateful_iterables_go_on_where_their_state_says(keeps):
     assert next(iter(dataset)).tolist() == [0, 1]
 
 
-def test_an_iterable_without_state_is_not_called_stateful():
+def test_stateful_iterables_must_have_a_state():
     dataset = Dataset.from_iterable(lambda: [1, 2], stateful=True)
     with pytest.raises(DatasetError, match="leave stateful out"):
         next(iter(dataset))
@@ -334,19 +334,19 @@ class UncopiedState(Stateless):
         (UncopiedState(), "expected a state that can be copied.*generator"),
     ],
 )
-def test_what_a_source_returns_is_checked(reader, words):
+def test_readers_of_a_source_are_checked(reader, words):
     with pytest.raises(DatasetError, match=words):
         next(iter(Dataset.from_source(Wrong(reader))))
 
 
 @pytest.mark.parametrize("source", [Counting, [1, 2], open])
-def test_what_is_no_source_is_refused(source):
+def test_objects_other_than_sources_are_refused(source):
     with pytest.raises(DatasetError, match=r"expected an object with open\(epoch, state\)"):
         Dataset.from_source(source)
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_elements_left_out_and_held_ready_do_not_count(prefetch):
+def test_skipped_and_prefetched_elements_do_not_count(prefetch):
     def picky(x):
         if x % 4 == 1:
             raise ArithmeticError("left out")

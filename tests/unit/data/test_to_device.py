@@ -1,4 +1,4 @@
-"""What crosses to a GPU arrives whole, however late the GPU gets to it: on a double."""
+"""Copies to a GPU are complete for any timing of its streams: on a double."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dvkernels.data.distributed.to_device import DeviceCopier
 
 
 class Stream:
-    """Work that happens in order, and when it must: a wait for an event is work too."""
+    """A stream: work that runs in order, possibly late; a wait for an event is work too."""
 
     def __init__(self):
         self.queue = []
 
     def step(self):
-        """Do the next piece; return whether there was one that need not wait."""
+        """Run the next piece of work; return whether there was one that need not wait."""
         if not self.queue or not self.queue[0][0]():
             return False
         self.queue.pop(0)[1]()
@@ -46,7 +46,7 @@ class Event:
 
 
 class Gpu:
-    """Arrays whose copies happen as late as they may, or at any time before."""
+    """Array library whose copies run as late as possible, or at random times before."""
 
     def __init__(self, seed=None):
         self.random = None if seed is None else random.Random(seed)
@@ -65,7 +65,7 @@ class Gpu:
     def finish(self):
         self.run(lambda: not any(stream.queue for stream in self.streams))
 
-    # the seam of arrays
+    # the interface of cuda.ArrayLibrary
 
     def empty(self, device, shape, dtype, stream=None):
         return np.full(shape, 0xEE, dtype)
@@ -97,13 +97,13 @@ def batch(number, rows):
 
 
 @pytest.mark.parametrize("seed", [None, *range(20)])
-def test_no_memory_is_written_before_it_was_read(seed):
+def test_no_buffer_is_overwritten_before_it_was_read(seed):
     gpu = Gpu(seed)
-    conveyor = DeviceCopier([dv.Device("cuda", 0)] * 2, gpu)
+    copier = DeviceCopier([dv.Device("cuda", 0)] * 2, gpu)
     sent = [batch(k, rows) for k, rows in enumerate([(4, 3), (4, 4), (0, 2), (9, 9), (1, 0)] * 4)]
     got = []
     for columns in sent:
-        got.append(conveyor.carry([[np.copy(one) for one in column] for column in columns[:2]]
+        got.append(copier.copy([[np.copy(one) for one in column] for column in columns[:2]]
                                   + columns[2:]))  # fmt: skip
         gpu.tick()
     gpu.finish()
@@ -113,17 +113,17 @@ def test_no_memory_is_written_before_it_was_read(seed):
                 np.testing.assert_array_equal(one, other)
                 assert getattr(one, "dtype", None) == getattr(other, "dtype", None)
                 assert np.shape(one) == np.shape(other)
-    assert gpu.num_pinned <= 4  # two slots, which grew once each
+    assert gpu.num_pinned <= 4  # two slots, each of which grew once
 
 
-def test_a_batch_crosses_while_the_step_before_it_computes():
+def test_a_batch_is_transferred_while_the_step_before_it_computes():
     gpu = Gpu()
-    conveyor = DeviceCopier([dv.Device("cuda", 0)], gpu)
-    for _ in range(2):  # from the third on, memory is used again
-        conveyor.carry([[np.zeros(8)]])
+    copier = DeviceCopier([dv.Device("cuda", 0)], gpu)
+    for _ in range(2):  # from the third batch on, buffers are reused
+        copier.copy([[np.zeros(8)]])
     computed = []
     gpu.default.queue.append((lambda: bool(computed), lambda: None))  # a step that takes long
-    conveyor.carry([[np.ones(8)]])
+    copier.copy([[np.ones(8)]])
     side = gpu.streams[1]
     while gpu.default.step() or side.step():
         pass
@@ -133,7 +133,7 @@ def test_a_batch_crosses_while_the_step_before_it_computes():
     gpu.finish()
 
 
-def test_what_is_no_number_stays_on_the_host():
+def test_arrays_that_are_not_numeric_stay_on_the_host():
     text = np.array(["a", "b"])
-    (found,) = DeviceCopier([dv.Device("cuda", 0)], Gpu()).carry([[text]])
+    (found,) = DeviceCopier([dv.Device("cuda", 0)], Gpu()).copy([[text]])
     assert found[0] is text

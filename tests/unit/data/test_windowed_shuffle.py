@@ -40,7 +40,7 @@ def test_the_order_is_a_function_of_seed_epoch_and_window():
     assert epoch_of(fixed, 0) == epoch_of(fixed, 7) == order
 
 
-def test_random_access_stays_and_gives_the_same_order():
+def test_random_access_is_kept_and_gives_the_same_order():
     by_index = Dataset.range(50).shuffle(seed=1, window=16)
     assert by_index.node.random_access
     in_order = ints(sequential(50).shuffle(seed=1, window=16))
@@ -69,7 +69,7 @@ def test_the_source_is_read_a_window_at_a_time():
         assert len(read) < count + 10
 
 
-def test_neighbours_meet_in_some_epoch():
+def test_neighbours_share_a_window_in_some_epoch():
     dataset = sequential(64).shuffle(seed=0, window=8)
     swapped = np.zeros(63, bool)
     for epoch in range(60):
@@ -78,7 +78,7 @@ def test_neighbours_meet_in_some_epoch():
     assert swapped.all()
 
 
-def test_within_a_window_all_orders_come():
+def test_all_orders_occur_within_a_window():
     dataset = Dataset.range(3).shuffle(seed=0, window=50)
     orders = collections.Counter(tuple(epoch_of(dataset, epoch)) for epoch in range(300))
     whole = [count for order, count in orders.items()]

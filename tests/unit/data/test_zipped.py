@@ -55,7 +55,7 @@ def test_only_datasets_are_zipped():
         Dataset.range(1).zip(Dataset.range(1), [1])
 
 
-def test_where_failing_elements_are_left_out_rows_stay_together():
+def test_rows_stay_together_when_failing_elements_are_skipped():
     def picky(x):
         if x == 3:
             raise ArithmeticError("three")
