@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds, under a checksum of its own.
+"""Manifest of a checkpoint: its shards, tensors, objects and metadata, under a checksum.
 
 ``docs/reference/checkpoint-format.md`` is its specification; the two change together.
 """
@@ -31,31 +31,31 @@ _CHECKSUM = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A shard: its name, its size, and the checksum of all that comes before the tensors."""
+    """Manifest entry of a shard."""
 
     name: str
     nbytes: int
-    header: str
+    header: str  # checksum of the bytes before the tensors
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor: which shard it lies in, what it is, and the checksums of its pieces."""
+    """Manifest entry of a tensor."""
 
-    file: int
+    file: int  # index of its shard
     dtype: str
     shape: tuple[int, ...]
-    checksums: tuple[str, ...]
+    checksums: tuple[str, ...]  # of its pieces
 
     @property
     def nbytes(self) -> int:
-        """The bytes it takes."""
+        """Size of the tensor in bytes."""
         return shards.nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of it."""
+    """Content of a manifest."""
 
     step: int | None
     files: tuple[FileEntry, ...]
@@ -66,7 +66,7 @@ class Manifest:
 
 
 def write(manifest: Manifest) -> bytes:
-    """Return the content of the file."""
+    """Serialize a manifest as the bytes of its file."""
     rest = _dumped(
         {
             "format": FORMAT,
@@ -83,8 +83,8 @@ def write(manifest: Manifest) -> bytes:
     content = b'{"xxh3_64":"%s",\n' % parallel_io.checksum(body).encode() + body
     if len(content) > MAX_NBYTES:
         raise CheckpointError(
-            f"the manifest would have {len(content)} bytes, and {MAX_NBYTES} are allowed; keep "
-            f"large data in arrays"
+            f"the manifest would have {len(content)} bytes; at most {MAX_NBYTES} are allowed; "
+            f"keep large data in arrays"
         )
     return content
 
@@ -92,12 +92,12 @@ def write(manifest: Manifest) -> bytes:
 def _dumped(given: dict[str, Any]) -> str:
     try:
         return json.dumps(given, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:  # a whole number of more digits than this program allows
-        raise CheckpointError(f"what is to be saved cannot be written as JSON: {error}") from error
+    except ValueError as error:  # an integer of more digits than this program allows
+        raise CheckpointError(f"the objects cannot be written as JSON: {error}") from error
 
 
 def read(content: bytes, where: str) -> Manifest:
-    """Return what the content of a file says, if all of it is well-formed."""
+    """Parse and validate the bytes of a manifest file."""
     first = _FIRST_LINE.match(content)
     if first is None:
         raise CheckpointDamagedError(
@@ -105,7 +105,7 @@ def read(content: bytes, where: str) -> Manifest:
             f"{content[:40]!r}; the file is damaged, or not a checkpoint's manifest"
         )
     if parallel_io.checksum(memoryview(content)[first.end() :]) != first[1].decode():
-        raise CheckpointDamagedError(f"{where}: its checksum does not fit; the file is damaged")
+        raise CheckpointDamagedError(f"{where}: its checksum does not match; the file is damaged")
     given = dict(json_validation.items(json_validation.parse(content, where), where))
     given.pop("xxh3_64")
     json_validation.one_of(given.get("format"), f"{where}, format", [FORMAT])

@@ -79,10 +79,10 @@ def test_the_memory_of_snapshots_is_kept(tmp_path):
     checkpoint = dv.Checkpoint(weight=weight)
     for _ in range(2):
         checkpoint.save(tmp_path / "c", background=True)
-    first = checkpoint._saver._host["weight"]
+    first = checkpoint._saver._copies["weight"]
     checkpoint.save(tmp_path / "c", background=True)
     checkpoint.close()
-    assert checkpoint._saver._host["weight"] is first
+    assert checkpoint._saver._copies["weight"] is first
 
 
 def run(code, path):

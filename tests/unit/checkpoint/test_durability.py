@@ -198,8 +198,8 @@ HOLD = """
 import sys, time
 import dvkernels as dv
 from pathlib import Path
-from dvkernels.checkpoint.storage import atomic_folder as folder
-with folder.replaced(Path(sys.argv[1])):
+from dvkernels.checkpoint.storage import atomic_folder
+with atomic_folder.locked_replacement(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
 """

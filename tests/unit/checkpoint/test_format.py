@@ -42,7 +42,7 @@ def test_we_read_headers_of_safetensors():
     ranges = shards.read_header(content[:length], len(content), "file")
     assert ranges.keys() == given.keys()
     for name, array in given.items():
-        assert ranges[name].stored == shards.stored(array.dtype.name, array.shape)
+        assert ranges[name].spec == shards.safetensors_spec(array.dtype.name, array.shape)
         assert content[ranges[name].begin : ranges[name].end] == array.tobytes()
 
 

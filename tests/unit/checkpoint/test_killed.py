@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dvkernels.checkpoint.format.step_names import within
-from dvkernels.checkpoint.restoring import reader as reading
+from dvkernels.checkpoint.restoring.reader import opened
 from dvkernels.testing import run_and_kill
 
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
@@ -30,7 +30,7 @@ def check_what_is_left(folder):
     held = within(folder)
     assert held, "a step had been saved before the kill"
     for path in held:
-        with reading.opened(path) as reader:
+        with opened(path) as reader:
             reader.check(reader.manifest.tensors)
 
 
