@@ -90,32 +90,32 @@ def _access(generator: Any) -> _StateAccess:
     return found
 
 
-def _compare(own: Any, given: Any, where: str) -> None:
-    fits = type(own) is type(given) or {type(own), type(given)} <= {type(None), float}
-    if fits and isinstance(own, dict):
-        fits = own.keys() == given.keys()
-    elif fits and isinstance(own, tuple):
-        fits = len(own) == len(given)
-    elif fits and isinstance(own, np.ndarray):
-        fits = own.dtype == given.dtype and own.shape == given.shape
-    elif fits and isinstance(own, str):
-        fits = own == given
-    elif fits and type(own) is int:
+def _compare(current: Any, given: Any, where: str) -> None:
+    fits = type(current) is type(given) or {type(current), type(given)} <= {type(None), float}
+    if fits and isinstance(current, dict):
+        fits = current.keys() == given.keys()
+    elif fits and isinstance(current, tuple):
+        fits = len(current) == len(given)
+    elif fits and isinstance(current, np.ndarray):
+        fits = current.dtype == given.dtype and current.shape == given.shape
+    elif fits and isinstance(current, str):
+        fits = current == given
+    elif fits and type(current) is int:
         fits = 0 <= given <= _MAX_INTEGER
     if not fits:
         raise CheckpointError(
-            f"{where}: expected the state of a generator like this one, {shown(own)}; got "
+            f"{where}: expected the state of a generator like this one, {shown(current)}; got "
             f"{shown(given)}; create the generator as it was created before the save"
         )
-    if isinstance(own, dict):
-        for name in own:
+    if isinstance(current, dict):
+        for name in current:
             limit = _MAX_VALUES.get(name, _MAX_INTEGER)
             if type(given[name]) is int and given[name] > limit:
                 raise CheckpointError(
                     f"{where}, {name}: expected at most {limit}; got {shown(given[name])}; the "
                     f"file is damaged"
                 )
-            _compare(own[name], given[name], f"{where}, {name}")
-    elif isinstance(own, tuple):
-        for mine, theirs in zip(own, given, strict=True):
+            _compare(current[name], given[name], f"{where}, {name}")
+    elif isinstance(current, tuple):
+        for mine, theirs in zip(current, given, strict=True):
             _compare(mine, theirs, where)

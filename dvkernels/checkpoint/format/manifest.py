@@ -118,8 +118,8 @@ def read(content: bytes, where: str) -> Manifest:
     json_validation.fields(given, where, _FIELDS)
     step = given["step"]
     files = tuple(
-        _file(entry, place, f"{where}, file {place}")
-        for place, entry in enumerate(json_validation.array(given["files"], f"{where}, files"))
+        _file(entry, index, f"{where}, file {index}")
+        for index, entry in enumerate(json_validation.array(given["files"], f"{where}, files"))
     )
     tensors = {
         name: _tensor(entry, len(files), f"{where}, tensor {shown(name, 200)}")
@@ -138,22 +138,22 @@ def read(content: bytes, where: str) -> Manifest:
     )
 
 
-def _file(value: Any, place: int, where: str) -> FileEntry:
+def _file(value: Any, index: int, where: str) -> FileEntry:
     given = json_validation.fields(value, where, {"name", "nbytes", "header"})
     name = json_validation.text(given["name"], f"{where}, name")
-    # A name that says its place: so none stands twice, and none leads out of the folder.
-    if not SHARD.fullmatch(name) or int(name[6:11]) != place:
+    # The name follows from the index, so that it is unique and cannot leave the folder.
+    if not SHARD.fullmatch(name) or int(name[6:11]) != index:
         raise CheckpointDamagedError(
-            f"{where}, name: expected {shard_name(place)!r}; got {shown(name, 200)}; "
+            f"{where}, name: expected {shard_name(index)!r}; got {shown(name, 200)}; "
             "the file is damaged"
         )
     nbytes = json_validation.count(given["nbytes"], f"{where}, nbytes")
     return FileEntry(name, nbytes, _checksum(given["header"], f"{where}, header"))
 
 
-def shard_name(place: int) -> str:
+def shard_name(index: int) -> str:
     """Return the name of a shard."""
-    return f"shard-{place:05d}.safetensors"
+    return f"shard-{index:05d}.safetensors"
 
 
 def _tensor(value: Any, num_files: int, where: str) -> TensorEntry:
@@ -161,14 +161,14 @@ def _tensor(value: Any, num_files: int, where: str) -> TensorEntry:
     file = json_validation.count(given["file"], f"{where}, file", num_files - 1)
     dtype = json_validation.one_of(given["dtype"], f"{where}, dtype", shards.DTYPES)
     shape = json_validation.counts(given["shape"], f"{where}, shape", shards.MAX_NDIM)
-    # Also where one axis is 0: NumPy must be able to count the others.
+    # Without axes of length 0: NumPy limits the product of the others, too.
     if shards.nbytes(dtype, [size for size in shape if size]) > shards.MAX_NBYTES:
         raise CheckpointDamagedError(f"{where}, shape: {list(shape)} is too large for any machine")
     listed = json_validation.array(given["checksums"], f"{where}, checksums")
     expected = -(-shards.nbytes(dtype, shape) // parallel_io.PIECE_NBYTES)
     if len(listed) != expected:
         raise CheckpointDamagedError(
-            f"{where}, checksums: expected {expected}, one for each {parallel_io.PIECE_NBYTES} "
+            f"{where}, checksums: expected {expected}, one per {parallel_io.PIECE_NBYTES} "
             f"bytes; got {len(listed)}; the file is damaged"
         )
     return TensorEntry(

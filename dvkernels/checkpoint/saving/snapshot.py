@@ -25,7 +25,7 @@ class Snapshot:
     step: int | None
     metadata: Any
     objects: dict[str, Node]
-    tensors: dict[str, Any]  # those that this worker writes
+    tensors: dict[str, Any]  # the arrays that this worker writes, by tensor name
     workers: Workers
 
 
