@@ -17,7 +17,7 @@ from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError
 
 
-class Beside(files.FileSystem):
+class Interleaving(files.FileSystem):
     """File system that calls ``act`` before operation number ``at``, ``times`` times in all."""
 
     def __init__(self, at, act, times=1):
@@ -72,15 +72,15 @@ def test_a_save_between_any_two_operations_of_a_restore(tmp_path, verb, times):
     write()
     for at in range(1, 100):
         before = writer.number
-        beside = Beside(at, write, times)
-        with files.using(beside), warnings.catch_warnings():
+        interleaving = Interleaving(at, write, times)
+        with files.using(interleaving), warnings.catch_warnings():
             warnings.simplefilter("error")
             if verb == "replace":
                 checkpoint.restore(tmp_path / "run")
             else:
                 manager.restore_latest()
         assert before <= read(found) <= writer.number
-        if beside.left == times:
+        if interleaving.left == times:
             return
     pytest.fail("a restore has fewer operations")
 
@@ -95,12 +95,12 @@ def test_the_verify_command_during_saves(tmp_path, capsys):
     writer = Writer(tmp_path)
     writer.rotate()
     for at in range(1, 40):
-        beside = Beside(at, writer.rotate)
-        with files.using(beside):
+        interleaving = Interleaving(at, writer.rotate)
+        with files.using(interleaving):
             assert main(["checkpoint", "verify", str(tmp_path)]) == 0
         said = capsys.readouterr().out
         assert said.count("\n") == said.count("PASS") + said.count("GONE") == 1
-        if beside.left:
+        if interleaving.left:
             return
     pytest.fail("it has fewer operations")
 
@@ -118,7 +118,7 @@ def test_all_workers_read_the_same_checkpoint_during_saves(tmp_path):
             return read(found)
 
     for at in range(1, 40, 3):
-        with files.using(Beside(at, writer.replace)):
+        with files.using(Interleaving(at, writer.replace)):
             found = at_once(
                 *(
                     lambda group=group: work(group)

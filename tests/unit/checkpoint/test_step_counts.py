@@ -10,7 +10,7 @@ import pytest
 import dvkernels as dv
 
 # Written when an optimizer had a single count: three steps of each, with gradients of ones.
-EARLIER = Path(__file__).with_name("one_count")
+EARLIER = Path(__file__).with_name("single_step_count")
 
 
 def made():
