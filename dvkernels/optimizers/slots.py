@@ -93,11 +93,11 @@ class Slots:
         """Copy the states: for the copies of variables that the same call copies, else the same."""
         made = Slots(self.pending)
 
-        def move(variable: Variable, twin: Variable) -> None:
+        def move(variable: Variable, duplicate: Variable) -> None:
             """Move the copied state of a variable to its copy."""
             found = made._states.pop(id(variable), None)
             if found is not None:
-                made._set(twin, found[1])
+                made._set(duplicate, found[1])
 
         for variable, state in self.living():
             slots = {name: copy.deepcopy(slot, memo) for name, slot in state.slots.items()}
