@@ -1,4 +1,4 @@
-"""The workers that save and restore together: what one of them cannot do, none has done."""
+"""Collective actions of the workers of a checkpoint, which succeed on all workers or on none."""
 
 from __future__ import annotations
 
@@ -18,59 +18,63 @@ from dvkernels.user_errors import in_words, shown
 __all__: list[str] = []
 
 CHIEF = 0
-_ALONE = Single()
+_SINGLE = Single()
 
 
 class _WorkerReport(NamedTuple):
-    """What a worker tells the others when it has done its part."""
+    """Outcome of an action on one worker, which all workers exchange."""
 
-    said: Any = None
+    result: Any = None
     failure: str | None = None
     is_damage: bool = False
 
 
-def of(objects: Mapping[str, Any]) -> Workers:
-    """Return the workers that the variables belong to; without such variables, this one alone."""
+def workers_of(objects: Mapping[str, Any]) -> Workers:
+    """Return the workers that the variables belong to; without such variables, a single worker."""
     owners = (variable.owner for variable in variables_of(objects).values())
-    return next((owner.workers for owner in owners if owner.workers.size > 1), _ALONE)
+    return next((owner.workers for owner in owners if owner.workers.size > 1), _SINGLE)
 
 
-def together(workers: Workers, what: str, act: Callable[[], Any]) -> list[Any]:
-    """Do what may fail on each worker; return what ``act`` returned on each, which is small.
+def run(workers: Workers, what: str, act: Callable[[], Any]) -> list[Any]:
+    """Call ``act`` on every worker; return its results, which should be small, of all workers.
 
-    Returns when all have done it. Raises on all of them if it failed on one: its own error there,
-    elsewhere an error of the same kind that names it.
+    Returns when all workers have called it. If it raised on one worker, all workers raise: that
+    one its own error, the others an error of the same class that names the worker.
     """
-    said, failure = None, None
+    result, failure = None, None
     try:
-        said = act()
+        result = act()
     except Exception as error:
         failure = error
-    except BaseException as error:  # an interrupt does not wait for the others
+    except BaseException as error:  # an interrupt does not wait for the other workers
         workers.announce(error)
         raise
     is_damage = isinstance(failure, CheckpointDamagedError)
     own = (
-        _WorkerReport(said)
+        _WorkerReport(result)
         if failure is None
         else _WorkerReport(None, in_words(failure), is_damage)
     )
-    with telling(workers, what):
-        words: list[_WorkerReport] = workers.exchange(own)
-    for worker, word in enumerate(words):
-        if word.failure is None:
+    with announcing_failures(workers, what):
+        reports: list[_WorkerReport] = workers.exchange(own)
+    for worker, report in enumerate(reports):
+        if report.failure is None:
             continue
-        # All raise the kind of the first, so that all of them go on alike.
-        if failure is not None and word.is_damage == is_damage:
+        # All raise the class of the first failure, so that all programs take the same branch.
+        if failure is not None and report.is_damage == is_damage:
             raise failure
-        kind = CheckpointDamagedError if word.is_damage else CheckpointError
-        raise kind(f"{what}: worker {worker} of {workers.size} failed: {word.failure}") from failure
-    return [word.said for word in words]
+        kind = CheckpointDamagedError if report.is_damage else CheckpointError
+        message = f"{what}: worker {worker} of {workers.size} failed: {report.failure}"
+        raise kind(message) from failure
+    return [report.result for report in reports]
 
 
 @contextlib.contextmanager
-def telling(workers: Workers, what: str) -> Iterator[None]:
-    """Let what fails here fail what the others wait for, or call next; and the other way round."""
+def announcing_failures(workers: Workers, what: str) -> Iterator[None]:
+    """Announce a failure here to the other workers, whose current or next call then fails.
+
+    An announced failure of another worker is raised here as :class:`CheckpointError`.
+    """
     try:
         yield
     except StepEnded as error:
@@ -80,12 +84,12 @@ def telling(workers: Workers, what: str) -> Iterator[None]:
         raise
 
 
-def check_alike(workers: Workers, what: str, details: Mapping[str, str]) -> None:
-    """Raise on all workers unless ``details``, words by path, is the same on all of them.
+def check_consistent(workers: Workers, what: str, details: Mapping[str, str]) -> None:
+    """Raise on all workers unless ``details``, descriptions by path, are the same on all of them.
 
-    A checksum of it is compared, and only where those differ do the words travel.
+    The workers exchange a checksum, and the descriptions themselves only where checksums differ.
     """
-    with telling(workers, what):
+    with announcing_failures(workers, what):
         if len(set(workers.exchange(parallel_io.checksum(json.dumps(details).encode())))) == 1:
             return
         each: list[Mapping[str, str]] = workers.exchange(details)
@@ -95,9 +99,8 @@ def check_alike(workers: Workers, what: str, details: Mapping[str, str]) -> None
             if mine != other:
                 raise CheckpointError(
                     f"{what}: expected the same on all workers; for {shown(path, 200)} worker 0 "
-                    "has "
-                    f"{mine}, worker {worker} {other}; build the objects alike everywhere, give a "
-                    f"path where all workers see the same files, and keep what is a worker's own "
-                    f"in a checkpoint of its own, without the variables of this strategy"
+                    f"has {mine}, worker {worker} {other}; build the same objects on all workers, "
+                    f"give a path where all workers see the same files, and keep the objects of a "
+                    f"single worker in another checkpoint, without variables of this strategy"
                 )
     raise CheckpointError(f"{what}: expected the same order of the objects on all workers")

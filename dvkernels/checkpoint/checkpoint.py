@@ -1,4 +1,4 @@
-"""Objects that are saved together and come back together."""
+"""Public class for a set of objects that are saved and restored together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from dvkernels import context
 from dvkernels.checkpoint.format import step_names
-from dvkernels.checkpoint.restoring import restore as restoring
+from dvkernels.checkpoint.restoring import restore
 from dvkernels.checkpoint.restoring.restore import Restored
 from dvkernels.checkpoint.saving import save
 from dvkernels.checkpoint.saving.background import SavesInBackground
@@ -22,16 +22,16 @@ __all__ = ["Checkpoint"]
 
 
 class Checkpoint(SavesInBackground):
-    """Objects that are saved together and come back together.
+    """Set of named objects that are saved together and restored together.
 
     Parameters
     ----------
     **objects
         Variables; optimizers, with their slots; NumPy arrays; iterators of distributed datasets
-        and anything else with ``state_dict`` and ``load_state_dict`` (of plain data and arrays);
-        random generators of NumPy and of Python; plain data (None, bool, int, float, complex,
-        str, bytes, NumPy scalars, and lists, tuples and dicts of them); and containers of all
-        these: dicts, lists, tuples, named tuples, dataclasses registered with optree.
+        and any other object whose ``state_dict`` and ``load_state_dict`` use plain data and
+        arrays; random generators of NumPy and of Python; plain data (None, bool, int, float,
+        complex, str, bytes, NumPy scalars, and lists, tuples and dicts of them); and containers
+        of all these: dicts, lists, tuples, named tuples, dataclasses registered with optree.
 
     Raises
     ------
@@ -41,19 +41,19 @@ class Checkpoint(SavesInBackground):
     Notes
     -----
     An ON_WRITE variable saves one copy, an ON_READ variable its aggregate, and NONE and ON_READ
-    without aggregation every copy. One saved value reaches every copy, and is dealt out where the
-    aggregation is SUM. Copies come back as they were on as many replicas, and on another number
-    only if they were equal. So a checkpoint restores under another strategy, and on another number
-    of replicas.
+    without aggregation every copy. A single saved value is restored to every copy, or shared out
+    over the copies where the aggregation is SUM. Several saved copies are restored one to one on
+    as many replicas, and on another number only if they are equal. So a checkpoint can be restored
+    under another strategy and on another number of replicas.
 
     ``objects`` is a dict and may be changed: ``checkpoint.objects["epoch"] = 3``.
 
     With variables of a strategy over several workers, every worker makes the same calls, on a
-    folder that all of them see: each writes a part, and what one cannot do none has done. Data and
-    arrays are the first worker's; random generators must be in the same state on all. Without such
-    variables a checkpoint concerns its own process.
+    folder that all workers see. Each worker writes a part, and a call succeeds on all workers or
+    on none. Data and arrays are the first worker's; random generators must be in the same state on
+    all workers. Without such variables a checkpoint belongs to its own process.
 
-    The files are safetensors and JSON, without pickle: nothing that is loaded can run code.
+    The files are safetensors and JSON, without pickle: loading them cannot run code.
 
     Examples
     --------
@@ -84,43 +84,47 @@ class Checkpoint(SavesInBackground):
         metadata: Mapping[str, Any] | None = None,
         background: bool = False,
     ) -> None:
-        """Save the objects as a folder; a checkpoint that is there already is replaced.
+        """Save the objects as a folder, replacing an existing checkpoint.
 
         Parameters
         ----------
         path : path-like
-            The folder. Those above it are created.
+            The folder. Missing parent folders are created.
         metadata : dict, optional
-            Plain data of the user's own, which ``restore`` returns and ``show`` prints.
+            Plain data of the user, which ``restore`` returns and ``show`` prints.
         background : bool
-            Copy the objects to memory of our own, return, and write while the program goes on. An
-            error is raised by the next ``save``, or by ``close``. The program's end waits. Over
-            several workers the next ``save``, ``restore`` or ``close`` puts in place what all have
-            written; until then the one before counts.
+            Copy the objects, return, and write the copy while the program continues. An error is
+            raised by the next ``save`` or by ``close``. The end of the program waits for the save.
+            Over several workers the next ``save``, ``restore`` or ``close`` completes the save;
+            until then the previous checkpoint is the valid one.
 
         Raises
         ------
         CheckpointError
-            An object cannot be saved, a writer is at work there already, the disk is full or
-            fails, or ``path`` holds something else; or another worker could not do its part, or has
-            other objects. What was at ``path`` is there still, and nothing else is left behind.
+            An object cannot be saved, another writer is saving there, the disk is full or fails,
+            or ``path`` is not a checkpoint; or another worker failed or has other objects. The
+            previous checkpoint at ``path`` is unchanged, and nothing else is left behind.
         CollectiveTimeoutError, WorkerLostError
-            A worker did not come, or is gone. What was at ``path`` is whole.
+            A worker did not take part in time, or is lost. The previous checkpoint is whole.
         ContextError
             Called in a replica: save outside of ``run``.
 
         Notes
         -----
-        Written beside, synced and renamed: whenever the process is killed, a whole checkpoint is
-        there, and ``restore`` finds it. Costs a pass over the arrays, without a second copy of
-        them; in the background a copy, which is kept for the next time. Call it between steps:
-        what another thread writes meanwhile may be saved half.
+        The files are written to a staging folder, synced, and renamed: whenever the process is
+        killed, a whole checkpoint exists, and ``restore`` finds it. The cost is one pass over the
+        arrays, without a second copy of them; in the background also a copy, whose memory is kept
+        for the next save. Call it between steps: a save does not lock out writes of other threads.
         """
         check_context("Checkpoint.save")
-        target = atomic_folder.located(path, "Checkpoint.save")
+        target = atomic_folder.absolute_path(path, "Checkpoint.save")
         self._saver.save(
-            lambda: save.prepared(
-                self.objects, None, metadata, target, lambda: atomic_folder.replaced(target)
+            lambda: save.prepare(
+                self.objects,
+                None,
+                metadata,
+                target,
+                lambda: atomic_folder.locked_replacement(target),
             ),
             background=background,
         )
@@ -131,43 +135,43 @@ class Checkpoint(SavesInBackground):
         Parameters
         ----------
         path : path-like
-            What ``save`` was given.
+            The path that was given to ``save``.
         partial : bool
-            Allow that some objects are not in the checkpoint, and that it holds more: what has the
-            same path is restored, and the result says what has not.
+            Allow objects that are missing from the checkpoint, and others that are only there:
+            objects with the same path are restored, and the result lists the rest.
 
         Returns
         -------
         Restored
-            Numbers, strings and tuples come back in ``values``; a dict or list of them is
+            Numbers, strings and tuples are returned in ``values``; a dict or list of them is
             changed in place.
 
         Raises
         ------
         CheckpointError
-            An object and what was saved for it differ in kind, shape or dtype; copies that differ
-            were saved, of another number of replicas; or not all paths match and ``partial`` is
-            False.
+            An object and its saved state differ in kind, shape or dtype; a variable was saved as
+            copies that differ, on another number of replicas; or not all paths match and
+            ``partial`` is False.
         CheckpointDamagedError
-            A file is missing, cut off or altered.
+            A file is missing, truncated or altered.
         ContextError
             Called in a replica: restore outside of ``run``.
 
         Notes
         -----
-        Everything is read twice: once to compare the checksums, and when all fit, once to where it
-        belongs. So there is no second copy in memory, and a damaged file leaves all objects as
-        they were. Only a disk that fails between the two leaves arrays half restored, and the
-        error says which. An interrupt ends it before anything is changed, or waits for the end.
+        The files are read twice: first to verify all checksums, then into the objects. So there is
+        no second copy in memory, and a damaged file leaves all objects as they were. Only a disk
+        that fails at the second reading leaves arrays partly restored; the error names them. An
+        interrupt ends the restore before any object is changed, or waits for its end.
 
-        Warns where a ``CheckpointManager`` has saved later steps beside it: ``manager.restore``
-        goes back to go on from there.
+        Warns where a ``CheckpointManager`` has saved later steps beside this checkpoint: use
+        ``manager.restore`` to go back to a step and continue from there.
         """
         check_context("Checkpoint.restore")
-        where = atomic_folder.located(path, "Checkpoint.restore")
+        source = atomic_folder.absolute_path(path, "Checkpoint.restore")
         self._saver.wait()
-        restored = restoring.restore(self.objects, where, partial=partial)
-        _warn_of_later_ones(where)
+        restored = restore.restore(self.objects, source, partial=partial)
+        _warn_of_later_steps(source)
         return restored
 
     def __repr__(self) -> str:
@@ -175,6 +179,7 @@ class Checkpoint(SavesInBackground):
 
 
 def check_context(verb: str) -> None:
+    """Raise in replica context."""
     frame = context.find()
     if frame is not None and frame.replica is not None:
         raise ContextError(
@@ -183,14 +188,14 @@ def check_context(verb: str) -> None:
         )
 
 
-def _warn_of_later_ones(path: Path) -> None:
-    with contextlib.suppress(CheckpointError):  # their folder cannot be listed
-        later = step_names.above(path)
+def _warn_of_later_steps(path: Path) -> None:
+    with contextlib.suppress(CheckpointError):  # the directory cannot be listed
+        later = step_names.later_than(path)
         if later:
             warnings.warn(
                 f"restored {path}; there are later checkpoints beside it, up to "
-                f"{later[-1].name}, and a CheckpointManager saves nothing below them; to go back "
-                f"and on from here, call manager.restore({step_names.step(path.resolve())})",
+                f"{later[-1].name}, and a CheckpointManager saves nothing below them; to continue "
+                f"from here, call manager.restore({step_names.step(path.resolve())})",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -1,8 +1,8 @@
-"""Random generators: the place each is at, as plain data, so that it goes on with the same numbers.
+"""States of random generators as plain data, so that a restored one draws the same numbers.
 
-States come from files that anybody may have written, and NumPy's own setters trust them: a
-position beyond the end of a table would be read from beyond it. So a state must look like the one
-that the generator has now, and every position must be in range.
+States come from untrusted files, and NumPy's setters do not check them: a generator would read
+beyond its table at a position out of range. So a state must have the structure of the generator's
+current state, and every position must be in range.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dvkernels.user_errors import shown
 __all__: list[str] = []
 
 
-class _Row(NamedTuple):
-    """How a kind of generator tells its state, and is told one."""
+class _StateAccess(NamedTuple):
+    """Getter and setter of the state of one class of generators."""
 
     get: Callable[[Any], Any]
     set: Callable[[Any, Any], None]
@@ -34,88 +34,88 @@ def _set_own(generator: Any, state: Any) -> None:
     generator.state = state
 
 
-_ROWS: dict[type, _Row] = {
-    np.random.Generator: _Row(lambda generator: generator.bit_generator.state, _set_bits),
-    np.random.RandomState: _Row(
+_STATE_ACCESS: dict[type, _StateAccess] = {
+    np.random.Generator: _StateAccess(lambda generator: generator.bit_generator.state, _set_bits),
+    np.random.RandomState: _StateAccess(
         lambda generator: generator.get_state(legacy=False),
         lambda generator, state: generator.set_state(state),
     ),
-    np.random.BitGenerator: _Row(lambda generator: generator.state, _set_own),
-    random.Random: _Row(
+    np.random.BitGenerator: _StateAccess(lambda generator: generator.state, _set_own),
+    random.Random: _StateAccess(
         lambda generator: generator.getstate(),
         lambda generator, state: generator.setstate(state),
     ),
 }
 
-# The largest value of what a generator uses as an index, or as yes or no.
-_MOST = {"pos": 624, "buffer_pos": 4, "has_uint32": 1, "has_gauss": 1}
-_MOST_INTEGER = 2**128 - 1  # of PCG64, the largest that any of them has
+# Largest valid values of the fields that a generator uses as an index or a flag.
+_MAX_VALUES = {"pos": 624, "buffer_pos": 4, "has_uint32": 1, "has_gauss": 1}
+_MAX_INTEGER = 2**128 - 1  # in the state of PCG64; the other generators have smaller ones
 
 
 def is_generator(value: Any) -> bool:
-    """Say whether this is a random generator whose state can be saved."""
-    return _row(value) is not None
+    """Return whether a value is a random generator whose state can be saved."""
+    return _find_access(value) is not None
 
 
 def state(generator: Any) -> Any:
-    """Return where a generator is: plain data and arrays."""
-    return _known(generator).get(generator)
+    """Return the state of a generator as plain data and arrays."""
+    return _access(generator).get(generator)
 
 
 def kind(generator: Any) -> str:
-    """Return what must be the same for a state to fit."""
+    """Return the name of the generator's algorithm, which a state must share."""
     inner = getattr(generator, "bit_generator", generator)
     return type(inner).__name__
 
 
 def check(generator: Any, given: Any, where: str) -> None:
-    """Raise :class:`CheckpointError` unless it is a state that the generator can take."""
+    """Raise :class:`CheckpointError` unless a state is valid for the generator."""
     _compare(state(generator), given, where)
 
 
 def set_state(generator: Any, given: Any) -> None:
-    """Take a generator to a place; the state has been checked."""
-    _known(generator).set(generator, given)
+    """Set the state of a generator; the state has been checked."""
+    _access(generator).set(generator, given)
 
 
-def _row(value: Any) -> _Row | None:
+def _find_access(value: Any) -> _StateAccess | None:
     if isinstance(value, random.SystemRandom):  # it has no state
         return None
-    return next((row for kind, row in _ROWS.items() if isinstance(value, kind)), None)
+    return next((each for kind, each in _STATE_ACCESS.items() if isinstance(value, kind)), None)
 
 
-def _known(generator: Any) -> _Row:
-    row = _row(generator)
-    assert row is not None
-    return row
+def _access(generator: Any) -> _StateAccess:
+    found = _find_access(generator)
+    assert found is not None
+    return found
 
 
-def _compare(own: Any, given: Any, where: str) -> None:
-    fits = type(own) is type(given) or {type(own), type(given)} <= {type(None), float}
-    if fits and isinstance(own, dict):
-        fits = own.keys() == given.keys()
-    elif fits and isinstance(own, tuple):
-        fits = len(own) == len(given)
-    elif fits and isinstance(own, np.ndarray):
-        fits = own.dtype == given.dtype and own.shape == given.shape
-    elif fits and isinstance(own, str):
-        fits = own == given
-    elif fits and type(own) is int:
-        fits = 0 <= given <= _MOST_INTEGER
+def _compare(current: Any, given: Any, where: str) -> None:
+    fits = type(current) is type(given) or {type(current), type(given)} <= {type(None), float}
+    if fits and isinstance(current, dict):
+        fits = current.keys() == given.keys()
+    elif fits and isinstance(current, tuple):
+        fits = len(current) == len(given)
+    elif fits and isinstance(current, np.ndarray):
+        fits = current.dtype == given.dtype and current.shape == given.shape
+    elif fits and isinstance(current, str):
+        fits = current == given
+    elif fits and type(current) is int:
+        fits = 0 <= given <= _MAX_INTEGER
     if not fits:
         raise CheckpointError(
-            f"{where}: expected the state of a generator like this one, {shown(own)}; got "
-            f"{shown(given)}; make the generator as it was made when it was saved"
+            f"{where}: expected the state of a generator like this one, {shown(current)}; got "
+            f"{shown(given)}; create the generator as it was created before the save"
         )
-    if isinstance(own, dict):
-        for name in own:
-            most = _MOST.get(name, _MOST_INTEGER)
-            if type(given[name]) is int and given[name] > most:
+    if isinstance(current, dict):
+        for name in current:
+            limit = _MAX_VALUES.get(name, _MAX_INTEGER)
+            if type(given[name]) is int and given[name] > limit:
                 raise CheckpointError(
-                    f"{where}, {name}: expected at most {most}; got {shown(given[name])}; the file "
-                    f"is damaged"
+                    f"{where}, {name}: expected at most {limit}; got {shown(given[name])}; the "
+                    f"file is damaged"
                 )
-            _compare(own[name], given[name], f"{where}, {name}")
-    elif isinstance(own, tuple):
-        for mine, theirs in zip(own, given, strict=True):
+            _compare(current[name], given[name], f"{where}, {name}")
+    elif isinstance(current, tuple):
+        for mine, theirs in zip(current, given, strict=True):
             _compare(mine, theirs, where)

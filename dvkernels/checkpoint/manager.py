@@ -1,4 +1,4 @@
-"""A folder of checkpoints, one a step: which to keep, and which to go on from."""
+"""Manager of a directory of checkpoints, one per step: retention, and restoring the latest."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.checkpoint import Checkpoint, check_context
 from dvkernels.checkpoint.format import step_names
-from dvkernels.checkpoint.restoring import restore as restoring
+from dvkernels.checkpoint.restoring import restore
 from dvkernels.checkpoint.restoring.restore import Restored
+from dvkernels.checkpoint.saving import save
 from dvkernels.checkpoint.saving.background import SavesInBackground
-from dvkernels.checkpoint.saving.save import Save, prepared
+from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.checkpoint.storage.files import Folder
 from dvkernels.checkpoint.storage.folder_lock import FolderLock
@@ -28,7 +29,7 @@ __all__ = ["CheckpointManager"]
 
 
 class CheckpointManager(SavesInBackground):
-    """Keeps the checkpoints of a run in one folder: ``step-00000100`` and so on.
+    """Manager of the checkpoints of a run in one directory: ``step-00000100`` and so on.
 
     Parameters
     ----------
@@ -36,9 +37,9 @@ class CheckpointManager(SavesInBackground):
     directory : path-like
         Created by the first save.
     max_to_keep : int or None
-        After a save, all but the newest so many are removed; None keeps all.
+        A save removes all but the newest ``max_to_keep`` checkpoints; None keeps all.
     keep_every : int, optional
-        Steps that this divides are kept for good, and not counted.
+        Steps that this number divides are never removed, and not counted.
 
     Raises
     ------
@@ -47,8 +48,8 @@ class CheckpointManager(SavesInBackground):
 
     Notes
     -----
-    The newest is the one with the highest step, and nothing is saved below it. To go back and go on
-    from there, call :meth:`restore` with a step.
+    The newest checkpoint is the one with the highest step, and no lower step is saved. To go back
+    to a step and continue from there, call :meth:`restore`.
 
     Examples
     --------
@@ -87,44 +88,44 @@ class CheckpointManager(SavesInBackground):
                 )
         super().__init__()
         self._checkpoint = checkpoint
-        self._directory = atomic_folder.located(directory, "CheckpointManager")
+        self._directory = atomic_folder.absolute_path(directory, "CheckpointManager")
         self._max_to_keep = max_to_keep
         self._keep_every = keep_every
-        # Since the run went back: what was later then, until the next save.
-        self._ending: frozenset[str] = frozenset()
+        # From a restore of an older step to the next save: the names of the later checkpoints.
+        self._superseded: frozenset[str] = frozenset()
 
     @property
     def directory(self) -> Path:
-        """Where the checkpoints are."""
+        """Directory of the checkpoints."""
         return self._directory
 
     @property
     def checkpoints(self) -> tuple[Path, ...]:
-        """The checkpoints that are there, in the order of their steps; not looked into."""
+        """Existing checkpoints in the order of their steps; their files are not checked."""
         return step_names.within(self._directory)
 
     @property
     def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint, None if there is none; not looked into."""
+        """Newest checkpoint, or None; its files are not checked."""
         return max(self.checkpoints, key=step_names.step, default=None)
 
     def save(
         self, step: int, *, metadata: Mapping[str, Any] | None = None, background: bool = False
     ) -> Path:
-        """Save the objects under a step, and remove what is not to be kept.
+        """Save the objects as the checkpoint of a step, and remove old checkpoints.
 
         Parameters
         ----------
         step : int
-            At least 0, and not below the newest that is there, unless :meth:`restore` has gone
-            back. A checkpoint of this step is replaced.
+            At least 0, and not below the newest existing step, unless :meth:`restore` has gone
+            back. An existing checkpoint of this step is replaced.
         metadata, background
             As in :meth:`Checkpoint.save`.
 
         Returns
         -------
         Path
-            Where it is, or will be.
+            Path of the checkpoint, which a background save creates later.
 
         Raises
         ------
@@ -135,35 +136,36 @@ class CheckpointManager(SavesInBackground):
         path = self._directory / step_names.name(_checked(step, "save"))
 
         def prepare() -> Save:
-            taken = prepared(
-                self._checkpoint.objects, step, metadata, path, lambda: self._door(path)
+            prepared = save.prepare(
+                self._checkpoint.objects, step, metadata, path, lambda: self._transaction(path)
             )
-            if taken.workers.size == 1:  # of several the chief looks, when they begin
-                self._ending_with(path)
-            return taken
+            if prepared.workers.size == 1:  # of several workers the chief checks, in Save.begin
+                self._superseded_by(path)
+            return prepared
 
         self._saver.save(prepare, background=background)
         return path
 
     def restore(self, step: int, *, partial: bool = False) -> Restored:
-        """Go back to a step, to go on from there: the next save removes what is later.
+        """Go back to a step and continue from there: the next save removes all later steps.
 
         Parameters
         ----------
         step : int
-            One that is there.
+            Step of an existing checkpoint.
         partial : bool
             As in :meth:`Checkpoint.restore`.
 
         Raises
         ------
         CheckpointError, CheckpointDamagedError, ContextError
-            As in :meth:`Checkpoint.restore`; or the step is not there.
+            As in :meth:`Checkpoint.restore`; or the step does not exist.
 
         Notes
         -----
-        Until the next save is whole everything is there still, and the newest is the one that it
-        was. With it, at the same moment, all later ones are gone that were there at the restore.
+        Until the next save completes, all checkpoints exist and the newest one is the same as
+        before. That save adds its own and removes those that were later at the time of the
+        restore, in one atomic step.
         """
         check_context("CheckpointManager.restore")
         name = step_names.name(_checked(step, "restore"))
@@ -175,7 +177,7 @@ class CheckpointManager(SavesInBackground):
         return self._restore(names, name, partial)
 
     def restore_latest(self, *, partial: bool = False) -> Restored | None:
-        """Restore the newest checkpoint that is whole; None if there is none at all.
+        """Restore the newest checkpoint that is not damaged; return None if none exists.
 
         Parameters
         ----------
@@ -185,39 +187,40 @@ class CheckpointManager(SavesInBackground):
         Raises
         ------
         CheckpointError
-            It does not fit the objects; nothing has changed.
+            The checkpoint does not match the objects; nothing has changed.
         CheckpointDamagedError
-            There are checkpoints, and all of them are damaged.
+            All existing checkpoints are damaged.
 
         Notes
         -----
-        Says in a warning, and to the logger, which checkpoints are damaged and were passed over;
-        the next save removes them.
+        Damaged checkpoints that were skipped are named in a warning and to the logger; the next
+        save removes them.
         """
         check_context("CheckpointManager.restore_latest")
         self._wait()
         faults: dict[str, str] = {}
         while True:
-            # Each time anew: a run beside this one may save, and remove.
+            # Listed again each time: a concurrent run may save and remove checkpoints.
             names = self._names(f"restore the latest of {self._directory}")
             faults = {name: faults[name] for name in names if name in faults}
-            left = [name for name in names if name not in faults]
-            if not left:
+            candidates = [name for name in names if name not in faults]
+            if not candidates:
                 break
+            newest = candidates[-1]
             try:
-                restored = self._restore(names, left[-1], partial)
+                restored = self._restore(names, newest, partial)
             except CheckpointDamagedError as error:
-                faults[left[-1]] = str(error)
+                faults[newest] = str(error)
                 continue
-            passed_over = _told({name: faults[name] for name in faults if name > left[-1]})
-            if passed_over:
-                message = f"restored {restored.path}, because newer ones are damaged: {passed_over}"
+            skipped = _listed({name: faults[name] for name in faults if name > newest})
+            if skipped:
+                message = f"restored {restored.path}, because newer ones are damaged: {skipped}"
                 LOGGER.warning("%s", message)
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             return restored
         if faults:
             raise CheckpointDamagedError(
-                f"{self._directory}: every checkpoint there is damaged: {_told(faults)}"
+                f"{self._directory}: every checkpoint there is damaged: {_listed(faults)}"
             )
         return None
 
@@ -229,52 +232,56 @@ class CheckpointManager(SavesInBackground):
         self._checkpoint.close()
 
     def _names(self, what: str) -> list[str]:
-        """Return what the chief sees: a folder need not look the same on all hosts at once."""
-        names, *_ = all_or_none.together(
-            all_or_none.of(self._checkpoint.objects),
+        """List the checkpoints as the chief sees them: a network file system may lag on others."""
+        names, *_ = all_or_none.run(
+            all_or_none.workers_of(self._checkpoint.objects),
             what,
             lambda: [each.name for each in self.checkpoints],
         )
         return list(names)
 
     def _restore(self, names: list[str], name: str, partial: bool) -> Restored:
-        restored = restoring.restore(
+        restored = restore.restore(
             self._checkpoint.objects, self._directory / name, partial=partial
         )
-        self._ending = frozenset(names[names.index(name) + 1 :])
+        self._superseded = frozenset(names[names.index(name) + 1 :])
         return restored
 
     @contextlib.contextmanager
-    def _door(self, path: Path) -> Iterator[None]:
-        """Be the only one who writes to the directory; remove what is not to be kept."""
+    def _transaction(self, path: Path) -> Iterator[None]:
+        """Lock the directory, replace ``path`` atomically, and remove old checkpoints."""
         atomic_folder.make_folders(self._directory)
         with (
             atomic_folder.opened(self._directory) as parent,
             FolderLock(parent / ".lock", f"save to {path}"),
         ):
-            atomic_folder.clean(parent, step_names.NAME)
-            ending = [parent / name for name in self._ending_with(path)]
-            with atomic_folder.written(parent / path.name, ending):
+            atomic_folder.remove_leftovers(parent, step_names.NAME)
+            superseded = [parent / name for name in self._superseded_by(path)]
+            with atomic_folder.replacement(parent / path.name, superseded):
                 yield
-            self._ending = frozenset()
+            self._superseded = frozenset()
             self._remove_old(parent, path)
 
-    def _ending_with(self, path: Path) -> list[str]:
-        """Return what a save ends, the later ones of the time before the run went back."""
-        there = self.checkpoints
-        later = [other.name for other in there if step_names.step(other) > step_names.step(path)]
-        unknown = [name for name in later if name not in self._ending]
+    def _superseded_by(self, path: Path) -> list[str]:
+        """Return the names that a save to ``path`` supersedes; raise if other steps are later."""
+        existing = self.checkpoints
+        later = [other.name for other in existing if step_names.step(other) > step_names.step(path)]
+        unknown = [name for name in later if name not in self._superseded]
         if unknown:
             raise CheckpointError(
                 f"save to {path}: expected a step that is not below the newest, {unknown[-1]}; to "
-                f"go back and on from a step, call manager.restore(step) first: the save after it "
-                f"removes what is later; or use another directory"
+                f"go back to a step and continue from there, call manager.restore(step) first: the "
+                f"save after it removes the later steps; or use another directory"
             )
-        return [other.name for other in there if other.name in self._ending and other != path]
+        return [
+            other.name for other in existing if other.name in self._superseded and other != path
+        ]
 
     def _remove_old(self, parent: Folder, just_saved: Path) -> None:
-        settle = functools.partial(atomic_folder.settle, parent, step_names.NAME)
-        self._try_to_remove("what the run has gone back from", settle)
+        self._try_to_remove(
+            "superseded checkpoints",
+            functools.partial(atomic_folder.remove_superseded, parent, step_names.NAME),
+        )
         old: list[Path] = []
         self._try_to_remove("old checkpoints", lambda: old.extend(self._old(just_saved)))
         for path in old:
@@ -292,7 +299,7 @@ class CheckpointManager(SavesInBackground):
         return [path for path in counted[: -self._max_to_keep] if path != just_saved]
 
     def _try_to_remove(self, what: str, remove: Callable[[], None]) -> None:
-        """Remove something; if it fails the save itself has succeeded, and the next tries again."""
+        """Call ``remove`` and log its error: the save has succeeded, and the next one retries."""
         try:
             remove()
         except (OSError, CheckpointError) as error:
@@ -307,5 +314,5 @@ def _checked(step: Any, verb: str) -> int:
     return step
 
 
-def _told(faults: Mapping[str, str]) -> str:
+def _listed(faults: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {fault}" for name, fault in reversed([*faults.items()]))

@@ -1,4 +1,4 @@
-"""Leaving in time when the machine is about to be taken away."""
+"""Handler of preemption signals: save the current step, then exit."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from dvkernels.profiler.debugging import LOGGER
 
 __all__ = ["PREEMPTED", "PreemptionHandler"]
 
-PREEMPTED = 42  # the exit status that says: told to stop, and saved
+PREEMPTED = 42  # exit status of a process that was preempted and has saved
 
 
 class SupportsSave(Protocol):
-    """What can save a step: a :class:`~dvkernels.checkpoint.manager.CheckpointManager`."""
+    """Object that saves steps: a :class:`~dvkernels.checkpoint.manager.CheckpointManager`."""
 
     def save(self, step: int) -> Any:
-        """Start to save, or save."""
+        """Save a step, or start to save it in the background."""
         ...
 
     def close(self) -> None:
-        """Wait until all is saved; raise what went wrong."""
+        """Wait until all steps are saved; raise the error of a background save."""
         ...
 
 
-def _own(is_requested: bool) -> bool:
-    """Agree with oneself."""
+def _single_process(is_requested: bool) -> bool:
+    """Return the decision of the only process."""
     return is_requested
 
 
 class PreemptionHandler:
-    """Finish the step, save, and exit, when a signal says that the time is up.
+    """Handler of preemption signals: finish the step, save it, and exit.
 
     Slurm sends SIGUSR1 (``--signal=USR1@60``) or SIGTERM before it ends a job, Kubernetes SIGTERM
-    before it ends a pod. A signal only leaves a note; :meth:`after_step` looks at it, so nothing is
-    interrupted in the middle.
+    before it ends a pod. The signal handler only records the signal; :meth:`after_step` acts on it,
+    so no step is interrupted.
 
     Parameters
     ----------
     manager : CheckpointManager
-        What saves. Closed before the exit, so that a save in the background is done.
+        Saves the step. Closed before the exit, so that a save in the background completes.
     signals : iterable of str
-        Names of signals. Those that the system does not know are left out.
+        Names of signals. Names that the operating system does not know are ignored.
     exit_code : int
-        With which the process exits, so that what started it knows to start it again: 42 if not
-        given, which ``python -m dvkernels launch`` leaves to the batch system.
+        Exit status of the process, which asks for a restart: 42 by default, after which
+        ``python -m dvkernels launch`` leaves the restart to the batch system.
     agree : callable, optional
-        Given whether this process has been told to stop, returns whether any has, the same in
-        all of them. For several processes, so that all save the same step.
+        Collective function for several processes, so that all save the same step: takes whether
+        this process has received a signal, and returns in all of them whether any has.
 
     Raises
     ------
     ValueError
-        No such signal, or an exit code that is not one.
+        A signal name that does not begin with SIG, or an exit code that is not from 0 to 255.
 
     Notes
     -----
-    Used with ``with``, in the main thread, where Python handles signals; there the handlers that
-    were there before come back at the end.
+    A context manager, to be entered in the main thread, where Python handles signals. The previous
+    signal handlers are restored at the end.
 
     Examples
     --------
@@ -87,7 +87,7 @@ class PreemptionHandler:
         *,
         signals: Iterable[str] = ("SIGTERM", "SIGUSR1"),
         exit_code: int = PREEMPTED,
-        agree: Callable[[bool], bool] = _own,
+        agree: Callable[[bool], bool] = _single_process,
     ) -> None:
         names: list[Any] = [signals] if isinstance(signals, str) else list(signals)
         for name in names:
@@ -106,37 +106,37 @@ class PreemptionHandler:
         self._exit_code = exit_code
         self._agree = agree
         self._received: str | None = None
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     @property
     def is_requested(self) -> bool:
-        """Whether this process has been told to stop."""
+        """Whether this process has received a preemption signal."""
         return self._received is not None
 
     def after_step(self, step: int) -> None:
-        """Go on, or, where a signal has come, save ``step`` and raise ``SystemExit``.
+        """Return; or, after a signal, save ``step`` and raise ``SystemExit``.
 
-        Over several processes every one of them must call it after the same steps. An error of
-        the save is raised as it is, and the process is still there to deal with it.
+        All processes must call it after the same steps. An error of the save is raised as it is,
+        and the process does not exit.
         """
         if self._agree(self.is_requested):
-            self._leave(step)
+            self._save_and_exit(step)
 
-    def _leave(self, step: int) -> NoReturn:
-        why = self._received or "a signal to another process"
-        LOGGER.warning("%s: saving step %d, then exiting with %d", why, step, self._exit_code)
+    def _save_and_exit(self, step: int) -> NoReturn:
+        reason = self._received or "a signal to another process"
+        LOGGER.warning("%s: saving step %d, then exiting with %d", reason, step, self._exit_code)
         self._manager.save(step)
         self._manager.close()
         raise SystemExit(self._exit_code)
 
     def __enter__(self) -> Self:
-        # An interrupt may come between any two steps: what was before is noted before it changes.
+        # An interrupt may come at any point, so each handler is remembered before it is replaced.
         try:
             for number in self._numbers:
-                self._before[number] = signal.getsignal(number)
-                signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.getsignal(number)
+                signal.signal(number, self._record)
         except ValueError as error:
-            self._before.clear()
+            self._previous_handlers.clear()
             raise ContextError(
                 f"PreemptionHandler: signals are handled in the main thread; enter it there "
                 f"({error})"
@@ -156,15 +156,15 @@ class PreemptionHandler:
 
     def _restore_handlers(self) -> None:
         interrupt: BaseException | None = None
-        while self._before:
+        while self._previous_handlers:
             try:
-                number, handler = next(iter(self._before.items()))
+                number, handler = next(iter(self._previous_handlers.items()))
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-                del self._before[number]
-            except BaseException as error:  # first all of them
+                del self._previous_handlers[number]
+            except BaseException as error:  # raised when all handlers are restored
                 interrupt = error
         if interrupt is not None:
             raise interrupt
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show or verify one checkpoint, or all of a folder; 1 if one of them is damaged."""
     status = 0
-    where = atomic_folder.located(arguments.path, "checkpoint")
+    where = atomic_folder.absolute_path(arguments.path, "checkpoint")
     for path in step_names.within(where) or (where,):
         try:
             with reading.opened(path) as reader:

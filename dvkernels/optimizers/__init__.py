@@ -1,4 +1,4 @@
-"""Optimizers: recipes over the fused kernels, which reduce gradients and update variables at once.
+"""Optimizers: recipes over fused kernels, which reduce gradients and update variables in one pass.
 
 Imports: communicators, context, devices, errors, kernels, profiler, reduce_op, replicas,
 user_errors, values, variables.

@@ -1,4 +1,4 @@
-"""Adam, and AdamW, whose weight decay does not pass through the moments."""
+"""Adam, and AdamW with decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Adam(Optimizer):
     Parameters
     ----------
     learning_rate : float, or callable
-        A callable gets the number of steps that a variable has taken and returns the rate of
-        its next.
+        A callable takes the number of steps that a variable has taken, and returns the rate of
+        its next step.
     beta_1, beta_2 : float
-        How much of the running means is kept each step, in [0, 1).
+        Decay rates of the first and second moment, in [0, 1).
     epsilon : float
-        Added to the root of the mean square.
+        Added to the square root of the second moment.
     weight_decay : float
-        Times the parameter, added to the gradient.
+        L2 penalty: ``weight_decay`` times the parameter is added to the gradient.
 
     Raises
     ------
@@ -61,7 +61,7 @@ class Adam(Optimizer):
 
     @property
     def slot_names(self) -> tuple[str, ...]:
-        """The two running means."""
+        """Names of the two running means."""
         return ("first_moment", "second_moment")
 
     def _update(
@@ -75,7 +75,7 @@ class Adam(Optimizer):
         kernels.adam(
             gradients,
             *states,
-            step=[taken + 1 for taken in steps],
+            step=[count + 1 for count in steps],
             learning_rate=self._rates(steps),
             beta_1=self.beta_1,
             beta_2=self.beta_2,
@@ -87,14 +87,14 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam whose weight decay is taken from the parameter itself [1]_.
+    """Adam with decoupled weight decay, which does not pass through the moments [1]_.
 
     Parameters
     ----------
     learning_rate, beta_1, beta_2, epsilon
         As in :class:`Adam`.
     weight_decay : float
-        Times the learning rate and the parameter, taken from the parameter.
+        ``learning_rate * weight_decay`` times the parameter is subtracted from the parameter.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Gradients that are too long, shortened together."""
+"""Gradient clipping by the global norm."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _BLOCK = 1 << 15  # elements: 256 KiB of float64
 
 
 def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
-    """Scale all gradients by one factor, so that their common norm is at most ``clip_norm``.
+    """Scale all gradients by one factor, so that their global norm is at most ``clip_norm``.
 
     Parameters
     ----------
-    gradients : nest of array
-        Floating-point or complex. Unchanged.
+    gradients : pytree of array, each of any shape and of a floating-point or complex dtype
+        Unchanged.
     clip_norm : float
         Above 0.
 
     Returns
     -------
-    nest of array
-        New arrays; the same bits where the norm was small enough. All NaN if the norm is not
-        finite, so that it is seen and not applied.
+    pytree of array
+        New arrays of the same shapes and dtypes; with the same bits if the norm is at most
+        ``clip_norm``. All NaN if the norm is not finite, so that the failure is visible.
     float
-        The norm before: the root of the sum of all squares, accumulated in float64.
+        The norm before scaling: the square root of the sum of all squares, accumulated in float64.
 
     Raises
     ------
@@ -46,9 +46,9 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
 
     Notes
     -----
-    It communicates nothing; the norm of gradients on a GPU is waited for. To clip the mean of the
-    replicas' gradients, reduce first; equal gradients on all replicas are their own mean, so
-    ``apply_gradients`` takes them as they are.
+    No communication; for gradients on a GPU the host waits for the norm. To clip the mean of the
+    replicas' gradients, reduce first, and pass the clipped result to ``apply_gradients``: the mean
+    of equal gradients is the gradient itself.
 
     Examples
     --------
@@ -75,7 +75,7 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
 
 
 def _norm(array: Any) -> float:
-    """Return the root of the sum of squares; blocks are widened one by one, within the cache."""
+    """Return the 2-norm of an array, converted to float64 block by block within the cache."""
     flat = array.reshape(-1)
     wide = np.complex128 if array.dtype.kind == "c" else np.float64
     length = _BLOCK if isinstance(array, np.ndarray) else max(1, flat.size)

@@ -1,4 +1,4 @@
-"""The gradients of a step: checked, and one column of the replicas' for each variable."""
+"""Checks of the gradients of a step, and their columns: per variable, one gradient per replica."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Pair = tuple[Any, Variable]
 
 
 def checked_op(op: Any) -> ReduceOp:
-    """Return the mean or the sum; raise for another reduction."""
+    """Return the reduction, which must be the mean or the sum."""
     known = reduce_op.parse(op)
     if known is ReduceOp.SUM or known is ReduceOp.MEAN:
         return known
     raise ReduceOpError(f"{VERB} reduces gradients by 'sum' or 'mean'; got {op!r}")
 
 
-def listed(pairs: Any) -> list[Pair]:
-    """Return pairs of a gradient and a variable; raise unless they are."""
+def checked_pairs(pairs: Any) -> list[Pair]:
+    """Return pairs of a gradient and a variable as a list; raise for anything else."""
     try:
         found = list(pairs)
     except TypeError as error:
@@ -53,11 +53,13 @@ def listed(pairs: Any) -> list[Pair]:
 
 
 def variables_of(pairs: Sequence[Pair], op: ReduceOp) -> list[Variable]:
-    """Return the variables of pairs; raise unless they can be updated here."""
+    """Return the variables of pairs; raise unless all can be updated in this context."""
     frame = context.find()
     variables = [variable for _, variable in pairs]
     if len({id(variable) for variable in variables}) != len(variables):
-        raise ContextError(f"{VERB}: a variable stands twice among the pairs; add up first")
+        raise ContextError(
+            f"{VERB}: a variable occurs twice among the pairs; add up its gradients first"
+        )
     for variable in variables:
         if variable.synchronization is not VariableSynchronization.ON_WRITE:
             raise SynchronizationError(
@@ -67,21 +69,21 @@ def variables_of(pairs: Sequence[Pair], op: ReduceOp) -> list[Variable]:
         reduce_op.check_dtype(f"{VERB} of {variable.name!r}", op, variable.dtype)
         if frame and not context.is_outside(frame) and variable.owner is not frame.placement:
             raise ContextError(
-                f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, and this "
-                f"runs under {frame.placement.name}; create it inside that strategy's scope"
+                f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, but the "
+                f"call is under {frame.placement.name}; create it inside that strategy's scope"
             )
         if frame is None or frame.replica is None:
             context.check_turn(variable.owner, f"{VERB} of variable {variable.name!r}")
         if variable.owner is not variables[0].owner:
             raise ContextError(
                 f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, "
-                f"{variables[0].name!r} to {variables[0].owner.name}; update them apart"
+                f"{variables[0].name!r} to {variables[0].owner.name}; update them in separate calls"
             )
     return variables
 
 
 def is_absent(gradient: Any, variable: Variable) -> bool:
-    """Return whether there is no gradient for a variable, in cross-replica context."""
+    """Return whether a gradient given in cross-replica context is None, on all replicas."""
     if not isinstance(gradient, PerReplica):
         return gradient is None
     without = [rank for rank, part in enumerate(gradient.values) if part is None]
@@ -94,24 +96,26 @@ def is_absent(gradient: Any, variable: Variable) -> bool:
 
 
 def weights_of(weight: Any, variables: Sequence[Variable], op: ReduceOp) -> list[float] | None:
-    """Return the weight of each local replica, in cross-replica context; None: all are equal."""
+    """Return the weight of each local replica, in cross-replica context; None for equal weights."""
     if weight is None:
         return None
-    each = weight.values if isinstance(weight, PerReplica) else [weight]
-    found = [replica_weights.checked(one, VERB, op) for one in each]
+    given = weight.values if isinstance(weight, PerReplica) else [weight]
+    weights = [replica_weights.checked(each, VERB, op) for each in given]
     if not variables:
         return None
     count = variables[0].owner.num_local
     if isinstance(weight, PerReplica):
         regroup.check_own(weight, variables[0].owner, f"{VERB}, weight: ")
-    return found if isinstance(weight, PerReplica) else found * count
+    return weights if isinstance(weight, PerReplica) else weights * count
 
 
-def columns_of(pairs: Sequence[Pair], each: Sequence[float] | None) -> tuple[list[list[Any]], bool]:
-    """Return, in cross-replica context, one gradient per local replica for each variable.
+def columns_of(
+    pairs: Sequence[Pair], weights: Sequence[float] | None
+) -> tuple[list[list[Any]], bool]:
+    """Return the column of each variable, in cross-replica context: a gradient per local replica.
 
-    And whether there is one for all replicas instead, the first worker's. ``each`` is the
-    replicas' weights.
+    Also return whether the columns hold a single gradient for all replicas of all workers instead,
+    the first worker's. ``weights`` are those of the local replicas.
     """
     columns: list[list[Any]] = []
     for gradient, variable in pairs:
@@ -122,25 +126,31 @@ def columns_of(pairs: Sequence[Pair], each: Sequence[float] | None) -> tuple[lis
             parts = list(gradient.values)
         else:
             parts = [gradient.at(0) if isinstance(gradient, DistributedValues) else gradient]
-        counts = [True] * len(parts) if each is None or len(parts) < count else map(bool, each)
+        is_single = len(parts) < count
+        counts = [True] * len(parts) if weights is None or is_single else map(bool, weights)
         columns.append(
             [
-                checked(part, variable, replica, counts=does)
-                for replica, (part, does) in enumerate(zip(parts, counts, strict=True), first)
+                checked(part, variable, replica, counts=contributes)
+                for replica, (part, contributes) in enumerate(
+                    zip(parts, counts, strict=True), first
+                )
             ]
         )
     if not any(isinstance(gradient, PerReplica) for gradient, _ in pairs):
         chosen = zip(columns, pairs, strict=True)
         return [[v.owner.of_chief(gradient)] for (gradient,), (_, v) in chosen], True
-    # One array for all counts as the mean of equal ones, beside gradients of each replica too.
-    most = max(len(column) for column in columns)
-    return [column * most if len(column) < most else column for column in columns], False
+    # Among columns of several gradients, a single gradient is repeated for every replica.
+    length = max(len(column) for column in columns)
+    return [column * length if len(column) < length else column for column in columns], False
 
 
 def checked(gradient: Any, variable: Variable, replica: int, *, counts: bool = True) -> Any:
-    """Return a replica's gradient as an array that fits; ``counts`` unless its weight is 0."""
-    held = variable.owner.memory
-    array = as_array(gradient, VERB, replica, held)
+    """Return a replica's gradient as an array on its device, of the variable's shape and dtype.
+
+    ``counts`` is whether its weight is not 0: only then must it be finite under ``dv.debug``.
+    """
+    memory = variable.owner.memory
+    array = as_array(gradient, VERB, replica, memory)
     if array.dtype != variable.dtype or array.shape != variable.shape:
         raise BufferMismatchError(
             f"{VERB} expected a gradient of {variable.name!r} of "
@@ -150,4 +160,4 @@ def checked(gradient: Any, variable: Variable, replica: int, *, counts: bool = T
     if debugging.active is not None and counts:
         debugging.check_finite(f"{VERB}: the gradient of {variable.name!r}", [array])
     owner = variable.owner
-    return held.on(array, owner.replica_devices[replica - owner.first_replica])
+    return memory.on(array, owner.replica_devices[replica - owner.first_replica])

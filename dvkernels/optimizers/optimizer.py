@@ -1,4 +1,4 @@
-"""What every optimizer does: bring the replicas' gradients together, and update all copies."""
+"""Base class of optimizers: reduce the replicas' gradients, and update all copies of variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvkernels.devices import array_memory
 from dvkernels.errors import CollectiveMismatchError, ContextError
 from dvkernels.kernels import backends
 from dvkernels.optimizers import gradients, saved_state
-from dvkernels.optimizers.slots import Kept, Slots
+from dvkernels.optimizers.slots import Slots, VariableState
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.replicas.rendezvous import CollectiveCall, Same
 from dvkernels.user_errors import shown
@@ -26,19 +26,19 @@ LearningRate = float | Callable[[int], float]
 
 
 class Optimizer(abc.ABC):
-    """Updates variables from gradients; :class:`SGD`, :class:`Adam` and :class:`AdamW` are such.
+    """Base class of :class:`SGD`, :class:`Adam` and :class:`AdamW`.
 
-    Its slots (velocities, moments) are variables that live like the ones they belong to: as many
-    copies, on the same devices. They are made at a variable's first step, and go with it.
+    Slots (velocities, moments) are variables with a copy on each device of their variable. They
+    are created at a variable's first step, and deleted with it.
 
     Notes
     -----
-    Each variable has its own count of steps, which is what a callable learning rate is given: one
-    that comes later, or only sometimes, is stepped as one of that age.
+    Each variable has its own step count, which is passed to a callable learning rate. So a variable
+    that joins later, or is updated only sometimes, is updated as if it were the only one.
 
-    ``copy.deepcopy`` of an optimizer has slots and counts of its own. They are those of the copies
-    of variables that are copied by the same call, ``copy.deepcopy((model, optimizer))``, in
-    whatever order; of variables that are not, they are for the variables themselves.
+    ``copy.deepcopy`` copies slots and step counts. They belong to the copies of the variables that
+    the same call copies, ``copy.deepcopy((model, optimizer))``, in any order; for variables that it
+    does not copy, they belong to the variables themselves.
     """
 
     def __init__(self, learning_rate: LearningRate) -> None:
@@ -52,12 +52,12 @@ class Optimizer(abc.ABC):
 
     @property
     def iterations(self) -> int:
-        """The most steps that a variable has taken."""
+        """Largest step count of a variable."""
         return self._iterations
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step of a variable that has taken :attr:`iterations`."""
+        """Learning rate of the next step of a variable that has taken :attr:`iterations` steps."""
         return self._rate(self._iterations)
 
     def _rate(self, steps: int) -> float:
@@ -65,31 +65,31 @@ class Optimizer(abc.ABC):
         return checked(rate(steps), "learning_rate", 0) if callable(rate) else rate
 
     def _rates(self, steps: Sequence[int]) -> list[float]:
-        """Return the learning rate of each variable; a callable is asked once for each count."""
+        """Return the learning rate of each variable; a callable is called once per step count."""
         if not callable(self._learning_rate):
             return [self._learning_rate] * len(steps)
-        of_count = {count: self._rate(count) for count in dict.fromkeys(steps)}
-        return [of_count[count] for count in steps]
+        rates = {count: self._rate(count) for count in dict.fromkeys(steps)}
+        return [rates[count] for count in steps]
 
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable, in the order of :attr:`slot_names`; zeros at first."""
         names = self.slot_names
-        kept = self._kept("slots", variable)
-        return tuple(kept.slots[name] for name in names)
+        state = self._state_of("slots", variable)
+        return tuple(state.slots[name] for name in names)
 
     def steps(self, variable: Variable) -> Any:
-        """Return how many steps a variable has taken: an int64 array of shape ()."""
-        return self._kept("steps", variable).steps
+        """Return the step count of a variable, an int64 array of shape ()."""
+        return self._state_of("steps", variable).steps
 
-    def _kept(self, verb: str, variable: Variable) -> Kept:
+    def _state_of(self, verb: str, variable: Variable) -> VariableState:
         if not isinstance(variable, Variable):
             raise TypeError(f"{verb} belong to variables; got {shown(variable)}")
         if not self._slots.has(variable):
-            self._check_across(f"{verb} of variable {variable.name!r}, which has none yet")
-        return self._slots.of_each([variable], self.slot_names)[0]
+            self._check_cross_replica(f"{verb} of variable {variable.name!r}, which has none yet")
+        return self._slots.states_of([variable], self.slot_names)[0]
 
-    def _check_across(self, verb: str) -> None:
-        """Raise in a replica: each would make its own."""
+    def _check_cross_replica(self, verb: str) -> None:
+        """Raise in replica context, where each replica would create its own slots."""
         frame = context.find()
         if frame is not None and frame.replica is not None:
             raise ContextError(
@@ -99,40 +99,39 @@ class Optimizer(abc.ABC):
 
     @property
     def slotted(self) -> tuple[Variable, ...]:
-        """The variables that have taken steps, in the order in which they came."""
+        """Variables that have taken steps, in the order of their first steps."""
         return tuple(variable for variable, _ in self._slots.living())
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
-            f"a {type(self).__name__} has no shallow copy: both would step the same slots; take "
-            f"copy.deepcopy, of the variables too if the copy is to step copies of them"
+            f"a {type(self).__name__} has no shallow copy: both would update the same slots; use "
+            f"copy.deepcopy, for the variables too if the copy is to update copies of them"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         made = object.__new__(type(self))
         memo[id(self)] = made
-        vars(made).update((name, copy.deepcopy(one, memo)) for name, one in vars(self).items())
+        vars(made).update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
         return made
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"a {type(self).__name__} cannot be pickled: its slots live with their variables; save "
-            f"state_dict(), or all of the run with dv.Checkpoint"
+            f"a {type(self).__name__} cannot be pickled: its slots belong to variables; save "
+            f"state_dict(), or the whole run with dv.Checkpoint"
         )
 
     # -- states ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return steps and slots, as plain data and arrays: see :meth:`load_state_dict`.
+        """Return step counts and slots as plain data and arrays, for :meth:`load_state_dict`.
 
-        ``"variables"`` lists, for each variable that has taken steps, in the order in which they
-        came, its ``"name"``, ``"shape"``, ``"dtype"`` and ``"steps"``, and its ``"slots"``, an
-        array for each name. Learning rate, momentum and the like are the program's, and not part
-        of it.
+        ``"variables"`` lists, for each variable that has taken steps, in the order of their first
+        steps, its ``"name"``, ``"shape"``, ``"dtype"`` and ``"steps"``, and its ``"slots"``, an
+        array by name. Arguments such as learning rate and momentum are not part of the state.
         """
         entries = [
-            saved_state.entry(variable, int(kept.steps), kept.slots, self.slot_names)
-            for variable, kept in self._slots.living()
+            saved_state.make_entry(variable, int(state.steps), state.slots, self.slot_names)
+            for variable, state in self._slots.living()
         ]
         return {
             "iterations": self._iterations,
@@ -141,46 +140,48 @@ class Optimizer(abc.ABC):
         }
 
     def load_state_dict(self, state: Any, variables: Sequence[Variable] | None = None) -> None:
-        """Take over what :meth:`state_dict` returned.
+        """Load a state that :meth:`state_dict` returned.
 
         Parameters
         ----------
         state : dict
         variables : sequence of Variable, optional
-            Whose they are: as many as the state holds, in its order. If not given, they are found
-            by name among those that have taken steps here, and, of the others, when they come; a
-            state of the very same list of variables needs no unique names.
+            The variables of the state: as many as the state holds, in its order. If not given,
+            variables are matched by name: those that have taken steps with this optimizer now, and
+            others at their first step. A state of the same list of variables needs no unique names.
 
         Raises
         ------
         ValueError
-            It is not such a state, that of an optimizer with other slots, or does not fit the
-            variables. Nothing has changed.
+            Not a state of an optimizer, that of an optimizer with other slots, or one that does not
+            match the variables. Nothing has changed.
         ContextError
             Called in a replica.
 
         Notes
         -----
-        A variable that comes later and is not in the state begins with zeros, unless the state
-        still holds one of its shape and dtype under another name: then ``apply_gradients`` raises
-        ``ValueError``, since it might be that one.
+        A new variable that is not in the state begins with zeros, unless the state still holds an
+        unmatched variable of its shape and dtype under another name: then ``apply_gradients``
+        raises ``ValueError``, since the two may be the same variable.
         """
-        self._check_across("load_state_dict")
+        self._check_cross_replica("load_state_dict")
         iterations = saved_state.checked_progress(state, self.slot_names)
         entries = saved_state.checked_entries(state.get("variables"), self.slot_names)
         known = self.slotted if variables is None else tuple(variables)
-        chosen, pending = saved_state.matched(entries, known, is_ordered=variables is not None)
-        self._slots = Slots.of(chosen, pending, self.slot_names)
+        matched, pending = saved_state.match_entries(
+            entries, known, is_ordered=variables is not None
+        )
+        self._slots = Slots.from_entries(matched, pending, self.slot_names)
         self._iterations = iterations
 
     def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside the slots and steps of variables."""
+        """Return the state that a checkpoint saves besides the slots and steps of variables."""
         pending = copy.deepcopy(self._slots.pending)
-        held = {"iterations": self._iterations, "slot_names": list(self.slot_names)}
-        return {**held, "pending": pending} if pending else held
+        state = {"iterations": self._iterations, "slot_names": list(self.slot_names)}
+        return {**state, "pending": pending} if pending else state
 
     def set_progress(self, state: Any) -> None:
-        """Take over what :meth:`progress` returned; raise ValueError for anything else."""
+        """Load a state that :meth:`progress` returned; raise ValueError for anything else."""
         iterations = saved_state.checked_progress(state, self.slot_names)
         self._slots.pending = saved_state.checked_entries(state.get("pending", []), self.slot_names)
         self._iterations = iterations
@@ -188,7 +189,7 @@ class Optimizer(abc.ABC):
     @property
     @abc.abstractmethod
     def slot_names(self) -> tuple[str, ...]:
-        """What it keeps for each variable."""
+        """Names of the slots of each variable."""
 
     @abc.abstractmethod
     def _update(
@@ -199,10 +200,10 @@ class Optimizer(abc.ABC):
         steps: Sequence[int],
         reduction: Mapping[str, Any],
     ) -> None:
-        """Take the step: ``states[0]`` holds the variables' copies, then come the slots'.
+        """Run the fused kernel: ``states[0]`` holds the copies of each variable, the others slots.
 
-        ``steps`` are those that each variable has taken before, ``reduction`` the arguments that
-        say how the gradients of the replicas become one.
+        ``steps`` are the step counts of the variables before this step, ``reduction`` the arguments
+        ``op`` and ``shares`` of the kernel, by which it reduces the replicas' gradients.
         """
 
     def apply_gradients(
@@ -217,20 +218,21 @@ class Optimizer(abc.ABC):
         Parameters
         ----------
         pairs : iterable of (gradient, variable)
-            In a replica its own gradients, and all replicas call this with the same variables.
-            In cross-replica context each gradient is a ``PerReplica``, or one array for all. The
-            variables are float32 or float64 and ON_WRITE; gradients have their shape and dtype.
-            A gradient of None, on all replicas, leaves its variable out: it takes no step.
+            In replica context the gradients of this replica; all replicas call this with the same
+            variables. In cross-replica context each gradient is a ``PerReplica``, or one array for
+            all replicas. Variables are float32 or float64 and ON_WRITE; a gradient has the shape
+            and dtype of its variable. A gradient of None, on all replicas, leaves its variable
+            unchanged: it takes no step.
         op : ReduceOp or str
-            How the replicas' gradients become one: ``"mean"`` or ``"sum"``.
+            Reduction over the replicas: ``"mean"`` or ``"sum"``.
         weight : float, optional
-            How much this replica's gradients count in the mean, as for ``all_reduce``: the number
-            of its rows, where batches are uneven. In cross-replica context a ``PerReplica``.
+            Weight of this replica's gradients in the mean, as for ``all_reduce``: the number of its
+            rows where batches are uneven. In cross-replica context a ``PerReplica``.
 
         Raises
         ------
         BufferMismatchError, NotABufferError, UnsupportedDTypeError
-            A gradient does not fit its variable.
+            A gradient does not match its variable.
         SynchronizationError
             A variable is not ON_WRITE: its copies may differ.
         ReduceOpError
@@ -238,13 +240,14 @@ class Optimizer(abc.ABC):
         ContextError
             A variable of another strategy; the same variable twice.
         CollectiveMismatchError
-            The replicas brought different variables, or None on some of them only.
+            The replicas pass different variables, or None on some of them only.
         ValueError
-            A weight that is no finite number of at least 0, all weights 0, or one with ``"sum"``.
+            A weight that is not a finite number of at least 0, all weights 0, or a weight with
+            ``"sum"``.
 
         Notes
         -----
-        After an error all variables, slots and counts of steps are as before.
+        After an error all variables, slots and step counts are as before.
 
         Examples
         --------
@@ -261,28 +264,28 @@ class Optimizer(abc.ABC):
         [0. 0.]
         """
         reduction = gradients.checked_op(op)
-        listed = gradients.listed(pairs)
+        checked_pairs = gradients.checked_pairs(pairs)
         frame = context.find()
         replica = None if frame is None else frame.replica
         if replica is None:
-            self._across(listed, reduction, weight)
+            self._apply_cross_replica(checked_pairs, reduction, weight)
             return
         if weight is not None:
             weight = replica_weights.checked(replica.own(weight), gradients.VERB, reduction)
-        own = [(replica.own(gradient), variable) for gradient, variable in listed]
+        own = [(replica.own(gradient), variable) for gradient, variable in checked_pairs]
         present = [pair for pair in own if pair[0] is not None]
         variables = gradients.variables_of(present, reduction)
-        name, counts = replica.replica_id_in_sync_group, weight != 0
-        brought = [gradients.checked(*pair, name, counts=counts) for pair in present]
+        replica_id, counts = replica.replica_id_in_sync_group, weight != 0
+        on_device = [gradients.checked(*pair, replica_id, counts=counts) for pair in present]
         absent = [variable.name for gradient, variable in own if gradient is None]
 
         def act(payloads: list[Any]) -> list[None]:
             columns = [list(column) for column in zip(*(p[0] for p in payloads), strict=True)]
-            given = None if weight is None else [payload[1] for payload in payloads]
-            self._reduce(variables, columns, reduction, given, absent)
+            weights = None if weight is None else [payload[1] for payload in payloads]
+            self._reduce(variables, columns, reduction, weights, absent)
             return [None] * len(payloads)
 
-        named = (
+        variable_terms = (
             term
             for gradient, variable in own
             for term in (
@@ -291,21 +294,23 @@ class Optimizer(abc.ABC):
             )
         )
         weighted = None if weight is None else "weighted"
-        terms = (Same(id(self)), reduction.value, weighted, *named)
-        replica.meet(CollectiveCall(gradients.VERB, terms, (brought, weight), act))
+        terms = (Same(id(self)), reduction.value, weighted, *variable_terms)
+        replica.meet(CollectiveCall(gradients.VERB, terms, (on_device, weight), act))
 
-    def _across(self, listed: list[tuple[Any, Variable]], op: ReduceOp, weight: Any) -> None:
+    def _apply_cross_replica(
+        self, pairs: list[tuple[Any, Variable]], op: ReduceOp, weight: Any
+    ) -> None:
         """Take a step in cross-replica context, or outside every scope."""
-        present = [(one, v) for one, v in listed if not gradients.is_absent(one, v)]
+        present = [pair for pair in pairs if not gradients.is_absent(*pair)]
         variables = gradients.variables_of(present, op)
-        each = gradients.weights_of(weight, variables, op)
-        columns, is_one_for_all = gradients.columns_of(present, each)
+        weights = gradients.weights_of(weight, variables, op)
+        columns, is_one_for_all = gradients.columns_of(present, weights)
         if not is_one_for_all:
-            absent = [v.name for _, v in listed if all(v is not other for other in variables)]
-            self._reduce(variables, columns, op, each, absent)
+            absent = [v.name for _, v in pairs if all(v is not other for other in variables)]
+            self._reduce(variables, columns, op, weights, absent)
             return
-        if each is not None:  # of equal gradients it is the mean, but that there must be one
-            replica_weights.shares_over(each, variables[0].owner.workers, gradients.VERB)
+        if weights is not None:  # checked only: the weighted mean of equal gradients is the same
+            replica_weights.shares_over(weights, variables[0].owner.workers, gradients.VERB)
         self._step(variables, columns, op, None)
 
     def _reduce(
@@ -313,29 +318,31 @@ class Optimizer(abc.ABC):
         variables: list[Variable],
         columns: list[list[Any]],
         op: ReduceOp,
-        each: list[float] | None,
+        weights: list[float] | None,
         absent: list[str],
     ) -> None:
-        """Take a step with what the replicas of all workers brought; ``each`` is their weights.
+        """Take a step with gradients of all replicas; ``weights`` are those of the local replicas.
 
-        The fused kernels reduce the gradients of one process in the pass that updates the
-        variables.
+        In a single process the fused kernels reduce the gradients while they update the variables;
+        over several workers the gradients are reduced first.
         """
         if not variables:
             return
         owner = variables[0].owner
         shares = None
-        if each is not None:
-            shares = replica_weights.shares_over(each, owner.workers, gradients.VERB)
-        is_alone = owner.workers.size == 1
-        if shares is not None and not (is_alone and owner.memory is array_memory.HOST):
+        if weights is not None:
+            shares = replica_weights.shares_over(weights, owner.workers, gradients.VERB)
+        is_single = owner.workers.size == 1
+        if shares is not None and not (is_single and owner.memory is array_memory.HOST):
             columns, op, shares = replica_weights.shares_of(columns, shares), ReduceOp.SUM, None
-        if not is_alone:
+        if not is_single:
             try:
                 reduced = all_reduce_each(owner.communicator, columns, op)
             except CollectiveMismatchError as error:
                 where = f"{gradients.VERB} on worker {owner.workers.rank}"
-                user_errors.annotate(error, f"{where}: without a gradient are {absent or 'none'}")
+                user_errors.annotate(
+                    error, f"{where}: variables without a gradient: {absent or 'none'}"
+                )
                 raise
             columns = [copies[:1] for copies in reduced]
         self._step(variables, columns, op, shares)
@@ -351,19 +358,19 @@ class Optimizer(abc.ABC):
         if not variables:
             return
         names = self.slot_names
-        kept = self._slots.of_each(variables, names)
+        variable_states = self._slots.states_of(variables, names)
         states = [[copies_of(variable) for variable in variables]]
-        states += [[copies_of(one.slots[name]) for one in kept] for name in names]
+        states += [[copies_of(each.slots[name]) for each in variable_states] for name in names]
         reduction = {"op": op} if shares is None else {"op": ReduceOp.SUM, "shares": shares}
-        taken = [int(one.steps) for one in kept]
-        self._update(backends.of(states[0][0][0]).optimizers, columns, states, taken, reduction)
-        for one in kept:
-            one.steps[...] += 1
-        self._iterations = max(self._iterations, max(taken) + 1)
+        steps = [int(each.steps) for each in variable_states]
+        self._update(backends.of(states[0][0][0]).optimizers, columns, states, steps, reduction)
+        for each in variable_states:
+            each.steps[...] += 1
+        self._iterations = max(self._iterations, max(steps) + 1)
 
 
 def checked(number: Any, name: str, least: float, below: float = float("inf")) -> float:
-    """Return a setting as a float in ``[least, below)``, else raise ValueError."""
+    """Return a setting as a float; raise ValueError unless it is in ``[least, below)``."""
     value = scalar_checks.real(number)
     if not least <= value < below:
         limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")

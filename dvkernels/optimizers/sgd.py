@@ -12,19 +12,19 @@ __all__ = ["SGD"]
 
 
 class SGD(Optimizer):
-    """Gradient descent: ``v = momentum v + g``, ``p = p - learning_rate v``.
+    """Stochastic gradient descent: ``v = momentum v + g``, ``p = p - learning_rate v``.
 
     Parameters
     ----------
     learning_rate : float, or callable
-        A callable gets the number of steps that a variable has taken and returns the rate of
-        its next.
+        A callable takes the number of steps that a variable has taken, and returns the rate of
+        its next step.
     momentum : float
         In [0, 1); 0 keeps no velocity.
     nesterov : bool
-        Use ``g + momentum v`` instead of ``v``; needs momentum.
+        Nesterov momentum: ``g + momentum v`` instead of ``v``; requires momentum.
     weight_decay : float
-        Times the parameter, added to the gradient.
+        L2 penalty: ``weight_decay`` times the parameter is added to the gradient.
 
     Raises
     ------
@@ -58,7 +58,7 @@ class SGD(Optimizer):
 
     @property
     def slot_names(self) -> tuple[str, ...]:
-        """One velocity, if there is momentum."""
+        """Name of the velocity; empty without momentum."""
         return ("velocity",) if self.momentum else ()
 
     def _update(

@@ -1,4 +1,4 @@
-"""What an optimizer keeps for each variable, for as long as the variable lives."""
+"""Slots and step counts of an optimizer, per variable, for the lifetime of the variable."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dvkernels.variables.variable import Variable, companion, on_copy
 __all__: list[str] = []
 
 
-class Kept(NamedTuple):
-    """Slots by name, and how many steps the variable has taken.
+class VariableState(NamedTuple):
+    """Slots of a variable by name, and its step count.
 
-    Steps are an int64 array of shape (), so that a checkpoint restores them as it does slots.
+    The count is an int64 array of shape (), so that a checkpoint restores it like a slot.
     """
 
     slots: dict[str, Variable]
@@ -26,88 +26,89 @@ class Kept(NamedTuple):
 
 
 class Slots:
-    """What is kept, by the identity of the variable: variables compare elementwise.
+    """Weak mapping from variables to their states, by identity: variables compare elementwise.
 
-    It does not keep the variables. ``pending`` is what a loaded state holds of variables that have
-    not come yet.
+    ``pending`` holds the entries of a loaded state whose variables have not been seen yet.
     """
 
     def __init__(self, pending: Sequence[saved_state.Entry] = ()) -> None:
         self.pending = [*pending]
-        self._kept: dict[int, tuple[weakref.ref[Variable], Kept]] = {}
+        self._states: dict[int, tuple[weakref.ref[Variable], VariableState]] = {}
 
     @classmethod
-    def of(
+    def from_entries(
         cls,
-        chosen: Iterable[tuple[Variable, saved_state.Entry]],
+        matched: Iterable[tuple[Variable, saved_state.Entry]],
         pending: Sequence[saved_state.Entry],
         names: Sequence[str],
     ) -> Slots:
-        """Return what a state holds, where it is known whose that is."""
+        """Return the slots of a loaded state, given its matched and its pending entries."""
         made = cls(pending)
-        for variable, entry in chosen:
-            made._keep(variable, _made(variable, entry, names))
+        for variable, entry in matched:
+            made._set(variable, _new_state(variable, entry, names))
         return made
 
-    def of_each(self, variables: Sequence[Variable], names: Sequence[str]) -> list[Kept]:
-        """Return what is kept for variables; for new ones what was loaded, or zeros."""
+    def states_of(self, variables: Sequence[Variable], names: Sequence[str]) -> list[VariableState]:
+        """Return the states of variables; of new ones the pending states, or zeros."""
         new = [variable for variable in variables if not self.has(variable)]
         if new:
-            taken = saved_state.taken(new, self.pending)
+            claimed = saved_state.claim_entries(new, self.pending)
             made = [
-                _made(variable, entry, names) for variable, entry in zip(new, taken, strict=True)
+                _new_state(variable, entry, names)
+                for variable, entry in zip(new, claimed, strict=True)
             ]
-            for variable, kept in zip(new, made, strict=True):
-                self._keep(variable, kept)
-            self.pending = [one for one in self.pending if all(one is not t for t in taken)]
-        found = [self._kept[id(variable)][1] for variable in variables]
-        for variable, kept in zip(variables, found, strict=True):
+            for variable, state in zip(new, made, strict=True):
+                self._set(variable, state)
+            self.pending = [
+                entry for entry in self.pending if all(entry is not other for other in claimed)
+            ]
+        states = [self._states[id(variable)][1] for variable in variables]
+        for variable, state in zip(variables, states, strict=True):
             for name in names:
-                if name not in kept.slots:  # momentum, say, that was 0 before
-                    kept.slots[name] = companion(variable, name)
-        return found
+                if name not in state.slots:  # for example after momentum was set later
+                    state.slots[name] = companion(variable, name)
+        return states
 
     def has(self, variable: Variable) -> bool:
-        """Return whether anything is kept for a variable, not for one whose place it has taken."""
-        held = self._kept.get(id(variable))
-        return held is not None and held[0]() is variable
+        """Return whether a variable has a state: its own, not that of a dead one of the same id."""
+        found = self._states.get(id(variable))
+        return found is not None and found[0]() is variable
 
-    def living(self) -> list[tuple[Variable, Kept]]:
-        """Return the variables that live with what is kept, in the order in which they came."""
-        held = [(ref(), kept) for ref, kept in list(self._kept.values())]
-        return [(variable, kept) for variable, kept in held if variable is not None]
+    def living(self) -> list[tuple[Variable, VariableState]]:
+        """Return the living variables and their states, in the order of their first steps."""
+        pairs = [(ref(), state) for ref, state in list(self._states.values())]
+        return [(variable, state) for variable, state in pairs if variable is not None]
 
-    def _keep(self, variable: Variable, kept: Kept) -> None:
-        me, key = weakref.ref(self), id(variable)
+    def _set(self, variable: Variable, state: VariableState) -> None:
+        owner, key = weakref.ref(self), id(variable)
 
-        def forget(ref: weakref.ref[Variable]) -> None:
-            slots = me()  # weakly: what is kept goes with the optimizer, without a collection
-            if slots is not None and slots._kept.get(key, (None,))[0] is ref:
-                del slots._kept[key]
+        def remove(ref: weakref.ref[Variable]) -> None:
+            slots = owner()  # a weak reference, so that no cycle keeps the slots alive
+            if slots is not None and slots._states.get(key, (None,))[0] is ref:
+                del slots._states[key]
 
-        self._kept[key] = weakref.ref(variable, forget), kept
+        self._states[key] = weakref.ref(variable, remove), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
-        """Return what the copies of variables keep that are copied in the same go.
-
-        Of those that are not, what they keep for this copy themselves.
-        """
+        """Copy the states: for the copies of variables that the same call copies, else the same."""
         made = Slots(self.pending)
 
-        def follow(variable: Variable, twin: Variable) -> None:
-            """Let the twin have what is kept for the variable that it is a copy of."""
-            held = made._kept.pop(id(variable), None)
-            if held is not None:
-                made._keep(twin, held[1])
+        def move(variable: Variable, duplicate: Variable) -> None:
+            """Move the copied state of a variable to its copy."""
+            found = made._states.pop(id(variable), None)
+            if found is not None:
+                made._set(duplicate, found[1])
 
-        for variable, kept in self.living():
-            slots = {name: copy.deepcopy(slot, memo) for name, slot in kept.slots.items()}
-            made._keep(memo.get(id(variable), variable), Kept(slots, kept.steps.copy()))
-        on_copy(memo, follow)  # the variables may be copied later
+        for variable, state in self.living():
+            slots = {name: copy.deepcopy(slot, memo) for name, slot in state.slots.items()}
+            made._set(memo.get(id(variable), variable), VariableState(slots, state.steps.copy()))
+        on_copy(memo, move)  # the call may copy the variables after the optimizer
         return made
 
 
-def _made(variable: Variable, entry: saved_state.Entry | None, names: Sequence[str]) -> Kept:
+def _new_state(
+    variable: Variable, entry: saved_state.Entry | None, names: Sequence[str]
+) -> VariableState:
     content = {} if entry is None else entry["slots"]
     slots = {name: companion(variable, name, content.get(name)) for name in names}
-    return Kept(slots, np.array(0 if entry is None else entry["steps"], np.int64))
+    return VariableState(slots, np.array(0 if entry is None else entry["steps"], np.int64))

@@ -1,4 +1,4 @@
-"""Laws of checkpoints over generated nests, strategies, and damage."""
+"""Laws of checkpoints over generated pytrees, strategies, and damage."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def bits(dtype, shape, seed):
 
 
 def build(plan, *, is_blank=False):
-    """Make the objects that a plan says; blank ones have the same shapes and other content."""
+    """Build the objects of a plan; blank ones have the same shapes and other content."""
     match plan:
         case ("tensor", kind, dtype, shape, seed):
             array = bits(dtype, shape, seed)
@@ -95,7 +95,7 @@ def build(plan, *, is_blank=False):
 
 
 def shown(value):
-    """Return what objects hold, comparable: every copy, bit for bit."""
+    """Return the content of objects in comparable form, bit for bit; all copies must be equal."""
     if isinstance(value, dv.Variable):
         copies = {copy.tobytes() for copy in value.values}
         assert len(copies) == 1
@@ -111,7 +111,7 @@ def shown(value):
 
 @settings(max_examples=60, deadline=None)
 @given(plan=nests, before=st.sampled_from(STRATEGIES), after=st.sampled_from(STRATEGIES))
-def test_any_nest_comes_back_under_any_strategy(plan, before, after):
+def test_any_pytree_is_restored_under_any_strategy(plan, before, after):
     with tempfile.TemporaryDirectory() as folder:
         with strategy_of(before) as one:
             with one.scope():
@@ -157,7 +157,7 @@ def test_any_changed_bit_is_found(saved, drawn):
     count=st.integers(1, 4),
     aggregation=st.sampled_from(["sum", "only_first_replica", "none"]),
 )
-def test_what_an_on_read_variable_reads_as_is_the_same(copies, count, aggregation):
+def test_the_value_read_from_an_on_read_variable_is_restored(copies, count, aggregation):
     modes = {"synchronization": "on_read", "aggregation": aggregation}
     devices = [f"cpu:{k}" for k in range(4)]
     with (

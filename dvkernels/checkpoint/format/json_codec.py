@@ -1,7 +1,8 @@
-"""Plain data as JSON and back, exactly: what has no identity, so that a copy is as good.
+"""JSON codec for plain data, which round-trips exactly.
 
-None, bool, int, float, complex, str, bytes, NumPy's scalars, and lists, tuples and dicts of them.
-What JSON lacks is an object with one name that begins with "$": ``{"$tuple": [1, 2]}``.
+Plain data are None, bool, int, float, complex, str, bytes, NumPy scalars, and lists, tuples and
+dicts of them. A value that JSON lacks is encoded as an object with one key that begins with "$":
+``{"$tuple": [1, 2]}``.
 """
 
 from __future__ import annotations
@@ -23,69 +24,69 @@ __all__: list[str] = []
 
 MAX_DEPTH = 100
 MAX_COUNT = 1 << 24
-_MOST_BITS = 14284  # 4300 digits, the most that Python reads unless it is told otherwise
-_TOO_HIGH = MAX_DEPTH + 1
+_MAX_BITS = 14284  # 4300 digits, the default of sys.set_int_max_str_digits
+_TOO_DEEP = MAX_DEPTH + 1
 _ATOMS = (type(None), bool, int, str)
 _KEYS = (bool, int, str)
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def is_plain(value: Any) -> bool:
-    """Say whether a value is plain data through and through, and not too deep."""
+    """Return whether a value is plain data at every level, and at most MAX_DEPTH levels deep."""
     return _height(value, 0, {}) <= MAX_DEPTH
 
 
 def _height(value: Any, depth: int, known: dict[int, int]) -> int:
-    """Return how many levels of plain data there are; too many for what is none, or a circle."""
+    """Return the number of levels of plain data; _TOO_DEEP for other data and for a cycle."""
     kind = type(value)
     if kind in (*_ATOMS, float, complex, bytes):
         return 0
     if kind not in (list, tuple, dict):
         is_scalar = isinstance(value, np.generic) and value.dtype.name in DTYPES
-        return 0 if is_scalar else _TOO_HIGH
+        return 0 if is_scalar else _TOO_DEEP
     if id(value) in known or depth > MAX_DEPTH:
-        return known.get(id(value), _TOO_HIGH)
-    known[id(value)] = _TOO_HIGH  # until it is known: what it holds must not hold it
+        return known.get(id(value), _TOO_DEEP)
+    known[id(value)] = _TOO_DEEP  # while its children are visited: one that holds it is a cycle
     if kind is dict and any(type(key) not in _KEYS for key in value):
-        return _TOO_HIGH
+        return _TOO_DEEP
     height = 0
     for each in value.values() if kind is dict else value:
         height = max(height, 1 + _height(each, depth + 1, known))
         if height > MAX_DEPTH:
-            return _TOO_HIGH
+            return _TOO_DEEP
     known[id(value)] = height
     return height
 
 
 def encode(value: Any, where: str, save_array: Callable[[Any], str] | None = None) -> Any:
-    """Return plain data as JSON can hold it.
+    """Encode plain data as JSON values.
 
-    ``save_array`` allows arrays in it: it takes one and returns the name that stands for it. What
-    stands at several places is gone through once, and the result stands at several places.
+    ``save_array``, if given, allows arrays: it stores an array and returns its name. An object
+    that occurs several times is encoded once, and the occurrences share the result.
     """
     return _Encoder(where, save_array).encode(value, 0)
 
 
 class _Encoded(NamedTuple):
-    """What a container has become."""
+    """Result of encoding a container."""
 
     json: Any
     height: int  # levels
-    size: int  # values in it, once for each place
-    kept: Any  # the value and what it gave: so that their identities stay theirs
+    size: int  # values in it, counted at each occurrence
+    kept: Any  # references to the value and its children, so that no other object gets their ids
 
 
 class _Encoder:
     def __init__(self, where: str, save_array: Callable[[Any], str] | None) -> None:
         self._where = where
         self._save_array = save_array
-        self._known: dict[int, _Encoded | None] = {}  # None: what it holds is being encoded
+        self._known: dict[int, _Encoded | None] = {}  # by id; None: its children are being encoded
 
     def encode(self, value: Any, depth: int) -> Any:
         kind = type(value)
-        if kind is int and value.bit_length() > _MOST_BITS:
+        if kind is int and value.bit_length() > _MAX_BITS:
             raise CheckpointError(
-                f"{self._where}: expected whole numbers of at most {_MOST_BITS} bits; got one of "
+                f"{self._where}: expected whole numbers of at most {_MAX_BITS} bits; got one of "
                 f"{value.bit_length()}; save it as bytes: number.to_bytes(..., signed=True)"
             )
         if kind in _ATOMS:
@@ -107,47 +108,47 @@ class _Encoder:
         raise CheckpointError(
             f"{self._where}: expected {allowed}numbers, strings, bytes, None, or lists, tuples and "
             f"dicts of them; got {shown(value)}, a {kind.__name__}; keep it out of the checkpoint, "
-            f"or save what it can be made from"
+            f"or save the data that it can be rebuilt from"
         )
 
     def _container(self, value: Any, depth: int) -> Any:
         if id(value) not in self._known:
             self._known[id(value)] = None
-            self._known[id(value)] = self._opened(value, depth)
+            self._known[id(value)] = self._encode_container(value, depth)
         known = self._known[id(value)]
         if known is None:
             raise CheckpointError(
-                f"{self._where}: a {type(value).__name__} in it is in a circle, and holds itself; "
+                f"{self._where}: a {type(value).__name__} in it contains itself; "
                 f"keep it out of the checkpoint"
             )
-        if depth + known.height > _TOO_HIGH:
+        if depth + known.height > _TOO_DEEP:
             raise CheckpointError(f"{self._where}: nested deeper than {MAX_DEPTH} levels")
         return known.json
 
-    def _opened(self, value: Any, depth: int) -> _Encoded:
+    def _encode_container(self, value: Any, depth: int) -> _Encoded:
         if depth > MAX_DEPTH:
             raise CheckpointError(
-                f"{self._where}: nested deeper than {MAX_DEPTH} levels, or in a circle"
+                f"{self._where}: nested deeper than {MAX_DEPTH} levels, or contains itself"
             )
-        held = list(value.values() if isinstance(value, dict) else value)
-        json: Any = [self.encode(each, depth + 1) for each in held]
-        below = [found for each in held if (found := self._known.get(id(each))) is not None]
+        children = list(value.values() if isinstance(value, dict) else value)
+        json: Any = [self.encode(each, depth + 1) for each in children]
+        below = [found for each in children if (found := self._known.get(id(each))) is not None]
         height = 1 + max((found.height for found in below), default=0)
-        size = len(held) + sum(found.size for found in below)
+        size = len(children) + sum(found.size for found in below)
         if size > MAX_COUNT:
             raise CheckpointError(
-                f"{self._where}: expected at most {MAX_COUNT} values, each counted once for each "
-                f"place where it stands; got more; keep large data in arrays, and let what is "
-                f"large stand at one place"
+                f"{self._where}: expected at most {MAX_COUNT} values, counted at each place where "
+                f"they occur; got more; keep large data in arrays, and refer to a large object "
+                f"from one place only"
             )
         if isinstance(value, dict):
-            json = self._named(list(value), json)
+            json = self._encode_dict(list(value), json)
         elif type(value) is tuple:
             json = {"$tuple": json}
-        return _Encoded(json, height, size, (value, held))
+        return _Encoded(json, height, size, (value, children))
 
-    def _named(self, keys: list[Any], values: list[Any]) -> Any:
-        """Return a dict of any kind as an object, or as pairs where names are not enough."""
+    def _encode_dict(self, keys: list[Any], values: list[Any]) -> Any:
+        """Return a JSON object where all keys allow it, otherwise a list of key-value pairs."""
         for key in keys:
             if type(key) not in _KEYS:
                 raise CheckpointError(
@@ -161,9 +162,9 @@ class _Encoder:
 
 
 def decode(value: Any, where: str, load_array: Callable[[str], Any] | None = None) -> Any:
-    """Return the plain data that :func:`encode` has encoded, from JSON that anybody may have made.
+    """Decode plain data from the untrusted JSON values that :func:`encode` returned.
 
-    ``load_array`` returns the array that a name stands for.
+    ``load_array`` returns the array of a name.
     """
     return _decode(value, where, load_array, 0)
 
@@ -186,27 +187,27 @@ def _decode(value: Any, where: str, load: Callable[[str], Any] | None, depth: in
         raise CheckpointDamagedError(
             f"{where}: expected one name that begins with '$'; got {len(given)}"
         )
-    ((tag, held),) = given.items()
+    ((tag, content),) = given.items()
     here = f"{where}, {tag:.20}"
     match tag:
         case "$float":
-            return _SPECIAL_FLOATS[json_validation.one_of(held, here, _SPECIAL_FLOATS)]
+            return _SPECIAL_FLOATS[json_validation.one_of(content, here, _SPECIAL_FLOATS)]
         case "$complex":
-            return complex(*_floats(held, here, depth))
+            return complex(*_floats(content, here, depth))
         case "$bytes":
             try:
-                return base64.b64decode(json_validation.text(held, here), validate=True)
+                return base64.b64decode(json_validation.text(content, here), validate=True)
             except (binascii.Error, ValueError) as error:
                 raise CheckpointDamagedError(f"{here}: expected base64: {error}") from None
         case "$tuple":
-            listed = json_validation.array(held, here)
-            return tuple(_decode(each, where, load, depth + 1) for each in listed)
+            items = json_validation.array(content, here)
+            return tuple(_decode(each, where, load, depth + 1) for each in items)
         case "$dict":
-            return _decode_dict(held, here, load, depth)
+            return _decode_dict(content, here, load, depth)
         case "$scalar":
-            return _decode_scalar(held, here, depth)
+            return _decode_scalar(content, here, depth)
         case "$array" if load is not None:
-            return load(json_validation.text(held, here))
+            return load(json_validation.text(content, here))
     raise CheckpointDamagedError(f"{where}: got the unknown name {shown(tag)}")
 
 
@@ -225,7 +226,7 @@ def _decode_dict(value: Any, where: str, load: Callable[[str], Any] | None, dept
                 f"{where}: expected pairs of a key and a value; got {shown(pair)}"
             )
         if pair[0] in found:
-            raise CheckpointDamagedError(f"{where}: the key {shown(pair[0])} stands there twice")
+            raise CheckpointDamagedError(f"{where}: the key {shown(pair[0])} occurs twice")
         found[pair[0]] = _decode(pair[1], where, load, depth + 1)
     return found
 

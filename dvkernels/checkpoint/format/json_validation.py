@@ -1,7 +1,7 @@
-"""JSON that anybody may have written: looked at field by field before it is used.
+"""Validation of untrusted JSON values, field by field.
 
-Each function returns what it was given, as what it was expected to be, or raises
-:class:`CheckpointDamagedError` with the place, what was expected, and what was there.
+Each function returns its argument, now known to have the type that the function names, or raises
+:class:`CheckpointDamagedError` with the location, the expected value and the one found.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ __all__: list[str] = []
 
 
 def parse(content: bytes, where: str) -> Any:
-    """Return the JSON value of a text; a name that stands twice in an object is an error."""
+    """Parse JSON; a key that occurs twice in an object is an error."""
     try:
         return json.loads(
             content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse
         )
-    # RecursionError: nested too deep. ValueError: no JSON, no UTF-8, a number of many digits.
+    # RecursionError: nested too deeply. ValueError: not JSON, not UTF-8, or a number of too many
+    # digits.
     except (ValueError, RecursionError) as error:
         raise CheckpointDamagedError(f"{where}: expected JSON: {error!s:.200}") from None
 
@@ -32,7 +33,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {shown(name, 200)} stands twice in an object")
+            raise ValueError(f"the name {shown(name, 200)} occurs twice in an object")
         found[name] = value
     return found
 
@@ -44,10 +45,10 @@ def _refuse(constant: str) -> NoReturn:
 def fields(
     value: Any, where: str, required: Set[str], optional: Set[str] = frozenset()
 ) -> dict[str, Any]:
-    """Return an object with these fields."""
+    """Return an object that has all required fields and no others but the optional ones."""
     found = dict(items(value, where))
     if missing := required - found.keys():
-        _fail(where, f"the fields {_listed(required)}", f"none called {_listed(missing)}")
+        _fail(where, f"the fields {_listed(required)}", f"none named {_listed(missing)}")
     if unknown := found.keys() - required - optional:
         _fail(where, f"the fields {_listed(required | optional)}", f"also {_listed(unknown)}")
     return found
@@ -95,7 +96,7 @@ def counts(value: Any, where: str, longest: int) -> tuple[int, ...]:
 
 
 def one_of(value: Any, where: str, allowed: Iterable[Any]) -> Any:
-    """Return a value that is among those allowed."""
+    """Return a value that equals an allowed one and has its type."""
     known = list(allowed)
     if not any(type(value) is type(each) and value == each for each in known):
         _fail(where, f"one of {_listed(known)}", _shown(value))

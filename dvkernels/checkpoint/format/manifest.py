@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint holds, under a checksum of its own.
+"""Manifest of a checkpoint: its shards, tensors, objects and metadata, under a checksum.
 
 ``docs/reference/checkpoint-format.md`` is its specification; the two change together.
 """
@@ -31,31 +31,31 @@ _CHECKSUM = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A shard: its name, its size, and the checksum of all that comes before the tensors."""
+    """Manifest entry of a shard."""
 
     name: str
     nbytes: int
-    header: str
+    header: str  # checksum of the bytes before the tensors
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor: which shard it lies in, what it is, and the checksums of its pieces."""
+    """Manifest entry of a tensor."""
 
-    file: int
+    file: int  # index of its shard
     dtype: str
     shape: tuple[int, ...]
-    checksums: tuple[str, ...]
+    checksums: tuple[str, ...]  # of its pieces
 
     @property
     def nbytes(self) -> int:
-        """The bytes it takes."""
+        """Size of the tensor in bytes."""
         return shards.nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of it."""
+    """Content of a manifest."""
 
     step: int | None
     files: tuple[FileEntry, ...]
@@ -66,7 +66,7 @@ class Manifest:
 
 
 def write(manifest: Manifest) -> bytes:
-    """Return the content of the file."""
+    """Serialize a manifest as the bytes of its file."""
     rest = _dumped(
         {
             "format": FORMAT,
@@ -83,8 +83,8 @@ def write(manifest: Manifest) -> bytes:
     content = b'{"xxh3_64":"%s",\n' % parallel_io.checksum(body).encode() + body
     if len(content) > MAX_NBYTES:
         raise CheckpointError(
-            f"the manifest would have {len(content)} bytes, and {MAX_NBYTES} are allowed; keep "
-            f"large data in arrays"
+            f"the manifest would have {len(content)} bytes; at most {MAX_NBYTES} are allowed; "
+            f"keep large data in arrays"
         )
     return content
 
@@ -92,12 +92,12 @@ def write(manifest: Manifest) -> bytes:
 def _dumped(given: dict[str, Any]) -> str:
     try:
         return json.dumps(given, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:  # a whole number of more digits than this program allows
-        raise CheckpointError(f"what is to be saved cannot be written as JSON: {error}") from error
+    except ValueError as error:  # an integer of more digits than this program allows
+        raise CheckpointError(f"the objects cannot be written as JSON: {error}") from error
 
 
 def read(content: bytes, where: str) -> Manifest:
-    """Return what the content of a file says, if all of it is well-formed."""
+    """Parse and validate the bytes of a manifest file."""
     first = _FIRST_LINE.match(content)
     if first is None:
         raise CheckpointDamagedError(
@@ -105,7 +105,7 @@ def read(content: bytes, where: str) -> Manifest:
             f"{content[:40]!r}; the file is damaged, or not a checkpoint's manifest"
         )
     if parallel_io.checksum(memoryview(content)[first.end() :]) != first[1].decode():
-        raise CheckpointDamagedError(f"{where}: its checksum does not fit; the file is damaged")
+        raise CheckpointDamagedError(f"{where}: its checksum does not match; the file is damaged")
     given = dict(json_validation.items(json_validation.parse(content, where), where))
     given.pop("xxh3_64")
     json_validation.one_of(given.get("format"), f"{where}, format", [FORMAT])
@@ -118,8 +118,8 @@ def read(content: bytes, where: str) -> Manifest:
     json_validation.fields(given, where, _FIELDS)
     step = given["step"]
     files = tuple(
-        _file(entry, place, f"{where}, file {place}")
-        for place, entry in enumerate(json_validation.array(given["files"], f"{where}, files"))
+        _file(entry, index, f"{where}, file {index}")
+        for index, entry in enumerate(json_validation.array(given["files"], f"{where}, files"))
     )
     tensors = {
         name: _tensor(entry, len(files), f"{where}, tensor {shown(name, 200)}")
@@ -138,22 +138,22 @@ def read(content: bytes, where: str) -> Manifest:
     )
 
 
-def _file(value: Any, place: int, where: str) -> FileEntry:
+def _file(value: Any, index: int, where: str) -> FileEntry:
     given = json_validation.fields(value, where, {"name", "nbytes", "header"})
     name = json_validation.text(given["name"], f"{where}, name")
-    # A name that says its place: so none stands twice, and none leads out of the folder.
-    if not SHARD.fullmatch(name) or int(name[6:11]) != place:
+    # The name follows from the index, so that it is unique and cannot leave the folder.
+    if not SHARD.fullmatch(name) or int(name[6:11]) != index:
         raise CheckpointDamagedError(
-            f"{where}, name: expected {shard_name(place)!r}; got {shown(name, 200)}; "
+            f"{where}, name: expected {shard_name(index)!r}; got {shown(name, 200)}; "
             "the file is damaged"
         )
     nbytes = json_validation.count(given["nbytes"], f"{where}, nbytes")
     return FileEntry(name, nbytes, _checksum(given["header"], f"{where}, header"))
 
 
-def shard_name(place: int) -> str:
+def shard_name(index: int) -> str:
     """Return the name of a shard."""
-    return f"shard-{place:05d}.safetensors"
+    return f"shard-{index:05d}.safetensors"
 
 
 def _tensor(value: Any, num_files: int, where: str) -> TensorEntry:
@@ -161,14 +161,14 @@ def _tensor(value: Any, num_files: int, where: str) -> TensorEntry:
     file = json_validation.count(given["file"], f"{where}, file", num_files - 1)
     dtype = json_validation.one_of(given["dtype"], f"{where}, dtype", shards.DTYPES)
     shape = json_validation.counts(given["shape"], f"{where}, shape", shards.MAX_NDIM)
-    # Also where one axis is 0: NumPy must be able to count the others.
+    # Without axes of length 0: NumPy limits the product of the others, too.
     if shards.nbytes(dtype, [size for size in shape if size]) > shards.MAX_NBYTES:
         raise CheckpointDamagedError(f"{where}, shape: {list(shape)} is too large for any machine")
     listed = json_validation.array(given["checksums"], f"{where}, checksums")
     expected = -(-shards.nbytes(dtype, shape) // parallel_io.PIECE_NBYTES)
     if len(listed) != expected:
         raise CheckpointDamagedError(
-            f"{where}, checksums: expected {expected}, one for each {parallel_io.PIECE_NBYTES} "
+            f"{where}, checksums: expected {expected}, one per {parallel_io.PIECE_NBYTES} "
             f"bytes; got {len(listed)}; the file is damaged"
         )
     return TensorEntry(

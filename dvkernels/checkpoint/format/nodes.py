@@ -1,6 +1,6 @@
-"""What a manifest says of the saved objects: a tree of nodes, one class for each kind.
+"""Nodes of the tree of saved objects in a manifest, one class per kind of object.
 
-A node says which tensors belong to an object and what else is known of it; it holds no arrays.
+A node names the tensors of an object and holds its other data, but no arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 @dataclass(frozen=True)
 class VariableNode:
-    """A variable: one tensor, or one for each copy where the copies are their own."""
+    """A variable: one tensor, or one per copy where the copies are independent."""
 
     kind = "variable"
     tensors: tuple[str, ...]
@@ -26,7 +26,7 @@ class VariableNode:
     aggregation: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the node as JSON values."""
         return {
             "kind": self.kind,
             "tensors": list(self.tensors),
@@ -43,7 +43,7 @@ class ArrayNode:
     tensor: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the node as JSON values."""
         return {"kind": self.kind, "tensor": self.tensor}
 
 
@@ -52,10 +52,10 @@ class DataNode:
     """Plain data."""
 
     kind = "data"
-    value: Any  # decoded
+    value: Any  # decoded, unlike that of the nodes below
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the node as JSON values."""
         return {"kind": self.kind, "value": json_codec.encode(self.value, self.kind)}
 
 
@@ -65,39 +65,39 @@ class GeneratorNode:
 
     kind = "generator"
     type: str
-    value: Any  # encoded: it may speak of tensors
+    value: Any  # encoded, since it may refer to tensors
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the node as JSON values."""
         return {"kind": self.kind, "type": self.type, "value": self.value}
 
 
 @dataclass(frozen=True)
 class StateNode:
-    """An object with ``state_dict`` and ``load_state_dict``; an optimizer has slots besides."""
+    """An object with ``state_dict`` and ``load_state_dict``; an optimizer also has slots."""
 
     kind = "state"
     type: str
-    value: Any  # encoded: it may speak of tensors
-    # By the path of the variable that they belong to: the tensor of each slot.
+    value: Any  # encoded, since it may refer to tensors
+    # The tensor of each slot by its name, by the path of the variable.
     slots: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the node as JSON values."""
         slots = {"slots": self.slots} if self.slots else {}
         return {"kind": self.kind, "type": self.type, "value": self.value, **slots}
 
 
 @dataclass(frozen=True)
 class NestNode:
-    """A container that holds more than plain data."""
+    """A container of more than plain data."""
 
     kind = "nest"
     type: str
     items: dict[str, Node]
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the node as JSON values."""
         items = {name: node.to_json() for name, node in self.items.items()}
         return {"kind": self.kind, "type": self.type, "items": items}
 
@@ -107,19 +107,19 @@ _KINDS = {"variable", "array", "data", "generator", "state", "nest"}
 
 
 def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> Node:
-    """Return the node that JSON speaks of; ``tensors`` are the names that it may use."""
+    """Read a node from JSON values, which may refer to the names in ``tensors`` only."""
     if depth > json_codec.MAX_DEPTH:
         raise CheckpointDamagedError(f"{where}: nested deeper than {json_codec.MAX_DEPTH} levels")
 
     def tensor(name: Any, here: str) -> str:
         if json_validation.text(name, here) not in tensors:
-            raise CheckpointDamagedError(f"{here}: there is no tensor called {shown(name, 200)}")
+            raise CheckpointDamagedError(f"{here}: there is no tensor named {shown(name, 200)}")
         return str(name)
 
-    def checked(held: Any) -> Any:
-        """Decode once, to find what is wrong before anything is restored."""
-        json_codec.decode(held, where, lambda name: tensor(name, where))
-        return held
+    def checked(encoded: Any) -> Any:
+        """Decode once, to find errors before anything is restored."""
+        json_codec.decode(encoded, where, lambda name: tensor(name, where))
+        return encoded
 
     given = dict(json_validation.items(value, where))
     kind = json_validation.one_of(given.get("kind"), f"{where}, kind", _KINDS)
@@ -129,42 +129,46 @@ def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> No
 
     match kind:
         case "variable":
-            held = fields("tensors", "synchronization", "aggregation")
-            names = json_validation.array(held["tensors"], f"{where}, tensors")
+            found = fields("tensors", "synchronization", "aggregation")
+            names = json_validation.array(found["tensors"], f"{where}, tensors")
             if not names:
                 raise CheckpointDamagedError(f"{where}, tensors: expected at least one; got none")
             return VariableNode(
                 tuple(tensor(name, f"{where}, tensors") for name in names),
-                json_validation.text(held["synchronization"], f"{where}, synchronization"),
-                json_validation.text(held["aggregation"], f"{where}, aggregation"),
+                json_validation.text(found["synchronization"], f"{where}, synchronization"),
+                json_validation.text(found["aggregation"], f"{where}, aggregation"),
             )
         case "array":
             return ArrayNode(tensor(fields("tensor")["tensor"], f"{where}, tensor"))
         case "data":
             return DataNode(json_codec.decode(fields("value")["value"], where))
         case "generator":
-            held = fields("type", "value")
+            found = fields("type", "value")
             return GeneratorNode(
-                json_validation.text(held["type"], f"{where}, type"), checked(held["value"])
+                json_validation.text(found["type"], f"{where}, type"), checked(found["value"])
             )
         case "state":
-            held = fields("type", "value", optional=frozenset({"slots"}))
+            found = fields("type", "value", optional=frozenset({"slots"}))
             slots = {
                 path: {
                     name: tensor(each, f"{where}, slots of {shown(path, 200)}")
-                    for name, each in json_validation.items(of_path, f"{where}, slots")
+                    for name, each in json_validation.items(by_name, f"{where}, slots")
                 }
-                for path, of_path in json_validation.items(held.get("slots", {}), f"{where}, slots")
+                for path, by_name in json_validation.items(
+                    found.get("slots", {}), f"{where}, slots"
+                )
             }
             return StateNode(
-                json_validation.text(held["type"], f"{where}, type"), checked(held["value"]), slots
+                json_validation.text(found["type"], f"{where}, type"),
+                checked(found["value"]),
+                slots,
             )
         case _:
-            held = fields("type", "items")
+            found = fields("type", "items")
             return NestNode(
-                json_validation.text(held["type"], f"{where}, type"),
+                json_validation.text(found["type"], f"{where}, type"),
                 {
                     name: read(each, f"{where}/{name:.200}", tensors, depth + 1)
-                    for name, each in json_validation.items(held["items"], f"{where}, items")
+                    for name, each in json_validation.items(found["items"], f"{where}, items")
                 },
             )

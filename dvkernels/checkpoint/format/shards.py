@@ -1,8 +1,8 @@
-"""The layout of a shard: a safetensors file, written and read by ourselves.
+"""Layout of a shard, a safetensors file.
 
-Eight bytes with the header's length, the header (JSON), and the tensors' bytes one after another.
-The package ``safetensors`` writes such a file in one piece; here each tensor goes from where it
-lies to the file, block by block, while its checksum is taken.
+Eight bytes with the length of the header, the header (JSON), and the bytes of one tensor after
+another. The package ``safetensors`` serializes the whole file in memory; here each tensor is
+written from its own memory, block by block, while its checksum is computed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
-# What safetensors calls our dtypes. Complex numbers are stored as pairs of floats, because it
-# has no name for complex128: one more axis of length 2, the real part first.
+# The dtypes and their safetensors codes. Complex numbers are stored as pairs of floats, because
+# safetensors has no code for complex128: one more axis of length 2, the real part first.
 _CODES = {
     "bool": "BOOL",
     "int8": "I8",
@@ -43,67 +43,72 @@ _CODES = {
 }
 _PAIRS = {"complex64", "complex128"}
 DTYPES = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in _CODES}
-MAX_HEADER_NBYTES = 100_000_000  # that of the package safetensors
-MAX_NDIM = 64  # that of NumPy
+MAX_HEADER_NBYTES = 100_000_000  # the limit of the package safetensors
+MAX_NDIM = 64  # the limit of NumPy
 MAX_NBYTES = 2**62
-# The tensors' bytes begin at a multiple of this, for those who map the file into memory.
+# Alignment of the first tensor, for readers that map the file into memory.
 _ALIGNMENT = 64
 _RESERVED = "__metadata__"
 
 
-class Stored(NamedTuple):
-    """How a tensor lies in its shard."""
+class SafetensorsSpec(NamedTuple):
+    """Dtype code and shape of a tensor in a safetensors header."""
 
     code: str
     shape: tuple[int, ...]
 
 
 class ByteRange(NamedTuple):
-    """Where a tensor lies in its shard, from the beginning of the file."""
+    """Byte range of a tensor in its shard; offsets count from the beginning of the file."""
 
-    stored: Stored
+    spec: SafetensorsSpec
     begin: int
     end: int
 
 
 def check_machine() -> None:
-    """Raise unless numbers lie in memory as they do in the files."""
+    """Raise unless this machine has the byte order of the files."""
     if sys.byteorder != "little":
         raise CheckpointError("checkpoints are read and written on little-endian machines only")
 
 
-def stored(dtype: str, shape: Sequence[int]) -> Stored:
-    """Return how a tensor of a known dtype is stored."""
-    return Stored(_CODES[dtype], (*shape, 2) if dtype in _PAIRS else tuple(shape))
+def safetensors_spec(dtype: str, shape: Sequence[int]) -> SafetensorsSpec:
+    """Return the dtype code and the shape under which a tensor is stored."""
+    return SafetensorsSpec(_CODES[dtype], (*shape, 2) if dtype in _PAIRS else tuple(shape))
 
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor of a known dtype, whatever the size of the numbers."""
+    """Return the size of a tensor in bytes, as a Python integer, which cannot overflow."""
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def dealt(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Deal names with sizes to so many, about the same to each: the largest first, to the emptiest.
+def balanced_groups(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Partition names into ``count`` groups of about the same total size.
 
-    Equal sizes, in an equal order, are dealt equally.
+    Greedy, largest first, each to the group with the least so far: at most 4/3 of the best
+    possible largest group [1]_. The result depends on the sizes and their order alone.
+
+    References
+    ----------
+    .. [1] R. L. Graham, SIAM J. Appl. Math. 17(2), 416-429 (1969), doi:10.1137/0117039.
     """
     groups: list[list[str]] = [[] for _ in range(count)]
-    fill = [0] * count
+    totals = [0] * count
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        place = fill.index(min(fill))
-        groups[place].append(name)
-        fill[place] += size
+        smallest = totals.index(min(totals))
+        groups[smallest].append(name)
+        totals[smallest] += size
     return groups
 
 
 def header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """Return what comes before the bytes of tensors given as (name, dtype, shape)."""
+    """Return the length and header of a shard, given (name, dtype, shape) of its tensors."""
     entries: dict[str, Any] = {}
     begin = 0
     for name, dtype, shape in tensors:
-        code, held = stored(dtype, shape)
+        code, stored_shape = safetensors_spec(dtype, shape)
         end = begin + nbytes(dtype, shape)
-        entries[name] = {"dtype": code, "shape": held, "data_offsets": (begin, end)}
+        entries[name] = {"dtype": code, "shape": stored_shape, "data_offsets": (begin, end)}
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT - 8)
@@ -116,19 +121,19 @@ def header(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
 
 
 def header_nbytes(first: bytes, file_nbytes: int, where: str) -> int:
-    """Return how long the header is, with its length, from the first 8 bytes of the file."""
+    """Return the size of the header and its length, from the first 8 bytes of the file."""
     length = int.from_bytes(first, "little")
-    room = min(file_nbytes - 8, MAX_HEADER_NBYTES)
-    if len(first) < 8 or not 2 <= length <= room:
+    limit = min(file_nbytes - 8, MAX_HEADER_NBYTES)
+    if len(first) < 8 or not 2 <= length <= limit:
         raise CheckpointDamagedError(
-            f"{where}: expected a header of 2 to {max(room, 2)} bytes, as the file has "
+            f"{where}: expected a header of 2 to {max(limit, 2)} bytes, as the file has "
             f"{file_nbytes}; its first 8 bytes say {length}; the file is damaged"
         )
     return 8 + length
 
 
 def read_header(text: bytes, file_nbytes: int, where: str) -> dict[str, ByteRange]:
-    """Return where each tensor lies; the tensors must fill the file, without gap or overlap."""
+    """Return the byte range of each tensor; they must fill the file without gap or overlap."""
     start = len(text)
     entries = json_validation.parse(text[8:], where)
     ranges: dict[str, ByteRange] = {}
@@ -145,19 +150,19 @@ def read_header(text: bytes, file_nbytes: int, where: str) -> dict[str, ByteRang
                 f"{here}, data_offsets: expected two in order, up to {file_nbytes - start}; got "
                 f"{list(offsets)}; the file is damaged"
             )
-        ranges[name] = ByteRange(Stored(code, shape), start + offsets[0], start + offsets[1])
-    place = start
-    for name, held in sorted(ranges.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if held.begin != place:
+        spec = SafetensorsSpec(code, shape)
+        ranges[name] = ByteRange(spec, start + offsets[0], start + offsets[1])
+    end = start
+    for name, found in sorted(ranges.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if found.begin != end:
             raise CheckpointDamagedError(
-                f"{where}, tensor {shown(name, 200)}: expected its bytes to begin at {place}, "
-                "where "
-                f"those before it end; they begin at {held.begin}; the file is damaged"
+                f"{where}, tensor {shown(name, 200)}: expected its bytes to begin at {end}, where "
+                f"those before it end; they begin at {found.begin}; the file is damaged"
             )
-        place = held.end
-    if place != file_nbytes:
+        end = found.end
+    if end != file_nbytes:
         raise CheckpointDamagedError(
             f"{where}: expected the tensors to fill the file's {file_nbytes} bytes; they end at "
-            f"{place}; the file is damaged"
+            f"{end}; the file is damaged"
         )
     return ranges

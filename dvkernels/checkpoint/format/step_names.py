@@ -1,4 +1,4 @@
-"""The names of a manager's checkpoints: ``step-`` and the step, with at least eight digits."""
+"""Folder names of a manager's checkpoints: ``step-`` and the step, with at least eight digits."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ NAME = re.compile(r"step-([0-9]{8,18})")
 
 
 def name(step: int) -> str:
-    """Return what the checkpoint of a step is called."""
+    """Return the folder name of a step."""
     return f"step-{step:08d}"
 
 
 def step(path: Path) -> int:
-    """Return the step of a checkpoint."""
+    """Return the step of a checkpoint's path."""
     return int(path.name.removeprefix("step-"))
 
 
 def within(directory: Path) -> tuple[Path, ...]:
-    """Return the checkpoints that managers have saved in a folder, in the order of their steps."""
+    """List the checkpoints that managers have saved in a directory, in the order of their steps."""
     try:
         return tuple(sorted(atomic_folder.within(directory, NAME), key=step))
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be listed: {error}") from error
 
 
-def above(path: Path) -> tuple[Path, ...]:
-    """Return the later checkpoints beside one that a manager has saved; of any other, none."""
+def later_than(path: Path) -> tuple[Path, ...]:
+    """List the later checkpoints beside one that a manager has saved; beside any other, none."""
     real = Path(os.path.realpath(path))
     if not NAME.fullmatch(real.name):
         return ()

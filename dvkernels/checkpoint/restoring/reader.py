@@ -1,4 +1,4 @@
-"""A checkpoint that is open to read: its manifest checked, and each tensor's place known."""
+"""Reader of one checkpoint: its validated manifest, and checksummed reads of its tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 from dvkernels.checkpoint.format import manifest, shards
 from dvkernels.checkpoint.format.manifest import FileEntry, Manifest
 from dvkernels.checkpoint.format.shards import ByteRange
-from dvkernels.checkpoint.storage import atomic_folder as folder
-from dvkernels.checkpoint.storage import files, parallel_io
+from dvkernels.checkpoint.storage import atomic_folder, files, parallel_io
 from dvkernels.checkpoint.storage.atomic_folder import MANIFEST
 from dvkernels.checkpoint.storage.files import Folder
 from dvkernels.checkpoint.storage.parallel_io import Piece
@@ -22,26 +21,26 @@ from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
-_OF_THE_PROCESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-_MOST_REPLACEMENTS = 100  # each of them a whole save, between two looks at the folder
+_PROCESS_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_MAX_REPLACEMENTS = 100  # each of them a whole save while the reader opens the files
 
 
 class CheckpointReader:
-    """The content of a checkpoint; who replaces or removes it meanwhile changes nothing in here."""
+    """Open checkpoint; replacing or removing it meanwhile does not affect the reader."""
 
     def __init__(self, path: Path, folder: Folder) -> None:
         self.path = path
         self._descriptors: list[int] = []
         try:
-            content = _manifest(folder)
+            content = _read_manifest(folder)
             self.checksum = parallel_io.checksum(content)  # of the manifest
             self.manifest = manifest.read(content, str(path / MANIFEST))
             self._ranges: dict[str, ByteRange] = {}
             for entry in self.manifest.files:
                 descriptor = files.active.open(folder / entry.name)
                 self._descriptors.append(descriptor)
-                self._ranges |= _ranges(descriptor, entry, f"{path / entry.name}")
-            _compare(self.manifest, self._ranges, path)
+                self._ranges |= _byte_ranges(descriptor, entry, f"{path / entry.name}")
+            _check_tensors(self.manifest, self._ranges, path)
         except BaseException:
             self.close()
             raise
@@ -51,20 +50,20 @@ class CheckpointReader:
         while self._descriptors:
             files.active.close(self._descriptors.pop())
 
-    __del__ = close  # an interrupt may keep anybody from calling it
+    __del__ = close  # an interrupt may prevent the call of close
 
     def check(self, names: Iterable[str]) -> None:
-        """Read tensors and compare their checksums."""
+        """Read tensors and compare their checksums, without keeping the data."""
         with _readable(self.path):
             parallel_io.check([piece for name in names for piece in self._pieces(name, ())])
 
-    def load(self, places: Mapping[str, Iterable[Any]]) -> None:
-        """Read tensors, each into all its arrays, and compare their checksums."""
-        self.loading(places)()
+    def load(self, targets: Mapping[str, Iterable[Any]]) -> None:
+        """Read tensors, each into all its target arrays, and compare their checksums."""
+        self.prepare_load(targets)()
 
-    def loading(self, places: Mapping[str, Iterable[Any]]) -> Callable[[], None]:
-        """Return what does :meth:`load`, and needs hardly any memory to do it."""
-        pieces = [piece for name, given in places.items() for piece in self._pieces(name, given)]
+    def prepare_load(self, targets: Mapping[str, Iterable[Any]]) -> Callable[[], None]:
+        """Return a function that does the work of :meth:`load` with hardly any new memory."""
+        pieces = [piece for name, arrays in targets.items() for piece in self._pieces(name, arrays)]
 
         def load() -> None:
             with _readable(self.path):
@@ -72,17 +71,17 @@ class CheckpointReader:
 
         return load
 
-    def _pieces(self, name: str, places: Iterable[Any]) -> Iterator[Piece]:
+    def _pieces(self, name: str, targets: Iterable[Any]) -> Iterator[Piece]:
         entry = self.manifest.tensors[name]
         where = f"{self.path / self.manifest.files[entry.file].name}, tensor {shown(name, 200)}"
-        held = [parallel_io.bytes_of(place) for place in places]
+        buffers = [parallel_io.bytes_of(target) for target in targets]
         for checksum, (begin, end) in zip(
             entry.checksums, parallel_io.cut(entry.nbytes), strict=True
         ):
             yield Piece(
                 self._descriptors[entry.file],
                 self._ranges[name].begin + begin,
-                tuple(place[begin:end] for place in held),
+                tuple(buffer[begin:end] for buffer in buffers),
                 end - begin,
                 checksum,
                 where,
@@ -91,7 +90,7 @@ class CheckpointReader:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[CheckpointReader]:
-    """Have a checkpoint open; :class:`CheckpointDamagedError` if it cannot be read."""
+    """Open a checkpoint as by :func:`open_reader`; a context manager that closes it."""
     reader = open_reader(path)
     try:
         yield reader
@@ -102,35 +101,35 @@ def opened(path: Path) -> Iterator[CheckpointReader]:
 def open_reader(path: Path) -> CheckpointReader:
     """Open a checkpoint; :class:`CheckpointDamagedError` if it cannot be read.
 
-    A writer beside it may remove the one that was found before all its files are open. Then what
-    has taken its place is opened.
+    A concurrent writer may replace the checkpoint before all its files are open. Then the new one
+    is opened.
     """
     with _readable(path):
-        for is_last in (*[False] * _MOST_REPLACEMENTS, True):
+        for is_last in (*[False] * _MAX_REPLACEMENTS, True):
             try:
-                found = folder.open_existing(path)
+                folder = atomic_folder.open_existing(path)
             except FileNotFoundError:
-                raise _absent(path) from None
+                raise _missing_error(path) from None
             try:
-                return CheckpointReader(path, found)
+                return CheckpointReader(path, folder)
             except (OSError, CheckpointDamagedError):
-                if is_last or not _is_replaced(path, found):
+                if is_last or not _is_replaced(path, folder):
                     raise
             finally:
-                files.active.close(found.descriptor)
+                files.active.close(folder.descriptor)
     raise AssertionError("unreachable")
 
 
-def _is_replaced(path: Path, found: Folder) -> bool:
-    """Say whether another folder has taken the place of an open one."""
+def _is_replaced(path: Path, folder: Folder) -> bool:
+    """Return whether ``path`` now names another folder than the open one."""
     try:
-        now = folder.open_existing(path)
+        current = atomic_folder.open_existing(path)
     except OSError:
         return False
     try:
-        return not os.path.sameopenfile(now.descriptor, found.descriptor)
+        return not os.path.sameopenfile(current.descriptor, folder.descriptor)
     finally:
-        files.active.close(now.descriptor)
+        files.active.close(current.descriptor)
 
 
 @contextlib.contextmanager
@@ -138,43 +137,43 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError) as error:
-        # Where the process has too little of something, the files are not to blame.
-        is_ours = isinstance(error, MemoryError) or error.errno in _OF_THE_PROCESS
-        kind = CheckpointError if is_ours else CheckpointDamagedError
-        why = str(error) or "there is not enough memory"
-        raise kind(f"{path} cannot be read: {why}") from error
+        # A process that runs out of memory or descriptors says nothing about the files.
+        is_limit = isinstance(error, MemoryError) or error.errno in _PROCESS_LIMITS
+        kind = CheckpointError if is_limit else CheckpointDamagedError
+        reason = str(error) or "there is not enough memory"
+        raise kind(f"{path} cannot be read: {reason}") from error
 
 
-def _absent(path: Path) -> CheckpointDamagedError:
+def _missing_error(path: Path) -> CheckpointDamagedError:
     return CheckpointDamagedError(
         f"{path}: expected a checkpoint, a folder with {MANIFEST}; there is none"
     )
 
 
-def _manifest(given: Folder) -> bytes:
-    where = given / MANIFEST
+def _read_manifest(folder: Folder) -> bytes:
+    entry = folder / MANIFEST
     try:
-        descriptor = files.active.open(where)
+        descriptor = files.active.open(entry)
     except FileNotFoundError:
-        raise _absent(given.path) from None
+        raise _missing_error(folder.path) from None
     try:
         nbytes = files.active.size(descriptor)
         if nbytes > manifest.MAX_NBYTES:
             raise CheckpointDamagedError(
-                f"{where}: expected at most {manifest.MAX_NBYTES} bytes; it has {nbytes}"
+                f"{entry}: expected at most {manifest.MAX_NBYTES} bytes; it has {nbytes}"
             )
-        return parallel_io.read_all(descriptor, nbytes, 0, str(where))
+        return parallel_io.read_all(descriptor, nbytes, 0, str(entry))
     finally:
         files.active.close(descriptor)
 
 
-def _ranges(descriptor: int, entry: FileEntry, where: str) -> dict[str, ByteRange]:
-    """Return where the tensors of a shard lie."""
+def _byte_ranges(descriptor: int, entry: FileEntry, where: str) -> dict[str, ByteRange]:
+    """Return the byte range of each tensor of a shard."""
     nbytes = files.active.size(descriptor)
     if nbytes != entry.nbytes or nbytes < 8:
         raise CheckpointDamagedError(
             f"{where}: expected {entry.nbytes} bytes, as the manifest says; it has {nbytes}; it "
-            f"has been cut off or exchanged"
+            f"has been truncated or replaced"
         )
     first = parallel_io.read_all(descriptor, 8, 0, where)
     length = shards.header_nbytes(first, nbytes, where)
@@ -187,19 +186,18 @@ def _ranges(descriptor: int, entry: FileEntry, where: str) -> dict[str, ByteRang
     return shards.read_header(header, nbytes, where)
 
 
-def _compare(given: Manifest, ranges: dict[str, ByteRange], path: Path) -> None:
-    """Raise unless shards and manifest speak of the same tensors."""
+def _check_tensors(given: Manifest, ranges: dict[str, ByteRange], path: Path) -> None:
+    """Raise unless the shards hold the tensors of the manifest."""
     if ranges.keys() != given.tensors.keys():
         name = next(iter(ranges.keys() ^ given.tensors.keys()))
         raise CheckpointDamagedError(
-            f"{path}: tensor {shown(name, 200)} stands in the manifest or in a shard, "
-            "and not in both"
+            f"{path}: tensor {shown(name, 200)} is in the manifest or in a shard, and not in both"
         )
     for name, entry in given.tensors.items():
-        held = ranges[name]
-        expected = shards.stored(entry.dtype, entry.shape)
-        if held.stored != expected or held.end - held.begin != entry.nbytes:
+        found = ranges[name]
+        expected = shards.safetensors_spec(entry.dtype, entry.shape)
+        if found.spec != expected or found.end - found.begin != entry.nbytes:
             raise CheckpointDamagedError(
                 f"{path / given.files[entry.file].name}, tensor {shown(name, 200)}: expected "
-                f"{expected} in {entry.nbytes} bytes, as the manifest says; got {held}"
+                f"{expected} in {entry.nbytes} bytes, as the manifest says; got {found}"
             )

@@ -1,8 +1,8 @@
-"""One restore on its way: from the files of a folder to the objects, by all workers together.
+"""Execution of one restore by all workers: from the files of a checkpoint to the objects.
 
-Everything that may fail comes first and touches nothing: the files are read and compared with
-their checksums, what the objects have now is asked for, and the plan is made. Then a thread that no
-interrupt reaches changes all of them, or gives back what it has changed.
+All work that may fail comes first and changes no object: the plan, the verification of all
+checksums, and a backup of the state of the objects. Then a thread that no interrupt reaches
+changes the objects, or after an error restores the backup.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 from dvkernels import user_errors
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.format import shards
-from dvkernels.checkpoint.restoring import reader as reading
 from dvkernels.checkpoint.restoring import restore_plan
-from dvkernels.checkpoint.restoring.reader import CheckpointReader
+from dvkernels.checkpoint.restoring.reader import CheckpointReader, open_reader
 from dvkernels.checkpoint.restoring.restore_plan import Change, RestorePlan
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.communicators.base import Workers
@@ -27,14 +26,14 @@ from dvkernels.threads.shielded import uninterrupted
 
 __all__ = ["Restored"]
 
-_MOST_TRIES = 10  # of workers that have opened different checkpoints, beside somebody who writes
-# Let go of when there is no more memory, so that what has begun comes to an end.
+_MAX_RETRIES = 10  # while a concurrent writer makes workers open different checkpoints
+# Freed when memory runs out, so that a restore that has begun can be completed or undone.
 _RESERVE_NBYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore has done.
+    """Result of a restore.
 
     Attributes
     ----------
@@ -44,15 +43,15 @@ class Restored:
         The step that it was saved under by a ``CheckpointManager``.
     values : dict
         The objects by name after the restore: variables, generators, lists, dicts and other
-        objects that can be changed are the same ones; numbers, strings, tuples are new.
+        mutable objects are the same objects as before; numbers, strings and tuples are new.
     metadata : dict
-        What the user gave to ``save``.
+        The metadata that the user gave to ``save``.
     matched : tuple of str
-        The paths of what was restored: names of objects and keys of containers, joined by "/".
+        Paths of the restored objects: names of objects and keys of containers, joined by "/".
     missing : tuple of str
-        The paths of what the checkpoint does not hold; left as they were.
+        Paths of objects that are not in the checkpoint; they are unchanged.
     unexpected : tuple of str
-        The paths of what the checkpoint holds and nobody asked for.
+        Paths of saved objects that have no counterpart in the program.
     """
 
     path: Path
@@ -68,10 +67,10 @@ class Restored:
 def restore(objects: dict[str, Any], path: Path, *, partial: bool) -> Restored:
     """Restore objects from a checkpoint: all of them, or after an error none."""
     shards.check_machine()
-    workers = all_or_none.of(objects)
+    workers = all_or_none.workers_of(objects)
     what = f"restore from {path}"
     try:
-        reader = _opened_alike(path, workers, what)
+        reader = _open_consistently(path, workers, what)
         try:
             return _Restore(objects, reader, workers, what).carry_out(partial)
         finally:
@@ -82,21 +81,21 @@ def restore(objects: dict[str, Any], path: Path, *, partial: bool) -> Restored:
         ) from error
 
 
-def _opened_alike(path: Path, workers: Workers, what: str) -> CheckpointReader:
-    """Open a checkpoint, the same on all workers."""
-    for is_last in (*[False] * _MOST_TRIES, True):
+def _open_consistently(path: Path, workers: Workers, what: str) -> CheckpointReader:
+    """Open a checkpoint, the same one on all workers."""
+    for is_last in (*[False] * _MAX_RETRIES, True):
         readers: list[CheckpointReader] = []
-        all_or_none.together(
+        all_or_none.run(
             workers,
             what,
-            lambda into=readers: into.append(uninterrupted(lambda: reading.open_reader(path))),  # type: ignore[misc]
+            lambda into=readers: into.append(uninterrupted(lambda: open_reader(path))),  # type: ignore[misc]
         )
         (reader,) = readers
-        with all_or_none.telling(workers, what):
-            is_alike = len(set(workers.exchange(reader.checksum))) == 1
-        if is_last and not is_alike:
-            all_or_none.check_alike(workers, what, {atomic_folder.MANIFEST: reader.checksum})
-        if is_alike:
+        with all_or_none.announcing_failures(workers, what):
+            is_same = len(set(workers.exchange(reader.checksum))) == 1
+        if is_last and not is_same:
+            all_or_none.check_consistent(workers, what, {atomic_folder.MANIFEST: reader.checksum})
+        if is_same:
             return reader
         reader.close()
     raise AssertionError("unreachable")
@@ -112,24 +111,26 @@ class _Restore:
         self._what = what
 
     def carry_out(self, partial: bool) -> Restored:
-        with all_or_none.telling(self._workers, self._what):  # optimizers make their slots together
-            plan = restore_plan.match(self._objects, self._reader.manifest)
+        with all_or_none.announcing_failures(
+            self._workers, self._what
+        ):  # optimizers make their slots together
+            plan = restore_plan.plan_restore(self._objects, self._reader.manifest)
             if not partial and (plan.missing or plan.unexpected):
                 raise CheckpointError(
-                    f"{self._reader.path}: expected what the objects are; it lacks "
-                    f"{_listed(plan.missing)}, and holds {_listed(plan.unexpected)} besides; pass "
-                    f"partial=True to restore what matches"
+                    f"{self._reader.path}: expected the objects of this program; the checkpoint "
+                    f"lacks {_listed(plan.missing)}, and also holds {_listed(plan.unexpected)}; "
+                    f"pass partial=True to restore the objects that match"
                 )
-        before: list[Any] = []
-        all_or_none.together(
-            self._workers, self._what, lambda: uninterrupted(lambda: self._prepare(plan, before))
+        backup: list[Any] = []
+        all_or_none.run(
+            self._workers, self._what, lambda: uninterrupted(lambda: self._prepare(plan, backup))
         )
-        fates = {"matched": plan.matched, "missing": plan.missing, "unexpected": plan.unexpected}
-        all_or_none.check_alike(
-            self._workers, self._what, {path: fate for fate in fates for path in fates[fate]}
+        lists = {"matched": plan.matched, "missing": plan.missing, "unexpected": plan.unexpected}
+        all_or_none.check_consistent(
+            self._workers, self._what, {path: name for name in lists for path in lists[name]}
         )
-        load = self._reader.loading(plan.loads)
-        uninterrupted(lambda: self._commit(plan, before, load), is_whole=True)
+        load = self._reader.prepare_load(plan.loads)
+        uninterrupted(lambda: self._commit(plan, backup, load), is_whole=True)
         return Restored(
             self._reader.path,
             self._reader.manifest.step,
@@ -140,63 +141,64 @@ class _Restore:
             tuple(plan.unexpected),
         )
 
-    def _prepare(self, plan: RestorePlan, before: list[Any]) -> None:
-        """Read everything once, and ask for what the objects have now."""
+    def _prepare(self, plan: RestorePlan, backup: list[Any]) -> None:
+        """Verify all checksums, load the staged arrays, and back up the state of the objects."""
         self._reader.check(plan.loads)
         self._reader.load({name: [array] for name, array in plan.staged.items()})
-        before += [_tried(change.get, f"{change.path}: its state") for change in plan.changes]
+        backup += [
+            _attempt(change.get, f"{change.path}: its state cannot be read")
+            for change in plan.changes
+        ]
 
-    def _commit(self, plan: RestorePlan, before: list[Any], load: Callable[[], None]) -> None:
+    def _commit(self, plan: RestorePlan, backup: list[Any], load: Callable[[], None]) -> None:
         reserve = [bytearray(_RESERVE_NBYTES)]
-        done: list[Callable[[], Any]] = []  # how to undo it
+        undo_calls: list[Callable[[], Any]] = []
         try:
-            all_or_none.together(
-                self._workers, self._what, lambda: _make(plan.changes, before, done)
+            all_or_none.run(
+                self._workers, self._what, lambda: _apply(plan.changes, backup, undo_calls)
             )
-            all_or_none.together(self._workers, self._what, lambda: _fill(plan, load, reserve))
+            all_or_none.run(self._workers, self._what, lambda: _load_arrays(plan, load, reserve))
             self._objects.update(plan.values)
         except BaseException as error:
             reserve.clear()
-            for undo in reversed(done):
+            for undo in reversed(undo_calls):
                 try:
                     undo()
                 except BaseException as failure:
-                    words = user_errors.in_words(failure)
-                    user_errors.annotate(error, f"what had been restored was not undone: {words}")
+                    reason = user_errors.in_words(failure)
+                    user_errors.annotate(error, f"undoing the restore failed: {reason}")
             raise
 
 
-def _make(changes: list[Change], before: list[Any], done: list[Callable[[], Any]]) -> None:
-    """Make changes, and note in ``done`` how to undo them; also the one that fails half-way."""
-    for change, had in zip(changes, before, strict=True):
-        done.append(lambda change=change, had=had: change.set(had))  # type: ignore[misc]
-        _tried(
+def _apply(changes: list[Change], backup: list[Any], undo_calls: list[Callable[[], Any]]) -> None:
+    """Apply changes; append a call that undoes each one before it is tried."""
+    for change, previous in zip(changes, backup, strict=True):
+        undo_calls.append(lambda change=change, previous=previous: change.set(previous))  # type: ignore[misc]
+        _attempt(
             lambda change=change: change.set(change.new),  # type: ignore[misc]
-            f"{change.path}: the state that was saved",
+            f"{change.path}: the saved state cannot be loaded",
         )
 
 
-def _tried(act: Callable[[], Any], what: str) -> Any:
+def _attempt(act: Callable[[], Any], failure: str) -> Any:
     try:
         return act()
     except Exception as error:
-        raise CheckpointError(
-            f"{what} cannot be taken over: {user_errors.in_words(error)}"
-        ) from error
+        raise CheckpointError(f"{failure}: {user_errors.in_words(error)}") from error
 
 
-def _fill(plan: RestorePlan, load: Callable[[], None], reserve: list[bytearray]) -> None:
-    """Read what belongs into arrays: the second time, so that only a disk can fail."""
+def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[bytearray]) -> None:
+    """Read the arrays in place; after the verification only the disk or memory can fail."""
     try:
         try:
-            _fill_once(plan, load)
+            _load_once(plan, load)
         except MemoryError:
             reserve.clear()
-            _fill_once(plan, load)
+            _load_once(plan, load)
     except Exception as error:
         note = (
-            "the file was whole a moment ago, when its checksums were compared: these objects now "
-            f"hold parts of it, and must be restored again: {_listed(list(plan.loads))}"
+            "the file was whole when its checksums were compared; these objects now hold parts of "
+            f"it and must be restored again: {_listed(list(plan.loads))}"
         )
         if isinstance(error, MemoryError):
             raise CheckpointError(f"there is not enough memory; {note}") from error
@@ -204,10 +206,10 @@ def _fill(plan: RestorePlan, load: Callable[[], None], reserve: list[bytearray])
         raise
 
 
-def _fill_once(plan: RestorePlan, load: Callable[[], None]) -> None:
+def _load_once(plan: RestorePlan, load: Callable[[], None]) -> None:
     load()
-    for touch in plan.finish:
-        touch()
+    for finish in plan.finish:
+        finish()
 
 
 def _listed(paths: list[str]) -> str:

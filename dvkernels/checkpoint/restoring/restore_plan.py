@@ -1,6 +1,6 @@
-"""Which saved tensors and data go where in the objects of a program: a plan, before any is touched.
+"""Plan of a restore: the saved tensor or data for each object, made before any object changes.
 
-Everything that can be wrong is found here, but for what only the bytes show.
+Every mismatch is found here; only damage of the tensors' bytes is found later.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__: list[str] = []
 
 @dataclass
 class Change:
-    """An object that takes something over, and can be given back what it has."""
+    """Reversible change of one object: getter and setter of its state, and the new state."""
 
     path: str
     get: Callable[[], Any]
@@ -51,46 +51,46 @@ class Change:
 
 @dataclass
 class RestorePlan:
-    """What a restore does, in this order: changes, loads, finishing touches."""
+    """Actions of a restore, in this order: changes, loads, finish."""
 
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    # Arrays of our own that states are made of: read before anything is touched.
+    # New arrays, by tensor, that become part of states: read before any object changes.
     staged: dict[str, Any] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
-    # The arrays that each tensor fills, in full.
+    # The target arrays of each tensor, all contiguous and in host memory.
     loads: dict[str, list[Any]] = field(default_factory=dict)
-    # What is left to do when the loads are done, to arrays only; may be done again after them.
+    # Called after the loads; they change arrays only, and may be repeated with the loads.
     finish: list[Callable[[], None]] = field(default_factory=list)
-    # What stands at the top after the restore: the same objects, and new immutable ones.
+    # The objects by name after the restore: the same mutable ones, and new immutable ones.
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def match(own: Mapping[str, Any], manifest: Manifest) -> RestorePlan:
-    """Return how to restore objects from a checkpoint; nothing is touched."""
-    return _RestorePlanner(own, manifest).plan
+def plan_restore(targets: Mapping[str, Any], manifest: Manifest) -> RestorePlan:
+    """Plan the restore of a program's objects from a checkpoint, without changing any."""
+    return _RestorePlanner(targets, manifest).plan
 
 
 class _RestorePlanner:
-    def __init__(self, own: Mapping[str, Any], manifest: Manifest) -> None:
+    def __init__(self, targets: Mapping[str, Any], manifest: Manifest) -> None:
         self._manifest = manifest
-        self._variables = objects.variables_of(own)
+        self._variables = objects.variables_of(targets)
         self._filled_from: dict[int, tuple[str, ...]] = {}
         self._with_slots: list[tuple[HasSlots, StateNode, str]] = []
         self.plan = plan = RestorePlan()
-        plan.values = self._children(own, manifest.objects, "")
-        # When it is known which variables are restored.
+        plan.values = self._children(targets, manifest.objects, "")
+        # Last, when all variables have been matched.
         for optimizer, node, path in self._with_slots:
             self._slots(optimizer, node, path)
 
     def _children(
-        self, own: Mapping[str, Any], saved: Mapping[str, Node], path: str
+        self, targets: Mapping[str, Any], saved: Mapping[str, Node], path: str
     ) -> dict[str, Any]:
-        """Match what has the same name; return what each child is after the restore."""
-        self.plan.unexpected += [child(path, name) for name in saved if name not in own]
+        """Match the children that have the same name; return each child after the restore."""
+        self.plan.unexpected += [child(path, name) for name in saved if name not in targets]
         results: dict[str, Any] = {}
-        for name, value in own.items():
+        for name, value in targets.items():
             here = child(path, name)
             if name in saved:
                 results[name] = self._match(value, saved[name], here)
@@ -99,115 +99,117 @@ class _RestorePlanner:
                 results[name] = value
         return results
 
-    def _match(self, own: Any, node: Node, path: str) -> Any:
-        """Plan how to restore one object; return what it is afterwards."""
+    def _match(self, target: Any, node: Node, path: str) -> Any:
+        """Plan the restore of one object; return the object after the restore."""
         match node:
-            case VariableNode() | ArrayNode() if isinstance(own, Variable | np.ndarray):
+            case VariableNode() | ArrayNode() if isinstance(target, Variable | np.ndarray):
                 names = node.tensors if isinstance(node, VariableNode) else (node.tensor,)
-                self._fill(own, names, path)
+                self._fill(target, names, path)
                 self.plan.matched.append(path)
-                return own
-            case GeneratorNode() if generators.is_generator(own):
-                self._generator(own, node, path)
-                return own
-            case StateNode() if objects.is_object(own) and isinstance(own, HasState):
-                self._state(own, node, path)
-                return own
-            case DataNode() if json_codec.is_plain(own):
+                return target
+            case GeneratorNode() if generators.is_generator(target):
+                self._generator(target, node, path)
+                return target
+            case StateNode() if objects.is_object(target) and isinstance(target, HasState):
+                self._state(target, node, path)
+                return target
+            case DataNode() if json_codec.is_plain(target):
                 self.plan.matched.append(path)
-                return self._data(own, node.value, path)
-            case NestNode() | DataNode() if not objects.is_object(own):
+                return self._data(target, node.value, path)
+            case NestNode() | DataNode() if not objects.is_object(target):
                 saved = _items(node)
-                inner = objects.opened(own, path)
+                inner = objects.open_container(target, path)
                 if saved is not None and inner is not None:
-                    return self._nest(own, inner, saved, path)
+                    return self._nest(target, inner, saved, path)
         raise CheckpointError(
-            f"{path}: expected {_described(own)}; the checkpoint holds {_described_node(node)}; "
-            f"leave it out, or restore into an object of the kind that was saved"
+            f"{path}: expected {_described(target)}; the checkpoint holds {_described_node(node)}; "
+            f"leave it out, or restore into an object of the saved kind"
         )
 
     # -- tensors --------------------------------------------------------------------------------
 
-    def _fill(self, own: Any, names: tuple[str, ...], path: str) -> None:
-        """Plan which copies get which tensors."""
-        is_variable = isinstance(own, Variable)
-        label = f"{path}: variable {own.name!r}" if is_variable else path
+    def _fill(self, target: Any, names: tuple[str, ...], path: str) -> None:
+        """Plan which tensor is loaded into each copy of a variable, or into an array."""
+        is_variable = isinstance(target, Variable)
+        label = f"{path}: variable {target.name!r}" if is_variable else path
         entries = [self._manifest.tensors[name] for name in names]
         for entry in entries:
-            _check_spec(label, own, entry)
-        before = self._filled_from.get(id(own))
-        if before is not None:
-            if before == names or self._alike([*before, *names]):
+            _check_spec(label, target, entry)
+        previous = self._filled_from.get(id(target))
+        if previous is not None:
+            if previous == names or self._are_equal([*previous, *names]):
                 return
             raise CheckpointError(
-                f"{label} stands at two paths here, and two different tensors are saved for them, "
-                f"{before[0]!r} and {names[0]!r}; restore into separate objects"
+                f"{label} has two paths here, and two different tensors are saved for them, "
+                f"{previous[0]!r} and {names[0]!r}; restore into separate objects"
             )
-        self._filled_from[id(own)] = names
-        targets = list(copies_of(own)) if is_variable else [own]
+        self._filled_from[id(target)] = names
+        copies = list(copies_of(target)) if is_variable else [target]
         if len(names) == 1:
-            self._load(names[0], targets)
-            if is_variable and _is_shared_out(own):
-                self.plan.finish.append(lambda: share_out(own))
-        elif _has_own_copies(own) and len(names) == own.owner.num_replicas:
-            first = own.owner.first_replica  # of this process
-            for name, target in zip(names[first:], targets, strict=False):
-                self._load(name, [target])
-        elif self._alike(names):
-            self._load(names[0], targets)
+            self._load(names[0], copies)
+            if is_variable and _is_shared_out(target):
+                self.plan.finish.append(lambda: share_out(target))
+        elif _has_own_copies(target) and len(names) == target.owner.num_replicas:
+            first = target.owner.first_replica  # of this process
+            for name, array in zip(names[first:], copies, strict=False):
+                self._load(name, [array])
+        elif self._are_equal(names):
+            self._load(names[0], copies)
         else:
-            count = own.owner.num_replicas if is_variable else 1
+            count = target.owner.num_replicas if is_variable else 1
             raise CheckpointError(
-                f"{label}: {len(names)} copies that differ were saved, one for each replica; here "
+                f"{label}: {len(names)} copies that differ were saved, one per replica; here "
                 f"there are {count} "
-                f"{'copies' if _has_own_copies(own) else 'that must be equal'}; restore on "
-                f"{len(names)} replicas, or bring the copies together (v.sync()) before saving"
+                f"{'copies' if _has_own_copies(target) else 'that must be equal'}; restore on "
+                f"{len(names)} replicas, or make the copies equal (v.sync()) before saving"
             )
 
-    def _alike(self, names: list[str] | tuple[str, ...]) -> bool:
+    def _are_equal(self, names: list[str] | tuple[str, ...]) -> bool:
         return len({self._manifest.tensors[name].checksums for name in names}) == 1
 
     def _load(self, name: str, targets: list[Any]) -> None:
-        held = array_memory.holding(targets[0])
-        if not all(map(held.is_writable, targets)):
+        memory = array_memory.holding(targets[0])
+        if not all(map(memory.is_writable, targets)):
             raise CheckpointError(
                 f"{name}: the array to restore into is read-only; make it writable"
             )
-        is_host = held is array_memory.HOST
+        is_host = memory is array_memory.HOST
         direct = [target for target in targets if is_host and target.flags.c_contiguous]
-        if len(direct) < len(targets):  # they lie on a GPU, or not in one piece
-            between = np.empty(targets[0].shape, targets[0].dtype)
-            self.plan.finish.append(_copying(targets, between))
-            direct = [between]
+        if len(direct) < len(targets):  # on a GPU, or not contiguous
+            staging = np.empty(targets[0].shape, targets[0].dtype)
+            self.plan.finish.append(_copying(targets, staging))
+            direct = [staging]
         self.plan.loads.setdefault(name, []).extend(direct)
 
     def _slots(self, optimizer: HasSlots, node: StateNode, path: str) -> None:
-        """Plan the slots of an optimizer: they are made where there are none yet."""
+        """Plan the restore of an optimizer's slots; missing slots are created."""
         slots_path = child(path, "slots")
         names = tuple(optimizer.slot_names)
         slotted = {id(variable): variable for variable in optimizer.slotted}
-        for of, saved in node.slots.items():
-            variable = self._variables.get(of)
+        for variable_path, saved in node.slots.items():
+            here = f"{slots_path}/{variable_path}"
+            variable = self._variables.get(variable_path)
             if variable is None or id(variable) not in self._filled_from:
-                self.plan.unexpected.append(f"{slots_path}/{of}")
+                self.plan.unexpected.append(here)
                 continue
             if saved.keys() - {STEPS} != set(names):
                 raise CheckpointError(
-                    f"{slots_path}/{of}: expected the slots {', '.join(names) or '(none)'}; the "
-                    f"checkpoint holds {', '.join(saved) or '(none)'}; make the optimizer as it was"
+                    f"{here}: expected the slots {', '.join(names) or '(none)'}; the checkpoint "
+                    f"holds {', '.join(saved) or '(none)'}; create the optimizer with the "
+                    f"arguments that it had"
                 )
             for name, slot in zip(names, optimizer.slots(variable), strict=True):
-                self._fill(slot, (saved[name],), f"{slots_path}/{of}/{name}")
+                self._fill(slot, (saved[name],), f"{here}/{name}")
             steps = optimizer.steps(variable)
             if STEPS in saved:
-                self._fill(steps, (saved[STEPS],), f"{slots_path}/{of}/{STEPS}")
-            else:  # written when all variables of an optimizer had one count
+                self._fill(steps, (saved[STEPS],), f"{here}/{STEPS}")
+            else:  # an older checkpoint, with one step count for all variables of an optimizer
                 self.plan.finish.append(_setting(steps, optimizer))
             slotted.pop(id(variable), None)
         known = {id(variable) for variable in self._variables.values()}
         for variable in slotted.values():
             if id(variable) in self._filled_from:
-                # It had none when it was saved, and none means zeros.
+                # A variable that had no slots when it was saved restarts with zeros.
                 slots = [each for slot in optimizer.slots(variable) for each in copies_of(slot)]
                 self.plan.finish.append(_zeroing([*slots, optimizer.steps(variable)]))
             elif id(variable) not in known:
@@ -217,40 +219,40 @@ class _RestorePlanner:
 
     # -- states ---------------------------------------------------------------------------------
 
-    def _generator(self, own: Any, node: GeneratorNode, path: str) -> None:
-        if node.type != generators.kind(own):
+    def _generator(self, target: Any, node: GeneratorNode, path: str) -> None:
+        if node.type != generators.kind(target):
             raise CheckpointError(
-                f"{path}: expected the state of a {generators.kind(own)}; the checkpoint holds "
-                f"that of a {node.type:.80}; make the generator as it was"
+                f"{path}: expected the state of a {generators.kind(target)}; the checkpoint holds "
+                f"that of a {node.type:.80}; create a generator of that kind"
             )
         state = json_codec.decode(node.value, path, self._stage)
-        generators.check(own, state, path)
+        generators.check(target, state, path)
         self.plan.changes.append(
             Change(
                 path,
-                lambda: copy.deepcopy(generators.state(own)),
-                lambda given: generators.set_state(own, given),
+                lambda: copy.deepcopy(generators.state(target)),
+                lambda given: generators.set_state(target, given),
                 state,
             )
         )
         self.plan.matched.append(path)
 
-    def _state(self, own: HasState, node: StateNode, path: str) -> None:
+    def _state(self, target: HasState, node: StateNode, path: str) -> None:
         state = json_codec.decode(node.value, path, self._stage)
-        get, set_ = own.state_dict, own.load_state_dict
-        if isinstance(own, HasSlots):
-            get, set_ = own.progress, own.set_progress
-            self._with_slots.append((own, node, path))
+        get, set_ = target.state_dict, target.load_state_dict
+        if isinstance(target, HasSlots):
+            get, set_ = target.progress, target.set_progress
+            self._with_slots.append((target, node, path))
         self._change(path, lambda: copy.deepcopy(get()), set_, state)
         self.plan.matched.append(path)
-        if node.slots and not isinstance(own, HasSlots):
+        if node.slots and not isinstance(target, HasSlots):
             raise CheckpointError(
-                f"{path}: the checkpoint holds an optimizer's slots; the {type(own).__name__} "
+                f"{path}: the checkpoint holds an optimizer's slots; the {type(target).__name__} "
                 f"here has none"
             )
 
     def _stage(self, name: str) -> Any:
-        """Return an array of our own that will hold a tensor."""
+        """Return a new array into which a tensor will be read."""
         entry = self._manifest.tensors[name]
         if name not in self.plan.staged:
             try:
@@ -261,43 +263,46 @@ class _RestorePlanner:
 
     # -- data and containers --------------------------------------------------------------------
 
-    def _data(self, own: Any, saved: Any, path: str) -> Any:
-        """Plan to make a list or dict what was saved, in place; return anything else."""
-        if type(own) is list and type(saved) is list:
+    def _data(self, target: Any, saved: Any, path: str) -> Any:
+        """Plan to change a list or dict in place; return other saved data as it is."""
+        if type(target) is list and type(saved) is list:
             self._change(
-                path, lambda: [*own], lambda given: own.__setitem__(slice(None), given), saved
+                path, lambda: [*target], lambda given: target.__setitem__(slice(None), given), saved
             )
-        elif type(own) is dict and type(saved) is dict:
-            self._change(path, lambda: {**own}, lambda given: _replace(own, given), saved)
-        elif type(own) in (list, dict):
+        elif type(target) is dict and type(saved) is dict:
+            self._change(path, lambda: {**target}, lambda given: _replace(target, given), saved)
+        elif type(target) in (list, dict):
             raise CheckpointError(
-                f"{path}: expected a {type(own).__name__}; the checkpoint holds {shown(saved)}, a "
-                f"{type(saved).__name__}"
+                f"{path}: expected a {type(target).__name__}; the checkpoint holds "
+                f"{shown(saved)}, a {type(saved).__name__}"
             )
         else:
             return saved
-        return own
+        return target
 
-    def _nest(self, own: Any, inner: objects.Opened, saved: dict[str, Node], path: str) -> Any:
+    def _nest(
+        self, target: Any, inner: objects.OpenedContainer, saved: dict[str, Node], path: str
+    ) -> Any:
+        """Plan to replace the children of a container that are new objects."""
         values = list(self._children(inner.children, saved, path).values())
-        before = dict(zip(inner.keys, inner.children.values(), strict=True))
+        previous = dict(zip(inner.keys, inner.children.values(), strict=True))
         new = {
             key: value
             for key, value in zip(inner.keys, values, strict=True)
-            if value is not before[key]
+            if value is not previous[key]
         }
         if not new:
-            return own
-        store = _storing(own)
-        if store is None:
+            return target
+        set_child = _child_setter(target)
+        if set_child is None:
             return inner.rebuild(values)
 
-        def put(given: dict[Any, Any]) -> None:
+        def set_children(given: dict[Any, Any]) -> None:
             for key, value in given.items():
-                store(own, key, value)
+                set_child(target, key, value)
 
-        self._change(path, lambda: {key: before[key] for key in new}, put, new)
-        return own
+        self._change(path, lambda: {key: previous[key] for key in new}, set_children, new)
+        return target
 
     def _change(
         self, path: str, get: Callable[[], Any], set_: Callable[[Any], Any], new: Any
@@ -305,42 +310,45 @@ class _RestorePlanner:
         self.plan.changes.append(Change(path, get, set_, new))
 
 
-def _storing(own: Any) -> Callable[[Any, Any, Any], None] | None:
-    """Return what puts a child into a container; None if it cannot be changed."""
-    if isinstance(own, dict | list | deque):
+def _child_setter(target: Any) -> Callable[[Any, Any, Any], None] | None:
+    """Return a function that sets a child of a container; None for an immutable container."""
+    if isinstance(target, dict | list | deque):
         return operator.setitem
-    if dataclasses.is_dataclass(own) and not getattr(own, "__dataclass_params__").frozen:  # noqa: B009
+    if dataclasses.is_dataclass(target) and not getattr(target, "__dataclass_params__").frozen:  # noqa: B009
         return setattr
     return None
 
 
 def _items(node: NestNode | DataNode) -> dict[str, Node] | None:
-    """Return the children of a saved container, None if it is none."""
+    """Return the children of a saved container; None for other nodes."""
     if isinstance(node, NestNode):
         return node.items
     if isinstance(node.value, dict):
         return {str(key): DataNode(value) for key, value in node.value.items()}
     if isinstance(node.value, list | tuple):
-        return {str(place): DataNode(value) for place, value in enumerate(node.value)}
+        return {str(index): DataNode(value) for index, value in enumerate(node.value)}
     return None
 
 
-def _check_spec(label: str, own: Any, entry: TensorEntry) -> None:
+def _check_spec(label: str, target: Any, entry: TensorEntry) -> None:
     dtype = DTYPES[entry.dtype]
-    if own.shape != entry.shape or own.dtype != dtype:
+    if target.shape != entry.shape or target.dtype != dtype:
         raise CheckpointError(
-            f"{label}: expected {Spec(own.shape, own.dtype)}; the checkpoint holds "
+            f"{label}: expected {Spec(target.shape, target.dtype)}; the checkpoint holds "
             f"{Spec(entry.shape, dtype)}; restore into an object of that shape and dtype, or leave "
             f"it out"
         )
 
 
-def _has_own_copies(own: Any) -> bool:
-    return isinstance(own, Variable) and own.synchronization is not VariableSynchronization.ON_WRITE
+def _has_own_copies(target: Any) -> bool:
+    return (
+        isinstance(target, Variable)
+        and target.synchronization is not VariableSynchronization.ON_WRITE
+    )
 
 
 def _is_shared_out(variable: Variable) -> bool:
-    """Say whether one value is dealt out to the copies, so that together they make it."""
+    """Return whether a value is shared out over the copies, which are then summed when read."""
     return (
         variable.synchronization is VariableSynchronization.ON_READ
         and variable.aggregation is VariableAggregation.SUM
@@ -351,9 +359,9 @@ def _copying(targets: Sequence[Any], source: Any) -> Callable[[], None]:
     return lambda: array_memory.holding(targets[0]).overwrite(targets, [source] * len(targets))
 
 
-def _replace(own: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    own.clear()
-    own.update(saved)
+def _replace(target: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    target.clear()
+    target.update(saved)
 
 
 def _zeroing(arrays: Sequence[Any]) -> Callable[[], None]:
@@ -368,10 +376,10 @@ def _setting(steps: Any, optimizer: HasSlots) -> Callable[[], None]:
     return lambda: steps.fill(optimizer.iterations)
 
 
-def _described(own: Any) -> str:
-    if isinstance(own, Variable):
-        return f"the variable {own.name!r}"
-    return f"what fits {shown(own)}, a {type(own).__name__}"
+def _described(target: Any) -> str:
+    if isinstance(target, Variable):
+        return f"the variable {target.name!r}"
+    return f"a saved object that matches {shown(target)}, a {type(target).__name__}"
 
 
 def _described_node(node: Node) -> str:

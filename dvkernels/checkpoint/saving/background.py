@@ -1,4 +1,4 @@
-"""Saves one after another: while the caller waits, or in the background."""
+"""Runner of saves, one at a time: in the foreground, or in a background thread."""
 
 from __future__ import annotations
 
@@ -24,103 +24,100 @@ from dvkernels.user_errors import text_of
 __all__: list[str] = []
 
 
-class _Unfinished(NamedTuple):
-    """A save that has been begun, or will be by who waits for it."""
+class _UnfinishedSave(NamedTuple):
+    """Save that has been registered and is neither finished nor rolled back."""
 
     save: Save
-    # What is done of it without the other workers; None: an interrupt has ended the call before.
-    errand: ShieldedCall | None
-    pid: int  # a child has no thread that does it
+    # The part that needs no other worker; None: an interrupt ended the call before it started.
+    call: ShieldedCall | None
+    pid: int  # a forked child does not have the thread
 
 
 class BackgroundSaver:
-    """Carries out saves one after another: while the caller waits, or in the background.
+    """Runner of saves, one at a time, in the foreground or in the background.
 
-    Of several workers only the main threads speak to each other, so that the order of what they
-    say is that of the program. So a save in the background begins at the call, a thread writes,
-    and what comes next, another save or :meth:`wait`, finishes it.
+    Over several workers only the main threads communicate, so that the order of collective calls
+    is that of the program: a background save begins in the call, a thread writes the shards, and
+    the next save or :meth:`wait` finishes it.
 
-    An interrupt may end any method anywhere. So what is unfinished is noted before anything is
-    done, and stays noted until it is finished or undone: the next call sees to that.
+    An interrupt may end any method at any point. So a save is registered before its first step,
+    and stays registered until it is finished or rolled back, by the next call if need be.
     """
 
     def __init__(self) -> None:
-        # Where snapshots are copied to, kept from save to save: the operating system would have to
-        # find new memory each time, which takes longer than the copy.
-        self._host: dict[str, Any] = {}
-        self._unfinished: _Unfinished | None = None
+        # The arrays that snapshots are copied to are kept for the next save: allocating their pages
+        # each time takes longer than the copy.
+        self._copies: dict[str, Any] = {}
+        self._unfinished: _UnfinishedSave | None = None
 
     @tracing.span("save", "checkpoint")
     def save(self, prepare: Callable[[], Save], *, background: bool) -> None:
-        """Carry out a save; first wait for the one before, and raise its error."""
+        """Run a save, after waiting for the previous one, whose error is raised."""
         self.wait()
         save = prepare()
-        is_alone = save.workers.size == 1
-        if is_alone and not background:
+        is_single = save.workers.size == 1
+        if is_single and not background:
             uninterrupted(save.carry_out)
             return
         if background:
-            save.copied(self._copied)
-        _unsettled[self] = None
-        self._unfinished = _Unfinished(save, None, os.getpid())
+            save.copy_tensors(self._copy)
+        _unfinished_savers[self] = None
+        self._unfinished = _UnfinishedSave(save, None, os.getpid())
         try:
             if not background:
                 save.carry_out()
-                self._settle()
+                self._unregister()
                 return
-            if not is_alone:
+            if not is_single:
                 save.begin()
                 _finish_before_mpi()
         except BaseException as error:
             save.abort(error)
-            self._settle()
+            self._unregister()
             raise
-        errand = ShieldedCall(lambda: self._carry_out(save) if is_alone else save.write())
-        self._unfinished = _Unfinished(save, errand, os.getpid())
-        errand.start(_step_back)
+        call = ShieldedCall(lambda: self._carry_out(save) if is_single else save.write())
+        self._unfinished = _UnfinishedSave(save, call, os.getpid())
+        call.start(_lower_priority)
 
     def wait(self) -> None:
-        """Return when nothing is left to be written; raise what went wrong since the last call.
-
-        Every worker calls this.
-        """
+        """Wait for the unfinished save, finish it, and raise its error. A collective call."""
         found = self._unfinished
         if found is None or found.pid != os.getpid():
             self._unfinished = None
             return
-        save, errand, _ = found
-        if errand is None:
+        save, call, _ = found
+        if call is None:
             save.abort(KeyboardInterrupt())
-            self._settle()
+            self._unregister()
             return
-        errand.wait()
+        call.wait()
         try:
             if save.workers.size > 1:
                 save.finish()
         except BaseException as error:
             save.abort(error)
-            self._settle()
+            self._unregister()
             raise
-        self._settle()
-        errand.outcome()
+        self._unregister()
+        call.outcome()
 
-    def leave(self, error: BaseException | None) -> None:
-        """Wait, on the way out: an error tells the other workers to come and finish as well."""
+    def exit(self, error: BaseException | None) -> None:
+        """Wait when a context ends, after announcing its error, so that other workers wait too."""
         if error is not None and self._unfinished is not None:
             self._unfinished.save.workers.announce(error)
         self.wait()
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is being written in the background."""
+        """Whether a save is being written in the background."""
         found = self._unfinished
-        if found is None or found.errand is None or found.pid != os.getpid():
+        if found is None or found.call is None or found.pid != os.getpid():
             return False
-        return not found.errand.done.is_open
+        return not found.call.done.is_open
 
-    def _settle(self) -> None:
+    def _unregister(self) -> None:
         self._unfinished = None
-        _unsettled.pop(self, None)
+        _unfinished_savers.pop(self, None)
 
     def _carry_out(self, save: Save) -> None:
         try:
@@ -128,30 +125,30 @@ class BackgroundSaver:
         except BaseException as error:
             LOGGER.error("a save in the background failed: %s", user_errors.in_words(error))
             raise
-        _unsettled.pop(self, None)
+        _unfinished_savers.pop(self, None)
 
-    def _copied(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Return copies of arrays."""
-        held = self._host
-        self._host = {}
+    def _copy(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy arrays, into the previous copies where shape and dtype are the same."""
+        previous = self._copies
+        self._copies = {}
         for name, array in tensors.items():
-            own = held.get(name)
-            if own is None or own.shape != array.shape or own.dtype != array.dtype:
-                own = np.empty(array.shape, array.dtype)
-            self._host[name] = own
-        pairs = [(self._host[name], array) for name, array in tensors.items()]
+            target = previous.get(name)
+            if target is None or target.shape != array.shape or target.dtype != array.dtype:
+                target = np.empty(array.shape, array.dtype)
+            self._copies[name] = target
+        pairs = [(self._copies[name], array) for name, array in tensors.items()]
         uninterrupted(lambda: parallel_io.copy(pairs))
-        return self._host
+        return self._copies
 
 
-def _step_back() -> None:
-    """Run only where nobody else wants to; threads that this thread starts do likewise.
+def _lower_priority() -> None:
+    """Run this thread, and threads that it starts, only on cores that are otherwise idle.
 
-    Steps that kept two cores busy took five times as long while 1 GiB was written at the usual
-    priority, and 1.1 times under ``SCHED_IDLE``. Who waits for the save frees a core, and it goes
-    on at full speed.
+    Steps that kept two cores busy took five times as long while 1 GiB was written at normal
+    priority, and 1.1 times under ``SCHED_IDLE``. A program that waits for the save leaves it a
+    core, and it runs at full speed.
     """
-    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
+    if sys.platform == "linux":  # elsewhere priorities apply to the whole process
         own = threading.get_native_id()
         try:
             os.sched_setscheduler(own, os.SCHED_IDLE, os.sched_param(0))
@@ -160,38 +157,38 @@ def _step_back() -> None:
                 os.setpriority(os.PRIO_PROCESS, own, 19)
 
 
-# Those that have something unfinished, in the same order on all workers.
-_unsettled: dict[BackgroundSaver, None] = {}
+# Savers with an unfinished save, in the same order on all workers.
+_unfinished_savers: dict[BackgroundSaver, None] = {}
 
 
 @atexit.register
-def _finish() -> None:
-    """At the end of the program: wait, and say what nobody has asked for."""
-    for saver in list(_unsettled):
+def _finish_at_exit() -> None:
+    """Wait for all savers at the end of the program, and print the errors that were not raised."""
+    for saver in list(_unfinished_savers):
         try:
-            saver.leave(getattr(sys, "last_value", None))
+            saver.exit(getattr(sys, "last_value", None))
         except BaseException as error:
             print(f"dvkernels: a save in the background failed: {text_of(error)}", file=sys.stderr)
 
 
 def _finish_before_mpi() -> None:
-    """See to it that the end of the program calls :func:`_finish` while workers still can talk.
+    """Let :func:`_finish_at_exit` run before the exit handlers registered so far, MPI's included.
 
-    What was registered last is called first.
+    Exit handlers run in reverse order of registration.
     """
-    atexit.unregister(_finish)
-    atexit.register(_finish)
+    atexit.unregister(_finish_at_exit)
+    atexit.register(_finish_at_exit)
 
 
 class SavesInBackground:
-    """An owner of a :class:`BackgroundSaver`, and a context that waits for it at the end."""
+    """Owner of a :class:`BackgroundSaver`; a context manager that waits for it at the end."""
 
     def __init__(self) -> None:
         self._saver = BackgroundSaver()
 
     @property
     def is_saving(self) -> bool:
-        """Whether something is being written in the background."""
+        """Whether a save is being written in the background."""
         return self._saver.is_busy
 
     def close(self) -> None:
@@ -207,4 +204,4 @@ class SavesInBackground:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._saver.leave(error)
+        self._saver.exit(error)

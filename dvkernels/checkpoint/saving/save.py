@@ -1,4 +1,4 @@
-"""One save on its way: from a snapshot to the files of a folder, by all workers together."""
+"""Execution of one save by all workers: the shards and the manifest of a snapshot."""
 
 from __future__ import annotations
 
@@ -26,77 +26,78 @@ from dvkernels.threads.shielded import uninterrupted
 
 __all__: list[str] = []
 
-# Smaller shards gain nothing from a core of their own.
+# Smaller shards gain nothing from another core.
 _LEAST_SHARD_NBYTES = 32 << 20
 
 
 class _Written(NamedTuple):
-    """What a worker has written: its shards, in order, and what lies in them."""
+    """Manifest entries of the shards that a worker has written, and of their tensors."""
 
     files: list[FileEntry]
     tensors: dict[str, TensorEntry]
 
 
-def prepared(
+def prepare(
     objects: Mapping[str, Any],
     step: int | None,
     metadata: Any,
     path: Path,
-    door: Callable[[], AbstractContextManager[None]],
+    transaction: Callable[[], AbstractContextManager[None]],
 ) -> Save:
-    """Return a save of what objects hold now; raise if one of them cannot be saved."""
+    """Prepare a save of the objects as they are now; raise if one of them cannot be saved."""
     try:
-        return Save(snapshot.take(objects, step, metadata), path, door)
+        return Save(snapshot.take(objects, step, metadata), path, transaction)
     except MemoryError as error:
         raise CheckpointError(
-            f"save to {path}: there is not enough memory for what is to be saved"
+            f"save to {path}: there is not enough memory for a snapshot of the objects"
         ) from error
 
 
 class Save:
-    """Three steps, in this order; after an error what was at ``path`` before is there still.
+    """Save in three steps: begin, write, finish; an error leaves the previous checkpoint in place.
 
-    Every worker takes them; :meth:`begin` and :meth:`finish` bring all of them together.
+    Every worker takes the steps; :meth:`begin` and :meth:`finish` are collective.
 
     Parameters
     ----------
     taken : Snapshot
     path : Path
-    door : callable
-        Returns a context in which nobody else writes there, and at whose end what was written is
-        put in place. Entered by the chief.
+    transaction : callable
+        Returns a context manager, which the chief enters: it locks ``path``, creates its staging
+        folder, and on exit moves that folder to ``path``, or after an error removes it.
     """
 
     def __init__(
-        self, taken: Snapshot, path: Path, door: Callable[[], AbstractContextManager[None]]
+        self, taken: Snapshot, path: Path, transaction: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.snapshot = taken
         self.workers = taken.workers
         self._path = path
-        self._door = door
+        self._transaction = transaction
         self._what = f"save to {path}"
         self._is_chief = self.workers.rank == all_or_none.CHIEF
         self._stack = ExitStack()
-        self._groups = _dealt(taken.tensors)
+        self._groups = _shard_groups(taken.tensors)
         self._block_nbytes = parallel_io.BLOCK_NBYTES
         self._first_shard = 0
         self._written: _Written | None = None
         self._failure: BaseException | None = None
-        self._is_undone = False
+        self._is_rolled_back = False
 
-    def copied(self, copied: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
-        """Save copies of the arrays, as ``copied`` returns them, instead of themselves."""
-        # Who writes beside the run asks for the interpreter's lock as seldom as possible: a replica
-        # that needs it waits for a writer that has it, and may wait for a core. Steps took 1.1
-        # times as long as alone with whole pieces, 1.2 to 1.3 times with blocks for the caches.
+    def copy_tensors(self, copy: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        """Replace the arrays of the snapshot by the copies that ``copy`` returns."""
+        # A background writer takes the interpreter's lock as rarely as possible: a replica that
+        # needs the lock would wait for the writer, which may itself wait for a core. Steps took
+        # 1.1 times as long as without a save when written in whole pieces, 1.2 to 1.3 times in
+        # blocks that fit the caches.
         self._block_nbytes = parallel_io.PIECE_NBYTES
         with naming_failures(self._path):
-            tensors = copied(self.snapshot.tensors)
+            tensors = copy(self.snapshot.tensors)
         self.snapshot = replace(self.snapshot, tensors=tensors)
-        self._groups = _dealt(tensors)
+        self._groups = _shard_groups(tensors)
 
     def carry_out(self) -> None:
-        """Take the three steps, or undo them."""
+        """Take the three steps, or roll back."""
         try:
             self.begin()
             uninterrupted(self.write)
@@ -106,18 +107,18 @@ class Save:
             raise
 
     def begin(self) -> None:
-        """Make the place to write to, and agree on the numbers of the shards."""
-        with all_or_none.telling(self.workers, self._what):
+        """Create the staging folder, and number the shards of all workers."""
+        with all_or_none.announcing_failures(self.workers, self._what):
             if self._is_chief:
-                uninterrupted(self._open, is_whole=True)
+                uninterrupted(self._begin_transaction, is_whole=True)
             counts = self.workers.exchange(len(self._groups))
         self._first_shard = sum(counts[: self.workers.rank])
 
     @tracing.span("write", "checkpoint")
     def write(self) -> None:
-        """Write the shards of this worker; :meth:`finish` says if that has failed."""
+        """Write the shards of this worker; :meth:`finish` raises the error if that fails."""
         try:
-            with naming_failures(self._path), atomic_folder.unfinished(self._path) as new:
+            with naming_failures(self._path), atomic_folder.staging_folder(self._path) as new:
                 self._written = _write_shards(
                     self._groups, new, self._first_shard, self._block_nbytes
                 )
@@ -125,51 +126,51 @@ class Save:
             self._failure = error
 
     def finish(self) -> None:
-        """Put all in place when every worker has written its shards, or raise on all of them."""
-        parts: list[_Written] = all_or_none.together(self.workers, self._what, self._own_part)
-        with all_or_none.telling(self.workers, self._what):
+        """Commit the save when all workers have written their shards, or raise on all workers."""
+        parts: list[_Written] = all_or_none.run(self.workers, self._what, self._own_part)
+        with all_or_none.announcing_failures(self.workers, self._what):
             if self._is_chief:
-                uninterrupted(lambda: self._close(parts), is_whole=True)
+                uninterrupted(lambda: self._commit(parts), is_whole=True)
             self.workers.meet()
 
     def abort(self, error: BaseException) -> None:
-        """Undo what has been done, and let the other workers know; may be called twice."""
-        if not self._is_undone:
+        """Roll back, and announce the error to the other workers; may be called twice."""
+        if not self._is_rolled_back:
             self.workers.announce(error)
-            uninterrupted(lambda: self._undo(error), is_whole=True)
-            self._is_undone = True
+            uninterrupted(lambda: self._roll_back(error), is_whole=True)
+            self._is_rolled_back = True
 
-    def _open(self) -> None:
+    def _begin_transaction(self) -> None:
         with naming_failures(self._path):
-            self._stack.enter_context(self._door())
+            self._stack.enter_context(self._transaction())
 
-    def _close(self, parts: Sequence[_Written]) -> None:
+    def _commit(self, parts: Sequence[_Written]) -> None:
         with naming_failures(self._path):
             _write_manifest(self.snapshot, parts, self._path)
             self._stack.close()
 
     def _own_part(self) -> _Written:
-        failure, self._failure = self._failure, None  # it holds what was on the stack
+        failure, self._failure = self._failure, None  # its traceback refers to large objects
         if failure is not None:
             raise failure
         assert self._written is not None
         return self._written
 
-    def _undo(self, error: BaseException) -> None:
-        # The error is raised by who has called; the contexts raise it too.
+    def _roll_back(self, error: BaseException) -> None:
+        # The contexts re-raise the error, and so does the caller of abort.
         with contextlib.suppress(BaseException):
             self._stack.__exit__(type(error), error, error.__traceback__)
 
 
 @contextlib.contextmanager
 def naming_failures(path: Path) -> Iterator[None]:
-    """Say of an error of the operating system what it has kept from being saved."""
+    """Turn errors of the operating system into a :class:`CheckpointError` that names ``path``."""
     try:
         yield
     except (OSError, MemoryError) as error:
         raise CheckpointError(
-            f"save to {path} failed: {str(error) or 'there is not enough memory'}; what was there "
-            f"before is whole, and the run can go on"
+            f"save to {path} failed: {str(error) or 'there is not enough memory'}; the previous "
+            f"checkpoint is whole, and the run can go on"
         ) from error
 
 
@@ -178,8 +179,8 @@ def _write_shards(
 ) -> _Written:
     with contextlib.ExitStack() as stack:
         descriptors, headers, columns = [], [], []
-        for place, group in enumerate(groups, first_shard):
-            descriptor = files.active.create(new / manifest.shard_name(place))
+        for index, group in enumerate(groups, first_shard):
+            descriptor = files.active.create(new / manifest.shard_name(index))
             stack.callback(files.active.close, descriptor)
             tensors = [(name, array.dtype.name, array.shape) for name, array in group]
             header = shards.header(tensors)
@@ -187,7 +188,7 @@ def _write_shards(
             descriptors.append(descriptor)
             headers.append(header)
             columns.append(_pieces(descriptor, len(header), group))
-        # In turn, so that the cores are at work in different files: a file takes one at a time.
+        # Interleaved, so that the cores write different files: a file admits one writer at a time.
         pieces = [
             piece for row in itertools.zip_longest(*columns) for piece in row if piece is not None
         ]
@@ -198,23 +199,23 @@ def _write_shards(
         parallel_io.in_parallel(files.active.sync, descriptors)
     entries = [
         FileEntry(
-            manifest.shard_name(place),
+            manifest.shard_name(index),
             len(header) + sum(array.nbytes for _, array in group),
             parallel_io.checksum(header),
         )
-        for place, (header, group) in enumerate(zip(headers, groups, strict=True), first_shard)
+        for index, (header, group) in enumerate(zip(headers, groups, strict=True), first_shard)
     ]
-    tensors_of = {
+    tensor_entries = {
         name: TensorEntry(
-            place,
+            index,
             array.dtype.name,
             array.shape,
             tuple(checksum for _, checksum in sorted(checksums.get(name, []))),
         )
-        for place, group in enumerate(groups, first_shard)
+        for index, group in enumerate(groups, first_shard)
         for name, array in group
     }
-    return _Written(entries, tensors_of)
+    return _Written(entries, tensor_entries)
 
 
 def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> None:
@@ -227,7 +228,7 @@ def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> N
             taken.metadata,
         )
     )
-    with atomic_folder.unfinished(path) as new:
+    with atomic_folder.staging_folder(path) as new:
         descriptor = files.active.create(new / atomic_folder.MANIFEST)
         try:
             parallel_io.write_all(descriptor, content, 0)
@@ -236,16 +237,16 @@ def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> N
             files.active.close(descriptor)
 
 
-def _dealt(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:
-    """Deal the tensors to shards of about one size."""
+def _shard_groups(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:
+    """Divide the tensors among shards of about equal size."""
     total = sum(array.nbytes for array in tensors.values())
-    most = max(1, min(cpu.usable_cores(), math.ceil(total / _LEAST_SHARD_NBYTES)))
+    num_shards = max(1, min(cpu.usable_cores(), math.ceil(total / _LEAST_SHARD_NBYTES)))
     sizes = {name: array.nbytes for name, array in tensors.items()}
     groups = [
         [(name, tensors[name]) for name in names]
-        for names in shards.dealt(sizes, min(most, len(tensors)))
+        for names in shards.balanced_groups(sizes, min(num_shards, len(tensors)))
     ]
-    # Wide elements first: then each tensor begins at a multiple of its element's size.
+    # Wide elements first, so that each tensor begins at a multiple of its element size.
     return [sorted(group, key=lambda item: -item[1].dtype.itemsize) for group in groups]
 
 
@@ -254,7 +255,7 @@ def _pieces(descriptor: int, begin: int, group: Sequence[tuple[str, Any]]) -> li
     for name, array in group:
         data = parallel_io.bytes_of(array)
         for start, stop in parallel_io.cut(array.nbytes):
-            place = (data[start:stop],)
-            pieces.append(Piece(descriptor, begin + start, place, stop - start, "", name))
+            source = (data[start:stop],)
+            pieces.append(Piece(descriptor, begin + start, source, stop - start, "", name))
         begin += array.nbytes
     return pieces

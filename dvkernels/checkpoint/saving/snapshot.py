@@ -1,4 +1,4 @@
-"""What is to be saved, taken at one moment, and which worker writes what of it."""
+"""Snapshot of the objects of a save, and the division of its tensors among the workers."""
 
 from __future__ import annotations
 
@@ -20,47 +20,45 @@ __all__: list[str] = []
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is to be saved. The arrays may be those of the objects themselves."""
+    """Content of a save; its arrays may be the memory of the objects."""
 
     step: int | None
     metadata: Any
     objects: dict[str, Node]
-    tensors: dict[str, Any]  # those that this worker writes
+    tensors: dict[str, Any]  # the arrays that this worker writes, by tensor name
     workers: Workers
 
 
 def take(objects: Mapping[str, Any], step: int | None, metadata: Any) -> Snapshot:
-    """Return what objects hold now, and raise if one of them cannot be saved, on any worker.
+    """Take a snapshot of objects; raise on all workers if one of them cannot save an object.
 
-    Every worker calls this. Tensors that all have are dealt to them, so that each writes a part.
+    A collective call. Tensors that all workers have are divided among them to be written.
     """
     shards.check_machine()
     if metadata is not None and not isinstance(metadata, Mapping):
         raise CheckpointError(f"metadata: expected a dict; got {shown(metadata)}")
     given = dict(metadata or {})
     json_codec.encode(given, "metadata")
-    workers = all_or_none.of(objects)
+    workers = all_or_none.workers_of(objects)
     if workers.size == 1:
-        gathered = ObjectTree(objects)
-        tensors = gathered.tensors
+        tree = ObjectTree(objects)
+        tensors = tree.tensors
     else:
         what = "save" if step is None else f"save of step {step}"
-        with all_or_none.telling(workers, what):
-            gathered = ObjectTree(objects)
-        all_or_none.check_alike(workers, what, {"the step": str(step)} | gathered.alike)
-        tensors = _part_of(workers, gathered)
-    return Snapshot(step, copy.deepcopy(given), gathered.nodes, tensors, workers)
+        with all_or_none.announcing_failures(workers, what):
+            tree = ObjectTree(objects)
+        all_or_none.check_consistent(workers, what, {"the step": str(step)} | tree.descriptions)
+        tensors = _tensors_to_write(workers, tree)
+    return Snapshot(step, copy.deepcopy(given), tree.nodes, tensors, workers)
 
 
-def _part_of(workers: Workers, gathered: ObjectTree) -> dict[str, Any]:
-    """Return what this worker writes: its own, its part of what all have, and as chief the rest.
+def _tensors_to_write(workers: Workers, tree: ObjectTree) -> dict[str, Any]:
+    """Return this worker's own tensors, its part of the shared ones, and on the chief the rest.
 
-    All work out the same: the sizes of what is shared are alike.
+    All workers compute the same division, because the sizes of shared tensors are equal on all.
     """
-    shared = {
-        name: gathered.tensors[name].nbytes for name in gathered.tensors if name in gathered.shared
-    }
-    chosen = set(shards.dealt(shared, workers.size)[workers.rank]) | gathered.own
+    shared = {name: array.nbytes for name, array in tree.tensors.items() if name in tree.shared}
+    chosen = set(shards.balanced_groups(shared, workers.size)[workers.rank]) | tree.own
     if workers.rank == all_or_none.CHIEF:
-        chosen |= gathered.tensors.keys() - gathered.shared
-    return {name: array for name, array in gathered.tensors.items() if name in chosen}
+        chosen |= tree.tensors.keys() - tree.shared
+    return {name: array for name, array in tree.tensors.items() if name in chosen}

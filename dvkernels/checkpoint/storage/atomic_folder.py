@@ -1,14 +1,14 @@
-"""A folder that appears whole or not at all, and is replaced likewise.
+"""Atomic creation and replacement of a checkpoint folder.
 
-These names stand for a checkpoint at ``NAME``, all beside it:
+A checkpoint ``NAME`` has these companions in its parent folder:
 
-* ``.tmp-NAME``: being written, or left behind by a save that was killed: litter.
-* ``.old-NAME``: the one before, always whole; it counts where ``NAME`` is missing.
-* ``.lock-NAME``: locked while somebody writes.
-* ``.ends-OTHER-with-NAME``: where ``NAME`` is there, ``OTHER`` counts no more.
+* ``.tmp-NAME``: the staging folder; after a save that was killed, a leftover.
+* ``.old-NAME``: the previous checkpoint, always whole; valid while ``NAME`` is missing.
+* ``.lock-NAME``: locked during a save.
+* ``.ends-OTHER-with-NAME``: a tombstone: once ``NAME`` exists, ``OTHER`` is no longer valid.
 
-Only what is in a checkpoint is ever removed from a folder. A link is removed itself or refused,
-and what it leads to is left alone.
+Only the files of a checkpoint are ever removed from a folder. A symbolic link is itself removed
+or refused; its target is never touched.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__: list[str] = []
 
 MANIFEST = "manifest.json"
 SHARD = re.compile(r"shard-[0-9]{5}\.safetensors")
-_ENDS = re.compile(r"\.ends-(.+)-with-(.+)")
+_TOMBSTONE = re.compile(r"\.ends-(.+)-with-(.+)")
 
 
-def located(path: str | os.PathLike[str], verb: str) -> Path:
-    """Return where a path of the user's leads, from the root on; raise if it can lead nowhere."""
+def absolute_path(path: str | os.PathLike[str], verb: str) -> Path:
+    """Return a user's path as an absolute one; raise if no folder can have it."""
     try:
         text = os.fsdecode(path)
         os.fsencode(text)
@@ -47,7 +47,7 @@ def located(path: str | os.PathLike[str], verb: str) -> Path:
     except OSError as error:
         raise CheckpointError(
             f"{verb}: {shown(path)} is relative to the working directory, which cannot be found "
-            f"({error}); give a path from the root on"
+            f"({error}); give an absolute path"
         ) from error
     if "\0" in absolute:
         raise CheckpointError(f"{verb}: no file can have the name {shown(path)}")
@@ -58,7 +58,7 @@ def located(path: str | os.PathLike[str], verb: str) -> Path:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Folder]:
-    """Have a folder of the user's open."""
+    """Open a folder by a user's path, following links; a context manager that closes it."""
     folder = files.active.open_folder(path)
     try:
         yield folder
@@ -68,7 +68,7 @@ def opened(path: Path) -> Iterator[Folder]:
 
 @contextlib.contextmanager
 def entered(entry: Entry) -> Iterator[Folder]:
-    """Have a folder of our own open."""
+    """Open a folder inside an open one, refusing links; a context manager that closes it."""
     folder = files.active.enter(entry)
     try:
         yield folder
@@ -77,181 +77,183 @@ def entered(entry: Entry) -> Iterator[Folder]:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[None]:
-    """Be the only one who writes what ``path`` names, as :func:`written`; make those above it."""
+def locked_replacement(path: Path) -> Iterator[None]:
+    """Lock ``path`` and replace it by :func:`replacement`; create its parent folders."""
     make_folders(path.parent)
     with (
         opened(path.parent) as parent,
         FolderLock(parent / f".lock-{path.name}", f"save to {path}"),
-        written(parent / path.name),
+        replacement(parent / path.name),
     ):
         yield
 
 
 @contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[Folder]:
-    """Have the folder open that will be at ``path``, to write into."""
-    with opened(path.parent) as parent, entered(_beside(parent / path.name, "tmp")) as folder:
+def staging_folder(path: Path) -> Iterator[Folder]:
+    """Open the staging folder of ``path``, to write files into."""
+    with opened(path.parent) as parent, entered(_companion(parent / path.name, "tmp")) as folder:
         yield folder
 
 
 @contextlib.contextmanager
-def written(place: Entry, ending: Iterable[Entry] = ()) -> Iterator[None]:
-    """Make :func:`unfinished` to write into; at the end, and not before, it is at ``place``.
+def replacement(target: Entry, superseded: Iterable[Entry] = ()) -> Iterator[None]:
+    """Create the staging folder of ``target``; at the end rename it to ``target``, atomically.
 
-    From that moment on those that are ``ending`` are not :func:`within` the folder any more;
-    :func:`settle` removes them. The caller holds a lock, and has synced the files in it. After an
-    error what was there before is there still, and nothing else is left. If the process is killed,
-    the next call cleans up.
+    The same renaming invalidates the ``superseded`` checkpoints: :func:`within` no longer lists
+    them, and :func:`remove_superseded` removes them. The caller holds a lock and has synced the
+    files. After an error the previous checkpoint is in place and nothing else is left. After a
+    kill the next call recovers.
     """
-    tmp, old, pid = _beside(place, "tmp"), _beside(place, "old"), os.getpid()
-    _check_replaceable(place)
-    _recover(place)
+    tmp, old, pid = _companion(target, "tmp"), _companion(target, "old"), os.getpid()
+    _check_replaceable(target)
+    _recover(target)
     files.active.make_folder(tmp)
     is_placed = False
     try:
         yield
         with entered(tmp) as folder:
             files.active.sync_folder(folder)
-        if files.active.kind(place) == "folder":
-            files.active.rename(place, old)
-        marks = [_ending(place, other) for other in ending]
-        for mark in marks:  # while nothing is there: so they count from the renaming on
-            files.active.close(files.active.create(mark))
-        if marks:
-            files.active.sync_folder(place.folder)
-        files.active.rename(tmp, place)
+        if files.active.kind(target) == "folder":
+            files.active.rename(target, old)
+        tombstones = [_tombstone(target, other) for other in superseded]
+        for tombstone in tombstones:  # while the target is missing, so that renaming activates them
+            files.active.close(files.active.create(tombstone))
+        if tombstones:
+            files.active.sync_folder(target.folder)
+        files.active.rename(tmp, target)
         is_placed = True
-        files.active.sync_folder(place.folder)
+        files.active.sync_folder(target.folder)
     except BaseException:
-        if os.getpid() != pid:  # a child that was forked meanwhile ends, and its parent goes on
+        if os.getpid() != pid:  # a forked child exits; the save belongs to its parent
             raise
-        # What cannot be done now, the next save will do.
+        # The next save completes a recovery that fails now.
         with contextlib.suppress(OSError, CheckpointError):
             if is_placed:
-                files.active.rename(place, tmp)
-            _recover(place)
+                files.active.rename(target, tmp)
+            _recover(target)
         raise
     with contextlib.suppress(OSError, CheckpointError):
-        _let_go_of_old(place)
+        _remove_old(target)
 
 
-def discard(place: Entry) -> None:
-    """Remove a checkpoint: it is gone at once, even if its files are removed one by one."""
-    _check_own(place, "removing it")
-    litter = _beside(place, "tmp")
-    _remove(litter)
-    files.active.rename(place, litter)
-    _remove(litter)
+def discard(target: Entry) -> None:
+    """Remove a checkpoint: it is renamed first, so that it is never seen with some files gone."""
+    _check_own(target, "removing it")
+    tmp = _companion(target, "tmp")
+    _remove(tmp)
+    files.active.rename(target, tmp)
+    _remove(tmp)
 
 
-def clean(parent: Folder, is_ours: re.Pattern[str]) -> None:
-    """Remove what killed saves of names like ``is_ours`` have left in a folder."""
+def remove_leftovers(parent: Folder, pattern: re.Pattern[str]) -> None:
+    """Recover the checkpoints whose names match after saves that were killed."""
     for name in files.active.names(parent):
         kind, _, rest = name.partition("-")
-        if kind in (".tmp", ".old") and is_ours.fullmatch(rest):
+        if kind in (".tmp", ".old") and pattern.fullmatch(rest):
             _recover(parent / rest)
-    settle(parent, is_ours)
+    remove_superseded(parent, pattern)
 
 
-def settle(parent: Folder, is_ours: re.Pattern[str]) -> None:
-    """Remove what has ended with something that is there."""
-    marks = {name: _ENDS.fullmatch(name) for name in files.active.names(parent)}
-    for name, mark in marks.items():
-        if mark is None or not all(map(is_ours.fullmatch, mark.groups())):
+def remove_superseded(parent: Folder, pattern: re.Pattern[str]) -> None:
+    """Remove the checkpoints whose tombstones are active, and the tombstones."""
+    tombstones = {name: _TOMBSTONE.fullmatch(name) for name in files.active.names(parent)}
+    for name, found in tombstones.items():
+        if found is None or not all(map(pattern.fullmatch, found.groups())):
             continue
-        ended, end = (parent / each for each in mark.groups())
-        if files.active.kind(end) is not None:
-            _recover(ended)
-            if files.active.kind(ended) is not None:
-                discard(ended)
-            files.active.sync_folder(parent)  # before the mark goes
+        superseded, successor = (parent / each for each in found.groups())
+        if files.active.kind(successor) is not None:
+            _recover(superseded)
+            if files.active.kind(superseded) is not None:
+                discard(superseded)
+            files.active.sync_folder(parent)  # before the tombstone is removed
         files.active.remove(parent / name)
 
 
-def within(parent: Path, is_ours: re.Pattern[str]) -> list[Path]:
-    """Return the checkpoints in a folder whose names are like ``is_ours``, by name."""
+def within(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """List the valid checkpoints in a folder whose names match, sorted by name."""
     try:
         with opened(parent) as folder:
             names = set(files.active.names(folder))
     except FileNotFoundError:
         return []
-    marks = filter(None, map(_ENDS.fullmatch, names))
-    ended = {mark[1] for mark in marks if mark[2] in names}
-    # One whose replacement was cut short is there under the name of the old one.
-    own = {name.removeprefix(".old-") for name in names} - ended
-    return sorted(parent / name for name in own if is_ours.fullmatch(name))
+    tombstones = filter(None, map(_TOMBSTONE.fullmatch, names))
+    superseded = {found[1] for found in tombstones if found[2] in names}
+    # During a replacement, and after one that was killed, a checkpoint has its old name only.
+    valid = {name.removeprefix(".old-") for name in names} - superseded
+    return sorted(parent / name for name in valid if pattern.fullmatch(name))
 
 
 def open_existing(path: Path) -> Folder:
-    """Open the checkpoint of that name, there or aside while it is replaced."""
-    for _ in range(3):  # it may be put aside after the first look, and replaced before the second
+    """Open a checkpoint, under its old name while it is being replaced."""
+    for _ in range(
+        3
+    ):  # it may be renamed to old after the first try, and removed before the second
         with contextlib.suppress(FileNotFoundError):
             return files.active.open_folder(path)
         with contextlib.suppress(FileNotFoundError), opened(path.parent) as parent:
-            return files.active.enter(_beside(parent / path.name, "old"))
+            return files.active.enter(_companion(parent / path.name, "old"))
     return files.active.open_folder(path)
 
 
 def make_folders(path: Path) -> None:
-    """Create a folder and those above it, if need be."""
+    """Create a folder and its parents where they are missing."""
     with contextlib.suppress(FileNotFoundError), opened(path):
         return
     make_folders(path.parent)
     with opened(path.parent) as parent:
-        with contextlib.suppress(FileExistsError):  # another process has been quicker
+        with contextlib.suppress(FileExistsError):  # another process has created it meanwhile
             files.active.make_folder(parent / path.name)
         files.active.sync_folder(parent)
 
 
 def _close(folder: Folder) -> None:
-    with contextlib.suppress(OSError):  # nothing was written by it
+    with contextlib.suppress(OSError):  # nothing was written through this descriptor
         files.active.close(folder.descriptor)
 
 
-def _beside(place: Entry, kind: str) -> Entry:
-    return place.folder / f".{kind}-{place.name}"
+def _companion(target: Entry, kind: str) -> Entry:
+    return target.folder / f".{kind}-{target.name}"
 
 
-def _ending(place: Entry, other: Entry) -> Entry:
-    return place.folder / f".ends-{other.name}-with-{place.name}"
+def _tombstone(target: Entry, superseded: Entry) -> Entry:
+    return target.folder / f".ends-{superseded.name}-with-{target.name}"
 
 
-def _recover(place: Entry) -> None:
-    """Bring back what was there before a save that did not end; remove the rest."""
-    _check_own(_beside(place, "old"), "removing it")
-    _remove(_beside(place, "tmp"))
-    if files.active.kind(place) is None:
-        marks = [_ending(place, place.folder / name) for name in _ended_with(place)]
-        for mark in marks:  # first: the old one ends nothing
-            files.active.remove(mark)
-        if marks:
-            files.active.sync_folder(place.folder)
-        old = _beside(place, "old")
+def _recover(target: Entry) -> None:
+    """Restore the previous checkpoint after a save that did not complete; remove its leftovers."""
+    _check_own(_companion(target, "old"), "removing it")
+    _remove(_companion(target, "tmp"))
+    if files.active.kind(target) is None:
+        tombstones = [_tombstone(target, target.folder / name) for name in _superseded_by(target)]
+        for tombstone in tombstones:  # first: the previous checkpoint supersedes nothing
+            files.active.remove(tombstone)
+        if tombstones:
+            files.active.sync_folder(target.folder)
+        old = _companion(target, "old")
         if files.active.kind(old) == "folder":
-            files.active.rename(old, place)
-    files.active.sync_folder(place.folder)
-    _let_go_of_old(place)
+            files.active.rename(old, target)
+    files.active.sync_folder(target.folder)
+    _remove_old(target)
 
 
-def _ended_with(place: Entry) -> list[str]:
-    marks = filter(None, map(_ENDS.fullmatch, files.active.names(place.folder)))
-    return [mark[1] for mark in marks if mark[2] == place.name]
+def _superseded_by(target: Entry) -> list[str]:
+    tombstones = filter(None, map(_TOMBSTONE.fullmatch, files.active.names(target.folder)))
+    return [found[1] for found in tombstones if found[2] == target.name]
 
 
-def _let_go_of_old(place: Entry) -> None:
-    old, litter = _beside(place, "old"), _beside(place, "tmp")
+def _remove_old(target: Entry) -> None:
+    old, tmp = _companion(target, "old"), _companion(target, "tmp")
     match files.active.kind(old):
-        case "link":  # nothing that we have put there
+        case "link":  # this package creates no links
             files.active.remove(old)
-        case "folder" if files.active.kind(place) == "folder":
-            # Under the other name first: what is called old is always whole.
-            files.active.rename(old, litter)
-            _remove(litter)
+        case "folder" if files.active.kind(target) == "folder":
+            # Renamed first: a folder with the old name is always whole.
+            files.active.rename(old, tmp)
+            _remove(tmp)
 
 
 def _remove(entry: Entry) -> None:
-    """Remove the files of a checkpoint and the folder; of a link, the link."""
+    """Remove a checkpoint folder and its files; of a link, the link only."""
     match files.active.kind(entry):
         case "link":
             files.active.remove(entry)
@@ -263,23 +265,23 @@ def _remove(entry: Entry) -> None:
             files.active.remove_folder(entry)
 
 
-def _check_replaceable(place: Entry) -> None:
-    """Raise if there is something of the user's at a place."""
-    match files.active.kind(place):
+def _check_replaceable(target: Entry) -> None:
+    """Raise if the target is anything but a checkpoint."""
+    match files.active.kind(target):
         case "link":
             raise CheckpointError(
-                f"save to {place}: it is a link, which a save would replace; give the path that "
+                f"save to {target}: it is a link, which a save would replace; give the path that "
                 f"it leads to, or remove it first"
             )
         case "other":
             raise CheckpointError(
-                f"save to {place}: there is a file; choose another path, or remove it first"
+                f"save to {target}: there is a file; choose another path, or remove it first"
             )
-    _check_own(place, f"save to {place}")
+    _check_own(target, f"save to {target}")
 
 
 def _check_own(entry: Entry, what: str) -> None:
-    """Raise if something of the user's is in a folder that is to be removed."""
+    """Raise if a folder holds anything but the files of a checkpoint."""
     if files.active.kind(entry) != "folder":
         return
     with entered(entry) as folder:
@@ -291,5 +293,5 @@ def _check_own(entry: Entry, what: str) -> None:
     if foreign:
         raise CheckpointError(
             f"{what}: {entry} is a folder that holds {foreign[0]!r}, which is no part of a "
-            f"checkpoint and would be removed; choose another path, or remove it first"
+            f"checkpoint and would be removed; choose another path, or remove that file first"
         )

@@ -1,12 +1,11 @@
-"""The operations on files that saving and restoring use: all of them, and nothing else.
+"""File operations of saving and restoring, all of which go through :data:`active`.
 
-They stand in one place so that a test can put others there, which fail as disks do: see
-``dvkernels.testing.faults``. No operation is retried or completed here: a short write is the
-caller's to go on with, as it is with a real one.
+So a test can replace them by operations that fail as disks do: see ``dvkernels.testing.faults``.
+No operation is retried or completed here: after a short write the caller continues, as after
+``os.pwrite``.
 
-Names are those of an open folder. So whoever exchanges a folder or puts a link in its place while
-it is worked in leads nothing elsewhere; links that a user's own path contains are followed once,
-when the folder is opened.
+An entry is a name relative to an open folder. So replacing a folder by a link during a save
+redirects nothing. Links in a user's own path are followed once, when the folder is opened.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 
 class Folder(NamedTuple):
-    """An open folder, and the path that it was opened by, for messages."""
+    """Open folder, and the path that it was opened by, for messages."""
 
     path: Path
     descriptor: int
@@ -35,14 +34,14 @@ class Folder(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A name in an open folder, whether or not there is something of that name."""
+    """Name in an open folder, whether it exists or not."""
 
     folder: Folder
     name: str
 
     @property
     def path(self) -> Path:
-        """The path, for messages."""
+        """Path of the entry, for messages."""
         return self.folder.path / self.name
 
     def __str__(self) -> str:
@@ -50,19 +49,19 @@ class Entry(NamedTuple):
 
 
 class FileSystem:
-    """Operations of the operating system, by names and descriptors; they raise ``OSError``."""
+    """File operations of the operating system; they raise ``OSError``."""
 
     def open_folder(self, path: Path) -> Folder:
-        """Open the folder that a path of the user's leads to."""
+        """Open the folder at a user's path, following links."""
         return Folder(path, os.open(path, _FOLDER))
 
     def enter(self, entry: Entry) -> Folder:
-        """Open a folder in an open one; a link to a folder is an error."""
+        """Open a folder inside an open one; a link to a folder is an error."""
         flags = _FOLDER | os.O_NOFOLLOW
         return Folder(entry.path, os.open(entry.name, flags, dir_fd=entry.folder.descriptor))
 
     def kind(self, entry: Entry) -> Literal["folder", "link", "other"] | None:
-        """Say what has that name; None if there is nothing. A link is a link, wherever it leads."""
+        """Return the kind of an entry, without following links; None if it does not exist."""
         try:
             found = os.stat(entry.name, dir_fd=entry.folder.descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -73,7 +72,7 @@ class FileSystem:
 
     def open(self, entry: Entry) -> int:
         """Return a descriptor to read a regular file; a link or a pipe is an error."""
-        # Not blocking: to open a pipe that nobody writes would never return.
+        # Nonblocking: opening a pipe without a writer would never return.
         return _regular(entry, os.O_RDONLY | os.O_NONBLOCK)
 
     def create(self, entry: Entry) -> int:
@@ -85,23 +84,23 @@ class FileSystem:
         os.close(descriptor)
 
     def size(self, descriptor: int) -> int:
-        """Return the bytes that a file has."""
+        """Return the size of a file in bytes."""
         return os.fstat(descriptor).st_size
 
     def read(self, descriptor: int, buffer: Any, offset: int) -> int:
-        """Fill a buffer from ``offset`` on; return how many bytes there were, 0 at the end."""
+        """Read from ``offset`` into a buffer; return the number of bytes read, 0 at the end."""
         return os.preadv(descriptor, [buffer], offset)
 
     def write(self, descriptor: int, data: Any, offset: int) -> int:
-        """Write from ``offset`` on; return how many bytes were taken, which may be fewer."""
+        """Write at ``offset``; return the number of bytes written, which may be fewer."""
         return os.pwrite(descriptor, data, offset)
 
     def sync(self, descriptor: int) -> None:
-        """Return when a file's content has reached the disk."""
+        """Flush the content of a file to the disk."""
         os.fsync(descriptor)
 
     def sync_folder(self, folder: Folder) -> None:
-        """Return when the names in a folder have reached the disk."""
+        """Flush the names in a folder to the disk."""
         os.fsync(folder.descriptor)
 
     def make_folder(self, entry: Entry) -> None:
@@ -113,7 +112,7 @@ class FileSystem:
         return sorted(os.listdir(folder.descriptor))
 
     def rename(self, source: Entry, target: Entry) -> None:
-        """Give a file, link or folder another name; a file or empty folder there is replaced."""
+        """Rename a file, link or folder; a file or empty folder at the target is replaced."""
         os.replace(
             source.name,
             target.name,
@@ -122,7 +121,7 @@ class FileSystem:
         )
 
     def remove(self, entry: Entry) -> None:
-        """Remove a file, or a link itself."""
+        """Remove a file, or a link but not its target."""
         os.unlink(entry.name, dir_fd=entry.folder.descriptor)
 
     def remove_folder(self, entry: Entry) -> None:
@@ -130,26 +129,26 @@ class FileSystem:
         os.rmdir(entry.name, dir_fd=entry.folder.descriptor)
 
     def open_lock(self, entry: Entry) -> int:
-        """Return a descriptor of a file to lock, which is created if there is none.
+        """Return a descriptor of a lock file, which is created if it does not exist.
 
-        It will be written to. So it must have no other name: that could be a file of the user's.
+        The caller writes to it, so a file with other hard links, which may be a user's, is refused.
         """
         descriptor = _regular(entry, os.O_RDWR | os.O_CREAT)
         if os.fstat(descriptor).st_nlink > 1:
             os.close(descriptor)
-            raise OSError(f"{entry} is a file that has other names besides")
+            raise OSError(f"{entry} is a file that has other names (hard links)")
         return descriptor
 
     def lock(self, descriptor: int) -> None:
         """Lock a file, or raise ``BlockingIOError`` or ``PermissionError`` at once.
 
-        The kernel takes the lock back when the process ends, however it ends. A child does not
-        inherit it, so one that outlives its killed parent cannot hold it.
+        The kernel releases the lock when the process ends, for whatever reason. A child does not
+        inherit it, so no child that outlives its parent can hold it.
         """
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def is_same(self, descriptor: int, entry: Entry) -> bool:
-        """Say whether a name is still that of an open file."""
+        """Return whether an entry still names an open file."""
         try:
             found = os.stat(entry.name, dir_fd=entry.folder.descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -165,17 +164,17 @@ def _regular(entry: Entry, flags: int) -> int:
     return descriptor
 
 
-# The ones in use, in the whole process: threads write, and they see them too.
+# Used by the whole process, and not a context variable, because other threads write as well.
 active = FileSystem()
 
 
 @contextmanager
 def using(files: FileSystem) -> Iterator[None]:
-    """Put other operations in place of those of the operating system."""
+    """Replace :data:`active` inside ``with``."""
     global active
-    before = active
+    previous = active
     active = files
     try:
         yield
     finally:
-        active = before
+        active = previous

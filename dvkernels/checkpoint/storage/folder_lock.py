@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that ends with the process that holds it."""
+"""Lock file that admits one writer at a time and is released when its process ends."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dvkernels.errors import CheckpointError
 
 __all__: list[str] = []
 
-# Held by this process, by path: the kernel's locks are between processes. With the process's id,
-# because a fork copies this and not the locks. Weakly: a lock that nobody has any more is free.
+# Locks that this process holds, by process id and path: locks of the kernel exclude other processes
+# only, and a fork copies this dict but not those locks. Weak: an abandoned lock is free.
 _held: dict[tuple[int, str], weakref.ref[FolderLock]] = {}
 
 
 class FolderLock:
-    """Held inside ``with``; :class:`CheckpointError` at once if another writer holds it.
+    """Lock held inside ``with``; entering raises :class:`CheckpointError` if another holds it.
 
-    The lock is the kernel's, on a file that names its owner and is removed at the end. What a
-    killed owner leaves is an unlocked file, and the next one takes it.
+    A lock of the kernel, on a file that names its owner and is removed on release. An owner that
+    is killed leaves an unlocked file, which the next writer locks.
     """
 
     def __init__(self, entry: Entry, what: str) -> None:
@@ -36,7 +36,7 @@ class FolderLock:
 
     def __enter__(self) -> Self:
         try:
-            # setdefault is atomic: of two threads, one holds it.
+            # setdefault is atomic: of two threads, one gets the lock.
             while (holder := _held.setdefault(self._key, weakref.ref(self))()) is not self:
                 if holder is not None:
                     raise self._refusal(f"pid {os.getpid()}, this process")
@@ -45,7 +45,7 @@ class FolderLock:
             owner = f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(80).encode()
             files.active.write(self._descriptor, owner, 0)
         except BaseException:
-            self._let_go()
+            self._release()
             raise
         return self
 
@@ -55,7 +55,7 @@ class FolderLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._let_go()
+        self._release()
 
     def _acquire(self) -> None:
         while True:
@@ -64,7 +64,7 @@ class FolderLock:
                 files.active.lock(self._descriptor)
             except (BlockingIOError, PermissionError):
                 raise self._refusal(self._owner()) from None
-            # Another writer may have removed it between open and lock: then it is no lock.
+            # Another writer may have removed the file between open and lock: then open a new one.
             if files.active.is_same(self._descriptor, self._entry):
                 self._is_locked = True
                 return
@@ -73,7 +73,7 @@ class FolderLock:
     def _owner(self) -> str:
         text = bytearray(80)
         count = files.active.read(self._descriptor, text, 0)
-        return text[:count].decode(errors="replace").strip() or "which has not said its pid yet"
+        return text[:count].decode(errors="replace").strip() or "pid not written yet"
 
     def _refusal(self, owner: str) -> CheckpointError:
         return CheckpointError(
@@ -81,12 +81,12 @@ class FolderLock:
             f"elsewhere"
         )
 
-    def _let_go(self) -> None:
-        if self._key[0] != os.getpid():  # a child that was forked meanwhile does not hold it
+    def _release(self) -> None:
+        if self._key[0] != os.getpid():  # a forked child does not hold the lock
             return
         try:
-            # Locked to the end, so that nobody's lock but ours is removed. If it cannot be: an
-            # unlocked file does no harm.
+            # Removed while still locked, so that no other owner's file is removed. If removal
+            # fails, the unlocked file does no harm.
             if self._is_locked:
                 with contextlib.suppress(OSError):
                     files.active.remove(self._entry)
@@ -100,5 +100,5 @@ class FolderLock:
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with contextlib.suppress(OSError):  # the kernel has let go of it all the same
+            with contextlib.suppress(OSError):  # the kernel has released the lock nevertheless
                 files.active.close(descriptor)

@@ -1,9 +1,9 @@
-"""Bytes between memory and files, block by block, with their checksums, on all usable cores.
+"""Checksummed reads and writes of tensors on all usable cores.
 
-A tensor is cut into pieces of 16 MiB, each with a checksum of its own, so that several cores share
-even a single large one. A piece goes in blocks of 1 MiB: what has been hashed is still in the
-core's cache when it is written, and what has been read when it is hashed. So the memory is passed
-over once, and no second copy of it is made.
+A tensor is cut into pieces of 16 MiB, each with its own checksum, so that several cores share even
+a single large tensor. A piece is transferred in blocks of 1 MiB: a block is still in the core's
+cache when it is written after hashing, or hashed after reading. So memory is passed over once,
+without a second copy of the tensor.
 """
 
 from __future__ import annotations
@@ -26,64 +26,63 @@ from dvkernels.threads import shielded
 
 __all__: list[str] = []
 
-PIECE_NBYTES = 16 << 20  # of the format: changing it changes what files hold
+PIECE_NBYTES = 16 << 20  # part of the file format
 BLOCK_NBYTES = 1 << 20
 
 
 class Piece(NamedTuple):
-    """Bytes of a tensor, in memory and in a file."""
+    """Byte range of a tensor, in memory and in a file."""
 
     descriptor: int
     offset: int
-    # Where they lie in memory, as arrays of uint8. To write: one. To read: all that get them; none
-    # to check them only.
-    places: tuple[Any, ...]
+    # uint8 arrays. For a write: the source. For a read: all targets; none to verify only.
+    buffers: tuple[Any, ...]
     nbytes: int
-    checksum: str  # to read: the one expected
+    checksum: str  # for a read: the expected one
     where: str  # for messages
 
 
 def bytes_of(array: Any) -> Any:
-    """Return a contiguous array as uint8, without a copy."""
+    """View a contiguous array as uint8, shape (nbytes,)."""
     return array.reshape(-1).view(np.uint8)
 
 
 def cut(nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield where the pieces of so many bytes begin and end."""
+    """Yield the begin and end of each piece of a tensor of ``nbytes``."""
     for begin in range(0, nbytes, PIECE_NBYTES):
         yield begin, min(begin + PIECE_NBYTES, nbytes)
 
 
 def checksum(data: Any) -> str:
-    """Return the checksum of some bytes: XXH3, 64 bits, as 16 hexadecimal digits."""
+    """Return the XXH3 checksum of bytes: 64 bits, as 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def write_all(descriptor: int, data: Any, offset: int) -> None:
-    """Write all of the data, in as many operations as it takes."""
+    """Write all of the data, repeating after short writes."""
     left = memoryview(data)
     while left:
         count = files.active.write(descriptor, left, offset)
         if count <= 0:
-            raise OSError("the disk took no bytes, and gave no reason")
+            raise OSError("the disk accepted no bytes, without an error")
         left = left[count:]
         offset += count
 
 
 def read_all(descriptor: int, nbytes: int, offset: int, where: str) -> bytes:
-    """Return so many bytes of a file; :class:`CheckpointDamagedError` if it ends before."""
+    """Read ``nbytes`` of a file; :class:`CheckpointDamagedError` if it ends before."""
     content = bytearray(nbytes)
     _fill(descriptor, memoryview(content), offset, where)
     return bytes(content)
 
 
 def write(pieces: Sequence[Piece], block_nbytes: int = BLOCK_NBYTES) -> list[str]:
-    """Write pieces, and return their checksums."""
+    """Write pieces in parallel; return their checksums."""
 
     def write_piece(piece: Piece) -> str:
         digest = xxhash.xxh3_64()
         for begin, end in _blocks(piece, block_nbytes):
-            block = piece.places[0][begin:end]
+            block = piece.buffers[0][begin:end]
             digest.update(block)
             write_all(piece.descriptor, block, piece.offset + begin)
         return digest.hexdigest()
@@ -92,15 +91,15 @@ def write(pieces: Sequence[Piece], block_nbytes: int = BLOCK_NBYTES) -> list[str
 
 
 def check(pieces: Sequence[Piece]) -> None:
-    """Read pieces and compare their checksums; nothing is kept."""
-    here = threading.local()
+    """Read pieces in parallel and compare their checksums, without keeping the data."""
+    scratch = threading.local()
 
     def check_piece(piece: Piece) -> None:
-        if not hasattr(here, "block"):
-            here.block = np.empty(BLOCK_NBYTES, np.uint8)
+        if not hasattr(scratch, "block"):
+            scratch.block = np.empty(BLOCK_NBYTES, np.uint8)
         digest = xxhash.xxh3_64()
         for begin, end in _blocks(piece):
-            block = here.block[: end - begin]
+            block = scratch.block[: end - begin]
             _fill(piece.descriptor, memoryview(block), piece.offset + begin, piece.where)
             digest.update(block)
         _compare(piece, digest.hexdigest())
@@ -109,12 +108,12 @@ def check(pieces: Sequence[Piece]) -> None:
 
 
 def load(pieces: Sequence[Piece]) -> None:
-    """Read pieces to where they belong."""
+    """Read pieces in parallel into all their buffers, and compare their checksums."""
 
     def load_piece(piece: Piece) -> None:
         digest = xxhash.xxh3_64()
         for begin, end in _blocks(piece):
-            first, *others = (place[begin:end] for place in piece.places)
+            first, *others = (buffer[begin:end] for buffer in piece.buffers)
             _fill(piece.descriptor, memoryview(first), piece.offset + begin, piece.where)
             digest.update(first)
             for other in others:
@@ -125,7 +124,7 @@ def load(pieces: Sequence[Piece]) -> None:
 
 
 def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
-    """Copy arrays: each source into its target, both contiguous, of one size and dtype."""
+    """Copy arrays in parallel, given (target, source), both contiguous, of one size and dtype."""
     pieces = [
         (bytes_of(target)[begin:end], bytes_of(source)[begin:end])
         for target, source in pairs
@@ -135,24 +134,24 @@ def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
 
 
 def in_parallel(act: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Return ``[act(item) for item in items]``, worked out by as many threads as there are cores.
+    """Return ``[act(item) for item in items]``, computed by one thread per usable core.
 
-    The caller is one of them; where no others are to be had it works alone. The first error ends
-    the work and is raised.
+    The calling thread is one of them, and works alone where no other can be started. The first
+    error stops the work and is raised.
     """
-    work = _Work(act, items)
+    work = _WorkQueue(act, items)
     for _ in range(min(cpu.usable_cores(), len(items)) - 1):
         try:
-            # Not threading.Thread, whose start waits without end for one that finds no memory.
-            _thread.start_new_thread(work.help, ())
+            # Not threading.Thread, whose start() waits for ever if the thread runs out of memory.
+            _thread.start_new_thread(work.run_worker, ())
         except (RuntimeError, MemoryError):
             break
-    work.go_on()
+    work.run()
     while not work.is_done:
         try:
             work.wait()
         except BaseException as error:
-            work.end(error)
+            work.stop(error)
     if work.errors:
         try:
             raise work.errors[0]
@@ -161,69 +160,69 @@ def in_parallel(act: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     return work.results
 
 
-class _Work:
-    """Items that several threads take one after another; what they share changes atomically."""
+class _WorkQueue:
+    """Work items that several threads take in turn; its shared state changes atomically."""
 
     def __init__(self, act: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self.results: list[Any] = [None] * len(items)
         self.errors: list[BaseException] = []
-        self._errand = shielded.current()
-        self._is_over = False  # what has not been taken is left
+        self._shielded_call = shielded.current()
+        self._is_stopped = False  # no further items are taken
         self._act = act
         self._items = items
-        self._places = iter(range(len(items)))
+        self._indices = iter(range(len(items)))
         self._is_exhausted = not items
-        self._helpers: set[int] = set()  # at work
-        self._bell = _thread.allocate_lock()
-        self._bell.acquire()
+        self._running: set[int] = set()  # the ids of the started threads that are at work
+        self._wake_up = _thread.allocate_lock()  # released when a started thread ends
+        self._wake_up.acquire()
 
-    def help(self) -> None:
-        """Do what there is to do, in a thread of its own."""
+    def run_worker(self) -> None:
+        """Run items in a started thread."""
         own = _thread.get_ident()
         try:
-            self._helpers.add(own)
-            self.go_on()
+            self._running.add(own)
+            self.run()
         except MemoryError as error:
-            self.end(error)
+            self.stop(error)
         finally:
-            self._helpers.discard(own)
-            with contextlib.suppress(RuntimeError):  # it rings already
-                self._bell.release()
+            self._running.discard(own)
+            with contextlib.suppress(RuntimeError):  # another thread has released it
+                self._wake_up.release()
 
-    def go_on(self) -> None:
-        """Do what there is to do."""
+    def run(self) -> None:
+        """Run items until none is left."""
         try:
-            while not self._is_over:
-                if self._errand is not None:
-                    self._errand.check()
-                place = next(self._places, None)
-                if place is None:
+            while not self._is_stopped:
+                if self._shielded_call is not None:
+                    self._shielded_call.check()
+                index = next(self._indices, None)
+                if index is None:
                     self._is_exhausted = True
                     return
-                self.results[place] = self._act(self._items[place])
+                self.results[index] = self._act(self._items[index])
         except BaseException as error:
-            self.end(error)
+            self.stop(error)
 
-    def end(self, error: BaseException) -> None:
-        """Leave what nobody has taken yet."""
-        self._is_over = True
+    def stop(self, error: BaseException) -> None:
+        """Let no thread take another item."""
+        self._is_stopped = True
         self.errors.append(error)
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is being worked on, or will be.
+        """Whether no item is being run, or will be.
 
-        In this order: who has taken an item before all were taken was among the helpers then.
+        The order matters: a thread that took an item before the last was taken was running then.
         """
-        return (self._is_over or self._is_exhausted) and not self._helpers
+        return (self._is_stopped or self._is_exhausted) and not self._running
 
     def wait(self) -> None:
-        """Return when a helper has ended, or after a while."""
-        if not self._bell.acquire(timeout=0.1):
+        """Return when a started thread has ended, or after 0.1 s."""
+        if not self._wake_up.acquire(timeout=0.1):
             alive = sys._current_frames()
-            for helper in [each for each in self._helpers if each not in alive]:
-                self._helpers.discard(helper)  # it found no memory to say that it has ended
-                self.end(MemoryError())
+            for thread in [each for each in self._running if each not in alive]:
+                self._running.discard(thread)  # it ran out of memory and could not report its end
+                self.stop(MemoryError())
 
 
 def _blocks(piece: Piece, nbytes: int = BLOCK_NBYTES) -> Iterator[tuple[int, int]]:
@@ -237,7 +236,7 @@ def _fill(descriptor: int, buffer: memoryview, offset: int, where: str) -> None:
         if count <= 0:
             raise CheckpointDamagedError(
                 f"{where}: expected {len(buffer)} more bytes at {offset}; the file ends there; it "
-                f"has been cut off"
+                f"has been truncated"
             )
         buffer = buffer[count:]
         offset += count

@@ -1,4 +1,4 @@
-"""A small run that saves after every step: what the tests kill.
+"""Small training run that saves after every step, for the tests that kill it.
 
 Usage: small_run.py FOLDER STEPS [--replicas N] [--background]
 """
@@ -38,7 +38,7 @@ def main():
 
     def step(batch, draw):
         replica = dv.get_replica_context()
-        # The mean over the replicas is that of the whole batch, however many they are.
+        # The mean over the replicas is that of the whole batch, for any number of replicas.
         target = np.full(1000, batch.sum() * replica.num_replicas_in_sync / 100) + draw
         seen.assign_add(len(batch))
         optimizer.apply_gradients([(weights.read_value() - target, weights)])

@@ -1,4 +1,4 @@
-"""Several workers save and restore together: as one process with all their replicas would."""
+"""Saves and restores by several workers, compared with one process that has all their replicas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dvkernels.testing import faults
 
 
 def each_worker(counts, act):
-    """Return what ``act(strategy)`` returns or raises on each worker, with so many replicas."""
+    """Return the result or error of ``act(strategy)`` on workers of these numbers of replicas."""
     groups = [WorkerGroup(transport) for transport in transports(len(counts))]
 
     def work(group, count):
@@ -36,7 +36,7 @@ def rank_of(strategy):
 
 
 def done(outcomes):
-    """Return outcomes of which none is an error."""
+    """Return outcomes; raise the first error among them."""
     for one in outcomes:
         if isinstance(one, Exception):
             raise one
@@ -46,17 +46,17 @@ def done(outcomes):
 def build(strategy, modes, copies):
     """Return a variable whose copy in replica r is ``copies[r]``."""
     with strategy.scope():
-        held = dv.Variable(np.full(3, copies[0]), **modes)
+        variable = dv.Variable(np.full(3, copies[0]), **modes)
     if modes.get("synchronization", "on_write") != "on_write":
         mine = strategy.distribute_values_from_function(
             lambda c: np.full(3, copies[c.replica_id_in_sync_group])
         )
-        held.assign(mine)
-    return held
+        variable.assign(mine)
+    return variable
 
 
-def copies_of(held):
-    return [np.asarray(copy).tolist() for copy in held.values]
+def copies_of(variable):
+    return [np.asarray(copy).tolist() for copy in variable.values]
 
 
 MODES = [
@@ -73,7 +73,9 @@ layouts = st.lists(st.integers(1, 2), min_size=1, max_size=3)
     modes=st.sampled_from(MODES), before=layouts, after=layouts, seed=st.integers(0, 3),
     background=st.booleans(),
 )  # fmt: skip
-def test_any_workers_do_what_one_process_does(modes, before, after, seed, background):
+def test_several_workers_save_and_restore_as_one_process_would(
+    modes, before, after, seed, background
+):
     copies = np.random.default_rng(seed).integers(-3, 3, 6).astype(float) * (seed > 0)
 
     def save(strategy, path):
@@ -93,16 +95,16 @@ def test_any_workers_do_what_one_process_does(modes, before, after, seed, backgr
             save(alone, f"{folder}/alone")
         done(each_worker(before, lambda strategy: save(strategy, f"{folder}/team")))
         with dv.MirroredStrategy([f"cpu:{k}" for k in range(sum(after))]) as alone:
-            why, *expected = restore(alone, f"{folder}/alone")
+            expected_error, *expected = restore(alone, f"{folder}/alone")
         for name in ("alone", "team"):
             path = f"{folder}/{name}"
             found = done(each_worker(after, lambda s, path=path: restore(s, path)))
             assert [copy for _, *copies in found for copy in copies] == expected
-            assert {told is None for told, *_ in found} == {why is None}
+            assert {error is None for error, *_ in found} == {expected_error is None}
 
 
 class Run:
-    """Objects of every kind on one worker, and the number that all of them stand for."""
+    """Objects of every kind on one worker, which all hold the same number."""
 
     def __init__(self, strategy, folder):
         self.rank = rank_of(strategy)
@@ -126,7 +128,7 @@ class Run:
         for variable in (self.weight, self.other, self.own):
             variable.assign(np.full(variable.shape, float(number)))
         self.seen.assign(float(number))
-        self.array[:] = number + self.rank  # the chief's counts
+        self.array[:] = number + self.rank  # the chief's is saved
         self.data.update(number=number, rank=self.rank)
         self.rng = self.checkpoint.objects["rng"] = np.random.default_rng(number)
         if number:
@@ -134,7 +136,7 @@ class Run:
             self.weight.assign(np.full(300, float(number)))
 
     def number(self):
-        """Return what all objects stand for; raise unless they agree."""
+        """Return the number that all objects hold; raise unless they agree."""
         number = self.data["number"]
         for variable in (self.weight, self.other, self.own):
             assert all((copy == number).all() for copy in variable.values)
@@ -168,7 +170,7 @@ def saving(number, folder, **options):
     return act
 
 
-def test_each_worker_writes_and_the_chief_prunes(tmp_path):
+def test_each_worker_writes_a_shard_and_the_chief_removes_old_checkpoints(tmp_path):
     for number in range(1, 5):
         done(each_worker([1, 2, 1], saving(number, tmp_path, background=number % 2 == 0)))
     assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
@@ -178,11 +180,11 @@ def test_each_worker_writes_and_the_chief_prunes(tmp_path):
         assert restored(counts, tmp_path) == 4
 
 
-# Every operation on files, one after another, fails once: on whichever worker it belongs to.
+# Each file operation in turn fails once, on the worker that happens to do it.
 @pytest.mark.parametrize("background", [False, True])
-def test_what_fails_on_one_worker_fails_on_all(tmp_path, background):
+def test_a_failure_of_one_worker_fails_on_all(tmp_path, background):
     done(each_worker([1, 1, 1], saving(1, tmp_path)))
-    number, told = 1, set()
+    number, named = 1, set()
     for place in range(1, 200):
         with faults.injected(faults.Faults(fail_at=place, error=errno.ENOSPC)) as injected:
             found = each_worker([1, 1, 1], saving(number + 1, tmp_path, background=background))
@@ -191,20 +193,20 @@ def test_what_fails_on_one_worker_fails_on_all(tmp_path, background):
         failed = [one for one in found if one is not None]
         assert len(failed) in (0, 3), "all fail, or none"
         assert all(isinstance(one, CheckpointError) for one in failed)
-        told |= {text.partition(" failed: ")[0][-13:] for text in map(str, failed)}
+        named |= {text.partition(" failed: ")[0][-13:] for text in map(str, failed)}
         if not failed:
             number += 1
         assert restored([1], tmp_path) == number
     else:
         pytest.fail("a save has fewer operations")
     assert place > 20
-    assert {f"worker {k} of 3" for k in (1, 2)} <= told, "who has failed is named"
+    assert {f"worker {k} of 3" for k in (1, 2)} <= named, "the failed worker is named"
     done(each_worker([1, 1, 1], saving(number + 1, tmp_path)))
-    assert all(name.startswith("step-") for name in os.listdir(tmp_path)), "nothing is left"
+    assert all(name.startswith("step-") for name in os.listdir(tmp_path)), "no leftovers"
 
 
 @pytest.mark.parametrize("loses", [(), ("content",), ("names",)])
-def test_a_death_at_any_operation_leaves_a_good_one(tmp_path, loses):
+def test_a_kill_at_any_operation_leaves_a_valid_checkpoint(tmp_path, loses):
     done(each_worker([1, 1], saving(1, tmp_path)))
 
     def check():
@@ -217,7 +219,7 @@ def test_a_death_at_any_operation_leaves_a_good_one(tmp_path, loses):
     assert found[-1] == 2
 
 
-def test_damage_that_one_worker_sees_is_damage_for_all(tmp_path):
+def test_damage_found_by_one_worker_is_raised_by_all(tmp_path):
     for number in (1, 2):
         done(each_worker([1, 1], saving(number, tmp_path)))
 
@@ -233,7 +235,7 @@ def test_damage_that_one_worker_sees_is_damage_for_all(tmp_path):
     assert sum("of 2 failed" in str(one) for one in found) == 1
 
 
-def test_objects_are_alike_or_the_difference_is_named(tmp_path):
+def test_objects_that_differ_between_workers_are_named(tmp_path):
     def act(strategy, change):
         run = Run(strategy, tmp_path)
         if run.rank == 1:
@@ -249,26 +251,26 @@ def test_objects_are_alike_or_the_difference_is_named(tmp_path):
     def step(run):
         run.array[0] = 7
 
-    told = [
+    cases = [
         (draw, "for 'rng' worker 0 has a PCG64 generator in state .*, worker 1 a PCG64"),
         (one_more, "for 'more' worker 0 has nothing, worker 1 plain data"),
         (step, "for 'the step' worker 0 has 0, worker 1 7"),
     ]
-    for change, words in told:
+    for change, words in cases:
         for error in each_worker([1, 1], lambda s, change=change: act(s, change)):
             with pytest.raises(CheckpointError, match=words):
                 raise error
     assert os.listdir(tmp_path) == []
 
 
-def test_one_that_cannot_take_a_snapshot_tells_the_others(tmp_path):
+def test_a_failed_snapshot_of_one_worker_is_raised_by_all(tmp_path):
     def act(strategy):
         run = Run(strategy, tmp_path)
         if run.rank == 1:
             run.checkpoint.objects = {"weight": run.weight, "odd": object(), "seen": run.seen}
         try:
             run.manager.save(1)
-        finally:  # and all are in step again
+        finally:  # the next collective works
             assert strategy.reduce("sum", run.weight).shape == (300,)
 
     found = each_worker([1, 1, 1], act)
@@ -278,7 +280,7 @@ def test_one_that_cannot_take_a_snapshot_tells_the_others(tmp_path):
         assert "worker 1 raised CheckpointError: odd: expected" in str(error)
 
 
-def test_an_error_of_the_program_lets_all_finish_the_save_before(tmp_path):
+def test_an_error_of_the_program_still_completes_the_background_save(tmp_path):
     def act(strategy):
         run = Run(strategy, tmp_path)
         run.become(5)
@@ -295,7 +297,7 @@ def test_an_error_of_the_program_lets_all_finish_the_save_before(tmp_path):
     assert restored([1], tmp_path) == 5
 
 
-def test_a_worker_that_sees_other_files_is_told(tmp_path):
+def test_workers_that_see_different_files_raise(tmp_path):
     def act(strategy):
         run = Run(strategy, tmp_path / str(rank_of(strategy)))
         run.manager.save(1)
@@ -307,7 +309,7 @@ def test_a_worker_that_sees_other_files_is_told(tmp_path):
     assert os.listdir(tmp_path / "0") == []
 
 
-def test_without_variables_of_theirs_each_saves_alone(tmp_path):
+def test_without_distributed_variables_each_worker_saves_alone(tmp_path):
     def act(strategy):
         rank = rank_of(strategy)
         rng = np.random.default_rng(rank)
@@ -320,7 +322,7 @@ def test_without_variables_of_theirs_each_saves_alone(tmp_path):
         assert rng.random() == np.random.default_rng(rank).random()
 
 
-def test_the_files_are_those_of_one_process(tmp_path):
+def test_workers_write_the_files_of_one_checkpoint(tmp_path):
     seen = []
 
     class Names(files.FileSystem):

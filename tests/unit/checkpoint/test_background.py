@@ -1,4 +1,4 @@
-"""Saving in the background: what is saved is the moment of the call, and errors are told."""
+"""Background saves: the state at the call is saved, and errors are raised later."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dvkernels.errors import CheckpointError
 from dvkernels.testing import faults
 
 
-class Held(files.FileSystem):
-    """Lets nothing be written until it may."""
+class BlockedWrites(files.FileSystem):
+    """File system that creates no file until ``may_write`` is set."""
 
     def __init__(self):
         self.may_write = threading.Event()
@@ -27,16 +27,16 @@ class Held(files.FileSystem):
         return super().create(path)
 
 
-def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
+def test_the_state_at_the_call_is_saved(tmp_path):
     weight, data, array = dv.Variable(np.ones(1000)), {"history": [1]}, np.ones(3)
     checkpoint = dv.Checkpoint(weight=weight, data=data, array=array)
-    held = Held()
-    with files.using(held):
+    blocked = BlockedWrites()
+    with files.using(blocked):
         checkpoint.save(tmp_path / "c", metadata=data, background=True)
         weight.assign(np.zeros(1000))
         array[:] = 0
         data["history"].append(2)
-        held.may_write.set()
+        blocked.may_write.set()
         checkpoint.close()
     restored = checkpoint.restore(tmp_path / "c")
     assert (weight.numpy() == 1).all()
@@ -44,7 +44,7 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
     assert data == {"history": [1]} == restored.metadata
 
 
-def test_a_save_waits_for_the_one_before(tmp_path):
+def test_a_save_waits_for_the_previous_one(tmp_path):
     weight = dv.Variable(0.0)
     with dv.Checkpoint(weight=weight) as checkpoint:
         for number in range(5):
@@ -56,7 +56,7 @@ def test_a_save_waits_for_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("ask", ["close", "save", "restore"])
-def test_an_error_is_told_at_the_next_call_once(tmp_path, ask):
+def test_an_error_is_raised_once_by_the_next_call(tmp_path, ask):
     checkpoint = dv.Checkpoint(weight=dv.Variable(1.0))
     checkpoint.save(tmp_path / "c")
     with faults.injected(faults.Faults(room=10)):
@@ -69,20 +69,20 @@ def test_an_error_is_told_at_the_next_call_once(tmp_path, ask):
     checkpoint.restore(tmp_path / "c")
 
 
-def test_what_cannot_be_saved_is_told_at_once(tmp_path):
+def test_an_object_that_cannot_be_saved_raises_in_the_call(tmp_path):
     with pytest.raises(CheckpointError, match="x"):
         dv.Checkpoint(x=object()).save(tmp_path / "c", background=True)
 
 
-def test_the_memory_of_snapshots_is_kept(tmp_path):
+def test_the_memory_of_copies_is_reused(tmp_path):
     weight = dv.Variable(np.zeros(10))
     checkpoint = dv.Checkpoint(weight=weight)
     for _ in range(2):
         checkpoint.save(tmp_path / "c", background=True)
-    first = checkpoint._saver._host["weight"]
+    first = checkpoint._saver._copies["weight"]
     checkpoint.save(tmp_path / "c", background=True)
     checkpoint.close()
-    assert checkpoint._saver._host["weight"] is first
+    assert checkpoint._saver._copies["weight"] is first
 
 
 def run(code, path):
@@ -131,7 +131,7 @@ def test_the_end_of_the_program_waits(tmp_path, ending):
     assert (weight.numpy() == 3).all()
 
 
-def test_an_error_that_nobody_asked_for_is_printed_at_the_end(tmp_path):
+def test_an_error_that_was_not_raised_is_printed_at_the_end(tmp_path):
     (tmp_path / "file").write_text("in the way")
     child = run(EXIT.format(ending=""), tmp_path / "file" / "c")
     assert "a save in the background failed" in child.stderr
@@ -142,14 +142,14 @@ import os, sys, threading
 import dvkernels as dv
 from dvkernels.checkpoint.storage import files
 
-class Held(files.FileSystem):
+class BlockedWrites(files.FileSystem):
     may_write = threading.Event()
     def create(self, path):
         assert self.may_write.wait(60)
         return super().create(path)
 
 checkpoint = dv.Checkpoint(x=dv.Variable(1.0))
-files.active = Held()
+files.active = BlockedWrites()
 checkpoint.save(sys.argv[1] + "/parent", background=True)
 child = os.fork()
 if not child:
@@ -158,7 +158,7 @@ if not child:
     checkpoint.save(sys.argv[1] + "/child", background=True)
     sys.exit(0)
 assert os.waitpid(child, 0)[1] == 0
-Held.may_write.set()
+BlockedWrites.may_write.set()
 checkpoint.close()
 """
 
@@ -172,15 +172,15 @@ def test_a_child_does_not_wait_for_its_parents_thread(tmp_path):
         assert float(found) == 1.0
 
 
-def test_steps_go_on_while_it_is_written(tmp_path):
+def test_steps_continue_during_a_save(tmp_path):
     weight = dv.Variable(np.zeros(1000))
     checkpoint = dv.Checkpoint(weight=weight)
-    held = Held()
-    with files.using(held):
+    blocked = BlockedWrites()
+    with files.using(blocked):
         began = time.perf_counter()
         checkpoint.save(tmp_path / "c", background=True)
         assert time.perf_counter() - began < 30
         assert not (tmp_path / "c").exists()
-        held.may_write.set()
+        blocked.may_write.set()
         checkpoint.close()
     assert (tmp_path / "c").exists()

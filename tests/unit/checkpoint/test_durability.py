@@ -1,4 +1,4 @@
-"""Whatever happens to disk and process, a whole checkpoint is there, and the run can go on."""
+"""Durability: after any failure of disk or process a whole checkpoint exists, and saves work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dvkernels.testing import faults
 
 
 class Run:
-    """Objects that all hold the number of the last save, and a place to save them."""
+    """Objects that all hold the number of the last save, and the path where they are saved."""
 
     def __init__(self, path, uses_manager=False):
         self.number = 0
@@ -48,7 +48,7 @@ class Run:
             checkpoint.save(self.path)
 
     def check(self):
-        """A whole one is there: the last or the one before."""
+        """Restore the checkpoint, which must be whole; return its number."""
         found = self.fresh()
         checkpoint = dv.Checkpoint(**found)
         if self.uses_manager:
@@ -64,18 +64,18 @@ class Run:
 
 @pytest.mark.parametrize("loses", [(), ("content",), ("names",), ("content", "names")])
 @pytest.mark.parametrize("uses_manager", [False, True])
-def test_a_save_may_die_at_every_operation(tmp_path, uses_manager, loses):
+def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(tmp_path, uses_manager, loses):
     run = Run(tmp_path / "a" / "b", uses_manager)
     run.save()
     num_operations = faults.check_every_crash(run.save, run.check, loses=loses)
     assert num_operations > 20
     assert run.check() == run.number
-    run.save()  # and cleans up what the last of the dead left behind
+    run.save()  # also removes the leftovers of the last kill
     names = os.listdir(tmp_path / "a" / "b") if uses_manager else os.listdir(tmp_path / "a")
     assert not [name for name in names if name.startswith(".")]
 
 
-def test_what_a_returned_save_has_saved_outlives_a_power_failure(tmp_path):
+def test_a_completed_save_survives_a_power_failure(tmp_path):
     run = Run(tmp_path / "c")
     for number in range(1, 4):
         with faults.injected(faults.Faults(loses={"content", "names"})) as broken:
@@ -87,7 +87,9 @@ def test_what_a_returned_save_has_saved_outlives_a_power_failure(tmp_path):
 
 @pytest.mark.parametrize("uses_manager", [False, True])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
-def test_an_error_at_any_operation_is_told_and_leaves_the_one_before(tmp_path, uses_manager, error):
+def test_an_error_at_any_operation_is_raised_and_keeps_the_previous_checkpoint(
+    tmp_path, uses_manager, error
+):
     run = Run(tmp_path / "a" / "b", uses_manager)
     run.save()
     for number in range(1, 200):
@@ -128,7 +130,7 @@ def test_short_reads_and_writes(tmp_path, most):
     assert run.check() == 1
 
 
-def test_an_error_while_checking_touches_nothing(tmp_path):
+def test_an_error_during_verification_changes_nothing(tmp_path):
     run = Run(tmp_path / "c")
     run.save()
     found = run.fresh()
@@ -140,20 +142,20 @@ def test_an_error_while_checking_touches_nothing(tmp_path):
         found = run.fresh()
         with (
             faults.injected(faults.Faults(fail_at=number, counted={"read"})),
-            pytest.raises(CheckpointDamagedError) as told,
+            pytest.raises(CheckpointDamagedError) as raised,
         ):
             dv.Checkpoint(**found).restore(tmp_path / "c")
-        # Each tensor is read twice: the second time to where it belongs, which is then told.
+        # Each tensor is read twice; an error of the second reading names the arrays.
         is_untouched = (found["weight"].numpy() == 0).all() and (found["other"] == 0).all()
         if number <= num_reads - 2:
             assert is_untouched
         else:
-            assert "must be restored again" in "".join(told.value.__notes__)
+            assert "must be restored again" in "".join(raised.value.__notes__)
         assert found["data"]["number"] == 0
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "exchange"])
-def test_a_damaged_shard_leaves_every_object_as_it_was(tmp_path, damage):
+def test_a_damaged_shard_changes_no_object(tmp_path, damage):
     run = Run(tmp_path / "c")
     run.save()
     shard = tmp_path / "c" / "shard-00000.safetensors"
@@ -180,7 +182,7 @@ def test_a_damaged_shard_leaves_every_object_as_it_was(tmp_path, damage):
     assert rng.bit_generator.state == state
 
 
-def test_something_else_at_the_path_is_not_replaced(tmp_path):
+def test_a_path_that_is_no_checkpoint_is_not_replaced(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.tex").write_text("precious")
     (tmp_path / "file").write_text("precious")
@@ -198,8 +200,8 @@ HOLD = """
 import sys, time
 import dvkernels as dv
 from pathlib import Path
-from dvkernels.checkpoint.storage import atomic_folder as folder
-with folder.replaced(Path(sys.argv[1])):
+from dvkernels.checkpoint.storage import atomic_folder
+with atomic_folder.locked_replacement(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
 """
@@ -213,7 +215,7 @@ def start(code, *arguments):
     )
 
 
-def test_a_second_writer_is_told_who_the_first_is(tmp_path):
+def test_a_second_writer_raises_and_names_the_first(tmp_path):
     run = Run(tmp_path / "c")
     run.save()
     with start(HOLD, tmp_path / "c") as holder:
@@ -277,7 +279,7 @@ with files.using(Stopping()):
 
 
 @pytest.mark.parametrize("number", [3, 9, 14, 19, 24])
-def test_a_real_kill(tmp_path, number):
+def test_sigkill_at_an_operation(tmp_path, number):
     run = Run(tmp_path / "c")
     run.save()
     with start(SAVE_AND_WAIT, tmp_path / "c", number) as child:

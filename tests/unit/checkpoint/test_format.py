@@ -1,4 +1,4 @@
-"""The files are what the specification says: others read them, and we read theirs."""
+"""File format, compared with its specification and with the package safetensors."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_we_read_headers_of_safetensors():
     ranges = shards.read_header(content[:length], len(content), "file")
     assert ranges.keys() == given.keys()
     for name, array in given.items():
-        assert ranges[name].stored == shards.stored(array.dtype.name, array.shape)
+        assert ranges[name].spec == shards.safetensors_spec(array.dtype.name, array.shape)
         assert content[ranges[name].begin : ranges[name].end] == array.tobytes()
 
 
 def read_by_the_book(folder):
-    """Read a checkpoint as docs/reference/checkpoint-format.md says, with nothing of ours."""
+    """Read a checkpoint as docs/reference/checkpoint-format.md says, without the package."""
     content = (folder / "manifest.json").read_bytes()
     manifest = json.loads(content)
     assert xxhash.xxh3_64_hexdigest(content[content.index(b"\n") + 1 :]) == manifest["xxh3_64"]
@@ -113,7 +113,7 @@ def test_memory_stays_bounded(tmp_path):
         tracemalloc.stop()
 
 
-def test_all_items_are_worked_on_and_the_first_error_is_raised():
+def test_in_parallel_runs_all_items_and_raises_the_first_error():
     assert parallel_io.in_parallel(lambda k: k * k, range(100)) == [k * k for k in range(100)]
     assert parallel_io.in_parallel(lambda k: k, []) == []
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""A run goes back to an earlier step and on from there: its new life counts, and only once."""
+"""Going back to an earlier step: the next save removes the later steps, atomically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OLD = (10, 20, 30, 40, 50)
 
 
 class Life:
-    """A run in a folder, whose checkpoints say which life it was and which step."""
+    """Run in a folder, whose checkpoints hold the number of its life and the step."""
 
     def __init__(self, folder, number=1, **options):
         self.says = np.zeros(2)
@@ -54,7 +54,7 @@ def latest(folder):
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("step", [30, 31, 40, 45, 50, 60])
-def test_what_is_later_goes_with_the_next_save(tmp_path, life, step, background):
+def test_the_next_save_removes_the_later_steps(tmp_path, life, step, background):
     assert life.manager.restore(30).step == 30
     assert life.says.tolist() == [1, 30]
     assert life.steps == list(OLD)
@@ -78,7 +78,7 @@ def test_a_save_below_the_newest_is_refused_at_once(tmp_path, life, goes_back, b
     assert life.steps == list(OLD)
 
 
-def test_what_another_run_has_saved_since_is_not_ended(tmp_path, life):
+def test_steps_that_another_run_has_saved_since_are_not_removed(tmp_path, life):
     life.manager.restore(30)
     Life(tmp_path).save(70)
     with pytest.raises(CheckpointError, match="step-00000070"):
@@ -87,14 +87,14 @@ def test_what_another_run_has_saved_since_is_not_ended(tmp_path, life):
     assert life.steps == [10, 20, 30, 70, 80]
 
 
-def test_the_newest_restored_after_all_ends_nothing(tmp_path, life):
+def test_restoring_the_latest_afterwards_removes_nothing(tmp_path, life):
     life.manager.restore(30)
     life.manager.restore_latest()
     with pytest.raises(CheckpointError, match="step-00000050"):
         life.save(31)
 
 
-def test_only_a_step_that_is_there(tmp_path, life):
+def test_only_an_existing_step_can_be_restored(tmp_path, life):
     with pytest.raises(CheckpointError, match="expected step-00000031; there is step-00000010, "):
         life.manager.restore(31)
     for step in (-1, True, "x", 10**5000):
@@ -103,7 +103,7 @@ def test_only_a_step_that_is_there(tmp_path, life):
     assert life.says.tolist() == [1, 50]
 
 
-def test_by_other_means_it_warns_at_once(tmp_path, life):
+def test_restoring_an_older_step_by_its_path_warns(tmp_path, life):
     checkpoint = dv.Checkpoint(says=np.zeros(2))
     (tmp_path / "best").symlink_to("step-00000020")
     for name, step in (("step-00000030", 30), ("best", 20)):
@@ -116,7 +116,7 @@ def test_by_other_means_it_warns_at_once(tmp_path, life):
         checkpoint.restore(tmp_path / "other")
 
 
-def test_damaged_ones_that_were_passed_over_are_in_nobodys_way(tmp_path, life):
+def test_damaged_checkpoints_that_were_skipped_do_not_block_a_save(tmp_path, life):
     for step in (40, 50):
         faults.truncate(tmp_path / f"step-000000{step}" / "manifest.json", 5)
     with pytest.warns(RuntimeWarning, match="newer ones are damaged"):
@@ -125,8 +125,8 @@ def test_damaged_ones_that_were_passed_over_are_in_nobodys_way(tmp_path, life):
     assert life.steps == [10, 20, 30, 31]
 
 
-# The save that ends the later ones dies at each of its operations: before its renaming the old
-# life is whole, after it the new one counts, whatever else is there.
+# The save that removes the later steps is killed at each of its operations: before its renaming
+# the old life is complete, after it the new one is valid, whatever files are left.
 @pytest.mark.parametrize(
     ("step", "loses"),
     [(40, ("names",))]
@@ -136,7 +136,7 @@ def test_damaged_ones_that_were_passed_over_are_in_nobodys_way(tmp_path, life):
         for loses in ((), ("content",), ("names",))
     ],
 )
-def test_it_may_die_anywhere(tmp_path, step, loses):
+def test_a_kill_at_any_operation_of_the_save_that_removes_later_steps(tmp_path, step, loses):
     old = (30, 40, 50)
     life = Life(tmp_path / "template")
     for each in old:
@@ -161,7 +161,7 @@ def test_it_may_die_anywhere(tmp_path, step, loses):
         if broken.count < number:
             break
     assert set(found) == {(1, 50), (2, step)}
-    assert found == sorted(found), "once it counts, it counts"
+    assert found == sorted(found), "a valid checkpoint stays valid"
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -199,7 +199,7 @@ def test_several_workers_go_back_together(tmp_path, background):
     assert Life(tmp_path).steps == [10, 20, 30, 31, 32]
 
 
-def test_a_damaged_step_is_not_gone_back_to(tmp_path, life):
+def test_going_back_to_a_damaged_step_is_an_error(tmp_path, life):
     faults.truncate(tmp_path / "step-00000030" / "manifest.json", 5)
     with pytest.raises(CheckpointDamagedError):
         life.manager.restore(30)

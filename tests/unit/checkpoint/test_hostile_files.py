@@ -1,4 +1,4 @@
-"""Files that anybody may have written: an error that says what is wrong, or the data as it was."""
+"""Damaged and malicious files: an error that names the fault, or the data as it was saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEMORY = 32 << 20  # bytes: far more than any of these files, far less than they
 
 
 class Box:
-    """An object of a user, with a state of plain data and an array."""
+    """User's object with a state of plain data and an array."""
 
     def __init__(self):
         self.state = {"n": 1, "x": np.arange(5)}
@@ -64,7 +64,7 @@ def comparable(value):
 
 
 def content(objects):
-    """Return all that a restore may change, comparable."""
+    """Return the state that a restore may change, in comparable form."""
     weight = objects["model"]["weight"]
     return (
         weight.numpy().tobytes(),
@@ -92,7 +92,7 @@ def saved(tmp_path_factory):
 
 
 def sign(folder, manifest):
-    """Write a manifest with a checksum that fits."""
+    """Write a manifest with a valid checksum."""
     body = json.dumps(manifest).encode()[1:]
     digest = parallel_io.checksum(body).encode()
     (folder / "manifest.json").write_bytes(b'{"xxh3_64":"%s",\n' % digest + body)
@@ -141,7 +141,7 @@ def lengthen(rng, folder, other):
 
 
 def zero(rng, folder, other):
-    """As a disk does that has lost a block."""
+    """Zero a block, as a disk may that has lost it."""
     path = folder / rng.choice(os.listdir(folder))
     begin = rng.randrange(path.stat().st_size)
     with open(path, "r+b") as file:
@@ -205,7 +205,7 @@ def test_changed_bytes_are_found(saved, tmp_path, seed, number):
     assert found > 0.9 * number
 
 
-# -- manifests that lie --------------------------------------------------------------------------
+# -- false manifests with valid checksums --------------------------------------------------------
 
 JUNK = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, 10**400, 0.5, 1e308, -0.0, "", "x", "../x",
@@ -258,7 +258,7 @@ def header_of(path):
 
 
 def lie_in_a_header(rng, folder):
-    """Change a shard's header, and let the manifest agree."""
+    """Change a shard's header, and the manifest accordingly."""
     manifest = read(folder)
     place = rng.randrange(len(manifest["files"]))
     path = folder / manifest["files"][place]["name"]
@@ -274,7 +274,7 @@ def lie_in_a_header(rng, folder):
 
 
 @pytest.mark.parametrize(("seed", "number"), batches(each=400))
-def test_lies_are_errors_or_harmless(saved, tmp_path, seed, number):
+def test_false_manifests_are_errors_or_harmless(saved, tmp_path, seed, number):
     rng = random.Random(seed)
     refused = 0
     for _ in range(number):
@@ -310,7 +310,7 @@ def folder(saved, tmp_path):
     ["../two/shard-00000.safetensors", "/etc/passwd", "manifest.json", "shard-1.safetensors", "",
      "shard-00001.safetensors", "shard-00000.safetensors/x", "shard-00000.safetensors\0"],
 )  # fmt: skip
-def test_shards_lie_in_the_folder_under_their_names(folder, name):
+def test_shards_have_their_fixed_names(folder, name):
     manifest = read(folder)
     manifest["files"][0]["name"] = name
     sign(folder, manifest)
@@ -318,7 +318,7 @@ def test_shards_lie_in_the_folder_under_their_names(folder, name):
         restore(folder)
 
 
-def test_raw_texts(folder):
+def test_malformed_manifests(folder):
     path = folder / "manifest.json"
     good = path.read_bytes()
     body = good[good.index(b"\n") + 1 :]
@@ -347,14 +347,14 @@ def test_raw_texts(folder):
     restore(folder)
 
 
-def test_another_version_is_no_damage(folder):
+def test_another_format_version_is_not_damage(folder):
     manifest = read(folder)
     manifest["version"] = 2
     manifest["new"] = 1
     sign(folder, manifest)
-    with pytest.raises(CheckpointError, match="version: expected 1; got 2") as told:
+    with pytest.raises(CheckpointError, match="version: expected 1; got 2") as raised:
         restore(folder)
-    assert not isinstance(told.value, CheckpointDamagedError)
+    assert not isinstance(raised.value, CheckpointDamagedError)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_another_version_is_no_damage(folder):
      ("rng", "has_uint32", 2), ("rng", "uinteger", 2**200), ("rng", "uinteger", -1)],
 )  # fmt: skip
 def test_positions_of_generators_are_checked(folder, generator, key, value):
-    """NumPy's own setters would read beyond their tables."""
+    """NumPy's setters do not check: the generator would read beyond its table."""
     manifest = read(folder)
     state = manifest["objects"][generator]["value"]
     (state if key in state else state["state"])[key] = value
@@ -413,8 +413,8 @@ def test_lengths_of_headers(length):
         shards.header_nbytes(length.to_bytes(8, "little"), 100, "here")
 
 
-def test_nothing_that_is_loaded_can_run_code():
-    """What could is not imported: files are read as JSON and as numbers only."""
+def test_loading_cannot_run_code():
+    """Modules that could run code are not imported: files are read as JSON and numbers only."""
     room = Path(checkpoint.__file__).parent
     names = {
         name

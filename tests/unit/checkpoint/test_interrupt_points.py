@@ -1,6 +1,6 @@
-"""Ctrl-C at every point of the main thread: what comes next works, and all objects are of one mind.
+"""Ctrl-C at every point of the main thread: objects stay consistent, and later calls work.
 
-A few points of each every day; all of them with ``-m slow``.
+By default a sample of the points; all of them with ``-m slow``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def prepare():
     return dv.Checkpoint(**objects(2)), path
 
 def look(checkpoint, path, allowed):
-    "The next save and restore work; what is there is whole."
+    "The checkpoint is whole, and the next save and restore work."
     found = dv.Checkpoint(**objects(3))
     found.restore(path)
     (number,) = numbers(found)

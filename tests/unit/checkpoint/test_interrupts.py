@@ -1,4 +1,4 @@
-"""Ctrl-C at every operation: a save is whole or has not been, a restore likewise."""
+"""Ctrl-C at every file operation: a save or restore is complete or has changed nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dvkernels.checkpoint.storage import files
 
 
 class Interrupting:
-    """Sends the main thread an interrupt at one of the operations, whichever thread does it."""
+    """File system that interrupts the main thread at one operation, in whichever thread it runs."""
 
     def __init__(self, at):
         self.at = at
@@ -82,7 +82,7 @@ def number_in(objects):
     return number
 
 
-def test_a_save(tmp_path, objects):
+def test_interrupts_of_a_save(tmp_path, objects):
     checkpoint = dv.Checkpoint(**objects)
     numbers = iter(range(1, 1000))
 
@@ -102,7 +102,7 @@ def test_a_save(tmp_path, objects):
     interrupted_everywhere(save, check)
 
 
-def test_a_restore(tmp_path, objects):
+def test_interrupts_of_a_restore(tmp_path, objects):
     checkpoint = dv.Checkpoint(**objects)
     fill(objects, 1)
     checkpoint.save(tmp_path / "c")
@@ -113,4 +113,4 @@ def test_a_restore(tmp_path, objects):
         checkpoint.restore(tmp_path / "c")
 
     interrupted_everywhere(restore, lambda: seen.add(number_in(objects)))
-    assert seen == {1, 2}  # interrupted before anything was touched, and after all was
+    assert seen == {1, 2}  # interrupts before any object changed, and after all had

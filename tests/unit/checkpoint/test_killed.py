@@ -1,6 +1,6 @@
-"""A run that is killed at random moments ends as one that was not.
+"""Runs that are killed at random moments and restarted end like an uninterrupted run.
 
-The campaign: ``python -m pytest -m slow tests/unit/checkpoint/test_killed.py -s``
+A thousand kills: ``python -m pytest -m slow tests/unit/checkpoint/test_killed.py -s``
 """
 
 import itertools
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dvkernels.checkpoint.format.step_names import within
-from dvkernels.checkpoint.restoring import reader as reading
+from dvkernels.checkpoint.restoring.reader import opened
 from dvkernels.testing import run_and_kill
 
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
@@ -26,16 +26,16 @@ def result(output):
 
 
 def check_what_is_left(folder):
-    """Whatever the moment: what is called a checkpoint is whole, and the newest can be loaded."""
-    held = within(folder)
-    assert held, "a step had been saved before the kill"
-    for path in held:
-        with reading.opened(path) as reader:
+    """Every folder with the name of a checkpoint is whole."""
+    found = within(folder)
+    assert found, "a step had been saved before the kill"
+    for path in found:
+        with opened(path) as reader:
             reader.check(reader.manifest.tensors)
 
 
 def run_killed(folder, steps, kills, seed, *options):
-    def is_under_way(output):  # its first step is done, and one has been saved
+    def is_under_way(output):  # the first step is done and saved
         return "step" in output and bool(within(folder))
 
     killed = run_and_kill(
@@ -46,7 +46,7 @@ def run_killed(folder, steps, kills, seed, *options):
 
 
 @pytest.mark.parametrize("options", [[], ["--background"]])
-def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path, options):
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, options):
     steps = 60
     whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
     num_kills, killed = run_killed(tmp_path / "killed", steps, 3, 1, *options)
@@ -54,7 +54,7 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path, options):
     assert num_kills > 0
 
 
-def test_on_another_number_of_replicas_it_ends_within_rounding(tmp_path):
+def test_a_killed_run_on_other_numbers_of_replicas_ends_within_rounding(tmp_path):
     steps = 40
     whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
     folder = tmp_path / "killed"

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: which are kept, and which one a run goes on from."""
+"""CheckpointManager: which checkpoints are kept, and which one is restored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def steps(manager):
         (100, 5, list(range(1, 11))),
     ],
 )
-def test_what_is_kept(tmp_path, max_to_keep, keep_every, expected):
+def test_which_steps_are_kept(tmp_path, max_to_keep, keep_every, expected):
     manager = dv.CheckpointManager(
         dv.Checkpoint(x=np.zeros(2)), tmp_path / "a" / "b", max_to_keep, keep_every=keep_every
     )
@@ -51,7 +51,7 @@ def test_the_newest_may_be_saved_again(tmp_path):
     assert x.tolist() == [2, 2]
 
 
-def test_more_digits_than_names_have(tmp_path):
+def test_steps_of_nine_digits(tmp_path):
     manager = dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path, 2)
     for step in (5, 99_999_999, 100_000_000):
         manager.save(step)
@@ -60,7 +60,7 @@ def test_more_digits_than_names_have(tmp_path):
     assert restored.step == 100_000_000
 
 
-def test_the_newest_good_one_and_a_word_about_the_others(tmp_path, caplog):
+def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
     x = np.zeros(2)
     manager = dv.CheckpointManager(dv.Checkpoint(x=x), tmp_path)
     for step in range(1, 5):
@@ -84,14 +84,14 @@ def test_the_newest_good_one_and_a_word_about_the_others(tmp_path, caplog):
     assert manager.restore_latest().step == 5
 
 
-def test_objects_that_do_not_fit_are_no_reason_to_go_back(tmp_path):
+def test_a_mismatch_is_raised_and_no_older_checkpoint_restored(tmp_path):
     dv.CheckpointManager(dv.Checkpoint(x=np.zeros(2)), tmp_path).save(1)
     dv.CheckpointManager(dv.Checkpoint(x=np.zeros(3)), tmp_path).save(2)
     with pytest.raises(CheckpointError, match=r"float64\[2\].*float64\[3\]"):
         dv.CheckpointManager(dv.Checkpoint(x=np.zeros(2)), tmp_path).restore_latest()
 
 
-def test_in_the_background(tmp_path):
+def test_background_saves(tmp_path):
     x = np.zeros(2)
     with dv.CheckpointManager(dv.Checkpoint(x=x), tmp_path, 2) as manager:
         for step in range(6):
@@ -113,7 +113,7 @@ def test_other_things_in_the_folder_are_left_alone(tmp_path):
     assert {"step-1", ".tmp-notes", "step-000000012x", "notes"} < set(os.listdir(tmp_path))
 
 
-def test_what_the_user_has_put_into_an_old_one_stays(tmp_path, caplog):
+def test_an_old_checkpoint_with_a_file_of_the_user_is_kept(tmp_path, caplog):
     manager = dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path, 1)
     manager.save(1)
     (tmp_path / "step-00000001" / "notes.txt").write_text("the best so far")
@@ -132,7 +132,7 @@ def test_a_step_is_a_number(tmp_path, step):
 
 
 @pytest.mark.parametrize("arguments", [{"max_to_keep": 0}, {"keep_every": 0}, {"max_to_keep": 1.5}])
-def test_numbers_to_keep(tmp_path, arguments):
+def test_numbers_to_keep_are_checked(tmp_path, arguments):
     with pytest.raises(CheckpointError, match="above 0"):
         dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path, **arguments)
     with pytest.raises(CheckpointError, match=r"dv\.Checkpoint"):

@@ -1,4 +1,4 @@
-"""A signal ends a run after its step, with a checkpoint."""
+"""Preemption signals: the run saves its current step and exits."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def test_a_signal_saves_the_step_and_exits(number):
     assert signal.getsignal(number) is before
 
 
-def test_all_stop_where_one_is_told_to():
+def test_all_processes_stop_after_a_signal_to_one():
     manager = Saves()
     preemption = dv.PreemptionHandler(manager, agree=lambda own: True)
     with preemption, pytest.raises(SystemExit) as end:
@@ -84,7 +84,7 @@ def test_bad_input(bad):
         dv.PreemptionHandler(Saves(), **bad)
 
 
-def test_a_preempted_run_goes_on_where_it_was(tmp_path):
+def test_a_preempted_run_resumes_where_it_stopped(tmp_path):
     def run(folder, steps, stop=None):
         command = [sys.executable, SMALL_RUN, str(tmp_path / folder), str(steps), "--pause", "0.01"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
@@ -96,7 +96,7 @@ def test_a_preempted_run_goes_on_where_it_was(tmp_path):
         return program.returncode, lines
 
     _, whole = run("whole", 40)
-    for number in STOPS:  # the second one ends what the first one has begun
+    for number in STOPS:  # the second run resumes the first
         code, lines = run("preempted", 40, number)
         assert code == 42, lines
         assert not any(line.startswith("result") for line in lines)

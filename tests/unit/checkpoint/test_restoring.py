@@ -1,4 +1,4 @@
-"""What is saved comes back: variables of every mode, optimizers, iterators, generators, data."""
+"""Restoring variables of every mode, optimizers, iterators, generators, data and containers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def variable(strategy, value, **modes):
         return dv.Variable(value, **modes)
 
 
-# What tf-semantics says of two copies [3, 4]: saved as, and then on 2 and on 4 replicas.
+# Synchronization, aggregation, and the copies after restoring [3, 4] on 2 and on 4 replicas.
 RULES = [
     ("on_write", "none", [3.0, 3.0], [3.0] * 4),
     ("on_read", "sum", [3.5, 3.5], [1.75] * 4),
@@ -37,7 +37,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(("when", "how", "on_two", "on_four"), RULES)
-def test_each_mode_saves_what_it_means(tmp_path, when, how, on_two, on_four):
+def test_variables_of_each_mode(tmp_path, when, how, on_two, on_four):
     modes = {"synchronization": when, "aggregation": how}
     with mirrored(2) as two, mirrored(4) as four:
         saved = variable(two, 3.0, **modes)
@@ -76,7 +76,7 @@ def test_shares_of_integers_add_up(tmp_path):
         assert int(found.read_value()) == 7
 
 
-def test_strategies_of_other_kinds(tmp_path):
+def test_restoring_under_another_strategy(tmp_path):
     value = np.random.default_rng(0).random((3, 4))
     with mirrored(3) as source, dv.CentralStorageStrategy(["cpu:0", "cpu:1"]) as central:
         dv.Checkpoint(v=variable(source, value)).save(tmp_path / "c")
@@ -100,11 +100,11 @@ def test_every_dtype_and_shape_bit_for_bit(tmp_path, dtype, shape):
     size = int(np.prod(shape)) * given.itemsize
     bits = np.random.default_rng(1).integers(0, 2 if dtype == "bool" else 256, size, dtype="u1")
     array = bits.view(given).reshape(shape)  # NaN and denormal numbers too
-    held, found = dv.Variable(array), dv.Variable(np.zeros(shape, given))
-    dv.Checkpoint(v=held, a=array).save(tmp_path / "c")
+    saved, found = dv.Variable(array), dv.Variable(np.zeros(shape, given))
+    dv.Checkpoint(v=saved, a=array).save(tmp_path / "c")
     again = np.zeros(shape, given)
     dv.Checkpoint(v=found, a=again).restore(tmp_path / "c")
-    assert held.numpy().tobytes() == found.numpy().tobytes() == again.tobytes() == bits.tobytes()
+    assert saved.numpy().tobytes() == found.numpy().tobytes() == again.tobytes() == bits.tobytes()
 
 
 def trained(strategy, optimizer, steps, weight=None):
@@ -117,14 +117,14 @@ def trained(strategy, optimizer, steps, weight=None):
 @pytest.mark.parametrize(
     "make", [lambda: dv.optimizers.Adam(0.1), lambda: dv.optimizers.SGD(0.1, 0.9)]
 )
-def test_an_optimizer_goes_on_where_it_was(tmp_path, make):
+def test_an_optimizer_continues_after_a_restore(tmp_path, make):
     with mirrored(2) as two, mirrored(3) as three:
         optimizer = make()
         weight = trained(two, optimizer, 3)
         dv.Checkpoint(model={"w": weight}, optimizer=optimizer).save(tmp_path / "c")
         trained(two, optimizer, 2, weight)
 
-        # The slots are made by the restore: there has been no step yet.
+        # The restore creates the slots: this optimizer has taken no step.
         fresh = make()
         other = variable(three, np.zeros(3))
         dv.Checkpoint(model={"w": other}, optimizer=fresh).restore(tmp_path / "c")
@@ -175,7 +175,7 @@ def test_tied_variables_are_saved_once_and_restored_in_both_places(tmp_path):
     assert (tied.numpy() == 1).all()
 
 
-def test_a_tied_variable_has_its_share_and_its_slots_once(tmp_path):
+def test_a_tied_variable_is_shared_out_once_and_has_one_set_of_slots(tmp_path):
     modes = {"synchronization": "on_read", "aggregation": "sum"}
     with mirrored(2) as strategy:
         optimizer = dv.optimizers.SGD(0.1, 0.9)
@@ -191,7 +191,7 @@ def test_a_tied_variable_has_its_share_and_its_slots_once(tmp_path):
 
 
 @pytest.mark.parametrize("resumed_on", [1, 2, 3])
-def test_an_iterator_gives_the_next_batch(tmp_path, resumed_on):
+def test_an_iterator_continues_with_the_next_batch(tmp_path, resumed_on):
     dataset = dv.Dataset.range(20).shuffle(seed=3).batch(4)
     with mirrored(2) as strategy, mirrored(resumed_on) as other:
         iterator = iter(strategy.distribute_dataset(dataset))
@@ -230,7 +230,7 @@ GENERATORS = {
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-def test_a_generator_goes_on_with_the_same_numbers(tmp_path, kind):
+def test_a_generator_continues_with_the_same_numbers(tmp_path, kind):
     generator, other = GENERATORS[kind](1), GENERATORS[kind](2)
     draw = {"RandomState": "standard_normal", "Random": "gauss"}.get(kind, "standard_normal")
     getattr(generator, draw)()  # may keep half of a pair
@@ -294,7 +294,7 @@ def test_containers_keep_their_kind(tmp_path):
 
 
 class Counter:
-    """An object of a user: its state has an array that it changes in place."""
+    """User's object whose state has an array that it changes in place."""
 
     def __init__(self):
         self.seen = np.zeros(3)
@@ -314,7 +314,7 @@ def test_objects_with_state(tmp_path):
     dv.Checkpoint(counter=one).save(tmp_path / "c")
     dv.Checkpoint(counter=two).restore(tmp_path / "c")
     assert (two.seen.tolist(), two.total) == ([4, 4, 4], 9)
-    two.seen += 1  # its own, and writable
+    two.seen += 1  # a new, writable array
 
 
 def test_strict_and_partial(tmp_path):
@@ -333,7 +333,7 @@ def test_strict_and_partial(tmp_path):
 
 
 @pytest.mark.parametrize("other", [np.zeros(3), np.zeros((2, 2)), np.zeros(2, np.float32), 1.0])
-def test_a_mismatch_names_the_variable_and_touches_nothing(tmp_path, other):
+def test_a_mismatch_names_the_variable_and_changes_nothing(tmp_path, other):
     dv.Checkpoint(first=dv.Variable(1.0), second=np.zeros(2)).save(tmp_path / "c")
     first = dv.Variable(0.0)
     second = dv.Variable(other, name="second_weight")
@@ -355,13 +355,13 @@ def test_kinds_must_agree(tmp_path):
     [object(), np.array(["a"]), np.zeros(2, ">f4"), np.zeros(2, np.longdouble),
      dv.PerReplica([1, 2]), {"a": {"b": object()}}, random.SystemRandom()],
 )  # fmt: skip
-def test_what_cannot_be_saved_is_named_before_anything_is_written(tmp_path, value):
+def test_an_object_that_cannot_be_saved_is_named_before_anything_is_written(tmp_path, value):
     with pytest.raises(CheckpointError, match="thing"):
         dv.Checkpoint(thing=value).save(tmp_path / "c")
     assert not list(tmp_path.iterdir())
 
 
-def test_circles_and_depth_are_errors(tmp_path):
+def test_cycles_and_deep_nesting_are_errors(tmp_path):
     circle = [np.zeros(1)]
     circle.append(circle)
     deep = []

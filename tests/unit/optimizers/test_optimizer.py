@@ -1,4 +1,4 @@
-"""Optimizers update the copies of variables as one device would, and stay in step."""
+"""Optimizers: all copies of variables and slots are equal, and as on a single device."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_bad_pairs_change_nothing(make, pairs, error):
     assert optimizer.iterations == 0
 
 
-def test_replicas_that_bring_other_variables_end_the_step():
+def test_replicas_that_pass_different_variables_end_the_step():
     optimizer = dv.optimizers.SGD(0.1)
     with dv.MirroredStrategy(devices(2)) as strategy:
         with strategy.scope():
@@ -154,7 +154,7 @@ def test_clipping_scales_all_gradients_by_one_factor():
     assert not np.shares_memory(same["a"], nest["a"])
 
 
-def test_clipping_shows_what_is_not_finite_and_refuses_what_is_no_gradient():
+def test_clipping_gives_nan_for_an_infinite_norm_and_refuses_integers():
     clipped, norm = dv.optimizers.clip_by_global_norm([np.array([1.0, np.inf])], 1.0)
     assert np.isinf(norm)
     assert np.isnan(clipped[0]).all()
@@ -167,8 +167,8 @@ def test_clipping_shows_what_is_not_finite_and_refuses_what_is_no_gradient():
 # -- each variable has its own count of steps ------------------------------------------------------
 
 
-def late(strategy, in_replicas, apply):
-    """Call ``apply``, once or in each replica."""
+def apply_in(strategy, in_replicas, apply):
+    """Call ``apply``, in cross-replica context or in each replica."""
     if in_replicas:
         strategy.run(apply)
     else:
@@ -180,20 +180,20 @@ def late(strategy, in_replicas, apply):
     "plan",
     [
         ["a"] * 5 + ["ab"] * 3,  # frozen at first
-        ["a", "b"] * 4,  # a call for each
-        ["a", "ab", "b", "ab", "a"],  # now and then
+        ["a", "b"] * 4,  # one call per variable
+        ["a", "ab", "b", "ab", "a"],  # irregular
     ],
     ids=str,
 )
 @pytest.mark.parametrize("make", MAKERS)
-def test_a_variable_is_stepped_as_if_it_were_alone(make, plan, in_replicas):
+def test_each_variable_is_updated_as_if_it_were_the_only_one(make, plan, in_replicas):
     gradient = np.linspace(-1, 1, 3)
     with dv.MirroredStrategy(devices(2)) as strategy:
         optimizer = make()
         with strategy.scope():
             variables = {name: dv.Variable(np.ones(3), name=name) for name in "ab"}
         for names in plan:
-            late(
+            apply_in(
                 strategy,
                 in_replicas,
                 lambda names=names: optimizer.apply_gradients(
@@ -210,7 +210,7 @@ def test_a_variable_is_stepped_as_if_it_were_alone(make, plan, in_replicas):
     assert optimizer.iterations == max("".join(plan).count(name) for name in "ab")
 
 
-def test_a_learning_rate_is_asked_for_once_for_each_count():
+def test_a_callable_learning_rate_is_called_once_per_step_count():
     asked = []
 
     def rate(steps):
@@ -228,15 +228,15 @@ def test_a_learning_rate_is_asked_for_once_for_each_count():
 
 
 @pytest.mark.parametrize("in_replicas", [True, False])
-def test_none_leaves_a_variable_out(in_replicas):
+def test_a_gradient_of_none_leaves_its_variable_unchanged(in_replicas):
     with dv.MirroredStrategy(devices(2)) as strategy:
         with strategy.scope():
             a, b = dv.Variable(np.ones(2)), dv.Variable(np.ones(2))
             metric = dv.Variable(0, synchronization="on_read", aggregation="sum")
         adam = dv.optimizers.Adam(0.25)
         pairs = [(np.ones(2), a), (None, b), (None, metric)]
-        late(strategy, in_replicas, lambda: adam.apply_gradients(pairs))
-        late(strategy, in_replicas, lambda: adam.apply_gradients([(None, a)]))
+        apply_in(strategy, in_replicas, lambda: adam.apply_gradients(pairs))
+        apply_in(strategy, in_replicas, lambda: adam.apply_gradients([(None, a)]))
         assert a.numpy().round(6).tolist() == [0.75, 0.75]
         assert b.numpy().tolist() == [1, 1]
         assert adam.slotted[0] is a
@@ -268,7 +268,7 @@ def test_none_on_some_replicas_names_the_variable():
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("count", [(3, 1, 2), (5, 5, 5), (4, 0, 1), (1e308, 1.5e308, 1e308)])
 @pytest.mark.parametrize("make", MAKERS)
-def test_weights_are_those_of_the_weighted_mean(make, count, dtype):
+def test_weights_give_the_weighted_mean(make, count, dtype):
     rng = np.random.default_rng(0)
     given = [rng.standard_normal((2, 20_000)).astype(dtype) for _ in count]
     given = [g if c else np.full_like(g, np.nan) for g, c in zip(given, count, strict=True)]
@@ -317,7 +317,7 @@ def test_weights_are_those_of_the_weighted_mean(make, count, dtype):
         ([1, None], "mean", CollectiveMismatchError),
     ],
 )
-def test_weights_that_make_no_sense_change_nothing(weight, op, error):
+def test_invalid_weights_change_nothing(weight, op, error):
     with dv.MirroredStrategy(devices(2)) as strategy:
         with strategy.scope():
             variable = dv.Variable(np.ones(2))
@@ -352,7 +352,7 @@ def stepped(optimizer, variables, count=1):
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("order", ["model first", "optimizer first", "nested", "holder"])
-def test_a_deep_copy_of_both_goes_on_like_the_original(make, order):
+def test_a_deep_copy_of_model_and_optimizer_continues_like_the_original(make, order):
     class Run:
         pass
 
@@ -386,7 +386,7 @@ def test_a_deep_copy_of_both_goes_on_like_the_original(make, order):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_a_copy_of_the_optimizer_alone_goes_on_with_the_variables(make):
+def test_a_deep_copy_of_the_optimizer_alone_updates_the_same_variables(make):
     weight = dv.Variable(np.ones(2))
     optimizer = make()
     stepped(optimizer, [weight], 3)
@@ -398,7 +398,7 @@ def test_a_copy_of_the_optimizer_alone_goes_on_with_the_variables(make):
     np.testing.assert_array_equal(weight.numpy(), expected)
 
 
-def test_slots_go_with_their_variable_and_to_no_stranger():
+def test_slots_are_deleted_with_their_variable_and_never_reused():
     optimizer = dv.optimizers.SGD(0.1, momentum=0.9)
     for _ in range(8):
         old = dv.Variable(np.ones(3))
@@ -418,7 +418,7 @@ def test_slots_go_with_their_variable_and_to_no_stranger():
         del new, variable
 
 
-def test_slots_go_with_the_optimizer_at_once():
+def test_slots_are_deleted_with_the_optimizer_without_a_collection():
     weight, adam = dv.Variable(np.ones(3)), dv.optimizers.Adam()
     adam.apply_gradients([(np.ones(3), weight)])
     slots = [weakref.ref(slot) for slot in adam.slots(weight)]
@@ -430,13 +430,13 @@ def test_slots_go_with_the_optimizer_at_once():
         gc.enable()
 
 
-def test_other_copies_are_refused():
+def test_shallow_copies_and_pickles_are_refused():
     for attempt in (copy.copy, pickle.dumps):
         with pytest.raises(TypeError, match=r"deepcopy|state_dict"):
             attempt(dv.optimizers.Adam())
 
 
-def test_momentum_that_is_set_later_is_heeded():
+def test_momentum_may_be_set_later():
     weight, sgd = dv.Variable(np.ones(2)), dv.optimizers.SGD(0.1)
     stepped(sgd, [weight])
     sgd.momentum = 0.5
@@ -453,7 +453,7 @@ def named(*names, shape=2):
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("how", ["before the first step", "after some", "by order", "as JSON"])
-def test_a_state_goes_on_in_another_optimizer(make, how):
+def test_a_state_continues_in_another_optimizer(make, how):
     first, second = named("w", "b"), named("w", "b")
     one, two = make(), make()
     stepped(one, first, 3)
@@ -473,7 +473,7 @@ def test_a_state_goes_on_in_another_optimizer(make, how):
     for variable, value in zip(second, first, strict=True):
         variable.assign(value.numpy())
     stepped(one, first, 2)
-    stepped(two, second[:1])  # they come one by one
+    stepped(two, second[:1])  # their first steps, one by one
     stepped(two, second[1:])
     stepped(two, second)
     for variable, value in zip(second, first, strict=True):
@@ -481,8 +481,8 @@ def test_a_state_goes_on_in_another_optimizer(make, how):
     assert two.iterations == one.iterations == 7
 
 
-def test_a_state_is_no_view_and_goes_back_to_where_it_was():
-    weights, adam = named("same", "same"), dv.optimizers.Adam(0.1)  # by order: it is the same list
+def test_a_state_is_a_copy_and_can_be_loaded_again():
+    weights, adam = named("same", "same"), dv.optimizers.Adam(0.1)  # matched in order
     stepped(adam, weights, 2)
     stepped(adam, weights[1:])
     state, held = adam.state_dict(), [w.numpy() for w in weights]
@@ -519,7 +519,7 @@ def altered(state, **changes):
         (lambda state: {**state, "variables": [3]}, "name, shape"),
     ],
 )
-def test_what_is_no_state_changes_nothing(spoil, message):
+def test_an_invalid_state_changes_nothing(spoil, message):
     (weight,), adam = named("w"), dv.optimizers.Adam(0.1)
     stepped(adam, [weight], 2)
     before = adam.state_dict()
@@ -529,7 +529,7 @@ def test_what_is_no_state_changes_nothing(spoil, message):
     assert repr(after) == repr(before)
 
 
-def test_a_state_that_may_be_another_variables_is_not_forgotten_silently():
+def test_a_variable_that_may_have_been_renamed_is_an_error():
     weights, adam = named("w", "b"), dv.optimizers.Adam(0.1)
     stepped(adam, weights, 2)
     state = adam.state_dict()
@@ -544,7 +544,7 @@ def test_a_state_that_may_be_another_variables_is_not_forgotten_silently():
     twice = dv.optimizers.Adam(0.1)
     same_name = named("w", "w")
     stepped(twice, same_name)
-    with pytest.raises(ValueError, match="2 variables called 'w'"):
+    with pytest.raises(ValueError, match="2 variables named 'w'"):
         stepped(_loaded(twice.state_dict()), named("w"))
     with pytest.raises(ValueError, match="holds 2 variables"):
         twice.load_state_dict(twice.state_dict(), variables=same_name[:1])
@@ -558,7 +558,7 @@ def _loaded(state):
     return optimizer
 
 
-def test_a_learning_rate_that_runs_later_is_refused():
+def test_an_async_learning_rate_is_refused():
     async def rate(steps):
         return 0.1
 
@@ -568,7 +568,7 @@ def test_a_learning_rate_that_runs_later_is_refused():
         dv.optimizers.SGD(0.1, momentum=0.9, nesterov="no")
 
 
-def test_slots_are_made_for_all_replicas_together():
+def test_slots_are_not_created_inside_a_replica():
     adam = dv.optimizers.Adam()
     with dv.MirroredStrategy(devices(2)) as strategy:
         with strategy.scope():

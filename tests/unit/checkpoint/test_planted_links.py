@@ -1,4 +1,4 @@
-"""What others have put into the folder leads nothing elsewhere, and nothing of the user's goes."""
+"""Links and files that others put into the folder: nothing outside is touched or deleted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TREASURE = {"thesis.txt": b"years", "manifest.json": b"{}", "shard-00000.safeten
 
 @pytest.fixture
 def treasure(tmp_path):
-    """A folder elsewhere, whose files have the names of ours."""
+    """Folder elsewhere, whose files have the names of a checkpoint's files."""
     folder = tmp_path / "treasure"
     folder.mkdir()
     for name, content in TREASURE.items():
@@ -37,7 +37,7 @@ def manager(folder, number=0):
 
 
 def saves(how, here):
-    """Save twice, as one or the other; return where a good checkpoint is then."""
+    """Save twice, by a manager or a checkpoint; return the path of a good checkpoint."""
     if how == "manager":
         with manager(here) as kept:
             kept.save(1)
@@ -58,7 +58,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", ["save", "background", "manager"])
 @pytest.mark.parametrize("to", ["treasure", "treasure/thesis.txt", "absent"])
-def test_a_link_is_removed_itself_or_refused(tmp_path, treasure, here, name, how, to):
+def test_links_are_removed_or_refused_but_not_followed(tmp_path, treasure, here, name, how, to):
     (here / name).symlink_to(tmp_path / to)
     try:
         good = saves(how, here)
@@ -73,7 +73,7 @@ def test_a_link_is_removed_itself_or_refused(tmp_path, treasure, here, name, how
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", ["save", "manager"])
-def test_a_folder_with_something_of_the_users_is_left_alone(treasure, here, name, how):
+def test_folders_with_files_of_the_user_are_left_alone(treasure, here, name, how):
     shutil.copytree(treasure, here / name)
     with pytest.raises(CheckpointError) if name in NAMES[:2] else _either():
         saves(how, here)
@@ -88,7 +88,7 @@ class _either:
         return kind is not None and issubclass(kind, CheckpointError)
 
 
-def test_the_users_own_names_of_a_lock_file_are_not_written_to(treasure, here):
+def test_a_lock_file_with_other_hard_links_is_not_written_to(treasure, here):
     for name in (".lock", ".lock-step-00000002"):
         os.link(treasure / "thesis.txt", here / name)
     for how in ("save", "manager"):
@@ -97,8 +97,8 @@ def test_the_users_own_names_of_a_lock_file_are_not_written_to(treasure, here):
 
 
 @pytest.mark.parametrize("name", [".tmp-run", "run", ".old-run"])
-def test_a_link_that_is_put_there_meanwhile(tmp_path, treasure, here, name):
-    """At each operation the folder is exchanged for a link: what is open stays what it was."""
+def test_a_folder_that_is_replaced_by_a_link_during_a_save(tmp_path, treasure, here, name):
+    """At each operation the folder is replaced by a link: an open folder stays the same one."""
 
     class Exchanging(files.FileSystem):
         left = 0
@@ -127,8 +127,8 @@ def test_a_link_that_is_put_there_meanwhile(tmp_path, treasure, here, name):
     pytest.fail("a save has fewer operations")
 
 
-def test_links_of_the_users_own_lead_there(tmp_path, here):
-    """A folder that is reached through a link, a checkpoint that was moved and linked to."""
+def test_links_in_the_users_own_path_are_followed(tmp_path, here):
+    """A folder reached through a link, and a checkpoint that was moved and replaced by a link."""
     (tmp_path / "scratch").symlink_to(here)
     kept = dv.CheckpointManager(dv.Checkpoint(x=np.zeros(3)), tmp_path / "scratch" / "run", 2)
     kept.save(1)

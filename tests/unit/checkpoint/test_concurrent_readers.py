@@ -1,4 +1,4 @@
-"""Who reads beside a writer gets the old checkpoint or the new one, whole: never talk of damage."""
+"""Concurrent readers get the old checkpoint or the new one, whole, and never report damage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError
 
 
-class Beside(files.FileSystem):
-    """Lets another do something before the operation of a number, and before so many after it."""
+class Interleaving(files.FileSystem):
+    """File system that calls ``act`` before operation number ``at``, ``times`` times in all."""
 
     def __init__(self, at, act, times=1):
         self.at, self.act, self.left, self.count = at, act, times, 0
@@ -72,40 +72,40 @@ def test_a_save_between_any_two_operations_of_a_restore(tmp_path, verb, times):
     write()
     for at in range(1, 100):
         before = writer.number
-        beside = Beside(at, write, times)
-        with files.using(beside), warnings.catch_warnings():
+        interleaving = Interleaving(at, write, times)
+        with files.using(interleaving), warnings.catch_warnings():
             warnings.simplefilter("error")
             if verb == "replace":
                 checkpoint.restore(tmp_path / "run")
             else:
                 manager.restore_latest()
         assert before <= read(found) <= writer.number
-        if beside.left == times:
+        if interleaving.left == times:
             return
     pytest.fail("a restore has fewer operations")
 
 
-def test_nothing_is_waited_for_where_nothing_is(tmp_path):
+def test_a_missing_checkpoint_is_reported_at_once(tmp_path):
     with pytest.raises(CheckpointDamagedError, match="there is none"):
         dv.Checkpoint(x=np.zeros(1)).restore(tmp_path / "run")
     assert dv.CheckpointManager(dv.Checkpoint(x=1), tmp_path).restore_latest() is None
 
 
-def test_a_command_beside_a_writer(tmp_path, capsys):
+def test_the_verify_command_during_saves(tmp_path, capsys):
     writer = Writer(tmp_path)
     writer.rotate()
     for at in range(1, 40):
-        beside = Beside(at, writer.rotate)
-        with files.using(beside):
+        interleaving = Interleaving(at, writer.rotate)
+        with files.using(interleaving):
             assert main(["checkpoint", "verify", str(tmp_path)]) == 0
         said = capsys.readouterr().out
         assert said.count("\n") == said.count("PASS") + said.count("GONE") == 1
-        if beside.left:
+        if interleaving.left:
             return
     pytest.fail("it has fewer operations")
 
 
-def test_all_workers_read_the_same(tmp_path):
+def test_all_workers_read_the_same_checkpoint_during_saves(tmp_path):
     writer = Writer(tmp_path)
     writer.replace()
 
@@ -118,7 +118,7 @@ def test_all_workers_read_the_same(tmp_path):
             return read(found)
 
     for at in range(1, 40, 3):
-        with files.using(Beside(at, writer.replace)):
+        with files.using(Interleaving(at, writer.replace)):
             found = at_once(
                 *(
                     lambda group=group: work(group)
@@ -132,7 +132,7 @@ def test_all_workers_read_the_same(tmp_path):
 
 
 def test_files_are_closed(tmp_path):
-    """Also those of tries that came to nothing."""
+    """Also the files of failed attempts."""
 
     class Counting(files.FileSystem):
         open_now = 0
@@ -149,7 +149,7 @@ def test_files_are_closed(tmp_path):
 
             return act
 
-    gc.collect()  # what other tests have left is closed now
+    gc.collect()  # closes the files that other tests have left open
     writer = Writer(tmp_path)
     writer.replace()
     for act in (

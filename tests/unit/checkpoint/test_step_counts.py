@@ -1,4 +1,4 @@
-"""A checkpoint holds how many steps each variable has taken; those with one count stay readable."""
+"""Step counts per variable in checkpoints; older ones with one count per optimizer are readable."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 import dvkernels as dv
 
-# Written when an optimizer had one count: three steps of each, of gradients of ones.
-EARLIER = Path(__file__).with_name("one_count")
+# Written when an optimizer had a single count: three steps of each, with gradients of ones.
+EARLIER = Path(__file__).with_name("single_step_count")
 
 
 def made():
@@ -30,7 +30,7 @@ def step(objects, count=1):
             objects[name].apply_gradients([(np.ones(variable.shape), variable)])
 
 
-def test_one_count_is_the_count_of_all_its_variables():
+def test_a_single_step_count_applies_to_all_variables():
     restored, straight = made(), made()
     dv.Checkpoint(**restored).restore(EARLIER)
     step(straight, 3)
@@ -44,7 +44,7 @@ def test_one_count_is_the_count_of_all_its_variables():
 @pytest.mark.parametrize("make", [lambda: dv.optimizers.Adam(0.1), lambda: dv.optimizers.SGD(
     lambda steps: 1 / (1 + steps)), lambda: dv.optimizers.AdamW(0.1)])  # fmt: skip
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_counts_come_back_on_any_number_of_replicas(tmp_path, make, replicas):
+def test_step_counts_are_restored_on_any_number_of_replicas(tmp_path, make, replicas):
     def build(count):
         strategy = dv.MirroredStrategy([f"cpu:{k}" for k in range(count)])
         with strategy.scope():
@@ -70,7 +70,7 @@ def test_counts_come_back_on_any_number_of_replicas(tmp_path, make, replicas):
     other.close()
 
 
-def test_a_variable_that_had_taken_none_has_taken_none_again(tmp_path):
+def test_a_step_count_of_zero_is_restored(tmp_path):
     objects = made()
     dv.Checkpoint(**objects).save(tmp_path / "fresh")
     step(objects, 2)
@@ -78,7 +78,7 @@ def test_a_variable_that_had_taken_none_has_taken_none_again(tmp_path):
     assert [int(objects[k].steps(objects[v])) for k, v in (("adam", "a"), ("sgd", "b"))] == [0, 0]
 
 
-def test_what_was_loaded_and_awaits_its_variable_is_saved_too(tmp_path):
+def test_a_loaded_state_without_its_variable_is_saved(tmp_path):
     first, second = made(), made()
     step(first, 3)
     second["adam"].load_state_dict(first["adam"].state_dict())

@@ -1,4 +1,4 @@
-"""Threads, memory, descriptors or the disk run out: errors of ours, nothing lost, no hang."""
+"""Limits on threads, memory, descriptors or file size: a CheckpointError, no loss, no hang."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits as on Linux")
 
 PROGRAM = """
 import contextlib, json, os, resource, sys, tempfile
@@ -32,11 +32,11 @@ def objects(number):
 
 def numbers(objects):
     states = {n: repr(np.random.MT19937(n).state) for n in (1, 2, 3)}
-    held = {*objects["weight"].numpy()[[0, LENGTH // 2, -1]], *objects["list"]}
-    held |= {*objects["data"].values(), *objects["pair"], *objects["other"].ravel()}
-    held.add(objects["counter"].n)
-    held |= {n for n in states if states[n] == repr(objects["rng"].bit_generator.state)}
-    return {int(n) for n in held}
+    values = {*objects["weight"].numpy()[[0, LENGTH // 2, -1]], *objects["list"]}
+    values |= {*objects["data"].values(), *objects["pair"], *objects["other"].ravel()}
+    values.add(objects["counter"].n)
+    values |= {n for n in states if states[n] == repr(objects["rng"].bit_generator.state)}
+    return {int(n) for n in values}
 
 def used(what):
     if what == "RLIMIT_NPROC":
@@ -73,14 +73,14 @@ os.umask(0)
 path = folder + "/run"
 with dv.Checkpoint(**objects(1)) as first:
     first.save(path, background=True)
-told = []
+crashes = []
 unlimited = resource.getrlimit(limit)
 for free in map(int, sys.argv[4:]):
     child = os.fork()
     if child:
         status = os.waitpid(child, 0)[1]
         if status:
-            told.append([free, f"status {status}"])
+            crashes.append([free, f"status {status}"])
         continue
     checkpoint = dv.Checkpoint(**objects(2))
     how = "done"
@@ -122,15 +122,15 @@ for free in map(int, sys.argv[4:]):
         dv.Checkpoint(**objects(1)).save(path)
     print(json.dumps([free, how, fault]), flush=True)
     os._exit(0)
-print(json.dumps(["told", told]))
+print(json.dumps(["crashes", crashes]))
 """
 
-# What is limited, and to how much: from nothing at all to enough.
+# The resources, and how much of each is free: from nothing to enough.
 LIMITS = {"RLIMIT_NPROC": range(5), "RLIMIT_NOFILE": range(16), "RLIMIT_FSIZE": range(10)}
 
 
 def campaign(what, verb, length, frees):
-    """Return how each try ended, and what was wrong."""
+    """Return (free, outcome, fault) of each attempt."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, what, verb, *map(str, (length, *frees))],
         capture_output=True,
@@ -139,7 +139,7 @@ def campaign(what, verb, length, frees):
         check=False,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert lines[-1:] == [["told", []]], (lines[-1:], done.stderr[-500:])
+    assert lines[-1:] == [["crashes", []]], (lines[-1:], done.stderr[-500:])
     return lines[:-1]
 
 
@@ -147,12 +147,12 @@ def campaign(what, verb, length, frees):
     ("what", "frees"),
     [
         *LIMITS.items(),
-        ("RLIMIT_AS", (0, 30)),  # a thread that finds no memory is waited for
+        ("RLIMIT_AS", (0, 30)),  # threads that run out of memory while they start
         pytest.param("RLIMIT_AS", range(100), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("verb", ["save", "background", "restore"])
-def test_all_or_nothing(what, frees, verb):
+def test_saves_and_restores_under_resource_limits_succeed_or_change_nothing(what, frees, verb):
     if verb == "restore" and what == "RLIMIT_FSIZE":
         pytest.skip("a restore writes nothing")
     if what == "RLIMIT_NPROC" and resource.getrlimit(resource.RLIMIT_NPROC)[1] == 0:
