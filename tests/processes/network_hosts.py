@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces, each with a cable to a switch, itself one."""
+"""Simulated hosts: network namespaces joined by virtual Ethernet cables and a switch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NAMED = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
 
 @dataclass(frozen=True)
 class Hosts:
-    """Some of them, up and joined.
+    """Several hosts, up and joined.
 
     Attributes
     ----------
@@ -65,11 +65,11 @@ class Hosts:
     options: list[str]
 
     def sent_nbytes(self) -> list[int]:
-        """Return how many bytes each host has sent to others."""
+        """Return the bytes that each host has sent."""
         return [int(_shown(name, "statistics/tx_bytes")) for name in self.names]
 
     def limit(self, megabits: int, queue_nbytes: int) -> None:
-        """Let each host send and receive so much a second; what does not fit a queue is lost."""
+        """Limit the rate at which each host sends and receives; full queues drop packets."""
         ports = [(self.switch, f"port{k}") for k in range(len(self.names))]
         for space, link in [*ports, *((name, _CABLE) for name in self.names)]:
             limit = ["rate", f"{megabits}mbit", "burst", "64k", "limit", str(queue_nbytes)]
@@ -78,7 +78,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) -> Iterator[Hosts]:
-    """Make hosts for one kind of mpiexec, and remove them; skip where that is not allowed."""
+    """Create hosts for one kind of mpiexec, and remove them; skip without permission."""
     if sys.platform != "linux" or not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("hosts are made by Linux, ip (of iproute2) and unshare (of util-linux)")
     names = [f"dv{os.getpid()}{letter}" for letter in string.ascii_lowercase[:count]]
@@ -114,12 +114,12 @@ def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) ->
 
 
 def _on(name: str) -> list[str]:
-    """Return what a command starts with that runs on a host."""
+    """Return the command prefix that runs a program on a host."""
     return ["ip", "netns", "exec", name, *_NAMED, name]
 
 
 def _await_all(names: list[str]) -> None:
-    """Return when the cables are up: the kernel says so up to a second late."""
+    """Wait until the cables are up, which the kernel reports up to a second late."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while not all(_shown(name, "operstate").strip() == "up" for name in names):
         assert time.monotonic() < deadline, "the ends of a cable are set up, and do not come up"

@@ -1,4 +1,4 @@
-"""A worker comes to harm at any moment: every other one is told so, and no process is left."""
+"""A worker fails at any moment: every other worker raises an error, and no process is left."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ OVER = pytest.mark.parametrize("over", ["memory", "1,1,1", "2,1"])
 
 @OVER
 @pytest.mark.parametrize("harm", TOLD)
-def test_survivors_are_told(over, harm, tmp_path):
+def test_survivors_raise_an_error(over, harm, tmp_path):
     check(over, harm, 1, tmp_path)
 
 
 @pytest.mark.parametrize("over", ["2,1"])
 @pytest.mark.parametrize("harm", TOLD)
-def test_survivors_of_a_ring_are_told(over, harm, tmp_path):
+def test_survivors_of_a_ring_raise_an_error(over, harm, tmp_path):
     check(over, harm, 3, tmp_path, ops="ring")
 
 
 @pytest.mark.parametrize("over", ["memory", "1,1"])
-def test_all_hear_of_nccl_that_one_lacks_and_of_an_end(over):
-    outcome = Job(2, "asks_for_nccl", over).wait(60)
+def test_nccl_on_one_worker_and_an_abort_are_errors_on_all(over):
+    outcome = Job(2, "mismatched_nccl", over).wait(60)
     assert outcome.code != 0  # the group has ended, and with it the job
     assert "Traceback" not in outcome.written, outcome.written
 
@@ -90,7 +90,7 @@ def test_survivors_of_a_ring_that_the_launcher_leaves_alone(over, tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_survivors_on_gpus_are_told(over, harm, options, seed, tmp_path):
+def test_survivors_on_gpus_raise_an_error(over, harm, options, seed, tmp_path):
     check(over, harm, seed, tmp_path, options, program="endure_straight")
 
 

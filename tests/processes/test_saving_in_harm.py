@@ -1,4 +1,4 @@
-"""A worker comes to harm while all save: the others are told, and a whole checkpoint is there."""
+"""A worker fails during a save: the others raise an error, and a whole checkpoint is left."""
 
 from __future__ import annotations
 

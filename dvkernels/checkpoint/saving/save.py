@@ -130,7 +130,7 @@ class Save:
         with all_or_none.telling(self.workers, self._what):
             if self._is_chief:
                 uninterrupted(lambda: self._close(parts), is_whole=True)
-            self.workers.meet()
+            self.workers.barrier()
 
     def abort(self, error: BaseException) -> None:
         """Undo what has been done, and let the other workers know; may be called twice."""

@@ -1,4 +1,4 @@
-"""No waiter sleeps through an opening, and no opening wakes twice."""
+"""Gates: no waiting thread misses an opening, and no opening wakes twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def num_threads(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-def test_closed_at_first_then_open_until_closed(num_threads):
+def test_initially_closed_then_open_until_closed(num_threads):
     gates = Gates(2, num_threads)
     gates.open(0)
     gates.open(0)  # does nothing
@@ -39,7 +39,7 @@ def test_closes_the_first_ones_only(num_threads):
     assert [gates.wait(gate, 0.001) for gate in range(3)] == [False, False, True]
 
 
-def test_waits_no_longer_than_asked(num_threads):
+def test_a_wait_ends_at_its_timeout(num_threads):
     gates = Gates(1, num_threads)
     began = time.monotonic()
     assert not gates.wait(0, 0.1)
@@ -66,7 +66,7 @@ def test_an_opening_lets_the_waiter_through(num_threads, seconds, handing_over):
     assert not gates.wait(1, 0)
 
 
-def test_the_hand_over_ends_although_nobody_opens(num_threads):
+def test_the_hand_over_ends_although_the_awaited_gate_stays_closed(num_threads):
     gates = Gates(2, num_threads)
     began = time.monotonic()
     for _ in range(100):
@@ -75,7 +75,7 @@ def test_the_hand_over_ends_although_nobody_opens(num_threads):
     assert time.monotonic() - began < 2
 
 
-def test_no_turn_is_lost(num_threads):
+def test_no_opening_is_lost(num_threads):
     gates, num_turns = Gates(2, num_threads), 2000
     played: list[int] = []
 
