@@ -330,9 +330,8 @@ class Rendezvous:
 
     def _is_stuck(self) -> bool:
         """Return whether all replicas wait, some of them for calls that none can issue now."""
-        arrived = tuple(
-            self._requests
-        )  # read first: a replica that waits here has issued its earlier calls
+        # Read first: a replica that waits at the rendezvous has issued its earlier calls.
+        arrived = tuple(self._requests)
         incomplete = 0
         for request, pending in zip(arrived, self._awaited, strict=True):
             if request is None and pending is not None and not pending.done.is_open:

@@ -16,9 +16,8 @@ class StepLock:
     __slots__ = ("_locks", "is_stepping")
 
     def __init__(self) -> None:
-        self.is_stepping = (
-            False  # set by the holder; stale after an interrupt, so check the lock too
-        )
+        # Set by the holder of the lock; stale after an interrupt, so check the lock too.
+        self.is_stepping = False
         self._locks: dict[int, threading.RLock] = {}
 
     def lock(self) -> threading.RLock:

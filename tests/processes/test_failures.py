@@ -50,13 +50,13 @@ OVER = pytest.mark.parametrize("over", ["memory", "1,1,1", "2,1"])
 
 @OVER
 @pytest.mark.parametrize("harm", TOLD)
-def test_survivors_raise_an_error(over, harm, tmp_path):
+def test_survivors_are_told(over, harm, tmp_path):
     check(over, harm, 1, tmp_path)
 
 
 @pytest.mark.parametrize("over", ["2,1"])
 @pytest.mark.parametrize("harm", TOLD)
-def test_survivors_of_a_ring_raise_an_error(over, harm, tmp_path):
+def test_survivors_of_a_ring_are_told(over, harm, tmp_path):
     check(over, harm, 3, tmp_path, ops="ring")
 
 
@@ -90,8 +90,8 @@ def test_survivors_of_a_ring_that_the_launcher_leaves_alone(over, tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_survivors_on_gpus_raise_an_error(over, harm, options, seed, tmp_path):
-    check(over, harm, seed, tmp_path, options, program="endure_straight")
+def test_survivors_on_gpus_are_told(over, harm, options, seed, tmp_path):
+    check(over, harm, seed, tmp_path, options, program="endure_direct")
 
 
 @pytest.mark.slow

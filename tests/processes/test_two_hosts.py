@@ -38,7 +38,7 @@ def run_on(hosts: Hosts, count: int, *words: object) -> None:
     assert outcome.code == 0, outcome.written
 
 
-def test_the_laws_of_communicators(run):
+def test_the_laws_hold(run):
     run("communicator_laws", 1, "as they are")
 
 
@@ -62,7 +62,7 @@ def test_each_byte_passes_the_network_once_per_host_not_per_worker(hosts, run):
 
 
 @pytest.mark.parametrize("ops", ["direct", "ring"])
-def test_the_laws_between_three_hosts(join, ops):
+def test_the_laws_hold_between_three_hosts(join, ops):
     run_on(join(3, 1), 3, "communicator_laws", 1, "as they are", ops)
 
 

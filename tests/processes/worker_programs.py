@@ -49,7 +49,7 @@ def communicator_laws(num_local: str, over: str, ops: str = "auto") -> None:
         count = strategy.num_replicas_in_sync
         ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         placement = ids.owner
-        for communicator in (placement.communicator, placement.duplicate):
+        for communicator in (placement.communicator, placement.beside):
             check_communicator(lambda _, c=communicator: c, sizes=[count], local=ids.values)
             every = [np.random.default_rng(r).standard_normal(400_001) for r in range(count)]
             values = [every[r] for r in ids.values]
@@ -167,7 +167,7 @@ def broken_persistent_requests(over: str) -> None:
 
     for comm, is_set_up in ((MPI.COMM_WORLD, True), (OldData(MPI.COMM_WORLD), False)):
         own, held = np.zeros(3, np.uint8), np.zeros((2, 3), np.uint8)
-        gather = MpiPointToPoint(comm).gather(own, held)
+        gather = MpiPointToPoint(comm).all_gather(own, held)
         assert isinstance(gather, MPI.Request) == is_set_up
         for number in range(3):
             own[:] = 10 * number + rank()

@@ -111,9 +111,8 @@ class Watchdog:
                 return  # another thread polls
             self._poll_calls(guard)
             self._vacancy.append(None)
-            is_needed = (
-                bool(self._calls) and not self._abort_reason
-            )  # a call began while this thread was ending
+            # A call may have begun while this thread was ending.
+            is_needed = bool(self._calls) and not self._abort_reason
 
     def _poll_calls(self, guard: Guard) -> None:
         watched, since = None, 0.0

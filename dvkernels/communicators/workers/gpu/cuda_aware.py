@@ -72,9 +72,8 @@ def of_mpi() -> CudaAwareness:
     finally:
         info.Free()
     try:
-        library: Any = ctypes.CDLL(
-            MPI.__file__
-        )  # also finds the symbols of the MPI library behind it
+        # Through mpi4py's extension, also the symbols of the MPI library behind it are found.
+        library: Any = ctypes.CDLL(MPI.__file__)
     except OSError:
         library = None
     return detect(MPI.Get_library_version(), kinds, library, os.environ)

@@ -346,7 +346,6 @@ class _Scratch:
         start = -(-self._used // _LINE) * _LINE
         self._used = start + size * dtype.itemsize
         if self._used > len(self._memory):
-            self._memory = np.empty(
-                2 * self._used, np.uint8
-            )  # earlier arrays keep the old memory alive
+            # Earlier arrays keep the old memory alive.
+            self._memory = np.empty(2 * self._used, np.uint8)
         return self._memory[start : self._used].view(dtype)
