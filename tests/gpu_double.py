@@ -145,8 +145,8 @@ class Mpi:
         """Deliver one message that both sides have posted."""
         if self.sends[key] and self.receives[key]:
             send, receive = self.sends[key].pop(0), self.receives[key].pop(0)
-            assert len(send.held) == len(receive.held), "all workers cut the array alike"
-            receive.held[:] = send.held
+            assert len(send.buffer) == len(receive.buffer), "all workers divide the array alike"
+            receive.buffer[:] = send.buffer
             send.is_done = receive.is_done = True
 
 
@@ -155,7 +155,7 @@ class Comm:
         self._mpi, self.rank, self.size = mpi, rank, size
 
     def Isend(self, held, to, tag):
-        assert len(held), "nothing is not sent"
+        assert len(held), "empty messages are not sent"
         with self._mpi.mutex:
             is_eager = self._mpi.random.random() < 0.5
             key = self.rank, to, tag
@@ -174,7 +174,7 @@ class Comm:
 
 class Sending:
     def __init__(self, mpi, key, held):
-        self._mpi, self._key, self.held, self.is_done = mpi, key, held, False
+        self._mpi, self._key, self.buffer, self.is_done = mpi, key, held, False
 
     def Test(self):
         with self._mpi.mutex:

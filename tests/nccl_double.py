@@ -89,11 +89,11 @@ class Event:
         self._library, self._gpu = library, gpu
 
     def record(self, stream):
-        self._wanted = self._library.given[self._gpu]
+        self._wanted = self._library.enqueued[self._gpu]
 
     @property
     def done(self):
-        return self._library.over[self._gpu] >= self._wanted
+        return self._library.completed[self._gpu] >= self._wanted
 
 
 class Failed(Exception):
@@ -104,20 +104,20 @@ class Library:
     NCCL_INT8, NCCL_UINT8, NCCL_INT32, NCCL_UINT32, NCCL_INT64, NCCL_UINT64 = range(6)
     NCCL_FLOAT32, NCCL_FLOAT64 = 7, 8
     NCCL_SUM, NCCL_PROD, NCCL_MAX, NCCL_MIN = range(4)
-    here = threading.local()  # groups and devices are of a thread
+    here = threading.local()  # groups and current devices belong to a thread
 
     def __init__(self, *, is_patient=True):
-        self.is_patient = is_patient  # the host waits in a group until all ranks have called
+        self.is_patient = is_patient  # groupEnd waits until all ranks have called
         self.num_groups, self.is_lost = 0, False
-        self.given, self.over = Counter(), Counter()  # groups of each GPU
-        self.joined = defaultdict(dict)  # by unique id: its ranks
+        self.enqueued, self.completed = Counter(), Counter()  # number of groups by GPU
+        self.joined = defaultdict(dict)  # by unique id: ranks
         self.changed = threading.Condition()
 
     def get_unique_id(self):
         return bytes([len(self.joined) + 1] * 128)
 
     def NcclCommunicator(self, size, unique_id, rank):
-        assert self.here.group is not None, "ranks are made in groups only"
+        assert self.here.group is not None, "ranks are created in groups only"
         made = Rank(self, size, unique_id, rank, self.here.gpu)
         self.here.group.append(made)
         return made
@@ -138,14 +138,16 @@ class Library:
                 called.setdefault(rank, []).append(call)
             for rank, calls in called.items():
                 rank.groups.append(calls)
-                self.given[rank.gpu] += 1
+                self.enqueued[rank.gpu] += 1
             for rank in called:
                 self.run(rank)
             self.num_groups += bool(called)
             self.changed.notify_all()
             self.wait(lambda: all(len(self.joined[r.unique_id]) == r.size for r in made))
             if self.is_patient:
-                self.wait(lambda: all(self.over[r.gpu] >= self.given[r.gpu] for r in called))
+                self.wait(
+                    lambda: all(self.completed[r.gpu] >= self.enqueued[r.gpu] for r in called)
+                )
             if any(rank.is_aborted for rank in called):
                 raise Failed("aborted")
 
@@ -159,7 +161,7 @@ class Library:
             return
         for calls in zip(*(one.groups.pop(0) for one in ranks), strict=True):
             carry_out(calls)
-        self.over.update(one.gpu for one in ranks)
+        self.completed.update(one.gpu for one in ranks)
 
 
 class Rank:
@@ -175,7 +177,7 @@ class Rank:
     def abort(self):
         with self.library.changed:
             self.is_aborted = True
-            self.library.over[self.gpu] = self.library.given[self.gpu]
+            self.library.completed[self.gpu] = self.library.enqueued[self.gpu]
             self.library.changed.notify_all()
 
     def __getattr__(self, verb):

@@ -54,7 +54,7 @@ def check(make: Callable[[int], Protocol], **how: int) -> None:
                 found.add((law.__name__, in_place))
                 message = str(error)
     if found:
-        # An order that is missing in any case shows in some order of the moves.
+        # A missing happens-before edge shows in some interleaving of the moves.
         assert {place for law, place in found if law == "check_order"} == {
             place for law, place in found if law == "<lambda>"
         }
@@ -78,7 +78,7 @@ def test_every_wait_is_needed(name: str, at: int) -> None:
 
 @pytest.mark.parametrize(("name", "at"), each(Signal))
 def test_every_signal_is_needed(name: str, at: int) -> None:
-    # Of one rank alone, the next signal may answer for it, only later.
+    # If only one rank lacks it, that rank's next signal may stand in for it, later.
     with pytest.raises(AssertionError, match="deadlock"):
         check(changed(MAKERS[name], lambda rows: rows.pop(at)))
 

@@ -23,7 +23,7 @@ from dvkernels.cluster import procfs
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = Path(__file__).parent / "worker_programs.py"
 _MARK = "DVKERNELS_TEST_JOB"
-# What Open MPI needs to start as root, and more processes than cores; others do not read it.
+# For Open MPI: run as root, and with more processes than cores; other MPIs ignore it.
 _OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -89,7 +89,7 @@ class Job:
         words = [*prefix, mpiexec(), *(options or ())]
         command = [*words, "-n", str(count), sys.executable, str(PROGRAMS)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        # Warnings of ours are errors in workers as they are in tests; MPI's own output is kept out.
+        # Our warnings are errors in workers as in tests; MPI's own output is suppressed.
         environment = os.environ | _OPEN_MPI | {_MARK: self.mark, "PYTHONPATH": path}
         environment |= environ or {}
         self._process = subprocess.Popen(

@@ -17,18 +17,18 @@ from pathlib import Path
 import pytest
 
 _CABLE, _SWITCH = "dvcable", "dvswitch"
-_ADDRESS = "10.231.7.{}"  # seen by nobody else
+_ADDRESS = "10.231.7.{}"  # visible inside the namespaces only
 _DEADLINE_SECONDS = 20
 
-# What carries MPI's messages (UCX, libfabric) would find out that both are one machine, and go
-# through its memory. Of Open MPI the rest: its own way over TCP, and by which its daemons talk.
+# UCX and libfabric would detect that both hosts are one machine, and use its memory. The rest is
+# for Open MPI: its own TCP transport, and the network interface of its daemons.
 _BY_NETWORK = (
     "UCX_TLS=tcp,self", f"UCX_NET_DEVICES={_CABLE}", "FI_PROVIDER=tcp", f"FI_TCP_IFACE={_CABLE}",
     "OMPI_MCA_pml=ob1", "OMPI_MCA_btl=self,sm,tcp", f"OMPI_MCA_btl_tcp_if_include={_CABLE}",
     f"PRTE_MCA_prte_if_include={_CABLE}",
 )  # fmt: skip
 
-# What starts a command on a host, as Hydra and Open MPI ask for it: options, the host, the command.
+# The remote shell that Hydra and Open MPI call: options, the host, the command.
 _SHELL = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 case "$1" in
@@ -39,7 +39,7 @@ shift
 exec {on} sh -c "$*"
 """
 
-# A host has a name of its own, by which MPI tells who shares memory. Then come words to run there.
+# Each host has its own name, by which MPI decides who shares memory. The command follows.
 _NAMED = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
 
 
@@ -86,7 +86,7 @@ def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) ->
     with contextlib.ExitStack() as undo:
         for name in [switch, *names]:
             _ip("netns", "add", name)
-            undo.callback(_ip, "netns", "del", name)  # and the cables with it
+            undo.callback(_ip, "netns", "del", name)  # and its cables
         _ip("-n", switch, "link", "add", _SWITCH, "type", "bridge")
         _ip("-n", switch, "link", "set", _SWITCH, "up")
         addresses = [_ADDRESS.format(number) for number in range(1, count + 1)]
@@ -122,7 +122,7 @@ def _await_all(names: list[str]) -> None:
     """Wait until the cables are up, which the kernel reports up to a second late."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while not all(_shown(name, "operstate").strip() == "up" for name in names):
-        assert time.monotonic() < deadline, "the ends of a cable are set up, and do not come up"
+        assert time.monotonic() < deadline, "a cable does not come up"
         time.sleep(0.02)
 
 

@@ -10,7 +10,7 @@ from mpi_jobs import Job, is_open_mpi, needs_mpi
 
 pytestmark = needs_mpi
 COUNT, SECONDS = 3, 3.0
-# What survivors must raise, and say.
+# The error class and text of survivors.
 TOLD = {
     "raise": ("StepEnded: ", "worker {victim} raised RuntimeError: of the victim"),
     "mismatch": ("CollectiveMismatchError: ", "worker {victim} called all_gather("),
@@ -34,14 +34,14 @@ def check(
     outcome = job.wait(60)
     kind, text = TOLD[harm]
     told = [path.read_text() for path in sorted(folder.glob("survivor_*"))]
-    if harm == "kill" and options is None:  # the launcher may end all before they can say a word
+    if harm == "kill" and options is None:  # the launcher may end all processes before they write
         assert outcome.code != 0, outcome.written
         return
     assert len(told) == COUNT - 1, outcome.written
     assert outcome.code != 0 or harm == "exit" or options, outcome.written
     for line in told:
         assert kind in line, outcome.written
-        if harm != "kill" or over == "memory":  # else MPI says who, or that somebody is lost
+        if harm != "kill" or over == "memory":  # else MPI may not name the lost worker
             assert text.format(victim=victim) in line, outcome.written
 
 
@@ -63,7 +63,7 @@ def test_survivors_of_a_ring_are_told(over, harm, tmp_path):
 @pytest.mark.parametrize("over", ["memory", "1,1"])
 def test_nccl_on_one_worker_and_an_abort_are_errors_on_all(over):
     outcome = Job(2, "mismatched_nccl", over).wait(60)
-    assert outcome.code != 0  # the group has ended, and with it the job
+    assert outcome.code != 0  # the group was aborted, and with it the job
     assert "Traceback" not in outcome.written, outcome.written
 
 

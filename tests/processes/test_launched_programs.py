@@ -149,7 +149,7 @@ def test_digits_on_several_workers_are_those_of_one_device(
         "--hidden", "64", "--batch-size", "149", "--checkpoint-dir", str(tmp_path), "--resume",
     ]  # fmt: skip
     reports = []
-    for _ in range(2):  # the second job finds all steps done
+    for _ in range(2):  # the second job resumes after the last step
         ran = subprocess.run(
             [*command, "--epochs", "5", "--json"],
             env={**os.environ, "PYTHONPATH": SEARCH_PATH},
@@ -160,7 +160,7 @@ def test_digits_on_several_workers_are_those_of_one_device(
         )
         assert ran.returncode == 0, ran.stderr
         reports += [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    first, second = reports  # the chief alone reports
+    first, second = reports  # only the chief reports
     assert (first["num_workers"], first["num_replicas"]) == (num_workers, 4)
     assert first["relative_difference_to_one_device"] <= 1e-9
     assert first["test_accuracy"] > 0.9
@@ -187,7 +187,7 @@ def test_workers_that_are_told_to_stop_save_the_same_step(flavour, start, tmp_pa
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 42, err
     held = sorted(path.name for path in saved.iterdir())
-    assert 1 <= len(held) <= 5, "nothing half-written is left, and no more than are kept"
+    assert 1 <= len(held) <= 5, "no partial checkpoint is left, and no more than max_to_keep"
     assert all(name.startswith("step-") for name in held), held
     assert dv.Checkpoint().restore(saved / held[-1], partial=True).unexpected == (
         "weights", "velocity", "batches", "progress",
@@ -292,7 +292,7 @@ def test_workers_may_exit_in_order_on_a_signal(start, sent):
     assert read_lines(process, 2) == ["[0] got SIGUSR1\n", "[1] got SIGUSR1\n"]
     process.send_signal(sent)
     out, err = process.communicate(timeout=SECONDS)
-    said = sorted(line for line in out.splitlines() if "got" in line)  # launchers comment on it
+    said = sorted(line for line in out.splitlines() if "got" in line)  # launchers add lines
     assert said == [f"[0] got {sent.name}", f"[1] got {sent.name}"]
     assert process.returncode == 0, err
 
@@ -380,7 +380,7 @@ for name, data in {
         print(name, error, flush=True)
 distributed = strategy.distribute_dataset(dv.Dataset.range(12).shuffle(seed=1).batch(4))
 if odd:
-    next(iter(distributed))  # a look that the other worker does not take
+    next(iter(distributed))  # a step that the other worker does not take
 try:
     for batch in distributed:
         strategy.gather(batch)

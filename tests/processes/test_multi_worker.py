@@ -11,7 +11,7 @@ import dvkernels as dv
 from dvkernels.communicators.workers.gpu import cuda_aware
 
 pytestmark = needs_mpi
-# Each way of bringing workers together daily; the others in slow campaigns.
+# Each transport daily; more numbers of workers in slow campaigns.
 DAILY = [
     (1, 2, "memory"), (2, 2, "memory"), (4, 1, "memory"),
     (2, 2, "1,1"), (4, 1, "2,2"), (3, 1, "2,1"),
@@ -52,7 +52,7 @@ def test_the_laws_of_each_algorithm_between_hosts(count, num_local, over, ops):
 @pytest.mark.parametrize("over", ["memory", "1,1"])
 def test_algorithms_or_networks_that_differ_are_an_error_on_all(over):
     outcome = Job(2, "mismatched_algorithms", over).wait(60)
-    assert outcome.code != 0  # the group has ended, and with it the job
+    assert outcome.code != 0  # the group was aborted, and with it the job
     assert "Traceback" not in outcome.written, outcome.written
 
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_resumes_on_another_number_of_workers(is_apart, tmp_path):
     for count, num_local, until in ((2, 1, 6), (3, 1, 13), (1, 2, 18), (2, 2, 25)):
         over = ",".join(["1"] * count) if is_apart else "memory"
         run(count, "go_on", num_local, over, tmp_path, until)
-        # The background save before last was finished by the one after it, the last by the end.
+        # The background save before last was finished by the last one, which exit finished.
         assert (tmp_path / f"step-{until:08d}" / "manifest.json").exists()
         shards = list((tmp_path / f"step-{until:08d}").glob("shard-*"))
         assert len(shards) == count

@@ -31,7 +31,9 @@ from dvkernels.testing import check_communicator, check_strategy
 
 
 def make(num_local: int, timeout_seconds: float = 60.0, ops: str = "auto") -> dv.Strategy:
-    hosts = next((word for word in sys.argv if "," in word), "")  # as 2,2: two on each of two
+    hosts = next(
+        (word for word in sys.argv if "," in word), ""
+    )  # such as 2,2: two hosts of two workers
     os.environ["DVKERNELS_HOSTS"] = hosts
     is_simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
     devices = ["cuda:0" if is_simulated else f"cpu:{k}" for k in range(num_local)]
@@ -123,7 +125,7 @@ def end(over: str) -> None:
         assert workers.agree([rank(), 7], "of the test", 1) == [[0, 7], [1, 7]]
         with pytest.raises(dv.errors.CollectiveMismatchError, match=r"called of the test\(1\)"):
             workers.agree([], "of the test", rank())
-        MPI.COMM_WORLD.Barrier()  # all have seen the end of that round
+        MPI.COMM_WORLD.Barrier()  # all workers have left that round
         if rank() == 0:
             workers.end(dv.errors.CollectiveTimeoutError("a GPU is late"))
         for call in (workers.barrier, lambda: workers.exchange("wrong")):
@@ -241,7 +243,7 @@ def trained(strategy: dv.Strategy):
     targets = np.tanh(inputs @ rng.standard_normal((6, 2)))
     data = dv.Dataset.from_arrays((np.arange(53), inputs, targets)).shuffle(seed=1).batch(10)
     with strategy.scope():
-        weight = dv.Variable(rng.standard_normal((6, 2)) + rank())  # all start with worker 0's
+        weight = dv.Variable(rng.standard_normal((6, 2)) + rank())  # initialized from worker 0's
         bias = dv.Variable(np.zeros(2))
         loss = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
         adam = dv.optimizers.Adam(0.05)
@@ -453,7 +455,7 @@ def direct_laws(over: str) -> None:
                     op = dv.ReduceOp(op)
                     found = thread.all_reduce([values[rank()]], op)[0]
                     assert found.tobytes() == cpu.reduce(values, op).tobytes(), (length, op)
-    assert seam.num_pinned <= 16, "nothing is staged but reductions of the user's own"
+    assert seam.num_pinned <= 16, "only custom reductions are staged"
 
 
 def check_large(thread, size: int, piece_nbytes: int) -> None:
@@ -504,7 +506,7 @@ def endure_direct(
     over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str, ops: str
 ) -> None:
     """Reduce from GPU to GPU until the victim fails, and write the error of this worker."""
-    rng = np.random.default_rng(int(seed))  # the same on all
+    rng = np.random.default_rng(int(seed))  # the same on all workers
     seconds = float(rng.uniform(0.0, 0.4))
     sizes = rng.choice([1, 100, 10_000, 3_000_000], 1000)
     workers, seam = direct_workers(float(timeout_seconds))
@@ -534,7 +536,7 @@ def endure(
     ops: str = "auto",
 ) -> None:
     """Reduce until the victim fails, and write the error of this worker."""
-    rng = np.random.default_rng(int(seed))  # the same on all
+    rng = np.random.default_rng(int(seed))  # the same on all workers
     step_of_harm, seconds = int(rng.integers(1, 60)), float(rng.uniform(0.0, 0.4))
     sizes = rng.choice([1, 100, 10_000, 300_000], 1000)
     is_victim = rank() == int(victim)

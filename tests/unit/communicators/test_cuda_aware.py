@@ -19,12 +19,12 @@ CRAY, INTEL = (
 )
 MVAPICH = "MVAPICH2 Version      :	2.3.7"
 QUERY = "int MPIX_Query_cuda_support(void) {{ return {}; }}"
-# Of another kind of GPU it says the opposite; and it may fail.
+# The answer for another kind of GPU is the opposite; and the call may fail.
 GPU_QUERY = """int MPIX_GPU_query_support(int kind, int *is_aware) {{
     *is_aware = kind == 0 ? {0} : 1 - {0};
     return {1};
 }}"""
-# As in some versions of MPICH: it takes success for failure.
+# As in some versions of MPICH, which mistake success for failure.
 ASSERTS = "#include <stdlib.h>\nint MPIX_Query_cuda_support(void) { abort(); }"
 compiler = shutil.which("cc") or shutil.which("gcc")
 

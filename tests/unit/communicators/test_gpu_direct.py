@@ -91,7 +91,7 @@ def test_the_laws_of_communicators(size, algorithm, monkeypatch):
         return OfHost(Staged(worker, seam, direct), seam)
 
     check_communicator(lambda size: Together(size, over=over), sizes=[size])
-    assert all(seam.num_pinned <= 8 for seam in seams), "a reduction of the user's own is staged"
+    assert all(seam.num_pinned <= 8 for seam in seams), "custom reductions are staged"
 
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 500, 511, 512, 513, 1024, 1025, 4000]
@@ -131,7 +131,7 @@ def test_later_work_does_not_disturb_a_pending_call(algorithm, seed, monkeypatch
         for turn, size in enumerate(sizes):
             seam.stream = seam.streams[turn % 2]
             value = seam.empty(0, (size,), np.dtype("f4"))
-            seam.copy(value, np.full(size, turn + worker.rank, "f4"))  # under way when it is called
+            seam.copy(value, np.full(size, turn + worker.rank, "f4"))  # pending during the call
             out = [value] if turn % 3 == 0 else None
             result = worker.all_reduce([value], SUM, out)[0]
             assert (result is value) == (turn % 3 == 0)
@@ -153,7 +153,7 @@ def test_scratch_is_kept(monkeypatch):
         workers, arrays = group(2)
         for _ in range(4):
             every(workers, "all_reduce", ones(3000), SUM)
-        # of each call the result, and once: the scratch, before there is any, and then
+        # one result per call, and once the scratch: empty at first, and then
         assert [seam.num_made for seam in arrays] == [4 + 2] * 2
 
 
@@ -289,7 +289,9 @@ def test_a_gpu_that_is_stuck_half_way_aborts_the_group(monkeypatch):
     assert all(worker.has_ended for worker in workers)
     kept = [of_worker for of_worker, _ in collectives._abandoned[before:]]
     assert len(kept) == 2
-    assert all(isinstance(one, GpuCollectives) for one in kept), "a late message finds its memory"
+    assert all(isinstance(one, GpuCollectives) for one in kept), (
+        "a late message still finds its memory"
+    )
 
 
 @ALGORITHMS

@@ -120,7 +120,7 @@ def test_a_custom_reduction(hosts, algorithm):
 @HOSTS
 def test_a_ring_adds_in_the_order_of_its_hosts(hosts):
     """Within a host in rank order, then the hosts from the one after the part's worker on."""
-    count, num_hosts, length = len(hosts), max(hosts) + 1, 80  # all in one piece
+    count, num_hosts, length = len(hosts), max(hosts) + 1, 80  # one piece
     values = [np.random.default_rng(k).standard_normal(length * count) for k in range(count)]
     of_hosts = [
         sum(value for value, host in zip(values, hosts, strict=True) if host == one)

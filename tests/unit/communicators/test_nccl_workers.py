@@ -166,7 +166,7 @@ def test_a_call_that_hangs_is_aborted(is_patient):
     library = Library(is_patient=is_patient)
     (one, other), workers = pair(library, timeout_seconds=0.5)
     stuck = other._comms
-    stuck._enqueue = lambda call: time.sleep(0)  # agreed to, and never given to its GPU
+    stuck._enqueue = lambda call: time.sleep(0)  # voted for, and never enqueued
     found = at_once(lambda: one.all_reduce(ones(), SUM), lambda: other.all_reduce(ones(), SUM))
     assert isinstance(found[0], CollectiveTimeoutError) == is_patient
     until = time.monotonic() + 20

@@ -46,7 +46,7 @@ def test_later_work_does_not_disturb_a_pending_upload(seed):
         right += [np.array([1, 2] if rank == 0 else [3]), np.array([[0, 0], [1, 1], [1, 1]])]
         for one, wanted in zip(found, [*right, np.array([1, 7])], strict=True):
             np.testing.assert_array_equal(one.hidden, wanted)
-        assert arrays[rank].num_pinned == 2, "page-locked memory is kept, and grew once"
+        assert arrays[rank].num_pinned == 2, "pinned memory is kept, and grew once"
 
 
 def test_host_arrays_are_not_staged():

@@ -102,7 +102,7 @@ def test_the_bits_are_those_of_one_process(num_workers, num_local, dtype, staged
             for own, returned in zip(held, found, strict=True):
                 assert all(one is other for one, other in zip(own, returned, strict=True))
                 for one in own:
-                    if is_half and num_local > 1:  # added up in a process first, in float32
+                    if is_half and num_local > 1:  # accumulated within a process first, in float32
                         np.testing.assert_allclose(
                             one.astype(np.float32), expected.astype(np.float32), 0.02, 0.1
                         )
@@ -147,7 +147,7 @@ def test_many_arrays_at_once(way, staged):
                 np.testing.assert_array_equal(array, was)
 
 
-@pytest.mark.parametrize("case", ["one lies elsewhere", "they lie elsewhere", "one is shifted"])
+@pytest.mark.parametrize("case", ["one is elsewhere", "all are elsewhere", "one is shifted"])
 def test_asymmetric_arrays_are_staged(case, staged):
     workers = groups(2)
     (first,), (second,) = empties(workers, 1000)
@@ -201,7 +201,7 @@ def test_a_block_is_reused_once_no_worker_has_an_array_in_it():
     rng = random.Random(0)
     segments = ThreadSegmentAllocator(2)
     workers = groups(2, segments=segments)
-    kept = [[], []]  # of each worker: array, what it holds
+    kept = [[], []]  # by worker: (array, its content)
     for step in range(150):
         length = rng.choice([0, 1, 7, 1000, 30_000])
         made = empties(workers, length, np.int32, [rng.randrange(3), rng.randrange(1, 3)])
@@ -228,7 +228,7 @@ def test_too_large_a_request_is_refused_on_all_and_allocates_nothing():
         assert "need 2097152 bytes" in str(error)
         assert "1048576 left" in str(error)
     assert not segments.opened
-    ((array,), _) = empties(workers, 1 << 16)  # as much as there is
+    ((array,), _) = empties(workers, 1 << 16)  # all free memory
     assert array.nbytes == 1 << 19
     assert segments.free == 0
 

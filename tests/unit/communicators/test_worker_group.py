@@ -53,7 +53,7 @@ def test_arrays_of_several_pieces(extra):
         np.testing.assert_array_equal(found, values[1])
 
 
-@pytest.mark.parametrize("may_spin", [True, False], ids=["waits for long", "sleeps at once"])
+@pytest.mark.parametrize("may_spin", [True, False], ids=["spins", "sleeps at once"])
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32", "complex128"])
 @pytest.mark.parametrize("num_workers", [2, 4, 5])
 def test_the_compiled_all_reduce_has_the_bits_of_the_kernels(num_workers, dtype, may_spin):
@@ -112,7 +112,9 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(
                 assert all(one is other for one, other in zip(in_place, own, strict=True))
                 found += [one.tobytes() for one in [*apart, *in_place]]
             assert len({*found}) == 1, (op, length)
-    assert (num_pieces > 0) == (dtype != np.float16)  # halves are rounded once, in the end
+    assert (num_pieces > 0) == (
+        dtype != np.float16
+    )  # halves are rounded once, after the last level
 
 
 @pytest.mark.parametrize(
@@ -227,8 +229,8 @@ def test_a_failure_reaches_waiting_workers_and_the_next_step_works(num_failures)
         for error in (first, third):
             assert isinstance(error, CollectiveMismatchError)
             assert "worker 1 raised ZeroDivisionError: of worker 1" in str(error)
-        workers[0].announce(first)  # which all know: nobody hears of it again
-        # Owed failures go out with the next call: here the second.
+        workers[0].announce(first)  # known to all workers, so not announced again
+        # Pending announcements go out with the next call, here the second.
     np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
     np.testing.assert_array_equal(sums(beside, 2.0), np.full((3, 3), 6.0))
     np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))

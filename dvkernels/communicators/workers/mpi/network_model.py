@@ -23,7 +23,7 @@ def from_environ(environ: Environment) -> Network:
 
     Examples
     --------
-    >>> of({"DVKERNELS_NETWORK": "rate=1.2e9, incast=0.6"}).incast
+    >>> from_environ({"DVKERNELS_NETWORK": "rate=1.2e9, incast=0.6"}).incast
     0.6
     """
     settings: dict[str, float] = {}
@@ -44,7 +44,7 @@ def from_environ(environ: Environment) -> Network:
 def to_text(network: Network) -> str:
     """Return the value of the variable that describes a network.
 
-    >>> of({VARIABLE: written(NETWORK)}) == NETWORK
+    >>> from_environ({VARIABLE: to_text(NETWORK)}) == NETWORK
     True
     """
     return ",".join(f"{name}={value:.4g}" for name, value in network._asdict().items())
