@@ -109,4 +109,4 @@ class Workers(Communicator, Protocol):
         """Whether the group has been aborted, by :meth:`end` or by the loss of a worker."""
 
     def duplicate(self) -> Workers:
-        """Return the same workers for another thread, whose calls are ordered by themselves."""
+        """Return the same workers for another thread, with a call order of its own."""

@@ -47,7 +47,7 @@ def rest_gate(num_replicas: int) -> int:
 
 
 class StepEnded(CollectiveMismatchError):
-    """Refusal of a collective because the step has already failed, here or in another process."""
+    """Refusal of a collective because the step has already failed, in this or another replica."""
 
 
 _REBUILDABLE = (CollectiveMismatchError, CollectiveTimeoutError, StepEnded)
@@ -94,11 +94,11 @@ class PendingCall:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all replicas have issued it."""
+        """Whether all replicas have issued the call."""
         return None not in self.requests
 
     def claim(self) -> bool:
-        """Claim it, to perform or to cancel it; False if another thread has claimed it."""
+        """Claim the call, to perform or cancel it; False if another thread has claimed it."""
         try:
             self._claims.pop()
         except IndexError:
@@ -321,7 +321,7 @@ class Rendezvous:
         return pending.results[replica]
 
     def _will_be_performed(self, pending: PendingCall) -> bool:
-        """Return whether all replicas have issued it, and a thread serves the queue."""
+        """Return whether all replicas have issued the call, and a thread serves the queue."""
         return (
             pending.is_complete
             and self._progress_thread is not None

@@ -48,9 +48,9 @@ class NcclComms:
     Notes
     -----
     A collective that is enqueued waits on the GPU until all ranks have enqueued theirs, and cannot
-    be cancelled. With several workers a ``Watchdog`` therefore supervises it. On a timeout it
-    aborts NCCL's communicator in this process, after which the GPU goes on and the received data
-    are undefined, and the workers' group, so that no worker can pass such data on.
+    be cancelled. With several workers a ``Watchdog`` therefore supervises it. On a timeout or the
+    loss of a worker it aborts NCCL's communicator in this process, after which the GPU goes on and
+    the received data are undefined, and the workers' group, so that no worker uses such data.
     """
 
     def __init__(
