@@ -447,7 +447,7 @@ class ReplicaContext(ProcessBound):
         workers = self._placement.workers
 
         def act(payloads: list[Any]) -> list[None]:
-            workers.meet()
+            workers.barrier()
             return [None] * len(payloads)
 
         self._step.meet(self._rank, CollectiveCall("barrier", (), None, act))

@@ -59,7 +59,7 @@ def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
     from dvkernels.communicators.workers import connect
 
     workers: dict[str, Workers] = {"auto": connect.connect(resolver, _TIMEOUT_SECONDS)}
-    placed = connect.placed(resolver)
+    placed = connect.hosts_of_workers(resolver)
     num_workers, num_hosts = len(placed), len({*placed})
     if num_hosts > 1:
         workers = {way: connect.connect(resolver, _TIMEOUT_SECONDS, way) for way in WAYS}
@@ -106,7 +106,7 @@ def _slowest(workers: Workers, array: Any, count: int) -> float:
     """Return the seconds of a call, on the slowest worker."""
     out = np.empty_like(array)
     workers.all_reduce([array], ReduceOp.SUM, [out])
-    workers.meet()
+    workers.barrier()
     began = time.perf_counter()
     for _ in range(count):
         workers.all_reduce([array], ReduceOp.SUM, [out])
@@ -234,7 +234,7 @@ def _described_ways(found: Calibration, fitted: Network) -> list[str]:
         *lines,
         "",
         "to choose by these constants, set on every worker",
-        f"{network.VARIABLE}={network.written(fitted)}",
+        f"{network.VARIABLE}={network.to_text(fitted)}",
     ]
 
 

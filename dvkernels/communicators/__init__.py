@@ -1,4 +1,4 @@
-"""Communicators: the same collectives over the replicas of a process, its workers, and NCCL.
+"""Communicators: one set of collectives over replicas of a process, worker processes, and NCCL.
 
 Imports: cluster, custom_reduction, deadlines, devices, errors, kernels, reduce_op, replicas,
 schedules, threads, user_errors.

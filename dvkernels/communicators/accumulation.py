@@ -1,4 +1,4 @@
-"""A reduction that goes in levels: what each of them does, and what is left for the end."""
+"""Hierarchical reductions: accumulate in a wide type on every level, divide and round once."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _ROUNDED = (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD)
 
 
 class Accumulation(NamedTuple):
-    """How many values become one, some of them first.
+    """Operation, element type and divisor of a reduction that is carried out in several levels.
 
     Attributes
     ----------
     op : Reduction
-        What every level does: SUM where a MEAN was asked for.
+        The operation of every level: SUM where the caller asked for MEAN.
     wide : dtype
-        What it does it in: float32 for half types, so that they are rounded once, in the end.
+        The element type of the partial results: float32 for half types, which are therefore rounded
+        once, after the last level.
     divisor : int
-        By which the result is divided: the number of values for MEAN, else 1.
+        The divisor of the final result: the number of values for MEAN, else 1.
     """
 
     op: Reduction
@@ -32,12 +33,12 @@ class Accumulation(NamedTuple):
     divisor: int
 
     def divide(self, total: Any) -> None:
-        """Make the result of the last level, which is overwritten, that of all."""
+        """Divide the result of the last level in place."""
         divide(total, self.divisor)
 
 
 def divide(total: Any, divisor: int) -> None:
-    """Divide an array in place, correctly rounded: complex numbers by a real one."""
+    """Divide an array in place, correctly rounded; a complex array by a real divisor."""
     if divisor > 1:
         parts = (total.real, total.imag) if total.dtype.kind == "c" else (total,)
         for part in parts:
@@ -45,13 +46,13 @@ def divide(total: Any, divisor: int) -> None:
 
 
 def write(total: Any, result: Any) -> None:
-    """Write a total where it is to stay; as a half it is rounded, or infinite."""
-    with np.errstate(over="ignore"):  # as the kernels do it
+    """Write a total to ``result``; a half type is rounded, and overflows to infinity."""
+    with np.errstate(over="ignore"):  # as in the kernels
         result[...] = total
 
 
 def of(op: Reduction, dtype: np.dtype[Any], count: int) -> Accumulation:
-    """Return the levels in which ``count`` values of a dtype are reduced."""
+    """Return how to reduce ``count`` values of a dtype in several levels."""
     wide = reduce_op.working_dtype(dtype) if op in _ROUNDED else dtype
     return (
         Accumulation(ReduceOp.SUM, wide, count)

@@ -1,4 +1,4 @@
-"""What a communicator can do, whoever carries the bytes."""
+"""Protocols of communicators: collectives of a group of ranks, and of the workers of a job."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Communicator", "Workers"]
 
 @runtime_checkable
 class Communicator(Protocol):
-    """The collectives of one group of ranks, seen from a process that holds some of them.
+    """Collectives of one group of ranks, called by a process that holds some of the ranks.
 
-    Every method takes one array per local rank, in rank order, leaves them unchanged unless
-    ``out`` says otherwise, and returns new arrays that the caller owns. Arguments have been
-    checked by the caller: one dtype, shapes that fit, an ``op`` that is defined for the dtype.
+    Every method takes one array per local rank, in rank order, leaves the arrays unchanged unless
+    they are in ``out``, and returns new arrays that the caller owns. The caller has checked the
+    arguments: one dtype, matching shapes, an ``op`` that is defined for the dtype.
     """
 
     @property
@@ -33,7 +33,7 @@ class Communicator(Protocol):
         """Return the reduction of all ranks' values, once."""
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
-        """Return part r of the reduction to rank r, parts as ``numpy.array_split`` on axis 0."""
+        """Return part r of the reduction for rank r; parts as ``numpy.array_split`` on axis 0."""
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Return the concatenation of all ranks' values, once per local rank."""
@@ -44,20 +44,20 @@ class Communicator(Protocol):
 
 @runtime_checkable
 class Workers(Communicator, Protocol):
-    """The processes of a job, each with one array: a communicator that also carries words.
+    """Communicator of the processes of a job, one array each, which also carries small messages.
 
-    Every worker calls the same methods in the same order. Workers that do not, and workers that
-    are late or lost, are errors on all of them: ``CollectiveMismatchError``, after which all are
-    in step again, ``CollectiveTimeoutError`` and ``WorkerLostError``, which are final.
+    Every worker calls the same methods in the same order. Where one does not, all workers raise
+    ``CollectiveMismatchError``, after which the group can be used again. Where one is late or lost,
+    all raise ``CollectiveTimeoutError`` or ``WorkerLostError``, which are final.
     """
 
     @property
     def rank(self) -> int:
-        """The number of this worker, from 0."""
+        """The rank of this worker, from 0."""
 
     @property
     def timeout_seconds(self) -> float:
-        """How long a worker waits for the others."""
+        """How long a worker waits for the other workers."""
 
     def all_reduce_columns(
         self,
@@ -65,47 +65,48 @@ class Workers(Communicator, Protocol):
         how: Accumulation,
         outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
-        """Return the reductions of many values over all replicas of all workers.
+        """Return the reductions of many values over all replicas of all workers, or None.
 
-        A column has one value for each replica of this worker, all columns are of one dtype; the
-        values of a worker are combined first. None, and nothing has happened: these do not go in
-        one pass here.
+        A column has one value for each replica of this worker; all columns have one dtype. The
+        values of a worker are combined first. None means that this communicator cannot reduce the
+        columns in one pass, and has not touched them.
         """
 
     def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
-        """Return ``count`` new arrays of the host, reduced where they lie if that is possible.
+        """Return ``count`` new host arrays, in symmetric memory where the workers share memory.
 
         All workers call this, with the same shape and dtype.
         """
 
-    def meet(self) -> None:
-        """Return when every worker has called this."""
+    def barrier(self) -> None:
+        """Wait until every worker has called this."""
 
-    def exchange(self, word: Any, verb: str = "exchange") -> list[Any]:
-        """Return a small object of each worker, in their order; ``verb`` is for messages."""
+    def exchange(self, message: Any, verb: str = "exchange") -> list[Any]:
+        """Return the messages of all workers, in rank order; ``verb`` names the call in errors."""
 
     def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
-        """Return some integers of each worker, when all have called this with equal terms.
+        """Return the integers of all workers, once all have called this with equal terms.
 
-        For what is carried out by others than the workers, and must be asked for by all of them:
-        after this they do.
+        The barrier before an operation that another library (NCCL) carries out: every worker is
+        known to ask for the same operation.
         """
 
     def announce(self, error: BaseException) -> None:
-        """Make what the others wait for, or call next, raise: this worker's step has failed.
+        """Tell the other workers that the step of this worker has failed, without waiting.
 
-        Does not wait. An error that all workers raise anyway is not announced.
+        Their pending or next call raises. An error that all workers raise anyway is not announced.
         """
 
     def end(self, error: BaseException) -> None:
-        """Make everything that any worker calls from now on raise this; final, does not wait.
+        """Abort the group without waiting: every later call on any worker raises ``error``.
 
-        A ``CollectiveTimeoutError`` or a ``WorkerLostError``: other workers raise one of that kind.
+        ``error`` is a ``CollectiveTimeoutError`` or a ``WorkerLostError``; the other workers raise
+        the same class.
         """
 
     @property
     def has_ended(self) -> bool:
-        """Whether everything that a worker calls raises: after ``end``, or the loss of another."""
+        """Whether the group has been aborted, by :meth:`end` or by the loss of a worker."""
 
-    def beside(self) -> Workers:
-        """Return the same workers for the use of another thread: its calls are in an own order."""
+    def duplicate(self) -> Workers:
+        """Return the same workers for another thread, with a call order of its own."""

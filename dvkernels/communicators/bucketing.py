@@ -1,4 +1,4 @@
-"""Many arrays in few collectives: packed into buckets, as gradients usually are."""
+"""Bucketing: many arrays packed into few all-reduces, as is usual for gradients."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def all_reduce_each(
     op: Reduction,
     outs: Sequence[Column] | None = None,
 ) -> list[list[Any]]:
-    """Return the all-reduce of each column of arrays, in buckets where the communicator packs.
+    """Return the all-reduce of each column, in buckets where the communicator packs them.
 
-    New arrays, or those of ``outs``, which may be the columns.
+    The results are new arrays, or those of ``outs``, which may be the columns themselves.
     """
     listed = [*columns]
     if isinstance(communicator, Bucketing) and len(listed) > 1:
@@ -41,68 +41,67 @@ def all_reduce_each(
 
 @final
 class Bucketing:
-    """Another communicator, whose all-reduces of many arrays are packed.
+    """Communicator that packs the all-reduces of many arrays into buckets.
 
-    Workers that share memory need no buckets: the memory between them is one. Else packing copies
-    every byte twice; it pays where a collective costs more to start than to carry the bucket. The
-    kernels of one process start in a microsecond, so they are not packed unless asked.
+    Workers that share memory reduce many columns in one pass and need no buckets. Elsewhere packing
+    copies every byte twice; it pays where the latency of a collective exceeds its transfer time.
+    Kernels within one process start in a microsecond, so they pack only on request.
 
     Parameters
     ----------
     communicator : Communicator
-        Who carries the buckets.
+        Carries out the all-reduce of each bucket.
     bytes_per_bucket : int
-        Arrays of one dtype are packed up to so many bytes a rank; larger ones go alone, as
-        they are.
+        The capacity of a bucket per rank, for arrays of one dtype. A larger array is reduced
+        alone, without a copy.
     """
 
     def __init__(self, communicator: Communicator, bytes_per_bucket: int) -> None:
-        self._carrying = communicator
+        self._communicator = communicator
         self._nbytes = bytes_per_bucket
 
     @property
     def size(self) -> int:
         """The number of ranks."""
-        return self._carrying.size
+        return self._communicator.size
 
     def all_reduce_many(
         self, columns: Sequence[Column], op: Reduction, outs: Sequence[Column] | None = None
     ) -> list[list[Any]]:
-        """Return the all-reduce of each column: new arrays, those of a bucket side by side.
+        """Return the all-reduce of each column, in the arrays of ``outs`` where they are given.
 
-        Or those of ``outs``.
+        New arrays of one bucket share a buffer.
         """
-        if isinstance(self._carrying, Hierarchical):
-            at_once = self._carrying.all_reduce_many(columns, op, outs)
-            if at_once is not None:
-                return at_once
+        if isinstance(self._communicator, Hierarchical):
+            all_results = self._communicator.all_reduce_many(columns, op, outs)
+            if all_results is not None:
+                return all_results
         results: list[list[Any]] = [[]] * len(columns)
         for bucket in self._buckets(columns):
             if len(bucket) == 1:
                 (k,) = bucket
                 out = None if outs is None else outs[k]
-                results[k] = self._carrying.all_reduce(columns[k], op, out)
+                results[k] = self._communicator.all_reduce(columns[k], op, out)
                 continue
             packed = [
-                _packed([columns[k][rank] for k in bucket])
-                for rank in range(len(columns[bucket[0]]))
+                _pack([columns[k][rank] for k in bucket]) for rank in range(len(columns[bucket[0]]))
             ]
-            reduced = self._carrying.all_reduce(packed, op)
+            reduced = self._communicator.all_reduce(packed, op)
             start = 0
             for k in bucket:
                 shape = columns[k][0].shape
                 stop = start + math.prod(shape)
-                beside = columns[k] if outs is None else outs[k]
+                like = columns[k] if outs is None else outs[k]
                 parts = [
-                    _unpacked(flat[start:stop], array).reshape(shape)
-                    for flat, array in zip(reduced, beside, strict=True)
+                    _unpack(flat[start:stop], array).reshape(shape)
+                    for flat, array in zip(reduced, like, strict=True)
                 ]
-                results[k] = parts if outs is None else _written(outs[k], parts)
+                results[k] = parts if outs is None else _copy_into(outs[k], parts)
                 start = stop
         return results
 
     def _buckets(self, columns: Sequence[Column]) -> Iterator[list[int]]:
-        """Yield the columns of each bucket, every column once."""
+        """Yield the column indices of each bucket; every column is in one bucket."""
         filling: dict[Any, list[int]] = {}
         filled: dict[Any, int] = {}
         for k, column in enumerate(columns):
@@ -120,46 +119,46 @@ class Bucketing:
     def all_reduce(
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
     ) -> list[Any]:
-        """Reduce one array, as it is."""
-        return self._carrying.all_reduce(values, op, out)
+        """Reduce one array, without packing."""
+        return self._communicator.all_reduce(values, op, out)
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array."""
-        return self._carrying.reduce(values, op)
+        return self._communicator.reduce(values, op)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce each rank's part into a new array."""
-        return self._carrying.reduce_scatter(values, op)
+        return self._communicator.reduce_scatter(values, op)
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
-        return self._carrying.all_gather(values, axis)
+        return self._communicator.all_gather(values, axis)
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
-        return self._carrying.broadcast(values, root)
+        return self._communicator.broadcast(values, root)
 
 
-def _packed(arrays: Sequence[Any]) -> Any:
-    """Return arrays one behind the other: on a GPU, if one of them lies there.
+def _pack(arrays: Sequence[Any]) -> Any:
+    """Return the concatenation of arrays, on a GPU if one of them is there.
 
-    Which of them share a bucket does not depend on where they lie: that may differ among workers.
+    Buckets do not depend on where arrays are stored, which may differ between workers.
     """
     first = next((array for array in arrays if not isinstance(array, np.ndarray)), arrays[0])
-    held = array_memory.holding(first)
-    flat = [held.near(array, first).reshape(-1) for array in arrays]
-    return held.apply(lambda *parts: np.concatenate(parts), *flat)
+    memory = array_memory.holding(first)
+    flat = [memory.near(array, first).reshape(-1) for array in arrays]
+    return memory.apply(lambda *parts: np.concatenate(parts), *flat)
 
 
-def _unpacked(part: Any, array: Any) -> Any:
-    """Return a part of a bucket, where an array lies."""
+def _unpack(part: Any, array: Any) -> Any:
+    """Return a part of a bucket in the memory (host or GPU) of ``array``."""
     if isinstance(array, np.ndarray):
         return array_memory.holding(part).to_host(part)
     return array_memory.holding(array).near(part, array)
 
 
-def _written(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Return arrays that each have taken over a value, which lies beside it."""
+def _copy_into(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Copy each value into its target, both in the same memory, and return the targets."""
     for target, value in zip(targets, values, strict=True):
         array_memory.holding(target).apply(operator.setitem, target, ..., value)
     return [*targets]

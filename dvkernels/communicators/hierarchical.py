@@ -1,4 +1,4 @@
-"""Replicas of several workers: those of a worker reduce first, then the workers, once a worker."""
+"""Hierarchical collectives: first over the replicas of a worker, then over the workers."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ __all__: list[str] = []
 
 @final
 class Hierarchical:
-    """All replicas of all workers; each worker calls for its own.
+    """Communicator of all replicas of all workers; each worker passes the arrays of its own.
 
     Parameters
     ----------
-    inside : Communicator
-        Of the replicas of this worker.
+    local : Communicator
+        The communicator of this worker's replicas.
     workers : Workers
     replicas_of_workers : sequence of int
-        How many replicas each worker has. Their ranks count on from worker to worker.
+        The number of replicas of each worker. Ranks are numbered worker by worker.
 
     Notes
     -----
-    With one replica a worker this is the workers' own reduction. Else the replicas of a worker
-    reduce to one array, which the workers reduce and each worker copies for its replicas: between
-    processes each byte goes once a worker, not once a replica. Over shared memory all three are
-    one pass, piece by piece. Half types go between them as float32, so that they are rounded once.
+    With one replica per worker, this is the reduction between the workers. Otherwise the replicas
+    of a worker reduce to one array, the workers all-reduce these arrays, and each worker copies the
+    result to its replicas: processes exchange each byte once per worker, not once per replica. Over
+    shared memory the three levels are one pass, piece by piece. Half types are accumulated in
+    float32 between the levels, and rounded once.
     """
 
     def __init__(
-        self, inside: Communicator, workers: Workers, replicas_of_workers: Sequence[int]
+        self, local: Communicator, workers: Workers, replicas_of_workers: Sequence[int]
     ) -> None:
-        self._inside = inside
+        self._local = local
         self._workers = workers
         self._starts = partition.starts(replicas_of_workers)
         self._first, self.size = self._starts[workers.rank], self._starts[-1]
@@ -61,10 +62,10 @@ class Hierarchical:
             return results[0]
         total = self.reduce(values, op)
         if out is None:
-            return _one_for_each(total, values)
-        held = array_memory.holding(total)
+            return _copy_for_each(total, values)
+        memory = array_memory.holding(total)
         for target in out:
-            held.apply(operator.setitem, target, ..., held.near(total, target))
+            memory.apply(operator.setitem, target, ..., memory.near(total, target))
         return list(out)
 
     def all_reduce_many(
@@ -73,14 +74,14 @@ class Hierarchical:
         op: Reduction,
         outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
-        """Reduce each column into new arrays, or ``outs``, in one pass.
+        """Reduce each column into new arrays, or ``outs``, in one pass; None if that is impossible.
 
-        None: they are better packed.
+        After None the caller packs the columns into buckets; none has been touched.
         """
-        hows = {column[0].dtype: self._levels_of(op, column[0].dtype) for column in columns}
+        hows = {column[0].dtype: self._accumulation_of(op, column[0].dtype) for column in columns}
         if isinstance(op, CustomReduction) or any(how.wide != dtype for dtype, how in hows.items()):
             return None
-        # The workers are to decline all dtypes or none: what they have reduced is not done again.
+        # The workers must decline all dtypes or none: a column must not be reduced twice.
         if len(hows) > 1 and not all(type(one) is np.ndarray for each in columns for one in each):
             return None
         results: dict[int, list[Any]] = {}
@@ -93,7 +94,7 @@ class Hierarchical:
             results |= zip(alike, reduced, strict=True)
         return [results[k] for k in range(len(columns))]
 
-    def _levels_of(self, op: Reduction, dtype: np.dtype[Any]) -> Accumulation:
+    def _accumulation_of(self, op: Reduction, dtype: np.dtype[Any]) -> Accumulation:
         if self._is_flat:  # one level: the kernels round and divide
             return Accumulation(op, dtype, 1)
         return accumulation.of(op, dtype, self.size)
@@ -104,50 +105,50 @@ class Hierarchical:
             return self._workers.reduce(values, op)
         dtype = values[0].dtype
         how = accumulation.of(op, dtype, self.size)
-        held = array_memory.holding(values[0])
-        wide = [held.apply(_as, value, how.wide) for value in values]
-        part = self._inside.reduce(wide, how.op)
+        memory = array_memory.holding(values[0])
+        wide = [memory.apply(_cast, value, how.wide) for value in values]
+        part = self._local.reduce(wide, how.op)
         if isinstance(part, np.generic):
             part = np.asarray(part)
         total = self._workers.all_reduce([part], how.op, [part])[0]
-        held.apply(how.divide, total)
-        return held.apply(_as, total, dtype)
+        memory.apply(how.divide, total)
+        return memory.apply(_cast, total, dtype)
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
-        """Reduce, and give each rank its part."""
+        """Reduce, and return each local rank's part."""
         total = self.reduce(values, op)
-        held = array_memory.holding(total)
+        memory = array_memory.holding(total)
         bounds = (
             partition.bounds(len(total), self.size, self._first + k) for k in range(len(values))
         )
         return [
-            held.beside(total[start:stop], value)
+            memory.beside(total[start:stop], value)
             for (start, stop), value in zip(bounds, values, strict=True)
         ]
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
-        held = array_memory.holding(values[0])
-        near = [held.near(value, values[0]) for value in values]
-        own = held.apply(lambda *parts: np.concatenate(parts, axis), *near)
-        return _one_for_each(self._workers.all_gather([own], axis)[0], values)
+        memory = array_memory.holding(values[0])
+        near = [memory.near(value, values[0]) for value in values]
+        own = memory.apply(lambda *parts: np.concatenate(parts, axis), *near)
+        return _copy_for_each(self._workers.all_gather([own], axis)[0], values)
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
         worker = bisect.bisect(self._starts, root) - 1
         own = root - self._first if worker == self._workers.rank else 0
-        return _one_for_each(self._workers.broadcast([values[own]], worker)[0], values)
+        return _copy_for_each(self._workers.broadcast([values[own]], worker)[0], values)
 
 
-def _one_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
-    """Return the array where the first value lies, and a copy where each other one does."""
-    held = array_memory.holding(array)
+def _copy_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
+    """Return the array in the memory of the first value, and a copy in that of each other one."""
+    memory = array_memory.holding(array)
     return [
-        held.near(array, values[0]),
-        *(held.beside(array, value) for value in values[1:]),
+        memory.near(array, values[0]),
+        *(memory.beside(array, value) for value in values[1:]),
     ]
 
 
-def _as(array: Any, dtype: np.dtype[Any]) -> Any:
-    with np.errstate(over="ignore"):  # of half types, as in the kernels
+def _cast(array: Any, dtype: np.dtype[Any]) -> Any:
+    with np.errstate(over="ignore"):  # half types overflow to infinity, as in the kernels
         return array.astype(dtype, copy=False)

@@ -1,4 +1,4 @@
-"""The communicator of several ranks in one process, over the project's own kernels."""
+"""Communicator of several ranks in one process, over the kernels of this package."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__: list[str] = []
 
 @final
 class Local:
-    """All ranks are buffers of this process; one thread calls for all of them.
+    """Communicator whose ranks are buffers of one process; one thread calls for all of them.
 
-    A collective runs where its values lie: NumPy arrays on the CPU, others on their GPU.
+    A collective runs where its arrays are stored: NumPy arrays on the CPU, others on their GPU.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Which communicator a name stands for: one visible table."""
+"""Registry of communicators: one table from names to algorithms, and their construction."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from dvkernels.errors import AlgorithmError, ClusterError
 __all__: list[str] = []
 
 # cross_device_ops by name -> the algorithm of dvkernels.kernels.all_reduce.
-# Over several workers every reduction is hierarchical, so asking for it changes nothing.
+# Over several workers every reduction is hierarchical, so "hierarchical" means "auto".
 _ALGORITHMS = {"auto": "auto", "direct": "direct", "hierarchical": "auto", "ring": "ring"}
 
-
-# Between hosts: see schedules/cost_model.py. Other names leave it to the model.
-_WAYS = {"direct": "exchange", "ring": "ring"}
+# cross_device_ops by name -> the algorithm between hosts; for other names the cost model of
+# schedules/cost_model.py chooses.
+_BETWEEN_HOSTS = {"direct": "exchange", "ring": "ring"}
 
 
 def between_workers(
     resolver: ClusterResolver, timeout_seconds: float, cross_device_ops: object = "auto"
 ) -> Workers:
-    """Return the workers of a job, which MPI brings together; of one worker, itself alone.
+    """Return the communicator of a job's workers: over MPI, or ``Single`` for one worker.
 
     Raises
     ------
     AlgorithmError
-        ``cross_device_ops`` leads workers different ways between hosts: on all of them.
+        Workers ask for different algorithms between hosts. Raised on all workers.
     ClusterError, CollectiveTimeoutError
-        See ``mpi.connect``.
+        See ``workers.connect.connect``.
     """
     if resolver.worker_id is None:
         raise ClusterError(
@@ -52,25 +52,28 @@ def between_workers(
         from dvkernels.communicators.workers import connect
     except ImportError as error:
         raise ClusterError(
-            f"{resolver!r} has others to talk to, and MPI carries that: install mpi4py and an MPI "
-            f"(pip install 'dvkernels[mpi]' mpich); importing it failed: {error}"
+            f"{resolver!r} has several workers, which communicate by MPI: install mpi4py and an "
+            f"MPI (pip install 'dvkernels[mpi]' mpich); importing it failed: {error}"
         ) from error
-    return connect.connect(resolver, timeout_seconds, _WAYS.get(_named(cross_device_ops), "auto"))
+    return connect.connect(
+        resolver, timeout_seconds, _BETWEEN_HOSTS.get(_name_of(cross_device_ops), "auto")
+    )
 
 
 def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
-    """Return workers that take arrays of GPUs too, where those of some worker lie there.
+    """Return workers that take GPU arrays too, if some worker's replicas are on GPUs.
 
-    Every worker calls this. Where those of all lie there, and MPI takes them, nothing is staged.
+    Every worker calls this. If the replicas of all workers are on GPUs and MPI is CUDA-aware,
+    arrays go directly from GPU to GPU; otherwise they are staged in host memory.
     """
-    told = workers.exchange(are_on_gpus)
-    if len(told) == 1 or not any(told):
+    answers = workers.exchange(are_on_gpus)
+    if len(answers) == 1 or not any(answers):
         return workers
     from dvkernels.communicators.workers.gpu.direct import GpuDirect
     from dvkernels.communicators.workers.group import WorkerGroup
 
-    if all(told) and isinstance(workers, WorkerGroup) and workers.gpu_comms:
-        return Staged(workers, straight=GpuDirect(workers))
+    if all(answers) and isinstance(workers, WorkerGroup) and workers.gpu_comms:
+        return Staged(workers, direct=GpuDirect(workers))
     return Staged(workers)
 
 
@@ -80,66 +83,70 @@ def between_all(
     workers: Workers,
     bytes_per_bucket: int | None = None,
 ) -> tuple[list[int], Communicator, Communicator]:
-    """Return how many replicas each worker has, and the communicator of all of them, twice.
+    """Return the number of replicas of each worker, and two communicators of all replicas.
 
-    The second is for a thread that reduces meanwhile. Every worker calls this, with the devices of
+    The second communicator is for the progress thread. Every worker calls this, with the devices of
     its own replicas.
 
     Raises
     ------
     AlgorithmError
-        Some workers ask for NCCL, and others do not: on all of them.
+        Some workers ask for NCCL and others do not. Raised on all workers.
     """
-    asks_for_nccl = _named(cross_device_ops) == "nccl"
-    inside = between_devices(devices, "auto" if asks_for_nccl else cross_device_ops)
-    told = workers.exchange((len(devices), asks_for_nccl))
-    counts = [count for count, _ in told]
-    asking = [worker for worker, (_, asks) in enumerate(told) if asks]
-    if 0 < len(asking) < len(told):
-        others = [worker for worker in range(len(told)) if worker not in asking]
+    asks_for_nccl = _name_of(cross_device_ops) == "nccl"
+    local = between_devices(devices, "auto" if asks_for_nccl else cross_device_ops)
+    answers = workers.exchange((len(devices), asks_for_nccl))
+    counts = [count for count, _ in answers]
+    asking = [worker for worker, (_, asks) in enumerate(answers) if asks]
+    if 0 < len(asking) < len(answers):
+        others = [worker for worker in range(len(answers)) if worker not in asking]
         raise AlgorithmError(
             f"cross_device_ops='nccl' connects the GPUs of all workers: workers {asking} ask for "
             f"it, and workers {others} do not; give all of them the same"
         )
-    main = between_replicas(inside, workers, counts)
-    background = between_replicas(inside, workers.beside(), counts)
+    main = between_replicas(local, workers, counts)
+    background = between_replicas(local, workers.duplicate(), counts)
     if asks_for_nccl:
         from dvkernels.communicators.nccl import communicator as nccl
 
-        main = nccl.Nccl(devices, workers=workers, rest=main)
-        # NCCL wants one order of calls on all workers, and a second thread has its own.
+        main = nccl.Nccl(devices, workers=workers, fallback=main)
+        # NCCL needs one order of calls on all workers, and a second thread has its own order.
         background = main if workers.size == 1 else background
-    return counts, _packing(main, bytes_per_bucket), _packing(background, bytes_per_bucket)
+    return (
+        counts,
+        _with_buckets(main, bytes_per_bucket),
+        _with_buckets(background, bytes_per_bucket),
+    )
 
 
 def between_replicas(
-    inside: Communicator,
+    local: Communicator,
     workers: Workers,
     replicas_of_workers: Sequence[int],
     bytes_per_bucket: int | None = None,
 ) -> Communicator:
     """Return the communicator of all replicas of all workers.
 
-    ``inside`` is that of the replicas of this worker. It packs many arrays where
+    ``local`` is the communicator of this worker's replicas. Many arrays are packed into buckets if
     ``bytes_per_bucket`` is given.
     """
-    communicator = inside
+    communicator = local
     if workers.size > 1:
-        communicator = Hierarchical(inside, workers, replicas_of_workers)
-    return _packing(communicator, bytes_per_bucket)
+        communicator = Hierarchical(local, workers, replicas_of_workers)
+    return _with_buckets(communicator, bytes_per_bucket)
 
 
-def _packing(communicator: Communicator, bytes_per_bucket: int | None) -> Communicator:
+def _with_buckets(communicator: Communicator, bytes_per_bucket: int | None) -> Communicator:
     return communicator if bytes_per_bucket is None else Bucketing(communicator, bytes_per_bucket)
 
 
 def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Communicator:
     """Return the communicator of the replicas of this process, one on each device.
 
-    ``cross_device_ops`` is the name of an algorithm of our own, or an object of the
+    ``cross_device_ops`` is the name of an algorithm of this package, or an object of the
     :class:`Communicator` protocol.
     """
-    num_replicas, name = len(devices), _named(cross_device_ops)
+    num_replicas, name = len(devices), _name_of(cross_device_ops)
     if name in _ALGORITHMS:
         return Single() if num_replicas == 1 else Local(num_replicas, _ALGORITHMS[name])
     if isinstance(cross_device_ops, Communicator):
@@ -155,6 +162,6 @@ def between_devices(devices: Sequence[Device], cross_device_ops: object) -> Comm
     )
 
 
-def _named(cross_device_ops: object) -> str:
-    """Return the name that was given, or "" for an object."""
+def _name_of(cross_device_ops: object) -> str:
+    """Return ``cross_device_ops`` in lower case, or "" if it is not a name."""
     return cross_device_ops.lower() if isinstance(cross_device_ops, str) else ""

@@ -1,4 +1,4 @@
-"""The communicator of one rank, or one worker: every collective is a copy."""
+"""Communicator of one rank, or of one worker: every collective is a copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__: list[str] = []
 
 @final
 class Single:
-    """A group of one is a group: the reduction of one value is that value."""
+    """Communicator of a single rank: a group of one is a group."""
 
     size = 1
     rank = 0
@@ -29,31 +29,31 @@ class Single:
         how: Accumulation,
         outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
-        """Return None: replicas of one worker meet without it."""
+        """Return None: the replicas of one worker reduce over their own communicator."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
-        """Return new arrays."""
+        """Return new host arrays."""
         return [np.empty(shape, dtype) for _ in range(count)]
 
-    def meet(self) -> None:
-        """Wait for nobody."""
+    def barrier(self) -> None:
+        """Return at once."""
 
-    def exchange(self, word: Any, verb: str = "exchange") -> list[Any]:
-        """Return the word."""
-        return [word]
+    def exchange(self, message: Any, verb: str = "exchange") -> list[Any]:
+        """Return the message."""
+        return [message]
 
     def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
         """Return the numbers."""
         return [[*numbers]]
 
     def announce(self, error: BaseException) -> None:
-        """Tell nobody."""
+        """Do nothing: there is no other worker."""
 
     def end(self, error: BaseException) -> None:
-        """End nothing: nobody waits for this one."""
+        """Do nothing: no other worker waits for this one."""
 
-    def beside(self) -> Single:
-        """Return this: it keeps no order of calls."""
+    def duplicate(self) -> Single:
+        """Return this communicator: it keeps no order of calls."""
         return self
 
     def all_reduce(
@@ -72,7 +72,7 @@ class Single:
         return self.all_reduce(values, op)[0]
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
-        """Copy the value: all of it is the only rank's part."""
+        """Copy the value: the part of the only rank is the whole."""
         return self.all_reduce(values, op)
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The replicas of one run: a thread each, and the rendezvous at which they meet.
+"""Replicas of one run: a thread each, and the rendezvous where they perform collectives.
 
 Imports: deadlines, devices, errors, kernels, nest, profiler, threads, user_errors.
 """

@@ -1,9 +1,9 @@
-"""Whose threads without a context are, while replicas are at work.
+"""Detection of collectives in a thread that a replica started, which has no replica context.
 
-Contexts belong to threads. A thread that a replica has made has none, so what it calls would mean
-the default strategy, of one replica: all_reduce would return its input. A thread that has nothing
-to do with the replicas looks the same, and may mean just that. What tells them apart is that the
-replica waits for its thread.
+Contexts belong to threads. A thread that a replica starts has none, so its collectives would go to
+the default strategy of one replica: all_reduce would return its input. A thread that is unrelated
+to the replicas looks the same, and may mean exactly that. The difference is that the replica waits
+for its thread.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous
 
 __all__: list[str] = []
 
-# What the stack of a replica's thread begins with; filled by whoever runs replicas.
+# Code objects at the bottom of a replica thread's stack; filled by the modules that run replicas.
 ENTRANCES: set[types.CodeType] = set()
 
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
-_LIBRARY = str(Path(threading.__file__).parent) + os.sep  # that of Python
+_LIBRARY = str(Path(threading.__file__).parent) + os.sep  # Python's standard library
 _SITE = f"{os.sep}site-packages{os.sep}"
-_WAITING = (threading.__file__, selectors.__file__)  # where a thread waits for another
+_WAITING = (threading.__file__, selectors.__file__)  # modules in which a thread waits for another
 
 
 class UnscopedRendezvous(Rendezvous):
-    """The step that code outside of every scope and run is in: it is alone."""
+    """Rendezvous of code outside of every scope and run: a group of one."""
 
     __slots__ = ()
 
@@ -38,18 +38,18 @@ class UnscopedRendezvous(Rendezvous):
         super().__init__(1)
 
     def meet(self, replica: int, request: CollectiveCall) -> object:
-        """Act at once."""
+        """Perform the collective at once."""
         _check(request)
         return super().meet(replica, request)
 
     def issue(self, replica: int, request: CollectiveCall) -> object:  # type: ignore[override]
-        """Act at once."""
+        """Perform the collective at once."""
         _check(request)
         return super().issue(replica, request)
 
 
 def _check(request: CollectiveCall) -> None:
-    """Raise where this thread is one that a replica waits for."""
+    """Raise if a replica waits for a thread of its own, which may be this thread."""
     own = threading.get_ident()
     if own == threading.main_thread().ident:
         return
@@ -65,13 +65,13 @@ def _check(request: CollectiveCall) -> None:
 
 
 def _is_replica_that_waits(frame: types.FrameType | None) -> bool:
-    """Return whether a thread runs a replica, whose own code waits for another thread."""
+    """Return whether a thread runs a replica whose user code waits for another thread."""
     if frame is None or frame.f_code.co_filename not in _WAITING:
         return False
     while frame is not None and _is_of_python(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None or frame.f_code.co_filename.startswith(_PACKAGE):
-        return False  # the library itself waits
+        return False  # this package waits, not user code
     while frame is not None and frame.f_code not in ENTRANCES:
         frame = frame.f_back
     return frame is not None

@@ -1,4 +1,4 @@
-"""A thread that carries out collectives behind the replicas' backs, one after another."""
+"""Progress thread: performs asynchronous collectives in the background, one after another."""
 
 from __future__ import annotations
 
@@ -15,80 +15,80 @@ Job = Callable[[], None]
 
 
 class _Queue:
-    """Jobs, and whether a thread is there to run them; the thread holds nothing else."""
+    """Job queue, the only object that the thread refers to."""
 
     __slots__ = ("__weakref__", "is_served", "jobs", "vacancy")
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.vacancy = [None]  # taken by the one thread that serves, on that thread
+        self.vacancy = [None]  # one token, held by the one thread that serves
         self.is_served = False
 
 
 class ProgressThread:
-    """Runs jobs in the order they are given; its thread is made at the first one.
+    """Background thread that runs jobs in order; started by the first job.
 
-    The thread ends when the carrier is dropped. It holds the queue only, and a job never raises.
-    An interrupt at any point of :meth:`carry` leaves the carrier as good as before: the job may
-    then wait in the queue until the next one is given.
+    The thread ends when this object is dropped: it refers to the queue only. A job never raises.
+    An interrupt at any point of :meth:`submit` leaves this object usable: the job may then wait in
+    the queue until the next one is submitted.
     """
 
     def __init__(self) -> None:
-        self._forget()
+        self._reset_after_fork()
 
-    def _forget(self) -> None:
+    def _reset_after_fork(self) -> None:
         self._queue = _Queue()
         weakref.finalize(self, _end, self._queue, os.getpid())
-        self._pid = os.getpid()  # last: an interrupt before this leaves it to be done again
+        self._pid = os.getpid()  # last: after an interrupt before this, it is done again
 
     @property
     def is_served(self) -> bool:
-        """Whether a thread of this process runs what is in the queue."""
+        """Whether a thread of this process runs the jobs in the queue."""
         return self._queue.is_served and self._pid == os.getpid()
 
-    def carry(self, job: Job) -> None:
-        """Run a job soon; RuntimeError if there is no thread to be had."""
+    def submit(self, job: Job) -> None:
+        """Run a job in the background; RuntimeError if no thread can be started."""
         if self._pid != os.getpid():
-            self._forget()  # the thread stayed in the process that this one was forked from
+            self._reset_after_fork()  # the thread stayed in the parent process
         self._queue.jobs.put(job)
         if not self._queue.is_served:
-            # Several callers may come here at once. Of their threads one stays.
+            # Several callers may come here at once; one of their threads stays.
             worker = thread.Thread(
-                target=_work, args=(self._queue,), name="dvkernels-replica-carrier", daemon=True
+                target=_work, args=(self._queue,), name="dvkernels-replica-progress", daemon=True
             )
             thread.start([worker])
 
     def stop(self) -> None:
-        """End the thread after the jobs it was given."""
+        """End the thread after the submitted jobs."""
         _end(self._queue, self._pid)
 
 
-def _work(mine: _Queue) -> None:
+def _work(state: _Queue) -> None:
     pid = os.getpid()
     is_needed = True
     while is_needed and pid == os.getpid():
         try:
-            mine.vacancy.pop()
+            state.vacancy.pop()
         except IndexError:
             return  # another thread serves
-        mine.is_served = True
+        state.is_served = True
         try:
-            _serve(mine.jobs, pid)
+            _serve(state.jobs, pid)
         finally:
-            mine.is_served = False
-            mine.vacancy.append(None)
-        is_needed = not mine.jobs.empty()  # given by somebody who still saw it served
+            state.is_served = False
+            state.vacancy.append(None)
+        is_needed = not state.jobs.empty()  # submitted by a caller that still saw is_served
 
 
 def _serve(jobs: queue.SimpleQueue[Job | None], pid: int) -> None:
-    while pid == os.getpid():  # a job may fork: in that process nobody gives any more
+    while pid == os.getpid():  # a job may fork: in the child nobody submits any more
         job = jobs.get()
         if job is None:
             return
         job()
-        del job  # keep nothing of the user's alive while waiting
+        del job  # keep no object of the user alive while waiting
 
 
-def _end(mine: _Queue, pid: int) -> None:
+def _end(state: _Queue, pid: int) -> None:
     if pid == os.getpid():
-        mine.jobs.put(None)
+        state.jobs.put(None)

@@ -1,4 +1,4 @@
-"""Whose turn it is: the steps of one strategy follow each other, and so does what reads between."""
+"""Lock of a strategy's steps: one step at a time, and no deep copy of a variable during one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ __all__: list[str] = []
 
 @final
 class StepLock:
-    """A lock that steps take, and deep copies of variables; another one in each forked process."""
+    """Reentrant lock held by a step or a deep copy of a variable; a new one after a fork."""
 
     __slots__ = ("_locks", "is_stepping")
 
     def __init__(self) -> None:
-        self.is_stepping = False  # who has it may run a step; an interrupt may leave that behind
+        # Set by the holder of the lock; stale after an interrupt, so check the lock too.
+        self.is_stepping = False
         self._locks: dict[int, threading.RLock] = {}
 
     def lock(self) -> threading.RLock:
-        """Return the lock of this process: nobody here has what another process had taken."""
+        """Return the lock of this process: the parent may have held its own during the fork."""
         pid = os.getpid()
         return self._locks.get(pid) or self._locks.setdefault(pid, threading.RLock())
 
     def is_elsewhere(self) -> bool:
-        """Return whether another thread of this process runs a step."""
+        """Return whether another thread of this process is running a step."""
         if not self.is_stepping:
             return False
         lock = self.lock()

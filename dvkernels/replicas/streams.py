@@ -1,4 +1,4 @@
-"""Steps of replicas on GPUs: each runs on a stream of its own, and meetings put them in order."""
+"""Runner of replicas on GPUs: one CUDA stream per replica, ordered at each collective."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__: list[str] = []
 
 
 class StreamedRunner:
-    """Runs steps as another runner does, with work on GPUs in the order that ``order`` says."""
+    """Runner that wraps another one, and runs each replica on its own stream of ``order``."""
 
     def __init__(self, runner: Runner, order: StreamOrder) -> None:
         self._runner = runner
         self._order = order
 
     def run(self, call: Call, nested: bool) -> list[Any]:
-        """Return ``[call(step, replica) for each replica]``, called at the same time."""
+        """Return ``[call(step, replica) for each replica]``, called concurrently."""
         order = self._order
 
         def on_stream(step: Rendezvous, rank: int) -> Any:
@@ -31,5 +31,5 @@ class StreamedRunner:
             return self._runner.run(on_stream, nested)
 
     def close(self) -> None:
-        """End the threads; the streams go with the strategy."""
+        """End the threads; the streams live as long as the strategy."""
         self._runner.close()

@@ -1,7 +1,7 @@
-"""The threads of a strategy: one per replica, kept alive between steps.
+"""Thread team of a strategy: one thread per replica, kept alive between steps.
 
-Replica 0 runs on the thread that called ``run``, the others on threads of the crew. They hold no
-reference to the strategy, so dropping it ends them.
+Replica 0 runs on the thread that called ``run``, the others on threads of the team. The threads do
+not refer to the strategy, so they end when it is dropped.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from dvkernels.threads import thread as threads
 __all__: list[str] = []
 
 _JOIN_SECONDS = 5.0
-_LOOK_UP_SECONDS = 1.0  # how often an idle thread asks whether its crew still exists
+_LOOK_UP_SECONDS = 1.0  # how often an idle thread checks that its team still exists
 
 
 class _Inbox:
-    """One slot for a task, and the gate its thread waits at."""
+    """Slot for one thread's next task, and the gate that opens when it is filled."""
 
-    __slots__ = ("gate", "gates", "next_gate", "owner", "pid", "task")
+    __slots__ = ("gate", "gates", "next_gate", "pid", "task", "team")
 
     def __init__(
-        self, gates: Gates, gate: int, next_gate: int | None, owner: weakref.ref[ThreadTeam]
+        self, gates: Gates, gate: int, next_gate: int | None, team: weakref.ref[ThreadTeam]
     ) -> None:
         self.task: Callable[[], None] | None = None
         self.next_gate = next_gate
         self.gates = gates
         self.gate = gate
-        self.owner = owner
+        self.team = team
         self.pid = os.getpid()
 
     def take(self) -> Callable[[], None]:
@@ -44,10 +44,10 @@ class _Inbox:
         while task is None:  # the gate of a step that was interrupted may have no task behind it
             is_open = self.gates.wait(self.gate, _LOOK_UP_SECONDS)
             while not is_open:
-                # Its crew was dropped, by an interrupt perhaps; or the last task forked, and this
-                # is the child, where nobody brings another. Asked here, not for each task: a call
-                # there holds the interpreter's lock when the caller needs it (19 us became 35).
-                if self.owner() is None or self.pid != os.getpid():
+                # The team was dropped, perhaps by an interrupt; or the last task forked, and this
+                # is the child, which never gets another. Checked here, not for each task: a call
+                # there holds the GIL when the caller needs it (19 us became 35).
+                if self.team() is None or self.pid != os.getpid():
                     return _end
                 is_open = self.gates.sleep(self.gate, _LOOK_UP_SECONDS)
             self.gates.close(self.gate)
@@ -58,19 +58,19 @@ class _Inbox:
 
 
 class ThreadTeam:
-    """Threads for the replicas 1 to n - 1 of a step, and the gates between all n of them.
+    """Team of threads for replicas 1 to n - 1 of a step, and the gates between all n replicas.
 
-    The threads end when the crew is dropped. Only :meth:`stop` waits for that: what garbage
-    collection calls must not wait, and an interrupt during it would be lost.
+    The threads end when the team is dropped. Only :meth:`stop` joins them: a finalizer must not
+    wait, and an interrupt during it would be lost.
     """
 
     def __init__(self, num_replicas: int) -> None:
-        first = rendezvous.num_gates(num_replicas)  # before it come the gates of the step
+        first = rendezvous.num_gates(num_replicas)  # after the gates of the rendezvous
         self._gates = Gates(first + num_replicas - 1, num_replicas)
         self._num_replicas = num_replicas
         self._is_chain = not self._gates.spins
-        self.is_busy = False  # set by whoever runs a step with it
-        self._dead = [False] * num_replicas  # whose thread has ended
+        self.is_busy = False  # set by the runner of a step
+        self._has_ended = [False] * num_replicas  # by replica: its thread has ended
         self._inboxes = [
             _Inbox(
                 self._gates,
@@ -83,7 +83,7 @@ class ThreadTeam:
         self._threads = [
             threads.Thread(
                 target=_work,
-                args=(inbox, self._dead, rank),
+                args=(inbox, self._has_ended, rank),
                 name=f"dvkernels-replica-{rank}",
                 daemon=True,
             )
@@ -93,27 +93,27 @@ class ThreadTeam:
         self._at_drop = weakref.finalize(self, _end_all, self._inboxes, self._pid)
         threads.start(self._threads)
 
-    def step(
+    def new_rendezvous(
         self,
         timeout: float,
-        carrier: ProgressThread,
+        progress_thread: ProgressThread,
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
     ) -> rendezvous.Rendezvous:
-        """Return a new step between these threads and the caller; ``timeout`` in seconds."""
+        """Return the rendezvous of a new step of this team; ``timeout`` in seconds."""
         self._gates.close_first(rendezvous.num_gates(self._num_replicas))
         return rendezvous.Rendezvous(
             self._num_replicas,
             self._gates,
             timeout,
-            carrier,
+            progress_thread,
             first_replica,
             announce,
-            self._dead,
+            self._has_ended,
         )
 
     def start(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Start one task on each thread; a task never raises, and the thread is idle before."""
+        """Start one task on each (idle) thread; a task never raises."""
         for inbox, task in zip(self._inboxes, tasks, strict=True):
             inbox.task = task
         if self._is_chain:
@@ -125,18 +125,18 @@ class ThreadTeam:
         self._gates.open_and_let_run(last.gate, rendezvous.rest_gate(self._num_replicas))
 
     def dismiss(self) -> None:
-        """Tell the threads to end after what they do now, and do not wait.
+        """Tell the threads to end after their current task, without waiting.
 
-        After this, dropping the crew runs no Python code: an interrupt that strikes in a weak
+        After this, dropping the team runs no Python code: an interrupt that strikes in a weak
         reference's callback (ours, or the one that ``threading`` keeps for each thread) is lost.
-        Each thread holds itself until it ends, so forgetting it here is no drop.
+        Each thread keeps itself alive until it ends.
         """
         self._threads = []
         _end_all(self._inboxes, self._pid)
-        self._at_drop.detach()  # last: an interrupt before this leaves the ending to the drop
+        self._at_drop.detach()  # last: after an interrupt before this, the finalizer ends them
 
     def stop(self) -> None:
-        """End the threads, which are idle, and wait until they have ended."""
+        """End the idle threads, and join them."""
         _end_all(self._inboxes, self._pid)
         if sys.is_finalizing():
             return  # they run no more
@@ -146,19 +146,19 @@ class ThreadTeam:
 
 
 def _end() -> None:
-    """Tell a thread to end."""
+    """Stand for the end of a thread, in place of a task."""
 
 
-def _work(inbox: _Inbox, dead: list[bool], rank: int) -> None:
+def _work(inbox: _Inbox, has_ended: list[bool], rank: int) -> None:
     try:
         while True:
             task: Any = inbox.take()
             if task is _end:
                 return
             task()
-            del task  # keep nothing of the user's alive while waiting
+            del task  # keep no object of the user alive while waiting
     finally:
-        dead[rank] = True  # whoever waits for it looks
+        has_ended[rank] = True  # read by replicas that wait for this one
 
 
 def _end_all(inboxes: list[_Inbox], pid: int) -> None:

@@ -18,7 +18,7 @@ Rows = list[Row]
 def changed(
     make: Callable[[int], Protocol], change: Callable[[Rows], object], ranks: slice = slice(None)
 ) -> Callable[[int], Protocol]:
-    """Return the protocol where ``change`` was done to the rows of some ranks."""
+    """Return the protocol with ``change`` applied to the rows of some ranks."""
 
     def wrong(num_ranks: int) -> Protocol:
         rows = [[*own] for own in make(num_ranks).rows]
@@ -39,7 +39,7 @@ def each(kind: type) -> list[tuple[str, int]]:
 
 
 def check(make: Callable[[int], Protocol], **how: int) -> None:
-    """Check three ranks, by order and by trial, which must agree."""
+    """Check three ranks by happens-before and by every interleaving, which must agree."""
     calls = [make(3)] * 3
     found = set()
     for in_place in (False, True):
@@ -54,7 +54,7 @@ def check(make: Callable[[int], Protocol], **how: int) -> None:
                 found.add((law.__name__, in_place))
                 message = str(error)
     if found:
-        # An order that is missing in any case shows in some order of the moves.
+        # A missing happens-before edge shows in some interleaving of the moves.
         assert {place for law, place in found if law == "check_order"} == {
             place for law, place in found if law == "<lambda>"
         }
@@ -78,7 +78,7 @@ def test_every_wait_is_needed(name: str, at: int) -> None:
 
 @pytest.mark.parametrize(("name", "at"), each(Signal))
 def test_every_signal_is_needed(name: str, at: int) -> None:
-    # Of one rank alone, the next signal may answer for it, only later.
+    # If only one rank lacks it, that rank's next signal may stand in for it, later.
     with pytest.raises(AssertionError, match="deadlock"):
         check(changed(MAKERS[name], lambda rows: rows.pop(at)))
 
@@ -107,7 +107,7 @@ def test_one_slot_instead_of_two_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_contribution_that_comes_twice_is_found(name: str) -> None:
+def test_a_contribution_that_is_added_twice_is_found(name: str) -> None:
     at = next(
         at for at, row in enumerate(MAKERS[name](3).rows[0]) if getattr(row, "completes", False)
     )
@@ -132,7 +132,7 @@ def test_without_deadline_and_abort_a_lost_rank_stops_the_others(name: str) -> N
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_who_gives_up_in_silence_or_hears_no_abort_is_found(name: str) -> None:
+def test_a_rank_that_gives_up_without_an_abort_or_ignores_one_is_found(name: str) -> None:
     programs = moves.programs([MAKERS[name](2)] * 2, in_place=True)
     deaf, silent = Spin(hears_abort=False), Spin(has_deadline=True, aborts_others=False)
     with pytest.raises(AssertionError, match="expected"):

@@ -24,7 +24,7 @@ from dvkernels.testing import assert_same_on, check_strategy
     ],
     ids=["mirrored", "ring", "buckets", "central storage", "one worker"],
 )
-def test_of_several_replicas(make):
+def test_strategies_of_several_replicas(make):
     check_strategy(make, replicas=(1, 2, 3))
 
 
@@ -33,7 +33,7 @@ def test_one_device():
 
 
 class Deaf(Local):
-    """A communicator whose all-reduce keeps each rank's own value."""
+    """Defective communicator whose all-reduce returns each rank's own value."""
 
     def all_reduce(self, values, op, out=None):
         return [np.array(value) for value in values]
@@ -67,6 +67,6 @@ def test_same_on_any_number_of_replicas():
     assert_same_on(weights)
 
 
-def test_what_depends_on_the_number_of_replicas_is_found():
+def test_a_result_that_depends_on_the_number_of_replicas_is_found():
     with pytest.raises(AssertionError, match="2 replicas, leaf 1"):
         assert_same_on(lambda strategy: weights(strategy, wrong=True), [1, 2])

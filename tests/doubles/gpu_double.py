@@ -1,9 +1,8 @@
-"""A double of a GPU that does things some time after it was told to, and of an MPI beside it.
+"""Doubles of an asynchronous GPU and of a CUDA-aware MPI.
 
-The memory of the GPU is that of the host, which a real MPI takes, but the arrays over it cannot be
-read: what a stream was given has happened when an event tells so, and before that it may or may
-not. The MPI reads what it is to send at once or much later, and writes where it is to receive from
-the first moment on.
+GPU memory is host memory, which a real MPI accepts too, but its arrays refuse to be read. Work of a
+stream has been done once an event says so, and may or may not have been done before. The MPI reads
+a send buffer at once or much later, and writes to a receive buffer from the start.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dvkernels.kernels import cpu
 
 
 class OnDevice:
-    """An array that the host cannot read."""
+    """Array that the host cannot read."""
 
     def __init__(self, hidden, device=0):
         self.hidden, self.device = hidden, device
@@ -81,7 +80,7 @@ class Event:
 
 
 class Arrays:
-    """The seam to the GPUs of one worker."""
+    """Double of the array library (``cuda.ArrayLibrary``) of one worker."""
 
     def __init__(self, seed):
         self.streams = [Stream(seed), Stream(seed + 1)]
@@ -128,14 +127,14 @@ class Arrays:
         return array.hidden.reshape(-1).view(np.uint8)
 
     def reduce(self, sources, op, *, out):
-        """The kernel: on the current stream."""
+        """Enqueue the reduction kernel on the current stream."""
         taken = [source.hidden for source in sources]
         assert all(source.dtype == out.dtype and source.shape == out.shape for source in sources)
         self.stream.give(lambda: cpu.reduce(taken, op, out=out.hidden))
 
 
 class Mpi:
-    """What ``size`` workers, threads of one process, have between them."""
+    """Double of the MPI of ``size`` workers, which are threads of one process."""
 
     def __init__(self, size, seed=0):
         self.random, self.mutex = random.Random(seed), threading.Lock()
@@ -143,11 +142,11 @@ class Mpi:
         self.comms = [Comm(self, rank, size) for rank in range(size)]
 
     def move(self, key):
-        """Carry one message of those that both sides have asked for."""
+        """Deliver one message that both sides have posted."""
         if self.sends[key] and self.receives[key]:
             send, receive = self.sends[key].pop(0), self.receives[key].pop(0)
-            assert len(send.held) == len(receive.held), "all workers cut the array alike"
-            receive.held[:] = send.held
+            assert len(send.buffer) == len(receive.buffer), "all workers divide the array alike"
+            receive.buffer[:] = send.buffer
             send.is_done = receive.is_done = True
 
 
@@ -156,7 +155,7 @@ class Comm:
         self._mpi, self.rank, self.size = mpi, rank, size
 
     def Isend(self, held, to, tag):
-        assert len(held), "nothing is not sent"
+        assert len(held), "empty messages are not sent"
         with self._mpi.mutex:
             is_eager = self._mpi.random.random() < 0.5
             key = self.rank, to, tag
@@ -175,7 +174,7 @@ class Comm:
 
 class Sending:
     def __init__(self, mpi, key, held):
-        self._mpi, self._key, self.held, self.is_done = mpi, key, held, False
+        self._mpi, self._key, self.buffer, self.is_done = mpi, key, held, False
 
     def Test(self):
         with self._mpi.mutex:
@@ -185,7 +184,7 @@ class Sending:
 
 
 class OfHost:
-    """A communicator of arrays on the GPU, given and giving arrays of the host over its memory."""
+    """Communicator adapter from GPU arrays to host arrays over the same memory."""
 
     def __init__(self, communicator, arrays):
         self._communicator, self._arrays = communicator, arrays

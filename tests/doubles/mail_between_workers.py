@@ -1,4 +1,4 @@
-"""Workers that are threads of one process, on hosts that send each other mail, without MPI."""
+"""Workers as threads of one process on simulated hosts, with in-process messages for MPI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 
 import numpy as np
-from threads_as_workers import rooms
+from threads_as_workers import segments_of
 
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
 from dvkernels.communicators.workers.shm.staging import (
@@ -20,27 +20,31 @@ from dvkernels.communicators.workers.wait import AllRequests
 from dvkernels.schedules.cost_model import Routing
 
 
-def transports_between_hosts(placed, way, timeout_seconds=20.0):
-    """Return a transport for each worker, over messages within this process; numbers of hosts."""
-    hosts = {}
-    for host, size in collections.Counter(placed).items():
+def transports_between_hosts(hosts, algorithm, timeout_seconds=20.0):
+    """Return a transport for each worker over in-process messages; ``hosts`` numbers the hosts."""
+    stagings = {}
+    for host, size in collections.Counter(hosts).items():
         alone = [LocalStaging()]
-        shared = rooms(size, NUM_RESULTS // 2, PIECE_NBYTES) if size > 1 else []
-        hosts[host] = iter([SharedStaging(room, 0, False) for room in shared] or alone)
+        shared = segments_of(size, NUM_RESULTS // 2, PIECE_NBYTES) if size > 1 else []
+        stagings[host] = iter([SharedStaging(segment, 0, False) for segment in shared] or alone)
     mail = Mail()
     return [
-        ByMail(
-            MailTraffic(mail, rank, len(placed)), next(hosts[host]), placed, way, timeout_seconds
+        MailTransport(
+            MailPointToPoint(mail, rank, len(hosts)),
+            next(stagings[host]),
+            hosts,
+            algorithm,
+            timeout_seconds,
         )
-        for rank, host in enumerate(placed)
+        for rank, host in enumerate(hosts)
     ]
 
 
 class Mail:
-    """What was sent and what is waited for, by sender, receiver and tag, both in their order.
+    """Posted sends and receives by sender, receiver and tag, in their order.
 
-    Nothing is kept in between: a message is there when both sides are, and goes straight into the
-    receiver's memory. So who counts on more than MPI promises hangs, or loses data.
+    Nothing is buffered: a message is delivered when both sides are posted, directly into the
+    receiver's memory. Code that relies on more than MPI guarantees hangs, or loses data.
     """
 
     def __init__(self):
@@ -53,14 +57,14 @@ class Mail:
         with self._mutex:
             (self._sent if is_sent else self._wanted)[key].append(request)
             while self._sent[key] and self._wanted[key]:
-                sent, wanted = self._sent[key].popleft(), self._wanted[key].popleft()
-                wanted.array.view(np.uint8)[...] = sent.array.view(np.uint8)
-                sent.is_done = wanted.is_done = True
+                sent, fingerprint = self._sent[key].popleft(), self._wanted[key].popleft()
+                fingerprint.array.view(np.uint8)[...] = sent.array.view(np.uint8)
+                sent.is_done = fingerprint.is_done = True
         return request
 
 
 class Letter:
-    """A message that is sent, or waited for."""
+    """Request of a posted send or receive."""
 
     def __init__(self, array):
         self.array, self.is_done = array, False
@@ -69,8 +73,8 @@ class Letter:
         return self.is_done
 
 
-class MailTraffic:
-    """A worker's traffic by mail."""
+class MailPointToPoint:
+    """A worker's ``PointToPoint`` by mail."""
 
     def __init__(self, mail, rank, size):
         self._mail, self.rank, self.size = mail, rank, size
@@ -81,27 +85,27 @@ class MailTraffic:
     def receive(self, array, source, tag):
         return self._mail.post((source, self.rank, tag), array, False)
 
-    def gather(self, own, held):
-        return MailGather(self, own, held)
+    def all_gather(self, own, gathered):
+        return MailGather(self, own, gathered)
 
-    def move(self):
+    def progress(self):
         pass
 
 
 class MailGather:
-    """A gather that may be repeated."""
+    """Repeatable all-gather by mail."""
 
-    def __init__(self, traffic, own, held):
-        self._traffic, self._own, self._held = traffic, own, held
+    def __init__(self, p2p, own, gathered):
+        self._p2p, self._own, self._held = p2p, own, gathered
 
     def Start(self):
-        rank = self._traffic.rank
+        rank = self._p2p.rank
         self._held[rank] = self._own
-        others = [other for other in range(self._traffic.size) if other != rank]
+        others = [other for other in range(self._p2p.size) if other != rank]
         self._letters = AllRequests(
             [
-                *(self._traffic.receive(self._held[other], other, 0) for other in others),
-                *(self._traffic.send(self._own, other, 0) for other in others),
+                *(self._p2p.receive(self._held[other], other, 0) for other in others),
+                *(self._p2p.send(self._own, other, 0) for other in others),
             ]
         )
 
@@ -109,33 +113,33 @@ class MailGather:
         return self._letters.Test()
 
 
-class ByMail:
-    """A transport over an exchange, without rounds: its workers agree."""
+class MailTransport:
+    """Transport over ``MpiCollectives``, without control rounds: its workers always agree."""
 
     takes_columns = False
-    window = None
+    symmetric_memory = None
     has_ended = False
 
-    def __init__(self, traffic, host, placed, way, timeout_seconds):
-        self.rank, self.size, self.timeout_seconds = traffic.rank, traffic.size, timeout_seconds
-        self._traffic = traffic
-        self.exchange = MpiCollectives(traffic, host, placed, Routing(way))
+    def __init__(self, p2p, staging, hosts, algorithm, timeout_seconds):
+        self.rank, self.size, self.timeout_seconds = p2p.rank, p2p.size, timeout_seconds
+        self._p2p = p2p
+        self.exchange = MpiCollectives(p2p, staging, hosts, Routing(algorithm))
 
-    def all_reduce_into(self, columns, num_sources, op, wanted, divisor=1):
+    def all_reduce_into(self, columns, num_sources, op, fingerprint, divisor=1):
         ((source, target),) = columns
         self.exchange.all_reduce(target, source, op, self.finish)
 
-    def gather(self, source, wanted):
+    def all_gather_bytes(self, source, fingerprint):
         counts = np.zeros((self.size, 8), np.uint8)
-        gather = self._traffic.gather(np.array([source.nbytes]).view(np.uint8), counts)
+        gather = self._p2p.all_gather(np.array([source.nbytes]).view(np.uint8), counts)
         gather.Start()
         self.finish(gather)
         targets = [np.empty(int(count), np.uint8) for (count,) in counts.view(np.int64)]
         targets[self.rank][...] = source
-        self.exchange.gather(targets, self.finish)
+        self.exchange.all_gather(targets, self.finish)
         return targets
 
-    def broadcast_into(self, target, root, wanted):
+    def broadcast_into(self, target, root, fingerprint):
         self.exchange.broadcast(target, root, self.finish)
 
     def finish(self, request):

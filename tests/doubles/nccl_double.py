@@ -1,7 +1,7 @@
-"""A double of CuPy and its NCCL: ranks of several workers that are threads of one process.
+"""Double of CuPy and its NCCL, for ranks of workers that are threads of one process.
 
-It does what NCCL does when all ranks have been given a call, refuses calls that differ, and waits
-for those that do not come until it is aborted.
+A collective runs once all ranks have enqueued it. Calls that differ are refused, and a missing call
+is waited for until the communicator is aborted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 60
 
 
 class OnDevice(np.ndarray):
-    """An array with CuPy's ``data.ptr``; a device for each rank."""
+    """Array with CuPy's ``data.ptr``, on one device per rank."""
 
     device = 0
 
@@ -53,7 +53,7 @@ def can_move(nccl, values):
 
 
 class Arrays:
-    """The seam of one worker, whose GPUs are its own."""
+    """Double of the array library (``cuda.ArrayLibrary``) of one worker, with its own GPUs."""
 
     def __init__(self, library=None, worker=0):
         self._library, self._worker = library, worker
@@ -89,35 +89,35 @@ class Event:
         self._library, self._gpu = library, gpu
 
     def record(self, stream):
-        self._wanted = self._library.given[self._gpu]
+        self._wanted = self._library.enqueued[self._gpu]
 
     @property
     def done(self):
-        return self._library.over[self._gpu] >= self._wanted
+        return self._library.completed[self._gpu] >= self._wanted
 
 
 class Failed(Exception):
-    """What CuPy calls NcclError."""
+    """Double of CuPy's NcclError."""
 
 
 class Library:
     NCCL_INT8, NCCL_UINT8, NCCL_INT32, NCCL_UINT32, NCCL_INT64, NCCL_UINT64 = range(6)
     NCCL_FLOAT32, NCCL_FLOAT64 = 7, 8
     NCCL_SUM, NCCL_PROD, NCCL_MAX, NCCL_MIN = range(4)
-    here = threading.local()  # groups and devices are of a thread
+    here = threading.local()  # groups and current devices belong to a thread
 
     def __init__(self, *, is_patient=True):
-        self.is_patient = is_patient  # the host waits in a group until all ranks have called
+        self.is_patient = is_patient  # groupEnd waits until all ranks have called
         self.num_groups, self.is_lost = 0, False
-        self.given, self.over = Counter(), Counter()  # groups of each GPU
-        self.joined = defaultdict(dict)  # by unique id: its ranks
+        self.enqueued, self.completed = Counter(), Counter()  # number of groups by GPU
+        self.joined = defaultdict(dict)  # by unique id: ranks
         self.changed = threading.Condition()
 
     def get_unique_id(self):
         return bytes([len(self.joined) + 1] * 128)
 
     def NcclCommunicator(self, size, unique_id, rank):
-        assert self.here.group is not None, "ranks are made in groups only"
+        assert self.here.group is not None, "ranks are created in groups only"
         made = Rank(self, size, unique_id, rank, self.here.gpu)
         self.here.group.append(made)
         return made
@@ -138,14 +138,16 @@ class Library:
                 called.setdefault(rank, []).append(call)
             for rank, calls in called.items():
                 rank.groups.append(calls)
-                self.given[rank.gpu] += 1
+                self.enqueued[rank.gpu] += 1
             for rank in called:
                 self.run(rank)
             self.num_groups += bool(called)
             self.changed.notify_all()
             self.wait(lambda: all(len(self.joined[r.unique_id]) == r.size for r in made))
             if self.is_patient:
-                self.wait(lambda: all(self.over[r.gpu] >= self.given[r.gpu] for r in called))
+                self.wait(
+                    lambda: all(self.completed[r.gpu] >= self.enqueued[r.gpu] for r in called)
+                )
             if any(rank.is_aborted for rank in called):
                 raise Failed("aborted")
 
@@ -153,13 +155,13 @@ class Library:
         assert self.changed.wait_for(happened, PATIENCE_SECONDS), "NCCL waits without end"
 
     def run(self, rank):
-        """Do what all ranks have been given."""
+        """Run the calls that all ranks have enqueued."""
         ranks = sorted(self.joined[rank.unique_id].values(), key=lambda one: one.rank)
         if len(ranks) < rank.size or not all(one.groups for one in ranks):
             return
         for calls in zip(*(one.groups.pop(0) for one in ranks), strict=True):
             carry_out(calls)
-        self.over.update(one.gpu for one in ranks)
+        self.completed.update(one.gpu for one in ranks)
 
 
 class Rank:
@@ -175,7 +177,7 @@ class Rank:
     def abort(self):
         with self.library.changed:
             self.is_aborted = True
-            self.library.over[self.gpu] = self.library.given[self.gpu]
+            self.library.completed[self.gpu] = self.library.enqueued[self.gpu]
             self.library.changed.notify_all()
 
     def __getattr__(self, verb):
@@ -195,7 +197,7 @@ COMBINE = (np.add, np.multiply, np.maximum, np.minimum)
 
 
 def carry_out(calls):
-    """Do one call of all ranks."""
+    """Carry out one collective of all ranks."""
     terms = {(verb, *rest[:-1]) for verb, _, _, *rest in calls}
     assert len(terms) == 1, f"the ranks called differently: {terms}"
     verb, _, _, count, kind, *rest = calls[0]

@@ -1,4 +1,4 @@
-"""Workers that are threads of one process: the laws and failures without MPI."""
+"""Workers as threads of one process, for the laws and failures without MPI."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
 from dvkernels.schedules import partition
 
 
-class Segments:
-    """Memory that threads share: all of them open a segment together."""
+class ThreadSegmentAllocator:
+    """Segment allocator of workers that are threads; all of them open a segment together."""
 
     def __init__(self, size, free_nbytes=1 << 40):
-        self.left, self.opened = free_nbytes, []
-        self._size, self._meeting = size, threading.Barrier(size, self._make, 20)
+        self.free, self.opened = free_nbytes, []
+        self._size, self._barrier = size, threading.Barrier(size, self._make, 20)
 
     def free_nbytes(self):
-        return self.left
+        return self.free
 
     def open(self, nbytes):
         self._wanted = nbytes
-        self._meeting.wait()
+        self._barrier.wait()
         return self.opened[-1]
 
     def _make(self):
-        held = [np.full(self._wanted + 64, 0xEE, np.uint8) for _ in range(self._size)]
-        self.opened.append([one[-one.ctypes.data % 64 :][: self._wanted] for one in held])
-        self.left -= self._size * self._wanted
+        memory = [np.full(self._wanted + 64, 0xEE, np.uint8) for _ in range(self._size)]
+        self.opened.append([one[-one.ctypes.data % 64 :][: self._wanted] for one in memory])
+        self.free -= self._size * self._wanted
 
 
-def transports(size, timeout_seconds=20.0, is_roomy=False, segments=None):
-    """Return a transport for each worker, over memory of this process."""
-    segments = segments or Segments(size)
+def transports(size, timeout_seconds=20.0, may_spin=False, segments=None):
+    """Return a shared-memory transport for each worker, over memory of this process."""
+    segments = segments or ThreadSegmentAllocator(size)
     return [
         SharedMemoryTransport(
-            room, timeout_seconds, is_roomy, SymmetricMemory(room.rank, size, segments)
+            segment, timeout_seconds, may_spin, SymmetricMemory(segment.rank, size, segments)
         )
-        for room in rooms(size)
+        for segment in segments_of(size)
     ]
 
 
-def rooms(size, *more):
-    """Return each worker's view of memory that they share, with more places if asked for."""
+def segments_of(size, *more):
+    """Return each worker's view of one segment; ``more`` are its numbers and sizes of buffers."""
     nbytes = Segment.nbytes_for(size, *more)
     memory = np.zeros(nbytes + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :][:nbytes]
@@ -58,7 +58,7 @@ def rooms(size, *more):
 
 
 def at_once(*calls):
-    """Return the outcome of each call, all at the same time: its result or its exception."""
+    """Call all at once, and return the outcome of each: its result or its exception."""
 
     def outcome(call):
         try:
@@ -71,7 +71,7 @@ def at_once(*calls):
 
 
 def results(*calls):
-    """Return the result of each call, all at the same time; raise the first exception."""
+    """Call all at once, and return the results; raise the first exception."""
     found = at_once(*calls)
     for one in found:
         if isinstance(one, Exception):
@@ -80,11 +80,11 @@ def results(*calls):
 
 
 class Together:
-    """The communicator whose ranks belong to workers, each on a thread with some of them.
+    """Communicator of all ranks of several workers, each on a thread with some of the ranks.
 
-    ``num_local`` each, or as many as ``counts`` says; ``over`` makes each worker's communicator
-    from its group and its hierarchical communicator. ``carried`` are the workers' transports, in
-    memory that they share if not given.
+    Each worker has ``num_local`` ranks, or ``counts`` of them; ``over`` makes each worker's
+    communicator from its group and its hierarchical communicator. ``carried`` are the workers'
+    transports, by default over shared memory.
     """
 
     def __init__(self, size, num_local=1, counts=None, over=None, carried=None):
@@ -103,7 +103,7 @@ class Together:
             self.communicators = workers
 
     def _each(self, verb, values, *args, outs=None):
-        """Return what each worker's call returns, one after another."""
+        """Return the result of each worker's call, in rank order."""
         calls = []
         for k, communicator in enumerate(self.communicators):
             own = slice(*self._starts[k : k + 2])

@@ -104,7 +104,7 @@ from dvkernels.communicators.workers.gpu import cuda_aware
 from dvkernels.communicators.workers.gpu.collectives import GpuCollectives
 from dvkernels.devices import cuda
 
-if not cuda_aware.of_mpi().is_there:
+if not cuda_aware.of_mpi().is_aware:
     print(f"skip: MPI {cuda_aware.of_mpi()}")
     raise SystemExit
 moved = []

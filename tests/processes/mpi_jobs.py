@@ -1,4 +1,4 @@
-"""Starts several processes under the mpiexec that is there, and sees that none is left behind."""
+"""Jobs of several processes under the installed mpiexec; none of them is left behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dvkernels.cluster import procfs
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAMS = Path(__file__).parent / "worker_programs.py"
 _MARK = "DVKERNELS_TEST_JOB"
-# What Open MPI needs to start as root, and more processes than cores; others do not read it.
+# For Open MPI: run as root, and with more processes than cores; other MPIs ignore it.
 _OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -33,14 +33,14 @@ _OPEN_MPI = {
 
 @functools.cache
 def mpiexec() -> str | None:
-    """Return the launcher of this interpreter's environment, or of the path."""
+    """Return the mpiexec of this interpreter's environment, or of PATH."""
     own = Path(sys.executable).parent / "mpiexec"
     return str(own) if own.exists() else shutil.which("mpiexec")
 
 
 @functools.cache
 def launcher_says() -> str:
-    """Return what the launcher says of its version; nothing if there is none."""
+    """Return the output of ``mpiexec --version``, or "" without mpiexec."""
     if mpiexec() is None:
         return ""
     said = subprocess.run([mpiexec(), "--version"], capture_output=True, text=True, check=False)
@@ -48,7 +48,7 @@ def launcher_says() -> str:
 
 
 def is_open_mpi() -> bool:
-    """Tell whether the launcher is that of Open MPI."""
+    """Return whether mpiexec is that of Open MPI."""
     return "Open MPI" in launcher_says()
 
 
@@ -63,14 +63,14 @@ needs_mpi = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, and what its processes wrote."""
+    """Exit status and output of a job."""
 
     code: int
     written: str
 
 
 class Job:
-    """Processes that run a function of ``worker_programs.py``.
+    """Job whose processes run a function of ``worker_programs.py``.
 
     ``prefix`` are words before the launcher's name, ``options`` those after it, ``environ`` more
     variables.
@@ -89,7 +89,7 @@ class Job:
         words = [*prefix, mpiexec(), *(options or ())]
         command = [*words, "-n", str(count), sys.executable, str(PROGRAMS)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        # Warnings of ours are errors in workers as they are in tests; MPI's own output is kept out.
+        # Our warnings are errors in workers as in tests; MPI's own output is suppressed.
         environment = os.environ | _OPEN_MPI | {_MARK: self.mark, "PYTHONPATH": path}
         environment |= environ or {}
         self._process = subprocess.Popen(
@@ -99,7 +99,7 @@ class Job:
         )  # fmt: skip
 
     def members(self) -> list[int]:
-        """Return the processes of the job that exist, the launcher's included."""
+        """Return the living processes of the job, including the launcher's."""
         wanted = (_MARK, self.mark)
         found = []
         for entry in Path("/proc").iterdir():
@@ -110,7 +110,7 @@ class Job:
         return found
 
     def wait(self, seconds: float = 100.0) -> Outcome:
-        """Return how the job ended. One that does not, or leaves a process, is a failure."""
+        """Wait for the job; a job that hangs or leaves a process behind is a failure."""
         try:
             written, _ = self._process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:

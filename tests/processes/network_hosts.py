@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces, each with a cable to a switch, itself one."""
+"""Simulated hosts: network namespaces joined by virtual Ethernet cables and a switch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pathlib import Path
 import pytest
 
 _CABLE, _SWITCH = "dvcable", "dvswitch"
-_ADDRESS = "10.231.7.{}"  # seen by nobody else
+_ADDRESS = "10.231.7.{}"  # visible inside the namespaces only
 _DEADLINE_SECONDS = 20
 
-# What carries MPI's messages (UCX, libfabric) would find out that both are one machine, and go
-# through its memory. Of Open MPI the rest: its own way over TCP, and by which its daemons talk.
+# UCX and libfabric would detect that both hosts are one machine, and use its memory. The rest is
+# for Open MPI: its own TCP transport, and the network interface of its daemons.
 _BY_NETWORK = (
     "UCX_TLS=tcp,self", f"UCX_NET_DEVICES={_CABLE}", "FI_PROVIDER=tcp", f"FI_TCP_IFACE={_CABLE}",
     "OMPI_MCA_pml=ob1", "OMPI_MCA_btl=self,sm,tcp", f"OMPI_MCA_btl_tcp_if_include={_CABLE}",
     f"PRTE_MCA_prte_if_include={_CABLE}",
 )  # fmt: skip
 
-# What starts a command on a host, as Hydra and Open MPI ask for it: options, the host, the command.
+# The remote shell that Hydra and Open MPI call: options, the host, the command.
 _SHELL = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 case "$1" in
@@ -39,13 +39,13 @@ shift
 exec {on} sh -c "$*"
 """
 
-# A host has a name of its own, by which MPI tells who shares memory. Then come words to run there.
+# Each host has its own name, by which MPI decides who shares memory. The command follows.
 _NAMED = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Some of them, up and joined.
+    """Several hosts, up and joined.
 
     Attributes
     ----------
@@ -65,11 +65,11 @@ class Hosts:
     options: list[str]
 
     def sent_nbytes(self) -> list[int]:
-        """Return how many bytes each host has sent to others."""
+        """Return the bytes that each host has sent."""
         return [int(_shown(name, "statistics/tx_bytes")) for name in self.names]
 
     def limit(self, megabits: int, queue_nbytes: int) -> None:
-        """Let each host send and receive so much a second; what does not fit a queue is lost."""
+        """Limit the rate at which each host sends and receives; full queues drop packets."""
         ports = [(self.switch, f"port{k}") for k in range(len(self.names))]
         for space, link in [*ports, *((name, _CABLE) for name in self.names)]:
             limit = ["rate", f"{megabits}mbit", "burst", "64k", "limit", str(queue_nbytes)]
@@ -78,7 +78,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) -> Iterator[Hosts]:
-    """Make hosts for one kind of mpiexec, and remove them; skip where that is not allowed."""
+    """Create hosts for one kind of mpiexec, and remove them; skip without permission."""
     if sys.platform != "linux" or not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("hosts are made by Linux, ip (of iproute2) and unshare (of util-linux)")
     names = [f"dv{os.getpid()}{letter}" for letter in string.ascii_lowercase[:count]]
@@ -86,7 +86,7 @@ def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) ->
     with contextlib.ExitStack() as undo:
         for name in [switch, *names]:
             _ip("netns", "add", name)
-            undo.callback(_ip, "netns", "del", name)  # and the cables with it
+            undo.callback(_ip, "netns", "del", name)  # and its cables
         _ip("-n", switch, "link", "add", _SWITCH, "type", "bridge")
         _ip("-n", switch, "link", "set", _SWITCH, "up")
         addresses = [_ADDRESS.format(number) for number in range(1, count + 1)]
@@ -114,15 +114,15 @@ def joined(folder: Path, is_open_mpi: bool, count: int = 2, workers: int = 2) ->
 
 
 def _on(name: str) -> list[str]:
-    """Return what a command starts with that runs on a host."""
+    """Return the command prefix that runs a program on a host."""
     return ["ip", "netns", "exec", name, *_NAMED, name]
 
 
 def _await_all(names: list[str]) -> None:
-    """Return when the cables are up: the kernel says so up to a second late."""
+    """Wait until the cables are up, which the kernel reports up to a second late."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while not all(_shown(name, "operstate").strip() == "up" for name in names):
-        assert time.monotonic() < deadline, "the ends of a cable are set up, and do not come up"
+        assert time.monotonic() < deadline, "a cable does not come up"
         time.sleep(0.02)
 
 

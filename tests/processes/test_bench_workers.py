@@ -1,4 +1,4 @@
-"""The benchmark of processes measures every case, beside the MPI that started them."""
+"""Benchmark of worker processes: it measures every case, and MPI itself for comparison."""
 
 from __future__ import annotations
 

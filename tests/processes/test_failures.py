@@ -1,4 +1,4 @@
-"""A worker comes to harm at any moment: every other one is told so, and no process is left."""
+"""A worker fails at any moment: every other worker raises an error, and no process is left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpi_jobs import Job, is_open_mpi, needs_mpi
 
 pytestmark = needs_mpi
 COUNT, SECONDS = 3, 3.0
-# What survivors must raise, and say.
+# The error class and text of survivors.
 TOLD = {
     "raise": ("StepEnded: ", "worker {victim} raised RuntimeError: of the victim"),
     "mismatch": ("CollectiveMismatchError: ", "worker {victim} called all_gather("),
@@ -34,14 +34,14 @@ def check(
     outcome = job.wait(60)
     kind, text = TOLD[harm]
     told = [path.read_text() for path in sorted(folder.glob("survivor_*"))]
-    if harm == "kill" and options is None:  # the launcher may end all before they can say a word
+    if harm == "kill" and options is None:  # the launcher may end all processes before they write
         assert outcome.code != 0, outcome.written
         return
     assert len(told) == COUNT - 1, outcome.written
     assert outcome.code != 0 or harm == "exit" or options, outcome.written
     for line in told:
         assert kind in line, outcome.written
-        if harm != "kill" or over == "memory":  # else MPI says who, or that somebody is lost
+        if harm != "kill" or over == "memory":  # else MPI may not name the lost worker
             assert text.format(victim=victim) in line, outcome.written
 
 
@@ -61,9 +61,9 @@ def test_survivors_of_a_ring_are_told(over, harm, tmp_path):
 
 
 @pytest.mark.parametrize("over", ["memory", "1,1"])
-def test_all_hear_of_nccl_that_one_lacks_and_of_an_end(over):
-    outcome = Job(2, "asks_for_nccl", over).wait(60)
-    assert outcome.code != 0  # the group has ended, and with it the job
+def test_nccl_on_one_worker_and_an_abort_are_errors_on_all(over):
+    outcome = Job(2, "mismatched_nccl", over).wait(60)
+    assert outcome.code != 0  # the group was aborted, and with it the job
     assert "Traceback" not in outcome.written, outcome.written
 
 
@@ -91,7 +91,7 @@ def test_survivors_of_a_ring_that_the_launcher_leaves_alone(over, tmp_path):
 )  # fmt: skip
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_survivors_on_gpus_are_told(over, harm, options, seed, tmp_path):
-    check(over, harm, seed, tmp_path, options, program="endure_straight")
+    check(over, harm, seed, tmp_path, options, program="endure_direct")
 
 
 @pytest.mark.slow

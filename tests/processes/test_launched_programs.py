@@ -1,4 +1,4 @@
-"""launch with the MPI that is installed: beside this interpreter, or else in PATH."""
+"""``launch`` with the installed MPI: beside this interpreter, or else in PATH."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture(scope="module")
 def flavour():
-    """The kind of launcher that is here."""
+    """Return the flavour of the installed launcher."""
     pytest.importorskip("mpi4py")
     try:
         return commands.flavour_of(commands.find(None, os.environ)).name
@@ -39,7 +39,7 @@ def flavour():
 
 @pytest.fixture
 def start(flavour, tmp_path):
-    """Return a function that starts launch with a program, given as text."""
+    """Return a function that starts ``launch`` with the text of a program."""
     started = []
 
     def start(text: str, *words: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
@@ -86,7 +86,7 @@ print(world.allreduce(world.rank))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_workers_are_told_what_mpi_says(launch, num_workers):
+def test_workers_get_rank_and_size_of_mpi(launch, num_workers):
     status, out, err = launch(PLACE, "-n", str(num_workers))
     assert status == 0, err
     total = num_workers * (num_workers - 1) // 2
@@ -112,7 +112,7 @@ def test_each_worker_has_cores_of_its_own(launch):
     assert sorted(out.splitlines()) == [f"[0] {shared}", f"[1] {shared}"]
 
 
-def test_info_shows_who_is_where(flavour):
+def test_info_shows_host_and_rank_of_each_worker(flavour):
     command = [sys.executable, "-m", "dvkernels", "launch", "-n", "2", "-m", "dvkernels", "info"]
     ran = subprocess.run(
         command,
@@ -149,7 +149,7 @@ def test_digits_on_several_workers_are_those_of_one_device(
         "--hidden", "64", "--batch-size", "149", "--checkpoint-dir", str(tmp_path), "--resume",
     ]  # fmt: skip
     reports = []
-    for _ in range(2):  # the second job finds all steps done
+    for _ in range(2):  # the second job resumes after the last step
         ran = subprocess.run(
             [*command, "--epochs", "5", "--json"],
             env={**os.environ, "PYTHONPATH": SEARCH_PATH},
@@ -160,7 +160,7 @@ def test_digits_on_several_workers_are_those_of_one_device(
         )
         assert ran.returncode == 0, ran.stderr
         reports += [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    first, second = reports  # the chief alone reports
+    first, second = reports  # only the chief reports
     assert (first["num_workers"], first["num_replicas"]) == (num_workers, 4)
     assert first["relative_difference_to_one_device"] <= 1e-9
     assert first["test_accuracy"] > 0.9
@@ -187,7 +187,7 @@ def test_workers_that_are_told_to_stop_save_the_same_step(flavour, start, tmp_pa
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 42, err
     held = sorted(path.name for path in saved.iterdir())
-    assert 1 <= len(held) <= 5, "nothing half-written is left, and no more than are kept"
+    assert 1 <= len(held) <= 5, "no partial checkpoint is left, and no more than max_to_keep"
     assert all(name.startswith("step-") for name in held), held
     assert dv.Checkpoint().restore(saved / held[-1], partial=True).unexpected == (
         "weights", "velocity", "batches", "progress",
@@ -195,7 +195,7 @@ def test_workers_that_are_told_to_stop_save_the_same_step(flavour, start, tmp_pa
 
 
 @pytest.mark.parametrize("hosts", ["2", "1,1"])
-def test_workers_calibrate_what_lies_between_them(flavour, tmp_path, hosts):
+def test_workers_calibrate_their_link(flavour, tmp_path, hosts):
     command = [
         sys.executable, "-m", "dvkernels", "launch", "-n", "2", "--no-prefix",
         "-m", "dvkernels", "bench", "--calibrate", "--rounds", "1", "--json", "found.json",
@@ -236,7 +236,7 @@ BEFORE_MPI = (
         ("os.kill(os.getpid(), signal.SIGKILL)", None, ""),
     ],
 )
-def test_a_worker_that_fails_ends_all(flavour, launch, where, end, status, words):
+def test_a_worker_that_fails_ends_the_job(flavour, launch, where, end, status, words):
     if (flavour, where, status) == ("Intel MPI", BEFORE_MPI, None):
         pytest.skip("Intel MPI does not notice that a worker was killed before it started MPI")
     started = time.monotonic()
@@ -256,7 +256,7 @@ sys.exit(42)
 """
 
 
-def test_workers_that_all_leave_with_a_status_are_let_go(launch, tmp_path):
+def test_workers_that_all_exit_with_a_status(launch, tmp_path):
     status, _, err = launch(ALL_LEAVE, "-n", "2")
     assert status == 42, err
     assert (tmp_path / "0").exists()
@@ -285,14 +285,14 @@ def read_lines(process: subprocess.Popen[str], count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_workers_may_leave_in_order(start, sent):
+def test_workers_may_exit_in_order_on_a_signal(start, sent):
     process = start(WAITING, "-n", "2")
     assert [line[:6] for line in read_lines(process, 2)] == ["[0] up", "[1] up"]
     process.send_signal(signal.SIGUSR1)
     assert read_lines(process, 2) == ["[0] got SIGUSR1\n", "[1] got SIGUSR1\n"]
     process.send_signal(sent)
     out, err = process.communicate(timeout=SECONDS)
-    said = sorted(line for line in out.splitlines() if "got" in line)  # launchers comment on it
+    said = sorted(line for line in out.splitlines() if "got" in line)  # launchers add lines
     assert said == [f"[0] got {sent.name}", f"[1] got {sent.name}"]
     assert process.returncode == 0, err
 
@@ -305,7 +305,7 @@ def all_gone(pids: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("ignoring", [True, False], ids=["ignoring SIGTERM", "leaving"])
-def test_nothing_is_left_when_the_launcher_itself_is_killed(start, ignoring):
+def test_no_process_is_left_when_the_launcher_itself_is_killed(start, ignoring):
     text = WAITING.replace("SIGTERM, leave", "SIGTERM, signal.SIG_IGN") if ignoring else WAITING
     process = start(text, "-n", "2")
     workers = [int(line.split()[-1]) for line in read_lines(process, 2)]
@@ -380,7 +380,7 @@ for name, data in {
         print(name, error, flush=True)
 distributed = strategy.distribute_dataset(dv.Dataset.range(12).shuffle(seed=1).batch(4))
 if odd:
-    next(iter(distributed))  # a look that the other worker does not take
+    next(iter(distributed))  # a step that the other worker does not take
 try:
     for batch in distributed:
         strategy.gather(batch)
@@ -389,7 +389,7 @@ except dv.errors.CollectiveMismatchError as error:
 """
 
 
-def test_workers_whose_data_differ_are_told(launch):
+def test_workers_whose_data_differ_raise_an_error(launch):
     _, out, err = launch(DATA_THAT_DIFFER, "-n", "2")
     for worker in "01":
         said = re.findall(rf"^\[{worker}\] (.*)$", out, re.M)

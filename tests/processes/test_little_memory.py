@@ -1,4 +1,4 @@
-"""Workers of a host with too little memory to share, as containers have by default."""
+"""Workers of a host with too little shared memory, as containers have by default."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mpi_jobs import Job, needs_mpi
 pytestmark = needs_mpi
 
 
-@pytest.mark.parametrize("size", ["1m", "3m"])  # too little for MPICH itself, and for our room
-def test_too_little_is_an_error_and_no_signal(size):
+@pytest.mark.parametrize("size", ["1m", "3m"])  # too little for MPICH itself, and for our segment
+def test_too_little_shared_memory_is_an_error_not_a_signal(size):
     alone = ["unshare", "--mount", "sh", "-c"]
     small = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     if shutil.which("unshare") is None or subprocess.run([*alone, small, "-", "true"]).returncode:

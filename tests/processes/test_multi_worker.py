@@ -11,7 +11,7 @@ import dvkernels as dv
 from dvkernels.communicators.workers.gpu import cuda_aware
 
 pytestmark = needs_mpi
-# Each way of bringing workers together daily; the others in slow campaigns.
+# Each transport daily; more numbers of workers in slow campaigns.
 DAILY = [
     (1, 2, "memory"), (2, 2, "memory"), (4, 1, "memory"),
     (2, 2, "1,1"), (4, 1, "2,2"), (3, 1, "2,1"),
@@ -45,14 +45,14 @@ def test_the_laws_of_communicators(count, num_local, over):
         ),
     ],
 )
-def test_the_laws_of_each_way_between_hosts(count, num_local, over, ops):
+def test_the_laws_of_each_algorithm_between_hosts(count, num_local, over, ops):
     run(count, "communicator_laws", num_local, over, ops)
 
 
 @pytest.mark.parametrize("over", ["memory", "1,1"])
-def test_all_hear_of_ways_and_networks_that_differ(over):
-    outcome = Job(2, "asks_for_ways", over).wait(60)
-    assert outcome.code != 0  # the group has ended, and with it the job
+def test_algorithms_or_networks_that_differ_are_an_error_on_all(over):
+    outcome = Job(2, "mismatched_algorithms", over).wait(60)
+    assert outcome.code != 0  # the group was aborted, and with it the job
     assert "Traceback" not in outcome.written, outcome.written
 
 
@@ -112,12 +112,12 @@ def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
 
 
 @pytest.mark.parametrize("is_apart", [False, True])
-def test_a_checkpoint_goes_on_with_other_workers(is_apart, tmp_path):
+def test_a_checkpoint_resumes_on_another_number_of_workers(is_apart, tmp_path):
     go_on("1", "alone", str(tmp_path / "whole"), "25")
     for count, num_local, until in ((2, 1, 6), (3, 1, 13), (1, 2, 18), (2, 2, 25)):
         over = ",".join(["1"] * count) if is_apart else "memory"
         run(count, "go_on", num_local, over, tmp_path, until)
-        # The background save before last was finished by the one after it, the last by the end.
+        # The background save before last was finished by the last one, which exit finished.
         assert (tmp_path / f"step-{until:08d}" / "manifest.json").exists()
         shards = list((tmp_path / f"step-{until:08d}").glob("shard-*"))
         assert len(shards) == count
@@ -143,19 +143,19 @@ def test_replicas_on_gpus(program, num_local):
     ],
 )
 def test_the_laws_from_gpu_to_gpu(count, over):
-    run(count, "straight_laws", over)
+    run(count, "direct_laws", over)
 
 
 @pytest.mark.parametrize("program", ["strategy_laws", "variables"])
 @pytest.mark.parametrize(("over", "said"), [("memory", "1"), ("1,1", "1"), ("memory", "0")])
-def test_replicas_on_gpus_whose_memory_mpi_takes(program, over, said):
+def test_replicas_on_gpus_under_cuda_aware_mpi(program, over, said):
     environ = {"NUMBA_ENABLE_CUDASIM": "1", cuda_aware.VARIABLE: said}
     run(2, "on_gpus", program, 1, over, said, environ=environ)
 
 
-def test_all_must_say_that_they_take_memory_of_gpus():
-    run(2, "says_differently", "memory")
+def test_one_mpi_that_is_not_cuda_aware_is_enough():
+    run(2, "mismatched_cuda_awareness", "memory")
 
 
-def test_an_mpi_that_brings_old_data_is_asked_each_time_anew():
-    run(2, "old_data", "as they are")
+def test_an_mpi_with_broken_persistent_requests():
+    run(2, "broken_persistent_requests", "as they are")

@@ -1,4 +1,4 @@
-"""A worker comes to harm while all save: the others are told, and a whole checkpoint is there."""
+"""A worker fails during a save: the others raise an error, and a whole checkpoint is left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpi_jobs import Job, is_open_mpi, needs_mpi, run
 pytestmark = needs_mpi
 COUNT, SECONDS = 3, 3.0
 OVER = pytest.mark.parametrize("over", ["memory", "1,1,1", "2,1"])
-# What survivors must raise, and say.
+# The error class and texts of survivors.
 TOLD = {
     "full": ("CheckpointError: ", "worker {victim} of 3 failed: ", "worker {victim} raised "),
     "stop": ("CollectiveTimeoutError: ", "in vain for workers [{victim}]"),
@@ -19,24 +19,28 @@ TOLD = {
 
 def check(over, harm, seed, folder, options=None):
     rng = np.random.default_rng([seed])
-    # The worst first: who holds the lock, and renames; about 15 operations a save.
+    # The worst first: the worker that holds the lock and renames; about 15 operations a save.
     victim, number = seed % COUNT, int(rng.integers(1, 60))
     job = Job(COUNT, "save_in_harm", over, harm, victim, number, SECONDS, folder, options=options)
     outcome = job.wait(60)
     told = {path.name: path.read_text() for path in folder.glob("told_*")}
     survivors = [text for name, text in told.items() if name != f"told_{victim}"]
     assert outcome.code != 0 or options, outcome.written
-    if harm != "kill" or options:  # else the launcher may end all before they can say a word
+    if harm != "kill" or options:  # else the launcher may end all processes before they write
         assert len(survivors) == COUNT - 1, outcome.written
     kind, *words = TOLD[harm]
     for text in survivors:
         assert kind in text, outcome.written
-        if harm != "kill" or over == "memory":  # else MPI says who, or that somebody is lost
+        if harm != "kill" or over == "memory":  # else MPI may not name the lost worker
             assert any(one.format(victim=victim) in text for one in words), text
     saved = int((folder / "saved").read_text()) if (folder / "saved").exists() else 0
-    run(2, "save_in_harm", "memory", "none", 0, 0, 60.0, folder)  # others go on, and clean up
+    run(
+        2, "save_in_harm", "memory", "none", 0, 0, 60.0, folder
+    )  # other workers resume, and clean up
     found = int((folder / "found").read_text())
-    assert found in (saved, saved + 1), "the last whole one: renamed, and perhaps not told yet"
+    assert found in (saved, saved + 1), (
+        "the last whole checkpoint: renamed, and perhaps not reported yet"
+    )
     saved = found + 1
     left = {path.name for path in folder.iterdir() if path.name.startswith(("step", "."))}
     assert left == {f"step-{step:08d}" for step in (saved - 1, saved) if step}

@@ -1,4 +1,4 @@
-"""Hosts with a network between them: two with two workers each, and three."""
+"""Simulated hosts with a network: two with two workers each, and three."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_training_is_that_of_one_device(run, tmp_path):
         assert difference <= 1e-9, name
 
 
-def test_each_byte_passes_once_between_hosts_and_not_once_a_worker(hosts, run):
+def test_each_byte_passes_the_network_once_per_host_not_per_worker(hosts, run):
     nbytes = 40_000_001
     before = hosts.sent_nbytes()
     run("large", "as they are", nbytes)
@@ -67,14 +67,14 @@ def test_the_laws_hold_between_three_hosts(join, ops):
 
 
 @pytest.mark.parametrize("ops", ["direct", "ring"])
-def test_what_a_slow_network_loses_is_sent_again(join, ops):
+def test_a_slow_network_that_loses_packets(join, ops):
     hosts = join(3, 1)
     hosts.limit(megabits=200, queue_nbytes=60_000)
     run_on(hosts, 3, "large", "as they are", 2_000_001, ops)
 
 
 @pytest.mark.parametrize("ops", ["direct", "ring"])
-def test_of_three_hosts_each_sends_what_two_thirds_twice_come_to(join, ops):
+def test_each_of_three_hosts_sends_four_thirds_of_the_array(join, ops):
     hosts, nbytes = join(3, 1), 30_000_001
     before = hosts.sent_nbytes()
     run_on(hosts, 3, "large", "as they are", nbytes, ops)
@@ -82,7 +82,7 @@ def test_of_three_hosts_each_sends_what_two_thirds_twice_come_to(join, ops):
         assert 4 / 3 * nbytes < sent - was < 1.3 * 4 / 3 * nbytes
 
 
-def test_a_worker_that_stops_is_named_over_the_network(hosts, tmp_path):
+def test_a_worker_that_stops_is_named_by_workers_of_other_hosts(hosts, tmp_path):
     words = ("endure", "as they are", "stop", 3, 1, 3.0, tmp_path)
     outcome = Job(4, *words, prefix=hosts.prefix, options=hosts.options).wait(60)
     told = [path.read_text() for path in sorted(tmp_path.glob("survivor_*"))]

@@ -1,4 +1,4 @@
-"""What the processes of a job do: ``python worker_programs.py name args``, started by the tests."""
+"""Programs of a job's processes: ``python worker_programs.py name args``, started by the tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from dvkernels.testing import check_communicator, check_strategy
 
 
 def make(num_local: int, timeout_seconds: float = 60.0, ops: str = "auto") -> dv.Strategy:
-    hosts = next((word for word in sys.argv if "," in word), "")  # as 2,2: two on each of two
+    hosts = next(
+        (word for word in sys.argv if "," in word), ""
+    )  # such as 2,2: two hosts of two workers
     os.environ["DVKERNELS_HOSTS"] = hosts
     is_simulated = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
     devices = ["cuda:0" if is_simulated else f"cpu:{k}" for k in range(num_local)]
@@ -65,8 +67,8 @@ def communicator_laws(num_local: str, over: str, ops: str = "auto") -> None:
             np.testing.assert_array_equal(found, np.concatenate(uneven))
 
 
-def asks_for_nccl(over: str) -> None:
-    """Without GPUs, and then with one worker only that asks: an error on all, and all go on."""
+def mismatched_nccl(over: str) -> None:
+    """NCCL without GPUs, or on one worker only, is an error on all, after which all go on."""
     for ops, text in (
         ("nccl", "on worker 0: cross_device_ops='nccl' needs a GPU of its own"),
         ("auto" if rank() else "nccl", r"workers \[0\] ask for it, and workers \[1\] do not"),
@@ -76,18 +78,18 @@ def asks_for_nccl(over: str) -> None:
     end(over)
 
 
-def asks_for_ways(over: str) -> None:
-    """Different ways between hosts, or networks, are an error on all, and all go on."""
+def mismatched_algorithms(over: str) -> None:
+    """Different algorithms or networks are an error on all, after which all go on."""
     ops = "ring" if rank() else "direct"
-    ways = r"leads them \['exchange', 'ring'\], in their order"
-    with pytest.raises(dv.errors.AlgorithmError, match=ways):
+    algorithms = r"chooses \['exchange', 'ring'\], in rank order"
+    with pytest.raises(dv.errors.AlgorithmError, match=algorithms):
         make(1, 60.0, ops)
     for said, text in (
         (
             f"rate=1e{rank()}",
             r"must be the same for all workers, and is \['rate=1e0', 'rate=1e1'\]",
         ),
-        ("incast=1.1", "expected words such as rate=7e9.* got 'incast=1.1'"),
+        ("incast=1.1", "expected settings such as rate=7e9.* got 'incast=1.1'"),
     ):
         os.environ["DVKERNELS_NETWORK"] = said
         with pytest.raises(dv.errors.ClusterError, match=text):
@@ -97,7 +99,7 @@ def asks_for_ways(over: str) -> None:
 
 
 def calibrate(over: str) -> None:
-    """Calibration measures every way, and prints what can be set; the chief alone prints."""
+    """Calibration measures every algorithm; only the chief prints the variable to set."""
     os.environ["DVKERNELS_HOSTS"] = over
     between_workers.SIZES = tuple(4 << k for k in (0, 8, 14, 18))
     between_workers._SECONDS_PER_ROUND = 1e-3
@@ -108,14 +110,14 @@ def calibrate(over: str) -> None:
     assert bool(lines) == (rank() == 0)
     if lines:
         name, _, value = lines[-1].partition("=")
-        assert network_model.of({name: value}).rate > 0
+        assert network_model.from_environ({name: value}).rate > 0
         table = [line.split() for line in lines[-7:-3]]
         assert [int(row[0]) for row in table] == [*between_workers.SIZES]
         assert all(row[-1] in between_workers.WAYS and row.count("us") == 3 for row in table)
 
 
 def end(over: str) -> None:
-    """A worker that has ended the group is in no round, however late the others learn of it."""
+    """A worker that has aborted votes in no round, however late the others learn of it."""
     from mpi4py import MPI
 
     with make(1) as strategy:
@@ -123,17 +125,17 @@ def end(over: str) -> None:
         assert workers.agree([rank(), 7], "of the test", 1) == [[0, 7], [1, 7]]
         with pytest.raises(dv.errors.CollectiveMismatchError, match=r"called of the test\(1\)"):
             workers.agree([], "of the test", rank())
-        MPI.COMM_WORLD.Barrier()  # all have seen the end of that round
+        MPI.COMM_WORLD.Barrier()  # all workers have left that round
         if rank() == 0:
             workers.end(dv.errors.CollectiveTimeoutError("a GPU is late"))
-        for call in (workers.meet, lambda: workers.exchange("wrong")):
+        for call in (workers.barrier, lambda: workers.exchange("wrong")):
             with pytest.raises(dv.errors.CollectiveTimeoutError, match="a GPU is late"):
                 call()
         assert workers.has_ended
 
 
 class OldData:
-    """A communicator whose persistent all-gather brings, after once, what it brought at first."""
+    """Communicator whose persistent all-gather delivers the data of its first start for ever."""
 
     def __init__(self, comm):
         self._comm = comm
@@ -159,15 +161,15 @@ class OldData:
     Free = Wait
 
 
-def old_data(over: str) -> None:
-    """An MPI whose persistent operations bring old data is asked each time anew."""
+def broken_persistent_requests(over: str) -> None:
+    """An MPI whose persistent operations deliver old data gets a new request each time."""
     from mpi4py import MPI
 
     from dvkernels.communicators.workers.mpi.mpi_point_to_point import MpiPointToPoint
 
     for comm, is_set_up in ((MPI.COMM_WORLD, True), (OldData(MPI.COMM_WORLD), False)):
         own, held = np.zeros(3, np.uint8), np.zeros((2, 3), np.uint8)
-        gather = MpiPointToPoint(comm).gather(own, held)
+        gather = MpiPointToPoint(comm).all_gather(own, held)
         assert isinstance(gather, MPI.Request) == is_set_up
         for number in range(3):
             own[:] = 10 * number + rank()
@@ -194,7 +196,7 @@ def large(over: str, num_bytes: str, ops: str = "auto") -> None:
 
 
 def own_memory(num_local: str, over: str) -> None:
-    """Arrays of ``empty``: the same results as of others, also of slices, and dropped ones."""
+    """Arrays of ``empty`` reduce like others, also slices of them, and after others are freed."""
     with make(int(num_local)) as strategy:
         ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         count = strategy.num_replicas_in_sync
@@ -227,7 +229,7 @@ def strategy_laws(num_local: str, over: str) -> None:
 
 
 def train(num_local: str, over: str, path: str, ops: str = "auto") -> None:
-    """Train on uneven data, and let the first worker save the weights and what was seen."""
+    """Train on uneven data; the first worker saves the weights and the elements seen."""
     with make(int(num_local), 60.0, ops) as strategy:
         weights, seen = trained(strategy)
         if rank() == 0:
@@ -235,13 +237,13 @@ def train(num_local: str, over: str, path: str, ops: str = "auto") -> None:
 
 
 def trained(strategy: dv.Strategy):
-    """Return the weights after some epochs, and the elements in the order they came."""
+    """Return the weights after some epochs, and the elements in order."""
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((53, 6))
     targets = np.tanh(inputs @ rng.standard_normal((6, 2)))
     data = dv.Dataset.from_arrays((np.arange(53), inputs, targets)).shuffle(seed=1).batch(10)
     with strategy.scope():
-        weight = dv.Variable(rng.standard_normal((6, 2)) + rank())  # all start with worker 0's
+        weight = dv.Variable(rng.standard_normal((6, 2)) + rank())  # initialized from worker 0's
         bias = dv.Variable(np.zeros(2))
         loss = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
         adam = dv.optimizers.Adam(0.05)
@@ -268,7 +270,7 @@ def trained(strategy: dv.Strategy):
 
 
 def go_on(num_local: str, over: str, folder: str, until: str) -> None:
-    """Take steps from the newest checkpoint on, and save each; the chief writes the result."""
+    """Resume from the newest checkpoint, and save each step; the chief writes the result."""
     strategy = make(int(num_local)) if over != "alone" else dv.OneDeviceStrategy("cpu:0")
     with strategy:
         inputs = np.random.default_rng(2).standard_normal((53, 4))
@@ -305,7 +307,7 @@ def go_on(num_local: str, over: str, folder: str, until: str) -> None:
 
 
 class HarmfulFiles:
-    """Brings harm to this worker at the operation of a number, of those that change something."""
+    """Failure of this worker at the n-th file operation that changes something."""
 
     _harmless = ("names", "kind", "is_same", "open", "size", "open_folder", "enter")
 
@@ -406,7 +408,7 @@ def variables(num_local: str, over: str) -> None:
 
 
 def drift(over: str) -> None:
-    """In debug mode a worker whose variable drifts apart is told of, on all."""
+    """In debug mode a variable that drifts apart on one worker is an error on all."""
     with dv.debug(), make(1) as strategy:
         with strategy.scope():
             weight = dv.Variable(np.zeros(3), name="weight")
@@ -420,8 +422,8 @@ def _add_apart(copy, value: float) -> None:
     copy.assign_add(np.full(3, value))
 
 
-def straight(timeout_seconds: float = 60.0):
-    """Return the workers, and GPUs of a double, whose memory any MPI takes."""
+def direct_workers(timeout_seconds: float = 60.0):
+    """Return the workers over a GPU double, whose memory any MPI accepts."""
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "doubles"))
     from gpu_double import Arrays
 
@@ -434,13 +436,13 @@ def straight(timeout_seconds: float = 60.0):
     return Staged(workers, seam, GpuDirect(workers, seam, seam.reduce)), seam
 
 
-def straight_laws(over: str) -> None:
+def direct_laws(over: str) -> None:
     """Short and long arrays from GPU to GPU, in pieces of any size."""
-    workers, seam = straight()
+    workers, seam = direct_workers()
     from gpu_double import OfHost
 
     chosen, piece_nbytes = cost_model.NETWORK, collectives.PIECE_NBYTES
-    for thread in (OfHost(workers, seam), OfHost(workers.beside(), seam)):
+    for thread in (OfHost(workers, seam), OfHost(workers.duplicate(), seam)):
         for seconds, nbytes in ((np.inf, 512), (-np.inf, 512), (chosen[1], piece_nbytes)):
             cost_model.NETWORK = chosen._replace(exchange_seconds=seconds)
             collectives.PIECE_NBYTES = nbytes
@@ -453,7 +455,7 @@ def straight_laws(over: str) -> None:
                     op = dv.ReduceOp(op)
                     found = thread.all_reduce([values[rank()]], op)[0]
                     assert found.tobytes() == cpu.reduce(values, op).tobytes(), (length, op)
-    assert seam.num_pinned <= 16, "nothing is staged but reductions of the user's own"
+    assert seam.num_pinned <= 16, "only custom reductions are staged"
 
 
 def check_large(thread, size: int, piece_nbytes: int) -> None:
@@ -470,16 +472,16 @@ def check_large(thread, size: int, piece_nbytes: int) -> None:
             np.testing.assert_array_equal(thread.broadcast([every[rank()]], root)[0], every[root])
 
 
-def on_gpus(program: str, num_local: str, over: str, is_straight: str) -> None:
-    """Run another program on simulated GPUs; see that arrays went straight, or that none did."""
+def on_gpus(program: str, num_local: str, over: str, is_direct: str) -> None:
+    """Run another program on simulated GPUs; check that arrays went directly, or that none did."""
     moved, staged = [], []
     for of, name, seen in (
         (collectives.GpuCollectives, "all_reduce", moved),
-        (Staged, "_down", staged),
+        (Staged, "_to_host", staged),
     ):
         noted(of, name, seen)
     globals()[program](num_local, over)
-    assert bool(moved) == (is_straight == "1")
+    assert bool(moved) == (is_direct == "1")
     assert moved or staged
 
 
@@ -488,8 +490,8 @@ def noted(of: type, name: str, seen: list[str]) -> None:
     setattr(of, name, lambda *args: seen.append(name) or call(*args))
 
 
-def says_differently(over: str) -> None:
-    """One MPI that does not take memory of GPUs is enough; a wrong word is an error on all."""
+def mismatched_cuda_awareness(over: str) -> None:
+    """One MPI that is not CUDA-aware turns it off; a malformed variable is an error on all."""
     from dvkernels.communicators.workers import connect
 
     for said, count in ((("1", "1"), 2), (("1", "0"), 0), (("0", "1"), 0), (("auto", "1"), 0)):
@@ -500,14 +502,14 @@ def says_differently(over: str) -> None:
         connect.connect(dv.cluster.default_resolver(), 60.0)
 
 
-def endure_straight(
+def endure_direct(
     over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str, ops: str
 ) -> None:
-    """Reduce from GPU to GPU until the victim comes to harm, and write what that was."""
-    rng = np.random.default_rng(int(seed))  # the same on all
+    """Reduce from GPU to GPU until the victim fails, and write the error of this worker."""
+    rng = np.random.default_rng(int(seed))  # the same on all workers
     seconds = float(rng.uniform(0.0, 0.4))
     sizes = rng.choice([1, 100, 10_000, 3_000_000], 1000)
-    workers, seam = straight(float(timeout_seconds))
+    workers, seam = direct_workers(float(timeout_seconds))
     from gpu_double import OnDevice
 
     is_victim = rank() == int(victim)
@@ -533,8 +535,8 @@ def endure(
     folder: str,
     ops: str = "auto",
 ) -> None:
-    """Go on until the victim comes to harm, and write what that was to this worker."""
-    rng = np.random.default_rng(int(seed))  # the same on all
+    """Reduce until the victim fails, and write the error of this worker."""
+    rng = np.random.default_rng(int(seed))  # the same on all workers
     step_of_harm, seconds = int(rng.integers(1, 60)), float(rng.uniform(0.0, 0.4))
     sizes = rng.choice([1, 100, 10_000, 300_000], 1000)
     is_victim = rank() == int(victim)

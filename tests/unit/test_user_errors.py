@@ -235,13 +235,13 @@ def test_the_other_workers_are_told(make):
     carried = transports(2, timeout_seconds=5)
     workers = [WorkerGroup(transport) for transport in carried]
     workers[1].announce(made)
-    (error,) = at_once(workers[0].meet)
+    (error,) = at_once(workers[0].barrier)
     assert isinstance(error, CollectiveMismatchError), error
     assert f"worker 1 raised {type(made).__name__}" in str(error)
     for _ in range(2):  # all are in step again
-        for found in at_once(*[worker.meet for worker in workers]):
+        for found in at_once(*[worker.barrier for worker in workers]):
             assert found is None or "worker 1 raised" in str(found)
-    assert at_once(*[worker.meet for worker in workers]) == [None, None]
+    assert at_once(*[worker.barrier for worker in workers]) == [None, None]
 
 
 @errors
@@ -254,8 +254,8 @@ def test_the_other_workers_are_told_of_what_fails_half_way(make, monkeypatch):
 
     monkeypatch.setattr(workers[1]._transport, "_round", fail)
     with coming_out(made):
-        workers[1].meet()
-    (error,) = at_once(workers[0].meet)
+        workers[1].barrier()
+    (error,) = at_once(workers[0].barrier)
     assert isinstance(error, WorkerLostError | CollectiveTimeoutError)
     assert "half-way" in str(error)
 

@@ -131,7 +131,7 @@ class Save:
         with all_or_none.announcing_failures(self.workers, self._what):
             if self._is_chief:
                 uninterrupted(lambda: self._commit(parts), is_whole=True)
-            self.workers.meet()
+            self.workers.barrier()
 
     def abort(self, error: BaseException) -> None:
         """Roll back, and announce the error to the other workers; may be called twice."""

@@ -1,4 +1,4 @@
-"""The ranks of this process in a communicator of NCCL: made, called and ended together."""
+"""NCCL communicators of this process's ranks: created, called and aborted together."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from dvkernels.errors import CollectiveTimeoutError, DeviceError, WorkerLostErro
 
 __all__: list[str] = []
 
-_TURN_SECONDS = 1.0
+_LOCK_SECONDS = 1.0
 _LATE = "late"
 
 
 @final
 class NcclComms:
-    """The ranks of this process in a communicator of NCCL.
+    """NCCL communicators (``ncclComm_t``) of this process's ranks.
 
     Parameters
     ----------
     nccl : module
-        CuPy's.
+        ``cupy.cuda.nccl``.
     arrays : ArrayLibrary
     devices : sequence of int
         The GPU of each rank of this process.
     workers : Workers
-        All make theirs at the same time.
+        All workers create theirs at the same time.
     ranks : sequence of int
-        Those of this process.
+        The ranks of this process.
     size : int
         The number of ranks of all workers.
     unique_id : object
-        What NCCL has made for this communicator, the same for all workers.
+        The ``ncclUniqueId`` of the communicator, the same on all workers.
 
     Raises
     ------
     DeviceError
-        NCCL fails on a worker: on all of them.
+        NCCL fails on a worker. Raised on all workers.
     CollectiveTimeoutError
-        It takes longer than half the time that workers wait for each other.
+        NCCL takes longer than half of the workers' timeout.
 
     Notes
     -----
-    What is given to NCCL waits on its GPU until all ranks have been given it, and cannot be taken
-    back. So where there are other workers a ``Watchdog`` looks after it: it aborts NCCL's
-    communicator here, after which the GPU goes on and what it has received is not defined, and ends
-    the group of the workers, so that none of them can hand that on.
+    A collective that is enqueued waits on the GPU until all ranks have enqueued theirs, and cannot
+    be cancelled. With several workers a ``Watchdog`` therefore supervises it. On a timeout or the
+    loss of a worker it aborts NCCL's communicator in this process, after which the GPU goes on and
+    the received data are undefined, and the workers' group, so that no worker uses such data.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class NcclComms:
     ) -> None:
         self._nccl, self._arrays, self._devices = nccl, arrays, devices
         self._workers = workers
-        self._turn = threading.RLock()  # NCCL takes the calls of one thread at a time
+        self._lock = threading.RLock()  # NCCL accepts calls of one thread at a time
         self._comms: list[Any] = []
         self._join(ranks, size, unique_id)
-        self._watch: Watchdog | None = None
+        self._watchdog: Watchdog | None = None
         if workers.size > 1:
-            self._watch = Watchdog(workers.timeout_seconds)
+            self._watchdog = Watchdog(workers.timeout_seconds)
 
     def _join(self, ranks: Sequence[int], size: int, unique_id: Any) -> None:
-        """Make the ranks in a thread that can be left behind: NCCL waits for all without end."""
+        """Create the communicators in a daemon thread: NCCL waits for all ranks forever."""
         failures: list[str] = []
 
         def make() -> None:
@@ -88,20 +88,20 @@ class NcclComms:
 
         thread = threading.Thread(target=make, name="dvkernels-nccl", daemon=True)
         thread.start()
-        # Half of it, so that all hear from those that fail before they give each other up.
+        # Half of it: a failure has to reach all workers before their own deadline.
         seconds = min(self._workers.timeout_seconds / 2, threading.TIMEOUT_MAX)
         thread.join(seconds)
         is_late = thread.is_alive()
-        words = self._workers.exchange(_LATE if is_late else "".join(failures))
-        if any(words) and not is_late:  # else NCCL is still busy with them
+        answers = self._workers.exchange(_LATE if is_late else "".join(failures))
+        if any(answers) and not is_late:  # else NCCL is still creating them
             self._abort()
-        for worker, word in enumerate(words):
-            if word not in ("", _LATE):
+        for worker, answer in enumerate(answers):
+            if answer not in ("", _LATE):
                 raise DeviceError(
-                    f"cross_device_ops='nccl': NCCL failed on worker {worker} ({word}); "
+                    f"cross_device_ops='nccl': NCCL failed on worker {worker} ({answer}); "
                     f"NCCL_DEBUG=INFO in the environment makes it say more"
                 )
-        late = [worker for worker, word in enumerate(words) if word == _LATE]
+        late = [worker for worker, answer in enumerate(answers) if answer == _LATE]
         if late:
             raise CollectiveTimeoutError(
                 f"cross_device_ops='nccl': NCCL did not connect workers {late} with the others "
@@ -109,45 +109,45 @@ class NcclComms:
                 f"NCCL_SOCKET_IFNAME names the network between the hosts"
             )
 
-    def together(self, text: str, call: Callable[[int, Any, int], None]) -> None:
-        """Make the calls of all ranks, which begin when the last one has been made.
+    def launch(self, text: str, call: Callable[[int, Any, int], None]) -> None:
+        """Enqueue the calls of all ranks as one NCCL group.
 
         Parameters
         ----------
         text : str
-            What is called, for messages.
+            The name of the call, for error messages.
         call : callable
-            Given the position of a rank in this process, NCCL's communicator, and the address of
-            the stream that is current on its device, which is current.
+            Called with the index of a rank in this process, its NCCL communicator, and the address
+            of the current stream of its device, while that device is current.
 
         Raises
         ------
         CollectiveTimeoutError, WorkerLostError
-            All has ended, before or meanwhile.
+            The group has been aborted, before or during the call.
         """
         try:
             seconds = min(self._workers.timeout_seconds, threading.TIMEOUT_MAX)
-            if not self._turn.acquire(timeout=seconds):
+            if not self._lock.acquire(timeout=seconds):
                 raise CollectiveTimeoutError(
                     f"another thread of worker {self._workers.rank} has been in a call of NCCL for "
                     f"{seconds:g} s"
                 )
-            if self._watch is None:
-                self._give(call)
+            if self._watchdog is None:
+                self._enqueue(call)
                 return
-            with self._watch.over(text, self) as events:
-                self._give(call)
+            with self._watchdog.watch(text, self) as events:
+                self._enqueue(call)
                 for device in self._devices:
                     event = self._arrays.event(device)
                     event.record(self._arrays.current(device))
                     events.append(event)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                self._turn.release()
+                self._lock.release()
             except RuntimeError:  # not ours
                 pass
 
-    def _give(self, call: Callable[[int, Any, int], None]) -> None:
+    def _enqueue(self, call: Callable[[int, Any, int], None]) -> None:
         with self._group():
             for k, (device, comm) in enumerate(zip(self._devices, self._comms, strict=True)):
                 with self._arrays.at(device):
@@ -161,10 +161,10 @@ class NcclComms:
         finally:
             self._nccl.groupEnd()
 
-    def ask(self) -> None:
-        """Raise if NCCL, or the group of the workers, has lost one."""
+    def check(self) -> None:
+        """Raise if NCCL or the workers' group has lost a worker."""
         if self._workers.has_ended:
-            raise WorkerLostError("the workers have given each other up")
+            raise WorkerLostError("the workers' group has been aborted")
         for comm in self._comms:
             try:
                 comm.check_async_error()
@@ -174,17 +174,17 @@ class NcclComms:
                 ) from error
 
     def end(self, error: BaseException) -> None:
-        """Abort NCCL's communicator, and end the group of the workers."""
+        """Abort the NCCL communicators and the workers' group."""
         try:
             self._workers.end(error)
         finally:
-            # A thread that NCCL itself holds up gives its turn back only after the abort.
-            has_turn = self._turn.acquire(timeout=_TURN_SECONDS)
+            # A thread that is blocked inside NCCL releases the lock only after the abort.
+            has_lock = self._lock.acquire(timeout=_LOCK_SECONDS)
             self._abort()
-            if has_turn:
-                self._turn.release()
+            if has_lock:
+                self._lock.release()
 
     def _abort(self) -> None:
-        """Drop the ranks: to destroy them would wait for what they have been given."""
+        """Abort the communicators; destroying them would wait for their pending calls."""
         for comm in self._comms:
             comm.abort()

@@ -1,4 +1,4 @@
-"""The communicator of GPUs that NVIDIA's NCCL connects, through CuPy; never required."""
+"""NCCL communicator of the replicas on GPUs, through CuPy; an optional dependency."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.nccl.comms import NcclComms
 from dvkernels.communicators.single import Single
-from dvkernels.communicators.workers.consistency import asked
+from dvkernels.communicators.workers.consistency import fingerprint_of
 from dvkernels.devices import cuda
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec, spec
@@ -39,42 +39,42 @@ _OPS = {
 
 @final
 class Nccl:
-    """Ranks on GPUs of their own, between which NCCL carries the bytes.
+    """Communicator of ranks on one GPU each, over NCCL.
 
     Parameters
     ----------
     devices : sequence of Device
-        One GPU per rank of this process, each once.
+        One GPU per rank of this process, all different.
     nccl : module, optional
-        CuPy's; another one with its names.
+        ``cupy.cuda.nccl``, or a double of it.
     arrays : ArrayLibrary, optional
-        What makes arrays; that of this process if not given.
+        Allocates GPU arrays; by default the array library of this process.
     workers : Workers, optional
-        The processes that have ranks; every one of them makes this at the same time. Ranks count
-        on from worker to worker. This process alone if not given.
-    rest : Communicator, optional
-        Of the same ranks, for what is not given to NCCL; the kernels of this process if not given.
+        The processes that hold ranks; each constructs this at the same time. Ranks are numbered
+        worker by worker. By default this process alone.
+    fallback : Communicator, optional
+        Communicator of the same ranks for calls that NCCL does not carry out; by default the
+        kernels of this process.
 
     Raises
     ------
     AlgorithmError
-        The ranks are not on GPUs, or share one: NCCL wants one each.
+        A rank is not on a GPU, or two ranks share one.
     DeviceError
         NCCL is not installed, or fails.
     CollectiveTimeoutError
-        It does not connect the workers in time. Each of these is raised on all workers.
+        NCCL does not connect the workers in time. All of these are raised on all workers.
 
     Notes
     -----
-    What NCCL does otherwise than this library promises is left to the library's own kernels:
-    arrays of the host, half types (NCCL rounds at every hop), minimum and maximum of floats (it
-    may lose NaN), complex numbers, dtypes and reductions that it does not know, arrays that are
-    not dense on any worker.
+    The kernels of this package carry out whatever NCCL does differently from this package's
+    contract: host arrays, half types (NCCL rounds at every hop), minimum and maximum of floats
+    (NCCL may lose NaN), complex numbers, dtypes and reductions that NCCL lacks, arrays that are not
+    contiguous on some worker.
 
-    NCCL waits without end for a rank that does not call. So before each call the workers agree on
-    it, in one round of words on the host; it is given to the GPUs on the streams that are current,
-    and the host does not wait for them. See ``NcclComms`` for what becomes of a call that does not
-    end.
+    NCCL waits without a deadline for a rank that does not call. Before each call the workers
+    therefore agree on it, in one control round on the host. The call is enqueued on the current
+    streams, and the host does not wait for the GPUs. ``NcclComms`` aborts a call that hangs.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Nccl:
         arrays: cuda.ArrayLibrary | None = None,
         *,
         workers: Workers | None = None,
-        rest: Communicator | None = None,
+        fallback: Communicator | None = None,
     ) -> None:
         self._workers: Workers = Single() if workers is None else workers
         offer = self._offer(devices, nccl, arrays)
@@ -93,8 +93,8 @@ class Nccl:
         starts = partition.starts([len(each.gpus) for each in offers])
         self.size = starts[-1]
         self._ranks = range(starts[self._workers.rank], starts[self._workers.rank + 1])
-        self._rest: Communicator = Local(self.size, "auto") if rest is None else rest
-        self._links = NcclComms(
+        self._fallback: Communicator = Local(self.size, "auto") if fallback is None else fallback
+        self._comms = NcclComms(
             self._nccl, self._arrays, self._devices, self._workers, self._ranks, self.size,
             offers[0].unique_id,
         )  # fmt: skip
@@ -102,7 +102,7 @@ class Nccl:
     def _offer(
         self, devices: Sequence[Device], nccl: Any, arrays: cuda.ArrayLibrary | None
     ) -> _Offer:
-        """Return what this worker brings; what it lacks is raised by all."""
+        """Return this worker's GPUs, or the error that all workers are to raise."""
         try:
             named = ", ".join(map(str, devices))
             if {device.kind for device in devices} != {"cuda"} or len({*devices}) < len(devices):
@@ -128,54 +128,54 @@ class Nccl:
         """Reduce into new arrays, or into ``out``."""
         first, results = values[0], [] if out is None else list(out)
         if not _reduces(op, first.dtype):
-            return self._rest.all_reduce(values, op, out)
-        can = self._can_move([*values, *results])
-        if can and out is None:  # before the workers agree: it raises where there is no room
+            return self._fallback.all_reduce(values, op, out)
+        is_supported = self._can_move([*values, *results])
+        if is_supported and out is None:  # before the vote: raises if the GPU has no memory
             results = self._new([first.shape] * len(values), first.dtype)
-        wanted = "nccl.all_reduce", op.name.lower(), spec(first)
-        if not self._agreed(can, *wanted):
-            return self._rest.all_reduce(values, op, out)
+        call_terms = "nccl.all_reduce", op.name.lower(), spec(first)
+        if not self._agreed(is_supported, *call_terms):
+            return self._fallback.all_reduce(values, op, out)
         codes = self._codes(op, first.dtype)
 
         def call(k: int, comm: Any, stream: int) -> None:
             sent, received = values[k].data.ptr, results[k].data.ptr
             comm.allReduce(sent, received, first.size, *codes, stream)
 
-        self._links.together(asked(*wanted).text, call)
-        return self._divided(results, op)
+        self._comms.launch(fingerprint_of(*call_terms).text, call)
+        return self._divide(results, op)
 
     def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
         """Reduce into one new array, on the first device of each worker."""
         first = values[0]
         if not _reduces(op, first.dtype):
-            return self._rest.reduce(values, op)
+            return self._fallback.reduce(values, op)
         if self._workers.size > 1:  # so that all workers get the same bits
             return self.all_reduce(values, op)[0]
         if not self._can_move(values):
-            return self._rest.reduce(values, op)
+            return self._fallback.reduce(values, op)
         (result,) = self._new([first.shape], first.dtype)
         codes = self._codes(op, first.dtype)
 
         def call(k: int, comm: Any, stream: int) -> None:
             comm.reduce(values[k].data.ptr, result.data.ptr, first.size, *codes, 0, stream)
 
-        self._links.together("nccl.reduce", call)
-        return self._divided([result], op)[0]
+        self._comms.launch("nccl.reduce", call)
+        return self._divide([result], op)[0]
 
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
-        """Reduce each rank's part into a new array: a reduction a part if they are uneven."""
+        """Reduce each rank's part into a new array; uneven parts by one reduction each."""
         first = values[0]
         if not _reduces(op, first.dtype):
-            return self._rest.reduce_scatter(values, op)
-        parts, rest = partition.parts(len(first), self.size), first.shape[1:]
-        can, results = self._can_move(values), []
-        if can:
+            return self._fallback.reduce_scatter(values, op)
+        parts, trailing = partition.parts(len(first), self.size), first.shape[1:]
+        is_supported, results = self._can_move(values), []
+        if is_supported:
             own = (parts[rank] for rank in self._ranks)
-            results = self._new([(stop - start, *rest) for start, stop in own], first.dtype)
-        wanted = "nccl.reduce_scatter", op.name.lower(), spec(first)
-        if not self._agreed(can, *wanted):
-            return self._rest.reduce_scatter(values, op)
-        codes, row_size = self._codes(op, first.dtype), math.prod(rest)
+            results = self._new([(stop - start, *trailing) for start, stop in own], first.dtype)
+        call_terms = "nccl.reduce_scatter", op.name.lower(), spec(first)
+        if not self._agreed(is_supported, *call_terms):
+            return self._fallback.reduce_scatter(values, op)
+        codes, row_size = self._codes(op, first.dtype), math.prod(trailing)
         are_even = len(first) % self.size == 0
 
         def call(k: int, comm: Any, stream: int) -> None:
@@ -184,27 +184,27 @@ class Nccl:
                 comm.reduceScatter(sent, received, results[k].size, *codes, stream)
                 return
             for root, (start, stop) in enumerate(parts):
-                place = sent + start * row_size * first.itemsize
-                comm.reduce(place, received, (stop - start) * row_size, *codes, root, stream)
+                address = sent + start * row_size * first.itemsize
+                comm.reduce(address, received, (stop - start) * row_size, *codes, root, stream)
 
-        self._links.together(asked(*wanted).text, call)
-        return self._divided(results, op)
+        self._comms.launch(fingerprint_of(*call_terms).text, call)
+        return self._divide(results, op)
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
-        """Concatenate into a new array for each rank: a broadcast a rank if they are uneven."""
+        """Concatenate into a new array for each rank; uneven parts by one broadcast each."""
         first = values[0]
         if axis != 0:
-            return self._rest.all_gather(values, axis)
-        rest = first.shape[1:]
-        wanted = "nccl.all_gather", Spec(("any", *rest), first.dtype)
-        brought = [int(self._can_move(values)), *(len(value) for value in values)]
-        told = self._workers.agree(brought, *wanted)
-        if not all(can for can, *_ in told):
-            return self._rest.all_gather(values, axis)
-        lengths = [length for _, *own in told for length in own]
-        results = self._new([(sum(lengths), *rest)] * len(values), first.dtype)
-        self._workers.agree([], "nccl.all_gather has room")
-        row_nbytes = math.prod(rest) * first.itemsize
+            return self._fallback.all_gather(values, axis)
+        trailing = first.shape[1:]
+        call_terms = "nccl.all_gather", Spec(("any", *trailing), first.dtype)
+        own = [int(self._can_move(values)), *(len(value) for value in values)]
+        answers = self._workers.agree(own, *call_terms)
+        if not all(is_supported for is_supported, *_ in answers):
+            return self._fallback.all_gather(values, axis)
+        lengths = [length for _, *own in answers for length in own]
+        results = self._new([(sum(lengths), *trailing)] * len(values), first.dtype)
+        self._workers.agree([], "nccl.all_gather allocated")
+        row_nbytes = math.prod(trailing) * first.itemsize
         counts = [length * row_nbytes for length in lengths]
         code, are_even = self._nccl.NCCL_UINT8, len({*lengths}) == 1
 
@@ -216,33 +216,35 @@ class Nccl:
             for root, (start, stop) in enumerate(itertools.pairwise(partition.starts(counts))):
                 comm.broadcast(sent, received + start, stop - start, code, root, stream)
 
-        self._links.together(asked(*wanted).text, call)
+        self._comms.launch(fingerprint_of(*call_terms).text, call)
         return results
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
         like = values[root - self._ranks[0]] if root in self._ranks else values[0]
-        can, results = self._can_move(values), []
-        if can:
+        is_supported, results = self._can_move(values), []
+        if is_supported:
             results = self._new([like.shape] * len(values), like.dtype)
-        wanted = "nccl.broadcast", f"from {root}", spec(like)
-        if not self._agreed(can, *wanted):
-            return self._rest.broadcast(values, root)
+        call_terms = "nccl.broadcast", f"from {root}", spec(like)
+        if not self._agreed(is_supported, *call_terms):
+            return self._fallback.broadcast(values, root)
         code = self._nccl.NCCL_UINT8
 
         def call(k: int, comm: Any, stream: int) -> None:
             sent, received = values[k].data.ptr, results[k].data.ptr
             comm.broadcast(sent, received, like.nbytes, code, root, stream)
 
-        self._links.together(asked(*wanted).text, call)
+        self._comms.launch(fingerprint_of(*call_terms).text, call)
         return results
 
-    def _agreed(self, can: bool, verb: str, *terms: Any) -> bool:
-        """Return whether all workers can give this call to NCCL, when all have asked for it."""
-        return all(could for (could,) in self._workers.agree([int(can)], verb, *terms))
+    def _agreed(self, is_supported: bool, verb: str, *terms: Any) -> bool:
+        """Return whether NCCL can carry out the call on all workers, once all have asked for it."""
+        return all(
+            supported for (supported,) in self._workers.agree([int(is_supported)], verb, *terms)
+        )
 
     def _can_move(self, values: Sequence[Any]) -> bool:
-        """Return whether all lie dense on the device of their rank."""
+        """Return whether all values are contiguous arrays on the device of their rank."""
         return all(
             not isinstance(value, np.ndarray)
             and value.flags.c_contiguous
@@ -255,11 +257,11 @@ class Nccl:
         return getattr(self._nccl, _DTYPES[dtype.name]), getattr(self._nccl, _OPS[op])
 
     def _new(self, shapes: Sequence[tuple[int, ...]], dtype: Any) -> list[Any]:
-        pairs = zip(self._devices, shapes, strict=False)  # one alone lies on the first
+        pairs = zip(self._devices, shapes, strict=False)  # a single result is on the first device
         return [self._arrays.empty(device, shape, dtype) for device, shape in pairs]
 
-    def _divided(self, results: list[Any], op: Reduction) -> list[Any]:
-        """Divide sums in place where a mean was asked for: one rounding, as everywhere here."""
+    def _divide(self, results: list[Any], op: Reduction) -> list[Any]:
+        """Divide the sums of a MEAN in place; the mean is rounded once."""
         for result in results if op is ReduceOp.MEAN else ():
             with self._arrays.at(self._arrays.device_of(result)):
                 np.divide(result, result.dtype.type(self.size), out=result)
@@ -267,15 +269,15 @@ class Nccl:
 
 
 class _Offer(NamedTuple):
-    """What a worker brings to a communicator of NCCL."""
+    """One worker's contribution to the construction of an NCCL communicator."""
 
     problem: DvKernelsError | None
-    gpus: list[str]  # what they are called everywhere
-    unique_id: Any  # of the communicator; the first worker makes it
+    gpus: list[str]  # identities that are unique across hosts
+    unique_id: Any  # the ncclUniqueId; worker 0 creates it
 
 
 def _check(offers: Sequence[_Offer]) -> None:
-    """Raise the same on all workers unless NCCL can connect their GPUs."""
+    """Raise the same error on all workers unless NCCL can connect their GPUs."""
     users: dict[str, list[str]] = {}
     for worker, offer in enumerate(offers):
         if offer.problem is not None:
@@ -293,7 +295,7 @@ def _check(offers: Sequence[_Offer]) -> None:
 
 
 def _reduces(op: Reduction, dtype: np.dtype[Any]) -> bool:
-    """Return whether NCCL does what this library promises."""
+    """Return whether NCCL's result is the one that this package promises."""
     may_lose_nan = op in (ReduceOp.MIN, ReduceOp.MAX) and dtype.kind == "f"
     return op in _OPS and dtype.name in _DTYPES and not may_lose_nan
 

@@ -1,4 +1,4 @@
-"""Workers: collectives between processes, over the transport that connects them.
+"""Workers: collectives between the processes of a job, over shared memory or MPI.
 
 Imports: cluster, communicators, deadlines, devices, errors, kernels, kernels.cpu,
 kernels.cpu.engine, reduce_op, replicas, schedules, user_errors.

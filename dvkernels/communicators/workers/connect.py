@@ -1,4 +1,4 @@
-"""How processes that an MPI started become the workers of a strategy, and how they end."""
+"""Construction of a worker group from the processes that MPI started, and its end at exit."""
 
 from __future__ import annotations
 
@@ -40,32 +40,34 @@ from dvkernels.user_errors import in_words
 __all__: list[str] = []
 
 _NAP_SECONDS = 1e-3
-_GRACE_SECONDS = 5.0  # for the others to raise what ended the group, before MPI ends the job
-_MOMENT_SECONDS = 0.2
+_GRACE_SECONDS = 5.0  # for other workers to raise why the group ended, before MPI_Abort
+_FLUSH_SECONDS = 0.2
 _LINE = 64
-_SPARE_NBYTES = 1 << 16  # for what MPI itself keeps beside a window, and whole pages
-# The places that the workers of a host have beside their own where there are other hosts.
+_SPARE_NBYTES = 1 << 16  # for MPI's own data beside a window, and for whole pages
+# Number and size of the result buffers of a host where there are other hosts.
 _BETWEEN_HOSTS = (NUM_RESULTS // 2, PIECE_NBYTES)
 
 _open: list[Transport] = []
-_windows: list[Any] = []  # freed by MPI itself in the end: that needs all workers
+_windows: list[Any] = []  # freed by MPI_Finalize: freeing one is collective
 
 
-def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto") -> WorkerGroup:
-    """Return the workers that ``resolver`` counts. Every worker of the job must call this.
+def connect(
+    resolver: ClusterResolver, timeout_seconds: float, algorithm: str = "auto"
+) -> WorkerGroup:
+    """Return the group of the workers that ``resolver`` counts; every worker must call this.
 
-    ``way`` is that of reductions between hosts: see ``cost.Routing``.
+    ``algorithm`` is that of reductions between hosts: see ``cost_model.Routing``.
 
     Raises
     ------
     AlgorithmError
-        Workers want different ways: on all of them.
+        Workers ask for different algorithms. Raised on all workers.
     ClusterError
-        MPI started another number of processes, or offers too little; a variable is malformed, or
-        differs between workers; or a host has too little memory for its workers to share. Of the
-        last, all workers hear.
+        MPI started another number of processes, or lacks THREAD_MULTIPLE; an environment variable
+        is malformed, or differs between workers; or a host has too little shared memory, which is
+        raised on all workers.
     CollectiveTimeoutError
-        Some of them do not call this in time.
+        A worker does not call this in time.
     """
     world = MPI.COMM_WORLD
     if world.size != resolver.num_workers:
@@ -79,64 +81,64 @@ def connect(resolver: ClusterResolver, timeout_seconds: float, way: str = "auto"
             "MPI was initialized without THREAD_MULTIPLE, and replicas are threads; leave "
             "mpi4py.rc.thread_level as it is"
         )
-    _await_all(world, timeout_seconds)
+    _wait_for_all(world, timeout_seconds)
     comm = world.Split(0, resolver.worker_id)
     comm.Set_errhandler(MPI.ERRORS_RETURN)
-    routing = _agreed_routing(comm, way)
+    routing = _agreed_routing(comm, algorithm)
     on_this_host = _split_by_host(comm)
     _check_memory(comm, on_this_host)
-    gpu_comms = _for_gpus(comm)
+    gpu_comms = _gpu_comms(comm)
     transport: Transport
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
     else:
         transport = MpiTransport(
-            comm, _placed(comm, on_this_host), _hosts(on_this_host), timeout_seconds, routing
+            comm, _hosts_of(comm, on_this_host), _stagings(on_this_host), timeout_seconds, routing
         )
-    return WorkerGroup(_kept(transport), gpu_comms)
+    return WorkerGroup(_register(transport), gpu_comms)
 
 
-def _for_gpus(comm: Any) -> list[Any]:
-    """Return a communicator that takes memory of GPUs for each channel; none unless all MPIs do.
+def _gpu_comms(comm: Any) -> list[Any]:
+    """Return a CUDA-aware MPI communicator for each channel; none unless MPI is so everywhere.
 
     Raises
     ------
     ClusterError
-        The variable that says so is malformed on some worker: on all of them.
+        ``DVKERNELS_CUDA_AWARE_MPI`` is malformed on some worker. Raised on all workers.
     """
     try:
-        answer, problem = cuda_aware.of_mpi().is_there, ""
+        answer, problem = cuda_aware.of_mpi().is_aware, ""
     except ClusterError as error:
         answer, problem = False, str(error)
-    told = comm.allgather((answer, problem))
-    for worker, (_, text) in enumerate(told):
+    answers = comm.allgather((answer, problem))
+    for worker, (_, text) in enumerate(answers):
         if text:
             raise ClusterError(f"on worker {worker}: {text}")
-    if comm.size == 1 or not all(takes for takes, _ in told):
+    if comm.size == 1 or not all(takes for takes, _ in answers):
         return []
-    made = [comm.Dup() for _ in range(NUM_CHANNELS)]
-    for one in made:
-        one.Set_errhandler(MPI.ERRORS_RETURN)
-    return made
+    gpu_comms = [comm.Dup() for _ in range(NUM_CHANNELS)]
+    for gpu_comm in gpu_comms:
+        gpu_comm.Set_errhandler(MPI.ERRORS_RETURN)
+    return gpu_comms
 
 
-def placed(resolver: ClusterResolver) -> list[int]:
-    """Return the number of each worker's host. Every worker calls this, after ``connect``."""
+def hosts_of_workers(resolver: ClusterResolver) -> list[int]:
+    """Return the host number of each worker; every worker calls this, after ``connect``."""
     comm = MPI.COMM_WORLD.Split(0, resolver.worker_id)
-    return _placed(comm, _split_by_host(comm))
+    return _hosts_of(comm, _split_by_host(comm))
 
 
-def _placed(comm: Any, on_this_host: Any) -> list[int]:
+def _hosts_of(comm: Any, on_this_host: Any) -> list[int]:
     return numbered(comm.allgather(on_this_host.bcast(comm.rank)))
 
 
 def _split_by_host(comm: Any) -> Any:
-    """Return the communicator of the workers of this host, or of the one it pretends to be on.
+    """Return the MPI communicator of the workers of this host, or of this simulated host.
 
     Raises
     ------
     ClusterError
-        The variable that says so is malformed, or differs between workers: on all of them.
+        The variable that simulates hosts is malformed, or differs between workers. Raised on all.
     """
     _check_alike(comm, simulated_hosts.VARIABLE)
     pretended = simulated_hosts.pretended(os.environ, comm.size)
@@ -145,99 +147,100 @@ def _split_by_host(comm: Any) -> Any:
     return comm.Split_type(MPI.COMM_TYPE_SHARED)
 
 
-def _agreed_routing(comm: Any, way: str) -> Routing:
-    """Return how reductions go, which is the same for all; on all of them, or none."""
-    ways = comm.allgather(way)
-    if len({*ways}) > 1:
+def _agreed_routing(comm: Any, algorithm: str) -> Routing:
+    """Return the routing of reductions; raise on all workers if theirs differ."""
+    algorithms = comm.allgather(algorithm)
+    if len({*algorithms}) > 1:
         raise AlgorithmError(
-            f"between hosts all workers go the same way, and cross_device_ops leads them {ways}, "
-            f"in their order; give all of them the same"
+            f"all workers need the same algorithm between hosts, and cross_device_ops chooses "
+            f"{algorithms}, in rank order; give all of them the same"
         )
     _check_alike(comm, network_model.VARIABLE)
-    return Routing(way, network_model.of(os.environ))
+    return Routing(algorithm, network_model.from_environ(os.environ))
 
 
 def _check_alike(comm: Any, variable: str) -> None:
-    said = comm.allgather(os.environ.get(variable, ""))
-    if len({*said}) > 1:
+    values = comm.allgather(os.environ.get(variable, ""))
+    if len({*values}) > 1:
         raise ClusterError(
-            f"{variable} must be the same for all workers, and is {said}, in their order"
+            f"{variable} must be the same for all workers, and is {values}, in their order"
         )
 
 
 def _check_memory(comm: Any, here: Any) -> None:
-    """Raise on all workers where one host has too little memory for its workers to share."""
+    """Raise on all workers if some host has too little shared memory for its workers."""
     more = () if here.size == comm.size else _BETWEEN_HOSTS
     needed = Segment.nbytes_for(here.size, *more) + _SPARE_NBYTES if here.size > 1 else 0
     found = available.free_nbytes() if here.rank == 0 else needed
-    for told in comm.allgather((platform.node(), here.size, needed, found)):
-        available.check(*told)
+    for answers in comm.allgather((platform.node(), here.size, needed, found)):
+        available.check(*answers)
 
 
-def _hosts(comm: Any) -> list[Staging]:
-    """Return what the workers of this host share, for each channel."""
+def _stagings(comm: Any) -> list[Staging]:
+    """Return the staging buffers of this host's workers, for each channel."""
     if comm.size == 1:
         return [LocalStaging()] * NUM_CHANNELS
-    room, is_roomy = _shared_room(comm, *_BETWEEN_HOSTS)
-    return [SharedStaging(room, channel, is_roomy) for channel in range(NUM_CHANNELS)]
+    segment, may_spin = _shared_segment(comm, *_BETWEEN_HOSTS)
+    return [SharedStaging(segment, channel, may_spin) for channel in range(NUM_CHANNELS)]
 
 
 def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemoryTransport:
-    """Return the transport between the processes of ``comm``, all of one host."""
-    room, is_roomy = _shared_room(comm)
-    window = SymmetricMemory(comm.rank, comm.size, _MpiSegmentAllocator(comm))
-    return SharedMemoryTransport(room, timeout_seconds, is_roomy, window)
+    """Return the shared-memory transport between the processes of ``comm``, all on one host."""
+    segment, may_spin = _shared_segment(comm)
+    symmetric = SymmetricMemory(comm.rank, comm.size, _MpiSegmentAllocator(comm))
+    return SharedMemoryTransport(segment, timeout_seconds, may_spin, symmetric)
 
 
-def _shared_room(comm: Any, *more: int) -> tuple[Segment, bool]:
-    """Return a room of the workers of one host, and whether each has a core of its own."""
+def _shared_segment(comm: Any, *more: int) -> tuple[Segment, bool]:
+    """Return the segment of one host's workers, and whether each has a core of its own."""
     nbytes = Segment.nbytes_for(comm.size, *more) + _LINE
     window = MPI.Win.Allocate_shared(nbytes if comm.rank == 0 else 0, 1, comm=comm)
     _windows.append(window)
-    held = np.frombuffer(window.Shared_query(0)[0], np.uint8)
-    memory = held[-held.ctypes.data % _LINE :]
+    window_bytes = np.frombuffer(window.Shared_query(0)[0], np.uint8)
+    memory = window_bytes[-window_bytes.ctypes.data % _LINE :]
     if comm.rank == 0:
         Segment.clear(memory, comm.size)
     comm.Barrier()
-    room = Segment(memory, comm.rank, comm.size, *more)
-    cores = set().union(*comm.allgather(_cores()))  # after which every process stands in the room
+    segment = Segment(memory, comm.rank, comm.size, *more)
+    # Also a barrier: after it every process has attached to the segment.
+    cores = set().union(*comm.allgather(_usable_cores()))
     quota = cpu.cgroup_quota(Path("/sys/fs/cgroup"))
-    return room, comm.size <= min(len(cores), quota)
+    return segment, comm.size <= min(len(cores), quota)
 
 
 class _MpiSegmentAllocator:
-    """Memory from MPI that the processes of ``comm`` share; a ``SegmentAllocator``."""
+    """Allocator of shared memory by MPI windows; a ``SegmentAllocator``."""
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
 
     def free_nbytes(self) -> int:
-        """Return how much is left."""
+        """Return the free shared memory of this host in bytes."""
         return available.free_nbytes()
 
     def open(self, nbytes: int) -> list[Any]:
-        """Return a new segment of each process."""
-        # Each process's on pages of its own, so that they lie near the one that writes them first.
+        """Return a new segment of each process; all processes call this together."""
+        # Separate pages per process, so that first touch places them near their process (NUMA).
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
         window = MPI.Win.Allocate_shared(nbytes + _LINE, 1, info, self._comm)
         _windows.append(window)
-        held = [
+        window_bytes = [
             np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(self._comm.size)
         ]
-        held = [each[-each.ctypes.data % _LINE :][:nbytes] for each in held]
-        # Such memory is taken when it is first touched; where there is none left, that is fatal.
-        held[self._comm.rank][:] = 0
-        return held
+        window_bytes = [each[-each.ctypes.data % _LINE :][:nbytes] for each in window_bytes]
+        # Shared memory is allocated on first touch: touch it now, as running out is fatal (SIGBUS).
+        window_bytes[self._comm.rank][:] = 0
+        return window_bytes
 
 
-def _cores() -> set[int]:
+def _usable_cores() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
 
 
-def _await_all(comm: Any, timeout_seconds: float) -> None:
-    """Return when all processes are here: what follows waits for them without a deadline."""
+def _wait_for_all(comm: Any, timeout_seconds: float) -> None:
+    """Wait until all processes are here: the calls that follow have no deadline."""
     here = comm.Ibarrier()
     deadline = time.monotonic() + timeout_seconds
     while not here.Test():
@@ -249,21 +252,21 @@ def _await_all(comm: Any, timeout_seconds: float) -> None:
         time.sleep(_NAP_SECONDS)
 
 
-# -- the end of the process -----------------------------------------------------------------------
+# -- exit of the process --------------------------------------------------------------------------
 
 
-def _kept(transport: Transport) -> Transport:
+def _register(transport: Transport) -> Transport:
     if not _open:
-        atexit.register(_leave, os.getpid())
+        atexit.register(_leave_at_exit, os.getpid())
     _open.append(transport)
     return transport
 
 
-def _leave(pid: int) -> None:
-    """Let the others go: MPI_Finalize waits for all, so a job that is broken has to be aborted.
+def _leave_at_exit(pid: int) -> None:
+    """Leave the group; abort a broken job, because MPI_Finalize would wait for all processes.
 
-    A worker that failed waits for the others to hear of it and to leave as well; those that do
-    not, because they hang or were stopped, are ended by MPI after the deadline.
+    A worker that failed waits for the others to learn of it and to leave as well. MPI_Abort ends
+    those that do not leave before the deadline, because they hang or were stopped.
     """
     if pid != os.getpid():
         return  # a process forked from the worker
@@ -277,24 +280,24 @@ def _leave(pid: int) -> None:
         patience = max(transport.timeout_seconds for transport in _open)
         seconds = min(_GRACE_SECONDS, patience) if is_broken else patience
     else:
-        seconds = _MOMENT_SECONDS  # for words that are on their way
+        seconds = _FLUSH_SECONDS  # for messages that are in flight
     deadline = time.monotonic() + seconds
-    while not (is_left := _is_left_by_all()) and time.monotonic() < deadline:
+    while not (is_left := _has_everyone_left()) and time.monotonic() < deadline:
         time.sleep(_NAP_SECONDS)
     if is_broken or not (is_left or is_whole):
-        _abort(does_any_hang=any([transport.those_that_stay() for transport in _open]))
+        _abort(does_any_hang=any([transport.remaining_workers() for transport in _open]))
 
 
-def _is_left_by_all() -> bool:
-    are_gone = not any([transport.those_that_stay() for transport in _open])
+def _has_everyone_left() -> bool:
+    are_gone = not any([transport.remaining_workers() for transport in _open])
     return are_gone and all([transport.is_settled for transport in _open])
 
 
 def _abort(does_any_hang: bool) -> None:
-    """End this process without MPI_Finalize, and those that hang with it.
+    """End this process without MPI_Finalize; end processes that hang by MPI_Abort.
 
-    Where all others are leaving too, MPI_Abort would race with them for who is heard, and Open
-    MPI's launcher does not end after it once a process was killed under ``--with-ft ulfm``.
+    Where all other processes are leaving too, MPI_Abort would race with their exit statuses, and
+    Open MPI's launcher does not end after it once a process was killed under ``--with-ft ulfm``.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none

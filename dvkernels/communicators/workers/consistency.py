@@ -1,9 +1,10 @@
-"""Whether all workers ask for the same: compared before anything of it is carried out.
+"""Consistency check of collectives: all workers compare fingerprints before data move.
 
-Workers meet in rounds, one after another. To a round each brings a number that stands for what it
-asks for; only if all are equal it is carried out. A worker whose step has failed brings a number
-that equals none, so that the others learn of it where they would wait in vain, and all are in step
-again. So failures need no messages of their own, and leave nothing unfinished behind.
+Workers vote in control rounds, one after another. Each vote is the fingerprint of the collective
+that a worker calls, which is carried out only if all votes are equal. A worker whose step has
+failed votes a negative number instead, which no fingerprint equals: the other workers learn of the
+failure where they would wait in vain, and all are in step again. A failure therefore needs no
+message of its own and leaves no collective unfinished.
 """
 
 from __future__ import annotations
@@ -24,145 +25,146 @@ from dvkernels.user_errors import in_words, rests_on
 
 __all__: list[str] = []
 
-_MOST_SAID = 300  # characters of what a worker asks for, in messages
-_REMEMBERED = 16  # errors that the others know of
+_MAX_TEXT = 300  # characters of a call in error messages
+_REMEMBERED = 16  # errors that other workers know of
 
 
 class Fingerprint(NamedTuple):
-    """What a worker asks for: in words, and as a number that equals no other's."""
+    """Fingerprint of a collective call: its text, and a hash of the whole text."""
 
     text: str
     number: int  # positive
 
 
 class Vote(NamedTuple):
-    """What a worker brought to a round."""
+    """One worker's contribution to a control round: a fingerprint's number and a byte count."""
 
     number: int
     nbytes: int
 
 
 @functools.lru_cache(maxsize=1024)
-def asked(verb: str, *terms: Any) -> Fingerprint:
-    """Return what a verb with these terms asks for; equal terms print alike on all workers."""
+def fingerprint_of(verb: str, *terms: Any) -> Fingerprint:
+    """Return the fingerprint of a verb with its terms; equal terms print alike on all workers."""
     text = f"{verb}({', '.join(str(term) for term in terms)})"
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
-    return Fingerprint(text[:_MOST_SAID], int.from_bytes(digest) >> 1 | 1)
+    return Fingerprint(text[:_MAX_TEXT], int.from_bytes(digest) >> 1 | 1)
 
 
 class ControlChannel(Protocol):
-    """Carries the rounds."""
+    """Transport of the control rounds."""
 
     rank: int
     size: int
     timeout_seconds: float
 
-    def come(self, number: int, nbytes: int, text: str = "") -> None:
-        """Come to the next round, without waiting. What has a text may be slow."""
+    def arrive(self, number: int, nbytes: int, text: str = "") -> None:
+        """Vote in the next round, without waiting; a vote with a text may be slow."""
 
     def is_complete(self) -> bool:
-        """Tell, without waiting, whether all have come to the round that this worker is in."""
+        """Return, without waiting, whether all workers have arrived in the current round."""
 
-    def await_all(self, asked_for: Fingerprint) -> list[Vote]:
-        """Return what each worker brought to the round, when all have come.
+    def await_all(self, fingerprint: Fingerprint) -> list[Vote]:
+        """Wait for the votes of all workers in the current round.
 
         Raises ``CollectiveTimeoutError`` and ``WorkerLostError``, after which no round ever ends.
         """
 
     def text_of(self, worker: int) -> str:
-        """Return the text that a worker brought to the latest round."""
+        """Return the text of a worker's vote in the latest round."""
 
 
 class FailureState:
-    """How many failures a worker has taken note of: one count for all the wires of a group.
+    """Count of the failures that a worker has learnt of, shared by the channels of its group.
 
-    All workers that have come to the same round of a wire have counted the same.
+    All workers that have arrived in the same round of a channel have counted the same failures.
 
     Attributes
     ----------
     generation : int
-        The number of failures. What began before the latest of them has ended with it.
-    agreements : list of ConsistencyCheck
-        Of this worker, one for each wire.
+        The number of failures. The latest of them has ended every collective begun before it.
+    checks : list of ConsistencyCheck
+        Those of this worker, one for each channel.
     """
 
-    __slots__ = ("_known", "_telling", "agreements", "generation")
+    __slots__ = ("_announcing", "_known", "checks", "generation")
 
     def __init__(self) -> None:
         self.generation = 0
-        self.agreements: list[ConsistencyCheck] = []
+        self.checks: list[ConsistencyCheck] = []
         self._known: deque[BaseException] = deque(maxlen=_REMEMBERED)
-        self._telling = threading.RLock()  # of whom announces: each failure is counted once
+        self._announcing = threading.RLock()  # held while announcing: a failure is counted once
 
     def note(self, error: BaseException) -> BaseException:
-        """Remember, and return, an error that the others know of."""
+        """Remember and return an error that the other workers know of."""
         self._known.append(error)
         return error
 
     def is_known(self, error: BaseException) -> bool:
-        """Tell whether the others know of an error, or of one that it was raised because of."""
+        """Return whether the other workers know of an error or of one of its causes."""
         return rests_on(error, tuple(self._known))
 
     def announce(self, error: BaseException, rank: int) -> None:
-        """Tell the others over every wire that the step of this worker has failed."""
+        """Tell the other workers, over every channel, that this worker's step has failed."""
         try:
-            self._telling.acquire(timeout=deadlines.timeout_seconds())
+            self._announcing.acquire(timeout=deadlines.timeout_seconds())
             if not self.is_known(error):
-                self.fail(f"worker {rank} raised {in_words(self.note(error))}", self.agreements)
+                self.fail(f"worker {rank} raised {in_words(self.note(error))}", self.checks)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                self._telling.release()
+                self._announcing.release()
             except RuntimeError:  # not ours
                 pass
 
-    def fail(self, text: str, agreements: Iterable[ConsistencyCheck]) -> None:
-        """Count a failure, and tell of it over some wires."""
+    def fail(self, text: str, checks: Iterable[ConsistencyCheck]) -> None:
+        """Count a failure, and announce it over the channels of ``checks``."""
         generation, self.generation = self.generation, self.generation + 1
-        for agreement in agreements:
-            agreement.announce(generation, text)
+        for check in checks:
+            check.announce(generation, text)
 
 
-# The number of the rounds in which workers that disagree tell who did what.
-_TELL = asked("tell who asked for what")
+# The fingerprint of the rounds in which workers that disagree report their calls.
+_MISMATCH_REPORT = fingerprint_of("mismatch report")
 
 
 class ConsistencyCheck:
-    """One worker's side of the rounds over one wire.
+    """One worker's side of the control rounds over one channel.
 
     Parameters
     ----------
-    wire : ControlChannel
-    standing : FailureState
-        Of this worker; shared by its wires.
+    channel : ControlChannel
+    failures : FailureState
+        That of this worker, shared by its channels.
     end : callable
-        Told in words what stopped a collective half-way, of which no other worker knows.
+        Called with the reason (str) where this worker leaves a collective half-way because of an
+        error that no other worker knows of; aborts the group.
 
     Notes
     -----
-    A context, to be entered for each collective: it may take several rounds.
+    A context manager that surrounds each collective, which may take several rounds.
     """
 
     def __init__(
-        self, wire: ControlChannel, standing: FailureState, end: Callable[[str], None]
+        self, channel: ControlChannel, failures: FailureState, end: Callable[[str], None]
     ) -> None:
-        self._wire = wire
-        self._standing = standing
-        standing.agreements.append(self)
+        self._channel = channel
+        self._failures = failures
+        failures.checks.append(self)
         self._end = end
-        self._owed: deque[tuple[int, str]] = deque()  # failures to be announced
-        # Of who comes to the next round. An interrupt on the way into a collective leaves it with
-        # its thread, which then announces that its step has failed, and gives it back.
+        self._unannounced: deque[tuple[int, str]] = deque()  # generation and text of failures
+        # Held by the thread that votes next. An interrupt on the way into a collective leaves the
+        # lock with its thread, which then announces that its step has failed, and releases it.
         self._turn = threading.RLock()
-        self._began = 0  # the generation in which the collective that is under way began
-        self.is_open = False  # the latest round is the announcement of a failure
+        self._began = 0  # the generation in which the current collective began
+        self.is_announcing = False  # this worker's latest vote announces a failure
 
     def __enter__(self) -> None:
-        if not self._turn.acquire(timeout=self._wire.timeout_seconds):
+        if not self._turn.acquire(timeout=self._channel.timeout_seconds):
             raise CollectiveTimeoutError(
-                f"another thread of worker {self._wire.rank} has been in a collective for "
-                f"{self._wire.timeout_seconds:g} s, or was interrupted on its way into one"
+                f"another thread of worker {self._channel.rank} has been in a collective for "
+                f"{self._channel.timeout_seconds:g} s, or was interrupted on its way into one"
             )
-        self._began = self._standing.generation
+        self._began = self._failures.generation
 
     def __exit__(
         self,
@@ -171,111 +173,113 @@ class ConsistencyCheck:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if error is not None and not self._standing.is_known(error):
-                said = in_words(error)
-                self._end(f"worker {self._wire.rank} left a collective half-way: {said}")
+            if error is not None and not self._failures.is_known(error):
+                text = in_words(error)
+                self._end(f"worker {self._channel.rank} left a collective half-way: {text}")
         finally:
             self._turn.release()
-        if self._owed:
+        if self._unannounced:
             self._announce_now()
 
     @property
     def is_settled(self) -> bool:
         """Whether this worker has nothing left to announce."""
-        return not self.is_open and not self._owed
+        return not self.is_announcing and not self._unannounced
 
     def announce(self, generation: int, text: str) -> None:
-        """Tell the others of a failure in the next round, without waiting for them.
+        """Announce a failure in the next round, without waiting for the other workers.
 
-        If a collective is under way in another thread, in the round after it.
+        If another thread is in a collective, the announcement follows in the round after it.
         """
-        self._owed.append((generation, text))
+        self._unannounced.append((generation, text))
         self._announce_now()
 
     def _announce_now(self) -> None:
         try:
             if self._turn.acquire(blocking=False):
-                if self.is_open and self._wire.is_complete():
-                    self.is_open = False  # all have heard of the failure before
-                if self._owed and not self.is_open:
+                if self.is_announcing and self._channel.is_complete():
+                    self.is_announcing = False  # all workers know of the previous failure
+                if self._unannounced and not self.is_announcing:
                     self._announce_next()
         finally:
             try:
-                while True:  # what an interrupt has left with this thread, too
+                while True:  # also what an interrupt has left with this thread
                     self._turn.release()
-            except RuntimeError:  # it is not ours, or no more
+            except RuntimeError:  # not ours, or not any more
                 pass
 
     def _announce_next(self) -> None:
-        generation, text = self._owed.popleft()
-        self.is_open = True
-        self._wire.come(-1 - generation, 0, text)
+        generation, text = self._unannounced.popleft()
+        self.is_announcing = True
+        self._channel.arrive(-1 - generation, 0, text)
 
-    def settle(self, wanted: Fingerprint) -> None:
-        """Wait until the others have heard of every failure that was announced."""
+    def settle(self, fingerprint: Fingerprint) -> None:
+        """Wait until the other workers have received every announced failure."""
         while not self.is_settled:
-            if self.is_open:
-                words = self._wire.await_all(wanted)
-                self.is_open = False
-                self._hear_failures(words)
-            if self._owed:
+            if self.is_announcing:
+                votes = self._channel.await_all(fingerprint)
+                self.is_announcing = False
+                self._receive_failures(votes)
+            if self._unannounced:
                 self._announce_next()
 
-    def reach(self, wanted: Fingerprint, nbytes: int, stage: Callable[[], object]) -> list[Vote]:
-        """Return what all brought to a round in which all ask for the same.
+    def agree(
+        self, fingerprint: Fingerprint, nbytes: int, stage: Callable[[], object]
+    ) -> list[Vote]:
+        """Vote until all workers vote for the same call, and return their votes.
 
         Parameters
         ----------
-        wanted : Fingerprint
+        fingerprint : Fingerprint
         nbytes : int
-            How many bytes this worker brings.
+            How many bytes this worker contributes.
         stage : callable
-            Puts them where the next round reads them; called before each round that it takes.
+            Copies them to the staging buffer of the next round; called before each vote.
 
         Raises
         ------
         CollectiveMismatchError
-            Workers ask for different things, or the step of one of them has failed: on all.
+            Workers call different collectives, or the step of a worker has failed. Raised on all.
         """
         while True:
-            self.settle(wanted)
+            self.settle(fingerprint)
             stage()
-            self._wire.come(wanted.number, nbytes)
-            words = self._wire.await_all(wanted)
-            if all(word.number == wanted.number for word in words):
-                return words
-            self.judge(words, wanted)
+            self._channel.arrive(fingerprint.number, nbytes)
+            votes = self._channel.await_all(fingerprint)
+            if all(vote.number == fingerprint.number for vote in votes):
+                return votes
+            self.diagnose(votes, fingerprint)
 
-    def judge(self, words: Sequence[Vote], wanted: Fingerprint) -> None:
-        """Raise what words that differ mean; return if they are of an earlier step: try again."""
-        if not self._hear_failures(words):
-            self._tell_apart(wanted)
+    def diagnose(self, votes: Sequence[Vote], fingerprint: Fingerprint) -> None:
+        """Raise the error that differing votes mean; return if they concern an earlier step."""
+        if not self._receive_failures(votes):
+            self._raise_mismatch(fingerprint)
 
-    def _hear_failures(self, words: Sequence[Vote]) -> bool:
-        """Return whether a worker announced a failure; raise if it ends what is under way."""
-        standing = self._standing
-        failed = [(-1 - w.number, worker) for worker, w in enumerate(words) if w.number < 0]
+    def _receive_failures(self, votes: Sequence[Vote]) -> bool:
+        """Return whether a worker announced a failure; raise if it ends the current collective."""
+        failures = self._failures
+        failed = [(-1 - w.number, worker) for worker, w in enumerate(votes) if w.number < 0]
         news = [(g, worker) for g, worker in failed if g >= self._began]
         if news:
-            generation, worker = max(news, key=lambda one: (one[0], -one[1]))
-            standing.generation = max(standing.generation, generation + 1)
-            text = f"this step has ended because {self._wire.text_of(worker)}"
-            raise standing.note(StepEnded(text))
+            generation, worker = max(news, key=lambda failure: (failure[0], -failure[1]))
+            failures.generation = max(failures.generation, generation + 1)
+            text = f"this step has ended because {self._channel.text_of(worker)}"
+            raise failures.note(StepEnded(text))
         return bool(failed)
 
-    def _tell_apart(self, wanted: Fingerprint) -> None:
-        said = f"{wanted.text} at {user_line(sys._getframe())}"
-        self._wire.come(_TELL.number, 0, said)
-        self._wire.await_all(_TELL)
+    def _raise_mismatch(self, fingerprint: Fingerprint) -> None:
+        text = f"{fingerprint.text} at {user_line(sys._getframe())}"
+        self._channel.arrive(_MISMATCH_REPORT.number, 0, text)
+        self._channel.await_all(_MISMATCH_REPORT)
         each = "; ".join(
-            f"worker {worker} called {self._wire.text_of(worker)}"
-            for worker in range(self._wire.size)
+            f"worker {worker} called {self._channel.text_of(worker)}"
+            for worker in range(self._channel.size)
         )
         error = CollectiveMismatchError(
             f"the workers disagree: {each}; every worker must call the same collectives in the "
             f"same order, with the same shapes and dtypes"
         )
-        # Here all know. Over other wires some may be waiting for what never comes now.
-        others = [one for one in self._standing.agreements if one is not self]
-        self._standing.fail(in_words(error), others)
-        raise self._standing.note(error)
+        # All workers know it over this channel. Over others some may wait for a vote in vain.
+        others = [check for check in self._failures.checks if check is not self]
+        self._failures.fail(in_words(error), others)
+        raise self._failures.note(error)

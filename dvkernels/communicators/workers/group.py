@@ -1,4 +1,4 @@
-"""The verbs between workers, over whatever carries their arrays."""
+"""Worker group: the collectives between processes, over a transport."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, final
 import numpy as np
 
 from dvkernels.communicators.accumulation import Accumulation
-from dvkernels.communicators.workers.consistency import Fingerprint, asked
+from dvkernels.communicators.workers.consistency import Fingerprint, fingerprint_of
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
 from dvkernels.communicators.workers.wait import Finish
 from dvkernels.devices.buffers import Spec
@@ -22,79 +22,81 @@ T = TypeVar("T")
 
 
 class Transport(Protocol):
-    """Carries flat arrays and bytes; every call first makes sure that all workers ask for it."""
+    """Transport of flat arrays between workers, which first checks that all call the same."""
 
     rank: int
     size: int
     timeout_seconds: float
-    takes_columns: bool  # all_reduce_into takes several, of several arrays
-    window: SymmetricMemory | None  # where it reduces arrays without copying them
+    takes_columns: bool  # all_reduce_into takes several columns, of several arrays each
+    symmetric_memory: SymmetricMemory | None  # whose arrays are reduced in place
 
     def all_reduce_into(
         self,
         columns: Sequence[Sequence[Any]],
         num_sources: int,
         op: Reduction,
-        wanted: Fingerprint,
+        fingerprint: Fingerprint,
         divisor: int = 1,
     ) -> None:
-        """Leave the reduction of all workers' sources in each target: flat, of one dtype.
+        """Write the reduction of all workers' sources to each target: flat arrays of one dtype.
 
-        A column is [*sources, *targets], of one length, and targets may be sources. A worker's own
-        sources are combined first; the result is divided by ``divisor``. One column of one each,
-        and no divisor, unless the transport takes columns.
+        A column is [*sources, *targets], of one length; targets may be sources. A worker's own
+        sources are combined first, and the result is divided by ``divisor``. A transport that does
+        not take columns gets one column of one source and one target, and no divisor.
         """
 
-    def gather(self, source: Any, wanted: Fingerprint) -> list[Any]:
-        """Return the bytes of all workers; each may bring another number of them."""
+    def all_gather_bytes(self, source: Any, fingerprint: Fingerprint) -> list[Any]:
+        """Return the bytes of all workers, whose numbers may differ."""
 
-    def broadcast_into(self, target: Any, root: int, wanted: Fingerprint) -> None:
-        """Leave the root's bytes in ``target``, which holds them on the root."""
+    def broadcast_into(self, target: Any, root: int, fingerprint: Fingerprint) -> None:
+        """Write the root's bytes, which its ``target`` holds, to every ``target``."""
 
-    def carry(self, move: Callable[[list[int], Finish], T], number: int, wanted: Fingerprint) -> T:
-        """Return what ``move`` makes of the numbers of all workers, not below 0.
+    def agree_and_run(
+        self, move: Callable[[list[int], Finish], T], number: int, fingerprint: Fingerprint
+    ) -> T:
+        """Exchange non-negative numbers in a control round, and return ``move(numbers, finish)``.
 
-        It carries what this does not, by requests of its own, and is given what waits for one:
-        that raises where it is in vain.
+        ``move`` transfers data by requests of its own, and waits for each by ``finish``, which
+        raises if the request can no longer complete.
         """
 
     def announce(self, error: BaseException) -> None:
-        """Tell the others that this worker's step has failed."""
+        """Tell the other workers that this worker's step has failed."""
 
     def end(self, error: BaseException) -> None:
-        """End the group, unless it has ended: what any worker calls from now on raises this."""
+        """Abort the group, unless it has ended: every later call on any worker raises ``error``."""
 
-    def beside(self) -> Transport:
-        """Return another one, for another thread."""
+    def duplicate(self) -> Transport:
+        """Return a transport between the same workers for another thread."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing can be carried any more."""
+        """Whether the group has been aborted."""
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is under way that the end of the process would have to wait for."""
+        """Whether the exit of this process need not wait for anything pending."""
 
     def leave(self, text: str) -> None:
-        """Say that this worker calls nothing any more, and why."""
+        """Tell the other workers that this worker makes no further call, and why."""
 
-    def those_that_stay(self) -> list[int]:
-        """Return the other workers that are there and have not left, as far as it is known."""
+    def remaining_workers(self) -> list[int]:
+        """Return the other workers that have not left, as far as is known."""
 
 
-_MEETING = asked("barrier")
+_BARRIER = fingerprint_of("barrier")
 _NO_BYTES = np.empty(0, np.uint8)
 
 
 @final
 class WorkerGroup:
-    """The workers of a job, each with one array: see ``communicators.base.Workers``.
+    """Communicator of the workers of a job, one array each: see ``communicators.base.Workers``.
 
     Parameters
     ----------
     transport : Transport
     gpu_comms : sequence of mpi4py.MPI.Comm
-        That take memory of GPUs, one for each thread; none if MPI does not.
+        CUDA-aware communicators, one for each thread; none if MPI is not CUDA-aware.
     """
 
     def __init__(self, transport: Transport, gpu_comms: Sequence[Any] = ()) -> None:
@@ -103,9 +105,9 @@ class WorkerGroup:
         self.rank, self.size = transport.rank, transport.size
         self.timeout_seconds = transport.timeout_seconds
 
-    def beside(self) -> WorkerGroup:
+    def duplicate(self) -> WorkerGroup:
         """Return the same workers for another thread."""
-        return WorkerGroup(self._transport.beside(), self.gpu_comms[1:] or self.gpu_comms)
+        return WorkerGroup(self._transport.duplicate(), self.gpu_comms[1:] or self.gpu_comms)
 
     def all_reduce(
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
@@ -116,8 +118,8 @@ class WorkerGroup:
         is_flat = target.flags.c_contiguous
         flat = target.reshape(-1) if is_flat else np.empty(target.size, target.dtype)
         source = (value if value.flags.c_contiguous else np.ascontiguousarray(value)).reshape(-1)
-        wanted = asked("all_reduce", op.name.lower(), Spec(value.shape, value.dtype))
-        self._transport.all_reduce_into([[source, flat]], 1, op, wanted)
+        fingerprint = fingerprint_of("all_reduce", op.name.lower(), Spec(value.shape, value.dtype))
+        self._transport.all_reduce_into([[source, flat]], 1, op, fingerprint)
         if not is_flat:
             target[...] = flat.reshape(target.shape)
         return [target]
@@ -128,7 +130,7 @@ class WorkerGroup:
         how: Accumulation,
         outs: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Any]] | None:
-        """Reduce the arrays of all replicas of all workers, each in one pass over memory."""
+        """Reduce the arrays of all replicas of all workers, each in one pass over shared memory."""
         first = columns[0][0]
         if (
             not self._transport.takes_columns
@@ -148,7 +150,10 @@ class WorkerGroup:
                 [array.reshape(-1) for array in [*map(np.ascontiguousarray, column), *each]]
                 for column, each in zip(columns, targets, strict=True)
             ],
-            len(columns[0]), how.op, asked("all_reduce", how.op.name.lower(), *specs), how.divisor,
+            len(columns[0]),
+            how.op,
+            fingerprint_of("all_reduce", how.op.name.lower(), *specs),
+            how.divisor,
         )  # fmt: skip
         for each, made in zip(outs, targets, strict=True):
             for out, target in zip(each, made, strict=True):
@@ -171,9 +176,11 @@ class WorkerGroup:
         (value,) = values
         front = np.ascontiguousarray(np.moveaxis(value, axis, 0))
         rest = front.shape[1:]
-        wanted = asked("all_gather", f"axis {axis}", Spec(("any", *rest), value.dtype))
-        parts = self._transport.gather(_as_bytes(front), wanted)
-        # Rows without content are counted in words: they have no bytes.
+        fingerprint = fingerprint_of(
+            "all_gather", f"axis {axis}", Spec(("any", *rest), value.dtype)
+        )
+        parts = self._transport.all_gather_bytes(_as_bytes(front), fingerprint)
+        # Empty rows have no bytes to count them by, so their numbers go as messages.
         counts = self.exchange(len(front)) if 0 in rest else [-1] * self.size
         rows = [
             part.view(value.dtype).reshape(count, *rest)
@@ -185,52 +192,57 @@ class WorkerGroup:
         """Copy the root's value."""
         (value,) = values
         result = np.array(value, order="C")
-        wanted = asked("broadcast", f"from worker {root}", Spec(value.shape, value.dtype))
-        self._transport.broadcast_into(_as_bytes(result), root, wanted)
+        fingerprint = fingerprint_of(
+            "broadcast", f"from worker {root}", Spec(value.shape, value.dtype)
+        )
+        self._transport.broadcast_into(_as_bytes(result), root, fingerprint)
         return [result]
 
-    def meet(self) -> None:
-        """Return when every worker has called this."""
-        self._transport.gather(_NO_BYTES, _MEETING)
+    def barrier(self) -> None:
+        """Wait until every worker has called this."""
+        self._transport.all_gather_bytes(_NO_BYTES, _BARRIER)
 
-    def exchange(self, word: Any, verb: str = "exchange") -> list[Any]:
-        """Return a small object of each worker; it must be one that pickle takes."""
-        held = np.frombuffer(pickle.dumps(word), np.uint8)
-        return [pickle.loads(part.tobytes()) for part in self._transport.gather(held, asked(verb))]
+    def exchange(self, message: Any, verb: str = "exchange") -> list[Any]:
+        """Return the messages of all workers; a message must be picklable."""
+        data = np.frombuffer(pickle.dumps(message), np.uint8)
+        return [
+            pickle.loads(part.tobytes())
+            for part in self._transport.all_gather_bytes(data, fingerprint_of(verb))
+        ]
 
     def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
-        """Return some integers of each worker, when all have called this with equal terms."""
-        held = np.array(numbers, np.int64).view(np.uint8)
-        parts = self._transport.gather(held, asked(verb, *terms))
+        """Return the integers of all workers, once all have called this with equal terms."""
+        data = np.array(numbers, np.int64).view(np.uint8)
+        parts = self._transport.all_gather_bytes(data, fingerprint_of(verb, *terms))
         return [part.view(np.int64).tolist() for part in parts]
 
     def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
-        """Return new arrays, which are reduced where they lie if the workers share memory."""
-        window = self._transport.window
-        if window is None:
+        """Return new arrays, in symmetric memory if the workers share memory."""
+        symmetric_memory = self._transport.symmetric_memory
+        if symmetric_memory is None:
             return [np.empty(shape, dtype) for _ in range(count)]
-        return window.empty(self.agree, shape, dtype, count)
+        return symmetric_memory.empty(self.agree, shape, dtype, count)
 
-    def carry(
+    def agree_and_run(
         self, move: Callable[[list[int], Finish], T], number: int, verb: str, *terms: Any
     ) -> T:
-        """Return what ``move`` makes of a number of each worker; see ``Transport``."""
-        return self._transport.carry(move, number, asked(verb, *terms))
+        """Exchange numbers, and return ``move(numbers, finish)``; see ``Transport``."""
+        return self._transport.agree_and_run(move, number, fingerprint_of(verb, *terms))
 
     def announce(self, error: BaseException) -> None:
-        """Tell the others that this worker's step has failed."""
+        """Tell the other workers that this worker's step has failed."""
         self._transport.announce(error)
 
     def end(self, error: BaseException) -> None:
-        """Make everything that any worker calls from now on raise this."""
+        """Abort the group: every later call on any worker raises ``error``."""
         self._transport.end(error)
 
     @property
     def has_ended(self) -> bool:
-        """Whether everything that a worker calls raises."""
+        """Whether the group has been aborted."""
         return self._transport.has_ended
 
 
 def _as_bytes(array: Any) -> Any:
-    """Return a C-contiguous array as flat bytes, not copied."""
+    """Return a view of a C-contiguous array as flat bytes."""
     return array.reshape(-1).view(np.uint8)

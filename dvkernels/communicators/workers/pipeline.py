@@ -1,4 +1,4 @@
-"""Pieces of an array on their way, several at once: one travels while another is added up."""
+"""Pipelining: pieces of an array in flight at once, so that transfer and reduction overlap."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Callable, Iterable, Iterator
 
 __all__: list[str] = []
 
-Piece = Iterator[None]  # goes a stage further each time it is asked
+Piece = Iterator[None]  # each next() carries out one stage
 
-_OVER = object()
+_DONE = object()
 
 
-def carry(pieces: Iterable[Piece], meet: Callable[[Piece | None], None]) -> None:
-    """Carry pieces through their stages, a new one at each turn.
+def run_pipeline(pieces: Iterable[Piece], before_turn: Callable[[Piece | None], None]) -> None:
+    """Run pieces through their stages, starting a new piece at each turn.
 
-    The newest goes first: what it sends travels while the others are seen to.
+    The newest piece goes first: its messages travel during the stages of the older pieces.
 
     Parameters
     ----------
     pieces : iterable of Piece
-        Made when their turn comes.
-    meet : callable
-        Called before each turn, with the piece that is new in it; None: no more are coming.
+        Consumed lazily, one piece per turn.
+    before_turn : callable
+        Called before each turn with the piece that starts in it, or None after the last one.
     """
-    coming = iter(pieces)
-    under_way: list[Piece] = []
+    upcoming = iter(pieces)
+    in_flight: list[Piece] = []
     while True:
-        piece = next(coming, None)
+        piece = next(upcoming, None)
         if piece is not None:
-            under_way.insert(0, piece)
-        if not under_way:
+            in_flight.insert(0, piece)
+        if not in_flight:
             return
-        meet(piece)
-        under_way = [one for one in under_way if next(one, _OVER) is not _OVER]
+        before_turn(piece)
+        in_flight = [each for each in in_flight if next(each, _DONE) is not _DONE]

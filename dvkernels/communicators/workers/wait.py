@@ -1,4 +1,4 @@
-"""Something that is under way, and how to wait for it without waiting in vain."""
+"""Requests (pending operations), and the loop that waits for one without waiting in vain."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Protocol, final
 
 __all__ = ["AllRequests", "Finish", "Request", "finish"]
 
-_TESTS_PER_LOOK = 100  # about 50 us of asking MPI
+_TESTS_PER_CHECK = 100  # about 50 us of asking MPI
 _BUSY_SECONDS = 2.0  # MPI moves data only while it is asked
-_LOOK_SECONDS = 0.1
+_CHECK_SECONDS = 0.1
 _NAP_SECONDS, _LONGEST_NAP_SECONDS = 20e-6, 1e-3
 
 
 class Request(Protocol):
-    """Something that MPI, a GPU or another worker is doing."""
+    """Pending operation of MPI, of a GPU or of another worker; named as in mpi4py."""
 
     def Test(self) -> bool:
-        """Tell whether it is done."""
+        """Return whether the operation is complete."""
 
 
 Finish = Callable[[Request], None]
@@ -26,36 +26,36 @@ Finish = Callable[[Request], None]
 
 @final
 class AllRequests:
-    """Several requests as one."""
+    """Request that is complete when several requests are."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
-        self._left = list(requests)
+        self._pending = list(requests)
 
     def Test(self) -> bool:
-        """Tell whether all are done."""
-        self._left = [request for request in self._left if not request.Test()]
-        return not self._left
+        """Return whether all requests are complete."""
+        self._pending = [request for request in self._pending if not request.Test()]
+        return not self._pending
 
 
-def finish(request: Request, look: Callable[[float], None]) -> None:
-    """Return when a request is done.
+def finish(request: Request, check: Callable[[float], None]) -> None:
+    """Wait for a request.
 
     Parameters
     ----------
     request : Request
-    look : callable
-        Told ten times a second for how many seconds this has waited; raises if it is in vain.
+    check : callable
+        Called ten times a second with the seconds waited so far; raises if waiting is in vain.
     """
     began = time.monotonic()
-    next_look, nap = _LOOK_SECONDS, _NAP_SECONDS
+    next_check, nap = _CHECK_SECONDS, _NAP_SECONDS
     while True:
-        for _ in range(_TESTS_PER_LOOK):
+        for _ in range(_TESTS_PER_CHECK):
             if request.Test():
                 return
         waited = time.monotonic() - began
-        if waited > next_look:
-            look(waited)
-            next_look = waited + _LOOK_SECONDS
+        if waited > next_check:
+            check(waited)
+            next_check = waited + _CHECK_SECONDS
         if waited < _BUSY_SECONDS:
             time.sleep(0)  # others may need this core
         else:

@@ -1,4 +1,4 @@
-"""Whether MPI takes memory of GPUs: libraries that say so, that deny it, and that do neither."""
+"""Detection of CUDA-aware MPI: libraries that report it, that deny it, and that do neither."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dvkernels.communicators.workers.gpu.cuda_aware import VARIABLE, told
+from dvkernels.communicators.workers.gpu.cuda_aware import VARIABLE, detect
 from dvkernels.errors import ClusterError
 
 OPEN_MPI, MPICH = "Open MPI v5.0.11, package", "MPICH Version:      5.0.2"
@@ -19,19 +19,19 @@ CRAY, INTEL = (
 )
 MVAPICH = "MVAPICH2 Version      :	2.3.7"
 QUERY = "int MPIX_Query_cuda_support(void) {{ return {}; }}"
-# Of another kind of GPU it says the opposite; and it may fail.
-GPU_QUERY = """int MPIX_GPU_query_support(int kind, int *is_there) {{
-    *is_there = kind == 0 ? {0} : 1 - {0};
+# The answer for another kind of GPU is the opposite; and the call may fail.
+GPU_QUERY = """int MPIX_GPU_query_support(int kind, int *is_aware) {{
+    *is_aware = kind == 0 ? {0} : 1 - {0};
     return {1};
 }}"""
-# As in some versions of MPICH: it takes success for failure.
+# As in some versions of MPICH, which mistake success for failure.
 ASSERTS = "#include <stdlib.h>\nint MPIX_Query_cuda_support(void) { abort(); }"
 compiler = shutil.which("cc") or shutil.which("gcc")
 
 
 @pytest.fixture
 def built(tmp_path):
-    """Return a function that returns a library of these lines of C."""
+    """Return a function that compiles lines of C to a loaded library."""
 
     def build(*lines):
         if compiler is None:
@@ -46,7 +46,7 @@ def built(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "is_there", "source"),
+    ("lines", "is_aware", "source"),
     [
         ([QUERY.format(1)], True, "MPIX_Query_cuda_support"),
         ([QUERY.format(0)], False, "MPIX_Query_cuda_support"),
@@ -57,12 +57,12 @@ def built(tmp_path):
         ([], False, "it does not say that it does"),
     ],
 )
-def test_its_functions_are_asked(built, lines, is_there, source):
-    assert told(MPICH, "mpi,system", built(*lines), {}) == (is_there, source)
+def test_the_query_functions_of_a_library_are_called(built, lines, is_aware, source):
+    assert detect(MPICH, "mpi,system", built(*lines), {}) == (is_aware, source)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "is_there"),
+    ("kinds", "is_aware"),
     [
         ("mpi,system,cuda:device", True),
         ("mpi, cuda", True),
@@ -71,18 +71,18 @@ def test_its_functions_are_asked(built, lines, is_there, source):
         ("", False),
     ],
 )
-def test_kinds_of_memory_by_mpi_4_1(kinds, is_there):
-    assert told(OPEN_MPI, kinds, None, {}).is_there == is_there
+def test_kinds_of_memory_by_mpi_4_1(kinds, is_aware):
+    assert detect(OPEN_MPI, kinds, None, {}).is_aware == is_aware
 
 
 class Says:
-    """A library that says of itself that it can."""
+    """Library that reports to be CUDA-aware."""
 
     MPIX_Query_cuda_support = staticmethod(lambda: 1)
 
 
 @pytest.mark.parametrize(
-    ("version", "environ", "library", "is_there"),
+    ("version", "environ", "library", "is_aware"),
     [
         (CRAY, {}, Says, False),
         (CRAY, {"MPICH_GPU_SUPPORT_ENABLED": "0"}, Says, False),
@@ -99,24 +99,24 @@ class Says:
         (OPEN_MPI, {}, Says, True),
     ],
 )
-def test_what_a_library_must_be_told_first(version, environ, library, is_there):
-    assert told(version, "", library, environ).is_there == is_there
+def test_libraries_that_need_a_setting_without_it(version, environ, library, is_aware):
+    assert detect(version, "", library, environ).is_aware == is_aware
 
 
 @pytest.mark.parametrize(
-    ("said", "is_there"), [("1", True), ("0", False), ("auto", True), ("", True), (" AUTO ", True)]
+    ("said", "is_aware"), [("1", True), ("0", False), ("auto", True), ("", True), (" AUTO ", True)]
 )
-def test_the_user_knows_better(said, is_there):
-    assert told(OPEN_MPI, "cuda:device", None, {VARIABLE: said}).is_there == is_there
-    assert told(CRAY, "", None, {VARIABLE: said}).is_there == (said == "1")
+def test_the_environment_variable_overrides_the_library(said, is_aware):
+    assert detect(OPEN_MPI, "cuda:device", None, {VARIABLE: said}).is_aware == is_aware
+    assert detect(CRAY, "", None, {VARIABLE: said}).is_aware == (said == "1")
 
 
-def test_a_malformed_word_is_an_error():
+def test_a_malformed_variable_is_an_error():
     with pytest.raises(ClusterError, match=r"DVKERNELS_CUDA_AWARE_MPI='yes': expected 1 if MPI"):
-        told(OPEN_MPI, "", None, {VARIABLE: "yes"})
+        detect(OPEN_MPI, "", None, {VARIABLE: "yes"})
 
 
-def test_the_mpi_of_this_process_can_be_asked():
+def test_the_mpi_of_this_process():
     pytest.importorskip("mpi4py")
     code = "from dvkernels.communicators.workers.gpu import cuda_aware; print(cuda_aware.of_mpi())"
     ran = subprocess.run(

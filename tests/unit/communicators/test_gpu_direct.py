@@ -1,4 +1,4 @@
-"""Values on GPUs of workers whose MPI takes their memory: the laws, and who waits for what."""
+"""Direct collectives between GPUs by CUDA-aware MPI: the laws, and the order of streams and MPI."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from dvkernels.schedules import cost_model
 from dvkernels.testing import check_communicator
 
 SUM = ReduceOp.SUM
-WAYS = pytest.mark.parametrize("way", ["gathered", "in parts"])
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["all-gather", "reduce-scatter"])
 
 
-def choose(monkeypatch, way, piece_nbytes=2048):
-    """Let all arrays go one way, in small pieces."""
-    seconds = -np.inf if way == "in parts" else np.inf
+def choose(monkeypatch, algorithm, piece_nbytes=2048):
+    """Select one algorithm for all arrays, in small pieces."""
+    seconds = -np.inf if algorithm == "reduce-scatter" else np.inf
     monkeypatch.setattr(
         cost_model, "NETWORK", cost_model.NETWORK._replace(exchange_seconds=seconds)
     )
@@ -44,7 +44,7 @@ def choose(monkeypatch, way, piece_nbytes=2048):
 
 
 def group(size, seed=0, timeout_seconds=20.0):
-    """Return workers on threads, and the GPUs of each."""
+    """Return workers on threads, and the GPU double of each."""
     comms = Mpi(size, seed).comms
     arrays = [Arrays(seed + 100 * rank) for rank in range(size)]
     workers = []
@@ -55,7 +55,7 @@ def group(size, seed=0, timeout_seconds=20.0):
 
 
 def outcomes(workers, verb, values, *args, of=at_once):
-    """Return what comes of a verb on each worker; an argument that is a list has one for each."""
+    """Return the result of a verb on each worker; an argument that is a list has one per worker."""
     calls = []
     for k, worker in enumerate(workers):
         own = [arg[k] if isinstance(arg, list) else arg for arg in args]
@@ -64,7 +64,7 @@ def outcomes(workers, verb, values, *args, of=at_once):
 
 
 def every(workers, verb, values, *args, arrays=()):
-    """Return the array that each worker gets, when it is there."""
+    """Return the array of each worker once its GPU has completed it."""
     found = outcomes(workers, verb, values, *args, of=results)
     for seam in arrays:
         seam.drain()
@@ -79,28 +79,28 @@ def ones(length, count=2):
     return [on_device(np.ones(length)) for _ in range(count)]
 
 
-@WAYS
+@ALGORITHMS
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_it_keeps_the_laws(size, way, monkeypatch):
-    choose(monkeypatch, way, 512)
+def test_the_laws_of_communicators(size, algorithm, monkeypatch):
+    choose(monkeypatch, algorithm, 512)
     comms, seams = Mpi(size).comms, [Arrays(rank) for rank in range(size)]
 
     def over(worker, rest):
         worker.gpu_comms, seam = [comms[worker.rank]], seams[worker.rank]
-        straight = GpuDirect(worker, seam, seam.reduce)
-        return OfHost(Staged(worker, seam, straight), seam)
+        direct = GpuDirect(worker, seam, seam.reduce)
+        return OfHost(Staged(worker, seam, direct), seam)
 
     check_communicator(lambda size: Together(size, over=over), sizes=[size])
-    assert all(seam.num_pinned <= 8 for seam in seams), "a reduction of the user's own is staged"
+    assert all(seam.num_pinned <= 8 for seam in seams), "custom reductions are staged"
 
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 500, 511, 512, 513, 1024, 1025, 4000]
 
 
-@WAYS
+@ALGORITHMS
 @pytest.mark.parametrize("dtype", ["f4", "f2", ml_dtypes.bfloat16, "f8", "i2", "c8"])
-def test_bits_are_those_of_the_kernels(way, dtype, monkeypatch):
-    choose(monkeypatch, way)
+def test_bits_are_those_of_the_kernels(algorithm, dtype, monkeypatch):
+    choose(monkeypatch, algorithm)
     for seed, length in enumerate(LENGTHS):
         workers, arrays = group(3, seed)
         values = [np.random.default_rng([seed, k]).integers(1, 9, length) / 3 for k in range(3)]
@@ -117,11 +117,11 @@ def test_bits_are_those_of_the_kernels(way, dtype, monkeypatch):
         assert not any(seam.num_pinned for seam in arrays)
 
 
-@WAYS
+@ALGORITHMS
 @pytest.mark.parametrize("seed", range(8))
-def test_what_follows_does_not_disturb_what_is_still_under_way(way, seed, monkeypatch):
-    """Streams change from call to call, values are overwritten after it, memory is used again."""
-    choose(monkeypatch, way)
+def test_later_work_does_not_disturb_a_pending_call(algorithm, seed, monkeypatch):
+    """Streams change between calls, values are overwritten afterwards, and memory is reused."""
+    choose(monkeypatch, algorithm)
     workers, arrays = group(2, seed)
     sizes = [5, 3000, 700, 5, 9, 3001]
 
@@ -131,7 +131,7 @@ def test_what_follows_does_not_disturb_what_is_still_under_way(way, seed, monkey
         for turn, size in enumerate(sizes):
             seam.stream = seam.streams[turn % 2]
             value = seam.empty(0, (size,), np.dtype("f4"))
-            seam.copy(value, np.full(size, turn + worker.rank, "f4"))  # under way when it is called
+            seam.copy(value, np.full(size, turn + worker.rank, "f4"))  # pending during the call
             out = [value] if turn % 3 == 0 else None
             result = worker.all_reduce([value], SUM, out)[0]
             assert (result is value) == (turn % 3 == 0)
@@ -148,18 +148,18 @@ def test_what_follows_does_not_disturb_what_is_still_under_way(way, seed, monkey
 
 
 def test_scratch_is_kept(monkeypatch):
-    for way in ("gathered", "in parts"):
-        choose(monkeypatch, way)
+    for algorithm in ("all-gather", "reduce-scatter"):
+        choose(monkeypatch, algorithm)
         workers, arrays = group(2)
         for _ in range(4):
             every(workers, "all_reduce", ones(3000), SUM)
-        # of each call the result, and once: the scratch, before there is any, and then
+        # one result per call, and once the scratch: empty at first, and then
         assert [seam.num_made for seam in arrays] == [4 + 2] * 2
 
 
-@WAYS
-def test_arrays_of_any_layout(way, monkeypatch):
-    choose(monkeypatch, way)
+@ALGORITHMS
+def test_arrays_of_any_layout(algorithm, monkeypatch):
+    choose(monkeypatch, algorithm)
     workers, arrays = group(2)
     base = np.arange(4 * 6 * 10.0).reshape(4, 6, 10)
     values = [OnDevice(base.transpose(2, 0, 1)[::2] + 0), OnDevice(base.transpose(2, 0, 1)[::2])]
@@ -182,7 +182,7 @@ def test_arrays_of_any_layout(way, monkeypatch):
 
 
 @pytest.mark.parametrize("where", list(itertools.product([True, False], repeat=3)))
-def test_where_one_lies_elsewhere_all_are_staged(where):
+def test_one_value_in_host_memory_stages_all_values(where):
     workers, arrays = group(3)
     put = lambda array, rank: OnDevice(array) if where[rank] else array  # noqa: E731
 
@@ -206,7 +206,7 @@ def test_where_one_lies_elsewhere_all_are_staged(where):
     assert pinned == [lies and not all(where) for lies in where]
 
 
-def test_a_reduction_of_the_users_own_is_staged():
+def test_a_custom_reduction_is_staged():
     workers, arrays = group(2)
     op = CustomReduction(numba.njit(lambda a, b: a + b), 0, "my sum")
     for one in every(workers, "all_reduce", ones(3), op, arrays=arrays):
@@ -214,8 +214,8 @@ def test_a_reduction_of_the_users_own_is_staged():
     assert [seam.num_pinned for seam in arrays] == [1, 1]
 
 
-def test_another_thread_has_its_own(monkeypatch):
-    choose(monkeypatch, "in parts")
+def test_another_thread_has_its_own_memory(monkeypatch):
+    choose(monkeypatch, "reduce-scatter")
     mpis = [Mpi(2), Mpi(2, 1)]
     seams = [Arrays(0), Arrays(1)]
     workers = []
@@ -224,7 +224,7 @@ def test_another_thread_has_its_own(monkeypatch):
         workers.append(
             Staged(plain, seams[rank], GpuDirect(plain, seams[rank], seams[rank].reduce))
         )
-    beside = [worker.beside() for worker in workers]
+    beside = [worker.duplicate() for worker in workers]
     for group_of_thread, mpi in ((beside, mpis[1]), (workers, mpis[0])):
         assert not mpi.receives
         every(group_of_thread, "all_reduce", ones(900), SUM)
@@ -245,7 +245,7 @@ def test_workers_that_disagree_move_nothing():
 
 
 @pytest.mark.parametrize("verb", ["all_reduce", "all_gather", "broadcast"])
-def test_where_there_is_no_room_nobody_moves_anything(verb):
+def test_out_of_memory_on_one_worker_moves_nothing_on_all(verb):
     workers, arrays = group(2)
     argument = SUM if verb == "all_reduce" else 0
 
@@ -263,9 +263,9 @@ def test_where_there_is_no_room_nobody_moves_anything(verb):
     assert "DeviceError: no room" in str(error)
 
 
-@WAYS
-def test_a_gpu_that_is_stuck_before_the_call_is_an_error(way, monkeypatch):
-    choose(monkeypatch, way)
+@ALGORITHMS
+def test_a_gpu_that_is_stuck_before_the_call_is_an_error(algorithm, monkeypatch):
+    choose(monkeypatch, algorithm)
     workers, arrays = group(2, timeout_seconds=1.0)
     arrays[0].stream.is_stuck = True
     errors = outcomes(workers, "all_reduce", ones(900), SUM)
@@ -274,34 +274,36 @@ def test_a_gpu_that_is_stuck_before_the_call_is_an_error(way, monkeypatch):
     assert "in vain for workers [0]" in str(errors[1])
 
 
-def test_a_gpu_that_is_stuck_in_the_middle_ends_all(monkeypatch):
-    choose(monkeypatch, "in parts")
+def test_a_gpu_that_is_stuck_half_way_aborts_the_group(monkeypatch):
+    choose(monkeypatch, "reduce-scatter")
     workers, arrays = group(2, timeout_seconds=1.0)
 
     def stuck(*args, **named):
         arrays[0].stream.is_stuck = True
 
-    workers[0]._straight._reduce = stuck
-    before = len(collectives._half_way)
+    workers[0]._direct._reduce = stuck
+    before = len(collectives._abandoned)
     errors = outcomes(workers, "all_reduce", ones(900), SUM)
     assert isinstance(errors[0], CollectiveTimeoutError)
     assert isinstance(errors[1], (WorkerLostError, CollectiveTimeoutError))
     assert all(worker.has_ended for worker in workers)
-    kept = [of_worker for of_worker, _ in collectives._half_way[before:]]
+    kept = [of_worker for of_worker, _ in collectives._abandoned[before:]]
     assert len(kept) == 2
-    assert all(isinstance(one, GpuCollectives) for one in kept), "a late message finds its memory"
+    assert all(isinstance(one, GpuCollectives) for one in kept), (
+        "a late message still finds its memory"
+    )
 
 
-@WAYS
-def test_a_worker_that_moves_nothing_is_waited_for_in_vain(way, monkeypatch):
-    choose(monkeypatch, way)
+@ALGORITHMS
+def test_a_worker_that_moves_nothing_is_a_timeout(algorithm, monkeypatch):
+    choose(monkeypatch, algorithm)
     workers, _ = group(2, timeout_seconds=1.0)
-    monkeypatch.setattr(GpuDirect, "_exchange_on", silent(GpuDirect._exchange_on, rank=1))
+    monkeypatch.setattr(GpuDirect, "_collectives_on", silent(GpuDirect._collectives_on, rank=1))
     errors = outcomes(workers, "all_reduce", ones(900), SUM)
     assert isinstance(errors[0], CollectiveTimeoutError)
     assert "worker 0 waited 1 s in vain for workers [1] to move their data" in str(errors[0])
     with pytest.raises(CollectiveTimeoutError):
-        workers[1].meet()
+        workers[1].barrier()
 
 
 def silent(of, rank):
@@ -315,14 +317,14 @@ def silent(of, rank):
     return lambda self, device: Silent() if self._workers.rank == rank else of(self, device)
 
 
-def test_a_failure_of_mpi_or_of_the_gpu_is_told_to_all(monkeypatch):
-    choose(monkeypatch, "in parts")
+def test_a_failure_of_mpi_or_of_the_gpu_is_raised_on_all(monkeypatch):
+    choose(monkeypatch, "reduce-scatter")
     workers, _ = group(2, timeout_seconds=20.0)
 
     def fails(*_, **__):
         raise RuntimeError("an illegal address")
 
-    workers[0]._straight._reduce = fails
+    workers[0]._direct._reduce = fails
     began = time.monotonic()
     for error in outcomes(workers, "all_reduce", ones(900), SUM):
         assert isinstance(error, WorkerLostError)

@@ -1,4 +1,4 @@
-"""Between hosts every way gives the same on all workers: over threads, without MPI."""
+"""Collectives between hosts: every algorithm, over threads, without MPI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from mail_between_workers import ByMail, Mail, MailTraffic, transports_between_hosts
+from mail_between_workers import Mail, MailPointToPoint, MailTransport, transports_between_hosts
 from threads_as_workers import Together, results
 
 from dvkernels import reduce_op
@@ -19,9 +19,9 @@ from dvkernels.custom_reduction import CustomReduction
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.testing import check_communicator
 
-WAYS = pytest.mark.parametrize("way", ["gather", "exchange", "ring"])
-PLACED = pytest.mark.parametrize(
-    "placed",
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["gather", "exchange", "ring"])
+HOSTS = pytest.mark.parametrize(
+    "hosts",
     [[0, 1], [0, 1, 2], [0, 0, 1], [0, 0, 1, 2], [0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 2, 2, 1, 3]],
     ids=str,
 )
@@ -34,8 +34,8 @@ def _short_pieces(monkeypatch):
     monkeypatch.setattr(collectives, "PIECE_NBYTES", PIECE_NBYTES)
 
 
-def groups(placed, way):
-    return [WorkerGroup(transport) for transport in transports_between_hosts(placed, way)]
+def groups(hosts, algorithm):
+    return [WorkerGroup(transport) for transport in transports_between_hosts(hosts, algorithm)]
 
 
 def reduced(workers, values, op, outs=None):
@@ -54,21 +54,21 @@ def bits(arrays):
     return {array.tobytes() for array in arrays}
 
 
-@WAYS
-@PLACED
-def test_the_laws_of_communicators(placed, way):
+@ALGORITHMS
+@HOSTS
+def test_the_laws_of_communicators(hosts, algorithm):
     check_communicator(
-        lambda size: Together(size, carried=transports_between_hosts(placed, way)),
-        sizes=[len(placed)],
+        lambda size: Together(size, carried=transports_between_hosts(hosts, algorithm)),
+        sizes=[len(hosts)],
         dtypes=["float32", "bfloat16", "uint8", "bool"],
     )
 
 
-@WAYS
-@PLACED
-def test_sizes_around_pieces_and_parts(placed, way):
-    workers = groups(placed, way)
-    count, step = len(placed), PIECE_NBYTES // 4
+@ALGORITHMS
+@HOSTS
+def test_sizes_around_pieces_and_parts(hosts, algorithm):
+    workers = groups(hosts, algorithm)
+    count, step = len(hosts), PIECE_NBYTES // 4
     for size in [0, 1, count - 1, count, count + 1, step - 1, step, step + 1, 9 * step + 1]:
         values = [
             np.random.default_rng([size, k]).standard_normal(size).astype(np.float32)
@@ -82,61 +82,61 @@ def test_sizes_around_pieces_and_parts(placed, way):
         assert bits(in_place) == bits(apart), size
 
 
-@WAYS
-@PLACED
+@ALGORITHMS
+@HOSTS
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.MEAN])
-def test_halves_are_rounded_once(placed, way, dtype, op):
-    """1 + many halves of its last bit: rounded on the way, they would all be lost."""
+def test_halves_are_rounded_once(hosts, algorithm, dtype, op):
+    """1 + many halves of its last bit: rounded at each step, they would all be lost."""
     dtype, size = np.dtype(dtype), 3 * PIECE_NBYTES // 4 + 5
     last_bit = float(ml_dtypes.finfo(dtype).eps)
-    values = [np.full(size, 1.0 if k == 0 else last_bit / 2, dtype) for k in range(len(placed))]
+    values = [np.full(size, 1.0 if k == 0 else last_bit / 2, dtype) for k in range(len(hosts))]
     wide = reduce_op.working_dtype(dtype)
     total = sum(value.astype(wide) for value in values)
-    right = (total / wide.type(len(placed)) if op is ReduceOp.MEAN else total).astype(dtype)
-    for found in reduced(groups(placed, way), values, op):
+    right = (total / wide.type(len(hosts)) if op is ReduceOp.MEAN else total).astype(dtype)
+    for found in reduced(groups(hosts, algorithm), values, op):
         assert (found == right).all()
 
 
-@WAYS
-@PLACED
-def test_halves_that_become_too_large_are_infinite_without_a_warning(placed, way):
-    values = [np.full(1000, 60_000.0, np.float16) for _ in placed]
-    for found in reduced(groups(placed, way), values, ReduceOp.SUM):
+@ALGORITHMS
+@HOSTS
+def test_halves_overflow_to_infinity_without_a_warning(hosts, algorithm):
+    values = [np.full(1000, 60_000.0, np.float16) for _ in hosts]
+    for found in reduced(groups(hosts, algorithm), values, ReduceOp.SUM):
         assert np.isinf(found).all()
 
 
-@WAYS
-@PLACED
-def test_a_reduction_of_the_users(placed, way):
+@ALGORITHMS
+@HOSTS
+def test_a_custom_reduction(hosts, algorithm):
     rng = np.random.default_rng(1)
-    values = [rng.standard_normal(2 * PIECE_NBYTES + 3) for _ in placed]
+    values = [rng.standard_normal(2 * PIECE_NBYTES + 3) for _ in hosts]
     stacked = np.stack(values)
     right = stacked[np.abs(stacked).argmax(0), np.arange(stacked.shape[1])]
-    for found in reduced(groups(placed, way), values, LARGER):
+    for found in reduced(groups(hosts, algorithm), values, LARGER):
         np.testing.assert_array_equal(found, right)
 
 
-@PLACED
-def test_a_ring_adds_in_the_order_of_its_hosts(placed):
-    """Within a host by workers; then the hosts from the one after the part's worker on."""
-    count, num_hosts, length = len(placed), max(placed) + 1, 80  # all in one piece
+@HOSTS
+def test_a_ring_adds_in_the_order_of_its_hosts(hosts):
+    """Within a host in rank order, then the hosts from the one after the part's worker on."""
+    count, num_hosts, length = len(hosts), max(hosts) + 1, 80  # one piece
     values = [np.random.default_rng(k).standard_normal(length * count) for k in range(count)]
     of_hosts = [
-        sum(value for value, host in zip(values, placed, strict=True) if host == one)
+        sum(value for value, host in zip(values, hosts, strict=True) if host == one)
         for one in range(num_hosts)
     ]
     right = np.empty(length * count)
-    for part, owner in enumerate(placed):
+    for part, owner in enumerate(hosts):
         own = slice(length * part, length * (part + 1))
         right[own] = sum(of_hosts[(owner + 1 + k) % num_hosts][own] for k in range(num_hosts))
-    (found,) = bits(reduced(groups(placed, "ring"), values, ReduceOp.SUM))
+    (found,) = bits(reduced(groups(hosts, "ring"), values, ReduceOp.SUM))
     assert found == right.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
-def test_the_model_is_asked_for_the_bytes_that_travel(dtype):
-    """Sums of halves are twice as wide; two workers a host, two hosts."""
+def test_the_cost_model_gets_the_bytes_of_the_messages(dtype):
+    """Partial sums of halves are twice as wide; two workers per host, two hosts."""
     asked = []
 
     class Asked:
@@ -153,10 +153,10 @@ def test_the_model_is_asked_for_the_bytes_that_travel(dtype):
     assert asked == [(4, 2, nbytes, max(nbytes, 400))] * 4
 
 
-def test_parts_go_on_whatever_others_wait_for():
-    """The second piece gets around while the first one waits for a worker."""
+def test_parts_of_a_later_piece_progress_while_one_waits():
+    """The second piece completes while the first one waits for a worker."""
     mail = Mail()
-    rings = [HostRing(MailTraffic(mail, rank, 2), [0, 1]) for rank in range(2)]
+    rings = [HostRing(MailPointToPoint(mail, rank, 2), [0, 1]) for rank in range(2)]
     how = accumulation.of(ReduceOp.SUM, np.dtype(np.float32), 2)
 
     def start(rank, number):
@@ -171,8 +171,8 @@ def test_parts_go_on_whatever_others_wait_for():
     assert all([late.Test(), first.Test()])
 
 
-def test_parts_go_on_while_workers_of_a_host_are_waited_for():
-    """Between two meetings a worker sends what it has, although nobody asks for the ring."""
+def test_parts_progress_during_a_host_barrier():
+    """A worker sends its parts between two host barriers, although nothing tests the ring."""
     mail, posted = Mail(), []
 
     class Late(LocalStaging):
@@ -184,30 +184,30 @@ def test_parts_go_on_while_workers_of_a_host_are_waited_for():
         def is_met(self):
             return self.meetings < 2 or bool(posted)
 
-    class Seen(MailTraffic):
+    class Seen(MailPointToPoint):
         def send(self, array, to, tag):
             posted.append(tag)
             return super().send(array, to, tag)
 
     def all_reduce(traffic, host):
-        transport = ByMail(traffic, host, [0, 1], "ring", 5.0)
+        transport = MailTransport(traffic, host, [0, 1], "ring", 5.0)
         return WorkerGroup(transport).all_reduce([np.ones(10)], ReduceOp.SUM)[0]
 
     for found in results(
         lambda: all_reduce(Seen(mail, 0, 2), Late()),
-        lambda: all_reduce(MailTraffic(mail, 1, 2), LocalStaging()),
+        lambda: all_reduce(MailPointToPoint(mail, 1, 2), LocalStaging()),
     ):
         np.testing.assert_array_equal(found, np.full(10, 2.0))
 
 
-def test_a_failure_in_the_middle_keeps_what_is_under_way():
-    """Nobody lets memory go that others may still write to."""
+def test_a_failure_half_way_keeps_the_pending_memory():
+    """No worker frees memory that others may still write to."""
 
     class Late(Exception):
         pass
 
-    placed, size = [0, 1, 2], 10 * PIECE_NBYTES
-    carried = transports_between_hosts(placed, "ring")
+    hosts, size = [0, 1, 2], 10 * PIECE_NBYTES
+    carried = transports_between_hosts(hosts, "ring")
     values = [np.full(size, float(k)) for k in range(3)]
 
     def fails(transport=carried[0]):
@@ -229,4 +229,4 @@ def test_a_failure_in_the_middle_keeps_what_is_under_way():
             transport.all_reduce_into([column], 1, ReduceOp.SUM, None)
 
     results(fails, *(lambda t=t: waits(t) for t in carried[1:]))
-    assert all(transport.exchange._ring._laps for transport in carried)
+    assert all(transport.exchange._ring._pieces for transport in carried)

@@ -1,4 +1,4 @@
-"""NCCL as communicator: what it is asked, by a double that does it, and what it is not asked."""
+"""NCCL communicator within one process, over a double of NCCL: its calls and its fallback."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_mean_is_a_sum_divided_once(three):
         np.testing.assert_array_equal(found, np.sum(values, 0, dtype="f4") / np.float32(3))
 
 
-def test_movements(three):
+def test_all_gather_and_broadcast(three):
     nccl, _ = three
     values = [parts("f2", length)[k] for k, length in enumerate((2, 0, 5))]
     for found in nccl.all_gather(values, 0):
@@ -64,7 +64,7 @@ def test_movements(three):
     ("dtype", "op"),
     [("f2", "sum"), ("c8", "sum"), ("f4", "max"), ("i2", "sum"), ("?", "min")],
 )
-def test_what_nccl_does_otherwise_is_left_to_the_kernels(three, monkeypatch, dtype, op):
+def test_what_nccl_does_differently_is_left_to_the_kernels(three, monkeypatch, dtype, op):
     nccl, library = three
     asked = []
 
@@ -73,13 +73,13 @@ def test_what_nccl_does_otherwise_is_left_to_the_kernels(three, monkeypatch, dty
             asked.append(op)
             return list(values)
 
-    monkeypatch.setattr(nccl, "_rest", Kernels())
+    monkeypatch.setattr(nccl, "_fallback", Kernels())
     nccl.all_reduce(parts(dtype), dv.ReduceOp.of(op))
     assert asked
     assert library.num_groups == 0
 
 
-def test_arrays_of_the_host_keep_all_laws():
+def test_the_laws_of_communicators_for_host_arrays():
     check_communicator(lambda size: Nccl(gpus(size), Library(), Arrays()), sizes=[1, 3])
 
 
@@ -91,7 +91,7 @@ def test_each_rank_needs_its_own_gpu(devices):
 
 
 @pytest.mark.skipif(not cuda.missing(), reason="there is a GPU")
-def test_without_a_gpu_it_is_said_what_is_missing():
+def test_without_a_gpu_the_error_names_what_is_missing():
     with pytest.raises(AlgorithmError, match="GPU of its own"):
         dv.MirroredStrategy(["cpu:0", "cpu:1"], cross_device_ops="nccl")
     with pytest.raises(DeviceError, match="driver"):

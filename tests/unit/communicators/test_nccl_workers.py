@@ -1,4 +1,4 @@
-"""NCCL between the GPUs of several workers: its laws, and that nobody waits for it in vain."""
+"""NCCL between the GPUs of several workers: the laws, and that no worker hangs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _arrays_of_the_host_stand_for_those_of_gpus(monkeypatch):
 
 
 class OfHost:
-    """A communicator over views of arrays of the host, on a GPU for each rank, and back."""
+    """Communicator adapter: host arrays become views on one GPU per rank, and back."""
 
     def __init__(self, communicator, to=placed):
         self._communicator, self._to = communicator, to
@@ -53,7 +53,7 @@ def bare(arrays):
 
 
 class Rest(OfHost):
-    """The other way round: kernels take arrays of the host only; counts what they are asked."""
+    """Fallback adapter from GPU views to host arrays; records the calls."""
 
     def __init__(self, communicator):
         super().__init__(communicator, bare)
@@ -71,19 +71,21 @@ class Rest(OfHost):
 
 
 def over(library, counts, rests=None):
-    """Return what makes each worker's communicator."""
+    """Return a factory of each worker's communicator."""
 
     def make(workers, rest):
         if rests is not None:
             rest = rests[workers.rank] = Rest(rest)
         arrays = Arrays(library, workers.rank)
-        return OfHost(Nccl(gpus(counts[workers.rank]), library, arrays, workers=workers, rest=rest))
+        return OfHost(
+            Nccl(gpus(counts[workers.rank]), library, arrays, workers=workers, fallback=rest)
+        )
 
     return make
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [2, 2], [2, 1]])
-def test_it_keeps_the_laws(counts):
+def test_the_laws_of_communicators(counts):
     library, rests = Library(), {}
 
     def make(size):
@@ -113,7 +115,7 @@ def ones(length=3):
     return placed([np.ones(length, "f4")])
 
 
-def test_one_that_is_not_dense_takes_all_another_way():
+def test_one_strided_array_takes_all_workers_to_the_fallback():
     library, rests = Library(), {}
     together = Together(2, counts=[1, 1], over=over(library, [1, 1], rests))
     values = [np.ones(3, "f4"), np.ones(6, "f4")[::2]]
@@ -126,7 +128,7 @@ def test_one_that_is_not_dense_takes_all_another_way():
     assert all(len(rest.asked) == 3 for rest in rests.values())
 
 
-def test_workers_that_disagree_do_not_call_it():
+def test_workers_that_disagree_do_not_call_nccl():
     library = Library()
     (one, other), _ = pair(library)
     found = at_once(lambda: one.all_reduce(ones(3), SUM), lambda: other.all_reduce(ones(4), SUM))
@@ -140,7 +142,7 @@ def test_workers_that_disagree_do_not_call_it():
 
 
 @pytest.mark.parametrize(("verb", "arg"), [("all_reduce", SUM), ("all_gather", 0)])
-def test_where_there_is_no_room_nobody_calls_it(verb, arg):
+def test_out_of_memory_on_one_worker_keeps_all_from_calling_nccl(verb, arg):
     library = Library()
     (one, other), workers = pair(library)
 
@@ -160,11 +162,11 @@ def test_where_there_is_no_room_nobody_calls_it(verb, arg):
 
 
 @pytest.mark.parametrize("is_patient", [False, True], ids=["on the GPU", "on the host"])
-def test_what_does_not_end_is_aborted(is_patient):
+def test_a_call_that_hangs_is_aborted(is_patient):
     library = Library(is_patient=is_patient)
     (one, other), workers = pair(library, timeout_seconds=0.5)
-    stuck = other._links
-    stuck._give = lambda call: time.sleep(0)  # agreed to, and never given to its GPU
+    stuck = other._comms
+    stuck._enqueue = lambda call: time.sleep(0)  # voted for, and never enqueued
     found = at_once(lambda: one.all_reduce(ones(), SUM), lambda: other.all_reduce(ones(), SUM))
     assert isinstance(found[0], CollectiveTimeoutError) == is_patient
     until = time.monotonic() + 20
@@ -173,7 +175,7 @@ def test_what_does_not_end_is_aborted(is_patient):
     for call in (
         lambda: one.all_reduce(ones(), SUM),
         lambda: other.broadcast(ones(), 0),
-        workers[0].meet,
+        workers[0].barrier,
         lambda: workers[1].exchange(1),
     ):
         with pytest.raises(CollectiveTimeoutError, match=r"nccl.all_reduce\(sum, float32\[3\]\)"):
@@ -195,7 +197,7 @@ def watches(thread):
 def test_a_worker_that_nccl_has_lost_is_reported_before_the_deadline():
     library = Library(is_patient=False)
     (one, other), workers = pair(library, timeout_seconds=600)
-    other._links._give = lambda call: None
+    other._comms._enqueue = lambda call: None
     results(lambda: one.all_reduce(ones(), SUM), lambda: other.all_reduce(ones(), SUM))
     library.is_lost = True
     until = time.monotonic() + 20
@@ -203,23 +205,23 @@ def test_a_worker_that_nccl_has_lost_is_reported_before_the_deadline():
         time.sleep(0.01)
     for worker in workers:
         with pytest.raises(WorkerLostError, match="NCCL on worker 0 has lost another"):
-            worker.meet()
+            worker.barrier()
 
 
-def test_a_call_that_fails_ends_all():
+def test_a_call_that_fails_aborts_the_group():
     library = Library()
     (one, other), workers = pair(library, timeout_seconds=600)
 
     def fails(call):
         raise ValueError("unhandled cuda error")
 
-    one._links._give = fails
+    one._comms._enqueue = fails
     for error in at_once(
         lambda: one.all_reduce(ones(), SUM), lambda: other.all_reduce(ones(), SUM)
     ):
         assert isinstance(error, WorkerLostError)
     with pytest.raises(WorkerLostError, match="half-way: ValueError: unhandled cuda error"):
-        workers[1].meet()
+        workers[1].barrier()
 
 
 # -- at the beginning ------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_a_gpu_of_two_workers_is_refused_on_both():
     assert not library.joined
 
 
-def test_what_one_worker_lacks_is_said_on_all():
+def test_a_worker_without_nccl_is_an_error_on_all():
     library = Library()
 
     def good(workers):
@@ -286,7 +288,7 @@ def test_nccl_that_does_not_connect_is_an_error_on_all(is_late, monkeypatch):
             raise error
 
 
-def test_all_workers_ask_for_nccl_or_none():
+def test_nccl_on_some_workers_only_is_an_error():
     def asks(workers):
         return registry.between_all(gpus(1), "NCCL", workers)
 
@@ -298,7 +300,7 @@ def test_all_workers_ask_for_nccl_or_none():
         assert "workers [0, 2] ask for it, and workers [1] do not" in str(error)
 
 
-def test_a_strategy_without_gpus_says_so_on_all_workers():
+def test_a_strategy_without_gpus_is_an_error_on_all_workers():
     def make(workers):
         return Strategy(["cpu:0"], "nccl", workers=workers)
 
@@ -308,11 +310,11 @@ def test_a_strategy_without_gpus_says_so_on_all_workers():
 
 
 @pytest.mark.parametrize("bytes_per_bucket", [None, 16])
-def test_a_strategy_learns_the_same_over_it(monkeypatch, bytes_per_bucket):
+def test_a_strategy_computes_the_same_over_nccl(monkeypatch, bytes_per_bucket):
     library, rests = Library(), {}
 
-    def stand_in(devices, *, workers, rest):
-        return over(library, [len(devices)] * 2, rests)(workers, rest)
+    def stand_in(devices, *, workers, fallback):
+        return over(library, [len(devices)] * 2, rests)(workers, fallback)
 
     monkeypatch.setattr("dvkernels.communicators.nccl.communicator.Nccl", stand_in)
 

@@ -1,4 +1,4 @@
-"""What a user says of the network is taken as it is said, or refused."""
+"""Network parameters from the environment are taken as given, or refused."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FIELDS = st.fixed_dictionaries(
 
 
 @given(FIELDS)
-def test_what_is_said_counts_and_the_rest_is_as_measured(said):
+def test_given_parameters_replace_the_defaults(said):
     text = " , ".join(f"{name} = {value!r}" for name, value in said.items())
-    found = network_model.of({network_model.VARIABLE: text})
+    found = network_model.from_environ({network_model.VARIABLE: text})
     assert found._asdict() == NETWORK._asdict() | said
 
 
 @given(FIELDS)
-def test_what_is_printed_can_be_set(said):
+def test_the_printed_value_can_be_set(said):
     found = NETWORK._replace(**said)
-    again = network_model.of({network_model.VARIABLE: network_model.written(found)})
+    again = network_model.from_environ({network_model.VARIABLE: network_model.to_text(found)})
     assert again == pytest.approx(found, rel=1e-3)
 
 
@@ -40,6 +40,6 @@ def test_what_is_printed_can_be_set(said):
         "incast=0", "incast=1.01", "hop_seconds=-1e-6", "rate=1,rate=1", "=1", "7e9", "rate=1;2",
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(wrong):
-    with pytest.raises(ClusterError, match=r"DVKERNELS_NETWORK: expected words .* got '"):
-        network_model.of({network_model.VARIABLE: f"message_seconds=0,{wrong}"})
+def test_impossible_values_are_refused(wrong):
+    with pytest.raises(ClusterError, match=r"DVKERNELS_NETWORK: expected settings .* got '"):
+        network_model.from_environ({network_model.VARIABLE: f"message_seconds=0,{wrong}"})

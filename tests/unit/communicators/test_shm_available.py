@@ -1,4 +1,4 @@
-"""Too little memory to share is an error of ours, before anybody touches it."""
+"""Too little shared memory is an error of this package, before a process touches it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPEN_MPI = {
 def have(monkeypatch, nbytes: int, left: int) -> None:
     found = SimpleNamespace(f_frsize=1024, f_bavail=left // 1024, f_blocks=nbytes // 1024)
     monkeypatch.setattr(os, "statvfs", lambda path: found)
-    monkeypatch.setattr(type(available._PLACE), "is_dir", lambda path: True)
+    monkeypatch.setattr(type(available._MOUNT), "is_dir", lambda path: True)
 
 
 def check(environ: dict[str, str]) -> None:
@@ -35,19 +35,19 @@ def test_mpich_is_not_started_where_its_own_segment_does_not_fit(monkeypatch):
         check(HYDRA)
 
 
-def test_what_other_workers_have_taken_already_does_not_count(monkeypatch):
+def test_memory_that_other_workers_have_taken_counts_as_free(monkeypatch):
     have(monkeypatch, 128 << 20, 1 << 20)
     check(HYDRA)
     assert available.free_nbytes() == 1 << 20
 
 
 @pytest.mark.parametrize("environ", [OPEN_MPI, {**HYDRA, "I_MPI_HYDRA_UUID": "4"}])
-def test_others_take_what_is_there(monkeypatch, environ):
+def test_other_mpis_start_with_little_memory(monkeypatch, environ):
     have(monkeypatch, 1 << 20, 1 << 20)
     check(environ)
 
 
-def test_where_nobody_knows_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr(type(available._PLACE), "is_dir", lambda path: False)
+def test_an_unknown_size_is_accepted(monkeypatch):
+    monkeypatch.setattr(type(available._MOUNT), "is_dir", lambda path: False)
     check(HYDRA)
     available.check("n1", 64, 1 << 40, available.free_nbytes())

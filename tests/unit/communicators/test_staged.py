@@ -1,4 +1,4 @@
-"""Values on GPUs go through page-locked memory, which nobody overwrites before it has been read."""
+"""GPU arrays are staged in pinned memory, which is not overwritten before it has been read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def on_device(content):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_follows_does_not_disturb_what_is_still_going_up(seed):
+def test_later_work_does_not_disturb_a_pending_upload(seed):
     arrays = [Arrays(seed), Arrays(seed + 100)]
     workers = [
         Staged(WorkerGroup(wire), seam) for wire, seam in zip(transports(2), arrays, strict=True)
@@ -46,14 +46,14 @@ def test_what_follows_does_not_disturb_what_is_still_going_up(seed):
         right += [np.array([1, 2] if rank == 0 else [3]), np.array([[0, 0], [1, 1], [1, 1]])]
         for one, wanted in zip(found, [*right, np.array([1, 7])], strict=True):
             np.testing.assert_array_equal(one.hidden, wanted)
-        assert arrays[rank].num_pinned == 2, "page-locked memory is kept, and grew once"
+        assert arrays[rank].num_pinned == 2, "pinned memory is kept, and grew once"
 
 
-def test_values_of_the_host_go_as_they_are():
+def test_host_arrays_are_not_staged():
     seams = [Arrays(0), Arrays(1)]
     workers = [Staged(WorkerGroup(w), seam) for w, seam in zip(transports(2), seams, strict=True)]
     found = at_once(*(lambda w=w: w.reduce([np.ones(3)], ReduceOp.SUM) for w in workers))
     assert [one.tolist() for one in found] == [[2.0] * 3] * 2
-    beside = [worker.beside() for worker in workers]
+    beside = [worker.duplicate() for worker in workers]
     assert at_once(*(lambda w=w: w.exchange(w.rank) for w in beside)) == [[0, 1]] * 2
     assert all(seam.num_pinned == 0 for seam in seams)

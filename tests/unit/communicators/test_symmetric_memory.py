@@ -1,4 +1,4 @@
-"""Arrays in the memory that workers share: reduced where they lie, and never another's."""
+"""Symmetric memory: arrays are reduced in place, and no others are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from threads_as_workers import Segments, at_once, results, transports
+from threads_as_workers import ThreadSegmentAllocator, at_once, results, transports
 
 from dvkernels import kernels
 from dvkernels.communicators.hierarchical import Hierarchical
@@ -27,7 +27,7 @@ FIRST_DIGITS = CustomReduction(numba.njit(lambda a, b: a * 10 + b), 0, "digits")
 
 @pytest.fixture
 def staged(monkeypatch):
-    """Return the list of the columns that were not reduced where they lie."""
+    """Return the list of the columns that were not reduced in place."""
     found = []
     original = shm_transport.shm_all_reduce.Relay.lay_out
 
@@ -41,8 +41,8 @@ def staged(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Let short arrays be reduced where they lie, so that tests see their ends."""
-    monkeypatch.setattr(shm_transport, "_LEAST_IN_WINDOW", 1)
+    """Reduce short arrays in place too, so that tests cover their ends."""
+    monkeypatch.setattr(shm_transport, "_MIN_IN_PLACE_NBYTES", 1)
 
 
 def groups(size, **given):
@@ -102,7 +102,7 @@ def test_the_bits_are_those_of_one_process(num_workers, num_local, dtype, staged
             for own, returned in zip(held, found, strict=True):
                 assert all(one is other for one, other in zip(own, returned, strict=True))
                 for one in own:
-                    if is_half and num_local > 1:  # added up in a process first, in float32
+                    if is_half and num_local > 1:  # accumulated within a process first, in float32
                         np.testing.assert_allclose(
                             one.astype(np.float32), expected.astype(np.float32), 0.02, 0.1
                         )
@@ -147,8 +147,8 @@ def test_many_arrays_at_once(way, staged):
                 np.testing.assert_array_equal(array, was)
 
 
-@pytest.mark.parametrize("case", ["one lies elsewhere", "they lie elsewhere", "one is shifted"])
-def test_arrays_that_do_not_lie_alike_are_staged_and_right(case, staged):
+@pytest.mark.parametrize("case", ["one is elsewhere", "all are elsewhere", "one is shifted"])
+def test_asymmetric_arrays_are_staged(case, staged):
     workers = groups(2)
     (first,), (second,) = empties(workers, 1000)
     own = [first[:500], second[:500]]
@@ -171,17 +171,17 @@ def test_arrays_that_do_not_lie_alike_are_staged_and_right(case, staged):
         np.testing.assert_array_equal(array, values[0] + values[1])
 
 
-def test_what_would_be_written_twice_has_no_place():
-    window = SymmetricMemory(0, 1, Segments(1))
-    (array,) = window.empty(lambda numbers, *_: [numbers], (100,), np.dtype(float), 1)
+def test_overlapping_targets_are_not_located():
+    symmetric = SymmetricMemory(0, 1, ThreadSegmentAllocator(1))
+    (array,) = symmetric.empty(lambda numbers, *_: [numbers], (100,), np.dtype(float), 1)
     front, middle, back = array[:50], array[25:75], array[50:]
-    assert window.place([[front, front]], 1)
-    assert window.place([[front, back]], 1)
-    assert window.place([[front, front], [back, back]], 1)
-    assert window.place([[front, middle]], 1) is None
-    assert window.place([[front, front], [middle, middle]], 1) is None
-    assert window.place([[front, front, front, front]], 2) is None
-    assert window.place([[front, np.empty(50)]], 1) is None
+    assert symmetric.locate([[front, front]], 1)
+    assert symmetric.locate([[front, back]], 1)
+    assert symmetric.locate([[front, front], [back, back]], 1)
+    assert symmetric.locate([[front, middle]], 1) is None
+    assert symmetric.locate([[front, front], [middle, middle]], 1) is None
+    assert symmetric.locate([[front, front, front, front]], 2) is None
+    assert symmetric.locate([[front, np.empty(50)]], 1) is None
 
 
 def test_custom_reductions_take_replicas_in_order():
@@ -197,11 +197,11 @@ def test_custom_reductions_take_replicas_in_order():
         assert [one.tolist() for one in found] == [[1234] * 3] * 2
 
 
-def test_memory_is_taken_again_when_no_worker_has_it_and_never_before():
+def test_a_block_is_reused_once_no_worker_has_an_array_in_it():
     rng = random.Random(0)
-    segments = Segments(2)
+    segments = ThreadSegmentAllocator(2)
     workers = groups(2, segments=segments)
-    kept = [[], []]  # of each worker: array, what it holds
+    kept = [[], []]  # by worker: (array, its content)
     for step in range(150):
         length = rng.choice([0, 1, 7, 1000, 30_000])
         made = empties(workers, length, np.int32, [rng.randrange(3), rng.randrange(1, 3)])
@@ -219,8 +219,8 @@ def test_memory_is_taken_again_when_no_worker_has_it_and_never_before():
     assert len(segments.opened) == 1  # 150 steps made 40 MB a worker in one of 16
 
 
-def test_too_much_is_refused_on_all_and_nothing_is_taken():
-    segments = Segments(2, free_nbytes=1 << 20)
+def test_too_large_a_request_is_refused_on_all_and_allocates_nothing():
+    segments = ThreadSegmentAllocator(2, free_nbytes=1 << 20)
     workers = groups(2, segments=segments)
     calls = [functools.partial(w.empty, (1 << 17,), np.dtype(float), 1) for w in workers]
     for error in at_once(*calls):
@@ -228,12 +228,12 @@ def test_too_much_is_refused_on_all_and_nothing_is_taken():
         assert "need 2097152 bytes" in str(error)
         assert "1048576 left" in str(error)
     assert not segments.opened
-    ((array,), _) = empties(workers, 1 << 16)  # as much as there is
+    ((array,), _) = empties(workers, 1 << 16)  # all free memory
     assert array.nbytes == 1 << 19
-    assert segments.left == 0
+    assert segments.free == 0
 
 
-def test_workers_that_make_different_arrays_are_told_and_go_on():
+def test_different_arrays_on_workers_are_an_error_and_the_group_goes_on():
     workers = groups(2)
     calls = [
         functools.partial(w.empty, (k + 1,), np.dtype(float), 1) for k, w in enumerate(workers)
@@ -244,7 +244,7 @@ def test_workers_that_make_different_arrays_are_told_and_go_on():
     assert len(empties(workers, 5)) == 2
 
 
-def test_workers_that_reduce_different_arrays_are_told_and_nothing_is_written():
+def test_different_reductions_on_workers_are_an_error_and_write_nothing():
     workers = groups(2)
     (first,), (second,) = empties(workers, 10)
     first[:], second[:] = 1, 2
@@ -258,14 +258,14 @@ def test_workers_that_reduce_different_arrays_are_told_and_nothing_is_written():
     assert second.tolist() == [2] * 10
 
 
-def test_a_worker_that_fails_while_it_reduces_ends_the_group(monkeypatch):
+def test_a_failure_during_a_reduction_aborts_the_group(monkeypatch):
     workers = groups(2, timeout_seconds=5.0)
     (first,), (second,) = empties(workers, 10)
 
     def fail(*_):
         raise ZeroDivisionError("half-way")
 
-    monkeypatch.setattr(workers[1]._transport.window, "reduce", fail)
+    monkeypatch.setattr(workers[1]._transport.symmetric_memory, "reduce", fail)
     waiting, failing = at_once(
         lambda: workers[0].all_reduce([first], ReduceOp.SUM, [first]),
         lambda: workers[1].all_reduce([second], ReduceOp.SUM, [second]),

@@ -1,4 +1,4 @@
-"""Workers keep the laws, agree on what they do, and never wait without end."""
+"""Worker groups over shared memory: the laws, the consistency check, and no endless wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dvkernels.communicators.bucketing import Bucketing, all_reduce_each
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.workers.group import WorkerGroup
-from dvkernels.communicators.workers.shm.segment import PLACE_NBYTES
+from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES
 from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, WorkerLostError
@@ -32,17 +32,17 @@ def sums(workers, value=1.0):
     return at_once(*(lambda w=w: w.reduce([np.full(3, value)], ReduceOp.SUM) for w in workers))
 
 
-def test_shared_memory_keeps_the_laws():
+def test_the_laws_of_communicators_over_shared_memory():
     check_communicator(Together, sizes=(1, 2, 3))
 
 
-def test_replicas_of_workers_keep_the_laws():
+def test_the_laws_of_communicators_for_replicas_of_workers():
     check_communicator(lambda size: Together(size, 2), sizes=[4])
 
 
-@pytest.mark.parametrize("extra", [-8, 0, 8, PLACE_NBYTES + 24])
+@pytest.mark.parametrize("extra", [-8, 0, 8, BUFFER_NBYTES + 24])
 def test_arrays_of_several_pieces(extra):
-    values = [np.arange((PLACE_NBYTES + extra) // 8) * (k + 1.0) for k in range(3)]
+    values = [np.arange((BUFFER_NBYTES + extra) // 8) * (k + 1.0) for k in range(3)]
     together = Together(3)
     for found in together.all_reduce(values, ReduceOp.SUM):
         np.testing.assert_array_equal(found, sum(values))
@@ -53,14 +53,14 @@ def test_arrays_of_several_pieces(extra):
         np.testing.assert_array_equal(found, values[1])
 
 
-@pytest.mark.parametrize("is_roomy", [True, False], ids=["waits for long", "sleeps at once"])
+@pytest.mark.parametrize("may_spin", [True, False], ids=["spins", "sleeps at once"])
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32", "complex128"])
 @pytest.mark.parametrize("num_workers", [2, 4, 5])
-def test_pieces_in_compiled_code_are_those_of_the_kernels(num_workers, dtype, is_roomy):
+def test_the_compiled_all_reduce_has_the_bits_of_the_kernels(num_workers, dtype, may_spin):
     dtype = np.dtype(dtype)
-    workers = [WorkerGroup(one) for one in transports(num_workers, is_roomy=is_roomy)]
+    workers = [WorkerGroup(one) for one in transports(num_workers, may_spin=may_spin)]
     rng = np.random.default_rng(0)
-    step = PLACE_NBYTES // dtype.itemsize
+    step = BUFFER_NBYTES // dtype.itemsize
     ops = [op for op in ReduceOp if not (op is ReduceOp.MEAN and dtype.kind in "iu")]
     for op in ops if dtype.kind != "c" else (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD):
         for length in (0, 1, step - 1, step, step + 1, 3 * step + 5):
@@ -96,7 +96,7 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(
     for op in (ReduceOp.SUM, ReduceOp.MEAN, ReduceOp.PROD):
         if op is ReduceOp.MEAN and dtype.kind == "i":
             continue
-        for length in (0, 3, 2 * PLACE_NBYTES // dtype.itemsize + 5):
+        for length in (0, 3, 2 * BUFFER_NBYTES // dtype.itemsize + 5):
             values = [
                 rng.standard_normal(length).astype(dtype, casting="unsafe")
                 for _ in range(num_workers * num_local)
@@ -112,7 +112,9 @@ def test_replicas_of_workers_reduce_in_one_pass_as_they_do_in_two(
                 assert all(one is other for one, other in zip(in_place, own, strict=True))
                 found += [one.tobytes() for one in [*apart, *in_place]]
             assert len({*found}) == 1, (op, length)
-    assert (num_pieces > 0) == (dtype != np.float16)  # halves are rounded once, in the end
+    assert (num_pieces > 0) == (
+        dtype != np.float16
+    )  # halves are rounded once, after the last level
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_many_arrays_reduce_at_once_as_they_do_one_by_one(
     num_workers, num_local, who_packs, monkeypatch
 ):
     rng = np.random.default_rng(0)
-    shapes = [(3,), (0,), (), (200, 300), (5, 0), (1,), (PLACE_NBYTES // 8,), (7, 2)]
+    shapes = [(3,), (0,), (), (200, 300), (5, 0), (1,), (BUFFER_NBYTES // 8,), (7, 2)]
     columns = [
         [rng.standard_normal(shape).astype(dtype) for _ in range(num_workers * num_local)]
         for shape in shapes
@@ -154,9 +156,9 @@ def test_many_arrays_reduce_at_once_as_they_do_one_by_one(
                 assert one.tobytes() == expected.tobytes()
 
 
-def test_who_stops_between_two_pieces_is_waited_for_and_named(monkeypatch):
+def test_a_worker_that_stops_between_two_pieces_is_named_in_the_timeout(monkeypatch):
     workers = groups(2, timeout_seconds=0.5)
-    values = [np.ones(3 * PLACE_NBYTES // 8), np.ones(PLACE_NBYTES // 8)]
+    values = [np.ones(3 * BUFFER_NBYTES // 8), np.ones(BUFFER_NBYTES // 8)]
     asked_alike = "dvkernels.communicators.workers.group.Spec"
     monkeypatch.setattr(asked_alike, lambda shape, dtype: "as many as there are")
     longer, shorter = at_once(
@@ -164,18 +166,18 @@ def test_who_stops_between_two_pieces_is_waited_for_and_named(monkeypatch):
     )
     assert isinstance(longer, CollectiveTimeoutError)
     assert "in vain for workers [1]" in str(longer)
-    assert shorter.tolist() == [2.0] * (PLACE_NBYTES // 8)
+    assert shorter.tolist() == [2.0] * (BUFFER_NBYTES // 8)
 
 
-def test_more_workers_than_a_table_of_arrays_has_places():
+def test_more_workers_than_a_table_of_arrays_has_rows():
     workers = [WorkerGroup(one) for one in transports(66, timeout_seconds=60.0)]
-    values = [np.full(PLACE_NBYTES // 8 + 3, k) for k in range(66)]
+    values = [np.full(BUFFER_NBYTES // 8 + 3, k) for k in range(66)]
     pairs = zip(workers, values, strict=True)
     for found in at_once(*(functools.partial(w.reduce, [v], ReduceOp.SUM) for w, v in pairs)):
         assert set(found.tolist()) == {66 * 65 // 2}
 
 
-def test_rows_without_content_are_counted():
+def test_empty_rows_are_counted():
     found = Together(2).all_gather([np.empty((2, 0)), np.empty((3, 0))], 0)
     assert [one.shape for one in found] == [(5, 0), (5, 0)]
 
@@ -187,15 +189,15 @@ def test_custom_reductions_take_workers_in_order():
         assert found.tolist() == [123, 123]
 
 
-def test_words():
+def test_messages():
     workers = groups(3)
     assert all(isinstance(worker, Workers) for worker in workers)
     found = at_once(*(lambda w=w: w.exchange({"rank": w.rank}) for w in workers))
     assert found == [[{"rank": 0}, {"rank": 1}, {"rank": 2}]] * 3
-    at_once(*(worker.meet for worker in workers))
+    at_once(*(worker.barrier for worker in workers))
 
 
-def test_workers_that_disagree_are_told_who_did_what_and_go_on():
+def test_a_mismatch_names_all_calls_and_the_group_goes_on():
     workers = groups(3)
     ones = np.ones(3)
     for _ in range(2):
@@ -215,36 +217,36 @@ def test_workers_that_disagree_are_told_who_did_what_and_go_on():
 
 
 @pytest.mark.parametrize("num_failures", [1, 2])
-def test_a_failure_reaches_those_that_wait_and_the_next_step_works(num_failures):
+def test_a_failure_reaches_waiting_workers_and_the_next_step_works(num_failures):
     workers = groups(3)
-    beside = [worker.beside() for worker in workers]
+    beside = [worker.duplicate() for worker in workers]
     sums(workers)
     for _ in range(num_failures):
         workers[1].announce(ZeroDivisionError("of worker 1"))
         first, third = at_once(
-            lambda: workers[0].reduce([np.ones(3)], ReduceOp.SUM), workers[2].meet
+            lambda: workers[0].reduce([np.ones(3)], ReduceOp.SUM), workers[2].barrier
         )
         for error in (first, third):
             assert isinstance(error, CollectiveMismatchError)
             assert "worker 1 raised ZeroDivisionError: of worker 1" in str(error)
-        workers[0].announce(first)  # which all know: nobody hears of it again
-        # Owed failures go out with the next call: here the second.
+        workers[0].announce(first)  # known to all workers, so not announced again
+        # Pending announcements go out with the next call, here the second.
     np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
     np.testing.assert_array_equal(sums(beside, 2.0), np.full((3, 3), 6.0))
     np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
 
 
-def test_all_that_fail_at_once_go_on_together():
+def test_workers_that_fail_at_once_go_on_together():
     workers = groups(3)
     for worker in workers:
         worker.announce(ValueError(f"of {worker.rank}"))
     np.testing.assert_array_equal(sums(workers), np.full((3, 3), 3.0))
-    np.testing.assert_array_equal(sums([w.beside() for w in workers]), np.full((3, 3), 3.0))
+    np.testing.assert_array_equal(sums([w.duplicate() for w in workers]), np.full((3, 3), 3.0))
 
 
-def test_two_threads_of_each_worker_have_orders_of_their_own():
+def test_two_threads_of_each_worker_have_separate_call_orders():
     workers = groups(2)
-    beside = [worker.beside() for worker in workers]
+    beside = [worker.duplicate() for worker in workers]
 
     def often(worker, value):
         return [float(worker.reduce([np.array(value)], ReduceOp.SUM)) for _ in range(200)]
@@ -259,9 +261,9 @@ def test_a_deadline_names_the_absent():
     workers = groups(3, timeout_seconds=0.5)
     sums(workers)
     began = time.monotonic()
-    first, third = at_once(workers[0].meet, workers[2].meet)
+    first, third = at_once(workers[0].barrier, workers[2].barrier)
     assert time.monotonic() - began < 5
-    late = at_once(workers[1].meet)[0]
+    late = at_once(workers[1].barrier)[0]
     for error in (first, third, late):
         assert isinstance(error, CollectiveTimeoutError)
         assert "in vain for workers [1] to call barrier()" in str(error)
@@ -271,12 +273,12 @@ def test_a_deadline_names_the_absent():
 def test_a_worker_that_left_is_lost():
     found = transports(2)
     found[1].leave("ValueError: of its own")
-    (error,) = at_once(WorkerGroup(found[0]).meet)
+    (error,) = at_once(WorkerGroup(found[0]).barrier)
     assert isinstance(error, WorkerLostError)
     assert "worker 1 is lost while barrier() waits for it: ValueError: of its own" in str(error)
 
 
-def test_an_interrupt_half_way_ends_the_group(monkeypatch):
+def test_an_interrupt_half_way_aborts_the_group(monkeypatch):
     workers = groups(2)
 
     def interrupted(*_):
@@ -284,13 +286,13 @@ def test_an_interrupt_half_way_ends_the_group(monkeypatch):
 
     monkeypatch.setattr(workers[0]._transport, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        workers[0].meet()
-    (error,) = at_once(workers[1].meet)
+        workers[0].barrier()
+    (error,) = at_once(workers[1].barrier)
     assert isinstance(error, WorkerLostError)
     assert "worker 0 left a collective half-way: KeyboardInterrupt" in str(error)
 
 
-def test_nothing_gets_out_of_a_worker_that_has_ended_the_group():
+def test_a_worker_that_has_aborted_the_group_sends_no_data():
     for _ in range(50):
         one, other = (WorkerGroup(transport) for transport in transports(2))
 
@@ -303,8 +305,8 @@ def test_nothing_gets_out_of_a_worker_that_has_ended_the_group():
             assert str(error) == "of the test"
 
 
-def test_what_is_declined_is_not_reduced_before(monkeypatch):
-    """Arrays of one dtype go in one pass, those of another do not: none is reduced twice."""
+def test_declined_columns_are_not_reduced_twice(monkeypatch):
+    """Arrays of one dtype go in one pass, those of another do not; none is reduced twice."""
 
     class Own(np.ndarray):
         pass

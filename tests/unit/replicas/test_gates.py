@@ -1,4 +1,4 @@
-"""No waiter sleeps through an opening, and no opening wakes twice."""
+"""Gates: no waiting thread misses an opening, and no opening wakes twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from dvkernels.devices import cpu
 from dvkernels.replicas.gates import Gates
 
-SPINS, SLEEPS = 1, 10_000  # threads: each with a core of its own, or not
+SPINS, SLEEPS = 1, 10_000  # numbers of threads: with and without a core each
 
 
 @pytest.fixture(params=[SPINS, SLEEPS], ids=["spins", "sleeps"])
@@ -20,10 +20,10 @@ def num_threads(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-def test_closed_at_first_then_open_until_closed(num_threads):
+def test_initially_closed_then_open_until_closed(num_threads):
     gates = Gates(2, num_threads)
     gates.open(0)
-    gates.open(0)  # does nothing
+    gates.open(0)  # no effect
     assert gates.wait(0, 0)
     assert gates.wait(0, 0)
     assert not gates.wait(1, 0.001)
@@ -39,18 +39,18 @@ def test_closes_the_first_ones_only(num_threads):
     assert [gates.wait(gate, 0.001) for gate in range(3)] == [False, False, True]
 
 
-def test_waits_no_longer_than_asked(num_threads):
+def test_a_wait_ends_at_its_timeout(num_threads):
     gates = Gates(1, num_threads)
     began = time.monotonic()
     assert not gates.wait(0, 0.1)
     assert 0.1 <= time.monotonic() - began < 2
-    assert not gates.sleep(0, 0.01)  # goes on waiting
+    assert not gates.sleep(0, 0.01)  # times out too
     gates.open(0)
     assert gates.sleep(0, 0)
 
 
 @pytest.mark.parametrize("handing_over", [False, True])
-@pytest.mark.parametrize("seconds", [0, 0.05])  # the waiter still spins, or sleeps by then
+@pytest.mark.parametrize("seconds", [0, 0.05])  # the waiting thread still spins, or sleeps by then
 def test_an_opening_lets_the_waiter_through(num_threads, seconds, handing_over):
     gates = Gates(2, num_threads)
     with ThreadPoolExecutor(1) as pool:
@@ -66,7 +66,7 @@ def test_an_opening_lets_the_waiter_through(num_threads, seconds, handing_over):
     assert not gates.wait(1, 0)
 
 
-def test_the_hand_over_ends_although_nobody_opens(num_threads):
+def test_the_hand_over_ends_although_the_awaited_gate_stays_closed(num_threads):
     gates = Gates(2, num_threads)
     began = time.monotonic()
     for _ in range(100):
@@ -75,7 +75,7 @@ def test_the_hand_over_ends_although_nobody_opens(num_threads):
     assert time.monotonic() - began < 2
 
 
-def test_no_turn_is_lost(num_threads):
+def test_no_opening_is_lost(num_threads):
     gates, num_turns = Gates(2, num_threads), 2000
     played: list[int] = []
 
@@ -105,7 +105,7 @@ def test_of_several_openers_one_wakes(num_threads):
     def open_it() -> None:
         for _ in range(num_rounds):
             start.wait()
-            gates.open(0)  # raises if two of them wake the waiter
+            gates.open(0)  # raises if two openers wake the waiting thread
             end.wait()
 
     with ThreadPoolExecutor(num_openers) as pool:
@@ -138,5 +138,5 @@ def test_an_interrupted_opening_can_be_repeated():
         with pytest.raises(KeyboardInterrupt):
             gates.open(0)
         gates._compiled = compiled
-        gates.open(0)  # as Step.fail does
-        assert waiter.result(20), "the waiter sleeps at an open gate"
+        gates.open(0)  # as Rendezvous.fail does
+        assert waiter.result(20), "the thread sleeps at an open gate"

@@ -114,6 +114,6 @@ def test_the_thread_ends_with_the_strategy():
     del strategy
     gc.collect()
     end = time.monotonic() + 5
-    while any("carrier" in thread.name for thread in threading.enumerate()):
+    while any("progress" in thread.name for thread in threading.enumerate()):
         assert time.monotonic() < end
         time.sleep(0.01)

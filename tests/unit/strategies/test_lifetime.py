@@ -645,7 +645,7 @@ class Forking:
 if {where!r} == 'background':
     reduce = Local.all_reduce
     def all_reduce(self, *args, **kwargs):
-        if threading.current_thread().name == 'dvkernels-replica-carrier':
+        if threading.current_thread().name == 'dvkernels-replica-progress':
             fork()
         return reduce(self, *args, **kwargs)
     Local.all_reduce = all_reduce

@@ -1,4 +1,4 @@
-"""Arrays on GPUs between workers: staged through pinned host memory, or by CUDA-aware MPI.
+"""GPU arrays between workers: staged through pinned host memory, or by CUDA-aware MPI.
 
 Imports: communicators, communicators.workers, devices, errors, kernels, reduce_op, schedules.
 """

@@ -1,13 +1,13 @@
-"""Whether MPI takes the memory of GPUs: what the user says of it, or else what it says of itself.
+"""Detection of CUDA-aware MPI: by an environment variable of this package, or by asking MPI.
 
-No MPI says so in the same way, and some say it of how they were built, not of what they do:
+Each MPI answers in its own way, and some report how they were built, not what they do at run time:
 
-    Cray MPICH, MVAPICH, Intel MPI   a variable of theirs turns it on; without it the answer is no
+    Cray MPICH, MVAPICH, Intel MPI   an environment variable of theirs turns it on; default: off
     MPI 4.1                          the info key ``mpi_memory_alloc_kinds`` of a communicator; a
-                                     library may name fewer kinds than it takes
-    MPICH, Intel MPI                 ``MPIX_GPU_query_support``. Asked before the next: in some
-                                     versions of MPICH that one calls this, and then asserts that
-                                     it has failed
+                                     library may name fewer kinds than it supports
+    MPICH, Intel MPI                 ``MPIX_GPU_query_support``, called before the next: in some
+                                     versions of MPICH ``MPIX_Query_cuda_support`` calls it, and
+                                     then asserts that it has failed
     Open MPI, MVAPICH                ``MPIX_Query_cuda_support``
 """
 
@@ -20,21 +20,21 @@ from typing import Any, NamedTuple
 
 from dvkernels.errors import ClusterError
 
-__all__ = ["VARIABLE", "CudaAwareness", "of_mpi", "told"]
+__all__ = ["VARIABLE", "CudaAwareness", "detect", "of_mpi"]
 
 VARIABLE = "DVKERNELS_CUDA_AWARE_MPI"
 _MEANINGS = {"": None, "auto": None, "0": False, "1": True}
 _KINDS_KEY = "mpi_memory_alloc_kinds"
-_KINDS = {"cuda", "cuda:device"}  # a kind without a restrictor is all of it
+_KINDS = {"cuda", "cuda:device"}  # a kind without a restrictor includes every restrictor
 _CUDA = 0  # MPIX_GPU_SUPPORT_CUDA
 
 
 class _Switch(NamedTuple):
-    """How a library is told to take memory of GPUs."""
+    """Environment variables by which an MPI library becomes CUDA-aware."""
 
-    library: str  # what its version says of itself
+    library: str  # part of MPI_Get_library_version
     settings: tuple[str, ...]  # any of them turns it on
-    is_enough: bool  # it does not start where it cannot do what is asked for
+    is_enough: bool  # MPI_Init fails where the setting cannot be obeyed
 
 
 _SWITCHES = (
@@ -45,17 +45,17 @@ _SWITCHES = (
 
 
 class CudaAwareness(NamedTuple):
-    """Whether MPI takes memory of GPUs, and who says so."""
+    """Whether MPI is CUDA-aware, and the source of the answer."""
 
-    is_there: bool
+    is_aware: bool
     source: str
 
     def __str__(self) -> str:
-        return f"{'takes' if self.is_there else 'does not take'} memory of GPUs ({self.source})"
+        return f"{'takes' if self.is_aware else 'does not take'} memory of GPUs ({self.source})"
 
 
 def of_mpi() -> CudaAwareness:
-    """Return what holds for the MPI of this process, which mpi4py has loaded or loads now.
+    """Return the CUDA-awareness of this process's MPI; imports mpi4py.
 
     Raises
     ------
@@ -72,23 +72,24 @@ def of_mpi() -> CudaAwareness:
     finally:
         info.Free()
     try:
-        library: Any = ctypes.CDLL(MPI.__file__)  # finds what the MPI behind it has, too
+        # Through mpi4py's extension, also the symbols of the MPI library behind it are found.
+        library: Any = ctypes.CDLL(MPI.__file__)
     except OSError:
         library = None
-    return told(MPI.Get_library_version(), kinds, library, os.environ)
+    return detect(MPI.Get_library_version(), kinds, library, os.environ)
 
 
-def told(version: str, kinds: str, library: Any, environ: Mapping[str, str]) -> CudaAwareness:
-    """Return what an MPI says.
+def detect(version: str, kinds: str, library: Any, environ: Mapping[str, str]) -> CudaAwareness:
+    """Return the CUDA-awareness of an MPI library.
 
     Parameters
     ----------
     version : str
-        What it says that it is.
+        Its MPI_Get_library_version.
     kinds : str
-        Its kinds of memory by MPI 4.1, separated by commas; "" if it does not tell.
+        Its ``mpi_memory_alloc_kinds`` (MPI 4.1), separated by commas; "" if it has none.
     library : ctypes.CDLL or None
-        It itself, initialized; None: its functions cannot be found.
+        The initialized library; None if its functions cannot be found.
     environ : mapping of str
 
     Raises
@@ -98,20 +99,20 @@ def told(version: str, kinds: str, library: Any, environ: Mapping[str, str]) -> 
 
     Examples
     --------
-    >>> print(told("Open MPI v6.0.0", "system,mpi,cuda:device", None, {}))
+    >>> print(detect("Open MPI v6.0.0", "system,mpi,cuda:device", None, {}))
     takes memory of GPUs (mpi_memory_alloc_kinds has cuda:device)
-    >>> print(told("CRAY MPICH version 9.0.1", "", None, {}))
+    >>> print(detect("CRAY MPICH version 9.0.1", "", None, {}))
     does not take memory of GPUs (MPICH_GPU_SUPPORT_ENABLED=1 is not set)
     """
-    said = environ.get(VARIABLE, "").strip().lower()
-    if said not in _MEANINGS:
+    value = environ.get(VARIABLE, "").strip().lower()
+    if value not in _MEANINGS:
         raise ClusterError(
             f"{VARIABLE}={environ[VARIABLE]!r}: expected 1 if MPI takes memory of GPUs, 0 if "
             f"arrays of GPUs are to go through memory of the host, auto or nothing to ask MPI"
         )
-    meaning = _MEANINGS[said]
+    meaning = _MEANINGS[value]
     if meaning is not None:
-        return CudaAwareness(meaning, f"{VARIABLE}={said}")
+        return CudaAwareness(meaning, f"{VARIABLE}={value}")
     switch = next((one for one in _SWITCHES if one.library in version), None)
     if switch is not None and not any(_is_set(one, environ) for one in switch.settings):
         return CudaAwareness(False, f"{' or '.join(switch.settings)} is not set")

@@ -1,4 +1,4 @@
-"""Values that go from the GPU of one worker straight to that of another, where all of them can."""
+"""Direct collectives between GPUs of different workers, where MPI is CUDA-aware."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = ["GpuDirect"]
 
 @final
 class GpuDirect:
-    """The verbs between workers whose MPI takes memory of GPUs, each for one value.
+    """Collectives of one GPU array per worker, by CUDA-aware MPI.
 
     Parameters
     ----------
     workers : WorkerGroup
-        With a communicator of MPI that takes memory of GPUs.
+        With a CUDA-aware MPI communicator.
     arrays : ArrayLibrary, optional
-        What makes arrays on GPUs; that of this process if not given.
+        Allocates GPU arrays; by default the array library of this process.
     reduce : callable, optional
-        The kernel of that name, for these arrays; that of GPUs if not given.
+        The kernel ``reduce`` for these arrays; by default that of the CUDA backend.
 
     Notes
     -----
-    In the round in which the workers agree on a call each says whether its value lies on a GPU. If
-    one does not, every verb returns None on all of them, and nothing has happened. So it is with
-    reductions of the user's own: they may compile for the GPU of one worker, and not for another's.
+    In the control round of a call, each worker votes whether its value is on a GPU. If one is not,
+    the method returns None on all workers, and nothing has happened. Custom reductions return None
+    too: one may compile for the GPU of one worker and not for that of another.
     """
 
     def __init__(
@@ -49,33 +49,35 @@ class GpuDirect:
         self._workers = workers
         self._arrays = cuda.arrays() if arrays is None else arrays
         self._reduce = backends.cuda().reduce if reduce is None else reduce
-        self._exchanges: dict[int, GpuCollectives] = {}
+        self._collectives: dict[int, GpuCollectives] = {}
 
-    def beside(self) -> GpuDirect:
-        """Return the same for another thread, with memory of its own."""
-        return GpuDirect(self._workers.beside(), self._arrays, self._reduce)
+    def duplicate(self) -> GpuDirect:
+        """Return the same collectives for another thread, with memory of their own."""
+        return GpuDirect(self._workers.duplicate(), self._arrays, self._reduce)
 
     def all_reduce(self, value: Any, op: Reduction, out: Any = None) -> Any:
-        """Return the reduction in a new array, or in ``out``; None: not all values can go so."""
-        wanted = "gpu.all_reduce", op.name.lower(), spec(value)
-        can = isinstance(op, ReduceOp) and _is_on_gpu(value) and (out is None or _is_on_gpu(out))
-        if not can:
-            return self._decline(*wanted)
+        """Return the reduction in a new array, or in ``out``; None if a worker declines."""
+        call = "gpu.all_reduce", op.name.lower(), spec(value)
+        is_supported = (
+            isinstance(op, ReduceOp) and _is_on_gpu(value) and (out is None or _is_on_gpu(out))
+        )
+        if not is_supported:
+            return self._decline(*call)
         device = self._arrays.device_of(value)
         with self._arrays.at(device):
-            source = self._dense(value)
-            # One that overlaps the value otherwise would change it before all of it is sent.
-            target = source if out is value and out is source else self._like(value)
+            source = self._contiguous(value)
+            # An ``out`` that overlaps the value otherwise would change it before it is sent.
+            target = source if out is value and out is source else self._empty_like(value)
             flat, into = source.reshape(-1), target.reshape(-1)
-            exchange = self._exchange_on(device)
-            exchange.prepare_all_reduce(flat)
+            collectives = self._collectives_on(device)
+            collectives.prepare_all_reduce(flat)
 
-            def move(told: list[int], finish: Finish) -> bool:
-                if all(told):
-                    exchange.all_reduce(into, flat, op, finish)
-                return all(told)
+            def move(flags: list[int], finish: Finish) -> bool:
+                if all(flags):
+                    collectives.all_reduce(into, flat, op, finish)
+                return all(flags)
 
-            if not self._workers.carry(move, 1, *wanted):
+            if not self._workers.agree_and_run(move, 1, *call):
                 return None
             if out is None or out is target:
                 return target
@@ -83,78 +85,78 @@ class GpuDirect:
             return out
 
     def reduce_scatter(self, value: Any, op: Reduction) -> Any:
-        """Return this worker's part of the reduction; None: not all values can go so."""
+        """Return this worker's part of the reduction; None if a worker declines."""
         total = self.all_reduce(value, op)
         if total is None:
             return None
         start, stop = partition.bounds(len(value), self._workers.size, self._workers.rank)
-        return self._copied(total[start:stop])  # of its own, so that the rest is let go
+        return self._copy_of(total[start:stop])  # a copy, so that the rest is freed
 
     def all_gather(self, value: Any, axis: int) -> Any:
-        """Return the concatenation in a new array; None: not all values can go so."""
+        """Return the concatenation in a new array; None if a worker declines."""
         rest = (*value.shape[:axis], *value.shape[axis + 1 :])
-        wanted = "gpu.all_gather", f"axis {axis}", Spec(("any", *rest), value.dtype)
-        num_rows, can = value.shape[axis], _is_on_gpu(value)
-        told = self._workers.carry(_listen, 2 * num_rows + can, *wanted)
-        if not all(word & 1 for word in told):
+        call = "gpu.all_gather", f"axis {axis}", Spec(("any", *rest), value.dtype)
+        num_rows, is_supported = value.shape[axis], _is_on_gpu(value)
+        flags = self._workers.agree_and_run(_return_numbers, 2 * num_rows + is_supported, *call)
+        if not all(message & 1 for message in flags):
             return None
         device, row_nbytes = self._arrays.device_of(value), math.prod(rest) * value.itemsize
-        rows = partition.starts(word >> 1 for word in told)
+        rows = partition.starts(message >> 1 for message in flags)
         starts = [start * row_nbytes for start in rows]
         with self._arrays.at(device):
             result = self._arrays.empty(device, (rows[-1], *rest), value.dtype)
             own = result[rows[self._workers.rank] : rows[self._workers.rank + 1]]
             if own.size:
-                self._arrays.copy(own, _axis_moved(value, axis, 0), self._arrays.current(device))
-            exchange = self._exchange_on(device)
-            exchange.complete()
+                self._arrays.copy(own, _move_axis(value, axis, 0), self._arrays.current(device))
+            collectives = self._collectives_on(device)
+            collectives.complete()
 
             def move(_: list[int], finish: Finish) -> None:
                 if result.size:
-                    exchange.all_gather(_as_bytes(result), starts, finish)
+                    collectives.all_gather(_as_bytes(result), starts, finish)
 
-            self._workers.carry(move, 0, "gpu.all_gather has room")
-            return result if axis == 0 else self._dense(_axis_moved(result, 0, axis))
+            self._workers.agree_and_run(move, 0, "gpu.all_gather allocated")
+            return result if axis == 0 else self._contiguous(_move_axis(result, 0, axis))
 
     def broadcast(self, value: Any, root: int) -> Any:
-        """Return the root's value in a new array; None: not all values can go so."""
-        wanted = "gpu.broadcast", f"from worker {root}", spec(value)
+        """Return the root's value in a new array; None if a worker declines."""
+        call = "gpu.broadcast", f"from worker {root}", spec(value)
         if not _is_on_gpu(value):
-            return self._decline(*wanted)
+            return self._decline(*call)
         device = self._arrays.device_of(value)
         with self._arrays.at(device):
-            result = self._copied(value) if self._workers.rank == root else self._like(value)
-            exchange = self._exchange_on(device)
-            exchange.complete()
+            result = self._copy_of(value) if self._workers.rank == root else self._empty_like(value)
+            collectives = self._collectives_on(device)
+            collectives.complete()
 
-            def move(told: list[int], finish: Finish) -> bool:
-                if all(told) and result.size:
-                    exchange.broadcast(_as_bytes(result), root, finish)
-                return all(told)
+            def move(flags: list[int], finish: Finish) -> bool:
+                if all(flags) and result.size:
+                    collectives.broadcast(_as_bytes(result), root, finish)
+                return all(flags)
 
-            return result if self._workers.carry(move, 1, *wanted) else None
+            return result if self._workers.agree_and_run(move, 1, *call) else None
 
     def _decline(self, verb: str, *terms: Any) -> None:
-        """Tell the others that this worker's value cannot go so."""
-        self._workers.carry(_listen, 0, verb, *terms)
+        """Vote that this worker's value is not on a GPU."""
+        self._workers.agree_and_run(_return_numbers, 0, verb, *terms)
 
-    def _exchange_on(self, device: int) -> GpuCollectives:
-        found = self._exchanges.get(device)
+    def _collectives_on(self, device: int) -> GpuCollectives:
+        found = self._collectives.get(device)
         if found is None:
             comm, seconds = self._workers.gpu_comms[0], self._workers.timeout_seconds
             found = GpuCollectives(comm, self._arrays, self._reduce, device, seconds)
-            self._exchanges[device] = found
+            self._collectives[device] = found
         return found
 
-    def _like(self, value: Any) -> Any:
+    def _empty_like(self, value: Any) -> Any:
         return self._arrays.empty(self._arrays.device_of(value), value.shape, value.dtype)
 
-    def _dense(self, value: Any) -> Any:
-        """Return a dense array of the same content: the same one if it is."""
-        return value if value.flags.c_contiguous else self._copied(value)
+    def _contiguous(self, value: Any) -> Any:
+        """Return the array if it is contiguous, otherwise a contiguous copy."""
+        return value if value.flags.c_contiguous else self._copy_of(value)
 
-    def _copied(self, value: Any) -> Any:
-        made = self._like(value)
+    def _copy_of(self, value: Any) -> Any:
+        made = self._empty_like(value)
         if value.size:
             device = self._arrays.device_of(value)
             self._arrays.copy(made, value, self._arrays.current(device))
@@ -165,16 +167,16 @@ def _is_on_gpu(value: Any) -> bool:
     return not isinstance(value, (np.ndarray, np.generic))
 
 
-def _listen(told: list[int], _: Finish) -> list[int]:
-    """Move nothing."""
-    return told
+def _return_numbers(flags: list[int], _: Finish) -> list[int]:
+    """Return the numbers of all workers; move no data."""
+    return flags
 
 
-def _axis_moved(array: Any, source: int, target: int) -> Any:
+def _move_axis(array: Any, source: int, target: int) -> Any:
     axes = [axis for axis in range(array.ndim) if axis != source]
     return array.transpose([*axes[:target], source, *axes[target:]])
 
 
 def _as_bytes(array: Any) -> Any:
-    """Return a dense array as flat bytes on its GPU, not copied."""
+    """Return a view of a contiguous GPU array as flat bytes."""
     return array.reshape(-1).view(np.uint8)

@@ -1,4 +1,4 @@
-"""The MPI transport: collectives between hosts over non-blocking point-to-point messages.
+"""MPI transport: collectives between hosts over non-blocking point-to-point messages.
 
 Imports: cluster, communicators, communicators.workers, communicators.workers.shm, errors,
 kernels.cpu, reduce_op, schedules.

@@ -1,19 +1,30 @@
-"""Arrays on their way between hosts, in pieces that follow each other closely.
+"""Collectives between hosts: pipelined pieces over point-to-point messages.
 
-There are three ways for a reduction, and all workers get the same bits by each of them:
+Three algorithms for an all-reduce; with each of them all workers get the same bits:
 
-    gather     every worker gets all arrays and reduces them, in the order of the workers
-    exchange   hosts reduce first, in the order of their workers; then each part goes to a worker,
-               who adds up those of the hosts, in the order of their first workers, and sends the
-               sum back
-    ring       hosts reduce first; then each part goes around them, and each adds its own
+    gather     all-gather of the arrays, which every worker reduces in rank order; short arrays
+    exchange   reduce-scatter + all-gather [1]_, after a reduction within each host: worker j
+               receives part j of every host, adds the parts in the order of the hosts, and sends
+               the sum to every host
+    ring       the ring all-reduce [2]_ over the hosts, after a reduction within each host
 
-Who sends what to whom says ``schedules/host_parts.py``, and which way is quickest
-``schedules/cost_model.py``.
+A broadcast is scatter + all-gather [3]_. Unlike the recursive halving and doubling of [1]_ and the
+binomial scatter of [3]_, both phases send each part directly to its worker: two messages one after
+the other, whatever the number of workers. ``schedules/host_parts.py`` holds the schedules, and
+``schedules/cost_model.py`` chooses the algorithm.
 
-MPI carries bytes only, and the kernels do the arithmetic: the reductions of MPI know no half types,
-do not define NaN in a minimum, and need not give all ranks the same bits. No message is longer than
-a piece, so counts stay small however long the array.
+MPI transfers bytes only, and the kernels do the arithmetic: MPI's reductions lack half types, do
+not define NaN in a minimum, and need not give all ranks the same bits. No message is longer than a
+piece, so counts stay small however long the array is.
+
+References
+----------
+.. [1] R. Rabenseifner's algorithm in R. Thakur, R. Rabenseifner, W. Gropp, Int. J. High Perform.
+   Comput. Appl. 19(1), 49-66 (2005), doi:10.1177/1094342005051521.
+.. [2] P. Patarasuk, X. Yuan, J. Parallel Distrib. Comput. 69(2), 117-124 (2009),
+   doi:10.1016/j.jpdc.2008.09.002.
+.. [3] Van de Geijn's algorithm: E. Chan, M. Heimlich, A. Purkayastha, R. van de Geijn,
+   Concurrency Comput. Pract. Exper. 19(13), 1749-1783 (2007), doi:10.1002/cpe.1206.
 """
 
 from __future__ import annotations
@@ -26,7 +37,7 @@ import numpy as np
 from dvkernels.communicators import accumulation
 from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
 from dvkernels.communicators.workers.mpi.ring import HostRing
-from dvkernels.communicators.workers.pipeline import Piece, carry
+from dvkernels.communicators.workers.pipeline import Piece, run_pipeline
 from dvkernels.communicators.workers.shm.staging import PIECE_NBYTES, Staging
 from dvkernels.communicators.workers.wait import AllRequests, Finish
 from dvkernels.kernels.cpu import direct
@@ -37,262 +48,267 @@ from dvkernels.schedules.cost_model import Routing
 __all__: list[str] = []
 
 _TO_REDUCE, _RESULT = 1, 2  # tags
-_MOST_GATHERS = 64
+_MAX_GATHERS = 64
 _LINE = 64
-_STAGES = 4  # of a piece, after it has been brought
-# For how many stages a piece needs scratch: while sums are brought together, and around a ring.
-_TOGETHER, _LONGEST = 2, 3
+_STAGES = 4  # of a piece, after it has been staged
+# The number of stages during which a piece needs its scratch memory.
+_EXCHANGE_STAGES, _RING_STAGES = 2, 3
 
 
 @final
 class MpiCollectives:
-    """One worker's side of moving arrays between all workers, on one channel.
+    """One worker's side of the collectives between hosts, over one channel.
 
     Parameters
     ----------
-    traffic : PointToPoint
-        Between the workers, for the use of this alone.
-    host : Staging
-        What this worker shares with the others of its host.
-    placed : sequence of int
-        The number of each worker's host.
+    p2p : PointToPoint
+        Messages between the workers, used by this object only.
+    staging : Staging
+        The staging buffers of this host's workers.
+    hosts : sequence of int
+        The host number of each worker.
     routing : Routing
-        Which way a reduction goes; the same on all workers.
+        Chooses the algorithm of a reduction; the same on all workers.
 
     Notes
     -----
-    Each method takes ``finish``, which returns when a request is done, or raises. All workers call
-    the same, with arrays of the same sizes.
+    Each method takes ``finish``, which waits for a request, or raises. All workers call the same
+    methods, with arrays of the same sizes.
     """
 
     def __init__(
-        self, traffic: PointToPoint, host: Staging, placed: Sequence[int], routing: Routing
+        self, p2p: PointToPoint, staging: Staging, hosts: Sequence[int], routing: Routing
     ) -> None:
-        self._traffic, self._host, self._routing = traffic, host, routing
-        self._rank, self._size = traffic.rank, traffic.size
-        self._roles = host_parts.roles(placed, self._rank)
-        self._ring = HostRing(traffic, placed)
-        self._others = [door for door in self._roles.doors if door != self._rank]
-        self._is_flat = len({*placed}) == self._size
-        self._scratch = [_Scratch() for _ in range(_LONGEST)]
-        self._gathers: dict[int, tuple[Any, Any, Any]] = {}  # by the bytes of a worker
-        # Of the pieces under way. Where a collective fails they stay: a message that comes late
-        # must not be written to memory that has become another's.
+        self._p2p, self._staging, self._routing = p2p, staging, routing
+        self._rank, self._size = p2p.rank, p2p.size
+        self._roles = host_parts.roles(hosts, self._rank)
+        self._ring = HostRing(p2p, hosts)
+        self._peers = [worker for worker in self._roles.doors if worker != self._rank]
+        self._is_flat = len({*hosts}) == self._size
+        self._scratch = [_Scratch() for _ in range(_RING_STAGES)]
+        self._gathers: dict[int, tuple[Any, Any, Any]] = {}  # by the bytes per worker
+        # Requests of the pieces in flight. After a failed collective they are kept alive: a late
+        # message must not be written to memory that has been reused.
         self._posted: list[list[Any]] = [[] for _ in range(_STAGES)]
 
-    # -- verbs ------------------------------------------------------------------------------------
+    # -- collectives ------------------------------------------------------------------------------
 
     def all_reduce(self, target: Any, source: Any, op: Reduction, finish: Finish) -> None:
-        """Leave the reduction of all sources in the target: flat, of one dtype."""
+        """Write the reduction of all sources to the target: flat arrays of one dtype."""
         if not source.size:
             return
         how = accumulation.of(op, source.dtype, self._size)
-        way = self._routing.way_of(
+        algorithm = self._routing.way_of(
             self._size, len(self._roles.doors), source.nbytes, source.size * how.wide.itemsize
         )
-        if way == "gather":
-            self._reduce_all(target, source, op, finish)
+        if algorithm == "gather":
+            self._gather_and_reduce(target, source, op, finish)
             return
-        if way == "exchange" and self._is_flat:  # one level: the kernels round and divide
+        if algorithm == "exchange" and self._is_flat:  # one level: the kernels round and divide
             how = accumulation.Accumulation(op, source.dtype, 1)
-        reduced = self._around if way == "ring" else self._in_parts
+        all_reduce_piece = (
+            self._ring_all_reduce if algorithm == "ring" else self._reduce_scatter_all_gather
+        )
         step = PIECE_NBYTES // how.wide.itemsize
         pieces = (
-            reduced(k, target[start : start + step], source[start : start + step], how, finish)
+            all_reduce_piece(
+                k, target[start : start + step], source[start : start + step], how, finish
+            )
             for k, start in enumerate(range(0, source.size, step))
         )
         self._run(pieces, finish)
 
-    def gather(self, targets: Sequence[Any], finish: Finish) -> None:
-        """Bring the bytes of each worker to all; ``targets[rank]`` holds this worker's."""
+    def all_gather(self, targets: Sequence[Any], finish: Finish) -> None:
+        """All-gather bytes: ``targets[rank]`` holds this worker's, the others are written."""
         step = max(1, PIECE_NBYTES // self._size)
         longest = max(map(len, targets))
         pieces = (
-            self._gathered(k, [each[start : start + step] for each in targets], finish)
+            self._all_gather_piece(k, [each[start : start + step] for each in targets], finish)
             for k, start in enumerate(range(0, longest, step))
         )
         self._run(pieces, finish)
 
     def broadcast(self, target: Any, root: int, finish: Finish) -> None:
-        """Bring the root's bytes, which its target holds, to all."""
+        """Write the root's bytes, which its target holds, to every target."""
         pieces = (
-            self._dealt_out(k, target[start : start + PIECE_NBYTES], root, finish)
+            self._scatter_all_gather(k, target[start : start + PIECE_NBYTES], root, finish)
             for k, start in enumerate(range(0, len(target), PIECE_NBYTES))
         )
         self._run(pieces, finish)
 
     # -- short arrays -----------------------------------------------------------------------------
 
-    def _reduce_all(self, target: Any, source: Any, op: Reduction, finish: Finish) -> None:
-        own, held, request = self._gather_of(source.nbytes)
+    def _gather_and_reduce(self, target: Any, source: Any, op: Reduction, finish: Finish) -> None:
+        own, gathered, request = self._gather_request(source.nbytes)
         own[:] = source.view(np.uint8)
         request.Start()
         finish(request)
-        direct.reduce([each.view(source.dtype) for each in held], op, out=target)
+        direct.reduce([each.view(source.dtype) for each in gathered], op, out=target)
 
-    def _gather_of(self, nbytes: int) -> tuple[Any, Any, Any]:
-        """Return a gather of so many bytes that MPI has set up: an iteration repeats its sizes."""
+    def _gather_request(self, nbytes: int) -> tuple[Any, Any, Any]:
+        """Return a persistent all-gather of ``nbytes`` per worker: a step repeats its sizes."""
         found = self._gathers.get(nbytes)
         if found is None:
-            if len(self._gathers) == _MOST_GATHERS:
+            if len(self._gathers) == _MAX_GATHERS:
                 _, _, request = self._gathers.pop(next(iter(self._gathers)))
                 request.Free()
-            own, held = np.empty(nbytes, np.uint8), np.empty((self._size, nbytes), np.uint8)
-            request = self._traffic.gather(own, held)
-            found = self._gathers[nbytes] = own, held, request
+            own, gathered = np.empty(nbytes, np.uint8), np.empty((self._size, nbytes), np.uint8)
+            request = self._p2p.all_gather(own, gathered)
+            found = self._gathers[nbytes] = own, gathered, request
         return found
 
     # -- pieces -----------------------------------------------------------------------------------
 
     def _run(self, pieces: Iterable[Piece], finish: Finish) -> None:
-        """Carry pieces through their stages, a new one at each meeting, so that they overlap.
+        """Run the pieces through their stages, starting one at each host barrier.
 
-        after meeting    0         1         2          3          4
-        piece 0       reduces   adds up   receives    takes
-        piece 1                 reduces   adds up   receives    takes
+        after barrier   0         1         2         3         4
+        piece 0         scatter   add       gather    copy
+        piece 1                   scatter   add       gather    copy
 
-        Each is brought before the meeting after which it is reduced. In a ring, "adds up" and
-        "receives" go on whenever something is waited for.
+        scatter: reduce the parts within the host, send them; add: add the hosts' parts, send the
+        sum; gather: receive the sums; copy: copy them to the target. A piece is staged before its
+        first barrier. In a ring, add and gather advance whenever this worker waits.
         """
 
-        def meet(piece: Piece | None) -> None:
+        def before_turn(piece: Piece | None) -> None:
             if piece is not None:
                 next(piece)
-            self._host.come()
-            finish(_HostBarrier(self._host, self._move))
+            self._staging.arrive()
+            finish(_HostBarrier(self._staging, self._progress))
 
-        carry(pieces, meet)
+        run_pipeline(pieces, before_turn)
         self._posted = [[] for _ in range(_STAGES)]
 
-    def _move(self) -> None:
-        """Let data move while others of this host are waited for: who has it may wait for ours."""
-        self._ring.move()
-        self._traffic.move()
+    def _progress(self) -> None:
+        """Progress messages during a host barrier: another host may wait for this worker's."""
+        self._ring.progress()
+        self._p2p.progress()
 
-    def _in_parts(
+    def _reduce_scatter_all_gather(
         self, number: int, target: Any, source: Any, how: accumulation.Accumulation, finish: Finish
     ) -> Piece:
-        rank, traffic = self._rank, self._traffic
+        rank, p2p = self._rank, self._p2p
         parts = [slice(*bounds) for bounds in partition.parts(source.size, self._size)]
         targets = [target[part] for part in parts]
-        brought = self._host.bring(number, source, how.wide)
+        staged = self._staging.stage(number, source, how.wide)
         yield
-        scratch = self._cleared(number % _TOGETHER)
-        received = {door: scratch.new(targets[rank].size, how.wide) for door in self._others}
+        scratch = self._cleared_scratch(number % _EXCHANGE_STAGES)
+        received = {peer: scratch.empty(targets[rank].size, how.wide) for peer in self._peers}
         requests = self._posted[number % _STAGES] = [
-            traffic.receive(received[door], door, _TO_REDUCE) for door in self._others
+            p2p.receive(received[peer], peer, _TO_REDUCE) for peer in self._peers
         ]
         for part in self._roles.carried:
-            of_host = self._of_host([each[parts[part]] for each in brought], how, scratch)
+            on_host = self._reduce_on_host([each[parts[part]] for each in staged], how, scratch)
             if part != rank:
-                requests.append(traffic.send(of_host, part, _TO_REDUCE))
+                requests.append(p2p.send(on_host, part, _TO_REDUCE))
             else:
-                received[rank] = of_host
+                received[rank] = on_host
         yield
         finish(AllRequests(requests))
-        results = self._host.results(number, targets)
-        in_order = [received[door] for door in self._roles.doors]
-        self._finish_part(in_order, results[rank], how, scratch)
-        requests = self._spread(number, results)
+        results = self._staging.results(number, targets)
+        in_order = [received[worker] for worker in self._roles.doors]
+        self._reduce_between_hosts(in_order, results[rank], how, scratch)
+        requests = self._all_gather_parts(number, results)
         yield
         finish(AllRequests(requests))
         yield
-        self._host.take(results, targets)
+        self._staging.copy_out(results, targets)
 
-    def _around(
+    def _ring_all_reduce(
         self, number: int, target: Any, source: Any, how: accumulation.Accumulation, finish: Finish
     ) -> Piece:
         parts = [slice(*bounds) for bounds in partition.parts(source.size, self._size)]
         targets = [target[part] for part in parts]
-        brought = self._host.bring(number, source, how.wide)
+        staged = self._staging.stage(number, source, how.wide)
         yield
-        scratch = self._cleared(number % _LONGEST)
-        of_host = {
-            part: self._of_host([each[parts[part]] for each in brought], how, scratch)
+        scratch = self._cleared_scratch(number % _RING_STAGES)
+        on_host = {
+            part: self._reduce_on_host([each[parts[part]] for each in staged], how, scratch)
             for part in self._roles.carried
         }
-        results = self._host.results(number, targets)
-        lap = self._ring.start(number, of_host, results, how, scratch.new)
+        results = self._staging.results(number, targets)
+        request = self._ring.start(number, on_host, results, how, scratch.empty)
         yield
         yield
-        finish(lap)
+        finish(request)
         yield
-        self._host.take(results, targets)
+        self._staging.copy_out(results, targets)
 
-    def _cleared(self, place: int) -> _Scratch:
-        scratch = self._scratch[place]
+    def _cleared_scratch(self, index: int) -> _Scratch:
+        scratch = self._scratch[index]
         scratch.clear()
         return scratch
 
-    def _of_host(
+    def _reduce_on_host(
         self, sources: list[Any], how: accumulation.Accumulation, scratch: _Scratch
     ) -> Any:
-        """Return what the workers of this host make of a part; of one worker, what it brought."""
+        """Return the sum of this host's sources of a part; a single source as it is."""
         if len(sources) == 1:
             return sources[0]
-        total = scratch.new(sources[0].size, how.wide)
+        total = scratch.empty(sources[0].size, how.wide)
         direct.reduce(sources, how.op, out=total)
         return total
 
-    def _finish_part(
+    def _reduce_between_hosts(
         self, sources: list[Any], result: Any, how: accumulation.Accumulation, scratch: _Scratch
     ) -> None:
-        """Make the hosts' parts one."""
+        """Reduce the hosts' sums of a part to its result."""
         is_in_place = any(np.may_share_memory(source, result) for source in sources)
         total = result
         if is_in_place or how.wide != result.dtype:
-            total = scratch.new(result.size, how.wide)
+            total = scratch.empty(result.size, how.wide)
         direct.reduce(sources, how.op, out=total)
         how.divide(total)
         if total is not result:
             accumulation.write(total, result)
 
-    def _gathered(self, number: int, targets: Sequence[Any], finish: Finish) -> Piece:
+    def _all_gather_piece(self, number: int, targets: Sequence[Any], finish: Finish) -> Piece:
         yield
         yield
-        results = self._host.results(number, targets)
+        results = self._staging.results(number, targets)
         if results[self._rank] is not targets[self._rank]:
             results[self._rank][...] = targets[self._rank]
-        requests = self._spread(number, results)
+        requests = self._all_gather_parts(number, results)
         yield
         finish(AllRequests(requests))
         yield
-        self._host.take(results, targets)
+        self._staging.copy_out(results, targets)
 
-    def _dealt_out(self, number: int, target: Any, root: int, finish: Finish) -> Piece:
-        """Deal a piece out among all workers, each of which then brings its part to all hosts.
+    def _scatter_all_gather(self, number: int, target: Any, root: int, finish: Finish) -> Piece:
+        """Broadcast a piece: scatter its parts to all workers, which then all-gather them.
 
-        So the root sends 1 + (H - 1)/n of it rather than H - 1 times.
+        The root sends about 1 + (H - 1)/n pieces to H hosts of n workers, instead of H - 1 pieces.
         """
-        rank, traffic = self._rank, self._traffic
+        rank, p2p = self._rank, self._p2p
         parts = [slice(*bounds) for bounds in partition.parts(target.size, self._size)]
         targets = [target[part] for part in parts]
-        results = self._host.results(number, targets)
+        results = self._staging.results(number, targets)
         yield
         requests = self._posted[number % _STAGES] = []
         if rank == root:
             for worker, part in enumerate(targets):
                 if worker != rank:
-                    requests.append(traffic.send(part, worker, _TO_REDUCE))
+                    requests.append(p2p.send(part, worker, _TO_REDUCE))
             if results[rank] is not targets[rank]:
                 results[rank][...] = targets[rank]
         else:
-            requests.append(traffic.receive(results[rank], root, _TO_REDUCE))
+            requests.append(p2p.receive(results[rank], root, _TO_REDUCE))
         yield
         finish(AllRequests(requests))
-        requests = self._spread(number, results)
+        requests = self._all_gather_parts(number, results)
         yield
         finish(AllRequests(requests))
         yield
-        self._host.take(results, targets)
+        self._staging.copy_out(results, targets)
 
-    def _spread(self, number: int, results: Sequence[Any]) -> list[Any]:
-        """Send this worker's part to every other host, and receive what it is the door for."""
-        traffic, rank = self._traffic, self._rank
+    def _all_gather_parts(self, number: int, results: Sequence[Any]) -> list[Any]:
+        """Send this worker's part to every other host; receive the parts that enter by it."""
+        p2p, rank = self._p2p, self._rank
         requests = self._posted[number % _STAGES] = [
-            *(traffic.send(results[rank], door, _RESULT) for door in self._others),
+            *(p2p.send(results[rank], peer, _RESULT) for peer in self._peers),
             *(
-                traffic.receive(results[part], part, _RESULT)
+                p2p.receive(results[part], part, _RESULT)
                 for part in self._roles.carried
                 if part != rank
             ),
@@ -301,34 +317,35 @@ class MpiCollectives:
 
 
 class _HostBarrier:
-    """A meeting of the workers of a host, as a request; data move meanwhile."""
+    """Barrier of the workers of a host, as a request that progresses messages meanwhile."""
 
-    def __init__(self, host: Staging, move: Callable[[], None]) -> None:
-        self._host, self._move = host, move
+    def __init__(self, staging: Staging, progress: Callable[[], None]) -> None:
+        self._staging, self._progress = staging, progress
 
     def Test(self) -> bool:
-        """Tell whether all have come."""
-        if self._host.is_met():
+        """Return whether all workers of the host have arrived."""
+        if self._staging.all_arrived():
             return True
-        self._move()
+        self._progress()
         return False
 
 
 class _Scratch:
-    """Memory that is used again for another piece."""
+    """Bump allocator of scratch memory, reused from piece to piece."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
         self._used = 0
 
     def clear(self) -> None:
-        """Forget what was made."""
+        """Free all arrays."""
         self._used = 0
 
-    def new(self, size: int, dtype: Any) -> Any:
-        """Return an array whose content is not set."""
+    def empty(self, size: int, dtype: Any) -> Any:
+        """Return an uninitialized array, aligned to a cache line."""
         start = -(-self._used // _LINE) * _LINE
         self._used = start + size * dtype.itemsize
         if self._used > len(self._memory):
-            self._memory = np.empty(2 * self._used, np.uint8)  # others keep theirs
+            # Earlier arrays keep the old memory alive.
+            self._memory = np.empty(2 * self._used, np.uint8)
         return self._memory[start : self._used].view(dtype)

@@ -1,7 +1,7 @@
-"""Rounds over messages: every worker learns what all bring, two numbers and now and then a text.
+"""Control rounds over MPI: an all-gather of all workers' votes, and sometimes of texts.
 
-Numbers are 16 bytes a worker. Texts follow in rounds in which a worker has one, so that a thousand
-workers receive 16 KB in nearly every round, and not half a MB.
+A vote has 16 bytes. Texts follow in a second all-gather, only in rounds in which some worker has
+one, so a thousand workers receive 16 KB in nearly every round instead of half a MB.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
 __all__: list[str] = []
 
 _TEXT_NBYTES = 496
-_HAS_TEXT = -1  # instead of how many bytes, of which there are none then
+_HAS_TEXT = -1  # in place of the byte count, which is 0 in a vote with a text
 
 
 @final
 class ControlRounds:
-    """One worker's side of the rounds, one after another; a request, which says whether it is over.
+    """One worker's side of the control rounds; as a request, complete when the round is.
 
     Parameters
     ----------
-    traffic : PointToPoint
-        What else it gathers begins and ends between rounds.
+    p2p : PointToPoint
+        Its other all-gathers begin and end between rounds.
     """
 
-    def __init__(self, traffic: PointToPoint) -> None:
+    def __init__(self, p2p: PointToPoint) -> None:
         self._own, self._own_text = np.zeros(2, np.int64), np.zeros(_TEXT_NBYTES, np.uint8)
-        self._all = np.zeros((traffic.size, 2), np.int64)
-        self._all_texts = np.zeros((traffic.size, _TEXT_NBYTES), np.uint8)
-        # The same buffers in every round, so they are set up once.
-        self._heads = traffic.gather(self._own.view(np.uint8), self._all.view(np.uint8))
-        self._texts = traffic.gather(self._own_text, self._all_texts)
+        self._all = np.zeros((p2p.size, 2), np.int64)
+        self._all_texts = np.zeros((p2p.size, _TEXT_NBYTES), np.uint8)
+        # The same buffers in every round, so the all-gathers are persistent.
+        self._heads = p2p.all_gather(self._own.view(np.uint8), self._all.view(np.uint8))
+        self._texts = p2p.all_gather(self._own_text, self._all_texts)
         self._has_texts = False
 
     def start(self, number: int, nbytes: int, text: str = "") -> None:
-        """Bring something to the next round, when the last one is over; text or bytes."""
-        held = text.encode(errors="replace")[: _TEXT_NBYTES - 1]
-        self._own_text[: len(held)] = np.frombuffer(held, np.uint8)
-        self._own_text[len(held)] = 0
+        """Vote in the next round, once the last one is complete; with a text, or with bytes."""
+        encoded = text.encode(errors="replace")[: _TEXT_NBYTES - 1]
+        self._own_text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        self._own_text[len(encoded)] = 0
         self._own[:] = number, _HAS_TEXT if text else nbytes
         self._has_texts = bool(text)
         self._heads.Start()
-        if text:  # the others need not wait until this worker looks again
+        if text:  # now: other workers should not wait for this worker's next Test
             self._texts.Start()
 
     def Test(self) -> bool:
-        """Tell whether all have brought theirs."""
+        """Return whether the votes (and texts) of all workers are here."""
         if not self._heads.Test():
             return False
         if not self._has_texts and (self._all[:, 1] == _HAS_TEXT).any():
@@ -58,13 +58,13 @@ class ControlRounds:
             self._texts.Start()
         return not self._has_texts or bool(self._texts.Test())
 
-    def words(self) -> list[Vote]:
-        """Return what all have brought."""
+    def votes(self) -> list[Vote]:
+        """Return the votes of all workers."""
         return [Vote(number, max(nbytes, 0)) for number, nbytes in self._all.tolist()]
 
     def text_of(self, worker: int) -> str:
-        """Return the text that a worker has brought, if it has brought one."""
+        """Return the text of a worker's vote, or ""."""
         if self._all[worker, 1] != _HAS_TEXT:
             return ""
-        held: bytes = self._all_texts[worker].tobytes()
-        return held[: held.index(0)].decode(errors="replace")
+        encoded: bytes = self._all_texts[worker].tobytes()
+        return encoded[: encoded.index(0)].decode(errors="replace")

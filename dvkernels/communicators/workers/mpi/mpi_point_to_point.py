@@ -1,4 +1,4 @@
-"""Bytes between workers by MPI: see ``point_to_point.py``."""
+"""Point-to-point messages by MPI; implements ``point_to_point.PointToPoint``."""
 
 from __future__ import annotations
 
@@ -12,70 +12,72 @@ __all__: list[str] = []
 
 @final
 class MpiPointToPoint:
-    """Carries flat arrays by the messages of one communicator.
+    """Point-to-point messages of flat arrays over one MPI communicator.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Comm
-        Of the workers, for the use of this alone. All of them make theirs together.
+        Of the workers, used by this object only. All workers construct theirs together.
     """
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
         self.rank, self.size = comm.rank, comm.size
-        self._is_persistent = _is_persistent_right(comm)
+        self._has_persistent = _has_working_persistent_collectives(comm)
 
     def send(self, array: Any, to: int, tag: int) -> Any:
         """Send an array to a worker."""
         return self._comm.Isend([array.view(np.uint8), MPI.BYTE], to, tag)
 
     def receive(self, array: Any, source: int, tag: int) -> Any:
-        """Receive what a worker sends."""
+        """Receive an array from a worker."""
         return self._comm.Irecv([array.view(np.uint8), MPI.BYTE], source, tag)
 
-    def gather(self, own: Any, held: Any) -> Any:
-        """Return a gather that MPI has set up, if it can do so."""
-        given = [own, MPI.BYTE], [held, MPI.BYTE]
+    def all_gather(self, own: Any, gathered: Any) -> Any:
+        """Return a repeatable all-gather, persistent (MPI 4) where that works."""
+        buffers = [own, MPI.BYTE], [gathered, MPI.BYTE]
         return (
-            self._comm.Allgather_init(*given) if self._is_persistent else _Anew(self._comm, given)
+            self._comm.Allgather_init(*buffers)
+            if self._has_persistent
+            else _RepeatedAllGather(self._comm, buffers)
         )
 
-    def move(self) -> None:
-        """Ask MPI something: it moves data only while it is asked."""
+    def progress(self) -> None:
+        """Progress MPI, which moves data only inside of its calls."""
         self._comm.Iprobe()
 
 
-class _Anew:
-    """A gather that MPI sets up each time."""
+class _RepeatedAllGather:
+    """Repeatable all-gather that starts a new MPI_Iallgather each time."""
 
-    def __init__(self, comm: Any, given: Any) -> None:
-        self._comm, self._given = comm, given
+    def __init__(self, comm: Any, buffers: Any) -> None:
+        self._comm, self._buffers = comm, buffers
         self._request = MPI.REQUEST_NULL
 
     def Start(self) -> None:
-        """Begin."""
-        self._request = self._comm.Iallgather(*self._given)
+        """Start the all-gather."""
+        self._request = self._comm.Iallgather(*self._buffers)
 
     def Test(self) -> bool:
-        """Tell whether it is done."""
+        """Return whether the all-gather is complete."""
         return bool(self._request.Test())
 
     def Free(self) -> None:
-        """Forget it: nothing is kept between two of them."""
+        """Do nothing: no MPI object is kept between two starts."""
 
 
-def _is_persistent_right(comm: Any) -> bool:
-    """Tell whether MPI's persistent operations bring what they are given, on all workers.
+def _has_working_persistent_collectives(comm: Any) -> bool:
+    """Return whether MPI's persistent all-gather works, on all workers.
 
-    Those of Intel MPI 2021.18 bring from the second round on what was there in the first, between
-    two processes of one host too.
+    From the second start on, that of Intel MPI 2021.18 delivers the data of the first, even between
+    two processes of one host.
     """
-    own, held = np.zeros(1, np.int64), np.zeros(comm.size, np.int64)
-    meeting = comm.Allgather_init(own, held)
+    own, gathered = np.zeros(1, np.int64), np.zeros(comm.size, np.int64)
+    request = comm.Allgather_init(own, gathered)
     found = []
     for own[0] in (1, 2):
-        meeting.Start()
-        meeting.Wait()
-        found.append(bool((held == own[0]).all()))
-    meeting.Free()
+        request.Start()
+        request.Wait()
+        found.append(bool((gathered == own[0]).all()))
+    request.Free()
     return bool(comm.allreduce(all(found), MPI.LAND))

@@ -1,4 +1,4 @@
-"""The network between hosts as the user describes it, for the cost model to choose by."""
+"""Network parameters of the cost model, from the environment variable DVKERNELS_NETWORK."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from dvkernels.cluster.launcher_environment import Environment
 from dvkernels.errors import ClusterError
 from dvkernels.schedules.cost_model import NETWORK, Network
 
-__all__ = ["VARIABLE", "of", "written"]
+__all__ = ["VARIABLE", "from_environ", "to_text"]
 
 VARIABLE = "DVKERNELS_NETWORK"
 
 
-def of(environ: Environment) -> Network:
-    """Return the network that the variable describes; what it does not name is as measured here.
+def from_environ(environ: Environment) -> Network:
+    """Return the network that the variable describes; parameters it lacks have default values.
 
     Raises
     ------
     ClusterError
-        It names something else, or a value that cannot be.
+        The variable has an unknown parameter or an impossible value.
 
     Examples
     --------
-    >>> of({"DVKERNELS_NETWORK": "rate=1.2e9, incast=0.6"}).incast
+    >>> from_environ({"DVKERNELS_NETWORK": "rate=1.2e9, incast=0.6"}).incast
     0.6
     """
-    given: dict[str, float] = {}
-    for word in filter(None, map(str.strip, environ.get(VARIABLE, "").split(","))):
-        name, _, text = (part.strip() for part in word.partition("="))
+    settings: dict[str, float] = {}
+    for setting in filter(None, map(str.strip, environ.get(VARIABLE, "").split(","))):
+        name, _, text = (part.strip() for part in setting.partition("="))
         value = _number(text)
-        if name not in Network._fields or name in given or not _fits(name, value):
+        if name not in Network._fields or name in settings or not _fits(name, value):
             raise ClusterError(
-                f"{VARIABLE}: expected words such as rate=7e9, separated by commas, each of "
+                f"{VARIABLE}: expected settings such as rate=7e9, separated by commas, each of "
                 f"{list(Network._fields)} at most once, seconds not below 0, rates above 0, incast "
-                f"above 0 and at most 1; got {word!r}. python -m dvkernels bench --calibrate, on "
-                f"workers of several hosts, prints those of yours"
+                f"above 0 and at most 1; got {setting!r}. python -m dvkernels bench --calibrate, "
+                f"on workers of several hosts, prints yours"
             )
-        given[name] = value
-    return NETWORK._replace(**given)
+        settings[name] = value
+    return NETWORK._replace(**settings)
 
 
-def written(network: Network) -> str:
-    """Return what sets the variable to a network.
+def to_text(network: Network) -> str:
+    """Return the value of the variable that describes a network.
 
-    >>> of({VARIABLE: written(NETWORK)}) == NETWORK
+    >>> from_environ({VARIABLE: to_text(NETWORK)}) == NETWORK
     True
     """
     return ",".join(f"{name}={value:.4g}" for name, value in network._asdict().items())

@@ -1,4 +1,4 @@
-"""Bytes between the workers of several hosts: what can be under way."""
+"""Point-to-point messages between workers: the protocol that the collectives need."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ __all__: list[str] = []
 
 
 class PersistentRequest(Request, Protocol):
-    """Something that can be done again and again."""
+    """Request that can be started again and again, as in mpi4py."""
 
     def Start(self) -> None:
-        """Begin."""
+        """Start the operation."""
 
     def Free(self) -> None:
-        """Forget it."""
+        """Free the request."""
 
 
 class PointToPoint(Protocol):
-    """Carries flat arrays between workers; no call waits.
+    """Non-blocking messages of flat arrays between workers.
 
-    An array stays as it is until its request is done. Messages of one tag between two workers are
-    received in the order in which they were sent.
+    The caller leaves an array alone until its request is complete. Messages of one tag between two
+    workers are received in the order in which they were sent.
     """
 
     rank: int
@@ -33,10 +33,10 @@ class PointToPoint(Protocol):
         """Send an array to a worker."""
 
     def receive(self, array: Any, source: int, tag: int) -> Request:
-        """Receive what a worker sends; the array is as long as that."""
+        """Receive an array of the same length from a worker."""
 
-    def gather(self, own: Any, held: Any) -> PersistentRequest:
-        """Return what brings the bytes of each worker to row ``rank`` of each worker's ``held``."""
+    def all_gather(self, own: Any, gathered: Any) -> PersistentRequest:
+        """Return a repeatable all-gather of ``own`` bytes to the rows of ``gathered``."""
 
-    def move(self) -> None:
-        """Let data move that nobody asks for here: others may wait for it."""
+    def progress(self) -> None:
+        """Progress all messages: another worker may wait for this one's."""

@@ -1,11 +1,13 @@
-"""Parts on their way around the hosts: who receives one adds its own, and sends it on.
+"""Ring all-reduce between hosts: each part travels around the hosts, and each adds its own.
 
-The way of each part says ``schedules/host_parts.py``. A worker carries all of them at once:
-whenever it is asked about any, every one that can goes a step further, those of the next pieces
-among them, so that others wait no longer than they must.
+The algorithm of P. Patarasuk and X. Yuan, J. Parallel Distrib. Comput. 69(2), 117-124 (2009),
+doi:10.1016/j.jpdc.2008.09.002, with hosts as ranks and the parts of ``schedules/host_parts.py``: a
+part travels H - 1 steps as a partial sum (reduce-scatter), and H - 1 steps as the result
+(all-gather). A worker progresses all parts at once, also those of later pieces, whenever it tests
+any of them, so that other workers wait no longer than necessary.
 
-Sums travel as they are added up, of half types in float32, and are rounded once, where the part
-ends. Its result goes around in its own type, so all workers get the same bits.
+Partial sums of half types travel as float32, and are rounded once, on the host where the part ends.
+The result travels in its own element type, so all workers get the same bits.
 """
 
 from __future__ import annotations
@@ -23,36 +25,36 @@ from dvkernels.schedules.host_parts import Stop
 
 __all__: list[str] = []
 
-# Beyond the tags of an exchange. Of n workers they end below 8 n + 4, where MPI allows 32767 at
-# least and those in use allow millions.
+# Above the tags of the exchange. With n workers all tags are below 8 n + 4; MPI guarantees 32767,
+# and common implementations allow millions.
 _FIRST_TAG = 4
-_LEGS = 2  # sums, then results
-_AT_ONCE = 4  # more pieces than are under way
+_TAGS_PER_PART = 2  # partial sums and results
+_MAX_PIECES = 4  # more than are in flight
 
-_Walk = Iterator[Request]
+_Schedule = Iterator[Request]
 
 
 @final
 class HostRing:
-    """One worker's side of all parts that are on their way around two hosts or more.
+    """One worker's side of the ring all-reduce over two hosts or more.
 
     Parameters
     ----------
-    traffic : PointToPoint
-    placed : sequence of int
-        The number of each worker's host.
+    p2p : PointToPoint
+    hosts : sequence of int
+        The host number of each worker.
 
     Notes
     -----
-    What fails half-way stays here with its memory: a message that comes late must not be written to
-    memory that has become another's.
+    Parts of a failed collective stay here with their memory: a late message must not be written to
+    memory that has been reused.
     """
 
-    def __init__(self, traffic: PointToPoint, placed: Sequence[int]) -> None:
-        self._traffic = traffic
-        self._stops = host_parts.ring(placed, traffic.rank)
-        self._last = max(placed)
-        self._laps: list[_Lap] = []
+    def __init__(self, p2p: PointToPoint, hosts: Sequence[int]) -> None:
+        self._p2p = p2p
+        self._stops = host_parts.ring(hosts, p2p.rank)
+        self._last = max(hosts)
+        self._pieces: list[_RingRequest] = []
 
     def start(
         self,
@@ -60,50 +62,56 @@ class HostRing:
         own: Mapping[int, Any],
         results: Sequence[Any],
         how: Accumulation,
-        new: Callable[[int, Any], Any],
+        empty: Callable[[int, Any], Any],
     ) -> Request:
-        """Send the parts of a piece around; nothing moves before somebody asks for it.
+        """Start the parts of a piece; nothing moves before the first test or progress.
 
         Parameters
         ----------
         number : int
-            Of the piece.
+            The number of the piece.
         own : mapping of int to array
-            By part, what this host has of those that come by, as ``how.wide``. They stay as they
-            are until a part's result is there, which may lie in the same place.
+            By part: this host's contribution to the parts that pass this worker, each of shape
+            (n,) and dtype ``how.wide``. Unchanged by the caller until the part's result is there,
+            which may be in the same memory.
         results : sequence of array
-            By part, where to write the results of those that come by.
+            By part: the result buffers of the parts that pass this worker.
         how : Accumulation
-        new : callable
-            Returns memory, of a size and a dtype, that stays until the piece is around.
+        empty : callable
+            Allocates scratch memory of a size and a dtype that lives as long as the piece.
         """
-        lap = _Lap(self.move)
+        request = _RingRequest(self.progress)
         for stop in self._stops:
             if own[stop.part].size:
-                tag = _LEGS * (number % _AT_ONCE * self._traffic.size + stop.part) + _FIRST_TAG
-                lap.add(self._walk(stop, tag, own[stop.part], results[stop.part], how, new))
-        self._laps.append(lap)
-        return lap
+                tag = (
+                    _TAGS_PER_PART * (number % _MAX_PIECES * self._p2p.size + stop.part)
+                    + _FIRST_TAG
+                )
+                request.add(
+                    self._schedule(stop, tag, own[stop.part], results[stop.part], how, empty)
+                )
+        self._pieces.append(request)
+        return request
 
-    def move(self) -> None:
-        """Let every part go on that can."""
-        self._laps = [lap for lap in self._laps if not lap.move()]
+    def progress(self) -> None:
+        """Progress every part that can go on."""
+        self._pieces = [request for request in self._pieces if not request.progress()]
 
-    def _walk(
+    def _schedule(
         self,
         stop: Stop,
         tag: int,
         own: Any,
         result: Any,
         how: Accumulation,
-        new: Callable[[int, Any], Any],
-    ) -> _Walk:
-        """Yield, one after another, what has to be done before a part goes on."""
-        traffic, total = self._traffic, own
+        empty: Callable[[int, Any], Any],
+    ) -> _Schedule:
+        """Yield the requests that one part waits for, one after another."""
+        p2p, total = self._p2p, own
         is_end = stop.place == self._last
         if stop.place > 0:
-            received = new(own.size, how.wide)
-            yield traffic.receive(received, stop.before, tag)
+            received = empty(own.size, how.wide)
+            yield p2p.receive(received, stop.before, tag)
             total = result if is_end and how.wide == result.dtype else received
             direct.reduce([received, own], how.op, out=total)
         if is_end:
@@ -111,44 +119,44 @@ class HostRing:
             if total is not result:
                 accumulation.write(total, result)
         else:
-            yield traffic.send(total, stop.after, tag)
-            yield traffic.receive(result, stop.before, tag + 1)
-        if stop.place != self._last - 1:  # else the next one is where the result comes from
-            yield traffic.send(result, stop.after, tag + 1)
+            yield p2p.send(total, stop.after, tag)
+            yield p2p.receive(result, stop.before, tag + 1)
+        if stop.place != self._last - 1:  # else the next host already has the result
+            yield p2p.send(result, stop.after, tag + 1)
 
 
-class _Lap:
-    """The parts of one piece, as a request."""
+class _RingRequest:
+    """Request of the parts of one piece."""
 
-    def __init__(self, move_all: Callable[[], None]) -> None:
-        self._move_all = move_all
-        self._parts: list[_Part] = []
+    def __init__(self, progress_all: Callable[[], None]) -> None:
+        self._progress_all = progress_all
+        self._parts: list[_PartInFlight] = []
 
-    def add(self, walk: _Walk) -> None:
-        self._parts.append(_Part(walk))
+    def add(self, schedule: _Schedule) -> None:
+        self._parts.append(_PartInFlight(schedule))
 
-    def move(self) -> bool:
-        """Let each part go on that can; tell whether all are around."""
-        self._parts = [part for part in self._parts if not part.move()]
+    def progress(self) -> bool:
+        """Progress each part that can go on; return whether all are complete."""
+        self._parts = [part for part in self._parts if not part.progress()]
         return not self._parts
 
     def Test(self) -> bool:
-        """Let the parts of all pieces go on; tell whether those of this one are around."""
-        self._move_all()
+        """Progress the parts of all pieces; return whether this piece is complete."""
+        self._progress_all()
         return not self._parts
 
 
-class _Part:
-    """A walk, and what it waits for."""
+class _PartInFlight:
+    """One part's schedule, and the request that it waits for."""
 
-    def __init__(self, walk: _Walk) -> None:
-        self._walk = walk
+    def __init__(self, schedule: _Schedule) -> None:
+        self._schedule = schedule
         self._awaited: Request | None = None
 
-    def move(self) -> bool:
-        """Go on as far as it goes; tell whether that is the end."""
+    def progress(self) -> bool:
+        """Advance as far as possible; return whether the part is complete."""
         while self._awaited is None or self._awaited.Test():
-            awaited = next(self._walk, None)
+            awaited = next(self._schedule, None)
             if awaited is None:
                 return True
             self._awaited = awaited

@@ -1,7 +1,7 @@
-"""Memory that the processes of a host may share, where MPI takes it from on Linux.
+"""Available shared memory of the host: the size of /dev/shm, where MPI allocates it on Linux.
 
-It is taken when it is first touched, and a process that touches what is not there gets SIGBUS: so
-it is looked at before. Containers have 64 MiB unless told more.
+Pages of /dev/shm are allocated on first touch, and a process that touches a page beyond its size
+gets SIGBUS, so the size is checked first. Containers have 64 MiB by default.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from dvkernels.errors import ClusterError
 
 __all__: list[str] = []
 
-_PLACE = Path("/dev/shm")  # MPICH, Open MPI and Intel MPI
+_MOUNT = Path("/dev/shm")  # MPICH, Open MPI and Intel MPI
 REMEDY = (
     "make it larger (docker run --shm-size=1g; in Kubernetes an emptyDir with medium: Memory, "
     "mounted there)"
 )
-# What MPICH 5.0.2 cannot do without in MPI_Init, of each process: its segment was of 2.12 MB for 2,
-# of 4.23 for 4 and of 8.46 for 8. What it takes beside, up to 5.4 MB each, it takes where it is
-# there; so do Open MPI 5.0.11 and Intel MPI 2021.18.
+# The bytes per process that MPICH 5.0.2 needs in MPI_Init: its segment had 2.12 MB for 2 processes,
+# 4.23 MB for 4 and 8.46 MB for 8. It allocates up to 5.4 MB more per process only if they are free,
+# and so do Open MPI 5.0.11 and Intel MPI 2021.18.
 _MPICH_NBYTES = 1_060_000
 
 
 def free_nbytes() -> int:
-    """Return how much is left; more than there can be where nobody knows."""
+    """Return the free bytes of /dev/shm; ``sys.maxsize`` where there is none."""
     return _measured()[0]
 
 
 def check(host: str, num_workers: int, needed: int, found: int) -> None:
-    """Raise ``ClusterError`` if the workers of a host need more than was found there."""
+    """Raise ``ClusterError`` if the workers of a host need more bytes than it has free."""
     if needed > found:
         raise ClusterError(
             f"{num_workers} workers on {host} need {needed:,} bytes of shared memory, and "
-            f"{_PLACE} has {found:,}; {REMEDY}, or start fewer workers a host"
+            f"{_MOUNT} has {found:,}; {REMEDY}, or start fewer workers a host"
         )
 
 
 def check_for_mpi(resolver: ClusterResolver, environ: Environment, host: str) -> None:
-    """Raise ``ClusterError`` if MPICH would not survive its own start.
+    """Raise ``ClusterError`` if MPI_Init of MPICH would crash for lack of shared memory.
 
-    Held against the whole size: some workers may have taken their part already.
+    Compares with the total size, because some workers may have allocated their part already.
     """
     is_mpich = "PMI_RANK" in environ and not any(name.startswith("I_MPI_") for name in environ)
     if is_mpich and (num_workers := resolver.num_local_workers or 1) > 1:
@@ -52,8 +52,8 @@ def check_for_mpi(resolver: ClusterResolver, environ: Environment, host: str) ->
 
 
 def _measured() -> tuple[int, int]:
-    """Return how much is left, and how much there is."""
-    if not _PLACE.is_dir():
+    """Return the free and the total bytes of /dev/shm."""
+    if not _MOUNT.is_dir():
         return sys.maxsize, sys.maxsize
-    found = os.statvfs(_PLACE)
+    found = os.statvfs(_MOUNT)
     return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize

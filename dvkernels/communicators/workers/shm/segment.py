@@ -1,15 +1,15 @@
-"""Memory that the workers of one host share: what lies where in it.
+"""Layout of the shared-memory segment: control lines, texts, and two staging buffers per worker.
 
-    line 0         unused by anybody but for its address
-    lines 1..n     worker w: [0] its process  [1] it has ended the group, and why  [2] it has left
+    line 0         unused, but for its address
+    lines 1..n     worker w: [0] process id  [1] why it aborted the group  [2] whether it has left
     then for each of the two channels
-        a line     [0] the group has ended
-        n lines    the rounds of each worker: see dvkernels/kernels/cpu/engine/shm_barrier.py
-    texts          of each worker: why it ended or left, and what it says in two rounds a channel
-    places         of each channel, for even and odd rounds, of each worker: what it brings; and
-                   one or more to which all workers write
+        a line     [0] whether the group has been aborted
+        n lines    the votes of each worker: see dvkernels/kernels/cpu/engine/shm_barrier.py
+    texts          of each worker: why it aborted or left; its texts of two rounds per channel
+    buffers        of each channel, for even and for odd rounds: a staging buffer of each worker,
+                   and one or more result buffers, to which all workers write
 
-A line is 64 bytes, written by one worker only (but for the word that ends the group).
+A line is a cache line of 64 bytes, written by one worker only (except the abort flag).
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from dvkernels.cluster import procfs
 __all__: list[str] = []
 
 NUM_CHANNELS = 2
-# What one round carries at most: two pieces of each worker fit into the second cache. 64 MiB of
+# Bytes of a staging buffer: both of a worker fit into the L2 cache. An all-reduce of 64 MiB between
 # two processes took 14.3 ms with 64 KiB, 13.8 with 128, 12.8 with 256 and 12.7 with 512 KiB
 # (medians of 9; 2 busy cores of an AMD EPYC, November 2026).
-PLACE_NBYTES = 256 * 1024
-_LINE, _WORDS = 64, 8
+BUFFER_NBYTES = 256 * 1024
+_LINE, _WORDS_PER_LINE = 64, 8
 _TEXT_NBYTES = 2048
 _PAGE = 4096
 _PROCESS, _ENDED, _LEFT = 0, 1, 2
 
 
 class Segment:
-    """A view of the memory, of one worker.
+    """One worker's view of the shared-memory segment.
 
     Parameters
     ----------
     memory : ndarray of uint8
-        Cleared, of :meth:`nbytes_for` bytes at least, beginning on a cache line. All workers see
-        the same.
+        Of shape (n,), n at least :meth:`nbytes_for`, aligned to a cache line, cleared by
+        :meth:`clear`. The same memory for all workers.
     rank, size : int
-        This worker, and how many share the memory.
-    num_more : int
-        How many places there are in each round behind those of the workers.
-    place_nbytes : int
-        How large a place is.
+        The rank of this worker, and the number of workers.
+    num_result_buffers : int
+        The number of result buffers of each parity.
+    buffer_nbytes : int
+        The size of a buffer.
     """
 
     def __init__(
@@ -56,104 +56,108 @@ class Segment:
         memory: Any,
         rank: int,
         size: int,
-        num_more: int = 1,
-        place_nbytes: int = PLACE_NBYTES,
+        num_result_buffers: int = 1,
+        buffer_nbytes: int = BUFFER_NBYTES,
     ) -> None:
         self.rank, self.size = rank, size
         self._memory = memory
-        lines, texts, places = _layout(size)
-        self._words = memory[:texts].view(np.int64).reshape(-1, _WORDS)
+        lines, texts, buffers_start = _layout(size)
+        self._control = memory[:texts].view(np.int64).reshape(-1, _WORDS_PER_LINE)
         self._address = memory.ctypes.data
         self._channels = [lines + k * (1 + size) for k in range(NUM_CHANNELS)]
         count = 1 + 2 * NUM_CHANNELS
-        self._texts = _part(memory, texts, (count, size, _TEXT_NBYTES))
-        self._places = _part(memory, places, (NUM_CHANNELS, 2, size + num_more, place_nbytes))
-        self._words[1 + rank, _PROCESS] = os.getpid()
+        self._texts = _region(memory, texts, (count, size, _TEXT_NBYTES))
+        self._buffers = _region(
+            memory, buffers_start, (NUM_CHANNELS, 2, size + num_result_buffers, buffer_nbytes)
+        )
+        self._control[1 + rank, _PROCESS] = os.getpid()
 
     @staticmethod
-    def nbytes_for(size: int, num_more: int = 1, place_nbytes: int = PLACE_NBYTES) -> int:
-        """Return how much memory so many workers need."""
-        return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_more) * place_nbytes
+    def nbytes_for(
+        size: int, num_result_buffers: int = 1, buffer_nbytes: int = BUFFER_NBYTES
+    ) -> int:
+        """Return the bytes of the segment of ``size`` workers."""
+        return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_result_buffers) * buffer_nbytes
 
     @staticmethod
     def clear(memory: Any, size: int) -> None:
-        """Make the memory what the first worker must find; one of them does this for all."""
+        """Clear the control lines and texts; one worker does this before the others attach."""
         memory[: _layout(size)[1]] = 0
 
     def lines(self, channel: int) -> int:
-        """Return the address of the lines of a channel's rounds."""
+        """Return the address of a channel's control lines."""
         return int(self._address + _LINE * (self._channels[channel] + 1))
 
-    def rounds(self, channel: int) -> Any:
-        """Return the lines of a channel's rounds, a row for each worker."""
+    def control_lines(self, channel: int) -> Any:
+        """Return a channel's control lines, one row of int64 for each worker."""
         first = self._channels[channel] + 1
-        return self._words[first : first + self.size]
+        return self._control[first : first + self.size]
 
-    def places(self, channel: int) -> Any:
-        """Return bytes by the parity of the round and by worker, those of all at the end."""
-        return self._places[channel]
+    def buffers(self, channel: int) -> Any:
+        """Return a channel's buffers by round parity and worker; result buffers come last."""
+        return self._buffers[channel]
 
-    # -- what workers say ------------------------------------------------------------------------
+    # -- messages and state -----------------------------------------------------------------------
 
-    def say(self, channel: int, parity: int, text: str) -> None:
-        """Say something in a round."""
-        self._write(1 + 2 * channel + parity, text)
+    def publish_text(self, channel: int, parity: int, text: str) -> None:
+        """Write this worker's text of a round."""
+        self._write_text(1 + 2 * channel + parity, text)
 
-    def said(self, channel: int, parity: int, worker: int) -> str:
-        """Return what a worker said in a round."""
-        return self._read(1 + 2 * channel + parity, worker)
+    def published_text(self, channel: int, parity: int, worker: int) -> str:
+        """Return a worker's text of a round."""
+        return self._read_text(1 + 2 * channel + parity, worker)
 
     def end(self, kind: int, text: str) -> None:
-        """End every round of the group, now and later; ``kind`` is above 0."""
-        self._write(0, text)
-        self._words[1 + self.rank, _ENDED] = kind
+        """Abort all rounds of the group, pending and later ones; ``kind`` is above 0."""
+        self._write_text(0, text)
+        self._control[1 + self.rank, _ENDED] = kind
         for first in self._channels:
-            self._words[first, 0] = 1
+            self._control[first, 0] = 1
 
     def why_ended(self) -> tuple[int, str] | None:
-        """Return what the first worker that ended the group said."""
+        """Return kind and text of the abort of the lowest worker that aborted; None if none has."""
         for worker in range(self.size):
-            kind = int(self._words[1 + worker, _ENDED])
+            kind = int(self._control[1 + worker, _ENDED])
             if kind:
-                return kind, self._read(0, worker)
+                return kind, self._read_text(0, worker)
         return None
 
     def leave(self, text: str) -> None:
-        """Say that this worker comes to no further round."""
-        if not self._words[1 + self.rank, _ENDED]:
-            self._write(0, text)
-        self._words[1 + self.rank, _LEFT] = 1
+        """Record that this worker arrives in no further round, and why."""
+        if not self._control[1 + self.rank, _ENDED]:
+            self._write_text(0, text)
+        self._control[1 + self.rank, _LEFT] = 1
 
     def why_left(self, worker: int) -> str | None:
-        """Return what a worker said when it left; None: it has not."""
-        return self._read(0, worker) if self._words[1 + worker, _LEFT] else None
+        """Return why a worker has left; None if it has not."""
+        return self._read_text(0, worker) if self._control[1 + worker, _LEFT] else None
 
     def process_of(self, worker: int) -> int:
-        """Return the number of a worker's process."""
-        return int(self._words[1 + worker, _PROCESS])
+        """Return the process id of a worker."""
+        return int(self._control[1 + worker, _PROCESS])
 
     def is_alive(self, worker: int) -> bool:
-        """Tell whether a worker's process exists."""
+        """Return whether a worker's process exists."""
         return procfs.state_of(self.process_of(worker)) not in ("Z", "X")
 
-    def _write(self, slot: int, text: str) -> None:
-        held = text.encode(errors="replace")[: _TEXT_NBYTES - 1]
+    def _write_text(self, slot: int, text: str) -> None:
+        encoded = text.encode(errors="replace")[: _TEXT_NBYTES - 1]
         target = self._texts[slot, self.rank]
-        target[: len(held)] = np.frombuffer(held, np.uint8)
-        target[len(held)] = 0
+        target[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        target[len(encoded)] = 0
 
-    def _read(self, slot: int, worker: int) -> str:
-        held: bytes = self._texts[slot, worker].tobytes()
-        return held[: held.index(0)].decode(errors="replace")
+    def _read_text(self, slot: int, worker: int) -> str:
+        encoded: bytes = self._texts[slot, worker].tobytes()
+        return encoded[: encoded.index(0)].decode(errors="replace")
 
 
-def _part(memory: Any, start: int, shape: tuple[int, ...]) -> Any:
+def _region(memory: Any, start: int, shape: tuple[int, ...]) -> Any:
     return memory[start : start + math.prod(shape)].reshape(shape)
 
 
 def _layout(size: int) -> tuple[int, int, int]:
-    """Return the line of the first channel, and the bytes at which texts and places begin."""
+    """Return the first channel's line, and the byte offsets of the texts and the buffers."""
     lines = 1 + size
     texts = _LINE * (lines + NUM_CHANNELS * (1 + size))
-    places = texts + (1 + 2 * NUM_CHANNELS) * size * _TEXT_NBYTES
-    return lines, texts, -(-places // _PAGE) * _PAGE
+    buffers_start = texts + (1 + 2 * NUM_CHANNELS) * size * _TEXT_NBYTES
+    return lines, texts, -(-buffers_start // _PAGE) * _PAGE

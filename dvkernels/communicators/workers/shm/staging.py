@@ -1,8 +1,9 @@
-"""What the workers of one host bring, and what comes for them: they all see it, without a message.
+"""Staging of arrays between the workers of one host, for collectives between hosts.
 
-Arrays go by in pieces, numbered from 0 in each collective. Between two meetings each worker may
-bring one piece. A place is used for every other piece, a result for every fourth: results of piece
-k are written after meeting k, and read after meeting k + 3 (see ``collectives.py``).
+An array passes through shared buffers in pieces, numbered from 0 in each collective. Each worker
+stages one piece between two host barriers. A staging buffer serves every second piece, a result
+buffer every fourth: the result of piece k is written after barrier k, and read after barrier k + 3
+(see ``mpi/collectives.py``).
 """
 
 from __future__ import annotations
@@ -16,40 +17,40 @@ from dvkernels.kernels.cpu.engine import shm_barrier
 __all__: list[str] = []
 
 NUM_RESULTS = 4
-# What one piece holds at most. A message is a part of it, one for each worker: of few workers that
-# is long enough for a network. 64 MiB of 2 x 2 pretended hosts took 57 ms with 1 MiB, 96 with 512
-# KiB and more with less (fastest of 7; 2 busy cores of an AMD EPYC, MPICH 5.0.2, November 2026).
+# Bytes of a piece. A message is one worker's part of a piece; with few workers that is long enough
+# for a network. 64 MiB on 2 x 2 workers of simulated hosts took 57 ms with 1 MiB, 96 with 512 KiB
+# and more with less (fastest of 7; 2 busy cores of an AMD EPYC, MPICH 5.0.2, November 2026).
 PIECE_NBYTES = 1024 * 1024
 _PAUSES, _PAUSES_OF_MANY = 2000, 50  # a pause is 20 to 45 ns
 
 
 class Staging(Protocol):
-    """One worker's view of its host."""
+    """One worker's view of the staging buffers of its host."""
 
-    def bring(self, number: int, piece: Any, dtype: Any) -> list[Any]:
-        """Show a piece to the others, as ``dtype``; return where those of all will be.
+    def stage(self, number: int, piece: Any, dtype: Any) -> list[Any]:
+        """Stage a piece as ``dtype``; return views of the staging buffers of all workers.
 
-        They are there after the next meeting, until the one after it.
+        They are valid from the next host barrier to the one after it.
         """
 
     def results(self, number: int, targets: Sequence[Any]) -> list[Any]:
-        """Return where to write what becomes of a piece: arrays like the targets."""
+        """Return result buffers of a piece, in shape and dtype like the targets."""
 
-    def take(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
-        """Bring the results, when they are complete, to the targets."""
+    def copy_out(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
+        """Copy complete results to the targets."""
 
-    def come(self) -> None:
-        """Come to the next meeting, without waiting."""
+    def arrive(self) -> None:
+        """Arrive at the next host barrier, without waiting."""
 
-    def is_met(self) -> bool:
-        """Tell whether all workers of the host have come to the meeting."""
+    def all_arrived(self) -> bool:
+        """Return whether all workers of the host have arrived at the barrier."""
 
 
 @final
 class LocalStaging:
-    """The host of one worker, which works in its own arrays: nothing is copied."""
+    """Staging of a host with one worker, which works in its own arrays: nothing is copied."""
 
-    def bring(self, number: int, piece: Any, dtype: Any) -> list[Any]:
+    def stage(self, number: int, piece: Any, dtype: Any) -> list[Any]:
         """Return the piece."""
         return [piece.astype(dtype, copy=False)]
 
@@ -57,65 +58,67 @@ class LocalStaging:
         """Return the targets."""
         return list(targets)
 
-    def take(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
-        """Leave the results where they are."""
+    def copy_out(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
+        """Do nothing: the results are the targets."""
 
-    def come(self) -> None:
-        """Meet nobody."""
+    def arrive(self) -> None:
+        """Do nothing: there is no other worker."""
 
-    def is_met(self) -> bool:
+    def all_arrived(self) -> bool:
         """Return True."""
         return True
 
 
 @final
 class SharedStaging:
-    """The host of several workers, in memory that they share.
+    """Staging between several workers of a host, in a shared-memory segment.
 
     Parameters
     ----------
-    room : Segment
-        With ``NUM_RESULTS // 2`` places more than workers, of ``PIECE_NBYTES``.
+    segment : Segment
+        With ``NUM_RESULTS // 2`` result buffers, and buffers of ``PIECE_NBYTES``.
     channel : int
-    is_roomy : bool
-        Each worker has a core of its own, so waiting ones may spin.
+    may_spin : bool
+        Each worker has a core of its own, so a waiting worker may spin.
     """
 
-    def __init__(self, room: Segment, channel: int, is_roomy: bool) -> None:
-        self._rank, self._size = room.rank, room.size
-        self._lines = room.lines(channel)
-        self._places = room.places(channel)
-        self._pauses = _PAUSES if is_roomy else _PAUSES_OF_MANY
-        self._meeting = 0
+    def __init__(self, segment: Segment, channel: int, may_spin: bool) -> None:
+        self._rank, self._size = segment.rank, segment.size
+        self._lines = segment.lines(channel)
+        self._buffers = segment.buffers(channel)
+        self._pauses = _PAUSES if may_spin else _PAUSES_OF_MANY
+        self._barrier = 0
 
-    def bring(self, number: int, piece: Any, dtype: Any) -> list[Any]:
-        """Copy the piece to this worker's place."""
+    def stage(self, number: int, piece: Any, dtype: Any) -> list[Any]:
+        """Copy the piece to this worker's staging buffer."""
         nbytes = piece.size * dtype.itemsize
-        places = [place[:nbytes].view(dtype) for place in self._places[number & 1, : self._size]]
-        places[self._rank][...] = piece
-        return places
+        buffers = [
+            buffer[:nbytes].view(dtype) for buffer in self._buffers[number & 1, : self._size]
+        ]
+        buffers[self._rank][...] = piece
+        return buffers
 
     def results(self, number: int, targets: Sequence[Any]) -> list[Any]:
-        """Return parts of one place, one behind the other."""
-        place = self._places[number & 1, self._size + (number >> 1 & 1)]
+        """Return consecutive parts of one result buffer."""
+        buffer = self._buffers[number & 1, self._size + (number >> 1 & 1)]
         found, start = [], 0
         for target in targets:
             stop = start + target.nbytes
-            found.append(place[start:stop].view(target.dtype))
+            found.append(buffer[start:stop].view(target.dtype))
             start = stop
         return found
 
-    def take(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
-        """Copy them."""
+    def copy_out(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
+        """Copy the results to the targets."""
         for result, target in zip(results, targets, strict=True):
             target[...] = result
 
-    def come(self) -> None:
-        """Say so in this worker's line."""
-        self._meeting += 1
-        shm_barrier.come(self._lines, self._rank, self._meeting, 0, 0)
+    def arrive(self) -> None:
+        """Record the arrival in this worker's control line."""
+        self._barrier += 1
+        shm_barrier.come(self._lines, self._rank, self._barrier, 0, 0)
 
-    def is_met(self) -> bool:
-        """Look at the lines of all for some microseconds."""
-        given = (self._lines, self._size, self._rank, self._meeting)
-        return bool(shm_barrier.await_round(*given, self._pauses) == shm_barrier.AGREED)
+    def all_arrived(self) -> bool:
+        """Poll the control lines of all workers for some microseconds."""
+        round_args = (self._lines, self._size, self._rank, self._barrier)
+        return bool(shm_barrier.await_round(*round_args, self._pauses) == shm_barrier.AGREED)
