@@ -247,4 +247,4 @@ def _account() -> Iterator[tuple[str, str, int]]:
         yield "cpu:0", "prefetch", fetcher.nbytes_held()
 
 
-memory_report.open_account(_account)
+memory_report.register_account(_account)

@@ -71,7 +71,7 @@ def variables_of(pairs: Sequence[Pair], op: ReduceOp) -> list[Variable]:
                 f"runs under {frame.placement.name}; create it inside that strategy's scope"
             )
         if frame is None or frame.replica is None:
-            context.check_turn(variable.owner, f"{VERB} of variable {variable.name!r}")
+            context.check_no_step_elsewhere(variable.owner, f"{VERB} of variable {variable.name!r}")
         if variable.owner is not variables[0].owner:
             raise ContextError(
                 f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, "
@@ -131,7 +131,7 @@ def columns_of(pairs: Sequence[Pair], each: Sequence[float] | None) -> tuple[lis
         )
     if not any(isinstance(gradient, PerReplica) for gradient, _ in pairs):
         chosen = zip(columns, pairs, strict=True)
-        return [[v.owner.of_chief(gradient)] for (gradient,), (_, v) in chosen], True
+        return [[v.owner.broadcast_from_chief(gradient)] for (gradient,), (_, v) in chosen], True
     # One array for all counts as the mean of equal ones, beside gradients of each replica too.
     most = max(len(column) for column in columns)
     return [column * most if len(column) < most else column for column in columns], False

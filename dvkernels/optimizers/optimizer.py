@@ -305,7 +305,7 @@ class Optimizer(abc.ABC):
             self._reduce(variables, columns, op, each, absent)
             return
         if each is not None:  # of equal gradients it is the mean, but that there must be one
-            replica_weights.shares_over(each, variables[0].owner.workers, gradients.VERB)
+            replica_weights.normalized_shares(each, variables[0].owner.workers, gradients.VERB)
         self._step(variables, columns, op, None)
 
     def _reduce(
@@ -326,10 +326,10 @@ class Optimizer(abc.ABC):
         owner = variables[0].owner
         shares = None
         if each is not None:
-            shares = replica_weights.shares_over(each, owner.workers, gradients.VERB)
+            shares = replica_weights.normalized_shares(each, owner.workers, gradients.VERB)
         is_alone = owner.workers.size == 1
         if shares is not None and not (is_alone and owner.memory is array_memory.HOST):
-            columns, op, shares = replica_weights.shares_of(columns, shares), ReduceOp.SUM, None
+            columns, op, shares = replica_weights.scaled_shares(columns, shares), ReduceOp.SUM, None
         if not is_alone:
             try:
                 reduced = all_reduce_each(owner.communicator, columns, op)

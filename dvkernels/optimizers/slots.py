@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.optimizers import saved_state
-from dvkernels.variables.variable import Variable, companion, on_copy
+from dvkernels.variables.variable import Variable, on_deepcopy, variable_like
 
 __all__: list[str] = []
 
@@ -64,7 +64,7 @@ class Slots:
         for variable, kept in zip(variables, found, strict=True):
             for name in names:
                 if name not in kept.slots:  # momentum, say, that was 0 before
-                    kept.slots[name] = companion(variable, name)
+                    kept.slots[name] = variable_like(variable, name)
         return found
 
     def has(self, variable: Variable) -> bool:
@@ -103,11 +103,11 @@ class Slots:
         for variable, kept in self.living():
             slots = {name: copy.deepcopy(slot, memo) for name, slot in kept.slots.items()}
             made._keep(memo.get(id(variable), variable), Kept(slots, kept.steps.copy()))
-        on_copy(memo, follow)  # the variables may be copied later
+        on_deepcopy(memo, follow)  # the variables may be copied later
         return made
 
 
 def _made(variable: Variable, entry: saved_state.Entry | None, names: Sequence[str]) -> Kept:
     content = {} if entry is None else entry["slots"]
-    slots = {name: companion(variable, name, content.get(name)) for name in names}
+    slots = {name: variable_like(variable, name, content.get(name)) for name in names}
     return Kept(slots, np.array(0 if entry is None else entry["steps"], np.int64))

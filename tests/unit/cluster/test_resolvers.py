@@ -198,7 +198,7 @@ def test_simple():
         (
             SlurmClusterResolver,
             {"environ": {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,2"}},
-            "SLURM_STEP_TASKS_PER_NODE: '3,2' makes 5 tasks, but SLURM_STEP_NUM_TASKS is 9",
+            "SLURM_STEP_TASKS_PER_NODE: '3,2' adds up to 5 tasks, but SLURM_STEP_NUM_TASKS is 9",
         ),
         (
             SlurmClusterResolver,

@@ -18,7 +18,7 @@ def trace(path):
 
 
 def put(path):
-    atomic_file.put(path, "[]")
+    atomic_file.write_text(path, "[]")
 
 
 @pytest.mark.parametrize("write", [trace, put])
@@ -88,7 +88,7 @@ def test_where_nothing_can_be_it_says_so_at_once(tmp_path, name):
 
 def test_a_pipe_is_written_to():
     read, write = os.pipe()
-    atomic_file.put(f"/dev/fd/{write}", "[]")
+    atomic_file.write_text(f"/dev/fd/{write}", "[]")
     assert os.read(read, 10) == b"[]"
     os.close(read)
     os.close(write)

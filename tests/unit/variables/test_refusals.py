@@ -231,5 +231,5 @@ def test_trainable_is_a_truth_value(wrong):
 @pytest.mark.parametrize("number", [Decimal("1.5"), Fraction(1, 2), {}, [None]])
 def test_what_is_no_number_is_called_so(strategy, number):
     variable = made(strategy, 1.0, synchronization="none")
-    with pytest.raises(dv.errors.NotABufferError, match="is no number or array of numbers"):
+    with pytest.raises(dv.errors.NotABufferError, match="is not a number or an array of numbers"):
         variable.assign(number)
