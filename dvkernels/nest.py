@@ -9,7 +9,7 @@ import optree
 
 __all__ = ["is_structure", "words_of"]
 
-_LONGEST_WORDS = 200
+_MAX_LENGTH = 200
 
 
 def is_structure(value: object) -> bool:
@@ -19,11 +19,11 @@ def is_structure(value: object) -> bool:
 
 def words_of(structure: Any) -> str:
     """Describe a pytree structure for messages: ``a dict of 'image', 'label'``."""
-    words = _words(structure)
-    return words if len(words) <= _LONGEST_WORDS else f"{words[:_LONGEST_WORDS]}..."
+    text = _describe(structure)
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
-def _words(structure: Any) -> str:
+def _describe(structure: Any) -> str:
     if structure.type is None:
         return "one value"
     children = structure.children()
@@ -35,7 +35,7 @@ def _words(structure: Any) -> str:
     if names is None and not issubclass(structure.type, Mapping):
         if all(child.type is None for child in children):
             return f"{article} {name} of {len(children)}"
-        return f"{article} {name} of ({', '.join(map(_words, children))})"
+        return f"{article} {name} of ({', '.join(map(_describe, children))})"
     named = zip(names or map(repr, structure.entries()), children, strict=True)
-    items = (key if child.type is None else f"{key}: {_words(child)}" for key, child in named)
+    items = (key if child.type is None else f"{key}: {_describe(child)}" for key, child in named)
     return f"{article} {name} of {', '.join(items)}"

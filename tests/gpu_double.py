@@ -1,9 +1,8 @@
-"""A double of a GPU that does things some time after it was told to, and of an MPI beside it.
+"""Test double of a GPU that executes asynchronously, and of an MPI between workers.
 
-The memory of the GPU is that of the host, which a real MPI takes, but the arrays over it cannot be
-read: what a stream was given has happened when an event tells so, and before that it may or may
-not. The MPI reads what it is to send at once or much later, and writes where it is to receive from
-the first moment on.
+GPU memory is host memory, as a CUDA-aware MPI would take it, but arrays on it cannot be read: work
+of a stream is complete once an event says so, and may or may not have happened before. The MPI
+reads a send buffer at once or much later, and may write a receive buffer from the start.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dvkernels.kernels import cpu
 
 
 class OnDevice:
-    """An array that the host cannot read."""
+    """Array that the host cannot read."""
 
     def __init__(self, hidden, device=0):
         self.hidden, self.device = hidden, device
@@ -81,7 +80,7 @@ class Event:
 
 
 class Arrays:
-    """The seam to the GPUs of one worker."""
+    """Double of the array module of one worker's GPUs."""
 
     def __init__(self, seed):
         self.streams = [Stream(seed), Stream(seed + 1)]
@@ -128,14 +127,14 @@ class Arrays:
         return array.hidden.reshape(-1).view(np.uint8)
 
     def reduce(self, sources, op, *, out):
-        """The kernel: on the current stream."""
+        """Enqueue a reduction on the current stream."""
         taken = [source.hidden for source in sources]
         assert all(source.dtype == out.dtype and source.shape == out.shape for source in sources)
         self.stream.give(lambda: cpu.reduce(taken, op, out=out.hidden))
 
 
 class Mpi:
-    """What ``size`` workers, threads of one process, have between them."""
+    """Message transport between ``size`` workers that are threads of one process."""
 
     def __init__(self, size, seed=0):
         self.random, self.mutex = random.Random(seed), threading.Lock()
@@ -143,7 +142,7 @@ class Mpi:
         self.comms = [Comm(self, rank, size) for rank in range(size)]
 
     def move(self, key):
-        """Carry one message of those that both sides have asked for."""
+        """Deliver one message for which both a send and a receive are posted."""
         if self.sends[key] and self.receives[key]:
             send, receive = self.sends[key].pop(0), self.receives[key].pop(0)
             assert len(send.held) == len(receive.held), "all workers cut the array alike"
@@ -185,7 +184,7 @@ class Sending:
 
 
 class OfHost:
-    """A communicator of arrays on the GPU, given and giving arrays of the host over its memory."""
+    """Communicator of GPU arrays that takes and returns host arrays."""
 
     def __init__(self, communicator, arrays):
         self._communicator, self._arrays = communicator, arrays

@@ -1,4 +1,4 @@
-"""Workers that are threads of one process, on hosts that send each other mail, without MPI."""
+"""Test double of MPI: workers are threads of one process, on simulated hosts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from dvkernels.communicators.workers.wait import AllRequests
 from dvkernels.schedules.cost_model import Routing
 
 
-def transports_between_hosts(placed, way, timeout_seconds=20.0):
-    """Return a transport for each worker, over messages within this process; numbers of hosts."""
+def transports_between_hosts(placed, routing, timeout_seconds=20.0):
+    """Return a transport for each worker, over messages within this process.
+
+    ``placed`` holds the number of each worker's host.
+    """
     hosts = {}
     for host, size in collections.Counter(placed).items():
         alone = [LocalStaging()]
@@ -30,14 +33,18 @@ def transports_between_hosts(placed, way, timeout_seconds=20.0):
     mail = Mail()
     return [
         ByMail(
-            MailTraffic(mail, rank, len(placed)), next(hosts[host]), placed, way, timeout_seconds
+            MailTraffic(mail, rank, len(placed)),
+            next(hosts[host]),
+            placed,
+            routing,
+            timeout_seconds,
         )
         for rank, host in enumerate(placed)
     ]
 
 
 class Mail:
-    """What was sent and what is waited for, by sender, receiver and tag, both in their order.
+    """Queues of sends and of receives, by sender, receiver and tag.
 
     Nothing is kept in between: a message is there when both sides are, and goes straight into the
     receiver's memory. So who counts on more than MPI promises hangs, or loses data.
@@ -60,7 +67,7 @@ class Mail:
 
 
 class Letter:
-    """A message that is sent, or waited for."""
+    """Request of a send or of a receive."""
 
     def __init__(self, array):
         self.array, self.is_done = array, False
@@ -70,7 +77,7 @@ class Letter:
 
 
 class MailTraffic:
-    """A worker's traffic by mail."""
+    """Point-to-point messages of one worker."""
 
     def __init__(self, mail, rank, size):
         self._mail, self.rank, self.size = mail, rank, size
@@ -89,7 +96,7 @@ class MailTraffic:
 
 
 class MailGather:
-    """A gather that may be repeated."""
+    """Persistent gather: it can be started again."""
 
     def __init__(self, traffic, own, held):
         self._traffic, self._own, self._held = traffic, own, held
@@ -110,16 +117,16 @@ class MailGather:
 
 
 class ByMail:
-    """A transport over an exchange, without rounds: its workers agree."""
+    """Transport without control rounds: its workers always agree."""
 
     takes_columns = False
     window = None
     has_ended = False
 
-    def __init__(self, traffic, host, placed, way, timeout_seconds):
+    def __init__(self, traffic, host, placed, routing, timeout_seconds):
         self.rank, self.size, self.timeout_seconds = traffic.rank, traffic.size, timeout_seconds
         self._traffic = traffic
-        self.exchange = MpiCollectives(traffic, host, placed, Routing(way))
+        self.exchange = MpiCollectives(traffic, host, placed, Routing(routing))
 
     def all_reduce_into(self, columns, num_sources, op, wanted, divisor=1):
         ((source, target),) = columns

@@ -1,4 +1,4 @@
-"""A double of CuPy and its NCCL: ranks of several workers that are threads of one process.
+"""Test double of CuPy and its NCCL: the ranks' workers are threads of one process.
 
 It does what NCCL does when all ranks have been given a call, refuses calls that differ, and waits
 for those that do not come until it is aborted.
@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 60
 
 
 class OnDevice(np.ndarray):
-    """An array with CuPy's ``data.ptr``; a device for each rank."""
+    """Array with CuPy's ``data.ptr``; each rank has its own device."""
 
     device = 0
 
@@ -29,7 +29,7 @@ class OnDevice(np.ndarray):
 
 
 def placed(arrays):
-    """Return views of arrays, one on each device."""
+    """Return views of the arrays, one on each device."""
     made = []
     for device, array in enumerate(arrays):
         one = np.asarray(array).view(OnDevice)
@@ -43,7 +43,7 @@ def gpus(count):
 
 
 def can_move(nccl, values):
-    """Stand in for ``Nccl._can_move``, to which these arrays are arrays of the host."""
+    """Replacement for ``Nccl._can_move``, which takes these arrays for host arrays."""
     return all(
         isinstance(value, OnDevice)
         and value.flags.c_contiguous
@@ -53,7 +53,7 @@ def can_move(nccl, values):
 
 
 class Arrays:
-    """The seam of one worker, whose GPUs are its own."""
+    """Double of the array module of one worker, with its own GPUs."""
 
     def __init__(self, library=None, worker=0):
         self._library, self._worker = library, worker
@@ -97,7 +97,7 @@ class Event:
 
 
 class Failed(Exception):
-    """What CuPy calls NcclError."""
+    """Double of CuPy's NcclError."""
 
 
 class Library:
@@ -153,7 +153,7 @@ class Library:
         assert self.changed.wait_for(happened, PATIENCE_SECONDS), "NCCL waits without end"
 
     def run(self, rank):
-        """Do what all ranks have been given."""
+        """Carry out the calls that all ranks have issued."""
         ranks = sorted(self.joined[rank.unique_id].values(), key=lambda one: one.rank)
         if len(ranks) < rank.size or not all(one.groups for one in ranks):
             return
@@ -195,7 +195,7 @@ COMBINE = (np.add, np.multiply, np.maximum, np.minimum)
 
 
 def carry_out(calls):
-    """Do one call of all ranks."""
+    """Carry out one call of all ranks."""
     terms = {(verb, *rest[:-1]) for verb, _, _, *rest in calls}
     assert len(terms) == 1, f"the ranks called differently: {terms}"
     verb, _, _, count, kind, *rest = calls[0]

@@ -1,4 +1,4 @@
-"""Workers that are threads of one process: the laws and failures without MPI."""
+"""Test double of workers: threads of one process that share memory, without MPI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dvkernels.schedules import partition
 
 
 class Segments:
-    """Memory that threads share: all of them open a segment together."""
+    """Shared memory of threads: all of them open a segment together."""
 
     def __init__(self, size, free_nbytes=1 << 40):
         self.left, self.opened = free_nbytes, []
@@ -50,7 +50,7 @@ def transports(size, timeout_seconds=20.0, is_roomy=False, segments=None):
 
 
 def rooms(size, *more):
-    """Return each worker's view of memory that they share, with more places if asked for."""
+    """Return each worker's view of shared memory, with more slots if requested."""
     nbytes = Segment.nbytes_for(size, *more)
     memory = np.zeros(nbytes + 64, np.uint8)
     memory = memory[-memory.ctypes.data % 64 :][:nbytes]
@@ -58,7 +58,7 @@ def rooms(size, *more):
 
 
 def at_once(*calls):
-    """Return the outcome of each call, all at the same time: its result or its exception."""
+    """Run the calls in parallel, and return the result or exception of each."""
 
     def outcome(call):
         try:
@@ -71,7 +71,7 @@ def at_once(*calls):
 
 
 def results(*calls):
-    """Return the result of each call, all at the same time; raise the first exception."""
+    """Run the calls in parallel, and return their results; raise the first exception."""
     found = at_once(*calls)
     for one in found:
         if isinstance(one, Exception):
@@ -80,7 +80,7 @@ def results(*calls):
 
 
 class Together:
-    """The communicator whose ranks belong to workers, each on a thread with some of them.
+    """Communicator whose ranks are divided among workers, one thread per worker.
 
     ``num_local`` each, or as many as ``counts`` says; ``over`` makes each worker's communicator
     from its group and its hierarchical communicator. ``carried`` are the workers' transports, in
@@ -103,7 +103,7 @@ class Together:
             self.communicators = workers
 
     def _each(self, verb, values, *args, outs=None):
-        """Return what each worker's call returns, one after another."""
+        """Return the results of all workers' calls, concatenated."""
         calls = []
         for k, communicator in enumerate(self.communicators):
             own = slice(*self._starts[k : k + 2])

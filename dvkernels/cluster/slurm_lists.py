@@ -79,7 +79,7 @@ def expand_counts(variable: str, text: str) -> list[int]:
         match = re.fullmatch(_COUNT, part)
         if match is None:
             raise ClusterError(
-                f"{variable}: expected numbers such as 3(x2),2,1; {part!r} in {text!r} is none"
+                f"{variable}: expected numbers such as 3(x2),2,1; {part!r} in {text!r} is not one"
             )
         times = int(match["times"] or 1)
         if len(counts) + times > _MOST_NODES:

@@ -483,7 +483,7 @@ class Strategy(ProcessBound):
                 raise ValueError(
                     f"distribute_values_from_function: replica {first} got "
                     f"{words_of(flat[0][1])}, replica {replica} {words_of(structure)}; return "
-                    f"the same nest for every replica"
+                    f"the same structure for every replica"
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
@@ -909,7 +909,7 @@ class Strategy(ProcessBound):
             f"{type(destinations).__name__}"
         )
 
-    def _mirrored(self, nest: Any, devices: tuple[Device, ...]) -> Any:
+    def _mirrored(self, tree: Any, devices: tuple[Device, ...]) -> Any:
         owner = self._placement if len(devices) == self._placement.num_local else None
 
         def mirror(array: Any) -> Mirrored[Any]:
@@ -917,7 +917,7 @@ class Strategy(ProcessBound):
             copies = [array_memory.brought(whole, device) for device in devices]
             return Mirrored(copies, devices=devices, owner=owner)
 
-        return regroup.map_leaves(mirror, nest)
+        return regroup.map_leaves(mirror, tree)
 
     def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
         self._check_own(verb, value)
@@ -941,14 +941,14 @@ class Strategy(ProcessBound):
         )
 
     def _components(
-        self, nest: Any, verb: str, *, variables: bool = False, num_copies: int | None = None
+        self, tree: Any, verb: str, *, variables: bool = False, num_copies: int | None = None
     ) -> list[Any]:
         """Return one pytree per replica, with each distributed value replaced by its component.
 
         ``num_copies`` asks for one pytree per copy of a variable instead. Variables are replaced
         only if ``variables`` is true.
         """
-        leaves, structure = regroup.flatten(nest)
+        leaves, structure = regroup.flatten(tree)
         distributed = [
             isinstance(leaf, DistributedValues) and (variables or not isinstance(leaf, Variable))
             for leaf in leaves

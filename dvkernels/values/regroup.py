@@ -20,9 +20,9 @@ from dvkernels.values.placement import Placement
 __all__: list[str] = []
 
 
-def flatten(nest: Any) -> tuple[list[Any], Any]:
+def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Return the leaves of a pytree and its structure."""
-    leaves, structure = optree.tree_flatten(nest, none_is_leaf=True)
+    leaves, structure = optree.tree_flatten(tree, none_is_leaf=True)
     return leaves, structure
 
 
@@ -31,9 +31,9 @@ def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
     return optree.tree_unflatten(structure, leaves)
 
 
-def map_leaves(fn: Callable[[Any], Any], nest: Any) -> Any:
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Return the pytree with ``fn`` applied to every leaf."""
-    return optree.tree_map(fn, nest, none_is_leaf=True)
+    return optree.tree_map(fn, tree, none_is_leaf=True)
 
 
 def own_component(value: Any, rank: int, placement: object) -> Any:
@@ -90,7 +90,7 @@ def regroup(
             raise ValueError(
                 f"the replicas returned different structures: replica {first_id} returned "
                 f"{nest.words_of(structure)}, replica {replica} returned "
-                f"{nest.words_of(other)}; return the same nest on every replica"
+                f"{nest.words_of(other)}; return the same structure on every replica"
             )
 
     def joined(leaves: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""Where dvkernels is meant to answer otherwise than TensorFlow, each difference by its name.
+"""Intended differences between dvkernels and TensorFlow, each with a name.
 
 docs/explanation/differences.md tells most of them to the user.
 
@@ -26,7 +26,7 @@ DIFFERENCES: list[Difference] = []
 
 
 def difference(sentence: str) -> Callable[[Callable[[Case], bool]], Callable[[Case], bool]]:
-    """Enter a predicate in the table, under its own name."""
+    """Register a predicate in the table, under its own name."""
 
     def enter(predicate: Callable[[Case], bool]) -> Callable[[Case], bool]:
         DIFFERENCES.append(Difference(predicate.__name__, sentence, predicate))
@@ -35,11 +35,11 @@ def difference(sentence: str) -> Callable[[Callable[[Case], bool]], Callable[[Ca
     return enter
 
 
-# -- what the predicates ask -----------------------------------------------------------------------
+# -- helpers of the predicates ---------------------------------------------------------------------
 
 
 def raised(outcome: dict[str, Any], name: str) -> bool:
-    """Tell whether this error was raised: theirs by its class, ours by its class or a base."""
+    """Return whether this error was raised: theirs by class, ours by class or base class."""
     error = outcome.get("error", ())
     return name == error or (isinstance(error, list) and name in error)
 
@@ -69,7 +69,7 @@ def in_replica(case: Case) -> bool:
 
 
 def parts(case: Case, given: dict[str, Any]) -> list[np.ndarray]:
-    """What each replica brings."""
+    """Return the array that each replica contributes."""
     count = case.program["replicas"]
     if given["form"] == "array":
         return [decoded(part) for part in given["parts"]]
@@ -128,7 +128,7 @@ def copies_are(case: Case, expected: list[np.ndarray]) -> bool:
 
 
 def result_is(case: Case, expected: Any) -> bool:
-    """Tell whether our result is this tree of arrays."""
+    """Return whether our result is this pytree of arrays."""
 
     def equal(one: Any, other: Any) -> bool:
         if isinstance(one, np.ndarray):
@@ -160,7 +160,7 @@ def written_across(case: Case) -> np.ndarray | None:
 
 
 def same_but_wrapped(theirs: Any, ours: Any) -> bool:
-    """Tell whether TensorFlow only took the wrapper off parts that are all the same."""
+    """Return whether TensorFlow only unwrapped components that are all equal."""
     if isinstance(ours, dict) and "per_replica" in ours and not isinstance(theirs, dict):
         return all(same(theirs, part) for part in ours["per_replica"])
     if isinstance(ours, dict) and isinstance(theirs, dict):

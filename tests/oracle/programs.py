@@ -80,7 +80,7 @@ def decoded(line: str) -> np.ndarray:
 
 
 def digest(program: dict[str, Any]) -> str:
-    """The program's own name: an answer belongs to this program and no other."""
+    """Return the digest of a program, by which recorded answers are matched to it."""
     text = json.dumps(program, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -97,7 +97,7 @@ def all_programs() -> dict[str, dict[str, Any]]:
 
 
 def array(*data: Any, dtype: str = "float32") -> dict[str, Any]:
-    """One array for each replica."""
+    """Return a value with one array per replica."""
     return {"form": "array", "parts": [encoded(np.array(part, dtype)) for part in data]}
 
 
@@ -154,7 +154,7 @@ def each(*values: Any) -> dict[str, Any]:
 
 
 def written() -> Iterator[dict[str, Any]]:
-    """The points where the two are known, or likely, to differ; and the tables of both pages."""
+    """Yield programs where the libraries may differ, and those of the documented tables."""
     one_two, same = array(1.0, 2.0), array(5.0, 5.0)
     # Every aggregation and every write, in a replica.
     for how in ("none", "sum", "mean", "only_first_replica"):
@@ -438,7 +438,7 @@ _OPERATIONS = (
 
 
 class _Generator:
-    """Draws one program. Only ``random()`` is used: its sequence is the same in every Python."""
+    """Generator of one random program; uses only ``random()``, whose sequence never changes."""
 
     def __init__(self, number: int) -> None:
         self._random = random.Random(SEED * 100_000 + number).random
@@ -488,7 +488,7 @@ class _Generator:
     # -- values --------------------------------------------------------------------------------
 
     def _parts(self, shapes: list[tuple[int, ...]], dtype: str) -> dict[str, Any]:
-        """Multiples of the replica id plus a constant, or equal parts."""
+        """Return multiples of the replica id plus a constant, or equal parts."""
         step = 0 if self._likely(0.2) else 1 + self._below(7)
         if step == 0 and len(set(shapes)) == 1:
             parts = [self._array(shapes[0], dtype)] * len(shapes)
@@ -497,7 +497,7 @@ class _Generator:
         return {"form": "array", "parts": parts}
 
     def _value(self, context: str) -> dict[str, Any]:
-        """What fits the variable."""
+        """Return a value that fits the variable."""
         if self._likely(0.03):
             number = self._below(9)
             return literal(float(number) if self.dtype == "float32" else number)
@@ -506,7 +506,7 @@ class _Generator:
         return {"form": "plain", "part": self._array(self.shape, self.dtype)}
 
     def _distributed(self, *, uneven: bool = False, scalars: bool = True) -> dict[str, Any]:
-        """What a collective takes: any shape and dtype."""
+        """Return a value for a collective: any shape and dtype."""
         dtype = self._pick(("float32", "float32", "int32"))
         shape = self._pick(_SHAPES if scalars else _SHAPES[1:])
         shapes = [shape] * self.replicas
@@ -528,7 +528,7 @@ class _Generator:
                 return drawn
 
     def _ends(self, drawn: dict[str, Any]) -> bool:
-        """Tell whether one of the two is likely to raise, which ends the program."""
+        """Return whether one of the libraries is likely to raise, which ends the program."""
         op, context, value = drawn["op"], drawn["context"], drawn.get("value", {})
         write = op in WRITES or op in SCATTERS
         several = self.replicas > 1

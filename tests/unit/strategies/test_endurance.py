@@ -31,7 +31,7 @@ class Boom(Exception):
 
 
 class Watch:
-    """Show all stacks and interrupt a step that takes too long."""
+    """Watchdog: prints all stacks and interrupts a step that takes too long."""
 
     def __init__(self) -> None:
         self.step: tuple[int, str] | None = None
@@ -59,7 +59,7 @@ class Watch:
 
 
 def interrupted(act: Callable[[], None], delay: float) -> None:
-    """Send this process an interrupt after a while, and have it arrive before this returns."""
+    """Send this process an interrupt after a delay, and wait until it has arrived."""
     arrived: list[int] = []
 
     def arrive(number: int, frame: Any) -> None:
@@ -105,7 +105,7 @@ class Endurance:
 
     def body(self, kind: str, victim: int, late: bool) -> Callable[[], None]:
         def faulty(context: dv.ReplicaContext) -> bool:
-            """Say whether this replica returns now."""
+            """Return whether this replica returns now."""
             if kind == "raises":
                 raise Boom(victim)
             if kind == "mismatch":
@@ -182,7 +182,7 @@ class Endurance:
 
 
 def survives(strategy: dv.Strategy, steps: int, seed: int) -> None:
-    """Step, and compare threads, objects and memory at the end with those of a first part."""
+    """Run steps, and compare threads, objects and memory with those after the first part."""
     endurance = Endurance(strategy, seed)
     process = psutil.Process()
     watch = Watch()

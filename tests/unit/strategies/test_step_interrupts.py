@@ -1,4 +1,4 @@
-"""Ctrl-C at every point of a step: nothing hangs or is poisoned, and the process ends."""
+"""Ctrl-C at every point of a step: no hang, no broken state, and the process ends."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def program(kind: str, size: int, is_warm: bool = True) -> str:
 
 
 @pytest.mark.parametrize("kind", ["async", "write"])
-def test_some_points(kind):
+def test_interrupts_at_some_points(kind):
     broken = interrupt_points.broken_in(program(kind, 2), sample=25)
     assert not broken, broken.text()
 
@@ -110,7 +110,7 @@ def test_some_points(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_point(kind, size):
+def test_interrupts_at_every_point_of_a_step(kind, size):
     # An error of a replica itself may come out in the interrupt's stead: it ended the step as well.
     broken = interrupt_points.broken_in(program(kind, size), may_be_lost=kind == "dies")
     print(f"{kind}, {size} replicas: {broken.num_struck} points")
@@ -119,7 +119,7 @@ def test_every_point(kind, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_point_of_the_first_step(size):
+def test_interrupts_at_every_point_of_the_first_step(size):
     broken = interrupt_points.broken_in(program("async", size, is_warm=False))
     assert not broken, broken.text()
 
@@ -169,12 +169,12 @@ def make():
 """
 
 
-def test_some_points_of_a_collective_between_workers():
+def test_interrupts_at_some_points_of_a_collective_between_workers():
     broken = interrupt_points.broken_in(BETWEEN_WORKERS, sample=15)
     assert not broken, broken.text()
 
 
 @pytest.mark.slow
-def test_every_point_of_a_collective_between_workers():
+def test_interrupts_at_every_point_of_a_collective_between_workers():
     broken = interrupt_points.broken_in(BETWEEN_WORKERS)
     assert not broken, broken.text()
