@@ -82,10 +82,10 @@ class MultiWorkerMirroredStrategy(Strategy):
 
     Workers of one host exchange data through shared memory, hosts by MPI messages: a reduction is
     hierarchical, first within each host, then between hosts. Values on GPUs are staged through host
-    memory, or go from GPU to GPU with ``"nccl"``, which carries contiguous arrays of the operations
-    whose results NCCL computes as this library promises. The workers agree on each NCCL call before
-    they issue it, and a call that does not end on the GPU within ``timeout_seconds`` ends the job.
-    ``all_reduce_async`` is staged through host memory.
+    memory, or go from GPU to GPU with ``"nccl"``: NCCL takes contiguous arrays, and the operations
+    and dtypes for which it keeps this library's contract; all others are staged, and so is
+    ``all_reduce_async``. The workers agree on each NCCL call before they issue it, and a call that
+    does not end on the GPU within ``timeout_seconds`` ends the job.
 
     The environment variable ``DVKERNELS_HOSTS=2,2`` makes four workers of one host behave as if
     they ran on two hosts; ``DVKERNELS_NETWORK`` sets the constants of the cost model between

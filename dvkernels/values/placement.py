@@ -32,16 +32,12 @@ class Placement:
     replica_devices: tuple[Device, ...]  # of the local replicas
     communicator: Communicator
     name: str  # of the strategy, for messages
-    central_device: Device | None = (
-        None  # of the only copy of each variable; None: one copy per replica
-    )
+    central_device: Device | None = None  # of each variable's only copy; None: one copy a replica
     parent: Placement | None = None  # the strategy's placement, if this one describes a single copy
     workers: Workers = _ALONE
     replicas_of_workers: tuple[int, ...] | None = None  # None: a single worker
     background_communicator: Communicator | None = None  # of the progress thread; None: the same
-    is_default: bool = (
-        False  # of the default strategy: its variables may be read under any strategy
-    )
+    is_default: bool = False  # the default strategy: any strategy may read its variables
     step_lock: StepLock = field(default_factory=StepLock)
 
     @property

@@ -27,16 +27,38 @@ __all__ = ["VariableAggregation", "VariableSynchronization"]
 
 
 class VariableSynchronization(NamedEnum):
-    """Mode that says when the copies of a variable are synchronized."""
+    """Mode that says when the copies of a variable are synchronized.
 
-    AUTO = "auto"  # resolves to ON_WRITE
-    NONE = "none"  # never, unless the program calls sync
-    ON_WRITE = "on_write"  # at every write in replica context: the copies are always equal
-    ON_READ = "on_read"  # at every read in cross-replica context
+    Attributes
+    ----------
+    AUTO
+        Resolves to ON_WRITE.
+    NONE
+        Never, unless the program calls ``sync``.
+    ON_WRITE
+        At every write in replica context: the copies are always equal.
+    ON_READ
+        At every read in cross-replica context, which returns the aggregate of the copies.
+    """
+
+    AUTO = "auto"
+    NONE = "none"
+    ON_WRITE = "on_write"
+    ON_READ = "on_read"
 
 
 class VariableAggregation(NamedEnum):
-    """Reduction of the replicas' values to one value."""
+    """Reduction of the replicas' values to one value.
+
+    Attributes
+    ----------
+    NONE
+        There is none; operations that need one raise.
+    SUM, MEAN
+        The sum or the mean over all replicas.
+    ONLY_FIRST_REPLICA
+        The value of replica 0.
+    """
 
     NONE = "none"
     SUM = "sum"

@@ -229,7 +229,23 @@ class Variable(DistributedValues[Any]):
         return self._copies.views
 
     def copy_to(self, device: Device | str) -> PerReplica[Any]:
-        """Return a ``PerReplica`` of new arrays on ``device``, one per copy of this process."""
+        """Copy every copy of this process to ``device``.
+
+        Parameters
+        ----------
+        device : Device or str
+            The target of all copies.
+
+        Returns
+        -------
+        PerReplica of array of shape ``variable.shape``
+            New arrays, one per copy; nothing is communicated or reduced.
+
+        Raises
+        ------
+        DeviceError
+            The device does not exist.
+        """
         target = registry.resolve(device)
         copies = [array_memory.copied(array, target) for array in self._copies.arrays]
         return PerReplica(copies, devices=[target] * len(copies), owner=self.owner)
@@ -310,7 +326,18 @@ class Variable(DistributedValues[Any]):
         return apply(take, value)
 
     def numpy(self) -> Any:
-        """Return the value as a new NumPy array; waits for the GPU of the variable, if any."""
+        """Return the value as a NumPy array.
+
+        Returns
+        -------
+        numpy.ndarray of shape ``variable.shape``
+            New, owned by the caller. For a variable on a GPU this waits for the GPU.
+
+        Raises
+        ------
+        TypeError
+            A NONE variable of several replicas in cross-replica context: it has several values.
+        """
         return np.array(self._on_host())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -398,15 +425,13 @@ class Variable(DistributedValues[Any]):
 
         Notes
         -----
-        =========  ===================================  =======================================
-        mode       in replica context                   in cross-replica context
-        =========  ===================================  =======================================
-        ON_WRITE   aggregate of all replicas' values,   every copy
-                   to every copy
-        ON_READ    own copy                             SUM: shares that add up to the value,
-                                                        otherwise every copy
-        NONE       own copy                             every copy
-        =========  ===================================  =======================================
+        In replica context:
+
+        * ON_WRITE: the values of all replicas are aggregated, and every copy gets the result.
+        * ON_READ and NONE: the replica's own copy gets its value.
+
+        In cross-replica context every copy gets the value, except under ON_READ with SUM, where
+        each copy gets a share and the shares add up to the value.
 
         After an error no copy has changed.
 
@@ -505,9 +530,10 @@ class Variable(DistributedValues[Any]):
         SynchronizationError
             The variable is not a NONE variable. Other modes synchronize by themselves.
 
-        See Also
-        --------
-        dvkernels.sync : Synchronize several variables in one collective; further errors.
+        Notes
+        -----
+        In replica context all replicas must call it. :func:`sync` synchronizes several variables
+        in one collective, and lists further errors.
         """
         sync([self], op)
 

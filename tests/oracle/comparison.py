@@ -33,7 +33,7 @@ def differing(
     """Yield the operations with different answers, up to the first that leaves different copies."""
     before: list[str] = []
     operations = [{"op": "create", "context": "cross"}, *program["operations"]]
-    # Both end with their first error, and the longer one is then not looked at to its end.
+    # Each ends with its first error, so the end of the longer one is not compared.
     for operation, one, other in zip(operations, theirs, ours, strict=False):
         if not same_outcome(one, other):
             yield Case(program, operation, before, one, other)

@@ -1,9 +1,9 @@
 """Intended differences between dvkernels and TensorFlow, each with a name.
 
-docs/explanation/differences.md tells most of them to the user.
+docs/explanation/differences.md documents most of them for users.
 
-An entry explains a case only where our answer is what the contract says: most predicates work it
-out with NumPy. So the table cannot hide a wrong answer behind a trap of TensorFlow.
+An entry explains a case only where our answer is the one of the contract, which most predicates
+compute with NumPy. So the table cannot hide a wrong answer behind a peculiarity of TensorFlow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from programs import SCATTERS, VARIABLE, WRITES, decoded
 
 class Difference(NamedTuple):
     name: str
-    sentence: str  # of the contract: what it stands for
+    sentence: str  # of the contract, on which the difference rests
     explains: Callable[[Case], bool]
 
 
@@ -96,7 +96,7 @@ def has_integers(case: Case) -> bool:
 
 
 def singly(case: Case) -> list[Case]:
-    """Return a case for each operation of a step, with our result of it; else the case itself."""
+    """Return one case per operation of a step, with our result of it; else the case itself."""
     inner = case.operation.get("operations")
     if inner is None or fails(case.ours):
         return [case._replace(operation=one) for one in inner or [case.operation]]
@@ -147,7 +147,7 @@ def on_every_replica(case: Case, array: np.ndarray) -> dict[str, Any]:
 
 
 def written_across(case: Case) -> np.ndarray | None:
-    """Return the one array that is written in cross-replica context, also within merge_call."""
+    """Return the array that is written in cross-replica context or in merge_call, if any."""
     operation = case.operation
     if operation["op"] == "merge_call" and operation["fn"] == "assign_reduced":
         return reduced(operation["reduce_op"], parts(case, value(case)))
@@ -156,7 +156,7 @@ def written_across(case: Case) -> np.ndarray | None:
     return None
 
 
-# -- how results are wrapped -----------------------------------------------------------------------
+# -- wrapping of results ---------------------------------------------------------------------------
 
 
 def same_but_wrapped(theirs: Any, ours: Any) -> bool:
@@ -220,7 +220,7 @@ def local_results_speaks_of_every_replica(case: Case) -> bool:
     return len(theirs) == 1 and same(theirs * case.program["replicas"], ours)
 
 
-# -- which variables there are ---------------------------------------------------------------------
+# -- creation of variables -------------------------------------------------------------------------
 
 
 @difference("Synchronization NONE works in every strategy")
@@ -324,7 +324,7 @@ def any_object_is_a_contribution(case: Case) -> bool:
     if case.operation["op"] == "all_reduce":
         op = case.operation["reduce_op"]
         if form(case) == "literal":
-            # A number that no variable types is what NumPy makes of it.
+            # Without a variable a number has the dtype that NumPy gives it.
             given = [np.asarray(value(case)["number"])] * len(given)
         return result_is(case, on_every_replica(case, reduced(op, given)))
     if case.operation["op"] not in WRITES or case.modes[0] != "on_write":
@@ -423,7 +423,7 @@ SCATTERED: dict[str, Callable[[np.ndarray, int, np.ndarray], Any]] = {
 
 
 def scattered(case: Case) -> list[np.ndarray]:
-    """The copies after a scatter to an ON_WRITE or NONE variable, one update after another."""
+    """Return the copies after a scatter to an ON_WRITE or NONE variable, update by update."""
     op, how = case.operation["op"], case.modes[1]
     given = list(
         zip(

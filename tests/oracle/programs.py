@@ -8,9 +8,9 @@ A program is a dictionary that JSON can hold::
 
 ``"scope": false`` in the variable creates it outside every scope.
 
-Its answer is one outcome for the creation of the variable and one for each operation, up to the
-first error: ``{"result": tree, "copies": [array, ...]}`` or ``{"error": class name}``. A write
-gives no result in this language; what it did is seen in the copies.
+Its answer is a list of outcomes, one for the creation of the variable and one for each operation,
+up to the first error: ``{"result": tree, "copies": [array, ...]}`` or ``{"error": class name}``. A
+write has no result; its effect is in the copies.
 
 =============== =================== ===========================================================
 op              context             fields
@@ -39,7 +39,7 @@ own_batches     cross               the same of distribute_datasets_from_functio
                                     of None leaves the elements single
 =============== =================== ===========================================================
 
-What belongs into cross-replica context may be called in a replica too, to see what is raised.
+Operations of cross-replica context may be called in a replica too, to compare the errors.
 
 A value is ``{"form": "array", "parts": [array, ...]}`` (a fresh array on each replica, in
 cross-replica context a PerReplica of them), ``{"form": "plain", "part": array}``, ``{"form":
@@ -228,7 +228,7 @@ def written() -> Iterator[dict[str, Any]]:
         yield program(
             2, 0.0, "on_write sum", cross("reduce", reduce_op=op, axis=None, value=integers)
         )
-    # What run returns.
+    # Results of run.
     for size in (1, 2):
         for value in (
             literal(3),
@@ -240,7 +240,7 @@ def written() -> Iterator[dict[str, Any]]:
     yield program(
         1, 0.0, "on_write sum", replica("return", value=literal(3)), strategy="one_device"
     )
-    # Reduce and gather: what is not a PerReplica, nests, axes, empty parts, scalars.
+    # Reduce and gather: plain values, pytrees, axes, empty parts, scalars.
     rows, uneven, empty = array([1.0, 2.0], [3.0, 5.0]), array([0.0, 1.0, 2.0, 3.0], [4.0, 5.0]), []
     some = array([1.0, 3.0], empty)
     for op in ("sum", "mean"):
@@ -321,7 +321,7 @@ def written() -> Iterator[dict[str, Any]]:
     for op in ("min", "max", "prod", "median"):
         yield program(2, 1.0, "on_write sum", cross("reduce", reduce_op=op, axis=None, value=rows))
         yield program(2, 1.0, "on_write sum", replica("all_reduce", reduce_op=op, value=rows))
-    # What does not fit the variable.
+    # Values that do not fit the variable.
     for modes in ("on_write sum", "on_write mean", "on_write only_first_replica", "on_read sum"):
         for verb in WRITES:
             for call, value in ((replica, rows), (cross, plain([1.0, 2.0]))):
@@ -336,7 +336,7 @@ def written() -> Iterator[dict[str, Any]]:
             yield program(2, [4.0, 8.0], "on_write only_first_replica", replica(verb, **fields))
         outside = {"indices": plain([-1], "int32"), "updates": plain([2.0])}
         yield program(2, [4.0, 8.0], "on_write none", cross(verb, **outside))
-    # What belongs into the other context.
+    # Calls in the wrong context.
     for call in (
         replica("reduce", reduce_op="sum", axis=None, value=one_two),
         replica("gather", axis=0, value=rows),
@@ -374,7 +374,7 @@ def written() -> Iterator[dict[str, Any]]:
         made = program(2, 1.0, "on_write sum", call)
         made["variable"]["scope"] = False
         yield made
-    # How batches are split.
+    # Splitting of batches.
     for size in (1, 2, 3, 4):
         for elements, batch, drop in (
             (8, 4, False),
@@ -410,8 +410,8 @@ _STRATEGIES = (
     (("one_device", 1), 12),
     (("central_storage", 2), 16),
 )
-# TensorFlow makes no NONE variable on several replicas, and dvkernels nothing but ON_WRITE in
-# central storage: such a program ends with its creation, so a few of them are enough.
+# TensorFlow refuses NONE variables on several replicas, and dvkernels all but ON_WRITE in central
+# storage: these programs end with the creation of the variable, so a few of them are enough.
 _SYNCHRONIZATIONS = {
     "mirrored": (("on_write", 60), ("on_read", 38), ("none", 2)),
     "one_device": (("on_write", 40), ("on_read", 30), ("none", 30)),
@@ -566,7 +566,7 @@ class _Generator:
             lengths = lengths[:1]
         indices, updates = [], []
         for number in lengths:
-            # scatter_update says nothing about the order of duplicates.
+            # The order of duplicates in scatter_update is unspecified in TensorFlow.
             first = self._below(self.shape[0])
             rows = [(first + k) % self.shape[0] for k in range(number)]
             if op != "scatter_update" and self._likely(0.3):

@@ -314,7 +314,7 @@ def test_bad_input(strategy, call, error):
     assert on_each(strategy, rank) == tuple(range(strategy.num_replicas_in_sync))
 
 
-# -- where am I ----------------------------------------------------------------------------------
+# -- the current context -------------------------------------------------------------------------
 
 
 def test_outside_every_scope():

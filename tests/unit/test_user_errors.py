@@ -238,7 +238,7 @@ def test_the_other_workers_receive_the_error_text(make):
     (error,) = at_once(workers[0].meet)
     assert isinstance(error, CollectiveMismatchError), error
     assert f"worker 1 raised {type(made).__name__}" in str(error)
-    for _ in range(2):  # all are in step again
+    for _ in range(2):  # all workers are synchronized again
         for found in at_once(*[worker.meet for worker in workers]):
             assert found is None or "worker 1 raised" in str(found)
     assert at_once(*[worker.meet for worker in workers]) == [None, None]

@@ -33,7 +33,7 @@ def test_a_child_and_its_child():
 
 def test_a_process_that_does_not_exist():
     ended = subprocess.Popen(["true"])
-    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # ended, and not waited for
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # ended, but not yet waited for
     assert procfs.parent_of(ended.pid) == 0
     ended.wait()
     assert procfs.environment_of(ended.pid) is None

@@ -41,7 +41,7 @@ def test_the_launcher_is_named(step):
 def test_addresses_are_those_of_the_hosts(step):
     for task in step["tasks"]:
         worker = default_resolver(task["environ"])
-        if worker.addresses is None:  # nobody says which host a rank of mpiexec is on
+        if worker.addresses is None:  # the host of a rank under mpiexec is unknown
             assert "mpiexec" in step["command"] or "plane" in step["command"]
         else:
             assert host_of(worker.addresses[worker.worker_id]) == task["host"]

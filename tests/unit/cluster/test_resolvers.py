@@ -20,7 +20,7 @@ from dvkernels.cluster import (
 from dvkernels.errors import ClusterError
 
 # Recorded from rank 3 of 4 under Open MPI 5.0.11, MPICH 5.0.2 and Intel MPI 2021.18 (which sets
-# what MPICH sets), here as if on two hosts.
+# the variables of MPICH), on two simulated hosts.
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -38,7 +38,7 @@ HYDRA = {
     "PMI_RANK": "3",
     "PMI_SIZE": "4",
 }
-# As srun's manual and TensorFlow's tests have it: 9 tasks on 4 nodes, this is the last of node m5.
+# From srun's manual and TensorFlow's tests: 9 tasks on 4 nodes; the last task of node m5.
 SRUN = {
     "SLURM_PROCID": "7",
     "SLURM_LOCALID": "1",
@@ -48,7 +48,7 @@ SRUN = {
     "SLURM_STEP_NODELIST": "n[1-2],m5,o3",
     "SLURM_NTASKS": "9",
 }
-# What Hydra's daemon was started with inside an allocation: one task a node.
+# The environment of Hydra's daemon inside an allocation: one task per node.
 SRUN_OF_A_DAEMON = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",

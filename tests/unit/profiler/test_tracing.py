@@ -69,7 +69,7 @@ def test_a_failed_program_writes_its_trace_and_a_failed_trace_keeps_the_old_file
         assert len(spans["run"]) == 2
         before = path.read_text()
         trace = dv.profiler.trace(path)
-        tracing.active.add("odd", "", 0, {"value": object()})  # which JSON cannot hold
+        tracing.active.add("odd", "", 0, {"value": object()})  # JSON cannot represent it
         with pytest.raises(TypeError):
             trace.close()
     assert path.read_text() == before

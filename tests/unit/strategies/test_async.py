@@ -54,7 +54,7 @@ def test_run_returns_after_its_asynchronous_collectives(strategy):
     held = [np.ones(1 << 20) for _ in range(strategy.num_replicas_in_sync)]
     strategy.run(lambda: [here().all_reduce_async("sum", held[rank()]) and None for _ in range(5)])
     for array in held:
-        array[:] = np.nan  # ours again
+        array[:] = np.nan  # the array may be written again
 
 
 @pytest.mark.parametrize(

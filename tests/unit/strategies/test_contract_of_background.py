@@ -52,7 +52,7 @@ def test_asynchronous_results_equal_blocking_ones(strategy: dv.Strategy, op: str
         assert type(later["b"][1]) is tuple
         assert np.array_equal(given["a"], kept)
         assert not np.shares_memory(later["a"], given["a"])
-        later["a"][...] = replica()  # the caller's own
+        later["a"][...] = replica()  # results are owned by the caller
         context().barrier()
         return bool(np.all(later["a"] == replica()))
 
@@ -64,9 +64,9 @@ def test_handles_are_waited_for_in_any_order_or_never(strategy: dv.Strategy) -> 
 
     def body() -> list[float]:
         handles = [context().all_reduce_async("sum", np.full(3, float(at))) for at in range(10)]
-        order = np.random.default_rng(replica()).permutation(9)  # not the last
+        order = np.random.default_rng(replica()).permutation(9)  # wait for all but the last
         results = {int(at): handles[at].wait() for at in order}
-        between = context().all_reduce("sum", ONE)  # in between, and for all
+        between = context().all_reduce("sum", ONE)  # a blocking collective in between
         assert between.tolist() == [count] * 4
         return [float(results[at][0]) for at in range(9)]
 
@@ -85,7 +85,7 @@ def test_waiting_twice_gives_the_same_result(two: dv.Strategy) -> None:
 def test_collectives_progress_while_the_replica_computes(two: dv.Strategy) -> None:
     def body() -> bool:
         handle = context().all_reduce_async("sum", ONE)
-        context().barrier()  # all have issued it
+        context().barrier()  # all replicas have issued the call
         deadline = time.monotonic() + 20
         while not handle.done() and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -124,7 +124,7 @@ def test_one_replica_fails_while_the_other_waits(two: dv.Strategy) -> None:
     def body() -> None:
         if replica():
             raise boom
-        try:  # whichever of the two notices
+        try:  # either replica may notice
             context().all_reduce_async("sum", ONE).wait()
         except BaseException as error:
             ended.append(error)

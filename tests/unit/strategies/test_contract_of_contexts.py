@@ -124,7 +124,7 @@ def test_forbidden_in_a_replica(two: dv.Strategy, other: dv.Strategy, name: str)
             return str(error)
         return ""
 
-    # Refused where it is called: no meeting is needed, and the step goes on.
+    # Refused at the call, without a rendezvous; the step continues.
     said = two.run(lambda: one() if dv.get_replica_context().replica_id_in_sync_group else "")
     assert said[1]
     assert said[0] == ""
@@ -318,7 +318,7 @@ def test_exceptions_are_reraised_unchanged() -> None:
                 with pytest.raises((KeyError, ValueError, OSError)) as caught:
                     strategy.run(body)
                 assert any(caught.value is errors[one] for one in raisers)
-                if not late:  # all of them raise by themselves
+                if not late:  # every replica raises its own error
                     assert caught.value is errors[min(raisers)]
                     notes = " ".join(caught.value.__notes__)
                     assert all(f"replica {one}" in notes for one in raisers - {min(raisers)})
@@ -362,7 +362,7 @@ def test_results_are_new_arrays_and_inputs_are_unchanged(replicas: int) -> None:
                 assert result["a"].flags.writeable
                 assert not np.shares_memory(result["a"], given["a"])
                 result["a"][...] = 99.0
-            context.barrier()  # nobody else's result was the same memory
+            context.barrier()  # the results of other replicas are different memory
             assert all(np.all(result["a"] == 99.0) for result in results)
             assert np.array_equal(given["a"], kept["a"])
             assert np.array_equal(given["b"][0], kept["b"])

@@ -173,7 +173,7 @@ def test_a_failure_in_a_nested_run(two: dv.Strategy) -> None:
         said = context().merge_call(caught)
         return said, float(context().all_reduce("sum", 1.0))
 
-    seen = two.run(body)  # it was another step that failed
+    seen = two.run(body)  # only the nested step failed
     assert seen[0].values == ("went on",) * 2
     assert seen[1].values == (2.0, 2.0)
 

@@ -118,7 +118,7 @@ def test_copies_that_drifted(two: dv.Strategy) -> None:
         v.assign(np.zeros(3))
         two.run(lambda: None)
     spoil(v.values[1], 7.0)
-    two.run(lambda: None)  # nobody looks
+    two.run(lambda: None)  # debug mode is off
 
 
 def test_as_a_context_manager_it_restores_the_previous_mode(two: dv.Strategy) -> None:
@@ -216,7 +216,7 @@ def test_memory_counts_living_variables(two: dv.Strategy) -> None:
     def held() -> int:
         return sum(owners.get("variables", 0) for owners in dv.profiler.memory().by_device.values())
 
-    gc.collect()  # variables of earlier tests in circles: they would go between the two looks
+    gc.collect()  # collect cyclic garbage of earlier tests before the first report
     before = held()
     v = variable(two, np.zeros(1 << 17))
     assert held() - before >= 2 << 20

@@ -250,7 +250,7 @@ def test_the_signal_module_is_left_alone(strategy):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# -- more of the same, harder --------------------------------------------------------------------
+# -- stress --------------------------------------------------------------------------------------
 
 
 def test_a_thousand_failing_steps_leave_no_thread_and_no_memory(strategy):
@@ -376,7 +376,7 @@ def strike(signum, frame):
             struck += 1
             raise KeyboardInterrupt
         frame = frame.f_back
-    if armed:  # in vain: try again
+    if armed:  # the interrupt came too late: try again
         signal.setitimer(signal.ITIMER_REAL, 1e-4, INTERVAL)
 signal.signal(signal.SIGALRM, strike)
 random.seed(2)
@@ -395,7 +395,7 @@ for k in range(200):
             began = time.monotonic()
             strategy.run(step)
             completed += 1
-        swallowed += 1  # the interrupt came, and run returned all the same
+        swallowed += 1  # run returned in spite of the interrupt
     except KeyboardInterrupt:
         pass
     except Exception as error:
@@ -420,7 +420,7 @@ for k in range(200):
 strategy.close()
 gc.collect()
 end = time.monotonic() + 5
-def left():  # start() interrupted before it started anything leaves a name without a thread
+def left():  # an interrupted Thread.start() may leave an entry without a thread
     return [
         t.name for t in threading.enumerate()
         if t.name.startswith('dvkernels-replica') and t.ident in sys._current_frames()
@@ -455,7 +455,7 @@ def test_a_storm_of_interrupts_ends_every_run_with_all_copies_written_or_none(
     is_prompt, swallowed, others, _ = outcome_of_storm(num_replicas, interval)
     assert is_prompt
     assert swallowed == 0
-    assert others == []  # run raised KeyboardInterrupt, nothing else
+    assert others == []  # run raised KeyboardInterrupt only
 
 
 @needs_posix
@@ -654,13 +654,13 @@ strategy.run(total)
 try:
     {WHERE[where]}
 except dv.errors.DvKernelsError:
-    assert 0 in children  # the others are not there
+    assert 0 in children  # the child has no other replicas
 if 0 in children:
     sys.exit()
 assert children, 'nothing was forked'
 for child in children:
     began = time.monotonic()
-    ended_well(child, 30)  # with which status is its own affair
+    ended_well(child, 30)  # its exit status does not matter
     assert time.monotonic() - began < 29
 assert strategy.run(total).values == (2.0, 2.0)
 print('done')

@@ -34,7 +34,7 @@ def no_limit_of_memory():
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 def limit_of_threads(more):
-    if os.geteuid() == 0:  # whom the limit does not bind
+    if os.geteuid() == 0:  # the limit does not apply to root
         os.setgid(54321)
         os.setuid(54321)
     own = len(os.listdir("/proc/self/task"))
@@ -92,7 +92,7 @@ def main():
                 if found[1] != 0:
                     print(kind, is_warm, extra, os.waitstatus_to_exitcode(found[1]), flush=True)
 
-gc.freeze()  # so the ends of the processes are quicker
+gc.freeze()  # the processes exit faster
 main()
 """
 

@@ -111,7 +111,7 @@ def test_interrupts_at_some_points(kind):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupts_at_every_point_of_a_step(kind, size):
-    # An error of a replica itself may come out in the interrupt's stead: it ended the step as well.
+    # A replica's own error may replace the interrupt, because it ended the step as well.
     broken = interrupt_points.broken_in(program(kind, size), may_be_lost=kind == "dies")
     print(f"{kind}, {size} replicas: {broken.num_struck} points")
     assert not broken, broken.text()
@@ -124,7 +124,7 @@ def test_interrupts_at_every_point_of_the_first_step(size):
     assert not broken, broken.text()
 
 
-# A worker is interrupted in a collective, and says so as a step does; another thread goes on.
+# A worker is interrupted in a collective and announces it as a step does; another thread continues.
 BETWEEN_WORKERS = """
 import threading
 import numpy as np
@@ -158,7 +158,7 @@ def make():
             waited = [e for e in outcomes if isinstance(e, dv.errors.CollectiveTimeoutError)]
             assert not any("another thread of worker" in str(e) for e in waited), outcomes
             tries += 1
-            if one.has_ended:  # left half-way: the group has ended, for both
+            if one.has_ended:  # interrupted in the middle: the group has ended for both
                 assert other.has_ended
                 break
             assert tries < 5, outcomes

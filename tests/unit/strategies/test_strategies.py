@@ -242,7 +242,7 @@ def test_distribute_values_from_function(strategy):
     )
     assert value["id"].values == (0, 1)
     assert value["of"][0].values == (2, 2)
-    with pytest.raises(ValueError, match="same nest"):
+    with pytest.raises(ValueError, match="same structure"):
         strategy.distribute_values_from_function(lambda ctx: [1] * ctx.replica_id_in_sync_group)
 
 

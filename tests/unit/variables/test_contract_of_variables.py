@@ -154,7 +154,7 @@ def test_on_read_without_aggregation_reads_nothing_across(two: dv.Strategy) -> N
     two.run(lambda: v.assign(replica() + 1.0))
     with pytest.raises(ValueError, match="bare"):
         v.read_value()
-    assert held(v) == [1.0, 2.0]  # but each copy may be seen
+    assert held(v) == [1.0, 2.0]  # but each copy can be read
     assert two.reduce("sum", v) == 3.0
 
 
@@ -447,7 +447,7 @@ def test_a_value_that_does_not_fit_is_named(
         assert all(str(length) in said for length in wrong.shape)
         if mode == "on_write":
             assert held(v) == before
-        else:  # the replica that was right may have written its own copy
+        else:  # the replica with valid input may have written its own copy
             assert held(v)[1] == before[1]
             assert held(v)[0] in (before[0], [0.0, 0.0], [1.0, 1.0])
 
@@ -692,7 +692,7 @@ def test_gather_rows_are_those_of_the_value(two: dv.Strategy, mode: str, indices
     for one in found:
         np.testing.assert_array_equal(host(one), expected)
         assert host(one).shape == expected.shape
-        one[...] = 7.0  # the caller's own
+        one[...] = 7.0  # owned by the caller
     assert held(of) == [table.tolist()] * 2
     own_rows = two.run(
         lambda rows: of.gather_rows(rows), (own(two, np.array([0]), np.array([1, 2])),)
