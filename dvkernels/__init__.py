@@ -1,8 +1,7 @@
-"""Data parallelism for people who compute with NumPy, Numba and CuPy.
+"""Data parallelism for NumPy, Numba and CuPy.
 
-Three doors: ``dvkernels.kernels`` (plain arrays in, plain arrays out), the asv benchmarks, and the
-strategies, variables and datasets of this module, with the programming model of
-``tf.distribute``.
+``dvkernels.kernels`` has collectives on plain arrays. The strategies, variables and datasets of
+this module have the programming model of ``tf.distribute``.
 """
 
 import importlib as _importlib
@@ -42,7 +41,7 @@ from dvkernels.strategies.multi_worker_mirrored import (
     MultiWorkerMirroredStrategy as MultiWorkerMirroredStrategy,
 )
 from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
-from dvkernels.threads import shielded as _errand
+from dvkernels.threads import shielded as _shielded
 from dvkernels.values.distributed import DistributedValues as DistributedValues
 from dvkernels.values.distributed import Mirrored as Mirrored
 from dvkernels.values.distributed import PerReplica as PerReplica
@@ -57,8 +56,8 @@ if _typing.TYPE_CHECKING:
     from dvkernels.checkpoint.preemption import PreemptionHandler as PreemptionHandler
     from dvkernels.checkpoint.restoring.restore import Restored as Restored
 
-# Loaded when they are first asked for: few programs need them at once, and they need xxhash.
-_LATER = {
+# Imported at first access: not every program needs them, and they import xxhash.
+_LAZY = {
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",
     "PreemptionHandler": "dvkernels.checkpoint.preemption",
@@ -67,12 +66,12 @@ _LATER = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LATER:
+    if name not in _LAZY:
         raise AttributeError(f"module 'dvkernels' has no attribute {name!r}")
-    module = _errand.beyond_interrupts(_importlib.import_module, _LATER[name])
+    module = _shielded.beyond_interrupts(_importlib.import_module, _LAZY[name])
     value = globals()[name] = getattr(module, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LAZY})

@@ -1,7 +1,7 @@
-"""Where am I: in a replica, in cross-replica context, or outside every strategy.
+"""Replica context, cross-replica context, and the frame that says which of them is current.
 
-The current frame is a context variable, so it follows the caller into replica threads and stays
-out of unrelated threads. Strategies sit above this module: a frame carries one without knowing it.
+The current frame is a context variable, so replica threads inherit it from the caller of ``run``,
+and unrelated threads do not see it. Strategies lie above this module: a frame holds one as ``Any``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.foreign_threads import UnscopedRendezvous
 from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous
 from dvkernels.values import function_checks, regroup, replica_weights
-from dvkernels.values.array_leaves import ArrayLeaves, alike, arrays_of, gatherable
+from dvkernels.values.array_leaves import ArrayLeaves, arrays_of, prepare_gather, with_common_dtype
 from dvkernels.values.distributed import PerReplica, is_integer
 from dvkernels.values.handle import Handle
 from dvkernels.values.placement import Placement
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One entry of the stack of contexts: a strategy, and in which role its code runs."""
+    """Entry of the stack of contexts: a strategy, and whether its code runs in a replica."""
 
     placement: Placement
     strategy: Any  # None: the default strategy
@@ -50,25 +50,25 @@ class Frame:
 _current: ContextVar[Frame] = ContextVar("dvkernels_frame")
 _global: Frame | None = None  # set by set_strategy
 _make_default: Callable[[], Any] | None = None
-_default: dict[str, Any] = {}  # the default strategy, once it has been asked for
+_default: dict[str, Any] = {}  # the default strategy, once it has been created
 
 # Outside every scope: one replica on one device.
 UNSCOPED = Placement((Device("cpu", 0),), Single(), "the default strategy", is_default=True)
 
 
 def install_default(make: Callable[[], Any]) -> None:
-    """Say how the strategy that applies outside every scope is made (called by row 11)."""
+    """Set the factory of the default strategy; the strategies package, above this one, calls it."""
     global _make_default
     _make_default = make
 
 
 def default_strategy() -> Any:
-    """Return the strategy that applies outside every scope, made when first asked for."""
-    found = _default.get("strategy")
-    if found is None:
+    """Return the strategy that applies outside every scope, creating it at the first call."""
+    strategy = _default.get("strategy")
+    if strategy is None:
         assert _make_default is not None
-        found = _default.setdefault("strategy", _make_default())  # of two threads one makes it
-    return found
+        strategy = _default.setdefault("strategy", _make_default())  # the first thread wins
+    return strategy
 
 
 def find() -> Frame | None:
@@ -82,23 +82,34 @@ def enter(frame: Frame) -> Token[Frame]:
 
 
 def leave(token: Token[Frame]) -> None:
-    """Go back to the frame before."""
+    """Restore the frame before."""
     _current.reset(token)
 
 
 def explicit() -> Frame | None:
-    """Return the frame that this thread entered, not counting ``set_strategy``."""
+    """Return the frame that this thread entered, disregarding ``set_strategy``."""
     return _current.get(None)
 
 
 def set_global(frame: Frame | None) -> None:
-    """Make a frame apply wherever no scope does."""
+    """Set the frame of all code outside every scope."""
     global _global
     _global = frame
 
 
 def get_strategy() -> Any:
-    """Return the current strategy; outside every scope a default one of one replica."""
+    """Return the current strategy; outside every scope the default strategy of one replica.
+
+    Returns
+    -------
+    Strategy
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> dv.get_strategy().num_replicas_in_sync
+    1
+    """
     frame = find()
     if frame is None or frame.placement is UNSCOPED:
         return default_strategy()
@@ -106,24 +117,61 @@ def get_strategy() -> Any:
 
 
 def has_strategy() -> bool:
-    """Return whether a scope, a run or ``set_strategy`` gives the current strategy.
+    """Return whether a strategy other than the default one is current.
 
-    False in ``merge_call`` and ``run`` of the default strategy, too: that is still the default.
+    Returns
+    -------
+    bool
+        True in a scope, ``run``, ``merge_call`` or ``update``, and after ``set_strategy``. False
+        outside of these, and in ``run`` and ``merge_call`` of the default strategy.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.OneDeviceStrategy("cpu:0").scope():
+    ...     dv.has_strategy()
+    True
+    >>> dv.has_strategy()
+    False
     """
     frame = find()
     return frame is not None and frame.placement is not UNSCOPED
 
 
 def in_cross_replica_context() -> bool:
-    """Return True in ``scope()`` and ``merge_call``, False in ``run`` and outside every scope."""
+    """Return whether the caller is in cross-replica context.
+
+    Returns
+    -------
+    bool
+        True in ``scope()``, ``merge_call`` and ``update``; False in ``run`` and outside every
+        scope.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.OneDeviceStrategy("cpu:0").scope():
+    ...     dv.in_cross_replica_context()
+    True
+    """
     frame = find()
     return frame is not None and frame.replica is None
 
 
 def get_replica_context() -> ReplicaContext | None:
-    """Return the context of this replica; None in cross-replica context.
+    """Return the context of the replica that calls.
 
-    Outside every scope it is that of a single replica with id 0.
+    Returns
+    -------
+    ReplicaContext or None
+        None in cross-replica context. Outside every scope the context of a single replica with
+        id 0.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> dv.get_replica_context().num_replicas_in_sync
+    1
     """
     frame = find()
     if frame is None:
@@ -131,19 +179,19 @@ def get_replica_context() -> ReplicaContext | None:
     return frame.replica
 
 
-def check_turn(placement: Placement, what: str) -> None:
-    """Raise if another thread runs a step of this strategy, which ``what`` would write amid."""
+def check_no_step_elsewhere(placement: Placement, what: str) -> None:
+    """Raise ``ContextError`` if ``what`` would write while another thread runs a step."""
     frame = find()
-    if (frame is None or not frame.merging) and placement.turn.is_elsewhere():
+    if (frame is None or not frame.merging) and placement.step_lock.is_elsewhere():
         raise ContextError(
             f"{what}: another thread runs a step of {placement.name}, and this one has no part in "
-            f"it; a thread of a replica gets its context by contextvars.copy_context().run(fn), "
-            f"other threads write between steps"
+            f"it; run the function of a replica's thread by contextvars.copy_context().run(fn), "
+            f"and write from other threads between steps"
         )
 
 
 def is_outside(frame: Frame | None) -> bool:
-    """Return whether a frame is outside every scope: none, or merge_call of the default one."""
+    """Return whether a frame is outside every scope: None, or the default strategy's merge_call."""
     return frame is None or (frame.placement is UNSCOPED and frame.replica is None)
 
 
@@ -167,18 +215,31 @@ def require_cross_replica(placement: Placement, verb: str) -> Frame | None:
 
 
 class ReplicaContext(ProcessBound):
-    """What a replica may know and do, from inside ``strategy.run``.
+    """Identity and collectives of one replica, inside ``strategy.run``.
 
-    Collectives meet the same call of the other replicas, leave ``value`` unchanged and return
-    arrays that the caller owns. ``value`` may be any nest of arrays and numbers; a distributed
-    value in it means this replica's own component. Replicas that disagree end the step with
-    ``CollectiveMismatchError`` in all of them.
+    Notes
+    -----
+    Every replica must call the same collectives in the same order. A collective takes a pytree of
+    arrays and numbers, in which a distributed value stands for this replica's component, leaves
+    it unchanged, and returns arrays that the caller owns. If the replicas disagree, the step ends
+    with ``CollectiveMismatchError`` in all of them. After the step every collective of its
+    contexts raises ``ContextError``.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> def step(x):
+    ...     replica = dv.get_replica_context()
+    ...     return replica.all_reduce("mean", x + replica.replica_id_in_sync_group)
+    >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+    ...     print(strategy.run(step, args=(1.0,))[0])
+    1.5
     """
 
     __slots__ = ("__weakref__", "_placement", "_rank", "_replica_id", "_step", "_strategy")
     _bound_by = (
-        "it is the place of one replica in one step; call dv.get_replica_context() where it is "
-        "needed, and pass on what it knows (replica_id_in_sync_group)"
+        "it belongs to one replica in one step; call dv.get_replica_context() where it is "
+        "needed, and pass on numbers such as replica_id_in_sync_group"
     )
 
     def __init__(self, placement: Placement, step: Rendezvous, rank: int, strategy: Any) -> None:
@@ -190,22 +251,22 @@ class ReplicaContext(ProcessBound):
 
     @property
     def replica_id_in_sync_group(self) -> int:
-        """The number of this replica, from 0."""
+        """The id of this replica, from 0, over all workers."""
         return self._replica_id
 
     @property
     def rank_in_process(self) -> int:
-        """The position of this replica among those of its process."""
+        """The rank of this replica among those of its process."""
         return self._rank
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """The number of replicas that take part in collectives."""
+        """The number of replicas that take part in collectives, over all workers."""
         return self._placement.num_replicas
 
     @property
     def device(self) -> Device:
-        """Where this replica computes."""
+        """The device of this replica."""
         return self._placement.replica_devices[self._rank]
 
     @property
@@ -230,57 +291,70 @@ class ReplicaContext(ProcessBound):
         out: Any = None,
         shared: bool = False,
     ) -> Any:
-        """Reduce ``value`` over the replicas; each gets the result.
+        """Reduce ``value`` over the replicas; every replica gets the result.
 
         Parameters
         ----------
-        op : ReduceOp or str
-            SUM, MEAN, MIN, MAX or PROD, or a ``CustomReduction``.
-        value : nest of array or number
-            Of the same structure, shapes and dtypes on every replica. Unchanged.
+        op : ReduceOp, CustomReduction or str
+            SUM, MEAN, MIN, MAX or PROD, or a custom reduction.
+        value : pytree of array or number
+            Arrays of any shape and of a dtype that ``op`` supports; structure, shapes and dtypes
+            must be the same on every replica. Unchanged, unless it is also ``out``.
         weight : float, optional
-            With MEAN: the result is the sum of weight x value over the sum of weights, so that
-            uneven batches give the mean of all examples. 0 means not contributing, even where the
-            value is NaN.
-        out : nest of array, optional
-            Receives the result; may be ``value`` itself.
+            With MEAN only: the result is sum(weight * value) / sum(weight), so that uneven batches
+            give the mean of all examples. A replica of weight 0 does not contribute, even where
+            its value is NaN.
+        out : pytree of array, optional
+            Receives the result: writable arrays of the structure, shapes and dtypes of ``value``.
+            May be ``value`` itself, for a reduction in place.
         shared : bool
-            Allow one read-only result for all replicas of this process: R + 1 arrays are moved
-            instead of 2 R. Every replica must say the same; not together with ``out``.
+            True to return one read-only result for all replicas of this process. R local replicas
+            then move R + 1 arrays through memory instead of 2 R. Must be the same on every
+            replica; excludes ``out``.
 
         Returns
         -------
-        nest of array
-            New arrays that the caller owns, or ``out``, or read-only ones that all share.
+        pytree of array
+            New arrays that the caller owns, or ``out``, or the shared read-only arrays.
 
         Raises
         ------
         UnsupportedDTypeError, ReduceOpError, NotABufferError, BufferMismatchError, ValueError
-            Bad input, raised before this replica meets the others; the step ends in all.
+            Bad input, found before this replica takes part; the step ends on all replicas.
         CollectiveMismatchError
-            The replicas asked for different things. ``out`` is unchanged.
+            The replicas disagree about the call. ``out`` is unchanged.
 
         Notes
         -----
         Every replica gets the same bits. 0-d inputs give 0-d arrays.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> def step(loss, examples):
+        ...     return dv.get_replica_context().all_reduce("mean", loss, weight=examples)
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     losses, examples = dv.PerReplica([1.0, 5.0]), dv.PerReplica([3, 1])
+        ...     print(strategy.run(step, args=(losses, examples))[0])
+        2.0
         """
         if weight is not None:
             weight = replica_weights.checked(self.own(weight), "all_reduce", reduce_op.parse(op))
-        brought, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
-        targets = self._targets(out, brought) if out is not None else None
+        leaves, reduction = self._reducible("all_reduce", op, value, counts=weight != 0)
+        targets = self._targets(out, leaves) if out is not None else None
         if shared and out is not None:
-            raise ValueError("all_reduce: out is each replica's own, so it cannot be shared")
-        communicator, dtypes = self._placement.communicator, [a.dtype for a in brought.held]
+            raise ValueError("all_reduce: out belongs to one replica, so it cannot be shared")
+        communicator, dtypes = self._placement.communicator, [a.dtype for a in leaves.arrays]
         workers = self._placement.workers
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns: list[Any] = list(zip(*(payload[0] for payload in payloads), strict=True))
             kernel_op: Reduction = reduction
             if weight is not None:
-                brought_by = [payload[2] for payload in payloads]
-                shares = replica_weights.shares_over(brought_by, workers, "all_reduce")
+                weights = [payload[2] for payload in payloads]
+                shares = replica_weights.normalized_shares(weights, workers, "all_reduce")
                 if shares is not None:
-                    columns = replica_weights.shares_of(columns, shares)
+                    columns = replica_weights.scaled_shares(columns, shares)
                     kernel_op = ReduceOp.SUM
             outs = None
             if targets is not None:
@@ -290,62 +364,65 @@ class ReplicaContext(ProcessBound):
             ):
                 reduced = all_reduce_each(communicator, columns, kernel_op, outs)
                 return _per_replica_rows(reduced, len(payloads))
-            singly: list[Sequence[Any]] = []
+            results: list[Sequence[Any]] = []
             for k, column in enumerate(columns):
                 into = None if outs is None else outs[k]
                 if shared:
-                    one = communicator.reduce(column, kernel_op)
-                    one = array_memory.holding(one).read_only(one.astype(dtypes[k], copy=False))
-                    singly.append([one] * len(payloads))
+                    total = communicator.reduce(column, kernel_op)
+                    total = total.astype(dtypes[k], copy=False)
+                    total = array_memory.holding(total).read_only(total)
+                    results.append([total] * len(payloads))
                 elif column[0].dtype == dtypes[k]:
-                    singly.append(communicator.all_reduce(column, kernel_op, into))
-                else:  # weighed halves
+                    results.append(communicator.all_reduce(column, kernel_op, into))
+                else:  # weighted float16 or bfloat16, scaled in float32
                     mean = communicator.reduce(column, kernel_op).astype(dtypes[k])
-                    singly.append(_one_for_each(mean, into, column))
-            return _per_replica_rows(singly, len(payloads))
+                    results.append(_copy_for_each(mean, into, column))
+            return _per_replica_rows(results, len(payloads))
 
         terms = (
             reduction.value,
-            brought.structure,
-            brought.specs,
+            leaves.structure,
+            leaves.specs,
             "weighted" if weight is not None else None,
             "into out" if out is not None else None,
             "shared" if shared else None,
         )
-        payload = (brought.held, targets, weight)
+        payload = (leaves.arrays, targets, weight)
         result = self._step.meet(self._rank, CollectiveCall("all_reduce", terms, payload, act))
         if out is None:
-            return brought.nest(result)
-        if targets is not None and brought.leaves is not None:
-            brought.nest(targets)  # the streams of their libraries wait for the results
+            return leaves.restored(result)
+        if targets is not None and leaves.originals is not None:
+            leaves.restored(targets)  # the streams of their libraries wait for the results
         return out
 
     def all_reduce_async(self, op: Reduction | str, value: Any) -> Handle:
-        """Start an :meth:`all_reduce` and go on: it is carried out in the background.
+        """Start an :meth:`all_reduce` that a progress thread carries out in the background.
 
         Parameters
         ----------
-        op : ReduceOp or str
-        value : nest of array or number
-            Must not be written until ``wait`` has returned: it is read in between.
+        op : ReduceOp, CustomReduction or str
+            As for :meth:`all_reduce`.
+        value : pytree of array or number
+            As for :meth:`all_reduce`. Must not be written until ``wait`` has returned.
 
         Returns
         -------
         Handle
-            ``wait()`` returns the reduction: new arrays that the caller owns.
+            Its ``wait()`` returns the reduction: new arrays that the caller owns.
 
         Raises
         ------
         UnsupportedDTypeError, ReduceOpError, NotABufferError
             Bad input.
         CollectiveMismatchError
-            The replicas issued different calls.
+            The replicas issued different calls; raised by ``wait()``.
 
         Notes
         -----
-        The k-th call of a replica meets the k-th of the others, whatever they wait for between.
-        A thread of the strategy carries out one call after another, each as soon as all replicas
-        have issued it; a run ends when those are done. A handle that nobody waits for is fine.
+        The k-th asynchronous call of a replica is matched with the k-th of the others, whichever
+        other collectives lie between. The progress thread of the strategy carries out one call
+        after another, each as soon as all replicas have issued it; ``run`` returns when all are
+        done. Calling ``wait()`` is optional.
 
         Examples
         --------
@@ -360,32 +437,57 @@ class ReplicaContext(ProcessBound):
         ...     print(strategy.run(step, ([np.ones(2), np.zeros(3)],))[1])
         PerReplica(0: array([0., 0., 0.]), 1: array([0., 0., 0.]))
         """
-        brought, reduction = self._reducible("all_reduce_async", op, value)
-        communicator = self._placement.beside
+        leaves, reduction = self._reducible("all_reduce_async", op, value)
+        communicator = self._placement.async_communicator
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns = zip(*payloads, strict=True)
             reduced = all_reduce_each(communicator, columns, reduction)
             return _per_replica_rows(reduced, len(payloads))
 
-        terms = (reduction.value, brought.structure, brought.specs)
+        terms = (reduction.value, leaves.structure, leaves.specs)
         step, rank = self._step, self._rank
-        pending = step.issue(rank, CollectiveCall("all_reduce_async", terms, brought.held, act))
+        pending = step.issue(rank, CollectiveCall("all_reduce_async", terms, leaves.arrays, act))
         return Handle(
-            lambda: pending.done.is_open, lambda: brought.nest(step.await_pending(rank, pending))
+            lambda: pending.done.is_open, lambda: leaves.restored(step.await_pending(rank, pending))
         )
 
     def reduce_scatter(self, op: Reduction | str, value: Any) -> Any:
-        """Reduce over the replicas; replica r gets part r of the result.
+        """Reduce ``value`` over the replicas; replica r gets part r of the result.
 
-        Parts are those of ``numpy.array_split`` along axis 0: sizes differ by at most one, larger
-        parts first. Parameters, errors and ownership are those of :meth:`all_reduce`.
+        Parameters
+        ----------
+        op : ReduceOp, CustomReduction or str
+            As for :meth:`all_reduce`.
+        value : pytree of array
+            As for :meth:`all_reduce`, with at least one axis. Unchanged.
+
+        Returns
+        -------
+        pytree of array
+            New arrays that the caller owns: part r as by ``numpy.array_split`` along axis 0, so
+            sizes differ by at most one, larger parts first.
+
+        Raises
+        ------
+        BufferMismatchError
+            An array is 0-d. Further errors are those of :meth:`all_reduce`.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> import numpy as np
+        >>> def step():
+        ...     return dv.get_replica_context().reduce_scatter("sum", np.arange(3))
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.run(step))
+        PerReplica(0: array([0, 2]), 1: array([4]))
         """
-        brought, reduction = self._reducible("reduce_scatter", op, value)
-        for array in brought.held:
+        leaves, reduction = self._reducible("reduce_scatter", op, value)
+        for array in leaves.arrays:
             if array.ndim == 0:
                 raise BufferMismatchError(
-                    f"reduce_scatter splits along axis 0, and replica {self._replica_id} brought a "
+                    f"reduce_scatter splits along axis 0, and replica {self._replica_id} passed a "
                     f"0-d array; use all_reduce"
                 )
         communicator = self._placement.communicator
@@ -397,41 +499,95 @@ class ReplicaContext(ProcessBound):
             ]
             return _per_replica_rows(columns, len(payloads))
 
-        return self._collect("reduce_scatter", (reduction.value,), brought, act)
+        return self._collect("reduce_scatter", (reduction.value,), leaves, act)
 
     def all_gather(self, value: Any, axis: int = 0) -> Any:
-        """Concatenate the replicas' values along ``axis``, in replica order; each gets all.
+        """Concatenate the replicas' values in replica order; every replica gets the whole.
 
-        Lengths along ``axis`` may differ; scalars are stacked. A negative axis counts from the
-        end. Strings are as wide as the widest. Ownership and errors are those of
-        :meth:`all_reduce`.
+        Parameters
+        ----------
+        value : pytree of array or number
+            Of one structure, with arrays of one dtype and one shape except for the lengths along
+            ``axis``. Scalars are stacked. Strings of fixed width get the widest width. Unchanged.
+        axis : int
+            The axis of concatenation; a negative axis counts from the end.
+
+        Returns
+        -------
+        pytree of array
+            New arrays that the caller owns.
+
+        Raises
+        ------
+        ValueError
+            ``axis`` is out of range on this replica.
+        CollectiveMismatchError
+            Structures, dtypes, other lengths or axes differ between the replicas.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> import numpy as np
+        >>> def step():
+        ...     replica = dv.get_replica_context()
+        ...     return replica.all_gather(np.arange(1 + replica.replica_id_in_sync_group))
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.run(step)[0])
+        [0 0 1]
         """
-        brought = self._arrays("all_gather", value)
-        held, axes, specs = gatherable("all_gather", brought.held, axis, self._replica_id)
-        brought = brought._replace(held=held, specs=specs)
+        leaves = self._arrays("all_gather", value)
+        arrays, axes, specs = prepare_gather("all_gather", leaves.arrays, axis, self._replica_id)
+        leaves = leaves._replace(arrays=arrays, specs=specs)
         communicator, workers = self._placement.communicator, self._placement.workers
 
         def act(payloads: list[Any]) -> list[list[Any]]:
             columns = [
-                communicator.all_gather(alike(column, workers), column_axis)
+                communicator.all_gather(with_common_dtype(column, workers), column_axis)
                 for column, column_axis in zip(zip(*payloads, strict=True), axes, strict=True)
             ]
             return _per_replica_rows(columns, len(payloads))
 
-        return self._collect("all_gather", (axis,), brought, act)
+        return self._collect("all_gather", (axis,), leaves, act)
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
-        """Return the value of replica ``root`` on every replica, as new arrays.
+        """Send the value of replica ``root`` to every replica.
 
-        Every replica passes a value of the same structure, shapes and dtypes; only the root's is
-        read. ``root`` out of range raises ValueError.
+        Parameters
+        ----------
+        value : pytree of array or number
+            Of the same structure, shapes and dtypes on every replica; only the root's content is
+            read. Unchanged.
+        root : int
+            The replica whose value is sent.
+
+        Returns
+        -------
+        pytree of array
+            New arrays that the caller owns.
+
+        Raises
+        ------
+        ValueError
+            ``root`` is not a replica id.
+        CollectiveMismatchError
+            Structures, shapes, dtypes or roots differ between the replicas.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> def step():
+        ...     replica = dv.get_replica_context()
+        ...     return int(replica.broadcast(replica.replica_id_in_sync_group, root=1))
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.run(step))
+        PerReplica(0: 1, 1: 1)
         """
         if not is_integer(root) or not 0 <= root < self.num_replicas_in_sync:
             raise ValueError(
                 f"broadcast: root must be a replica id from 0 to {self.num_replicas_in_sync - 1}, "
                 f"got {root!r} on replica {self._replica_id}"
             )
-        brought = self._arrays("broadcast", value)
+        leaves = self._arrays("broadcast", value)
         communicator = self._placement.communicator
 
         def act(payloads: list[Any]) -> list[list[Any]]:
@@ -440,10 +596,10 @@ class ReplicaContext(ProcessBound):
             ]
             return _per_replica_rows(columns, len(payloads))
 
-        return self._collect("broadcast", (int(root),), brought, act)
+        return self._collect("broadcast", (int(root),), leaves, act)
 
     def barrier(self) -> None:
-        """Return when every replica has called this."""
+        """Block until every replica of every worker has called this method."""
         workers = self._placement.workers
 
         def act(payloads: list[Any]) -> list[None]:
@@ -463,16 +619,37 @@ class ReplicaContext(ProcessBound):
         Parameters
         ----------
         fn : callable
-            The same function on every replica; that of the first is called, while all wait. Over
-            several workers it runs once on each, for the replicas there.
-        args, kwargs
-            Each leaf becomes a ``PerReplica`` of what the replicas passed; a variable that all
-            of them passed stays that variable.
+            The same function on every replica. The function of the first replica is called, while
+            all replicas wait. Over several workers it runs once on each, for the replicas there.
+        args : list or tuple
+            Positional arguments, of the same structure on every replica.
+        kwargs : dict, optional
+            Keyword arguments. Each leaf of ``args`` and ``kwargs`` becomes a ``PerReplica`` of the
+            values that the replicas passed; a variable that all of them passed stays that
+            variable.
 
         Returns
         -------
         object
-            What ``fn`` returned; of a ``PerReplica`` in it, this replica's component.
+            The result of ``fn``, with each ``PerReplica`` in it replaced by this replica's
+            component.
+
+        Raises
+        ------
+        CollectiveMismatchError
+            The replicas passed different structures.
+        TypeError, ValueError
+            A coroutine or generator function; malformed ``args`` or ``kwargs``.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> def step(x):
+        ...     replica = dv.get_replica_context()
+        ...     return float(replica.merge_call(lambda s, x: s.reduce("sum", x), args=(x,)))
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.run(step, args=(dv.PerReplica([1.0, 2.0]),)))
+        PerReplica(0: 3.0, 1: 3.0)
         """
         function_checks.check("merge_call", fn)
         if not isinstance(args, (list, tuple)):
@@ -494,60 +671,61 @@ class ReplicaContext(ProcessBound):
                 result = payloads[0][0](strategy, *joined_args, **joined_kwargs)
             finally:
                 leave(token)
-            return [_dealt(result, rank, placement) for rank in range(len(payloads))]
+            return [_components_of(result, rank, placement) for rank in range(len(payloads))]
 
         structure = regroup.flatten((tuple(args), named))[1]
-        request = CollectiveCall("merge_call", (structure,), (fn, args, named), act)
-        return self._step.meet(self._rank, request)
+        call = CollectiveCall("merge_call", (structure,), (fn, args, named), act)
+        return self._step.meet(self._rank, call)
 
-    def meet(self, request: CollectiveCall) -> Any:
-        """Bring a request of another module (a variable's write) to the other replicas."""
-        return self._step.meet(self._rank, request)
+    def meet(self, call: CollectiveCall) -> Any:
+        """Take part in a collective call of another module, such as a variable's write."""
+        return self._step.meet(self._rank, call)
 
     def own(self, value: Any) -> Any:
-        """Return what a value means to this replica: its component of a distributed one."""
+        """Return this replica's component of a distributed value; a plain value as it is."""
         return regroup.own_component(value, self._rank, self._placement)
 
-    # -- what they share ------------------------------------------------------------------------
+    # -- shared implementation ------------------------------------------------------------------
 
     def _collect(
         self,
         verb: str,
         terms: tuple[Any, ...],
-        brought: ArrayLeaves,
+        leaves: ArrayLeaves,
         act: Callable[[list[Any]], Sequence[Any]],
     ) -> Any:
-        request = CollectiveCall(
-            verb, (*terms, brought.structure, brought.specs), brought.held, act
-        )
-        return brought.nest(self._step.meet(self._rank, request))
+        call = CollectiveCall(verb, (*terms, leaves.structure, leaves.specs), leaves.arrays, act)
+        return leaves.restored(self._step.meet(self._rank, call))
 
     def _reducible(
         self, verb: str, op: Any, value: Any, *, counts: bool = True
     ) -> tuple[ArrayLeaves, Reduction]:
         reduction = reduce_op.parse(op)
-        brought = self._arrays(verb, value, counts=counts)
-        for array in brought.held:
+        leaves = self._arrays(verb, value, counts=counts)
+        for array in leaves.arrays:
             reduce_op.check_dtype(verb, reduction, array.dtype)
-        return brought, reduction
+        return leaves, reduction
 
     def _arrays(self, verb: str, value: Any, *, counts: bool = True) -> ArrayLeaves:
-        seen = self._placement.memory
-        brought = arrays_of(value, verb, self._replica_id, self.own, seen)
+        memory = self._placement.memory
+        leaves = arrays_of(value, verb, self._replica_id, self.own, memory)
         if debugging.active is not None and counts:
-            debugging.check_finite(verb, brought.held)
-        return brought
+            debugging.check_finite(verb, leaves.arrays)
+        return leaves
 
-    def _targets(self, out: Any, brought: ArrayLeaves) -> list[Any]:
-        leaves, structure = regroup.flatten(out)
-        count = len(brought.held)
-        if len(leaves) != count or brought.structure not in (None, structure):
-            expected = "one array" if brought.structure is None else words_of(brought.structure)
+    def _targets(self, out: Any, value: ArrayLeaves) -> list[Any]:
+        """Return the arrays of ``out``; raise unless they fit the leaves of the value."""
+        targets, structure = regroup.flatten(out)
+        count = len(value.arrays)
+        if len(targets) != count or value.structure not in (None, structure):
+            expected = "one array" if value.structure is None else words_of(value.structure)
             raise BufferMismatchError(
                 f"all_reduce: out must have the structure of value on replica {self._replica_id}: "
                 f"expected {expected}, got {words_of(structure)}"
             )
-        return [self._target(leaf, array) for leaf, array in zip(leaves, brought.held, strict=True)]
+        return [
+            self._target(target, array) for target, array in zip(targets, value.arrays, strict=True)
+        ]
 
     def _target(self, leaf: Any, array: Any) -> Any:
         refuse_masked(leaf, f"all_reduce: out of replica {self._replica_id}")
@@ -569,25 +747,25 @@ class ReplicaContext(ProcessBound):
         return leaf
 
 
-def _dealt(result: Any, rank: int, placement: Placement) -> Any:
-    """Return a nest with each ``PerReplica`` in it replaced by one replica's component."""
+def _components_of(result: Any, rank: int, placement: Placement) -> Any:
+    """Return a pytree with each ``PerReplica`` in it replaced by the component of one rank."""
 
     def component(leaf: Any) -> Any:
-        is_dealt = isinstance(leaf, PerReplica)
-        return regroup.own_component(leaf, rank, placement) if is_dealt else leaf
+        is_distributed = isinstance(leaf, PerReplica)
+        return regroup.own_component(leaf, rank, placement) if is_distributed else leaf
 
     return regroup.map_leaves(component, result)
 
 
-def _one_for_each(array: Any, into: Sequence[Any] | None, column: Sequence[Any]) -> Sequence[Any]:
-    """Return an array for each replica: a copy beside what it brought, or where it is to go."""
-    held = array_memory.holding(array)
+def _copy_for_each(array: Any, into: Sequence[Any] | None, column: Sequence[Any]) -> Sequence[Any]:
+    """Copy an array into each array of ``into``, or else next to each replica's own array."""
+    memory = array_memory.holding(array)
     if into is None:
-        return [held.beside(array, brought) for brought in column]
-    held.overwrite(into, [array] * len(into))
+        return [memory.beside(array, own) for own in column]
+    memory.overwrite(into, [array] * len(into))
     return into
 
 
 def _per_replica_rows(columns: Sequence[Sequence[Any]], num_replicas: int) -> list[list[Any]]:
-    """Turn one list of results per leaf into one list of leaves per replica."""
+    """Transpose one list of results per leaf to one list of leaves per replica."""
     return [[column[rank] for column in columns] for rank in range(num_replicas)]

@@ -1,20 +1,20 @@
-"""How long anything waits for anybody: one number for all waits, set by the environment."""
+"""Timeout of all waits, set by an environment variable."""
 
 from __future__ import annotations
 
 import os
 import threading
 
-__all__ = ["PATIENCE_SECONDS", "timeout_seconds"]
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "timeout_seconds"]
 
-PATIENCE_SECONDS = 600.0
+DEFAULT_TIMEOUT_SECONDS = 600.0
 
 
 def timeout_seconds() -> float:
-    """Return how long a wait may last: ``DVKERNELS_TIMEOUT_SECONDS``, else 600."""
+    """Return the timeout of a wait [s]: ``DVKERNELS_TIMEOUT_SECONDS``, or 600 if not set."""
     text = os.environ.get("DVKERNELS_TIMEOUT_SECONDS")
     if text is None:
-        return PATIENCE_SECONDS
+        return DEFAULT_TIMEOUT_SECONDS
     try:
         seconds = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Enumerations that accept a member's name, in any case, wherever the member is accepted."""
+"""Base class of enumerations whose members may be given by name, in any case."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__: list[str] = []
 
 
 class NamedEnum(enum.Enum):
-    """Members whose values are their lower-case names, so that the value is a way to write them."""
+    """Enumeration whose members' values are their lower-case names."""
 
     __hash__ = object.__hash__  # members are unique; hashing by name takes 0.3 us in Python
 
     @classmethod
     def of(cls, value: object, error: type[DvKernelsError] | type[ValueError] = ValueError) -> Self:
-        """Return the member that ``value`` is or names; raise ``error``, listing all names."""
+        """Return the member that ``value`` is or names, else raise ``error`` with all names."""
         if isinstance(value, cls):
             return value
         if isinstance(value, str) and value.upper() in cls.__members__:

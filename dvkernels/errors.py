@@ -1,6 +1,6 @@
-"""Every error of the library: one base class, and the builtin that fits.
+"""Error classes of the library: one common base class, each also derived from a builtin error.
 
-A message says what was expected, what came, from which replica, and what to do.
+A message says what was expected, what was received, from which replica, and what to do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class DvKernelsError(Exception):
-    """The base of every error that the library raises by itself."""
+    """Base class of every error that the library raises itself."""
 
 
 class BufferMismatchError(DvKernelsError, ValueError):
@@ -49,31 +49,31 @@ class DeviceError(DvKernelsError, RuntimeError):
 
 
 class ReduceOpError(DvKernelsError, ValueError):
-    """No reduction of that name."""
+    """There is no reduction of that name."""
 
 
 class AlgorithmError(DvKernelsError, ValueError):
-    """No algorithm of that name."""
+    """There is no algorithm of that name, or it does not support the devices or workers."""
 
 
 class ClusterError(DvKernelsError, ValueError):
-    """What tells a worker its place among the others is missing, malformed or contradictory."""
+    """The description of the cluster is missing, malformed or contradictory."""
 
 
 class LaunchError(DvKernelsError, RuntimeError):
-    """The workers of a job cannot be started here in the way that was asked for."""
+    """The workers of a job cannot be started as requested."""
 
 
 class CollectiveMismatchError(DvKernelsError, RuntimeError):
-    """The replicas asked for different collectives, or one of them did not take part."""
+    """The replicas called different collectives, or one of them did not take part."""
 
 
 class CollectiveTimeoutError(DvKernelsError, TimeoutError):
-    """A replica did not come to a collective within the deadline."""
+    """A replica or worker did not arrive at a collective before the deadline."""
 
 
 class WorkerLostError(DvKernelsError, ConnectionError):
-    """Another process of the job ended or cannot be reached."""
+    """Another process of the job has ended or cannot be reached."""
 
 
 class SynchronizationError(DvKernelsError, ValueError):
@@ -81,7 +81,7 @@ class SynchronizationError(DvKernelsError, ValueError):
 
 
 class ContextError(DvKernelsError, RuntimeError):
-    """The call belongs into another context, strategy or replica."""
+    """The call is not allowed in this context, or belongs to another strategy or replica."""
 
 
 class CheckpointError(DvKernelsError, ValueError):
@@ -89,16 +89,16 @@ class CheckpointError(DvKernelsError, ValueError):
 
 
 class CheckpointDamagedError(CheckpointError):
-    """A file of a checkpoint is missing, cut off or altered, or cannot be read."""
+    """A file of a checkpoint is missing, truncated, altered or unreadable."""
 
 
 class DatasetError(DvKernelsError, ValueError):
-    """A dataset cannot be built, split or resumed the way it was asked to."""
+    """A dataset cannot be built, split or resumed as requested."""
 
 
 class NonFiniteError(DvKernelsError, FloatingPointError):
-    """In debug mode: NaN or infinity where there should be numbers."""
+    """In debug mode: an array contains NaN or infinity."""
 
 
 class DriftError(DvKernelsError, RuntimeError):
-    """In debug mode: copies of a variable that should be equal differ."""
+    """In debug mode: copies of a variable differ that should be equal."""

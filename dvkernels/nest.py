@@ -1,4 +1,4 @@
-"""Nests of lists, tuples, dicts and the like: what their structures are in messages."""
+"""Pytrees in error messages: descriptions of their structures."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import optree
 
 __all__ = ["is_structure", "words_of"]
 
-_LONGEST_WORDS = 200
+_MAX_LENGTH = 200
 
 
 def is_structure(value: object) -> bool:
-    """Return whether this is what optree says of a nest."""
+    """Return whether a value is a pytree structure (a ``PyTreeSpec`` of optree)."""
     return isinstance(value, optree.PyTreeSpec)
 
 
 def words_of(structure: Any) -> str:
-    """Say what a nest of this structure is, in messages: ``a dict of 'image', 'label'``."""
-    words = _words(structure)
-    return words if len(words) <= _LONGEST_WORDS else f"{words[:_LONGEST_WORDS]}..."
+    """Describe a pytree structure for messages: ``a dict of 'image', 'label'``."""
+    text = _describe(structure)
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
-def _words(structure: Any) -> str:
+def _describe(structure: Any) -> str:
     if structure.type is None:
         return "one value"
     children = structure.children()
@@ -31,11 +31,11 @@ def _words(structure: Any) -> str:
     article = "an" if name[0] in "aeiouAEIOU" else "a"
     if not children:
         return f"an empty {name}"
-    names = getattr(structure.type, "_fields", None)  # of a namedtuple
+    names = getattr(structure.type, "_fields", None)  # a namedtuple
     if names is None and not issubclass(structure.type, Mapping):
         if all(child.type is None for child in children):
             return f"{article} {name} of {len(children)}"
-        return f"{article} {name} of ({', '.join(map(_words, children))})"
+        return f"{article} {name} of ({', '.join(map(_describe, children))})"
     named = zip(names or map(repr, structure.entries()), children, strict=True)
-    held = (key if child.type is None else f"{key}: {_words(child)}" for key, child in named)
-    return f"{article} {name} of {', '.join(held)}"
+    items = (key if child.type is None else f"{key}: {_describe(child)}" for key, child in named)
+    return f"{article} {name} of {', '.join(items)}"

@@ -1,8 +1,8 @@
-"""Exceptions of user code: annotated, printed and followed without ever failing in their stead.
+"""Safe handling of the user's exceptions and values: notes, texts and causes that never raise.
 
-An exception may be a frozen dataclass, raise in ``__str__``, have an ``add_note`` of its own or be
-its own cause. Whatever goes wrong with it here is dropped: the user gets the exception as it is.
-Likewise the user's values in messages of ours: their ``repr`` may fail as well.
+A user's exception may be a frozen dataclass, raise in ``__str__``, override ``add_note`` or be its
+own cause. Errors in handling it are ignored, so that the user gets the exception itself. Likewise
+the ``repr`` of a user's value may fail.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ P = ParamSpec("P")
 _LINKS = ("__cause__", "__context__")
 
 
-class _Brief(reprlib.Repr):
+class _ShortRepr(reprlib.Repr):
     def repr_instance(self, value: object, level: int) -> str:
-        """Return a repr that fails where the object's own does."""
+        """Return the object's own repr, and let its error through."""
         return repr(value)
 
 
-_BRIEF = _Brief()
-_BRIEF.maxlevel = 3  # what stands in itself, or at many places, has no end
-_BRIEF.maxstring = _BRIEF.maxother = 400
+_SHORT_REPR = _ShortRepr()
+_SHORT_REPR.maxlevel = 3  # a container that contains itself has no end
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 400
 
 
 def annotate(error: BaseException, note: str) -> None:
-    """Add a note to an exception, if it takes one and does not have it."""
+    """Add a note to an exception, unless it has it already or accepts none."""
     try:
         if note in _notes(error):
             return
@@ -47,7 +47,7 @@ def annotate(error: BaseException, note: str) -> None:
 
 
 def in_words(error: BaseException | None) -> str:
-    """Return the type and the text of an exception; the type alone if it cannot be printed."""
+    """Return the class name and the text of an exception; the name alone if ``str`` fails."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -55,7 +55,7 @@ def in_words(error: BaseException | None) -> str:
 
 
 def text_of(error: object) -> str:
-    """Return the text of an exception; its type if it cannot be printed."""
+    """Return the text of an exception; its class name if ``str`` fails."""
     try:
         return str(error)
     except Exception:
@@ -63,7 +63,7 @@ def text_of(error: object) -> str:
 
 
 def latest_note(error: BaseException) -> str | None:
-    """Return the note that was added last, None if there is none."""
+    """Return the note that was added last; None if there is none."""
     try:
         return str(_notes(error)[-1])
     except Exception:
@@ -71,21 +71,21 @@ def latest_note(error: BaseException) -> str | None:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Return the beginning of a value's ``repr``, of any size; its type if that fails."""
+    """Return the first ``most`` characters of a value's ``repr``; its class if ``repr`` fails."""
     try:
-        if type(value) is int and value.bit_length() > 1024:  # its digits say nothing
+        if type(value) is int and value.bit_length() > 1024:  # its digits would not help
             return f"an integer of {value.bit_length()} bits, beyond float64"
-        return _BRIEF.repr(value)[:most]
-    except Exception:  # of user code, or of an integer of thousands of digits
+        return _SHORT_REPR.repr(value)[:most]
+    except Exception:  # the user's repr fails, or an integer has too many digits
         return f"a {type(value).__name__}, whose repr fails"
 
 
 def rests_on(error: BaseException, known: Iterable[BaseException]) -> bool:
-    """Tell whether an exception is a known one, or was raised because of it or while handling it.
+    """Return whether an exception is a known one, or has one among its causes and contexts.
 
-    Causes and contexts may form circles (``raise e from e``): each exception is looked at once.
+    Causes and contexts may form cycles (``raise e from e``), so each exception is visited once.
     """
-    wanted = {id(one) for one in known}
+    wanted = {id(error) for error in known}
     seen: set[int] = set()
     links: list[BaseException | None] = [error]
     while links:
@@ -95,17 +95,17 @@ def rests_on(error: BaseException, known: Iterable[BaseException]) -> bool:
         if id(link) in wanted:
             return True
         seen.add(id(link))
-        # The base class's own, whatever a subclass calls by these names.
+        # The base class's attributes: a subclass may use these names for something else.
         cause, context = (getattr(BaseException, name).__get__(link) for name in _LINKS)
         links.append(cause or context)
     return False
 
 
 def block(function: Callable[P, Iterator[T]]) -> Callable[P, Block[T]]:
-    """Make a context manager of a generator function, nearly as ``contextlib.contextmanager`` does.
+    """Make a context manager of a generator function, like ``contextlib.contextmanager``.
 
-    That one assigns the traceback of the exception that passes through, which a frozen dataclass
-    refuses. Here an exception is left alone, and always goes on.
+    But ``contextmanager`` assigns ``__traceback__`` of an exception that passes through, which
+    fails for a frozen dataclass. Here the exception is never modified and never suppressed.
     """
 
     @functools.wraps(function)
@@ -116,7 +116,7 @@ def block(function: Callable[P, Iterator[T]]) -> Callable[P, Block[T]]:
 
 
 class Block(Generic[T]):
-    """What :func:`block` makes; also a decorator."""
+    """Context manager and decorator that :func:`block` makes of a generator function."""
 
     def __init__(self, make: Callable[[], Generator[T, Any, Any]]) -> None:
         self._make = make
@@ -134,7 +134,7 @@ class Block(Generic[T]):
         except StopIteration:
             return
         except BaseException as raised:
-            # A StopIteration that passes through a generator comes out as a cause.
+            # PEP 479: a StopIteration leaves a generator as the cause of a RuntimeError.
             if raised is error or (isinstance(error, StopIteration) and raised.__cause__ is error):
                 return
             raise

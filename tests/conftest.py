@@ -40,7 +40,7 @@ def _version(distribution: str) -> str:
 
 
 def _threading_layer() -> str:
-    """Say which of Numba's threading layers were built, and which one the environment asks for."""
+    """Describe which threading layers Numba has, and which one the environment selects."""
     spec = importlib.util.find_spec("numba")
     if spec is None or spec.origin is None:
         return "none"
@@ -95,7 +95,7 @@ def _replica_threads() -> set[threading.Thread]:
 
 
 def _end_strategy_left_set() -> str | None:
-    """Undo what a test left behind, and say what it was."""
+    """Reset a strategy that a test left set; return its description."""
     dv = sys.modules.get("dvkernels")
     if not getattr(dv, "has_strategy", bool)():
         return None
@@ -108,7 +108,7 @@ def _end_strategy_left_set() -> str | None:
 
 
 def _alive_after(seconds: float, threads: set[threading.Thread]) -> set[threading.Thread]:
-    """Return the threads that are still alive then; empty as soon as there are none."""
+    """Return the threads still alive after a timeout; empty as soon as all have ended."""
     deadline = time.monotonic() + seconds
     while threads and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -1,21 +1,21 @@
 """Ctrl-C at every point where CPython looks for signals: function entries and returns of C calls.
 
-A program is Python text. What stands at its top runs once, before anything is interrupted (imports,
-a first call that compiles). It defines ``make()``, which returns two functions:
+A program is Python text. Its module level runs once, before any interrupt (imports, a first call
+that compiles). It defines ``make()``, which returns two functions:
 
-* ``act()`` is what is interrupted;
-* ``check(was_raised)`` is the law: it raises if something is wrong after that. ``was_raised`` says
-  whether KeyboardInterrupt came out of ``act``.
+* ``act()`` is the code to interrupt;
+* ``check(was_raised)`` is the law: it raises if the state afterwards is wrong. ``was_raised`` says
+  whether ``act`` raised KeyboardInterrupt.
 
-For each point a process of its own is forked, which calls ``make``, then ``act`` with an interrupt
-at that point of the main thread, then ``check``, and then ends as any program does. What it must
-not do is hang, at its end neither: then the stacks of all its threads are in the report::
+For each point a process is forked, which calls ``make``, then ``act`` with an interrupt at that
+point of the main thread, then ``check``, and then exits normally. If it hangs, even at exit, the
+report shows the stacks of all its threads::
 
     broken = interrupt_points.broken_in(PROGRAM, sample=40)
     assert not broken, broken.text()
 
-Threads that the top of the program has started are not in the forked processes; start them in
-``make``. A number comes with each point, so that ``at=[17]`` looks at one again.
+Threads started at module level are missing in the forked processes; start them in ``make``. Each
+point has a number, so that ``at=[17]`` repeats one point.
 """
 
 from __future__ import annotations
@@ -35,29 +35,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS_TO_END = 12.0  # of a process; its waits have a deadline of a few seconds
-PATIENCE_SECONDS = "3"  # DVKERNELS_TIMEOUT_SECONDS there
+SECONDS_TO_END = 12.0  # of one process; its waits have a timeout of a few seconds
+TIMEOUT_SECONDS = "3"  # DVKERNELS_TIMEOUT_SECONDS of the processes
 MOST_SECONDS = 3600.0  # for all points
 
 
 class Broken(NamedTuple):
-    """What went wrong at one point."""
+    """A failure at one point of interruption."""
 
     at: int
     what: str  # hangs, law, other error, lost, died
-    said: str
+    details: str
 
 
 class Report(list[Broken]):
-    """The points where something went wrong; empty if all is well.
+    """The failed points; empty if all are well.
 
     Attributes
     ----------
     num_points : int
-        That ``act`` has when nobody interrupts it.
+        The number of points of ``act`` without an interrupt.
     num_struck : int
-        How many were interrupted.
+        The number of points that were interrupted.
     slowest_seconds : float
+        The duration of the slowest process.
     """
 
     num_points = 0
@@ -65,10 +66,10 @@ class Report(list[Broken]):
     slowest_seconds = 0.0
 
     def text(self) -> str:
-        """Return all of it for a message."""
-        told = [f"point {one.at} {one.what}: {one.said}" for one in self]
+        """Return the report as text."""
+        lines = [f"point {one.at} {one.what}: {one.details}" for one in self]
         head = f"{len(self)} of {self.num_struck} points (of {self.num_points}) are broken"
-        return "\n\n".join([head, *told[:5]])
+        return "\n\n".join([head, *lines[:5]])
 
 
 def broken_in(
@@ -79,20 +80,21 @@ def broken_in(
     may_be_lost: bool = False,
     seconds_to_end: float = SECONDS_TO_END,
 ) -> Report:
-    """Interrupt a program at its points, and return what went wrong.
+    """Interrupt a program at each of its points, and return the failures.
 
     Parameters
     ----------
     program : str
+        The text of the program.
     sample : int, optional
-        So many points, evenly spread; all of them if not given.
+        The number of points, evenly spread; all points if not given.
     at : sequence of int, optional
-        These points.
+        The numbers of the points.
     may_be_lost : bool
-        An interrupt that ``act`` survives is no error (``act`` catches it, say). One that strikes
-        in a callback of the collector's or a ``__del__`` is lost by Python itself, and never one.
+        An interrupt that ``act`` catches is no failure. An interrupt in a callback of the garbage
+        collector or a ``__del__`` is dropped by Python itself, and is never a failure.
     seconds_to_end : float
-        How long one process may take.
+        The timeout of one process.
     """
     asked = {"sample": sample, "at": at, "may_be_lost": may_be_lost, "seconds": seconds_to_end}
     served = f"{program}\nimport interrupt_points\ninterrupt_points.serve(make, {asked!r})\n"
@@ -104,7 +106,7 @@ def broken_in(
         timeout=MOST_SECONDS,
         check=False,
         env={
-            "DVKERNELS_TIMEOUT_SECONDS": PATIENCE_SECONDS,
+            "DVKERNELS_TIMEOUT_SECONDS": TIMEOUT_SECONDS,
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         },
@@ -118,9 +120,9 @@ def broken_in(
 
 
 class Striking:
-    """Raises KeyboardInterrupt at one point of a call, and counts the points.
+    """Profile hook that raises KeyboardInterrupt at one point of a call, and counts the points.
 
-    Also for use by itself, in a process that a hang may end.
+    May be used alone, in a process that a hang may end.
     """
 
     def __init__(self, at: int | None) -> None:
@@ -129,7 +131,7 @@ class Striking:
         self.has_struck = False
 
     def call(self, act: Callable[[], object]) -> None:
-        """Call ``act``; the interrupt comes out of this as it comes out of ``act``."""
+        """Call ``act``, and let the interrupt through."""
         here = sys._getframe()
 
         def look(frame: Any, event: str, called: Any) -> None:
@@ -145,7 +147,7 @@ class Striking:
                 raise KeyboardInterrupt
             self.count += 1
 
-        gc.disable()  # a collection would add points now and then, and lose what strikes in it
+        gc.disable()  # a collection would add points at random, and drop an interrupt in a callback
         try:
             sys.setprofile(look)
             act()
@@ -155,46 +157,46 @@ class Striking:
 
 
 def serve(make: Callable[[], Any], asked: dict[str, Any]) -> None:
-    """Fork a process for each point, and print what went wrong; returns in those processes."""
+    """Fork a process for each point, and print the failures; returns in those processes."""
     gc.collect()
-    gc.freeze()  # so the ends of the processes are five times as quick
+    gc.freeze()  # the processes exit five times as fast
     count = _in_a_child(make, None, asked)
     if count is None:
         return
     num_points = count["count"]
     if count["what"]:
-        raise SystemExit(f"{count['what']}: {count['said']}")
+        raise SystemExit(f"{count['what']}: {count['details']}")
     if asked["at"] is not None:
         points: Any = asked["at"]
     else:
-        # The number of points varies where threads wait for each other: somewhat more than that.
+        # The number of points varies where threads wait for each other, hence some more.
         sample = asked["sample"]
         everything = range(num_points + 10)
         points = everything if sample is None else everything[:: max(1, num_points // sample)]
     num_struck, slowest = 0, 0.0
     for at in points:
-        told = _in_a_child(make, at, asked)
-        if told is None:
+        outcome = _in_a_child(make, at, asked)
+        if outcome is None:
             return
-        num_struck += told["has_struck"]
-        slowest = max(slowest, told["seconds"])
-        if told["what"]:
-            print(json.dumps([at, told["what"], told["said"]]), flush=True)
+        num_struck += outcome["has_struck"]
+        slowest = max(slowest, outcome["seconds"])
+        if outcome["what"]:
+            print(json.dumps([at, outcome["what"], outcome["details"]]), flush=True)
     print(json.dumps([num_points, num_struck, slowest]), flush=True)
 
 
 def _in_a_child(
     make: Callable[[], Any], at: int | None, asked: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Return what a forked process tells of one point; None in that process, after it."""
-    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as said:
+    """Return the report of a forked process about one point; None in that process."""
+    with tempfile.TemporaryFile("w+") as outcome, tempfile.TemporaryFile("w+") as stderr:
         sys.stdout.flush()
         began = time.monotonic()
         child = os.fork()
         if child == 0:
-            os.dup2(said.fileno(), 2)
+            os.dup2(stderr.fileno(), 2)
             faulthandler.enable(sys.__stderr__)
-            _one_point(make, at, asked["may_be_lost"], os.dup(told.fileno()))
+            _one_point(make, at, asked["may_be_lost"], os.dup(outcome.fileno()))
             return None
         is_ended, status = False, 0
         while not is_ended and time.monotonic() < began + asked["seconds"]:
@@ -204,39 +206,39 @@ def _in_a_child(
                 time.sleep(0.002)
         seconds = time.monotonic() - began
         if not is_ended:
-            os.kill(child, signal.SIGABRT)  # tells the stacks of all threads
+            os.kill(child, signal.SIGABRT)  # faulthandler prints the stacks of all threads
             time.sleep(0.2)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        told.seek(0)
-        said.seek(0)
-        text = told.read()
-        result: dict[str, Any] = {"count": 0, "has_struck": True, "what": "", "said": ""}
+        outcome.seek(0)
+        stderr.seek(0)
+        text = outcome.read()
+        result: dict[str, Any] = {"count": 0, "has_struck": True, "what": "", "details": ""}
         result |= {"seconds": seconds} | (json.loads(text) if text else {})
         if not is_ended:
             result["what"] = "hangs at its end" if text else "hangs"
         elif status != 0 and not result["what"]:
             result["what"] = f"died with status {os.waitstatus_to_exitcode(status)}"
         if result["what"]:
-            stacks = said.read().partition("Extension modules:")[0]
-            result["said"] = f"{result['said']}\n{stacks[-6000:]}"
+            stacks = stderr.read().partition("Extension modules:")[0]
+            result["details"] = f"{result['details']}\n{stacks[-6000:]}"
         return result
 
 
-def _one_point(make: Callable[[], Any], at: int | None, may_be_lost: bool, told: int) -> None:
-    """Interrupt ``act`` at a point and look at the law; tell of it in a file."""
+def _one_point(make: Callable[[], Any], at: int | None, may_be_lost: bool, outcome: int) -> None:
+    """Interrupt ``act`` at a point, check the law, and write the outcome to a file."""
     lost_by_python = []
     sys.unraisablehook = lambda lost: lost_by_python.append(lost.exc_type)
     act, check = make()
     striking = Striking(at)
-    was_raised, what, said = False, "", ""
+    was_raised, what, details = False, "", ""
     try:
         striking.call(act)
     except KeyboardInterrupt:
         was_raised = True
     except BaseException:
-        what, said = "raises another error", traceback.format_exc()
+        what, details = "raises another error", traceback.format_exc()
     is_lost = striking.has_struck and not was_raised
     if is_lost and not what and not may_be_lost and KeyboardInterrupt not in lost_by_python:
         what = "loses the interrupt"
@@ -244,7 +246,7 @@ def _one_point(make: Callable[[], Any], at: int | None, may_be_lost: bool, told:
         try:
             check(was_raised)
         except BaseException:
-            what, said = "breaks its law", traceback.format_exc()
+            what, details = "breaks its law", traceback.format_exc()
     result = {"count": striking.count, "has_struck": striking.has_struck}
-    os.write(told, json.dumps(result | {"what": what, "said": said}).encode())
-    os.close(told)
+    os.write(outcome, json.dumps(result | {"what": what, "details": details}).encode())
+    os.close(outcome)

@@ -1,4 +1,4 @@
-"""No interrupt leaves a lock taken: what the package does about it, and what this Python does.
+"""Locks and interrupts: no interrupt may leave a lock taken.
 
 Since CPython 3.14 a signal handler may raise after ``with lock:`` has taken the lock and before its
 block is guarded (python/cpython#148874). So a lock that the main thread can reach is an RLock taken
@@ -42,7 +42,7 @@ def _targets(node):
 
 @functools.cache
 def taken_by_with(house):
-    """Return the modules that take a lock by ``with``, with the lines."""
+    """Return the modules that take a lock by ``with``, with line numbers."""
     locks, taken = set(), []
     for path in sorted(house.rglob("*.py")):
         module = path.relative_to(house).as_posix()
@@ -66,7 +66,7 @@ def test_no_lock_that_the_main_thread_can_reach_is_taken_by_with():
     assert not unexpected, f"take the lock inside try, and release it in finally: {unexpected}"
 
 
-def test_the_list_of_exceptions_holds_nothing_else():
+def test_the_list_of_exceptions_is_minimal():
     assert not set(EXCEPTIONS) - set(taken_by_with(HOUSE))
 
 
@@ -128,7 +128,7 @@ BY_HAND = """
 
 
 def storm(loop, is_cured, seconds=1):
-    """Return how many interrupts struck a loop that takes a lock, and how many left it taken."""
+    """Return how many interrupts hit a loop that takes a lock, and how many left it taken."""
     program = STORM.replace("LOOP", loop.strip()).replace("IS_CURED", str(is_cured))
     done = subprocess.run(
         [sys.executable, "-c", program.replace("SECONDS", str(seconds))],
@@ -143,7 +143,7 @@ needs_timers = pytest.mark.skipif(
 
 
 @needs_timers
-def test_what_this_interpreter_does_to_a_lock_taken_by_with():
+def test_whether_this_interpreter_loses_a_lock_taken_by_with():
     num_struck, num_held = storm(BY_WITH, is_cured=False)
     assert num_struck > 100
     if not num_held:
@@ -152,7 +152,7 @@ def test_what_this_interpreter_does_to_a_lock_taken_by_with():
 
 
 @needs_timers
-def test_the_way_that_the_package_takes_locks_withstands():
+def test_locks_as_the_package_takes_them_survive_interrupts():
     num_struck, num_held = storm(BY_HAND, is_cured=True)
     assert num_struck > 100
     assert num_held == 0

@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml allows are all named, and .ci/run installs them."""
+"""Each requirement in pyproject.toml has a lowest version, and .ci/run installs it."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     if quiet:
         print(text)
     elif sink is not None:
-        atomic_file.put(sink, text + "\n")
+        atomic_file.write_text(sink, text + "\n")
     if plot is not None:
         _draw(found, plot, about)
     return 1 if wrong or lost else 0
@@ -178,7 +178,7 @@ def _calibrate_between(arguments: argparse.Namespace) -> int:
     print(between_workers.describe(found))
     if sink is not None:
         record = {**_about(arguments), **between_workers.as_record(found)}
-        atomic_file.put(sink, json.dumps(record, indent=1) + "\n")
+        atomic_file.write_text(sink, json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -49,6 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(fragment, end="")
     if report is not None:
         data = {"about": about, "figures": [figure._asdict() for figure in figures]}
-        atomic_file.put(report, json.dumps(data, indent=1) + "\n")
-        atomic_file.put(report.with_suffix(".md"), fragment)
+        atomic_file.write_text(report, json.dumps(data, indent=1) + "\n")
+        atomic_file.write_text(report.with_suffix(".md"), fragment)
     return 0

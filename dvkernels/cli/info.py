@@ -120,7 +120,7 @@ def _place(resolver: ClusterResolver) -> str:
     here = f"on {host}"
     if resolver.num_local_workers is not None:
         here = f"{resolver.local_rank} of {resolver.num_local_workers} on {host}"
-    pretended = simulated_hosts.pretended(os.environ, resolver.num_workers)
+    pretended = simulated_hosts.host_of_each_worker(os.environ, resolver.num_workers)
     if pretended is not None and resolver.worker_id is not None:
         here += f", as if on host {pretended[resolver.worker_id]} of {pretended[-1] + 1}"
     return f"{me}, {here}, {cpu.described_affinity()} ({resolver.source})"

@@ -99,7 +99,7 @@ def run(contest: PeerBench, arguments: argparse.Namespace) -> int:
                 return 1
             records += [_record(case, name, found, contest.unit) for name in found]
     if arguments.json:
-        atomic_file.put(arguments.json, json.dumps({**about, "results": records}, indent=1))
+        atomic_file.write_text(arguments.json, json.dumps({**about, "results": records}, indent=1))
     return 0
 
 

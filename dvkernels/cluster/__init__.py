@@ -1,4 +1,4 @@
-"""The cluster: its jobs and tasks, and which of them this process is.
+"""Cluster resolvers: the jobs and tasks of a cluster, and which task this process is.
 
 Imports: errors.
 """

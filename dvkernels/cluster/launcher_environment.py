@@ -1,4 +1,4 @@
-"""What launchers of parallel programs tell the processes that they start, in variables."""
+"""Environment variables by which MPI launchers and Slurm describe a job to its processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvkernels.cluster.position import Position
 from dvkernels.cluster.spec import ClusterSpec
 from dvkernels.errors import ClusterError
 
-__all__ = ["SRUN", "Environment", "find", "number", "slurm_position", "slurm_spec", "why_none"]
+__all__ = ["SRUN", "Environment", "find", "number", "slurm_position", "slurm_spec", "why_not_found"]
 
 Environment: TypeAlias = Mapping[str, str]
 
@@ -18,7 +18,7 @@ SRUN = "srun"
 
 
 class _Variables(NamedTuple):
-    """What a launcher calls the numbers that it tells its ranks."""
+    """Names of a launcher's environment variables."""
 
     launcher: str
     rank: str
@@ -27,8 +27,8 @@ class _Variables(NamedTuple):
     num_local: str
 
 
-# Before srun: Hydra and Open MPI start their daemons with srun inside an allocation, and the ranks
-# inherit variables that speak of the daemons.
+# These take precedence over srun: inside a Slurm allocation Hydra and Open MPI start their daemons
+# with srun, and the ranks inherit the daemons' SLURM variables.
 _LAUNCHERS = (
     _Variables(
         "Open MPI",
@@ -42,13 +42,13 @@ _LAUNCHERS = (
 
 
 def find(environ: Environment) -> tuple[str, Position] | None:
-    """Return who started this process as one of several, and where it stands."""
+    """Return the launcher of this process and its position; None if no launcher started it."""
     for names in _LAUNCHERS:
         if names.rank in environ and names.local_rank in environ:
             return names.launcher, _launched_position(environ, names)
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
         return SRUN, slurm_position(environ)
-    if "PMI_RANK" in environ and "PMI_SIZE" in environ:  # a process manager that tells no more
+    if "PMI_RANK" in environ and "PMI_SIZE" in environ:  # a PMI process manager without local ranks
         size = number(environ, "PMI_SIZE", 1)
         rank = number(environ, "PMI_RANK", 0, size)
         return "PMI", Position("worker", rank, rank, size, None, None)
@@ -63,22 +63,22 @@ def _launched_position(environ: Environment, names: _Variables) -> Position:
     return Position("worker", rank, rank, size, local_rank, num_local)
 
 
-def why_none(environ: Environment) -> str:
-    """Return a message that says why ``find`` found none."""
+def why_not_found(environ: Environment) -> str:
+    """Return the message that says why ``find`` found no launcher."""
     if "PMIX_RANK" in environ:
         return (
             f"PMIX_RANK={environ['PMIX_RANK']!r} says that a PMIx launcher started this process, "
-            f"but none of its variables says how many there are; pass a SimpleClusterResolver"
+            f"but none of its variables gives the number of processes; pass a SimpleClusterResolver"
         )
-    looked_for = ", ".join(names.rank for names in _LAUNCHERS)
+    variables = ", ".join(names.rank for names in _LAUNCHERS)
     return (
-        f"no MPI launcher started this process: none of {looked_for}, SLURM_PROCID (with "
+        f"no MPI launcher started this process: none of {variables}, SLURM_PROCID (with "
         f"SLURM_STEP_NUM_TASKS) is set; start it with mpiexec, srun or python -m dvkernels launch"
     )
 
 
 def slurm_position(environ: Environment) -> Position:
-    """Return where a task of a job step stands."""
+    """Return the position of a task of a Slurm job step."""
     size = number(environ, "SLURM_STEP_NUM_TASKS", 1)
     rank = number(environ, "SLURM_PROCID", 0, size)
     num_local = None
@@ -90,19 +90,19 @@ def slurm_position(environ: Environment) -> Position:
 
 
 def _slurm_counts(environ: Environment, size: int) -> list[int]:
-    """Return how many tasks each node of the step has."""
+    """Return the number of tasks of each node of the job step."""
     name = "SLURM_STEP_TASKS_PER_NODE"
     counts = slurm_lists.expand_counts(name, environ[name])
     if sum(counts) != size:
         raise ClusterError(
-            f"{name}: {environ[name]!r} makes {sum(counts)} tasks, but SLURM_STEP_NUM_TASKS is "
-            f"{size}"
+            f"{name}: {environ[name]!r} adds up to {sum(counts)} tasks, but "
+            f"SLURM_STEP_NUM_TASKS is {size}"
         )
     return counts
 
 
 def slurm_spec(environ: Environment, port: int) -> ClusterSpec:
-    """Return the tasks' addresses, empty where they cannot be known."""
+    """Return the tasks' addresses; an empty spec where the variables do not give them."""
     layout = environ.get("SLURM_DISTRIBUTION", "block").partition(":")[0]
     nodes_name = "SLURM_STEP_NODELIST"
     if (
@@ -122,14 +122,14 @@ def slurm_spec(environ: Environment, port: int) -> ClusterSpec:
             f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']!r} is for "
             f"{len(counts)}"
         )
-    places = [(node, local) for node, count in enumerate(counts) for local in range(count)]
-    if layout == "cyclic":  # one to each node in turn, as long as it has room
-        places.sort(key=lambda place: (place[1], place[0]))
-    return ClusterSpec({"worker": [f"{nodes[node]}:{port + local}" for node, local in places]})
+    slots = [(node, local) for node, count in enumerate(counts) for local in range(count)]
+    if layout == "cyclic":  # one task per node in turn, skipping full nodes
+        slots.sort(key=lambda slot: (slot[1], slot[0]))
+    return ClusterSpec({"worker": [f"{nodes[node]}:{port + local}" for node, local in slots]})
 
 
 def number(environ: Environment, name: str, low: int, end: int | None = None) -> int:
-    """Return the integer that a variable holds, at least ``low`` and below ``end``."""
+    """Return a variable's value as an integer in ``range(low, end)``; anything else raises."""
     expected = f"an integer from {low}" + ("" if end is None else f" to {end - 1}")
     if name not in environ:
         raise ClusterError(f"{name} is not set; expected {expected}")

@@ -1,4 +1,4 @@
-"""Where one task of a cluster stands among the workers."""
+"""Position of a task in a cluster: its job, worker number and local rank."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dvkernels.errors import ClusterError
 __all__ = ["Position", "position_in", "worker_addresses"]
 
 _CHIEF, _WORKER = "chief", "worker"
-# Not one of the cluster's tasks: it looks at checkpoints beside them.
+# Not a task of the cluster spec: it evaluates checkpoints while the workers train.
 _EVALUATOR = "evaluator"
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where one task stands in its job.
+    """Position of one task among the workers.
 
     Attributes
     ----------
     task_type, task_id : str, int
-        The job and the index in it.
+        The name of the job, and the index of the task in it.
     worker_id : int or None
-        The number among the workers, the chief first; None for a task that is no worker.
+        The number among all workers, the chief first; None for a task that is not a worker.
     num_workers : int
-        The chief and the workers together.
+        The number of workers, the chief included.
     local_rank, num_local_workers : int or None
-        The number among the workers of this host, and how many these are; None if not told.
+        The number among the workers of this host, and the number of these; None if unknown.
     """
 
     task_type: str = _WORKER
@@ -41,21 +41,21 @@ class Position:
 def position_in(
     spec: ClusterSpec, task_type: str | None, task_id: int | None, source: str
 ) -> Position:
-    """Return where one task of a spec stands. Hosts are told apart by their addresses.
+    """Return the position of one task of a spec. Hosts are identified by their addresses.
 
     Parameters
     ----------
     spec : ClusterSpec
-        The tasks; those of the jobs ``chief`` and ``worker`` are workers. Empty for one alone.
+        All tasks. Those of the jobs ``chief`` and ``worker`` are workers. Empty: a single worker.
     task_type, task_id : str, int, optional
-        The task: a worker if no type is given, the only one of its type if no id is.
+        The task. Without a type it is a worker; without an id, the only task of its type.
     source : str
-        Who says so, for messages.
+        The origin of the spec, for messages.
 
     Raises
     ------
     ClusterError
-        There is no such task, or more than one could be meant.
+        There is no such task, or the task is ambiguous.
     """
     if not spec.jobs and task_type in (None, _CHIEF, _WORKER) and task_id in (None, 0):
         return Position(task_type or _WORKER)
@@ -71,7 +71,7 @@ def position_in(
         task_id = indices[0]
     if task_id is None:
         raise ClusterError(
-            f"{source}: it must be said which {task_type} this process is, by its index; there are "
+            f"{source}: give the index of the {task_type} that this process is; the tasks are "
             f"{spec}"
         )
     if task_id not in indices:
@@ -91,5 +91,5 @@ def position_in(
 
 
 def worker_addresses(spec: ClusterSpec) -> tuple[str, ...]:
-    """Return the addresses of the workers, the chief first."""
+    """Return the addresses of the workers, in the order of ``worker_id``."""
     return spec.job_tasks(_CHIEF) + spec.job_tasks(_WORKER)

@@ -1,4 +1,4 @@
-"""The processes of this host, as Linux shows them; nothing where there is no ``/proc``."""
+"""Processes of this host, read from ``/proc``; without ``/proc`` no process is found."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ _PROC = Path("/proc")
 
 
 def parent_of(pid: int) -> int:
-    """Return the process that a process belongs to, 0 where that is not shown.
-
-    A process that has ended and that nobody has waited for is not shown.
-    """
+    """Return the id of a process's parent; 0 for a process that is not there or is a zombie."""
     state, parent = _state_and_parent(pid)
     return 0 if state in "ZX" else parent
 
 
 def state_of(pid: int) -> str:
-    """Return the letter for what a process does: R runs, S sleeps, T is stopped, Z has ended.
+    """Return the state letter of a process: R running, S sleeping, T stopped, Z zombie.
 
-    X for one that is not there.
+    X for a process that is not there.
     """
     return _state_and_parent(pid)[0]
 
@@ -34,13 +31,13 @@ def _state_and_parent(pid: int) -> tuple[str, int]:
         stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "X", 0
-    # "7 (any (name)) S 1 ...": the name may hold anything, and the last bracket ends it.
+    # "7 (any (name)) S 1 ...": the name may contain brackets; the last one ends it.
     state, parent = stat.rpartition(")")[2].split()[:2]
     return state, int(parent)
 
 
 def environment_of(pid: int) -> Environment | None:
-    """Return the variables that a process was started with, None where they are not shown."""
+    """Return the environment that a process was started with; None where it cannot be read."""
     try:
         variables = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except OSError:
@@ -50,15 +47,15 @@ def environment_of(pid: int) -> Environment | None:
 
 
 def descendants_of(pid: int) -> list[int]:
-    """Return the processes that a process started, and those that these started, and so on."""
+    """Return the ids of a process's children, grandchildren and so on."""
     try:
-        shown = [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdecimal()]
+        pids = [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdecimal()]
     except OSError:
         return []
     children: dict[int, list[int]] = {}
-    for process in shown:
-        children.setdefault(parent_of(process), []).append(process)
-    found = [pid]
-    for parent in found:  # grows while it is walked
-        found.extend(children.get(parent, ()))
-    return found[1:]
+    for child in pids:
+        children.setdefault(parent_of(child), []).append(child)
+    tree = [pid]
+    for parent in tree:  # breadth first: the list grows during the loop
+        tree.extend(children.get(parent, ()))
+    return tree[1:]

@@ -1,6 +1,6 @@
-"""Who is this process among the workers of its job: told by whoever started it.
+"""Cluster resolvers: find this process's position in its job from the launcher's environment.
 
-Every resolver reads its source once, when it is made, and communicates with nobody.
+Every resolver reads its source once, in the constructor, and does not communicate.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ _COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
 
 
 class ClusterResolver:
-    """What one process knows of its job. Use a subclass, or hand in what you know by yourself.
+    """Base class: this process's position in its job, and the addresses of all tasks.
+
+    Use a subclass, or pass a position of your own to this constructor.
 
     Parameters
     ----------
     source : str
-        Who told it, for messages: a launcher or a variable.
+        The origin of the information, for messages: a launcher or an environment variable.
     position : Position
-        Where this process stands.
+        The position of this process.
     spec : ClusterSpec, optional
-        The addresses of all tasks; empty where nobody knows them.
+        The addresses of all tasks; empty if they are unknown.
 
     Examples
     --------
@@ -61,12 +63,12 @@ class ClusterResolver:
 
     @property
     def source(self) -> str:
-        """Who told it: a launcher or a variable."""
+        """The origin of the information: a launcher or an environment variable."""
         return self._source
 
     @property
     def task_type(self) -> str:
-        """The name of this process's job: ``"worker"`` where there is only one kind."""
+        """The name of this process's job; ``"worker"`` under MPI, Slurm and Kubernetes."""
         return self._position.task_type
 
     @property
@@ -76,36 +78,36 @@ class ClusterResolver:
 
     @property
     def worker_id(self) -> int | None:
-        """The number among the workers, the chief first; None for a task that is no worker."""
+        """The number among all workers, the chief first; None for a task that is not a worker."""
         return self._position.worker_id
 
     @property
     def num_workers(self) -> int:
-        """How many workers there are, the chief included."""
+        """The number of workers, the chief included."""
         return self._position.num_workers
 
     @property
     def local_rank(self) -> int | None:
-        """The number among the workers of this host; None if nobody told."""
+        """The number among the workers of this host; None if unknown."""
         return self._position.local_rank
 
     @property
     def num_local_workers(self) -> int | None:
-        """How many workers this host has; None if nobody told."""
+        """The number of workers of this host; None if unknown."""
         return self._position.num_local_workers
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is the worker that writes what is written once."""
+        """Whether this is the first worker, which does what is to be done once per job."""
         return self._position.worker_id == 0
 
     @property
     def addresses(self) -> tuple[str, ...] | None:
-        """The workers' addresses in the order of ``worker_id``; None if nobody told."""
+        """The workers' addresses in the order of ``worker_id``; None if unknown."""
         return worker_addresses(self._spec) or None
 
     def cluster_spec(self) -> ClusterSpec:
-        """Return the addresses of all tasks; empty if nobody told."""
+        """Return the addresses of all tasks; an empty spec if unknown."""
         return self._spec
 
     def __repr__(self) -> str:
@@ -122,22 +124,28 @@ class ClusterResolver:
 
 @final
 class SimpleClusterResolver(ClusterResolver):
-    """A cluster that the program itself spells out.
+    """Resolver of a cluster that the program describes itself.
 
     Parameters
     ----------
     cluster_spec : ClusterSpec or mapping
-        The addresses of all tasks; ``{}`` for one worker alone. Jobs ``chief`` (at most one task)
-        and ``worker`` are workers, all others are not.
+        The addresses of all tasks; ``{}`` for a single worker. The tasks of the jobs ``chief`` (at
+        most one) and ``worker`` are workers, all others are not.
     task_type : str, optional
-        The job of this process: ``"worker"`` if not given.
+        The job of this process; ``"worker"`` if not given.
     task_id : int, optional
-        The index of this process in its job. May be left out if the job has one task.
+        The index of this process in its job. Optional if the job has one task.
 
     Raises
     ------
     ClusterError
         The spec is malformed or has no such task.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> dv.cluster.SimpleClusterResolver({"worker": ["a:2222", "b:2222"]}, task_id=0)
+    SimpleClusterResolver(explicit: worker 0 of 2, 0 of 1 on this host)
     """
 
     def __init__(
@@ -155,23 +163,31 @@ class SimpleClusterResolver(ClusterResolver):
 
 @final
 class TFConfigClusterResolver(ClusterResolver):
-    """A cluster spelt out as JSON in ``DVKERNELS_CLUSTER``, or else in ``TF_CONFIG``.
+    """Resolver of a cluster described as JSON in ``DVKERNELS_CLUSTER`` or ``TF_CONFIG``.
 
-    ``{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", "index": 0}}``, as
-    TensorFlow has it; ``rpc_layer`` and ``environment`` are accepted and mean nothing here. A
-    variable that is not set, empty, or ``{}`` means one worker alone.
+    The format is TensorFlow's:
+    ``{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", "index": 0}}``.
+    ``rpc_layer`` and ``environment`` are accepted and ignored. ``DVKERNELS_CLUSTER`` takes
+    precedence. If neither is set, or it is empty or ``{}``, this process is a single worker.
 
     Parameters
     ----------
     task_type, task_id : str, int, optional
-        Instead of what the variable says.
-    environ : mapping, optional
-        The variables; those of this process if not given.
+        Override the variable's ``task``.
+    environ : mapping from str to str, optional
+        The environment; that of this process if not given.
 
     Raises
     ------
     ClusterError
-        The variable is no such JSON. The message names the variable and what is wrong in it.
+        The JSON is malformed; the message names the variable and the fault.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> config = '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}'
+    >>> dv.cluster.TFConfigClusterResolver(environ={"TF_CONFIG": config})
+    TFConfigClusterResolver(TF_CONFIG: worker 1 of 2, 0 of 1 on this host)
     """
 
     def __init__(
@@ -204,24 +220,31 @@ class TFConfigClusterResolver(ClusterResolver):
 
 @final
 class SlurmClusterResolver(ClusterResolver):
-    """The tasks of a Slurm job step, as ``srun`` describes it to each.
+    """Resolver of a Slurm job step, from the variables that ``srun`` sets.
 
     Parameters
     ----------
     port : int
-        The port of the first task of each node; the next task of that node gets the next one.
-    environ : mapping, optional
-        The variables; those of this process if not given.
+        The port of the first task of each node; the next task of the node has the next port.
+    environ : mapping from str to str, optional
+        The environment; that of this process if not given.
 
     Raises
     ------
     ClusterError
-        This is no task of a job step, or a variable is malformed.
+        This process is not a task of a job step, or a variable is malformed.
 
     Notes
     -----
-    The addresses are known where tasks lie on the nodes in blocks or in turn (``--distribution``
-    ``block`` or ``cyclic``), and None elsewhere.
+    The addresses are known for ``--distribution`` ``block`` and ``cyclic``; for others they are
+    None.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> step = {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    >>> dv.cluster.SlurmClusterResolver(environ=step).worker_id
+    2
     """
 
     def __init__(
@@ -237,54 +260,68 @@ class SlurmClusterResolver(ClusterResolver):
 
 @final
 class MPIClusterResolver(ClusterResolver):
-    """The ranks of an MPI job, as its launcher describes them, without MPI being loaded.
+    """Resolver of an MPI job, from the variables that its launcher sets; MPI is not loaded.
 
-    Known are Open MPI, MPICH and Intel MPI (Hydra), and ``srun``.
+    Supports the launchers of Open MPI, MPICH and Intel MPI (Hydra), and ``srun``.
 
     Parameters
     ----------
-    environ : mapping, optional
-        The variables; those of this process if not given.
+    environ : mapping from str to str, optional
+        The environment; that of this process if not given.
 
     Raises
     ------
     ClusterError
         No launcher started this process, or a variable is malformed.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> hydra = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    >>> dv.cluster.MPIClusterResolver(environ=hydra)
+    MPIClusterResolver(Hydra: worker 1 of 2, 1 of 2 on this host)
     """
 
     def __init__(self, *, environ: launcher_environment.Environment | None = None) -> None:
         environ = os.environ if environ is None else environ
         found = launcher_environment.find(environ)
         if found is None:
-            raise ClusterError(launcher_environment.why_none(environ))
+            raise ClusterError(launcher_environment.why_not_found(environ))
         super().__init__(*found)
 
 
 @final
 class KubernetesClusterResolver(ClusterResolver):
-    """The pods of an indexed Kubernetes Job, one worker each.
+    """Resolver of an indexed Kubernetes Job, with one worker per pod.
 
-    Kubernetes tells a pod its index but not how many there are: the manifest says it once more in
-    the variable ``DVKERNELS_NUM_WORKERS``. Under the MPI Operator a worker is a rank of MPI:
-    use :class:`MPIClusterResolver` there.
+    Kubernetes gives a pod its index but not the number of pods, so the manifest must repeat it in
+    the variable ``DVKERNELS_NUM_WORKERS``. Under the MPI Operator a worker is an MPI rank: use
+    :class:`MPIClusterResolver` there.
 
     Parameters
     ----------
     num_workers : int, optional
-        ``completions`` of the Job; the variable ``DVKERNELS_NUM_WORKERS`` if not given.
+        The Job's ``completions``; the variable ``DVKERNELS_NUM_WORKERS`` if not given.
     service : str, optional
-        The headless service that names the pods, ``subdomain`` of their template; the variable
-        ``DVKERNELS_SERVICE`` if not given. Without it no addresses are known.
+        The headless service of the pods, ``subdomain`` in their template; the variable
+        ``DVKERNELS_SERVICE`` if not given. Without it the addresses are unknown.
     port : int
         The port of every pod.
-    environ : mapping, optional
-        The variables; those of this process if not given.
+    environ : mapping from str to str, optional
+        The environment; that of this process if not given.
 
     Raises
     ------
     ClusterError
-        This is no pod of an indexed Job, the number of workers is not known, or a variable is
-        malformed.
+        This process is not in a pod of an indexed Job, the number of workers is unknown, or a
+        variable is malformed.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> pod = {"JOB_COMPLETION_INDEX": "1", "DVKERNELS_NUM_WORKERS": "4"}
+    >>> dv.cluster.KubernetesClusterResolver(environ=pod)
+    KubernetesClusterResolver(Kubernetes: worker 1 of 4, 0 of 1 on this host)
     """
 
     def __init__(
@@ -298,20 +335,20 @@ class KubernetesClusterResolver(ClusterResolver):
         environ = os.environ if environ is None else environ
         if _COMPLETION_INDEX not in environ:
             raise ClusterError(
-                f"{_COMPLETION_INDEX} is not set: this is no pod of a Job with completionMode: "
+                f"{_COMPLETION_INDEX} is not set: this is not a pod of a Job with completionMode: "
                 f"Indexed"
             )
         if num_workers is None:
             if _NUM_WORKERS not in environ:
                 raise ClusterError(
-                    f"{_NUM_WORKERS} is not set, and Kubernetes does not tell a pod how many there "
-                    f"are: set it to the Job's completions, or pass num_workers"
+                    f"{_NUM_WORKERS} is not set, and Kubernetes does not give a pod the number of "
+                    f"pods: set it to the Job's completions, or pass num_workers"
                 )
             num_workers = launcher_environment.number(environ, _NUM_WORKERS, 1)
         num_workers = _integer("num_workers", num_workers, 1, math.inf)
         index = launcher_environment.number(environ, _COMPLETION_INDEX, 0, num_workers)
         service = environ.get("DVKERNELS_SERVICE") if service is None else service
-        # A pod is named for its Job and its index, and is alone: pods are hosts.
+        # A pod is named after its Job and its index, and counts as a host with one worker.
         job = environ.get("HOSTNAME", "").removesuffix(f"-{index}")
         spec: dict[str, Tasks] = {}
         if service and job and job != environ["HOSTNAME"]:
@@ -321,16 +358,16 @@ class KubernetesClusterResolver(ClusterResolver):
 
 
 def default_resolver(environ: launcher_environment.Environment | None = None) -> ClusterResolver:
-    """Return the resolver of whoever started this process.
+    """Return the resolver that fits the environment of this process.
 
-    In this order: an MPI launcher or ``srun``; the JSON of ``DVKERNELS_CLUSTER`` or ``TF_CONFIG``;
-    an indexed Kubernetes Job whose manifest sets ``DVKERNELS_NUM_WORKERS`` (others are jobs of
-    independent pods); otherwise one worker alone.
+    The first that applies of: an MPI launcher or ``srun``; the JSON in ``DVKERNELS_CLUSTER`` or
+    ``TF_CONFIG``; an indexed Kubernetes Job whose manifest sets ``DVKERNELS_NUM_WORKERS`` (pods of
+    other Jobs are independent); a single worker.
 
     Parameters
     ----------
-    environ : mapping, optional
-        The variables; those of this process if not given.
+    environ : mapping from str to str, optional
+        The environment; that of this process if not given.
 
     Raises
     ------
@@ -364,7 +401,7 @@ def default_resolver(environ: launcher_environment.Environment | None = None) ->
 
 
 def _parsed_config(name: str, text: str) -> dict[str, Any]:
-    """Return the object that the JSON of a variable is."""
+    """Return the JSON object in a variable; raise if it is malformed or has unknown keys."""
     try:
         config = json.loads(text) if text.strip() else {}
     except ValueError as error:
@@ -388,7 +425,7 @@ def _task_index(name: str, index: object) -> int:
 
 
 def _integer(name: str, value: object, low: int, high: float) -> int:
-    """Return an argument that must be an integer in a range."""
+    """Return an argument; raise unless it is an integer from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         limits = f"from {low}" + (f" to {high}" if high < math.inf else "")
         raise ClusterError(f"{name}: expected an integer {limits}; got {value!r}")

@@ -1,35 +1,35 @@
-"""Hosts that workers pretend to be on, to try on one machine what a program does on several."""
+"""Simulated hosts: workers of one machine behave as if they ran on several hosts."""
 
 from __future__ import annotations
 
 from dvkernels.cluster.launcher_environment import Environment
 from dvkernels.errors import ClusterError
 
-__all__ = ["VARIABLE", "pretended"]
+__all__ = ["VARIABLE", "host_of_each_worker"]
 
 VARIABLE = "DVKERNELS_HOSTS"
 
 
-def pretended(environ: Environment, num_workers: int) -> list[int] | None:
-    """Return the number of each worker's host as the variable has it; None if it is not set.
+def host_of_each_worker(environ: Environment, num_workers: int) -> list[int] | None:
+    """Return the simulated host of each worker; None if the variable is not set.
 
     Raises
     ------
     ClusterError
-        It does not say how many of ``num_workers`` workers each host has.
+        The value is not a list of workers per host that adds up to ``num_workers``.
 
     Examples
     --------
-    >>> pretended({"DVKERNELS_HOSTS": "3,1"}, 4)
+    >>> host_of_each_worker({"DVKERNELS_HOSTS": "3,1"}, 4)
     [0, 0, 0, 1]
     """
-    said = environ.get(VARIABLE, "").strip()
-    if not said:
+    text = environ.get(VARIABLE, "").strip()
+    if not text:
         return None
-    counts = [int(word) if word.strip().isdecimal() else 0 for word in said.split(",")]
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(counts) < 1 or sum(counts) != num_workers:
         raise ClusterError(
-            f"{VARIABLE}={said!r}: expected how many workers each pretended host has, such as "
-            f"'2,2', {num_workers} in all; unset it to take the hosts as they are"
+            f"{VARIABLE}={text!r}: expected the number of workers of each simulated host, such as "
+            f"'2,2', {num_workers} in all; unset it to use the real hosts"
         )
     return [host for host, count in enumerate(counts) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""How Slurm writes lists of nodes and of numbers: ``n[01-03,7],m5`` and ``3(x2),2,1``."""
+"""Parser of Slurm's lists of nodes and counts: ``n[01-03,7],m5`` and ``3(x2),2,1``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dvkernels.errors import ClusterError
 
 __all__ = ["expand_counts", "expand_nodes"]
 
-# Slurm itself ends at 65536 nodes. A typing error must not fill the memory.
+# Slurm supports at most 65536 nodes. The limit keeps a typing error from filling the memory.
 _MOST_NODES = 1 << 17
 
-# Compiled when first used: most who import this are under no Slurm.
-# A name is a run of texts and brackets: rack[0-1]node[00-15]-ib.
+# Compiled at first use, because most programs do not run under Slurm.
+# A name is a sequence of texts and brackets: rack[0-1]node[00-15]-ib.
 _NAME = r"(?:[^\[\],\s]|\[[0-9,-]+\])+"
 _PART = r"\[(?P<ranges>[0-9,-]+)\]|(?P<text>[^\[\]]+)"
 _RANGE = r"(?P<low>[0-9]+)(?:-(?P<high>[0-9]+))?"
@@ -22,20 +22,20 @@ _COUNT = r"(?P<count>[1-9][0-9]*)(?:\(x(?P<times>[1-9][0-9]*)\))?"
 
 
 def expand_nodes(variable: str, text: str) -> list[str]:
-    """Return the names that a list of nodes stands for.
+    """Expand a list of nodes to their names.
 
     Parameters
     ----------
     variable : str
-        Where the text comes from, for messages.
+        The environment variable that holds the text, for messages.
     text : str
-        Names separated by commas; brackets hold numbers and ranges, zeros in front are kept, and
-        one name may have several brackets, of which the last runs fastest.
+        Names separated by commas. Brackets contain numbers and ranges; leading zeros are kept. Of
+        several brackets in a name the last one varies fastest.
 
     Raises
     ------
     ClusterError
-        The text is no such list.
+        The text is not such a list, or names too many nodes.
 
     Examples
     --------
@@ -67,7 +67,7 @@ def expand_nodes(variable: str, text: str) -> list[str]:
 
 
 def expand_counts(variable: str, text: str) -> list[int]:
-    """Return the numbers that a list such as ``3(x2),2,1`` stands for.
+    """Expand a list of counts such as ``3(x2),2,1``; raise ``ClusterError`` if it is malformed.
 
     Examples
     --------
@@ -79,7 +79,7 @@ def expand_counts(variable: str, text: str) -> list[int]:
         match = re.fullmatch(_COUNT, part)
         if match is None:
             raise ClusterError(
-                f"{variable}: expected numbers such as 3(x2),2,1; {part!r} in {text!r} is none"
+                f"{variable}: expected numbers such as 3(x2),2,1; {part!r} in {text!r} is not one"
             )
         times = int(match["times"] or 1)
         if len(counts) + times > _MOST_NODES:
@@ -89,7 +89,7 @@ def expand_counts(variable: str, text: str) -> list[int]:
 
 
 def _numbers(variable: str, text: str, ranges: str) -> Iterator[str]:
-    """Yield the numbers of one pair of brackets, as wide as the first of their range."""
+    """Yield the numbers of one pair of brackets, zero-padded to the width of the range's start."""
     for part in ranges.split(","):
         match = re.fullmatch(_RANGE, part)
         if match is None or int(match["high"] or match["low"]) < int(match["low"]):
@@ -106,6 +106,6 @@ def _numbers(variable: str, text: str, ranges: str) -> Iterator[str]:
 
 def _malformed(variable: str, text: str, position: int) -> ClusterError:
     return ClusterError(
-        f"{variable}: expected names of nodes such as n[01-03,7],m5; got {text!r}, which goes "
-        f"wrong at character {position + 1}"
+        f"{variable}: expected names of nodes such as n[01-03,7],m5; got {text!r}, "
+        f"malformed at character {position + 1}"
     )

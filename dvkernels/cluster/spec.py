@@ -1,4 +1,4 @@
-"""A cluster: jobs, their tasks, and where each task is reached."""
+"""Cluster specification: jobs, their tasks, and the address of each task."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Tasks: TypeAlias = Sequence[str] | Mapping[int, str]
 
 @final
 class ClusterSpec:
-    """Jobs by name, each with its tasks by index, each with its address. Cannot be changed.
+    """Immutable mapping of jobs to tasks to addresses, as ``tf.train.ClusterSpec``.
 
     Parameters
     ----------
     jobs : mapping from str to sequence of str or mapping from int to str, or ClusterSpec
-        The addresses of each job's tasks, ``"host"`` or ``"host:port"``: in the order of the task
-        indices, or by index where some tasks are missing.
+        The addresses of each job's tasks, ``"host"`` or ``"host:port"``: a list in the order of
+        task indices, or a mapping by index if some tasks are missing.
 
     Raises
     ------
     ClusterError
-        An empty name, an address that is none, or one address for two tasks.
+        A job's name is empty, an address is malformed, or two tasks have the same address.
 
     Examples
     --------
@@ -61,15 +61,15 @@ class ClusterSpec:
         return tuple(self._tasks)
 
     def num_tasks(self, job: str) -> int:
-        """Return how many tasks a job has, 0 for a job that is not there."""
+        """Return the number of tasks of a job; 0 if there is no such job."""
         return len(self._tasks.get(job, ()))
 
     def task_indices(self, job: str) -> tuple[int, ...]:
-        """Return the indices of a job's tasks, ascending."""
+        """Return the indices of a job's tasks in ascending order; empty if there is no such job."""
         return tuple(self._tasks.get(job, ()))
 
     def job_tasks(self, job: str) -> tuple[str, ...]:
-        """Return the addresses of a job's tasks, in the order of their indices."""
+        """Return the addresses of a job's tasks in the order of indices; empty if there is none."""
         return tuple(self._tasks.get(job, {}).values())
 
     def task_address(self, job: str, index: int) -> str:
@@ -80,7 +80,7 @@ class ClusterSpec:
             raise ClusterError(f"there is no {job} {index} in {self}") from None
 
     def as_dict(self) -> dict[str, dict[int, str]]:
-        """Return the addresses by job and index."""
+        """Return the addresses as a new dict by job and index."""
         return {name: dict(tasks) for name, tasks in self._tasks.items()}
 
     def __eq__(self, other: object) -> bool:
@@ -97,14 +97,14 @@ class ClusterSpec:
 
 
 def host_of(address: str) -> str:
-    """Return the host of ``host``, ``host:port`` or ``[v6]:port``."""
+    """Return the host of an address: ``host``, ``host:port`` or ``[v6]:port``."""
     host, colon, port = address.rpartition(":")
     has_port = colon and port.isdecimal() and (":" not in host or host.endswith("]"))
     return host if has_port else address
 
 
 def _addresses(job: object, tasks: object) -> dict[int, str]:
-    """Return the addresses of one job by index, checked, ascending."""
+    """Return the checked addresses of one job by ascending index."""
     if not isinstance(job, str) or not job:
         raise ClusterError(f"a job's name is a string that is not empty; got {job!r}")
     if isinstance(tasks, Mapping):
@@ -113,7 +113,8 @@ def _addresses(job: object, tasks: object) -> dict[int, str]:
         by_index = dict(enumerate(tasks))
     else:
         raise ClusterError(
-            f"job {job!r}: expected a list of addresses, or addresses by index; got {tasks!r}"
+            f"job {job!r}: expected a list of addresses, or a dict from index to address; "
+            f"got {tasks!r}"
         )
     for index, address in by_index.items():
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:

@@ -258,4 +258,4 @@ def _memory_entries() -> Iterator[tuple[str, str, int]]:
         yield "cpu:0", "prefetch", prefetch_thread.nbytes_ready()
 
 
-memory_report.open_account(_memory_entries)
+memory_report.register_account(_memory_entries)

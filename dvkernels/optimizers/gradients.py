@@ -73,7 +73,7 @@ def variables_of(pairs: Sequence[Pair], op: ReduceOp) -> list[Variable]:
                 f"call is under {frame.placement.name}; create it inside that strategy's scope"
             )
         if frame is None or frame.replica is None:
-            context.check_turn(variable.owner, f"{VERB} of variable {variable.name!r}")
+            context.check_no_step_elsewhere(variable.owner, f"{VERB} of variable {variable.name!r}")
         if variable.owner is not variables[0].owner:
             raise ContextError(
                 f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, "
@@ -138,7 +138,7 @@ def columns_of(
         )
     if not any(isinstance(gradient, PerReplica) for gradient, _ in pairs):
         chosen = zip(columns, pairs, strict=True)
-        return [[v.owner.of_chief(gradient)] for (gradient,), (_, v) in chosen], True
+        return [[v.owner.broadcast_from_chief(gradient)] for (gradient,), (_, v) in chosen], True
     # Among columns of several gradients, a single gradient is repeated for every replica.
     length = max(len(column) for column in columns)
     return [column * length if len(column) < length else column for column in columns], False

@@ -310,7 +310,7 @@ class Optimizer(abc.ABC):
             self._reduce(variables, columns, op, weights, absent)
             return
         if weights is not None:  # checked only: the weighted mean of equal gradients is the same
-            replica_weights.shares_over(weights, variables[0].owner.workers, gradients.VERB)
+            replica_weights.normalized_shares(weights, variables[0].owner.workers, gradients.VERB)
         self._step(variables, columns, op, None)
 
     def _reduce(
@@ -331,10 +331,10 @@ class Optimizer(abc.ABC):
         owner = variables[0].owner
         shares = None
         if weights is not None:
-            shares = replica_weights.shares_over(weights, owner.workers, gradients.VERB)
+            shares = replica_weights.normalized_shares(weights, owner.workers, gradients.VERB)
         is_single = owner.workers.size == 1
         if shares is not None and not (is_single and owner.memory is array_memory.HOST):
-            columns, op, shares = replica_weights.shares_of(columns, shares), ReduceOp.SUM, None
+            columns, op, shares = replica_weights.scaled_shares(columns, shares), ReduceOp.SUM, None
         if not is_single:
             try:
                 reduced = all_reduce_each(owner.communicator, columns, op)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.optimizers import saved_state
-from dvkernels.variables.variable import Variable, companion, on_copy
+from dvkernels.variables.variable import Variable, on_deepcopy, variable_like
 
 __all__: list[str] = []
 
@@ -66,7 +66,7 @@ class Slots:
         for variable, state in zip(variables, states, strict=True):
             for name in names:
                 if name not in state.slots:  # for example after momentum was set later
-                    state.slots[name] = companion(variable, name)
+                    state.slots[name] = variable_like(variable, name)
         return states
 
     def has(self, variable: Variable) -> bool:
@@ -102,7 +102,7 @@ class Slots:
         for variable, state in self.living():
             slots = {name: copy.deepcopy(slot, memo) for name, slot in state.slots.items()}
             made._set(memo.get(id(variable), variable), VariableState(slots, state.steps.copy()))
-        on_copy(memo, move)  # the call may copy the variables after the optimizer
+        on_deepcopy(memo, move)  # the call may copy the variables after the optimizer
         return made
 
 
@@ -110,5 +110,5 @@ def _new_state(
     variable: Variable, entry: saved_state.Entry | None, names: Sequence[str]
 ) -> VariableState:
     content = {} if entry is None else entry["slots"]
-    slots = {name: companion(variable, name, content.get(name)) for name in names}
+    slots = {name: variable_like(variable, name, content.get(name)) for name in names}
     return VariableState(slots, np.array(0 if entry is None else entry["steps"], np.int64))

@@ -1,4 +1,4 @@
-"""The profiler: traces, debug mode and memory reports, which every room may record to.
+"""Profiler: traces, debug mode and memory reports; all other packages may record to it.
 
 Imports: errors, reduce_op, user_errors.
 """

@@ -1,4 +1,4 @@
-"""A file of results that appears whole or not at all, and is written to no other place."""
+"""Atomic writing of a result file: the whole file appears at its path, or nothing changes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ __all__: list[str] = []
 
 
 class AtomicFile:
-    """A file that will be at a path; ``OSError`` at once if it cannot be.
+    """File that is written under a temporary name and then replaces the file at its path.
 
-    It is written beside, under a name that nobody can foretell, in a folder that is held open; then
-    it takes the place of what is there. A link there is replaced, not followed: who shares the
-    folder could have put it there. A pipe or a device (``/dev/stdout``) is written to.
+    The constructor raises ``OSError`` if no file can be created there. The temporary name is
+    random, and the folder is held open by a descriptor, so nobody who shares the folder can
+    redirect the writing. A symbolic link at the path is replaced, not followed, for the same
+    reason. A pipe or a device (``/dev/stdout``) is written to directly.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
             self.path = Path(os.path.abspath(os.fsdecode(path)))
-            found = os.stat(self.path).st_mode
+            mode = os.stat(self.path).st_mode
         except FileNotFoundError:
-            found = stat.S_IFREG
-        except ValueError as error:  # NUL, or no text
+            mode = stat.S_IFREG
+        except ValueError as error:  # a NUL, or undecodable bytes
             raise OSError(errno.EINVAL, f"no file can have this name ({error})") from None
-        if stat.S_ISDIR(found):
+        if stat.S_ISDIR(mode):
             raise IsADirectoryError(f"{self.path} is a folder; name a file")
         self._folder = -1
-        if stat.S_ISREG(found):
+        if stat.S_ISREG(mode):
             self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             self._name = f".{self.path.name}.{os.urandom(8).hex()}.partial"
         try:
@@ -42,7 +43,7 @@ class AtomicFile:
             raise
 
     def fill(self, write: Callable[[BinaryIO], object]) -> None:
-        """Let the content be written, and put it in place; after an error what was there is."""
+        """Call ``write`` with the file, and put it in place; after an error the old file stays."""
         try:
             with self._file as file:
                 write(file)
@@ -57,7 +58,7 @@ class AtomicFile:
         self._close_folder()
 
     def discard(self) -> None:
-        """Leave everything as it was; may be called twice."""
+        """Remove the temporary file and leave the old one; may be called twice."""
         self._file.close()
         if self._folder >= 0:
             with contextlib.suppress(FileNotFoundError):
@@ -77,6 +78,6 @@ class AtomicFile:
             os.close(folder)
 
 
-def put(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file of text, as an :class:`AtomicFile`."""
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically."""
     AtomicFile(path).fill(lambda file: file.write(text.encode()))

@@ -1,7 +1,7 @@
-"""Debug mode: what goes wrong in a step is found where it happens, and said with names.
+"""Debug mode: checks of every step for NaN, drift and stalls, with the replica and the step named.
 
-It is off by default, and then costs one look at ``active`` for each call. What it finds is raised,
-or goes to the logger ``dvkernels``, whose records carry the attributes ``replica`` and ``step``.
+It is off by default, and then costs one read of ``active`` per call. Findings are raised, or go to
+the logger ``dvkernels``, whose records have the attributes ``replica`` and ``step``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["debug"]
 
 _STALL_SECONDS = 30.0
 _REMEMBERED = 100  # collectives in the flight recorder
-_here = threading.local()  # what this thread runs: label, step, replica
+_here = threading.local()  # .place: the RunningReplica of this thread
 
 
-class _Naming(logging.Filter):
-    """Gives each record the replica and the step that it is about; "-" outside of them."""
+class _ReplicaFilter(logging.Filter):
+    """Log filter that adds the replica and the step to each record; "-" outside of a step."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Name them; keep the record."""
+        """Add the attributes, and keep the record."""
         place = getattr(_here, "place", None)
         if not hasattr(record, "replica"):
             record.replica = "-" if place is None else place.replica
@@ -43,11 +43,11 @@ class _Naming(logging.Filter):
 
 LOGGER = logging.getLogger("dvkernels")
 LOGGER.addHandler(logging.NullHandler())
-LOGGER.addFilter(_Naming())
+LOGGER.addFilter(_ReplicaFilter())
 
 
 class RunningReplica(NamedTuple):
-    """Who runs: a replica in a step of a strategy."""
+    """The replica that a thread runs, and its step and strategy."""
 
     strategy: str
     step: int
@@ -58,13 +58,15 @@ class RunningReplica(NamedTuple):
 
 
 class _ReportedEntry(NamedTuple):
+    """Entry of the flight recorder."""
+
     seconds: float  # of time.perf_counter
     place: RunningReplica
-    called: Any  # printed only if it must be
+    called: Any  # the collective call; converted to text only in a dump
 
 
 class DebugState:
-    """What debug mode remembers while it is on."""
+    """State of debug mode: the flight recorder, and the reads of ON_READ variables."""
 
     def __init__(self, stall_seconds: float) -> None:
         self.stall_seconds = stall_seconds
@@ -76,11 +78,11 @@ class DebugState:
     # -- the flight recorder --------------------------------------------------------------------
 
     def record(self, place: RunningReplica, called: Any) -> None:
-        """Remember that a replica called a collective."""
+        """Record in the flight recorder that a replica called a collective."""
         self._entries.append(_ReportedEntry(time.perf_counter(), place, called))
 
     def dump(self, strategy: str, step: int, error: BaseException) -> None:
-        """Log the last collectives, because a step has failed."""
+        """Log the last collectives of a strategy, after a step has failed."""
         now = time.perf_counter()
         lines = [
             f"  {1e3 * (now - entry.seconds):10.3f} ms ago: step {entry.place.step}, replica "
@@ -98,7 +100,7 @@ class DebugState:
     # -- stalls ---------------------------------------------------------------------------------
 
     def report_stall(self, place: RunningReplica, doing: str, threads: Sequence[int]) -> None:
-        """Log who waits where, with the Python stack of each replica's thread."""
+        """Log that a replica is waiting, with the Python stack of each replica's thread."""
         frames = sys._current_frames()
         stacks = "\n".join(
             f"replica {replica}:\n{_stack(frames.get(ident))}"
@@ -110,14 +112,14 @@ class DebugState:
             extra={"step": place.step, "replica": place.replica},
         )  # fmt: skip
 
-    # -- needless traffic -----------------------------------------------------------------------
+    # -- redundant communication ----------------------------------------------------------------
 
     def next_step(self) -> None:
-        """Say that a step begins: what is read after it may have changed."""
+        """Begin a step: reads after it may give new values."""
         self._generation += 1
 
     def note_aggregate(self, variable: int, name: str) -> None:
-        """Count a read that aggregates the copies of a variable; warn of the second in a step."""
+        """Count an aggregating read of a variable; warn at the second one within a step."""
         generation, count = self._reads.get(variable, (-1, 0))
         count = count + 1 if generation == self._generation else 1
         self._reads[variable] = self._generation, count
@@ -130,25 +132,28 @@ class DebugState:
             )  # fmt: skip
 
     def note_written(self, variable: int) -> None:
-        """Say that a variable was written across replicas: the next read has a reason."""
+        """Record a write in cross-replica context: the next read is not redundant."""
         self._reads.pop(variable, None)
 
 
-# What debug mode remembers; None: it is off.
+# The state while debug mode is on; None: it is off.
 active: DebugState | None = None
 
 
 class debug:
-    """Switch debug mode on, or off; also a context manager that restores what was before.
+    """Switch debug mode on or off; as a context manager, restore the previous mode at the end.
 
     Parameters
     ----------
     enabled : bool
+        True to switch it on, False to switch it off.
     stall_seconds : float
-        After how long a wait in a collective is reported.
+        The duration after which a wait in a collective is reported [s].
 
     Raises
     ------
+    TypeError
+        ``enabled`` is not a bool.
     ValueError
         ``stall_seconds`` is not a positive number.
 
@@ -156,19 +161,20 @@ class debug:
     -----
     While it is on:
 
-    * NaN and infinity brought to a collective, written to a variable, or found in a variable
-      after a step raise ``NonFiniteError`` that names variable or collective, replica and step.
-      A value of weight 0 is not looked at.
-    * After each step, and each ``update``, the copies of ON_WRITE variables are compared; copies
-      that drifted apart raise ``DriftError``.
-    * A wait in a collective that lasts is logged as a warning: which replica waits where, with
-      the Python stack of each.
+    * NaN or infinity in a value passed to a collective, written to a variable, or found in a
+      variable after a step raises a ``NonFiniteError`` that names the variable or collective, the
+      replica and the step. Values of weight 0 are not checked.
+    * After each step and each ``update`` the copies of ON_WRITE variables are compared; if they
+      differ, ``DriftError`` is raised.
+    * A wait in a collective of more than ``stall_seconds`` is logged as a warning: which replica
+      waits where, with the Python stack of each replica.
     * When a step fails, the last 100 collectives are logged as an error.
-    * ON_READ variables that are read several times a step are logged as a warning, once each.
+    * Redundant cross-replica reads of an ON_READ variable within a step are logged as a warning,
+      once per variable.
 
-    Log records of the logger ``dvkernels`` carry ``replica`` and ``step``. The logger is silent
-    unless logging is configured. It costs a pass over what it looks at, and a comparison of all
-    copies after each step. It applies to the whole process.
+    Records of the logger ``dvkernels`` have the attributes ``replica`` and ``step``. The logger is
+    silent unless logging is configured. The cost is one pass over each checked array, and a
+    comparison of all copies after each step. Debug mode applies to the whole process.
 
     Examples
     --------
@@ -203,19 +209,19 @@ class debug:
 
 
 def here() -> RunningReplica | None:
-    """Return what this thread runs, if debug mode was on when it began."""
+    """Return the replica that this thread runs, if debug mode was on when its step began."""
     return getattr(_here, "place", None)
 
 
 def enter(place: RunningReplica | None) -> RunningReplica | None:
-    """Say what this thread runs; return what it ran before."""
+    """Set the replica that this thread runs; return the previous one."""
     before = here()
     _here.place = place
     return before
 
 
 def check_finite(what: str, arrays: Iterable[Any]) -> None:
-    """Raise ``NonFiniteError`` if an array holds NaN or infinity. Only in debug mode."""
+    """Raise ``NonFiniteError`` if an array contains NaN or infinity; called in debug mode only."""
     for array in arrays:
         if reduce_op.kind(array.dtype) not in "fc":
             continue

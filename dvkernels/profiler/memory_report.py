@@ -1,4 +1,4 @@
-"""Bytes by device and owner, as the modules that own memory account for them."""
+"""Memory report: bytes by device and owner, as reported by the modules that own arrays."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ __all__ = ["MemoryReport", "memory"]
 
 OWNERS = ("variables", "slots", "workspaces", "prefetch")
 
-# (device, owner, bytes) of everything a module holds at the moment.
+# Yields (device, owner, bytes) of all arrays that a module holds at the moment.
 Account = Callable[[], Iterable[tuple[str, str, int]]]
 _accounts: list[Account] = []
 
 
-def open_account(account: Account) -> None:
-    """Have ``account`` called by every report."""
+def register_account(account: Account) -> None:
+    """Register a function that every report calls."""
     _accounts.append(account)
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What :func:`memory` found, in bytes.
+    """Result of :func:`memory`, in bytes.
 
     Attributes
     ----------
     by_device : dict of dict
-        Device, such as ``"cpu:0"``, then owner: ``"variables"`` (their copies), ``"slots"`` (of
-        optimizers), ``"workspaces"`` (arrays kept to work out writes in) and ``"prefetch"``
-        (batches held ready).
+        Bytes by device, such as ``"cpu:0"``, and owner: ``"variables"`` (their copies),
+        ``"slots"`` (of optimizers), ``"workspaces"`` (arrays in which writes are computed) and
+        ``"prefetch"`` (prefetched batches).
     process_nbytes : int or None
-        What the whole process holds in memory; None where the system does not say.
+        Resident memory of the process; None where the system does not report it.
     process_peak_nbytes : int or None
-        The most it has held.
+        The peak of the resident memory so far; None where the system does not report it.
     """
 
     by_device: dict[str, dict[str, int]]
@@ -58,7 +58,12 @@ class MemoryReport:
 
 
 def memory() -> MemoryReport:
-    """Report the bytes that the library holds, by device and owner, and the process's own.
+    """Report the bytes that the library holds by device and owner, and those of the process.
+
+    Returns
+    -------
+    MemoryReport
+        Printing it shows a table.
 
     Examples
     --------
@@ -91,7 +96,7 @@ def _of_process() -> tuple[int | None, int | None]:
     except ImportError:  # Windows
         pass
     if now is not None and peak is not None:
-        peak = max(now, peak)  # the system keeps the two in different places, not always in step
+        peak = max(now, peak)  # two counters of the system, not updated at the same time
     return now, peak
 
 

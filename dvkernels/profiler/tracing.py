@@ -1,6 +1,6 @@
-"""What happened when, on which replica: a trace that Perfetto and Chrome show.
+"""Tracing: a timeline of what each replica does, in the Trace Event Format of Perfetto and Chrome.
 
-Off by default, and then costs one look at ``active`` for each call.
+It is off by default, and then costs one read of ``active`` per call.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dvkernels.profiler.debugging import LOGGER
 
 __all__ = ["trace"]
 
-_MOST_SPANS = 1_000_000  # some 300 MB while they are held
+_MOST_SPANS = 1_000_000  # some 300 MB in memory
 
 
 class _TraceEvent(NamedTuple):
-    """Something that a thread did; times of ``time.perf_counter_ns``."""
+    """Span of time of one thread; times of ``time.perf_counter_ns``."""
 
     name: str
     category: str
@@ -38,30 +38,30 @@ class _TraceEvent(NamedTuple):
 
 
 class trace:
-    """Record what the program does until the end of a ``with`` block, and write it to a file.
+    """Record a trace until the end of a ``with`` block, or ``close``, and write it to a file.
 
     Parameters
     ----------
     path : path-like
-        The file, say ``run.json``. What is there is replaced when the trace is whole.
+        The file, such as ``run.json``. An existing file is replaced at the end of the trace.
 
     Raises
     ------
     ContextError
-        A trace is being recorded already: there is one for the process.
+        A trace is being recorded already; a process records one at a time.
     OSError
-        The file cannot be written there; found out before anything is recorded.
+        The file cannot be created; raised before anything is recorded.
 
     Notes
     -----
-    One lane for each thread, named after the replica that runs on it. In it: ``run`` (a replica's
-    function), each collective from its call to its result, inside it ``reduce`` where this thread
-    did the work for all, so that the rest was waiting; ``next`` of distributed iterators, and what
-    checkpoints do. Open the file at ui.perfetto.dev or chrome://tracing.
+    The trace has one lane per thread, named after the replica that runs on it, with these spans:
+    ``run`` (a replica's function); each collective from its call to its result, and inside it
+    ``reduce`` where this thread carried it out for all replicas (the rest of the collective is
+    waiting); ``next`` of distributed iterators; and the phases of checkpoints. Open the file at
+    ui.perfetto.dev or chrome://tracing.
 
-    A span costs about a microsecond. After a million of them the later ones are counted only, and
-    a warning says how many. With several workers every worker records itself: give each a path of
-    its own.
+    A span costs about a microsecond. At most a million spans are kept; a warning gives the number
+    of later ones. Every worker records its own trace, so each needs a path of its own.
 
     Examples
     --------
@@ -127,11 +127,11 @@ class trace:
         text.detach()
 
     def name_lane(self, name: str) -> None:
-        """Say what the lane of this thread is called."""
+        """Name the lane of this thread."""
         self._lanes[threading.get_native_id()] = name
 
     def add(self, name: str, category: str, began: int, about: dict[str, Any]) -> None:
-        """Record that this thread did something from ``began`` (``perf_counter_ns``) to now."""
+        """Record a span of this thread, from ``began`` (``perf_counter_ns``) to now."""
         if len(self._spans) >= _MOST_SPANS:
             self._num_dropped += 1
             return
@@ -142,7 +142,7 @@ class trace:
         self._spans.append(_TraceEvent(name, category, began, ended, thread, about))
 
     def _events(self) -> Iterator[dict[str, Any]]:
-        """Yield events of the Trace Event Format: complete ones in microseconds, and names."""
+        """Yield the events of the Trace Event Format: thread names, then spans in microseconds."""
         for thread, name in self._lanes.items():
             about = {"name": name}
             yield {
@@ -161,13 +161,13 @@ class trace:
             }
 
 
-# The one that is being recorded; None: none is.
+# The trace that is being recorded; None: none is.
 active: trace | None = None
 
 
 @user_errors.block
 def span(name: str, category: str, *, lane: str = "", **about: Any) -> Iterator[None]:
-    """Record a block, if a trace is being recorded when it begins; ``lane`` names the thread."""
+    """Record a block as a span, if a trace is active at its start; ``lane`` names the thread."""
     recording, began = active, time.perf_counter_ns()
     if recording is not None and lane:
         recording.name_lane(lane)
@@ -179,7 +179,7 @@ def span(name: str, category: str, *, lane: str = "", **about: Any) -> Iterator[
 
 
 def _forget() -> None:
-    """Record nothing in a child: the file is its parent's."""
+    """End the recording in a forked child: the file belongs to the parent."""
     global active
     active = None
 

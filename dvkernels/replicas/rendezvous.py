@@ -146,7 +146,7 @@ class Rendezvous:
         self,
         num_replicas: int,
         gates: Gates | None = None,
-        timeout: float = deadlines.PATIENCE_SECONDS,
+        timeout: float = deadlines.DEFAULT_TIMEOUT_SECONDS,
         progress_thread: ProgressThread | None = None,
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,

@@ -1,4 +1,4 @@
-"""A strategy: devices, a communicator, and a placement of variables on the devices."""
+"""The strategy: devices, a communicator, and a placement of variables on the devices."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.strategies.reduction import reduce_along
 from dvkernels.user_errors import shown
 from dvkernels.values import function_checks, regroup
-from dvkernels.values.array_leaves import alike, as_array, gatherable
+from dvkernels.values.array_leaves import as_array, prepare_gather, with_common_dtype
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
@@ -47,18 +47,26 @@ from dvkernels.variables import drift
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import (
     Variable,
-    commit,
+    commit_drafts,
     copies_of,
     drafts_of,
-    end,
-    living_in,
+    end_drafts,
+    variables_of,
 )
 
 __all__ = ["Strategy", "ValueContext"]
 
 
 class ValueContext:
-    """Which replica a value is made for, in ``distribute_values_from_function``."""
+    """The replica for which the function of ``distribute_values_from_function`` makes a value.
+
+    Attributes
+    ----------
+    replica_id_in_sync_group : int
+        The id of the replica, from 0.
+    num_replicas_in_sync : int
+        The number of replicas, over all workers.
+    """
 
     __slots__ = ("num_replicas_in_sync", "replica_id_in_sync_group")
 
@@ -67,48 +75,59 @@ class ValueContext:
         self.num_replicas_in_sync = num_replicas_in_sync
 
 
-_READ = "next(iterator) of a distributed dataset"  # what workers agree on, in messages
+# The verb that error messages name when workers disagree about an input step.
+_READ = "next(iterator) of a distributed dataset"
 
 
 class Strategy(ProcessBound):
-    """How a computation is spread over replicas: devices, a communicator, a place for variables.
+    """Distribution of a computation over replicas: devices, a communicator, a home for variables.
 
-    Use one of its final kinds, or make your own by calling this constructor.
+    Use one of the final subclasses, or call this constructor for a strategy of your own.
 
     Parameters
     ----------
     devices : sequence of Device or str, optional
-        One per replica, of one kind; a device may be named twice. All GPUs if not given, or else
-        one per usable core.
+        One per replica, all of one kind; a device may be named several times. If not given, all
+        GPUs, or one replica per usable core where there is no GPU.
     communicator : Communicator or str
-        Of as many ranks; or a name, as ``MirroredStrategy`` takes.
+        A communicator with one rank per device, or a name that ``MirroredStrategy`` accepts.
     bytes_per_bucket : int, optional
-        Pack the arrays of a nest into buckets of so many bytes for ``all_reduce``.
+        Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. Not
+        packed if not given.
     central_device : Device or str, optional
         Keep a single copy of each variable there, instead of one per replica.
     workers : Workers, optional
-        The other processes, each with replicas of its own; ``devices`` and ``communicator`` are
-        those of this one. This process alone if not given.
+        The group of worker processes, each with replicas of its own; ``devices`` and
+        ``communicator`` describe this process only. A single process if not given.
 
     Raises
     ------
     DeviceError
-        A device that does not exist, or none; CPU devices and GPUs together.
+        A device does not exist, the list is empty, or it mixes CPU devices and GPUs.
     AlgorithmError
-        A communicator of another size, or an object that lacks its methods.
+        The communicator has another size, or the object lacks methods of the protocol.
     ValueError
         ``bytes_per_bucket`` is not a positive integer.
 
     Notes
     -----
-    A strategy is a context manager that closes itself. Its threads are made at the first ``run``
-    and end with it: by ``close()``, ``with``, or when it is dropped.
+    A strategy is a context manager that closes itself. The replica threads start at the first
+    ``run`` and end with the strategy: by ``close()``, at the end of ``with``, or when the strategy
+    is garbage-collected.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> with dv.Strategy(["cpu:0", "cpu:1"], "ring") as strategy:
+    ...     ids = strategy.run(lambda: dv.get_replica_context().replica_id_in_sync_group)
+    ...     print(strategy.reduce("sum", ids))
+    1
     """
 
     _bound_by = (
-        "its threads are of this process, and its variables belong to it alone; make another one "
-        "where it is needed, and take along what variables hold with dv.Checkpoint, or as arrays "
-        "(v.numpy())"
+        "its threads belong to this process, and its variables to this strategy; make another "
+        "strategy where one is needed, and pass on the contents of variables with dv.Checkpoint, "
+        "or as arrays (v.numpy())"
     )
 
     def __init__(
@@ -129,9 +148,9 @@ class Strategy(ProcessBound):
             bytes_per_bucket = int(bytes_per_bucket)
         central = None if central_device is None else registry.resolve(central_device)
         workers = Single() if workers is None else workers
-        held = array_memory.of(resolved)
-        workers = communicators.for_any_memory(workers, held is not array_memory.HOST)
-        counts, all_over, background = communicators.between_all(
+        memory = array_memory.of(resolved)
+        workers = communicators.for_any_memory(workers, memory is not array_memory.HOST)
+        counts, between_all, background = communicators.between_all(
             resolved, communicator, workers, bytes_per_bucket
         )
         name = f"{type(self).__name__}({', '.join(str(device) for device in resolved)})"
@@ -140,41 +159,41 @@ class Strategy(ProcessBound):
         self._epochs = EpochCounts()
         self._placement = Placement(
             resolved,
-            all_over,
+            between_all,
             name,
             central,
             workers=workers,
             replicas_of_workers=tuple(counts),
-            background=background,
+            background_communicator=background,
         )
         announce = workers.announce if workers.size > 1 else None
         self._runner: Runner | StreamedRunner = Runner(
-            len(resolved), name, self._placement.first_replica, announce, self._placement.turn
+            len(resolved), name, self._placement.first_replica, announce, self._placement.step_lock
         )
         if self._placement.memory is not array_memory.HOST:
             order = StreamOrder([device.index for device in resolved])
             self._runner = StreamedRunner(self._runner, order)
 
-    # -- what it is -----------------------------------------------------------------------------
+    # -- description -----------------------------------------------------------------------------
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """The number of replicas that a batch is divided over."""
+        """The number of replicas over all workers; a global batch is split over them."""
         return self._placement.num_replicas
 
     @property
     def worker_devices(self) -> tuple[Device, ...]:
-        """Where the replicas of this process compute, in replica order."""
+        """The devices of this process's replicas, in replica order."""
         return self._placement.replica_devices
 
     @property
     def parameter_devices(self) -> tuple[Device, ...]:
-        """Where variables live."""
+        """The devices that hold the copies of a variable."""
         return self._placement.copy_devices
 
     @property
     def cluster_resolver(self) -> Any:
-        """Who told where this process stands among others; None: all replicas are in it."""
+        """The resolver of this process's position in the cluster; None for a single process."""
         return None
 
     def __repr__(self) -> str:
@@ -195,8 +214,22 @@ class Strategy(ProcessBound):
     def scope(self) -> Scope:
         """Return a context manager that makes this the current strategy.
 
-        Variables created inside get one copy per replica. May be entered again inside itself.
-        Inside another strategy's scope, or in a replica, entering raises ``ContextError``.
+        Returns
+        -------
+        context manager
+            Yields the strategy. Variables created inside get one copy per replica. It may be
+            entered again inside itself; entering it inside another strategy's scope, or in
+            replica context, raises ``ContextError``.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
+        >>> with strategy.scope():
+        ...     step = dv.Variable(0)
+        >>> len(step.values)
+        2
+        >>> strategy.close()
         """
         return Scope(self, self._placement)
 
@@ -206,33 +239,45 @@ class Strategy(ProcessBound):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call ``fn`` once per replica, at the same time, each in its replica context.
+        """Call ``fn`` once per replica, in parallel, each call in its replica context.
 
         Parameters
         ----------
         fn : callable
-            Runs for replica 0 on the calling thread, for the others on threads of the strategy;
-            Python code shares the interpreter, NumPy and nogil Numba code runs in parallel.
+            Runs for replica 0 on the calling thread, for the others on threads of the strategy.
+            Python code shares the interpreter lock; NumPy and nogil Numba code runs in parallel.
         args : list or tuple
+            Positional arguments.
         kwargs : dict, optional
-            Distributed values in them, at any depth, are replaced by the replica's component;
-            variables are passed as they are.
+            Keyword arguments. Distributed values in ``args`` and ``kwargs``, at any depth, are
+            replaced by the replica's component; variables are passed as they are.
 
         Returns
         -------
-        PerReplica, or a nest of them
-            None only if every replica returned None.
+        PerReplica, or a pytree of them
+            One result per replica of this process. None only if every replica returned None.
 
         Raises
         ------
         Exception
-            What a replica raised, as it is: of the lowest replica that raised by itself.
+            The exception of a replica, unchanged: that of the lowest replica that raised by
+            itself. Those of other replicas are attached as notes. The next run works.
         CollectiveMismatchError
             The replicas disagreed in a collective. The next run works.
         ContextError
-            Called in a replica, under another strategy's scope, or after ``close``.
+            Called in replica context, under another strategy's scope, or after ``close``.
+        TypeError
+            ``fn`` is not callable, or is a coroutine or generator function.
         ValueError
-            The replicas returned different structures.
+            ``args`` or ``kwargs`` have the wrong type, or the replicas returned different
+            structures.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.run(lambda x: 10 * x, args=(dv.PerReplica([1, 2]),)))
+        PerReplica(0: 10, 1: 20)
         """
         frame = context.require_cross_replica(self._placement, "run")
         function_checks.check("run", fn)
@@ -245,8 +290,8 @@ class Strategy(ProcessBound):
             raise ValueError(f"run: kwargs must be a dict, got {type(kwargs).__name__}")
         placement = self._placement
         num_local = placement.num_local
-        positional = self._dealt(tuple(args), "run") if args else [()] * num_local
-        named = self._dealt(dict(kwargs), "run") if kwargs else [{}] * num_local
+        positional = self._components(tuple(args), "run") if args else [()] * num_local
+        named = self._components(dict(kwargs), "run") if kwargs else [{}] * num_local
 
         def replica(step: Rendezvous, rank: int) -> Any:
             here = ReplicaContext(placement, step, rank, self)
@@ -259,12 +304,12 @@ class Strategy(ProcessBound):
             watch.next_step()
         results = self._runner.run(replica, nested)
         if watch is not None and not nested:
-            when, variables = f"after a step of {placement.name}", living_in(placement)
+            when, variables = f"after a step of {placement.name}", variables_of(placement)
             drift.check(variables, when)
             drift.check_over_workers(variables, placement.workers, when)
         return regroup.regroup(results, placement.replica_devices, placement)
 
-    # -- bringing values together ---------------------------------------------------------------
+    # -- collectives in cross-replica context ---------------------------------------------------
 
     def reduce(
         self, op: Reduction | str, value: Any, axis: int | Sequence[int] | None = None
@@ -273,24 +318,46 @@ class Strategy(ProcessBound):
 
         Parameters
         ----------
-        op : ReduceOp or str
-        value : PerReplica, Mirrored or Variable, or a nest of them
-            A variable counts as one value per replica. Plain values raise ValueError.
+        op : ReduceOp, CustomReduction or str
+            The reduction, or its name.
+        value : PerReplica, Mirrored or Variable, or a pytree of them
+            Arrays of one shape and one dtype that ``op`` supports; with ``axis``, lengths along
+            it may differ. A variable counts as one value per replica. Unchanged.
         axis : int or list of int, optional
-            Also reduce each replica's elements along these axes; MEAN weighs replicas by their
-            number of elements, so uneven batches give the mean of all examples. Sums and products
-            of small integers and bool are as wide as NumPy's.
+            Also reduce each replica's elements along these axes. MEAN is then weighted by their
+            number, so uneven batches give the mean of all examples; sums and products of bool and
+            of integers narrower than 64 bits have NumPy's wider dtype.
 
         Returns
         -------
-        array, or a nest of them
-            New, owned by the caller.
+        array, or a pytree of them
+            The reduction: a new array that the caller owns.
+
+        Raises
+        ------
+        ValueError
+            ``value`` is not distributed, an axis is out of range, or MEAN, MIN or MAX along
+            ``axis`` has no elements.
+        ContextError
+            Called in replica context or under another strategy's scope, or ``value`` belongs to
+            another strategy.
+        BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError, TypeError
+            The replicas' shapes or dtypes differ, are not reducible, or ``op`` or ``axis`` is
+            malformed. ``value`` is unchanged.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> losses = dv.PerReplica([[1.0, 2.0, 3.0], [4.0]])
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.reduce("mean", losses, axis=0))
+        2.5
         """
         context.require_cross_replica(self._placement, "reduce")
         reduction = reduce_op.parse(op)
         communicator, workers = self._placement.communicator, self._placement.workers
 
-        def one(leaf: Any) -> Any:
+        def reduce_leaf(leaf: Any) -> Any:
             arrays = self._arrays("reduce", leaf)
             if axis is not None:
                 total = reduce_along(reduction, arrays, axis, communicator, workers)
@@ -300,44 +367,110 @@ class Strategy(ProcessBound):
                 total = communicator.reduce(arrays, reduction)
             return array_memory.holding(total).like(total, leaf.values[0])
 
-        return regroup.map_leaves(one, value)
+        return regroup.map_leaves(reduce_leaf, value)
 
     def gather(self, value: Any, axis: int = 0) -> Any:
         """Concatenate one value per replica along ``axis``, in replica order.
 
-        Lengths along ``axis`` may differ; scalars are stacked; strings are as wide as the widest.
-        Returns a new array, or a nest.
+        Parameters
+        ----------
+        value : PerReplica, Mirrored or Variable, or a pytree of them
+            Arrays of one dtype and one shape, except for the lengths along ``axis``. Scalars are
+            stacked. Strings of fixed width get the widest width. Unchanged.
+        axis : int
+            The axis of concatenation; a negative axis counts from the end.
+
+        Returns
+        -------
+        array, or a pytree of them
+            The concatenation: a new array that the caller owns.
+
+        Raises
+        ------
+        ValueError
+            ``value`` is not distributed, or ``axis`` is out of range.
+        BufferMismatchError
+            Dtypes, or lengths along the other axes, differ.
+        ContextError
+            As for :meth:`reduce`.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.gather(dv.PerReplica([[1, 2], [3]])))
+        [1 2 3]
         """
         context.require_cross_replica(self._placement, "gather")
 
-        def one(leaf: Any) -> Any:
+        def gather_leaf(leaf: Any) -> Any:
             arrays = self._arrays("gather", leaf)
-            ready, axes, described = gatherable("gather", arrays, axis, 0)
-            for rank, held in enumerate(described):
-                if held != described[0]:
+            ready, axes, described = prepare_gather("gather", arrays, axis, 0)
+            for rank, spec_here in enumerate(described):
+                if spec_here != described[0]:
                     raise BufferMismatchError(
                         f"gather along axis {axis} needs one dtype, and one length along every "
-                        f"other axis: replica 0 holds {described[0]}, replica {rank} holds {held}"
+                        f"other axis: replica 0 holds {described[0]}, "
+                        f"replica {rank} holds {spec_here}"
                     )
             placement = self._placement
-            ready = [*alike(ready, placement.workers)]
+            ready = [*with_common_dtype(ready, placement.workers)]
             whole = placement.communicator.all_gather(ready, axes[0])[0]
             return array_memory.holding(whole).like(whole, leaf.values[0])
 
-        return regroup.map_leaves(one, value)
+        return regroup.map_leaves(gather_leaf, value)
 
     def local_results(self, value: Any) -> tuple[Any, ...]:
-        """Return what each replica of this process holds, as a tuple.
+        """Return the components of a distributed value, one per replica of this process.
 
-        Of a nest, a tuple of nests. A plain value stands for each replica.
+        Parameters
+        ----------
+        value : object
+            A distributed value, or a pytree that contains some. A plain value, or a plain leaf,
+            is repeated for each replica.
+
+        Returns
+        -------
+        tuple
+            One component per local replica; for a pytree, one pytree per local replica.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.local_results({"loss": dv.PerReplica([0.5, 0.25])}))
+        ({'loss': 0.5}, {'loss': 0.25})
         """
-        return tuple(self._dealt(value, "local_results", variables=True))
+        return tuple(self._components(value, "local_results", variables=True))
 
     def distribute_values_from_function(self, fn: Callable[[ValueContext], Any]) -> Any:
-        """Return a ``PerReplica`` of ``fn(ctx)``, one call per replica of this process in order.
+        """Return a ``PerReplica`` of the values that ``fn`` makes, one per replica.
 
-        ``ctx`` has ``replica_id_in_sync_group`` and ``num_replicas_in_sync``. A nest gives a nest
-        of ``PerReplica``.
+        Parameters
+        ----------
+        fn : callable
+            Called as ``fn(ctx)`` with a :class:`ValueContext`, once per replica of this process,
+            in replica order, on the calling thread.
+
+        Returns
+        -------
+        PerReplica, or a pytree of them
+            The values as ``fn`` returned them.
+
+        Raises
+        ------
+        ValueError
+            ``fn`` returned different structures for different replicas.
+        ContextError
+            Called in replica context or under another strategy's scope.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.distribute_values_from_function(
+        ...         lambda ctx: ctx.replica_id_in_sync_group + 10))
+        PerReplica(0: 10, 1: 11)
         """
         context.require_cross_replica(self._placement, "distribute_values_from_function")
         function_checks.check("distribute_values_from_function", fn)
@@ -350,47 +483,49 @@ class Strategy(ProcessBound):
                 raise ValueError(
                     f"distribute_values_from_function: replica {first} got "
                     f"{words_of(flat[0][1])}, replica {replica} {words_of(structure)}; return "
-                    f"the same nest for every replica"
+                    f"the same structure for every replica"
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
 
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float64) -> PerReplica[Any]:
-        """Return a ``PerReplica`` of new arrays, one for each replica of this process.
+        """Return a ``PerReplica`` of uninitialized arrays for use in every step, such as gradients.
 
-        Made to be computed into and reduced in place, step after step: gradients, for instance.
-        Where processes of one host share memory, collectives reduce such arrays where they lie,
-        by all threads of the processes; others are copied through it by one thread of each.
+        Where workers of one host share memory, these arrays lie in symmetric memory: collectives
+        in place reduce them where they lie, with all threads of the workers. Other arrays are
+        staged through shared memory by one thread per worker.
 
         Parameters
         ----------
         shape : int or sequence of int
+            The shape of each array.
         dtype : dtype
-            Of numbers or bool; not of objects.
+            A numeric dtype or bool; not object.
 
         Returns
         -------
         PerReplica
-            Arrays on the devices of the replicas. What they hold is not set.
+            One array of this shape and dtype on the device of each replica of this process, with
+            arbitrary content.
 
         Raises
         ------
         ValueError, TypeError, UnsupportedDTypeError
-            No shape, or no dtype that can be reduced.
+            The shape is malformed, or the dtype cannot be reduced.
         ContextError
-            In replica context.
+            Called in replica context or under another strategy's scope.
         CollectiveMismatchError
-            Over several workers: they do not all call this alike.
+            Over several workers: their calls differ.
         DeviceError
-            Over several workers of one host: it has not enough memory that processes can share.
-            Raised on all of them; nothing has been taken.
+            Over several workers of one host: the host has too little shared memory. Raised on
+            all of them; nothing has been allocated.
 
         Notes
         -----
-        Over several workers all make the same calls in the same order. An array's memory is taken
-        again after the arrays of all workers have been dropped. What is reduced in place has to
-        lie alike on all workers: the arrays of one ``empty``, or the same slices of them. A process
-        forked from a worker sees the worker's, not a copy.
+        Over several workers all must make the same calls in the same order. The memory of an array
+        is reused once the arrays of all workers have been dropped. For a reduction in place every
+        worker must pass arrays of the same ``empty``, or the same slices of them. A process forked
+        from a worker shares the worker's arrays; it gets no copies.
 
         Examples
         --------
@@ -412,31 +547,63 @@ class Strategy(ProcessBound):
         made = placement.workers.empty(extents, kind, placement.num_local if is_of_host else 0)
         if not is_of_host:
             content = np.broadcast_to(np.zeros((), kind), extents)
-            made = [placement.memory.new(content, one) for one in placement.replica_devices]
+            made = [placement.memory.new(content, device) for device in placement.replica_devices]
         return self._per_replica(made)
 
     def reduce_to(self, op: Reduction | str, value: Any, destinations: Any) -> Any:
-        """Reduce one value per replica, and mirror the result where ``destinations`` says.
+        """Reduce one value per replica, and mirror the result on the destinations.
 
         Parameters
         ----------
-        op : ReduceOp or str
-        value : PerReplica, Mirrored or Variable, or a nest of them
+        op : ReduceOp, CustomReduction or str
+            The reduction, or its name.
+        value : PerReplica, Mirrored or Variable, or a pytree of them
+            Arrays of one shape and dtype, as for :meth:`reduce`. Unchanged.
         destinations : Variable, DistributedValues, Device or str
             The devices of a variable or value, or one device.
 
         Returns
         -------
-        Mirrored, or a nest of them
-            Of one read-only array that the devices of this process share.
+        Mirrored, or a pytree of them
+            Read-only, one per destination; destinations in the same memory share one array.
+
+        Raises
+        ------
+        TypeError, DeviceError
+            ``destinations`` has another type, or names a device that does not exist.
+        ContextError, ValueError, BufferMismatchError, UnsupportedDTypeError
+            As for :meth:`reduce`.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.reduce_to("sum", dv.PerReplica([1.0, 2.0]), "cpu:0"))
+        Mirrored(0: array(3.))
         """
         devices = self._devices_of(destinations, "reduce_to")
         return self._mirrored(self.reduce(op, value), devices)
 
     def batch_reduce_to(self, op: Reduction | str, pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
-        """Return ``reduce_to(op, value, destinations)`` of each pair of those two.
+        """Return ``reduce_to(op, value, destinations)`` for each pair of value and destinations.
 
-        All pairs are checked before the first is reduced.
+        Parameters
+        ----------
+        op : ReduceOp, CustomReduction or str
+            One reduction for all pairs.
+        pairs : sequence of (value, destinations)
+            As for :meth:`reduce_to`. The destinations of all pairs are checked before the first
+            value is reduced.
+
+        Returns
+        -------
+        list of Mirrored, or of pytrees of them
+            One result per pair, in order.
+
+        Raises
+        ------
+        TypeError
+            An item is not a pair. Further errors are those of :meth:`reduce_to`.
         """
         listed: list[Any] = [*pairs]
         for pair in listed:
@@ -447,41 +614,60 @@ class Strategy(ProcessBound):
                 )
         places = [self._devices_of(destinations, "batch_reduce_to") for _, destinations in listed]
         reduced = self.reduce(op, [value for value, _ in listed])
-        return [self._mirrored(one, devices) for one, devices in zip(reduced, places, strict=True)]
+        return [
+            self._mirrored(result, devices) for result, devices in zip(reduced, places, strict=True)
+        ]
 
     def broadcast_to(self, value: Any, destinations: Any) -> Any:
-        """Mirror one value where ``destinations`` says.
+        """Mirror one value on the destinations.
 
         Parameters
         ----------
-        value : array or number, Mirrored or Variable, or a nest of them
-            Copied; over several workers, that of the first. A ``PerReplica`` holds several and
-            raises ValueError.
+        value : array or number, Mirrored or Variable, or a pytree of them
+            Of any shape and any dtype but object. Copied; over several workers, the value of the
+            first worker is taken.
         destinations : Variable, DistributedValues, Device or str
+            The devices of a variable or value, or one device.
 
         Returns
         -------
-        Mirrored, or a nest of them
-            Of one read-only array that the devices of this process share.
+        Mirrored, or a pytree of them
+            Read-only, one per destination; destinations in the same memory share one array.
+
+        Raises
+        ------
+        ValueError
+            ``value`` is a ``PerReplica``, which holds several values.
+        TypeError, DeviceError
+            ``destinations`` has another type, or names a device that does not exist.
+        ContextError
+            Called in replica context or under another strategy's scope.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     print(strategy.broadcast_to(2.5, dv.PerReplica([0, 0])))
+        Mirrored(0: array(2.5), 1: array(2.5))
         """
         context.require_cross_replica(self._placement, "broadcast_to")
         devices = self._devices_of(destinations, "broadcast_to")
 
-        def one(leaf: Any) -> Any:
+        def broadcast_leaf(leaf: Any) -> Any:
             if isinstance(leaf, DistributedValues):
                 self._check_fits("broadcast_to", leaf)
             whole = leaf.read_value() if isinstance(leaf, Variable) else leaf
             if isinstance(whole, PerReplica):
                 raise ValueError(
-                    "broadcast_to: a PerReplica holds one value per replica, and one is mirrored; "
+                    "broadcast_to mirrors one value, and a PerReplica holds one per replica; "
                     "choose it with .on(replica_id), or use reduce_to"
                 )
             single = whole.at(0) if isinstance(whole, Mirrored) else whole
             array = as_array(single, "broadcast_to", 0, self._placement.memory)
-            array = self._placement.of_chief(array)
+            array = self._placement.broadcast_from_chief(array)
             return array_memory.holding(array).beside(array, array)
 
-        return self._mirrored(regroup.map_leaves(one, value), devices)
+        return self._mirrored(regroup.map_leaves(broadcast_leaf, value), devices)
 
     def update(
         self,
@@ -496,25 +682,47 @@ class Strategy(ProcessBound):
         Parameters
         ----------
         variable : Variable
-            Of this strategy.
+            A variable of this strategy.
         fn : callable
-            Gets each copy as a variable of one device, with the same methods. It runs in
+            Receives each copy as a variable of one device, with the same methods. It runs in
             cross-replica context, and must do the same to every copy of an ON_WRITE variable.
-        args, kwargs
-            Distributed values in them are replaced by the component of the copy; a ``PerReplica``
-            raises ValueError for an ON_WRITE variable, whose copies are equal.
+        args : list or tuple
+            Positional arguments after the copy.
+        kwargs : dict, optional
+            Keyword arguments. Distributed values in ``args`` and ``kwargs`` are replaced by the
+            component of the copy.
         group : bool
-            Return a ``Mirrored`` of the results, else a tuple of them.
+            True to return a ``Mirrored`` of the results, False for a tuple.
 
         Returns
         -------
-        Mirrored, a nest of them, or tuple
-            What ``fn`` returned for each copy; None if that was None for all.
+        Mirrored, a pytree of them, or tuple
+            The results of ``fn``, one per copy; None if ``fn`` returned None for every copy.
+
+        Raises
+        ------
+        SynchronizationError
+            A ``PerReplica`` among the arguments of an ON_WRITE variable, whose copies are equal.
+        ContextError
+            Called in replica context or while another thread runs a step of this strategy, or the
+            variable belongs to another strategy.
+        TypeError, ValueError
+            Not a variable; a coroutine or generator function; malformed ``args`` or ``kwargs``.
 
         Notes
         -----
-        The copies change together when ``fn`` has returned for all of them: if it raises, all are
-        as before. A copy that is written takes one more array meanwhile.
+        All copies change together, after ``fn`` has returned for each of them: if it raises, all
+        copies are as before. A copy that is written needs one more array until then.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     with strategy.scope():
+        ...         weight = dv.Variable(1.0)
+        ...     strategy.update(weight, lambda copy, x: copy.assign_add(x), args=(2.0,))
+        ...     print(weight.numpy())
+        3.0
         """
         here = context.require_cross_replica(self._placement, "update")
         function_checks.check("update", fn)
@@ -525,7 +733,7 @@ class Strategy(ProcessBound):
                 f"update: variable {variable.name!r} belongs to {variable.owner.name}, not to "
                 f"{self._placement.name}"
             )
-        context.check_turn(self._placement, f"update of variable {variable.name!r}")
+        context.check_no_step_elsewhere(self._placement, f"update of variable {variable.name!r}")
         if not isinstance(args, (list, tuple)):
             raise ValueError(f"update: args must be a list or tuple, got {type(args).__name__}")
         if kwargs is not None and not isinstance(kwargs, Mapping):
@@ -538,7 +746,7 @@ class Strategy(ProcessBound):
                 f"among the arguments would let them drift apart; reduce it first"
             )
         drafts = drafts_of(variable)
-        dealt = self._dealt(given, "update", of=len(drafts))
+        dealt = self._components(given, "update", num_copies=len(drafts))
         frame = Frame(self._placement, self, merging=here is not None and here.merging)
         token = context.enter(frame)
         try:
@@ -547,11 +755,11 @@ class Strategy(ProcessBound):
                 for draft, (positional, named) in zip(drafts, dealt, strict=True)
             ]
             if debugging.active is not None and equal:
-                held = [copies_of(draft)[0] for draft in drafts]
-                drift.compare(f"update of variable {variable.name!r}", held)
-            commit(variable, drafts)
+                contents = [copies_of(draft)[0] for draft in drafts]
+                drift.compare(f"update of variable {variable.name!r}", contents)
+            commit_drafts(variable, drafts)
         finally:
-            end(drafts)
+            end_drafts(drafts)
             context.leave(token)
         if not group:
             return tuple(results)
@@ -562,19 +770,41 @@ class Strategy(ProcessBound):
     def distribute_dataset(
         self, dataset: Dataset, options: InputOptions | None = None
     ) -> DistributedDataset:
-        """Split each batch of a dataset over the replicas, as evenly as it goes.
+        """Distribute a dataset: split each batch over the replicas as evenly as possible.
 
         Parameters
         ----------
         dataset : Dataset
             Its ``batch(size)`` is the global batch.
         options : InputOptions, optional
-            Prefetching, and what happens to elements that fail.
+            Prefetching, sharding, and the policy for elements that fail.
+
+        Returns
+        -------
+        DistributedDataset
+            Its iterators yield a ``PerReplica``, or a pytree of them. The parts of a batch differ
+            in size by at most one element, larger parts first.
+
+        Raises
+        ------
+        DatasetError
+            Not a ``Dataset``, or options of another type.
+        ContextError
+            Called in replica context or under another strategy's scope.
 
         Notes
         -----
-        Each ``iter()`` is the next epoch, which is shuffled anew, also where a loop distributes the
-        same ``Dataset`` once for each epoch. ``dataset.with_epoch(k)`` says which.
+        Each ``iter()`` is the next epoch and is shuffled anew, also where a loop distributes the
+        same ``Dataset`` once per epoch. ``dataset.with_epoch(k)`` chooses the epoch.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
+        ...     for batch in strategy.distribute_dataset(dv.Dataset.range(5).batch(3)):
+        ...         print(batch)
+        PerReplica(0: array([0, 1]), 1: array([2]))
+        PerReplica(0: array([3]), 1: array([4]))
         """
         context.require_cross_replica(self._placement, "distribute_dataset")
         count = self._epochs.of(dataset)
@@ -583,23 +813,30 @@ class Strategy(ProcessBound):
     def distribute_datasets_from_function(
         self, fn: Callable[[InputContext], Dataset], options: InputOptions | None = None
     ) -> DistributedDataset:
-        """Distribute a dataset of the replicas' own batches, which ``fn`` makes.
+        """Distribute a dataset of per-replica batches that ``fn`` makes.
 
         Parameters
         ----------
         fn : callable
-            Gets an ``InputContext`` and returns a dataset, which is neither split nor sharded:
-            its elements, batched or not, go to the replicas in turn. Called once; over several
-            workers once on each, for the replicas there. ``context.epoch`` is the epoch of the
-            first ``iter()``; it counts on when the same function is passed again.
+            Called as ``fn(context)`` with an ``InputContext``; returns a dataset, which is neither
+            split nor sharded: its elements, batched or not, go to the replicas in turn. Called
+            once per worker, for the replicas of that worker. ``context.epoch`` is the epoch of
+            the first ``iter()``; it advances when the same function is passed again.
         options : InputOptions, optional
-            Prefetching, and what happens to elements that fail.
+            Prefetching, and the policy for elements that fail.
 
         Returns
         -------
         DistributedDataset
-            Where the last step has too few batches, the other replicas get empty ones; elements
-            that are no batches and do not fill a step raise ``DatasetError``.
+            If the last step has too few batches, the remaining replicas get empty ones. Unbatched
+            elements that do not fill a step raise ``DatasetError`` there.
+
+        Raises
+        ------
+        DatasetError
+            ``fn`` did not return a ``Dataset``, or options of another type.
+        ContextError
+            Called in replica context or under another strategy's scope.
 
         Examples
         --------
@@ -620,7 +857,7 @@ class Strategy(ProcessBound):
         made = fn(InputContext(workers.size, workers.rank, self.num_replicas_in_sync, count.next))
         return self._distributed(verb, made, options, count, is_dealt=True)
 
-    # -- what they share ------------------------------------------------------------------------
+    # -- shared implementation ------------------------------------------------------------------
 
     def _distributed(
         self,
@@ -672,15 +909,15 @@ class Strategy(ProcessBound):
             f"{type(destinations).__name__}"
         )
 
-    def _mirrored(self, nest: Any, devices: tuple[Device, ...]) -> Any:
+    def _mirrored(self, tree: Any, devices: tuple[Device, ...]) -> Any:
         owner = self._placement if len(devices) == self._placement.num_local else None
 
-        def one(array: Any) -> Mirrored[Any]:
+        def mirror(array: Any) -> Mirrored[Any]:
             whole = array_memory.holding(array).read_only(array)
             copies = [array_memory.brought(whole, device) for device in devices]
             return Mirrored(copies, devices=devices, owner=owner)
 
-        return regroup.map_leaves(one, nest)
+        return regroup.map_leaves(mirror, tree)
 
     def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
         self._check_own(verb, value)
@@ -689,7 +926,7 @@ class Strategy(ProcessBound):
             self._refuse(verb, value, "")
 
     def _check_own(self, verb: str, value: DistributedValues[Any]) -> None:
-        """Raise if another strategy made a value."""
+        """Raise if a value belongs to another strategy."""
         owner = getattr(value, "owner", None)
         unscoped = owner is context.UNSCOPED and isinstance(value, Variable)
         if owner is not None and owner is not self._placement and not unscoped:
@@ -703,22 +940,23 @@ class Strategy(ProcessBound):
             f"{len(value.values)} values{whose}"
         )
 
-    def _dealt(
-        self, nest: Any, verb: str, *, variables: bool = False, of: int | None = None
+    def _components(
+        self, tree: Any, verb: str, *, variables: bool = False, num_copies: int | None = None
     ) -> list[Any]:
-        """Return one nest per replica, with each distributed value replaced by its component.
+        """Return one pytree per replica, with each distributed value replaced by its component.
 
-        ``of`` asks for one nest per copy of a variable instead, of which there are so many.
+        ``num_copies`` asks for one pytree per copy of a variable instead. Variables are replaced
+        only if ``variables`` is true.
         """
-        leaves, structure = regroup.flatten(nest)
+        leaves, structure = regroup.flatten(tree)
         distributed = [
             isinstance(leaf, DistributedValues) and (variables or not isinstance(leaf, Variable))
             for leaf in leaves
         ]
-        for leaf, apart in zip(leaves, distributed, strict=True):
-            if apart and len(leaf.values) != of:
+        for leaf, is_distributed in zip(leaves, distributed, strict=True):
+            if is_distributed and len(leaf.values) != num_copies:
                 self._check_fits(verb, leaf)
-            elif apart:
+            elif is_distributed:
                 self._check_own(verb, leaf)
 
         def component(leaf: Any, rank: int) -> Any:
@@ -728,15 +966,15 @@ class Strategy(ProcessBound):
             regroup.unflatten(
                 structure,
                 [
-                    component(leaf, rank) if apart else leaf
-                    for leaf, apart in zip(leaves, distributed, strict=True)
+                    component(leaf, rank) if is_distributed else leaf
+                    for leaf, is_distributed in zip(leaves, distributed, strict=True)
                 ],
             )
-            for rank in range(self._placement.num_local if of is None else of)
+            for rank in range(self._placement.num_local if num_copies is None else num_copies)
         ]
 
     def _arrays(self, verb: str, leaf: Any) -> list[Any]:
-        """Return a distributed value's components as arrays; refuse plain values."""
+        """Return the components of a distributed value as arrays; plain values raise."""
         if not isinstance(leaf, PerReplica | Mirrored | Variable):
             raise ValueError(
                 f"{verb}: expected one value per replica (PerReplica, Mirrored or Variable), got a "
@@ -745,19 +983,19 @@ class Strategy(ProcessBound):
             )
         self._check_fits(verb, leaf)
         values = leaf.values
-        placement, seen = self._placement, self._placement.memory
+        placement, memory = self._placement, self._placement.memory
         if len(values) < placement.num_local:
             values = values * placement.num_local
         numbered = enumerate(values, placement.first_replica)
-        return [as_array(value, verb, replica, seen) for replica, value in numbered]
+        return [as_array(value, verb, replica, memory) for replica, value in numbered]
 
 
 def _extents(shape: Any) -> tuple[int, ...]:
-    """Return a shape as NumPy understands it."""
+    """Return a shape as a tuple; a malformed shape raises."""
     extents = (shape,) if is_integer(shape) else shape
-    if not isinstance(extents, (list, tuple)) or not all(is_integer(one) for one in extents):
+    if not isinstance(extents, (list, tuple)) or not all(map(is_integer, extents)):
         raise TypeError(f"empty: shape must be an integer or a list of them, got {shown(shape)}")
-    if any(one < 0 for one in extents):
+    if any(extent < 0 for extent in extents):
         raise ValueError(f"empty: lengths must not be negative, got shape {shown(shape)}")
     return tuple(map(int, extents))
 
@@ -773,7 +1011,7 @@ def _check_alike(verb: str, arrays: list[Any]) -> None:
 
 
 class Scope:
-    """The context manager that ``strategy.scope()`` returns; yields the strategy."""
+    """Context manager of ``strategy.scope()``; yields the strategy."""
 
     def __init__(self, strategy: Strategy, placement: Placement) -> None:
         self._strategy = strategy
@@ -791,7 +1029,7 @@ class Scope:
         return self._strategy
 
     def __exit__(self, *_: object) -> None:
-        """Make the strategy that was current before current again."""
+        """Restore the strategy that was current before."""
         if not self._entered:
             raise ContextError(
                 f"the scope of {self._placement.name} was left without having been entered; use it "
@@ -808,10 +1046,29 @@ class Scope:
 
 
 def set_strategy(strategy: Strategy | None) -> None:
-    """Make a strategy apply wherever no scope does, as if its scope were entered; None resets.
+    """Set the strategy of the whole process, for all code outside every scope.
 
-    Meant to be called once, at the start of a program. Inside a scope or a replica it raises
-    ``ContextError``.
+    Parameters
+    ----------
+    strategy : Strategy or None
+        Applies as if its scope were entered; None resets to the default strategy.
+
+    Raises
+    ------
+    ContextError
+        Called inside a scope or a ``run``: meant to be called once, at the start of a program.
+    TypeError
+        Not a strategy.
+
+    Examples
+    --------
+    >>> import dvkernels as dv
+    >>> strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
+    >>> dv.set_strategy(strategy)
+    >>> dv.get_strategy() is strategy
+    True
+    >>> dv.set_strategy(None)
+    >>> strategy.close()
     """
     if context.explicit() is not None:
         raise ContextError(
@@ -826,7 +1083,7 @@ def set_strategy(strategy: Strategy | None) -> None:
         raise TypeError(f"set_strategy expected a strategy or None, got {type(strategy).__name__}")
 
 
-# Names that code written for tf.distribute uses for the same methods.
+# The names that tf.distribute gives to the same methods.
 _OTHER_NAMES = {
     "experimental_distribute_dataset": "distribute_dataset",
     "experimental_local_results": "local_results",

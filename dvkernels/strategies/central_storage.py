@@ -1,4 +1,4 @@
-"""Several replicas in one process, and a single copy of every variable."""
+"""Central storage strategy: several replicas in one process, one copy of every variable."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ __all__ = ["CentralStorageStrategy"]
 class CentralStorageStrategy(Strategy):
     """One replica per device, and one copy of each variable that all of them read.
 
-    Writes in a replica go through the variable's aggregation, as under ``MirroredStrategy``. It
-    takes a replica's share of the memory for variables; variables are ON_WRITE, since ON_READ and
-    NONE would need a copy per replica and raise ``SynchronizationError``.
+    Writes in replica context are aggregated, as under ``MirroredStrategy``. With N replicas, the
+    variables take 1/N of the memory that mirrored ones take.
 
     Parameters
     ----------
     compute_devices : sequence of Device or str, optional
-        One replica each. All GPUs if not given, or else one replica per usable core.
+        One replica each. If not given, all GPUs, or one replica per usable core where there is
+        no GPU.
     parameter_device : Device or str, optional
-        Where variables live, of the kind of the others; ``"cpu:0"`` if not given, or the first
-        of the GPUs.
+        The device that holds the variables, of the same kind as ``compute_devices``. If not given,
+        ``"cpu:0"``, or the first of the GPUs.
+
+    Raises
+    ------
+    DeviceError
+        A device does not exist, the list is empty, or the devices differ in kind.
+
+    Notes
+    -----
+    Variables are ON_WRITE: creating one with ON_READ or NONE, which need a copy per replica, raises
+    ``SynchronizationError``.
 
     Examples
     --------

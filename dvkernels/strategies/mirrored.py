@@ -1,4 +1,4 @@
-"""Several replicas in one process, variables mirrored on all of them."""
+"""Mirrored strategy: several replicas in one process, variables mirrored on all of them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ class MirroredStrategy(Strategy):
     Parameters
     ----------
     devices : sequence of Device or str, optional
-        One replica each; a CPU device or a GPU may be named several times. All GPUs if not given,
-        or else one replica per usable core; under a launcher, per core of its share.
+        One replica each; a device may be named several times. If not given, all GPUs, or one
+        replica per usable core where there is no GPU (under a launcher, per core of this
+        process's share).
     cross_device_ops : str or Communicator
-        ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``, ``"nccl"`` (NVIDIA's library, between
-        GPUs of which each has one replica), or an object of the protocol.
+        The algorithm of the collectives: ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``,
+        ``"nccl"`` (NVIDIA's library, for GPUs with one replica each), or an object that
+        implements ``dv.Communicator``.
     bytes_per_bucket : int, optional
-        Pack the arrays of a nest into buckets of so many bytes for ``all_reduce``. Not packed if
-        not given, which is faster over the kernels of one process.
+        Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. If not
+        given, arrays are not packed, which is faster with the kernels of one process.
 
     Raises
     ------
-    DeviceError, AlgorithmError
-        Devices or a communicator that do not exist or do not fit.
+    DeviceError
+        A device does not exist, the list is empty, or it mixes CPU devices and GPUs.
+    AlgorithmError
+        There is no such algorithm, or it does not support these devices.
     ValueError
         ``bytes_per_bucket`` is not a positive integer.
 

@@ -1,4 +1,4 @@
-"""Several processes, on one host or many, each with some replicas; variables mirrored on all."""
+"""Multi-worker mirrored strategy: replicas in several processes, variables mirrored on all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from dvkernels.user_errors import shown
 
 __all__ = ["MultiWorkerMirroredStrategy"]
 
-# So that a step's many small gradients meet in few rounds, and a bucket is ready before all are.
+# Large enough that the many small gradients of a step take few rounds, small enough that the first
+# bucket is complete, and can be reduced, before the last gradient is.
 _BYTES_PER_BUCKET = 4 * 1024 * 1024
 
 
@@ -24,64 +25,71 @@ _BYTES_PER_BUCKET = 4 * 1024 * 1024
 class MultiWorkerMirroredStrategy(Strategy):
     """One replica per local device on every worker, variables mirrored on all of them.
 
-    Started by ``mpiexec`` or ``srun``, every process runs the same program, and makes this strategy
-    at the same point of it; one process alone is a job of one worker.
+    Every process started by ``mpiexec`` or ``srun`` runs the same program and creates this strategy
+    at the same point of it. A single process is a job of one worker.
 
     Parameters
     ----------
     cluster_resolver : ClusterResolver, optional
-        Who tells this process its place; found by itself under the usual launchers.
+        Says which worker this process is. If not given, detected from the launcher's environment
+        variables, see :func:`dvkernels.cluster.default_resolver`.
     devices : sequence of Device or str, optional
-        Those of this process, one replica each. One per core of its share if not given.
+        The devices of this process, one replica each. If not given, one replica per core of this
+        process's share.
     cross_device_ops : str or Communicator
-        How the replicas of this process reduce, see :class:`MirroredStrategy`, and hosts between
-        each other: ``"direct"`` exchanges parts, ``"ring"`` sends them around, and otherwise the
-        cost model says for each size. ``"nccl"`` connects the GPUs of all workers, of which each
-        replica has one. All workers ask for the same of these three, or for none.
+        The algorithm between the replicas of this process, as for :class:`MirroredStrategy`, and
+        between hosts: ``"direct"`` exchanges parts pairwise, ``"ring"`` passes them around a ring,
+        and for all others the cost model chooses by size. ``"nccl"`` connects the GPUs of all
+        workers, one per replica. All workers must pass the same of these three names, or none of
+        them.
     timeout_seconds : float
-        How long a worker waits for the others in a collective.
+        How long a worker waits for the others in a collective [s].
     bytes_per_bucket : int, optional
-        Arrays of a nest are packed into buckets of so many bytes. 4 MiB if not given; one worker
-        alone does not pack.
+        Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. If not
+        given, 4 MiB; a single worker does not pack.
 
     Raises
     ------
     ClusterError
-        The launcher's variables are malformed, MPI started another number of processes, or
-        mpi4py is missing.
+        The launcher's environment variables are malformed, MPI started another number of
+        processes, or mpi4py is missing.
     DeviceError, AlgorithmError
-        As of ``MirroredStrategy``. What is wrong with ``"nccl"`` on one worker is raised on all:
-        NCCL is missing, two replicas share a GPU, some workers do not ask for it. So are different
-        ways between hosts.
+        As for ``MirroredStrategy``. If ``"nccl"`` fails on one worker (NCCL is missing, two
+        replicas share a GPU, some workers passed another name), all workers raise; likewise if
+        they passed different algorithms between hosts.
     CollectiveTimeoutError
-        The other workers do not make theirs in time, or NCCL does not connect them.
+        Another worker did not create its strategy in time, or NCCL did not connect the workers.
+    TypeError
+        ``cluster_resolver`` is not a ``dv.cluster.ClusterResolver``.
     ValueError
-        ``timeout_seconds`` or ``bytes_per_bucket`` is not positive.
+        ``timeout_seconds`` or ``bytes_per_bucket`` is not a positive number.
 
     Notes
     -----
     Replica ids count over all workers. ``run`` starts the replicas of this process;
-    ``local_results``, ``.values`` and ``len()`` of distributed values speak of those. Collectives,
-    ``reduce``, ``gather``, writes across replicas and reads of ON_READ variables bring all workers
-    together, so every worker must make them, in the same order. A value given across replicas is
-    the first worker's: initial values, ``assign``, ``broadcast_to``.
+    ``local_results``, and ``.values`` and ``len()`` of distributed values, cover these only.
+    Collectives, ``reduce``, ``gather``, writes in cross-replica context and reads of ON_READ
+    variables communicate, so every worker must make the same calls in the same order. Values given
+    in cross-replica context (initial values, ``assign``, ``broadcast_to``) are those of the first
+    worker.
 
-    Each collective is compared before it is carried out. Workers that disagree raise
-    ``CollectiveMismatchError``, and where a worker's step fails, the others' raise an error with
-    its text at their next collective; after both all are in step again. A worker that is late
-    (``CollectiveTimeoutError``) or lost (``WorkerLostError``) ends the job: every later collective
-    raises the same, and MPI ends what is left when the first process exits.
+    Workers compare the fingerprints of each collective before they carry it out. If they disagree,
+    all raise ``CollectiveMismatchError``; if the step of one worker fails, the others raise an
+    error with its text at their next collective. After either all workers can go on together. A
+    worker that is late (``CollectiveTimeoutError``) or lost (``WorkerLostError``) ends the job:
+    every later collective raises the same error, and MPI aborts the remaining processes when the
+    first one exits.
 
-    Processes of one host exchange data through memory that they share, hosts by messages of MPI:
-    what the workers of a host have is added up there first. Values on GPUs go through the memory of
-    the host, or between the GPUs by ``"nccl"``: it carries what is dense and what it does as this
-    library promises, the workers agree on each of its calls before they make it, and a call that
-    does not end on the GPU within ``timeout_seconds`` ends the job. ``all_reduce_async`` goes
-    through the host.
+    Workers of one host exchange data through shared memory, hosts by MPI messages: a reduction is
+    hierarchical, first within each host, then between hosts. Values on GPUs are staged through host
+    memory, or go from GPU to GPU with ``"nccl"``: NCCL takes contiguous arrays, and the operations
+    and dtypes for which it keeps this library's contract; all others are staged, and so is
+    ``all_reduce_async``. The workers agree on each NCCL call before they issue it, and a call that
+    does not end on the GPU within ``timeout_seconds`` ends the job.
 
-    ``DVKERNELS_HOSTS=2,2`` in the environment lets four workers of one host pretend to be on two,
-    and ``DVKERNELS_NETWORK`` tells the cost model what is between hosts, as ``bench --calibrate``
-    prints it.
+    The environment variable ``DVKERNELS_HOSTS=2,2`` makes four workers of one host behave as if
+    they ran on two hosts; ``DVKERNELS_NETWORK`` sets the constants of the cost model between
+    hosts, as ``bench --calibrate`` prints them.
 
     Examples
     --------
@@ -118,7 +126,7 @@ class MultiWorkerMirroredStrategy(Strategy):
 
     @property
     def cluster_resolver(self) -> ClusterResolver:
-        """Who told this process its place among the workers."""
+        """The resolver of this process's position in the cluster."""
         return self._resolver
 
 

@@ -1,4 +1,4 @@
-"""One replica on one device."""
+"""One-device strategy, and the default strategy outside every scope."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ __all__ = ["OneDeviceStrategy"]
 
 @final
 class OneDeviceStrategy(Strategy):
-    """One replica on one device: the same program, without company.
+    """One replica on one device, for running a distributed program on a single device.
 
     Parameters
     ----------
     device : Device or str
+        The device of the replica and of the variables.
+
+    Raises
+    ------
+    DeviceError
+        The device does not exist.
 
     Examples
     --------
@@ -35,7 +41,7 @@ class OneDeviceStrategy(Strategy):
 
 @final
 class DefaultStrategy(Strategy):
-    """What applies outside every scope: one replica, and variables that no scope created."""
+    """Strategy outside every scope: one replica; owner of the variables created there."""
 
     def __init__(self) -> None:
         super().__init__(context.UNSCOPED.replica_devices, context.UNSCOPED.communicator)

@@ -1,4 +1,4 @@
-"""Reduction along axes of each replica's value, then over the replicas."""
+"""Reduction along axes of each replica's array, then over the replicas."""
 
 from __future__ import annotations
 
@@ -36,39 +36,54 @@ def reduce_along(
     communicator: Communicator,
     workers: Workers,
 ) -> Any:
-    """Return the reduction of all elements along the axes, over all replicas.
+    """Reduce the replicas' arrays along the axes, and the results over all replicas.
 
-    Replicas may hold different numbers of elements along the axes, also none; MEAN divides the sum
-    by the number of all of them. Sums and products of small integers and bool are as wide as
-    NumPy's.
+    Parameters
+    ----------
+    op : ReduceOp or CustomReduction
+    arrays : list of array
+        One per local replica, of one dtype. Lengths along the axes may differ, and may be 0.
+    axis : int or sequence of int
+    communicator : Communicator
+        The collectives of the replicas.
+    workers : Workers
+        Exchange the numbers of elements.
+
+    Returns
+    -------
+    array
+        MEAN divides the sum by the number of elements of all replicas. The dtype of sums and
+        products of bool and of integers below 64 bits is NumPy's wider one.
     """
     axes = _normalized(axis, arrays)
     dtype = _dtype_of_total(op, arrays[0].dtype)
     reduce_op.check_dtype("reduce", op, dtype)
-    rest = [
+    remaining = [
         Spec(tuple(n for k, n in enumerate(array.shape) if k not in axes), array.dtype)
         for array in arrays
     ]
-    for rank, left in enumerate(rest):
-        if left != rest[0] or arrays[rank].ndim != arrays[0].ndim:
+    for rank, other in enumerate(remaining):
+        if other != remaining[0] or arrays[rank].ndim != arrays[0].ndim:
             raise BufferMismatchError(
-                f"reduce along axes {axes} needs one dtype and one shape of what remains: replica "
-                f"0 leaves {rest[0]}, replica {rank} leaves {left}"
+                f"reduce along axes {axes} needs one dtype and one shape of the remaining axes: "
+                f"replica 0 leaves {remaining[0]}, replica {rank} leaves {other}"
             )
     count = sum(workers.exchange(sum(math.prod(array.shape[k] for k in axes) for array in arrays)))
     if count == 0 and op in (ReduceOp.MEAN, ReduceOp.MIN, ReduceOp.MAX):
         raise ValueError(
-            f"reduce: {op.name} along axes {axes} of nothing: every replica's value is empty there"
+            f"reduce: {op.name} along axes {axes} of no elements: every replica's "
+            f"value is empty there"
         )
     if type(op) is CustomReduction:
-        parts = [_combined_along(op, array, axes) for array in arrays]
+        parts = [_reduce_custom_along(op, array, axes) for array in arrays]
         return communicator.reduce(parts, op)
     assert type(op) is ReduceOp
-    if reduce_op.is_half(dtype):  # in float32, and rounded once
+    if reduce_op.is_half(dtype):  # accumulated in float32, rounded once
         arrays = [array.astype(reduce_op.working_dtype(dtype)) for array in arrays]
     working = reduce_op.working_dtype(dtype)
     parts = [
-        array_memory.holding(array).apply(_along, array, op, axes, working) for array in arrays
+        array_memory.holding(array).apply(_reduce_one_along, array, op, axes, working)
+        for array in arrays
     ]
     total = communicator.reduce(parts, ReduceOp.SUM if op is ReduceOp.MEAN else op)
     if op is ReduceOp.MEAN:
@@ -83,8 +98,8 @@ def _dtype_of_total(op: Reduction, dtype: Any) -> Any:
     return dtype
 
 
-def _along(array: Any, op: ReduceOp, axes: tuple[int, ...], dtype: Any) -> Any:
-    """Return one replica's elements along the axes combined; of none, what changes nothing."""
+def _reduce_one_along(array: Any, op: ReduceOp, axes: tuple[int, ...], dtype: Any) -> Any:
+    """Reduce one array along the axes; an empty one gives the identity of the reduction."""
     rest = tuple(extent for k, extent in enumerate(array.shape) if k not in axes)
     if array.size == 0:
         return np.full_like(array, reduce_op.identity(op, dtype), dtype=dtype, shape=rest)
@@ -92,8 +107,8 @@ def _along(array: Any, op: ReduceOp, axes: tuple[int, ...], dtype: Any) -> Any:
     return _ALONG[op](array, axis=axes, keepdims=True, **extra).reshape(rest)
 
 
-def _combined_along(op: CustomReduction, array: Any, axes: tuple[int, ...]) -> Any:
-    """Return one replica's elements along the axes combined, from the first to the last."""
+def _reduce_custom_along(op: CustomReduction, array: Any, axes: tuple[int, ...]) -> Any:
+    """Reduce one array along the axes by a custom reduction, from first to last element."""
     front = np.moveaxis(array, axes, range(len(axes)))
     rest = front.shape[len(axes) :]
     rows = front.reshape(-1, *rest)
@@ -103,14 +118,15 @@ def _combined_along(op: CustomReduction, array: Any, axes: tuple[int, ...]) -> A
 
 
 def _normalized(axis: int | Sequence[int], arrays: list[Any]) -> tuple[int, ...]:
+    """Return the axes as ascending non-negative integers; malformed ones raise."""
     axes = [axis] if isinstance(axis, (int, np.integer)) else axis
-    if not isinstance(axes, (list, tuple)) or not all(is_integer(one) for one in axes):
+    if not isinstance(axes, (list, tuple)) or not all(map(is_integer, axes)):
         raise TypeError(f"reduce: axis must be an integer or a list of them, got {axis!r}")
     ndim = arrays[0].ndim
-    for one in axes:
-        if not -ndim <= one < ndim:
-            raise ValueError(f"reduce: axis {one} is out of range for {spec(arrays[0])}")
-    found = sorted(int(one) % ndim for one in axes)
-    if len(set(found)) < len(found):
-        raise ValueError(f"reduce: an axis stands twice in {axis!r}")
-    return tuple(found)
+    for each in axes:
+        if not -ndim <= each < ndim:
+            raise ValueError(f"reduce: axis {each} is out of range for {spec(arrays[0])}")
+    normalized = sorted(int(each) % ndim for each in axes)
+    if len(set(normalized)) < len(normalized):
+        raise ValueError(f"reduce: an axis appears twice in {axis!r}")
+    return tuple(normalized)

@@ -1,4 +1,4 @@
-"""Distributed values: one component per replica, and where the replicas' values live.
+"""Distributed values: one component per replica, and the devices that hold them.
 
 Imports: communicators, devices, errors, nest, reduce_op, replicas, schedules, user_errors.
 """

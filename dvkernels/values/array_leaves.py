@@ -1,4 +1,4 @@
-"""What a replica brings to a collective: a nest of arrays, and how results go back into it."""
+"""Conversion of a pytree to the arrays of a collective, and of results back to the pytree."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__: list[str] = []
 
 
 class ArrayLeaves(NamedTuple):
-    """The leaves of a nest as arrays of NumPy or, on GPUs, CuPy, and what they were."""
+    """The leaves of a pytree as NumPy arrays or, on GPUs, CuPy arrays."""
 
-    held: list[Any]
-    structure: Any  # None: one array, no nest
-    specs: Any  # one, or a tuple
-    leaves: Sequence[Any] | None  # where some are arrays of other libraries
+    arrays: list[Any]
+    structure: Any  # optree's PyTreeSpec; None: a single array, no pytree
+    specs: Any  # the shape and dtype of the single array, or a tuple of one per array
+    originals: Sequence[Any] | None  # the leaves as passed, if any is another library's array
 
-    def nest(self, results: Sequence[Any]) -> Any:
-        """Return results in the place and of the kind of what came."""
-        if self.leaves is not None:
+    def restored(self, results: Sequence[Any]) -> Any:
+        """Return results as a pytree of this structure, each of the array type of its leaf."""
+        if self.originals is not None:
             results = [
                 array_memory.holding(array).like(array, leaf)
-                for array, leaf in zip(results, self.leaves, strict=True)
+                for array, leaf in zip(results, self.originals, strict=True)
             ]
         return results[0] if self.structure is None else regroup.unflatten(self.structure, results)
 
@@ -41,33 +41,33 @@ def arrays_of(
     verb: str,
     replica: int,
     own_of: Callable[[Any], Any],
-    seen: array_memory.ArrayMemory,
+    memory: array_memory.ArrayMemory,
 ) -> ArrayLeaves:
-    """Return a nest's arrays; a distributed value in it means this replica's component.
+    """Return the leaves of a pytree as arrays; a distributed leaf gives this replica's component.
 
-    ``replica`` is its id, ``own_of`` returns its component; ``seen`` is the memory in which arrays
-    of other libraries may lie.
+    ``replica`` is the id of the replica, for messages; ``own_of`` returns its component of a leaf;
+    ``memory`` is the memory in which arrays of other libraries may lie.
     """
     if type(value) is np.ndarray:
         return ArrayLeaves([value], None, spec(value), None)
     leaves, structure = regroup.flatten(value)
     own = [own_of(leaf) for leaf in leaves]
-    held = [as_array(leaf, verb, replica, seen) for leaf in own]
-    specs = tuple(spec(array) for array in held)
-    theirs = own if any(interop.is_foreign(leaf) for leaf in own) else None
+    arrays = [as_array(leaf, verb, replica, memory) for leaf in own]
+    specs = tuple(spec(array) for array in arrays)
+    originals = own if any(interop.is_foreign(leaf) for leaf in own) else None
     if len(leaves) == 1 and leaves[0] is value:
-        return ArrayLeaves(held, None, specs[0], theirs)
-    return ArrayLeaves(held, structure, specs, theirs)
+        return ArrayLeaves(arrays, None, specs[0], originals)
+    return ArrayLeaves(arrays, structure, specs, originals)
 
 
 def as_array(
-    value: Any, verb: str, replica: int, seen: array_memory.ArrayMemory = array_memory.HOST
+    value: Any, verb: str, replica: int, memory: array_memory.ArrayMemory = array_memory.HOST
 ) -> Any:
-    """Return a leaf as an array; strings, objects and ragged lists raise NotABufferError."""
+    """Return a leaf as an array; objects and ragged lists raise ``NotABufferError``."""
     if interop.is_foreign(value):
-        return seen.view(verb, value, f"the {type(value).__name__} of replica {replica}")
+        return memory.view(verb, value, f"the {type(value).__name__} of replica {replica}")
     if type(value) is not np.ndarray:
-        refuse_masked(value, f"{verb}: what replica {replica} passed")
+        refuse_masked(value, f"{verb}: the value of replica {replica}")
     array: Any
     try:
         array = np.asarray(value)
@@ -84,16 +84,19 @@ def as_array(
     if array.dtype.hasobject:
         raise NotABufferError(
             f"{verb}: expected an array or a number, replica {replica} passed {shown(value, 60)} "
-            "of "
-            f"type {type(value).__name__}"
+            f"of type {type(value).__name__}"
         )
     return array
 
 
-def gatherable(
+def prepare_gather(
     verb: str, arrays: list[Any], axis: int, replica: int
 ) -> tuple[list[Any], list[int], tuple[Any, ...]]:
-    """Return arrays ready to be concatenated, the axis of each, and what must agree."""
+    """Return arrays to concatenate, the non-negative axis of each, and the specs that must agree.
+
+    0-d arrays become arrays of length 1. In the specs the length along the axis is ``"any"``, and
+    strings have no width.
+    """
     if not is_integer(axis):
         raise ValueError(f"{verb}: axis must be an integer, got {axis!r}")
     ready, axes, described = [], [], []
@@ -111,14 +114,14 @@ def gatherable(
     return ready, axes, tuple(described)
 
 
-# What strings of any width are called: they are gathered in the widest.
+# The name in specs of strings of any width: they are gathered with the widest width.
 _STRINGS = {"U": "str", "S": "bytes"}
 
 
-def alike(column: Sequence[Any], workers: Workers) -> Sequence[Any]:
-    """Return arrays to be concatenated with one dtype: strings as wide as the widest of all.
+def with_common_dtype(column: Sequence[Any], workers: Workers) -> Sequence[Any]:
+    """Return arrays to concatenate with one dtype: strings get the widest width of all workers.
 
-    Every worker must call this.
+    Every worker must call this: the workers exchange their widths.
     """
     if column[0].dtype.kind not in _STRINGS:
         return column

@@ -1,4 +1,4 @@
-"""Values that hold one component per replica. They hold; functions act."""
+"""Distributed values: one component per replica, without behaviour of their own."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _MAX_SHOWN = 60  # characters of one component in a repr
 
 
 class DistributedValues(Generic[T]):
-    """One component per replica: the base of ``PerReplica``, ``Mirrored`` and ``Variable``.
+    """One component per replica: base class of ``PerReplica``, ``Mirrored`` and ``Variable``.
 
-    It has no arithmetic, no truth value and no iteration: what these should mean depends on
-    whether the caller wants the replicas' sum, their concatenation, or one of them.
+    A distributed value has no arithmetic, no truth value and no iteration: their meaning would
+    depend on whether the caller wants the sum of the components, their concatenation, or one of
+    them.
     """
 
     __slots__ = ()
@@ -34,53 +35,62 @@ class DistributedValues(Generic[T]):
 
     @property
     def values(self) -> tuple[T, ...]:
-        """The components, in replica order."""
+        """The components of the replicas of this process, in replica order."""
         raise NotImplementedError
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """Where each component lives."""
+        """The device of each component, in replica order."""
         raise NotImplementedError
 
     @property
     def owner(self) -> object:
-        """The placement of the strategy that made this value, None for one made by hand."""
+        """The placement of the strategy that made this value; None for one made by the user."""
         raise NotImplementedError
 
     @property
     def first_replica(self) -> int:
-        """The id of the first component: 0, unless other processes hold those before."""
+        """The replica id of the first component: 0, unless other processes hold lower ids."""
         owner = self.owner
         return owner.first_replica if isinstance(owner, Placement) else 0
 
     def on(self, replica_id: int) -> T:
         """Return the component of one replica.
 
-        Over several processes ids are global; one that another process holds raises
-        ``IndexError`` that names its worker.
+        Parameters
+        ----------
+        replica_id : int
+            The id of the replica, counted over all processes.
+
+        Raises
+        ------
+        IndexError
+            There is no such replica, or another process holds it; the message names its worker.
+        TypeError
+            ``replica_id`` is not an integer.
         """
         return self.at(_index(replica_id) - self.first_replica)
 
     def at(self, rank: int) -> T:
-        """Return the component at a position among those of this process."""
+        """Return the component of a local rank: a position among the replicas of this process."""
         values = self.values
         if not 0 <= rank < len(values):
-            raise IndexError(self._why_not(rank + self.first_replica, len(values)))
+            raise IndexError(self._missing(rank + self.first_replica, len(values)))
         return values[rank]
 
-    def _why_not(self, replica: int, count: int) -> str:
+    def _missing(self, replica: int, count: int) -> str:
         first, owner = self.first_replica, self.owner
         here = f"this {type(self).__name__} has replicas {first} to {first + count - 1}"
         if isinstance(owner, Placement) and 0 <= replica < owner.num_replicas != count:
             return (
                 f"replica {replica} is one of worker {owner.worker_of(replica)}, and here, on "
-                f"worker {owner.workers.rank}, {here}; use gather or reduce to bring them together"
+                f"worker {owner.workers.rank}, {here}; use gather or reduce to combine them"
             )
         return f"there is no replica {replica}: {here}"
 
 
 def is_integer(value: object) -> bool:
-    """Return whether a value is an integer, of Python or NumPy, and not a bool."""
+    """Return whether a value is a Python or NumPy integer, and not a bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -91,14 +101,14 @@ def _index(replica_id: Any) -> int:
 
 
 class _Frozen(DistributedValues[T]):
-    """What ``PerReplica`` and ``Mirrored`` share: storage, indexing, printing, refusals."""
+    """Implementation of ``PerReplica`` and ``Mirrored``: storage, indexing, printing, refusals."""
 
     __slots__ = ("__weakref__", "_devices", "_owner", "_values")
     _values: tuple[T, ...]
     _devices: tuple[Device, ...]
     _owner: object
 
-    # How to get at what the user probably wanted; shown when an operation is refused.
+    # The calls to use instead; shown when an operation is refused.
     _remedy = ""
 
     def __init__(
@@ -108,50 +118,64 @@ class _Frozen(DistributedValues[T]):
         devices: Iterable[Device | str] | None = None,
         owner: object = None,
     ) -> None:
-        is_listed = type(values) in (list, tuple)  # what asks abstract classes takes 0.5 us more
-        # Text, and what has no order of replicas.
+        is_listed = type(values) in (list, tuple)  # the check of abstract classes takes 0.5 us
+        # Text is no sequence of values, and mappings and sets have no order of replicas.
         if not is_listed and isinstance(values, (str, bytes, Mapping, Set)):
             raise TypeError(
                 f"a {type(self).__name__} needs a sequence of values, one per replica, got a "
                 f"{type(values).__name__}; write [{shown(values, 40)}, ...]"
             )
-        held = tuple(values)
-        if not held:
+        components = tuple(values)
+        if not components:
             raise ValueError(f"a {type(self).__name__} needs one value per replica, got none")
         if devices is None:
-            where = (_FIRST_CPU,) * len(held)
+            where = (_FIRST_CPU,) * len(components)
         else:
             where = tuple(
                 device if type(device) is Device else registry.resolve(device) for device in devices
             )
-            if len(where) != len(held):
+            if len(where) != len(components):
                 raise DeviceError(
-                    f"a {type(self).__name__} of {len(held)} values needs {len(held)} devices, "
-                    f"got {len(where)}"
+                    f"a {type(self).__name__} of {len(components)} values needs "
+                    f"{len(components)} devices, got {len(where)}"
                 )
-        object.__setattr__(self, "_values", held)
+        object.__setattr__(self, "_values", components)
         object.__setattr__(self, "_devices", where)
         object.__setattr__(self, "_owner", owner)
 
     @property
     def values(self) -> tuple[T, ...]:
-        """The components, in replica order."""
+        """The components of the replicas of this process, in replica order."""
         return self._values
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """Where each component lives."""
+        """The device of each component, in replica order."""
         return self._devices
 
     @property
     def owner(self) -> object:
-        """The placement of the strategy that made this value, None for one made by hand."""
+        """The placement of the strategy that made this value; None for one made by the user."""
         return self._owner
 
     def copy_to(self, device: Device | str) -> Any:
-        """Return the same kind of value with every component copied to ``device``.
+        """Return a value of the same class with every component copied to ``device``.
 
-        The copies are new arrays that the caller owns; nothing is communicated or reduced.
+        Parameters
+        ----------
+        device : Device or str
+            The target of all copies.
+
+        Returns
+        -------
+        PerReplica or Mirrored
+            Arrays are new and owned by the caller; other components are the same objects. Nothing
+            is communicated or reduced.
+
+        Raises
+        ------
+        DeviceError
+            The device does not exist.
         """
         target = registry.resolve(device)
         copies = tuple(_copied(value, target) for value in self._values)
@@ -170,7 +194,7 @@ class _Frozen(DistributedValues[T]):
         raise AttributeError(f"a {type(self).__name__} is frozen; make a new one")
 
     def __copy__(self) -> Self:
-        return self  # it is frozen
+        return self  # frozen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         values = copy.deepcopy(self._values, memo)
@@ -183,7 +207,7 @@ class _Frozen(DistributedValues[T]):
         return self._refuse() if how else str(self)
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # NumPy and others ask what it can do
+        if name.startswith("__"):  # probes of protocols, by NumPy and others
             raise AttributeError(name)
         raise AttributeError(
             f"a {type(self).__name__} has no {name!r}: it holds one value for each replica; "
@@ -196,7 +220,7 @@ class _Frozen(DistributedValues[T]):
         return f"{type(self).__name__}({shown})"
 
     def _repr_html_(self) -> str:
-        import html  # with all entities' names: for notebooks only
+        import html  # slow to import, and needed in notebooks only
 
         rows = "".join(
             f"<tr><td>{i}</td><td>{device}</td><td>{html.escape(_short(value))}</td></tr>"
@@ -240,9 +264,24 @@ class PerReplica(_Frozen[T]):
     Parameters
     ----------
     values : iterable
-        One value per replica.
+        One value per replica: arrays of any shape and dtype, or any other objects.
     devices : iterable of Device or str, optional
-        Where each of them lives; ``"cpu:0"`` for all if not given.
+        The device of each value; ``"cpu:0"`` for all if not given.
+
+    Raises
+    ------
+    TypeError
+        ``values`` is not iterable, or is text, a mapping or a set.
+    ValueError
+        There are no values.
+    DeviceError
+        The number of devices differs, or a device does not exist.
+
+    Notes
+    -----
+    Frozen: ``len()``, ``[replica_id]`` and ``.on(replica_id)`` read it. Arithmetic, NumPy
+    functions, iteration and truth raise a ``TypeError`` that names the call to use. ``==`` compares
+    identity.
 
     Examples
     --------
@@ -264,8 +303,8 @@ class PerReplica(_Frozen[T]):
 class Mirrored(_Frozen[T]):
     """One value per replica, all equal.
 
-    Parameters are those of :class:`PerReplica`. Whoever makes one vouches that the copies are
-    equal; nothing is compared or communicated.
+    Parameters, errors and operations are those of :class:`PerReplica`. The caller is responsible
+    for the equality of the values; nothing is compared or communicated.
 
     Examples
     --------
@@ -285,7 +324,7 @@ def _copied(value: Any, device: Device) -> Any:
 
 
 def _short(value: object) -> str:
-    is_on_gpu = interop.is_on_gpu(value)  # its content would have to be waited for
+    is_on_gpu = interop.is_on_gpu(value)  # its content would have to be copied to the host
     if is_on_gpu or (isinstance(value, np.ndarray) and value.size > 4):
         array: Any = value
         return f"{array.dtype}{list(array.shape)}"

@@ -1,4 +1,4 @@
-"""Functions that are called for their result: what is refused as such."""
+"""Checks of user functions: coroutine and generator functions are refused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _FLAGS = functools.reduce(int.__or__, _KINDS)
 
 
 def check(verb: str, fn: Any) -> None:
-    """Raise TypeError unless calling ``fn`` does its work: a generator's is done by who asks it.
+    """Raise ``TypeError`` if ``fn`` is not callable, or a coroutine or generator function.
 
-    A call of a coroutine or generator function returns at once, and nothing of its body has run.
+    A call of the latter returns at once, and nothing of its body has run.
     """
     if type(fn) is types.FunctionType:  # the common case, in 0.1 us
         flags = fn.__code__.co_flags
@@ -46,20 +46,20 @@ def check(verb: str, fn: Any) -> None:
 
 
 def _code_of(fn: Any) -> Any:
-    """Return the code that runs when ``fn`` is called, None where there is none of Python."""
+    """Return the code object that a call of ``fn`` runs; None if it is not Python code."""
     inner, seen = fn, 0
-    while seen < 100:  # an object may call itself
+    while seen < 100:  # __call__ may form a cycle
         seen += 1
         if isinstance(inner, functools.partial):
             inner = inner.func
         elif isinstance(inner, types.MethodType):
             inner = inner.__func__
         elif isinstance(inner, type):
-            return None  # makes an object
+            return None  # a call creates an object
         elif hasattr(inner, "__code__"):
             return inner.__code__
         else:
-            call = getattr(type(inner), "__call__", None)  # noqa: B004 - what it is, not whether
+            call = getattr(type(inner), "__call__", None)  # noqa: B004 - the method itself is needed
             if not isinstance(call, (types.FunctionType, functools.partial)):
                 return None
             inner = call

@@ -1,4 +1,4 @@
-"""What an asynchronous call returns: a result that is on its way."""
+"""Handle of an asynchronous collective."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Handle"]
 
 @final
 class Handle(ProcessBound):
-    """The result of ``all_reduce_async``; made by it."""
+    """Handle of an ``all_reduce_async``: tells whether it is done, and waits for its result."""
 
-    _bound_by = "it is on its way in one step; pass on what wait() returns"
+    _bound_by = "its collective is under way in one step; pass on the result of wait()"
     __slots__ = ("_finish", "_is_done", "_result")
 
     def __init__(self, is_done: Callable[[], bool], finish: Callable[[], Any]) -> None:
@@ -23,21 +23,22 @@ class Handle(ProcessBound):
         self._result: Any = None
 
     def done(self) -> bool:
-        """Return whether ``wait`` would return, or raise, at once."""
+        """Return whether ``wait`` would return or raise without blocking."""
         return self._finish is None or self._is_done()
 
     def wait(self) -> Any:
-        """Return the result, when every replica has issued the call and it is carried out.
+        """Block until the collective is complete, and return its result.
 
         Returns
         -------
-        nest of array
-            New arrays that the caller owns; of a second call, the same ones.
+        pytree of array
+            New arrays that the caller owns, of the shapes and dtypes that were passed. A second
+            call returns the same arrays.
 
         Raises
         ------
         CollectiveMismatchError, CollectiveTimeoutError
-            As of a collective that waits; also after the step has failed elsewhere.
+            As for a blocking collective; also if the step has failed on another replica.
         """
         if self._finish is not None:
             self._result = self._finish()

@@ -1,4 +1,4 @@
-"""Where the copies of a strategy's values live, and who brings them together."""
+"""Placement of a strategy: its devices, its communicators, and the numbering of its replicas."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _ALONE = Single()
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """What a variable, or a replica's context, needs to know of its strategy.
+    """The part of a strategy that its variables and replica contexts need.
 
-    Its identity says which strategy a value belongs to. Replicas are numbered over all workers;
-    those of this process, the local ones, follow each other from ``first_replica`` on. A rank is
-    a position among the local ones. One worker alone has them all.
+    Its identity says which strategy a value belongs to. Replica ids count over all workers; the
+    local replicas, those of this process, have consecutive ids from ``first_replica`` on. A rank
+    is a position among the local replicas. With a single worker all replicas are local.
     """
 
     replica_devices: tuple[Device, ...]  # of the local replicas
     communicator: Communicator
     name: str  # of the strategy, for messages
-    central_device: Device | None = None  # of the only copy of each variable; None: one a replica
-    whole: Placement | None = None  # of the strategy, where this one describes a single copy
+    central_device: Device | None = None  # of each variable's only copy; None: one copy a replica
+    parent: Placement | None = None  # the strategy's placement, if this one describes a single copy
     workers: Workers = _ALONE
-    replicas_of_workers: tuple[int, ...] | None = None  # None: all are of this one
-    background: Communicator | None = None  # for a thread that reduces meanwhile; None: the same
-    is_default: bool = False  # of what applies outside every scope: its variables go anywhere
-    turn: StepLock = field(default_factory=StepLock)
+    replicas_of_workers: tuple[int, ...] | None = None  # None: a single worker
+    background_communicator: Communicator | None = None  # of the progress thread; None: the same
+    is_default: bool = False  # the default strategy: any strategy may read its variables
+    step_lock: StepLock = field(default_factory=StepLock)
 
     @property
     def num_replicas(self) -> int:
@@ -52,7 +52,7 @@ class Placement:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many replicas each worker has."""
+        """The number of replicas of each worker."""
         return self.replicas_of_workers or (self.num_local,)
 
     @cached_property
@@ -65,31 +65,35 @@ class Placement:
         return self._starts[self.workers.rank]
 
     @property
-    def beside(self) -> Communicator:
-        """The communicator of a thread that reduces while replicas go on."""
-        return self.communicator if self.background is None else self.background
+    def async_communicator(self) -> Communicator:
+        """The communicator of the progress thread, which reduces while the replicas go on."""
+        return (
+            self.communicator
+            if self.background_communicator is None
+            else self.background_communicator
+        )
 
     def worker_of(self, replica: int) -> int:
-        """Return the worker that a replica belongs to."""
+        """Return the worker that runs a replica."""
         return bisect.bisect(self._starts, replica) - 1
 
-    def of_chief(self, array: Any) -> Any:
-        """Return the array that the first worker holds; every worker calls this with its own.
+    def broadcast_from_chief(self, array: Any) -> Any:
+        """Return the array of the first worker; every worker must call this with its own array.
 
-        The array itself, not copied, where there is one worker.
+        With a single worker the array itself is returned, not copied.
         """
         return array if len(self.counts) == 1 else self.workers.broadcast([array], 0)[0]
 
     @property
     def copy_devices(self) -> tuple[Device, ...]:
-        """Where the copies of a variable live."""
+        """The devices that hold the copies of a variable."""
         return self.replica_devices if self.central_device is None else (self.central_device,)
 
     @cached_property
     def memory(self) -> memory.ArrayMemory:
-        """What its arrays lie in."""
+        """The memory that holds the arrays of these devices."""
         return memory.of([*self.replica_devices, *self.copy_devices])
 
     def is_of(self, strategy: Placement) -> bool:
         """Return whether this is a strategy's placement, or that of one of its copies."""
-        return self is strategy or self.whole is strategy
+        return self is strategy or self.parent is strategy

@@ -1,4 +1,4 @@
-"""What belongs to the process that made it, and cannot be pickled or copied."""
+"""Base class of objects that belong to one process and cannot be pickled or copied."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__: list[str] = []
 
 
 class ProcessBound:
-    """A base for classes whose objects are neither pickled nor copied; they say what to do."""
+    """Base class whose objects refuse to be pickled or copied, with a remedy."""
 
     __slots__ = ()
-    _bound_by: ClassVar[str]  # what ties it to this process, and what to do instead
+    _bound_by: ClassVar[str]  # why not, and what to do instead
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -1,7 +1,7 @@
-"""From one nest per replica to one nest of values, and back.
+"""Regrouping of one pytree per replica to one pytree of distributed values, and back.
 
-A nest is what optree can flatten: lists, tuples, dicts, namedtuples, registered dataclasses.
-None is a leaf, so that it stays where it was.
+A pytree is a nested structure that optree can flatten: lists, tuples, dicts, namedtuples and
+registered dataclasses. None is a leaf, so that it keeps its position.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ from dvkernels.values.placement import Placement
 __all__: list[str] = []
 
 
-def flatten(nest: Any) -> tuple[list[Any], Any]:
-    """Return the leaves of a nest and its structure."""
-    leaves, structure = optree.tree_flatten(nest, none_is_leaf=True)
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of a pytree and its structure."""
+    leaves, structure = optree.tree_flatten(tree, none_is_leaf=True)
     return leaves, structure
 
 
 def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
-    """Return the nest of this structure with these leaves."""
+    """Return the pytree of this structure with these leaves."""
     return optree.tree_unflatten(structure, leaves)
 
 
-def map_leaves(fn: Callable[[Any], Any], nest: Any) -> Any:
-    """Return the nest with ``fn`` applied to every leaf."""
-    return optree.tree_map(fn, nest, none_is_leaf=True)
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the pytree with ``fn`` applied to every leaf."""
+    return optree.tree_map(fn, tree, none_is_leaf=True)
 
 
 def own_component(value: Any, rank: int, placement: object) -> Any:
-    """Return what a leaf means to one local replica: its component of a distributed value.
+    """Return the component of a leaf for one local rank; a plain leaf is returned as it is.
 
-    One of another strategy than that of the ``placement``, or of other replicas, raises.
+    A distributed value of another strategy, or of another number of replicas, raises
+    ``ContextError``.
     """
     if not isinstance(value, DistributedValues):
         return value
     check_own(value, placement)
-    # A variable that has a single copy is the same to all replicas.
+    # All replicas read the only copy of a variable in central storage.
     return value.at(0 if len(value.values) == 1 and _is_variable(value) else rank)
 
 
 def check_own(value: DistributedValues[Any], placement: object, what: str = "") -> None:
-    """Raise ContextError unless there is a component for each local replica of a strategy."""
+    """Raise ``ContextError`` unless a value has one component per local replica of a strategy."""
     if not isinstance(placement, Placement):
         return
     owner, count, is_variable = value.owner, len(value.values), _is_variable(value)
@@ -72,23 +73,24 @@ def regroup(
     owner: object,
     kind: type[PerReplica[Any]] | type[Mirrored[Any]] = PerReplica,
 ) -> Any:
-    """Return one nest whose leaves are of ``kind``, from one nest per replica.
+    """Return one pytree whose leaves are of class ``kind``, from one pytree per replica.
 
-    A leaf that is None on every replica stays None; a variable that every replica returned is
-    returned as it is, being a distributed value already. Structures that differ raise ValueError.
+    A leaf that is None on every replica stays None, and a variable that every replica returned
+    stays that variable, which is a distributed value already. Different structures raise
+    ``ValueError``.
     """
     first = results[0]
     if first is None and all(result is None for result in results):
         return None
     flat = [flatten(result) for result in results]
     structure = flat[0][1]
-    named = owner.first_replica if isinstance(owner, Placement) else 0
-    for replica, (_, other) in enumerate(flat, named):
+    first_id = owner.first_replica if isinstance(owner, Placement) else 0
+    for replica, (_, other) in enumerate(flat, first_id):
         if other != structure:
             raise ValueError(
-                f"the replicas returned different structures: replica {named} returned "
+                f"the replicas returned different structures: replica {first_id} returned "
                 f"{nest.words_of(structure)}, replica {replica} returned "
-                f"{nest.words_of(other)}; return the same nest on every replica"
+                f"{nest.words_of(other)}; return the same structure on every replica"
             )
 
     def joined(leaves: tuple[Any, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""How much each replica counts in a weighted mean."""
+"""Weights of the replicas in a weighted mean."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__: list[str] = []
 
 
 def checked(weight: Any, verb: str, op: Reduction) -> float:
-    """Return a weight as a float; raise unless it is a finite number of at least 0, for MEAN."""
+    """Return a weight as a float; raise unless ``op`` is MEAN and the weight finite and >= 0."""
     if op is not ReduceOp.MEAN:
         raise ValueError(f"{verb}: a weight belongs to MEAN, got op {op.name}; drop the weight")
     refuse_masked(weight, f"{verb}: the weight")
@@ -31,39 +31,39 @@ def checked(weight: Any, verb: str, op: Reduction) -> float:
     return number
 
 
-def shares_over(local: Sequence[float], workers: Workers, verb: str) -> list[float] | None:
-    """Return what the weights of this process are of the sum over all; None where all are equal.
+def normalized_shares(local: Sequence[float], workers: Workers, verb: str) -> list[float] | None:
+    """Return the local weights divided by the sum over all replicas; None if all are equal.
 
-    Every worker must call this, with as many weights as it has replicas.
+    Every worker must call this, with one weight per local replica.
     """
     per_worker = workers.exchange([*local])
-    of_all = [weight for each in per_worker for weight in each]
-    if local[0] and all(other == local[0] for other in of_all):
+    weights = [weight for each in per_worker for weight in each]
+    if local[0] and all(weight == local[0] for weight in weights):
         return None
-    first = sum(map(len, per_worker[: workers.rank]))
-    return reduce_op.shares(of_all, verb)[first : first + len(local)]
+    start = sum(map(len, per_worker[: workers.rank]))
+    return reduce_op.shares(weights, verb)[start : start + len(local)]
 
 
-def share_of(array: Any, share: float) -> Any:
-    """Return a share of an array, of which the sum over the replicas is the weighted mean.
+def scaled_share(array: Any, share: float) -> Any:
+    """Return ``share * array``; the sum of these over the replicas is the weighted mean.
 
-    A share of 0 gives zeros, whatever the array holds, so that NaN x 0 does not spoil the sum.
-    Shares of a half type are float32, so that only the sum is rounded to the half.
+    A share of 0 gives zeros whatever the array holds, because NaN * 0 would spoil the sum.
+    float16 and bfloat16 are scaled in float32, so that only the sum is rounded.
     """
     dtype = reduce_op.working_dtype(array.dtype)
-    here = array_memory.holding(array).apply
+    apply = array_memory.holding(array).apply
     if not share:
-        return here(np.zeros_like, array, dtype)
-    return here(_scaled, array.astype(dtype, copy=False), dtype.type(share))
+        return apply(np.zeros_like, array, dtype)
+    return apply(_scaled, array.astype(dtype, copy=False), dtype.type(share))
 
 
 def _scaled(array: Any, factor: Any) -> Any:
     return np.multiply(array, factor, out=np.empty_like(array))
 
 
-def shares_of(columns: Sequence[Sequence[Any]], shares: Sequence[float]) -> list[list[Any]]:
-    """Return the shares of the arrays of each column, one array a replica."""
+def scaled_shares(columns: Sequence[Sequence[Any]], shares: Sequence[float]) -> list[list[Any]]:
+    """Return each column, one array per replica, with its arrays scaled by the shares."""
     return [
-        [share_of(array, share) for array, share in zip(column, shares, strict=True)]
+        [scaled_share(array, share) for array, share in zip(column, shares, strict=True)]
         for column in columns
     ]

@@ -1,4 +1,4 @@
-"""Single numbers that users pass: weights, rates and the like."""
+"""Conversion of the scalars that users pass, such as weights and learning rates."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__: list[str] = []
 
 
 def real(value: Any) -> float:
-    """Return a real number of any kind as a float; NaN for anything that is none.
+    """Return a real number of any type as a float; NaN for anything else.
 
-    Arrays of one element count as that element, masked ones and strings as nothing.
+    An array of one element counts as that element. Masked arrays and strings give NaN.
     """
     try:
         if isinstance(value, (str, bytes, np.ma.MaskedArray)):

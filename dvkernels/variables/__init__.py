@@ -1,4 +1,4 @@
-"""Variables: one name for copies on all replicas, kept in step by their synchronization mode.
+"""Variables: state with one copy per replica, kept consistent by a synchronization mode.
 
 Imports: communicators, context, deadlines, devices, enumeration, errors, profiler, reduce_op,
 replicas, user_errors, values.

@@ -1,4 +1,4 @@
-"""Copies that should be equal and are not: looked for in debug mode."""
+"""Drift checks of debug mode: comparison of copies that should be equal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__: list[str] = []
 
 
 def check(variables: Iterable[Variable], when: str) -> None:
-    """Raise unless every copy of each ON_WRITE variable holds the same finite content."""
+    """Raise ``DriftError`` unless all copies of each ON_WRITE variable are equal and finite."""
     for variable in variables:
         if variable.synchronization is not VariableSynchronization.ON_WRITE:
             continue
@@ -27,7 +27,7 @@ def check(variables: Iterable[Variable], when: str) -> None:
 
 
 def check_over_workers(variables: Iterable[Variable], workers: Workers, when: str) -> None:
-    """Raise, on all workers, unless they hold the same content of each ON_WRITE variable."""
+    """Raise ``DriftError`` on all workers unless their ON_WRITE variables are equal."""
     if workers.size == 1:
         return
     own = {
@@ -36,8 +36,8 @@ def check_over_workers(variables: Iterable[Variable], workers: Workers, when: st
         if variable.synchronization is VariableSynchronization.ON_WRITE
     }
     first, *others = workers.exchange(own)
-    for worker, theirs in enumerate(others, start=1):
-        drifted = sorted(name for name in first.keys() & theirs if first[name] != theirs[name])
+    for worker, other in enumerate(others, start=1):
+        drifted = sorted(name for name in first.keys() & other if first[name] != other[name])
         if drifted:
             raise DriftError(
                 f"{when}: worker {worker} holds other content than worker 0 in variables "
@@ -46,19 +46,19 @@ def check_over_workers(variables: Iterable[Variable], workers: Workers, when: st
 
 
 def compare(what: str, copies: Sequence[Any]) -> None:
-    """Raise unless all copies hold the same finite content."""
+    """Raise ``DriftError`` unless all copies are bitwise equal, and ``NonFiniteError`` for NaN."""
     first, *others = (array_memory.holding(copy).to_host(copy) for copy in copies)
     debugging.check_finite(what, [first])
     for replica, other in enumerate(others, start=1):
         if (_bits(first) != _bits(other)).any():
-            _raise(what, replica, first, other)
+            _raise_drift(what, replica, first, other)
 
 
 def _bits(array: Any) -> Any:
     return array.reshape(-1).view(np.uint8)
 
 
-def _raise(what: str, replica: int, first: Any, other: Any) -> None:
+def _raise_drift(what: str, replica: int, first: Any, other: Any) -> None:
     itemsize = first.dtype.itemsize
     rows = (_bits(first).reshape(-1, itemsize) != _bits(other).reshape(-1, itemsize)).any(axis=1)
     k = int(np.flatnonzero(rows)[0])

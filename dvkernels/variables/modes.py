@@ -1,7 +1,7 @@
-"""When the copies of a variable are brought together: one row per synchronization mode.
+"""Synchronization modes of variables: the functions that read and write the copies, as a table.
 
-A write is worked out first and committed in one go, so that an error or an interrupt leaves all
-copies as they were.
+A write computes the new content first and then commits it in one call, so that an error or an
+interrupt leaves all copies as they were.
 """
 
 from __future__ import annotations
@@ -27,16 +27,38 @@ __all__ = ["VariableAggregation", "VariableSynchronization"]
 
 
 class VariableSynchronization(NamedEnum):
-    """When the copies of a variable are brought together."""
+    """Mode that says when the copies of a variable are synchronized.
 
-    AUTO = "auto"  # resolves to ON_WRITE
-    NONE = "none"  # never, unless the user calls sync
-    ON_WRITE = "on_write"  # at every write in replica context: the copies are always equal
-    ON_READ = "on_read"  # at every read in cross-replica context
+    Attributes
+    ----------
+    AUTO
+        Resolves to ON_WRITE.
+    NONE
+        Never, unless the program calls ``sync``.
+    ON_WRITE
+        At every write in replica context: the copies are always equal.
+    ON_READ
+        At every read in cross-replica context, which returns the aggregate of the copies.
+    """
+
+    AUTO = "auto"
+    NONE = "none"
+    ON_WRITE = "on_write"
+    ON_READ = "on_read"
 
 
 class VariableAggregation(NamedEnum):
-    """How the replicas' values become one."""
+    """Reduction of the replicas' values to one value.
+
+    Attributes
+    ----------
+    NONE
+        There is none; operations that need one raise.
+    SUM, MEAN
+        The sum or the mean over all replicas.
+    ONLY_FIRST_REPLICA
+        The value of replica 0.
+    """
 
     NONE = "none"
     SUM = "sum"
@@ -44,7 +66,7 @@ class VariableAggregation(NamedEnum):
     ONLY_FIRST_REPLICA = "only_first_replica"
 
 
-# What a write does to a copy: (copy, value, out) -> new content, in out if it is worked out.
+# The writes: (copy, value, out) -> new content; a computed content goes to out.
 WRITES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "assign": lambda _, value, __: value,
     "assign_add": np.add,
@@ -53,7 +75,7 @@ WRITES: dict[str, Callable[[Any, Any, Any], Any]] = {
 
 
 def _write_alike(copies: Copies, verb: str, value: Any) -> None:
-    """Write equal copies: work out the new content once, then commit it to all."""
+    """Write equal copies: compute the new content once, then commit it to all of them."""
     new = value
     if verb != "assign":
         new = copies.memory.apply(WRITES[verb], copies.arrays[0], value, copies.scratch())
@@ -64,11 +86,11 @@ _REDUCTIONS = {VariableAggregation.SUM: ReduceOp.SUM, VariableAggregation.MEAN: 
 
 
 class SyncMode(NamedTuple):
-    """What reads and writes mean, in a replica and across replicas.
+    """Functions that read and write a variable, in replica and in cross-replica context.
 
-    In a replica writes take ``(copies, aggregation, verb, value, replica)``, scatters
+    In replica context writes take ``(copies, aggregation, verb, value, replica)``, scatters
     ``(copies, aggregation, verb, indices, updates, replica)`` and reads ``(copies, aggregation,
-    replica)``; across replicas the same without the replica.
+    replica)``; in cross-replica context ("across") the same without the replica.
     """
 
     write_in_replica: Callable[..., None]
@@ -89,7 +111,7 @@ def aggregate_then_write(
     value: Any,
     replica: ReplicaContext,
 ) -> None:
-    """All replicas bring a value; every copy gets what the aggregation makes of them."""
+    """Aggregate the values of all replicas, and write the result to every copy."""
     _check_aggregation(copies, aggregation, verb)
     checked = _checked_own(copies, verb, value, replica)
 
@@ -98,7 +120,7 @@ def aggregate_then_write(
         _write_alike(copies, verb, combined)
         return [None] * len(values)
 
-    _meet(copies, verb, checked, act, replica)
+    _rendezvous(copies, verb, checked, act, replica)
 
 
 def aggregate_then_scatter(
@@ -109,9 +131,10 @@ def aggregate_then_scatter(
     updates: Any,
     replica: ReplicaContext,
 ) -> None:
-    """All replicas bring updates of some rows; every copy gets those that the aggregation takes.
+    """Apply the row updates of all replicas, in replica order, to every copy.
 
-    SUM takes all, MEAN all of them divided by the number of replicas, in replica order.
+    SUM applies all updates, MEAN all of them divided by the number of replicas, and
+    ONLY_FIRST_REPLICA those of replica 0.
     """
     _check_aggregation(copies, aggregation, verb)
     _check_additive(copies, aggregation, verb)
@@ -120,16 +143,16 @@ def aggregate_then_scatter(
     def act(parts: list[scatter.Updates]) -> list[None]:
         placement = copies.placement
         if aggregation in _REDUCTIONS:
-            taken = parts
-        else:  # those of replica 0, which the first worker has
-            taken = parts[: 1 if placement.workers.rank == 0 else 0]
+            applied = parts
+        else:  # those of replica 0, a replica of the first worker
+            applied = parts[: 1 if placement.workers.rank == 0 else 0]
         divisor = placement.num_replicas if aggregation is VariableAggregation.MEAN else 1
-        own = scatter.joined(copies, taken, parts[0])
-        of_all = scatter.of_all_workers(own, placement.workers)
-        _scatter_alike(copies, verb, scatter.divided(of_all, divisor))
+        own = scatter.concatenated(copies, applied, parts[0])
+        gathered = scatter.gathered_from_workers(own, placement.workers)
+        _scatter_alike(copies, verb, scatter.divided(gathered, divisor))
         return [None] * len(parts)
 
-    _meet(copies, verb, own, act, replica)
+    _rendezvous(copies, verb, own, act, replica)
 
 
 def scatter_own_copy(
@@ -140,17 +163,17 @@ def scatter_own_copy(
     updates: Any,
     replica: ReplicaContext,
 ) -> None:
-    """Only rows of this replica's copy change."""
+    """Apply row updates to this replica's copy only."""
     own = copies.arrays[copies.index_of(replica.rank_in_process)]
     given = _checked_updates(copies, verb, indices, updates, replica)
-    rows, content = scatter.changed(copies, own, verb, given)
+    rows, content = scatter.new_rows(copies, own, verb, given)
     copies.memory.overwrite_rows([own], [rows], [content])
 
 
 def refuse_to_scatter(
     copies: Copies, aggregation: VariableAggregation, verb: str, *_: object
 ) -> None:
-    """Raise: what a sum over copies would mean for a row is not defined."""
+    """Raise: row updates are not defined for a variable whose value is an aggregate of copies."""
     raise SynchronizationError(
         f"{verb} of variable {copies.name!r}: it is ON_READ, which takes assign, assign_add and "
         f"assign_sub only; use synchronization='none' or 'on_write'"
@@ -164,11 +187,11 @@ def write_own_copy(
     value: Any,
     replica: ReplicaContext,
 ) -> None:
-    """Only this replica's copy changes."""
+    """Write this replica's copy only."""
     rank = replica.rank_in_process
     own = copies.arrays[copies.index_of(rank)]
-    brought = _checked_own(copies, verb, value, replica)
-    new = copies.memory.apply(WRITES[verb], own, brought, None)
+    checked = _checked_own(copies, verb, value, replica)
+    new = copies.memory.apply(WRITES[verb], own, checked, None)
     copies.commit_own(rank, new)
 
 
@@ -178,22 +201,22 @@ def write_own_copy(
 def write_every_copy_alike(
     copies: Copies, aggregation: VariableAggregation, verb: str, value: Any
 ) -> None:
-    """Every copy gets the same value; a ``PerReplica`` would let them drift apart."""
+    """Write the same value to every copy; a ``PerReplica`` raises."""
     if isinstance(value, PerReplica):
         raise SynchronizationError(
             f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
             f"copies of an ON_WRITE variable are equal; reduce it first: "
             f"v.{verb}(strategy.reduce('mean', value))"
         )
-    checked = copies.checked(_one(value, verb, copies), verb, None)
-    _write_alike(copies, verb, copies.placement.of_chief(checked))
+    checked = copies.checked(_single_value(value, verb, copies), verb, None)
+    _write_alike(copies, verb, copies.placement.broadcast_from_chief(checked))
 
 
 def write_every_copy(
     copies: Copies, aggregation: VariableAggregation, verb: str, value: Any
 ) -> None:
-    """Every copy gets the value, or its component of a ``PerReplica``."""
-    values = _for_each_copy(copies, verb, value)
+    """Write the value, or its component of a ``PerReplica``, to every copy."""
+    values = _checked_per_copy(copies, verb, value)
     write = functools.partial(copies.memory.apply, WRITES[verb])
     copies.commit([write(own, new, None) for own, new in zip(copies.arrays, values, strict=True)])
 
@@ -201,43 +224,43 @@ def write_every_copy(
 def scatter_every_copy_alike(
     copies: Copies, aggregation: VariableAggregation, verb: str, indices: Any, updates: Any
 ) -> None:
-    """Rows of every copy get the same updates."""
+    """Apply the same row updates to every copy; a ``PerReplica`` raises."""
     _check_additive(copies, aggregation, verb)
     if isinstance(indices, PerReplica) or isinstance(updates, PerReplica):
         raise SynchronizationError(
             f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
             f"copies of an ON_WRITE variable are equal; scatter in a replica, or pass one array"
         )
-    _scatter_alike(copies, verb, _updates_for_all(copies, verb, indices, updates))
+    _scatter_alike(copies, verb, _same_updates(copies, verb, indices, updates))
 
 
-def _updates_for_all(copies: Copies, verb: str, indices: Any, updates: Any) -> scatter.Updates:
-    """Return updates that are the same for every copy: those of the first worker."""
-    where, what = _one(indices, verb, copies), _one(updates, verb, copies)
-    given = scatter.checked(copies, verb, where, what, None)
-    return scatter.Updates(*map(copies.placement.of_chief, given))
+def _same_updates(copies: Copies, verb: str, indices: Any, updates: Any) -> scatter.Updates:
+    """Return the checked updates for all copies of all workers: those of the first worker."""
+    rows, content = _single_value(indices, verb, copies), _single_value(updates, verb, copies)
+    checked = scatter.checked(copies, verb, rows, content, None)
+    return scatter.Updates(*map(copies.placement.broadcast_from_chief, checked))
 
 
 def scatter_every_copy(
     copies: Copies, aggregation: VariableAggregation, verb: str, indices: Any, updates: Any
 ) -> None:
-    """Rows of every copy get the updates, or their components of a ``PerReplica``."""
+    """Apply the row updates, or their components of a ``PerReplica``, to every copy."""
     if isinstance(indices, PerReplica) or isinstance(updates, PerReplica):
-        where, what = (_each(copies, verb, value) for value in (indices, updates))
+        rows, content = (_value_per_copy(copies, verb, value) for value in (indices, updates))
         first = copies.placement.first_replica
-        given = [
+        checked = [
             scatter.checked(copies, verb, *pair, replica)
-            for replica, pair in enumerate(zip(where, what, strict=True), first)
+            for replica, pair in enumerate(zip(rows, content, strict=True), first)
         ]
     else:
-        given = [_updates_for_all(copies, verb, indices, updates)] * len(copies.arrays)
-    pairs = zip(copies.arrays, given, strict=True)
-    found = [scatter.changed(copies, own, verb, one) for own, one in pairs]
-    copies.commit_rows([rows for rows, _ in found], [content for _, content in found])
+        checked = [_same_updates(copies, verb, indices, updates)] * len(copies.arrays)
+    pairs = zip(copies.arrays, checked, strict=True)
+    changes = [scatter.new_rows(copies, own, verb, updates) for own, updates in pairs]
+    copies.commit_rows([rows for rows, _ in changes], [content for _, content in changes])
 
 
 def _scatter_alike(copies: Copies, verb: str, given: scatter.Updates) -> None:
-    rows, content = scatter.changed(copies, copies.arrays[0], verb, given)
+    rows, content = scatter.new_rows(copies, copies.arrays[0], verb, given)
     copies.commit_rows([rows] * len(copies.arrays), [content] * len(copies.arrays))
 
 
@@ -265,22 +288,24 @@ def _has_several(copies: Copies) -> bool:
     return copies.placement.num_replicas > 1
 
 
-def share_out(copies: Copies, aggregation: VariableAggregation, verb: str, value: Any) -> None:
-    """Under SUM the copies together get the value; else every copy gets it."""
+def write_shares(copies: Copies, aggregation: VariableAggregation, verb: str, value: Any) -> None:
+    """Under SUM split the value into shares, one per copy; else write it to every copy."""
     if aggregation is not VariableAggregation.SUM or isinstance(value, PerReplica):
         if aggregation is VariableAggregation.SUM and verb != "assign":
-            _refuse_adding_to_a_sum(copies, verb)
+            _refuse_add_to_sum(copies, verb)
         write_every_copy(copies, aggregation, verb, value)
         return
     if verb != "assign":
-        _refuse_adding_to_a_sum(copies, verb)
+        _refuse_add_to_sum(copies, verb)
     placement = copies.placement
-    total = placement.of_chief(copies.checked(_one(value, verb, copies), verb, None))
-    shares = copies.memory.apply(_shares, total, placement.num_replicas)
+    total = placement.broadcast_from_chief(
+        copies.checked(_single_value(value, verb, copies), verb, None)
+    )
+    shares = copies.memory.apply(_split_total, total, placement.num_replicas)
     copies.commit(shares[placement.first_replica :][: len(copies.arrays)])
 
 
-def _refuse_adding_to_a_sum(copies: Copies, verb: str) -> None:
+def _refuse_add_to_sum(copies: Copies, verb: str) -> None:
     raise SynchronizationError(
         f"{verb} of variable {copies.name!r}: it is ON_READ with aggregation SUM, so in "
         f"cross-replica context it is not clear which copy should change; use "
@@ -288,8 +313,8 @@ def _refuse_adding_to_a_sum(copies: Copies, verb: str) -> None:
     )
 
 
-def _shares(total: Any, num_copies: int) -> list[Any]:
-    """Split a total so that the shares add up to it: integers keep their remainder."""
+def _split_total(total: Any, num_copies: int) -> list[Any]:
+    """Split a total into shares that add up to it; the first ones take an integer's remainder."""
     if total.dtype.kind in "iu":
         base, rest = np.divmod(total, total.dtype.type(num_copies))
         return [base + (rank < rest).astype(total.dtype) for rank in range(num_copies)]
@@ -308,12 +333,12 @@ def own_copy(copies: Copies, aggregation: VariableAggregation, replica: ReplicaC
 
 
 def first_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
-    """Return any copy: all are equal."""
+    """Return the first copy: all are equal."""
     return copies.views[0]
 
 
 def aggregate_copies(copies: Copies, aggregation: VariableAggregation) -> Any:
-    """Return what the aggregation makes of the copies."""
+    """Return the aggregate of the copies of all workers, read-only."""
     if aggregation is VariableAggregation.NONE:
         raise SynchronizationError(
             f"variable {copies.name!r} is ON_READ with aggregation NONE, so a read in "
@@ -327,67 +352,70 @@ def aggregate_copies(copies: Copies, aggregation: VariableAggregation) -> Any:
 
 
 def every_copy(copies: Copies, aggregation: VariableAggregation) -> Any:
-    """Return all copies, as they are."""
+    """Return all copies of this process as a ``PerReplica``."""
     placement = copies.placement
     return PerReplica(copies.views, devices=placement.copy_devices, owner=placement)
 
 
 def aggregated(copies: Copies, aggregation: VariableAggregation, values: list[Any]) -> Any:
-    """Return what the aggregation makes of one value per local replica, on all workers alike.
+    """Return the aggregate of one value per local replica, over all workers.
 
-    NONE only with one replica.
+    Every worker must call this. NONE is accepted with a single replica only.
     """
     if aggregation in _REDUCTIONS:
         op = _REDUCTIONS[aggregation]
         reduce_op.check_dtype(f"variable {copies.name!r}", op, values[0].dtype)
         return copies.placement.communicator.reduce(values, op)
-    return copies.placement.of_chief(values[0])
+    return copies.placement.broadcast_from_chief(values[0])
 
 
 def _checked_own(copies: Copies, verb: str, value: Any, replica: ReplicaContext) -> Any:
-    """Return what a value means to this replica, as an array that fits."""
+    """Return this replica's component of a value as a checked array."""
     return copies.checked(replica.own(value), verb, replica.replica_id_in_sync_group)
 
 
 def _checked_updates(
     copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
 ) -> scatter.Updates:
-    """Return what updates mean to this replica, one by one."""
-    where, what = replica.own(indices), replica.own(updates)
-    return scatter.checked(copies, verb, where, what, replica.replica_id_in_sync_group)
+    """Return this replica's components of indices and updates, checked."""
+    rows, content = replica.own(indices), replica.own(updates)
+    return scatter.checked(copies, verb, rows, content, replica.replica_id_in_sync_group)
 
 
-def _meet(
+def _rendezvous(
     copies: Copies,
     verb: str,
     payload: Any,
     act: Callable[[list[Any]], list[None]],
     replica: ReplicaContext,
 ) -> None:
-    """Meet the other replicas at a write of this variable."""
+    """Write this variable together with all replicas; the last one to arrive calls ``act``."""
     replica.meet(CollectiveCall(f"Variable.{verb}", (copies.name, Same(id(copies))), payload, act))
 
 
-def _one(value: Any, verb: str, copies: Copies) -> Any:
-    """Return the one array that a value means in cross-replica context."""
+def _single_value(value: Any, verb: str, copies: Copies) -> Any:
+    """Return a value for all copies: the first component of a ``Mirrored``, a variable's value."""
     if isinstance(value, PerReplica) or not isinstance(value, DistributedValues):
         return value
     return value.at(0) if not hasattr(value, "read_value") else value.read_value()
 
 
-def _for_each_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
+def _checked_per_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
+    """Return one checked array per copy: a ``PerReplica``'s components, or one array for all."""
     if isinstance(value, PerReplica):
-        parts = _each(copies, verb, value)
+        parts = _value_per_copy(copies, verb, value)
         first = copies.placement.first_replica
         return [copies.checked(part, verb, replica) for replica, part in enumerate(parts, first)]
-    one = copies.placement.of_chief(copies.checked(_one(value, verb, copies), verb, None))
-    return [copies.memory.near(one, copy) for copy in copies.arrays]
+    array = copies.placement.broadcast_from_chief(
+        copies.checked(_single_value(value, verb, copies), verb, None)
+    )
+    return [copies.memory.near(array, copy) for copy in copies.arrays]
 
 
-def _each(copies: Copies, verb: str, value: Any) -> Sequence[Any]:
-    """Return what a value means to each copy in cross-replica context."""
+def _value_per_copy(copies: Copies, verb: str, value: Any) -> Sequence[Any]:
+    """Return one value per copy: the components of a ``PerReplica``, or one value for all."""
     if not isinstance(value, PerReplica):
-        return [_one(value, verb, copies)] * len(copies.arrays)
+        return [_single_value(value, verb, copies)] * len(copies.arrays)
     foreign = value.owner is not None and value.owner is not copies.placement
     if foreign or len(value) != len(copies.arrays):
         raise ContextError(
@@ -406,7 +434,7 @@ SYNC_MODES = {
     ),
     VariableSynchronization.ON_READ: SyncMode(
         write_own_copy, refuse_to_scatter, own_copy,
-        share_out, refuse_to_scatter, aggregate_copies,
+        write_shares, refuse_to_scatter, aggregate_copies,
     ),
     VariableSynchronization.NONE: SyncMode(
         write_own_copy, scatter_own_copy, own_copy,

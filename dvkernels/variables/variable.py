@@ -1,4 +1,4 @@
-"""A variable: one name for copies that are kept in step the way its modes say."""
+"""The variable: state with one copy per replica, kept consistent by its modes."""
 
 from __future__ import annotations
 
@@ -44,38 +44,46 @@ _numbers = itertools.count()
 
 @final
 class Variable(DistributedValues[Any]):
-    """State that every replica reads and writes, kept in step by its modes.
+    """State that all replicas read and write, kept consistent by its modes.
 
     Parameters
     ----------
     initial_value : array-like, or callable that returns one
-        Called once, so that all replicas start alike. Copied. Over several workers all start
-        with the first worker's.
+        The first content: numbers or bool, of any shape. Copied. A callable is called once, so
+        that all replicas start with the same value; over several workers, the first worker's
+        value is taken.
     dtype : dtype, optional
-        Of the copies; that of ``initial_value`` if not given.
+        The dtype of the copies; that of ``initial_value`` if not given.
     trainable : bool, optional
-        True unless ``synchronization`` is ON_READ.
+        Whether optimizers should change it. If not given, True unless ``synchronization`` is
+        ON_READ.
     synchronization : VariableSynchronization or str
-        ``"on_write"`` (also ``"auto"``): copies always equal. ``"on_read"``: each replica writes
-        its own, a read in cross-replica context aggregates. ``"none"``: each replica its own.
+        ``"on_write"`` (also ``"auto"``): the copies are always equal. ``"on_read"``: each replica
+        writes its own copy, and a read in cross-replica context aggregates the copies.
+        ``"none"``: each replica reads and writes its own copy.
     aggregation : VariableAggregation or str
-        How the replicas' values become one: ``"sum"``, ``"mean"``, ``"only_first_replica"``;
-        ``"none"`` forbids what would need it.
+        The reduction of the replicas' values to one: ``"sum"``, ``"mean"`` or
+        ``"only_first_replica"``. With ``"none"``, operations that need one raise.
     name : str, optional
-        For messages and checkpoints.
+        Name in messages and checkpoints; ``"variable_<n>"`` if not given.
 
     Raises
     ------
     ValueError
-        A wrong name of a mode; MEAN of an integer variable.
+        An unknown mode; MEAN of an integer variable; a mode that the strategy does not support.
     NotABufferError
         ``initial_value`` is not an array of numbers.
+    BufferMismatchError
+        ``dtype`` cannot hold the initial value.
+    CollectiveMismatchError
+        Inside ``run``: the replicas created different variables.
 
     Notes
     -----
-    Inside ``strategy.scope()`` there is one copy per replica; outside every scope a single one.
-    Writes return None and leave all copies written, or, on an error or interrupt, all as they
-    were. ``==`` compares elementwise, so variables are not hashable.
+    Inside ``strategy.scope()`` there is one copy per replica (one in all under central storage);
+    outside every scope there is a single copy. Writes return None. After an error or an interrupt
+    either all copies are written, or all are as before. NumPy functions, indexing and arithmetic
+    act on :meth:`read_value`. ``==`` compares elementwise, so variables are not hashable.
 
     Examples
     --------
@@ -102,8 +110,8 @@ class Variable(DistributedValues[Any]):
     _synchronization: VariableSynchronization
     _trainable: bool
 
-    # All is done in __new__: inside run the replicas together create one object, and __init__
-    # would run on it once for each of them.
+    # Everything is in __new__: inside run all replicas create one object together, and Python would
+    # call __init__ on it once per replica.
     def __new__(
         cls,
         initial_value: Any,
@@ -114,7 +122,7 @@ class Variable(DistributedValues[Any]):
         aggregation: VariableAggregation | str = "none",
         name: str | None = None,
     ) -> Variable:
-        """Create the variable, once for all replicas."""
+        """Create the variable; inside ``run`` once, by all replicas together."""
         when = VariableSynchronization.of(synchronization)
         if when is VariableSynchronization.AUTO:
             when = VariableSynchronization.ON_WRITE
@@ -148,7 +156,7 @@ class Variable(DistributedValues[Any]):
         )
         return created
 
-    # -- what it is -----------------------------------------------------------------------------
+    # -- description ----------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,7 +172,7 @@ class Variable(DistributedValues[Any]):
 
     @property
     def name(self) -> str:
-        """The name given, or one made up."""
+        """The name given at creation, or a generated one."""
         return self._copies.name
 
     @property
@@ -174,38 +182,70 @@ class Variable(DistributedValues[Any]):
 
     @property
     def synchronization(self) -> VariableSynchronization:
-        """When the copies are brought together; AUTO has been resolved."""
+        """When the copies are synchronized; AUTO has been resolved to ON_WRITE."""
         return self._synchronization
 
     @property
     def aggregation(self) -> VariableAggregation:
-        """How the replicas' values become one."""
+        """The reduction of the replicas' values to one value."""
         return self._aggregation
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """Where the copies live."""
+        """The devices of the copies of this process, in replica order."""
         return self._copies.placement.copy_devices
 
     def on(self, replica_id: int) -> Any:
-        """Return a read-only view of the copy that a replica reads."""
-        whole = self._copies.placement
-        if whole.central_device is not None and is_integer(replica_id):
-            replica_id = 0 if 0 <= replica_id < whole.num_replicas else replica_id
+        """Return a read-only view of the copy that a replica reads.
+
+        Parameters
+        ----------
+        replica_id : int
+            The id of the replica, counted over all processes.
+
+        Returns
+        -------
+        array of shape ``variable.shape``
+            Valid until the next write.
+
+        Raises
+        ------
+        IndexError
+            There is no such replica, or another process holds its copy.
+        """
+        placement = self._copies.placement
+        if placement.central_device is not None and is_integer(replica_id):
+            replica_id = 0 if 0 <= replica_id < placement.num_replicas else replica_id
         return super().on(replica_id)
 
     @property
     def owner(self) -> Placement:
-        """The placement of the strategy that created it."""
+        """The placement of the strategy that created the variable."""
         return self._copies.placement
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """Read-only views of the copies, in replica order."""
+        """Read-only views of the copies of this process, in replica order."""
         return self._copies.views
 
     def copy_to(self, device: Device | str) -> PerReplica[Any]:
-        """Return the copies' content as new arrays on ``device``, one for each copy."""
+        """Copy every copy of this process to ``device``.
+
+        Parameters
+        ----------
+        device : Device or str
+            The target of all copies.
+
+        Returns
+        -------
+        PerReplica of array of shape ``variable.shape``
+            New arrays, one per copy; nothing is communicated or reduced.
+
+        Raises
+        ------
+        DeviceError
+            The device does not exist.
+        """
         target = registry.resolve(device)
         copies = [array_memory.copied(array, target) for array in self._copies.arrays]
         return PerReplica(copies, devices=[target] * len(copies), owner=self.owner)
@@ -215,9 +255,24 @@ class Variable(DistributedValues[Any]):
     def read_value(self) -> Any:
         """Return the value as a read-only view, valid until the next write.
 
-        In a replica its own copy. In cross-replica context the first copy (ON_WRITE), the
-        aggregate (ON_READ; aggregation NONE raises ``SynchronizationError``), or a ``PerReplica``
-        of all copies (NONE).
+        Returns
+        -------
+        array of shape ``variable.shape``, or PerReplica of such
+            In replica context, the replica's own copy. In cross-replica context, the first copy
+            (ON_WRITE), the aggregate of the copies (ON_READ), or a ``PerReplica`` of all copies
+            (NONE).
+
+        Raises
+        ------
+        SynchronizationError
+            Cross-replica read of an ON_READ variable with aggregation NONE.
+        ContextError
+            Another strategy's scope or run is current.
+
+        Notes
+        -----
+        Over several workers a cross-replica read of an ON_READ variable communicates, so every
+        worker must make it.
         """
         replica = self._role("read_value", write=False)
         mode = SYNC_MODES[self._synchronization]
@@ -226,25 +281,33 @@ class Variable(DistributedValues[Any]):
         return mode.read_in_replica(self._copies, self._aggregation, replica)
 
     def gather_rows(self, indices: Any) -> Any:
-        """Return rows of what :meth:`read_value` returns, as a new array.
+        """Return rows of the value as a new array.
 
         Parameters
         ----------
-        indices : array-like of int
-            Rows: positions along axis 0, as often as they are wanted. Negative ones do not count
-            from the end.
+        indices : array-like of int, of any shape
+            Positions along axis 0; repetitions are allowed. Negative indices raise.
 
         Returns
         -------
         array of shape ``indices.shape + variable.shape[1:]``
-            Owned by the caller; a ``PerReplica`` of such where ``read_value`` is one.
+            Owned by the caller; a ``PerReplica`` of such arrays where :meth:`read_value` returns
+            one.
 
         Raises
         ------
         IndexError
-            There is no such row.
+            An index is out of range.
         NotABufferError, BufferMismatchError
-            Indices that are not integers; a variable without axes.
+            The indices are not integers; the variable is 0-d.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> table = dv.Variable([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> table.gather_rows([2, 0])
+        array([[5., 6.],
+               [1., 2.]])
         """
         replica = self._role("gather_rows", write=False)
         if replica is not None:
@@ -253,31 +316,42 @@ class Variable(DistributedValues[Any]):
         rows = scatter.checked_rows(self._copies, "gather_rows", indices, number)
         value = self.read_value()
 
-        def taken(array: Any) -> Any:
+        def take(array: Any) -> Any:
             return array[rows.reshape(-1)].reshape(*rows.shape, *self.shape[1:])
 
         apply = self._copies.memory.apply
         if isinstance(value, PerReplica):
-            each = [apply(taken, array) for array in value.values]
+            each = [apply(take, array) for array in value.values]
             return PerReplica(each, devices=value.devices, owner=value.owner)
-        return apply(taken, value)
+        return apply(take, value)
 
     def numpy(self) -> Any:
-        """Return the value as a NumPy array that the caller owns."""
+        """Return the value as a NumPy array.
+
+        Returns
+        -------
+        numpy.ndarray of shape ``variable.shape``
+            New, owned by the caller. For a variable on a GPU this waits for the GPU.
+
+        Raises
+        ------
+        TypeError
+            A NONE variable of several replicas in cross-replica context: it has several values.
+        """
         return np.array(self._on_host())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return np.array(self._on_host(), dtype=dtype, copy=copy)
 
     def _single(self) -> Any:
-        """Return the value for who needs one: of one replica's NONE variable, that copy."""
+        """Return the value; for a NONE variable of a single replica, its only copy."""
         value = self.read_value()
         if isinstance(value, PerReplica) and self.owner.num_replicas == 1:
             return value.at(0)
         return value
 
     def _on_host(self) -> Any:
-        """Return the value in the memory of the host, which waits for a GPU."""
+        """Return the value in host memory; this waits for a GPU."""
         value = self._single()
         return value if isinstance(value, PerReplica) else self._copies.memory.to_host(value)
 
@@ -292,8 +366,8 @@ class Variable(DistributedValues[Any]):
         given = [*args, *kwargs.values()]
         target = given[0] if func in _NUMPY_WRITERS else kwargs.get("out")
         for out in target if isinstance(target, tuple) else (target,):
-            _refuse_to_write(out, f"what np.{func.__name__} writes")
-        # What NumPy does with what offers __array__, and has no such method.
+            _refuse_to_write(out, f"the output of np.{func.__name__}")
+        # As NumPy does for objects that have __array__ but no __array_function__.
         return func._implementation(*args, **kwargs)
 
     def __getitem__(self, key: Any) -> Any:
@@ -326,44 +400,88 @@ class Variable(DistributedValues[Any]):
     # -- writes ---------------------------------------------------------------------------------
 
     def assign(self, value: Any) -> None:
-        """Replace the content, as the modes say. ``value`` must have this shape and dtype."""
-        self._write("assign", value)
-
-    def assign_add(self, value: Any) -> None:
-        """Add ``value``, as the modes say."""
-        self._write("assign_add", value)
-
-    def assign_sub(self, value: Any) -> None:
-        """Subtract ``value``, as the modes say."""
-        self._write("assign_sub", value)
-
-    def scatter_update(self, indices: Any, updates: Any) -> None:
-        """Replace rows ``indices`` by ``updates``; of several for one row the last stays.
+        """Replace the content by ``value``.
 
         Parameters
         ----------
-        indices : array-like of int
-            Rows: positions along axis 0. Negative ones do not count from the end.
+        value : array of this shape and dtype, or Python number for a 0-d variable
+            In replica context the replica's value, or a distributed value that has one. In
+            cross-replica context a value for all copies, or, for ON_READ and NONE, a
+            ``PerReplica``.
+
+        Raises
+        ------
+        BufferMismatchError, NotABufferError
+            ``value`` does not have this shape and dtype.
+        SynchronizationError
+            ON_WRITE with aggregation NONE in one of several replicas; a ``PerReplica`` for an
+            ON_WRITE variable; ``assign_add`` or ``assign_sub`` of an ON_READ variable with SUM in
+            cross-replica context.
+        ContextError
+            Another strategy's scope or run is current, another thread runs a step of this
+            strategy, or the variable was created outside every scope and a replica writes it.
+        CollectiveMismatchError
+            ON_WRITE in replica context: another replica did not make the same write.
+
+        Notes
+        -----
+        In replica context:
+
+        * ON_WRITE: the values of all replicas are aggregated, and every copy gets the result.
+        * ON_READ and NONE: the replica's own copy gets its value.
+
+        In cross-replica context every copy gets the value, except under ON_READ with SUM, where
+        each copy gets a share and the shares add up to the value.
+
+        After an error no copy has changed.
+
+        Examples
+        --------
+        >>> import dvkernels as dv
+        >>> rate = dv.Variable(0.1)
+        >>> rate.assign(0.05)
+        >>> float(rate)
+        0.05
+        """
+        self._write("assign", value)
+
+    def assign_add(self, value: Any) -> None:
+        """Add ``value``. Parameters, errors and modes as for :meth:`assign`."""
+        self._write("assign_add", value)
+
+    def assign_sub(self, value: Any) -> None:
+        """Subtract ``value``. Parameters, errors and modes as for :meth:`assign`."""
+        self._write("assign_sub", value)
+
+    def scatter_update(self, indices: Any, updates: Any) -> None:
+        """Replace the rows ``indices`` by ``updates``; the last of several for one row wins.
+
+        Parameters
+        ----------
+        indices : array-like of int, of any shape
+            Positions along axis 0; repetitions are allowed. Negative indices raise.
         updates : array of shape ``indices.shape + variable.shape[1:]``, or a number
-            Of this dtype.
+            Of this variable's dtype.
 
         Raises
         ------
         IndexError
             An index is out of range.
         SynchronizationError
-            An ON_READ variable. In a replica without aggregation. ``scatter_update``,
-            ``scatter_min`` and ``scatter_max`` under SUM or MEAN of several replicas.
+            The variable is ON_READ; it is ON_WRITE with aggregation NONE and written in replica
+            context; or ``scatter_update``, ``scatter_min`` or ``scatter_max`` under SUM or MEAN.
         BufferMismatchError, NotABufferError
-            Shapes, dtypes or indices that do not fit.
+            Shape or dtype of the updates do not fit; the indices are not integers; the variable is
+            0-d.
 
         Notes
         -----
-        In a replica, under ON_WRITE, every copy gets the updates of all replicas (SUM), all of
-        them divided by the number of replicas (MEAN), or those of replica 0; how many rows each
-        replica names is its own affair. A NONE variable changes its own copy only. In
-        cross-replica context all copies change alike. Integers are floor-divided. After an error
-        all copies are as before. The cost is that of the rows, not of the variable.
+        In replica context, the copies of an ON_WRITE variable get the updates of all replicas
+        (SUM), all of them divided by the number of replicas (MEAN), or those of replica 0
+        (ONLY_FIRST_REPLICA); the replicas may pass different numbers of rows. A NONE variable
+        changes in its own copy only. In cross-replica context all copies get the same updates.
+        ``scatter_div`` of integers rounds down. After an error no copy has changed. The cost is
+        proportional to the rows, not to the variable.
 
         Examples
         --------
@@ -376,7 +494,7 @@ class Variable(DistributedValues[Any]):
         self._scatter("scatter_update", indices, updates)
 
     def scatter_add(self, indices: Any, updates: Any) -> None:
-        """Add ``updates`` to rows; several for one row add up. See :meth:`scatter_update`."""
+        """Add ``updates`` to rows; several for one row accumulate. See :meth:`scatter_update`."""
         self._scatter("scatter_add", indices, updates)
 
     def scatter_sub(self, indices: Any, updates: Any) -> None:
@@ -384,26 +502,38 @@ class Variable(DistributedValues[Any]):
         self._scatter("scatter_sub", indices, updates)
 
     def scatter_mul(self, indices: Any, updates: Any) -> None:
-        """Multiply rows by ``updates``. See :meth:`scatter_update`."""
+        """Multiply rows by ``updates``, elementwise. See :meth:`scatter_update`."""
         self._scatter("scatter_mul", indices, updates)
 
     def scatter_div(self, indices: Any, updates: Any) -> None:
-        """Divide rows by ``updates``. See :meth:`scatter_update`."""
+        """Divide rows by ``updates``, elementwise. See :meth:`scatter_update`."""
         self._scatter("scatter_div", indices, updates)
 
     def scatter_min(self, indices: Any, updates: Any) -> None:
-        """Replace elements by the smaller of them and ``updates``. See :meth:`scatter_update`."""
+        """Replace rows by the elementwise minimum with ``updates``. See :meth:`scatter_update`."""
         self._scatter("scatter_min", indices, updates)
 
     def scatter_max(self, indices: Any, updates: Any) -> None:
-        """Replace elements by the larger of them and ``updates``. See :meth:`scatter_update`."""
+        """Replace rows by the elementwise maximum with ``updates``. See :meth:`scatter_update`."""
         self._scatter("scatter_max", indices, updates)
 
     def sync(self, op: reduce_op.Reduction | str = "mean") -> None:
-        """Bring the copies of a NONE variable together: every copy gets their reduction.
+        """Synchronize a NONE variable: every copy gets the reduction of all copies.
 
-        In a replica, all replicas must call it. Other modes raise ``SynchronizationError``: they
-        are brought together by themselves. See :func:`sync` for several variables at once.
+        Parameters
+        ----------
+        op : ReduceOp, CustomReduction or str
+            The reduction, or its name.
+
+        Raises
+        ------
+        SynchronizationError
+            The variable is not a NONE variable. Other modes synchronize by themselves.
+
+        Notes
+        -----
+        In replica context all replicas must call it. :func:`sync` synchronizes several variables
+        in one collective, and lists further errors.
         """
         sync([self], op)
 
@@ -418,14 +548,14 @@ class Variable(DistributedValues[Any]):
     def _scatter(self, verb: str, indices: Any, updates: Any) -> None:
         replica = self._role(verb, write=True)
         mode = SYNC_MODES[self._synchronization]
-        given = (self._copies, self._aggregation, verb, indices, updates)
+        arguments = (self._copies, self._aggregation, verb, indices, updates)
         if replica is None:
-            mode.scatter_across(*given)
+            mode.scatter_across(*arguments)
         else:
-            mode.scatter_in_replica(*given, replica)
+            mode.scatter_in_replica(*arguments, replica)
 
     def _role(self, verb: str, *, write: bool) -> ReplicaContext | None:
-        """Return the replica that acts here, None for cross-replica context."""
+        """Return the calling replica, None in cross-replica context; raise if access is refused."""
         placement = self._copies.placement
         frame = context.find()
         if frame is None and placement.is_of(context.UNSCOPED):
@@ -433,8 +563,8 @@ class Variable(DistributedValues[Any]):
         if frame is None or context.is_outside(frame) or placement.is_of(frame.placement):
             replica = None if frame is None else frame.replica
             if write and replica is None:
-                context.check_turn(
-                    placement.whole or placement, f"{verb} of variable {self.name!r}"
+                context.check_no_step_elsewhere(
+                    placement.parent or placement, f"{verb} of variable {self.name!r}"
                 )
             return replica
         if not placement.is_of(context.UNSCOPED):
@@ -456,47 +586,47 @@ class Variable(DistributedValues[Any]):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
-        """Return another variable of the same strategy, modes, name and content of each copy.
+        """Return a new variable of the same strategy, modes and name, with the same copies.
 
-        A step that another thread runs is waited for: its copies are those between two steps.
+        The copy is taken between two steps: a step that another thread runs is waited for.
         """
         if self._role("deepcopy", write=False) not in (None, _LONE_REPLICA):
             raise ContextError(
-                f"deepcopy of variable {self.name!r} in a replica: each would make its own; copy "
-                f"it outside of run or in merge_call"
+                f"deepcopy of variable {self.name!r} in a replica: each replica would make one; "
+                f"copy it outside of run or in merge_call"
             )
         placement, seconds = self._copies.placement, deadlines.timeout_seconds()
         frame = context.find()
         if placement is context.UNSCOPED or (frame is not None and frame.merging):
-            made = self._twin()  # one copy; or inside a step, which has the turn
+            made = self._duplicate()  # a single copy; or inside a step, which holds the lock
         else:
-            turn = placement.turn.lock()
+            lock = placement.step_lock.lock()
             try:
-                if not turn.acquire(timeout=seconds):
+                if not lock.acquire(timeout=seconds):
                     raise CollectiveTimeoutError(
                         f"deepcopy of variable {self.name!r}: another thread has been running a "
-                        f"step of its strategy for {seconds:g} s; one that this step waits for "
-                        f"must not copy (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
+                        f"step of its strategy for {seconds:g} s; a thread that this step waits "
+                        f"for must not copy (DVKERNELS_TIMEOUT_SECONDS changes the timeout)"
                     )
-                made = self._twin()
+                made = self._duplicate()
             finally:
                 try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                    turn.release()
-                except RuntimeError:  # not ours: the wait was in vain or was interrupted
+                    lock.release()
+                except RuntimeError:  # not acquired: the wait timed out or was interrupted
                     pass
         memo[id(self)] = made
-        for follow in memo.get(id(_FOLLOWERS), ()):
-            follow(self, made)
+        for callback in memo.get(id(_DEEPCOPY_CALLBACKS), ()):
+            callback(self, made)
         return made
 
-    def _twin(self) -> Variable:
+    def _duplicate(self) -> Variable:
         copies, when = self._copies, self._synchronization
-        # Copies that are equal have one content, whoever writes them meanwhile.
+        # One content for equal copies, even if another thread writes them meanwhile.
         are_equal = when is VariableSynchronization.ON_WRITE
         initial = copies.arrays[:1] if are_equal else copies.arrays
-        held = Copies(initial, copies.placement, copies.name)
-        held.is_slot = copies.is_slot
-        return _made(held, self._trainable, when, self._aggregation)
+        duplicate = Copies(initial, copies.placement, copies.name)
+        duplicate.is_slot = copies.is_slot
+        return _new_variable(duplicate, self._trainable, when, self._aggregation)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -512,7 +642,7 @@ class Variable(DistributedValues[Any]):
         )
 
 
-# The role of code outside every scope towards a variable that no scope created.
+# The replica context of code outside every scope, for variables created outside every scope.
 _LONE_REPLICA = ReplicaContext(context.UNSCOPED, Rendezvous(1), 0, None)
 
 
@@ -529,12 +659,12 @@ def _created(
     if callable(initial):
         function_checks.check(f"variable {label!r}: initial_value", initial)
     content = initial() if callable(initial) else initial
-    held = _read(content)
-    refuse_masked(held, f"variable {label!r}: the initial value")
-    if interop.is_foreign(held):
-        held = placement.memory.view(f"variable {label!r}", held, "the initial value")
+    value = _read(content)
+    refuse_masked(value, f"variable {label!r}: the initial value")
+    if interop.is_foreign(value):
+        value = placement.memory.view(f"variable {label!r}", value, "the initial value")
     try:
-        array = held if interop.is_on_gpu(held) else np.asarray(held)
+        array = value if interop.is_on_gpu(value) else np.asarray(value)
         wanted = array.dtype if dtype is None else np.dtype(dtype)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
@@ -557,33 +687,33 @@ def _created(
             f"variable {label!r}: synchronization={when.value!r} needs one copy per replica, and "
             f"{placement.name} keeps a single one on {placement.central_device}; use 'on_write'"
         )
-    array = placement.of_chief(array)
-    return _made(Copies([array], placement, label), trainable, when, how)
+    array = placement.broadcast_from_chief(array)
+    return _new_variable(Copies([array], placement, label), trainable, when, how)
 
 
 def _cast(array: Any, dtype: np.dtype[Any], label: str) -> Any:
-    """Return numbers in another dtype; raise where integers or real numbers would be others."""
+    """Cast an array; raise if an integer would change, or the imaginary part be dropped."""
     into = reduce_op.kind(dtype)
     if into not in "biufc":
         raise NotABufferError(f"variable {label!r}: expected a dtype of numbers, got {dtype}")
-    if not dtype.isnative:  # which no kernel computes with
+    if not dtype.isnative:  # kernels compute in native byte order only
         dtype = dtype.newbyteorder("=")
     is_kept = reduce_op.kind(array.dtype) != "c" or into == "c"
     cast = None
     if is_kept:
-        with np.errstate(invalid="ignore"):  # NaN as an integer is found below
+        with np.errstate(invalid="ignore"):  # the comparison below finds a NaN cast to an integer
             cast = array.astype(dtype)
         is_kept = into in "fc" or bool((cast == array).all())
     if not is_kept:
         raise BufferMismatchError(
             f"variable {label!r}: {dtype} cannot hold the initial value, "
             f"{Spec(array.shape, array.dtype)}: numbers would be cut off; round or cast it first, "
-            f"if that is meant"
+            f"if that is intended"
         )
     return cast
 
 
-def _made(
+def _new_variable(
     copies: Copies, trainable: bool, when: VariableSynchronization, how: VariableAggregation
 ) -> Variable:
     variable = object.__new__(Variable)
@@ -592,21 +722,21 @@ def _made(
     variable._aggregation = how
     variable._trainable = trainable
     if not isinstance(copies, Draft):
-        _living[id(variable)] = variable
+        _alive[id(variable)] = variable
     return variable
 
 
-# By identity: a variable compares elementwise. For debug mode, and for the account of memory.
-_living: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
+# By id, because variables compare elementwise and have no hash. For debug mode and memory reports.
+_alive: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
 
 
-def living_in(placement: Placement) -> list[Variable]:
-    """Return the variables of a strategy that exist."""
-    return [variable for variable in list(_living.values()) if variable.owner is placement]
+def variables_of(placement: Placement) -> list[Variable]:
+    """Return the variables of a strategy that are still alive."""
+    return [variable for variable in list(_alive.values()) if variable.owner is placement]
 
 
-def _account() -> Iterator[tuple[str, str, int]]:
-    for variable in list(_living.values()):
+def _memory_usage() -> Iterator[tuple[str, str, int]]:
+    for variable in list(_alive.values()):
         copies = variable._copies
         owner = "slots" if copies.is_slot else "variables"
         for device, array in zip(variable.devices, copies.arrays, strict=True):
@@ -615,13 +745,13 @@ def _account() -> Iterator[tuple[str, str, int]]:
             yield str(variable.devices[0]), "workspaces", copies.arrays[0].nbytes
 
 
-memory_report.open_account(_account)
+memory_report.register_account(_memory_usage)
 
 
-def companion(variable: Variable, name: str, content: Any = None) -> Variable:
-    """Return a variable that lives like another: its shape, dtype and copies; zeros at first.
+def variable_like(variable: Variable, name: str, content: Any = None) -> Variable:
+    """Return an optimizer slot: a variable of the same shape, dtype and devices, zeros at first.
 
-    It is written in cross-replica context only, and is not trainable.
+    It is not trainable, and is written in cross-replica context only.
     """
     made = _created(
         np.zeros(variable.shape, variable.dtype) if content is None else content,
@@ -636,21 +766,21 @@ def companion(variable: Variable, name: str, content: Any = None) -> Variable:
     return made
 
 
-_FOLLOWERS = object()  # stands for those who follow a deep copy, in its memo
-Follower = Callable[[Variable, Variable], None]
+_DEEPCOPY_CALLBACKS = object()  # its id is the key of the callbacks in the memo of a deep copy
+DeepcopyCallback = Callable[[Variable, Variable], None]
 
 
-def on_copy(memo: dict[int, Any], follow: Follower) -> None:
-    """Have ``follow(variable, copy)`` called for each variable that is yet copied in this go."""
-    memo.setdefault(id(_FOLLOWERS), []).append(follow)
+def on_deepcopy(memo: dict[int, Any], callback: DeepcopyCallback) -> None:
+    """Register ``callback(variable, copy)`` for each variable that this deep copy still copies."""
+    memo.setdefault(id(_DEEPCOPY_CALLBACKS), []).append(callback)
 
 
 def drafts_of(variable: Variable) -> list[Variable]:
-    """Return a variable for each copy, whose writes wait for :func:`commit`."""
+    """Return one draft variable per copy; its writes take effect by :func:`commit_drafts`."""
     copies = variable._copies
     ranks = range(len(copies.arrays))
     return [
-        _made(
+        _new_variable(
             Draft(copies, rank),
             variable.trainable,
             VariableSynchronization.ON_WRITE,
@@ -660,41 +790,47 @@ def drafts_of(variable: Variable) -> list[Variable]:
     ]
 
 
-def commit(variable: Variable, drafts: Sequence[Variable]) -> None:
-    """Write what the drafts hold into the copies."""
-    held = [draft._copies for draft in drafts]
-    if any(isinstance(copies, Draft) and copies.is_written for copies in held):
-        variable._copies.commit([copies.arrays[0] for copies in held])
+def commit_drafts(variable: Variable, drafts: Sequence[Variable]) -> None:
+    """Write the contents of the drafts to the copies, all together."""
+    drafted = [draft._copies for draft in drafts]
+    if any(isinstance(copies, Draft) and copies.is_written for copies in drafted):
+        variable._copies.commit([copies.arrays[0] for copies in drafted])
 
 
-def end(drafts: Sequence[Variable]) -> None:
-    """Refuse what may still be written to the drafts."""
+def end_drafts(drafts: Sequence[Variable]) -> None:
+    """End the drafts: later writes to them raise."""
     for draft in drafts:
         assert isinstance(draft._copies, Draft)
         draft._copies.has_ended = True
 
 
 def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
-    """Bring the copies of NONE variables together: every copy gets their reduction.
+    """Synchronize NONE variables: every copy gets the reduction of all copies.
 
     Parameters
     ----------
-    variables : Variable, or a nest of them
-        All of one strategy, ``synchronization="none"``.
-    op : ReduceOp or str
+    variables : Variable, or a pytree of them
+        All of one strategy, with ``synchronization="none"``.
+    op : ReduceOp, CustomReduction or str
+        The reduction, or its name; it must support the dtype of each variable.
 
     Raises
     ------
+    TypeError
+        A leaf is not a variable.
     SynchronizationError
-        A variable of another synchronization: it is brought together by itself.
+        A variable has another synchronization; it synchronizes by itself.
     ContextError
-        Variables of several strategies.
+        The variables belong to several strategies, or another strategy is current.
+    UnsupportedDTypeError
+        ``op`` does not support the dtype of a variable.
     CollectiveMismatchError
-        In a replica: all replicas must call it with the same variables.
+        In replica context: the replicas did not all call it with the same variables.
 
     Notes
     -----
-    In a replica this is one meeting for all variables. After an error none has changed.
+    In replica context this is one collective for all variables. After an error no variable has
+    changed.
 
     Examples
     --------
@@ -715,7 +851,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
         if variable.synchronization is not VariableSynchronization.NONE:
             raise SynchronizationError(
                 f"sync of variable {variable.name!r}: it is {variable.synchronization.name}, which "
-                f"is brought together by itself; sync is for synchronization='none'"
+                f"synchronizes by itself; sync is for synchronization='none'"
             )
         if variable.owner is not listed[0].owner:
             raise ContextError(
@@ -743,22 +879,22 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
 
 
 def copies_of(variable: Variable) -> tuple[Any, ...]:
-    """Return the copies themselves, for a kernel that writes all of them in one call."""
+    """Return the writable arrays of the copies, for kernels that write all of them in one call."""
     return variable._copies.arrays
 
 
 class SavedVariable(NamedTuple):
-    """What a checkpoint holds of a variable: ``total`` arrays, some of them in this process.
+    """Arrays that a checkpoint saves of a variable: ``total`` in all, some of this process.
 
     Attributes
     ----------
     arrays : tuple of array
-        Those of this process; they may be the copies themselves.
+        The arrays of this process; they may be the copies themselves.
     first : int
-        The number of the first of them, counted over all processes.
+        The index of the first of them among the ``total`` arrays of all processes.
     total : int
-        1 where the copies are equal or have an aggregate, which every process then holds; else
-        one for each replica.
+        1 if the copies are equal or have an aggregate, which every process then holds; else the
+        number of replicas.
     """
 
     arrays: tuple[Any, ...]
@@ -767,9 +903,9 @@ class SavedVariable(NamedTuple):
 
 
 def saved_by(variable: Variable) -> SavedVariable:
-    """Return the arrays that say what a variable holds, on however many replicas.
+    """Return the arrays that a checkpoint saves of a variable.
 
-    An aggregate brings all workers together: each of them must call this.
+    Every worker must call this, because an aggregate is computed over all workers.
     """
     copies, how = variable._copies, variable._aggregation
     match variable._synchronization:
@@ -782,8 +918,8 @@ def saved_by(variable: Variable) -> SavedVariable:
             return SavedVariable(copies.arrays, placement.first_replica, placement.num_replicas)
 
 
-def share_out(variable: Variable) -> None:
-    """Assign what the first copy holds, as in cross-replica context: after all got one value."""
+def assign_first_copy(variable: Variable) -> None:
+    """Assign the first copy's content in cross-replica context, after all copies got one value."""
     mode = SYNC_MODES[variable._synchronization]
     mode.write_across(variable._copies, variable._aggregation, "assign", copies_of(variable)[0])
 
@@ -792,29 +928,29 @@ def _read(value: Any) -> Any:
     return value.read_value() if isinstance(value, Variable) else value
 
 
-# The operators that write in place when "=" follows, as they are written.
+# The signs of the operators that have an in-place form, such as +=.
 _SIGNS = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
     "matmul": "@", "lshift": "<<", "rshift": ">>", "and": "&", "or": "|", "xor": "^",
 }  # fmt: skip
-# The functions of NumPy that write their first argument.
+# The NumPy functions that write their first argument.
 _NUMPY_WRITERS = {
     np.copyto, np.put, np.place, np.putmask, np.put_along_axis, np.fill_diagonal,
 }  # fmt: skip
 
 
 def _refuse_to_write(out: Any, what: str, remedy: str = "") -> None:
-    """Raise for a variable that is to be written as an array is: its modes would not hold."""
+    """Raise if ``out`` is a variable: NumPy would write one copy and bypass the modes."""
     if isinstance(out, Variable):
-        ways = ["v.assign(x)", "v.assign_add(x)", "v.assign_sub(x)", *filter(None, [remedy])]
+        calls = ["v.assign(x)", "v.assign_add(x)", "v.assign_sub(x)", *filter(None, [remedy])]
         raise TypeError(
             f"variable {out.name!r} is written by its methods, which keep the copies of all "
-            f"replicas in step, not by {what}; use {', '.join(ways[:-1])} or {ways[-1]}"
+            f"replicas consistent, not by {what}; use {', '.join(calls[:-1])} or {calls[-1]}"
         )
 
 
 def _install_operators() -> None:
-    """Give variables NumPy's operators: each acts on the value that is read, none writes it."""
+    """Install NumPy's operators: each acts on ``read_value()``, in-place forms raise."""
 
     def binary(fn: Callable[[Any, Any], Any], name: str) -> None:
         def forward(self: Variable, other: Any) -> Any:
@@ -828,8 +964,7 @@ def _install_operators() -> None:
             return
         setattr(Variable, f"__r{name}__", backward)
 
-        # Without it Python would take ``v + x`` for ``v += x`` and put an array in the
-        # variable's place.
+        # Without it Python would run ``v = v + x`` for ``v += x`` and bind the name to an array.
         def in_place(self: Variable, other: Any) -> Any:
             remedy = "" if name in ("add", "sub") else f"v.assign(v {sign} x)"
             _refuse_to_write(self, f"v {sign}= x", remedy)
@@ -846,13 +981,13 @@ def _install_operators() -> None:
     def unary(fn: Callable[[Any], Any]) -> Callable[[Variable], Any]:
         return lambda self: fn(self.read_value())
 
-    for name, one in (
+    for name, fn in (
         ("neg", operator.neg),
         ("pos", operator.pos),
         ("abs", operator.abs),
         ("invert", operator.invert),
     ):
-        setattr(Variable, f"__{name}__", unary(one))
+        setattr(Variable, f"__{name}__", unary(fn))
 
 
 _install_operators()

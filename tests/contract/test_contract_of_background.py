@@ -1,4 +1,4 @@
-"""Collectives in the background, buckets, shared results, and clipping by the common norm."""
+"""Asynchronous collectives, buckets, shared results, and clipping by the global norm."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def replica() -> int:
 
 
 @pytest.mark.parametrize("op", ["sum", "mean", "min", "max", "prod"])
-def test_in_the_background_as_in_the_foreground(strategy: dv.Strategy, op: str) -> None:
+def test_asynchronous_results_equal_blocking_ones(strategy: dv.Strategy, op: str) -> None:
     def body() -> bool:
         random = np.random.default_rng(replica())
         given = {"a": random.normal(size=(50, 3)), "b": [np.float32(random.normal()), (ONE,)]}
@@ -52,21 +52,21 @@ def test_in_the_background_as_in_the_foreground(strategy: dv.Strategy, op: str) 
         assert type(later["b"][1]) is tuple
         assert np.array_equal(given["a"], kept)
         assert not np.shares_memory(later["a"], given["a"])
-        later["a"][...] = replica()  # the caller's own
+        later["a"][...] = replica()  # results are owned by the caller
         context().barrier()
         return bool(np.all(later["a"] == replica()))
 
     assert all(strategy.run(body).values)
 
 
-def test_waited_for_in_any_order_or_never(strategy: dv.Strategy) -> None:
+def test_handles_are_waited_for_in_any_order_or_never(strategy: dv.Strategy) -> None:
     count = strategy.num_replicas_in_sync
 
     def body() -> list[float]:
         handles = [context().all_reduce_async("sum", np.full(3, float(at))) for at in range(10)]
-        order = np.random.default_rng(replica()).permutation(9)  # not the last
+        order = np.random.default_rng(replica()).permutation(9)  # wait for all but the last
         results = {int(at): handles[at].wait() for at in order}
-        between = context().all_reduce("sum", ONE)  # in between, and for all
+        between = context().all_reduce("sum", ONE)  # a blocking collective in between
         assert between.tolist() == [count] * 4
         return [float(results[at][0]) for at in range(9)]
 
@@ -74,7 +74,7 @@ def test_waited_for_in_any_order_or_never(strategy: dv.Strategy) -> None:
     assert [one.values for one in seen] == [(float(at * count),) * count for at in range(9)]
 
 
-def test_waiting_twice_gives_the_same_numbers(two: dv.Strategy) -> None:
+def test_waiting_twice_gives_the_same_result(two: dv.Strategy) -> None:
     def body() -> bool:
         handle = context().all_reduce_async("sum", ONE)
         return bool(np.array_equal(handle.wait(), handle.wait()))
@@ -82,10 +82,10 @@ def test_waiting_twice_gives_the_same_numbers(two: dv.Strategy) -> None:
     assert two.run(body).values == (True, True)
 
 
-def test_it_goes_on_while_the_replica_works(two: dv.Strategy) -> None:
+def test_collectives_progress_while_the_replica_computes(two: dv.Strategy) -> None:
     def body() -> bool:
         handle = context().all_reduce_async("sum", ONE)
-        context().barrier()  # all have issued it
+        context().barrier()  # all replicas have issued the call
         deadline = time.monotonic() + 20
         while not handle.done() and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -105,7 +105,7 @@ def test_it_goes_on_while_the_replica_works(two: dv.Strategy) -> None:
         lambda: None,
     ],
 )
-def test_disagreement_in_the_background(two: dv.Strategy, odd: Any, wait: bool) -> None:
+def test_asynchronous_calls_that_disagree(two: dv.Strategy, odd: Any, wait: bool) -> None:
     def body() -> None:
         handle = odd() if replica() else context().all_reduce_async("sum", ONE)
         if wait and handle is not None:
@@ -117,14 +117,14 @@ def test_disagreement_in_the_background(two: dv.Strategy, odd: Any, wait: bool) 
     assert two.run(lambda: context().all_reduce("sum", ONE))[1].tolist() == [2.0] * 4
 
 
-def test_one_fails_while_the_other_waits(two: dv.Strategy) -> None:
+def test_one_replica_fails_while_the_other_waits(two: dv.Strategy) -> None:
     boom = KeyError("boom")
     ended: list[BaseException] = []
 
     def body() -> None:
         if replica():
             raise boom
-        try:  # whichever of the two notices
+        try:  # either replica may notice
             context().all_reduce_async("sum", ONE).wait()
         except BaseException as error:
             ended.append(error)
@@ -137,7 +137,7 @@ def test_one_fails_while_the_other_waits(two: dv.Strategy) -> None:
     assert two.run(lambda: context().all_reduce_async("sum", ONE).wait())[0].tolist() == [2.0] * 4
 
 
-def test_bad_input_in_the_background(two: dv.Strategy) -> None:
+def test_bad_input_of_an_asynchronous_call(two: dv.Strategy) -> None:
     for call, error in (
         (lambda: context().all_reduce_async("median", ONE), ValueError),
         (lambda: context().all_reduce_async("mean", np.ones(2, int)), UnsupportedDTypeError),
@@ -151,7 +151,7 @@ def test_bad_input_in_the_background(two: dv.Strategy) -> None:
         kept[0].all_reduce_async("sum", ONE)
 
 
-def test_its_thread_ends_with_the_strategy() -> None:
+def test_the_progress_thread_ends_with_its_strategy() -> None:
     before = set(threading.enumerate())
     with dv.MirroredStrategy(["cpu:0"] * 2) as strategy:
         strategy.run(lambda: context().all_reduce_async("sum", ONE).wait())
@@ -209,7 +209,7 @@ def test_buckets_change_nothing(bucket: int, algorithm: str) -> None:
     assert float(seen["b"][2][1]) == 3.0
 
 
-def test_buckets_that_make_no_sense() -> None:
+def test_invalid_bucket_sizes_are_refused() -> None:
     for wrong in (0, -1):
         with pytest.raises(ValueError, match=str(wrong)):
             dv.MirroredStrategy(["cpu:0"], bytes_per_bucket=wrong)
@@ -218,7 +218,7 @@ def test_buckets_that_make_no_sense() -> None:
             dv.MirroredStrategy(["cpu:0"], bytes_per_bucket=wrong)
 
 
-def test_a_shared_result_is_one_for_all(strategy: dv.Strategy) -> None:
+def test_a_shared_result_is_one_array_for_all_replicas(strategy: dv.Strategy) -> None:
     seen = strategy.run(lambda: context().all_reduce("sum", [ONE, ONE[:2]], shared=True))
     for leaf in seen:
         for one in leaf.values:
@@ -246,7 +246,7 @@ def test_clipping_keeps_the_direction(dtype: str) -> None:
     assert (norm, zero[0].tolist()) == (0.0, [0.0] * 3)
 
 
-def test_clipping_survives_large_and_bad_numbers() -> None:
+def test_clipping_of_large_and_non_finite_gradients() -> None:
     clipped, norm = dv.optimizers.clip_by_global_norm([np.full(4, 3e38, "f4")], 1.0)
     assert norm == pytest.approx(6e38)
     np.testing.assert_allclose(clipped[0], 0.5, rtol=1e-5)

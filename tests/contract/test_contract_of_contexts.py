@@ -1,4 +1,4 @@
-"""Where one is, what may be called there, and what is left untouched where it may not."""
+"""Contexts: which calls are allowed in each, and that refused calls change nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ACROSS = (True, True, True, 2)
 WITHIN = (True, False, False, 2)
 
 
-def test_where_one_is(two: dv.Strategy) -> None:
+def test_the_current_context(two: dv.Strategy) -> None:
     assert where() == OUTSIDE
     with two.scope():
         assert where() == ACROSS
@@ -124,7 +124,7 @@ def test_forbidden_in_a_replica(two: dv.Strategy, other: dv.Strategy, name: str)
             return str(error)
         return ""
 
-    # Refused where it is called: no meeting is needed, and the step goes on.
+    # Refused at the call, without a rendezvous; the step continues.
     said = two.run(lambda: one() if dv.get_replica_context().replica_id_in_sync_group else "")
     assert said[1]
     assert said[0] == ""
@@ -207,7 +207,7 @@ def test_set_strategy(two: dv.Strategy, other: dv.Strategy) -> None:
     assert where() == OUTSIDE
 
 
-def test_an_error_in_a_scope_leaves_it(two: dv.Strategy) -> None:
+def test_an_error_in_a_scope_ends_the_scope(two: dv.Strategy) -> None:
     with pytest.raises(KeyError), two.scope():
         raise KeyError
     assert where() == OUTSIDE
@@ -252,7 +252,7 @@ DISAGREEMENTS: dict[str, Callable[[dv.ReplicaContext], Any]] = {
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)
 @pytest.mark.parametrize("odd", [0, 1, 2])
-def test_disagreement_says_who_called_what_and_where(name: str, odd: int) -> None:
+def test_disagreement_names_the_replica_the_call_and_the_line(name: str, odd: int) -> None:
     with dv.MirroredStrategy(["cpu:0"] * 3) as strategy:
         with strategy.scope():
             v = dv.Variable(1.0, aggregation="sum")
@@ -278,7 +278,7 @@ def test_disagreement_says_who_called_what_and_where(name: str, odd: int) -> Non
         assert [one.tolist() for one in total.values] == [[3.0] * 4] * 3
 
 
-def test_a_caught_failure_ends_the_step_all_the_same(two: dv.Strategy) -> None:
+def test_a_caught_failure_still_ends_the_step(two: dv.Strategy) -> None:
     again: list[BaseException] = []
 
     def body() -> int:
@@ -299,7 +299,7 @@ def test_a_caught_failure_ends_the_step_all_the_same(two: dv.Strategy) -> None:
     assert two.run(lambda: 1).values == (1, 1)
 
 
-def test_exceptions_are_reraised_as_they_are() -> None:
+def test_exceptions_are_reraised_unchanged() -> None:
     errors = [KeyError("zero"), ValueError("one"), OSError("two")]
     with dv.MirroredStrategy(["cpu:0"] * 3) as strategy:
         for raisers in ({0}, {1}, {2}, {0, 2}, {1, 2}, {0, 1, 2}):
@@ -318,7 +318,7 @@ def test_exceptions_are_reraised_as_they_are() -> None:
                 with pytest.raises((KeyError, ValueError, OSError)) as caught:
                     strategy.run(body)
                 assert any(caught.value is errors[one] for one in raisers)
-                if not late:  # all of them raise by themselves
+                if not late:  # every replica raises its own error
                     assert caught.value is errors[min(raisers)]
                     notes = " ".join(caught.value.__notes__)
                     assert all(f"replica {one}" in notes for one in raisers - {min(raisers)})
@@ -326,7 +326,7 @@ def test_exceptions_are_reraised_as_they_are() -> None:
                     error.__notes__ = []
 
 
-def test_merge_call_deals_out_what_is_per_replica(two: dv.Strategy) -> None:
+def test_merge_call_returns_each_replica_its_component(two: dv.Strategy) -> None:
     def merged(strategy: dv.Strategy, mine: Any, plain: Any, *, key: Any) -> Any:
         assert strategy is two
         assert isinstance(mine, dv.PerReplica)
@@ -344,7 +344,7 @@ def test_merge_call_deals_out_what_is_per_replica(two: dv.Strategy) -> None:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_results_are_the_callers_and_inputs_stay(replicas: int) -> None:
+def test_results_are_new_arrays_and_inputs_are_unchanged(replicas: int) -> None:
     with dv.MirroredStrategy(["cpu:0"] * replicas) as strategy:
 
         def body() -> Any:
@@ -362,7 +362,7 @@ def test_results_are_the_callers_and_inputs_stay(replicas: int) -> None:
                 assert result["a"].flags.writeable
                 assert not np.shares_memory(result["a"], given["a"])
                 result["a"][...] = 99.0
-            context.barrier()  # nobody else's result was the same memory
+            context.barrier()  # the results of other replicas are different memory
             assert all(np.all(result["a"] == 99.0) for result in results)
             assert np.array_equal(given["a"], kept["a"])
             assert np.array_equal(given["b"][0], kept["b"])

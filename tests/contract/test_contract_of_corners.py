@@ -1,4 +1,4 @@
-"""Where rules meet: views of what is written, nesting, and exceptions of every kind."""
+"""Corner cases: views of written variables, nested runs, and exceptions of every kind."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_view_of_a_variable_written_to_it_in_replicas(
         assert np.array_equal(copy, WRITTEN[method](MATRIX, given))
 
 
-def test_copies_that_change_places(two: dv.Strategy) -> None:
+def test_a_per_replica_of_swapped_copies(two: dv.Strategy) -> None:
     v = variable(two, MATRIX, synchronization="none")
     two.run(lambda: v.assign(np.full((3, 3), float(replica()))))
     first, second = v.values
@@ -96,7 +96,7 @@ def test_rows_of_a_variable_scattered_to_it(two: dv.Strategy, scatter: str) -> N
             assert np.array_equal(copy, ufunc(MATRIX, MATRIX[::-1]))
 
 
-def test_an_output_that_is_part_of_an_input(two: dv.Strategy) -> None:
+def test_out_that_overlaps_the_value(two: dv.Strategy) -> None:
     memory = [np.arange(5.0) + at for at in range(2)]
     kept = [one.copy() for one in memory]
     for value, out in (
@@ -113,7 +113,7 @@ def test_an_output_that_is_part_of_an_input(two: dv.Strategy) -> None:
         assert all(map(np.array_equal, memory, kept))
 
 
-def test_one_array_for_all_is_as_good_as_copies(strategy: dv.Strategy) -> None:
+def test_one_array_on_all_replicas_gives_the_same_result_as_copies(strategy: dv.Strategy) -> None:
     same = np.arange(4.0)
     count = strategy.num_replicas_in_sync
     results = strategy.run(lambda: context().all_reduce("sum", same)).values
@@ -125,7 +125,7 @@ def test_one_array_for_all_is_as_good_as_copies(strategy: dv.Strategy) -> None:
 @pytest.mark.parametrize(
     "kind", [KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, BaseException]
 )
-def test_every_exception_comes_out_as_it_is(strategy: dv.Strategy, kind: Any) -> None:
+def test_every_exception_leaves_run_unchanged(strategy: dv.Strategy, kind: Any) -> None:
     error = kind("mine")
     last = strategy.num_replicas_in_sync - 1
 
@@ -173,12 +173,12 @@ def test_a_failure_in_a_nested_run(two: dv.Strategy) -> None:
         said = context().merge_call(caught)
         return said, float(context().all_reduce("sum", 1.0))
 
-    seen = two.run(body)  # it was another step that failed
+    seen = two.run(body)  # only the nested step failed
     assert seen[0].values == ("went on",) * 2
     assert seen[1].values == (2.0, 2.0)
 
 
-def test_variables_are_made_anywhere(two: dv.Strategy) -> None:
+def test_variables_are_created_in_any_context(two: dv.Strategy) -> None:
     made: list[dv.Variable] = []
 
     def make(*_: Any) -> None:
@@ -197,7 +197,7 @@ def test_variables_are_made_anywhere(two: dv.Strategy) -> None:
         variable(two, dv.PerReplica([1.0, 2.0]))
 
 
-def test_the_order_of_a_dicts_keys_is_nobodys_concern(two: dv.Strategy) -> None:
+def test_the_order_of_dict_keys_does_not_matter(two: dv.Strategy) -> None:
     def body() -> Any:
         given = {"a": 1.0, "b": 2.0} if replica() else {"b": 2.0, "a": 1.0}
         return context().all_reduce("sum", given)
@@ -208,7 +208,7 @@ def test_the_order_of_a_dicts_keys_is_nobodys_concern(two: dv.Strategy) -> None:
     assert two.run(lambda: context().all_reduce("sum", [])) == []
 
 
-def test_a_captured_weight_means_the_own_one(two: dv.Strategy) -> None:
+def test_a_captured_weight_means_the_own_component(two: dv.Strategy) -> None:
     weights = two.run(lambda: replica() + 1.0)
     result = two.run(
         lambda: context().all_reduce("mean", np.array(3.0 * replica()), weight=weights)

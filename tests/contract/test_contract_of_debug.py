@@ -1,4 +1,4 @@
-"""Debug mode: what it finds, whom it names, and that it is gone when switched off."""
+"""Debug mode: its findings, the names in its messages, and no effect when switched off."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def replica() -> int:
 
 
 def spoil(view: Any, value: float) -> None:
-    """Write where nobody may: what a stray pointer of a user's kernel does."""
+    """Write a read-only copy, as a stray pointer in a user's kernel would."""
     ctypes.c_double.from_address(view.ctypes.data).value = value
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("method", ["assign", "assign_add", "assign_sub"])
 @pytest.mark.parametrize("mode", ["on_write", "on_read", "none"])
-def test_what_is_not_finite_is_named(two: dv.Strategy, mode: str, method: str, bad: float) -> None:
+def test_non_finite_values_are_named(two: dv.Strategy, mode: str, method: str, bad: float) -> None:
     v = variable(two, np.ones(2), name="w", synchronization=mode, aggregation="mean")
 
     def body() -> None:
@@ -71,7 +71,7 @@ def test_what_is_not_finite_is_named(two: dv.Strategy, mode: str, method: str, b
 
 
 @pytest.mark.parametrize("name", ["all_reduce", "all_gather", "reduce_scatter", "broadcast"])
-def test_a_collective_that_is_brought_nan(two: dv.Strategy, name: str) -> None:
+def test_nan_passed_to_a_collective(two: dv.Strategy, name: str) -> None:
     def body() -> Any:
         value = np.array([1.0, np.nan if replica() == 1 else 1.0])
         ops = ("sum",) if name in ("all_reduce", "reduce_scatter") else ()
@@ -86,7 +86,7 @@ def test_a_collective_that_is_brought_nan(two: dv.Strategy, name: str) -> None:
     two.run(body)
 
 
-def test_of_weight_zero_nothing_is_looked_at(two: dv.Strategy) -> None:
+def test_values_of_weight_zero_are_not_checked(two: dv.Strategy) -> None:
     def body() -> Any:
         value = np.array(np.nan if replica() else 3.0)
         return context().all_reduce("mean", value, weight=0.0 if replica() else 1.0)
@@ -95,7 +95,7 @@ def test_of_weight_zero_nothing_is_looked_at(two: dv.Strategy) -> None:
         assert [float(one) for one in two.run(body).values] == [3.0, 3.0]
 
 
-def test_integers_and_halves(two: dv.Strategy) -> None:
+def test_integers_and_16_bit_floats(two: dv.Strategy) -> None:
     v = variable(two, np.ones(2, "i4"), aggregation="sum")
     half = variable(two, np.ones(2, "f2"), aggregation="sum", name="half")
     with dv.debug():
@@ -118,10 +118,10 @@ def test_copies_that_drifted(two: dv.Strategy) -> None:
         v.assign(np.zeros(3))
         two.run(lambda: None)
     spoil(v.values[1], 7.0)
-    two.run(lambda: None)  # nobody looks
+    two.run(lambda: None)  # debug mode is off
 
 
-def test_as_a_context_manager_it_restores(two: dv.Strategy) -> None:
+def test_as_a_context_manager_it_restores_the_previous_mode(two: dv.Strategy) -> None:
     def nan() -> Any:
         return context().all_reduce("sum", np.array(np.nan))
 
@@ -173,7 +173,7 @@ def test_a_stall_is_reported(two: dv.Strategy, caplog: pytest.LogCaptureFixture)
     assert warnings[0].name.startswith("dvkernels")
 
 
-def test_a_failed_step_tells_the_last_collectives(
+def test_a_failed_step_logs_the_last_collectives(
     two: dv.Strategy, caplog: pytest.LogCaptureFixture
 ) -> None:
     def body() -> None:
@@ -188,7 +188,7 @@ def test_a_failed_step_tells_the_last_collectives(
     assert any(one.levelno >= logging.ERROR for one in caplog.records)
 
 
-def test_reading_a_metric_over_and_over_is_warned_of_once(
+def test_redundant_reads_of_a_metric_warn_once(
     two: dv.Strategy, caplog: pytest.LogCaptureFixture
 ) -> None:
     metric = variable(two, 0.0, synchronization="on_read", aggregation="sum", name="metric")
@@ -201,7 +201,9 @@ def test_reading_a_metric_over_and_over_is_warned_of_once(
     assert len(about) == 1
 
 
-def test_silent_unless_asked(two: dv.Strategy, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_logger_is_silent_by_default(
+    two: dv.Strategy, capfd: pytest.CaptureFixture[str]
+) -> None:
     v = variable(two, np.ones(2), aggregation="sum")
     with dv.debug():
         two.run(lambda: v.assign_add(np.ones(2)))
@@ -210,11 +212,11 @@ def test_silent_unless_asked(two: dv.Strategy, capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr() == ("", "")
 
 
-def test_memory_counts_variables_while_they_live(two: dv.Strategy) -> None:
+def test_memory_counts_living_variables(two: dv.Strategy) -> None:
     def held() -> int:
         return sum(owners.get("variables", 0) for owners in dv.profiler.memory().by_device.values())
 
-    gc.collect()  # variables of earlier tests in circles: they would go between the two looks
+    gc.collect()  # collect cyclic garbage of earlier tests before the first report
     before = held()
     v = variable(two, np.zeros(1 << 17))
     assert held() - before >= 2 << 20

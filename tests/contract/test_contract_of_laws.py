@@ -1,4 +1,4 @@
-"""The laws that ship with the package: the right ones pass, and each single defect is found."""
+"""The laws that ship with the package: correct subjects pass, and each single defect is found."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class SharesTheRoot(Plain):
 
 
 class EachInItsOwnOrder(Plain):
-    """Equal up to rounding, which is not equal."""
+    """Results equal up to rounding only."""
 
     def all_reduce(self, values: Sequence[Any], op: Any, out: Any = None) -> list[Any]:
         if out is not None:
@@ -197,7 +197,7 @@ def test_each_defect_of_a_communicator_is_found(broken: Callable[[int], Any]) ->
     assert str(caught.value)
 
 
-def test_a_strategy_over_ones_own_communicator_keeps_the_laws() -> None:
+def test_a_strategy_over_a_custom_communicator_keeps_the_laws() -> None:
     check_strategy(
         lambda count: dv.MirroredStrategy(["cpu:0"] * count, cross_device_ops=Plain(count))
     )
@@ -250,7 +250,7 @@ class DealsWrong(Own):
 
 
 class RunsOne(Own):
-    """The others' results are those of the first."""
+    """Returns the first replica's result for all."""
 
     def run(self, fn: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = super().run(fn, args, kwargs)
@@ -285,7 +285,7 @@ DATA = np.arange(42.0).reshape(21, 2)
 
 
 def regression(strategy: dv.Strategy) -> Any:
-    """A step of gradient descent that is right on any number of replicas."""
+    """Run a step of gradient descent that is correct on any number of replicas."""
     with strategy.scope():
         weight = dv.Variable(np.zeros(2), aggregation="mean")
     count = strategy.num_replicas_in_sync
@@ -303,7 +303,7 @@ def regression(strategy: dv.Strategy) -> Any:
     return {"weight": weight.numpy(), "loss": [strategy.reduce("mean", parts, axis=0)]}
 
 
-def test_a_program_that_is_the_same_everywhere() -> None:
+def test_a_program_with_equal_results_on_all_replica_counts() -> None:
     assert_same_on(regression)
     assert_same_on(regression, replicas=(1, 5, 21))
 
@@ -326,7 +326,7 @@ def test_a_program_that_differs_is_found(fn: Callable[[dv.Strategy], Any]) -> No
     assert any(number in str(caught.value) for number in "237")
 
 
-def test_an_error_in_the_program_is_the_programs() -> None:
+def test_an_error_in_the_program_is_reraised() -> None:
     def broken(strategy: dv.Strategy) -> Any:
         raise KeyError("mine")
 

@@ -1,4 +1,4 @@
-"""The members of a strategy: nests, axes, destinations, and what they refuse."""
+"""Members of a strategy: pytrees, axes, destinations, and refused arguments."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def variable(strategy: dv.Strategy, initial: Any, **modes: Any) -> dv.Variable:
         return dv.Variable(initial, **modes)
 
 
-def test_what_a_strategy_says_of_itself(any_strategy: dv.Strategy) -> None:
+def test_the_properties_of_a_strategy(any_strategy: dv.Strategy) -> None:
     count = any_strategy.num_replicas_in_sync
     assert count == len(any_strategy.worker_devices)
     assert any_strategy.cluster_resolver is None
@@ -63,7 +63,7 @@ def test_what_a_strategy_says_of_itself(any_strategy: dv.Strategy) -> None:
 
 
 @only_cpu
-def test_central_storage_keeps_its_one_copy_where_told() -> None:
+def test_central_storage_keeps_its_copy_on_the_parameter_device() -> None:
     with dv.CentralStorageStrategy(devices(2), parameter_device="cpu:1") as strategy:
         v = variable(strategy, np.zeros(2))
         assert [str(device) for device in v.devices] == ["cpu:1"]
@@ -137,7 +137,7 @@ def test_reduce_along_any_axes(op: str, axis: Any) -> None:
         assert all(map(np.array_equal, parts, kept))
 
 
-def test_mean_weighs_by_the_number_of_elements(two: dv.Strategy) -> None:
+def test_mean_is_weighted_by_the_number_of_elements(two: dv.Strategy) -> None:
     for dtype in ("f4", "f8"):
         value = dealt(two, np.arange(4, dtype=dtype), np.array([4, 5], dtype))
         assert two.reduce("mean", value, axis=0) == 2.5
@@ -438,7 +438,7 @@ def test_reduce_to_destinations(any_strategy: dv.Strategy, op: str) -> None:
     assert len(any_strategy.batch_reduce_to(op, [])) == 0
 
 
-def test_what_reduce_to_gives_can_be_written(any_strategy: dv.Strategy) -> None:
+def test_the_result_of_reduce_to_can_be_assigned(any_strategy: dv.Strategy) -> None:
     v = variable(any_strategy, np.zeros(3))
     value = any_strategy.run(lambda: np.ones(3))
     total = any_strategy.reduce_to("sum", value, v)
@@ -479,7 +479,7 @@ def test_reduce_to_refuses(two: dv.Strategy) -> None:
     assert [one.tolist() for one in value.values] == [[1.0] * 3] * 2
 
 
-def test_an_alien_among_the_destinations(two: dv.Strategy) -> None:
+def test_a_destination_of_another_strategy(two: dv.Strategy) -> None:
     value = dealt(two, np.ones(3), np.ones(3))
     with dv.MirroredStrategy(devices(3)) as other:
         alien = variable(other, np.zeros(3))

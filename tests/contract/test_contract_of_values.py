@@ -1,4 +1,4 @@
-"""What PerReplica and Mirrored are, and what they refuse to be."""
+"""PerReplica and Mirrored: allowed and refused operations."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ UNARY: list[Callable[[Any], Any]] = [
 
 @pytest.mark.parametrize("use", BINARY + ORDERS, ids=lambda use: use.__name__)
 @pytest.mark.parametrize("other", [1, 1.0, np.float64(1), np.ones(2)], ids=repr)
-def test_no_operand(use: Callable[[Any, Any], Any], other: Any) -> None:
+def test_operators_are_refused(use: Callable[[Any, Any], Any], other: Any) -> None:
     value = dv.PerReplica([np.ones(2), np.ones(2)])
     for given in ((value, other), (other, value), (value, value)):
         with pytest.raises(TypeError, match=CALLS):
@@ -117,7 +117,7 @@ def test_no_operand(use: Callable[[Any, Any], Any], other: Any) -> None:
 
 
 @pytest.mark.parametrize("use", UNARY)
-def test_no_number_and_no_array(use: Callable[[Any], Any]) -> None:
+def test_conversions_to_numbers_and_arrays_are_refused(use: Callable[[Any], Any]) -> None:
     for held in (1.0, np.ones(2)):
         with pytest.raises(TypeError, match=CALLS):
             use(dv.PerReplica([held, held]))
@@ -168,7 +168,7 @@ def test_a_table_in_notebooks() -> None:
     assert len(re.findall("<tr", html)) >= 2
 
 
-def test_copies_and_emptiness() -> None:
+def test_copies_are_allowed_and_empty_values_refused() -> None:
     value = dv.PerReplica([np.ones(2), np.ones(2)])
     other = copy.deepcopy(value)
     assert not np.shares_memory(other[0], value[0])
@@ -179,8 +179,8 @@ def test_copies_and_emptiness() -> None:
             kind(3)
 
 
-def test_neither_communicates() -> None:
-    """Values are made and seen anywhere, also inside one replica alone."""
+def test_values_do_not_communicate() -> None:
+    """Values are created and read in any context, even by a single replica."""
     with dv.MirroredStrategy(devices(2)) as strategy:
 
         def alone() -> int:

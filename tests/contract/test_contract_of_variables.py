@@ -1,4 +1,4 @@
-"""Every cell of the table of modes, the rules of scatter, dtypes and shapes, copies."""
+"""Variables: every cell of the table of modes, scatter, dtypes, shapes and copies."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_on_write_in_replicas(
 
 
 @pytest.mark.parametrize("number", [5.0, 0.0])
-def test_a_literal_is_what_each_replica_contributes(two: dv.Strategy, number: float) -> None:
+def test_a_literal_is_the_contribution_of_each_replica(two: dv.Strategy, number: float) -> None:
     shared = np.float64(number)
     for given in (number, shared):
         v = variable(two, 1.0, aggregation="sum", dtype="f8")
@@ -113,7 +113,7 @@ def test_on_write_without_aggregation_is_refused_in_replicas(two: dv.Strategy, m
     assert held(v) == [1.0, 1.0]
 
 
-def test_without_aggregation_one_replica_is_accepted() -> None:
+def test_a_single_replica_needs_no_aggregation() -> None:
     for strategy in (dv.MirroredStrategy(devices(1)), dv.OneDeviceStrategy(devices(1)[0])):
         with strategy:
             v = variable(strategy, 1.0)
@@ -154,7 +154,7 @@ def test_on_read_without_aggregation_reads_nothing_across(two: dv.Strategy) -> N
     two.run(lambda: v.assign(replica() + 1.0))
     with pytest.raises(ValueError, match="bare"):
         v.read_value()
-    assert held(v) == [1.0, 2.0]  # but each copy may be seen
+    assert held(v) == [1.0, 2.0]  # but each copy can be read
     assert two.reduce("sum", v) == 3.0
 
 
@@ -182,7 +182,7 @@ def test_on_read_written_across(two: dv.Strategy, aggregation: str, expected: An
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", ["i1", "u1", "i4", "i8", "u8"])
-def test_a_total_of_integers_stays_whole(replicas: int, dtype: str) -> None:
+def test_shares_of_an_integer_add_up_to_it(replicas: int, dtype: str) -> None:
     limits = np.iinfo(dtype)
     totals = np.array([0, 1, 7, limits.min, limits.max, limits.max - 1], dtype)
     with dv.MirroredStrategy(devices(replicas)) as strategy:
@@ -207,7 +207,7 @@ def test_a_per_replica_sets_each_copy(two: dv.Strategy, mode: str, aggregation: 
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_none_is_loose_until_synced(two: dv.Strategy, aggregation: str) -> None:
+def test_copies_of_a_none_variable_differ_until_sync(two: dv.Strategy, aggregation: str) -> None:
     v = variable(two, 0.0, synchronization="none", aggregation=aggregation)
     two.run(lambda: v.assign(replica() + 1.0))
     both = v.read_value()
@@ -226,7 +226,7 @@ def test_none_is_loose_until_synced(two: dv.Strategy, aggregation: str) -> None:
     assert held(v) == [6.0, 6.0]
 
 
-def test_sync_of_several_in_one_meeting(two: dv.Strategy) -> None:
+def test_sync_of_several_variables_is_one_collective(two: dv.Strategy) -> None:
     loose = [variable(two, np.zeros(size), synchronization="none") for size in (1, 2, 3)]
     fixed = variable(two, 0.0)
     two.run(lambda: [v.assign(np.full(v.shape, replica() + 1.0)) for v in loose])
@@ -253,14 +253,16 @@ def test_mean_of_integers_is_refused_at_creation(two: dv.Strategy, mode: str, dt
 
 
 @pytest.mark.parametrize("mode", ["on_read", "none"])
-def test_one_copy_has_no_such_modes(central: dv.Strategy, mode: str) -> None:
+def test_central_storage_refuses_modes_with_a_copy_per_replica(
+    central: dv.Strategy, mode: str
+) -> None:
     with central.scope(), pytest.raises(ValueError, match="(?i)" + mode):
         dv.Variable(1.0, synchronization=mode)
     with central.scope(), pytest.raises(ValueError, match=r"(?i)mean"):
         dv.Variable(1, aggregation="mean")
 
 
-def test_one_copy_takes_what_all_replicas_give(central: dv.Strategy) -> None:
+def test_central_storage_aggregates_the_values_of_all_replicas(central: dv.Strategy) -> None:
     for aggregation, expected in (("sum", 3.0), ("mean", 1.5), ("only_first_replica", 1.0)):
         v = variable(central, 1.0, aggregation=aggregation)
         seen = central.run(lambda v=v: (v.assign(replica() + 1.0), float(v)))
@@ -320,7 +322,7 @@ def test_scatter_of_all_replicas(
         assert len({one.tobytes() for one in v.values}) == 1
 
 
-def test_scatter_of_other_lengths_and_twice_the_same_row(two: dv.Strategy) -> None:
+def test_scatter_of_different_lengths_with_duplicate_rows(two: dv.Strategy) -> None:
     v = variable(two, np.zeros((3, 2)), aggregation="sum")
 
     def write() -> None:
@@ -387,7 +389,7 @@ def test_scatter_out_of_range(two: dv.Strategy, method: str, aggregation: str, w
         assert held(v) == [[4.0, 8.0]] * 2
 
 
-def test_scatter_where_one_replica_is_wrong(two: dv.Strategy) -> None:
+def test_scatter_with_wrong_indices_on_one_replica(two: dv.Strategy) -> None:
     v = variable(two, np.array([4.0, 8.0]), aggregation="sum")
     good = np.array([0]), np.ones(1)
     for wrong, error in (
@@ -445,7 +447,7 @@ def test_a_value_that_does_not_fit_is_named(
         assert all(str(length) in said for length in wrong.shape)
         if mode == "on_write":
             assert held(v) == before
-        else:  # the replica that was right may have written its own copy
+        else:  # the replica with valid input may have written its own copy
             assert held(v)[1] == before[1]
             assert held(v)[0] in (before[0], [0.0, 0.0], [1.0, 1.0])
 
@@ -479,7 +481,7 @@ def test_not_an_array(two: dv.Strategy, wrong: Any) -> None:
         dv.Variable(wrong)
 
 
-def test_views_are_read_only_and_copies_are_the_callers(two: dv.Strategy) -> None:
+def test_views_are_read_only_and_copies_are_new_arrays(two: dv.Strategy) -> None:
     first = np.ones(3)
     v = variable(two, first)
     first[:] = 9.0
@@ -500,7 +502,7 @@ def test_views_are_read_only_and_copies_are_the_callers(two: dv.Strategy) -> Non
         v.on(2)
 
 
-def test_it_is_a_distributed_value(two: dv.Strategy) -> None:
+def test_a_variable_is_a_distributed_value(two: dv.Strategy) -> None:
     v = variable(two, np.arange(6.0).reshape(2, 3), name="w")
     assert isinstance(v, dv.Variable)
     assert isinstance(v, dv.DistributedValues)
@@ -536,7 +538,7 @@ def test_modes_are_taken_by_name_and_wrong_ones_list_the_right_ones(two: dv.Stra
             dv.Variable(1.0, aggregation="median")
 
 
-def test_the_initial_value_is_made_once(two: dv.Strategy) -> None:
+def test_the_initial_value_is_computed_once(two: dv.Strategy) -> None:
     calls: list[int] = []
 
     def initial() -> Any:
@@ -552,7 +554,7 @@ def test_the_initial_value_is_made_once(two: dv.Strategy) -> None:
     assert held(made[0])[0] == held(made[0])[1]
 
 
-def test_creations_inside_run_that_differ(two: dv.Strategy) -> None:
+def test_different_creations_inside_run(two: dv.Strategy) -> None:
     for make in (
         lambda: dv.Variable(1.0, name=f"name_{replica()}"),
         lambda: dv.Variable(1.0, aggregation=["sum", "mean"][replica()]),
@@ -564,7 +566,7 @@ def test_creations_inside_run_that_differ(two: dv.Strategy) -> None:
     assert two.run(replica).values == (0, 1)
 
 
-def test_a_variable_of_no_scope(two: dv.Strategy) -> None:
+def test_a_variable_created_outside_every_scope(two: dv.Strategy) -> None:
     lone = dv.Variable(np.ones(2))
     assert [one.tolist() for one in two.run(lambda: lone.numpy()).values] == [[1.0, 1.0]] * 2
     for write in (
@@ -601,7 +603,7 @@ def test_another_strategys_variable(two: dv.Strategy, mode: str) -> None:
     assert held(v) == [1.0, 1.0]
 
 
-def test_a_written_value_is_all_or_nothing(two: dv.Strategy) -> None:
+def test_a_write_reaches_all_copies_or_none(two: dv.Strategy) -> None:
     v = variable(two, np.zeros(2), aggregation="sum")
 
     def body() -> None:
@@ -649,7 +651,7 @@ def test_a_deep_copy_is_another_variable(two: dv.Strategy, mode: str) -> None:
         two.run(lambda: copy.deepcopy(v))
 
 
-def test_it_has_no_truth_by_identity_and_no_hash_surprise(two: dv.Strategy) -> None:
+def test_truth_and_hash(two: dv.Strategy) -> None:
     v = variable(two, np.array([1.0, 2.0]))
     with pytest.raises((ValueError, TypeError)):
         bool(v)
@@ -690,7 +692,7 @@ def test_gather_rows_are_those_of_the_value(two: dv.Strategy, mode: str, indices
     for one in found:
         np.testing.assert_array_equal(host(one), expected)
         assert host(one).shape == expected.shape
-        one[...] = 7.0  # the caller's own
+        one[...] = 7.0  # owned by the caller
     assert held(of) == [table.tolist()] * 2
     own_rows = two.run(
         lambda rows: of.gather_rows(rows), (own(two, np.array([0]), np.array([1, 2])),)

@@ -29,7 +29,7 @@ class OnDevice(np.ndarray):
 
 
 def placed(arrays):
-    """Return views of arrays, one on each device."""
+    """Return views of the arrays, one on each device."""
     made = []
     for device, array in enumerate(arrays):
         one = np.asarray(array).view(OnDevice)
@@ -43,7 +43,7 @@ def gpus(count):
 
 
 def can_move(nccl, values):
-    """Stand in for ``Nccl._can_move``, to which these arrays are arrays of the host."""
+    """Replacement for ``Nccl._can_move``, which takes these arrays for host arrays."""
     return all(
         isinstance(value, OnDevice)
         and value.flags.c_contiguous

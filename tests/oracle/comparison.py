@@ -1,4 +1,4 @@
-"""When an answer of TensorFlow and one of dvkernels are the same."""
+"""Comparison of TensorFlow's answers with those of dvkernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-6
 
 
 class Case(NamedTuple):
-    """One operation to which the two gave different answers; before it they had agreed."""
+    """The first operation of a program with different answers."""
 
     program: dict[str, Any]
     operation: dict[str, Any]
@@ -30,10 +30,10 @@ class Case(NamedTuple):
 def differing(
     program: dict[str, Any], theirs: list[dict[str, Any]], ours: list[dict[str, Any]]
 ) -> Iterator[Case]:
-    """Yield the operations with different answers, as long as the copies are the same."""
+    """Yield the operations with different answers, up to the first that leaves different copies."""
     before: list[str] = []
     operations = [{"op": "create", "context": "cross"}, *program["operations"]]
-    # Both end with their first error, and the longer one is then not looked at to its end.
+    # Each ends with its first error, so the end of the longer one is not compared.
     for operation, one, other in zip(operations, theirs, ours, strict=False):
         if not same_outcome(one, other):
             yield Case(program, operation, before, one, other)
@@ -43,14 +43,14 @@ def differing(
 
 
 def same_outcome(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
-    """Tell whether two outcomes are the same; of errors, whether theirs would catch ours."""
+    """Return whether two outcomes are equal; of errors, whether ``except`` theirs catches ours."""
     if "error" in theirs or "error" in ours:
         return theirs.get("error") in ours.get("error", ())
     return same(theirs["result"], ours["result"]) and same(theirs["copies"], ours["copies"])
 
 
 def same(theirs: Any, ours: Any) -> bool:
-    """Tell whether two trees are the same."""
+    """Return whether two pytrees are equal."""
     if isinstance(theirs, str) and isinstance(ours, str):
         return close(decoded(theirs), decoded(ours))
     if type(theirs) is not type(ours):

@@ -1,9 +1,9 @@
-"""Where dvkernels is meant to answer otherwise than TensorFlow, each difference by its name.
+"""Intended differences between dvkernels and TensorFlow, each with a name.
 
-docs/explanation/differences.md tells most of them to the user.
+docs/explanation/differences.md documents most of them for users.
 
-An entry explains a case only where our answer is what the contract says: most predicates work it
-out with NumPy. So the table cannot hide a wrong answer behind a trap of TensorFlow.
+An entry explains a case only where our answer is the one of the contract, which most predicates
+compute with NumPy. So the table cannot hide a wrong answer behind a peculiarity of TensorFlow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from programs import SCATTERS, VARIABLE, WRITES, decoded
 
 class Difference(NamedTuple):
     name: str
-    sentence: str  # of the contract: what it stands for
+    sentence: str  # of the contract, on which the difference rests
     explains: Callable[[Case], bool]
 
 
@@ -26,7 +26,7 @@ DIFFERENCES: list[Difference] = []
 
 
 def difference(sentence: str) -> Callable[[Callable[[Case], bool]], Callable[[Case], bool]]:
-    """Enter a predicate in the table, under its own name."""
+    """Register a predicate in the table, under its own name."""
 
     def enter(predicate: Callable[[Case], bool]) -> Callable[[Case], bool]:
         DIFFERENCES.append(Difference(predicate.__name__, sentence, predicate))
@@ -35,11 +35,11 @@ def difference(sentence: str) -> Callable[[Callable[[Case], bool]], Callable[[Ca
     return enter
 
 
-# -- what the predicates ask -----------------------------------------------------------------------
+# -- helpers of the predicates ---------------------------------------------------------------------
 
 
 def raised(outcome: dict[str, Any], name: str) -> bool:
-    """Tell whether this error was raised: theirs by its class, ours by its class or a base."""
+    """Return whether this error was raised: theirs by class, ours by class or base class."""
     error = outcome.get("error", ())
     return name == error or (isinstance(error, list) and name in error)
 
@@ -69,7 +69,7 @@ def in_replica(case: Case) -> bool:
 
 
 def parts(case: Case, given: dict[str, Any]) -> list[np.ndarray]:
-    """What each replica brings."""
+    """Return the array that each replica contributes."""
     count = case.program["replicas"]
     if given["form"] == "array":
         return [decoded(part) for part in given["parts"]]
@@ -96,7 +96,7 @@ def has_integers(case: Case) -> bool:
 
 
 def singly(case: Case) -> list[Case]:
-    """Return a case for each operation of a step, with our result of it; else the case itself."""
+    """Return one case per operation of a step, with our result of it; else the case itself."""
     inner = case.operation.get("operations")
     if inner is None or fails(case.ours):
         return [case._replace(operation=one) for one in inner or [case.operation]]
@@ -128,7 +128,7 @@ def copies_are(case: Case, expected: list[np.ndarray]) -> bool:
 
 
 def result_is(case: Case, expected: Any) -> bool:
-    """Tell whether our result is this tree of arrays."""
+    """Return whether our result is this pytree of arrays."""
 
     def equal(one: Any, other: Any) -> bool:
         if isinstance(one, np.ndarray):
@@ -147,7 +147,7 @@ def on_every_replica(case: Case, array: np.ndarray) -> dict[str, Any]:
 
 
 def written_across(case: Case) -> np.ndarray | None:
-    """Return the one array that is written in cross-replica context, also within merge_call."""
+    """Return the array that is written in cross-replica context or in merge_call, if any."""
     operation = case.operation
     if operation["op"] == "merge_call" and operation["fn"] == "assign_reduced":
         return reduced(operation["reduce_op"], parts(case, value(case)))
@@ -156,11 +156,11 @@ def written_across(case: Case) -> np.ndarray | None:
     return None
 
 
-# -- how results are wrapped -----------------------------------------------------------------------
+# -- wrapping of results ---------------------------------------------------------------------------
 
 
 def same_but_wrapped(theirs: Any, ours: Any) -> bool:
-    """Tell whether TensorFlow only took the wrapper off parts that are all the same."""
+    """Return whether TensorFlow only unwrapped components that are all equal."""
     if isinstance(ours, dict) and "per_replica" in ours and not isinstance(theirs, dict):
         return all(same(theirs, part) for part in ours["per_replica"])
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -220,7 +220,7 @@ def local_results_speaks_of_every_replica(case: Case) -> bool:
     return len(theirs) == 1 and same(theirs * case.program["replicas"], ours)
 
 
-# -- which variables there are ---------------------------------------------------------------------
+# -- creation of variables -------------------------------------------------------------------------
 
 
 @difference("Synchronization NONE works in every strategy")
@@ -324,7 +324,7 @@ def any_object_is_a_contribution(case: Case) -> bool:
     if case.operation["op"] == "all_reduce":
         op = case.operation["reduce_op"]
         if form(case) == "literal":
-            # A number that no variable types is what NumPy makes of it.
+            # Without a variable a number has the dtype that NumPy gives it.
             given = [np.asarray(value(case)["number"])] * len(given)
         return result_is(case, on_every_replica(case, reduced(op, given)))
     if case.operation["op"] not in WRITES or case.modes[0] != "on_write":
@@ -423,7 +423,7 @@ SCATTERED: dict[str, Callable[[np.ndarray, int, np.ndarray], Any]] = {
 
 
 def scattered(case: Case) -> list[np.ndarray]:
-    """The copies after a scatter to an ON_WRITE or NONE variable, one update after another."""
+    """Return the copies after a scatter to an ON_WRITE or NONE variable, update by update."""
     op, how = case.operation["op"], case.modes[1]
     given = list(
         zip(

@@ -1,4 +1,4 @@
-"""Runs programs on dvkernels, operation by operation."""
+"""Interpreter of the oracle's programs on dvkernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from programs import SCATTERS, WRITES, decoded, encoded
 
 import dvkernels as dv
 
-# Other ways to the same answers: arguments of MirroredStrategy, or what a Machine does otherwise.
-WAYS: dict[str, dict[str, Any]] = {
+# Variants that must give the same answers: arguments of MirroredStrategy, or options of a Machine.
+VARIANTS: dict[str, dict[str, Any]] = {
     "direct": {"cross_device_ops": "direct"},
     "ring": {"cross_device_ops": "ring"},
     "buckets": {"bytes_per_bucket": 8},
@@ -25,19 +25,19 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def answer(program: dict[str, Any], way: str = "") -> list[dict[str, Any]]:
-    """The outcomes, up to the first error; of an error, the names of its class and its bases."""
+def answer(program: dict[str, Any], variant: str = "") -> list[dict[str, Any]]:
+    """Return the outcomes up to the first error; of an error, its class and base classes."""
     devices = [f"cpu:{k}" for k in range(program["replicas"])]
     kind = program["strategy"]
     if kind == "mirrored":
-        strategy = dv.MirroredStrategy(devices, **WAYS.get(way, {}))
+        strategy = dv.MirroredStrategy(devices, **VARIANTS.get(variant, {}))
     elif kind == "one_device":
         strategy = dv.OneDeviceStrategy(devices[0])
     else:
         strategy = dv.CentralStorageStrategy(devices, devices[0])
     outcomes: list[dict[str, Any]] = []
-    with strategy, dv.debug(way == "debug mode"):
-        machine = Machine(strategy, way)
+    with strategy, dv.debug(variant == "debug mode"):
+        machine = Machine(strategy, variant)
         for operation in (None, *program["operations"]):
             try:
                 if operation is None:
@@ -66,9 +66,9 @@ def tree(result: Any) -> Any:
 
 
 class Machine:
-    def __init__(self, strategy: dv.Strategy, way: str) -> None:
+    def __init__(self, strategy: dv.Strategy, variant: str) -> None:
         self.strategy = strategy
-        self.way = way
+        self.variant = variant
 
     def create(self, variable: dict[str, Any]) -> None:
         within = self.strategy.scope() if variable.get("scope", True) else contextlib.nullcontext()
@@ -78,7 +78,7 @@ class Machine:
                 synchronization=variable["synchronization"],
                 aggregation=variable["aggregation"],
             )
-        if self.way == "copied variable":
+        if self.variant == "copied variable":
             self.variable = copy.deepcopy(self.variable)
 
     def copies(self) -> list[Any]:
@@ -145,11 +145,11 @@ class Machine:
         return ctx.merge_call(self.merged(operation), args=(value,))
 
     def all_reduce(self, ctx: dv.ReplicaContext, op: str, value: Any) -> Any:
-        if self.way == "asynchronous":
+        if self.variant == "asynchronous":
             return ctx.all_reduce_async(op, value).wait()
-        if self.way == "in place" and isinstance(value, np.ndarray):
+        if self.variant == "in place" and isinstance(value, np.ndarray):
             return ctx.all_reduce(op, value, out=value)
-        return ctx.all_reduce(op, value, shared=self.way == "shared")
+        return ctx.all_reduce(op, value, shared=self.variant == "shared")
 
     def merged(self, operation: dict[str, Any]) -> Callable[..., Any]:
         def fn(strategy: dv.Strategy, value: Any) -> Any:

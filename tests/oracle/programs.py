@@ -8,9 +8,9 @@ A program is a dictionary that JSON can hold::
 
 ``"scope": false`` in the variable creates it outside every scope.
 
-Its answer is one outcome for the creation of the variable and one for each operation, up to the
-first error: ``{"result": tree, "copies": [array, ...]}`` or ``{"error": class name}``. A write
-gives no result in this language; what it did is seen in the copies.
+Its answer is a list of outcomes, one for the creation of the variable and one for each operation,
+up to the first error: ``{"result": tree, "copies": [array, ...]}`` or ``{"error": class name}``. A
+write has no result; its effect is in the copies.
 
 =============== =================== ===========================================================
 op              context             fields
@@ -39,7 +39,7 @@ own_batches     cross               the same of distribute_datasets_from_functio
                                     of None leaves the elements single
 =============== =================== ===========================================================
 
-What belongs into cross-replica context may be called in a replica too, to see what is raised.
+Operations of cross-replica context may be called in a replica too, to compare the errors.
 
 A value is ``{"form": "array", "parts": [array, ...]}`` (a fresh array on each replica, in
 cross-replica context a PerReplica of them), ``{"form": "plain", "part": array}``, ``{"form":
@@ -80,7 +80,7 @@ def decoded(line: str) -> np.ndarray:
 
 
 def digest(program: dict[str, Any]) -> str:
-    """The program's own name: an answer belongs to this program and no other."""
+    """Return the digest of a program, by which recorded answers are matched to it."""
     text = json.dumps(program, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -97,7 +97,7 @@ def all_programs() -> dict[str, dict[str, Any]]:
 
 
 def array(*data: Any, dtype: str = "float32") -> dict[str, Any]:
-    """One array for each replica."""
+    """Return a value with one array per replica."""
     return {"form": "array", "parts": [encoded(np.array(part, dtype)) for part in data]}
 
 
@@ -154,7 +154,7 @@ def each(*values: Any) -> dict[str, Any]:
 
 
 def written() -> Iterator[dict[str, Any]]:
-    """The points where the two are known, or likely, to differ; and the tables of both pages."""
+    """Yield programs where the libraries may differ, and those of the documented tables."""
     one_two, same = array(1.0, 2.0), array(5.0, 5.0)
     # Every aggregation and every write, in a replica.
     for how in ("none", "sum", "mean", "only_first_replica"):
@@ -228,7 +228,7 @@ def written() -> Iterator[dict[str, Any]]:
         yield program(
             2, 0.0, "on_write sum", cross("reduce", reduce_op=op, axis=None, value=integers)
         )
-    # What run returns.
+    # Results of run.
     for size in (1, 2):
         for value in (
             literal(3),
@@ -240,7 +240,7 @@ def written() -> Iterator[dict[str, Any]]:
     yield program(
         1, 0.0, "on_write sum", replica("return", value=literal(3)), strategy="one_device"
     )
-    # Reduce and gather: what is not a PerReplica, nests, axes, empty parts, scalars.
+    # Reduce and gather: plain values, pytrees, axes, empty parts, scalars.
     rows, uneven, empty = array([1.0, 2.0], [3.0, 5.0]), array([0.0, 1.0, 2.0, 3.0], [4.0, 5.0]), []
     some = array([1.0, 3.0], empty)
     for op in ("sum", "mean"):
@@ -321,7 +321,7 @@ def written() -> Iterator[dict[str, Any]]:
     for op in ("min", "max", "prod", "median"):
         yield program(2, 1.0, "on_write sum", cross("reduce", reduce_op=op, axis=None, value=rows))
         yield program(2, 1.0, "on_write sum", replica("all_reduce", reduce_op=op, value=rows))
-    # What does not fit the variable.
+    # Values that do not fit the variable.
     for modes in ("on_write sum", "on_write mean", "on_write only_first_replica", "on_read sum"):
         for verb in WRITES:
             for call, value in ((replica, rows), (cross, plain([1.0, 2.0]))):
@@ -336,7 +336,7 @@ def written() -> Iterator[dict[str, Any]]:
             yield program(2, [4.0, 8.0], "on_write only_first_replica", replica(verb, **fields))
         outside = {"indices": plain([-1], "int32"), "updates": plain([2.0])}
         yield program(2, [4.0, 8.0], "on_write none", cross(verb, **outside))
-    # What belongs into the other context.
+    # Calls in the wrong context.
     for call in (
         replica("reduce", reduce_op="sum", axis=None, value=one_two),
         replica("gather", axis=0, value=rows),
@@ -374,7 +374,7 @@ def written() -> Iterator[dict[str, Any]]:
         made = program(2, 1.0, "on_write sum", call)
         made["variable"]["scope"] = False
         yield made
-    # How batches are split.
+    # Splitting of batches.
     for size in (1, 2, 3, 4):
         for elements, batch, drop in (
             (8, 4, False),
@@ -410,8 +410,8 @@ _STRATEGIES = (
     (("one_device", 1), 12),
     (("central_storage", 2), 16),
 )
-# TensorFlow makes no NONE variable on several replicas, and dvkernels nothing but ON_WRITE in
-# central storage: such a program ends with its creation, so a few of them are enough.
+# TensorFlow refuses NONE variables on several replicas, and dvkernels all but ON_WRITE in central
+# storage: these programs end with the creation of the variable, so a few of them are enough.
 _SYNCHRONIZATIONS = {
     "mirrored": (("on_write", 60), ("on_read", 38), ("none", 2)),
     "one_device": (("on_write", 40), ("on_read", 30), ("none", 30)),
@@ -438,7 +438,7 @@ _OPERATIONS = (
 
 
 class _Generator:
-    """Draws one program. Only ``random()`` is used: its sequence is the same in every Python."""
+    """Generator of one random program; uses only ``random()``, whose sequence never changes."""
 
     def __init__(self, number: int) -> None:
         self._random = random.Random(SEED * 100_000 + number).random
@@ -488,7 +488,7 @@ class _Generator:
     # -- values --------------------------------------------------------------------------------
 
     def _parts(self, shapes: list[tuple[int, ...]], dtype: str) -> dict[str, Any]:
-        """Multiples of the replica id plus a constant, or equal parts."""
+        """Return multiples of the replica id plus a constant, or equal parts."""
         step = 0 if self._likely(0.2) else 1 + self._below(7)
         if step == 0 and len(set(shapes)) == 1:
             parts = [self._array(shapes[0], dtype)] * len(shapes)
@@ -497,7 +497,7 @@ class _Generator:
         return {"form": "array", "parts": parts}
 
     def _value(self, context: str) -> dict[str, Any]:
-        """What fits the variable."""
+        """Return a value that fits the variable."""
         if self._likely(0.03):
             number = self._below(9)
             return literal(float(number) if self.dtype == "float32" else number)
@@ -506,7 +506,7 @@ class _Generator:
         return {"form": "plain", "part": self._array(self.shape, self.dtype)}
 
     def _distributed(self, *, uneven: bool = False, scalars: bool = True) -> dict[str, Any]:
-        """What a collective takes: any shape and dtype."""
+        """Return a value for a collective: any shape and dtype."""
         dtype = self._pick(("float32", "float32", "int32"))
         shape = self._pick(_SHAPES if scalars else _SHAPES[1:])
         shapes = [shape] * self.replicas
@@ -528,7 +528,7 @@ class _Generator:
                 return drawn
 
     def _ends(self, drawn: dict[str, Any]) -> bool:
-        """Tell whether one of the two is likely to raise, which ends the program."""
+        """Return whether one of the libraries is likely to raise, which ends the program."""
         op, context, value = drawn["op"], drawn["context"], drawn.get("value", {})
         write = op in WRITES or op in SCATTERS
         several = self.replicas > 1
@@ -566,7 +566,7 @@ class _Generator:
             lengths = lengths[:1]
         indices, updates = [], []
         for number in lengths:
-            # scatter_update says nothing about the order of duplicates.
+            # The order of duplicates in scatter_update is unspecified in TensorFlow.
             first = self._below(self.shape[0])
             rows = [(first + k) % self.shape[0] for k in range(number)]
             if op != "scatter_update" and self._likely(0.3):

@@ -1,9 +1,9 @@
-"""Records what TensorFlow answers to every program: ``python record.py`` where it is installed.
+"""Recorder of TensorFlow's answers to every program: ``python record.py`` where it is installed.
 
-TensorFlow is never part of the test that compares; its answers are committed in answers.json.
-A failed collective spoils every later one of the process, and so does one between another number of
-devices. So the programs run in workers: one for each number of replicas, replaced after each error
-that may have been a failed collective.
+The comparison does not need TensorFlow: its answers are committed in answers.json. In TensorFlow a
+failed collective breaks every later one of the process, and so does a collective over another
+number of devices. So the programs run in one worker process per number of replicas, which is
+replaced after each error that may have been a failed collective.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLLECTIVE = ("all_reduce", "all_gather", "reduce", "gather", "merge_call", "red
 
 
 class Machine:
-    """Runs programs on TensorFlow."""
+    """Interpreter of programs on TensorFlow."""
 
     def __init__(self) -> None:
         import tensorflow as tf

@@ -41,7 +41,7 @@ def explanations(case: Case) -> list[str]:
     return [difference.name for difference in DIFFERENCES if difference.explains(case)]
 
 
-def test_there_is_an_answer_to_every_program():
+def test_every_program_has_a_recorded_answer():
     assert RECORDED.keys() == PROGRAMS.keys()
     assert RECORDED.keys() >= WRONG.keys()
 
@@ -62,10 +62,10 @@ def test_every_named_difference_occurs():
     assert {difference.name for difference in DIFFERENCES} == found
 
 
-@pytest.mark.parametrize("way", on_dvkernels.WAYS)
-def test_every_way_leads_to_the_same_answer(way):
+@pytest.mark.parametrize("variant", on_dvkernels.VARIANTS)
+def test_every_variant_gives_the_same_answer(variant):
     for program in PROGRAMS.values():
-        usual, other = on_dvkernels.answer(program), on_dvkernels.answer(program, way)
+        usual, other = on_dvkernels.answer(program), on_dvkernels.answer(program, variant)
         assert len(usual) == len(other), program
         for one, another in zip(usual, other, strict=True):
             if "error" in one or "error" in another:

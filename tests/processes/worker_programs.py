@@ -51,7 +51,7 @@ def communicator_laws(num_local: str, over: str, ops: str = "auto") -> None:
         count = strategy.num_replicas_in_sync
         ids = strategy.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
         placement = ids.owner
-        for communicator in (placement.communicator, placement.beside):
+        for communicator in (placement.communicator, placement.async_communicator):
             check_communicator(lambda _, c=communicator: c, sizes=[count], local=ids.values)
             every = [np.random.default_rng(r).standard_normal(400_001) for r in range(count)]
             values = [every[r] for r in ids.values]

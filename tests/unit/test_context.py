@@ -1,4 +1,4 @@
-"""Replicas meet in collectives; whoever disagrees ends the step in all, and the next one works."""
+"""Replica contexts: collectives, disagreement, failures, and where contexts are valid."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_all_reduce(op, reduction, algorithm):
     assert not np.shares_memory(results[0], results[1])
 
 
-def test_results_belong_to_the_caller_also_alone():
+def test_results_are_new_arrays_even_for_one_replica():
     own = np.ones(3)
     with dv.OneDeviceStrategy(devices(1)[0]) as strategy:
         for collective in (
@@ -83,7 +83,7 @@ def test_results_belong_to_the_caller_also_alone():
     assert own.tolist() == [1, 1, 1]
 
 
-def test_a_nest_comes_back_as_that_nest(strategy):
+def test_a_pytree_keeps_its_structure(strategy):
     n = strategy.num_replicas_in_sync
     nest = {"a": np.arange(3.0), "b": [1.0, (np.int8(2), None)][:1], "c": ()}
     for result in on_each(strategy, lambda: [here().all_reduce("sum", nest)] and _seen(nest)):
@@ -98,7 +98,7 @@ def _seen(nest):
     return ",".join(nest)
 
 
-def test_in_place_only_where_asked(strategy):
+def test_in_place_only_with_out(strategy):
     n = strategy.num_replicas_in_sync
 
     def both():
@@ -138,7 +138,7 @@ def test_weight_zero_hides_nan(pair):
 @pytest.mark.parametrize(
     ("op", "weight"), [("mean", 0), ("mean", -1), ("mean", np.nan), ("mean", "x"), ("sum", 1)]
 )
-def test_a_weight_that_makes_no_sense(strategy, op, weight):
+def test_an_invalid_weight_is_refused(strategy, op, weight):
     with pytest.raises(ValueError, match="weight"):
         strategy.run(lambda: here().all_reduce(op, 1.0, weight=weight))
 
@@ -160,7 +160,7 @@ def test_gather_broadcast_scatter(strategy):
         np.testing.assert_array_equal(parts[r], np.array_split(whole * n, n)[r])
 
 
-def test_a_distributed_value_means_the_own_component(pair):
+def test_a_distributed_value_stands_for_the_own_component(pair):
     captured = pair.run(lambda: rank() + 1.0)
     with pair.scope():
         counter = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
@@ -216,7 +216,7 @@ DISAGREEMENTS = {
 
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)
-def test_disagreement_ends_the_step_and_says_who_and_where(pair, name):
+def test_disagreement_ends_the_step_and_names_replica_and_line(pair, name):
     with pytest.raises(CollectiveMismatchError) as raised:
         pair.run(DISAGREEMENTS[name])
     message = str(raised.value)
@@ -243,7 +243,7 @@ def test_after_a_caught_failure_every_later_collective_raises(pair):
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_an_exception_is_reraised_as_it_is(pair, culprit):
+def test_an_exception_is_reraised_unchanged(pair, culprit):
     error = KeyError("mine")
 
     def step():
@@ -314,7 +314,7 @@ def test_bad_input(strategy, call, error):
     assert on_each(strategy, rank) == tuple(range(strategy.num_replicas_in_sync))
 
 
-# -- where am I ----------------------------------------------------------------------------------
+# -- the current context -------------------------------------------------------------------------
 
 
 def test_outside_every_scope():
@@ -326,7 +326,7 @@ def test_outside_every_scope():
     assert here().strategy is dv.get_strategy()
 
 
-def test_inside(pair):
+def test_inside_a_scope(pair):
     with pair.scope() as entered:
         assert entered is pair
         assert here() is None
@@ -338,7 +338,7 @@ def test_inside(pair):
     assert [str(device) for device in on_each(pair, lambda: here().device)] == devices(2)
 
 
-def test_a_thread_of_its_own_is_outside(pair):
+def test_an_independent_thread_is_outside_every_scope(pair):
     seen = []
     with pair.scope():
         thread = threading.Thread(target=lambda: seen.append(dv.has_strategy()))
@@ -422,7 +422,7 @@ def test_a_shared_result_is_one_read_only_array():
 
 
 @pytest.mark.parametrize("dtype", ["f2", "bfloat16"])
-def test_halves_are_weighed_in_float32(dtype):
+def test_16_bit_floats_are_weighted_in_float32(dtype):
     half = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     values = [np.array([3.0, 257.0, 2049.0]).astype(half) for _ in range(3)]
     weights = (1.0, 2.0, 4.0)
@@ -479,7 +479,7 @@ def test_weights_of_any_size_give_the_mean(pair, weights):
      np.inf, np.nan, -(10**5000)],
     ids=lambda weight: f"{type(weight).__name__}",
 )  # fmt: skip
-def test_a_weight_that_is_no_finite_number_is_named(pair, weight):
+def test_a_weight_that_is_not_a_finite_number_is_named(pair, weight):
     with pytest.raises(ValueError, match="a weight is a finite number of at least 0"):
         pair.run(lambda: here().all_reduce("mean", 1.0, weight=weight))
 
@@ -534,7 +534,7 @@ USES = {
 
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("use", USES)
-def test_a_captured_value_has_a_component_for_each_replica_here(pair, use, strange):
+def test_a_captured_value_must_have_a_component_per_local_replica(pair, use, strange):
     with pair.scope():
         variable = dv.Variable(1.0, aggregation="sum")
     with dv.MirroredStrategy(devices(2)) as other:
@@ -545,7 +545,7 @@ def test_a_captured_value_has_a_component_for_each_replica_here(pair, use, stran
 
 
 @pytest.mark.parametrize("strange", STRANGE)
-def test_merge_call_deals_out_what_has_a_component_for_each_replica(pair, strange):
+def test_merge_call_returns_components_of_one_per_replica_only(pair, strange):
     with dv.MirroredStrategy(devices(2)) as other:
         value = STRANGE[strange](other)
     if isinstance(value, dv.Mirrored):
@@ -554,7 +554,7 @@ def test_merge_call_deals_out_what_has_a_component_for_each_replica(pair, strang
         pair.run(lambda: here().merge_call(lambda _: [value]))
 
 
-def test_another_strategys_variable_is_no_value_in_a_replica(pair):
+def test_another_strategys_variable_is_refused_in_a_replica(pair):
     with dv.OneDeviceStrategy(devices(1)[0]) as other, other.scope():
         variable = dv.Variable(1.0)
     with pytest.raises(ContextError, match="OneDeviceStrategy"):
@@ -563,7 +563,7 @@ def test_another_strategys_variable_is_no_value_in_a_replica(pair):
     assert pair.run(lambda: here().all_reduce("sum", unscoped))[0] == 2.0
 
 
-def test_a_scope_that_was_not_entered_is_not_left(pair):
+def test_leaving_a_scope_that_was_not_entered_raises(pair):
     scope = pair.scope()
     with pytest.raises(ContextError, match="without having been entered"):
         scope.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""The enumeration of interrupts finds what is known to be broken, and nothing else."""
+"""The interrupt harness finds each program that is known to be broken, and no other."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def make():
         (SWALLOWS, {"loses the interrupt"}),
     ],
 )
-def test_what_is_broken_is_found(program, found):
+def test_each_broken_program_is_found(program, found):
     broken = interrupt_points.broken_in(program, seconds_to_end=1)
     assert broken.num_struck > 1
     assert {one.what for one in broken} == found, broken.text()

@@ -1,4 +1,4 @@
-"""What a nest is, in words: no name of the library that flattens it."""
+"""Descriptions of pytrees in messages, without names of the library that flattens them."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ Point = collections.namedtuple("Point", "x y")
     (collections.OrderedDict(b=1), "an OrderedDict of 'b'"),
     (collections.deque([1]), "a deque of 1"),
 ])  # fmt: skip
-def test_nests_are_said_in_words(nest, words):
+def test_descriptions_of_pytrees(nest, words):
     assert words_of(flatten(nest)[1]) == words
 
 
-def test_long_words_are_cut():
+def test_long_descriptions_are_truncated():
     words = words_of(flatten({f"a long name {k}": k for k in range(1000)})[1])
     assert len(words) < 250
     assert words.endswith("...")
 
 
-def test_replicas_that_return_different_nests_are_told_in_words():
+def test_different_returned_structures_are_described():
     with pytest.raises(
         ValueError, match=r"replica 0 returned a dict of 'x', replica 1 returned a t"
     ):
         regroup([{"x": 1}, (1, 2)], (), object())
 
 
-def test_replicas_that_disagree_are_told_in_words():
+def test_different_structures_in_a_collective_are_described():
     def step():
         replica = dv.get_replica_context()
         key = "xy"[replica.replica_id_in_sync_group]

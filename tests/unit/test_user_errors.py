@@ -1,4 +1,4 @@
-"""What user code raises comes out as it is, whatever it does when it is looked at."""
+"""Exceptions of user code leave the library unchanged, however strange their class is."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ errors = pytest.mark.parametrize("make", MAKERS, ids=IDS)
 
 @contextlib.contextmanager
 def coming_out(*expected):
-    """Expect one of these very exceptions; pytest.raises would print or annotate them."""
+    """Expect one of these exception objects; pytest.raises would print or annotate them."""
     try:
         yield
     except BaseException as error:
@@ -136,7 +136,7 @@ def strategy(request):
         yield made
 
 
-WAYS = {
+COLLECTIVES = {
     "barrier": lambda _: here().barrier(),
     "merge_call": lambda fail: here().merge_call(fail),
     "async": lambda _: here().all_reduce_async("sum", 1.0).wait(),
@@ -145,29 +145,29 @@ WAYS = {
 
 @errors
 @pytest.mark.parametrize("who", ["first", "last", "all"])
-@pytest.mark.parametrize("way", WAYS)
-def test_out_of_a_step(strategy, make, who, way):
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_exceptions_leave_a_step_unchanged(strategy, make, who, collective):
     last = strategy.num_replicas_in_sync - 1
     made = [make() for _ in range(last + 1)]
 
     def step():
-        if way == "merge_call":
+        if collective == "merge_call":
             return here().merge_call(fail)
         if who == "all" or rank() == {"first": 0, "last": last}[who]:
             raise made[rank()]
-        return WAYS[way](None)
+        return COLLECTIVES[collective](None)
 
     def fail(_):
         raise made[0]
 
-    index = {"first": 0, "last": last, "all": 0}[who] if way != "merge_call" else 0
+    index = {"first": 0, "last": last, "all": 0}[who] if collective != "merge_call" else 0
     with coming_out(made[index]):
         strategy.run(step)
     assert strategy.run(lambda: here().all_reduce("sum", 1))[last] == last + 1
 
 
 @errors
-def test_out_of_a_step_that_is_watched(strategy, make, tmp_path, caplog):
+def test_exceptions_leave_a_traced_step_in_debug_mode_unchanged(strategy, make, tmp_path, caplog):
     made = [make() for _ in range(strategy.num_replicas_in_sync)]
 
     @tracing.span("doomed", "test")
@@ -183,7 +183,7 @@ def test_out_of_a_step_that_is_watched(strategy, make, tmp_path, caplog):
 
 
 @errors
-def test_out_of_other_doors(strategy, make):
+def test_exceptions_leave_other_entry_points_unchanged(strategy, make):
     made = make()
 
     def fail(*_):
@@ -215,7 +215,7 @@ def test_out_of_other_doors(strategy, make):
     ],
     ids=["map", "workers", "filter", "prefetch", "shuffle"],
 )
-def test_out_of_a_dataset(make, pipeline):
+def test_exceptions_leave_a_dataset_unchanged(make, pipeline):
     made = make()
 
     def fail(x):
@@ -230,7 +230,7 @@ def test_out_of_a_dataset(make, pipeline):
 
 
 @errors
-def test_the_other_workers_are_told(make):
+def test_the_other_workers_receive_the_error_text(make):
     made = make()
     carried = transports(2, timeout_seconds=5)
     workers = [WorkerGroup(transport) for transport in carried]
@@ -238,14 +238,14 @@ def test_the_other_workers_are_told(make):
     (error,) = at_once(workers[0].barrier)
     assert isinstance(error, CollectiveMismatchError), error
     assert f"worker 1 raised {type(made).__name__}" in str(error)
-    for _ in range(2):  # all are in step again
+    for _ in range(2):  # all workers are synchronized again
         for found in at_once(*[worker.barrier for worker in workers]):
             assert found is None or "worker 1 raised" in str(found)
     assert at_once(*[worker.barrier for worker in workers]) == [None, None]
 
 
 @errors
-def test_the_other_workers_are_told_of_what_fails_half_way(make, monkeypatch):
+def test_the_other_workers_receive_the_text_of_an_error_during_a_collective(make, monkeypatch):
     made = make()
     workers = [WorkerGroup(transport) for transport in transports(2, timeout_seconds=5)]
 
@@ -261,7 +261,7 @@ def test_the_other_workers_are_told_of_what_fails_half_way(make, monkeypatch):
 
 
 @errors
-def test_what_is_added_is_seen(make):
+def test_added_notes_are_printed(make):
     made = make()
     user_errors.annotate(made, "a note")
     user_errors.annotate(made, "a note")
@@ -274,7 +274,7 @@ def test_what_is_added_is_seen(make):
     assert user_errors.rests_on(made, [made])
 
 
-def test_a_block_lets_everything_through():
+def test_a_block_never_suppresses_an_exception():
     @user_errors.block
     def block(ended):
         try:
@@ -344,7 +344,7 @@ class Odd(dict):
         lambda s, v: dv.Checkpoint(odd=Weird()).save("/nowhere/at/all"),
     ],
 )
-def test_bad_input_is_an_error_of_ours(call):
+def test_bad_input_raises_an_error_of_the_library(call):
     with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
         with strategy.scope():
             variable = dv.Variable([1.0, 2.0], aggregation="sum")

@@ -34,7 +34,7 @@ from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import shown
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
-from dvkernels.variables.variable import Variable, copies_of, share_out
+from dvkernels.variables.variable import Variable, assign_first_copy, copies_of
 
 __all__: list[str] = []
 
@@ -148,7 +148,7 @@ class _RestorePlanner:
         if len(names) == 1:
             self._load(names[0], copies)
             if is_variable and _is_shared_out(target):
-                self.plan.finish.append(lambda: share_out(target))
+                self.plan.finish.append(lambda: assign_first_copy(target))
         elif _has_own_copies(target) and len(names) == target.owner.num_replicas:
             first = target.owner.first_replica  # of this process
             for name, array in zip(names[first:], copies, strict=False):

@@ -141,7 +141,7 @@ def _split_by_host(comm: Any) -> Any:
         The variable that simulates hosts is malformed, or differs between workers. Raised on all.
     """
     _check_alike(comm, simulated_hosts.VARIABLE)
-    pretended = simulated_hosts.pretended(os.environ, comm.size)
+    pretended = simulated_hosts.host_of_each_worker(os.environ, comm.size)
     if pretended is not None:
         comm = comm.Split(pretended[comm.rank], comm.rank)
     return comm.Split_type(MPI.COMM_TYPE_SHARED)

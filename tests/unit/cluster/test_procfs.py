@@ -1,4 +1,4 @@
-"""Processes are shown with their parents and their variables."""
+"""Parents, descendants, states and environments of processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def test_a_child_and_its_child():
     assert shell.pid not in procfs.descendants_of(os.getpid())
 
 
-def test_what_is_not_there_is_not_shown():
+def test_a_process_that_does_not_exist():
     ended = subprocess.Popen(["true"])
-    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # ended, and not waited for
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # ended, but not yet waited for
     assert procfs.parent_of(ended.pid) == 0
     ended.wait()
     assert procfs.environment_of(ended.pid) is None

@@ -1,4 +1,4 @@
-"""What Slurm 22.05.8 told every task of job steps on three nodes: resolvers find the same.
+"""Resolvers on the recorded environments of Slurm 22.05.8 job steps on three nodes.
 
 ``slurm_steps.json`` was recorded in one allocation, from tasks of srun and from ranks that the
 mpiexec of three MPIs started through srun. Each is held against the host that it ran on.
@@ -33,7 +33,7 @@ def test_each_worker_is_found_once_and_on_its_host(step):
     assert places == {(at, k) for at, count in Counter(hosts).items() for k in range(count)}
 
 
-def test_who_started_it(step):
+def test_the_launcher_is_named(step):
     kind = SlurmClusterResolver if step["command"].startswith("srun") else MPIClusterResolver
     assert {type(default_resolver(task["environ"])) for task in step["tasks"]} == {kind}
 
@@ -41,7 +41,7 @@ def test_who_started_it(step):
 def test_addresses_are_those_of_the_hosts(step):
     for task in step["tasks"]:
         worker = default_resolver(task["environ"])
-        if worker.addresses is None:  # nobody says which host a rank of mpiexec is on
+        if worker.addresses is None:  # the host of a rank under mpiexec is unknown
             assert "mpiexec" in step["command"] or "plane" in step["command"]
         else:
             assert host_of(worker.addresses[worker.worker_id]) == task["host"]

@@ -1,4 +1,4 @@
-"""Each resolver finds its place in what launchers really set, and names what is wrong."""
+"""Resolvers on the environments that launchers really set, and on malformed ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dvkernels.cluster import (
 from dvkernels.errors import ClusterError
 
 # Recorded from rank 3 of 4 under Open MPI 5.0.11, MPICH 5.0.2 and Intel MPI 2021.18 (which sets
-# what MPICH sets), here as if on two hosts.
+# the variables of MPICH), on two simulated hosts.
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -38,7 +38,7 @@ HYDRA = {
     "PMI_RANK": "3",
     "PMI_SIZE": "4",
 }
-# As srun's manual and TensorFlow's tests have it: 9 tasks on 4 nodes, this is the last of node m5.
+# From srun's manual and TensorFlow's tests: 9 tasks on 4 nodes; the last task of node m5.
 SRUN = {
     "SLURM_PROCID": "7",
     "SLURM_LOCALID": "1",
@@ -48,7 +48,7 @@ SRUN = {
     "SLURM_STEP_NODELIST": "n[1-2],m5,o3",
     "SLURM_NTASKS": "9",
 }
-# What Hydra's daemon was started with inside an allocation: one task a node.
+# The environment of Hydra's daemon inside an allocation: one task per node.
 SRUN_OF_A_DAEMON = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
@@ -85,7 +85,7 @@ def test_srun_is_an_mpi_launcher_too():
     assert place(MPIClusterResolver(environ={**SRUN, "PMI_RANK": "7", "PMI_SIZE": "9"}))[2] == 1
 
 
-def test_a_process_manager_that_does_not_tell_of_hosts():
+def test_a_process_manager_without_local_ranks():
     environ = {"PMI_RANK": "1", "PMI_SIZE": "2"}
     assert place(MPIClusterResolver(environ=environ)) == (1, 2, None, None)
 
@@ -99,19 +99,19 @@ def test_slurm():
     assert isinstance(default_resolver(SRUN), SlurmClusterResolver)
 
 
-def test_slurm_deals_tasks_in_turn():
+def test_cyclic_distribution_of_slurm():
     in_turn = {**SRUN, "SLURM_DISTRIBUTION": "cyclic:block", "SLURM_NODEID": "0"}
     resolver = SlurmClusterResolver(environ=in_turn, port=1)
     assert " ".join(resolver.addresses) == "n1:1 n2:1 m5:1 o3:1 n1:2 n2:2 m5:2 n1:3 n2:3"
 
 
-def test_slurm_without_a_known_order_knows_no_addresses():
+def test_other_distributions_of_slurm_give_no_addresses():
     resolver = SlurmClusterResolver(environ={**SRUN, "SLURM_DISTRIBUTION": "arbitrary"})
     assert place(resolver) == (7, 9, 1, 2)
     assert resolver.addresses is None
 
 
-def test_the_script_of_an_allocation_is_no_worker():
+def test_the_batch_script_of_an_allocation_is_not_a_worker():
     assert place(default_resolver(SBATCH)) == (0, 1, 0, 1)
     with pytest.raises(ClusterError, match="SLURM_STEP_NUM_TASKS is not set"):
         SlurmClusterResolver(environ=SBATCH)
@@ -150,7 +150,7 @@ def test_tf_config_is_overruled_by_arguments_and_by_our_own_variable():
 
 
 @pytest.mark.parametrize("environ", [{}, {"TF_CONFIG": ""}, {"TF_CONFIG": " {} "}])
-def test_no_tf_config_is_one_worker(environ):
+def test_without_tf_config_there_is_one_worker(environ):
     resolver = TFConfigClusterResolver(environ=environ)
     assert place(resolver) == (0, 1, 0, 1)
     assert resolver.is_chief
@@ -165,7 +165,7 @@ def test_kubernetes():
     assert KubernetesClusterResolver(3, environ=POD).addresses is None
 
 
-def test_an_indexed_job_alone_is_one_of_independent_pods():
+def test_an_indexed_job_without_a_number_of_workers_has_independent_pods():
     assert place(default_resolver(POD)) == (0, 1, 0, 1)
 
 
@@ -198,7 +198,7 @@ def test_simple():
         (
             SlurmClusterResolver,
             {"environ": {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,2"}},
-            "SLURM_STEP_TASKS_PER_NODE: '3,2' makes 5 tasks, but SLURM_STEP_NUM_TASKS is 9",
+            "SLURM_STEP_TASKS_PER_NODE: '3,2' adds up to 5 tasks, but SLURM_STEP_NUM_TASKS is 9",
         ),
         (
             SlurmClusterResolver,
@@ -243,7 +243,11 @@ def test_simple():
             {"environ": config({"worker": ["a", "b"]}, type=["worker"], index=1)},
             'TF_CONFIG: expected the "type" of the task to be a string; got',
         ),
-        (SimpleClusterResolver, {"cluster_spec": {"worker": ["a", "b"]}}, "which worker this pro"),
+        (
+            SimpleClusterResolver,
+            {"cluster_spec": {"worker": ["a", "b"]}},
+            "index of the worker that this process",
+        ),
         (SimpleClusterResolver, {"cluster_spec": {"chief": ["a", "b"]}}, "at most one chief"),
         (KubernetesClusterResolver, {"environ": {}}, "JOB_COMPLETION_INDEX is not set"),
         (KubernetesClusterResolver, {"environ": POD}, "DVKERNELS_NUM_WORKERS is not set"),
@@ -255,6 +259,6 @@ def test_simple():
         (KubernetesClusterResolver, {"environ": POD, "num_workers": 0}, "num_workers: expected"),
     ],
 )
-def test_what_is_wrong_is_named(resolver, arguments, message):
+def test_malformed_input_is_named(resolver, arguments, message):
     with pytest.raises(ClusterError, match=message):
         resolver(**arguments)

@@ -1,4 +1,4 @@
-"""Slurm's lists of nodes and counts, in every form that it writes."""
+"""Slurm's lists of nodes and counts, in every form that Slurm prints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_nodes(text, nodes):
 
 
 @given(st.lists(st.tuples(st.integers(0, 999), st.integers(0, 20)), min_size=1, max_size=5))
-def test_ranges_are_their_numbers(ranges):
+def test_ranges_expand_to_their_numbers(ranges):
     text = ",".join(f"{low}-{low + more}" for low, more in ranges)
     expected = [f"n{k}" for low, more in ranges for k in range(low, low + more + 1)]
     assert expand_nodes("V", f"n[{text}]") == expected
@@ -37,7 +37,7 @@ def test_ranges_are_their_numbers(ranges):
     "text",
     ["", ",", "n1,", ",n1", "n[1", "n1]", "n[]", "n[1-]", "n[2-1]", "n[a]", "n1 n2", "n[1--2]"],
 )
-def test_nodes_that_are_none(text):
+def test_malformed_lists_of_nodes(text):
     with pytest.raises(ClusterError, match="SLURM_STEP_NODELIST") as caught:
         expand_nodes("SLURM_STEP_NODELIST", text)
     assert repr(text) in str(caught.value)
@@ -58,6 +58,6 @@ def test_counts(text, counts):
 
 
 @pytest.mark.parametrize("text", ["", "0", "3x2", "3(x0)", "3(x2", "1,,2", "-1", "2(x9999999)"])
-def test_counts_that_are_none(text):
+def test_malformed_lists_of_counts(text):
     with pytest.raises(ClusterError, match="SLURM_STEP_TASKS_PER_NODE"):
         expand_counts("SLURM_STEP_TASKS_PER_NODE", text)

@@ -1,4 +1,4 @@
-"""A cluster spec holds what it was given, or says what is wrong with it."""
+"""Cluster specifications: lookup, equality, and malformed input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dvkernels.cluster.spec import ClusterSpec, host_of
 from dvkernels.errors import ClusterError
 
 
-def test_it_holds_what_it_was_given():
+def test_addresses_are_returned_as_given():
     jobs = {"worker": ["a:1", "b:1"], "ps": {3: "c:1", 1: "d:1"}}
     spec = ClusterSpec(jobs)
     assert spec.as_dict() == {"worker": {0: "a:1", 1: "b:1"}, "ps": {1: "d:1", 3: "c:1"}}
@@ -28,7 +28,7 @@ def test_equal_content_is_equal():
     assert spec != ClusterSpec({"worker": ["b", "a"]})
 
 
-def test_it_does_not_change_with_what_it_was_made_from():
+def test_later_changes_of_the_argument_have_no_effect():
     tasks = ["a", "b"]
     spec = ClusterSpec({"worker": tasks})
     tasks.append("c")
@@ -50,12 +50,12 @@ def test_it_does_not_change_with_what_it_was_made_from():
         ({"worker": ["a:1", "b:1"], "ps": ["b:1"]}, "worker 1 and ps 0 both have 'b:1'"),
     ],
 )
-def test_what_is_wrong_is_named(jobs, message):
+def test_malformed_input_is_named(jobs, message):
     with pytest.raises(ClusterError, match=message):
         ClusterSpec(jobs)
 
 
-def test_a_task_that_is_not_there():
+def test_a_task_that_does_not_exist():
     with pytest.raises(ClusterError, match=r"there is no ps 0 in ClusterSpec\(\{'worker'"):
         ClusterSpec({"worker": ["a"]}).task_address("ps", 0)
 

@@ -1,4 +1,4 @@
-"""Files of results appear whole or not at all, and nothing else is written, links or not."""
+"""Result files are written atomically, and symbolic links are not followed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def trace(path):
 
 
 def put(path):
-    atomic_file.put(path, "[]")
+    atomic_file.write_text(path, "[]")
 
 
 @pytest.mark.parametrize("write", [trace, put])
 @pytest.mark.parametrize("what", ["nothing", "a file", "a link", "a link to nothing"])
-def test_what_is_there_is_replaced_and_never_written_through(tmp_path, write, what):
+def test_an_existing_file_is_replaced_and_links_are_not_followed(tmp_path, write, what):
     precious, path = tmp_path / "precious", tmp_path / "folder" / "run.json"
     path.parent.mkdir()
     precious.write_text("keep")
@@ -42,7 +42,7 @@ def test_what_is_there_is_replaced_and_never_written_through(tmp_path, write, wh
     assert sorted(os.listdir(tmp_path)) == ["folder", "precious"]
 
 
-def test_it_is_under_a_name_that_cannot_be_planted(tmp_path):
+def test_the_temporary_name_cannot_be_predicted(tmp_path):
     names = set()
     for _ in range(3):
         made = AtomicFile(tmp_path / "run.json")
@@ -53,7 +53,7 @@ def test_it_is_under_a_name_that_cannot_be_planted(tmp_path):
     assert len(names) == 3
 
 
-def test_a_folder_that_is_exchanged_gets_nothing(tmp_path):
+def test_an_exchanged_folder_receives_no_file(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "other").mkdir()
     made = AtomicFile(tmp_path / "own" / "run.json")
@@ -64,7 +64,7 @@ def test_a_folder_that_is_exchanged_gets_nothing(tmp_path):
     assert os.listdir(tmp_path / "moved") == ["run.json"]
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_an_error_leaves_the_old_file(tmp_path):
     path = tmp_path / "run.json"
     path.write_text("old")
 
@@ -79,7 +79,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "absent/run.json", "x" * 300, "."])
-def test_where_nothing_can_be_it_says_so_at_once(tmp_path, name):
+def test_an_impossible_path_raises_in_the_constructor(tmp_path, name):
     with pytest.raises(OSError):  # noqa: PT011 - each system has its own words
         dv.profiler.trace(tmp_path / name)
     with dv.profiler.trace(tmp_path / "good.json"):
@@ -88,7 +88,7 @@ def test_where_nothing_can_be_it_says_so_at_once(tmp_path, name):
 
 def test_a_pipe_is_written_to():
     read, write = os.pipe()
-    atomic_file.put(f"/dev/fd/{write}", "[]")
+    atomic_file.write_text(f"/dev/fd/{write}", "[]")
     assert os.read(read, 10) == b"[]"
     os.close(read)
     os.close(write)

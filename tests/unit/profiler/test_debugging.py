@@ -1,4 +1,4 @@
-"""Debug mode finds what went wrong and names it; without it nothing is looked at."""
+"""Debug mode names the fault and its place; without it nothing is checked."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_sum_that_overflows_is_found_before_it_is_written(strategy, weight):
     np.testing.assert_array_equal(weight.values, [GOOD, GOOD])
 
 
-def test_weight_zero_is_not_looked_at(strategy):
+def test_a_value_of_weight_zero_is_not_checked(strategy):
     context = dv.get_replica_context
     mean = strategy.run(
         lambda: context().all_reduce("mean", BAD if rank() else GOOD, weight=1 - rank())
@@ -115,7 +115,7 @@ def test_the_last_collectives_are_logged_when_a_step_fails(strategy, caplog):
     assert record.message.count("all_reduce(sum, float64[7])") == 2
 
 
-def test_needless_reads_are_reported_once(strategy, caplog):
+def test_redundant_reads_are_reported_once(strategy, caplog):
     with strategy.scope():
         loss = dv.Variable(0.0, synchronization="on_read", aggregation="sum", name="loss")
     with caplog.at_level(logging.WARNING, "dvkernels"):

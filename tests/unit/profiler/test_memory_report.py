@@ -1,4 +1,4 @@
-"""Memory is accounted for by device and owner."""
+"""Memory report by device and owner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_variables_slots_and_workspaces():
     assert kept[1] == 1
 
 
-def test_the_process_is_as_large_as_the_system_says():
+def test_process_memory_equals_that_of_the_system():
     report, seen = dv.profiler.memory(), psutil.Process().memory_info().rss
     assert report.process_nbytes is not None
     assert abs(report.process_nbytes - seen) < 0.2 * seen
@@ -40,7 +40,7 @@ def test_the_process_is_as_large_as_the_system_says():
     assert report.nbytes == sum(sum(owners.values()) for owners in report.by_device.values())
 
 
-def test_the_process_never_held_less_than_it_holds():
+def test_the_peak_is_at_least_the_current_memory():
     kept = []
     for _ in range(50):
         kept.append(np.ones(100_000))

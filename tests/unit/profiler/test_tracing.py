@@ -1,4 +1,4 @@
-"""A trace is whole or not there, tells who did what when, and costs nothing when it is off."""
+"""Traces: spans by replica, written atomically, and no cost when tracing is off."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def contains(outer, inner):
     )
 
 
-def test_everything_that_a_step_does_stands_in_the_lane_of_its_replica(tmp_path):
+def test_the_spans_of_a_step_are_in_the_lane_of_their_replica(tmp_path):
     path = tmp_path / "trace.json"
     data = dv.Dataset.from_arrays(np.arange(12.0)).batch(4)
     with dv.MirroredStrategy(["cpu:0"] * 3) as strategy:
@@ -60,7 +60,7 @@ def test_everything_that_a_step_does_stands_in_the_lane_of_its_replica(tmp_path)
     assert tracing.active is None
 
 
-def test_a_failed_program_leaves_its_trace_and_a_failed_trace_what_was_there(tmp_path):
+def test_a_failed_program_writes_its_trace_and_a_failed_trace_keeps_the_old_file(tmp_path):
     path = tmp_path / "trace.json"
     with dv.MirroredStrategy(["cpu:0"] * 2) as strategy:
         with pytest.raises(ZeroDivisionError), dv.profiler.trace(path):
@@ -69,14 +69,14 @@ def test_a_failed_program_leaves_its_trace_and_a_failed_trace_what_was_there(tmp
         assert len(spans["run"]) == 2
         before = path.read_text()
         trace = dv.profiler.trace(path)
-        tracing.active.add("odd", "", 0, {"value": object()})  # which JSON cannot hold
+        tracing.active.add("odd", "", 0, {"value": object()})  # JSON cannot represent it
         with pytest.raises(TypeError):
             trace.close()
     assert path.read_text() == before
     assert os.listdir(tmp_path) == ["trace.json"]
 
 
-def test_bad_places_and_two_at_once_are_refused_before_anything(tmp_path):
+def test_bad_paths_and_a_second_trace_are_refused_at_once(tmp_path):
     with pytest.raises(FileNotFoundError):
         dv.profiler.trace(tmp_path / "missing" / "trace.json")
     with pytest.raises(IsADirectoryError, match="name a file"):
@@ -87,7 +87,7 @@ def test_bad_places_and_two_at_once_are_refused_before_anything(tmp_path):
     assert os.listdir(tmp_path) == ["one.json"]
 
 
-def test_what_is_too_much_is_counted(tmp_path, monkeypatch, caplog):
+def test_spans_above_the_limit_are_counted(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tracing, "_MOST_SPANS", 3)
     with dv.MirroredStrategy(["cpu:0"]) as strategy, dv.profiler.trace(tmp_path / "t.json"):
         for _ in range(5):
@@ -96,7 +96,7 @@ def test_what_is_too_much_is_counted(tmp_path, monkeypatch, caplog):
     assert "2 later ones were left out" in caplog.text
 
 
-def test_a_forgotten_trace_is_written_at_the_end_and_not_by_a_child(tmp_path):
+def test_an_open_trace_is_written_at_exit_but_not_by_a_forked_child(tmp_path):
     program = """
 import os, sys
 import dvkernels as dv

@@ -1,4 +1,4 @@
-"""Collectives in the background: right whatever the order of waits, and never a hang."""
+"""Asynchronous collectives: correct for every order of waits, and never a hang."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def test_results_do_not_depend_on_the_order_of_waits(strategy):
             np.testing.assert_array_equal(values[k][replica], replica + k)
 
 
-def test_a_run_ends_when_what_it_started_is_done(strategy):
+def test_run_returns_after_its_asynchronous_collectives(strategy):
     held = [np.ones(1 << 20) for _ in range(strategy.num_replicas_in_sync)]
     strategy.run(lambda: [here().all_reduce_async("sum", held[rank()]) and None for _ in range(5)])
     for array in held:
-        array[:] = np.nan  # ours again
+        array[:] = np.nan  # the array may be written again
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_replicas_that_disagree_never_hang(step):
         assert strategy.run(lambda: here().all_reduce_async("sum", 1).wait())[2] == 3
 
 
-def test_an_error_elsewhere_ends_the_wait():
+def test_an_error_in_another_replica_ends_the_wait():
     def step():
         if rank() == 1:
             time.sleep(0.05)
@@ -101,14 +101,14 @@ def test_a_handle_outlives_its_run(strategy):
     assert "done" in repr(kept[0])
 
 
-def test_a_context_that_has_ended_starts_nothing(strategy):
+def test_an_ended_context_starts_no_collective(strategy):
     kept = []
     strategy.run(lambda: kept.append(here()))
     with pytest.raises(ContextError):
         kept[0].all_reduce_async("sum", 1.0)
 
 
-def test_the_thread_ends_with_the_strategy():
+def test_the_progress_thread_ends_with_the_strategy():
     strategy = dv.MirroredStrategy(devices(2))
     strategy.run(lambda: here().all_reduce_async("sum", 1.0).wait())
     del strategy

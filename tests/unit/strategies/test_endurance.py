@@ -31,7 +31,7 @@ class Boom(Exception):
 
 
 class Watch:
-    """Show all stacks and interrupt a step that takes too long."""
+    """Watchdog: prints all stacks and interrupts a step that takes too long."""
 
     def __init__(self) -> None:
         self.step: tuple[int, str] | None = None
@@ -59,7 +59,7 @@ class Watch:
 
 
 def interrupted(act: Callable[[], None], delay: float) -> None:
-    """Send this process an interrupt after a while, and have it arrive before this returns."""
+    """Send this process an interrupt after a delay, and wait until it has arrived."""
     arrived: list[int] = []
 
     def arrive(number: int, frame: Any) -> None:
@@ -75,7 +75,7 @@ def interrupted(act: Callable[[], None], delay: float) -> None:
     try:
         shooter.start()
         act()
-        # Not one long wait: what another thread was sent does not end it.
+        # Many short waits: a signal to another thread does not end a long one.
         deadline = time.monotonic() + SECONDS_PER_STEP
         while not arrived and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -105,7 +105,7 @@ class Endurance:
 
     def body(self, kind: str, victim: int, late: bool) -> Callable[[], None]:
         def faulty(context: dv.ReplicaContext) -> bool:
-            """Say whether this replica returns now."""
+            """Return whether this replica returns now."""
             if kind == "raises":
                 raise Boom(victim)
             if kind == "mismatch":
@@ -120,7 +120,7 @@ class Endurance:
                 return
             context.all_reduce("mean", {"a": np.ones(100, "f4"), "b": [np.ones((2, 3))]})
             handles = [context.all_reduce_async("sum", np.ones(10)) for _ in range(3)]
-            handles[2].wait()  # the others: never
+            handles[2].wait()  # the other handles are never waited for
             if not self.central:
                 self.own.assign_add(1)
                 self.metric.assign_add(1.0)
@@ -177,12 +177,12 @@ class Endurance:
             "interrupt": (nothing, half, both),
         }.get(kind, (nothing,))
         assert added in allowed, (kind, added)
-        if added[1]:  # float32 counts exactly no further than this
+        if added[1]:  # float32 counts exactly up to this number only
             self.second.assign(float(self.second.numpy()) % 1000)
 
 
 def survives(strategy: dv.Strategy, steps: int, seed: int) -> None:
-    """Step, and compare threads, objects and memory at the end with those of a first part."""
+    """Run steps, and compare threads, objects and memory with those after the first part."""
     endurance = Endurance(strategy, seed)
     process = psutil.Process()
     watch = Watch()
@@ -191,8 +191,8 @@ def survives(strategy: dv.Strategy, steps: int, seed: int) -> None:
         for step in range(steps):
             if step in (steps // 4, steps - 1):
                 watch.begin(step, "fine")
-                endurance.step("fine")  # replica threads that an interrupt ended are made anew
-                time.sleep(0.1)  # and the old ones are on their way out
+                endurance.step("fine")  # restarts replica threads that an interrupt ended
+                time.sleep(0.1)  # the old threads end
                 gc.collect()
                 names = sorted(thread.name for thread in threading.enumerate())
                 marks.append((names, len(gc.get_objects()), process.memory_info().rss))
@@ -235,7 +235,9 @@ def test_three_hundred_steps_with_faults(make: Callable[[], dv.Strategy]) -> Non
 
 
 def test_three_hundred_steps_with_faults_in_debug_mode(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL + 1, "dvkernels")  # what pytest keeps of it would count
+    caplog.set_level(
+        logging.CRITICAL + 1, "dvkernels"
+    )  # records kept by pytest would count as memory
     with mirrored() as strategy, dv.debug():
         survives(strategy, 300, seed=3)
 

@@ -1,4 +1,4 @@
-"""From the user's call to the compiled kernel it is a short way: a stack that one can read."""
+"""Depth of the Python stack between the user's call and the compiled kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 25
 
 
 def deepest(call):
-    """Return the names of the library's own frames where its stack is deepest during a call."""
+    """Return the names of the library's frames at the deepest point of a call."""
     found: list[str] = []
 
     def look(frame, event, argument):
@@ -50,7 +50,7 @@ def test_reduce(strategy, shape):
     assert len(names) <= MOST, names
 
 
-def test_a_write_in_a_replica(strategy):
+def test_write_in_replica_context(strategy):
     with strategy.scope():
         variable = dv.Variable(np.ones(1 << 20), aggregation="sum")
     ones = np.ones(1 << 20)

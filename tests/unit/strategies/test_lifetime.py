@@ -1,4 +1,4 @@
-"""Threads come and go with their strategy, through forks, interrupts and failures."""
+"""Lifetime of replica threads: forks, interrupts, failures and garbage collection."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_thousand_strategies_leave_no_thread_and_no_memory():
     assert process.memory_info().rss - before < 4 * MIB
 
 
-def test_dropping_it_is_enough_even_after_an_error():
+def test_a_dropped_strategy_ends_its_threads_even_after_an_error():
     strategy = dv.MirroredStrategy(DEVICES)
     with pytest.raises(ValueError, match="no"):
         strategy.run(fail)
@@ -99,7 +99,7 @@ def test_close(strategy):
         strategy.run(total)
 
 
-def test_replicas_run_at_the_same_time_on_threads_of_their_own(strategy):
+def test_replicas_run_in_parallel_on_their_own_threads(strategy):
     meeting = threading.Barrier(2)
 
     def meet():
@@ -133,7 +133,7 @@ def test_one_step_at_a_time_from_several_threads(strategy):
     assert results == [2.0] * 200
 
 
-def test_who_never_comes_is_named(strategy, monkeypatch):
+def test_a_replica_that_never_arrives_is_named(strategy, monkeypatch):
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.1")
 
     def late():
@@ -151,7 +151,7 @@ def test_who_never_comes_is_named(strategy, monkeypatch):
 
 
 def run_alone(program):
-    """Run a program in a process of its own; signals and forks must not reach pytest."""
+    """Run a program in a separate process, so that signals and forks do not reach pytest."""
     prelude = (
         "import os, random, signal, time\nimport numpy as np\nimport dvkernels as dv\n"
         "from dvkernels.errors import ContextError\n"
@@ -178,7 +178,7 @@ assert strategy.run(total).values == (2.0, 2.0)
 
 
 @needs_posix
-def test_a_fork_inside_a_step_has_no_company():
+def test_a_fork_inside_a_step_has_no_other_replicas():
     done = run_alone("""
 def step():
     if rank() == 0:
@@ -250,7 +250,7 @@ def test_the_signal_module_is_left_alone(strategy):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# -- more of the same, harder --------------------------------------------------------------------
+# -- stress --------------------------------------------------------------------------------------
 
 
 def test_a_thousand_failing_steps_leave_no_thread_and_no_memory(strategy):
@@ -282,7 +282,7 @@ def kept_error():
             return error, weakref.ref(strategy)
 
 
-def test_a_kept_error_keeps_no_thread_of_a_closed_strategy():
+def test_a_stored_error_keeps_no_thread_of_a_closed_strategy():
     error, _ = kept_error()
     kept_alive = not eventually(lambda: not replica_threads(), 2)
     error.with_traceback(None)
@@ -330,7 +330,7 @@ def test_a_long_merge_call_is_no_timeout(strategy, monkeypatch):
 
 
 @pytest.mark.parametrize("absent", [0, 1, 2])
-def test_who_comes_too_late_is_refused(absent, monkeypatch):
+def test_a_replica_that_arrives_after_the_deadline_is_refused(absent, monkeypatch):
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.2")
     ended = {}
 
@@ -353,7 +353,7 @@ def test_who_comes_too_late_is_refused(absent, monkeypatch):
 
 @pytest.mark.parametrize("seconds", ["", "0", "-1", "nan", "inf", "x"])
 @pytest.mark.parametrize("devices", [DEVICES[:1], DEVICES])
-def test_a_patience_that_makes_no_sense(devices, seconds, monkeypatch):
+def test_an_invalid_timeout_is_refused(devices, seconds, monkeypatch):
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", seconds)
     with (
         dv.MirroredStrategy(devices) as strategy,
@@ -376,7 +376,7 @@ def strike(signum, frame):
             struck += 1
             raise KeyboardInterrupt
         frame = frame.f_back
-    if armed:  # in vain: try again
+    if armed:  # the interrupt came too late: try again
         signal.setitimer(signal.ITIMER_REAL, 1e-4, INTERVAL)
 signal.signal(signal.SIGALRM, strike)
 random.seed(2)
@@ -395,7 +395,7 @@ for k in range(200):
             began = time.monotonic()
             strategy.run(step)
             completed += 1
-        swallowed += 1  # the interrupt came, and run returned all the same
+        swallowed += 1  # run returned in spite of the interrupt
     except KeyboardInterrupt:
         pass
     except Exception as error:
@@ -420,7 +420,7 @@ for k in range(200):
 strategy.close()
 gc.collect()
 end = time.monotonic() + 5
-def left():  # start() interrupted before it started anything leaves a name without a thread
+def left():  # an interrupted Thread.start() may leave an entry without a thread
     return [
         t.name for t in threading.enumerate()
         if t.name.startswith('dvkernels-replica') and t.ident in sys._current_frames()
@@ -437,7 +437,7 @@ storms = pytest.mark.parametrize(
 
 @functools.cache
 def storm(num_replicas, interval):
-    """Interrupt 200 runs, once each or every few hundred microseconds until they end."""
+    """Interrupt 200 runs, each once or every few hundred microseconds until it ends."""
     return run_alone(f"SIZE, INTERVAL = {num_replicas}, {interval}\n{STORM}")
 
 
@@ -455,7 +455,7 @@ def test_a_storm_of_interrupts_ends_every_run_with_all_copies_written_or_none(
     is_prompt, swallowed, others, _ = outcome_of_storm(num_replicas, interval)
     assert is_prompt
     assert swallowed == 0
-    assert others == []  # run raised KeyboardInterrupt, nothing else
+    assert others == []  # run raised KeyboardInterrupt only
 
 
 @needs_posix
@@ -494,7 +494,7 @@ assert strategy.run(total).values == (3.0, 3.0, 3.0)
 
 
 @needs_posix
-def test_an_interrupt_while_another_thread_has_the_turn():
+def test_an_interrupt_while_another_thread_holds_the_step_lock():
     done = run_alone("""
 import threading
 def slow():
@@ -629,7 +629,7 @@ WHERE = {
 @needs_posix
 @pytest.mark.parametrize("where", WHERE)
 def test_a_child_forked_in_a_step_that_goes_on_ends(where):
-    """It returns from the function: whatever thread it is in there, none waits for the others."""
+    """The child returns from the function: in no thread does it wait for the other replicas."""
     done = run_alone(f"""{FORKED}
 import sys, threading
 from dvkernels.communicators.local import Local
@@ -654,13 +654,13 @@ strategy.run(total)
 try:
     {WHERE[where]}
 except dv.errors.DvKernelsError:
-    assert 0 in children  # the others are not there
+    assert 0 in children  # the child has no other replicas
 if 0 in children:
     sys.exit()
 assert children, 'nothing was forked'
 for child in children:
     began = time.monotonic()
-    ended_well(child, 30)  # with which status is its own affair
+    ended_well(child, 30)  # its exit status does not matter
     assert time.monotonic() - began < 29
 assert strategy.run(total).values == (2.0, 2.0)
 print('done')
@@ -692,8 +692,8 @@ LAST = [
 
 @pytest.mark.parametrize("act", LAST)
 @pytest.mark.parametrize("size", [1, 2])
-def test_what_the_end_of_the_interpreter_calls_ends(act, size):
-    """Threads that are no part of the end run no more then, and nobody waits for them."""
+def test_calls_during_interpreter_shutdown_end(act, size):
+    """At shutdown daemon threads have stopped, and no call waits for them."""
     program = ENDING.replace("ACT", act).replace("SIZE", str(size))
     began = time.monotonic()
     done = subprocess.run(

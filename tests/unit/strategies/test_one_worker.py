@@ -1,4 +1,4 @@
-"""What MultiWorkerMirroredStrategy says where it cannot have other workers."""
+"""Errors of MultiWorkerMirroredStrategy in a single process without MPI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import dvkernels as dv
 TWO = {"worker": ["a:1", "b:1"]}
 
 
-def test_without_mpi4py_other_workers_are_out_of_reach(monkeypatch):
+def test_several_workers_need_mpi4py(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.delitem(sys.modules, "dvkernels.communicators.workers.connect", raising=False)
     resolver = dv.cluster.SimpleClusterResolver(TWO, task_id=1)
@@ -19,7 +19,7 @@ def test_without_mpi4py_other_workers_are_out_of_reach(monkeypatch):
         dv.MultiWorkerMirroredStrategy(resolver)
 
 
-def test_a_task_that_is_no_worker():
+def test_a_task_that_is_not_a_worker():
     resolver = dv.cluster.SimpleClusterResolver(TWO | {"ps": ["c:1"]}, task_type="ps", task_id=0)
     with pytest.raises(dv.errors.ClusterError, match="expected a worker"):
         dv.MultiWorkerMirroredStrategy(resolver)
@@ -31,12 +31,12 @@ def test_a_deadline_is_a_positive_number(seconds):
         dv.MultiWorkerMirroredStrategy(timeout_seconds=seconds)
 
 
-def test_a_resolver_is_one():
+def test_an_object_that_is_not_a_resolver_is_refused():
     with pytest.raises(TypeError, match="ClusterResolver"):
         dv.MultiWorkerMirroredStrategy("localhost:1")
 
 
-def test_alone_it_is_a_mirrored_strategy():
+def test_with_one_worker_it_is_a_mirrored_strategy():
     with dv.MultiWorkerMirroredStrategy(
         dv.cluster.SimpleClusterResolver({}), devices=["cpu:0", "cpu:1"]
     ) as strategy:

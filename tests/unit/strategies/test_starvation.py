@@ -1,4 +1,4 @@
-"""Little memory, and no threads to be had: a step ends, with a result or an error."""
+"""Steps with too little memory or without threads end, with a result or an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_limit_of_memory():
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 def limit_of_threads(more):
-    if os.geteuid() == 0:  # whom the limit does not bind
+    if os.geteuid() == 0:  # the limit does not apply to root
         os.setgid(54321)
         os.setuid(54321)
     own = len(os.listdir("/proc/self/task"))
@@ -92,13 +92,13 @@ def main():
                 if found[1] != 0:
                     print(kind, is_warm, extra, os.waitstatus_to_exitcode(found[1]), flush=True)
 
-gc.freeze()  # so the ends of the processes are quicker
+gc.freeze()  # the processes exit faster
 main()
 """
 
 
 def broken(limit, extras, kinds=()):
-    """Return what did not end well, and what was said."""
+    """Return the failures and the output of the program."""
     program = f"EXTRAS, KINDS = {extras!r}, {kinds!r}\n" + PROGRAM.replace("STARVE", limit)
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -108,12 +108,12 @@ def broken(limit, extras, kinds=()):
     return done.stdout, done.stderr
 
 
-def test_next_to_no_memory():
+def test_steps_with_almost_no_memory():
     found, said = broken("limit_of_memory", [8192], ["async", "write"])
     assert not found, found + said
 
 
-def test_no_thread_to_be_had():
+def test_steps_when_no_thread_can_start():
     found, said = broken("limit_of_threads", [0], ["async", "write"])
     assert not found, found + said
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at every point of a step: nothing hangs or is poisoned, and the process ends."""
+"""Ctrl-C at every point of a step: no hang, no broken state, and the process ends."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def program(kind: str, size: int, is_warm: bool = True) -> str:
 
 
 @pytest.mark.parametrize("kind", ["async", "write"])
-def test_some_points(kind):
+def test_interrupts_at_some_points(kind):
     broken = interrupt_points.broken_in(program(kind, 2), sample=25)
     assert not broken, broken.text()
 
@@ -110,8 +110,8 @@ def test_some_points(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_point(kind, size):
-    # An error of a replica itself may come out in the interrupt's stead: it ended the step as well.
+def test_interrupts_at_every_point_of_a_step(kind, size):
+    # A replica's own error may replace the interrupt, because it ended the step as well.
     broken = interrupt_points.broken_in(program(kind, size), may_be_lost=kind == "dies")
     print(f"{kind}, {size} replicas: {broken.num_struck} points")
     assert not broken, broken.text()
@@ -119,12 +119,12 @@ def test_every_point(kind, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_point_of_the_first_step(size):
+def test_interrupts_at_every_point_of_the_first_step(size):
     broken = interrupt_points.broken_in(program("async", size, is_warm=False))
     assert not broken, broken.text()
 
 
-# A worker is interrupted in a collective, and says so as a step does; another thread goes on.
+# A worker is interrupted in a collective and announces it as a step does; another thread continues.
 BETWEEN_WORKERS = """
 import threading
 import numpy as np
@@ -158,7 +158,7 @@ def make():
             waited = [e for e in outcomes if isinstance(e, dv.errors.CollectiveTimeoutError)]
             assert not any("another thread of worker" in str(e) for e in waited), outcomes
             tries += 1
-            if one.has_ended:  # left half-way: the group has ended, for both
+            if one.has_ended:  # interrupted in the middle: the group has ended for both
                 assert other.has_ended
                 break
             assert tries < 5, outcomes
@@ -169,12 +169,12 @@ def make():
 """
 
 
-def test_some_points_of_a_collective_between_workers():
+def test_interrupts_at_some_points_of_a_collective_between_workers():
     broken = interrupt_points.broken_in(BETWEEN_WORKERS, sample=15)
     assert not broken, broken.text()
 
 
 @pytest.mark.slow
-def test_every_point_of_a_collective_between_workers():
+def test_interrupts_at_every_point_of_a_collective_between_workers():
     broken = interrupt_points.broken_in(BETWEEN_WORKERS)
     assert not broken, broken.text()

@@ -1,4 +1,4 @@
-"""What goes into run and what comes out; reduce and gather across replicas."""
+"""Arguments and results of run; reduce and gather in cross-replica context."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_results_are_per_replica_always(num_replicas):
         assert nest.right["x"] is None
 
 
-def test_none_from_some_stays(strategy):
+def test_none_from_some_replicas_is_kept(strategy):
     assert strategy.run(lambda: rank() or None).values == (None, 1)
 
 
@@ -73,7 +73,7 @@ def test_none_from_some_stays(strategy):
         lambda: {"a": 1} if rank() else None,
     ],
 )
-def test_structures_that_differ(strategy, fn):
+def test_different_structures_are_refused(strategy, fn):
     with pytest.raises(ValueError, match=r"replica 0 returned.*replica 1 returned"):
         strategy.run(fn)
 
@@ -242,7 +242,7 @@ def test_distribute_values_from_function(strategy):
     )
     assert value["id"].values == (0, 1)
     assert value["of"][0].values == (2, 2)
-    with pytest.raises(ValueError, match="same nest"):
+    with pytest.raises(ValueError, match="same structure"):
         strategy.distribute_values_from_function(lambda ctx: [1] * ctx.replica_id_in_sync_group)
 
 
@@ -254,7 +254,7 @@ def test_names_of_tf_distribute(strategy):
     assert [part.tolist() for part in next(iter(batches)).values] == [[0, 1], [2]]
 
 
-def test_what_a_strategy_is(strategy):
+def test_a_strategy_is_described_by_its_properties(strategy):
     assert strategy.num_replicas_in_sync == 2
     assert [str(device) for device in strategy.worker_devices] == devices(2)
     assert strategy.cluster_resolver is None
@@ -270,14 +270,14 @@ def test_cross_device_ops_are_named(ops):
         dv.MirroredStrategy(devices(2), cross_device_ops=ops)
 
 
-def test_a_dataset_is_asked_for(strategy):
+def test_something_else_than_a_dataset_is_refused(strategy):
     with pytest.raises(DatasetError, match="got a list"):
         strategy.distribute_dataset([1, 2, 3])
 
 
-def test_a_communicator_of_ones_own():
+def test_a_custom_communicator():
     class Logged:
-        """Delegates to the library's communicator and notes the verbs."""
+        """Delegates to the library's communicator and records the verbs."""
 
         size = 2
 

@@ -1,4 +1,4 @@
-"""Threads that replicas make have no context; those that have nothing to do with them go on."""
+"""Threads that replicas start have no context; independent threads are not affected."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def by_executor(fn):
     return asyncio.run(call())
 
 
-ways = pytest.mark.parametrize("way", [by_pool, by_thread, by_thread_pool, by_executor])
+starters = pytest.mark.parametrize(
+    "start_and_wait", [by_pool, by_thread, by_thread_pool, by_executor]
+)
 
 COLLECTIVES = {
     "all_reduce": lambda: here().all_reduce("sum", np.ones(2)),
@@ -74,27 +76,27 @@ COLLECTIVES = {
 }
 
 
-@ways
+@starters
 @pytest.mark.parametrize("verb", COLLECTIVES)
-def test_what_a_replica_waits_for_is_no_replica(strategy, way, verb):
+def test_a_thread_that_a_replica_waits_for_has_no_context(strategy, start_and_wait, verb):
     with pytest.raises(ContextError, match=rf"{verb}\(.*contextvars.copy_context\(\).run"):
-        strategy.run(lambda: way(COLLECTIVES[verb]))
+        strategy.run(lambda: start_and_wait(COLLECTIVES[verb]))
     assert strategy.run(COLLECTIVES["all_reduce"])[0][0] == strategy.num_replicas_in_sync
 
 
-@ways
-def test_a_context_can_be_handed_on(strategy, way):
+@starters
+def test_a_context_can_be_passed_to_another_thread(strategy, start_and_wait):
     def handed():
         own = 1.0 + here().replica_id_in_sync_group
         context = contextvars.copy_context()
-        return way(lambda: context.run(lambda: float(here().all_reduce("sum", own))))
+        return start_and_wait(lambda: context.run(lambda: float(here().all_reduce("sum", own))))
 
     count = strategy.num_replicas_in_sync
     assert set(strategy.run(handed).values) == {count * (count + 1) / 2}
 
 
 def written(strategy):
-    """Return the ways to write, each of a variable of this strategy."""
+    """Return functions that write variables of this strategy, by name."""
     with strategy.scope():
         shared = dv.Variable([0.0, 0.0], aggregation="mean")
         own = dv.Variable([0.0, 0.0], synchronization="none")
@@ -117,7 +119,7 @@ VERBS = ["assign", "assign_add", "own", "on_read", "scatter", "sync", "update", 
 
 @pytest.mark.parametrize("is_scoped", [False, True])
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_other_thread_writes_amid_a_step(strategy, verb, is_scoped):
+def test_no_other_thread_writes_during_a_step(strategy, verb, is_scoped):
     variables, writes = written(strategy)
 
     def write():
@@ -142,8 +144,8 @@ def test_no_other_thread_writes_amid_a_step(strategy, verb, is_scoped):
         strategy.run(lambda: here().merge_call(lambda _: writes[verb]() and None))
 
 
-def test_threads_of_their_own_go_on(strategy):
-    """While replicas are at work, and while they wait for each other."""
+def test_independent_threads_are_not_blocked(strategy):
+    """While replicas compute, and while they wait for each other."""
     variables, _ = written(strategy)
     unscoped = dv.Variable([0.0], aggregation="sum")
     sgd = dv.optimizers.SGD(1.0)
@@ -187,12 +189,12 @@ def test_threads_of_their_own_go_on(strategy):
     assert all(counts)
 
 
-def test_a_helper_of_io_that_uses_no_context_is_fine(strategy):
+def test_an_io_thread_that_uses_no_context_is_accepted(strategy):
     assert strategy.run(lambda: by_pool(lambda: 7)).values == (7,) * strategy.num_replicas_in_sync
     assert strategy.run(lambda: by_pool(lambda: here().num_replicas_in_sync))[0] == 1
 
 
-def test_the_main_thread_is_nobody_s_helper(strategy):
+def test_the_main_thread_is_not_taken_for_a_replica_thread(strategy):
     is_inside, is_done, found = threading.Event(), threading.Event(), []
 
     def step():

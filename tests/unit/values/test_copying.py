@@ -1,4 +1,4 @@
-"""What belongs to a process says so when it is pickled or copied; what holds values is copied."""
+"""Copying and pickling: process-bound objects refuse with a remedy, values are copied."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def strategy():
 
 
 def bound(strategy):
-    """Yield each kind of thing that belongs to this process, and what its error says to do."""
+    """Return each kind of process-bound object, with the remedy in its error."""
     with strategy.scope():
         variable = dv.Variable(1.0)
     dataset = strategy.distribute_dataset(dv.Dataset.range(4).batch(2))
@@ -55,7 +55,7 @@ def test_copying_says_what_to_do(strategy):
                 attempt(thing)
 
 
-def test_values_are_copied_with_where_they_are(strategy):
+def test_values_are_copied_with_their_devices(strategy):
     value = strategy.run(lambda: [np.zeros(2)])[0]
     assert copy.copy(value) is value
     deep = copy.deepcopy({"a": value, "again": value})
@@ -95,7 +95,7 @@ def test_a_deep_copy_waits_for_the_step(strategy, mode):
     assert [copy.tolist() for copy in copied[0].values] == [[total] * 3] * 2
 
 
-def test_a_deep_copy_in_merge_call_is_of_the_step(strategy):
+def test_a_deep_copy_in_merge_call_has_the_contents_of_the_step(strategy):
     with strategy.scope():
         variable = dv.Variable(np.zeros(3))
     twin = strategy.run(
@@ -105,7 +105,7 @@ def test_a_deep_copy_in_merge_call_is_of_the_step(strategy):
     assert twin is not variable
 
 
-def test_a_step_that_waits_for_a_deep_copy_is_told(strategy, monkeypatch):
+def test_a_deep_copy_that_the_step_waits_for_times_out(strategy, monkeypatch):
     with strategy.scope():
         variable = dv.Variable(np.zeros(3))
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.1")

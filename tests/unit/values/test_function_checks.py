@@ -1,4 +1,4 @@
-"""A function that returns before any of its work is done is refused, however it is wrapped."""
+"""Coroutine and generator functions are refused, however they are wrapped."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def strategy():
 
 @pytest.mark.parametrize("late", LATE)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_what_runs_later_is_refused(strategy, entry, late):
+def test_coroutines_and_generators_are_refused(strategy, entry, late):
     with strategy.scope():
         variable = dv.Variable(1.0)
     with pytest.raises(TypeError, match=r"expected a function.*(coroutine|generator) function"):
@@ -74,14 +74,14 @@ def test_what_runs_later_is_refused(strategy, entry, late):
 
 
 @pytest.mark.parametrize("entry", [name for name in ENTRIES if name != "initial_value"])
-def test_what_is_no_function_is_refused(strategy, entry):
+def test_an_object_that_is_not_callable_is_refused(strategy, entry):
     with strategy.scope():
         variable = dv.Variable(1.0)
     with pytest.raises(TypeError, match=r"expected a function, got 3, a int"):
         ENTRIES[entry](strategy, variable, 3)
 
 
-def test_whatever_works_when_it_is_called_is_taken(strategy):
+def test_every_kind_of_plain_callable_is_accepted(strategy):
     class Adder:
         def __call__(self, *numbers):
             return sum(numbers)

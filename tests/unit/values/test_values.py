@@ -1,4 +1,4 @@
-"""Values hold one component per replica, say little, and refuse to be numbers."""
+"""Distributed values: one component per replica, and no arithmetic."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def test_is_frozen():
 
 
 @pytest.mark.parametrize("replica", [-1, 2, 10])
-def test_a_replica_that_is_not_there(replica):
+def test_an_unknown_replica_id(replica):
     with pytest.raises(IndexError, match="replicas 0 to 1"):
         dv.PerReplica([1, 2]).on(replica)
 
 
-def test_a_copy_is_the_callers_own():
+def test_copy_to_returns_new_arrays():
     array = np.arange(3)
     copied = dv.PerReplica([array, array]).copy_to("cpu:1")
     copied.on(0)[:] = 9
@@ -92,7 +92,7 @@ def test_a_short_repr_and_a_table():
     assert json.dumps(repr(value))
 
 
-def test_needs_a_value_and_a_device_each():
+def test_values_and_devices_must_match_in_number():
     with pytest.raises(ValueError, match="got none"):
         dv.PerReplica([])
     with pytest.raises(DeviceError, match="2 values needs 2 devices"):
@@ -112,7 +112,7 @@ def test_equality_with_anything_else_is_refused(kind, other):
     assert value != dv.Mirrored([1, 2])
 
 
-def test_what_it_has_not_says_what_to_do():
+def test_a_missing_attribute_names_the_call_to_use():
     value = dv.PerReplica([np.ones(2), np.ones(2)])
     for ask in (lambda v: v.mean(), lambda v: v.shape, lambda v: v.item):
         with pytest.raises(AttributeError, match=r"one value for each replica.*local_results"):
@@ -123,6 +123,6 @@ def test_what_it_has_not_says_what_to_do():
 
 @pytest.mark.parametrize("kind", [dv.PerReplica, dv.Mirrored])
 @pytest.mark.parametrize("values", ["ab", b"ab", {"a": 1}, {1, 2}])
-def test_what_has_no_order_of_replicas_is_no_sequence_of_values(kind, values):
+def test_unordered_containers_are_refused(kind, values):
     with pytest.raises(TypeError, match="one per replica"):
         kind(values)

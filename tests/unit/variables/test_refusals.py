@@ -1,4 +1,4 @@
-"""A variable is written by its methods, and by nothing else; masks are never dropped."""
+"""Variables are written by their methods only, and masked arrays are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def made(strategy, content, **modes):
 
 @pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.parametrize("where", ["attribute", "item", "local in a replica"])
-def test_operators_in_place_raise_and_leave_the_variable_in_its_place(strategy, name, where):
+def test_in_place_operators_raise_and_do_not_rebind_the_name(strategy, name, where):
     dtype = "i8" if name in INTEGERS else "f8"
     variable = made(strategy, np.arange(3, dtype=dtype), aggregation="sum")
     change = getattr(operator, name)
@@ -215,7 +215,7 @@ def test_a_dtype_that_cannot_hold_the_initial_value_is_refused(strategy, initial
         (np.array([1.0], ml_dtypes.bfloat16), "f4", "f4"),
     ],
 )
-def test_a_dtype_that_holds_it_is_native(strategy, initial, dtype, expected):
+def test_a_cast_dtype_has_native_byte_order(strategy, initial, dtype, expected):
     variable = made(strategy, initial, dtype=dtype, aggregation="sum")
     assert variable.dtype == np.dtype(expected)
     assert variable.dtype.isnative
@@ -229,7 +229,7 @@ def test_trainable_is_a_truth_value(wrong):
 
 
 @pytest.mark.parametrize("number", [Decimal("1.5"), Fraction(1, 2), {}, [None]])
-def test_what_is_no_number_is_called_so(strategy, number):
+def test_a_value_that_is_not_a_number_is_refused(strategy, number):
     variable = made(strategy, 1.0, synchronization="none")
-    with pytest.raises(dv.errors.NotABufferError, match="is no number or array of numbers"):
+    with pytest.raises(dv.errors.NotABufferError, match="is not a number or an array of numbers"):
         variable.assign(number)

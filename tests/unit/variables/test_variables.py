@@ -1,4 +1,4 @@
-"""The table of synchronization modes, cell by cell."""
+"""Synchronization modes: each cell of the table, on several numbers of replicas."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_on_read_assigned_across_replicas(strategy, aggregation):
 
 
 @pytest.mark.parametrize(("dtype", "total"), [(np.float64, 7), (np.int64, 7), (np.int64, -7)])
-def test_on_read_sum_keeps_its_total(strategy, dtype, total):
+def test_shares_of_an_on_read_sum_add_up(strategy, dtype, total):
     variable = make(strategy, np.zeros(2, dtype), synchronization="on_read", aggregation="sum")
     variable.assign(np.full(2, total, dtype))
     np.testing.assert_allclose(variable.numpy(), total, rtol=1e-15)
@@ -146,7 +146,7 @@ def test_a_per_replica_sets_each_copy(strategy, synchronization):
         variable.assign(dv.PerReplica([1.0] * (n + 1)))
 
 
-def test_none_reads_as_all_copies_until_synced(strategy):
+def test_a_none_variable_reads_as_all_copies_until_sync(strategy):
     n = strategy.num_replicas_in_sync
     variable = make(strategy, 0.0, synchronization="none")
     strategy.run(lambda: variable.assign(rank() + 1.0))
@@ -170,7 +170,7 @@ def test_mean_of_integers_is_refused_at_creation(strategy, synchronization):
         make(strategy, 1, synchronization=synchronization, aggregation="mean")
 
 
-def test_the_initial_value_is_made_once(strategy):
+def test_the_initial_value_is_computed_once(strategy):
     calls = []
 
     def initial():
@@ -220,7 +220,7 @@ def test_views_are_read_only(strategy):
     assert variable[0] == 1.0
 
 
-def test_it_computes_like_its_value(strategy):
+def test_arithmetic_acts_on_the_value(strategy):
     variable = make(strategy, [1.0, 2.0])
     assert (variable + 1).tolist() == [2.0, 3.0]
     assert (1 - variable).tolist() == [0.0, -1.0]
@@ -232,7 +232,7 @@ def test_it_computes_like_its_value(strategy):
         hash(variable)
 
 
-def test_outside_every_scope_it_lives_alone():
+def test_outside_every_scope_a_variable_has_one_copy():
     variable = dv.Variable(1.0)
     variable.assign_add(1.0)
     counter = dv.Variable(0.0, synchronization="on_read", aggregation="sum")

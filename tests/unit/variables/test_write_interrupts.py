@@ -1,4 +1,4 @@
-"""An interrupt at any point of a write or a copy leaves equal copies, and no turn taken."""
+"""An interrupt at any point of a write or deep copy leaves equal copies and a free step lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import dvkernels as dv
 
 
 def interrupted_at(point, act):
-    """Call ``act``, with an interrupt at the call or return of that number; say whether it came."""
+    """Call ``act`` with an interrupt at the n-th call or return; return whether it was raised."""
     count = itertools.count()
 
     def hook(frame, event, argument):
