@@ -35,14 +35,14 @@ class Training:
     def _train(self, num_replicas, epochs_per_replica=EPOCHS_PER_REPLICA):
         from dvkernels.cli import training_loop
 
-        recipe = training_loop.TrainingConfig(
+        config = training_loop.TrainingConfig(
             epochs=epochs_per_replica * num_replicas,
             batch_size=EXAMPLES_PER_REPLICA * num_replicas,
             num_hidden=512,
         )
         devices = [f"cpu:{k}" for k in range(num_replicas)]
         with dv.MirroredStrategy(devices) as strategy:
-            return training_loop.train(strategy, recipe, self.data, lambda *_: None)
+            return training_loop.train(strategy, config, self.data, lambda *_: None)
 
     def track_step_of_one_replica(self):
         return self._train(1).seconds_per_step * 1e6

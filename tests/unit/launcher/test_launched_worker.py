@@ -1,4 +1,4 @@
-"""A worker that fails ends the job, however hard it is to say why."""
+"""A worker that fails ends the job, even if its error cannot be printed."""
 
 from __future__ import annotations
 
