@@ -1,7 +1,7 @@
-"""Training on the digits: 512 examples and 512 hidden units a replica, BLAS on one thread each.
+"""Training on the digits: 512 examples per replica, 512 hidden units, one BLAS thread each.
 
-The same loop as ``python -m dvkernels train``. What two replicas gain over one is the ratio of
-their examples per second, taken in alternating runs.
+The loop of ``python -m dvkernels train``. The speed-up of two replicas is the ratio of their
+examples per second to those of one replica, in alternating runs.
 """
 
 from __future__ import annotations
