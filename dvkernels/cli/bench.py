@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-HELP = "measure collectives by size, beside the memory limit and other libraries"
+HELP = "measure collectives by size, compared with the memory limit and other libraries"
 
 _SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DEFAULT_SIZES = "4:256M"
@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes of one replica's buffer; K, M, G are powers of 1024 (default 4:256M)",
     )
     parser.add_argument(
-        "--factor", type=argument_types.integer, default=4, help="from one size to the next"
+        "--factor", type=argument_types.integer, default=4, help="ratio of successive sizes"
     )
     parser.add_argument("--dtype", default="float32", help="element type")
     parser.add_argument("--op", default="sum", help="sum, mean, min, max or prod")
     parser.add_argument(
-        "--replicas", type=argument_types.integer, default=2, help="how many buffers"
+        "--replicas", type=argument_types.integer, default=2, help="number of buffers"
     )
     parser.add_argument("--algorithm", default="auto", help="auto, direct or ring")
     parser.add_argument(
@@ -64,15 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="*",
         metavar="PEER",
-        help="measure them in the same run: numpy, mpich, openmpi, impi, gloo, jax, tensorflow; "
-        "all that are installed if none is named",
+        help="libraries to measure in the same run: numpy, mpich, openmpi, impi, gloo, jax, "
+        "tensorflow; all that are installed if none is named",
     )
     parser.add_argument(
         "--peer-python",
         action="append",
         default=[],
         metavar="PEER=PATH",
-        help="the interpreter of the environment that has a peer (repeatable)",
+        help="interpreter of the environment in which a peer is installed (repeatable)",
     )
     parser.add_argument(
         "--device",
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cuda: run all GPU benchmarks at once; of the other options only --rounds applies",
     )
     parser.add_argument(
-        "--report", metavar="FILE", help="with --device cuda: JSON, and a page beside it (.md)"
+        "--report", metavar="FILE", help="with --device cuda: write JSON here, and a page (.md)"
     )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="'-' is stdout")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")

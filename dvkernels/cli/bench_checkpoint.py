@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     peer_bench.add_arguments(parser, "safetensors, savez, torch, orbax")
     parser.add_argument(
-        "--mebibytes", type=argument_types.positive, default=1024, help="of the arrays"
+        "--mebibytes", type=argument_types.positive, default=1024, help="total size of the arrays"
     )
     parser.add_argument("--folder", help="where to write (default: /dev/shm, if there is one)")
 

@@ -80,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"number of the attempt; the program itself has to load its newest checkpoint",
     )
     parser.add_argument(
-        "--launcher", metavar="PATH", help="default: mpiexec of this environment, or of PATH, srun"
+        "--launcher",
+        metavar="PATH",
+        help="mpiexec or srun; default: mpiexec of this environment or in PATH, else srun",
     )
     parser.add_argument(
         "--launcher-option",

@@ -91,7 +91,7 @@ def run(
         if end.silent:
             _report(
                 f"{flavour.name} reports success, but of the workers {end.silent} ended without a "
-                f"word: killed, or by the exit of a library in C"
+                f"report: killed, or by the exit of a library in C"
             )
         if end.status:
             _report(f"{flavour.name} ended with status {end.status}")

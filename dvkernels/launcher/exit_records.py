@@ -117,8 +117,8 @@ class ExitRecords:
         # A program that replaced a worker's by exec sends no reports.
         silent = sorted(self._started.keys() - self._ended.keys() - self._replaced)
         missing = max(self._started.values(), default=0) - len(self._started)
-        words = [", ".join(map(str, silent))] if silent else []
-        return " and ".join(words + [f"{missing} that never began"] * (missing > 0))
+        parts = [", ".join(map(str, silent))] if silent else []
+        return " and ".join(parts + [f"{missing} that never started"] * (missing > 0))
 
     def close(self) -> None:
         """Close the socket."""

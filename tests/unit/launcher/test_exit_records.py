@@ -90,7 +90,7 @@ def test_reports_of_workers_outrank_the_status_of_the_launcher(start, script):
     for (end, status), process in jobs.items():
         _, err = process.communicate(timeout=SECONDS)
         found[end, status] = process.returncode
-        assert ("ended without a word" in err) == ("kill" in end and status == "0"), err
+        assert ("ended without a report" in err) == ("kill" in end and status == "0"), err
     assert found == JOBS
 
 
@@ -110,7 +110,7 @@ def test_a_job_whose_workers_were_killed_is_started_again(launch, script):
     )
     status, _, err = launch("-n", "2", "--max-restarts", "1", program, FAKE_STATUS="0")
     assert status == 0
-    assert "ended without a word" in err
+    assert "ended without a report" in err
     assert "starting again" in err
 
 
@@ -130,7 +130,7 @@ def test_workers_without_a_report_are_listed(records):
     for sender in senders[:3]:
         sender.report_start()
     records.serve(0, -1)
-    assert records.silent() == "1, 2, 3 and 1 that never began"
+    assert records.silent() == "1, 2, 3 and 1 that never started"
     senders[3].report_start()
     senders[1].report_exec()
     senders[2].report_exit(0)
