@@ -141,15 +141,16 @@ def find(name: str | None, environ: Mapping[str, str]) -> str:
         No launcher was found.
     """
     names = (name,) if name else ("mpiexec", "mpirun", "srun")
-    beside = str(Path(sys.executable).parent)
-    for wanted in names:
-        for folders in (beside, environ.get("PATH", "")):
-            path = shutil.which(wanted, path=folders)
+    own_folder = str(Path(sys.executable).parent)
+    for program in names:
+        for folders in (own_folder, environ.get("PATH", "")):
+            path = shutil.which(program, path=folders)
             if path is not None:
                 return path
     raise LaunchError(
-        f"no launcher: none of {', '.join(names)} lies beside {sys.executable} or in PATH; install "
-        f"an MPI (python -m pip install mpi4py mpich), or name its mpiexec with --launcher PATH"
+        f"no launcher: none of {', '.join(names)} is in the folder of {sys.executable} or in "
+        f"PATH; install an MPI (python -m pip install mpi4py mpich), or name its mpiexec with "
+        f"--launcher PATH"
     )
 
 

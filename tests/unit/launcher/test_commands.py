@@ -45,20 +45,20 @@ def test_an_unknown_launcher_is_named_in_the_error(tmp_path, text):
         commands.flavour_of(path)
 
 
-def test_the_launcher_beside_the_interpreter_comes_first(tmp_path, monkeypatch):
-    beside, elsewhere = tmp_path / "env" / "bin", tmp_path / "bin"
-    beside.mkdir(parents=True)
+def test_the_launcher_of_the_interpreters_environment_comes_first(tmp_path, monkeypatch):
+    own_folder, elsewhere = tmp_path / "env" / "bin", tmp_path / "bin"
+    own_folder.mkdir(parents=True)
     elsewhere.mkdir()
-    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    monkeypatch.setattr(sys, "executable", str(own_folder / "python"))
     environ = {"PATH": str(elsewhere)}
-    with pytest.raises(LaunchError, match="none of mpiexec, mpirun, srun lies beside"):
+    with pytest.raises(LaunchError, match="none of mpiexec, mpirun, srun is in the folder of"):
         commands.find(None, environ)
     srun = executable(elsewhere / "srun", "")
     assert commands.find(None, environ) == srun
     mpiexec = executable(elsewhere / "mpiexec", "")
     assert commands.find(None, environ) == mpiexec
     assert commands.find("srun", environ) == srun
-    own = executable(beside / "mpiexec", "")
+    own = executable(own_folder / "mpiexec", "")
     assert commands.find(None, environ) == own
     assert commands.find(srun, environ) == srun
 

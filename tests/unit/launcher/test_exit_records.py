@@ -55,10 +55,13 @@ def test_workers_report_their_exit_status(tmp_path):
         records = ExitRecords(None)
         program = tmp_path / f"{number}.py"
         program.write_text(f"import os, signal, sys\n{end}")
-        told = {"PMI_RANK": "1", "PMI_SIZE": "2", "PYTHONPATH": str(ROOT), **records.environ}
+        given = {"PMI_RANK": "1", "PMI_SIZE": "2", "PYTHONPATH": str(ROOT), **records.environ}
         command = [sys.executable, "-m", "dvkernels.launcher.worker", str(program)]
         worker = subprocess.Popen(
-            command, env={**os.environ, **told}, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            command,
+            env={**os.environ, **given},
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
         )
         started.append((records, worker))
     found = {}

@@ -387,7 +387,7 @@ def test_hosts(mpiexec, capsys, hosts, workers, given):
     [
         ([], "expected a script"),
         (["no_such_file.py"], "there is no file 'no_such_file.py'"),
-        (["--launcher", "/no/such", "-m", "x"], "none of /no/such lies beside"),
+        (["--launcher", "/no/such", "-m", "x"], "none of /no/such is in the folder of"),
         (["-n", "1000000", "--bind", "-m", "x"], "--bind: 1000000 workers"),
         (["-n", "0", "-m", "x"], "expected a number of at least 1"),
         (["--timeout", "-1", "-m", "x"], "expected seconds of at least 0"),
