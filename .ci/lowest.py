@@ -1,4 +1,4 @@
-"""Print the lowest versions that pyproject.toml allows the package and its tests, for pip's -c."""
+"""Print the lowest versions that pyproject.toml allows, as a constraints file of pip."""
 
 import pathlib
 import re
@@ -13,6 +13,6 @@ extras = table["optional-dependencies"]
 for text in [*table["dependencies"], *extras["demo"], *extras["test"]]:
     found = re.fullmatch(rf"{NAME}(>=(?P<lowest>[\w.]+))?", text)
     if found is None:
-        sys.exit(f"expected a name and its lowest version; got {text!r}")
+        sys.exit(f"expected a requirement such as name>=1.2; got {text!r}")
     if found["lowest"]:
         print(f"{found['name']}=={found['lowest']}")

@@ -1,7 +1,7 @@
 """Gradient accumulation: k micro-batches without a collective, one collective at the end.
 
-A batch that does not fit into memory gives the gradient of the whole batch, and the replicas meet
-once, not k times.
+A batch that does not fit into memory is computed in micro-batches. The result is the gradient of
+the whole batch, with one all-reduce instead of k.
 """
 
 import numpy as np
@@ -16,18 +16,18 @@ targets = features @ rng.standard_normal(7)
 
 
 def squares_and_gradient(weights, x, y):
-    """Return the sums over the rows, so that parts of any size add up."""
+    """Return loss and gradient as sums over the rows, so that micro-batches of any size add up."""
     error = x @ weights - y
     return error @ error, 2 * x.T @ error
 
 
 def step(weights, x, y, optimizer, micro_batch):
     loss, gradient = 0.0, np.zeros(weights.shape)
-    for start in range(0, len(y), micro_batch):  # as many as this replica has: 7 and 7, or 1
+    for start in range(0, len(y), micro_batch):  # 7 micro-batches per replica, or 1
         rows = slice(start, start + micro_batch)
         more = squares_and_gradient(weights.read_value(), x[rows], y[rows])
         loss, gradient = loss + more[0], gradient + more[1]
-    # Sums over the micro-batches, divided by the size of the global batch; SUM over the replicas.
+    # The sum over the micro-batches, divided by the global batch size, is summed over replicas.
     optimizer.apply_gradients([(gradient / len(features), weights)], op="sum")
     return loss / len(features)
 
@@ -48,4 +48,4 @@ accumulated, loss = train(dv.MirroredStrategy(["cpu:0", "cpu:1"]), MICRO_BATCH)
 whole, loss_of_whole = train(dv.OneDeviceStrategy("cpu:0"), len(targets))
 np.testing.assert_allclose(accumulated, whole, rtol=1e-9)
 np.testing.assert_allclose(loss, loss_of_whole, rtol=1e-6)
-print(f"micro-batches of {MICRO_BATCH} on two replicas: loss {loss:.2e}, as in one piece")
+print(f"micro-batches of {MICRO_BATCH} on two replicas: loss {loss:.2e}, as of the whole batch")

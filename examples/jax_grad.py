@@ -1,6 +1,6 @@
-"""jax.grad inside a replica: JAX differentiates and compiles, dvkernels brings replicas together.
+"""jax.grad inside a replica: JAX differentiates and compiles, dvkernels all-reduces the gradients.
 
-JAX arrays cannot be written; collectives leave their inputs as they are and return new arrays.
+JAX arrays are immutable: the collectives return new ones.
 """
 
 import jax
@@ -26,12 +26,12 @@ value_and_gradient = jax.jit(jax.value_and_grad(loss))
 
 
 def train(x, y):
-    """All steps in one run: the replicas meet only to bring their gradients together."""
+    """Run all steps in one ``run``: the all-reduce of the gradients is the only barrier."""
     context = dv.get_replica_context()
     weights = {"slope": jnp.zeros(5), "offset": jnp.zeros(())}
     x, y = jnp.asarray(x), jnp.asarray(y)
     for _ in range(STEPS):
-        # A nest goes in, the same nest comes out: the mean over all rows.
+        # The all-reduce of a pytree returns the same pytree: the mean over all rows.
         own = value_and_gradient(weights, x, y)
         value, gradient = context.all_reduce("mean", own, weight=len(x))
         weights = jax.tree.map(lambda w, g: w - RATE * g, weights, gradient)
@@ -43,15 +43,15 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
     (part,) = strategy.distribute_dataset(dataset)  # 51 and 50 rows
     value, weights = strategy.run(train, args=part)
 
-# The same in one piece.
+# The same without replicas.
 expected = {"slope": jnp.zeros(5), "offset": jnp.zeros(())}
 for _ in range(STEPS):
     last, gradient = value_and_gradient(expected, features, labels)
     expected = jax.tree.map(lambda w, g: w - RATE * g, expected, gradient)
 
-for name, one in expected.items():
+for name, weight in expected.items():
     for replica in range(2):
         assert isinstance(weights[name].on(replica), jax.Array)
-        np.testing.assert_allclose(weights[name].on(replica), one, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights[name].on(replica), weight, rtol=1e-4, atol=1e-5)
 np.testing.assert_allclose(value.on(0), last, rtol=1e-4)
 print(f"loss {float(last):.4f} after {STEPS} steps, on one device and on two replicas")

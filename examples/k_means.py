@@ -1,4 +1,4 @@
-"""Lloyd's k-means: each replica assigns its points, sums and counts are brought together."""
+"""Lloyd's k-means: each replica assigns its points; sums and counts are all-reduced."""
 
 import numpy as np
 
@@ -20,14 +20,14 @@ def sums_and_counts(points, centers):
 
 
 def cluster(points, start):
-    """Run in a replica, on its points; every replica returns the same centers."""
+    """Cluster the points of all replicas; every replica returns the same centers."""
     context = dv.get_replica_context()
     centers = start
     for _ in range(ROUNDS):
         sums, counts = context.all_reduce("sum", sums_and_counts(points, centers))
-        # A center that no replica's points chose stays where it is.
+        # A center without points in any replica stays where it is.
         moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centers)
-        if np.array_equal(moved, centers):  # all replicas have the same bits, so all leave here
+        if np.array_equal(moved, centers):  # all replicas have the same bits, so all of them stop
             break
         centers = moved
     return centers
@@ -43,7 +43,7 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
     (part,) = strategy.distribute_dataset(shuffled)
     centers = strategy.run(cluster, args=(part, start))
 
-alone = cluster(points, start)  # outside every strategy there is one replica
+alone = cluster(points, start)  # outside every strategy the default strategy has one replica
 assert np.array_equal(centers.on(0), centers.on(1))
 np.testing.assert_allclose(centers.on(0), alone, rtol=1e-9)
 np.testing.assert_allclose(alone, truth, atol=0.25)

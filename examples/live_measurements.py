@@ -1,7 +1,7 @@
-"""Live measurements from a producer thread: statistics that can be read while they grow.
+"""Live measurements from a producer thread: statistics that can be read between two steps.
 
-Each replica adds to its own copy of three sums (ON_READ: a write costs no meeting). Whoever reads
-them between two steps gets the statistics of all measurements so far.
+Each replica adds to its own copy of three sums (ON_READ: a write does not communicate). A read
+between two steps gives the sums over all measurements so far.
 """
 
 import queue
@@ -23,7 +23,7 @@ def measure():
 
 
 def next_batch():
-    """Wait for one measurement, then take what else is there, so that none is kept waiting."""
+    """Wait for one measurement, then add all that have arrived, without waiting for more."""
     batch = [arrived.get()]
     while batch[-1] is not None and len(batch) < BATCH:
         try:
@@ -41,7 +41,7 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
             for start in (0, 0.0, 0.0)
         )
 
-    def update(values):  # an empty part adds nothing
+    def update(values):  # values may be empty
         count.assign_add(len(values))
         total.assign_add(values.sum())
         squares.assign_add(values @ values)
@@ -53,7 +53,7 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
         batch, is_last = next_batch()
         strategy.run(update, args=(dv.PerReplica(np.array_split(batch, 2)),))
         n = int(count)
-        if n >= shown + 250:  # real-time: no end of an epoch to wait for
+        if n >= shown + 250:  # at any step, not only at the end of an epoch
             mean = float(total) / n
             spread = np.sqrt(float(squares) / n - mean**2)
             print(f"{n} measurements so far: {mean:.3f} +- {spread:.3f}")

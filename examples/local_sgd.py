@@ -1,4 +1,4 @@
-"""Local SGD: every replica goes its own way for k steps, then the copies become their mean."""
+"""Local SGD: k steps on each replica without communication, then the mean of the weights."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ targets = features @ truth + 2.0
 
 with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
     with strategy.scope():
-        # NONE: a write in a replica changes that replica's copy and nothing else.
+        # NONE: a write in a replica changes only that replica's copy.
         weights = dv.Variable(np.zeros(6), synchronization="none")
         offset = dv.Variable(0.0, synchronization="none")
 
@@ -30,11 +30,11 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
     (part,) = strategy.distribute_dataset(dataset)
     for seed in range(ROUNDS):
         strategy.run(local_steps, args=(*part, seed))
-        apart = np.abs(weights.values[0] - weights.values[1]).max()
-        assert apart > 0, "between two meetings the copies differ"
-        dv.sync([weights, offset], "mean")  # both variables in one meeting
+        difference = np.abs(weights.values[0] - weights.values[1]).max()
+        assert difference > 0, "between two synchronizations the copies differ"
+        dv.sync([weights, offset], "mean")  # both variables in one all-reduce
         assert np.array_equal(weights.values[0], weights.values[1])
 
     np.testing.assert_allclose(weights.values[0], truth, atol=1e-3)
     np.testing.assert_allclose(offset.values[1], 2.0, atol=1e-3)
-    print(f"{ROUNDS * LOCAL_STEPS} steps, {ROUNDS} meetings; apart before the last: {apart:.1e}")
+    print(f"{ROUNDS * LOCAL_STEPS} steps, {ROUNDS} synchronizations; last: {difference:.1e} apart")

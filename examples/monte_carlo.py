@@ -1,4 +1,4 @@
-"""An estimate of pi with its error bar: every replica draws from a stream of its own."""
+"""Monte Carlo estimate of pi with its standard error: every replica has its own random stream."""
 
 import math
 
@@ -12,12 +12,12 @@ SEED, BATCH, STEPS = 20, 50_000, 20
 def estimate(num_replicas):
     devices = [f"cpu:{k}" for k in range(num_replicas)]
     with dv.MirroredStrategy(devices) as strategy, strategy.scope():
-        # Each replica adds to its own copy; a read adds the copies up. Nobody waits in between.
+        # Each replica adds to its own copy, without communication; a read sums the copies.
         hits = dv.Variable(0, synchronization="on_read", aggregation="sum")
         draws = dv.Variable(0, synchronization="on_read", aggregation="sum")
 
-        # Streams that do not overlap. The same seed in every replica would give the same numbers
-        # n times, and an error bar that is too small by the square root of n.
+        # Independent streams. One seed for all n replicas would repeat the same numbers n times,
+        # and the standard error would be too small by a factor of sqrt(n).
         seeds = np.random.SeedSequence(SEED).spawn(num_replicas)
         streams = strategy.distribute_values_from_function(
             lambda context: np.random.default_rng(seeds[context.replica_id_in_sync_group])
@@ -35,12 +35,12 @@ def estimate(num_replicas):
     return 4 * share, 4 * math.sqrt(share * (1 - share) / n), n
 
 
-one, bar_of_one, draws_of_one = estimate(1)
-two, bar_of_two, draws_of_two = estimate(2)
-assert estimate(2) == (two, bar_of_two, draws_of_two), "the same seed gives the same estimate"
+one, error_of_one, draws_of_one = estimate(1)
+two, error_of_two, draws_of_two = estimate(2)
+assert estimate(2) == (two, error_of_two, draws_of_two), "the same seed gives the same estimate"
 assert draws_of_two == 2 * draws_of_one
-assert abs(bar_of_one / bar_of_two - math.sqrt(2)) < 0.01, "twice the draws, 1.4 times as sharp"
-assert abs(one - math.pi) < 4 * bar_of_one
-assert abs(two - math.pi) < 4 * bar_of_two
-print(f"1 replica:  pi = {one:.5f} +- {bar_of_one:.5f}")
-print(f"2 replicas: pi = {two:.5f} +- {bar_of_two:.5f}")
+assert abs(error_of_one / error_of_two - math.sqrt(2)) < 0.01, "twice the draws, 1 / sqrt(2)"
+assert abs(one - math.pi) < 4 * error_of_one
+assert abs(two - math.pi) < 4 * error_of_two
+print(f"1 replica:  pi = {one:.5f} +- {error_of_one:.5f}")
+print(f"2 replicas: pi = {two:.5f} +- {error_of_two:.5f}")

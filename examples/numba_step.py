@@ -1,4 +1,4 @@
-"""A step in plain Numba: compiled with nogil=True, replicas run at the same time."""
+"""A step compiled by Numba with nogil=True: the replicas' threads run in parallel."""
 
 import numba
 import numpy as np
@@ -10,7 +10,7 @@ ROWS, COLUMNS, EPOCHS, RATE = 4001, 20, 30, 1.0
 
 @numba.njit(nogil=True)
 def gradient_of(weights, features, labels, gradient):
-    """Fill ``gradient`` with that of the logistic loss, and return the loss; both are sums."""
+    """Write the gradient of the logistic loss, and return the loss; both are sums over the rows."""
     gradient[:] = 0.0
     loss = 0.0
     for row in range(len(labels)):
@@ -31,7 +31,7 @@ def train(strategy, features, labels):
 
     def step(x, y):
         gradient = np.empty(COLUMNS)
-        # The view is valid until the write below, which is the replicas' meeting point.
+        # The view is valid until the write below, at which the replicas communicate.
         loss.assign(gradient_of(weights.read_value(), x, y, gradient) / ROWS)
         weights.assign_sub(RATE / ROWS * gradient)
 
@@ -53,5 +53,5 @@ with dv.OneDeviceStrategy("cpu:0") as one, dv.MirroredStrategy(["cpu:0", "cpu:1"
 
 np.testing.assert_allclose(together, alone, rtol=1e-10)
 assert loss_together < 0.3
-right = ((features @ together > 0) == labels).mean()
-print(f"loss {loss_together:.4f} (one device: {loss_alone:.4f}), {right:.1%} of the labels right")
+accuracy = ((features @ together > 0) == labels).mean()
+print(f"loss {loss_together:.4f} (one device: {loss_alone:.4f}), accuracy {accuracy:.1%}")

@@ -1,7 +1,7 @@
-"""Overlap: the gradient of a layer is on its way while the replica computes that of the next.
+"""Overlap: the gradient of a layer is all-reduced while the replica computes that of the next.
 
-Backpropagation knows the last layer's gradient first. ``all_reduce_async`` starts its reduction
-and returns at once; ``wait`` gives the result where it is needed, after the whole backward pass.
+Backpropagation computes the last layer's gradient first. ``all_reduce_async`` starts its reduction
+and returns at once; ``wait`` returns the result after the whole backward pass.
 """
 
 import numpy as np
@@ -37,8 +37,8 @@ def overlapped(x, y):
     context = dv.get_replica_context()
     handles = {}
     for k, gradient in backward(x, y):
-        # Until wait() the gradient belongs to the collective: it must not be written. Each round
-        # of this loop makes a new one. All replicas start the same collectives in the same order.
+        # The gradient must not be written before wait(); each iteration makes a new array.
+        # All replicas start the same collectives in the same order.
         handles[k] = context.all_reduce_async("sum", gradient)
     return {k: handle.wait() for k, handle in handles.items()}
 
@@ -54,4 +54,4 @@ for k in range(LAYERS):
     for replica in range(2):
         assert np.array_equal(results[k].on(replica), expected[k].on(replica)), "the same bits"
     np.testing.assert_allclose(results[k].on(0), alone[k], rtol=1e-9, atol=1e-9)
-print(f"{LAYERS} gradients reduced behind the backward pass: the bits of the plain collectives")
+print(f"{LAYERS} gradients reduced during the backward pass: same bits as without overlap")

@@ -1,7 +1,7 @@
-"""A communicator of one's own, a strategy of one's own, and the proof that both are right.
+"""A custom communicator and a custom strategy, checked by the suites of dvkernels.testing.
 
-The communicator adds up in a tree, pair by pair. The strategy takes a number of replicas instead
-of a list of devices.
+The communicator reduces in a binary tree. The strategy takes a number of replicas instead of a
+list of devices.
 """
 
 import numpy as np
@@ -11,14 +11,14 @@ from dvkernels import kernels, testing
 
 
 class Tree:
-    """Reduces in a tree: (0 + 1) + (2 + 3); any number of ranks."""
+    """Communicator that reduces in a binary tree: (0 + 1) + (2 + 3); any number of ranks."""
 
     def __init__(self, size):
         self.size = size
 
     def reduce(self, values, op):
         if op is dv.ReduceOp.MEAN or values[0].dtype.itemsize < 4 or len(values) < 3:
-            return kernels.reduce(values, op)  # what must be rounded only once
+            return kernels.reduce(values, op)  # results that must be rounded only once
         while len(values) > 1:
             pairs = [values[k : k + 2] for k in range(0, len(values), 2)]
             values = [kernels.reduce(pair, op) for pair in pairs]
@@ -41,8 +41,8 @@ class Tree:
         return [values[root].copy() for _ in values]
 
 
-class Crowd(dv.Strategy):
-    """As many replicas as asked for, brought together by a tree."""
+class TreeStrategy(dv.Strategy):
+    """A given number of CPU replicas that communicate by a tree."""
 
     def __init__(self, num_replicas):
         devices = tuple(dv.Device("cpu", index) for index in range(num_replicas))
@@ -50,9 +50,9 @@ class Crowd(dv.Strategy):
 
 
 testing.check_communicator(Tree)
-testing.check_strategy(Crowd)
+testing.check_strategy(TreeStrategy)
 
-with Crowd(5) as strategy:
+with TreeStrategy(5) as strategy:
     ids = strategy.run(lambda: dv.get_replica_context().replica_id_in_sync_group)
     assert strategy.reduce("sum", ids) == 10
     print(f"{strategy}: the communicator and the strategy pass their suites")

@@ -1,7 +1,7 @@
 """A table larger than memory: Parquet row groups are read when their rows are needed.
 
-The state of the source is two integers. An iterator that is resumed, here on three replicas instead
-of two, opens the file at the row group it was in and reads nothing before it.
+The state of the source is two integers. A resumed iterator, here on three replicas instead of two,
+starts at the row group of its position and reads none before.
 """
 
 import json
@@ -27,7 +27,7 @@ class ParquetSource:
 
 
 class ParquetReader:
-    """The rows as dicts; the place is a row group and a row in it."""
+    """Iterator over the rows as dicts; its position is a row group and a row in it."""
 
     def __init__(self, source, group, row):
         self.source, self.group, self.row = source, group, row

@@ -1,6 +1,6 @@
-"""A PyTorch module trained by two replicas: their gradients become one, in place.
+"""A PyTorch module trained by two replicas: their gradients are all-reduced in place.
 
-The result is that of one process: uneven parts of a batch are weighed by their rows.
+The result is that of one process: the mean over uneven batches is weighted by their rows.
 """
 
 import copy

@@ -23,11 +23,11 @@ def squares(weights, x, y):
 
 with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
     dataset = dv.Dataset.from_arrays((features, targets)).batch(len(targets))
-    (part,) = strategy.distribute_dataset(dataset)  # each replica keeps its half
+    (part,) = strategy.distribute_dataset(dataset)  # each replica has one half
 
     def objective(weights):
         sums = strategy.run(squares, args=(weights, *part))
-        value, gradient = strategy.reduce("sum", sums)  # a nest in, a nest out
+        value, gradient = strategy.reduce("sum", sums)  # a pytree: the sums of both
         return float(value), gradient
 
     start = np.zeros(10)

@@ -1,4 +1,4 @@
-"""Uneven work: parts of unequal size, replicas that run dry, replicas of unequal speed."""
+"""Uneven work: batches of unequal size, replicas without batches, replicas of unequal speed."""
 
 import itertools
 import time
@@ -11,9 +11,9 @@ values = np.random.default_rng(0).standard_normal(1000)
 strategy = dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"])
 
 
-# 1. Parts of unequal size: the weight of a mean is its number of elements.
+# 1. Batches of unequal size: each mean is weighted by its number of elements.
 def mean_of(part):
-    own = part.mean() if len(part) else np.nan  # weight 0: not contributing, even if NaN
+    own = part.mean() if len(part) else np.nan  # with weight 0 even NaN does not contribute
     return dv.get_replica_context().all_reduce("mean", own, weight=len(part))
 
 
@@ -22,8 +22,8 @@ for mean in strategy.run(mean_of, args=(parts,)).values:
     np.testing.assert_allclose(mean, values.mean())
 
 
-# 2. A replica that has no more batches takes part with weight 0 until all are done. The loop ends
-# for all of them in the same round, because all see the same sum of weights.
+# 2. A replica without further batches takes part with weight 0 until all are done. The loop ends in
+# the same round on all replicas, because all of them get the same sum of weights.
 def sum_of_means(batches):
     context = dv.get_replica_context()
     own, rounds = iter(batches), 0
@@ -39,8 +39,8 @@ def sum_of_means(batches):
 batches = dv.PerReplica([np.array_split(values, count) for count in (5, 2, 3)])
 assert strategy.run(sum_of_means, args=(batches,)).values == (5, 5, 5)
 
-# 3. Unequal speed: between two collectives each replica takes the next job when it is free, so a
-# slow one does fewer and nobody waits long. next() of an itertools.count is atomic in CPython.
+# 3. Unequal speed: between two collectives each free replica takes the next job, so a slow replica
+# does fewer jobs and the others wait little. next() of an itertools.count is atomic in CPython.
 jobs = np.array_split(values, 60)
 ticket = itertools.count()
 

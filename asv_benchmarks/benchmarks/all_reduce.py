@@ -1,6 +1,6 @@
-"""Collectives over float32 buffers: the cases, the probe and the checks of ``dvkernels bench``.
+"""Collectives over float32 buffers, with the cases, probe and checks of ``dvkernels bench``.
 
-``numpy`` is the neighbour: ``np.add(out=)`` and ``np.copyto``, on one thread.
+They are compared with NumPy: ``np.add(out=)`` and ``np.copyto``, on one thread.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class Halves:
     timeout = 300
 
     def track_share_of_float32_bandwidth(self, dtype):
-        """Both move 64 MiB a replica, in one run."""
+        """Compare the times of 64 MiB per replica of either dtype, in one run."""
         halves = cases.case("all_reduce", 64 * 1024 * KIB, dtype, "sum", 2, "direct")
         floats = cases.case("all_reduce", 64 * 1024 * KIB, "float32", "sum", 2, "direct")
         found = [measurement.measure(case, NUM_ROUNDS, seed=0) for case in (halves, floats)]
-        if any(one.wrong for one in found):
+        if any(measured.wrong for measured in found):
             raise AssertionError(f"{dtype}: wrong elements")
         return found[1].ours.median / found[0].ours.median
 

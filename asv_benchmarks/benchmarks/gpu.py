@@ -1,6 +1,6 @@
-"""All-reduce of replicas that share a GPU, beside a copy within it, CuPy and PyTorch.
+"""All-reduce of replicas that share a GPU, as a fraction of the copy bandwidth.
 
-Skipped where there is no GPU: the reason is printed by ``python -m dvkernels info``.
+Skipped where there is no GPU; ``python -m dvkernels info`` prints the reason.
 """
 
 from dvkernels.benchmarks import gpu

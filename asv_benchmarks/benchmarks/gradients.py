@@ -1,4 +1,4 @@
-"""Many arrays at once, the optimizer's step with the reduction fused into it, and barriers."""
+"""All-reduce of many arrays, optimizer steps with a fused reduction, and compiled barriers."""
 
 from __future__ import annotations
 

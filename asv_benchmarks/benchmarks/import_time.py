@@ -1,4 +1,4 @@
-"""What ``import dvkernels`` adds to ``import numpy``, in a fresh interpreter."""
+"""Time of ``import dvkernels`` after ``import numpy``, in a new interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ print(time.perf_counter() - start)
 
 
 def _import_seconds():
-    # The child finds the package where this process finds it, installed or not.
+    # The child imports the same package as this process, installed or not.
     folder = Path(importlib.util.find_spec("dvkernels").origin).parent.parent
     child = subprocess.run(
         [sys.executable, "-c", CHILD],

@@ -1,4 +1,4 @@
-"""One batch of 64 x 64 float32 out of the distributed iterator, for two replicas."""
+"""Time of one batch of 64 x 64 float32 from the distributed iterator, for two replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Iterator:
         self.strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
         dataset = dv.Dataset.from_arrays(x).repeat().batch(BATCH_SIZE)
         self.iterator = iter(self.strategy.distribute_dataset(dataset))
-        for start in range(0, 2 * len(x), BATCH_SIZE):  # two rounds: the data repeat
+        for start in range(0, 2 * len(x), BATCH_SIZE):  # two epochs
             first = start % len(x)
             batch = np.concatenate(self.strategy.local_results(next(self.iterator)))
             np.testing.assert_array_equal(batch, x[first : first + BATCH_SIZE])

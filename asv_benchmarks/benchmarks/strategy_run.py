@@ -1,4 +1,4 @@
-"""What a step costs before it computes anything: two replicas on the CPU."""
+"""Overhead of ``strategy.run``: steps without work and with a small all-reduce, two replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StrategyRun:
     def setup(self):
         self.strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
         rng = np.random.default_rng(0)
-        contributions = rng.standard_normal((2, 1024), dtype=np.float32)  # 4 KiB a replica
+        contributions = rng.standard_normal((2, 1024), dtype=np.float32)  # 4 KiB per replica
 
         def reduce_once():
             context = dv.get_replica_context()

@@ -1,7 +1,7 @@
-"""Training on the digits: 512 examples and 512 hidden units a replica, BLAS on one thread each.
+"""Training on the digits: 512 examples per replica, 512 hidden units, one BLAS thread each.
 
-The same loop as ``python -m dvkernels train``. What two replicas gain over one is the ratio of
-their examples per second, taken in alternating runs.
+The loop of ``python -m dvkernels train``. The speed-up of two replicas is the ratio of their
+examples per second to those of one replica, in alternating runs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Training:
     def _train(self, num_replicas, epochs_per_replica=EPOCHS_PER_REPLICA):
         from dvkernels.cli import training_loop
 
-        recipe = training_loop.TrainingConfig(
+        config = training_loop.TrainingConfig(
             epochs=epochs_per_replica * num_replicas,
             batch_size=EXAMPLES_PER_REPLICA * num_replicas,
             num_hidden=512,
         )
         devices = [f"cpu:{k}" for k in range(num_replicas)]
         with dv.MirroredStrategy(devices) as strategy:
-            return training_loop.train(strategy, recipe, self.data, lambda *_: None)
+            return training_loop.train(strategy, config, self.data, lambda *_: None)
 
     def track_step_of_one_replica(self):
         return self._train(1).seconds_per_step * 1e6

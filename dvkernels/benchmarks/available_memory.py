@@ -1,4 +1,4 @@
-"""How much memory may be used without pushing anything out."""
+"""Memory that a benchmark may use without swapping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["available_nbytes"]
 
 
 def available_nbytes() -> int:
-    """Return what the system calls available, or half of what is built in."""
+    """Return the bytes that Linux reports as available, elsewhere half of the physical memory."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

@@ -1,8 +1,8 @@
-"""All-reduce between the GPUs of this process: each protocol, NCCL and PyTorch, beside a copy.
+"""Benchmark of the all-reduce between the GPUs of a process: our protocols, NCCL and PyTorch.
 
 The limit is a copy from one GPU to the next: an all-reduce of S bytes on n GPUs moves 2 (n - 1)/n S
-through each link. All sum float32 out of place (PyTorch in place), in one run, in turn with the
-copy. What anyone computes is compared with NumPy's sum before it is timed.
+through each link. All implementations sum float32 out of place (PyTorch in place), in alternating
+rounds with the copy. Each result is compared with NumPy's sum before it is timed.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from dvkernels.reduce_op import ReduceOp
 from dvkernels.schedules import flag_all_reduce, flag_selection
 from dvkernels.schedules.flag_selection import Route
 
-__all__ = ["Rival", "measure"]
+__all__ = ["Implementation", "measure"]
 
 _NAME = "all_reduce between GPUs"
 _FLOAT = np.dtype("f4")
 
-Measured = Callable[[int], float]  # the seconds of one of so many calls, all of which have ended
-# What sums the first arrays, one a GPU, into the others; it says how long that takes.
-Rival = Callable[["_MultiGpuBench", Sequence[Any], Sequence[Any]], Measured]
+Timer = Callable[[int], float]  # number of calls -> seconds per call, until all work has ended
+# Given the inputs, one per GPU, and the outputs, returns the timer of their all-reduce.
+Implementation = Callable[["_MultiGpuBench", Sequence[Any], Sequence[Any]], Timer]
 
 
 class _MultiGpuBench:
-    """What all contestants need: GPUs, who reaches whom, arrays, a clock that waits for all."""
+    """State shared by all implementations: GPUs, their peer access, arrays, synchronized timing."""
 
     def __init__(self, devices: Sequence[int], plan: MeasurementPlan) -> None:
         found = driver.find()
@@ -50,7 +50,7 @@ class _MultiGpuBench:
         self.devices, self.plan, self.driver = tuple(devices), plan, found
         self.arrays = cuda.arrays()
         self.reach = peer_access.reach(found, self.devices)
-        self.team = DeviceGroup(self.devices, peer_access.PeerAccess(found))
+        self.group = DeviceGroup(self.devices, peer_access.PeerAccess(found))
         self.rng = np.random.default_rng(0)
 
     def empty(self, count: int) -> list[Any]:
@@ -67,46 +67,67 @@ class _MultiGpuBench:
 
 
 def measure(
-    devices: Sequence[int], plan: MeasurementPlan, rivals: Mapping[str, Rival] | None = None
+    devices: Sequence[int],
+    plan: MeasurementPlan,
+    others: Mapping[str, Implementation] | None = None,
 ) -> list[Figure]:
-    """Return the figures of so many GPUs; ``DeviceError`` where a result is wrong.
+    """Measure the all-reduce between GPUs.
 
-    Of one GPU, and of rivals that are not there, the figures say so.
+    Parameters
+    ----------
+    devices : sequence of int
+        The GPUs' ordinals.
+    plan : MeasurementPlan
+        Sizes, rounds and calls.
+    others : mapping, optional
+        Implementations by name, next to our protocols. Default: NCCL and PyTorch.
+
+    Returns
+    -------
+    list of Figure
+        One per size. With a single GPU, and for missing libraries, figures that say so.
+
+    Raises
+    ------
+    DeviceError
+        A result is wrong.
     """
     if len(devices) < 2:
-        return [_missing(_NAME, len(devices), f"it takes two GPUs, and {len(devices)} is there")]
+        return [_missing(_NAME, len(devices), f"it takes two GPUs, and there is {len(devices)}")]
     bench = _MultiGpuBench(devices, plan)
     with contextlib.ExitStack() as stack:
         absent: list[Figure] = []
-        if rivals is None:
-            rivals = _rivals(bench, stack, absent)
-        every = {"auto": _auto, **_protocols(bench), **rivals}
+        if others is None:
+            others = _other_libraries(bench, stack, absent)
+        every = {"auto": _auto, **_protocols(bench), **others}
         return [*(_figure(bench, nbytes, every) for nbytes in plan.between_nbytes), *absent]
 
 
-def _figure(bench: _MultiGpuBench, nbytes: int, rivals: Mapping[str, Rival]) -> Figure:
+def _figure(
+    bench: _MultiGpuBench, nbytes: int, implementations: Mapping[str, Implementation]
+) -> Figure:
     count, num = nbytes // _FLOAT.itemsize, len(bench.devices)
     host = [bench.rng.integers(-99, 100, count).astype(_FLOAT) for _ in range(num)]
     inputs, outs = bench.empty(count), bench.empty(count)
-    for one, content in zip(inputs, host, strict=True):
-        bench.arrays.copy(one, content)
+    for array, content in zip(inputs, host, strict=True):
+        bench.arrays.copy(array, content)
     expected = np.sum(host, axis=0, dtype=_FLOAT)
     calls = bench.plan.small_calls if nbytes <= bench.plan.small_nbytes else bench.plan.calls
-    contestants: dict[str, Callable[[], float]] = {}
-    for name, rival in rivals.items():
+    timers: dict[str, Callable[[], float]] = {}
+    for name, implementation in implementations.items():
         for out in outs:
             bench.arrays.copy(out, np.zeros(count, _FLOAT))
-        measured = rival(bench, inputs, outs)
-        measured(1)
-        if name != _TORCH:  # which has its arrays, and compares them, in processes of its own
+        timer = implementation(bench, inputs, outs)
+        timer(1)
+        if name != _TORCH:  # its arrays are in other processes, which compare them
             gpu.compare(bench.arrays, f"{_NAME}, {name}", outs, expected, 0.0)
-        contestants[name] = lambda measured=measured: measured(calls)  # type: ignore[misc]
+        timers[name] = lambda timer=timer: timer(calls)  # type: ignore[misc]
 
     def copy() -> None:
         bench.arrays.copy(outs[1], inputs[0])
 
-    contestants["copy"] = lambda: bench.seconds(copy, bench.plan.calls)
-    found = alternate(contestants, bench.plan.rounds)
+    timers["copy"] = lambda: bench.seconds(copy, bench.plan.calls)
+    found = alternate(timers, bench.plan.rounds)
     ours, moved = found["auto"], round(2 * (num - 1) / num * nbytes)
     attained = moved / ours.median / (nbytes / found["copy"].median)
     neighbours = {name: samples.median for name, samples in found.items() if name != "auto"}
@@ -116,48 +137,48 @@ def _figure(bench: _MultiGpuBench, nbytes: int, rivals: Mapping[str, Rival]) -> 
     )  # fmt: skip
 
 
-def _auto(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
+def _auto(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Timer:
     return lambda calls: bench.seconds(lambda: kernels.all_reduce(inputs, out=outs), calls)
 
 
-def _protocols(bench: _MultiGpuBench) -> dict[str, Rival]:
-    """Return the protocols that these GPUs can run, each by name."""
+def _protocols(bench: _MultiGpuBench) -> dict[str, Implementation]:
+    """Return the protocols that these GPUs can run, by name."""
     ranks = tuple(range(len(bench.devices)))
     found: dict[str, Route] = {}
-    # Memory of some pools is closed to other GPUs, and these run on what arrays() allocates.
+    # Some memory pools give other GPUs no access; this asks about the pool of bench.arrays.
     probes = cuda_arrays.place(_NAME, bench.empty(1))
-    is_open = all(bench.driver.is_open(checks.address(one.array)) for one in probes)
+    is_open = all(bench.driver.is_open(checks.address(probe.array)) for probe in probes)
     if is_open and all(all(row) for row in bench.reach):
         for name in ("one_shot", "two_shot", "ring"):
             found[name] = Route(flag_all_reduce.PROTOCOLS[name], ranks, True)
     elif is_open and flag_selection.ring_order(bench.reach) is not None:
         found["ring"] = flag_selection.choose(bench.reach, bench.devices, 1, "ring")
     found["staged"] = Route(flag_all_reduce.staged, ranks, False, "host")
-    return {name: _by(route) for name, route in found.items()}
+    return {name: _protocol(route) for name, route in found.items()}
 
 
-def _by(route: Route) -> Rival:
-    def rival(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
+def _protocol(route: Route) -> Implementation:
+    def implementation(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Timer:
         placed = cuda_arrays.place(_NAME, [*inputs, *outs])
-        addresses = [checks.address(one.array) for one in placed]
+        addresses = [checks.address(each.array) for each in placed]
         num = len(inputs)
-        streams = [one.stream for one in placed[:num]]
-        job = AllReduceCall(
+        streams = [each.stream for each in placed[:num]]
+        call = AllReduceCall(
             addresses[:num], addresses[num:], placed[0].array.size, _FLOAT, ReduceOp.SUM, streams
         )
-        return lambda calls: bench.seconds(lambda: bench.team.all_reduce(job, route), calls)
+        return lambda calls: bench.seconds(lambda: bench.group.all_reduce(call, route), calls)
 
-    return rival
+    return implementation
 
 
 _TORCH = "torch nccl"
 
 
-def _rivals(
+def _other_libraries(
     bench: _MultiGpuBench, stack: contextlib.ExitStack, absent: list[Figure]
-) -> dict[str, Rival]:
-    """Return NCCL and PyTorch, where they are; else say why not."""
-    found: dict[str, Rival] = {}
+) -> dict[str, Implementation]:
+    """Return NCCL and PyTorch where they are installed; else append why not to ``absent``."""
+    found: dict[str, Implementation] = {}
     num = len(bench.devices)
     try:
         nccl = Nccl([Device("cuda", device) for device in bench.devices])
@@ -169,8 +190,8 @@ def _rivals(
         )
     peer, python = registry.ON_GPUS[_TORCH], registry.default_python()
     if registry.version_of(peer, python) is None:
-        why = f"{peer.package} is not installed ({peer.how_to_get})"
-        absent.append(_missing(f"{_NAME}, {_TORCH}", num, why))
+        reason = f"{peer.package} is not installed ({peer.how_to_get})"
+        absent.append(_missing(f"{_NAME}, {_TORCH}", num, reason))
         return found
     try:
         worker = stack.enter_context(Worker(_TORCH, python, num, peers=registry.ON_GPUS))
@@ -178,23 +199,23 @@ def _rivals(
     except WorkerLostError as error:
         absent.append(_missing(f"{_NAME}, {_TORCH}", num, str(error)))
         return found
-    found[_TORCH] = _asked(worker)
+    found[_TORCH] = _by_peer(worker)
     return found
 
 
-def _asked(worker: Worker) -> Rival:
-    def rival(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
-        def measured(calls: int) -> float:
+def _by_peer(worker: Worker) -> Implementation:
+    def implementation(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Timer:
+        def timer(calls: int) -> float:
             answer = worker.ask(int(inputs[0].size), _FLOAT.name, calls)
             if answer.wrong:
                 raise DeviceError(f"{_NAME}, {_TORCH}: {answer.wrong} elements are wrong")
             return answer.seconds
 
-        return measured
+        return timer
 
-    return rival
+    return implementation
 
 
-def _missing(name: str, num_gpus: int, why: str) -> Figure:
-    note = f"not measured: {why}"
+def _missing(name: str, num_gpus: int, reason: str) -> Figure:
+    note = f"not measured: {reason}"
     return Figure(name, num_gpus, 0, _FLOAT.name, None, None, 0, None, {}, note)

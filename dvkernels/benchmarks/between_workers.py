@@ -1,7 +1,7 @@
-"""How long an all-reduce between workers takes, by size, and the constants that the model needs.
+"""Calibration of the cost model between workers, from measured all-reduce times by size.
 
-Every worker of a job runs this, under ``mpiexec``; the times are those of the slowest one. Between
-hosts each way is measured, and what describes the network to the model follows from all of them.
+All workers of a job run it together, under ``mpiexec``; each time is that of the slowest worker.
+Between hosts every algorithm is measured, and the constants of the network are fitted to all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dvkernels.schedules import cost_model
 from dvkernels.schedules.cost_model import Link, Network
 
 __all__ = [
+    "ALGORITHMS",
     "SIZES",
-    "WAYS",
     "Calibration",
     "as_record",
     "calibrate",
@@ -33,36 +33,36 @@ __all__ = [
     "modelled",
 ]
 
-# Where one message is enough, where pieces and parts begin, and what networks have.
+# From a single message over the sizes where pipelining starts to those bound by the network's rate.
 SIZES = tuple(4 << k for k in (0, 8, 12, 14, 16, 18, 20, 22, 24))
-WAYS = ("gather", "exchange", "ring")
-_MOST_GATHERED = 4 << 20  # what is longer takes long, and goes another way anywhere
+ALGORITHMS = ("gather", "exchange", "ring")
+_MOST_GATHERED = 4 << 20  # above, gather is slow and never chosen
 _SECONDS_PER_ROUND = 0.02
 _TIMEOUT_SECONDS = 120.0
-_MOST_RATE = 1e12  # what is faster is not seen
+_MOST_RATE = 1e12  # bytes/s; a higher fitted rate is noise
 
 
 class Calibration(NamedTuple):
-    """What was measured, and the constants that follow."""
+    """Measured times, and the constants fitted to them."""
 
     num_workers: int
     num_hosts: int
     link: Link
-    samples: dict[int, Samples]  # by bytes, of the way that the model says
-    network: Network | None  # between hosts
-    ways: dict[str, dict[int, Samples]]  # by way and bytes, between hosts
+    samples: dict[int, Samples]  # by bytes, of the algorithm that the model chooses
+    network: Network | None  # None on a single host
+    by_algorithm: dict[str, dict[int, Samples]]  # by algorithm and bytes; empty on a single host
 
 
 def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
-    """Measure between the workers of the job; all of them call this."""
-    # Loads MPI: not before somebody wants it.
+    """Measure between the workers of the job; collective over all of them."""
+    # Imported here: it loads MPI.
     from dvkernels.communicators.workers import connect
 
     workers: dict[str, Workers] = {"auto": connect.connect(resolver, _TIMEOUT_SECONDS)}
     placed = connect.hosts_of_workers(resolver)
     num_workers, num_hosts = len(placed), len({*placed})
     if num_hosts > 1:
-        workers = {way: connect.connect(resolver, _TIMEOUT_SECONDS, way) for way in WAYS}
+        workers = {name: connect.connect(resolver, _TIMEOUT_SECONDS, name) for name in ALGORITHMS}
     found = _measure(workers, num_rounds)
     if num_hosts == 1:
         samples = found["auto"]
@@ -79,55 +79,55 @@ def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
 
 
 def _measure(workers: Mapping[str, Workers], num_rounds: int) -> dict[str, dict[int, Samples]]:
-    """Return the times by way and bytes, measured in alternating rounds."""
-    held = {nbytes: np.ones(nbytes // 4, np.float32) for nbytes in SIZES}
+    """Return the times by algorithm and bytes, measured in alternating rounds."""
+    arrays = {nbytes: np.ones(nbytes // 4, np.float32) for nbytes in SIZES}
     cases = [
-        (way, nbytes)
+        (name, nbytes)
         for nbytes in SIZES
-        for way in workers
-        if way != "gather" or nbytes <= _MOST_GATHERED
+        for name in workers
+        if name != "gather" or nbytes <= _MOST_GATHERED
     ]
     seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     calls = dict.fromkeys(cases, 1)
     for number in range(num_rounds + 1):
-        for way, nbytes in cases:
-            taken = _slowest(workers[way], held[nbytes], calls[way, nbytes])
+        for name, nbytes in cases:
+            taken = _slowest(workers[name], arrays[nbytes], calls[name, nbytes])
             if number:
-                seconds[way, nbytes].append(taken)
-            else:  # warm, and all agree on how often
-                calls[way, nbytes] = int(np.clip(_SECONDS_PER_ROUND / taken, 1, 2000))
-    found: dict[str, dict[int, Samples]] = {way: {} for way in workers}
-    for way, nbytes in cases:
-        found[way][nbytes] = Samples(tuple(seconds[way, nbytes]))
+                seconds[name, nbytes].append(taken)
+            else:  # a warm-up round, after which all workers choose the same number of calls
+                calls[name, nbytes] = int(np.clip(_SECONDS_PER_ROUND / taken, 1, 2000))
+    found: dict[str, dict[int, Samples]] = {name: {} for name in workers}
+    for name, nbytes in cases:
+        found[name][nbytes] = Samples(tuple(seconds[name, nbytes]))
     return found
 
 
 def _slowest(workers: Workers, array: Any, count: int) -> float:
-    """Return the seconds of a call, on the slowest worker."""
+    """Return the seconds per call on the slowest worker."""
     out = np.empty_like(array)
     workers.all_reduce([array], ReduceOp.SUM, [out])
     workers.barrier()
-    began = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(count):
         workers.all_reduce([array], ReduceOp.SUM, [out])
-    seconds = (time.perf_counter() - began) / count
+    seconds = (time.perf_counter() - started) / count
     return float(max(workers.exchange(seconds)))
 
 
 def fit(num_workers: int, num_hosts: int, samples: Mapping[int, Samples]) -> Link:
-    """Return the constants of the least squares of relative errors; the rate may be infinite.
+    """Fit latency and rate by least squares of the relative errors; the rate may be infinite.
 
-    The model is linear in the latency and in the time of a byte.
+    The model is linear in the latency and in the seconds per byte.
     """
 
     def column(link: Link) -> Any:
         modeled = [modelled(num_workers, num_hosts, link, nbytes) for nbytes in samples]
-        return np.array(modeled) / [one.median for one in samples.values()]
+        return np.array(modeled) / [each.median for each in samples.values()]
 
     latencies, moved = column(Link(1.0, np.inf)), column(Link(0.0, 1.0))
     both = np.column_stack([latencies, moved])
     latency, per_byte = np.linalg.lstsq(both, np.ones(len(samples)))[0]
-    if latency <= 0 or per_byte <= 0:  # one of them is not seen beside the other
+    if latency <= 0 or per_byte <= 0:  # one is too small to be measured: fit the other alone
         kept, other = (latencies, moved) if per_byte <= 0 else (moved, latencies)
         alone = (kept @ np.ones(len(kept))) / (kept @ kept)
         latency, per_byte = (alone, 0.0) if other is moved else (0.0, alone)
@@ -135,23 +135,23 @@ def fit(num_workers: int, num_hosts: int, samples: Mapping[int, Samples]) -> Lin
 
 
 def fit_network(
-    num_workers: int, num_hosts: int, ways: Mapping[str, Mapping[int, Samples]]
+    num_workers: int, num_hosts: int, by_algorithm: Mapping[str, Mapping[int, Samples]]
 ) -> Network:
-    """Return the network of the least squares of relative errors of all ways.
+    """Fit the network to the times of all algorithms, by least squares of the relative errors.
 
-    The model is linear in the three times, in that of a byte, and in what a byte takes longer where
-    several send at once. What two hosts cannot show is as it was measured before: ``hop_seconds``
-    and ``incast``. So is the rate of memory, which is this machine's own.
+    The model is linear in the three latencies, in the seconds per byte, and in the additional
+    seconds per byte under incast. With two hosts ``hop_seconds`` and ``incast`` cannot be measured
+    and keep their defaults. So does the memory rate.
     """
     known = Network(0.0, 0.0, 0.0, math.inf, 1.0, cost_model.NETWORK.memory_rate)
-    cases = [(way, nbytes) for way, samples in ways.items() for nbytes in samples]
-    measured = np.array([ways[way][nbytes].median for way, nbytes in cases])
+    cases = [(name, nbytes) for name, samples in by_algorithm.items() for nbytes in samples]
+    measured = np.array([by_algorithm[name][nbytes].median for name, nbytes in cases])
 
-    def modeled(given: Network) -> Any:
+    def modeled(network: Network) -> Any:
         return np.array(
             [
-                cost_model.seconds_by_way(given, num_workers, num_hosts, nbytes)[way]
-                for way, nbytes in cases
+                cost_model.seconds_by_way(network, num_workers, num_hosts, nbytes)[name]
+                for name, nbytes in cases
             ]
         )
 
@@ -168,43 +168,43 @@ def fit_network(
             modeled(known._replace(rate=1.0, incast=0.5)) - base - of_bytes,
         ]
     weighted = np.column_stack(columns) / measured[:, None]
-    message, exchange, per_byte, *more = _not_negative(weighted, (measured - base) / measured)
+    message, exchange, per_byte, *more = _nonnegative_lstsq(weighted, (measured - base) / measured)
     per_byte = max(per_byte, 1 / _MOST_RATE)
     found = cost_model.NETWORK._replace(
         message_seconds=message, exchange_seconds=exchange, rate=1 / per_byte
     )
     if not more:
         return found
-    hop, longer = more
-    return found._replace(hop_seconds=hop, incast=per_byte / (per_byte + longer))
+    hop, incast_per_byte = more
+    return found._replace(hop_seconds=hop, incast=per_byte / (per_byte + incast_per_byte))
 
 
-def _not_negative(columns: Any, wanted: Any) -> list[float]:
-    """Return a solution of least squares; what would be negative is left out, the worst first."""
+def _nonnegative_lstsq(columns: Any, target: Any) -> list[float]:
+    """Solve least squares; set negative coefficients to 0, the most negative one first."""
     kept = [*range(columns.shape[1])]
     while True:
-        found = np.linalg.lstsq(columns[:, kept], wanted)[0]
+        found = np.linalg.lstsq(columns[:, kept], target)[0]
         shares = found * np.abs(columns[:, kept]).max(0)
         if shares.min(initial=0.0) >= 0:
             break
         del kept[int(shares.argmin())]
     solution = np.zeros(columns.shape[1])
     solution[kept] = found
-    return [float(one) for one in solution]
+    return [float(value) for value in solution]
 
 
 def modelled(num_workers: int, num_hosts: int, link: Link, nbytes: int) -> float:
-    """Return the seconds that the model gives: over shared memory, or between hosts."""
+    """Return the seconds of the cost model, over shared memory or between hosts."""
     if num_hosts == 1:
         return cost_model.memory_seconds(link, num_workers, nbytes)
     return cost_model.message_seconds(link, num_workers, num_hosts, nbytes)
 
 
 def describe(found: Calibration) -> str:
-    """Return the constants, and each time beside what the model makes of them."""
-    over = "in shared memory" if found.num_hosts == 1 else f"by messages of {found.num_hosts} hosts"
+    """Return a table of the constants, the measured times and the modelled times."""
+    path = "in shared memory" if found.num_hosts == 1 else f"by messages of {found.num_hosts} hosts"
     lines = [
-        f"{found.num_workers} workers {over}: latency "
+        f"{found.num_workers} workers {path}: latency "
         f"{found.link.latency_seconds * 1e6:.2f} us, rate {found.link.rate / 1e9:.2f} GB/s",
         f"{'bytes':>10} {'measured':>10} {'quartiles':>21} {'model':>10}",
     ]
@@ -216,30 +216,31 @@ def describe(found: Calibration) -> str:
             f"{high * 1e6:7.1f} us {model * 1e6:7.1f} us"
         )
     if found.network is not None:
-        lines += ["", *_described_ways(found, found.network)]
+        lines += ["", *_describe_algorithms(found, found.network)]
     return "\n".join(lines)
 
 
-def _described_ways(found: Calibration, fitted: Network) -> list[str]:
-    """Return what each way takes, which one the fitted model takes, and how to make it do so."""
-    lines = [f"{'bytes':>10}" + "".join(f" {way:>13}" for way in WAYS) + "   the model's choice"]
+def _describe_algorithms(found: Calibration, fitted: Network) -> list[str]:
+    """Return a table of each algorithm's times and the fitted model's choice, and the variable."""
+    heads = "".join(f" {name:>13}" for name in ALGORITHMS)
+    lines = [f"{'bytes':>10}{heads}   the model's choice"]
     for nbytes in SIZES:
         cells = (
-            f"{found.ways[way][nbytes].median * 1e6:10.1f} us" if nbytes in found.ways[way] else "-"
-            for way in WAYS
+            f"{samples[nbytes].median * 1e6:10.1f} us" if nbytes in samples else "-"
+            for samples in (found.by_algorithm[name] for name in ALGORITHMS)
         )
         choice = cost_model.between_hosts(fitted, found.num_workers, found.num_hosts, nbytes)
         lines.append(f"{nbytes:10}" + "".join(f" {cell:>13}" for cell in cells) + f"   {choice}")
     return [
         *lines,
         "",
-        "to choose by these constants, set on every worker",
+        "to make the model use these constants, set on every worker",
         f"{network.VARIABLE}={network.to_text(fitted)}",
     ]
 
 
 def as_record(found: Calibration) -> dict[str, Any]:
-    """Return it as JSON can hold it; a rate that was not seen is None."""
+    """Return a calibration as plain JSON values; an infinite rate is None."""
     return {
         "num_workers": found.num_workers,
         "num_hosts": found.num_hosts,
@@ -247,9 +248,9 @@ def as_record(found: Calibration) -> dict[str, Any]:
         "rate": found.link.rate if math.isfinite(found.link.rate) else None,
         "seconds": _seconds(found.samples),
         "network": None if found.network is None else found.network._asdict(),
-        "ways": {way: _seconds(samples) for way, samples in found.ways.items()},
+        "ways": {name: _seconds(samples) for name, samples in found.by_algorithm.items()},
     }
 
 
 def _seconds(samples: Mapping[int, Samples]) -> dict[str, Any]:
-    return {str(nbytes): one.seconds for nbytes, one in samples.items()}
+    return {str(nbytes): each.seconds for nbytes, each in samples.items()}

@@ -1,13 +1,13 @@
-"""The constants of the cost model, measured: what ``schedules/cost_model.py`` calls a machine.
+"""Calibration of the cost model on one host: the constants of ``cost_model.Machine``.
 
-All by in-place sums of two float32 buffers, the medians of several rounds:
+All from in-place sums of two float32 buffers, medians of several rounds:
 
-* ``call``: a call that moves 16 bytes;
-* ``rate_of_one``, ``cached_rate``: the slope between two sizes on one thread, around where sharing
-  begins to pay, and within a first cache;
-* ``rate_of_all``: the slope between two sizes of jobs that all threads share;
-* ``join``: what a shared job takes beyond its bytes, with helpers awake;
-* ``wake``: what waking helpers that sleep costs the caller; they come 30 to 100 us later.
+* ``call``: time of a call that moves 16 bytes;
+* ``rate_of_one``, ``cached_rate``: slope between two sizes on one thread, near the size where
+  sharing starts to pay, and within the first-level cache;
+* ``rate_of_all``: slope between two sizes of jobs that all threads share;
+* ``join``: time of a shared job beyond that of its bytes, with helper threads awake;
+* ``wake``: time to wake sleeping helper threads; they start 30 to 100 us later.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from dvkernels.schedules.cost_model import CPU, Machine
 __all__ = ["calibrate", "describe"]
 
 _KIB = 1024
-_NAP_SECONDS = 3e-3  # helpers fall asleep within a tenth of that
+_NAP_SECONDS = 3e-3  # helper threads go to sleep within a tenth of it
 
 
 class _Sum:
-    """The sum of two buffers as a job that can be run alone or shared, whatever its size."""
+    """Sum of two buffers as a job that runs on one thread or on all, whatever its size."""
 
     def __init__(self, nbytes: int) -> None:
         self._buffers = [np.zeros(nbytes // 4, np.float32) for _ in range(2)]
@@ -46,21 +46,21 @@ class _Sum:
 
     def _rewind(self) -> None:
         self._job[0] = 0
-        self._job[self._job[20] :] = 0  # the counters come last
+        self._job[self._job[20] :] = 0  # the counters, at the end of the job
 
     def alone(self) -> None:
-        """Run it on this thread."""
+        """Run the job on this thread."""
         self._rewind()
         thread_pool.run_alone(self._address)
 
     def shared(self) -> None:
-        """Run it with the helpers, however small it is."""
+        """Run the job on all threads, however small it is."""
         self._rewind()
         thread_pool.execute(self._job, self._address, max(self.moved, thread_pool.SHARED_NBYTES))
 
 
 def calibrate(num_rounds: int) -> Machine:
-    """Return the constants of this machine. Takes a second or two."""
+    """Measure the constants of this machine, within a second or two."""
     tiny, small = _Sum(16), _Sum(8 * _KIB)
     middle, large = _Sum(128 * _KIB), _Sum(1024 * _KIB)
 
@@ -77,28 +77,30 @@ def calibrate(num_rounds: int) -> Machine:
     shared = [median(job.shared, 50) for job in (middle, large)]
     rate_of_all = _slope(middle, large, shared)
     join = max(0.0, shared[1] - call - large.moved / rate_of_all)
-    naps = []
+    wakes = []
     for _ in range(5 * num_rounds):
         time.sleep(_NAP_SECONDS)
-        naps.append(timed(thread_pool.wake, 1))
-    wake = statistics.median(naps)
+        wakes.append(timed(thread_pool.wake, 1))
+    wake = statistics.median(wakes)
     return Machine(call, join, wake, rate_of_one, rate_of_all, cached)
 
 
-def _slope(one: _Sum, other: _Sum, seconds: list[float]) -> float:
-    return (other.moved - one.moved) / max(1e-9, seconds[1] - seconds[0])
+def _slope(small: _Sum, large: _Sum, seconds: list[float]) -> float:
+    """Return bytes per second between two sizes."""
+    return (large.moved - small.moved) / max(1e-9, seconds[1] - seconds[0])
 
 
 def describe(found: Machine) -> str:
-    """Return the constants beside those in use, and what follows from them."""
+    """Return a table of measured and used constants, and the sizes from which sharing pays."""
     lines = ["constant            measured here       in use"]
-    for name, mine, used in zip(Machine._fields, found, CPU, strict=True):
+    for name, measured, used in zip(Machine._fields, found, CPU, strict=True):
         unit, scale = ("us", 1e6) if name.endswith("seconds") else ("GB/s", 1e-9)
-        lines.append(f"{name:16} {scale * mine:11.2f} {unit:4} {scale * used:8.2f} {unit}")
+        lines.append(f"{name:16} {scale * measured:11.2f} {unit:4} {scale * used:8.2f} {unit}")
     for asleep in (False, True):
-        who = "helpers asleep" if asleep else "helpers awake"
+        helpers = "helpers asleep" if asleep else "helpers awake"
         lines.append(
-            f"sharing pays from {_kib(found, asleep)} KiB moved ({_kib(CPU, asleep)} in use), {who}"
+            f"sharing pays from {_kib(found, asleep)} KiB moved "
+            f"({_kib(CPU, asleep)} in use), {helpers}"
         )
     return "\n".join(lines)
 

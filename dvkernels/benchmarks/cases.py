@@ -1,7 +1,7 @@
-"""The collectives as benchmark cases: inputs, the call, NumPy's answer, the bytes that must move.
+"""Benchmark cases of the collectives: inputs, the call, NumPy's result, the least bytes moved.
 
 Inputs are random whole numbers, small enough that every sum is exact in any order and dtype, so
-that one wrong element is found whatever the algorithm.
+that a single wrong element is found with every algorithm.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Array = np.ndarray[Any, Any]
 
 
 class _Collective(NamedTuple):
-    """How a collective is called, and what it costs at least, for R replicas of S bytes."""
+    """Call and lower bounds of a collective, for R replicas of S bytes."""
 
     call: Callable[..., Any]  # (buffers, outs, op, algorithm)
-    outs: Callable[[list[Array]], list[Array]]  # arrays to be written, allocated beforehand
+    outs: Callable[[list[Array]], list[Array]]  # preallocated outputs
     expected: Callable[[list[Array], ReduceOp], list[Array]]
-    moved: Callable[[int], int]  # R -> multiples of S, with streaming stores where not in place
-    bus: Callable[[int], float]  # R -> busbw / algbw, as nccl-tests has it
+    moved: Callable[[int], int]  # R -> multiples of S, with streaming stores if out of place
+    bus: Callable[[int], float]  # R -> busbw / algbw, as in nccl-tests
     reduces: bool
 
 
 def _reduced(buffers: list[Array], op: ReduceOp) -> Array:
-    """Return NumPy's reduction, in float32 for halves and rounded once."""
+    """Return NumPy's reduction; 16-bit floats are accumulated in float32 and rounded once."""
     dtype = buffers[0].dtype
     wide = np.dtype(np.float32) if reduce_op.is_half(dtype) else dtype
     stacked = [buffer.astype(wide, copy=False) for buffer in buffers]
@@ -117,7 +117,7 @@ COLLECTIVES: dict[str, _Collective] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a benchmark."""
+    """A collective with its size, dtype, operation, replicas and algorithm."""
 
     collective: str
     nbytes: int  # of one replica's buffer
@@ -133,13 +133,13 @@ class Case:
 
     @property
     def moved(self) -> int:
-        """The bytes that must be read and written at least."""
+        """The least bytes that must be read and written."""
         multiples = COLLECTIVES[self.collective].moved(self.num_replicas)
         return multiples * self.count * self.dtype.itemsize
 
     @property
     def footprint(self) -> int:
-        """The bytes of all arrays that a measurement holds."""
+        """The bytes of all arrays of a measurement."""
         return 3 * max(self.moved, 2 * self.num_replicas * self.nbytes)
 
     def random_buffers(self, seed: int) -> list[Array]:
@@ -154,10 +154,10 @@ class Case:
 
     @property
     def most_repeats(self) -> int:
-        """How often the collective may be repeated in place before its numbers must be renewed.
+        """Number of calls in place before the inputs must be renewed.
 
-        Sums in place grow by the number of replicas each time. Numbers that overflow, or integers
-        that wrap to zero, would be easy input: memory takes zeros twice as fast as other words.
+        Each sum in place multiplies the values by the number of replicas. Overflowed values, or
+        integers that wrapped to zero, would distort the times: zeros are written twice as fast.
         """
         grows = self.collective == "all_reduce" and self.op is ReduceOp.SUM
         if not grows or self.num_replicas == 1:
@@ -179,14 +179,14 @@ class Case:
         return buffers
 
     def caller(self, buffers: list[Array]) -> tuple[Callable[[], Any], list[Array]]:
-        """Return the call over ``buffers``, and the arrays that it leaves its results in."""
+        """Return the call over ``buffers``, and the arrays that receive its results."""
         collective = COLLECTIVES[self.collective]
         outs = collective.outs(buffers)
         op, algorithm, call = self.op, self.algorithm, collective.call
         return lambda: call(buffers, outs, op, algorithm), outs
 
     def probed(self, buffers: list[Array], outs: list[Array]) -> tuple[list[Array], list[Array]]:
-        """Return what the probe reads and what it overwrites; without the latter, in place."""
+        """Return the arrays that the probe reads and those it writes; none of these: in place."""
         if self.collective == "all_reduce":
             return buffers, []
         if self.collective == "broadcast":
@@ -194,7 +194,7 @@ class Case:
         return buffers, outs
 
     def wrong_elements(self, seed: int) -> int:
-        """Return how many result elements differ from NumPy's, on random inputs."""
+        """Return the number of result elements that differ from NumPy's, on random inputs."""
         buffers = self.random_buffers(seed)
         expected = COLLECTIVES[self.collective].expected(
             [buffer.copy() for buffer in buffers], self.op
@@ -211,17 +211,19 @@ class Case:
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """Return the dtype of that name, bfloat16 included."""
+    """Return a dtype by name, bfloat16 included."""
     try:
         return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     except TypeError:
-        raise UnsupportedDTypeError(f"bench: {name!r} is no dtype; use float32, say") from None
+        raise UnsupportedDTypeError(
+            f"bench: {name!r} is no dtype; use one such as float32"
+        ) from None
 
 
 def case(
     collective: str, nbytes: int, dtype: str, op: str, num_replicas: int, algorithm: str
 ) -> Case:
-    """Return a checked case; the errors are the library's own."""
+    """Return a checked case; errors are those of the library."""
     if collective not in COLLECTIVES:
         known = ", ".join(COLLECTIVES)
         raise AlgorithmError(f"bench: {collective!r} is no collective; use one of {known}")
@@ -237,5 +239,5 @@ def case(
     if COLLECTIVES[collective].reduces:
         reduce_op.check_dtype("bench", known_op, known_dtype)
     elif known_dtype.hasobject:
-        raise UnsupportedDTypeError(f"bench: {known_dtype} is no dtype of numbers")
+        raise UnsupportedDTypeError(f"bench: {known_dtype} is not a numeric dtype")
     return Case(collective, nbytes, known_dtype, known_op, num_replicas, algorithm)

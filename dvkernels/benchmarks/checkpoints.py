@@ -1,4 +1,4 @@
-"""How fast a checkpoint is saved and restored, beside other libraries; what a save holds up."""
+"""Benchmark of checkpoints: saving and restoring against other libraries, steps during a save."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["CASES", "PEERS", "measure", "memory_folder"]
 CASES = {
     "save": "variables to files, synced, with checksums (ours alone)",
     "restore": "files to memory, checksums compared (ours alone)",
-    "step": "a training step on two replicas, alone and while a save goes on in the background",
+    "step": "a training step on two replicas, alone and during a background save",
 }
 
 
@@ -44,20 +44,18 @@ PEERS: Mapping[str, Peer] = {
 
 
 def memory_folder() -> str | None:
-    """Return where files lie in memory, None for where temporary files go."""
+    """Return the folder of a file system in memory; None where there is none."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def measure(
     case: str, folder: str, nbytes: int, num_rounds: int, workers: Mapping[str, Worker]
 ) -> dict[str, Samples]:
-    """Return the seconds of ours, and of each peer, in alternating rounds."""
+    """Return the seconds of this library and of each peer, in alternating rounds."""
     with contextlib.ExitStack() as stack:
         if case == "step":
             return alternate(_steps(folder, nbytes, stack), num_rounds)
-        contestants: dict[str, Callable[[], float]] = {
-            "dvkernels": _ours(case, folder, nbytes, stack)
-        }
+        timers: dict[str, Callable[[], float]] = {"dvkernels": _ours(case, folder, nbytes, stack)}
         for name, worker in workers.items():
             command = {"case": case, "folder": folder, "nbytes": nbytes}
 
@@ -67,21 +65,21 @@ def measure(
                     raise AssertionError(f"{worker.name} restored {answer.wrong} wrong elements")
                 return answer.seconds
 
-            ask()  # its first call loads modules
-            contestants[name] = ask
-        warmed = {name: functools.partial(_second, call) for name, call in contestants.items()}
-        return alternate(warmed, num_rounds)
+            ask()  # the first call loads modules
+            timers[name] = ask
+        warm = {name: functools.partial(_second, timer) for name, timer in timers.items()}
+        return alternate(warm, num_rounds)
 
 
-def _second(call: Callable[[], float]) -> float:
+def _second(timer: Callable[[], float]) -> float:
     """Return the seconds of the second of two calls.
 
-    A virtual machine gives memory that is free for two seconds back to its host. To get 1 GiB of
-    it anew took 1 to 3 s, where writing it takes 0.3: whoever came first after others had freed
-    memory paid for that. After a call of its own each writes to memory that it has just freed.
+    A virtual machine returns memory to its host once it has been free for two seconds. Getting
+    1 GiB back took 1 to 3 s, writing it 0.3 s: the library that allocated first would pay for
+    that. After a call of its own each library writes to memory that it has just freed.
     """
-    call()
-    return call()
+    timer()
+    return timer()
 
 
 def _ours(case: str, folder: str, nbytes: int, stack: contextlib.ExitStack) -> Callable[[], float]:
@@ -94,16 +92,16 @@ def _ours(case: str, folder: str, nbytes: int, stack: contextlib.ExitStack) -> C
 
     def save() -> float:
         shutil.rmtree(path, ignore_errors=True)
-        began = time.perf_counter()
+        started = time.perf_counter()
         checkpoint.save(path)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     def restore() -> float:
         for variable in variables.values():
             variable.assign(np.zeros(variable.shape, variable.dtype))
-        began = time.perf_counter()
+        started = time.perf_counter()
         checkpoint.restore(path)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         if any(not np.array_equal(v.read_value(), arrays[n]) for n, v in variables.items()):
             raise AssertionError("dvkernels restored wrong elements")
         return seconds
@@ -113,33 +111,32 @@ def _ours(case: str, folder: str, nbytes: int, stack: contextlib.ExitStack) -> C
 
 
 def _steps(folder: str, nbytes: int, stack: contextlib.ExitStack) -> dict[str, Callable[[], float]]:
-    """Return what measures a step alone, while a save is written, and the copy to host memory."""
+    """Return the timers of a step alone, of a step during a save, and of the blocking copy."""
     arrays = checkpoint_data.arrays(nbytes)
     checkpoint = stack.enter_context(Checkpoint(**arrays))
     strategy = stack.enter_context(MirroredStrategy(["cpu:0", "cpu:1"]))
     path = Path(folder) / "background"
-    # Elementwise work, because BLAS would start threads of its own beside the replicas.
+    # Elementwise work, because BLAS would start threads of its own.
     weights = [np.ones((256, 1024), np.float32) for _ in range(2)]
 
     def work() -> None:
         replica = context.get_replica_context()
         assert replica is not None
-        mine = weights[replica.replica_id_in_sync_group]
-        hidden = mine
+        hidden = weights[replica.replica_id_in_sync_group]
         for _ in range(8):
             hidden = np.tanh(hidden)
         replica.all_reduce("mean", hidden)
 
     def step() -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         strategy.run(work)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     def alone() -> float:
         return float(np.mean([step() for _ in range(1000)]))
 
     def during_a_save() -> float:
-        held_up()  # see _second
+        blocking()  # see _second
         checkpoint.save(path, background=True)
         times = []
         while checkpoint.is_saving:
@@ -148,13 +145,14 @@ def _steps(folder: str, nbytes: int, stack: contextlib.ExitStack) -> dict[str, C
         shutil.rmtree(path)
         return float(np.mean(times))
 
-    def held_up() -> float:
-        began = time.perf_counter()
+    def blocking() -> float:
+        """Return the seconds for which a background save blocks the caller."""
+        started = time.perf_counter()
         checkpoint.save(path, background=True)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         checkpoint.close()
         shutil.rmtree(path)
         return seconds
 
-    held_up()
-    return {"dvkernels": alone, "during a save": during_a_save, "copy to host": held_up}
+    blocking()
+    return {"dvkernels": alone, "during a save": during_a_save, "copy to host": blocking}

@@ -1,8 +1,8 @@
-"""The whole measurement of one GPU, beside its copies and its neighbours.
+"""Benchmark of a single GPU, against a copy within the device, CuPy and PyTorch.
 
-The limit is the bandwidth of a copy within the device, bytes read and written, taken in the same
-run, in turn with the others. The host's clock is read after all work has ended; each figure is of
-many calls. Before it is timed, each result is compared with NumPy's on random numbers.
+The limit is the bandwidth of the copy, in bytes read and written, measured in alternating rounds
+with the others. The host's clock is read after all work has ended; each figure averages many calls.
+Each result is compared with NumPy's on random numbers before it is timed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dvkernels.errors import DeviceError
 
 __all__ = ["Figure", "MeasurementPlan", "all_reduce", "compare", "measure", "page"]
 
-_MOST_BYTES_APART = 1e-2  # of bfloat16, whose sums are rounded once
+_BFLOAT16_TOLERANCE = 1e-2  # sums are rounded once
 
 
 class MeasurementPlan(NamedTuple):
-    """How large, how many, how often."""
+    """Sizes, replicas, rounds and calls of the GPU benchmarks."""
 
     nbytes: int = 256 << 20
     small_nbytes: int = 4 << 10
@@ -38,7 +38,7 @@ class MeasurementPlan(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One line of the report: what took how long, and which part of the limit that is."""
+    """A line of the report: the time of a call, and the fraction of the limit that it reaches."""
 
     name: str
     replicas: int
@@ -47,13 +47,13 @@ class Figure(NamedTuple):
     seconds: float | None  # None: not measured
     quartiles: tuple[float, float] | None
     moved_nbytes: int
-    attained: float | None  # of the copy's bandwidth
-    neighbours: Mapping[str, float]  # seconds
+    attained: float | None  # fraction of the copy's bandwidth
+    neighbours: Mapping[str, float]  # seconds of the copy and of other implementations
     note: str = ""
 
 
 class _OneGpuBench:
-    """What all figures need: a device, its copy bandwidth, a clock that waits."""
+    """State shared by all figures: the device, arrays for the copy, synchronized timing."""
 
     def __init__(self, device: int, plan: MeasurementPlan) -> None:
         self.arrays, self.device, self.plan = cuda.arrays(), device, plan
@@ -64,14 +64,15 @@ class _OneGpuBench:
         return self.arrays.empty(self.device, (count,), np.dtype(dtype))
 
     def filled(self, count: int, dtype: Any, num: int) -> tuple[list[Any], list[Any]]:
+        """Return ``num`` arrays of random numbers on the device, and their copies on the host."""
         host = [self.rng.standard_normal(count).astype(dtype) for _ in range(num)]
-        there = [self.empty(count, dtype) for _ in host]
-        for one, content in zip(there, host, strict=True):
-            self.arrays.copy(one, content)
-        return there, host
+        on_device = [self.empty(count, dtype) for _ in host]
+        for array, content in zip(on_device, host, strict=True):
+            self.arrays.copy(array, content)
+        return on_device, host
 
     def seconds(self, call: Callable[[], object], calls: int) -> float:
-        """Return the seconds of one of so many calls, all of whose work has ended."""
+        """Return the seconds per call, until all work of ``calls`` calls has ended."""
 
         def all_calls() -> None:
             for _ in range(calls):
@@ -83,10 +84,10 @@ class _OneGpuBench:
     def copy(self) -> None:
         self.arrays.copy(self.target, self.source)
 
-    def contest(
+    def compare_times(
         self, ours: Callable[[], object], others: Mapping[str, Callable[[], object]], calls: int
     ) -> dict[str, Samples]:
-        """Return samples of ours, the copy's and the neighbours', taken in turn."""
+        """Return samples of our call, of the copy and of the others, in alternating rounds."""
         every = {"ours": ours, "copy": self.copy, **others}
         counts = {name: calls if name != "copy" else self.plan.calls for name in every}
         return alternate(
@@ -117,7 +118,13 @@ class _OneGpuBench:
 
 
 def measure(device: int = 0, plan: MeasurementPlan | None = None) -> list[Figure]:
-    """Return all figures; :class:`DeviceError` where there is no GPU, or a result is wrong."""
+    """Return all figures of one GPU.
+
+    Raises
+    ------
+    DeviceError
+        There is no GPU, or a result is wrong.
+    """
     bench = _OneGpuBench(device, plan or MeasurementPlan())
     figures = [
         _all_reduce(bench, count, dtype)
@@ -141,18 +148,24 @@ def _all_reduce(bench: _OneGpuBench, count: int, dtype: np.dtype[Any]) -> Figure
     kernels.all_reduce(buffers)
     expected = np.sum([one.astype("f4") for one in host], axis=0, dtype="f4")
     compare(
-        bench.arrays, "all_reduce", buffers, expected, 1e-6 if dtype == "f4" else _MOST_BYTES_APART
+        bench.arrays,
+        "all_reduce",
+        buffers,
+        expected,
+        1e-6 if dtype == "f4" else _BFLOAT16_TOLERANCE,
     )
-    neighbours = _neighbours(buffers) if dtype == "f4" else {}
-    found = bench.contest(
-        lambda: kernels.all_reduce(buffers, "mean"), neighbours, bench.plan.calls
+    others = _other_libraries(buffers) if dtype == "f4" else {}
+    found = bench.compare_times(
+        lambda: kernels.all_reduce(buffers, "mean"), others, bench.plan.calls
     )  # a mean, so that repeated calls do not overflow
     return bench.figure("all_reduce", count, buffers[0], 2 * count * buffers[0].nbytes, found)
 
 
 def _small(bench: _OneGpuBench) -> Figure:
     buffers, _ = bench.filled(bench.plan.small_nbytes // 4, np.dtype("f4"), 2)
-    found = bench.contest(lambda: kernels.all_reduce(buffers, "mean"), {}, bench.plan.small_calls)
+    found = bench.compare_times(
+        lambda: kernels.all_reduce(buffers, "mean"), {}, bench.plan.small_calls
+    )
     moved = 4 * buffers[0].nbytes
     return bench.figure("all_reduce, a call from Python", 2, buffers[0], moved, found)
 
@@ -191,8 +204,8 @@ def _adam(bench: _OneGpuBench) -> Figure:
     length = bench.plan.nbytes // dtype.itemsize // 4
     gradients, host = bench.filled(length, dtype, count)
     states = [[bench.empty(length, dtype) for _ in range(count)] for _ in range(3)]
-    for one in (one for state in states for one in state):
-        bench.arrays.copy(one, np.zeros(length, dtype))
+    for array in (array for state in states for array in state):
+        bench.arrays.copy(array, np.zeros(length, dtype))
 
     def step() -> None:
         kernels.cuda.optimizers.adam(
@@ -203,28 +216,29 @@ def _adam(bench: _OneGpuBench) -> Figure:
     mean = np.mean(host, axis=0, dtype="f4")
     expected = -1e-3 * mean / (np.abs(mean) + 1e-8)
     compare(bench.arrays, "mean and Adam", states[0], expected, 1e-4)
-    found = bench.contest(step, {}, bench.plan.calls)
+    found = bench.compare_times(step, {}, bench.plan.calls)
+    # Reads the gradients and one copy of the three states, writes every copy of them.
     moved = (count + 3 + 3 * count) * gradients[0].nbytes
     return bench.figure("mean and Adam, fused", count, gradients[0], moved, found)
 
 
 def compare(
-    seam: cuda.ArrayLibrary, what: str, arrays: Sequence[Any], expected: Any, most_apart: float
+    library: cuda.ArrayLibrary, what: str, arrays: Sequence[Any], expected: Any, tolerance: float
 ) -> None:
-    """Raise ``DeviceError`` unless all arrays hold what NumPy computes."""
+    """Raise ``DeviceError`` unless all device arrays equal NumPy's result within the tolerance."""
     for replica, array in enumerate(arrays):
         found = np.empty(array.shape, array.dtype)
-        seam.copy(found, array)
-        apart = np.abs(found.astype("f4") - expected) / (np.abs(expected) + 1)
-        if not apart.max(initial=0) <= most_apart:
+        library.copy(found, array)
+        difference = np.abs(found.astype("f4") - expected) / (np.abs(expected) + 1)
+        if not difference.max(initial=0) <= tolerance:
             raise DeviceError(
-                f"{what}: replica {replica} is {apart.max():g} from what NumPy computes, more than "
-                f"{most_apart:g}; nothing is reported"
+                f"{what}: replica {replica} differs from NumPy's result by {difference.max():g}, "
+                f"more than {tolerance:g}; nothing is reported"
             )
 
 
-def _neighbours(buffers: Sequence[Any]) -> dict[str, Callable[[], object]]:
-    """Return what CuPy and PyTorch do for the same result, where they are."""
+def _other_libraries(buffers: Sequence[Any]) -> dict[str, Callable[[], object]]:
+    """Return calls of CuPy and PyTorch with the same result, where they are installed."""
     found: dict[str, Callable[[], object]] = {}
     if cuda.is_simulated():
         return found
@@ -280,15 +294,17 @@ def page(figures: Sequence[Figure], about: Mapping[str, str]) -> str:
     lines = [f"{name}: {value}  " for name, value in about.items()]
     lines += ["", "| what | replicas | bytes | dtype | time | of the copy | neighbours |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for one in figures:
-        time = one.note or "not measured"
-        if one.seconds is not None and one.quartiles is not None:
-            low, high = one.quartiles
-            time = f"{1e6 * one.seconds:.2f} us ({1e6 * low:.2f} to {1e6 * high:.2f})"
-        part = "" if one.attained is None else f"{one.attained:.2f}"
-        others = ", ".join(f"{name} {1e6 * each:.2f} us" for name, each in one.neighbours.items())
+    for figure in figures:
+        time = figure.note or "not measured"
+        if figure.seconds is not None and figure.quartiles is not None:
+            low, high = figure.quartiles
+            time = f"{1e6 * figure.seconds:.2f} us ({1e6 * low:.2f} to {1e6 * high:.2f})"
+        part = "" if figure.attained is None else f"{figure.attained:.2f}"
+        others = ", ".join(
+            f"{name} {1e6 * seconds:.2f} us" for name, seconds in figure.neighbours.items()
+        )
         lines.append(
-            f"| {one.name} | {one.replicas} | {one.nbytes} | {one.dtype} | {time} | {part} | "
-            f"{others} |"
+            f"| {figure.name} | {figure.replicas} | {figure.nbytes} | {figure.dtype} | {time} | "
+            f"{part} | {others} |"
         )
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What a training step does with its gradients: many arrays at once, and fused updates."""
+"""Benchmarks of gradients in a step: all-reduce of many arrays, fused Adam, compiled barriers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ Array = np.ndarray[Any, Any]
 
 
 def resnet_50_shapes() -> list[tuple[int, ...]]:
-    """Return the shapes of the 161 trainable arrays of a ResNet-50 (He et al., CVPR 2016).
+    """Return the shapes of the 161 trainable arrays of a ResNet-50.
+
+    He et al., CVPR 2016, doi:10.1109/CVPR.2016.90.
 
     >>> sum(int(np.prod(shape)) for shape in resnet_50_shapes()), len(resnet_50_shapes())
     (25557032, 161)
@@ -45,16 +47,16 @@ def _random(shape: tuple[int, ...], seed: int) -> Array:
 
 
 def many(num_replicas: int, num_rounds: int) -> dict[str, Samples]:
-    """Time the mean of a ResNet-50's gradients beside the probe; raise if it is wrong."""
+    """Time the mean of a ResNet-50's gradients and the memory probe; raise if the mean is wrong."""
     groups = [
         [_random(shape, 1000 * k + rank) for rank in range(num_replicas)]
         for k, shape in enumerate(resnet_50_shapes())
     ]
-    expected = [np.mean(np.array(arrays, np.float64), axis=0) for arrays in groups]
+    expected_means = [np.mean(np.array(arrays, np.float64), axis=0) for arrays in groups]
     kernels.all_reduce_many(groups, "mean")
-    for arrays, right in zip(groups, expected, strict=True):
+    for arrays, expected in zip(groups, expected_means, strict=True):
         for array in arrays:
-            np.testing.assert_allclose(array, right, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-6)
     total = sum(arrays[0].size for arrays in groups)
     flat = [_random((total,), rank) for rank in range(num_replicas)]
     probe = Probe(flat, [], 2 * num_replicas * flat[0].nbytes)
@@ -68,9 +70,9 @@ def many(num_replicas: int, num_rounds: int) -> dict[str, Samples]:
 
 
 def fused_adam(num_replicas: int, nbytes: int, num_rounds: int) -> dict[str, Samples]:
-    """Time mean and Adam in one pass beside separate passes, with a copy of all state a replica.
+    """Time mean and Adam in one pass, and in separate passes; each replica has all states.
 
-    The separate passes are our own all-reduce and then our own kernel for each replica.
+    The separate passes are our all-reduce, and then our Adam kernel for each replica.
     """
     length = nbytes // 4
     gradients = [_random((length,), rank) for rank in range(num_replicas)]
@@ -90,10 +92,8 @@ def fused_adam(num_replicas: int, nbytes: int, num_rounds: int) -> dict[str, Sam
             adam([gradients[rank : rank + 1]], *([state[rank : rank + 1]] for state in states))
 
     calls: dict[str, Callable[[], None]] = {"fused": fused, "separate": separate}
-    contestants = {
-        name: functools.partial(timed, call, 1) for name, call in calls.items()
-    }  # each call is preceded by one that does not count
-    return alternate(contestants, num_rounds)
+    timers = {name: functools.partial(timed, call, 1) for name, call in calls.items()}
+    return alternate(timers, num_rounds)
 
 
 @numba.njit(nogil=True)
@@ -103,19 +103,19 @@ def _barriers(state, rank, count):  # type: ignore[no-untyped-def]
 
 
 def barrier_seconds(num_replicas: int, count: int = 100_000) -> float:
-    """Return what a barrier inside compiled code takes, the mean of many."""
-    team = group.Group(num_replicas)
+    """Return the mean seconds of a barrier inside compiled code."""
+    threads_group = group.Group(num_replicas)
     _barriers(group.Group(1).state, 0, 1)  # compiles
     threads = [
-        threading.Thread(target=_barriers, args=(team.state, rank, count))
+        threading.Thread(target=_barriers, args=(threads_group.state, rank, count))
         for rank in range(1, num_replicas)
     ]
     for thread in threads:
         thread.start()
-    _barriers(team.state, 0, 1)  # all have come
-    began = time.perf_counter()
-    _barriers(team.state, 0, count - 1)
-    seconds = (time.perf_counter() - began) / (count - 1)
+    _barriers(threads_group.state, 0, 1)  # all threads have arrived
+    started = time.perf_counter()
+    _barriers(threads_group.state, 0, count - 1)
+    seconds = (time.perf_counter() - started) / (count - 1)
     for thread in threads:
         thread.join()
     return seconds

@@ -1,4 +1,4 @@
-"""How fast batches come: ours beside other libraries' input pipelines, in alternating rounds."""
+"""Benchmark of input pipelines: seconds per batch, against other libraries, in rounds in turn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvkernels.strategies.mirrored import MirroredStrategy
 
 __all__ = ["CASES", "PEERS", "measure"]
 
-# What each case is, and the number of batches of a round.
+# Description of each case, and its number of batches per round.
 CASES = {
     "arrays": ("100 000 shuffled rows of 64 float32 and a label, in memory", 400),
     "memmap": ("the same rows, mapped from a file", 400),
@@ -33,18 +33,18 @@ PEERS: Mapping[str, Peer] = {
         "tensorflow-cpu", "tensorflow", "tf_input_worker.py", False, "pip install tensorflow-cpu"
     ),
 }
-# Each has its own way to share out work; batches of a strategy are split over two replicas.
 
 
 def measure(
     case: str, folder: str, num_rounds: int, workers: Mapping[str, Worker]
 ) -> dict[str, Samples]:
-    """Return the seconds a batch of ours and of each peer that measures the case."""
+    """Return the seconds per batch of this library and of each peer that supports the case.
+
+    Each library parallelizes in its own way; our batches are split over two replicas.
+    """
     count = CASES[case][1]
     with contextlib.ExitStack() as stack:
-        contestants: dict[str, Callable[[], float]] = {
-            "dvkernels": _ours(case, folder, count, stack)
-        }
+        timers: dict[str, Callable[[], float]] = {"dvkernels": _ours(case, folder, count, stack)}
         for name, worker in workers.items():
             command = {"case": case, "batches": count, "folder": folder}
             first = worker.send(command)
@@ -52,8 +52,8 @@ def measure(
                 continue
             if first.wrong:
                 raise AssertionError(f"{name} delivered {first.wrong} elements twice")
-            contestants[name] = lambda w=worker, c=command: w.send(c).seconds  # type: ignore[misc]
-        return alternate(contestants, num_rounds)
+            timers[name] = lambda w=worker, c=command: w.send(c).seconds  # type: ignore[misc]
+        return alternate(timers, num_rounds)
 
 
 def _ours(case: str, folder: str, count: int, stack: contextlib.ExitStack) -> Callable[[], float]:
@@ -70,9 +70,9 @@ def _ours(case: str, folder: str, count: int, stack: contextlib.ExitStack) -> Ca
     def once() -> float:
         with iter(distributed) as batches:
             seen = [next(batches)]
-            began = time.perf_counter()
+            started = time.perf_counter()
             seen += itertools.islice(batches, count)
-            seconds = (time.perf_counter() - began) / count
+            seconds = (time.perf_counter() - started) / count
         labels = np.concatenate([_labels(batch) for batch in seen])
         if len(np.unique(labels)) != len(labels):
             raise AssertionError("an element was delivered twice")

@@ -1,4 +1,4 @@
-"""How fast the processes of a job reduce, beside the MPI that started them and Gloo."""
+"""Benchmark of the all-reduce between the processes of a job, against MPI and Gloo."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _KIB, _MIB = 1 << 10, 1 << 20
 
 
 class _JobCase(NamedTuple):
-    """What is reduced, and by whom beside our ``ours``: a name and who of the job that is."""
+    """An all-reduce, and the implementations that are measured: names in ``job_worker.py``."""
 
     length: int
     iterations: int
-    what: str
-    ours: str = "ours"
+    description: str
+    ours: str = "ours"  # our implementation
     dtype: str = "float32"
-    others: Mapping[str, tuple[str, str]] = {}  # name -> who, dtype; None of them for sizes
-    is_beside_mpi: bool = True
+    others: Mapping[str, tuple[str, str]] = {}  # printed name -> our other implementation, dtype
+    with_mpi: bool = True  # whether MPI and Gloo are measured
 
 
 def _of_size(nbytes: int, iterations: int) -> _JobCase:
-    what = f"all-reduce of {_text(nbytes)} of float32 a process"
-    # Shorter ones are staged, wherever they lie.
-    others = {"in shared memory": ("window", "float32")} if nbytes >= _MIB else {}
-    return _JobCase(nbytes // 4, iterations, what, others=others)
+    description = f"all-reduce of {_size(nbytes)} of float32 per process"
+    # Smaller arrays are staged, even if they lie in symmetric memory.
+    others = {"in shared memory": ("symmetric", "float32")} if nbytes >= _MIB else {}
+    return _JobCase(nbytes // 4, iterations, description, others=others)
 
 
-def _text(nbytes: int) -> str:
+def _size(nbytes: int) -> str:
     for unit, size in (("MiB", _MIB), ("KiB", _KIB)):
         if nbytes >= size:
             return f"{nbytes // size} {unit}"
     return f"{nbytes} B"
 
 
-# Iterations for about 0.1 to 0.3 s a measurement.
+# Iterations for about 0.1 to 0.3 s per measurement.
 _OF_TWO = {
     "8B": _of_size(8, 3000),
     "1KiB": _of_size(_KIB, 3000),
@@ -52,15 +52,16 @@ _OF_TWO = {
     "16MiB": _of_size(16 * _MIB, 10),
     "64MiB": _of_size(64 * _MIB, 3),
     "halves": _JobCase(
-        16 * _MIB, 3, "64 MiB of float32, and as many bytes and elements of bfloat16",
+        16 * _MIB, 3, "64 MiB of float32, and the same bytes and elements of bfloat16",
         others={"same bytes": ("ours", "bfloat16"), "same count": ("ours", "bfloat16")},
-        is_beside_mpi=False,
+        with_mpi=False,
     ),
     "gradients": _JobCase(
         0, 5, "the mean of a ResNet-50's gradients (161 arrays, 102 MB), and fused for MPI",
-        "gradients", is_beside_mpi=False,
+        "gradients", with_mpi=False,
         others={
-            "mpi fused": ("fused", "float32"), "in shared memory": ("kept gradients", "float32"),
+            "mpi fused": ("fused", "float32"),
+            "in shared memory": ("symmetric gradients", "float32"),
         },
     ),
     "scalar": _JobCase(
@@ -70,7 +71,7 @@ _OF_TWO = {
 _OF_FOUR = {
     f"replicas-{name}": _JobCase(
         nbytes // 4, iterations,
-        f"{name} of float32 a replica: two processes of two replicas, and four processes",
+        f"{name} of float32 per replica: two processes of two replicas, and four processes",
         ours="replicas", others={"flat": ("ours", "float32")},
     )
     for name, nbytes, iterations in (("1MiB", _MIB, 50), ("64MiB", 64 * _MIB, 3))
@@ -91,46 +92,52 @@ PEERS: Mapping[str, Peer] = {
 
 
 def cases(num_ranks: int) -> dict[str, str]:
-    """Return what is measured with so many processes: what each case is."""
-    return {name: case.what for name, case in (_OF_FOUR if num_ranks == 4 else _OF_TWO).items()}
+    """Return the name and the description of each case for a number of processes."""
+    chosen = _OF_FOUR if num_ranks == 4 else _OF_TWO
+    return {name: case.description for name, case in chosen.items()}
 
 
 def measure(case: str, num_rounds: int, workers: Mapping[str, Worker]) -> dict[str, Samples]:
-    """Return the seconds of each contestant, in alternating rounds.
+    """Return the seconds of each implementation, in alternating rounds.
 
-    ``dvkernels`` runs over the first MPI, ``ours/NAME`` over another.
+    ``dvkernels`` runs under the first MPI, ``ours/NAME`` under another.
     """
-    given = {**_OF_TWO, **_OF_FOUR}[case]
-    jobs = [name for name in workers if name != "gloo"]
-    if not jobs:
+    chosen = {**_OF_TWO, **_OF_FOUR}[case]
+    mpis = [name for name in workers if name != "gloo"]
+    if not mpis:
         raise AlgorithmError(
             "bench-workers: expected an MPI, whose processes are measured; name one with "
             "--peer-python mpich=PATH"
         )
-    contestants: dict[str, Callable[[], float]] = {}
+    timers: dict[str, Callable[[], float]] = {}
 
-    def add(name: str, worker: Worker, who: str, dtype: str, count: int) -> None:
+    def add(name: str, worker: Worker, implementation: str, dtype: str, count: int) -> None:
         command: dict[str, object] = {
             "count": count,
             "dtype": dtype,
-            "iterations": given.iterations,
+            "iterations": chosen.iterations,
         }
         if worker.name != "gloo":
-            command["who"] = who
-        contestants[name] = functools.partial(_seconds, worker, command)
+            command["implementation"] = implementation
+        timers[name] = functools.partial(_seconds, worker, command)
 
-    for place, job in enumerate(jobs):
-        worker = workers[job]
-        mine = f"ours/{job}" if place else "dvkernels"
-        add(mine, worker, given.ours, given.dtype, given.length)
-        for name, (who, dtype) in given.others.items():
-            count = 2 * given.length if name == "same bytes" else given.length
-            add(f"{name}/{job}" if place else name, worker, who, dtype, count)
-        if given.is_beside_mpi:
-            add(job, worker, "mpi", given.dtype, given.length)
-    if "gloo" in workers and given.is_beside_mpi:
-        add("gloo", workers["gloo"], "", given.dtype, given.length)
-    return alternate(contestants, num_rounds)
+    for number, mpi in enumerate(mpis):
+        worker = workers[mpi]
+        add(
+            f"ours/{mpi}" if number else "dvkernels",
+            worker,
+            chosen.ours,
+            chosen.dtype,
+            chosen.length,
+        )
+        for name, (implementation, dtype) in chosen.others.items():
+            count = 2 * chosen.length if name == "same bytes" else chosen.length
+            add(f"{name}/{mpi}" if number else name, worker, implementation, dtype, count)
+        if chosen.with_mpi:
+            add(mpi, worker, "mpi", chosen.dtype, chosen.length)
+    if "gloo" in workers and chosen.with_mpi:
+        add("gloo", workers["gloo"], "", chosen.dtype, chosen.length)
+    return alternate(timers, num_rounds)
 
 
 def _seconds(worker: Worker, command: Mapping[str, object]) -> float:

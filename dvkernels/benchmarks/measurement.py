@@ -1,4 +1,4 @@
-"""One line of a benchmark: a case beside the probe and the peers, in alternating rounds."""
+"""Measurement of a case: our collective, the memory probe and the peers, in alternating rounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REST_SECONDS = 0.02
 
 
 class Measurement(NamedTuple):
-    """What was found: ours, the probe's and each peer's time, and the errors."""
+    """Times of our collective, the probe and each peer, and the numbers of wrong elements."""
 
     case: Case
     ours: Samples
@@ -34,11 +34,11 @@ class Measurement(NamedTuple):
 
     @property
     def attained(self) -> float:
-        """How much of the probe's speed was reached."""
+        """The fraction of the probe's speed that our collective reaches."""
         return ratio(self.probe, self.ours)
 
     def as_record(self) -> dict[str, Any]:
-        """Return plain numbers and strings, for JSON."""
+        """Return the measurement as plain JSON values."""
         case = self.case
         algbw, busbw = case.rates(self.ours.median)
         low, high = self.ours.quartiles
@@ -72,7 +72,7 @@ class Measurement(NamedTuple):
 
 
 def numpy_all_reduce(buffers: list[Any]) -> None:
-    """All-reduce by NumPy, on one thread: ``add(out=)``, then ``copyto``."""
+    """All-reduce by NumPy on one thread: ``add(out=)``, then ``copyto``."""
     total, *others = buffers
     for buffer in others:
         np.add(total, buffer, out=total)
@@ -87,7 +87,7 @@ def measure(
     workers: Mapping[str, Worker] | None = None,
     with_numpy: bool = False,
 ) -> Measurement:
-    """Check a case on random data, then time it beside its probe and its peers."""
+    """Check a case on random data, then time it, its probe and its peers."""
     wrong = case.wrong_elements(seed)
     original = case.steady_buffers(seed)
     buffers = [buffer.copy() for buffer in original]
@@ -98,23 +98,23 @@ def measure(
         for buffer, source in zip(buffers, original, strict=True):
             np.copyto(buffer, source)
 
-    def time_of(call: Callable[[], Any]) -> Callable[[], float]:
+    def timer_of(call: Callable[[], Any]) -> Callable[[], float]:
         renew()
         iterations = _iterations(timed(call, 3, renew, case.most_repeats))
         return lambda: timed(call, iterations, renew, case.most_repeats)
 
-    ours = time_of(call)
+    ours = timer_of(call)
     passes = _iterations(probe.seconds(1))
-    contestants: dict[str, Callable[[], float]] = {
+    timers: dict[str, Callable[[], float]] = {
         "ours": ours,
         "probe": lambda: probe.seconds(passes),
     }
     wrong_of_peers: dict[str, int] = {}
     lost: dict[str, str] = {}
-    is_fit = case.collective == "all_reduce" and case.op.value == "sum"
-    if is_fit and with_numpy:
-        contestants["numpy"] = time_of(lambda: numpy_all_reduce(buffers))
-    for name, worker in (workers or {}).items() if is_fit else ():
+    peers_support_it = case.collective == "all_reduce" and case.op.value == "sum"
+    if peers_support_it and with_numpy:
+        timers["numpy"] = timer_of(lambda: numpy_all_reduce(buffers))
+    for name, worker in (workers or {}).items() if peers_support_it else ():
         try:
             worker.ask(case.count, case.dtype.name, 1)  # compiles, connects
             first = worker.ask(case.count, case.dtype.name, 3)
@@ -122,14 +122,13 @@ def measure(
             lost[name] = str(error)
             continue
         wrong_of_peers[name] = first.wrong
-        times = _iterations(first.seconds)
-        contestants[name] = _asking(worker, case, times)
-    found = alternate(contestants, num_rounds, _REST_SECONDS if workers else 0.0)
-    mine, beside = found.pop("ours"), found.pop("probe")
-    return Measurement(case, mine, beside, wrong, found, wrong_of_peers, lost)
+        timers[name] = _peer_timer(worker, case, _iterations(first.seconds))
+    found = alternate(timers, num_rounds, _REST_SECONDS if workers else 0.0)
+    our_samples, probe_samples = found.pop("ours"), found.pop("probe")
+    return Measurement(case, our_samples, probe_samples, wrong, found, wrong_of_peers, lost)
 
 
-def _asking(worker: Worker, case: Case, iterations: int) -> Callable[[], float]:
+def _peer_timer(worker: Worker, case: Case, iterations: int) -> Callable[[], float]:
     return lambda: worker.ask(case.count, case.dtype.name, iterations).seconds
 
 

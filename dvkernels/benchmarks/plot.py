@@ -1,4 +1,4 @@
-"""The curves of a benchmark: bandwidth and time by size, ours beside the probe and the peers."""
+"""Plot of a benchmark: bandwidth and time by size, of our collective, the probe and the peers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class MissingPackageError(DvKernelsError, ImportError):
 
 
 class FormatError(DvKernelsError, ValueError):
-    """No drawing is made in the format that a suffix says."""
+    """The suffix of a plot file names no format that matplotlib can write."""
 
 
 def check(path: Path) -> None:
-    """Raise where nothing can be drawn, or not in the format of this suffix."""
+    """Raise if matplotlib is missing, or cannot write the format that the suffix names."""
     figure: Any = _matplotlib("matplotlib.figure").Figure()
     known = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in known:
         raise FormatError(
-            f"bench --plot: {path.name!r} must end in what says its format, such as .svg; known "
+            f"bench --plot: {path.name!r} must end in the name of a format, such as .svg; known "
             f"are {', '.join(known)}"
         )
 
@@ -44,7 +44,7 @@ def _matplotlib(name: str) -> Any:
 
 
 def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
-    """Draw one collective's measurements to a file whose suffix says the format."""
+    """Draw one collective's measurements to a file whose suffix names the format."""
     pyplot = _matplotlib("matplotlib.pyplot")
     sizes = [found.case.count * found.case.dtype.itemsize for found in measurements]
     figure, (rate, time) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -62,7 +62,7 @@ def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
         time.plot(xs, [1e6 * y for y in ys], style, label=name, markersize=3)
     for axes, label in ((rate, "algbw (GB/s)"), (time, "time (us)")):
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("bytes a replica")
+        axes.set_xlabel("bytes per replica")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     time.set_yscale("log")

@@ -1,15 +1,15 @@
-"""The memory limit, measured: what moving so many bytes takes at least.
+"""Memory probe: the least time in which the bytes of a collective can be moved.
 
-Of an in-place collective: R buffers, each word read once and written once, without any reduction.
-Two orders, of which the faster counts: (1) every core goes through its share of one buffer after
-another; (2) through all buffers in step. Of one that writes elsewhere: every core reads its share
-of each source, then writes its share of each target, (1) through the caches or (2) past them,
-whichever is faster. Each core makes one compiled call; all have met in compiled code before the
-clock starts, and no thread is started in the timed region.
+For a collective in place: R buffers, each word read once and written once, without a reduction.
+The faster of two orders counts: (1) every core traverses its share of one buffer after another;
+(2) its share of all buffers in step. For a collective out of place: every core reads its share of
+each source, then writes its share of each target, (1) through the caches or (2) by streaming
+stores, whichever is faster. Each core makes one compiled call. All of them pass a barrier in
+compiled code before the clock starts, and no thread is started in the timed region.
 
-In place, the words are incremented by a zero that the compiler does not know: the data stays as it
-is. So the probe runs over the very buffers of the collective, as often as it, and finds them in
-the same caches. Targets elsewhere are overwritten.
+In place, the words are incremented by a zero that the compiler does not know, so the data stay as
+they are. The probe therefore runs over the buffers of the collective itself, equally often, and
+finds them in the same caches. Targets out of place are overwritten.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dvkernels.kernels.cpu.engine import intrinsics
 
 __all__ = ["Probe"]
 
-carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
-_STEP = 64  # words of each buffer in turn: four lines
-# Not zero: two cores of an AMD EPYC streamed zeros at 85 GB/s and anything else at 38 (2026-11).
+carray: Any = vars(numba)["carray"]  # missing in Numba's stubs
+_STEP = 64  # words of each buffer in turn: four cache lines
+# Not zero: two cores of an AMD EPYC streamed zeros at 85 GB/s, other words at 38 (2026-11).
 _PATTERN = np.int64(0x12345678)
 
 
@@ -54,13 +54,16 @@ def _in_step(table, count, first, last, zero):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True)
 def _read_then_write(table, sources, targets, rank, size, zero, streams):  # type: ignore[no-untyped-def]
-    """Read a share of the sources, write one of the targets; the table holds addresses, words."""
+    """Read a share of each source, write one of each target.
+
+    The table holds an address and a number of words for each array, sources first.
+    """
     total = np.int64(0)
     for k in range(sources + targets):
         address, length = intrinsics.load(table, 2 * k), intrinsics.load(table, 2 * k + 1)
         first, last = length * rank // size, length * (rank + 1) // size
         if k < sources:
-            for i in range(first // 2, last // 2):  # whole words: a vector of them is one load
+            for i in range(first // 2, last // 2):  # 64-bit words, which LLVM vectorizes
                 total ^= intrinsics.load(address, i)
         elif streams:
             begin = (address + 4 * first + 63) & -64
@@ -74,22 +77,23 @@ def _read_then_write(table, sources, targets, rank, size, zero, streams):  # typ
 
 
 @numba.njit(nogil=True)
-def _work(state, rank, size, table, counts, way, passes):  # type: ignore[no-untyped-def]
+def _work(state, rank, size, table, counts, variant, passes):  # type: ignore[no-untyped-def]
     sources, targets = counts
     total = np.int64(0)
     for _ in range(passes):
         zero = np.int32(intrinsics.load_shared(np.int64(state.ctypes.data), 20))
         if targets > 0:
-            total ^= _read_then_write(table, sources, targets, rank, size, zero, way)
+            total ^= _read_then_write(table, sources, targets, rank, size, zero, variant)
         else:
             length = intrinsics.load(table, 1)
             first, last = length * rank // size, length * (rank + 1) // size
-            if way:
+            if variant:
                 _in_step(table, sources, first, last, zero)
             else:
                 _one_after_another(table, sources, first, last, zero)
         group.barrier(state, rank)
-    intrinsics.store(np.int64(state.ctypes.data), 21, total)  # or nothing would be read
+    # Stored, or the compiler would drop the reads.
+    intrinsics.store(np.int64(state.ctypes.data), 21, total)
 
 
 @numba.njit(nogil=True)
@@ -104,14 +108,14 @@ def _meet(state, rank):  # type: ignore[no-untyped-def]
 
 
 class Probe:
-    """The probes over given arrays, on all usable cores and on one.
+    """Memory probe over given arrays, on all usable cores and on one.
 
     Parameters
     ----------
     sources : sequence of contiguous array
-        Read; and, without targets, written, and left as they are.
+        Read; without targets also written, with unchanged values.
     targets : sequence of contiguous array
-        Overwritten. None of them is a source.
+        Overwritten; empty for a probe in place. None of them is a source.
     moved : int
         The bytes that the collective must read and write; times are scaled to them.
     """
@@ -133,16 +137,18 @@ class Probe:
         self.seconds(1)  # compiles
 
     def seconds(self, passes: int) -> float:
-        """Return what one pass takes, the mean of so many, in the faster way."""
-        if self._is_empty:  # fewer bytes than a word: there is nothing to measure
+        """Return the seconds per pass of the fastest variant."""
+        if self._is_empty:  # less than one word
             return 0.0
         return self._scale * min(
-            self._seconds(team, way, passes) for team in self._groups for way in (False, True)
+            self._seconds(cores, variant, passes)
+            for cores in self._groups
+            for variant in (False, True)
         )
 
-    def _seconds(self, team: group.Group, way: bool, passes: int) -> float:
-        state, size = team.state, team.num_replicas
-        arguments = (size, int(self._table.ctypes.data), self._counts, way, passes)
+    def _seconds(self, cores: group.Group, variant: bool, passes: int) -> float:
+        state, size = cores.state, cores.num_replicas
+        arguments = (size, int(self._table.ctypes.data), self._counts, variant, passes)
         helpers = [
             threading.Thread(target=_meet_and_work, args=(state, rank, *arguments), daemon=True)
             for rank in range(1, size)
@@ -150,9 +156,9 @@ class Probe:
         for helper in helpers:
             helper.start()
         _meet(state, 0)
-        began = time.perf_counter_ns()
+        started = time.perf_counter_ns()
         _work(state, 0, *arguments)
-        seconds = (time.perf_counter_ns() - began) / 1e9
+        seconds = (time.perf_counter_ns() - started) / 1e9
         for helper in helpers:
             helper.join()
         return seconds / passes

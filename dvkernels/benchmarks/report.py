@@ -1,4 +1,4 @@
-"""How results are shown: a table like that of nccl-tests."""
+"""Text table of measurements, with the columns of nccl-tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = ("(B)", "(elements)", "", "", "", "(us)", "(us)", "(GB/s)", "(GB/s)", "
 
 
 def header(peers: Sequence[str]) -> str:
-    """Return two lines: names and units; of each peer, its time and how many times ours it is."""
+    """Return the two header lines, names and units; a peer's column has its time and the ratio."""
     names = [name.rjust(width) for name, width in _COLUMNS] + [peer.rjust(19) for peer in peers]
     units = [unit.rjust(width) for unit, (_, width) in zip(_UNITS, _COLUMNS, strict=True)]
     units += ["(us)      / ours".rjust(19) for _ in peers]
@@ -25,7 +25,7 @@ def header(peers: Sequence[str]) -> str:
 
 
 def line(found: Measurement, peers: Sequence[str]) -> str:
-    """Return one line of the table."""
+    """Return the line of one measurement."""
     case = found.case
     algbw, busbw = case.rates(found.ours.median)
     low, high = (1e6 * seconds for seconds in found.ours.quartiles)

@@ -1,7 +1,7 @@
-"""What the cost model says of published networks on published clusters: the page on scaling.
+"""Predictions of the cost model for published neural networks on published clusters.
 
-Everything here about networks and clusters is other people's; the sources stand on the page
-``docs/explanation/scaling.md``, whose tables a test compares with these functions.
+The figures of networks and clusters are taken from publications; ``docs/explanation/scaling.md``
+cites them, and a test compares the tables of that page with these functions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dvkernels.schedules.cost_model import Link
 __all__ = ["CLUSTERS", "NETWORKS", "PUBLISHED", "RANKS", "efficiency", "reduce_seconds", "tables"]
 
 RANKS = (8, 32, 128, 512)
-# A backward pass has two products for each of the forward pass. An assumption about all of them.
+# Assumed for all networks: the backward pass has two matrix products for each of the forward pass.
 _BACKWARD_FRACTION = 2 / 3
 
 
 class NeuralNetwork(NamedTuple):
-    """What a step of a network computes and sends, on one device."""
+    """Size and step time of a neural network on one device."""
 
     name: str
     num_parameters: int
@@ -37,17 +37,17 @@ class NeuralNetwork(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """Hosts with so many devices each, and what lies between them."""
+    """Devices per host, and the links inside and between hosts."""
 
     name: str
     per_host: int
-    between: Link  # out of a host
-    inside: Link
+    between: Link  # between hosts
+    inside: Link  # inside a host
     bucket_nbytes: int
 
 
 class Published(NamedTuple):
-    """An efficiency that others have measured."""
+    """A published scaling efficiency."""
 
     network: str
     cluster: str
@@ -56,7 +56,7 @@ class Published(NamedTuple):
     by: str
 
 
-# The latencies, and the rates inside of hosts, are assumptions: nobody publishes them.
+# The latencies, and the rates inside a host, are assumptions: the publications do not give them.
 CLUSTERS = {
     "pascal": Cluster(
         "4 P100 a host, 25 Gbit/s", 4, Link(10e-6, 25e9 / 8), Link(10e-6, 10e9), 64 << 20
@@ -90,7 +90,7 @@ SCHEDULES = ("ring", "hierarchical")
 def reduce_seconds(
     network: NeuralNetwork, cluster: Cluster, num_ranks: int, schedule: str
 ) -> float:
-    """Return what reducing a gradient takes: by one ring, or host by host and then between them."""
+    """Return the seconds to all-reduce a gradient, by one ring or hierarchically by hosts."""
     buckets = math.ceil(network.nbytes / cluster.bucket_nbytes)
     hosts = math.ceil(num_ranks / cluster.per_host)
     inside = cost_model.network_ring_seconds(
@@ -106,10 +106,10 @@ def reduce_seconds(
 def efficiency(
     network: NeuralNetwork, cluster: Cluster, num_ranks: int, schedule: str, *, is_hidden: bool
 ) -> float:
-    """Return which part of ``num_ranks`` devices' speed is reached.
+    """Return the scaling efficiency: the fraction of ``num_ranks`` times one device's speed.
 
-    With ``is_hidden`` the whole backward pass hides the reduction, else nothing does: what is
-    measured should lie between.
+    With ``is_hidden`` the reduction overlaps with the whole backward pass, else with nothing.
+    Measured efficiencies should lie between the two.
     """
     reduced = reduce_seconds(network, cluster, num_ranks, schedule)
     fraction = _BACKWARD_FRACTION if is_hidden else 0.0
@@ -117,7 +117,7 @@ def efficiency(
 
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the tables of the page, in Markdown; ``runs`` are what ``--calibrate`` has written."""
+    """Return the tables of the page in Markdown, from the JSON records of ``--calibrate``."""
     memory = [run for run in runs if run["num_hosts"] == 1]
     messages = [run for run in runs if run["num_hosts"] > 1]
     return {
@@ -139,7 +139,7 @@ def _constants(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _measured(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the medians, each with its ratio to what the model gives with that run's constants."""
+    """Return a table of the medians and their ratios to the model with the constants of the run."""
     rows = [["bytes", *(f"{run['num_workers']} processes | of model" for run in runs)]]
     for nbytes in runs[0]["seconds"]:
         cells = []
@@ -166,11 +166,19 @@ def _predictions() -> str:
 
 def _published() -> str:
     rows = [["network", "ranks", "by", "published", "ring", "hierarchical"]]
-    for one in PUBLISHED:
-        cluster = CLUSTERS[one.cluster]
-        network = next(each for each in NETWORKS[one.cluster] if each.name == one.network)
-        spans = [_span(network, cluster, one.num_ranks, schedule) for schedule in SCHEDULES]
-        rows.append([one.network, str(one.num_ranks), one.by, f"{one.efficiency:.0%}", *spans])
+    for result in PUBLISHED:
+        cluster = CLUSTERS[result.cluster]
+        network = next(each for each in NETWORKS[result.cluster] if each.name == result.network)
+        spans = [_span(network, cluster, result.num_ranks, schedule) for schedule in SCHEDULES]
+        rows.append(
+            [
+                result.network,
+                str(result.num_ranks),
+                result.by,
+                f"{result.efficiency:.0%}",
+                *spans,
+            ]
+        )
     return _markdown(rows)
 
 

@@ -1,4 +1,4 @@
-"""Several contestants in one run: alternating rounds, medians and quartiles."""
+"""Timing of several implementations in alternating rounds, with medians and quartiles."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ __all__ = ["Samples", "alternate", "median_seconds", "ratio", "timed"]
 
 
 class Samples(NamedTuple):
-    """Seconds a call, one number a round."""
+    """Seconds per call, one sample per round."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of the rounds."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """A quarter of the rounds was faster than the first, a quarter slower than the second."""
+        """The lower and the upper quartile of the rounds."""
         if len(self.seconds) < 2:
             return self.seconds[0], self.seconds[0]
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
 
-def ratio(one: Samples, other: Samples) -> float:
-    """Return the median over the rounds of one's time divided by the other's in the same round.
+def ratio(samples: Samples, reference: Samples) -> float:
+    """Return the median over the rounds of the ratio to the reference's time in the same round.
 
-    Not the ratio of the medians: the machine may change its pace between two rounds.
+    Not the ratio of the medians: the machine's speed may change between two rounds.
     """
-    pairs = zip(one.seconds, other.seconds, strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+    pairs = zip(samples.seconds, reference.seconds, strict=True)
+    return statistics.median(seconds / other for seconds, other in pairs)
 
 
 def timed(
@@ -44,43 +44,50 @@ def timed(
     renew: Callable[[], object] | None = None,
     most_repeats: int = 1 << 30,
 ) -> float:
-    """Return the seconds that one of ``iterations`` calls takes, after one that does not count.
+    """Return the seconds per call, the mean of ``iterations`` calls after an untimed one.
 
-    Every ``most_repeats`` calls ``renew`` is called, off the clock, and again one more.
+    ``renew`` restores the inputs, untimed, so that ``call`` runs at most ``most_repeats`` times
+    on the same buffers; each time an untimed call follows.
     """
     most_repeats = max(1, most_repeats - 1)
     elapsed = 0
-    for begun in range(0, iterations, most_repeats):
+    for done in range(0, iterations, most_repeats):
         if renew is not None:
             renew()
         call()
-        began = time.perf_counter_ns()
-        for _ in range(min(most_repeats, iterations - begun)):
+        started = time.perf_counter_ns()
+        for _ in range(min(most_repeats, iterations - done)):
             call()
-        elapsed += time.perf_counter_ns() - began
+        elapsed += time.perf_counter_ns() - started
     return elapsed / iterations / 1e9
 
 
 def alternate(
-    contestants: Mapping[str, Callable[[], float]], num_rounds: int, rest_seconds: float = 0.0
+    timers: Mapping[str, Callable[[], float]], num_rounds: int, rest_seconds: float = 0.0
 ) -> dict[str, Samples]:
-    """Let each contestant measure itself (and return seconds) once a round, in turn.
+    """Run every timer once per round, in turn, so that a slow phase of the machine hits all.
 
-    A neighbour that slows the machine for a while slows all of them. ``rest_seconds`` lets the
-    threads of the one before fall asleep: some spin on after their work.
+    Parameters
+    ----------
+    timers : mapping
+        Name -> function that measures one implementation and returns the seconds per call.
+    num_rounds : int
+        Number of rounds.
+    rest_seconds : float
+        Pause before each timer, in which spinning threads of the one before go to sleep.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(num_rounds):
-        for name, measure in contestants.items():
+        for name, timer in timers.items():
             time.sleep(rest_seconds)
-            seconds[name].append(measure())
+            seconds[name].append(timer())
     return {name: Samples(tuple(found)) for name, found in seconds.items()}
 
 
 def median_seconds(
     call: Callable[[], object], *, min_calls: int = 7, budget_seconds: float = 0.5
 ) -> float:
-    """Return the median time of ``call``, over at least ``min_calls`` and about the budget."""
+    """Return the median time of a call, over at least ``min_calls`` and about the time budget."""
     durations: list[float] = []
     end = time.perf_counter() + budget_seconds
     while len(durations) < min_calls or time.perf_counter() < end:

@@ -1,4 +1,4 @@
-"""Numbers that options take, and how many of something there are."""
+"""Argument types of command-line options, and counted nouns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__: list[str] = []
 
 
 def integer(text: str) -> int:
-    """Return an integer."""
+    """Parse an integer."""
     try:
         return int(text)
     except ValueError:
@@ -16,12 +16,12 @@ def integer(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """Return an integer of at least 1."""
+    """Parse an integer of at least 1."""
     return _at_least(1, text)
 
 
 def natural(text: str) -> int:
-    """Return an integer of at least 0."""
+    """Parse an integer of at least 0."""
     return _at_least(0, text)
 
 
@@ -33,7 +33,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 def exit_status(text: str) -> int:
-    """Return what a process may end with."""
+    """Parse the exit status of a process."""
     number = integer(text)
     if not 0 <= number <= 255:
         raise argparse.ArgumentTypeError(f"expected an exit status from 0 to 255, got {text}")
@@ -41,7 +41,7 @@ def exit_status(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Return a time of at least 0, in seconds."""
+    """Parse a time of at least 0, in seconds."""
     try:
         number = float(text)
     except ValueError:
@@ -52,7 +52,7 @@ def seconds(text: str) -> float:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return how many of something there are.
+    """Return a number and its noun, in the plural unless the number is 1.
 
     Examples
     --------

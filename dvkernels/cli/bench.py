@@ -1,4 +1,4 @@
-"""``python -m dvkernels bench``: how fast each collective is, beside the limit and the peers."""
+"""``python -m dvkernels bench``: speed of the collectives, the memory limit and other libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-HELP = "measure collectives by size, beside the memory limit and other libraries"
+HELP = "measure collectives by size, compared with the memory limit and other libraries"
 
 _SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DEFAULT_SIZES = "4:256M"
@@ -46,40 +46,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes of one replica's buffer; K, M, G are powers of 1024 (default 4:256M)",
     )
     parser.add_argument(
-        "--factor", type=argument_types.integer, default=4, help="from one size to the next"
+        "--factor", type=argument_types.integer, default=4, help="ratio of successive sizes"
     )
-    parser.add_argument("--dtype", default="float32", help="of the elements")
+    parser.add_argument("--dtype", default="float32", help="element type")
     parser.add_argument("--op", default="sum", help="sum, mean, min, max or prod")
     parser.add_argument(
-        "--replicas", type=argument_types.integer, default=2, help="how many buffers"
+        "--replicas", type=argument_types.integer, default=2, help="number of buffers"
     )
     parser.add_argument("--algorithm", default="auto", help="auto, direct or ring")
     parser.add_argument(
         "--rounds", type=argument_types.integer, default=9, help="alternating rounds"
     )
-    parser.add_argument("--seed", type=argument_types.natural, default=0, help="of the elements")
+    parser.add_argument(
+        "--seed", type=argument_types.natural, default=0, help="seed of the elements"
+    )
     parser.add_argument(
         "--peers",
         nargs="*",
         metavar="PEER",
-        help="measure them in the same run: numpy, mpich, openmpi, impi, gloo, jax, tensorflow; "
-        "all that are installed if none is named",
+        help="libraries to measure in the same run: numpy, mpich, openmpi, impi, gloo, jax, "
+        "tensorflow; all that are installed if none is named",
     )
     parser.add_argument(
         "--peer-python",
         action="append",
         default=[],
         metavar="PEER=PATH",
-        help="the interpreter of the environment that has a peer (repeatable)",
+        help="interpreter of the environment in which a peer is installed (repeatable)",
     )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cuda: everything that is measured on a GPU, in one go; of the others --rounds counts",
+        help="cuda: run all GPU benchmarks at once; of the other options only --rounds applies",
     )
     parser.add_argument(
-        "--report", metavar="FILE", help="with --device cuda: JSON, and a page beside it (.md)"
+        "--report", metavar="FILE", help="with --device cuda: write JSON here, and a page (.md)"
     )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="'-' is stdout")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
@@ -87,51 +89,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         action="store_true",
         help="measure the constants of the cost model, print them and end; on several workers "
-        "(python -m dvkernels launch -n 2 -m dvkernels bench --calibrate) those between them, "
-        "of several hosts also those of the network, and what to set; --json FILE adds every time",
+        "(python -m dvkernels launch -n 2 -m dvkernels bench --calibrate) those between workers, "
+        "on several hosts also those of the network, and the variable to set; --json FILE gets "
+        "every measured time",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print; 1 if any element was wrong or a peer was lost."""
+    """Measure and print; return 1 if any element was wrong or a peer was lost."""
     if arguments.device == "cuda":
         return bench_gpu.run(arguments)
-    # Compiles and loads Numba: only once the options are known to be wanted.
+    # Imported here: loads Numba and compiled kernels, which wrong options need not wait for.
     from dvkernels.benchmarks import available_memory, calibration, cases, measurement, report
 
     if arguments.calibrate and default_resolver().num_workers > 1:
-        return _calibrate_between(arguments)
+        return _calibrate_workers(arguments)
     if arguments.calibrate:
         print(calibration.describe(calibration.calibrate(arguments.rounds)))
         return 0
     collectives = arguments.collectives or ["all_reduce"]
     if arguments.rounds < 1:
         raise BufferMismatchError(f"bench: expected at least 1 round; got {arguments.rounds}")
-    planned = [
+    chosen_cases = [
         cases.case(
             name, nbytes, arguments.dtype, arguments.op, arguments.replicas, arguments.algorithm
         )
         for name in collectives
         for nbytes in _sizes(arguments.sizes, arguments.factor)
     ]
-    plot = None if arguments.plot is None else _plotted(arguments.plot)
+    plot_path = None if arguments.plot is None else _plot_path(arguments.plot)
     quiet = arguments.json == "-"
-    sink = None if quiet or arguments.json is None else output_paths.file("--json", arguments.json)
+    json_path = (
+        None if quiet or arguments.json is None else output_paths.file("--json", arguments.json)
+    )
     about = _about(arguments)
     limit = available_memory.available_nbytes() // 2
     records: list[dict[str, Any]] = []
-    found: list[measurement.Measurement] = []
+    measurements: list[measurement.Measurement] = []
     with contextlib.ExitStack() as stack:
         workers, with_numpy, notes = _peers(arguments, stack)
         about["peers"] = notes
         columns = (["numpy"] if with_numpy else []) + list(workers)
         if not quiet:
-            for line in _described(about):
+            for line in _heading(about):
                 print(f"# {line}")
-        last = None
-        for case in planned:
-            if not quiet and case.collective != last:
-                last = case.collective
+        previous = None
+        for case in chosen_cases:
+            if not quiet and case.collective != previous:
+                previous = case.collective
                 print(
                     f"# {case.collective}, {argument_types.counted(case.num_replicas, 'replica')}"
                 )
@@ -144,46 +149,46 @@ def run(arguments: argparse.Namespace) -> int:
             measured = measurement.measure(
                 case, arguments.rounds, arguments.seed, workers, with_numpy
             )
-            found.append(measured)
+            measurements.append(measured)
             records.append(measured.as_record())
             if not quiet:
                 print(report.line(measured, columns), flush=True)
             for name, reason in measured.lost_peers.items():
                 print(f"# {reason}", file=sys.stderr if quiet else sys.stdout)
                 workers.pop(name).close()
-    wrong = sum(one.wrong + sum(one.wrong_of_peers.values()) for one in found)
-    lost = sum(len(one.lost_peers) for one in found)
+    wrong = sum(each.wrong + sum(each.wrong_of_peers.values()) for each in measurements)
+    lost = sum(len(each.lost_peers) for each in measurements)
     if not quiet:
         print(f"# errors: {wrong} wrong elements, {lost} peers lost")
     text = json.dumps({**about, "results": records, "wrong": wrong}, indent=1)
     if quiet:
         print(text)
-    elif sink is not None:
-        atomic_file.write_text(sink, text + "\n")
-    if plot is not None:
-        _draw(found, plot, about)
+    elif json_path is not None:
+        atomic_file.write_text(json_path, text + "\n")
+    if plot_path is not None:
+        _draw(measurements, plot_path, about)
     return 1 if wrong or lost else 0
 
 
-def _calibrate_between(arguments: argparse.Namespace) -> int:
-    """Measure between the workers of this job; the first one reports."""
+def _calibrate_workers(arguments: argparse.Namespace) -> int:
+    """Measure the cost model between the workers of this job; the chief prints the result."""
     from dvkernels.benchmarks import between_workers
 
     resolver = default_resolver()
-    wanted = arguments.json not in (None, "-") and resolver.is_chief
-    sink = output_paths.file("--json", arguments.json) if wanted else None
+    has_file = arguments.json not in (None, "-") and resolver.is_chief
+    json_path = output_paths.file("--json", arguments.json) if has_file else None
     found = between_workers.calibrate(resolver, arguments.rounds)
     if not resolver.is_chief:
         return 0
     print(between_workers.describe(found))
-    if sink is not None:
+    if json_path is not None:
         record = {**_about(arguments), **between_workers.as_record(found)}
-        atomic_file.write_text(sink, json.dumps(record, indent=1) + "\n")
+        atomic_file.write_text(json_path, json.dumps(record, indent=1) + "\n")
     return 0
 
 
 def _sizes(text: str, factor: int) -> list[int]:
-    """Return the bytes that ``4:256M`` or ``1K,64K`` mean."""
+    """Parse sizes in bytes: a geometric range ``4:256M`` or a list ``1K,64K``."""
     if ":" not in text:
         return [_nbytes(part) for part in text.split(",")]
     first, _, last = text.partition(":")
@@ -208,8 +213,8 @@ def _nbytes(text: str) -> int:
     return int(number) * _SUFFIXES[suffix]
 
 
-def _plotted(name: str) -> Path:
-    """Return the path of a file that can be drawn to."""
+def _plot_path(name: str) -> Path:
+    """Return the path of the plot; raise if its format is unknown or it cannot be written."""
     from dvkernels.benchmarks import plot
 
     path = Path(name)
@@ -220,7 +225,17 @@ def _plotted(name: str) -> Path:
 def _peers(
     arguments: argparse.Namespace, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Any], bool, dict[str, str]]:
-    """Start the peers that were asked for; return workers, whether NumPy, and a note on each."""
+    """Start the chosen peers.
+
+    Returns
+    -------
+    workers : dict
+        The worker of each peer that was started.
+    with_numpy : bool
+        Whether NumPy was chosen, which needs no worker.
+    notes : dict of str
+        Version of each peer, or why it was skipped.
+    """
     if arguments.peers is None:
         return {}, False, {}
     from dvkernels.benchmarks.peers import registry
@@ -230,7 +245,9 @@ def _peers(
     known = ["numpy", *registry.PEERS]
     for name in arguments.peers:
         if name not in known:
-            raise AlgorithmError(f"bench: {name!r} is no peer; use one of {', '.join(known)}")
+            raise AlgorithmError(
+                f"bench: {name!r} is not a known peer; use one of {', '.join(known)}"
+            )
     workers: dict[str, Any] = {}
     notes: dict[str, str] = {}
     started: list[Worker] = []
@@ -268,25 +285,26 @@ def _about(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
-        "command": "python -m dvkernels bench " + " ".join(_shown(sys.argv)),
+        "command": "python -m dvkernels bench " + " ".join(_without_paths(sys.argv)),
         "rounds": arguments.rounds,
     }
 
 
-def _shown(argv: Sequence[str]) -> list[str]:
+def _without_paths(argv: Sequence[str]) -> list[str]:
     """Return the options as given, without the paths of this machine."""
-    given = list(argv[2:]) if len(argv) > 1 and argv[1] == "bench" else []
+    options = list(argv[2:]) if len(argv) > 1 and argv[1] == "bench" else []
     return [
-        f"{word.partition('=')[0]}=PATH" if "=" in word and "/" in word else word for word in given
+        f"{option.partition('=')[0]}=PATH" if "=" in option and "/" in option else option
+        for option in options
     ]
 
 
-def _described(about: dict[str, Any]) -> list[str]:
+def _heading(about: dict[str, Any]) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     lines = [
         f"dvkernels {about['dvkernels']}, {about['date']}, {about['machine']}",
         f"Python {about['python']}, {packages}; {about['rounds']} alternating rounds, medians",
-        "probe: the part of the faster in-place memory probe that was reached, beside it",
+        "probe: the faster in-place memory probe, and the fraction of its rate that was reached",
     ]
     return lines + [f"{name}: {note}" for name, note in about["peers"].items()]
 
@@ -299,14 +317,15 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def _draw(found: Sequence[Any], path: Path, about: dict[str, Any]) -> None:
+def _draw(measurements: Sequence[Any], path: Path, about: dict[str, Any]) -> None:
+    """Draw one plot for each collective."""
     from dvkernels.benchmarks import plot
 
-    for name in dict.fromkeys(one.case.collective for one in found):
-        chosen = [one for one in found if one.case.collective == name]
+    names = list(dict.fromkeys(each.case.collective for each in measurements))
+    for name in names:
+        chosen = [each for each in measurements if each.case.collective == name]
         case = chosen[0].case
-        several = len({one.case.collective for one in found}) > 1
-        target = path.with_stem(f"{path.stem}-{name}") if several else path
+        target = path.with_stem(f"{path.stem}-{name}") if len(names) > 1 else path
         title = (
             f"{name} {case.op.value} {case.dtype.name}, "
             f"{argument_types.counted(case.num_replicas, 'replica')}: {about['machine']}, "

@@ -1,4 +1,4 @@
-"""``python -m dvkernels bench-checkpoint``: how fast checkpoints are, beside other libraries."""
+"""``python -m dvkernels bench-checkpoint``: speed of checkpoints, compared with other libraries."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dvkernels.cli import argument_types, peer_bench
 
 __all__: list[str] = []
 
-HELP = "measure saving and restoring, beside other libraries, and what a save holds up"
+HELP = "measure saving and restoring, compared with other libraries, and how long a save blocks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     peer_bench.add_arguments(parser, "safetensors, savez, torch, orbax")
     parser.add_argument(
-        "--mebibytes", type=argument_types.positive, default=1024, help="of the arrays"
+        "--mebibytes", type=argument_types.positive, default=1024, help="total size of the arrays"
     )
-    parser.add_argument("--folder", help="where to write (default: memory, where there is any)")
+    parser.add_argument("--folder", help="where to write (default: /dev/shm, if there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure all cases, and print a line for each contestant."""
+    """Measure all cases, and print a line for each library."""
     nbytes = arguments.mebibytes << 20
     return peer_bench.run(
         peer_bench.PeerBench(

@@ -1,4 +1,4 @@
-"""``python -m dvkernels bench --device cuda``: the whole measurement of a GPU, in one command."""
+"""``python -m dvkernels bench --device cuda``: all benchmarks of a GPU in one command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIMULATED = {"nbytes": 256, "small_nbytes": 16, "rounds": 1, "calls": 1, "small
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print a page fragment, and write it, and the data, to a file."""
+    """Measure, print a page fragment, and write the data and the page to files."""
     cuda.require("bench --device cuda")
     from dvkernels.benchmarks import between_gpus, gpu
 

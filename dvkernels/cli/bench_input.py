@@ -1,4 +1,4 @@
-"""``python -m dvkernels bench-input``: how fast batches come, beside other input pipelines."""
+"""``python -m dvkernels bench-input``: speed of input pipelines, compared with other libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dvkernels.cli import peer_bench
 
 __all__: list[str] = []
 
-HELP = "measure input pipelines: arrays, mapped files, decoding, beside other libraries"
+HELP = "measure input pipelines: arrays, mapped files, decoding, compared with other libraries"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure all cases, and print a line for each contestant."""
+    """Measure all cases, and print a line for each library."""
     return peer_bench.run(
         peer_bench.PeerBench(
             "bench-input",
-            {case: what for case, (what, _) in cases.CASES.items()},
+            {case: description for case, (description, _) in cases.CASES.items()},
             cases.PEERS,
             lambda case, folder, workers: cases.measure(case, folder, arguments.rounds, workers),
             "per batch",

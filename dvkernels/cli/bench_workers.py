@@ -1,4 +1,4 @@
-"""``python -m dvkernels bench-workers``: how fast processes reduce, beside their MPI and Gloo."""
+"""``python -m dvkernels bench-workers``: all-reduce between processes, against MPI and Gloo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dvkernels.cli import peer_bench
 
 __all__: list[str] = []
 
-HELP = "measure all-reduces between processes, beside the MPI that started them and Gloo"
+HELP = "measure all-reduces between processes, compared with the MPI that started them and Gloo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peer_bench.add_arguments(parser, ", ".join(jobs.PEERS))
     parser.add_argument(
         "--processes", type=int, choices=(2, 4), default=2,
-        help="2: sizes, half types, a number; 4: two replicas in each of two, beside four",
+        help="2: several sizes, 16-bit floats, a scalar; 4: two processes of two replicas each, "
+        "and four processes",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure all cases, and print a line for each contestant."""
+    """Measure all cases, and print a line for each library."""
     return peer_bench.run(
         peer_bench.PeerBench(
             "bench-workers",

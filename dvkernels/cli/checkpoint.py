@@ -1,4 +1,4 @@
-"""``python -m dvkernels checkpoint``: what a checkpoint holds, and whether it is whole."""
+"""``python -m dvkernels checkpoint``: contents and integrity of checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dvkernels.user_errors import shown
 
 __all__: list[str] = []
 
-HELP = "show what a checkpoint holds, or verify that every byte of it is as it was written"
+HELP = "show the contents of a checkpoint, or verify that every byte is as it was written"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show or verify one checkpoint, or all of a folder; 1 if one of them is damaged."""
+    """Show or verify one checkpoint, or all of a folder; return 1 if one of them is damaged."""
     status = 0
-    where = atomic_folder.absolute_path(arguments.path, "checkpoint")
-    for path in step_names.within(where) or (where,):
+    root = atomic_folder.absolute_path(arguments.path, "checkpoint")
+    for path in step_names.within(root) or (root,):
         try:
             with reading.opened(path) as reader:
                 if arguments.action == "show":
@@ -48,18 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
                     reader.check(reader.manifest.tensors)
                     print(f"PASS {path}: {_summary(reader)}")
         except CheckpointDamagedError as error:
-            if path != where and path not in step_names.within(where):  # by a run that goes on
+            if path != root and path not in step_names.within(root):  # a running job removed it
                 print(_printable(f"GONE {path}: removed meanwhile"))
                 continue
-            said = str(error)
-            print(_printable(f"FAIL {said if str(path) in said else f'{path}: {said}'}"))
+            message = str(error)
+            print(_printable(f"FAIL {message if str(path) in message else f'{path}: {message}'}"))
             status = 1
     return status
 
 
 def _printable(line: str) -> str:
-    """Return a line that cannot steer the terminal: names are what anybody may have written."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+    """Return a line without control sequences: the names in a checkpoint are not trusted."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def _summary(reader: CheckpointReader) -> str:
@@ -96,9 +96,9 @@ def _node_lines(reader: CheckpointReader, node: Node, path: str) -> Iterator[str
             yield f"{path}: generator {node.type:.80}"
         case StateNode():
             yield f"{path}: state of a {node.type:.80} {json.dumps(node.value):.200}"
-            for of, slots in node.slots.items():
+            for variable, slots in node.slots.items():
                 for name, tensor in slots.items():
-                    yield f"{path}: {name} of {of} {_tensor(reader, tensor)}"
+                    yield f"{path}: {name} of {variable} {_tensor(reader, tensor)}"
 
 
 def _tensor(reader: CheckpointReader, name: str) -> str:

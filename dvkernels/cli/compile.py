@@ -1,4 +1,4 @@
-"""``python -m dvkernels compile``: compile everything ahead, for images and read-only machines."""
+"""``python -m dvkernels compile``: compilation ahead of time, for images and read-only machines."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ HELP = "compile all kernels for this processor now, into the folder that NUMBA_C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare no options: the place is that of every other run, see ``info``."""
+    """Declare no options: the cache folder is that of every run, printed by ``info``."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compile what is not there yet, and print where it is; 1 if it cannot be kept."""
-    began = time.monotonic()
+    """Compile all kernels into the cache and print its folder; return 1 if there is no cache."""
+    started = time.monotonic()
     with warnings.catch_warnings(record=True) as problems:
         warnings.simplefilter("always", RuntimeWarning)
         compile_ahead.compile_all()
         for dtype in ("float32", "float64"):  # the network of ``train``
             weights = mlp.initial_weights(1, dtype, seed=0)
-            weights.flags.writeable = False  # as those of a step are
+            weights.flags.writeable = False  # like those of a step: a read-only type
             images, labels = np.zeros((1, digits.NUM_PIXELS), dtype), np.zeros(1, np.int64)
             workspace = mlp.Workspace(1, 1, dtype, Device("cpu", 0))
             mlp.gradient_and_loss(weights, images, labels, workspace)
-    print(f"compiled in {time.monotonic() - began:.0f} s: {compile_cache.describe()}")
+    print(f"compiled in {time.monotonic() - started:.0f} s: {compile_cache.describe()}")
     for problem in problems:
         print(f"error: {problem.message}", file=sys.stderr)
     return 1 if problems or compile_cache.folder() is None else 0

@@ -1,7 +1,7 @@
-"""A real data set: what ``python -m dvkernels train`` trains on.
+"""Data set of ``python -m dvkernels train``: scikit-learn's handwritten digits.
 
-scikit-learn's handwritten digits, 1797 images of 8 x 8 pixels (E. Alpaydin, C. Kaynak, UCI
-Machine Learning Repository, 1998, doi:10.24432/C50P49).
+1797 images of 8 x 8 pixels (E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, 1998,
+doi:10.24432/C50P49).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ NUM_PIXELS = 64
 
 
 class Digits(NamedTuple):
-    """Images as rows of 64 numbers from 0 to 1, labels from 0 to 9; 20 % held out."""
+    """Training and test set: images as rows of 64 numbers from 0 to 1, labels from 0 to 9."""
 
-    train_images: Any
-    train_labels: Any
+    train_images: Any  # (examples, 64)
+    train_labels: Any  # (examples,)
     test_images: Any
     test_labels: Any
 
 
 def load(dtype: Any) -> Digits:
-    """Return the digits, split once and for all: stratified, 20 % for the test."""
+    """Return the digits, always split alike: stratified, 20 % for the test."""
     # Imported here: scikit-learn belongs to the demo extra.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

@@ -1,4 +1,4 @@
-"""``python -m dvkernels info``: compute something on every device and say whether it worked."""
+"""``python -m dvkernels info``: versions, devices, and a check of the all-reduce on each device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dvkernels.strategies.mirrored import MirroredStrategy
 
 __all__: list[str] = []
 
-HELP = "compute something on every device and say PASS or why not; under launch, who is where"
+HELP = "check an all-reduce on every device; under launch, also show each worker's host and cores"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,18 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print versions, then one line per device and one for all together; 1 if any failed.
+    """Print versions, one line per device and one for all together; return 1 if any failed.
 
-    Of several workers each prints one line, who and where it is, what it has, and what came of it,
-    and then whether its MPI takes memory of GPUs: one that does not start ends it there.
+    Each of several workers prints one line with its position, devices and outcome, and then
+    whether its MPI is CUDA-aware: an MPI that cannot start ends the process at that point.
     """
     resolver = default_resolver()
-    found = _of_worker(resolver) if resolver.num_workers > 1 else _of_machine()
+    found = _worker_report(resolver) if resolver.num_workers > 1 else _machine_report()
     if resolver.num_workers == 1:
         if arguments.json:
             print(json.dumps(found))
         else:
-            _print(found)
+            _print_machine(found)
     elif arguments.json:
         print(json.dumps({**found, "mpi": _mpi()}))
     else:
@@ -57,18 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if {*found["devices"].values(), found["together"]} == {"PASS"} else 1
 
 
-def _of_worker(resolver: ClusterResolver) -> dict[str, Any]:
+def _worker_report(resolver: ClusterResolver) -> dict[str, Any]:
     devices = list_devices("cpu")
     outcome = _check(devices)
     return {
-        "place": _place(resolver),
+        "place": _position(resolver),
         "devices": {str(device): outcome for device in devices},
         "together": outcome,
     }
 
 
-def _of_machine() -> dict[str, Any]:
-    """Return what this machine has, and what came of computing on it."""
+def _machine_report() -> dict[str, Any]:
+    """Return the versions and devices of this machine, and the outcome of each check."""
     devices = list_devices("cpu")
     missing = cuda.missing()
     gpus = [] if missing else list_devices("cuda")
@@ -82,7 +82,7 @@ def _of_machine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in ("numpy", "numba", "optree")},
         "system": f"{platform.system()} {platform.machine()}",
         "interpreter_lock": getattr(sys, "_is_gil_enabled", lambda: True)(),
-        # of users' parallel functions; kernels have threads of their own
+        # Of users' parallel functions; the kernels have threads of their own.
         "threading_layer": threading_layer.layer(),
         "compiled_code": compile_cache.describe(),
         "devices": outcomes,
@@ -91,7 +91,7 @@ def _of_machine() -> dict[str, Any]:
     }
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print_machine(found: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
     lock = "on" if found["interpreter_lock"] else "off"
     print(f"dvkernels {found['dvkernels']}, Python {found['python']}, {packages}")
@@ -108,26 +108,26 @@ def _print(found: dict[str, Any]) -> None:
         print(f"{'cuda':8} {found['cuda']}")
 
 
-def _place(resolver: ClusterResolver) -> str:
-    """Return where a worker is: ``worker 3 of 4, 1 of 2 on n2, cores 4-7 (Open MPI)``.
+def _position(resolver: ClusterResolver) -> str:
+    """Return a worker's position: ``worker 3 of 4, 1 of 2 on n2, cores 4-7 (Open MPI)``.
 
-    And which host it pretends to be on, if it does: ``1 of 4 on n2, as if on host 1 of 2``.
+    With simulated hosts also the worker's host: ``1 of 4 on n2, as if on host 1 of 2``.
     """
-    me = f"{resolver.task_type} {resolver.task_id}"
+    worker = f"{resolver.task_type} {resolver.task_id}"
     if resolver.worker_id is not None:
-        me = f"worker {resolver.worker_id} of {resolver.num_workers}"
-    host = platform.node()
-    here = f"on {host}"
+        worker = f"worker {resolver.worker_id} of {resolver.num_workers}"
+    node = platform.node()
+    location = f"on {node}"
     if resolver.num_local_workers is not None:
-        here = f"{resolver.local_rank} of {resolver.num_local_workers} on {host}"
-    pretended = simulated_hosts.host_of_each_worker(os.environ, resolver.num_workers)
-    if pretended is not None and resolver.worker_id is not None:
-        here += f", as if on host {pretended[resolver.worker_id]} of {pretended[-1] + 1}"
-    return f"{me}, {here}, {cpu.described_affinity()} ({resolver.source})"
+        location = f"{resolver.local_rank} of {resolver.num_local_workers} on {node}"
+    hosts = simulated_hosts.host_of_each_worker(os.environ, resolver.num_workers)
+    if hosts is not None and resolver.worker_id is not None:
+        location += f", as if on host {hosts[resolver.worker_id]} of {hosts[-1] + 1}"
+    return f"{worker}, {location}, {cpu.described_affinity()} ({resolver.source})"
 
 
 def _mpi() -> str:
-    """Return whether the MPI of this worker takes memory of GPUs, and who says so."""
+    """Return whether the MPI of this worker is CUDA-aware, and the source of that answer."""
     try:
         return f"MPI {cuda_aware.of_mpi()}"
     except (ImportError, ClusterError) as error:
@@ -137,7 +137,7 @@ def _mpi() -> str:
 def _check(devices: list[Device]) -> str:
     """All-reduce random integers over the devices, by both algorithms, and compare with NumPy."""
     rng = np.random.default_rng(0)
-    length = 103 if cuda.is_simulated() else 100_003  # the simulator takes them one by one
+    length = 103 if cuda.is_simulated() else 100_003  # the simulator runs one thread at a time
     inputs = rng.integers(-1000, 1000, (len(devices), length))
     expected = inputs.sum(axis=0)
     try:

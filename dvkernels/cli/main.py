@@ -1,4 +1,4 @@
-"""The command line: one verb a module."""
+"""Command line of dvkernels: data parallelism with NumPy and Numba."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit status: 0, 1 (a check failed), 2 (bad input), 130 (Ctrl-C)."""
     asks_for_json = False
     try:
-        verb, arguments = _read(sys.argv[1:] if argv is None else argv)
+        verb, arguments = _parse(sys.argv[1:] if argv is None else argv)
         asks_for_json = getattr(arguments, "json", None) in (True, "-")
         status: int = verb.run(arguments)
-        sys.stdout.flush()  # where nobody reads any more, it is known now
+        sys.stdout.flush()  # raises here if the reader has closed the pipe
         return status
     except BrokenPipeError:
-        # What is still to be written goes nowhere, or the interpreter would complain at its end.
+        # Drop the rest of the output, or the interpreter would fail to flush it at exit.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
@@ -55,39 +55,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _read(words: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """Return the module of the verb, and what its options say."""
+def _parse(words: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+    """Parse the command line; return the module of the verb, and its arguments."""
     parser = argparse.ArgumentParser(prog="python -m dvkernels", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dvkernels {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    # Together they take longer to load than launch takes to start: all only if all are listed.
-    asked = [word for word in words[:1] if word in _VERBS] or list(_VERBS)
-    loaded = {name: importlib.import_module(_VERBS[name]) for name in asked}
+    # Loading all verbs takes longer than launch takes to start: load one if it is named first.
+    names = [word for word in words[:1] if word in _VERBS] or list(_VERBS)
+    loaded = {name: importlib.import_module(_VERBS[name]) for name in names}
     parsers = {}
     for name, verb in loaded.items():
         parsers[name] = verbs.add_parser(
-            name, help=verb.HELP, description=verb.HELP, formatter_class=_Defaults
+            name, help=verb.HELP, description=verb.HELP, formatter_class=_HelpWithDefaults
         )
         verb.add_arguments(parsers[name])
     try:
-        arguments, more = parser.parse_known_args(words)
-        if more:
-            parsers[arguments.verb].error(f"unrecognized arguments: {' '.join(more)}")
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown:
+            parsers[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit:
-        sys.stdout.flush()  # as above: a help is printed by now
+        sys.stdout.flush()  # of a help; raises here if the reader has closed the pipe
         raise
     return loaded[arguments.verb], arguments
 
 
-class _Defaults(argparse.HelpFormatter):
-    """Says the default of every option that has one, unless its help does."""
+class _HelpWithDefaults(argparse.HelpFormatter):
+    """Help formatter that appends the default of an option, unless its help names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        said = action.help or ""
+        text = action.help or ""
         is_option = bool(action.option_strings) and action.nargs != 0
-        if not is_option or "default" in said or action.default in (None, argparse.SUPPRESS, []):
-            return said
-        return f"{said} (default %(default)s)"
+        if not is_option or "default" in text or action.default in (None, argparse.SUPPRESS, []):
+            return text
+        return f"{text} (default %(default)s)"
 
 
 def _failed(text: str, asks_for_json: bool) -> int:

@@ -1,8 +1,8 @@
-"""Two dense layers with a ReLU between them, and their gradient, in compiled code.
+"""Multilayer perceptron of ``train`` on the CPU: two dense layers with a ReLU, and the gradient.
 
-The replicas' forward and backward passes run without the interpreter's lock from beginning to end:
-in NumPy they would ask for it after every operation, and each time it is taken the operating
-system puts the thread to sleep for longer than the operation lasts.
+Compiled code: forward and backward pass run without the interpreter's lock. In NumPy each operation
+would end by acquiring the lock, and waiting for it would put the thread to sleep for longer than
+the operation takes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dvkernels.kernels import jit
 
 __all__: list[str] = []
 
-# All weights lie in one flat array, so that one collective and one update serve them all:
+# All weights lie in one flat array, so that one collective and one update handle them all:
 # hidden kernel (64, h), hidden bias (h,), output kernel (h, 10), output bias (10,).
 
 
@@ -29,7 +29,7 @@ def num_weights(num_hidden: int) -> int:
 
 
 def layers(flat: Any, num_hidden: int) -> list[Any]:
-    """Return the weights of each layer as views of the flat array."""
+    """Return kernel and bias of each layer as views of the flat array of shape (num_weights,)."""
     views, start = [], 0
     for kernel in ((NUM_PIXELS, num_hidden), (num_hidden, NUM_CLASSES)):
         for shape in (kernel, kernel[1:]):
@@ -40,7 +40,7 @@ def layers(flat: Any, num_hidden: int) -> list[Any]:
 
 
 def initial_weights(num_hidden: int, dtype: Any, seed: int) -> Any:
-    """Return flat weights: He's normal kernels, zero biases."""
+    """Return flat weights: zero biases, kernels after He et al. (doi:10.1109/ICCV.2015.123)."""
     rng = np.random.default_rng(seed)
     flat = np.zeros(num_weights(num_hidden), dtype)
     hidden_kernel, _, output_kernel, _ = layers(flat, num_hidden)
@@ -50,27 +50,37 @@ def initial_weights(num_hidden: int, dtype: Any, seed: int) -> Any:
 
 
 class Workspace:
-    """The arrays of one replica's forward and backward pass, used again in every step.
+    """Arrays of one replica's forward and backward pass, reused in every step.
 
-    Arrays of a megabyte come fresh from the operating system each time they are allocated, and
-    faulting their pages in takes longer than computing them.
+    New arrays of a megabyte would come from the operating system each time, and their page faults
+    would take longer than the computation.
     """
 
     def __init__(self, num_examples: int, num_hidden: int, dtype: Any, device: Device) -> None:
-        del device  # memory goes to whichever core touches it first
+        del device  # first touch places the memory
         self.activations = (
             np.empty((num_examples, num_hidden), dtype),
             np.empty((num_examples, num_hidden), dtype),
             np.empty((num_examples, NUM_CLASSES), dtype),
         )
-        self.gradient = np.zeros(num_weights(num_hidden) + 1, dtype)  # the last one: the loss
+        self.gradient = np.zeros(num_weights(num_hidden) + 1, dtype)  # last element: the loss
 
 
 def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspace) -> Any:
-    """Return the gradient of the mean cross-entropy over the examples, and the latter at the end.
+    """Return the gradient of the mean cross-entropy over the examples, with the loss appended.
 
-    It lies in the workspace, valid until its next use. Of no examples it is whatever it was: a
-    replica with an empty part contributes with weight 0.
+    Parameters
+    ----------
+    weights : array of shape (num_weights,)
+    images : array of shape (examples, 64), of the weights' dtype
+    labels : array of shape (examples,), int64
+    workspace : Workspace
+
+    Returns
+    -------
+    array of shape (num_weights + 1,)
+        Part of the workspace, valid until its next use. Without examples it is left unchanged: a
+        replica with an empty batch contributes with weight 0.
     """
     if len(images):
         _forward_backward(weights, images, labels, *workspace.activations, workspace.gradient)
@@ -79,7 +89,7 @@ def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspa
 
 @jit.njit(nogil=True)
 def _layers(flat, num_hidden, num_classes):  # type: ignore[no-untyped-def]
-    """Do what ``layers`` does, in compiled code."""
+    """Return the same views as ``layers``, in compiled code."""
     a = NUM_PIXELS * num_hidden
     b = a + num_hidden
     c = b + num_hidden * num_classes
@@ -136,7 +146,7 @@ def _forward_backward(  # type: ignore[no-untyped-def]
 
 
 def accuracy(weights: Any, num_hidden: int, images: Any, labels: Any) -> float:
-    """Return the fraction of images whose label the network guesses."""
+    """Return the fraction of images whose label the network predicts."""
     kernel, bias, output_kernel, output_bias = layers(weights, num_hidden)
     logits = np.maximum(images @ kernel + bias, 0) @ output_kernel + output_bias
     return float((logits.argmax(axis=1) == labels).mean())

@@ -1,4 +1,4 @@
-"""The gradient of mlp.py where weights and batches lie on a GPU: NumPy's words, CuPy's work."""
+"""Multilayer perceptron of ``train`` on a GPU: the twin of mlp.py, NumPy calls on CuPy arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__: list[str] = []
 
 
 class Workspace:
-    """What one replica keeps from step to step; a GPU's memory pool keeps the rest."""
+    """Arrays of one replica reused in every step; CuPy's memory pool reuses the others."""
 
     def __init__(self, num_examples: int, num_hidden: int, dtype: Any, device: Device) -> None:
         self.num_hidden = num_hidden
@@ -24,9 +24,9 @@ class Workspace:
 
 
 def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspace) -> Any:
-    """Return the gradient of the mean cross-entropy over the examples, and the latter at the end.
+    """Return the gradient of the mean cross-entropy over the examples, with the loss appended.
 
-    As in mlp.py; the host does not wait for it.
+    As in mlp.py; asynchronous to the host.
     """
     if not len(images):
         return workspace.gradient
@@ -36,12 +36,12 @@ def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspa
     logits -= logits.max(axis=1, keepdims=True)
     powers = np.exp(logits)
     norm = powers.sum(axis=1, keepdims=True)
-    is_right = (labels[:, None] == workspace.classes).astype(logits.dtype)
-    losses = np.log(norm) - (logits * is_right).sum(axis=1, keepdims=True)
-    slope = (powers / norm - is_right) / len(images)  # d loss / d logits
+    onehot = (labels[:, None] == workspace.classes).astype(logits.dtype)
+    losses = np.log(norm) - (logits * onehot).sum(axis=1, keepdims=True)
+    slope = (powers / norm - onehot) / len(images)  # d loss / d logits
     back = (slope @ output_kernel.T) * (hidden > 0)
     parts = (images.T @ back, back.sum(axis=0), hidden.T @ slope, slope.sum(axis=0))
-    for place, part in zip(layers(workspace.gradient, workspace.num_hidden), parts, strict=True):
-        place[...] = part
+    for view, part in zip(layers(workspace.gradient, workspace.num_hidden), parts, strict=True):
+        view[...] = part
     workspace.gradient[-1:] = losses.mean()
     return workspace.gradient

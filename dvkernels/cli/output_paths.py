@@ -1,4 +1,4 @@
-"""Files and folders that options name: whether they can be written is found out before the work."""
+"""Output files and folders of the command line, checked for write access before the work."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ __all__: list[str] = []
 
 
 class OutputError(DvKernelsError, OSError):
-    """What an option names cannot be written."""
+    """An output file or folder cannot be written."""
 
 
 def file(option: str, name: str) -> Path:
-    """Return the path of a file that can be written; what it holds stays until that is done.
+    """Return the path of an output file after a check that it can be written.
+
+    An existing file keeps its contents.
 
     Raises
     ------
     OutputError
-        It cannot.
+        The file cannot be written.
     """
     try:
         AtomicFile(name).discard()
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"{option}: cannot write {name!r} ({_reason(error)}); give a file in a folder that is "
-            f"there and may be written"
+            f"{option}: cannot write {name!r} ({_reason(error)}); give a file in an existing, "
+            f"writable folder"
         ) from None
     return Path(name)
 
 
-def folder(option: str, name: str, *, is_made: bool = False) -> Path:
-    """Return the path of a folder in which files can be made; with ``is_made`` it is made itself.
+def folder(option: str, name: str, *, create: bool = False) -> Path:
+    """Return the path of an output folder after a check that files can be created in it.
+
+    With ``create`` the folder itself is created if it does not exist.
 
     Raises
     ------
     OutputError
-        They cannot.
+        Files cannot be created there.
     """
     path = Path(name)
     try:
-        if is_made:
+        if create:
             path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass

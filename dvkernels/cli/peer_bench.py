@@ -1,4 +1,4 @@
-"""What the benchmarks of one part of the library beside others have in common."""
+"""Frame of the benchmarks against peer libraries: options, rounds in turn, table and JSON."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from dvkernels.profiler import atomic_file
 
 __all__: list[str] = []
 
-# Given a case, a folder and the peers' workers, returns the seconds of each contestant; ours are
-# called dvkernels.
+# Given a case, a folder and the peers' workers, returns the seconds of each library; "dvkernels" is
+# this one.
 Measure = Callable[[str, str, Mapping[str, Worker]], Mapping[str, Samples]]
 
 
 class PeerBench(NamedTuple):
-    """What is measured, and beside whom."""
+    """A benchmark of this library against its peers."""
 
     command: str
-    cases: Mapping[str, str]  # what each is
+    cases: Mapping[str, str]  # name -> description
     peers: Mapping[str, Peer]
     measure: Measure
-    unit: str  # what the seconds are for: "a batch"
-    folder: str | None = None  # in which a temporary one is made
+    unit: str  # of the seconds: "per batch"
+    folder: str | None = None  # where a temporary folder is created; None: the system's place
     num_ranks: int = 2  # processes of each peer
 
 
@@ -50,35 +50,35 @@ def add_arguments(parser: argparse.ArgumentParser, peers: str) -> None:
         action="append",
         default=[],
         metavar="PEER=PATH",
-        help=f"measure a peer ({peers}) with the interpreter that has it",
+        help=f"measure a peer ({peers}), with the interpreter of its environment",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 
 
-def run(contest: PeerBench, arguments: argparse.Namespace) -> int:
-    """Measure all cases, and print a line for each contestant."""
+def run(bench: PeerBench, arguments: argparse.Namespace) -> int:
+    """Measure all cases, and print a line for each library."""
     if arguments.rounds < 1:
         raise AlgorithmError(
-            f"{contest.command}: expected --rounds of at least 1, got {arguments.rounds}"
+            f"{bench.command}: expected --rounds of at least 1, got {arguments.rounds}"
         )
     if arguments.json is not None:
         output_paths.file("--json", arguments.json)
-    if contest.folder is not None:
-        output_paths.folder("--folder", contest.folder)
+    if bench.folder is not None:
+        output_paths.folder("--folder", bench.folder)
     workers: dict[str, Worker] = {}
     versions: dict[str, str] = {}
     records: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         started: list[Worker] = []
         stack.callback(end_all, started)
-        pythons = registry.interpreters(contest.command, arguments.peer_python, contest.peers)
+        pythons = registry.interpreters(bench.command, arguments.peer_python, bench.peers)
         for name, python in pythons.items():
-            version = registry.version_of(contest.peers[name], python)
+            version = registry.version_of(bench.peers[name], python)
             if version is None:
-                print(f"# {name} skipped: {contest.peers[name].how_to_get}")
+                print(f"# {name} skipped: {bench.peers[name].how_to_get}")
                 continue
             versions[name] = version
-            workers[name] = Worker(name, python, contest.num_ranks, peers=contest.peers)
+            workers[name] = Worker(name, python, bench.num_ranks, peers=bench.peers)
             started.append(workers[name])
         about = {
             "dvkernels": __version__,
@@ -89,33 +89,38 @@ def run(contest: PeerBench, arguments: argparse.Namespace) -> int:
             "rounds": arguments.rounds,
         }
         print("# " + ", ".join(f"{key}: {value}" for key, value in about.items()))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=contest.folder))
-        for case, what in contest.cases.items():
-            print(f"# {case}: {what}")
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=bench.folder))
+        for case, description in bench.cases.items():
+            print(f"# {case}: {description}")
             try:
-                found = contest.measure(case, folder, workers)
+                found = bench.measure(case, folder, workers)
             except WorkerLostError as error:
                 print(f"# {error}")
                 return 1
-            records += [_record(case, name, found, contest.unit) for name in found]
+            for name in found:
+                records.append(_record(case, name, found, bench.unit))
+                _print_record(records[-1], found[name], bench.unit)
     if arguments.json:
         atomic_file.write_text(arguments.json, json.dumps({**about, "results": records}, indent=1))
     return 0
 
 
 def _record(case: str, name: str, found: Mapping[str, Samples], unit: str) -> dict[str, Any]:
-    """Print what one contestant took, and return it."""
+    """Return the JSON record of one library's time."""
     samples = found[name]
     low, high = samples.quartiles
-    times = ratio(samples, found["dvkernels"])
-    print(
-        f"{name:13} {1e6 * samples.median:12.1f} us {unit} "
-        f"({1e6 * low:.1f} to {1e6 * high:.1f}), {times:6.2f} times ours"
-    )
     return {
         "case": case,
         "who": name,
         f"seconds_{unit.replace(' ', '_')}": samples.median,
         "quartiles": [low, high],
-        "times_ours": times,
+        "times_ours": ratio(samples, found["dvkernels"]),
     }
+
+
+def _print_record(record: Mapping[str, Any], samples: Samples, unit: str) -> None:
+    low, high = record["quartiles"]
+    print(
+        f"{record['who']:13} {1e6 * samples.median:12.1f} us {unit} "
+        f"({1e6 * low:.1f} to {1e6 * high:.1f}), {record['times_ours']:6.2f} times ours"
+    )

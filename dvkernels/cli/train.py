@@ -1,6 +1,6 @@
-"""``python -m dvkernels train``: train on handwritten digits over several replicas.
+"""``python -m dvkernels train``: training on handwritten digits over several replicas.
 
-Started by ``launch``, ``mpiexec`` or ``srun``, all workers train one model, and the first reports.
+Under ``launch``, ``mpiexec`` or ``srun`` all workers train one model, and the chief reports.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from typing import Any
 
 from dvkernels.checkpoint.format import step_names
 from dvkernels.cli import argument_types, digits, mlp, output_paths, training_loop
-from dvkernels.cli.training_loop import Keeping, Report, TrainingConfig, TrainingResult
+from dvkernels.cli.training_loop import (
+    CheckpointConfig,
+    ProgressReport,
+    TrainingConfig,
+    TrainingResult,
+)
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.devices import cpu
 from dvkernels.devices.base import Device
@@ -38,7 +43,7 @@ class MissingExtraError(DvKernelsError, ImportError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    recipe = TrainingConfig()
+    defaults = TrainingConfig()
     parser.add_argument(
         "--replicas",
         type=argument_types.positive,
@@ -47,24 +52,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs",
         type=argument_types.positive,
-        default=recipe.epochs,
-        help="how often all are seen",
+        default=defaults.epochs,
+        help="passes over the training set",
     )
     parser.add_argument(
         "--batch-size",
         type=argument_types.positive,
-        default=recipe.batch_size,
-        help="of all replicas together",
+        default=defaults.batch_size,
+        help="global batch size, of all replicas together",
     )
     parser.add_argument(
-        "--hidden", type=argument_types.positive, default=recipe.num_hidden, help="hidden units"
+        "--hidden", type=argument_types.positive, default=defaults.num_hidden, help="hidden units"
     )
     parser.add_argument("--device", default="cpu", help="kind of device: cpu or cuda")
     parser.add_argument(
-        "--seed", type=argument_types.natural, default=recipe.seed, help="of weights and order"
+        "--seed",
+        type=argument_types.natural,
+        default=defaults.seed,
+        help="seed of the weights and of the order of the examples",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default=recipe.dtype, help="of the weights"
+        "--dtype",
+        choices=("float32", "float64"),
+        default=defaults.dtype,
+        help="element type of the weights",
     )
     parser.add_argument(
         "--checkpoint-dir", help="save checkpoints here; SIGTERM and SIGUSR1 save one and exit"
@@ -73,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-every",
         type=argument_types.positive,
         metavar="STEPS",
-        help="how often (default: once an epoch)",
+        help="steps between two checkpoints (default: those of an epoch)",
     )
     parser.add_argument(
         "--resume",
@@ -84,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preemption-exit-code",
         type=argument_types.exit_status,
         default=42,
-        help="after SIGTERM or SIGUSR1",
+        help="exit status after SIGTERM or SIGUSR1",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; times are seconds per step"
@@ -92,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, test, compare with one device, and print what came of it."""
+    """Train, test, compare with one device, and print the results."""
     for package in ("sklearn", "rich", "threadpoolctl"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(
@@ -100,37 +111,37 @@ def run(arguments: argparse.Namespace) -> int:
                 f"python -m pip install 'dvkernels[demo]'"
             )
     devices = _devices(arguments.device, arguments.replicas)
-    recipe = TrainingConfig(
+    config = TrainingConfig(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         num_hidden=arguments.hidden,
         dtype=arguments.dtype,
         seed=arguments.seed,
     )
-    data = digits.load(recipe.dtype)
-    keeping = _keeping(arguments)
+    data = digits.load(config.dtype)
+    checkpoints = _checkpoint_config(arguments)
     resolver = default_resolver()
     with _one_blas_thread(), _strategy(resolver, devices) as strategy:
         num_replicas = strategy.num_replicas_in_sync
         if not resolver.is_chief:
-            training_loop.train(strategy, recipe, data, _report_nothing, keeping)
+            training_loop.train(strategy, config, data, _ignore_progress, checkpoints)
             return 0
         _say(
-            f"{len(data.train_images)} digits to learn from, {len(data.test_images)} held out; "
+            f"{len(data.train_images)} training and {len(data.test_images)} test digits; "
             f"{argument_types.counted(num_replicas, 'replica')}; "
-            "BLAS is held to one thread a replica"
+            "BLAS uses one thread per replica"
         )
-        outcome = _train(strategy, recipe, data, "training", keeping)
+        outcome = _train(strategy, config, data, "training", checkpoints)
         if outcome.resumed_at_step == outcome.steps:
             _say(
-                f"nothing was left to do: the run in {arguments.checkpoint_dir} has had its "
-                f"{outcome.steps} steps, {recipe.epochs} epochs; pass a larger --epochs to go on"
+                f"nothing left to do: the run in {arguments.checkpoint_dir} has completed its "
+                f"{outcome.steps} steps, {config.epochs} epochs; pass a larger --epochs to go on"
             )
         with OneDeviceStrategy(devices[0]) as alone:
-            reference = _train(alone, recipe, data, "the same on one device", None)
+            reference = _train(alone, config, data, "the same on one device", None)
 
     def accuracy(trained: TrainingResult) -> float:
-        return mlp.accuracy(trained.weights, recipe.num_hidden, data.test_images, data.test_labels)
+        return mlp.accuracy(trained.weights, config.num_hidden, data.test_images, data.test_labels)
 
     result = {
         "test_accuracy": accuracy(outcome),
@@ -151,15 +162,15 @@ def run(arguments: argparse.Namespace) -> int:
         "one_device_test_accuracy": accuracy(reference),
         "one_device_examples_per_second": reference.examples_per_second,
         "speed_up": _speed_up(outcome, reference),
-        "dtype": recipe.dtype,
-        "seed": recipe.seed,
+        "dtype": config.dtype,
+        "seed": config.seed,
     }
     print(json.dumps(result) if arguments.json else _report(result))
     return 0
 
 
 def _speed_up(outcome: TrainingResult, reference: TrainingResult) -> float | None:
-    """Return how many times faster it went than on one device; None if all was done before."""
+    """Return the ratio of examples/s to one device; None if a resumed run had no steps left."""
     if not (outcome.examples_per_second > 0 and reference.examples_per_second > 0):
         return None
     return outcome.examples_per_second / reference.examples_per_second
@@ -171,50 +182,50 @@ def _strategy(resolver: ClusterResolver, devices: list[Device]) -> Strategy:
     return MirroredStrategy(devices)
 
 
-def _report_nothing(step: int, examples: int, loss: float, rate: float) -> None:
-    """Leave it to the chief."""
+def _ignore_progress(step: int, examples: int, loss: float, rate: float) -> None:
+    """Do nothing: the chief shows the progress."""
 
 
 def _devices(kind: str, num_replicas: int | None) -> list[Device]:
     """Return the device of each replica; several share a GPU where there are fewer."""
     if kind == "cuda":
-        there = list_devices(kind) or [Device(kind, 0)]
-        chosen = [there[k % len(there)] for k in range(num_replicas or len(there))]
+        existing = list_devices(kind) or [Device(kind, 0)]
+        chosen = [existing[k % len(existing)] for k in range(num_replicas or len(existing))]
     else:
         chosen = [Device(kind, k) for k in range(num_replicas or cpu.usable_cores())]
     return [resolve(device) for device in chosen]
 
 
-def _keeping(arguments: argparse.Namespace) -> Keeping | None:
-    """Return what is to be saved where; raise if that is not clear."""
+def _checkpoint_config(arguments: argparse.Namespace) -> CheckpointConfig | None:
+    """Return where and when checkpoints are saved; None for none; raise if options conflict."""
     if arguments.checkpoint_dir is None:
         if arguments.resume or arguments.checkpoint_every:
             raise CheckpointError(
-                "--resume and --checkpoint-every say what to do with checkpoints; say where they "
-                "are with --checkpoint-dir"
+                "--resume and --checkpoint-every need the folder of the checkpoints; name it with "
+                "--checkpoint-dir"
             )
         return None
-    output_paths.folder("--checkpoint-dir", arguments.checkpoint_dir, is_made=True)
-    held = step_names.within(Path(arguments.checkpoint_dir))
-    if held and not arguments.resume:
+    output_paths.folder("--checkpoint-dir", arguments.checkpoint_dir, create=True)
+    existing = step_names.within(Path(arguments.checkpoint_dir))
+    if existing and not arguments.resume:
         raise CheckpointError(
-            f"{arguments.checkpoint_dir} holds the checkpoints of a run, up to {held[-1].name}; "
-            f"pass --resume to go on with it, or another --checkpoint-dir"
+            f"{arguments.checkpoint_dir} holds the checkpoints of a run, up to "
+            f"{existing[-1].name}; pass --resume to go on with it, or another --checkpoint-dir"
         )
-    return Keeping(
+    return CheckpointConfig(
         arguments.checkpoint_dir, arguments.checkpoint_every, arguments.preemption_exit_code
     )
 
 
 def _train(
     strategy: Strategy,
-    recipe: TrainingConfig,
+    config: TrainingConfig,
     data: digits.Digits,
     title: str,
-    keeping: Keeping | None,
+    checkpoints: CheckpointConfig | None,
 ) -> TrainingResult:
-    with _progress(title, training_loop.num_steps(recipe, data)) as report:
-        return training_loop.train(strategy, recipe, data, report, keeping)
+    with _progress_bar(title, training_loop.num_steps(config, data)) as report:
+        return training_loop.train(strategy, config, data, report, checkpoints)
 
 
 def _report(result: dict[str, Any]) -> str:
@@ -229,7 +240,7 @@ def _report(result: dict[str, Any]) -> str:
             f"final loss         {result['final_loss']:.3g}",
             f"steps              {result['steps']}, "
             + (
-                "none of them now: the run had ended"
+                "none of them now: the run was complete"
                 if result["resumed_at_step"] == result["steps"]
                 else f"{result['examples_per_second']:.0f} examples/s"
                 + (f", resumed at {resumed}" if (resumed := result["resumed_at_step"]) else "")
@@ -238,7 +249,7 @@ def _report(result: dict[str, Any]) -> str:
             f"against one device {result['relative_difference_to_one_device']:.2e} "
             f"relative difference of the weights, accuracy there "
             f"{result['one_device_test_accuracy']:.4f}",
-            f"one device goes at {result['one_device_examples_per_second']:.0f} examples/s"
+            f"one device         {result['one_device_examples_per_second']:.0f} examples/s"
             + ("" if result["speed_up"] is None else f", speed-up {result['speed_up']:.2f}"),
             f"weights            sha256 {result['weights_sha256']}",
         ]
@@ -246,8 +257,8 @@ def _report(result: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _progress(title: str, num_steps: int) -> Iterator[Report]:
-    """Show a bar with loss and examples/s on standard error."""
+def _progress_bar(title: str, num_steps: int) -> Iterator[ProgressReport]:
+    """Show a progress bar with loss and examples/s on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -257,7 +268,7 @@ def _progress(title: str, num_steps: int) -> Iterator[Report]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[pace]}"),
     )
-    every = max(1, num_steps // 100)  # drawing takes the interpreter from the replicas
+    every = max(1, num_steps // 100)  # drawing holds the interpreter's lock
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         bar = progress.add_task(title, total=num_steps, pace="")
 

@@ -1,4 +1,4 @@
-"""Data-parallel training of the digits network: the loop a user of the library would write."""
+"""Training loop of ``train``, written as a user of the library would write it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__: list[str] = []
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What is trained, and how long; the same for every strategy."""
+    """Hyperparameters of a training run; the same for every strategy."""
 
     epochs: int = 30
     batch_size: int = 128  # global
@@ -40,7 +40,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The trained weights, and where the time went: seconds are means per step."""
+    """Trained weights, and times: seconds are means per step."""
 
     weights: Any  # flat, as in mlp.py
     steps: int
@@ -54,8 +54,8 @@ class TrainingResult:
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """Where checkpoints are kept, and what happens when the machine is taken away."""
+class CheckpointConfig:
+    """Folder and period of the checkpoints, and the exit status after a preemption."""
 
     directory: str
     every: int | None  # steps; None: those of an epoch
@@ -63,60 +63,61 @@ class Keeping:
 
 
 _NETWORKS: dict[str, Any] = {"cpu": mlp, "cuda": mlp_gpu}  # twins
-Report = Callable[[int, int, float, float], None]  # step, examples, loss, examples per second
+# Called with step, examples, loss, examples per second.
+ProgressReport = Callable[[int, int, float, float], None]
 
 
-def dataset(recipe: TrainingConfig, data: Digits) -> Dataset:
+def dataset(config: TrainingConfig, data: Digits) -> Dataset:
     """Return the batches of all epochs; repeat comes last, so that a resumed run may have more."""
     return (
         Dataset.from_arrays((data.train_images, data.train_labels))
-        .shuffle(seed=recipe.seed)
-        .batch(recipe.batch_size)
-        .repeat(recipe.epochs)
+        .shuffle(seed=config.seed)
+        .batch(config.batch_size)
+        .repeat(config.epochs)
     )
 
 
-def num_steps(recipe: TrainingConfig, data: Digits) -> int:
-    """Return how many batches the epochs make."""
-    return recipe.epochs * _steps_of_an_epoch(recipe, data)
+def num_steps(config: TrainingConfig, data: Digits) -> int:
+    """Return the number of batches in all epochs."""
+    return config.epochs * _steps_per_epoch(config, data)
 
 
-def _steps_of_an_epoch(recipe: TrainingConfig, data: Digits) -> int:
-    return -(-len(data.train_images) // recipe.batch_size)
+def _steps_per_epoch(config: TrainingConfig, data: Digits) -> int:
+    return -(-len(data.train_images) // config.batch_size)
 
 
-def _examples_until(step: int, recipe: TrainingConfig, data: Digits) -> int:
-    """Return how many examples of all workers that many steps see: an epoch's last may be short."""
-    num_examples = len(data.train_images)
-    epochs, rest = divmod(step, _steps_of_an_epoch(recipe, data))
-    return epochs * num_examples + min(rest * recipe.batch_size, num_examples)
+def _num_examples(steps: int, config: TrainingConfig, data: Digits) -> int:
+    """Return the number of examples in the first steps: an epoch's last batch may be short."""
+    epoch_size = len(data.train_images)
+    epochs, rest = divmod(steps, _steps_per_epoch(config, data))
+    return epochs * epoch_size + min(rest * config.batch_size, epoch_size)
 
 
 def train(
     strategy: Strategy,
-    recipe: TrainingConfig,
+    config: TrainingConfig,
     data: Digits,
-    report: Report,
-    keeping: Keeping | None = None,
+    report: ProgressReport,
+    checkpoints: CheckpointConfig | None = None,
 ) -> TrainingResult:
     """Train under a strategy, with gradients averaged over all examples of each global batch."""
     with strategy.scope():
-        initial = mlp.initial_weights(recipe.num_hidden, recipe.dtype, recipe.seed)
+        initial = mlp.initial_weights(config.num_hidden, config.dtype, config.seed)
         weights = Variable(initial, name="weights")
         velocity = Variable(np.zeros_like(initial), trainable=False, name="velocity")
-    number = np.dtype(recipe.dtype).type
-    rate, momentum = number(recipe.learning_rate), number(recipe.momentum)
+    number = np.dtype(config.dtype).type
+    rate, momentum = number(config.learning_rate), number(config.momentum)
     net = _NETWORKS[strategy.worker_devices[0].kind]
-    workspaces: dict[tuple[int, int], Any] = {}  # by replica and examples
+    workspaces: dict[tuple[int, int], Any] = {}  # by replica and number of examples
     clock = time.perf_counter
 
     def update(_: Strategy, averaged: Any) -> float:
         started = clock()
-        change = averaged.values[0][:-1]  # ours: all_reduce has written it into the workspace
-        change *= -rate
-        change += momentum * velocity
-        velocity.assign(change)
-        weights.assign_add(change)
+        delta = averaged.values[0][:-1]  # may be overwritten: a view of the workspace
+        delta *= -rate
+        delta += momentum * velocity
+        velocity.assign(delta)
+        weights.assign_add(delta)
         return clock() - started
 
     def step(images: Any, labels: Any) -> None:
@@ -127,20 +128,20 @@ def train(
         key = (rank, len(images))
         if key not in workspaces:
             workspaces[key] = net.Workspace(
-                len(images), recipe.num_hidden, recipe.dtype, replica.device
+                len(images), config.num_hidden, config.dtype, replica.device
             )
         own = net.gradient_and_loss(weights.read_value(), images, labels, workspaces[key])
         computed = clock()
         averaged = replica.all_reduce("mean", own, weight=len(images), out=own)
-        losses[rank] = float(averaged[-1])  # which waits for a GPU
+        losses[rank] = float(averaged[-1])  # synchronizes with a GPU
         updating = replica.merge_call(update, (averaged,))
         seconds[rank] += (computed - started + updating, clock() - computed - updating)
 
     def warm_up() -> None:
-        """Compile or load what a step needs before the clock runs; changes nothing."""
+        """Compile or load the code of a step before the clock starts; changes no variable."""
         replica = context.get_replica_context()
         assert replica is not None
-        workspace = net.Workspace(1, recipe.num_hidden, recipe.dtype, replica.device)
+        workspace = net.Workspace(1, config.num_hidden, config.dtype, replica.device)
         images, labels = (
             array_memory.brought(array[:1], replica.device)
             for array in (data.train_images, data.train_labels)
@@ -156,71 +157,71 @@ def train(
     resumed_at_step = None
     resumed_at_example, waiting = 0, 0.0
     with contextlib.ExitStack() as stack:
-        batches = stack.enter_context(iter(strategy.distribute_dataset(dataset(recipe, data))))
-        if keeping is not None:
+        batches = stack.enter_context(iter(strategy.distribute_dataset(dataset(config, data))))
+        if checkpoints is not None:
             checkpoint = Checkpoint(
                 weights=weights, velocity=velocity, batches=batches, progress=progress
             )
-            manager = stack.enter_context(CheckpointManager(checkpoint, keeping.directory))
+            manager = stack.enter_context(CheckpointManager(checkpoint, checkpoints.directory))
             restored = manager.restore_latest()
             resumed_at_step = None if restored is None else restored.step
-            resumed_at_example = _examples_until(progress["steps"], recipe, data)
+            resumed_at_example = _num_examples(progress["steps"], config, data)
             if restored is not None:
                 report(progress["steps"], 0, progress["loss"], 0.0)
             preemption = stack.enter_context(
-                PreemptionHandler(manager, exit_code=keeping.exit_code, agree=_any_of(strategy))
+                PreemptionHandler(manager, exit_code=checkpoints.exit_code, agree=_any_of(strategy))
             )
-            every = keeping.every or _steps_of_an_epoch(recipe, data)
-        began = clock()
+            every = checkpoints.every or _steps_per_epoch(config, data)
+        loop_start = clock()
         while True:
-            asked = clock()
+            fetch_start = clock()
             images, labels = next(batches, (None, None))
             if images is None:
                 break
-            waiting += clock() - asked
+            waiting += clock() - fetch_start
             strategy.run(step, (images, labels))
             progress["steps"] += 1
             progress["loss"] = float(losses[0])
             steps = progress["steps"]
-            seen = _examples_until(steps, recipe, data) - resumed_at_example
-            report(steps, seen, losses[0], seen / (clock() - began))
-            if keeping is not None:
+            seen = _num_examples(steps, config, data) - resumed_at_example
+            report(steps, seen, losses[0], seen / (clock() - loop_start))
+            if checkpoints is not None:
                 preemption.after_step(steps)
                 if steps % every == 0:
                     manager.save(steps, background=True)
-        elapsed = clock() - began
-        if keeping is not None and (resumed_at_step or 0) < progress["steps"]:
+        elapsed = clock() - loop_start
+        if checkpoints is not None and (resumed_at_step or 0) < progress["steps"]:
             manager.save(progress["steps"])
     steps = progress["steps"]
-    seen = _examples_until(steps, recipe, data) - resumed_at_example
-    num_own = max(1, steps - (resumed_at_step or 0))  # of this process; 0 if all was done before
-    compute, communication = seconds.mean(axis=0) / num_own
+    seen = _num_examples(steps, config, data) - resumed_at_example
+    num_timed = max(1, steps - (resumed_at_step or 0))  # without those before a resume
+    compute, communication = seconds.mean(axis=0) / num_timed
     return TrainingResult(
         weights=weights.numpy(),
         steps=steps,
         resumed_at_step=resumed_at_step,
         final_loss=progress["loss"],
         examples_per_second=seen / elapsed,
-        seconds_per_step=elapsed / num_own,
+        seconds_per_step=elapsed / num_timed,
         compute_seconds=float(compute),
         communication_seconds=float(communication),
-        input_seconds=waiting / num_own,
+        input_seconds=waiting / num_timed,
     )
 
 
 def _any_of(strategy: Strategy) -> Callable[[bool], bool]:
-    """Return what tells whether any worker has been told to stop, the same on all of them."""
+    """Return a collective "or" over all workers, for requests to stop."""
 
     def agree(is_requested: bool) -> bool:
         if len(strategy.worker_devices) == strategy.num_replicas_in_sync:
-            return is_requested  # there are no others
-        told = strategy.distribute_values_from_function(lambda _: np.int8(is_requested))
-        return bool(strategy.reduce("max", told))
+            return is_requested  # a single worker
+        requested = strategy.distribute_values_from_function(lambda _: np.int8(is_requested))
+        return bool(strategy.reduce("max", requested))
 
     return agree
 
 
-def relative_difference(these: Any, those: Any) -> float:
-    """Return the norm of the difference over the norm of the second."""
-    reference = np.float64(those)
-    return float(np.linalg.norm(these - reference) / np.linalg.norm(reference))
+def relative_difference(values: Any, reference: Any) -> float:
+    """Return the norm of the difference, divided by the norm of the reference."""
+    reference = np.float64(reference)
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))

@@ -1,4 +1,4 @@
-"""``python -m dvkernels.cli.worker``: what job scripts call ``launcher/worker.py``."""
+"""Earlier name of ``python -m dvkernels.launcher.worker``, kept for existing job scripts."""
 
 from __future__ import annotations
 

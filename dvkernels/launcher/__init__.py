@@ -1,4 +1,4 @@
-"""The launcher: starts the workers of a job by an MPI, watches them, and clears up behind them.
+"""The launcher: starts the workers of a job by mpiexec or srun, supervises them and cleans up.
 
-Imports: checkpoint, cluster, communicators, deadlines, errors.
+Imports: checkpoint, cluster, communicators, deadlines, devices, errors.
 """

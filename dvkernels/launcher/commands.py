@@ -1,6 +1,6 @@
-"""The launchers that may be installed, and the command by which each starts a job's workers.
+"""Command lines of the supported launchers: Open MPI, MPICH and Intel MPI (Hydra), Slurm's srun.
 
-Nothing here starts anything, but for asking a launcher for its version.
+Nothing is started here, except the launcher for its version.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dvkernels.errors import LaunchError
 from dvkernels.launcher import slurm_signals
 
 __all__ = [
+    "EXPORTED_VARIABLES",
     "FLAVOURS",
-    "KEPT",
     "HostSlots",
     "Job",
     "LauncherFlavour",
@@ -31,27 +31,33 @@ __all__ = [
     "flavour_of",
 ]
 
-# What limits the threads of BLAS and OpenMP, and of our kernels, in one process.
-_THREADS = (
+# Limit the threads of BLAS, OpenMP and our kernels in one process.
+_THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "NUMBA_NUM_THREADS",
     "DVKERNELS_NUM_THREADS",
 )
-# What workers on other hosts must have too.
-KEPT = (*_THREADS, network_model.VARIABLE, "PYTHONUNBUFFERED", "PYTHONPATH")
-# The MPI Operator names the hosts in words that Open MPI 5 does not heed: all workers were here.
-_RENAMED = {
+# Workers on other hosts need these too.
+EXPORTED_VARIABLES = (
+    *_THREAD_VARIABLES,
+    network_model.VARIABLE,
+    "PYTHONUNBUFFERED",
+    "PYTHONPATH",
+)
+# The MPI Operator sets the names of Open MPI 4. Open MPI 5 ignores them, and would start all
+# workers on this host.
+_RENAMED_VARIABLES = {
     "OMPI_MCA_orte_default_hostfile": "PRTE_MCA_prte_default_hostfile",
     "OMPI_MCA_orte_keep_fqdn_hostnames": "PRTE_MCA_prte_keep_fqdn_hostnames",
 }
 _SECONDS_FOR_A_VERSION = 30
-_RELAY = Path(__file__).with_name("prefix_output.py")
+_PREFIX_SCRIPT = Path(__file__).with_name("prefix_output.py")
 
 
 class HostSlots(NamedTuple):
-    """A host, and how many workers go there."""
+    """A host and its number of workers."""
 
     name: str
     num_workers: int
@@ -59,33 +65,33 @@ class HostSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be started.
+    """A job to start: a program, its workers, their hosts, threads and binding.
 
     Attributes
     ----------
     program : tuple of str
         The command of each worker.
     num_workers : int
-        How many there are.
-    hosts : tuple of Host
-        Where; empty where the launcher decides, which is here unless a batch system says more.
+        Number of workers.
+    hosts : tuple of HostSlots
+        The hosts; empty where the launcher decides: this host, unless a batch system names others.
     num_threads : int or None
-        How many threads each worker is to use; None for its own choice.
+        Threads of each worker; None for the worker's own choice.
     bound : bool or None
-        Whether each worker is bound to as many cores as it has threads; None where nobody asked:
-        Slurm binds tasks to what they were given, the others bind nothing.
-    is_here : bool
-        Whether it is known that all of them go to this host.
-    crowded : bool
+        Whether each worker is bound to as many cores as it has threads. None for the launcher's
+        default: Slurm binds tasks to their allocation, the others bind nothing.
+    is_local : bool
+        Whether all workers are known to run on this host.
+    oversubscribed : bool
         Whether there are more workers than cores.
     as_root : bool
-        Whether the superuser starts it.
+        Whether the superuser starts the job.
     prefixed : bool
         Whether each line that a worker prints starts with its number.
-    variables : tuple of str
-        The variables that workers on other hosts must have too.
-    options : tuple of str
-        What else the launcher is told.
+    exported_variables : tuple of str
+        Names of the environment variables that workers on other hosts need too.
+    launcher_options : tuple of str
+        Further arguments of the launcher.
     """
 
     program: tuple[str, ...]
@@ -93,29 +99,29 @@ class Job:
     hosts: tuple[HostSlots, ...] = ()
     num_threads: int | None = None
     bound: bool | None = False
-    is_here: bool = False
-    crowded: bool = False
+    is_local: bool = False
+    oversubscribed: bool = False
     as_root: bool = False
     prefixed: bool = True
-    variables: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
+    exported_variables: tuple[str, ...] = ()
+    launcher_options: tuple[str, ...] = ()
 
 
 class LauncherFlavour(NamedTuple):
-    """How one kind of launcher is used."""
+    """A kind of launcher: its arguments, its signals and its exit statuses."""
 
     name: str
-    version: re.Pattern[str]  # found in what it says of its version
-    rank_variable: str
-    arguments: Callable[[Job, Sequence[str]], list[str]]  # of a job, and the command of a worker
-    forwarded: frozenset[signal.Signals]  # the signals that it hands on to the workers
-    ended_by: signal.Signals  # what makes it end the workers, whatever these do
-    # brings a signal that it does not hand on to all workers: given its path, process, the signal
-    sent: Callable[[str, int, signal.Signals], bool] | None = None
-    # statuses that tell of a failure, and of an orderly end from outside with the others
-    failures: frozenset[int] = frozenset()
-    # whether it hands on an input of any size; Hydra ends jobs that do not read as fast as it does
-    feeds: bool = True
+    version: re.Pattern[str]  # found in the output of --version
+    rank_variable: str  # in the environment of a worker
+    arguments: Callable[[Job, Sequence[str]], list[str]]  # of a job and the command of a worker
+    forwarded_signals: frozenset[signal.Signals]  # those that it passes on to the workers
+    end_signal: signal.Signals  # makes it end the workers, whatever these do
+    # Sends a signal that it does not pass on to all workers: given its path, its pid, the signal.
+    send_signal: Callable[[str, int, signal.Signals], bool] | None = None
+    # Statuses of a failure that with other launchers mean an orderly end from outside.
+    failure_statuses: frozenset[int] = frozenset()
+    # Whether it passes on an input of any size. Hydra ends jobs that read slower than it does.
+    forwards_input: bool = True
 
 
 def find(name: str | None, environ: Mapping[str, str]) -> str:
@@ -124,36 +130,37 @@ def find(name: str | None, environ: Mapping[str, str]) -> str:
     Parameters
     ----------
     name : str or None
-        A name or path; None for ``mpiexec``, or else ``srun``. A name is looked for beside the
-        interpreter, where the MPI that mpi4py was installed with lies, and then in ``PATH``.
+        A name or path; None for ``mpiexec``, or else ``srun``. A name is looked up in the folder
+        of the interpreter, where pip installs the MPI of mpi4py, and then in ``PATH``.
     environ : mapping
-        The variables.
+        The environment variables.
 
     Raises
     ------
     LaunchError
-        There is none.
+        No launcher was found.
     """
     names = (name,) if name else ("mpiexec", "mpirun", "srun")
-    beside = str(Path(sys.executable).parent)
-    for wanted in names:
-        for place in (beside, environ.get("PATH", "")):
-            path = shutil.which(wanted, path=place)
+    own_folder = str(Path(sys.executable).parent)
+    for program in names:
+        for folders in (own_folder, environ.get("PATH", "")):
+            path = shutil.which(program, path=folders)
             if path is not None:
                 return path
     raise LaunchError(
-        f"no launcher: none of {', '.join(names)} lies beside {sys.executable} or in PATH; install "
-        f"an MPI (python -m pip install mpi4py mpich), or name its mpiexec with --launcher PATH"
+        f"no launcher: none of {', '.join(names)} is in the folder of {sys.executable} or in "
+        f"PATH; install an MPI (python -m pip install mpi4py mpich), or name its mpiexec with "
+        f"--launcher PATH"
     )
 
 
 def flavour_of(launcher: str) -> LauncherFlavour:
-    """Ask a launcher for its version, and return what kind it is.
+    """Return the kind of a launcher, which is asked for its version.
 
     Raises
     ------
     LaunchError
-        It gives no answer, or is of no known kind.
+        The launcher gives no answer, or is of no known kind.
     """
     try:
         answer = subprocess.run(
@@ -174,8 +181,8 @@ def flavour_of(launcher: str) -> LauncherFlavour:
     known = ", ".join(flavour.name for flavour in FLAVOURS)
     first = answer.strip().splitlines()[:1] or ["nothing"]
     raise LaunchError(
-        f"{launcher} is of no known kind ({known}): asked for its version it says {first[0]!r}; "
-        f"name another one with --launcher PATH"
+        f"{launcher} is of no known kind ({known}): its version reads {first[0]!r}; name another "
+        f"launcher with --launcher PATH"
     )
 
 
@@ -189,86 +196,86 @@ def command(launcher: str, flavour: LauncherFlavour, job: Job) -> list[str]:
     """
     worker = list(job.program)
     if job.prefixed:
-        # Without site packages it starts in a few milliseconds.
-        relay = [sys.executable, "-I", "-S", str(_RELAY), flavour.rank_variable]
-        worker = [*relay, *worker]
+        # Without site packages the interpreter starts in a few milliseconds.
+        prefix = [sys.executable, "-I", "-S", str(_PREFIX_SCRIPT), flavour.rank_variable]
+        worker = [*prefix, *worker]
     return [launcher, *flavour.arguments(job, worker)]
 
 
 def environment(num_threads: int | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that workers get beside those of ``environ``, which win."""
-    threads = {} if num_threads is None else dict.fromkeys(_THREADS, str(num_threads))
-    # Lines come when they are printed, and what was printed before a crash is not lost.
+    """Return the variables that workers get in addition to those of ``environ``, which win."""
+    threads = {} if num_threads is None else dict.fromkeys(_THREAD_VARIABLES, str(num_threads))
+    # Unbuffered: lines appear when they are printed, and a crash loses none of them.
     added = {"PYTHONUNBUFFERED": "1", **threads}
-    added |= {new: environ[old] for old, new in _RENAMED.items() if old in environ}
+    added |= {new: environ[old] for old, new in _RENAMED_VARIABLES.items() if old in environ}
     return {name: value for name, value in added.items() if name not in environ}
 
 
 def _open_mpi(job: Job, worker: Sequence[str]) -> list[str]:
-    words = ["-n", str(job.num_workers)]
+    arguments = ["-n", str(job.num_workers)]
     if job.as_root:
-        words += ["--allow-run-as-root"]
+        arguments += ["--allow-run-as-root"]
     if job.hosts:
-        words += ["--host", _with_counts(job.hosts)]
-    # It hands on no variables to other hosts but those that it is told to.
-    for name in job.variables:
-        words += ["-x", name]
-    # Logical cores count: those are what affinity and quota speak of. Told of more workers than
-    # cores it lets go of the core while it waits, which costs time where each has its own.
-    if job.crowded:
-        words += ["--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
+        arguments += ["--host", _host_list(job.hosts)]
+    # Open MPI exports to other hosts only the variables that -x names.
+    for name in job.exported_variables:
+        arguments += ["-x", name]
+    # Affinity and quota count logical cores, hence HWTCPUS. OVERSUBSCRIBE makes waiting workers
+    # yield the core, which costs time where each worker has a core of its own.
+    if job.oversubscribed:
+        arguments += ["--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
     elif job.bound:
         threads = job.num_threads or 1
-        words += ["--map-by", f"slot:PE={threads}:HWTCPUS", "--bind-to", "hwthread"]
+        arguments += ["--map-by", f"slot:PE={threads}:HWTCPUS", "--bind-to", "hwthread"]
     else:
-        words += ["--map-by", "slot:HWTCPUS", "--bind-to", "none"]
-    return [*words, *job.options, *worker]
+        arguments += ["--map-by", "slot:HWTCPUS", "--bind-to", "none"]
+    return [*arguments, *job.launcher_options, *worker]
 
 
 def _hydra(job: Job, worker: Sequence[str]) -> list[str]:
-    words = ["-n", str(job.num_workers)]
+    arguments = ["-n", str(job.num_workers)]
     if job.hosts:
-        words = ["-hosts", _with_counts(job.hosts), *words]
+        arguments = ["-hosts", _host_list(job.hosts), *arguments]
     binding = f"hwthread:{job.num_threads or 1}" if job.bound else "none"
-    return [*words, "-bind-to", binding, *job.options, *worker]
+    return [*arguments, "-bind-to", binding, *job.launcher_options, *worker]
 
 
 def _intel(job: Job, worker: Sequence[str]) -> list[str]:
-    # By itself it binds, also where there are fewer cores than workers.
+    # Intel MPI binds by default, even where there are fewer cores than workers.
     pinning = f"I_MPI_PIN_DOMAIN {job.num_threads or 1}" if job.bound else "I_MPI_PIN 0"
-    words = ["-genv", *pinning.split(), *job.options]
+    arguments = ["-genv", *pinning.split(), *job.launcher_options]
     if not job.hosts:
-        return [*words, "-n", str(job.num_workers), *worker]
-    # It does not heed the counts of a list of hosts. But it starts a part of a job on a host.
-    for place, host in enumerate(job.hosts):
-        words += [":"] if place else []
-        words += ["-host", host.name, "-n", str(host.num_workers), *worker]
-    return words
+        return [*arguments, "-n", str(job.num_workers), *worker]
+    # Intel MPI ignores the counts of a host list, so each host gets an argument set of its own.
+    for index, host in enumerate(job.hosts):
+        arguments += [":"] if index else []
+        arguments += ["-host", host.name, "-n", str(host.num_workers), *worker]
+    return arguments
 
 
 def _srun(job: Job, worker: Sequence[str]) -> list[str]:
-    words = [f"--ntasks={job.num_workers}", "--kill-on-bad-exit=1"]
+    arguments = [f"--ntasks={job.num_workers}", "--kill-on-bad-exit=1"]
     if job.hosts:
         counts = {host.num_workers for host in job.hosts}
         if len(counts) > 1:
             raise LaunchError(
-                f"srun starts as many workers on every host; got {_with_counts(job.hosts)}: give "
-                f"equal counts"
+                f"srun starts the same number of workers on every host; got "
+                f"{_host_list(job.hosts)}: give equal counts"
             )
-        words += [f"--nodelist={','.join(host.name for host in job.hosts)}"]
-        words += [f"--ntasks-per-node={counts.pop()}"]
+        arguments += [f"--nodelist={','.join(host.name for host in job.hosts)}"]
+        arguments += [f"--ntasks-per-node={counts.pop()}"]
     if job.num_threads is not None:
-        words += [f"--cpus-per-task={job.num_threads}"]
+        arguments += [f"--cpus-per-task={job.num_threads}"]
     if job.bound is not None:
-        words += [f"--cpu-bind={'cores' if job.bound else 'none'}"]
-    return [*words, *job.options, *worker]
+        arguments += [f"--cpu-bind={'cores' if job.bound else 'none'}"]
+    return [*arguments, *job.launcher_options, *worker]
 
 
-def _with_counts(hosts: Sequence[HostSlots]) -> str:
+def _host_list(hosts: Sequence[HostSlots]) -> str:
     return ",".join(f"{host.name}:{host.num_workers}" for host in hosts)
 
 
-_ALL = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
 FLAVOURS = (
     LauncherFlavour(
@@ -276,8 +283,8 @@ FLAVOURS = (
         re.compile(r"\(Open ?MPI\)|\(OpenRTE\)|\(PRRTE\)|Open MPI"),
         "OMPI_COMM_WORLD_RANK",
         _open_mpi,
-        # A quarter of a second after these two it kills the workers.
-        _ALL - {signal.SIGINT, signal.SIGTERM},
+        # A quarter of a second after SIGINT or SIGTERM it kills the workers.
+        _SIGNALS - {signal.SIGINT, signal.SIGTERM},
         signal.SIGTERM,
     ),
     LauncherFlavour(
@@ -285,29 +292,29 @@ FLAVOURS = (
         re.compile(r"Intel\(R\) MPI Library"),
         "PMI_RANK",
         _intel,
-        _ALL,
+        _SIGNALS,
         signal.SIGKILL,
-        feeds=False,
+        forwards_input=False,
     ),
     LauncherFlavour(
         "MPICH",
         re.compile(r"HYDRA build details"),
         "PMI_RANK",
         _hydra,
-        _ALL,
+        _SIGNALS,
         signal.SIGKILL,
-        feeds=False,
+        forwards_input=False,
     ),
     LauncherFlavour(
         "srun",
         re.compile(r"^slurm", re.MULTILINE),
         "SLURM_PROCID",
         _srun,
-        # At the other two it does what it wants: it kills the tasks, or says how they are.
-        _ALL - {signal.SIGINT, signal.SIGTERM},
-        signal.SIGTERM,  # killed itself, it would leave the tasks behind
+        # At SIGTERM it kills the tasks, at SIGINT it prints their state.
+        _SIGNALS - {signal.SIGINT, signal.SIGTERM},
+        signal.SIGTERM,  # SIGKILL would leave the tasks behind
         slurm_signals.send,
-        # If a worker fails it ends the others by SIGTERM, and tells the largest status.
-        failures=frozenset({128 + signal.SIGTERM}),
+        # If a worker fails it ends the others by SIGTERM, and returns the largest status.
+        failure_statuses=frozenset({128 + signal.SIGTERM}),
     ),
 )

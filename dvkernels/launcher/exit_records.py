@@ -1,11 +1,11 @@
-"""What the workers of a job tell ``launch``, each for itself: that it is here, and how it ended.
+"""Exit records: each worker of this host reports to ``launch`` its start and its exit status.
 
-A launcher alone is not believed: MPICH ends with 0 where a worker vanished and the others were
-killed half-way. The first worker is also handed the standard input of ``launch`` itself, which the
-launcher need not pass on then: MPICH kills a job that does not read as fast as it is fed.
+The launcher's exit status is not enough: MPICH returns 0 where a worker vanished and the others
+were killed half-way. The first worker also receives the standard input of ``launch`` as a file
+descriptor, because MPICH kills a job that reads slower than MPICH forwards.
 
-All goes through a socket of Linux without a file, so nothing can be left behind. Workers of other
-hosts do not reach it, and say nothing.
+Reports are lines over an abstract Unix socket of Linux, which has no file that could be left
+behind. Workers of other hosts cannot reach it and send no reports.
 """
 
 from __future__ import annotations
@@ -24,33 +24,38 @@ from dvkernels import deadlines
 from dvkernels.cluster import launcher_environment
 from dvkernels.errors import ClusterError
 
-__all__ = ["VARIABLE", "ExitRecord", "ExitRecords", "entry_of"]
+__all__ = ["VARIABLE", "ExitRecord", "ExitRecords", "record_of"]
 
 VARIABLE = "DVKERNELS_LEDGER"
 
-_HERE, _ENDED, _REPLACED = "here", "ended", "replaced"
-_NBYTES = 64  # more than any line has
-_SECONDS_FOR_A_LINE = 1.0  # it is sent as soon as the connection is there
+_STARTED, _ENDED, _REPLACED = "here", "ended", "replaced"
+_NBYTES = 64  # longer than any line
+_SECONDS_FOR_A_LINE = 1.0  # workers send it as soon as they are connected
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
-# Nobody listens any more, or a variable with a deadline is malformed, which others say better.
-_LOST = contextlib.suppress(OSError, ValueError)
+# launch no longer listens, or the timeout variable is malformed, which is reported elsewhere.
+_IGNORED = contextlib.suppress(OSError, ValueError)
 
 
 @final
 class ExitRecords:
-    """The end of ``launch``.
+    """Receiver of the exit records, in ``launch``.
 
     Parameters
     ----------
-    given : int or None
-        The descriptor of the input for the first worker; None for nothing.
+    input_fd : int or None
+        File descriptor that the first worker gets as its standard input; None for no input.
+
+    Attributes
+    ----------
+    environ : dict
+        Environment variables by which workers find this receiver.
     """
 
-    def __init__(self, given: int | None) -> None:
-        self._given = given
-        self._here: dict[int, int] = {}  # and how many they say there are on this host
+    def __init__(self, input_fd: int | None) -> None:
+        self._input_fd = input_fd
+        self._started: dict[int, int] = {}  # worker -> number of workers on this host
         self._replaced: set[int] = set()
-        self._ended: dict[int, int] = {}  # in their order
+        self._ended: dict[int, int] = {}  # worker -> exit status, in order of arrival
         self.environ: dict[str, str] = {}
         self._listener: socket.socket | None = None
         if sys.platform == "linux":
@@ -61,13 +66,17 @@ class ExitRecords:
             self._listener.setblocking(False)
             self.environ[VARIABLE] = name
 
-    def serve(self, seconds: float, other: int) -> None:
-        """Take down what workers say, for so long at most.
+    def serve(self, seconds: float, wakeup_fd: int) -> None:
+        """Wait for reports of workers, and record all that have arrived.
 
-        Returns earlier when somebody has said something, or the descriptor ``other`` can be read,
-        if that is none below 0.
+        Parameters
+        ----------
+        seconds : float
+            The longest wait. It ends earlier with the first report.
+        wakeup_fd : int
+            The wait also ends when this descriptor is readable; -1 for none.
         """
-        awaited = [end for end in (self._listener, other) if end is not None and end != -1]
+        awaited = [fd for fd in (self._listener, wakeup_fd) if fd is not None and fd != -1]
         select.select(awaited, [], [], seconds)
         if self._listener is None:
             return
@@ -77,103 +86,103 @@ class ExitRecords:
             except BlockingIOError:
                 return
             with connection, contextlib.suppress(OSError, ValueError):
-                self._take_down(connection)
+                self._receive(connection)
 
-    def _take_down(self, connection: socket.socket) -> None:
+    def _receive(self, connection: socket.socket) -> None:
         size = _CREDENTIALS.size
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
         if _CREDENTIALS.unpack(found)[1] != os.geteuid():
-            return  # anybody of this host may connect
+            return  # any user of this host may connect
         connection.settimeout(_SECONDS_FOR_A_LINE)
         match connection.recv(_NBYTES).decode("ascii").split():
-            case [word, worker, num_local] if word == _HERE:
-                self._here[int(worker)] = int(num_local)
-                if int(worker) == 0 and self._given is not None:
-                    socket.send_fds(connection, [b"input"], [self._given])
-            case [word, worker] if word == _REPLACED:
+            case [event, worker, num_local] if event == _STARTED:
+                self._started[int(worker)] = int(num_local)
+                if int(worker) == 0 and self._input_fd is not None:
+                    socket.send_fds(connection, [b"input"], [self._input_fd])
+            case [event, worker] if event == _REPLACED:
                 self._replaced.add(int(worker))
-            case [word, worker, status] if word == _ENDED:
+            case [event, worker, status] if event == _ENDED:
                 self._ended.setdefault(int(worker), int(status))
 
     @property
     def first_failure(self) -> int | None:
-        """The first status other than 0 that a worker said."""
+        """The first status other than 0 that a worker reported."""
         return next((status for status in self._ended.values() if status), None)
 
     def silent(self) -> str:
-        """Return which workers of this host have not said how they ended; empty if all have.
+        """Return which workers of this host have not reported their end; empty if all have.
 
-        How many there are, the first one that came was told by its launcher.
+        The number of workers on this host is the launcher's, as reported by the workers.
         """
-        # What a worker has replaced itself by knows nothing of this.
-        silent = sorted(self._here.keys() - self._ended.keys() - self._replaced)
-        missing = max(self._here.values(), default=0) - len(self._here)
-        words = [", ".join(map(str, silent))] if silent else []
-        return " and ".join(words + [f"{missing} that never began"] * (missing > 0))
+        # A program that replaced a worker's by exec sends no reports.
+        silent = sorted(self._started.keys() - self._ended.keys() - self._replaced)
+        missing = max(self._started.values(), default=0) - len(self._started)
+        parts = [", ".join(map(str, silent))] if silent else []
+        return " and ".join(parts + [f"{missing} that never started"] * (missing > 0))
 
     def close(self) -> None:
-        """Hear no more."""
+        """Close the socket."""
         if self._listener is not None:
             self._listener.close()
 
 
-def entry_of(environ: Mapping[str, str]) -> ExitRecord:
-    """Return what this process can say as a worker."""
+def record_of(environ: Mapping[str, str]) -> ExitRecord:
+    """Return the exit record of this process; one that reports nothing if it is no worker."""
     with contextlib.suppress(ClusterError):
         found = launcher_environment.find(environ)
         if found is not None and found[1].worker_id is not None:
-            place = found[1]
+            position = found[1]
             return ExitRecord(
-                environ.get(VARIABLE), place.worker_id or 0, place.num_local_workers or 0
+                environ.get(VARIABLE), position.worker_id or 0, position.num_local_workers or 0
             )
     return ExitRecord(None, 0, 0)
 
 
 @final
 class ExitRecord:
-    """The end of a worker. Where nobody listens, what it says is lost.
+    """Sender of one worker's exit record. Reports are lost where ``launch`` does not listen.
 
     Parameters
     ----------
     name : str or None
-        What ``launch`` called the socket; None: no launch of ours has started this process.
+        Name of the socket of ``launch``; None if ``launch`` did not start this process.
     worker : int
         The worker's number.
     num_local : int
-        How many workers there are on this host; 0 if not told.
+        Number of workers on this host; 0 if unknown.
     """
 
     def __init__(self, name: str | None, worker: int, num_local: int) -> None:
         self._name, self.worker, self._num_local = name, worker, num_local
         self._process = os.getpid()
 
-    def arrive(self) -> int | None:
-        """Say that this worker is here; return a descriptor of the input that it is given."""
-        with _LOST, self._said(_HERE, self._num_local) as connection:
+    def report_start(self) -> int | None:
+        """Report the start of this worker; return the descriptor of its input, if it gets one."""
+        with _IGNORED, self._send(_STARTED, self._num_local) as connection:
             if self.worker != 0:
                 return None
             return next(iter(socket.recv_fds(connection, _NBYTES, 1)[1]), None)
         return None
 
-    def leave(self, status: int) -> None:
-        """Say how this worker ends; only the first time counts."""
-        with _LOST:
-            self._said(_ENDED, status).close()
+    def report_exit(self, status: int) -> None:
+        """Report the exit status of this worker; only the first report counts."""
+        with _IGNORED:
+            self._send(_ENDED, status).close()
 
-    def be_replaced(self) -> None:
-        """Say that this process is about to run another program, of which nothing will be heard."""
-        with _LOST:
-            self._said(_REPLACED).close()
+    def report_exec(self) -> None:
+        """Report that another program is about to replace this one, and will send no reports."""
+        with _IGNORED:
+            self._send(_REPLACED).close()
 
-    def _said(self, word: str, *more: int) -> socket.socket:
-        """Return the connection on which a line was said. ``launch`` need not have read it yet."""
+    def _send(self, event: str, *values: int) -> socket.socket:
+        """Send one line; return the connection. ``launch`` need not have read the line yet."""
         if self._name is None or os.getpid() != self._process:
-            raise ConnectionError("nobody listens to this process")
+            raise ConnectionError("launch does not listen to this process")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(deadlines.timeout_seconds())
             connection.connect(f"\0{self._name}")
-            connection.send(" ".join([word, str(self.worker), *map(str, more)]).encode())
+            connection.send(" ".join([event, str(self.worker), *map(str, values)]).encode())
         except BaseException:
             connection.close()
             raise

@@ -1,9 +1,9 @@
-"""What the libraries under a job leave behind where its workers are killed: found, and removed.
+"""Removal of the shared-memory files that MPI libraries leave behind when workers are killed.
 
-MPI's libraries take memory that processes share under a name, and remove the name when they end in
-order. A killed worker leaves it, megabytes that count against ``/dev/shm`` until the machine starts
-anew. So what processes of the job hold is noted while they live. What the program makes by itself
-has other names than those below, and stays; so does what other jobs hold.
+MPI libraries create named shared memory and unlink it when they end in order. A killed worker
+leaves megabytes in ``/dev/shm`` until the machine is rebooted. So the files that processes of the
+job hold are noted while the processes live. Only files with the names below are removed: those of
+the program itself and those of other jobs stay.
 """
 
 from __future__ import annotations
@@ -28,31 +28,36 @@ _NAMES = re.compile(
     r"mpich_sh(m|ar)_\w+|ucx_shm_posix_\w+|Intel_MPI_\w+|psm[23]_shm[\w.-]+|hydra_hwloc_xmlfile_\w+"
     r"|(sm|vader)_segment\.[\w.-]+|osc_(sm|rdma)[\w.-]+|open_mpi\.\w+"
 )
-# Of inotify: the kind of event, and how one is told before the name. 64 KiB are all that wait, or
-# the rest comes at the next look.
+# inotify: the mask of creations, and the header of an event, which its name follows. More events
+# than 64 KiB hold are read in the next call.
 _CREATED = 0x100
 _EVENT = struct.Struct("iIII")
 _NBYTES = 1 << 16
 
 
 class _File(NamedTuple):
-    """A file itself, whatever its name comes to mean."""
+    """A file, identified by device and inode: its path may come to name another file."""
 
     path: str
     device: int
-    number: int
+    inode: int
 
 
 @final
 class Leftovers:
-    """What the processes of one job hold.
+    """Shared-memory and temporary files that the processes of one job hold.
 
     Parameters
     ----------
     processes : callable
-        Returns the numbers of the job's processes that exist.
+        Returns the pids of the job's living processes.
     folders : iterable of str, optional
-        Where to look; by default where shared memory has its names, and for temporary files.
+        The folders to watch; default: that of shared memory, and those of temporary files.
+
+    Attributes
+    ----------
+    wakeup_fd : int
+        A descriptor that is readable when files were created; -1 where there is no inotify.
     """
 
     def __init__(
@@ -62,58 +67,58 @@ class Leftovers:
     ) -> None:
         self._processes = processes
         self._folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
-        self.news = _watch(self._folders)  # can be read when something has come into being; or -1
-        self._before = {file for folder in self._folders for file in _lying_in(folder)}
+        self.wakeup_fd = _watch(self._folders)
+        self._before = {file for folder in self._folders for file in _existing_in(folder)}
         self._noted: set[_File] = set()
 
     def note(self) -> None:
-        """Note what has come into being and is held by the job."""
-        if self.news >= 0 and any(map(_NAMES.fullmatch, _created(self.news))):
-            self._noted.update(*map(_held_by, self._processes()))
+        """Note the files that the job holds, if any were created since the last call."""
+        if self.wakeup_fd >= 0 and any(map(_NAMES.fullmatch, _created(self.wakeup_fd))):
+            self._noted.update(*map(_open_files, self._processes()))
 
-    def remove(self, launcher: int) -> None:
-        """Remove what was noted and is still there. To be called when no process is left.
+    def remove(self, launcher_pid: int) -> None:
+        """Remove the noted files that still exist, once no process of the job is left.
 
-        And the folder of Open MPI's launcher, which bears the number of its process.
+        Also removes the session folder of Open MPI's launcher, which its pid names.
         """
         for folder in self._folders:
-            session = os.path.join(folder, f"ompi.{launcher}")
+            session = os.path.join(folder, f"ompi.{launcher_pid}")
             with contextlib.suppress(OSError):
                 if os.lstat(session).st_uid == os.geteuid():
-                    shutil.rmtree(session)  # which follows no links
+                    shutil.rmtree(session)  # follows no symbolic links
         for file in self._noted - self._before:
             if _file(file.path) == file:
                 with contextlib.suppress(OSError):
                     os.unlink(file.path)
 
     def close(self) -> None:
-        """Watch no more."""
-        if self.news >= 0:
-            os.close(self.news)
+        """Stop watching."""
+        if self.wakeup_fd >= 0:
+            os.close(self.wakeup_fd)
 
 
-def _lying_in(folder: str) -> Iterator[_File]:
+def _existing_in(folder: str) -> Iterator[_File]:
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             if _NAMES.fullmatch(name):
                 yield from filter(None, [_file(os.path.join(folder, name))])
 
 
-def _file(path: str, shown: str | None = None) -> _File | None:
-    """Return the file of a name; with ``shown`` that of another path, under this name."""
+def _file(path: str, link: str | None = None) -> _File | None:
+    """Return the file at ``path``, None if there is none; ``link`` is a link of /proc to it."""
     try:
-        status = os.stat(shown or path, follow_symlinks=shown is not None)
+        status = os.stat(link or path, follow_symlinks=link is not None)
     except OSError:
         return None
     return _File(path, status.st_dev, status.st_ino)
 
 
-def _held_by(process: int) -> Iterator[_File]:
-    """Yield the files of the names above that a process has open, or in its memory.
+def _open_files(pid: int) -> Iterator[_File]:
+    """Yield the files with the names above that a process has open or mapped.
 
-    In this order: what is made is open first, and closed when it lies in the memory.
+    Open files come first: a library opens a file, maps it, and closes it afterwards.
     """
-    folder = _PROC / str(process)
+    folder = _PROC / str(pid)
     with contextlib.suppress(OSError):
         for number in os.listdir(folder / "fd"):
             with contextlib.suppress(OSError):
@@ -131,7 +136,7 @@ def _held_by(process: int) -> Iterator[_File]:
 
 
 def _watch(folders: Iterable[str]) -> int:
-    """Return a descriptor that tells what comes into being, -1 where there is no such thing."""
+    """Return an inotify descriptor of files created in the folders, -1 where there is none."""
     try:
         watch: int = _LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     except AttributeError:
@@ -142,16 +147,16 @@ def _watch(folders: Iterable[str]) -> int:
 
 
 def _created(watch: int) -> Iterator[str]:
-    """Yield the names of what has come into being since the last time."""
+    """Yield the names of the files created since the last call."""
     try:
-        text = os.read(watch, _NBYTES)
-    except OSError:  # nothing
+        events = os.read(watch, _NBYTES)
+    except OSError:  # none
         return
-    place = 0
-    while place < len(text):
-        *_, length = _EVENT.unpack_from(text, place)
-        place += _EVENT.size + length
-        yield os.fsdecode(text[place - length : place].rstrip(b"\0"))
+    offset = 0
+    while offset < len(events):
+        *_, length = _EVENT.unpack_from(events, offset)
+        offset += _EVENT.size + length
+        yield os.fsdecode(events[offset - length : offset].rstrip(b"\0"))
 
 
 _LIBC = ctypes.CDLL(None)

@@ -1,14 +1,15 @@
-"""Start a worker so that each line it prints begins with its number. No part of the package.
+"""Output prefixes: run a command so that each line it prints starts with the worker's number.
 
-``python prefix_output.py VARIABLE COMMAND...``: the variable holds the number. This process becomes
-the command. Another one, in a session of its own, passes on what comes through two pipes, in whole
-lines, until nobody can write to them any more: also the last words of a worker that was killed.
-When it has, a third pipe ends, whose other end the command finds in DVKERNELS_RELAY_ENDED.
-Launchers have such an option, but some of them put it between the parts of a line.
+``python prefix_output.py VARIABLE COMMAND...``, a script of its own that imports nothing of the
+package. The variable holds the number. This process becomes the command. A relay process, in a
+session of its own, copies whole lines from two pipes until all their writers have closed them, so
+the last output of a killed worker arrives too. Then the relay closes a third pipe, whose read end
+the command finds in DVKERNELS_RELAY_ENDED. The launchers' own prefix options are not used because
+some insert the prefix inside a line.
 
-A line ends in a newline, or in a carriage return, as those of progress bars do. What does not end
-for a moment (a question, a bar that writes its return first) is passed on as if it ended as the
-last line did.
+A line ends in a newline, or in a carriage return, as those of progress bars do. Text without an end
+(a question, a bar that writes its carriage return first) is passed on after a moment, as if it
+ended as the line before.
 """
 
 import itertools
@@ -23,28 +24,28 @@ _MOMENT_SECONDS = 0.3
 
 
 def main() -> None:
-    """Start the process that passes on, and become the command."""
+    """Start the relay process, and become the command."""
     variable, *command = sys.argv[1:]
     prefix = f"[{os.environ.get(variable, '?')}] ".encode()
     pipes = [os.pipe(), os.pipe()]
-    ended, ending = os.pipe()
+    end_read, end_write = os.pipe()
     child = os.fork()
     if child == 0:
-        if os.fork():  # no child of the command's, which may wait for all of its own
+        if os.fork():  # the command, which may wait for all its children, must not have this one
             os._exit(0)
         os.setsid()  # out of reach of signals to the worker's group
         sources = [source for source, _ in pipes]
-        _close_all_but({1, 2, ending, *sources})  # what the worker holds must end with the worker
-        _pass_on(prefix, dict(zip(sources, (1, 2), strict=True)))
+        _close_all_but({1, 2, end_write, *sources})  # the worker's files must close with the worker
+        _relay(prefix, dict(zip(sources, (1, 2), strict=True)))
         os._exit(0)
     os.waitpid(child, 0)
-    os.close(ending)
-    os.set_inheritable(ended, True)
-    os.environ["DVKERNELS_RELAY_ENDED"] = str(ended)
-    for (end, worker_end), standard in zip(pipes, (1, 2), strict=True):
-        os.close(end)
-        os.dup2(worker_end, standard)
-        os.close(worker_end)
+    os.close(end_write)
+    os.set_inheritable(end_read, True)
+    os.environ["DVKERNELS_RELAY_ENDED"] = str(end_read)
+    for (source, target), standard in zip(pipes, (1, 2), strict=True):
+        os.close(source)
+        os.dup2(target, standard)
+        os.close(target)
     try:
         os.execvp(command[0], command)
     except OSError as error:
@@ -58,12 +59,12 @@ def _close_all_but(kept: set[int]) -> None:
         os.closerange(low + 1, high)
 
 
-def _pass_on(prefix: bytes, targets: dict[int, int]) -> None:
+def _relay(prefix: bytes, targets: dict[int, int]) -> None:
     """Copy lines from each source to its target until all sources have ended."""
-    streams = {source: _Stream(prefix) for source in targets}
+    streams = {source: _LinePrefixer(prefix) for source in targets}
     while streams:
-        waiting = [stream.due for stream in streams.values() if stream.rest]
-        seconds = max(0.0, min(waiting) - time.monotonic()) if waiting else None
+        deadlines = [stream.due for stream in streams.values() if stream.rest]
+        seconds = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         ready = select.select(list(streams), [], [], seconds)[0]
         for source, stream in list(streams.items()):
             text = os.read(source, _NBYTES) if source in ready else None
@@ -73,17 +74,17 @@ def _pass_on(prefix: bytes, targets: dict[int, int]) -> None:
                 del streams[source]
 
 
-class _Stream:
-    """What one source has written, in lines."""
+class _LinePrefixer:
+    """Splitter of one source's bytes into prefixed lines."""
 
     def __init__(self, prefix: bytes) -> None:
-        self.rest = b""  # has no end yet
-        self.due = 0.0  # when that is passed on as it is
+        self.rest = b""  # the beginning of an unfinished line
+        self.due = 0.0  # when the unfinished line is passed on as it is
         self._prefix = prefix
-        self._end = b"\n"  # of the last line; empty if that is yet to come
+        self._end = b"\n"  # of the line before; empty while that is unfinished
 
     def lines(self, text: bytes | None) -> Iterator[bytes]:
-        """Yield what is to be passed on, given what has come, empty at the end, None if nothing."""
+        """Yield the lines to write after ``text`` was read: empty at the end, None for no data."""
         if text:
             self.rest += text
             self.due = time.monotonic() + _MOMENT_SECONDS
@@ -94,7 +95,7 @@ class _Stream:
             yield from self._line(line)
         while len(self.rest) > _NBYTES:
             cut = _NBYTES
-            while self.rest[cut] & 0xC0 == 0x80 and cut > _NBYTES - 4:  # within a letter of UTF-8
+            while self.rest[cut] & 0xC0 == 0x80 and cut > _NBYTES - 4:  # inside a UTF-8 character
                 cut -= 1
             yield self._prefix + self.rest[:cut] + b"\n"
             self.rest = self.rest[cut:]
@@ -109,24 +110,24 @@ class _Stream:
         before, self._end = self._end, line[len(bare) :]
         if bare or (before.endswith(b"\n") and self._end != b"\r"):
             yield self._prefix + line
-        elif before == b"\r" != line:  # the newline after a bar, which stands there already
+        elif before == b"\r" != line:  # the newline after a bar, which has its prefix already
             yield line
 
 
 def _portions(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines to portions that a pipe takes whole: other workers write to the same one."""
-    held = b""
+    """Join lines to portions that a pipe writes atomically: other workers write to it too."""
+    portion = b""
     for line in lines:
-        if held and len(held) + len(line) > select.PIPE_BUF:
-            yield held
-            held = b""
-        held += line
-    if held:
-        yield held
+        if portion and len(portion) + len(line) > select.PIPE_BUF:
+            yield portion
+            portion = b""
+        portion += line
+    if portion:
+        yield portion
 
 
 def _write(target: int, text: bytes) -> None:
-    """Write all of it; if nobody reads any more, drop it, so that the worker goes on."""
+    """Write the whole text; drop it where the reader has gone, so that the worker goes on."""
     try:
         while text:
             text = text[os.write(target, text) :]

@@ -1,7 +1,7 @@
-"""Signals to the tasks of a Slurm job step, which ``srun`` itself does not hand on.
+"""Signals to the tasks of a Slurm job step, sent by ``scancel``.
 
-At SIGTERM it kills the tasks, at SIGINT it says how they are. Slurm's own ``scancel`` brings them
-any signal, on all nodes.
+``srun`` itself does not forward them: at SIGTERM it kills the tasks, at SIGINT it prints their
+state. ``scancel`` sends any signal to the tasks on all nodes.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ _STEP = re.compile(r"^StepId=(?P<step>\S+) .*\bSrunHost:Pid=(?P<host>[^\s:]+):(?
 
 
 def send(srun: str, pid: int, number: signal.Signals) -> bool:
-    """Bring a signal to the tasks that an ``srun`` of this host has started.
+    """Send a signal to the tasks that an ``srun`` of this host has started.
 
     Parameters
     ----------
     srun : str
-        Its path: the other commands of Slurm lie beside it.
+        Path of ``srun``, whose folder also holds ``scontrol`` and ``scancel``.
     pid : int
-        Its process.
+        Process of ``srun``.
     number : Signals
         The signal.
 
     Returns
     -------
     bool
-        Whether Slurm has taken it; not if it does not answer or knows no such step.
+        Whether Slurm accepted the signal; False if it does not answer or knows no such step.
     """
     here = socket.gethostname().partition(".")[0]
-    steps = _answer(srun, "scontrol", "--oneliner", "show", "steps") or ""
+    steps = _output_of(srun, "scontrol", "--oneliner", "show", "steps") or ""
     for found in _STEP.finditer(steps):
         if (found["host"].partition(".")[0], int(found["pid"])) == (here, pid):
-            return _answer(srun, "scancel", f"--signal={number.name}", found["step"]) is not None
+            return _output_of(srun, "scancel", f"--signal={number.name}", found["step"]) is not None
     return False
 
 
-def _answer(srun: str, command: str, *words: str) -> str | None:
-    """Return what a command of Slurm prints, None if it fails."""
+def _output_of(srun: str, command: str, *arguments: str) -> str | None:
+    """Return the output of a command of Slurm, None if it fails."""
     try:
         return subprocess.run(
-            [str(Path(srun).with_name(command)), *words],
+            [str(Path(srun).with_name(command)), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

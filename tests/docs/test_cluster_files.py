@@ -1,4 +1,4 @@
-"""The batch script starts what it is given, and the manifests start a launch that there is."""
+"""The batch script starts and requeues a job, and the manifests use existing launch options."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def executable(path: Path, text: str) -> str:
 
 @pytest.fixture
 def batch(tmp_path):
-    """Return a function that starts the batch script with a program, as Slurm does."""
+    """Return a function that starts the batch script with a program, in Slurm's environment."""
     started = []
 
     def batch(text: str, *words: str, state: str = "RUNNING") -> subprocess.Popen[str]:
@@ -80,7 +80,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the fake launc
 
 
 @needs_linux
-def test_the_batch_script(batch):
+def test_the_batch_script_starts_all_workers(batch):
     process = batch(PROGRAM, "--epochs", "10")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -89,7 +89,7 @@ def test_the_batch_script(batch):
 
 
 @needs_linux
-def test_the_batch_script_hands_on_the_warning_and_requeues_what_was_saved(batch):
+def test_the_batch_script_forwards_sigterm_and_requeues_a_job_that_saved(batch):
     process = batch(SAVES)
     for _ in range(4):
         process.stdout.readline()
@@ -102,13 +102,13 @@ def test_the_batch_script_hands_on_the_warning_and_requeues_what_was_saved(batch
 @pytest.mark.parametrize(
     ("end", "state", "words"),
     [
-        ("42", "RUNNING", ["scontrol requeue 7"]),  # Slurm has told the workers alone
+        ("42", "RUNNING", ["scontrol requeue 7"]),  # Slurm has signalled only the workers
         ("42", "CANCELLED", []),
         ("0", "RUNNING", []),
         ("2", "RUNNING", []),
     ],
 )
-def test_the_batch_script_requeues_what_was_saved_and_nothing_else(batch, end, state, words):
+def test_the_batch_script_requeues_only_a_job_that_saved(batch, end, state, words):
     process = batch(SAVES, end, state=state)
     out, err = process.communicate(timeout=60)
     assert process.returncode == int(end), err
@@ -116,7 +116,7 @@ def test_the_batch_script_requeues_what_was_saved_and_nothing_else(batch, end, s
 
 
 def launches() -> list[list[str]]:
-    """Return the words after each `launch` of the manifests."""
+    """Return the arguments of each `launch` in the manifests."""
     mpijob = (FILES / "kubernetes-mpijob.yaml").read_text(encoding="utf-8")
     (after,) = re.findall(r"dvkernels, launch\](.*?)resources:", mpijob, re.DOTALL)
     listed = re.findall(r"^ +- (.*)$", after, re.MULTILINE)
@@ -127,7 +127,7 @@ def launches() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", launches(), ids=["mpijob", "indexed job"])
-def test_the_manifests_start_a_launch_that_there_is(tmp_path, capsys, words):
+def test_the_manifests_use_existing_options_of_launch(tmp_path, capsys, words):
     mpiexec, program = tmp_path / "mpiexec", tmp_path / "train.py"
     mpiexec.write_text("#!/bin/sh\necho HYDRA build details:\n")
     mpiexec.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs, its links lead somewhere, its test command is run.
+"""The documentation's code blocks and doctests run, its links resolve, CI runs its test command.
 
 The code blocks of a page run in order, in one namespace, in a process of their own, in an empty
 folder. A block that cannot run has ``<!-- not run: reason -->`` in the line above it.
@@ -34,7 +34,7 @@ DOCTEST_OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, the line where its text starts (from 1), and its text."""
+    """A fenced code block: its language, the number of its first line (from 1), and its text."""
 
     language: str
     line: int
@@ -101,7 +101,7 @@ for block in blocks:
         runner = doctest.DocTestRunner(optionflags={DOCTEST_OPTIONS})
         runner.run(test, clear_globs=False)
         if runner.failures:
-            sys.exit(f"{{page}}, line {{line}}: the block does not print what it says")
+            sys.exit(f"{{page}}, line {{line}}: the block prints something else")
     else:
         exec(compile("\\n" * (line - 1) + text, page, "exec"), module.__dict__)
 """
@@ -149,7 +149,7 @@ def test_docstrings_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_page_name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     broken = []
     for item in _read(page):
         if isinstance(item, Block):
@@ -164,7 +164,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def _test_command() -> str:
-    """Return the first bash block below a README heading that speaks of tests."""
+    """Return the first bash block below a README heading that contains the word test."""
     is_below = False
     for item in _read(ROOT / "README.md"):
         if isinstance(item, Block):
@@ -175,6 +175,6 @@ def _test_command() -> str:
     pytest.fail("README.md has no bash block below a heading with the word test", pytrace=False)
 
 
-def test_the_test_command_is_what_ci_runs() -> None:
+def test_ci_runs_the_readme_s_test_command() -> None:
     command = _test_command()
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8"), command

@@ -1,4 +1,4 @@
-"""Every example is a program that ends well, in a process of its own, in an empty folder."""
+"""Every example runs without an error, in a process of its own, in an empty folder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SECONDS = 110
-LONGEST = 80  # lines: an example is read in one go
+LONGEST = 80  # lines
 
 
 def _packages(example: Path) -> set[str]:
-    """Return the packages that an example imports, without those that are always there."""
+    """Return the third-party packages that an example imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(example.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -49,7 +49,7 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
-    assert child.stdout.strip(), "an example says what it has shown"
+    assert child.stdout.strip(), "an example prints a result"
     assert not list(tmp_path.iterdir()), "an example leaves no file behind"
 
 

@@ -1,4 +1,4 @@
-"""The page on scaling says what the cost model says, and the model what it is said to."""
+"""The tables of the page on scaling are those of the cost model, and fit published results."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ RUNS = json.loads((PAGES / "data" / "between-workers.json").read_text(encoding="
 
 
 @pytest.mark.parametrize("name", scaling.tables(RUNS))
-def test_the_page_has_the_tables_of_the_code(name):
+def test_the_page_shows_the_tables_of_the_code(name):
     assert scaling.tables(RUNS)[name] in PAGE
 
 
-def test_what_horovod_measured_lies_in_the_span():
-    for one in scaling.PUBLISHED:
-        if one.by != "Horovod":
+def test_horovods_published_efficiencies_lie_within_the_predicted_range():
+    for result in scaling.PUBLISHED:
+        if result.by != "Horovod":
             continue
-        cluster = scaling.CLUSTERS[one.cluster]
-        (network,) = (each for each in scaling.NETWORKS[one.cluster] if each.name == one.network)
+        cluster = scaling.CLUSTERS[result.cluster]
+        networks = scaling.NETWORKS[result.cluster]
+        (network,) = (each for each in networks if each.name == result.network)
         low, high = (
-            scaling.efficiency(network, cluster, one.num_ranks, "ring", is_hidden=hidden)
+            scaling.efficiency(network, cluster, result.num_ranks, "ring", is_hidden=hidden)
             for hidden in (False, True)
         )
-        assert low <= one.efficiency <= high
+        assert low <= result.efficiency <= high
 
 
-def test_more_ranks_never_reach_more_of_their_speed():
+def test_efficiency_never_rises_with_the_number_of_ranks():
     for key, cluster in scaling.CLUSTERS.items():
         for network in scaling.NETWORKS[key]:
             for schedule in scaling.SCHEDULES:
                 for hidden in (False, True):
-                    parts = [
+                    efficiencies = [
                         scaling.efficiency(network, cluster, count, schedule, is_hidden=hidden)
                         for count in scaling.RANKS
                     ]
-                    assert parts == sorted(parts, reverse=True)
-                    assert 0 < parts[-1] <= parts[0] <= 1
+                    assert efficiencies == sorted(efficiencies, reverse=True)
+                    assert 0 < efficiencies[-1] <= efficiencies[0] <= 1

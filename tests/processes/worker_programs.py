@@ -113,7 +113,7 @@ def calibrate(over: str) -> None:
         assert network_model.from_environ({name: value}).rate > 0
         table = [line.split() for line in lines[-7:-3]]
         assert [int(row[0]) for row in table] == [*between_workers.SIZES]
-        assert all(row[-1] in between_workers.WAYS and row.count("us") == 3 for row in table)
+        assert all(row[-1] in between_workers.ALGORITHMS and row.count("us") == 3 for row in table)
 
 
 def end(over: str) -> None:

@@ -347,4 +347,4 @@ def test_what_is_not_there_is_said(machine, monkeypatch):
     assert "the simulator has none" in notes["all_reduce between GPUs, nccl"]
     assert "torch is not installed" in notes["all_reduce between GPUs, torch nccl"]
     (one,) = between_gpus.measure([0], plan)
-    assert one.note == "not measured: it takes two GPUs, and 1 is there"
+    assert one.note == "not measured: it takes two GPUs, and there is 1"

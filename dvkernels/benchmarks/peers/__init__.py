@@ -1,4 +1,4 @@
-"""Peer libraries of the benchmarks: each worker is a script for an environment that has the peer.
+"""Peer libraries of the benchmarks: worker scripts that run in the environment of each library.
 
 Imports: benchmarks, communicators, communicators.workers, devices, errors, reduce_op, strategies.
 """

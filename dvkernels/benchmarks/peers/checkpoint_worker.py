@@ -1,7 +1,7 @@
-"""Saving and loading arrays with safetensors, NumPy, PyTorch or Orbax: one of them a process.
+"""Worker that saves and loads arrays with safetensors, NumPy, PyTorch or Orbax.
 
-Started as ``checkpoint_worker.py NUM_RANKS LIBRARY``. Every library's files are synced in the same
-way, and what it loads is compared with what was saved.
+Started as ``checkpoint_worker.py NUM_RANKS LIBRARY``. The files of every library are synced in the
+same way, and the loaded arrays are compared with the saved ones.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import protocol
 
 
 def sync(path: Path) -> None:
-    """Make all files of a folder durable, and the folder."""
-    for held in [path, *path.rglob("*")]:
-        descriptor = os.open(held, os.O_RDONLY)
+    """Sync a folder and all files in it to the disk."""
+    for each in [path, *path.rglob("*")]:
+        descriptor = os.open(each, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
 class Safetensors:
-    """One file."""
+    """Saving and loading by safetensors: one file."""
 
     def __init__(self) -> None:
         import safetensors.numpy
@@ -41,18 +41,18 @@ class Safetensors:
 
 
 class Savez:
-    """One zip file, not compressed."""
+    """Saving and loading by ``numpy.savez``: one uncompressed zip file."""
 
     def save(self, arrays, folder):
         np.savez(folder / "arrays.npz", **arrays)
 
     def restore(self, folder):
-        with np.load(folder / "arrays.npz") as held:
-            return {name: held[name] for name in held}
+        with np.load(folder / "arrays.npz") as archive:
+            return {name: archive[name] for name in archive}
 
 
 class Torch:
-    """One zip file of tensors that share their memory with the arrays."""
+    """Saving and loading by PyTorch: one zip file of tensors that share memory with the arrays."""
 
     def __init__(self) -> None:
         import torch
@@ -70,7 +70,7 @@ class Torch:
 
 
 class Orbax:
-    """A folder of chunks."""
+    """Saving and loading by Orbax: a folder of chunks."""
 
     def __init__(self) -> None:
         import orbax.checkpoint
@@ -88,7 +88,7 @@ LIBRARIES = {"safetensors": Safetensors, "savez": Savez, "torch": Torch, "orbax"
 
 
 if __name__ == "__main__":
-    answer = protocol.answers_go_to()
+    answer = protocol.claim_stdout()
     name = sys.argv[2]
     library = LIBRARIES[name]()
     arrays = None
@@ -99,15 +99,15 @@ if __name__ == "__main__":
         wrong = 0
         if command["case"] == "save":
             shutil.rmtree(folder, ignore_errors=True)
-            began = time.perf_counter()
+            started = time.perf_counter()
             folder.mkdir()
             library.save(arrays, folder)
             sync(folder)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
         else:
-            began = time.perf_counter()
+            started = time.perf_counter()
             loaded = library.restore(folder)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
             wrong = sum(
                 int(np.count_nonzero(np.asarray(loaded[key]) != array))
                 for key, array in arrays.items()

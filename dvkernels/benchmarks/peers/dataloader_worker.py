@@ -1,4 +1,4 @@
-"""Batches by PyTorch's DataLoader, in one process or with two of its workers."""
+"""Worker that reads batches by PyTorch's DataLoader, in one process or with two workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
 class Decoding(Dataset):
-    """Blobs that are decoded when they are asked for."""
+    """Map-style data set of blobs, decoded on access."""
 
     def __init__(self):
         self.blobs = input_data.Blobs()
@@ -44,16 +44,16 @@ def loader(case, folder):
 
 
 if __name__ == "__main__":
-    answer = protocol.answers_go_to()
-    held: dict = {}
+    answer = protocol.claim_stdout()
+    loaders: dict = {}  # of the current case
     for command in protocol.commands():
         case, count = command["case"], command["batches"]
-        if case not in held:
-            held = {case: loader(case, command["folder"])}
-        batches = iter(held[case])
+        if case not in loaders:
+            loaders = {case: loader(case, command["folder"])}
+        batches = iter(loaders[case])
         seen = [next(batches)]
-        began = time.perf_counter()
+        started = time.perf_counter()
         seen += itertools.islice(batches, count)
-        seconds = (time.perf_counter() - began) / count
+        seconds = (time.perf_counter() - started) / count
         labels = torch.cat([b[:, 0] if case.startswith("decode") else b[1] for b in seen])
         answer(seconds=seconds, wrong=len(labels) - len(set(labels.tolist())), note="")

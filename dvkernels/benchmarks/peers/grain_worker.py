@@ -1,4 +1,4 @@
-"""Batches by grain, in one process with its default threads."""
+"""Worker that reads batches by grain, in one process, without threads or with two of them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def dataset(case, folder):
     return batched.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4))
 
 
-answer = protocol.answers_go_to()
-held: dict = {}
+answer = protocol.claim_stdout()
+datasets: dict = {}  # of the current case
 for command in protocol.commands():
     case, count = command["case"], command["batches"]
-    if case not in held:
-        held = {case: dataset(case, command["folder"])}
-    batches = iter(held[case])
+    if case not in datasets:
+        datasets = {case: dataset(case, command["folder"])}
+    batches = iter(datasets[case])
     seen = [next(batches)]
-    began = time.perf_counter()
+    started = time.perf_counter()
     seen += itertools.islice(batches, count)
-    seconds = (time.perf_counter() - began) / count
+    seconds = (time.perf_counter() - started) / count
     labels = np.concatenate([b[:, 0] if case.startswith("decode") else b[1] for b in seen])
     answer(seconds=seconds, wrong=len(labels) - len(set(labels.tolist())), note="")

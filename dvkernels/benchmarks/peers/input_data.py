@@ -1,6 +1,6 @@
-"""The data of the input benchmark, the same for everybody.
+"""Data of the input benchmark, the same for all libraries.
 
-Runs without dvkernels: workers live in environments of their own.
+Runs without dvkernels: workers run in environments of their own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _BLOBS, _NUMBERS = 3_000, 4_096
 
 
 def rows() -> tuple[Any, Any]:
-    """Return random float32 rows, and a label for each: its index."""
+    """Return random float32 rows of shape (100000, 64), and a label for each: its index."""
     rng = np.random.default_rng(1)
     return rng.standard_normal((_ROWS, _WIDTH), dtype=np.float32), np.arange(_ROWS)
 
 
 def labelled(case: str, folder: str) -> tuple[Any, Any]:
-    """Return what ``rows`` does, from memory or mapped from a file in ``folder``."""
+    """Return rows and labels, the rows in memory or mapped from a file in ``folder``."""
     if case == "arrays":
         return rows()
     path = os.path.join(folder, "rows.npy")
@@ -35,7 +35,7 @@ def labelled(case: str, folder: str) -> tuple[Any, Any]:
 
 
 class Rows:
-    """A map-style data set of rows and labels."""
+    """Map-style data set of rows and labels."""
 
     def __init__(self, features: Any, labels: Any) -> None:
         self._features, self._labels = features, labels
@@ -48,15 +48,15 @@ class Rows:
 
 
 class Blobs:
-    """Compressed arrays of 16 KiB, made once: something to decode."""
+    """Map-style data set of arrays of 16 KiB, compressed once and in memory."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(2)
-        one = rng.integers(0, 50, _NUMBERS).astype(np.float32)
+        array = rng.integers(0, 50, _NUMBERS).astype(np.float32)
         self._blobs = []
         for label in range(_BLOBS):
-            one[0] = label
-            self._blobs.append(zlib.compress(one.tobytes(), 1))
+            array[0] = label
+            self._blobs.append(zlib.compress(array.tobytes(), 1))
 
     def __len__(self) -> int:
         return len(self._blobs)
@@ -66,5 +66,5 @@ class Blobs:
 
 
 def decoded(blob: bytes) -> Any:
-    """Return the array that a blob holds; its first number is its label."""
+    """Decompress a blob to an array of shape (4096,), float32, whose first element is the label."""
     return np.frombuffer(zlib.decompress(blob), np.float32)

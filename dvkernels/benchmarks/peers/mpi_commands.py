@@ -1,4 +1,4 @@
-"""How the ranks of an MPI job take commands together."""
+"""Distribution of commands to the ranks of an MPI job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAP_SECONDS = 0.005
 def each(comm: Any, source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield on every rank the commands that rank 0 reads.
 
-    Ranks that wait for the next one sleep: MPI's own waits keep a core busy.
+    Ranks sleep while they wait for the next command: MPI's own waits keep a core busy.
     """
     while (command := _next(comm, source)) is not None:
         yield command

@@ -1,8 +1,8 @@
-"""What the workers share: commands come as JSON lines, answers go back as JSON lines.
+"""Protocol of the workers: commands and answers as JSON lines, and the inputs of an all-reduce.
 
-A command is ``{"nbytes", "dtype", "iterations"}``; the answer ``{"seconds", "wrong", "note"}``, of
-which ``wrong`` counts elements that differ from NumPy's sum of the same random whole numbers.
-Runs without dvkernels: workers live in environments of their own.
+A command of an all-reduce is ``{"count", "dtype", "iterations"}``, an answer
+``{"seconds", "wrong", "note"}``; ``wrong`` is the number of elements that differ from NumPy's sum.
+Runs without dvkernels: workers run in environments of their own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["answers_go_to", "commands", "inputs", "portions", "steady"]
+__all__ = ["claim_stdout", "commands", "inputs", "portions", "steady"]
 
 
-def answers_go_to() -> Any:
-    """Return a function that answers; everything else that is printed goes to stderr."""
+def claim_stdout() -> Any:
+    """Return a function that writes answers to stdout; redirect all other output to stderr."""
     stream = sys.stdout
     sys.stdout = sys.stderr
 
@@ -38,15 +38,15 @@ def commands() -> Iterator[dict[str, Any]]:
 
 
 def inputs(count: int, num_ranks: int, dtype: str) -> list[np.ndarray[Any, Any]]:
-    """Return every rank's random input, the same in every process."""
+    """Return the random input of every rank, shape (count,), the same in every process."""
     rng = np.random.default_rng(7)
     return [rng.integers(-4, 5, count, dtype=np.int8).astype(dtype) for _ in range(num_ranks)]
 
 
 def steady(count: int, num_ranks: int, dtype: str) -> list[np.ndarray[Any, Any]]:
-    """Return inputs whose sum may be taken in place as often as ``portions`` allow.
+    """Return inputs for as many sums in place as ``portions`` allows.
 
-    Neither zero (memory takes zeros twice as fast) nor infinite in between.
+    Values never become infinite or zero, which would be written twice as fast.
     """
     found = inputs(count, num_ranks, dtype)
     for array in found:
@@ -56,7 +56,7 @@ def steady(count: int, num_ranks: int, dtype: str) -> list[np.ndarray[Any, Any]]
 
 
 def portions(iterations: int, num_ranks: int) -> Iterator[int]:
-    """Yield numbers of calls that add up to ``iterations``; between them inputs are renewed."""
+    """Split ``iterations`` into numbers of calls between which the inputs must be renewed."""
     most = max(1, int(90 / math.log2(max(2, num_ranks))))
-    for begun in range(0, iterations, most):
-        yield min(most, iterations - begun)
+    for done in range(0, iterations, most):
+        yield min(most, iterations - done)

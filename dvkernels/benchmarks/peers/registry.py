@@ -1,4 +1,4 @@
-"""The peers by name: how each is started, and how to get one that is missing."""
+"""Registry of the peer libraries: package, worker script, command and environment of each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HERE = Path(__file__).parent
 
 
 class Peer(NamedTuple):
-    """A library that can all-reduce arrays of several ranks on one machine."""
+    """A peer library, and the script of its worker."""
 
-    package: str  # whose version is reported
-    module: str  # what must be importable
+    package: str  # its version is reported
+    module: str  # the module to import
     script: str
     under_mpiexec: bool
     how_to_get: str
-    arguments: tuple[str, ...] = ()  # of the script, behind the number of ranks
+    arguments: tuple[str, ...] = ()  # of the script, after the number of ranks
 
     def command(self, python: str, num_ranks: int) -> list[str]:
         """Return the command that starts the workers."""
@@ -41,17 +41,21 @@ class Peer(NamedTuple):
         return [str(mpiexec), "-n", str(num_ranks), *worker]
 
     def environment(self, num_ranks: int) -> dict[str, str]:
-        """Return the variables that a worker needs: Open MPI as root, and more ranks than cores.
+        """Return the variables of a worker, with those for Open MPI as root and oversubscribed.
 
-        Open MPI that was told of more ranks than cores yields its core while it waits, which costs
-        it time where each rank has a core: there it is not told.
+        An oversubscribed Open MPI yields the core while it waits, which costs time where each rank
+        has a core: there the variable is not set.
         """
-        crowded = num_ranks > cpu.usable_cores()
+        oversubscribed = num_ranks > cpu.usable_cores()
         return {
             **os.environ,
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            **({"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} if crowded else {}),
+            **(
+                {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+                if oversubscribed
+                else {}
+            ),
             "PYTHONPATH": os.pathsep.join(
                 [str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
@@ -79,12 +83,12 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-# With a GPU for each rank.
+# One GPU per rank.
 ON_GPUS: Mapping[str, Peer] = {"torch nccl": _torch("nccl")}
 
 
 def version_of(peer: Peer, python: str) -> str | None:
-    """Return the version of a peer in an interpreter's environment, None if it is not there."""
+    """Return the version of a peer in an interpreter's environment, None if not installed."""
     program = f"from importlib.metadata import version; print(version({peer.package!r}))"
     try:
         found = subprocess.run(
@@ -96,7 +100,7 @@ def version_of(peer: Peer, python: str) -> str | None:
 
 
 def interpreters(command: str, given: Sequence[str], peers: Mapping[str, Peer]) -> dict[str, str]:
-    """Return the interpreter of each peer that ``--peer-python PEER=PATH`` names."""
+    """Parse the options ``--peer-python PEER=PATH`` into the interpreter of each peer."""
     pythons: dict[str, str] = {}
     for option in given:
         name, _, path = option.partition("=")
@@ -110,5 +114,5 @@ def interpreters(command: str, given: Sequence[str], peers: Mapping[str, Peer]) 
 
 
 def default_python() -> str:
-    """Return the interpreter that is asked where none is named."""
+    """Return the interpreter of peers for which the user names none."""
     return sys.executable

@@ -1,4 +1,4 @@
-"""All-reduce by tf.distribute's MirroredStrategy over logical CPU devices."""
+"""Worker that all-reduces by tf.distribute's MirroredStrategy over logical CPU devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import tensorflow as tf
 
 size = int(sys.argv[1])
-answer = protocol.answers_go_to()
+answer = protocol.claim_stdout()
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * size)
 strategy = tf.distribute.MirroredStrategy([f"CPU:{rank}" for rank in range(size)])
@@ -39,19 +39,19 @@ def distributed(arrays):
     )
 
 
-held: dict = {}
+checked: dict = {}  # values and wrong elements of the current count and dtype
 for command in protocol.commands():
     count, dtype, iterations = command["count"], command["dtype"], command["iterations"]
-    if (count, dtype) not in held:
+    if (count, dtype) not in checked:
         every = protocol.inputs(count, size, dtype)
         expected = np.sum(every, axis=0, dtype=dtype)
         results = strategy.experimental_local_results(reduce(distributed(every)))
         wrong = sum(int((result.numpy() != expected).sum()) for result in results)
-        held = {(count, dtype): (distributed(protocol.steady(count, size, dtype)), wrong)}
-    values, wrong = held[count, dtype]
+        checked = {(count, dtype): (distributed(protocol.steady(count, size, dtype)), wrong)}
+    values, wrong = checked[count, dtype]
     reduce(values)
-    began = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(iterations):
         result = reduce(values)
     strategy.experimental_local_results(result)[0].numpy()
-    answer(seconds=(time.perf_counter() - began) / iterations, wrong=wrong, note="tf.function")
+    answer(seconds=(time.perf_counter() - started) / iterations, wrong=wrong, note="tf.function")

@@ -1,4 +1,4 @@
-"""A peer's processes, seen from here: asked through pipes, never waited for without end."""
+"""Parent side of a peer's processes: commands and answers through pipes, with a timeout."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dvkernels.errors import WorkerLostError
 
 __all__ = ["Answer", "Worker", "end_all"]
 
-_TAIL = 800  # characters of stderr that a report quotes
+_TAIL = 800  # characters of stderr that an error quotes
 
 
 class Answer(NamedTuple):
-    """What a worker says of one measurement."""
+    """A worker's answer to one command."""
 
     seconds: float
     wrong: int
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 class Worker:
-    """The processes of one peer. Use as a context manager: they end with it."""
+    """Processes of one peer; a context manager that ends them."""
 
     def __init__(
         self,
@@ -48,7 +48,8 @@ class Worker:
         )
         peer = peers[name]
         try:
-            # A session of its own: Ctrl-C is ours to pass on, and all of it can be ended at once.
+            # In a session of its own: the terminal's Ctrl-C does not reach it, and all of its
+            # processes can be ended at once.
             self._process = subprocess.Popen(
                 peer.command(python, num_ranks),
                 stdin=subprocess.PIPE,
@@ -71,11 +72,11 @@ class Worker:
         self._lines.put(None)
 
     def ask(self, count: int, dtype: str, iterations: int) -> Answer:
-        """Return what so many all-reduces of ``count`` elements took, per call."""
+        """Measure all-reduces of ``count`` elements; the answer has the seconds per call."""
         return self.send({"count": count, "dtype": dtype, "iterations": iterations})
 
     def send(self, command: Mapping[str, Any]) -> Answer:
-        """Return what the processes answer to a command."""
+        """Send a command, and return the answer."""
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(command) + "\n")
@@ -93,26 +94,26 @@ class Worker:
                 found: dict[str, Any] = json.loads(line)
                 return Answer(**found)
 
-    def _lost(self, what: str) -> WorkerLostError:
+    def _lost(self, event: str) -> WorkerLostError:
         self._stderr.seek(0)
         tail = self._stderr.read()[-_TAIL:].strip()
-        return WorkerLostError(f"peer {self.name} {what}; its last words: {tail or '(none)'}")
+        return WorkerLostError(f"peer {self.name} {event}; its last output: {tail or '(none)'}")
 
-    def hang_up(self) -> None:
-        """Close the pipe, at whose end the processes leave by themselves; do not wait for them."""
+    def close_pipe(self) -> None:
+        """Close the command pipe, which makes the processes exit; do not wait for them."""
         with contextlib.suppress(OSError, ValueError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
 
     def close(self) -> None:
-        """End the processes: by closing their pipe, else by signals. Safe to call twice."""
+        """End the processes by closing their pipe, or else by signals. Idempotent."""
         process = self._process
-        self.hang_up()
-        for sent in (None, signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+        self.close_pipe()
+        for number in (None, signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if sent is not None:
+                if number is not None:
                     if hasattr(os, "killpg"):
-                        os.killpg(process.pid, sent)
+                        os.killpg(process.pid, number)
                     else:
                         process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -135,6 +136,6 @@ class Worker:
 def end_all(workers: Sequence[Worker]) -> None:
     """End the processes of several workers."""
     for worker in workers:
-        worker.hang_up()  # all at once: they take their time
+        worker.close_pipe()  # first of all workers, so that they exit at the same time
     for worker in workers:
         worker.close()

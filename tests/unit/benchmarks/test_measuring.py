@@ -1,4 +1,4 @@
-"""The probe leaves data as it is, samples are summed up right, and cases stay off zeros."""
+"""The probe leaves data as they are, ratios are taken by round, and inputs stay off zero."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvkernels.benchmarks.probe import Probe
 from dvkernels.benchmarks.stopwatch import Samples, alternate, ratio, timed
 
 
-def test_the_probe_in_place_leaves_every_bit():
+def test_the_probe_in_place_changes_no_bit():
     arrays = [np.random.default_rng(k).standard_normal(10_007) for k in range(3)]
     before = [array.tobytes() for array in arrays]
     assert Probe(arrays, [], 2 * 3 * arrays[0].nbytes).seconds(2) > 0
@@ -29,14 +29,14 @@ def test_the_probe_overwrites_targets_only():
     assert (target != 1).any()
 
 
-def test_less_than_a_word_is_no_time_at_all():
+def test_less_than_a_word_takes_no_time():
     assert Probe([np.ones(1, "i1")], [], 2).seconds(1) == 0
 
 
-def test_contestants_take_turns_and_ratios_are_taken_round_by_round():
+def test_timers_run_in_turn_and_ratios_are_taken_by_round():
     order = []
 
-    def contestant(name, seconds):
+    def timer(name, seconds):
         times = iter(seconds)
 
         def measure():
@@ -45,14 +45,14 @@ def test_contestants_take_turns_and_ratios_are_taken_round_by_round():
 
         return measure
 
-    found = alternate({"a": contestant("a", [1, 2, 30]), "b": contestant("b", [2, 4, 30])}, 3)
+    found = alternate({"a": timer("a", [1, 2, 30]), "b": timer("b", [2, 4, 30])}, 3)
     assert order == ["a", "b"] * 3
     assert ratio(found["a"], found["b"]) == 0.5
     assert Samples((3.0, 1.0, 2.0)).median == 2
     assert Samples((1.0, 2.0, 3.0)).quartiles == (1.5, 2.5)
 
 
-def test_numbers_are_renewed_off_the_clock():
+def test_inputs_are_renewed_before_an_untimed_call():
     calls = []
     timed(lambda: calls.append("call"), 5, lambda: calls.append("renew"), most_repeats=3)
     assert calls == [*["renew", "call", "call", "call"] * 2, "renew", "call", "call"]
@@ -74,7 +74,7 @@ def test_sums_in_place_never_reach_zero_or_infinity(dtype, replicas):
         assert largest < limit
 
 
-def test_a_resnet_50_has_its_arrays():
+def test_a_resnet_50_has_161_arrays():
     shapes = gradients.resnet_50_shapes()
     assert len(shapes) == 161
     assert sum(math.prod(shape) for shape in shapes) == 25_557_032

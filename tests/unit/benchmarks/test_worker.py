@@ -1,4 +1,4 @@
-"""A peer's worker answers, or is reported and ended: nothing waits for it without end."""
+"""A peer's worker answers within its timeout, or is reported and ended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ time.sleep(600)
 
 @pytest.fixture
 def peer(monkeypatch, tmp_path):
-    """A peer that runs the given program."""
+    """Return a function that starts a peer whose worker is the given program."""
 
     def make(program, timeout=20.0):
         script = tmp_path / "worker.py"
@@ -44,19 +44,19 @@ def peer(monkeypatch, tmp_path):
     return make
 
 
-def test_it_answers_past_greetings(peer):
+def test_greetings_before_an_answer_are_skipped(peer):
     with peer(GREETS_THEN_ANSWERS) as worker:
         assert [worker.ask(count, "float32", 1).seconds for count in (2, 8)] == [1, 4]
     assert worker._process.poll() is not None
 
 
-def test_one_that_dies_is_reported_with_its_last_words(peer):
+def test_a_worker_that_dies_is_reported_with_its_last_output(peer):
     with peer(DIES) as worker, pytest.raises(WorkerLostError, match=r"has ended.*out of luck"):
         worker.ask(1, "float32", 1)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
-def test_one_that_hangs_is_ended_with_its_children(peer):
+def test_a_worker_that_hangs_is_ended_with_its_children(peer):
     with peer(HANGS, timeout=1.0) as worker:
         with pytest.raises(WorkerLostError, match="gave no answer in 1 s") as caught:
             worker.ask(1, "float32", 1)
@@ -73,6 +73,6 @@ def is_running(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_one_that_cannot_be_started():
+def test_a_worker_that_cannot_be_started_is_reported():
     with pytest.raises(WorkerLostError, match="cannot be started"):
         Worker("jax", "/nowhere/python", 2)

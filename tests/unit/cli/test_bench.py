@@ -1,4 +1,4 @@
-"""The bench command measures what it says, finds what is wrong, and says what it left out."""
+"""bench times every collective, counts wrong elements, and names what it leaves out."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_collective_is_right_and_timed(collective, replicas, dtype, capsys
         assert record["attained"] > 0
 
 
-def test_the_table_has_a_line_a_size_and_counts_no_errors(capsys):
+def test_the_table_has_a_line_per_size_and_counts_no_errors(capsys):
     status, out, _ = bench(capsys, "--sizes", "4:256", "--rounds", "2", "--algorithm", "ring")
     assert status == 0
     lines = [line.split() for line in out.splitlines() if not line.startswith("#")]
@@ -72,7 +72,7 @@ def test_a_wrong_kernel_is_found(capsys, monkeypatch):
     assert "2 wrong elements" in out
 
 
-def test_what_is_written_can_be_read(capsys, tmp_path):
+def test_the_json_file_can_be_read(capsys, tmp_path):
     path = tmp_path / "found.json"
     status, _, _ = bench(capsys, *QUICK, "--json", str(path), "--peers", "numpy")
     assert status == 0
@@ -127,7 +127,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, capsys):
 def test_a_plot_needs_matplotlib(capsys, tmp_path, monkeypatch):
     path = tmp_path / "curves.svg"
     try:
-        import matplotlib  # noqa: F401 - only whether it is there
+        import matplotlib  # noqa: F401 - only whether it is installed
     except ImportError:
         status, _, err = bench(capsys, *QUICK, "--plot", str(path))
         assert status == 2
@@ -146,7 +146,7 @@ def test_calibration_prints_every_constant(capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
 def test_an_interrupt_ends_the_peers(tmp_path):
-    # A stand-in for the environment of a peer: it says its version, then hangs like a stuck rank.
+    # A stand-in for a peer's interpreter: it prints a version, then hangs like a stuck rank.
     stand_in = tmp_path / "python"
     stand_in.write_text(
         f"#!/bin/sh\nif [ $1 = -c ]; then echo 1.0; exit; fi\n"

@@ -1,4 +1,4 @@
-"""The checkpoint benchmark measures every case, beside a peer."""
+"""bench-checkpoint measures every case, also with a peer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def test_every_case_is_measured(capsys, tmp_path):
     arguments += ["--folder", str(tmp_path), "--peer-python", f"savez={sys.executable}"]
     assert main.main(["bench-checkpoint", *arguments]) == 0
     results = json.loads(found.read_text())["results"]
-    assert [(one["case"], one["who"]) for one in results] == [
+    assert [(result["case"], result["who"]) for result in results] == [
         ("save", "dvkernels"), ("save", "savez"), ("restore", "dvkernels"), ("restore", "savez"),
         ("step", "dvkernels"), ("step", "during a save"), ("step", "copy to host"),
     ]  # fmt: skip
-    assert all(one["seconds_per_call"] > 0 for one in results)
+    assert all(result["seconds_per_call"] > 0 for result in results)
     assert "us per call" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [found]
 

@@ -1,4 +1,4 @@
-"""The input benchmark measures every case, and says what is wrong with its arguments."""
+"""bench-input measures every case, and reports wrong arguments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from dvkernels.cli import main
 
 def test_every_case_is_measured(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        cases, "CASES", {name: (what, 3) for name, (what, _) in cases.CASES.items()}
+        cases, "CASES", {name: (text, 3) for name, (text, _) in cases.CASES.items()}
     )
     found = tmp_path / "found.json"
     assert main.main(["bench-input", "--rounds", "1", "--json", str(found)]) == 0
     results = json.loads(found.read_text())["results"]
-    assert [one["case"] for one in results] == list(cases.CASES)
-    assert all(one["seconds_per_batch"] > 0 and one["times_ours"] == 1 for one in results)
+    assert [result["case"] for result in results] == list(cases.CASES)
+    assert all(result["seconds_per_batch"] > 0 for result in results)
+    assert all(result["times_ours"] == 1 for result in results)
     assert "us per batch" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The command line shows what a checkpoint holds and finds what is damaged."""
+"""checkpoint: show prints the contents of a checkpoint, verify finds damaged bytes."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_verify(folder, capsys):
     assert capsys.readouterr().out.count("PASS") == 2
     faults.flip_bit(folder / "step-00000001" / "shard-00000.safetensors", 2000)
     assert main(["checkpoint", "verify", str(folder)]) == 1
-    told = capsys.readouterr().out
-    assert ("FAIL" in told, "PASS" in told) == (True, True)
+    out = capsys.readouterr().out
+    assert ("FAIL" in out, "PASS" in out) == (True, True)
 
 
-def test_what_is_no_checkpoint(tmp_path, capsys):
+def test_a_missing_checkpoint_fails(tmp_path, capsys):
     assert main(["checkpoint", "verify", str(tmp_path / "none")]) == 1
     assert "FAIL" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every verb and option: what it says of itself, and what it says of what it cannot take."""
+"""Every verb and option: help texts, and errors of wrong values, formats and paths."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_option_says_what_it_is_and_its_default(verb):
-    formatter = command_line._Defaults(verb)
+def test_the_help_of_every_option_names_its_default(verb):
+    formatter = command_line._HelpWithDefaults(verb)
     for action in options_of(verb):
         assert action.help, action
-        said = formatter._expand_help(action)
+        text = formatter._expand_help(action)
         if action.nargs != 0 and action.default not in (None, [], argparse.SUPPRESS):
-            assert "default" in said, action
-            assert str(action.default) in said or "default:" in said, action
+            assert "default" in text, action
+            assert str(action.default) in text or "default:" in text, action
 
 
 @pytest.mark.parametrize(("verb", "action"), NUMBERS)
 @pytest.mark.parametrize("text", ["x", "", "-1", "1.5", "1e400"])
-def test_what_is_no_number_is_said_in_words(verb, action, text, capsys):
+def test_a_malformed_number_is_an_error_in_words(verb, action, text, capsys):
     kind = action.type.__name__
     if (text, kind) in [("-1", "integer"), ("1.5", "seconds"), ("1e400", "seconds")]:
-        return  # may be right
+        return  # valid
     status, out, err = called(capsys, verb, f"{action.option_strings[-1]}={text}")
     assert (status, out) == (2, "")
     assert err.startswith(f"usage: python -m dvkernels {verb}")
@@ -65,7 +65,7 @@ def test_what_is_no_number_is_said_in_words(verb, action, text, capsys):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_wrong_option_is_one_of_the_verb(verb, capsys):
+def test_an_unknown_option_prints_the_usage_of_the_verb(verb, capsys):
     words = {"checkpoint": ["show", "x"]}.get(verb, [])
     status, out, err = called(capsys, verb, *words, "--no-such-option")
     assert (status, out) == (2, "")
@@ -74,7 +74,7 @@ def test_a_wrong_option_is_one_of_the_verb(verb, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["no-such-verb"], ["--no-such-option"]])
-def test_a_wrong_verb(words, capsys):
+def test_an_unknown_verb_is_an_error(words, capsys):
     status, out, err = called(capsys, *words)
     assert (status, out) == (2, "")
     assert "error: " in err
@@ -93,7 +93,7 @@ WRITING = [
 
 @pytest.mark.parametrize(("verb", "option"), WRITING)
 @pytest.mark.parametrize("name", ["/proc/no/such.svg", "a\0b.svg", "file/below.svg"])
-def test_what_cannot_be_written_is_found_before_the_work(
+def test_an_unwritable_output_is_found_before_the_work(
     verb, option, name, capsys, tmp_path, monkeypatch
 ):
     if option == "--plot":
@@ -129,7 +129,7 @@ def test_a_failure_is_one_json_object_too(words, capsys):
     assert err.rstrip().endswith(f"error: {json.loads(out)['error']}")
 
 
-def test_one_is_no_plural(capsys):
+def test_one_replica_is_singular(capsys):
     words = ["--replicas", "1", "--epochs", "1", "--hidden", "8", "--json"]
     status, out, err = called(capsys, "train", *words)
     assert status == 0
@@ -149,9 +149,9 @@ def test_a_path_is_named_once(capsys, tmp_path):
             assert out.count(str(tmp_path / name)) == 1
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a pipe that nobody reads")
+@pytest.mark.skipif(os.name != "posix", reason="needs a pipe without a reader")
 @pytest.mark.parametrize("words", [["--help"], ["bench", "--help"], ["checkpoint", "show", "x"]])
-def test_nobody_reads_any_more(words):
+def test_a_closed_pipe_ends_quietly(words):
     source, target = os.pipe()
     os.close(source)
     done = subprocess.run(
@@ -164,3 +164,16 @@ def test_nobody_reads_any_more(words):
     )
     os.close(target)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_earlier_command_name_of_the_worker_starts_a_program(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nprint(__name__, sys.argv[1:])\nsys.exit(3)")
+    done = subprocess.run(
+        [sys.executable, "-m", "dvkernels.cli.worker", str(program), "-x", "1"],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "__main__ ['-x', '1']\n"), done.stderr

@@ -29,7 +29,7 @@ def whole():
     return report(subprocess.run(command(), capture_output=True, text=True, check=True).stdout)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, whole):
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, whole):
     def is_under_way(output):
         return any(tmp_path.glob("step-*"))
 
@@ -44,7 +44,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path, whole):
         assert resumed[key] == whole[key]
 
 
-def test_preempted_it_saves_and_goes_on_with_other_replicas(tmp_path, whole):
+def test_a_preempted_run_resumes_on_another_number_of_replicas(tmp_path, whole):
     options = ["--checkpoint-dir", str(tmp_path), "--checkpoint-every", "1"]
     with subprocess.Popen(
         command(*options, "--preemption-exit-code", "9"),
@@ -53,8 +53,8 @@ def test_preempted_it_saves_and_goes_on_with_other_replicas(tmp_path, whole):
         while program.poll() is None and not any(tmp_path.glob("step-*")):
             time.sleep(0.005)
         program.send_signal(signal.SIGTERM)
-        said = program.communicate()[1]
-    assert program.returncode == 9, said
+        err = program.communicate()[1]
+    assert program.returncode == 9, err
     done = subprocess.run(
         command(*options, "--resume", replicas=3), capture_output=True, text=True, check=True
     )

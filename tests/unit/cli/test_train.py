@@ -1,4 +1,4 @@
-"""The main job: the same weights on any number of replicas, and one JSON object."""
+"""train: the same weights on any number of replicas, one JSON object, and its exit statuses."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ KEYS = {
 }
 
 
-def train(strategy, recipe, data):
+def train(strategy, config, data):
     with strategy, threadpool_limits(1, user_api="blas"):  # as the command does
-        return training_loop.train(strategy, recipe, data, lambda *_: None)
+        return training_loop.train(strategy, config, data, lambda *_: None)
 
 
 def mirrored(num_replicas, **options):
@@ -45,26 +45,26 @@ def mirrored(num_replicas, **options):
 @pytest.mark.parametrize("batch_size", [149, 128])
 def test_the_weights_are_those_of_one_device(dtype, tolerance, batch_size):
     data = digits.load(dtype)
-    recipe = training_loop.TrainingConfig(
+    config = training_loop.TrainingConfig(
         epochs=8, batch_size=batch_size, num_hidden=64, dtype=dtype
     )
-    reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, data)
-    exactness = mlp.accuracy(reference.weights, 64, data.test_images, data.test_labels)
-    assert exactness > 0.9
+    reference = train(dv.OneDeviceStrategy("cpu:0"), config, data)
+    reference_accuracy = mlp.accuracy(reference.weights, 64, data.test_images, data.test_labels)
+    assert reference_accuracy > 0.9
     for num_replicas in (2, 3, 7):
-        outcome = train(mirrored(num_replicas), recipe, data)
-        assert outcome.steps == reference.steps == training_loop.num_steps(recipe, data)
+        outcome = train(mirrored(num_replicas), config, data)
+        assert outcome.steps == reference.steps == training_loop.num_steps(config, data)
         assert training_loop.relative_difference(outcome.weights, reference.weights) <= tolerance
-        reached = mlp.accuracy(outcome.weights, 64, data.test_images, data.test_labels)
-        assert abs(reached - exactness) <= 0.01
+        accuracy = mlp.accuracy(outcome.weights, 64, data.test_images, data.test_labels)
+        assert abs(accuracy - reference_accuracy) <= 0.01
 
 
 def test_replicas_without_examples():
     data = digits.load("float64")
     few = digits.Digits(data.train_images[:22], data.train_labels[:22], *data[2:])
-    recipe = training_loop.TrainingConfig(epochs=3, batch_size=16, num_hidden=8, dtype="float64")
-    reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, few)
-    outcome = train(mirrored(7, cross_device_ops="ring"), recipe, few)  # 66 = 4 x 16 + 2
+    config = training_loop.TrainingConfig(epochs=3, batch_size=16, num_hidden=8, dtype="float64")
+    reference = train(dv.OneDeviceStrategy("cpu:0"), config, few)
+    outcome = train(mirrored(7, cross_device_ops="ring"), config, few)  # 66 = 4 x 16 + 2
     assert training_loop.relative_difference(outcome.weights, reference.weights) <= 1e-9
 
 
@@ -72,10 +72,10 @@ def test_median_accuracy_of_five_seeds():
     data = digits.load("float32")
     accuracies = []
     for seed in range(5):
-        recipe = training_loop.TrainingConfig(seed=seed)
-        weights = train(mirrored(2), recipe, data).weights
+        config = training_loop.TrainingConfig(seed=seed)
+        weights = train(mirrored(2), config, data).weights
         accuracies.append(
-            mlp.accuracy(weights, recipe.num_hidden, data.test_images, data.test_labels)
+            mlp.accuracy(weights, config.num_hidden, data.test_images, data.test_labels)
         )
     assert statistics.median(accuracies) >= 0.97
 
@@ -95,7 +95,7 @@ def test_one_json_object(capsys):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_for_people(capsys):
+def test_text_output(capsys):
     assert main.main(["train", "--replicas", "3", "--epochs", "2", "--hidden", "32"]) == 0
     out, err = capsys.readouterr()
     assert "test accuracy" in out
@@ -133,13 +133,13 @@ def test_info_computes_on_every_device(capsys):
     lines = capsys.readouterr().out.splitlines()
     passed = [line.split()[0] for line in lines if line.endswith("PASS")]
     assert passed == [*(str(device) for device in dv.list_devices()), "together"]
-    (place,) = [line for line in lines if line.startswith("compiled code: ")]
-    assert str(compile_cache.folder()) in place
+    (cache_line,) = [line for line in lines if line.startswith("compiled code: ")]
+    assert str(compile_cache.folder()) in cache_line
     assert main.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found["devices"], "together"] == passed
     assert {*found["devices"].values(), found["together"]} == {"PASS"}
-    assert f"compiled code: {found['compiled_code']}" == place
+    assert f"compiled code: {found['compiled_code']}" == cache_line
     assert any("interpreter lock o" in line and "threading layer" in line for line in lines)
 
 
@@ -156,22 +156,22 @@ def test_an_interrupt_ends_the_training():
     assert b"Traceback" not in err
 
 
-# -- from outside, and at the edges --------------------------------------------------------------
+# -- in a process of its own, and edge cases -----------------------------------------------------
 
 
-def outside(*arguments):
+def in_a_process(*arguments):
     command = [sys.executable, "-m", "dvkernels", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_every_process_prints_the_same_weights(capsys):
     options = ["train", "--json", "--replicas", "2", "--epochs", "2", "--hidden", "16"]
-    done = outside(*options)
+    done = in_a_process(*options)
     assert done.returncode == 0, done.stderr
     assert "training" in done.stderr
     assert main.main(options) == 0
     here = json.loads(capsys.readouterr().out)
-    there = json.loads(done.stdout)  # fails if anything stands beside the one object
+    there = json.loads(done.stdout)  # fails if anything else is printed
     assert there["weights_sha256"] == here["weights_sha256"]
     assert there["steps"] == 2 * -(-1437 // 128)
     assert there["relative_difference_to_one_device"] <= 1e-4
@@ -180,11 +180,11 @@ def test_every_process_prints_the_same_weights(capsys):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_a_last_batch_of_one_example(dtype, tolerance):
     data = digits.load(dtype)
-    recipe = training_loop.TrainingConfig(epochs=6, batch_size=359, num_hidden=32, dtype=dtype)
-    assert len(data.train_images) % recipe.batch_size == 1
-    reference = train(dv.OneDeviceStrategy("cpu:0"), recipe, data)
+    config = training_loop.TrainingConfig(epochs=6, batch_size=359, num_hidden=32, dtype=dtype)
+    assert len(data.train_images) % config.batch_size == 1
+    reference = train(dv.OneDeviceStrategy("cpu:0"), config, data)
     for num_replicas in (1, 2, 3, 7):
-        outcome = train(mirrored(num_replicas), recipe, data)
+        outcome = train(mirrored(num_replicas), config, data)
         difference = training_loop.relative_difference(outcome.weights, reference.weights)
         assert difference <= (tolerance if num_replicas > 1 else 0)
         assert outcome.final_loss == pytest.approx(reference.final_loss, rel=1e3 * tolerance)
@@ -199,8 +199,8 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments", [[], ["fly"], ["train", "--device", "cuda"], ["train", "--replicas", "0"]]
 )
-def test_bad_input_from_outside(arguments):
-    done = outside(*arguments)
+def test_bad_input_in_a_process(arguments):
+    done = in_a_process(*arguments)
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -216,7 +216,7 @@ def test_an_interrupt_leaves_no_result(tmp_path):
         )
         try:
             end = time.monotonic() + 30
-            while "to learn from" not in (tmp_path / "err").read_text():
+            while "test digits" not in (tmp_path / "err").read_text():
                 assert process.poll() is None
                 assert time.monotonic() < end
                 time.sleep(0.05)
@@ -231,24 +231,24 @@ def test_an_interrupt_leaves_no_result(tmp_path):
     assert (tmp_path / "err").read_text().rstrip().endswith("interrupted")
 
 
-def test_a_run_that_has_ended_says_so_and_goes_on_with_more_epochs(tmp_path, capsys):
+def test_a_complete_run_says_so_and_goes_on_with_more_epochs(tmp_path, capsys):
     def run(epochs, *more):
-        options = ["--replicas", "2", "--hidden", "16", "--json", "--epochs", str(epochs), *more]
-        status = main.main(["train", *options])
+        words = ["--replicas", "2", "--hidden", "16", "--json", "--epochs", str(epochs), *more]
+        status = main.main(["train", *words])
         out, err = capsys.readouterr()
         assert status == 0, err
         assert "nan" not in out + err
         return json.loads(out), err
 
-    keeping = ["--checkpoint-dir", str(tmp_path / "run"), "--resume"]
-    first, _ = run(1, *keeping)
-    again, said = run(1, *keeping)
-    assert "nothing was left to do" in said
-    assert "larger --epochs" in said
+    options = ["--checkpoint-dir", str(tmp_path / "run"), "--resume"]
+    first, _ = run(1, *options)
+    again, err = run(1, *options)
+    assert "nothing left to do" in err
+    assert "larger --epochs" in err
     assert again["weights_sha256"] == first["weights_sha256"]
     for epochs in (2, 4):
-        longer, said = run(epochs, *keeping)
-        assert "nothing was left to do" not in said
+        longer, err = run(epochs, *options)
+        assert "nothing left to do" not in err
         assert longer["weights_sha256"] == run(epochs)[0]["weights_sha256"]
-    main.main(["train", "--replicas", "2", "--hidden", "16", "--epochs", "3", *keeping])
+    main.main(["train", "--replicas", "2", "--hidden", "16", "--epochs", "3", *options])
     assert "was repeat(4) when it was saved and is repeat(3)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Jobs for the tests of launch, under a launcher of the tests' own."""
+"""Fixtures that start jobs by launch under a fake launcher."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def start(mpiexec, tmp_path):
-    """Return a function that starts launch; whatever is left of it afterwards is ended."""
+    """Return a function that starts launch; processes still running after the test are killed."""
     started = []
 
     def start(

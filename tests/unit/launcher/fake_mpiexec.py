@@ -1,7 +1,7 @@
-"""A launcher for tests, in the words of Hydra: workers on this host, with Hydra's variables.
+"""Fake of MPICH's launcher Hydra: workers on this host, with Hydra's options and variables.
 
-It passes on signals, ends with the largest status, and ends all if a worker says so or is killed.
-With FAKE_STATUS it ends with that one, as launchers do that know no better.
+It forwards signals, returns the largest status, and ends all workers if one aborts or is killed.
+FAKE_STATUS replaces its status, as that of a launcher that reports a wrong one.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ def main(words: list[str]) -> int:
         for rank, (_, end) in enumerate(sockets)
     ]
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward(number: int, frame: object) -> None:
         for worker in workers:
             worker.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
-    asked = selectors.DefaultSelector()
+        signal.signal(number, forward)
+    requests = selectors.DefaultSelector()
     for source, end in sockets:
         os.close(end)
-        asked.register(source, selectors.EVENT_READ)
-    while asked.get_map():
-        for key, _ in asked.select():
+        requests.register(source, selectors.EVENT_READ)
+    while requests.get_map():
+        for key, _ in requests.select():
             text = os.read(key.fd, 100)
             if text.startswith(b"cmd=abort exitcode="):
                 for worker in workers:
                     worker.kill()
                 return int(text.partition(b"exitcode=")[2])
             if not text:
-                asked.unregister(key.fd)
+                requests.unregister(key.fd)
                 if workers[[source for source, _ in sockets].index(key.fd)].wait() < 0:
                     for worker in workers:
                         worker.kill()

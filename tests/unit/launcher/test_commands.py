@@ -1,4 +1,4 @@
-"""Each kind of launcher is recognised, and told what it needs."""
+"""Each kind of launcher is recognised, and gets the arguments that it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvkernels.launcher import commands
 from dvkernels.launcher.commands import HostSlots, Job
 
 FLAVOURS = {flavour.name: flavour for flavour in commands.FLAVOURS}
-# What they say of themselves, recorded.
+# Recorded output of --version, and the kind of the launcher.
 VERSIONS = {
     "mpiexec (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/": (
         "Open MPI"
@@ -39,26 +39,26 @@ def test_a_launcher_is_recognised_by_its_version(tmp_path, version, name):
 
 
 @pytest.mark.parametrize("text", ["#!/bin/sh\necho hello\n", "#!/bin/sh\nexit 1\n", "no program"])
-def test_what_is_no_launcher_is_named(tmp_path, text):
+def test_an_unknown_launcher_is_named_in_the_error(tmp_path, text):
     path = executable(tmp_path / "mpiexec", text)
     with pytest.raises(LaunchError, match=path):
         commands.flavour_of(path)
 
 
-def test_the_launcher_beside_the_interpreter_comes_first(tmp_path, monkeypatch):
-    beside, elsewhere = tmp_path / "env" / "bin", tmp_path / "bin"
-    beside.mkdir(parents=True)
+def test_the_launcher_of_the_interpreters_environment_comes_first(tmp_path, monkeypatch):
+    own_folder, elsewhere = tmp_path / "env" / "bin", tmp_path / "bin"
+    own_folder.mkdir(parents=True)
     elsewhere.mkdir()
-    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    monkeypatch.setattr(sys, "executable", str(own_folder / "python"))
     environ = {"PATH": str(elsewhere)}
-    with pytest.raises(LaunchError, match="none of mpiexec, mpirun, srun lies beside"):
+    with pytest.raises(LaunchError, match="none of mpiexec, mpirun, srun is in the folder of"):
         commands.find(None, environ)
     srun = executable(elsewhere / "srun", "")
     assert commands.find(None, environ) == srun
     mpiexec = executable(elsewhere / "mpiexec", "")
     assert commands.find(None, environ) == mpiexec
     assert commands.find("srun", environ) == srun
-    own = executable(beside / "mpiexec", "")
+    own = executable(own_folder / "mpiexec", "")
     assert commands.find(None, environ) == own
     assert commands.find(srun, environ) == srun
 
@@ -68,15 +68,20 @@ HOSTS = (HostSlots("a", 2), HostSlots("b", 2))
 JOBS = {
     "plain": Job(("prog", "x"), 4, prefixed=False),
     "bound": Job(("prog",), 2, num_threads=2, bound=True, prefixed=False),
-    "crowded": Job(("prog",), 4, num_threads=1, crowded=True, as_root=True, prefixed=False),
-    "hosts elsewhere": Job(("prog",), 4, variables=("OMP_NUM_THREADS",), prefixed=False),
-    "not asked for": Job(("prog",), 4, num_threads=2, bound=None, prefixed=False),
+    "crowded": Job(("prog",), 4, num_threads=1, oversubscribed=True, as_root=True, prefixed=False),
+    "hosts elsewhere": Job(("prog",), 4, exported_variables=("OMP_NUM_THREADS",), prefixed=False),
+    "default binding": Job(("prog",), 4, num_threads=2, bound=None, prefixed=False),
     "hosts": Job(
-        ("prog",), 4, HOSTS, variables=("PYTHONPATH",), options=("--more",), prefixed=False
+        ("prog",),
+        4,
+        HOSTS,
+        exported_variables=("PYTHONPATH",),
+        launcher_options=("--more",),
+        prefixed=False,
     ),
 }
 COMMANDS = {
-    # Where a file names the hosts, variables must get there too.
+    # Where a host file names the hosts, variables must be exported to them too.
     ("Open MPI", "hosts elsewhere"): (
         "-n 4 -x OMP_NUM_THREADS --map-by slot:HWTCPUS --bind-to none prog"
     ),
@@ -99,9 +104,9 @@ COMMANDS = {
     ("srun", "plain"): "--ntasks=4 --kill-on-bad-exit=1 --cpu-bind=none prog x",
     ("srun", "bound"): "--ntasks=2 --kill-on-bad-exit=1 --cpus-per-task=2 --cpu-bind=cores prog",
     ("srun", "crowded"): "--ntasks=4 --kill-on-bad-exit=1 --cpus-per-task=1 --cpu-bind=none prog",
-    # Slurm binds by itself, to what the tasks were given.
-    ("srun", "not asked for"): "--ntasks=4 --kill-on-bad-exit=1 --cpus-per-task=2 prog",
-    ("MPICH", "not asked for"): "-n 4 -bind-to none prog",
+    # Slurm binds tasks to their allocation by default.
+    ("srun", "default binding"): "--ntasks=4 --kill-on-bad-exit=1 --cpus-per-task=2 prog",
+    ("MPICH", "default binding"): "-n 4 -bind-to none prog",
     ("srun", "hosts"): (
         "--ntasks=4 --kill-on-bad-exit=1 --nodelist=a,b --ntasks-per-node=2 --cpu-bind=none "
         "--more prog"
@@ -121,17 +126,17 @@ def test_srun_needs_equal_counts():
         commands.command("srun", FLAVOURS["srun"], job)
 
 
-def test_lines_are_prefixed_by_a_relay_that_knows_the_variable():
+def test_the_prefix_script_gets_the_rank_variable():
     command = commands.command("mpiexec", FLAVOURS["Open MPI"], Job(("prog",), 1))
     assert command[-2:] == ["OMPI_COMM_WORLD_RANK", "prog"]
 
 
-def test_open_mpi_5_is_told_the_hosts_of_the_operator_in_its_own_words():
-    told = {"OMPI_MCA_orte_default_hostfile": "/f", "OMPI_MCA_orte_keep_fqdn_hostnames": "true"}
-    added = commands.environment(None, told)
+def test_the_mpi_operators_variables_are_renamed_for_open_mpi_5():
+    given = {"OMPI_MCA_orte_default_hostfile": "/f", "OMPI_MCA_orte_keep_fqdn_hostnames": "true"}
+    added = commands.environment(None, given)
     assert added["PRTE_MCA_prte_default_hostfile"] == "/f"
     assert added["PRTE_MCA_prte_keep_fqdn_hostnames"] == "true"
-    own = commands.environment(None, {**told, "PRTE_MCA_prte_default_hostfile": "/g"})
+    own = commands.environment(None, {**given, "PRTE_MCA_prte_default_hostfile": "/g"})
     assert "PRTE_MCA_prte_default_hostfile" not in own
 
 

@@ -1,4 +1,4 @@
-"""A job is right when every worker has said so, whatever its launcher believes."""
+"""A job succeeds when every worker has reported success, whatever its launcher returns."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dvkernels.launcher.exit_records import ExitRecord, ExitRecords
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 60
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the socket is one of Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets need Linux")
 
 FORKED = """
 if (child := os.fork()) == 0:
     os._exit(7)
 os.waitpid(child, 0)
 """
-# How a worker ends, and the status that it says; None: it says nothing.
+# How a worker ends, and the status that it reports; None: it reports nothing.
 ENDS = {
     "pass": 0,
     "sys.exit()": 0,
     "sys.exit(0)": 0,
-    "sys.exit(256)": 0,  # as the system has it
+    "sys.exit(256)": 0,  # the low byte, as in the operating system
     "sys.exit(3)": 3,
     "sys.exit(-1)": 255,
     "sys.exit('words')": 1,
@@ -49,48 +49,51 @@ ENDS = {
 }
 
 
-def test_workers_say_how_they_end(tmp_path):
+def test_workers_report_their_exit_status(tmp_path):
     started = []
     for number, end in enumerate(ENDS):
-        ledger = ExitRecords(None)
+        records = ExitRecords(None)
         program = tmp_path / f"{number}.py"
         program.write_text(f"import os, signal, sys\n{end}")
-        told = {"PMI_RANK": "1", "PMI_SIZE": "2", "PYTHONPATH": str(ROOT), **ledger.environ}
+        given = {"PMI_RANK": "1", "PMI_SIZE": "2", "PYTHONPATH": str(ROOT), **records.environ}
         command = [sys.executable, "-m", "dvkernels.launcher.worker", str(program)]
         worker = subprocess.Popen(
-            command, env={**os.environ, **told}, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            command,
+            env={**os.environ, **given},
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
         )
-        started.append((ledger, worker))
+        started.append((records, worker))
     found = {}
-    for end, (ledger, worker) in zip(ENDS, started, strict=True):
+    for end, (records, worker) in zip(ENDS, started, strict=True):
         worker.wait(SECONDS)
-        ledger.serve(0, -1)
-        found[end] = None if ledger.silent() else ledger.first_failure or 0
-        ledger.close()
+        records.serve(0, -1)
+        found[end] = None if records.silent() else records.first_failure or 0
+        records.close()
     assert found == ENDS
 
 
-# How worker 1 of 2 ends, what the launcher makes of it, and the status of the job.
+# How worker 1 of 2 ends, the launcher's exit status, and the status of the job.
 JOBS = {
     ("os._exit(0)", "0"): 0,
     ("sys.exit(3)", "0"): 3,
     ("raise ValueError", "0"): 1,
-    ("sys.exit(2)", "3"): 2,  # MPICH says the bits of all statuses
-    ("sys.exit(42)", "137"): 137,  # told to stop, by a launcher that had lost another worker
+    ("sys.exit(2)", "3"): 2,  # MPICH combines all statuses bitwise
+    ("sys.exit(42)", "137"): 137,  # stopped by a launcher that had lost another worker
     ("sys.exit(42)", "0"): 42,
     ("os.kill(os.getpid(), signal.SIGKILL)", "0"): 1,
     ("os.kill(os.getpid(), signal.SIGKILL)", "9"): 9,
 }
 
 
-def test_the_launcher_is_not_believed(start, script):
+def test_reports_of_workers_outrank_the_status_of_the_launcher(start, script):
     program = script("if rank == 1:\n    exec(sys.argv[1])")
     jobs = {job: start("-n", "2", program, job[0], FAKE_STATUS=job[1]) for job in JOBS}
     found = {}
-    for (end, said), process in jobs.items():
+    for (end, status), process in jobs.items():
         _, err = process.communicate(timeout=SECONDS)
-        found[end, said] = process.returncode
-        assert ("1 ended without a word" in err) == ("kill" in end and said == "0"), err
+        found[end, status] = process.returncode
+        assert ("ended without a report" in err) == ("kill" in end and status == "0"), err
     assert found == JOBS
 
 
@@ -110,54 +113,54 @@ def test_a_job_whose_workers_were_killed_is_started_again(launch, script):
     )
     status, _, err = launch("-n", "2", "--max-restarts", "1", program, FAKE_STATUS="0")
     assert status == 0
-    assert "ended without a word" in err
+    assert "ended without a report" in err
     assert "starting again" in err
 
 
 @pytest.fixture
-def ledger():
+def records():
     source, target = os.pipe()
-    ledger = ExitRecords(source)
-    yield ledger
-    ledger.close()
+    records = ExitRecords(source)
+    yield records
+    records.close()
     os.close(source)
     os.close(target)
 
 
-def test_a_ledger_holds_who_is_silent(ledger):
-    entries = [ExitRecord(ledger.environ["DVKERNELS_LEDGER"], worker, 4) for worker in range(1, 5)]
-    assert ledger.silent() == ""
-    for entry in entries[:3]:
-        entry.arrive()
-    ledger.serve(0, -1)
-    assert ledger.silent() == "1, 2, 3 and 1 that never began"
-    entries[3].arrive()
-    entries[1].be_replaced()
-    entries[2].leave(0)
-    entries[2].leave(7)  # of two words the first counts
-    entries[1].leave(3)  # it could not be replaced
-    ledger.serve(0, -1)
-    assert ledger.silent() == "1, 4"
-    assert ledger.first_failure == 3
+def test_workers_without_a_report_are_listed(records):
+    senders = [ExitRecord(records.environ["DVKERNELS_LEDGER"], worker, 4) for worker in range(1, 5)]
+    assert records.silent() == ""
+    for sender in senders[:3]:
+        sender.report_start()
+    records.serve(0, -1)
+    assert records.silent() == "1, 2, 3 and 1 that never started"
+    senders[3].report_start()
+    senders[1].report_exec()
+    senders[2].report_exit(0)
+    senders[2].report_exit(7)  # of two reports the first counts
+    senders[1].report_exit(3)  # its exec failed
+    records.serve(0, -1)
+    assert records.silent() == "1, 4"
+    assert records.first_failure == 3
     child = os.fork()
     if child == 0:
-        entries[0].leave(0)  # a child of the worker is not the worker
+        senders[0].report_exit(0)  # ignored: a child of the worker is not the worker
         os._exit(0)
     os.waitpid(child, 0)
-    ledger.serve(0, -1)
-    assert ledger.silent() == "1, 4"
+    records.serve(0, -1)
+    assert records.silent() == "1, 4"
 
 
-def test_nonsense_is_not_taken_down(ledger):
-    ExitRecord(ledger.environ["DVKERNELS_LEDGER"], 1, 1).arrive()
+def test_malformed_reports_are_ignored(records):
+    ExitRecord(records.environ["DVKERNELS_LEDGER"], 1, 1).report_start()
     for nonsense in (b"", b"here", b"ended x 0", b"ended 1", b"\xff", b"gone 1 0", b"1 " * 1000):
         with socket.socket(socket.AF_UNIX) as other:
-            other.connect("\0" + ledger.environ["DVKERNELS_LEDGER"])
+            other.connect("\0" + records.environ["DVKERNELS_LEDGER"])
             other.send(nonsense)
-    ledger.serve(0, -1)
-    assert ledger.silent() == "1"
+    records.serve(0, -1)
+    assert records.silent() == "1"
 
 
-def test_words_to_nobody_are_lost():
-    ExitRecord("dvkernels-no-such-ledger", 0, 1).leave(1)
-    assert ExitRecord(None, 0, 1).arrive() is None
+def test_reports_without_a_receiver_are_lost():
+    ExitRecord("dvkernels-no-such-records", 0, 1).report_exit(1)
+    assert ExitRecord(None, 0, 1).report_start() is None

@@ -1,6 +1,6 @@
-"""launch starts, watches over and ends a job, here with a launcher of the tests' own.
+"""launch starts, supervises and ends a job, here under the fake launcher of fake_mpiexec.py.
 
-What the launchers of real MPIs do is seen in tests/processes/test_launched_programs.py.
+tests/processes/test_launched_programs.py runs the launchers of real MPIs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SECONDS = 60
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fake launcher needs Linux")
 
 
-def test_every_line_says_whose_it_is(launch, script):
+def test_every_line_starts_with_the_workers_number(launch, script):
     program = script("print('a', rank)\nprint('b', rank, sys.argv[1:], end='', file=sys.stderr)")
     status, out, err = launch("-n", "3", program, "-x", "--y=1")
     assert status == 0
@@ -34,8 +34,8 @@ def test_every_line_says_whose_it_is(launch, script):
     assert sorted(err.splitlines()) == [f"[{rank}] b {rank} ['-x', '--y=1']" for rank in range(3)]
 
 
-def test_only_the_first_worker_reads_what_launch_is_given(start, script):
-    # The fake launcher gives its own to all, and nothing ever ends it.
+def test_only_the_first_worker_reads_the_input_of_launch(start, script):
+    # The fake launcher gives its own input to all workers, and the input never ends.
     source, target = os.pipe()
     os.write(target, b"hello\n")
     program = script("print(repr(sys.stdin.readline()), flush=True)")
@@ -51,7 +51,7 @@ import hashlib
 text = sys.stdin.buffer.read() if sys.stdin else b""
 print(len(text), hashlib.sha256(text).hexdigest(), flush=True)
 """
-# How a shell gives 3 MB of any bytes, and whether they are to be read.
+# How a shell gives 3 MB of random bytes, and whether the first worker reads them.
 INPUTS = {
     'exec "$@" < input': True,
     'cat input | "$@"': True,
@@ -89,7 +89,7 @@ def test_output_is_bytes_of_any_kind_and_length(launch, script):
 
 
 def test_lines_stay_whole(launch, script):
-    # Many lines at once: more than a pipe takes in one piece from one of several writers.
+    # Many lines at once: more than a pipe writes atomically for one of several writers.
     program = script("for k in range(300):\n    print(k, 'x' * 500)")
     _, out, _ = launch("-n", "3", program)
     expected = {f"[{rank}] {k} {'x' * 500}" for rank in range(3) for k in range(300)}
@@ -126,9 +126,9 @@ def test_workers_know_their_place_share_and_threads(launch, script):
     assert out.split()[4] == "5"
 
 
-def test_info_of_several_workers_says_who_is_where(launch, tmp_path):
+def test_info_of_several_workers_shows_their_hosts_and_cores(launch, tmp_path):
     (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])  # a real MPI would not start under this
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])  # under the fake no real MPI would start
     status, out, err = launch("-n", "2", "-m", "dvkernels", "info", PYTHONPATH=path)
     assert status == 0, err
     lines = sorted(out.splitlines())
@@ -140,7 +140,7 @@ def test_info_of_several_workers_says_who_is_where(launch, tmp_path):
         assert line.endswith(" PASS")
 
 
-def test_info_says_which_hosts_are_pretended(launch):
+def test_info_shows_simulated_hosts(launch):
     status, out, err = launch("-n", "3", "-m", "dvkernels", "info", DVKERNELS_HOSTS="2,1")
     assert status == 0, err
     lines = [line for line in sorted(out.splitlines()) if " worker " in line]
@@ -190,35 +190,35 @@ def test_restarts_count_and_end(launch, script):
 
 
 @pytest.mark.parametrize("status", [0, 2, 42, 130, 141])
-def test_what_will_fail_again_is_not_restarted(launch, script, status):
+def test_jobs_with_a_final_status_are_not_restarted(launch, script, status):
     found, _, err = launch("-n", "1", "--max-restarts", "2", script(f"os._exit({status})"))
     assert found == status
     assert "starting again" not in err
 
 
-def test_open_mpi_in_a_slurm_job_of_several_nodes_is_warned_of(launch, tmp_path):
+def test_open_mpi_in_a_slurm_job_of_several_nodes_gives_a_warning(launch, tmp_path):
     mpiexec = tmp_path / "mpirun"
     mpiexec.write_text("#!/bin/sh\necho 'mpiexec (Open MPI) 5.0.11'\n")
     mpiexec.chmod(0o755)
-    for nodes, told in (("2", True), ("1", False)):
+    for nodes, is_warned in (("2", True), ("1", False)):
         words = ("--launcher", str(mpiexec), "-m", "platform")
         status, _, err = launch(*words, SLURM_JOB_NUM_NODES=nodes)
         assert status == 0
-        assert ("use --launcher srun" in err) == told
+        assert ("use --launcher srun" in err) == is_warned
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3"}
 
 
 @pytest.mark.parametrize(
-    ("told", "num_workers"),
+    ("variables", "num_workers"),
     [
         ({"SLURM_NTASKS": "5", "SLURM_TASKS_PER_NODE": "3,2"}, 5),
         ({"SLURM_TASKS_PER_NODE": "2(x2),1"}, 5),  # sbatch --nodes=3 --exclusive
     ],
 )
-def test_a_slurm_job_says_how_many_workers_and_threads(launch, told, num_workers):
-    status, out, err = launch("--dry-run", "-m", "x", **SLURM, **told)
+def test_a_slurm_job_sets_the_number_of_workers_and_threads(launch, variables, num_workers):
+    status, out, err = launch("--dry-run", "-m", "x", **SLURM, **variables)
     assert status == 0, err
     assert f"-n {num_workers} -bind-to none" in out
     assert "OMP_NUM_THREADS=3" in out
@@ -270,7 +270,7 @@ def pids_in(lines: list[str]) -> list[int]:
 
 
 def all_gone(pids: list[int]) -> bool:
-    """Wait until no process of these is left; those that ended and were not waited for are gone."""
+    """Wait until all processes have ended, zombies included; return whether they have."""
 
     def alive(pid: int) -> bool:
         try:
@@ -306,7 +306,7 @@ def test_signals_reach_the_workers(start, script, sent, asked, status):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_program_that_knows_nothing_of_signals(start, script, sent):
+def test_a_signal_ends_a_program_without_handlers(start, script, sent):
     process = start("-n", "2", script("print('up', flush=True)\ntime.sleep(1000)"))
     read_lines(process, 2)
     process.send_signal(sent)
@@ -315,7 +315,7 @@ def test_a_program_that_knows_nothing_of_signals(start, script, sent):
 
 
 @pytest.mark.parametrize("how", ["timeout", "interrupt", "interrupt twice"])
-def test_workers_that_will_not_end_are_ended_with_all_they_started(start, script, how):
+def test_workers_that_ignore_signals_are_killed_with_all_they_started(start, script, how):
     options = {
         "timeout": ["--timeout", "6", "--grace", "0.1"],
         "interrupt": ["--grace", "0.1"],
@@ -332,7 +332,7 @@ def test_workers_that_will_not_end_are_ended_with_all_they_started(start, script
     assert all_gone(pids)
 
 
-def test_nothing_is_left_of_a_job_whose_worker_left_something(launch, script):
+def test_processes_that_a_worker_leaves_behind_are_ended(launch, script):
     status, out, _ = launch("-n", "2", script(LEAVING_SOMETHING))
     assert status == 0
     assert all_gone(pids_in(out.splitlines()))
@@ -379,7 +379,7 @@ def test_hosts(mpiexec, capsys, hosts, workers, given):
         assert given in err
     else:
         assert f"-hosts {workers} {given}" in out.replace("'", "")
-        assert "OMP_NUM_THREADS" not in out  # nobody knows the cores of other hosts
+        assert "OMP_NUM_THREADS" not in out  # the cores of other hosts are unknown
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_hosts(mpiexec, capsys, hosts, workers, given):
     [
         ([], "expected a script"),
         (["no_such_file.py"], "there is no file 'no_such_file.py'"),
-        (["--launcher", "/no/such", "-m", "x"], "none of /no/such lies beside"),
+        (["--launcher", "/no/such", "-m", "x"], "none of /no/such is in the folder of"),
         (["-n", "1000000", "--bind", "-m", "x"], "--bind: 1000000 workers"),
         (["-n", "0", "-m", "x"], "expected a number of at least 1"),
         (["--timeout", "-1", "-m", "x"], "expected seconds of at least 0"),

@@ -1,4 +1,4 @@
-"""A worker that fails ends the job, however hard it is to say why."""
+"""A worker that fails ends the job, even if its error cannot be printed."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_every_failure_ends_the_job(tmp_path):
         program = tmp_path / f"{number}.py"
         program.write_text(f"import sys\n{failure}")
         manager, end = os.pipe()
-        told = {"PMI_RANK": "0", "PMI_SIZE": "1", "PMI_FD": str(end), "PYTHONPATH": str(ROOT)}
+        given = {"PMI_RANK": "0", "PMI_SIZE": "1", "PMI_FD": str(end), "PYTHONPATH": str(ROOT)}
         worker = subprocess.Popen(
             [sys.executable, "-m", "dvkernels.launcher.worker", str(program)],
-            env={**os.environ, **told},
+            env={**os.environ, **given},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -56,10 +56,10 @@ def test_every_failure_ends_the_job(tmp_path):
         )
         os.close(end)
         started[failure] = worker, manager
-    found, said = {}, {}
+    found, requests = {}, {}
     for failure, (worker, manager) in started.items():
         found[failure] = worker.wait(SECONDS)
-        said[failure] = os.read(manager, 100)
+        requests[failure] = os.read(manager, 100)
         os.close(manager)
     assert found == FAILURES
-    assert said == {each: b"cmd=abort exitcode=%d\n" % FAILURES[each] for each in FAILURES}
+    assert requests == {each: b"cmd=abort exitcode=%d\n" % FAILURES[each] for each in FAILURES}

@@ -1,4 +1,4 @@
-"""What a job leaves in memory that processes share is removed, and nothing else."""
+"""Shared memory that a killed job leaves behind is removed, and nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def hold(tmp_path):
-    """Return a function that starts a process which makes files and has them open, or mapped."""
+    """Return a function that starts a process which creates files and keeps them open or mapped."""
     started = []
 
     def hold(*words: object) -> subprocess.Popen[str]:
@@ -56,7 +56,7 @@ def hold(tmp_path):
         process.communicate()
 
 
-def test_what_the_job_held_goes_and_what_others_hold_stays(hold, tmp_path):
+def test_files_of_the_job_are_removed_and_those_of_others_stay(hold, tmp_path):
     (tmp_path / "mpich_shm_before_0").write_text("")
     for name in ("ompi.7/1/session", "ompi.8/1/session"):
         (tmp_path / name).mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_what_the_job_held_goes_and_what_others_hold_stays(hold, tmp_path):
     assert left == kept
 
 
-def test_what_is_made_between_looks_is_noted(hold, tmp_path):
+def test_files_created_between_two_notes_are_noted(hold, tmp_path):
     job: list[int] = []
     leftovers = Leftovers(lambda: job, [str(tmp_path)])
     for number in range(3):
@@ -104,17 +104,17 @@ SHARES = """
 import mmap
 mark = sys.argv[1]
 held = []
-told = []
-def tell(number, frame):
-    told.append(number)
-    print("told", flush=True)
-signal.signal(signal.SIGUSR1, tell)
+received = []
+def receive(number, frame):
+    received.append(number)
+    print("received", flush=True)
+signal.signal(signal.SIGUSR1, receive)
 for name in (f"mpich_shm_{mark}_{rank}", f"mine-{mark}-{rank}"):
     with open("/dev/shm/" + name, "w+b") as file:
         file.truncate(4096)
         held.append(mmap.mmap(file.fileno(), 4096))
 print("up", flush=True)
-while len(told) < 2:
+while len(received) < 2:
     time.sleep(0.05)
 exec(sys.argv[2])
 """
@@ -133,7 +133,7 @@ def test_no_job_leaves_shared_memory(start, script):
     for how, (end, signals) in ENDS.items():
         mark = uuid.uuid4().hex
         jobs[how] = start("-n", "2", "--grace", "0.1", program, mark, end), mark, signals
-    # Between two signals that it passes on, launch has looked at what there is.
+    # Between two signals that it forwards, launch has noted the files that exist.
     for number in (signal.SIGUSR1, signal.SIGUSR1, 0):
         for process, _, _ in jobs.values():
             for _ in range(2):

@@ -1,4 +1,4 @@
-"""What a worker prints is passed on in lines that say whose they are, and soon."""
+"""Output of a worker is relayed promptly, in lines that start with the worker's number."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SECONDS = 30
 WORDS = st.sampled_from([b"a", b"b c", b"\xff\x00", "\u00e4".encode(), b"\n", b"\r", b"x\r\n"])
 
 
-def passed_on(*pieces: bytes | None) -> bytes:
-    """Return what comes of pieces; None: a moment passes."""
-    stream = prefix_output._Stream(b"[7] ")
+def relayed(*pieces: bytes | None) -> bytes:
+    """Return the output for pieces read one after another; None: a moment passes."""
+    stream = prefix_output._LinePrefixer(b"[7] ")
     found = []
     for piece in (*pieces, b""):
         if piece is None:
@@ -32,13 +32,12 @@ def passed_on(*pieces: bytes | None) -> bytes:
 
 
 @given(st.lists(WORDS), st.data())
-def test_pieces_make_no_difference(words, data):
+def test_output_does_not_depend_on_the_pieces(words, data):
     text = b"".join(words)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     pieces = [text[low:high] for low, high in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    drawn = b"\r\n" not in text.replace(b"x\r\n", b"")  # else a bar of nothing
-    if drawn:
-        assert passed_on(*filter(None, pieces)) == passed_on(text)
+    if b"\r\n" not in text.replace(b"x\r\n", b""):  # an empty bar is an exception
+        assert relayed(*filter(None, pieces)) == relayed(text)
 
 
 @given(st.lists(WORDS.filter(lambda word: b"\r" not in word)))
@@ -46,7 +45,7 @@ def test_lines_are_those_that_were_written(words):
     text = b"".join(words)
     expected = b"".join(b"[7] " + line + b"\n" for line in text.split(b"\n")[:-1])
     rest = text.rpartition(b"\n")[2]
-    assert passed_on(text) == expected + (b"[7] " + rest + b"\n" if rest else b"")
+    assert relayed(text) == expected + (b"[7] " + rest + b"\n" if rest else b"")
 
 
 @pytest.mark.parametrize(
@@ -58,16 +57,16 @@ def test_lines_are_those_that_were_written(words):
         ([b"a", None, b"b\n"], [b"[7] a\n[7] b\n"]),
         ([b"a\r\n\r\n\n"], [b"[7] a\r\n[7] \r\n[7] \n"]),
         ([b"end"], [b"[7] end\n"]),
-        ([b"\r99%"], [b"[7] 99%\n"]),  # the prompt of a shell is not to stand behind it
+        ([b"\r99%"], [b"[7] 99%\n"]),  # so that a shell's prompt starts on a line of its own
     ],
 )
 def test_bars_and_questions(pieces, expected):
-    assert [passed_on(*pieces)] == expected
+    assert [relayed(*pieces)] == expected
 
 
-def test_long_lines_are_cut_between_letters():
+def test_long_lines_are_cut_between_characters():
     text = ("\u20ac" * 100_000).encode()
-    lines = passed_on(text[:1000], text[1000:]).splitlines()
+    lines = relayed(text[:1000], text[1000:]).splitlines()
     assert all(len(line) <= prefix_output._NBYTES + 4 for line in lines)
     assert b"".join(line.removeprefix(b"[7] ") for line in lines) == text
     assert all(line.decode() for line in lines)

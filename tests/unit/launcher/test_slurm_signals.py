@@ -1,4 +1,4 @@
-"""Signals that srun keeps to itself reach the tasks through scancel, with commands of our own."""
+"""Signals that srun does not forward reach the tasks through scancel, here by fake commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEP = (
     "Partition=low NodeList=node[1-2] Nodes=2 CPUs=2 Tasks=2 Name=train Network=(null) "
     "TRES=cpu=2,mem=0,node=2 ResvPorts=(null) CPUFreqReq=Default Dist=Block SrunHost:Pid={at}\n"
 )
-# Its tasks are no children of it; at SIGTERM it kills them, and ends as srun does.
+# Its tasks run in sessions of their own; at SIGTERM it kills them, and ends as srun does.
 SRUN = """#!{python}
 import os, pathlib, signal, subprocess, sys
 if sys.argv[1:] == ["--version"]:
@@ -59,7 +59,7 @@ for pid in pathlib.Path("step").read_text().split()[1:]:
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Return a function that puts a command into a folder; srun's path is there."""
+    """Return a function that writes a command into the folder in which srun lies."""
 
     def put(name: str, text: str, **values: str) -> str:
         path = tmp_path / name
@@ -70,7 +70,7 @@ def slurm(tmp_path):
     return put
 
 
-def test_the_step_of_this_srun_is_told_and_no_other(slurm, tmp_path):
+def test_only_the_step_of_this_srun_gets_the_signal(slurm, tmp_path):
     shown = [
         ("5.0", f"elsewhere:{os.getpid()}"),
         ("6.0", f"{HERE}:1{os.getpid()}"),
@@ -79,15 +79,15 @@ def test_the_step_of_this_srun_is_told_and_no_other(slurm, tmp_path):
     ]
     (tmp_path / "shown").write_text("".join(STEP.format(step=s, at=at) for s, at in shown))
     slurm("scontrol", f"#!/bin/sh\ncat {tmp_path}/shown\n")
-    slurm("scancel", f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    slurm("scancel", f'#!/bin/sh\necho "$@" >> {tmp_path}/sent\n')
     srun = str(tmp_path / "srun")
     assert slurm_signals.send(srun, os.getpid(), signal.SIGTERM)
-    assert (tmp_path / "told").read_text() == "--signal=SIGTERM 7.1\n"
+    assert (tmp_path / "sent").read_text() == "--signal=SIGTERM 7.1\n"
     assert not slurm_signals.send(srun, os.getpid() + 1, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("scontrol", [None, "#!/bin/sh\nexit 1\n", "#!/bin/sh\necho No job steps"])
-def test_no_answer_is_said(slurm, tmp_path, scontrol):
+def test_send_returns_false_without_an_answer(slurm, tmp_path, scontrol):
     if scontrol is not None:
         slurm("scontrol", scontrol)
     assert not slurm_signals.send(str(tmp_path / "srun"), os.getpid(), signal.SIGINT)
@@ -131,7 +131,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fake srun n
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 42), (signal.SIGINT, 43)])
-def test_workers_under_srun_hear_a_signal(slurm, start, sent, status):
+def test_workers_under_srun_get_a_signal(slurm, start, sent, status):
     slurm("scontrol", SCONTROL, step=STEP.format(step="7.0", at=f"{HERE}:PID"))
     slurm("scancel", SCANCEL)
     process = start("-n", "2", "wait")
@@ -141,14 +141,14 @@ def test_workers_under_srun_hear_a_signal(slurm, start, sent, status):
     assert process.returncode == status, err
 
 
-def test_a_signal_that_slurm_does_not_take_is_told_and_ends_the_job(start):
+def test_a_signal_that_slurm_rejects_is_reported_and_ends_the_job(start):
     process = start("-n", "2", "--grace", "0.5", "wait")
     for _ in range(2):
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "SIGINT could not be brought to the workers" in err
+    assert "SIGINT could not be sent to the workers" in err
 
 
 def test_a_worker_killed_under_srun_is_a_failure(start):

@@ -142,7 +142,7 @@ def test_calibration_finds_the_network_that_made_the_times(network, shape):
     }
     ways = {
         way: {size: Samples((seconds[way],) * 3) for size, seconds in times.items()}
-        for way in between_workers.WAYS
+        for way in between_workers.ALGORITHMS
     }
     found = between_workers.fit_network(*shape, ways)
     for size, seconds in times.items():
