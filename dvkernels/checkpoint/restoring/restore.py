@@ -129,7 +129,7 @@ class _Restore:
             self._workers, self._what, {path: fate for fate in fates for path in fates[fate]}
         )
         load = self._reader.loading(plan.loads)
-        uninterrupted(lambda: self._commit(plan, before, load), is_whole=True)
+        uninterrupted(lambda: self._commit(plan, before, load), is_atomic=True)
         return Restored(
             self._reader.path,
             self._reader.manifest.step,

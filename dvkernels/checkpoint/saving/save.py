@@ -109,7 +109,7 @@ class Save:
         """Make the place to write to, and agree on the numbers of the shards."""
         with all_or_none.telling(self.workers, self._what):
             if self._is_chief:
-                uninterrupted(self._open, is_whole=True)
+                uninterrupted(self._open, is_atomic=True)
             counts = self.workers.exchange(len(self._groups))
         self._first_shard = sum(counts[: self.workers.rank])
 
@@ -129,14 +129,14 @@ class Save:
         parts: list[_Written] = all_or_none.together(self.workers, self._what, self._own_part)
         with all_or_none.telling(self.workers, self._what):
             if self._is_chief:
-                uninterrupted(lambda: self._close(parts), is_whole=True)
+                uninterrupted(lambda: self._close(parts), is_atomic=True)
             self.workers.meet()
 
     def abort(self, error: BaseException) -> None:
         """Undo what has been done, and let the other workers know; may be called twice."""
         if not self._is_undone:
             self.workers.announce(error)
-            uninterrupted(lambda: self._undo(error), is_whole=True)
+            uninterrupted(lambda: self._undo(error), is_atomic=True)
             self._is_undone = True
 
     def _open(self) -> None:
