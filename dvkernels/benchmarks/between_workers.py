@@ -150,7 +150,7 @@ def fit_network(
     def modeled(given: Network) -> Any:
         return np.array(
             [
-                cost_model.seconds_by_way(given, num_workers, num_hosts, nbytes)[way]
+                cost_model.seconds_by_algorithm(given, num_workers, num_hosts, nbytes)[way]
                 for way, nbytes in cases
             ]
         )

@@ -140,7 +140,7 @@ def test_the_model_is_asked_for_the_bytes_that_travel(dtype):
     asked = []
 
     class Asked:
-        def way_of(self, *given):
+        def algorithm_for(self, *given):
             asked.append(given)
             return "gather"
 

@@ -164,7 +164,7 @@ class GpuCollectives:
         if not source.size:
             return
         rank, size, nbytes = self._rank, self._size, _rounded(source.nbytes, _VECTOR)
-        for held, sent in bruck.gather(size):
+        for held, sent in bruck.all_gather(size):
             to, coming_from = (rank - held) % size, (rank + held) % size
             own = self._scratch[: sent * nbytes]
             coming = self._scratch[held * nbytes : (held + sent) * nbytes]
@@ -173,7 +173,7 @@ class GpuCollectives:
                 self._send(own, to, _TO_REDUCE),
             ]
             finish(AllRequests(requests))
-        places = (bruck.place(rank, owner, size) for owner in range(size))
+        places = (bruck.slot(rank, owner, size) for owner in range(size))
         self._reduce([self._slot(place, source) for place in places], op, out=target)
         self._read = self._recorded()
 

@@ -72,7 +72,7 @@ class MpiCollectives:
         self._rank, self._size = traffic.rank, traffic.size
         self._roles = host_parts.roles(placed, self._rank)
         self._ring = HostRing(traffic, placed)
-        self._others = [door for door in self._roles.doors if door != self._rank]
+        self._others = [door for door in self._roles.gateways if door != self._rank]
         self._is_flat = len({*placed}) == self._size
         self._scratch = [_Scratch() for _ in range(_LONGEST)]
         self._gathers: dict[int, tuple[Any, Any, Any]] = {}  # by the bytes of a worker
@@ -87,8 +87,8 @@ class MpiCollectives:
         if not source.size:
             return
         how = accumulation.of(op, source.dtype, self._size)
-        way = self._routing.way_of(
-            self._size, len(self._roles.doors), source.nbytes, source.size * how.wide.itemsize
+        way = self._routing.algorithm_for(
+            self._size, len(self._roles.gateways), source.nbytes, source.size * how.wide.itemsize
         )
         if way == "gather":
             self._reduce_all(target, source, op, finish)
@@ -182,7 +182,7 @@ class MpiCollectives:
         requests = self._posted[number % _STAGES] = [
             traffic.receive(received[door], door, _TO_REDUCE) for door in self._others
         ]
-        for part in self._roles.carried:
+        for part in self._roles.parts:
             of_host = self._of_host([each[parts[part]] for each in brought], how, scratch)
             if part != rank:
                 requests.append(traffic.send(of_host, part, _TO_REDUCE))
@@ -191,7 +191,7 @@ class MpiCollectives:
         yield
         finish(AllRequests(requests))
         results = self._host.results(number, targets)
-        in_order = [received[door] for door in self._roles.doors]
+        in_order = [received[door] for door in self._roles.gateways]
         self._finish_part(in_order, results[rank], how, scratch)
         requests = self._spread(number, results)
         yield
@@ -209,7 +209,7 @@ class MpiCollectives:
         scratch = self._cleared(number % _LONGEST)
         of_host = {
             part: self._of_host([each[parts[part]] for each in brought], how, scratch)
-            for part in self._roles.carried
+            for part in self._roles.parts
         }
         results = self._host.results(number, targets)
         lap = self._ring.start(number, of_host, results, how, scratch.new)
@@ -293,7 +293,7 @@ class MpiCollectives:
             *(traffic.send(results[rank], door, _RESULT) for door in self._others),
             *(
                 traffic.receive(results[part], part, _RESULT)
-                for part in self._roles.carried
+                for part in self._roles.parts
                 if part != rank
             ),
         ]

@@ -19,7 +19,7 @@ from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
 from dvkernels.communicators.workers.wait import Request
 from dvkernels.kernels.cpu import direct
 from dvkernels.schedules import host_parts
-from dvkernels.schedules.host_parts import Stop
+from dvkernels.schedules.host_parts import Hop
 
 __all__: list[str] = []
 
@@ -91,7 +91,7 @@ class HostRing:
 
     def _walk(
         self,
-        stop: Stop,
+        stop: Hop,
         tag: int,
         own: Any,
         result: Any,
@@ -100,10 +100,10 @@ class HostRing:
     ) -> _Walk:
         """Yield, one after another, what has to be done before a part goes on."""
         traffic, total = self._traffic, own
-        is_end = stop.place == self._last
-        if stop.place > 0:
+        is_end = stop.position == self._last
+        if stop.position > 0:
             received = new(own.size, how.wide)
-            yield traffic.receive(received, stop.before, tag)
+            yield traffic.receive(received, stop.source, tag)
             total = result if is_end and how.wide == result.dtype else received
             direct.reduce([received, own], how.op, out=total)
         if is_end:
@@ -111,10 +111,10 @@ class HostRing:
             if total is not result:
                 accumulation.write(total, result)
         else:
-            yield traffic.send(total, stop.after, tag)
-            yield traffic.receive(result, stop.before, tag + 1)
-        if stop.place != self._last - 1:  # else the next one is where the result comes from
-            yield traffic.send(result, stop.after, tag + 1)
+            yield traffic.send(total, stop.target, tag)
+            yield traffic.receive(result, stop.source, tag + 1)
+        if stop.position != self._last - 1:  # else the next one is where the result comes from
+            yield traffic.send(result, stop.target, tag + 1)
 
 
 class _Lap:
