@@ -113,7 +113,7 @@ class SharedStaging:
     def come(self) -> None:
         """Say so in this worker's line."""
         self._meeting += 1
-        shm_barrier.come(self._lines, self._rank, self._meeting, 0, 0)
+        shm_barrier.arrive(self._lines, self._rank, self._meeting, 0, 0)
 
     def is_met(self) -> bool:
         """Look at the lines of all for some microseconds."""

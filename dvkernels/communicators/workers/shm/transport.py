@@ -96,7 +96,7 @@ class SharedMemoryTransport:
         self._pauses = _PAUSES if is_roomy else _PAUSES_OF_MANY
         self._lines = room.lines(channel)
         self._places = room.places(channel)
-        self._relay = shm_all_reduce.Relay(
+        self._relay = shm_all_reduce.SharedMemoryAllReduce(
             self._lines, self.rank, self._places, self.size, self._pauses
         )
         self._number = 0
@@ -187,7 +187,7 @@ class SharedMemoryTransport:
         if has_come:
             self._reach(wanted)
         while True:
-            how, self._number = way.run(self._number, wanted.number, divisor, has_come=has_come)
+            how, self._number = way.run(self._number, wanted.number, divisor, has_arrived=has_come)
             if how == shm_all_reduce.DONE:
                 self._last = wanted
                 return
@@ -199,7 +199,7 @@ class SharedMemoryTransport:
     def _reach(self, wanted: Fingerprint) -> None:
         """Come, with the piece at hand, to a round in which all ask for the like."""
         way = self._relay
-        self._agreement.reach(wanted, way.nbytes, lambda: way.bring(self._number))
+        self._agreement.reach(wanted, way.nbytes, lambda: way.stage(self._number))
 
     def _reduce_by_kernels(
         self,
@@ -323,12 +323,12 @@ class SharedMemoryTransport:
         self._number += 1
         if text:
             self._room.say(self._channel, self._number & 1, text)
-        shm_barrier.come(self._lines, self.rank, self._number, number, nbytes)
+        shm_barrier.arrive(self._lines, self.rank, self._number, number, nbytes)
 
     def is_complete(self) -> bool:
         """Tell, without waiting, whether all have come to the round."""
         outcome = shm_barrier.await_round(self._lines, self.size, self.rank, self._number, 0)
-        return bool(outcome in (shm_barrier.AGREED, shm_barrier.OTHERWISE))
+        return bool(outcome in (shm_barrier.AGREED, shm_barrier.MISMATCHED))
 
     def await_all(self, asked_for: Fingerprint) -> list[Vote]:
         """Return what each worker brought to the round, when all have come."""
@@ -345,7 +345,7 @@ class SharedMemoryTransport:
         return [Vote(int(line[1 + parity]), int(line[3 + parity])) for line in lines]
 
     def _await(self, wanted: Fingerprint, num_pauses: int) -> int:
-        """Return what a wait for all finds, AGREED or OTHERWISE; raise if it is in vain."""
+        """Return what a wait for all finds, AGREED or MISMATCHED; raise if it is in vain."""
         given = (self._lines, self.size, self.rank, self._number)
         outcome = int(shm_barrier.await_round(*given, num_pauses))
         if outcome == shm_barrier.LATE:
