@@ -1,4 +1,4 @@
-"""A reduction of the user's own: a compiled function of two numbers."""
+"""Custom reduction: a user's compiled function of two numbers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ __all__ = ["CustomReduction"]
 
 @final
 class CustomReduction:
-    """A reduction by a function of the user's, accepted as ``op`` wherever a ``ReduceOp`` is.
+    """Reduction by a user's function, accepted as ``op`` wherever a ``ReduceOp`` is.
 
     Parameters
     ----------
     fn : function compiled by ``numba.njit``
         Takes two numbers of the arrays' dtype and returns one. It must be associative and
-        commutative, up to rounding: algorithms differ in the order they combine replicas in.
+        commutative, up to rounding: algorithms combine the replicas in different orders.
     identity : number
-        What changes nothing: ``fn(identity, x) == x``. The result where there is nothing to
-        reduce.
+        The number with ``fn(identity, x) == x`` for every x: the result of an empty reduction.
     name : str
-        For messages.
+        Name in messages.
 
     Raises
     ------
@@ -34,11 +33,12 @@ class CustomReduction:
 
     Notes
     -----
-    It works on integers, float32, float64, complex numbers and bool; halves must be widened
-    first. Every replica ends with the same bits, and the direct algorithm applies ``fn`` from
-    left to right. It is compiled when first used on a dtype, in each process (about 0.5 s), for
-    the CPU or for a GPU, wherever the arrays lie; a GPU may round a product and a sum once.
-    Make it once, outside ``run``: replicas must bring the same one.
+    The reduction supports integers, float32, float64, complex numbers and bool; half types must
+    be widened first. Every replica ends with the same bits, and the direct algorithm applies
+    ``fn`` from left to right. ``fn`` is compiled at its first use on a dtype, in each process
+    (about 0.5 s), for the CPU or for a GPU, wherever the arrays lie; a GPU may contract a product
+    and a sum, rounding once. Create the reduction once, outside ``run``: all replicas must pass
+    the same object.
 
     Examples
     --------
@@ -72,7 +72,7 @@ class CustomReduction:
 
     @property
     def value(self) -> str:
-        """What two replicas compare: its name, and which object it is."""
+        """Text that replicas compare: the name, and the identity of this object."""
         return f"{self.name}@{id(self):x}"
 
     def __repr__(self) -> str:
@@ -80,6 +80,6 @@ class CustomReduction:
 
 
 def _is_jit_disabled() -> bool:
-    """Tell whether ``numba.njit`` returns functions as they are: NUMBA_DISABLE_JIT."""
+    """Return whether ``numba.njit`` returns functions uncompiled: NUMBA_DISABLE_JIT."""
     numba: Any = sys.modules.get("numba")
     return numba is not None and bool(numba.config.DISABLE_JIT)

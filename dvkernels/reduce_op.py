@@ -1,4 +1,4 @@
-"""The reductions, and what is neutral to each of them."""
+"""Reductions: their names, the dtypes they are defined for, and their identities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ReduceOp(NamedEnum):
 
 Reduction = ReduceOp | CustomReduction
 
-# Which kinds of dtype (numpy.dtype.kind) a reduction is defined for; those of ml_dtypes are "V".
+# Kinds of dtype (numpy.dtype.kind) that a reduction is defined for; see `kind` for bfloat16.
 _KINDS = {
     ReduceOp.SUM: "fciu",
     ReduceOp.MEAN: "fc",
@@ -43,13 +43,13 @@ _FLOATS = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128
 _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _NAMES = _FLOATS | _INTEGERS | {"bool"}
 
-_supported: set[tuple[ReduceOp, np.dtype[Any]]] = set()  # what has passed, to be quick next time
+_supported: set[tuple[ReduceOp, np.dtype[Any]]] = set()  # pairs that have passed the check
 
-_BY_NAME = {op.value: op for op in ReduceOp}  # the common way to write them, without a search
+_BY_NAME = {op.value: op for op in ReduceOp}  # the common spellings, found without a search
 
 
 def parse(op: object) -> Reduction:
-    """Return the reduction that ``op`` is or names, else raise :class:`ReduceOpError`."""
+    """Return the reduction that ``op`` is or names; raise :class:`ReduceOpError` otherwise."""
     if type(op) is ReduceOp or type(op) is CustomReduction:
         return op
     known = _BY_NAME.get(op) if type(op) is str else None
@@ -89,7 +89,7 @@ def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:
-    """Return whether ``dtype`` is float16 or bfloat16: summed in float32, and rounded once."""
+    """Return whether ``dtype`` is float16 or bfloat16, which is summed in float32, rounded once."""
     return dtype.itemsize == 2 and kind(dtype) == "f"
 
 
@@ -104,10 +104,10 @@ def kind(dtype: np.dtype[Any]) -> str:
 
 
 def shares(weights: Sequence[float], verb: str) -> list[float]:
-    """Return what each weight is of their sum; raise ValueError where all are 0.
+    """Return the quotient of each weight by their sum; raise ValueError where all are 0.
 
-    Scaled by a power of two first, which rounds nothing: the sum of large finite weights is no
-    float64, and the quotient of two tiny ones has few bits.
+    The weights are first scaled by a power of two, which rounds nothing: the sum of large finite
+    weights may overflow, and the quotient of two subnormal ones has few bits.
     """
     largest = max(weights)
     if largest == 0:

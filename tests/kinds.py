@@ -1,4 +1,4 @@
-"""The door of the kernels for tests that know NumPy arrays only, for every kind of array.
+"""Kernels for tests written for NumPy arrays, adapted to every kind of array.
 
 ``DVKERNELS_TEST_KIND`` chooses: ``cpu`` passes NumPy arrays as they are; ``simulator`` passes
 arrays of Numba's simulator over the same memory (NUMBA_ENABLE_CUDASIM=1 must be set too); ``cupy``
@@ -23,7 +23,7 @@ from dvkernels.devices import array_memory as memory
 from dvkernels.devices import interop
 
 KIND = os.environ.get("DVKERNELS_TEST_KIND", "cpu")
-# The tests that know NumPy arrays only.
+# Tests that are written for NumPy arrays.
 BODIES = (
     "tests/contract/test_contract_of_kernels.py",
     "tests/unit/kernels/test_custom.py",
@@ -61,17 +61,17 @@ only_cpu = pytest.mark.skipif(KIND != "cpu", reason=f"about the CPU, not about {
 
 
 def fewer(count: int) -> int:
-    """Return how many examples to draw: the simulator runs each element as Python."""
+    """Return the number of examples to draw: the simulator runs each element in Python."""
     return max(2, count // 6) if KIND == "simulator" else count
 
 
 def smaller(length: int) -> int:
-    """Return a length to draw up to: there a piece of work is 128 bytes, not 16 KiB."""
+    """Return the greatest length to draw: the simulator works in pieces of 128 bytes."""
     return max(2, length // 8) if KIND == "simulator" else length
 
 
 class _Simulator:
-    """Wraps NumPy arrays: the simulator's lie in the memory of the host."""
+    """Kind of the simulator's arrays, which wrap NumPy arrays in host memory."""
 
     def __init__(self) -> None:
         from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
@@ -84,12 +84,12 @@ class _Simulator:
     def to_host(self, array: Any) -> Any:
         return array._ary
 
-    def bring_back(self) -> None:
+    def copy_back(self) -> None:
         pass
 
 
 class _CuPy:
-    """Copies whole memories: arrays that share one share its copy."""
+    """Kind of CuPy's arrays: whole memories are copied, so that views keep sharing memory."""
 
     def __init__(self) -> None:
         import cupy
@@ -118,14 +118,14 @@ class _CuPy:
     def to_host(self, array: Any) -> Any:
         return self.cupy.asnumpy(array)
 
-    def bring_back(self) -> None:
+    def copy_back(self) -> None:
         for raw, copied in self.memories.values():
             copied.get(out=raw)
         self.memories.clear()
 
 
 class _Interface:
-    """An array of no library, which may be read-only and of any dtype."""
+    """Array with only ``__cuda_array_interface__``: of any dtype, and maybe read-only."""
 
     def __init__(self, array: Any, address: int) -> None:
         self.dtype = array.dtype
@@ -144,8 +144,8 @@ class _Bytes:
         }  # fmt: skip
 
 
-class _Door:
-    """Has the functions of dvkernels.kernels, which here take NumPy arrays and return such."""
+class _Adapter:
+    """Module of kernels whose functions take and return NumPy arrays, for another kind of array."""
 
     def __init__(self, module: str, kind: Any) -> None:
         self._module, self._kind = module, kind
@@ -156,50 +156,50 @@ class _Door:
         def call(*args: Any, **named: Any) -> Any:
             kind = self._kind()
             known: dict[int, tuple[Any, Any]] = {}
-            sent = [self._sent(kind, known, value) for value in args]
-            sent_named = {key: self._sent(kind, known, value) for key, value in named.items()}
+            sent = [self._to_kind(kind, known, value) for value in args]
+            sent_named = {key: self._to_kind(kind, known, value) for key, value in named.items()}
             try:
                 result = function(*sent, **sent_named)
             finally:
-                kind.bring_back()
-            return self._returned(kind, {id(one): host for host, one in known.values()}, result)
+                kind.copy_back()
+            return self._to_numpy(kind, {id(one): host for host, one in known.values()}, result)
 
         return call
 
-    def _sent(self, kind: Any, known: Any, value: Any) -> Any:
+    def _to_kind(self, kind: Any, known: Any, value: Any) -> Any:
         if type(value) is np.ndarray:
             if id(value) not in known:
                 known[id(value)] = (value, kind.to_device(value))
             return known[id(value)][1]
         if type(value) in (list, tuple):
-            return type(value)(self._sent(kind, known, one) for one in value)
+            return type(value)(self._to_kind(kind, known, one) for one in value)
         if isinstance(value, Iterator):
-            return (self._sent(kind, known, one) for one in value)
+            return (self._to_kind(kind, known, one) for one in value)
         return value
 
-    def _returned(self, kind: Any, hosts: Any, value: Any) -> Any:
+    def _to_numpy(self, kind: Any, hosts: Any, value: Any) -> Any:
         if isinstance(value, kind.kind):
             return hosts[id(value)] if id(value) in hosts else kind.to_host(value)
         if isinstance(value, list):
-            return [self._returned(kind, hosts, one) for one in value]
+            return [self._to_numpy(kind, hosts, one) for one in value]
         return value
 
 
-def door(module: str = "dvkernels.kernels") -> Any:
-    """Return the functions of a module, for the kind of array that is asked for."""
+def adapted(module: str = "dvkernels.kernels") -> Any:
+    """Return a module of kernels, adapted to the kind of array that is chosen."""
     if KIND == "cpu":
         return importlib.import_module(module)
-    return _Door(module, {"simulator": _Simulator, "cupy": _CuPy}[KIND])
+    return _Adapter(module, {"simulator": _Simulator, "cupy": _CuPy}[KIND])
 
 
-kernels = door()
+kernels = adapted()
 
 
 def host(array: Any) -> Any:
-    """Return an array of the library as one of NumPy: a copy, where it lies on a GPU."""
+    """Return a NumPy array of the same values: a copy, if the array is in GPU memory."""
     return memory.gpu().to_host(array) if interop.is_on_gpu(array) else array
 
 
 def devices(count: int) -> list[str]:
-    """Return names of devices for so many replicas: virtual ones, where there is one GPU."""
+    """Return device names for ``count`` replicas: all on one GPU, or virtual CPU devices."""
     return [f"cpu:{k}" for k in range(count)] if KIND == "cpu" else ["cuda:0"] * count

@@ -150,7 +150,7 @@ def fit_network(
     def modeled(network: Network) -> Any:
         return np.array(
             [
-                cost_model.seconds_by_way(network, num_workers, num_hosts, nbytes)[name]
+                cost_model.seconds_by_algorithm(network, num_workers, num_hosts, nbytes)[name]
                 for name, nbytes in cases
             ]
         )

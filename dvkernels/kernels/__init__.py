@@ -1,7 +1,7 @@
-"""Door 1: collectives over plain arrays of one process.
+"""Collectives over plain arrays of one process, in host or GPU memory.
 
-Every function takes one array per replica and picks the twin, CPU or CUDA, from where they lie.
-Nothing is compiled, and Numba is not imported, until a function is called.
+Every function takes one array per replica and calls the twin, CPU or CUDA, of the memory in which
+the arrays lie. Nothing is compiled, and Numba is not imported, until a function is called.
 
 Imports: custom_reduction, deadlines, devices, errors, reduce_op, schedules, threads.
 """
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a twin when it is first named."""
+    """Import a twin at the first access to its name."""
     if name == "cpu":
         return backends.cpu()
     if name == "cuda":
@@ -46,11 +46,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _twin(verb: str, buffers: Any) -> tuple[Any, Any]:
-    """Return the module whose functions work on ``buffers``, which checks them, and these."""
+    """Return the twin for ``buffers``, and the buffers as a sequence; the twin checks them."""
     try:
         first = buffers[0]
-    except Exception:  # not a sequence, or nothing in it
-        buffers = checks.listed(verb, buffers)
+    except Exception:  # not a sequence, or an empty one
+        buffers = checks.as_sequence(verb, buffers)
         first = buffers[0] if buffers else None
     if type(first) is not np.ndarray and interop.is_on_gpu(first):
         problem = _cuda_devices.missing()
@@ -72,18 +72,19 @@ def all_reduce(
     Parameters
     ----------
     buffers : sequence of array, one shape and dtype
-        One per replica: NumPy arrays, writable CPU arrays that speak DLPack, or arrays on one GPU
-        (CuPy, PyTorch, Numba, whatever offers ``__cuda_array_interface__`` or DLPack).
+        One per replica: NumPy arrays, writable CPU arrays that support DLPack, or arrays on one
+        GPU (of CuPy, PyTorch, Numba, or any library with ``__cuda_array_interface__`` or DLPack).
         Overwritten, unless ``out`` is given.
     op : ReduceOp, CustomReduction or str
         ``"sum"``, ``"mean"``, ``"min"``, ``"max"`` or ``"prod"``. Integers have no mean and
         their sums wrap; bool has min and max; min and max propagate NaN; complex numbers have
         sum, mean and prod. float16 and bfloat16 are combined in float32 and rounded once.
     algorithm : {"auto", "direct", "ring"}
-        How. Every replica ends with the same bits under each; between two algorithms
-        floating-point results may differ in the last ones.
+        Algorithm of the all-reduce. Each leaves the same bits on every replica; the last bits of
+        floating-point results may differ between two algorithms.
     out : sequence of array, optional
-        Where to put the results, one array per replica; the buffers stay as they are.
+        Arrays for the results, one per replica, of the buffers' shape and dtype; the buffers are
+        not changed.
 
     Returns
     -------
@@ -94,20 +95,21 @@ def all_reduce(
     ------
     BufferMismatchError
         Shapes or dtypes differ, written buffers share an element or are read-only, ``out`` does
-        not fit, or there is no buffer. No buffer has been touched; so for all errors.
+        not fit, or there is no buffer. No buffer has been touched; this holds for all errors.
     NotABufferError
         A buffer is not an array, or is a masked one.
     UnsupportedDTypeError
         ``op`` is not defined for the dtype.
     ReduceOpError, AlgorithmError
-        No reduction, or no algorithm, of that name.
+        No reduction, or no algorithm, has that name.
     DeviceError
-        The buffers are on a GPU, and something is missing there: the message says what to install.
+        The buffers are on a GPU, and a library or driver for it is missing: the message says
+        which to install.
 
     Notes
     -----
-    On a GPU the work is put on the current stream of the library each array comes from, and the
-    host waits for none of it; :mod:`dvkernels.kernels.cuda` takes other streams.
+    On a GPU the kernels are launched on the current stream of each array's library, and the host
+    does not wait for them; :mod:`dvkernels.kernels.cuda` takes other streams.
 
     Examples
     --------
@@ -131,7 +133,7 @@ def ring_all_reduce(
     Parameters
     ----------
     buffers, op, out
-        As in :func:`all_reduce`; the buffers stand in ring order.
+        As in :func:`all_reduce`; the buffers are in ring order.
 
     Returns
     -------
@@ -146,7 +148,7 @@ def ring_all_reduce(
     Notes
     -----
     With p replicas, 2(p - 1) ticks; each replica sends 2(p - 1)/p of its buffer, the least
-    possible [1]_. Each chunk starts its sum at another replica, so the bits may depend on p and
+    possible [1]_. The sum of each chunk starts at another replica, so the bits may depend on p and
     differ from those of :func:`direct_all_reduce`, but not between replicas or runs.
 
     References
@@ -169,7 +171,7 @@ def ring_all_reduce(
 def direct_all_reduce(
     buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Sequence[Any] | None = None
 ) -> list[Any]:
-    """Reduce in one pass over memory: each element read and written once per replica.
+    """Reduce in one pass over memory: each element is read and written once per replica.
 
     Parameters
     ----------
@@ -209,9 +211,9 @@ def broadcast(buffers: Sequence[Any], root: int = 0) -> list[Any]:
     Parameters
     ----------
     buffers : sequence of array, one shape and dtype
-        One per replica; any dtype but object.
+        One per replica; any dtype but object. All but the root's are overwritten.
     root : int
-        Which replica has the value.
+        Replica whose buffer is copied.
 
     Returns
     -------
@@ -221,9 +223,9 @@ def broadcast(buffers: Sequence[Any], root: int = 0) -> list[Any]:
     Raises
     ------
     BufferMismatchError
-        As in :func:`all_reduce`, and where ``root`` is no replica.
+        As in :func:`all_reduce`, or ``root`` is not a replica.
     NotABufferError, UnsupportedDTypeError
-        Not an array; an array of Python objects.
+        A buffer is not an array; an array holds Python objects.
 
     Examples
     --------
@@ -247,12 +249,12 @@ def reduce(buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Any = No
     op : ReduceOp or str
         As in :func:`all_reduce`.
     out : array, optional
-        Where to put the result.
+        Array for the result, of the buffers' shape and dtype.
 
     Returns
     -------
     array
-        A new one, or ``out``.
+        A new array, or ``out``.
 
     Raises
     ------
@@ -281,7 +283,7 @@ def aggregate_sum(buffers: Sequence[Any], *, out: Any = None) -> Any:
     Returns
     -------
     array
-        A new one, or ``out``.
+        A new array, or ``out``.
 
     Raises
     ------
@@ -310,7 +312,7 @@ def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
     Returns
     -------
     array
-        A new one, or ``out``.
+        A new array, or ``out``.
 
     Raises
     ------
@@ -331,7 +333,7 @@ def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
 def reduce_scatter(
     buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Sequence[Any] | None = None
 ) -> list[Any]:
-    """Reduce the buffers elementwise and give replica r part r of the result.
+    """Reduce the buffers elementwise and leave part r of the result on replica r.
 
     Parameters
     ----------
@@ -340,17 +342,17 @@ def reduce_scatter(
     op : ReduceOp or str
         As in :func:`all_reduce`.
     out : sequence of array, optional
-        Where to put the parts, one array per replica.
+        Arrays for the parts, one per replica, of the parts' shapes and the buffers' dtype.
 
     Returns
     -------
     list of array
-        New ones, or ``out``: the parts of ``numpy.array_split(reduction, N)`` along axis 0.
+        New arrays, or ``out``: the parts of ``numpy.array_split(reduction, N)`` along axis 0.
 
     Raises
     ------
     BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
-        As in :func:`all_reduce`; and for arrays without an axis.
+        As in :func:`all_reduce`, or the arrays have no axis.
 
     Examples
     --------
@@ -367,7 +369,7 @@ def reduce_scatter(
 def all_gather(
     buffers: Sequence[Any], axis: int = 0, *, out: Sequence[Any] | None = None
 ) -> list[Any]:
-    """Give every replica the concatenation of all buffers.
+    """Concatenate all buffers on every replica.
 
     Parameters
     ----------
@@ -375,19 +377,20 @@ def all_gather(
         One per replica; their shapes may differ along ``axis``. Not changed, and may be
         read-only; any dtype but object.
     axis : int
-        The axis to join along; negative ones count from the end.
+        Axis of the concatenation; a negative one counts from the end.
     out : sequence of array, optional
-        Where to put the results, one array per replica.
+        Arrays for the results, one per replica, of the concatenation's shape and the buffers'
+        dtype.
 
     Returns
     -------
     list of array
-        New ones, or ``out``.
+        New arrays, or ``out``.
 
     Raises
     ------
     BufferMismatchError, NotABufferError, UnsupportedDTypeError
-        As in :func:`all_reduce`; and where the buffers have no such axis.
+        As in :func:`all_reduce`, or the buffers have no such axis.
 
     Examples
     --------
@@ -402,25 +405,25 @@ def all_gather(
 
 
 def all_to_all(buffers: Sequence[Any], *, out: Sequence[Any] | None = None) -> list[Any]:
-    """Give replica i part i of every buffer: part i of buffer j becomes part j of result i.
+    """Send part i of every buffer to replica i: part i of buffer j becomes part j of result i.
 
     Parameters
     ----------
     buffers : sequence of array, one shape and dtype
-        One per replica, of at least one axis; cut as ``numpy.array_split`` does along axis 0.
+        One per replica, of at least one axis; split along axis 0 as by ``numpy.array_split``.
         Not changed, and may be read-only; any dtype but object.
     out : sequence of array, optional
-        Where to put the results, one array per replica.
+        Arrays for the results, one per replica, of the results' shapes and the buffers' dtype.
 
     Returns
     -------
     list of array
-        New ones, or ``out``.
+        New arrays, or ``out``.
 
     Raises
     ------
     BufferMismatchError, NotABufferError, UnsupportedDTypeError
-        As in :func:`all_reduce`; and for arrays without an axis.
+        As in :func:`all_reduce`, or the arrays have no axis.
 
     Examples
     --------
@@ -437,13 +440,13 @@ def all_to_all(buffers: Sequence[Any], *, out: Sequence[Any] | None = None) -> l
 def all_reduce_many(
     groups: Sequence[Sequence[Any]], op: Reduction | str = "sum"
 ) -> list[list[Any]]:
-    """Reduce many arrays in one go, in place, without copying them into a fusion buffer.
+    """Reduce many arrays in one call, in place, without copying them into a fusion buffer.
 
     Parameters
     ----------
     groups : sequence of sequence of array
         ``groups[k]`` holds the N buffers of array k, one per replica, of one shape and dtype.
-        The arrays may differ from each other in both. Overwritten.
+        Shape and dtype may differ between the arrays. Overwritten.
     op : ReduceOp or str
         As in :func:`all_reduce`, for every array.
 
@@ -455,8 +458,8 @@ def all_reduce_many(
     Raises
     ------
     BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
-        As in :func:`all_reduce`, with the number of the array; and where the numbers of
-        replicas differ. No buffer of any array has been touched.
+        As in :func:`all_reduce`, with the index of the array; or the numbers of replicas differ.
+        No buffer of any array has been touched.
 
     Notes
     -----
@@ -471,7 +474,7 @@ def all_reduce_many(
     >>> kernels.all_reduce_many([weights, bias], "mean")
     [[array([1., 1., 1.]), array([1., 1., 1.])], [array([0.5]), array([0.5])]]
     """
-    groups = checks.listed_groups("all_reduce_many", groups)
+    groups = checks.groups_as_lists("all_reduce_many", groups)
     twin, _ = _twin("all_reduce_many", groups[0] if groups else ())
     results: list[list[Any]] = twin.all_reduce_many(groups, op)
     return results

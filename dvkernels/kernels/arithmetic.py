@@ -1,7 +1,7 @@
-"""Arithmetic of every element type on vectors, as the LLVM code of both twins.
+"""LLVM code of vector arithmetic on every element type, for both twins.
 
-The CPU keeps a vector in a register, a GPU in several: what is emitted is the same, and so are the
-bits. Half types are widened to float32, combined there, and rounded once.
+The CPU keeps a vector in one register, a GPU in several: the emitted operations are the same, and
+so are the bits. Half types are widened to float32, combined there, and rounded once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = [
     "MAX",
     "MIN",
     "MUL",
-    "Numbers",
+    "VectorArithmetic",
     "dtype_of",
     "factor",
     "number_nbytes",
@@ -28,7 +28,7 @@ __all__ = [
     "type_code",
 ]
 
-_LINE = 64  # what is streamed at once
+_LINE = 64  # bytes of a cache line, the unit of a streaming store
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
 
@@ -41,7 +41,7 @@ _OPERATIONS = {
     ReduceOp.MAX: MAX,
     ReduceOp.PROD: MUL,
 }
-# What the loops know: the letter of numpy.dtype.kind (b for bfloat16) and the bytes of an element.
+# Element types of the loops: the letter of numpy.dtype.kind (b for bfloat16), bytes of an element.
 _TYPES = (
     ("i", 1), ("i", 2), ("i", 4), ("i", 8), ("u", 1), ("u", 2), ("u", 4), ("u", 8),
     ("b", 2), ("f", 2), ("f", 4), ("f", 8), ("c", 8), ("c", 16),
@@ -52,13 +52,16 @@ def _int(value: int) -> Any:
     return ir.Constant(_I64, value)
 
 
-class Numbers:
-    """Emits loads, stores and arithmetic of vectors of one element type."""
+class VectorArithmetic:
+    """Emitter of loads, stores and arithmetic on vectors of one element type.
+
+    A vector holds numbers: a complex element is two of them.
+    """
 
     def __init__(self, builder: Any, code: int) -> None:
         self.builder = builder
         self.kind, self.itemsize = _TYPES[code]
-        self.unit = 2 if self.kind == "c" else 1  # numbers an element
+        self.unit = 2 if self.kind == "c" else 1  # numbers per element
         bits = 8 * self.itemsize // self.unit
         self.is_half = bits == 16 and self.kind in "bf"
         self.is_float = self.kind in "bfc"
@@ -67,11 +70,11 @@ class Numbers:
         self.stored: Any = ir.IntType(16) if self.is_half else self.number
 
     def vector(self, lanes: int) -> Any:
-        """Return the type of so many numbers, as they are computed."""
+        """Return the vector type of ``lanes`` numbers in which arithmetic is done."""
         return ir.VectorType(self.number, lanes)
 
     def load(self, pointer: Any, lanes: int, align: int = 1) -> Any:
-        """Load at any alignment: on a CPU, unaligned loads cost nothing on aligned data."""
+        """Emit a load that widens; on a CPU, unaligned loads cost nothing on aligned data."""
         builder = self.builder
         raw = self.read(pointer, lanes, align)
         if not self.is_half:
@@ -80,8 +83,8 @@ class Numbers:
             halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), lanes))
             return builder.fpext(halves, self.vector(lanes))
         if lanes % 2 == 0:
-            # A word of two halves: the lower ones first, then the upper ones. The order of lanes
-            # does not matter as long as the store knows it, and nothing needs to be shuffled.
+            # Each 32-bit word holds two halves: all lower ones come first, then all upper ones.
+            # The store inverts this order of lanes, so nothing needs to be shuffled.
             words = builder.bitcast(raw, ir.VectorType(_I32, lanes // 2))
             lower = builder.shl(words, self._all(_I32, lanes // 2, 16))
             upper = builder.and_(words, self._all(_I32, lanes // 2, 0xFFFF0000))
@@ -94,7 +97,7 @@ class Numbers:
     def store(
         self, value: Any, pointer: Any, lanes: int, streams: bool = False, align: int = 1
     ) -> None:
-        """Store at any alignment, or, past the caches, a whole line at a line's start."""
+        """Emit a store that rounds half types; a streaming store needs a cache line's start."""
         builder = self.builder
         if self.is_half:
             value = self._to_half(value, lanes)
@@ -104,19 +107,19 @@ class Numbers:
             stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
 
     def read(self, pointer: Any, lanes: int, align: int) -> Any:
-        """Emit the load of what is stored."""
+        """Emit a load of the stored type."""
         kind = ir.VectorType(self.stored, lanes)
-        place = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
-        return self.builder.load(place, align=align)
+        typed = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
+        return self.builder.load(typed, align=align)
 
     def write(self, value: Any, pointer: Any, lanes: int, align: int) -> Any:
-        """Emit the store of what is stored, and return it."""
+        """Emit a store of the stored type, and return the instruction."""
         kind = ir.VectorType(self.stored, lanes)
-        place = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
-        return self.builder.store(value, place, align=align)
+        typed = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
+        return self.builder.store(value, typed, align=align)
 
     def _to_half(self, value: Any, lanes: int) -> Any:
-        """Round to the nearest half, ties to even."""
+        """Emit the rounding to the nearest half, ties to even."""
         builder = self.builder
         shorts = ir.VectorType(ir.IntType(16), lanes)
         if self.kind == "f":
@@ -128,7 +131,7 @@ class Numbers:
         upper = builder.lshr(bits, sixteen)
         odd = builder.and_(upper, self._all(_I32, lanes, 1))
         half_up = builder.add(builder.add(bits, self._all(_I32, lanes, 0x7FFF)), odd)
-        # The carry would turn some NaN into an infinity: keep its upper bits, and one for quiet.
+        # The carry would turn some NaNs into infinities: keep their upper bits, and set quiet.
         quiet = builder.or_(bits, self._all(_I32, lanes, 0x400000))
         is_nan = builder.fcmp_unordered("uno", value, value)
         rounded = builder.select(is_nan, quiet, half_up)
@@ -154,7 +157,7 @@ class Numbers:
         if not self.is_float:
             compare = builder.icmp_signed if self.kind == "i" else builder.icmp_unsigned
             return builder.select(compare(sign, left, right), left, right)
-        # A NaN on the left stays; one on the right makes the comparison false, so it is chosen.
+        # A NaN on the left is kept; a NaN on the right makes the comparison false, and is chosen.
         stays = builder.or_(
             builder.fcmp_ordered(sign, left, right), builder.fcmp_unordered("uno", left, left)
         )
@@ -172,11 +175,15 @@ class Numbers:
         return builder.fadd(self.product(real, right), cross)
 
     def product(self, left: Any, right: Any) -> Any:
-        """Emit a product that is rounded before anything is added to it."""
+        """Emit a product that is rounded before a sum: never a fused multiply-add."""
         return self.builder.fmul(left, right)
 
     def divide(self, value: Any, divisor: Any, reciprocal: Any, is_exact: Any) -> Any:
-        """Divide with NumPy's bits: by a power of two the product with 1/n is exact, and faster."""
+        """Emit a division with NumPy's bits.
+
+        Where ``is_exact``, the divisor is a power of two, and the product with the reciprocal is
+        exact and faster.
+        """
         builder = self.builder
         lanes = value.type.count
         with builder.if_else(is_exact) as (exact, rounded):
@@ -192,7 +199,7 @@ class Numbers:
         return merged
 
     def spread(self, scalar: Any, lanes: int) -> Any:
-        """Return a vector with the scalar in every lane."""
+        """Emit a vector with the scalar in every lane."""
         undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
         single = self.builder.insert_element(undefined, scalar, _int(0))
         return self._shuffle(single, [0] * lanes)
@@ -211,34 +218,34 @@ class Numbers:
 
 
 def operation_code(op: ReduceOp) -> int:
-    """Return what kernels call an operation; a mean is a sum with a divisor."""
+    """Return the code by which kernels know an operation; a mean is a sum with a divisor."""
     return _OPERATIONS[op]
 
 
 def type_code(dtype: np.dtype[Any], op: ReduceOp = ReduceOp.MAX) -> int:
-    """Return what kernels call a dtype: the type that gives ``op`` the same bits."""
+    """Return the code of the element type that gives ``op`` the same bits as ``dtype``."""
     return _TYPES.index(_computed_as(op, dtype))
 
 
 def dtype_of(code: int) -> np.dtype[Any]:
-    """Return the dtype of a code."""
+    """Return the dtype of a type code."""
     kind, itemsize = _TYPES[code]
     return np.dtype(ml_dtypes.bfloat16 if kind == "b" else f"{kind}{itemsize}")
 
 
 def number_nbytes(code: int) -> int:
-    """Return the bytes of a number: of a complex one, half of its own."""
+    """Return the bytes of a number of a type: of a complex one, half of the element."""
     kind, itemsize = _TYPES[code]
     return itemsize // 2 if kind == "c" else itemsize
 
 
 def factor(op: object, dtype: np.dtype[Any]) -> int:
-    """Return how many elements of that type are one element of ``dtype``."""
+    """Return the elements of the computed type per element of ``dtype``: 2 for complex sums."""
     return 2 if dtype.kind == "c" and op in (ReduceOp.SUM, ReduceOp.MEAN) else 1
 
 
 def _computed_as(op: ReduceOp, dtype: np.dtype[Any]) -> tuple[str, int]:
-    """Return the type whose runner computes the same bits: every one less saves 0.3 s."""
+    """Return the type whose runner computes the same bits; a shared runner saves 0.3 s."""
     kind, itemsize = dtype.kind, dtype.itemsize
     if dtype.name == "bfloat16":
         return "b", 2

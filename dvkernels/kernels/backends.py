@@ -1,4 +1,4 @@
-"""The backends, imported when first asked for, so that nothing is compiled before it is used."""
+"""Lazy import of the backends: nothing is compiled before it is used."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ __all__: list[str] = []
 
 @functools.cache
 def cpu() -> Any:
-    """Return the CPU twin: the functions of door 1 over NumPy arrays."""
+    """Return the CPU twin: the collectives over NumPy arrays."""
     return numba_import.module("dvkernels.kernels.cpu")
 
 
 @functools.cache
 def cuda() -> Any:
-    """Return the CUDA twin: the functions of door 1 over arrays in GPU memory."""
+    """Return the CUDA twin: the collectives over arrays in GPU memory."""
     return numba_import.module("dvkernels.kernels.cuda")
 
 
 def of(array: Any) -> Any:
-    """Return the twin for an array: of NumPy, or in GPU memory."""
+    """Return the twin for an array: the CPU twin for NumPy arrays, else the CUDA twin."""
     return cpu() if isinstance(array, np.ndarray) else cuda()
 
 
 @functools.cache
 def gate() -> Any:
-    """Return the compiled gate between threads of this process."""
+    """Return the module of compiled gates between threads of this process."""
     return numba_import.module("dvkernels.kernels.cpu.engine.gate")
 
 
 @functools.cache
 def permutation() -> Any:
-    """Return the compiled permutation that shuffles indices."""
+    """Return the module of the compiled Feistel permutation, which shuffles indices."""
     return numba_import.module("dvkernels.kernels.cpu.feistel")

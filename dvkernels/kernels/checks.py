@@ -1,7 +1,8 @@
-"""All checks of buffers, once, before any buffer is touched.
+"""Checks of the buffers of a collective, made once, before any buffer is touched.
 
-`arrays` turns what the caller passed into NumPy views. `in_place` and `separate` check a whole
-call. Each message says what was expected, what came, from which replica, and what to do.
+`arrays` turns the caller's buffers into NumPy views of one shape and dtype. `check_in_place` and
+`check_out` check the written buffers. Each message states the expectation, the buffer that fails
+it, its replica, and the remedy.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ __all__ = [
     "NEW",
     "address",
     "algorithm",
-    "all_apart",
-    "apart",
     "arrays",
     "arrays_along",
+    "as_sequence",
     "check_axis",
+    "check_disjoint",
     "check_dtype_moves",
+    "check_groups",
+    "check_in_place",
+    "check_out",
     "check_root",
-    "fitting",
-    "grouped",
-    "in_place",
-    "listed",
-    "listed_groups",
+    "check_shapes",
+    "groups_as_lists",
+    "outputs",
+    "outputs_like",
     "reduction",
-    "results",
-    "separate",
     "views",
 ]
 
@@ -55,24 +56,24 @@ _pointer_at = ctypes.c_void_p.from_address
 NEW: Any = object()  # as ``out``: allocate the results
 
 
-def _address_in_struct(array: Array) -> int:
+def _address_from_struct(array: Array) -> int:
     return _pointer_at(id(array) + _DATA).value or 0
 
 
-def _address_asked_for(array: Array) -> int:
+def _address_from_ctypes(array: Array) -> int:
     return int(array.ctypes.data)
 
 
 _probe = np.zeros(1)
 address = (
-    _address_in_struct
-    if _address_in_struct(_probe) == _address_asked_for(_probe)
-    else _address_asked_for
+    _address_from_struct
+    if _address_from_struct(_probe) == _address_from_ctypes(_probe)
+    else _address_from_ctypes
 )
 
 
-def listed(verb: str, buffers: Any, name: str = "replica") -> Sequence[Any]:
-    """Return the buffers as a list or tuple: what can be iterated over once is, once."""
+def as_sequence(verb: str, buffers: Any, name: str = "replica") -> Sequence[Any]:
+    """Return the buffers as a list or tuple; an iterator is consumed here, once."""
     if isinstance(buffers, (list, tuple)):
         return buffers
     try:
@@ -83,8 +84,8 @@ def listed(verb: str, buffers: Any, name: str = "replica") -> Sequence[Any]:
         ) from None
 
 
-def listed_groups(verb: str, groups: Any) -> list[list[Any]]:
-    """Return groups of buffers as lists, which can be gone through again."""
+def groups_as_lists(verb: str, groups: Any) -> list[list[Any]]:
+    """Return groups of buffers as lists, which can be iterated over again."""
     try:
         return [[*group] for group in groups]
     except TypeError as error:
@@ -94,19 +95,20 @@ def listed_groups(verb: str, groups: Any) -> list[list[Any]]:
         ) from None
 
 
-def grouped(
-    verb: str, listed: Sequence[Sequence[Any]], op: Any
+def check_groups(
+    verb: str, groups: Sequence[Sequence[Any]], op: Any
 ) -> tuple[Reduction, dict[np.dtype[Any], list[list[Array]]]]:
-    """Return the reduction, and the groups as arrays, by dtype.
+    """Return the reduction, and the groups of arrays by dtype.
 
-    Raise unless each group holds as many arrays of one shape and dtype, of all groups written once.
+    Raise unless all groups hold equally many arrays, each group of one shape and dtype, and no
+    two arrays share an element.
     """
-    width = len(listed[0])
+    width = len(groups[0])
     by_dtype: dict[np.dtype[Any], list[list[Array]]] = {}
     every: list[Array] = []
     names: list[str] = []
     known = None
-    for k, group in enumerate(listed):
+    for k, group in enumerate(groups):
         where = f"{verb}, array {k}"
         if len(group) != width:
             raise BufferMismatchError(
@@ -117,15 +119,15 @@ def grouped(
         by_dtype.setdefault(found[0].dtype, []).append(found)
         every += found
         names += (f"array {k} of replica {replica}" for replica in range(width))
-    in_place(verb, every, names.__getitem__)
+    check_in_place(verb, every, names.__getitem__)
     assert known is not None
     return known, by_dtype
 
 
 def views(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
-    """Return a view of each buffer; raise unless there is one and all are arrays."""
+    """Return a view of each buffer; raise unless there is at least one and all are arrays."""
     found: list[Array] = []
-    for buffer in listed(verb, buffers):
+    for buffer in as_sequence(verb, buffers):
         if type(buffer) is not np.ndarray:
             buffer = _view(verb, buffer, f"{name} {len(found)}")
         found.append(buffer)
@@ -147,7 +149,7 @@ def arrays(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
 def arrays_along(verb: str, buffers: Any, axis: Any) -> tuple[list[Array], int]:
     """Return a view of each buffer, and the axis counted from the front.
 
-    Raise unless they are arrays of one dtype whose shapes differ along ``axis`` at most.
+    Raise unless the buffers are arrays of one dtype whose shapes differ at most along ``axis``.
     """
     found = views(verb, buffers)
     axis = check_axis(verb, axis, found[0])
@@ -177,24 +179,24 @@ def check_axis(verb: str, axis: Any, array: Array) -> int:
 def _raise_mismatch(verb: str, found: Sequence[Array], index: int, name: str, needed: str) -> None:
     raise BufferMismatchError(
         f"{verb} needs {needed}: {name} {index} holds {spec(found[index])}, "
-        f"{name} 0 holds {spec(found[0])}; pad or cast before"
+        f"{name} 0 holds {spec(found[0])}; pad or cast first"
     )
 
 
-def in_place(
-    verb: str, written: Sequence[Array], who: Callable[[int], str] = "replica {}".format
+def check_in_place(
+    verb: str, written: Sequence[Array], name_of: Callable[[int], str] = "replica {}".format
 ) -> None:
-    """Raise unless every buffer can be written and none shares an element with another.
+    """Raise unless every buffer is writable and none shares an element with another.
 
-    ``who`` is what messages call a buffer.
+    ``name_of`` returns the name of a buffer in messages.
     """
     is_dense = True
     for index, view in enumerate(written):
         flags = view.flags
         if not flags.writeable:
-            _raise_read_only(verb, who(index))
+            _raise_read_only(verb, name_of(index))
         is_dense = is_dense and flags.c_contiguous
-    if is_dense:  # the common case, decided in 1 us: each starts where the one before has ended
+    if is_dense:  # the common case, decided in 1 us: each buffer starts behind the previous one
         end = 0
         for start, nbytes in sorted((address(view), view.nbytes) for view in written):
             if start < end:
@@ -202,45 +204,48 @@ def in_place(
             end = start + nbytes
         else:
             return
-    _check_disjoint(verb, written, (), who)
+    _check_overlaps(verb, written, (), name_of)
 
 
-def separate(
+def check_out(
     verb: str,
     reads: Sequence[Array],
     writes: Sequence[Array],
     count: int,
 ) -> None:
-    """Raise unless ``writes`` (the ``out`` of the call) fit ``reads`` and overlap none by part."""
-    fitting(verb, reads[0], writes, count)
-    _check_disjoint(verb, writes, reads, "out {}".format)
+    """Raise unless ``writes`` (``out`` of the call) fit ``reads``, and overlap them all or none.
+
+    An ``out`` may be the very buffer, element for element; it must not overlap a part of one.
+    """
+    check_shapes(verb, reads[0], writes, count)
+    _check_overlaps(verb, writes, reads, "out {}".format)
 
 
-def fitting(verb: str, model: Array, writes: Sequence[Array], count: int) -> None:
+def check_shapes(verb: str, model: Array, writes: Sequence[Array], count: int) -> None:
     """Raise unless there are ``count`` writable arrays of the model's shape and dtype."""
     _check_outs(verb, writes, [model.shape] * count, model.dtype, "np.empty_like")
 
 
-def all_apart(
-    verb: str, writes: Sequence[Array], reads: Sequence[Array], who: Callable[[int], str]
+def check_disjoint(
+    verb: str, writes: Sequence[Array], reads: Sequence[Array], name_of: Callable[[int], str]
 ) -> None:
-    """Raise if a written array, which messages call ``who``, shares an element with any other."""
-    _check_disjoint(verb, writes, reads, who, may_be_inputs=False)
+    """Raise if a written array shares an element with another; ``name_of`` is for messages."""
+    _check_overlaps(verb, writes, reads, name_of, may_be_inputs=False)
 
 
-def apart(
+def outputs(
     verb: str, reads: Sequence[Array], out: Any, shapes: Sequence[tuple[int, ...]]
 ) -> list[Array]:
-    """Return the arrays to write to: new ones of ``shapes``, or ``out`` where it is given.
+    """Return the result arrays: new ones of ``shapes``, or ``out`` where it is given.
 
-    Those must have these shapes and share no element with each other or with ``reads``.
+    Raise unless ``out`` has these shapes and shares no element with itself or with ``reads``.
     """
     dtype = reads[0].dtype
     if out is None:
         return [np.empty(shape, dtype) for shape in shapes]
     writes = _outs(verb, out, len(shapes))
     _check_outs(verb, writes, shapes, dtype, "np.empty")
-    _check_disjoint(verb, writes, reads, "out {}".format, may_be_inputs=False)
+    _check_overlaps(verb, writes, reads, "out {}".format, may_be_inputs=False)
     return writes
 
 
@@ -254,24 +259,24 @@ def _check_outs(
     for index, (write, shape) in enumerate(zip(writes, shapes, strict=True)):
         if write.shape != shape or write.dtype != dtype:
             raise BufferMismatchError(
-                f"{verb} needs {Spec(shape, dtype)} there, as the buffers require: "
+                f"{verb} needs an out of {Spec(shape, dtype)}, as the buffers require: "
                 f"out {index} holds {spec(write)}; allocate it with {remedy}"
             )
         if not write.flags.writeable:
             _raise_read_only(verb, f"out {index}")
 
 
-def results(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
-    """Return the arrays to write to: checked ``out``, or new ones, which need no check."""
+def outputs_like(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
+    """Return the result arrays, shaped as ``reads``: new ones for ``NEW``, else checked ``out``."""
     if out is NEW:
         return [np.empty(reads[0].shape, reads[0].dtype) for _ in reads]
     writes = _outs(verb, out, len(reads))
-    separate(verb, reads, writes, len(reads))
+    check_out(verb, reads, writes, len(reads))
     return writes
 
 
 def _outs(verb: str, out: Sequence[Any], count: int) -> list[Array]:
-    """Return a view of each ``out``; raise unless there are ``count``."""
+    """Return a view of each array of ``out``; raise unless there are ``count``."""
     if len(out) != count:
         raise BufferMismatchError(
             f"{verb} needs {count} out array{'s' * (count != 1)}; got {len(out)}; "
@@ -288,7 +293,7 @@ def reduction(verb: str, op: Any, dtype: np.dtype[Any]) -> Reduction:
 
 
 def algorithm(verb: str, name: Any, known: Mapping[str, T]) -> T:
-    """Return what the name of an algorithm stands for; raise unless it is one of ``known``."""
+    """Return the entry of ``known`` for an algorithm's name; raise unless there is one."""
     if not isinstance(name, str) or name not in known:
         names = ", ".join(map(repr, known))
         raise AlgorithmError(f"{verb}: expected an algorithm of {names}; got {name!r}")
@@ -318,60 +323,60 @@ def check_dtype_moves(verb: str, dtype: np.dtype[Any]) -> None:
         )
 
 
-def _view(verb: str, buffer: Any, who: str) -> Array:
+def _view(verb: str, buffer: Any, name: str) -> Array:
     """Return a NumPy view of a buffer that is not a plain ndarray."""
     if isinstance(buffer, np.ndarray):
-        refuse_masked(buffer, f"{verb} needs arrays: {who}")
+        refuse_masked(buffer, f"{verb} needs arrays: {name}")
         return buffer.view(np.ndarray)
-    seen: Array = interop.view(verb, buffer, who)
-    return seen
+    viewed: Array = interop.view(verb, buffer, name)
+    return viewed
 
 
-def _raise_read_only(verb: str, who: str) -> None:
+def _raise_read_only(verb: str, name: str) -> None:
     raise BufferMismatchError(
-        f"{verb} writes its results in place: {who} is read-only; "
+        f"{verb} writes its results in place: {name} is read-only; "
         "pass a writable copy, or separate arrays as out where the function takes it"
     )
 
 
-def _check_disjoint(
+def _check_overlaps(
     verb: str,
     writes: Sequence[Array],
     reads: Sequence[Array],
-    who: Callable[[int], str],
+    name_of: Callable[[int], str],
     may_be_inputs: bool = True,
 ) -> None:
-    """Raise if a written array shares an element with another, or with itself.
+    """Raise if two elements of written arrays, or a written and a read one, share memory.
 
-    Where ``may_be_inputs``, it may be the very buffer, element for element: that is in place.
+    Where ``may_be_inputs``, a written array may be the very buffer of its replica, in place.
     """
     spans = []
     for index, view in enumerate(writes):
         if not (view.flags.c_contiguous or view.flags.f_contiguous) and _overlaps_itself(view):
             raise BufferMismatchError(
-                f"{verb} writes every element once, and {who(index)} holds elements that share "
+                f"{verb} writes every element once, and {name_of(index)} holds elements that share "
                 f"memory (shape {view.shape}, strides {view.strides}); pass a copy of it"
             )
         spans.append((*_bounds(view), True, index))
     spans += [(*_bounds(view), False, index) for index, view in enumerate(reads)]
     spans.sort()
-    # After sorting, only spans that start before the end of an earlier one can meet it.
+    # After sorting, a span can overlap only those before it that end behind its start.
     active: list[tuple[int, int, bool, int]] = []
     for span in spans:
         active = [other for other in active if other[1] > span[0]]
         for other in active:
-            _check_pair(verb, writes, reads, other, span, who, may_be_inputs)
+            _check_two_spans(verb, writes, reads, other, span, name_of, may_be_inputs)
         if span[0] < span[1]:
             active.append(span)
 
 
-def _check_pair(
+def _check_two_spans(
     verb: str,
     writes: Sequence[Array],
     reads: Sequence[Array],
     one: tuple[int, int, bool, int],
     other: tuple[int, int, bool, int],
-    who: Callable[[int], str],
+    name_of: Callable[[int], str],
     may_be_inputs: bool,
 ) -> None:
     if not (one[2] or other[2]) or one[0] >= one[1] or other[0] >= other[1]:
@@ -385,7 +390,7 @@ def _check_pair(
             return
     if np.shares_memory(first, second):
         ordered = sorted((one, other), key=lambda span: (not span[2], span[3]))
-        names = [who(k) if written else f"replica {k}" for *_, written, k in ordered]
+        names = [name_of(k) if written else f"replica {k}" for *_, written, k in ordered]
         raise BufferMismatchError(
             f"{verb} needs written buffers that share no element with another buffer: "
             f"{names[0]} overlaps {names[1]}; pass a copy of one of them"
@@ -393,7 +398,7 @@ def _check_pair(
 
 
 def _bounds(view: Array) -> tuple[int, int]:
-    """Return the first byte and the one past the last."""
+    """Return the address of the first byte of a view, and of the byte past its last."""
     start = address(view)
     flags = view.flags
     if flags.c_contiguous or flags.f_contiguous:
@@ -403,7 +408,7 @@ def _bounds(view: Array) -> tuple[int, int]:
 
 
 def _overlaps_itself(view: Array) -> bool:
-    """Return whether two elements of ``view`` share a byte: exactly."""
+    """Return whether two elements of ``view`` share a byte; the answer is exact."""
     dims = sorted(
         (abs(stride), extent)
         for stride, extent in zip(view.strides, view.shape, strict=True)
@@ -411,7 +416,7 @@ def _overlaps_itself(view: Array) -> bool:
     )
     if view.size < 2:
         return False
-    reach = view.itemsize  # bytes that the dimensions so far span
+    reach = view.itemsize  # bytes spanned by the dimensions so far
     for stride, extent in dims:
         if stride < reach:
             break

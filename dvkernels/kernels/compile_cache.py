@@ -1,17 +1,17 @@
-"""Where compiled code lives between processes: one folder, outside of the package.
+"""Cache of compiled code between processes: one folder, outside of the package.
 
     ROOT/dvkernels/DIGEST/MODULE.FUNCTION-KEY.code
 
 ROOT is ``NUMBA_CACHE_DIR`` if that is set, else the user's cache folder, else a private folder in
-the temporary directory; where none can be used, code is compiled anew in each process. DIGEST is
-that of everything that compiled code may be made of: the sources of this folder, and the versions
-of Python, Numba and LLVM. So an edit of any function, also of one that others call, begins a new
-folder, and no file of an older one is read. KEY is that of the function's types, of what it
-encloses and of the processor.
+the temporary directory; where none is usable, code is compiled anew in each process. DIGEST is a
+digest of everything that determines the compiled code: the sources of this folder, and the
+versions of Python, Numba and LLVM. So an edit of any function, called by others or not, starts a
+new folder, and no file of an older one is read. KEY is a digest of the function's types, its
+closure and the processor.
 
-A file is a checksum and what it is of. It is written aside and then renamed, so that any number of
-processes may fill one folder at once, also over a network; whatever else goes wrong with a file
-(damaged, stale, not to be read) is as if there were none.
+A file is a checksum followed by the body. It is written under a temporary name and then renamed,
+so that any number of processes may fill one folder at once, also over a network. A file that is
+damaged, stale or unreadable counts as missing.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ __all__ = ["describe", "digest", "folder", "read", "stamp", "write"]
 _HERE = Path(__file__).resolve().parent
 _DIGEST_NBYTES = 16
 _FOLDER = re.compile("[0-9a-f]{32}")
-_MOST_FOLDERS = 16  # some MB each: of other versions, and of edits of the sources
+_MOST_FOLDERS = 16  # of other versions and edited sources; some MB each
 _RENEWED_SECONDS = 24 * 3600.0  # a folder in use is never older than that
-_config: Any = config  # whose names the stubs do not know
+_config: Any = config  # its names are missing from the stubs
 
-_is_said = False  # that compiled code cannot be kept
+_has_warned = False  # that compiled code cannot be cached
 
 
 def digest(*contents: bytes) -> str:
-    """Return one name for all of these."""
+    """Return one hexadecimal digest of all contents."""
     found = hashlib.blake2b(digest_size=_DIGEST_NBYTES)
     for content in contents:
         found.update(b"%d:" % len(content) + content)
@@ -64,7 +64,7 @@ def _versions() -> str:
 
 
 def _sources() -> Iterator[bytes]:
-    """Yield the names and contents of the files that compiled code is made of."""
+    """Yield the names and contents of the sources of compiled code."""
     for path in sorted([*_HERE.glob("*.py"), *(_HERE / "cpu").rglob("*.py")]):
         yield path.name.encode()
         yield path.read_bytes()
@@ -72,18 +72,18 @@ def _sources() -> Iterator[bytes]:
 
 @functools.cache
 def stamp(path: str) -> bytes:
-    """Return what tells the versions of a source file apart, unless the folder's name does."""
+    """Return the content of a source file; empty where the folder's digest covers the file."""
     if _HERE in Path(path).resolve().parents:
         return b""
     try:
         return Path(path).read_bytes()
-    except OSError:  # from an archive, or typed in
+    except OSError:  # from an archive, or an interactive session
         return b""
 
 
 @functools.cache
 def folder() -> Path | None:
-    """Return the folder of this version of the code, made now if need be; None: there is none."""
+    """Return the folder of this version of the code, made if need be; None where none is usable."""
     name = digest(_versions().encode(), *_sources())
     for root, is_ours in _roots():
         found = root / "dvkernels" / name
@@ -95,14 +95,14 @@ def folder() -> Path | None:
             if os.access(found, os.W_OK | os.X_OK):
                 _keep_few(found, is_new)
                 return found
-        with contextlib.suppress(OSError):  # filled ahead, and now on a file system to read from
+        with contextlib.suppress(OSError):  # filled ahead, and now on a read-only file system
             if any(found.iterdir()) and not (is_ours and not _is_trusted(found)):
                 return found
     return None
 
 
 def _roots() -> Iterator[tuple[Path, bool]]:
-    """Yield the folders that may be used, the best first, and whether they must be our own."""
+    """Yield the possible roots, the best first, and whether each must belong to this user."""
     if _config.CACHE_DIR:
         yield Path(_config.CACHE_DIR).absolute(), False
         return
@@ -113,7 +113,7 @@ def _roots() -> Iterator[tuple[Path, bool]]:
 
 
 def _user_cache() -> Path:
-    """Return the folder for caches of this user, as the platform has it."""
+    """Return this user's cache folder, by the platform's convention."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     if sys.platform == "darwin":
@@ -123,7 +123,7 @@ def _user_cache() -> Path:
 
 
 def _private(temporary: Path) -> Path:
-    """Return a folder that nobody else can enter; raise OSError where somebody has planted one."""
+    """Return a folder closed to other users; raise OSError where another user has planted one."""
     found = temporary / f"dvkernels-{_user()}"
     with contextlib.suppress(FileExistsError):
         found.mkdir(mode=0o700)
@@ -140,12 +140,12 @@ def _user() -> int:
 
 
 def _is_trusted(found: Path) -> bool:
-    """Tell whether a folder is this user's, or the system's: what lies in it will be executed."""
+    """Return whether this user or root owns a folder, whose files will be executed."""
     return os.name != "posix" or found.stat().st_uid in (_user(), 0)
 
 
 def _keep_few(found: Path, is_new: bool) -> None:
-    """Let go of the folders that were used least lately when there are many."""
+    """Remove the least recently used folders beyond the limit; mark this one as used."""
     if not is_new:
         if time.time() - found.stat().st_mtime > _RENEWED_SECONDS:
             os.utime(found)
@@ -158,21 +158,21 @@ def _keep_few(found: Path, is_new: bool) -> None:
 
 
 def read(name: str) -> bytes | None:
-    """Return what was written under a name; None where that is not, or no longer, to be had."""
+    """Return the body written under a name; None where it is missing, damaged or unreadable."""
     found = folder()
     if found is None:
         return None
     try:
         content = (found / name).read_bytes()
-    except OSError:  # never written, not ours to read, or a handle that went stale
+    except OSError:  # never written, no permission, or a stale handle of a network file system
         return None
     checksum, body = content[:_DIGEST_NBYTES], content[_DIGEST_NBYTES:]
     return body if bytes.fromhex(digest(body)) == checksum else None
 
 
 def write(name: str, body: bytes) -> None:
-    """Keep a body under a name, if that can be; the first time it cannot, warn."""
-    global _is_said
+    """Write a body under a name, if possible; warn at the first failure."""
+    global _has_warned
     found = folder()
     try:
         if found is None:
@@ -188,8 +188,8 @@ def write(name: str, body: bytes) -> None:
                 aside.unlink()
             raise
     except OSError as error:
-        if not _is_said:
-            _is_said = True
+        if not _has_warned:
+            _has_warned = True
             warnings.warn(
                 f"compiled code cannot be kept, and is compiled again in each process: {error}; "
                 "set NUMBA_CACHE_DIR to a folder that can be written, or fill one ahead: "
@@ -200,7 +200,7 @@ def write(name: str, body: bytes) -> None:
 
 
 def describe() -> str:
-    """Return where compiled code lives, and whether more can be added, in words."""
+    """Return a sentence: the folder of compiled code, and whether it can be written."""
     found = folder()
     if found is None:
         return "nowhere, compiled in each process: no folder can be written; set NUMBA_CACHE_DIR"

@@ -1,7 +1,7 @@
-"""How functions of this package are compiled: the one way to Numba for all of them.
+"""Compilation of this package's functions by Numba: the only decorators that the package uses.
 
-As ``numba.njit`` and ``numba.cfunc``, with four differences: what was compiled is kept where
-compile_cache.py says, damaged or not to be written as that may be; an interrupt never hits the
+They do what ``numba.njit`` and ``numba.cfunc`` do, with four differences: compiled code is cached
+by compile_cache.py, which tolerates a damaged or read-only cache; an interrupt never reaches the
 compiler, which it would leave locked; ``NUMBA_DISABLE_JIT``, for users who debug their own
 functions, leaves these compiled; and every function with a signature can be compiled ahead of its
 first call.
@@ -23,21 +23,21 @@ from dvkernels.threads import shielded
 
 __all__ = ["ahead", "cfunc", "njit"]
 
-_config: Any = config  # whose names the stubs do not know
+_config: Any = config  # its names are missing from the stubs
 _compiler_lock: Any = global_compiler_lock
 _compiler: Any = numba_compiler
 _serialized: Any = serialize.dumps
 _normalized: Any = sigutils.normalize_signature
-_IMPORTER = "<frozen importlib._bootstrap>"  # where the frames of an import lie
+_IMPORTER = "<frozen importlib._bootstrap>"  # the file name in the frames of an import
 _CPUDispatcher: Any = registry.CPUDispatcher
 _CFunc: Any = ccallback.CFunc
 _NullCache: Any = caching.NullCache
 
-_waiting: list[tuple[Any, str]] = []  # what is compiled at its first call, and for which types
+_lazy: list[tuple[Any, str]] = []  # dispatchers compiled at their first call, and their signatures
 
 
 class _Cache(_NullCache):  # type: ignore[misc]
-    """What Numba asks for compiled code, and gives it to."""
+    """Numba's cache of one function, in the files of compile_cache.py."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -64,7 +64,7 @@ class _Cache(_NullCache):  # type: ignore[misc]
             return None
         try:
             return _compiler.CompileResult._rebuild(target_context, *pickle.loads(body))
-        except Exception:  # of another make after all: compile
+        except Exception:  # of an incompatible version after all: compile
             return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
@@ -74,10 +74,10 @@ class _Cache(_NullCache):  # type: ignore[misc]
             )
 
 
-def _undisturbed(compile_now: Callable[..., Any], *arguments: Any) -> Any:
-    """Compile where no interrupt reaches it, whether or not the user's own functions are."""
-    # Another thread must not wait for what this one holds: the compiler, where one function calls
-    # another, or a module that is being imported, which the compiler may look up.
+def _compile_shielded(compile_now: Callable[..., Any], *arguments: Any) -> Any:
+    """Compile on a thread that no interrupt reaches, also under ``NUMBA_DISABLE_JIT``."""
+    # That thread must not wait for a lock that this one holds: the compiler's, where one function
+    # calls another, or that of a module being imported, which the compiler may look up.
     if _compiler_lock.is_locked() or _is_importing():
         return _compile(compile_now, *arguments)
     return shielded.beyond_interrupts(_compile, compile_now, *arguments)
@@ -101,7 +101,7 @@ def _compile(compile_now: Callable[..., Any], *arguments: Any) -> Any:
 
 class _Dispatcher(_CPUDispatcher):  # type: ignore[misc]
     def compile(self, signature: Any) -> Any:
-        return _undisturbed(super().compile, signature)
+        return _compile_shielded(super().compile, signature)
 
 
 def njit(
@@ -112,21 +112,21 @@ def njit(
     Parameters
     ----------
     signature : str, optional
-        For which types, here and now; otherwise for those of its calls, when they come.
+        Types to compile for at once; without it, each call compiles for the types it needs.
     called_with : str, optional
-        The types that Python calls it with, for which :func:`ahead` compiles it.
+        Types with which Python calls the function, for which :func:`ahead` compiles it.
     **options
-        Those of ``numba.njit``; ``cache=False`` for functions of users.
+        Options of ``numba.njit``; ``cache=False`` for functions of users.
     """
-    is_kept = options.pop("cache", True)
+    is_cached = options.pop("cache", True)
 
     def decorate(function: Callable[..., Any]) -> Any:
         targets = {"nopython": True, "boundscheck": None, **options}
         dispatcher = _Dispatcher(function, targetoptions=targets)
-        if is_kept:
+        if is_cached:
             dispatcher._cache = _Cache(function)
         if called_with is not None:
-            _waiting.append((dispatcher, called_with))
+            _lazy.append((dispatcher, called_with))
         if signature is not None:
             with typeinfer.register_dispatcher(dispatcher):
                 dispatcher.compile(signature)
@@ -137,29 +137,29 @@ def njit(
 
 
 def cfunc(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that compiles a C function, with an ``address``, here and now.
+    """Return a decorator that compiles a C function, with an ``address``, at once.
 
     Parameters
     ----------
     signature
-        For which types.
+        Types to compile for.
     **options
-        Those of ``numba.cfunc``; ``cache=False`` for what depends on functions of users.
+        Options of ``numba.cfunc``; ``cache=False`` where users' functions are called.
     """
-    is_kept = options.pop("cache", True)
+    is_cached = options.pop("cache", True)
 
     def decorate(function: Callable[..., Any]) -> Any:
         found = _CFunc(function, _normalized(signature), {}, options)
-        if is_kept:
+        if is_cached:
             found._cache = _Cache(function)
-        _undisturbed(found.compile)
+        _compile_shielded(found.compile)
         return found
 
     return decorate
 
 
 def ahead() -> int:
-    """Compile every function that waits for its first call; return how many there are."""
-    for dispatcher, signature in _waiting:
+    """Compile every function that is otherwise compiled at its first call; return their number."""
+    for dispatcher, signature in _lazy:
         dispatcher.compile(_normalized(signature)[0])
-    return len(_waiting)
+    return len(_lazy)

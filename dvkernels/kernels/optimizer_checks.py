@@ -1,4 +1,4 @@
-"""What both twins of the fused optimizers share: their rules, their numbers and their checks."""
+"""Update rules, coefficients and checks of the fused optimizers, for both twins."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = [
     "NESTEROV",
     "PLAIN",
     "CheckedStep",
-    "adam_numbers",
+    "adam_coefficients",
     "check",
-    "sgd_numbers",
+    "sgd_coefficients",
     "sgd_rule",
 ]
 
@@ -29,24 +29,24 @@ PLAIN, MOMENTUM, NESTEROV, ADAM = range(4)
 
 Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Any]]
-Each = float | Sequence[float]  # one for all parameters, or one for each
-Numbers = tuple[float, ...]
+Each = float | Sequence[float]  # one value for all parameters, or one for each
+Coefficients = tuple[float, ...]
 
 
 def sgd_rule(velocities: Any, nesterov: bool) -> int:
-    """Return the rule of gradient descent with these."""
+    """Return the update rule of gradient descent: plain, with momentum, or with Nesterov's."""
     return PLAIN if velocities is None else NESTEROV if nesterov else MOMENTUM
 
 
-def sgd_numbers(
+def sgd_coefficients(
     parameters: Groups, learning_rate: Each, momentum: float, weight_decay: float
-) -> list[Numbers]:
-    """Return the numbers that the rules of gradient descent need, for each parameter."""
+) -> list[Coefficients]:
+    """Return the coefficients of gradient descent for each parameter."""
     rates = _each("optimizers.sgd", "learning_rate", learning_rate, len(parameters))
     return [(float(rate), momentum, weight_decay) for rate in rates]
 
 
-def adam_numbers(
+def adam_coefficients(
     parameters: Groups,
     step: Each,
     learning_rate: Each,
@@ -55,14 +55,14 @@ def adam_numbers(
     epsilon: float,
     weight_decay: float,
     decoupled: bool,
-) -> list[Numbers]:
-    """Return the numbers that the rule of Adam needs, for each parameter.
+) -> list[Coefficients]:
+    """Return the coefficients of Adam for each parameter; raise where a step is less than 1.
 
-    Raise unless each step has a number.
+    The bias corrections of the two moments are in the first and the fifth coefficient.
     """
 
     @functools.cache
-    def numbers(count: int, rate: float) -> Numbers:
+    def coefficients(count: int, rate: float) -> Coefficients:
         if count < 1:
             raise ValueError(f"optimizers.adam: steps are counted from 1; got {count}")
         return (
@@ -77,11 +77,11 @@ def adam_numbers(
 
     counts = _each("optimizers.adam", "step", step, len(parameters))
     rates = _each("optimizers.adam", "learning_rate", learning_rate, len(parameters))
-    return [*map(numbers, counts, map(float, rates))]
+    return [*map(coefficients, counts, map(float, rates))]
 
 
 def _each(verb: str, name: str, given: Each, count: int) -> list[Any]:
-    """Return one number for each parameter: the same, where one came for all."""
+    """Return one value for each parameter; a single value is repeated."""
     if not isinstance(given, (list, tuple)):
         return [given] * count
     if len(given) != count:
@@ -92,13 +92,13 @@ def _each(verb: str, name: str, given: Each, count: int) -> list[Any]:
 
 
 class CheckedStep(NamedTuple):
-    """A step that has been checked: each group is the gradients, then the copies of each state.
+    """Checked arguments of an optimizer step, grouped by dtype and coefficients.
 
-    Groups of one dtype and of the same numbers go together.
+    Each list of arrays holds the gradients of a parameter, then the copies of each of its states.
     """
 
     op: ReduceOp
-    groups: dict[tuple[np.dtype[Any], Numbers], list[list[Array]]]
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]]
     num_replicas: int
     num_copies: int
 
@@ -108,10 +108,10 @@ def check(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    numbers: Sequence[Numbers],
+    coefficients: Sequence[Coefficients],
     op: Any,
 ) -> CheckedStep | None:
-    """Return the step on these arrays, None where there are none; raise before any is touched."""
+    """Return the checked step, None without parameters; raise before any array is touched."""
     lengths = {len(gradients), len(parameters), *map(len, slots)}
     if len(lengths) != 1:
         raise BufferMismatchError(
@@ -119,7 +119,7 @@ def check(
             f"{[len(gradients), len(parameters), *map(len, slots)]}"
         )
     known: Any = None
-    groups: dict[tuple[np.dtype[Any], Numbers], list[list[Array]]] = {}
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]] = {}
     sizes: set[tuple[int, int]] = set()
     every_write: list[Array] = []
     every_read: list[Array] = []
@@ -142,8 +142,8 @@ def check(
                     f"{verb}, {name} {k}: expected {len(parameters[k])} copies, as of the "
                     f"parameter; got {len(copies)}"
                 )
-        checks.fitting(f"{verb}, parameter {k}", reads[0], writes, len(writes))
-        groups.setdefault((dtype, numbers[k]), []).append([*reads, *writes])
+        checks.check_shapes(f"{verb}, parameter {k}", reads[0], writes, len(writes))
+        groups.setdefault((dtype, coefficients[k]), []).append([*reads, *writes])
         sizes.add((len(reads), len(parameters[k])))
         every_write += writes
         every_read += reads
@@ -154,6 +154,6 @@ def check(
             f"{verb} needs the same number of replicas, and of copies, for every parameter; got "
             f"{sorted(sizes)} as (replicas, copies)"
         )
-    checks.all_apart(verb, every_write, every_read, "written array {}".format)
+    checks.check_disjoint(verb, every_write, every_read, "written array {}".format)
     ((num_replicas, num_copies),) = sizes
     return CheckedStep(known, groups, num_replicas, num_copies)

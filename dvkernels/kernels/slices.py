@@ -1,6 +1,6 @@
-"""Which parts of which arrays belong together in collectives that cut: for both twins.
+"""Slices of the arrays of collectives that split or join along an axis, for both twins.
 
-Each function returns groups of arrays: what is read first, then what is written with it.
+Each function returns groups of arrays: the arrays that are read, then those that receive them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Parts = Sequence[tuple[int, int]]
 
 
 def scattered(reads: Sequence[Array], parts: Parts, writes: Sequence[Array]) -> list[list[Array]]:
-    """Return, for each part along axis 0, that of every array and where its reduction goes."""
+    """Return, for each part along axis 0, that slice of every array and the part's result."""
     return [
         [*(read[start:stop] for read in reads), write]
         for (start, stop), write in zip(parts, writes, strict=True)
@@ -31,19 +31,19 @@ def joined_shape(reads: Sequence[Array], axis: int) -> tuple[int, ...]:
 
 
 def gathered(reads: Sequence[Array], axis: int, writes: Sequence[Array]) -> list[list[Array]]:
-    """Return each array and its place in every concatenation along an axis."""
+    """Return each array and its slice of every concatenation along an axis."""
     before = (slice(None),) * axis
     groups = []
     start = 0
     for read in reads:
-        place = (*before, slice(start, start + read.shape[axis]))
-        groups.append([read, *(write[place] for write in writes)])
+        index = (*before, slice(start, start + read.shape[axis]))
+        groups.append([read, *(write[index] for write in writes)])
         start += read.shape[axis]
     return groups
 
 
 def exchanged(reads: Sequence[Array], parts: Parts, writes: Sequence[Array]) -> list[list[Array]]:
-    """Return part i of array j and its place, the j-th, in result i."""
+    """Return part i of array j and the j-th slice of result i, for all i and j."""
     return [
         [read[start:stop], write[k * (stop - start) : (k + 1) * (stop - start)]]
         for (start, stop), write in zip(parts, writes, strict=True)

@@ -1,4 +1,4 @@
-"""How arrays of one shape are walked together: by as few axes as their strides allow."""
+"""Coalescing of axes: the fewest loops that walk arrays of one shape together."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["merge"]
+__all__ = ["merge_axes"]
 
 Array = np.ndarray[Any, Any]
 
 
-def merge(arrays: Sequence[Array]) -> list[tuple[int, tuple[int, ...]]]:
-    """Return (extent, stride in each array) of the fewest axes that walk all arrays alike.
+def merge_axes(arrays: Sequence[Array]) -> list[tuple[int, tuple[int, ...]]]:
+    """Return (extent, stride in each array) of the fewest axes that walk all arrays together.
 
-    The outermost comes first. A reduction does not care for the order of the elements, so axes
-    are sorted by stride, and two that continue each other in every array are one.
+    The outermost axis comes first. An elementwise operation allows any order of the elements, so
+    axes are sorted by stride, and two that continue each other in every array are merged.
     """
     shape = arrays[0].shape
     order = sorted(range(len(shape)), key=lambda axis: -abs(arrays[0].strides[axis]))

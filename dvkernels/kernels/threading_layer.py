@@ -1,8 +1,8 @@
-"""Users' own parallel functions (``numba.njit(parallel=True)``) in several replicas at once.
+"""Numba's threading layer under users' parallel functions (``numba.njit(parallel=True)``).
 
 Where Numba finds neither TBB nor OpenMP it falls back to its workqueue, which ends the process when
-two threads enter it. So there each waits for its turn. A parallel function inside another one is
-left to Numba, which refuses it with a message of its own.
+two threads enter it, as replicas do. So a mutex lets them enter one at a time. A parallel function
+inside another one is left to Numba, which refuses it with a message of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["guard", "layer"]
 
 
 def guard() -> None:
-    """Let parallel functions that are compiled from now on enter the workqueue one at a time."""
+    """Install the mutex of the workqueue, for parallel functions compiled from now on."""
     numba_parallel = importlib.import_module("numba.np.ufunc.parallel")
     launch = numba_parallel._launch_threads
     if getattr(launch, "is_guarded", False):
@@ -25,17 +25,17 @@ def guard() -> None:
         is_first = not numba_parallel._is_initialized
         launch()
         if is_first and numba_parallel._threading_layer == "workqueue":
-            # Imported here: it is compiled, and most programs never come this way.
-            importlib.import_module("dvkernels.kernels.cpu.engine.workqueue_mutex").take_turns()
+            # Imported here: it is compiled, and most programs have another layer.
+            importlib.import_module("dvkernels.kernels.cpu.engine.workqueue_mutex").install()
 
     launch_guarded.is_guarded = True  # type: ignore[attr-defined]
     vars(numba_parallel)["_launch_threads"] = launch_guarded
 
 
 def layer() -> str:
-    """Return the name of the layer that parallel functions of users have here."""
+    """Return the name of the threading layer of users' parallel functions."""
     numba_parallel: Any = importlib.import_module("numba.np.ufunc.parallel")
-    with contextlib.suppress(ValueError):  # that none can be loaded
+    with contextlib.suppress(ValueError):  # no layer can be loaded
         numba_parallel._launch_threads()
         return str(numba_parallel.threading_layer())
     return "cannot be loaded"

@@ -1,4 +1,4 @@
-"""Schedules: which rank sends which segment when, and what that costs; standard library only.
+"""Schedules of collectives as data, and their cost models; standard library only.
 
 Imports: errors.
 """

@@ -1,6 +1,6 @@
-"""The all-reduces of ranks that wait for each other's flags: one-shot, two-shot, ring, staged.
+"""All-reduces of ranks that wait for each other's flags: one-shot, two-shot, ring, staged.
 
-Of p ranks with S bytes each, what one rank moves over its link, and how often it waits in a row:
+For p ranks with S bytes each, the bytes that a rank moves over its link, and its waits in sequence:
 
     protocol   bytes in        bytes out       waits       through slots
     one_shot   (p - 1) S       -               1           yes
@@ -8,9 +8,9 @@ Of p ranks with S bytes each, what one rank moves over its link, and how often i
     ring       2 (p - 1)/p S   -               2p - 1      no, and needs its two neighbours only
     staged     2 S             (p + 1)/p S     2           yes, in memory of the host
 
-One-shot is quickest where S is small: two-shot takes one wait more, and one-shot
-(p - 1)(1 - 2/p) S more bytes, so with a wait of 3 us and a link of 400 GB/s they meet at 0.8 MB
-for p = 4 and 0.23 MB for p = 8. Neither constant was measured here.
+One-shot is fastest where S is small: two-shot has one wait more, and one-shot moves
+(p - 1)(1 - 2/p) S more bytes, so with a wait of 3 us and a link of 400 GB/s they cross over at
+0.8 MB for p = 4 and 0.23 MB for p = 8. Neither constant was measured here.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ __all__ = ["PROTOCOLS", "chain", "one_shot", "ring", "staged", "two_shot"]
 
 @functools.cache
 def one_shot(num_ranks: int) -> Protocol:
-    """Return the all-reduce where every rank shows a copy, and reads those of all others.
+    """Return the all-reduce in which every rank publishes a copy, and reads those of all others.
 
-    The copy lies in the rank's slot. A rank writes to it again two calls later, having waited for
-    all others in between: they have read it by then. So no rank waits at the end.
+    The copy lies in the rank's slot. A rank overwrites it two calls later, after a wait for all
+    others in the call between: they have read it by then. So no rank waits at the end.
     """
 
     def rows(rank: int) -> tuple[Row, ...]:
@@ -46,7 +46,7 @@ def one_shot(num_ranks: int) -> Protocol:
             Combine(0, (BufferRole("input", rank),), (BufferRole("slot", rank),), False),
             Signal(peers, 1),
             Wait(peers, 1),
-            Combine(0, _everywhere("slot", num_ranks), (BufferRole("output", rank),), True),
+            Combine(0, _on_every_rank("slot", num_ranks), (BufferRole("output", rank),), True),
         )
 
     return _protocol("one_shot", num_ranks, 1, 1, rows)
@@ -54,24 +54,24 @@ def one_shot(num_ranks: int) -> Protocol:
 
 @functools.cache
 def two_shot(num_ranks: int) -> Protocol:
-    """Return the all-reduce where rank r combines part r of all inputs and stores it to all.
+    """Return the all-reduce in which rank r combines part r of all inputs and stores it to all.
 
-    Nobody else touches part r anywhere, so it works in place. The first wait says that all inputs
-    are there and all outputs free; the second, that all parts have come.
+    No other rank touches part r, so it works in place. After the first wait all inputs are ready
+    and all outputs free; after the second all parts are complete.
     """
-    return _owners("two_shot", [[*range(num_ranks)]] * num_ranks)
+    return _owner_combines("two_shot", [[*range(num_ranks)]] * num_ranks)
 
 
 @functools.cache
 def chain(num_ranks: int) -> Protocol:
-    """Return the two-shot whose additions have the order of the ring's, in registers.
+    """Return the two-shot all-reduce with the ring's order of additions, in registers.
 
-    A ring would round half types at each step. This gives the sum that it would have without.
+    A ring would round half types at each step; this gives its sum without these roundings.
     """
-    return _owners("chain", ring_of_steps.chains(num_ranks))
+    return _owner_combines("chain", ring_of_steps.chains(num_ranks))
 
 
-def _owners(name: str, orders: list[list[int]]) -> Protocol:
+def _owner_combines(name: str, orders: list[list[int]]) -> Protocol:
     num_ranks = len(orders)
 
     def rows(rank: int) -> tuple[Row, ...]:
@@ -80,7 +80,7 @@ def _owners(name: str, orders: list[list[int]]) -> Protocol:
         return (
             Signal(peers, 1),
             Wait(peers, 1),
-            Combine(rank, sources, _everywhere("output", num_ranks), True),
+            Combine(rank, sources, _on_every_rank("output", num_ranks), True),
             Signal(peers, 2),
             Wait(peers, 2),
         )
@@ -90,11 +90,11 @@ def _owners(name: str, orders: list[list[int]]) -> Protocol:
 
 @functools.cache
 def ring(num_ranks: int) -> Protocol:
-    """Return schedules/ring.py by flags: every rank pulls from its left-hand neighbour.
+    """Return the ring of schedules/ring.py: every rank pulls from its left-hand neighbour.
 
-    That a chunk may be overwritten in the second half needs no flag: the completed chunk can only
-    come after it was read, because it contains what was read. At the end a rank waits until its
-    right-hand neighbour has read the last chunk.
+    The overwriting of a chunk in the second half needs no flag: the completed chunk can only come
+    after the old one was read, because it contains that contribution. At the end a rank waits
+    until its right-hand neighbour has read the last chunk.
     """
     if num_ranks == 1:
         return two_shot(1)._replace(name="ring")
@@ -102,32 +102,32 @@ def ring(num_ranks: int) -> Protocol:
 
     def rows(rank: int) -> tuple[Row, ...]:
         left, right = (rank - 1) % num_ranks, (rank + 1) % num_ranks
-        found: list[Row] = []
+        own_rows: list[Row] = []
         for tick, steps in enumerate(ticks):
             step = next(step for step in steps if step.target == rank)
-            shown: Memory = "output" if tick else "input"
+            memory: Memory = "output" if tick else "input"
             own = (BufferRole("input", rank),) if step.accumulate else ()
-            found += [
+            own_rows += [
                 Signal((right,), tick + 1),
                 Wait((left,), tick + 1),
                 Combine(
                     step.chunk,
-                    (*own, BufferRole(shown, step.source)),
+                    (*own, BufferRole(memory, step.source)),
                     (BufferRole("output", rank),),
                     tick == num_ranks - 2,
                 ),
             ]
         last = len(ticks) + 1
-        return (*found, Signal((left,), last), Wait((right,), last))
+        return (*own_rows, Signal((left,), last), Wait((right,), last))
 
     return _protocol("ring", num_ranks, num_ranks, len(ticks) + 1, rows)
 
 
 @functools.cache
 def staged(num_ranks: int) -> Protocol:
-    """Return the all-reduce of ranks that reach no memory but their own and the slots.
+    """Return the all-reduce of ranks that can access only their own memory and the slots.
 
-    The slots then lie in memory of the host. Rank r combines part r of all slots into its own.
+    The slots then lie in host memory. Rank r combines part r of all slots into its own.
     """
 
     def rows(rank: int) -> tuple[Row, ...]:
@@ -141,7 +141,7 @@ def staged(num_ranks: int) -> Protocol:
             *(Combine(part, (BufferRole("input", rank),), own, False) for part in range(num_ranks)),
             Signal(peers, 1),
             Wait(peers, 1),
-            Combine(rank, _everywhere("slot", num_ranks), own, True),
+            Combine(rank, _on_every_rank("slot", num_ranks), own, True),
             Signal(peers, 2),
             Wait(peers, 2),
             *collected,
@@ -166,17 +166,17 @@ def _protocol(
     num_stages: int,
     rows: Callable[[int], tuple[Row, ...]],
 ) -> Protocol:
-    """Return the protocol of these rows; where there is nobody to tell, nobody is told."""
-    told = (
+    """Return the protocol of these rows, without signals to and waits for no rank."""
+    needed = (
         tuple(row for row in rows(rank) if isinstance(row, Combine) or row.ranks)
         for rank in range(num_ranks)
     )
-    return Protocol(name, num_parts, num_stages, tuple(told))
+    return Protocol(name, num_parts, num_stages, tuple(needed))
 
 
 def _peers(rank: int, num_ranks: int) -> tuple[int, ...]:
     return tuple(peer for peer in range(num_ranks) if peer != rank)
 
 
-def _everywhere(memory: Memory, num_ranks: int) -> tuple[BufferRole, ...]:
+def _on_every_rank(memory: Memory, num_ranks: int) -> tuple[BufferRole, ...]:
     return tuple(BufferRole(memory, rank) for rank in range(num_ranks))

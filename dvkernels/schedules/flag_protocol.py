@@ -1,13 +1,13 @@
-"""What ranks do that share memory and tell each other by flags: rows of data.
+"""Protocols of ranks that share memory and synchronize by flags, as rows of data.
 
 Every rank runs its rows in order, at its own pace. A flag has one writer and one reader, and only
 grows: in a call whose first epoch is ``e``, ``Signal(ranks, stage)`` raises the caller's flag at
-each of ``ranks`` to ``e + stage``, and ``Wait(ranks, stage)`` goes on when the flags of ``ranks``
-have come that far. The next call begins at ``e + num_stages``, so no flag is ever reset, and what
-an earlier call left behind is too small to be mistaken for news.
+each of ``ranks`` to ``e + stage``, and ``Wait(ranks, stage)`` waits until the flags of ``ranks``
+are at least that. The next call begins at ``e + num_stages``, so no flag is ever reset, and the
+values of an earlier call are too small to end a wait.
 
-The slots of a communicator alternate from call to call (``NUM_SLOTS``): what a slow rank still
-reads in one call is not overwritten in the next.
+The slots of a communicator alternate from call to call (``NUM_SLOTS``): data that a slow rank
+still reads in one call is not overwritten in the next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Memory = Literal["input", "output", "slot"]  # in place, output and input are th
 
 
 class BufferRole(NamedTuple):
-    """Memory of a rank: what it contributes, where its result goes, or its slot of this call."""
+    """Memory of a rank: its contribution, its result, or its slot of this call."""
 
     memory: Memory
     rank: int
@@ -34,8 +34,8 @@ class BufferRole(NamedTuple):
 class Combine(NamedTuple):
     """Combine one part of the sources, left to right, and store it to every target.
 
-    Of one source that is a copy. ``completes`` marks the row after which the part is the result:
-    a mean divides there.
+    A single source is copied. ``completes`` marks the row that completes the part's result: a
+    mean divides there.
     """
 
     part: int
@@ -49,7 +49,7 @@ class Combine(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """Tell ``ranks`` that all rows before this one are done, with all they read and wrote."""
+    """Signal to ``ranks`` that the reads and writes of all rows before this one are done."""
 
     ranks: tuple[int, ...]
     stage: int
@@ -59,7 +59,7 @@ class Signal(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Go on when each of ``ranks`` has signalled ``stage``, or a later one."""
+    """Wait until each of ``ranks`` has signalled ``stage``, or a later one."""
 
     ranks: tuple[int, ...]
     stage: int
@@ -72,7 +72,7 @@ Row = Combine | Signal | Wait
 
 
 class Protocol(NamedTuple):
-    """The rows of every rank, into how many parts they cut a buffer, and how far flags rise."""
+    """The rows of every rank, the number of parts of a buffer, and the stages of the flags."""
 
     name: str
     num_parts: int
@@ -81,25 +81,25 @@ class Protocol(NamedTuple):
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks take part."""
+        """Number of ranks."""
         return len(self.rows)
 
     @property
     def uses_slots(self) -> bool:
-        """Whether data passes through slots, which bounds what one call can take."""
+        """Whether data passes through slots, whose size bounds the bytes of a call."""
         return any(
-            place.memory == "slot"
+            target.memory == "slot"
             for rows in self.rows
             for row in rows
             if isinstance(row, Combine)
-            for place in row.targets
+            for target in row.targets
         )
 
     def in_order(self) -> Iterator[tuple[int, int]]:
-        """Yield (rank, number of a row) so that nobody waits: signals come before their waits.
+        """Yield (rank, index of a row) in an order in which signals come before their waits.
 
-        So one thread can run the protocol, launch by launch. Raises ``ValueError`` where there is
-        no such order, because then the ranks would wait for each other forever.
+        In it, one thread can run the protocol, launch by launch. Raise ``ValueError`` where there
+        is no such order: the ranks would wait for each other forever.
         """
         raised: dict[tuple[int, int], int] = {}  # (writer, reader) -> stage
         at = [0] * self.num_ranks

@@ -1,8 +1,8 @@
-"""Which protocol a reduction between devices takes: decided from who reaches whose memory.
+"""Selection of the protocol of a reduction between devices, by their peer access.
 
 Ranks may wait for each other's flags only where each has a device of its own: two launches on one
-device need not run at the same time. Else, and where the slots lie in memory of the host, the same
-rows are launched one by one, and events stand for flags.
+device need not run at the same time. Else, and where the slots lie in host memory, the same rows
+are launched one by one, and events take the place of flags.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from dvkernels.errors import DeviceError
 from dvkernels.schedules import flag_all_reduce
 from dvkernels.schedules.flag_protocol import Protocol
 
-__all__ = ["Reach", "Route", "choose", "meeting_nbytes", "ring_order"]
+__all__ = ["AccessMatrix", "Route", "choose", "crossover_nbytes", "ring_order"]
 
-# reach[r][q]: whether the device of rank r can read and write memory of that of rank q.
-Reach = Sequence[Sequence[bool]]
+# reach[r][q]: whether the device of rank r can read and write memory of the device of rank q.
+AccessMatrix = Sequence[Sequence[bool]]
 
-# What a wait costs and what a link moves, on NVLink of the fourth generation: published figures
-# (see measuring between GPUs in docs/explanation/between-gpus.md), not measured here.
+# Time of a wait and rate of a link, on NVLink of the fourth generation: published figures (see
+# measuring between GPUs in docs/explanation/between-gpus.md), not measured here.
 _WAIT_SECONDS = 3e-6
 _LINK_RATE = 400e9
 
 
 class Route(NamedTuple):
-    """How a reduction goes: the protocol, the ranks in its order, and where its slots lie."""
+    """Choice for a reduction: the protocol, the ranks in its order, and the memory of its slots."""
 
     make: Callable[[int], Protocol]
-    order: tuple[int, ...]  # which rank is the first, second, ... of the protocol
-    waits: bool  # in the kernel, on flags; else launch by launch, with events
+    order: tuple[int, ...]  # the first, second, ... rank of the protocol
+    waits: bool  # True: kernels wait on flags; False: launch by launch, with events
     slots: Literal["device", "host"] = "device"
 
 
 def choose(
-    reach: Reach,
+    reach: AccessMatrix,
     devices: Sequence[int],
     nbytes: int,
     algorithm: str = "auto",
     *,
     is_half: bool = False,
-    shows_buffers: bool = True,
+    buffers_reachable: bool = True,
     is_captured: bool = False,
 ) -> Route:
-    """Return the route of an all-reduce of ``nbytes`` a rank.
+    """Return the route of an all-reduce of ``nbytes`` per rank.
 
     Parameters
     ----------
-    reach : Reach
-        Who can use whose memory; a device reaches its own.
+    reach : AccessMatrix
+        Access of each rank's device to the memory of each other's; a device reaches its own.
     devices : sequence of int
         The device of each rank.
     nbytes : int
@@ -57,18 +57,18 @@ def choose(
     algorithm : {"auto", "direct", "ring"}
         ``"direct"`` adds left to right. So does ``"auto"``, unless only a ring is possible.
     is_half : bool
-        Whether a ring would round at each step, and so must not be one.
-    shows_buffers : bool
-        Whether devices that reach each other reach these buffers too: memory of some pools is
+        Whether the dtype is a half type, which a ring would round at each step.
+    buffers_reachable : bool
+        Whether devices with peer access can also access these buffers: memory of some pools is
         open to its own device only.
     is_captured : bool
-        Whether the launches become part of a graph. Its replays would all bring the same epochs,
-        and use the same slot, so a route with flags or slots is not taken.
+        Whether the launches are captured into a graph. Its replays would all have the same epochs
+        and the same slot, so no route with flags or slots is chosen.
 
     Raises
     ------
     DeviceError
-        Captured, and there is no way without slots.
+        The launches are captured, and there is no route without slots.
 
     Examples
     --------
@@ -81,9 +81,9 @@ def choose(
     num_ranks = len(devices)
     ranks = tuple(range(num_ranks))
     waits = len({*devices}) == num_ranks and not is_captured
-    small = nbytes <= meeting_nbytes(num_ranks) and not is_captured
+    small = nbytes <= crossover_nbytes(num_ranks) and not is_captured
     if all(all(row) for row in reach):
-        if not shows_buffers:
+        if not buffers_reachable:
             if is_captured:
                 _raise_captured("their memory is of a pool that is closed to other GPUs")
             return Route(
@@ -93,10 +93,10 @@ def choose(
             return Route(flag_all_reduce.chain if is_half else flag_all_reduce.ring, ranks, waits)
         return Route(flag_all_reduce.one_shot if small else flag_all_reduce.two_shot, ranks, waits)
     order = ring_order(reach)
-    if order is not None and algorithm != "direct" and shows_buffers and not is_half:
-        # A rank reads its left-hand neighbour, and stores flags into memory of both.
-        tells = all(reach[order[place - 1]][rank] for place, rank in enumerate(order))
-        return Route(flag_all_reduce.ring, order, waits and tells)
+    if order is not None and algorithm != "direct" and buffers_reachable and not is_half:
+        # A rank reads memory of its left-hand neighbour, and stores flags into memory of both.
+        can_signal = all(reach[order[k - 1]][rank] for k, rank in enumerate(order))
+        return Route(flag_all_reduce.ring, order, waits and can_signal)
     if is_captured:
         _raise_captured("these GPUs do not reach each other's memory")
     return Route(flag_all_reduce.staged, ranks, False, "host")
@@ -110,12 +110,12 @@ def _raise_captured(why: str) -> NoReturn:
     )
 
 
-def meeting_nbytes(num_ranks: int) -> int:
-    """Return up to how many bytes one-shot is the quicker one.
+def crossover_nbytes(num_ranks: int) -> int:
+    """Return the bytes up to which one-shot is faster than two-shot.
 
-    (p - 1) S / rate = wait + 2 (p - 1)/p S / rate, solved for S; of two ranks they move the same.
+    It solves (p - 1) S / rate = wait + 2 (p - 1)/p S / rate for S; of two ranks both move the same.
 
-    >>> meeting_nbytes(4), meeting_nbytes(8)
+    >>> crossover_nbytes(4), crossover_nbytes(8)
     (800000, 228571)
     """
     if num_ranks <= 2:
@@ -123,11 +123,11 @@ def meeting_nbytes(num_ranks: int) -> int:
     return round(_WAIT_SECONDS * _LINK_RATE / ((num_ranks - 1) * (1 - 2 / num_ranks)))
 
 
-def ring_order(reach: Reach) -> tuple[int, ...] | None:
-    """Return the ranks in an order where each reaches the one before it, and the first the last.
+def ring_order(reach: AccessMatrix) -> tuple[int, ...] | None:
+    """Return the ranks in an order in which each reaches its predecessor, the first the last.
 
-    None where there is no such ring. Tried one after another: of 16 ranks that is quick where
-    there are rings, and where some rank reaches nobody.
+    None where there is no such ring. The search backtracks: for 16 ranks it is fast where there
+    are rings, and where some rank reaches no other.
     """
     num_ranks = len(reach)
     if not all(any(reach[r][q] for q in range(num_ranks) if q != r) for r in range(num_ranks)):

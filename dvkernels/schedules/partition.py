@@ -1,4 +1,4 @@
-"""How a length is split into parts: as evenly as it goes, larger parts first."""
+"""Partition of a length into parts whose lengths differ by at most one, larger parts first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["bounds", "parts", "start", "starts", "widths"]
 
 
 def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
-    """Return where part ``part`` of ``num_parts`` starts and stops.
+    """Return the start and the stop of part ``part`` of ``num_parts``.
 
     >>> [bounds(10, 4, part) for part in range(4)]
     [(0, 3), (3, 6), (6, 8), (8, 10)]
@@ -22,7 +22,7 @@ def bounds(length: int, num_parts: int, part: int) -> tuple[int, int]:
 
 
 def widths(length: int, num_parts: int) -> tuple[int, int]:
-    """Return the length of the smaller parts, and how many parts have one more.
+    """Return the length of the smaller parts, and the number of parts that are longer by one.
 
     >>> widths(10, 4)
     (2, 2)
@@ -31,17 +31,17 @@ def widths(length: int, num_parts: int) -> tuple[int, int]:
 
 
 def start(small: int, num_larger: int, part: int) -> int:
-    """Return where a part starts: bare arithmetic, which kernels compile for themselves.
+    """Return the start of a part: bare arithmetic, which kernels compile for themselves.
 
     >>> [start(2, 2, part) for part in range(5)]
     [0, 3, 6, 8, 10]
     """
-    # Before this part lie `part` small ones, and one more element for each larger one of them.
+    # `part` parts precede it, each of length `small`, the larger ones of one element more.
     return part * small + min(part, num_larger)
 
 
 def parts(length: int, num_parts: int) -> list[tuple[int, int]]:
-    """Return where each part starts and stops.
+    """Return the start and the stop of each part.
 
     >>> parts(5, 2)
     [(0, 3), (3, 5)]
@@ -50,7 +50,7 @@ def parts(length: int, num_parts: int) -> list[tuple[int, int]]:
 
 
 def starts(counts: Iterable[int]) -> list[int]:
-    """Return where each of several runs of given lengths starts, and where the last one stops.
+    """Return the start of each of several consecutive runs, and the stop of the last one.
 
     >>> starts([2, 1, 3])
     [0, 2, 3, 6]

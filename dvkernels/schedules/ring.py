@@ -1,4 +1,4 @@
-"""The ring all-reduce as data: reduce-scatter, then all-gather, over the same neighbours."""
+"""Schedule of the ring all-reduce: reduce-scatter, then all-gather, between ring neighbours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Step", "all_reduce", "chains"]
 
 
 class Step(NamedTuple):
-    """One transfer: ``chunk`` goes from rank ``source`` to ``target``, added there or copied."""
+    """One transfer of ``chunk`` from rank ``source`` to ``target``, which adds or copies it."""
 
     chunk: int
     source: int
@@ -38,15 +38,15 @@ def all_reduce(num_ranks: int) -> Iterator[list[Step]]:
 
 
 def chains(num_ranks: int) -> list[list[int]]:
-    """Return, for each chunk, the ranks in the order in which the ring adds theirs.
+    """Return, for each chunk, the ranks in the order in which the ring adds their contributions.
 
     >>> chains(3)
     [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
     """
-    found: list[list[int]] = [[] for _ in range(num_ranks)]
+    chains_of_chunks: list[list[int]] = [[] for _ in range(num_ranks)]
     for tick in all_reduce(num_ranks):
         for step in tick:
             if step.accumulate:
-                chain = found[step.chunk]
+                chain = chains_of_chunks[step.chunk]
                 chain += (step.source, step.target) if not chain else (step.target,)
-    return [chain or [chunk] for chunk, chain in enumerate(found)]
+    return [chain or [chunk] for chunk, chain in enumerate(chains_of_chunks)]

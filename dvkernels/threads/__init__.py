@@ -1,4 +1,4 @@
-"""Threads that neither an interrupt, nor a fork, nor the end of the program breaks.
+"""Threads and calls that interrupts, forks and the end of the program leave intact.
 
 Imports: deadlines.
 """

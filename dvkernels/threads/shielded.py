@@ -1,8 +1,9 @@
-"""Work that Ctrl-C cannot leave half done: another thread does it, and the caller waits.
+"""Calls shielded from Ctrl-C: another thread makes them, and the caller waits.
 
 CPython raises ``KeyboardInterrupt`` in the main thread, at the entry of any function and after any
-call. What has begun there may end anywhere, its ``except`` and ``finally`` clauses included. So
-whatever must be whole or undone is sent on an errand, and the main thread has nothing to clean up.
+call: code may stop anywhere there, inside its ``except`` and ``finally`` clauses as well. So a call
+that must be complete or undone is made by another thread, and the main thread has nothing to clean
+up.
 """
 
 from __future__ import annotations
@@ -22,60 +23,61 @@ __all__: list[str] = []
 
 _T = TypeVar("_T")
 
-# After so long a thread that was started is taken for one that never ran, for want of memory.
-_SECONDS_TO_BEGIN = 0.5
+# A thread that has not begun after this time is assumed never to run, for lack of memory.
+_BEGIN_SECONDS = 0.5
 
 
 class Cancelled(BaseException):
-    """The caller was interrupted, and wants no more of what it sent for."""
+    """Raised inside a shielded call whose caller was interrupted."""
 
 
 class ShieldedCall:
-    """A call that is made once, by whichever thread comes first.
+    """A call that is made once, by the first thread to run it.
 
     Parameters
     ----------
-    act : callable
-    is_whole : bool
-        Once begun it is not to be cancelled.
+    function : callable
+        Called without arguments.
+    is_atomic : bool
+        Whether the call, once begun, cannot be cancelled.
     """
 
-    def __init__(self, act: Callable[[], Any], *, is_whole: bool = False) -> None:
-        self._act = act
-        self._is_whole = is_whole
+    def __init__(self, function: Callable[[], Any], *, is_atomic: bool = False) -> None:
+        self._function = function
+        self._is_atomic = is_atomic
         self._context = contextvars.copy_context()
         self._pid = os.getpid()
-        self._doers: dict[None, int] = {}  # one at most: the thread that said so first
+        self._runners: dict[None, int] = {}  # at most one: the first thread to enter itself
         self.done = Latch()
         self.result: Any = None
         self.error: BaseException | None = None
         self._is_cancelled = False
 
     def start(self, prepare: Callable[[], object] = object) -> None:
-        """Let a thread do it that the end of the program waits for; where there is none, do it.
+        """Run the call on a thread that the end of the program waits for, after ``prepare()``.
 
-        The thread calls ``prepare`` first.
+        Where no thread can be started, run it here.
         """
 
-        def work() -> None:
+        def run_in_thread() -> None:
             prepare()
-            self.do()
+            self.run()
 
         def start() -> None:
             try:
-                threading.Thread(target=work, name="dvkernels-errand").start()
+                threading.Thread(target=run_in_thread, name="dvkernels-shielded-call").start()
             except (RuntimeError, MemoryError):
-                work()
+                run_in_thread()
 
         try:
             _thread.start_new_thread(start, ())
         except (RuntimeError, MemoryError):
-            self.do()
+            self.run()
 
-    def do(self) -> None:
-        """Do it, unless another thread does or has."""
+    def run(self) -> None:
+        """Make the call, unless another thread is making it or has made it."""
         own = threading.get_ident()
-        if self.done.is_open or self._doers.setdefault(None, own) != own:  # atomic
+        if self.done.is_open or self._runners.setdefault(None, own) != own:  # atomic
             return
         try:
             if self._is_cancelled:
@@ -87,27 +89,27 @@ class ShieldedCall:
             self.done.open()
 
     def wait(self) -> None:
-        """Return when it is done. If nobody has begun, or can, the caller does it."""
-        while not self.done.wait(_SECONDS_TO_BEGIN):
-            doer = self._doers.get(None)
-            if doer is None or doer == threading.get_ident():
-                self.do()
-            elif self._pid != os.getpid() or doer not in sys._current_frames():
-                self.error = RuntimeError("the thread that was at work on it is gone")
+        """Wait until the call is done. If no thread has begun it, or can, make it here."""
+        while not self.done.wait(_BEGIN_SECONDS):
+            runner = self._runners.get(None)
+            if runner is None or runner == threading.get_ident():
+                self.run()
+            elif self._pid != os.getpid() or runner not in sys._current_frames():
+                self.error = RuntimeError("the thread that made a shielded call is gone")
                 self.done.open()
 
     def cancel(self) -> None:
-        """Let it end as soon as may be; what nobody has begun is not done at all."""
+        """Let the call end at its next ``check``; if it has not begun, it will not be made."""
         self._is_cancelled = True
-        self.do()
+        self.run()
 
     def check(self) -> None:
-        """Raise :class:`Cancelled` if it is to end."""
-        if self._is_cancelled and not self._is_whole:
+        """Raise :class:`Cancelled` if the call is cancelled and not atomic."""
+        if self._is_cancelled and not self._is_atomic:
             raise Cancelled
 
     def outcome(self) -> Any:
-        """Return the result, or raise the error."""
+        """Return the result of the call, or raise its error."""
         error, self.error = self.error, None
         if error is None:
             return self.result
@@ -118,61 +120,61 @@ class ShieldedCall:
 
     def _call(self) -> Any:
         _current.set(self)
-        return self._act()
+        return self._function()
 
 
 _current: contextvars.ContextVar[ShieldedCall | None] = contextvars.ContextVar(
-    "errand", default=None
+    "shielded_call", default=None
 )
 
 
 def current() -> ShieldedCall | None:
-    """Return the errand that this thread is on."""
+    """Return the shielded call that this thread is making, if any."""
     return _current.get()
 
 
 def beyond_interrupts(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Return what a function returns, called where no interrupt reaches it.
+    """Call a function on a thread that no interrupt reaches, and return its result.
 
-    Ctrl-C in the midst of an import leaves a package half imported, and in the midst of a
-    compilation a lock taken. An interrupt ends the wait, and the function goes on to its end.
+    Ctrl-C during an import would leave a package half imported, and during a compilation a lock
+    taken. An interrupt ends the wait of the caller; the function runs to its end.
     """
     if threading.get_ident() != threading.main_thread().ident:
         return function(*arguments)
-    errand = ShieldedCall(functools.partial(function, *arguments))
-    errand.start()
-    errand.wait()
-    return cast("_T", errand.outcome())
+    call = ShieldedCall(functools.partial(function, *arguments))
+    call.start()
+    call.wait()
+    return cast("_T", call.outcome())
 
 
-def uninterrupted(act: Callable[[], Any], *, is_whole: bool = False) -> Any:
-    """Return ``act()``, called where no interrupt reaches it.
+def uninterrupted(function: Callable[[], Any], *, is_atomic: bool = False) -> Any:
+    """Call a function on a thread that no interrupt reaches, and return its result.
 
-    An interrupt cancels it, and is raised when it has ended. If it ``is_whole``, an interrupt lets
-    it come to its own end, or not begin.
+    An interrupt cancels the call, and is raised when the call has ended. An atomic call is not
+    cancelled once it has begun.
     """
     if threading.get_ident() != threading.main_thread().ident:
-        return act()
-    errand = ShieldedCall(act, is_whole=is_whole)
+        return function()
+    call = ShieldedCall(function, is_atomic=is_atomic)
     interrupt: BaseException | None = None
-    is_sent = False
+    is_started = False
     while True:
         try:
-            if errand.done.is_open:
+            if call.done.is_open:
                 break
-            if not is_sent:
-                is_sent = True
+            if not is_started:
+                is_started = True
                 try:
-                    _thread.start_new_thread(errand.do, ())
-                except (RuntimeError, MemoryError):  # no thread is to be had
-                    errand.do()
-            errand.wait()
+                    _thread.start_new_thread(call.run, ())
+                except (RuntimeError, MemoryError):  # no thread can be started
+                    call.run()
+            call.wait()
         except BaseException as error:
             interrupt = error
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                errand.cancel()
+                call.cancel()
             except BaseException:
-                pass  # it is raised already
+                pass  # the first interrupt is raised below
     if interrupt is not None:
-        raise interrupt from errand.error
-    return errand.outcome()
+        raise interrupt from call.error
+    return call.outcome()

@@ -1,4 +1,4 @@
-"""Threads that the end of the program stops and waits for."""
+"""Stoppable daemon threads, which the end of the program stops and waits for."""
 
 from __future__ import annotations
 
@@ -8,82 +8,82 @@ import threading
 import time
 from collections.abc import Callable
 
-from dvkernels.threads import thread as threads
+from dvkernels.threads import thread
 
 __all__: list[str] = []
 
-_END_SECONDS = 5.0  # that the end of the program waits for all of them
-_GRACE_SECONDS = 1.0  # of these, until what they do is interrupted
-_NAP_SECONDS = 0.1
+_END_SECONDS = 5.0  # the most that the end of the program waits for all of them
+_GRACE_SECONDS = 1.0  # of these, before the threads are interrupted
+_POLL_SECONDS = 0.1
 
 
 class StoppableThread:
-    """A daemon thread that is told to stop, and waited for, before the interpreter ends.
+    """Daemon thread that is stopped, and waited for, before the interpreter ends.
 
-    An interpreter that ends takes its daemon threads with it wherever they are, and inside foreign
-    C++ (optree, a user's library) that aborts the process, whatever its exit status was to be. A
-    thread that is no daemon would hold up the end for as long as user code pleases.
+    The end of the interpreter kills daemon threads wherever they are, and inside foreign C++
+    (optree, a user's library) that aborts the process, whatever its exit status should be. A
+    thread that is not a daemon would delay the end for as long as user code runs.
 
     Parameters
     ----------
     work : callable
-        Given the latch ``stop``; returns soon after that is open.
+        Called with the latch ``stop``; returns soon after it is opened.
     name : str
-        Of the thread.
+        Name of the thread.
     wake : callable, optional
-        Ends a wait of ``work`` once ``stop`` is open.
+        Ends a wait of ``work`` after ``stop`` is opened.
     """
 
     def __init__(
         self,
-        work: Callable[[threads.Latch], None],
+        work: Callable[[thread.Latch], None],
         name: str,
         wake: Callable[[], object] | None = None,
     ) -> None:
-        self.has_ended = threads.Latch()
-        self._stop = threads.Latch()
+        self.has_ended = thread.Latch()
+        self._stop = thread.Latch()
         self._work = work
         self._wake = wake
         self._pid = os.getpid()
-        self._thread = threads.Thread(target=self._run, name=name, daemon=True)
+        self._thread = thread.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start; ``RuntimeError`` if there are no means for a thread.
+        """Start the thread; raise ``RuntimeError`` if no thread can be started.
 
-        After an interrupt it may have started: ``work`` should look whether its owner still lives.
+        After an interrupt it may have started: ``work`` should check that its owner still exists.
         """
         try:
             _running.add(self)
-            threads.start([self._thread])
+            thread.start([self._thread])
         except Exception:
             _running.discard(self)
             raise
 
     @property
     def is_here(self) -> bool:
-        """Whether this process is the one that started it, and not a fork of that."""
+        """Whether this process created the thread, and is not a fork of that process."""
         return self._pid == os.getpid()
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is or was such a thread."""
+        """Whether the thread was started."""
         return self._thread.ident is not None
 
     @property
     def is_stopping(self) -> bool:
-        """Whether it has been told to stop."""
+        """Whether ``stop`` has been called."""
         return self._stop.is_open
 
     def stop(self) -> None:
-        """Tell it to stop, and do not wait."""
+        """Signal the thread to stop, without waiting for it."""
         self._stop.open()
         if self._wake is not None:
             self._wake()
 
     def wait(self, seconds: float) -> bool:
-        """Return whether it has ended, at the latest after so many seconds.
+        """Wait until the thread has ended; return whether it did within so many seconds.
 
-        ``Thread.join`` would take an interrupt of the wait for the end of the thread.
+        ``Thread.join`` would mistake an interrupt of the wait for the end of the thread.
         """
         is_myself = self._thread.ident == threading.get_ident()
         return not self.is_here or is_myself or self.has_ended.wait(seconds)
@@ -96,7 +96,7 @@ class StoppableThread:
             self.has_ended.open()
 
     def _interrupt(self) -> None:
-        """Raise ``SystemExit`` in it as soon as it runs Python code."""
+        """Raise ``SystemExit`` in the thread as soon as it runs Python code."""
         import ctypes
 
         ident = ctypes.c_ulong(self._thread.ident or 0)
@@ -104,25 +104,25 @@ class StoppableThread:
 
 
 _running: set[StoppableThread] = set()
-is_over = False  # whether the program is, so that a daemon thread of the user's waits in vain
+is_over = False  # whether the program is ending, and these threads with it
 
 
 def _end_all() -> None:
-    """Stop all that run, and wait; leave behind what some system call holds for good."""
+    """Stop all running threads and wait for them; give up on those that a system call blocks."""
     global is_over
     is_over = True
     began = time.monotonic()
-    ours = [thread for thread in _running.copy() if thread.is_here and thread.has_begun]
-    for thread in ours:
-        thread.stop()
-    for thread in ours:
-        while not thread.wait(_NAP_SECONDS):
+    own = [running for running in _running.copy() if running.is_here and running.has_begun]
+    for running in own:
+        running.stop()
+    for running in own:
+        while not running.wait(_POLL_SECONDS):
             seconds = time.monotonic() - began
             if seconds > _END_SECONDS:
                 return
             if seconds > _GRACE_SECONDS:
-                thread._interrupt()
+                running._interrupt()
 
 
-# Here threads still run as ever, and those of the user that are no daemons have ended.
+# At exit, daemon threads still run, and the user's threads that are not daemons have ended.
 atexit.register(_end_all)

@@ -1,4 +1,4 @@
-"""What the contract of the kernels promises beyond values: errors, bits, threads, forks."""
+"""Contract of the kernels: values, errors, bits, threads, forks."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def read_only(array: Any) -> Any:
 
 
 def reference(buffers: list[Any], op: str) -> Any:
-    """Left to right in NumPy, the half types in float32 and rounded once."""
+    """Reduce left to right in NumPy, the half types in float32 and rounded once."""
     dtype = buffers[0].dtype
     with np.errstate(all="ignore"):
         wide = [b.astype("f4") if dtype in HALVES else b for b in buffers]
@@ -255,7 +255,7 @@ def test_tuples_numpy_integers_and_any_shape(name: str, shape: Any) -> None:
 
 
 @each(FUNCTIONS)
-def test_an_iterable_that_ends_is_taken_whole_or_refused(name: str) -> None:
+def test_an_iterator_of_buffers_is_consumed_or_refused(name: str) -> None:
     buffers, twin = fresh(), fresh()
     before = [buffer.tobytes() for buffer in buffers]
     try:
@@ -268,7 +268,7 @@ def test_an_iterable_that_ends_is_taken_whole_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_OUT)
-def test_an_iterable_as_out_is_taken_whole_or_refused(name: str) -> None:
+def test_an_iterator_as_out_is_consumed_or_refused(name: str) -> None:
     buffers = fresh()
     expected = FUNCTIONS[name](fresh())
     out = [np.empty_like(one) for one in expected]
@@ -305,7 +305,7 @@ def test_new_arrays_are_new_even_for_one_replica(name: str, count: int) -> None:
 
 @each(FUNCTIONS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_what_is_no_buffer(name: str, count: int) -> None:
+def test_objects_that_are_not_buffers(name: str, count: int) -> None:
     function, last = FUNCTIONS[name], rf"replica {count - 1}\b"
     for wrong in ([1.0] * LENGTH, 1.0, None, "text", np.float32(1), np.ma.ones(LENGTH, "f4")):
         buffers = [*fresh(count - 1), wrong]
@@ -334,7 +334,7 @@ def test_buffers_that_differ(name: str) -> None:
 
 @each(REDUCERS)
 @pytest.mark.parametrize("length", [LENGTH, 0])
-def test_ops_and_dtypes_that_do_not_go_together(name: str, length: int) -> None:
+def test_ops_that_are_not_defined_for_a_dtype(name: str, length: int) -> None:
     function = REDUCERS[name]
     for op in ("median", "", None, 3, ["sum"], np.add, "sum "):
         refused(errors.ReduceOpError, "'sum'.*'prod'", function, fresh(shape=length), op)
@@ -475,7 +475,7 @@ def test_an_out_of_reduce_that_does_not_fit() -> None:
             assert kernels.reduce(buffers, out=buffers[place]).tolist() == sums
 
 
-def test_many_refuse_all_arrays_for_one() -> None:
+def test_all_reduce_many_touches_no_array_if_one_is_refused() -> None:
     call = kernels.all_reduce_many
     good = [fresh(), fresh(dtype="i4"), fresh(shape=(2, 3))]
     view = np.arange(30, dtype="f4")
@@ -577,7 +577,7 @@ def test_the_same_bits_in_every_run_with_any_number_of_threads() -> None:
 
 
 def _calls() -> dict[str, tuple[Any, list[Any]]]:
-    """Calls on fresh arrays, each with what it must return."""
+    """Return calls on fresh arrays, each with its expected result."""
     values = [np.random.default_rng(k).integers(-50, 50, 50_001).astype("f4") for k in range(3)]
     total, parts = np.sum(values, 0), [np.array_split(value, 3) for value in values]
 

@@ -1,4 +1,4 @@
-"""The laws of the kernels over shapes, strides, dtypes, operations and numbers of replicas."""
+"""Laws of the collectives over shapes, strides, dtypes, operations and numbers of replicas."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPS = {
     **{dtype: ("sum", "prod", "min", "max") for dtype in INTEGERS},
     np.dtype("?"): ("min", "max"),
 }
-# Given one by one: what Hypothesis draws from a long list leaves many out.
+# Parametrized: draws of Hypothesis from a long list leave many out.
 each_dtype = pytest.mark.parametrize("dtype", OPS, ids=str)
 each_moved = pytest.mark.parametrize(
     "dtype",
@@ -43,7 +43,7 @@ GUARD = 24  # elements before and after
 
 
 class Placed:
-    """An array inside a larger memory, with any strides; tells whether the rest was written."""
+    """Array with any strides inside a larger memory, whose rest must stay unwritten."""
 
     def __init__(self, shape: Any, dtype: Any, order: Any, steps: Any, signs: Any, shift: int):
         dtype = np.dtype(dtype)
@@ -87,7 +87,7 @@ SHAPES = st.one_of(
 
 
 def values_for(rng: Any, dtype: Any, op: str, shape: Any) -> Any:
-    """Whose reduction is exact in any order: in float32 for the half types, or modulo 2**bits."""
+    """Return values whose reduction is exact in any order: in float32, or modulo 2**bits."""
     if dtype.kind == "b":
         return rng.integers(0, 2, shape).astype(dtype)
     if dtype.kind in "iu":
@@ -102,12 +102,12 @@ def values_for(rng: Any, dtype: Any, op: str, shape: Any) -> Any:
     if op in ("min", "max"):
         values[values % 7 == 0] = np.nan
         values[values % 11 == 0] = np.inf * (1 if op == "min" else -1)
-        values[values == 0] = 1  # which zero is the smaller one is left open
+        values[values == 0] = 1  # the order of the two zeros is unspecified
     return values.astype(dtype)
 
 
 def expected(arrays: list[Any], op: str) -> Any:
-    """Left to right in NumPy; the half types in float32 and rounded once."""
+    """Reduce left to right in NumPy, the half types in float32 and rounded once."""
     dtype = arrays[0].dtype
     wide = [array.astype("f4") if dtype in HALVES else array for array in arrays]
     with np.errstate(all="ignore"):
@@ -121,7 +121,7 @@ def expected(arrays: list[Any], op: str) -> Any:
 def assert_is(array: Any, reference: Any, op: str = "") -> None:
     assert (array.dtype, array.shape) == (reference.dtype, reference.shape)
     if op in ("min", "max") or (op == "prod" and array.dtype.kind == "c"):
-        # Which NaN, and in complex products which zero, is left open.
+        # The NaN, and in complex products the sign of zeros, is unspecified.
         wide = "f8" if array.dtype in HALVES else array.dtype
         np.testing.assert_array_equal(array.astype(wide), reference.astype(wide))
     else:
@@ -147,7 +147,7 @@ def reductions(draw: Any, dtype: Any) -> Any:
     op = draw(st.sampled_from(OPS[dtype]))
     count = draw(st.integers(1, 9))
     if dtype.kind == "c" and op == "mean":
-        count = draw(st.sampled_from([1, 2, 4, 8]))  # where both ways to divide are exact
+        count = draw(st.sampled_from([1, 2, 4, 8]))  # where both divisions are exact
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = draw(SHAPES)
     return op, [values_for(rng, dtype, op, shape) for _ in range(count)]
@@ -252,7 +252,7 @@ def test_many_arrays_are_each_reduced(
 
 
 def noise(rng: Any, dtype: Any, shape: Any) -> Any:
-    """Any bytes that are a value of the dtype."""
+    """Return random bytes as values of the dtype."""
     if dtype.kind in "bU":
         return rng.integers(0, 2, shape).astype(dtype)
     raw = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
@@ -267,7 +267,7 @@ def joined(arrays: Any, axis: int = 0) -> Any:
 @each_moved
 @settings(max_examples=fewer(15), deadline=None)
 @given(st.integers(1, 9), SHAPES, st.integers(0, 2**32 - 1), st.data())
-def test_broadcast_and_all_to_all_move_the_very_bytes(
+def test_broadcast_and_all_to_all_copy_all_bytes(
     dtype: Any, count: int, shape: Any, seed: int, data: Any
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -339,7 +339,7 @@ def test_rounding_sums_keep_an_order(dtype: Any, count: int, length: int, seed: 
         (rng.standard_normal(length) * 4.0 ** rng.integers(-4, 5, length)).astype(dtype)
         for _ in range(count)
     ]
-    for op in ("sum", "mean"):  # direct: left to right, as its page promises; also in many
+    for op in ("sum", "mean"):  # direct and many: left to right, as documented
         direct, many = ([value.copy() for value in values] for _ in range(2))
         assert_alike(kernels.direct_all_reduce(direct, op), expected(values, op))
         kernels.all_reduce_many([many], op)

@@ -1,3 +1,5 @@
+"""Laws of the kernels over dtypes, lengths and numbers of replicas; overlaps."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import fewer, kernels
 
-# Few dtypes, because each kernel compiles for 0.3 s; sizes around the 128 bytes of one turn.
+# Few dtypes, because each kernel compiles for 0.3 s; sizes around the 128 bytes of an iteration.
 _CASES = st.tuples(
     st.sampled_from([("sum", "f4"), ("max", "f4"), ("sum", "i1"), ("mean", "f8")]),
     st.integers(1, 9),

@@ -130,7 +130,7 @@ class _Restore:
             self._workers, self._what, {path: name for name in lists for path in lists[name]}
         )
         load = self._reader.prepare_load(plan.loads)
-        uninterrupted(lambda: self._commit(plan, backup, load), is_whole=True)
+        uninterrupted(lambda: self._commit(plan, backup, load), is_atomic=True)
         return Restored(
             self._reader.path,
             self._reader.manifest.step,

@@ -110,7 +110,7 @@ class Save:
         """Create the staging folder, and number the shards of all workers."""
         with all_or_none.announcing_failures(self.workers, self._what):
             if self._is_chief:
-                uninterrupted(self._begin_transaction, is_whole=True)
+                uninterrupted(self._begin_transaction, is_atomic=True)
             counts = self.workers.exchange(len(self._groups))
         self._first_shard = sum(counts[: self.workers.rank])
 
@@ -130,14 +130,14 @@ class Save:
         parts: list[_Written] = all_or_none.run(self.workers, self._what, self._own_part)
         with all_or_none.announcing_failures(self.workers, self._what):
             if self._is_chief:
-                uninterrupted(lambda: self._commit(parts), is_whole=True)
+                uninterrupted(lambda: self._commit(parts), is_atomic=True)
             self.workers.barrier()
 
     def abort(self, error: BaseException) -> None:
         """Roll back, and announce the error to the other workers; may be called twice."""
         if not self._is_rolled_back:
             self.workers.announce(error)
-            uninterrupted(lambda: self._roll_back(error), is_whole=True)
+            uninterrupted(lambda: self._roll_back(error), is_atomic=True)
             self._is_rolled_back = True
 
     def _begin_transaction(self) -> None:

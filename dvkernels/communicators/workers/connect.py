@@ -34,7 +34,7 @@ from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
 from dvkernels.schedules.cost_model import Routing
-from dvkernels.schedules.host_parts import numbered
+from dvkernels.schedules.host_parts import host_numbers
 from dvkernels.user_errors import in_words
 
 __all__: list[str] = []
@@ -129,7 +129,7 @@ def hosts_of_workers(resolver: ClusterResolver) -> list[int]:
 
 
 def _hosts_of(comm: Any, on_this_host: Any) -> list[int]:
-    return numbered(comm.allgather(on_this_host.bcast(comm.rank)))
+    return host_numbers(comm.allgather(on_this_host.bcast(comm.rank)))
 
 
 def _split_by_host(comm: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The kernels of the CPU: compiled by Numba, run by our own threads.
+"""The CPU twin: collectives compiled by Numba, run by the threads of our own pool.
 
 Imports: custom_reduction, deadlines, devices, errors, kernels, reduce_op, schedules, threads.
 """
@@ -37,8 +37,8 @@ __all__ = [
 
 
 def _cheapest(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
-    """Reduce by the algorithm that the cost model finds cheapest for so many bytes."""
-    buffers = checks.listed(verb, buffers)
+    """Reduce by the algorithm that the cost model finds cheapest."""
+    buffers = checks.as_sequence(verb, buffers)
     nbytes = getattr(buffers[0], "nbytes", 0) if buffers else 0
     chosen = cost_model.cheapest(cost_model.CPU, len(buffers) or 1, nbytes)
     return _ALGORITHMS[chosen](verb, buffers, op, out)
@@ -52,7 +52,7 @@ _ALGORITHMS = {
 
 
 def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
-    """Return the reduction as one new array per buffer, and leave the buffers as they are."""
+    """Return the reduction as one new array per buffer; the buffers are not changed."""
     if algorithm == "auto":
         reads = [*buffers]
         writes = [np.empty(read.shape, read.dtype) for read in reads]
@@ -65,7 +65,7 @@ def all_reduce(
     buffers: Any, op: Any = "sum", *, algorithm: Any = "auto", out: Any = None
 ) -> list[Any]:
     """Leave the reduction in every buffer (or ``out``); see :func:`dvkernels.kernels`."""
-    # The prompt way is direct, which in one memory domain is the cheapest at every size.
+    # The fast path is direct, which in one memory domain is the cheapest algorithm at every size.
     if out is None and algorithm == "auto":
         reduced = fast_path.all_reduce(buffers, op)
         if reduced is not None:

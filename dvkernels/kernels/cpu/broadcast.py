@@ -1,4 +1,4 @@
-"""Broadcast: one buffer is read once and stored to all others, whatever its dtype."""
+"""Broadcast: the root's buffer is read once and stored to all others, whatever its dtype."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["broadcast"]
 
 
 def broadcast(buffers: Any, root: int = 0) -> list[Any]:
-    """Leave ``buffers[root]`` in every buffer; see :func:`dvkernels.kernels`."""
-    buffers = checks.listed("broadcast", buffers)
+    """Copy ``buffers[root]`` into every buffer; see :func:`dvkernels.kernels`."""
+    buffers = checks.as_sequence("broadcast", buffers)
     views = checks.arrays("broadcast", buffers)
     root = checks.check_root("broadcast", root, len(views))
     checks.check_dtype_moves("broadcast", views[0].dtype)
-    checks.in_place("broadcast", views)
+    checks.check_in_place("broadcast", views)
     views.insert(0, views.pop(root))
     if len(views) > 1:
         job.move([views])

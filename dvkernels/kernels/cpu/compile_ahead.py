@@ -1,4 +1,4 @@
-"""Compiles all that this room may ever need, for machines that must not do it themselves."""
+"""Ahead-of-time compilation of every kernel of the CPU, to fill the cache of a machine image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dvkernels.reduce_op import ReduceOp, check_dtype
 
 __all__ = ["compile_all"]
 
-# Whose functions are compiled when they are imported, or wait for their first call.
+# Modules whose functions are compiled at import, or by ``jit.ahead``.
 _MODULES: list[Any] = [gate, group, many, feistel, shm_all_reduce]
 _DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
@@ -26,7 +26,7 @@ _DTYPES = (
 
 
 def compile_all() -> None:
-    """Compile for every operation and dtype, and for every rule of the fused optimizers."""
+    """Compile the kernels of every operation and dtype, and every rule of the fused optimizers."""
     for op, name in itertools.product(ReduceOp, _DTYPES):
         dtype = interop.dtype_named(name)
         with contextlib.suppress(UnsupportedDTypeError):

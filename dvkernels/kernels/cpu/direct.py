@@ -1,7 +1,8 @@
-"""All-reduce and reduce in one pass: load from every replica, combine in registers, store.
+"""Direct all-reduce and reduce, in one pass: load from every replica, combine in registers, store.
 
 Bytes moved for R replicas of S bytes: all-reduce in place 2 R S, reduce (R + 1) S (and the read
-for ownership of what is new). Nothing is read twice, so no tile and no accumulator is needed.
+for ownership of the new array). No element is read twice, so neither a tile nor an accumulator in
+memory is needed.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ def direct_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list
 
 
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
-    """Reduce under the name ``verb``, which error messages mention."""
-    buffers = checks.listed(verb, buffers)
+    """Reduce directly; error messages name the function ``verb``."""
+    buffers = checks.as_sequence(verb, buffers)
     if out is None:
         reduced = fast_path.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
     elif out is not checks.NEW:
-        out = checks.listed(verb, out, "out")
+        out = checks.as_sequence(verb, out, "out")
         if len(out) == len(buffers) and fast_path.reduce_into(buffers, out, op):
             return list(out)
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
-        checks.in_place(verb, reads)
-        array_structs.learn(op, reads[0].dtype)
+        checks.check_in_place(verb, reads)
+        array_structs.register(op, reads[0].dtype)
         program = job.combine_in_place(len(reads), job.divisor(op, len(reads)))
         job.run(op, reads[0].dtype, [reads], program)
         return list(buffers)
-    writes = checks.results(verb, reads, out)
+    writes = checks.outputs_like(verb, reads, out)
     _combine(op, reads, writes)
     return writes if out is checks.NEW else list(out)
 
@@ -66,7 +67,7 @@ def aggregate_mean(buffers: Any, *, out: Any = None) -> Any:
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
     if out is not None and fast_path.reduce_into(buffers, [out], op):
         return out
-    buffers = checks.listed(verb, buffers)
+    buffers = checks.as_sequence(verb, buffers)
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
@@ -74,15 +75,15 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
         _combine(op, reads, [result])
         return interop.like(result, buffers[0])
     writes = checks.arrays(verb, [out], "out")
-    checks.separate(verb, reads, writes, 1)
+    checks.check_out(verb, reads, writes, 1)
     _combine(op, reads, writes)
     return out
 
 
 def _combine(op: Reduction, reads: Sequence[Any], writes: Sequence[Any]) -> None:
-    """Reduce ``reads``, which have been checked, into all of ``writes``."""
+    """Reduce ``reads`` into all of ``writes``; both have been checked."""
     if fast_path.reduce_into(reads, writes, op):
         return
-    array_structs.learn(op, reads[0].dtype)
+    array_structs.register(op, reads[0].dtype)
     program = job.combine(len(reads), len(writes), job.divisor(op, len(reads)))
     job.run(op, reads[0].dtype, [[*reads, *writes]], program)

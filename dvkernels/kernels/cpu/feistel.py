@@ -1,7 +1,9 @@
-"""A keyed permutation of [0, n), compiled: what a shuffle does to its positions.
+"""Keyed permutation of [0, n), compiled: a Feistel network with cycle walking.
 
-NumPy would take a hundred operations over short arrays for it. The arithmetic, on unsigned 64-bit
-integers alone, is described in ``dvkernels/data/shuffle.py``.
+It maps the positions of a shuffle; NumPy would take a hundred operations over short arrays. The
+network is balanced over two digits to the base ceil(sqrt(n)), as ``dvkernels/data/shuffle.py``
+explains: J. Black, P. Rogaway, CT-RSA 2002, LNCS 2271, 114-130, doi:10.1007/3-540-45760-7_9.
+Arithmetic is on unsigned 64-bit integers only.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ __all__ = ["permute"]
 
 
 @jit.njit(nogil=True)
-def _encrypt(word, base, keys):  # type: ignore[no-untyped-def]
-    left = word // base
-    right = word - left * base
+def _encrypt(point, base, keys):  # type: ignore[no-untyped-def]
+    left = point // base
+    right = point - left * base
     for key in keys:
         # Multiply, fold, multiply: each of the top 32 bits depends on all of right + key.
         mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
@@ -35,19 +37,28 @@ def _encrypt(word, base, keys):  # type: ignore[no-untyped-def]
 @jit.njit(called_with="(int64[::1], uint64, uint64, uint64[::1], boolean, int64[::1])", nogil=True)
 def _permute(positions, length, base, keys, swaps, out):  # type: ignore[no-untyped-def]
     for i in range(positions.size):
-        word = np.uint64(positions[i])
-        if swaps and word < np.uint64(2):
-            word ^= np.uint64(1)
-        word = _encrypt(word, base, keys)
-        while word >= length:  # cycle walking: encrypt until it falls inside
-            word = _encrypt(word, base, keys)
-        out[i] = np.int64(word)
+        point = np.uint64(positions[i])
+        if swaps and point < np.uint64(2):
+            point ^= np.uint64(1)
+        point = _encrypt(point, base, keys)
+        while point >= length:  # cycle walking: encrypt until it falls inside
+            point = _encrypt(point, base, keys)
+        out[i] = np.int64(point)
 
 
 def permute(positions: Any, length: int, base: int, keys: Any, swaps: bool) -> Any:
-    """Return where each of the int64 ``positions`` goes; ``keys`` is one uint64 a round.
+    """Return the image of each position.
 
-    ``swaps`` exchanges positions 0 and 1 first.
+    Parameters
+    ----------
+    positions : ndarray of int64, shape (m,)
+        Each in [0, length).
+    length, base : int
+        Size of the domain, and ceil(sqrt(length)).
+    keys : ndarray of uint64, shape (num_rounds,)
+        Round keys.
+    swaps : bool
+        Whether positions 0 and 1 are exchanged first.
     """
     out = np.empty(positions.shape, np.int64)
     _permute(positions, np.uint64(length), np.uint64(base), keys, swaps, out)

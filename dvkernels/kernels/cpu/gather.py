@@ -1,8 +1,8 @@
-"""Collectives that cut buffers into parts: reduce-scatter, all-gather, all-to-all.
+"""Reduce-scatter, all-gather and all-to-all: collectives that split or join buffers.
 
-Each is one job over slices: what is contiguous in the arrays is moved in one run, what is not, in
-lines. Bytes moved for R replicas of S bytes, new memory counted as read once where the stores
-do not stream: reduce_scatter R S + S, all_gather R S + R R S, all_to_all 2 R S.
+Each is one job over slices: a contiguous slice is moved as a whole, another line by line. Bytes
+moved for R replicas of S bytes, without the reads for ownership of new memory:
+reduce_scatter R S + S, all_gather R S + R R S, all_to_all 2 R S.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ Array = np.ndarray[Any, Any]
 
 def reduce_scatter(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[Any]:
     """Return part r of the reduction for replica r; see :func:`dvkernels.kernels`."""
-    buffers, out = _listed("reduce_scatter", buffers, out)
+    buffers, out = _as_sequences("reduce_scatter", buffers, out)
     reads = checks.arrays("reduce_scatter", buffers)
     op = checks.reduction("reduce_scatter", op, reads[0].dtype)
     checks.check_axis("reduce_scatter", 0, reads[0])
     count = len(reads)
     parts = partition.parts(len(reads[0]), count)
     rest = reads[0].shape[1:]
-    writes = checks.apart("reduce_scatter", reads, out, [(b - a, *rest) for a, b in parts])
+    writes = checks.outputs("reduce_scatter", reads, out, [(b - a, *rest) for a, b in parts])
     groups = slices.scattered(reads, parts, writes)
     program = job.combine(count, 1, job.divisor(op, count))
     job.run(op, reads[0].dtype, groups, program)
-    return _returned(writes, buffers, out)
+    return _results(writes, buffers, out)
 
 
 def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None) -> list[Any]:
-    """Return the concatenation for each replica; see :func:`dvkernels.kernels`."""
-    buffers, out = _listed("all_gather", buffers, out)
+    """Return the concatenation, one for each replica; see :func:`dvkernels.kernels`."""
+    buffers, out = _as_sequences("all_gather", buffers, out)
     reads, axis = checks.arrays_along("all_gather", buffers, axis)
     checks.check_dtype_moves("all_gather", reads[0].dtype)
     whole = slices.joined_shape(reads, axis)
-    writes = checks.apart("all_gather", reads, out, [whole] * len(reads))
+    writes = checks.outputs("all_gather", reads, out, [whole] * len(reads))
     job.move(slices.gathered(reads, axis, writes))
-    return _returned(writes, buffers, out)
+    return _results(writes, buffers, out)
 
 
 def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
-    """Return, for replica i, part i of every buffer, in their order."""
-    buffers, out = _listed("all_to_all", buffers, out)
+    """Return, for replica i, part i of every buffer, in the order of the buffers."""
+    buffers, out = _as_sequences("all_to_all", buffers, out)
     reads = checks.arrays("all_to_all", buffers)
     checks.check_dtype_moves("all_to_all", reads[0].dtype)
     checks.check_axis("all_to_all", 0, reads[0])
@@ -58,18 +58,18 @@ def all_to_all(buffers: Any, *, out: Any = None) -> list[Any]:
     parts = partition.parts(len(reads[0]), count)
     rest = reads[0].shape[1:]
     shapes = [(count * (stop - start), *rest) for start, stop in parts]
-    writes = checks.apart("all_to_all", reads, out, shapes)
+    writes = checks.outputs("all_to_all", reads, out, shapes)
     job.move(slices.exchanged(reads, parts, writes))
-    return _returned(writes, buffers, out)
+    return _results(writes, buffers, out)
 
 
-def _listed(verb: str, buffers: Any, out: Any) -> tuple[Any, Any]:
-    """Return both as lists or tuples, so that they can be gone through again."""
-    buffers = checks.listed(verb, buffers)
-    return buffers, out if out is None else checks.listed(verb, out, "out")
+def _as_sequences(verb: str, buffers: Any, out: Any) -> tuple[Any, Any]:
+    """Return both as lists or tuples, which can be iterated over again."""
+    buffers = checks.as_sequence(verb, buffers)
+    return buffers, out if out is None else checks.as_sequence(verb, out, "out")
 
 
-def _returned(writes: list[Array], buffers: Any, out: Any) -> list[Any]:
+def _results(writes: list[Array], buffers: Any, out: Any) -> list[Any]:
     if out is not None:
         return list(out)
     return [interop.like(write, buffer) for write, buffer in zip(writes, buffers, strict=True)]

@@ -1,18 +1,22 @@
-"""Collectives inside compiled code: replicas meet without returning to Python.
+"""Collectives inside compiled code, without returning to Python.
 
 A replica's own ``@numba.njit(nogil=True)`` function calls :func:`barrier`, :func:`all_reduce` and
-:func:`broadcast` with the ``state`` of a :class:`Group` and its rank. Each waits by spinning, then
-by giving its core to others; a deadline and an abort word end every wait. Whoever meets tells the
-others what for, and compares: nothing is written unless all want the same.
+:func:`broadcast` with the ``state`` of a :class:`Group` and its rank. A waiting replica spins, and
+now and then yields its core; a deadline and an abort word end every wait. Each replica publishes
+the fingerprint of its call and compares those of all: nothing is written unless all are equal.
+
+The barrier is centralized: a counter of arrivals, and an epoch that takes the place of the sense
+of a sense-reversing barrier (J. M. Mellor-Crummey, M. L. Scott, ACM Trans. Comput. Syst. 9(1),
+21-65, 1991, doi:10.1145/103727.103729).
 
     words of a state, a cache line each where several threads write:
-    [0] how many have arrived   [8] the number of meetings   [16] how it ended, if it did
-    [24] replicas   [25] patience in ms   [26] which layout this is
-    [32 + 8 r] what replica r brings: the address of its array, then
-        [2] [3] what it wants of an even, of an odd meeting   [4] [5] of how many elements
+    [0] arrivals   [8] epoch   [16] why the group ended, if it did
+    [24] replicas   [25] timeout in ms   [26] version of this layout
+    [32 + 8 r] slot of replica r: the address of its array, then
+        [2] [3] fingerprint of its call in an even, in an odd epoch   [4] [5] its elements
 
-A replica comes to meeting k + 1 only after it has compared what all wanted of meeting k, so that
-what it wanted stays readable until it comes to meeting k + 2: two places are enough.
+A replica enters epoch k + 1 only after it has compared the fingerprints of epoch k, so its own
+stays readable until it enters epoch k + 2: words for two epochs are enough.
 """
 
 from __future__ import annotations
@@ -35,14 +39,14 @@ __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
 
 _SLOTS = 32
-_WANTED, _LENGTH = 2, 4  # words of a slot, for even meetings
-_LAYOUT = 0x64766B67726F7570 + 2  # changes with what the words mean: users keep compiled code
-_TURNS_PER_LOOK = 1 << 16  # at the clock: about every 2 ms
-# What is wanted: a verb, an operation, a root, and what the elements are.
+_FINGERPRINT, _LENGTH = 2, 4  # words of a slot, for even epochs
+_LAYOUT = 0x64766B67726F7570 + 2  # changes with the meaning of the words: users cache compiled code
+_TURNS_PER_CLOCK_READ = 1 << 16  # about 2 ms
+# The fields of a fingerprint: a verb, an operation, a root, and the type of the elements.
 _BARRIER, _ALL_REDUCE, _BROADCAST = range(1, 4)
 _OPERATION, _ROOT, _ELEMENTS = 1 << 4, 1 << 8, 1 << 32
-# How a meeting went.
-_MET, _LATE, _ABORTED, _OTHERS_DIFFER = range(4)
+# Outcomes of a rendezvous.
+_AGREED, _LATE, _ABORTED, _MISMATCHED = range(4)
 
 _int64: Any = types.int64
 _int32: Any = types.int32
@@ -52,7 +56,7 @@ if os.name == "posix":
 
     @jit.njit(nogil=True)
     def _milliseconds():  # type: ignore[no-untyped-def]
-        """Return a time that nobody sets."""
+        """Return the time of a monotonic clock."""
         found = np.zeros(2, np.int64)  # seconds and nanoseconds
         _clock(_MONOTONIC, np.int64(found.ctypes.data))
         return found[0] * 1000 + found[1] // 1_000_000
@@ -61,24 +65,24 @@ else:
 
     @jit.njit(nogil=True)
     def _milliseconds():  # type: ignore[no-untyped-def]
-        """Return a time that nobody sets."""
+        """Return the time of a monotonic clock."""
         return _ticks()
 
 
 class Group:
-    """Replicas, each on a thread of its own, that meet inside compiled code.
+    """Group of replicas, each on a thread of its own, for collectives inside compiled code.
 
     Parameters
     ----------
     num_replicas : int
-        How many. Each uses its own rank, from 0.
+        Number of replicas. Each uses its own rank, from 0.
     timeout_seconds : float
-        How long one waits for the others.
+        How long a replica waits for the others.
 
     Attributes
     ----------
-    state : ndarray of int64
-        What compiled functions take.
+    state : ndarray of int64, shape (32 + 8 num_replicas,)
+        Argument of the compiled functions.
 
     Notes
     -----
@@ -111,7 +115,7 @@ class Group:
     def __init__(self, num_replicas: int, timeout_seconds: float = 600.0) -> None:
         if num_replicas < 1 or not 0 < timeout_seconds < 1e9:
             raise ValueError(
-                f"a Group needs at least 1 replica and a patience of 0 to 1e9 s; got "
+                f"a Group needs at least 1 replica and a timeout of 0 to 1e9 s; got "
                 f"{num_replicas!r} and {timeout_seconds!r}"
             )
         self.num_replicas = int(num_replicas)
@@ -124,7 +128,7 @@ class Group:
         self.state[16] = _ABORTED
 
     def reset(self) -> None:
-        """Make the group usable again. Nobody may be waiting in it."""
+        """Make the group usable again. No replica may be waiting in it."""
         self.state[:] = 0
         self.state[24] = self.num_replicas
         self.state[25] = max(1, round(1000 * self.timeout_seconds))
@@ -132,33 +136,33 @@ class Group:
 
 
 @jit.njit(nogil=True)
-def _how_it_ended(state):  # type: ignore[no-untyped-def]
-    how = intrinsics.load_shared(state, 16)
-    return _ABORTED if how == _LATE else how  # late was who waited
+def _abort_outcome(state):  # type: ignore[no-untyped-def]
+    outcome = intrinsics.load_shared(state, 16)
+    return _ABORTED if outcome == _LATE else outcome  # only the replica that waited reports LATE
 
 
 @jit.njit(nogil=True)
-def _meet(state, rank, wanted, length):  # type: ignore[no-untyped-def]
-    """Wait for all, and compare what they want; return how it went."""
-    if intrinsics.load_shared(state, 16) != _MET:
-        return _how_it_ended(state)
-    meeting = intrinsics.load_shared(state, 8)
+def _rendezvous(state, rank, fingerprint, length):  # type: ignore[no-untyped-def]
+    """Publish a fingerprint, wait for all replicas, compare theirs; return the outcome."""
+    if intrinsics.load_shared(state, 16) != _AGREED:
+        return _abort_outcome(state)
+    epoch = intrinsics.load_shared(state, 8)
     num_replicas = intrinsics.load(state, 24)
-    place = meeting & 1
-    mine = state + 8 * (_SLOTS + 8 * rank)
-    intrinsics.store_shared(mine, _WANTED + place, wanted)
-    intrinsics.store_shared(mine, _LENGTH + place, length)
+    parity = epoch & 1
+    slot = state + 8 * (_SLOTS + 8 * rank)
+    intrinsics.store_shared(slot, _FINGERPRINT + parity, fingerprint)
+    intrinsics.store_shared(slot, _LENGTH + parity, length)
     if intrinsics.fetch_add(state, 0, 1) == num_replicas - 1:
         intrinsics.store_shared(state, 0, 0)
-        intrinsics.store_shared(state, 8, meeting + 1)
+        intrinsics.store_shared(state, 8, epoch + 1)
     deadline = np.int64(0)
     turn = 0
-    while intrinsics.load_shared(state, 8) == meeting:
-        if intrinsics.load_shared(state, 16) != _MET:
-            return _how_it_ended(state)
+    while intrinsics.load_shared(state, 8) == epoch:
+        if intrinsics.load_shared(state, 16) != _AGREED:
+            return _abort_outcome(state)
         intrinsics.relax(turn)
         turn += 1
-        if turn % _TURNS_PER_LOOK == 0:
+        if turn % _TURNS_PER_CLOCK_READ == 0:
             now = _milliseconds()
             if deadline == 0:
                 deadline = now + intrinsics.load(state, 25)
@@ -166,36 +170,36 @@ def _meet(state, rank, wanted, length):  # type: ignore[no-untyped-def]
                 intrinsics.store_shared(state, 16, _LATE)
                 return _LATE
     for other in range(num_replicas):
-        theirs = state + 8 * (_SLOTS + 8 * other)
+        other_slot = state + 8 * (_SLOTS + 8 * other)
         if (
-            intrinsics.load_shared(theirs, _WANTED + place) != wanted
-            or intrinsics.load_shared(theirs, _LENGTH + place) != length
+            intrinsics.load_shared(other_slot, _FINGERPRINT + parity) != fingerprint
+            or intrinsics.load_shared(other_slot, _LENGTH + parity) != length
         ):
-            intrinsics.store_shared(state, 16, _OTHERS_DIFFER)
-            return _OTHERS_DIFFER
-    return _how_it_ended(state)
+            intrinsics.store_shared(state, 16, _MISMATCHED)
+            return _MISMATCHED
+    return _abort_outcome(state)
 
 
 @jit.njit(nogil=True)
-def _meet_or_raise(state, rank, wanted, length):  # type: ignore[no-untyped-def]
-    outcome = _meet(state, rank, wanted, length)
+def _rendezvous_or_raise(state, rank, fingerprint, length):  # type: ignore[no-untyped-def]
+    outcome = _rendezvous(state, rank, fingerprint, length)
     if outcome == _LATE:
         raise CollectiveTimeoutError("a replica of the group waited in vain for the others")
-    if outcome == _OTHERS_DIFFER:
+    if outcome == _MISMATCHED:
         raise CollectiveMismatchError(
             "the replicas of the group called different functions, or with different operations, "
-            "roots, dtypes or lengths; nothing was written: bring the same in all of them, then "
-            "reset() the group"
+            "roots, dtypes or lengths; nothing was written: make the same call in all of them, "
+            "then reset() the group"
         )
     if outcome == _ABORTED:
         raise CollectiveMismatchError(
-            "the group was aborted: a replica failed, was late or wanted something else"
+            "the group was aborted: a replica failed, was late or made a different call"
         )
 
 
 @jit.njit(nogil=True)
-def _checked(state, rank, root):  # type: ignore[no-untyped-def]
-    """Return where the words of a state are, that are a group's with such a rank and root."""
+def _check_state(state, rank, root):  # type: ignore[no-untyped-def]
+    """Return the address of a state; raise unless it is a group's, with such a rank and root."""
     words = np.int64(state.ctypes.data)
     if state.size * state.itemsize < 8 * _SLOTS or intrinsics.load(words, 26) != _LAYOUT:
         raise ValueError(
@@ -210,61 +214,64 @@ def _checked(state, rank, root):  # type: ignore[no-untyped-def]
 
 
 @jit.njit(nogil=True)
-def _bring(words, rank, address, wanted, length):  # type: ignore[no-untyped-def]
-    """Show the others what this replica brings, and check that all bring the like."""
+def _publish(words, rank, address, fingerprint, length):  # type: ignore[no-untyped-def]
+    """Publish the address of this replica's array, and meet the others."""
     intrinsics.store_shared(words + 8 * (_SLOTS + 8 * rank), 0, address)
-    _meet_or_raise(words, rank, wanted, length)
+    _rendezvous_or_raise(words, rank, fingerprint, length)
 
 
 @jit.njit(called_with="(int64[::1], int64)", nogil=True)
 def barrier(state, rank):  # type: ignore[no-untyped-def]
-    """Return when every replica of the group has called this.
+    """Wait until every replica of the group has called this.
 
     Parameters
     ----------
     state : ndarray of int64
-        That of a :class:`Group`.
+        ``state`` of a :class:`Group`.
     rank : int
-        Which replica this is.
+        Rank of this replica.
 
     Raises
     ------
-    CollectiveTimeoutError, CollectiveMismatchError, ValueError
-        The others did not come in time; they called something else, or the group was aborted; a
-        rank out of range, or a state that is no group's.
+    CollectiveTimeoutError
+        A replica did not call in time.
+    CollectiveMismatchError
+        A replica called another function, or the group was aborted.
+    ValueError
+        The rank is out of range, or the state is not a group's.
 
     Notes
     -----
-    0.2 us with a core for each of two replicas.
+    It takes 0.2 us with a core for each of two replicas.
     """
-    words = _checked(state, np.int64(rank), np.int64(0))
-    _meet_or_raise(words, np.int64(rank), np.int64(_BARRIER), np.int64(0))
+    words = _check_state(state, np.int64(rank), np.int64(0))
+    _rendezvous_or_raise(words, np.int64(rank), np.int64(_BARRIER), np.int64(0))
 
 
 def all_reduce(state: Any, rank: int, array: Any, op: str = "sum") -> None:
-    """Leave the reduction in every replica's array. For compiled code.
+    """Leave the reduction in every replica's array; only in compiled code.
 
     Parameters
     ----------
     state : ndarray of int64
-        That of a :class:`Group`.
+        ``state`` of a :class:`Group`.
     rank : int
-        Which replica this is.
-    array : contiguous array of float32, float64 or integers
-        Of one type and length in all replicas. Overwritten.
+        Rank of this replica.
+    array : contiguous array of float32, float64 or integers, any shape
+        Its dtype and size must be the same on all replicas. Overwritten.
     op : str, a literal
         ``"sum"``, ``"mean"`` (of floats), ``"min"``, ``"max"`` or ``"prod"``.
 
     Raises
     ------
     CollectiveTimeoutError, CollectiveMismatchError, ValueError
-        The others did not come in time; they brought another length, dtype or operation, or the
-        group was aborted: nothing is written; a rank out of range, or a state that is no group's.
+        As in :func:`barrier`; also where a replica passes another size, dtype or operation:
+        nothing is written then.
 
     Notes
     -----
-    Each replica reduces its part, so all cores work: 2 R S bytes, two barriers. The bits are those
-    of ``kernels.direct_all_reduce``.
+    Each of R replicas reduces its part of S bytes, so all cores work: 2 R S bytes, two barriers.
+    The bits are those of ``kernels.direct_all_reduce``.
     """
     raise TypeError("group.all_reduce is for functions compiled by numba.njit; see kernels")
 
@@ -285,13 +292,13 @@ def _all_reduce(state: Any, rank: Any, array: Any, op: Any = "sum") -> Any:
         )
     operation, code = arithmetic.operation_code(known), arithmetic.type_code(dtype)
     is_mean = known is ReduceOp.MEAN
-    wanted = _ALL_REDUCE + [*ReduceOp].index(known) * _OPERATION + _elements(array)
+    fingerprint = _ALL_REDUCE + [*ReduceOp].index(known) * _OPERATION + _elements(array)
 
     def reduce_in_place(state, rank, array, op="sum"):  # type: ignore[no-untyped-def]
         rank = np.int64(rank)
-        words = _checked(state, rank, np.int64(0))
+        words = _check_state(state, rank, np.int64(0))
         length = np.int64(array.size)
-        _bring(words, rank, np.int64(array.ctypes.data), wanted, length)
+        _publish(words, rank, np.int64(array.ctypes.data), fingerprint, length)
         num_replicas = intrinsics.load(words, 24)
         table = np.empty(num_replicas, np.int64)
         for k in range(num_replicas):
@@ -303,20 +310,20 @@ def _all_reduce(state: Any, rank: Any, array: Any, op: Any = "sum") -> Any:
                 np.int64(table.ctypes.data), np.int64(0), num_replicas, np.int64(0), num_replicas,
                 divisor, first, count, np.int64(0), operation, code,
             )  # fmt: skip
-        _meet_or_raise(words, rank, wanted, length)
+        _rendezvous_or_raise(words, rank, fingerprint, length)
 
     return reduce_in_place
 
 
 def broadcast(state: Any, rank: int, array: Any, root: int) -> None:
-    """Leave the root's array in every replica's. For compiled code.
+    """Copy the root's array into every replica's; only in compiled code.
 
     Parameters
     ----------
     state, rank, array
         As in :func:`all_reduce`; any dtype of fixed size.
     root : int
-        Whose array is copied.
+        Rank of the replica whose array is copied.
 
     Raises
     ------
@@ -338,14 +345,14 @@ def _broadcast(state: Any, rank: Any, array: Any, root: Any) -> Any:
 
     def copy_from_root(state, rank, array, root):  # type: ignore[no-untyped-def]
         rank, root = np.int64(rank), np.int64(root)
-        words = _checked(state, rank, root)
-        wanted = base + root * _ROOT
+        words = _check_state(state, rank, root)
+        fingerprint = base + root * _ROOT
         nbytes = np.int64(array.size * array.itemsize)
         own = np.int64(array.ctypes.data)
         if rank != root and not is_mutable:
             intrinsics.store_shared(words, 16, _ABORTED)
             raise ValueError("group.broadcast would write into a read-only array")
-        _bring(words, rank, own, wanted, nbytes)
+        _publish(words, rank, own, fingerprint, nbytes)
         if rank != root:
             table = np.empty(2, np.int64)
             table[0] = intrinsics.load_shared(words + 8 * (_SLOTS + 8 * root), 0)
@@ -355,13 +362,13 @@ def _broadcast(state: Any, rank: Any, array: Any, root: Any) -> Any:
                 np.int64(table.ctypes.data), np.int64(0), one, one, one, one, np.int64(0), nbytes,
                 np.int64(0), 0, code,
             )  # fmt: skip
-        _meet_or_raise(words, rank, wanted, nbytes)
+        _rendezvous_or_raise(words, rank, fingerprint, nbytes)
 
     return copy_from_root
 
 
 def _dtype_of(array: Any) -> np.dtype[Any] | None:
-    """Return the dtype of a Numba array type that can be reduced here."""
+    """Return the dtype of a Numba array type; None where it cannot be reduced here."""
     if not isinstance(array, types.Array) or array.layout not in "CF" or not array.mutable:
         return None
     number = array.dtype
@@ -371,6 +378,6 @@ def _dtype_of(array: Any) -> np.dtype[Any] | None:
 
 
 def _elements(array: Any) -> int:
-    """Return a number that differs where the elements of two arrays do not correspond."""
+    """Return the field of a fingerprint for an array type: its dtype and memory order."""
     order = array.layout if array.ndim > 1 else ""
     return (zlib.crc32(f"{array.dtype} {order}".encode()) >> 1) * _ELEMENTS

@@ -1,11 +1,11 @@
-"""Reduction of the gradients and the step of an optimizer, in one pass over memory.
+"""Fused optimizers: reduction of the gradients and update of the parameters in one pass.
 
 Separate passes move, for N replicas of S bytes and two moments, 2 N S for the all-reduce and then
 7 N S for the update. Here each thread takes a block of elements at a time: it sums the gradients
 into a block that stays in its cache, updates the first copy of the parameter and its moments, and
-writes those to the other copies: N S of gradients read, 3 S of state read, 3 N S written.
+writes these to the other copies: N S of gradients read, 3 S of state read, 3 N S written.
 
-The copies must be equal before; they are equal after.
+All copies must be equal before the step; they are equal after it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dvkernels.reduce_op import ReduceOp
 __all__ = ["adam", "runner", "sgd"]
 
 
-carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
+carray: Any = vars(numba)["carray"]  # it is missing from Numba's stubs
 Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Any]]
 
-# The gradient, the parameter and two moments of a block: 128 KiB of float32, in a second cache.
+# Elements of a block. Its gradient, parameter and two moments are 128 KiB of float32, in L2.
 # Four replicas of 64 MiB, mean and Adam: 50 ms with blocks of 256, 35 of 1 024, 31 of 4 096, 29 of
-# 8 192 (2 cores of an AMD EPYC, 2026-11); prefetching the states while the gradients are summed
+# 8 192 (2 cores of an AMD EPYC, 2026-11). Prefetching the states while the gradients are summed
 # gave a tenth of that.
 _BLOCK = 8192
-_NUM_NUMBERS = 8  # room for those of any rule; the shares of the replicas follow them
+_NUM_COEFFICIENTS = 8  # room for those of any rule; the replicas' shares follow them
 
 
 def sgd(
@@ -55,29 +55,32 @@ def sgd(
     Parameters
     ----------
     gradients : sequence of sequence of array, float32 or float64
-        ``gradients[k]`` holds the N replicas' gradients of parameter k. Not changed.
+        ``gradients[k]`` holds the N replicas' gradients of parameter k, of one shape and dtype.
+        Not changed.
     parameters : sequence of sequence of array
-        ``parameters[k]`` holds the copies of parameter k, equal, of any number. Overwritten.
+        ``parameters[k]`` holds the equal copies of parameter k, any number of them, of the
+        gradients' shape and dtype. Overwritten.
     velocities : sequence of sequence of array, optional
-        As many copies of a velocity, zeros at first. Overwritten. Needed with momentum.
+        As many copies of each velocity as of its parameter, zeros before the first step.
+        Overwritten. Needed with momentum.
     learning_rate, momentum, weight_decay : float
         With ``g`` the reduced gradient plus ``weight_decay`` times the parameter:
         ``v = momentum v + g`` and ``p = p - learning_rate v``; with ``nesterov``
         ``p = p - learning_rate (g + momentum v)``. The learning rate may be a list: one for each
         parameter.
     nesterov : bool
-        Look ahead along the velocity.
+        Whether to use Nesterov's momentum.
     op : ReduceOp or str
         ``"mean"`` or ``"sum"`` of the gradients.
     shares : sequence of float, optional
-        One for each replica: with ``"sum"``, the sum of share x gradient. What has a share of 0
-        is not read.
+        Weights of the replicas: with ``"sum"``, the sum of share x gradient. A gradient with a
+        share of 0 is not read.
 
     Raises
     ------
     BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
-        As in :func:`dvkernels.kernels.all_reduce`, and where the numbers of arrays or copies
-        differ. Nothing has been touched.
+        As in :func:`dvkernels.kernels.all_reduce`, or the numbers of arrays or copies differ. No
+        array has been touched.
 
     Examples
     --------
@@ -90,8 +93,10 @@ def sgd(
     """
     slots = [] if velocities is None else [velocities]
     rule = optimizer_checks.sgd_rule(velocities, nesterov)
-    numbers = optimizer_checks.sgd_numbers(parameters, learning_rate, momentum, weight_decay)
-    _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, shares)
+    coefficients = optimizer_checks.sgd_coefficients(
+        parameters, learning_rate, momentum, weight_decay
+    )
+    _step("optimizers.sgd", rule, gradients, parameters, slots, coefficients, op, shares)
 
 
 def adam(
@@ -117,16 +122,17 @@ def adam(
     gradients, parameters, op, shares
         As in :func:`sgd`.
     first_moments, second_moments : sequence of sequence of array
-        As many copies of each moment as of the parameter, zeros at first. Overwritten.
+        As many copies of each moment as of its parameter, zeros before the first step.
+        Overwritten.
     step : int, or list of int
         The number of this step, from 1; or that of each parameter.
     learning_rate, beta_1, beta_2, epsilon : float
         As in the paper. The learning rate may be a list: one for each parameter.
     weight_decay : float
-        Times the parameter, added to the gradient (Adam), or, ``decoupled``, times the learning
-        rate and taken from the parameter itself (AdamW).
+        Its product with the parameter is added to the gradient (Adam), or, if ``decoupled``,
+        multiplied by the learning rate and subtracted from the parameter (AdamW).
     decoupled : bool
-        Whether this is AdamW.
+        Whether to take a step of AdamW.
 
     Raises
     ------
@@ -148,12 +154,19 @@ def adam(
     >>> weight[0].round(6)
     array([-0.5,  0.5])
     """
-    numbers = optimizer_checks.adam_numbers(
+    coefficients = optimizer_checks.adam_coefficients(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
     _step(
-        "optimizers.adam", optimizer_checks.ADAM, gradients, parameters, slots, numbers, op, shares
+        "optimizers.adam",
+        optimizer_checks.ADAM,
+        gradients,
+        parameters,
+        slots,
+        coefficients,
+        op,
+        shares,
     )
 
 
@@ -163,11 +176,11 @@ def _step(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    numbers: Sequence[optimizer_checks.Numbers],
+    coefficients: Sequence[optimizer_checks.Coefficients],
     op: Any,
     shares: Sequence[float] | None,
 ) -> None:
-    step = optimizer_checks.check(verb, gradients, parameters, slots, numbers, op)
+    step = optimizer_checks.check(verb, gradients, parameters, slots, coefficients, op)
     if step is None:
         return
     num_replicas, num_copies = step.num_replicas, step.num_copies
@@ -178,15 +191,15 @@ def _step(
                 f"{verb} needs a share for each of {num_replicas} replicas, and op 'sum'; got "
                 f"{len(shares)} and {step.op.value!r}"
             )
-        divisor = 0  # which says that there are shares
+        divisor = 0  # the runner's mark of a weighted sum
     program = _program(num_replicas, num_copies, 1 + len(slots), divisor)
-    for (dtype, told), arrays in step.groups.items():
-        held = [*told, *[0.0] * (_NUM_NUMBERS - len(told)), *(shares or ())]
-        jobs.run(step.op, dtype, arrays, program, runner=runner(rule, dtype), numbers=held)
+    for (dtype, values), arrays in step.groups.items():
+        constants = [*values, *[0.0] * (_NUM_COEFFICIENTS - len(values)), *(shares or ())]
+        jobs.run(step.op, dtype, arrays, program, runner=runner(rule, dtype), constants=constants)
 
 
 def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) -> jobs.Program:
-    """Return one row: sum the gradients into a block, whose entry follows them in the table."""
+    """Return a program of one row: sum the gradients into a block, the next entry of the table."""
     row = (-1, 0, num_replicas, num_replicas, num_copies, divisor)
     num_arrays = num_replicas + num_copies * num_states
     table = (*range(num_replicas), 0, *range(num_replicas, num_arrays))
@@ -197,7 +210,7 @@ _runners: dict[tuple[int, np.dtype[Any]], Any] = {}
 
 
 def runner(rule: int, dtype: np.dtype[Any]) -> int:
-    """Return the address of the runner of a rule over float32 or float64, compiled here and now."""
+    """Return the address of the runner of a rule over float32 or float64, compiled if need be."""
     found = _runners.get((rule, dtype))
     if found is None:
         code = arithmetic.type_code(dtype)
@@ -207,23 +220,25 @@ def runner(rule: int, dtype: np.dtype[Any]) -> int:
 
 
 def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
-    """Return the runner of a rule over float32 or float64: ``real``."""
+    """Compile the runner of a rule over ``real``, which is float32 or float64."""
     num_slots = (0, 1, 1, 2)[rule]
 
     @jit.cfunc(types.void(types.int64), error_model="numpy")
     def run(job):  # type: ignore[no-untyped-def]
-        far, width = intrinsics.load(job, 15), intrinsics.load(job, 16)
+        in_memory, width = intrinsics.load(job, 15), intrinsics.load(job, 16)
         row = job + 8 * intrinsics.load(job, 13)
         num_replicas, num_copies = intrinsics.load(row, 2), intrinsics.load(row, 4)
         divisor = intrinsics.load(row, 5)
-        where = job + 8 * intrinsics.load(job, 19)
-        numbers = carray(intrinsics.pointer(where), _NUM_NUMBERS, np.float64)
-        shares = carray(intrinsics.pointer(where + 8 * _NUM_NUMBERS), num_replicas, np.float64)
-        room = np.empty(width, np.int64)
-        table = np.int64(room.ctypes.data)
+        address = job + 8 * intrinsics.load(job, 19)
+        coefficients = carray(intrinsics.pointer(address), _NUM_COEFFICIENTS, np.float64)
+        shares = carray(
+            intrinsics.pointer(address + 8 * _NUM_COEFFICIENTS), num_replicas, np.float64
+        )
+        scratch = np.empty(width, np.int64)
+        table = np.int64(scratch.ctypes.data)
         block = np.empty(_BLOCK + 16, real)
         ordinal = intrinsics.fetch_add(job, 0, 1)
-        turn, begin, end = loops.claim(job, ordinal, 0)
+        attempt, begin, end = loops.claim(job, ordinal, 0)
         while begin < end:
             for piece in range(begin, end):
                 lines, first, length, line, last_line = loops.locate(job, piece)
@@ -232,12 +247,12 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                     for offset in range(first, first + length, _BLOCK):
                         count = min(_BLOCK, first + length - offset)
                         shift = offset * itemsize
-                        # The block stands where the gradients do in their cache lines.
+                        # The block is aligned in its cache lines as the gradients are in theirs.
                         start = np.int64(block.ctypes.data)
                         start += (intrinsics.load(table, 0) + shift - start) & 63
                         intrinsics.store(table, num_replicas, start - shift)
                         own = num_replicas + 1
-                        if far:
+                        if in_memory:
                             for state in range(num_slots + 1):
                                 ahead = intrinsics.load(table, own + state * num_copies) + shift
                                 for k in range(0, _BLOCK * itemsize, 64):
@@ -246,14 +261,18 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                         if divisor > 0:
                             loops.span(
                                 table, 0, num_replicas, num_replicas, 1, divisor, offset, count,
-                                far, 0, code,
+                                in_memory, 0, code,
                             )  # fmt: skip
                         else:
                             gradient[:] = 0
                             for k in range(num_replicas):
                                 if shares[k] > 0:
-                                    brought = intrinsics.pointer(intrinsics.load(table, k) + shift)
-                                    _add_share(gradient, carray(brought, count, real), shares[k])
+                                    contribution = intrinsics.pointer(
+                                        intrinsics.load(table, k) + shift
+                                    )
+                                    _add_share(
+                                        gradient, carray(contribution, count, real), shares[k]
+                                    )
                         parameter = carray(
                             intrinsics.pointer(intrinsics.load(table, own) + shift), count, real
                         )
@@ -266,18 +285,18 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                             intrinsics.pointer(intrinsics.load(table, third) + shift), count, real
                         )
                         if rule == 3:
-                            _adam(gradient, parameter, slot, other, numbers)
+                            _adam(gradient, parameter, slot, other, coefficients)
                         else:
-                            _sgd(rule, gradient, parameter, slot, numbers)
+                            _sgd(rule, gradient, parameter, slot, coefficients)
                         if num_copies > 1:
                             for state in range(num_slots + 1):
                                 source = own + state * num_copies
                                 loops.span(
                                     table, source, 1, source + 1, num_copies - 1, 1, offset, count,
-                                    2 * far, 0, code,
+                                    2 * in_memory, 0, code,
                                 )  # fmt: skip
                     line += 1
-            turn, begin, end = loops.claim(job, ordinal, turn)
+            attempt, begin, end = loops.claim(job, ordinal, attempt)
 
     return run
 
@@ -290,11 +309,11 @@ def _add_share(total, gradient, share):  # type: ignore[no-untyped-def]
 
 
 @jit.njit(nogil=True, error_model="numpy")
-def _sgd(rule, gradient, parameter, velocity, numbers):  # type: ignore[no-untyped-def]
+def _sgd(rule, gradient, parameter, velocity, coefficients):  # type: ignore[no-untyped-def]
     rate, momentum, decay = (
-        gradient.dtype.type(numbers[0]),
-        gradient.dtype.type(numbers[1]),
-        gradient.dtype.type(numbers[2]),
+        gradient.dtype.type(coefficients[0]),
+        gradient.dtype.type(coefficients[1]),
+        gradient.dtype.type(coefficients[2]),
     )
     for i in range(len(gradient)):
         slope = gradient[i] + decay * parameter[i]
@@ -307,16 +326,16 @@ def _sgd(rule, gradient, parameter, velocity, numbers):  # type: ignore[no-untyp
 
 
 @jit.njit(nogil=True, error_model="numpy")
-def _adam(gradient, parameter, first, second, numbers):  # type: ignore[no-untyped-def]
+def _adam(gradient, parameter, first, second, coefficients):  # type: ignore[no-untyped-def]
     real = gradient.dtype.type
     rate, beta_1, beta_2, epsilon = (
-        real(numbers[0]),
-        real(numbers[1]),
-        real(numbers[2]),
-        real(numbers[3]),
+        real(coefficients[0]),
+        real(coefficients[1]),
+        real(coefficients[2]),
+        real(coefficients[3]),
     )
-    new_1, new_2 = real(1 - numbers[1]), real(1 - numbers[2])
-    correction, decay, kept = real(numbers[4]), real(numbers[5]), real(numbers[6])
+    new_1, new_2 = real(1 - coefficients[1]), real(1 - coefficients[2])
+    correction, decay, kept = real(coefficients[4]), real(coefficients[5]), real(coefficients[6])
     for i in range(len(gradient)):
         slope = gradient[i] + decay * parameter[i]
         mean = beta_1 * first[i] + new_1 * slope

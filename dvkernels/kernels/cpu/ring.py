@@ -1,11 +1,11 @@
-"""The ring all-reduce of schedules/ring.py, replayed in shared memory.
+"""Ring all-reduce: the schedule of schedules/ring.py, replayed within one memory.
 
-Step by step over whole buffers a ring moves 5 (R - 1) S bytes of memory. Here one thread replays
-the whole schedule over a segment of all replicas that stays in its cache, so that memory sees
-2 R S, as in the direct algorithm, and no thread waits for another.
+Step by step over whole buffers a ring of R replicas of S bytes moves 5 (R - 1) S bytes. Here one
+thread replays the whole schedule over a segment of all replicas that stays in its cache, so that
+2 R S bytes go to and from memory, as in the direct algorithm, and no thread waits for another.
 
-A half type would be rounded at each step. So of these a segment keeps the sum of each chunk in
-registers: the same additions in the order of the schedule, in float32, and one rounding.
+A half type would be rounded at each step of the schedule. So the sum of each of its chunks is kept
+in registers: the same additions in the order of the schedule, in float32, and one rounding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dvkernels.schedules import ring
 
 __all__ = ["ring_all_reduce"]
 
-# A segment of all replicas together: a quarter of a 1 MiB L2 cache. It depends on the number of
-# replicas alone, never on threads, because where chunks lie decides the order of the additions.
+# Segments of all replicas together: a quarter of a 1 MiB L2 cache. A segment's size depends only
+# on the number of replicas, never on threads: the bounds of the chunks determine the order of the
+# additions.
 _SEGMENT_NBYTES = 256 * 1024
 
 
@@ -31,18 +32,18 @@ def ring_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[A
 
 
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
-    """Reduce under the name ``verb``, which error messages mention."""
-    buffers = checks.listed(verb, buffers)
+    """Reduce around the ring; error messages name the function ``verb``."""
+    buffers = checks.as_sequence(verb, buffers)
     if out is not None and out is not checks.NEW:
-        out = checks.listed(verb, out, "out")
+        out = checks.as_sequence(verb, out, "out")
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     count = len(reads)
     if out is None:
-        checks.in_place(verb, reads)
+        checks.check_in_place(verb, reads)
         arrays = reads
     else:
-        writes = checks.results(verb, reads, out)
+        writes = checks.outputs_like(verb, reads, out)
         arrays = [*reads, *writes]
     program = _program(count, out is not None, op is ReduceOp.MEAN, is_half(reads[0].dtype))
     nbytes = max(4096, _SEGMENT_NBYTES // count // 128 * 128)
@@ -63,7 +64,7 @@ _Rows = list[tuple[int, int, int, int, int, int]]
 
 
 def _steps(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[int]]:
-    """Return one row a step of the schedule; where apart, copy first and work on the copies."""
+    """Return a row for each step of the schedule; if ``separate``, copy first and work in out."""
     offset = num_ranks if separate else 0
     table = [*range(2 * num_ranks)] if separate else [*range(num_ranks)]
     rows = [(-1, rank, 1, offset + rank, 1, 1) for rank in range(num_ranks) if separate]
@@ -80,7 +81,7 @@ def _steps(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[i
 
 
 def _chains(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[int]]:
-    """Return one row a chunk: its chain of accumulations in the schedule, stored to all."""
+    """Return a row for each chunk: its chain of additions in the schedule, stored to all."""
     table = [*range(num_ranks, 2 * num_ranks)] if separate else [*range(num_ranks)]
     rows: _Rows = []
     for chunk, chain in enumerate(ring.chains(num_ranks)):

@@ -1,20 +1,22 @@
-"""Arrays that go through shared memory piece by piece, reduced on the way, in one call.
+"""Pipelined all-reduce between processes through staging buffers in shared memory, compiled.
 
-Each member brings a piece of its array to its place, or what a piece of each of its arrays makes,
-waits until all have (see shm_barrier.py), and combines those of all into its results: each array is
-read once and written once. Of many columns of arrays a piece holds what comes one after another,
-so they need no bucket: the places are one.
+The members are the processes that share the memory. Each copies a piece of its array, or the
+reduction of a piece of each of its arrays, to its staging buffer, waits until all have (see
+shm_barrier.py), and combines the staging buffers of all into its results: each array is read once
+and written once. A column is a set of equally long arrays: sources, then targets. Many columns are
+concatenated in the staging buffers, so that they need no fusion buffer.
 
-Of n members and S bytes that moves (n + 3) S bytes a member. Four and more combine a part of a
-long array's pieces each, which all take over one round later: (5 + 1/n) S, and a round more.
+With n members and S bytes each member moves (n + 3) S bytes. Four and more members split each
+piece of a long array, as in a reduce-scatter followed by an all-gather: each combines a part, and
+all copy the whole result one round later: (5 + 1/n) S bytes, and one round more.
 
-    after round     0          1                      2                      3
-    piece 0         is combined, then taken
-    piece 1                    is combined, then      taken
-    piece 2                                           is combined, then      taken
+    after round     0                 1                     2                     3
+    piece 0         is combined       is copied
+    piece 1                           is combined           is copied
+    piece 2                                                 is combined           is copied
 
-A piece done in Python costs 15 us beside the copy and the sum. Two processes took 27 ms for 64 MiB
-in pieces of 256 KiB that way, and 13 ms in this one (2 cores of an AMD EPYC, November 2026).
+A piece handled in Python costs 15 us beside the copy and the sum: two processes took 27 ms for
+64 MiB in pieces of 256 KiB so, and take 13 ms here (2 cores of an AMD EPYC, November 2026).
 """
 
 from __future__ import annotations
@@ -31,29 +33,29 @@ from dvkernels.kernels import checks, jit
 from dvkernels.kernels.cpu.engine import array_structs, fast_path, intrinsics, shm_barrier
 from dvkernels.reduce_op import Reduction
 
-__all__ = ["DONE", "Relay"]
+__all__ = ["DONE", "SharedMemoryAllReduce"]
 
 
-# How it went, unless as a wait does that finds the members not all there, or not agreed.
+# The outcome of a whole all-reduce; others are those of the barrier that stopped it.
 DONE = -2
 _AGREED = shm_barrier.AGREED
-# The words of a route: where the rounds are, who takes part, where the places are.
-_LINES, _COUNT, _RANK, _PLACES, _EVEN_TO_ODD, _PLACE_NBYTES, _PAUSES = range(7)
-# The latest round; the first byte of the piece that it carries, and the column that this lies in.
-_NUMBER, _STARTED, _COLUMN = range(7, 10)
-# What one call carries.
+# Words of the state: the control lines, the members, the staging buffers, the spins of a wait.
+_LINES, _COUNT, _RANK, _BUFFERS, _PARITY_STRIDE, _BUFFER_NBYTES, _PAUSES = range(7)
+# The latest round; the first byte of its piece, and the column in which that byte lies.
+_EPOCH, _START, _COLUMN = range(7, 10)
+# The arrays of one call.
 _LAYOUT, _NUM_COLUMNS, _NUM_SOURCES, _NUM_TARGETS, _RECIPE = range(10, 15)
-# The column that the piece before lies in; whether members combine a part each.
-_COLUMN_BEFORE, _IN_PARTS = 15, 16
+# The column in which the previous piece starts; whether each member combines a part.
+_PREVIOUS_COLUMN, _IN_PARTS = 15, 16
 _NUM_WORDS = 24
 _LINE = 64
-# From 3 on (5 + 1/n) S is less than (n + 3) S, but the round more costs something, most of all
+# From 3 on (5 + 1/n) S is less than (n + 3) S, but the additional round costs time, most of all
 # where processes wait for cores. On two cores of an AMD EPYC 4 processes took 1.0 times as long in
 # parts for 1 MiB and 0.86 for 16 MiB, 6 took 0.85 and 0.77, 8 took 0.74 and 0.72, but 3 took 1.2
 # and 1.0 (November 2026).
-_LEAST_MEMBERS = 4
-# What there is to do: all of it, all but to bring the piece at hand, nothing but that.
-_WHOLE, _GO_ON, _BRING = range(3)
+_LEAST_MEMBERS_FOR_PARTS = 4
+# Phases to run: all, all but the staging of the current piece, that staging alone.
+_ALL, _CONTINUE, _STAGE = range(3)
 _RUNNER, _ITEMSIZE, _IS_MEAN = array_structs.RUNNER, array_structs.ITEMSIZE, array_structs.IS_MEAN
 _ITEM, _ROW, _TABLE, _COUNTERS = (
     fast_path.ITEM,
@@ -61,7 +63,7 @@ _ITEM, _ROW, _TABLE, _COUNTERS = (
     fast_path.TABLE,
     20,
 )  # words of a job
-_MOST_ARRAYS = fast_path.MOST_ARRAYS  # of a column
+_MOST_ARRAYS = fast_path.MOST_ARRAYS  # in a column
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _intrinsic: _Decorator = extending.intrinsic
 _cgutils: Any = numba_cgutils  # its functions carry no types
@@ -73,8 +75,8 @@ def _copy(typing: Any, target: Any, source: Any, nbytes: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
-        places = [builder.inttoptr(address, byte) for address in args[:2]]
-        _cgutils.raw_memcpy(builder, *places, args[2], 1)
+        pointers = [builder.inttoptr(address, byte) for address in args[:2]]
+        _cgutils.raw_memcpy(builder, *pointers, args[2], 1)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
@@ -82,7 +84,7 @@ def _copy(typing: Any, target: Any, source: Any, nbytes: Any) -> Any:
 
 @jit.njit(nogil=True)
 def _combine(job, runner, num_sources, num_targets, divisor, length):  # type: ignore[no-untyped-def]
-    """Combine the arrays that the table begins with into those that follow."""
+    """Combine the first arrays of the job's table into those that follow them."""
     row = job + 8 * _ROW
     intrinsics.store(row, 2, num_sources)
     intrinsics.store(row, 3, num_sources)
@@ -100,29 +102,29 @@ def _combine(job, runner, num_sources, num_targets, divisor, length):  # type: i
     intrinsics.call(runner, job)
 
 
-# It reads lists of Python, so it keeps the interpreter's lock.
+# Reads Python lists, so it keeps the interpreter's lock.
 @jit.njit("int64(int64, int64, int64, int64, int64)")
-def _lay_out(columns, num_sources, recipe, layout, route):  # type: ignore[no-untyped-def]
-    """Write each column's first byte and its arrays' addresses; return the bytes of all, or -1.
+def _lay_out(columns, num_sources, recipe, layout, state):  # type: ignore[no-untyped-def]
+    """Write each column's first byte and its arrays' addresses; return the total bytes, or -1.
 
-    After the last column stands where it ends.
+    The end of the last column follows it.
     """
     count = array_structs.length_of(columns)
     first = array_structs.item_of(columns, 0)
     width = 1 + array_structs.length_of(first)
     begin = np.int64(0)
-    intrinsics.store(route, _STARTED, 0)
-    intrinsics.store(route, _COLUMN, 0)
-    intrinsics.store(route, _LAYOUT, layout)
-    intrinsics.store(route, _NUM_COLUMNS, count)
-    intrinsics.store(route, _NUM_SOURCES, num_sources)
-    intrinsics.store(route, _NUM_TARGETS, width - 1 - num_sources)
-    intrinsics.store(route, _RECIPE, recipe)
+    intrinsics.store(state, _START, 0)
+    intrinsics.store(state, _COLUMN, 0)
+    intrinsics.store(state, _LAYOUT, layout)
+    intrinsics.store(state, _NUM_COLUMNS, count)
+    intrinsics.store(state, _NUM_SOURCES, num_sources)
+    intrinsics.store(state, _NUM_TARGETS, width - 1 - num_sources)
+    intrinsics.store(state, _RECIPE, recipe)
     for k in range(count):
         column = array_structs.item_of(columns, k)
-        line = layout + 8 * k * width
-        intrinsics.store(line, 0, begin)
-        length = array_structs.look(column, recipe, line + 8, num_sources)
+        entry = layout + 8 * k * width
+        intrinsics.store(entry, 0, begin)
+        length = array_structs.read_addresses(column, recipe, entry + 8, num_sources)
         if length < 0:
             return np.int64(-1)
         begin += length * intrinsics.load(recipe, _ITEMSIZE)
@@ -131,223 +133,230 @@ def _lay_out(columns, num_sources, recipe, layout, route):  # type: ignore[no-un
 
 
 @jit.njit(nogil=True)
-def _bring(route, job, place, start, stop):  # type: ignore[no-untyped-def]
-    """Bring what the bytes of a piece make to a place."""
-    layout, recipe = intrinsics.load(route, _LAYOUT), intrinsics.load(route, _RECIPE)
+def _stage(state, job, buffer, start, stop):  # type: ignore[no-untyped-def]
+    """Write the reduction of the sources' bytes ``start`` to ``stop`` to a staging buffer."""
+    layout, recipe = intrinsics.load(state, _LAYOUT), intrinsics.load(state, _RECIPE)
     num_sources, num_targets = (
-        intrinsics.load(route, _NUM_SOURCES),
-        intrinsics.load(route, _NUM_TARGETS),
+        intrinsics.load(state, _NUM_SOURCES),
+        intrinsics.load(state, _NUM_TARGETS),
     )
     runner, itemsize = intrinsics.load(recipe, _RUNNER), intrinsics.load(recipe, _ITEMSIZE)
     table = job + 8 * _TABLE
     width = 8 * (1 + num_sources + num_targets)
-    line = layout + intrinsics.load(route, _COLUMN) * width
-    last = layout + intrinsics.load(route, _NUM_COLUMNS) * width
-    while line < last and intrinsics.load(line, 0) < stop:
-        begin, end = intrinsics.load(line, 0), intrinsics.load(line + width, 0)
+    entry = layout + intrinsics.load(state, _COLUMN) * width
+    last = layout + intrinsics.load(state, _NUM_COLUMNS) * width
+    while entry < last and intrinsics.load(entry, 0) < stop:
+        begin, end = intrinsics.load(entry, 0), intrinsics.load(entry + width, 0)
         low, high = max(start, begin), min(stop, end)
         if high > low:
-            here = place + low - start
+            staged = buffer + low - start
             if num_sources == 1:
-                _copy(here, intrinsics.load(line, 1) + low - begin, high - low)
+                _copy(staged, intrinsics.load(entry, 1) + low - begin, high - low)
             else:
                 for k in range(num_sources):
-                    intrinsics.store(table, k, intrinsics.load(line, 1 + k) + low - begin)
-                intrinsics.store(table, num_sources, here)
+                    intrinsics.store(table, k, intrinsics.load(entry, 1 + k) + low - begin)
+                intrinsics.store(table, num_sources, staged)
                 _combine(job, runner, num_sources, 1, 1, (high - low) // itemsize)
-        line += width
+        entry += width
     return 0
 
 
 @jit.njit(nogil=True)
-def _take(route, job, places, count, divisor, column, start, stop):  # type: ignore[no-untyped-def]
-    """Take what the bytes of a piece in ``count`` places make to the targets."""
-    layout, recipe = intrinsics.load(route, _LAYOUT), intrinsics.load(route, _RECIPE)
+def _reduce_to_targets(state, job, buffers, count, divisor, column, start, stop):  # type: ignore[no-untyped-def]
+    """Write the reduction of a piece in ``count`` staging buffers to the targets."""
+    layout, recipe = intrinsics.load(state, _LAYOUT), intrinsics.load(state, _RECIPE)
     num_sources, num_targets = (
-        intrinsics.load(route, _NUM_SOURCES),
-        intrinsics.load(route, _NUM_TARGETS),
+        intrinsics.load(state, _NUM_SOURCES),
+        intrinsics.load(state, _NUM_TARGETS),
     )
     runner, itemsize = intrinsics.load(recipe, _RUNNER), intrinsics.load(recipe, _ITEMSIZE)
-    place_nbytes = intrinsics.load(route, _PLACE_NBYTES)
+    buffer_nbytes = intrinsics.load(state, _BUFFER_NBYTES)
     table = job + 8 * _TABLE
     width = 8 * (1 + num_sources + num_targets)
-    line = layout + column * width
-    last = layout + intrinsics.load(route, _NUM_COLUMNS) * width
-    while line < last and intrinsics.load(line, 0) < stop:
-        begin, end = intrinsics.load(line, 0), intrinsics.load(line + width, 0)
+    entry = layout + column * width
+    last = layout + intrinsics.load(state, _NUM_COLUMNS) * width
+    while entry < last and intrinsics.load(entry, 0) < stop:
+        begin, end = intrinsics.load(entry, 0), intrinsics.load(entry + width, 0)
         low, high = max(start, begin), min(stop, end)
         if high > low:
-            here = places + low - start
+            staged = buffers + low - start
             for member in range(count):
-                intrinsics.store(table, member, here + member * place_nbytes)
+                intrinsics.store(table, member, staged + member * buffer_nbytes)
             for k in range(num_targets):
-                target = intrinsics.load(line, 1 + num_sources + k) + low - begin
+                target = intrinsics.load(entry, 1 + num_sources + k) + low - begin
                 if count == 1:
-                    _copy(target, here, high - low)
+                    _copy(target, staged, high - low)
                 intrinsics.store(table, count + k, target)
             if count > 1:
                 _combine(job, runner, count, num_targets, divisor, (high - low) // itemsize)
-        line += width
+        entry += width
     return 0
 
 
 @jit.njit(nogil=True)
-def _combine_part(route, job, places, divisor, nbytes):  # type: ignore[no-untyped-def]
-    """Combine this member's part of a piece in all places into the place behind them."""
-    recipe = intrinsics.load(route, _RECIPE)
-    count, rank = intrinsics.load(route, _COUNT), intrinsics.load(route, _RANK)
-    place_nbytes = intrinsics.load(route, _PLACE_NBYTES)
+def _combine_part(state, job, buffers, divisor, nbytes):  # type: ignore[no-untyped-def]
+    """Combine this member's part of a piece in all staging buffers into the buffer behind them."""
+    recipe = intrinsics.load(state, _RECIPE)
+    count, rank = intrinsics.load(state, _COUNT), intrinsics.load(state, _RANK)
+    buffer_nbytes = intrinsics.load(state, _BUFFER_NBYTES)
     lines = (nbytes + _LINE - 1) // _LINE
     low = lines * rank // count * _LINE
     high = min(nbytes, lines * (rank + 1) // count * _LINE)
     if high > low:
         for k in range(count + 1):
-            intrinsics.store(job + 8 * _TABLE, k, places + k * place_nbytes + low)
+            intrinsics.store(job + 8 * _TABLE, k, buffers + k * buffer_nbytes + low)
         length = (high - low) // intrinsics.load(recipe, _ITEMSIZE)
         _combine(job, intrinsics.load(recipe, _RUNNER), count, 1, divisor, length)
     return 0
 
 
 @jit.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
-def _relay(route, job, wanted, divisor, what):  # type: ignore[no-untyped-def]
-    """Reduce from the piece at hand on; return how it went."""
-    layout, recipe = intrinsics.load(route, _LAYOUT), intrinsics.load(route, _RECIPE)
-    num_columns = intrinsics.load(route, _NUM_COLUMNS)
-    width = 1 + intrinsics.load(route, _NUM_SOURCES) + intrinsics.load(route, _NUM_TARGETS)
+def _run(state, job, fingerprint, divisor, phase):  # type: ignore[no-untyped-def]
+    """Reduce from the current piece on; return the outcome."""
+    layout, recipe = intrinsics.load(state, _LAYOUT), intrinsics.load(state, _RECIPE)
+    num_columns = intrinsics.load(state, _NUM_COLUMNS)
+    width = 1 + intrinsics.load(state, _NUM_SOURCES) + intrinsics.load(state, _NUM_TARGETS)
     total = intrinsics.load(layout, num_columns * width)
-    lines, place_nbytes = intrinsics.load(route, _LINES), intrinsics.load(route, _PLACE_NBYTES)
-    count, rank = intrinsics.load(route, _COUNT), intrinsics.load(route, _RANK)
-    in_parts = intrinsics.load(route, _IN_PARTS)
+    lines, buffer_nbytes = intrinsics.load(state, _LINES), intrinsics.load(state, _BUFFER_NBYTES)
+    count, rank = intrinsics.load(state, _COUNT), intrinsics.load(state, _RANK)
+    in_parts = intrinsics.load(state, _IN_PARTS)
     if intrinsics.load(recipe, _IS_MEAN):
         divisor = count
     while True:
-        start = intrinsics.load(route, _STARTED)  # in parts it is in the end that of no piece
-        stop = min(start + place_nbytes, total)
-        number = intrinsics.load(route, _NUMBER) + np.int64(what != _GO_ON)
-        half = intrinsics.load(route, _EVEN_TO_ODD)
-        places = intrinsics.load(route, _PLACES) + (number & 1) * half
-        if what != _GO_ON:
-            _bring(route, job, places + rank * place_nbytes, start, stop)
-            if what == _BRING:
+        start = intrinsics.load(state, _START)  # in parts, the last round has no piece
+        stop = min(start + buffer_nbytes, total)
+        epoch = intrinsics.load(state, _EPOCH) + np.int64(phase != _CONTINUE)
+        parity_stride = intrinsics.load(state, _PARITY_STRIDE)
+        buffers = intrinsics.load(state, _BUFFERS) + (epoch & 1) * parity_stride
+        if phase != _CONTINUE:
+            _stage(state, job, buffers + rank * buffer_nbytes, start, stop)
+            if phase == _STAGE:
                 return DONE
-            intrinsics.store(route, _NUMBER, number)
-            shm_barrier.come_to(lines, rank, number, wanted, stop - start)
+            intrinsics.store(state, _EPOCH, epoch)
+            shm_barrier.arrive_at(lines, rank, epoch, fingerprint, stop - start)
         outcome = shm_barrier.await_members(
-            lines, count, rank, number, intrinsics.load(route, _PAUSES)
+            lines, count, rank, epoch, intrinsics.load(state, _PAUSES)
         )
         if outcome != _AGREED:
             return outcome
-        what = _WHOLE
-        column = intrinsics.load(route, _COLUMN)
+        phase = _ALL
+        column = intrinsics.load(state, _COLUMN)
         if in_parts:
             if start > 0:
-                before = (start - 1) // place_nbytes * place_nbytes
+                previous_start = (start - 1) // buffer_nbytes * buffer_nbytes
                 results = (
-                    intrinsics.load(route, _PLACES) + (~number & 1) * half + count * place_nbytes
+                    intrinsics.load(state, _BUFFERS)
+                    + (~epoch & 1) * parity_stride
+                    + count * buffer_nbytes
                 )
-                column_before = intrinsics.load(route, _COLUMN_BEFORE)
-                _take(route, job, results, 1, 1, column_before, before, start)
+                previous_column = intrinsics.load(state, _PREVIOUS_COLUMN)
+                _reduce_to_targets(
+                    state, job, results, 1, 1, previous_column, previous_start, start
+                )
             if start >= total:
                 return DONE
-            _combine_part(route, job, places, divisor, stop - start)
+            _combine_part(state, job, buffers, divisor, stop - start)
         else:
-            _take(route, job, places, count, divisor, column, start, stop)
+            _reduce_to_targets(state, job, buffers, count, divisor, column, start, stop)
             if stop >= total:
                 return DONE
-        intrinsics.store(route, _COLUMN_BEFORE, column)
+        intrinsics.store(state, _PREVIOUS_COLUMN, column)
         while column < num_columns and intrinsics.load(layout, (column + 1) * width) <= stop:
             column += 1
-        intrinsics.store(route, _COLUMN, column)
-        intrinsics.store(route, _STARTED, stop)
+        intrinsics.store(state, _COLUMN, column)
+        intrinsics.store(state, _START, stop)
 
 
-# The functions behind the dispatchers: less to do for each call, for the arguments are integers.
+# The functions behind the dispatchers: a call is cheaper, for the arguments are integers.
 _lay_out_now = _lay_out.get_overload((types.int64,) * 5)
-_relay_now = _relay.get_overload((types.int64,) * 5)
+_run_now = _run.get_overload((types.int64,) * 5)
 
 
 @final
-class Relay:
-    """The way of one member's arrays.
+class SharedMemoryAllReduce:
+    """One member's side of the all-reduce through shared memory.
 
     Parameters
     ----------
     lines : int
-        The address of the members' lines.
+        Address of the members' control lines: see shm_barrier.py.
     rank : int
-    places : ndarray of uint8, (2, size + 1, nbytes)
-        Where members put pieces in even and odd rounds, and what becomes of them.
+        This member.
+    buffers : ndarray of uint8, (2, size + 1, nbytes)
+        The members' staging buffers, and one for the result, of even and of odd rounds.
     size : int
-        How many members there are.
+        Number of members.
     num_pauses : int
-        How long to wait in each round.
+        Spins of the wait in each round.
     """
 
-    def __init__(self, lines: int, rank: int, places: Any, size: int, num_pauses: int) -> None:
-        self._places = places  # kept alive: the route knows addresses only
-        self._route = intrinsics.words(_NUM_WORDS)
-        self._route[:_NUMBER] = (
-            lines, size, rank, checks.address(places), places.strides[0], places.shape[2],
+    def __init__(self, lines: int, rank: int, buffers: Any, size: int, num_pauses: int) -> None:
+        self._buffers = buffers  # kept alive: the state holds addresses only
+        self._state = intrinsics.words(_NUM_WORDS)
+        self._state[:_EPOCH] = (
+            lines, size, rank, checks.address(buffers), buffers.strides[0], buffers.shape[2],
             num_pauses,
         )  # fmt: skip
-        self._address = checks.address(self._route)
+        self._address = checks.address(self._state)
         self._job = fast_path.new_job(size + _MOST_ARRAYS)
         self._size = size
-        self._lay_out_in(intrinsics.words(_NUM_WORDS))
+        self._set_layout(intrinsics.words(_NUM_WORDS))
 
-    def _lay_out_in(self, words: Any) -> None:
+    def _set_layout(self, words: Any) -> None:
         self._layout, self._layout_address = words, checks.address(words)
 
     def lay_out(self, columns: Sequence[Sequence[Any]], num_sources: int, op: Reduction) -> bool:
-        """Take columns of [*sources, *targets], all as many, to be reduced; False: declined.
+        """Begin the all-reduce of columns of [*sources, *targets]; False: declined.
 
-        This member brings what the sources of a column make, from the first to the last. Targets
-        may be sources. The caller keeps the arrays alive: only their addresses are kept here.
+        All columns have equally many sources and targets. This member contributes the reduction
+        of a column's sources, from the first to the last. Targets may be sources. The caller keeps
+        the arrays alive: only their addresses are kept here.
         """
-        held = [column if type(column) is list else [*column] for column in columns]
-        width = len(held[0])
-        dtype = held[0][0].dtype
+        lists = [column if type(column) is list else [*column] for column in columns]
+        width = len(lists[0])
+        dtype = lists[0][0].dtype
         recipe = array_structs.recipes.get((op, dtype))
         if recipe is None:
-            array_structs.learn(op, dtype)
+            array_structs.register(op, dtype)
             recipe = array_structs.recipes.get((op, dtype))
         if recipe is None or width > _MOST_ARRAYS:
             return False
-        num_words = len(held) * (1 + width) + 1
+        num_words = len(lists) * (1 + width) + 1
         if len(self._layout) < num_words:
-            self._lay_out_in(intrinsics.words(2 * num_words))
-        given = (recipe.address, self._layout_address, self._address)
-        nbytes = int(_lay_out_now(id(held), num_sources, *given))
-        self._route[_IN_PARTS] = self.is_in_parts(nbytes)
+            self._set_layout(intrinsics.words(2 * num_words))
+        addresses = (recipe.address, self._layout_address, self._address)
+        nbytes = int(_lay_out_now(id(lists), num_sources, *addresses))
+        self._state[_IN_PARTS] = self.is_in_parts(nbytes)
         return nbytes >= 0
 
     def is_in_parts(self, nbytes: int) -> bool:
-        """Tell whether each member combines a part of pieces of so many bytes: the same for all."""
-        return self._size >= _LEAST_MEMBERS and nbytes > int(self._route[_PLACE_NBYTES])
+        """Return whether each member combines a part of the pieces; all members agree on it."""
+        return self._size >= _LEAST_MEMBERS_FOR_PARTS and nbytes > int(self._state[_BUFFER_NBYTES])
 
     @property
     def nbytes(self) -> int:
-        """Of the piece at hand."""
-        route = self._route
-        width = 1 + int(route[_NUM_SOURCES] + route[_NUM_TARGETS])
-        left = self._layout[route[_NUM_COLUMNS] * width] - route[_STARTED]
-        return int(min(left, route[_PLACE_NBYTES]))
+        """Bytes of the current piece."""
+        state = self._state
+        width = 1 + int(state[_NUM_SOURCES] + state[_NUM_TARGETS])
+        left = self._layout[state[_NUM_COLUMNS] * width] - state[_START]
+        return int(min(left, state[_BUFFER_NBYTES]))
 
-    def run(self, number: int, wanted: int, divisor: int, *, has_come: bool) -> tuple[int, int]:
-        """Reduce from the piece at hand on; return how it went, and the latest round.
+    def run(
+        self, epoch: int, fingerprint: int, divisor: int, *, has_arrived: bool
+    ) -> tuple[int, int]:
+        """Reduce from the current piece on; return the outcome, and the epoch of the latest round.
 
-        ``number`` is that of the latest round that this member has come to; it has come for the
-        piece at hand if ``has_come``, and has brought it. The sum is divided by ``divisor``, or for
-        MEAN by the number of members.
-
-        DONE, or what the wait for the others has found in the round of the piece then at hand.
+        The outcome is ``DONE``, or that of the barrier in the round of the piece then current.
+        ``epoch`` is that of the latest round at which this member arrived: with the current piece
+        staged, if ``has_arrived``. The sum is divided by ``divisor``, or for MEAN by the number of
+        members.
         """
-        self._route[_NUMBER] = number
-        what = _GO_ON if has_come else _WHOLE
-        how = int(_relay_now(self._address, self._job[1], wanted, divisor, what))
-        return how, int(self._route[_NUMBER])
+        self._state[_EPOCH] = epoch
+        phase = _CONTINUE if has_arrived else _ALL
+        outcome = int(_run_now(self._address, self._job[1], fingerprint, divisor, phase))
+        return outcome, int(self._state[_EPOCH])
 
-    def bring(self, number: int) -> None:
-        """Bring the piece at hand, for the round after ``number``."""
-        self._route[_NUMBER] = number
-        _relay_now(self._address, self._job[1], 0, 1, _BRING)
+    def stage(self, epoch: int) -> None:
+        """Write the current piece to this member's staging buffer of round ``epoch + 1``."""
+        self._state[_EPOCH] = epoch
+        _run_now(self._address, self._job[1], 0, 1, _STAGE)

@@ -17,7 +17,7 @@ def broadcast(buffers: Any, root: int = 0, *, stream: Any = None) -> list[Any]:
     views = checks.arrays("broadcast", call.reads)
     root = checks.check_root("broadcast", root, len(views))
     checks.check_dtype_moves("broadcast", views[0].dtype)
-    checks.in_place("broadcast", views)
+    checks.check_in_place("broadcast", views)
     views.insert(0, views.pop(root))
     if len(views) > 1:
         with call.ordered() as order:

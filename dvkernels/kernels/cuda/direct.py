@@ -30,11 +30,11 @@ def all_reduce_as(
 
     Buffers on several GPUs are reduced by the algorithm ``between_gpus``.
     """
-    buffers, seen = checks.listed(verb, buffers), None
+    buffers, seen = checks.as_sequence(verb, buffers), None
     if out is None:
         seen = fast_path.see(buffers, (), op)
     elif out is not checks.NEW:
-        out = checks.listed(verb, out, "out")
+        out = checks.as_sequence(verb, out, "out")
         seen = fast_path.see(buffers, out, op) if len(out) == len(buffers) else None
     if fast_path.repeat(seen, verb, stream):
         return list(buffers if out is None else out)
@@ -66,7 +66,7 @@ def aggregate_mean(buffers: Any, *, out: Any = None, stream: Any = None) -> Any:
 
 
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> Any:
-    buffers, seen = checks.listed(verb, buffers), None
+    buffers, seen = checks.as_sequence(verb, buffers), None
     if out is not None:
         seen = fast_path.see(buffers, (out,), op)
         if fast_path.repeat(seen, verb, stream):
@@ -78,7 +78,7 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> Any:
         writes = call.made([reads[0].shape])
     else:
         writes = call.out
-        checks.separate(verb, reads, writes, 1)
+        checks.check_out(verb, reads, writes, 1)
     with call.ordered() as order:
         job.combine(order, op, reads[0].dtype, [[*reads, *writes]], len(reads))
     fast_path.learn(seen, op, [*reads, *writes])

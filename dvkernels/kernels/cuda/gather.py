@@ -62,4 +62,4 @@ def _writes(call: Buffers, shapes: list[tuple[int, ...]]) -> list[Any]:
     """Return the arrays to write to: checked ``out``, or new ones."""
     if call.out is None:
         return call.made(shapes)
-    return checks.apart(call.verb, call.reads, call.out, shapes)
+    return checks.outputs(call.verb, call.reads, call.out, shapes)

@@ -15,12 +15,12 @@ _VERB = "all_reduce_many"
 
 def all_reduce_many(groups: Any, op: Any = "sum", *, stream: Any = None) -> list[list[Any]]:
     """Leave in every buffer of each group their reduction; see :func:`dvkernels.kernels`."""
-    listed = checks.listed_groups(_VERB, groups)
+    listed = checks.groups_as_lists(_VERB, groups)
     if not listed:
         return listed
     call = Call(_VERB, stream=stream)
     arrays = [call.place(group, f"{_VERB}, array {k}") for k, group in enumerate(listed)]
-    known, by_dtype = checks.grouped(_VERB, arrays, op)
+    known, by_dtype = checks.check_groups(_VERB, arrays, op)
     ops = {dtype: job.checked(_VERB, known, dtype) for dtype in by_dtype}
     with call.ordered() as order:
         for dtype, found in by_dtype.items():

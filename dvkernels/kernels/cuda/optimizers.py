@@ -42,7 +42,7 @@ def sgd(
     ``stream`` is one stream, or None for the current ones; see :mod:`dvkernels.kernels.cuda`.
     """
     slots = [] if velocities is None else [velocities]
-    numbers = optimizer_checks.sgd_numbers(parameters, learning_rate, momentum, weight_decay)
+    numbers = optimizer_checks.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
     rule = optimizer_checks.sgd_rule(velocities, nesterov)
     _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, stream)
 
@@ -67,7 +67,7 @@ def adam(
 
     ``stream`` is one stream, or None for the current ones; see :mod:`dvkernels.kernels.cuda`.
     """
-    numbers = optimizer_checks.adam_numbers(
+    numbers = optimizer_checks.adam_coefficients(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
@@ -82,7 +82,7 @@ def _step(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    numbers: Sequence[optimizer_checks.Numbers],
+    numbers: Sequence[optimizer_checks.Coefficients],
     op: Any,
     stream: Any,
 ) -> None:

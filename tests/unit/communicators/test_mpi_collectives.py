@@ -140,7 +140,7 @@ def test_the_cost_model_gets_the_bytes_of_the_messages(dtype):
     asked = []
 
     class Asked:
-        def way_of(self, *given):
+        def algorithm_for(self, *given):
             asked.append(given)
             return "gather"
 

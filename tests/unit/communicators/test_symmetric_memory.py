@@ -29,13 +29,13 @@ FIRST_DIGITS = CustomReduction(numba.njit(lambda a, b: a * 10 + b), 0, "digits")
 def staged(monkeypatch):
     """Return the list of the columns that were not reduced in place."""
     found = []
-    original = shm_transport.shm_all_reduce.Relay.lay_out
+    original = shm_transport.shm_all_reduce.SharedMemoryAllReduce.lay_out
 
     def lay_out(self, columns, num_sources, op):
         found.extend(columns)
         return original(self, columns, num_sources, op)
 
-    monkeypatch.setattr(shm_transport.shm_all_reduce.Relay, "lay_out", lay_out)
+    monkeypatch.setattr(shm_transport.shm_all_reduce.SharedMemoryAllReduce, "lay_out", lay_out)
     return found
 
 

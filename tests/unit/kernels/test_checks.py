@@ -1,3 +1,5 @@
+"""Checks of the buffers of a collective: errors that name the replica and the remedy."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -98,7 +100,7 @@ def test_broadcast_of_objects_raises() -> None:
         (lambda a, b: [_BASE[1:5], _BASE[4:]], "out 0 overlaps out 1"),
     ],
 )
-def test_a_wrong_out_raises_before_anything_is_written(make_out: Any, message: str) -> None:
+def test_a_wrong_out_raises_before_any_write(make_out: Any, message: str) -> None:
     a, b = np.arange(4.0), np.arange(4.0, 8.0)
     for function in (kernels.direct_all_reduce, kernels.ring_all_reduce):
         with pytest.raises(errors.BufferMismatchError, match=message):

@@ -1,4 +1,4 @@
-"""Where compiled code lives: one folder, never in the package; trouble there is a cold start."""
+"""Cache of compiled code: one folder, outside of the package, whose failures cost a compilation."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ needs_posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes of
 
 @pytest.fixture
 def found(monkeypatch, tmp_path):
-    """Ask anew where compiled code lives, in a world of this test alone."""
+    """Return a function that looks for the folder anew, among folders of this test only."""
     monkeypatch.setattr(compile_cache._config, "CACHE_DIR", "")
-    monkeypatch.setattr(compile_cache, "_is_said", False)
+    monkeypatch.setattr(compile_cache, "_has_warned", False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(compile_cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     compile_cache.folder.cache_clear()
 
-    def ask():
+    def look_up():
         compile_cache.folder.cache_clear()
         return compile_cache.folder()
 
-    yield ask
+    yield look_up
     compile_cache.folder.cache_clear()
 
 
@@ -100,7 +100,7 @@ def test_code_that_another_user_could_have_written_is_not_executed(
     assert found() != theirs
 
 
-def test_a_folder_that_was_filled_ahead_is_read_where_nothing_can_be_written(
+def test_a_folder_filled_ahead_is_read_on_a_read_only_file_system(
     found, monkeypatch, tmp_path
 ) -> None:
     monkeypatch.setattr(compile_cache._config, "CACHE_DIR", str(tmp_path / "image"))
@@ -112,7 +112,7 @@ def test_a_folder_that_was_filled_ahead_is_read_where_nothing_can_be_written(
     assert "read only" in compile_cache.describe()
 
 
-def test_whatever_happened_to_a_file_it_is_whole_or_not_there(found) -> None:
+def test_a_damaged_file_counts_as_missing(found) -> None:
     body = bytes(range(256)) * 3
     compile_cache.write("name", body)
     path = found() / "name"
@@ -132,9 +132,7 @@ def test_whatever_happened_to_a_file_it_is_whole_or_not_there(found) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ESTALE])
 @pytest.mark.parametrize("step", ["open", "replace"])
-def test_what_cannot_be_written_is_said_once_and_leaves_nothing(
-    found, monkeypatch, number, step
-) -> None:
+def test_a_failed_write_warns_once_and_leaves_no_file(found, monkeypatch, number, step) -> None:
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
@@ -151,7 +149,7 @@ def test_what_cannot_be_written_is_said_once_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
-def test_what_cannot_be_read_is_as_if_it_were_not_there(found, monkeypatch, number) -> None:
+def test_an_unreadable_file_counts_as_missing(found, monkeypatch, number) -> None:
     compile_cache.write("name", b"body")
 
     def fail(*_):
@@ -167,7 +165,7 @@ def test_a_folder_that_was_deleted_meanwhile_is_made_again(found) -> None:
     assert compile_cache.read("name") == b"body"
 
 
-def test_old_folders_go_and_nothing_else(found, monkeypatch, tmp_path) -> None:
+def test_only_old_folders_are_removed(found, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(compile_cache._config, "CACHE_DIR", str(tmp_path))
     kept, strange = tmp_path / "dvkernels" / f"{9:032x}", tmp_path / "dvkernels" / "of mine"
     aside = tmp_path / "aside"
@@ -188,7 +186,7 @@ def test_old_folders_go_and_nothing_else(found, monkeypatch, tmp_path) -> None:
     assert (kept / "old.code").exists()
 
 
-def test_an_edit_of_any_file_that_is_compiled_begins_a_new_folder(monkeypatch, tmp_path) -> None:
+def test_an_edit_of_any_compiled_source_starts_a_new_folder(monkeypatch, tmp_path) -> None:
     shutil.copytree(PACKAGE / "kernels", tmp_path / "kernels")
     monkeypatch.setattr(compile_cache, "_HERE", tmp_path / "kernels")
 
@@ -211,7 +209,7 @@ def test_an_edit_of_any_file_that_is_compiled_begins_a_new_folder(monkeypatch, t
 PROGRAM = """
 import sys
 import numpy as np
-sys.stdin.read(1)  # all at once
+sys.stdin.read(1)  # all processes start at once
 from dvkernels import kernels
 a = [np.ones(5, np.int16), np.ones(5, np.int16)]
 print(kernels.reduce(a).sum())

@@ -1,3 +1,5 @@
+"""Kernels of the CPU: values, layouts, threads, interrupts, forks and compilation."""
+
 from __future__ import annotations
 
 import os
@@ -30,7 +32,7 @@ _COMBINE = {
 
 
 class Exchanged:
-    """An array of a library that speaks DLPack and nothing else."""
+    """An array of a library that supports DLPack only."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -169,19 +171,19 @@ def test_bits_do_not_depend_on_threads(reducer: Any) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 1000, 300_001])
 @pytest.mark.parametrize(("op", "dtype"), [("sum", "f4"), ("mean", "f8"), ("sum", "c8")])
-def test_the_prompt_way_and_the_long_way_give_the_same_bits(
+def test_fast_path_and_slow_path_give_the_same_bits(
     op: str, dtype: str, length: int, monkeypatch: Any
 ) -> None:
     rng = np.random.default_rng(2)
     buffers = [rng.standard_normal(2 * length).astype("f4").view(dtype) for _ in range(3)]
-    long, prompt = ([array.copy() for array in buffers] for _ in range(2))
+    slow, fast = ([array.copy() for array in buffers] for _ in range(2))
     with monkeypatch.context() as patch:
         patch.setattr(array_structs, "recipes", {})
-        kernels.all_reduce(long, op)
-    kernels.all_reduce([array.copy() for array in buffers], op)  # learns
+        kernels.all_reduce(slow, op)
+    kernels.all_reduce([array.copy() for array in buffers], op)  # enables the fast path
     assert (op, np.dtype(dtype)) in array_structs.recipes
-    kernels.all_reduce(prompt, op)
-    assert [a.tobytes() for a in prompt] == [a.tobytes() for a in long]
+    kernels.all_reduce(fast, op)
+    assert [a.tobytes() for a in fast] == [a.tobytes() for a in slow]
 
 
 def test_two_callers_progress_together() -> None:
@@ -208,15 +210,15 @@ def test_two_callers_progress_together() -> None:
 
 
 @pytest.mark.skipif(thread_pool.num_threads() < 2, reason="needs a helper thread")
-def test_an_interrupt_right_behind_the_compiled_code_waits_for_the_helpers(monkeypatch) -> None:
-    def interrupted(where: int, job: int, num_pauses: int) -> int:
-        held.append(real(where, job, 1))  # hardly any patience: a helper is often still inside
+def test_an_interrupt_right_after_the_compiled_code_waits_for_the_helpers(monkeypatch) -> None:
+    def interrupted(pool: int, job: int, num_pauses: int) -> int:
+        occupied.append(real(pool, job, 1))  # one spin: a helper is often still inside
         raise KeyboardInterrupt
 
-    real, held = thread_pool._execute, []
+    real, occupied = thread_pool._execute, []
     for group in ([np.ones(1 << 21, "f4") for _ in range(2)],
                   [np.ones((1 << 20, 3), "f4")[:, ::2] for _ in range(2)]):  # fmt: skip
-        kernels.all_reduce(group)  # what is compiled is compiled now
+        kernels.all_reduce(group)  # compiles
         monkeypatch.setattr(thread_pool, "_execute", interrupted)
         for _ in range(20):
             for buffer in group:
@@ -226,7 +228,7 @@ def test_an_interrupt_right_behind_the_compiled_code_waits_for_the_helpers(monke
             values = {float(value) for buffer in group for value in np.unique(buffer)}
             assert values in ({1.0}, {2.0})
         monkeypatch.setattr(thread_pool, "_execute", real)
-    assert any(held)
+    assert any(occupied)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX timers")
@@ -234,7 +236,7 @@ def test_an_interrupt_leaves_all_or_nothing() -> None:
     buffers = [np.ones(1 << 23, "f4") for _ in range(2)]
     staged = [np.ones((1 << 22, 2), "f4")[:, 0] for _ in range(2)]
     for group in (buffers, staged):
-        kernels.all_reduce(group)  # what is compiled is compiled now
+        kernels.all_reduce(group)  # compiles
         num_interrupted = 0
         for attempt in range(12):
             for buffer in group:
@@ -293,7 +295,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*.nb?")) == files
 
 
-def test_the_door_imports_no_numba() -> None:
+def test_importing_the_kernels_does_not_import_numba() -> None:
     assert _python("import sys, dvkernels.kernels; print('numba' in sys.modules)") == "False"
 
 

@@ -1,4 +1,4 @@
-"""A call on a GPU that was made before launches what a fresh one would, or says the same of it."""
+"""CUDA fast path: a repeated call launches, or raises, what a first call does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE = 1 << 32
 
 
 class Array:
-    """An array of CuPy, as far as it is looked at; its memory is nowhere."""
+    """Double of a CuPy array, without memory."""
 
     def __init__(self, address, shape=(40,), dtype="f4", strides=None, device=0):
         self.shape, self.dtype = shape, np.dtype(dtype)
@@ -34,7 +34,7 @@ Array.__module__, Array.__name__ = "cupy", "ndarray"
 
 
 class OfNumba:
-    """An array that says of itself where it lies."""
+    """Double of an array with ``__cuda_array_interface__``."""
 
     def __init__(self, address, shape=(40,), dtype="f4", is_read_only=False, **other):
         self.dtype = np.dtype(dtype)
@@ -45,7 +45,7 @@ class OfNumba:
 
 
 class Machine:
-    """A driver that launches nothing, and notes what it is asked to."""
+    """Double of the driver that launches nothing, and records the launches."""
 
     problem, is_inherited = "", False
 
@@ -102,7 +102,7 @@ def machine():
 
 
 def outcome(machine, call):
-    """Return what was launched, or what was said."""
+    """Return the launches of a call, or its error."""
     machine.launched.clear()
     try:
         call()
@@ -160,7 +160,7 @@ class Looked(Exception):
 
 
 def looks(call):
-    """Return whether a call is looked at properly."""
+    """Return whether a call takes the slow path."""
 
     def look(*given):
         raise Looked

@@ -1,4 +1,4 @@
-"""A reduction of the user's own is accepted by every algorithm and in every door."""
+"""Custom reductions: accepted by every algorithm, kernel and strategy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_other_kernels_take_it():
     np.testing.assert_array_equal(buffers[2], expected)
 
 
-def test_functions_may_call_others_and_know_what_they_were_made_with():
+def test_functions_may_call_others_and_have_free_variables():
     @numba.njit
     def distance(x, near):
         return abs(x - near)
@@ -87,7 +87,7 @@ def test_strategies_take_it():
         np.testing.assert_array_equal(strategy.reduce(LARGER, empty, axis=0), [0, 0])
 
 
-def test_replicas_must_bring_the_same_one():
+def test_replicas_must_pass_the_same_reduction():
     def step():
         op = dv.CustomReduction(larger, 0, "made in run")
         dv.get_replica_context().all_reduce(op, np.ones(2))
@@ -100,7 +100,7 @@ def test_replicas_must_bring_the_same_one():
 
 
 @pytest.mark.parametrize("dtype", ["f2", "O", ">f4"])
-def test_dtypes_that_it_does_not_work_on(dtype):
+def test_unsupported_dtypes_raise(dtype):
     with pytest.raises(errors.UnsupportedDTypeError):
         kernels.all_reduce([np.ones(3).astype(dtype) for _ in range(2)], LARGER)
 

@@ -1,3 +1,5 @@
+"""Gates between two threads: their states, and no lost hand-over."""
+
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,4 @@
-"""Collectives inside compiled code: right, prompt, and never waiting for ever."""
+"""Collectives inside compiled code: results, mismatches, deadlines."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def together(*calls):
     return raised
 
 
-def test_replicas_meet_again_and_again():
+def test_many_collectives_in_a_row():
     team = group.Group(3)
     values = [np.full(11, float(rank)) for rank in range(3)]
     copied = [np.zeros(5, "i2") for _ in range(3)]
@@ -105,7 +105,7 @@ def test_reductions_are_those_of_numpy(length):
         np.testing.assert_array_equal(result, expected)
 
 
-def test_a_replica_that_does_not_come_ends_the_wait():
+def test_a_missing_replica_ends_the_wait_at_the_deadline():
     team = group.Group(3, timeout_seconds=1)
     barriers(group.Group(1).state, 0, 1)  # compiled
     began = time.monotonic()
@@ -149,7 +149,7 @@ def broadcast_from_second(state, rank, values):
 
 
 @numba.njit(nogil=True)
-def meet_twice(state, rank, values):
+def wait_twice(state, rank, values):
     group.barrier(state, rank)
     group.barrier(state, rank)
 
@@ -162,32 +162,32 @@ def ones(shape=8, dtype="f8", order="C"):
     ("function", "array", "other_function", "other_array"),
     [
         (reduce_once, ones(), reduce_once, ones(9)),
-        (reduce_once, ones(), reduce_once, ones(dtype="i1")),  # eight times as long in memory
-        (reduce_once, ones(), reduce_once, ones(dtype="i8")),  # as long, other bits
+        (reduce_once, ones(), reduce_once, ones(dtype="i1")),  # other size in bytes
+        (reduce_once, ones(), reduce_once, ones(dtype="i8")),  # same size, other dtype
         (reduce_once, ones((2, 4)), reduce_once, ones((2, 4), order="F")),
         (reduce_once, ones(), reduce_mean, ones()),
         (reduce_once, ones(), broadcast_from_first, ones()),
-        (reduce_once, ones(), meet_twice, ones()),
-        (meet_twice, ones(), broadcast_from_first, ones()),
+        (reduce_once, ones(), wait_twice, ones()),
+        (wait_twice, ones(), broadcast_from_first, ones()),
         (broadcast_from_first, ones(), broadcast_from_first, ones(64, "i1")),
         (broadcast_from_first, ones(), broadcast_from_second, ones()),
     ],
 )
-def test_replicas_that_disagree_learn_it_before_anything_is_written(
+def test_different_calls_raise_on_all_replicas_before_any_write(
     function, array, other_function, other_array
 ):
     for odd in range(3):
         team = group.Group(3, timeout_seconds=60)
-        held = [(other_array if rank == odd else array)() for rank in range(3)]
+        arrays = [(other_array if rank == odd else array)() for rank in range(3)]
         functions = [other_function if rank == odd else function for rank in range(3)]
         raised = together(
             *[
-                lambda rank=rank: functions[rank](team.state, rank, held[rank])  # noqa: B023
+                lambda rank=rank: functions[rank](team.state, rank, arrays[rank])  # noqa: B023
                 for rank in range(3)
             ]
         )
         assert [type(error) for error in raised] == [errors.CollectiveMismatchError] * 3
-        assert all((values == 1).all() for values in held)
+        assert all((values == 1).all() for values in arrays)
         team.reset()
         calls = [lambda rank=rank: barriers(team.state, rank, 2) for rank in range(3)]  # noqa: B023
         assert together(*calls) == [None] * 3
@@ -195,7 +195,7 @@ def test_replicas_that_disagree_learn_it_before_anything_is_written(
 
 def test_states_that_are_no_groups_are_refused():
     for state in (np.zeros(2, np.int64), np.zeros(100, np.int64), group.Group(1).state[1:].copy()):
-        for function in (reduce_once, broadcast_from_first, meet_twice):
+        for function in (reduce_once, broadcast_from_first, wait_twice):
             with pytest.raises(ValueError, match="no state of a Group"):
                 function(state, 0, np.ones(3))
 
@@ -214,7 +214,7 @@ def test_a_read_only_array_is_read_and_never_written():
     assert (fixed == 1).all()
 
 
-def test_compiled_deadlines_go_by_the_clock_that_nobody_sets():
+def test_compiled_deadlines_use_a_monotonic_clock():
     assert abs(group._milliseconds() - 1000 * time.monotonic()) < 10_000
     assert abs(group._milliseconds() - 1000 * time.time()) > 1e9
 

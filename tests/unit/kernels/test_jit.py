@@ -1,4 +1,4 @@
-"""Everything compiled in this package is compiled one way, whatever the user's environment."""
+"""The decorators of kernels/jit.py: the only ones of the package, in any environment."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def _python(program: str, *arguments: str, **environ: str) -> subprocess.Complet
     )
 
 
-def test_one_module_speaks_to_the_compiler() -> None:
-    speakers = {
+def test_no_other_module_uses_the_decorators_of_numba() -> None:
+    users = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
         for line in path.read_text().splitlines()
         if line.strip().startswith(("@numba.njit", "@numba.cfunc", "@njit"))
     }
-    # Measurements are compiled where they are made.
-    assert {name for name in speakers if not name.startswith("benchmarks")} == set()
+    # Benchmarks may compile functions of their own.
+    assert {name for name in users if not name.startswith("benchmarks")} == set()
 
 
 EVERYTHING = """
@@ -47,7 +47,7 @@ from dvkernels import kernels
 from dvkernels.kernels.cpu import group
 
 kernels.all_reduce([np.ones(9), np.ones(9)])
-kernels.all_reduce([np.ones(1 << 19), np.ones(1 << 19)])  # by the helpers, too
+kernels.all_reduce([np.ones(1 << 19), np.ones(1 << 19)])  # with helper threads
 kernels.all_reduce_many([[np.ones(9), np.ones(9)]], "max")
 weight = [np.zeros(3)]
 kernels.cpu.optimizers.sgd([[np.ones(3)]], [weight], learning_rate=0.5)
@@ -64,7 +64,7 @@ def test_kernels_are_compiled_where_users_debug_their_own_functions() -> None:
     program = f"""{EVERYTHING}
 @numba.njit
 def own(x):
-    return type(x).__name__  # no compiled function could
+    return type(x).__name__  # fails in a compiled function
 
 assert own(1.5) == "float"
 larger = dv.CustomReduction(lambda a, b: max(a, b), 0, "larger")
@@ -75,7 +75,7 @@ assert kernels.reduce([np.ones(4), np.full(4, 5.0)], larger)[0] == 5
 
 
 @pytest.mark.slow
-def test_what_was_compiled_ahead_is_all_there_is_to_compile(tmp_path) -> None:
+def test_compiling_ahead_leaves_nothing_to_compile(tmp_path) -> None:
     environ = {"NUMBA_CACHE_DIR": str(tmp_path)}
     ahead = subprocess.run(
         [sys.executable, "-m", "dvkernels", "compile"],
@@ -104,18 +104,18 @@ def _compiled_functions():
                     yield f"{module.__name__}.{name}", value
 
 
-def test_what_reads_objects_of_python_keeps_the_interpreters_lock() -> None:
+def test_compiled_functions_that_read_python_objects_keep_the_gil() -> None:
     assert ahead.compile_all  # so every module is loaded
     readers = [
         (name, function)
         for name, function in _compiled_functions()
-        if {"look", "item_of", "length_of"} & {*function.py_func.__code__.co_names}
+        if {"read_addresses", "item_of", "length_of"} & {*function.py_func.__code__.co_names}
     ]
     assert len(readers) >= 4
     assert [name for name, function in readers if function.targetoptions.get("nogil")] == []
 
 
-def test_compiled_functions_are_made_of_what_the_folder_is_named_by() -> None:
+def test_the_digest_of_the_cache_covers_all_sources_of_compiled_functions() -> None:
     strangers = [
         f"{name}: {used}"
         for name, function in _compiled_functions()

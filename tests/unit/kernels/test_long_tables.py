@@ -1,4 +1,4 @@
-"""Long tables of launches, over a double of what CuPy is asked for."""
+"""Long launch tables, over a double of CuPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dvkernels.kernels.cuda.engine import launcher
 
 
 class Copies:
-    """Counts what is copied and awaited; device memory is memory of the host."""
+    """Double of CuPy that counts copies and waits; its device memory is host memory."""
 
     def __init__(self):
         self.made, self.awaited, self.is_capturing = 0, 0, False
@@ -30,8 +30,8 @@ class Copies:
 
     def Table(self, nbytes, dtype):
         self.made += 1
-        room = np.zeros(nbytes, dtype)
-        data = types.SimpleNamespace(ptr=room.ctypes.data, room=room)
+        memory = np.zeros(nbytes, dtype)
+        data = types.SimpleNamespace(ptr=memory.ctypes.data, memory=memory)
         data.copy_from_host_async = lambda source, count, stream: ctypes.memmove(
             data.ptr, source, count
         )
@@ -55,7 +55,7 @@ def words_at(address, count):
     return list((ctypes.c_int64 * count).from_address(address))
 
 
-def test_the_same_words_are_placed_once_a_stream(copies):
+def test_equal_tables_are_copied_once_per_stream(copies):
     tables = launcher.LongTables()
     words = [*range(200), -1]
     address = tables.place(0, 5, words)
@@ -67,17 +67,17 @@ def test_the_same_words_are_placed_once_a_stream(copies):
     assert copies.made == 3
 
 
-def test_the_oldest_go_and_their_copy_is_awaited(copies, monkeypatch):
+def test_the_least_recently_used_tables_are_evicted_after_their_copies(copies, monkeypatch):
     monkeypatch.setattr(launcher.LongTables, "_MOST", 2)
     tables = launcher.LongTables()
     for k in (1, 2, 1, 3, 1):
         tables.place(0, 5, [k] * 200)
-    assert (copies.made, copies.awaited) == (3, 1)  # 2 went, 1 was used since
+    assert (copies.made, copies.awaited) == (3, 1)  # 2 was evicted; 1 was used since
     tables.place(0, 5, [2] * 200)
     assert copies.made == 4
 
 
-def test_what_a_graph_reads_stays(copies, monkeypatch):
+def test_tables_of_a_captured_graph_stay(copies, monkeypatch):
     monkeypatch.setattr(launcher.LongTables, "_MOST", 1)
     tables = launcher.LongTables()
     copies.is_capturing = True

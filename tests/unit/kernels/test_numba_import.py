@@ -1,4 +1,4 @@
-"""Numba is never found half loaded or at work: not by an interrupt, not by a forked child."""
+"""Import of Numba under interrupts and forks."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def compile_something():
         taken.set()
         forking.wait(60)
 
-os.register_at_fork(before=forking.set)  # the latest registered comes first
+os.register_at_fork(before=forking.set)  # hooks before a fork run in reverse order
 thread = threading.Thread(target=compile_something)
 thread.start()
 taken.wait(60)
 fork_and_reduce()
 thread.join()
-fork_and_reduce()  # and nothing is held by the parent
+fork_and_reduce()  # the parent has released all locks
 """
 
 

@@ -1,14 +1,14 @@
-"""The fused steps against the papers' formulas in float64."""
+"""Fused optimizers against the formulas of the papers in float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from kinds import KIND, door, only_cpu
+from kinds import KIND, adapted, only_cpu
 
 from dvkernels import errors
 
-optimizers = door(f"dvkernels.kernels.{'cpu' if KIND == 'cpu' else 'cuda'}.optimizers")
+optimizers = adapted(f"dvkernels.kernels.{'cpu' if KIND == 'cpu' else 'cuda'}.optimizers")
 
 SHAPES = [
     (5,),

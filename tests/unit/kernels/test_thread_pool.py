@@ -1,4 +1,4 @@
-"""The helper threads: as many as can be had, and never needed."""
+"""Thread pool: kernels work with any number of helper threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_kernels_compute_with_as_many_helpers_as_there_are(monkeypatch, error, n
     with monkeypatch.context() as patch:
         patch.setattr(thread, "start", start_some)
         thread_pool._pool._start()
-    assert len(thread_pool._pool.bells) == len(thread_pool._pool.threads) == num_begun
+    assert len(thread_pool._pool.wake_locks) == len(thread_pool._pool.threads) == num_begun
     for _ in range(3):
         buffers = [np.ones(1 << 20), np.ones(1 << 20)]
         kernels.all_reduce(buffers)
@@ -33,15 +33,15 @@ def test_kernels_compute_with_as_many_helpers_as_there_are(monkeypatch, error, n
     assert thread_pool._pool is not before
 
 
-def test_a_helper_whose_bell_was_lost_comes_back(monkeypatch) -> None:
+def test_a_helper_recovers_from_a_lost_wake_up(monkeypatch) -> None:
     monkeypatch.setenv("DVKERNELS_NUM_THREADS", "2")
-    monkeypatch.setattr(thread_pool, "_LOST_SECONDS", 0.01)
+    monkeypatch.setattr(thread_pool, "_RECHECK_SECONDS", 0.01)
     monkeypatch.setattr(thread_pool, "_pool", thread_pool._Pool())
     thread_pool.wake()
     lone, address = thread_pool._pool, thread_pool._pool.address
     while not lone.words[8]:  # it sleeps
         pass
-    assert thread_pool._is_woken(address, 0)  # an interrupt came before its bell
-    while not lone.words[8]:  # it has looked for work, and sleeps again
+    assert thread_pool._mark_awake(address, 0)  # an interrupt came before the release of its lock
+    while not lone.words[8]:  # it has woken by its timeout, and sleeps again
         pass
     thread_pool.wake()

@@ -1,4 +1,4 @@
-"""Several Python threads at once, whatever threading layer Numba uses in the same process."""
+"""Kernels and users' parallel functions on several threads, under each threading layer of Numba."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# Numba's own parallel loop comes first, so that its layer is up and running beside our threads.
+# Numba's own parallel loop runs first, so that its layer is active beside our threads.
 PROGRAM = """
 import threading
 import numba
@@ -105,6 +105,6 @@ def test_parallel_functions_of_users_run_in_several_replicas(layer: str, early: 
     if layer == "omp" and "No threading layer could be loaded" in run.stderr:
         pytest.skip("Numba's OpenMP layer needs libgomp, which is not installed")
     assert run.stdout.split() == [layer], run.stderr
-    # One inside another is Numba's to refuse, at once: nobody waits for his own turn.
+    # Numba refuses a nested parallel function at once: the mutex does not deadlock.
     assert (run.returncode == 0) == (layer == "omp")
     assert ("workqueue threading layer is terminating" in run.stderr) == (layer == "workqueue")

@@ -1,3 +1,5 @@
+"""Cost models: monotonicity, crossovers, and the constants that calibration finds."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,7 +14,7 @@ SIZES = [4 << k for k in range(0, 27, 2)]
 
 
 @pytest.mark.parametrize("asleep", [False, True])
-def test_sharing_pays_where_both_ways_cost_the_same(asleep: bool) -> None:
+def test_sharing_pays_from_where_both_take_the_same_time(asleep: bool) -> None:
     machine = cost_model.CPU
     moved = machine.sharing_pays_from(asleep)
     extra = machine.join_seconds + machine.wake_seconds * asleep
@@ -21,8 +23,8 @@ def test_sharing_pays_where_both_ways_cost_the_same(asleep: bool) -> None:
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 8, 64])
-def test_in_one_memory_domain_the_direct_algorithm_is_never_dearer(num_replicas: int) -> None:
-    # The prompt way of kernels/cpu relies on it: it does not ask the model.
+def test_in_one_memory_domain_the_direct_algorithm_is_always_cheapest(num_replicas: int) -> None:
+    # The fast path of kernels/cpu relies on this: it does not ask the model.
     assert {cost_model.cheapest(cost_model.CPU, num_replicas, nbytes) for nbytes in SIZES} == {
         "direct"
     }
@@ -69,7 +71,7 @@ def test_a_ring_sends_the_least_possible_and_takes_its_steps(count: int) -> None
 
 
 @pytest.mark.parametrize("reduce", [0.0, 0.5, 1.0, 3.0])
-def test_a_step_waits_for_what_is_not_hidden(reduce: float) -> None:
+def test_a_step_waits_for_the_rest_of_the_reduction(reduce: float) -> None:
     waited = [cost_model.step_seconds(1.0, reduce, part) for part in (1.0, 2 / 3, 0.0)]
     assert waited == sorted(waited)
     assert waited[-1] == 1.0 + reduce
@@ -109,25 +111,25 @@ SHAPES = st.sampled_from([(2, 2), (3, 3), (4, 2), (4, 4), (6, 3), (64, 8)])
 
 
 @given(NETWORKS, SHAPES, st.sampled_from([0, *SIZES]), st.sampled_from([1, 2]))
-def test_the_way_between_hosts_is_the_quickest(network, shape, nbytes, wider):
+def test_the_fastest_algorithm_between_hosts_is_chosen(network, shape, nbytes, wider):
     wide = nbytes * wider
-    seconds = cost_model.seconds_by_way(network, *shape, nbytes, wide)
-    way = cost_model.Routing(network=network).way_of(*shape, nbytes, wide)
+    seconds = cost_model.seconds_by_algorithm(network, *shape, nbytes, wide)
+    way = cost_model.Routing(network=network).algorithm_for(*shape, nbytes, wide)
     assert seconds[way] == min(seconds.values())
     for named in seconds:
-        assert cost_model.Routing(named, network).way_of(*shape, nbytes, wide) == named
+        assert cost_model.Routing(named, network).algorithm_for(*shape, nbytes, wide) == named
 
 
 @given(NETWORKS, SHAPES, st.sampled_from(SIZES))
-def test_only_where_senders_disturb_each_other_a_ring_is_quicker(network, shape, nbytes):
-    """And never between two hosts, of which each hears from one."""
+def test_a_ring_is_faster_only_under_incast(network, shape, nbytes):
+    """And never between two hosts, where each receives from one worker."""
     if shape[1] > 2:
         network = network._replace(incast=1.0)
-    seconds = cost_model.seconds_by_way(network, *shape, nbytes)
+    seconds = cost_model.seconds_by_algorithm(network, *shape, nbytes)
     assert seconds["exchange"] <= seconds["ring"] * (1 + 1e-9)
 
 
-def test_a_ring_is_taken_where_links_are_slow_and_shared():
+def test_a_ring_is_chosen_where_links_are_slow_and_shared():
     shared = cost_model.NETWORK._replace(rate=25e6, incast=0.75)
     ways = [cost_model.between_hosts(shared, 4, 4, size) for size in (4, 1 << 16, 1 << 20, 1 << 23)]
     assert ways == ["gather", "ring", "ring", "ring"]
@@ -138,7 +140,8 @@ def test_a_ring_is_taken_where_links_are_slow_and_shared():
 @given(NETWORKS, SHAPES)
 def test_calibration_finds_the_network_that_made_the_times(network, shape):
     times = {
-        size: cost_model.seconds_by_way(network, *shape, size) for size in between_workers.SIZES
+        size: cost_model.seconds_by_algorithm(network, *shape, size)
+        for size in between_workers.SIZES
     }
     ways = {
         way: {size: Samples((seconds[way],) * 3) for size, seconds in times.items()}
@@ -146,7 +149,9 @@ def test_calibration_finds_the_network_that_made_the_times(network, shape):
     }
     found = between_workers.fit_network(*shape, ways)
     for size, seconds in times.items():
-        assert cost_model.seconds_by_way(found, *shape, size) == pytest.approx(seconds, rel=1e-3)
+        assert cost_model.seconds_by_algorithm(found, *shape, size) == pytest.approx(
+            seconds, rel=1e-3
+        )
 
 
 def test_workers_that_share_a_host_save_what_passes_between_hosts() -> None:

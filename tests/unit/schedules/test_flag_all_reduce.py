@@ -1,3 +1,5 @@
+"""All-reduces by flags: their rows, waits and bytes."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -19,7 +21,7 @@ def waits(protocol: Protocol) -> int:
 
 
 def fraction_from_others(protocol: Protocol, rank: int) -> float:
-    """How much of a buffer a rank loads from memory that is not its own."""
+    """Return the fraction of a buffer that a rank loads from memory of others."""
     return sum(
         sum(place.rank != rank for place in row.sources) / protocol.num_parts
         for row in combines(protocol, rank)
@@ -53,7 +55,7 @@ def test_waits_and_bytes_are_those_of_the_table(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
-def test_the_ring_reaches_its_left_hand_neighbour_only(num_ranks: int) -> None:
+def test_a_rank_of_the_ring_accesses_only_its_left_hand_neighbour(num_ranks: int) -> None:
     for rank in range(num_ranks):
         reached = {
             place.rank
@@ -64,7 +66,7 @@ def test_the_ring_reaches_its_left_hand_neighbour_only(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
-def test_staged_reaches_no_memory_of_others_but_slots(num_ranks: int) -> None:
+def test_staged_accesses_no_memory_of_others_but_slots(num_ranks: int) -> None:
     for rank in range(num_ranks):
         for row in combines(flag_all_reduce.staged(num_ranks), rank):
             places = (*row.sources, *row.targets)

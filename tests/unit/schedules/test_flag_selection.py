@@ -1,3 +1,5 @@
+"""Selection of the protocol of a reduction between devices."""
+
 from __future__ import annotations
 
 import itertools
@@ -35,12 +37,17 @@ reaches = st.integers(1, 5).flatmap(
     st.booleans(),
     st.booleans(),
 )
-def test_no_route_touches_memory_that_cannot_be_reached(
-    reach: list[list[bool]], nbytes: int, algorithm: str, is_half: bool, shows_buffers: bool
+def test_no_route_needs_access_that_a_device_lacks(
+    reach: list[list[bool]], nbytes: int, algorithm: str, is_half: bool, buffers_reachable: bool
 ) -> None:
     num_ranks = len(reach)
     route = flag_selection.choose(
-        reach, range(num_ranks), nbytes, algorithm, is_half=is_half, shows_buffers=shows_buffers
+        reach,
+        range(num_ranks),
+        nbytes,
+        algorithm,
+        is_half=is_half,
+        buffers_reachable=buffers_reachable,
     )
     assert sorted(route.order) == [*range(num_ranks)]
     for place, rows in enumerate(route.make(num_ranks).rows):
@@ -53,11 +60,11 @@ def test_no_route_touches_memory_that_cannot_be_reached(
                     assert route.slots == "host" or reach[rank][owner]
                 else:
                     assert reach[rank][owner]
-                    assert shows_buffers or owner == rank
+                    assert buffers_reachable or owner == rank
     if route.waits:  # flags lie in memory of their readers
         for place, rows in enumerate(route.make(num_ranks).rows):
-            told = {peer for row in rows if not isinstance(row, Combine) for peer in row.ranks}
-            assert all(reach[route.order[place]][route.order[peer]] for peer in told)
+            signalled = {peer for row in rows if not isinstance(row, Combine) for peer in row.ranks}
+            assert all(reach[route.order[place]][route.order[peer]] for peer in signalled)
 
 
 @given(reaches)
@@ -82,7 +89,9 @@ def test_a_ring_is_found_where_there_is_one(reach: list[list[bool]]) -> None:
         (LARGE, "ring", True, flag_all_reduce.chain),
     ],
 )
-def test_where_all_reach_all(nbytes: int, algorithm: str, is_half: bool, expected: object) -> None:
+def test_routes_with_full_peer_access(
+    nbytes: int, algorithm: str, is_half: bool, expected: object
+) -> None:
     route = flag_selection.choose(everyone(4), range(4), nbytes, algorithm, is_half=is_half)
     assert route == (expected, (0, 1, 2, 3), True, "device")
 
@@ -91,12 +100,12 @@ def test_two_ranks_on_one_device_never_wait_for_each_other() -> None:
     assert not flag_selection.choose(everyone(3), (0, 1, 0), LARGE).waits
 
 
-def test_without_peers_data_goes_through_the_host() -> None:
+def test_without_peer_access_data_goes_through_the_host() -> None:
     route = flag_selection.choose(pairs(3, set()), range(3), LARGE)
     assert route == (flag_all_reduce.staged, (0, 1, 2), False, "host")
 
 
-def test_neighbours_that_reach_each_other_make_a_ring_unless_its_bits_are_wrong() -> None:
+def test_neighbours_with_access_form_a_ring_unless_its_bits_differ() -> None:
     reach = pairs(3, {(0, 2), (2, 1), (1, 0)})
     assert flag_selection.choose(reach, range(3), LARGE) == (
         flag_all_reduce.ring,

@@ -1,3 +1,5 @@
+"""Partition of a length, compared with numpy.array_split."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -21,6 +23,6 @@ def test_nonsense_raises(arguments: tuple[int, int, int]) -> None:
         partition.bounds(*arguments)
 
 
-def test_runs_start_where_those_before_them_stop() -> None:
+def test_each_run_starts_where_its_predecessor_stops() -> None:
     assert partition.starts([]) == [0]
     assert partition.starts([3, 0, 2]) == [0, 3, 3, 5]

@@ -1,3 +1,5 @@
+"""Laws of the schedule of the ring all-reduce."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -7,7 +9,7 @@ import pytest
 from dvkernels.schedules import ring
 
 
-def test_three_ranks_are_the_table_of_the_comment() -> None:
+def test_the_schedule_of_three_ranks_is_the_table_in_its_comment() -> None:
     sent = [[step.chunk for step in tick] for tick in ring.all_reduce(3)]
     assert sent == [[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 1, 2]]
 

@@ -1,4 +1,4 @@
-"""What no interrupt may hit is called where none arrives, and comes out as it was."""
+"""Shielded calls: results, errors, interrupts, and threads that cannot be started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from dvkernels.threads import shielded
 
 
-def test_values_and_errors_come_out_as_they_are() -> None:
+def test_results_and_errors_are_those_of_the_function() -> None:
     assert shielded.beyond_interrupts(divmod, 7, 3) == (2, 1)
     error = LookupError("mine")
 
@@ -51,7 +51,7 @@ def test_an_interrupt_ends_the_wait_and_not_the_call() -> None:
     assert ended.wait(60)
 
 
-def test_where_there_is_no_thread_it_is_called_here(monkeypatch) -> None:
+def test_without_a_thread_the_caller_makes_the_call(monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -62,10 +62,10 @@ def test_where_there_is_no_thread_it_is_called_here(monkeypatch) -> None:
 def test_a_thread_that_never_begins_is_not_waited_for(monkeypatch) -> None:
     late: list[Callable[[], None]] = []
     monkeypatch.setattr(shielded._thread, "start_new_thread", lambda begin, _: late.append(begin))
-    monkeypatch.setattr(shielded, "_SECONDS_TO_BEGIN", 0.01)
+    monkeypatch.setattr(shielded, "_BEGIN_SECONDS", 0.01)
     calls: list[int] = []
     shielded.beyond_interrupts(calls.append, 1)
     assert calls == [1]
     monkeypatch.undo()
-    late[0]()  # so late that it has been done
+    late[0]()  # the call has been made before
     assert calls == [1]

@@ -1,4 +1,4 @@
-"""A thread of ours neither aborts the end of the program nor holds it up."""
+"""Stoppable threads: they neither abort nor delay the end of the program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def obeys(stop):
     stop.wait()
     ended.append("stopped")
 
-def computes(stop):  # Python code that never looks
+def computes(stop):  # Python code that never checks stop
     has_begun.set()
     try:
         while True:
@@ -56,13 +56,13 @@ sys.exit(7)
 @pytest.mark.parametrize(
     ("work", "ended"), [("obeys", "stopped"), ("computes", "interrupted"), ("hangs", "")]
 )
-def test_the_end_of_the_program_waits_for_it_in_reason(work, ended):
+def test_the_end_of_the_program_waits_for_a_limited_time(work, ended):
     command = [sys.executable, "-c", PROGRAM, work]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr, done.stdout.strip()) == (7, "", ended)
 
 
-def test_it_ends_when_it_is_told_to():
+def test_stop_ends_the_thread():
     seen = []
 
     def work(stop):
@@ -77,7 +77,7 @@ def test_it_ends_when_it_is_told_to():
     assert seen == [True]
 
 
-def test_one_that_cannot_start_is_an_error_and_waited_for_by_nobody(monkeypatch):
+def test_a_thread_that_cannot_start_raises_and_is_forgotten(monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")
 

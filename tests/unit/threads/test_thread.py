@@ -1,4 +1,4 @@
-"""Threads are started, or an error says that they were not; nobody waits for one that died."""
+"""Start of threads and the latch, under interrupts and without memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_all_run_and_end():
     assert all(one.is_gone() for one in made[:5])
 
 
-def test_what_cannot_be_started_is_said():
+def test_a_thread_that_cannot_start_raises():
     made = thread.Thread(target=int)
     thread.start([made])
     made.join(5)
@@ -37,8 +37,8 @@ def test_what_cannot_be_started_is_said():
 
 
 @pytest.mark.parametrize("kind", [thread.Thread, threading.Thread])
-def test_a_thread_that_dies_before_it_begins_is_noticed(kind, monkeypatch):
-    """As without memory: it holds what it was to run, never runs it, and says nothing."""
+def test_a_thread_that_dies_before_it_begins_raises(kind, monkeypatch):
+    """As without memory: it refers to its function, never runs it, and reports nothing."""
     monkeypatch.setattr(thread, "_BEGIN_SECONDS", 1.0)
 
     class Stillborn(kind):
@@ -53,14 +53,14 @@ def test_a_thread_that_dies_before_it_begins_is_noticed(kind, monkeypatch):
 
 STARVED = """
 import os, resource, sys, threading, time
-from dvkernels.threads import thread as threads
-threads.start([threads.Thread(target=int)])
+from dvkernels.threads.thread import Thread, start
+start([Thread(target=int)])
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + int(sys.argv[1]), resource.RLIM_INFINITY))
 ran, began, outcome = [], time.monotonic(), "started"
-made = [threads.Thread(target=ran.append, args=(k,)) for k in range(3)]
+made = [Thread(target=ran.append, args=(k,)) for k in range(3)]
 try:
-    threads.start(made)
+    start(made)
 except RuntimeError:
     outcome = "refused"
 took = time.monotonic() - began
@@ -70,13 +70,13 @@ if outcome == "started":
     for one in made:
         one.join(5)
     assert len(ran) == 3
-threads.start([threads.Thread(target=int)])
+start([Thread(target=int)])
 print(outcome)
 """
 
 
 @needs_limits
-def test_starved_of_memory_it_is_refused():
+def test_without_memory_the_start_raises():
     outcomes = set()
     for extra in (0, 20_000, 60_000, 200_000, 9 << 20, 200 << 20):
         done = subprocess.run(

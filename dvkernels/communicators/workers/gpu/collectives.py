@@ -168,7 +168,7 @@ class GpuCollectives:
         if not source.size:
             return
         rank, size, nbytes = self._rank, self._size, _round_up(source.nbytes, _VECTOR)
-        for num_held, num_sent in bruck.gather(size):
+        for num_held, num_sent in bruck.all_gather(size):
             target_rank, source_rank = (rank - num_held) % size, (rank + num_held) % size
             own = self._scratch[: num_sent * nbytes]
             incoming = self._scratch[num_held * nbytes : (num_held + num_sent) * nbytes]
@@ -177,7 +177,7 @@ class GpuCollectives:
                 self._send(own, target_rank, _TO_REDUCE),
             ]
             finish(AllRequests(requests))
-        slots = (bruck.place(rank, owner, size) for owner in range(size))
+        slots = (bruck.slot(rank, owner, size) for owner in range(size))
         self._reduce([self._slot(slot, source) for slot in slots], op, out=target)
         self._scratch_read = self._record_event()
 

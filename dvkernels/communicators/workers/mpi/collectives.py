@@ -83,7 +83,7 @@ class MpiCollectives:
         self._rank, self._size = p2p.rank, p2p.size
         self._roles = host_parts.roles(hosts, self._rank)
         self._ring = HostRing(p2p, hosts)
-        self._peers = [worker for worker in self._roles.doors if worker != self._rank]
+        self._peers = [worker for worker in self._roles.gateways if worker != self._rank]
         self._is_flat = len({*hosts}) == self._size
         self._scratch = [_Scratch() for _ in range(_RING_STAGES)]
         self._gathers: dict[int, tuple[Any, Any, Any]] = {}  # by the bytes per worker
@@ -98,8 +98,8 @@ class MpiCollectives:
         if not source.size:
             return
         how = accumulation.of(op, source.dtype, self._size)
-        algorithm = self._routing.way_of(
-            self._size, len(self._roles.doors), source.nbytes, source.size * how.wide.itemsize
+        algorithm = self._routing.algorithm_for(
+            self._size, len(self._roles.gateways), source.nbytes, source.size * how.wide.itemsize
         )
         if algorithm == "gather":
             self._gather_and_reduce(target, source, op, finish)
@@ -198,7 +198,7 @@ class MpiCollectives:
         requests = self._posted[number % _STAGES] = [
             p2p.receive(received[peer], peer, _TO_REDUCE) for peer in self._peers
         ]
-        for part in self._roles.carried:
+        for part in self._roles.parts:
             on_host = self._reduce_on_host([each[parts[part]] for each in staged], how, scratch)
             if part != rank:
                 requests.append(p2p.send(on_host, part, _TO_REDUCE))
@@ -207,7 +207,7 @@ class MpiCollectives:
         yield
         finish(AllRequests(requests))
         results = self._staging.results(number, targets)
-        in_order = [received[worker] for worker in self._roles.doors]
+        in_order = [received[worker] for worker in self._roles.gateways]
         self._reduce_between_hosts(in_order, results[rank], how, scratch)
         requests = self._all_gather_parts(number, results)
         yield
@@ -225,7 +225,7 @@ class MpiCollectives:
         scratch = self._cleared_scratch(number % _RING_STAGES)
         on_host = {
             part: self._reduce_on_host([each[parts[part]] for each in staged], how, scratch)
-            for part in self._roles.carried
+            for part in self._roles.parts
         }
         results = self._staging.results(number, targets)
         request = self._ring.start(number, on_host, results, how, scratch.empty)
@@ -309,7 +309,7 @@ class MpiCollectives:
             *(p2p.send(results[rank], peer, _RESULT) for peer in self._peers),
             *(
                 p2p.receive(results[part], part, _RESULT)
-                for part in self._roles.carried
+                for part in self._roles.parts
                 if part != rank
             ),
         ]

@@ -21,7 +21,7 @@ from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
 from dvkernels.communicators.workers.wait import Request
 from dvkernels.kernels.cpu import direct
 from dvkernels.schedules import host_parts
-from dvkernels.schedules.host_parts import Stop
+from dvkernels.schedules.host_parts import Hop
 
 __all__: list[str] = []
 
@@ -52,7 +52,7 @@ class HostRing:
 
     def __init__(self, p2p: PointToPoint, hosts: Sequence[int]) -> None:
         self._p2p = p2p
-        self._stops = host_parts.ring(hosts, p2p.rank)
+        self._hops = host_parts.ring(hosts, p2p.rank)
         self._last = max(hosts)
         self._pieces: list[_RingRequest] = []
 
@@ -81,15 +81,12 @@ class HostRing:
             Allocates scratch memory of a size and a dtype that lives as long as the piece.
         """
         request = _RingRequest(self.progress)
-        for stop in self._stops:
-            if own[stop.part].size:
+        for hop in self._hops:
+            if own[hop.part].size:
                 tag = (
-                    _TAGS_PER_PART * (number % _MAX_PIECES * self._p2p.size + stop.part)
-                    + _FIRST_TAG
+                    _TAGS_PER_PART * (number % _MAX_PIECES * self._p2p.size + hop.part) + _FIRST_TAG
                 )
-                request.add(
-                    self._schedule(stop, tag, own[stop.part], results[stop.part], how, empty)
-                )
+                request.add(self._schedule(hop, tag, own[hop.part], results[hop.part], how, empty))
         self._pieces.append(request)
         return request
 
@@ -99,7 +96,7 @@ class HostRing:
 
     def _schedule(
         self,
-        stop: Stop,
+        hop: Hop,
         tag: int,
         own: Any,
         result: Any,
@@ -108,10 +105,10 @@ class HostRing:
     ) -> _Schedule:
         """Yield the requests that one part waits for, one after another."""
         p2p, total = self._p2p, own
-        is_end = stop.place == self._last
-        if stop.place > 0:
+        is_end = hop.position == self._last
+        if hop.position > 0:
             received = empty(own.size, how.wide)
-            yield p2p.receive(received, stop.before, tag)
+            yield p2p.receive(received, hop.source, tag)
             total = result if is_end and how.wide == result.dtype else received
             direct.reduce([received, own], how.op, out=total)
         if is_end:
@@ -119,10 +116,10 @@ class HostRing:
             if total is not result:
                 accumulation.write(total, result)
         else:
-            yield p2p.send(total, stop.after, tag)
-            yield p2p.receive(result, stop.before, tag + 1)
-        if stop.place != self._last - 1:  # else the next host already has the result
-            yield p2p.send(result, stop.after, tag + 1)
+            yield p2p.send(total, hop.target, tag)
+            yield p2p.receive(result, hop.source, tag + 1)
+        if hop.position != self._last - 1:  # else the next host already has the result
+            yield p2p.send(result, hop.target, tag + 1)
 
 
 class _RingRequest:

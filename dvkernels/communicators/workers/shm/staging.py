@@ -116,7 +116,7 @@ class SharedStaging:
     def arrive(self) -> None:
         """Record the arrival in this worker's control line."""
         self._barrier += 1
-        shm_barrier.come(self._lines, self._rank, self._barrier, 0, 0)
+        shm_barrier.arrive(self._lines, self._rank, self._barrier, 0, 0)
 
     def all_arrived(self) -> bool:
         """Poll the control lines of all workers for some microseconds."""

@@ -95,7 +95,7 @@ class SharedMemoryTransport:
         self._pauses = _PAUSES if may_spin else _PAUSES_OF_MANY
         self._lines = segment.lines(channel)
         self._buffers = segment.buffers(channel)
-        self._relay = shm_all_reduce.Relay(
+        self._relay = shm_all_reduce.SharedMemoryAllReduce(
             self._lines, self.rank, self._buffers, self.size, self._pauses
         )
         self._number = 0
@@ -191,7 +191,7 @@ class SharedMemoryTransport:
             self._agree(fingerprint)
         while True:
             outcome, self._number = relay.run(
-                self._number, fingerprint.number, divisor, has_come=has_arrived
+                self._number, fingerprint.number, divisor, has_arrived=has_arrived
             )
             if outcome == shm_all_reduce.DONE:
                 self._last = fingerprint
@@ -204,7 +204,7 @@ class SharedMemoryTransport:
     def _agree(self, fingerprint: Fingerprint) -> None:
         """Vote, with the current piece staged, until all workers vote for this call."""
         relay = self._relay
-        self._consistency.agree(fingerprint, relay.nbytes, lambda: relay.bring(self._number))
+        self._consistency.agree(fingerprint, relay.nbytes, lambda: relay.stage(self._number))
 
     def _run_kernels(
         self,
@@ -336,12 +336,12 @@ class SharedMemoryTransport:
         self._number += 1
         if text:
             self._segment.publish_text(self._channel, self._number & 1, text)
-        shm_barrier.come(self._lines, self.rank, self._number, number, nbytes)
+        shm_barrier.arrive(self._lines, self.rank, self._number, number, nbytes)
 
     def is_complete(self) -> bool:
         """Return, without waiting, whether all workers have arrived in the round."""
         outcome = shm_barrier.await_round(self._lines, self.size, self.rank, self._number, 0)
-        return bool(outcome in (shm_barrier.AGREED, shm_barrier.OTHERWISE))
+        return bool(outcome in (shm_barrier.AGREED, shm_barrier.MISMATCHED))
 
     def await_all(self, fingerprint: Fingerprint) -> list[Vote]:
         """Wait for the votes of all workers in the round."""
@@ -358,7 +358,7 @@ class SharedMemoryTransport:
         return [Vote(int(line[1 + parity]), int(line[3 + parity])) for line in lines]
 
     def _wait(self, fingerprint: Fingerprint, num_pauses: int) -> int:
-        """Wait for all workers; return AGREED or OTHERWISE, or raise if waiting is in vain."""
+        """Wait for all workers; return AGREED or MISMATCHED, or raise if waiting is in vain."""
         round_args = (self._lines, self.size, self.rank, self._number)
         outcome = int(shm_barrier.await_round(*round_args, num_pauses))
         if outcome == shm_barrier.LATE:

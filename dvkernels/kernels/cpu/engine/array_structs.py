@@ -1,12 +1,12 @@
-"""Lists of NumPy arrays as compiled code sees them: addresses and lengths, read in place.
+"""C structs of CPython lists and NumPy arrays, read in place by compiled code.
 
-Asking an array for its address costs 1.5 us in Python, checking it as much again. Compiled code
-reads both from the objects themselves in nanoseconds. It raises nothing: where anything is unusual
-it declines, before anything is touched, and the caller goes the long way, whose checks say what
-is wrong.
+The address of an array costs 1.5 us in Python, checking it as much again. Compiled code reads
+address, shape, dtype and flags from the structs in nanoseconds. It never raises: it declines
+unusual arrays before any array is touched, and the caller takes the slow path, whose checks raise
+the errors.
 
-What it reads is CPython's and NumPy's layout of a list and of an array. Both are part of a stable
-binary interface; still, a look at known objects decides at import whether this way is open.
+The layouts of the structs belong to the stable binary interfaces of CPython and NumPy; still, they
+are verified on known objects at import, and the fast path is disabled where they differ.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = [
     "SHARED",
     "THREADS",
     "item_of",
-    "learn",
     "length_of",
-    "look",
+    "read_addresses",
     "recipes",
+    "register",
 ]
 
 
-# Where things lie: words of a list, and of an array, after the object header.
+# Offsets in words: of a list's fields, and of an array's, after the object header.
 _HEAD = object.__basicsize__ // 8
 _TYPE = _HEAD - 1
 _LENGTH, _ITEMS = _HEAD, _HEAD + 1
@@ -46,7 +46,7 @@ _ARRAY_TYPE, _DTYPE_OBJECT, RUNNER, ITEMSIZE, _FACTOR, IS_MEAN, SHARED, THREADS 
 
 
 class ReductionWords(NamedTuple):
-    """What is known of an operation and a dtype, as words."""
+    """Recipe of a reduction: the constants of an operation and a dtype, as words."""
 
     words: Any
     address: int
@@ -57,29 +57,29 @@ recipes: dict[tuple[Any, Any], ReductionWords] = {}
 
 
 @jit.njit()
-def length_of(listed):  # type: ignore[no-untyped-def]
-    """Return how many objects a list holds."""
-    return intrinsics.load(listed, _LENGTH)
+def length_of(list_address):  # type: ignore[no-untyped-def]
+    """Return the length of a list."""
+    return intrinsics.load(list_address, _LENGTH)
 
 
 @jit.njit()
-def item_of(listed, k):  # type: ignore[no-untyped-def]
-    """Return the address of an object in a list."""
-    return intrinsics.load(intrinsics.load(listed, _ITEMS), k)
+def item_of(list_address, k):  # type: ignore[no-untyped-def]
+    """Return the address of item ``k`` of a list."""
+    return intrinsics.load(intrinsics.load(list_address, _ITEMS), k)
 
 
 @jit.njit()
-def look(listed, recipe, table, num_read_only):  # type: ignore[no-untyped-def]
+def read_addresses(list_address, recipe, table, num_read_only):  # type: ignore[no-untyped-def]
     """Write the addresses of a list of arrays to ``table``; return their length, or -1.
 
-    They must be contiguous, of one shape and of the dtype of the recipe, and, but for the first
-    few, writable. The length counts elements of the runner.
+    The arrays must be contiguous, of one shape and of the recipe's dtype, and all but the first
+    ``num_read_only`` writable. The length counts elements of the runner.
     """
-    first = item_of(listed, 0)
+    first = item_of(list_address, 0)
     num_dims = intrinsics.load_int32(first, 2 * _NUM_DIMS)
     extents = intrinsics.load(first, _DIMS)
-    for k in range(length_of(listed)):
-        array = item_of(listed, k)
+    for k in range(length_of(list_address)):
+        array = item_of(list_address, k)
         needed = _CONTIGUOUS if k < num_read_only else _CONTIGUOUS | _WRITEABLE
         if (
             intrinsics.load(array, _TYPE) != intrinsics.load(recipe, _ARRAY_TYPE)
@@ -100,12 +100,12 @@ def look(listed, recipe, table, num_read_only):  # type: ignore[no-untyped-def]
     return length
 
 
-def learn(op: Reduction, dtype: np.dtype[Any]) -> None:
-    """Open the short way for an operation and a dtype that have passed all checks."""
-    if not _is_open or type(op) is not ReduceOp or (op, dtype) in recipes:
+def register(op: Reduction, dtype: np.dtype[Any]) -> None:
+    """Enable the fast path for an operation and a dtype that have passed all checks."""
+    if not _is_supported or type(op) is not ReduceOp or (op, dtype) in recipes:
         return
     factor = arithmetic.factor(op, dtype)
-    # Arrays of one dtype share one dtype object where the dtype is built in; others decline.
+    # Arrays of a built-in dtype share one dtype object; arrays of other dtypes are declined.
     words = np.array(
         [
             id(np.ndarray),
@@ -123,21 +123,21 @@ def learn(op: Reduction, dtype: np.dtype[Any]) -> None:
     recipes[op, dtype] = recipes[op.value, dtype] = recipe
 
 
-def _is_as_expected() -> bool:
-    """Look at known objects, and whether the interpreter's lock keeps a list from changing."""
+def _has_expected_layout() -> bool:
+    """Return whether known objects have the layout, and the GIL keeps lists from changing."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return False
     array = np.zeros((3, 5))[:, 1:3]
     array.flags.writeable = False
-    listed = [array, np.zeros(1)]
-    in_list = (ctypes.c_int64 * (_ITEMS + 1)).from_address(id(listed))
+    arrays = [array, np.zeros(1)]
+    in_list = (ctypes.c_int64 * (_ITEMS + 1)).from_address(id(arrays))
     items = (ctypes.c_int64 * 2).from_address(in_list[_ITEMS])
     words = (ctypes.c_int64 * (_FLAGS + 1)).from_address(id(array))
-    if in_list[_LENGTH] != 2 or list(items) != [*map(id, listed)]:
+    if in_list[_LENGTH] != 2 or list(items) != [*map(id, arrays)]:
         return False
     extents = (ctypes.c_int64 * 2).from_address(words[_DIMS])
     flags = [words[_FLAGS] & (_CONTIGUOUS | _WRITEABLE)]
-    other = (ctypes.c_int64 * (_FLAGS + 1)).from_address(id(listed[1]))
+    other = (ctypes.c_int64 * (_FLAGS + 1)).from_address(id(arrays[1]))
     flags.append(other[_FLAGS] & (_CONTIGUOUS | _WRITEABLE))
     return (
         words[_TYPE] == id(np.ndarray)
@@ -149,4 +149,4 @@ def _is_as_expected() -> bool:
     )
 
 
-_is_open = _is_as_expected()
+_is_supported = _has_expected_layout()

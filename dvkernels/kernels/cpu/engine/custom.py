@@ -1,8 +1,8 @@
-"""Runners of reductions that users bring: a compiled function of two numbers, block by block.
+"""Runners of custom reductions: a user's compiled function of two numbers, block by block.
 
-The loop over a block of the accumulator and of one source is plain, so that LLVM can make vectors
-of it, where the function allows. Compiled in each process: Numba cannot cache what depends on a
-function it does not know.
+The loop over a block of the accumulator and of one source is plain, so that LLVM can vectorize it
+where the function allows. Runners are compiled in each process: a cache cannot tell whether a
+user's function has changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dvkernels.kernels.cpu.engine import intrinsics, loops
 __all__ = ["runner"]
 
 
-carray: Any = vars(numba)["carray"]  # which the stubs of Numba do not know
+carray: Any = vars(numba)["carray"]  # it is missing from Numba's stubs
 _BLOCK = 1024
 
 _runners: weakref.WeakKeyDictionary[CustomReduction, dict[np.dtype[Any], Any]] = (
@@ -36,7 +36,7 @@ def runner(op: CustomReduction, dtype: np.dtype[Any]) -> int:
     found = _runners.setdefault(op, {})
     if dtype not in found:
         try:
-            # Not compiled where NUMBA_DISABLE_JIT says so of the user's functions: here it must be.
+            # Under NUMBA_DISABLE_JIT the user's function is not compiled; the runner needs it so.
             fn = op.fn if hasattr(op.fn, "py_func") else jit.njit(cache=False)(op.fn)
             found[dtype] = _make(fn, dtype.type)
         except numba_errors.NumbaError as error:
@@ -54,16 +54,16 @@ def _make(fn: Any, real: Any) -> Any:
     def run(job):  # type: ignore[no-untyped-def]
         width, num_parts = intrinsics.load(job, 16), intrinsics.load(job, 17)
         program, num_rows = job + 8 * intrinsics.load(job, 13), intrinsics.load(job, 14)
-        room = np.empty(width, np.int64)
-        table = np.int64(room.ctypes.data)
+        scratch = np.empty(width, np.int64)
+        table = np.int64(scratch.ctypes.data)
         block = np.empty(_BLOCK, real)
         ordinal = intrinsics.fetch_add(job, 0, 1)
-        turn, begin, end = loops.claim(job, ordinal, 0)
+        attempt, begin, end = loops.claim(job, ordinal, 0)
         while begin < end:
             for piece in range(begin, end):
-                where, column, length, line, last_line = loops.locate(job, piece)
+                lines, column, length, line, last_line = loops.locate(job, piece)
                 while line < last_line:
-                    loops.addresses_on(line, where, width, table)
+                    loops.addresses_on(line, lines, width, table)
                     for row in range(num_rows):
                         step = program + 48 * row
                         first, count = column, length
@@ -87,6 +87,6 @@ def _make(fn: Any, real: Any) -> Any:
                                 address = intrinsics.load(targets, k) + offset * itemsize
                                 carray(intrinsics.pointer(address), size, real)[:] = block[:size]
                     line += 1
-            turn, begin, end = loops.claim(job, ordinal, turn)
+            attempt, begin, end = loops.claim(job, ordinal, attempt)
 
     return run

@@ -1,8 +1,8 @@
-"""A hand-over between two threads: compiled spinning first, a lock in Python only after that.
+"""Spin-then-park gates between two threads: compiled spinning first, then a lock in Python.
 
 A gate is one slot of an int64 array that is CLOSED, OPEN or SLEEPING. The owner of the slot
-awaits it, one other thread opens it. Slots lie 64 bytes apart, so that opening one gate does
-not take the cache line on which another thread spins.
+awaits it, one other thread opens it. Each slot has a cache line of its own, so that opening a gate
+does not invalidate the line on which another thread spins.
 
     state = new_state(2)
     waiter                                      opener
@@ -10,9 +10,9 @@ not take the cache line on which another thread spins.
         lock.acquire()       # blocks               lock.release()
     close_gate(state, 0)     # ready again
 
-The waiter that gives up marks the gate SLEEPING by compare-and-swap, and the opener learns by
+A waiter that stops spinning marks the gate SLEEPING by compare-and-swap, and the opener sees by
 its exchange that a wake-up is due: exactly one of the two sees the other, so no wake-up is lost.
-A gate holds one opening: its owner must close it before anyone opens it again.
+A gate holds one opening: its owner must close it before another thread opens it again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 CLOSED, OPEN, SLEEPING = 0, 1, 2
 
-_STRIDE = 8  # int64 slots a gate: one cache line of 64 bytes
+_STRIDE = 8  # int64 words per gate: a cache line of 64 bytes
 _I64 = ir.IntType(64)
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _intrinsic: _Decorator = extending.intrinsic
@@ -48,13 +48,13 @@ _intrinsic: _Decorator = extending.intrinsic
 
 def new_state(num_gates: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the state of ``num_gates`` closed gates, each on a cache line of its own."""
-    room = np.zeros((num_gates + 1) * _STRIDE, np.int64)
-    skipped = -room.ctypes.data % 64 // 8
-    return room[skipped : skipped + num_gates * _STRIDE]
+    memory = np.zeros((num_gates + 1) * _STRIDE, np.int64)
+    skipped = -memory.ctypes.data % 64 // 8
+    return memory[skipped : skipped + num_gates * _STRIDE]
 
 
 def _slot(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """Return the pointer to the slot of gate ``args[1]`` in the array ``args[0]``."""
+    """Emit the pointer to the slot of gate ``args[1]`` in the array ``args[0]``."""
     array = context.make_array(signature.args[0])(context, builder, args[0])
     return builder.gep(array.data, [builder.mul(args[1], ir.Constant(_I64, _STRIDE))])
 
@@ -79,7 +79,7 @@ def _load(typing: Any, state: Any, gate: Any) -> Any:
 
 @_intrinsic
 def _fall_asleep(typing: Any, state: Any, gate: Any) -> Any:
-    """Make CLOSED SLEEPING, and return what the slot held."""
+    """Change the slot from CLOSED to SLEEPING, and return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         slot = _slot(context, builder, signature, args)
@@ -92,7 +92,7 @@ def _fall_asleep(typing: Any, state: Any, gate: Any) -> Any:
 
 @jit.njit(called_with="(int64[::1], int64)", nogil=True)
 def open_gate(state, k):  # type: ignore[no-untyped-def]
-    """Open gate ``k`` and return what it was: SLEEPING means that its owner must be woken."""
+    """Open gate ``k`` and return its previous value: a SLEEPING owner must be woken."""
     return _exchange(state, np.int64(k), np.int64(1))
 
 
@@ -104,11 +104,11 @@ def close_gate(state, k):  # type: ignore[no-untyped-def]
 
 @jit.njit(called_with="(int64[::1], int64, int64)", nogil=True)
 def await_gate(state, k, num_pauses):  # type: ignore[no-untyped-def]
-    """Spin at most ``num_pauses`` times for gate ``k``; False: it is SLEEPING now, go and block."""
-    for turn in range(num_pauses):
+    """Spin at most ``num_pauses`` times for gate ``k``; False: it is SLEEPING, the caller parks."""
+    for spin in range(num_pauses):
         if _load(state, np.int64(k)) == 1:
             return True
-        intrinsics.relax(turn)
+        intrinsics.relax(spin)
     return _fall_asleep(state, np.int64(k)) == 1
 
 
@@ -116,14 +116,14 @@ def await_gate(state, k, num_pauses):  # type: ignore[no-untyped-def]
 def open_and_await(state, opened, awaited, num_pauses):  # type: ignore[no-untyped-def]
     """Open one gate and spin for another, in one call.
 
-    Returns ``old + 4 * is_open``: what the opened gate was, and whether the awaited one is open.
-    A sleeper must be woken before this thread spins, so then it returns at once.
+    Return ``old + 4 * is_open``: the previous value of the opened gate, and whether the awaited
+    one is open. The caller must wake a sleeper before it spins, so this returns at once for one.
     """
     old = _exchange(state, np.int64(opened), np.int64(1))
     if old == 2:
         num_pauses = 0
-    for turn in range(num_pauses):
+    for spin in range(num_pauses):
         if _load(state, np.int64(awaited)) == 1:
             return old + 4
-        intrinsics.relax(turn)
+        intrinsics.relax(spin)
     return old + 4 * np.int64(_load(state, np.int64(awaited)) == 1)

@@ -1,7 +1,7 @@
-"""What compiled code does with raw memory: int64 words at addresses, some of them shared.
+"""Intrinsics on raw memory for compiled code: loads, stores, atomics, prefetches, pauses.
 
-Everything here takes an address and an index of words: ``load(job, 3)`` reads the word 24 bytes
-past ``job``. The atomic ones are sequentially consistent.
+Memory is int64 words, named by an address and an index: ``load(job, 3)`` reads the word 24 bytes
+past ``job``. Atomic operations are sequentially consistent.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _LINE = 64
 
 def words(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return ``count`` zeroed int64 words that begin on a cache line."""
-    room = np.zeros(count + _LINE // 8, np.int64)
-    skipped = -checks.address(room) % _LINE // 8
-    return room[skipped : skipped + count]
+    memory = np.zeros(count + _LINE // 8, np.int64)
+    skipped = -checks.address(memory) % _LINE // 8
+    return memory[skipped : skipped + count]
 
 
 def _word(builder: Any, args: Any, width: int = 64) -> Any:
-    """Return the pointer to word ``args[1]`` after the address ``args[0]``."""
+    """Emit the pointer to word ``args[1]`` after the address ``args[0]``."""
     pointer = builder.inttoptr(args[0], ir.IntType(width).as_pointer())
     return builder.gep(pointer, [args[1]])
 
@@ -71,7 +71,7 @@ def load(typing: Any, address: Any, index: Any) -> Any:
 
 @_intrinsic
 def load_int32(typing: Any, address: Any, index: Any) -> Any:
-    """Read a 32-bit integer; the index counts these."""
+    """Read a 32-bit integer; the index counts 32-bit integers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.sext(builder.load(_word(builder, args, 32)), _I64)
@@ -102,7 +102,7 @@ def store(typing: Any, address: Any, index: Any, value: Any) -> Any:
 
 @_intrinsic
 def load_shared(typing: Any, address: Any, index: Any) -> Any:
-    """Read a word that other threads write."""
+    """Read a word that other threads write, atomically."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(_word(builder, args), "seq_cst", 8)
@@ -112,7 +112,7 @@ def load_shared(typing: Any, address: Any, index: Any) -> Any:
 
 @_intrinsic
 def store_shared(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write a word that other threads read."""
+    """Write a word that other threads read, atomically."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[2], _word(builder, args), "seq_cst", 8)
@@ -123,7 +123,7 @@ def store_shared(typing: Any, address: Any, index: Any, value: Any) -> Any:
 
 @_intrinsic
 def fetch_add(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Add to a word and return what it was."""
+    """Add to a word and return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _word(builder, args), args[2], "seq_cst")
@@ -133,7 +133,7 @@ def fetch_add(typing: Any, address: Any, index: Any, value: Any) -> Any:
 
 @_intrinsic
 def exchange(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write a word and return what it was."""
+    """Write a word and return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("xchg", _word(builder, args), args[2], "seq_cst")
@@ -143,7 +143,7 @@ def exchange(typing: Any, address: Any, index: Any, value: Any) -> Any:
 
 @_intrinsic
 def compare_exchange(typing: Any, address: Any, index: Any, expected: Any, value: Any) -> Any:
-    """Write a word if it is ``expected``; return what it was."""
+    """Write a word if it is ``expected``; return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pair = builder.cmpxchg(_word(builder, args), args[2], args[3], "seq_cst", "seq_cst")
@@ -164,7 +164,7 @@ def pointer(typing: Any, address: Any) -> Any:
 
 @_intrinsic
 def stream_line(typing: Any, address: Any, value: Any) -> Any:
-    """Fill the cache line at an address (a multiple of 64) with a word, past the caches."""
+    """Fill the cache line at an address (a multiple of 64) with a word, by a streaming store."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = _LINE // 8
@@ -183,7 +183,7 @@ def stream_line(typing: Any, address: Any, value: Any) -> Any:
 
 @_intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Ask for the cache line at an address, to write it."""
+    """Prefetch the cache line at an address, for writing."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
@@ -212,7 +212,7 @@ def call(typing: Any, function: Any, argument: Any) -> Any:
 
 @_intrinsic
 def pause(typing: Any) -> Any:
-    """Tell the core that this is a spin; where it has no such instruction, do nothing."""
+    """Hint to the core that this is a spin loop; do nothing where it has no such instruction."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if _HAS_PAUSE:
@@ -226,7 +226,7 @@ def pause(typing: Any) -> Any:
 
 if os.name == "posix":
     yield_core = types.ExternalFunction("sched_yield", types.intc())
-else:  # without it a spinner keeps its core until the system takes it away
+else:  # without it a spinning thread keeps its core until the system preempts it
 
     @jit.njit(nogil=True)
     def yield_core():  # type: ignore[no-untyped-def]
@@ -236,10 +236,10 @@ else:  # without it a spinner keeps its core until the system takes it away
 
 @jit.njit(nogil=True)
 def relax(turn):  # type: ignore[no-untyped-def]
-    """Pause, and every 256th time (7 us) let another thread have this core if it waits for it.
+    """Pause, and every 256th time (7 us) yield the core to a thread that waits for it.
 
-    With a core for each thread that costs nothing; on a busy machine the one that is waited for
-    may need just this core (2 replicas beside another program: a step took 3.3 ms without it).
+    With a core for each thread this costs nothing; on a busy machine the thread that is waited for
+    may need this very core (2 replicas beside another program: a step took 3.3 ms without it).
     """
     pause()
     if turn & 255 == 255:

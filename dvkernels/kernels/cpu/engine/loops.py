@@ -1,7 +1,7 @@
-"""The compiled loops: combine the elements of all sources, left to right, store to all targets.
+"""Compiled reduction loops: combine the elements of all sources, left to right, store to targets.
 
-One runner for each pair of an operation and an element type, a C function of the address of a job
-(see job.py for what a job holds). A runner claims pieces of the job until none is left, so any
+There is one runner for each pair of an operation and an element type: a C function of the address
+of a job (see job.py for its words). A runner claims pieces of the job until none is left, so any
 number of threads may call it at once; pieces share no element, so no thread waits for another,
 and the bits depend on the job alone.
 
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 
-# Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms with it (medians of 120, 2
-# cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead alike); of 4 MiB, in cache, 0.11 and
-# 0.16 ms: hence only where the job says that the data lies in memory.
+# Distance of the prefetches. Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms
+# with it (medians of 120, 2 cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead made no
+# difference); of 4 MiB, in cache, 0.11 and 0.16 ms: so only jobs on data in memory prefetch.
 _PREFETCH_NBYTES = 4096
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _LINE = 64  # a cache line: one zmm register, or two ymm, or four of NEON
@@ -51,11 +51,11 @@ def _int(value: int) -> Any:
 
 
 class _SpanEmitter:
-    """Emits the body of a span: some vectors of every source, combined and stored."""
+    """Emitter of a span's loop bodies: some vectors of every source, combined and stored."""
 
     def __init__(self, builder: Any, operation: int, code: int, args: list[Any]) -> None:
         self.builder, self.operation = builder, operation
-        self.numbers = arithmetic.Numbers(builder, code)
+        self.numbers = arithmetic.VectorArithmetic(builder, code)
         table, sources, self.num_sources, targets, self.num_targets, divisor = args
         word = _I64.as_pointer()
         self.sources = builder.gep(builder.inttoptr(table, word), [sources])
@@ -70,17 +70,17 @@ class _SpanEmitter:
             self.is_exact = builder.icmp_signed("==", builder.and_(divisor, less), _int(0))
 
     def base(self, table: Any, index: Any) -> Any:
-        """Return the address of the array ``table[index]``."""
+        """Emit the load of the address ``table[index]`` of an array."""
         return self.builder.load(self.builder.gep(table, [index]))
 
-    def _pointers(self, base: Any, offset: Any, places: list[int]) -> list[Any]:
-        """Return where an array has byte ``offset``, and so many bytes after it."""
+    def _pointers(self, base: Any, offset: Any, shifts: list[int]) -> list[Any]:
+        """Emit pointers to the byte ``offset + shift`` of an array, for each shift."""
         builder = self.builder
         start = builder.inttoptr(builder.add(base, offset), ir.IntType(8).as_pointer())
-        return [builder.gep(start, [_int(place)]) for place in places]
+        return [builder.gep(start, [_int(shift)]) for shift in shifts]
 
     def _prefetch(self, pointer: Any, to_write: bool) -> None:
-        """Ask for the line that a later turn will read, and perhaps write where it stands."""
+        """Emit the prefetch of a cache line that a later iteration reads, or reads and writes."""
         builder, byte = self.builder, ir.IntType(8).as_pointer()
         ahead = builder.gep(pointer, [_int(_PREFETCH_NBYTES)])
         function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
@@ -88,7 +88,7 @@ class _SpanEmitter:
         purpose = [ir.Constant(_I32, number) for number in (int(to_write), 3, 1)]
         builder.call(prefetch, [ahead, *purpose])
 
-    def turn(
+    def body(
         self,
         offset: Any,
         lanes: int,
@@ -96,33 +96,35 @@ class _SpanEmitter:
         prefetches: bool = False,
         streams: bool = False,
     ) -> None:
-        """Combine and store ``count`` vectors of ``lanes`` numbers at byte ``offset``."""
+        """Emit the combination of ``count`` vectors of ``lanes`` numbers at byte ``offset``."""
         builder, numbers = self.builder, self.numbers
-        places = self._places(lanes, count)
-        sums = [cgutils.alloca_once(builder, numbers.vector(lanes)) for _ in places]
+        shifts = self._shifts(lanes, count)
+        accumulators = [cgutils.alloca_once(builder, numbers.vector(lanes)) for _ in shifts]
 
         def read(index: Any) -> list[Any]:
-            pointers = self._pointers(self.base(self.sources, index), offset, places)
+            pointers = self._pointers(self.base(self.sources, index), offset, shifts)
             if prefetches:
                 for pointer in pointers:
                     self._prefetch(pointer, not streams)
             return [numbers.load(pointer, lanes) for pointer in pointers]
 
-        for place, value in zip(sums, read(_int(0)), strict=True):
-            builder.store(value, place)
+        for accumulator, value in zip(accumulators, read(_int(0)), strict=True):
+            builder.store(value, accumulator)
         with cgutils.for_range(builder, self.num_sources, start=_int(1), intp=_I64) as loop:
-            for place, value in zip(sums, read(loop.index), strict=True):
-                builder.store(numbers.combine(self.operation, builder.load(place), value), place)
-        totals = self._divided([builder.load(place) for place in sums])
+            for accumulator, value in zip(accumulators, read(loop.index), strict=True):
+                builder.store(
+                    numbers.combine(self.operation, builder.load(accumulator), value), accumulator
+                )
+        totals = self._divided([builder.load(accumulator) for accumulator in accumulators])
         with cgutils.for_range(builder, self.num_targets, intp=_I64) as loop:
-            pointers = self._pointers(self.base(self.targets, loop.index), offset, places)
+            pointers = self._pointers(self.base(self.targets, loop.index), offset, shifts)
             for total, pointer in zip(totals, pointers, strict=True):
                 numbers.store(total, pointer, lanes, streams)
 
-    def turn_of_two(self, offset: Any, lanes: int, count: int, bases: list[Any]) -> None:
-        """Do as ``turn`` for two sources and two targets, whose addresses are known."""
-        numbers, places = self.numbers, self._places(lanes, count)
-        left, right, *targets = (self._pointers(base, offset, places) for base in bases)
+    def body_of_two(self, offset: Any, lanes: int, count: int, bases: list[Any]) -> None:
+        """Emit the same for two sources and two targets, whose addresses are in registers."""
+        numbers, shifts = self.numbers, self._shifts(lanes, count)
+        left, right, *targets = (self._pointers(base, offset, shifts) for base in bases)
         totals = self._divided(
             [
                 numbers.combine(self.operation, numbers.load(one, lanes), numbers.load(two, lanes))
@@ -134,17 +136,17 @@ class _SpanEmitter:
                 numbers.store(total, pointer, lanes)
 
     def can_stream(self, offset: Any) -> Any:
-        """Emit whether every target has a line's start at byte ``offset``."""
+        """Emit whether a cache line begins at byte ``offset`` of every target."""
         builder = self.builder
         skew = cgutils.alloca_once_value(builder, _int(0))
         with cgutils.for_range(builder, self.num_targets, intp=_I64) as loop:
-            place = builder.add(self.base(self.targets, loop.index), offset)
-            builder.store(builder.or_(builder.load(skew), place), skew)
+            start = builder.add(self.base(self.targets, loop.index), offset)
+            builder.store(builder.or_(builder.load(skew), start), skew)
         low = builder.and_(builder.load(skew), _int(_LINE - 1))
         return builder.icmp_signed("==", low, _int(0))
 
     def fence(self) -> None:
-        """Order streamed stores before what follows."""
+        """Emit a fence that orders streaming stores before all later stores."""
         if _IS_X86:
             function_type = ir.FunctionType(ir.VoidType(), [])
             name = "llvm.x86.sse.sfence"
@@ -156,19 +158,19 @@ class _SpanEmitter:
     def is_of_two(self) -> Any:
         """Emit whether there are two sources and two targets.
 
-        In the caches nearest to the core reading addresses for each turn shows: a call on two
-        replicas of 64 KiB took 3.5 us so and takes 2.8 us with the addresses in registers.
+        In L1 and L2 the load of the addresses in each iteration costs time: a call on two replicas
+        of 64 KiB took 3.5 us with it, and takes 2.8 us with the addresses in registers.
         """
         builder = self.builder
         counts = (self.num_sources, self.num_targets)
         return builder.and_(*(builder.icmp_signed("==", count, _int(2)) for count in counts))
 
-    def _places(self, lanes: int, count: int) -> list[int]:
+    def _shifts(self, lanes: int, count: int) -> list[int]:
         nbytes = lanes * self.numbers.itemsize // self.numbers.unit
         return [k * nbytes for k in range(count)]
 
     def _divided(self, totals: list[Any]) -> list[Any]:
-        """Return the totals, or their quotients where the operation is a mean."""
+        """Emit the division of the totals where the operation is a mean; return the results."""
         if not self.divides:
             return totals
         builder = self.builder
@@ -191,13 +193,13 @@ class _SpanEmitter:
 @_literal_intrinsic
 def span(
     typing: Any, table: Any, sources: Any, num_sources: Any, targets: Any, num_targets: Any,
-    divisor: Any, first: Any, length: Any, far: Any, operation: Any, code: Any,
+    divisor: Any, first: Any, length: Any, in_memory: Any, operation: Any, code: Any,
 ) -> Any:  # fmt: skip
-    """Combine ``length`` elements from element ``first`` of the arrays that a table names.
+    """Combine ``length`` elements from element ``first`` of the arrays that a table lists.
 
-    ``sources`` and ``targets`` say where their addresses begin in the table. ``far`` says where
-    the data lies: 0 in a cache, 1 in memory, 2 in memory and no target is a source, so that
-    stores may go past the caches.
+    ``sources`` and ``targets`` are the indices of their first addresses in the table.
+    ``in_memory`` is 0 if the data is in a cache, 1 if it is in memory, 2 if it is in memory and no
+    target is a source, so that stores may bypass the caches.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -206,9 +208,9 @@ def span(
         itemsize = _int(numbers.itemsize)
         start, nbytes = builder.mul(args[6], itemsize), builder.mul(args[7], itemsize)
         stop = builder.add(start, nbytes)
-        # Arrays of one allocator lie alike in their cache lines, NumPy's large ones 16 bytes past
-        # the start: elements up to the next line go first, so that no vector straddles two lines
-        # (two replicas of 4 MiB: 0.11 ms before, 0.08 ms since).
+        # Arrays of one allocator have one alignment within a cache line: NumPy's large ones start
+        # 16 bytes into it. The elements up to the next line are done first, so that no vector
+        # straddles two lines (two replicas of 4 MiB: 0.08 ms; without it 0.11 ms).
         base = builder.load(emit.targets)
         head = builder.and_(builder.neg(builder.add(base, start)), _int(_LINE - 1))
         is_whole = builder.icmp_signed("==", builder.srem(head, itemsize), _int(0))
@@ -219,29 +221,32 @@ def span(
         middle = builder.add(aligned, builder.and_(builder.sub(stop, aligned), _int(-step)))
         lanes = _LINE // numbers.itemsize * numbers.unit
 
-        def loop(begin: Any, end: Any, width: int, turn: Any, *arguments: Any) -> None:
+        def loop(begin: Any, end: Any, width: int, body: Any, *arguments: Any) -> None:
             with cgutils.for_range_slice(builder, begin, end, _int(width), _I64) as (offset, _):
-                turn(offset, *arguments)
+                body(offset, *arguments)
 
-        loop(start, aligned, numbers.itemsize, emit.turn, numbers.unit, 1)
-        with builder.if_else(builder.icmp_signed("!=", args[8], _int(0))) as (in_memory, in_cache):
-            with in_memory:
-                asked = builder.icmp_signed("==", args[8], _int(2))
-                streams = builder.and_(asked, emit.can_stream(aligned))
+        loop(start, aligned, numbers.itemsize, emit.body, numbers.unit, 1)
+        with builder.if_else(builder.icmp_signed("!=", args[8], _int(0))) as (
+            from_memory,
+            from_cache,
+        ):
+            with from_memory:
+                may_stream = builder.icmp_signed("==", args[8], _int(2))
+                streams = builder.and_(may_stream, emit.can_stream(aligned))
                 with builder.if_else(streams) as (past_caches, through_caches):
                     with past_caches:
-                        loop(aligned, middle, step, emit.turn, lanes, 2, True, True)
+                        loop(aligned, middle, step, emit.body, lanes, 2, True, True)
                         emit.fence()
                     with through_caches:
-                        loop(aligned, middle, step, emit.turn, lanes, 2, True)
-            with in_cache, builder.if_else(emit.is_of_two()) as (of_two, of_many):
-                with of_two:
+                        loop(aligned, middle, step, emit.body, lanes, 2, True)
+            with from_cache, builder.if_else(emit.is_of_two()) as (two_by_two, any_numbers):
+                with two_by_two:
                     bases = [emit.base(emit.sources, _int(k)) for k in (0, 1)]
                     bases += [emit.base(emit.targets, _int(k)) for k in (0, 1)]
-                    loop(aligned, middle, step, emit.turn_of_two, lanes, 2, bases)
-                with of_many:
-                    loop(aligned, middle, step, emit.turn, lanes, 2)
-        loop(middle, stop, numbers.itemsize, emit.turn, numbers.unit, 1)
+                    loop(aligned, middle, step, emit.body_of_two, lanes, 2, bases)
+                with any_numbers:
+                    loop(aligned, middle, step, emit.body, lanes, 2)
+        loop(middle, stop, numbers.itemsize, emit.body, numbers.unit, 1)
         return context.get_dummy_value()
 
     integers = [types.int64] * 9
@@ -249,32 +254,32 @@ def span(
 
 
 @jit.njit(nogil=True)
-def claim(job, ordinal, turn):  # type: ignore[no-untyped-def]
-    """Claim pieces for a thread; return its turn, the first, and one past the last (0: none).
+def claim(job, ordinal, attempt):  # type: ignore[no-untyped-def]
+    """Claim pieces for a thread; return its attempt, the first piece, and the end (0: none left).
 
-    The pieces are cut into segments. A thread begins with the segment of its own number, so that
-    a call on the same data finds it in the same core's cache; then it helps in the others. Two
-    replicas of 1 MiB took 23 us with pieces handed out from one counter and take 11 us so, of 4 MiB
+    The pieces are split into segments. A thread begins with the segment of its own number, so that
+    repeated calls find their data in the cache of the same core; then it helps in the others. Two
+    replicas of 1 MiB took 23 us with pieces claimed from one counter and take 11 us so, of 4 MiB
     105 and 51 (2 cores of an AMD EPYC, 1 MiB of cache each, 2026-11).
     """
     num_pieces, grain = intrinsics.load(job, 8), intrinsics.load(job, 9)
     counters, num_segments = job + 8 * intrinsics.load(job, 20), intrinsics.load(job, 21)
-    while turn < num_segments:
-        segment = (ordinal + turn) % num_segments
+    while attempt < num_segments:
+        segment = (ordinal + attempt) % num_segments
         first = num_pieces * segment // num_segments
         last = num_pieces * (segment + 1) // num_segments
         begin = first + intrinsics.fetch_add(counters, 8 * segment, grain)
         if begin < last:
-            return turn, begin, min(begin + grain, last)
-        turn += 1
-    return turn, np.int64(0), np.int64(0)
+            return attempt, begin, min(begin + grain, last)
+        attempt += 1
+    return attempt, np.int64(0), np.int64(0)
 
 
 @jit.njit(nogil=True)
 def locate(job, piece):  # type: ignore[no-untyped-def]
-    """Return what a piece is: its table, first element, length, first line, and one past the last.
+    """Return a piece's table, first element and length in a line, first line and end of lines.
 
-    It belongs to the last item that begins before it.
+    The piece belongs to the last item whose first piece is not behind it.
     """
     items = job + 8 * intrinsics.load(job, 12)
     low, high = 0, intrinsics.load(job, 11)
@@ -284,20 +289,20 @@ def locate(job, piece):  # type: ignore[no-untyped-def]
             low = middle
         else:
             high = middle
-    item, longest = items + 32 * low, intrinsics.load(job, 10)
+    item, piece_length = items + 32 * low, intrinsics.load(job, 10)
     length, num_lines = intrinsics.load(item, 1), intrinsics.load(item, 2)
-    blocks = max(1, -(-length // longest))  # of a line
-    lines = max(1, longest // max(1, length))  # of a piece
+    blocks = max(1, -(-length // piece_length))  # of a line
+    lines = max(1, piece_length // max(1, length))  # of a piece
     number = piece - intrinsics.load(item, 0)
-    first = number % blocks * longest
+    first = number % blocks * piece_length
     line = number // blocks * lines
     table = job + 8 * intrinsics.load(item, 3)
-    return table, first, min(longest, length - first), line, min(line + lines, num_lines)
+    return table, first, min(piece_length, length - first), line, min(line + lines, num_lines)
 
 
 @jit.njit(nogil=True)
 def addresses_on(line, table, width, scratch):  # type: ignore[no-untyped-def]
-    """Write to ``scratch`` where the arrays of a table have their ``line``."""
+    """Write the addresses of line ``line`` of a table's arrays to ``scratch``."""
     for k in range(width):
         shift = line * intrinsics.load(table, width + k) if line > 0 else 0
         intrinsics.store(scratch, k, intrinsics.load(table, k) + shift)
@@ -305,25 +310,25 @@ def addresses_on(line, table, width, scratch):  # type: ignore[no-untyped-def]
 
 @jit.njit(nogil=True)
 def part(length, num_parts, k):  # type: ignore[no-untyped-def]
-    """Return where part ``k`` begins and how long it is: as schedules/partition.py cuts it."""
+    """Return the start and the length of part ``k``, as schedules/partition.py splits a length."""
     small = length // num_parts
     num_larger = length - small * num_parts
     return k * small + min(k, num_larger), small + np.int64(k < num_larger)
 
 
 def _make(operation: int, code: int) -> Any:
-    """Return the runner; Numba's cache tells these closures apart by what they enclose."""
+    """Compile a runner; the compile cache distinguishes these closures by their free variables."""
 
     @jit.cfunc(types.void(types.int64))
     def run(job):  # type: ignore[no-untyped-def]
-        far, width, num_parts = (
+        in_memory, width, num_parts = (
             intrinsics.load(job, 15),
             intrinsics.load(job, 16),
             intrinsics.load(job, 17),
         )
         program, num_rows = job + 8 * intrinsics.load(job, 13), intrinsics.load(job, 14)
         ordinal = intrinsics.fetch_add(job, 0, 1)
-        turn, begin, end = claim(job, ordinal, 0)
+        attempt, begin, end = claim(job, ordinal, 0)
         while begin < end:
             for piece in range(begin, end):
                 table, column, length, line, last_line = locate(job, piece)
@@ -343,10 +348,10 @@ def _make(operation: int, code: int) -> Any:
                         span(
                             addresses, intrinsics.load(step, 1), intrinsics.load(step, 2),
                             intrinsics.load(step, 3), intrinsics.load(step, 4),
-                            intrinsics.load(step, 5), first, count, far, operation, code,
+                            intrinsics.load(step, 5), first, count, in_memory, operation, code,
                         )  # fmt: skip
                     line += 1
-            turn, begin, end = claim(job, ordinal, turn)
+            attempt, begin, end = claim(job, ordinal, attempt)
 
     return run
 
@@ -356,9 +361,9 @@ _by_dtype: dict[tuple[ReduceOp, np.dtype[Any]], tuple[int, int]] = {}
 
 
 def runner(op: ReduceOp, dtype: np.dtype[Any]) -> int:
-    """Return the address of the runner of ``op`` over ``dtype``, compiled here and now.
+    """Return the address of the runner of ``op`` over ``dtype``, compiled if need be.
 
-    A job counts elements; of a complex sum it counts the floats: see :func:`arithmetic.factor`.
+    The runner counts elements, for a complex sum the floats: see :func:`arithmetic.factor`.
     """
     key = _by_dtype.get((op, dtype))
     if key is None:

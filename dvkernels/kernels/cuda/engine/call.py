@@ -121,12 +121,12 @@ class Buffers(Call):
 
     def __init__(self, verb: str, buffers: Any, out: Any, stream: Any) -> None:
         super().__init__(verb, stream)
-        self.buffers = checks.listed(verb, buffers)
+        self.buffers = checks.as_sequence(verb, buffers)
         self.results: Any = self.buffers
         self.reads = self.place(self.buffers)
         self.out: list[Array] | None = None
         if out is not None:
-            self.results = checks.listed(verb, out, "out")
+            self.results = checks.as_sequence(verb, out, "out")
             self.out = self.place(self.results, name="out")
 
     def made(self, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
@@ -155,11 +155,11 @@ class AllReduce(Buffers):
     def written(self) -> list[Array]:
         """Return the arrays that get the results; raise unless they can be written to."""
         if self.is_in_place:
-            checks.in_place(self.verb, self.reads)
+            checks.check_in_place(self.verb, self.reads)
             return self.reads
         if self._makes_new:
             return self.made([read.shape for read in self.reads])
-        return checks.results(self.verb, self.reads, self.out)
+        return checks.outputs_like(self.verb, self.reads, self.out)
 
 
 def wait_for(waiting: Order, awaited: Order) -> None:

@@ -68,7 +68,7 @@ def _plain_divide(value: Any, divisor: int, code: int) -> Any:
 # ------------------------------------------------------------------ on a device
 
 
-class _GpuNumbers(arithmetic.Numbers):
+class _GpuNumbers(arithmetic.VectorArithmetic):
     """Emits arithmetic of vectors, or of single elements, for a GPU."""
 
     def __init__(self, builder: Any, code: int, is_whole: bool) -> None:

@@ -255,7 +255,7 @@ def _merged(arrays: Sequence[Array], size: int) -> list[tuple[int, tuple[int, ..
     """
     parts = arrays[0].itemsize // size
     found = [(parts, (size,) * len(arrays))] if parts > 1 else []
-    for extent, strides in reversed(walks.merge(arrays)):
+    for extent, strides in reversed(walks.merge_axes(arrays)):
         if found and strides == tuple(found[-1][0] * stride for stride in found[-1][1]):
             found[-1] = (found[-1][0] * extent, found[-1][1])
         else:

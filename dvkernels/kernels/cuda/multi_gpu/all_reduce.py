@@ -23,7 +23,7 @@ from dvkernels.kernels.cuda.multi_gpu import peer_access
 from dvkernels.kernels.cuda.multi_gpu.group import AllReduceCall, DeviceGroup
 from dvkernels.reduce_op import Reduction, is_half
 from dvkernels.schedules import flag_selection
-from dvkernels.schedules.flag_selection import Reach
+from dvkernels.schedules.flag_selection import AccessMatrix
 
 __all__ = ["abort", "all_reduce", "recover"]
 
@@ -41,7 +41,7 @@ class Rank(NamedTuple):
 
 class _OpenGroup(NamedTuple):
     team: DeviceGroup
-    reach: Reach
+    reach: AccessMatrix
 
 
 _groups: dict[tuple[int, ...], _OpenGroup] = {}
@@ -109,7 +109,7 @@ def _launch(found: driver.Driver, op: Reduction, ranks: Sequence[Rank], algorith
         ranks[0].read.nbytes,
         algorithm,
         is_half=is_half(dtype),
-        shows_buffers=all(found.is_open(address) for address in {*inputs, *outputs}),
+        buffers_reachable=all(found.is_open(address) for address in {*inputs, *outputs}),
         is_captured=bool(captured),
     )
     job = AllReduceCall(inputs, outputs, length, dtype, op, [rank.order.stream for rank in ranks])

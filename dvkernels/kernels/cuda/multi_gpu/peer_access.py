@@ -13,7 +13,7 @@ import numpy as np
 from dvkernels.devices import driver
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import launcher
-from dvkernels.schedules.flag_selection import Reach
+from dvkernels.schedules.flag_selection import AccessMatrix
 
 __all__ = ["PeerAccess", "reach"]
 
@@ -96,7 +96,7 @@ class PeerAccess:
         self._driver.synchronize(device)
 
 
-def reach(found: driver.Driver, devices: Sequence[int]) -> Reach:
+def reach(found: driver.Driver, devices: Sequence[int]) -> AccessMatrix:
     """Return who reaches whose memory, asked pair by pair, and open it where that is possible.
 
     A pair counts only if the driver both says so and lets it be opened.
