@@ -125,7 +125,7 @@ def _protocols(bench: _MultiGpuBench) -> dict[str, Rival]:
     ranks = tuple(range(len(bench.devices)))
     found: dict[str, Route] = {}
     # Memory of some pools is closed to other GPUs, and these run on what arrays() allocates.
-    probes = cuda_arrays.place(_NAME, bench.empty(1))
+    probes = cuda_arrays.locate(_NAME, bench.empty(1))
     is_open = all(bench.driver.is_open(checks.address(one.array)) for one in probes)
     if is_open and all(all(row) for row in bench.reach):
         for name in ("one_shot", "two_shot", "ring"):
@@ -138,7 +138,7 @@ def _protocols(bench: _MultiGpuBench) -> dict[str, Rival]:
 
 def _by(route: Route) -> Rival:
     def rival(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Measured:
-        placed = cuda_arrays.place(_NAME, [*inputs, *outs])
+        placed = cuda_arrays.locate(_NAME, [*inputs, *outs])
         addresses = [checks.address(one.array) for one in placed]
         num = len(inputs)
         streams = [one.stream for one in placed[:num]]

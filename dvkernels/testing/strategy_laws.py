@@ -87,7 +87,7 @@ def _expect(kind: type[BaseException], call: Callable[[], Any]) -> BaseException
 
 def _on_device(value: Any) -> Any:
     """Return an array where this replica computes."""
-    return array_memory.brought(np.asarray(value), _here().device)
+    return array_memory.on_device(np.asarray(value), _here().device)
 
 
 def _on_host(value: Any) -> Any:

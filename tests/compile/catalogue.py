@@ -59,14 +59,14 @@ def kernels() -> dict[str, Kernel]:
             waits = flag_kernel.waiting_kernel(operation, code)
             found[f"waiting {name}"] = Kernel(waits, is_between_gpus=True)
             if dtype in _ROWS:  # what a waiting kernel does besides waiting
-                found[f"row {name}"] = Kernel(flag_kernel.row_kernel(operation, code))
+                found[f"row {name}"] = Kernel(flag_kernel.combine_kernel(operation, code))
     for name, rule in _RULES.items():
         for dtype in map(np.dtype, ("f4", "f8")):
             function = optimizers.kernel(rule, arithmetic.type_code(dtype))
             found[f"{name} {dtype}"] = Kernel(function)
     for name, (function, letters) in CUSTOM.items():
         for dtype in map(np.dtype, letters):
-            told = operations.told(CustomReduction(function, 0, name), dtype)
+            told = operations.resolve(CustomReduction(function, 0, name), dtype)
             found[f"{name} {dtype}"] = Kernel(loops.kernel(*told))
             if dtype.char == "f":
                 waits = flag_kernel.waiting_kernel(*told)

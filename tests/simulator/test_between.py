@@ -42,8 +42,8 @@ class Machine:
         monkeypatch.setattr(all_reduce, "_groups", {})
         monkeypatch.setattr(driver, "find", lambda: self)
         monkeypatch.setattr(peer_access, "PeerAccess", lambda found: self.peers)
-        self._place = cuda_arrays.place
-        monkeypatch.setattr(cuda_arrays, "place", self.place)
+        self._place = cuda_arrays.locate
+        monkeypatch.setattr(cuda_arrays, "locate", self.place)
 
     def open_peer(self, device, peer):
         return (device, peer) not in self.apart
@@ -289,7 +289,7 @@ def test_bad_input_touches_nothing(machine):
         kernels.all_reduce([buffers[0], machine.put(np.zeros(9, "f4"), 1, 0)])
     machine.apart = {(0, 1)}
     with pytest.raises(
-        DeviceError, match="cuda:0 reads and writes for all, and does not reach cuda:1"
+        DeviceError, match="cuda:0 does all the work, and has no peer access to cuda:1"
     ):
         kernels.reduce(buffers)
     machine.apart, machine.is_open = set(), lambda address: False

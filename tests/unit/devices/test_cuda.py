@@ -89,7 +89,7 @@ class OnGpu:
 )
 def test_the_array_interface_is_read(other, shape, strides, writeable, stream, monkeypatch):
     monkeypatch.setattr(driver, "find", lambda: None)
-    array, device, told = cuda_arrays.place("test", [OnGpu(**other)])[0]
+    array, device, told = cuda_arrays.locate("test", [OnGpu(**other)])[0]
     assert (array.shape, array.flags.writeable, device, told) == (shape, writeable, 0, stream)
     if array.size:
         assert array.strides == strides
@@ -98,7 +98,7 @@ def test_the_array_interface_is_read(other, shape, strides, writeable, stream, m
 
 def test_a_mask_would_be_ignored():
     with pytest.raises(errors.NotABufferError, match=r"replica 0.*mask"):
-        cuda_arrays.place("test", [OnGpu(mask=object())])
+        cuda_arrays.locate("test", [OnGpu(mask=object())])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_mask_would_be_ignored():
 def test_mixtures_name_who_is_where(wrong, error, message, monkeypatch):
     monkeypatch.setattr(driver, "find", lambda: None)
     with pytest.raises(error, match=message):
-        cuda_arrays.place("all_reduce", [OnGpu(), wrong])
+        cuda_arrays.locate("all_reduce", [OnGpu(), wrong])
     if isinstance(wrong, np.ndarray) and error is errors.BufferMismatchError:
         with pytest.raises(error, match="replica 1 is in GPU memory"):
             kernels.all_reduce([wrong, OnGpu()])
@@ -142,13 +142,13 @@ def test_streams_of_every_library():
             return 0, 14
 
     given = [OfCuPy(), OfTorch(), OfNumba(), OfAnyone(), 15]
-    assert stream_order.given("verb", given, 5) == [11, 12, 13, 14, 15]
-    assert stream_order.given("verb", OfCuPy(), 2) == [11, 11]
-    assert stream_order.given("verb", None, 2) is None
+    assert stream_order.per_buffer("verb", given, 5) == [11, 12, 13, 14, 15]
+    assert stream_order.per_buffer("verb", OfCuPy(), 2) == [11, 11]
+    assert stream_order.per_buffer("verb", None, 2) is None
     with pytest.raises(errors.DeviceError, match="each of the 2 buffers; got 3"):
-        stream_order.given("verb", [1, 2, 3], 2)
+        stream_order.per_buffer("verb", [1, 2, 3], 2)
     with pytest.raises(errors.DeviceError, match="no CUDA stream"):
-        stream_order.given("verb", "fast", 2)
+        stream_order.per_buffer("verb", "fast", 2)
 
 
 class Library:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from dvkernels.devices.replica_streams import StreamOrder
-from dvkernels.devices.stream_order import Lane, crossings
+from dvkernels.devices.stream_order import DeviceStream, wait_pairs
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Timeline:
             self.past.setdefault(waiting, set()).update(self.past.get(awaited, ()))
 
     def lane(self, device):
-        return Lane(device, self.current(device).ptr)
+        return DeviceStream(device, self.current(device).ptr)
 
     # the seam of arrays
 
@@ -110,5 +110,5 @@ def test_a_meeting_that_fails_is_ordered_all_the_same():
 
 
 def test_lanes_wait_for_others_once_and_never_for_themselves():
-    one, other = Lane(0, 0), Lane(1, 0)
-    assert crossings([one, one], [other, one, other]) == [(one, other)]
+    one, other = DeviceStream(0, 0), DeviceStream(1, 0)
+    assert wait_pairs([one, one], [other, one, other]) == [(one, other)]
