@@ -301,7 +301,10 @@ def test_a_folder_says_what_lives_there_and_what_it_imports(folder: str) -> None
 
 
 # Classes of one name that mean the same thing, and why they are two.
-SAME_NAME = {"Item": "arrays of one shape in a job: of the CPU engine, and of its twin for CUDA"}
+SAME_NAME = {
+    "Item": "arrays of one shape in a job: of the CPU engine, and of its twin for CUDA",
+    "Workspace": "buffers of a training replica: of the CPU network, and of its twin for CUDA",
+}
 
 
 def test_a_class_name_means_one_thing() -> None:

@@ -14,7 +14,7 @@ from dvkernels.devices.base import Device
 __all__: list[str] = []
 
 
-class GpuWorkspace:
+class Workspace:
     """What one replica keeps from step to step; a GPU's memory pool keeps the rest."""
 
     def __init__(self, num_examples: int, num_hidden: int, dtype: Any, device: Device) -> None:
@@ -23,7 +23,7 @@ class GpuWorkspace:
         self.gradient = array_memory.on_device(np.zeros(num_weights(num_hidden) + 1, dtype), device)
 
 
-def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: GpuWorkspace) -> Any:
+def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspace) -> Any:
     """Return the gradient of the mean cross-entropy over the examples, and the latter at the end.
 
     As in mlp.py; the host does not wait for it.
