@@ -1,4 +1,4 @@
-"""Every kernel becomes the machine code that it promises, for every architecture, without a GPU.
+"""Machine code of every kernel: accesses, registers, spills, for every architecture, without a GPU.
 
 Needs the extra ``cuda-compile``. ``python tests/compile/record_budget.py`` records the budget anew.
 """
@@ -34,7 +34,7 @@ KERNELS = kernels()
 
 def test_the_budget_knows_every_kernel() -> None:
     assert BUDGET.keys() == KERNELS.keys(), "run: python tests/compile/record_budget.py"
-    # In one launch, waiting, some rows, optimizers, reductions of a user's own.
+    # Kernels within a GPU, waiting kernels, rows, optimizers, custom reductions.
     assert len(KERNELS) == 42 + 42 + 8 + 8 + 8
     assert len(DTYPES) == 15
 
