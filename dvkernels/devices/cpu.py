@@ -88,7 +88,7 @@ def _launcher_above(found: tuple[str, Position]) -> int:
     """
     pid = os.getppid()
     while pid > 1:
-        environment = procfs.environment_of(pid)  # of another user, such as slurmstepd: None
+        environment = procfs.environment_of(pid)  # None for another user's, such as slurmstepd
         if environment is None or launcher_environment.find(environment) != found:
             return pid
         pid = procfs.parent_of(pid)
@@ -102,7 +102,7 @@ def cgroup_quota(root: Path) -> float:
         return math.inf if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         pass
-    try:  # version 1: one number a file, -1 for no limit
+    try:  # version 1: one number per file, -1 for no limit
         quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
         period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
         return quota_us / period_us if quota_us > 0 < period_us else math.inf

@@ -75,7 +75,7 @@ class ArrayLibrary(Protocol):
         """
 
     def device_of(self, array: Any) -> int:
-        """Return the device whose memory an array lies in."""
+        """Return the index of the device that an array lies on."""
 
     def current(self, device: int) -> Any:
         """Return this thread's current stream on a device; its address is ``ptr``."""
@@ -231,7 +231,9 @@ def arrays() -> ArrayLibrary:
     """Return the array library of this process: CuPy's twin, or the simulator's."""
     require("arrays on a GPU")
     kind = _SimulatedArrays if is_simulated() else _CuPyArrays
-    return cast(ArrayLibrary, shielded.beyond_interrupts(kind))  # which imports Numba, or CuPy
+    return cast(
+        ArrayLibrary, shielded.beyond_interrupts(kind)
+    )  # the constructor imports Numba, or CuPy
 
 
 def as_numba(array: Any) -> Any:
@@ -302,14 +304,14 @@ class _CuPyArrays:
         device: int,
         owner: Any,
     ) -> Any:
-        """Return an array over memory of another library's array."""
+        """Return an array over the memory of another library's array."""
         start, stop = memory
         memory_of_owner = self._cupy.cuda.UnownedMemory(start, stop - start, owner, device)
         pointer = self._cupy.cuda.MemoryPointer(memory_of_owner, address - start)
         return self._cupy.ndarray(described.shape, described.dtype, pointer, described.strides)
 
     def device_of(self, array: Any) -> int:
-        """Return the device whose memory an array lies in."""
+        """Return the index of the device that an array lies on."""
         return int(array.device.id)
 
     def current(self, device: int) -> Any:
@@ -317,7 +319,7 @@ class _CuPyArrays:
         return self._cupy.cuda.get_current_stream(device)
 
     def pinned(self, nbytes: int) -> Any:
-        """Return bytes in page-locked memory of the host."""
+        """Return bytes in pinned host memory."""
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
     def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
@@ -329,7 +331,7 @@ class _CuPyArrays:
         return contexts
 
     def to_host(self, array: Any) -> Any:
-        """Return a copy in the memory of the host."""
+        """Return a copy in host memory."""
         with array.device:
             return array.get()
 
@@ -348,7 +350,7 @@ class _CuPyArrays:
     def overwrite(
         self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
     ) -> None:
-        """Copy dense arrays to dense arrays."""
+        """Copy contiguous arrays to contiguous arrays, on a stream."""
         cuda_driver = driver.find()
         assert cuda_driver is not None
         target_addresses = [array.data.ptr for array in targets]

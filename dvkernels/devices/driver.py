@@ -206,7 +206,7 @@ class Driver:
         return bool(found.value)
 
     def allocate(self, device: int, nbytes: int) -> int:
-        """Return the address of new memory of a device, at a multiple of 256 bytes."""
+        """Allocate device memory; return its address, a multiple of 256."""
         found = ctypes.c_uint64()
         with self._within(device):
             self._check("cuMemAlloc_v2", ctypes.byref(found), ctypes.c_size_t(nbytes))
@@ -232,7 +232,7 @@ class Driver:
                 self._check("cuStreamDestroy_v2", stream)
 
     def allocate_on_host(self, nbytes: int) -> int:
-        """Return the address of new pinned host memory, the same for the host and every device."""
+        """Allocate pinned host memory; return its address, valid on host and devices."""
         found = ctypes.c_void_p()
         with self._within(0):
             size = ctypes.c_size_t(nbytes)
@@ -296,7 +296,7 @@ class Driver:
             finally:
                 try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                     self._lock.release()
-                except RuntimeError:  # not ours
+                except RuntimeError:  # not acquired
                     pass
         self._check("cuCtxSetCurrent", context)
 

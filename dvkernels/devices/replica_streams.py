@@ -79,7 +79,7 @@ class StreamOrder:
         self._order(wait_pairs(shared, own))
         try:
             with contextlib.ExitStack() as current:
-                for device, stream in reversed(self._shared.items()):  # that of replica 0 at last
+                for device, stream in reversed(self._shared.items()):  # that of replica 0 last
                     current.enter_context(self._arrays.at(device, stream))
                 return act(payloads)
         finally:

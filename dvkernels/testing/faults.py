@@ -129,7 +129,7 @@ class Faults:
         return result
 
     def _note(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        """Remember what a crash leaves open or a power failure undoes."""
+        """Record the files that are open, and the changes that a power failure would undo."""
         match name, arguments:
             case "open" | "open_lock", _:
                 self._open.add(result)

@@ -39,9 +39,9 @@ def all_reduce_as(
     if fast_path.repeat(described, verb, stream):
         return list(buffers if out is None else out)
     call = AllReduce(verb, buffers, op, out, stream)
-    if call.is_spread:
+    if call.is_multi_gpu:
         return all_reduce.all_reduce(call, between_gpus)
-    writes = call.written()
+    writes = call.targets()
     arrays = writes if call.is_in_place else [*call.reads, *writes]
     with call.ordered() as work_stream:
         count = len(call.reads)

@@ -27,9 +27,9 @@ def ring_all_reduce(
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
     """Leave the reduction in every buffer (or ``out``); errors call the function ``verb``."""
     call = AllReduce(verb, buffers, op, out, stream)
-    if call.is_spread:
+    if call.is_multi_gpu:
         return all_reduce.all_reduce(call, "ring")
-    reads, writes = call.reads, call.written()
+    reads, writes = call.reads, call.targets()
     count = len(reads)
     groups = []
     # Chunks are cut along the first axis: along several axes a chunk may not be a strided array.

@@ -68,7 +68,7 @@ def test_the_same_words_are_placed_once_a_stream(copies):
 
 
 def test_the_oldest_go_and_their_copy_is_awaited(copies, monkeypatch):
-    monkeypatch.setattr(launcher.LongTables, "_MOST", 2)
+    monkeypatch.setattr(launcher.LongTables, "_MAX_KEPT", 2)
     tables = launcher.LongTables()
     for k in (1, 2, 1, 3, 1):
         tables.place(0, 5, [k] * 200)
@@ -78,7 +78,7 @@ def test_the_oldest_go_and_their_copy_is_awaited(copies, monkeypatch):
 
 
 def test_what_a_graph_reads_stays(copies, monkeypatch):
-    monkeypatch.setattr(launcher.LongTables, "_MOST", 1)
+    monkeypatch.setattr(launcher.LongTables, "_MAX_KEPT", 1)
     tables = launcher.LongTables()
     copies.is_capturing = True
     with pytest.raises(DeviceError, match="once on the stream, before"):

@@ -73,7 +73,7 @@ class Call:
     def ordered(self) -> Iterator[DeviceStream]:
         """Yield the stream to launch on: it waits for the buffers' streams, and they for it."""
         joined = self._joined()
-        if self.is_spread:
+        if self.is_multi_gpu:
             self._check_peer_access(joined.work_stream.device)
         for other in joined.before:
             wait_for(joined.work_stream, other)
@@ -84,8 +84,8 @@ class Call:
                 wait_for(other, joined.work_stream)
 
     @property
-    def is_spread(self) -> bool:
-        """Whether the buffers lie on more than one GPU."""
+    def is_multi_gpu(self) -> bool:
+        """Whether the buffers lie on several GPUs."""
         return len({buffer.device for buffer in self._device_buffers}) > 1
 
     def device_buffers(self) -> list[cuda_arrays.DeviceBuffer]:
@@ -159,7 +159,7 @@ class AllReduce(Buffers):
         self.op = job.check_op(verb, op, self.dtype)
         self.is_in_place = out is None
 
-    def written(self) -> list[Array]:
+    def targets(self) -> list[Array]:
         """Return the arrays that receive the results; raise unless they are writable."""
         if self.is_in_place:
             checks.in_place(self.verb, self.reads)

@@ -128,7 +128,7 @@ def prepare(kernel: Kernel, device: int) -> int:
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
             _compiling.release()
-        except RuntimeError:  # not ours: the wait was interrupted
+        except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
 
@@ -164,7 +164,7 @@ class LongTables:
         self._lock = threading.RLock()
 
     def place(self, device: int, stream: int, words: Sequence[int]) -> int:
-        """Return the address on the device of a table with these words."""
+        """Return the device address of a table with these words."""
         import cupy
 
         content = array.array("q", words).tobytes()
@@ -191,7 +191,7 @@ class LongTables:
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._lock.release()
-            except RuntimeError:  # not ours: the wait was interrupted
+            except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
     def _copy_to_device(

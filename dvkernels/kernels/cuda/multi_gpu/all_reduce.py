@@ -59,7 +59,7 @@ def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
     CollectiveTimeoutError
         An earlier call on these devices failed. No buffer has been touched.
     """
-    ranks = _ranks(call, call.written())
+    ranks = _ranks(call, call.targets())
     if ranks[0].read.size:
         cuda_driver = driver.find()
         assert cuda_driver is not None  # it has located the buffers
@@ -170,7 +170,7 @@ def _group(cuda_driver: driver.Driver, devices: tuple[int, ...]) -> _OpenGroup:
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
             _grouping.release()
-        except RuntimeError:  # not ours: the wait was interrupted
+        except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
 

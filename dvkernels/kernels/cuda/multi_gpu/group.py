@@ -162,7 +162,7 @@ class DeviceGroup:
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._launching.release()
-            except RuntimeError:  # not ours: the wait was interrupted
+            except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
     def _launch(self, call: _LaunchedCall) -> None:
@@ -255,7 +255,7 @@ class DeviceGroup:
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._launching.release()
-            except RuntimeError:  # not ours: the wait was interrupted
+            except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
     # -- resources of a call ----------------------------------------------------------------------
