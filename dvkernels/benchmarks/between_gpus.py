@@ -146,7 +146,7 @@ def _protocols(bench: _MultiGpuBench) -> dict[str, Implementation]:
     ranks = tuple(range(len(bench.devices)))
     found: dict[str, Route] = {}
     # Some memory pools give other GPUs no access; this asks about the pool of bench.arrays.
-    probes = cuda_arrays.place(_NAME, bench.empty(1))
+    probes = cuda_arrays.locate(_NAME, bench.empty(1))
     is_open = all(bench.driver.is_open(checks.address(probe.array)) for probe in probes)
     if is_open and all(all(row) for row in bench.reach):
         for name in ("one_shot", "two_shot", "ring"):
@@ -159,7 +159,7 @@ def _protocols(bench: _MultiGpuBench) -> dict[str, Implementation]:
 
 def _protocol(route: Route) -> Implementation:
     def implementation(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Timer:
-        placed = cuda_arrays.place(_NAME, [*inputs, *outs])
+        placed = cuda_arrays.locate(_NAME, [*inputs, *outs])
         addresses = [checks.address(each.array) for each in placed]
         num = len(inputs)
         streams = [each.stream for each in placed[:num]]

@@ -148,10 +148,12 @@ def _check(devices: list[Device]) -> str:
                     replica = context.get_replica_context()
                     assert replica is not None
                     own = inputs[replica.replica_id_in_sync_group]
-                    return replica.all_reduce("sum", array_memory.brought(own, replica.device))
+                    return replica.all_reduce("sum", array_memory.on_device(own, replica.device))
 
                 for result in strategy.run(reduce_own).values:
-                    if not np.array_equal(array_memory.brought(result, Device("cpu", 0)), expected):
+                    if not np.array_equal(
+                        array_memory.on_device(result, Device("cpu", 0)), expected
+                    ):
                         return f"FAIL: the {algorithm} all-reduce gave a wrong sum"
     except Exception as error:
         return f"FAIL: {type(error).__name__}: {error}"

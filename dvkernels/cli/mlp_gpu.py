@@ -19,8 +19,8 @@ class Workspace:
 
     def __init__(self, num_examples: int, num_hidden: int, dtype: Any, device: Device) -> None:
         self.num_hidden = num_hidden
-        self.classes = array_memory.brought(np.arange(NUM_CLASSES), device)
-        self.gradient = array_memory.brought(np.zeros(num_weights(num_hidden) + 1, dtype), device)
+        self.classes = array_memory.on_device(np.arange(NUM_CLASSES), device)
+        self.gradient = array_memory.on_device(np.zeros(num_weights(num_hidden) + 1, dtype), device)
 
 
 def gradient_and_loss(weights: Any, images: Any, labels: Any, workspace: Workspace) -> Any:

@@ -143,7 +143,7 @@ def train(
         assert replica is not None
         workspace = net.Workspace(1, config.num_hidden, config.dtype, replica.device)
         images, labels = (
-            array_memory.brought(array[:1], replica.device)
+            array_memory.on_device(array[:1], replica.device)
             for array in (data.train_images, data.train_labels)
         )
         own = net.gradient_and_loss(weights.read_value(), images, labels, workspace)

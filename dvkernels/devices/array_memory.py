@@ -1,7 +1,8 @@
-"""The memory that a strategy's arrays lie in: that of the host, or that of GPUs.
+"""Memory of a strategy's arrays: of the host (NumPy), or of GPUs (CuPy).
 
-Arithmetic needs no twins: NumPy's functions hand on arrays of CuPy to CuPy, by the protocols of
-NEP 13 and NEP 18. Here is what they cannot do: make, bring, overwrite and show arrays.
+Arithmetic needs no twins: NumPy's functions dispatch CuPy's arrays to CuPy by the protocols of
+NEP 13 and NEP 18. This module has the operations that these protocols do not cover: allocation,
+copies between devices, overwriting, views and transfers to the host.
 """
 
 from __future__ import annotations
@@ -23,40 +24,46 @@ __all__ = ["HOST", "ArrayMemory", "holding", "of"]
 
 
 class ArrayMemory(Protocol):
-    """What is done with arrays of one kind of device, outside of kernels."""
+    """Operations on the arrays of one kind of device, other than kernels.
 
-    def view(self, verb: str, buffer: Any, who: str) -> Any:
-        """Return an array of another library as one of ours, not copied."""
+    Arrays are NumPy's on the host and CuPy's on GPUs.
+    """
+
+    def view(self, verb: str, buffer: Any, label: str) -> Any:
+        """Return an array of another library as NumPy or CuPy array, without a copy."""
 
     def like(self, result: Any, original: Any) -> Any:
-        """Return a new array of ours as one of the library that ``original`` comes from."""
+        """Return a new NumPy or CuPy array in the library that ``original`` comes from."""
 
     def new(self, content: Any, device: Device) -> Any:
-        """Return a new dense array on a device; ``content`` may lie in any memory it sees."""
+        """Return a new contiguous array on a device; ``content`` lies on the host or a GPU."""
 
     def on(self, array: Any, device: Device) -> Any:
-        """Return an array with that content on the device: the same one if it lies there."""
+        """Return the array itself if it lies on the device, else a copy on it."""
 
     def near(self, array: Any, other: Any) -> Any:
-        """Return an array with that content where another lies: the same one if it lies there."""
+        """Return the array itself if it lies on the device of ``other``, else a copy on it."""
 
     def beside(self, array: Any, other: Any) -> Any:
-        """Return a copy of an array where another one lies."""
+        """Return a copy of the array on the device of ``other``."""
 
     def read_only(self, array: Any) -> Any:
-        """Return a view that is not to be written to."""
+        """Return a read-only view."""
 
     def is_writable(self, array: Any) -> bool:
-        """Return whether an array may be written to."""
+        """Return whether an array is writable."""
 
     def apply(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        """Return what a function makes of arrays, computed where the first of them lies."""
+        """Return ``function(*arrays)``, computed on the device of the first array."""
 
     def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> None:
-        """Apply a ufunc to rows and updates, update after update: positions may repeat."""
+        """Apply a ufunc in place: ``rows[p] = function(rows[p], u)`` for each position and update.
+
+        In the order of the updates; positions may repeat.
+        """
 
     def overwrite(self, targets: Sequence[Any], values: Sequence[Any]) -> None:
-        """Overwrite dense arrays, each with its value, all of them or none.
+        """Overwrite contiguous arrays, each with its value, all of them or none.
 
         Values have the targets' shapes and dtypes, and may be views of them.
         """
@@ -67,13 +74,13 @@ class ArrayMemory(Protocol):
         """Overwrite rows of arrays, each with its value."""
 
     def to_host(self, array: Any) -> Any:
-        """Return the content in the memory of the host, perhaps the array itself."""
+        """Return the content in host memory, which may be the array itself."""
 
 
 def _write(arrays: Sequence[Any], where: Any, values: Sequence[Any]) -> None:
-    """Set items in one expression that never enters the interpreter's loop.
+    """Set items in one expression, during which the interpreter handles no signal.
 
-    So an interrupt falls before or after all of it: nothing is left half-written.
+    So an interrupt comes before or after all of it, and no write is left half done.
     """
     set_item: Any = operator.setitem
     deque(map(set_item, arrays, where, values), maxlen=0)
@@ -81,7 +88,7 @@ def _write(arrays: Sequence[Any], where: Any, values: Sequence[Any]) -> None:
 
 @final
 class _Host:
-    """Arrays of NumPy."""
+    """Host memory: arrays of NumPy."""
 
     view = staticmethod(interop.view)
     like = staticmethod(interop.like)
@@ -113,14 +120,14 @@ class _Host:
         function.at(rows, positions, updates)
 
     def overwrite(self, targets: Sequence[Any], values: Sequence[Any]) -> None:
-        # A value that is a view of a target would change while it is written to the others.
-        apart = {
+        # Writing a target would change a value that is a view of it: such values are copied first.
+        snapshots = {
             id(value): value.copy()
             if any(np.may_share_memory(value, a) for a in targets)
             else value
             for value in values
         }
-        _write(targets, repeat(...), [apart[id(value)] for value in values])
+        _write(targets, repeat(...), [snapshots[id(value)] for value in values])
 
     def overwrite_rows(
         self, targets: Sequence[Any], rows: Sequence[Any], values: Sequence[Any]
@@ -133,31 +140,35 @@ class _Host:
 
 @final
 class _Gpu:
-    """Arrays of CuPy, or of what stands in for it in the simulator."""
+    """GPU memory: arrays of CuPy, or simulated arrays in the simulator."""
 
     def __init__(self) -> None:
         self._arrays = cuda.arrays()
 
-    def view(self, verb: str, buffer: Any, who: str) -> Any:
+    def view(self, verb: str, buffer: Any, label: str) -> Any:
         if interop.is_on_gpu(buffer):
-            return cuda_arrays.adopt(verb, buffer, who)
-        return interop.view(verb, buffer, who)
+            return cuda_arrays.adopt(verb, buffer, label)
+        return interop.view(verb, buffer, label)
 
     def like(self, result: Any, original: Any) -> Any:
         if isinstance(result, np.ndarray):
             return interop.like(result, original)
         if interop.is_on_gpu(original):
-            cuda_arrays.follow(result, original)
+            cuda_arrays.wait_for_result(result, original)
         return cuda_arrays.like(result, original)
 
     def new(self, content: Any, device: Device) -> Any:
-        lane = stream_order.Lane(device.index, self._arrays.current(device.index).ptr)
+        destination = stream_order.DeviceStream(
+            device.index, self._arrays.current(device.index).ptr
+        )
         if not isinstance(content, np.ndarray):
             source = self._arrays.device_of(content)
-            cuda_arrays.order([(lane, stream_order.Lane(source, self._arrays.current(source).ptr))])
-        made = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
-        self._arrays.copy(made, content)
-        return made
+            cuda_arrays.order_streams(
+                [(destination, stream_order.DeviceStream(source, self._arrays.current(source).ptr))]
+            )
+        new_array = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
+        self._arrays.copy(new_array, content)
+        return new_array
 
     def on(self, array: Any, device: Device) -> Any:
         if isinstance(array, np.ndarray) or self._arrays.device_of(array) != device.index:
@@ -181,54 +192,54 @@ class _Gpu:
             return function(*arrays)
 
     def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> None:
-        # Atomic operations would add up in another order each time. In round k each row meets its
-        # k-th update: as many rounds as the most frequent row has updates, usually one or two.
+        # Atomic operations would add in another order in each run. Round k applies the k-th update
+        # of each row: as many rounds as the most frequent row has updates, usually one or two.
         with self._arrays.at(self._arrays.device_of(rows)):
-            for taken in _rounds(positions):
-                where = positions[taken]
-                rows[where] = function(rows[where], updates[taken])
+            for selected in _conflict_free_rounds(positions):
+                where = positions[selected]
+                rows[where] = function(rows[where], updates[selected])
 
     def overwrite(self, targets: Sequence[Any], values: Sequence[Any]) -> None:
-        places = cuda_arrays.place("a write", targets, "target")
-        ready = {id(value): self._dense_and_apart(value, places) for value in values}
-        sources = [ready[id(value)] for value in values]
-        found = [*places, *cuda_arrays.place("a write", sources, "value")]
-        lanes = [stream_order.Lane(one.device, one.stream) for one in found]
-        home = lanes[0]
-        cuda_arrays.order(stream_order.crossings([home], lanes))
-        self._arrays.overwrite(home.device, home.stream, targets, sources)
-        cuda_arrays.order(stream_order.crossings(lanes, [home]))
+        target_buffers = cuda_arrays.locate("a write", targets, "target")
+        prepared = {id(value): self._contiguous_copy(value, target_buffers) for value in values}
+        sources = [prepared[id(value)] for value in values]
+        buffers = [*target_buffers, *cuda_arrays.locate("a write", sources, "value")]
+        streams = [stream_order.DeviceStream(one.device, one.stream) for one in buffers]
+        work_stream = streams[0]
+        cuda_arrays.order_streams(stream_order.wait_pairs([work_stream], streams))
+        self._arrays.overwrite(work_stream.device, work_stream.stream, targets, sources)
+        cuda_arrays.order_streams(stream_order.wait_pairs(streams, [work_stream]))
 
-    def _dense_and_apart(self, value: Any, targets: Sequence[cuda_arrays.DeviceBuffer]) -> Any:
+    def _contiguous_copy(self, value: Any, targets: Sequence[cuda_arrays.DeviceBuffer]) -> Any:
         if isinstance(value, np.ndarray):
             return self.new(value, Device("cuda", targets[0].device))
-        (place,) = cuda_arrays.place("a write", [value], "value")
-        shares = any(np.may_share_memory(place.array, target.array) for target in targets)
-        if shares or not place.array.flags.c_contiguous:
-            return self.new(value, Device("cuda", place.device))
+        (buffer,) = cuda_arrays.locate("a write", [value], "value")
+        shares = any(np.may_share_memory(buffer.array, target.array) for target in targets)
+        if shares or not buffer.array.flags.c_contiguous:
+            return self.new(value, Device("cuda", buffer.device))
         return value
 
     def overwrite_rows(
         self, targets: Sequence[Any], rows: Sequence[Any], values: Sequence[Any]
     ) -> None:
         devices = [Device("cuda", self._arrays.device_of(target)) for target in targets]
-        ready = [self.on(value, device) for value, device in zip(values, devices, strict=True)]
-        for target, which, value, device in zip(targets, rows, ready, devices, strict=True):
+        prepared = [self.on(value, device) for value, device in zip(values, devices, strict=True)]
+        for target, row, value, device in zip(targets, rows, prepared, devices, strict=True):
             with self._arrays.at(device.index):
-                target[which] = value
+                target[row] = value
 
     def to_host(self, array: Any) -> Any:
         return array if isinstance(array, np.ndarray) else self._arrays.to_host(array)
 
 
-def _rounds(positions: Any) -> list[Any]:
-    """Return which updates each round takes: no position twice, each in the order given."""
+def _conflict_free_rounds(positions: Any) -> list[Any]:
+    """Return the updates of each round: no position twice, those of a position in their order."""
     order = np.argsort(positions, kind="stable")
     ordered = positions[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else ordered
     counts = np.diff(np.r_[starts, len(ordered)])
-    turn = np.arange(len(ordered)) - np.repeat(starts, counts)
-    return [order[turn == k] for k in range(int(turn.max(initial=-1)) + 1)]
+    rank_in_row = np.arange(len(ordered)) - np.repeat(starts, counts)
+    return [order[rank_in_row == k] for k in range(int(rank_in_row.max(initial=-1)) + 1)]
 
 
 HOST: ArrayMemory = _Host()
@@ -236,12 +247,12 @@ HOST: ArrayMemory = _Host()
 
 @functools.cache
 def gpu() -> ArrayMemory:
-    """Return the memory of GPUs; raise :class:`DeviceError` where there is none."""
+    """Return the memory of GPUs; raise :class:`DeviceError` where kernels cannot run on GPUs."""
     return _Gpu()
 
 
 def of(devices: Sequence[Device]) -> ArrayMemory:
-    """Return the memory of these devices; raise unless they are of one kind."""
+    """Return the memory of these devices; raise unless all are of one kind."""
     kinds = {device.kind for device in devices}
     if len(kinds) > 1:
         named = ", ".join(map(str, devices))
@@ -253,22 +264,22 @@ def of(devices: Sequence[Device]) -> ArrayMemory:
 
 
 def copied(array: Any, device: Device) -> Any:
-    """Return a new array on a device, of any kind, with the content of one of any memory."""
-    there = of([device])
-    return there.new(holding(array).to_host(array) if there is HOST else array, device)
+    """Return a copy of an array, from either memory, on a device of either kind."""
+    memory = of([device])
+    return memory.new(holding(array).to_host(array) if memory is HOST else array, device)
 
 
-def brought(array: Any, device: Device) -> Any:
-    """Return an array on a device, of any kind: the same one if it lies in memory it sees."""
-    there = of([device])
-    return there.on(holding(array).to_host(array) if there is HOST else array, device)
+def on_device(array: Any, device: Device) -> Any:
+    """Return an array on a device of either kind: the array itself if it lies there, or a copy."""
+    memory = of([device])
+    return memory.on(holding(array).to_host(array) if memory is HOST else array, device)
 
 
-def seeing(value: Any) -> ArrayMemory:
-    """Return the memory in which to look at a value of any library."""
+def of_value(value: Any) -> ArrayMemory:
+    """Return the memory of a value of any library."""
     return gpu() if interop.is_on_gpu(value) else HOST
 
 
 def holding(array: Any) -> ArrayMemory:
-    """Return the memory that an array of ours lies in."""
+    """Return the memory of a NumPy or CuPy array."""
     return HOST if isinstance(array, (np.ndarray, np.generic)) else gpu()

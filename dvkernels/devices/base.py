@@ -1,4 +1,4 @@
-"""A device: a kind and a number."""
+"""Device: a kind (CPU or CUDA) and an index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = re.compile(r"([a-z]+):(0|[1-9][0-9]*)")
 
 @dataclass(frozen=True, order=True)
 class Device:
-    """A place where arrays live and replicas compute; prints and parses as ``"cpu:0"``.
+    """Device on which arrays lie and replicas compute; prints and parses as ``"cpu:0"``.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Device:
 
     @classmethod
     def parse(cls, name: str) -> Device:
-        """Return the device that ``name`` names; raise ``DeviceError`` if it is not a name."""
+        """Return the device of this name; raise ``DeviceError`` if the name is malformed."""
         match = _NAME.fullmatch(name)
         if match is None:
             raise DeviceError(f'expected a device name such as "cpu:0" or "cuda:1", got {name!r}')

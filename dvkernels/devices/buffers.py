@@ -1,4 +1,4 @@
-"""What a buffer holds: its shape and its dtype; and what no buffer can hold: a mask."""
+"""Shape and dtype of a buffer, and the check that refuses masked arrays."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ class Spec(NamedTuple):
 
 
 def spec(array: Any) -> Spec:
-    """Return what an array holds."""
+    """Return shape and dtype of an array."""
     return Spec(array.shape, array.dtype)
 
 
-def refuse_masked(value: Any, what: str) -> None:
-    """Raise NotABufferError where ``np.asarray(value)`` would drop a mask; ``what`` is its name.
+def refuse_masked(value: Any, label: str) -> None:
+    """Raise ``NotABufferError`` where ``np.asarray(value)`` would drop a mask, at any depth.
 
-    Also for lists and tuples of masked arrays.
+    ``label`` names the value in the message.
     """
     if isinstance(value, np.ma.MaskedArray):
         raise NotABufferError(
-            f"{what} is a MaskedArray, whose mask would be ignored; pass .filled(value) or .data"
+            f"{label} is a MaskedArray, whose mask would be ignored; pass .filled(value) or .data"
         )
-    if isinstance(value, (list, tuple)) and _holds_masked(value, 0):
+    if isinstance(value, (list, tuple)) and _contains_masked(value, 0):
         raise NotABufferError(
-            f"{what} holds a MaskedArray, whose mask would be ignored; pass .filled(value) or .data"
+            f"{label} holds a MaskedArray, whose mask would be ignored; "
+            "pass .filled(value) or .data"
         )
 
 
-def _holds_masked(value: Any, depth: int) -> bool:
+def _contains_masked(value: Any, depth: int) -> bool:
     if isinstance(value, (list, tuple)):  # no array has more axes than 64
-        return depth < 64 and any(_holds_masked(one, depth + 1) for one in value)
+        return depth < 64 and any(_contains_masked(item, depth + 1) for item in value)
     return isinstance(value, np.ma.MaskedArray)

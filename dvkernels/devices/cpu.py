@@ -15,35 +15,34 @@ __all__: list[str] = []
 
 @functools.cache
 def usable_cores() -> int:
-    """Return how many cores this process may keep busy: its affinity, capped by a cgroup quota.
+    """Return the number of cores that this process may use: its affinity, capped by a cgroup quota.
 
-    Under a launcher that started several workers on this host: its share of them.
+    Under a launcher that started several workers on this host, it is this worker's share of them.
 
-    Asked once a process: reading the quota takes 50 microseconds, as long as a step.
+    Computed once per process: reading the quota takes 50 microseconds, as long as a step.
     """
     quota = cgroup_quota(Path("/sys/fs/cgroup"))
-    own = _affinity(0)
+    own = _num_cores_of(0)
     found = launcher_environment.find(os.environ)
     num_local = 1 if found is None else found[1].num_local_workers or 1
     if found is None or num_local == 1:
         return share(own, own, quota, 1)
-    return share(own, _affinity(_launcher_above(found)), quota, num_local)
+    return share(own, _num_cores_of(_launcher_above(found)), quota, num_local)
 
 
 def share(own: int, together: float, quota: float, num_local_workers: int) -> int:
-    """Return how many cores one of several workers of a host may keep busy.
+    """Return the number of cores that one of the workers of a host may use.
 
     Parameters
     ----------
     own : int
-        The cores that this worker may run on: a few if its launcher has bound it to them, all if
-        not.
+        Cores in the affinity of this worker: a few if its launcher has bound it, else all.
     together : float
-        The cores that the workers may run on together: those of their launcher.
+        Cores that the workers of the host may run on together: the affinity of their launcher.
     quota : float
-        The cores' worth of time that they may use together.
+        CPU time that they may use together, in cores.
     num_local_workers : int
-        How many they are.
+        Number of workers on this host.
 
     Examples
     --------
@@ -58,7 +57,7 @@ def share(own: int, together: float, quota: float, num_local_workers: int) -> in
 
 
 def described_affinity() -> str:
-    """Return the cores that this process may run on: ``cores 0-3,8``."""
+    """Return the cores in the affinity of this process, as text: ``cores 0-3,8``."""
     if not hasattr(os, "sched_getaffinity"):
         return "any core"
     runs: list[list[int]] = []
@@ -71,8 +70,8 @@ def described_affinity() -> str:
     return f"{'core' if shown.isdecimal() else 'cores'} {shown}"
 
 
-def _affinity(pid: int) -> int:
-    """Return how many cores a process may run on, or this one: for 0, and if it is gone."""
+def _num_cores_of(pid: int) -> int:
+    """Return the number of cores in a process's affinity; this process's for 0 and ended ones."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     try:
@@ -82,14 +81,14 @@ def _affinity(pid: int) -> int:
 
 
 def _launcher_above(found: tuple[str, Position]) -> int:
-    """Return the process that started this worker and its neighbours, 0 where it is not shown.
+    """Return the process that started the workers of this host, 0 where it is not visible.
 
-    It is the first above this one that was not told the same place in the same job. Between them
-    may be a shell, or a worker whose child this is.
+    It is the closest ancestor whose environment does not hold the same position in the same job:
+    in between may be a shell, or a worker whose child this process is.
     """
     pid = os.getppid()
     while pid > 1:
-        environment = procfs.environment_of(pid)  # of another user, such as slurmstepd: None
+        environment = procfs.environment_of(pid)  # None for another user's, such as slurmstepd
         if environment is None or launcher_environment.find(environment) != found:
             return pid
         pid = procfs.parent_of(pid)
@@ -97,13 +96,13 @@ def _launcher_above(found: tuple[str, Position]) -> int:
 
 
 def cgroup_quota(root: Path) -> float:
-    """Return the cores that the cgroup's quota grants, infinity where there is none."""
+    """Return the quota of the cgroup in cores, infinity where there is none."""
     try:  # version 2: "max 100000", or "150000 100000" (microseconds used per period)
         quota, period = (root / "cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         pass
-    try:  # version 1: one number a file, -1 for no limit
+    try:  # version 1: one number per file, -1 for no limit
         quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
         period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
         return quota_us / period_us if quota_us > 0 < period_us else math.inf

@@ -1,9 +1,9 @@
-"""CUDA devices: which there are, what is missing where there are none, and arrays on them.
+"""CUDA devices of this process, the reason why there are none, and allocation of arrays on them.
 
-CuPy is what the library itself allocates on a GPU. Kernels need four verbs of it, ``empty``,
-``copy``, ``stream`` and ``event``; strategies, whose variables are such arrays, a few more. A
-second twin has the same over the arrays of Numba's simulator: ``testing.check_arrays`` holds both
-to one contract.
+The package allocates GPU memory through CuPy. Kernels need the four functions ``empty``, ``copy``,
+``stream`` and ``event``; strategies, whose variables are CuPy arrays, a few more. A twin has the
+same functions over the arrays of Numba's simulator: ``testing.check_arrays`` checks both against
+one contract.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = ["ArrayLibrary", "arrays", "devices", "is_simulated", "missing"]
 
 
 class ArrayLibrary(Protocol):
-    """Arrays of CUDA devices: the seam to the library that makes them."""
+    """Interface to the library that allocates arrays on CUDA devices."""
 
     def empty(
         self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
     ) -> Any:
-        """Return a new array on a device, its elements not set.
+        """Return a new array on a device, with undefined elements.
 
-        Its memory is ordered on a stream (its address; None: the current one): what is given that
-        memory later comes after what that stream was given before.
+        Its memory is ordered on ``stream`` (an address; None: the current stream): a later use of
+        the memory by another array comes after the earlier work of that stream.
         """
 
     def copy(self, target: Any, source: Any, stream: Any = None) -> None:
@@ -46,19 +46,19 @@ class ArrayLibrary(Protocol):
         """
 
     def stream(self, device: int, *, joins_default: bool = False) -> Any:
-        """Return a new stream: ``with stream:`` makes it current, ``synchronize()`` waits.
+        """Return a new stream: ``with stream:`` makes it current, ``synchronize()`` waits for it.
 
-        ``joins_default``: it waits for what is put on the device's default stream, and that for it.
+        ``joins_default``: the stream and the device's default stream wait for each other.
         """
 
     def event(self, device: int) -> Any:
         """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``.
 
-        Its ``done`` tells, without waiting, whether it has happened.
+        Its ``done`` says, without waiting, whether it has happened.
         """
 
     def identity(self, device: int) -> str:
-        """Return what a device is called by every process that sees it, and no other one is."""
+        """Return an identifier of a device, unique and the same in every process."""
 
     def over(
         self,
@@ -68,63 +68,60 @@ class ArrayLibrary(Protocol):
         device: int,
         owner: Any,
     ) -> Any:
-        """Return an array over memory of another library's array, ``owner``, not copied.
+        """Return an array over the memory of another library's array ``owner``, without a copy.
 
-        ``memory`` is its first address and the one past its last; ``described`` has the shape,
-        dtype and strides of the array, whose first element lies at ``address``.
+        ``memory`` is its first address and the address after its last byte; ``described`` has the
+        shape, dtype and strides of the array, whose first element lies at ``address``.
         """
 
     def device_of(self, array: Any) -> int:
-        """Return the device whose memory an array lies in."""
+        """Return the index of the device that an array lies on."""
 
     def current(self, device: int) -> Any:
-        """Return the stream that is current in this thread on a device; its address is ``ptr``."""
+        """Return this thread's current stream on a device; its address is ``ptr``."""
 
     def pinned(self, nbytes: int) -> Any:
-        """Return bytes in memory of the host that copies on a stream read while the host goes on.
+        """Return bytes in pinned host memory, from which copies on a stream are asynchronous.
 
-        They begin at a page. What is copied from them must have been copied before they change.
+        They begin at a page boundary, and must not change before a copy from them has ended.
         """
 
     def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager that makes a device, and a stream of it, current."""
 
     def to_host(self, array: Any) -> Any:
-        """Return a copy in the memory of the host, which waits for it."""
+        """Return a copy in host memory; the host waits for it."""
 
     def bytes_of(self, array: Any) -> Any:
-        """Return the bytes of a dense array, flat, not copied, as MPI takes them.
+        """Return the bytes of a contiguous array, flat, without a copy, for MPI.
 
         MPI waits for no stream, neither to read nor to write them.
         """
 
     def read_only(self, array: Any) -> Any:
-        """Return a view that is not to be written to.
-
-        CuPy knows no such thing: its view could be written to.
-        """
+        """Return a read-only view; CuPy has no read-only arrays, so its view is writable."""
 
     def is_writable(self, array: Any) -> bool:
-        """Return whether an array may be written to."""
+        """Return whether an array is writable."""
 
     def overwrite(
         self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
     ) -> None:
-        """Copy dense arrays to dense arrays, all in turn, on a stream of a device.
+        """Copy contiguous arrays to contiguous arrays, one after another, on a stream of a device.
 
-        No interrupt of the interpreter falls between two of them.
+        No interrupt comes between two of the copies.
         """
 
 
 def is_simulated() -> bool:
-    """Return whether Numba's simulator stands in for a GPU in this process."""
+    """Return whether this process uses Numba's CUDA simulator instead of a GPU."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 
 
 def devices() -> list[Device]:
-    """Return the CUDA devices that this process sees: none where there is no driver.
+    """Return the CUDA devices visible to this process: none where there is no driver.
 
-    ``CUDA_VISIBLE_DEVICES`` says which: they are counted from 0 in its order.
+    ``CUDA_VISIBLE_DEVICES`` selects them; their indices count from 0 in its order.
     """
     return [Device("cuda", index) for index in range(_count())]
 
@@ -132,35 +129,35 @@ def devices() -> list[Device]:
 def _count() -> int:
     if is_simulated():
         return simulated_count(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    found = driver.find()
-    return 0 if found is None else found.count()
+    cuda_driver = driver.find()
+    return 0 if cuda_driver is None else cuda_driver.count()
 
 
 def simulated_count(visible: str | None) -> int:
-    """Return how many devices the simulator has: its one, unless the variable hides it."""
+    """Return the number of simulated devices: one, unless ``CUDA_VISIBLE_DEVICES`` hides it."""
     return int(visible is None or visible.split(",")[0].strip() == "0")
 
 
 def missing() -> str:
-    """Return why kernels cannot run on GPUs here and what to do, or "" where they can."""
+    """Return the reason why kernels cannot run on GPUs here, with a remedy; "" where they can."""
     if is_simulated():
         return "" if _count() else "CUDA_VISIBLE_DEVICES hides the simulated device: unset it"
-    found = driver.find()
-    if found is None:
+    cuda_driver = driver.find()
+    if cuda_driver is None:
         return explain(None, "", 0, ())
-    if found.is_inherited:
+    if cuda_driver.is_inherited:
         return (
-            "this process was forked from one that had begun to use the GPU, and the driver serves "
-            "only that one: start processes with the method 'spawn' or 'forkserver'"
+            "this process was forked from one that already used the GPU, and the driver serves "
+            "only that process: start processes with the method 'spawn' or 'forkserver'"
         )
-    return _missing_with(found)
+    return _missing_packages(cuda_driver)
 
 
 @functools.cache
-def _missing_with(found: driver.Driver) -> str:
-    """Return what is missing beside a driver, asked once: it does not change while it runs."""
-    version = None if found.problem else found.version()
-    return explain(version, found.problem, found.count(), _installed())
+def _missing_packages(cuda_driver: driver.Driver) -> str:
+    """Return what is missing besides a driver; computed once, as it does not change."""
+    version = None if cuda_driver.problem else cuda_driver.version()
+    return explain(version, cuda_driver.problem, cuda_driver.count(), _installed())
 
 
 _PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "cupy")
@@ -168,41 +165,41 @@ _PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "cupy")
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    """Return which of the packages that a GPU needs are installed."""
+    """Return the installed packages among those that a GPU needs."""
     from importlib import metadata  # 15 ms, and only where there is a driver
 
-    found = []
+    installed = []
     for name in _PACKAGES:
         try:
             metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        found.append(name)
-    return tuple(found)
+        installed.append(name)
+    return tuple(installed)
 
 
 def explain(
     version: tuple[int, int] | None, problem: str, count: int, installed: tuple[str, ...]
 ) -> str:
-    """Return what is missing, and what to do, given what was found.
+    """Return what is missing and the remedy, or "".
 
     Parameters
     ----------
     version : (int, int) or None
-        The CUDA version of the driver; None where there is no driver, or ``problem`` keeps it
-        from starting.
+        The CUDA version of the driver; None where there is no driver, or where it fails to start.
     problem : str
-        What the driver says when it is started.
+        The driver's error on its initialization, or "".
     count : int
-        The devices it sees.
+        The number of visible devices.
     installed : tuple of str
-        The packages that are there.
+        The installed packages.
     """
     if problem:
-        return f"the NVIDIA driver does not start ({problem}): see that nvidia-smi works"
+        return f"the NVIDIA driver does not start ({problem}): check that nvidia-smi works"
     if version is None:
         return (
-            "no NVIDIA driver was found (libcuda.so.1): install one, and see that nvidia-smi works"
+            "no NVIDIA driver was found (libcuda.so.1): install one, "
+            "and check that nvidia-smi works"
         )
     if count == 0:
         return "the NVIDIA driver sees no device: is CUDA_VISIBLE_DEVICES empty?"
@@ -216,9 +213,9 @@ def explain(
             f"{runs}, and the packages here are for CUDA 13: python -m pip uninstall cupy-cuda13x, "
             f"then {install}, or update the driver"
         )
-    for name, needed in (("numba-cuda", "numba-cuda"), ("cupy", "CuPy")):
-        if not any(package.startswith(name) for package in installed):
-            return f"{needed} is not installed; {runs}: {install}"
+    for name, package_name in (("numba-cuda", "numba-cuda"), ("cupy", "CuPy")):
+        if not any(installed_name.startswith(name) for installed_name in installed):
+            return f"{package_name} is not installed; {runs}: {install}"
     return ""
 
 
@@ -231,14 +228,16 @@ def require(verb: str) -> None:
 
 @functools.cache
 def arrays() -> ArrayLibrary:
-    """Return the twin of this process: the simulator's arrays, or CuPy's."""
+    """Return the array library of this process: CuPy's twin, or the simulator's."""
     require("arrays on a GPU")
     kind = _SimulatedArrays if is_simulated() else _CuPyArrays
-    return cast(ArrayLibrary, shielded.beyond_interrupts(kind))  # which imports Numba, or CuPy
+    return cast(
+        ArrayLibrary, shielded.beyond_interrupts(kind)
+    )  # the constructor imports Numba, or CuPy
 
 
 def as_numba(array: Any) -> Any:
-    """Return a CuPy array as one of Numba, not copied."""
+    """Return a CuPy array as a Numba device array, without a copy."""
     from numba import cuda
 
     untyped: Any = cuda
@@ -246,7 +245,7 @@ def as_numba(array: Any) -> Any:
 
 
 class _CuPyArrays:
-    """Arrays of CuPy, from its memory pools."""
+    """Array library of CuPy, from its memory pools."""
 
     def __init__(self) -> None:
         import cupy
@@ -266,7 +265,7 @@ class _CuPyArrays:
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
             raise DeviceError(
-                f"cuda:{device} has no room for {nbytes:,} bytes more: free arrays, call "
+                f"cuda:{device} has no room for {nbytes:,} more bytes: free arrays, call "
                 f"cupy.get_default_memory_pool().free_all_blocks(), or use smaller ones ({error})"
             ) from None
 
@@ -293,9 +292,9 @@ class _CuPyArrays:
 
     def identity(self, device: int) -> str:
         """Return the UUID of a device."""
-        found = driver.find()
-        assert found is not None
-        return found.uuid(device)
+        cuda_driver = driver.find()
+        assert cuda_driver is not None
+        return cuda_driver.uuid(device)
 
     def over(
         self,
@@ -305,14 +304,14 @@ class _CuPyArrays:
         device: int,
         owner: Any,
     ) -> Any:
-        """Return an array over memory of another library's array."""
+        """Return an array over the memory of another library's array."""
         start, stop = memory
-        held = self._cupy.cuda.UnownedMemory(start, stop - start, owner, device)
-        pointer = self._cupy.cuda.MemoryPointer(held, address - start)
+        memory_of_owner = self._cupy.cuda.UnownedMemory(start, stop - start, owner, device)
+        pointer = self._cupy.cuda.MemoryPointer(memory_of_owner, address - start)
         return self._cupy.ndarray(described.shape, described.dtype, pointer, described.strides)
 
     def device_of(self, array: Any) -> int:
-        """Return the device whose memory an array lies in."""
+        """Return the index of the device that an array lies on."""
         return int(array.device.id)
 
     def current(self, device: int) -> Any:
@@ -320,19 +319,19 @@ class _CuPyArrays:
         return self._cupy.cuda.get_current_stream(device)
 
     def pinned(self, nbytes: int) -> Any:
-        """Return bytes in page-locked memory of the host."""
+        """Return bytes in pinned host memory."""
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
     def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Make a device, and a stream of it, current."""
-        both = contextlib.ExitStack()
-        both.enter_context(self._cupy.cuda.Device(device))
-        if stream is not None:  # CuPy enters the streams of the current device only
-            both.enter_context(stream)
-        return both
+        contexts = contextlib.ExitStack()
+        contexts.enter_context(self._cupy.cuda.Device(device))
+        if stream is not None:  # CuPy enters streams of the current device only
+            contexts.enter_context(stream)
+        return contexts
 
     def to_host(self, array: Any) -> Any:
-        """Return a copy in the memory of the host."""
+        """Return a copy in host memory."""
         with array.device:
             return array.get()
 
@@ -351,16 +350,18 @@ class _CuPyArrays:
     def overwrite(
         self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
     ) -> None:
-        """Copy dense arrays to dense arrays."""
-        found = driver.find()
-        assert found is not None
-        into = [array.data.ptr for array in targets]
-        taken = [array.data.ptr for array in sources]
-        found.copy_each(device, stream, into, taken, [array.nbytes for array in sources])
+        """Copy contiguous arrays to contiguous arrays, on a stream."""
+        cuda_driver = driver.find()
+        assert cuda_driver is not None
+        target_addresses = [array.data.ptr for array in targets]
+        source_addresses = [array.data.ptr for array in sources]
+        cuda_driver.copy_each(
+            device, stream, target_addresses, source_addresses, [array.nbytes for array in sources]
+        )
 
 
 class _SimulatedArrays:
-    """Arrays of Numba's simulator, which live on the host; its streams do all at once."""
+    """Array library of Numba's simulator: arrays on the host; work is done when it is enqueued."""
 
     def __init__(self) -> None:
         from numba import cuda
@@ -377,20 +378,20 @@ class _SimulatedArrays:
         return self._kind(np.empty(shape, dtype))
 
     def copy(self, target: Any, source: Any, stream: Any = None) -> None:
-        """Copy, at once."""
-        into, taken = (getattr(array, "_ary", array) for array in (target, source))
-        np.copyto(into, taken, casting="no")
+        """Copy immediately."""
+        host_targets, host_sources = (getattr(array, "_ary", array) for array in (target, source))
+        np.copyto(host_targets, host_sources, casting="no")
 
     def stream(self, device: int, *, joins_default: bool = False) -> Any:
-        """Return what stands in for a stream."""
-        return _Done()
+        """Return a stand-in for a stream."""
+        return _CompletedStream()
 
     def event(self, device: int) -> Any:
-        """Return what stands in for an event."""
-        return _Done()
+        """Return a stand-in for an event."""
+        return _CompletedStream()
 
     def identity(self, device: int) -> str:
-        """Return what nothing else is called: each process has a simulated device of its own."""
+        """Return an identifier with the process: each process has its own simulated device."""
         return f"simulated by process {os.getpid()}"
 
     def over(
@@ -405,12 +406,12 @@ class _SimulatedArrays:
         return owner if isinstance(owner, self._kind) else self._kind(owner._ary)
 
     def device_of(self, array: Any) -> int:
-        """Return 0: there is one."""
+        """Return 0, the only device."""
         return 0
 
     def current(self, device: int) -> Any:
-        """Return what stands in for a stream."""
-        return _Done()
+        """Return a stand-in for a stream."""
+        return _CompletedStream()
 
     def pinned(self, nbytes: int) -> Any:
         """Return bytes."""
@@ -425,35 +426,35 @@ class _SimulatedArrays:
         return array._ary.copy()
 
     def bytes_of(self, array: Any) -> Any:
-        """Return a view by NumPy: the memory is that of the host."""
+        """Return a NumPy view: the memory is host memory."""
         return array._ary.reshape(-1).view(np.uint8)
 
     def read_only(self, array: Any) -> Any:
-        """Return a view that cannot be written to."""
+        """Return a read-only view."""
         view = array._ary.view()
         view.flags.writeable = False
         return self._kind(view)
 
     def is_writable(self, array: Any) -> bool:
-        """Return whether an array may be written to."""
+        """Return whether an array is writable."""
         return bool(array._ary.flags.writeable)
 
     def overwrite(
         self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
     ) -> None:
         """Copy arrays to arrays."""
-        bare = ([array._ary for array in arrays] for arrays in (targets, sources))
-        into, taken = bare
-        deque(map(operator.setitem, into, itertools.repeat(...), taken), maxlen=0)
+        host_arrays = ([array._ary for array in arrays] for arrays in (targets, sources))
+        host_targets, host_sources = host_arrays
+        deque(map(operator.setitem, host_targets, itertools.repeat(...), host_sources), maxlen=0)
 
 
-class _Done:
-    """A stream, or an event, on which everything has already happened."""
+class _CompletedStream:
+    """Stand-in for a stream or an event whose work is complete."""
 
     ptr = 0
     done = True
 
-    def __enter__(self) -> _Done:
+    def __enter__(self) -> _CompletedStream:
         return self
 
     def __exit__(self, *exception: object) -> None:

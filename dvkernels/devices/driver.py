@@ -1,7 +1,8 @@
-"""The CUDA driver, asked directly: which devices there are, and how a compiled kernel starts.
+"""Binding of the CUDA driver (libcuda) by ctypes: devices, memory, events and launches.
 
-Its C interface has been stable for a decade, needs no package, and costs 2 us a launch where a
-launcher that looks at each argument costs ten times that. Nothing here initializes CUDA on import.
+The driver's C interface has been stable for a decade and needs no package; a launch takes 2 us,
+where a launcher that inspects each argument takes ten times as long. Importing this module does not
+initialize CUDA.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ __all__ = ["Arguments", "Driver", "find"]
 
 _NAMES = ("libcuda.so.1", "libcuda.so")
 _NUM_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # attributes of a device
-_ORDINAL, _IS_OPEN = 9, 10  # of a pointer: the number of its device, whether peers may use it
-_UNTIMED = 2  # an event that takes no time stamp
-_NON_BLOCKING = 1  # a stream that waits for no other
-_FOR_ALL_DEVICES = 3  # memory of the host: portable, and mapped
+_ORDINAL, _IS_OPEN = 9, 10  # attributes of a pointer: its device, whether peers may access it
+_UNTIMED = 2  # flag of an event without a time stamp
+_NON_BLOCKING = 1  # flag of a stream that does not synchronize with the default stream
+_FOR_ALL_DEVICES = 3  # flags of host memory: portable and mapped
 _ALREADY_OPEN = 704
 _NO_DEVICE, _OUT_OF_MEMORY = 100, 2
-# What follows in the list of extra launch options: the arguments in one buffer, and its size.
+# Keys of the extra launch options: all arguments in one buffer, and the buffer's size.
 _END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
 
 
 class Arguments:
-    """The int64 arguments of a kernel, laid out as the driver takes them; for one launch at a time.
+    """Buffer of the int64 arguments of a kernel, for one launch at a time.
 
     Attributes
     ----------
     words : array.array
-        What to fill in, all of it.
+        The arguments, to be filled in completely.
     options
-        What a launch is given.
+        The extra launch options that pass them.
     """
 
     __slots__ = ("_buffer", "_size", "options", "words")
@@ -58,12 +59,12 @@ class Arguments:
 
 
 class Driver:
-    """The functions of the driver that are used here; each raises :class:`DeviceError`.
+    """Functions of the CUDA driver; each raises :class:`DeviceError` on failure.
 
     Parameters
     ----------
     library : ctypes.CDLL
-        The driver, or what stands in for it in a test.
+        The driver's library, or a test double.
     """
 
     def __init__(self, library: Any) -> None:
@@ -76,30 +77,30 @@ class Driver:
 
     @property
     def is_inherited(self) -> bool:
-        """Return whether this process was forked from the one that it serves."""
+        """Whether this process was forked after the driver was initialized."""
         return os.getpid() != self._pid
 
     def count(self) -> int:
-        """Return how many devices this process sees: ``CUDA_VISIBLE_DEVICES`` counts."""
+        """Return the number of devices that ``CUDA_VISIBLE_DEVICES`` makes visible."""
         found = ctypes.c_int()
         if self.problem or self._library.cuDeviceGetCount(ctypes.byref(found)):
             return 0
         return found.value
 
     def version(self) -> tuple[int, int]:
-        """Return the newest CUDA version that the driver runs."""
+        """Return the newest CUDA version that the driver supports."""
         found = ctypes.c_int()
         self._check("cuDriverGetVersion", ctypes.byref(found))
         return found.value // 1000, found.value % 1000 // 10
 
     def name(self, device: int) -> str:
-        """Return what the device calls itself."""
-        room = ctypes.create_string_buffer(256)
-        self._check("cuDeviceGetName", room, len(room), self._handle(device))
-        return room.value.decode()
+        """Return the name of a device."""
+        name_buffer = ctypes.create_string_buffer(256)
+        self._check("cuDeviceGetName", name_buffer, len(name_buffer), self._handle(device))
+        return name_buffer.value.decode()
 
     def uuid(self, device: int) -> str:
-        """Return the 32 digits that no other GPU, or part of one, has anywhere."""
+        """Return the UUID of a device (or MIG instance) as 32 hexadecimal digits."""
         found = (ctypes.c_uint8 * 16)()
         self._check("cuDeviceGetUuid_v2", found, self._handle(device))
         return bytes(found).hex()
@@ -109,7 +110,7 @@ class Driver:
         return self._attribute(device, _MAJOR), self._attribute(device, _MINOR)
 
     def num_multiprocessors(self, device: int) -> int:
-        """Return how many multiprocessors a device has."""
+        """Return the number of multiprocessors of a device."""
         return self._attribute(device, _NUM_MULTIPROCESSORS)
 
     def nbytes(self, device: int) -> int:
@@ -119,14 +120,14 @@ class Driver:
         return found.value
 
     def can_reach(self, device: int, peer: int) -> bool:
-        """Return whether a device can read and write the memory of another."""
+        """Return whether a device can access the memory of another (peer access)."""
         found = ctypes.c_int()
         pair = self._handle(device), self._handle(peer)
         self._check("cuDeviceCanAccessPeer", ctypes.byref(found), *pair)
         return bool(found.value)
 
     def device_of(self, address: int) -> int:
-        """Return the device whose memory holds an address."""
+        """Return the device of an address."""
         found = ctypes.c_int()
         self._check(
             "cuPointerGetAttribute", ctypes.byref(found), _ORDINAL, ctypes.c_uint64(address)
@@ -134,9 +135,9 @@ class Driver:
         return found.value
 
     def wait(self, device: int, waiting: int, awaited: int) -> None:
-        """Have a stream wait for what another has been given so far; the host does not."""
+        """Let a stream wait for the present work of another; the host does not wait."""
         event = ctypes.c_void_p()
-        before = self.current()
+        previous_context = self.current()
         self.enter(device)
         try:
             self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
@@ -146,7 +147,7 @@ class Driver:
             finally:  # the driver keeps what streams still need
                 self._check("cuEventDestroy_v2", event)
         finally:
-            self._check("cuCtxSetCurrent", before)
+            self._check("cuCtxSetCurrent", previous_context)
 
     def copy_each(
         self,
@@ -156,35 +157,36 @@ class Driver:
         sources: Sequence[int],
         sizes: Sequence[int],
     ) -> None:
-        """Copy bytes from address to address, of any device, all in turn on a stream.
+        """Copy bytes between addresses of any devices, one copy after another, on a stream.
 
-        One expression that never enters the interpreter's loop: an interrupt falls before or after
-        all of it. The thread's context is as before.
+        The copies are enqueued in one expression, during which the interpreter handles no signal:
+        an interrupt comes before or after all of them. The thread's context is restored.
         """
-        given = [[*map(ctypes.c_uint64, numbers)] for numbers in (targets, sources, sizes)]
-        on = itertools.repeat(ctypes.c_void_p(stream))
-        before = self.current()
+        arguments = [[*map(ctypes.c_uint64, numbers)] for numbers in (targets, sources, sizes)]
+        stream_arguments = itertools.repeat(ctypes.c_void_p(stream))
+        previous_context = self.current()
         self.enter(device)
         try:
-            codes = [*map(self._library.cuMemcpyAsync, *given, on)]
+            codes = [*map(self._library.cuMemcpyAsync, *arguments, stream_arguments)]
         finally:
-            self._check("cuCtxSetCurrent", before)
+            self._check("cuCtxSetCurrent", previous_context)
         for code in codes:
             self._raise("cuMemcpyAsync", code)
 
     def load(self, device: int, image: bytes, name: str) -> int:
-        """Return the handle of a kernel of a compiled image, now in the memory of the device."""
+        """Load a compiled image onto a device; return the handle of its kernel ``name``."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self.enter(device)
         self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
         self._check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-        # Else a driver since 12.4 may finish that at the first launch, and wait for the device.
+        # Otherwise drivers since 12.4 may finish loading at the first launch, and wait for the
+        # device then.
         if hasattr(self._library, "cuFuncLoad"):
             self._check("cuFuncLoad", function)
         return function.value or 0
 
     def open_peer(self, device: int, peer: int) -> bool:
-        """Let a device use the memory of another, if it can; return whether it can now."""
+        """Enable a device's access to the memory of a peer; return whether it has access now."""
         if not self.can_reach(device, peer):
             return False
         with self._within(peer):
@@ -193,10 +195,10 @@ class Driver:
             return self._library.cuCtxEnablePeerAccess(context, 0) in (0, _ALREADY_OPEN)
 
     def is_open(self, address: int) -> bool:
-        """Return whether peers may use the memory at an address: that of some pools they may not.
+        """Return whether peers may access the memory at an address.
 
-        Opening a peer opens what ``cuMemAlloc`` gave. Pools ordered by streams, and memory that is
-        mapped piece by piece, have an access list of their own.
+        Peer access covers memory of ``cuMemAlloc``. Stream-ordered pools, and virtual memory that
+        is mapped piece by piece, have access lists of their own.
         """
         found = ctypes.c_int()
         args = ctypes.byref(found), _IS_OPEN, ctypes.c_uint64(address)
@@ -204,22 +206,19 @@ class Driver:
         return bool(found.value)
 
     def allocate(self, device: int, nbytes: int) -> int:
-        """Return the address of new memory of a device, at a multiple of 256 bytes."""
+        """Allocate device memory; return its address, a multiple of 256."""
         found = ctypes.c_uint64()
         with self._within(device):
             self._check("cuMemAlloc_v2", ctypes.byref(found), ctypes.c_size_t(nbytes))
         return found.value
 
     def free(self, device: int, address: int) -> None:
-        """Give back memory of a device; waits until the device has done with it."""
+        """Free memory of a device; wait until the device no longer uses it."""
         with self._within(device):
             self._check("cuMemFree_v2", ctypes.c_uint64(address))
 
     def write(self, device: int, address: int, host: int, nbytes: int) -> None:
-        """Copy memory of the host to a device; it is there when this returns.
-
-        No work that others have given to the device is waited for.
-        """
+        """Copy host memory to a device, and wait for the copy, but for no other work."""
         stream = ctypes.c_void_p()
         with self._within(device):
             self._check("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
@@ -233,7 +232,7 @@ class Driver:
                 self._check("cuStreamDestroy_v2", stream)
 
     def allocate_on_host(self, nbytes: int) -> int:
-        """Return the address of new memory of the host: the same for it and for every device."""
+        """Allocate pinned host memory; return its address, valid on host and devices."""
         found = ctypes.c_void_p()
         with self._within(0):
             size = ctypes.c_size_t(nbytes)
@@ -241,12 +240,12 @@ class Driver:
         return found.value or 0
 
     def free_on_host(self, address: int) -> None:
-        """Give back memory of the host that no device uses any more."""
+        """Free pinned host memory that no device uses any more."""
         with self._within(0):
             self._check("cuMemFreeHost", ctypes.c_void_p(address))
 
     def record(self, device: int, stream: int) -> int:
-        """Return a new event after all that a stream has been given so far; destroy it."""
+        """Return a new event after the present work of a stream; the caller destroys it."""
         event = ctypes.c_void_p()
         with self._within(device):
             self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
@@ -254,38 +253,38 @@ class Driver:
         return event.value or 0
 
     def await_event(self, device: int, stream: int, event: int) -> None:
-        """Have a stream wait for an event, of any device; the host does not."""
+        """Let a stream wait for an event of any device; the host does not wait."""
         with self._within(device):
             self._check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
 
     def destroy(self, event: int) -> None:
-        """Forget an event; the driver keeps what streams still need of it."""
+        """Destroy an event; streams that wait for it are not affected."""
         self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
 
     def is_capturing(self, device: int, stream: int) -> bool:
-        """Return whether what a stream is given becomes part of a graph."""
+        """Return whether a stream is being captured into a graph."""
         found = ctypes.c_int()
         with self._within(device):
             self._check("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(found))
         return found.value != 0
 
     def synchronize(self, device: int) -> None:
-        """Wait until a device has done all it was given."""
+        """Wait until a device has done all its work."""
         with self._within(device):
             self._check("cuCtxSynchronize")
 
     @contextlib.contextmanager
     def _within(self, device: int) -> Iterator[None]:
-        """Enter a device, and go back to where the thread was."""
-        before = self.current()
+        """Make the context of a device current inside ``with``, then restore the previous one."""
+        previous_context = self.current()
         self.enter(device)
         try:
             yield
         finally:
-            self._check("cuCtxSetCurrent", before)
+            self._check("cuCtxSetCurrent", previous_context)
 
     def enter(self, device: int) -> None:
-        """Make the context that all libraries share that of this thread."""
+        """Make the primary context of a device, which all libraries share, current."""
         context = self._contexts.get(device)
         if context is None:
             try:
@@ -297,12 +296,12 @@ class Driver:
             finally:
                 try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                     self._lock.release()
-                except RuntimeError:  # not ours
+                except RuntimeError:  # not acquired
                     pass
         self._check("cuCtxSetCurrent", context)
 
     def current(self) -> ctypes.c_void_p:
-        """Return the context of this thread, which may be none."""
+        """Return the current context of this thread, which may be null."""
         found = ctypes.c_void_p()
         self._check("cuCtxGetCurrent", ctypes.byref(found))
         return found
@@ -316,13 +315,13 @@ class Driver:
         arguments: Arguments,
         stream: int,
     ) -> None:
-        """Start a kernel; do not wait for it.
+        """Launch a kernel without waiting for it.
 
-        The driver copies the arguments before this returns. The thread's context is as before.
+        The driver copies the arguments before this returns. The thread's context is restored.
         """
-        before = self.current()
-        own = self._contexts.get(device)
-        is_elsewhere = own is None or before.value != own.value
+        previous_context = self.current()
+        device_context = self._contexts.get(device)
+        is_elsewhere = device_context is None or previous_context.value != device_context.value
         if is_elsewhere:
             self.enter(device)
         try:
@@ -332,7 +331,7 @@ class Driver:
             )  # fmt: skip
         finally:
             if is_elsewhere:
-                self._check("cuCtxSetCurrent", before)
+                self._check("cuCtxSetCurrent", previous_context)
         self._raise("cuLaunchKernel", code)
 
     def _attribute(self, device: int, attribute: int) -> int:
@@ -367,7 +366,7 @@ class Driver:
 def find(names: Sequence[str] = _NAMES) -> Driver | None:
     """Return the driver, or None where none is installed.
 
-    The first call initializes it; a child that is forked afterwards cannot use the GPU.
+    The first call initializes CUDA; a child process forked afterwards cannot use the GPU.
     """
     for name in names:
         try:
@@ -378,5 +377,5 @@ def find(names: Sequence[str] = _NAMES) -> Driver | None:
 
 
 def is_likely(proc: Path = Path("/proc/driver/nvidia/version")) -> bool:
-    """Return whether there seems to be a driver, without touching it."""
+    """Return whether a driver seems to be installed, without loading it."""
     return proc.exists()

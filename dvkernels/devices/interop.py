@@ -1,7 +1,8 @@
-"""Arrays of other libraries: viewed as NumPy arrays without a copy, and results given back alike.
+"""Arrays of other libraries: NumPy views of them, and results returned in the caller's library.
 
-DLPack carries them. What it cannot carry between NumPy and a library (bfloat16, gradients of
-PyTorch, arrays that JAX must own) has its row in a table; no library is imported here.
+DLPack exchanges the arrays without a copy. What DLPack does not exchange between NumPy and a
+library (bfloat16, PyTorch tensors that require gradients, arrays that JAX must own) has its row in
+a table. This module imports no library.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def is_on_gpu(buffer: Any) -> bool:
     """Return whether an array lies in the memory of a CUDA device (DLPack kinds 2 and 13)."""
     if isinstance(buffer, np.ndarray):
         return False
-    is_cuda = getattr(buffer, "is_cuda", None)  # PyTorch's; asking for its DLPack device takes 5 us
+    is_cuda = getattr(buffer, "is_cuda", None)  # PyTorch: its DLPack device would take 5 us
     if type(is_cuda) is bool:
         return is_cuda
     kind = type(buffer)
@@ -39,63 +40,64 @@ def is_on_gpu(buffer: Any) -> bool:
         return True
     if getattr(buffer, "__cuda_ndarray__", False):  # Numba's, and those of its simulator
         return True
-    place = getattr(buffer, "__dlpack_device__", None)
-    if place is not None:
-        return int(place()[0]) in (2, 13)
+    dlpack_device = getattr(buffer, "__dlpack_device__", None)
+    if dlpack_device is not None:
+        return int(dlpack_device()[0]) in (2, 13)
     return hasattr(buffer, "__cuda_array_interface__")
 
 
 def dtype_named(name: Any) -> np.dtype[Any]:
-    """Return the dtype that other libraries give this name."""
+    """Return the NumPy dtype of a dtype's name in other libraries."""
     if name == "bfloat16":
         import ml_dtypes
 
         name = ml_dtypes.bfloat16
-    found: np.dtype[Any] = np.dtype(name)
-    return found
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
 
 
-def view(verb: str, buffer: Any, who: str) -> Any:
-    """Return a NumPy view of another library's array; ``who`` is what messages call it.
+def view(verb: str, buffer: Any, label: str) -> Any:
+    """Return a NumPy view of another library's array; ``label`` names it in messages.
 
-    It can be written where the library allows that: PyTorch does, JAX does not.
+    The view is writable where the library allows that: PyTorch does, JAX does not.
     """
     if getattr(buffer, "__cuda_ndarray__", False) or (
         hasattr(buffer, "__cuda_array_interface__") and not hasattr(buffer, "__dlpack_device__")
     ):
         raise BufferMismatchError(
-            f"{verb} needs buffers of one kind of device: {who} is in GPU memory, and others are "
+            f"{verb} needs buffers of one kind of device: {label} is in GPU memory, and others are "
             "in host memory; copy it to the host, or the others to the GPU"
         )
     if not hasattr(buffer, "__dlpack__") or not hasattr(buffer, "__dlpack_device__"):
         raise NotABufferError(
-            f"{verb} needs arrays: {who} is a {type(buffer).__name__}; "
+            f"{verb} needs arrays: {label} is a {type(buffer).__name__}; "
             "convert it with np.asarray, and note that results are written into arrays"
         )
     try:
         kind = int(buffer.__dlpack_device__()[0])
     except (BufferError, TypeError, RuntimeError, ValueError) as error:
         raise NotABufferError(
-            f"{verb} cannot tell where {who}, a {type(buffer).__name__}, lies: {text_of(error)}"
+            f"{verb} cannot tell where {label}, a {type(buffer).__name__}, lies: {text_of(error)}"
         ) from error
     if kind not in _CPU:
         raise BufferMismatchError(
-            f"{verb} on the CPU needs arrays in CPU memory: {who} is on DLPack device kind {kind}; "
-            "copy it to the host first"
+            f"{verb} on the CPU needs arrays in CPU memory: {label} is on DLPack device kind "
+            f"{kind}; copy it to the host first"
         )
-    see: Callable[[Any], Any] = _VIEWS.get(_library_of(buffer)) or np.from_dlpack
+    view_of: Callable[[Any], Any] = _VIEWS.get(_library_of(buffer)) or np.from_dlpack
     try:
-        return see(buffer)
+        return view_of(buffer)
     except (BufferError, TypeError, RuntimeError, ValueError) as error:
         raise NotABufferError(
-            f"{verb} cannot view {who}, a {type(buffer).__name__}, through DLPack: {text_of(error)}"
+            f"{verb} cannot view {label}, a {type(buffer).__name__}, through DLPack: "
+            f"{text_of(error)}"
         ) from error
 
 
 def like(result: Any, original: Any) -> Any:
-    """Return ``result`` as an array of the library that ``original`` comes from, not copied.
+    """Return ``result`` as an array of the library that ``original`` comes from, without a copy.
 
-    Arrays that must not be written are copied for a library that knows no such thing.
+    Read-only arrays are copied for a library without read-only arrays.
     """
     if isinstance(original, np.ndarray) or not is_foreign(original):
         return result
@@ -108,9 +110,9 @@ def like(result: Any, original: Any) -> Any:
 
 
 def copy(array: Any) -> Any:
-    """Return a copy of an array of another library, of the same kind."""
+    """Return a copy of an array of another library, in the same library."""
     if _library_of(array) in ("jax", "jaxlib"):
-        return array  # which nobody can change
+        return array  # immutable
     clone = getattr(array, "clone", None) or getattr(array, "copy", None)
     return clone() if callable(clone) else like(np.array(view("copy", array, "it")), array)
 
@@ -131,10 +133,10 @@ def _view_of_tensor(tensor: Any) -> Any:
 
 def _as_tensor(array: Any) -> Any:
     torch = sys.modules["torch"]
-    owned = array if array.flags.writeable else array.copy()
-    if owned.dtype.name == "bfloat16":
-        return torch.from_dlpack(owned.view(np.int16)).view(torch.bfloat16)
-    return torch.from_dlpack(owned)
+    writable = array if array.flags.writeable else array.copy()
+    if writable.dtype.name == "bfloat16":
+        return torch.from_dlpack(writable.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(writable)
 
 
 def _view_of_jax(array: Any) -> Any:

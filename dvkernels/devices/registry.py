@@ -1,4 +1,4 @@
-"""Which devices there are, and how a list of names becomes a list of devices."""
+"""Registry of device kinds: lists the devices of this machine and resolves names to devices."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def list_devices(kind: str | None = None) -> list[Device]:
     kind : str, optional
         ``"cpu"``: one logical device per core that this process may use (affinity and cgroup
         quota; under a launcher, its share of them). More may be named: every ``"cpu:k"`` exists.
-        ``"cuda"``: the GPUs that ``CUDA_VISIBLE_DEVICES`` lets this process see, none where there
-        is no driver.
+        ``"cuda"``: the GPUs that ``CUDA_VISIBLE_DEVICES`` makes visible to this process, none
+        where there is no driver.
 
     Raises
     ------
@@ -48,30 +48,30 @@ def list_devices(kind: str | None = None) -> list[Device]:
 
 
 def resolve(device: object) -> Device:
-    """Return the device that ``device`` is or names, if it exists."""
+    """Return the device that ``device`` is or names; raise ``DeviceError`` unless it exists."""
     if isinstance(device, str):
         try:
             device = Device.parse(device)
         except DeviceError as error:
-            raise DeviceError(f"{error}; {_those_here()}") from None
+            raise DeviceError(f"{error}; {_available()}") from None
     if not isinstance(device, Device):
         raise DeviceError(
             f'expected a device or a name such as "cpu:0", got {device!r} of type '
-            f"{type(device).__name__}; {_those_here()}"
+            f"{type(device).__name__}; {_available()}"
         )
     if device.kind not in _KINDS:
-        raise DeviceError(f"there is no device {device}; {_those_here()}")
+        raise DeviceError(f"there is no device {device}; {_available()}")
     if device.kind == "cuda":
         reason = cuda.missing()
         if reason or device not in cuda.devices():
-            raise DeviceError(f"{reason or f'there is no device {device}'}; {_those_here()}")
+            raise DeviceError(f"{reason or f'there is no device {device}'}; {_available()}")
     return device
 
 
 def resolve_all(devices: object) -> tuple[Device, ...]:
-    """Return the devices that a sequence is or names; for None all GPUs, or else all cores.
+    """Return the devices of a sequence of devices or names; for None all GPUs, or else all cores.
 
-    GPUs count where kernels can run on them: a driver alone does not do.
+    GPUs count only where kernels can run on them, which takes more than a driver.
     """
     if devices is None:
         gpus = [] if cuda.missing() else cuda.devices()
@@ -79,14 +79,14 @@ def resolve_all(devices: object) -> tuple[Device, ...]:
     if isinstance(devices, (str, Device)) or not isinstance(devices, Iterable):
         raise DeviceError(
             f"expected a list of devices such as ['cpu:0', 'cpu:1'], got {devices!r}; "
-            f"{_those_here()}"
+            f"{_available()}"
         )
     resolved = tuple(resolve(device) for device in devices)
     if not resolved:
-        raise DeviceError(f"expected at least one device, got an empty list; {_those_here()}")
+        raise DeviceError(f"expected at least one device, got an empty list; {_available()}")
     return resolved
 
 
-def _those_here() -> str:
+def _available() -> str:
     names = ", ".join(str(device) for device in list_devices())
     return f"the devices here are {names} (any cpu:k is allowed)"

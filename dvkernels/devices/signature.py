@@ -1,8 +1,9 @@
-"""A glance at arrays in GPU memory: what a call needs to know of them that has been made before.
+"""Signature of arrays in GPU memory: type, shape, strides, dtype and device, for the fast path.
 
-To describe an array by one of NumPy (see cuda_arrays.py) takes 4 us, and to check it as much again.
-Arrays of one library that are alike in all that checks depend on, but their addresses, are told
-from others by a few attributes, 0.5 us each. What is not alike, or unusual, is declined.
+Describing an array by a NumPy array (see cuda_arrays.py) takes 4 us, and checking it as long again.
+Arrays of one library that agree in everything that the checks depend on, except their addresses,
+are recognized by a few attributes, 0.5 us per array. Arrays that differ, or are unusual, are
+declined.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from typing import Any, NamedTuple
 
 from dvkernels.devices import driver
 
-__all__ = ["Signature", "at"]
+__all__ = ["Signature", "read"]
 
 
 class Signature(NamedTuple):
-    """Arrays that are alike, and where they lie."""
+    """Common properties of arrays, and their addresses."""
 
-    kind: Hashable  # the same kind has the same type, shape, strides, dtype and device
+    kind: Hashable  # equal for equal type, shape, strides, dtype and device
     addresses: list[int]
     device: int
-    stream: int  # where their library puts work now
+    stream: int  # the current stream of their library
 
 
-def at(buffers: Sequence[Any]) -> Signature | None:
-    """Return what arrays are and where they lie; None: declined, and nothing was found wrong."""
+def read(buffers: Sequence[Any]) -> Signature | None:
+    """Return the signature of arrays; None: declined, for the slow path to check."""
     try:
         return _READERS.get(type(buffers[0]).__module__, _of_interface)(buffers)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError):
@@ -77,18 +78,23 @@ def _of_torch(buffers: Sequence[Any]) -> Signature | None:
 
 
 def _of_interface(buffers: Sequence[Any]) -> Signature | None:
-    """Read what says of itself where it lies: Numba's arrays, and those of most others."""
+    """Read ``__cuda_array_interface__``, which Numba's and most other arrays have."""
     first = buffers[0]
-    told = first.__cuda_array_interface__
-    kind, shape, strides, typestr = type(first), told["shape"], told.get("strides"), told["typestr"]
-    dtype, stream = getattr(first, "dtype", None), told.get("stream")
-    found = driver.find()
-    if found is None:
+    interface = first.__cuda_array_interface__
+    kind, shape, strides, typestr = (
+        type(first),
+        interface["shape"],
+        interface.get("strides"),
+        interface["typestr"],
+    )
+    dtype, stream = getattr(first, "dtype", None), interface.get("stream")
+    cuda_driver = driver.find()
+    if cuda_driver is None:
         return None
-    device = found.device_of(told["data"][0])
+    device = cuda_driver.device_of(interface["data"][0])
     addresses = []
     for buffer in buffers:
-        own = told if buffer is first else buffer.__cuda_array_interface__
+        own = interface if buffer is first else buffer.__cuda_array_interface__
         address, is_read_only = own["data"]
         if (
             type(buffer) is not kind
@@ -99,7 +105,7 @@ def _of_interface(buffers: Sequence[Any]) -> Signature | None:
             or own.get("stream") != stream
             or own.get("mask") is not None
             or is_read_only
-            or (buffer is not first and found.device_of(address) != device)
+            or (buffer is not first and cuda_driver.device_of(address) != device)
         ):
             return None
         addresses.append(address)

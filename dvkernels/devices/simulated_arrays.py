@@ -1,8 +1,8 @@
-"""Arrays of Numba's simulator that can be computed with like those of CuPy.
+"""Arrays of Numba's CUDA simulator with the operators and functions of CuPy's arrays.
 
-They lie on the host, and NumPy does the work. What CuPy refuses is refused here too: to become
-NumPy arrays unasked, and to meet them in an operation. So a program that runs here does not rely on
-transfers that nobody wrote.
+They lie in host memory, and NumPy computes. Like CuPy, they refuse an implicit conversion to NumPy
+arrays and operations with NumPy arrays: so a program that runs in the simulator does not depend on
+implicit transfers.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ __all__ = ["kind_of"]
 
 
 def kind_of(base: Any) -> Any:
-    """Return the class of arrays, given that of the simulator, which its kernels take."""
+    """Return the array class; ``base`` is the simulator's, which its kernels accept."""
 
     class SimulatedArray(NDArrayOperatorsMixin, base):  # type: ignore[misc]
-        """An array of the simulator with the operators and functions of NumPy."""
+        """Array of the simulator with the operators and functions of NumPy."""
 
         __hash__ = None  # type: ignore[assignment]
         _ary: Any
 
         @property
         def shape(self) -> tuple[int, ...]:
-            """The shape, negative indices allowed."""
+            """The shape, as a tuple: the simulator's own refuses negative indices."""
             return tuple(self._ary.shape)
 
         @property
         def T(self) -> Any:
-            """The array with its axes in reverse."""
+            """The transposed array."""
             return _wrapped(self._ary.T)
 
         def __getattr__(self, name: str) -> Any:
@@ -50,11 +50,11 @@ def kind_of(base: Any) -> Any:
             return _wrapped(self._ary.reshape(*shape, **named))
 
         def view(self, *dtype: Any, **named: Any) -> Any:
-            """Return another array over the same memory."""
+            """Return a view of the array."""
             return _wrapped(self._ary.view(*dtype, **named))
 
         def ravel(self, *order: Any, **named: Any) -> Any:
-            """Return the array with one axis."""
+            """Return the flattened array."""
             return _wrapped(self._ary.ravel(*order, **named))
 
         def transpose(self, *axes: Any) -> Any:
@@ -62,11 +62,11 @@ def kind_of(base: Any) -> Any:
             return _wrapped(self._ary.transpose(*axes))
 
         def __getitem__(self, key: Any) -> Any:
-            return _wrapped(self._ary[_bare(key)])
+            return _wrapped(self._ary[_unwrap(key)])
 
         def __setitem__(self, key: Any, value: Any) -> None:
-            _refuse_host(value)
-            self._ary[_bare(key)] = _bare(value)
+            _refuse_numpy(value)
+            self._ary[_unwrap(key)] = _unwrap(value)
 
         def __len__(self) -> int:
             return len(self._ary)
@@ -117,10 +117,10 @@ def kind_of(base: Any) -> Any:
 
     def _on_bare_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            _refuse_host((args, named))
+            _refuse_numpy((args, named))
             out = named.get("out")
-            found = function(*_bare(args), **_bare(named))
-            if out is not None:  # the very array that was given
+            found = function(*_unwrap(args), **_unwrap(named))
+            if out is not None:  # return the caller's array itself
                 return out[0] if isinstance(out, tuple) else out
             return _wrapped(found)
 
@@ -129,24 +129,24 @@ def kind_of(base: Any) -> Any:
     return SimulatedArray
 
 
-def _bare(value: Any) -> Any:
-    """Return arrays without what is around them, at any depth."""
+def _unwrap(value: Any) -> Any:
+    """Return simulated arrays as NumPy arrays, at any depth of lists, tuples and dicts."""
     if type(value) in (list, tuple):
-        return type(value)(map(_bare, value))
+        return type(value)(map(_unwrap, value))
     if type(value) is dict:
-        return {key: _bare(each) for key, each in value.items()}
+        return {key: _unwrap(each) for key, each in value.items()}
     return vars(value)["_ary"] if "_ary" in getattr(value, "__dict__", ()) else value
 
 
-def _refuse_host(value: Any) -> None:
-    """Raise if there is an array of NumPy among the operands."""
+def _refuse_numpy(value: Any) -> None:
+    """Raise ``TypeError`` if an operand is a NumPy array."""
     if isinstance(value, np.ndarray) and value.ndim:
         raise TypeError(
-            "an array on a GPU and a NumPy array do not meet: copy the latter to the GPU first"
+            "an array on a GPU and a NumPy array do not mix: copy the latter to the GPU first"
         )
     if type(value) in (list, tuple):
         for each in value:
-            _refuse_host(each)
+            _refuse_numpy(each)
     elif type(value) is dict:
         for each in value.values():
-            _refuse_host(each)
+            _refuse_numpy(each)

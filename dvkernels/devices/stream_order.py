@@ -1,4 +1,4 @@
-"""Which stream waits for which, so that work on arrays of several streams happens in order."""
+"""Order between CUDA streams: the pairs of streams of which one must wait for the other."""
 
 from __future__ import annotations
 
@@ -8,72 +8,74 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from dvkernels.errors import DeviceError
 from dvkernels.user_errors import shown
 
-__all__ = ["Joined", "Lane", "crossings", "join", "pointer"]
+__all__ = ["DeviceStream", "Joined", "join", "stream_handle", "wait_pairs"]
 
 
 S = TypeVar("S", bound=Hashable)
 
 
 class Joined(NamedTuple, Generic[S]):
-    """Where work on some arrays goes, and what orders it."""
+    """Stream for work on several arrays, and the streams to order with it."""
 
-    home: S  # the stream that gets the work
-    before: tuple[S, ...]  # home waits for these, before the work
-    after: tuple[S, ...]  # these wait for home, after it
+    work_stream: S  # gets the work
+    before: tuple[S, ...]  # work_stream waits for these before the work
+    after: tuple[S, ...]  # these wait for work_stream after the work
 
 
 def join(streams: Sequence[S]) -> Joined[S]:
-    """Return how work on arrays, one stream each, is ordered: it goes to the first stream.
+    """Return the order of work on arrays with one stream each; the work goes to the first stream.
 
-    What each stream was given before comes before the work, and what it is given afterwards comes
-    after it. The host waits for none of them.
+    Earlier work of every stream comes before this work, and later work after it. The host waits
+    for no stream.
     """
     others = tuple(dict.fromkeys(stream for stream in streams if stream != streams[0]))
     return Joined(streams[0], others, others)
 
 
-class Lane(NamedTuple):
-    """A stream, and the device whose work it carries: the default stream of each is called 0."""
+class DeviceStream(NamedTuple):
+    """CUDA stream and its device; the default stream of each device is 0."""
 
     device: int
     stream: int
 
 
-def crossings(waiting: Iterable[Lane], awaited: Iterable[Lane]) -> list[tuple[Lane, Lane]]:
-    """Return pairs of a lane that waits and one that it waits for: each for each other, once."""
-    behind, before = dict.fromkeys(waiting), dict.fromkeys(awaited)
-    return [(one, other) for one in behind for other in before if one != other]
+def wait_pairs(
+    waiting: Iterable[DeviceStream], awaited: Iterable[DeviceStream]
+) -> list[tuple[DeviceStream, DeviceStream]]:
+    """Return all pairs (waiting stream, awaited stream) of two different streams, each once."""
+    waits, awaits = dict.fromkeys(waiting), dict.fromkeys(awaited)
+    return [(first, second) for first in waits for second in awaits if first != second]
 
 
-def given(verb: str, stream: Any, count: int) -> list[int] | None:
-    """Return one stream for each of ``count`` buffers, as the caller gave them; None: none."""
+def per_buffer(verb: str, stream: Any, count: int) -> list[int] | None:
+    """Return the stream of each of ``count`` buffers; None if the caller gave no streams."""
     if stream is None:
         return None
     if not isinstance(stream, (list, tuple)):
-        return [pointer(verb, stream)] * count
+        return [stream_handle(verb, stream)] * count
     if len(stream) != count:
         raise DeviceError(
             f"{verb} takes one stream, or one for each of the {count} buffers; got {len(stream)}"
         )
-    return [pointer(verb, one) for one in stream]
+    return [stream_handle(verb, each) for each in stream]
 
 
-def pointer(verb: str, stream: Any) -> int:
-    """Return the address by which the driver knows a stream of any library."""
+def stream_handle(verb: str, stream: Any) -> int:
+    """Return the driver's handle of a stream of any library."""
     if isinstance(stream, int) and not isinstance(stream, bool):
         return stream
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
         return int((protocol() if callable(protocol) else protocol)[1])
     for name in ("ptr", "cuda_stream"):  # CuPy's, PyTorch's
-        found = getattr(stream, name, None)
-        if isinstance(found, int):
-            return found
+        address = getattr(stream, name, None)
+        if isinstance(address, int):
+            return address
     handle = getattr(stream, "handle", None)  # Numba's
     value = getattr(handle, "value", handle)
     if isinstance(value, int):
         return value
     raise DeviceError(
-        f"{verb}: {shown(stream, 60)} is no CUDA stream: pass one of CuPy, PyTorch or Numba, its "
-        "address, or None for the current ones"
+        f"{verb}: {shown(stream, 60)} is no CUDA stream: pass a stream of CuPy, PyTorch or Numba, "
+        "its address, or None for the current streams"
     )

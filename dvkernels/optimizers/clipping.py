@@ -62,7 +62,7 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
         raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
     leaves, structure = regroup.flatten(gradients)
     arrays = [
-        _floating(as_array(leaf, "clip_by_global_norm", 0, array_memory.seeing(leaf)))
+        _floating(as_array(leaf, "clip_by_global_norm", 0, array_memory.of_value(leaf)))
         for leaf in leaves
     ]
     norm = math.hypot(*(array_memory.holding(array).apply(_norm, array) for array in arrays))

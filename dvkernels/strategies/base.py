@@ -914,7 +914,7 @@ class Strategy(ProcessBound):
 
         def mirror(array: Any) -> Mirrored[Any]:
             whole = array_memory.holding(array).read_only(array)
-            copies = [array_memory.brought(whole, device) for device in devices]
+            copies = [array_memory.on_device(whole, device) for device in devices]
             return Mirrored(copies, devices=devices, owner=owner)
 
         return regroup.map_leaves(mirror, tree)

@@ -1,6 +1,6 @@
-"""Laws that ship with the package: for programs, communicators, strategies, arrays and protocols.
+"""Conformance checks for programs, communicators, strategies, array libraries and protocols.
 
-They raise ``AssertionError`` with what differs, and need no test framework.
+They raise ``AssertionError`` with the difference, and need no test framework.
 
 Imports: checkpoint, communicators, context, data, devices, errors, nest, reduce_op, schedules,
 strategies, values, variables.

@@ -1,4 +1,4 @@
-"""What every library of device arrays must do: CuPy's twin, the simulator's, and others'."""
+"""Laws of array libraries for devices: those of CuPy, of the simulator, and third-party ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (7, 3), (4099,))
 
 
 def check_arrays(arrays: ArrayLibrary, device: int = 0) -> None:
-    """Assert the laws of ``empty``, ``copy``, ``stream``, ``event``, and what strategies need.
+    """Assert the laws of ``empty``, ``copy``, ``stream``, ``event`` and the rest of ArrayLibrary.
 
     Parameters
     ----------
     arrays : ArrayLibrary
-        What makes arrays on a device and copies between them and the host.
+        Allocates arrays on a device and copies between them and the host.
     device : int
-        The device to try them on.
+        The device to test on.
 
     Raises
     ------
@@ -32,57 +32,57 @@ def check_arrays(arrays: ArrayLibrary, device: int = 0) -> None:
 
     Notes
     -----
-    A new array has the shape and dtype that were asked for and memory of its own. What is copied
-    there and back is the same, bit by bit, also from device to device and on a stream whose work
-    has been waited for. What is copied after an event has been awaited comes after it. Arrays know
-    their device, and their views share memory; a device and a stream are current as long as asked
-    for; arrays are overwritten on a stream; page-locked memory is read by copies.
+    A new array has the requested shape and dtype, and its own memory. A copy to the device, to
+    another array there and back to the host preserves all bits, also on a stream. A copy on a
+    stream that waits for an event comes after the event. Arrays know their device, and read-only
+    views share memory; ``at`` makes a device and a stream current inside ``with`` only; arrays are
+    overwritten on a stream; copies read pinned memory.
     """
     for dtype in map(np.dtype, (*_DTYPES, ml_dtypes.bfloat16)):
         for shape in _SHAPES:
             _check_round_trip(arrays, device, shape, dtype)
     _check_streams(arrays, device)
     _check_own_memory(arrays, device)
-    _check_what_strategies_need(arrays, device)
+    _check_operations_of_strategies(arrays, device)
 
 
 def _check_round_trip(
     arrays: ArrayLibrary, device: int, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> None:
     rng = np.random.default_rng(7)
-    sent = rng.integers(0, 2, shape).astype(dtype)
+    content = rng.integers(0, 2, shape).astype(dtype)
     first, second = arrays.empty(device, shape, dtype), arrays.empty(device, shape, dtype)
     for made in (first, second):
         assert tuple(made.shape) == shape, f"empty: expected shape {shape}, got {made.shape}"
         assert made.dtype == dtype, f"empty: expected {dtype}, got {made.dtype}"
     received = np.empty(shape, dtype)
-    arrays.copy(first, sent)
+    arrays.copy(first, content)
     arrays.copy(second, first)
     arrays.copy(received, second)
-    assert received.tobytes() == sent.tobytes(), f"copy: {dtype}{shape} came back changed"
-    held = arrays.bytes_of(second)
-    held = held if isinstance(held, np.ndarray) else arrays.to_host(held)
-    assert held.dtype == np.uint8, f"bytes_of: expected uint8, got {held.dtype}"
-    assert held.tobytes() == sent.tobytes(), f"bytes_of: those of {dtype}{shape} are others"
+    assert received.tobytes() == content.tobytes(), f"copy: {dtype}{shape} came back changed"
+    raw = arrays.bytes_of(second)
+    raw = raw if isinstance(raw, np.ndarray) else arrays.to_host(raw)
+    assert raw.dtype == np.uint8, f"bytes_of: expected uint8, got {raw.dtype}"
+    assert raw.tobytes() == content.tobytes(), f"bytes_of: those of {dtype}{shape} differ"
 
 
 def _check_streams(arrays: ArrayLibrary, device: int) -> None:
-    one, other = arrays.stream(device), arrays.stream(device)
+    first_stream, second_stream = arrays.stream(device), arrays.stream(device)
     made = arrays.empty(device, (1 << 12,), np.dtype("f4"))
-    for turn in range(8):
-        sent, received = np.full(1 << 12, turn, "f4"), np.empty(1 << 12, "f4")
-        arrays.copy(made, sent, one)
+    for round_number in range(8):
+        content, received = np.full(1 << 12, round_number, "f4"), np.empty(1 << 12, "f4")
+        arrays.copy(made, content, first_stream)
         event = arrays.event(device)
-        event.record(one)
-        other.wait_event(event)
-        arrays.copy(received, made, other)
-        other.synchronize()
-        assert (received == turn).all(), "a stream that awaited an event read what was before it"
+        event.record(first_stream)
+        second_stream.wait_event(event)
+        arrays.copy(received, made, second_stream)
+        second_stream.synchronize()
+        assert (received == round_number).all(), "a stream that waited for an event read older data"
         event.synchronize()
-        assert event.done, "an event that was waited for says that it has not happened"
-    with one:
+        assert event.done, "an event that was waited for is not done"
+    with first_stream:
         pass
-    one.synchronize()
+    first_stream.synchronize()
 
 
 def _check_own_memory(arrays: ArrayLibrary, device: int) -> None:
@@ -95,7 +95,7 @@ def _check_own_memory(arrays: ArrayLibrary, device: int) -> None:
         assert (received == number).all(), "two new arrays share memory"
 
 
-def _check_what_strategies_need(arrays: ArrayLibrary, device: int) -> None:
+def _check_operations_of_strategies(arrays: ArrayLibrary, device: int) -> None:
     made = [arrays.empty(device, (5,), np.dtype("f8")) for _ in range(3)]
     host = arrays.pinned(40).view(np.float64)
     host[:] = np.arange(5.0)
@@ -108,7 +108,7 @@ def _check_what_strategies_need(arrays: ArrayLibrary, device: int) -> None:
     assert arrays.current(device).ptr == before, "at: the stream stayed current"
     for array, content in zip(made, shown, strict=True):
         assert arrays.device_of(array) == device, "device_of"
-        assert arrays.is_writable(array), "a new array cannot be written to"
+        assert arrays.is_writable(array), "a new array is not writable"
         assert content.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0], "overwrite, read_only or to_host"
     shown[0][:] = 7.0
-    assert arrays.to_host(made[0])[1] == 1.0, "to_host gave no copy"
+    assert arrays.to_host(made[0])[1] == 1.0, "to_host returned no copy"

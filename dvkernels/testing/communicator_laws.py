@@ -1,4 +1,4 @@
-"""What every communicator must do, ours and others'."""
+"""Laws of communicators, those of the package and third-party ones."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ def check_communicator(
     Parameters
     ----------
     make : callable
-        Makes a communicator of so many ranks.
+        Called with a number of ranks; returns a communicator of that size.
     sizes : sequence of int
-        Numbers of ranks to try.
+        Numbers of ranks to test.
     dtypes : sequence of str
-        Those that the communicator supports.
+        Dtypes that the communicator supports.
     local : sequence of int, optional
-        The ranks of this process, where every process calls this; all if not given.
+        Ranks of this process, if the ranks are spread over several processes, each of which calls
+        this function; all ranks if not given.
 
     Raises
     ------
@@ -53,11 +54,12 @@ def check_communicator(
 
     Notes
     -----
-    Against NumPy on small whole numbers, whose sums no order of additions changes: every verb,
-    every op that is defined for the dtype, scalars, empty arrays, lengths that the ranks do not
-    divide, arrays that are not contiguous. Results are new and writable, share nothing with the
-    inputs or each other, and the inputs stay as they were. Random numbers give the same bits on
-    every rank and in every call. NaN of any rank reaches minimum and maximum.
+    Results are compared with NumPy on small integers, whose sums do not depend on the order of the
+    additions: every verb, every op that is defined for the dtype, scalars, empty arrays, lengths
+    that the number of ranks does not divide, arrays that are not contiguous. Results are new and
+    writable and share no memory with the inputs or each other; the inputs stay unchanged. Sums of
+    random numbers have the same bits on every rank and in every call. Minimum and maximum propagate
+    a NaN of any rank.
 
     Examples
     --------
@@ -67,19 +69,19 @@ def check_communicator(
     """
     for size in sizes:
         communicator = make(size)
-        what = f"{type(communicator).__name__} of {size}"
-        assert isinstance(communicator, Communicator), f"{what} lacks methods of the protocol"
-        assert communicator.size == size, f"{what} says its size is {communicator.size}"
-        here = _Here(communicator, range(size) if local is None else local)
+        subject = f"{type(communicator).__name__} of {size}"
+        assert isinstance(communicator, Communicator), f"{subject} lacks methods of the protocol"
+        assert communicator.size == size, f"{subject} says its size is {communicator.size}"
+        local_ranks = _LocalRanks(communicator, range(size) if local is None else local)
         for dtype in dtypes:
             for shape in _SHAPES:
-                _check_values(here, what, np.dtype(_named(dtype)), shape)
-        _check_nan(here, what)
-        _check_determinism(here, what)
+                _check_values(local_ranks, subject, np.dtype(_named(dtype)), shape)
+        _check_nan(local_ranks, subject)
+        _check_determinism(local_ranks, subject)
 
 
-class _Here:
-    """The verbs over the values of all ranks, of which this process brings its own."""
+class _LocalRanks:
+    """Verbs over the values of all ranks, of which this process contributes its local ones."""
 
     def __init__(self, communicator: Communicator, local: Sequence[int]) -> None:
         self._communicator, self.local = communicator, local
@@ -124,42 +126,42 @@ def _ops(dtype: np.dtype[Any]) -> Iterator[ReduceOp]:
 
 
 def _check_values(
-    communicator: _Here, what: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+    communicator: _LocalRanks, subject: str, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> None:
     size = communicator.size
     for op in _ops(dtype):
         values = _inputs(size, dtype, shape)
-        right = _reduced(values, op)
-        where = f"{what}, {op.name} of {dtype}{list(shape)}"
-        with _Unchanged(values, where):
-            every = communicator.own([right] * size)
-            _agree(f"all_reduce, {where}", communicator.all_reduce(values, op), every, values)
-            _agree(f"reduce, {where}", [communicator.reduce(values, op)], [right], values)
-            strided = [_apart(value) for value in values]
-            found = communicator.all_reduce(strided, op)
-            _agree(f"all_reduce of strided arrays, {where}", found, every, strided)
+        expected = _reduced(values, op)
+        case = f"{subject}, {op.name} of {dtype}{list(shape)}"
+        with _UnchangedInputs(values, case):
+            every = communicator.own([expected] * size)
+            _compare(f"all_reduce, {case}", communicator.all_reduce(values, op), every, values)
+            _compare(f"reduce, {case}", [communicator.reduce(values, op)], [expected], values)
+            strided = [_strided(value) for value in values]
+            results = communicator.all_reduce(strided, op)
+            _compare(f"all_reduce of strided arrays, {case}", results, every, strided)
             if shape:
-                parts = communicator.own(np.array_split(right, size))
-                found = communicator.reduce_scatter(values, op)
-                _agree(f"reduce_scatter, {where}", found, parts, values)
-        outs = [np.empty_like(right) for _ in range(size)]
+                parts = communicator.own(np.array_split(expected, size))
+                results = communicator.reduce_scatter(values, op)
+                _compare(f"reduce_scatter, {case}", results, parts, values)
+        outs = [np.empty_like(expected) for _ in range(size)]
         communicator.all_reduce(values, op, outs)
-        _agree(f"all_reduce with out, {where}", communicator.own(outs), every, values)
-        own = [value.copy() for value in values]
-        communicator.all_reduce(own, op, own)
-        _agree(f"all_reduce in place, {where}", communicator.own(own), every, values)
+        _compare(f"all_reduce with out, {case}", communicator.own(outs), every, values)
+        own_values = [value.copy() for value in values]
+        communicator.all_reduce(own_values, op, own_values)
+        _compare(f"all_reduce in place, {case}", communicator.own(own_values), every, values)
     values = _inputs(size, dtype, shape)
-    with _Unchanged(values, what):
+    with _UnchangedInputs(values, subject):
         for root in range(size):
-            found = communicator.broadcast(values, root)
-            where = f"broadcast from {root}, {what}, {dtype}{list(shape)}"
-            _agree(where, found, communicator.own([values[root]] * size), values)
+            results = communicator.broadcast(values, root)
+            case = f"broadcast from {root}, {subject}, {dtype}{list(shape)}"
+            _compare(case, results, communicator.own([values[root]] * size), values)
         for axis in range(len(shape)):
             uneven = [np.repeat(value, rank + 1, axis) for rank, value in enumerate(values)]
-            found = communicator.all_gather(uneven, axis)
+            results = communicator.all_gather(uneven, axis)
             whole = np.concatenate(uneven, axis)
-            where = f"all_gather along {axis}, {what}, {dtype}{list(shape)}"
-            _agree(where, found, communicator.own([whole] * size), uneven)
+            case = f"all_gather along {axis}, {subject}, {dtype}{list(shape)}"
+            _compare(case, results, communicator.own([whole] * size), uneven)
 
 
 def _reduced(values: Sequence[Any], op: ReduceOp) -> Any:
@@ -172,34 +174,38 @@ def _reduced(values: Sequence[Any], op: ReduceOp) -> Any:
     return np.asarray(total).astype(dtype)
 
 
-def _apart(value: Any) -> Any:
-    """Return the same content with elements that do not lie side by side."""
-    room = np.zeros((*value.shape, 2), value.dtype)
-    room[..., 0] = value
-    return room[..., 0]
+def _strided(value: Any) -> Any:
+    """Return a copy whose elements are not contiguous."""
+    padded = np.zeros((*value.shape, 2), value.dtype)
+    padded[..., 0] = value
+    return padded[..., 0]
 
 
-def _agree(where: str, found: Sequence[Any], right: Sequence[Any], inputs: Sequence[Any]) -> None:
-    assert len(found) == len(right), f"{where}: {len(found)} results instead of {len(right)}"
-    for rank, (mine, wanted) in enumerate(zip(found, right, strict=True)):
-        got = np.asarray(mine)
+def _compare(
+    case: str, results: Sequence[Any], expected: Sequence[Any], inputs: Sequence[Any]
+) -> None:
+    assert len(results) == len(expected), (
+        f"{case}: {len(results)} results instead of {len(expected)}"
+    )
+    for rank, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        got = np.asarray(result)
         kinds = f"{got.dtype}{got.shape} instead of {wanted.dtype}{wanted.shape}"
-        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), f"{where}: {kinds}"
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), f"{case}: {kinds}"
         same = np.allclose(
             got.astype(np.complex128), wanted.astype(np.complex128), 1e-6, 0, equal_nan=True
         )
-        assert same, f"{where}: rank {rank} got {got}, expected {wanted}"
-        assert got.flags.writeable, f"{where}: rank {rank} got a read-only array"
-        others = [*inputs, *found[:rank]]
+        assert same, f"{case}: rank {rank} got {got}, expected {wanted}"
+        assert got.flags.writeable, f"{case}: rank {rank} got a read-only array"
+        others = [*inputs, *results[:rank]]
         shared = any(np.shares_memory(got, other) for other in others)
-        assert not shared, f"{where}: the result of rank {rank} shares memory with another array"
+        assert not shared, f"{case}: the result of rank {rank} shares memory with another array"
 
 
-class _Unchanged:
-    """Asserts that arrays are the same after as before."""
+class _UnchangedInputs:
+    """Context manager that asserts that arrays are unchanged."""
 
-    def __init__(self, values: Sequence[Any], where: str) -> None:
-        self._values, self._where = values, where
+    def __init__(self, values: Sequence[Any], case: str) -> None:
+        self._values, self._case = values, case
         self._before = [value.tobytes() for value in values]
 
     def __enter__(self) -> None:
@@ -207,26 +213,26 @@ class _Unchanged:
 
     def __exit__(self, *_: object) -> None:
         after = [value.tobytes() for value in self._values]
-        assert after == self._before, f"{self._where}: an input was changed"
+        assert after == self._before, f"{self._case}: an input was changed"
 
 
-def _check_nan(communicator: _Here, what: str) -> None:
-    """Whichever rank brings NaN, minimum and maximum are NaN there and only there."""
+def _check_nan(communicator: _LocalRanks, subject: str) -> None:
+    """Assert that minimum and maximum are NaN exactly where one rank contributes NaN."""
     for op in (ReduceOp.MIN, ReduceOp.MAX):
-        for bad in range(communicator.size):
+        for nan_rank in range(communicator.size):
             values = [np.array([1.0, 2.0], np.float32) for _ in range(communicator.size)]
-            values[bad][0] = np.nan
-            right = [np.array([np.nan, 2.0], np.float32)] * len(communicator.local)
-            where = f"{op.name} where rank {bad} has NaN, {what}"
-            _agree(f"all_reduce, {where}", communicator.all_reduce(values, op), right, values)
-            _agree(f"reduce, {where}", [communicator.reduce(values, op)], right[:1], values)
+            values[nan_rank][0] = np.nan
+            expected = [np.array([np.nan, 2.0], np.float32)] * len(communicator.local)
+            case = f"{op.name} where rank {nan_rank} has NaN, {subject}"
+            _compare(f"all_reduce, {case}", communicator.all_reduce(values, op), expected, values)
+            _compare(f"reduce, {case}", [communicator.reduce(values, op)], expected[:1], values)
 
 
-def _check_determinism(communicator: _Here, what: str) -> None:
+def _check_determinism(communicator: _LocalRanks, subject: str) -> None:
     rng = np.random.default_rng(0)
     values = [rng.standard_normal(10_007).astype(np.float32) for _ in range(communicator.size)]
     first = communicator.all_reduce(values, ReduceOp.SUM)
     for again in (first, communicator.all_reduce(values, ReduceOp.SUM)):
         for rank, result in enumerate(again):
             same = result.tobytes() == first[0].tobytes()
-            assert same, f"{what}: rank {rank} got other bits than rank 0, or than before"
+            assert same, f"{subject}: rank {rank} got other bits than rank 0, or than before"

@@ -1,7 +1,7 @@
-"""Disks that fail and processes that die while something is saved: on purpose, one by one.
+"""Fault injection: disks that fail, and processes that die, at a chosen file operation of a save.
 
-What is tested must do its file operations through ``dvkernels.checkpoint.storage.files.active``, as
-checkpoints do; so may others that save by their own means.
+The tested code must do its file operations through ``dvkernels.checkpoint.storage.files.active``,
+as checkpoints do; other code that saves files may do so too.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ __all__ = ["Crash", "Faults", "check_every_crash", "flip_bit", "injected", "trun
 
 
 class Crash(BaseException):
-    """The process is taken to have died here: from now on it can do nothing to any file."""
+    """Simulated death of the process: no later file operation has an effect."""
 
 
 class Faults:
-    """Operations on files that go wrong in the way and at the moment asked for.
+    """File system whose operations fail at a chosen moment.
 
     Parameters
     ----------
     crash_at : int, optional
-        Instead of the operation of this number, counted from 1, the process dies: :class:`Crash`
-        is raised, then and by every operation after it. Of a write, half is written before.
+        The process dies in place of this operation, counted from 1: it and every later operation
+        raise :class:`Crash`. If it is a write, half of its bytes are written first.
     fail_at : int, optional
-        The operation of this number raises ``OSError``; those after it work again.
+        This operation, counted from 1, raises ``OSError``; later ones work again.
     error : int
-        The error number: ``errno.EIO``, ``errno.ENOSPC`` and so on.
+        Number of that error: ``errno.EIO``, ``errno.ENOSPC`` and so on.
     room : int, optional
-        How many bytes can be written; what goes beyond raises ``ENOSPC``.
+        Number of bytes that can be written; writing more raises ``ENOSPC``.
     most_at_once : int, optional
-        A read or write takes at most so many bytes, and says so.
+        Largest number of bytes of one read or write; longer ones are partial.
     loses : collection of str
-        The power fails too. ``"content"``: files that were not synced are empty. ``"names"``: names
-        are what they were when their folder was synced; what was removed stays so. A disk may lose
-        one without the other.
+        The power fails when the process dies. ``"content"``: files that were not synced become
+        empty. ``"names"``: names are as at the last sync of their folder, but removed files stay
+        removed. A disk may lose one without the other.
     counted : collection of str, optional
-        The operations that are counted, by name; all if not given.
+        Names of the operations that are counted; all if not given.
 
     Notes
     -----
-    It has the methods of ``dvkernels.checkpoint.storage.files.FileSystem``, and is used by
-    :func:`injected`. ``count`` says how many operations there were, and ``calls`` which.
+    The methods are those of ``dvkernels.checkpoint.storage.files.FileSystem``; :func:`injected`
+    installs it. ``count`` is the number of operations so far, ``calls`` their names.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Faults:
         self._lock = threading.Lock()
         self._is_dead = False
         self._open: set[int] = set()
-        # A second descriptor of each file with content that was not synced: its path may change.
+        # A duplicate descriptor of each file with unsynced content, since its path may change.
         self._unsynced: dict[int, int] = {}
-        # How to undo what was done to names, the latest last, with the folder of the names.
+        # The undo functions of changes of names, each with the folder, the latest change last.
         self._undo: list[tuple[Path, Callable[[], None]]] = []
 
     @property
@@ -89,7 +89,7 @@ class Faults:
         return len(self.calls)
 
     def die(self) -> NoReturn:
-        """Let the process die now."""
+        """Raise :class:`Crash`: the process dies now."""
         with self._lock:
             self._is_dead = True
         raise Crash("asked for")
@@ -129,7 +129,7 @@ class Faults:
         return result
 
     def _note(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
-        """Remember what a crash leaves open or a power failure undoes."""
+        """Record the files that are open, and the changes that a power failure would undo."""
         match name, arguments:
             case "open" | "open_lock", _:
                 self._open.add(result)
@@ -143,7 +143,7 @@ class Faults:
                 self._undo.append((entry.folder.path, entry.path.rmdir))
             case "close", (descriptor,):
                 self._open.discard(descriptor)
-                # A file that is closed without a sync stays unsynced, under a number of its own.
+                # A file that is closed without a sync stays unsynced, under a negative key.
                 if descriptor in self._unsynced:
                     self._unsynced[-1 - len(self._unsynced)] = self._unsynced.pop(descriptor)
             case "sync", (descriptor,):
@@ -153,7 +153,7 @@ class Faults:
                 self._undo = [one for one in self._undo if one[0] != folder.path]
 
     def end(self) -> None:
-        """Close what the dead process had open, and after a power failure lose what was unsynced.
+        """Close the files of the dead process; after a power failure, discard unsynced changes.
 
         Called by :func:`injected` when no operation is under way any more.
         """
@@ -162,7 +162,7 @@ class Faults:
                 os.ftruncate(copy, 0)
         if self._is_dead and "names" in self._loses:
             for _, undo in reversed(self._undo):
-                with suppress(OSError):  # what it undoes has been removed since
+                with suppress(OSError):  # the name has been removed since
                     undo()
         for descriptor in (*self._unsynced.values(), *(self._open if self._is_dead else ())):
             os.close(descriptor)
@@ -171,7 +171,7 @@ class Faults:
 
 
 def _undoing_rename(source: Entry, target: Entry) -> Callable[[], None]:
-    """Return what takes a rename back that is about to happen."""
+    """Return the function that undoes a rename; called before the rename."""
     before, after = source.path, target.path
     replaced = after.read_bytes() if after.is_file() else None
 
@@ -185,7 +185,7 @@ def _undoing_rename(source: Entry, target: Entry) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def injected(faults: Faults) -> Iterator[Faults]:
-    """Let file operations go wrong inside ``with``.
+    """Inject ``faults`` into the file operations inside ``with``.
 
     Examples
     --------
@@ -209,22 +209,21 @@ def injected(faults: Faults) -> Iterator[Faults]:
 def check_every_crash(
     save: Callable[[], object], check: Callable[[], object], *, loses: Collection[str] = ()
 ) -> int:
-    """Let a save die at each of its file operations, one after another.
+    """Crash a save at each of its file operations, one crash per call.
 
     Parameters
     ----------
     save : callable
-        Saves; called once for each of its operations, and once more, when it is not disturbed.
+        Saves. Called once for each of its file operations, and once more without a crash.
     check : callable
-        Called after each death; raises if what is there now is not good.
+        Called after each crash; raises if the files are not as they must be.
     loses : collection of str
-        The power fails each time too, and once more when the save has returned: see
-        :class:`Faults`.
+        The power fails at each crash, and once more after the complete save: see :class:`Faults`.
 
     Returns
     -------
     int
-        How many operations a save has.
+        Number of file operations of a save.
 
     Examples
     --------
@@ -253,7 +252,7 @@ def check_every_crash(
 
 
 def flip_bit(path: str | os.PathLike[str], bit: int) -> None:
-    """Flip one bit of a file, counted from its beginning."""
+    """Flip one bit of a file; bits are counted from its beginning."""
     place, which = divmod(bit, 8)
     if not 0 <= bit < 8 * os.path.getsize(path):
         raise ValueError(f"{path} has {os.path.getsize(path)} bytes; it has no bit {bit}")
@@ -265,5 +264,5 @@ def flip_bit(path: str | os.PathLike[str], bit: int) -> None:
 
 
 def truncate(path: str | os.PathLike[str], nbytes: int) -> None:
-    """Cut a file off after so many bytes."""
+    """Truncate a file to ``nbytes`` bytes."""
     os.truncate(path, nbytes)

@@ -1,4 +1,4 @@
-"""A program that is killed at random moments, and started again, until it has come to its end."""
+"""Kill test: a program that is killed at random moments and restarted until it completes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 __all__ = ["KilledRun", "run_and_kill"]
 
 
-_LOOK_SECONDS = 0.002
+_POLL_SECONDS = 0.002
 
 
 def _has_printed_a_step(output: str) -> bool:
@@ -24,14 +24,14 @@ def _has_printed_a_step(output: str) -> bool:
 
 @dataclass(frozen=True)
 class KilledRun:
-    """What came of a program that was killed again and again.
+    """Result of a program that was killed several times.
 
     Attributes
     ----------
     output : str
-        What the last start printed, which came to its end.
+        Output of the last start, which completed.
     num_kills : int
-        How many starts before it were killed.
+        Number of earlier starts, which were killed.
     """
 
     output: str
@@ -51,28 +51,28 @@ def run_and_kill(
 ) -> KilledRun:
     """Start ``command``, kill it with SIGKILL at a random moment, and start it again.
 
-    A program that saves what it has done, and goes on from there, must end with the result of one
-    that nobody killed.
+    A program that saves its progress, and resumes from it, must end with the same result as without
+    the kills.
 
     Parameters
     ----------
     command : sequence of str
         The program and its arguments, the same for each start.
     most_kills : int
-        After so many kills it is left alone. It may come to its end before.
+        Largest number of kills; the program may complete before.
     seed : int
-        Of the moments.
+        Seed of the random moments.
     is_under_way : callable
-        Given what a start has printed, tells whether it has done its first step: it is not killed
-        before. Not given, that is a line that begins with ``step``.
+        Called with the output of a start so far; returns whether the start has done its first step,
+        before which it is not killed. By default: whether a line begins with ``step``.
     longest_seconds : float
-        A kill comes at most so long after that; when, is drawn uniformly.
+        The delay from the first step to the kill is drawn uniformly from 0 to this.
     timeout_seconds : float
-        For one start to get under way, and for the last one to come to its end.
+        Timeout of a start until its first step, and of the last start until its end.
     env : mapping, optional
         The environment; that of this process if not given.
     after_kill : callable, optional
-        Called with the number of kills so far after each, to look at what has been left behind.
+        Called after each kill with the number of kills so far, to inspect the files left behind.
 
     Returns
     -------
@@ -81,17 +81,17 @@ def run_and_kill(
     Raises
     ------
     RuntimeError
-        A start ended by itself with another exit code than 0; the message holds what it said.
+        A start ended by itself with a nonzero exit code; the message holds its output.
     TimeoutError
-        It took too long. No process is left behind.
+        A start took too long. No process is left behind.
     """
-    moments = random.Random(seed)
+    random_delays = random.Random(seed)
     for num_kills in range(most_kills + 1):
         is_last = num_kills == most_kills
         with _started(command, env) as program:
             program.wait_until(is_under_way, timeout_seconds)
             if not is_last:
-                time.sleep(moments.uniform(0, longest_seconds))
+                time.sleep(random_delays.uniform(0, longest_seconds))
                 program.kill()
             code = program.wait(timeout_seconds)
         if code == 0:
@@ -106,7 +106,7 @@ def run_and_kill(
 
 
 class _RunningProgram:
-    """A running program and the lines that it has printed so far, both streams together."""
+    """Running program, with the lines that it has printed to stdout and stderr so far."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None) -> None:
         self._process = subprocess.Popen(
@@ -123,35 +123,35 @@ class _RunningProgram:
             self._lines.append(line)
 
     def wait_until(self, is_under_way: Callable[[str], bool], timeout_seconds: float) -> None:
-        """Return when it is under way, or has ended."""
+        """Wait until the program is under way, or has ended."""
         deadline = time.monotonic() + timeout_seconds
         while self._process.poll() is None and not is_under_way(self.output()):
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"not under way in {timeout_seconds:g} s; printed: {self.output()!r}"
                 )
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def kill(self) -> None:
-        """Kill it, if it still runs."""
+        """Kill the program, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
     def wait(self, timeout_seconds: float) -> int:
-        """Return the exit code; minus the signal if one ended it."""
+        """Wait for the end; return the exit code, or minus the signal that ended the program."""
         try:
             code = self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"it did not end in {timeout_seconds:g} s") from None
+            raise TimeoutError(f"the program did not end in {timeout_seconds:g} s") from None
         self._reader.join(timeout_seconds)
         return code
 
     def output(self) -> str:
-        """Return what it has printed so far."""
+        """Return the output so far."""
         return "".join(self._lines)
 
     def close(self) -> None:
-        """Kill it if need be, and leave nothing behind."""
+        """Kill the program if it still runs, and release its pipe and thread."""
         self.kill()
         self._process.wait()
         self._reader.join()

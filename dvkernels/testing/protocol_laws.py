@@ -1,4 +1,4 @@
-"""What every protocol of waiting ranks must do, ours and others'."""
+"""Laws of all-reduce protocols by flags, those of the package and third-party ones."""
 
 from __future__ import annotations
 
@@ -22,41 +22,40 @@ def check_protocols(
     most_ranks: int = 5,
     num_seeds: int = 2,
 ) -> None:
-    """Assert the laws of all-reduces whose ranks wait for each other's flags.
+    """Assert the laws of all-reduce protocols whose ranks synchronize by flags.
 
     Parameters
     ----------
     makers : sequence of callable
-        Each returns a protocol for so many ranks. Calls of any of them may follow each other on
-        the same flags and slots.
+        Each returns a protocol, given the number of ranks. Calls of different protocols may follow
+        each other on the same flags and slots.
     num_slots : int
-        How many slots alternate.
+        Number of slots that alternate.
     spin : Spin
-        How waits end that are not answered.
+        The end of waits whose signal does not come.
     most_ranks : int
-        Up to how many ranks to try.
+        Largest number of ranks to test.
     num_seeds : int
-        How many random orders to try of each case that is too large for every order.
+        Number of random interleavings of each case that has too many to run all.
 
     Raises
     ------
     AssertionError
-        A law is broken; the message tells who did what, and the moves before.
+        A law is broken; the message names the ranks, and the moves that led there.
 
     Notes
     -----
-    For 1 to ``most_ranks`` ranks, in place and apart, and any two calls in a row: no rank waits
-    forever, and signals and waits order all uses of memory, so nothing is read before its flag, or
-    overwritten before it is read; hence the same for any number of calls
+    For 1 to ``most_ranks`` ranks, in place and out of place, and any two consecutive calls: no rank
+    waits forever, and signals and waits order all uses of memory, so nothing is read before its
+    flag is set, or overwritten before it is read. It follows for any number of calls
     (:mod:`dvkernels.testing.happens_before`).
 
-    Up to three ranks, in every order in which they can move, and beyond in random ones, three
-    calls in a row with long sleeps: every result contains every contribution of its own call
-    exactly once.
+    Up to three ranks, in all interleavings, and beyond in random ones of three consecutive calls
+    with long suspensions: every result contains every contribution of its own call exactly once.
 
-    Up to three ranks, in a call of each protocol, and of two ranks in two: wherever a rank gives
-    up, wherever an abort comes from outside, and wherever a rank stops for good, all others leave,
-    and no result is wrong that is read while nobody has aborted.
+    Up to three ranks in one call of each protocol, and for two ranks in two calls: wherever a rank
+    gives up, an abort comes from outside, or a rank stops forever, all other ranks exit, and every
+    result that is read before an abort is right.
 
     Examples
     --------
@@ -65,40 +64,40 @@ def check_protocols(
     >>> check_protocols([flag_all_reduce.one_shot, flag_all_reduce.ring], most_ranks=3)
     """
     for num_ranks in range(1, most_ranks + 1):
-        made = [make(num_ranks) for make in makers]
-        for protocol in made:
+        protocols = [make(num_ranks) for make in makers]
+        for protocol in protocols:
             _check_one_thread(protocol)
-        sequences: list[tuple[Protocol, ...]] = [*itertools.product(made, repeat=2)]
-        alone: list[tuple[Protocol, ...]] = [(protocol,) for protocol in made]
+        sequences: list[tuple[Protocol, ...]] = [*itertools.product(protocols, repeat=2)]
+        single_calls: list[tuple[Protocol, ...]] = [(protocol,) for protocol in protocols]
         if num_ranks <= 2:
-            alone += [(protocol, protocol) for protocol in made]
-        sequences += alone
+            single_calls += [(protocol, protocol) for protocol in protocols]
+        sequences += single_calls
         for calls, in_place in itertools.product(sequences, (False, True)):
             programs = moves.programs(calls, in_place=in_place, num_slots=num_slots)
-            where = f"{' then '.join(call.name for call in calls)} of {num_ranks} ranks"
-            where += ", in place" if in_place else ""
+            case = f"{' then '.join(call.name for call in calls)} of {num_ranks} ranks"
+            case += ", in place" if in_place else ""
             try:
                 happens_before.check_order(programs)
                 if num_ranks <= 3:
                     RankInterpreter(programs).run_every_order()
                 else:
-                    thrice = (*calls, calls[0])
-                    longer = moves.programs(thrice, in_place=in_place, num_slots=num_slots)
+                    three_calls = (*calls, calls[0])
+                    longer = moves.programs(three_calls, in_place=in_place, num_slots=num_slots)
                     for seed in range(num_seeds):
                         RankInterpreter(longer).run_at_random(seed)
-                if num_ranks <= 3 and calls in alone:
+                if num_ranks <= 3 and calls in single_calls:
                     _check_leaving(programs, spin)
             except AssertionError as error:
-                raise AssertionError(f"{where}: {error}") from None
+                raise AssertionError(f"{case}: {error}") from None
 
 
 def _check_one_thread(protocol: Protocol) -> None:
-    """Assert that one thread gets every row once, those of each rank in order."""
-    found: list[list[int]] = [[] for _ in protocol.rows]
+    """Assert that one thread runs every row once, and those of each rank in order."""
+    rows_run: list[list[int]] = [[] for _ in protocol.rows]
     for rank, number in protocol.in_order():
-        found[rank].append(number)
+        rows_run[rank].append(number)
     expected = [[*range(len(rows))] for rows in protocol.rows]
-    assert found == expected, f"{protocol.name}: one thread gets rows {found}"
+    assert rows_run == expected, f"{protocol.name}: one thread gets rows {rows_run}"
 
 
 def _check_leaving(programs: moves.Programs, spin: Spin) -> None:

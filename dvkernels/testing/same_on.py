@@ -1,4 +1,4 @@
-"""A distributed program must compute what it computes on one device."""
+"""Check that a distributed program computes the same on any number of replicas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dvkernels.variables.variable import Variable
 
 __all__ = ["assert_same_on"]
 
-# Sums over replicas add in another order: a few rounding errors of the dtype, grown over steps.
+# Sums over replicas add in another order: some rounding errors, which grow over the steps.
 _RELATIVE = {"float64": 1e-9, "complex128": 1e-9, "float32": 1e-4, "complex64": 1e-4}
 _RELATIVE_OF_HALVES = 2e-2
 
@@ -35,13 +35,13 @@ def assert_same_on(
     Parameters
     ----------
     fn : callable
-        Gets a strategy and returns a nest of arrays, numbers or variables; of a ``PerReplica`` or
-        ``Mirrored`` in it, all components must be the same. Called anew for each strategy, so it
-        must start from the same seeds.
+        Called with a strategy; returns a pytree of arrays, numbers or variables. All components of
+        a ``PerReplica`` or ``Mirrored`` in it must be equal. Called once per strategy, so it must
+        start from fixed seeds.
     replicas : sequence of int
-        How many replicas to try.
+        Numbers of replicas to test.
     make : callable, optional
-        Makes the strategy of so many replicas; ``MirroredStrategy`` if not given.
+        Called with a number of replicas; returns a strategy. ``MirroredStrategy`` if not given.
     rtol, atol : float, optional
         Passed to ``numpy.testing.assert_allclose``. The default relative tolerance is 1e-9 for
         float64, 1e-4 for float32, 2e-2 for half types; integers must be equal.
@@ -49,7 +49,7 @@ def assert_same_on(
     Raises
     ------
     AssertionError
-        A result differs; the message names the number of replicas and the place in the nest.
+        A result differs; the message names the number of replicas and the leaf of the pytree.
 
     Examples
     --------
@@ -61,43 +61,43 @@ def assert_same_on(
     ...     return sum(strategy.reduce("sum", part, axis=0) for part in data)
     >>> assert_same_on(total)
     """
-    with OneDeviceStrategy("cpu:0") as one:
-        expected, structure = regroup.flatten(_plain(fn(one), "one device"))
+    with OneDeviceStrategy("cpu:0") as single:
+        expected, structure = regroup.flatten(_as_arrays(fn(single), "one device"))
     for count in replicas:
-        who = f"{count} replicas"
+        subject = f"{count} replicas"
         with (make or _mirrored)(count) as strategy:
-            found, other = regroup.flatten(_plain(fn(strategy), who))
+            found, other = regroup.flatten(_as_arrays(fn(strategy), subject))
         assert other == structure, (
-            f"{who} returned {nest.words_of(other)}, one device {nest.words_of(structure)}"
+            f"{subject} returned {nest.words_of(other)}, one device {nest.words_of(structure)}"
         )
-        for place, (mine, right) in enumerate(zip(found, expected, strict=True)):
-            got, wanted = np.asarray(mine), np.asarray(right)
-            what = f"{who}, leaf {place} of the result"
-            kinds = f"{what}: {got.dtype}{got.shape} instead of {wanted.dtype}{wanted.shape}"
-            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), kinds
+        for leaf_index, (result, expected_leaf) in enumerate(zip(found, expected, strict=True)):
+            got, wanted = np.asarray(result), np.asarray(expected_leaf)
+            label = f"{subject}, leaf {leaf_index} of the result"
+            mismatch = f"{label}: {got.dtype}{got.shape} instead of {wanted.dtype}{wanted.shape}"
+            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), mismatch
             tolerance = _tolerance(wanted.dtype) if rtol is None else rtol
-            np.testing.assert_allclose(got, wanted, tolerance, atol, err_msg=what)
+            np.testing.assert_allclose(got, wanted, tolerance, atol, err_msg=label)
 
 
 def _mirrored(num_replicas: int) -> Strategy:
     return MirroredStrategy([f"cpu:{k}" for k in range(num_replicas)])
 
 
-def _plain(nest: Any, who: str) -> Any:
-    """Return a nest of arrays; components of a distributed value must be the same."""
+def _as_arrays(nest: Any, subject: str) -> Any:
+    """Return a pytree of arrays; all components of a distributed value must be equal."""
 
-    def one(leaf: Any) -> Any:
+    def unwrap(leaf: Any) -> Any:
         if isinstance(leaf, Variable):
             return leaf.numpy()
         if not isinstance(leaf, DistributedValues):
             return leaf
         first, *others = leaf.values
         for replica, other in enumerate(others, start=1):
-            message = f"{who}: replica {replica} differs from replica 0 in {leaf!r}"
+            message = f"{subject}: replica {replica} differs from replica 0 in {leaf!r}"
             np.testing.assert_array_equal(other, first, err_msg=message)
         return first
 
-    return regroup.map_leaves(one, nest)
+    return regroup.map_leaves(unwrap, nest)
 
 
 def _tolerance(dtype: np.dtype[Any]) -> float:

@@ -1,4 +1,4 @@
-"""What every strategy must do, ours and others'."""
+"""Laws of strategies, those of the package and third-party ones."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def check_strategy(make: Callable[[int], Strategy], replicas: Sequence[int] = (1
     Parameters
     ----------
     make : callable
-        Makes a strategy of so many replicas. It is closed in the end. They may be spread over
-        several processes, of which each calls this.
+        Called with a number of replicas; returns a strategy, which is closed in the end. The
+        replicas may be spread over several processes, each of which calls this function.
     replicas : sequence of int
-        Numbers of replicas to try.
+        Numbers of replicas to test.
 
     Raises
     ------
@@ -36,9 +36,10 @@ def check_strategy(make: Callable[[int], Strategy], replicas: Sequence[int] = (1
 
     Notes
     -----
-    Contexts, collectives, values, every kind of variable that the strategy allows, merges with a
-    run inside, datasets, and failures: a replica's exception comes out as it is, replicas that
-    disagree are told so, variables are as before, and the next step works.
+    Covered are contexts, collectives, values, every kind of variable that the strategy supports,
+    ``merge_call`` with ``run`` inside, datasets, and failures: the exception of a replica is
+    re-raised as it is, replicas that disagree raise ``CollectiveMismatchError``, variables stay
+    unchanged, and the next step works.
 
     Examples
     --------
@@ -56,17 +57,17 @@ def check_strategy(make: Callable[[int], Strategy], replicas: Sequence[int] = (1
                     raise
     with make(replicas[0]) as strategy:
         strategy.close()
-        _expect(ContextError, lambda: strategy.run(_rank))
+        _assert_raises(ContextError, lambda: strategy.run(_rank))
 
 
-def _here() -> context.ReplicaContext:
+def _replica_context() -> context.ReplicaContext:
     replica = context.get_replica_context()
     assert replica is not None, "there is no replica context in run"
     return replica
 
 
 def _rank() -> int:
-    return _here().replica_id_in_sync_group
+    return _replica_context().replica_id_in_sync_group
 
 
 def _local(strategy: Strategy) -> tuple[int, ...]:
@@ -77,47 +78,47 @@ def _local(strategy: Strategy) -> tuple[int, ...]:
     return ids
 
 
-def _expect(kind: type[BaseException], call: Callable[[], Any]) -> BaseException:
+def _assert_raises(kind: type[BaseException], call: Callable[[], Any]) -> BaseException:
     try:
-        found = call()
+        result = call()
     except kind as error:
         return error
-    raise AssertionError(f"expected {kind.__name__}, and {found!r} was returned")
+    raise AssertionError(f"expected {kind.__name__}, and {result!r} was returned")
 
 
 def _on_device(value: Any) -> Any:
-    """Return an array where this replica computes."""
-    return array_memory.brought(np.asarray(value), _here().device)
+    """Return an array on the device of this replica."""
+    return array_memory.on_device(np.asarray(value), _replica_context().device)
 
 
 def _on_host(value: Any) -> Any:
     return array_memory.gpu().to_host(value) if interop.is_on_gpu(value) else np.asarray(value)
 
 
-def _same(found: Any, right: Any, what: str) -> None:
-    np.testing.assert_array_equal(_on_host(found), _on_host(right), err_msg=what)
+def _assert_equal(result: Any, expected: Any, message: str) -> None:
+    np.testing.assert_array_equal(_on_host(result), _on_host(expected), err_msg=message)
 
 
 def _run_calls_each_replica_once(strategy: Strategy, count: int) -> None:
     local = _local(strategy)
     assert strategy.num_replicas_in_sync == count, "num_replicas_in_sync"
     assert len(strategy.worker_devices) == len(local), "worker_devices"
-    found = strategy.run(lambda x: (_rank(), x, _here().num_replicas_in_sync), (7,))
-    assert isinstance(found[0], PerReplica), "run returns PerReplica leaves"
-    assert found[0].values == local, f"ids are {found[0].values}"
-    assert [found[0].on(rank) for rank in local] == [*local], "ids of components are global"
-    assert found[1].values == (7,) * len(local), "arguments"
+    result = strategy.run(lambda x: (_rank(), x, _replica_context().num_replicas_in_sync), (7,))
+    assert isinstance(result[0], PerReplica), "run returns PerReplica leaves"
+    assert result[0].values == local, f"ids are {result[0].values}"
+    assert [result[0].on(rank) for rank in local] == [*local], "ids of components are global"
+    assert result[1].values == (7,) * len(local), "arguments"
     assert strategy.run(lambda: None) is None, "None from all replicas is None"
     with strategy.scope():
         assert context.get_strategy() is strategy, "scope sets the strategy"
         assert context.in_cross_replica_context(), "scope is cross-replica context"
 
 
-def _collectives_bring_replicas_together(strategy: Strategy, count: int) -> None:
+def _collectives_combine_all_replicas(strategy: Strategy, count: int) -> None:
     width = max(3, count)
 
     def step() -> Any:
-        here, own = _here(), _on_device(np.full(width, float(_rank() + 1)))
+        here, own = _replica_context(), _on_device(np.full(width, float(_rank() + 1)))
         total = here.all_reduce("sum", own)
         mean = here.all_reduce("mean", own, weight=float(_rank() == 0))
         pending = here.all_reduce_async("max", {"own": own})
@@ -129,37 +130,41 @@ def _collectives_bring_replicas_together(strategy: Strategy, count: int) -> None
         into = _on_device(np.zeros(width))
         assert here.all_reduce("sum", own, out=into) is into, "out is returned"
         same = here.all_reduce("sum", own, shared=True)
-        assert type(total) is type(own), "results are of the kind of what came"
+        assert type(total) is type(own), "results are of the inputs' library"
         return total, mean, pending.wait()["own"], whole, root, part, plain, into, same
 
     total, mean, largest, whole, root, part, plain, into, same = strategy.run(step)
     all_values = np.arange(1.0, count + 1)
     for rank in _local(strategy):
-        _same(total[rank], np.full(width, all_values.sum()), "all_reduce")
-        _same(mean[rank], np.ones(width), "all_reduce of weight 0 but for replica 0")
-        _same(largest[rank], np.full(width, float(count)), "all_reduce_async")
-        _same(whole[rank], np.repeat(all_values, np.arange(1, count + 1)), "all_gather")
-        _same(root[rank], np.full(width, float(count)), "broadcast")
-        right = np.array_split(np.full(width, all_values.sum()), count)[rank]
-        _same(part[rank], right, "reduce_scatter")
-        _same(plain[rank], int(all_values.sum()), "all_reduce of a number")
-        _same(into[rank], np.full(width, all_values.sum()), "all_reduce into out")
-        _same(same[rank], np.full(width, all_values.sum()), "all_reduce, shared")
+        _assert_equal(total[rank], np.full(width, all_values.sum()), "all_reduce")
+        _assert_equal(mean[rank], np.ones(width), "all_reduce of weight 0 but for replica 0")
+        _assert_equal(largest[rank], np.full(width, float(count)), "all_reduce_async")
+        _assert_equal(whole[rank], np.repeat(all_values, np.arange(1, count + 1)), "all_gather")
+        _assert_equal(root[rank], np.full(width, float(count)), "broadcast")
+        expected = np.array_split(np.full(width, all_values.sum()), count)[rank]
+        _assert_equal(part[rank], expected, "reduce_scatter")
+        _assert_equal(plain[rank], int(all_values.sum()), "all_reduce of a number")
+        _assert_equal(into[rank], np.full(width, all_values.sum()), "all_reduce into out")
+        _assert_equal(same[rank], np.full(width, all_values.sum()), "all_reduce, shared")
 
 
 def _values_are_reduced_and_gathered(strategy: Strategy, count: int) -> None:
     value = strategy.run(lambda: _on_device(np.array([_rank(), 1.0])))
     ranks = float(sum(range(count)))
-    _same(strategy.reduce("sum", value), [ranks, count], "reduce")
-    _same(strategy.reduce("mean", value, axis=0), (ranks + count) / (2 * count), "reduce, axis 0")
-    _same(strategy.gather(value), [x for rank in range(count) for x in (rank, 1.0)], "gather")
+    _assert_equal(strategy.reduce("sum", value), [ranks, count], "reduce")
+    _assert_equal(
+        strategy.reduce("mean", value, axis=0), (ranks + count) / (2 * count), "reduce, axis 0"
+    )
+    _assert_equal(
+        strategy.gather(value), [x for rank in range(count) for x in (rank, 1.0)], "gather"
+    )
     wide = strategy.run(lambda: _on_device(np.full((2, _rank() + 1), _rank())))
-    right = np.concatenate([np.full((2, rank + 1), rank) for rank in range(count)], 1)
-    _same(strategy.gather(wide, axis=1), right, "gather, axis 1")
-    _same(strategy.gather(wide, axis=-1), right, "gather, axis -1")
+    expected = np.concatenate([np.full((2, rank + 1), rank) for rank in range(count)], 1)
+    _assert_equal(strategy.gather(wide, axis=1), expected, "gather, axis 1")
+    _assert_equal(strategy.gather(wide, axis=-1), expected, "gather, axis -1")
     local = _local(strategy)
-    for rank, held in zip(local, strategy.local_results(value), strict=True):
-        _same(held, [rank, 1.0], "local_results, in replica order")
+    for rank, result in zip(local, strategy.local_results(value), strict=True):
+        _assert_equal(result, [rank, 1.0], "local_results, in replica order")
     made = strategy.distribute_values_from_function(
         lambda here: (here.replica_id_in_sync_group, here.num_replicas_in_sync)
     )
@@ -167,45 +172,47 @@ def _values_are_reduced_and_gathered(strategy: Strategy, count: int) -> None:
     assert made[1].values == (count,) * len(local), "distribute_values_from_function, count"
     mirrored = strategy.reduce_to("sum", value, value)
     assert isinstance(mirrored, Mirrored), "reduce_to gives Mirrored"
-    _same(strategy.broadcast_to(3.0, value).values[0], 3.0, "broadcast_to")
+    _assert_equal(strategy.broadcast_to(3.0, value).values[0], 3.0, "broadcast_to")
 
 
 def _writes_follow_the_modes(strategy: Strategy, count: int) -> None:
     ranks = np.arange(1.0, count + 1)
-    rights = {"sum": ranks.sum(), "mean": ranks.mean(), "only_first_replica": 1.0}
-    for aggregation, right in rights.items():
+    expected_by_case = {"sum": ranks.sum(), "mean": ranks.mean(), "only_first_replica": 1.0}
+    for aggregation, expected in expected_by_case.items():
         with strategy.scope():
             variable = Variable(np.zeros(2), aggregation=aggregation)
         strategy.run(lambda v=variable: v.assign(_on_device(np.full(2, _rank() + 1.0))))
         for copy in variable.values:
-            _same(copy, [right, right], f"ON_WRITE, {aggregation}")
+            _assert_equal(copy, [expected, expected], f"ON_WRITE, {aggregation}")
         variable.assign_add(np.ones(2))
         strategy.update(variable, lambda copy: copy.assign_sub(np.ones(2)))
-        _same(variable.numpy(), [right, right], "writes across replicas, and update")
+        _assert_equal(variable.numpy(), [expected, expected], "writes across replicas, and update")
         with strategy.scope():
             try:
                 metric = Variable(0.0, synchronization="on_read", aggregation=aggregation)
             except SynchronizationError:
                 continue  # a strategy of a single copy
         strategy.run(lambda m=metric: m.assign_add(_rank() + 1.0))
-        _same(metric.numpy(), right, f"ON_READ, {aggregation}")
+        _assert_equal(metric.numpy(), expected, f"ON_READ, {aggregation}")
         with strategy.scope():
             own = Variable(0.0, synchronization="none")
         strategy.run(lambda v=own: v.assign(float(_rank())))
         local = _local(strategy)
-        assert [float(copy) for copy in own.values] == [*local], "NONE stays apart"
+        assert [float(copy) for copy in own.values] == [*local], (
+            "NONE: each copy is written by its own replica"
+        )
         sync(own, "max")
         assert [float(copy) for copy in own.values] == [count - 1.0] * len(local), "sync"
 
 
-def _rows_are_written(strategy: Strategy, count: int) -> None:
-    rights = {
+def _scatter_writes_rows(strategy: Strategy, count: int) -> None:
+    expected_by_case = {
         "scatter_add": [6.0 + count * (count + 1) / 2, 8.0 + count, 6.0],
         "scatter_sub": [6.0 - count * (count + 1) / 2, 8.0 - count, 6.0],
         "scatter_mul": [6.0 * np.prod(np.arange(1.0, count + 1)), 8.0, 6.0],
         "scatter_div": [6.0 / np.prod(np.arange(1.0, count + 1)), 8.0, 6.0],
     }
-    for verb, right in rights.items():
+    for verb, expected in expected_by_case.items():
         with strategy.scope():
             table = Variable([6.0, 8.0, 6.0], aggregation="sum")
 
@@ -215,17 +222,17 @@ def _rows_are_written(strategy: Strategy, count: int) -> None:
 
         strategy.run(step)
         for copy in table.values:
-            np.testing.assert_allclose(_on_host(copy), right, rtol=1e-14, err_msg=verb)
+            np.testing.assert_allclose(_on_host(copy), expected, rtol=1e-14, err_msg=verb)
     with strategy.scope():
         table = Variable(np.zeros((3, 2), np.int64), aggregation="only_first_replica")
     rows = np.array([[1, 1], [2, 2], [3, 3]])
     strategy.run(lambda: table.scatter_update([2, 0, 2], _on_device(rows)))
-    _same(table.numpy(), [[2, 2], [0, 0], [3, 3]], "scatter_update: the last stays")
+    _assert_equal(table.numpy(), [[2, 2], [0, 0], [3, 3]], "scatter_update: the last update stays")
     table.scatter_max([0, 0, 0], np.array([[5, 1], [4, 9], [0, 0]]))
-    _same(table.numpy(), [[5, 9], [0, 0], [3, 3]], "scatter_max: all count")
+    _assert_equal(table.numpy(), [[5, 9], [0, 0], [3, 3]], "scatter_max: all updates count")
 
 
-def _merges_run_once(strategy: Strategy, count: int) -> None:
+def _merge_call_runs_once(strategy: Strategy, count: int) -> None:
     calls: list[int] = []
 
     def merge(merging: Strategy, value: Any) -> Any:
@@ -235,13 +242,13 @@ def _merges_run_once(strategy: Strategy, count: int) -> None:
         again = merging.run(lambda x: x + 1, (value,))
         return merging.reduce("sum", again)
 
-    found = strategy.run(lambda: _here().merge_call(merge, (_rank(),)))
+    result = strategy.run(lambda: _replica_context().merge_call(merge, (_rank(),)))
     assert len(calls) == 1, "merge_call calls once in a process"
-    right = sum(range(count)) + count
-    assert [int(v) for v in found.values] == [right] * len(found.values), "merge_call"
+    expected = sum(range(count)) + count
+    assert [int(v) for v in result.values] == [expected] * len(result.values), "merge_call"
 
 
-def _every_element_comes_once(strategy: Strategy, count: int) -> None:
+def _every_element_is_delivered_once(strategy: Strategy, count: int) -> None:
     data = Dataset.range(11).batch(4)
     seen: list[int] = []
     for batch in strategy.distribute_dataset(data):
@@ -260,29 +267,29 @@ def _failures_end_the_step_only(strategy: Strategy, count: int) -> None:
 
     def disagrees() -> None:
         if _rank() == count - 1:
-            _here().barrier()
+            _replica_context().barrier()
         else:
             variable.assign(2.0)
 
     has_failed = count - 1 in _local(strategy)
     kind = ZeroDivisionError if has_failed else CollectiveMismatchError
-    error = _expect(kind, lambda: strategy.run(fails))
+    error = _assert_raises(kind, lambda: strategy.run(fails))
     assert "of a replica" in str(error), "a replica's exception comes out as it is"
     if count > 1:
-        _expect(CollectiveMismatchError, lambda: strategy.run(disagrees))
-    _same(variable.numpy(), 1.0, "a variable after failed steps")
+        _assert_raises(CollectiveMismatchError, lambda: strategy.run(disagrees))
+    _assert_equal(variable.numpy(), 1.0, "a variable after failed steps")
     strategy.run(lambda: variable.assign_add(1.0))
-    _same(variable.numpy(), 1.0 + count, "the next step")
-    _expect(ContextError, lambda: strategy.run(lambda: strategy.run(_rank)))
+    _assert_equal(variable.numpy(), 1.0 + count, "the next step")
+    _assert_raises(ContextError, lambda: strategy.run(lambda: strategy.run(_rank)))
 
 
 _LAWS = (
     _run_calls_each_replica_once,
-    _collectives_bring_replicas_together,
+    _collectives_combine_all_replicas,
     _values_are_reduced_and_gathered,
     _writes_follow_the_modes,
-    _rows_are_written,
-    _merges_run_once,
-    _every_element_comes_once,
+    _scatter_writes_rows,
+    _merge_call_runs_once,
+    _every_element_is_delivered_once,
     _failures_end_the_step_only,
 )

@@ -1,4 +1,4 @@
-"""Every kernel there is, and what each promises of its machine code."""
+"""Catalogue of all CUDA kernels, by name, for the tests of their machine code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RULES = {
 }
 
 
-# Reductions of a user's own, over elements of every kind: wide, packed, complex, of one bit.
+# Custom reductions over all kinds of elements: wide, packed, complex, boolean.
 CUSTOM = {
     "farther": (numba.njit(lambda a, b: a if abs(a) >= abs(b) else b), "fdD"),
     "xor": (numba.njit(lambda a, b: a ^ b), "bHl?"),
@@ -38,7 +38,7 @@ CUSTOM = {
 
 
 class Kernel(NamedTuple):
-    """A function that runs on the device."""
+    """Kernel function, not compiled."""
 
     function: Callable[..., None]
     is_between_gpus: bool = False  # then its flags have the scope of the system
@@ -58,17 +58,17 @@ def kernels() -> dict[str, Kernel]:
             found[name] = Kernel(loops.kernel(operation, code))
             waits = flag_kernel.waiting_kernel(operation, code)
             found[f"waiting {name}"] = Kernel(waits, is_between_gpus=True)
-            if dtype in _ROWS:  # what a waiting kernel does besides waiting
-                found[f"row {name}"] = Kernel(flag_kernel.row_kernel(operation, code))
+            if dtype in _ROWS:  # a Combine row of a waiting kernel alone
+                found[f"row {name}"] = Kernel(flag_kernel.combine_kernel(operation, code))
     for name, rule in _RULES.items():
         for dtype in map(np.dtype, ("f4", "f8")):
             function = optimizers.kernel(rule, arithmetic.type_code(dtype))
             found[f"{name} {dtype}"] = Kernel(function)
     for name, (function, letters) in CUSTOM.items():
         for dtype in map(np.dtype, letters):
-            told = operations.told(CustomReduction(function, 0, name), dtype)
-            found[f"{name} {dtype}"] = Kernel(loops.kernel(*told))
+            resolved = operations.resolve(CustomReduction(function, 0, name), dtype)
+            found[f"{name} {dtype}"] = Kernel(loops.kernel(*resolved))
             if dtype.char == "f":
-                waits = flag_kernel.waiting_kernel(*told)
+                waits = flag_kernel.waiting_kernel(*resolved)
                 found[f"waiting {name} {dtype}"] = Kernel(waits, is_between_gpus=True)
     return found

@@ -1,4 +1,4 @@
-"""Record what each kernel takes, as the budget that test_machine_code.py holds them to."""
+"""Record registers and shared memory of each kernel as the budget of test_machine_code.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel becomes the machine code that it promises, for every architecture, without a GPU.
+"""Machine code of every kernel: accesses, registers, spills, for every architecture, without a GPU.
 
 Needs the extra ``cuda-compile``. ``python tests/compile/record_budget.py`` records the budget anew.
 """
@@ -34,7 +34,7 @@ KERNELS = kernels()
 
 def test_the_budget_knows_every_kernel() -> None:
     assert BUDGET.keys() == KERNELS.keys(), "run: python tests/compile/record_budget.py"
-    # In one launch, waiting, some rows, optimizers, reductions of a user's own.
+    # Kernels within a GPU, waiting kernels, rows, optimizers, custom reductions.
     assert len(KERNELS) == 42 + 42 + 8 + 8 + 8
     assert len(DTYPES) == 15
 
@@ -96,7 +96,7 @@ def test_a_linker_that_fails_says_what_to_look_at() -> None:
 def test_a_function_of_the_users_that_does_not_compile_is_named() -> None:
     op = CustomReduction(numba.njit(lambda a, b: a ^ b), 0, "xor")
     with pytest.raises(UnsupportedDTypeError, match=r"(?s)'xor'.*for float32 on a GPU.*float32"):
-        operations.told(op, np.dtype("f4"))
+        operations.resolve(op, np.dtype("f4"))
 
 
 def test_a_function_of_the_users_may_call_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,5 +107,5 @@ def test_a_function_of_the_users_may_call_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     square = numba.njit(lambda x: x * x)
     op = CustomReduction(numba.njit(lambda a, b: square(a) + b), 0, "sum of squares")
-    kernel = loops.kernel(*operations.told(op, np.dtype("f4")))
+    kernel = loops.kernel(*operations.resolve(op, np.dtype("f4")))
     check_ptx(compiler.compile_to_ptx(kernel, (7, 5)).ptx, False)

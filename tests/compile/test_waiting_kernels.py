@@ -1,4 +1,4 @@
-"""What the waiting kernels must contain, and must not, besides what all kernels promise."""
+"""PTX and machine code of the waiting kernels: system-scope flags, and waits with a deadline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_flags_have_the_scope_of_the_system_and_waits_end(tmp_path: Path) -> Non
     assert "ld.relaxed.sys.global.b64" in ptx  # the stop word
     assert "%globaltimer" in ptx
     assert "nanosleep" in ptx
-    # What peers write is not read through the cache of constants, which would not see it.
+    # Memory that peers write is not read through the non-coherent cache.
     assert ".nc." not in ptx
     for architecture in toolchain.architectures()[-2:]:  # those that are disassembled
         code = toolchain.assemble(ptx, architecture, tmp_path).code

@@ -1,4 +1,4 @@
-"""The assembler and disassembler of the CUDA toolkit, from wheels or from the system."""
+"""Assembler and disassembler of the CUDA toolkit, from wheels or from the system."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _PTX_OF = (7, 5)  # PTX of the oldest runs on all: it is made once and assembled
 
 
 class Assembled(NamedTuple):
-    """What the assembler says of a kernel, and its machine code."""
+    """Resources of an assembled kernel, and its disassembled machine code."""
 
     registers: int
     shared: int  # bytes
     stack: int
     spills: int
-    code: str | None  # where it was disassembled
+    code: str | None  # None where it was not disassembled
 
 
 @functools.cache
 def tool(name: str) -> str | None:
-    """Return where a tool is, of the wheels of the toolkit first: they are of one release."""
+    """Return the path of a tool, preferably of the toolkit's wheels, which are of one release."""
     folder = Path(sysconfig.get_path("purelib")) / "nvidia"
     wheels = sorted(folder.glob(f"*/bin/{name}"), reverse=True)
     return str(wheels[0]) if wheels else shutil.which(name)
 
 
 def run(name: str, *arguments: str) -> str:
-    """Return what a tool prints."""
+    """Return the output of a tool."""
     path = tool(name)
     assert path is not None, name
     ended = subprocess.run(
@@ -51,10 +51,10 @@ def architectures() -> tuple[int, ...]:
 
 
 def assemble(ptx: str, architecture: int, folder: Path) -> Assembled:
-    """Return what becomes of a kernel on an architecture; ``folder`` takes the files.
+    """Assemble a kernel for an architecture; ``folder`` receives the files.
 
-    The two newest are disassembled: that takes as long as all else, and of the others the assembler
-    itself says what they spill, and PTX how they access memory.
+    Code of the two newest architectures is disassembled, which takes as long as all else; for the
+    others the assembler reports spills, and PTX shows the memory accesses.
     """
     source, image = folder / f"sm_{architecture}.ptx", folder / f"sm_{architecture}.cubin"
     source.write_text(ptx)

@@ -1,4 +1,4 @@
-"""What a team asks of its devices, answered with memory of the host and the simulator."""
+"""Driver double of a device group: host memory, and kernels in the simulator."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from numba import cuda
 
 
-class Simulated:
-    """Stands in for the devices, with memory of the host; those in ``absent`` never launch."""
+class SimulatedDriver:
+    """GroupDriver on host memory; launches on the devices in ``absent`` are dropped."""
 
     def __init__(self, threads=2, absent=()):
         self._threads, self._absent = threads, absent
@@ -17,13 +17,13 @@ class Simulated:
         self.loaded, self.launched, self.records = [], [], 0
 
     def empty(self, device, nbytes):
-        room = np.full(nbytes + 256, 0xAA, np.uint8)
-        address = room.ctypes.data
-        return SimpleNamespace(address=address + -address % 256, room=room)
+        buffer = np.full(nbytes + 256, 0xAA, np.uint8)
+        address = buffer.ctypes.data
+        return SimpleNamespace(address=address + -address % 256, buffer=buffer)
 
     def words(self, device, words):
-        held = np.array(words, np.int64)
-        return SimpleNamespace(address=held.ctypes.data, held=held)
+        array = np.array(words, np.int64)
+        return SimpleNamespace(address=array.ctypes.data, array=array)
 
     def pinned(self, num_words):
         return np.zeros(num_words, np.int64)
@@ -37,9 +37,9 @@ class Simulated:
         self.launched.append(device)
         if device in self._absent:
             return
-        held = np.array(words, np.int64)
-        self._kept.append(held)
-        self._kernels[kernel][num_blocks, self._threads, stream]((held.ctypes.data,))
+        array = np.array(words, np.int64)
+        self._kept.append(array)
+        self._kernels[kernel][num_blocks, self._threads, stream]((array.ctypes.data,))
 
     def record(self, device, stream):
         self.records += 1

@@ -30,7 +30,7 @@ def cupy():
 
 @pytest.fixture
 def between():
-    """The module; whatever a test did to the teams is forgotten after it."""
+    """Return the module of the all-reduce between GPUs; reset its groups after the test."""
     from dvkernels.kernels.cuda.multi_gpu import all_reduce as between
 
     yield between
@@ -78,7 +78,7 @@ def test_bits_are_those_of_the_cpu(cupy, op, dtype):
 
 
 def test_calls_back_to_back_while_one_gpu_is_slow(cupy):
-    """Nothing is read late, and nothing overwritten early: only streams order the calls."""
+    """Only streams order the calls: no buffer is read late or overwritten early."""
     length, turns = 20_000, 200
     buffers = on_gpus(cupy, [np.full(length, 1, "f8")] * COUNT)
     for turn in range(turns):
@@ -93,13 +93,13 @@ def test_calls_back_to_back_while_one_gpu_is_slow(cupy):
     assert all((cupy.asnumpy(buffer) == turns + 1).all() for buffer in buffers)
 
 
-def test_a_launch_that_never_comes_is_told_and_forgotten(cupy, between):
+def test_a_missing_launch_times_out_and_the_group_recovers(cupy, between):
     from dvkernels.kernels.cuda.multi_gpu import group, peer_access
 
     found = driver.find()
     devices = tuple(range(COUNT))
 
-    class Forgetful(peer_access.PeerAccess):
+    class DroppingRankOne(peer_access.PeerAccess):
         def launch(self, device, *rest):
             if device != 1:
                 super().launch(device, *rest)
@@ -107,15 +107,15 @@ def test_a_launch_that_never_comes_is_told_and_forgotten(cupy, between):
     buffers = on_gpus(cupy, some(5000))
     addresses = [buffer.data.ptr for buffer in buffers]
     peer_access.reach(found, devices)
-    lonely = group.DeviceGroup(devices, Forgetful(found), timeout_seconds=0.5)
+    group_of_one_missing = group.DeviceGroup(devices, DroppingRankOne(found), timeout_seconds=0.5)
     dtype = np.dtype("f4")
     job = group.AllReduceCall(addresses, addresses, 5000, dtype, ReduceOp.SUM, [0] * COUNT)
     begun = time.monotonic()
-    lonely.all_reduce(job, Route(flag_all_reduce.two_shot, devices, True))
+    group_of_one_missing.all_reduce(job, Route(flag_all_reduce.two_shot, devices, True))
     for device in devices:
         found.synchronize(device)
     assert time.monotonic() - begun < 10
     with pytest.raises(CollectiveTimeoutError, match=r"rank 1 \(cuda:1\) did not come"):
-        lonely.check()
-    lonely.recover()
-    lonely.check()
+        group_of_one_missing.check()
+    group_of_one_missing.recover()
+    group_of_one_missing.check()

@@ -40,7 +40,7 @@ def test_the_laws_between_gpus(ops):
 
 
 @needs_gpus
-def test_nccl_adds_up():
+def test_nccl_reduces():
     import cupy
 
     nccl = Nccl([dv.Device("cuda", k) for k in range(2)])
@@ -54,7 +54,7 @@ def test_nccl_adds_up():
         assert part.get().tolist() == [[3.0] * 3] * length
 
 
-WORKER = """
+NCCL_WORKER = """
 import cupy, numpy as np, dvkernels as dv
 from dvkernels.communicators.nccl.communicator import Nccl
 
@@ -87,7 +87,7 @@ with strategy:
 @needs_gpus
 def test_nccl_between_two_processes(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(NCCL_WORKER)
     ended = subprocess.run(
         [sys.executable, "-m", "dvkernels", "launch", "-n", "2", str(script)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
@@ -96,7 +96,7 @@ def test_nccl_between_two_processes(tmp_path):
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
 
 
-STRAIGHT = """
+CUDA_AWARE_WORKER = """
 import cupy
 import numpy as np
 import dvkernels as dv
@@ -143,10 +143,10 @@ with strategy:
 
 @needs_gpu
 @pytest.mark.parametrize("hosts", ["", "1,1"])
-def test_from_gpu_to_gpu_of_two_processes_by_an_mpi_that_takes_their_memory(tmp_path, hosts):
+def test_cuda_aware_mpi_between_two_processes(tmp_path, hosts):
     """No machine that has run it yet is known; two processes may share one GPU."""
     script = tmp_path / "worker.py"
-    script.write_text(STRAIGHT)
+    script.write_text(CUDA_AWARE_WORKER)
     ended = subprocess.run(
         [sys.executable, "-m", "dvkernels", "launch", "-n", "2", str(script)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "DVKERNELS_HOSTS": hosts},
@@ -170,7 +170,7 @@ def test_two_replicas_of_one_gpu_learn_the_digits():
 
 
 @needs_gpu
-def test_each_replica_has_a_stream_and_all_are_in_order():
+def test_each_replica_has_a_stream_and_streams_are_ordered():
     import cupy
 
     with dv.MirroredStrategy(["cuda:0"] * 4) as strategy:

@@ -1,4 +1,4 @@
-"""On a real GPU: ``pytest -m gpu``. The bodies of the CPU's tests, streams, graphs, memory."""
+"""Kernels on a real GPU (``pytest -m gpu``): the tests of the CPU, streams, graphs, memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_the_bodies_of_the_cpu(body):
+def test_the_tests_of_the_cpu_pass(body):
     check_body(body, "cupy", 600)
 
 
-def test_the_seam_of_cupy():
+def test_the_array_library_of_cupy():
     check_arrays(cuda.arrays())
 
 
@@ -46,7 +46,7 @@ def filled(cupy, length, count=2):
     return [cupy.full(length, k + 1, "f4") for k in range(count)]
 
 
-def test_each_array_is_taken_from_its_stream_and_given_back_there():
+def test_streams_of_arrays_are_ordered_before_and_after_the_call():
     import cupy
 
     length = 1 << 24
@@ -109,7 +109,7 @@ def test_memory_goes_back_to_the_pool():
     assert pool.used_bytes() == before
 
 
-def test_out_of_memory_is_said_and_leaks_nothing():
+def test_out_of_memory_is_reported_and_leaks_nothing():
     import cupy
 
     pool = cupy.get_default_memory_pool()
@@ -126,7 +126,7 @@ def test_out_of_memory_is_said_and_leaks_nothing():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "int8"])
-def test_tensors_of_pytorch_come_out_as_they_went_in(dtype):
+def test_results_of_tensors_are_tensors_of_their_dtype(dtype):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
@@ -141,7 +141,7 @@ def test_tensors_of_pytorch_come_out_as_they_went_in(dtype):
     assert all((tensor == 3).all() for tensor in tensors)
 
 
-def test_calls_like_earlier_ones_use_their_own_arrays():
+def test_repeated_calls_use_their_own_arrays():
     import cupy
 
     kept = []
@@ -164,7 +164,7 @@ def test_a_reduction_that_calls_other_functions():
     assert kernels.reduce(buffers, op).tolist() == [-3, -5, 2]
 
 
-def test_a_forked_child_is_told(tmp_path):
+def test_a_forked_child_gets_an_error(tmp_path):
     import cupy
 
     buffers = filled(cupy, 8)

@@ -1,12 +1,11 @@
-"""The CUDA simulator with blocks, launches and streams that really run at the same time.
+"""Concurrent CUDA simulator: blocks, launches and streams run at the same time.
 
 Numba's own simulator runs one block after another and one launch at a time, so a kernel that waits
 for another block or another launch hangs in it. Inside ``concurrent()`` every CUDA thread of every
-block is a thread of the system, a stream is a queue that works by itself, and events order streams.
-Arrays are not copied to a kernel and back, but shared with it.
+block is an operating-system thread, a stream is a queue with its own worker, and events order
+streams. Arrays are not copied to a kernel and back, but shared with it.
 
-It replaces names of ``numba.cuda.simulator`` that are private to Numba; test_concurrency.py says
-when they have changed.
+It replaces private names of ``numba.cuda.simulator``; test_concurrency.py fails if they change.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from numba import cuda
 from numba.cuda.simulator import api, kernel, kernelapi
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKernelCUDAArray
 
-MOST_SECONDS = 60.0  # that a thread stays at a barrier, or a launch runs
+MOST_SECONDS = 60.0  # timeout of a barrier, and of a launch
 
 
 class _Block:
-    """What the threads of a block share."""
+    """Block: its dimensions, shared memory and barrier."""
 
     def __init__(self, grid_dim: Any, block_dim: Any, dynamic_nbytes: int) -> None:
         self.grid_dim, self.block_dim = kernelapi.Dim3(*grid_dim), kernelapi.Dim3(*block_dim)
@@ -40,7 +39,7 @@ class _Block:
 
 
 class _Thread(threading.Thread):
-    """One CUDA thread."""
+    """CUDA thread, run by a Python thread."""
 
     def __init__(self, run: Callable[[], object], block: _Block, index: Any, number: int) -> None:
         super().__init__(daemon=True, name="dvkernels-simulated")
@@ -60,27 +59,27 @@ class _Thread(threading.Thread):
 
 
 class _Module(kernelapi.FakeCUDAModule):
-    """The ``cuda`` of all running kernels: what differs between them, their threads know."""
+    """Module ``cuda`` of all running kernels; values of a block come from the current thread."""
 
     def __init__(self, pause: Callable[[], None]) -> None:
         super().__init__((1, 1, 1), (1, 1, 1), 0)
         self._pause = pause
 
     def __getattr__(self, name: str) -> Any:
-        # The host goes on while kernels run, and its functions see the same ``cuda`` as they do.
+        # Host code runs at the same time as kernels, and sees the same ``cuda``.
         return getattr(cuda, name)
 
-    gridDim = property(lambda self: _me().block.grid_dim, lambda self, value: None)
-    blockDim = property(lambda self: _me().block.block_dim, lambda self, value: None)
-    shared = property(lambda self: _me().block.shared)
+    gridDim = property(lambda self: _current_thread().block.grid_dim, lambda self, value: None)
+    blockDim = property(lambda self: _current_thread().block.block_dim, lambda self, value: None)
+    shared = property(lambda self: _current_thread().block.shared)
 
     def syncthreads(self) -> None:
         self._pause()
-        _me().block.barrier.wait()
+        _current_thread().block.barrier.wait()
 
     def _vote(self, value: Any) -> Any:
-        block = _me().block
-        block.votes[_me().thread_id] = bool(value)
+        block = _current_thread().block
+        block.votes[_current_thread().thread_id] = bool(value)
         block.barrier.wait()
         votes = block.votes.copy()
         self.syncthreads()
@@ -96,12 +95,12 @@ class _Module(kernelapi.FakeCUDAModule):
         return int(self._vote(value).any())
 
 
-def _me() -> Any:
+def _current_thread() -> Any:
     return threading.current_thread()
 
 
-class _Configured:
-    """A kernel with its grid: Numba's own simulator writes that into the kernel itself."""
+class _ConfiguredKernel:
+    """Kernel with its grid, which Numba's own simulator stores in the kernel itself."""
 
     def __init__(self, run: Callable[..., None], configuration: Any) -> None:
         self._run = run
@@ -115,46 +114,46 @@ class _Configured:
 
 
 class Streams:
-    """The queues of all streams, and what failed in them."""
+    """Queues of all streams, with the errors of their work."""
 
     def __init__(self, module: _Module, pause: Callable[[], None]) -> None:
         self._module, self._pause = module, pause
         self._queues: dict[int, ThreadPoolExecutor] = {}
         self._last: dict[int, Future[Any]] = {}
-        self._kept: list[Any] = []  # streams: so that no other gets their id
-        self._adopting = threading.Lock()
-        self._adopted: list[tuple[dict[str, Any], str]] = []
+        self._streams: list[Any] = []  # streams, kept so that their ids are not reused
+        self._patching = threading.Lock()
+        self._patched: list[tuple[dict[str, Any], str]] = []
         self.num_launches = 0
 
     def enqueue(self, stream: Any, work: Callable[[], object]) -> Future[Any]:
         key = id(stream) if stream else 0
         if key not in self._queues:
             self._queues[key] = ThreadPoolExecutor(1, f"dvkernels-stream-{key}")
-            self._kept.append(stream)
+            self._streams.append(stream)
         before = self._last.get(key)
 
         def run() -> object:
             if before is not None:
-                before.result()  # after a failure, nothing runs on this stream any more
+                before.result()  # after a failure, no later work of this stream runs
             self._pause()
             return work()
 
         self._last[key] = self._queues[key].submit(run)
         return self._last[key]
 
-    def adopt(self, fn: Any) -> None:
-        """Let a function see the ``cuda`` of running kernels, until the end."""
+    def patch_globals(self, fn: Any) -> None:
+        """Replace ``cuda`` in the globals of a function by that of running kernels, until close."""
         names = fn.__globals__
-        with self._adopting:
-            self._adopted += [(names, name) for name, value in names.items() if value is cuda]
-            for found, name in self._adopted:
+        with self._patching:
+            self._patched += [(names, name) for name, value in names.items() if value is cuda]
+            for found, name in self._patched:
                 found[name] = self._module
 
     def launch(self, fn: Any, dims: Any, stream: Any, dynamic_nbytes: int, args: Any) -> None:
         self.num_launches += 1
-        self.adopt(fn)
-        shared = [_within(arg) for arg in args]
-        self.enqueue(stream, lambda: self._run_grid(fn, dims, dynamic_nbytes, shared))
+        self.patch_globals(fn)
+        arguments = [_kernel_argument(arg) for arg in args]
+        self.enqueue(stream, lambda: self._run_grid(fn, dims, dynamic_nbytes, arguments))
 
     def _run_grid(self, fn: Any, dims: Any, dynamic_nbytes: int, args: list[Any]) -> None:
         grid_dim, block_dim = dims
@@ -178,18 +177,18 @@ class Streams:
         self.enqueue(stream, lambda: None).result(MOST_SECONDS)
 
     def close(self) -> None:
-        """Wait for all that was enqueued; raise what failed first."""
+        """Wait for all enqueued work; raise the first error."""
         try:
             for future in [*self._last.values()]:
                 future.result(MOST_SECONDS)
         finally:
             for queue in self._queues.values():
                 queue.shutdown()
-            for names, name in self._adopted:
+            for names, name in self._patched:
                 names[name] = cuda
 
 
-def _within(arg: Any) -> Any:
+def _kernel_argument(arg: Any) -> Any:
     if isinstance(arg, np.ndarray) and arg.ndim:
         arg = FakeCUDAArray(arg)
     return FakeWithinKernelCUDAArray(arg) if isinstance(arg, FakeCUDAArray) else arg
@@ -197,10 +196,10 @@ def _within(arg: Any) -> Any:
 
 @contextlib.contextmanager
 def concurrent(seed: int | None = None, most_delay: float = 0.002) -> Iterator[Streams]:
-    """Make everything of the simulator run at the same time.
+    """Run blocks, launches and streams of the simulator at the same time inside ``with``.
 
     With a ``seed``, launches and barriers are delayed at random by up to ``most_delay`` seconds.
-    At the end all streams are waited for, and what failed in them is raised.
+    At the end, all streams are waited for, and the first error is raised.
     """
     draws = None if seed is None else random.Random(seed)
 
@@ -212,14 +211,14 @@ def concurrent(seed: int | None = None, most_delay: float = 0.002) -> Iterator[S
     streams = Streams(module, pause)
 
     def call(self: Any, *args: Any) -> Any:
-        if isinstance(_me(), _Thread):  # a device function
-            streams.adopt(self.fn)
+        if isinstance(_current_thread(), _Thread):  # a device function
+            streams.patch_globals(self.fn)
             return self.fn(*args)
         dims = self.grid_dim, self.block_dim
         return streams.launch(self.fn, dims, self.stream, self.dynshared_size, args)
 
-    def configure(self: Any, configuration: Any) -> _Configured:
-        return _Configured(lambda *launch: streams.launch(self.fn, *launch), configuration)
+    def configure(self: Any, configuration: Any) -> _ConfiguredKernel:
+        return _ConfiguredKernel(lambda *launch: streams.launch(self.fn, *launch), configuration)
 
     def record(self: Any, stream: Any = 0) -> None:
         self.done = streams.enqueue(stream, lambda: None)

@@ -1,4 +1,4 @@
-"""The door of the CUDA kernels over buffers that lie on several devices, as a stand-in says."""
+"""Public CUDA kernels over buffers on several simulated devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 from concurrency import concurrent
 from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-from simulated_peers import Simulated
+from simulated_peers import SimulatedDriver
 
 import dvkernels as dv
 from dvkernels.benchmarks import between_gpus, gpu
@@ -31,22 +31,25 @@ pytestmark = pytest.mark.cuda
 
 
 class Machine:
-    """Several devices, where arrays lie as ``put`` says; ``reaches`` are the pairs that do not."""
+    """Driver double with several devices; ``place_on`` puts an array on one of them.
+
+    The pairs in ``no_peer_access`` lack peer access.
+    """
 
     def __init__(self, monkeypatch):
         self.captured = ()
-        self.placed, self.apart, self.waited, self.kept = {}, set(), [], []
+        self.device_and_stream_of, self.no_peer_access, self.waited, self.kept = {}, set(), [], []
         self.is_open = lambda address: True
-        self.peers = Simulated()
+        self.peers = SimulatedDriver()
         self.streams = {}
         monkeypatch.setattr(all_reduce, "_groups", {})
         monkeypatch.setattr(driver, "find", lambda: self)
         monkeypatch.setattr(peer_access, "PeerAccess", lambda found: self.peers)
-        self._place = cuda_arrays.place
-        monkeypatch.setattr(cuda_arrays, "place", self.place)
+        self._place = cuda_arrays.locate
+        monkeypatch.setattr(cuda_arrays, "locate", self.place)
 
     def open_peer(self, device, peer):
-        return (device, peer) not in self.apart
+        return (device, peer) not in self.no_peer_access
 
     def wait(self, device, waiting, awaited):
         self.waited.append((device, waiting, awaited))
@@ -66,17 +69,17 @@ class Machine:
     def synchronize(self, device):
         pass
 
-    def put(self, array, device, stream=None):
+    def place_on(self, array, device, stream=None):
         buffer = FakeCUDAArray(array)
         self.kept.append(buffer)
-        self.placed[id(buffer)] = (device, stream)
+        self.device_and_stream_of[id(buffer)] = (device, stream)
         return buffer
 
     def allocate(self, monkeypatch, streams):
-        """Let the library allocate on these devices, each with a stream that is current."""
+        """Let the array library allocate on these devices, with their current streams."""
 
         def empty(device, shape, dtype):
-            return self.put(np.empty(shape, dtype), device, streams[device])
+            return self.place_on(np.empty(shape, dtype), device, streams[device])
 
         monkeypatch.setattr(cuda_devices.arrays(), "empty", empty)
 
@@ -85,7 +88,7 @@ class Machine:
         return [
             one._replace(device=device, stream=stream)
             for one, buffer in zip(found, buffers, strict=True)
-            for device, stream in [self.placed.get(id(buffer), (0, 0))]
+            for device, stream in [self.device_and_stream_of.get(id(buffer), (0, 0))]
         ]
 
 
@@ -100,22 +103,24 @@ def some(count, shape, dtype="f4"):
 
 
 @pytest.mark.parametrize("verb", ["direct_all_reduce", "ring_all_reduce"])
-@pytest.mark.parametrize("apart", [(), ((0, 1), (2, 0))], ids=["peers", "strangers"])
-def test_buffers_on_three_devices(machine, verb, apart):
-    machine.apart = {*apart}
+@pytest.mark.parametrize("no_peer_access", [(), ((0, 1), (2, 0))], ids=["peers", "strangers"])
+def test_buffers_on_three_devices(machine, verb, no_peer_access):
+    machine.no_peer_access = {*no_peer_access}
     arrays = some(3, (5, 40))
     right = np.sum(arrays, axis=0)
     with concurrent(seed=3):
-        buffers = [machine.put(array, rank, cuda.stream()) for rank, array in enumerate(arrays)]
+        buffers = [
+            machine.place_on(array, rank, cuda.stream()) for rank, array in enumerate(arrays)
+        ]
         results = getattr(kernels, verb)(buffers)
     assert all(one is other for one, other in zip(results, buffers, strict=True))
     assert all(np.array_equal(array, right) for array in arrays)
     waits = machine.peers.records == 0
-    assert waits == (not apart)
+    assert waits == (not no_peer_access)
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "dtype", "taken"),
+    ("algorithm", "dtype", "protocol"),
     [
         ("auto", "f4", "ring"),
         ("auto", "f2", "staged"),
@@ -123,43 +128,43 @@ def test_buffers_on_three_devices(machine, verb, apart):
         ("direct", "f4", "staged"),
     ],
 )
-def test_where_only_neighbours_reach_each_other(machine, monkeypatch, algorithm, dtype, taken):
-    found, choose = [], flag_selection.choose
+def test_only_neighbours_have_peer_access(machine, monkeypatch, algorithm, dtype, protocol):
+    routes, choose = [], flag_selection.choose
 
     def choosing(*args, **named):
-        found.append(choose(*args, **named))
-        return found[-1]
+        routes.append(choose(*args, **named))
+        return routes[-1]
 
     monkeypatch.setattr(flag_selection, "choose", choosing)
-    machine.apart = {(0, 1), (1, 2), (2, 0)}
+    machine.no_peer_access = {(0, 1), (1, 2), (2, 0)}
     arrays = some(3, 50, dtype)
     right = np.sum(arrays, axis=0)
     with concurrent(seed=1):
-        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        buffers = [machine.place_on(array, k, cuda.stream()) for k, array in enumerate(arrays)]
         kernels.all_reduce(buffers, algorithm=algorithm)
     assert all(np.array_equal(array, right) for array in arrays)
-    assert [route.make.__name__ for route in found] == [taken]
+    assert [route.make.__name__ for route in routes] == [protocol]
 
 
 @pytest.mark.parametrize(("algorithm", "dtype"), [("direct", "i4"), ("ring", "u1"), ("auto", "?")])
-def test_a_reduction_of_the_users_own(machine, algorithm, dtype):
+def test_a_custom_reduction(machine, algorithm, dtype):
     op = dv.CustomReduction(numba.njit(lambda a, b: a ^ b), 0, "xor")
     arrays = some(3, 200, dtype)
     right = np.bitwise_xor.reduce(arrays)
     with concurrent(seed=2):
-        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        buffers = [machine.place_on(array, k, cuda.stream()) for k, array in enumerate(arrays)]
         kernels.all_reduce(buffers, op, algorithm=algorithm)
     assert all(np.array_equal(array, right) for array in arrays)
 
 
-def test_out_and_its_streams(machine):
+def test_out_has_streams_of_its_own(machine):
     arrays = some(2, 77, "f8")
     before = [array.copy() for array in arrays]
     outs = [np.zeros(77) for _ in arrays]
     with concurrent():
         streams = [cuda.stream() for _ in range(4)]
-        buffers = [machine.put(array, k, streams[k]) for k, array in enumerate(arrays)]
-        places = [machine.put(out, k, streams[2 + k]) for k, out in enumerate(outs)]
+        buffers = [machine.place_on(array, k, streams[k]) for k, array in enumerate(arrays)]
+        places = [machine.place_on(out, k, streams[2 + k]) for k, out in enumerate(outs)]
         kernels.all_reduce(buffers, "mean", out=places)
     assert all(np.array_equal(out, np.mean(before, axis=0)) for out in outs)
     assert all(np.array_equal(now, then) for now, then in zip(arrays, before, strict=True))
@@ -175,18 +180,18 @@ def test_buffers_that_are_not_dense_and_two_on_one_device(machine, dtype):
         array[:] = values
     right = np.sum(arrays, axis=0).astype(dtype)
     buffers = [
-        machine.put(array, device, 0) for array, device in zip(arrays, (0, 1, 0), strict=True)
+        machine.place_on(array, device, 0) for array, device in zip(arrays, (0, 1, 0), strict=True)
     ]
     kernels.all_reduce(buffers)
     assert all(np.array_equal(array, right) for array in arrays)
     assert all(not room[:, 0].any() and not room[1::2].any() for room in rooms)
 
 
-def test_the_first_device_does_other_verbs_for_all_and_streams_wait_both_ways(machine):
+def test_other_verbs_run_on_the_first_device_and_streams_wait_both_ways(machine):
     arrays = some(3, 12)
-    buffers = [machine.put(array, rank, 10 + rank) for rank, array in enumerate(arrays)]
+    buffers = [machine.place_on(array, rank, 10 + rank) for rank, array in enumerate(arrays)]
     out = np.zeros(12, "f4")
-    kernels.reduce(buffers, "max", out=machine.put(out, 0, 10))
+    kernels.reduce(buffers, "max", out=machine.place_on(out, 0, 10))
     assert np.array_equal(out, np.max(arrays, axis=0))
     before = [(0, 10, rank, 10 + rank) for rank in (1, 2)]
     assert machine.waited == [
@@ -194,7 +199,9 @@ def test_the_first_device_does_other_verbs_for_all_and_streams_wait_both_ways(ma
         *((*there, *home) for *home, a, b in before for there in [(a, b)]),
     ]
     outs = [np.zeros(36, "f4") for _ in arrays]
-    kernels.all_gather(buffers, out=[machine.put(one, k, 10 + k) for k, one in enumerate(outs)])
+    kernels.all_gather(
+        buffers, out=[machine.place_on(one, k, 10 + k) for k, one in enumerate(outs)]
+    )
     assert all(np.array_equal(one, np.concatenate(arrays)) for one in outs)
     kernels.broadcast(buffers, root=2)
     assert all(np.array_equal(array, arrays[2]) for array in arrays)
@@ -202,28 +209,30 @@ def test_the_first_device_does_other_verbs_for_all_and_streams_wait_both_ways(ma
     assert all(np.array_equal(array, 3 * outs[0][24:]) for array in arrays)
 
 
-def test_a_graph_takes_in_all_streams_and_holds_no_flags_and_no_slots(machine):
+def test_a_captured_graph_has_all_streams_and_neither_flags_nor_slots(machine):
     arrays = some(3, 12)
     right = np.sum(arrays, axis=0)
     machine.captured = (11,)
-    kernels.all_reduce([machine.put(array, rank, 10 + rank) for rank, array in enumerate(arrays)])
+    kernels.all_reduce(
+        [machine.place_on(array, rank, 10 + rank) for rank, array in enumerate(arrays)]
+    )
     assert all(np.array_equal(array, right) for array in arrays)
     assert machine.peers.records > 0  # by launches
     assert machine.waited == [(k, 10 + k, 1, 11) for k in (0, 2)] + [
         (1, 11, k, 10 + k) for k in (0, 2)
     ]
-    machine.apart = {(0, 1), (0, 2)}  # no ring either
+    machine.no_peer_access = {(0, 1), (0, 2)}  # no ring either
     all_reduce._groups.clear()
     with pytest.raises(DeviceError, match="CUDA graph"):
-        kernels.all_reduce([machine.put(a, rank, 10 + rank) for rank, a in enumerate(arrays)])
+        kernels.all_reduce([machine.place_on(a, rank, 10 + rank) for rank, a in enumerate(arrays)])
 
 
-def test_a_failure_stays_until_recover(machine):
+def test_a_failed_group_fails_until_recover(machine):
     arrays = some(2, 30)
     right = np.sum(arrays, axis=0)
-    machine.peers = Simulated(absent=[1])
+    machine.peers = SimulatedDriver(absent=[1])
     with concurrent():
-        buffers = [machine.put(array, k, cuda.stream()) for k, array in enumerate(arrays)]
+        buffers = [machine.place_on(array, k, cuda.stream()) for k, array in enumerate(arrays)]
         kernels.all_reduce(buffers)
         kernels.abort()
     with pytest.raises(CollectiveTimeoutError, match="was aborted"):
@@ -233,11 +242,11 @@ def test_a_failure_stays_until_recover(machine):
     for array, fresh in zip(arrays, some(2, 30), strict=True):
         array[:] = fresh
     with concurrent():
-        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+        kernels.all_reduce([machine.place_on(a, k, cuda.stream()) for k, a in enumerate(arrays)])
     assert all(np.array_equal(array, right) for array in arrays)
 
 
-def test_a_launch_that_fails_frees_those_before_it(machine):
+def test_a_failed_launch_aborts_the_earlier_ones(machine):
     arrays = some(2, 30)
     launch = machine.peers.launch
 
@@ -248,29 +257,29 @@ def test_a_launch_that_fails_frees_those_before_it(machine):
 
     machine.peers.launch = failing
     with concurrent(), pytest.raises(DeviceError, match="cuLaunchKernel"):
-        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+        kernels.all_reduce([machine.place_on(a, k, cuda.stream()) for k, a in enumerate(arrays)])
     with pytest.raises(CollectiveTimeoutError):
-        kernels.all_reduce([machine.put(a, k, 0) for k, a in enumerate(arrays)])
+        kernels.all_reduce([machine.place_on(a, k, 0) for k, a in enumerate(arrays)])
 
 
-def test_memory_of_a_closed_pool_is_not_touched_by_peers(machine):
+def test_memory_of_a_closed_pool_is_not_accessed_by_peers(machine):
     arrays = some(2, 5000)
     right = np.sum(arrays, axis=0)
     machine.is_open = lambda address: False
     with concurrent():
-        kernels.all_reduce([machine.put(a, k, cuda.stream()) for k, a in enumerate(arrays)])
+        kernels.all_reduce([machine.place_on(a, k, cuda.stream()) for k, a in enumerate(arrays)])
     assert all(np.array_equal(array, right) for array in arrays)
 
 
-def test_new_results_lie_beside_their_buffers(machine):
+def test_new_results_lie_on_the_gpus_of_their_buffers(machine):
     arrays = some(2, 10)
-    buffers = [machine.put(array, 0, 0) for array in arrays]
-    machine.placed[id(buffers[1])] = (1, 0)
+    buffers = [machine.place_on(array, 0, 0) for array in arrays]
+    machine.device_and_stream_of[id(buffers[1])] = (1, 0)
     made = []
     empty = SimpleNamespace(
         empty=lambda device, *_: made.append(device) or FakeCUDAArray(np.zeros(10, "f4"))
     )
-    machine.apart = {(0, 1)}
+    machine.no_peer_access = {(0, 1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dvkernels.devices.cuda.arrays", lambda: empty)
         results = kernels.all_reduce_new(buffers, "sum", "auto")
@@ -281,30 +290,30 @@ def test_new_results_lie_beside_their_buffers(machine):
 def test_bad_input_touches_nothing(machine):
     arrays = some(2, 10)
     before = [array.copy() for array in arrays]
-    buffers = [machine.put(array, k, 0) for k, array in enumerate(arrays)]
-    outs = [machine.put(np.zeros(10, "f4"), 0, 0) for _ in range(2)]
+    buffers = [machine.place_on(array, k, 0) for k, array in enumerate(arrays)]
+    outs = [machine.place_on(np.zeros(10, "f4"), 0, 0) for _ in range(2)]
     with pytest.raises(DeviceError, match="replica 1 is on cuda:1, out 1 on cuda:0"):
         kernels.all_reduce(buffers, out=outs)
     with pytest.raises(BufferMismatchError, match="replica 1 holds"):
-        kernels.all_reduce([buffers[0], machine.put(np.zeros(9, "f4"), 1, 0)])
-    machine.apart = {(0, 1)}
+        kernels.all_reduce([buffers[0], machine.place_on(np.zeros(9, "f4"), 1, 0)])
+    machine.no_peer_access = {(0, 1)}
     with pytest.raises(
-        DeviceError, match="cuda:0 reads and writes for all, and does not reach cuda:1"
+        DeviceError, match="cuda:0 does all the work, and has no peer access to cuda:1"
     ):
         kernels.reduce(buffers)
-    machine.apart, machine.is_open = set(), lambda address: False
+    machine.no_peer_access, machine.is_open = set(), lambda address: False
     with pytest.raises(DeviceError, match="pool"):
         kernels.broadcast(buffers)
     assert all(np.array_equal(now, then) for now, then in zip(arrays, before, strict=True))
     assert not machine.peers.launched
 
 
-def test_the_measurement_takes_every_protocol_and_rival(machine, monkeypatch):
-    taken = []
+def test_the_measurement_covers_every_protocol_and_contestant(machine, monkeypatch):
+    calls_taken = []
 
-    def rival(bench, inputs, outs):
+    def contestant(bench, inputs, outs):
         def call():
-            taken.append(len(inputs))
+            calls_taken.append(len(inputs))
             for out in outs:
                 out._ary[:] = sum(one._ary for one in inputs)
 
@@ -317,20 +326,20 @@ def test_the_measurement_takes_every_protocol_and_rival(machine, monkeypatch):
         streams = [cuda.stream() for _ in range(3)]
         monkeypatch.setattr(machine, "synchronize", lambda device: streams[device].synchronize())
         machine.allocate(monkeypatch, streams)
-        figures = between_gpus.measure([0, 1, 2], plan, {"rival": rival})
-        machine.apart = {(0, 1), (0, 2)}
+        figures = between_gpus.measure([0, 1, 2], plan, {"rival": contestant})
+        machine.no_peer_access = {(0, 1), (0, 2)}
         all_reduce._groups.clear()
         alone = between_gpus.measure([0, 1, 2], plan, {})
     assert [(one.nbytes, one.replicas) for one in figures] == [(256, 3), (4096, 3)]
     contestants = {"one_shot", "two_shot", "ring", "staged", "rival", "copy"}
     assert all(one.neighbours.keys() == contestants for one in figures)
     assert all(one.seconds > 0 and one.attained > 0 for one in figures)
-    assert {*taken} == {3}
+    assert {*calls_taken} == {3}
     assert all(one.neighbours.keys() == {"staged", "copy"} for one in alone)
 
 
-def test_a_rival_that_computes_something_else_is_not_reported(machine, monkeypatch):
-    machine.apart = {(0, 1)}
+def test_a_contestant_with_wrong_results_is_not_reported(machine, monkeypatch):
+    machine.no_peer_access = {(0, 1)}
     plan = gpu.MeasurementPlan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
     machine.allocate(monkeypatch, [0, 0])
     idle = {"idle": lambda *_: lambda calls: 1.0}
@@ -338,8 +347,8 @@ def test_a_rival_that_computes_something_else_is_not_reported(machine, monkeypat
         between_gpus.measure([0, 1], plan, idle)
 
 
-def test_what_is_not_there_is_said(machine, monkeypatch):
-    machine.apart = {(0, 1)}
+def test_absent_libraries_are_reported(machine, monkeypatch):
+    machine.no_peer_access = {(0, 1)}
     plan = gpu.MeasurementPlan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
     machine.allocate(monkeypatch, [0, 0])
     monkeypatch.setattr(registry, "version_of", lambda peer, python: None)

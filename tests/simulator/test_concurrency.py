@@ -1,4 +1,4 @@
-"""Blocks, launches and streams of the concurrent simulator wait for each other, and end."""
+"""The concurrent simulator: blocks, launches and streams run at the same time, and end."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def await_word(words, index, value):
 
 
 @cuda.jit
-def answer(words, mine, other):
-    """Wait for every block of another launch, in turn."""
+def exchange_words(words, mine, other):
+    """Exchange signals with the same block of another launch, three times."""
     block = cuda.blockIdx.x
     for turn in range(3):
         cuda.syncthreads()
@@ -36,8 +36,8 @@ def answer(words, mine, other):
 
 
 @cuda.jit
-def wait_backwards(words):
-    """Let each block wait for the one after it: the first hangs where blocks run in turn."""
+def wait_for_next_block(words):
+    """Let each block wait for the next one, which hangs where blocks run one after another."""
     block = cuda.blockIdx.x
     if cuda.threadIdx.x == 0:
         if block + 1 < cuda.gridDim.x:
@@ -46,7 +46,7 @@ def wait_backwards(words):
 
 
 @cuda.jit
-def share(words):
+def exchange_shared(words):
     scratch = cuda.shared.array(4, np.int64)
     me = cuda.threadIdx.x
     scratch[me] = cuda.blockIdx.x * 10 + me
@@ -70,7 +70,7 @@ def fail(words):
 def test_blocks_wait_for_blocks():
     words = np.zeros(5, np.int64)
     with concurrent():
-        wait_backwards[5, 2](words)
+        wait_for_next_block[5, 2](words)
     assert words.all()
 
 
@@ -79,7 +79,7 @@ def test_launches_wait_for_launches(seed):
     words = np.zeros(6, np.int64)
     with concurrent(seed) as streams:
         for mine, other in ((0, 3), (3, 0)):
-            answer[3, 2, cuda.stream()](words, mine, other)
+            exchange_words[3, 2, cuda.stream()](words, mine, other)
     assert (words == 3).all()
     assert streams.num_launches == 2
 
@@ -87,7 +87,7 @@ def test_launches_wait_for_launches(seed):
 def test_every_block_has_its_own_shared_memory():
     words = np.zeros(12, np.int64)
     with concurrent(1):
-        share[3, 4](words)
+        exchange_shared[3, 4](words)
     assert words.tolist() == [300 + 10 * b + (t + 1) % 4 for b in range(3) for t in range(4)]
 
 
@@ -109,7 +109,7 @@ def test_a_failing_thread_ends_its_launch():
         fail[1, 4](np.zeros(1))
 
 
-def test_nothing_is_left_behind():
+def test_threads_end_and_numbas_simulator_is_restored():
     assert not any(thread.name == "dvkernels-simulated" for thread in threading.enumerate())
     words = np.zeros(3, np.int64)
     add[1, 3](words, 1)  # Numba's own simulator is back

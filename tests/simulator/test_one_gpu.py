@@ -1,4 +1,4 @@
-"""What the bodies of the CPU do not ask: launches, pieces, alignment, the seam."""
+"""Kernels within one simulated GPU: launches, pieces, alignment, the array library."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def on_device(arrays):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The words of every launch."""
+    """Return the list to which the words of every launch are appended."""
     seen, launch = [], launcher.launch
 
-    def noted(kernel, device, blocks, words, stream):
+    def recording(kernel, device, blocks, words, stream):
         seen.append(list(words))
         launch(kernel, device, blocks, words, stream)
 
-    monkeypatch.setattr(launcher, "launch", noted)
+    monkeypatch.setattr(launcher, "launch", recording)
     return seen
 
 
-def test_the_seam_of_the_simulator():
+def test_the_array_library_of_the_simulator():
     check_arrays(cuda.arrays())
 
 
-def test_a_seam_that_mixes_arrays_up_is_found():
+def test_an_array_library_that_shares_memory_is_found():
     class Shared:
         def __getattr__(self, name):
             return getattr(cuda.arrays(), name)
 
         def empty(self, device, shape, dtype, stream=None):
-            room = self.__dict__.setdefault((shape, str(dtype)), np.empty(shape, dtype))
-            return on_device([room])[0]
+            memory = self.__dict__.setdefault((shape, str(dtype)), np.empty(shape, dtype))
+            return on_device([memory])[0]
 
     with pytest.raises(AssertionError, match="share memory"):
         check_arrays(Shared())
@@ -99,35 +99,35 @@ def test_two_dtypes_are_two_launches(launches):
     "offsets", [(0, 0, 0), (4, 4, 4), (12, 12, 12), (0, 4, 8), (1, 1, 1), (0, 0, 2)]
 )
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 17, 64, 131])
-def test_any_alignment_and_length_and_nothing_beside(offsets, length, launches):
+def test_any_alignment_and_length_and_no_write_outside(offsets, length, launches):
     expected = np.zeros(length, "f4")
-    rooms, buffers = [], []
+    memories, buffers = [], []
     for replica, offset in enumerate(offsets):
-        room = np.full(length * 4 + 64, 0xA5, np.uint8)
-        start = -room.ctypes.data % 16 + offset
-        buffer = np.ndarray((length,), "f4", room, start)
+        memory = np.full(length * 4 + 64, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 16 + offset
+        buffer = np.ndarray((length,), "f4", memory, start)
         buffer[:] = np.arange(length) + replica
         expected += buffer
-        rooms.append((room, start))
+        memories.append((memory, start))
         buffers.append(buffer)
     kernels.all_reduce(on_device(buffers))
-    for (room, start), buffer in zip(rooms, buffers, strict=True):
+    for (memory, start), buffer in zip(memories, buffers, strict=True):
         assert (buffer == expected).all()
-        assert (np.delete(room, np.s_[start : start + 4 * length]) == 0xA5).all()
-    # Those that a GPU cannot read as float32 are copied in and out.
+        assert (np.delete(memory, np.s_[start : start + 4 * length]) == 0xA5).all()
+    # Buffers that are misaligned for float32 are copied in and out.
     copied = sum(offset % 4 != 0 for offset in offsets)
     assert len(launches) == 1 + 2 * copied
     if len({*offsets}) == 1 and not copied:
-        where = launches[0][launch_table.HEADER + 1]
-        num_axes, before, vectors, after = launches[0][where : where + 4]
+        record = launches[0][launch_table.HEADER + 1]
+        num_axes, before, vectors, after = launches[0][record : record + 4]
         assert (num_axes, before + 4 * vectors + after) == (0, length)
         assert before < 4
         assert after < 4
 
 
 def test_a_misaligned_vector_is_refused_as_on_a_device():
-    room = np.zeros(64, np.uint8)
-    address = room.ctypes.data + -room.ctypes.data % 16
+    memory = np.zeros(64, np.uint8)
+    address = memory.ctypes.data + -memory.ctypes.data % 16
     with pytest.raises(ValueError, match="multiple"):
         intrinsics.load_vector(address + 4)
     with pytest.raises(ValueError, match="multiple"):
@@ -154,7 +154,7 @@ def test_pieces_cover_every_unit_once(sizes, most_blocks):
     assert 1 <= blocks <= min(num_pieces, most_blocks)
 
 
-def test_items_with_axes_are_cut_where_32_bits_end(monkeypatch):
+def test_items_with_axes_are_cut_at_the_largest_length(monkeypatch):
     monkeypatch.setattr(job, "_LONGEST", 10)
     buffers = [np.arange(120.0).reshape(5, 24)[:, ::2] + k for k in range(2)]
     expected = buffers[0] + buffers[1]

@@ -1,4 +1,4 @@
-"""Strategies on simulated GPUs: what the bodies of the CPU do not ask."""
+"""Strategies on simulated GPUs, beyond the tests that they share with CPU devices."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rank():
     return here().replica_id_in_sync_group
 
 
-def test_gpus_are_what_a_strategy_takes_by_itself():
+def test_strategies_use_gpus_by_default():
     with dv.MirroredStrategy() as strategy:
         assert [str(device) for device in strategy.worker_devices] == ["cuda:0"]
     with dv.CentralStorageStrategy(["cuda:0"] * 2) as strategy:
@@ -51,12 +51,12 @@ def test_gpus_are_what_a_strategy_takes_by_itself():
         lambda: dv.CentralStorageStrategy(["cuda:0"], "cpu:0"),
     ],
 )
-def test_one_strategy_has_one_kind_of_memory(make):
+def test_a_strategy_refuses_mixed_kinds_of_memory(make):
     with pytest.raises(errors.DeviceError, match="one kind of memory"):
         make()
 
 
-def test_a_variable_lies_on_its_devices_and_comes_to_the_host_when_asked(two):
+def test_a_variable_lies_on_its_devices_and_is_copied_to_the_host_on_request(two):
     with two.scope():
         weight = dv.Variable(np.arange(3.0))
     read = weight.read_value()
@@ -71,7 +71,7 @@ def test_a_variable_lies_on_its_devices_and_comes_to_the_host_when_asked(two):
     assert "float64[3]" in repr(two.run(weight.read_value))
 
 
-def test_values_of_the_host_are_brought_and_those_of_a_collective_stay_where_they_are(two):
+def test_assigned_host_values_move_to_the_gpu_and_reduced_ones_stay(two):
     with two.scope():
         weight = dv.Variable(np.zeros(2), aggregation="mean")
     two.run(lambda: weight.assign(np.full(2, rank() + 1.0)))
@@ -91,7 +91,7 @@ def test_a_cpu_strategy_refuses_arrays_of_a_gpu():
             dv.Variable(on_gpu(np.ones(2)))
 
 
-def test_arrays_that_the_simulator_makes_are_taken_too(two):
+def test_arrays_of_numba_are_accepted(two):
     from numba import cuda
 
     held = cuda.to_device(np.ones(3))
@@ -103,7 +103,7 @@ def test_arrays_that_the_simulator_makes_are_taken_too(two):
     assert into.copy_to_host().tolist() == [2, 2, 2]
 
 
-def test_arrays_of_gpu_and_host_do_not_meet_unasked(two):
+def test_arrays_of_gpu_and_host_do_not_mix_implicitly(two):
     with two.scope():
         weight = dv.Variable(np.ones(2))
     with pytest.raises(TypeError, match="copy the latter"):
@@ -147,7 +147,7 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(two, tmp_path):
         np.testing.assert_array_equal(on_gpus[0].numpy(), expected)
 
 
-def test_debug_mode_sees_what_lies_on_a_gpu(two):
+def test_debug_mode_checks_arrays_on_gpus(two):
     with two.scope():
         weight = dv.Variable(np.ones(2), aggregation="sum")
     with dv.debug():
@@ -160,20 +160,20 @@ def test_debug_mode_sees_what_lies_on_a_gpu(two):
     assert weight.numpy().tolist() == [1, 1]
 
 
-def test_a_captured_value_is_moved_between_kinds_of_devices(two):
+def test_values_are_copied_between_kinds_of_devices(two):
     value = two.run(lambda: on_gpu(np.full(2, float(rank()))))
     assert two.reduce_to("sum", value, "cpu:0").on(0).tolist() == [1, 1]
     assert type(two.broadcast_to(np.ones(2), "cuda:0").on(0)) is type(on_gpu(0.0))
     assert value.copy_to("cpu:0").on(1).tolist() == [1, 1]
 
 
-def test_gradients_are_clipped_where_they_lie():
+def test_gradients_are_clipped_on_their_gpu():
     found, norm = dv.optimizers.clip_by_global_norm([on_gpu([3.0, 0.0]), on_gpu([4.0])], 1.0)
     assert norm == 5.0
     assert [np.round(one.get(), 12).tolist() for one in found] == [[0.6, 0.0], [0.8]]
 
 
-def test_batches_come_to_the_devices_of_their_replicas(two):
+def test_batches_are_copied_to_the_devices_of_their_replicas(two):
     data = dv.Dataset.from_arrays((np.arange(10.0), np.arange(10))).batch(4)
     for prefetch in (None, 2):
         seen = []
@@ -198,7 +198,7 @@ def test_an_iterator_over_gpus_resumes_on_the_cpu(two):
     assert sorted([int(k) for part in first.values for k in part.tolist()] + rest) == [*range(10)]
 
 
-def test_training_on_gpus_gives_what_training_on_one_gives(capsys):
+def test_training_on_gpus_matches_one_gpu(capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("rich")
     arguments = [
@@ -220,7 +220,7 @@ def test_training_on_gpus_gives_what_training_on_one_gives(capsys):
     assert report["test_accuracy"] > 0.3
 
 
-def test_the_measurement_of_a_gpu_is_written_down(tmp_path, capsys):
+def test_bench_writes_the_report_of_a_gpu(tmp_path, capsys):
     assert main(["bench", "--device", "cuda", "--report", str(tmp_path / "report.json")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert "simulator" in report["about"]["Machine"]

@@ -1,4 +1,4 @@
-"""The waiting kernels in the simulator, where all blocks of all ranks run at the same time."""
+"""Flag kernels in the concurrent simulator, where all blocks of all ranks run at the same time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 import ml_dtypes
 from concurrency import concurrent
 from numba import cuda
-from simulated_peers import Simulated
+from simulated_peers import SimulatedDriver
 
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import cpu
-from dvkernels.kernels.cuda.multi_gpu import group as teams
+from dvkernels.kernels.cuda.multi_gpu import group as group_module
 from dvkernels.kernels.cuda.multi_gpu.group import AllReduceCall, DeviceGroup
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.schedules import flag_all_reduce
@@ -42,26 +42,26 @@ def some(num_ranks, length, dtype="f4", seed=0):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Let a few hundred elements make several blocks, and several calls of a slot's size."""
-    monkeypatch.setattr(teams, "_BLOCK_NBYTES", 256)
-    monkeypatch.setattr(teams, "MOST_BLOCKS", 4)
-    monkeypatch.setattr(teams, "_SLOT_NBYTES", 1024)
+    monkeypatch.setattr(group_module, "_BLOCK_NBYTES", 256)
+    monkeypatch.setattr(group_module, "MOST_BLOCKS", 4)
+    monkeypatch.setattr(group_module, "_SLOT_NBYTES", 1024)
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waiting", "by launches"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_calls_in_a_row_give_the_sums(name, num_ranks, waits):
+def test_consecutive_calls_give_the_sums(name, num_ranks, waits):
     route = Route(PROTOCOLS[name], tuple(range(num_ranks)), waits)
     lengths = (1200, 0, 5, 701, 300, 301)
     calls = [some(num_ranks, length, seed=seed) for seed, length in enumerate(lengths)]
     expected = [np.sum(call, axis=0) for call in calls]
-    driver = Simulated()
+    driver = SimulatedDriver()
     with concurrent(seed=num_ranks):
-        team = DeviceGroup(range(num_ranks), driver, timeout_seconds=5)
+        group = DeviceGroup(range(num_ranks), driver, timeout_seconds=5)
         streams = [cuda.stream() for _ in range(num_ranks)]
         for call in calls:
-            team.all_reduce(job(call, call, "sum", streams), route)
-    team.check()
+            group.all_reduce(job(call, call, "sum", streams), route)
+    group.check()
     for call, right in zip(calls, expected, strict=True):
         assert all(np.array_equal(array, right) for array in call)
     assert driver.records == 0 or not waits
@@ -75,12 +75,12 @@ def test_protocols_mix_and_streams_change(seed):
     before = [[array.copy() for array in call] for call in calls]
     outs = [[np.empty_like(array) for array in call] for call in calls]
     with concurrent(seed=seed):
-        team = DeviceGroup(range(num_ranks), Simulated(), timeout_seconds=5)
+        group = DeviceGroup(range(num_ranks), SimulatedDriver(), timeout_seconds=5)
         streams = [[cuda.stream() for _ in range(num_ranks)] for _ in range(2)]
         for number, (call, out) in enumerate(zip(calls, outs, strict=True)):
             order = tuple(int(rank) for rank in rng.permutation(num_ranks))
             route = Route(PROTOCOLS[names[rng.integers(5)]], order, bool(rng.integers(3)))
-            team.all_reduce(job(call, out, "sum", streams[number % 3 == 0]), route)
+            group.all_reduce(job(call, out, "sum", streams[number % 3 == 0]), route)
     for call, kept, out in zip(calls, before, outs, strict=True):
         assert all(np.array_equal(now, then) for now, then in zip(call, kept, strict=True))
         assert all(np.array_equal(array, np.sum(kept, axis=0)) for array in out)
@@ -109,16 +109,16 @@ def test_bits_are_those_of_the_cpu(name, op, dtype):
     route = Route(PROTOCOLS[name], tuple(range(num_ranks)), waits=True)
     with concurrent():
         streams = [cuda.stream() for _ in range(num_ranks)]
-        team = DeviceGroup(range(num_ranks), Simulated(), timeout_seconds=5)
-        team.all_reduce(job(buffers, buffers, op, streams), route)
-    team.check()
+        group = DeviceGroup(range(num_ranks), SimulatedDriver(), timeout_seconds=5)
+        group.all_reduce(job(buffers, buffers, op, streams), route)
+    group.check()
     assert len({array.tobytes() for array in buffers}) == 1
     if name != "chain":  # its additions begin at another rank for each part
         assert buffers[0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("offsets", [(0, 0), (4, 4), (8, 4), (12, 0)])
-def test_any_alignment_and_nothing_outside(offsets):
+def test_any_alignment_and_no_write_outside(offsets):
     rooms = [np.full(120, 7, "f4") for _ in offsets]
     starts = [
         (-room.ctypes.data % 16 + 16 + offset) // 4
@@ -128,11 +128,11 @@ def test_any_alignment_and_nothing_outside(offsets):
     for rank, buffer in enumerate(buffers):
         buffer[:] = rank + 1
     with concurrent():
-        team = DeviceGroup((0, 1), Simulated(), timeout_seconds=5)
+        group = DeviceGroup((0, 1), SimulatedDriver(), timeout_seconds=5)
         streams = [cuda.stream() for _ in offsets]
         for name in ("two_shot", "one_shot", "ring"):
             route = Route(PROTOCOLS[name], (0, 1), waits=True)
-            team.all_reduce(job(buffers, buffers, "max", streams), route)
+            group.all_reduce(job(buffers, buffers, "max", streams), route)
     for room, start in zip(rooms, starts, strict=True):
         inside = slice(start, start + 75)
         assert (room[inside] == 2).all()
@@ -142,30 +142,30 @@ def test_any_alignment_and_nothing_outside(offsets):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_rank_that_never_comes_is_named_and_all_others_leave(name):
     buffers = some(3, 200)
-    driver = Simulated(absent=[1])
+    driver = SimulatedDriver(absent=[1])
     route = Route(PROTOCOLS[name], (0, 1, 2), waits=True)
     begun = time.monotonic()
     with concurrent():
-        team = DeviceGroup((0, 1, 2), driver, timeout_seconds=1.0)
+        group = DeviceGroup((0, 1, 2), driver, timeout_seconds=1.0)
         streams = [cuda.stream() for _ in range(3)]
-        team.all_reduce(job(buffers, buffers, "sum", streams), route)
+        group.all_reduce(job(buffers, buffers, "sum", streams), route)
     assert time.monotonic() - begun < 20
     with pytest.raises(
         CollectiveTimeoutError, match=r"rank 1 \(cuda:1\) did not come within 1.0 s"
     ):
-        team.check()
+        group.check()
     num_launched = len(driver.launched)
     with pytest.raises(CollectiveTimeoutError):
-        team.all_reduce(job(buffers, buffers, "sum", streams), route)
+        group.all_reduce(job(buffers, buffers, "sum", streams), route)
     assert len(driver.launched) == num_launched
     # All that failed is forgotten, whatever the flags hold by now.
     driver._absent = ()
-    team.recover()
+    group.recover()
     buffers = some(3, 200)
     right = np.sum(buffers, axis=0)
     with concurrent(seed=1):
-        team.all_reduce(job(buffers, buffers, "sum", streams), route)
-    team.check()
+        group.all_reduce(job(buffers, buffers, "sum", streams), route)
+    group.check()
     assert all(np.array_equal(array, right) for array in buffers)
 
 
@@ -175,27 +175,27 @@ def test_an_abort_ends_all_waiting_long_before_the_deadline(name):
     route = Route(PROTOCOLS[name], (0, 1), waits=True)
     begun = time.monotonic()
     with concurrent():
-        team = DeviceGroup((0, 1), Simulated(absent=[0]), timeout_seconds=1000)
+        group = DeviceGroup((0, 1), SimulatedDriver(absent=[0]), timeout_seconds=1000)
         streams = [cuda.stream() for _ in range(2)]
         for _ in range(3):
-            team.all_reduce(job(buffers, buffers, "sum", streams), route)
+            group.all_reduce(job(buffers, buffers, "sum", streams), route)
         time.sleep(0.1)
-        team.abort()
+        group.abort()
     assert time.monotonic() - begun < 20
     with pytest.raises(CollectiveTimeoutError, match="was aborted"):
-        team.check()
+        group.check()
 
 
-def test_everything_is_loaded_everywhere_before_the_first_launch():
-    driver = Simulated()
+def test_kernels_are_loaded_on_all_devices_before_the_first_launch():
+    driver = SimulatedDriver()
     buffers = some(3, 50)
     launched_at_load = []
     load = driver.load
     driver.load = lambda *args: (launched_at_load.append(len(driver.launched)), load(*args))
     with concurrent():
-        team = DeviceGroup((0, 1, 2), driver)
+        group = DeviceGroup((0, 1, 2), driver)
         streams = [cuda.stream() for _ in range(3)]
         route = Route(PROTOCOLS["ring"], (0, 1, 2), waits=True)
-        team.all_reduce(job(buffers, buffers, "sum", streams), route)
+        group.all_reduce(job(buffers, buffers, "sum", streams), route)
     assert launched_at_load == [0, 0, 0]
     assert driver.launched == [0, 1, 2]

@@ -1,9 +1,15 @@
-"""The kernels of CUDA devices: compiled by Numba, launched through the driver.
+"""Collectives on arrays in GPU memory: kernels compiled by Numba, launched through the driver.
 
-The functions are those of :mod:`dvkernels.kernels`, and take ``stream`` besides: one stream, or one
-for each buffer, of CuPy, PyTorch or Numba, or its address. None means the current stream of the
-library that each array comes from: work waits there for what made the arrays, and what is put
-there afterwards waits for the results. The host waits for neither.
+The functions are those of :mod:`dvkernels.kernels`, with one more parameter ``stream``: one stream,
+or one for each buffer, of CuPy, PyTorch or Numba, or its address. None means the current stream of
+the library that each array comes from: the kernel waits for the work that this stream already
+holds, and work put on the stream afterwards waits for the kernel. The host waits for neither.
+
+Modules are twins of those of the same name in ``kernels/cpu``. Four CPU modules have no twin here,
+on purpose: ``shm_all_reduce`` (worker processes share host memory, not device memory), ``group``
+(collectives inside ``@njit`` functions of threads), ``feistel`` (a permutation that the input
+pipeline computes on the host) and ``compile_ahead`` (CUDA kernels are compiled in each process for
+the device at hand; Numba's cache on disk does not hold them).
 
 Imports: devices, errors, kernels, reduce_op, schedules.
 """
@@ -41,7 +47,7 @@ __all__ = [
 
 
 def _cheapest(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
-    """Reduce directly within a GPU: that moves the least at every size. Between GPUs it depends."""
+    """Reduce directly within a GPU, which moves the least bytes; between GPUs as is best there."""
     return direct.all_reduce_as(verb, buffers, op, out, stream, between_gpus="auto")
 
 
@@ -53,7 +59,7 @@ _ALGORITHMS = {
 
 
 def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
-    """Return the reduction as one new array per buffer, and leave the buffers as they are."""
+    """Return the reduction as one new array per buffer; leave the buffers unchanged."""
     return _ALGORITHMS[algorithm]("all_reduce", buffers, op, checks.NEW, None)
 
 

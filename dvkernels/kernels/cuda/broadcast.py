@@ -1,4 +1,4 @@
-"""Broadcast: one buffer is read once and stored to all others, whatever its dtype."""
+"""Broadcast of any dtype in one launch: the root's buffer is read once and stored to the others."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def broadcast(buffers: Any, root: int = 0, *, stream: Any = None) -> list[Any]:
     checks.check_in_place("broadcast", views)
     views.insert(0, views.pop(root))
     if len(views) > 1:
-        with call.ordered() as order:
-            job.move(order, [views])
+        with call.ordered() as work_stream:
+            job.move(work_stream, [views])
     return list(call.results)

@@ -1,4 +1,4 @@
-"""All-reduce and reduce in one launch: read every replica, combine in registers, store.
+"""All-reduce and reduce in one launch: read all replicas, combine in registers, store.
 
 Bytes moved for R replicas of S bytes: all-reduce 2 R S, reduce (R + 1) S.
 """
@@ -26,27 +26,27 @@ def direct_all_reduce(
 def all_reduce_as(
     verb: str, buffers: Any, op: Any, out: Any, stream: Any, between_gpus: str = "direct"
 ) -> list[Any]:
-    """Reduce under the name ``verb``, which error messages mention.
+    """Leave the reduction in every buffer (or ``out``); errors call the function ``verb``.
 
     Buffers on several GPUs are reduced by the algorithm ``between_gpus``.
     """
-    buffers, seen = checks.as_sequence(verb, buffers), None
+    buffers, described = checks.as_sequence(verb, buffers), None
     if out is None:
-        seen = fast_path.see(buffers, (), op)
+        described = fast_path.describe(buffers, (), op)
     elif out is not checks.NEW:
         out = checks.as_sequence(verb, out, "out")
-        seen = fast_path.see(buffers, out, op) if len(out) == len(buffers) else None
-    if fast_path.repeat(seen, verb, stream):
+        described = fast_path.describe(buffers, out, op) if len(out) == len(buffers) else None
+    if fast_path.repeat(described, verb, stream):
         return list(buffers if out is None else out)
     call = AllReduce(verb, buffers, op, out, stream)
-    if call.is_spread:
+    if call.is_multi_gpu:
         return all_reduce.all_reduce(call, between_gpus)
-    writes = call.written()
+    writes = call.targets()
     arrays = writes if call.is_in_place else [*call.reads, *writes]
-    with call.ordered() as order:
+    with call.ordered() as work_stream:
         count = len(call.reads)
-        job.combine(order, call.op, call.dtype, [arrays], count, in_place=call.is_in_place)
-    fast_path.learn(seen, call.op, arrays)
+        job.combine(work_stream, call.op, call.dtype, [arrays], count, in_place=call.is_in_place)
+    fast_path.learn(described, call.op, arrays)
     return list(call.results)
 
 
@@ -66,20 +66,20 @@ def aggregate_mean(buffers: Any, *, out: Any = None, stream: Any = None) -> Any:
 
 
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> Any:
-    buffers, seen = checks.as_sequence(verb, buffers), None
+    buffers, described = checks.as_sequence(verb, buffers), None
     if out is not None:
-        seen = fast_path.see(buffers, (out,), op)
-        if fast_path.repeat(seen, verb, stream):
+        described = fast_path.describe(buffers, (out,), op)
+        if fast_path.repeat(described, verb, stream):
             return out
     call = Buffers(verb, buffers, None if out is None else [out], stream)
     reads = checks.arrays(verb, call.reads)
-    op = job.checked(verb, op, reads[0].dtype)
+    op = job.check_op(verb, op, reads[0].dtype)
     if call.out is None:
-        writes = call.made([reads[0].shape])
+        writes = call.new_results([reads[0].shape])
     else:
         writes = call.out
         checks.check_out(verb, reads, writes, 1)
-    with call.ordered() as order:
-        job.combine(order, op, reads[0].dtype, [[*reads, *writes]], len(reads))
-    fast_path.learn(seen, op, [*reads, *writes])
+    with call.ordered() as work_stream:
+        job.combine(work_stream, op, reads[0].dtype, [[*reads, *writes]], len(reads))
+    fast_path.learn(described, op, [*reads, *writes])
     return call.results[0]

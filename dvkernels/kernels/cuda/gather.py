@@ -1,4 +1,4 @@
-"""Collectives that cut buffers into parts: reduce-scatter, all-gather, all-to-all, one launch each.
+"""Reduce-scatter, all-gather and all-to-all in one launch each.
 
 Bytes moved for R replicas of S bytes: reduce_scatter R S + S, all_gather R S + R R S, all_to_all
 2 R S.
@@ -22,14 +22,14 @@ def reduce_scatter(
     """Return part r of the reduction for replica r; see :func:`dvkernels.kernels`."""
     call = Buffers("reduce_scatter", buffers, out, stream)
     reads = checks.arrays("reduce_scatter", call.reads)
-    op = job.checked("reduce_scatter", op, reads[0].dtype)
+    op = job.check_op("reduce_scatter", op, reads[0].dtype)
     checks.check_axis("reduce_scatter", 0, reads[0])
     parts = partition.parts(len(reads[0]), len(reads))
     rest = reads[0].shape[1:]
-    writes = _writes(call, [(stop - start, *rest) for start, stop in parts])
+    writes = _targets(call, [(stop - start, *rest) for start, stop in parts])
     groups = slices.scattered(reads, parts, writes)
-    with call.ordered() as order:
-        job.combine(order, op, reads[0].dtype, groups, len(reads))
+    with call.ordered() as work_stream:
+        job.combine(work_stream, op, reads[0].dtype, groups, len(reads))
     return list(call.results)
 
 
@@ -38,28 +38,28 @@ def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None, stream: Any = No
     call = Buffers("all_gather", buffers, out, stream)
     reads, axis = checks.arrays_along("all_gather", call.reads, axis)
     checks.check_dtype_moves("all_gather", reads[0].dtype)
-    writes = _writes(call, [slices.joined_shape(reads, axis)] * len(reads))
-    with call.ordered() as order:
-        job.move(order, slices.gathered(reads, axis, writes))
+    writes = _targets(call, [slices.joined_shape(reads, axis)] * len(reads))
+    with call.ordered() as work_stream:
+        job.move(work_stream, slices.gathered(reads, axis, writes))
     return list(call.results)
 
 
 def all_to_all(buffers: Any, *, out: Any = None, stream: Any = None) -> list[Any]:
-    """Return, for replica i, part i of every buffer, in their order."""
+    """Return part i of every buffer, in replica order, for replica i."""
     call = Buffers("all_to_all", buffers, out, stream)
     reads = checks.arrays("all_to_all", call.reads)
     checks.check_dtype_moves("all_to_all", reads[0].dtype)
     checks.check_axis("all_to_all", 0, reads[0])
     parts = partition.parts(len(reads[0]), len(reads))
     rest = reads[0].shape[1:]
-    writes = _writes(call, [(len(reads) * (stop - start), *rest) for start, stop in parts])
-    with call.ordered() as order:
-        job.move(order, slices.exchanged(reads, parts, writes))
+    writes = _targets(call, [(len(reads) * (stop - start), *rest) for start, stop in parts])
+    with call.ordered() as work_stream:
+        job.move(work_stream, slices.exchanged(reads, parts, writes))
     return list(call.results)
 
 
-def _writes(call: Buffers, shapes: list[tuple[int, ...]]) -> list[Any]:
-    """Return the arrays to write to: checked ``out``, or new ones."""
+def _targets(call: Buffers, shapes: list[tuple[int, ...]]) -> list[Any]:
+    """Return the arrays to write to: ``out``, checked, or new arrays."""
     if call.out is None:
-        return call.made(shapes)
+        return call.new_results(shapes)
     return checks.outputs(call.verb, call.reads, call.out, shapes)

@@ -1,7 +1,8 @@
-"""The ring all-reduce of schedules/ring.py within one GPU, in one launch.
+"""Ring all-reduce (schedules/ring.py) within one GPU, in one launch.
 
-Step by step over whole buffers a ring moves 5 (R - 1) S bytes of memory. Here each chunk keeps its
-sum in registers, in the order in which the schedule brings it around: 2 R S, and one rounding.
+Run step by step over whole buffers, a ring moves 5 (R - 1) S bytes of memory. This kernel keeps the
+sum of each chunk in registers and adds the replicas in the order in which the ring visits them:
+2 R S bytes, and one rounding.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def ring_all_reduce(
 
 
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
-    """Reduce under the name ``verb``, which error messages mention."""
+    """Leave the reduction in every buffer (or ``out``); errors call the function ``verb``."""
     call = AllReduce(verb, buffers, op, out, stream)
-    if call.is_spread:
+    if call.is_multi_gpu:
         return all_reduce.all_reduce(call, "ring")
-    reads, writes = call.reads, call.written()
+    reads, writes = call.reads, call.targets()
     count = len(reads)
     groups = []
-    # Along the first axis: a chunk of any other would not be an array for every stride.
+    # Chunks are cut along the first axis: along several axes a chunk may not be a strided array.
     length = len(reads[0]) if reads[0].ndim else 1
     for (start, stop), chain in zip(
         partition.parts(length, count), ring.chains(count), strict=True
@@ -39,6 +40,6 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> li
         chunk = slice(start, stop) if reads[0].ndim else ... if start < stop else None
         if chunk is not None:
             groups.append([*(reads[k][chunk] for k in chain), *(write[chunk] for write in writes)])
-    with call.ordered() as order:
-        job.combine(order, call.op, call.dtype, groups, count)
+    with call.ordered() as work_stream:
+        job.combine(work_stream, call.op, call.dtype, groups, count)
     return list(call.results)

@@ -200,7 +200,7 @@ def variant(ptx=None, options=()):
 
     def forget():
         launcher._handles.clear()
-        fast_path._kept.clear()
+        fast_path._launches.clear()
 
     compiler.compile_to_ptx, compiler.assemble = changed, linked
     forget()
@@ -496,14 +496,14 @@ def bandwidth(data, _):
     kept = launcher._WAVES
     for waves in (2, 3, 4, 6, 8, 16, 32, 124):
         launcher._WAVES = waves
-        fast_path._kept.clear()
+        fast_path._launches.clear()
         tried[waves] = {
             f"{name} x{count}": of_copy(figures[name][:count])
             for name in figures
             for count in (2, 8)
         }
     launcher._WAVES = kept
-    fast_path._kept.clear()
+    fast_path._launches.clear()
     save(data)
 
     # By size: below num_blocks pieces of 16 KiB a thread takes one vector at a time.

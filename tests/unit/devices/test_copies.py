@@ -1,4 +1,4 @@
-"""Copies on a device, all of them or none: what the driver is asked, on a double."""
+"""``Driver.copy_each`` on a driver double: addresses, context and errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dvkernels.devices.driver import Driver
 from dvkernels.errors import DeviceError
 
 
-class Library:
-    """Notes copies; anything else succeeds."""
+class RecordingLibrary:
+    """Driver library that records copies; every other call succeeds."""
 
     def __init__(self, codes=()):
         self.copies, self.codes, self.current = [], iter(codes), []
@@ -26,16 +26,16 @@ class Library:
         return next(self.codes, 0)
 
 
-def test_addresses_keep_all_their_bits_and_the_context_comes_back():
-    library = Library()
+def test_addresses_keep_64_bits_and_the_context_is_restored():
+    library = RecordingLibrary()
     far = 0x7F12_3456_789A
     Driver(library).copy_each(0, far, [far + 1, 2], [3, far + 4], [5, 1 << 33])
     assert library.copies == [(far + 1, 3, 5, far), (2, far + 4, 1 << 33, far)]
     assert len(library.current) == 2
 
 
-def test_a_failure_is_raised_when_all_have_been_asked():
-    library = Library(codes=[0, 700, 0])
+def test_a_failure_is_raised_after_all_copies_are_enqueued():
+    library = RecordingLibrary(codes=[0, 700, 0])
     with pytest.raises(DeviceError, match="cuMemcpyAsync"):
         Driver(library).copy_each(0, 0, [1, 2, 3], [4, 5, 6], [7, 8, 9])
     assert len(library.copies) == 3

@@ -1,4 +1,4 @@
-"""What is said of GPUs where something is missing, and the driver as a double."""
+"""CUDA devices: messages about missing parts, array descriptions, and the driver on a double."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BOTH = ("numba-cuda", "cupy-cuda13x")
         ((11, 8), "", 1, BOTH, "CUDA 12 or later"),
     ],
 )
-def test_what_is_missing_is_named_with_the_remedy(version, problem, count, installed, message):
+def test_missing_parts_are_named_with_the_remedy(version, problem, count, installed, message):
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(cuda.explain(version, problem, count, installed))
 
@@ -67,7 +67,7 @@ def test_without_a_gpu_naming_one_says_why():
 
 
 class OnGpu:
-    """An array in GPU memory, as any library may offer one."""
+    """Array in GPU memory of an unknown library, with ``__cuda_array_interface__``."""
 
     def __init__(self, **other):
         self.__cuda_array_interface__ = {
@@ -89,8 +89,13 @@ class OnGpu:
 )
 def test_the_array_interface_is_read(other, shape, strides, writeable, stream, monkeypatch):
     monkeypatch.setattr(driver, "find", lambda: None)
-    array, device, told = cuda_arrays.place("test", [OnGpu(**other)])[0]
-    assert (array.shape, array.flags.writeable, device, told) == (shape, writeable, 0, stream)
+    array, device, stream_read = cuda_arrays.locate("test", [OnGpu(**other)])[0]
+    assert (array.shape, array.flags.writeable, device, stream_read) == (
+        shape,
+        writeable,
+        0,
+        stream,
+    )
     if array.size:
         assert array.strides == strides
         assert array.ctypes.data == 4096
@@ -98,7 +103,7 @@ def test_the_array_interface_is_read(other, shape, strides, writeable, stream, m
 
 def test_a_mask_would_be_ignored():
     with pytest.raises(errors.NotABufferError, match=r"replica 0.*mask"):
-        cuda_arrays.place("test", [OnGpu(mask=object())])
+        cuda_arrays.locate("test", [OnGpu(mask=object())])
 
 
 @pytest.mark.parametrize(
@@ -110,10 +115,10 @@ def test_a_mask_would_be_ignored():
         (np.ma.ones(3), errors.NotABufferError, "replica 1 is a MaskedArray"),
     ],
 )
-def test_mixtures_name_who_is_where(wrong, error, message, monkeypatch):
+def test_mixed_memory_names_the_replica_and_its_memory(wrong, error, message, monkeypatch):
     monkeypatch.setattr(driver, "find", lambda: None)
     with pytest.raises(error, match=message):
-        cuda_arrays.place("all_reduce", [OnGpu(), wrong])
+        cuda_arrays.locate("all_reduce", [OnGpu(), wrong])
     if isinstance(wrong, np.ndarray) and error is errors.BufferMismatchError:
         with pytest.raises(error, match="replica 1 is in GPU memory"):
             kernels.all_reduce([wrong, OnGpu()])
@@ -123,7 +128,7 @@ def test_mixtures_name_who_is_where(wrong, error, message, monkeypatch):
     ("given", "home", "others"),
     [([5], 5, ()), ([5, 5], 5, ()), ([5, 7, 5, 9, 7], 5, (7, 9)), ([0, 2], 0, (2,))],
 )
-def test_streams_are_joined_both_ways(given, home, others):
+def test_streams_wait_before_and_after_the_work(given, home, others):
     assert stream_order.join(given) == (home, others, others)
 
 
@@ -142,20 +147,20 @@ def test_streams_of_every_library():
             return 0, 14
 
     given = [OfCuPy(), OfTorch(), OfNumba(), OfAnyone(), 15]
-    assert stream_order.given("verb", given, 5) == [11, 12, 13, 14, 15]
-    assert stream_order.given("verb", OfCuPy(), 2) == [11, 11]
-    assert stream_order.given("verb", None, 2) is None
+    assert stream_order.per_buffer("verb", given, 5) == [11, 12, 13, 14, 15]
+    assert stream_order.per_buffer("verb", OfCuPy(), 2) == [11, 11]
+    assert stream_order.per_buffer("verb", None, 2) is None
     with pytest.raises(errors.DeviceError, match="each of the 2 buffers; got 3"):
-        stream_order.given("verb", [1, 2, 3], 2)
+        stream_order.per_buffer("verb", [1, 2, 3], 2)
     with pytest.raises(errors.DeviceError, match="no CUDA stream"):
-        stream_order.given("verb", "fast", 2)
+        stream_order.per_buffer("verb", "fast", 2)
 
 
-class Library:
-    """A driver that notes what it is asked, with two devices."""
+class RecordingLibrary:
+    """Driver library with two devices that records its calls."""
 
     def __init__(self, fails=(), code=2):
-        self.asked, self.fails, self.code, self.current = [], fails, code, 77
+        self.calls, self.fails, self.code, self.current = [], fails, code, 77
 
     def __getattr__(self, name):
         def answer(*args):
@@ -163,11 +168,11 @@ class Library:
                 return self.code
             return getattr(self, f"_{name}", lambda *args: 0)(*args) or 0
 
-        def asked(*args):
-            self.asked.append(name)
+        def record(*args):
+            self.calls.append(name)
             return answer(*args)
 
-        return asked if name.startswith("cu") else self.__getattribute__(name)
+        return record if name.startswith("cu") else self.__getattribute__(name)
 
     def _cuDeviceGetCount(self, found):
         found._obj.value = 2
@@ -200,7 +205,7 @@ class Library:
 
 
 def test_a_launch_passes_its_words_and_leaves_the_context_as_it_was():
-    library = Library()
+    library = RecordingLibrary()
     found = driver.Driver(library)
     assert (found.count(), found.version(), found.capability(1)) == (2, (12, 4), (9, 0))
     arguments = driver.Arguments(3)
@@ -208,34 +213,34 @@ def test_a_launch_passes_its_words_and_leaves_the_context_as_it_was():
     found.launch(1, 5, 6, 256, arguments, 9)
     assert library.launched == (5, 6, 256, 9, [3, -4, 2**62])
     assert library.current == 77
-    library.current = 100  # where it works already
-    library.asked.clear()
+    library.current = 100  # the device's context is current already
+    library.calls.clear()
     found.launch(1, 5, 6, 256, arguments, 9)
-    assert library.asked == ["cuCtxGetCurrent", "cuLaunchKernel"]
+    assert library.calls == ["cuCtxGetCurrent", "cuLaunchKernel"]
 
 
-def test_a_wait_makes_an_event_and_gives_it_back():
-    library = Library()
+def test_a_wait_creates_an_event_and_destroys_it():
+    library = RecordingLibrary()
     driver.Driver(library).wait(0, 5, 7)
-    events = [name for name in library.asked if "Event" in name]
+    events = [name for name in library.calls if "Event" in name]
     assert events == ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2"]
-    library = Library(fails={"cuStreamWaitEvent"}, code=400)
+    library = RecordingLibrary(fails={"cuStreamWaitEvent"}, code=400)
     with pytest.raises(errors.DeviceError, match="cuStreamWaitEvent failed with CUDA_ERROR_SOME"):
         driver.Driver(library).wait(0, 5, 7)
-    assert library.asked.count("cuEventDestroy_v2") == 1
+    assert library.calls.count("cuEventDestroy_v2") == 1
     assert library.current == 77
 
 
-def test_a_gpu_without_memory_says_so():
-    library = Library(fails={"cuLaunchKernel"})
+def test_out_of_memory_is_reported():
+    library = RecordingLibrary(fails={"cuLaunchKernel"})
     with pytest.raises(errors.DeviceError, match="out of memory; free arrays"):
         driver.Driver(library).launch(0, 5, 6, 256, driver.Arguments(1), 0)
     assert library.current == 77
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_of_fork_is_told_that_the_driver_is_not_its_own(monkeypatch):
-    found = driver.Driver(Library())
+def test_a_forked_child_gets_an_error(monkeypatch):
+    found = driver.Driver(RecordingLibrary())
     monkeypatch.setattr(driver, "find", lambda: found)
     monkeypatch.setattr(cuda, "_installed", lambda: ("numba-cuda", "cupy-cuda12x"))
     assert cuda.missing() == ""
@@ -245,7 +250,7 @@ def test_a_child_of_fork_is_told_that_the_driver_is_not_its_own(monkeypatch):
 
 
 def test_a_driver_that_does_not_start():
-    found = driver.Driver(Library(fails={"cuInit"}, code=999))
+    found = driver.Driver(RecordingLibrary(fails={"cuInit"}, code=999))
     assert (found.problem, found.count()) == ("CUDA_ERROR_SOMETHING", 0)
-    assert driver.Driver(Library(fails={"cuInit"}, code=100)).problem == ""  # no device
+    assert driver.Driver(RecordingLibrary(fails={"cuInit"}, code=100)).problem == ""  # no device
     assert driver.find.__wrapped__(("libthere-is-no-such.so",)) is None

@@ -1,4 +1,4 @@
-"""Devices print and parse; what does not exist is named together with what does."""
+"""Devices: parsing, listing, usable cores; errors list the devices that exist."""
 
 from __future__ import annotations
 

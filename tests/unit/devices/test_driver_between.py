@@ -1,4 +1,4 @@
-"""What the driver is asked for between devices, by a library that writes it down."""
+"""Driver calls for several devices (peer access, memory, events) on a recording double."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dvkernels.errors import DeviceError
 from dvkernels.kernels.cuda.multi_gpu import peer_access
 
 
-class Library:
-    """A driver's library with three devices; ``codes`` are what functions return, if not 0."""
+class RecordingLibrary:
+    """Driver library with three devices that records its calls; ``codes``: nonzero results."""
 
     def __init__(self, **codes: int) -> None:
-        self.codes, self.asked, self.current = codes, [], 0
-        self.strangers: set[tuple[int, int]] = set()
-        self.taken: dict[int, Any] = {}
+        self.codes, self.calls, self.current = codes, [], 0
+        self.unreachable_pairs: set[tuple[int, int]] = set()
+        self.allocations: dict[int, Any] = {}
         self.freed: list[int] = []
         self.copied = b""
 
@@ -28,7 +28,7 @@ class Library:
             raise AttributeError(name)
 
         def function(*args: Any) -> int:
-            self.asked.append(name)
+            self.calls.append(name)
             getattr(self, f"on_{name}", lambda *_: None)(*args)
             return self.codes.get(name, 0)
 
@@ -38,7 +38,7 @@ class Library:
         found._obj.value = device
 
     def on_cuDeviceCanAccessPeer(self, found: Any, device: int, peer: int) -> None:
-        found._obj.value = (device, peer) not in self.strangers
+        found._obj.value = (device, peer) not in self.unreachable_pairs
 
     def on_cuDeviceGetUuid_v2(self, found: Any, device: int) -> None:
         found[:] = [*range(15), device]
@@ -55,17 +55,17 @@ class Library:
     def on_cuCtxEnablePeerAccess(self, context: Any, flags: int) -> None:
         self.opened = (self.current, context.value, flags)
 
-    def _take(self, found: Any, size: Any) -> None:
-        room = ctypes.create_string_buffer(size.value)
-        found._obj.value = ctypes.addressof(room)
-        self.taken[ctypes.addressof(room)] = room
+    def _allocate(self, found: Any, size: Any) -> None:
+        allocation = ctypes.create_string_buffer(size.value)
+        found._obj.value = ctypes.addressof(allocation)
+        self.allocations[ctypes.addressof(allocation)] = allocation
 
     def on_cuMemAlloc_v2(self, found: Any, size: Any) -> None:
-        self._take(found, size)
+        self._allocate(found, size)
 
     def on_cuMemHostAlloc(self, found: Any, size: Any, flags: int) -> None:
         assert flags == 3
-        self._take(found, size)
+        self._allocate(found, size)
 
     def on_cuMemFree_v2(self, address: Any) -> None:
         self.freed.append(address.value)
@@ -81,27 +81,27 @@ class Library:
 
 
 @pytest.mark.parametrize(("code", "is_open"), [(0, True), (704, True), (711, False)])
-def test_a_pair_counts_only_if_it_can_be_opened(code: int, is_open: bool) -> None:
-    library = Library(cuCtxEnablePeerAccess=code)
-    library.strangers.add((0, 2))
-    library.current = 102  # whatever the thread used before is restored
+def test_peer_access_counts_only_if_it_can_be_enabled(code: int, is_open: bool) -> None:
+    library = RecordingLibrary(cuCtxEnablePeerAccess=code)
+    library.unreachable_pairs.add((0, 2))
+    library.current = 102  # the thread's context, to be restored
     driver = Driver(library)
     assert driver.open_peer(0, 1) == is_open
     assert library.opened == (100, 101, 0)
     assert library.current == 102
     assert not driver.open_peer(0, 2)
-    assert library.asked.count("cuCtxEnablePeerAccess") == 1
+    assert library.calls.count("cuCtxEnablePeerAccess") == 1
     expected = [[True, is_open, False], [is_open, True, is_open], [is_open, is_open, True]]
     assert peer_access.reach(driver, (0, 1, 2)) == expected
 
 
-def test_words_are_on_the_device_and_memory_is_given_back() -> None:
-    library = Library()
+def test_words_are_written_and_memory_is_freed() -> None:
+    library = RecordingLibrary()
     devices = peer_access.PeerAccess(Driver(library))
-    held = devices.words(1, [1, -2])
-    address = held.address
+    memory = devices.words(1, [1, -2])
+    address = memory.address
     assert library.copied == (1).to_bytes(8, "little") + (-2).to_bytes(8, "little", signed=True)
-    order = [name for name in library.asked if "Stream" in name or "Memcpy" in name]
+    order = [name for name in library.calls if "Stream" in name or "Memcpy" in name]
     assert order == [
         "cuStreamCreate",
         "cuMemcpyHtoDAsync_v2",
@@ -109,13 +109,13 @@ def test_words_are_on_the_device_and_memory_is_given_back() -> None:
         "cuStreamDestroy_v2",
     ]
     assert library.freed == []
-    del held
+    del memory
     gc.collect()
     assert library.freed == [address]
 
 
 def test_pinned_words_are_zero_and_live_as_long_as_their_array() -> None:
-    library = Library()
+    library = RecordingLibrary()
     words = peer_access.PeerAccess(Driver(library)).pinned(5)
     part = words[1:]
     assert words.tolist() == [0] * 5
@@ -124,40 +124,40 @@ def test_pinned_words_are_zero_and_live_as_long_as_their_array() -> None:
     assert library.freed == []
     del part
     gc.collect()
-    assert library.freed == [*library.taken]
+    assert library.freed == [*library.allocations]
 
 
-def test_out_of_memory_is_said_and_leaks_nothing() -> None:
-    library = Library(cuMemcpyHtoDAsync_v2=2)
+def test_out_of_memory_is_reported_and_leaks_nothing() -> None:
+    library = RecordingLibrary(cuMemcpyHtoDAsync_v2=2)
     with pytest.raises(DeviceError, match="out of memory"):
         peer_access.PeerAccess(Driver(library)).words(0, [1])
     gc.collect()
-    assert library.freed == [*library.taken]
-    assert library.asked.count("cuStreamDestroy_v2") == 1
+    assert library.freed == [*library.allocations]
+    assert library.calls.count("cuStreamDestroy_v2") == 1
     with pytest.raises(DeviceError, match="out of memory"):
-        peer_access.PeerAccess(Driver(Library(cuMemAlloc_v2=2))).empty(0, 8)
+        peer_access.PeerAccess(Driver(RecordingLibrary(cuMemAlloc_v2=2))).empty(0, 8)
 
 
-def test_an_event_is_destroyed_when_nobody_holds_it() -> None:
-    library = Library()
+def test_an_event_is_destroyed_with_its_last_reference() -> None:
+    library = RecordingLibrary()
     devices = peer_access.PeerAccess(Driver(library))
     event = devices.record(0, 5)
     devices.wait(1, 6, event)
-    assert "cuEventDestroy_v2" not in library.asked
+    assert "cuEventDestroy_v2" not in library.calls
     del event
     gc.collect()
-    assert library.asked.count("cuEventDestroy_v2") == 1
-    assert library.asked.index("cuEventRecord") < library.asked.index("cuStreamWaitEvent")
+    assert library.calls.count("cuEventDestroy_v2") == 1
+    assert library.calls.index("cuEventRecord") < library.calls.index("cuStreamWaitEvent")
 
 
-def test_a_kernel_is_finished_loading_where_the_driver_can() -> None:
-    library = Library()
+def test_a_kernel_is_loaded_eagerly_where_the_driver_can() -> None:
+    library = RecordingLibrary()
     Driver(library).load(0, b"image", "name")
-    assert library.asked.index("cuModuleGetFunction") < library.asked.index("cuFuncLoad")
+    assert library.calls.index("cuModuleGetFunction") < library.calls.index("cuFuncLoad")
 
 
-def test_each_device_has_a_name_of_its_own() -> None:
-    driver = Driver(Library())
+def test_each_device_has_its_own_uuid() -> None:
+    driver = Driver(RecordingLibrary())
     assert [driver.uuid(k) for k in (0, 2)] == [
         f"000102030405060708090a0b0c0d0e{k}" for k in ("00", "02")
     ]

@@ -1,4 +1,4 @@
-"""Arrays of other libraries go in and come out as they are; each library is skipped if absent."""
+"""Arrays of PyTorch and JAX in collectives and variables; skipped where a library is absent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def library(request):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_collectives_take_and_give_the_same_kind(strategy, library, dtype):
+def test_collectives_return_arrays_of_the_same_library(strategy, library, dtype):
     def step():
         here, own = dv.get_replica_context(), library.full((3, 2), rank() + 1, dtype)
         found = [
@@ -108,7 +108,7 @@ def test_parameters_and_gradients(strategy):
     np.testing.assert_allclose(weight.numpy(), 1.5)
 
 
-def test_what_has_no_memory_is_refused(strategy):
+def test_arrays_without_memory_are_refused(strategy):
     torch = pytest.importorskip("torch")
     nowhere = torch.ones(2, device="meta")
     with pytest.raises((NotABufferError, BufferMismatchError), match="replica 0"):

@@ -1,4 +1,4 @@
-"""Streams of replicas: what happens before what, on doubles that keep count."""
+"""Streams of replicas: the happens-before order, on doubles that record it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from dvkernels.devices.replica_streams import StreamOrder
-from dvkernels.devices.stream_order import Lane, crossings
+from dvkernels.devices.stream_order import DeviceStream, wait_pairs
 
 
 @dataclass
@@ -18,27 +18,27 @@ class Stream:
 
 
 class Timeline:
-    """Streams as sets of what is known to have happened: a wait joins them."""
+    """Streams as sets of work known to have happened; a wait merges two sets."""
 
     def __init__(self):
         self.past = {}
         self.current_of = {}
         self.numbers = itertools.count(100)
 
-    def put(self, lane, mark):
-        """Put work on a lane; return what comes before it for sure."""
-        before = set(self.past.setdefault(lane, set()))
-        self.past[lane].add(mark)
-        return before
+    def enqueue(self, stream, work):
+        """Put work on a stream; return the work that certainly comes before it."""
+        earlier = set(self.past.setdefault(stream, set()))
+        self.past[stream].add(work)
+        return earlier
 
     def order(self, pairs):
         for waiting, awaited in pairs:
             self.past.setdefault(waiting, set()).update(self.past.get(awaited, ()))
 
-    def lane(self, device):
-        return Lane(device, self.current(device).ptr)
+    def current_stream(self, device):
+        return DeviceStream(device, self.current(device).ptr)
 
-    # the seam of arrays
+    # the methods of ArrayLibrary
 
     def stream(self, device, *, joins_default=False):
         assert joins_default, "Numba and PyTorch put their work on the default stream"
@@ -49,66 +49,70 @@ class Timeline:
 
     @contextlib.contextmanager
     def at(self, device, stream=None):
-        before = self.current(device)
+        earlier = self.current(device)
         self.current_of[device] = stream
         yield
-        self.current_of[device] = before
+        self.current_of[device] = earlier
 
 
 @pytest.mark.parametrize("devices", [[0], [0, 0], [0, 0, 0], [0, 1], [0, 1, 0]])
-def test_what_happens_before_what(devices):
-    time = Timeline()
-    order = StreamOrder(devices, time, time.order)
+def test_steps_rendezvous_and_callers_are_ordered(devices):
+    timeline = Timeline()
+    order = StreamOrder(devices, timeline, timeline.order)
     for caller in {*devices}:
-        time.put(time.lane(caller), ("made by the caller", caller))
-    made = {("made by the caller", device) for device in devices}
+        timeline.enqueue(timeline.current_stream(caller), ("made by the caller", caller))
+    made_by_callers = {("made by the caller", device) for device in devices}
     with order.step():
-        own = []
+        replica_streams = []
         for rank, device in enumerate(devices):
             with order.replica(rank):
-                own.append(time.lane(device))
-                assert made <= time.put(own[-1], ("before the meeting", rank))
-        brought = {("before the meeting", rank) for rank in range(len(devices))}
+                replica_streams.append(timeline.current_stream(device))
+                assert made_by_callers <= timeline.enqueue(
+                    replica_streams[-1], ("before the rendezvous", rank)
+                )
+        arrived = {("before the rendezvous", rank) for rank in range(len(devices))}
 
-        def act(payloads):
+        def work_of_rendezvous(payloads):
             for device in {*devices}:
-                lane = time.lane(device)
-                assert lane not in own, "memory of a meeting is not that of a replica"
-                assert brought <= time.put(lane, ("at the meeting", device))
+                stream = timeline.current_stream(device)
+                assert stream not in replica_streams, "the rendezvous has streams of its own"
+                assert arrived <= timeline.enqueue(stream, ("at the rendezvous", device))
             return payloads
 
-        assert order.meet(act, "what was brought") == "what was brought"
-        done = {("at the meeting", device) for device in devices}
+        assert order.meet(work_of_rendezvous, "payloads") == "payloads"
+        rendezvous_work = {("at the rendezvous", device) for device in devices}
         for rank, device in enumerate(devices):
             with order.replica(rank):
-                assert done <= time.put(time.lane(device), ("after the meeting", rank))
-    last = {("after the meeting", rank) for rank in range(len(devices))}
+                assert rendezvous_work <= timeline.enqueue(
+                    timeline.current_stream(device), ("after the rendezvous", rank)
+                )
+    final_work = {("after the rendezvous", rank) for rank in range(len(devices))}
     for device in {*devices}:
-        assert last <= time.put(time.lane(device), "after the step")
+        assert final_work <= timeline.enqueue(timeline.current_stream(device), "after the step")
 
 
-def test_replicas_do_not_wait_for_each_other_between_meetings():
-    time = Timeline()
-    order = StreamOrder([0, 0], time, time.order)
+def test_replicas_do_not_wait_for_each_other_between_rendezvous():
+    timeline = Timeline()
+    order = StreamOrder([0, 0], timeline, timeline.order)
     with order.step():
         for rank in range(2):
             with order.replica(rank):
-                assert not time.put(time.lane(0), rank)
+                assert not timeline.enqueue(timeline.current_stream(0), rank)
 
 
-def test_a_meeting_that_fails_is_ordered_all_the_same():
-    time = Timeline()
-    order = StreamOrder([0, 0], time, time.order)
+def test_a_failed_rendezvous_is_ordered_too():
+    timeline = Timeline()
+    order = StreamOrder([0, 0], timeline, timeline.order)
 
-    def act(payloads):
-        time.put(time.lane(0), "half done")
+    def work_of_rendezvous(payloads):
+        timeline.enqueue(timeline.current_stream(0), "half done")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), order.step():
-        order.meet(act, [])
-    assert "half done" in time.put(time.lane(0), "later")
+        order.meet(work_of_rendezvous, [])
+    assert "half done" in timeline.enqueue(timeline.current_stream(0), "later")
 
 
-def test_lanes_wait_for_others_once_and_never_for_themselves():
-    one, other = Lane(0, 0), Lane(1, 0)
-    assert crossings([one, one], [other, one, other]) == [(one, other)]
+def test_each_pair_of_streams_waits_once_and_none_for_itself():
+    one, other = DeviceStream(0, 0), DeviceStream(1, 0)
+    assert wait_pairs([one, one], [other, one, other]) == [(one, other)]

@@ -166,7 +166,7 @@ def looks(call):
         raise Looked
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_arrays, "place", look)
+        patch.setattr(cuda_arrays, "locate", look)
         try:
             call()
         except Looked:
@@ -194,7 +194,7 @@ def test_a_call_like_an_earlier_one_is_only_launched(machine, kind, count):
 
 
 def test_what_is_not_as_before_is_looked_at(machine):
-    fast_path._kept.clear()
+    fast_path._launches.clear()
     good = [Array(BASE), Array(BASE + 4096)]
     kernels.all_reduce(good)
     for other in (
@@ -263,20 +263,20 @@ def test_a_kernel_is_loaded_again_after_a_launch_that_failed(machine):
 
 
 def test_so_many_are_kept_and_no_more(machine):
-    for length in range(1, fast_path._MOST + 50):
+    for length in range(1, fast_path._MAX_LAUNCHES + 50):
         kernels.all_reduce([Array(BASE, (length,)), Array(BASE + (1 << 20), (length,))])
-    assert len(fast_path._kept) == fast_path._MOST
+    assert len(fast_path._launches) == fast_path._MAX_LAUNCHES
 
 
 def test_a_child_of_fork_begins_with_none(machine):
     import os
 
     kernels.all_reduce([Array(BASE), Array(BASE + 4096)])
-    assert fast_path._kept
+    assert fast_path._launches
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writing, str(len(fast_path._kept)).encode())
+        os.write(writing, str(len(fast_path._launches)).encode())
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reading, 9) == b"0"

@@ -1,4 +1,4 @@
-"""The fault harness itself: what it breaks is broken, and what it does not find is reported."""
+"""Fault injection: injected faults have their effects, and unsafe saves are detected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvkernels.testing.faults import Crash, Faults, check_every_crash, injected
 
 
 def save(path, content, *, syncs=True, renames=True):
-    """Save as others might: beside, and renamed."""
+    """Save to a temporary file and rename it; without ``syncs`` or ``renames`` unsafely."""
     with atomic_folder.opened(path.parent) as parent:
         _save(parent, path.name, content, syncs, renames)
 
@@ -46,7 +46,7 @@ def test_a_good_save_passes_and_bad_ones_are_found(tmp_path):
     path.write_bytes(b"old")
     check_every_crash(lambda: save(path, b"new", syncs=False), check)
     path.write_bytes(b"old")
-    with pytest.raises(AssertionError):  # only a power failure tells that it was not synced
+    with pytest.raises(AssertionError):  # only a power failure shows that it was not synced
         check_every_crash(lambda: save(path, b"new", syncs=False), check, loses={"content"})
 
 

@@ -1,4 +1,4 @@
-"""The CUDA engine: launch tables, the compiled loops that read them, compiler and launcher.
+"""Engine of the CUDA kernels: launch tables, the compiled loops over them, compiler, launcher.
 
 Imports: devices, errors, kernels, reduce_op, schedules.
 """

@@ -1,7 +1,7 @@
-"""What every call on GPU arrays does around its launch: checks, places, streams, new arrays.
+"""Frame of a collective call on GPU arrays: checks, stream order and new result arrays.
 
-A call reads where its buffers lie, checks them, puts its work on one stream and orders the others
-by events. The host waits for nothing.
+A call locates its buffers, checks them, puts its work on one stream and orders the other streams by
+events. The host does not wait.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices import cuda, cuda_arrays, driver, stream_order
+from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import job
-from dvkernels.kernels.cuda.engine.job import Order
 
 __all__ = ["AllReduce", "Buffers", "Call", "wait_for"]
 
@@ -24,122 +24,129 @@ Array = np.ndarray[Any, Any]
 
 
 class Call:
-    """One call: where its arrays lie, on which stream its work goes, what it returns.
+    """Collective call: the devices and streams of its arrays, and the stream of its work.
 
     Parameters
     ----------
     verb : str
-        What messages call it.
+        Name of the function in error messages.
     stream
-        As the caller passed it.
+        The caller's argument ``stream``.
     """
 
     def __init__(self, verb: str, stream: Any = None) -> None:
         cuda.require(verb)
         self.verb = verb
-        self._given = stream
-        self._placed: list[cuda_arrays.DeviceBuffer] = []
+        self._stream = stream
+        self._device_buffers: list[cuda_arrays.DeviceBuffer] = []
         self._names: list[str] = []
 
-    def place(self, buffers: Any, verb: str = "", name: str = "replica") -> list[Array]:
-        """Return buffers as arrays; the work is ordered with what else is done to them."""
-        found = cuda_arrays.place(verb or self.verb, buffers, name)
-        self._placed += found
+    def register(self, buffers: Any, verb: str = "", name: str = "replica") -> list[Array]:
+        """Return buffers as NumPy descriptions, and order the work of this call with theirs."""
+        found = cuda_arrays.locate(verb or self.verb, buffers, name)
+        self._device_buffers += found
         self._names += (f"{name} {k}" for k in range(len(found)))
-        return [one.array for one in found]
+        return [buffer.array for buffer in found]
 
     def new(
-        self, shapes: Sequence[tuple[int, ...]], dtype: Any, beside: bool = False
+        self, shapes: Sequence[tuple[int, ...]], dtype: Any, on_own_gpu: bool = False
     ) -> tuple[list[Any], list[Array]]:
-        """Return new arrays of the library that makes them, and as arrays over their memory.
+        """Allocate arrays; return them and their NumPy descriptions.
 
-        On the GPU where the work is done, or each beside the buffer of its number.
+        They lie on the GPU that does the work, or (``on_own_gpu``) each on the GPU of the buffer of
+        the same index.
         """
-        home = self._joined().home
-        where = [Order(one.device, one.stream) for one in self.places()] if beside else []
-        made = [
-            cuda.arrays().empty(order.device, shape, dtype, order.stream)
-            for shape, order in zip(shapes, where or [home] * len(shapes), strict=False)
+        work_stream = self._joined().work_stream
+        streams = (
+            [DeviceStream(buffer.device, buffer.stream) for buffer in self.device_buffers()]
+            if on_own_gpu
+            else []
+        )
+        library_arrays = [
+            cuda.arrays().empty(target.device, shape, dtype, target.stream)
+            for shape, target in zip(shapes, streams or [work_stream] * len(shapes), strict=False)
         ]
-        placed = cuda_arrays.place(self.verb, made, "out")
-        return made, [one.array for one in placed]
+        located = cuda_arrays.locate(self.verb, library_arrays, "out")
+        return library_arrays, [buffer.array for buffer in located]
 
     @contextlib.contextmanager
-    def ordered(self) -> Iterator[Order]:
-        """Order what is launched inside after what made the buffers, and before what follows."""
+    def ordered(self) -> Iterator[DeviceStream]:
+        """Yield the stream to launch on: it waits for the buffers' streams, and they for it."""
         joined = self._joined()
-        if self.is_spread:
-            self._check_reach(joined.home.device)
+        if self.is_multi_gpu:
+            self._check_peer_access(joined.work_stream.device)
         for other in joined.before:
-            wait_for(joined.home, other)
+            wait_for(joined.work_stream, other)
         try:
-            yield joined.home
+            yield joined.work_stream
         finally:
             for other in joined.after:
-                wait_for(other, joined.home)
+                wait_for(other, joined.work_stream)
 
     @property
-    def is_spread(self) -> bool:
-        """Whether the buffers lie on more than one GPU."""
-        return len({one.device for one in self._placed}) > 1
+    def is_multi_gpu(self) -> bool:
+        """Whether the buffers lie on several GPUs."""
+        return len({buffer.device for buffer in self._device_buffers}) > 1
 
-    def places(self) -> list[cuda_arrays.DeviceBuffer]:
-        """Return where each buffer, and then each out, lies, with the stream to use there."""
-        given = stream_order.given(self.verb, self._given, len(self._placed))
-        if given is None:
-            return self._placed
-        pairs = zip(self._placed, given, strict=True)
-        return [one._replace(stream=stream) for one, stream in pairs]
+    def device_buffers(self) -> list[cuda_arrays.DeviceBuffer]:
+        """Return device, stream and description of each buffer, followed by those of ``out``."""
+        streams = stream_order.per_buffer(self.verb, self._stream, len(self._device_buffers))
+        if streams is None:
+            return self._device_buffers
+        pairs = zip(self._device_buffers, streams, strict=True)
+        return [buffer._replace(stream=stream) for buffer, stream in pairs]
 
-    def _joined(self) -> stream_order.Joined[Order]:
-        """Return where the work goes, and what else must be ordered with it."""
-        return stream_order.join([Order(one.device, one.stream) for one in self.places()])
+    def _joined(self) -> stream_order.Joined[DeviceStream]:
+        """Return the stream of the work and the streams to order with it."""
+        return stream_order.join(
+            [DeviceStream(buffer.device, buffer.stream) for buffer in self.device_buffers()]
+        )
 
-    def _check_reach(self, home: int) -> None:
-        """Raise unless one GPU reaches all arrays of the call."""
-        found = driver.find()
-        assert found is not None  # it has told where the buffers lie
-        for name, one in zip(self._names, self._placed, strict=True):
-            if one.device == home:
+    def _check_peer_access(self, work_device: int) -> None:
+        """Raise unless the GPU that does the work can access the memory of all arrays."""
+        cuda_driver = driver.find()
+        assert cuda_driver is not None  # it has located the buffers
+        for name, buffer in zip(self._names, self._device_buffers, strict=True):
+            if buffer.device == work_device:
                 continue
-            if not found.open_peer(home, one.device):
+            if not cuda_driver.open_peer(work_device, buffer.device):
                 raise DeviceError(
-                    f"{self.verb}: cuda:{home} reads and writes for all, and does not reach "
-                    f"cuda:{one.device}, where {name} lies; bring the buffers to one GPU "
-                    "(all_reduce works without)"
+                    f"{self.verb}: cuda:{work_device} does all the work, and has no peer access to "
+                    f"cuda:{buffer.device}, where {name} lies; copy the buffers to one GPU "
+                    "(all_reduce needs no peer access)"
                 )
-            if one.array.size and not found.is_open(checks.address(one.array)):
+            if buffer.array.size and not cuda_driver.is_open(checks.address(buffer.array)):
                 raise DeviceError(
-                    f"{self.verb}: {name}, on cuda:{one.device}, lies in memory of a pool that is "
-                    f"closed to cuda:{home}; allocate it with cudaMalloc, as CuPy does by default, "
-                    "or bring the buffers to one GPU"
+                    f"{self.verb}: {name}, on cuda:{buffer.device}, lies in memory of a pool that "
+                    f"is closed to cuda:{work_device}; allocate it with cudaMalloc, as CuPy does "
+                    "by default, or copy the buffers to one GPU"
                 )
 
 
 class Buffers(Call):
-    """A call on one array per replica, with results in ``out``, in new arrays or in place."""
+    """Call on one array per replica, with results in ``out``, in new arrays or in place."""
 
     def __init__(self, verb: str, buffers: Any, out: Any, stream: Any) -> None:
         super().__init__(verb, stream)
         self.buffers = checks.as_sequence(verb, buffers)
         self.results: Any = self.buffers
-        self.reads = self.place(self.buffers)
+        self.reads = self.register(self.buffers)
         self.out: list[Array] | None = None
         if out is not None:
             self.results = checks.as_sequence(verb, out, "out")
-            self.out = self.place(self.results, name="out")
+            self.out = self.register(self.results, name="out")
 
-    def made(self, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-        """Return new arrays to write to; the call will return them, alike to the buffers."""
-        beside = len(shapes) == len(self.reads)
-        made, arrays = self.new(shapes, self.reads[0].dtype, beside)
-        pairs = zip(made, self.buffers, strict=False)
-        self.results = [cuda_arrays.like(one, buffer) for one, buffer in pairs]
+    def new_results(self, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+        """Allocate the results, of the library of the buffers; return their descriptions."""
+        on_own_gpu = len(shapes) == len(self.reads)
+        library_arrays, arrays = self.new(shapes, self.reads[0].dtype, on_own_gpu)
+        pairs = zip(library_arrays, self.buffers, strict=False)
+        self.results = [cuda_arrays.like(result, buffer) for result, buffer in pairs]
         return arrays
 
 
 class AllReduce(Buffers):
-    """An all-reduce of arrays that fit together, by an op that GPUs can do on them.
+    """All-reduce call whose arrays agree in shape and dtype and whose op GPUs support.
 
     Its results go to the buffers (``out`` is None), to new arrays (``checks.NEW``), or to ``out``.
     """
@@ -149,27 +156,27 @@ class AllReduce(Buffers):
         super().__init__(verb, buffers, None if self._makes_new else out, stream)
         checks.arrays(verb, self.reads)
         self.dtype = self.reads[0].dtype
-        self.op = job.checked(verb, op, self.dtype)
+        self.op = job.check_op(verb, op, self.dtype)
         self.is_in_place = out is None
 
-    def written(self) -> list[Array]:
-        """Return the arrays that get the results; raise unless they can be written to."""
+    def targets(self) -> list[Array]:
+        """Return the arrays that receive the results; raise unless they are writable."""
         if self.is_in_place:
             checks.check_in_place(self.verb, self.reads)
             return self.reads
         if self._makes_new:
-            return self.made([read.shape for read in self.reads])
+            return self.new_results([read.shape for read in self.reads])
         return checks.outputs_like(self.verb, self.reads, self.out)
 
 
-def wait_for(waiting: Order, awaited: Order) -> None:
-    """Let one stream wait for what another was given by now, of whatever device."""
-    found = driver.find()
-    if found is None:  # in the simulator everything has happened when a call returns
+def wait_for(waiting: DeviceStream, awaited: DeviceStream) -> None:
+    """Let one stream wait for the work that another stream, of any device, holds now."""
+    cuda_driver = driver.find()
+    if cuda_driver is None:  # in the simulator, all work is done when a call returns
         return
     if waiting.device == awaited.device:
-        found.wait(waiting.device, waiting.stream, awaited.stream)
+        cuda_driver.wait(waiting.device, waiting.stream, awaited.stream)
         return
-    event = found.record(awaited.device, awaited.stream)
-    found.await_event(waiting.device, waiting.stream, event)
-    found.destroy(event)
+    event = cuda_driver.record(awaited.device, awaited.stream)
+    cuda_driver.await_event(waiting.device, waiting.stream, event)
+    cuda_driver.destroy(event)

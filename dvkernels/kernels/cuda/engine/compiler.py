@@ -1,7 +1,7 @@
-"""From a function to machine code of one architecture: NVVM, then the linker. No GPU is needed.
+"""Compiler of the kernels: Python to PTX by NVVM, PTX to machine code by nvJitLink, without a GPU.
 
-The linker is that of the same toolkit as NVVM, and its machine code runs on every driver of its
-major version. The driver's own compiler would refuse PTX of a toolkit that is newer than itself.
+NVVM and nvJitLink come from one toolkit, whose machine code runs on every driver of its major
+version. The driver's own compiler would refuse PTX of a toolkit that is newer than the driver.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ __all__ = ["Compiled", "assemble", "check", "compile_to_ptx"]
 
 _untyped_cuda: Any = cuda
 _untyped_types: Any = types
-_OLDEST = (7, 5)  # the capability that all toolkits of today compile for
+_OLDEST = (7, 5)  # the oldest compute capability that current toolkits compile for
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 
 
 class Compiled(NamedTuple):
-    """PTX, and what the kernel in it is called."""
+    """PTX and the name of the kernel in it."""
 
     name: str
     ptx: str
 
 
 def compile_to_ptx(kernel: Callable[..., None], capability: tuple[int, int]) -> Compiled:
-    """Compile a kernel, which takes the words of a table, for devices of that capability.
+    """Compile a kernel, whose arguments are the words of a launch table, for a compute capability.
 
-    Without launch bounds: told of blocks of 256 threads, ptxas 13.5 aims at a number of blocks and
-    spills up to 80 bytes to get there; left alone it spills nothing, and takes at most 128
-    registers, with which two such blocks fit on a multiprocessor.
+    No launch bounds are given: with bounds of 256 threads, ptxas 13.5 aims at a number of blocks
+    per multiprocessor and spills up to 80 bytes for it; without them it spills nothing and takes
+    at most 128 registers, with which two blocks of 256 threads fit on a multiprocessor.
     """
     words = _untyped_types.UniTuple(types.int64, launch_table.NUM_WORDS)
     ptx, _ = _untyped_cuda.compile_ptx(kernel, types.void(words), device=False, cc=capability)
@@ -45,12 +45,12 @@ def compile_to_ptx(kernel: Callable[..., None], capability: tuple[int, int]) -> 
 
 
 def check(function: Callable[..., Any], signature: Any) -> None:
-    """Raise what Numba raises unless a function can be compiled for devices."""
+    """Raise Numba's error unless a function compiles for devices."""
     _untyped_cuda.compile_ptx(function, signature, device=True, cc=_OLDEST)
 
 
 def assemble(compiled: Compiled, capability: tuple[int, int]) -> bytes:
-    """Return the machine code for devices of that capability."""
+    """Return the machine code (cubin) for a compute capability."""
     from cuda.bindings import nvjitlink
 
     source = compiled.ptx.encode()
@@ -63,7 +63,7 @@ def assemble(compiled: Compiled, capability: tuple[int, int]) -> bytes:
     except nvjitlink.nvJitLinkError as error:
         raise DeviceError(
             f"the linker of the CUDA toolkit failed on {compiled.name} for compute capability "
-            f"{capability}: {error}; see that nvidia-nvvm and nvidia-nvjitlink are of one release"
+            f"{capability}: {error}; check that nvidia-nvvm and nvidia-nvjitlink are of one release"
         ) from error
     finally:
         nvjitlink.destroy(linker)

@@ -1,10 +1,10 @@
-"""The short way of the common calls: dense arrays, alike, on one GPU, reduced in place or apart.
+"""Fast path of repeated reductions: contiguous arrays of one shape and dtype on one GPU.
 
-What a call costs on the host (descriptions, checks, the table: 45 us) is the same work each time,
-for all but the addresses of its arrays. So the first call of a kind leaves its launch here, and
-the next ones look whether any two arrays overlap, fill in their addresses, and launch: 5 us.
+The host's share of a call (descriptions, checks, the table: 45 us) is the same each time but for
+the addresses of the arrays. So the first call of a signature caches its launch here, and the next
+ones check that no two arrays overlap, fill in the addresses, and launch: 5 us.
 
-A launch that is kept relies on nothing that can go: it has words, and no handle of the driver.
+A cached launch stays valid: it consists of words and holds no handle of the driver.
 """
 
 from __future__ import annotations
@@ -19,73 +19,77 @@ from dvkernels.devices import signature, stream_order
 from dvkernels.kernels.cuda.engine import job, launcher
 from dvkernels.reduce_op import Reduction
 
-__all__ = ["Seen", "learn", "repeat", "see"]
+__all__ = ["CallSignature", "describe", "learn", "repeat"]
 
 _VECTOR_NBYTES = 16
-_MOST = 1024  # launches that are kept: 1 KiB each
+_MAX_LAUNCHES = 1024  # in the cache: 1 KiB each
 
 
-class Seen(NamedTuple):
-    """A call at a glance."""
+class CallSignature(NamedTuple):
+    """Signature of a call: the key of its cached launch, and its arrays."""
 
     key: Hashable
     num_sources: int
     is_in_place: bool
-    at: signature.Signature
+    arrays: signature.Signature
 
 
-class _KeptLaunch(NamedTuple):
-    nbytes: int  # of an array
+class _CachedLaunch(NamedTuple):
+    nbytes: int  # of each array
     launch: launcher.RepeatedLaunch
 
 
-_kept: dict[Hashable, _KeptLaunch] = {}
-# The driver serves no child of fork: what that calls goes the long way, which says so.
+_launches: dict[Hashable, _CachedLaunch] = {}
+# The driver does not serve a forked child, whose calls must take the slow path, which says so.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_kept.clear)
+    os.register_at_fork(after_in_child=_launches.clear)
 
 
-def see(sources: Sequence[Any], targets: Sequence[Any], op: Any) -> Seen | None:
-    """Return the call that reduces arrays into targets, or, if there are none, in place.
+def describe(sources: Sequence[Any], targets: Sequence[Any], op: Any) -> CallSignature | None:
+    """Return the signature of a reduction into ``targets``, or in place if there are none.
 
-    None: it cannot be one that is kept.
+    None: such a call is never cached.
     """
-    found = signature.at([*sources, *targets] if targets else sources)
-    if found is None:
+    described = signature.read([*sources, *targets] if targets else sources)
+    if described is None:
         return None
-    key = (found.kind, len(sources), len(targets), op)
+    key = (described.kind, len(sources), len(targets), op)
     try:
         hash(key)
-    except TypeError:  # an op that is none
+    except TypeError:  # not an op
         return None
-    return Seen(key, len(sources), not targets, found)
+    return CallSignature(key, len(sources), not targets, described)
 
 
-def repeat(seen: Seen | None, verb: str, stream: Any) -> bool:
-    """Launch a call that has been made before; False: declined, and nothing was touched."""
-    if seen is None or type(stream) in (list, tuple):
+def repeat(call: CallSignature | None, verb: str, stream: Any) -> bool:
+    """Launch a call whose signature is cached; False: declined, and nothing was touched."""
+    if call is None or type(stream) in (list, tuple):
         return False
-    kept = _kept.get(seen.key)
-    if kept is None:
+    cached = _launches.get(call.key)
+    if cached is None:
         return False
-    addresses, end = seen.at.addresses, 0
+    addresses, end = call.arrays.addresses, 0
     for address in sorted(addresses):
         if address < end or address % _VECTOR_NBYTES:
             return False
-        end = address + kept.nbytes
-    home = seen.at.stream if stream is None else stream_order.pointer(verb, stream)
-    kept.launch(addresses, home)
+        end = address + cached.nbytes
+    work_stream = call.arrays.stream if stream is None else stream_order.stream_handle(verb, stream)
+    cached.launch(addresses, work_stream)
     return True
 
 
-def learn(seen: Seen | None, op: Reduction, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
-    """Keep the launch of a call that has passed all checks; ``arrays`` are what it saw."""
-    if seen is None:
+def learn(
+    call: CallSignature | None, op: Reduction, arrays: Sequence[np.ndarray[Any, Any]]
+) -> None:
+    """Cache the launch of a call that has passed all checks, with these arrays."""
+    if call is None:
         return
-    launch = job.repeated(seen.at.device, op, arrays, seen.num_sources, in_place=seen.is_in_place)
+    launch = job.repeated(
+        call.arrays.device, op, arrays, call.num_sources, in_place=call.is_in_place
+    )
     if launch is None:
         return
-    if len(_kept) >= _MOST:
-        for key in [*_kept][:1]:  # the oldest; other threads may be here too
-            _kept.pop(key, None)
-    _kept[seen.key] = _KeptLaunch(arrays[0].nbytes, launch)
+    if len(_launches) >= _MAX_LAUNCHES:
+        for key in [*_launches][:1]:  # the oldest; another thread may remove it too
+            _launches.pop(key, None)
+    _launches[call.key] = _CachedLaunch(arrays[0].nbytes, launch)

@@ -1,15 +1,15 @@
-"""What compiled CUDA code does with raw memory, and the plain twin of each for the simulator.
+"""Intrinsics of the CUDA kernels (memory accesses, flags, clock), with simulator twins.
 
-Addresses and words are int64, so that tables of them need one type and nothing turns into a float
-(Numba adds an int64 to a uint64 in float64). ``load_word(table, 3)`` reads the word 24 bytes past
-``table``. A vector is 16 bytes at a multiple of 16, four uint32: one LDG.E.128 or STG.E.128.
+Addresses and words are int64, so that tables of them need one type and no expression becomes a
+float (Numba adds an int64 to a uint64 in float64). ``load_word(table, 3)`` reads the word 24 bytes
+after ``table``. A vector is 16 bytes at a multiple of 16, four uint32: one LDG.E.128 or STG.E.128.
 
-Flags between GPUs need the scope of the system: ``cuda.atomic`` reaches its own device only, and a
-plain load in a spin is hoisted out of the loop. So these are written in PTX: ``acquire`` sees what
-was written before the ``release`` that it reads.
+Flags between GPUs need system scope: ``cuda.atomic`` has device scope, and a plain load in a spin
+loop is hoisted out of it. So flags are accessed in PTX: after an ``acquire`` that reads the value
+of a ``release``, everything written before that release is visible.
 
-The simulator runs kernels as Python and knows no intrinsics; there an address is one of the host.
-``_twin`` is the one place where either is chosen.
+The simulator runs kernels as Python and has no intrinsics; addresses there are host addresses.
+:func:`twin` chooses between the two implementations.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ __all__ = [
     "VECTOR_NBYTES",
     "acquire",
     "add_release",
-    "assemble",
     "call",
     "clock_ns",
-    "gather",
+    "emit_vector_load",
+    "emit_vector_store",
+    "inline_ptx",
     "keep_rolled",
     "load_relaxed",
     "load_vector",
-    "load_whole",
     "load_word",
     "nanosleep",
+    "pack",
     "pointer",
     "quotient",
     "release",
-    "spread",
     "store_relaxed",
     "store_vector",
-    "store_whole",
     "store_word",
     "twin",
+    "unpack",
 ]
 
 SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
@@ -58,20 +58,20 @@ VECTOR_NBYTES = 16
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(_I32, 4)
 _untyped: Any = types
-_FOUR = _untyped.UniTuple(types.uint32, 4)
-GLOBAL = 1  # the address space of device memory: without it LLVM makes generic accesses
+_FOUR_UINT32 = _untyped.UniTuple(types.uint32, 4)
+GLOBAL = 1  # the address space of device memory: without it LLVM emits generic accesses
 
 _Emit = Callable[..., Any]
-# Where several simulated threads add to one word: Python has no atomic addition.
-_adding = threading.Lock()
+# Several simulated threads may add to one word, and Python has no atomic addition.
+_addition_lock = threading.Lock()
 
 
-def twin(plain: Callable[..., Any], *, prefer_literal: bool = False) -> Callable[[_Emit], Any]:
-    """Return a decorator: on a device, what the function emits; in the simulator, ``plain``."""
+def twin(simulated: Callable[..., Any], *, prefer_literal: bool = False) -> Callable[[_Emit], Any]:
+    """Return a decorator that makes an emitter an intrinsic; in the simulator, ``simulated``."""
 
     def choose(emit: _Emit) -> Any:
         if SIMULATED:
-            return plain
+            return simulated
         return extending.intrinsic(prefer_literal=prefer_literal)(emit)
 
     return choose
@@ -82,32 +82,32 @@ def pointer(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, ir.PointerType(kind, addrspace=GLOBAL))
 
 
-def _nth_word(builder: Any, args: Any) -> Any:
+def _word_pointer(builder: Any, args: Any) -> Any:
     """Emit the pointer to word ``args[1]`` after the address ``args[0]``."""
     return builder.gep(pointer(builder, args[0], _I64), [args[1]])
 
 
-def assemble(builder: Any, result: Any, code: str, constraints: str, args: Sequence[Any]) -> Any:
-    """Emit PTX that memory accesses do not pass: ``result`` is its LLVM type."""
+def inline_ptx(builder: Any, result: Any, code: str, constraints: str, args: Sequence[Any]) -> Any:
+    """Emit inline PTX of LLVM type ``result``, across which no memory access is moved."""
     function = ir.FunctionType(result, [arg.type for arg in args])
     return builder.asm(function, code, constraints, list(args), side_effect=True)
 
 
-def gather(builder: Any, numbers: Sequence[Any]) -> Any:
-    """Emit the vector of some numbers."""
+def pack(builder: Any, numbers: Sequence[Any]) -> Any:
+    """Emit the vector of these numbers."""
     vector = ir.Constant(ir.VectorType(numbers[0].type, len(numbers)), ir.Undefined)
     for k, number in enumerate(numbers):
         vector = builder.insert_element(vector, number, _I32(k))
     return vector
 
 
-def spread(builder: Any, vector: Any) -> list[Any]:
+def unpack(builder: Any, vector: Any) -> list[Any]:
     """Emit the numbers of a vector."""
     return [builder.extract_element(vector, _I32(k)) for k in range(vector.type.count)]
 
 
 def call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
-    """Emit the call of a function of LLVM or NVVM."""
+    """Emit the call of an LLVM or NVVM function."""
     declared = builder.module.globals.get(name)
     if declared is None:
         kind = ir.FunctionType(result, [arg.type for arg in args])
@@ -116,117 +116,117 @@ def call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
 
 
 def keep_rolled(builder: Any) -> None:
-    """Keep LLVM from unrolling the loop around this place.
+    """Keep LLVM from unrolling the loop around the current position.
 
-    A GPU hides latency by having other warps run, which needs room for them: unrolled by LLVM, the
-    minimum of int8 took 152 registers on sm_90, the sum of float16 as many as 128; so 84 and 96.
+    A GPU hides latency by running other warps, which need registers: unrolled by LLVM, the minimum
+    of int8 took 152 registers per thread on sm_90 and the sum of float16 128; rolled, 84 and 96.
     """
     empty = builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
     empty.attributes.add("convergent")
 
 
-def load_whole(builder: Any, address: Any) -> Any:
+def emit_vector_load(builder: Any, address: Any) -> Any:
     """Emit the load of a vector, four 32-bit integers.
 
-    In PTX, because LLVM splits the loads of vectors of small numbers: eight float16 into two,
+    In PTX, because LLVM splits loads of vectors of small numbers: eight float16 into two loads,
     sixteen int8 into four.
     """
     keep_rolled(builder)
     four = ir.LiteralStructType([_I32] * 4)
     code = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-    loaded = assemble(builder, four, code, "=r,=r,=r,=r,l", [address])
-    return gather(builder, [builder.extract_value(loaded, k) for k in range(4)])
+    loaded = inline_ptx(builder, four, code, "=r,=r,=r,=r,l", [address])
+    return pack(builder, [builder.extract_value(loaded, k) for k in range(4)])
 
 
-def store_whole(builder: Any, address: Any, value: Any) -> Any:
-    """Emit the store of a vector of 16 bytes, and return it."""
+def emit_vector_store(builder: Any, address: Any, value: Any) -> Any:
+    """Emit the store of a vector of 16 bytes, and return the instruction."""
     keep_rolled(builder)
-    lanes = spread(builder, builder.bitcast(value, VECTOR))
+    lanes = unpack(builder, builder.bitcast(value, VECTOR))
     code = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
-    return assemble(builder, ir.VoidType(), code, "l,r,r,r,r,~{memory}", [address, *lanes])
+    return inline_ptx(builder, ir.VoidType(), code, "l,r,r,r,r,~{memory}", [address, *lanes])
 
 
 # ------------------------------------------------------------------ words and vectors
 
 
-def _load_word(address: int, index: int) -> int:
+def _simulated_load_word(address: int, index: int) -> int:
     return ctypes.c_int64.from_address(address + 8 * index).value
 
 
-def _store_word(address: int, index: int, value: int) -> None:
+def _simulated_store_word(address: int, index: int, value: int) -> None:
     ctypes.c_int64.from_address(address + 8 * index).value = value
 
 
 _Vector = ctypes.c_uint32 * 4
 
 
-def _load_vector(address: int) -> tuple[int, ...]:
+def _simulated_load_vector(address: int) -> tuple[int, ...]:
     _check_aligned(address)
     return tuple(_Vector.from_address(address))
 
 
-def _store_vector(address: int, vector: Sequence[int]) -> None:
+def _simulated_store_vector(address: int, vector: Sequence[int]) -> None:
     _check_aligned(address)
     _Vector.from_address(address)[:] = list(vector)
 
 
 def _check_aligned(address: int) -> None:
-    """Raise where a device would: an access of 16 bytes at another address is an error there."""
+    """Raise ``ValueError`` for a misaligned access of 16 bytes, which is an error on a device."""
     if address % VECTOR_NBYTES:
-        raise ValueError(f"16 bytes at {address:#x}, which is no multiple of 16")
+        raise ValueError(f"an access of 16 bytes at {address:#x}, which is not a multiple of 16")
 
 
-@twin(_load_word)
+@twin(_simulated_load_word)
 def load_word(typing: Any, address: Any, index: Any) -> Any:
     """Read a word."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_nth_word(builder, args), align=8)
+        return builder.load(_word_pointer(builder, args), align=8)
 
     return types.int64(types.int64, types.int64), generate
 
 
-@twin(_store_word)
+@twin(_simulated_store_word)
 def store_word(typing: Any, address: Any, index: Any, value: Any) -> Any:
     """Write a word."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _nth_word(builder, args), align=8)
+        builder.store(args[2], _word_pointer(builder, args), align=8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@twin(_load_vector)
+@twin(_simulated_load_vector)
 def load_vector(typing: Any, address: Any) -> Any:
     """Read 16 bytes at a multiple of 16, in one access."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = spread(builder, load_whole(builder, args[0]))
-        return context.make_tuple(builder, _FOUR, lanes)
+        lanes = unpack(builder, emit_vector_load(builder, args[0]))
+        return context.make_tuple(builder, _FOUR_UINT32, lanes)
 
-    return _FOUR(types.int64), generate
+    return _FOUR_UINT32(types.int64), generate
 
 
-@twin(_store_vector)
+@twin(_simulated_store_vector)
 def store_vector(typing: Any, address: Any, vector: Any) -> Any:
     """Write 16 bytes at a multiple of 16, in one access."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = [builder.extract_value(args[1], k) for k in range(4)]
-        store_whole(builder, args[0], gather(builder, lanes))
+        emit_vector_store(builder, args[0], pack(builder, lanes))
         return context.get_dummy_value()
 
-    return types.void(types.int64, _FOUR), generate
+    return types.void(types.int64, _FOUR_UINT32), generate
 
 
-def _quotient(dividend: int, divisor: int) -> int:
+def _simulated_quotient(dividend: int, divisor: int) -> int:
     return dividend // divisor
 
 
-@twin(_quotient)
+@twin(_simulated_quotient)
 def quotient(typing: Any, dividend: Any, divisor: Any) -> Any:
-    """Divide positive numbers below 2**32: a third of the instructions of 64 bits."""
+    """Divide positive integers below 2**32, in a third of the instructions of a 64-bit division."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         keep_rolled(builder)
@@ -239,78 +239,78 @@ def quotient(typing: Any, dividend: Any, divisor: Any) -> Any:
 # ------------------------------------------------------------------ flags that other GPUs read
 
 
-def _load_flag(address: int) -> int:
+def _simulated_load_flag(address: int) -> int:
     return ctypes.c_int64.from_address(address).value
 
 
-def _store_flag(address: int, value: int) -> None:
+def _simulated_store_flag(address: int, value: int) -> None:
     ctypes.c_int64.from_address(address).value = value
 
 
-def _add_to_flag(address: int, value: int) -> None:
-    with _adding:
+def _simulated_add_to_flag(address: int, value: int) -> None:
+    with _addition_lock:
         ctypes.c_int64.from_address(address).value += value
 
 
-def _loads(code: str) -> Any:
+def _flag_load(code: str) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return assemble(builder, _I64, f"{code} $0, [$1];", "=l,l,~{memory}", args)
+        return inline_ptx(builder, _I64, f"{code} $0, [$1];", "=l,l,~{memory}", args)
 
     return types.int64(types.int64), generate
 
 
-def _writes(code: str) -> Any:
+def _flag_store(code: str) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        assemble(builder, ir.VoidType(), f"{code} [$0], $1;", "l,l,~{memory}", args)
+        inline_ptx(builder, ir.VoidType(), f"{code} [$0], $1;", "l,l,~{memory}", args)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
 
 
-@twin(_load_flag)
+@twin(_simulated_load_flag)
 def acquire(typing: Any, address: Any) -> Any:
-    """Read a flag; what was written before the release that set it can be read from here on."""
-    return _loads("ld.acquire.sys.global.b64")
+    """Read a flag; from here on, writes before the release that set it are visible."""
+    return _flag_load("ld.acquire.sys.global.b64")
 
 
-@twin(_load_flag)
+@twin(_simulated_load_flag)
 def load_relaxed(typing: Any, address: Any) -> Any:
-    """Read a word that other GPUs, or the host, write; it orders nothing else."""
-    return _loads("ld.relaxed.sys.global.b64")
+    """Read a word that other GPUs, or the host, write; orders no other access."""
+    return _flag_load("ld.relaxed.sys.global.b64")
 
 
-@twin(_store_flag)
+@twin(_simulated_store_flag)
 def release(typing: Any, address: Any, value: Any) -> Any:
-    """Set a flag, after all that this thread has written, and has acquired."""
-    return _writes("st.release.sys.global.b64")
+    """Set a flag after everything that this thread has written or acquired."""
+    return _flag_store("st.release.sys.global.b64")
 
 
-@twin(_store_flag)
+@twin(_simulated_store_flag)
 def store_relaxed(typing: Any, address: Any, value: Any) -> Any:
-    """Write a word that other GPUs, or the host, read; it orders nothing else."""
-    return _writes("st.relaxed.sys.global.b64")
+    """Write a word that other GPUs, or the host, read; orders no other access."""
+    return _flag_store("st.relaxed.sys.global.b64")
 
 
-@twin(_add_to_flag)
+@twin(_simulated_add_to_flag)
 def add_release(typing: Any, address: Any, value: Any) -> Any:
-    """Add to a flag, atomically, after all that this thread has written, and has acquired."""
-    return _writes("red.release.sys.global.add.u64")
+    """Add to a flag, atomically, after everything that this thread has written or acquired."""
+    return _flag_store("red.release.sys.global.add.u64")
 
 
 # ------------------------------------------------------------------ time
 
 
-def _sleep(nanoseconds: int) -> None:
+def _simulated_sleep(nanoseconds: int) -> None:
     time.sleep(nanoseconds * 1e-9)
 
 
-@twin(_sleep)
+@twin(_simulated_sleep)
 def nanosleep(typing: Any, nanoseconds: Any) -> Any:
-    """Let other warps run for about so long, at most a millisecond."""
+    """Suspend this thread for about that many nanoseconds, at most a millisecond."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         short = builder.trunc(args[0], _I32)
-        assemble(builder, ir.VoidType(), "nanosleep.u32 $0;", "r,~{memory}", [short])
+        inline_ptx(builder, ir.VoidType(), "nanosleep.u32 $0;", "r,~{memory}", [short])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -318,9 +318,9 @@ def nanosleep(typing: Any, nanoseconds: Any) -> Any:
 
 @twin(time.monotonic_ns)
 def clock_ns(typing: Any) -> Any:
-    """Return the nanoseconds of a clock that only goes forward; its steps may be a microsecond."""
+    """Return the nanoseconds of a monotonic clock; its resolution may be a microsecond."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return assemble(builder, _I64, "mov.u64 $0, %globaltimer;", "=l,~{memory}", [])
+        return inline_ptx(builder, _I64, "mov.u64 $0, %globaltimer;", "=l,~{memory}", [])
 
     return types.int64(), generate

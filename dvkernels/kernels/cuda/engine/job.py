@@ -1,14 +1,16 @@
-"""Lays arrays out as the table of a launch (see launch_table.py), and starts it.
+"""Jobs: arrays laid out as a launch table (see launch_table.py), and the launch over it.
 
-Arrays are those of devices/cuda_arrays.py: NumPy's, over memory of the device. What the addresses
-of an item allow decides how it is run:
+Arrays are the NumPy descriptions of devices/cuda_arrays.py, over device memory. The addresses and
+strides of an item decide how its elements are accessed:
 
-* vectors, where all arrays are dense and lie alike in their 16 bytes: what stands before the first
-  whole vector, and after the last, is taken element by element;
-* elements, where they are strided, or lie differently: neighbouring threads take neighbouring
-  elements, so that dense lines are still read in whole sectors, by 8 times as many accesses;
-* a dense copy, where an address is no multiple of the element's size, which no GPU can read: it is
-  brought in and out byte by byte, two launches more and twice the memory of those arrays.
+* as vectors of 16 bytes, where all arrays are contiguous and have the same alignment modulo 16; the
+  elements before the first whole vector and after the last are accessed one by one;
+* as elements, where arrays are strided or differ in alignment: neighbouring threads take
+  neighbouring elements, so that contiguous lines are still read in whole sectors, with up to 8
+  times as many accesses;
+* through a contiguous staging copy, where an address is not a multiple of the element's size, which
+  a GPU cannot access: it is copied in and out byte by byte, with two more launches and twice the
+  memory of those arrays.
 """
 
 from __future__ import annotations
@@ -19,30 +21,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.devices import cuda, cuda_arrays
+from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.kernels import arithmetic, checks
-from dvkernels.kernels import strides as walks
+from dvkernels.kernels import strides as array_strides
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, launcher, loops, operations
 from dvkernels.reduce_op import ReduceOp, Reduction
 
-__all__ = ["Counts", "Item", "Order", "checked", "combine", "lay_out", "move", "repeated", "run"]
+__all__ = ["Counts", "Item", "check_op", "combine", "lay_out", "move", "repeated", "run"]
 
 Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Array]]
 
 _VECTOR = intrinsics.VECTOR_NBYTES
 _PER_THREAD = 4
-_LONGEST = 1 << 30  # elements of an item with axes: their numbers are divided as 32 bits
-
-
-class Order(NamedTuple):
-    """Where a launch goes: a device, and a stream of it."""
-
-    device: int
-    stream: int
+_LONGEST = 1 << 30  # elements of an item with axes: their indices are divided in 32 bits
 
 
 class Counts(NamedTuple):
-    """How the arrays of a group are used."""
+    """Numbers of sources and targets in a group of arrays, and the divisor of the reduction."""
 
     num_sources: int
     num_targets: int
@@ -51,24 +47,24 @@ class Counts(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Arrays of one shape, and how their elements are taken."""
+    """Arrays of one shape, and the access pattern of their elements."""
 
-    axes: Sequence[tuple[int, tuple[int, ...]]]  # innermost first; none: dense
-    before: int
-    units: int
-    after: int
+    axes: Sequence[tuple[int, tuple[int, ...]]]  # (extent, strides), innermost first; none: dense
+    before: int  # elements before the first whole vector
+    units: int  # whole vectors; elements where there are axes
+    after: int  # elements after the last whole vector
     addresses: Sequence[int]
 
 
-def checked(verb: str, op: Any, dtype: np.dtype[Any]) -> Reduction:
-    """Return the reduction that ``op`` is or names; raise unless GPUs can do it on ``dtype``."""
+def check_op(verb: str, op: Any, dtype: np.dtype[Any]) -> Reduction:
+    """Return the reduction that ``op`` is or names; raise unless GPUs support it on ``dtype``."""
     known = checks.reduction(verb, op, dtype)
-    operations.told(known, dtype)
+    operations.resolve(known, dtype)
     return known
 
 
 def combine(
-    order: Order,
+    work_stream: DeviceStream,
     op: Reduction,
     dtype: np.dtype[Any],
     groups: Groups,
@@ -76,25 +72,25 @@ def combine(
     *,
     in_place: bool = False,
 ) -> None:
-    """Reduce the first arrays of each group, left to right, into the others, in one launch.
+    """Reduce the first arrays of each group, left to right, into its other arrays, in one launch.
 
-    In place, all arrays of a group are read, and all are written.
+    In place, all arrays of a group are both sources and targets.
     """
-    operation, code = operations.told(op, dtype)
+    operation, code = operations.resolve(op, dtype)
     kernel = loops.kernel(operation, code)
     counts = _counts(op, len(groups[0]) if groups else 0, num_sources, in_place)
-    run(order, kernel, code, groups, counts, num_sources)
+    run(work_stream, kernel, code, groups, counts, num_sources)
 
 
 def repeated(
     device: int, op: Reduction, arrays: Sequence[Array], num_sources: int, *, in_place: bool = False
 ) -> launcher.RepeatedLaunch | None:
-    """Return the launch of :func:`combine` on one group, for others that lie alike.
+    """Return the launch of :func:`combine` on one group, to be repeated with other addresses.
 
-    None where it depends on more than their addresses, or where nothing is to be launched: the
-    arrays must be dense and begin at multiples of 16 bytes.
+    None where the launch depends on more than the addresses, or where there is nothing to launch:
+    the arrays must be contiguous and begin at multiples of 16 bytes.
     """
-    operation, code = operations.told(op, arrays[0].dtype)
+    operation, code = operations.resolve(op, arrays[0].dtype)
     size = arithmetic.dtype_of(code).itemsize
     is_dense = all(
         array.flags.c_contiguous and checks.address(array) % _VECTOR == 0 for array in arrays
@@ -102,8 +98,8 @@ def repeated(
     if not is_dense or not arrays[0].size:
         return None
     counts = _counts(op, len(arrays), num_sources, in_place)
-    most = launcher.num_blocks(device)
-    blocks, words = lay_out(_items(arrays, size), counts, launcher.threads(), most)
+    max_blocks = launcher.num_blocks(device)
+    blocks, words = lay_out(_items(arrays, size), counts, launcher.threads(), max_blocks)
     if len(words) >= launch_table.NUM_WORDS:
         return None
     kernel = loops.kernel(operation, code)
@@ -111,29 +107,29 @@ def repeated(
 
 
 def _counts(op: Reduction, num_arrays: int, num_sources: int, in_place: bool) -> Counts:
-    """Return how a reduction uses the arrays of a group."""
+    """Return the numbers of sources and targets of a reduction, and its divisor."""
     first_target = 0 if in_place else num_sources
     divisor = num_sources if op is ReduceOp.MEAN else 1
     return Counts(num_sources, num_arrays - first_target, first_target, divisor)
 
 
-def move(order: Order, groups: Groups) -> None:
-    """Copy the first array of each group to all others: bytes, whatever the dtype.
+def move(work_stream: DeviceStream, groups: Groups) -> None:
+    """Copy the first array of each group to its other arrays, bitwise, whatever the dtype.
 
-    As integers as wide as all places and distances allow: the sum of one source is a copy.
+    The copy is a sum of one source, over integers as wide as all addresses and strides allow.
     """
-    marks = 0
+    common_bits = 0
     for arrays in groups:
         for array in arrays:
-            marks |= checks.address(array) | array.itemsize
+            common_bits |= checks.address(array) | array.itemsize
             for extent, stride in zip(array.shape, array.strides, strict=True):
-                marks |= stride if extent > 1 else 0
-    width = min(8, marks & -marks) if marks else 8
-    combine(order, ReduceOp.SUM, np.dtype(f"i{width}"), groups, 1)
+                common_bits |= stride if extent > 1 else 0
+    width = min(8, common_bits & -common_bits) if common_bits else 8
+    combine(work_stream, ReduceOp.SUM, np.dtype(f"i{width}"), groups, 1)
 
 
 def run(
-    order: Order,
+    work_stream: DeviceStream,
     kernel: Callable[..., None],
     code: int,
     groups: Groups,
@@ -144,32 +140,34 @@ def run(
     """Run a kernel over groups of arrays of one dtype, in one launch.
 
     The first ``num_reads`` arrays of a group are read, those from ``counts.first_target`` on are
-    written. ``numbers`` is what else the kernel needs to know.
+    written. ``numbers`` are further arguments of the kernel.
     """
     filled = [[*arrays] for arrays in groups if arrays[0].size]
     if not filled:
         return
     copied_back: list[tuple[Array, Array]] = []
-    kept = []  # what stand-ins lie in, until the work that uses it has its place on the stream
+    allocations = []  # of the staging copies, kept until all work on them is enqueued
     for arrays in filled:
         for k, array in enumerate(arrays):
             if _is_aligned(array, arithmetic.number_nbytes(code)):
                 continue
-            own = cuda.arrays().empty(order.device, array.shape, array.dtype, order.stream)
-            stand_in = cuda_arrays.place("staging", [own])[0].array
-            kept.append(own)
+            allocation = cuda.arrays().empty(
+                work_stream.device, array.shape, array.dtype, work_stream.stream
+            )
+            staging = cuda_arrays.locate("staging", [allocation])[0].array
+            allocations.append(allocation)
             if k < num_reads:
-                move(order, [[array, stand_in]])
+                move(work_stream, [[array, staging]])
             if k >= counts.first_target:
-                copied_back.append((stand_in, array))
-            arrays[k] = stand_in
+                copied_back.append((staging, array))
+            arrays[k] = staging
     size = arithmetic.dtype_of(code).itemsize
     items = [item for arrays in filled for item in _items(arrays, size)]
-    most = launcher.num_blocks(order.device)
-    blocks, words = lay_out(items, counts, launcher.threads(), most, numbers)
-    launcher.launch(kernel, order.device, blocks, words, order.stream)
-    for stand_in, array in copied_back:
-        move(order, [[stand_in, array]])
+    max_blocks = launcher.num_blocks(work_stream.device)
+    blocks, words = lay_out(items, counts, launcher.threads(), max_blocks, numbers)
+    launcher.launch(kernel, work_stream.device, blocks, words, work_stream.stream)
+    for staging, array in copied_back:
+        move(work_stream, [[staging, array]])
 
 
 def lay_out(
@@ -179,30 +177,31 @@ def lay_out(
     most_blocks: int,
     numbers: Sequence[float] = (),
 ) -> tuple[int, list[int]]:
-    """Return the blocks of a launch and the words of its table."""
-    # Large pieces once there are enough for every block; before that, one vector a thread.
+    """Return the number of blocks of a launch and the words of its table."""
+    # Pieces of several vectors per thread if they suffice for all blocks, else of one vector.
     total = sum(-(-item.units // (_PER_THREAD * threads)) for item in items)
     per_thread = _PER_THREAD if total >= most_blocks or intrinsics.SIMULATED else 1
     heads: list[int] = []
     records: list[int] = []
-    where = launch_table.HEADER + 2 * len(items)
+    record_offset = launch_table.HEADER + 2 * len(items)
     num_pieces = 0
     for axes, before, units, after, addresses in items:
-        heads += (num_pieces, where + len(records))
+        heads += (num_pieces, record_offset + len(records))
         num_pieces += max(1, -(-units // (per_thread * threads)))
         is_alike = all(len({*strides}) == 1 for _, strides in axes)
         records += (len(axes), before, units, after, int(is_alike), *addresses)
         for extent, strides in axes:
             records += (extent, *strides)
     words = [
-        num_pieces, len(items), *counts, per_thread, len(items[0].addresses), where + len(records),
-        *heads, *records, *np.array(numbers, np.float64).view(np.int64).tolist(),
+        num_pieces, len(items), *counts, per_thread, len(items[0].addresses),
+        record_offset + len(records), *heads, *records,
+        *np.array(numbers, np.float64).view(np.int64).tolist(),
     ]  # fmt: skip
     return min(num_pieces, most_blocks), words
 
 
 def _is_aligned(array: Array, size: int) -> bool:
-    """Return whether a GPU can read each number: at multiples of its size."""
+    """Return whether all elements lie at multiples of ``size``, as accesses of a GPU must."""
     if checks.address(array) % size:
         return False
     return all(
@@ -213,17 +212,17 @@ def _is_aligned(array: Array, size: int) -> bool:
 
 
 def _items(arrays: Sequence[Array], size: int) -> list[Item]:
-    """Return the items of a group; ``size`` is that of the elements the kernel knows."""
+    """Return the items of a group; ``size`` is the itemsize of the kernel's element type."""
     axes = _merged(arrays, size)
     addresses = [*map(checks.address, arrays)]
     is_dense = not axes or (len(axes) == 1 and {*axes[0][1]} == {size})
-    places = {address % _VECTOR for address in addresses}
-    if is_dense and len(places) == 1:
+    misalignments = {address % _VECTOR for address in addresses}
+    if is_dense and len(misalignments) == 1:
         count = axes[0][0] if axes else 1
-        (place,) = places
-        before = min(count, -place % _VECTOR // size)
+        (misalignment,) = misalignments
+        before = min(count, -misalignment % _VECTOR // size)
         num_vectors, after = divmod(count - before, _VECTOR // size)
-        if -place % size == 0:
+        if -misalignment % size == 0:
             return [Item((), before, num_vectors, after, addresses)]
     if not axes:
         axes = [(1, (size,) * len(arrays))]
@@ -231,7 +230,7 @@ def _items(arrays: Sequence[Array], size: int) -> list[Item]:
 
 
 def _cut(axes: list[tuple[int, tuple[int, ...]]], addresses: list[int]) -> list[Item]:
-    """Return items of no more elements than 32 bits count, cut along the outermost axis."""
+    """Return items of at most ``_LONGEST`` elements, cut along the outermost axis."""
     total = 1
     for extent, _ in axes:
         total *= extent
@@ -249,13 +248,13 @@ def _cut(axes: list[tuple[int, tuple[int, ...]]], addresses: list[int]) -> list[
 
 
 def _merged(arrays: Sequence[Array], size: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Return (extent, stride in each array) of the fewest axes, the innermost first.
+    """Return (extent, stride in each array) of the coalesced axes, the innermost first.
 
-    In elements of ``size`` bytes, of which one of the arrays' may hold several.
+    Extents count elements of ``size`` bytes; an element of the arrays may consist of several.
     """
     parts = arrays[0].itemsize // size
     found = [(parts, (size,) * len(arrays))] if parts > 1 else []
-    for extent, strides in reversed(walks.merge_axes(arrays)):
+    for extent, strides in reversed(array_strides.merge_axes(arrays)):
         if found and strides == tuple(found[-1][0] * stride for stride in found[-1][1]):
             found[-1] = (found[-1][0] * extent, found[-1][1])
         else:

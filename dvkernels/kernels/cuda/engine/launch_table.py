@@ -1,16 +1,17 @@
-"""The table of a launch: int64 words that say which arrays there are, read by every block.
+"""Launch table: the int64 words that describe the arrays of a launch to every block.
 
-    [0] pieces   [1] items   [2] sources   [3] targets   [4] where targets begin in a record
-    [5] divisor  [6] vectors of a piece that one thread takes   [7] addresses in a record
-    [8] where float64 numbers begin that the kernel needs
-    heads, two words an item: its first piece, and where its record begins
+    [0] pieces   [1] items   [2] sources   [3] targets   [4] index of the first target in a record
+    [5] divisor  [6] vectors per thread in a piece   [7] addresses in a record
+    [8] index of the first float64 number for the kernel
+    heads, two words per item: its first piece, and the index of its record
     records: axes (0: dense), elements before the first whole vector, vectors (or elements, where
     there are axes), elements after, whether all arrays have the strides of the first; the
     addresses; for each axis, the innermost first, its extent and the strides in bytes
 
-A short table travels with the launch, as its arguments: nothing is copied ahead of it, no memory
-has to outlive it, and a captured graph holds it. Each block puts it where it can be indexed, in
-shared memory. A long one lies in device memory, and the first argument is its address.
+A short table is passed as the arguments of the launch: no copy precedes the launch, no memory has
+to outlive it, and a captured graph contains it. Each block copies the arguments to shared memory,
+where they can be indexed. A long table lies in device memory, and the first argument is its
+address.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from numba import types
 
 from dvkernels.kernels.cuda.engine import intrinsics
 
-__all__ = ["HEADER", "NUM_WORDS", "RECORD", "THREADS", "entry", "hold", "locate", "shift"]
+__all__ = ["HEADER", "NUM_WORDS", "RECORD", "THREADS", "byte_offset", "entry", "locate", "stage"]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
-THREADS = 256  # of a block, at least: eight warps bring the words in
-NUM_WORDS = 128  # arguments of a launch: 1 KiB of the 4 KiB there may be
+THREADS = 256  # per block, at least: eight warps copy the words to shared memory
+NUM_WORDS = 128  # arguments of a launch: 1 KiB of the possible 4 KiB
 HEADER = 9
 RECORD = 5
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-_SHARED = 3  # an address space
+_SHARED = 3  # the address space of shared memory
 _WARP = 32
 
 
-def _entry(table: int, index: int) -> int:
+def _simulated_entry(table: int, index: int) -> int:
     return int(intrinsics.load_word(table, index))
 
 
-@intrinsics.twin(_entry)
+@intrinsics.twin(_simulated_entry)
 def entry(typing: Any, table: Any, index: Any) -> Any:
-    """Read a word of a table, wherever it lies."""
+    """Read a word of a table in shared or device memory."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         start = builder.inttoptr(args[0], _I64.as_pointer())
@@ -52,43 +53,43 @@ def entry(typing: Any, table: Any, index: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
-def _hold(words: Any) -> int:
+def _simulated_stage(words: Any) -> int:
     return int(words[0])
 
 
-@intrinsics.twin(_hold)
-def hold(typing: Any, words: Any) -> Any:
-    """Return the address of the table that the arguments of a launch hold, or name.
+@intrinsics.twin(_simulated_stage)
+def stage(typing: Any, words: Any) -> Any:
+    """Return the address of the launch's table: copied to shared memory, or in device memory.
 
-    All threads of a block must call it.
+    All threads of a block must call this function.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         count = args[0].type.count - 1
-        room = ir.GlobalVariable(
-            builder.module, ir.ArrayType(_I64, count), context.mangler("held", []), _SHARED
+        shared = ir.GlobalVariable(
+            builder.module, ir.ArrayType(_I64, count), context.mangler("launch_table", []), _SHARED
         )
-        room.linkage, room.align = "internal", 16
-        room.initializer = ir.Constant(room.type.pointee, ir.Undefined)
-        named = builder.extract_value(args[0], 0)
-        before = builder.block
-        is_here = builder.icmp_signed("==", named, _I64(0))
-        with builder.if_then(is_here):
-            _bring_in(builder, args[0], room, count)
-            generic = builder.addrspacecast(room, ir.PointerType(room.type.pointee))
-            held = builder.ptrtoint(generic, _I64)
-            within = builder.block
+        shared.linkage, shared.align = "internal", 16
+        shared.initializer = ir.Constant(shared.type.pointee, ir.Undefined)
+        given_address = builder.extract_value(args[0], 0)
+        entry_block = builder.block
+        is_in_arguments = builder.icmp_signed("==", given_address, _I64(0))
+        with builder.if_then(is_in_arguments):
+            _emit_copy_to_shared(builder, args[0], shared, count)
+            generic = builder.addrspacecast(shared, ir.PointerType(shared.type.pointee))
+            shared_address = builder.ptrtoint(generic, _I64)
+            copy_block = builder.block
         table = builder.phi(_I64)
-        table.add_incoming(named, before)
-        table.add_incoming(held, within)
+        table.add_incoming(given_address, entry_block)
+        table.add_incoming(shared_address, copy_block)
         return table
 
     return types.int64(words), generate
 
 
-def _bring_in(builder: Any, words: Any, room: Any, count: int) -> None:
-    """Emit the stores of all words: the first lane of each warp its share, one after another."""
-    thread = _special(builder, "tid.x")
+def _emit_copy_to_shared(builder: Any, words: Any, shared: Any, count: int) -> None:
+    """Emit the copy of all words: lane 0 of each warp stores its share, one word after another."""
+    thread = _emit_special_register(builder, "tid.x")
     share = -(-count * _WARP // THREADS)
     is_first = builder.icmp_signed("==", builder.and_(thread, _I32(_WARP - 1)), _I32(0))
     with builder.if_then(is_first):
@@ -96,19 +97,19 @@ def _bring_in(builder: Any, words: Any, room: Any, count: int) -> None:
         for number, begin in enumerate(range(0, count, share)):
             with builder.if_then(builder.icmp_signed("==", warp, _I32(number))):
                 for k in range(begin, min(begin + share, count)):
-                    place = builder.gep(room, [_I32(0), _I32(k)])
-                    builder.store(builder.extract_value(words, k + 1), place, align=8)
-    intrinsics.assemble(builder, ir.VoidType(), "bar.sync 0;", "~{memory}", [])
+                    target = builder.gep(shared, [_I32(0), _I32(k)])
+                    builder.store(builder.extract_value(words, k + 1), target, align=8)
+    intrinsics.inline_ptx(builder, ir.VoidType(), "bar.sync 0;", "~{memory}", [])
 
 
-def _special(builder: Any, register: str) -> Any:
+def _emit_special_register(builder: Any, register: str) -> Any:
     code = f"mov.u32 $0, %{register};"
     return builder.asm(ir.FunctionType(_I32, []), code, "=r", [], side_effect=False)
 
 
 @cuda.jit(device=True, inline="always")
 def locate(table, piece):  # type: ignore[no-untyped-def]
-    """Return which item a piece belongs to: the last that begins before it."""
+    """Return the item of a piece: the last item whose first piece is not after it."""
     low, high = 0, entry(table, 1)
     while high - low > 1:
         middle = (low + high) >> 1
@@ -120,15 +121,15 @@ def locate(table, piece):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True, inline="always")
-def shift(record, width, position, element, itemsize):  # type: ignore[no-untyped-def]
-    """Return how many bytes after its address the array at a position has an element."""
+def byte_offset(record, width, position, element, itemsize):  # type: ignore[no-untyped-def]
+    """Return the offset in bytes of an element in the array at ``position`` of a record."""
     num_axes = entry(record, 0)
-    found = element * itemsize if num_axes == 0 else 0
+    offset = element * itemsize if num_axes == 0 else 0
     axis = record + 8 * (RECORD + width)
     for _ in range(num_axes):
         extent = entry(axis, 0)
-        rest = intrinsics.quotient(element, extent)
-        found += (element - rest * extent) * entry(axis, 1 + position)
-        element = rest
+        quotient = intrinsics.quotient(element, extent)
+        offset += (element - quotient * extent) * entry(axis, 1 + position)
+        element = quotient
         axis += 8 * (1 + width)
-    return found
+    return offset

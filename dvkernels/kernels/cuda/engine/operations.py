@@ -1,7 +1,7 @@
-"""What kernels are told of a reduction: its operation, and the type of its numbers.
+"""Operation and element type of a reduction, as the kernels take them.
 
-An operation is one of kernels/arithmetic.py, or a function of the user's, which is compiled into
-the very loops that the others have.
+An operation is one of kernels/arithmetic.py, or a user's function, which is compiled into the same
+loops.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import compiler, intrinsics
 from dvkernels.reduce_op import ReduceOp, Reduction
 
-__all__ = ["Custom", "Operation", "told"]
+__all__ = ["Custom", "Operation", "resolve"]
 
 
 class Custom(NamedTuple):
-    """A function of two elements, compiled by ``numba.njit``, and its signature."""
+    """User's function of two elements, compiled by ``numba.njit``, and its signature."""
 
     function: Any
     signature: Any
@@ -30,30 +30,30 @@ class Custom(NamedTuple):
 Operation = int | Custom
 
 
-def told(op: Reduction, dtype: np.dtype[Any]) -> tuple[Operation, int]:
-    """Return the operation, and the code of the type, of a reduction that suits the dtype.
+def resolve(op: Reduction, dtype: np.dtype[Any]) -> tuple[Operation, int]:
+    """Return the operation and the type code of a reduction that is defined for the dtype.
 
     Raises
     ------
     UnsupportedDTypeError
-        A function of the user's does not compile for GPUs. It is tried when first asked for.
+        The user's function does not compile for GPUs, which is tried on its first use.
     """
     if isinstance(op, ReduceOp):
         return arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
     try:
-        custom = _compiled(op.fn, dtype)
-    except Exception as error:  # Numba's own are many, and not of one family
+        custom = _check_compiles(op.fn, dtype)
+    except Exception as error:  # Numba raises many classes without a common base
         raise UnsupportedDTypeError(
             f"{op!r} cannot be compiled for {dtype} on a GPU: {str(error).strip():.300}"
         ) from error
-    # Of the codes, those that keep complex numbers and unsigned integers what they are.
+    # Type codes that keep complex numbers complex and unsigned integers unsigned.
     alike = ReduceOp.PROD if dtype.kind == "c" else ReduceOp.MAX
     return custom, arithmetic.type_code(dtype, alike)
 
 
 @functools.cache
-def _compiled(function: Any, dtype: np.dtype[Any]) -> Custom:
-    """Return what compiles, tried without a device; in the simulator, for the CPU."""
+def _check_compiles(function: Any, dtype: np.dtype[Any]) -> Custom:
+    """Return the function with its signature; raise unless it compiles (simulator: for the CPU)."""
     element = numpy_support.from_dtype(dtype)
     signature = element(element, element)
     if intrinsics.SIMULATED:

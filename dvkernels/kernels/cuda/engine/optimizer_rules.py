@@ -1,4 +1,9 @@
-"""The rules of the fused optimizers, on vectors in registers: float32 and float64 only."""
+"""Update rules of SGD, Adam and AdamW on vectors in registers, of float32 and float64.
+
+SGD: plain, with momentum, with Nesterov momentum. Adam: D. P. Kingma, J. Ba, ICLR 2015,
+arXiv:1412.6980. AdamW (decoupled weight decay): I. Loshchilov, F. Hutter, ICLR 2019,
+arXiv:1711.05101.
+"""
 
 from __future__ import annotations
 
@@ -18,43 +23,45 @@ _untyped: Any = types
 _DOUBLE = ir.DoubleType()
 
 
-def _plain_apply(
+def _simulated_apply(
     rule: int, gradient: Any, parameter: Any, first: Any, second: Any, numbers: int
 ) -> Any:
     real = gradient.dtype.type
-    told = (ctypes.c_double * 7).from_address(numbers)
-    values = [real(number) for number in told]
-    rest = [real(1 - number) for number in told[1:3]]
+    float64s = (ctypes.c_double * 7).from_address(numbers)
+    values = [real(number) for number in float64s]
+    complements = [real(1 - number) for number in float64s[1:3]]
     with np.errstate(all="ignore"):
-        return _Rules(rule, values, rest, np.sqrt).step(gradient, parameter, first, second)
+        return _Rules(rule, values, complements, np.sqrt).step(gradient, parameter, first, second)
 
 
 class _Rules:
-    """The arithmetic, over anything that has it: NumPy's arrays, or what emits code."""
+    """Arithmetic of an update rule, on NumPy arrays or on emitted numbers."""
 
-    def __init__(self, rule: int, numbers: Any, rest: Any, sqrt: Any) -> None:
-        self.rule, self.numbers, self.rest, self.sqrt = rule, numbers, rest, sqrt
+    def __init__(self, rule: int, numbers: Any, complements: Any, sqrt: Any) -> None:
+        self.rule, self.numbers, self.complements, self.sqrt = rule, numbers, complements, sqrt
 
     def step(self, gradient: Any, parameter: Any, first: Any, second: Any) -> Any:
-        """Return the new parameter and the new states."""
+        """Return the new parameter and the new slots: velocity, or first and second moment."""
         if self.rule != optimizer_checks.ADAM:
             rate, momentum, decay = self.numbers[:3]
-            slope = gradient + decay * parameter
+            g = gradient + decay * parameter
             if self.rule == optimizer_checks.PLAIN:
-                return parameter - rate * slope, first, second
-            speed = momentum * first + slope
-            along = slope + momentum * speed if self.rule == optimizer_checks.NESTEROV else speed
-            return parameter - rate * along, speed, second
-        rate, beta_1, beta_2, epsilon, correction, decay, kept = self.numbers
-        slope = gradient + decay * parameter
-        mean = beta_1 * first + self.rest[0] * slope
-        square = beta_2 * second + self.rest[1] * slope * slope
-        root = self.sqrt(square) * correction + epsilon
-        return kept * parameter - rate * mean / root, mean, square
+                return parameter - rate * g, first, second
+            velocity = momentum * first + g
+            direction = (
+                g + momentum * velocity if self.rule == optimizer_checks.NESTEROV else velocity
+            )
+            return parameter - rate * direction, velocity, second
+        rate, beta_1, beta_2, epsilon, correction, decay, kept_share = self.numbers
+        g = gradient + decay * parameter
+        mean = beta_1 * first + self.complements[0] * g
+        square = beta_2 * second + self.complements[1] * g * g
+        denominator = self.sqrt(square) * correction + epsilon
+        return kept_share * parameter - rate * mean / denominator, mean, square
 
 
 class _Number:
-    """A number of the code that is being emitted."""
+    """Number in emitted LLVM code, with operators that emit instructions."""
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder, self.value = builder, value
@@ -72,7 +79,7 @@ class _Number:
         return _Number(self.builder, self.builder.fdiv(self.value, other.value))
 
     def sqrt(self) -> _Number:
-        """Emit the square root, rounded to the nearest."""
+        """Emit the square root, rounded to nearest."""
         suffix = "d" if self.value.type == _DOUBLE else "f"
         return _Number(
             self.builder,
@@ -82,24 +89,32 @@ class _Number:
         )
 
 
-@intrinsics.twin(_plain_apply, prefer_literal=True)
+@intrinsics.twin(_simulated_apply, prefer_literal=True)
 def apply(
     typing: Any, rule: Any, gradient: Any, parameter: Any, first: Any, second: Any, numbers: Any
 ) -> Any:
-    """Return the new parameter, first and second state, lane by lane; the numbers are float64."""
+    """Return the new parameter, first and second slot, lane by lane.
+
+    ``numbers`` is the address of seven float64.
+    """
     result = _untyped.UniTuple(gradient, 3)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         real = context.get_value_type(gradient.dtype)
-        place = builder.inttoptr(args[5], _DOUBLE.as_pointer())
-        told = [builder.load(builder.gep(place, [ir.IntType(32)(k)]), align=8) for k in range(7)]
-        rest = [builder.fsub(_DOUBLE(1.0), number) for number in told[1:3]]
+        base = builder.inttoptr(args[5], _DOUBLE.as_pointer())
+        float64s = [builder.load(builder.gep(base, [ir.IntType(32)(k)]), align=8) for k in range(7)]
+        complements = [builder.fsub(_DOUBLE(1.0), number) for number in float64s[1:3]]
 
-        def narrow(number: Any) -> _Number:
+        def rounded(number: Any) -> _Number:
             is_double = real == _DOUBLE
             return _Number(builder, number if is_double else builder.fptrunc(number, real))
 
-        rules = _Rules(rule.literal_value, [*map(narrow, told)], [*map(narrow, rest)], _Number.sqrt)
+        rules = _Rules(
+            rule.literal_value,
+            [*map(rounded, float64s)],
+            [*map(rounded, complements)],
+            _Number.sqrt,
+        )
         lanes = []
         for k in range(gradient.count):
             states = [_Number(builder, builder.extract_value(arg, k)) for arg in args[1:5]]

@@ -1,4 +1,4 @@
-"""All-reduce between the GPUs of a process: kernels that wait for each other's flags.
+"""All-reduce between the GPUs of a process: kernels that synchronize by flags in peer memory.
 
 Imports: devices, errors, kernels, kernels.cuda.engine, reduce_op, schedules.
 """

@@ -1,8 +1,8 @@
-"""All-reduce of buffers on several GPUs of this process: each rank's part, on its own stream.
+"""All-reduce of buffers on several GPUs of this process: one launch per rank, on its own stream.
 
-A rank's stream orders the call: it comes there after what made the buffer, and when it has ended
-there, the result is complete and no other rank uses the buffer any more. The host waits for
-nothing, but at the first call of some devices: memory is set up then, and kernels are compiled.
+On a rank's stream, the launch comes after the work that made the buffer; when the launch has ended,
+the result is complete and no other rank accesses the buffer. The host waits only in the first call
+on a list of devices, which allocates memory and compiles kernels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.devices import cuda, cuda_arrays, driver
+from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cuda.engine import job as jobs
 from dvkernels.kernels.cuda.engine.call import AllReduce, wait_for
-from dvkernels.kernels.cuda.engine.job import Order
 from dvkernels.kernels.cuda.multi_gpu import peer_access
 from dvkernels.kernels.cuda.multi_gpu.group import AllReduceCall, DeviceGroup
 from dvkernels.reduce_op import Reduction, is_half
@@ -31,16 +31,16 @@ Array = np.ndarray[Any, Any]
 
 
 class Rank(NamedTuple):
-    """Where a rank works, and the arrays that it brings and that its result goes to."""
+    """Stream of a rank, the array that it contributes, and the array for its result."""
 
-    order: Order
+    work_stream: DeviceStream
     read: Array
     write: Array  # the same array where it works in place
-    others: tuple[Order, ...]  # other streams of the same device that use the arrays
+    other_streams: tuple[DeviceStream, ...]  # other streams of the same device that use the arrays
 
 
 class _OpenGroup(NamedTuple):
-    team: DeviceGroup
+    group: DeviceGroup
     reach: AccessMatrix
 
 
@@ -51,126 +51,141 @@ _grouping = threading.RLock()
 def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
     """Leave the reduction in every buffer of a call, or in its ``out``, or in new arrays.
 
-    Arrays that are not dense, or lie where a GPU cannot read their elements, are copied to the side
-    and back: a launch or two more, and their memory once more.
+    Arrays that are not contiguous or not aligned to their elements are copied to a staging buffer
+    and back: one or two launches more, and their memory once more.
 
     Raises
     ------
     CollectiveTimeoutError
         An earlier call on these devices failed. No buffer has been touched.
     """
-    ranks = _ranks(call, call.written())
+    ranks = _ranks(call, call.targets())
     if ranks[0].read.size:
-        found = driver.find()
-        assert found is not None  # it has told where the buffers lie
+        cuda_driver = driver.find()
+        assert cuda_driver is not None  # it has located the buffers
         for rank in ranks:
-            for other in rank.others:
-                wait_for(rank.order, other)
-        _launch(found, call.op, ranks, algorithm)
+            for other in rank.other_streams:
+                wait_for(rank.work_stream, other)
+        _launch(cuda_driver, call.op, ranks, algorithm)
         for rank in ranks:
-            for other in rank.others:
-                wait_for(other, rank.order)
+            for other in rank.other_streams:
+                wait_for(other, rank.work_stream)
     return list(call.results)
 
 
 def _ranks(call: AllReduce, writes: Sequence[Array]) -> list[Rank]:
-    """Return where each rank works; raise unless its result goes to the GPU of its buffer."""
-    places = call.places()
-    count = len(writes)
+    """Return the ranks of a call; raise unless each result lies on the GPU of its buffer."""
+    device_buffers = call.device_buffers()
+    num_ranks = len(writes)
     ranks = []
-    for k, (place, write) in enumerate(zip(places[:count], writes, strict=True)):
-        others = []
-        if len(places) > count:
-            there = places[count + k]
-            if there.device != place.device:
+    for k, (buffer, write) in enumerate(zip(device_buffers[:num_ranks], writes, strict=True)):
+        other_streams = []
+        if len(device_buffers) > num_ranks:
+            out_buffer = device_buffers[num_ranks + k]
+            if out_buffer.device != buffer.device:
                 raise DeviceError(
                     f"{call.verb} leaves each result on the GPU of its buffer: replica {k} is on "
-                    f"cuda:{place.device}, out {k} on cuda:{there.device}; allocate it there"
+                    f"cuda:{buffer.device}, out {k} on cuda:{out_buffer.device}; allocate it there"
                 )
-            others = [Order(there.device, there.stream)] if there.stream != place.stream else []
-        ranks.append(Rank(Order(place.device, place.stream), place.array, write, tuple(others)))
+            other_streams = (
+                [DeviceStream(out_buffer.device, out_buffer.stream)]
+                if out_buffer.stream != buffer.stream
+                else []
+            )
+        ranks.append(
+            Rank(
+                DeviceStream(buffer.device, buffer.stream),
+                buffer.array,
+                write,
+                tuple(other_streams),
+            )
+        )
     return ranks
 
 
-def _launch(found: driver.Driver, op: Reduction, ranks: Sequence[Rank], algorithm: str) -> None:
-    devices = tuple(rank.order.device for rank in ranks)
-    group = _group(found, devices)
+def _launch(
+    cuda_driver: driver.Driver, op: Reduction, ranks: Sequence[Rank], algorithm: str
+) -> None:
+    devices = tuple(rank.work_stream.device for rank in ranks)
+    open_group = _group(cuda_driver, devices)
     dtype, length = ranks[0].read.dtype, ranks[0].read.size
     alignment = arithmetic.number_nbytes(arithmetic.type_code(dtype))
-    # Stand-ins are kept until all work that uses them has its place on the stream.
-    kept: list[Any] = []
-    dense = [_dense(rank, alignment, kept) for rank in ranks]
-    inputs = [checks.address(rank.read) for rank in dense]
-    outputs = [checks.address(rank.write) for rank in dense]
-    captured = [rank for rank in ranks if found.is_capturing(*rank.order)]
+    # Staging buffers are kept until all work on them is enqueued.
+    allocations: list[Any] = []
+    contiguous = [_contiguous(rank, alignment, allocations) for rank in ranks]
+    inputs = [checks.address(rank.read) for rank in contiguous]
+    outputs = [checks.address(rank.write) for rank in contiguous]
+    captured = [rank for rank in ranks if cuda_driver.is_capturing(*rank.work_stream)]
     route = flag_selection.choose(
-        group.reach,
+        open_group.reach,
         devices,
         ranks[0].read.nbytes,
         algorithm,
         is_half=is_half(dtype),
-        buffers_reachable=all(found.is_open(address) for address in {*inputs, *outputs}),
+        buffers_reachable=all(cuda_driver.is_open(address) for address in {*inputs, *outputs}),
         is_captured=bool(captured),
     )
-    job = AllReduceCall(inputs, outputs, length, dtype, op, [rank.order.stream for rank in ranks])
-    # A graph takes in the streams that wait for the one that it is captured from.
+    job = AllReduceCall(
+        inputs, outputs, length, dtype, op, [rank.work_stream.stream for rank in ranks]
+    )
+    # Streams that wait for the captured stream join the capture.
     for rank in ranks if captured else ():
         if rank is not captured[0]:
-            wait_for(rank.order, captured[0].order)
-    group.team.all_reduce(job, route, is_captured=bool(captured))
+            wait_for(rank.work_stream, captured[0].work_stream)
+    open_group.group.all_reduce(job, route, is_captured=bool(captured))
     for rank in ranks if captured else ():
         if rank is not captured[0]:
-            wait_for(captured[0].order, rank.order)
-    for rank, stand_in in zip(ranks, dense, strict=True):
-        if stand_in.write is not rank.write:
-            jobs.move(rank.order, [[stand_in.write, rank.write]])
+            wait_for(captured[0].work_stream, rank.work_stream)
+    for rank, staging in zip(ranks, contiguous, strict=True):
+        if staging.write is not rank.write:
+            jobs.move(rank.work_stream, [[staging.write, rank.write]])
 
 
 def recover() -> None:
-    """Begin anew after a ``CollectiveTimeoutError``: wait for the GPUs that it is about, and reset.
+    """Recover from a ``CollectiveTimeoutError``: wait for its GPUs, and reset their groups.
 
-    What they were still given ends first, at the latest when its own waiting ends. Buffers of the
-    calls that failed hold nothing of use.
+    Launches that are still pending end first, at the latest at their own deadline. The buffers of
+    the failed calls have undefined contents.
     """
-    for group in [*_groups.values()]:
-        group.team.recover()
+    for open_group in [*_groups.values()]:
+        open_group.group.recover()
 
 
 def abort() -> None:
-    """End all waiting between GPUs now; the calls it was for, and later ones, fail."""
-    for group in [*_groups.values()]:
-        group.team.abort()
+    """Abort all waits between GPUs now; the calls that wait, and later calls, fail."""
+    for open_group in [*_groups.values()]:
+        open_group.group.abort()
 
 
-def _group(found: driver.Driver, devices: tuple[int, ...]) -> _OpenGroup:
-    """Return the team of these devices: one for each list of them, as long as the process lives."""
+def _group(cuda_driver: driver.Driver, devices: tuple[int, ...]) -> _OpenGroup:
+    """Return the group of these devices, made once per list and kept as long as the process."""
     try:
         _grouping.acquire()
         if devices not in _groups:
-            reach = peer_access.reach(found, devices)
+            reach = peer_access.reach(cuda_driver, devices)
             _groups[devices] = _OpenGroup(
-                DeviceGroup(devices, peer_access.PeerAccess(found)), reach
+                DeviceGroup(devices, peer_access.PeerAccess(cuda_driver)), reach
             )
         return _groups[devices]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
             _grouping.release()
-        except RuntimeError:  # not ours: the wait was interrupted
+        except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
 
-def _dense(rank: Rank, alignment: int, kept: list[Any]) -> Rank:
-    """Return the rank with dense arrays in place of those that are not."""
-    device, stream = rank.order
+def _contiguous(rank: Rank, alignment: int, allocations: list[Any]) -> Rank:
+    """Return the rank with staging buffers in place of arrays that are not contiguous."""
+    device, stream = rank.work_stream
 
-    def stand_in(array: Array) -> Array:
+    def staged(array: Array) -> Array:
         if array.flags.c_contiguous and checks.address(array) % alignment == 0:
             return array
-        kept.append(cuda.arrays().empty(device, array.shape, array.dtype, stream))
-        return cuda_arrays.place("staging", kept[-1:])[0].array
+        allocations.append(cuda.arrays().empty(device, array.shape, array.dtype, stream))
+        return cuda_arrays.locate("staging", allocations[-1:])[0].array
 
-    read = stand_in(rank.read)
+    read = staged(rank.read)
     if read is not rank.read:
-        jobs.move(rank.order, [[rank.read, read]])
-    write = read if rank.write is rank.read else stand_in(rank.write)
+        jobs.move(rank.work_stream, [[rank.read, read]])
+    write = read if rank.write is rank.read else staged(rank.write)
     return rank._replace(read=read, write=write)

@@ -1,12 +1,12 @@
-"""A team: the ranks of one process on different devices, and what they share.
+"""Group of ranks on the devices of one process, with their flags, slots and programs.
 
-Each rank has flags and slots in memory of its device, and the programs of the protocols it has
-run. In memory of the host, which all devices reach, lie the stop word, and for each rank one word
-a peer that says for which epoch it waited in vain.
+Each rank has flags and slots in the memory of its device, and the programs of the protocols that it
+has run. In pinned host memory, which all devices access, lie the stop word and, for each pair of
+ranks, the epoch in which the first waited in vain for the second.
 
-One thread launches for all ranks. Nothing is launched before everything that a call needs is
-compiled and loaded, and its programs are written, on every device: loading and allocating may wait
-for a device, and that may be waiting, in a launch, for the one that comes next.
+One thread launches for all ranks. Before the first launch of a call, its kernels are compiled and
+loaded and its programs written on every device: loading and allocating may wait for a device, and
+that device may be waiting, in a launch, for the next launch.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from dvkernels.schedules.flag_selection import Route
 __all__ = ["MOST_BLOCKS", "AllReduceCall", "DeviceGroup", "GroupDriver"]
 
 MOST_BLOCKS = 32
-# What a block should have to do, so that a launch is not spread thin; not measured on hardware.
+# Bytes per block below which fewer blocks are launched; not measured on hardware.
 _BLOCK_NBYTES = 16 * 1024
 _SLOT_NBYTES = 4 * 1024 * 1024
-_ABORTED = 2  # in the stop word: from outside; 1: by a rank, at its deadline
+_ABORTED = 2  # value of the stop word after abort(); a rank sets 1 at its deadline
 
 
 class DeviceMemory(Protocol):
-    """Memory of a device, kept as long as this object."""
+    """Device memory that lives as long as this object."""
 
     address: int
 
 
 class GroupDriver(Protocol):
-    """What a team asks of its devices."""
+    """Driver operations that a group needs, on the devices of its ranks."""
 
     def empty(self, device: int, nbytes: int) -> DeviceMemory:
         """Allocate memory at a multiple of 256 bytes."""
 
     def words(self, device: int, words: Sequence[int]) -> DeviceMemory:
-        """Allocate memory that holds int64 words when this returns."""
+        """Allocate memory and write int64 words to it before returning."""
 
     def pinned(self, num_words: int) -> Any:
-        """Return int64 words of the host, zero, that devices reach at the same address."""
+        """Return zeroed int64 words in host memory that devices access at the same address."""
 
     def load(self, device: int, kernel: Callable[..., None]) -> None:
-        """Compile a kernel, unless it is, and load it onto the device."""
+        """Compile a kernel, unless it is compiled, and load it onto the device."""
 
     def launch(
         self,
@@ -64,23 +64,23 @@ class GroupDriver(Protocol):
         stream: Any,
         words: Sequence[int],
     ) -> None:
-        """Launch a loaded kernel; never wait for a device."""
+        """Launch a loaded kernel without waiting for a device."""
 
     def record(self, device: int, stream: Any) -> Any:
-        """Return an event after all that the stream holds by now."""
+        """Return an event after all work that the stream holds now."""
 
     def wait(self, device: int, stream: Any, event: Any) -> None:
-        """Let the stream wait for an event, of whatever device."""
+        """Let the stream wait for an event of any device."""
 
     def synchronize(self, device: int) -> None:
-        """Wait until a device has nothing left to do."""
+        """Wait until a device has done all its work."""
 
 
 class AllReduceCall(NamedTuple):
-    """An all-reduce: the addresses of dense buffers of one length, one a rank, and what to do."""
+    """Arguments of an all-reduce over contiguous buffers of one length, one per rank."""
 
-    inputs: Sequence[int]
-    outputs: Sequence[int]  # those of the inputs where it works in place
+    inputs: Sequence[int]  # addresses
+    outputs: Sequence[int]  # equal to the inputs in place
     length: int
     dtype: np.dtype[Any]
     op: Reduction
@@ -88,22 +88,22 @@ class AllReduceCall(NamedTuple):
 
 
 class DeviceGroup:
-    """Ranks that reduce by the protocols of schedules/flag_all_reduce.py.
+    """Group of ranks that reduce by the protocols of schedules/flag_all_reduce.py.
 
     Parameters
     ----------
     devices : sequence of int
         The device of each rank.
     driver : GroupDriver
-        How devices are reached.
+        Operations on the devices.
     timeout_seconds : float
-        How long a rank waits for another, within a launch, before all give up.
+        How long a rank waits for another, within a launch, before all ranks give up.
 
     Notes
     -----
-    A team's calls are ordered: on each rank, a call comes after the one before, also where the
-    stream is another one. After a rank has given up, or ``abort``, results mean nothing, and every
-    call and ``check`` raise ``CollectiveTimeoutError`` until ``recover``.
+    The calls of a group are ordered: on each rank, a call comes after the previous one, also where
+    it has another stream. After a timeout or ``abort``, results are undefined, and every call and
+    ``check`` raise ``CollectiveTimeoutError`` until ``recover``.
     """
 
     def __init__(
@@ -119,17 +119,17 @@ class DeviceGroup:
         self._slots: dict[str, list[list[int]]] = {}
         self._programs: dict[tuple[str, tuple[int, ...]], list[DeviceMemory]] = {}
         self._loaded: set[Callable[..., None]] = set()
-        self._kept: list[Any] = []
+        self._allocations: list[Any] = []
         self._last_streams: dict[int, Any] = {}
         self._epoch = 0
         self._num_calls = 0
-        # Two threads that launch at once must not be first on one device each.
+        # Two calls at once, each launched first on one device, would wait for each other.
         self._launching = threading.RLock()
 
     def all_reduce(self, job: AllReduceCall, route: Route, *, is_captured: bool = False) -> None:
         """Launch an all-reduce; return before it has run.
 
-        Captured into a graph, it is ordered with other calls by whoever launches the graph.
+        A captured call is not ordered with other calls: the launches of the graph order it.
 
         Raises
         ------
@@ -137,8 +137,8 @@ class DeviceGroup:
             An earlier call failed; nothing has been launched.
         """
         schedule = route.make(len(self._devices))
-        operation, code = operations.told(job.op, job.dtype)
-        make = flag_kernel.waiting_kernel if route.waits else flag_kernel.row_kernel
+        operation, code = operations.resolve(job.op, job.dtype)
+        make = flag_kernel.waiting_kernel if route.waits else flag_kernel.combine_kernel
         kernel = make(operation, code)
         itemsize = arithmetic.dtype_of(code).itemsize
         count = job.length * arithmetic.factor(job.op, job.dtype)
@@ -153,18 +153,20 @@ class DeviceGroup:
             longest = _SLOT_NBYTES // itemsize if slots else max(1, count)
             for begin in range(0, count, longest):
                 length = min(longest, count - begin)
-                places = self._places(job, route.order, begin * itemsize, slots)
+                addresses = self._buffer_addresses(job, route.order, begin * itemsize, slots)
                 self._launch(
-                    _LaunchedCall(schedule, route, kernel, programs, places, job, length, itemsize)
+                    _LaunchedCall(
+                        schedule, route, kernel, programs, addresses, job, length, itemsize
+                    )
                 )
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._launching.release()
-            except RuntimeError:  # not ours: the wait was interrupted
+            except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
     def _launch(self, call: _LaunchedCall) -> None:
-        """Launch the kernels of a call, one a rank, or its rows, one by one."""
+        """Launch the kernels of a call: one per rank, or one per row, ordered by events."""
         order, streams = call.route.order, call.job.streams
         divisor = len(order) if call.job.op is ReduceOp.MEAN else 1
         nbytes = call.length * call.itemsize // call.schedule.num_parts
@@ -172,91 +174,91 @@ class DeviceGroup:
         num_parts = call.schedule.num_parts
         share = flag_kernel.shares(call.length, call.itemsize, num_parts, num_blocks)
 
-        def launch(place: int, row: int) -> None:
+        def launch(position: int, row: int) -> None:
             words = flag_kernel.call_words(
-                call.programs[place].address,
+                call.programs[position].address,
                 self._epoch,
                 call.length,
                 divisor,
                 self._deadline_ns,
                 row,
                 share,
-                call.places,
+                call.addresses,
             )
-            rank = order[place]
+            rank = order[position]
             device, stream = self._devices[rank], streams[rank]
             self._driver.launch(device, call.kernel, num_blocks, stream, words)
 
         if call.route.waits:
             try:
-                for place in range(len(order)):
-                    launch(place, 0)
+                for position in range(len(order)):
+                    launch(position, 0)
             except BaseException:
-                self.abort()  # else those that were launched wait for the others
+                self.abort()  # else the launched ranks wait for the others
                 raise
             self._epoch += call.schedule.num_stages
         else:
-            told: dict[tuple[int, int], Any] = {}  # (writer, reader) -> event of the last signal
-            for place, number in call.schedule.in_order():
-                row, rank = call.schedule.rows[place][number], order[place]
+            signals: dict[tuple[int, int], Any] = {}  # (writer, reader) -> event of the last signal
+            for position, number in call.schedule.in_order():
+                row, rank = call.schedule.rows[position][number], order[position]
                 device, stream = self._devices[rank], streams[rank]
                 if isinstance(row, Combine):
-                    launch(place, number)
+                    launch(position, number)
                 elif isinstance(row, Signal):
                     event = self._driver.record(device, stream)
-                    told.update({(place, peer): event for peer in row.ranks})
+                    signals.update({(position, peer): event for peer in row.ranks})
                 else:
                     for peer in row.ranks:
-                        self._driver.wait(device, stream, told[peer, place])
+                        self._driver.wait(device, stream, signals[peer, position])
         self._num_calls += 1
 
     def check(self) -> None:
-        """Raise ``CollectiveTimeoutError`` if a call failed that has run by now."""
+        """Raise ``CollectiveTimeoutError`` if a call that has run by now has failed."""
         if self._shared[0] == 0:
             return
         num_ranks = len(self._devices)
         missed = self._shared[1:].reshape(num_ranks, num_ranks) != 0
-        # Who waits is there; who is only waited for is not.
+        # A rank that waits has been launched; a rank that is only waited for has not.
         absent = np.flatnonzero(missed.any(0) & ~missed.any(1))
-        waited = "; ".join(
-            f"rank {rank} waited for {self._named(np.flatnonzero(missed[rank]))}"
+        waits = "; ".join(
+            f"rank {rank} waited for {self._describe_ranks(np.flatnonzero(missed[rank]))}"
             for rank in np.flatnonzero(missed.any(1))
         )
         if self._shared[0] == _ABORTED:
-            why = "it was aborted"
+            reason = "it was aborted"
         elif absent.size:
-            why = f"{self._named(absent)} did not come within {self._timeout_seconds} s"
+            reason = f"{self._describe_ranks(absent)} did not come within {self._timeout_seconds} s"
         else:
-            why = f"it took more than {self._timeout_seconds} s"
+            reason = f"it took more than {self._timeout_seconds} s"
         raise CollectiveTimeoutError(
-            f"an all-reduce between devices did not end: {why} ({waited or 'nobody waited'}); its "
-            "results, and those of later calls, mean nothing; find out why, then call "
+            f"an all-reduce between devices did not end: {reason} ({waits or 'no rank waited'}); "
+            "its results, and those of later calls, are undefined; remove the cause, then call "
             "kernels.cuda.recover()"
         )
 
-    def _named(self, ranks: Iterable[int]) -> str:
+    def _describe_ranks(self, ranks: Iterable[int]) -> str:
         return ", ".join(f"rank {rank} (cuda:{self._devices[rank]})" for rank in ranks)
 
     def abort(self) -> None:
-        """End all waiting, on all devices: launched calls leave at once, wherever they are."""
+        """Abort all waits on all devices: launched calls exit at once."""
         self._shared[0] = _ABORTED
 
     def recover(self) -> None:
-        """Begin anew after a failure, when nothing runs any more: waits for all devices."""
+        """Reset the group after a failure; wait for all devices first."""
         try:
             self._launching.acquire()
             for device in self._devices:
                 self._driver.synchronize(device)
-            # What was left behind in the flags is not above the epoch of the call that failed, or
-            # that of those launched after it; a new epoch is above all of them.
+            # The flags are at most at the last epoch of the failed call, or of the calls launched
+            # after it; the epochs of new calls are above these.
             self._shared[:] = 0
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._launching.release()
-            except RuntimeError:  # not ours: the wait was interrupted
+            except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
-    # -- what a call needs ------------------------------------------------------------------------
+    # -- resources of a call ----------------------------------------------------------------------
 
     def _load(self, kernel: Callable[..., None]) -> None:
         if kernel not in self._loaded:
@@ -265,55 +267,55 @@ class DeviceGroup:
             self._loaded.add(kernel)
 
     def _ready_programs(self, schedule: Schedule, order: tuple[int, ...]) -> list[DeviceMemory]:
-        """Return the program of each place in the protocol, on the device of its rank."""
+        """Return the program of each position in the protocol, on the device of its rank."""
         key = schedule.name, order
         if key not in self._programs:
             flags = [self._flags[rank].address for rank in order]
             stop = _address(self._shared)
             programs = []
-            for place, rank in enumerate(order):
+            for position, rank in enumerate(order):
                 missed = [stop + 8 * (1 + rank * len(order) + peer) for peer in order]
                 words = flag_kernel.program_words(
-                    schedule, place, flag_kernel.SharedAddresses(flags, missed, stop)
+                    schedule, position, flag_kernel.SharedAddresses(flags, missed, stop)
                 )
                 programs.append(self._driver.words(self._devices[rank], words))
             self._programs[key] = programs
         return self._programs[key]
 
     def _ready_slots(self, route: Route) -> list[list[int]]:
-        """Return the addresses of the slots of all ranks, for even and for odd calls."""
-        where = route.slots
-        if where not in self._slots:
-            both: list[list[int]] = []
+        """Return the addresses of the slots of all ranks, for even calls and for odd calls."""
+        memory_kind = route.slots
+        if memory_kind not in self._slots:
+            slots_by_parity: list[list[int]] = []
             for _ in range(NUM_SLOTS):
-                if where == "device":
+                if memory_kind == "device":
                     on_devices = [self._driver.empty(d, _SLOT_NBYTES) for d in self._devices]
-                    both.append([memory.address for memory in on_devices])
-                    self._kept += on_devices
+                    slots_by_parity.append([memory.address for memory in on_devices])
+                    self._allocations += on_devices
                 else:
                     pinned = [self._driver.pinned(_SLOT_NBYTES // 8) for _ in self._devices]
-                    both.append([*map(_address, pinned)])
-                    self._kept += pinned
-            self._slots[where] = both
-        return self._slots[where]
+                    slots_by_parity.append([*map(_address, pinned)])
+                    self._allocations += pinned
+            self._slots[memory_kind] = slots_by_parity
+        return self._slots[memory_kind]
 
     def _order_streams(self, streams: Sequence[Any]) -> None:
-        """Let each rank's stream wait for the calls before, where those went to another."""
+        """Let each rank's stream wait for the previous call, where that had another stream."""
         for rank, stream in enumerate(streams):
             last, device = self._last_streams.get(rank, stream), self._devices[rank]
             if last != stream:
                 self._driver.wait(device, stream, self._driver.record(device, last))
             self._last_streams[rank] = stream
 
-    def _places(
+    def _buffer_addresses(
         self, job: AllReduceCall, order: Sequence[int], offset: int, slots: list[list[int]] | None
     ) -> list[int]:
-        """Return the addresses that the rows of this call speak of, in the order of the ranks."""
-        own = slots[self._num_calls % NUM_SLOTS] if slots else [0] * len(order)
+        """Return the addresses of inputs, outputs and slots of this call, in protocol order."""
+        own_slots = slots[self._num_calls % NUM_SLOTS] if slots else [0] * len(order)
         return [
             *(job.inputs[rank] + offset for rank in order),
             *(job.outputs[rank] + offset for rank in order),
-            *(own[rank] for rank in order),
+            *(own_slots[rank] for rank in order),
         ]
 
 
@@ -322,7 +324,7 @@ class _LaunchedCall(NamedTuple):
     route: Route
     kernel: Callable[..., None]
     programs: list[DeviceMemory]
-    places: list[int]
+    addresses: list[int]
     job: AllReduceCall
     length: int  # elements of the kernel's type
     itemsize: int

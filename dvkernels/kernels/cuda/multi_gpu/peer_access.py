@@ -1,4 +1,4 @@
-"""The GPUs of this process as a team sees them: through the driver, and who reaches whom."""
+"""Peer access between the GPUs of this process, and the driver operations of a device group."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["PeerAccess", "reach"]
 
 
 class _Memory:
-    """Memory of a device or of the host, given back with this object."""
+    """Memory of a device or of the host, freed with this object."""
 
     def __init__(self, address: int, free: Callable[[int], None]) -> None:
         self.address = address
-        # At the end of the process the driver takes all back, and may not be asked any more.
+        # At the exit of the process the driver frees all memory, and must not be called any more.
         weakref.finalize(self, free, address).atexit = False
 
 
 class _Event:
-    """An event, destroyed with this object."""
+    """Event that is destroyed with this object."""
 
     def __init__(self, handle: int, destroy: Callable[[int], None]) -> None:
         self.handle = handle
@@ -36,16 +36,16 @@ class _Event:
 
 
 class PeerAccess:
-    """What a team asks of its devices, asked of the driver.
+    """Operations of ``group.GroupDriver``, by the CUDA driver.
 
     Parameters
     ----------
-    found : driver.Driver
+    cuda_driver : driver.Driver
         The driver.
     """
 
-    def __init__(self, found: driver.Driver) -> None:
-        self._driver = found
+    def __init__(self, cuda_driver: driver.Driver) -> None:
+        self._driver = cuda_driver
 
     def empty(self, device: int, nbytes: int) -> _Memory:
         """Allocate memory of a device."""
@@ -53,23 +53,23 @@ class PeerAccess:
         return _Memory(address, functools.partial(self._driver.free, device))
 
     def words(self, device: int, words: Sequence[int]) -> _Memory:
-        """Allocate memory that holds int64 words when this returns."""
+        """Allocate memory and write int64 words to it before returning."""
         host = np.array(words, np.int64)
         memory = self.empty(device, host.nbytes)
         self._driver.write(device, memory.address, checks.address(host), host.nbytes)
         return memory
 
     def pinned(self, num_words: int) -> Any:
-        """Return int64 words of the host, zero, that devices reach at the same address."""
+        """Return zeroed int64 words in host memory that devices access at the same address."""
         address = self._driver.allocate_on_host(8 * num_words)
-        room: Any = (ctypes.c_int64 * num_words).from_address(address)
-        words = np.ndarray(num_words, np.int64, room)
+        memory: Any = (ctypes.c_int64 * num_words).from_address(address)
+        words = np.ndarray(num_words, np.int64, memory)
         words[:] = 0
-        weakref.finalize(room, self._driver.free_on_host, address).atexit = False
+        weakref.finalize(memory, self._driver.free_on_host, address).atexit = False
         return words
 
     def load(self, device: int, kernel: Callable[..., None]) -> None:
-        """Compile a kernel, unless it is, and load it onto the device."""
+        """Compile a kernel, unless it is compiled, and load it onto the device."""
         launcher.prepare(kernel, device)
 
     def launch(
@@ -80,27 +80,28 @@ class PeerAccess:
         stream: int,
         words: Sequence[int],
     ) -> None:
-        """Launch a loaded kernel; never wait for a device."""
+        """Launch a loaded kernel without waiting for a device."""
         launcher.launch(kernel, device, num_blocks, words, stream)
 
     def record(self, device: int, stream: int) -> Any:
-        """Return an event after all that the stream holds by now."""
+        """Return an event after all work that the stream holds now."""
         return _Event(self._driver.record(device, stream), self._driver.destroy)
 
     def wait(self, device: int, stream: int, event: Any) -> None:
-        """Let the stream wait for an event, of whatever device."""
+        """Let the stream wait for an event of any device."""
         self._driver.await_event(device, stream, event.handle)
 
     def synchronize(self, device: int) -> None:
-        """Wait until a device has nothing left to do."""
+        """Wait until a device has done all its work."""
         self._driver.synchronize(device)
 
 
-def reach(found: driver.Driver, devices: Sequence[int]) -> AccessMatrix:
-    """Return who reaches whose memory, asked pair by pair, and open it where that is possible.
+def reach(cuda_driver: driver.Driver, devices: Sequence[int]) -> AccessMatrix:
+    """Enable peer access for every pair of devices; return the matrix of pairs that have it.
 
-    A pair counts only if the driver both says so and lets it be opened.
+    A pair counts only if the driver reports peer access and can enable it.
     """
     return [
-        [here == there or found.open_peer(here, there) for there in devices] for here in devices
+        [device == peer or cuda_driver.open_peer(device, peer) for peer in devices]
+        for device in devices
     ]
