@@ -20,7 +20,7 @@ from dvkernels.devices import array_memory, interop
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
-from dvkernels.nest import words_of
+from dvkernels.nest import describe_structure
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.foreign_threads import UnscopedRendezvous
@@ -718,10 +718,12 @@ class ReplicaContext(ProcessBound):
         targets, structure = regroup.flatten(out)
         count = len(value.arrays)
         if len(targets) != count or value.structure not in (None, structure):
-            expected = "one array" if value.structure is None else words_of(value.structure)
+            expected = (
+                "one array" if value.structure is None else describe_structure(value.structure)
+            )
             raise BufferMismatchError(
                 f"all_reduce: out must have the structure of value on replica {self._replica_id}: "
-                f"expected {expected}, got {words_of(structure)}"
+                f"expected {expected}, got {describe_structure(structure)}"
             )
         return [
             self._target(target, array) for target, array in zip(targets, value.arrays, strict=True)
@@ -761,7 +763,7 @@ def _copy_for_each(array: Any, into: Sequence[Any] | None, column: Sequence[Any]
     """Copy an array into each array of ``into``, or else next to each replica's own array."""
     memory = array_memory.holding(array)
     if into is None:
-        return [memory.beside(array, own) for own in column]
+        return [memory.copy_to_device_of(array, own) for own in column]
     memory.overwrite(into, [array] * len(into))
     return into
 

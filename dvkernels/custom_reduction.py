@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, final
 
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["CustomReduction"]
 
@@ -61,7 +61,7 @@ class CustomReduction:
         is_compiled = callable(getattr(fn, "py_func", None)) and hasattr(fn, "signatures")
         if not is_compiled and not (_is_jit_disabled() and isinstance(fn, FunctionType)):
             raise TypeError(
-                f"a CustomReduction needs a function compiled by numba.njit; got {shown(fn, 60)}: "
+                f"a CustomReduction needs a function compiled by numba.njit; got {brief(fn, 60)}: "
                 f"decorate it"
             )
         if not isinstance(name, str):

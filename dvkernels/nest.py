@@ -7,7 +7,7 @@ from typing import Any
 
 import optree
 
-__all__ = ["is_structure", "words_of"]
+__all__ = ["describe_structure", "is_structure"]
 
 _MAX_LENGTH = 200
 
@@ -17,7 +17,7 @@ def is_structure(value: object) -> bool:
     return isinstance(value, optree.PyTreeSpec)
 
 
-def words_of(structure: Any) -> str:
+def describe_structure(structure: Any) -> str:
     """Describe a pytree structure for messages: ``a dict of 'image', 'label'``."""
     text = _describe(structure)
     return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."

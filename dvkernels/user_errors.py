@@ -12,7 +12,15 @@ import reprlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
-__all__ = ["annotate", "block", "in_words", "latest_note", "rests_on", "shown", "text_of"]
+__all__ = [
+    "annotate",
+    "brief",
+    "context_manager",
+    "describe",
+    "is_caused_by",
+    "latest_note",
+    "text_of",
+]
 
 
 T = TypeVar("T")
@@ -46,7 +54,7 @@ def annotate(error: BaseException, note: str) -> None:
             return
 
 
-def in_words(error: BaseException | None) -> str:
+def describe(error: BaseException | None) -> str:
     """Return the class name and the text of an exception; the name alone if ``str`` fails."""
     try:
         return f"{type(error).__name__}: {error}"
@@ -70,7 +78,7 @@ def latest_note(error: BaseException) -> str | None:
         return None
 
 
-def shown(value: object, most: int = 80) -> str:
+def brief(value: object, most: int = 80) -> str:
     """Return the first ``most`` characters of a value's ``repr``; its class if ``repr`` fails."""
     try:
         if type(value) is int and value.bit_length() > 1024:  # its digits would not help
@@ -80,7 +88,7 @@ def shown(value: object, most: int = 80) -> str:
         return f"a {type(value).__name__}, whose repr fails"
 
 
-def rests_on(error: BaseException, known: Iterable[BaseException]) -> bool:
+def is_caused_by(error: BaseException, known: Iterable[BaseException]) -> bool:
     """Return whether an exception is a known one, or has one among its causes and contexts.
 
     Causes and contexts may form cycles (``raise e from e``), so each exception is visited once.
@@ -101,7 +109,7 @@ def rests_on(error: BaseException, known: Iterable[BaseException]) -> bool:
     return False
 
 
-def block(function: Callable[P, Iterator[T]]) -> Callable[P, Block[T]]:
+def context_manager(function: Callable[P, Iterator[T]]) -> Callable[P, GeneratorContext[T]]:
     """Make a context manager of a generator function, like ``contextlib.contextmanager``.
 
     But ``contextmanager`` assigns ``__traceback__`` of an exception that passes through, which
@@ -109,13 +117,13 @@ def block(function: Callable[P, Iterator[T]]) -> Callable[P, Block[T]]:
     """
 
     @functools.wraps(function)
-    def make(*args: P.args, **kwargs: P.kwargs) -> Block[T]:
-        return Block(lambda: cast("Generator[T, Any, Any]", function(*args, **kwargs)))
+    def make(*args: P.args, **kwargs: P.kwargs) -> GeneratorContext[T]:
+        return GeneratorContext(lambda: cast("Generator[T, Any, Any]", function(*args, **kwargs)))
 
     return make
 
 
-class Block(Generic[T]):
+class GeneratorContext(Generic[T]):
     """Context manager and decorator that :func:`block` makes of a generator function."""
 
     def __init__(self, make: Callable[[], Generator[T, Any, Any]]) -> None:
@@ -142,7 +150,7 @@ class Block(Generic[T]):
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def inside(*args: P.args, **kwargs: P.kwargs) -> R:
-            with Block(self._make):
+            with GeneratorContext(self._make):
                 return function(*args, **kwargs)
 
         return inside

@@ -13,7 +13,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.communicators.single import Single
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.replicas.rendezvous import StepEnded
-from dvkernels.user_errors import in_words, shown
+from dvkernels.user_errors import brief, describe
 
 __all__: list[str] = []
 
@@ -53,7 +53,7 @@ def run(workers: Workers, what: str, act: Callable[[], Any]) -> list[Any]:
     own = (
         _WorkerReport(result)
         if failure is None
-        else _WorkerReport(None, in_words(failure), is_damage)
+        else _WorkerReport(None, describe(failure), is_damage)
     )
     with announcing_failures(workers, what):
         reports: list[_WorkerReport] = workers.exchange(own)
@@ -98,7 +98,7 @@ def check_consistent(workers: Workers, what: str, details: Mapping[str, str]) ->
             mine, other = each[0].get(path, "nothing"), theirs.get(path, "nothing")
             if mine != other:
                 raise CheckpointError(
-                    f"{what}: expected the same on all workers; for {shown(path, 200)} worker 0 "
+                    f"{what}: expected the same on all workers; for {brief(path, 200)} worker 0 "
                     f"has {mine}, worker {worker} {other}; build the same objects on all workers, "
                     f"give a path where all workers see the same files, and keep the objects of a "
                     f"single worker in another checkpoint, without variables of this strategy"

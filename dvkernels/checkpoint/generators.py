@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.errors import CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -104,15 +104,15 @@ def _compare(current: Any, given: Any, where: str) -> None:
         fits = 0 <= given <= _MAX_INTEGER
     if not fits:
         raise CheckpointError(
-            f"{where}: expected the state of a generator like this one, {shown(current)}; got "
-            f"{shown(given)}; create the generator as it was created before the save"
+            f"{where}: expected the state of a generator like this one, {brief(current)}; got "
+            f"{brief(given)}; create the generator as it was created before the save"
         )
     if isinstance(current, dict):
         for name in current:
             limit = _MAX_VALUES.get(name, _MAX_INTEGER)
             if type(given[name]) is int and given[name] > limit:
                 raise CheckpointError(
-                    f"{where}, {name}: expected at most {limit}; got {shown(given[name])}; the "
+                    f"{where}, {name}: expected at most {limit}; got {brief(given[name])}; the "
                     f"file is damaged"
                 )
             _compare(current[name], given[name], f"{where}, {name}")

@@ -23,7 +23,7 @@ from dvkernels.checkpoint.storage.files import Folder
 from dvkernels.checkpoint.storage.folder_lock import FolderLock
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.profiler.debugging import LOGGER
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["CheckpointManager"]
 
@@ -78,13 +78,13 @@ class CheckpointManager(SavesInBackground):
     ) -> None:
         if not isinstance(checkpoint, Checkpoint):
             raise CheckpointError(
-                f"CheckpointManager: expected a dv.Checkpoint; got {shown(checkpoint)}"
+                f"CheckpointManager: expected a dv.Checkpoint; got {brief(checkpoint)}"
             )
         for name, number in (("max_to_keep", max_to_keep), ("keep_every", keep_every)):
             if number is not None and (type(number) is not int or number < 1):
                 raise CheckpointError(
                     f"CheckpointManager: expected {name} to be a whole number above 0, or None; "
-                    f"got {shown(number)}"
+                    f"got {brief(number)}"
                 )
         super().__init__()
         self._checkpoint = checkpoint
@@ -309,7 +309,7 @@ class CheckpointManager(SavesInBackground):
 def _checked(step: Any, verb: str) -> int:
     if type(step) is not int or not 0 <= step < 10**18:
         raise CheckpointError(
-            f"CheckpointManager.{verb}: expected a step, a whole number from 0; got {shown(step)}"
+            f"CheckpointManager.{verb}: expected a step, a whole number from 0; got {brief(step)}"
         )
     return step
 

@@ -25,7 +25,7 @@ from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.devices import array_memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError, DvKernelsError
-from dvkernels.user_errors import shown, text_of
+from dvkernels.user_errors import brief, text_of
 from dvkernels.variables.variable import SavedVariable, Variable, saved_by
 
 __all__: list[str] = []
@@ -96,7 +96,7 @@ def open_container(value: Any, path: str) -> OpenedContainer | None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise CheckpointError(
-            f"{path}: two of its keys are written {shown(twice)}; rename one of them"
+            f"{path}: two of its keys are written {brief(twice)}; rename one of them"
         )
     return OpenedContainer(
         dict(zip(names, children, strict=True)),
@@ -235,7 +235,7 @@ class ObjectTree:
         if inner is None:
             raise CheckpointError(
                 f"{path}: expected variables, arrays, random generators, plain data, objects with "
-                f"state_dict and load_state_dict, or containers of them; got {shown(value)}, a "
+                f"state_dict and load_state_dict, or containers of them; got {brief(value)}, a "
                 f"{type(value).__name__}"
             )
         self.descriptions[path] = f"a {type(value).__name__} of {len(inner.children)}"

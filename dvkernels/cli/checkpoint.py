@@ -22,7 +22,7 @@ from dvkernels.checkpoint.restoring import reader as reading
 from dvkernels.checkpoint.restoring.reader import CheckpointReader
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.errors import CheckpointDamagedError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -91,7 +91,7 @@ def _node_lines(reader: CheckpointReader, node: Node, path: str) -> Iterator[str
         case ArrayNode():
             yield f"{path}: array {_tensor(reader, node.tensor)}"
         case DataNode():
-            yield f"{path}: {shown(node.value, 200)}"
+            yield f"{path}: {brief(node.value, 200)}"
         case GeneratorNode():
             yield f"{path}: generator {node.type:.80}"
         case StateNode():

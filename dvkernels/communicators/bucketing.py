@@ -146,7 +146,7 @@ def _pack(arrays: Sequence[Any]) -> Any:
     """
     first = next((array for array in arrays if not isinstance(array, np.ndarray)), arrays[0])
     memory = array_memory.holding(first)
-    flat = [memory.near(array, first).reshape(-1) for array in arrays]
+    flat = [memory.to_device_of(array, first).reshape(-1) for array in arrays]
     return memory.apply(lambda *parts: np.concatenate(parts), *flat)
 
 
@@ -154,7 +154,7 @@ def _unpack(part: Any, array: Any) -> Any:
     """Return a part of a bucket in the memory (host or GPU) of ``array``."""
     if isinstance(array, np.ndarray):
         return array_memory.holding(part).to_host(part)
-    return array_memory.holding(array).near(part, array)
+    return array_memory.holding(array).to_device_of(part, array)
 
 
 def _copy_into(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:

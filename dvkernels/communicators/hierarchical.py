@@ -65,7 +65,7 @@ class Hierarchical:
             return _copy_for_each(total, values)
         memory = array_memory.holding(total)
         for target in out:
-            memory.apply(operator.setitem, target, ..., memory.near(total, target))
+            memory.apply(operator.setitem, target, ..., memory.to_device_of(total, target))
         return list(out)
 
     def all_reduce_many(
@@ -122,14 +122,14 @@ class Hierarchical:
             partition.bounds(len(total), self.size, self._first + k) for k in range(len(values))
         )
         return [
-            memory.beside(total[start:stop], value)
+            memory.copy_to_device_of(total[start:stop], value)
             for (start, stop), value in zip(bounds, values, strict=True)
         ]
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array for each rank."""
         memory = array_memory.holding(values[0])
-        near = [memory.near(value, values[0]) for value in values]
+        near = [memory.to_device_of(value, values[0]) for value in values]
         own = memory.apply(lambda *parts: np.concatenate(parts, axis), *near)
         return _copy_for_each(self._workers.all_gather([own], axis)[0], values)
 
@@ -144,8 +144,8 @@ def _copy_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
     """Return the array in the memory of the first value, and a copy in that of each other one."""
     memory = array_memory.holding(array)
     return [
-        memory.near(array, values[0]),
-        *(memory.beside(array, value) for value in values[1:]),
+        memory.to_device_of(array, values[0]),
+        *(memory.copy_to_device_of(array, value) for value in values[1:]),
     ]
 
 

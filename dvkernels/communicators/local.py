@@ -62,4 +62,4 @@ class Local:
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
         source = values[root]
-        return [array_memory.holding(source).beside(source, value) for value in values]
+        return [array_memory.holding(source).copy_to_device_of(source, value) for value in values]

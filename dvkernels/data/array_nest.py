@@ -14,7 +14,7 @@ import optree
 
 from dvkernels.devices import interop
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = [
     "as_array",
@@ -158,7 +158,7 @@ def leading_length(batch: Any) -> int:
     leaves, _ = flatten(batch)
     if not leaves:
         raise DatasetError(
-            f"distribute_dataset: expected batches with at least one array; got {shown(batch)}; "
+            f"distribute_dataset: expected batches with at least one array; got {brief(batch)}; "
             "let the dataset's elements hold something"
         )
     found = []
@@ -167,7 +167,7 @@ def leading_length(batch: Any) -> int:
         if not shape:
             raise DatasetError(
                 "distribute_dataset: expected batches, arrays with a leading axis to share "
-                f"among the replicas; got {shown(leaf)}, a {type(leaf).__name__}, as {name}; "
+                f"among the replicas; got {brief(leaf)}, a {type(leaf).__name__}, as {name}; "
                 "call .batch(global_batch_size) on the dataset"
             )
         found.append((name, int(shape[0])))

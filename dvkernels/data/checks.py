@@ -7,7 +7,7 @@ import operator
 from typing import Any
 
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = [
     "LARGEST",
@@ -17,7 +17,6 @@ __all__ = [
     "check_flag",
     "check_function_of_one",
     "check_ordered",
-    "shown",
 ]
 
 # The largest number of elements that the shuffle, on 64-bit integers, can address.
@@ -43,7 +42,7 @@ def check_count(
         count = None
     if count is None or isinstance(value, bool):
         raise DatasetError(
-            f"{member}: expected {name} to be {wanted}; got {shown(value)}, "
+            f"{member}: expected {name} to be {wanted}; got {brief(value)}, "
             f"a {type(value).__name__}{ending or '; pass an int'}"
         )
     if minimum <= count <= maximum:
@@ -60,19 +59,19 @@ def check_count(
 def check_flag(member: str, name: str, value: object) -> None:
     """Raise :class:`DatasetError` unless ``value`` is True or False."""
     if not isinstance(value, bool):
-        raise DatasetError(f"{member}: expected {name} to be True or False; got {shown(value)}")
+        raise DatasetError(f"{member}: expected {name} to be True or False; got {brief(value)}")
 
 
 def check_callable(member: str, value: object, remedy: str) -> None:
     """Raise :class:`DatasetError` unless ``value`` is callable and not asynchronous."""
     if not callable(value):
         raise DatasetError(
-            f"{member}: expected a function; got {shown(value)}, a {type(value).__name__}; {remedy}"
+            f"{member}: expected a function; got {brief(value)}, a {type(value).__name__}; {remedy}"
         )
     if any(map(_is_asynchronous, _called(value))):
         raise DatasetError(
             f"{member}: expected a function that does its work when it is called; got "
-            f"{shown(value)}, an async one, which is never awaited; write it without async"
+            f"{brief(value)}, an async one, which is never awaited; write it without async"
         )
 
 
@@ -81,7 +80,7 @@ def check_function_of_one(member: str, value: object) -> None:
     check_callable(member, value, "pass a function of one element")
     if any(map(inspect.isgeneratorfunction, _called(value))):
         raise DatasetError(
-            f"{member}: expected a function that returns; got {shown(value)}, which makes a "
+            f"{member}: expected a function that returns; got {brief(value)}, which makes a "
             "generator of every element; write return instead of yield"
         )
 

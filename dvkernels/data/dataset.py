@@ -29,7 +29,7 @@ from dvkernels.data.transforms import (
 )
 from dvkernels.data.zipped import Zip
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["Dataset"]
 
@@ -320,7 +320,7 @@ class Dataset:
         for index, other in enumerate(others):
             if not isinstance(other, Dataset):
                 raise DatasetError(
-                    f"zip: expected datasets; got {shown(other)}, a {type(other).__name__}, as "
+                    f"zip: expected datasets; got {brief(other)}, a {type(other).__name__}, as "
                     f"argument {index}; make it a dataset with from_arrays or from_sequence"
                 )
             if other.epoch != self._epoch:

@@ -23,7 +23,7 @@ class SkippedElements:
     def note(self, error: Exception, where: str) -> None:
         """Record that an element was left out."""
         location = user_errors.latest_note(error) or where
-        text = f"{user_errors.in_words(error)}; {location}"
+        text = f"{user_errors.describe(error)}; {location}"
         try:
             self._lock.acquire()
             self.count += 1

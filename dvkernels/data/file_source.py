@@ -19,7 +19,7 @@ from dvkernels.data.checks import check_callable, check_ordered
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.sources import SupportsIndexing, length_of
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["MAX_OPEN_FILES", "FileList", "FromFiles", "FromIndexedFiles"]
 
@@ -91,7 +91,7 @@ class FromFiles(FileList):
                 if not isinstance(opened, Iterable):
                     raise DatasetError(
                         "from_files: expected the reader to return an iterable; got "
-                        f"{shown(opened)}, a {type(opened).__name__}, for {path!r}; write it as a "
+                        f"{brief(opened)}, a {type(opened).__name__}, for {path!r}; write it as a "
                         "generator function"
                     )
                 elements = iter(opened)
@@ -196,7 +196,7 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Return the paths as strings; raise :class:`DatasetError` unless all exist."""
     if isinstance(paths, str | bytes | os.PathLike) or not isinstance(paths, Iterable):
         raise DatasetError(
-            f"from_files: expected a list of paths; got {shown(paths)}, a {type(paths).__name__}; "
+            f"from_files: expected a list of paths; got {brief(paths)}, a {type(paths).__name__}; "
             "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
         )
     check_ordered("from_files", "the paths", paths)
@@ -204,7 +204,7 @@ def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
     for index, name in enumerate(names):
         if not isinstance(name, str | os.PathLike):
             raise DatasetError(
-                f"from_files: expected paths; got {shown(name)}, a {type(name).__name__}, as "
+                f"from_files: expected paths; got {brief(name)}, a {type(name).__name__}, as "
                 f"paths[{index}]; pass strings or pathlib.Path objects"
             )
     files = tuple(os.fspath(name) for name in names)

@@ -23,7 +23,7 @@ from dvkernels.data.outcome import Outcome, owned_outcome_of
 from dvkernels.errors import DatasetError
 from dvkernels.threads.stoppable_thread import StoppableThread
 from dvkernels.threads.thread import Latch
-from dvkernels.user_errors import in_words
+from dvkernels.user_errors import describe
 
 __all__ = ["KINDS", "MapWorkers", "check_sendable"]
 
@@ -214,7 +214,7 @@ class MapWorkers:
             if self._pickled:
                 raise DatasetError(
                     f"map: expected to start threads for the worker processes; got "
-                    f"{in_words(error)}; free threads or memory, or leave num_workers out"
+                    f"{describe(error)}; free threads or memory, or leave num_workers out"
                 ) from error
         return threads
 
@@ -262,7 +262,7 @@ def check_sendable(fn: Callable[[Any], Any]) -> None:
     except Exception as error:
         raise DatasetError(
             f"map: expected a function that can be sent to worker processes; got {name}, which "
-            f"cannot be pickled ({in_words(error)}); define it at the top of a module, or use "
+            f"cannot be pickled ({describe(error)}); define it at the top of a module, or use "
             f"workers='threads'"
         ) from error
     main = sys.modules.get("__main__")

@@ -22,7 +22,7 @@ from dvkernels.profiler import memory_report
 from dvkernels.threads import stoppable_thread
 from dvkernels.threads.stoppable_thread import StoppableThread
 from dvkernels.threads.thread import Latch
-from dvkernels.user_errors import in_words
+from dvkernels.user_errors import describe
 
 __all__ = ["Prefetcher"]
 
@@ -159,7 +159,7 @@ class _PrefetchThread:
             self.thread.start()
         except RuntimeError as error:
             raise DatasetError(
-                f"prefetch: expected to start a thread; got {in_words(error)}; "
+                f"prefetch: expected to start a thread; got {describe(error)}; "
                 "free threads or memory, or prefetch nothing: InputOptions(prefetch=0)"
             ) from error
         _live_threads.add(self)

@@ -16,7 +16,7 @@ from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.stacking import stack
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["FromQueue"]
 
@@ -59,7 +59,7 @@ class FromQueue(Node):
         if not callable(get) or isinstance(source, dict | type):
             raise DatasetError(
                 "from_live: expected a queue, or a function get(timeout); got "
-                f"{shown(source)}, a {type(source).__name__}; pass a queue.Queue that a thread "
+                f"{brief(source)}, a {type(source).__name__}; pass a queue.Queue that a thread "
                 "fills"
             )
         if batch_size is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dvkernels.data.checks import LARGEST_INDEX
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["MAX_RESUME_POINTS", "ResumePoints"]
 
@@ -78,7 +78,7 @@ class ResumePoints:
         if not is_valid:
             raise DatasetError(
                 "load_state_dict: expected the memory to hold [epoch, position, value]; got "
-                f"{shown(memory)}; the state is damaged"
+                f"{brief(memory)}; the state is damaged"
             )
         epoch, position, value = memory
         self._points.clear()

@@ -12,7 +12,7 @@ from dvkernels.data.checks import LARGEST, check_callable, check_count, check_fl
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown, text_of
+from dvkernels.user_errors import brief, text_of
 
 __all__ = ["FromArrays", "FromIterable", "FromSequence", "Range", "SupportsIndexing"]
 
@@ -35,7 +35,7 @@ class FromArrays(Node):
         leaves, self._spec = flatten(nest)
         if not leaves:
             raise DatasetError(
-                f"from_arrays: expected a nest with at least one array; got {shown(nest)}; "
+                f"from_arrays: expected a nest with at least one array; got {brief(nest)}; "
                 "pass an array, or a tuple or dict of arrays"
             )
         names = leaf_names(nest, "nest")
@@ -196,7 +196,7 @@ class FromIterable(Node):
         if not isinstance(iterable, Iterable):
             raise DatasetError(
                 "from_iterable: expected the factory to return an iterable; got "
-                f"{shown(iterable)}, a {type(iterable).__name__}; write it as a generator function"
+                f"{brief(iterable)}, a {type(iterable).__name__}; write it as a generator function"
             )
         check_ordered("from_iterable", "what the factory returns", iterable)
         if not isinstance(iterable, Iterator):
@@ -224,7 +224,7 @@ def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
         ) from error
     if array.ndim == 0:
         raise DatasetError(
-            f"from_arrays: expected an array with a leading axis as {name}; got {shown(leaf)}, "
+            f"from_arrays: expected an array with a leading axis as {name}; got {brief(leaf)}, "
             f"a {type(leaf).__name__}; lists are containers here, so wrap numbers in np.asarray"
         )
     view = array.view()

@@ -9,8 +9,8 @@ import numpy as np
 
 from dvkernels.data.array_nest import as_array, flatten, leaf_names
 from dvkernels.errors import DatasetError
-from dvkernels.nest import words_of
-from dvkernels.user_errors import shown
+from dvkernels.nest import describe_structure
+from dvkernels.user_errors import brief
 
 __all__ = ["BatchBuilder", "stack"]
 
@@ -72,8 +72,8 @@ class BatchBuilder:
         elif structure != self._structure:
             raise DatasetError(
                 "batch: expected the elements of a batch to have one structure; got "
-                f"{words_of(self._structure)} for its element 0 and {words_of(structure)} for its "
-                f"element {self.count}; make them alike with map()"
+                f"{describe_structure(self._structure)} for its element 0 and "
+                f"{describe_structure(structure)} for its element {self.count}; make them alike with map()"
             )
         return leaves
 
@@ -148,7 +148,7 @@ class _Column:
         array = as_array(leaf, "batch", where)
         if array.dtype == object and not hasattr(leaf, "dtype"):
             raise DatasetError(
-                f"batch: expected arrays or numbers to stack; got {shown(leaf)}, a "
+                f"batch: expected arrays or numbers to stack; got {brief(leaf)}, a "
                 f"{type(leaf).__name__}, as {where}; turn it into an array with map()"
             )
         if isinstance(leaf, str | bytes) and leaf[-1:] in ("\0", b"\0"):

@@ -19,7 +19,7 @@ from dvkernels.data.node import Node
 from dvkernels.data.state_encoding import decode, encode
 from dvkernels.data.transforms import Batch, Map, Prefetch, Repeat
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = [
     "SavedPosition",
@@ -114,7 +114,7 @@ def read_workers_state(
     epoch = check_count(_MEMBER, "epoch", frame["epoch"], 0, "the state is damaged")
     states = frame["workers"]
     if not isinstance(states, list) or len(states) not in (0, num_workers):
-        got = f"{len(states)} workers" if isinstance(states, list) else shown(states)
+        got = f"{len(states)} workers" if isinstance(states, list) else brief(states)
         raise DatasetError(
             f"{_MEMBER}: expected the state of {num_workers} workers; got that of {got}: "
             f"distribute_datasets_from_function makes each worker a dataset of its own, which only "
@@ -136,7 +136,7 @@ def read_state(node: Node, state: object) -> SavedPosition:
     optional = [state.get(key) for key in (_ELEMENT, _FINGERPRINT)]
     if not all(value is None or isinstance(value, str) for value in optional):
         raise DatasetError(
-            f"{_MEMBER}: expected text as {_ELEMENT} and {_FINGERPRINT}; got {shown(optional)}; "
+            f"{_MEMBER}: expected text as {_ELEMENT} and {_FINGERPRINT}; got {brief(optional)}; "
             "the state is damaged"
         )
     for key in (_MEMORY, _LANES):
@@ -144,7 +144,7 @@ def read_state(node: Node, state: object) -> SavedPosition:
             raise DatasetError(
                 f"{_MEMBER}: expected {key!r} in a state of version "
                 f"{next(number for number, name in _EXTRA.items() if name == key)}, and in no "
-                f"other; got version {version}, {shown(state.get(key))}; the state is damaged"
+                f"other; got version {version}, {brief(state.get(key))}; the state is damaged"
             )
     if version == _VERSION_WITH_LANES:
         return SavedPosition(EpochPosition(epoch, position), _read_lanes(state[_LANES]), *optional)
@@ -156,7 +156,7 @@ def read_state(node: Node, state: object) -> SavedPosition:
     memory = decode(state.get(_MEMORY, []))
     if not isinstance(memory, list):
         raise DatasetError(
-            f"{_MEMBER}: expected a list {_MEMORY!r}; got {shown(memory)}; the state is damaged"
+            f"{_MEMBER}: expected a list {_MEMORY!r}; got {brief(memory)}; the state is damaged"
         )
     if memory:
         rest = iter(memory)
@@ -183,7 +183,7 @@ def _check_frame(
         kind = _FORMATS.get(str(found), "something else")
         raise DatasetError(
             f"{_MEMBER}: expected the format {form!r}, the state of {_FORMATS[form]}; got "
-            f"{shown(found)}, that of {kind}; pass what state_dict() returned for a dataset built "
+            f"{brief(found)}, that of {kind}; pass what state_dict() returned for a dataset built "
             f"and distributed in the same way"
         )
     missing = [key for key in keys if key not in state]
@@ -209,7 +209,7 @@ def _read_lanes(lanes: object) -> list[int]:
     if not isinstance(lanes, list) or not lanes:
         raise DatasetError(
             f"{_MEMBER}: expected {_LANES!r} to be a list of positions, one for each lane of "
-            f"files; got {shown(lanes)}; the state is damaged"
+            f"files; got {brief(lanes)}; the state is damaged"
         )
     for position in lanes:
         _check_position(_LANES, position)
@@ -240,7 +240,7 @@ def check_same(what: str, own: str | None, saved: str | None) -> None:
 def _compare(node: Node, saved: object, epoch: int, position: int) -> None:
     if not isinstance(saved, list | tuple) or not all(isinstance(link, str) for link in saved):
         raise DatasetError(
-            f"{_MEMBER}: expected the pipeline to be a list of strings; got {shown(saved)}; "
+            f"{_MEMBER}: expected the pipeline to be a list of strings; got {brief(saved)}; "
             "the state is damaged"
         )
     own = node.pipeline

@@ -15,7 +15,7 @@ import numpy as np
 
 from dvkernels.devices import interop
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["decode", "encode"]
 
@@ -38,7 +38,7 @@ def encode(value: Any, where: str) -> Any:
     if isinstance(value, tuple):
         return {_TAG: "tuple", "items": encode(list(value), where)}
     if isinstance(value, dict):
-        parts = [(key, encode(part, f"{where}[{shown(key)}]")) for key, part in value.items()]
+        parts = [(key, encode(part, f"{where}[{brief(key)}]")) for key, part in value.items()]
         if _TAG not in value and all(isinstance(key, str) for key in value):
             return dict(parts)
         return {_TAG: "dict", "items": [[encode(key, where), part] for key, part in parts]}
@@ -56,7 +56,7 @@ def encode(value: Any, where: str) -> Any:
         return {_TAG: "tensor", "dtype": name, "shape": [*tensor.shape], "base64": _base64(bits)}
     raise DatasetError(
         f"state_dict: expected {where} to hold numbers, text, bytes, arrays, and lists, tuples and "
-        f"dicts of them; got {shown(value)}, a {type(value).__name__}; leave it out of the state, "
+        f"dicts of them; got {brief(value)}, a {type(value).__name__}; leave it out of the state, "
         "or save values from which it can be rebuilt"
     )
 
@@ -73,7 +73,7 @@ def decode(value: Any) -> Any:
         return _DECODERS[value[_TAG]](value)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DatasetError(
-            f"load_state_dict: expected an encoded part of a reader's state; got {shown(value)} "
+            f"load_state_dict: expected an encoded part of a reader's state; got {brief(value)} "
             f"({type(error).__name__}: {error}); the state is damaged"
         ) from error
 

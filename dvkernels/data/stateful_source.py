@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from dvkernels.data.checks import check_callable, check_flag
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import in_words, shown
+from dvkernels.user_errors import brief, describe
 
 __all__ = ["FromSource", "FromStatefulIterable", "Reader", "Source"]
 
@@ -84,7 +84,7 @@ class FromSource(Node):
         if isinstance(source, type) or not callable(getattr(source, "open", None)):
             raise DatasetError(
                 "from_source: expected an object with open(epoch, state), which returns a reader "
-                f"with __next__() and state(); got {shown(source)}, a {type(source).__name__}; "
+                f"with __next__() and state(); got {brief(source)}, a {type(source).__name__}; "
                 "use from_iterable(factory) for what has no state"
             )
         self._source = source
@@ -142,8 +142,8 @@ class FromSource(Node):
             return copy.deepcopy(state)
         except Exception as error:
             raise DatasetError(
-                f"from_source: expected a state that can be copied; got {shown(state)} "
-                f"({in_words(error)}); return numbers, text, arrays, and lists and "
+                f"from_source: expected a state that can be copied; got {brief(state)} "
+                f"({describe(error)}); return numbers, text, arrays, and lists and "
                 "dicts of them"
             ) from error
 

@@ -24,7 +24,7 @@ from dvkernels.data.node import (
 from dvkernels.data.outcome import Outcome, outcome_of
 from dvkernels.data.stacking import BatchBuilder
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = [
     "Batch",
@@ -112,7 +112,7 @@ class Map(_Transform):
         count = check_count("map", "num_workers", num_workers, 0)
         if workers not in KINDS:
             raise DatasetError(
-                f"map: expected workers to be one of {', '.join(KINDS)}; got {shown(workers)}"
+                f"map: expected workers to be one of {', '.join(KINDS)}; got {brief(workers)}"
             )
         if count and workers == "processes":
             check_sendable(fn)

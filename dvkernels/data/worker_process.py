@@ -29,7 +29,7 @@ from dvkernels import deadlines
 from dvkernels.data.outcome import Outcome, outcome_of
 from dvkernels.errors import DatasetError, WorkerLostError
 from dvkernels.threads.thread import Latch
-from dvkernels.user_errors import annotate, in_words
+from dvkernels.user_errors import annotate, describe
 
 __all__ = ["WorkerProcess", "serve"]
 
@@ -62,7 +62,7 @@ class _PickledError(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> _PickledError:
-        message = in_words(error)
+        message = describe(error)
         try:
             traceback_text = "".join(traceback.format_exception(error, chain=False)).rstrip()
         except Exception:
@@ -72,7 +72,7 @@ class _PickledError(NamedTuple):
             back = pickle.loads(pickled)
         except Exception:
             return cls(b"", message, traceback_text)
-        survives = type(back) is type(error) and in_words(back) == message
+        survives = type(back) is type(error) and describe(back) == message
         return cls(pickled if survives else b"", message, traceback_text)
 
     def unpickled(self) -> Any:
@@ -130,7 +130,7 @@ class WorkerProcess:
         except Exception as error:
             raise DatasetError(
                 f"map: expected elements that can be sent to a worker process for {self._name}; "
-                f"got some that cannot be pickled ({in_words(error)}); use workers='threads'"
+                f"got some that cannot be pickled ({describe(error)}); use workers='threads'"
             ) from error
 
     def _start(self, stop: Latch) -> None:
@@ -146,7 +146,7 @@ class WorkerProcess:
         except (OSError, MemoryError) as error:
             self.end()
             raise DatasetError(
-                f"map: expected to start a worker process; got {in_words(error)}; free memory, "
+                f"map: expected to start a worker process; got {describe(error)}; free memory, "
                 "processes or open files, or use workers='threads'"
             ) from error
         state = multiprocessing.spawn.get_preparation_data("dvkernels-data-map")
@@ -215,7 +215,7 @@ def _loads(received: bytes) -> Any:
         return pickle.loads(received)
     except Exception as error:
         raise DatasetError(
-            f"map: expected results that can be sent between processes; got {in_words(error)}; "
+            f"map: expected results that can be sent between processes; got {describe(error)}; "
             "return arrays and nests of them, or use workers='threads'"
         ) from error
 
@@ -290,7 +290,7 @@ def _picklable(value: Any, error: _PickledError | None) -> tuple[Any, _PickledEr
     except Exception as failure:
         unsent = DatasetError(
             f"map: expected a result that can be sent between processes; got a "
-            f"{type(value).__name__}, which cannot be pickled ({in_words(failure)}); return "
+            f"{type(value).__name__}, which cannot be pickled ({describe(failure)}); return "
             "arrays and nests of them, or use workers='threads'"
         )
         return None, _PickledError.of(unsent)

@@ -41,10 +41,10 @@ class ArrayMemory(Protocol):
     def on(self, array: Any, device: Device) -> Any:
         """Return the array itself if it lies on the device, else a copy on it."""
 
-    def near(self, array: Any, other: Any) -> Any:
+    def to_device_of(self, array: Any, other: Any) -> Any:
         """Return the array itself if it lies on the device of ``other``, else a copy on it."""
 
-    def beside(self, array: Any, other: Any) -> Any:
+    def copy_to_device_of(self, array: Any, other: Any) -> Any:
         """Return a copy of the array on the device of ``other``."""
 
     def read_only(self, array: Any) -> Any:
@@ -99,10 +99,10 @@ class _Host:
     def on(self, array: Any, device: Device) -> Any:
         return array
 
-    def near(self, array: Any, other: Any) -> Any:
+    def to_device_of(self, array: Any, other: Any) -> Any:
         return array
 
-    def beside(self, array: Any, other: Any) -> Any:
+    def copy_to_device_of(self, array: Any, other: Any) -> Any:
         return np.array(array, order="C")
 
     def read_only(self, array: Any) -> Any:
@@ -175,10 +175,10 @@ class _Gpu:
             return self.new(array, device)
         return array
 
-    def near(self, array: Any, other: Any) -> Any:
+    def to_device_of(self, array: Any, other: Any) -> Any:
         return self.on(array, Device("cuda", self._arrays.device_of(other)))
 
-    def beside(self, array: Any, other: Any) -> Any:
+    def copy_to_device_of(self, array: Any, other: Any) -> Any:
         return self.new(array, Device("cuda", self._arrays.device_of(other)))
 
     def read_only(self, array: Any) -> Any:

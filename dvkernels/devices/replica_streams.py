@@ -55,7 +55,7 @@ class StreamOrder:
         self._shared: dict[int, Any] = {}
         self._made: dict[int, tuple[dict[int, Any], list[Any]]] = {}
 
-    @user_errors.block
+    @user_errors.context_manager
     def step(self) -> Iterator[None]:
         """Order the step inside ``with`` after its caller's earlier work, before its later work."""
         own = self._device_streams()

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from dvkernels.errors import DeviceError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["DeviceStream", "Joined", "join", "stream_handle", "wait_pairs"]
 
@@ -76,6 +76,6 @@ def stream_handle(verb: str, stream: Any) -> int:
     if isinstance(value, int):
         return value
     raise DeviceError(
-        f"{verb}: {shown(stream, 60)} is no CUDA stream: pass a stream of CuPy, PyTorch or Numba, "
+        f"{verb}: {brief(stream, 60)} is no CUDA stream: pass a stream of CuPy, PyTorch or Numba, "
         "its address, or None for the current streams"
     )

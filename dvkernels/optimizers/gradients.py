@@ -16,7 +16,7 @@ from dvkernels.errors import (
 )
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.values import regroup, replica_weights
 from dvkernels.values.array_leaves import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -43,12 +43,12 @@ def checked_pairs(pairs: Any) -> list[Pair]:
         found = list(pairs)
     except TypeError as error:
         raise TypeError(
-            f"{VERB} needs pairs of a gradient and a variable; got {shown(pairs)}: {error}"
+            f"{VERB} needs pairs of a gradient and a variable; got {brief(pairs)}: {error}"
         ) from error
     for pair in found:
         is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
         if not is_pair or not isinstance(pair[1], Variable):
-            raise TypeError(f"{VERB} needs pairs of a gradient and a variable; got {shown(pair)}")
+            raise TypeError(f"{VERB} needs pairs of a gradient and a variable; got {brief(pair)}")
     return [(pair[0], pair[1]) for pair in found]
 
 

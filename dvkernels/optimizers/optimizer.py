@@ -16,7 +16,7 @@ from dvkernels.optimizers import gradients, saved_state
 from dvkernels.optimizers.slots import Slots, VariableState
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.replicas.rendezvous import CollectiveCall, Same
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, replica_weights, scalar_checks
 from dvkernels.variables.variable import Variable, copies_of
 
@@ -83,7 +83,7 @@ class Optimizer(abc.ABC):
 
     def _state_of(self, verb: str, variable: Variable) -> VariableState:
         if not isinstance(variable, Variable):
-            raise TypeError(f"{verb} belong to variables; got {shown(variable)}")
+            raise TypeError(f"{verb} belong to variables; got {brief(variable)}")
         if not self._slots.has(variable):
             self._check_cross_replica(f"{verb} of variable {variable.name!r}, which has none yet")
         return self._slots.states_of([variable], self.slot_names)[0]
@@ -374,5 +374,5 @@ def checked(number: Any, name: str, least: float, below: float = float("inf")) -
     value = scalar_checks.real(number)
     if not least <= value < below:
         limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")
-        raise ValueError(f"{name} must be a finite number, {limits}; got {shown(number, 60)}")
+        raise ValueError(f"{name} must be a finite number, {limits}; got {brief(number, 60)}")
     return value

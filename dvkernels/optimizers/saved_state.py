@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices.buffers import Spec
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []
@@ -34,11 +34,11 @@ def checked_progress(state: Any, slot_names: Sequence[str]) -> int:
     """Return the largest step count in a state; raise ValueError unless the state is valid."""
     iterations = state.get("iterations") if isinstance(state, dict) else None
     if type(iterations) is not int or iterations < 0:
-        raise ValueError(f"expected the state of an optimizer; got {shown(state)}")
+        raise ValueError(f"expected the state of an optimizer; got {brief(state)}")
     if state.get("slot_names") != list(slot_names):
         raise ValueError(
             f"expected the state of an optimizer with the slots {list(slot_names)}; got "
-            f"one with {shown(state.get('slot_names'), 200)}; create the optimizer with the "
+            f"one with {brief(state.get('slot_names'), 200)}; create the optimizer with the "
             f"arguments that it had"
         )
     return iterations
@@ -67,7 +67,7 @@ def _checked_entry(given: Any, slot_names: Sequence[str]) -> Entry:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"expected name, shape, dtype, steps and the slots {list(slot_names)} of a variable; "
-            f"got {shown(given)}: {error}"
+            f"got {brief(given)}: {error}"
         ) from error
     for name, array in entry["slots"].items():
         if array.shape != spec.shape or array.dtype != spec.dtype:
@@ -91,7 +91,7 @@ def match_entries(
     """
     for variable in variables:
         if not isinstance(variable, Variable):
-            raise ValueError(f"variables: expected variables, got {shown(variable)}")
+            raise ValueError(f"variables: expected variables, got {brief(variable)}")
     if is_ordered and len(entries) != len(variables):
         raise ValueError(
             f"the state holds {len(entries)} variables, {_names(entries)}; got {len(variables)}"

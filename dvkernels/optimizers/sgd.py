@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dvkernels.optimizers.optimizer import LearningRate, Optimizer, checked
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["SGD"]
 
@@ -50,7 +50,7 @@ class SGD(Optimizer):
         super().__init__(learning_rate)
         self.momentum = checked(momentum, "momentum", 0, 1)
         if not isinstance(nesterov, bool):
-            raise TypeError(f"nesterov is True or False; got {shown(nesterov)}")
+            raise TypeError(f"nesterov is True or False; got {brief(nesterov)}")
         self.nesterov = nesterov
         self.weight_decay = checked(weight_decay, "weight_decay", 0)
         if self.nesterov and not self.momentum:

@@ -93,7 +93,7 @@ class DebugState:
         listed = "\n".join(lines) or "  none"
         LOGGER.error(
             "step %d of %s failed with %s\nthe last collectives:\n%s",
-            step, strategy, user_errors.in_words(error), listed,
+            step, strategy, user_errors.describe(error), listed,
             extra={"step": step},
         )  # fmt: skip
 

@@ -165,7 +165,7 @@ class trace:
 active: trace | None = None
 
 
-@user_errors.block
+@user_errors.context_manager
 def span(name: str, category: str, *, lane: str = "", **about: Any) -> Iterator[None]:
     """Record a block as a span, if a trace is active at its start; ``lane`` names the thread."""
     recording, began = active, time.perf_counter_ns()

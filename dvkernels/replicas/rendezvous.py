@@ -72,7 +72,7 @@ class CollectiveCall(NamedTuple):
 
     def __str__(self) -> str:
         terms = (
-            nest.words_of(term) if nest.is_structure(term) else user_errors.text_of(term)
+            nest.describe_structure(term) if nest.is_structure(term) else user_errors.text_of(term)
             for term in self.terms
             if term is not None
         )
@@ -612,7 +612,7 @@ class Rendezvous:
             raised = self.errors[other]
             name = self._first_replica + other
             user_errors.annotate(
-                error, f"replica {name} also raised {user_errors.in_words(raised)}"
+                error, f"replica {name} also raised {user_errors.describe(raised)}"
             )
         if self.num_replicas > 1:
             user_errors.annotate(
@@ -627,14 +627,14 @@ class Rendezvous:
             echo: BaseException = type(failure)(*failure.args)
         else:
             echo = StepEnded(
-                f"this step has ended because a replica raised {user_errors.in_words(failure)}"
+                f"this step has ended because a replica raised {user_errors.describe(failure)}"
             )
         self._echoes.append(echo)
         return echo
 
     def _is_consequence(self, error: BaseException) -> bool:
         """Return whether an error is caused by, or was raised while handling, the failure."""
-        return user_errors.rests_on(error, self._echoes)
+        return user_errors.is_caused_by(error, self._echoes)
 
     def _describe_replicas(self) -> str:
         frames = sys._current_frames()

@@ -30,14 +30,14 @@ from dvkernels.errors import (
     DatasetError,
     SynchronizationError,
 )
-from dvkernels.nest import words_of
+from dvkernels.nest import describe_structure
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.strategies.reduction import reduce_along
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, regroup
 from dvkernels.values.array_leaves import as_array, prepare_gather, with_common_dtype
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
@@ -482,8 +482,8 @@ class Strategy(ProcessBound):
             if structure != flat[0][1]:
                 raise ValueError(
                     f"distribute_values_from_function: replica {first} got "
-                    f"{words_of(flat[0][1])}, replica {replica} {words_of(structure)}; return "
-                    f"the same structure for every replica"
+                    f"{describe_structure(flat[0][1])}, replica {replica} "
+                    f"{describe_structure(structure)}; return the same structure for every replica"
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
@@ -610,7 +610,7 @@ class Strategy(ProcessBound):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TypeError(
                     "batch_reduce_to needs pairs of a value and its destinations; got "
-                    f"{shown(pair)}"
+                    f"{brief(pair)}"
                 )
         places = [self._devices_of(destinations, "batch_reduce_to") for _, destinations in listed]
         reduced = self.reduce(op, [value for value, _ in listed])
@@ -665,7 +665,7 @@ class Strategy(ProcessBound):
             single = whole.at(0) if isinstance(whole, Mirrored) else whole
             array = as_array(single, "broadcast_to", 0, self._placement.memory)
             array = self._placement.broadcast_from_chief(array)
-            return array_memory.holding(array).beside(array, array)
+            return array_memory.holding(array).copy_to_device_of(array, array)
 
         return self._mirrored(regroup.map_leaves(broadcast_leaf, value), devices)
 
@@ -994,9 +994,9 @@ def _extents(shape: Any) -> tuple[int, ...]:
     """Return a shape as a tuple; a malformed shape raises."""
     extents = (shape,) if is_integer(shape) else shape
     if not isinstance(extents, (list, tuple)) or not all(map(is_integer, extents)):
-        raise TypeError(f"empty: shape must be an integer or a list of them, got {shown(shape)}")
+        raise TypeError(f"empty: shape must be an integer or a list of them, got {brief(shape)}")
     if any(extent < 0 for extent in extents):
-        raise ValueError(f"empty: lengths must not be negative, got shape {shown(shape)}")
+        raise ValueError(f"empty: lengths must not be negative, got shape {brief(shape)}")
     return tuple(map(int, extents))
 
 

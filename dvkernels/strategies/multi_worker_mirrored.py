@@ -12,7 +12,7 @@ from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
 from dvkernels.devices.base import Device
 from dvkernels.strategies.base import Strategy
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["MultiWorkerMirroredStrategy"]
 
@@ -113,7 +113,7 @@ class MultiWorkerMirroredStrategy(Strategy):
         if not isinstance(self._resolver, ClusterResolver):
             raise TypeError(
                 f"expected cluster_resolver to be a dv.cluster.ClusterResolver, got "
-                f"{shown(cluster_resolver)}"
+                f"{brief(cluster_resolver)}"
             )
         workers = communicators.between_workers(
             self._resolver, _checked(timeout_seconds), cross_device_ops

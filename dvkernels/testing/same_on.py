@@ -68,7 +68,8 @@ def assert_same_on(
         with (make or _mirrored)(count) as strategy:
             found, other = regroup.flatten(_as_arrays(fn(strategy), subject))
         assert other == structure, (
-            f"{subject} returned {nest.words_of(other)}, one device {nest.words_of(structure)}"
+            f"{subject} returned {nest.describe_structure(other)}, one device "
+            f"{nest.describe_structure(structure)}"
         )
         for leaf_index, (result, expected_leaf) in enumerate(zip(found, expected, strict=True)):
             got, wanted = np.asarray(result), np.asarray(expected_leaf)

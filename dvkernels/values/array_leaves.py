@@ -11,7 +11,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory, interop
 from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import NotABufferError
-from dvkernels.user_errors import shown, text_of
+from dvkernels.user_errors import brief, text_of
 from dvkernels.values import regroup
 from dvkernels.values.distributed import is_integer
 
@@ -83,7 +83,7 @@ def as_array(
         )
     if array.dtype.hasobject:
         raise NotABufferError(
-            f"{verb}: expected an array or a number, replica {replica} passed {shown(value, 60)} "
+            f"{verb}: expected an array or a number, replica {replica} passed {brief(value, 60)} "
             f"of type {type(value).__name__}"
         )
     return array

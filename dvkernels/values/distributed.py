@@ -11,7 +11,7 @@ import numpy as np
 from dvkernels.devices import array_memory, buffers, interop, registry
 from dvkernels.devices.base import Device
 from dvkernels.errors import DeviceError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.values.placement import Placement
 
 __all__ = ["DistributedValues", "Mirrored", "PerReplica"]
@@ -123,7 +123,7 @@ class _Frozen(DistributedValues[T]):
         if not is_listed and isinstance(values, (str, bytes, Mapping, Set)):
             raise TypeError(
                 f"a {type(self).__name__} needs a sequence of values, one per replica, got a "
-                f"{type(values).__name__}; write [{shown(values, 40)}, ...]"
+                f"{type(values).__name__}; write [{brief(values, 40)}, ...]"
             )
         components = tuple(values)
         if not components:

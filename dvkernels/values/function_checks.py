@@ -7,7 +7,7 @@ import inspect
 import types
 from typing import Any
 
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -29,7 +29,7 @@ def check(verb: str, fn: Any) -> None:
         flags = fn.__code__.co_flags
     else:
         if not callable(fn):
-            raise TypeError(f"{verb} expected a function, got {shown(fn)}, a {type(fn).__name__}")
+            raise TypeError(f"{verb} expected a function, got {brief(fn)}, a {type(fn).__name__}")
         flags = getattr(_code_of(fn), "co_flags", 0)
     if not flags & _FLAGS:
         return

@@ -89,8 +89,8 @@ def regroup(
         if other != structure:
             raise ValueError(
                 f"the replicas returned different structures: replica {first_id} returned "
-                f"{nest.words_of(structure)}, replica {replica} returned "
-                f"{nest.words_of(other)}; return the same structure on every replica"
+                f"{nest.describe_structure(structure)}, replica {replica} returned "
+                f"{nest.describe_structure(other)}; return the same structure on every replica"
             )
 
     def joined(leaves: tuple[Any, ...]) -> Any:

@@ -12,7 +12,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory
 from dvkernels.devices.buffers import refuse_masked
 from dvkernels.reduce_op import ReduceOp, Reduction
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.values import scalar_checks
 
 __all__: list[str] = []
@@ -26,7 +26,7 @@ def checked(weight: Any, verb: str, op: Reduction) -> float:
     number = scalar_checks.real(weight)
     if not 0 <= number < float("inf"):
         raise ValueError(
-            f"{verb}: a weight is a finite number of at least 0, got {shown(weight, 60)}"
+            f"{verb}: a weight is a finite number of at least 0, got {brief(weight, 60)}"
         )
     return number
 

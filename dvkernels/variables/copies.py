@@ -12,7 +12,7 @@ from dvkernels.devices import interop
 from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
-from dvkernels.user_errors import shown, text_of
+from dvkernels.user_errors import brief, text_of
 from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
@@ -71,7 +71,7 @@ class Copies:
             )
         if debugging.active is not None:
             debugging.check_finite(f"{verb} of variable {self.name!r}", [array])
-        return self.memory.near(array, self.read_by(replica))
+        return self.memory.to_device_of(array, self.read_by(replica))
 
     def read_by(self, replica: int | None) -> Any:
         """Return the copy that a replica reads; the first copy for None."""
@@ -99,7 +99,7 @@ class Copies:
         except (TypeError, ValueError, OverflowError) as error:
             raise NotABufferError(
                 f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
-                f"{shown(value, 60)}{origin}, which does not fit: {text_of(error)}"
+                f"{brief(value, 60)}{origin}, which does not fit: {text_of(error)}"
             ) from error
 
     def _from(self, replica: int | None) -> str:
@@ -176,7 +176,7 @@ class Draft(Copies):
         if self.is_written:
             super().commit(values)
         else:
-            self._set_arrays([self.memory.beside(values[0], self.arrays[0])])
+            self._set_arrays([self.memory.copy_to_device_of(values[0], self.arrays[0])])
             self.is_written = True
 
     def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:

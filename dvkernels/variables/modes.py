@@ -409,7 +409,7 @@ def _checked_per_copy(copies: Copies, verb: str, value: Any) -> list[Any]:
     array = copies.placement.broadcast_from_chief(
         copies.checked(_single_value(value, verb, copies), verb, None)
     )
-    return [copies.memory.near(array, copy) for copy in copies.arrays]
+    return [copies.memory.to_device_of(array, copy) for copy in copies.arrays]
 
 
 def _value_per_copy(copies: Copies, verb: str, value: Any) -> Sequence[Any]:

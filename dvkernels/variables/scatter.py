@@ -13,7 +13,7 @@ from dvkernels.devices import interop
 from dvkernels.devices.buffers import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.profiler import debugging
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.variables.copies import Copies
 
 __all__: list[str] = []
@@ -53,7 +53,7 @@ def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -
         rows = rows.astype(np.int64)  # an empty list
     if rows.dtype.kind not in "iu":
         raise NotABufferError(
-            f"{what}: expected integers as indices, got {shown(indices, 60)}{origin}"
+            f"{what}: expected integers as indices, got {brief(indices, 60)}{origin}"
         )
     outside = rows[(rows < 0) | (rows >= shape[0])]
     if outside.size:
@@ -83,7 +83,7 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     if debugging.active is not None:
         debugging.check_finite(what, [array])
     flat = array.reshape(-1, *shape[1:]) if rows.size else array.reshape(0, *shape[1:])
-    near = copies.memory.near(flat, copies.read_by(replica))
+    near = copies.memory.to_device_of(flat, copies.read_by(replica))
     return Updates(rows.reshape(-1).astype(np.int64), near)
 
 
@@ -93,7 +93,7 @@ def concatenated(copies: Copies, parts: Sequence[Updates], like: Updates) -> Upd
         return Updates(like.indices[:0], _wide(like.updates[:0]))
     memory = copies.memory
     indices = np.concatenate([part.indices for part in parts])
-    each = [_wide(memory.near(part.updates, copies.arrays[0])) for part in parts]
+    each = [_wide(memory.to_device_of(part.updates, copies.arrays[0])) for part in parts]
     return Updates(indices, memory.apply(_concatenate, *each))
 
 

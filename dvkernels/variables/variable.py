@@ -24,7 +24,7 @@ from dvkernels.errors import (
 )
 from dvkernels.profiler import memory_report
 from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous, Same
-from dvkernels.user_errors import shown, text_of
+from dvkernels.user_errors import brief, text_of
 from dvkernels.values import function_checks, regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
 from dvkernels.values.placement import Placement
@@ -130,7 +130,7 @@ class Variable(DistributedValues[Any]):
         if name is not None and not isinstance(name, str):
             raise TypeError(f"a variable's name is a string, got {name!r}")
         if not isinstance(trainable, (bool, np.bool_, type(None))):
-            raise TypeError(f"trainable is True, False or None, got {shown(trainable)}")
+            raise TypeError(f"trainable is True, False or None, got {brief(trainable)}")
         if trainable is None:
             trainable = when is not VariableSynchronization.ON_READ
         frame = context.find()
@@ -668,7 +668,7 @@ def _created(
         wanted = array.dtype if dtype is None else np.dtype(dtype)
     except (TypeError, ValueError) as error:
         raise NotABufferError(
-            f"variable {label!r}: the initial value {shown(content, 60)} is not an array: "
+            f"variable {label!r}: the initial value {brief(content, 60)} is not an array: "
             f"{text_of(error)}"
         ) from error
     if reduce_op.kind(array.dtype) in "biufc" and not (array.dtype == wanted and wanted.isnative):
@@ -847,7 +847,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
     listed: list[Variable] = regroup.flatten(variables)[0]
     for variable in listed:
         if not isinstance(variable, Variable):
-            raise TypeError(f"sync needs variables; got {shown(variable)}")
+            raise TypeError(f"sync needs variables; got {brief(variable)}")
         if variable.synchronization is not VariableSynchronization.NONE:
             raise SynchronizationError(
                 f"sync of variable {variable.name!r}: it is {variable.synchronization.name}, which "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.nest import words_of
+from dvkernels.nest import describe_structure
 from dvkernels.values.regroup import flatten, regroup
 
 Point = collections.namedtuple("Point", "x y")
@@ -24,11 +24,11 @@ Point = collections.namedtuple("Point", "x y")
     (collections.deque([1]), "a deque of 1"),
 ])  # fmt: skip
 def test_descriptions_of_pytrees(nest, words):
-    assert words_of(flatten(nest)[1]) == words
+    assert describe_structure(flatten(nest)[1]) == words
 
 
 def test_long_descriptions_are_truncated():
-    words = words_of(flatten({f"a long name {k}": k for k in range(1000)})[1])
+    words = describe_structure(flatten({f"a long name {k}": k for k in range(1000)})[1])
     assert len(words) < 250
     assert words.endswith("...")
 

@@ -119,7 +119,7 @@ def coming_out(*expected):
         came = error
     else:
         came = None
-    assert any(came is one for one in expected), user_errors.in_words(came)
+    assert any(came is one for one in expected), user_errors.describe(came)
 
 
 def here():
@@ -265,17 +265,17 @@ def test_added_notes_are_printed(make):
     made = make()
     user_errors.annotate(made, "a note")
     user_errors.annotate(made, "a note")
-    assert user_errors.in_words(made).startswith(type(made).__name__)
+    assert user_errors.describe(made).startswith(type(made).__name__)
     if type(made) is not NoLinks:
         assert "".join(traceback.format_exception(made)).count("a note") <= 1
     if type(made) is Frozen:
         assert made.__notes__ == ["a note"]
-    assert not user_errors.rests_on(made, [ValueError()])
-    assert user_errors.rests_on(made, [made])
+    assert not user_errors.is_caused_by(made, [ValueError()])
+    assert user_errors.is_caused_by(made, [made])
 
 
 def test_a_block_never_suppresses_an_exception():
-    @user_errors.block
+    @user_errors.context_manager
     def block(ended):
         try:
             yield "given"

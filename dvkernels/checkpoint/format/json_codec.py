@@ -18,7 +18,7 @@ import numpy as np
 from dvkernels.checkpoint.format import json_validation
 from dvkernels.checkpoint.format.shards import DTYPES
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -107,7 +107,7 @@ class _Encoder:
         allowed = "arrays, " if self._save_array is not None else ""
         raise CheckpointError(
             f"{self._where}: expected {allowed}numbers, strings, bytes, None, or lists, tuples and "
-            f"dicts of them; got {shown(value)}, a {kind.__name__}; keep it out of the checkpoint, "
+            f"dicts of them; got {brief(value)}, a {kind.__name__}; keep it out of the checkpoint, "
             f"or save the data that it can be rebuilt from"
         )
 
@@ -153,7 +153,7 @@ class _Encoder:
             if type(key) not in _KEYS:
                 raise CheckpointError(
                     f"{self._where}: expected the keys of a dict to be strings or whole numbers; "
-                    f"got {shown(key)}, a {type(key).__name__}"
+                    f"got {brief(key)}, a {type(key).__name__}"
                 )
         pairs = zip(keys, values, strict=True)
         if all(type(key) is str and not key.startswith("$") for key in keys):
@@ -208,13 +208,13 @@ def _decode(value: Any, where: str, load: Callable[[str], Any] | None, depth: in
             return _decode_scalar(content, here, depth)
         case "$array" if load is not None:
             return load(json_validation.text(content, here))
-    raise CheckpointDamagedError(f"{where}: got the unknown name {shown(tag)}")
+    raise CheckpointDamagedError(f"{where}: got the unknown name {brief(tag)}")
 
 
 def _floats(value: Any, where: str, depth: int) -> list[float]:
     parts = [_decode(each, where, None, depth + 1) for each in json_validation.array(value, where)]
     if len(parts) != 2 or any(type(part) is not float for part in parts):
-        raise CheckpointDamagedError(f"{where}: expected two numbers; got {shown(parts)}")
+        raise CheckpointDamagedError(f"{where}: expected two numbers; got {brief(parts)}")
     return parts
 
 
@@ -223,10 +223,10 @@ def _decode_dict(value: Any, where: str, load: Callable[[str], Any] | None, dept
     for pair in json_validation.array(value, where):
         if len(json_validation.array(pair, where)) != 2 or type(pair[0]) not in _KEYS:
             raise CheckpointDamagedError(
-                f"{where}: expected pairs of a key and a value; got {shown(pair)}"
+                f"{where}: expected pairs of a key and a value; got {brief(pair)}"
             )
         if pair[0] in found:
-            raise CheckpointDamagedError(f"{where}: the key {shown(pair[0])} occurs twice")
+            raise CheckpointDamagedError(f"{where}: the key {brief(pair[0])} occurs twice")
         found[pair[0]] = _decode(pair[1], where, load, depth + 1)
     return found
 
@@ -234,12 +234,12 @@ def _decode_dict(value: Any, where: str, load: Callable[[str], Any] | None, dept
 def _decode_scalar(value: Any, where: str, depth: int) -> Any:
     given = json_validation.array(value, where)
     if len(given) != 2:
-        raise CheckpointDamagedError(f"{where}: expected a dtype and a number; got {shown(given)}")
+        raise CheckpointDamagedError(f"{where}: expected a dtype and a number; got {brief(given)}")
     dtype = DTYPES[json_validation.one_of(given[0], f"{where}, dtype", DTYPES)]
     item = _decode(given[1], where, None, depth + 1)
     kinds = {"b": bool, "i": int, "u": int, "c": complex}
     if type(item) is not kinds.get(dtype.kind, float):
-        raise CheckpointDamagedError(f"{where}: expected a number of {dtype}; got {shown(item)}")
+        raise CheckpointDamagedError(f"{where}: expected a number of {dtype}; got {brief(item)}")
     try:
         with np.errstate(over="raise"):
             return dtype.type(item)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Set
 from typing import Any, NoReturn
 
 from dvkernels.errors import CheckpointDamagedError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -33,7 +33,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {shown(name, 200)} occurs twice in an object")
+            raise ValueError(f"the name {brief(name, 200)} occurs twice in an object")
         found[name] = value
     return found
 

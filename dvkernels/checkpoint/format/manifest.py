@@ -16,7 +16,7 @@ from dvkernels.checkpoint.format.nodes import Node
 from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.checkpoint.storage.atomic_folder import SHARD
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -113,7 +113,7 @@ def read(content: bytes, where: str) -> Manifest:
     if version != VERSION:
         raise CheckpointError(
             f"{where}, version: expected {VERSION}; got {version}; another version of dvkernels "
-            f"wrote it, {shown(given.get('library'), 40)}: use that one"
+            f"wrote it, {brief(given.get('library'), 40)}: use that one"
         )
     json_validation.fields(given, where, _FIELDS)
     step = given["step"]
@@ -122,7 +122,7 @@ def read(content: bytes, where: str) -> Manifest:
         for index, entry in enumerate(json_validation.array(given["files"], f"{where}, files"))
     )
     tensors = {
-        name: _tensor(entry, len(files), f"{where}, tensor {shown(name, 200)}")
+        name: _tensor(entry, len(files), f"{where}, tensor {brief(name, 200)}")
         for name, entry in json_validation.items(given["tensors"], f"{where}, tensors")
     }
     return Manifest(
@@ -144,7 +144,7 @@ def _file(value: Any, index: int, where: str) -> FileEntry:
     # The name follows from the index, so that it is unique and cannot leave the folder.
     if not SHARD.fullmatch(name) or int(name[6:11]) != index:
         raise CheckpointDamagedError(
-            f"{where}, name: expected {shard_name(index)!r}; got {shown(name, 200)}; "
+            f"{where}, name: expected {shard_name(index)!r}; got {brief(name, 200)}; "
             "the file is damaged"
         )
     nbytes = json_validation.count(given["nbytes"], f"{where}, nbytes")
@@ -178,5 +178,5 @@ def _tensor(value: Any, num_files: int, where: str) -> TensorEntry:
 
 def _checksum(value: Any, where: str) -> str:
     if not _CHECKSUM.fullmatch(json_validation.text(value, where)):
-        raise CheckpointDamagedError(f"{where}: expected 16 hexadecimal digits; got {shown(value)}")
+        raise CheckpointDamagedError(f"{where}: expected 16 hexadecimal digits; got {brief(value)}")
     return str(value)

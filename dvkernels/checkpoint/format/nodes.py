@@ -11,7 +11,7 @@ from typing import Any
 
 from dvkernels.checkpoint.format import json_codec, json_validation
 from dvkernels.errors import CheckpointDamagedError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -113,7 +113,7 @@ def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> No
 
     def tensor(name: Any, here: str) -> str:
         if json_validation.text(name, here) not in tensors:
-            raise CheckpointDamagedError(f"{here}: there is no tensor named {shown(name, 200)}")
+            raise CheckpointDamagedError(f"{here}: there is no tensor named {brief(name, 200)}")
         return str(name)
 
     def checked(encoded: Any) -> Any:
@@ -151,7 +151,7 @@ def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> No
             found = fields("type", "value", optional=frozenset({"slots"}))
             slots = {
                 path: {
-                    name: tensor(each, f"{where}, slots of {shown(path, 200)}")
+                    name: tensor(each, f"{where}, slots of {brief(path, 200)}")
                     for name, each in json_validation.items(by_name, f"{where}, slots")
                 }
                 for path, by_name in json_validation.items(

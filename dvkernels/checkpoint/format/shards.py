@@ -18,7 +18,7 @@ import numpy as np
 
 from dvkernels.checkpoint.format import json_validation
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -140,7 +140,7 @@ def read_header(text: bytes, file_nbytes: int, where: str) -> dict[str, ByteRang
     for name, entry in json_validation.items(entries, where):
         if name == _RESERVED:
             continue
-        here = f"{where}, tensor {shown(name, 200)}"
+        here = f"{where}, tensor {brief(name, 200)}"
         given = json_validation.fields(entry, here, {"dtype", "shape", "data_offsets"})
         code = json_validation.text(given["dtype"], f"{here}, dtype")
         shape = json_validation.counts(given["shape"], f"{here}, shape", MAX_NDIM)
@@ -156,7 +156,7 @@ def read_header(text: bytes, file_nbytes: int, where: str) -> dict[str, ByteRang
     for name, found in sorted(ranges.items(), key=lambda item: (item[1].begin, item[1].end)):
         if found.begin != end:
             raise CheckpointDamagedError(
-                f"{where}, tensor {shown(name, 200)}: expected its bytes to begin at {end}, where "
+                f"{where}, tensor {brief(name, 200)}: expected its bytes to begin at {end}, where "
                 f"those before it end; they begin at {found.begin}; the file is damaged"
             )
         end = found.end

@@ -17,7 +17,7 @@ from dvkernels.checkpoint.storage.atomic_folder import MANIFEST
 from dvkernels.checkpoint.storage.files import Folder
 from dvkernels.checkpoint.storage.parallel_io import Piece
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -73,7 +73,7 @@ class CheckpointReader:
 
     def _pieces(self, name: str, targets: Iterable[Any]) -> Iterator[Piece]:
         entry = self.manifest.tensors[name]
-        where = f"{self.path / self.manifest.files[entry.file].name}, tensor {shown(name, 200)}"
+        where = f"{self.path / self.manifest.files[entry.file].name}, tensor {brief(name, 200)}"
         buffers = [parallel_io.bytes_of(target) for target in targets]
         for checksum, (begin, end) in zip(
             entry.checksums, parallel_io.cut(entry.nbytes), strict=True
@@ -191,13 +191,13 @@ def _check_tensors(given: Manifest, ranges: dict[str, ByteRange], path: Path) ->
     if ranges.keys() != given.tensors.keys():
         name = next(iter(ranges.keys() ^ given.tensors.keys()))
         raise CheckpointDamagedError(
-            f"{path}: tensor {shown(name, 200)} is in the manifest or in a shard, and not in both"
+            f"{path}: tensor {brief(name, 200)} is in the manifest or in a shard, and not in both"
         )
     for name, entry in given.tensors.items():
         found = ranges[name]
         expected = shards.safetensors_spec(entry.dtype, entry.shape)
         if found.spec != expected or found.end - found.begin != entry.nbytes:
             raise CheckpointDamagedError(
-                f"{path / given.files[entry.file].name}, tensor {shown(name, 200)}: expected "
+                f"{path / given.files[entry.file].name}, tensor {brief(name, 200)}: expected "
                 f"{expected} in {entry.nbytes} bytes, as the manifest says; got {found}"
             )

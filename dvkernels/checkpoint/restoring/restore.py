@@ -165,7 +165,7 @@ class _Restore:
                 try:
                     undo()
                 except BaseException as failure:
-                    reason = user_errors.in_words(failure)
+                    reason = user_errors.describe(failure)
                     user_errors.annotate(error, f"undoing the restore failed: {reason}")
             raise
 
@@ -184,7 +184,7 @@ def _attempt(act: Callable[[], Any], failure: str) -> Any:
     try:
         return act()
     except Exception as error:
-        raise CheckpointError(f"{failure}: {user_errors.in_words(error)}") from error
+        raise CheckpointError(f"{failure}: {user_errors.describe(error)}") from error
 
 
 def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[bytearray]) -> None:

@@ -32,7 +32,7 @@ from dvkernels.checkpoint.objects import STEPS, HasSlots, HasState, child
 from dvkernels.devices import array_memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, assign_first_copy, copies_of
 
@@ -274,7 +274,7 @@ class _RestorePlanner:
         elif type(target) in (list, dict):
             raise CheckpointError(
                 f"{path}: expected a {type(target).__name__}; the checkpoint holds "
-                f"{shown(saved)}, a {type(saved).__name__}"
+                f"{brief(saved)}, a {type(saved).__name__}"
             )
         else:
             return saved
@@ -379,10 +379,10 @@ def _setting(steps: Any, optimizer: HasSlots) -> Callable[[], None]:
 def _described(target: Any) -> str:
     if isinstance(target, Variable):
         return f"the variable {target.name!r}"
-    return f"a saved object that matches {shown(target)}, a {type(target).__name__}"
+    return f"a saved object that matches {brief(target)}, a {type(target).__name__}"
 
 
 def _described_node(node: Node) -> str:
     if isinstance(node, GeneratorNode | StateNode | NestNode):
         return f"a {node.type:.80} ({node.kind})"
-    return shown(node.value) if isinstance(node, DataNode) else f"a {node.kind}"
+    return brief(node.value) if isinstance(node, DataNode) else f"a {node.kind}"

@@ -123,7 +123,7 @@ class BackgroundSaver:
         try:
             save.carry_out()
         except BaseException as error:
-            LOGGER.error("a save in the background failed: %s", user_errors.in_words(error))
+            LOGGER.error("a save in the background failed: %s", user_errors.describe(error))
             raise
         _unfinished_savers.pop(self, None)
 

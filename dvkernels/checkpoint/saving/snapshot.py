@@ -13,7 +13,7 @@ from dvkernels.checkpoint.format.nodes import Node
 from dvkernels.checkpoint.objects import ObjectTree
 from dvkernels.communicators.base import Workers
 from dvkernels.errors import CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -36,7 +36,7 @@ def take(objects: Mapping[str, Any], step: int | None, metadata: Any) -> Snapsho
     """
     shards.check_machine()
     if metadata is not None and not isinstance(metadata, Mapping):
-        raise CheckpointError(f"metadata: expected a dict; got {shown(metadata)}")
+        raise CheckpointError(f"metadata: expected a dict; got {brief(metadata)}")
     given = dict(metadata or {})
     json_codec.encode(given, "metadata")
     workers = all_or_none.workers_of(objects)

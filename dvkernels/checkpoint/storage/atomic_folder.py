@@ -23,7 +23,7 @@ from dvkernels.checkpoint.storage import files
 from dvkernels.checkpoint.storage.files import Entry, Folder
 from dvkernels.checkpoint.storage.folder_lock import FolderLock
 from dvkernels.errors import CheckpointError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -40,19 +40,19 @@ def absolute_path(path: str | os.PathLike[str], verb: str) -> Path:
         absolute = os.path.abspath(text)
     except TypeError:
         raise CheckpointError(
-            f"{verb}: expected a path; got {shown(path)}, a {type(path).__name__}"
+            f"{verb}: expected a path; got {brief(path)}, a {type(path).__name__}"
         ) from None
     except UnicodeError:
-        raise CheckpointError(f"{verb}: no file can have the name {shown(path)}") from None
+        raise CheckpointError(f"{verb}: no file can have the name {brief(path)}") from None
     except OSError as error:
         raise CheckpointError(
-            f"{verb}: {shown(path)} is relative to the working directory, which cannot be found "
+            f"{verb}: {brief(path)} is relative to the working directory, which cannot be found "
             f"({error}); give an absolute path"
         ) from error
     if "\0" in absolute:
-        raise CheckpointError(f"{verb}: no file can have the name {shown(path)}")
+        raise CheckpointError(f"{verb}: no file can have the name {brief(path)}")
     if absolute == os.path.sep:
-        raise CheckpointError(f"{verb}: expected a folder below {absolute}; got {shown(path)}")
+        raise CheckpointError(f"{verb}: expected a folder below {absolute}; got {brief(path)}")
     return Path(absolute)
 
 

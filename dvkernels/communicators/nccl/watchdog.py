@@ -10,7 +10,7 @@ from typing import Any, Protocol, final
 
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.threads import thread
-from dvkernels.user_errors import in_words
+from dvkernels.user_errors import describe
 
 __all__: list[str] = []
 
@@ -80,7 +80,7 @@ class Watchdog:
         try:
             yield call.events
         except BaseException as error:
-            text = f"{text} was left half-way: {in_words(error)}"
+            text = f"{text} was left half-way: {describe(error)}"
             self._give_up(WorkerLostError(text), guard)
             if isinstance(error, Exception):
                 raise self._abort_error() from error
@@ -132,7 +132,7 @@ class Watchdog:
         except (CollectiveTimeoutError, WorkerLostError) as error:
             self._give_up(error, guard)
         except Exception as error:  # of the GPU, whose context is unusable from now on
-            failure = WorkerLostError(f"the GPUs of a worker have failed: {in_words(error)}")
+            failure = WorkerLostError(f"the GPUs of a worker have failed: {describe(error)}")
             self._give_up(failure, guard)
 
     def _oldest(self) -> _PendingLaunch | None:

@@ -35,7 +35,7 @@ from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
 from dvkernels.schedules.cost_model import Routing
 from dvkernels.schedules.host_parts import host_numbers
-from dvkernels.user_errors import in_words
+from dvkernels.user_errors import describe
 
 __all__: list[str] = []
 
@@ -271,7 +271,7 @@ def _leave_at_exit(pid: int) -> None:
     if pid != os.getpid():
         return  # a process forked from the worker
     error = getattr(sys, "last_value", None)
-    text = "it has exited" if error is None else f"it exited after {in_words(error)}"
+    text = "it has exited" if error is None else f"it exited after {describe(error)}"
     for transport in _open:
         transport.leave(text)
     is_broken = any(transport.has_ended for transport in _open)

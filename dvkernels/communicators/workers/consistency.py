@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 from dvkernels.replicas.rendezvous import StepEnded, user_line
-from dvkernels.user_errors import in_words, rests_on
+from dvkernels.user_errors import describe, is_caused_by
 
 __all__: list[str] = []
 
@@ -102,14 +102,14 @@ class FailureState:
 
     def is_known(self, error: BaseException) -> bool:
         """Return whether the other workers know of an error or of one of its causes."""
-        return rests_on(error, tuple(self._known))
+        return is_caused_by(error, tuple(self._known))
 
     def announce(self, error: BaseException, rank: int) -> None:
         """Tell the other workers, over every channel, that this worker's step has failed."""
         try:
             self._announcing.acquire(timeout=deadlines.timeout_seconds())
             if not self.is_known(error):
-                self.fail(f"worker {rank} raised {in_words(self.note(error))}", self.checks)
+                self.fail(f"worker {rank} raised {describe(self.note(error))}", self.checks)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 self._announcing.release()
@@ -174,7 +174,7 @@ class ConsistencyCheck:
     ) -> None:
         try:
             if error is not None and not self._failures.is_known(error):
-                text = in_words(error)
+                text = describe(error)
                 self._end(f"worker {self._channel.rank} left a collective half-way: {text}")
         finally:
             self._turn.release()
@@ -281,5 +281,5 @@ class ConsistencyCheck:
         )
         # All workers know it over this channel. Over others some may wait for a vote in vain.
         others = [check for check in self._failures.checks if check is not self]
-        self._failures.fail(in_words(error), others)
+        self._failures.fail(describe(error), others)
         raise self._failures.note(error)

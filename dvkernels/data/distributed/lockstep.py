@@ -49,7 +49,7 @@ class StepReport(NamedTuple):
 
 def report_failure(exchange: Exchange, error: Exception) -> None:
     """Report to the other workers that this one failed; :func:`agree_on_step` raises there."""
-    exchange(StepReport(failure=user_errors.in_words(error)))
+    exchange(StepReport(failure=user_errors.describe(error)))
 
 
 def agree_on_start(exchange: Exchange, own: StartReport) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dvkernels.data.checks import check_count, check_flag
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import shown
+from dvkernels.user_errors import brief
 
 __all__ = ["AutoShardPolicy", "InputOptions"]
 
@@ -76,5 +76,5 @@ class InputOptions:
         if self.on_error not in ("raise", "skip"):
             raise DatasetError(
                 "InputOptions: expected on_error to be 'raise' or 'skip'; got "
-                f"{shown(self.on_error)}"
+                f"{brief(self.on_error)}"
             )

@@ -12,7 +12,7 @@ from dvkernels.data.array_nest import flatten, is_flat_dict, is_flat_tuple, lead
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import DeviceCopier
 from dvkernels.errors import DatasetError
-from dvkernels.nest import words_of
+from dvkernels.nest import describe_structure
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
 
@@ -91,7 +91,8 @@ class Splitter:
             if other != structure:
                 raise DatasetError(
                     f"distribute_datasets_from_function: expected elements of one structure; got "
-                    f"{words_of(structure)} and, {index} later, {words_of(other)}"
+                    f"{describe_structure(structure)} and, {index} later, "
+                    f"{describe_structure(other)}"
                 )
         columns = [list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
         missing = self._num_local - len(elements)

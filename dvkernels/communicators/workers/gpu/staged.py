@@ -113,7 +113,10 @@ class Staged:
         (target,) = out
         memory = array_memory.holding(target)
         memory.apply(
-            operator.setitem, target, ..., memory.near(self._to_device(staged, value), target)
+            operator.setitem,
+            target,
+            ...,
+            memory.to_device_of(self._to_device(staged, value), target),
         )
         return [target]
 
@@ -175,7 +178,9 @@ class Staged:
             self._pinned = self._arrays.pinned(value.nbytes)
         staged = self._pinned[: value.nbytes].view(value.dtype).reshape(value.shape)
         dense = (
-            value if value.flags.c_contiguous else array_memory.holding(value).beside(value, value)
+            value
+            if value.flags.c_contiguous
+            else array_memory.holding(value).copy_to_device_of(value, value)
         )
         device = self._arrays.device_of(value)
         stream = self._arrays.current(device)
