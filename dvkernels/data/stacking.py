@@ -73,7 +73,8 @@ class BatchBuilder:
             raise DatasetError(
                 "batch: expected the elements of a batch to have one structure; got "
                 f"{describe_structure(self._structure)} for its element 0 and "
-                f"{describe_structure(structure)} for its element {self.count}; make them alike with map()"
+                f"{describe_structure(structure)} for its element {self.count}; "
+                "make them alike with map()"
             )
         return leaves
 
