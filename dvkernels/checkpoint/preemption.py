@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+import weakref
 from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol, Self
@@ -89,6 +91,7 @@ class PreemptionHandler:
         exit_code: int = PREEMPTED,
         agree: Callable[[bool], bool] = _single_process,
     ) -> None:
+        self._replaced: dict[int, Any] = {}  # the previous handlers by signal
         names: list[Any] = [signals] if isinstance(signals, str) else list(signals)
         for name in names:
             if not isinstance(name, str) or not name.startswith("SIG"):
@@ -106,7 +109,6 @@ class PreemptionHandler:
         self._exit_code = exit_code
         self._agree = agree
         self._received: str | None = None
-        self._previous_handlers: dict[int, Any] = {}
 
     @property
     def is_requested(self) -> bool:
@@ -130,19 +132,31 @@ class PreemptionHandler:
         raise SystemExit(self._exit_code)
 
     def __enter__(self) -> Self:
-        # An interrupt may come at any point, so each handler is remembered before it is replaced.
+        # An interrupt may come at any point, so each handler is remembered before it is replaced;
+        # also before __exit__ begins, so what is not restored there is restored when this object
+        # is dropped: the installed handler does not keep it alive.
+        record, replaced = weakref.WeakMethod(self._record), self._replaced
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            method = record()
+            if method is not None:
+                method(number, frame)
+            else:  # dropped by another thread, which could not restore handlers
+                _restore(replaced)
+                signal.raise_signal(number)
+
         try:
             for number in self._numbers:
-                self._previous_handlers[number] = signal.getsignal(number)
-                signal.signal(number, self._record)
+                replaced[number] = signal.getsignal(number)
+                signal.signal(number, on_signal)
         except ValueError as error:
-            self._previous_handlers.clear()
+            replaced.clear()
             raise ContextError(
                 f"PreemptionHandler: signals are handled in the main thread; enter it there "
                 f"({error})"
             ) from error
         except BaseException:
-            self._restore_handlers()
+            _restore(replaced)
             raise
         return self
 
@@ -152,19 +166,32 @@ class PreemptionHandler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore_handlers()
+        try:
+            _restore(self._replaced)
+        except ValueError as failure:
+            raise ContextError(
+                "PreemptionHandler: signals are handled in the main thread; leave it there"
+            ) from failure
 
-    def _restore_handlers(self) -> None:
-        interrupt: BaseException | None = None
-        while self._previous_handlers:
-            try:
-                number, handler = next(iter(self._previous_handlers.items()))
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-                del self._previous_handlers[number]
-            except BaseException as error:  # raised when all handlers are restored
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+    def __del__(self) -> None:
+        if threading.get_ident() == threading.main_thread().ident:
+            _restore(self._replaced)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name
+
+
+def _restore(replaced: dict[int, Any]) -> None:
+    """Restore the handlers in a dict, which is empty afterwards; only in the main thread."""
+    interrupt: BaseException | None = None
+    while replaced:
+        try:
+            number, handler = next(iter(replaced.items()))
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            del replaced[number]
+        except ValueError:  # not in the main thread
+            raise
+        except BaseException as error:  # raised when all handlers are restored
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

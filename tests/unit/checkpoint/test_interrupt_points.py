@@ -107,6 +107,7 @@ def make():
         manager.restore_latest()
         manager.save(5)
     def check(was_raised):
+        manager.close()  # its thread may still write
         assert numbers(checkpoint) == {1}
         again = dv.CheckpointManager(checkpoint, folder, 2)
         there = [int(path.name[5:]) for path in again.checkpoints]

@@ -76,6 +76,45 @@ def test_only_the_main_thread_can_take_signals():
     assert "main thread" in caught[0]
 
 
+def test_a_handler_that_was_not_exited_is_gone_with_its_object():
+    """An interrupt may come before the first line of ``__exit__``."""
+    before = [signal.getsignal(number) for number in STOPS]
+    handler = dv.PreemptionHandler(Saves()).__enter__()
+    assert [signal.getsignal(number) for number in STOPS] != before
+    del handler
+    assert [signal.getsignal(number) for number in STOPS] == before
+
+
+def test_a_handler_dropped_by_another_thread_passes_signals_on():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: received.append("previous"))
+    try:
+        handlers = [dv.PreemptionHandler(Saves(), signals="SIGUSR1").__enter__()]
+        thread = threading.Thread(target=handlers.clear)
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGUSR1)
+        assert received == ["previous"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_only_the_main_thread_can_restore_signals():
+    handler, caught = dv.PreemptionHandler(Saves()).__enter__(), []
+
+    def leave():
+        try:
+            handler.__exit__(None, None, None)
+        except dv.errors.ContextError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join(10)
+    assert "main thread" in caught[0]
+    handler.__exit__(None, None, None)
+
+
 @pytest.mark.parametrize(
     "bad", [{"exit_code": 256}, {"exit_code": True}, {"exit_code": "1"}, {"signals": [15]}]
 )
