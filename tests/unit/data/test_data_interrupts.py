@@ -40,11 +40,10 @@ def make():
     ACT
     return act, check
 
-if "live" not in NAME:  # first-use imports and compilation are not under test
-    warm = new()
-    next(warm)
-    warm.close()
-    del warm
+warm = new()  # first-use imports and compilation are not under test
+next(warm)
+warm.close()
+del warm
 """
 NEXT = """
     iterator, got, held = new(), [], [None]
