@@ -324,14 +324,12 @@ SHARED_MODULE_NAMES = {
     "registry": "one visible table of names each, of devices, communicators, peers",
     "checks": "the checks at the doors of kernels and of datasets",
     "ring": "the schedule, its kernels, and the ring of hosts that follows it",
-    "collectives": "between hosts by MPI, and the same between GPUs",
     "transport": "two transports of one protocol: shared memory and MPI",
     "group": "workers of a job, GPUs of a process, and threads inside compiled code",
     "dataset": "a dataset, and a distributed one",
     "gradients": "those of an optimizer's step, and the benchmark of that",
     "checkpoint": "the room's class, and the verb of the command line",
     "worker": "a worker of a job, and of a peer library; the command keeps its earlier name",
-    "direct": "the direct algorithm, and GPUDirect",
 }
 
 

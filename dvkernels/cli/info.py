@@ -16,11 +16,9 @@ from dvkernels import context
 from dvkernels._version import __version__
 from dvkernels.cluster import simulated_hosts
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
-from dvkernels.communicators.workers.gpu import cuda_aware
 from dvkernels.devices import array_memory, cpu, cuda
 from dvkernels.devices.base import Device
 from dvkernels.devices.registry import list_devices
-from dvkernels.errors import ClusterError
 from dvkernels.kernels import compile_cache, threading_layer
 from dvkernels.strategies.mirrored import MirroredStrategy
 
@@ -39,21 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print versions, one line per device and one for all together; return 1 if any failed.
 
-    Each of several workers prints one line with its position, devices and outcome, and then
-    whether its MPI is CUDA-aware: an MPI that cannot start ends the process at that point.
+    Each of several workers prints one line with its position, devices and outcome.
     """
     resolver = default_resolver()
     found = _worker_report(resolver) if resolver.num_workers > 1 else _machine_report()
-    if resolver.num_workers == 1:
-        if arguments.json:
-            print(json.dumps(found))
-        else:
-            _print_machine(found)
-    elif arguments.json:
-        print(json.dumps({**found, "mpi": _mpi()}))
+    if arguments.json:
+        print(json.dumps(found))
+    elif resolver.num_workers == 1:
+        _print_machine(found)
     else:
-        print(f"{found['place']}: {' '.join(found['devices'])} {found['together']}", flush=True)
-        print(_mpi())
+        print(f"{found['place']}: {' '.join(found['devices'])} {found['together']}")
     return 0 if {*found["devices"].values(), found["together"]} == {"PASS"} else 1
 
 
@@ -124,14 +117,6 @@ def _position(resolver: ClusterResolver) -> str:
     if hosts is not None and resolver.worker_id is not None:
         location += f", as if on host {hosts[resolver.worker_id]} of {hosts[-1] + 1}"
     return f"{worker}, {location}, {cpu.described_affinity()} ({resolver.source})"
-
-
-def _mpi() -> str:
-    """Return whether the MPI of this worker is CUDA-aware, and the source of that answer."""
-    try:
-        return f"MPI {cuda_aware.of_mpi()}"
-    except (ImportError, ClusterError) as error:
-        return f"MPI cannot be asked: {error}"
 
 
 def _check(devices: list[Device]) -> str:

@@ -12,8 +12,8 @@ from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
-from dvkernels.communicators.workers.gpu.staged import Staged
 from dvkernels.communicators.workers.shm import available
+from dvkernels.communicators.workers.staged import Staged
 from dvkernels.devices.base import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 
@@ -63,17 +63,11 @@ def between_workers(
 def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
     """Return workers that take GPU arrays too, if some worker's replicas are on GPUs.
 
-    Every worker calls this. If the replicas of all workers are on GPUs and MPI is CUDA-aware,
-    arrays go directly from GPU to GPU; otherwise they are staged in host memory.
+    Every worker calls this. Between workers GPU arrays are staged in host memory.
     """
     answers = workers.exchange(are_on_gpus)
     if len(answers) == 1 or not any(answers):
         return workers
-    from dvkernels.communicators.workers.gpu.direct import GpuDirect
-    from dvkernels.communicators.workers.group import WorkerGroup
-
-    if all(answers) and isinstance(workers, WorkerGroup) and workers.gpu_comms:
-        return Staged(workers, direct=GpuDirect(workers))
     return Staged(workers)
 
 

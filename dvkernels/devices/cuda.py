@@ -92,12 +92,6 @@ class ArrayLibrary(Protocol):
     def to_host(self, array: Any) -> Any:
         """Return a copy in host memory; the host waits for it."""
 
-    def bytes_of(self, array: Any) -> Any:
-        """Return the bytes of a contiguous array, flat, without a copy, for MPI.
-
-        MPI waits for no stream, neither to read nor to write them.
-        """
-
     def read_only(self, array: Any) -> Any:
         """Return a read-only view; CuPy has no read-only arrays, so its view is writable."""
 
@@ -335,10 +329,6 @@ class _CuPyArrays:
         with array.device:
             return array.get()
 
-    def bytes_of(self, array: Any) -> Any:
-        """Return a view."""
-        return array.reshape(-1).view(np.uint8)
-
     def read_only(self, array: Any) -> Any:
         """Return a view."""
         return array.view()
@@ -424,10 +414,6 @@ class _SimulatedArrays:
     def to_host(self, array: Any) -> Any:
         """Return a copy."""
         return array._ary.copy()
-
-    def bytes_of(self, array: Any) -> Any:
-        """Return a NumPy view: the memory is host memory."""
-        return array._ary.reshape(-1).view(np.uint8)
 
     def read_only(self, array: Any) -> Any:
         """Return a read-only view."""

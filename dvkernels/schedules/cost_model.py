@@ -146,8 +146,8 @@ NETWORK = Network(
 def gather_seconds(network: Network, num_workers: int, nbytes: int) -> float:
     """Return the time of an all-gather of ``nbytes`` per worker, each of which reduces all.
 
-    Log2 n messages in sequence (see ``schedules/bruck.py``), (n - 1) S received, (n + 1) S read
-    and written.
+    Log2 n messages in sequence, (n - 1) S received, (n + 1) S read and written: J. Bruck et al.,
+    IEEE Trans. Parallel Distrib. Syst. 8(11), 1143-1156 (1997), doi:10.1109/71.642949.
     """
     num_messages = (num_workers - 1).bit_length()
     received, moved = (num_workers - 1) * nbytes, (num_workers + 1) * nbytes

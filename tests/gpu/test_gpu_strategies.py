@@ -96,67 +96,6 @@ def test_nccl_between_two_processes(tmp_path):
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
 
 
-CUDA_AWARE_WORKER = """
-import cupy
-import numpy as np
-import dvkernels as dv
-from dvkernels.communicators.workers.gpu import cuda_aware
-from dvkernels.communicators.workers.gpu.collectives import GpuCollectives
-from dvkernels.devices import cuda
-
-if not cuda_aware.of_mpi().is_aware:
-    print(f"skip: MPI {cuda_aware.of_mpi()}")
-    raise SystemExit
-moved = []
-for verb in ("all_reduce", "all_gather", "broadcast"):
-    call = getattr(GpuCollectives, verb)
-    setattr(GpuCollectives, verb, lambda *args, call=call: moved.append(call) or call(*args))
-worker = dv.cluster.default_resolver()
-own = worker.local_rank % len(cuda.devices())
-strategy = dv.MultiWorkerMirroredStrategy(devices=[f"cuda:{own}"], timeout_seconds=60)
-
-def step():
-    replica = dv.get_replica_context()
-    k, count = replica.replica_id_in_sync_group, replica.num_replicas_in_sync
-    for turn, length in enumerate([1, 1000, 4099, 1 << 20, (1 << 22) + 3] * 5):
-        for dtype in ("f4", "f2", "i8"):
-            slow = cupy.full(length, 1, dtype)
-            for _ in range(20):
-                slow = slow * 1
-            slow = slow * (k + turn)  # under way when it is reduced
-            total = replica.all_reduce("sum", slow)
-            slow *= 0  # and overwritten after it
-            right = sum(each + turn for each in range(count))
-            assert (total == np.dtype(dtype).type(right)).all(), (length, dtype)
-    rows = replica.all_gather(cupy.full((k + 1, 2), k))
-    assert rows.get().tolist() == [[each] * 2 for each in range(count) for _ in range(each + 1)]
-    last = replica.broadcast(cupy.full(5, k), count - 1)
-    assert (last == count - 1).all()
-    later = replica.all_reduce_async("max", cupy.full(1 << 20, k, "f4"))
-    assert (later.wait() == count - 1).all()
-
-with strategy:
-    strategy.run(step)
-    assert moved, "nothing went from GPU to GPU"
-"""
-
-
-@needs_gpu
-@pytest.mark.parametrize("hosts", ["", "1,1"])
-def test_cuda_aware_mpi_between_two_processes(tmp_path, hosts):
-    """No machine that has run it yet is known; two processes may share one GPU."""
-    script = tmp_path / "worker.py"
-    script.write_text(CUDA_AWARE_WORKER)
-    ended = subprocess.run(
-        [sys.executable, "-m", "dvkernels", "launch", "-n", "2", str(script)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "DVKERNELS_HOSTS": hosts},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    if "skip: " in ended.stdout or "mpi4py" in ended.stderr or "no launcher" in ended.stderr:
-        pytest.skip(ended.stdout[-300:] + ended.stderr[-300:])
-    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
-
-
 @needs_gpu
 def test_two_replicas_of_one_gpu_learn_the_digits():
     ended = subprocess.run(

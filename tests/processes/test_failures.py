@@ -27,10 +27,9 @@ def check(
     folder: Path,
     options: list[str] | None = None,
     ops: str = "auto",
-    program: str = "endure",
 ) -> None:
     victim = int(np.random.default_rng([seed]).integers(COUNT))
-    job = Job(COUNT, program, over, harm, victim, seed, SECONDS, folder, ops, options=options)
+    job = Job(COUNT, "endure", over, harm, victim, seed, SECONDS, folder, ops, options=options)
     outcome = job.wait(60)
     kind, text = TOLD[harm]
     told = [path.read_text() for path in sorted(folder.glob("survivor_*"))]
@@ -77,21 +76,6 @@ def test_survivors_that_the_launcher_leaves_alone(over, tmp_path):
 @pytest.mark.parametrize("over", ["1,1,1"])
 def test_survivors_of_a_ring_that_the_launcher_leaves_alone(over, tmp_path):
     check(over, "kill", 2, tmp_path, ["--with-ft", "ulfm"], "ring")
-
-
-@pytest.mark.parametrize("over", ["memory", "2,1"])
-@pytest.mark.parametrize(
-    ("harm", "options"),
-    [
-        ("stop", None),
-        pytest.param("kill", ["--with-ft", "ulfm"], marks=pytest.mark.skipif(
-            not is_open_mpi(), reason="MPICH ends a job of which a process is killed"
-        )),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_survivors_on_gpus_are_told(over, harm, options, seed, tmp_path):
-    check(over, harm, seed, tmp_path, options, program="endure_direct")
 
 
 @pytest.mark.slow

@@ -20,13 +20,8 @@ import dvkernels as dv
 from dvkernels.benchmarks import between_workers
 from dvkernels.checkpoint.storage import files
 from dvkernels.cli import main
-from dvkernels.communicators.workers.gpu import collectives, cuda_aware
-from dvkernels.communicators.workers.gpu.direct import GpuDirect
-from dvkernels.communicators.workers.gpu.staged import Staged
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.devices import array_memory
-from dvkernels.kernels import cpu
-from dvkernels.schedules import cost_model
 from dvkernels.testing import check_communicator, check_strategy
 
 
@@ -420,110 +415,6 @@ def drift(over: str) -> None:
 
 def _add_apart(copy, value: float) -> None:
     copy.assign_add(np.full(3, value))
-
-
-def direct_workers(timeout_seconds: float = 60.0):
-    """Return the workers over a GPU double, whose memory any MPI accepts."""
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "doubles"))
-    from gpu_double import Arrays
-
-    from dvkernels.communicators.workers import connect
-
-    os.environ["DVKERNELS_HOSTS"] = next((word for word in sys.argv if "," in word), "")
-    os.environ[cuda_aware.VARIABLE] = "1"
-    workers = connect.connect(dv.cluster.default_resolver(), timeout_seconds)
-    seam = Arrays(rank())
-    return Staged(workers, seam, GpuDirect(workers, seam, seam.reduce)), seam
-
-
-def direct_laws(over: str) -> None:
-    """Short and long arrays from GPU to GPU, in pieces of any size."""
-    workers, seam = direct_workers()
-    from gpu_double import OfHost
-
-    chosen, piece_nbytes = cost_model.NETWORK, collectives.PIECE_NBYTES
-    for thread in (OfHost(workers, seam), OfHost(workers.duplicate(), seam)):
-        for seconds, nbytes in ((np.inf, 512), (-np.inf, 512), (chosen[1], piece_nbytes)):
-            cost_model.NETWORK = chosen._replace(exchange_seconds=seconds)
-            collectives.PIECE_NBYTES = nbytes
-            check_communicator(lambda _: thread, sizes=[workers.size], local=[rank()])  # noqa: B023
-            if nbytes == piece_nbytes:
-                check_large(thread, workers.size, nbytes)
-            for length in (0, 1, 63, 64, 65, 127, 128, 129, 1000):
-                values = [np.arange(length) * 0.1 + k for k in range(workers.size)]
-                for op in ("sum", "mean", "prod", "max"):
-                    op = dv.ReduceOp(op)
-                    found = thread.all_reduce([values[rank()]], op)[0]
-                    assert found.tobytes() == cpu.reduce(values, op).tobytes(), (length, op)
-    assert seam.num_pinned <= 16, "only custom reductions are staged"
-
-
-def check_large(thread, size: int, piece_nbytes: int) -> None:
-    for length in (piece_nbytes // 8, piece_nbytes // 8 + 1, 3 * piece_nbytes // 8 - 1):
-        every = [np.random.default_rng(k).standard_normal(length) for k in range(size)]
-        own = every[rank()].copy()
-        thread.all_reduce([own], dv.ReduceOp.SUM, [own])
-        assert own.tobytes() == cpu.reduce(every, "sum").tobytes()
-        uneven = [each[: length // (k + 1)] for k, each in enumerate(every)]
-        np.testing.assert_array_equal(
-            thread.all_gather([uneven[rank()]], 0)[0], np.concatenate(uneven)
-        )
-        for root in range(size):
-            np.testing.assert_array_equal(thread.broadcast([every[rank()]], root)[0], every[root])
-
-
-def on_gpus(program: str, num_local: str, over: str, is_direct: str) -> None:
-    """Run another program on simulated GPUs; check that arrays went directly, or that none did."""
-    moved, staged = [], []
-    for of, name, seen in (
-        (collectives.GpuCollectives, "all_reduce", moved),
-        (Staged, "_to_host", staged),
-    ):
-        noted(of, name, seen)
-    globals()[program](num_local, over)
-    assert bool(moved) == (is_direct == "1")
-    assert moved or staged
-
-
-def noted(of: type, name: str, seen: list[str]) -> None:
-    call = getattr(of, name)
-    setattr(of, name, lambda *args: seen.append(name) or call(*args))
-
-
-def mismatched_cuda_awareness(over: str) -> None:
-    """One MPI that is not CUDA-aware turns it off; a malformed variable is an error on all."""
-    from dvkernels.communicators.workers import connect
-
-    for said, count in ((("1", "1"), 2), (("1", "0"), 0), (("0", "1"), 0), (("auto", "1"), 0)):
-        os.environ[cuda_aware.VARIABLE] = said[rank()]
-        assert len(connect.connect(dv.cluster.default_resolver(), 60.0).gpu_comms) == count
-    os.environ[cuda_aware.VARIABLE] = ("1", "perhaps")[rank()]
-    with pytest.raises(dv.errors.ClusterError, match="on worker 1: DVKERNELS_CUDA_AWARE_MPI='per"):
-        connect.connect(dv.cluster.default_resolver(), 60.0)
-
-
-def endure_direct(
-    over: str, harm: str, victim: str, seed: str, timeout_seconds: str, folder: str, ops: str
-) -> None:
-    """Reduce from GPU to GPU until the victim fails, and write the error of this worker."""
-    rng = np.random.default_rng(int(seed))  # the same on all workers
-    seconds = float(rng.uniform(0.0, 0.4))
-    sizes = rng.choice([1, 100, 10_000, 3_000_000], 1000)
-    workers, seam = direct_workers(float(timeout_seconds))
-    from gpu_double import OnDevice
-
-    is_victim = rank() == int(victim)
-    if is_victim:
-        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[harm]
-        threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
-    try:
-        for size in itertools.cycle(sizes):
-            workers.all_reduce([OnDevice(np.ones(size, "f4"))], dv.ReduceOp.SUM)
-            seam.drain()
-    except Exception as error:
-        who = "victim" if is_victim else "survivor"
-        pathlib.Path(folder, f"{who}_{rank()}").write_text(f"{type(error).__name__}: {error}")
-        raise
 
 
 def endure(

@@ -16,7 +16,6 @@ from mpi4py import MPI
 
 from dvkernels.cluster import simulated_hosts
 from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators.workers.gpu import cuda_aware
 from dvkernels.communicators.workers.group import Transport, WorkerGroup
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.communicators.workers.mpi.transport import MpiTransport
@@ -87,7 +86,6 @@ def connect(
     routing = _agreed_routing(comm, algorithm)
     on_this_host = _split_by_host(comm)
     _check_memory(comm, on_this_host)
-    gpu_comms = _gpu_comms(comm)
     transport: Transport
     if on_this_host.size == comm.size:
         transport = over_shared_memory(on_this_host, timeout_seconds)
@@ -95,31 +93,7 @@ def connect(
         transport = MpiTransport(
             comm, _hosts_of(comm, on_this_host), _stagings(on_this_host), timeout_seconds, routing
         )
-    return WorkerGroup(_register(transport), gpu_comms)
-
-
-def _gpu_comms(comm: Any) -> list[Any]:
-    """Return a CUDA-aware MPI communicator for each channel; none unless MPI is so everywhere.
-
-    Raises
-    ------
-    ClusterError
-        ``DVKERNELS_CUDA_AWARE_MPI`` is malformed on some worker. Raised on all workers.
-    """
-    try:
-        answer, problem = cuda_aware.of_mpi().is_aware, ""
-    except ClusterError as error:
-        answer, problem = False, str(error)
-    answers = comm.allgather((answer, problem))
-    for worker, (_, text) in enumerate(answers):
-        if text:
-            raise ClusterError(f"on worker {worker}: {text}")
-    if comm.size == 1 or not all(takes for takes, _ in answers):
-        return []
-    gpu_comms = [comm.Dup() for _ in range(NUM_CHANNELS)]
-    for gpu_comm in gpu_comms:
-        gpu_comm.Set_errhandler(MPI.ERRORS_RETURN)
-    return gpu_comms
+    return WorkerGroup(_register(transport))
 
 
 def hosts_of_workers(resolver: ClusterResolver) -> list[int]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar, final
+from collections.abc import Sequence
+from typing import Any, Protocol, final
 
 import numpy as np
 
 from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.consistency import Fingerprint, fingerprint_of
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.communicators.workers.wait import Finish
 from dvkernels.devices.buffers import Spec
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
 __all__: list[str] = []
-
-T = TypeVar("T")
 
 
 class Transport(Protocol):
@@ -50,15 +47,6 @@ class Transport(Protocol):
 
     def broadcast_into(self, target: Any, root: int, fingerprint: Fingerprint) -> None:
         """Write the root's bytes, which its ``target`` holds, to every ``target``."""
-
-    def agree_and_run(
-        self, move: Callable[[list[int], Finish], T], number: int, fingerprint: Fingerprint
-    ) -> T:
-        """Exchange non-negative numbers in a control round, and return ``move(numbers, finish)``.
-
-        ``move`` transfers data by requests of its own, and waits for each by ``finish``, which
-        raises if the request can no longer complete.
-        """
 
     def announce(self, error: BaseException) -> None:
         """Tell the other workers that this worker's step has failed."""
@@ -95,19 +83,16 @@ class WorkerGroup:
     Parameters
     ----------
     transport : Transport
-    gpu_comms : sequence of mpi4py.MPI.Comm
-        CUDA-aware communicators, one for each thread; none if MPI is not CUDA-aware.
     """
 
-    def __init__(self, transport: Transport, gpu_comms: Sequence[Any] = ()) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self.gpu_comms = gpu_comms
         self.rank, self.size = transport.rank, transport.size
         self.timeout_seconds = transport.timeout_seconds
 
     def duplicate(self) -> WorkerGroup:
         """Return the same workers for another thread."""
-        return WorkerGroup(self._transport.duplicate(), self.gpu_comms[1:] or self.gpu_comms)
+        return WorkerGroup(self._transport.duplicate())
 
     def all_reduce(
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
@@ -222,12 +207,6 @@ class WorkerGroup:
         if symmetric_memory is None:
             return [np.empty(shape, dtype) for _ in range(count)]
         return symmetric_memory.empty(self.agree, shape, dtype, count)
-
-    def agree_and_run(
-        self, move: Callable[[list[int], Finish], T], number: int, verb: str, *terms: Any
-    ) -> T:
-        """Exchange numbers, and return ``move(numbers, finish)``; see ``Transport``."""
-        return self._transport.agree_and_run(move, number, fingerprint_of(verb, *terms))
 
     def announce(self, error: BaseException) -> None:
         """Tell the other workers that this worker's step has failed."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
+import numba
 import numpy as np
 import pytest
 from gpu_double import Arrays, OnDevice
-from threads_as_workers import at_once, transports
+from threads_as_workers import at_once, results, transports
 
 from dvkernels.communicators.base import Workers
-from dvkernels.communicators.workers.gpu.staged import Staged
 from dvkernels.communicators.workers.group import WorkerGroup
+from dvkernels.communicators.workers.staged import Staged
+from dvkernels.custom_reduction import CustomReduction
 from dvkernels.reduce_op import ReduceOp
 
 
@@ -57,3 +62,29 @@ def test_host_arrays_are_not_staged():
     beside = [worker.duplicate() for worker in workers]
     assert at_once(*(lambda w=w: w.exchange(w.rank) for w in beside)) == [[0, 1]] * 2
     assert all(seam.num_pinned == 0 for seam in seams)
+
+
+@pytest.mark.parametrize("where", list(itertools.product([True, False], repeat=3)))
+def test_each_worker_gets_results_in_the_memory_of_its_value(where):
+    """``where`` says which workers have their values on a GPU."""
+    seams = [Arrays(rank) for rank in range(3)]
+    put = lambda array, rank: OnDevice(array) if where[rank] else array  # noqa: E731
+    op = CustomReduction(numba.njit(lambda a, b: a + b), 0, "my sum")
+
+    def call(worker):
+        rank = worker.rank
+        found = [
+            worker.all_reduce([put(np.full(5, rank + 1.0), rank)], ReduceOp.MEAN)[0],
+            worker.all_reduce([put(np.full(5, rank + 1.0), rank)], op)[0],
+            worker.reduce_scatter([put(np.full(5, rank + 1), rank)], ReduceOp.SUM)[0],
+            worker.all_gather([put(np.full((rank, 2), rank), rank)], 0)[0],
+            worker.broadcast([put(np.full(3, rank), rank)], 1)[0],
+        ]
+        seams[rank].drain()
+        assert all(isinstance(one, OnDevice) == where[rank] for one in found)
+        return [getattr(one, "hidden", one).tolist() for one in found]
+
+    workers = [Staged(WorkerGroup(w), seam) for w, seam in zip(transports(3), seams, strict=True)]
+    for rank, found in enumerate(results(*(functools.partial(call, w) for w in workers))):
+        rows = [[1, 1], [2, 2], [2, 2]]
+        assert found == [[2.0] * 5, [6.0] * 5, [6] * (2, 2, 1)[rank], rows, [1] * 3]

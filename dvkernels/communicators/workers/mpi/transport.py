@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, final
+from collections.abc import Sequence
+from typing import Any, NoReturn, final
 
 import numpy as np
 from mpi4py import MPI
@@ -44,8 +44,6 @@ _LOST_ROUNDS = [-1, -1]  # the last rounds of a worker that MPI has lost
 _PRESENT: tuple[list[int], str] = [], ""
 _CATCH_UP = 0  # the vote in a round in which a worker calls nothing
 _LOST, _GAVE_UP, _LEFT, _WAITS = 1, 2, 3, 4  # tags; _WAITS + channel
-
-T = TypeVar("T")
 
 
 class _OutOfBandMessages:
@@ -217,18 +215,6 @@ class MpiTransport:
         with self._consistency:
             self._agree(fingerprint, len(target))
             self._collectives.broadcast(target, root, self._finish_for(fingerprint))
-
-    def agree_and_run(
-        self, move: Callable[[list[int], Finish], T], number: int, fingerprint: Fingerprint
-    ) -> T:
-        """Exchange non-negative numbers, and return ``move(numbers, finish)``."""
-        with self._consistency:
-            votes = self._agree(fingerprint, number)
-            numbers = [vote.nbytes for vote in votes]
-            try:
-                return move(numbers, self._finish_for(fingerprint))
-            except MPI.Exception as error:  # of a call; errors of a wait are raised by finish
-                self._end(_LOST, f"worker {self.rank} lost another in {fingerprint.text}: {error}")
 
     def _finish_for(self, fingerprint: Fingerprint) -> Finish:
         return functools.partial(self._finish, fingerprint=fingerprint)

@@ -19,13 +19,12 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 
 from dvkernels.cluster import procfs
 from dvkernels.communicators import accumulation
-from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.consistency import (
     ConsistencyCheck,
     FailureState,
@@ -35,8 +34,7 @@ from dvkernels.communicators.workers.consistency import (
 )
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES, NUM_CHANNELS, Segment
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.communicators.workers.wait import Finish
-from dvkernels.errors import CollectiveTimeoutError, DvKernelsError, WorkerLostError
+from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.kernels.cpu import direct, shm_all_reduce
 from dvkernels.kernels.cpu.engine import shm_barrier
 from dvkernels.reduce_op import ReduceOp, Reduction
@@ -58,8 +56,6 @@ _NO_PIECE, _NO_RESULT = slice(0), np.empty(0)
 _MIN_IN_PLACE_NBYTES = 512 * 1024
 _IN_PLACE = 2  # xor makes it the fingerprint of another call
 _IN_PLACE_DONE = fingerprint_of("all_reduce, the end")
-
-T = TypeVar("T")
 
 
 @final
@@ -285,22 +281,6 @@ class SharedMemoryTransport:
                 if self.rank != root:
                     piece[...] = self._buffers[parity, root, : len(piece)]
 
-    def agree_and_run(
-        self, move: Callable[[list[int], Finish], T], number: int, fingerprint: Fingerprint
-    ) -> T:
-        """Exchange non-negative numbers, and return ``move(numbers, finish)``."""
-        with self._consistency:
-            self._round(fingerprint, number, _stage_nothing)
-            check = functools.partial(self._check_peers, fingerprint)
-            numbers = [vote.nbytes for vote in self._votes()]
-            try:
-                return move(numbers, functools.partial(wait.finish, check=check))
-            except DvKernelsError:
-                raise
-            except Exception as error:  # of MPI, or of a GPU
-                check(0.0)  # raises WorkerLostError if a worker is gone
-                self._end(_LOST, f"worker {self.rank} failed in {fingerprint.text}: {error}")
-
     def _stage_bytes(self, piece: Any, parity: int) -> None:
         self._buffers[parity, self.rank, : len(piece)] = piece
 
@@ -398,35 +378,6 @@ class SharedMemoryTransport:
                 f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers "
                 f"{absent} to call {fingerprint.text}: {seen}; give timeout_seconds if they need "
                 f"longer",
-            )
-
-    def _check_peers(self, fingerprint: Fingerprint, waited_seconds: float) -> None:
-        """Abort the group if a worker can no longer transfer its data, or is beyond the deadline.
-
-        A worker that has left may have completed its part: MPI delivers the rest.
-        """
-        segment = self._segment
-        if self.has_ended:
-            raise self._why_ended()
-        others = [worker for worker in range(self.size) if worker != self.rank]
-        for worker in others:
-            if segment.why_left(worker) is None and not segment.is_alive(worker):
-                process = segment.process_of(worker)
-                why = f"process {process} has disappeared: was it killed?"
-                self._end(
-                    _LOST, f"worker {worker} is lost while {fingerprint.text} waits for it: {why}"
-                )
-        if waited_seconds > self.timeout_seconds:
-            stopped = [w for w in others if procfs.state_of(segment.process_of(w)) in ("T", "t")]
-            late = stopped or others
-            seen = "; ".join(
-                self._describe_worker(worker, f"in {fingerprint.text}") for worker in late
-            )
-            self._end(
-                _GAVE_UP,
-                f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers {late} "
-                f"to move their data in {fingerprint.text}: {seen}; give timeout_seconds if they "
-                f"need longer",
             )
 
     def _describe_worker(self, worker: int, last: str) -> str:

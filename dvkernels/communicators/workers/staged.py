@@ -1,8 +1,7 @@
 """Workers for arrays in any memory, on top of workers that take host arrays.
 
-A GPU array goes directly to the GPUs of the other workers if MPI is CUDA-aware and the values of
-all workers are on GPUs. Otherwise it is copied to pinned host memory, reduced there, and copied
-back.
+A GPU array is copied to pinned host memory, reduced there, and copied back. MPI gets host memory
+only: whether an MPI library accepts GPU memory (is CUDA-aware) cannot be found out reliably.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import numpy as np
 
@@ -18,9 +17,6 @@ from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory, cuda
 from dvkernels.reduce_op import Reduction
-
-if TYPE_CHECKING:  # importing it imports the kernel compiler
-    from dvkernels.communicators.workers.gpu.direct import GpuDirect
 
 __all__: list[str] = []
 
@@ -35,8 +31,6 @@ class Staged:
         The same workers, for host arrays.
     arrays : ArrayLibrary, optional
         Allocates GPU arrays; by default the array library of this process, once one is staged.
-    direct : GpuDirect, optional
-        The same workers, for transfers from GPU to GPU. All workers have it, or none.
 
     Notes
     -----
@@ -47,15 +41,9 @@ class Staged:
     of the current stream. Pinned memory is kept, and grows.
     """
 
-    def __init__(
-        self,
-        workers: Workers,
-        arrays: cuda.ArrayLibrary | None = None,
-        direct: GpuDirect | None = None,
-    ) -> None:
+    def __init__(self, workers: Workers, arrays: cuda.ArrayLibrary | None = None) -> None:
         self._workers = workers
         self._given_arrays = arrays
-        self._direct = direct
         self._pinned = np.empty(0, np.uint8)
         self._upload_done: Any = None  # event: the pinned memory may be written again
         self.rank, self.size = workers.rank, workers.size
@@ -63,8 +51,7 @@ class Staged:
 
     def duplicate(self) -> Staged:
         """Return the same workers for another thread, with pinned memory of their own."""
-        direct = None if self._direct is None else self._direct.duplicate()
-        return Staged(self._workers.duplicate(), self._given_arrays, direct)
+        return Staged(self._workers.duplicate(), self._given_arrays)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
         """Return new host arrays."""
@@ -100,10 +87,6 @@ class Staged:
     ) -> list[Any]:
         """Reduce into a new array, or into ``out``."""
         (value,) = values
-        if self._direct is not None:
-            result = self._direct.all_reduce(value, op, None if out is None else out[0])
-            if result is not None:
-                return [result]
         if isinstance(value, np.ndarray):
             return self._workers.all_reduce(values, op, out)
         staged = self._to_host(value)
@@ -136,10 +119,6 @@ class Staged:
     def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
         """Reduce, and keep this worker's part."""
         (value,) = values
-        if self._direct is not None:
-            part = self._direct.reduce_scatter(value, op)
-            if part is not None:
-                return [part]
         if isinstance(value, np.ndarray):
             return self._workers.reduce_scatter(values, op)
         return [self._to_device(self._workers.reduce_scatter([self._to_host(value)], op)[0], value)]
@@ -147,10 +126,6 @@ class Staged:
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array."""
         (value,) = values
-        if self._direct is not None:
-            result = self._direct.all_gather(value, axis)
-            if result is not None:
-                return [result]
         if isinstance(value, np.ndarray):
             return self._workers.all_gather(values, axis)
         return [self._to_device(self._workers.all_gather([self._to_host(value)], axis)[0], value)]
@@ -158,10 +133,6 @@ class Staged:
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value."""
         (value,) = values
-        if self._direct is not None:
-            result = self._direct.broadcast(value, root)
-            if result is not None:
-                return [result]
         if isinstance(value, np.ndarray):
             return self._workers.broadcast(values, root)
         return [self._to_device(self._workers.broadcast([self._to_host(value)], root)[0], value)]
