@@ -98,7 +98,8 @@ def broken_in(
     """
     asked = {"sample": sample, "at": at, "may_be_lost": may_be_lost, "seconds": seconds_to_end}
     served = f"{program}\nimport interrupt_points\ninterrupt_points.serve(make, {asked!r})\n"
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    here = Path(__file__).parent
+    paths = [str(here), str(here / "doubles"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", served],
         capture_output=True,

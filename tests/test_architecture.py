@@ -321,7 +321,7 @@ def test_a_class_name_means_one_thing() -> None:
 # are the same kind of thing for another room.
 SHARED_MODULE_NAMES = {
     "base": "what a strategy, a communicator, a device is",
-    "registry": "one visible table of names each, of devices, communicators, peers",
+    "registry": "one visible table of names each, of devices and of communicators",
     "checks": "the checks at the doors of kernels and of datasets",
     "ring": "the schedule, its kernels, and the ring of hosts that follows it",
     "transport": "two transports of one protocol: shared memory and MPI",
@@ -329,7 +329,7 @@ SHARED_MODULE_NAMES = {
     "dataset": "a dataset, and a distributed one",
     "gradients": "those of an optimizer's step, and the benchmark of that",
     "checkpoint": "the room's class, and the verb of the command line",
-    "worker": "a worker of a job, and of a peer library; the command keeps its earlier name",
+    "worker": "a worker of a job; also by its earlier name, in the command line",
 }
 
 

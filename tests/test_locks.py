@@ -24,9 +24,7 @@ MAKERS = {"Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "alloca
 EXCEPTIONS = {
     "kernels/cpu/engine/thread_pool.py": "beyond_interrupts starts the helpers, on another thread",
     "kernels/cuda/engine/launcher.py": "one kernel at a time in the simulator, which is for tests",
-    "kernels/cuda/engine/intrinsics.py": "atomic on a GPU; this is its twin in the simulator",
     "kernels/numba_import.py": "modules are imported by beyond_interrupts, on a thread of its own",
-    "testing/faults.py": "the faults of a test, which nothing interrupts",
 }
 
 

@@ -1,5 +1,4 @@
 """Benchmark cases, probes, stopwatch and reports, for ``python -m dvkernels bench`` and for asv.
 
-Imports: checkpoint, cluster, communicators, context, data, devices, errors, kernels, profiler,
-reduce_op, schedules, strategies, variables.
+Imports: cluster, communicators, devices, errors, kernels, profiler, reduce_op, schedules.
 """

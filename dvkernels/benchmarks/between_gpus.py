@@ -1,23 +1,21 @@
-"""Benchmark of the all-reduce between the GPUs of a process: our protocols, NCCL and PyTorch.
+"""Benchmark of the all-reduce between the GPUs of a process: our protocols, and other libraries.
 
 The limit is a copy from one GPU to the next: an all-reduce of S bytes on n GPUs moves 2 (n - 1)/n S
-through each link. All implementations sum float32 out of place (PyTorch in place), in alternating
-rounds with the copy. Each result is compared with NumPy's sum before it is timed.
+through each link. All implementations sum float32 out of place, in alternating rounds with the
+copy. Each result is compared with NumPy's sum before it is timed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dvkernels import kernels
 from dvkernels.benchmarks import gpu
 from dvkernels.benchmarks.gpu import Figure, MeasurementPlan
-from dvkernels.benchmarks.peers import registry
-from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.benchmarks.stopwatch import alternate, timed
 from dvkernels.communicators.nccl.communicator import Nccl
 from dvkernels.devices import cuda, cuda_arrays, driver
@@ -30,7 +28,7 @@ from dvkernels.reduce_op import ReduceOp
 from dvkernels.schedules import flag_all_reduce, flag_selection
 from dvkernels.schedules.flag_selection import Route
 
-__all__ = ["Implementation", "measure"]
+__all__ = ["LIBRARIES", "Implementation", "Library", "Timer", "measure"]
 
 _NAME = "all_reduce between GPUs"
 _FLOAT = np.dtype("f4")
@@ -38,6 +36,17 @@ _FLOAT = np.dtype("f4")
 Timer = Callable[[int], float]  # number of calls -> seconds per call, until all work has ended
 # Given the inputs, one per GPU, and the outputs, returns the timer of their all-reduce.
 Implementation = Callable[["_MultiGpuBench", Sequence[Any], Sequence[Any]], Timer]
+
+
+class Library(NamedTuple):
+    """Library to measure next to our protocols.
+
+    ``start``, given the GPUs and a stack that ends it, raises ``DeviceError`` or
+    ``WorkerLostError`` if the library is missing.
+    """
+
+    start: Callable[[Sequence[int], contextlib.ExitStack], Implementation]
+    has_outputs_here: bool = True  # False: its arrays are in other processes, which compare them
 
 
 class _MultiGpuBench:
@@ -69,7 +78,7 @@ class _MultiGpuBench:
 def measure(
     devices: Sequence[int],
     plan: MeasurementPlan,
-    others: Mapping[str, Implementation] | None = None,
+    libraries: Mapping[str, Library],
 ) -> list[Figure]:
     """Measure the all-reduce between GPUs.
 
@@ -79,8 +88,8 @@ def measure(
         The GPUs' ordinals.
     plan : MeasurementPlan
         Sizes, rounds and calls.
-    others : mapping, optional
-        Implementations by name, next to our protocols. Default: NCCL and PyTorch.
+    libraries : mapping
+        Libraries by name, next to our protocols.
 
     Returns
     -------
@@ -97,14 +106,18 @@ def measure(
     bench = _MultiGpuBench(devices, plan)
     with contextlib.ExitStack() as stack:
         absent: list[Figure] = []
-        if others is None:
-            others = _other_libraries(bench, stack, absent)
+        others = _started(libraries, devices, stack, absent)
         every = {"auto": _auto, **_protocols(bench), **others}
-        return [*(_figure(bench, nbytes, every) for nbytes in plan.between_nbytes), *absent]
+        remote = {name for name in others if not libraries[name].has_outputs_here}
+        figures = [_figure(bench, nbytes, every, remote) for nbytes in plan.between_nbytes]
+        return [*figures, *absent]
 
 
 def _figure(
-    bench: _MultiGpuBench, nbytes: int, implementations: Mapping[str, Implementation]
+    bench: _MultiGpuBench,
+    nbytes: int,
+    implementations: Mapping[str, Implementation],
+    remote: Collection[str],
 ) -> Figure:
     count, num = nbytes // _FLOAT.itemsize, len(bench.devices)
     host = [bench.rng.integers(-99, 100, count).astype(_FLOAT) for _ in range(num)]
@@ -119,7 +132,7 @@ def _figure(
             bench.arrays.copy(out, np.zeros(count, _FLOAT))
         timer = implementation(bench, inputs, outs)
         timer(1)
-        if name != _TORCH:  # its arrays are in other processes, which compare them
+        if name not in remote:
             gpu.compare(bench.arrays, f"{_NAME}, {name}", outs, expected, 0.0)
         timers[name] = lambda timer=timer: timer(calls)  # type: ignore[misc]
 
@@ -171,49 +184,30 @@ def _protocol(route: Route) -> Implementation:
     return implementation
 
 
-_TORCH = "torch nccl"
+def _nccl(devices: Sequence[int], stack: contextlib.ExitStack) -> Implementation:
+    nccl = Nccl([Device("cuda", device) for device in devices])
+    return lambda bench, inputs, outs: (
+        lambda calls: bench.seconds(lambda: nccl.all_reduce(inputs, ReduceOp.SUM, outs), calls)
+    )
 
 
-def _other_libraries(
-    bench: _MultiGpuBench, stack: contextlib.ExitStack, absent: list[Figure]
+LIBRARIES = {"nccl": Library(_nccl)}
+
+
+def _started(
+    libraries: Mapping[str, Library],
+    devices: Sequence[int],
+    stack: contextlib.ExitStack,
+    absent: list[Figure],
 ) -> dict[str, Implementation]:
-    """Return NCCL and PyTorch where they are installed; else append why not to ``absent``."""
+    """Start the libraries that are installed; for the others append why not to ``absent``."""
     found: dict[str, Implementation] = {}
-    num = len(bench.devices)
-    try:
-        nccl = Nccl([Device("cuda", device) for device in bench.devices])
-    except DeviceError as error:
-        absent.append(_missing(f"{_NAME}, nccl", num, str(error)))
-    else:
-        found["nccl"] = lambda bench, inputs, outs: (
-            lambda calls: bench.seconds(lambda: nccl.all_reduce(inputs, ReduceOp.SUM, outs), calls)
-        )
-    peer, python = registry.ON_GPUS[_TORCH], registry.default_python()
-    if registry.version_of(peer, python) is None:
-        reason = f"{peer.package} is not installed ({peer.how_to_get})"
-        absent.append(_missing(f"{_NAME}, {_TORCH}", num, reason))
-        return found
-    try:
-        worker = stack.enter_context(Worker(_TORCH, python, num, peers=registry.ON_GPUS))
-        worker.ask(1, _FLOAT.name, 1)
-    except WorkerLostError as error:
-        absent.append(_missing(f"{_NAME}, {_TORCH}", num, str(error)))
-        return found
-    found[_TORCH] = _by_peer(worker)
+    for name, library in libraries.items():
+        try:
+            found[name] = library.start(devices, stack)
+        except (DeviceError, WorkerLostError) as error:
+            absent.append(_missing(f"{_NAME}, {name}", len(devices), str(error)))
     return found
-
-
-def _by_peer(worker: Worker) -> Implementation:
-    def implementation(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> Timer:
-        def timer(calls: int) -> float:
-            answer = worker.ask(int(inputs[0].size), _FLOAT.name, calls)
-            if answer.wrong:
-                raise DeviceError(f"{_NAME}, {_TORCH}: {answer.wrong} elements are wrong")
-            return answer.seconds
-
-        return timer
-
-    return implementation
 
 
 def _missing(name: str, num_gpus: int, reason: str) -> Figure:

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dvkernels.benchmarks.cases import Case
-from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.benchmarks.probe import Probe
 from dvkernels.benchmarks.stopwatch import Samples, alternate, ratio, timed
 from dvkernels.errors import WorkerLostError
 
-__all__ = ["Measurement", "measure", "numpy_all_reduce"]
+__all__ = ["Answer", "Measurement", "Peer", "measure", "numpy_all_reduce"]
 
 # A round takes at least this long, so that a clock of 50 ns and a call of 1 us do not matter.
 _ROUND_SECONDS = 2e-3
 _MOST_ITERATIONS = 2000
 _REST_SECONDS = 0.02
+
+
+class Answer(NamedTuple):
+    """A peer's answer to one command."""
+
+    seconds: float
+    wrong: int
+    note: str
+
+
+class Peer(Protocol):
+    """Another library that is measured in the same run."""
+
+    def ask(self, count: int, dtype: str, iterations: int) -> Answer:
+        """Measure all-reduces of ``count`` elements; the answer has the seconds per call."""
+
+    def close(self) -> None:
+        """End its processes."""
 
 
 class Measurement(NamedTuple):
@@ -84,7 +101,7 @@ def measure(
     case: Case,
     num_rounds: int,
     seed: int,
-    workers: Mapping[str, Worker] | None = None,
+    workers: Mapping[str, Peer] | None = None,
     with_numpy: bool = False,
 ) -> Measurement:
     """Check a case on random data, then time it, its probe and its peers."""
@@ -128,7 +145,7 @@ def measure(
     return Measurement(case, our_samples, probe_samples, wrong, found, wrong_of_peers, lost)
 
 
-def _peer_timer(worker: Worker, case: Case, iterations: int) -> Callable[[], float]:
+def _peer_timer(worker: Peer, case: Case, iterations: int) -> Callable[[], float]:
     return lambda: worker.ask(case.count, case.dtype.name, iterations).seconds
 
 

@@ -1,4 +1,4 @@
-"""``python -m dvkernels bench``: speed of the collectives, the memory limit and other libraries."""
+"""``python -m dvkernels bench``: speed of the collectives, beside the memory limit and NumPy."""
 
 from __future__ import annotations
 
@@ -8,30 +8,58 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dvkernels._version import __version__
 from dvkernels.cli import argument_types, bench_gpu, output_paths
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
-from dvkernels.errors import AlgorithmError, BufferMismatchError, WorkerLostError
+from dvkernels.errors import AlgorithmError, BufferMismatchError
 from dvkernels.profiler import atomic_file
 
 if TYPE_CHECKING:
-    from dvkernels.benchmarks.peers.worker import Worker
+    from dvkernels.benchmarks.between_gpus import Library
+    from dvkernels.benchmarks.measurement import Peer
 
 __all__: list[str] = []
 
-HELP = "measure collectives by size, compared with the memory limit and other libraries"
+HELP = "measure collectives by size, compared with the memory limit and NumPy"
 
 _SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DEFAULT_SIZES = "4:256M"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+# Given the options and the stack that ends them, starts the chosen peers, and returns them and a
+# note for each.
+StartPeers = Callable[
+    [argparse.Namespace, contextlib.ExitStack], tuple[Mapping[str, "Peer"], dict[str, str]]
+]
+
+
+def _only_numpy(
+    arguments: argparse.Namespace, stack: contextlib.ExitStack
+) -> tuple[Mapping[str, Peer], dict[str, str]]:
+    for name in arguments.peers:
+        if name != "numpy":
+            raise AlgorithmError(
+                f"bench: expected --peers numpy, got {name!r}; other libraries are measured from a "
+                f"clone: cd asv_benchmarks && python -m peers bench --peers {name}"
+            )
+    return {}, {}
+
+
+class OtherLibraries(NamedTuple):
+    """Libraries that are measured beside ours; by default NumPy, and NCCL between GPUs."""
+
+    program: str = "python -m dvkernels"  # which measures them
+    start: StartPeers = _only_numpy
+    between_gpus: Mapping[str, Library] | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser, peers: str = "numpy") -> None:
     """Declare the options."""
     parser.add_argument(
         "collectives",
@@ -64,15 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="*",
         metavar="PEER",
-        help="libraries to measure in the same run: numpy, mpich, openmpi, impi, gloo, jax, "
-        "tensorflow; all that are installed if none is named",
-    )
-    parser.add_argument(
-        "--peer-python",
-        action="append",
-        default=[],
-        metavar="PEER=PATH",
-        help="interpreter of the environment in which a peer is installed (repeatable)",
+        help=f"libraries to measure in the same run: {peers}; all that are installed if none is "
+        "named",
     )
     parser.add_argument(
         "--device",
@@ -96,14 +117,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; return 1 if any element was wrong."""
+    return measure(arguments, OtherLibraries())
+
+
+def measure(arguments: argparse.Namespace, others: OtherLibraries) -> int:
     """Measure and print; return 1 if any element was wrong or a peer was lost."""
     if arguments.device == "cuda":
-        return bench_gpu.run(arguments)
+        return bench_gpu.run(arguments, others.program, others.between_gpus)
     # Imported here: loads Numba and compiled kernels, which wrong options need not wait for.
     from dvkernels.benchmarks import available_memory, calibration, cases, measurement, report
 
     if arguments.calibrate and default_resolver().num_workers > 1:
-        return _calibrate_workers(arguments)
+        return _calibrate_workers(arguments, others.program)
     if arguments.calibrate:
         print(calibration.describe(calibration.calibrate(arguments.rounds)))
         return 0
@@ -122,12 +148,18 @@ def run(arguments: argparse.Namespace) -> int:
     json_path = (
         None if quiet or arguments.json is None else output_paths.file("--json", arguments.json)
     )
-    about = _about(arguments)
+    about = _about(arguments, others.program)
     limit = available_memory.available_nbytes() // 2
     records: list[dict[str, Any]] = []
     measurements: list[measurement.Measurement] = []
     with contextlib.ExitStack() as stack:
-        workers, with_numpy, notes = _peers(arguments, stack)
+        with_numpy = arguments.peers is not None and "numpy" in (arguments.peers or ["numpy"])
+        notes = {"numpy": f"numpy {metadata.version('numpy')}, one thread"} if with_numpy else {}
+        workers: dict[str, Peer] = {}
+        if arguments.peers is not None:
+            started, started_notes = others.start(arguments, stack)
+            workers.update(started)
+            notes.update(started_notes)
         about["peers"] = notes
         columns = (["numpy"] if with_numpy else []) + list(workers)
         if not quiet:
@@ -170,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if wrong or lost else 0
 
 
-def _calibrate_workers(arguments: argparse.Namespace) -> int:
+def _calibrate_workers(arguments: argparse.Namespace, program: str) -> int:
     """Measure the cost model between the workers of this job; the chief prints the result."""
     from dvkernels.benchmarks import between_workers
 
@@ -182,7 +214,7 @@ def _calibrate_workers(arguments: argparse.Namespace) -> int:
         return 0
     print(between_workers.describe(found))
     if json_path is not None:
-        record = {**_about(arguments), **between_workers.as_record(found)}
+        record = {**_about(arguments, program), **between_workers.as_record(found)}
         atomic_file.write_text(json_path, json.dumps(record, indent=1) + "\n")
     return 0
 
@@ -222,61 +254,7 @@ def _plot_path(name: str) -> Path:
     return output_paths.file("--plot", name)
 
 
-def _peers(
-    arguments: argparse.Namespace, stack: contextlib.ExitStack
-) -> tuple[dict[str, Any], bool, dict[str, str]]:
-    """Start the chosen peers.
-
-    Returns
-    -------
-    workers : dict
-        The worker of each peer that was started.
-    with_numpy : bool
-        Whether NumPy was chosen, which needs no worker.
-    notes : dict of str
-        Version of each peer, or why it was skipped.
-    """
-    if arguments.peers is None:
-        return {}, False, {}
-    from dvkernels.benchmarks.peers import registry
-    from dvkernels.benchmarks.peers.worker import Worker, end_all
-
-    pythons = registry.interpreters("bench", arguments.peer_python, registry.PEERS)
-    known = ["numpy", *registry.PEERS]
-    for name in arguments.peers:
-        if name not in known:
-            raise AlgorithmError(
-                f"bench: {name!r} is not a known peer; use one of {', '.join(known)}"
-            )
-    workers: dict[str, Any] = {}
-    notes: dict[str, str] = {}
-    started: list[Worker] = []
-    stack.callback(end_all, started)
-    for name in arguments.peers or known:
-        if name == "numpy":
-            notes[name] = f"numpy {metadata.version('numpy')}, one thread"
-            continue
-        peer, python = registry.PEERS[name], pythons.get(name, registry.default_python())
-        version = registry.version_of(peer, python)
-        if version is None:
-            notes[name] = f"skipped: {peer.package} is not installed ({peer.how_to_get}; then name "
-            notes[name] += f"its interpreter with --peer-python {name}=PATH)"
-            continue
-        try:
-            worker = Worker(name, python, arguments.replicas)
-            started.append(worker)
-            worker.ask(1, "float32", 1)
-        except WorkerLostError as error:
-            notes[name] = f"skipped: {error}"
-            continue
-        workers[name] = worker
-        notes[name] = (
-            f"{peer.package} {version}, {argument_types.counted(arguments.replicas, 'rank')}"
-        )
-    return workers, "numpy" in (arguments.peers or known), notes
-
-
-def _about(arguments: argparse.Namespace) -> dict[str, Any]:
+def _about(arguments: argparse.Namespace, program: str) -> dict[str, Any]:
     packages = ("numpy", "numba", "llvmlite")
     return {
         "dvkernels": __version__,
@@ -285,7 +263,7 @@ def _about(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
-        "command": "python -m dvkernels bench " + " ".join(_without_paths(sys.argv)),
+        "command": f"{program} bench " + " ".join(_without_paths(sys.argv)),
         "rounds": arguments.rounds,
     }
 

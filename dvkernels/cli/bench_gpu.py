@@ -7,18 +7,25 @@ import datetime
 import json
 import platform
 import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from dvkernels._version import __version__
 from dvkernels.cli import output_paths
 from dvkernels.devices import cuda, driver
 from dvkernels.profiler import atomic_file
 
+if TYPE_CHECKING:
+    from dvkernels.benchmarks.between_gpus import Library
+
 __all__: list[str] = []
 
 _SIMULATED = {"nbytes": 256, "small_nbytes": 16, "rounds": 1, "calls": 1, "small_calls": 1}
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(
+    arguments: argparse.Namespace, program: str, libraries: Mapping[str, Library] | None
+) -> int:
     """Measure, print a page fragment, and write the data and the page to files."""
     cuda.require("bench --device cuda")
     from dvkernels.benchmarks import between_gpus, gpu
@@ -40,11 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
         "Machine": f"{name}; {platform.platform()}",
         "Date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "Version": f"dvkernels {__version__}, Python {platform.python_version()}",
-        "Command": " ".join(["python -m dvkernels", *sys.argv[1:]]),
+        "Command": " ".join([program, *sys.argv[1:]]),
         "Rounds": f"{plan.rounds} of {plan.calls} calls, in turn; medians and quartiles",
     }
     figures = gpu.measure(plan=plan)
-    figures += between_gpus.measure([device.index for device in cuda.devices()], plan)
+    libraries = between_gpus.LIBRARIES if libraries is None else libraries
+    figures += between_gpus.measure([device.index for device in cuda.devices()], plan, libraries)
     fragment = gpu.page(figures, about)
     print(fragment, end="")
     if report is not None:

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dvkernels._version import __version__
@@ -23,20 +23,23 @@ _VERBS = {
     "train": "dvkernels.cli.train",
     "launch": "dvkernels.cli.launch",
     "bench": "dvkernels.cli.bench",
-    "bench-input": "dvkernels.cli.bench_input",
-    "bench-checkpoint": "dvkernels.cli.bench_checkpoint",
-    "bench-workers": "dvkernels.cli.bench_workers",
     "checkpoint": "dvkernels.cli.checkpoint",
     "compile": "dvkernels.cli.compile",
     "info": "dvkernels.cli.info",
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    verbs: Mapping[str, str] = _VERBS,  # name -> module
+    program: str = "python -m dvkernels",
+    description: str | None = __doc__,
+) -> int:
     """Run one verb; return the exit status: 0, 1 (a check failed), 2 (bad input), 130 (Ctrl-C)."""
     asks_for_json = False
+    words = sys.argv[1:] if argv is None else argv
     try:
-        verb, arguments = _parse(sys.argv[1:] if argv is None else argv)
+        verb, arguments = _parse(words, verbs, program, description)
         asks_for_json = getattr(arguments, "json", None) in (True, "-")
         status: int = verb.run(arguments)
         sys.stdout.flush()  # raises here if the reader has closed the pipe
@@ -55,14 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(words: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+def _parse(
+    words: Sequence[str], modules: Mapping[str, str], program: str, description: str | None
+) -> tuple[Any, argparse.Namespace]:
     """Parse the command line; return the module of the verb, and its arguments."""
-    parser = argparse.ArgumentParser(prog="python -m dvkernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--version", action="version", version=f"dvkernels {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     # Loading all verbs takes longer than launch takes to start: load one if it is named first.
-    names = [word for word in words[:1] if word in _VERBS] or list(_VERBS)
-    loaded = {name: importlib.import_module(_VERBS[name]) for name in names}
+    names = [word for word in words[:1] if word in modules] or list(modules)
+    loaded = {name: importlib.import_module(modules[name]) for name in names}
     parsers = {}
     for name, verb in loaded.items():
         parsers[name] = verbs.add_parser(

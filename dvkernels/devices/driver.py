@@ -15,7 +15,6 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from dvkernels import deadlines
@@ -374,8 +373,3 @@ def find(names: Sequence[str] = _NAMES) -> Driver | None:
         except OSError:
             continue
     return None
-
-
-def is_likely(proc: Path = Path("/proc/driver/nvidia/version")) -> bool:
-    """Return whether a driver seems to be installed, without loading it."""
-    return proc.exists()

@@ -44,10 +44,8 @@ __all__ = [
     "host_ring_seconds",
     "memory_seconds",
     "message_seconds",
-    "network_ring_seconds",
     "ring_seconds",
     "seconds_by_algorithm",
-    "step_seconds",
 ]
 
 
@@ -281,25 +279,3 @@ def message_seconds(link: Link, num_workers: int, num_hosts: int, nbytes: int) -
     is_gathered = between_hosts(NETWORK, num_workers, num_hosts, nbytes) == "gather"
     received = num_workers - 1 if is_gathered else 2 * (num_hosts - 1) / num_workers
     return link.latency_seconds + received * nbytes / link.rate
-
-
-def network_ring_seconds(link: Link, num_ranks: int, nbytes: int, num_buckets: int = 1) -> float:
-    """Return the time of a ring all-reduce whose ranks all send to their neighbours at once.
-
-    A host with several ranks has one link to the next host, so ``rate`` is that of the host.
-
-    >>> network_ring_seconds(Link(0.0, 1e9), 4, 1_000_000_000)
-    1.5
-    """
-    steps = 2 * (num_ranks - 1)
-    return steps * (num_buckets * link.latency_seconds + nbytes / num_ranks / link.rate)
-
-
-def step_seconds(compute_seconds: float, reduce_seconds: float, hidden_fraction: float) -> float:
-    """Return the time of a training step that overlaps its reduction with its computation.
-
-    ``hidden_fraction`` of the computation, at most that of the backward pass, overlaps with the
-    reduction; the rest of the reduction is waited for.
-    """
-    hidden = hidden_fraction * compute_seconds
-    return compute_seconds + max(0.0, reduce_seconds - hidden)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from model_checker import happens_before, moves
+from model_checker.interleaving import RankInterpreter, Spin
+from model_checker.protocol_laws import check_protocols
 
 from dvkernels.schedules import flag_all_reduce
 from dvkernels.schedules.flag_protocol import Combine, Protocol, Row, Signal, Wait
-from dvkernels.testing import check_protocols, happens_before, moves
-from dvkernels.testing.interleaving import RankInterpreter, Spin
 
 MAKERS = flag_all_reduce.PROTOCOLS
 Rows = list[Row]

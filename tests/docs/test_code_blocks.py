@@ -126,13 +126,23 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
 
 
+# Where modules with doctests lie, and the folder from which they are imported.
+MODULES = {
+    ROOT / "dvkernels": ROOT,
+    ROOT / "tests" / "doubles": ROOT / "tests" / "doubles",
+    ROOT / "tests" / "model_checker": ROOT / "tests",
+    ROOT / "asv_benchmarks" / "peers": ROOT / "asv_benchmarks",
+}
+
+
 def _modules_with_doctests() -> list[str]:
     names = []
-    for path in sorted((ROOT / "dvkernels").rglob("*.py")):
-        if path.name == "__main__.py" or ">>> " not in path.read_text(encoding="utf-8"):
-            continue
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    for folder, base in MODULES.items():
+        for path in sorted(folder.rglob("*.py")):
+            if path.name == "__main__.py" or ">>> " not in path.read_text(encoding="utf-8"):
+                continue
+            parts = path.relative_to(base).with_suffix("").parts
+            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     return names
 
 

@@ -7,9 +7,7 @@ import sys
 
 import mpi_jobs
 import pytest
-
-from dvkernels.benchmarks import jobs
-from dvkernels.cli import main
+from peers import jobs, main
 
 
 def test_without_an_mpi_there_is_nothing_to_measure(capsys):

@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import faults
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 
 import dvkernels as dv
 from dvkernels.errors import CheckpointDamagedError
-from dvkernels.testing import faults
 
 DTYPES = ["bool", "int8", "uint64", "float16", "bfloat16", "float32", "complex128"]
 SHAPES = [(), (0,), (3,), (2, 3), (1, 0, 2)]

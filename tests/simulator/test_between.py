@@ -15,11 +15,12 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 from concurrency import concurrent
 from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+from peers import bench, registry
 from simulated_peers import SimulatedDriver
 
 import dvkernels as dv
 from dvkernels.benchmarks import between_gpus, gpu
-from dvkernels.benchmarks.peers import registry
+from dvkernels.benchmarks.between_gpus import Library
 from dvkernels.devices import cuda as cuda_devices
 from dvkernels.devices import cuda_arrays, driver
 from dvkernels.errors import BufferMismatchError, CollectiveTimeoutError, DeviceError
@@ -326,7 +327,7 @@ def test_the_measurement_covers_every_protocol_and_contestant(machine, monkeypat
         streams = [cuda.stream() for _ in range(3)]
         monkeypatch.setattr(machine, "synchronize", lambda device: streams[device].synchronize())
         machine.allocate(monkeypatch, streams)
-        figures = between_gpus.measure([0, 1, 2], plan, {"rival": contestant})
+        figures = between_gpus.measure([0, 1, 2], plan, {"rival": Library(lambda *_: contestant)})
         machine.no_peer_access = {(0, 1), (0, 2)}
         all_reduce._groups.clear()
         alone = between_gpus.measure([0, 1, 2], plan, {})
@@ -342,7 +343,7 @@ def test_a_contestant_with_wrong_results_is_not_reported(machine, monkeypatch):
     machine.no_peer_access = {(0, 1)}
     plan = gpu.MeasurementPlan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
     machine.allocate(monkeypatch, [0, 0])
-    idle = {"idle": lambda *_: lambda calls: 1.0}
+    idle = {"idle": Library(lambda *_: lambda *_: lambda calls: 1.0)}
     with pytest.raises(DeviceError, match=r"GPUs, idle: .*nothing is reported"):
         between_gpus.measure([0, 1], plan, idle)
 
@@ -352,8 +353,9 @@ def test_absent_libraries_are_reported(machine, monkeypatch):
     plan = gpu.MeasurementPlan(between_nbytes=(256,), rounds=1, calls=1, small_calls=1)
     machine.allocate(monkeypatch, [0, 0])
     monkeypatch.setattr(registry, "version_of", lambda peer, python: None)
-    notes = {one.name: one.note for one in between_gpus.measure([0, 1], plan)[1:]}
+    libraries = {**between_gpus.LIBRARIES, **bench.LIBRARIES_BETWEEN_GPUS}
+    notes = {one.name: one.note for one in between_gpus.measure([0, 1], plan, libraries)[1:]}
     assert "the simulator has none" in notes["all_reduce between GPUs, nccl"]
     assert "torch is not installed" in notes["all_reduce between GPUs, torch nccl"]
-    (one,) = between_gpus.measure([0], plan)
+    (one,) = between_gpus.measure([0], plan, {})
     assert one.note == "not measured: it takes two GPUs, and there is 1"

@@ -11,7 +11,7 @@ import pytest
 import dvkernels as dv
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda
-from dvkernels.kernels.cuda.engine import elements, intrinsics, job, launch_table, launcher
+from dvkernels.kernels.cuda.engine import elements, job, launch_table, launcher
 from dvkernels.schedules import partition, ring
 from dvkernels.testing import check_arrays
 
@@ -128,8 +128,6 @@ def test_any_alignment_and_length_and_no_write_outside(offsets, length, launches
 def test_a_misaligned_vector_is_refused_as_on_a_device():
     memory = np.zeros(64, np.uint8)
     address = memory.ctypes.data + -memory.ctypes.data % 16
-    with pytest.raises(ValueError, match="multiple"):
-        intrinsics.load_vector(address + 4)
     with pytest.raises(ValueError, match="multiple"):
         elements.load(address + 8, 10, True)
     with pytest.raises(ValueError, match="multiple"):

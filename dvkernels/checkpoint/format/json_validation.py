@@ -75,11 +75,6 @@ def text(value: Any, where: str) -> str:
     return value
 
 
-def texts(value: Any, where: str) -> tuple[str, ...]:
-    """Return an array of strings."""
-    return tuple(text(each, where) for each in array(value, where))
-
-
 def count(value: Any, where: str, most: int = 2**63 - 1) -> int:
     """Return a whole number from 0 to ``most``."""
     if type(value) is not int or not 0 <= value <= most:  # true is an int, in Python

@@ -1,6 +1,6 @@
 """File operations of saving and restoring, all of which go through :data:`active`.
 
-So a test can replace them by operations that fail as disks do: see ``dvkernels.testing.faults``.
+So a test can replace them by operations that fail as disks do.
 No operation is retried or completed here: after a short write the caller continues, as after
 ``os.pwrite``.
 

@@ -6,6 +6,7 @@ import errno
 import os
 import tempfile
 
+import faults
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,6 @@ import dvkernels as dv
 from dvkernels.checkpoint.storage import files
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError, CheckpointError, DvKernelsError
-from dvkernels.testing import faults
 
 
 def each_worker(counts, act):

@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 
+import faults
 import numpy as np
 import pytest
 
 import dvkernels as dv
 from dvkernels.checkpoint.storage import files
 from dvkernels.errors import CheckpointError
-from dvkernels.testing import faults
 
 
 class BlockedWrites(files.FileSystem):

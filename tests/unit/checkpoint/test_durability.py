@@ -10,13 +10,13 @@ import sys
 import textwrap
 import threading
 
+import faults
 import numpy as np
 import pytest
 
 import dvkernels as dv
 from dvkernels.checkpoint.storage import files
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.testing import faults
 
 
 class Run:

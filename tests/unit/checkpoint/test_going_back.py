@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 
+import faults
 import numpy as np
 import pytest
 from threads_as_workers import at_once, transports
@@ -15,7 +16,6 @@ from threads_as_workers import at_once, transports
 import dvkernels as dv
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.testing import faults
 
 OLD = (10, 20, 30, 40, 50)
 

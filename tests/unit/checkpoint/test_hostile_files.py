@@ -11,6 +11,7 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 
@@ -20,7 +21,6 @@ from dvkernels.checkpoint.format import shards
 from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.devices import cpu
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.testing import faults
 
 MEMORY = 32 << 20  # bytes: far more than any of these files, far less than they may claim
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from kills import run_and_kill
 
 from dvkernels.checkpoint.format.step_names import within
 from dvkernels.checkpoint.restoring.reader import opened
-from dvkernels.testing import run_and_kill
 
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 
+import faults
 import numpy as np
 import pytest
 
 import dvkernels as dv
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.testing import faults
 
 
 def steps(manager):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import faults
 import numpy as np
 import pytest
 
 import dvkernels as dv
 from dvkernels.cli.main import main
-from dvkernels.testing import faults
 
 
 @pytest.fixture

@@ -83,10 +83,6 @@ def test_an_unknown_verb_is_an_error(words, capsys):
 WRITING = [
     ("bench", "--json"),
     ("bench", "--plot"),
-    ("bench-input", "--json"),
-    ("bench-checkpoint", "--json"),
-    ("bench-checkpoint", "--folder"),
-    ("bench-workers", "--json"),
     ("train", "--checkpoint-dir"),
 ]
 

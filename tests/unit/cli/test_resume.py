@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-
-from dvkernels.testing import run_and_kill
+from kills import run_and_kill
 
 EPOCHS = 20
 

@@ -68,7 +68,7 @@ def test_equal_tables_are_copied_once_per_stream(copies):
 
 
 def test_the_least_recently_used_tables_are_evicted_after_their_copies(copies, monkeypatch):
-    monkeypatch.setattr(launcher.LongTables, "_MOST", 2)
+    monkeypatch.setattr(launcher.LongTables, "_MAX_KEPT", 2)
     tables = launcher.LongTables()
     for k in (1, 2, 1, 3, 1):
         tables.place(0, 5, [k] * 200)
@@ -78,7 +78,7 @@ def test_the_least_recently_used_tables_are_evicted_after_their_copies(copies, m
 
 
 def test_tables_of_a_captured_graph_stay(copies, monkeypatch):
-    monkeypatch.setattr(launcher.LongTables, "_MOST", 1)
+    monkeypatch.setattr(launcher.LongTables, "_MAX_KEPT", 1)
     tables = launcher.LongTables()
     copies.is_capturing = True
     with pytest.raises(DeviceError, match="once on the stream, before"):

@@ -45,7 +45,6 @@ def test_between_workers_more_bytes_and_more_workers_never_cost_less() -> None:
     models = [
         lambda count, nbytes: cost_model.memory_seconds(LINK, count, nbytes),
         lambda count, nbytes: cost_model.message_seconds(LINK, count, count, nbytes),
-        lambda count, nbytes: cost_model.network_ring_seconds(LINK, count, nbytes),
     ]
     for seconds in models:
         by_size = [seconds(4, nbytes) for nbytes in SIZES]
@@ -59,23 +58,6 @@ def test_between_workers_more_bytes_and_more_workers_never_cost_less() -> None:
 def test_workers_that_share_memory_move_no_more_than_six_times_their_bytes(count: int) -> None:
     moved = cost_model.memory_seconds(cost_model.Link(0.0, 1.0), count, 1)
     assert 5 <= moved <= min(6, count + 3)
-
-
-@pytest.mark.parametrize("count", [2, 3, 64])
-def test_a_ring_sends_the_least_possible_and_takes_its_steps(count: int) -> None:
-    least = 2 * (count - 1) / count * 1e9
-    no_latency, no_bytes = cost_model.Link(0.0, 1e9), cost_model.Link(1e-6, 1e9)
-    assert cost_model.network_ring_seconds(no_latency, count, 10**9) == pytest.approx(least / 1e9)
-    steps = 2 * (count - 1)
-    assert cost_model.network_ring_seconds(no_bytes, count, 0, 5) == pytest.approx(5 * steps * 1e-6)
-
-
-@pytest.mark.parametrize("reduce", [0.0, 0.5, 1.0, 3.0])
-def test_a_step_waits_for_the_rest_of_the_reduction(reduce: float) -> None:
-    waited = [cost_model.step_seconds(1.0, reduce, part) for part in (1.0, 2 / 3, 0.0)]
-    assert waited == sorted(waited)
-    assert waited[-1] == 1.0 + reduce
-    assert waited[0] == max(1.0, reduce)
 
 
 @pytest.mark.parametrize("num_hosts", [1, 3])

@@ -24,7 +24,6 @@ __all__ = [
     "exchange",
     "fetch_add",
     "load",
-    "load_byte",
     "load_int32",
     "load_shared",
     "pause",
@@ -75,16 +74,6 @@ def load_int32(typing: Any, address: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.sext(builder.load(_word(builder, args, 32)), _I64)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@_intrinsic
-def load_byte(typing: Any, address: Any, index: Any) -> Any:
-    """Read an unsigned byte; the index counts bytes."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.zext(builder.load(_word(builder, args, 8)), _I64)
 
     return types.int64(types.int64, types.int64), generate
 

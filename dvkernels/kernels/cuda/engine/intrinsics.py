@@ -15,7 +15,6 @@ The simulator runs kernels as Python and has no intrinsics; addresses there are 
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,6 @@ __all__ = [
     "VECTOR",
     "VECTOR_NBYTES",
     "acquire",
-    "add_release",
     "call",
     "clock_ns",
     "emit_vector_load",
@@ -38,7 +36,6 @@ __all__ = [
     "inline_ptx",
     "keep_rolled",
     "load_relaxed",
-    "load_vector",
     "load_word",
     "nanosleep",
     "pack",
@@ -46,8 +43,6 @@ __all__ = [
     "quotient",
     "release",
     "store_relaxed",
-    "store_vector",
-    "store_word",
     "twin",
     "unpack",
 ]
@@ -57,13 +52,9 @@ VECTOR_NBYTES = 16
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(_I32, 4)
-_untyped: Any = types
-_FOUR_UINT32 = _untyped.UniTuple(types.uint32, 4)
 GLOBAL = 1  # the address space of device memory: without it LLVM emits generic accesses
 
 _Emit = Callable[..., Any]
-# Several simulated threads may add to one word, and Python has no atomic addition.
-_addition_lock = threading.Lock()
 
 
 def twin(simulated: Callable[..., Any], *, prefer_literal: bool = False) -> Callable[[_Emit], Any]:
@@ -146,34 +137,11 @@ def emit_vector_store(builder: Any, address: Any, value: Any) -> Any:
     return inline_ptx(builder, ir.VoidType(), code, "l,r,r,r,r,~{memory}", [address, *lanes])
 
 
-# ------------------------------------------------------------------ words and vectors
+# ------------------------------------------------------------------ words
 
 
 def _simulated_load_word(address: int, index: int) -> int:
     return ctypes.c_int64.from_address(address + 8 * index).value
-
-
-def _simulated_store_word(address: int, index: int, value: int) -> None:
-    ctypes.c_int64.from_address(address + 8 * index).value = value
-
-
-_Vector = ctypes.c_uint32 * 4
-
-
-def _simulated_load_vector(address: int) -> tuple[int, ...]:
-    _check_aligned(address)
-    return tuple(_Vector.from_address(address))
-
-
-def _simulated_store_vector(address: int, vector: Sequence[int]) -> None:
-    _check_aligned(address)
-    _Vector.from_address(address)[:] = list(vector)
-
-
-def _check_aligned(address: int) -> None:
-    """Raise ``ValueError`` for a misaligned access of 16 bytes, which is an error on a device."""
-    if address % VECTOR_NBYTES:
-        raise ValueError(f"an access of 16 bytes at {address:#x}, which is not a multiple of 16")
 
 
 @twin(_simulated_load_word)
@@ -184,40 +152,6 @@ def load_word(typing: Any, address: Any, index: Any) -> Any:
         return builder.load(_word_pointer(builder, args), align=8)
 
     return types.int64(types.int64, types.int64), generate
-
-
-@twin(_simulated_store_word)
-def store_word(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write a word."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _word_pointer(builder, args), align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@twin(_simulated_load_vector)
-def load_vector(typing: Any, address: Any) -> Any:
-    """Read 16 bytes at a multiple of 16, in one access."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = unpack(builder, emit_vector_load(builder, args[0]))
-        return context.make_tuple(builder, _FOUR_UINT32, lanes)
-
-    return _FOUR_UINT32(types.int64), generate
-
-
-@twin(_simulated_store_vector)
-def store_vector(typing: Any, address: Any, vector: Any) -> Any:
-    """Write 16 bytes at a multiple of 16, in one access."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = [builder.extract_value(args[1], k) for k in range(4)]
-        emit_vector_store(builder, args[0], pack(builder, lanes))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, _FOUR_UINT32), generate
 
 
 def _simulated_quotient(dividend: int, divisor: int) -> int:
@@ -245,11 +179,6 @@ def _simulated_load_flag(address: int) -> int:
 
 def _simulated_store_flag(address: int, value: int) -> None:
     ctypes.c_int64.from_address(address).value = value
-
-
-def _simulated_add_to_flag(address: int, value: int) -> None:
-    with _addition_lock:
-        ctypes.c_int64.from_address(address).value += value
 
 
 def _flag_load(code: str) -> Any:
@@ -289,12 +218,6 @@ def release(typing: Any, address: Any, value: Any) -> Any:
 def store_relaxed(typing: Any, address: Any, value: Any) -> Any:
     """Write a word that other GPUs, or the host, read; orders no other access."""
     return _flag_store("st.relaxed.sys.global.b64")
-
-
-@twin(_simulated_add_to_flag)
-def add_release(typing: Any, address: Any, value: Any) -> Any:
-    """Add to a flag, atomically, after everything that this thread has written or acquired."""
-    return _flag_store("red.release.sys.global.add.u64")
 
 
 # ------------------------------------------------------------------ time

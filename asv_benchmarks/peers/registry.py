@@ -15,7 +15,7 @@ from dvkernels.errors import AlgorithmError
 
 __all__ = ["ON_GPUS", "PEERS", "Peer", "default_python", "interpreters", "version_of"]
 
-_HERE = Path(__file__).parent
+_WORKERS = Path(__file__).parent / "workers"
 
 
 class Peer(NamedTuple):
@@ -30,7 +30,7 @@ class Peer(NamedTuple):
 
     def command(self, python: str, num_ranks: int) -> list[str]:
         """Return the command that starts the workers."""
-        worker = [python, str(_HERE / self.script), str(num_ranks), *self.arguments]
+        worker = [python, str(_WORKERS / self.script), str(num_ranks), *self.arguments]
         if self.script == "torch_worker.py":
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ class Peer(NamedTuple):
                 else {}
             ),
             "PYTHONPATH": os.pathsep.join(
-                [str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+                [str(_WORKERS), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
         }
 

@@ -6,8 +6,7 @@ import json
 import sys
 
 import pytest
-
-from dvkernels.cli import main
+from peers import main
 
 
 def test_every_case_is_measured(capsys, tmp_path):

@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dvkernels.testing.moves import JUNK, Move, Programs, Value
+from model_checker.moves import JUNK, Move, Programs, Value
 
 __all__: list[str] = []
 

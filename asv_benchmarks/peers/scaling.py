@@ -12,10 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dvkernels.benchmarks import between_workers
-from dvkernels.schedules import cost_model
 from dvkernels.schedules.cost_model import Link
 
-__all__ = ["CLUSTERS", "NETWORKS", "PUBLISHED", "RANKS", "efficiency", "reduce_seconds", "tables"]
+__all__ = [
+    "CLUSTERS",
+    "NETWORKS",
+    "PUBLISHED",
+    "RANKS",
+    "efficiency",
+    "network_ring_seconds",
+    "reduce_seconds",
+    "step_seconds",
+    "tables",
+]
 
 RANKS = (8, 32, 128, 512)
 # Assumed for all networks: the backward pass has two matrix products for each of the forward pass.
@@ -87,19 +96,41 @@ PUBLISHED = (
 SCHEDULES = ("ring", "hierarchical")
 
 
+def network_ring_seconds(link: Link, num_ranks: int, nbytes: int, num_buckets: int = 1) -> float:
+    """Return the time of a ring all-reduce whose ranks all send to their neighbours at once.
+
+    A host with several ranks has one link to the next host, so ``rate`` is that of the host.
+
+    >>> network_ring_seconds(Link(0.0, 1e9), 4, 1_000_000_000)
+    1.5
+    """
+    steps = 2 * (num_ranks - 1)
+    return steps * (num_buckets * link.latency_seconds + nbytes / num_ranks / link.rate)
+
+
+def step_seconds(compute_seconds: float, reduce_seconds: float, hidden_fraction: float) -> float:
+    """Return the time of a training step that overlaps its reduction with its computation.
+
+    ``hidden_fraction`` of the computation, at most that of the backward pass, overlaps with the
+    reduction; the rest of the reduction is waited for.
+    """
+    hidden = hidden_fraction * compute_seconds
+    return compute_seconds + max(0.0, reduce_seconds - hidden)
+
+
 def reduce_seconds(
     network: NeuralNetwork, cluster: Cluster, num_ranks: int, schedule: str
 ) -> float:
     """Return the seconds to all-reduce a gradient, by one ring or hierarchically by hosts."""
     buckets = math.ceil(network.nbytes / cluster.bucket_nbytes)
     hosts = math.ceil(num_ranks / cluster.per_host)
-    inside = cost_model.network_ring_seconds(
+    inside = network_ring_seconds(
         cluster.inside, min(num_ranks, cluster.per_host), network.nbytes, buckets
     )
     if hosts == 1:
         return inside
     ranks = num_ranks if schedule == "ring" else hosts
-    between = cost_model.network_ring_seconds(cluster.between, ranks, network.nbytes, buckets)
+    between = network_ring_seconds(cluster.between, ranks, network.nbytes, buckets)
     return between if schedule == "ring" else inside + between
 
 
@@ -113,7 +144,7 @@ def efficiency(
     """
     reduced = reduce_seconds(network, cluster, num_ranks, schedule)
     fraction = _BACKWARD_FRACTION if is_hidden else 0.0
-    return network.seconds / cost_model.step_seconds(network.seconds, reduced, fraction)
+    return network.seconds / step_seconds(network.seconds, reduced, fraction)
 
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:

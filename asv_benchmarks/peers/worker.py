@@ -11,22 +11,15 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from dvkernels.benchmarks.peers.registry import PEERS, Peer
+from dvkernels.benchmarks.measurement import Answer
 from dvkernels.errors import WorkerLostError
+from peers.registry import PEERS, Peer
 
-__all__ = ["Answer", "Worker", "end_all"]
+__all__ = ["Worker", "end_all"]
 
 _TAIL = 800  # characters of stderr that an error quotes
-
-
-class Answer(NamedTuple):
-    """A worker's answer to one command."""
-
-    seconds: float
-    wrong: int
-    note: str
 
 
 class Worker:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+from model_checker import happens_before, moves
+from model_checker.interleaving import RankInterpreter, Spin
+
 from dvkernels.schedules.flag_protocol import NUM_SLOTS, Protocol
-from dvkernels.testing import happens_before, moves
-from dvkernels.testing.interleaving import RankInterpreter, Spin
 
 __all__ = ["check_protocols"]
 
@@ -48,7 +49,7 @@ def check_protocols(
     For 1 to ``most_ranks`` ranks, in place and out of place, and any two consecutive calls: no rank
     waits forever, and signals and waits order all uses of memory, so nothing is read before its
     flag is set, or overwritten before it is read. It follows for any number of calls
-    (:mod:`dvkernels.testing.happens_before`).
+    (:mod:`model_checker.happens_before`).
 
     Up to three ranks, in all interleavings, and beyond in random ones of three consecutive calls
     with long suspensions: every result contains every contribution of its own call exactly once.
@@ -60,7 +61,7 @@ def check_protocols(
     Examples
     --------
     >>> from dvkernels.schedules import flag_all_reduce
-    >>> from dvkernels.testing import check_protocols
+    >>> from model_checker.protocol_laws import check_protocols
     >>> check_protocols([flag_all_reduce.one_shot, flag_all_reduce.ring], most_ranks=3)
     """
     for num_ranks in range(1, most_ranks + 1):

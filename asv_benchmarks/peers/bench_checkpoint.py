@@ -1,11 +1,12 @@
-"""``python -m dvkernels bench-checkpoint``: speed of checkpoints, compared with other libraries."""
+"""``python -m peers bench-checkpoint``: speed of checkpoints, compared with other libraries."""
 
 from __future__ import annotations
 
 import argparse
 
-from dvkernels.benchmarks import checkpoints as cases
-from dvkernels.cli import argument_types, peer_bench
+from dvkernels.cli import argument_types
+from peers import checkpoints as cases
+from peers import peer_bench
 
 __all__: list[str] = []
 

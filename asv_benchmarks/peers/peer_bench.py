@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dvkernels._version import __version__
-from dvkernels.benchmarks.peers import registry
-from dvkernels.benchmarks.peers.registry import Peer
-from dvkernels.benchmarks.peers.worker import Worker, end_all
 from dvkernels.benchmarks.stopwatch import Samples, ratio
 from dvkernels.cli import argument_types, output_paths
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, WorkerLostError
 from dvkernels.profiler import atomic_file
+from peers import registry
+from peers.registry import Peer
+from peers.worker import Worker, end_all
 
 __all__: list[str] = []
 

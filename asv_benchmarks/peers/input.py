@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.benchmarks.peers import input_data
-from dvkernels.benchmarks.peers.registry import Peer
-from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.benchmarks.stopwatch import Samples, alternate
 from dvkernels.data.dataset import Dataset
 from dvkernels.strategies.mirrored import MirroredStrategy
+from peers.registry import Peer
+from peers.worker import Worker
+from peers.workers import input_data
 
 __all__ = ["CASES", "PEERS", "measure"]
 

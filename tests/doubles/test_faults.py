@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
+import faults
 import pytest
+from faults import Crash, Faults, check_every_crash, injected
 
 from dvkernels.checkpoint.storage import atomic_folder, files
-from dvkernels.testing import faults
-from dvkernels.testing.faults import Crash, Faults, check_every_crash, injected
 
 
 def save(path, content, *, syncs=True, renames=True):

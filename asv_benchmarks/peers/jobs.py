@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from dvkernels.benchmarks.peers import registry
-from dvkernels.benchmarks.peers.registry import Peer
-from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.benchmarks.stopwatch import Samples, alternate
 from dvkernels.errors import AlgorithmError
+from peers import registry
+from peers.registry import Peer
+from peers.worker import Worker
 
 __all__ = ["PEERS", "cases", "measure"]
 

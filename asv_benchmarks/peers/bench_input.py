@@ -1,11 +1,11 @@
-"""``python -m dvkernels bench-input``: speed of input pipelines, compared with other libraries."""
+"""``python -m peers bench-input``: speed of input pipelines, compared with other libraries."""
 
 from __future__ import annotations
 
 import argparse
 
-from dvkernels.benchmarks import input as cases
-from dvkernels.cli import peer_bench
+from peers import input as cases
+from peers import peer_bench
 
 __all__: list[str] = []
 

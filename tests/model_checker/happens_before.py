@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dvkernels.testing.moves import Move, Programs
+from model_checker.moves import Move, Programs
 
 __all__: list[str] = []
 

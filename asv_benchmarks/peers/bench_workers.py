@@ -1,11 +1,10 @@
-"""``python -m dvkernels bench-workers``: all-reduce between processes, against MPI and Gloo."""
+"""``python -m peers bench-workers``: all-reduce between processes, against MPI and Gloo."""
 
 from __future__ import annotations
 
 import argparse
 
-from dvkernels.benchmarks import jobs
-from dvkernels.cli import peer_bench
+from peers import jobs, peer_bench
 
 __all__: list[str] = []
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from dvkernels.benchmarks import input as cases
-from dvkernels.cli import main
+from peers import input as cases
+from peers import main
 
 
 def test_every_case_is_measured(capsys, monkeypatch, tmp_path):

@@ -190,7 +190,7 @@ def injected(faults: Faults) -> Iterator[Faults]:
     Examples
     --------
     >>> import errno, tempfile, dvkernels as dv
-    >>> from dvkernels.testing import faults
+    >>> import faults
     >>> checkpoint = dv.Checkpoint(weight=dv.Variable([1.0, 2.0]))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with faults.injected(faults.Faults(room=20)):
@@ -228,7 +228,7 @@ def check_every_crash(
     Examples
     --------
     >>> import tempfile, dvkernels as dv
-    >>> from dvkernels.testing import faults
+    >>> import faults
     >>> weight = dv.Variable(0.0)
     >>> checkpoint = dv.Checkpoint(weight=weight)
     >>> with tempfile.TemporaryDirectory() as folder:

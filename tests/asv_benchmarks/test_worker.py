@@ -8,9 +8,9 @@ import time
 
 import psutil
 import pytest
+from peers import registry
+from peers.worker import Worker
 
-from dvkernels.benchmarks.peers import registry
-from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.errors import WorkerLostError
 
 GREETS_THEN_ANSWERS = """

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from dvkernels import context
-from dvkernels.benchmarks.peers import checkpoint_data
-from dvkernels.benchmarks.peers.registry import Peer
-from dvkernels.benchmarks.peers.worker import Worker
 from dvkernels.benchmarks.stopwatch import Samples, alternate
 from dvkernels.checkpoint.checkpoint import Checkpoint
 from dvkernels.strategies.mirrored import MirroredStrategy
 from dvkernels.variables.variable import Variable
+from peers.registry import Peer
+from peers.worker import Worker
+from peers.workers import checkpoint_data
 
 __all__ = ["CASES", "PEERS", "measure", "memory_folder"]
 

@@ -1,0 +1,1 @@
+"""Benchmarks of dvkernels beside other libraries: ``cd asv_benchmarks && python -m peers VERB``."""

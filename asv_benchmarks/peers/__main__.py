@@ -1,0 +1,7 @@
+"""Entry point of ``python -m peers``."""
+
+import sys
+
+from peers.main import main
+
+sys.exit(main())
