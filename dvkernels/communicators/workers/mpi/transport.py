@@ -24,10 +24,10 @@ from dvkernels.communicators.workers.consistency import (
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
 from dvkernels.communicators.workers.mpi.control_rounds import ControlRounds
 from dvkernels.communicators.workers.mpi.mpi_point_to_point import MpiPointToPoint
+from dvkernels.communicators.workers.mpi.request import Finish, Request
 from dvkernels.communicators.workers.shm.segment import NUM_CHANNELS
 from dvkernels.communicators.workers.shm.staging import Staging
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.communicators.workers.wait import Finish, Request
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules.cost_model import Routing
