@@ -23,8 +23,9 @@ from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.nest import describe_structure
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.foreign_threads import UnscopedRendezvous
-from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous
+from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.values import function_checks, regroup, replica_weights
 from dvkernels.values.array_leaves import ArrayLeaves, arrays_of, prepare_gather, with_common_dtype
 from dvkernels.values.distributed import PerReplica, is_integer

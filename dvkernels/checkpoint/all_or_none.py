@@ -12,7 +12,7 @@ from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.communicators.base import Workers
 from dvkernels.communicators.single import Single
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
-from dvkernels.replicas.rendezvous import StepEnded
+from dvkernels.replicas.diagnostics import StepEnded
 from dvkernels.user_errors import brief, describe
 
 __all__: list[str] = []

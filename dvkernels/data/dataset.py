@@ -7,27 +7,23 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from dvkernels.data.batch import Batch
 from dvkernels.data.checks import check_count, check_flag
 from dvkernels.data.cursor import Cursor
 from dvkernels.data.file_source import FileList, FromFiles, FromIndexedFiles
+from dvkernels.data.filter import Filter
+from dvkernels.data.map import Map
 from dvkernels.data.node import Length, Node
-from dvkernels.data.prefetch import Prefetcher
+from dvkernels.data.prefetch import Prefetch, Prefetcher, prefetch_depth
 from dvkernels.data.queue_source import FromQueue
+from dvkernels.data.repeat import Repeat
+from dvkernels.data.shard import Shard
 from dvkernels.data.shuffle import Shuffle, WindowedShuffle
+from dvkernels.data.skip import Skip
 from dvkernels.data.sources import FromArrays, FromIterable, FromSequence, Range, SupportsIndexing
 from dvkernels.data.stateful_source import FromSource, FromStatefulIterable, Source
-from dvkernels.data.transforms import (
-    Batch,
-    Filter,
-    Map,
-    Prefetch,
-    Repeat,
-    Shard,
-    Skip,
-    Take,
-    prefetch_depth,
-)
-from dvkernels.data.zipped import Zip
+from dvkernels.data.take import Take
+from dvkernels.data.zip import Zip
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 

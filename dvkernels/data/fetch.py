@@ -7,8 +7,7 @@ from typing import Any
 from dvkernels.data.cursor import Cursor, EpochPosition
 from dvkernels.data.error_policy import SkippedElements, skipping
 from dvkernels.data.node import Node
-from dvkernels.data.prefetch import Prefetcher
-from dvkernels.data.transforms import prefetch_depth
+from dvkernels.data.prefetch import Prefetcher, prefetch_depth
 
 __all__ = ["Fetcher"]
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 from dvkernels import deadlines
 from dvkernels.data.array_nest import nbytes_of
+from dvkernels.data.checks import check_count
 from dvkernels.data.cursor import Cursor, EpochPosition
 from dvkernels.data.error_policy import SkippedElements, skipping
 from dvkernels.data.exclusion import MutualExclusion
-from dvkernels.data.node import Node
+from dvkernels.data.node import Node, RowSelector
+from dvkernels.data.transform import SamePositions
 from dvkernels.errors import DatasetError
 from dvkernels.profiler import memory_report
 from dvkernels.threads import stoppable_thread
@@ -24,10 +26,46 @@ from dvkernels.threads.stoppable_thread import StoppableThread
 from dvkernels.threads.thread import Latch
 from dvkernels.user_errors import describe
 
-__all__ = ["Prefetcher"]
+__all__ = ["Prefetch", "Prefetcher", "prefetch_depth"]
 
 _POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 5.0
+
+
+class Prefetch(SamePositions):
+    """Prefetch: the same elements, of which iterators keep ``depth`` ready."""
+
+    def __init__(self, source: Node, depth: int) -> None:
+        self.depth = check_count("prefetch", "n", depth, 0)
+        super().__init__(source, source.length)
+
+    def describe(self) -> str:
+        return f"prefetch({self.depth})"
+
+    @property
+    def pipeline(self) -> tuple[str, ...]:
+        return self.source.pipeline  # prefetching changes no element and no position
+
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+        return self.source.elements(indices, epoch)
+
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+        return self.source.select_rows(index, epoch, select)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        return self.source.iterate(epoch, start)
+
+
+def prefetch_depth(node: Node, wanted: int | None = None) -> int:
+    """Return how many elements iterators prefetch: ``wanted``, or the depth set by the pipeline.
+
+    It is 0 for a live source, whose prefetched elements would be lost when they are dropped.
+    """
+    if node.why_not_resumable is not None:
+        return 0
+    if wanted is not None:
+        return wanted
+    return max((link.depth for link in node.links() if isinstance(link, Prefetch)), default=0)
 
 
 class _PrefetchedElement(NamedTuple):

@@ -13,11 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dvkernels.data.batch import Batch
 from dvkernels.data.checks import check_count
 from dvkernels.data.cursor import EpochPosition
+from dvkernels.data.map import Map
 from dvkernels.data.node import Node
+from dvkernels.data.prefetch import Prefetch
+from dvkernels.data.repeat import Repeat
 from dvkernels.data.state_encoding import decode, encode
-from dvkernels.data.transforms import Batch, Map, Prefetch, Repeat
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 

@@ -15,7 +15,7 @@ from dvkernels.kernels import backends
 from dvkernels.optimizers import gradients, saved_state
 from dvkernels.optimizers.slots import Slots, VariableState
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.replicas.rendezvous import CollectiveCall, Same
+from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, replica_weights, scalar_checks
 from dvkernels.variables.variable import Variable, copies_of

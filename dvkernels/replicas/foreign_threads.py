@@ -16,7 +16,8 @@ import types
 from pathlib import Path
 
 from dvkernels.errors import ContextError
-from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous
+from dvkernels.replicas.collective_call import CollectiveCall
+from dvkernels.replicas.rendezvous import Rendezvous
 
 __all__: list[str] = []
 

@@ -17,22 +17,21 @@ import os
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dvkernels import deadlines, nest, user_errors
+from dvkernels import deadlines, user_errors
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, ContextError
 from dvkernels.profiler import debugging, tracing
+from dvkernels.replicas import diagnostics
+from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.gates import Gates
+from dvkernels.replicas.pending import PendingCall, PendingCalls
 from dvkernels.replicas.progress_thread import ProgressThread
-from dvkernels.threads.thread import Latch
 
 __all__: list[str] = []
 
 NOWHERE = debugging.RunningReplica("", 0, 0)
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
 _CHECK_SECONDS = 1.0  # how often a waiting replica checks that the others can still arrive
 
 
@@ -46,66 +45,6 @@ def rest_gate(num_replicas: int) -> int:
     return num_replicas + 1
 
 
-class StepEnded(CollectiveMismatchError):
-    """Refusal of a collective because the step has already failed, in this or another replica."""
-
-
-_REBUILDABLE = (CollectiveMismatchError, CollectiveTimeoutError, StepEnded)
-
-
-class Same(int):
-    """The ``id`` of an object that must be the same in all replicas; not printed."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return ""
-
-
-class CollectiveCall(NamedTuple):
-    """Call of a collective by one replica."""
-
-    verb: str  # the name the user called: all_reduce, barrier, Variable.assign
-    terms: tuple[Any, ...]  # what all replicas must agree on: op, structure, shapes, dtypes
-    payload: Any  # this replica's contribution
-    act: Callable[[list[Any]], Sequence[Any]]  # all payloads -> one result per replica
-
-    def __str__(self) -> str:
-        terms = (
-            nest.describe_structure(term) if nest.is_structure(term) else user_errors.text_of(term)
-            for term in self.terms
-            if term is not None
-        )
-        return f"{self.verb}({', '.join(term for term in terms if term)})"
-
-
-class PendingCall:
-    """Asynchronous collective, performed once all replicas have issued it."""
-
-    __slots__ = ("_claims", "call_sites", "done", "is_over", "requests", "results")
-
-    def __init__(self, num_replicas: int) -> None:
-        self.requests: list[CollectiveCall | None] = [None] * num_replicas
-        self.call_sites = [""] * num_replicas
-        self.results: Sequence[Any] = ()
-        self.done = Latch()  # opens when there are results, or the step has failed
-        self.is_over = Latch()  # opens when the thread that performs it has finished
-        self._claims = [None]
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all replicas have issued the call."""
-        return None not in self.requests
-
-    def claim(self) -> bool:
-        """Claim the call, to perform or cancel it; False if another thread has claimed it."""
-        try:
-            self._claims.pop()
-        except IndexError:
-            return False
-        return True
-
-
 class Rendezvous:
     """State of one step: one call of ``run`` over ``num_replicas`` threads.
 
@@ -115,20 +54,16 @@ class Rendezvous:
     __slots__ = (
         "_announce",
         "_arrivals",
-        "_awaited",
         "_debug_state",
         "_echoes",
         "_failures",
         "_first_nap",
         "_first_replica",
         "_gates",
-        "_has_awaited",
         "_has_ended",
         "_has_left",
-        "_issued",
-        "_pending",
+        "_pending_calls",
         "_pid",
-        "_progress_thread",
         "_requests",
         "_results",
         "_stalls",
@@ -165,13 +100,10 @@ class Rendezvous:
         self._arrivals = itertools.count(1)
         self._has_left = [False] * num_replicas
         self._has_ended = has_ended  # by replica: its thread has ended, so it never arrives
-        # Performs asynchronous calls; without one they are performed at once.
-        self._progress_thread = progress_thread
-        self._issued = [0] * num_replicas
-        self._pending: dict[int, PendingCall] = {}
-        # The asynchronous call that each replica waits, or last waited, for.
-        self._awaited: list[PendingCall | None] = [None] * num_replicas
-        self._has_awaited = False
+        # None without a progress thread: asynchronous calls are then performed at once.
+        self._pending_calls = (
+            None if progress_thread is None else PendingCalls(num_replicas, progress_thread)
+        )
         self._requests: list[CollectiveCall | None] = [None] * num_replicas
         self._results: Sequence[Any] = ()
         self._thread_idents: dict[int, int] = {}  # by replica; 0: it will never start
@@ -222,7 +154,12 @@ class Rendezvous:
                 is_last = next(self._arrivals) % self.num_replicas == 0
                 if self.failure is not None:  # meanwhile; a later failure opens the gate
                     raise self._ended()
-                if True in self._has_left or (self._has_awaited and self._is_stuck()):
+                pending_calls = self._pending_calls
+                if True in self._has_left or (
+                    pending_calls is not None
+                    and pending_calls.has_awaited
+                    and pending_calls.is_stuck(self._requests)
+                ):
                     self._fail_deserted()
                 elif is_last:
                     return self._complete(replica)
@@ -257,24 +194,20 @@ class Rendezvous:
         self._check_alive(request.verb)
         if self._debug_state is not None:
             self._debug_state.record(self.label_of(replica), str(request))
-        if self._progress_thread is None:
+        pending_calls = self._pending_calls
+        if pending_calls is None:
             alone = PendingCall(1)
             alone.results = self._perform_call([request])
             alone.done.open()
             return alone
-        number = self._issued[replica]
-        pending = self._pending.get(number) or self._pending.setdefault(
-            number, PendingCall(self.num_replicas)
-        )
-        pending.call_sites[replica] = user_line(sys._getframe())
-        pending.requests[replica] = request
-        self._issued[replica] = number + 1
-        if any(has_left and self._issued[k] <= number for k, has_left in enumerate(self._has_left)):
+        call_site = diagnostics.user_line(sys._getframe())
+        pending = pending_calls.issue(replica, request, call_site)
+        if True in self._has_left and pending_calls.is_deserted(replica, self._has_left):
             self._fail_deserted()
         if self.failure is not None:
             raise self._ended()
         if pending.is_complete:  # several replicas may see it; claim() lets one job perform it
-            self._progress_thread.submit(functools.partial(self._perform_pending, pending))
+            pending_calls.progress_thread.submit(functools.partial(self._perform_pending, pending))
         return pending
 
     def _perform_pending(self, pending: PendingCall) -> None:
@@ -295,23 +228,19 @@ class Rendezvous:
         """Wait for an asynchronous collective; return this replica's result."""
         if not pending.done.is_open:
             self._check_alive("wait")
-            self._awaited[replica] = pending
-            self._has_awaited = True
-            if self._is_stuck():
+            pending_calls = self._pending_calls
+            assert pending_calls is not None
+            pending_calls.awaited[replica] = pending
+            pending_calls.has_awaited = True
+            if pending_calls.is_stuck(self._requests):
                 self._fail_deserted()
             wait = pending.done.wait
             if not wait(self._first_nap) and not self._keep_waiting(
-                replica, wait, lambda: self._will_be_performed(pending)
+                replica, wait, lambda: pending_calls.will_be_performed(pending)
             ):
-                missing = self._missing(pending.requests)
+                missing = diagnostics.missing_replicas(pending.requests, self._first_replica)
                 whom = f"replicas {missing} to issue" if missing else "a thread to carry out"
-                self.fail(
-                    CollectiveTimeoutError(
-                        f"replica {self._first_replica + replica} waited {self._timeout:g} s in "
-                        f"vain for {whom} {pending.requests[replica]}; set "
-                        f"DVKERNELS_TIMEOUT_SECONDS if they need longer"
-                    )
-                )
+                self._fail_late(replica, f"{whom} {pending.requests[replica]}")
         if not pending.results:
             raise (
                 self._ended()
@@ -319,40 +248,6 @@ class Rendezvous:
                 else ContextError("the step of this handle has ended")
             )
         return pending.results[replica]
-
-    def _will_be_performed(self, pending: PendingCall) -> bool:
-        """Return whether all replicas have issued the call, and a thread serves the queue."""
-        return (
-            pending.is_complete
-            and self._progress_thread is not None
-            and self._progress_thread.is_served
-        )
-
-    def _is_stuck(self) -> bool:
-        """Return whether all replicas wait, some of them for calls that none can issue now."""
-        # Read first: a replica that waits at the rendezvous has issued its earlier calls.
-        arrived = tuple(self._requests)
-        incomplete = 0
-        for request, pending in zip(arrived, self._awaited, strict=True):
-            if request is None and pending is not None and not pending.done.is_open:
-                incomplete += not pending.is_complete
-        return 0 < incomplete == arrived.count(None)
-
-    def _drain(self) -> None:
-        """Wait for the progress thread: it reads arrays that belong to the caller afterwards.
-
-        If the step has failed, cancel the calls that it has not begun.
-        """
-        if self._progress_thread is None or self._is_forked():
-            return
-        for pending in tuple(self._pending.values()):
-            while pending.is_complete and not pending.is_over.is_open:
-                if self.failure is not None and pending.claim():
-                    break
-                if not pending.is_over.wait(_CHECK_SECONDS) and not self._progress_thread.is_served:
-                    if self.failure is not None:
-                        break
-                    self.fail(ContextError("the thread that carries out collectives has ended"))
 
     def _check_alive(self, verb: str) -> None:
         if self.closed:
@@ -374,21 +269,12 @@ class Rendezvous:
         first = requests[0]
         for other in requests[1:]:
             if other.verb != first.verb or other.terms != first.terms:
-                if call_sites is None:
-                    calls = self._describe_replicas()
-                else:
-                    calls = "; ".join(
-                        f"replica {replica} called {request} at {call_site}"
-                        for replica, (request, call_site) in enumerate(
-                            zip(requests, call_sites, strict=True), self._first_replica
-                        )
-                    )
-                remedy = "every replica must call the same collectives in the same order, with "
-                remedy += "the same shapes and dtypes"
-                if str(other) == str(first):
-                    remedy = "they mean different objects that look alike; make them once, outside "
-                    remedy += "of run, or all replicas together in it"
-                raise CollectiveMismatchError(f"the replicas disagree: {calls}; {remedy}")
+                calls = (
+                    self._describe_replicas()
+                    if call_sites is None
+                    else diagnostics.describe_issued(requests, call_sites, self._first_replica)
+                )
+                raise diagnostics.mismatch_error(calls, first, other)
         payloads = [request.payload for request in requests]
         recording = tracing.active
         began = 0 if recording is None else time.perf_counter_ns()
@@ -410,21 +296,12 @@ class Rendezvous:
             replica, functools.partial(gates.sleep, replica), lambda: self._has_all(replica)
         )
         if not opened:
-            missing = self._missing(self._requests)
-            self.fail(
-                CollectiveTimeoutError(
-                    f"replica {self._first_replica + replica} waited {self._timeout:g} s in vain "
-                    f"for replicas {missing}: {self._describe_replicas()}; set "
-                    f"DVKERNELS_TIMEOUT_SECONDS if they need longer"
-                )
-            )
+            missing = diagnostics.missing_replicas(self._requests, self._first_replica)
+            self._fail_late(replica, f"replicas {missing}: {self._describe_replicas()}")
 
     def _has_all(self, replica: int) -> bool:
         """Return whether all replicas have arrived at the collective a replica waits in."""
         return self._requests[replica] is None or None not in self._requests
-
-    def _missing(self, requests: Sequence[CollectiveCall | None]) -> list[int]:
-        return [k for k, request in enumerate(requests, self._first_replica) if request is None]
 
     def _keep_waiting(
         self,
@@ -480,21 +357,18 @@ class Rendezvous:
         self._gates.open_and_let_run(last, rest)
 
     def _fail_deserted(self) -> None:
-        self.fail(
-            CollectiveMismatchError(
-                f"a replica returned while others wait in a collective, or each waits for another: "
-                f"{self._describe_replicas()}; every replica must call the same collectives in "
-                f"the same order"
-            )
-        )
+        self.fail(diagnostics.desertion_error(self._describe_replicas()))
+
+    def _fail_late(self, replica: int, awaited: str) -> None:
+        self.fail(diagnostics.timeout_error(self._first_replica + replica, self._timeout, awaited))
 
     def leave(self, replica: int) -> None:
         """Record that this replica's function has ended."""
         self._has_left[replica] = True
+        pending_calls = self._pending_calls
         is_waited_for = (
-            self._issued[replica] < len(self._pending)
-            or self._requests.count(None) < self.num_replicas
-        )
+            pending_calls is not None and pending_calls.calls and pending_calls.is_behind(replica)
+        ) or self._requests.count(None) < self.num_replicas
         if is_waited_for and self.failure is None:
             self._fail_deserted()
         if self._gates is not None and not self._is_forked():
@@ -519,8 +393,8 @@ class Rendezvous:
         if self._gates is not None:
             for gate in range(self.num_replicas):
                 self._gates.open(gate)
-        for pending in tuple(self._pending.values()):
-            pending.done.open()
+        if self._pending_calls is not None:
+            self._pending_calls.wake()
         if self._announce is not None:  # which announces the same failure only once
             self._announce(self.failure)
 
@@ -540,7 +414,9 @@ class Rendezvous:
                     if replica == 0 or not started:
                         self._withdraw(replica)
                 self._wait_for_all(patient=interrupt is None)
-                self._drain()
+                pending_calls = self._pending_calls
+                if pending_calls is not None and pending_calls.calls and not self._is_forked():
+                    pending_calls.drain(lambda: self.failure is not None, self.fail)
                 return
             except BaseException as error:
                 interrupt = error
@@ -599,36 +475,17 @@ class Rendezvous:
         self._failures = {}
         self.errors = {}
         self._echoes = []
-        self._pending = {}
-        self._awaited = [None] * self.num_replicas
+        if self._pending_calls is not None:
+            self._pending_calls.clear()
 
     def outcome(self, failure: BaseException) -> BaseException:
         """Return the error that ``run`` raises: that of the lowest replica, others as notes."""
         if not self.errors:
             return failure
-        first, *others = sorted(self.errors)
-        error = self.errors[first]
-        for other in others:
-            raised = self.errors[other]
-            name = self._first_replica + other
-            user_errors.annotate(
-                error, f"replica {name} also raised {user_errors.describe(raised)}"
-            )
-        if self.num_replicas > 1:
-            user_errors.annotate(
-                error, f"raised in replica {self._first_replica + first} of {self.num_replicas}"
-            )
-        return error
+        return diagnostics.combined_error(self.errors, self.num_replicas, self._first_replica)
 
     def _ended(self) -> BaseException:
-        failure = self.failure
-        # A user's error class may not accept its own args, so only our classes are rebuilt.
-        if failure is not None and type(failure) in _REBUILDABLE:
-            echo: BaseException = type(failure)(*failure.args)
-        else:
-            echo = StepEnded(
-                f"this step has ended because a replica raised {user_errors.describe(failure)}"
-            )
+        echo = diagnostics.echo_of(self.failure)
         self._echoes.append(echo)
         return echo
 
@@ -637,37 +494,10 @@ class Rendezvous:
         return user_errors.is_caused_by(error, self._echoes)
 
     def _describe_replicas(self) -> str:
-        frames = sys._current_frames()
-        return "; ".join(
-            self._describe_replica(replica, request, frames)
-            for replica, request in enumerate(self._requests)
+        return diagnostics.describe_replicas(
+            self._requests,
+            self._pending_calls,
+            self._has_left,
+            self._thread_idents,
+            self._first_replica,
         )
-
-    def _describe_replica(
-        self, replica: int, request: CollectiveCall | None, frames: dict[int, types.FrameType]
-    ) -> str:
-        ident = self._thread_idents.get(replica, 0)
-        name = self._first_replica + replica
-        if self._has_left[replica]:
-            return f"replica {name} has returned"
-        issued = [
-            p for p in tuple(self._pending.values()) if p.requests[replica] and not p.is_complete
-        ]
-        call_site = user_line(frames.get(ident))
-        if request is not None:
-            doing = f"called {request}"
-        elif issued:
-            doing, call_site = (
-                f"called {issued[0].requests[replica]}",
-                issued[0].call_sites[replica],
-            )
-        else:
-            doing = "is still running"
-        return f"replica {name} {doing} at {call_site}"
-
-
-def user_line(frame: types.FrameType | None) -> str:
-    """Return the file and line of the innermost frame outside of this package."""
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

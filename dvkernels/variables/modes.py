@@ -18,7 +18,7 @@ from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
-from dvkernels.replicas.rendezvous import CollectiveCall, Same
+from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables import scatter
 from dvkernels.variables.copies import Copies

@@ -23,7 +23,8 @@ from dvkernels.errors import (
     SynchronizationError,
 )
 from dvkernels.profiler import memory_report
-from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous, Same
+from dvkernels.replicas.collective_call import CollectiveCall, Same
+from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import function_checks, regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer

@@ -10,13 +10,13 @@ import numpy as np
 from threads_as_workers import segments_of
 
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
+from dvkernels.communicators.workers.mpi.request import AllRequests
 from dvkernels.communicators.workers.shm.staging import (
     NUM_RESULTS,
     PIECE_NBYTES,
     LocalStaging,
     SharedStaging,
 )
-from dvkernels.communicators.workers.wait import AllRequests
 from dvkernels.schedules.cost_model import Routing
 
 

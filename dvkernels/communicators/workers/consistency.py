@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
-from dvkernels.replicas.rendezvous import StepEnded, user_line
+from dvkernels.replicas.diagnostics import StepEnded, user_line
 from dvkernels.user_errors import describe, is_caused_by
 
 __all__: list[str] = []

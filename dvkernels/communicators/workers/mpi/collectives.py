@@ -35,11 +35,11 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.communicators import accumulation
+from dvkernels.communicators.workers.mpi.pipeline import Piece, run_pipeline
 from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
+from dvkernels.communicators.workers.mpi.request import AllRequests, Finish
 from dvkernels.communicators.workers.mpi.ring import HostRing
-from dvkernels.communicators.workers.pipeline import Piece, run_pipeline
 from dvkernels.communicators.workers.shm.staging import PIECE_NBYTES, Staging
-from dvkernels.communicators.workers.wait import AllRequests, Finish
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import host_parts, partition

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from dvkernels.communicators.workers.wait import Request
+from dvkernels.communicators.workers.mpi.request import Request
 
 __all__: list[str] = []
 

@@ -18,7 +18,7 @@ from typing import Any, final
 from dvkernels.communicators import accumulation
 from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
-from dvkernels.communicators.workers.wait import Request
+from dvkernels.communicators.workers.mpi.request import Request
 from dvkernels.kernels.cpu import direct
 from dvkernels.schedules import host_parts
 from dvkernels.schedules.host_parts import Hop

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import numpy as np
 from mpi4py import MPI
@@ -21,14 +21,14 @@ from dvkernels.communicators.workers.consistency import (
     Fingerprint,
     Vote,
 )
+from dvkernels.communicators.workers.ended import GAVE_UP, LOST, AbortableTransport
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
 from dvkernels.communicators.workers.mpi.control_rounds import ControlRounds
 from dvkernels.communicators.workers.mpi.mpi_point_to_point import MpiPointToPoint
+from dvkernels.communicators.workers.mpi.request import Finish, Request
 from dvkernels.communicators.workers.shm.segment import NUM_CHANNELS
 from dvkernels.communicators.workers.shm.staging import Staging
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.communicators.workers.wait import Finish, Request
-from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules.cost_model import Routing
 
@@ -43,7 +43,7 @@ _REPORT_SECONDS = 1.0  # after which a waiting worker reports its round to the o
 _LOST_ROUNDS = [-1, -1]  # the last rounds of a worker that MPI has lost
 _PRESENT: tuple[list[int], str] = [], ""
 _CATCH_UP = 0  # the vote in a round in which a worker calls nothing
-_LOST, _GAVE_UP, _LEFT, _WAITS = 1, 2, 3, 4  # tags; _WAITS + channel
+_LEFT, _WAITS = 3, 4  # tags, beside the kinds of an end; _WAITS + channel
 
 
 class _OutOfBandMessages:
@@ -89,7 +89,7 @@ class _OutOfBandMessages:
             payload = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             message.Recv([payload, MPI.BYTE])
             text, tag = payload.tobytes().decode(errors="replace"), status.Get_tag()
-            if tag in (_LOST, _GAVE_UP):
+            if tag in (LOST, GAVE_UP):
                 self.ended = self.ended or (tag, text)
             elif tag == _LEFT:
                 rounds, _, why = text.partition(";")
@@ -111,6 +111,10 @@ class _OutOfBandMessages:
             self.ended = kind, text
             self.send(kind, text)
 
+    def why_ended(self) -> tuple[int, str] | None:
+        """Return kind and text of the abort that is known; None if none is."""
+        return self.ended
+
 
 def _is_over(request: Any) -> bool:
     try:
@@ -120,7 +124,7 @@ def _is_over(request: Any) -> bool:
 
 
 @final
-class MpiTransport:
+class MpiTransport(AbortableTransport):
     """Transport between the workers of several hosts; see ``group.Transport``.
 
     Parameters
@@ -149,7 +153,9 @@ class MpiTransport:
         failures: FailureState | None = None,
         out_of_band: _OutOfBandMessages | None = None,
     ) -> None:
-        self.rank, self.size = comm.rank, comm.size
+        self._out_of_band = out_of_band or _OutOfBandMessages(comm)
+        super().__init__(comm.rank, self._out_of_band, failures or FailureState())
+        self.size = comm.size
         self.timeout_seconds = timeout_seconds
         self._comm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -159,9 +165,7 @@ class MpiTransport:
         self._channel = channel
         self._number = 0
         self._last: Fingerprint | None = None
-        self._failures = failures or FailureState()
-        self._out_of_band = out_of_band or _OutOfBandMessages(comm)
-        end = functools.partial(self._out_of_band.end, _LOST)
+        end = functools.partial(self._out_of_band.end, LOST)
         self._consistency = ConsistencyCheck(self, self._failures, end)
         if channel == 0:
             self._duplicate: MpiTransport | None = MpiTransport(
@@ -223,7 +227,7 @@ class MpiTransport:
 
     def _agree(self, fingerprint: Fingerprint, nbytes: int) -> list[Vote]:
         if self._out_of_band.ended is not None:  # no data of a worker that has aborted
-            raise self._why_ended()
+            raise self.end_error()
         votes = self._consistency.agree(fingerprint, nbytes, _stage_nothing)
         self._last = fingerprint
         return votes
@@ -267,7 +271,7 @@ class MpiTransport:
                 time.sleep(0)  # others may need this core
             self._wait(request, fingerprint, began)
         except MPI.Exception as error:
-            self._end(_LOST, f"worker {self.rank} lost another in {fingerprint.text}: {error}")
+            self.abort(LOST, f"worker {self.rank} lost another in {fingerprint.text}: {error}")
 
     def _wait(self, request: Request, fingerprint: Fingerprint, began: float) -> None:
         out_of_band = self._out_of_band
@@ -275,11 +279,11 @@ class MpiTransport:
         while not request.Test():
             out_of_band.poll()
             if out_of_band.ended is not None:
-                raise self._why_ended()
+                raise self.end_error()
             for worker, (rounds, why) in out_of_band.left.items():
                 if rounds[self._channel] < self._number:
                     text = f"worker {worker} is lost while {fingerprint.text} waits for it: {why}"
-                    self._end(_LOST, text)
+                    self.abort(LOST, text)
             waited = time.monotonic() - began
             where = self._number
             others_wait = any(self._has_arrived(worker) for worker in range(self.size))
@@ -303,30 +307,14 @@ class MpiTransport:
         # but because of a third worker, which stopped half-way.
         absent = [worker for worker in absent if not self._out_of_band.is_blocked(worker)] or absent
         last = "before any collective" if self._last is None else f"in {self._last.text}"
-        self._end(
-            _GAVE_UP,
+        self.abort(
+            GAVE_UP,
             f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers {absent} "
             f"to call {fingerprint.text}: they were last seen {last}; give timeout_seconds if they "
             f"need longer",
         )
 
     # -- the end ----------------------------------------------------------------------------------
-
-    def end(self, error: BaseException) -> None:
-        """Abort the group, unless it has ended."""
-        if not self.has_ended:
-            kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
-            self._out_of_band.end(kind, str(error))
-
-    def _end(self, kind: int, text: str) -> NoReturn:
-        self._out_of_band.end(kind, text)
-        raise self._why_ended()
-
-    def _why_ended(self) -> BaseException:
-        assert self._out_of_band.ended is not None
-        kind, text = self._out_of_band.ended
-        error = CollectiveTimeoutError(text) if kind == _GAVE_UP else WorkerLostError(text)
-        return self._failures.note(error)
 
     @property
     def has_ended(self) -> bool:
@@ -359,11 +347,6 @@ class MpiTransport:
             if not self.is_complete():
                 return False
         return True
-
-    def announce(self, error: BaseException) -> None:
-        """Tell the other workers, in either channel, that this worker's step has failed."""
-        if not self.has_ended:
-            self._failures.announce(error, self.rank)
 
     def leave(self, text: str) -> None:
         """Tell the other workers that this one arrives in no further round, and why."""

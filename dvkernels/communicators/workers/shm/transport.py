@@ -19,7 +19,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import numpy as np
 
@@ -32,9 +32,9 @@ from dvkernels.communicators.workers.consistency import (
     Vote,
     fingerprint_of,
 )
+from dvkernels.communicators.workers.ended import GAVE_UP, LOST, AbortableTransport
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES, NUM_CHANNELS, Segment
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.kernels.cpu import direct, shm_all_reduce
 from dvkernels.kernels.cpu.engine import shm_barrier
 from dvkernels.reduce_op import ReduceOp, Reduction
@@ -47,7 +47,6 @@ _PAUSES, _PAUSES_OF_MANY = 60_000, 100
 _PAUSES_BETWEEN_NAPS = 100
 _NAP_SECONDS, _LONGEST_NAP_SECONDS = 50e-6, 1e-3
 _CHECK_SECONDS = 0.1  # how often a waiting worker checks that the others still exist
-_LOST, _GAVE_UP = 1, 2
 _MAX_VIEWS = 256
 _LINE = 64
 _NO_PIECE, _NO_RESULT = slice(0), np.empty(0)
@@ -59,7 +58,7 @@ _IN_PLACE_DONE = fingerprint_of("all_reduce, the end")
 
 
 @final
-class SharedMemoryTransport:
+class SharedMemoryTransport(AbortableTransport):
     """Transport between the workers of one host; see ``group.Transport``.
 
     Parameters
@@ -83,7 +82,8 @@ class SharedMemoryTransport:
         channel: int = 0,
         failures: FailureState | None = None,
     ) -> None:
-        self.rank, self.size = segment.rank, segment.size
+        super().__init__(segment.rank, segment, failures or FailureState())
+        self.size = segment.size
         self.timeout_seconds = timeout_seconds
         self._segment = segment
         self.symmetric_memory = symmetric_memory
@@ -97,9 +97,8 @@ class SharedMemoryTransport:
         self._number = 0
         self._last: Fingerprint | None = None
         self._views: dict[Any, list[list[Any]]] = {}
-        self._failures = failures or FailureState()
         self._consistency = ConsistencyCheck(
-            self, self._failures, functools.partial(segment.end, _LOST)
+            self, self._failures, functools.partial(segment.end, LOST)
         )
         if channel + 1 < NUM_CHANNELS:
             # Without symmetric memory: the order of its allocations is that of the first channel.
@@ -354,7 +353,7 @@ class SharedMemoryTransport:
                     self._check_absent(fingerprint, now - began)
                     next_check = now + _CHECK_SECONDS
         if outcome == shm_barrier.ENDED:
-            raise self._why_ended()
+            raise self.end_error()
         return outcome
 
     def _check_absent(self, fingerprint: Fingerprint, waited_seconds: float) -> None:
@@ -367,14 +366,14 @@ class SharedMemoryTransport:
             if why is None and not segment.is_alive(worker):
                 why = f"process {segment.process_of(worker)} has disappeared: was it killed?"
             if why is not None:
-                self._end(
-                    _LOST, f"worker {worker} is lost while {fingerprint.text} waits for it: {why}"
+                self.abort(
+                    LOST, f"worker {worker} is lost while {fingerprint.text} waits for it: {why}"
                 )
         if waited_seconds > self.timeout_seconds:
             last = "before any collective" if self._last is None else f"in {self._last.text}"
             seen = "; ".join(self._describe_worker(worker, last) for worker in absent)
-            self._end(
-                _GAVE_UP,
+            self.abort(
+                GAVE_UP,
                 f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers "
                 f"{absent} to call {fingerprint.text}: {seen}; give timeout_seconds if they need "
                 f"longer",
@@ -388,33 +387,6 @@ class SharedMemoryTransport:
         return f"worker {worker}, process {process}, is {doing} and was last seen {last}"
 
     # -- the end ----------------------------------------------------------------------------------
-
-    def end(self, error: BaseException) -> None:
-        """Abort the group, unless it has ended."""
-        if not self.has_ended:
-            kind = _GAVE_UP if isinstance(error, CollectiveTimeoutError) else _LOST
-            self._segment.end(kind, str(error))
-
-    def _end(self, kind: int, text: str) -> NoReturn:
-        self._segment.end(kind, text)
-        raise self._why_ended()
-
-    def _why_ended(self) -> BaseException:
-        found = self._segment.why_ended()
-        assert found is not None
-        kind, text = found
-        error = CollectiveTimeoutError(text) if kind == _GAVE_UP else WorkerLostError(text)
-        return self._failures.note(error)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the group has been aborted."""
-        return self._segment.why_ended() is not None
-
-    def announce(self, error: BaseException) -> None:
-        """Tell the other workers, in either channel, that this worker's step has failed."""
-        if not self.has_ended:
-            self._failures.announce(error, self.rank)
 
     @property
     def is_settled(self) -> bool:

@@ -1,4 +1,4 @@
-"""Requests (pending operations), and the type of functions that wait for one."""
+"""Requests: pending operations, and the type of functions that wait for one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,70 @@
+"""Batch: runs of elements stacked along a new leading axis."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from dvkernels.data.array_nest import slice_rows
+from dvkernels.data.checks import check_count, check_flag
+from dvkernels.data.error_policy import skipping
+from dvkernels.data.node import Node, RowSelector
+from dvkernels.data.stacking import BatchBuilder
+from dvkernels.data.transform import Transform
+
+__all__ = ["Batch"]
+
+
+class Batch(Transform):
+    """Batch: runs of ``size`` elements, stacked along a new leading axis."""
+
+    def __init__(self, source: Node, size: int, drop_remainder: bool) -> None:
+        self.size = check_count("batch", "size", size, 1)
+        check_flag("batch", "drop_remainder", drop_remainder)
+        self.drops_remainder = drop_remainder
+        length = source.length
+        if isinstance(length, int):
+            length = length // self.size if drop_remainder else -(-length // self.size)
+        super().__init__(source, length)
+
+    owns_elements = True  # Stacking copies.
+
+    def describe(self) -> str:
+        return f"batch({self.size}{', drop_remainder=True' if self.drops_remainder else ''})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.batch(*self._run(index), epoch)
+
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+        if skipping.get() is not None:  # the length of the batch is known only once it is computed
+            return super().select_rows(index, epoch, select)
+        start, stop = self._run(index)
+        first, last = select(stop - start)
+        if first == last:
+            return slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
+        return self.source.batch(start + first, start + last, epoch)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        if self.random_access:
+            yield from super().iterate(epoch, start)
+            return
+        elements = self.source.iterate(*self.upstream(epoch, start))
+        while True:
+            batch = BatchBuilder(self.size)
+            for element in itertools.islice(elements, self.size):
+                batch.add(element)
+            if not batch.count or (batch.count < self.size and self.drops_remainder):
+                return
+            yield batch.build()
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        return epoch, position * self.size
+
+    def _run(self, index: int) -> tuple[int, int]:
+        start = index * self.size
+        stop = start + self.size
+        length = self.source.length
+        if length is not None and stop > length:
+            stop = int(length)
+        return start, stop

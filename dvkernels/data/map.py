@@ -1,0 +1,110 @@
+"""Map: a function applied to every element, by worker threads or processes where asked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dvkernels.data.array_nest import owned_copy
+from dvkernels.data.checks import check_count, check_function_of_one
+from dvkernels.data.error_policy import skipping
+from dvkernels.data.map_workers import KINDS, MapWorkers, check_sendable
+from dvkernels.data.node import Node, add_note, callable_name
+from dvkernels.data.outcome import Outcome, outcome_of
+from dvkernels.data.transform import Transform
+from dvkernels.errors import DatasetError
+from dvkernels.user_errors import brief
+
+__all__ = ["Map"]
+
+
+class Map(Transform):
+    """Map: ``fn(element)`` for every element."""
+
+    has_resume_points = True
+    initial_resume_value = 0  # The number of elements of the source mapped so far, or skipped.
+    owns_elements = False
+
+    def __init__(
+        self,
+        source: Node,
+        fn: Callable[[Any], Any],
+        num_workers: int = 0,
+        workers: str = "threads",
+    ) -> None:
+        check_function_of_one("map", fn)
+        count = check_count("map", "num_workers", num_workers, 0)
+        if workers not in KINDS:
+            raise DatasetError(
+                f"map: expected workers to be one of {', '.join(KINDS)}; got {brief(workers)}"
+            )
+        if count and workers == "processes":
+            check_sendable(fn)
+        super().__init__(source, source.length)
+        self._fn = fn
+        self._workers = MapWorkers(fn, count, workers) if count else None
+        self.has_workers = self._workers is not None
+
+    def hold_workers(self) -> object:
+        return None if self._workers is None else self._workers.hold()
+
+    def describe(self) -> str:
+        return f"map({callable_name(self._fn)})"
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self._apply(self.source.element(index, epoch), index, epoch)
+
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+        if self._workers is None or len(indices) < 2:
+            return super().elements(indices, epoch)
+        given = [
+            (index, self._unshared(element))
+            for index, element in self.source.attempts(indices, epoch)
+        ]
+        outcomes = self._workers.map([element for _, element in given])
+        kept = (
+            self._value_unless_skipped(outcome, index, epoch)
+            for (index, _), outcome in zip(given, outcomes, strict=True)
+        )
+        return itertools.chain.from_iterable(kept)
+
+    def _unshared(self, element: Any) -> Any:
+        """Return the element, copied if user code could change it while workers use it."""
+        return element if self.source.owns_elements else owned_copy(element)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        if self.random_access:
+            yield from super().iterate(epoch, start)
+            return
+        # Skipped elements do not count as positions, so the elements before are mapped again.
+        num_yielded, begin = (start, start) if skipping.get() is None else (0, 0)
+        if self.resume_points is not None:
+            num_yielded, begin = self.resume_points.resume(epoch, start)
+        elements = self.source.iterate(epoch, begin)
+        if self._workers is not None:
+            outcomes: Iterator[Outcome] = self._workers.map_lazily(map(self._unshared, elements))
+        else:
+            outcomes = (outcome_of(self._fn, element) for element in elements)
+        for index, outcome in enumerate(outcomes, begin):
+            for value in self._value_unless_skipped(outcome, index, epoch):
+                num_yielded += 1
+                if self.resume_points is not None:
+                    self.resume_points.add(epoch, num_yielded, index + 1)
+                if num_yielded > start:
+                    yield value
+
+    def upstream(self, epoch: int, position: int) -> tuple[int, int]:
+        return epoch, position if self.resume_points is None else self.resume_points.find(
+            epoch, position
+        )[1]
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index, epoch)
+
+    def _apply(self, element: Any, index: int, epoch: int) -> Any:
+        try:
+            return self._fn(element)
+        except Exception as error:
+            add_note(error, self.describe(), self.source, index, epoch)
+            raise

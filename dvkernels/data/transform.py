@@ -1,0 +1,64 @@
+"""Base classes of the transforms that have one source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvkernels.data.checks import LARGEST_INDEX
+from dvkernels.data.error_policy import skipping
+from dvkernels.data.node import Indices, Length, Node, add_note
+from dvkernels.data.outcome import Outcome
+
+__all__ = ["SamePositions", "Transform"]
+
+
+class Transform(Node):
+    """Base class of the transforms: a node with one source."""
+
+    source: Node
+
+    def __init__(self, source: Node, length: Length) -> None:
+        self.source = source
+        self.length = length
+        self.random_access = source.random_access
+
+    def _fits_int64(self, indices: Indices, factor: int, offset: int) -> bool:
+        """Return whether ``indices * factor + offset``, of shape (n,), fits int64.
+
+        It may not for endless and very long sources, which need Python's integers.
+        """
+        length = self.source.length
+        if length is not None and length <= LARGEST_INDEX:
+            return True
+        return int(indices.max()) * factor + offset <= LARGEST_INDEX
+
+    def _value_unless_skipped(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
+        """Return (value,) of an outcome, or () if its error is skipped; else raise the error."""
+        error = outcome.error
+        if error is None:
+            return (outcome.value,)
+        try:
+            add_note(error, self.describe(), self.source, index, epoch)
+        except RuntimeError as other:
+            error = other
+        skips = skipping.get()
+        if skips is None:
+            raise error
+        skips.note(error, self.describe())
+        return ()
+
+
+class SamePositions(Transform):
+    """Base class of the transforms whose element n is element n of the source."""
+
+    def element(self, index: int, epoch: int) -> Any:
+        return self.source.element(index, epoch)
+
+    def gather(self, indices: Indices, epoch: int) -> Any:
+        return self.source.gather(indices, epoch)
+
+    def batch(self, start: int, stop: int, epoch: int) -> Any:
+        return self.source.batch(start, stop, epoch)
+
+    def origin(self, index: int, epoch: int) -> int | None:
+        return self.source.origin(index, epoch)
