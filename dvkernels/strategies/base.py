@@ -13,7 +13,7 @@ from dvkernels import context, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
-from dvkernels.context import Frame, ReplicaContext
+from dvkernels.context import Frame
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.distributed.input_context import InputContext
@@ -33,6 +33,7 @@ from dvkernels.errors import (
 from dvkernels.nest import describe_structure
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner

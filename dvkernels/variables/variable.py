@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, NoReturn, final
 import numpy as np
 
 from dvkernels import context, deadlines, reduce_op
-from dvkernels.context import ReplicaContext
 from dvkernels.devices import array_memory, interop, registry
 from dvkernels.devices.base import Device
 from dvkernels.devices.buffers import Spec, refuse_masked
@@ -23,6 +22,7 @@ from dvkernels.errors import (
     SynchronizationError,
 )
 from dvkernels.profiler import memory_report
+from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import CollectiveCall, Rendezvous, Same
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import function_checks, regroup
