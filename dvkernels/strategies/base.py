@@ -45,15 +45,10 @@ from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
+from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
+from dvkernels.variables.live_variables import variables_of
 from dvkernels.variables.modes import VariableSynchronization
-from dvkernels.variables.variable import (
-    Variable,
-    commit_drafts,
-    copies_of,
-    drafts_of,
-    end_drafts,
-    variables_of,
-)
+from dvkernels.variables.variable import Variable, copies_of
 
 __all__ = ["Strategy", "ValueContext"]
 
