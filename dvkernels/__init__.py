@@ -14,8 +14,6 @@ from dvkernels import optimizers as optimizers
 from dvkernels import profiler as profiler
 from dvkernels._version import __version__ as __version__
 from dvkernels.communicators.base import Communicator as Communicator
-from dvkernels.context import ReplicaContext as ReplicaContext
-from dvkernels.context import get_replica_context as get_replica_context
 from dvkernels.context import get_strategy as get_strategy
 from dvkernels.context import has_strategy as has_strategy
 from dvkernels.context import in_cross_replica_context as in_cross_replica_context
@@ -30,6 +28,8 @@ from dvkernels.devices.base import Device as Device
 from dvkernels.devices.registry import list_devices as list_devices
 from dvkernels.profiler.debugging import debug as debug
 from dvkernels.reduce_op import ReduceOp as ReduceOp
+from dvkernels.replica_context import ReplicaContext as ReplicaContext
+from dvkernels.replica_context import get_replica_context as get_replica_context
 from dvkernels.strategies.base import Strategy as Strategy
 from dvkernels.strategies.base import ValueContext as ValueContext
 from dvkernels.strategies.base import set_strategy as set_strategy

@@ -43,6 +43,7 @@ ROWS = (
     ("communicators",),
     ("values",),
     ("context",),
+    ("replica_context",),
     ("variables",),
     ("data",),
     ("checkpoint", "optimizers"),

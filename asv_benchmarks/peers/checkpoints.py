@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvkernels import context
+from dvkernels import replica_context
 from dvkernels.benchmarks.stopwatch import Samples, alternate
 from dvkernels.checkpoint.checkpoint import Checkpoint
 from dvkernels.strategies.mirrored import MirroredStrategy
@@ -120,7 +120,7 @@ def _steps(folder: str, nbytes: int, stack: contextlib.ExitStack) -> dict[str, C
     weights = [np.ones((256, 1024), np.float32) for _ in range(2)]
 
     def work() -> None:
-        replica = context.get_replica_context()
+        replica = replica_context.get_replica_context()
         assert replica is not None
         hidden = weights[replica.replica_id_in_sync_group]
         for _ in range(8):

@@ -26,7 +26,8 @@ from dvkernels.devices import array_memory
 from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.user_errors import brief, text_of
-from dvkernels.variables.variable import SavedVariable, Variable, saved_by
+from dvkernels.variables.saved_variable import SavedVariable, saved_by
+from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []
 

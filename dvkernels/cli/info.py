@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels import context
+from dvkernels import replica_context
 from dvkernels._version import __version__
 from dvkernels.cluster import simulated_hosts
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
@@ -130,7 +130,7 @@ def _check(devices: list[Device]) -> str:
             with MirroredStrategy(devices, cross_device_ops=algorithm) as strategy:
 
                 def reduce_own() -> object:
-                    replica = context.get_replica_context()
+                    replica = replica_context.get_replica_context()
                     assert replica is not None
                     own = inputs[replica.replica_id_in_sync_group]
                     return replica.all_reduce("sum", array_memory.on_device(own, replica.device))

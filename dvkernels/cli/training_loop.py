@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels import context
+from dvkernels import replica_context
 from dvkernels.checkpoint.checkpoint import Checkpoint
 from dvkernels.checkpoint.manager import CheckpointManager
 from dvkernels.checkpoint.preemption import PreemptionHandler
@@ -121,7 +121,7 @@ def train(
         return clock() - started
 
     def step(images: Any, labels: Any) -> None:
-        replica = context.get_replica_context()
+        replica = replica_context.get_replica_context()
         assert replica is not None
         started = clock()
         rank = replica.rank_in_process
@@ -139,7 +139,7 @@ def train(
 
     def warm_up() -> None:
         """Compile or load the code of a step before the clock starts; changes no variable."""
-        replica = context.get_replica_context()
+        replica = replica_context.get_replica_context()
         assert replica is not None
         workspace = net.Workspace(1, config.num_hidden, config.dtype, replica.device)
         images, labels = (

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.optimizers import saved_state
-from dvkernels.variables.variable import Variable, on_deepcopy, variable_like
+from dvkernels.variables.deep_copy import on_deepcopy
+from dvkernels.variables.slot_variable import variable_like
+from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []
 

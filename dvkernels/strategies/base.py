@@ -13,7 +13,7 @@ from dvkernels import context, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
-from dvkernels.context import Frame, ReplicaContext
+from dvkernels.context import Frame
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.distributed.input_context import InputContext
@@ -33,6 +33,7 @@ from dvkernels.errors import (
 from dvkernels.nest import describe_structure
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
@@ -44,15 +45,10 @@ from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
+from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
+from dvkernels.variables.live_variables import variables_of
 from dvkernels.variables.modes import VariableSynchronization
-from dvkernels.variables.variable import (
-    Variable,
-    commit_drafts,
-    copies_of,
-    drafts_of,
-    end_drafts,
-    variables_of,
-)
+from dvkernels.variables.variable import Variable, copies_of
 
 __all__ = ["Strategy", "ValueContext"]
 

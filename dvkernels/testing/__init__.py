@@ -2,8 +2,8 @@
 
 They raise ``AssertionError`` with the difference, and need no test framework.
 
-Imports: communicators, context, data, devices, errors, nest, reduce_op, strategies, values,
-variables.
+Imports: communicators, context, data, devices, errors, nest, reduce_op, replica_context,
+strategies, values, variables.
 """
 
 from dvkernels.testing.array_laws import check_arrays as check_arrays

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels import context
+from dvkernels import context, replica_context
 from dvkernels.data.dataset import Dataset
 from dvkernels.devices import array_memory, interop
 from dvkernels.errors import CollectiveMismatchError, ContextError, SynchronizationError
@@ -60,8 +60,8 @@ def check_strategy(make: Callable[[int], Strategy], replicas: Sequence[int] = (1
         _assert_raises(ContextError, lambda: strategy.run(_rank))
 
 
-def _replica_context() -> context.ReplicaContext:
-    replica = context.get_replica_context()
+def _replica_context() -> replica_context.ReplicaContext:
+    replica = replica_context.get_replica_context()
     assert replica is not None, "there is no replica context in run"
     return replica
 

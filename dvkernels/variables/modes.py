@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels import context, reduce_op
-from dvkernels.context import ReplicaContext
 from dvkernels.enumeration import NamedEnum
 from dvkernels.errors import ContextError, SynchronizationError
 from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
+from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.variables import scatter

@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 
-from dvkernels import context, deadlines, reduce_op
-from dvkernels.context import ReplicaContext
-from dvkernels.devices import array_memory, interop, registry
+from dvkernels import context, reduce_op
+from dvkernels.devices import array_memory, registry
 from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import Spec, refuse_masked
+from dvkernels.devices.buffers import Spec
 from dvkernels.errors import (
-    BufferMismatchError,
-    CollectiveTimeoutError,
     ContextError,
-    NotABufferError,
     SynchronizationError,
 )
-from dvkernels.profiler import memory_report
 from dvkernels.replicas.collective_call import CollectiveCall, Same
-from dvkernels.replicas.rendezvous import Rendezvous
-from dvkernels.user_errors import brief, text_of
-from dvkernels.values import function_checks, regroup
+from dvkernels.user_errors import brief
+from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
 from dvkernels.values.placement import Placement
-from dvkernels.variables import scatter
+from dvkernels.variables import deep_copy, scatter
+from dvkernels.variables.access import LONE_REPLICA, calling_replica
 from dvkernels.variables.copies import Copies, Draft, commit_together
+from dvkernels.variables.initial_value import initial_copies
 from dvkernels.variables.modes import (
     SYNC_MODES,
     VariableAggregation,
     VariableSynchronization,
-    aggregated,
 )
+from dvkernels.variables.operators import ArrayOperators
 
 __all__ = ["Variable", "sync"]
 
-_numbers = itertools.count()
-
 
 @final
-class Variable(DistributedValues[Any]):
+class Variable(ArrayOperators, DistributedValues[Any]):
     """State that all replicas read and write, kept consistent by its modes.
 
     Parameters
@@ -138,7 +130,8 @@ class Variable(DistributedValues[Any]):
         placement = context.UNSCOPED if frame is None else frame.placement
 
         def create(initial: Any) -> Variable:
-            return _created(initial, dtype, bool(trainable), when, how, name, placement)
+            copies = initial_copies(initial, dtype, when, how, name, placement)
+            return new_variable(copies, bool(trainable), when, how)
 
         if frame is None or frame.replica is None:
             return create(initial_value)
@@ -275,7 +268,7 @@ class Variable(DistributedValues[Any]):
         Over several workers a cross-replica read of an ON_READ variable communicates, so every
         worker must make it.
         """
-        replica = self._role("read_value", write=False)
+        replica = calling_replica(self._copies, "read_value", write=False)
         mode = SYNC_MODES[self._synchronization]
         if replica is None:
             return mode.read_across(self._copies, self._aggregation)
@@ -310,7 +303,7 @@ class Variable(DistributedValues[Any]):
         array([[5., 6.],
                [1., 2.]])
         """
-        replica = self._role("gather_rows", write=False)
+        replica = calling_replica(self._copies, "gather_rows", write=False)
         if replica is not None:
             indices = replica.own(indices)
         number = None if replica is None else replica.replica_id_in_sync_group
@@ -355,33 +348,6 @@ class Variable(DistributedValues[Any]):
         """Return the value in host memory; this waits for a GPU."""
         value = self._single()
         return value if isinstance(value, PerReplica) else self._copies.memory.to_host(value)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        # ``at`` writes its first operand.
-        written = inputs[:1] if method == "at" else kwargs.get("out", ())
-        for out in written:
-            _refuse_to_write(out, f"the out of np.{ufunc.__name__}")
-        return getattr(ufunc, method)(*map(_read, inputs), **kwargs)
-
-    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        given = [*args, *kwargs.values()]
-        target = given[0] if func in _NUMPY_WRITERS else kwargs.get("out")
-        for out in target if isinstance(target, tuple) else (target,):
-            _refuse_to_write(out, f"the output of np.{func.__name__}")
-        # As NumPy does for objects that have __array__ but no __array_function__.
-        return func._implementation(*args, **kwargs)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.read_value()[_read(key)]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        _refuse_to_write(self, "v[...] = x", "v.scatter_update(rows, x) for some rows")
-
-    def __len__(self) -> int:
-        return len(self.read_value())
-
-    def __iter__(self) -> Any:
-        return iter(self.read_value())
 
     def __bool__(self) -> bool:
         return bool(self._single())
@@ -539,7 +505,7 @@ class Variable(DistributedValues[Any]):
         sync([self], op)
 
     def _write(self, verb: str, value: Any) -> None:
-        replica = self._role(verb, write=True)
+        replica = calling_replica(self._copies, verb, write=True)
         mode = SYNC_MODES[self._synchronization]
         if replica is None:
             mode.write_across(self._copies, self._aggregation, verb, value)
@@ -547,39 +513,13 @@ class Variable(DistributedValues[Any]):
             mode.write_in_replica(self._copies, self._aggregation, verb, value, replica)
 
     def _scatter(self, verb: str, indices: Any, updates: Any) -> None:
-        replica = self._role(verb, write=True)
+        replica = calling_replica(self._copies, verb, write=True)
         mode = SYNC_MODES[self._synchronization]
         arguments = (self._copies, self._aggregation, verb, indices, updates)
         if replica is None:
             mode.scatter_across(*arguments)
         else:
             mode.scatter_in_replica(*arguments, replica)
-
-    def _role(self, verb: str, *, write: bool) -> ReplicaContext | None:
-        """Return the calling replica, None in cross-replica context; raise if access is refused."""
-        placement = self._copies.placement
-        frame = context.find()
-        if frame is None and placement.is_of(context.UNSCOPED):
-            return _LONE_REPLICA
-        if frame is None or context.is_outside(frame) or placement.is_of(frame.placement):
-            replica = None if frame is None else frame.replica
-            if write and replica is None:
-                context.check_no_step_elsewhere(
-                    placement.parent or placement, f"{verb} of variable {self.name!r}"
-                )
-            return replica
-        if not placement.is_of(context.UNSCOPED):
-            raise ContextError(
-                f"{verb} of variable {self.name!r}: it belongs to {placement.name}, and this runs "
-                f"under {frame.placement.name}; leave that strategy's scope first"
-            )
-        if write and frame.replica is not None:
-            raise ContextError(
-                f"{verb} of variable {self.name!r} in a replica of {frame.placement.name}: it was "
-                f"created outside every scope, so all replicas would write the same copy; create "
-                f"it inside strategy.scope()"
-            )
-        return _LONE_REPLICA
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
@@ -591,33 +531,14 @@ class Variable(DistributedValues[Any]):
 
         The copy is taken between two steps: a step that another thread runs is waited for.
         """
-        if self._role("deepcopy", write=False) not in (None, _LONE_REPLICA):
+        if calling_replica(self._copies, "deepcopy", write=False) not in (None, LONE_REPLICA):
             raise ContextError(
                 f"deepcopy of variable {self.name!r} in a replica: each replica would make one; "
                 f"copy it outside of run or in merge_call"
             )
-        placement, seconds = self._copies.placement, deadlines.timeout_seconds()
-        frame = context.find()
-        if placement is context.UNSCOPED or (frame is not None and frame.merging):
-            made = self._duplicate()  # a single copy; or inside a step, which holds the lock
-        else:
-            lock = placement.step_lock.lock()
-            try:
-                if not lock.acquire(timeout=seconds):
-                    raise CollectiveTimeoutError(
-                        f"deepcopy of variable {self.name!r}: another thread has been running a "
-                        f"step of its strategy for {seconds:g} s; a thread that this step waits "
-                        f"for must not copy (DVKERNELS_TIMEOUT_SECONDS changes the timeout)"
-                    )
-                made = self._duplicate()
-            finally:
-                try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                    lock.release()
-                except RuntimeError:  # not acquired: the wait timed out or was interrupted
-                    pass
+        made = deep_copy.between_steps(self._copies, self._duplicate)
         memo[id(self)] = made
-        for callback in memo.get(id(_DEEPCOPY_CALLBACKS), ()):
-            callback(self, made)
+        deep_copy.report(memo, self, made)
         return made
 
     def _duplicate(self) -> Variable:
@@ -627,7 +548,7 @@ class Variable(DistributedValues[Any]):
         initial = copies.arrays[:1] if are_equal else copies.arrays
         duplicate = Copies(initial, copies.placement, copies.name)
         duplicate.is_slot = copies.is_slot
-        return _new_variable(duplicate, self._trainable, when, self._aggregation)
+        return new_variable(duplicate, self._trainable, when, self._aggregation)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -643,166 +564,22 @@ class Variable(DistributedValues[Any]):
         )
 
 
-# The replica context of code outside every scope, for variables created outside every scope.
-_LONE_REPLICA = ReplicaContext(context.UNSCOPED, Rendezvous(1), 0, None)
-
-
-def _created(
-    initial: Any,
-    dtype: Any,
-    trainable: bool,
-    when: VariableSynchronization,
-    how: VariableAggregation,
-    name: str | None,
-    placement: Placement,
-) -> Variable:
-    label = f"variable_{next(_numbers)}" if name is None else name
-    if callable(initial):
-        function_checks.check(f"variable {label!r}: initial_value", initial)
-    content = initial() if callable(initial) else initial
-    value = _read(content)
-    refuse_masked(value, f"variable {label!r}: the initial value")
-    if interop.is_foreign(value):
-        value = placement.memory.view(f"variable {label!r}", value, "the initial value")
-    try:
-        array = value if interop.is_on_gpu(value) else np.asarray(value)
-        wanted = array.dtype if dtype is None else np.dtype(dtype)
-    except (TypeError, ValueError) as error:
-        raise NotABufferError(
-            f"variable {label!r}: the initial value {brief(content, 60)} is not an array: "
-            f"{text_of(error)}"
-        ) from error
-    if reduce_op.kind(array.dtype) in "biufc" and not (array.dtype == wanted and wanted.isnative):
-        array = _cast(array, wanted, label)
-    if reduce_op.kind(array.dtype) not in "biufc":
-        raise NotABufferError(
-            f"variable {label!r}: expected numbers, the initial value is of dtype {array.dtype}"
-        )
-    if how is VariableAggregation.MEAN and array.dtype.kind in "biu":
-        raise SynchronizationError(
-            f"variable {label!r}: the mean of {array.dtype} values is not a {array.dtype}; use "
-            f"aggregation 'sum' or 'only_first_replica', or a floating-point dtype"
-        )
-    if placement.central_device is not None and when is not VariableSynchronization.ON_WRITE:
-        raise SynchronizationError(
-            f"variable {label!r}: synchronization={when.value!r} needs one copy per replica, and "
-            f"{placement.name} keeps a single one on {placement.central_device}; use 'on_write'"
-        )
-    array = placement.broadcast_from_chief(array)
-    return _new_variable(Copies([array], placement, label), trainable, when, how)
-
-
-def _cast(array: Any, dtype: np.dtype[Any], label: str) -> Any:
-    """Cast an array; raise if an integer would change, or the imaginary part be dropped."""
-    into = reduce_op.kind(dtype)
-    if into not in "biufc":
-        raise NotABufferError(f"variable {label!r}: expected a dtype of numbers, got {dtype}")
-    if not dtype.isnative:  # kernels compute in native byte order only
-        dtype = dtype.newbyteorder("=")
-    is_kept = reduce_op.kind(array.dtype) != "c" or into == "c"
-    cast = None
-    if is_kept:
-        with np.errstate(invalid="ignore"):  # the comparison below finds a NaN cast to an integer
-            cast = array.astype(dtype)
-        is_kept = into in "fc" or bool((cast == array).all())
-    if not is_kept:
-        raise BufferMismatchError(
-            f"variable {label!r}: {dtype} cannot hold the initial value, "
-            f"{Spec(array.shape, array.dtype)}: numbers would be cut off; round or cast it first, "
-            f"if that is intended"
-        )
-    return cast
-
-
-def _new_variable(
+def new_variable(
     copies: Copies, trainable: bool, when: VariableSynchronization, how: VariableAggregation
 ) -> Variable:
+    """Return a variable of these copies, listed in ``alive`` unless it is a draft."""
     variable = object.__new__(Variable)
     variable._copies = copies
     variable._synchronization = when
     variable._aggregation = how
     variable._trainable = trainable
     if not isinstance(copies, Draft):
-        _alive[id(variable)] = variable
+        alive[id(variable)] = variable
     return variable
 
 
 # By id, because variables compare elementwise and have no hash. For debug mode and memory reports.
-_alive: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
-
-
-def variables_of(placement: Placement) -> list[Variable]:
-    """Return the variables of a strategy that are still alive."""
-    return [variable for variable in list(_alive.values()) if variable.owner is placement]
-
-
-def _memory_usage() -> Iterator[tuple[str, str, int]]:
-    for variable in list(_alive.values()):
-        copies = variable._copies
-        owner = "slots" if copies.is_slot else "variables"
-        for device, array in zip(variable.devices, copies.arrays, strict=True):
-            yield str(device), owner, array.nbytes
-        if copies.has_scratch:
-            yield str(variable.devices[0]), "workspaces", copies.arrays[0].nbytes
-
-
-memory_report.register_account(_memory_usage)
-
-
-def variable_like(variable: Variable, name: str, content: Any = None) -> Variable:
-    """Return an optimizer slot: a variable of the same shape, dtype and devices, zeros at first.
-
-    It is not trainable, and is written in cross-replica context only.
-    """
-    made = _created(
-        np.zeros(variable.shape, variable.dtype) if content is None else content,
-        None,
-        False,
-        VariableSynchronization.ON_WRITE,
-        VariableAggregation.NONE,
-        f"{variable.name}/{name}",
-        variable.owner,
-    )
-    made._copies.is_slot = True
-    return made
-
-
-_DEEPCOPY_CALLBACKS = object()  # its id is the key of the callbacks in the memo of a deep copy
-DeepcopyCallback = Callable[[Variable, Variable], None]
-
-
-def on_deepcopy(memo: dict[int, Any], callback: DeepcopyCallback) -> None:
-    """Register ``callback(variable, copy)`` for each variable that this deep copy still copies."""
-    memo.setdefault(id(_DEEPCOPY_CALLBACKS), []).append(callback)
-
-
-def drafts_of(variable: Variable) -> list[Variable]:
-    """Return one draft variable per copy; its writes take effect by :func:`commit_drafts`."""
-    copies = variable._copies
-    ranks = range(len(copies.arrays))
-    return [
-        _new_variable(
-            Draft(copies, rank),
-            variable.trainable,
-            VariableSynchronization.ON_WRITE,
-            VariableAggregation.NONE,
-        )
-        for rank in ranks
-    ]
-
-
-def commit_drafts(variable: Variable, drafts: Sequence[Variable]) -> None:
-    """Write the contents of the drafts to the copies, all together."""
-    drafted = [draft._copies for draft in drafts]
-    if any(isinstance(copies, Draft) and copies.is_written for copies in drafted):
-        variable._copies.commit([copies.arrays[0] for copies in drafted])
-
-
-def end_drafts(drafts: Sequence[Variable]) -> None:
-    """End the drafts: later writes to them raise."""
-    for draft in drafts:
-        assert isinstance(draft._copies, Draft)
-        draft._copies.has_ended = True
+alive: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
 
 
 def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
@@ -862,7 +639,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
         reduce_op.check_dtype(f"sync of variable {variable.name!r}", reduction, variable.dtype)
     if not listed:
         return
-    replica = listed[0]._role("sync", write=True)
+    replica = calling_replica(listed[0]._copies, "sync", write=True)
 
     def act(payloads: list[Any]) -> list[None]:
         writes = []
@@ -884,111 +661,6 @@ def copies_of(variable: Variable) -> tuple[Any, ...]:
     return variable._copies.arrays
 
 
-class SavedVariable(NamedTuple):
-    """Arrays that a checkpoint saves of a variable: ``total`` in all, some of this process.
-
-    Attributes
-    ----------
-    arrays : tuple of array
-        The arrays of this process; they may be the copies themselves.
-    first : int
-        The index of the first of them among the ``total`` arrays of all processes.
-    total : int
-        1 if the copies are equal or have an aggregate, which every process then holds; else the
-        number of replicas.
-    """
-
-    arrays: tuple[Any, ...]
-    first: int = 0
-    total: int = 1
-
-
-def saved_by(variable: Variable) -> SavedVariable:
-    """Return the arrays that a checkpoint saves of a variable.
-
-    Every worker must call this, because an aggregate is computed over all workers.
-    """
-    copies, how = variable._copies, variable._aggregation
-    match variable._synchronization:
-        case VariableSynchronization.ON_WRITE:
-            return SavedVariable(copies.arrays[:1])
-        case VariableSynchronization.ON_READ if how is not VariableAggregation.NONE:
-            return SavedVariable((aggregated(copies, how, list(copies.arrays)),))
-        case _:
-            placement = copies.placement
-            return SavedVariable(copies.arrays, placement.first_replica, placement.num_replicas)
-
-
-def assign_first_copy(variable: Variable) -> None:
-    """Assign the first copy's content in cross-replica context, after all copies got one value."""
-    mode = SYNC_MODES[variable._synchronization]
-    mode.write_across(variable._copies, variable._aggregation, "assign", copies_of(variable)[0])
-
-
-def _read(value: Any) -> Any:
-    return value.read_value() if isinstance(value, Variable) else value
-
-
-# The signs of the operators that have an in-place form, such as +=.
-_SIGNS = {
-    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
-    "matmul": "@", "lshift": "<<", "rshift": ">>", "and": "&", "or": "|", "xor": "^",
-}  # fmt: skip
-# The NumPy functions that write their first argument.
-_NUMPY_WRITERS = {
-    np.copyto, np.put, np.place, np.putmask, np.put_along_axis, np.fill_diagonal,
-}  # fmt: skip
-
-
-def _refuse_to_write(out: Any, what: str, remedy: str = "") -> None:
-    """Raise if ``out`` is a variable: NumPy would write one copy and bypass the modes."""
-    if isinstance(out, Variable):
-        calls = ["v.assign(x)", "v.assign_add(x)", "v.assign_sub(x)", *filter(None, [remedy])]
-        raise TypeError(
-            f"variable {out.name!r} is written by its methods, which keep the copies of all "
-            f"replicas consistent, not by {what}; use {', '.join(calls[:-1])} or {calls[-1]}"
-        )
-
-
-def _install_operators() -> None:
-    """Install NumPy's operators: each acts on ``read_value()``, in-place forms raise."""
-
-    def binary(fn: Callable[[Any, Any], Any], name: str) -> None:
-        def forward(self: Variable, other: Any) -> Any:
-            return fn(self.read_value(), _read(other))
-
-        def backward(self: Variable, other: Any) -> Any:
-            return fn(other, self.read_value())
-
-        setattr(Variable, f"__{name}__", forward)
-        if name in ("lt", "le", "gt", "ge", "eq", "ne"):
-            return
-        setattr(Variable, f"__r{name}__", backward)
-
-        # Without it Python would run ``v = v + x`` for ``v += x`` and bind the name to an array.
-        def in_place(self: Variable, other: Any) -> Any:
-            remedy = "" if name in ("add", "sub") else f"v.assign(v {sign} x)"
-            _refuse_to_write(self, f"v {sign}= x", remedy)
-
-        sign = _SIGNS.get(name)
-        if sign is not None:
-            setattr(Variable, f"__i{name}__", in_place)
-
-    for name in (*_SIGNS, "lt", "le", "gt", "ge", "eq", "ne"):
-        function = f"{name}_" if name in ("and", "or") else name
-        binary(getattr(operator, function), name)
-    binary(divmod, "divmod")
-
-    def unary(fn: Callable[[Any], Any]) -> Callable[[Variable], Any]:
-        return lambda self: fn(self.read_value())
-
-    for name, fn in (
-        ("neg", operator.neg),
-        ("pos", operator.pos),
-        ("abs", operator.abs),
-        ("invert", operator.invert),
-    ):
-        setattr(Variable, f"__{name}__", unary(fn))
-
-
-_install_operators()
+def storage_of(variable: Variable) -> Copies:
+    """Return the object that holds the copies of a variable, for the modules of this package."""
+    return variable._copies

@@ -34,7 +34,8 @@ from dvkernels.devices.buffers import Spec
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import brief
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
-from dvkernels.variables.variable import Variable, assign_first_copy, copies_of
+from dvkernels.variables.saved_variable import assign_first_copy
+from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []
 

@@ -1,0 +1,41 @@
+"""Access to variables: the context that reads or writes one, and whether it may."""
+
+from __future__ import annotations
+
+from dvkernels import context
+from dvkernels.errors import ContextError
+from dvkernels.replica_context import ReplicaContext
+from dvkernels.replicas.rendezvous import Rendezvous
+from dvkernels.variables.copies import Copies
+
+__all__: list[str] = []
+
+# The replica context of code outside every scope, for variables created outside every scope.
+LONE_REPLICA = ReplicaContext(context.UNSCOPED, Rendezvous(1), 0, None)
+
+
+def calling_replica(copies: Copies, verb: str, *, write: bool) -> ReplicaContext | None:
+    """Return the calling replica, None in cross-replica context; raise if access is refused."""
+    placement = copies.placement
+    frame = context.find()
+    if frame is None and placement.is_of(context.UNSCOPED):
+        return LONE_REPLICA
+    if frame is None or context.is_outside(frame) or placement.is_of(frame.placement):
+        replica: ReplicaContext | None = None if frame is None else frame.replica
+        if write and replica is None:
+            context.check_no_step_elsewhere(
+                placement.parent or placement, f"{verb} of variable {copies.name!r}"
+            )
+        return replica
+    if not placement.is_of(context.UNSCOPED):
+        raise ContextError(
+            f"{verb} of variable {copies.name!r}: it belongs to {placement.name}, and this runs "
+            f"under {frame.placement.name}; leave that strategy's scope first"
+        )
+    if write and frame.replica is not None:
+        raise ContextError(
+            f"{verb} of variable {copies.name!r} in a replica of {frame.placement.name}: it was "
+            f"created outside every scope, so all replicas would write the same copy; create "
+            f"it inside strategy.scope()"
+        )
+    return LONE_REPLICA

@@ -1,0 +1,51 @@
+"""Deep copies of variables: taken between two steps, and reported to those that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dvkernels import context, deadlines
+from dvkernels.errors import CollectiveTimeoutError
+from dvkernels.variables.copies import Copies
+
+__all__: list[str] = []
+
+V = TypeVar("V")
+_CALLBACKS = object()  # its id is the key of the callbacks in the memo of a deep copy
+DeepcopyCallback = Callable[[Any, Any], None]  # of a variable and its copy
+
+
+def on_deepcopy(memo: dict[int, Any], callback: DeepcopyCallback) -> None:
+    """Register ``callback(variable, copy)`` for each variable that this deep copy still copies."""
+    memo.setdefault(id(_CALLBACKS), []).append(callback)
+
+
+def report(memo: dict[int, Any], variable: Any, made: Any) -> None:
+    """Call the callbacks of a deep copy for one variable and its copy."""
+    for callback in memo.get(id(_CALLBACKS), ()):
+        callback(variable, made)
+
+
+def between_steps(copies: Copies, duplicate: Callable[[], V]) -> V:
+    """Return ``duplicate()``, called while no other thread runs a step; such a step is awaited."""
+    placement, seconds = copies.placement, deadlines.timeout_seconds()
+    frame = context.find()
+    if placement is context.UNSCOPED or (frame is not None and frame.merging):
+        made = duplicate()  # a single copy; or inside a step, which holds the lock
+    else:
+        lock = placement.step_lock.lock()
+        try:
+            if not lock.acquire(timeout=seconds):
+                raise CollectiveTimeoutError(
+                    f"deepcopy of variable {copies.name!r}: another thread has been running a "
+                    f"step of its strategy for {seconds:g} s; a thread that this step waits "
+                    f"for must not copy (DVKERNELS_TIMEOUT_SECONDS changes the timeout)"
+                )
+            made = duplicate()
+        finally:
+            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
+                lock.release()
+            except RuntimeError:  # not acquired: the wait timed out or was interrupted
+                pass
+    return made
