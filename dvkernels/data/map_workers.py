@@ -21,6 +21,7 @@ from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.node import callable_name
 from dvkernels.data.outcome import Outcome, owned_outcome_of
 from dvkernels.errors import DatasetError
+from dvkernels.threads.claim import Claim
 from dvkernels.threads.stoppable_thread import StoppableThread
 from dvkernels.threads.thread import Latch
 from dvkernels.user_errors import describe
@@ -43,23 +44,15 @@ class _MapTask:
     The task holds the function, so idle threads refer to nothing that may refer to an iterator.
     """
 
-    __slots__ = ("_apply", "_claims", "_elements", "error", "is_done", "outcomes")
+    __slots__ = ("_apply", "_elements", "claim", "error", "is_done", "outcomes")
 
     def __init__(self, elements: Sequence[Any], apply: Apply | None) -> None:
         self._elements = elements
         self._apply = apply  # None: the process of a worker thread applies the function
-        self._claims = [None]
+        self.claim = Claim()  # to run the task, or to cancel it
         self.outcomes: list[Outcome] = []
         self.error: BaseException | None = None
         self.is_done = Latch()
-
-    def claim(self) -> bool:
-        """Return True to the first caller."""
-        try:
-            self._claims.pop()
-        except IndexError:
-            return False
-        return True
 
     def run(self, process: Apply | None, board: _TaskBoard, stop: Latch) -> None:
         """Run the claimed task; an exception becomes its ``error``."""
@@ -143,7 +136,7 @@ def _serve(
                 if is_dropped():
                     return
                 continue
-            if task is not None and task.claim():
+            if task is not None and task.claim.take():
                 task.run(process, board, stop)
             del task  # keeps no object of the user's alive while waiting
     finally:
@@ -186,7 +179,7 @@ class MapWorkers:
         finally:
             del threads  # else the traceback of an error would keep the threads alive
             for task in tasks:
-                task.claim()  # cancels the tasks that no thread has begun
+                task.claim.take()  # cancels the tasks that no thread has begun
 
     def map_lazily(self, elements: Iterable[Any]) -> Iterator[Outcome]:
         """Yield the outcomes of the elements in order, computing a few of them ahead."""
@@ -204,7 +197,7 @@ class MapWorkers:
         finally:
             del threads
             for task in submitted:
-                task.claim()
+                task.claim.take()
 
     def _started(self) -> _WorkerThreads:
         threads = self._live_threads()
@@ -226,7 +219,7 @@ class MapWorkers:
     def _result(self, board: _TaskBoard, task: _MapTask) -> list[Outcome]:
         began = time.monotonic()
         while not task.is_done.wait(_CLAIM_AFTER_SECONDS):
-            if not self._pickled and task.claim():
+            if not self._pickled and task.claim.take():
                 task.run(None, board, Latch())
             else:
                 self._check_alive(time.monotonic() - max(began, board.last_heartbeat))

@@ -8,6 +8,7 @@ from typing import Any
 from dvkernels.errors import ContextError
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.progress_thread import ProgressThread
+from dvkernels.threads.claim import Claim
 from dvkernels.threads.thread import Latch
 
 __all__: list[str] = []
@@ -18,7 +19,7 @@ _CHECK_SECONDS = 1.0  # how often a waiting thread checks that the progress thre
 class PendingCall:
     """Asynchronous collective, performed once all replicas have issued it."""
 
-    __slots__ = ("_claims", "call_sites", "done", "is_over", "requests", "results")
+    __slots__ = ("call_sites", "claim", "done", "is_over", "requests", "results")
 
     def __init__(self, num_replicas: int) -> None:
         self.requests: list[CollectiveCall | None] = [None] * num_replicas
@@ -26,20 +27,12 @@ class PendingCall:
         self.results: Sequence[Any] = ()
         self.done = Latch()  # opens when there are results, or the step has failed
         self.is_over = Latch()  # opens when the thread that performs it has finished
-        self._claims = [None]
+        self.claim = Claim()  # to perform the call, or to cancel it
 
     @property
     def is_complete(self) -> bool:
         """Whether all replicas have issued the call."""
         return None not in self.requests
-
-    def claim(self) -> bool:
-        """Claim the call, to perform or cancel it; False if another thread has claimed it."""
-        try:
-            self._claims.pop()
-        except IndexError:
-            return False
-        return True
 
 
 class PendingCalls:
@@ -124,7 +117,7 @@ class PendingCalls:
         """
         for pending in tuple(self.calls.values()):
             while pending.is_complete and not pending.is_over.is_open:
-                if has_failed() and pending.claim():
+                if has_failed() and pending.claim.take():
                     break
                 if not pending.is_over.wait(_CHECK_SECONDS) and not self.progress_thread.is_served:
                     if has_failed():

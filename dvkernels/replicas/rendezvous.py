@@ -206,13 +206,13 @@ class Rendezvous:
             self._fail_deserted()
         if self.failure is not None:
             raise self._ended()
-        if pending.is_complete:  # several replicas may see it; claim() lets one job perform it
+        if pending.is_complete:  # several replicas may see it; one job gets its claim
             pending_calls.progress_thread.submit(functools.partial(self._perform_pending, pending))
         return pending
 
     def _perform_pending(self, pending: PendingCall) -> None:
         """Perform an asynchronous collective, on the progress thread."""
-        if not pending.claim():
+        if not pending.claim.take():
             return
         try:
             if self.failure is None:
