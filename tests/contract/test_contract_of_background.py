@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shorthands import context, replica
 
 import dvkernels as dv
 from dvkernels.errors import CollectiveMismatchError, UnsupportedDTypeError
@@ -16,24 +17,10 @@ from dvkernels.errors import CollectiveMismatchError, UnsupportedDTypeError
 ONE = np.ones(4)
 
 
-@pytest.fixture(params=[1, 2, 3])
-def strategy(request: pytest.FixtureRequest) -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(["cpu:0"] * request.param) as made:
-        yield made
-
-
 @pytest.fixture
 def two() -> Iterator[dv.Strategy]:
     with dv.MirroredStrategy(["cpu:0"] * 2) as made:
         yield made
-
-
-def context() -> dv.ReplicaContext:
-    return dv.get_replica_context()
-
-
-def replica() -> int:
-    return context().replica_id_in_sync_group
 
 
 @pytest.mark.parametrize("op", ["sum", "mean", "min", "max", "prod"])

@@ -8,15 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shorthands import replica
 
 import dvkernels as dv
 from dvkernels.errors import CollectiveMismatchError, ContextError
-
-
-@pytest.fixture
-def two() -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
-        yield strategy
 
 
 @pytest.fixture
@@ -229,10 +224,6 @@ def test_each_replica_sees_the_callers_errstate(two: dv.Strategy) -> None:
         two.run(lambda: np.ones(1) / np.zeros(1))
     with np.errstate(divide="ignore"):
         assert np.isinf(two.run(lambda: np.ones(1) / np.zeros(1))[1])
-
-
-def replica() -> int:
-    return dv.get_replica_context().replica_id_in_sync_group
 
 
 ONE = np.ones(4, "f4")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shorthands import context, replica, variable
 
 import dvkernels as dv
 
@@ -19,29 +20,10 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
 MATRIX = np.arange(9.0).reshape(3, 3)
 
 
-@pytest.fixture(params=[1, 2, 3])
-def strategy(request: pytest.FixtureRequest) -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(["cpu:0"] * request.param) as made:
-        yield made
-
-
 @pytest.fixture
 def two() -> Iterator[dv.Strategy]:
     with dv.MirroredStrategy(["cpu:0"] * 2) as made:
         yield made
-
-
-def context() -> dv.ReplicaContext:
-    return dv.get_replica_context()
-
-
-def replica() -> int:
-    return context().replica_id_in_sync_group
-
-
-def variable(strategy: dv.Strategy, initial: Any, **modes: Any) -> dv.Variable:
-    with strategy.scope():
-        return dv.Variable(initial, **modes)
 
 
 WRITTEN = {"assign": lambda old, new: new, "assign_add": np.add, "assign_sub": np.subtract}

@@ -12,34 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shorthands import context, replica, variable
 
 import dvkernels as dv
 from dvkernels.errors import DriftError, NonFiniteError
-
-
-@pytest.fixture
-def two() -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
-        yield strategy
 
 
 @pytest.fixture(autouse=True)
 def switched_off() -> Iterator[None]:
     yield
     dv.debug(False)
-
-
-def variable(strategy: dv.Strategy, initial: Any, **modes: Any) -> dv.Variable:
-    with strategy.scope():
-        return dv.Variable(initial, **modes)
-
-
-def context() -> dv.ReplicaContext:
-    return dv.get_replica_context()
-
-
-def replica() -> int:
-    return context().replica_id_in_sync_group
 
 
 def spoil(view: Any, value: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from kinds import devices, host, only_cpu
+from shorthands import replica, variable
 
 import dvkernels as dv
 from dvkernels.errors import ContextError
@@ -19,12 +20,6 @@ UFUNCS = {"sum": np.add, "prod": np.multiply, "min": np.minimum, "max": np.maxim
 class Pair(NamedTuple):
     left: Any
     right: Any
-
-
-@pytest.fixture
-def two() -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(devices(2)) as strategy:
-        yield strategy
 
 
 @pytest.fixture(params=["mirrored", "central", "one"])
@@ -38,19 +33,10 @@ def any_strategy(request: pytest.FixtureRequest) -> Iterator[dv.Strategy]:
         yield strategy
 
 
-def replica() -> int:
-    return dv.get_replica_context().replica_id_in_sync_group
-
-
 def dealt(strategy: dv.Strategy, *values: Any) -> Any:
     return strategy.distribute_values_from_function(
         lambda context: values[context.replica_id_in_sync_group]
     )
-
-
-def variable(strategy: dv.Strategy, initial: Any, **modes: Any) -> dv.Variable:
-    with strategy.scope():
-        return dv.Variable(initial, **modes)
 
 
 def test_the_properties_of_a_strategy(any_strategy: dv.Strategy) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,6 @@ from kinds import devices
 import dvkernels as dv
 
 CALLS = r"strategy\.(reduce|gather|local_results)"
-
-
-@pytest.fixture
-def two() -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(devices(2)) as strategy:
-        yield strategy
 
 
 @pytest.mark.parametrize("kind", [dv.PerReplica, dv.Mirrored])

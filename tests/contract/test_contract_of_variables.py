@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kinds import devices, host
+from shorthands import replica, variable
 
 import dvkernels as dv
 
@@ -20,24 +21,9 @@ AGGREGATIONS = ("none", "sum", "mean", "only_first_replica")
 
 
 @pytest.fixture
-def two() -> Iterator[dv.Strategy]:
-    with dv.MirroredStrategy(devices(2)) as strategy:
-        yield strategy
-
-
-@pytest.fixture
 def central() -> Iterator[dv.Strategy]:
     with dv.CentralStorageStrategy(devices(2), devices(1)[0]) as strategy:
         yield strategy
-
-
-def variable(strategy: dv.Strategy, initial: Any, **modes: Any) -> dv.Variable:
-    with strategy.scope():
-        return dv.Variable(initial, **modes)
-
-
-def replica() -> int:
-    return dv.get_replica_context().replica_id_in_sync_group
 
 
 def held(of: dv.Variable) -> list[Any]:
