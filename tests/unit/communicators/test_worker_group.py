@@ -141,7 +141,7 @@ def test_many_arrays_reduce_at_once_as_they_do_one_by_one(
             )
         if worker in who_packs:
             transport = together.communicators[worker]._workers._transport
-            monkeypatch.setattr(transport._relay, "lay_out", lambda *_: False)
+            monkeypatch.setattr(transport._all_reduce, "lay_out", lambda *_: False)
 
     def many(worker):
         own = slice(worker * num_local, (worker + 1) * num_local)

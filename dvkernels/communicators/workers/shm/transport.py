@@ -91,7 +91,7 @@ class SharedMemoryTransport(AbortableTransport):
         self._pauses = _PAUSES if may_spin else _PAUSES_OF_MANY
         self._lines = segment.lines(channel)
         self._buffers = segment.buffers(channel)
-        self._relay = shm_all_reduce.SharedMemoryAllReduce(
+        self._all_reduce = shm_all_reduce.SharedMemoryAllReduce(
             self._lines, self.rank, self._buffers, self.size, self._pauses
         )
         self._number = 0
@@ -128,7 +128,7 @@ class SharedMemoryTransport(AbortableTransport):
         with self._consistency:
             if self._all_reduce_in_place(columns, num_sources, op, fingerprint, divisor):
                 return
-            if self._relay.lay_out(columns, num_sources, op):
+            if self._all_reduce.lay_out(columns, num_sources, op):
                 self._run_compiled(fingerprint, divisor)
             elif len(columns) == 1:
                 self._run_kernels(columns[0], num_sources, op, fingerprint, divisor)
@@ -180,12 +180,12 @@ class SharedMemoryTransport(AbortableTransport):
 
     def _run_compiled(self, fingerprint: Fingerprint, divisor: int) -> None:
         """Run the compiled all-reduce, again after each wait for a late worker."""
-        consistency, relay = self._consistency, self._relay
+        consistency, all_reduce = self._consistency, self._all_reduce
         has_arrived = not consistency.is_settled
         if has_arrived:
             self._agree(fingerprint)
         while True:
-            outcome, self._number = relay.run(
+            outcome, self._number = all_reduce.run(
                 self._number, fingerprint.number, divisor, has_arrived=has_arrived
             )
             if outcome == shm_all_reduce.DONE:
@@ -198,8 +198,10 @@ class SharedMemoryTransport(AbortableTransport):
 
     def _agree(self, fingerprint: Fingerprint) -> None:
         """Vote, with the current piece staged, until all workers vote for this call."""
-        relay = self._relay
-        self._consistency.agree(fingerprint, relay.nbytes, lambda: relay.stage(self._number))
+        all_reduce = self._all_reduce
+        self._consistency.agree(
+            fingerprint, all_reduce.nbytes, lambda: all_reduce.stage(self._number)
+        )
 
     def _run_kernels(
         self,
@@ -213,7 +215,7 @@ class SharedMemoryTransport(AbortableTransport):
         sources, targets = column[:num_sources], column[num_sources:]
         step = BUFFER_NBYTES // sources[0].itemsize
         pieces = [slice(k, k + step) for k in range(0, max(1, sources[0].size), step)]
-        if not self._relay.is_in_parts(sources[0].nbytes):
+        if not self._all_reduce.is_in_parts(sources[0].nbytes):
             for here in pieces:
                 views = self._exchange_staged([source[here] for source in sources], op, fingerprint)
                 first, *others = (target[here] for target in targets)
