@@ -21,8 +21,8 @@ import numpy as np
 
 from dvkernels.benchmarks.stopwatch import timed
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu.engine import job as jobs
 from dvkernels.kernels.cpu.engine import thread_pool
+from dvkernels.kernels.cpu.engine.job import lay_out_sum
 from dvkernels.kernels.cpu.engine.loops import runner
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.schedules.cost_model import CPU, Machine
@@ -41,7 +41,7 @@ class _Sum:
         self.moved = 4 * nbytes
         length = nbytes // 4
         longest = max(1024, length // 8)
-        self._job = jobs.lay_out_sum(self._buffers, longest, runner(ReduceOp.SUM, np.dtype("f4")))
+        self._job = lay_out_sum(self._buffers, longest, runner(ReduceOp.SUM, np.dtype("f4")))
         self._address = checks.address(self._job)
 
     def _rewind(self) -> None:

@@ -18,8 +18,7 @@ from dvkernels.checkpoint.format.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.objects import child
-from dvkernels.checkpoint.restoring import reader as reading
-from dvkernels.checkpoint.restoring.reader import CheckpointReader
+from dvkernels.checkpoint.restoring.reader import CheckpointReader, opened
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.errors import CheckpointDamagedError
 from dvkernels.user_errors import brief
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     root = atomic_folder.absolute_path(arguments.path, "checkpoint")
     for path in step_names.within(root) or (root,):
         try:
-            with reading.opened(path) as reader:
+            with opened(path) as reader:
                 if arguments.action == "show":
                     print("\n".join(map(_printable, _lines(reader))))
                 else:
