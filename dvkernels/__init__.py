@@ -24,7 +24,7 @@ from dvkernels.data.distributed.input_context import InputContext as InputContex
 from dvkernels.data.distributed.iterator import DistributedIterator as DistributedIterator
 from dvkernels.data.distributed.options import AutoShardPolicy as AutoShardPolicy
 from dvkernels.data.distributed.options import InputOptions as InputOptions
-from dvkernels.devices.base import Device as Device
+from dvkernels.devices.device import Device as Device
 from dvkernels.devices.registry import list_devices as list_devices
 from dvkernels.profiler.debugging import debug as debug
 from dvkernels.reduce_op import ReduceOp as ReduceOp
@@ -45,8 +45,8 @@ from dvkernels.threads import shielded as _shielded
 from dvkernels.values.distributed import DistributedValues as DistributedValues
 from dvkernels.values.distributed import Mirrored as Mirrored
 from dvkernels.values.distributed import PerReplica as PerReplica
-from dvkernels.variables.modes import VariableAggregation as VariableAggregation
-from dvkernels.variables.modes import VariableSynchronization as VariableSynchronization
+from dvkernels.variables.synchronization import VariableAggregation as VariableAggregation
+from dvkernels.variables.synchronization import VariableSynchronization as VariableSynchronization
 from dvkernels.variables.variable import Variable as Variable
 from dvkernels.variables.variable import sync as sync
 

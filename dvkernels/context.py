@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvkernels.communicators.single import Single
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
 from dvkernels.values.placement import Placement
 

@@ -10,11 +10,11 @@ import numpy as np
 from dvkernels import context, reduce_op
 from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.devices import array_memory, interop
-from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import refuse_masked, spec
+from dvkernels.devices.array_spec import refuse_masked, spec
+from dvkernels.devices.device import Device
 from dvkernels.errors import BufferMismatchError, NotABufferError
-from dvkernels.nest import describe_structure
 from dvkernels.profiler import debugging
+from dvkernels.pytree import describe_structure
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.foreign_threads import UnscopedRendezvous

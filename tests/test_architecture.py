@@ -36,7 +36,7 @@ ROWS = (
         "custom_reduction",
         "reduce_op",
     ),
-    ("schedules", "profiler", "cluster", "nest", "threads"),
+    ("schedules", "profiler", "cluster", "pytree", "threads"),
     ("devices",),
     ("kernels",),
     ("replicas",),

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels.benchmarks import between_workers
+from dvkernels.benchmarks import network_calibration
 from dvkernels.schedules.cost_model import Link
 
 __all__ = [
@@ -177,7 +177,7 @@ def _measured(runs: Sequence[Mapping[str, Any]]) -> str:
         for run in runs:
             seconds = statistics.median(run["seconds"][nbytes])
             link = Link(run["latency_seconds"], run["rate"])
-            model = between_workers.modelled(
+            model = network_calibration.modelled(
                 run["num_workers"], run["num_hosts"], link, int(nbytes)
             )
             cells.append(f"{_time(seconds)} | {seconds / model:.2f}")

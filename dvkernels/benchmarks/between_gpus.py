@@ -19,7 +19,7 @@ from dvkernels.benchmarks.gpu import Figure, MeasurementPlan
 from dvkernels.benchmarks.stopwatch import alternate, timed
 from dvkernels.communicators.nccl.communicator import Nccl
 from dvkernels.devices import cuda, cuda_arrays, driver
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError, WorkerLostError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.multi_gpu import peer_access

@@ -19,7 +19,7 @@ from dvkernels.checkpoint.saving import save
 from dvkernels.checkpoint.saving.background import SavesInBackground
 from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import atomic_folder
-from dvkernels.checkpoint.storage.files import Folder
+from dvkernels.checkpoint.storage.file_system import Folder
 from dvkernels.checkpoint.storage.folder_lock import FolderLock
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.profiler.debugging import LOGGER

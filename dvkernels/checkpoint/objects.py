@@ -23,7 +23,7 @@ from dvkernels.checkpoint.format.nodes import (
 from dvkernels.checkpoint.format.shards import DTYPES
 from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.devices import array_memory
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.array_spec import Spec
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.user_errors import brief, text_of
 from dvkernels.variables.saved_variable import SavedVariable, saved_by

@@ -204,17 +204,17 @@ def measure(arguments: argparse.Namespace, others: OtherLibraries) -> int:
 
 def _calibrate_workers(arguments: argparse.Namespace, program: str) -> int:
     """Measure the cost model between the workers of this job; the chief prints the result."""
-    from dvkernels.benchmarks import between_workers
+    from dvkernels.benchmarks import network_calibration
 
     resolver = default_resolver()
     has_file = arguments.json not in (None, "-") and resolver.is_chief
     json_path = output_paths.file("--json", arguments.json) if has_file else None
-    found = between_workers.calibrate(resolver, arguments.rounds)
+    found = network_calibration.calibrate(resolver, arguments.rounds)
     if not resolver.is_chief:
         return 0
-    print(between_workers.describe(found))
+    print(network_calibration.describe(found))
     if json_path is not None:
-        record = {**_about(arguments, program), **between_workers.as_record(found)}
+        record = {**_about(arguments, program), **network_calibration.as_record(found)}
         atomic_file.write_text(json_path, json.dumps(record, indent=1) + "\n")
     return 0
 

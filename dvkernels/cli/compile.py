@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 
 from dvkernels.cli import digits, mlp
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.kernels import compile_cache
 from dvkernels.kernels.cpu import compile_ahead
 

@@ -17,7 +17,7 @@ from dvkernels._version import __version__
 from dvkernels.cluster import simulated_hosts
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.devices import array_memory, cpu, cuda
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.devices.registry import list_devices
 from dvkernels.kernels import compile_cache, threading_layer
 from dvkernels.strategies.mirrored import MirroredStrategy

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.cli.digits import NUM_CLASSES, NUM_PIXELS
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.kernels import jit
 
 __all__: list[str] = []

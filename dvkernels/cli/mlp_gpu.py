@@ -9,7 +9,7 @@ import numpy as np
 from dvkernels.cli.digits import NUM_CLASSES
 from dvkernels.cli.mlp import layers, num_weights
 from dvkernels.devices import array_memory
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 
 __all__: list[str] = []
 

@@ -24,7 +24,7 @@ from dvkernels.cli.training_loop import (
 )
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.devices import cpu
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.devices.registry import list_devices, resolve
 from dvkernels.errors import CheckpointError, DvKernelsError
 from dvkernels.strategies.base import Strategy

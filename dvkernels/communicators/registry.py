@@ -14,7 +14,7 @@ from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
 from dvkernels.communicators.workers.shm import available
 from dvkernels.communicators.workers.staged import Staged
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 
 __all__: list[str] = []

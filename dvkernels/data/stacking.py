@@ -9,7 +9,7 @@ import numpy as np
 
 from dvkernels.data.array_nest import as_array, flatten, leaf_names
 from dvkernels.errors import DatasetError
-from dvkernels.nest import describe_structure
+from dvkernels.pytree import describe_structure
 from dvkernels.user_errors import brief
 
 __all__ = ["BatchBuilder", "stack"]

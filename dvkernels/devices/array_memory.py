@@ -17,7 +17,7 @@ from typing import Any, Protocol, final
 import numpy as np
 
 from dvkernels.devices import cuda, cuda_arrays, interop, stream_order
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
 
 __all__ = ["HOST", "ArrayMemory", "holding", "of"]

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from dvkernels.devices import driver
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
 from dvkernels.threads import shielded
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.devices import cuda, driver, interop
-from dvkernels.devices.buffers import refuse_masked
+from dvkernels.devices.array_spec import refuse_masked
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.user_errors import text_of

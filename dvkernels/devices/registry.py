@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from dvkernels.devices import cpu, cuda
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
 
 __all__ = ["list_devices"]

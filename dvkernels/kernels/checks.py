@@ -15,7 +15,7 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.devices import interop
-from dvkernels.devices.buffers import Spec, refuse_masked, spec
+from dvkernels.devices.array_spec import Spec, refuse_masked, spec
 from dvkernels.errors import (
     AlgorithmError,
     BufferMismatchError,

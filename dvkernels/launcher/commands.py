@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.errors import LaunchError
-from dvkernels.launcher import slurm_signals
+from dvkernels.launcher import scancel
 
 __all__ = [
     "EXPORTED_VARIABLES",
@@ -313,7 +313,7 @@ FLAVOURS = (
         # At SIGTERM it kills the tasks, at SIGINT it prints their state.
         _SIGNALS - {signal.SIGINT, signal.SIGTERM},
         signal.SIGTERM,  # SIGKILL would leave the tasks behind
-        slurm_signals.send,
+        scancel.send,
         # If a worker fails it ends the others by SIGTERM, and returns the largest status.
         failure_statuses=frozenset({128 + signal.SIGTERM}),
     ),

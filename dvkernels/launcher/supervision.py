@@ -20,7 +20,7 @@ from dvkernels.cluster import launcher_environment, procfs
 from dvkernels.cluster.position import Position
 from dvkernels.errors import ClusterError, LaunchError
 from dvkernels.launcher.exit_records import ExitRecords
-from dvkernels.launcher.leftovers import Leftovers
+from dvkernels.launcher.leaked_shm import Leftovers
 
 __all__ = ["TIMED_OUT", "CommandEnd", "run", "workers_below"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dvkernels import context, reduce_op
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.array_spec import Spec, spec
 from dvkernels.errors import (
     BufferMismatchError,
     CollectiveMismatchError,
@@ -20,7 +20,7 @@ from dvkernels.user_errors import brief
 from dvkernels.values import regroup, replica_weights
 from dvkernels.values.array_leaves import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
-from dvkernels.variables.modes import VariableSynchronization
+from dvkernels.variables.synchronization import VariableSynchronization
 from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []

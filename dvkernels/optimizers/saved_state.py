@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.array_spec import Spec
 from dvkernels.user_errors import brief
 from dvkernels.variables.variable import Variable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels import nest, user_errors
+from dvkernels import pytree, user_errors
 
 __all__: list[str] = []
 
@@ -29,7 +29,9 @@ class CollectiveCall(NamedTuple):
 
     def __str__(self) -> str:
         terms = (
-            nest.describe_structure(term) if nest.is_structure(term) else user_errors.text_of(term)
+            pytree.describe_structure(term)
+            if pytree.is_structure(term)
+            else user_errors.text_of(term)
             for term in self.terms
             if term is not None
         )

@@ -156,7 +156,7 @@ def gather_seconds(network: Network, num_workers: int, nbytes: int) -> float:
 def exchange_seconds(
     network: Network, num_workers: int, num_hosts: int, nbytes: int, wide_nbytes: int | None = None
 ) -> float:
-    """Return the time of an all-reduce by an exchange of parts: see ``schedules/host_parts.py``.
+    """Return the time of an all-reduce by an exchange of parts: see ``schedules/multi_leader.py``.
 
     Two messages in sequence. With m = n/H workers per host, each reads m shares of S/m and writes
     one, and the same of H parts of S/n; if m > 1, arrays are also copied to and from shared
@@ -177,7 +177,7 @@ def exchange_seconds(
 def host_ring_seconds(
     network: Network, num_workers: int, num_hosts: int, nbytes: int, wide_nbytes: int | None = None
 ) -> float:
-    """Return the time of an all-reduce around a ring of hosts: see ``schedules/host_parts.py``.
+    """Return the time of an all-reduce around a ring of hosts: see ``schedules/multi_leader.py``.
 
     2 (H - 1) messages in sequence, 2 (H - 1)/n S received from one worker at a time, half of it as
     ``wide_nbytes`` for the whole. Of each part, H - 1 hosts read the received sum and their own

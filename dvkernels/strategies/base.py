@@ -21,8 +21,8 @@ from dvkernels.data.distributed.options import InputOptions
 from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.epoch_count import EpochCount, EpochCounts
 from dvkernels.devices import array_memory, registry
-from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import spec
+from dvkernels.devices.array_spec import spec
+from dvkernels.devices.device import Device
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.errors import (
     BufferMismatchError,
@@ -30,8 +30,8 @@ from dvkernels.errors import (
     DatasetError,
     SynchronizationError,
 )
-from dvkernels.nest import describe_structure
 from dvkernels.profiler import debugging
+from dvkernels.pytree import describe_structure
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -47,7 +47,7 @@ from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
 from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
 from dvkernels.variables.live_variables import variables_of
-from dvkernels.variables.modes import VariableSynchronization
+from dvkernels.variables.synchronization import VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__ = ["Strategy", "ValueContext"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import final
 
 from dvkernels.devices import registry
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.strategies.base import Strategy
 
 __all__ = ["CentralStorageStrategy"]

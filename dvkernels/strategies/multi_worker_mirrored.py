@@ -10,7 +10,7 @@ from typing import Any, final
 from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.strategies.base import Strategy
 from dvkernels.user_errors import brief
 

@@ -7,7 +7,7 @@ from typing import final
 from dvkernels import context
 from dvkernels.communicators.single import Single
 from dvkernels.devices import registry
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.strategies.base import Strategy
 
 __all__ = ["OneDeviceStrategy"]

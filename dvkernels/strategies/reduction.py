@@ -12,7 +12,7 @@ from dvkernels import reduce_op
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.devices import array_memory
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.array_spec import Spec, spec
 from dvkernels.errors import BufferMismatchError
 from dvkernels.kernels import backends
 from dvkernels.reduce_op import ReduceOp, Reduction

@@ -2,7 +2,7 @@
 
 They raise ``AssertionError`` with the difference, and need no test framework.
 
-Imports: communicators, context, data, devices, errors, nest, reduce_op, replica_context,
+Imports: communicators, context, data, devices, errors, pytree, reduce_op, replica_context,
 strategies, values, variables.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels import nest
+from dvkernels import pytree
 from dvkernels.strategies.base import Strategy
 from dvkernels.strategies.mirrored import MirroredStrategy
 from dvkernels.strategies.one_device import OneDeviceStrategy
@@ -68,8 +68,8 @@ def assert_same_on(
         with (make or _mirrored)(count) as strategy:
             found, other = regroup.flatten(_as_arrays(fn(strategy), subject))
         assert other == structure, (
-            f"{subject} returned {nest.describe_structure(other)}, one device "
-            f"{nest.describe_structure(structure)}"
+            f"{subject} returned {pytree.describe_structure(other)}, one device "
+            f"{pytree.describe_structure(structure)}"
         )
         for leaf_index, (result, expected_leaf) in enumerate(zip(found, expected, strict=True)):
             got, wanted = np.asarray(result), np.asarray(expected_leaf)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory, interop
-from dvkernels.devices.buffers import Spec, refuse_masked, spec
+from dvkernels.devices.array_spec import Spec, refuse_masked, spec
 from dvkernels.errors import NotABufferError
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import regroup

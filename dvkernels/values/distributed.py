@@ -8,8 +8,8 @@ from typing import Any, Generic, NoReturn, Self, TypeVar
 
 import numpy as np
 
-from dvkernels.devices import array_memory, buffers, interop, registry
-from dvkernels.devices.base import Device
+from dvkernels.devices import array_memory, array_spec, interop, registry
+from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
 from dvkernels.user_errors import brief
 from dvkernels.values.placement import Placement
@@ -318,7 +318,7 @@ class Mirrored(_Frozen[T]):
 
 
 def _copied(value: Any, device: Device) -> Any:
-    buffers.refuse_masked(value, f"copy_to {device}: a component")
+    array_spec.refuse_masked(value, f"copy_to {device}: a component")
     is_array = isinstance(value, (np.ndarray, np.generic)) or interop.is_on_gpu(value)
     return array_memory.copied(value, device) if is_array else value
 

@@ -10,7 +10,7 @@ from typing import Any
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.devices import array_memory as memory
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 from dvkernels.replicas.step_lock import StepLock
 from dvkernels.schedules import partition
 

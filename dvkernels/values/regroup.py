@@ -11,8 +11,8 @@ from typing import Any
 
 import optree
 
-from dvkernels import nest
-from dvkernels.devices.base import Device
+from dvkernels import pytree
+from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
 from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.placement import Placement
@@ -89,8 +89,8 @@ def regroup(
         if other != structure:
             raise ValueError(
                 f"the replicas returned different structures: replica {first_id} returned "
-                f"{nest.describe_structure(structure)}, replica {replica} returned "
-                f"{nest.describe_structure(other)}; return the same structure on every replica"
+                f"{pytree.describe_structure(structure)}, replica {replica} returned "
+                f"{pytree.describe_structure(other)}; return the same structure on every replica"
             )
 
     def joined(leaves: tuple[Any, ...]) -> Any:

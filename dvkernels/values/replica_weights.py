@@ -10,7 +10,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory
-from dvkernels.devices.buffers import refuse_masked
+from dvkernels.devices.array_spec import refuse_masked
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.user_errors import brief
 from dvkernels.values import scalar_checks

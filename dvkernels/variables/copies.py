@@ -9,7 +9,7 @@ import numpy as np
 
 from dvkernels.communicators.single import Single
 from dvkernels.devices import interop
-from dvkernels.devices.buffers import Spec, refuse_masked, spec
+from dvkernels.devices.array_spec import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.user_errors import brief, text_of

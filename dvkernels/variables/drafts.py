@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dvkernels.variables.copies import Draft
-from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, new_variable, storage_of
 
 __all__: list[str] = []

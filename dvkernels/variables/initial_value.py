@@ -9,14 +9,14 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.devices import interop
-from dvkernels.devices.buffers import Spec, refuse_masked
+from dvkernels.devices.array_spec import Spec, refuse_masked
 from dvkernels.errors import BufferMismatchError, NotABufferError, SynchronizationError
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import function_checks
 from dvkernels.values.placement import Placement
 from dvkernels.variables import operators
 from dvkernels.variables.copies import Copies
-from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
 
 __all__: list[str] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dvkernels.variables.modes import (
+from dvkernels.variables.synchronization import (
     SYNC_MODES,
     VariableAggregation,
     VariableSynchronization,

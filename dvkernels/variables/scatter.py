@@ -10,7 +10,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Workers
 from dvkernels.devices import interop
-from dvkernels.devices.buffers import Spec, refuse_masked, spec
+from dvkernels.devices.array_spec import Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.user_errors import brief

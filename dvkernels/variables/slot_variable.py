@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.variables.initial_value import initial_copies
-from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, new_variable
 
 __all__: list[str] = []

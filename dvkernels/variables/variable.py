@@ -10,8 +10,8 @@ import numpy as np
 
 from dvkernels import context, reduce_op
 from dvkernels.devices import array_memory, registry
-from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.array_spec import Spec
+from dvkernels.devices.device import Device
 from dvkernels.errors import (
     ContextError,
     SynchronizationError,
@@ -25,12 +25,12 @@ from dvkernels.variables import deep_copy, scatter
 from dvkernels.variables.access import LONE_REPLICA, calling_replica
 from dvkernels.variables.copies import Copies, Draft, commit_together
 from dvkernels.variables.initial_value import initial_copies
-from dvkernels.variables.modes import (
+from dvkernels.variables.operators import ArrayOperators
+from dvkernels.variables.synchronization import (
     SYNC_MODES,
     VariableAggregation,
     VariableSynchronization,
 )
-from dvkernels.variables.operators import ArrayOperators
 
 __all__ = ["Variable", "sync"]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dvkernels import errors, reduce_op
 from dvkernels.custom_reduction import CustomReduction
-from dvkernels.kernels import arithmetic, optimizer_checks
+from dvkernels.kernels import arithmetic, update_rules
 from dvkernels.kernels.cuda import optimizers
 from dvkernels.kernels.cuda.engine import loops, operations
 from dvkernels.kernels.cuda.multi_gpu import flag_kernel
@@ -23,10 +23,10 @@ DTYPES = [
 ]
 _ROWS = [*map(np.dtype, ["f2", "f4"])]
 _RULES = {
-    "sgd": optimizer_checks.PLAIN,
-    "momentum": optimizer_checks.MOMENTUM,
-    "nesterov": optimizer_checks.NESTEROV,
-    "adam": optimizer_checks.ADAM,
+    "sgd": update_rules.PLAIN,
+    "momentum": update_rules.MOMENTUM,
+    "nesterov": update_rules.NESTEROV,
+    "adam": update_rules.ADAM,
 }
 
 

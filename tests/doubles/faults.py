@@ -1,7 +1,8 @@
 """Fault injection: disks that fail, and processes that die, at a chosen file operation of a save.
 
-The tested code must do its file operations through ``dvkernels.checkpoint.storage.files.active``,
-as checkpoints do; other code that saves files may do so too.
+The tested code must do its file operations through
+``dvkernels.checkpoint.storage.file_system.active``, as checkpoints do; other code that saves files
+may do so too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from dvkernels.checkpoint.storage import files
-from dvkernels.checkpoint.storage.files import Entry, FileSystem
+from dvkernels.checkpoint.storage import file_system
+from dvkernels.checkpoint.storage.file_system import Entry, FileSystem
 
 __all__ = ["Crash", "Faults", "check_every_crash", "flip_bit", "injected", "truncate"]
 
@@ -51,8 +52,9 @@ class Faults:
 
     Notes
     -----
-    The methods are those of ``dvkernels.checkpoint.storage.files.FileSystem``; :func:`injected`
-    installs it. ``count`` is the number of operations so far, ``calls`` their names.
+    The methods are those of ``dvkernels.checkpoint.storage.file_system.FileSystem``;
+    :func:`injected` installs it. ``count`` is the number of operations so far, ``calls`` their
+    names.
     """
 
     def __init__(
@@ -199,7 +201,7 @@ def injected(faults: Faults) -> Iterator[Faults]:
     ...
     dvkernels.errors.CheckpointError: save to ... No space left on device...
     """
-    with files.using(cast(FileSystem, faults)):
+    with file_system.using(cast(FileSystem, faults)):
         try:
             yield faults
         finally:

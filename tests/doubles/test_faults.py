@@ -9,7 +9,7 @@ import faults
 import pytest
 from faults import Crash, Faults, check_every_crash, injected
 
-from dvkernels.checkpoint.storage import atomic_folder, files
+from dvkernels.checkpoint.storage import atomic_folder, file_system
 
 
 def save(path, content, *, syncs=True, renames=True):
@@ -20,16 +20,16 @@ def save(path, content, *, syncs=True, renames=True):
 
 def _save(parent, name, content, syncs, renames):
     beside = parent / (f"{name}.new" if renames else name)
-    if files.active.kind(beside):
-        files.active.remove(beside)
-    descriptor = files.active.create(beside)
-    files.active.write(descriptor, content, 0)
+    if file_system.active.kind(beside):
+        file_system.active.remove(beside)
+    descriptor = file_system.active.create(beside)
+    file_system.active.write(descriptor, content, 0)
     if syncs:
-        files.active.sync(descriptor)
-    files.active.close(descriptor)
+        file_system.active.sync(descriptor)
+    file_system.active.close(descriptor)
     if renames:
-        files.active.rename(beside, parent / name)
-    files.active.sync_folder(parent)
+        file_system.active.rename(beside, parent / name)
+    file_system.active.sync_folder(parent)
 
 
 def test_a_good_save_passes_and_bad_ones_are_found(tmp_path):
@@ -58,11 +58,11 @@ def here(tmp_path):
 
 def test_nothing_happens_after_death(tmp_path, here):
     with injected(Faults(crash_at=3)) as broken:
-        descriptor = files.active.create(here / "x")
-        files.active.write(descriptor, b"abc", 0)
+        descriptor = file_system.active.create(here / "x")
+        file_system.active.write(descriptor, b"abc", 0)
         for _ in range(3):
             with pytest.raises(Crash):
-                files.active.write(descriptor, b"defg", 3)
+                file_system.active.write(descriptor, b"defg", 3)
     assert (tmp_path / "x").read_bytes() == b"abcde"  # half of the write that it died in
     assert broken.calls == ["create", "write", "write"]
     with pytest.raises(OSError, match="Bad file"):
@@ -73,14 +73,14 @@ def test_a_power_failure_takes_what_was_not_synced(tmp_path, here):
     (tmp_path / "old").write_bytes(b"old")
     with injected(Faults(loses={"content", "names"})) as broken:
         for name in ("synced", "unsynced"):
-            descriptor = files.active.create(here / name)
-            files.active.write(descriptor, b"abc", 0)
+            descriptor = file_system.active.create(here / name)
+            file_system.active.write(descriptor, b"abc", 0)
             if name == "synced":
-                files.active.sync(descriptor)
-            files.active.close(descriptor)
-        files.active.sync_folder(here)
-        files.active.rename(here / "old", here / "renamed")
-        files.active.make_folder(here / "folder")
+                file_system.active.sync(descriptor)
+            file_system.active.close(descriptor)
+        file_system.active.sync_folder(here)
+        file_system.active.rename(here / "old", here / "renamed")
+        file_system.active.make_folder(here / "folder")
         with pytest.raises(Crash):
             broken.die()
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -89,20 +89,20 @@ def test_a_power_failure_takes_what_was_not_synced(tmp_path, here):
 
 def test_full_and_failing_disks(here):
     with injected(Faults(room=4)):
-        descriptor = files.active.create(here / "x")
-        assert files.active.write(descriptor, b"abc", 0) == 3
-        assert files.active.write(descriptor, b"def", 3) == 1
+        descriptor = file_system.active.create(here / "x")
+        assert file_system.active.write(descriptor, b"abc", 0) == 3
+        assert file_system.active.write(descriptor, b"def", 3) == 1
         with pytest.raises(OSError, match="No space") as told:
-            files.active.write(descriptor, b"ef", 4)
+            file_system.active.write(descriptor, b"ef", 4)
         assert told.value.errno == errno.ENOSPC
-        files.active.close(descriptor)
+        file_system.active.close(descriptor)
     with injected(Faults(fail_at=2, counted={"size"}, error=errno.EIO)):
-        descriptor = files.active.open(here / "x")
-        assert files.active.size(descriptor) == 4
+        descriptor = file_system.active.open(here / "x")
+        assert file_system.active.size(descriptor) == 4
         with pytest.raises(OSError, match="injected"):
-            files.active.size(descriptor)
-        assert files.active.size(descriptor) == 4
-        files.active.close(descriptor)
+            file_system.active.size(descriptor)
+        assert file_system.active.size(descriptor) == 4
+        file_system.active.close(descriptor)
 
 
 def test_flipped_and_cut(tmp_path):

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.benchmarks import between_workers
-from dvkernels.checkpoint.storage import files
+from dvkernels.benchmarks import network_calibration
+from dvkernels.checkpoint.storage import file_system
 from dvkernels.cli import main
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.devices import array_memory
@@ -96,8 +96,8 @@ def mismatched_algorithms(over: str) -> None:
 def calibrate(over: str) -> None:
     """Calibration measures every algorithm; only the chief prints the variable to set."""
     os.environ["DVKERNELS_HOSTS"] = over
-    between_workers.SIZES = tuple(4 << k for k in (0, 8, 14, 18))
-    between_workers._SECONDS_PER_ROUND = 1e-3
+    network_calibration.SIZES = tuple(4 << k for k in (0, 8, 14, 18))
+    network_calibration._SECONDS_PER_ROUND = 1e-3
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert main.main(["bench", "--calibrate", "--rounds", "1"]) == 0
@@ -107,8 +107,10 @@ def calibrate(over: str) -> None:
         name, _, value = lines[-1].partition("=")
         assert network_model.from_environ({name: value}).rate > 0
         table = [line.split() for line in lines[-7:-3]]
-        assert [int(row[0]) for row in table] == [*between_workers.SIZES]
-        assert all(row[-1] in between_workers.ALGORITHMS and row.count("us") == 3 for row in table)
+        assert [int(row[0]) for row in table] == [*network_calibration.SIZES]
+        assert all(
+            row[-1] in network_calibration.ALGORITHMS and row.count("us") == 3 for row in table
+        )
 
 
 def end(over: str) -> None:
@@ -314,7 +316,7 @@ class HarmfulFiles:
             if self._harm == "full":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self._harm])
-        return getattr(files.FileSystem(), name)
+        return getattr(file_system.FileSystem(), name)
 
 
 def save_in_harm(
@@ -338,7 +340,7 @@ def save_in_harm(
         if rank() == 0:
             pathlib.Path(folder, "found").write_text(str(data["number"]))
         if harm != "none" and rank() == int(victim):
-            files.active = HarmfulFiles(harm, int(number))
+            file_system.active = HarmfulFiles(harm, int(number))
         try:
             for number_saved in range(data["number"] + 1, 50):
                 for variable in (weight, own, total):

@@ -12,9 +12,9 @@ from typing import Any
 from dvkernels.checkpoint.format import manifest, shards
 from dvkernels.checkpoint.format.manifest import FileEntry, Manifest
 from dvkernels.checkpoint.format.shards import ByteRange
-from dvkernels.checkpoint.storage import atomic_folder, files, parallel_io
+from dvkernels.checkpoint.storage import atomic_folder, file_system, parallel_io
 from dvkernels.checkpoint.storage.atomic_folder import MANIFEST
-from dvkernels.checkpoint.storage.files import Folder
+from dvkernels.checkpoint.storage.file_system import Folder
 from dvkernels.checkpoint.storage.parallel_io import Piece
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.user_errors import brief
@@ -37,7 +37,7 @@ class CheckpointReader:
             self.manifest = manifest.read(content, str(path / MANIFEST))
             self._ranges: dict[str, ByteRange] = {}
             for entry in self.manifest.files:
-                descriptor = files.active.open(folder / entry.name)
+                descriptor = file_system.active.open(folder / entry.name)
                 self._descriptors.append(descriptor)
                 self._ranges |= _byte_ranges(descriptor, entry, f"{path / entry.name}")
             _check_tensors(self.manifest, self._ranges, path)
@@ -48,7 +48,7 @@ class CheckpointReader:
     def close(self) -> None:
         """Close the files; may be called twice."""
         while self._descriptors:
-            files.active.close(self._descriptors.pop())
+            file_system.active.close(self._descriptors.pop())
 
     __del__ = close  # an interrupt may prevent the call of close
 
@@ -116,7 +116,7 @@ def open_reader(path: Path) -> CheckpointReader:
                 if is_last or not _is_replaced(path, folder):
                     raise
             finally:
-                files.active.close(folder.descriptor)
+                file_system.active.close(folder.descriptor)
     raise AssertionError("unreachable")
 
 
@@ -129,7 +129,7 @@ def _is_replaced(path: Path, folder: Folder) -> bool:
     try:
         return not os.path.sameopenfile(current.descriptor, folder.descriptor)
     finally:
-        files.active.close(current.descriptor)
+        file_system.active.close(current.descriptor)
 
 
 @contextlib.contextmanager
@@ -153,23 +153,23 @@ def _missing_error(path: Path) -> CheckpointDamagedError:
 def _read_manifest(folder: Folder) -> bytes:
     entry = folder / MANIFEST
     try:
-        descriptor = files.active.open(entry)
+        descriptor = file_system.active.open(entry)
     except FileNotFoundError:
         raise _missing_error(folder.path) from None
     try:
-        nbytes = files.active.size(descriptor)
+        nbytes = file_system.active.size(descriptor)
         if nbytes > manifest.MAX_NBYTES:
             raise CheckpointDamagedError(
                 f"{entry}: expected at most {manifest.MAX_NBYTES} bytes; it has {nbytes}"
             )
         return parallel_io.read_all(descriptor, nbytes, 0, str(entry))
     finally:
-        files.active.close(descriptor)
+        file_system.active.close(descriptor)
 
 
 def _byte_ranges(descriptor: int, entry: FileEntry, where: str) -> dict[str, ByteRange]:
     """Return the byte range of each tensor of a shard."""
-    nbytes = files.active.size(descriptor)
+    nbytes = file_system.active.size(descriptor)
     if nbytes != entry.nbytes or nbytes < 8:
         raise CheckpointDamagedError(
             f"{where}: expected {entry.nbytes} bytes, as the manifest says; it has {nbytes}; it "

@@ -30,11 +30,11 @@ from dvkernels.checkpoint.format.nodes import (
 from dvkernels.checkpoint.format.shards import DTYPES
 from dvkernels.checkpoint.objects import STEPS, HasSlots, HasState, child
 from dvkernels.devices import array_memory
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.array_spec import Spec
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import brief
-from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.saved_variable import assign_first_copy
+from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []

@@ -16,8 +16,8 @@ from dvkernels.checkpoint.format import manifest, shards
 from dvkernels.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry
 from dvkernels.checkpoint.saving import snapshot
 from dvkernels.checkpoint.saving.snapshot import Snapshot
-from dvkernels.checkpoint.storage import atomic_folder, files, parallel_io
-from dvkernels.checkpoint.storage.files import Folder
+from dvkernels.checkpoint.storage import atomic_folder, file_system, parallel_io
+from dvkernels.checkpoint.storage.file_system import Folder
 from dvkernels.checkpoint.storage.parallel_io import Piece
 from dvkernels.devices import cpu
 from dvkernels.errors import CheckpointError
@@ -180,8 +180,8 @@ def _write_shards(
     with contextlib.ExitStack() as stack:
         descriptors, headers, columns = [], [], []
         for index, group in enumerate(groups, first_shard):
-            descriptor = files.active.create(new / manifest.shard_name(index))
-            stack.callback(files.active.close, descriptor)
+            descriptor = file_system.active.create(new / manifest.shard_name(index))
+            stack.callback(file_system.active.close, descriptor)
             tensors = [(name, array.dtype.name, array.shape) for name, array in group]
             header = shards.header(tensors)
             parallel_io.write_all(descriptor, header, 0)
@@ -196,7 +196,7 @@ def _write_shards(
         checksums: dict[str, list[tuple[int, str]]] = {}
         for piece, checksum in written:
             checksums.setdefault(piece.where, []).append((piece.offset, checksum))
-        parallel_io.in_parallel(files.active.sync, descriptors)
+        parallel_io.in_parallel(file_system.active.sync, descriptors)
     entries = [
         FileEntry(
             manifest.shard_name(index),
@@ -229,12 +229,12 @@ def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> N
         )
     )
     with atomic_folder.staging_folder(path) as new:
-        descriptor = files.active.create(new / atomic_folder.MANIFEST)
+        descriptor = file_system.active.create(new / atomic_folder.MANIFEST)
         try:
             parallel_io.write_all(descriptor, content, 0)
-            files.active.sync(descriptor)
+            file_system.active.sync(descriptor)
         finally:
-            files.active.close(descriptor)
+            file_system.active.close(descriptor)
 
 
 def _shard_groups(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:

@@ -19,8 +19,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dvkernels.checkpoint.storage import files
-from dvkernels.checkpoint.storage.files import Entry, Folder
+from dvkernels.checkpoint.storage import file_system
+from dvkernels.checkpoint.storage.file_system import Entry, Folder
 from dvkernels.checkpoint.storage.folder_lock import FolderLock
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import brief
@@ -59,7 +59,7 @@ def absolute_path(path: str | os.PathLike[str], verb: str) -> Path:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Folder]:
     """Open a folder by a user's path, following links; a context manager that closes it."""
-    folder = files.active.open_folder(path)
+    folder = file_system.active.open_folder(path)
     try:
         yield folder
     finally:
@@ -69,7 +69,7 @@ def opened(path: Path) -> Iterator[Folder]:
 @contextlib.contextmanager
 def entered(entry: Entry) -> Iterator[Folder]:
     """Open a folder inside an open one, refusing links; a context manager that closes it."""
-    folder = files.active.enter(entry)
+    folder = file_system.active.enter(entry)
     try:
         yield folder
     finally:
@@ -107,29 +107,29 @@ def replacement(target: Entry, superseded: Iterable[Entry] = ()) -> Iterator[Non
     tmp, old, pid = _companion(target, "tmp"), _companion(target, "old"), os.getpid()
     _check_replaceable(target)
     _recover(target)
-    files.active.make_folder(tmp)
+    file_system.active.make_folder(tmp)
     is_placed = False
     try:
         yield
         with entered(tmp) as folder:
-            files.active.sync_folder(folder)
-        if files.active.kind(target) == "folder":
-            files.active.rename(target, old)
+            file_system.active.sync_folder(folder)
+        if file_system.active.kind(target) == "folder":
+            file_system.active.rename(target, old)
         tombstones = [_tombstone(target, other) for other in superseded]
         for tombstone in tombstones:  # while the target is missing, so that renaming activates them
-            files.active.close(files.active.create(tombstone))
+            file_system.active.close(file_system.active.create(tombstone))
         if tombstones:
-            files.active.sync_folder(target.folder)
-        files.active.rename(tmp, target)
+            file_system.active.sync_folder(target.folder)
+        file_system.active.rename(tmp, target)
         is_placed = True
-        files.active.sync_folder(target.folder)
+        file_system.active.sync_folder(target.folder)
     except BaseException:
         if os.getpid() != pid:  # a forked child exits; the save belongs to its parent
             raise
         # The next save completes a recovery that fails now.
         with contextlib.suppress(OSError, CheckpointError):
             if is_placed:
-                files.active.rename(target, tmp)
+                file_system.active.rename(target, tmp)
             _recover(target)
         raise
     with contextlib.suppress(OSError, CheckpointError):
@@ -141,13 +141,13 @@ def discard(target: Entry) -> None:
     _check_own(target, "removing it")
     tmp = _companion(target, "tmp")
     _remove(tmp)
-    files.active.rename(target, tmp)
+    file_system.active.rename(target, tmp)
     _remove(tmp)
 
 
 def remove_leftovers(parent: Folder, pattern: re.Pattern[str]) -> None:
     """Recover the checkpoints whose names match after saves that were killed."""
-    for name in files.active.names(parent):
+    for name in file_system.active.names(parent):
         kind, _, rest = name.partition("-")
         if kind in (".tmp", ".old") and pattern.fullmatch(rest):
             _recover(parent / rest)
@@ -156,24 +156,24 @@ def remove_leftovers(parent: Folder, pattern: re.Pattern[str]) -> None:
 
 def remove_superseded(parent: Folder, pattern: re.Pattern[str]) -> None:
     """Remove the checkpoints whose tombstones are active, and the tombstones."""
-    tombstones = {name: _TOMBSTONE.fullmatch(name) for name in files.active.names(parent)}
+    tombstones = {name: _TOMBSTONE.fullmatch(name) for name in file_system.active.names(parent)}
     for name, found in tombstones.items():
         if found is None or not all(map(pattern.fullmatch, found.groups())):
             continue
         superseded, successor = (parent / each for each in found.groups())
-        if files.active.kind(successor) is not None:
+        if file_system.active.kind(successor) is not None:
             _recover(superseded)
-            if files.active.kind(superseded) is not None:
+            if file_system.active.kind(superseded) is not None:
                 discard(superseded)
-            files.active.sync_folder(parent)  # before the tombstone is removed
-        files.active.remove(parent / name)
+            file_system.active.sync_folder(parent)  # before the tombstone is removed
+        file_system.active.remove(parent / name)
 
 
 def within(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
     """List the valid checkpoints in a folder whose names match, sorted by name."""
     try:
         with opened(parent) as folder:
-            names = set(files.active.names(folder))
+            names = set(file_system.active.names(folder))
     except FileNotFoundError:
         return []
     tombstones = filter(None, map(_TOMBSTONE.fullmatch, names))
@@ -189,10 +189,10 @@ def open_existing(path: Path) -> Folder:
         3
     ):  # it may be renamed to old after the first try, and removed before the second
         with contextlib.suppress(FileNotFoundError):
-            return files.active.open_folder(path)
+            return file_system.active.open_folder(path)
         with contextlib.suppress(FileNotFoundError), opened(path.parent) as parent:
-            return files.active.enter(_companion(parent / path.name, "old"))
-    return files.active.open_folder(path)
+            return file_system.active.enter(_companion(parent / path.name, "old"))
+    return file_system.active.open_folder(path)
 
 
 def make_folders(path: Path) -> None:
@@ -202,13 +202,13 @@ def make_folders(path: Path) -> None:
     make_folders(path.parent)
     with opened(path.parent) as parent:
         with contextlib.suppress(FileExistsError):  # another process has created it meanwhile
-            files.active.make_folder(parent / path.name)
-        files.active.sync_folder(parent)
+            file_system.active.make_folder(parent / path.name)
+        file_system.active.sync_folder(parent)
 
 
 def _close(folder: Folder) -> None:
     with contextlib.suppress(OSError):  # nothing was written through this descriptor
-        files.active.close(folder.descriptor)
+        file_system.active.close(folder.descriptor)
 
 
 def _companion(target: Entry, kind: str) -> Entry:
@@ -223,51 +223,51 @@ def _recover(target: Entry) -> None:
     """Restore the previous checkpoint after a save that did not complete; remove its leftovers."""
     _check_own(_companion(target, "old"), "removing it")
     _remove(_companion(target, "tmp"))
-    if files.active.kind(target) is None:
+    if file_system.active.kind(target) is None:
         tombstones = [_tombstone(target, target.folder / name) for name in _superseded_by(target)]
         for tombstone in tombstones:  # first: the previous checkpoint supersedes nothing
-            files.active.remove(tombstone)
+            file_system.active.remove(tombstone)
         if tombstones:
-            files.active.sync_folder(target.folder)
+            file_system.active.sync_folder(target.folder)
         old = _companion(target, "old")
-        if files.active.kind(old) == "folder":
-            files.active.rename(old, target)
-    files.active.sync_folder(target.folder)
+        if file_system.active.kind(old) == "folder":
+            file_system.active.rename(old, target)
+    file_system.active.sync_folder(target.folder)
     _remove_old(target)
 
 
 def _superseded_by(target: Entry) -> list[str]:
-    tombstones = filter(None, map(_TOMBSTONE.fullmatch, files.active.names(target.folder)))
+    tombstones = filter(None, map(_TOMBSTONE.fullmatch, file_system.active.names(target.folder)))
     return [found[1] for found in tombstones if found[2] == target.name]
 
 
 def _remove_old(target: Entry) -> None:
     old, tmp = _companion(target, "old"), _companion(target, "tmp")
-    match files.active.kind(old):
+    match file_system.active.kind(old):
         case "link":  # this package creates no links
-            files.active.remove(old)
-        case "folder" if files.active.kind(target) == "folder":
+            file_system.active.remove(old)
+        case "folder" if file_system.active.kind(target) == "folder":
             # Renamed first: a folder with the old name is always whole.
-            files.active.rename(old, tmp)
+            file_system.active.rename(old, tmp)
             _remove(tmp)
 
 
 def _remove(entry: Entry) -> None:
     """Remove a checkpoint folder and its files; of a link, the link only."""
-    match files.active.kind(entry):
+    match file_system.active.kind(entry):
         case "link":
-            files.active.remove(entry)
+            file_system.active.remove(entry)
         case "folder":
             _check_own(entry, "removing it")
             with entered(entry) as folder:
-                for name in files.active.names(folder):
-                    files.active.remove(folder / name)
-            files.active.remove_folder(entry)
+                for name in file_system.active.names(folder):
+                    file_system.active.remove(folder / name)
+            file_system.active.remove_folder(entry)
 
 
 def _check_replaceable(target: Entry) -> None:
     """Raise if the target is anything but a checkpoint."""
-    match files.active.kind(target):
+    match file_system.active.kind(target):
         case "link":
             raise CheckpointError(
                 f"save to {target}: it is a link, which a save would replace; give the path that "
@@ -282,12 +282,12 @@ def _check_replaceable(target: Entry) -> None:
 
 def _check_own(entry: Entry, what: str) -> None:
     """Raise if a folder holds anything but the files of a checkpoint."""
-    if files.active.kind(entry) != "folder":
+    if file_system.active.kind(entry) != "folder":
         return
     with entered(entry) as folder:
         foreign = [
             name
-            for name in files.active.names(folder)
+            for name in file_system.active.names(folder)
             if name != MANIFEST and not SHARD.fullmatch(name)
         ]
     if foreign:

@@ -9,8 +9,8 @@ import weakref
 from types import TracebackType
 from typing import Self
 
-from dvkernels.checkpoint.storage import files
-from dvkernels.checkpoint.storage.files import Entry
+from dvkernels.checkpoint.storage import file_system
+from dvkernels.checkpoint.storage.file_system import Entry
 from dvkernels.errors import CheckpointError
 
 __all__: list[str] = []
@@ -43,7 +43,7 @@ class FolderLock:
                 _held.pop(self._key, None)
             self._acquire()
             owner = f"pid {os.getpid()} on {socket.gethostname()}\n".ljust(80).encode()
-            files.active.write(self._descriptor, owner, 0)
+            file_system.active.write(self._descriptor, owner, 0)
         except BaseException:
             self._release()
             raise
@@ -59,20 +59,20 @@ class FolderLock:
 
     def _acquire(self) -> None:
         while True:
-            self._descriptor = files.active.open_lock(self._entry)
+            self._descriptor = file_system.active.open_lock(self._entry)
             try:
-                files.active.lock(self._descriptor)
+                file_system.active.lock(self._descriptor)
             except (BlockingIOError, PermissionError):
                 raise self._refusal(self._owner()) from None
             # Another writer may have removed the file between open and lock: then open a new one.
-            if files.active.is_same(self._descriptor, self._entry):
+            if file_system.active.is_same(self._descriptor, self._entry):
                 self._is_locked = True
                 return
             self._close()
 
     def _owner(self) -> str:
         text = bytearray(80)
-        count = files.active.read(self._descriptor, text, 0)
+        count = file_system.active.read(self._descriptor, text, 0)
         return text[:count].decode(errors="replace").strip() or "pid not written yet"
 
     def _refusal(self, owner: str) -> CheckpointError:
@@ -89,7 +89,7 @@ class FolderLock:
             # fails, the unlocked file does no harm.
             if self._is_locked:
                 with contextlib.suppress(OSError):
-                    files.active.remove(self._entry)
+                    file_system.active.remove(self._entry)
         finally:
             try:
                 self._close()
@@ -101,4 +101,4 @@ class FolderLock:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # the kernel has released the lock nevertheless
-                files.active.close(descriptor)
+                file_system.active.close(descriptor)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 from dvkernels.devices import cpu
 from dvkernels.errors import CheckpointDamagedError
 from dvkernels.threads import shielded
@@ -62,7 +62,7 @@ def write_all(descriptor: int, data: Any, offset: int) -> None:
     """Write all of the data, repeating after short writes."""
     left = memoryview(data)
     while left:
-        count = files.active.write(descriptor, left, offset)
+        count = file_system.active.write(descriptor, left, offset)
         if count <= 0:
             raise OSError("the disk accepted no bytes, without an error")
         left = left[count:]
@@ -232,7 +232,7 @@ def _blocks(piece: Piece, nbytes: int = BLOCK_NBYTES) -> Iterator[tuple[int, int
 
 def _fill(descriptor: int, buffer: memoryview, offset: int, where: str) -> None:
     while buffer:
-        count = files.active.read(descriptor, buffer, offset)
+        count = file_system.active.read(descriptor, buffer, offset)
         if count <= 0:
             raise CheckpointDamagedError(
                 f"{where}: expected {len(buffer)} more bytes at {offset}; the file ends there; it "

@@ -15,8 +15,8 @@ from dvkernels.communicators.nccl.comms import NcclComms
 from dvkernels.communicators.single import Single
 from dvkernels.communicators.workers.consistency import fingerprint_of
 from dvkernels.devices import cuda
-from dvkernels.devices.base import Device
-from dvkernels.devices.buffers import Spec, spec
+from dvkernels.devices.array_spec import Spec, spec
+from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, DeviceError, DvKernelsError
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.schedules import partition

@@ -33,7 +33,7 @@ from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
 from dvkernels.devices import cpu
 from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
 from dvkernels.schedules.cost_model import Routing
-from dvkernels.schedules.host_parts import host_numbers
+from dvkernels.schedules.multi_leader import host_numbers
 from dvkernels.user_errors import describe
 
 __all__: list[str] = []

@@ -11,7 +11,7 @@ import numpy as np
 from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.consistency import Fingerprint, fingerprint_of
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.array_spec import Spec
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 

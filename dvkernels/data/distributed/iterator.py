@@ -40,7 +40,7 @@ from dvkernels.data.state import (
     write_state,
     write_workers_state,
 )
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.array_spec import Spec
 from dvkernels.errors import DatasetError
 from dvkernels.values.process_bound import ProcessBound
 

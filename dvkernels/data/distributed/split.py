@@ -12,7 +12,7 @@ from dvkernels.data.array_nest import flatten, is_flat_dict, is_flat_tuple, lead
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import DeviceCopier
 from dvkernels.errors import DatasetError
-from dvkernels.nest import describe_structure
+from dvkernels.pytree import describe_structure
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
 

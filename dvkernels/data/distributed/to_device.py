@@ -16,7 +16,7 @@ import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.devices import cuda
-from dvkernels.devices.base import Device
+from dvkernels.devices.device import Device
 
 __all__ = ["DeviceCopier"]
 

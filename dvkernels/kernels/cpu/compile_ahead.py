@@ -10,7 +10,7 @@ import numpy as np
 
 from dvkernels.devices import interop
 from dvkernels.errors import UnsupportedDTypeError
-from dvkernels.kernels import jit, optimizer_checks
+from dvkernels.kernels import jit, update_rules
 from dvkernels.kernels.cpu import feistel, group, many, optimizers, shm_all_reduce
 from dvkernels.kernels.cpu.engine import gate, loops
 from dvkernels.reduce_op import ReduceOp, check_dtype
@@ -33,10 +33,10 @@ def compile_all() -> None:
             check_dtype("compile", op, dtype)
             loops.runner(op, dtype)
     rules = (
-        optimizer_checks.PLAIN,
-        optimizer_checks.MOMENTUM,
-        optimizer_checks.NESTEROV,
-        optimizer_checks.ADAM,
+        update_rules.PLAIN,
+        update_rules.MOMENTUM,
+        update_rules.NESTEROV,
+        update_rules.ADAM,
     )
     for rule, real in itertools.product(rules, (np.float32, np.float64)):
         optimizers.runner(rule, np.dtype(real))

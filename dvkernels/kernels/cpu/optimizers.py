@@ -18,7 +18,7 @@ import numpy as np
 from numba import types
 
 from dvkernels.errors import BufferMismatchError
-from dvkernels.kernels import arithmetic, jit, optimizer_checks
+from dvkernels.kernels import arithmetic, jit, update_rules
 from dvkernels.kernels.cpu.engine import intrinsics, loops
 from dvkernels.kernels.cpu.engine import job as jobs
 from dvkernels.reduce_op import ReduceOp
@@ -92,10 +92,8 @@ def sgd(
     array([0.8, 1.9])
     """
     slots = [] if velocities is None else [velocities]
-    rule = optimizer_checks.sgd_rule(velocities, nesterov)
-    coefficients = optimizer_checks.sgd_coefficients(
-        parameters, learning_rate, momentum, weight_decay
-    )
+    rule = update_rules.sgd_rule(velocities, nesterov)
+    coefficients = update_rules.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
     _step("optimizers.sgd", rule, gradients, parameters, slots, coefficients, op, shares)
 
 
@@ -154,13 +152,13 @@ def adam(
     >>> weight[0].round(6)
     array([-0.5,  0.5])
     """
-    coefficients = optimizer_checks.adam_coefficients(
+    coefficients = update_rules.adam_coefficients(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
     _step(
         "optimizers.adam",
-        optimizer_checks.ADAM,
+        update_rules.ADAM,
         gradients,
         parameters,
         slots,
@@ -176,11 +174,11 @@ def _step(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    coefficients: Sequence[optimizer_checks.Coefficients],
+    coefficients: Sequence[update_rules.Coefficients],
     op: Any,
     shares: Sequence[float] | None,
 ) -> None:
-    step = optimizer_checks.check(verb, gradients, parameters, slots, coefficients, op)
+    step = update_rules.check(verb, gradients, parameters, slots, coefficients, op)
     if step is None:
         return
     num_replicas, num_copies = step.num_replicas, step.num_copies

@@ -13,7 +13,7 @@ from typing import Any
 
 from numba import cuda as numba_cuda
 
-from dvkernels.kernels import arithmetic, optimizer_checks
+from dvkernels.kernels import arithmetic, update_rules
 from dvkernels.kernels.cuda.engine import elements, intrinsics, job, launch_table, optimizer_rules
 from dvkernels.kernels.cuda.engine.call import Call
 from dvkernels.reduce_op import ReduceOp
@@ -44,8 +44,8 @@ def sgd(
     ``stream`` is one stream, or None for the current streams; see :mod:`dvkernels.kernels.cuda`.
     """
     slots = [] if velocities is None else [velocities]
-    numbers = optimizer_checks.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
-    rule = optimizer_checks.sgd_rule(velocities, nesterov)
+    numbers = update_rules.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
+    rule = update_rules.sgd_rule(velocities, nesterov)
     _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, stream)
 
 
@@ -69,13 +69,11 @@ def adam(
 
     ``stream`` is one stream, or None for the current streams; see :mod:`dvkernels.kernels.cuda`.
     """
-    numbers = optimizer_checks.adam_coefficients(
+    numbers = update_rules.adam_coefficients(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
-    _step(
-        "optimizers.adam", optimizer_checks.ADAM, gradients, parameters, slots, numbers, op, stream
-    )
+    _step("optimizers.adam", update_rules.ADAM, gradients, parameters, slots, numbers, op, stream)
 
 
 def _step(
@@ -84,7 +82,7 @@ def _step(
     gradients: Groups,
     parameters: Groups,
     slots: Sequence[Groups],
-    numbers: Sequence[optimizer_checks.Coefficients],
+    numbers: Sequence[update_rules.Coefficients],
     op: Any,
     stream: Any,
 ) -> None:
@@ -97,7 +95,7 @@ def _step(
             *((slot, "slot", "copy") for slot in slots),
         )
     ]
-    step = optimizer_checks.check(verb, arrays[0], arrays[1], arrays[2:], numbers, op)
+    step = update_rules.check(verb, arrays[0], arrays[1], arrays[2:], numbers, op)
     if step is None:
         return
     divisor = step.num_replicas if step.op is ReduceOp.MEAN else 1
@@ -112,7 +110,7 @@ def _step(
 
 @functools.cache
 def kernel(rule: int, code: int) -> Callable[..., None]:
-    """Return the kernel of an update rule (optimizer_checks) and an element type, not compiled.
+    """Return the kernel of an update rule (update_rules) and an element type, not compiled.
 
     ``g`` and ``a`` are the gradient, ``p`` and ``x`` the parameter, ``s t`` and ``y z`` the slots:
     of a vector of 16 bytes, and of one element.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from threads_as_workers import at_once, transports
 
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError, CheckpointError, DvKernelsError
 
@@ -325,12 +325,12 @@ def test_without_distributed_variables_each_worker_saves_alone(tmp_path):
 def test_workers_write_the_files_of_one_checkpoint(tmp_path):
     seen = []
 
-    class Names(files.FileSystem):
+    class Names(file_system.FileSystem):
         def create(self, path):
             seen.append(path.name)
             return super().create(path)
 
-    with files.using(Names()):
+    with file_system.using(Names()):
         done(each_worker([1, 1, 1], saving(1, tmp_path)))
     assert sorted(seen) == [
         "manifest.json",

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 from dvkernels.errors import CheckpointError
 
 
-class BlockedWrites(files.FileSystem):
+class BlockedWrites(file_system.FileSystem):
     """File system that creates no file until ``may_write`` is set."""
 
     def __init__(self):
@@ -31,7 +31,7 @@ def test_the_state_at_the_call_is_saved(tmp_path):
     weight, data, array = dv.Variable(np.ones(1000)), {"history": [1]}, np.ones(3)
     checkpoint = dv.Checkpoint(weight=weight, data=data, array=array)
     blocked = BlockedWrites()
-    with files.using(blocked):
+    with file_system.using(blocked):
         checkpoint.save(tmp_path / "c", metadata=data, background=True)
         weight.assign(np.zeros(1000))
         array[:] = 0
@@ -176,7 +176,7 @@ def test_steps_continue_during_a_save(tmp_path):
     weight = dv.Variable(np.zeros(1000))
     checkpoint = dv.Checkpoint(weight=weight)
     blocked = BlockedWrites()
-    with files.using(blocked):
+    with file_system.using(blocked):
         began = time.perf_counter()
         checkpoint.save(tmp_path / "c", background=True)
         assert time.perf_counter() - began < 30

@@ -11,13 +11,13 @@ import pytest
 from threads_as_workers import at_once, transports
 
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 from dvkernels.cli.main import main
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.errors import CheckpointDamagedError
 
 
-class Interleaving(files.FileSystem):
+class Interleaving(file_system.FileSystem):
     """File system that calls ``act`` before operation number ``at``, ``times`` times in all."""
 
     def __init__(self, at, act, times=1):
@@ -25,11 +25,11 @@ class Interleaving(files.FileSystem):
 
     def __getattribute__(self, name):
         value = object.__getattribute__(self, name)
-        if name in files.FileSystem.__dict__:
+        if name in file_system.FileSystem.__dict__:
             self.count += 1
             if self.count >= self.at and self.left:
                 self.left -= 1
-                with files.using(files.FileSystem()):
+                with file_system.using(file_system.FileSystem()):
                     self.act()
         return value
 
@@ -73,7 +73,7 @@ def test_a_save_between_any_two_operations_of_a_restore(tmp_path, verb, times):
     for at in range(1, 100):
         before = writer.number
         interleaving = Interleaving(at, write, times)
-        with files.using(interleaving), warnings.catch_warnings():
+        with file_system.using(interleaving), warnings.catch_warnings():
             warnings.simplefilter("error")
             if verb == "replace":
                 checkpoint.restore(tmp_path / "run")
@@ -96,7 +96,7 @@ def test_the_verify_command_during_saves(tmp_path, capsys):
     writer.rotate()
     for at in range(1, 40):
         interleaving = Interleaving(at, writer.rotate)
-        with files.using(interleaving):
+        with file_system.using(interleaving):
             assert main(["checkpoint", "verify", str(tmp_path)]) == 0
         said = capsys.readouterr().out
         assert said.count("\n") == said.count("PASS") + said.count("GONE") == 1
@@ -118,7 +118,7 @@ def test_all_workers_read_the_same_checkpoint_during_saves(tmp_path):
             return read(found)
 
     for at in range(1, 40, 3):
-        with files.using(Interleaving(at, writer.replace)):
+        with file_system.using(Interleaving(at, writer.replace)):
             found = at_once(
                 *(
                     lambda group=group: work(group)
@@ -134,7 +134,7 @@ def test_all_workers_read_the_same_checkpoint_during_saves(tmp_path):
 def test_files_are_closed(tmp_path):
     """Also the files of failed attempts."""
 
-    class Counting(files.FileSystem):
+    class Counting(file_system.FileSystem):
         open_now = 0
 
         def __getattribute__(self, name):
@@ -159,6 +159,6 @@ def test_files_are_closed(tmp_path):
         lambda: writer.checkpoint.restore(tmp_path / "none"),
         writer.manager.restore_latest,
     ):
-        with files.using(Counting()), contextlib.suppress(CheckpointDamagedError):
+        with file_system.using(Counting()), contextlib.suppress(CheckpointDamagedError):
             act()
         assert Counting.open_now == 0

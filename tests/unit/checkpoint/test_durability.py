@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 
 
@@ -236,14 +236,14 @@ def test_two_writers_in_one_process(tmp_path):
     run, other = Run(tmp_path / "c"), Run(tmp_path / "c")
     is_inside, may_go = threading.Event(), threading.Event()
 
-    class Slow(files.FileSystem):
+    class Slow(file_system.FileSystem):
         def sync_folder(self, path):
             is_inside.set()
             assert may_go.wait(60)
             super().sync_folder(path)
 
     run.save()
-    with files.using(Slow()):
+    with file_system.using(Slow()):
         thread = threading.Thread(target=run.save)
         thread.start()
         assert is_inside.wait(60)

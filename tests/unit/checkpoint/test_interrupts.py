@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 
 
 class Interrupting:
@@ -20,7 +20,7 @@ class Interrupting:
     def __init__(self, at):
         self.at = at
         self.count = 0
-        self.real = files.FileSystem()
+        self.real = file_system.FileSystem()
 
     def __getattr__(self, name):
         operation = getattr(self.real, name)
@@ -41,7 +41,7 @@ def interrupted_everywhere(act, check):
         broken = Interrupting(number)
         was_raised = False
         try:
-            with files.using(broken):
+            with file_system.using(broken):
                 act()
                 time.sleep(0.001)
         except KeyboardInterrupt:

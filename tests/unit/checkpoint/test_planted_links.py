@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 from dvkernels.errors import CheckpointError
 
 TREASURE = {"thesis.txt": b"years", "manifest.json": b"{}", "shard-00000.safetensors": b"bytes"}
@@ -100,11 +100,11 @@ def test_a_lock_file_with_other_hard_links_is_not_written_to(treasure, here):
 def test_a_folder_that_is_replaced_by_a_link_during_a_save(tmp_path, treasure, here, name):
     """At each operation the folder is replaced by a link: an open folder stays the same one."""
 
-    class Exchanging(files.FileSystem):
+    class Exchanging(file_system.FileSystem):
         left = 0
 
         def __getattribute__(self, operation):
-            if operation in files.FileSystem.__dict__:
+            if operation in file_system.FileSystem.__dict__:
                 Exchanging.left -= 1
                 if Exchanging.left == 0:
                     place = here / name
@@ -119,7 +119,7 @@ def test_a_folder_that_is_replaced_by_a_link_during_a_save(tmp_path, treasure, h
         here.mkdir()
         checkpoint.save(here / "run")
         Exchanging.left = number
-        with files.using(Exchanging()), _either():
+        with file_system.using(Exchanging()), _either():
             checkpoint.save(here / "run")
         assert sorted(os.listdir(treasure)) == sorted(TREASURE)
         if Exchanging.left > 0:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvkernels.benchmarks import between_workers
+from dvkernels.benchmarks import network_calibration
 from dvkernels.benchmarks.stopwatch import Samples
 from dvkernels.schedules import cost_model
 
@@ -66,10 +66,10 @@ def test_calibration_finds_the_constants_that_made_the_times(
     num_hosts: int, link: cost_model.Link
 ) -> None:
     times = {
-        nbytes: Samples((between_workers.modelled(3, num_hosts, link, nbytes),) * 3)
-        for nbytes in between_workers.SIZES
+        nbytes: Samples((network_calibration.modelled(3, num_hosts, link, nbytes),) * 3)
+        for nbytes in network_calibration.SIZES
     }
-    assert between_workers.fit(3, num_hosts, times) == pytest.approx(link, rel=1e-6)
+    assert network_calibration.fit(3, num_hosts, times) == pytest.approx(link, rel=1e-6)
 
 
 @pytest.mark.parametrize(("num_workers", "num_hosts"), [(2, 2), (4, 2), (4, 4), (64, 8)])
@@ -123,13 +123,13 @@ def test_a_ring_is_chosen_where_links_are_slow_and_shared():
 def test_calibration_finds_the_network_that_made_the_times(network, shape):
     times = {
         size: cost_model.seconds_by_algorithm(network, *shape, size)
-        for size in between_workers.SIZES
+        for size in network_calibration.SIZES
     }
     ways = {
         way: {size: Samples((seconds[way],) * 3) for size, seconds in times.items()}
-        for way in between_workers.ALGORITHMS
+        for way in network_calibration.ALGORITHMS
     }
-    found = between_workers.fit_network(*shape, ways)
+    found = network_calibration.fit_network(*shape, ways)
     for size, seconds in times.items():
         assert cost_model.seconds_by_algorithm(found, *shape, size) == pytest.approx(
             seconds, rel=1e-3

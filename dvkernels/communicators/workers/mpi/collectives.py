@@ -10,7 +10,7 @@ Three algorithms for an all-reduce; with each of them all workers get the same b
 
 A broadcast is scatter + all-gather [3]_. Unlike the recursive halving and doubling of [1]_ and the
 binomial scatter of [3]_, both phases send each part directly to its worker: two messages one after
-the other, whatever the number of workers. ``schedules/host_parts.py`` holds the schedules, and
+the other, whatever the number of workers. ``schedules/multi_leader.py`` holds the schedules, and
 ``schedules/cost_model.py`` chooses the algorithm.
 
 MPI transfers bytes only, and the kernels do the arithmetic: MPI's reductions lack half types, do
@@ -42,7 +42,7 @@ from dvkernels.communicators.workers.mpi.ring import HostRing
 from dvkernels.communicators.workers.shm.staging import PIECE_NBYTES, Staging
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
-from dvkernels.schedules import host_parts, partition
+from dvkernels.schedules import multi_leader, partition
 from dvkernels.schedules.cost_model import Routing
 
 __all__: list[str] = []
@@ -81,7 +81,7 @@ class MpiCollectives:
     ) -> None:
         self._p2p, self._staging, self._routing = p2p, staging, routing
         self._rank, self._size = p2p.rank, p2p.size
-        self._roles = host_parts.roles(hosts, self._rank)
+        self._roles = multi_leader.roles(hosts, self._rank)
         self._ring = HostRing(p2p, hosts)
         self._peers = [worker for worker in self._roles.gateways if worker != self._rank]
         self._is_flat = len({*hosts}) == self._size

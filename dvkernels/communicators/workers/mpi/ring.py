@@ -1,8 +1,8 @@
 """Ring all-reduce between hosts: each part travels around the hosts, and each adds its own.
 
 The algorithm of P. Patarasuk and X. Yuan, J. Parallel Distrib. Comput. 69(2), 117-124 (2009),
-doi:10.1016/j.jpdc.2008.09.002, with hosts as ranks and the parts of ``schedules/host_parts.py``: a
-part travels H - 1 steps as a partial sum (reduce-scatter), and H - 1 steps as the result
+doi:10.1016/j.jpdc.2008.09.002, with hosts as ranks and the parts of ``schedules/multi_leader.py``:
+a part travels H - 1 steps as a partial sum (reduce-scatter), and H - 1 steps as the result
 (all-gather). A worker progresses all parts at once, also those of later pieces, whenever it tests
 any of them, so that other workers wait no longer than necessary.
 
@@ -20,8 +20,8 @@ from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
 from dvkernels.communicators.workers.mpi.request import Request
 from dvkernels.kernels.cpu import direct
-from dvkernels.schedules import host_parts
-from dvkernels.schedules.host_parts import Hop
+from dvkernels.schedules import multi_leader
+from dvkernels.schedules.multi_leader import Hop
 
 __all__: list[str] = []
 
@@ -52,7 +52,7 @@ class HostRing:
 
     def __init__(self, p2p: PointToPoint, hosts: Sequence[int]) -> None:
         self._p2p = p2p
-        self._hops = host_parts.ring(hosts, p2p.rank)
+        self._hops = multi_leader.ring(hosts, p2p.rank)
         self._last = max(hosts)
         self._pieces: list[_RingRequest] = []
 

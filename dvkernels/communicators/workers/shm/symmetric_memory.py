@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, final
 import numpy as np
 
 from dvkernels.communicators.workers.shm import available
-from dvkernels.devices.buffers import Spec
+from dvkernels.devices.array_spec import Spec
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, many

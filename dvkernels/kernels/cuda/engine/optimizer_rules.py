@@ -14,7 +14,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from dvkernels.kernels import optimizer_checks
+from dvkernels.kernels import update_rules
 from dvkernels.kernels.cuda.engine import intrinsics
 
 __all__ = ["apply"]
@@ -42,15 +42,13 @@ class _Rules:
 
     def step(self, gradient: Any, parameter: Any, first: Any, second: Any) -> Any:
         """Return the new parameter and the new slots: velocity, or first and second moment."""
-        if self.rule != optimizer_checks.ADAM:
+        if self.rule != update_rules.ADAM:
             rate, momentum, decay = self.numbers[:3]
             g = gradient + decay * parameter
-            if self.rule == optimizer_checks.PLAIN:
+            if self.rule == update_rules.PLAIN:
                 return parameter - rate * g, first, second
             velocity = momentum * first + g
-            direction = (
-                g + momentum * velocity if self.rule == optimizer_checks.NESTEROV else velocity
-            )
+            direction = g + momentum * velocity if self.rule == update_rules.NESTEROV else velocity
             return parameter - rate * direction, velocity, second
         rate, beta_1, beta_2, epsilon, correction, decay, kept_share = self.numbers
         g = gradient + decay * parameter

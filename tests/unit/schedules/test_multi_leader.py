@@ -7,14 +7,14 @@ from collections import Counter
 from hypothesis import given
 from hypothesis.strategies import integers, lists
 
-from dvkernels.schedules import host_parts
+from dvkernels.schedules import multi_leader
 
-placements = lists(integers(0, 4), min_size=1, max_size=12).map(host_parts.host_numbers)
+placements = lists(integers(0, 4), min_size=1, max_size=12).map(multi_leader.host_numbers)
 
 
 @given(placements)
 def test_each_part_has_one_gateway_to_each_host(placed):
-    every = [host_parts.roles(placed, worker) for worker in range(len(placed))]
+    every = [multi_leader.roles(placed, worker) for worker in range(len(placed))]
     for worker, own in enumerate(every):
         assert own.host == placed[worker]
         assert [placed[gateway] for gateway in own.gateways] == [*range(max(placed) + 1)]
@@ -27,7 +27,7 @@ def test_each_part_has_one_gateway_to_each_host(placed):
 def test_the_gateways_of_a_part_reduce_every_worker_once(placed):
     for part in range(len(placed)):
         total = Counter()
-        for gateway in host_parts.roles(placed, part).gateways:
+        for gateway in multi_leader.roles(placed, part).gateways:
             total += Counter(w for w, host in enumerate(placed) if host == placed[gateway])
         assert total == Counter(range(len(placed)))
 
@@ -36,13 +36,13 @@ def test_the_gateways_of_a_part_reduce_every_worker_once(placed):
 def test_gateways_are_assigned_evenly(num_hosts, num_members):
     placed = [host for host in range(num_hosts) for _ in range(num_members)]
     for worker in range(len(placed)):
-        assert len(host_parts.roles(placed, worker).parts) == num_hosts
+        assert len(multi_leader.roles(placed, worker).parts) == num_hosts
 
 
 @given(placements.filter(lambda placed: max(placed) > 0))
 def test_around_the_ring_each_host_adds_once_in_order_and_each_gets_the_result(placed):
     last = max(placed)
-    every = [host_parts.ring(placed, worker) for worker in range(len(placed))]
+    every = [multi_leader.ring(placed, worker) for worker in range(len(placed))]
     for part, owner in enumerate(placed):
         hops = {
             hop.position: (worker, hop)
@@ -56,7 +56,7 @@ def test_around_the_ring_each_host_adds_once_in_order_and_each_gets_the_result(p
             *range(owner + 1),
         ]
         assert path[-1] == part
-        assert {*path} == {*host_parts.roles(placed, part).gateways}
+        assert {*path} == {*multi_leader.roles(placed, part).gateways}
         for position, (_, hop) in hops.items():
             assert hop.source == path[position - 1]
             assert hop.target == path[(position + 1) % (last + 1)]
@@ -65,13 +65,13 @@ def test_around_the_ring_each_host_adds_once_in_order_and_each_gets_the_result(p
 @given(placements)
 def test_the_hops_of_a_worker_are_in_the_order_of_their_positions(placed):
     for worker in range(len(placed)):
-        hops = host_parts.ring(placed, worker)
+        hops = multi_leader.ring(placed, worker)
         assert [hop.position for hop in hops] == sorted(hop.position for hop in hops)
-        assert [*sorted(hop.part for hop in hops)] == [*host_parts.roles(placed, worker).parts]
+        assert [*sorted(hop.part for hop in hops)] == [*multi_leader.roles(placed, worker).parts]
 
 
 def test_with_equal_hosts_a_worker_receives_from_one_worker_around_the_ring():
     placed = [0, 0, 1, 1, 2, 2, 3, 3]
     for worker in range(len(placed)):
-        assert len({hop.source for hop in host_parts.ring(placed, worker)}) == 1
-        assert len({*host_parts.roles(placed, worker).gateways} - {worker}) == 3  # in an exchange
+        assert len({hop.source for hop in multi_leader.ring(placed, worker)}) == 1
+        assert len({*multi_leader.roles(placed, worker).gateways} - {worker}) == 3  # in an exchange

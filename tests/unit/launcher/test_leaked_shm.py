@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dvkernels.launcher.leftovers import Leftovers
+from dvkernels.launcher.leaked_shm import Leftovers
 
 SHARED = Path("/dev/shm")
 SECONDS = 60

@@ -1,14 +1,39 @@
-"""Shape and dtype of a buffer, and the check that refuses masked arrays."""
+"""Arrays whatever their library: their protocol, shape and dtype, and the refusal of masks."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
 from dvkernels.errors import NotABufferError
 
 __all__: list[str] = []
+
+HostArray: TypeAlias = np.ndarray[Any, Any]
+"""An array of NumPy, of any shape and dtype."""
+
+
+class Array(Protocol):
+    """An array of NumPy, CuPy, JAX, PyTorch or the simulator, on the host or on a device.
+
+    This is what all of them have. What depends on the library (strides, the device, a view of the
+    memory) stands in ``devices/interop.py`` and ``devices/cuda_arrays.py``.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
 
 
 class Spec(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.nest import describe_structure
+from dvkernels.pytree import describe_structure
 from dvkernels.values.regroup import flatten, regroup
 
 Point = collections.namedtuple("Point", "x y")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dvkernels.launcher import slurm_signals
+from dvkernels.launcher import scancel
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = socket.gethostname().partition(".")[0]
@@ -81,16 +81,16 @@ def test_only_the_step_of_this_srun_gets_the_signal(slurm, tmp_path):
     slurm("scontrol", f"#!/bin/sh\ncat {tmp_path}/shown\n")
     slurm("scancel", f'#!/bin/sh\necho "$@" >> {tmp_path}/sent\n')
     srun = str(tmp_path / "srun")
-    assert slurm_signals.send(srun, os.getpid(), signal.SIGTERM)
+    assert scancel.send(srun, os.getpid(), signal.SIGTERM)
     assert (tmp_path / "sent").read_text() == "--signal=SIGTERM 7.1\n"
-    assert not slurm_signals.send(srun, os.getpid() + 1, signal.SIGTERM)
+    assert not scancel.send(srun, os.getpid() + 1, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("scontrol", [None, "#!/bin/sh\nexit 1\n", "#!/bin/sh\necho No job steps"])
 def test_send_returns_false_without_an_answer(slurm, tmp_path, scontrol):
     if scontrol is not None:
         slurm("scontrol", scontrol)
-    assert not slurm_signals.send(str(tmp_path / "srun"), os.getpid(), signal.SIGINT)
+    assert not scancel.send(str(tmp_path / "srun"), os.getpid(), signal.SIGINT)
 
 
 PROGRAM = """
