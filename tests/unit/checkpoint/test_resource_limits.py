@@ -49,7 +49,7 @@ def used(what):
     return 0, 1 << 12
 
 def exhausted(free):
-    "Take all memory, holes of the allocators too; give back blocks for small objects, and some more."
+    "Take all memory, down to the holes of the allocators, and give some blocks back."
     hog = [None] * 4_000_000
     count, last = 0, {}
     try:
