@@ -8,7 +8,7 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
-from dvkernels import context, reduce_op
+from dvkernels import context, pytree, reduce_op
 from dvkernels.devices import array_memory, registry
 from dvkernels.devices.array_spec import Spec
 from dvkernels.devices.device import Device
@@ -18,7 +18,6 @@ from dvkernels.errors import (
 )
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.user_errors import brief
-from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
 from dvkernels.values.placement import Placement
 from dvkernels.variables import deep_copy, scatter
@@ -622,7 +621,7 @@ def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
     [2.0, 2.0]
     """
     reduction = reduce_op.parse(op)
-    listed: list[Variable] = regroup.flatten(variables)[0]
+    listed: list[Variable] = pytree.leaves(variables)
     for variable in listed:
         if not isinstance(variable, Variable):
             raise TypeError(f"sync needs variables; got {brief(variable)}")
