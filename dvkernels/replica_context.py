@@ -21,10 +21,11 @@ from dvkernels.replicas.foreign_threads import UnscopedRendezvous
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.values import function_checks, regroup, replica_weights
 from dvkernels.values.array_leaves import ArrayLeaves, arrays_of, prepare_gather, with_common_dtype
-from dvkernels.values.distributed import PerReplica, is_integer
+from dvkernels.values.distributed import PerReplica
 from dvkernels.values.handle import Handle
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
+from dvkernels.values.scalar_checks import is_integer
 
 __all__ = ["ReplicaContext", "get_replica_context"]
 

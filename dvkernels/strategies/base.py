@@ -18,7 +18,6 @@ from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.distributed.input_context import InputContext
 from dvkernels.data.distributed.options import InputOptions
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.epoch_count import EpochCount, EpochCounts
 from dvkernels.devices import array_memory, registry
 from dvkernels.devices.array_spec import spec
@@ -41,9 +40,10 @@ from dvkernels.strategies.reduction import reduce_along
 from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, regroup
 from dvkernels.values.array_leaves import as_array, prepare_gather, with_common_dtype
-from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
+from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
+from dvkernels.values.scalar_checks import is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
 from dvkernels.variables.modes import VariableSynchronization
@@ -885,7 +885,7 @@ class Strategy(ProcessBound):
             owner=placement,
             options=options or InputOptions(),
             is_dealt=is_dealt,
-            share=WorkerShare(placement.counts, placement.workers.rank),
+            share=placement.share,
             exchange=functools.partial(placement.workers.exchange, verb=_READ),
             count=count,
         )

@@ -13,7 +13,7 @@ from dvkernels.devices import array_memory, interop
 from dvkernels.devices.array_spec import Spec, refuse_masked, spec
 from dvkernels.errors import NotABufferError
 from dvkernels.user_errors import brief, text_of
-from dvkernels.values.distributed import is_integer
+from dvkernels.values.scalar_checks import is_integer
 
 __all__: list[str] = []
 
@@ -22,8 +22,8 @@ class ArrayLeaves(NamedTuple):
     """The leaves of a pytree as NumPy arrays or, on GPUs, CuPy arrays."""
 
     arrays: list[Any]
-    structure: Any  # optree's PyTreeSpec; None: a single array, no pytree
-    specs: Any  # the shape and dtype of the single array, or a tuple of one per array
+    structure: pytree.Structure | None  # None: a single array, no pytree
+    specs: Spec | tuple[Spec, ...]  # of the single array, or of each array
     originals: Sequence[Any] | None  # the leaves as passed, if any is another library's array
 
     def restored(self, results: Sequence[Any]) -> Any:
@@ -91,7 +91,7 @@ def as_array(
 
 def prepare_gather(
     verb: str, arrays: list[Any], axis: int, replica: int
-) -> tuple[list[Any], list[int], tuple[Any, ...]]:
+) -> tuple[list[Any], list[int], tuple[Spec, ...]]:
     """Return arrays to concatenate, the non-negative axis of each, and the specs that must agree.
 
     0-d arrays become arrays of length 1. In the specs the length along the axis is ``"any"``, and

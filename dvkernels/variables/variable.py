@@ -16,8 +16,9 @@ from dvkernels.errors import ContextError
 from dvkernels.profiler import memory_report
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.user_errors import brief
-from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
+from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.values.placement import Placement
+from dvkernels.values.scalar_checks import is_integer
 from dvkernels.variables import deep_copy
 from dvkernels.variables.access import LONE_REPLICA, calling_replica
 from dvkernels.variables.copies import Copies

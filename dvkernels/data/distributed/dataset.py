@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.checks import check_count
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.distributed import sharding
@@ -14,7 +15,6 @@ from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
 from dvkernels.data.distributed.sharding import Sharding
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.to_device import DeviceCopier
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.epoch_count import EpochCount
 from dvkernels.errors import DatasetError
 from dvkernels.profiler.debugging import LOGGER

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.cursor import Cursor, EpochPosition
 from dvkernels.data.distributed.lockstep import (
     Exchange,
@@ -25,7 +26,6 @@ from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
 from dvkernels.data.distributed.sharding import Sharding, by_elements, by_files
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.stats import InputStats, StatsRecorder
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.error_policy import SkippedElements
 from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.fetch import Fetcher

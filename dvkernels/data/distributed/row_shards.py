@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.array_nest import leading_length, slice_rows
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.node import Node
 
 __all__ = ["RowShard"]
