@@ -233,8 +233,9 @@ class KubernetesClusterResolver(ClusterResolver):
                     f"pods: set it to the Job's completions, or pass num_workers"
                 )
             num_workers = launcher_environment.number(environ, _NUM_WORKERS, 1)
-        elif isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
-            raise ClusterError(f"num_workers: expected an integer from 1; got {num_workers!r}")
+        given: object = num_workers
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ClusterError(f"num_workers: expected an integer from 1; got {given!r}")
         index = launcher_environment.number(environ, _COMPLETION_INDEX, 0, num_workers)
         # A pod counts as a host with one worker.
         position = Position(task_id=index, worker_id=index, num_workers=num_workers)
