@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 
-from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical

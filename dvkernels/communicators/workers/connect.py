@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from dvkernels.cluster import simulated_hosts
-from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.communicators.workers.mpi import network_model
