@@ -81,6 +81,30 @@ class DistributedValues(Generic[T]):
             raise IndexError(self._missing(rank + self.first_replica, len(values)))
         return values[rank]
 
+    def copy_to(self, device: Device | str) -> PerReplica[T] | Mirrored[T]:
+        """Copy every component of this process to ``device``.
+
+        Parameters
+        ----------
+        device : Device or str
+            The target of all copies.
+
+        Returns
+        -------
+        PerReplica or Mirrored
+            A value of the same class, for a variable a ``PerReplica``. Arrays are new and owned by
+            the caller; other components are the same objects. Nothing is communicated or reduced.
+
+        Raises
+        ------
+        DeviceError
+            The device does not exist.
+        """
+        target = registry.resolve(device)
+        copies = [_copied(value, target) for value in self.values]
+        kind = type(self) if isinstance(self, PerReplica | Mirrored) else PerReplica
+        return kind(copies, devices=[target] * len(copies), owner=self.owner)
+
     def _missing(self, replica: int, count: int) -> str:
         first, owner = self.first_replica, self.owner
         here = f"this {type(self).__name__} has replicas {first} to {first + count - 1}"
@@ -133,29 +157,6 @@ class _Frozen(DistributedValues[T]):
         object.__setattr__(self, "values", components)
         object.__setattr__(self, "devices", where)
         object.__setattr__(self, "owner", owner)
-
-    def copy_to(self, device: Device | str) -> Any:
-        """Return a value of the same class with every component copied to ``device``.
-
-        Parameters
-        ----------
-        device : Device or str
-            The target of all copies.
-
-        Returns
-        -------
-        PerReplica or Mirrored
-            Arrays are new and owned by the caller; other components are the same objects. Nothing
-            is communicated or reduced.
-
-        Raises
-        ------
-        DeviceError
-            The device does not exist.
-        """
-        target = registry.resolve(device)
-        copies = tuple(_copied(value, target) for value in self.values)
-        return type(self)(copies, devices=(target,) * len(copies), owner=self.owner)
 
     def __len__(self) -> int:
         return len(self.values)
