@@ -14,7 +14,7 @@ from dvkernels.devices.array_spec import Spec
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief, text_of
 
-__all__ = ["FromArrays", "FromIterable", "FromSequence", "Range", "SupportsIndexing"]
+__all__: list[str] = []
 
 
 class SupportsIndexing(Protocol):
