@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dvkernels.schedules import partition
 
-__all__ = ["WorkerShare"]
+__all__: list[str] = []
 
 
 class WorkerShare:
