@@ -45,15 +45,14 @@ class DistributedValues(Generic[T]):
         raise NotImplementedError
 
     @property
-    def owner(self) -> object:
+    def owner(self) -> Placement | None:
         """The placement of the strategy that made this value; None for one made by the user."""
         raise NotImplementedError
 
     @property
     def first_replica(self) -> int:
         """The replica id of the first component: 0, unless other processes hold lower ids."""
-        owner = self.owner
-        return owner.first_replica if isinstance(owner, Placement) else 0
+        return 0 if self.owner is None else self.owner.first_replica
 
     def on(self, replica_id: int) -> T:
         """Return the component of one replica.
@@ -108,7 +107,7 @@ class DistributedValues(Generic[T]):
     def _missing(self, replica: int, count: int) -> str:
         first, owner = self.first_replica, self.owner
         here = f"this {type(self).__name__} has replicas {first} to {first + count - 1}"
-        if isinstance(owner, Placement) and 0 <= replica < owner.num_replicas != count:
+        if owner is not None and 0 <= replica < owner.num_replicas != count:
             worker = owner.share.worker_of(replica)
             return (
                 f"replica {replica} is one of worker {worker}, and here, on worker "
@@ -131,7 +130,7 @@ class _Frozen(DistributedValues[T]):
         values: Iterable[T],
         *,
         devices: Iterable[Device | str] | None = None,
-        owner: object = None,
+        owner: Placement | None = None,
     ) -> None:
         is_listed = type(values) in (list, tuple)  # the check of abstract classes takes 0.5 us
         # Text is no sequence of values, and mappings and sets have no order of replicas.

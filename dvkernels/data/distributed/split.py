@@ -15,6 +15,7 @@ from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure, flatten
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
+from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
 
@@ -28,7 +29,7 @@ class Splitter:
         The number of local replicas.
     devices : iterable of Device, or None
         The devices of the local replicas.
-    owner : object
+    owner : Placement, optional
         Passed to every ``PerReplica``.
     is_dealt : bool
         The elements are batches of single replicas, assigned to them in turn, not global batches.
@@ -40,7 +41,7 @@ class Splitter:
         self,
         num_local: int,
         devices: Iterable[Any] | None,
-        owner: object,
+        owner: Placement | None,
         is_dealt: bool,
         copier: DeviceCopier | None = None,
     ) -> None:
