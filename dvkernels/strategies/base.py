@@ -299,9 +299,8 @@ class Strategy(ProcessBound):
             watch.next_step()
         results = self._runner.run(replica, nested)
         if watch is not None and not nested:
-            when, variables = f"after a step of {placement.name}", variables_of(placement)
-            drift.check(variables, when)
-            drift.check_over_workers(variables, placement.workers, when)
+            when = f"after a step of {placement.name}"
+            drift.check(variables_of(placement), placement.workers, when)
         return regroup.regroup(results, placement.replica_devices, placement)
 
     # -- collectives in cross-replica context ---------------------------------------------------
