@@ -33,7 +33,7 @@ def check_own(value: DistributedValues[Any], placement: Placement, what: str = "
     whose = ""
     if owner is not None and not owner.is_of(placement):
         if is_variable and (placement.is_default or owner.is_default):
-            return  # the variables of the default strategy are read, and it reads all others
+            return  # any strategy reads variables of the default one, which reads those of any
         whose = f" of {owner.name}"
     elif is_variable or count == placement.num_local:
         return
