@@ -64,7 +64,7 @@ class ControlChannel(Protocol):
     def is_complete(self) -> bool:
         """Return, without waiting, whether all workers have arrived in the current round."""
 
-    def await_all(self, fingerprint: Fingerprint) -> list[Vote]:
+    def await_all(self, call: Fingerprint) -> list[Vote]:
         """Wait for the votes of all workers in the current round.
 
         Raises ``CollectiveTimeoutError`` and ``WorkerLostError``, after which no round ever ends.

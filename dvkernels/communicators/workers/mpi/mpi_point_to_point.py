@@ -14,12 +14,9 @@ __all__: list[str] = []
 
 @final
 class MpiPointToPoint:
-    """Point-to-point messages of flat arrays over one MPI communicator.
+    """Point-to-point messages of flat arrays over one MPI communicator, used by this object only.
 
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Comm
-        Of the workers, used by this object only. All workers construct theirs together.
+    All workers construct theirs together.
     """
 
     def __init__(self, comm: MPI.Comm) -> None:

@@ -69,14 +69,7 @@ class SymmetricColumns(NamedTuple):
 
 @final
 class SymmetricMemory:
-    """Allocator and in-place reductions of arrays in the segments of all workers.
-
-    Parameters
-    ----------
-    rank, size : int
-        The rank of this worker, and the number of workers.
-    segments : SegmentAllocator
-    """
+    """Allocator and in-place reductions of arrays in the segments of all workers."""
 
     def __init__(self, rank: int, size: int, segments: SegmentAllocator) -> None:
         self._rank, self._size = rank, size
