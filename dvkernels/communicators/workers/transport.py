@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NoReturn, Protocol, TypeAlias
+from typing import NoReturn, Protocol
 
 from dvkernels.communicators.workers.consistency import (
     ConsistencyCheck,
@@ -13,7 +13,7 @@ from dvkernels.communicators.workers.consistency import (
     FailureState,
     Fingerprint,
 )
-from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns, SymmetricMemory
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
@@ -21,9 +21,6 @@ from dvkernels.reduce_op import Reduction
 __all__: list[str] = []
 
 LOST, GAVE_UP = 1, 2  # kinds of an end: a worker is lost, or a worker's deadline has passed
-
-# A column is [*sources, *targets]: flat arrays of one length. All columns have as many of each.
-Columns: TypeAlias = Sequence[Sequence[HostArray]]
 
 
 class EndRecord(Protocol):

@@ -24,11 +24,11 @@ class MpiPointToPoint:
         self.rank, self.size = comm.rank, comm.size
         self._has_persistent = _has_working_persistent_collectives(comm)
 
-    def send(self, array: HostArray, to: int, tag: int) -> Any:
+    def send(self, array: HostArray, to: int, tag: int) -> MPI.Request:
         """Send an array to a worker."""
         return self._comm.Isend([array.view(np.uint8), MPI.BYTE], to, tag)
 
-    def receive(self, array: HostArray, source: int, tag: int) -> Any:
+    def receive(self, array: HostArray, source: int, tag: int) -> MPI.Request:
         """Receive an array from a worker."""
         return self._comm.Irecv([array.view(np.uint8), MPI.BYTE], source, tag)
 

@@ -22,7 +22,8 @@ from dvkernels.communicators.workers.mpi.out_of_band import OutOfBandMessages
 from dvkernels.communicators.workers.mpi.point_to_point import Finish
 from dvkernels.communicators.workers.shm.segment import NUM_CHANNELS
 from dvkernels.communicators.workers.shm.staging import Staging
-from dvkernels.communicators.workers.transport import LOST, Columns, Transport
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns
+from dvkernels.communicators.workers.transport import LOST, Transport
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules.cost_model import Routing

@@ -16,7 +16,7 @@ import numpy as np
 from dvkernels.communicators import accumulation
 from dvkernels.communicators.workers.consistency import Fingerprint
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES
-from dvkernels.communicators.workers.transport import Columns
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction

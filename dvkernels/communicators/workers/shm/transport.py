@@ -31,8 +31,8 @@ from dvkernels.communicators.workers.consistency import (
 )
 from dvkernels.communicators.workers.shm.kernel_reduction import KernelReduction
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES, NUM_CHANNELS, Segment
-from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.communicators.workers.transport import Columns, Transport
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns, SymmetricMemory
+from dvkernels.communicators.workers.transport import Transport
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cpu import shm_all_reduce
 from dvkernels.kernels.cpu.engine import shm_barrier
