@@ -254,6 +254,11 @@ def test_numba_cuda_stays_in_two_places() -> None:
     assert not broken, f"only kernels/cuda/ and devices/cuda.py touch numba.cuda: {broken}"
 
 
+def test_optree_stays_in_one_place() -> None:
+    broken = {found.module for found in _all_imports() if found.target.split(".")[0] == "optree"}
+    assert broken == {"dvkernels.pytree"}, "take flatten, map_leaves and others from pytree.py"
+
+
 def test_files_are_named_for_what_they_hold() -> None:
     broken = [m for m in _paths() if FORBIDDEN_NAMES & set(m.split("."))]
     assert not broken

@@ -8,17 +8,16 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from dvkernels import context, reduce_op
+from dvkernels import context, pytree, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.context import Frame
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset, EpochCount, EpochCounts
 from dvkernels.data.distributed.input_context import InputContext
 from dvkernels.data.distributed.options import InputOptions
 from dvkernels.data.distributed.worker_share import WorkerShare
-from dvkernels.data.epoch_count import EpochCount, EpochCounts
 from dvkernels.devices import array_memory, registry
 from dvkernels.devices.array_spec import spec
 from dvkernels.devices.device import Device
@@ -45,9 +44,8 @@ from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
 from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
-from dvkernels.variables.live_variables import variables_of
-from dvkernels.variables.synchronization import VariableSynchronization
-from dvkernels.variables.variable import Variable, copies_of
+from dvkernels.variables.modes import VariableSynchronization
+from dvkernels.variables.variable import Variable, copies_of, variables_of
 
 __all__ = ["Strategy", "ValueContext"]
 
@@ -364,7 +362,7 @@ class Strategy(ProcessBound):
                 total = communicator.reduce(arrays, reduction)
             return array_memory.holding(total).like(total, leaf.values[0])
 
-        return regroup.map_leaves(reduce_leaf, value)
+        return pytree.map_leaves(reduce_leaf, value)
 
     def gather(self, value: Any, axis: int = 0) -> Any:
         """Concatenate one value per replica along ``axis``, in replica order.
@@ -415,7 +413,7 @@ class Strategy(ProcessBound):
             whole = placement.communicator.all_gather(ready, axes[0])[0]
             return array_memory.holding(whole).like(whole, leaf.values[0])
 
-        return regroup.map_leaves(gather_leaf, value)
+        return pytree.map_leaves(gather_leaf, value)
 
     def local_results(self, value: Any) -> tuple[Any, ...]:
         """Return the components of a distributed value, one per replica of this process.
@@ -474,7 +472,7 @@ class Strategy(ProcessBound):
         first, num_replicas = self._placement.first_replica, self.num_replicas_in_sync
         local = range(first, first + self._placement.num_local)
         made = [fn(ValueContext(replica, num_replicas)) for replica in local]
-        flat = [regroup.flatten(result) for result in made]
+        flat = [pytree.flatten(result) for result in made]
         for replica, (_, structure) in zip(local, flat, strict=True):
             if structure != flat[0][1]:
                 raise ValueError(
@@ -483,7 +481,7 @@ class Strategy(ProcessBound):
                     f"{describe_structure(structure)}; return the same structure for every replica"
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
-        return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
+        return pytree.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
 
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float64) -> PerReplica[Any]:
         """Return a ``PerReplica`` of uninitialized arrays for use in every step, such as gradients.
@@ -664,7 +662,7 @@ class Strategy(ProcessBound):
             array = self._placement.broadcast_from_chief(array)
             return array_memory.holding(array).copy_to_device_of(array, array)
 
-        return self._mirrored(regroup.map_leaves(broadcast_leaf, value), devices)
+        return self._mirrored(pytree.map_leaves(broadcast_leaf, value), devices)
 
     def update(
         self,
@@ -737,7 +735,7 @@ class Strategy(ProcessBound):
             raise ValueError(f"update: kwargs must be a dict, got {type(kwargs).__name__}")
         given = (tuple(args), dict(kwargs or {}))
         equal = variable.synchronization is VariableSynchronization.ON_WRITE
-        if equal and any(isinstance(leaf, PerReplica) for leaf in regroup.flatten(given)[0]):
+        if equal and any(isinstance(leaf, PerReplica) for leaf in pytree.leaves(given)):
             raise SynchronizationError(
                 f"update of variable {variable.name!r}: its copies are equal, and a PerReplica "
                 f"among the arguments would let them drift apart; reduce it first"
@@ -914,7 +912,7 @@ class Strategy(ProcessBound):
             copies = [array_memory.on_device(whole, device) for device in devices]
             return Mirrored(copies, devices=devices, owner=owner)
 
-        return regroup.map_leaves(mirror, tree)
+        return pytree.map_leaves(mirror, tree)
 
     def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
         self._check_own(verb, value)
@@ -945,7 +943,7 @@ class Strategy(ProcessBound):
         ``num_copies`` asks for one pytree per copy of a variable instead. Variables are replaced
         only if ``variables`` is true.
         """
-        leaves, structure = regroup.flatten(tree)
+        leaves, structure = pytree.flatten(tree)
         distributed = [
             isinstance(leaf, DistributedValues) and (variables or not isinstance(leaf, Variable))
             for leaf in leaves
@@ -960,7 +958,7 @@ class Strategy(ProcessBound):
             return leaf.values[rank if len(leaf.values) > 1 else 0]
 
         return [
-            regroup.unflatten(
+            pytree.unflatten(
                 structure,
                 [
                     component(leaf, rank) if is_distributed else leaf
