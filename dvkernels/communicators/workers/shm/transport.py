@@ -43,7 +43,7 @@ __all__: list[str] = []
 # Bytes per worker from which arrays are reduced in place: shorter ones take less time in one
 # compiled call (256 KiB of two processes 45 and 30 us, 1 MiB 40 and 85 us; 2 cores of an AMD EPYC).
 _MIN_IN_PLACE_NBYTES = 512 * 1024
-_IN_PLACE = 2  # xor makes it the call of another call
+_IN_PLACE = 2  # xor makes it the fingerprint of another call
 _IN_PLACE_DONE = fingerprint_of("all_reduce, the end")
 
 
@@ -108,7 +108,7 @@ class SharedMemoryTransport(Transport):
             return False
         located = symmetric_memory.locate(columns, num_sources)
         location = -1 if located is None else located.number
-        # Another call than that of a staged piece, so no worker mistakes this round for one.
+        # Another fingerprint than that of a staged piece, so no worker mistakes this round for one.
         self._round(Fingerprint(call.text, call.number ^ _IN_PLACE), location, _stage_nothing)
         if located is None or any(vote.nbytes != location for vote in self._votes()):
             return False
