@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
@@ -56,9 +55,7 @@ class Transport(ControlChannel):
         self._record = record
         self._channel = channel
         self._failures = failures or FailureState()
-        self._consistency = ConsistencyCheck(
-            self, self._failures, functools.partial(record.end, LOST)
-        )
+        self._consistency = ConsistencyCheck(self, self._failures)
         self._number = 0  # of the latest round
         self._last: Fingerprint | None = None  # the latest call that all workers made
         self._duplicate: Transport | None = None

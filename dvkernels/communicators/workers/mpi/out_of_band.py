@@ -50,7 +50,8 @@ class OutOfBandMessages:
             self._send(kind, text)
 
     def why_ended(self) -> tuple[int, str] | None:
-        """Return kind and text of the abort that is known; None if none is."""
+        """Return kind and text of the abort, if any has been announced to this worker."""
+        self.poll()
         return self.ended
 
     def _send(self, tag: int, text: str) -> None:

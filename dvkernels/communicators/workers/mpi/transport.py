@@ -82,7 +82,6 @@ class MpiTransport(Transport):
     def all_reduce_into(
         self, columns: Columns, num_sources: int, op: Reduction, call: Fingerprint, divisor: int = 1
     ) -> None:
-        """Write the reduction of all workers' sources to the target: flat arrays of one dtype."""
         del num_sources, divisor
         ((source, target),) = columns
         with self._consistency:
@@ -90,7 +89,6 @@ class MpiTransport(Transport):
             self._collectives.all_reduce(target, source, op, self._finish_for(call))
 
     def all_gather_bytes(self, source: HostArray, call: Fingerprint) -> list[HostArray]:
-        """Return the bytes of all workers, whose numbers may differ."""
         with self._consistency:
             votes = self._agree(call, source.nbytes)
             results: list[HostArray] = [np.empty(vote.nbytes, np.uint8) for vote in votes]
@@ -99,7 +97,6 @@ class MpiTransport(Transport):
         return results
 
     def broadcast_into(self, target: HostArray, root: int, call: Fingerprint) -> None:
-        """Write the root's bytes, which its ``target`` holds, to every ``target``."""
         with self._consistency:
             self._agree(call, len(target))
             self._collectives.broadcast(target, root, self._finish_for(call))
@@ -117,22 +114,18 @@ class MpiTransport(Transport):
         return votes
 
     def arrive(self, number: int, nbytes: int, text: str = "") -> None:
-        """Vote in the next round, without waiting."""
         self._number += 1
         self._out_of_band.rounds[self._channel] = self._number
         self._rounds.start(number, nbytes, text)
 
     def is_complete(self) -> bool:
-        """Return, without waiting, whether all workers have arrived in the round."""
         return self._rounds.Test()
 
     def await_all(self, call: Fingerprint) -> list[Vote]:
-        """Wait for the votes of all workers in the round."""
         self._finish(call, self._rounds.Test, wait.MPI_ROUND)
         return self._rounds.votes()
 
     def text_of(self, worker: int) -> str:
-        """Return a worker's text of the latest round."""
         return self._rounds.text_of(worker)
 
     def _finish(
@@ -166,12 +159,6 @@ class MpiTransport(Transport):
     # -- the end ----------------------------------------------------------------------------------
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the group has been aborted."""
-        self._out_of_band.poll()
-        return self._out_of_band.ended is not None
-
-    @property
     def is_settled(self) -> bool:
         """Whether the exit of this process need not wait for anything pending.
 
@@ -195,11 +182,9 @@ class MpiTransport(Transport):
         return True
 
     def leave(self, text: str) -> None:
-        """Tell the other workers that this one arrives in no further round, and why."""
         self._out_of_band.leave(text)
 
     def remaining_workers(self) -> list[int]:
-        """Return the other workers that have not left."""
         return self._out_of_band.remaining()
 
 

@@ -87,7 +87,6 @@ class SharedMemoryTransport(Transport):
     def all_reduce_into(
         self, columns: Columns, num_sources: int, op: Reduction, call: Fingerprint, divisor: int = 1
     ) -> None:
-        """Write the reduction of all workers' sources to each target: flat arrays of one dtype."""
         with self._consistency:
             if self._all_reduce_in_place(columns, num_sources, op, call, divisor):
                 return
@@ -141,7 +140,6 @@ class SharedMemoryTransport(Transport):
         self._consistency.agree(call, all_reduce.nbytes, lambda: all_reduce.stage(self._number))
 
     def all_gather_bytes(self, source: HostArray, call: Fingerprint) -> list[HostArray]:
-        """Return the bytes of all workers, whose numbers may differ."""
         longest, start = 0, 0
         results: list[HostArray] = []
         with self._consistency:
@@ -161,7 +159,6 @@ class SharedMemoryTransport(Transport):
         return results
 
     def broadcast_into(self, target: HostArray, root: int, call: Fingerprint) -> None:
-        """Write the root's bytes, which its ``target`` holds, to every ``target``."""
         with self._consistency:
             for start in range(0, max(1, len(target)), BUFFER_NBYTES):
                 piece = target[start : start + BUFFER_NBYTES]
@@ -190,23 +187,19 @@ class SharedMemoryTransport(Transport):
         return self._number & 1
 
     def arrive(self, number: int, nbytes: int, text: str = "") -> None:
-        """Vote in the next round, without waiting."""
         self._number += 1
         if text:
             self._segment.publish_text(self._channel, self._number & 1, text)
         shm_barrier.arrive(self._lines, self.rank, self._number, number, nbytes)
 
     def is_complete(self) -> bool:
-        """Return, without waiting, whether all workers have arrived in the round."""
         return self._poll(0) in (shm_barrier.AGREED, shm_barrier.MISMATCHED)
 
     def await_all(self, call: Fingerprint) -> list[Vote]:
-        """Wait for the votes of all workers in the round."""
         self._wait(call)
         return self._votes()
 
     def text_of(self, worker: int) -> str:
-        """Return a worker's text of the latest round."""
         return self._segment.published_text(self._channel, self._number & 1, worker)
 
     def _votes(self) -> list[Vote]:
@@ -270,11 +263,9 @@ class SharedMemoryTransport(Transport):
     # -- the end ----------------------------------------------------------------------------------
 
     def leave(self, text: str) -> None:
-        """Record that this worker arrives in no further round, and why."""
         self._segment.leave(text)
 
     def remaining_workers(self) -> list[int]:
-        """Return the other workers that exist and have not left."""
         segment = self._segment
         others = (worker for worker in range(self.size) if worker != self.rank)
         return [w for w in others if segment.why_left(w) is None and segment.is_alive(w)]
