@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from dvkernels.data.array_nest import Element
 from dvkernels.data.checks import check_callable, check_ordered
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.sources import SupportsIndexing, length_of
@@ -81,11 +82,11 @@ class FromFiles(FileList):
     random_access = False
     length = None
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         index = 0
         for path in self.files:
             opened: Any = None  # May be its own iterator, as a file is; closing it twice is fine.
-            elements: Iterator[Any] | None = None
+            elements: Iterator[Element] | None = None
             try:
                 opened = self._reader(path)
                 if not isinstance(opened, Iterable):
@@ -143,7 +144,7 @@ class FromIndexedFiles(FileList):
     def describe(self) -> str:
         return f"{super().describe()[:-1]}, length={self.length})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         file = bisect.bisect_right(self._stops, index)
         offset = index - (self._stops[file - 1] if file else 0)
         try:
@@ -153,9 +154,6 @@ class FromIndexedFiles(FileList):
         except Exception as error:
             add_note(error, self._call_text(self.files[file]), self, index, epoch)
             raise
-
-    def origin(self, index: int, epoch: int) -> int:
-        return index
 
     def _open_file(self, file: int) -> SupportsIndexing:
         opened = self._open_files.get(file)

@@ -8,7 +8,7 @@ import queue
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dvkernels import deadlines
 from dvkernels.data.array_nest import Element, nbytes_of
@@ -44,13 +44,13 @@ class Prefetch(SamePositions):
     def pipeline(self) -> tuple[str, ...]:
         return self.source.pipeline  # prefetching changes no element and no position
 
-    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Element]:
         return self.source.elements(indices, epoch)
 
-    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Element:
         return self.source.select_rows(index, epoch, select)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         return self.source.iterate(epoch, start)
 
 

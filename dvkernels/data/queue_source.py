@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dvkernels.data.array_nest import owned_copy
+from dvkernels.data.array_nest import Element, owned_copy
 from dvkernels.data.checks import check_count
 from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.node import Node, add_note, callable_name
@@ -89,7 +89,7 @@ class FromQueue(Node):
         wait = "" if self._max_wait is None else f", max_wait_seconds={self._max_wait}"
         return f"from_live({self._name}{size}{wait})"
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         arrivals = self._arrivals
         if not self._has_begun:  # The iterator begun last becomes the reader.
             self._has_begun = True

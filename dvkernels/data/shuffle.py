@@ -17,11 +17,10 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import owned_copy
+from dvkernels.data.array_nest import Element, owned_copy
 from dvkernels.data.checks import LARGEST, LARGEST_INDEX, check_count, check_flag
 from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
@@ -118,13 +117,13 @@ class Shuffle(Node):
         once = "" if self._reshuffles else ", reshuffle_each_epoch=False"
         return f"shuffle(seed={self._seed}{once})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self.source.element(self._permuted(index, epoch), epoch)
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         return self.source.gather(permute(indices, self.length, self._keys(epoch)), epoch)
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         first, last = start // BLOCK_LENGTH, (stop - 1) // BLOCK_LENGTH
         if first == last:
             offset = first * BLOCK_LENGTH
@@ -187,16 +186,16 @@ class WindowedShuffle(Node):
     def owns_elements(self) -> bool:
         return not self.random_access or self.source.owns_elements
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self.source.element(self._permuted(index, epoch), epoch)
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         permuted = [self._permuted(index, epoch) for index in indices.tolist()]
         if max(permuted) > LARGEST_INDEX:
             return super().gather(indices, epoch)
         return self.source.gather(np.array(permuted, np.int64), epoch)
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         if stop + self._window > LARGEST_INDEX:
             return super().batch(start, stop, epoch)
         pieces = []
@@ -207,10 +206,7 @@ class WindowedShuffle(Node):
             start = end
         return self.source.gather(np.concatenate(pieces), epoch)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        if self.random_access:
-            yield from super().iterate(epoch, start)
-            return
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         number, begin, end = self._bounds(start, epoch)
         elements = self.source.iterate(epoch, begin)
         if not self.source.owns_elements:

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dvkernels.data.array_nest import as_array, flatten, is_flat_tuple, leaf_names, outline
+from dvkernels.data.array_nest import Element, as_array, flatten, is_flat_tuple, leaf_names, outline
 from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag, check_ordered
 from dvkernels.data.node import Indices, Node, add_note, callable_name
-from dvkernels.devices.array_spec import Spec
+from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief, text_of
 
@@ -61,10 +61,10 @@ class FromArrays(Node):
     def describe(self) -> str:
         return f"from_arrays(length={self.length}, {self._columns})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self._build([array[index] for array in self._arrays])
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         # take() is about twice as fast as [indices], but copies the whole of a strided array.
         return self._build(
             [
@@ -73,14 +73,11 @@ class FromArrays(Node):
             ]
         )
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         return self._build([array[start:stop] for array in self._arrays])
 
     def sample(self) -> Iterator[Any]:
         return iter(self._arrays)
-
-    def origin(self, index: int, epoch: int) -> int:
-        return index
 
 
 class Range(Node):
@@ -109,9 +106,6 @@ class Range(Node):
     def batch(self, start: int, stop: int, epoch: int) -> Indices:
         return np.arange(start, stop, dtype=np.int64)
 
-    def origin(self, index: int, epoch: int) -> int:
-        return index
-
 
 class FromSequence(Node):
     """Source of the elements of a sequence with ``__len__`` and ``__getitem__``."""
@@ -132,15 +126,12 @@ class FromSequence(Node):
     def describe(self) -> str:
         return f"from_sequence(length={self.length})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         try:
             return self._sequence[index]
         except Exception as error:
             add_note(error, f"{type(self._sequence).__name__}.__getitem__", self, index, epoch)
             raise
-
-    def origin(self, index: int, epoch: int) -> int:
-        return index
 
 
 def length_of(sequence: SupportsIndexing, verb: str) -> int:
@@ -173,7 +164,7 @@ class FromIterable(Node):
         epoch = ", epoch=True" if self._takes_epoch else ""
         return f"from_iterable({callable_name(self._factory)}{epoch})"
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         index = 0
         iterator: Iterator[Any] | None = None
         try:
@@ -211,7 +202,7 @@ class FromIterable(Node):
         return iterable
 
 
-def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
+def _rows(name: str, leaf: object) -> HostArray:
     """Return a read-only view of ``leaf``, so that nobody writes to the source by accident."""
     try:
         array = as_array(leaf, "from_arrays", name)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dvkernels.data.batch import Batch
 from dvkernels.data.distributed.options import AutoShardPolicy
-from dvkernels.data.distributed.shards import FileShards, RowShard
+from dvkernels.data.distributed.worker_shards import FileShards, RowShard
 from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.file_source import FileList
 from dvkernels.data.filter import Filter

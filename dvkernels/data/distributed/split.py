@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import flatten, is_flat_dict, is_flat_tuple, leading_length
+from dvkernels.data.array_nest import Element, flatten, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import DeviceCopier
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure
 from dvkernels.schedules import partition
@@ -51,7 +52,7 @@ class Splitter:
         self._copier = copier
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # for the latest batch length
 
-    def split(self, elements: list[Any], recorder: StatsRecorder) -> Any:
+    def split(self, elements: list[Element], recorder: StatsRecorder) -> Any:
         """Return the parts: views of the one batch, or one element for each replica.
 
         The recorder adds up the time of the copies to devices.
@@ -67,7 +68,7 @@ class Splitter:
         recorder.count_copy(time.perf_counter() - began)
         return structure.unflatten([self.per_replica(column) for column in columns])
 
-    def empty_like(self, element: Any) -> Any:
+    def empty_like(self, element: Element) -> Any:
         """Return an element like ``element`` without rows; None if a leaf has no leading axis."""
         leaves, structure = flatten(element)
         arrays = [np.asarray(leaf) for leaf in leaves]
@@ -83,7 +84,7 @@ class Splitter:
         """Return one value per local replica."""
         return PerReplica(parts, devices=self._devices, owner=self._owner)
 
-    def _assign_elements(self, elements: list[Any]) -> Any:
+    def _assign_elements(self, elements: list[Element]) -> Any:
         """Assign one element to each replica, and an empty batch to the replicas left over."""
         flat = [flatten(element) for element in elements]
         structure = flat[0][1]
@@ -139,6 +140,6 @@ class Splitter:
         return parts
 
 
-def _without_rows(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _without_rows(array: HostArray) -> HostArray:
     """Return an array of shape (0, ...) like ``array``, which it does not keep alive."""
     return np.empty((0, *array.shape[1:]), array.dtype)
