@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import Element, as_array, flatten, leaf_names
+from dvkernels.data.array_nest import Element, as_array
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
-from dvkernels.pytree import describe_structure
+from dvkernels.pytree import Structure, describe_structure, flatten, leaf_names
 from dvkernels.user_errors import brief
 
 __all__: list[str] = []
@@ -39,7 +39,7 @@ class BatchBuilder:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._columns: list[_Column] = []
-        self._structure: Any = None
+        self._structure: Structure | None = None
         self._num_values: int | None = None  # _num_values() of the first element
         self.count = 0
 
@@ -80,6 +80,7 @@ class BatchBuilder:
 
     def build(self) -> Element:
         """Return the batch of one or more elements; may be called once."""
+        assert self._structure is not None
         return self._structure.unflatten([column.build(self.count) for column in self._columns])
 
 

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from dvkernels.data.array_nest import flatten
 from dvkernels.data.cursor import DirectCursor, EpochPosition
 from dvkernels.data.distributed.epoch_reader import Distribution, EpochReader
 from dvkernels.data.distributed.stats import InputStats, StatsRecorder
@@ -17,6 +16,7 @@ from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.state import SavedPosition
 from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import DatasetError
+from dvkernels.pytree import flatten
 from dvkernels.values.distributed import PerReplica
 from dvkernels.values.process_bound import ProcessBound
 
