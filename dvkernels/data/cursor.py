@@ -162,8 +162,8 @@ class DirectCursor(Cursor):
         if self._workers:  # They stayed in the parent of this fork, and the stream needs them.
             self._stream, self._pending, self._at_end = None, [], False
         self._pid = os.getpid()
-        links = self._shared_node.links()
-        self._workers = [link.hold_workers() for link in links if link.has_workers]
+        held = (link.hold_workers() for link in self._shared_node.links())
+        self._workers = [workers for workers in held if workers is not None]
 
     def _take_skipping(self, count: int) -> list[Element]:
         before = skipping.get()

@@ -29,9 +29,7 @@ class Filter(Transform):
         return f"filter({callable_name(self._predicate)})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
-        position, begin = (
-            (0, 0) if self.resume_points is None else self.resume_points.resume(epoch, start)
-        )
+        position, begin = self.resume(epoch, start)
         for source_position, element in self.source.enumerate_from(epoch, begin):
             if not self._passes(element, source_position - 1, epoch):
                 continue

@@ -41,7 +41,6 @@ class Map(Transform):
         super().__init__(source, source.length)
         self._fn = fn
         self._workers = MapWorkers(fn, count, workers) if count else None
-        self.has_workers = self._workers is not None
 
     def hold_workers(self) -> object:
         return None if self._workers is None else self._workers.hold()

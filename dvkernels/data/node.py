@@ -51,7 +51,6 @@ class Node(abc.ABC):
     length: Length
     random_access: bool
     source: Node | None = None
-    has_workers = False  # whether iterators keep its workers alive: see hold_workers()
 
     # Why this node keeps an iterator from being resumed from a saved state; None if it does not.
     refusal: str | None = None
@@ -145,7 +144,7 @@ class Node(abc.ABC):
             yield from node.links()
 
     def hold_workers(self) -> object:
-        """Return an object that keeps the workers of this node alive, where ``has_workers``."""
+        """Return an object that keeps the workers of this node alive; None if it has none."""
         return None
 
     def stop(self) -> None:  # noqa: B027 - most nodes never wait
@@ -206,6 +205,12 @@ class Node(abc.ABC):
         if self.has_resume_points:
             clone.resume_points = ResumePoints(self.initial_resume_value)
         return clone
+
+    def resume(self, epoch: int, position: int) -> tuple[int, Any]:
+        """Return the last (position, value) from which the node can go on to ``position``."""
+        if self.resume_points is None:
+            return 0, self.initial_resume_value
+        return self.resume_points.resume(epoch, position)
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         """Return the (epoch, position) of the source that this node's ``position`` maps to."""

@@ -83,9 +83,7 @@ class Repeat(Transform):
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         points = self.resume_points
-        position, (repetition, offset) = (
-            (0, (0, 0)) if points is None else points.resume(epoch, start)
-        )
+        position, (repetition, offset) = self.resume(epoch, start)
         while self.count is None or repetition < self.count:
             for element in self.source.iterate(epoch * self._stride + repetition, offset):
                 position, offset = position + 1, offset + 1
@@ -93,9 +91,7 @@ class Repeat(Transform):
                     points.add(epoch, position, [repetition, offset])
                 if position > start:
                     yield element
-            if (
-                offset == 0
-            ):  # An empty repetition: all others are empty too; endless, it would hang.
+            if offset == 0:  # An empty repetition, as all others are: endless, it would hang.
                 return
             repetition, offset = repetition + 1, 0
 

@@ -23,6 +23,7 @@ import numpy as np
 from dvkernels.data.array_nest import Element, owned_copy
 from dvkernels.data.checks import LARGEST, LARGEST_INDEX, check_count, check_flag
 from dvkernels.data.node import Indices, Node
+from dvkernels.data.transform import Transform
 from dvkernels.errors import DatasetError
 from dvkernels.kernels import backends
 
@@ -81,11 +82,10 @@ def permute(positions: Indices, length: int, keys: tuple[int, ...]) -> Indices:
     return order
 
 
-class Shuffle(Node):
+class Shuffle(Transform):
     """Shuffle of all elements of ``source``, in an order that is a function of (seed, epoch)."""
 
-    random_access = True
-    source: Node
+    length: int
 
     def __init__(self, source: Node, seed: int, reshuffle_each_epoch: bool) -> None:
         seed = _check_seed(seed, reshuffle_each_epoch)
@@ -106,8 +106,7 @@ class Shuffle(Node):
                 f"shuffle: expected at most 2**62 elements; got {source.length}; shuffle before "
                 "repeat()"
             )
-        self.source = source
-        self.length: int = int(source.length)
+        super().__init__(source, int(source.length))
         self._seed = seed
         self._reshuffles = reshuffle_each_epoch
         # (epoch, block number, its permuted positions): replaced as a whole, never modified.
@@ -155,7 +154,7 @@ class Shuffle(Node):
         return block
 
 
-class WindowedShuffle(Node):
+class WindowedShuffle(Transform):
     """Shuffle within consecutive windows of ``window`` elements.
 
     No element moves further than a window. The first window of an epoch is shorter by a number
@@ -164,17 +163,13 @@ class WindowedShuffle(Node):
     random access is kept, and a sequential source is resumed at the start of a window.
     """
 
-    source: Node
-
     def __init__(self, source: Node, seed: int, window: int, reshuffle_each_epoch: bool) -> None:
         self._seed = _check_seed(seed, reshuffle_each_epoch)
         self._window = check_count(
             "shuffle", "window", window, 1, "leave it out to shuffle the whole dataset"
         )
         self._reshuffles = reshuffle_each_epoch
-        self.source = source
-        self.length = source.length
-        self.random_access = source.random_access
+        super().__init__(source, source.length)
         # (epoch, window number, its order): replaced as a whole, never modified.
         self._latest: tuple[int, int, Indices] = (-1, -1, np.empty(0, np.int64))
 

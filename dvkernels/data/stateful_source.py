@@ -94,9 +94,7 @@ class FromSource(Node):
         return f"from_source({type(self._source).__qualname__})"
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
-        index, state = (
-            (0, None) if self.resume_points is None else self.resume_points.resume(epoch, start)
-        )
+        index, state = self.resume(epoch, start)
         name, verb = type(self._source).__name__, "open"
         reader: Any = None
         try:

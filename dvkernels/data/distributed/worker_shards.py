@@ -8,11 +8,12 @@ from dvkernels.data.array_nest import Element, leading_length, slice_rows
 from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.node import Node
 from dvkernels.data.stacking import batches
+from dvkernels.data.transform import Transform
 
 __all__: list[str] = []
 
 
-class RowShard(Node):
+class RowShard(Transform):
     """Node that keeps one worker's rows of every batch.
 
     The batches and their order are those of the source, so a position means the same on every
@@ -20,12 +21,8 @@ class RowShard(Node):
     of other workers are not computed.
     """
 
-    source: Node
-
     def __init__(self, source: Node, share: WorkerShare) -> None:
-        self.source = source
-        self.length = source.length
-        self.random_access = source.random_access
+        super().__init__(source, source.length)
         self._share = share
 
     def describe(self) -> str:
