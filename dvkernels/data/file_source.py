@@ -16,11 +16,10 @@ from typing import Any, Self
 import numpy as np
 
 from dvkernels.data.array_nest import Element
-from dvkernels.data.checks import check_callable, check_ordered
+from dvkernels.data.checks import check_callable, check_ordered, unexpected
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.sources import SupportsIndexing, length_of
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -90,11 +89,11 @@ class FromFiles(FileList):
             try:
                 opened = self._reader(path)
                 if not isinstance(opened, Iterable):
-                    raise DatasetError(
-                        "from_files: expected the reader to return an iterable; got "
-                        f"{brief(opened)}, a {type(opened).__name__}, for {path!r}; write it as a "
-                        "generator function"
+                    wanted, remedy = (
+                        "the reader to return an iterable",
+                        "write it as a generator function",
                     )
+                    raise unexpected("from_files", wanted, opened, remedy, f", for {path!r}")
                 elements = iter(opened)
                 for element in elements:
                     if index >= start:
@@ -193,18 +192,14 @@ class FromIndexedFiles(FileList):
 def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Return the paths as strings; raise :class:`DatasetError` unless all exist."""
     if isinstance(paths, str | bytes | os.PathLike) or not isinstance(paths, Iterable):
-        raise DatasetError(
-            f"from_files: expected a list of paths; got {brief(paths)}, a {type(paths).__name__}; "
-            "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
-        )
+        remedy = "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
+        raise unexpected("from_files", "a list of paths", paths, remedy)
     check_ordered("from_files", "the paths", paths)
     names: Sequence[Any] = list(paths)
     for index, name in enumerate(names):
         if not isinstance(name, str | os.PathLike):
-            raise DatasetError(
-                f"from_files: expected paths; got {brief(name)}, a {type(name).__name__}, as "
-                f"paths[{index}]; pass strings or pathlib.Path objects"
-            )
+            remedy = "pass strings or pathlib.Path objects"
+            raise unexpected("from_files", "paths", name, remedy, f", as paths[{index}]")
     files = tuple(os.fspath(name) for name in names)
     missing = [name for name in files if not os.path.exists(name)]
     if missing:

@@ -8,7 +8,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from dvkernels.data.array_nest import Element, as_array, is_flat_tuple, outline
-from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag, check_ordered
+from dvkernels.data.checks import (
+    LARGEST,
+    check_callable,
+    check_count,
+    check_flag,
+    check_ordered,
+    unexpected,
+)
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import DatasetError
@@ -186,10 +193,8 @@ class FromIterable(Node):
     def _begin(self, epoch: int) -> Iterator[Any]:
         iterable: object = self._factory(epoch) if self._takes_epoch else self._factory()
         if not isinstance(iterable, Iterable):
-            raise DatasetError(
-                "from_iterable: expected the factory to return an iterable; got "
-                f"{brief(iterable)}, a {type(iterable).__name__}; write it as a generator function"
-            )
+            wanted, remedy = "the factory to return an iterable", "write it as a generator function"
+            raise unexpected("from_iterable", wanted, iterable, remedy)
         check_ordered("from_iterable", "what the factory returns", iterable)
         if not isinstance(iterable, Iterator):
             return iter(iterable)
@@ -215,10 +220,8 @@ def _rows(name: str, leaf: object) -> HostArray:
             f"cannot read ({text_of(error)}); convert it to a NumPy array first"
         ) from error
     if array.ndim == 0:
-        raise DatasetError(
-            f"from_arrays: expected an array with a leading axis as {name}; got {brief(leaf)}, "
-            f"a {type(leaf).__name__}; lists are containers here, so wrap numbers in np.asarray"
-        )
+        remedy = "lists are containers here, so wrap numbers in np.asarray"
+        raise unexpected("from_arrays", f"an array with a leading axis as {name}", leaf, remedy)
     view = array.view()
     view.flags.writeable = False
     return view

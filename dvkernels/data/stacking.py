@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from dvkernels.data.array_nest import Element, as_array
+from dvkernels.data.checks import unexpected
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
 from dvkernels.pytree import Structure, describe_structure, flatten, leaf_names
-from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -149,10 +149,8 @@ class _Column:
         where = f"{self._name} of element {row} of the batch"
         array = as_array(leaf, "batch", where)
         if array.dtype == object and not hasattr(leaf, "dtype"):
-            raise DatasetError(
-                f"batch: expected arrays or numbers to stack; got {brief(leaf)}, a "
-                f"{type(leaf).__name__}, as {where}; turn it into an array with map()"
-            )
+            remedy = "turn it into an array with map()"
+            raise unexpected("batch", "arrays or numbers to stack", leaf, remedy, f", as {where}")
         if isinstance(leaf, str | bytes) and leaf[-1:] in ("\0", b"\0"):
             raise DatasetError(
                 f"batch: expected text or bytes that NumPy keeps as they are; {where} ends with "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from dvkernels.data.array_nest import Element
-from dvkernels.data.checks import check_callable, check_flag
+from dvkernels.data.checks import check_callable, check_flag, unexpected
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief, describe
@@ -83,10 +83,12 @@ class FromSource(Node):
 
     def __init__(self, source: Source) -> None:
         if isinstance(source, type) or not callable(getattr(source, "open", None)):
-            raise DatasetError(
-                "from_source: expected an object with open(epoch, state), which returns a reader "
-                f"with __next__() and state(); got {brief(source)}, a {type(source).__name__}; "
-                "use from_iterable(factory) for what has no state"
+            raise unexpected(
+                "from_source",
+                "an object with open(epoch, state), which returns a reader with __next__() and "
+                "state()",
+                source,
+                "use from_iterable(factory) for what has no state",
             )
         self._source = source
 
