@@ -57,7 +57,8 @@ class Cursor(Iterator[Element], abc.ABC):
     def take(self, count: int = 1) -> list[Element]:
         """Return the next ``count`` elements, fewer at the end; ``StopIteration`` if none.
 
-        One thread at a time may call it.
+        If more have been taken before, and not confirmed, it may return all of these. One thread
+        at a time may call it.
         """
 
     @abc.abstractmethod
@@ -201,9 +202,8 @@ class DirectCursor(Cursor):
         except StopIteration:
             if not self._pending:
                 raise
-        found = self._pending[:count]
-        self._next_position = self._position + len(found)
-        return found
+        self._next_position = self._position + len(self._pending)
+        return self._pending[:]
 
     def _pull(self) -> Element:
         if self._at_end:
