@@ -19,7 +19,6 @@ from dvkernels.data.distributed.lockstep import (
     StepReport,
     agree_on_start,
     agree_on_step,
-    report_failure,
 )
 from dvkernels.data.distributed.optional import DistributedOptional
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
@@ -361,17 +360,17 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
             raise
 
     def _take_step(self) -> tuple[list[Any], Any]:
-        try:
+        elements: list[Any] = []
+        nest: Any = None
+
+        def take() -> StepReport:
+            nonlocal elements, nest
             elements, nest = self._take_own()
-        except Exception as error:
-            report_failure(self._exchange, error)
-            raise
-        own = StepReport(
-            self._fetcher.epoch_position.epoch, 0, bool(elements), self._progress(), self._empty
-        )
-        if self._lanes is not None:
-            own = own._replace(step=self._num_steps)
-        reports = agree_on_step(self._exchange, own)
+            step = 0 if self._lanes is None else self._num_steps
+            epoch = self._fetcher.epoch_position.epoch
+            return StepReport(epoch, step, bool(elements), self._progress(), self._empty)
+
+        reports = agree_on_step(self._exchange, take)
         have = [report.has_batch for report in reports]
         if not any(have) or (self._sharding.ends_with_first and not all(have)):
             self._has_ended = True
