@@ -127,7 +127,7 @@ class _Restore:
         all_or_none.check_consistent(
             self._workers, self._what, {path: name for name in lists for path in lists[name]}
         )
-        load = self._reader.prepare_load(plan.loads)
+        load = self._reader.prepare_load(plan.loads.targets)
         uninterrupted(lambda: self._commit(plan, backup, load), is_atomic=True)
         return Restored(
             self._reader.path,
@@ -141,8 +141,8 @@ class _Restore:
 
     def _prepare(self, plan: RestorePlan, backup: list[Any]) -> None:
         """Verify all checksums, load the staged arrays, and back up the state of the objects."""
-        self._reader.check(plan.loads)
-        self._reader.load({name: [array] for name, array in plan.staged.items()})
+        self._reader.check(plan.loads.targets)
+        self._reader.load({name: [array] for name, array in plan.loads.staged.items()})
         backup += [
             _attempt(change.get, f"{change.path}: its state cannot be read")
             for change in plan.changes
@@ -196,7 +196,7 @@ def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[byte
     except Exception as error:
         note = (
             "the file was whole when its checksums were compared; these objects now hold parts of "
-            f"it and must be restored again: {_listed(list(plan.loads))}"
+            f"it and must be restored again: {_listed(list(plan.loads.targets))}"
         )
         if isinstance(error, MemoryError):
             raise CheckpointError(f"there is not enough memory; {note}") from error
@@ -206,7 +206,7 @@ def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[byte
 
 def _load_once(plan: RestorePlan, load: Callable[[], None]) -> None:
     load()
-    for finish in plan.finish:
+    for finish in plan.loads.finish:
         finish()
 
 
