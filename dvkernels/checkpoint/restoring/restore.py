@@ -83,21 +83,17 @@ def restore(tree: ObjectTree, path: Path, *, partial: bool) -> Restored:
 
 def _open_consistently(path: Path, workers: Workers, what: str) -> CheckpointReader:
     """Open a checkpoint, the same one on all workers."""
-    for is_last in (*[False] * _MAX_RETRIES, True):
-        readers: list[CheckpointReader] = []
-        all_or_none.run(
-            workers,
-            what,
-            lambda into=readers: into.append(uninterrupted(lambda: open_reader(path))),  # type: ignore[misc]
-        )
-        (reader,) = readers
-        with all_or_none.announcing_failures(workers, what):
-            is_same = len(set(workers.exchange(reader.checksum))) == 1
-        if is_last and not is_same:
-            all_or_none.check_consistent(workers, what, {atomic_folder.MANIFEST: reader.checksum})
-        if is_same:
-            return reader
-        reader.close()
+    readers: list[CheckpointReader] = []
+
+    def open_here() -> str:
+        readers[:] = [uninterrupted(lambda: open_reader(path))]
+        return readers[0].checksum
+
+    for _ in range(_MAX_RETRIES):
+        if len(set(all_or_none.run(workers, what, open_here))) == 1:
+            return readers[0]
+        readers[0].close()
+    all_or_none.check_consistent(workers, what, {atomic_folder.MANIFEST: readers[0].checksum})
     raise AssertionError("unreachable")
 
 
