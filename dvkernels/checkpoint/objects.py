@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import optree
 
+from dvkernels import pytree
 from dvkernels.checkpoint import generators
 from dvkernels.checkpoint.format import json_codec
 from dvkernels.communicators.base import Workers
@@ -81,9 +81,9 @@ class OpenedContainer(NamedTuple):
 
 def open_container(value: Any, path: str) -> OpenedContainer | None:
     """Open a container, but not its children; return None for a leaf."""
-    if optree.tree_is_leaf(value, none_is_leaf=True):
+    if pytree.is_leaf(value):
         return None
-    children, metadata, keys, unflatten = optree.tree_flatten_one_level(value, none_is_leaf=True)
+    children, metadata, keys, unflatten = pytree.flatten_one_level(value)
     names = [str(key) for key in keys]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -13,8 +13,8 @@ from dvkernels.checkpoint.format.shards import DTYPES
 from dvkernels.devices import array_memory
 from dvkernels.devices.array_spec import Array, HostArray, Spec
 from dvkernels.errors import CheckpointError
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.saved_variable import assign_first_copy
-from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []

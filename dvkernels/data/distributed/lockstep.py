@@ -12,7 +12,7 @@ from dvkernels.communicators.workers.atomic_commit import Exchange, first_differ
 from dvkernels.data.node import Length
 from dvkernels.errors import DatasetError
 
-__all__ = ["Exchange", "StartReport", "StepReport", "agree_on_start", "agree_on_step"]
+__all__: list[str] = []
 
 
 class StartReport(NamedTuple):

@@ -19,7 +19,7 @@ ROOM = checkpoint.__path__[0]
 class Counting(list):
     """Container that counts the visits to it, all of them in one Counter."""
 
-    visits: ClassVar[collections.Counter] = collections.Counter()
+    visits: ClassVar = collections.Counter()
 
     def flattened(self):
         Counting.visits[id(self)] += 1
