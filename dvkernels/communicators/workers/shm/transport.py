@@ -334,9 +334,8 @@ class SharedMemoryTransport(AbortableTransport):
         return self._segment.published_text(self._channel, self._number & 1, worker)
 
     def _votes(self) -> list[Vote]:
-        parity = self._number & 1
         lines = self._segment.control_lines(self._channel)
-        return [Vote(int(line[1 + parity]), int(line[3 + parity])) for line in lines]
+        return [Vote(*shm_barrier.vote_of(line, self._number)) for line in lines]
 
     def _wait(self, fingerprint: Fingerprint, num_pauses: int) -> int:
         """Wait for all workers; return AGREED or MISMATCHED, or raise if waiting is in vain."""

@@ -1,7 +1,8 @@
 """Intrinsics on raw memory for compiled code: loads, stores, atomics, prefetches, pauses.
 
-Memory is int64 words, named by an address and an index: ``load(job, 3)`` reads the word 24 bytes
-past ``job``. Atomic operations are sequentially consistent.
+A table is int64 words, named by an address and an index: ``load(table, 3)`` reads the word 24 bytes
+past ``table``. Words that several threads change are fields of records (see records.py), named by
+the record and the field. Atomic operations are sequentially consistent.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from numba.core import cgutils as numba_cgutils
 from dvkernels.kernels import checks, jit
 
 __all__ = [
+    "address_of",
     "call",
     "compare_exchange",
     "exchange",
     "fetch_add",
+    "keep_alive",
     "load",
-    "load_int32",
     "load_shared",
     "pause",
     "pointer",
@@ -39,6 +41,7 @@ __all__ = [
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _intrinsic: _Decorator = extending.intrinsic
+_atomic: _Decorator = extending.intrinsic(prefer_literal=True)
 _cgutils: Any = numba_cgutils  # its functions carry no types
 _HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
 _I64 = ir.IntType(64)
@@ -52,14 +55,20 @@ def words(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return memory[skipped : skipped + count]
 
 
-def _word(builder: Any, args: Any, width: int = 64) -> Any:
+def _word(builder: Any, args: Any) -> Any:
     """Emit the pointer to word ``args[1]`` after the address ``args[0]``."""
-    pointer = builder.inttoptr(args[0], ir.IntType(width).as_pointer())
-    return builder.gep(pointer, [args[1]])
+    return builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]])
+
+
+def _field(builder: Any, signature: Any, args: Any) -> Any:
+    """Emit the pointer to the field ``args[1]`` of the record ``args[0]``."""
+    record, name = signature.args[:2]
+    offset = record.offset(name.literal_value)
+    return _cgutils.get_record_member(builder, args[0], offset, _I64)
 
 
 @_intrinsic
-def load(typing: Any, address: Any, index: Any) -> Any:
+def load(typing: Any, table: Any, index: Any) -> Any:
     """Read a word."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -69,17 +78,7 @@ def load(typing: Any, address: Any, index: Any) -> Any:
 
 
 @_intrinsic
-def load_int32(typing: Any, address: Any, index: Any) -> Any:
-    """Read a 32-bit integer; the index counts 32-bit integers."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(_word(builder, args, 32)), _I64)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@_intrinsic
-def store(typing: Any, address: Any, index: Any, value: Any) -> Any:
+def store(typing: Any, table: Any, index: Any, value: Any) -> Any:
     """Write a word."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -89,56 +88,78 @@ def store(typing: Any, address: Any, index: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@_intrinsic
-def load_shared(typing: Any, address: Any, index: Any) -> Any:
-    """Read a word that other threads write, atomically."""
+@_atomic
+def load_shared(typing: Any, record: Any, field: Any) -> Any:
+    """Read a field that other threads write, atomically."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_word(builder, args), "seq_cst", 8)
+        return builder.load_atomic(_field(builder, signature, args), "seq_cst", 8)
 
-    return types.int64(types.int64, types.int64), generate
+    return types.int64(record, field), generate
 
 
-@_intrinsic
-def store_shared(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write a word that other threads read, atomically."""
+@_atomic
+def store_shared(typing: Any, record: Any, field: Any, value: Any) -> Any:
+    """Write a field that other threads read, atomically."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[2], _word(builder, args), "seq_cst", 8)
+        builder.store_atomic(args[2], _field(builder, signature, args), "seq_cst", 8)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.void(record, field, types.int64), generate
 
 
-@_intrinsic
-def fetch_add(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Add to a word and return its previous value."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _word(builder, args), args[2], "seq_cst")
-
-    return types.int64(types.int64, types.int64, types.int64), generate
-
-
-@_intrinsic
-def exchange(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write a word and return its previous value."""
+@_atomic
+def fetch_add(typing: Any, record: Any, field: Any, value: Any) -> Any:
+    """Add to a field and return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("xchg", _word(builder, args), args[2], "seq_cst")
+        return builder.atomic_rmw("add", _field(builder, signature, args), args[2], "seq_cst")
 
-    return types.int64(types.int64, types.int64, types.int64), generate
+    return types.int64(record, field, types.int64), generate
 
 
-@_intrinsic
-def compare_exchange(typing: Any, address: Any, index: Any, expected: Any, value: Any) -> Any:
-    """Write a word if it is ``expected``; return its previous value."""
+@_atomic
+def exchange(typing: Any, record: Any, field: Any, value: Any) -> Any:
+    """Write a field and return its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pair = builder.cmpxchg(_word(builder, args), args[2], args[3], "seq_cst", "seq_cst")
+        return builder.atomic_rmw("xchg", _field(builder, signature, args), args[2], "seq_cst")
+
+    return types.int64(record, field, types.int64), generate
+
+
+@_atomic
+def compare_exchange(typing: Any, record: Any, field: Any, expected: Any, value: Any) -> Any:
+    """Write a field if it is ``expected``; return its previous value."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _field(builder, signature, args)
+        pair = builder.cmpxchg(pointer, args[2], args[3], "seq_cst", "seq_cst")
         return builder.extract_value(pair, 0)
 
-    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
+    return types.int64(record, field, types.int64, types.int64), generate
+
+
+@_intrinsic
+def address_of(typing: Any, array: Any) -> Any:
+    """Return the address of an array's first element; see :func:`keep_alive`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, _I64)
+
+    return types.int64(array), generate
+
+
+@_intrinsic
+def keep_alive(typing: Any, array: Any) -> Any:
+    """Use an array: Numba frees one after the last use of its name, not of its address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), generate
 
 
 @_intrinsic
