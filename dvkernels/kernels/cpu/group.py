@@ -30,14 +30,14 @@ from dvkernels.reduce_op import ReduceOp, parse
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
 
-class _Head(NamedTuple):
+class _GroupHead(NamedTuple):
     num_replicas: int
     timeout_ms: int
     layout: int
 
 
 # The words of a state: the head, unused words, the end of the group, the replicas' control lines.
-_head_at = records.view(records.layout(_Head))
+_head_at = records.view(records.layout(_GroupHead))
 _LINES = 32
 _END = _LINES - records.LINE_NBYTES // 8
 _LAYOUT = 0x64766B67726F7570 + 3  # changes with the meaning of the words: users cache compiled code
@@ -131,7 +131,7 @@ class Group:
         """Make the group usable again. No replica may be waiting in it."""
         self.state[:] = 0
         timeout_ms = max(1, round(1000 * self.timeout_seconds))
-        self.state[: len(_Head._fields)] = _Head(self.num_replicas, timeout_ms, _LAYOUT)
+        self.state[: len(_GroupHead._fields)] = _GroupHead(self.num_replicas, timeout_ms, _LAYOUT)
 
 
 @jit.njit(nogil=True)

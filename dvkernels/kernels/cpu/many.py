@@ -16,9 +16,10 @@ from dvkernels.kernels.cpu.engine.job import combine_in_place, divisor, run
 from dvkernels.kernels.cpu.engine.job_layout import (
     COUNTER_WORDS,
     HEADER_WORDS,
+    ITEM_WORDS,
     MOST_QUEUES,
+    ROW_WORDS,
     Item,
-    Row,
     counters_after,
 )
 
@@ -26,8 +27,8 @@ __all__ = ["all_reduce_many"]
 
 
 _VERB = "all_reduce_many"
-_ITEMS_OFFSET = HEADER_WORDS + len(Row._fields)  # the items follow a program of one row
-_ITEM_WORDS, _LENGTH = len(Item._fields), Item._fields.index("length")
+_ITEMS_OFFSET = HEADER_WORDS + ROW_WORDS  # the items follow a program of one row
+_LENGTH = Item._fields.index("length")
 
 
 def all_reduce_many(groups: Any, op: Any = "sum") -> list[list[Any]]:
@@ -45,14 +46,14 @@ def _reduce_unchecked(lists: list[list[Any]], op: Any) -> bool:
     except (KeyError, TypeError, AttributeError, IndexError):
         return False
     count, width = len(lists), len(lists[0])
-    tables_offset = _ITEMS_OFFSET + _ITEM_WORDS * count
+    tables_offset = _ITEMS_OFFSET + ITEM_WORDS * count
     counters_offset = counters_after(tables_offset + count * width)
     job = intrinsics.words(counters_offset + COUNTER_WORDS * (1 + MOST_QUEUES))
     address = checks.address(job)
     moved = _prepare(id(lists), found.address, address, width, address + 8 * counters_offset)
     if moved < 0:
         return False
-    items = job[_ITEMS_OFFSET:tables_offset].reshape(count, _ITEM_WORDS)
+    items = job[_ITEMS_OFFSET:tables_offset].reshape(count, ITEM_WORDS)
     starts = job[tables_offset : tables_offset + count * width]
     nbytes = np.repeat(items[:, _LENGTH] * found.itemsize, width)
     order = np.argsort(starts)
@@ -73,7 +74,7 @@ def _prepare(lists, recipe_address, job_address, width, counters):  # type: igno
     job.rows = job_address + 8 * HEADER_WORDS
     job.items = job_address + 8 * _ITEMS_OFFSET
     job.counters = counters
-    tables = job.items + 8 * _ITEM_WORDS * count
+    tables = job.items + 8 * ITEM_WORDS * count
     total = np.int64(0)
     for k in range(count):
         group = array_structs.item_of(lists, k)

@@ -56,8 +56,11 @@ def _make(fn: Any, real: Any) -> Any:
         scratch = np.empty(job.num_arrays, np.int64)
         table = intrinsics.address_of(scratch)
         block = np.empty(_BLOCK, real)
-        at = loops.advance(job, loops.join(job), table)
-        while at.length >= 0:
+        at = loops.join(job)
+        while True:
+            at = loops.advance(job, at, table)
+            if at.length < 0:
+                break
             for number in range(job.num_rows):
                 row = job_layout.row_at(job.rows, number)
                 first, count = loops.extent(job, row, at)
@@ -75,7 +78,6 @@ def _make(fn: Any, real: Any) -> Any:
                     for k in range(row.num_targets):
                         pointer = intrinsics.load(table, row.first_target + k) + shift
                         carray(intrinsics.pointer(pointer), size, real)[:] = block[:size]
-            at = loops.advance(job, at, table)
         intrinsics.keep_alive(scratch)
 
     return run

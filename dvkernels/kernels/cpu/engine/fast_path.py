@@ -23,10 +23,12 @@ from dvkernels.kernels.cpu.engine import (
 from dvkernels.kernels.cpu.engine.job_layout import (
     COUNTER_WORDS,
     HEADER_WORDS,
+    ITEM_WORDS,
     MOST_QUEUES,
     OUT_OF_CACHE_NBYTES,
+    ROW_WORDS,
     Item,
-    Job,
+    JobHeader,
     Row,
 )
 
@@ -88,8 +90,8 @@ _prepare_now = _prepare.get_overload((types.int64,) * 4)
 
 def new_job(num_arrays: int = MOST_ARRAYS) -> tuple[HostArray, int]:
     """Return the words, not yet filled, of a job of one item and one row, and their address."""
-    rows_offset = HEADER_WORDS + len(Item._fields)
-    table_offset = rows_offset + len(Row._fields)
+    rows_offset = HEADER_WORDS + ITEM_WORDS
+    table_offset = rows_offset + ROW_WORDS
     counters_offset = job_layout.counters_after(table_offset + num_arrays)
     words = intrinsics.words(counters_offset + COUNTER_WORDS * (1 + MOST_QUEUES))
     address = checks.address(words)
@@ -98,7 +100,7 @@ def new_job(num_arrays: int = MOST_ARRAYS) -> tuple[HostArray, int]:
         for offset in (HEADER_WORDS, rows_offset, table_offset, counters_offset)
     )
     words[:table_offset] = (
-        *Job(items=items, rows=rows, counters=counters),
+        *JobHeader(items=items, rows=rows, counters=counters),
         *Item(num_lines=1, table=table),
         *Row(),
     )

@@ -19,12 +19,14 @@ from dvkernels.kernels.cpu.engine import records
 __all__ = [
     "COUNTER_WORDS",
     "HEADER_WORDS",
+    "ITEM_WORDS",
     "MOST_QUEUES",
     "OUT_OF_CACHE_NBYTES",
     "PIECE_NBYTES",
+    "ROW_WORDS",
     "Counter",
     "Item",
-    "Job",
+    "JobHeader",
     "Row",
     "counter_at",
     "counters_after",
@@ -41,7 +43,7 @@ OUT_OF_CACHE_NBYTES = 64 * 1024 * 1024
 MOST_QUEUES = 16
 
 
-class Job(NamedTuple):
+class JobHeader(NamedTuple):
     """Header of a job; by default of one item and one row."""
 
     num_pieces: int = 0
@@ -87,7 +89,7 @@ class Counter(NamedTuple):
     value: int
 
 
-HEADER_WORDS = len(Job._fields)
+HEADER_WORDS, ITEM_WORDS, ROW_WORDS = (len(kind._fields) for kind in (JobHeader, Item, Row))
 COUNTER_WORDS = records.LINE_NBYTES // 8
 
 
@@ -96,7 +98,7 @@ def counters_after(offset: int) -> int:
     return -(-offset // COUNTER_WORDS) * COUNTER_WORDS
 
 
-job_at = records.view(records.layout(Job))
+job_at = records.view(records.layout(JobHeader))
 item_at = records.nth(records.layout(Item))
 row_at = records.nth(records.layout(Row))
 counter_at = records.nth(records.layout(Counter, nbytes=records.LINE_NBYTES))

@@ -42,7 +42,7 @@ def join(job):  # type: ignore[no-untyped-def]
     return _Place(0, 0, 0, 0, 0, 0, 0, 0, ordinal)
 
 
-@jit.njit(nogil=True)
+@jit.njit(nogil=True, forceinline=True)  # it has many arguments, and one call in each runner
 def advance(job, at, addresses):  # type: ignore[no-untyped-def]
     """Return the place of a thread's next line, of length -1 where none is left.
 
@@ -134,8 +134,11 @@ def _make(operation: int, code: int) -> Any:
         job = job_layout.job_at(address)
         scratch = np.empty(job.num_arrays, np.int64)
         table = intrinsics.address_of(scratch)
-        at = advance(job, join(job), table)
-        while at.length >= 0:
+        at = join(job)
+        while True:
+            at = advance(job, at, table)
+            if at.length < 0:
+                break
             for k in range(job.num_rows):
                 row = job_layout.row_at(job.rows, k)
                 first, count = extent(job, row, at)
@@ -143,7 +146,6 @@ def _make(operation: int, code: int) -> Any:
                     table, row.first_source, row.num_sources, row.first_target, row.num_targets,
                     row.divisor, first, count, job.in_memory, operation, code,
                 )  # fmt: skip
-            at = advance(job, at, table)
         intrinsics.keep_alive(scratch)
 
     return run

@@ -68,8 +68,11 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
         scratch = np.empty(job.num_arrays, np.int64)
         table = intrinsics.address_of(scratch)
         block = np.empty(_BLOCK + 16, real)
-        at = loops.advance(job, loops.join(job), table)
-        while at.length >= 0:
+        at = loops.join(job)
+        while True:
+            at = loops.advance(job, at, table)
+            if at.length < 0:
+                break
             for offset in range(at.first, at.first + at.length, _BLOCK):
                 count = min(_BLOCK, at.first + at.length - offset)
                 shift = offset * itemsize
@@ -108,7 +111,6 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
                             table, source, 1, source + 1, num_copies - 1, 1, offset, count,
                             2 * in_memory, 0, code,
                         )  # fmt: skip
-            at = loops.advance(job, at, table)
         intrinsics.keep_alive(scratch)
 
     return run

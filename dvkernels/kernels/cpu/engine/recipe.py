@@ -22,7 +22,7 @@ from dvkernels.reduce_op import ReduceOp, Reduction
 __all__ = ["Recipe", "cut", "recipe_at", "recipes", "register"]
 
 
-class _Words(NamedTuple):
+class _RecipeWords(NamedTuple):
     array_type: int  # addresses of objects
     dtype: int
     runner: int
@@ -33,7 +33,7 @@ class _Words(NamedTuple):
     num_threads: int
 
 
-recipe_at = records.view(records.layout(_Words))
+recipe_at = records.view(records.layout(_RecipeWords))
 
 
 class Recipe(NamedTuple):
@@ -54,7 +54,7 @@ def register(op: Reduction, dtype: np.dtype[Any]) -> None:
         return
     factor = arithmetic.factor(op, dtype)
     # Arrays of a built-in dtype share one dtype object; arrays of other dtypes are declined.
-    values = _Words(
+    values = _RecipeWords(
         array_type=id(np.ndarray),
         dtype=id(dtype),
         runner=loops.runner(op, dtype),

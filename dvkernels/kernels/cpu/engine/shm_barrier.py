@@ -43,7 +43,7 @@ class _Line(NamedTuple):
     epoch: int
 
 
-class _Vote(NamedTuple):
+class _CallVote(NamedTuple):
     fingerprint: int
     word: int
 
@@ -53,7 +53,7 @@ class _End(NamedTuple):
 
 
 _line_at = records.nth(records.layout(_Line, nbytes=records.LINE_NBYTES))
-_nth_vote = records.nth(records.layout(_Vote))
+_nth_vote = records.nth(records.layout(_CallVote))
 _end_before = records.nth(records.layout(_End, nbytes=records.LINE_NBYTES))
 
 
@@ -115,5 +115,5 @@ arrive: Any = arrive_at.get_overload((types.int64,) * 5)
 
 def vote_of(line: HostArray, epoch: int) -> tuple[int, int]:
     """Return the fingerprint and the word of a member's vote in a round."""
-    first = 1 + len(_Vote._fields) * (epoch & 1)
+    first = 1 + len(_CallVote._fields) * (epoch & 1)
     return int(line[first]), int(line[first + 1])

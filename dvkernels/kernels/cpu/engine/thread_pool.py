@@ -27,7 +27,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
-from dvkernels.kernels.cpu.engine.job_layout import Job, job_at
+from dvkernels.kernels.cpu.engine.job_layout import JobHeader, job_at
 from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded, thread
 
@@ -39,12 +39,12 @@ Copies = Sequence[tuple[HostArray, HostArray]]  # (target, source)
 _NUM_SLOTS = 8
 
 
-class _Head(NamedTuple):
+class _PoolHead(NamedTuple):
     num_jobs: int  # posted
     num_asleep: int  # helpers
 
 
-class _Slot(NamedTuple):
+class _JobSlot(NamedTuple):
     is_taken: int
     job: int  # its address; 0: none
     num_inside: int  # helpers
@@ -56,15 +56,15 @@ class _Helper(NamedTuple):
 
 # The words of a pool: the head, the slots, the helpers. Each slot and helper has a cache line, so
 # that threads do not share lines falsely.
-_HEAD = records.layout(_Head, alone=_Head._fields)
-_SLOT, _HELPER = (records.layout(kind, nbytes=records.LINE_NBYTES) for kind in (_Slot, _Helper))
+_HEAD = records.layout(_PoolHead, alone=_PoolHead._fields)
+_SLOT, _HELPER = (records.layout(kind, nbytes=records.LINE_NBYTES) for kind in (_JobSlot, _Helper))
 _head_at = records.view(_HEAD)
 _slot_at, _helper_at = records.nth(_SLOT), records.nth(_HELPER)
 _SLOTS = _HEAD.itemsize  # offsets in bytes
 _HELPERS = _SLOTS + _NUM_SLOTS * _SLOT.itemsize
 # Indices of words that Python reads.
 _NUM_ASLEEP = records.index(_HEAD, "num_asleep")
-_POOL_SLOT = Job._fields.index("pool_slot")
+_POOL_SLOT = JobHeader._fields.index("pool_slot")
 
 # Bytes moved from which on a job is shared, and from which on helpers are woken for it.
 SHARED_NBYTES = cost_model.CPU.sharing_pays_from()
