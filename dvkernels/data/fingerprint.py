@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.data.array_nest import as_array, flatten, leaf_names, outline
+from dvkernels.data.array_nest import as_array, outline
 from dvkernels.data.node import Node
+from dvkernels.pytree import flatten, leaf_names
 
-__all__ = ["fingerprint", "kinds_of"]
+__all__: list[str] = []
 
 _CHUNK_BYTES = 2**24  # hashed at a time, which bounds the copy of an array not contiguous
 
