@@ -21,13 +21,11 @@ A piece handled in Python costs 15 us beside the copy and the sum: two processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, final
+from collections.abc import Sequence
+from typing import NamedTuple, final
 
 import numpy as np
-from llvmlite import ir
-from numba import extending, types
-from numba.core import cgutils as numba_cgutils
+from numba import types
 
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks, jit
@@ -57,9 +55,6 @@ _LEAST_MEMBERS_FOR_PARTS = 4
 # Phases to run: all, all but the staging of the current piece, that staging alone.
 _ALL, _CONTINUE, _STAGE = range(3)
 _MOST_ARRAYS = fast_path.MOST_ARRAYS  # in a column
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_intrinsic: _Decorator = extending.intrinsic
-_cgutils: Any = numba_cgutils  # its functions carry no types
 
 
 class _State(NamedTuple):
@@ -87,19 +82,6 @@ class _State(NamedTuple):
 
 _state_at = records.view(records.layout(_State))
 _EPOCH, _IN_PARTS = map(_State._fields.index, ("epoch", "in_parts"))
-
-
-@_intrinsic
-def _copy(typing: Any, target: Any, source: Any, nbytes: Any) -> Any:
-    """Copy bytes from one address to another."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        pointers = [builder.inttoptr(address, byte) for address in args[:2]]
-        _cgutils.raw_memcpy(builder, *pointers, args[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @jit.njit(nogil=True)
@@ -177,7 +159,7 @@ def _stage(state, job, buffer, start, stop):  # type: ignore[no-untyped-def]
         if high > low:
             staged = buffer + low - start
             if num_sources == 1:
-                _copy(staged, _address(state, column, 0, low), high - low)
+                intrinsics.copy(staged, _address(state, column, 0, low), high - low)
             else:
                 for k in range(num_sources):
                     intrinsics.store(table, k, _address(state, column, k, low))
@@ -201,7 +183,7 @@ def _reduce_to_targets(state, job, buffers, count, divisor, column, start, stop)
             for k in range(state.num_targets):
                 target = _address(state, column, state.num_sources + k, low)
                 if count == 1:
-                    _copy(target, staged, high - low)
+                    intrinsics.copy(target, staged, high - low)
                 intrinsics.store(table, count + k, target)
             if count > 1:
                 length = (high - low) // constants.itemsize

@@ -20,7 +20,7 @@ import numpy as np
 from dvkernels.kernels import jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
 
-__all__ = ["IS_SUPPORTED", "item_of", "length_of", "read_addresses"]
+__all__: list[str] = []
 
 _HEAD = object.__basicsize__  # bytes of the object header, whose last word is the type
 _CONTIGUOUS, _WRITEABLE = 0x1, 0x400

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.core import errors as numba_errors
@@ -19,11 +18,11 @@ from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import jit
 from dvkernels.kernels.cpu.engine import intrinsics, job_layout, loops
+from dvkernels.kernels.cpu.engine.intrinsics import carray
 
-__all__ = ["runner"]
+__all__: list[str] = []
 
 
-carray: Any = vars(numba)["carray"]  # it is missing from Numba's stubs
 _BLOCK = 1024
 
 _runners: weakref.WeakKeyDictionary[CustomReduction, dict[np.dtype[Any], Any]] = (

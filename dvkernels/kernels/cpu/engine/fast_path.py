@@ -32,7 +32,7 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     Row,
 )
 
-__all__ = ["MOST_ARRAYS", "all_reduce", "new_job", "reduce_into"]
+__all__: list[str] = []
 
 
 MOST_ARRAYS = 64

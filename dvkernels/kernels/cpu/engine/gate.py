@@ -24,16 +24,7 @@ import numpy as np
 from dvkernels.kernels import jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
 
-__all__ = [
-    "CLOSED",
-    "OPEN",
-    "SLEEPING",
-    "await_gate",
-    "close_gate",
-    "new_state",
-    "open_and_await",
-    "open_gate",
-]
+__all__: list[str] = []
 
 CLOSED, OPEN, SLEEPING = 0, 1, 2
 

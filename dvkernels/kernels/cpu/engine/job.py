@@ -27,16 +27,7 @@ from dvkernels.kernels.cpu.engine.job_layout import (
 from dvkernels.kernels.strides import merge_axes
 from dvkernels.reduce_op import ReduceOp, Reduction
 
-__all__ = [
-    "Program",
-    "combine",
-    "combine_in_place",
-    "divisor",
-    "lay_out_sum",
-    "move",
-    "rewind",
-    "run",
-]
+__all__: list[str] = []
 
 _BYTE = np.dtype(np.int8)
 _LINE = 128  # bytes of an iteration of the vector loop

@@ -16,24 +16,7 @@ from typing import NamedTuple
 
 from dvkernels.kernels.cpu.engine import records
 
-__all__ = [
-    "COUNTER_WORDS",
-    "HEADER_WORDS",
-    "ITEM_WORDS",
-    "MOST_QUEUES",
-    "OUT_OF_CACHE_NBYTES",
-    "PIECE_NBYTES",
-    "ROW_WORDS",
-    "Counter",
-    "Item",
-    "JobHeader",
-    "Row",
-    "counter_at",
-    "counters_after",
-    "item_at",
-    "job_at",
-    "row_at",
-]
+__all__: list[str] = []
 
 # Pieces are claimed dynamically: small enough that the last one is short (256 KiB a replica takes
 # 20 us), large enough that a claim (50 ns) and the restart of the prefetcher are negligible.

@@ -18,7 +18,7 @@ from dvkernels.kernels.cpu.engine import intrinsics, job_layout
 from dvkernels.kernels.cpu.engine.span import span
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["advance", "extent", "join", "part", "runner"]
+__all__: list[str] = []
 
 
 class _Place(NamedTuple):

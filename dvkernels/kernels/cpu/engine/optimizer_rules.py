@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
 from dvkernels.kernels import arithmetic, jit
 from dvkernels.kernels.cpu.engine import intrinsics, job_layout, loops
+from dvkernels.kernels.cpu.engine.intrinsics import carray
 from dvkernels.kernels.cpu.engine.span import span
 from dvkernels.kernels.update_rules import ADAM, NESTEROV, PLAIN, Coefficients
 
-__all__ = ["WEIGHTED", "constants", "runner"]
+__all__: list[str] = []
 
-carray: Any = vars(numba)["carray"]  # it is missing from Numba's stubs
 
 # Elements of a block. Its gradient, parameter and two moments are 128 KiB of float32, in L2.
 # Four replicas of 64 MiB, mean and Adam: 50 ms with blocks of 256, 35 of 1 024, 31 of 4 096, 29 of

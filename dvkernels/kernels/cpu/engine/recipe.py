@@ -19,7 +19,7 @@ from dvkernels.kernels.cpu.engine.job_layout import (
 )
 from dvkernels.reduce_op import ReduceOp, Reduction
 
-__all__ = ["Recipe", "cut", "recipe_at", "recipes", "register"]
+__all__: list[str] = []
 
 
 class _RecipeWords(NamedTuple):

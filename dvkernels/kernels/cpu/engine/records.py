@@ -6,18 +6,18 @@ code sees ``job.num_pieces``, a plain load, through the views made here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, from_dtype, types
+from numba import from_dtype, types
 
-__all__ = ["LINE_NBYTES", "index", "layout", "nth", "view"]
+from dvkernels.kernels.cpu.engine import intrinsics
+
+__all__: list[str] = []
 
 LINE_NBYTES = 64  # of a cache line
-
-_I64 = ir.IntType(64)
 
 
 def layout(record: Any, *, alone: Collection[str] = (), nbytes: int = 0) -> np.dtype[Any]:
@@ -45,30 +45,24 @@ def index(record: np.dtype[Any], field: str) -> int:
     return record.fields[field][1] // 8
 
 
-def view(record: np.dtype[Any]) -> Callable[..., Any]:
+def view(record: np.dtype[Any]) -> Any:
     """Return a compiled function of an address: the record there."""
-    kind: Any = from_dtype(record)
+    memory = ir.ArrayType(ir.IntType(8), record.itemsize).as_pointer()
 
-    @extending.intrinsic
-    def at(typing: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(kind))
-
-        return kind(types.int64), generate
+    @intrinsics.emitted(from_dtype(record), types.int64)
+    def at(builder: Any, address: Any) -> Any:
+        return builder.inttoptr(address, memory)
 
     return at
 
 
-def nth(record: np.dtype[Any]) -> Callable[..., Any]:
+def nth(record: np.dtype[Any]) -> Any:
     """Return a compiled function of an address and k: record k of those that begin there."""
-    kind: Any = from_dtype(record)
+    memory = ir.ArrayType(ir.IntType(8), record.itemsize).as_pointer()
 
-    @extending.intrinsic
-    def at(typing: Any, address: Any, k: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            start = builder.add(args[0], builder.mul(args[1], _I64(record.itemsize)))
-            return builder.inttoptr(start, context.get_value_type(kind))
-
-        return kind(types.int64, types.int64), generate
+    @intrinsics.emitted(from_dtype(record), types.int64, types.int64)
+    def at(builder: Any, address: Any, k: Any) -> Any:
+        offset = builder.mul(k, ir.IntType(64)(record.itemsize))
+        return builder.inttoptr(builder.add(address, offset), memory)
 
     return at

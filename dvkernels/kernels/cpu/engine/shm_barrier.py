@@ -18,20 +18,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
 
-__all__ = [
-    "AGREED",
-    "ENDED",
-    "LATE",
-    "MISMATCHED",
-    "arrive",
-    "arrive_at",
-    "await_members",
-    "await_round",
-    "end_at",
-    "epoch_of",
-    "vote_at",
-    "vote_of",
-]
+__all__: list[str] = []
 
 
 # Outcomes of a wait: all arrived with one fingerprint; some have not arrived; some have arrived

@@ -6,17 +6,16 @@ Sums are kept in registers. Half types are widened to float32, combined there, a
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import extending, types
-from numba.core import cgutils as numba_cgutils
+from numba import types
 
 from dvkernels.kernels import arithmetic
+from dvkernels.kernels.cpu.engine import intrinsics
+from dvkernels.kernels.cpu.engine.intrinsics import cgutils, literal_intrinsic
 
-__all__ = ["span"]
-
+__all__: list[str] = []
 
 # Distance of the prefetches. Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms
 # with it (medians of 120, 2 cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead made no
@@ -25,10 +24,6 @@ _PREFETCH_NBYTES = 4096
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _LINE = 64  # a cache line: one zmm register, or two ymm, or four of NEON
 _I64 = ir.IntType(64)
-_I32 = ir.IntType(32)
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_literal_intrinsic: _Decorator = extending.intrinsic(prefer_literal=True)
-cgutils: Any = numba_cgutils  # its functions carry no types
 
 
 def _int(value: int) -> Any:
@@ -64,15 +59,6 @@ class _SpanEmitter:
         start = builder.inttoptr(builder.add(base, offset), ir.IntType(8).as_pointer())
         return [builder.gep(start, [_int(shift)]) for shift in shifts]
 
-    def _prefetch(self, pointer: Any, to_write: bool) -> None:
-        """Emit the prefetch of a cache line that a later iteration reads, or reads and writes."""
-        builder, byte = self.builder, ir.IntType(8).as_pointer()
-        ahead = builder.gep(pointer, [_int(_PREFETCH_NBYTES)])
-        function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        purpose = [ir.Constant(_I32, number) for number in (int(to_write), 3, 1)]
-        builder.call(prefetch, [ahead, *purpose])
-
     def body(
         self,
         offset: Any,
@@ -90,7 +76,8 @@ class _SpanEmitter:
             pointers = self._pointers(self.base(self.sources, index), offset, shifts)
             if prefetches:
                 for pointer in pointers:
-                    self._prefetch(pointer, not streams)
+                    ahead = builder.gep(pointer, [_int(_PREFETCH_NBYTES)])
+                    intrinsics.emit_prefetch(builder, ahead, not streams)
             return [numbers.load(pointer, lanes) for pointer in pointers]
 
         for accumulator, value in zip(accumulators, read(_int(0)), strict=True):
@@ -133,10 +120,7 @@ class _SpanEmitter:
     def fence(self) -> None:
         """Emit a fence that orders streaming stores before all later stores."""
         if _IS_X86:
-            function_type = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse.sfence"
-            fence = cgutils.get_or_insert_function(self.builder.module, function_type, name)
-            self.builder.call(fence, [])
+            intrinsics.emit_call(self.builder, "llvm.x86.sse.sfence")
         else:
             self.builder.fence("seq_cst")
 
@@ -175,7 +159,7 @@ class _SpanEmitter:
         return merged
 
 
-@_literal_intrinsic
+@literal_intrinsic
 def span(
     typing: Any, table: Any, sources: Any, num_sources: Any, targets: Any, num_targets: Any,
     divisor: Any, first: Any, length: Any, in_memory: Any, operation: Any, code: Any,

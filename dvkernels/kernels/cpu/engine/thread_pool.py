@@ -31,7 +31,7 @@ from dvkernels.kernels.cpu.engine.job_layout import JobHeader, job_at
 from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded, thread
 
-__all__ = ["SHARED_NBYTES", "execute", "help_out", "num_threads", "run_alone", "wake"]
+__all__: list[str] = []
 
 
 Copies = Sequence[tuple[HostArray, HostArray]]  # (target, source)

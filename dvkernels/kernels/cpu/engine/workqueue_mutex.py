@@ -16,7 +16,7 @@ from numba import config, types
 from dvkernels.kernels import checks, jit
 from dvkernels.kernels.cpu.engine import intrinsics, records
 
-__all__ = ["install"]
+__all__: list[str] = []
 
 _queue: Any = importlib.import_module("numba.np.ufunc.workqueue")
 _config: Any = config
