@@ -14,7 +14,7 @@ import numpy as np
 
 from dvkernels.devices import interop
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu.engine import array_structs, fast_path, job
+from dvkernels.kernels.cpu.engine import fast_path, job, recipe
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
@@ -40,7 +40,7 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
         checks.check_in_place(verb, reads)
-        array_structs.register(op, reads[0].dtype)
+        recipe.register(op, reads[0].dtype)
         program = job.combine_in_place(len(reads), job.divisor(op, len(reads)))
         job.run(op, reads[0].dtype, [reads], program)
         return list(buffers)
@@ -84,6 +84,6 @@ def _combine(op: Reduction, reads: Sequence[Any], writes: Sequence[Any]) -> None
     """Reduce ``reads`` into all of ``writes``; both have been checked."""
     if fast_path.reduce_into(reads, writes, op):
         return
-    array_structs.register(op, reads[0].dtype)
+    recipe.register(op, reads[0].dtype)
     program = job.combine(len(reads), len(writes), job.divisor(op, len(reads)))
     job.run(op, reads[0].dtype, [[*reads, *writes]], program)

@@ -203,9 +203,8 @@ class SharedMemoryTransport(Transport):
         return self._segment.published_text(self._channel, self._number & 1, worker)
 
     def _votes(self) -> list[Vote]:
-        parity = self._number & 1
         lines = self._segment.control_lines(self._channel)
-        return [Vote(int(line[1 + parity]), int(line[3 + parity])) for line in lines]
+        return [Vote(*shm_barrier.vote_of(line, self._number)) for line in lines]
 
     def _poll(self, num_pauses: int) -> int:
         """Spin until all workers have arrived; return the outcome."""
