@@ -154,6 +154,8 @@ def check(
             f"{verb} needs the same number of replicas, and of copies, for every parameter; got "
             f"{sorted(sizes)} as (replicas, copies)"
         )
-    checks.check_disjoint(verb, every_write, every_read, "written array {}".format)
+    checks.check_overlaps(
+        verb, every_write, every_read, "written array {}".format, may_be_inputs=False
+    )
     ((num_replicas, num_copies),) = sizes
     return CheckedStep(known, groups, num_replicas, num_copies)

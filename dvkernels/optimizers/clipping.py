@@ -12,7 +12,7 @@ from dvkernels.devices import array_memory
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.optimizers.optimizer import checked
 from dvkernels.values import regroup
-from dvkernels.values.array_leaves import as_array
+from dvkernels.values.operands import as_array
 
 __all__ = ["clip_by_global_norm"]
 

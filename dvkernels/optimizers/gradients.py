@@ -18,8 +18,8 @@ from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.user_errors import brief
 from dvkernels.values import regroup, replica_weights
-from dvkernels.values.array_leaves import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
+from dvkernels.values.operands import as_array
 from dvkernels.variables.synchronization import VariableSynchronization
 from dvkernels.variables.variable import Variable
 

@@ -7,14 +7,14 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
-from dvkernels import context, user_errors
-from dvkernels.communicators.bucketing import all_reduce_each
+from dvkernels import context, user_errors, verbs
 from dvkernels.devices import array_memory
+from dvkernels.devices.array_spec import Array
 from dvkernels.errors import CollectiveMismatchError, ContextError
 from dvkernels.kernels import backends
 from dvkernels.optimizers import gradients, saved_state
 from dvkernels.optimizers.slots import Slots, VariableState
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, replica_weights, scalar_checks
@@ -316,8 +316,8 @@ class Optimizer(abc.ABC):
     def _reduce(
         self,
         variables: list[Variable],
-        columns: list[list[Any]],
-        op: ReduceOp,
+        columns: Sequence[Sequence[Array]],
+        op: Reduction,
         weights: list[float] | None,
         absent: list[str],
     ) -> None:
@@ -328,16 +328,15 @@ class Optimizer(abc.ABC):
         """
         if not variables:
             return
-        owner = variables[0].owner
-        shares = None
-        if weights is not None:
-            shares = replica_weights.normalized_shares(weights, owner.workers, gradients.VERB)
+        owner, shares = variables[0].owner, None
         is_single = owner.workers.size == 1
-        if shares is not None and not (is_single and owner.memory is array_memory.HOST):
-            columns, op, shares = replica_weights.scaled_shares(columns, shares), ReduceOp.SUM, None
+        if weights is not None and is_single and owner.memory is array_memory.HOST:
+            shares = replica_weights.normalized_shares(weights, owner.workers, gradients.VERB)
+        elif weights is not None:
+            columns, op = verbs.weighted(gradients.VERB, owner, columns, op, weights)
         if not is_single:
             try:
-                reduced = all_reduce_each(owner.communicator, columns, op)
+                reduced = verbs.all_reduce_each(owner.communicator, columns, op)
             except CollectiveMismatchError as error:
                 where = f"{gradients.VERB} on worker {owner.workers.rank}"
                 user_errors.annotate(
@@ -350,8 +349,8 @@ class Optimizer(abc.ABC):
     def _step(
         self,
         variables: list[Variable],
-        columns: list[list[Any]],
-        op: ReduceOp,
+        columns: Sequence[Sequence[Array]],
+        op: Reduction,
         shares: list[float] | None,
     ) -> None:
         """Take one step; ``columns[k]`` holds the replicas' gradients of variable k."""
