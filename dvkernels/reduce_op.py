@@ -43,7 +43,7 @@ _FLOATS = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128
 _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _NAMES = _FLOATS | _INTEGERS | {"bool"}
 
-# Pairs that have passed the check, and the common spellings: verbs.py looks them up.
+# Pairs that have passed the check, and the common spellings. A verb looks here before it calls.
 SUPPORTED: set[tuple[Reduction, np.dtype[Any]]] = set()
 BY_NAME = {op.value: op for op in ReduceOp}
 
@@ -52,7 +52,8 @@ def parse(op: object) -> Reduction:
     """Return the reduction that ``op`` is or names; raise :class:`ReduceOpError` otherwise."""
     if type(op) is ReduceOp or type(op) is CustomReduction:
         return op
-    return ReduceOp.of(op, ReduceOpError)
+    named = BY_NAME.get(op) if type(op) is str else None
+    return named or ReduceOp.of(op, ReduceOpError)
 
 
 def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
