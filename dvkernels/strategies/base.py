@@ -30,7 +30,7 @@ from dvkernels.values import function_checks, operands, regroup
 from dvkernels.values.distributed import is_integer
 from dvkernels.values.placement import Placement
 from dvkernels.variables import drift
-from dvkernels.variables.live_variables import variables_of
+from dvkernels.variables.variable import variables_of
 
 __all__ = ["Strategy"]
 
@@ -175,7 +175,9 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         context manager
             Yields the strategy. Variables created inside get one copy per replica. It may be
             entered again inside itself; entering it inside another strategy's scope, or in
-            replica context, raises ``ContextError``.
+            replica context, raises ``ContextError``. An interrupt before the first line of its
+            ``__exit__`` leaves it current, as with any context manager of Python; its ``__exit__``
+            can be called again.
 
         Examples
         --------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import Token
 from typing import Generic, TypeVar
 
 from dvkernels import context
@@ -21,7 +20,6 @@ class Scope(Generic[S]):
     def __init__(self, strategy: S, placement: Placement) -> None:
         self._strategy = strategy
         self._placement = placement
-        self._entered: list[tuple[Frame, Token[Frame]]] = []
 
     def __enter__(self) -> S:
         """Make the strategy the current one."""
@@ -29,22 +27,22 @@ class Scope(Generic[S]):
         if here is not None and (here.replica is not None or here.placement is not self._placement):
             context.require_cross_replica(self._placement, "scope")
         merging = here is not None and here.merging
-        frame = Frame(self._placement, self._strategy, merging=merging)
-        self._entered.append((frame, context.enter(frame)))
+        context.enter(Frame(self._placement, self._strategy, None, merging, self, here))
         return self._strategy
 
     def __exit__(self, *_: object) -> None:
         """Restore the strategy that was current before."""
-        if not self._entered:
+        current = frame = context.explicit()
+        while frame is not None and frame.scope is not self:
+            frame = frame.outer
+        if frame is None:
             raise ContextError(
                 f"the scope of {self._placement.name} was left without having been entered; use it "
                 f"in a with statement"
             )
-        frame, token = self._entered[-1]
-        if context.explicit() is not frame:
+        if frame is not current:
             raise ContextError(
                 f"the scope of {self._placement.name} was left out of order; leave the inner scope "
                 f"first (use with statements)"
             )
-        self._entered.pop()
-        context.leave(token)
+        context.enter(frame.outer)  # one store: an interrupt finds the scope entered or left

@@ -15,7 +15,7 @@ from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
 from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
-from dvkernels.variables.synchronization import VariableSynchronization
+from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []
