@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import pytree, reduce_op
-from dvkernels.communicators.base import Communicator
+from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.context import Replica
 from dvkernels.devices import array_memory
@@ -36,16 +36,8 @@ Column = Sequence[Array]  # one array per local replica
 Payloads = list[Any]  # what each replica contributes to a call
 
 
-# -- reductions ----------------------------------------------------------------------------------
-
-
 def all_reduce(
-    replica: Replica,
-    op: Reduction | str,
-    value: Any,
-    weight: float | None,
-    out: Any,
-    shared: bool,
+    replica: Replica, op: Reduction | str, value: Any, weight: float | None, out: Any, shared: bool
 ) -> Any:
     """Reduce over the replicas; every replica gets the result."""
     if weight is not None:
@@ -65,7 +57,8 @@ def all_reduce(
         kernel_op = reduction
         if weight is not None:
             weights = [payload[2] for payload in payloads]
-            columns, kernel_op = weighted("all_reduce", placement, columns, kernel_op, weights)
+            workers = placement.workers
+            columns, kernel_op = weighted("all_reduce", workers, columns, kernel_op, weights)
         communicator = placement.communicator
         if not shared and all(
             column[0].dtype == dtype for column, dtype in zip(columns, dtypes, strict=True)
@@ -75,16 +68,16 @@ def all_reduce(
         results: list[Column] = []
         for k, column in enumerate(columns):
             into = None if outs is None else outs[k]
+            if not shared and column[0].dtype == dtypes[k]:
+                results.append(communicator.all_reduce(column, kernel_op, into))
+                continue
+            total: Any = communicator.reduce(column, kernel_op)
+            total = total.astype(dtypes[k], copy=False)  # a weighted half type is in float32
             if shared:
-                total: Any = communicator.reduce(column, kernel_op)
-                total = total.astype(dtypes[k], copy=False)
                 total = array_memory.holding(total).read_only(total)
                 results.append([total] * len(payloads))
-            elif column[0].dtype == dtypes[k]:
-                results.append(communicator.all_reduce(column, kernel_op, into))
-            else:  # weighted float16 or bfloat16, scaled in float32
-                mean: Any = communicator.reduce(column, kernel_op)
-                results.append(_copy_for_each(mean.astype(dtypes[k]), into, column))
+            else:
+                results.append(_copy_for_each(total, into, column))
         return _per_replica_rows(results, len(payloads))
 
     terms = (
@@ -128,20 +121,15 @@ def reduce_scatter(replica: Replica, op: Reduction | str, value: Any) -> Any:
                 f"{replica.replica_id_in_sync_group} passed a 0-d array; use all_reduce"
             )
     communicator = replica.placement.communicator
-    return _collect(
-        replica,
-        "reduce_scatter",
-        (reduction.value,),
-        leaves,
-        lambda columns: [communicator.reduce_scatter(column, reduction) for column in columns],
-    )
+
+    def scatter(columns: Sequence[Column]) -> Sequence[Column]:
+        return [communicator.reduce_scatter(column, reduction) for column in columns]
+
+    return _collect(replica, "reduce_scatter", (reduction.value,), leaves, scatter)
 
 
 def reduce(
-    placement: Placement,
-    op: Reduction | str,
-    value: Any,
-    axis: int | Sequence[int] | None = None,
+    placement: Placement, op: Reduction | str, value: Any, axis: int | Sequence[int] | None = None
 ) -> Any:
     """Reduce one value per replica to one array, in cross-replica context."""
     reduction = _parsed(op)
@@ -182,23 +170,16 @@ def all_reduce_each(
 
 
 def weighted(
-    verb: str,
-    placement: Placement,
-    columns: Sequence[Column],
-    op: Reduction,
-    weights: Sequence[float],
+    verb: str, workers: Workers, columns: Sequence[Column], op: Reduction, weights: Sequence[float]
 ) -> tuple[Sequence[Column], Reduction]:
     """Return columns and the reduction that gives their weighted mean.
 
     Every worker must call this, with one weight per local replica.
     """
-    shares = replica_weights.normalized_shares(weights, placement.workers, verb)
+    shares = replica_weights.normalized_shares(weights, workers, verb)
     if shares is None:
         return columns, op
     return replica_weights.scaled_shares(columns, shares), ReduceOp.SUM
-
-
-# -- gather and broadcast ------------------------------------------------------------------------
 
 
 def all_gather(replica: Replica, value: Any, axis: int) -> Any:
@@ -249,13 +230,11 @@ def broadcast(replica: Replica, value: Any, root: int) -> Any:
             f"got {root!r} on replica {replica.replica_id_in_sync_group}"
         )
     leaves, source = _array_leaves(replica, "broadcast", value), int(root)
-    return _collect(
-        replica,
-        "broadcast",
-        (source,),
-        leaves,
-        lambda columns: [placement.communicator.broadcast(column, source) for column in columns],
-    )
+
+    def send(columns: Sequence[Column]) -> Sequence[Column]:
+        return [placement.communicator.broadcast(column, source) for column in columns]
+
+    return _collect(replica, "broadcast", (source,), leaves, send)
 
 
 def broadcast_from_chief(placement: Placement, verb: str, leaf: Any) -> Array:
@@ -274,9 +253,6 @@ def broadcast_from_chief(placement: Placement, verb: str, leaf: Any) -> Array:
     return copied
 
 
-# -- synchronization -----------------------------------------------------------------------------
-
-
 def barrier(replica: Replica) -> None:
     """Block until every replica of every worker has called this."""
 
@@ -285,9 +261,6 @@ def barrier(replica: Replica) -> None:
         return [None] * len(payloads)
 
     replica.meet(CollectiveCall("barrier", (), None, act))
-
-
-# -- checks --------------------------------------------------------------------------------------
 
 
 def _parsed(op: object) -> Reduction:
@@ -331,9 +304,6 @@ def _reducible(
     for array in leaves.arrays:
         _check_dtype(verb, reduction, array.dtype)
     return leaves, reduction
-
-
-# -- shared implementation -----------------------------------------------------------------------
 
 
 def _collect(
