@@ -66,11 +66,8 @@ class Optimizer(abc.ABC):
         rate = self._learning_rate
         if not callable(rate):
             return [rate] * len(steps)
-        rates = {
-            count: scalar_checks.within(rate(count), "learning_rate", 0)
-            for count in dict.fromkeys(steps)
-        }
-        return [rates[count] for count in steps]
+        rates = {count: rate(count) for count in dict.fromkeys(steps)}
+        return [scalar_checks.within(rates[count], "learning_rate", 0) for count in steps]
 
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable, in the order of :attr:`slot_names`; zeros at first."""
