@@ -17,7 +17,7 @@ _KINDS = {
     inspect.CO_ASYNC_GENERATOR: "an asynchronous generator function",
     inspect.CO_GENERATOR: "a generator function (it has a yield)",
 }
-_FLAGS = functools.reduce(int.__or__, _KINDS)
+REFUSED = functools.reduce(int.__or__, _KINDS)  # flags of the code of functions to refuse
 
 
 def check(verb: str, fn: Any) -> None:
@@ -31,7 +31,7 @@ def check(verb: str, fn: Any) -> None:
         if not callable(fn):
             raise TypeError(f"{verb} expected a function, got {brief(fn)}, a {type(fn).__name__}")
         flags = getattr(_code_of(fn), "co_flags", 0)
-    if not flags & _FLAGS:
+    if not flags & REFUSED:
         return
     kind = next(words for flag, words in _KINDS.items() if flags & flag)
     remedy = (

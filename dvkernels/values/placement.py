@@ -39,12 +39,12 @@ class Placement:
     is_default: bool = False  # the default strategy: any strategy may read its variables
     step_lock: StepLock = field(default_factory=StepLock)
 
-    @property
+    @cached_property
     def num_replicas(self) -> int:
         """The number of replicas in sync, over all workers."""
         return self.communicator.size
 
-    @property
+    @cached_property
     def num_local(self) -> int:
         """The number of replicas of this process."""
         return len(self.replica_devices)

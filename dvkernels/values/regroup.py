@@ -24,18 +24,18 @@ def own_component(value: Any, rank: int, placement: Placement) -> Any:
         return value
     check_own(value, placement)
     # All replicas read the only copy of a variable in central storage.
-    return value.at(0 if len(value.values) == 1 and _is_variable(value) else rank)
+    return value.at(0 if len(value.values) == 1 and is_variable(value) else rank)
 
 
 def check_own(value: DistributedValues[Any], placement: Placement, what: str = "") -> None:
     """Raise ``ContextError`` unless a value has one component per local replica of a strategy."""
-    owner, count, is_variable = value.owner, len(value.values), _is_variable(value)
+    owner, count, has_any_count = value.owner, len(value.values), is_variable(value)
     whose = ""
     if owner is not None and not owner.is_of(placement):
-        if is_variable and (placement.is_default or owner.is_default):
+        if has_any_count and (placement.is_default or owner.is_default):
             return  # any strategy reads variables of the default one, which reads those of any
         whose = f" of {owner.name}"
-    elif is_variable or count == placement.num_local:
+    elif has_any_count or count == placement.num_local:
         return
     raise ContextError(
         f"{what}expected a value for each of the {placement.num_local} replicas of "
@@ -71,7 +71,7 @@ def regroup(
 
     def joined(leaves: tuple[Any, ...]) -> Any:
         first = leaves[0]
-        if (first is None or _is_variable(first)) and all(leaf is first for leaf in leaves):
+        if (first is None or is_variable(first)) and all(leaf is first for leaf in leaves):
             return first
         return kind(
             [own_component(leaf, rank, owner) for rank, leaf in enumerate(leaves)],
@@ -83,5 +83,16 @@ def regroup(
     return pytree.unflatten(structure, [joined(column) for column in columns])
 
 
-def _is_variable(leaf: Any) -> bool:
+def per_replica_component(tree: Any, rank: int, placement: Placement) -> Any:
+    """Return a pytree with each ``PerReplica`` in it replaced by the component of one rank."""
+
+    def component(leaf: Any) -> Any:
+        is_distributed = isinstance(leaf, PerReplica)
+        return own_component(leaf, rank, placement) if is_distributed else leaf
+
+    return pytree.map_leaves(component, tree)
+
+
+def is_variable(leaf: Any) -> bool:
+    """Return whether a leaf is a variable, a class above this module."""
     return isinstance(leaf, DistributedValues) and not isinstance(leaf, PerReplica | Mirrored)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.user_errors import brief
+
 __all__: list[str] = []
 
 
@@ -27,3 +29,12 @@ def real(value: Any) -> float:
         return float(value.item() if is_single else value)
     except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError):
         return math.nan
+
+
+def within(number: Any, name: str, least: float, below: float = math.inf) -> float:
+    """Return a setting as a float; raise ValueError unless it is in ``[least, below)``."""
+    value = real(number)
+    if not least <= value < below:
+        limits = f"at least {least:g}" + (f" and below {below:g}" if below < math.inf else "")
+        raise ValueError(f"{name} must be a finite number, {limits}; got {brief(number, 60)}")
+    return value

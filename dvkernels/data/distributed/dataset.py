@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dvkernels.communicators.worker_share import WorkerShare
+from dvkernels.communicators.workers.atomic_commit import Exchange
 from dvkernels.data.checks import check_count
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.distributed import sharding
 from dvkernels.data.distributed.epoch_reader import Distribution
 from dvkernels.data.distributed.iterator import DistributedIterator
-from dvkernels.data.distributed.lockstep import Exchange
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
 from dvkernels.data.distributed.sharding import Sharding
 from dvkernels.data.distributed.split import Splitter
