@@ -16,6 +16,7 @@ from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure, flatten
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
+from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
 
@@ -29,7 +30,7 @@ class Splitter:
         The number of local replicas.
     devices : sequence of Device
         The devices of the local replicas.
-    owner : object
+    owner : Placement, optional
         Passed to every ``PerReplica``.
     is_dealt : bool
         The elements are batches of single replicas, assigned to them in turn, not global batches.
@@ -41,7 +42,7 @@ class Splitter:
         self,
         num_local: int,
         devices: Sequence[Device],
-        owner: object,
+        owner: Placement | None,
         is_dealt: bool,
         copier: DeviceCopier | None = None,
     ) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.array_nest import Element, leading_length, slice_rows
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.node import Node
 from dvkernels.data.stacking import batches
 from dvkernels.data.transform import Transform
