@@ -9,13 +9,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from dvkernels import user_errors
 from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import parallel_io
+from dvkernels.devices.array_spec import HostArray, spec
 from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.threads.shielded import ShieldedCall, uninterrupted
@@ -47,7 +48,7 @@ class BackgroundSaver:
     def __init__(self) -> None:
         # The arrays that snapshots are copied to are kept for the next save: allocating their pages
         # each time takes longer than the copy.
-        self._copies: dict[str, Any] = {}
+        self._copies: dict[str, HostArray] = {}
         self._unfinished: _UnfinishedSave | None = None
 
     @tracing.span("save", "checkpoint")
@@ -127,13 +128,12 @@ class BackgroundSaver:
             raise
         _unfinished_savers.pop(self, None)
 
-    def _copy(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    def _copy(self, tensors: Mapping[str, HostArray]) -> dict[str, HostArray]:
         """Copy arrays, into the previous copies where shape and dtype are the same."""
-        previous = self._copies
-        self._copies = {}
+        previous, self._copies = self._copies, {}
         for name, array in tensors.items():
             target = previous.get(name)
-            if target is None or target.shape != array.shape or target.dtype != array.dtype:
+            if target is None or spec(target) != spec(array):
                 target = np.empty(array.shape, array.dtype)
             self._copies[name] = target
         pairs = [(self._copies[name], array) for name, array in tensors.items()]
