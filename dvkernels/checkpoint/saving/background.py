@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -17,7 +17,6 @@ from dvkernels import user_errors
 from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.devices.array_spec import HostArray, spec
-from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.threads.shielded import ShieldedCall, uninterrupted
 from dvkernels.user_errors import text_of
@@ -51,11 +50,8 @@ class BackgroundSaver:
         self._copies: dict[str, HostArray] = {}
         self._unfinished: _UnfinishedSave | None = None
 
-    @tracing.span("save", "checkpoint")
-    def save(self, prepare: Callable[[], Save], *, background: bool) -> None:
-        """Run a save, after waiting for the previous one, whose error is raised."""
-        self.wait()
-        save = prepare()
+    def save(self, save: Save, *, background: bool) -> None:
+        """Run a save; the previous one has been waited for."""
         is_single = save.workers.size == 1
         if is_single and not background:
             uninterrupted(save.carry_out)
