@@ -43,6 +43,7 @@ ROWS = (
     ("communicators",),
     ("values",),
     ("context",),
+    ("verbs",),
     ("replica_context",),
     ("variables",),
     ("data",),

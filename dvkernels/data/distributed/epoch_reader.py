@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.communicators.workers.atomic_commit import Exchange
 from dvkernels.data.array_nest import Element
 from dvkernels.data.cursor import EpochPosition
@@ -21,7 +22,6 @@ from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
 from dvkernels.data.distributed.sharding import Sharding, by_elements, by_files
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.stats import InputStats, StatsRecorder
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.fingerprint import fingerprint, kinds_of
 from dvkernels.data.node import Node
 from dvkernels.data.prefetch import open_cursor, prefetch_depth
