@@ -7,8 +7,8 @@ Each result is compared with NumPy's on random numbers before it is timed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -239,54 +239,46 @@ def compare(
 
 def _other_libraries(buffers: Sequence[Any]) -> dict[str, Callable[[], object]]:
     """Return calls of CuPy and PyTorch with the same result, where they are installed."""
-    found: dict[str, Callable[[], object]] = {}
     if cuda.is_simulated():
-        return found
+        return {}
     import cupy
 
-    def by_cupy() -> None:
-        total = cupy.stack(buffers).mean(axis=0)
-        for buffer in buffers:
-            buffer[...] = total
-
-    def by_adding() -> None:
-        total = buffers[0] + buffers[1]
-        for buffer in buffers[2:]:
-            total += buffer
-        total /= len(buffers)
-        for buffer in buffers:
-            buffer[...] = total
-
-    found["cupy stack"], found["cupy add"] = by_cupy, by_adding
-    torch: Any = sys.modules.get("torch") or _torch()
-    if torch is not None and torch.cuda.is_available():
+    found = _by_stacking_and_adding("cupy", cupy, buffers, contextlib.nullcontext)
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        return found
+    if torch.cuda.is_available():
         tensors = [torch.from_dlpack(buffer) for buffer in buffers]
         stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)
-
-        def by_torch() -> None:
-            with torch.cuda.stream(stream):
-                total = torch.stack(tensors).mean(0)
-                for tensor in tensors:
-                    tensor.copy_(total)
-
-        def by_adding_in_torch() -> None:
-            with torch.cuda.stream(stream):
-                total = tensors[0] + tensors[1]
-                for tensor in tensors[2:]:
-                    total += tensor
-                total /= len(tensors)
-                for tensor in tensors:
-                    tensor.copy_(total)
-
-        found["torch stack"], found["torch add"] = by_torch, by_adding_in_torch
+        found |= _by_stacking_and_adding("torch", torch, tensors, lambda: torch.cuda.stream(stream))
     return found
 
 
-def _torch() -> Any:
-    try:
-        return importlib.import_module("torch")
-    except ImportError:
-        return None
+def _by_stacking_and_adding(
+    name: str,
+    library: Any,
+    arrays: Sequence[Any],
+    on_stream: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> dict[str, Callable[[], object]]:
+    """Return the two ways to leave the mean in all arrays with a library's own functions."""
+
+    def stack() -> None:
+        with on_stream():
+            total = library.stack(arrays).mean(0)
+            for array in arrays:
+                array[...] = total
+
+    def add() -> None:
+        with on_stream():
+            total = arrays[0] + arrays[1]
+            for array in arrays[2:]:
+                total += array
+            total /= len(arrays)
+            for array in arrays:
+                array[...] = total
+
+    return {f"{name} stack": stack, f"{name} add": add}
 
 
 def page(figures: Sequence[Figure], about: Mapping[str, str]) -> str:

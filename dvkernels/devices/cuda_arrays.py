@@ -23,6 +23,7 @@ from dvkernels.user_errors import text_of
 __all__ = [
     "DeviceBuffer",
     "adopt",
+    "allocate",
     "current_stream",
     "like",
     "locate",
@@ -91,6 +92,14 @@ def _describe(found: signature.Signature) -> HostArray:
     if found.is_read_only:
         array.flags.writeable = False
     return array
+
+
+def allocate(
+    target: DeviceStream, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Array, HostArray]:
+    """Return a new CuPy array, whose memory is ordered on a stream, and its description."""
+    array = cuda.arrays().empty(target.device, shape, dtype, target.stream)
+    return array, _locate_one("a new array", array, "it").array
 
 
 def adopt(verb: str, buffer: Any, label: str) -> Array:

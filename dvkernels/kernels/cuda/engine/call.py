@@ -10,17 +10,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from dvkernels.devices import cuda, cuda_arrays, driver, stream_order
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import job
 
 __all__ = ["AllReduce", "Buffers", "Call", "wait_for"]
-
-Array = np.ndarray[Any, Any]
 
 
 class Call:
@@ -41,33 +38,12 @@ class Call:
         self._device_buffers: list[cuda_arrays.DeviceBuffer] = []
         self._names: list[str] = []
 
-    def register(self, buffers: Any, verb: str = "", name: str = "replica") -> list[Array]:
+    def register(self, buffers: Any, verb: str = "", name: str = "replica") -> list[HostArray]:
         """Return buffers as NumPy descriptions, and order the work of this call with theirs."""
         found = cuda_arrays.locate(verb or self.verb, buffers, name)
         self._device_buffers += found
         self._names += (f"{name} {k}" for k in range(len(found)))
         return [buffer.array for buffer in found]
-
-    def new(
-        self, shapes: Sequence[tuple[int, ...]], dtype: Any, on_own_gpu: bool = False
-    ) -> tuple[list[Any], list[Array]]:
-        """Allocate arrays; return them and their NumPy descriptions.
-
-        They lie on the GPU that does the work, or (``on_own_gpu``) each on the GPU of the buffer of
-        the same index.
-        """
-        work_stream = self._joined().work_stream
-        streams = (
-            [DeviceStream(buffer.device, buffer.stream) for buffer in self.device_buffers()]
-            if on_own_gpu
-            else []
-        )
-        library_arrays = [
-            cuda.arrays().empty(target.device, shape, dtype, target.stream)
-            for shape, target in zip(shapes, streams or [work_stream] * len(shapes), strict=False)
-        ]
-        located = cuda_arrays.locate(self.verb, library_arrays, "out")
-        return library_arrays, [buffer.array for buffer in located]
 
     @contextlib.contextmanager
     def ordered(self) -> Iterator[DeviceStream]:
@@ -98,9 +74,7 @@ class Call:
 
     def _joined(self) -> stream_order.Joined[DeviceStream]:
         """Return the stream of the work and the streams to order with it."""
-        return stream_order.join(
-            [DeviceStream(buffer.device, buffer.stream) for buffer in self.device_buffers()]
-        )
+        return stream_order.join([buffer.device_stream for buffer in self.device_buffers()])
 
     def _check_peer_access(self, work_device: int) -> None:
         """Raise unless the GPU that does the work can access the memory of all arrays."""
@@ -131,18 +105,31 @@ class Buffers(Call):
         self.buffers = checks.as_sequence(verb, buffers)
         self.results: Any = self.buffers
         self.reads = self.register(self.buffers)
-        self.out: list[Array] | None = None
+        self.out: list[HostArray] | None = None
         if out is not None:
             self.results = checks.as_sequence(verb, out, "out")
             self.out = self.register(self.results, name="out")
 
-    def new_results(self, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-        """Allocate the results, of the library of the buffers; return their descriptions."""
-        on_own_gpu = len(shapes) == len(self.reads)
-        library_arrays, arrays = self.new(shapes, self.reads[0].dtype, on_own_gpu)
-        pairs = zip(library_arrays, self.buffers, strict=False)
-        self.results = [cuda_arrays.like(result, buffer) for result, buffer in pairs]
-        return arrays
+    def new_results(self, shapes: Sequence[tuple[int, ...]]) -> list[HostArray]:
+        """Allocate the results, of the library of the buffers; return their descriptions.
+
+        Each lies on the GPU of its buffer; a single one on the GPU that does the work, the first.
+        """
+        streams = [buffer.device_stream for buffer in self.device_buffers()]
+        dtype = self.reads[0].dtype
+        made = [
+            cuda_arrays.allocate(stream, shape, dtype)
+            for shape, stream in zip(shapes, streams, strict=False)
+        ]
+        pairs = zip(made, self.buffers, strict=False)
+        self.results = [cuda_arrays.like(result, buffer) for (result, _), buffer in pairs]
+        return [described for _, described in made]
+
+    def outputs(self, shapes: Sequence[tuple[int, ...]]) -> list[HostArray]:
+        """Return the arrays to write to: ``out``, checked, or new ones."""
+        if self.out is None:
+            return self.new_results(shapes)
+        return checks.outputs(self.verb, self.reads, self.out, shapes)
 
 
 class AllReduce(Buffers):
@@ -159,7 +146,7 @@ class AllReduce(Buffers):
         self.op = job.check_op(verb, op, self.dtype)
         self.is_in_place = out is None
 
-    def targets(self) -> list[Array]:
+    def targets(self) -> list[HostArray]:
         """Return the arrays that receive the results; raise unless they are writable."""
         if self.is_in_place:
             checks.check_in_place(self.verb, self.reads)
