@@ -12,23 +12,19 @@ from typing import Any
 
 from dvkernels.devices import cuda, cuda_arrays, driver, stream_order
 from dvkernels.devices.array_spec import HostArray
+from dvkernels.devices.cuda_arrays import order_streams
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import job
 
-__all__ = ["AllReduce", "Buffers", "Call", "wait_for"]
+__all__ = ["AllReduce", "Buffers", "Call"]
 
 
 class Call:
     """Collective call: the devices and streams of its arrays, and the stream of its work.
 
-    Parameters
-    ----------
-    verb : str
-        Name of the function in error messages.
-    stream
-        The caller's argument ``stream``.
+    ``verb`` is the function's name in error messages, ``stream`` the caller's argument.
     """
 
     def __init__(self, verb: str, stream: Any = None) -> None:
@@ -48,16 +44,15 @@ class Call:
     @contextlib.contextmanager
     def ordered(self) -> Iterator[DeviceStream]:
         """Yield the stream to launch on: it waits for the buffers' streams, and they for it."""
-        joined = self._joined()
+        streams = dict.fromkeys(buffer.device_stream for buffer in self.device_buffers())
+        work_stream, *others = streams
         if self.is_multi_gpu:
-            self._check_peer_access(joined.work_stream.device)
-        for other in joined.before:
-            wait_for(joined.work_stream, other)
+            self._check_peer_access(work_stream.device)
+        order_streams([(work_stream, other) for other in others])
         try:
-            yield joined.work_stream
+            yield work_stream
         finally:
-            for other in joined.after:
-                wait_for(other, joined.work_stream)
+            order_streams([(other, work_stream) for other in others])
 
     @property
     def is_multi_gpu(self) -> bool:
@@ -71,10 +66,6 @@ class Call:
             return self._device_buffers
         pairs = zip(self._device_buffers, streams, strict=True)
         return [buffer._replace(stream=stream) for buffer, stream in pairs]
-
-    def _joined(self) -> stream_order.Joined[DeviceStream]:
-        """Return the stream of the work and the streams to order with it."""
-        return stream_order.join([buffer.device_stream for buffer in self.device_buffers()])
 
     def _check_peer_access(self, work_device: int) -> None:
         """Raise unless the GPU that does the work can access the memory of all arrays."""
@@ -154,16 +145,3 @@ class AllReduce(Buffers):
         if self._makes_new:
             return self.new_results([read.shape for read in self.reads])
         return checks.outputs_like(self.verb, self.reads, self.out)
-
-
-def wait_for(waiting: DeviceStream, awaited: DeviceStream) -> None:
-    """Let one stream wait for the work that another stream, of any device, holds now."""
-    cuda_driver = driver.find()
-    if cuda_driver is None:  # in the simulator, all work is done when a call returns
-        return
-    if waiting.device == awaited.device:
-        cuda_driver.wait(waiting.device, waiting.stream, awaited.stream)
-        return
-    event = cuda_driver.record(awaited.device, awaited.stream)
-    cuda_driver.await_event(waiting.device, waiting.stream, event)
-    cuda_driver.destroy(event)

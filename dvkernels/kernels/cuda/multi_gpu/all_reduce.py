@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from dvkernels.devices import cuda_arrays, driver
 from dvkernels.devices.array_spec import HostArray
+from dvkernels.devices.cuda_arrays import order_streams
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cuda.engine import job as jobs
-from dvkernels.kernels.cuda.engine.call import AllReduce, wait_for
+from dvkernels.kernels.cuda.engine.call import AllReduce
 from dvkernels.kernels.cuda.multi_gpu import peer_access
 from dvkernels.kernels.cuda.multi_gpu.group import AllReduceCall, DeviceGroup
 from dvkernels.reduce_op import Reduction, is_half
@@ -60,12 +61,9 @@ def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
     if ranks[0].read.size:
         cuda_driver = driver.find()
         assert cuda_driver is not None  # it has located the buffers
-        outs = [rank for rank in ranks if rank.out_stream != rank.work_stream]
-        for rank in outs:
-            wait_for(rank.work_stream, rank.out_stream)
+        order_streams([(rank.work_stream, rank.out_stream) for rank in ranks])
         _launch(cuda_driver, call.op, ranks, algorithm)
-        for rank in outs:
-            wait_for(rank.out_stream, rank.work_stream)
+        order_streams([(rank.out_stream, rank.work_stream) for rank in ranks])
     return list(call.results)
 
 
@@ -111,12 +109,10 @@ def _launch(
         inputs, outputs, length, dtype, op, [rank.work_stream.stream for rank in ranks]
     )
     # Streams that wait for the captured stream join the capture.
-    joined = [rank for rank in ranks if captured and rank is not captured[0]]
-    for rank in joined:
-        wait_for(rank.work_stream, captured[0].work_stream)
+    joined = [(rank.work_stream, captured[0].work_stream) for rank in ranks if captured]
+    order_streams(joined)
     open_group.group.all_reduce(job, route, is_captured=bool(captured))
-    for rank in joined:
-        wait_for(captured[0].work_stream, rank.work_stream)
+    order_streams([(first, own) for own, first in joined])
     for rank, staging in zip(ranks, contiguous, strict=True):
         if staging.write is not rank.write:
             jobs.move(rank.work_stream, [[staging.write, rank.write]])

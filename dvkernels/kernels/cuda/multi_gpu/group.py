@@ -49,20 +49,10 @@ class AllReduceCall(NamedTuple):
 class DeviceGroup:
     """Group of ranks that reduce by the protocols of schedules/flag_all_reduce.py.
 
-    Parameters
-    ----------
-    devices : sequence of int
-        The device of each rank.
-    driver : PeerAccess
-        Operations on the devices.
-    timeout_seconds : float
-        How long a rank waits for another, within a launch, before all ranks give up.
-
-    Notes
-    -----
     The calls of a group are ordered: on each rank, a call comes after the previous one, also where
-    it has another stream. After a timeout or ``abort``, results are undefined, and every call and
-    ``check`` raise ``CollectiveTimeoutError`` until ``recover``.
+    it has another stream. Within a launch, a rank waits ``timeout_seconds`` for another before all
+    ranks give up. After that, or ``abort``, results are undefined, and every call and ``check``
+    raise ``CollectiveTimeoutError`` until ``recover``.
     """
 
     def __init__(
