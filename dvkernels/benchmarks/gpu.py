@@ -99,21 +99,13 @@ class _OneGpuBench:
         )
 
     def figure(
-        self,
-        name: str,
-        replicas: int,
-        array: Any,
-        moved: int,
-        found: Mapping[str, Samples],
-        note: str = "",
+        self, name: str, replicas: int, array: Any, moved: int, found: Mapping[str, Samples]
     ) -> Figure:
-        copied = 2 * self.plan.nbytes / found["copy"].median
-        ours = found["ours"]
+        ours, copied = found["ours"], 2 * self.plan.nbytes / found["copy"].median
         return Figure(
             name, replicas, array.nbytes, array.dtype.name, ours.median, ours.quartiles, moved,
             moved / ours.median / copied,
-            {other: samples.median for other, samples in found.items() if other not in ("ours",)},
-            note,
+            {other: samples.median for other, samples in found.items() if other != "ours"},
         )  # fmt: skip
 
 
@@ -131,10 +123,7 @@ def measure(device: int = 0, plan: MeasurementPlan | None = None) -> list[Figure
         for dtype in (np.dtype("f4"), np.dtype(ml_dtypes.bfloat16))
         for count in bench.plan.replicas
     ]
-    figures.append(_small(bench))
-    figures.append(_in_a_graph(bench))
-    figures.append(_adam(bench))
-    return figures
+    return [*figures, _small(bench), _in_a_graph(bench), _adam(bench)]
 
 
 def all_reduce(device: int, plan: MeasurementPlan, replicas: int) -> Figure:
@@ -147,13 +136,8 @@ def _all_reduce(bench: _OneGpuBench, count: int, dtype: np.dtype[Any]) -> Figure
     buffers, host = bench.filled(length, dtype, count)
     kernels.all_reduce(buffers)
     expected = np.sum([one.astype("f4") for one in host], axis=0, dtype="f4")
-    compare(
-        bench.arrays,
-        "all_reduce",
-        buffers,
-        expected,
-        1e-6 if dtype == "f4" else _BFLOAT16_TOLERANCE,
-    )
+    tolerance = 1e-6 if dtype == "f4" else _BFLOAT16_TOLERANCE
+    compare(bench.arrays, "all_reduce", buffers, expected, tolerance)
     others = _other_libraries(buffers) if dtype == "f4" else {}
     found = bench.compare_times(
         lambda: kernels.all_reduce(buffers, "mean"), others, bench.plan.calls
@@ -180,6 +164,7 @@ def _in_a_graph(bench: _OneGpuBench) -> Figure:
     buffers, _ = bench.filled(nbytes // 4, np.dtype("f4"), 2)
     kernels.all_reduce(buffers, "mean")
     stream, inside = cupy.cuda.Stream(non_blocking=True), 100
+    replays = max(1, bench.plan.small_calls // inside)
     with stream:
         stream.begin_capture()
         for _ in range(inside):
@@ -187,15 +172,12 @@ def _in_a_graph(bench: _OneGpuBench) -> Figure:
         graph = stream.end_capture()
 
     def replay() -> None:
-        for _ in range(max(1, bench.plan.small_calls // inside)):
+        for _ in range(replays):
             graph.launch(stream)
         stream.synchronize()
 
-    rounds = [
-        timed(replay, 1) / max(1, bench.plan.small_calls // inside) / inside
-        for _ in range(bench.plan.rounds)
-    ]
-    ours = Samples(tuple(rounds))
+    rounds = range(bench.plan.rounds)
+    ours = Samples(tuple(timed(replay, 1) / replays / inside for _ in rounds))
     return Figure(name, 2, nbytes, "float32", ours.median, ours.quartiles, 4 * nbytes, None, {})
 
 

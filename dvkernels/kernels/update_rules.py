@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import BufferMismatchError, UnsupportedDTypeError
 from dvkernels.kernels import checks
 from dvkernels.reduce_op import ReduceOp
@@ -27,7 +28,6 @@ __all__ = [
 
 PLAIN, MOMENTUM, NESTEROV, ADAM = range(4)
 
-Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Any]]
 Each = float | Sequence[float]  # one value for all parameters, or one for each
 Coefficients = tuple[float, ...]
@@ -98,7 +98,7 @@ class CheckedStep(NamedTuple):
     """
 
     op: ReduceOp
-    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]]
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[HostArray]]]
     num_replicas: int
     num_copies: int
 
@@ -119,10 +119,10 @@ def check(
             f"{[len(gradients), len(parameters), *map(len, slots)]}"
         )
     known: Any = None
-    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]] = {}
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[HostArray]]] = {}
     sizes: set[tuple[int, int]] = set()
-    every_write: list[Array] = []
-    every_read: list[Array] = []
+    every_write: list[HostArray] = []
+    every_read: list[HostArray] = []
     for k, gradient in enumerate(gradients):
         where = f"{verb}, gradient {k}"
         reads = checks.arrays(where, gradient)
@@ -133,7 +133,7 @@ def check(
                 f"{where}: expected the mean or sum of float32 or float64, got the "
                 f"{known.name} of {dtype}; cast to float32 first"
             )
-        writes: list[Array] = []
+        writes: list[HostArray] = []
         for name, states in (("parameter", parameters), *(("slot", slot) for slot in slots)):
             copies = checks.arrays(f"{verb}, {name} {k}", states[k], "copy")
             writes += copies
