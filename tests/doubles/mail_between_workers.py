@@ -10,7 +10,7 @@ import numpy as np
 from threads_as_workers import segments_of
 
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
-from dvkernels.communicators.workers.mpi.request import AllRequests
+from dvkernels.communicators.workers.mpi.point_to_point import all_complete
 from dvkernels.communicators.workers.shm.staging import (
     NUM_RESULTS,
     PIECE_NBYTES,
@@ -102,7 +102,7 @@ class MailGather:
         rank = self._p2p.rank
         self._held[rank] = self._own
         others = [other for other in range(self._p2p.size) if other != rank]
-        self._letters = AllRequests(
+        self._letters = all_complete(
             [
                 *(self._p2p.receive(self._held[other], other, 0) for other in others),
                 *(self._p2p.send(self._own, other, 0) for other in others),
@@ -110,7 +110,7 @@ class MailGather:
         )
 
     def Test(self):
-        return self._letters.Test()
+        return self._letters()
 
 
 class MailTransport:
@@ -133,7 +133,7 @@ class MailTransport:
         counts = np.zeros((self.size, 8), np.uint8)
         gather = self._p2p.all_gather(np.array([source.nbytes]).view(np.uint8), counts)
         gather.Start()
-        self.finish(gather)
+        self.finish(gather.Test)
         targets = [np.empty(int(count), np.uint8) for (count,) in counts.view(np.int64)]
         targets[self.rank][...] = source
         self.exchange.all_gather(targets, self.finish)
@@ -142,8 +142,8 @@ class MailTransport:
     def broadcast_into(self, target, root, fingerprint):
         self.exchange.broadcast(target, root, self.finish)
 
-    def finish(self, request):
+    def finish(self, is_done):
         deadline = time.monotonic() + self.timeout_seconds
-        while not request.Test():
+        while not is_done():
             assert time.monotonic() < deadline, "a request is never done"
             time.sleep(0)

@@ -11,12 +11,13 @@ import base64
 import binascii
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from dvkernels.checkpoint.format import json_validation
 from dvkernels.checkpoint.format.shards import DTYPES
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.user_errors import brief
 
@@ -26,39 +27,51 @@ MAX_DEPTH = 100
 MAX_COUNT = 1 << 24
 _MAX_BITS = 14284  # 4300 digits, the default of sys.set_int_max_str_digits
 _TOO_DEEP = MAX_DEPTH + 1
+_NOT_PLAIN = 1 << 30
 _ATOMS = (type(None), bool, int, str)
 _KEYS = (bool, int, str)
+LoadArray: TypeAlias = Callable[[str], object]
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def is_plain(value: Any) -> bool:
-    """Return whether a value is plain data at every level, and at most MAX_DEPTH levels deep."""
-    return _height(value, 0, {}) <= MAX_DEPTH
+def is_plain(value: Any, heights: dict[int, int]) -> bool:
+    """Return whether a value is plain data at every level, and at most MAX_DEPTH levels deep.
+
+    ``heights`` has what is known of containers, by id; those that are visited are added.
+    """
+    return _height(value, 0, heights) <= MAX_DEPTH
 
 
-def _height(value: Any, depth: int, known: dict[int, int]) -> int:
-    """Return the number of levels of plain data; _TOO_DEEP for other data and for a cycle."""
+def _height(value: Any, depth: int, heights: dict[int, int]) -> int:
+    """Return the number of levels of plain data; more than MAX_DEPTH if it is not plain."""
     kind = type(value)
     if kind in (*_ATOMS, float, complex, bytes):
         return 0
     if kind not in (list, tuple, dict):
-        is_scalar = isinstance(value, np.generic) and value.dtype.name in DTYPES
-        return 0 if is_scalar else _TOO_DEEP
-    if id(value) in known or depth > MAX_DEPTH:
-        return known.get(id(value), _TOO_DEEP)
-    known[id(value)] = _TOO_DEEP  # while its children are visited: one that holds it is a cycle
-    if kind is dict and any(type(key) not in _KEYS for key in value):
+        return 0 if _is_scalar(value) else _NOT_PLAIN
+    if id(value) in heights:
+        return heights[id(value)]
+    if depth > MAX_DEPTH:
         return _TOO_DEEP
+    heights[id(value)] = _NOT_PLAIN  # while its children are visited: one that holds it is a cycle
+    if kind is dict and any(type(key) not in _KEYS for key in value):
+        return _NOT_PLAIN
     height = 0
     for each in value.values() if kind is dict else value:
-        height = max(height, 1 + _height(each, depth + 1, known))
+        height = max(height, 1 + _height(each, depth + 1, heights))
         if height > MAX_DEPTH:
-            return _TOO_DEEP
-    known[id(value)] = height
+            if height < _NOT_PLAIN:  # too deep below the first value of the call, not in itself
+                del heights[id(value)]
+            return height
+    heights[id(value)] = height
     return height
 
 
-def encode(value: Any, where: str, save_array: Callable[[Any], str] | None = None) -> Any:
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, np.generic) and value.dtype.name in DTYPES
+
+
+def encode(value: Any, where: str, save_array: Callable[[HostArray], str] | None = None) -> Any:
     """Encode plain data as JSON values.
 
     ``save_array``, if given, allows arrays: it stores an array and returns its name. An object
@@ -77,7 +90,7 @@ class _Encoded(NamedTuple):
 
 
 class _Encoder:
-    def __init__(self, where: str, save_array: Callable[[Any], str] | None) -> None:
+    def __init__(self, where: str, save_array: Callable[[HostArray], str] | None) -> None:
         self._where = where
         self._save_array = save_array
         self._known: dict[int, _Encoded | None] = {}  # by id; None: its children are being encoded
@@ -99,7 +112,7 @@ class _Encoder:
             return {"$bytes": base64.b64encode(value).decode()}
         if kind in (list, tuple) or isinstance(value, dict):
             return self._container(value, depth)
-        if isinstance(value, np.generic) and value.dtype.name in DTYPES:
+        if _is_scalar(value):
             item = value.item() if value.dtype.name != "bfloat16" else float(value)
             return {"$scalar": [value.dtype.name, self.encode(item, depth)]}
         if isinstance(value, np.ndarray) and self._save_array is not None:
@@ -161,7 +174,7 @@ class _Encoder:
         return {"$dict": [[self.encode(key, 0), each] for key, each in pairs]}
 
 
-def decode(value: Any, where: str, load_array: Callable[[str], Any] | None = None) -> Any:
+def decode(value: Any, where: str, load_array: LoadArray | None = None) -> Any:
     """Decode plain data from the untrusted JSON values that :func:`encode` returned.
 
     ``load_array`` returns the array of a name.
@@ -169,7 +182,7 @@ def decode(value: Any, where: str, load_array: Callable[[str], Any] | None = Non
     return _decode(value, where, load_array, 0)
 
 
-def _decode(value: Any, where: str, load: Callable[[str], Any] | None, depth: int) -> Any:
+def _decode(value: Any, where: str, load: LoadArray | None, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise CheckpointDamagedError(f"{where}: nested deeper than {MAX_DEPTH} levels")
     if type(value) in _ATOMS:
@@ -218,7 +231,7 @@ def _floats(value: Any, where: str, depth: int) -> list[float]:
     return parts
 
 
-def _decode_dict(value: Any, where: str, load: Callable[[str], Any] | None, depth: int) -> Any:
+def _decode_dict(value: Any, where: str, load: LoadArray | None, depth: int) -> Any:
     found: dict[Any, Any] = {}
     for pair in json_validation.array(value, where):
         if len(json_validation.array(pair, where)) != 2 or type(pair[0]) not in _KEYS:

@@ -15,6 +15,7 @@ from typing import Any
 from dvkernels import user_errors
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.format import shards
+from dvkernels.checkpoint.objects import ObjectTree
 from dvkernels.checkpoint.restoring import restore_plan
 from dvkernels.checkpoint.restoring.reader import CheckpointReader, open_reader
 from dvkernels.checkpoint.restoring.restore_plan import Change, RestorePlan
@@ -64,15 +65,14 @@ class Restored:
 
 
 @tracing.span("restore", "checkpoint")
-def restore(objects: dict[str, Any], path: Path, *, partial: bool) -> Restored:
+def restore(tree: ObjectTree, path: Path, *, partial: bool) -> Restored:
     """Restore objects from a checkpoint: all of them, or after an error none."""
     shards.check_machine()
-    workers = all_or_none.workers_of(objects)
     what = f"restore from {path}"
     try:
-        reader = _open_consistently(path, workers, what)
+        reader = _open_consistently(path, tree.workers, what)
         try:
-            return _Restore(objects, reader, workers, what).carry_out(partial)
+            return _Restore(tree, reader, what).carry_out(partial)
         finally:
             reader.close()
     except MemoryError as error:
@@ -83,38 +83,32 @@ def restore(objects: dict[str, Any], path: Path, *, partial: bool) -> Restored:
 
 def _open_consistently(path: Path, workers: Workers, what: str) -> CheckpointReader:
     """Open a checkpoint, the same one on all workers."""
-    for is_last in (*[False] * _MAX_RETRIES, True):
-        readers: list[CheckpointReader] = []
-        all_or_none.run(
-            workers,
-            what,
-            lambda into=readers: into.append(uninterrupted(lambda: open_reader(path))),  # type: ignore[misc]
-        )
-        (reader,) = readers
-        with all_or_none.announcing_failures(workers, what):
-            is_same = len(set(workers.exchange(reader.checksum))) == 1
-        if is_last and not is_same:
-            all_or_none.check_consistent(workers, what, {atomic_folder.MANIFEST: reader.checksum})
-        if is_same:
-            return reader
-        reader.close()
+    readers: list[CheckpointReader] = []
+
+    def open_here() -> str:
+        readers[:] = [uninterrupted(lambda: open_reader(path))]
+        return readers[0].checksum
+
+    for _ in range(_MAX_RETRIES):
+        if len(set(all_or_none.run(workers, what, open_here))) == 1:
+            return readers[0]
+        readers[0].close()
+    all_or_none.check_consistent(workers, what, {atomic_folder.MANIFEST: readers[0].checksum})
     raise AssertionError("unreachable")
 
 
 class _Restore:
-    def __init__(
-        self, objects: dict[str, Any], reader: CheckpointReader, workers: Workers, what: str
-    ) -> None:
-        self._objects = objects
+    def __init__(self, tree: ObjectTree, reader: CheckpointReader, what: str) -> None:
+        self._tree = tree
         self._reader = reader
-        self._workers = workers
+        self._workers = tree.workers
         self._what = what
 
     def carry_out(self, partial: bool) -> Restored:
         with all_or_none.announcing_failures(
             self._workers, self._what
         ):  # optimizers make their slots together
-            plan = restore_plan.plan_restore(self._objects, self._reader.manifest)
+            plan = restore_plan.plan_restore(self._tree, self._reader.manifest)
             if not partial and (plan.missing or plan.unexpected):
                 raise CheckpointError(
                     f"{self._reader.path}: expected the objects of this program; the checkpoint "
@@ -129,7 +123,7 @@ class _Restore:
         all_or_none.check_consistent(
             self._workers, self._what, {path: name for name in lists for path in lists[name]}
         )
-        load = self._reader.prepare_load(plan.loads)
+        load = self._reader.prepare_load(plan.loads.targets)
         uninterrupted(lambda: self._commit(plan, backup, load), is_atomic=True)
         return Restored(
             self._reader.path,
@@ -143,8 +137,8 @@ class _Restore:
 
     def _prepare(self, plan: RestorePlan, backup: list[Any]) -> None:
         """Verify all checksums, load the staged arrays, and back up the state of the objects."""
-        self._reader.check(plan.loads)
-        self._reader.load({name: [array] for name, array in plan.staged.items()})
+        self._reader.check(plan.loads.targets)
+        self._reader.load({name: [array] for name, array in plan.loads.staged.items()})
         backup += [
             _attempt(change.get, f"{change.path}: its state cannot be read")
             for change in plan.changes
@@ -158,7 +152,7 @@ class _Restore:
                 self._workers, self._what, lambda: _apply(plan.changes, backup, undo_calls)
             )
             all_or_none.run(self._workers, self._what, lambda: _load_arrays(plan, load, reserve))
-            self._objects.update(plan.values)
+            self._tree.objects.update(plan.values)
         except BaseException as error:
             reserve.clear()
             for undo in reversed(undo_calls):
@@ -198,7 +192,7 @@ def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[byte
     except Exception as error:
         note = (
             "the file was whole when its checksums were compared; these objects now hold parts of "
-            f"it and must be restored again: {_listed(list(plan.loads))}"
+            f"it and must be restored again: {_listed(list(plan.loads.targets))}"
         )
         if isinstance(error, MemoryError):
             raise CheckpointError(f"there is not enough memory; {note}") from error
@@ -208,7 +202,7 @@ def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[byte
 
 def _load_once(plan: RestorePlan, load: Callable[[], None]) -> None:
     load()
-    for finish in plan.finish:
+    for finish in plan.loads.finish:
         finish()
 
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import operator
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dvkernels.checkpoint import generators, objects
 from dvkernels.checkpoint.format import json_codec
-from dvkernels.checkpoint.format.manifest import Manifest, TensorEntry
+from dvkernels.checkpoint.format.manifest import Manifest
 from dvkernels.checkpoint.format.nodes import (
     ArrayNode,
     DataNode,
@@ -27,21 +28,24 @@ from dvkernels.checkpoint.format.nodes import (
     StateNode,
     VariableNode,
 )
-from dvkernels.checkpoint.format.shards import DTYPES
-from dvkernels.checkpoint.objects import STEPS, HasSlots, HasState, child
-from dvkernels.devices import array_memory
-from dvkernels.devices.array_spec import Spec
+from dvkernels.checkpoint.objects import (
+    STEPS,
+    HasSlots,
+    HasState,
+    ObjectTree,
+    child,
+    unopened,
+)
+from dvkernels.checkpoint.restoring.tensor_loads import TensorLoads
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import brief
-from dvkernels.variables.saved_variable import assign_first_copy
-from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []
 
 
-@dataclass
-class Change:
+class Change(NamedTuple):
     """Reversible change of one object: getter and setter of its state, and the new state."""
 
     path: str
@@ -52,135 +56,67 @@ class Change:
 
 @dataclass
 class RestorePlan:
-    """Actions of a restore, in this order: changes, loads, finish."""
+    """Actions of a restore, in this order: changes, loads."""
 
+    loads: TensorLoads
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    # New arrays, by tensor, that become part of states: read before any object changes.
-    staged: dict[str, Any] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
-    # The target arrays of each tensor, all contiguous and in host memory.
-    loads: dict[str, list[Any]] = field(default_factory=dict)
-    # Called after the loads; they change arrays only, and may be repeated with the loads.
-    finish: list[Callable[[], None]] = field(default_factory=list)
     # The objects by name after the restore: the same mutable ones, and new immutable ones.
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_restore(targets: Mapping[str, Any], manifest: Manifest) -> RestorePlan:
+def plan_restore(tree: ObjectTree, manifest: Manifest) -> RestorePlan:
     """Plan the restore of a program's objects from a checkpoint, without changing any."""
-    return _RestorePlanner(targets, manifest).plan
+    return _RestorePlanner(tree, manifest).plan
 
 
 class _RestorePlanner:
-    def __init__(self, targets: Mapping[str, Any], manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._variables = objects.variables_of(targets)
-        self._filled_from: dict[int, tuple[str, ...]] = {}
+    def __init__(self, tree: ObjectTree, manifest: Manifest) -> None:
+        self._tree = tree
+        self._loads = TensorLoads(manifest.tensors)
         self._with_slots: list[tuple[HasSlots, StateNode, str]] = []
-        self.plan = plan = RestorePlan()
-        plan.values = self._children(targets, manifest.objects, "")
+        self.plan = RestorePlan(self._loads)
+        self.plan.values = self._children(tree.items, manifest.objects, "")
         # Last, when all variables have been matched.
         for optimizer, node, path in self._with_slots:
             self._slots(optimizer, node, path)
 
     def _children(
-        self, targets: Mapping[str, Any], saved: Mapping[str, Node], path: str
+        self, items: Mapping[str, Any], saved: Mapping[str, Node], path: str
     ) -> dict[str, Any]:
         """Match the children that have the same name; return each child after the restore."""
-        self.plan.unexpected += [child(path, name) for name in saved if name not in targets]
+        self.plan.unexpected += [child(path, name) for name in saved if name not in items]
         results: dict[str, Any] = {}
-        for name, value in targets.items():
+        for name, item in items.items():
             here = child(path, name)
             if name in saved:
-                results[name] = self._match(value, saved[name], here)
+                results[name] = self._match(item, saved[name], here)
             else:
                 self.plan.missing.append(here)
-                results[name] = value
+                results[name] = unopened(item)
         return results
 
-    def _match(self, target: Any, node: Node, path: str) -> Any:
+    def _match(self, item: Any, node: Node, path: str) -> Any:
         """Plan the restore of one object; return the object after the restore."""
+        result = target = unopened(item)
         match node:
             case VariableNode() | ArrayNode() if isinstance(target, Variable | np.ndarray):
                 names = node.tensors if isinstance(node, VariableNode) else (node.tensor,)
-                self._fill(target, names, path)
-                self.plan.matched.append(path)
-                return target
+                self._loads.fill(target, names, path)
             case GeneratorNode() if generators.is_generator(target):
                 self._generator(target, node, path)
-                return target
             case StateNode() if objects.is_object(target) and isinstance(target, HasState):
                 self._state(target, node, path)
-                return target
-            case DataNode() if json_codec.is_plain(target):
-                self.plan.matched.append(path)
-                return self._data(target, node.value, path)
+            case DataNode() if self._tree.is_plain(target):
+                result = self._data(target, node.value, path)
             case NestNode() | DataNode() if not objects.is_object(target):
-                saved = _items(node)
-                inner = objects.open_container(target, path)
-                if saved is not None and inner is not None:
-                    return self._nest(target, inner, saved, path)
-        raise CheckpointError(
-            f"{path}: expected {_described(target)}; the checkpoint holds {_described_node(node)}; "
-            f"leave it out, or restore into an object of the saved kind"
-        )
-
-    # -- tensors --------------------------------------------------------------------------------
-
-    def _fill(self, target: Any, names: tuple[str, ...], path: str) -> None:
-        """Plan which tensor is loaded into each copy of a variable, or into an array."""
-        is_variable = isinstance(target, Variable)
-        label = f"{path}: variable {target.name!r}" if is_variable else path
-        entries = [self._manifest.tensors[name] for name in names]
-        for entry in entries:
-            _check_spec(label, target, entry)
-        previous = self._filled_from.get(id(target))
-        if previous is not None:
-            if previous == names or self._are_equal([*previous, *names]):
-                return
-            raise CheckpointError(
-                f"{label} has two paths here, and two different tensors are saved for them, "
-                f"{previous[0]!r} and {names[0]!r}; restore into separate objects"
-            )
-        self._filled_from[id(target)] = names
-        copies = list(copies_of(target)) if is_variable else [target]
-        if len(names) == 1:
-            self._load(names[0], copies)
-            if is_variable and _is_shared_out(target):
-                self.plan.finish.append(lambda: assign_first_copy(target))
-        elif _has_own_copies(target) and len(names) == target.owner.num_replicas:
-            first = target.owner.first_replica  # of this process
-            for name, array in zip(names[first:], copies, strict=False):
-                self._load(name, [array])
-        elif self._are_equal(names):
-            self._load(names[0], copies)
-        else:
-            count = target.owner.num_replicas if is_variable else 1
-            raise CheckpointError(
-                f"{label}: {len(names)} copies that differ were saved, one per replica; here "
-                f"there are {count} "
-                f"{'copies' if _has_own_copies(target) else 'that must be equal'}; restore on "
-                f"{len(names)} replicas, or make the copies equal (v.sync()) before saving"
-            )
-
-    def _are_equal(self, names: list[str] | tuple[str, ...]) -> bool:
-        return len({self._manifest.tensors[name].checksums for name in names}) == 1
-
-    def _load(self, name: str, targets: list[Any]) -> None:
-        memory = array_memory.holding(targets[0])
-        if not all(map(memory.is_writable, targets)):
-            raise CheckpointError(
-                f"{name}: the array to restore into is read-only; make it writable"
-            )
-        is_host = memory is array_memory.HOST
-        direct = [target for target in targets if is_host and target.flags.c_contiguous]
-        if len(direct) < len(targets):  # on a GPU, or not contiguous
-            staging = np.empty(targets[0].shape, targets[0].dtype)
-            self.plan.finish.append(_copying(targets, staging))
-            direct = [staging]
-        self.plan.loads.setdefault(name, []).extend(direct)
+                return self._nest(item, node, path)
+            case _:
+                raise _mismatch(target, node, path)
+        self.plan.matched.append(path)
+        return result
 
     def _slots(self, optimizer: HasSlots, node: StateNode, path: str) -> None:
         """Plan the restore of an optimizer's slots; missing slots are created."""
@@ -189,8 +125,8 @@ class _RestorePlanner:
         slotted = {id(variable): variable for variable in optimizer.slotted}
         for variable_path, saved in node.slots.items():
             here = f"{slots_path}/{variable_path}"
-            variable = self._variables.get(variable_path)
-            if variable is None or id(variable) not in self._filled_from:
+            variable = self._tree.variables.get(variable_path)
+            if variable is None or not self._loads.fills(variable):
                 self.plan.unexpected.append(here)
                 continue
             if saved.keys() - {STEPS} != set(names):
@@ -200,25 +136,26 @@ class _RestorePlanner:
                     f"arguments that it had"
                 )
             for name, slot in zip(names, optimizer.slots(variable), strict=True):
-                self._fill(slot, (saved[name],), f"{here}/{name}")
+                self._loads.fill(slot, (saved[name],), f"{here}/{name}")
             steps = optimizer.steps(variable)
             if STEPS in saved:
-                self._fill(steps, (saved[STEPS],), f"{here}/{STEPS}")
+                self._loads.fill(steps, (saved[STEPS],), f"{here}/{STEPS}")
             else:  # an older checkpoint, with one step count for all variables of an optimizer
-                self.plan.finish.append(_setting(steps, optimizer))
+                self._loads.finish.append(
+                    functools.partial(_fill_with_iterations, steps, optimizer)
+                )
             slotted.pop(id(variable), None)
-        known = {id(variable) for variable in self._variables.values()}
+        known = {id(variable) for variable in self._tree.variables.values()}
         for variable in slotted.values():
-            if id(variable) in self._filled_from:
+            if self._loads.fills(variable):
                 # A variable that had no slots when it was saved restarts with zeros.
                 slots = [each for slot in optimizer.slots(variable) for each in copies_of(slot)]
-                self.plan.finish.append(_zeroing([*slots, optimizer.steps(variable)]))
+                arrays = [*slots, optimizer.steps(variable)]
+                self._loads.finish += [functools.partial(array.fill, 0) for array in arrays]
             elif id(variable) not in known:
                 self.plan.missing.append(
                     f"{slots_path} of variable {variable.name!r}, which is not among the objects"
                 )
-
-    # -- states ---------------------------------------------------------------------------------
 
     def _generator(self, target: Any, node: GeneratorNode, path: str) -> None:
         if node.type != generators.kind(target):
@@ -226,43 +163,27 @@ class _RestorePlanner:
                 f"{path}: expected the state of a {generators.kind(target)}; the checkpoint holds "
                 f"that of a {node.type:.80}; create a generator of that kind"
             )
-        state = json_codec.decode(node.value, path, self._stage)
+        state = json_codec.decode(node.value, path, self._loads.stage)
         generators.check(target, state, path)
-        self.plan.changes.append(
-            Change(
-                path,
-                lambda: copy.deepcopy(generators.state(target)),
-                lambda given: generators.set_state(target, given),
-                state,
-            )
+        self._change(
+            path,
+            lambda: copy.deepcopy(generators.state(target)),
+            lambda given: generators.set_state(target, given),
+            state,
         )
-        self.plan.matched.append(path)
 
     def _state(self, target: HasState, node: StateNode, path: str) -> None:
-        state = json_codec.decode(node.value, path, self._stage)
+        state = json_codec.decode(node.value, path, self._loads.stage)
         get, set_ = target.state_dict, target.load_state_dict
         if isinstance(target, HasSlots):
             get, set_ = target.progress, target.set_progress
             self._with_slots.append((target, node, path))
         self._change(path, lambda: copy.deepcopy(get()), set_, state)
-        self.plan.matched.append(path)
         if node.slots and not isinstance(target, HasSlots):
             raise CheckpointError(
                 f"{path}: the checkpoint holds an optimizer's slots; the {type(target).__name__} "
                 f"here has none"
             )
-
-    def _stage(self, name: str) -> Any:
-        """Return a new array into which a tensor will be read."""
-        entry = self._manifest.tensors[name]
-        if name not in self.plan.staged:
-            try:
-                self.plan.staged[name] = np.empty(entry.shape, DTYPES[entry.dtype])
-            except (MemoryError, ValueError) as error:
-                raise CheckpointError(f"{name}: {error}") from error
-        return self.plan.staged[name]
-
-    # -- data and containers --------------------------------------------------------------------
 
     def _data(self, target: Any, saved: Any, path: str) -> Any:
         """Plan to change a list or dict in place; return other saved data as it is."""
@@ -281,28 +202,30 @@ class _RestorePlanner:
             return saved
         return target
 
-    def _nest(
-        self, target: Any, inner: objects.OpenedContainer, saved: dict[str, Node], path: str
-    ) -> Any:
+    def _nest(self, item: Any, node: NestNode | DataNode, path: str) -> Any:
         """Plan to replace the children of a container that are new objects."""
-        values = list(self._children(inner.children, saved, path).values())
-        previous = dict(zip(inner.keys, inner.children.values(), strict=True))
-        new = {
-            key: value
-            for key, value in zip(inner.keys, values, strict=True)
-            if value is not previous[key]
-        }
+        target, saved = unopened(item), _items(node)
+        # Plain data is a leaf of the tree, but a container may have been saved.
+        container = objects.open_container(target, path) if item is target else item
+        if saved is None or container is None:
+            raise _mismatch(target, node, path)
+        values = list(self._children(container.children, saved, path).values())
+        previous = map(unopened, container.children.values())
+        new, old = {}, {}
+        for key, value, before in zip(container.keys, values, previous, strict=True):
+            if value is not before:
+                new[key], old[key] = value, before
         if not new:
             return target
         set_child = _child_setter(target)
         if set_child is None:
-            return inner.rebuild(values)
+            return container.rebuild(values)
 
         def set_children(given: dict[Any, Any]) -> None:
             for key, value in given.items():
                 set_child(target, key, value)
 
-        self._change(path, lambda: {key: previous[key] for key in new}, set_children, new)
+        self._change(path, lambda: old, set_children, new)
         return target
 
     def _change(
@@ -331,59 +254,27 @@ def _items(node: NestNode | DataNode) -> dict[str, Node] | None:
     return None
 
 
-def _check_spec(label: str, target: Any, entry: TensorEntry) -> None:
-    dtype = DTYPES[entry.dtype]
-    if target.shape != entry.shape or target.dtype != dtype:
-        raise CheckpointError(
-            f"{label}: expected {Spec(target.shape, target.dtype)}; the checkpoint holds "
-            f"{Spec(entry.shape, dtype)}; restore into an object of that shape and dtype, or leave "
-            f"it out"
-        )
-
-
-def _has_own_copies(target: Any) -> bool:
-    return (
-        isinstance(target, Variable)
-        and target.synchronization is not VariableSynchronization.ON_WRITE
-    )
-
-
-def _is_shared_out(variable: Variable) -> bool:
-    """Return whether a value is shared out over the copies, which are then summed when read."""
-    return (
-        variable.synchronization is VariableSynchronization.ON_READ
-        and variable.aggregation is VariableAggregation.SUM
-    )
-
-
-def _copying(targets: Sequence[Any], source: Any) -> Callable[[], None]:
-    return lambda: array_memory.holding(targets[0]).overwrite(targets, [source] * len(targets))
-
-
 def _replace(target: dict[Any, Any], saved: dict[Any, Any]) -> None:
     target.clear()
     target.update(saved)
 
 
-def _zeroing(arrays: Sequence[Any]) -> Callable[[], None]:
-    def fill() -> None:
-        for array in arrays:
-            array.fill(0)
-
-    return fill
+def _fill_with_iterations(steps: HostArray, optimizer: HasSlots) -> None:
+    steps.fill(optimizer.iterations)
 
 
-def _setting(steps: Any, optimizer: HasSlots) -> Callable[[], None]:
-    return lambda: steps.fill(optimizer.iterations)
-
-
-def _described(target: Any) -> str:
+def _mismatch(target: Any, node: Node, path: str) -> CheckpointError:
+    expected = f"a saved object that matches {brief(target)}, a {type(target).__name__}"
     if isinstance(target, Variable):
-        return f"the variable {target.name!r}"
-    return f"a saved object that matches {brief(target)}, a {type(target).__name__}"
-
-
-def _described_node(node: Node) -> str:
-    if isinstance(node, GeneratorNode | StateNode | NestNode):
-        return f"a {node.type:.80} ({node.kind})"
-    return brief(node.value) if isinstance(node, DataNode) else f"a {node.kind}"
+        expected = f"the variable {target.name!r}"
+    match node:
+        case GeneratorNode() | StateNode() | NestNode():
+            found = f"a {node.type:.80} ({node.kind})"
+        case DataNode():
+            found = brief(node.value)
+        case _:
+            found = f"a {node.kind}"
+    return CheckpointError(
+        f"{path}: expected {expected}; the checkpoint holds {found}; leave it out, or restore into "
+        f"an object of the saved kind"
+    )

@@ -42,6 +42,7 @@ def sgd(
     weight_decay: float = 0.0,
     op: ReduceOp | str = "mean",
     stream: Any = None,
+    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of gradient descent, as ``kernels.cpu.optimizers.sgd`` does.
 
@@ -53,7 +54,7 @@ def sgd(
     slots = [] if velocities is None else [velocities]
     numbers = update_rules.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
     rule = update_rules.sgd_rule(velocities, nesterov)
-    _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, stream)
+    _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, stream, is_checked)
 
 
 def adam(
@@ -71,6 +72,7 @@ def adam(
     decoupled: bool = False,
     op: ReduceOp | str = "mean",
     stream: Any = None,
+    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of Adam or AdamW, as ``kernels.cpu.optimizers.adam`` does.
 
@@ -80,7 +82,17 @@ def adam(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
     slots = [first_moments, second_moments]
-    _step("optimizers.adam", update_rules.ADAM, gradients, parameters, slots, numbers, op, stream)
+    _step(
+        "optimizers.adam",
+        update_rules.ADAM,
+        gradients,
+        parameters,
+        slots,
+        numbers,
+        op,
+        stream,
+        is_checked,
+    )
 
 
 def _step(
@@ -92,6 +104,7 @@ def _step(
     numbers: Sequence[update_rules.Coefficients],
     op: Any,
     stream: Any,
+    is_checked: bool,
 ) -> None:
     call = Call(verb, stream)
     arrays = [
@@ -102,7 +115,11 @@ def _step(
             *((slot, "slot", "copy") for slot in slots),
         )
     ]
-    step = update_rules.check(verb, arrays[0], arrays[1], arrays[2:], numbers, op)
+    step: update_rules.CheckedStep | None
+    if is_checked:
+        step = update_rules.grouped(arrays[0], arrays[1:], numbers, op)
+    else:
+        step = update_rules.check(verb, arrays[0], arrays[1], arrays[2:], numbers, op)
     if step is None:
         return
     divisor = step.num_replicas if step.op is ReduceOp.MEAN else 1

@@ -12,7 +12,7 @@ from threads_as_workers import Together, at_once, transports
 
 from dvkernels import kernels
 from dvkernels.communicators.base import Workers
-from dvkernels.communicators.bucketing import Bucketing, all_reduce_each
+from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.workers.group import WorkerGroup
@@ -22,6 +22,7 @@ from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.testing import check_communicator
+from dvkernels.verbs import all_reduce_each
 
 
 def groups(size, timeout_seconds=20.0):
@@ -140,7 +141,7 @@ def test_many_arrays_reduce_at_once_as_they_do_one_by_one(
                 Local(1, "auto"), communicator, [1] * num_workers
             )
         if worker in who_packs:
-            transport = together.communicators[worker]._workers._transport
+            transport = together.communicators[worker]._workers.transport
             monkeypatch.setattr(transport._all_reduce, "lay_out", lambda *_: False)
 
     def many(worker):
@@ -284,7 +285,7 @@ def test_an_interrupt_half_way_aborts_the_group(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workers[0]._transport, "_round", interrupted)
+    monkeypatch.setattr(workers[0].transport, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):
         workers[0].barrier()
     (error,) = at_once(workers[1].barrier)

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 import numpy as np
 
 from dvkernels.cluster import procfs
+from dvkernels.devices.array_spec import HostArray
 
 __all__: list[str] = []
 
@@ -38,22 +38,13 @@ _PROCESS, _ENDED, _LEFT = 0, 1, 2
 class Segment:
     """One worker's view of the shared-memory segment.
 
-    Parameters
-    ----------
-    memory : ndarray of uint8
-        Of shape (n,), n at least :meth:`nbytes_for`, aligned to a cache line, cleared by
-        :meth:`clear`. The same memory for all workers.
-    rank, size : int
-        The rank of this worker, and the number of workers.
-    num_result_buffers : int
-        The number of result buffers of each parity.
-    buffer_nbytes : int
-        The size of a buffer.
+    ``memory`` has at least :meth:`nbytes_for` bytes, aligned to a cache line, cleared by
+    :meth:`clear`. ``num_result_buffers`` is that of each parity.
     """
 
     def __init__(
         self,
-        memory: Any,
+        memory: HostArray,
         rank: int,
         size: int,
         num_result_buffers: int = 1,
@@ -80,7 +71,7 @@ class Segment:
         return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_result_buffers) * buffer_nbytes
 
     @staticmethod
-    def clear(memory: Any, size: int) -> None:
+    def clear(memory: HostArray, size: int) -> None:
         """Clear the control lines and texts; one worker does this before the others attach."""
         memory[: _layout(size)[1]] = 0
 
@@ -88,14 +79,15 @@ class Segment:
         """Return the address of a channel's control lines."""
         return int(self._address + _LINE * (self._channels[channel] + 1))
 
-    def control_lines(self, channel: int) -> Any:
+    def control_lines(self, channel: int) -> HostArray:
         """Return a channel's control lines, one row of int64 for each worker."""
         first = self._channels[channel] + 1
         return self._control[first : first + self.size]
 
-    def buffers(self, channel: int) -> Any:
+    def buffers(self, channel: int) -> HostArray:
         """Return a channel's buffers by round parity and worker; result buffers come last."""
-        return self._buffers[channel]
+        buffers: HostArray = self._buffers[channel]
+        return buffers
 
     # -- messages and state -----------------------------------------------------------------------
 
@@ -141,17 +133,26 @@ class Segment:
         return procfs.state_of(self.process_of(worker)) not in ("Z", "X")
 
     def _write_text(self, slot: int, text: str) -> None:
-        encoded = text.encode(errors="replace")[: _TEXT_NBYTES - 1]
-        target = self._texts[slot, self.rank]
-        target[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        target[len(encoded)] = 0
+        write_text(self._texts[slot, self.rank], text)
 
     def _read_text(self, slot: int, worker: int) -> str:
-        encoded: bytes = self._texts[slot, worker].tobytes()
-        return encoded[: encoded.index(0)].decode(errors="replace")
+        return read_text(self._texts[slot, worker])
 
 
-def _region(memory: Any, start: int, shape: tuple[int, ...]) -> Any:
+def write_text(field: HostArray, text: str) -> None:
+    """Write as much of a text as fits into the bytes of a field, and a zero behind it."""
+    encoded = text.encode(errors="replace")[: len(field) - 1]
+    field[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    field[len(encoded)] = 0
+
+
+def read_text(field: HostArray) -> str:
+    """Return the text in a field."""
+    encoded: bytes = field.tobytes()
+    return encoded[: encoded.index(0)].decode(errors="replace")
+
+
+def _region(memory: HostArray, start: int, shape: tuple[int, ...]) -> HostArray:
     return memory[start : start + math.prod(shape)].reshape(shape)
 
 
