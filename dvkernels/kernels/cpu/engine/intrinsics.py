@@ -226,7 +226,12 @@ else:  # without it a spinning thread keeps its core until the system preempts i
         """Do nothing."""
         return 0
 
-    milliseconds: Any = types.ExternalFunction("GetTickCount64", _int64())
+    _ticks: Any = types.ExternalFunction("GetTickCount64", _int64())
+
+    @jit.njit(nogil=True)
+    def milliseconds():  # type: ignore[no-untyped-def]
+        """Return the time of a monotonic clock."""
+        return _ticks()
 
 
 @jit.njit(nogil=True)
