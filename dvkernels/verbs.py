@@ -25,10 +25,11 @@ from dvkernels.profiler import debugging
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.values import axis_reduction, operands, regroup, replica_weights
-from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica, is_integer
+from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.handle import Handle
 from dvkernels.values.operands import ArrayLeaves
 from dvkernels.values.placement import Placement
+from dvkernels.values.scalar_checks import is_integer
 
 __all__: list[str] = []
 

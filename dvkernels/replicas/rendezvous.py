@@ -198,10 +198,7 @@ class Rendezvous(StepState):
         return self._requests[replica] is None or None not in self._requests
 
     def _keep_waiting(
-        self,
-        replica: int,
-        wait_on: Callable[[float], bool],
-        has_all: Callable[[], bool],
+        self, replica: int, wait_on: Callable[[float], bool], has_all: Callable[[], bool]
     ) -> bool:
         """Go on waiting after the first nap, up to the deadline; without one once all are here.
 

@@ -11,7 +11,7 @@ from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.context import Frame
-from dvkernels.data.epoch_count import EpochCounts
+from dvkernels.data.distributed.dataset import EpochCounts
 from dvkernels.devices import array_memory, registry
 from dvkernels.devices.device import Device
 from dvkernels.devices.replica_streams import StreamOrder
@@ -27,8 +27,8 @@ from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.update import VariableUpdate
 from dvkernels.values import function_checks, operands, regroup
-from dvkernels.values.distributed import is_integer
 from dvkernels.values.placement import Placement
+from dvkernels.values.scalar_checks import is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.variable import variables_of
 
@@ -268,9 +268,8 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
             watch.next_step()
         results = self._runner.run(replica, nested)
         if watch is not None and not nested:
-            when, variables = f"after a step of {placement.name}", variables_of(placement)
-            drift.check(variables, when)
-            drift.check_over_workers(variables, placement.workers, when)
+            when = f"after a step of {placement.name}"
+            drift.check(variables_of(placement), placement.workers, when)
         return regroup.regroup(results, placement.replica_devices, placement)
 
     # The names that tf.distribute gives to the same methods.

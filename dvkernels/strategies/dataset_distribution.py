@@ -8,11 +8,9 @@ from typing import Any
 
 from dvkernels import context
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset, EpochCount, EpochCounts
 from dvkernels.data.distributed.input_context import InputContext
 from dvkernels.data.distributed.options import InputOptions
-from dvkernels.data.distributed.worker_share import WorkerShare
-from dvkernels.data.epoch_count import EpochCount, EpochCounts
 from dvkernels.errors import DatasetError
 from dvkernels.values import function_checks
 from dvkernels.values.placement import Placement
@@ -152,7 +150,7 @@ class DatasetDistribution(ProcessBound):
             owner=placement,
             options=options or InputOptions(),
             is_dealt=is_dealt,
-            share=WorkerShare(placement.counts, placement.workers.rank),
+            share=placement.share,
             exchange=functools.partial(placement.workers.exchange, verb=_READ),
             count=count,
         )

@@ -12,9 +12,10 @@ from dvkernels.devices import array_memory
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.user_errors import brief
 from dvkernels.values import function_checks
-from dvkernels.values.distributed import PerReplica, is_integer
+from dvkernels.values.distributed import PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
+from dvkernels.values.scalar_checks import is_integer
 
 __all__ = ["ValueContext"]
 

@@ -47,20 +47,15 @@ def check(verb: str, fn: Any) -> None:
 
 def _code_of(fn: Any) -> Any:
     """Return the code object that a call of ``fn`` runs; None if it is not Python code."""
-    inner, seen = fn, 0
-    while seen < 100:  # __call__ may form a cycle
-        seen += 1
-        if isinstance(inner, functools.partial):
-            inner = inner.func
-        elif isinstance(inner, types.MethodType):
-            inner = inner.__func__
-        elif isinstance(inner, type):
+    for _ in range(100):  # __call__ may form a cycle
+        if isinstance(fn, functools.partial):
+            fn = fn.func
+        elif isinstance(fn, type):
             return None  # a call creates an object
-        elif hasattr(inner, "__code__"):
-            return inner.__code__
+        elif hasattr(fn, "__code__"):  # a function or a method
+            return fn.__code__
         else:
-            call = getattr(type(inner), "__call__", None)  # noqa: B004 - the method itself is needed
-            if not isinstance(call, (types.FunctionType, functools.partial)):
+            fn = getattr(type(fn), "__call__", None)  # noqa: B004 - the method itself is needed
+            if not isinstance(fn, (types.FunctionType, functools.partial)):
                 return None
-            inner = call
     return None

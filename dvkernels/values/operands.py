@@ -15,8 +15,9 @@ from dvkernels.devices.array_spec import Array, Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import regroup
-from dvkernels.values.distributed import DistributedValues, is_integer
+from dvkernels.values.distributed import DistributedValues
 from dvkernels.values.placement import Placement
+from dvkernels.values.scalar_checks import is_integer
 
 __all__: list[str] = []
 
@@ -204,11 +205,8 @@ def check_owner(verb: str, leaf: DistributedValues[Any], placement: Placement) -
     owner = leaf.owner
     if owner is None or owner is placement:
         return
-    if isinstance(owner, Placement):
-        if not (owner.is_default and regroup.is_variable(leaf)):
-            _refuse(verb, leaf, f" of {owner.name}", placement)
-    else:
-        _refuse(verb, leaf, "", placement)
+    if not (owner.is_default and regroup.is_variable(leaf)):
+        _refuse(verb, leaf, f" of {owner.name}", placement)
 
 
 def _refuse(verb: str, leaf: DistributedValues[Any], whose: str, placement: Placement) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Conversion of the scalars that users pass, such as weights and learning rates."""
+"""Checks of the scalars that users pass: replica ids and axes, weights and learning rates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import numpy as np
 from dvkernels.user_errors import brief
 
 __all__: list[str] = []
+
+
+def is_integer(value: object) -> bool:
+    """Return whether a value is a Python or NumPy integer, and not a bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def real(value: Any) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from dvkernels.devices import interop
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu.engine import array_structs, fast_path, job
+from dvkernels.kernels.cpu.engine import fast_path, job, recipe
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["aggregate_mean", "aggregate_sum", "direct_all_reduce", "reduce"]
@@ -85,7 +85,7 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
 
 def combine_in_place(op: Reduction, arrays: Sequence[HostArray]) -> None:
     """Reduce checked arrays, and leave the result in all of them."""
-    array_structs.register(op, arrays[0].dtype)
+    recipe.register(op, arrays[0].dtype)
     program = job.combine_in_place(len(arrays), job.divisor(op, len(arrays)))
     job.run(op, arrays[0].dtype, [arrays], program)
 
@@ -94,6 +94,6 @@ def combine(op: Reduction, reads: Sequence[HostArray], writes: Sequence[HostArra
     """Reduce ``reads`` into all of ``writes``; both have been checked."""
     if fast_path.reduce_into(reads, writes, op):
         return
-    array_structs.register(op, reads[0].dtype)
+    recipe.register(op, reads[0].dtype)
     program = job.combine(len(reads), len(writes), job.divisor(op, len(reads)))
     job.run(op, reads[0].dtype, [[*reads, *writes]], program)

@@ -17,6 +17,7 @@ from typing import Any
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu.engine import job
+from dvkernels.kernels.cpu.engine.job_layout import Row
 from dvkernels.reduce_op import ReduceOp, Reduction, is_half
 from dvkernels.schedules import ring
 
@@ -72,14 +73,14 @@ def _program(num_ranks: int, separate: bool, is_mean: bool, in_registers: bool) 
     return job.Program(tuple(rows), tuple(table), num_ranks, first_write, num_ranks)
 
 
-_Rows = list[tuple[int, int, int, int, int, int]]
+_Rows = list[Row]
 
 
 def _steps(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[int]]:
     """Return a row for each step of the schedule; if ``separate``, copy first and work in out."""
     offset = num_ranks if separate else 0
     table = [*range(2 * num_ranks)] if separate else [*range(num_ranks)]
-    rows = [(-1, rank, 1, offset + rank, 1, 1) for rank in range(num_ranks) if separate]
+    rows = [Row(-1, rank, 1, offset + rank, 1, 1) for rank in range(num_ranks) if separate]
     for index, tick in enumerate(ring.all_reduce(num_ranks)):
         # The last accumulation of a chunk completes it: a mean divides there, once.
         divisor = num_ranks if is_mean and index == num_ranks - 2 else 1
@@ -88,7 +89,8 @@ def _steps(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[i
             entry = len(table)
             table += (offset + step.target, offset + step.source)
             accumulates = int(step.accumulate)
-            rows.append((step.chunk, entry + 1 - accumulates, 1 + accumulates, entry, 1, divisor))
+            sources = entry + 1 - accumulates, 1 + accumulates
+            rows.append(Row(step.chunk, *sources, entry, 1, divisor))
     return rows, table
 
 
@@ -98,6 +100,6 @@ def _chains(num_ranks: int, separate: bool, is_mean: bool) -> tuple[_Rows, list[
     rows: _Rows = []
     for chunk, chain in enumerate(ring.chains(num_ranks)):
         divisor = num_ranks if is_mean else 1
-        rows.append((chunk, len(table), num_ranks, 0, num_ranks, divisor))
+        rows.append(Row(chunk, len(table), num_ranks, 0, num_ranks, divisor))
         table += chain
     return rows, table
