@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import operator
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 __all__: list[str] = []
 
@@ -19,9 +21,11 @@ def current_frames() -> dict[int, FrameType]:
     """
     if not gc.isenabled():
         return sys._current_frames()
+    calls: tuple[Callable[[], Any], ...] = (gc.disable, sys._current_frames, gc.enable)
+    frames: dict[int, FrameType]
     try:
         # One operation of the interpreter: no other thread and no interrupt comes in between.
-        _, frames, _ = map(operator.call, (gc.disable, sys._current_frames, gc.enable))
+        _, frames, _ = map(operator.call, calls)
     except BaseException:  # no memory
         gc.enable()
         raise
