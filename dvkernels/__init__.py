@@ -45,10 +45,10 @@ from dvkernels.threads import shielded as _shielded
 from dvkernels.values.distributed import DistributedValues as DistributedValues
 from dvkernels.values.distributed import Mirrored as Mirrored
 from dvkernels.values.distributed import PerReplica as PerReplica
-from dvkernels.variables.synchronization import VariableAggregation as VariableAggregation
-from dvkernels.variables.synchronization import VariableSynchronization as VariableSynchronization
+from dvkernels.variables.modes import VariableAggregation as VariableAggregation
+from dvkernels.variables.modes import VariableSynchronization as VariableSynchronization
 from dvkernels.variables.variable import Variable as Variable
-from dvkernels.variables.variable import sync as sync
+from dvkernels.variables.writes import sync as sync
 
 if _typing.TYPE_CHECKING:
     from dvkernels.checkpoint.checkpoint import Checkpoint as Checkpoint

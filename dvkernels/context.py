@@ -28,9 +28,11 @@ class Frame:
     strategy: Any  # None: the default strategy
     replica: Any = None  # a ReplicaContext; None: cross-replica context
     merging: bool = False  # inside merge_call: a step of this strategy is under way
+    scope: Any = None  # the scope that entered it; None: a run, merge_call or update
+    outer: Frame | None = None  # of a frame of a scope: the one before
 
 
-_current: ContextVar[Frame] = ContextVar("dvkernels_frame")
+_current: ContextVar[Frame | None] = ContextVar("dvkernels_frame")
 _global: Frame | None = None  # set by set_strategy
 _make_default: Callable[[], Any] | None = None
 _default: dict[str, Any] = {}  # the default strategy, once it has been created
@@ -59,12 +61,12 @@ def find() -> Frame | None:
     return _current.get(None) or _global
 
 
-def enter(frame: Frame) -> Token[Frame]:
+def enter(frame: Frame | None) -> Token[Frame | None]:
     """Make a frame the current one of this thread."""
     return _current.set(frame)
 
 
-def leave(token: Token[Frame]) -> None:
+def leave(token: Token[Frame | None]) -> None:
     """Restore the frame before."""
     _current.reset(token)
 

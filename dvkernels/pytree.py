@@ -1,29 +1,70 @@
-"""Pytrees in error messages: descriptions of their structures."""
+"""Pytrees: nested containers, flattened, rebuilt and mapped, and their structures in messages.
+
+A pytree is a nested structure that optree can flatten: lists, tuples, dicts, namedtuples and
+registered dataclasses. None is a leaf, so that it keeps its position. No other module imports
+optree.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import optree
 
-__all__ = ["describe_structure", "is_structure"]
+__all__ = [
+    "Structure",
+    "describe_structure",
+    "flatten",
+    "flatten_one_level",
+    "is_leaf",
+    "leaf_names",
+    "leaves",
+    "map_leaves",
+    "unflatten",
+]
+
+Structure: TypeAlias = optree.PyTreeSpec
+"""The containers of a pytree without its leaves; structures compare by ``==``."""
+
+# Bound, not wrapped: a call enters no frame but optree's.
+
+flatten: Callable[[Any], tuple[list[Any], Structure]]
+flatten = functools.partial(optree.tree_flatten, none_is_leaf=True)
+"""Return the leaves of a pytree and its structure."""
+
+unflatten: Callable[[Structure, Iterable[Any]], Any] = optree.tree_unflatten
+"""Return the pytree of a structure with these leaves."""
+
+leaves: Callable[[Any], list[Any]] = functools.partial(optree.tree_leaves, none_is_leaf=True)
+"""Return the leaves of a pytree."""
+
+map_leaves: Callable[..., Any] = functools.partial(optree.tree_map, none_is_leaf=True)
+"""Return the pytree of ``fn(leaf, ...)`` for each leaf of one or more pytrees."""
+
+is_leaf: Callable[[Any], bool] = functools.partial(optree.tree_is_leaf, none_is_leaf=True)
+"""Return whether a value is no container."""
+
+flatten_one_level = functools.partial(optree.tree_flatten_one_level, none_is_leaf=True)
+"""Return a container's children, its metadata, their keys, and ``rebuild(metadata, children)``."""
+
+
+def leaf_names(tree: Any, root: str) -> list[str]:
+    """Return the path of each leaf as Python code: ``nest['image'][0]``."""
+    return [path.codify(root) for path in optree.tree_accessors(tree, none_is_leaf=True)]
+
 
 _MAX_LENGTH = 200
 
 
-def is_structure(value: object) -> bool:
-    """Return whether a value is a pytree structure (a ``PyTreeSpec`` of optree)."""
-    return isinstance(value, optree.PyTreeSpec)
-
-
-def describe_structure(structure: Any) -> str:
+def describe_structure(structure: Structure) -> str:
     """Describe a pytree structure for messages: ``a dict of 'image', 'label'``."""
     text = _describe(structure)
     return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
 
 
-def _describe(structure: Any) -> str:
+def _describe(structure: Structure) -> str:
     if structure.type is None:
         return "one value"
     children = structure.children()

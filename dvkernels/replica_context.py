@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels import context, reduce_op
+from dvkernels import context, pytree, reduce_op
 from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.devices import array_memory, interop
 from dvkernels.devices.array_spec import refuse_masked, spec
@@ -488,7 +488,7 @@ class ReplicaContext(ProcessBound):
                 context.leave(token)
             return [_components_of(result, rank, placement) for rank in range(len(payloads))]
 
-        structure = regroup.flatten((tuple(args), named))[1]
+        structure = pytree.flatten((tuple(args), named))[1]
         call = CollectiveCall("merge_call", (structure,), (fn, args, named), act)
         return self._step.meet(self._rank, call)
 
@@ -530,7 +530,7 @@ class ReplicaContext(ProcessBound):
 
     def _targets(self, out: Any, value: ArrayLeaves) -> list[Any]:
         """Return the arrays of ``out``; raise unless they fit the leaves of the value."""
-        targets, structure = regroup.flatten(out)
+        targets, structure = pytree.flatten(out)
         count = len(value.arrays)
         if len(targets) != count or value.structure not in (None, structure):
             expected = (
@@ -593,7 +593,7 @@ def _components_of(result: Any, rank: int, placement: Placement) -> Any:
         is_distributed = isinstance(leaf, PerReplica)
         return regroup.own_component(leaf, rank, placement) if is_distributed else leaf
 
-    return regroup.map_leaves(component, result)
+    return pytree.map_leaves(component, result)
 
 
 def _copy_for_each(array: Any, into: Sequence[Any] | None, column: Sequence[Any]) -> Sequence[Any]:

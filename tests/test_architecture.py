@@ -255,6 +255,11 @@ def test_numba_cuda_stays_in_two_places() -> None:
     assert not broken, f"only kernels/cuda/ and devices/cuda.py touch numba.cuda: {broken}"
 
 
+def test_optree_stays_in_one_place() -> None:
+    broken = {found.module for found in _all_imports() if found.target.split(".")[0] == "optree"}
+    assert broken == {"dvkernels.pytree"}, "take flatten, map_leaves and others from pytree.py"
+
+
 def test_files_are_named_for_what_they_hold() -> None:
     broken = [m for m in _paths() if FORBIDDEN_NAMES & set(m.split("."))]
     assert not broken
@@ -383,6 +388,42 @@ def _rows() -> str:
 def test_the_architecture_page_shows_the_house_as_it_is(drawing) -> None:
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text("utf-8")
     assert drawing() in page, f"put this on the page:\n{drawing()}"
+
+
+# What a module may do while it is imported, beyond defining names.
+IMPORT_EFFECTS = {"register_at_fork", "atexit.register", "install_default", "register_account"}
+
+
+def _import_effects(module: str) -> set[str]:
+    """Return the effects of importing a module: calls outside of functions and classes."""
+    found = set()
+    pending: list[ast.AST] = [_tree(module)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            pending += node.decorator_list
+            continue
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        found |= {effect for effect in IMPORT_EFFECTS if f".{name}".endswith(f".{effect}")}
+        pending += ast.iter_child_nodes(node)
+    return found
+
+
+def test_the_effects_of_imports_are_those_listed() -> None:
+    page = (ROOT / "docs/explanation/architecture.md").read_text(encoding="utf-8")
+    listed = {
+        (file, effect)
+        for row in page.splitlines()
+        if row.startswith("| `") and row.split("`")[3:4]
+        for file, effect in [(row.split("`")[1], row.split("`")[3])]
+        if effect in IMPORT_EFFECTS
+    }
+    modules = [module for module in _paths() if module.startswith("dvkernels.")]
+    assert listed == {
+        (_paths()[module].relative_to(HOUSE).as_posix(), effect)
+        for module in modules
+        for effect in _import_effects(module)
+    }
 
 
 def _run_child(code: str, cwd: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.benchmarks.stopwatch import Samples
-from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.communicators.base import Workers
 from dvkernels.communicators.workers.mpi import network_model as network
 from dvkernels.reduce_op import ReduceOp

@@ -1,6 +1,6 @@
 """Checkpoints: a program's objects, saved whole or not at all, restored by any number of workers.
 
-Imports: communicators, context, devices, errors, profiler, replicas, thread_frames,
+Imports: communicators, context, devices, errors, profiler, pytree, replicas, thread_frames,
 threads, user_errors, variables.
 """
 

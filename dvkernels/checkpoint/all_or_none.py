@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dvkernels.checkpoint.objects import variables_of
 from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.communicators.base import Workers
-from dvkernels.communicators.single import Single
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.replicas.diagnostics import StepEnded
-from dvkernels.user_errors import brief, describe
+from dvkernels.user_errors import brief, context_manager, describe
 
 __all__: list[str] = []
 
 CHIEF = 0
-_SINGLE = Single()
 
 
 class _WorkerReport(NamedTuple):
@@ -27,12 +23,6 @@ class _WorkerReport(NamedTuple):
     result: Any = None
     failure: str | None = None
     is_damage: bool = False
-
-
-def workers_of(objects: Mapping[str, Any]) -> Workers:
-    """Return the workers that the variables belong to; without such variables, a single worker."""
-    owners = (variable.owner for variable in variables_of(objects).values())
-    return next((owner.workers for owner in owners if owner.workers.size > 1), _SINGLE)
 
 
 def run(workers: Workers, what: str, act: Callable[[], Any]) -> list[Any]:
@@ -69,7 +59,7 @@ def run(workers: Workers, what: str, act: Callable[[], Any]) -> list[Any]:
     return [report.result for report in reports]
 
 
-@contextlib.contextmanager
+@context_manager
 def announcing_failures(workers: Workers, what: str) -> Iterator[None]:
     """Announce a failure here to the other workers, whose current or next call then fails.
 

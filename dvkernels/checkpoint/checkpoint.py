@@ -11,6 +11,7 @@ from typing import Any
 
 from dvkernels import context
 from dvkernels.checkpoint.format import step_names
+from dvkernels.checkpoint.objects import ObjectTree
 from dvkernels.checkpoint.restoring import restore
 from dvkernels.checkpoint.restoring.restore import Restored
 from dvkernels.checkpoint.saving import save
@@ -170,7 +171,7 @@ class Checkpoint(SavesInBackground):
         check_context("Checkpoint.restore")
         source = atomic_folder.absolute_path(path, "Checkpoint.restore")
         self._saver.wait()
-        restored = restore.restore(self.objects, source, partial=partial)
+        restored = restore.restore(ObjectTree(self.objects), source, partial=partial)
         _warn_of_later_steps(source)
         return restored
 

@@ -13,6 +13,7 @@ from typing import Any
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.checkpoint import Checkpoint, check_context
 from dvkernels.checkpoint.format import step_names
+from dvkernels.checkpoint.objects import ObjectTree
 from dvkernels.checkpoint.restoring import restore
 from dvkernels.checkpoint.restoring.restore import Restored
 from dvkernels.checkpoint.saving import save
@@ -169,12 +170,12 @@ class CheckpointManager(SavesInBackground):
         """
         check_context("CheckpointManager.restore")
         name = step_names.name(_checked(step, "restore"))
-        self._wait()
-        names = self._names(f"restore step {step} of {self._directory}")
+        tree = self._opened_tree()
+        names = self._names(tree, f"restore step {step} of {self._directory}")
         if name not in names:
             there = ", ".join(names) or "no checkpoint"
             raise CheckpointError(f"{self._directory}: expected {name}; there is {there}")
-        return self._restore(names, name, partial)
+        return self._restore(tree, names, name, partial)
 
     def restore_latest(self, *, partial: bool = False) -> Restored | None:
         """Restore the newest checkpoint that is not damaged; return None if none exists.
@@ -197,18 +198,18 @@ class CheckpointManager(SavesInBackground):
         save removes them.
         """
         check_context("CheckpointManager.restore_latest")
-        self._wait()
+        tree = self._opened_tree()
         faults: dict[str, str] = {}
         while True:
             # Listed again each time: a concurrent run may save and remove checkpoints.
-            names = self._names(f"restore the latest of {self._directory}")
+            names = self._names(tree, f"restore the latest of {self._directory}")
             faults = {name: faults[name] for name in names if name in faults}
             candidates = [name for name in names if name not in faults]
             if not candidates:
                 break
             newest = candidates[-1]
             try:
-                restored = self._restore(names, newest, partial)
+                restored = self._restore(tree, names, newest, partial)
             except CheckpointDamagedError as error:
                 faults[newest] = str(error)
                 continue
@@ -227,23 +228,21 @@ class CheckpointManager(SavesInBackground):
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self._directory)!r}, max_to_keep={self._max_to_keep})"
 
-    def _wait(self) -> None:
+    def _opened_tree(self) -> ObjectTree:
+        """Open the tree of the objects, after waiting for saves in the background."""
         self._saver.wait()
         self._checkpoint.close()
+        return ObjectTree(self._checkpoint.objects)
 
-    def _names(self, what: str) -> list[str]:
+    def _names(self, tree: ObjectTree, what: str) -> list[str]:
         """List the checkpoints as the chief sees them: a network file system may lag on others."""
         names, *_ = all_or_none.run(
-            all_or_none.workers_of(self._checkpoint.objects),
-            what,
-            lambda: [each.name for each in self.checkpoints],
+            tree.workers, what, lambda: [each.name for each in self.checkpoints]
         )
         return list(names)
 
-    def _restore(self, names: list[str], name: str, partial: bool) -> Restored:
-        restored = restore.restore(
-            self._checkpoint.objects, self._directory / name, partial=partial
-        )
+    def _restore(self, tree: ObjectTree, names: list[str], name: str, partial: bool) -> Restored:
+        restored = restore.restore(tree, self._directory / name, partial=partial)
         self._superseded = frozenset(names[names.index(name) + 1 :])
         return restored
 

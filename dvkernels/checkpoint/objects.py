@@ -1,37 +1,26 @@
-"""Tree of the user's objects: their kinds, and the tensors and data that each kind saves."""
+"""The user's objects: their kinds, and the tree of containers that holds them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import optree
 
+from dvkernels import pytree
 from dvkernels.checkpoint import generators
 from dvkernels.checkpoint.format import json_codec
-from dvkernels.checkpoint.format.nodes import (
-    ArrayNode,
-    DataNode,
-    GeneratorNode,
-    NestNode,
-    Node,
-    StateNode,
-    VariableNode,
-)
-from dvkernels.checkpoint.format.shards import DTYPES
-from dvkernels.checkpoint.storage import parallel_io
-from dvkernels.devices import array_memory
-from dvkernels.devices.array_spec import Spec
-from dvkernels.errors import CheckpointError, DvKernelsError
-from dvkernels.user_errors import brief, text_of
-from dvkernels.variables.saved_variable import SavedVariable, saved_by
+from dvkernels.communicators.base import Workers
+from dvkernels.communicators.single import Single
+from dvkernels.devices.array_spec import HostArray
+from dvkernels.errors import CheckpointError
+from dvkernels.user_errors import brief
 from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []
 
 _MAX_OCCURRENCES = 1 << 20
+_SINGLE = Single()
 
 
 @runtime_checkable
@@ -67,7 +56,7 @@ class HasSlots(HasState, Protocol):
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable; create them if there are none."""
 
-    def steps(self, variable: Variable) -> np.ndarray[Any, Any]:
+    def steps(self, variable: Variable) -> HostArray:
         """Return the step count of a variable, a writable array of shape ()."""
 
     def progress(self) -> Any:
@@ -81,18 +70,20 @@ STEPS = "steps"  # key of the step count among the slots of a variable
 
 
 class OpenedContainer(NamedTuple):
-    """Children of a container by name, their keys, and a function that rebuilds the container."""
+    """Container with its children by name, their keys, and a function that rebuilds it."""
 
-    children: dict[str, Any]
+    value: Any
+    children: dict[str, Any]  # of these, the containers may be opened in their turn
     keys: tuple[Any, ...]
     rebuild: Callable[[list[Any]], Any]
+    num_containers: int = 1  # with those in it, shared ones at each occurrence
 
 
 def open_container(value: Any, path: str) -> OpenedContainer | None:
-    """Return the children of a container; None for a leaf."""
-    if optree.tree_is_leaf(value, none_is_leaf=True):
+    """Open a container, but not its children; return None for a leaf."""
+    if pytree.is_leaf(value):
         return None
-    children, metadata, keys, unflatten = optree.tree_flatten_one_level(value, none_is_leaf=True)
+    children, metadata, keys, unflatten = pytree.flatten_one_level(value)
     names = [str(key) for key in keys]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -100,72 +91,22 @@ def open_container(value: Any, path: str) -> OpenedContainer | None:
             f"{path}: two of its keys are written {brief(twice)}; rename one of them"
         )
     return OpenedContainer(
+        value,
         dict(zip(names, children, strict=True)),
         tuple(keys),
         lambda children: unflatten(metadata, children),
     )
 
 
+def unopened(item: Any) -> Any:
+    """Return the user's object that an item of an :class:`ObjectTree` stands for."""
+    return item.value if isinstance(item, OpenedContainer) else item
+
+
 def child(path: str, name: str) -> str:
     """Return the path of a child: names joined by "/", as in JSON pointers (RFC 6901)."""
     escaped = name.replace("~", "~0").replace("/", "~1")
     return f"{path}/{escaped}" if path else escaped
-
-
-def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the path and value of each leaf below ``path``; a tree of plain data is one leaf."""
-    if _OccurrenceCounter().count(value, path, 0) > _MAX_OCCURRENCES:
-        raise CheckpointError(
-            f"{path}: containers in it occur at more than {_MAX_OCCURRENCES} places; refer to a "
-            f"container of variables or arrays from one place only"
-        )
-    return _walk(value, path)
-
-
-def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    inner = _inner(value, path)
-    if inner is None:
-        yield path, value
-    else:
-        for name, each in inner.children.items():
-            yield from _walk(each, child(path, name))
-
-
-def _inner(value: Any, path: str) -> OpenedContainer | None:
-    return None if is_object(value) or json_codec.is_plain(value) else open_container(value, path)
-
-
-class _OccurrenceCounter:
-    """Counts the containers in a tree, shared ones at each occurrence, visiting each once."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, int] = {}
-        self._ancestors: dict[int, str] = {}  # the paths of the containers being visited, by id
-        self._kept: list[Any] = []  # references, so that no other object gets their ids
-
-    def count(self, value: Any, path: str, depth: int) -> int:
-        if id(value) in self._ancestors:
-            raise CheckpointError(
-                f"{path}: it is the {type(value).__name__} at {self._ancestors[id(value)]} again, "
-                f"which contains itself; keep it out of the checkpoint"
-            )
-        if id(value) in self._known:
-            return self._known[id(value)]
-        inner = _inner(value, path)
-        if inner is None:
-            return 0
-        if depth > json_codec.MAX_DEPTH:
-            raise CheckpointError(
-                f"{path}: nested deeper than {json_codec.MAX_DEPTH} levels, or contains itself"
-            )
-        self._kept.append(value)
-        self._ancestors[id(value)] = path
-        count = 1 + sum(
-            self.count(each, child(path, name), depth + 1) for name, each in inner.children.items()
-        )
-        del self._ancestors[id(value)]
-        self._known[id(value)] = count
-        return count
 
 
 def is_object(value: Any) -> bool:
@@ -177,163 +118,85 @@ def is_object(value: Any) -> bool:
     )
 
 
-def variables_of(objects: Mapping[str, Any]) -> dict[str, Variable]:
-    """Return the variables among the objects, by path."""
-    return {
-        path: value
-        for name, each in objects.items()
-        for path, value in walk(each, child("", name))
-        if isinstance(value, Variable)
-    }
-
-
 class ObjectTree:
-    """Content of a checkpoint of objects: nodes, and arrays by tensor name.
-
-    The arrays may be the memory of the objects: write or copy them before the objects change.
-    Making the tree is a collective call, as it aggregates variables over all workers.
+    """The user's objects by name, after a walk that visits each of them once.
 
     Attributes
     ----------
-    nodes : dict of str to Node
-    tensors : dict of str to array
-        The tensors that this worker has.
-    shared : set of str
-        The tensors that every worker has, with the same bits.
-    own : set of str
-        The tensors that only this worker has. Tensors in neither set may differ between workers;
-        those of the chief, the first worker, are saved.
-    descriptions : dict of str to str
-        Descriptions of the objects by path, which must be equal on all workers.
+    objects : dict of str to object
+        The dict of the user.
+    items : dict of str to object
+        The same with opened containers, at every depth. A tree of plain data is one leaf.
+    variables : dict of str to Variable
+        By path; a shared variable at each of its paths.
+    workers : Workers
+        Those that the variables belong to; without such variables, a single worker.
     """
 
-    def __init__(self, objects: Mapping[str, Any]) -> None:
-        self.tensors: dict[str, Any] = {}
-        self.shared: set[str] = set()
-        self.own: set[str] = set()
-        self.descriptions: dict[str, str] = {}
-        self._names: set[str] = set()
-        variables = variables_of(objects)
-        # By id; a variable with several paths has its first.
-        self._paths = {id(variable): path for path, variable in reversed(variables.items())}
-        self._saved: dict[int, tuple[str, ...]] = {}
-        self.nodes = {name: self._node(each, child("", name)) for name, each in objects.items()}
-
-    def _node(self, value: Any, path: str) -> Node:
-        if isinstance(value, Variable):
-            return self._variable(value, path)
-        if isinstance(value, np.ndarray):
-            self.descriptions[path] = f"an array {Spec(value.shape, value.dtype)}"
-            return ArrayNode(self._tensor(path, value))
-        if generators.is_generator(value):
-            return self._generator(value, path)
-        if is_object(value):
-            return self._with_state(value, path)
-        if json_codec.is_plain(value):
-            self.descriptions[path] = "plain data"
-            return DataNode(copy.deepcopy(value))  # it may change before it is written
-        inner = open_container(value, path)
-        if inner is None:
-            raise CheckpointError(
-                f"{path}: expected variables, arrays, random generators, plain data, objects with "
-                f"state_dict and load_state_dict, or containers of them; got {brief(value)}, a "
-                f"{type(value).__name__}"
-            )
-        self.descriptions[path] = f"a {type(value).__name__} of {len(inner.children)}"
-        return NestNode(
-            type(value).__name__,
-            {name: self._node(each, child(path, name)) for name, each in inner.children.items()},
-        )
-
-    def _generator(self, value: Any, path: str) -> GeneratorNode:
-        # Only the chief's state is saved, so workers with independent generators are refused.
-        kind, state = generators.kind(value), generators.state(value)
-        encoded = repr(json_codec.encode(state, path, parallel_io.checksum))
-        self.descriptions[path] = (
-            f"a {kind} generator in state {parallel_io.checksum(encoded.encode())}"
-        )
-        return GeneratorNode(kind, self._state(state, path))
-
-    def _variable(self, variable: Variable, path: str) -> VariableNode:
-        names = self._saved.get(id(variable))  # a variable at two paths is saved once
-        if names is None:
+    def __init__(self, objects: dict[str, Any]) -> None:
+        self.objects = objects
+        self.items: dict[str, Any] = {}
+        self.variables: dict[str, Variable] = {}
+        self.workers: Workers = _SINGLE
+        # By id. The containers keep what they hold, so that no other object gets its id.
+        self._containers: dict[int, OpenedContainer] = {}
+        self._heights: dict[int, int] = {}
+        self._ancestors: dict[int, str] = {}  # the paths of the containers being visited, by id
+        failure: Exception | None = None
+        for name, value in objects.items():
             try:
-                saved = saved_by(variable)
-            except DvKernelsError as error:
-                raise CheckpointError(
-                    f"{path}: variable {variable.name!r} cannot be saved: {error}"
-                ) from error
-            names = self._tensors_of(saved, path)
-            self._saved[id(variable)] = names
-        modes = variable.synchronization.value, variable.aggregation.value
-        spec = Spec(variable.shape, variable.dtype)
-        self.descriptions[path] = f"a variable {spec} {'/'.join(modes)} of {len(names)} tensor(s)"
-        return VariableNode(names, *modes)
+                self.items[name] = self._opened(value, child("", name), 0)
+            except Exception as error:  # raised when the workers are known
+                failure = error if failure is None else failure
+        if failure is not None:
+            self.workers.announce(failure)
+            raise failure
+        for name, item in self.items.items():
+            self._find_variables(item, child("", name))
 
-    def _tensors_of(self, saved: SavedVariable, path: str) -> tuple[str, ...]:
-        """Return the names of a variable's tensors on all workers; add those of this worker."""
-        if saved.total == 1:
-            self.shared.add(path)
-            return (self._tensor(path, saved.arrays[0]),)
-        names = tuple(f"{path}/copy-{k}" for k in range(saved.total))
-        own = dict(zip(names[saved.first :], saved.arrays, strict=False))
-        self.own |= own.keys()
-        for name in names:
-            if name in own:
-                self._tensor(name, own[name])
-            else:
-                self._reserve(name)
-        return names
+    def is_plain(self, value: Any) -> bool:
+        """Return whether a value is plain data."""
+        return json_codec.is_plain(value, self._heights)
 
-    def _with_state(self, value: HasState, path: str) -> StateNode:
-        try:
-            state = value.progress() if isinstance(value, HasSlots) else value.state_dict()
-        except DvKernelsError as error:
-            raise CheckpointError(f"{path}: its state_dict() failed: {text_of(error)}") from error
-        slots = {}
-        for variable in value.slotted if isinstance(value, HasSlots) else ():
-            assert isinstance(value, HasSlots)
-            variable_path = self._paths.get(id(variable))
-            if variable_path is None:
-                raise CheckpointError(
-                    f"{path}: it has slots of variable {variable.name!r}, which is not among the "
-                    f"objects of this checkpoint; give it to Checkpoint too"
-                )
-            by_name = {
-                name: saved_by(slot)
-                for name, slot in zip(value.slot_names, value.slots(variable), strict=True)
-            }
-            by_name[STEPS] = SavedVariable((value.steps(variable),))
-            slots[variable_path] = {
-                name: self._tensors_of(saved, f"{child(path, 'slots')}/{variable_path}/{name}")[0]
-                for name, saved in by_name.items()
-            }
-        self.descriptions[path] = (
-            f"a {type(value).__name__} with slots of {', '.join(slots) or 'nothing'}"
-        )
-        return StateNode(type(value).__name__, self._state(state, path), slots)
-
-    def _state(self, state: Any, path: str) -> Any:
-        names = (f"{child(path, 'state')}/{k}" for k in range(1 << 62))
-        return json_codec.encode(state, path, lambda array: self._tensor(next(names), array))
-
-    def _tensor(self, name: str, array: Any) -> str:
-        if array.dtype.name not in DTYPES or not array.dtype.isnative:
+    def _opened(self, value: Any, path: str, depth: int) -> Any:
+        """Return a leaf itself; open a container and all its children."""
+        if id(value) in self._ancestors:
             raise CheckpointError(
-                f"{name}: arrays of dtype {array.dtype!r} cannot be saved; cast it to one of "
-                f"{', '.join(DTYPES)}"
+                f"{path}: it is the {type(value).__name__} at {self._ancestors[id(value)]} again, "
+                f"which contains itself; keep it out of the checkpoint"
             )
-        self._reserve(name)
-        on_host = array_memory.holding(array).to_host(array)
-        self.tensors[name] = np.ascontiguousarray(on_host).reshape(array.shape)
-        return name
+        if id(value) in self._containers:
+            return self._containers[id(value)]
+        if isinstance(value, Variable) and self.workers.size == 1:
+            self.workers = value.owner.workers
+        is_leaf = is_object(value) or self.is_plain(value)
+        container = None if is_leaf else open_container(value, path)
+        if container is None:
+            return value
+        if depth > json_codec.MAX_DEPTH:
+            raise CheckpointError(
+                f"{path}: nested deeper than {json_codec.MAX_DEPTH} levels, or contains itself"
+            )
+        self._ancestors[id(value)] = path
+        children = {
+            name: self._opened(each, child(path, name), depth + 1)
+            for name, each in container.children.items()
+        }
+        del self._ancestors[id(value)]
+        inner = [each for each in children.values() if isinstance(each, OpenedContainer)]
+        num_containers = 1 + sum(each.num_containers for each in inner)
+        if depth == 0 and num_containers > _MAX_OCCURRENCES:
+            raise CheckpointError(
+                f"{path}: containers in it occur at more than {_MAX_OCCURRENCES} places; refer to "
+                f"a container of variables or arrays from one place only"
+            )
+        opened = container._replace(children=children, num_containers=num_containers)
+        self._containers[id(value)] = opened
+        return opened
 
-    def _reserve(self, name: str) -> None:
-        """Raise unless a tensor name is new and valid."""
-        if name in self._names:
-            raise CheckpointError(f"{name}: two objects have this name; rename one of them")
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise CheckpointError(f"{name!r}: a name must be valid Unicode") from None
-        self._names.add(name)
+    def _find_variables(self, item: Any, path: str) -> None:
+        if isinstance(item, Variable):
+            self.variables[path] = item
+        elif isinstance(item, OpenedContainer):
+            for name, each in item.children.items():
+                self._find_variables(each, child(path, name))

@@ -15,7 +15,8 @@ import numpy as np
 from dvkernels import replica_context
 from dvkernels._version import __version__
 from dvkernels.cluster import simulated_hosts
-from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
+from dvkernels.cluster.resolver import ClusterResolver
+from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import array_memory, cpu, cuda
 from dvkernels.devices.device import Device
 from dvkernels.devices.registry import list_devices

@@ -22,7 +22,8 @@ from dvkernels.cli.training_loop import (
     TrainingConfig,
     TrainingResult,
 )
-from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
+from dvkernels.cluster.resolver import ClusterResolver
+from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
 from dvkernels.devices.device import Device
 from dvkernels.devices.registry import list_devices, resolve

@@ -3,7 +3,7 @@
 Imports: errors.
 """
 
-from dvkernels.cluster.resolvers import ClusterResolver as ClusterResolver
+from dvkernels.cluster.resolver import ClusterResolver as ClusterResolver
 from dvkernels.cluster.resolvers import KubernetesClusterResolver as KubernetesClusterResolver
 from dvkernels.cluster.resolvers import MPIClusterResolver as MPIClusterResolver
 from dvkernels.cluster.resolvers import SimpleClusterResolver as SimpleClusterResolver

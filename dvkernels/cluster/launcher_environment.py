@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
-from dvkernels.cluster import slurm_lists
+from dvkernels.cluster import slurm_counts
 from dvkernels.cluster.position import Position
-from dvkernels.cluster.spec import ClusterSpec
 from dvkernels.errors import ClusterError
 
-__all__ = ["SRUN", "Environment", "find", "number", "slurm_position", "slurm_spec", "why_not_found"]
+__all__ = ["SRUN", "Environment", "find", "number", "slurm_position", "why_not_found"]
 
 Environment: TypeAlias = Mapping[str, str]
 
@@ -81,51 +80,17 @@ def slurm_position(environ: Environment) -> Position:
     """Return the position of a task of a Slurm job step."""
     size = number(environ, "SLURM_STEP_NUM_TASKS", 1)
     rank = number(environ, "SLURM_PROCID", 0, size)
-    num_local = None
-    if "SLURM_STEP_TASKS_PER_NODE" in environ:
-        counts = _slurm_counts(environ, size)
+    num_local, name = None, "SLURM_STEP_TASKS_PER_NODE"
+    if name in environ:
+        counts = slurm_counts.expand(name, environ[name])
+        if sum(counts) != size:
+            raise ClusterError(
+                f"{name}: {environ[name]!r} adds up to {sum(counts)} tasks, but "
+                f"SLURM_STEP_NUM_TASKS is {size}"
+            )
         num_local = counts[number(environ, "SLURM_NODEID", 0, len(counts))]
     local_rank = number(environ, "SLURM_LOCALID", 0, num_local or size)
     return Position("worker", rank, rank, size, local_rank, num_local)
-
-
-def _slurm_counts(environ: Environment, size: int) -> list[int]:
-    """Return the number of tasks of each node of the job step."""
-    name = "SLURM_STEP_TASKS_PER_NODE"
-    counts = slurm_lists.expand_counts(name, environ[name])
-    if sum(counts) != size:
-        raise ClusterError(
-            f"{name}: {environ[name]!r} adds up to {sum(counts)} tasks, but "
-            f"SLURM_STEP_NUM_TASKS is {size}"
-        )
-    return counts
-
-
-def slurm_spec(environ: Environment, port: int) -> ClusterSpec:
-    """Return the tasks' addresses; an empty spec where the variables do not give them."""
-    layout = environ.get("SLURM_DISTRIBUTION", "block").partition(":")[0]
-    nodes_name = "SLURM_STEP_NODELIST"
-    if (
-        layout not in ("block", "cyclic")
-        or not {
-            nodes_name,
-            "SLURM_STEP_TASKS_PER_NODE",
-        }
-        <= environ.keys()
-    ):
-        return ClusterSpec({})
-    counts = _slurm_counts(environ, number(environ, "SLURM_STEP_NUM_TASKS", 1))
-    nodes = slurm_lists.expand_nodes(nodes_name, environ[nodes_name])
-    if len(nodes) != len(counts):
-        raise ClusterError(
-            f"{nodes_name}: {environ[nodes_name]!r} names {len(nodes)} nodes, but "
-            f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']!r} is for "
-            f"{len(counts)}"
-        )
-    slots = [(node, local) for node, count in enumerate(counts) for local in range(count)]
-    if layout == "cyclic":  # one task per node in turn, skipping full nodes
-        slots.sort(key=lambda slot: (slot[1], slot[0]))
-    return ClusterSpec({"worker": [f"{nodes[node]}:{port + local}" for node, local in slots]})
 
 
 def number(environ: Environment, name: str, low: int, end: int | None = None) -> int:

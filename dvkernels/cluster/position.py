@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dvkernels.cluster.spec import ClusterSpec, host_of
 from dvkernels.errors import ClusterError
 
-__all__ = ["Position", "position_in", "worker_addresses"]
+__all__ = ["Position", "position_in"]
 
 _CHIEF, _WORKER = "chief", "worker"
 # Not a task of the cluster spec: it evaluates checkpoints while the workers train.
@@ -79,7 +79,7 @@ def position_in(
     if (task_type, task_id) not in workers:
         return Position(task_type, task_id, None, len(workers), None, None)
     worker_id = workers.index((task_type, task_id))
-    hosts = [host_of(address) for address in worker_addresses(spec)]
+    hosts = [host_of(spec.task_address(job, index)) for job, index in workers]
     return Position(
         task_type,
         task_id,
@@ -88,8 +88,3 @@ def position_in(
         local_rank=hosts[:worker_id].count(hosts[worker_id]),
         num_local_workers=hosts.count(hosts[worker_id]),
     )
-
-
-def worker_addresses(spec: ClusterSpec) -> tuple[str, ...]:
-    """Return the addresses of the workers, in the order of ``worker_id``."""
-    return spec.job_tasks(_CHIEF) + spec.job_tasks(_WORKER)

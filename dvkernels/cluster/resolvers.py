@@ -1,4 +1,4 @@
-"""Cluster resolvers: find this process's position in its job from the launcher's environment.
+"""Cluster resolvers: one for each source that describes the job to its processes.
 
 Every resolver reads its source once, in the constructor, and does not communicate.
 """
@@ -6,18 +6,17 @@ Every resolver reads its source once, in the constructor, and does not communica
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, final
 
 from dvkernels.cluster import launcher_environment
-from dvkernels.cluster.position import Position, position_in, worker_addresses
+from dvkernels.cluster.position import Position, position_in
+from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.cluster.spec import ClusterSpec, Tasks
 from dvkernels.errors import ClusterError
 
 __all__ = [
-    "ClusterResolver",
     "KubernetesClusterResolver",
     "MPIClusterResolver",
     "SimpleClusterResolver",
@@ -29,97 +28,6 @@ __all__ = [
 _OWN_CONFIG, _TF_CONFIG = "DVKERNELS_CLUSTER", "TF_CONFIG"
 _NUM_WORKERS = "DVKERNELS_NUM_WORKERS"
 _COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
-
-
-class ClusterResolver:
-    """Base class: this process's position in its job, and the addresses of all tasks.
-
-    Use a subclass, or pass a position of your own to this constructor.
-
-    Parameters
-    ----------
-    source : str
-        The origin of the information, for messages: a launcher or an environment variable.
-    position : Position
-        The position of this process.
-    spec : ClusterSpec, optional
-        The addresses of all tasks; empty if they are unknown.
-
-    Examples
-    --------
-    >>> import dvkernels as dv
-    >>> hosts = {"worker": ["a:2222", "a:2223", "b:2222"]}
-    >>> resolver = dv.cluster.SimpleClusterResolver(hosts, task_id=1)
-    >>> resolver
-    SimpleClusterResolver(explicit: worker 1 of 3, 1 of 2 on this host)
-    >>> resolver.is_chief, resolver.addresses
-    (False, ('a:2222', 'a:2223', 'b:2222'))
-    """
-
-    def __init__(self, source: str, position: Position, spec: ClusterSpec | None = None) -> None:
-        self._source = source
-        self._position = position
-        self._spec = ClusterSpec({}) if spec is None else spec
-
-    @property
-    def source(self) -> str:
-        """The origin of the information: a launcher or an environment variable."""
-        return self._source
-
-    @property
-    def task_type(self) -> str:
-        """The name of this process's job; ``"worker"`` under MPI, Slurm and Kubernetes."""
-        return self._position.task_type
-
-    @property
-    def task_id(self) -> int:
-        """The index of this process in its job."""
-        return self._position.task_id
-
-    @property
-    def worker_id(self) -> int | None:
-        """The number among all workers, the chief first; None for a task that is not a worker."""
-        return self._position.worker_id
-
-    @property
-    def num_workers(self) -> int:
-        """The number of workers, the chief included."""
-        return self._position.num_workers
-
-    @property
-    def local_rank(self) -> int | None:
-        """The number among the workers of this host; None if unknown."""
-        return self._position.local_rank
-
-    @property
-    def num_local_workers(self) -> int | None:
-        """The number of workers of this host; None if unknown."""
-        return self._position.num_local_workers
-
-    @property
-    def is_chief(self) -> bool:
-        """Whether this is the first worker, which does what is to be done once per job."""
-        return self._position.worker_id == 0
-
-    @property
-    def addresses(self) -> tuple[str, ...] | None:
-        """The workers' addresses in the order of ``worker_id``; None if unknown."""
-        return worker_addresses(self._spec) or None
-
-    def cluster_spec(self) -> ClusterSpec:
-        """Return the addresses of all tasks; an empty spec if unknown."""
-        return self._spec
-
-    def __repr__(self) -> str:
-        if self.worker_id is None:
-            return f"{type(self).__name__}({self.source}: {self.task_type} {self.task_id})"
-        here = ""
-        if self.num_local_workers is not None:
-            here = f", {self.local_rank} of {self.num_local_workers} on this host"
-        return (
-            f"{type(self).__name__}({self.source}: worker {self.worker_id} of "
-            f"{self.num_workers}{here})"
-        )
 
 
 @final
@@ -224,8 +132,6 @@ class SlurmClusterResolver(ClusterResolver):
 
     Parameters
     ----------
-    port : int
-        The port of the first task of each node; the next task of the node has the next port.
     environ : mapping from str to str, optional
         The environment; that of this process if not given.
 
@@ -233,11 +139,6 @@ class SlurmClusterResolver(ClusterResolver):
     ------
     ClusterError
         This process is not a task of a job step, or a variable is malformed.
-
-    Notes
-    -----
-    The addresses are known for ``--distribution`` ``block`` and ``cyclic``; for others they are
-    None.
 
     Examples
     --------
@@ -247,15 +148,9 @@ class SlurmClusterResolver(ClusterResolver):
     2
     """
 
-    def __init__(
-        self, *, port: int = 8888, environ: launcher_environment.Environment | None = None
-    ) -> None:
+    def __init__(self, *, environ: launcher_environment.Environment | None = None) -> None:
         environ = os.environ if environ is None else environ
-        super().__init__(
-            launcher_environment.SRUN,
-            launcher_environment.slurm_position(environ),
-            launcher_environment.slurm_spec(environ, _port(port)),
-        )
+        super().__init__(launcher_environment.SRUN, launcher_environment.slurm_position(environ))
 
 
 @final
@@ -302,11 +197,6 @@ class KubernetesClusterResolver(ClusterResolver):
     ----------
     num_workers : int, optional
         The Job's ``completions``; the variable ``DVKERNELS_NUM_WORKERS`` if not given.
-    service : str, optional
-        The headless service of the pods, ``subdomain`` in their template; the variable
-        ``DVKERNELS_SERVICE`` if not given. Without it the addresses are unknown.
-    port : int
-        The port of every pod.
     environ : mapping from str to str, optional
         The environment; that of this process if not given.
 
@@ -328,8 +218,6 @@ class KubernetesClusterResolver(ClusterResolver):
         self,
         num_workers: int | None = None,
         *,
-        service: str | None = None,
-        port: int = 8888,
         environ: launcher_environment.Environment | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
@@ -345,16 +233,13 @@ class KubernetesClusterResolver(ClusterResolver):
                     f"pods: set it to the Job's completions, or pass num_workers"
                 )
             num_workers = launcher_environment.number(environ, _NUM_WORKERS, 1)
-        num_workers = _integer("num_workers", num_workers, 1, math.inf)
+        given: object = num_workers
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ClusterError(f"num_workers: expected an integer from 1; got {given!r}")
         index = launcher_environment.number(environ, _COMPLETION_INDEX, 0, num_workers)
-        service = environ.get("DVKERNELS_SERVICE") if service is None else service
-        # A pod is named after its Job and its index, and counts as a host with one worker.
-        job = environ.get("HOSTNAME", "").removesuffix(f"-{index}")
-        spec: dict[str, Tasks] = {}
-        if service and job and job != environ["HOSTNAME"]:
-            spec["worker"] = [f"{job}-{k}.{service}:{_port(port)}" for k in range(num_workers)]
+        # A pod counts as a host with one worker.
         position = Position(task_id=index, worker_id=index, num_workers=num_workers)
-        super().__init__("Kubernetes", position, ClusterSpec(spec))
+        super().__init__("Kubernetes", position)
 
 
 def default_resolver(environ: launcher_environment.Environment | None = None) -> ClusterResolver:
@@ -422,15 +307,3 @@ def _task_index(name: str, index: object) -> int:
             f'{name}: expected the "index" of the task to be an integer; got {index!r}'
         )
     return index
-
-
-def _integer(name: str, value: object, low: int, high: float) -> int:
-    """Return an argument; raise unless it is an integer from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        limits = f"from {low}" + (f" to {high}" if high < math.inf else "")
-        raise ClusterError(f"{name}: expected an integer {limits}; got {value!r}")
-    return value
-
-
-def _port(port: object) -> int:
-    return _integer("port", port, 1, 65535)

@@ -6,14 +6,13 @@ import os
 import platform
 from collections.abc import Sequence
 
-from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.single import Single
 from dvkernels.communicators.workers.shm import available
-from dvkernels.communicators.workers.staged import Staged
 from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 
@@ -68,6 +67,10 @@ def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:
     answers = workers.exchange(are_on_gpus)
     if len(answers) == 1 or not any(answers):
         return workers
+    from dvkernels.communicators.workers.group import WorkerGroup
+    from dvkernels.communicators.workers.staged import Staged
+
+    assert isinstance(workers, WorkerGroup)  # of several workers
     return Staged(workers)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import optree
 
+from dvkernels import pytree
 from dvkernels.devices import interop
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
@@ -19,11 +19,9 @@ from dvkernels.user_errors import brief
 __all__ = [
     "as_array",
     "concatenate",
-    "flatten",
     "is_flat_dict",
     "is_flat_tuple",
     "leading_length",
-    "leaf_names",
     "nbytes_of",
     "outline",
     "owned_copy",
@@ -35,11 +33,6 @@ _LONGEST_OUTLINE = 200
 
 # Immutable, so they need no copy.
 _IMMUTABLE_TYPES = frozenset({bool, int, float, complex, str, bytes, type(None)})
-
-
-def flatten(nest: Any) -> tuple[list[Any], optree.PyTreeSpec]:
-    """Return the leaves and the structure of a pytree; None is a leaf."""
-    return optree.tree_flatten(nest, none_is_leaf=True)
 
 
 def is_flat_tuple(nest: Any) -> bool:
@@ -56,19 +49,14 @@ def is_flat_dict(nest: Any) -> bool:
     )
 
 
-def leaf_names(nest: Any, root: str) -> list[str]:
-    """Return the path of each leaf as Python code: ``nest['image'][0]``."""
-    return [path.codify(root) for path in optree.tree_accessors(nest, none_is_leaf=True)]
-
-
 def outline(nest: Any, root: str, describe: Callable[[np.dtype[Any], tuple[int, ...]], Any]) -> str:
     """Return one line with each leaf's name and ``describe(dtype, shape)``.
 
     A long line is truncated and ends with a digest of the whole.
     """
-    leaves, _ = flatten(nest)
+    leaves = pytree.leaves(nest)
     parts = []
-    for name, leaf in zip(leaf_names(nest, root), leaves, strict=True):
+    for name, leaf in zip(pytree.leaf_names(nest, root), leaves, strict=True):
         array = as_array(leaf, "outline", name)
         parts.append(f"{name}: {describe(array.dtype, array.shape)}")
     text = ", ".join(parts)
@@ -111,7 +99,7 @@ def owned_copy(element: Any) -> Any:
         return element
     if kind is np.ndarray:
         return element.copy("K")
-    return optree.tree_map(_owned_leaf_copy, element, none_is_leaf=True)
+    return pytree.map_leaves(_owned_leaf_copy, element)
 
 
 def _owned_leaf_copy(leaf: Any) -> Any:
@@ -142,9 +130,7 @@ def concatenate(batches: Sequence[Any]) -> Any:
     """Concatenate one or more batches of one structure along their leading axis."""
     if len(batches) == 1:
         return batches[0]
-    return optree.tree_map(
-        lambda *leaves: np.concatenate(leaves), batches[0], *batches[1:], none_is_leaf=True
-    )
+    return pytree.map_leaves(lambda *leaves: np.concatenate(leaves), *batches)
 
 
 def leading_length(batch: Any) -> int:
@@ -155,14 +141,14 @@ def leading_length(batch: Any) -> int:
     DatasetError
         The batch has no leaf, a leaf without a leading axis, or leaves of different lengths.
     """
-    leaves, _ = flatten(batch)
+    leaves = pytree.leaves(batch)
     if not leaves:
         raise DatasetError(
             f"distribute_dataset: expected batches with at least one array; got {brief(batch)}; "
             "let the dataset's elements hold something"
         )
     found = []
-    for name, leaf in zip(leaf_names(batch, "batch"), leaves, strict=True):
+    for name, leaf in zip(pytree.leaf_names(batch, "batch"), leaves, strict=True):
         shape = getattr(leaf, "shape", None)
         if not shape:
             raise DatasetError(
@@ -182,7 +168,7 @@ def leading_length(batch: Any) -> int:
 
 def slice_rows(batch: Any, start: int, stop: int) -> Any:
     """Return the rows ``start`` to ``stop`` of every leaf, as views of arrays."""
-    return optree.tree_map(lambda leaf: leaf[start:stop], batch, none_is_leaf=True)
+    return pytree.map_leaves(lambda leaf: leaf[start:stop], batch)
 
 
 def nbytes_of(nest: Any) -> int:
@@ -193,10 +179,10 @@ def nbytes_of(nest: Any) -> int:
     if is_flat_tuple(nest):
         leaves = nest
     else:
-        leaves = nest.values() if is_flat_dict(nest) else optree.tree_leaves(nest)
+        leaves = nest.values() if is_flat_dict(nest) else pytree.leaves(nest)
     return sum([getattr(leaf, "nbytes", 0) for leaf in leaves])
 
 
 def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
     """Return the rows ``indices``, of shape (n,), of every leaf."""
-    return optree.tree_map(lambda leaf: leaf[indices], batch, none_is_leaf=True)
+    return pytree.map_leaves(lambda leaf: leaf[indices], batch)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.data.array_nest import as_array, flatten, leaf_names, outline
+from dvkernels.data.array_nest import as_array, outline
 from dvkernels.data.node import Node
+from dvkernels.pytree import flatten, leaf_names
 
 __all__ = ["fingerprint", "kinds_of"]
 

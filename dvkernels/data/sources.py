@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dvkernels.data.array_nest import as_array, flatten, is_flat_tuple, leaf_names, outline
+from dvkernels.data.array_nest import as_array, is_flat_tuple, outline
 from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag, check_ordered
 from dvkernels.data.node import Indices, Node, add_note, callable_name
 from dvkernels.devices.array_spec import Spec
 from dvkernels.errors import DatasetError
+from dvkernels.pytree import flatten, leaf_names
 from dvkernels.user_errors import brief, text_of
 
 __all__ = ["FromArrays", "FromIterable", "FromSequence", "Range", "SupportsIndexing"]

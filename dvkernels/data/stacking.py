@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import as_array, flatten, leaf_names
+from dvkernels.data.array_nest import as_array
 from dvkernels.errors import DatasetError
-from dvkernels.pytree import describe_structure
+from dvkernels.pytree import describe_structure, flatten, leaf_names
 from dvkernels.user_errors import brief
 
 __all__ = ["BatchBuilder", "stack"]

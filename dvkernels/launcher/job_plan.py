@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-from dvkernels.cluster import launcher_environment, slurm_lists
+from dvkernels.cluster import launcher_environment, slurm_counts
 from dvkernels.devices import cpu
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import commands
@@ -124,7 +124,7 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int | None:
     if "SLURM_NTASKS" in environ:
         return launcher_environment.number(environ, "SLURM_NTASKS", 1)
     name = "SLURM_TASKS_PER_NODE"  # alone, if the job asked for nodes instead of tasks
-    return sum(slurm_lists.expand_counts(name, environ[name])) if name in environ else None
+    return sum(slurm_counts.expand(name, environ[name])) if name in environ else None
 
 
 def _worker_command(program: Sequence[str], is_module: bool) -> tuple[str, ...]:

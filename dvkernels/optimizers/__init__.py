@@ -1,6 +1,6 @@
 """Optimizers: recipes over fused kernels, which reduce gradients and update variables in one pass.
 
-Imports: communicators, context, devices, errors, kernels, profiler, reduce_op, replicas,
+Imports: communicators, context, devices, errors, kernels, profiler, pytree, reduce_op, replicas,
 user_errors, values, variables.
 """
 

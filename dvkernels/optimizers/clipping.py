@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels import reduce_op
+from dvkernels import pytree, reduce_op
 from dvkernels.devices import array_memory
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.optimizers.optimizer import checked
-from dvkernels.values import regroup
 from dvkernels.values.array_leaves import as_array
 
 __all__ = ["clip_by_global_norm"]
@@ -60,7 +59,7 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
     limit = checked(clip_norm, "clip_norm", 0)
     if limit == 0:
         raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
-    leaves, structure = regroup.flatten(gradients)
+    leaves, structure = pytree.flatten(gradients)
     arrays = [
         _floating(as_array(leaf, "clip_by_global_norm", 0, array_memory.of_value(leaf)))
         for leaf in leaves
@@ -71,7 +70,7 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
         array_memory.holding(array).apply(_scaled, array, array.dtype.type(factor))
         for array in arrays
     ]
-    return regroup.unflatten(structure, clipped), norm
+    return pytree.unflatten(structure, clipped), norm
 
 
 def _norm(array: Any) -> float:

@@ -20,7 +20,7 @@ from dvkernels.user_errors import brief
 from dvkernels.values import regroup, replica_weights
 from dvkernels.values.array_leaves import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
-from dvkernels.variables.synchronization import VariableSynchronization
+from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []

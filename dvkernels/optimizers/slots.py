@@ -11,8 +11,7 @@ import numpy as np
 
 from dvkernels.optimizers import saved_state
 from dvkernels.variables.deep_copy import on_deepcopy
-from dvkernels.variables.slot_variable import variable_like
-from dvkernels.variables.variable import Variable
+from dvkernels.variables.variable import Variable, slot_of
 
 __all__: list[str] = []
 
@@ -68,7 +67,7 @@ class Slots:
         for variable, state in zip(variables, states, strict=True):
             for name in names:
                 if name not in state.slots:  # for example after momentum was set later
-                    state.slots[name] = variable_like(variable, name)
+                    state.slots[name] = slot_of(variable, name)
         return states
 
     def has(self, variable: Variable) -> bool:
@@ -112,5 +111,5 @@ def _new_state(
     variable: Variable, entry: saved_state.Entry | None, names: Sequence[str]
 ) -> VariableState:
     content = {} if entry is None else entry["slots"]
-    slots = {name: variable_like(variable, name, content.get(name)) for name in names}
+    slots = {name: slot_of(variable, name, content.get(name)) for name in names}
     return VariableState(slots, np.array(0 if entry is None else entry["steps"], np.int64))

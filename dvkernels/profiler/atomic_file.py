@@ -33,17 +33,24 @@ class AtomicFile:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(f"{self.path} is a folder; name a file")
         self._folder = -1
-        if stat.S_ISREG(mode):
-            self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            self._name = f".{self.path.name}.{os.urandom(8).hex()}.partial"
+        self._file: BinaryIO | None = None
+        self._name = f".{self.path.name}.{os.urandom(8).hex()}.partial"
         try:
+            if stat.S_ISREG(mode):
+                self._folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             self._file = self._open()
         except BaseException:
-            self._close_folder()
+            self.discard()
             raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the file has been neither filled nor discarded."""
+        return self._file is not None and not self._file.closed
 
     def fill(self, write: Callable[[BinaryIO], object]) -> None:
         """Call ``write`` with the file, and put it in place; after an error the old file stays."""
+        assert self._file is not None
         try:
             with self._file as file:
                 write(file)
@@ -59,7 +66,8 @@ class AtomicFile:
 
     def discard(self) -> None:
         """Remove the temporary file and leave the old one; may be called twice."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._folder >= 0:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._name, dir_fd=self._folder)

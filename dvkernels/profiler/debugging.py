@@ -173,7 +173,8 @@ class debug:
 
     Records of the logger ``dvkernels`` have the attributes ``replica`` and ``step``. The logger is
     silent unless logging is configured. The cost is one pass over each checked array, and a
-    comparison of all copies after each step. Debug mode applies to the whole process.
+    comparison of all copies after each step. Debug mode applies to the whole process. An interrupt
+    before the first line of ``__exit__`` leaves it on; ``dv.debug(False)`` switches it off.
 
     Examples
     --------

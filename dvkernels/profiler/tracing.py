@@ -60,6 +60,9 @@ class trace:
     waiting); ``next`` of distributed iterators; and the phases of checkpoints. Open the file at
     ui.perfetto.dev or chrome://tracing.
 
+    An interrupt may come before the first line of a ``__exit__``: then the recording goes on, as
+    with any context manager of Python, until ``close`` or the end of the program.
+
     A span costs about a microsecond. At most a million spans are kept; a warning gives the number
     of later ones. Every worker records its own trace, so each needs a path of its own.
 
@@ -85,15 +88,19 @@ class trace:
             raise ContextError(
                 f"a trace is being recorded already, to {active._path}; end it first"
             )
-        self._output = AtomicFile(path)
-        self._path = self._output.path
         self._pid = os.getpid()
         self._began = time.perf_counter_ns()
+        self._output = AtomicFile(path)
+        self._path = self._output.path
         self._spans: list[_TraceEvent] = []
         self._lanes: dict[int, str] = {}
         self._num_dropped = 0
-        active = self
-        atexit.register(self.close)
+        try:
+            atexit.register(self.close)
+            active = self
+        except BaseException:
+            self._output.discard()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -107,18 +114,21 @@ class trace:
         self.close()
 
     def close(self) -> None:
-        """End the recording and write the file. Safe to call twice."""
+        """End the recording and write the file. Safe to call again, also after an interrupt."""
         global active
-        if active is not self:
-            return
-        active = None
+        if os.getpid() != self._pid:
+            return  # a forked child: the file belongs to the parent
+        if active is self:
+            active = None
+        if self._output.is_open:
+            if self._num_dropped:
+                LOGGER.warning(
+                    "the trace %s holds %d spans; %d later ones were left out",
+                    self._path, len(self._spans), self._num_dropped,
+                )  # fmt: skip
+            self._output.fill(self._write)
+        self._output.discard()  # what an interrupted call left; nothing after a whole one
         atexit.unregister(self.close)
-        if self._num_dropped:
-            LOGGER.warning(
-                "the trace %s holds %d spans; %d later ones were left out",
-                self._path, len(self._spans), self._num_dropped,
-            )  # fmt: skip
-        self._output.fill(self._write)
 
     def _write(self, file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8")

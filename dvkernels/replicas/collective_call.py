@@ -30,7 +30,7 @@ class CollectiveCall(NamedTuple):
     def __str__(self) -> str:
         terms = (
             pytree.describe_structure(term)
-            if pytree.is_structure(term)
+            if isinstance(term, pytree.Structure)
             else user_errors.text_of(term)
             for term in self.terms
             if term is not None

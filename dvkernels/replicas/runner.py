@@ -7,13 +7,14 @@ import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.profiler import debugging, tracing
 from dvkernels.replicas import foreign_threads
+from dvkernels.replicas.gates import Gates
 from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.step_lock import StepLock
@@ -97,36 +98,37 @@ class Runner:
         results: list[Any] = [None] * self._num_replicas
         rendezvous: Rendezvous | None = None
         team: ThreadTeam | None = None
+        gates: Gates | None = None
+        has_ended: Sequence[bool] = ()
         is_reusable = False
         try:
             self._num_steps += 1
             debug_state = debugging.active
             number = self._num_steps
-            if self._num_replicas == 1:
-                # A single replica of a single worker performs asynchronous calls at once.
-                progress_thread = None if self._announce is None else self._progress_thread
-                rendezvous = Rendezvous(
-                    1, None, timeout, progress_thread, self._first_replica, self._announce
-                )
-                if debug_state is not None:
-                    rendezvous.observe(
-                        debug_state, debugging.RunningReplica(self._label, number, 0)
-                    )
+            # A single replica of a single worker performs asynchronous calls at once.
+            is_alone = self._num_replicas == 1 and self._announce is None
+            if self._num_replicas > 1:
+                team = self._idle.pop() if self._idle else self._new_team()
+                team.is_busy = True
+                gates, has_ended = team.closed_gates(), team.has_ended
+            rendezvous = Rendezvous(
+                self._num_replicas,
+                gates,
+                timeout,
+                None if is_alone else self._progress_thread,
+                self._first_replica,
+                self._announce,
+                has_ended,
+            )
+            if debug_state is not None:
+                rendezvous.observe(debug_state, debugging.RunningReplica(self._label, number, 0))
+            if team is not None:
+                _run_together(rendezvous, team, call, results)
+            else:
                 try:
                     contextvars.copy_context().run(_take_part, rendezvous, 0, call, results)
                 finally:
                     rendezvous.settle(started=True)
-            else:
-                team = self._idle.pop() if self._idle else self._new_team()
-                team.is_busy = True
-                rendezvous = team.new_rendezvous(
-                    timeout, self._progress_thread, self._first_replica, self._announce
-                )
-                if debug_state is not None:
-                    rendezvous.observe(
-                        debug_state, debugging.RunningReplica(self._label, number, 0)
-                    )
-                _run_together(rendezvous, team, call, results)
             if rendezvous.failure is not None:
                 error = rendezvous.outcome(rendezvous.failure)
                 if debug_state is not None:

@@ -13,9 +13,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dvkernels.replicas import rendezvous
+from dvkernels.replicas import step_state
 from dvkernels.replicas.gates import Gates
-from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.threads import thread as threads
 
 __all__: list[str] = []
@@ -65,12 +64,11 @@ class ThreadTeam:
     """
 
     def __init__(self, num_replicas: int) -> None:
-        first = rendezvous.num_gates(num_replicas)  # after the gates of the rendezvous
+        first = step_state.num_gates(num_replicas)  # after the gates of the rendezvous
         self._gates = Gates(first + num_replicas - 1, num_replicas)
-        self._num_replicas = num_replicas
         self._is_chain = not self._gates.spins
         self.is_busy = False  # set by the runner of a step
-        self._has_ended = [False] * num_replicas  # by replica: its thread has ended
+        self.has_ended = [False] * num_replicas  # by replica: its thread has ended
         self._inboxes = [
             _Inbox(
                 self._gates,
@@ -83,7 +81,7 @@ class ThreadTeam:
         self._threads = [
             threads.Thread(
                 target=_work,
-                args=(inbox, self._has_ended, rank),
+                args=(inbox, self.has_ended, rank),
                 name=f"dvkernels-replica-{rank}",
                 daemon=True,
             )
@@ -93,24 +91,10 @@ class ThreadTeam:
         self._at_drop = weakref.finalize(self, _end_all, self._inboxes, self._pid)
         threads.start(self._threads)
 
-    def new_rendezvous(
-        self,
-        timeout: float,
-        progress_thread: ProgressThread,
-        first_replica: int = 0,
-        announce: Callable[[BaseException], None] | None = None,
-    ) -> rendezvous.Rendezvous:
-        """Return the rendezvous of a new step of this team; ``timeout`` in seconds."""
-        self._gates.close_first(rendezvous.num_gates(self._num_replicas))
-        return rendezvous.Rendezvous(
-            self._num_replicas,
-            self._gates,
-            timeout,
-            progress_thread,
-            first_replica,
-            announce,
-            self._has_ended,
-        )
+    def closed_gates(self) -> Gates:
+        """Return the gates of the team, closed for the rendezvous of a new step."""
+        self._gates.close_first(step_state.num_gates(len(self.has_ended)))
+        return self._gates
 
     def start(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Start one task on each (idle) thread; a task never raises."""
@@ -122,7 +106,7 @@ class ThreadTeam:
         *others, last = self._inboxes
         for inbox in others:
             self._gates.open(inbox.gate)
-        self._gates.open_and_let_run(last.gate, rendezvous.rest_gate(self._num_replicas))
+        self._gates.open_and_let_run(last.gate, step_state.rest_gate(len(self.has_ended)))
 
     def dismiss(self) -> None:
         """Tell the threads to end after their current task, without waiting.

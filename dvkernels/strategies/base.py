@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import Token
 from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from dvkernels import context, reduce_op
+from dvkernels import context, pytree, reduce_op
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
@@ -46,9 +45,8 @@ from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
 from dvkernels.variables import drift
 from dvkernels.variables.drafts import commit_drafts, drafts_of, end_drafts
-from dvkernels.variables.live_variables import variables_of
-from dvkernels.variables.synchronization import VariableSynchronization
-from dvkernels.variables.variable import Variable, copies_of
+from dvkernels.variables.modes import VariableSynchronization
+from dvkernels.variables.variable import Variable, copies_of, variables_of
 
 __all__ = ["Strategy", "ValueContext"]
 
@@ -215,7 +213,9 @@ class Strategy(ProcessBound):
         context manager
             Yields the strategy. Variables created inside get one copy per replica. It may be
             entered again inside itself; entering it inside another strategy's scope, or in
-            replica context, raises ``ContextError``.
+            replica context, raises ``ContextError``. An interrupt before the first line of its
+            ``__exit__`` leaves it current, as with any context manager of Python; its ``__exit__``
+            can be called again.
 
         Examples
         --------
@@ -363,7 +363,7 @@ class Strategy(ProcessBound):
                 total = communicator.reduce(arrays, reduction)
             return array_memory.holding(total).like(total, leaf.values[0])
 
-        return regroup.map_leaves(reduce_leaf, value)
+        return pytree.map_leaves(reduce_leaf, value)
 
     def gather(self, value: Any, axis: int = 0) -> Any:
         """Concatenate one value per replica along ``axis``, in replica order.
@@ -414,7 +414,7 @@ class Strategy(ProcessBound):
             whole = placement.communicator.all_gather(ready, axes[0])[0]
             return array_memory.holding(whole).like(whole, leaf.values[0])
 
-        return regroup.map_leaves(gather_leaf, value)
+        return pytree.map_leaves(gather_leaf, value)
 
     def local_results(self, value: Any) -> tuple[Any, ...]:
         """Return the components of a distributed value, one per replica of this process.
@@ -473,7 +473,7 @@ class Strategy(ProcessBound):
         first, num_replicas = self._placement.first_replica, self.num_replicas_in_sync
         local = range(first, first + self._placement.num_local)
         made = [fn(ValueContext(replica, num_replicas)) for replica in local]
-        flat = [regroup.flatten(result) for result in made]
+        flat = [pytree.flatten(result) for result in made]
         for replica, (_, structure) in zip(local, flat, strict=True):
             if structure != flat[0][1]:
                 raise ValueError(
@@ -482,7 +482,7 @@ class Strategy(ProcessBound):
                     f"{describe_structure(structure)}; return the same structure for every replica"
                 )
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
-        return regroup.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
+        return pytree.unflatten(flat[0][1], [self._per_replica(column) for column in columns])
 
     def empty(self, shape: int | Sequence[int], dtype: Any = np.float64) -> PerReplica[Any]:
         """Return a ``PerReplica`` of uninitialized arrays for use in every step, such as gradients.
@@ -663,7 +663,7 @@ class Strategy(ProcessBound):
             array = self._placement.broadcast_from_chief(array)
             return array_memory.holding(array).copy_to_device_of(array, array)
 
-        return self._mirrored(regroup.map_leaves(broadcast_leaf, value), devices)
+        return self._mirrored(pytree.map_leaves(broadcast_leaf, value), devices)
 
     def update(
         self,
@@ -736,7 +736,7 @@ class Strategy(ProcessBound):
             raise ValueError(f"update: kwargs must be a dict, got {type(kwargs).__name__}")
         given = (tuple(args), dict(kwargs or {}))
         equal = variable.synchronization is VariableSynchronization.ON_WRITE
-        if equal and any(isinstance(leaf, PerReplica) for leaf in regroup.flatten(given)[0]):
+        if equal and any(isinstance(leaf, PerReplica) for leaf in pytree.leaves(given)):
             raise SynchronizationError(
                 f"update of variable {variable.name!r}: its copies are equal, and a PerReplica "
                 f"among the arguments would let them drift apart; reduce it first"
@@ -913,7 +913,7 @@ class Strategy(ProcessBound):
             copies = [array_memory.on_device(whole, device) for device in devices]
             return Mirrored(copies, devices=devices, owner=owner)
 
-        return regroup.map_leaves(mirror, tree)
+        return pytree.map_leaves(mirror, tree)
 
     def _check_fits(self, verb: str, value: DistributedValues[Any]) -> None:
         self._check_own(verb, value)
@@ -944,7 +944,7 @@ class Strategy(ProcessBound):
         ``num_copies`` asks for one pytree per copy of a variable instead. Variables are replaced
         only if ``variables`` is true.
         """
-        leaves, structure = regroup.flatten(tree)
+        leaves, structure = pytree.flatten(tree)
         distributed = [
             isinstance(leaf, DistributedValues) and (variables or not isinstance(leaf, Variable))
             for leaf in leaves
@@ -959,7 +959,7 @@ class Strategy(ProcessBound):
             return leaf.values[rank if len(leaf.values) > 1 else 0]
 
         return [
-            regroup.unflatten(
+            pytree.unflatten(
                 structure,
                 [
                     component(leaf, rank) if is_distributed else leaf
@@ -1012,7 +1012,6 @@ class Scope:
     def __init__(self, strategy: Strategy, placement: Placement) -> None:
         self._strategy = strategy
         self._placement = placement
-        self._entered: list[tuple[Frame, Token[Frame]]] = []
 
     def __enter__(self) -> Strategy:
         """Make the strategy the current one."""
@@ -1020,25 +1019,25 @@ class Scope:
         if here is not None and (here.replica is not None or here.placement is not self._placement):
             context.require_cross_replica(self._placement, "scope")
         merging = here is not None and here.merging
-        frame = Frame(self._placement, self._strategy, merging=merging)
-        self._entered.append((frame, context.enter(frame)))
+        context.enter(Frame(self._placement, self._strategy, None, merging, self, here))
         return self._strategy
 
     def __exit__(self, *_: object) -> None:
         """Restore the strategy that was current before."""
-        if not self._entered:
+        current = frame = context.explicit()
+        while frame is not None and frame.scope is not self:
+            frame = frame.outer
+        if frame is None:
             raise ContextError(
                 f"the scope of {self._placement.name} was left without having been entered; use it "
                 f"in a with statement"
             )
-        frame, token = self._entered[-1]
-        if context.explicit() is not frame:
+        if frame is not current:
             raise ContextError(
                 f"the scope of {self._placement.name} was left out of order; leave the inner scope "
                 f"first (use with statements)"
             )
-        self._entered.pop()
-        context.leave(token)
+        context.enter(frame.outer)  # one store: an interrupt finds the scope entered or left
 
 
 def set_strategy(strategy: Strategy | None) -> None:

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any, final
 
-from dvkernels.cluster.resolvers import ClusterResolver, default_resolver
+from dvkernels.cluster.resolver import ClusterResolver
+from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
 from dvkernels.devices.device import Device

@@ -11,7 +11,6 @@ from dvkernels import pytree
 from dvkernels.strategies.base import Strategy
 from dvkernels.strategies.mirrored import MirroredStrategy
 from dvkernels.strategies.one_device import OneDeviceStrategy
-from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues
 from dvkernels.variables.variable import Variable
 
@@ -62,11 +61,11 @@ def assert_same_on(
     >>> assert_same_on(total)
     """
     with OneDeviceStrategy("cpu:0") as single:
-        expected, structure = regroup.flatten(_as_arrays(fn(single), "one device"))
+        expected, structure = pytree.flatten(_as_arrays(fn(single), "one device"))
     for count in replicas:
         subject = f"{count} replicas"
         with (make or _mirrored)(count) as strategy:
-            found, other = regroup.flatten(_as_arrays(fn(strategy), subject))
+            found, other = pytree.flatten(_as_arrays(fn(strategy), subject))
         assert other == structure, (
             f"{subject} returned {pytree.describe_structure(other)}, one device "
             f"{pytree.describe_structure(structure)}"
@@ -98,7 +97,7 @@ def _as_arrays(nest: Any, subject: str) -> Any:
             np.testing.assert_array_equal(other, first, err_msg=message)
         return first
 
-    return regroup.map_leaves(unwrap, nest)
+    return pytree.map_leaves(unwrap, nest)
 
 
 def _tolerance(dtype: np.dtype[Any]) -> float:

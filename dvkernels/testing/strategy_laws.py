@@ -13,7 +13,8 @@ from dvkernels.devices import array_memory, interop
 from dvkernels.errors import CollectiveMismatchError, ContextError, SynchronizationError
 from dvkernels.strategies.base import Strategy
 from dvkernels.values.distributed import Mirrored, PerReplica
-from dvkernels.variables.variable import Variable, sync
+from dvkernels.variables.variable import Variable
+from dvkernels.variables.writes import sync
 
 __all__ = ["check_strategy"]
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels import pytree
 from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory, interop
 from dvkernels.devices.array_spec import Spec, refuse_masked, spec
 from dvkernels.errors import NotABufferError
 from dvkernels.user_errors import brief, text_of
-from dvkernels.values import regroup
 from dvkernels.values.distributed import is_integer
 
 __all__: list[str] = []
@@ -33,7 +33,7 @@ class ArrayLeaves(NamedTuple):
                 array_memory.holding(array).like(array, leaf)
                 for array, leaf in zip(results, self.originals, strict=True)
             ]
-        return results[0] if self.structure is None else regroup.unflatten(self.structure, results)
+        return results[0] if self.structure is None else pytree.unflatten(self.structure, results)
 
 
 def arrays_of(
@@ -50,7 +50,7 @@ def arrays_of(
     """
     if type(value) is np.ndarray:
         return ArrayLeaves([value], None, spec(value), None)
-    leaves, structure = regroup.flatten(value)
+    leaves, structure = pytree.flatten(value)
     own = [own_of(leaf) for leaf in leaves]
     arrays = [as_array(leaf, verb, replica, memory) for leaf in own]
     specs = tuple(spec(array) for array in arrays)

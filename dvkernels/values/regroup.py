@@ -1,15 +1,9 @@
-"""Regrouping of one pytree per replica to one pytree of distributed values, and back.
-
-A pytree is a nested structure that optree can flatten: lists, tuples, dicts, namedtuples and
-registered dataclasses. None is a leaf, so that it keeps its position.
-"""
+"""Regrouping of one pytree per replica to one pytree of distributed values, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import optree
 
 from dvkernels import pytree
 from dvkernels.devices.device import Device
@@ -18,22 +12,6 @@ from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
-
-
-def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Return the leaves of a pytree and its structure."""
-    leaves, structure = optree.tree_flatten(tree, none_is_leaf=True)
-    return leaves, structure
-
-
-def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
-    """Return the pytree of this structure with these leaves."""
-    return optree.tree_unflatten(structure, leaves)
-
-
-def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the pytree with ``fn`` applied to every leaf."""
-    return optree.tree_map(fn, tree, none_is_leaf=True)
 
 
 def own_component(value: Any, rank: int, placement: object) -> Any:
@@ -82,7 +60,7 @@ def regroup(
     first = results[0]
     if first is None and all(result is None for result in results):
         return None
-    flat = [flatten(result) for result in results]
+    flat = [pytree.flatten(result) for result in results]
     structure = flat[0][1]
     first_id = owner.first_replica if isinstance(owner, Placement) else 0
     for replica, (_, other) in enumerate(flat, first_id):
@@ -104,7 +82,7 @@ def regroup(
         )
 
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return unflatten(structure, [joined(column) for column in columns])
+    return pytree.unflatten(structure, [joined(column) for column in columns])
 
 
 def _is_variable(leaf: Any) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from dvkernels import context
-from dvkernels.errors import ContextError
+from dvkernels.errors import ContextError, SynchronizationError
 from dvkernels.replica_context import ReplicaContext
+from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.variables.copies import Copies
+from dvkernels.variables.modes import VariableAggregation
 
 __all__: list[str] = []
 
@@ -39,3 +44,26 @@ def calling_replica(copies: Copies, verb: str, *, write: bool) -> ReplicaContext
             f"it inside strategy.scope()"
         )
     return LONE_REPLICA
+
+
+def check_aggregation(copies: Copies, verb: str) -> None:
+    """Raise where several replicas write a variable whose values have no aggregate."""
+    count = copies.placement.num_replicas
+    if copies.aggregation is VariableAggregation.NONE and count > 1:
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r} in replica context needs an aggregation: it was "
+            f"created with aggregation='none', which does not say how the values of {count} "
+            f"replicas become one; create it with 'sum', 'mean' or 'only_first_replica', or write "
+            f"it in merge_call"
+        )
+
+
+def write_together(
+    copies: Copies,
+    verb: str,
+    payload: Any,
+    act: Callable[[list[Any]], list[None]],
+    replica: ReplicaContext,
+) -> None:
+    """Write a variable together with all replicas; the last one to arrive calls ``act``."""
+    replica.meet(CollectiveCall(f"Variable.{verb}", (copies.name, Same(id(copies))), payload, act))

@@ -7,54 +7,85 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.communicators.single import Single
 from dvkernels.devices import interop
-from dvkernels.devices.array_spec import Spec, refuse_masked, spec
+from dvkernels.devices.array_spec import Array, HostArray, Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.profiler import debugging
 from dvkernels.user_errors import brief, text_of
+from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.values.placement import Placement
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 
 __all__: list[str] = []
 
 
 class Copies:
-    """Arrays of a variable: one per device that holds a copy, all of one shape and dtype.
+    """Arrays of a variable, one per device that holds a copy, and the modes that it follows.
 
-    ``initial`` is the content of each copy, or a single content for all of them.
+    All arrays have one shape and dtype. ``initial`` is the content of each copy, or a single
+    content for all of them.
     """
 
     __slots__ = (
         "__weakref__",
         "_scratch",
+        "aggregation",
         "arrays",
         "is_slot",
         "memory",
         "name",
         "placement",
+        "synchronization",
         "views",
     )
 
-    arrays: tuple[Any, ...]
-    views: tuple[Any, ...]
+    arrays: tuple[Array, ...]
+    views: tuple[Array, ...]  # read-only
 
-    def __init__(self, initial: Sequence[Any], placement: Placement, name: str) -> None:
+    def __init__(
+        self,
+        initial: Sequence[Array],
+        placement: Placement,
+        name: str,
+        synchronization: VariableSynchronization,
+        aggregation: VariableAggregation,
+    ) -> None:
         self.name = name
         self.placement = placement
         self.memory = placement.memory
+        self.synchronization = synchronization
+        self.aggregation = aggregation
+        self.is_slot = False  # of an optimizer
+        self._scratch: Array | None = None
         devices = placement.copy_devices
         each = initial if len(initial) == len(devices) else [initial[0]] * len(devices)
-        self._set_arrays(map(self.memory.new, each, devices))
-        self._scratch: Any = None
-        self.is_slot = False  # an optimizer slot
+        self.set_arrays(map(self.memory.new, each, devices))
 
-    def _set_arrays(self, arrays: Iterable[Any]) -> None:
+    def set_arrays(self, arrays: Iterable[Array]) -> None:
+        """Take new arrays as the copies."""
         self.arrays = tuple(arrays)
         self.views = tuple(map(self.memory.read_only, self.arrays))
+
+    def duplicate(self) -> Copies:
+        """Return new copies of the same contents, modes and name."""
+        # One content for equal copies, even if another thread writes them meanwhile.
+        are_equal = self.synchronization is VariableSynchronization.ON_WRITE
+        initial = self.arrays[:1] if are_equal else self.arrays
+        made = Copies(initial, self.placement, self.name, self.synchronization, self.aggregation)
+        made.is_slot = self.is_slot
+        return made
 
     def index_of(self, rank: int) -> int:
         """Return the index of the copy that a local rank reads: its own, or the only one."""
         return rank if len(self.arrays) > 1 else 0
+
+    def read_by(self, replica: int | None) -> Array:
+        """Return the copy that a replica reads; the first copy for None."""
+        if not replica:
+            return self.arrays[0]
+        return self.arrays[self.index_of(replica - self.placement.first_replica)]
+
+    # -- values to write ------------------------------------------------------------------------
 
     def checked(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array of this shape and dtype; Python numbers take the dtype.
@@ -73,24 +104,17 @@ class Copies:
             debugging.check_finite(f"{verb} of variable {self.name!r}", [array])
         return self.memory.to_device_of(array, self.read_by(replica))
 
-    def read_by(self, replica: int | None) -> Any:
-        """Return the copy that a replica reads; the first copy for None."""
-        if not replica:
-            return self.arrays[0]
-        return self.arrays[self.index_of(replica - self.placement.first_replica)]
-
     def converted(self, value: Any, verb: str, replica: int | None) -> Any:
         """Return ``value`` as an array; Python numbers take this dtype, arrays keep theirs."""
-        shape, dtype = self.arrays[0].shape, self.arrays[0].dtype
-        origin = self._from(replica)
         if interop.is_foreign(value):
-            return self.memory.view(verb, value, f"the value{origin}")
+            return self.memory.view(verb, value, f"the value{self._from(replica)}")
         try:
             if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
-                return self._number(value, dtype)
+                return _number(value, self.arrays[0].dtype)
             if type(value) is not np.ndarray:
-                refuse_masked(value, f"{verb} of variable {self.name!r}: the value{origin}")
-            array = np.asarray(value)
+                what = f"{verb} of variable {self.name!r}: the value{self._from(replica)}"
+                refuse_masked(value, what)
+            array: HostArray = np.asarray(value)
             if array.dtype.hasobject:
                 raise TypeError(f"a {type(value).__name__} is not a number or an array of numbers")
             return array
@@ -98,20 +122,32 @@ class Copies:
             raise
         except (TypeError, ValueError, OverflowError) as error:
             raise NotABufferError(
-                f"{verb} of variable {self.name!r} expected {Spec(shape, dtype)}, got "
-                f"{brief(value, 60)}{origin}, which does not fit: {text_of(error)}"
+                f"{verb} of variable {self.name!r} expected {spec(self.arrays[0])}, got "
+                f"{brief(value, 60)}{self._from(replica)}, which does not fit: {text_of(error)}"
             ) from error
 
     def _from(self, replica: int | None) -> str:
         is_clear = replica is None or self.placement.num_replicas == 1
         return "" if is_clear else f" from replica {replica}"
 
-    def _number(self, value: complex, dtype: Any) -> Any:
-        if dtype.kind == "b" and not isinstance(value, bool):
-            raise TypeError(f"a number is not a {dtype}")
-        if dtype.kind in "iu" and not isinstance(value, int):
-            raise TypeError(f"a {type(value).__name__} is not a {dtype}")
-        return np.array(value, dtype)
+    def checked_for_all(self, value: Any, verb: str) -> Any:
+        """Return one checked array for all copies of all workers: that of the first worker."""
+        checked = self.checked(value_for_all(value), verb, None)
+        return self.placement.broadcast_from_chief(checked)
+
+    def components(self, value: Any, verb: str) -> Sequence[Any]:
+        """Return one value per copy: the components of a ``PerReplica``, or one value for all."""
+        if not isinstance(value, PerReplica):
+            return [value_for_all(value)] * len(self.arrays)
+        is_foreign = value.owner is not None and value.owner is not self.placement
+        if is_foreign or len(value) != len(self.arrays):
+            raise ContextError(
+                f"{verb} of variable {self.name!r} expected a PerReplica of its own strategy's "
+                f"{len(self.arrays)} replicas, got one of {len(value)} replicas"
+            )
+        return value.values
+
+    # -- writes of all copies -------------------------------------------------------------------
 
     @property
     def has_scratch(self) -> bool:
@@ -128,66 +164,24 @@ class Copies:
             self._scratch = self.memory.apply(np.empty_like, self.arrays[0])
         return self._scratch
 
-    def commit(self, values: Sequence[Any]) -> None:
+    def commit(self, values: Sequence[Array]) -> None:
         """Overwrite copy r with ``values[r]``, for all r; values must be :meth:`checked`."""
         commit_together([(self, values)])
 
-    def commit_own(self, rank: int, value: Any) -> None:
+    def commit_own(self, rank: int, value: Array) -> None:
         """Overwrite the copy of one local rank."""
         if debugging.active is not None:
             debugging.check_finite(f"the new content of variable {self.name!r}", [value])
         self.memory.overwrite([self.arrays[self.index_of(rank)]], [value])
 
-    def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
+    def commit_rows(self, rows: Sequence[HostArray], values: Sequence[Array]) -> None:
         """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""
         if debugging.active is not None:
             _check_written(self, values)
         self.memory.overwrite_rows(self.arrays, rows, values)
 
 
-class Draft(Copies):
-    """Copy of a variable in ``update``: its writes go to an array of its own until the commit.
-
-    So a function that fails at the third copy has not changed the first two.
-    """
-
-    __slots__ = ("has_ended", "is_written")
-
-    def __init__(self, copies: Copies, rank: int) -> None:
-        parent = copies.placement
-        device = (parent.copy_devices[rank],)
-        self.name = copies.name if rank == 0 else f"{copies.name}/replica_{rank}"
-        self.placement = Placement(device, Single(), parent.name, parent=parent)
-        self.memory = copies.memory
-        self.arrays = (copies.arrays[rank],)
-        self.views = (copies.views[rank],)
-        self.has_ended = False
-        self.is_written = False
-        self._scratch = None
-        self.is_slot = copies.is_slot
-
-    def commit(self, values: Sequence[Any]) -> None:
-        """Write the draft's own array; the first write allocates it."""
-        if self.has_ended:
-            raise ContextError(
-                f"this copy of variable {self.name!r} belongs to an update that has ended; write "
-                f"the variable itself"
-            )
-        if self.is_written:
-            super().commit(values)
-        else:
-            self._set_arrays([self.memory.copy_to_device_of(values[0], self.arrays[0])])
-            self.is_written = True
-
-    def commit_rows(self, rows: Sequence[Any], values: Sequence[Any]) -> None:
-        """Write rows of the draft's own array; the first write allocates it."""
-        if not self.is_written:
-            self.commit(self.arrays)
-        assert not self.has_ended
-        super().commit_rows(rows, values)
-
-
-def commit_together(writes: Sequence[tuple[Copies, Sequence[Any]]]) -> None:
+def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     """Overwrite the copies of several variables, each with its values.
 
     One uninterruptible call of the memory: an interrupt leaves all copies written, or none.
@@ -200,9 +194,24 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Any]]]) -> None:
     writes[0][0].memory.overwrite(arrays, values)
 
 
-def _check_written(copies: Copies, values: Sequence[Any]) -> None:
+def _check_written(copies: Copies, values: Sequence[Array]) -> None:
     """In debug mode: raise if the new content is not finite, and record the write."""
     distinct = {id(value): value for value in values}
     debugging.check_finite(f"the new content of variable {copies.name!r}", distinct.values())
     if debugging.active is not None:
         debugging.active.note_written(id(copies))
+
+
+def value_for_all(value: Any) -> Any:
+    """Return a value for all copies: the first component of a ``Mirrored``, a variable's value."""
+    if isinstance(value, PerReplica) or not isinstance(value, DistributedValues):
+        return value
+    return value.at(0) if not hasattr(value, "read_value") else value.read_value()
+
+
+def _number(value: complex, dtype: np.dtype[Any]) -> HostArray:
+    if dtype.kind == "b" and not isinstance(value, bool):
+        raise TypeError(f"a number is not a {dtype}")
+    if dtype.kind in "iu" and not isinstance(value, int):
+        raise TypeError(f"a {type(value).__name__} is not a {dtype}")
+    return np.array(value, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from dvkernels import context, deadlines
 from dvkernels.errors import CollectiveTimeoutError
@@ -11,7 +11,6 @@ from dvkernels.variables.copies import Copies
 
 __all__: list[str] = []
 
-V = TypeVar("V")
 _CALLBACKS = object()  # its id is the key of the callbacks in the memo of a deep copy
 DeepcopyCallback = Callable[[Any, Any], None]  # of a variable and its copy
 
@@ -27,12 +26,12 @@ def report(memo: dict[int, Any], variable: Any, made: Any) -> None:
         callback(variable, made)
 
 
-def between_steps(copies: Copies, duplicate: Callable[[], V]) -> V:
-    """Return ``duplicate()``, called while no other thread runs a step; such a step is awaited."""
+def between_steps(copies: Copies) -> Copies:
+    """Duplicate copies while no other thread runs a step; such a step is awaited."""
     placement, seconds = copies.placement, deadlines.timeout_seconds()
     frame = context.find()
     if placement is context.UNSCOPED or (frame is not None and frame.merging):
-        made = duplicate()  # a single copy; or inside a step, which holds the lock
+        made = copies.duplicate()  # a single copy; or inside a step, which holds the lock
     else:
         lock = placement.step_lock.lock()
         try:
@@ -42,7 +41,7 @@ def between_steps(copies: Copies, duplicate: Callable[[], V]) -> V:
                     f"step of its strategy for {seconds:g} s; a thread that this step waits "
                     f"for must not copy (DVKERNELS_TIMEOUT_SECONDS changes the timeout)"
                 )
-            made = duplicate()
+            made = copies.duplicate()
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
                 lock.release()

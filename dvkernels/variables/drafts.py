@@ -4,26 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dvkernels.variables.copies import Draft
-from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
+from dvkernels.communicators.single import Single
+from dvkernels.devices.array_spec import Array, HostArray
+from dvkernels.errors import ContextError
+from dvkernels.values.placement import Placement
+from dvkernels.variables.copies import Copies
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, new_variable, storage_of
 
 __all__: list[str] = []
 
 
+class Draft(Copies):
+    """Copy of a variable in ``update``: its writes go to an array of its own until the commit.
+
+    So a function that fails at the third copy has not changed the first two.
+    """
+
+    __slots__ = ("has_ended", "is_written")
+
+    def __init__(self, copies: Copies, rank: int) -> None:
+        parent = copies.placement
+        device = (parent.copy_devices[rank],)
+        self.name = copies.name if rank == 0 else f"{copies.name}/replica_{rank}"
+        self.placement = Placement(device, Single(), parent.name, parent=parent)
+        self.memory = copies.memory
+        self.synchronization = VariableSynchronization.ON_WRITE
+        self.aggregation = VariableAggregation.NONE
+        self.arrays = (copies.arrays[rank],)
+        self.views = (copies.views[rank],)
+        self.has_ended = False
+        self.is_written = False
+        self._scratch = None
+        self.is_slot = copies.is_slot
+
+    def commit(self, values: Sequence[Array]) -> None:
+        """Write the draft's own array; the first write allocates it."""
+        if self.has_ended:
+            raise ContextError(
+                f"this copy of variable {self.name!r} belongs to an update that has ended; write "
+                f"the variable itself"
+            )
+        if self.is_written:
+            super().commit(values)
+        else:
+            self.set_arrays([self.memory.copy_to_device_of(values[0], self.arrays[0])])
+            self.is_written = True
+
+    def commit_rows(self, rows: Sequence[HostArray], values: Sequence[Array]) -> None:
+        """Write rows of the draft's own array; the first write allocates it."""
+        if not self.is_written:
+            self.commit(self.arrays)
+        assert not self.has_ended
+        super().commit_rows(rows, values)
+
+
 def drafts_of(variable: Variable) -> list[Variable]:
     """Return one draft variable per copy; its writes take effect by :func:`commit_drafts`."""
     copies = storage_of(variable)
-    ranks = range(len(copies.arrays))
-    return [
-        new_variable(
-            Draft(copies, rank),
-            variable.trainable,
-            VariableSynchronization.ON_WRITE,
-            VariableAggregation.NONE,
-        )
-        for rank in ranks
-    ]
+    drafts = [Draft(copies, rank) for rank in range(len(copies.arrays))]
+    return [new_variable(draft, variable.trainable, is_draft=True) for draft in drafts]
 
 
 def commit_drafts(variable: Variable, drafts: Sequence[Variable]) -> None:

@@ -12,7 +12,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory
 from dvkernels.errors import DriftError
 from dvkernels.profiler import debugging
-from dvkernels.variables.synchronization import VariableSynchronization
+from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []

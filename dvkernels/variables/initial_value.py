@@ -14,9 +14,9 @@ from dvkernels.errors import BufferMismatchError, NotABufferError, Synchronizati
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import function_checks
 from dvkernels.values.placement import Placement
-from dvkernels.variables import operators
 from dvkernels.variables.copies import Copies
-from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.reads import read
 
 __all__: list[str] = []
 
@@ -36,7 +36,7 @@ def initial_copies(
     if callable(initial):
         function_checks.check(f"variable {label!r}: initial_value", initial)
     content = initial() if callable(initial) else initial
-    value = operators.read(content)
+    value = read(content)
     refuse_masked(value, f"variable {label!r}: the initial value")
     if interop.is_foreign(value):
         value = placement.memory.view(f"variable {label!r}", value, "the initial value")
@@ -65,7 +65,7 @@ def initial_copies(
             f"{placement.name} keeps a single one on {placement.central_device}; use 'on_write'"
         )
     array = placement.broadcast_from_chief(array)
-    return Copies([array], placement, label)
+    return Copies([array], placement, label, when, how)
 
 
 def _cast(array: Any, dtype: np.dtype[Any], label: str) -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dvkernels.variables.synchronization import (
-    SYNC_MODES,
-    VariableAggregation,
-    VariableSynchronization,
-    aggregated,
-)
-from dvkernels.variables.variable import Variable, copies_of, storage_of
+from dvkernels.devices.array_spec import Array
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.synchronization import SYNC_MODES, aggregated
+from dvkernels.variables.variable import Variable, storage_of
 
 __all__: list[str] = []
 
@@ -29,7 +26,7 @@ class SavedVariable(NamedTuple):
         number of replicas.
     """
 
-    arrays: tuple[Any, ...]
+    arrays: tuple[Array, ...]
     first: int = 0
     total: int = 1
 
@@ -39,12 +36,12 @@ def saved_by(variable: Variable) -> SavedVariable:
 
     Every worker must call this, because an aggregate is computed over all workers.
     """
-    copies, how = storage_of(variable), variable.aggregation
-    match variable.synchronization:
+    copies = storage_of(variable)
+    match copies.synchronization:
         case VariableSynchronization.ON_WRITE:
             return SavedVariable(copies.arrays[:1])
-        case VariableSynchronization.ON_READ if how is not VariableAggregation.NONE:
-            return SavedVariable((aggregated(copies, how, list(copies.arrays)),))
+        case VariableSynchronization.ON_READ if copies.aggregation is not VariableAggregation.NONE:
+            return SavedVariable((aggregated(copies, list(copies.arrays)),))
         case _:
             placement = copies.placement
             return SavedVariable(copies.arrays, placement.first_replica, placement.num_replicas)
@@ -52,5 +49,5 @@ def saved_by(variable: Variable) -> SavedVariable:
 
 def assign_first_copy(variable: Variable) -> None:
     """Assign the first copy's content in cross-replica context, after all copies got one value."""
-    mode = SYNC_MODES[variable.synchronization]
-    mode.write_across(storage_of(variable), variable.aggregation, "assign", copies_of(variable)[0])
+    copies = storage_of(variable)
+    SYNC_MODES[copies.synchronization].write_across(copies, "assign", copies.arrays[0])

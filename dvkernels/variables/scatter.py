@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from dvkernels import reduce_op
-from dvkernels.communicators.base import Workers
+from dvkernels import context, reduce_op
 from dvkernels.devices import interop
-from dvkernels.devices.array_spec import Spec, refuse_masked, spec
-from dvkernels.errors import BufferMismatchError, NotABufferError
+from dvkernels.devices.array_spec import Array, HostArray, Spec, refuse_masked, spec
+from dvkernels.errors import BufferMismatchError, NotABufferError, SynchronizationError
 from dvkernels.profiler import debugging
+from dvkernels.replica_context import ReplicaContext
 from dvkernels.user_errors import brief
-from dvkernels.variables.copies import Copies
+from dvkernels.values.distributed import PerReplica
+from dvkernels.variables.access import check_aggregation, write_together
+from dvkernels.variables.copies import Copies, value_for_all
+from dvkernels.variables.modes import VariableAggregation
 
 __all__: list[str] = []
 
@@ -30,17 +33,111 @@ _CHANGES: dict[str, np.ufunc] = {
 }
 # For these the result of several replicas' updates depends on their order or on the extreme one, so
 # neither SUM nor MEAN defines it.
-NOT_ADDITIVE = frozenset({"scatter_update", "scatter_min", "scatter_max"})
+_NOT_ADDITIVE = frozenset({"scatter_update", "scatter_min", "scatter_max"})
 
 
 class Updates(NamedTuple):
     """Updates of rows: ``updates[k]`` applies to row ``indices[k]``."""
 
-    indices: Any
+    indices: HostArray
     updates: Any
 
 
-def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -> Any:
+# -- the scatters of the modes -------------------------------------------------------------------
+
+
+def aggregate_then_scatter(
+    copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
+) -> None:
+    """Apply the row updates of all replicas, in replica order, to every copy.
+
+    SUM applies all updates, MEAN all of them divided by the number of replicas, and
+    ONLY_FIRST_REPLICA those of replica 0.
+    """
+    check_aggregation(copies, verb)
+    _check_additive(copies, verb)
+    own = _checked_own(copies, verb, indices, updates, replica)
+
+    def act(parts: list[Updates]) -> list[None]:
+        placement, how = copies.placement, copies.aggregation
+        applied: Sequence[Updates] = parts
+        if how not in (VariableAggregation.SUM, VariableAggregation.MEAN):
+            # those of replica 0, a replica of the first worker
+            applied = parts[: 1 if placement.workers.rank == 0 else 0]
+        own = _concatenated(copies, applied, parts[0])
+        rows, content = (placement.workers.all_gather([array], 0)[0] for array in own)
+        if how is VariableAggregation.MEAN and placement.num_replicas > 1:
+            content = content / content.dtype.type(placement.num_replicas)
+        _scatter_alike(copies, verb, Updates(rows, content))
+        return [None] * len(parts)
+
+    write_together(copies, verb, own, act, replica)
+
+
+def scatter_own_copy(
+    copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
+) -> None:
+    """Apply row updates to this replica's copy only."""
+    own = copies.arrays[copies.index_of(replica.rank_in_process)]
+    given = _checked_own(copies, verb, indices, updates, replica)
+    rows, content = _new_rows(copies, own, verb, given)
+    copies.memory.overwrite_rows([own], [rows], [content])
+
+
+def scatter_every_copy_alike(copies: Copies, verb: str, indices: Any, updates: Any) -> None:
+    """Apply the same row updates to every copy; a ``PerReplica`` raises."""
+    _check_additive(copies, verb)
+    if isinstance(indices, PerReplica) or isinstance(updates, PerReplica):
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
+            f"copies of an ON_WRITE variable are equal; scatter in a replica, or pass one array"
+        )
+    _scatter_alike(copies, verb, _checked_for_all(copies, verb, indices, updates))
+
+
+def scatter_every_copy(copies: Copies, verb: str, indices: Any, updates: Any) -> None:
+    """Apply the row updates, or their components of a ``PerReplica``, to every copy."""
+    if isinstance(indices, PerReplica) or isinstance(updates, PerReplica):
+        rows, content = copies.components(indices, verb), copies.components(updates, verb)
+        first = copies.placement.first_replica
+        checked = [
+            _checked(copies, verb, *pair, replica)
+            for replica, pair in enumerate(zip(rows, content, strict=True), first)
+        ]
+    else:
+        checked = [_checked_for_all(copies, verb, indices, updates)] * len(copies.arrays)
+    pairs = zip(copies.arrays, checked, strict=True)
+    changes = [_new_rows(copies, own, verb, updates) for own, updates in pairs]
+    copies.commit_rows([rows for rows, _ in changes], [content for _, content in changes])
+
+
+def refuse_to_scatter(copies: Copies, verb: str, *_: object) -> NoReturn:
+    """Raise: row updates are not defined for a variable whose value is an aggregate of copies."""
+    raise SynchronizationError(
+        f"{verb} of variable {copies.name!r}: it is ON_READ, which takes assign, assign_add and "
+        f"assign_sub only; use synchronization='none' or 'on_write'"
+    )
+
+
+def _scatter_alike(copies: Copies, verb: str, given: Updates) -> None:
+    rows, content = _new_rows(copies, copies.arrays[0], verb, given)
+    copies.commit_rows([rows] * len(copies.arrays), [content] * len(copies.arrays))
+
+
+# -- checks --------------------------------------------------------------------------------------
+
+
+def _check_additive(copies: Copies, verb: str) -> None:
+    combines = copies.aggregation in (VariableAggregation.SUM, VariableAggregation.MEAN)
+    if verb in _NOT_ADDITIVE and combines and copies.placement is not context.UNSCOPED:
+        raise SynchronizationError(
+            f"{verb} of variable {copies.name!r}: aggregation {copies.aggregation.name} does not "
+            f"say what the updates of several replicas make of a row; use 'only_first_replica', or "
+            f"scatter_add, scatter_sub, scatter_mul or scatter_div"
+        )
+
+
+def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -> HostArray:
     """Return row indices as an integer array on the host; malformed or out of range they raise."""
     shape = copies.arrays[0].shape
     what = f"{verb} of variable {copies.name!r}"
@@ -64,11 +161,10 @@ def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -
     return rows
 
 
-def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int | None) -> Updates:
+def _checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int | None) -> Updates:
     """Return the updates with flat indices; wrong indices, shapes or dtypes raise."""
     shape, dtype = copies.arrays[0].shape, copies.arrays[0].dtype
     what = f"{verb} of variable {copies.name!r}"
-    origin = "" if replica is None else f" from replica {replica}"
     rows = checked_rows(copies, verb, indices, replica)
     array = copies.converted(updates, verb, replica)
     expected = Spec((*rows.shape, *shape[1:]), dtype)
@@ -76,6 +172,7 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     if is_number and array.dtype == dtype:
         array = np.broadcast_to(array, expected.shape)
     if spec(array) != expected:
+        origin = "" if replica is None else f" from replica {replica}"
         raise BufferMismatchError(
             f"{what} at indices of shape {rows.shape} expected {expected}, or a number, got "
             f"{spec(array)}{origin}"
@@ -87,37 +184,45 @@ def checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int 
     return Updates(rows.reshape(-1).astype(np.int64), near)
 
 
-def concatenated(copies: Copies, parts: Sequence[Updates], like: Updates) -> Updates:
+def _checked_own(
+    copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
+) -> Updates:
+    """Return this replica's components of indices and updates, checked."""
+    rows, content = replica.own(indices), replica.own(updates)
+    return _checked(copies, verb, rows, content, replica.replica_id_in_sync_group)
+
+
+def _checked_for_all(copies: Copies, verb: str, indices: Any, updates: Any) -> Updates:
+    """Return the checked updates for all copies of all workers: those of the first worker."""
+    checked = _checked(copies, verb, value_for_all(indices), value_for_all(updates), None)
+    return Updates(*map(copies.placement.broadcast_from_chief, checked))
+
+
+# -- arithmetic of rows --------------------------------------------------------------------------
+
+
+def _concatenated(copies: Copies, parts: Sequence[Updates], like: Updates) -> Updates:
     """Concatenate updates in order, on the first copy's device; without parts, none of ``like``."""
     if not parts:
         return Updates(like.indices[:0], _wide(like.updates[:0]))
     memory = copies.memory
     indices = np.concatenate([part.indices for part in parts])
     each = [_wide(memory.to_device_of(part.updates, copies.arrays[0])) for part in parts]
-    return Updates(indices, memory.apply(_concatenate, *each))
+    return Updates(indices, memory.apply(lambda *arrays: np.concatenate(arrays), *each))
 
 
-def gathered_from_workers(given: Updates, workers: Workers) -> Updates:
-    """Return the updates of all workers, in rank order."""
-    return Updates(*(workers.all_gather([array], 0)[0] for array in given))
-
-
-def divided(given: Updates, divisor: int) -> Updates:
-    """Return the updates divided by an integer."""
-    if divisor == 1:
-        return given
-    return Updates(given.indices, given.updates / given.updates.dtype.type(divisor))
-
-
-def new_rows(copies: Copies, array: Any, verb: str, given: Updates) -> tuple[Any, Any]:
+def _new_rows(copies: Copies, array: Array, verb: str, given: Updates) -> tuple[HostArray, Any]:
     """Return the rows that change and their new content; ``array``, a copy, is unchanged.
 
     float16 and bfloat16 are computed in float32 and rounded once.
     """
-    return copies.memory.apply(_new_rows, array, copies.memory.accumulate, verb, given)  # type: ignore[no-any-return]
+    rows, content = copies.memory.apply(_changed, array, copies.memory.accumulate, verb, given)
+    return rows, content
 
 
-def _new_rows(array: Any, accumulate: Any, verb: str, given: Updates) -> tuple[Any, Any]:
+def _changed(
+    array: Any, accumulate: Callable[..., None], verb: str, given: Updates
+) -> tuple[HostArray, Any]:
     if verb == "scatter_update":  # the last of several updates of a row wins
         rows, last = np.unique(given.indices[::-1], return_index=True)
         return rows, given.updates[len(given.indices) - 1 - last]
@@ -129,10 +234,6 @@ def _new_rows(array: Any, accumulate: Any, verb: str, given: Updates) -> tuple[A
     updates = given.updates.astype(content.dtype, copy=False)
     accumulate(change, content, positions.reshape(-1), updates)
     return rows, content.astype(array.dtype, copy=False)
-
-
-def _concatenate(*arrays: Any) -> Any:
-    return np.concatenate(arrays)
 
 
 def _wide(array: Any) -> Any:

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
+from collections.abc import Iterator
 from typing import Any, NoReturn, final
 
 import numpy as np
 
-from dvkernels import context, reduce_op
+from dvkernels import context
 from dvkernels.devices import array_memory, registry
-from dvkernels.devices.array_spec import Spec
+from dvkernels.devices.array_spec import Array, Spec
 from dvkernels.devices.device import Device
-from dvkernels.errors import (
-    ContextError,
-    SynchronizationError,
-)
-from dvkernels.replicas.collective_call import CollectiveCall, Same
+from dvkernels.errors import ContextError
+from dvkernels.profiler import memory_report
+from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.user_errors import brief
-from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
 from dvkernels.values.placement import Placement
-from dvkernels.variables import deep_copy, scatter
+from dvkernels.variables import deep_copy
 from dvkernels.variables.access import LONE_REPLICA, calling_replica
-from dvkernels.variables.copies import Copies, Draft, commit_together
+from dvkernels.variables.copies import Copies
 from dvkernels.variables.initial_value import initial_copies
-from dvkernels.variables.operators import ArrayOperators
-from dvkernels.variables.synchronization import (
-    SYNC_MODES,
-    VariableAggregation,
-    VariableSynchronization,
-)
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
+from dvkernels.variables.reads import VariableReads
+from dvkernels.variables.writes import VariableWrites
 
-__all__ = ["Variable", "sync"]
+__all__ = ["Variable"]
 
 
 @final
-class Variable(ArrayOperators, DistributedValues[Any]):
+class Variable(VariableReads, VariableWrites, DistributedValues[Any]):
     """State that all replicas read and write, kept consistent by its modes.
 
     Parameters
@@ -89,18 +83,9 @@ class Variable(ArrayOperators, DistributedValues[Any]):
     2.0
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_aggregation",
-        "_copies",
-        "_mode",
-        "_synchronization",
-        "_trainable",
-    )
+    __slots__ = ("__weakref__", "_copies", "_trainable")
     __hash__ = None  # type: ignore[assignment]
     _copies: Copies
-    _aggregation: VariableAggregation
-    _synchronization: VariableSynchronization
     _trainable: bool
 
     # Everything is in __new__: inside run all replicas create one object together, and Python would
@@ -131,7 +116,7 @@ class Variable(ArrayOperators, DistributedValues[Any]):
 
         def create(initial: Any) -> Variable:
             copies = initial_copies(initial, dtype, when, how, name, placement)
-            return new_variable(copies, bool(trainable), when, how)
+            return new_variable(copies, bool(trainable))
 
         if frame is None or frame.replica is None:
             return create(initial_value)
@@ -145,9 +130,8 @@ class Variable(ArrayOperators, DistributedValues[Any]):
                 context.leave(token)
             return [variable] * len(initial_values)
 
-        created: Variable = frame.replica.meet(
-            CollectiveCall("Variable", terms, initial_value, act)
-        )
+        call = CollectiveCall("Variable", terms, initial_value, act)
+        created: Variable = frame.replica.meet(call)
         return created
 
     # -- description ----------------------------------------------------------------------------
@@ -155,8 +139,7 @@ class Variable(ArrayOperators, DistributedValues[Any]):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each copy."""
-        shape: tuple[int, ...] = self._copies.arrays[0].shape
-        return shape
+        return self._copies.arrays[0].shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -177,12 +160,12 @@ class Variable(ArrayOperators, DistributedValues[Any]):
     @property
     def synchronization(self) -> VariableSynchronization:
         """When the copies are synchronized; AUTO has been resolved to ON_WRITE."""
-        return self._synchronization
+        return self._copies.synchronization
 
     @property
     def aggregation(self) -> VariableAggregation:
         """The reduction of the replicas' values to one value."""
-        return self._aggregation
+        return self._copies.aggregation
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -244,282 +227,7 @@ class Variable(ArrayOperators, DistributedValues[Any]):
         copies = [array_memory.copied(array, target) for array in self._copies.arrays]
         return PerReplica(copies, devices=[target] * len(copies), owner=self.owner)
 
-    # -- reads ----------------------------------------------------------------------------------
-
-    def read_value(self) -> Any:
-        """Return the value as a read-only view, valid until the next write.
-
-        Returns
-        -------
-        array of shape ``variable.shape``, or PerReplica of such
-            In replica context, the replica's own copy. In cross-replica context, the first copy
-            (ON_WRITE), the aggregate of the copies (ON_READ), or a ``PerReplica`` of all copies
-            (NONE).
-
-        Raises
-        ------
-        SynchronizationError
-            Cross-replica read of an ON_READ variable with aggregation NONE.
-        ContextError
-            Another strategy's scope or run is current.
-
-        Notes
-        -----
-        Over several workers a cross-replica read of an ON_READ variable communicates, so every
-        worker must make it.
-        """
-        replica = calling_replica(self._copies, "read_value", write=False)
-        mode = SYNC_MODES[self._synchronization]
-        if replica is None:
-            return mode.read_across(self._copies, self._aggregation)
-        return mode.read_in_replica(self._copies, self._aggregation, replica)
-
-    def gather_rows(self, indices: Any) -> Any:
-        """Return rows of the value as a new array.
-
-        Parameters
-        ----------
-        indices : array-like of int, of any shape
-            Positions along axis 0; repetitions are allowed. Negative indices raise.
-
-        Returns
-        -------
-        array of shape ``indices.shape + variable.shape[1:]``
-            Owned by the caller; a ``PerReplica`` of such arrays where :meth:`read_value` returns
-            one.
-
-        Raises
-        ------
-        IndexError
-            An index is out of range.
-        NotABufferError, BufferMismatchError
-            The indices are not integers; the variable is 0-d.
-
-        Examples
-        --------
-        >>> import dvkernels as dv
-        >>> table = dv.Variable([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-        >>> table.gather_rows([2, 0])
-        array([[5., 6.],
-               [1., 2.]])
-        """
-        replica = calling_replica(self._copies, "gather_rows", write=False)
-        if replica is not None:
-            indices = replica.own(indices)
-        number = None if replica is None else replica.replica_id_in_sync_group
-        rows = scatter.checked_rows(self._copies, "gather_rows", indices, number)
-        value = self.read_value()
-
-        def take(array: Any) -> Any:
-            return array[rows.reshape(-1)].reshape(*rows.shape, *self.shape[1:])
-
-        apply = self._copies.memory.apply
-        if isinstance(value, PerReplica):
-            each = [apply(take, array) for array in value.values]
-            return PerReplica(each, devices=value.devices, owner=value.owner)
-        return apply(take, value)
-
-    def numpy(self) -> Any:
-        """Return the value as a NumPy array.
-
-        Returns
-        -------
-        numpy.ndarray of shape ``variable.shape``
-            New, owned by the caller. For a variable on a GPU this waits for the GPU.
-
-        Raises
-        ------
-        TypeError
-            A NONE variable of several replicas in cross-replica context: it has several values.
-        """
-        return np.array(self._on_host())
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.array(self._on_host(), dtype=dtype, copy=copy)
-
-    def _single(self) -> Any:
-        """Return the value; for a NONE variable of a single replica, its only copy."""
-        value = self.read_value()
-        if isinstance(value, PerReplica) and self.owner.num_replicas == 1:
-            return value.at(0)
-        return value
-
-    def _on_host(self) -> Any:
-        """Return the value in host memory; this waits for a GPU."""
-        value = self._single()
-        return value if isinstance(value, PerReplica) else self._copies.memory.to_host(value)
-
-    def __bool__(self) -> bool:
-        return bool(self._single())
-
-    def __float__(self) -> float:
-        return float(self._single())
-
-    def __int__(self) -> int:
-        return int(self._single())
-
-    def __index__(self) -> int:
-        return operator.index(self._single())
-
-    def __complex__(self) -> complex:
-        return complex(self._single())
-
-    # -- writes ---------------------------------------------------------------------------------
-
-    def assign(self, value: Any) -> None:
-        """Replace the content by ``value``.
-
-        Parameters
-        ----------
-        value : array of this shape and dtype, or Python number for a 0-d variable
-            In replica context the replica's value, or a distributed value that has one. In
-            cross-replica context a value for all copies, or, for ON_READ and NONE, a
-            ``PerReplica``.
-
-        Raises
-        ------
-        BufferMismatchError, NotABufferError
-            ``value`` does not have this shape and dtype.
-        SynchronizationError
-            ON_WRITE with aggregation NONE in one of several replicas; a ``PerReplica`` for an
-            ON_WRITE variable; ``assign_add`` or ``assign_sub`` of an ON_READ variable with SUM in
-            cross-replica context.
-        ContextError
-            Another strategy's scope or run is current, another thread runs a step of this
-            strategy, or the variable was created outside every scope and a replica writes it.
-        CollectiveMismatchError
-            ON_WRITE in replica context: another replica did not make the same write.
-
-        Notes
-        -----
-        In replica context:
-
-        * ON_WRITE: the values of all replicas are aggregated, and every copy gets the result.
-        * ON_READ and NONE: the replica's own copy gets its value.
-
-        In cross-replica context every copy gets the value, except under ON_READ with SUM, where
-        each copy gets a share and the shares add up to the value.
-
-        After an error no copy has changed.
-
-        Examples
-        --------
-        >>> import dvkernels as dv
-        >>> rate = dv.Variable(0.1)
-        >>> rate.assign(0.05)
-        >>> float(rate)
-        0.05
-        """
-        self._write("assign", value)
-
-    def assign_add(self, value: Any) -> None:
-        """Add ``value``. Parameters, errors and modes as for :meth:`assign`."""
-        self._write("assign_add", value)
-
-    def assign_sub(self, value: Any) -> None:
-        """Subtract ``value``. Parameters, errors and modes as for :meth:`assign`."""
-        self._write("assign_sub", value)
-
-    def scatter_update(self, indices: Any, updates: Any) -> None:
-        """Replace the rows ``indices`` by ``updates``; the last of several for one row wins.
-
-        Parameters
-        ----------
-        indices : array-like of int, of any shape
-            Positions along axis 0; repetitions are allowed. Negative indices raise.
-        updates : array of shape ``indices.shape + variable.shape[1:]``, or a number
-            Of this variable's dtype.
-
-        Raises
-        ------
-        IndexError
-            An index is out of range.
-        SynchronizationError
-            The variable is ON_READ; it is ON_WRITE with aggregation NONE and written in replica
-            context; or ``scatter_update``, ``scatter_min`` or ``scatter_max`` under SUM or MEAN.
-        BufferMismatchError, NotABufferError
-            Shape or dtype of the updates do not fit; the indices are not integers; the variable is
-            0-d.
-
-        Notes
-        -----
-        In replica context, the copies of an ON_WRITE variable get the updates of all replicas
-        (SUM), all of them divided by the number of replicas (MEAN), or those of replica 0
-        (ONLY_FIRST_REPLICA); the replicas may pass different numbers of rows. A NONE variable
-        changes in its own copy only. In cross-replica context all copies get the same updates.
-        ``scatter_div`` of integers rounds down. After an error no copy has changed. The cost is
-        proportional to the rows, not to the variable.
-
-        Examples
-        --------
-        >>> import dvkernels as dv
-        >>> table = dv.Variable([1.0, 2.0, 3.0])
-        >>> table.scatter_add([0, 0, 2], [10.0, 10.0, 5.0])
-        >>> table.numpy()
-        array([21.,  2.,  8.])
-        """
-        self._scatter("scatter_update", indices, updates)
-
-    def scatter_add(self, indices: Any, updates: Any) -> None:
-        """Add ``updates`` to rows; several for one row accumulate. See :meth:`scatter_update`."""
-        self._scatter("scatter_add", indices, updates)
-
-    def scatter_sub(self, indices: Any, updates: Any) -> None:
-        """Subtract ``updates`` from rows. See :meth:`scatter_update`."""
-        self._scatter("scatter_sub", indices, updates)
-
-    def scatter_mul(self, indices: Any, updates: Any) -> None:
-        """Multiply rows by ``updates``, elementwise. See :meth:`scatter_update`."""
-        self._scatter("scatter_mul", indices, updates)
-
-    def scatter_div(self, indices: Any, updates: Any) -> None:
-        """Divide rows by ``updates``, elementwise. See :meth:`scatter_update`."""
-        self._scatter("scatter_div", indices, updates)
-
-    def scatter_min(self, indices: Any, updates: Any) -> None:
-        """Replace rows by the elementwise minimum with ``updates``. See :meth:`scatter_update`."""
-        self._scatter("scatter_min", indices, updates)
-
-    def scatter_max(self, indices: Any, updates: Any) -> None:
-        """Replace rows by the elementwise maximum with ``updates``. See :meth:`scatter_update`."""
-        self._scatter("scatter_max", indices, updates)
-
-    def sync(self, op: reduce_op.Reduction | str = "mean") -> None:
-        """Synchronize a NONE variable: every copy gets the reduction of all copies.
-
-        Parameters
-        ----------
-        op : ReduceOp, CustomReduction or str
-            The reduction, or its name.
-
-        Raises
-        ------
-        SynchronizationError
-            The variable is not a NONE variable. Other modes synchronize by themselves.
-
-        Notes
-        -----
-        In replica context all replicas must call it. :func:`sync` synchronizes several variables
-        in one collective, and lists further errors.
-        """
-        sync([self], op)
-
-    def _write(self, verb: str, value: Any) -> None:
-        replica = calling_replica(self._copies, verb, write=True)
-        mode = SYNC_MODES[self._synchronization]
-        if replica is None:
-            mode.write_across(self._copies, self._aggregation, verb, value)
-        else:
-            mode.write_in_replica(self._copies, self._aggregation, verb, value, replica)
-
-    def _scatter(self, verb: str, indices: Any, updates: Any) -> None:
-        replica = calling_replica(self._copies, verb, write=True)
-        mode = SYNC_MODES[self._synchronization]
-        arguments = (self._copies, self._aggregation, verb, indices, updates)
-        if replica is None:
-            mode.scatter_across(*arguments)
-        else:
-            mode.scatter_in_replica(*arguments, replica)
+    # -- copies of the variable -----------------------------------------------------------------
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
@@ -536,19 +244,10 @@ class Variable(ArrayOperators, DistributedValues[Any]):
                 f"deepcopy of variable {self.name!r} in a replica: each replica would make one; "
                 f"copy it outside of run or in merge_call"
             )
-        made = deep_copy.between_steps(self._copies, self._duplicate)
+        made = new_variable(deep_copy.between_steps(self._copies), self._trainable)
         memo[id(self)] = made
         deep_copy.report(memo, self, made)
         return made
-
-    def _duplicate(self) -> Variable:
-        copies, when = self._copies, self._synchronization
-        # One content for equal copies, even if another thread writes them meanwhile.
-        are_equal = when is VariableSynchronization.ON_WRITE
-        initial = copies.arrays[:1] if are_equal else copies.arrays
-        duplicate = Copies(initial, copies.placement, copies.name)
-        duplicate.is_slot = copies.is_slot
-        return new_variable(duplicate, self._trainable, when, self._aggregation)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -559,101 +258,32 @@ class Variable(ArrayOperators, DistributedValues[Any]):
     def __repr__(self) -> str:
         return (
             f"<Variable {self.name!r} {Spec(self.shape, self.dtype)} "
-            f"{self._synchronization.value}/{self._aggregation.value} on "
+            f"{self.synchronization.value}/{self.aggregation.value} on "
             f"{', '.join(str(device) for device in self.devices)}>"
         )
 
 
-def new_variable(
-    copies: Copies, trainable: bool, when: VariableSynchronization, how: VariableAggregation
-) -> Variable:
-    """Return a variable of these copies, listed in ``alive`` unless it is a draft."""
+def new_variable(copies: Copies, trainable: bool, *, is_draft: bool = False) -> Variable:
+    """Return a variable of these copies, listed among the living unless it is a draft."""
     variable = object.__new__(Variable)
     variable._copies = copies
-    variable._synchronization = when
-    variable._aggregation = how
     variable._trainable = trainable
-    if not isinstance(copies, Draft):
-        alive[id(variable)] = variable
+    if not is_draft:
+        _living[id(variable)] = variable
     return variable
 
 
-# By id, because variables compare elementwise and have no hash. For debug mode and memory reports.
-alive: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
+def slot_of(variable: Variable, name: str, content: Array | None = None) -> Variable:
+    """Return an optimizer slot: a variable of the same shape, dtype and devices, zeros at first.
 
-
-def sync(variables: Any, op: reduce_op.Reduction | str = "mean") -> None:
-    """Synchronize NONE variables: every copy gets the reduction of all copies.
-
-    Parameters
-    ----------
-    variables : Variable, or a pytree of them
-        All of one strategy, with ``synchronization="none"``.
-    op : ReduceOp, CustomReduction or str
-        The reduction, or its name; it must support the dtype of each variable.
-
-    Raises
-    ------
-    TypeError
-        A leaf is not a variable.
-    SynchronizationError
-        A variable has another synchronization; it synchronizes by itself.
-    ContextError
-        The variables belong to several strategies, or another strategy is current.
-    UnsupportedDTypeError
-        ``op`` does not support the dtype of a variable.
-    CollectiveMismatchError
-        In replica context: the replicas did not all call it with the same variables.
-
-    Notes
-    -----
-    In replica context this is one collective for all variables. After an error no variable has
-    changed.
-
-    Examples
-    --------
-    >>> import dvkernels as dv
-    >>> with dv.MirroredStrategy(["cpu:0", "cpu:1"]) as strategy:
-    ...     with strategy.scope():
-    ...         weight = dv.Variable(0.0, synchronization="none")
-    ...     weight.assign(dv.PerReplica([1.0, 3.0]))
-    ...     dv.sync([weight])
-    ...     print([float(copy) for copy in weight.values])
-    [2.0, 2.0]
+    It is not trainable, and is written in cross-replica context only.
     """
-    reduction = reduce_op.parse(op)
-    listed: list[Variable] = regroup.flatten(variables)[0]
-    for variable in listed:
-        if not isinstance(variable, Variable):
-            raise TypeError(f"sync needs variables; got {brief(variable)}")
-        if variable.synchronization is not VariableSynchronization.NONE:
-            raise SynchronizationError(
-                f"sync of variable {variable.name!r}: it is {variable.synchronization.name}, which "
-                f"synchronizes by itself; sync is for synchronization='none'"
-            )
-        if variable.owner is not listed[0].owner:
-            raise ContextError(
-                f"sync: variable {variable.name!r} belongs to {variable.owner.name}, "
-                f"{listed[0].name!r} to {listed[0].owner.name}; sync them apart"
-            )
-        reduce_op.check_dtype(f"sync of variable {variable.name!r}", reduction, variable.dtype)
-    if not listed:
-        return
-    replica = calling_replica(listed[0]._copies, "sync", write=True)
-
-    def act(payloads: list[Any]) -> list[None]:
-        writes = []
-        for copies in (variable._copies for variable in listed):
-            reduced = copies.placement.communicator.reduce(list(copies.arrays), reduction)
-            writes.append((copies, [reduced] * len(copies.arrays)))
-        commit_together(writes)
-        return [None] * len(payloads)
-
-    if replica is None:
-        act([])
-        return
-    terms = (reduction.value, *(t for v in listed for t in (v.name, Same(id(v)))))
-    replica.meet(CollectiveCall("sync", terms, None, act))
+    initial = np.zeros(variable.shape, variable.dtype) if content is None else content
+    when, how = VariableSynchronization.ON_WRITE, VariableAggregation.NONE
+    label = f"{variable.name}/{name}"
+    copies = initial_copies(initial, None, when, how, label, variable.owner)
+    copies.is_slot = True
+    return new_variable(copies, trainable=False)
 
 
 def copies_of(variable: Variable) -> tuple[Any, ...]:
@@ -664,3 +294,25 @@ def copies_of(variable: Variable) -> tuple[Any, ...]:
 def storage_of(variable: Variable) -> Copies:
     """Return the object that holds the copies of a variable, for the modules of this package."""
     return variable._copies
+
+
+# By id, because variables compare elementwise and have no hash. For debug mode and memory reports.
+_living: weakref.WeakValueDictionary[int, Variable] = weakref.WeakValueDictionary()
+
+
+def variables_of(placement: Placement) -> list[Variable]:
+    """Return the variables of a strategy that are still alive."""
+    return [variable for variable in list(_living.values()) if variable.owner is placement]
+
+
+def _memory_usage() -> Iterator[tuple[str, str, int]]:
+    for variable in list(_living.values()):
+        copies = storage_of(variable)
+        owner = "slots" if copies.is_slot else "variables"
+        for device, array in zip(variable.devices, copies.arrays, strict=True):
+            yield str(device), owner, array.nbytes
+        if copies.has_scratch:
+            yield str(variable.devices[0]), "workspaces", copies.arrays[0].nbytes
+
+
+memory_report.register_account(_memory_usage)

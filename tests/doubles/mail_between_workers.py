@@ -10,7 +10,7 @@ import numpy as np
 from threads_as_workers import segments_of
 
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
-from dvkernels.communicators.workers.mpi.request import AllRequests
+from dvkernels.communicators.workers.mpi.point_to_point import AllRequests
 from dvkernels.communicators.workers.shm.staging import (
     NUM_RESULTS,
     PIECE_NBYTES,
@@ -133,7 +133,7 @@ class MailTransport:
         counts = np.zeros((self.size, 8), np.uint8)
         gather = self._p2p.all_gather(np.array([source.nbytes]).view(np.uint8), counts)
         gather.Start()
-        self.finish(gather)
+        self.finish(gather.Test)
         targets = [np.empty(int(count), np.uint8) for (count,) in counts.view(np.int64)]
         targets[self.rank][...] = source
         self.exchange.all_gather(targets, self.finish)
@@ -142,8 +142,8 @@ class MailTransport:
     def broadcast_into(self, target, root, fingerprint):
         self.exchange.broadcast(target, root, self.finish)
 
-    def finish(self, request):
+    def finish(self, is_done):
         deadline = time.monotonic() + self.timeout_seconds
-        while not request.Test():
+        while not is_done():
             assert time.monotonic() < deadline, "a request is never done"
             time.sleep(0)

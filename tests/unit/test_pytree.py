@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.pytree import describe_structure
-from dvkernels.values.regroup import flatten, regroup
+from dvkernels.pytree import describe_structure, flatten
+from dvkernels.values.regroup import regroup
 
 Point = collections.namedtuple("Point", "x y")
 

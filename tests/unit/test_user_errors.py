@@ -252,7 +252,7 @@ def test_the_other_workers_receive_the_text_of_an_error_during_a_collective(make
     def fail(*_):
         raise made
 
-    monkeypatch.setattr(workers[1]._transport, "_round", fail)
+    monkeypatch.setattr(workers[1].transport, "_round", fail)
     with coming_out(made):
         workers[1].barrier()
     (error,) = at_once(workers[0].barrier)

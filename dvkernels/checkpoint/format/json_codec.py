@@ -26,36 +26,47 @@ MAX_DEPTH = 100
 MAX_COUNT = 1 << 24
 _MAX_BITS = 14284  # 4300 digits, the default of sys.set_int_max_str_digits
 _TOO_DEEP = MAX_DEPTH + 1
+_NOT_PLAIN = 1 << 30
 _ATOMS = (type(None), bool, int, str)
 _KEYS = (bool, int, str)
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def is_plain(value: Any) -> bool:
-    """Return whether a value is plain data at every level, and at most MAX_DEPTH levels deep."""
-    return _height(value, 0, {}) <= MAX_DEPTH
+def is_plain(value: Any, heights: dict[int, int]) -> bool:
+    """Return whether a value is plain data at every level, and at most MAX_DEPTH levels deep.
+
+    ``heights`` has what is known of containers, by id; those that are visited are added.
+    """
+    return _height(value, 0, heights) <= MAX_DEPTH
 
 
-def _height(value: Any, depth: int, known: dict[int, int]) -> int:
-    """Return the number of levels of plain data; _TOO_DEEP for other data and for a cycle."""
+def _height(value: Any, depth: int, heights: dict[int, int]) -> int:
+    """Return the number of levels of plain data; more than MAX_DEPTH if it is not plain."""
     kind = type(value)
     if kind in (*_ATOMS, float, complex, bytes):
         return 0
     if kind not in (list, tuple, dict):
-        is_scalar = isinstance(value, np.generic) and value.dtype.name in DTYPES
-        return 0 if is_scalar else _TOO_DEEP
-    if id(value) in known or depth > MAX_DEPTH:
-        return known.get(id(value), _TOO_DEEP)
-    known[id(value)] = _TOO_DEEP  # while its children are visited: one that holds it is a cycle
-    if kind is dict and any(type(key) not in _KEYS for key in value):
+        return 0 if _is_scalar(value) else _NOT_PLAIN
+    if id(value) in heights:
+        return heights[id(value)]
+    if depth > MAX_DEPTH:
         return _TOO_DEEP
+    heights[id(value)] = _NOT_PLAIN  # while its children are visited: one that holds it is a cycle
+    if kind is dict and any(type(key) not in _KEYS for key in value):
+        return _NOT_PLAIN
     height = 0
     for each in value.values() if kind is dict else value:
-        height = max(height, 1 + _height(each, depth + 1, known))
+        height = max(height, 1 + _height(each, depth + 1, heights))
         if height > MAX_DEPTH:
-            return _TOO_DEEP
-    known[id(value)] = height
+            if height < _NOT_PLAIN:  # too deep below the first value of the call, not in itself
+                del heights[id(value)]
+            return height
+    heights[id(value)] = height
     return height
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, np.generic) and value.dtype.name in DTYPES
 
 
 def encode(value: Any, where: str, save_array: Callable[[Any], str] | None = None) -> Any:
@@ -99,7 +110,7 @@ class _Encoder:
             return {"$bytes": base64.b64encode(value).decode()}
         if kind in (list, tuple) or isinstance(value, dict):
             return self._container(value, depth)
-        if isinstance(value, np.generic) and value.dtype.name in DTYPES:
+        if _is_scalar(value):
             item = value.item() if value.dtype.name != "bfloat16" else float(value)
             return {"$scalar": [value.dtype.name, self.encode(item, depth)]}
         if isinstance(value, np.ndarray) and self._save_array is not None:

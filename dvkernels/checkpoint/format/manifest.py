@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,21 +63,27 @@ class Manifest:
     tensors: dict[str, TensorEntry]
     objects: dict[str, Node]
     metadata: Any
-    library: str = __version__
+    library: str
 
 
-def write(manifest: Manifest) -> bytes:
-    """Serialize a manifest as the bytes of its file."""
+def write(
+    step: int | None,
+    files: Iterable[FileEntry],
+    tensors: Mapping[str, TensorEntry],
+    objects: Mapping[str, Any],
+    metadata: Any,
+) -> bytes:
+    """Return the bytes of a manifest file; ``objects`` and ``metadata`` are JSON values."""
     rest = _dumped(
         {
             "format": FORMAT,
             "version": VERSION,
-            "library": manifest.library,
-            "step": manifest.step,
-            "files": [vars(entry) for entry in manifest.files],
-            "tensors": {name: vars(entry) for name, entry in manifest.tensors.items()},
-            "objects": {name: node.to_json() for name, node in manifest.objects.items()},
-            "metadata": json_codec.encode(manifest.metadata, "metadata"),
+            "library": __version__,
+            "step": step,
+            "files": [vars(entry) for entry in files],
+            "tensors": {name: vars(entry) for name, entry in tensors.items()},
+            "objects": objects,
+            "metadata": metadata,
         }
     )
     body = rest[1:].encode()

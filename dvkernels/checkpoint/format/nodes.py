@@ -1,13 +1,15 @@
 """Nodes of the tree of saved objects in a manifest, one class per kind of object.
 
-A node names the tensors of an object and holds its other data, but no arrays.
+A node names the tensors of an object and holds its other data, but no arrays. Its attributes are
+the fields of its JSON object, after the field ``kind``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 from dvkernels.checkpoint.format import json_codec, json_validation
 from dvkernels.errors import CheckpointDamagedError
@@ -16,8 +18,16 @@ from dvkernels.user_errors import brief
 __all__: list[str] = []
 
 
+class _Node:
+    kind: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the node as JSON values."""
+        return {"kind": self.kind, **vars(self)}
+
+
 @dataclass(frozen=True)
-class VariableNode:
+class VariableNode(_Node):
     """A variable: one tensor, or one per copy where the copies are independent."""
 
     kind = "variable"
@@ -25,55 +35,38 @@ class VariableNode:
     synchronization: str
     aggregation: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the node as JSON values."""
-        return {
-            "kind": self.kind,
-            "tensors": list(self.tensors),
-            "synchronization": self.synchronization,
-            "aggregation": self.aggregation,
-        }
-
 
 @dataclass(frozen=True)
-class ArrayNode:
+class ArrayNode(_Node):
     """A NumPy array."""
 
     kind = "array"
     tensor: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the node as JSON values."""
-        return {"kind": self.kind, "tensor": self.tensor}
-
 
 @dataclass(frozen=True)
-class DataNode:
+class DataNode(_Node):
     """Plain data."""
 
     kind = "data"
     value: Any  # decoded, unlike that of the nodes below
 
     def to_json(self) -> dict[str, Any]:
-        """Return the node as JSON values."""
+        """Return the node as JSON values, which share nothing that can change with the data."""
         return {"kind": self.kind, "value": json_codec.encode(self.value, self.kind)}
 
 
 @dataclass(frozen=True)
-class GeneratorNode:
+class GeneratorNode(_Node):
     """A random generator."""
 
     kind = "generator"
     type: str
     value: Any  # encoded, since it may refer to tensors
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the node as JSON values."""
-        return {"kind": self.kind, "type": self.type, "value": self.value}
-
 
 @dataclass(frozen=True)
-class StateNode:
+class StateNode(_Node):
     """An object with ``state_dict`` and ``load_state_dict``; an optimizer also has slots."""
 
     kind = "state"
@@ -83,13 +76,12 @@ class StateNode:
     slots: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the node as JSON values."""
-        slots = {"slots": self.slots} if self.slots else {}
-        return {"kind": self.kind, "type": self.type, "value": self.value, **slots}
+        """Return the node as JSON values; without the field ``slots`` where there are none."""
+        return {name: each for name, each in super().to_json().items() if name != "slots" or each}
 
 
 @dataclass(frozen=True)
-class NestNode:
+class NestNode(_Node):
     """A container of more than plain data."""
 
     kind = "nest"
@@ -99,11 +91,12 @@ class NestNode:
     def to_json(self) -> dict[str, Any]:
         """Return the node as JSON values."""
         items = {name: node.to_json() for name, node in self.items.items()}
-        return {"kind": self.kind, "type": self.type, "items": items}
+        return super().to_json() | {"items": items}
 
 
 Node = VariableNode | ArrayNode | DataNode | GeneratorNode | StateNode | NestNode
-_KINDS = {"variable", "array", "data", "generator", "state", "nest"}
+_CLASSES: dict[str, type[Node]] = {node_class.kind: node_class for node_class in get_args(Node)}
+_OPTIONAL = {"slots"}
 
 
 def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> Node:
@@ -116,59 +109,40 @@ def read(value: Any, where: str, tensors: Collection[str], depth: int = 0) -> No
             raise CheckpointDamagedError(f"{here}: there is no tensor named {brief(name, 200)}")
         return str(name)
 
-    def checked(encoded: Any) -> Any:
-        """Decode once, to find errors before anything is restored."""
-        json_codec.decode(encoded, where, lambda name: tensor(name, where))
-        return encoded
+    def read_field(name: str, content: Any) -> Any:
+        here = f"{where}, {name}"
+        match name:
+            case "tensor":
+                return tensor(content, here)
+            case "tensors":
+                names = json_validation.array(content, here)
+                if not names:
+                    raise CheckpointDamagedError(f"{here}: expected at least one; got none")
+                return tuple(tensor(each, here) for each in names)
+            case "value" if node_class is DataNode:
+                return json_codec.decode(content, where)
+            case "value":  # decoded once, to find errors before anything is restored
+                json_codec.decode(content, where, lambda name: tensor(name, where))
+                return content
+            case "slots":
+                return {
+                    path: {
+                        slot: tensor(each, f"{here} of {brief(path, 200)}")
+                        for slot, each in json_validation.items(by_name, here)
+                    }
+                    for path, by_name in json_validation.items(content, here)
+                }
+            case "items":
+                return {
+                    each: read(node, f"{where}/{each:.200}", tensors, depth + 1)
+                    for each, node in json_validation.items(content, here)
+                }
+        return json_validation.text(content, here)
 
     given = dict(json_validation.items(value, where))
-    kind = json_validation.one_of(given.get("kind"), f"{where}, kind", _KINDS)
-
-    def fields(*names: str, optional: frozenset[str] = frozenset()) -> dict[str, Any]:
-        return json_validation.fields(given, where, {"kind", *names}, optional)
-
-    match kind:
-        case "variable":
-            found = fields("tensors", "synchronization", "aggregation")
-            names = json_validation.array(found["tensors"], f"{where}, tensors")
-            if not names:
-                raise CheckpointDamagedError(f"{where}, tensors: expected at least one; got none")
-            return VariableNode(
-                tuple(tensor(name, f"{where}, tensors") for name in names),
-                json_validation.text(found["synchronization"], f"{where}, synchronization"),
-                json_validation.text(found["aggregation"], f"{where}, aggregation"),
-            )
-        case "array":
-            return ArrayNode(tensor(fields("tensor")["tensor"], f"{where}, tensor"))
-        case "data":
-            return DataNode(json_codec.decode(fields("value")["value"], where))
-        case "generator":
-            found = fields("type", "value")
-            return GeneratorNode(
-                json_validation.text(found["type"], f"{where}, type"), checked(found["value"])
-            )
-        case "state":
-            found = fields("type", "value", optional=frozenset({"slots"}))
-            slots = {
-                path: {
-                    name: tensor(each, f"{where}, slots of {brief(path, 200)}")
-                    for name, each in json_validation.items(by_name, f"{where}, slots")
-                }
-                for path, by_name in json_validation.items(
-                    found.get("slots", {}), f"{where}, slots"
-                )
-            }
-            return StateNode(
-                json_validation.text(found["type"], f"{where}, type"),
-                checked(found["value"]),
-                slots,
-            )
-        case _:
-            found = fields("type", "items")
-            return NestNode(
-                json_validation.text(found["type"], f"{where}, type"),
-                {
-                    name: read(each, f"{where}/{name:.200}", tensors, depth + 1)
-                    for name, each in json_validation.items(found["items"], f"{where}, items")
-                },
-            )
+    kind = json_validation.one_of(given.get("kind"), f"{where}, kind", _CLASSES)
+    node_class = _CLASSES[kind]
+    names = {each.name for each in dataclasses.fields(node_class)}
+    json_validation.fields(given, where, {"kind"} | names - _OPTIONAL, names & _OPTIONAL)
+    del given["kind"]
+    return node_class(**{name: read_field(name, content) for name, content in given.items()})

@@ -15,6 +15,7 @@ from typing import Any
 from dvkernels import user_errors
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.format import shards
+from dvkernels.checkpoint.objects import ObjectTree
 from dvkernels.checkpoint.restoring import restore_plan
 from dvkernels.checkpoint.restoring.reader import CheckpointReader, open_reader
 from dvkernels.checkpoint.restoring.restore_plan import Change, RestorePlan
@@ -64,15 +65,14 @@ class Restored:
 
 
 @tracing.span("restore", "checkpoint")
-def restore(objects: dict[str, Any], path: Path, *, partial: bool) -> Restored:
+def restore(tree: ObjectTree, path: Path, *, partial: bool) -> Restored:
     """Restore objects from a checkpoint: all of them, or after an error none."""
     shards.check_machine()
-    workers = all_or_none.workers_of(objects)
     what = f"restore from {path}"
     try:
-        reader = _open_consistently(path, workers, what)
+        reader = _open_consistently(path, tree.workers, what)
         try:
-            return _Restore(objects, reader, workers, what).carry_out(partial)
+            return _Restore(tree, reader, what).carry_out(partial)
         finally:
             reader.close()
     except MemoryError as error:
@@ -102,19 +102,17 @@ def _open_consistently(path: Path, workers: Workers, what: str) -> CheckpointRea
 
 
 class _Restore:
-    def __init__(
-        self, objects: dict[str, Any], reader: CheckpointReader, workers: Workers, what: str
-    ) -> None:
-        self._objects = objects
+    def __init__(self, tree: ObjectTree, reader: CheckpointReader, what: str) -> None:
+        self._tree = tree
         self._reader = reader
-        self._workers = workers
+        self._workers = tree.workers
         self._what = what
 
     def carry_out(self, partial: bool) -> Restored:
         with all_or_none.announcing_failures(
             self._workers, self._what
         ):  # optimizers make their slots together
-            plan = restore_plan.plan_restore(self._objects, self._reader.manifest)
+            plan = restore_plan.plan_restore(self._tree, self._reader.manifest)
             if not partial and (plan.missing or plan.unexpected):
                 raise CheckpointError(
                     f"{self._reader.path}: expected the objects of this program; the checkpoint "
@@ -158,7 +156,7 @@ class _Restore:
                 self._workers, self._what, lambda: _apply(plan.changes, backup, undo_calls)
             )
             all_or_none.run(self._workers, self._what, lambda: _load_arrays(plan, load, reserve))
-            self._objects.update(plan.values)
+            self._tree.objects.update(plan.values)
         except BaseException as error:
             reserve.clear()
             for undo in reversed(undo_calls):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import operator
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,20 +29,27 @@ from dvkernels.checkpoint.format.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.format.shards import DTYPES
-from dvkernels.checkpoint.objects import STEPS, HasSlots, HasState, child
+from dvkernels.checkpoint.objects import (
+    STEPS,
+    HasSlots,
+    HasState,
+    ObjectTree,
+    OpenedContainer,
+    child,
+    unopened,
+)
 from dvkernels.devices import array_memory
-from dvkernels.devices.array_spec import Spec
+from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import brief
+from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 from dvkernels.variables.saved_variable import assign_first_copy
-from dvkernels.variables.synchronization import VariableAggregation, VariableSynchronization
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []
 
 
-@dataclass
-class Change:
+class Change(NamedTuple):
     """Reversible change of one object: getter and setter of its state, and the new state."""
 
     path: str
@@ -58,50 +66,51 @@ class RestorePlan:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     # New arrays, by tensor, that become part of states: read before any object changes.
-    staged: dict[str, Any] = field(default_factory=dict)
+    staged: dict[str, HostArray] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     # The target arrays of each tensor, all contiguous and in host memory.
-    loads: dict[str, list[Any]] = field(default_factory=dict)
+    loads: dict[str, list[HostArray]] = field(default_factory=dict)
     # Called after the loads; they change arrays only, and may be repeated with the loads.
-    finish: list[Callable[[], None]] = field(default_factory=list)
+    finish: list[Callable[[], object]] = field(default_factory=list)
     # The objects by name after the restore: the same mutable ones, and new immutable ones.
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_restore(targets: Mapping[str, Any], manifest: Manifest) -> RestorePlan:
+def plan_restore(tree: ObjectTree, manifest: Manifest) -> RestorePlan:
     """Plan the restore of a program's objects from a checkpoint, without changing any."""
-    return _RestorePlanner(targets, manifest).plan
+    return _RestorePlanner(tree, manifest).plan
 
 
 class _RestorePlanner:
-    def __init__(self, targets: Mapping[str, Any], manifest: Manifest) -> None:
+    def __init__(self, tree: ObjectTree, manifest: Manifest) -> None:
+        self._tree = tree
         self._manifest = manifest
-        self._variables = objects.variables_of(targets)
         self._filled_from: dict[int, tuple[str, ...]] = {}
         self._with_slots: list[tuple[HasSlots, StateNode, str]] = []
-        self.plan = plan = RestorePlan()
-        plan.values = self._children(targets, manifest.objects, "")
+        self.plan = RestorePlan()
+        self.plan.values = self._children(tree.items, manifest.objects, "")
         # Last, when all variables have been matched.
         for optimizer, node, path in self._with_slots:
             self._slots(optimizer, node, path)
 
     def _children(
-        self, targets: Mapping[str, Any], saved: Mapping[str, Node], path: str
+        self, items: Mapping[str, Any], saved: Mapping[str, Node], path: str
     ) -> dict[str, Any]:
         """Match the children that have the same name; return each child after the restore."""
-        self.plan.unexpected += [child(path, name) for name in saved if name not in targets]
+        self.plan.unexpected += [child(path, name) for name in saved if name not in items]
         results: dict[str, Any] = {}
-        for name, value in targets.items():
+        for name, item in items.items():
             here = child(path, name)
             if name in saved:
-                results[name] = self._match(value, saved[name], here)
+                results[name] = self._match(item, saved[name], here)
             else:
                 self.plan.missing.append(here)
-                results[name] = value
+                results[name] = unopened(item)
         return results
 
-    def _match(self, target: Any, node: Node, path: str) -> Any:
+    def _match(self, item: Any, node: Node, path: str) -> Any:
         """Plan the restore of one object; return the object after the restore."""
+        target = unopened(item)
         match node:
             case VariableNode() | ArrayNode() if isinstance(target, Variable | np.ndarray):
                 names = node.tensors if isinstance(node, VariableNode) else (node.tensor,)
@@ -114,14 +123,15 @@ class _RestorePlanner:
             case StateNode() if objects.is_object(target) and isinstance(target, HasState):
                 self._state(target, node, path)
                 return target
-            case DataNode() if json_codec.is_plain(target):
+            case DataNode() if self._tree.is_plain(target):
                 self.plan.matched.append(path)
                 return self._data(target, node.value, path)
             case NestNode() | DataNode() if not objects.is_object(target):
                 saved = _items(node)
-                inner = objects.open_container(target, path)
-                if saved is not None and inner is not None:
-                    return self._nest(target, inner, saved, path)
+                # Plain data is a leaf of the tree, but a container may have been saved.
+                container = objects.open_container(target, path) if item is target else item
+                if saved is not None and container is not None:
+                    return self._nest(container, saved, path)
         raise CheckpointError(
             f"{path}: expected {_described(target)}; the checkpoint holds {_described_node(node)}; "
             f"leave it out, or restore into an object of the saved kind"
@@ -149,7 +159,7 @@ class _RestorePlanner:
         if len(names) == 1:
             self._load(names[0], copies)
             if is_variable and _is_shared_out(target):
-                self.plan.finish.append(lambda: assign_first_copy(target))
+                self.plan.finish.append(functools.partial(assign_first_copy, target))
         elif _has_own_copies(target) and len(names) == target.owner.num_replicas:
             first = target.owner.first_replica  # of this process
             for name, array in zip(names[first:], copies, strict=False):
@@ -178,7 +188,8 @@ class _RestorePlanner:
         direct = [target for target in targets if is_host and target.flags.c_contiguous]
         if len(direct) < len(targets):  # on a GPU, or not contiguous
             staging = np.empty(targets[0].shape, targets[0].dtype)
-            self.plan.finish.append(_copying(targets, staging))
+            sources = [staging] * len(targets)
+            self.plan.finish.append(functools.partial(memory.overwrite, targets, sources))
             direct = [staging]
         self.plan.loads.setdefault(name, []).extend(direct)
 
@@ -189,7 +200,7 @@ class _RestorePlanner:
         slotted = {id(variable): variable for variable in optimizer.slotted}
         for variable_path, saved in node.slots.items():
             here = f"{slots_path}/{variable_path}"
-            variable = self._variables.get(variable_path)
+            variable = self._tree.variables.get(variable_path)
             if variable is None or id(variable) not in self._filled_from:
                 self.plan.unexpected.append(here)
                 continue
@@ -205,14 +216,15 @@ class _RestorePlanner:
             if STEPS in saved:
                 self._fill(steps, (saved[STEPS],), f"{here}/{STEPS}")
             else:  # an older checkpoint, with one step count for all variables of an optimizer
-                self.plan.finish.append(_setting(steps, optimizer))
+                self.plan.finish.append(functools.partial(_fill_with_iterations, steps, optimizer))
             slotted.pop(id(variable), None)
-        known = {id(variable) for variable in self._variables.values()}
+        known = {id(variable) for variable in self._tree.variables.values()}
         for variable in slotted.values():
             if id(variable) in self._filled_from:
                 # A variable that had no slots when it was saved restarts with zeros.
                 slots = [each for slot in optimizer.slots(variable) for each in copies_of(slot)]
-                self.plan.finish.append(_zeroing([*slots, optimizer.steps(variable)]))
+                arrays = [*slots, optimizer.steps(variable)]
+                self.plan.finish += [functools.partial(array.fill, 0) for array in arrays]
             elif id(variable) not in known:
                 self.plan.missing.append(
                     f"{slots_path} of variable {variable.name!r}, which is not among the objects"
@@ -228,13 +240,11 @@ class _RestorePlanner:
             )
         state = json_codec.decode(node.value, path, self._stage)
         generators.check(target, state, path)
-        self.plan.changes.append(
-            Change(
-                path,
-                lambda: copy.deepcopy(generators.state(target)),
-                lambda given: generators.set_state(target, given),
-                state,
-            )
+        self._change(
+            path,
+            lambda: copy.deepcopy(generators.state(target)),
+            lambda given: generators.set_state(target, given),
+            state,
         )
         self.plan.matched.append(path)
 
@@ -252,7 +262,7 @@ class _RestorePlanner:
                 f"here has none"
             )
 
-    def _stage(self, name: str) -> Any:
+    def _stage(self, name: str) -> HostArray:
         """Return a new array into which a tensor will be read."""
         entry = self._manifest.tensors[name]
         if name not in self.plan.staged:
@@ -281,28 +291,26 @@ class _RestorePlanner:
             return saved
         return target
 
-    def _nest(
-        self, target: Any, inner: objects.OpenedContainer, saved: dict[str, Node], path: str
-    ) -> Any:
+    def _nest(self, container: OpenedContainer, saved: dict[str, Node], path: str) -> Any:
         """Plan to replace the children of a container that are new objects."""
-        values = list(self._children(inner.children, saved, path).values())
-        previous = dict(zip(inner.keys, inner.children.values(), strict=True))
-        new = {
-            key: value
-            for key, value in zip(inner.keys, values, strict=True)
-            if value is not previous[key]
-        }
+        target = container.value
+        values = list(self._children(container.children, saved, path).values())
+        previous = map(unopened, container.children.values())
+        new, old = {}, {}
+        for key, value, before in zip(container.keys, values, previous, strict=True):
+            if value is not before:
+                new[key], old[key] = value, before
         if not new:
             return target
         set_child = _child_setter(target)
         if set_child is None:
-            return inner.rebuild(values)
+            return container.rebuild(values)
 
         def set_children(given: dict[Any, Any]) -> None:
             for key, value in given.items():
                 set_child(target, key, value)
 
-        self._change(path, lambda: {key: previous[key] for key in new}, set_children, new)
+        self._change(path, lambda: old, set_children, new)
         return target
 
     def _change(
@@ -356,25 +364,13 @@ def _is_shared_out(variable: Variable) -> bool:
     )
 
 
-def _copying(targets: Sequence[Any], source: Any) -> Callable[[], None]:
-    return lambda: array_memory.holding(targets[0]).overwrite(targets, [source] * len(targets))
-
-
 def _replace(target: dict[Any, Any], saved: dict[Any, Any]) -> None:
     target.clear()
     target.update(saved)
 
 
-def _zeroing(arrays: Sequence[Any]) -> Callable[[], None]:
-    def fill() -> None:
-        for array in arrays:
-            array.fill(0)
-
-    return fill
-
-
-def _setting(steps: Any, optimizer: HasSlots) -> Callable[[], None]:
-    return lambda: steps.fill(optimizer.iterations)
+def _fill_with_iterations(steps: HostArray, optimizer: HasSlots) -> None:
+    steps.fill(optimizer.iterations)
 
 
 def _described(target: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.format import manifest, shards
-from dvkernels.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry
+from dvkernels.checkpoint.format.manifest import FileEntry, TensorEntry
 from dvkernels.checkpoint.saving import snapshot
 from dvkernels.checkpoint.saving.snapshot import Snapshot
 from dvkernels.checkpoint.storage import atomic_folder, file_system, parallel_io
@@ -38,7 +38,7 @@ class _Written(NamedTuple):
 
 
 def prepare(
-    objects: Mapping[str, Any],
+    objects: dict[str, Any],
     step: int | None,
     metadata: Any,
     path: Path,
@@ -220,13 +220,11 @@ def _write_shards(
 
 def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> None:
     content = manifest.write(
-        Manifest(
-            taken.step,
-            tuple(entry for part in parts for entry in part.files),
-            {name: entry for part in parts for name, entry in part.tensors.items()},
-            taken.objects,
-            taken.metadata,
-        )
+        taken.step,
+        [entry for part in parts for entry in part.files],
+        {name: entry for part in parts for name, entry in part.tensors.items()},
+        taken.objects,
+        taken.metadata,
     )
     with atomic_folder.staging_folder(path) as new:
         descriptor = file_system.active.create(new / atomic_folder.MANIFEST)

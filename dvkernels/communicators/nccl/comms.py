@@ -161,8 +161,9 @@ class NcclComms:
         finally:
             self._nccl.groupEnd()
 
-    def check(self) -> None:
+    def check(self, waited_seconds: float) -> None:
         """Raise if NCCL or the workers' group has lost a worker."""
+        del waited_seconds
         if self._workers.has_ended:
             raise WorkerLostError("the workers' group has been aborted")
         for comm in self._comms:

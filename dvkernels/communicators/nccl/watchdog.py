@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import functools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol, final
 
+from dvkernels.communicators.workers import wait
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.threads import thread
 from dvkernels.user_errors import describe
 
 __all__: list[str] = []
 
-_POLL_SECONDS = 0.05
-
 
 class Guard(Protocol):
     """Owner of the supervised calls."""
 
-    def check(self) -> None:
-        """Raise if a call will never complete."""
+    def check(self, waited_seconds: float) -> None:
+        """Raise if a call will never complete, after a wait for the oldest one."""
 
     def end(self, error: BaseException) -> None:
         """Abort all calls. Called once, perhaps on the watchdog's thread."""
@@ -115,20 +114,15 @@ class Watchdog:
             is_needed = bool(self._calls) and not self._abort_reason
 
     def _poll_calls(self, guard: Guard) -> None:
-        watched, since = None, 0.0
         try:
             while (oldest := self._oldest()) is not None:
-                now = time.monotonic()
-                if oldest is not watched:
-                    watched, since = oldest, now
-                elif now - since > self._seconds:
+                is_settled = functools.partial(self._is_settled, oldest)
+                if not wait.until(is_settled, wait.GPU_CALL, self._seconds, guard.check):
                     raise CollectiveTimeoutError(
                         f"{oldest.text} was launched on the GPUs, and did not complete within "
                         f"{self._seconds:g} s: another worker may be lost, or its GPU busy with "
                         f"other things; give timeout_seconds if they need longer"
                     )
-                guard.check()
-                time.sleep(_POLL_SECONDS)
         except (CollectiveTimeoutError, WorkerLostError) as error:
             self._give_up(error, guard)
         except Exception as error:  # of the GPU, whose context is unusable from now on
@@ -142,6 +136,9 @@ class Watchdog:
                 return self._calls[0]
             self._calls.popleft()  # only this thread removes calls
         return None
+
+    def _is_settled(self, call: _PendingLaunch) -> bool:
+        return bool(self._abort_reason) or call.is_over()
 
     def _give_up(self, error: BaseException, guard: Guard) -> None:
         if self._abort_reason.setdefault(0, error) is error:

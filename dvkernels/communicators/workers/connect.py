@@ -7,16 +7,15 @@ import contextlib
 import os
 import platform
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from dvkernels.cluster import simulated_hosts
-from dvkernels.cluster.resolvers import ClusterResolver
-from dvkernels.communicators.workers.group import Transport, WorkerGroup
+from dvkernels.cluster.resolver import ClusterResolver
+from dvkernels.communicators.workers import wait
+from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.communicators.workers.mpi.transport import MpiTransport
 from dvkernels.communicators.workers.shm import available
@@ -30,7 +29,9 @@ from dvkernels.communicators.workers.shm.staging import (
 )
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
 from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
+from dvkernels.communicators.workers.transport import Transport
 from dvkernels.devices import cpu
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
 from dvkernels.schedules.cost_model import Routing
 from dvkernels.schedules.multi_leader import host_numbers
@@ -38,7 +39,6 @@ from dvkernels.user_errors import describe
 
 __all__: list[str] = []
 
-_NAP_SECONDS = 1e-3
 _GRACE_SECONDS = 5.0  # for other workers to raise why the group ended, before MPI_Abort
 _FLUSH_SECONDS = 0.2
 _LINE = 64
@@ -47,7 +47,7 @@ _SPARE_NBYTES = 1 << 16  # for MPI's own data beside a window, and for whole pag
 _BETWEEN_HOSTS = (NUM_RESULTS // 2, PIECE_NBYTES)
 
 _open: list[Transport] = []
-_windows: list[Any] = []  # freed by MPI_Finalize: freeing one is collective
+_windows: list[MPI.Win] = []  # freed by MPI_Finalize: freeing one is collective
 
 
 def connect(
@@ -102,11 +102,11 @@ def hosts_of_workers(resolver: ClusterResolver) -> list[int]:
     return _hosts_of(comm, _split_by_host(comm))
 
 
-def _hosts_of(comm: Any, on_this_host: Any) -> list[int]:
+def _hosts_of(comm: MPI.Comm, on_this_host: MPI.Comm) -> list[int]:
     return host_numbers(comm.allgather(on_this_host.bcast(comm.rank)))
 
 
-def _split_by_host(comm: Any) -> Any:
+def _split_by_host(comm: MPI.Comm) -> MPI.Comm:
     """Return the MPI communicator of the workers of this host, or of this simulated host.
 
     Raises
@@ -121,7 +121,7 @@ def _split_by_host(comm: Any) -> Any:
     return comm.Split_type(MPI.COMM_TYPE_SHARED)
 
 
-def _agreed_routing(comm: Any, algorithm: str) -> Routing:
+def _agreed_routing(comm: MPI.Comm, algorithm: str) -> Routing:
     """Return the routing of reductions; raise on all workers if theirs differ."""
     algorithms = comm.allgather(algorithm)
     if len({*algorithms}) > 1:
@@ -133,7 +133,7 @@ def _agreed_routing(comm: Any, algorithm: str) -> Routing:
     return Routing(algorithm, network_model.from_environ(os.environ))
 
 
-def _check_alike(comm: Any, variable: str) -> None:
+def _check_alike(comm: MPI.Comm, variable: str) -> None:
     values = comm.allgather(os.environ.get(variable, ""))
     if len({*values}) > 1:
         raise ClusterError(
@@ -141,7 +141,7 @@ def _check_alike(comm: Any, variable: str) -> None:
         )
 
 
-def _check_memory(comm: Any, here: Any) -> None:
+def _check_memory(comm: MPI.Comm, here: MPI.Comm) -> None:
     """Raise on all workers if some host has too little shared memory for its workers."""
     more = () if here.size == comm.size else _BETWEEN_HOSTS
     needed = Segment.nbytes_for(here.size, *more) + _SPARE_NBYTES if here.size > 1 else 0
@@ -150,7 +150,7 @@ def _check_memory(comm: Any, here: Any) -> None:
         available.check(*answers)
 
 
-def _stagings(comm: Any) -> list[Staging]:
+def _stagings(comm: MPI.Comm) -> list[Staging]:
     """Return the staging buffers of this host's workers, for each channel."""
     if comm.size == 1:
         return [LocalStaging()] * NUM_CHANNELS
@@ -158,20 +158,19 @@ def _stagings(comm: Any) -> list[Staging]:
     return [SharedStaging(segment, channel, may_spin) for channel in range(NUM_CHANNELS)]
 
 
-def over_shared_memory(comm: Any, timeout_seconds: float) -> SharedMemoryTransport:
+def over_shared_memory(comm: MPI.Comm, timeout_seconds: float) -> SharedMemoryTransport:
     """Return the shared-memory transport between the processes of ``comm``, all on one host."""
     segment, may_spin = _shared_segment(comm)
     symmetric = SymmetricMemory(comm.rank, comm.size, _MpiSegmentAllocator(comm))
     return SharedMemoryTransport(segment, timeout_seconds, may_spin, symmetric)
 
 
-def _shared_segment(comm: Any, *more: int) -> tuple[Segment, bool]:
+def _shared_segment(comm: MPI.Comm, *more: int) -> tuple[Segment, bool]:
     """Return the segment of one host's workers, and whether each has a core of its own."""
     nbytes = Segment.nbytes_for(comm.size, *more) + _LINE
     window = MPI.Win.Allocate_shared(nbytes if comm.rank == 0 else 0, 1, comm=comm)
     _windows.append(window)
-    window_bytes = np.frombuffer(window.Shared_query(0)[0], np.uint8)
-    memory = window_bytes[-window_bytes.ctypes.data % _LINE :]
+    memory = _memory_of(window, 0)
     if comm.rank == 0:
         Segment.clear(memory, comm.size)
     comm.Barrier()
@@ -185,26 +184,29 @@ def _shared_segment(comm: Any, *more: int) -> tuple[Segment, bool]:
 class _MpiSegmentAllocator:
     """Allocator of shared memory by MPI windows; a ``SegmentAllocator``."""
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: MPI.Comm) -> None:
         self._comm = comm
 
     def free_nbytes(self) -> int:
         """Return the free shared memory of this host in bytes."""
         return available.free_nbytes()
 
-    def open(self, nbytes: int) -> list[Any]:
+    def open(self, nbytes: int) -> list[HostArray]:
         """Return a new segment of each process; all processes call this together."""
         # Separate pages per process, so that first touch places them near their process (NUMA).
         info = MPI.Info.Create({"alloc_shared_noncontig": "true"})
         window = MPI.Win.Allocate_shared(nbytes + _LINE, 1, info, self._comm)
         _windows.append(window)
-        window_bytes = [
-            np.frombuffer(window.Shared_query(rank)[0], np.uint8) for rank in range(self._comm.size)
-        ]
-        window_bytes = [each[-each.ctypes.data % _LINE :][:nbytes] for each in window_bytes]
+        found = [_memory_of(window, rank)[:nbytes] for rank in range(self._comm.size)]
         # Shared memory is allocated on first touch: touch it now, as running out is fatal (SIGBUS).
-        window_bytes[self._comm.rank][:] = 0
-        return window_bytes
+        found[self._comm.rank][:] = 0
+        return found
+
+
+def _memory_of(window: MPI.Win, rank: int) -> HostArray:
+    """Return the memory of a process in a shared window, from a cache line's start on."""
+    window_bytes = np.frombuffer(window.Shared_query(rank)[0], np.uint8)
+    return window_bytes[-window_bytes.ctypes.data % _LINE :]
 
 
 def _usable_cores() -> set[int]:
@@ -213,17 +215,13 @@ def _usable_cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def _wait_for_all(comm: Any, timeout_seconds: float) -> None:
+def _wait_for_all(comm: MPI.Comm, timeout_seconds: float) -> None:
     """Wait until all processes are here: the calls that follow have no deadline."""
-    here = comm.Ibarrier()
-    deadline = time.monotonic() + timeout_seconds
-    while not here.Test():
-        if time.monotonic() > deadline:
-            raise CollectiveTimeoutError(
-                f"process {comm.rank} waited {timeout_seconds:g} s in vain for the other "
-                f"{comm.size - 1} to make their strategy; give timeout_seconds if they need longer"
-            )
-        time.sleep(_NAP_SECONDS)
+    if not wait.until(comm.Ibarrier().Test, wait.PROGRAMS, timeout_seconds):
+        raise CollectiveTimeoutError(
+            f"process {comm.rank} waited {timeout_seconds:g} s in vain for the other "
+            f"{comm.size - 1} to make their strategy; give timeout_seconds if they need longer"
+        )
 
 
 # -- exit of the process --------------------------------------------------------------------------
@@ -255,9 +253,7 @@ def _leave_at_exit(pid: int) -> None:
         seconds = min(_GRACE_SECONDS, patience) if is_broken else patience
     else:
         seconds = _FLUSH_SECONDS  # for messages that are in flight
-    deadline = time.monotonic() + seconds
-    while not (is_left := _has_everyone_left()) and time.monotonic() < deadline:
-        time.sleep(_NAP_SECONDS)
+    is_left = wait.until(_has_everyone_left, wait.PROGRAMS, seconds)
     if is_broken or not (is_left or is_whole):
         _abort(does_any_hang=any([transport.remaining_workers() for transport in _open]))
 

@@ -14,7 +14,7 @@ from typing import Any, final
 import numpy as np
 
 from dvkernels.communicators.accumulation import Accumulation
-from dvkernels.communicators.base import Workers
+from dvkernels.communicators.workers.group import ControlMessages, WorkerGroup
 from dvkernels.devices import array_memory, cuda
 from dvkernels.reduce_op import Reduction
 
@@ -22,12 +22,12 @@ __all__: list[str] = []
 
 
 @final
-class Staged:
+class Staged(ControlMessages):
     """Communicator of workers for arrays in any memory; see ``communicators.base.Workers``.
 
     Parameters
     ----------
-    workers : Workers
+    group : WorkerGroup
         The same workers, for host arrays.
     arrays : ArrayLibrary, optional
         Allocates GPU arrays; by default the array library of this process, once one is staged.
@@ -41,46 +41,16 @@ class Staged:
     of the current stream. Pinned memory is kept, and grows.
     """
 
-    def __init__(self, workers: Workers, arrays: cuda.ArrayLibrary | None = None) -> None:
-        self._workers = workers
+    def __init__(self, group: WorkerGroup, arrays: cuda.ArrayLibrary | None = None) -> None:
+        super().__init__(group.transport)
+        self._group = group
         self._given_arrays = arrays
         self._pinned = np.empty(0, np.uint8)
         self._upload_done: Any = None  # event: the pinned memory may be written again
-        self.rank, self.size = workers.rank, workers.size
-        self.timeout_seconds = workers.timeout_seconds
 
     def duplicate(self) -> Staged:
         """Return the same workers for another thread, with pinned memory of their own."""
-        return Staged(self._workers.duplicate(), self._given_arrays)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
-        """Return new host arrays."""
-        return self._workers.empty(shape, dtype, count)
-
-    def barrier(self) -> None:
-        """Wait until every worker has called this."""
-        self._workers.barrier()
-
-    def exchange(self, message: Any, verb: str = "exchange") -> list[Any]:
-        """Return the messages of all workers."""
-        return self._workers.exchange(message, verb)
-
-    def agree(self, numbers: Sequence[int], verb: str, *terms: Any) -> list[list[int]]:
-        """Return the integers of all workers, once all have called this with equal terms."""
-        return self._workers.agree(numbers, verb, *terms)
-
-    def announce(self, error: BaseException) -> None:
-        """Tell the other workers that this worker's step has failed."""
-        self._workers.announce(error)
-
-    def end(self, error: BaseException) -> None:
-        """Abort the group: every later call on any worker raises ``error``."""
-        self._workers.end(error)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the group has been aborted."""
-        return self._workers.has_ended
+        return Staged(self._group.duplicate(), self._given_arrays)
 
     def all_reduce(
         self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
@@ -88,9 +58,9 @@ class Staged:
         """Reduce into a new array, or into ``out``."""
         (value,) = values
         if isinstance(value, np.ndarray):
-            return self._workers.all_reduce(values, op, out)
+            return self._group.all_reduce(values, op, out)
         staged = self._to_host(value)
-        self._workers.all_reduce([staged], op, [staged])
+        self._group.all_reduce([staged], op, [staged])
         if out is None:
             return [self._to_device(staged, value)]
         (target,) = out
@@ -120,22 +90,22 @@ class Staged:
         """Reduce, and keep this worker's part."""
         (value,) = values
         if isinstance(value, np.ndarray):
-            return self._workers.reduce_scatter(values, op)
-        return [self._to_device(self._workers.reduce_scatter([self._to_host(value)], op)[0], value)]
+            return self._group.reduce_scatter(values, op)
+        return [self._to_device(self._group.reduce_scatter([self._to_host(value)], op)[0], value)]
 
     def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
         """Concatenate into a new array."""
         (value,) = values
         if isinstance(value, np.ndarray):
-            return self._workers.all_gather(values, axis)
-        return [self._to_device(self._workers.all_gather([self._to_host(value)], axis)[0], value)]
+            return self._group.all_gather(values, axis)
+        return [self._to_device(self._group.all_gather([self._to_host(value)], axis)[0], value)]
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value."""
         (value,) = values
         if isinstance(value, np.ndarray):
-            return self._workers.broadcast(values, root)
-        return [self._to_device(self._workers.broadcast([self._to_host(value)], root)[0], value)]
+            return self._group.broadcast(values, root)
+        return [self._to_device(self._group.broadcast([self._to_host(value)], root)[0], value)]
 
     @functools.cached_property
     def _arrays(self) -> cuda.ArrayLibrary:

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from dvkernels.data.array_nest import flatten
 from dvkernels.data.cursor import Cursor, EpochPosition
 from dvkernels.data.distributed.lockstep import (
     Exchange,
@@ -42,6 +41,7 @@ from dvkernels.data.state import (
 )
 from dvkernels.devices.array_spec import Spec
 from dvkernels.errors import DatasetError
+from dvkernels.pytree import flatten
 from dvkernels.values.process_bound import ProcessBound
 
 __all__ = ["DistributedIterator"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import flatten, is_flat_dict, is_flat_tuple, leading_length
+from dvkernels.data.array_nest import is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import DeviceCopier
 from dvkernels.errors import DatasetError
-from dvkernels.pytree import describe_structure
+from dvkernels.pytree import describe_structure, flatten
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
 

@@ -65,6 +65,8 @@ MODES = [
     {"synchronization": "on_read", "aggregation": "only_first_replica"},
     {"synchronization": "none"},
 ]
+CIRCLE = []
+CIRCLE.append(CIRCLE)
 layouts = st.lists(st.integers(1, 2), min_size=1, max_size=3)
 
 
@@ -263,11 +265,14 @@ def test_objects_that_differ_between_workers_are_named(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_failed_snapshot_of_one_worker_is_raised_by_all(tmp_path):
+@pytest.mark.parametrize(
+    ("odd", "fault"), [(object(), "odd: expected"), (CIRCLE, "odd/0: it is the list at odd again")]
+)
+def test_a_failed_snapshot_of_one_worker_is_raised_by_all(tmp_path, odd, fault):
     def act(strategy):
         run = Run(strategy, tmp_path)
         if run.rank == 1:
-            run.checkpoint.objects = {"weight": run.weight, "odd": object(), "seen": run.seen}
+            run.checkpoint.objects = {"odd": odd, "weight": run.weight, "seen": run.seen}
         try:
             run.manager.save(1)
         finally:  # the next collective works
@@ -275,9 +280,9 @@ def test_a_failed_snapshot_of_one_worker_is_raised_by_all(tmp_path):
 
     found = each_worker([1, 1, 1], act)
     assert [type(error) for error in found] == [CheckpointError] * 3
-    assert str(found[1]).startswith("odd: expected")
+    assert str(found[1]).startswith(fault)
     for error in (found[0], found[2]):
-        assert "worker 1 raised CheckpointError: odd: expected" in str(error)
+        assert f"worker 1 raised CheckpointError: {fault}" in str(error)
 
 
 def test_an_error_of_the_program_still_completes_the_background_save(tmp_path):

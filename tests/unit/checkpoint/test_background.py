@@ -99,14 +99,14 @@ EXIT = """
 import sys, time
 import numpy as np
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 
-class Slow(files.FileSystem):
+class Slow(file_system.FileSystem):
     def sync(self, descriptor):
         time.sleep(0.5)
         super().sync(descriptor)
 
-files.active = Slow()
+file_system.active = Slow()
 checkpoint = dv.Checkpoint(weight=dv.Variable(np.full(100_000, 3.0)))
 checkpoint.save(sys.argv[1], background=True)
 {ending}
@@ -131,20 +131,20 @@ def test_an_error_that_was_not_raised_is_printed_at_the_end(tmp_path):
 FORK = """
 import os, sys, threading
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 
-class BlockedWrites(files.FileSystem):
+class BlockedWrites(file_system.FileSystem):
     may_write = threading.Event()
     def create(self, path):
         assert self.may_write.wait(60)
         return super().create(path)
 
 checkpoint = dv.Checkpoint(x=dv.Variable(1.0))
-files.active = BlockedWrites()
+file_system.active = BlockedWrites()
 checkpoint.save(sys.argv[1] + "/parent", background=True)
 child = os.fork()
 if not child:
-    files.active = files.FileSystem()
+    file_system.active = file_system.FileSystem()
     checkpoint.close()  # the parent's thread is not here
     checkpoint.save(sys.argv[1] + "/child", background=True)
     sys.exit(0)

@@ -259,9 +259,9 @@ SAVE_AND_WAIT = """
 import os, sys, threading
 import numpy as np
 import dvkernels as dv
-from dvkernels.checkpoint.storage import files
+from dvkernels.checkpoint.storage import file_system
 
-class Stopping(files.FileSystem):
+class Stopping(file_system.FileSystem):
     count = 0
     def __getattribute__(self, name):
         operation = object.__getattribute__(self, name)
@@ -273,7 +273,7 @@ class Stopping(files.FileSystem):
         return operation
 
 weight = dv.Variable(np.full(300, 2.0))
-with files.using(Stopping()):
+with file_system.using(Stopping()):
     dv.Checkpoint(weight=weight, other=np.full((2, 5), 2.0), data={"number": 2}).save(sys.argv[1])
 """
 

@@ -229,4 +229,4 @@ def test_a_failure_half_way_keeps_the_pending_memory():
             transport.all_reduce_into([column], 1, ReduceOp.SUM, None)
 
     results(fails, *(lambda t=t: waits(t) for t in carried[1:]))
-    assert all(transport.exchange._ring._pieces for transport in carried)
+    assert all(transport.exchange._pipeline._ring._pieces for transport in carried)

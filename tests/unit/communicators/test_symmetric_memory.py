@@ -265,7 +265,7 @@ def test_a_failure_during_a_reduction_aborts_the_group(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("half-way")
 
-    monkeypatch.setattr(workers[1]._transport.symmetric_memory, "reduce", fail)
+    monkeypatch.setattr(workers[1].transport.symmetric_memory, "reduce", fail)
     waiting, failing = at_once(
         lambda: workers[0].all_reduce([first], ReduceOp.SUM, [first]),
         lambda: workers[1].all_reduce([second], ReduceOp.SUM, [second]),

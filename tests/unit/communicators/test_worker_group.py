@@ -140,7 +140,7 @@ def test_many_arrays_reduce_at_once_as_they_do_one_by_one(
                 Local(1, "auto"), communicator, [1] * num_workers
             )
         if worker in who_packs:
-            transport = together.communicators[worker]._workers._transport
+            transport = together.communicators[worker]._workers.transport
             monkeypatch.setattr(transport._all_reduce, "lay_out", lambda *_: False)
 
     def many(worker):
@@ -284,7 +284,7 @@ def test_an_interrupt_half_way_aborts_the_group(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workers[0]._transport, "_round", interrupted)
+    monkeypatch.setattr(workers[0].transport, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):
         workers[0].barrier()
     (error,) = at_once(workers[1].barrier)

@@ -7,6 +7,8 @@ from typing import Any, final
 import numpy as np
 from mpi4py import MPI
 
+from dvkernels.devices.array_spec import HostArray
+
 __all__: list[str] = []
 
 
@@ -20,20 +22,20 @@ class MpiPointToPoint:
         Of the workers, used by this object only. All workers construct theirs together.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: MPI.Comm) -> None:
         self._comm = comm
         self.rank, self.size = comm.rank, comm.size
         self._has_persistent = _has_working_persistent_collectives(comm)
 
-    def send(self, array: Any, to: int, tag: int) -> Any:
+    def send(self, array: HostArray, to: int, tag: int) -> Any:
         """Send an array to a worker."""
         return self._comm.Isend([array.view(np.uint8), MPI.BYTE], to, tag)
 
-    def receive(self, array: Any, source: int, tag: int) -> Any:
+    def receive(self, array: HostArray, source: int, tag: int) -> Any:
         """Receive an array from a worker."""
         return self._comm.Irecv([array.view(np.uint8), MPI.BYTE], source, tag)
 
-    def all_gather(self, own: Any, gathered: Any) -> Any:
+    def all_gather(self, own: HostArray, gathered: HostArray) -> Any:
         """Return a repeatable all-gather, persistent (MPI 4) where that works."""
         buffers = [own, MPI.BYTE], [gathered, MPI.BYTE]
         return (
@@ -50,7 +52,7 @@ class MpiPointToPoint:
 class _RepeatedAllGather:
     """Repeatable all-gather that starts a new MPI_Iallgather each time."""
 
-    def __init__(self, comm: Any, buffers: Any) -> None:
+    def __init__(self, comm: MPI.Comm, buffers: Any) -> None:
         self._comm, self._buffers = comm, buffers
         self._request = MPI.REQUEST_NULL
 
@@ -66,7 +68,7 @@ class _RepeatedAllGather:
         """Do nothing: no MPI object is kept between two starts."""
 
 
-def _has_working_persistent_collectives(comm: Any) -> bool:
+def _has_working_persistent_collectives(comm: MPI.Comm) -> bool:
     """Return whether MPI's persistent all-gather works, on all workers.
 
     From the second start on, that of Intel MPI 2021.18 delivers the data of the first, even between

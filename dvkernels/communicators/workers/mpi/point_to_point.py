@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeAlias, final
 
-from dvkernels.communicators.workers.mpi.request import Request
+from dvkernels.devices.array_spec import HostArray
 
 __all__: list[str] = []
+
+# Waits until a function returns True, or raises.
+Finish: TypeAlias = Callable[[Callable[[], bool]], None]
+
+
+class Request(Protocol):
+    """Pending operation of MPI or of another worker; named as in mpi4py."""
+
+    def Test(self) -> bool:
+        """Return whether the operation is complete."""
 
 
 class PersistentRequest(Request, Protocol):
@@ -19,6 +30,19 @@ class PersistentRequest(Request, Protocol):
         """Free the request."""
 
 
+@final
+class AllRequests:
+    """Request that is complete when several requests are."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._pending = list(requests)
+
+    def Test(self) -> bool:
+        """Return whether all requests are complete."""
+        self._pending = [request for request in self._pending if not request.Test()]
+        return not self._pending
+
+
 class PointToPoint(Protocol):
     """Non-blocking messages of flat arrays between workers.
 
@@ -29,13 +53,13 @@ class PointToPoint(Protocol):
     rank: int
     size: int
 
-    def send(self, array: Any, to: int, tag: int) -> Request:
+    def send(self, array: HostArray, to: int, tag: int) -> Request:
         """Send an array to a worker."""
 
-    def receive(self, array: Any, source: int, tag: int) -> Request:
+    def receive(self, array: HostArray, source: int, tag: int) -> Request:
         """Receive an array of the same length from a worker."""
 
-    def all_gather(self, own: Any, gathered: Any) -> PersistentRequest:
+    def all_gather(self, own: HostArray, gathered: HostArray) -> PersistentRequest:
         """Return a repeatable all-gather of ``own`` bytes to the rows of ``gathered``."""
 
     def progress(self) -> None:

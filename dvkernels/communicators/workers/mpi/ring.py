@@ -13,12 +13,14 @@ The result travels in its own element type, so all workers get the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import Any, TypeAlias, final
+
+import numpy as np
 
 from dvkernels.communicators import accumulation
 from dvkernels.communicators.accumulation import Accumulation
-from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
-from dvkernels.communicators.workers.mpi.request import Request
+from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint, Request
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cpu import direct
 from dvkernels.schedules import multi_leader
 from dvkernels.schedules.multi_leader import Hop
@@ -31,7 +33,8 @@ _FIRST_TAG = 4
 _TAGS_PER_PART = 2  # partial sums and results
 _MAX_PIECES = 4  # more than are in flight
 
-_Schedule = Iterator[Request]
+_Schedule: TypeAlias = Iterator[Request]
+_Allocator: TypeAlias = Callable[[int, np.dtype[Any]], HostArray]
 
 
 @final
@@ -59,10 +62,10 @@ class HostRing:
     def start(
         self,
         number: int,
-        own: Mapping[int, Any],
-        results: Sequence[Any],
+        own: Mapping[int, HostArray],
+        results: Sequence[HostArray],
         how: Accumulation,
-        empty: Callable[[int, Any], Any],
+        empty: _Allocator,
     ) -> Request:
         """Start the parts of a piece; nothing moves before the first test or progress.
 
@@ -80,13 +83,18 @@ class HostRing:
         empty : callable
             Allocates scratch memory of a size and a dtype that lives as long as the piece.
         """
-        request = _RingRequest(self.progress)
-        for hop in self._hops:
-            if own[hop.part].size:
-                tag = (
-                    _TAGS_PER_PART * (number % _MAX_PIECES * self._p2p.size + hop.part) + _FIRST_TAG
+        first_tag = _TAGS_PER_PART * (number % _MAX_PIECES) * self._p2p.size + _FIRST_TAG
+        parts = [
+            _PartInFlight(
+                self._schedule(
+                    hop, first_tag + _TAGS_PER_PART * hop.part, own[hop.part], results[hop.part],
+                    how, empty,
                 )
-                request.add(self._schedule(hop, tag, own[hop.part], results[hop.part], how, empty))
+            )
+            for hop in self._hops
+            if own[hop.part].size
+        ]  # fmt: skip
+        request = _RingRequest(parts, self.progress)
         self._pieces.append(request)
         return request
 
@@ -98,10 +106,10 @@ class HostRing:
         self,
         hop: Hop,
         tag: int,
-        own: Any,
-        result: Any,
+        own: HostArray,
+        result: HostArray,
         how: Accumulation,
-        empty: Callable[[int, Any], Any],
+        empty: _Allocator,
     ) -> _Schedule:
         """Yield the requests that one part waits for, one after another."""
         p2p, total = self._p2p, own
@@ -125,12 +133,9 @@ class HostRing:
 class _RingRequest:
     """Request of the parts of one piece."""
 
-    def __init__(self, progress_all: Callable[[], None]) -> None:
+    def __init__(self, parts: list[_PartInFlight], progress_all: Callable[[], None]) -> None:
+        self._parts = parts
         self._progress_all = progress_all
-        self._parts: list[_PartInFlight] = []
-
-    def add(self, schedule: _Schedule) -> None:
-        self._parts.append(_PartInFlight(schedule))
 
     def progress(self) -> bool:
         """Progress each part that can go on; return whether all are complete."""

@@ -1,4 +1,4 @@
-"""MPI transport between workers of several hosts: control rounds, data, out-of-band messages.
+"""MPI transport between workers of several hosts: control rounds and data.
 
 All MPI calls are non-blocking and polled: a deadline or an out-of-band message from another worker
 ends the wait, so no call waits for a worker that will never arrive.
@@ -6,126 +6,36 @@ ends the wait, so no call waits for a worker that will never arrive.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import time
-from collections.abc import Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import final
 
 import numpy as np
 from mpi4py import MPI
 
-from dvkernels.communicators.workers.consistency import (
-    ConsistencyCheck,
-    FailureState,
-    Fingerprint,
-    Vote,
-)
-from dvkernels.communicators.workers.ended import GAVE_UP, LOST, AbortableTransport
+from dvkernels.communicators.workers import wait
+from dvkernels.communicators.workers.consistency import FailureState, Fingerprint, Vote
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
 from dvkernels.communicators.workers.mpi.control_rounds import ControlRounds
 from dvkernels.communicators.workers.mpi.mpi_point_to_point import MpiPointToPoint
-from dvkernels.communicators.workers.mpi.request import Finish, Request
+from dvkernels.communicators.workers.mpi.out_of_band import OutOfBandMessages
+from dvkernels.communicators.workers.mpi.point_to_point import Finish
 from dvkernels.communicators.workers.shm.segment import NUM_CHANNELS
 from dvkernels.communicators.workers.shm.staging import Staging
-from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
+from dvkernels.communicators.workers.transport import LOST, Columns, Transport
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules.cost_model import Routing
 
 __all__: list[str] = []
 
-_TESTS_PER_CHECK = 100  # about 50 us of MPI tests
-# How long to poll without pausing: for workers that may be late, and for data that all workers have
-# agreed to exchange, so that only a lost or stopped worker can delay them.
-_SPINNING_SECONDS, _BUSY_SECONDS = 1e-3, 2.0
-_NAP_SECONDS, _LONGEST_NAP_SECONDS = 20e-6, 1e-3
 _REPORT_SECONDS = 1.0  # after which a waiting worker reports its round to the others
-_LOST_ROUNDS = [-1, -1]  # the last rounds of a worker that MPI has lost
-_PRESENT: tuple[list[int], str] = [], ""
 _CATCH_UP = 0  # the vote in a round in which a worker calls nothing
-_LEFT, _WAITS = 3, 4  # tags, beside the kinds of an end; _WAITS + channel
-
-
-class _OutOfBandMessages:
-    """Out-of-band messages between workers: rounds waited in, departures, and the abort.
-
-    Used by two threads: each message is received by one of them, and recorded here.
-    """
-
-    def __init__(self, comm: Any) -> None:
-        self._comm = comm.Dup()
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self._others = [other for other in range(comm.size) if other != comm.rank]
-        self._pending_sends: list[tuple[Any, Any]] = []  # requests and their payloads
-        self.ended: tuple[int, str] | None = None
-        self.left: dict[int, tuple[list[int], str]] = {}  # by worker: its last rounds, and why
-        self.waits: dict[tuple[int, int], int] = {}  # by channel and worker: the round it waits in
-        self.rounds = [0] * NUM_CHANNELS  # by channel: the latest round of this worker
-
-    def send(self, tag: int, text: str) -> None:
-        """Send a message to all other workers, without waiting."""
-        payload = np.frombuffer(text.encode(errors="replace"), np.uint8)
-        self._pending_sends = [
-            pending for pending in self._pending_sends if not _is_over(pending[0])
-        ]
-        for other in self._others:
-            with contextlib.suppress(MPI.Exception):  # a lost worker receives nothing
-                self._pending_sends.append(
-                    (self._comm.Isend([payload, MPI.BYTE], other, tag), payload)
-                )
-
-    def poll(self) -> None:
-        """Receive and record all messages that have arrived."""
-        for other in self._others:
-            if self.left.get(other, _PRESENT)[0] is not _LOST_ROUNDS:
-                try:
-                    self._receive_from(other)
-                except MPI.Exception as error:  # from an MPI with fault tolerance (ULFM)
-                    self.left[other] = _LOST_ROUNDS, f"MPI has lost it: {error}"
-
-    def _receive_from(self, other: int) -> None:
-        status = MPI.Status()
-        while (message := self._comm.Improbe(other, MPI.ANY_TAG, status)) is not None:
-            payload = np.empty(status.Get_count(MPI.BYTE), np.uint8)
-            message.Recv([payload, MPI.BYTE])
-            text, tag = payload.tobytes().decode(errors="replace"), status.Get_tag()
-            if tag in (LOST, GAVE_UP):
-                self.ended = self.ended or (tag, text)
-            elif tag == _LEFT:
-                rounds, _, why = text.partition(";")
-                self.left[other] = [int(number) for number in rounds.split()], why
-            else:
-                self.waits[tag - _WAITS, other] = int(text)
-
-    def is_blocked(self, worker: int) -> bool:
-        """Return whether a worker reported to wait in a channel's current or previous round.
-
-        In the previous one it may wait for data, while this worker has its own and is in the next.
-        """
-        own = enumerate(self.rounds)
-        return any(self.waits.get((channel, worker), -2) >= number - 1 for channel, number in own)
-
-    def end(self, kind: int, text: str) -> None:
-        """Abort the group on all workers."""
-        if self.ended is None:
-            self.ended = kind, text
-            self.send(kind, text)
-
-    def why_ended(self) -> tuple[int, str] | None:
-        """Return kind and text of the abort that is known; None if none is."""
-        return self.ended
-
-
-def _is_over(request: Any) -> bool:
-    try:
-        return bool(request.Test())
-    except MPI.Exception:
-        return True
 
 
 @final
-class MpiTransport(AbortableTransport):
-    """Transport between the workers of several hosts; see ``group.Transport``.
+class MpiTransport(Transport):
+    """Transport between the workers of several hosts.
 
     Parameters
     ----------
@@ -141,9 +51,11 @@ class MpiTransport(AbortableTransport):
         Chooses the algorithm of a reduction; the same on all workers.
     """
 
+    _duplicate: MpiTransport | None
+
     def __init__(
         self,
-        comm: Any,
+        comm: MPI.Comm,
         hosts_of_workers: Sequence[int],
         stagings: Sequence[Staging],
         timeout_seconds: float,
@@ -151,48 +63,35 @@ class MpiTransport(AbortableTransport):
         *,
         channel: int = 0,
         failures: FailureState | None = None,
-        out_of_band: _OutOfBandMessages | None = None,
+        out_of_band: OutOfBandMessages | None = None,
     ) -> None:
-        self._out_of_band = out_of_band or _OutOfBandMessages(comm)
-        super().__init__(comm.rank, self._out_of_band, failures or FailureState())
-        self.size = comm.size
-        self.timeout_seconds = timeout_seconds
-        self._comm = comm.Dup()
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        p2p = MpiPointToPoint(self._comm)
+        self._out_of_band = out_of_band or OutOfBandMessages(comm)
+        super().__init__(
+            comm.rank, comm.size, timeout_seconds, self._out_of_band, channel, failures
+        )
+        own_comm = comm.Dup()
+        own_comm.Set_errhandler(MPI.ERRORS_RETURN)
+        p2p = MpiPointToPoint(own_comm)
         self._collectives = MpiCollectives(p2p, stagings[channel], hosts_of_workers, routing)
         self._rounds = ControlRounds(p2p)
-        self._channel = channel
-        self._number = 0
-        self._last: Fingerprint | None = None
-        end = functools.partial(self._out_of_band.end, LOST)
-        self._consistency = ConsistencyCheck(self, self._failures, end)
-        if channel == 0:
-            self._duplicate: MpiTransport | None = MpiTransport(
+        self._reported = 0  # the latest round that this worker has reported to wait in
+        if channel + 1 < NUM_CHANNELS:
+            self._duplicate = MpiTransport(
                 comm,
                 hosts_of_workers,
                 stagings,
                 timeout_seconds,
                 routing,
-                channel=1,
+                channel=channel + 1,
                 failures=self._failures,
                 out_of_band=self._out_of_band,
             )
-        else:
-            self._duplicate = None
-
-    takes_columns = False
-    symmetric_memory: SymmetricMemory | None = None
-
-    def duplicate(self) -> MpiTransport:
-        """Return the transport for another thread: the second channel."""
-        return self._duplicate or self
 
     # -- arrays -----------------------------------------------------------------------------------
 
     def all_reduce_into(
         self,
-        columns: Sequence[Sequence[Any]],
+        columns: Columns,
         num_sources: int,
         op: Reduction,
         fingerprint: Fingerprint,
@@ -205,29 +104,29 @@ class MpiTransport(AbortableTransport):
             self._agree(fingerprint, source.nbytes)
             self._collectives.all_reduce(target, source, op, self._finish_for(fingerprint))
 
-    def all_gather_bytes(self, source: Any, fingerprint: Fingerprint) -> list[Any]:
+    def all_gather_bytes(self, source: HostArray, fingerprint: Fingerprint) -> list[HostArray]:
         """Return the bytes of all workers, whose numbers may differ."""
         with self._consistency:
             votes = self._agree(fingerprint, source.nbytes)
-            results = [np.empty(vote.nbytes, np.uint8) for vote in votes]
+            results: list[HostArray] = [np.empty(vote.nbytes, np.uint8) for vote in votes]
             results[self.rank][...] = source
             self._collectives.all_gather(results, self._finish_for(fingerprint))
         return results
 
-    def broadcast_into(self, target: Any, root: int, fingerprint: Fingerprint) -> None:
+    def broadcast_into(self, target: HostArray, root: int, fingerprint: Fingerprint) -> None:
         """Write the root's bytes, which its ``target`` holds, to every ``target``."""
         with self._consistency:
             self._agree(fingerprint, len(target))
             self._collectives.broadcast(target, root, self._finish_for(fingerprint))
 
     def _finish_for(self, fingerprint: Fingerprint) -> Finish:
-        return functools.partial(self._finish, fingerprint=fingerprint)
+        return functools.partial(self._finish, fingerprint)
 
     # -- rounds -----------------------------------------------------------------------------------
 
     def _agree(self, fingerprint: Fingerprint, nbytes: int) -> list[Vote]:
         if self._out_of_band.ended is not None:  # no data of a worker that has aborted
-            raise self.end_error()
+            raise self._end_error()
         votes = self._consistency.agree(fingerprint, nbytes, _stage_nothing)
         self._last = fingerprint
         return votes
@@ -244,7 +143,7 @@ class MpiTransport(AbortableTransport):
 
     def await_all(self, fingerprint: Fingerprint) -> list[Vote]:
         """Wait for the votes of all workers in the round."""
-        self._finish(self._rounds, fingerprint, _SPINNING_SECONDS)
+        self._finish(fingerprint, self._rounds.Test, wait.MPI_ROUND)
         return self._rounds.votes()
 
     def text_of(self, worker: int) -> str:
@@ -252,67 +151,32 @@ class MpiTransport(AbortableTransport):
         return self._rounds.text_of(worker)
 
     def _finish(
-        self, request: Request, fingerprint: Fingerprint, busy_seconds: float = _BUSY_SECONDS
+        self,
+        fingerprint: Fingerprint,
+        is_done: Callable[[], bool],
+        pace: wait.Pace = wait.MPI_DATA,
     ) -> None:
-        """Wait for a request; raise if waiting is in vain.
-
-        MPI moves data only inside of its calls, so polling must not pause while data flow: 64 MiB
-        took 1.3 s with naps of a millisecond.
-        """
+        """Wait until ``is_done()``; raise if waiting is in vain."""
         try:
-            began = time.monotonic()
-            busy_until = began + min(busy_seconds, self.timeout_seconds)
-            while True:
-                for _ in range(_TESTS_PER_CHECK):
-                    if request.Test():
-                        return
-                if time.monotonic() > busy_until:
-                    break
-                time.sleep(0)  # others may need this core
-            self._wait(request, fingerprint, began)
+            if not wait.until(is_done, pace, self.timeout_seconds, self._check_others, fingerprint):
+                absent = self._out_of_band.absent(self._channel)
+                self._give_up(absent, fingerprint, f"they were last seen {self._last_seen}")
         except MPI.Exception as error:
-            self.abort(LOST, f"worker {self.rank} lost another in {fingerprint.text}: {error}")
+            self._abort(LOST, f"worker {self.rank} lost another in {fingerprint.text}: {error}")
 
-    def _wait(self, request: Request, fingerprint: Fingerprint, began: float) -> None:
+    def _check_others(self, waited_seconds: float, fingerprint: Fingerprint) -> None:
+        """Raise if the others can never arrive; report to them that this worker waits."""
         out_of_band = self._out_of_band
-        has_reported, nap = False, _NAP_SECONDS
-        while not request.Test():
-            out_of_band.poll()
-            if out_of_band.ended is not None:
-                raise self.end_error()
-            for worker, (rounds, why) in out_of_band.left.items():
-                if rounds[self._channel] < self._number:
-                    text = f"worker {worker} is lost while {fingerprint.text} waits for it: {why}"
-                    self.abort(LOST, text)
-            waited = time.monotonic() - began
-            where = self._number
-            others_wait = any(self._has_arrived(worker) for worker in range(self.size))
-            is_due = others_wait or waited > min(_REPORT_SECONDS, self.timeout_seconds / 4)
-            if is_due and not has_reported:
-                out_of_band.send(_WAITS + self._channel, str(where))
-                has_reported = True
-            if waited > self.timeout_seconds:
-                self._give_up(fingerprint)
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP_SECONDS)
-
-    def _has_arrived(self, worker: int) -> bool:
-        """Return whether a worker has reported to wait in this round or a later one."""
-        return self._out_of_band.waits.get((self._channel, worker), 0) >= self._number
-
-    def _give_up(self, fingerprint: Fingerprint) -> None:
-        others = (worker for worker in range(self.size) if worker != self.rank)
-        absent = [worker for worker in others if not self._has_arrived(worker)]
-        # A worker that waits in the previous collective, or over the other channel, is absent too,
-        # but because of a third worker, which stopped half-way.
-        absent = [worker for worker in absent if not self._out_of_band.is_blocked(worker)] or absent
-        last = "before any collective" if self._last is None else f"in {self._last.text}"
-        self.abort(
-            GAVE_UP,
-            f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers {absent} "
-            f"to call {fingerprint.text}: they were last seen {last}; give timeout_seconds if they "
-            f"need longer",
-        )
+        out_of_band.poll()
+        if out_of_band.ended is not None:
+            raise self._end_error()
+        for worker, (rounds, why) in out_of_band.left.items():
+            if rounds[self._channel] < self._number:
+                self._lose(worker, fingerprint, why)
+        is_late = waited_seconds > min(_REPORT_SECONDS, self.timeout_seconds / 4)
+        if self._reported < self._number and (is_late or out_of_band.is_awaited(self._channel)):
+            self._reported = self._number
+            out_of_band.report_wait(self._channel)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -329,20 +193,17 @@ class MpiTransport(AbortableTransport):
         When all workers have left, those that are behind catch up to the last round: a failure may
         have been announced there, which no longer concerns them.
         """
-        return all(
-            [transport._is_caught_up(self._out_of_band) for transport in (self, self.duplicate())]
-        )
+        return all([transport._is_caught_up() for transport in (self, self._duplicate or self)])
 
-    def _is_caught_up(self, out_of_band: _OutOfBandMessages) -> bool:
-        if out_of_band.ended is not None:
+    def _is_caught_up(self) -> bool:
+        if self._out_of_band.ended is not None:
             return True  # nothing will complete any more
         if not self.is_complete():
             return False
-        if len(out_of_band.left) < self.size - 1:
+        left = self._out_of_band.left.values()
+        if len(left) < self.size - 1:
             return not self._consistency.is_announcing
-        while self._number < max(
-            (rounds[self._channel] for rounds, _ in out_of_band.left.values())
-        ):
+        while self._number < max(rounds[self._channel] for rounds, _ in left):
             self.arrive(_CATCH_UP, 0)
             if not self.is_complete():
                 return False
@@ -350,12 +211,11 @@ class MpiTransport(AbortableTransport):
 
     def leave(self, text: str) -> None:
         """Tell the other workers that this one arrives in no further round, and why."""
-        self._out_of_band.send(_LEFT, f"{self._number} {self.duplicate()._number};{text}")
+        self._out_of_band.leave(text)
 
     def remaining_workers(self) -> list[int]:
         """Return the other workers that have not left."""
-        self._out_of_band.poll()
-        return [w for w in range(self.size) if w != self.rank and w not in self._out_of_band.left]
+        return self._out_of_band.remaining()
 
 
 def _stage_nothing() -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dvkernels.cluster.launcher_environment import Environment
-from dvkernels.cluster.resolvers import ClusterResolver
+from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.errors import ClusterError
 
 __all__: list[str] = []

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 import numpy as np
 
 from dvkernels.cluster import procfs
+from dvkernels.devices.array_spec import HostArray
 
 __all__: list[str] = []
 
@@ -53,7 +53,7 @@ class Segment:
 
     def __init__(
         self,
-        memory: Any,
+        memory: HostArray,
         rank: int,
         size: int,
         num_result_buffers: int = 1,
@@ -80,7 +80,7 @@ class Segment:
         return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_result_buffers) * buffer_nbytes
 
     @staticmethod
-    def clear(memory: Any, size: int) -> None:
+    def clear(memory: HostArray, size: int) -> None:
         """Clear the control lines and texts; one worker does this before the others attach."""
         memory[: _layout(size)[1]] = 0
 
@@ -88,14 +88,15 @@ class Segment:
         """Return the address of a channel's control lines."""
         return int(self._address + _LINE * (self._channels[channel] + 1))
 
-    def control_lines(self, channel: int) -> Any:
+    def control_lines(self, channel: int) -> HostArray:
         """Return a channel's control lines, one row of int64 for each worker."""
         first = self._channels[channel] + 1
         return self._control[first : first + self.size]
 
-    def buffers(self, channel: int) -> Any:
+    def buffers(self, channel: int) -> HostArray:
         """Return a channel's buffers by round parity and worker; result buffers come last."""
-        return self._buffers[channel]
+        buffers: HostArray = self._buffers[channel]
+        return buffers
 
     # -- messages and state -----------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class Segment:
         return encoded[: encoded.index(0)].decode(errors="replace")
 
 
-def _region(memory: Any, start: int, shape: tuple[int, ...]) -> Any:
+def _region(memory: HostArray, start: int, shape: tuple[int, ...]) -> HostArray:
     return memory[start : start + math.prod(shape)].reshape(shape)
 
 

@@ -8,11 +8,17 @@ buffer every fourth: the result of piece k is written after barrier k, and read 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol, final
 
+import numpy as np
+
+from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.shm.segment import Segment
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cpu.engine import shm_barrier
+from dvkernels.schedules import partition
 
 __all__: list[str] = []
 
@@ -21,22 +27,21 @@ NUM_RESULTS = 4
 # for a network. 64 MiB on 2 x 2 workers of simulated hosts took 57 ms with 1 MiB, 96 with 512 KiB
 # and more with less (fastest of 7; 2 busy cores of an AMD EPYC, MPICH 5.0.2, November 2026).
 PIECE_NBYTES = 1024 * 1024
-_PAUSES, _PAUSES_OF_MANY = 2000, 50  # a pause is 20 to 45 ns
 
 
 class Staging(Protocol):
     """One worker's view of the staging buffers of its host."""
 
-    def stage(self, number: int, piece: Any, dtype: Any) -> list[Any]:
+    def stage(self, number: int, piece: HostArray, dtype: np.dtype[Any]) -> list[HostArray]:
         """Stage a piece as ``dtype``; return views of the staging buffers of all workers.
 
         They are valid from the next host barrier to the one after it.
         """
 
-    def results(self, number: int, targets: Sequence[Any]) -> list[Any]:
+    def results(self, number: int, targets: Sequence[HostArray]) -> list[HostArray]:
         """Return result buffers of a piece, in shape and dtype like the targets."""
 
-    def copy_out(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
+    def copy_out(self, results: Sequence[HostArray], targets: Sequence[HostArray]) -> None:
         """Copy complete results to the targets."""
 
     def arrive(self) -> None:
@@ -50,15 +55,15 @@ class Staging(Protocol):
 class LocalStaging:
     """Staging of a host with one worker, which works in its own arrays: nothing is copied."""
 
-    def stage(self, number: int, piece: Any, dtype: Any) -> list[Any]:
+    def stage(self, number: int, piece: HostArray, dtype: np.dtype[Any]) -> list[HostArray]:
         """Return the piece."""
         return [piece.astype(dtype, copy=False)]
 
-    def results(self, number: int, targets: Sequence[Any]) -> list[Any]:
+    def results(self, number: int, targets: Sequence[HostArray]) -> list[HostArray]:
         """Return the targets."""
         return list(targets)
 
-    def copy_out(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
+    def copy_out(self, results: Sequence[HostArray], targets: Sequence[HostArray]) -> None:
         """Do nothing: the results are the targets."""
 
     def arrive(self) -> None:
@@ -86,10 +91,10 @@ class SharedStaging:
         self._rank, self._size = segment.rank, segment.size
         self._lines = segment.lines(channel)
         self._buffers = segment.buffers(channel)
-        self._pauses = _PAUSES if may_spin else _PAUSES_OF_MANY
+        self._pauses = wait.HOST_SPINS.of(may_spin)
         self._barrier = 0
 
-    def stage(self, number: int, piece: Any, dtype: Any) -> list[Any]:
+    def stage(self, number: int, piece: HostArray, dtype: np.dtype[Any]) -> list[HostArray]:
         """Copy the piece to this worker's staging buffer."""
         nbytes = piece.size * dtype.itemsize
         buffers = [
@@ -98,17 +103,16 @@ class SharedStaging:
         buffers[self._rank][...] = piece
         return buffers
 
-    def results(self, number: int, targets: Sequence[Any]) -> list[Any]:
+    def results(self, number: int, targets: Sequence[HostArray]) -> list[HostArray]:
         """Return consecutive parts of one result buffer."""
         buffer = self._buffers[number & 1, self._size + (number >> 1 & 1)]
-        found, start = [], 0
-        for target in targets:
-            stop = start + target.nbytes
-            found.append(buffer[start:stop].view(target.dtype))
-            start = stop
-        return found
+        starts = partition.starts(target.nbytes for target in targets)
+        return [
+            buffer[start:stop].view(target.dtype)
+            for target, (start, stop) in zip(targets, itertools.pairwise(starts), strict=True)
+        ]
 
-    def copy_out(self, results: Sequence[Any], targets: Sequence[Any]) -> None:
+    def copy_out(self, results: Sequence[HostArray], targets: Sequence[HostArray]) -> None:
         """Copy the results to the targets."""
         for result, target in zip(results, targets, strict=True):
             target[...] = result

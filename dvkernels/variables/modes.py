@@ -1,0 +1,47 @@
+"""Modes of a variable: when its copies are synchronized, and how values become one."""
+
+from __future__ import annotations
+
+from dvkernels.enumeration import NamedEnum
+
+__all__ = ["VariableAggregation", "VariableSynchronization"]
+
+
+class VariableSynchronization(NamedEnum):
+    """Mode that says when the copies of a variable are synchronized.
+
+    Attributes
+    ----------
+    AUTO
+        Resolves to ON_WRITE.
+    NONE
+        Never, unless the program calls ``sync``.
+    ON_WRITE
+        At every write in replica context: the copies are always equal.
+    ON_READ
+        At every read in cross-replica context, which returns the aggregate of the copies.
+    """
+
+    AUTO = "auto"
+    NONE = "none"
+    ON_WRITE = "on_write"
+    ON_READ = "on_read"
+
+
+class VariableAggregation(NamedEnum):
+    """Reduction of the replicas' values to one value.
+
+    Attributes
+    ----------
+    NONE
+        There is none; operations that need one raise.
+    SUM, MEAN
+        The sum or the mean over all replicas.
+    ONLY_FIRST_REPLICA
+        The value of replica 0.
+    """
+
+    NONE = "none"
+    SUM = "sum"
+    MEAN = "mean"
+    ONLY_FIRST_REPLICA = "only_first_replica"
