@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,18 +16,10 @@ from dvkernels.devices import interop
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = [
-    "as_array",
-    "concatenate",
-    "is_flat_dict",
-    "is_flat_tuple",
-    "leading_length",
-    "nbytes_of",
-    "outline",
-    "owned_copy",
-    "slice_rows",
-    "take",
-]
+__all__: list[str] = []
+
+Element: TypeAlias = Any
+"""An element of a dataset: a pytree of arrays, numbers and other objects."""
 
 _LONGEST_OUTLINE = 200
 

@@ -13,7 +13,7 @@ from dvkernels.data.node import Node, RowSelector
 from dvkernels.data.stacking import BatchBuilder
 from dvkernels.data.transform import Transform
 
-__all__ = ["Batch"]
+__all__: list[str] = []
 
 
 class Batch(Transform):

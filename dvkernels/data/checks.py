@@ -9,15 +9,7 @@ from typing import Any
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = [
-    "LARGEST",
-    "LARGEST_INDEX",
-    "check_callable",
-    "check_count",
-    "check_flag",
-    "check_function_of_one",
-    "check_ordered",
-]
+__all__: list[str] = []
 
 # The largest number of elements that the shuffle, on 64-bit integers, can address.
 LARGEST = 2**62

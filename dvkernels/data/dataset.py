@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
+from dvkernels.data.array_nest import Element
 from dvkernels.data.batch import Batch
-from dvkernels.data.checks import check_count, check_flag
-from dvkernels.data.cursor import Cursor
-from dvkernels.data.file_source import FileList, FromFiles, FromIndexedFiles
+from dvkernels.data.checks import check_count
+from dvkernels.data.constructors import DatasetConstructors
+from dvkernels.data.cursor import EpochPosition
+from dvkernels.data.file_source import FileList
 from dvkernels.data.filter import Filter
 from dvkernels.data.map import Map
 from dvkernels.data.node import Length, Node
-from dvkernels.data.prefetch import Prefetch, Prefetcher, prefetch_depth
-from dvkernels.data.queue_source import FromQueue
+from dvkernels.data.prefetch import Prefetch, open_cursor
 from dvkernels.data.repeat import Repeat
-from dvkernels.data.shard import Shard
 from dvkernels.data.shuffle import Shuffle, WindowedShuffle
-from dvkernels.data.skip import Skip
-from dvkernels.data.sources import FromArrays, FromIterable, FromSequence, Range, SupportsIndexing
-from dvkernels.data.stateful_source import FromSource, FromStatefulIterable, Source
-from dvkernels.data.take import Take
+from dvkernels.data.subset import Shard, Skip, Take
 from dvkernels.data.zip import Zip
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
@@ -30,7 +25,7 @@ from dvkernels.user_errors import brief
 __all__ = ["Dataset"]
 
 
-class Dataset:
+class Dataset(DatasetConstructors):
     """Elements in an order that depends on the seeds and the epoch alone.
 
     Made by the ``from_...`` methods and :meth:`range`; every transform returns a new dataset and
@@ -92,215 +87,13 @@ class Dataset:
         """The number of elements: ``math.inf`` if endless, None if unknown before the end."""
         return self._node.length
 
-    @classmethod
-    def from_arrays(cls, nest: Any) -> Dataset:
-        """Make a dataset of the rows of one or more arrays of the same leading length.
-
-        The arrays are not copied: batches of consecutive rows are read-only views of them.
-
-        Parameters
-        ----------
-        nest : array or pytree of arrays, each of shape (n, ...), any dtype
-            Arrays, and objects that ``numpy.asarray`` reads without a loop (PyTorch CPU tensors).
-
-        Raises
-        ------
-        DatasetError
-            Leading lengths differ, or a leaf is a scalar. The message names the leaves.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> list(Dataset.from_arrays({"x": np.array([1.5, 2.5])}))
-        [{'x': np.float64(1.5)}, {'x': np.float64(2.5)}]
-        """
-        return cls(FromArrays(nest))
-
-    @classmethod
-    def range(cls, n: int) -> Dataset:
-        """Make a dataset of the integers 0 to n - 1 (int64).
-
-        Examples
-        --------
-        >>> [int(element) for element in Dataset.range(3)]
-        [0, 1, 2]
-        """
-        return cls(Range(n))
-
-    @classmethod
-    def from_sequence(cls, sequence: SupportsIndexing) -> Dataset:
-        """Make a dataset of ``sequence[0]`` to ``sequence[len(sequence) - 1]``.
-
-        The length is read once, here; elements are read on demand, one at a time and in any order.
-
-        Examples
-        --------
-        >>> list(Dataset.from_sequence("abc"))
-        ['a', 'b', 'c']
-        """
-        return cls(FromSequence(sequence))
-
-    @classmethod
-    def from_iterable(
-        cls, factory: Callable[..., Iterable[Any]], *, stateful: bool = False, epoch: bool = False
-    ) -> Dataset:
-        """Make a sequential dataset of the elements that ``iter(factory())`` yields.
-
-        Parameters
-        ----------
-        factory : callable
-            Called at the start of each epoch, and again to resume or after an error; returns an
-            iterable that yields the same elements each time.
-        epoch : bool
-            True to call ``factory(epoch)``: the iterable then yields the same elements each time
-            for the same epoch.
-        stateful : bool
-            True if the iterable, or its iterator, has ``state_dict()`` and
-            ``load_state_dict(state)``, as PyTorch's ``StatefulDataLoader`` has: it is resumed
-            through them, not by replay. The state, which must be JSON-serializable, is read after
-            each element.
-
-        Examples
-        --------
-        >>> def lines():
-        ...     yield from ("one", "two")
-        >>> list(Dataset.from_iterable(lines))
-        ['one', 'two']
-        """
-        check_flag("from_iterable", "stateful", stateful)
-        return cls((FromStatefulIterable if stateful else FromIterable)(factory, epoch))
-
-    @classmethod
-    def from_files(
-        cls,
-        paths: Iterable[str | os.PathLike[str]],
-        reader: Callable[[str], Any],
-        *,
-        random_access: bool = False,
-    ) -> Dataset:
-        """Make a dataset of the elements that ``reader(path)`` yields of each file, in order.
-
-        Parameters
-        ----------
-        paths : iterable of str or path
-            Files or folders, all of which must exist now. Sort the listing of a folder: its order
-            differs between machines.
-        reader : callable
-            ``reader(path)`` is a generator function, or returns an iterable. The iterable and its
-            iterator are closed, where they have ``close()``, at the end or when the dataset's
-            iterator is closed. The reader must yield the same elements each time.
-        random_access : bool
-            True if ``reader(path)`` returns an object with ``__len__`` and ``__getitem__``
-            (``numpy.load(path, mmap_mode="r")``). Each file is opened once here for its length,
-            and later on demand; eight are kept open.
-
-        Raises
-        ------
-        DatasetError
-            A path does not exist. The message names it.
-
-        Examples
-        --------
-        >>> import pathlib, tempfile
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> for name in ("a", "b"):
-        ...     _ = pathlib.Path(folder.name, name).write_text(f"{name}0 {name}1")
-        >>> def words(path):
-        ...     with open(path, encoding="utf-8") as file:
-        ...         yield from file.read().split()
-        >>> dataset = Dataset.from_files(sorted(pathlib.Path(folder.name).iterdir()), words)
-        >>> list(dataset), len(dataset.files)
-        (['a0', 'a1', 'b0', 'b1'], 2)
-        >>> folder.cleanup()
-        """
-        check_flag("from_files", "random_access", random_access)
-        return cls((FromIndexedFiles if random_access else FromFiles)(paths, reader))
-
-    @classmethod
-    def from_source(cls, source: Source) -> Dataset:
-        """Make a sequential dataset of a source that saves and restores its own state.
-
-        Parameters
-        ----------
-        source : Source
-            Its ``open(epoch, state)`` returns a reader with ``__next__()`` and ``state()``. The
-            state becomes part of the iterator's state, so nothing is replayed, except the elements
-            that a transform needs (a window of :meth:`shuffle`). See
-            :class:`dvkernels.data.stateful_source.Source`.
-
-        Examples
-        --------
-        >>> class Letters:
-        ...     def open(self, epoch, state):
-        ...         return LettersReader(0 if state is None else state["next"])
-        >>> class LettersReader:
-        ...     def __init__(self, position):
-        ...         self.position = position
-        ...     def __next__(self):
-        ...         if self.position == 3:
-        ...             raise StopIteration
-        ...         self.position += 1
-        ...         return "abc"[self.position - 1]
-        ...     def state(self):
-        ...         return {"next": self.position}
-        >>> list(Dataset.from_source(Letters()))
-        ['a', 'b', 'c']
-        """
-        return cls(FromSource(source))
-
-    @classmethod
-    def from_live(
-        cls,
-        source: Any,
-        *,
-        batch_size: int | None = None,
-        max_wait_seconds: float | None = None,
-        end: object = None,
-    ) -> Dataset:
-        """Make a dataset of the elements of a queue, or of batches of them, as they arrive.
-
-        Parameters
-        ----------
-        source : queue or callable
-            A ``queue.Queue`` or another object with ``get(timeout=...)``, or such a function: it
-            returns the next element, or raises ``queue.Empty`` or ``TimeoutError`` if there is
-            none after ``timeout`` seconds.
-        batch_size : int, optional
-            Deliver batches of that many elements, stacked as by :meth:`batch`.
-        max_wait_seconds : float, optional
-            Deliver an incomplete batch this long after its first element was taken. Without it
-            a batch waits until it is full or the stream ends.
-        end : object
-            The element that ends the stream. ``StopIteration`` raised by a function ends it too,
-            as does a queue that has been shut down (Python 3.13).
-
-        Notes
-        -----
-        There is one stream: each element is delivered once, an epoch continues where the last one
-        stopped, and one iterator reads at a time. If a transform raises, its batch is tried
-        again. An iterator cannot be resumed: saving or loading its state raises
-        ``DatasetError``.
-
-        Examples
-        --------
-        >>> import queue
-        >>> arrived = queue.SimpleQueue()
-        >>> for value in (1, 2, 3, None):
-        ...     arrived.put(value)
-        >>> list(Dataset.from_live(arrived, batch_size=2, max_wait_seconds=0.5))
-        [array([1, 2]), array([3])]
-        """
-        return cls(FromQueue(source, batch_size, max_wait_seconds, end))
-
     @property
     def files(self) -> tuple[str, ...]:
         """The paths given to :meth:`from_files`, empty for other sources."""
         node: Node | None = self._node
-        while node is not None:
-            if isinstance(node, FileList):
-                return node.files
+        while node is not None and not isinstance(node, FileList):
             node = node.source
-        return ()
+        return () if node is None else node.files
 
     def zip(self, *others: Dataset) -> Dataset:
         """Make tuples of the elements of this dataset and of others; as long as the shortest.
@@ -378,7 +171,7 @@ class Dataset:
         return self._then(WindowedShuffle(self._node, seed, window, reshuffle_each_epoch))
 
     def map(
-        self, fn: Callable[[Any], Any], *, num_workers: int = 0, workers: str = "threads"
+        self, fn: Callable[[Element], Element], *, num_workers: int = 0, workers: str = "threads"
     ) -> Dataset:
         """Replace each element by ``fn(element)``.
 
@@ -422,7 +215,7 @@ class Dataset:
         """
         return self._then(Prefetch(self._node, n))
 
-    def filter(self, predicate: Callable[[Any], object]) -> Dataset:
+    def filter(self, predicate: Callable[[Element], object]) -> Dataset:
         """Keep the elements for which ``predicate(element)`` is true; sequential from here on.
 
         Examples
@@ -492,10 +285,8 @@ class Dataset:
         """
         return self._then(Shard(self._node, num, index))
 
-    def __iter__(self) -> Iterator[Any]:
-        depth = prefetch_depth(self._node)
-        epoch = self._epoch or 0
-        return Prefetcher(self._node, epoch, 0, depth) if depth else Cursor(self._node, epoch)
+    def __iter__(self) -> Iterator[Element]:
+        return open_cursor(self._node, EpochPosition(self._epoch or 0, 0))
 
     def __len__(self) -> int:
         return known_length(self._node.length)

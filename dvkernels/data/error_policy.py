@@ -1,13 +1,16 @@
-"""Error policy ``on_error="skip"``: elements that raise are left out and recorded."""
+"""Errors of user functions: outcomes, and the policy ``on_error="skip"``, which records them."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 from dvkernels import user_errors
+from dvkernels.data.array_nest import Element, owned_copy
 
-__all__ = ["SkippedElements", "skipping"]
+__all__: list[str] = []
 
 _MAX_LISTED = 100
 
@@ -38,3 +41,23 @@ class SkippedElements:
 
 # Records failing elements instead of raising their errors; None: they are raised.
 skipping: ContextVar[SkippedElements | None] = ContextVar("dvkernels_skipping", default=None)
+
+
+class Outcome(NamedTuple):
+    """Result of a function, or the exception that it raised."""
+
+    value: Any
+    error: Exception | None
+
+
+def outcome_of(fn: Callable[[Element], Any], element: Element) -> Outcome:
+    """Return the outcome of ``fn(element)``."""
+    try:
+        return Outcome(fn(element), None)
+    except Exception as error:
+        return Outcome(None, error)
+
+
+def owned_outcome_of(fn: Callable[[Element], Any], element: Element) -> Outcome:
+    """Return the outcome of ``fn(element)``, its value copied: ``fn`` may reuse its memory."""
+    return outcome_of(lambda argument: owned_copy(fn(argument)), element)

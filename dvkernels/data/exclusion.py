@@ -11,7 +11,7 @@ from typing import TypeVar
 from dvkernels import deadlines
 from dvkernels.errors import DatasetError
 
-__all__ = ["MutualExclusion"]
+__all__: list[str] = []
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from dvkernels.data.sources import SupportsIndexing, length_of
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = ["MAX_OPEN_FILES", "FileList", "FromFiles", "FromIndexedFiles"]
+__all__: list[str] = []
 
 # Small enough for any limit of open files, though a batch of a shuffled dataset touches more.
 MAX_OPEN_FILES = 8

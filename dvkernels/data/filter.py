@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dvkernels.data.checks import check_function_of_one
+from dvkernels.data.error_policy import outcome_of
 from dvkernels.data.node import Node, callable_name
-from dvkernels.data.outcome import outcome_of
 from dvkernels.data.transform import Transform
 
-__all__ = ["Filter"]
+__all__: list[str] = []
 
 
 class Filter(Transform):

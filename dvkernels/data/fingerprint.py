@@ -12,7 +12,7 @@ from dvkernels.data.array_nest import as_array, outline
 from dvkernels.data.node import Node
 from dvkernels.pytree import flatten, leaf_names
 
-__all__ = ["fingerprint", "kinds_of"]
+__all__: list[str] = []
 
 _CHUNK_BYTES = 2**24  # hashed at a time, which bounds the copy of an array not contiguous
 

@@ -8,15 +8,14 @@ from typing import Any
 
 from dvkernels.data.array_nest import owned_copy
 from dvkernels.data.checks import check_count, check_function_of_one
-from dvkernels.data.error_policy import skipping
-from dvkernels.data.map_workers import KINDS, MapWorkers, check_sendable
+from dvkernels.data.error_policy import outcome_of, skipping
+from dvkernels.data.map_workers import KINDS, MapWorkers
 from dvkernels.data.node import Node, add_note, callable_name
-from dvkernels.data.outcome import Outcome, outcome_of
 from dvkernels.data.transform import Transform
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = ["Map"]
+__all__: list[str] = []
 
 
 class Map(Transform):
@@ -39,8 +38,6 @@ class Map(Transform):
             raise DatasetError(
                 f"map: expected workers to be one of {', '.join(KINDS)}; got {brief(workers)}"
             )
-        if count and workers == "processes":
-            check_sendable(fn)
         super().__init__(source, source.length)
         self._fn = fn
         self._workers = MapWorkers(fn, count, workers) if count else None
@@ -62,7 +59,8 @@ class Map(Transform):
             (index, self._unshared(element))
             for index, element in self.source.attempts(indices, epoch)
         ]
-        outcomes = self._workers.map([element for _, element in given])
+        # All at once, since an error's traceback would keep a suspended generator's threads alive.
+        outcomes = [*self._workers.map([element for _, element in given])]
         kept = (
             self._value_unless_skipped(outcome, index, epoch)
             for (index, _), outcome in zip(given, outcomes, strict=True)
@@ -83,7 +81,7 @@ class Map(Transform):
             num_yielded, begin = self.resume_points.resume(epoch, start)
         elements = self.source.iterate(epoch, begin)
         if self._workers is not None:
-            outcomes: Iterator[Outcome] = self._workers.map_lazily(map(self._unshared, elements))
+            outcomes = self._workers.map_lazily(map(self._unshared, elements))
         else:
             outcomes = (outcome_of(self._fn, element) for element in elements)
         for index, outcome in enumerate(outcomes, begin):

@@ -14,28 +14,26 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from dvkernels import deadlines
-from dvkernels.data.exclusion import MutualExclusion
+from dvkernels.data.array_nest import Element
+from dvkernels.data.error_policy import Outcome, owned_outcome_of
 from dvkernels.data.node import callable_name
-from dvkernels.data.outcome import Outcome, owned_outcome_of
+from dvkernels.data.queue_threads import QueueThreads
 from dvkernels.errors import DatasetError
 from dvkernels.threads.claim import Claim
-from dvkernels.threads.stoppable_thread import StoppableThread
 from dvkernels.threads.thread import Latch
 from dvkernels.user_errors import describe
 
-__all__ = ["KINDS", "MapWorkers", "check_sendable"]
+__all__: list[str] = []
 
 KINDS = ("threads", "processes")
 
-_IDLE_CHECK_SECONDS = 1.0  # how often an idle thread checks whether the map still needs it
 _CLAIM_AFTER_SECONDS = 0.05  # after which a waiting caller runs a task that no thread has begun
 _GRACE_SECONDS = 5.0  # for a thread to report that its process has missed the deadline
 
 # Yields the outcomes of the elements one by one, until the latch is open.
-Apply = Callable[[Sequence[Any], Latch], Iterator[Outcome]]
+Apply = Callable[[Sequence[Element], Latch], Iterator[Outcome]]
 
 
 class _MapTask:
@@ -46,7 +44,7 @@ class _MapTask:
 
     __slots__ = ("_apply", "_elements", "claim", "error", "is_done", "outcomes")
 
-    def __init__(self, elements: Sequence[Any], apply: Apply | None) -> None:
+    def __init__(self, elements: Sequence[Element], apply: Apply | None) -> None:
         self._elements = elements
         self._apply = apply  # None: the process of a worker thread applies the function
         self.claim = Claim()  # to run the task, or to cancel it
@@ -79,48 +77,16 @@ class _TaskBoard:
 
 
 class _WorkerThreads:
-    """Worker threads of one map; they end when it is garbage collected."""
+    """Worker threads of one map, and their board; they end when this object is collected."""
 
     def __init__(self, count: int, pickled: bytes, name: str) -> None:
         self.board = _TaskBoard()
-        self.pid = os.getpid()
-        self._count = count
-        self._pickled = pickled  # The function, if processes apply it, else empty.
-        self._name = name
-        self._threads: list[StoppableThread] = []
-        self._mutex = MutualExclusion()
-
-    def start(self) -> None:
-        """Start the missing threads; ``RuntimeError`` if not a single one runs."""
-        if len(self._threads) < self._count:
-            self._mutex.run(self._start_missing)
-
-    def _start_missing(self) -> None:
-        own = weakref.ref(self)
-        while len(self._threads) < self._count:
-            thread = StoppableThread(
-                functools.partial(
-                    _serve, self.board, self._pickled, self._name, lambda: own() is None
-                ),
-                "dvkernels-data-map",
-                functools.partial(self.board.tasks.put, None),
-            )
-            try:
-                thread.start()
-            except RuntimeError:
-                if not self._threads:
-                    raise
-                return  # fewer threads will do
-            self._threads.append(thread)
-
-    def __del__(self) -> None:
-        if self.pid == os.getpid():
-            for thread in self._threads:
-                thread.stop()
+        serve = functools.partial(_serve, self.board, pickled, name)
+        self.threads = QueueThreads(self.board.tasks, serve, count, "dvkernels-data-map")
 
 
 def _serve(
-    board: _TaskBoard, pickled: bytes, name: str, is_dropped: Callable[[], bool], stop: Latch
+    board: _TaskBoard, pickled: bytes, name: str, tasks: Iterator[_MapTask | None], stop: Latch
 ) -> None:
     process = None
     if pickled:
@@ -129,13 +95,7 @@ def _serve(
 
         process = WorkerProcess(name, pickled, board)
     try:
-        while not stop.is_open:
-            try:
-                task = board.tasks.get(timeout=_IDLE_CHECK_SECONDS)
-            except queue.Empty:
-                if is_dropped():
-                    return
-                continue
+        for task in tasks:
             if task is not None and task.claim.take():
                 task.run(process, board, stop)
             del task  # keeps no object of the user's alive while waiting
@@ -151,10 +111,10 @@ class MapWorkers:
     the same workers, and the map works even where no thread can be started.
     """
 
-    def __init__(self, fn: Callable[[Any], Any], count: int, kind: str) -> None:
+    def __init__(self, fn: Callable[[Element], Element], count: int, kind: str) -> None:
         self._fn = fn
         self._count = count
-        self._pickled = pickle.dumps(fn) if kind == "processes" else b""
+        self._pickled = _pickled_function(fn) if kind == "processes" else b""
         self._threads_ref: weakref.ref[_WorkerThreads] | None = None
 
     def hold(self) -> object:
@@ -163,46 +123,42 @@ class MapWorkers:
 
     def _live_threads(self) -> _WorkerThreads:
         threads = None if self._threads_ref is None else self._threads_ref()
-        if threads is None or threads.pid != os.getpid():
+        if threads is None or not threads.threads.is_here:
             threads = _WorkerThreads(self._count, self._pickled, callable_name(self._fn))
             self._threads_ref = weakref.ref(threads)
         return threads
 
-    def map(self, elements: Sequence[Any]) -> list[Outcome]:
-        """Return the outcomes of the elements, in order."""
-        threads = self._started()
+    def map(self, elements: Sequence[Element]) -> Iterator[Outcome]:
+        """Yield the outcomes of the elements in order; each worker gets a run of the elements."""
         size = -(-len(elements) // self._count)
-        starts = range(0, len(elements), size)
-        tasks = [self._submit(threads, elements[start : start + size]) for start in starts]
-        try:
-            return [outcome for task in tasks for outcome in self._result(threads.board, task)]
-        finally:
-            del threads  # else the traceback of an error would keep the threads alive
-            for task in tasks:
-                task.claim.take()  # cancels the tasks that no thread has begun
+        runs = (elements[at : at + size] for at in range(0, len(elements), size))
+        return self._map_runs(runs, self._count)
 
-    def map_lazily(self, elements: Iterable[Any]) -> Iterator[Outcome]:
+    def map_lazily(self, elements: Iterable[Element]) -> Iterator[Outcome]:
         """Yield the outcomes of the elements in order, computing a few of them ahead."""
+        return self._map_runs(([element] for element in elements), 2 * self._count)
+
+    def _map_runs(self, runs: Iterable[Sequence[Element]], num_ahead: int) -> Iterator[Outcome]:
         threads = self._started()
         submitted: collections.deque[_MapTask] = collections.deque()
         try:
-            for element in elements:
-                submitted.append(self._submit(threads, [element]))
-                if len(submitted) > 2 * self._count:
-                    yield self._result(threads.board, submitted[0])[0]
+            for run in runs:
+                submitted.append(self._submit(threads, run))
+                if len(submitted) > num_ahead:
+                    yield from self._result(threads.board, submitted[0])
                     submitted.popleft()
             while submitted:
-                yield self._result(threads.board, submitted[0])[0]
+                yield from self._result(threads.board, submitted[0])
                 submitted.popleft()
         finally:
-            del threads
+            del threads  # else the traceback of an error would keep the threads alive
             for task in submitted:
-                task.claim.take()
+                task.claim.take()  # cancels the tasks that no thread has begun
 
     def _started(self) -> _WorkerThreads:
         threads = self._live_threads()
         try:
-            threads.start()
+            threads.threads.start()
         except RuntimeError as error:
             if self._pickled:
                 raise DatasetError(
@@ -211,7 +167,7 @@ class MapWorkers:
                 ) from error
         return threads
 
-    def _submit(self, threads: _WorkerThreads, elements: Sequence[Any]) -> _MapTask:
+    def _submit(self, threads: _WorkerThreads, elements: Sequence[Element]) -> _MapTask:
         task = _MapTask(elements, None if self._pickled else self._outcomes)
         threads.board.tasks.put(task)
         return task
@@ -240,15 +196,15 @@ class MapWorkers:
                 "not in any thread; set DVKERNELS_TIMEOUT_SECONDS if an element takes longer"
             )
 
-    def _outcomes(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
+    def _outcomes(self, elements: Sequence[Element], stop: Latch) -> Iterator[Outcome]:
         for element in elements:
             if stop.is_open:
                 raise SystemExit  # the program ends: a thread of the user's ends silently
             yield owned_outcome_of(self._fn, element)
 
 
-def check_sendable(fn: Callable[[Any], Any]) -> None:
-    """Raise :class:`DatasetError` unless ``fn`` can be sent to worker processes."""
+def _pickled_function(fn: Callable[[Element], Element]) -> bytes:
+    """Pickle ``fn``; raise :class:`DatasetError` unless worker processes can load it."""
     name = callable_name(fn)
     try:
         pickled = pickle.dumps(fn)
@@ -267,3 +223,4 @@ def check_sendable(fn: Callable[[Any], Any]) -> None:
             "which is no file but a notebook, standard input or an interactive session; put the "
             "function into a module and import it, or use workers='threads'"
         )
+    return pickled

@@ -27,15 +27,7 @@ from dvkernels.data.resume_points import ResumePoints
 from dvkernels.data.stacking import BatchBuilder
 from dvkernels.errors import DatasetError
 
-__all__ = [
-    "EmptyBatchError",
-    "Indices",
-    "Length",
-    "Node",
-    "RowSelector",
-    "add_note",
-    "callable_name",
-]
+__all__: list[str] = []
 
 # math.inf for an endless node, None where the length is unknown until the end is reached.
 Length = int | float | None

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import queue
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dvkernels import deadlines
-from dvkernels.data.array_nest import nbytes_of
+from dvkernels.data.array_nest import Element, nbytes_of
 from dvkernels.data.checks import check_count
-from dvkernels.data.cursor import Cursor, EpochPosition
-from dvkernels.data.error_policy import SkippedElements, skipping
-from dvkernels.data.exclusion import MutualExclusion
+from dvkernels.data.cursor import Cursor, DirectCursor, EpochPosition
+from dvkernels.data.error_policy import SkippedElements
 from dvkernels.data.node import Node, RowSelector
+from dvkernels.data.queue_threads import QueueThreads
 from dvkernels.data.transform import SamePositions
 from dvkernels.errors import DatasetError
 from dvkernels.profiler import memory_report
 from dvkernels.threads import stoppable_thread
-from dvkernels.threads.stoppable_thread import StoppableThread
 from dvkernels.threads.thread import Latch
 from dvkernels.user_errors import describe
 
-__all__ = ["Prefetch", "Prefetcher", "prefetch_depth"]
+__all__: list[str] = []
 
 _POLL_SECONDS = 0.1
 _CLOSE_SECONDS = 5.0
@@ -68,97 +66,105 @@ def prefetch_depth(node: Node, wanted: int | None = None) -> int:
     return max((link.depth for link in node.links() if isinstance(link, Prefetch)), default=0)
 
 
+def open_cursor(
+    node: Node,
+    epoch_position: EpochPosition,
+    wanted: int | None = None,
+    count: int = 1,
+    skips: SkippedElements | None = None,
+) -> Cursor:
+    """Return a cursor that keeps the prefetch depth times ``count`` elements ready, or none."""
+    depth = prefetch_depth(node, wanted) * count
+    if depth:
+        return PrefetchingCursor(node, epoch_position, depth, skips)
+    return DirectCursor(node, epoch_position, skips)
+
+
 class _PrefetchedElement(NamedTuple):
     """An element, or the error that was raised instead."""
 
-    element: Any
+    element: Element
     error: BaseException | None
     seconds: float  # to compute it
     epoch_position: EpochPosition  # behind it
 
 
-class Prefetcher(Iterator[Any]):
-    """Iterator over one epoch with up to ``depth`` elements ready; it resumes like a cursor.
+class PrefetchingCursor(Cursor):
+    """Cursor with up to ``depth`` elements ready, which a thread computes.
 
-    Elements that are only ready do not count as delivered. After an error the next call tries the
-    same element again. The prefetch thread ends with the epoch, on an error, by :meth:`close`, and
-    when this object is garbage collected. Several threads may share it; each element goes to one
-    thread.
+    The thread ends with the epoch, on an error, by :meth:`close`, and when the cursor is garbage
+    collected. Elements that are only ready do not count as delivered.
     """
+
+    fetch_seconds: float
 
     def __init__(
         self,
         node: Node,
-        epoch: int,
-        position: int,
+        epoch_position: EpochPosition,
         depth: int,
         skips: SkippedElements | None = None,
     ) -> None:
         self._node, self._depth, self._skips = node, depth, skips
-        self._mutex = MutualExclusion()
-        self._prefetch_thread: _PrefetchThread | None = None
-        self._previous_thread: StoppableThread | None = None
-        self.fetch_seconds = 0.0  # of all elements so far
-        self.move_to(epoch, position)
+        self._thread: _PrefetchThread | None = None
+        self._previous: QueueThreads[None] | None = None
+        self.fetch_seconds = 0.0
+        super().__init__(epoch_position)
 
-    def move_to(self, epoch: int, position: int, memory: Sequence[Any] = ()) -> None:
-        """Move to another position; prefetched elements are dropped."""
-        self._drop_thread()
-        self.epoch_position = EpochPosition(epoch, position, memory)
-        self._at_end = False
+    @property
+    def epoch_position(self) -> EpochPosition:
+        return self._epoch_position
 
-    def __next__(self) -> Any:
-        return self._mutex.run(self.take)
+    def move_to(self, epoch_position: EpochPosition) -> None:
+        self.release()
+        self._epoch_position = epoch_position
 
-    def take(self) -> Any:
-        """Return the next element; one thread at a time may call it."""
-        if self._at_end:  # A new prefetch thread would replay a sequential source to find that.
-            raise StopIteration
-        if self._prefetch_thread is None:
+    def take(self, count: int = 1) -> list[Element]:
+        if self._thread is None:
             self.wait()
-            self._prefetch_thread = _PrefetchThread(
-                self._node, self.epoch_position, self._depth, self._skips
-            )
+            cursor = DirectCursor(self._node, self._epoch_position, self._skips)
+            self._thread = _PrefetchThread(cursor, self._depth)
+        thread = self._thread
         try:
-            fetched = self._prefetch_thread.take()
+            while len(thread.taken) < count and not thread.at_end:
+                self.fetch_seconds += thread.take_one()
         except _ForkedError:
-            self._drop_thread()
-            return self.take()
-        except BaseException as error:
-            self._at_end = isinstance(error, StopIteration)
-            self._drop_thread()
+            self.release()
+            return self.take(count)
+        except BaseException:
+            self.release()  # The elements taken before are taken again.
             raise
-        self.epoch_position = fetched.epoch_position
-        self.fetch_seconds += fetched.seconds
-        return fetched.element
+        if not thread.taken:
+            raise StopIteration
+        return [fetched.element for fetched in thread.taken]
+
+    def confirm(self) -> None:
+        thread = self._thread
+        assert thread is not None
+        # One statement without a call: an interrupt cannot strike within it.
+        self._epoch_position, thread.taken = thread.taken[-1].epoch_position, []
 
     @property
     def num_ready(self) -> int:
-        """The number of elements that are ready."""
-        prefetch_thread = self._prefetch_thread
-        return 0 if prefetch_thread is None else prefetch_thread.num_ready
+        return 0 if self._thread is None else len(self._thread.sizes)
 
     def stop(self) -> None:
-        """Stop the prefetch thread, which also wakes a thread that waits for an element."""
-        prefetch_thread = self._prefetch_thread
-        if prefetch_thread is not None:
-            prefetch_thread.thread.stop()
+        thread = self._thread
+        if thread is not None:
+            thread.threads.stop()
 
-    def close(self) -> None:
-        """Stop the prefetch thread; the next element starts another."""
-        self._mutex.close(self._drop_thread, self.stop)
-        self.wait()
-
-    def _drop_thread(self) -> None:
-        prefetch_thread, self._prefetch_thread = self._prefetch_thread, None
-        if prefetch_thread is not None:
-            self._previous_thread = prefetch_thread.thread
-            prefetch_thread.thread.stop()
+    def release(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._previous = thread.threads
+            thread.threads.stop()
 
     def wait(self) -> None:
-        """Wait for the thread stopped last, since user code may not support two at a time."""
-        if self._previous_thread is not None and self._previous_thread.wait(_CLOSE_SECONDS):
-            self._previous_thread = None
+        # User code may not support two threads at a time.
+        if self._previous is not None:
+            self._previous.stop()  # again, in case that an interrupt struck before
+            if self._previous.wait(_CLOSE_SECONDS):
+                self._previous = None
 
 
 class _ForkedError(Exception):
@@ -168,33 +174,19 @@ class _ForkedError(Exception):
 class _PrefetchThread:
     """Prefetch thread and its queue of ready elements; it ends when this object is collected."""
 
-    def __init__(
-        self, node: Node, epoch_position: EpochPosition, depth: int, skips: SkippedElements | None
-    ) -> None:
+    def __init__(self, cursor: Cursor, depth: int) -> None:
         # A SimpleQueue stays consistent when an interrupt strikes between two operations.
         self._ready: queue.SimpleQueue[_PrefetchedElement] = queue.SimpleQueue()
         self._free_slots: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(depth):
             self._free_slots.put(None)
-        self._sizes: collections.deque[int] = collections.deque()
-        cursor = Cursor(node)
-        cursor.move_to(*epoch_position)
-        own = weakref.ref(self)
-        self.thread = StoppableThread(
-            functools.partial(
-                _fetch,
-                cursor,
-                self._ready,
-                self._free_slots,
-                self._sizes,
-                skips,
-                lambda: own() is None,
-            ),
-            "dvkernels-data-ahead",
-            functools.partial(self._free_slots.put, None),
-        )
+        self.sizes: collections.deque[int] = collections.deque()  # of the elements that are ready
+        self.taken: list[_PrefetchedElement] = []  # but not confirmed
+        self.at_end = False  # of the epoch, behind the elements taken
+        fetch = functools.partial(_fetch, cursor, self._ready, self.sizes)
+        self.threads = QueueThreads(self._free_slots, fetch, 1, "dvkernels-data-ahead")
         try:
-            self.thread.start()
+            self.threads.start()
         except RuntimeError as error:
             raise DatasetError(
                 f"prefetch: expected to start a thread; got {describe(error)}; "
@@ -202,8 +194,8 @@ class _PrefetchThread:
             ) from error
         _live_threads.add(self)
 
-    def take(self) -> _PrefetchedElement:
-        """Return the next element; ``StopIteration`` at the end."""
+    def take_one(self) -> float:
+        """Take one more element, if there is one; return the time that was needed to compute it."""
         deadline = 0.0
         while True:
             try:
@@ -212,24 +204,28 @@ class _PrefetchThread:
             except queue.Empty:
                 deadline = deadline or time.monotonic() + deadlines.timeout_seconds()
                 self._check(deadline)
-        if fetched.error is not None:
+        if fetched.error is None:
+            self.sizes.popleft()
+            self._free_slots.put(None)
+            self.taken.append(fetched)
+        elif isinstance(fetched.error, StopIteration):
+            self.at_end = True
+        else:
             raise fetched.error
-        self._sizes.popleft()
-        self._free_slots.put(None)
-        return fetched
+        return fetched.seconds
 
     def _check(self, deadline: float) -> None:
         """Raise if no further element can arrive."""
-        if not self.thread.is_here:
+        if not self.threads.is_here:
             raise _ForkedError
-        if self.thread.is_stopping:
+        if self.threads.is_stopping:
             if stoppable_thread.is_over:
                 raise SystemExit  # ends a thread of the user's silently
             raise DatasetError(
                 "next(iterator): expected an open iterator; this one was closed by another thread "
                 "while it waited for an element"
             )
-        if self.thread.has_ended.is_open and self._ready.empty():
+        if self.threads.has_ended and self._ready.empty():
             raise DatasetError("next(iterator): the prefetch thread has ended without an error")
         if time.monotonic() > deadline:
             raise DatasetError(
@@ -238,62 +234,40 @@ class _PrefetchThread:
                 "DVKERNELS_TIMEOUT_SECONDS if it takes longer"
             )
 
-    @property
-    def num_ready(self) -> int:
-        """The number of elements that are ready."""
-        return len(self._sizes)
-
-    def nbytes_ready(self) -> int:
-        """Return the bytes of the arrays that are ready."""
-        return sum(self._sizes.copy())
-
 
 def _fetch(
     cursor: Cursor,
     ready: queue.SimpleQueue[_PrefetchedElement],
-    free_slots: queue.SimpleQueue[None],
     sizes: collections.deque[int],
-    skips: SkippedElements | None,
-    is_dropped: Callable[[], bool],
+    slots: Iterator[None],
     stop: Latch,
 ) -> None:
-    skipping.set(skips)  # Each thread has its own context.
+    """Fill each free slot with the next element, up to the end or an error."""
     try:
-        while _wait_for_slot(free_slots, stop, is_dropped):
+        for _ in slots:
             began = time.perf_counter()
             element, error = None, None
             try:
-                element = cursor.take()
+                element = cursor.take()[0]
+                cursor.confirm()
+                sizes.append(nbytes_of(element))
             except BaseException as raised:
                 error = raised
-            sizes.append(nbytes_of(element))
             seconds = time.perf_counter() - began
             ready.put(_PrefetchedElement(element, error, seconds, cursor.epoch_position))
             if error is not None:
                 return
             del element  # keep no reference while the next one is computed
     finally:
-        cursor.close()
-
-
-def _wait_for_slot(
-    free_slots: queue.SimpleQueue[None], stop: Latch, is_dropped: Callable[[], bool]
-) -> bool:
-    """Wait for a free slot; False if the thread is to end."""
-    has_slot = False
-    while not (has_slot or stop.is_open or is_dropped()):
-        with contextlib.suppress(queue.Empty):
-            free_slots.get(timeout=_POLL_SECONDS)
-            has_slot = True
-    return has_slot and not stop.is_open
+        cursor.release()
 
 
 _live_threads: weakref.WeakSet[_PrefetchThread] = weakref.WeakSet()
 
 
 def _memory_entries() -> Iterator[tuple[str, str, int]]:
-    for prefetch_thread in list(_live_threads):
-        yield "cpu:0", "prefetch", prefetch_thread.nbytes_ready()
+    for thread in list(_live_threads):
+        yield "cpu:0", "prefetch", sum(thread.sizes.copy())
 
 
 memory_report.register_account(_memory_entries)

@@ -18,7 +18,7 @@ from dvkernels.data.stacking import stack
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = ["FromQueue"]
+__all__: list[str] = []
 
 # The longest wait at a time, so that Ctrl-C and the closing of the iterator are noticed.
 _POLL_SECONDS = 0.1

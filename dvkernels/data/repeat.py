@@ -13,7 +13,7 @@ from dvkernels.data.checks import LARGEST_INDEX, check_count
 from dvkernels.data.node import Indices, Node, RowSelector
 from dvkernels.data.transform import Transform
 
-__all__ = ["Repeat"]
+__all__: list[str] = []
 
 # Epochs of the source per epoch of an endless repeat, so that no two repetitions share one.
 _ENDLESS_STRIDE = 2**32

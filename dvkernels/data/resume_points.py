@@ -9,7 +9,7 @@ from dvkernels.data.checks import LARGEST_INDEX
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = ["MAX_RESUME_POINTS", "ResumePoints"]
+__all__: list[str] = []
 
 MAX_RESUME_POINTS = 2**12  # about a megabyte, if the states of the source are short
 

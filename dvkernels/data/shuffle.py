@@ -27,7 +27,7 @@ from dvkernels.data.node import Indices, Node
 from dvkernels.errors import DatasetError
 from dvkernels.kernels import backends
 
-__all__ = ["BLOCK_LENGTH", "Shuffle", "WindowedShuffle", "permute", "round_keys"]
+__all__: list[str] = []
 
 # Consecutive positions that are permuted at once and cached: 32 KiB, the size of an L1 cache.
 BLOCK_LENGTH = 4096

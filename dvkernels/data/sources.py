@@ -15,7 +15,7 @@ from dvkernels.errors import DatasetError
 from dvkernels.pytree import flatten, leaf_names
 from dvkernels.user_errors import brief, text_of
 
-__all__ = ["FromArrays", "FromIterable", "FromSequence", "Range", "SupportsIndexing"]
+__all__: list[str] = []
 
 
 class SupportsIndexing(Protocol):

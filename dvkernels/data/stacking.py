@@ -12,7 +12,7 @@ from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure, flatten, leaf_names
 from dvkernels.user_errors import brief
 
-__all__ = ["BatchBuilder", "stack"]
+__all__: list[str] = []
 
 Array = np.ndarray[Any, Any]
 

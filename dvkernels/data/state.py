@@ -1,7 +1,7 @@
 """Saved state of an iterator: its position, and the description of the pipeline.
 
 A *lane* is the list of files that one worker read when the epoch began: see
-:class:`dvkernels.data.distributed.file_shards.FileShards`.
+:class:`dvkernels.data.distributed.worker_shards.FileShards`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,7 @@ from dvkernels.data.state_encoding import decode, encode
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = [
-    "SavedPosition",
-    "check_same",
-    "read_state",
-    "read_workers_state",
-    "write_state",
-    "write_workers_state",
-]
+__all__: list[str] = []
 
 _FORMAT = "dvkernels.data.iterator"
 _KEYS = ("format", "version", "epoch", "position", "pipeline")

@@ -17,7 +17,7 @@ from dvkernels.devices import interop
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
-__all__ = ["decode", "encode"]
+__all__: list[str] = []
 
 _TAG = "dvkernels"
 

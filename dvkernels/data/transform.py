@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvkernels.data.checks import LARGEST_INDEX
-from dvkernels.data.error_policy import skipping
+from dvkernels.data.error_policy import Outcome, skipping
 from dvkernels.data.node import Indices, Length, Node, add_note
-from dvkernels.data.outcome import Outcome
 
-__all__ = ["SamePositions", "Transform"]
+__all__: list[str] = []
 
 
 class Transform(Node):
@@ -21,16 +19,6 @@ class Transform(Node):
         self.source = source
         self.length = length
         self.random_access = source.random_access
-
-    def _fits_int64(self, indices: Indices, factor: int, offset: int) -> bool:
-        """Return whether ``indices * factor + offset``, of shape (n,), fits int64.
-
-        It may not for endless and very long sources, which need Python's integers.
-        """
-        length = self.source.length
-        if length is not None and length <= LARGEST_INDEX:
-            return True
-        return int(indices.max()) * factor + offset <= LARGEST_INDEX
 
     def _value_unless_skipped(self, outcome: Outcome, index: int, epoch: int) -> tuple[Any, ...]:
         """Return (value,) of an outcome, or () if its error is skipped; else raise the error."""

@@ -26,12 +26,12 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from dvkernels import deadlines
-from dvkernels.data.outcome import Outcome, outcome_of
+from dvkernels.data.error_policy import Outcome, outcome_of
 from dvkernels.errors import DatasetError, WorkerLostError
 from dvkernels.threads.thread import Latch
 from dvkernels.user_errors import annotate, describe
 
-__all__ = ["WorkerProcess", "serve"]
+__all__: list[str] = []
 
 _POLL_SECONDS = 0.1  # how often a thread that waits for an answer checks whether it is cancelled
 _HEARTBEAT_SECONDS = 1.0  # between two heartbeats of a busy process

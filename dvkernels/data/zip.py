@@ -9,7 +9,7 @@ from dvkernels.data.array_nest import owned_copy
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.node import Indices, Length, Node
 
-__all__ = ["Zip"]
+__all__: list[str] = []
 
 
 class Zip(Node):

@@ -14,11 +14,10 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
 from dvkernels.context import Frame
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.distributed.dataset import DistributedDataset
+from dvkernels.data.distributed.dataset import DistributedDataset, EpochCount, EpochCounts
 from dvkernels.data.distributed.input_context import InputContext
 from dvkernels.data.distributed.options import InputOptions
 from dvkernels.data.distributed.worker_share import WorkerShare
-from dvkernels.data.epoch_count import EpochCount, EpochCounts
 from dvkernels.devices import array_memory, registry
 from dvkernels.devices.array_spec import spec
 from dvkernels.devices.device import Device

@@ -18,7 +18,7 @@ from dvkernels.user_errors import brief
 __all__: list[str] = []
 
 
-class _Node:
+class _JsonNode:
     kind: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -27,7 +27,7 @@ class _Node:
 
 
 @dataclass(frozen=True)
-class VariableNode(_Node):
+class VariableNode(_JsonNode):
     """A variable: one tensor, or one per copy where the copies are independent."""
 
     kind = "variable"
@@ -37,7 +37,7 @@ class VariableNode(_Node):
 
 
 @dataclass(frozen=True)
-class ArrayNode(_Node):
+class ArrayNode(_JsonNode):
     """A NumPy array."""
 
     kind = "array"
@@ -45,7 +45,7 @@ class ArrayNode(_Node):
 
 
 @dataclass(frozen=True)
-class DataNode(_Node):
+class DataNode(_JsonNode):
     """Plain data."""
 
     kind = "data"
@@ -57,7 +57,7 @@ class DataNode(_Node):
 
 
 @dataclass(frozen=True)
-class GeneratorNode(_Node):
+class GeneratorNode(_JsonNode):
     """A random generator."""
 
     kind = "generator"
@@ -66,7 +66,7 @@ class GeneratorNode(_Node):
 
 
 @dataclass(frozen=True)
-class StateNode(_Node):
+class StateNode(_JsonNode):
     """An object with ``state_dict`` and ``load_state_dict``; an optimizer also has slots."""
 
     kind = "state"
@@ -81,7 +81,7 @@ class StateNode(_Node):
 
 
 @dataclass(frozen=True)
-class NestNode(_Node):
+class NestNode(_JsonNode):
     """A container of more than plain data."""
 
     kind = "nest"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from dvkernels.data.checks import check_count
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.distributed import sharding
+from dvkernels.data.distributed.epoch_reader import Distribution
 from dvkernels.data.distributed.iterator import DistributedIterator
 from dvkernels.data.distributed.lockstep import Exchange
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
@@ -15,7 +17,6 @@ from dvkernels.data.distributed.sharding import Sharding
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.to_device import DeviceCopier
 from dvkernels.data.distributed.worker_share import WorkerShare
-from dvkernels.data.epoch_count import EpochCount
 from dvkernels.errors import DatasetError
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.values.distributed import PerReplica
@@ -34,6 +35,36 @@ def _allow_any_context(member: str) -> None:
 def _exchange_alone(message: Any) -> list[Any]:
     """Exchange a message in a group of one worker."""
     return [message]
+
+
+class EpochCount:
+    """Counter of the epochs of one dataset: the number of the next one."""
+
+    __slots__ = ("next",)
+
+    def __init__(self) -> None:
+        self.next = 0
+
+
+class EpochCounts:
+    """Epoch counters of datasets, or of functions that make datasets, held by weak references."""
+
+    def __init__(self) -> None:
+        self._counts: weakref.WeakKeyDictionary[Any, dict[str, EpochCount]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, made: Any) -> EpochCount:
+        """Return the counter of a dataset or function; a new one if it cannot be weakly referenced.
+
+        Bound methods of one object count by name.
+        """
+        # A bound method is a new object at each look-up; the object that it is bound to is not.
+        holder, name = getattr(made, "__self__", made), getattr(made, "__name__", "")
+        try:
+            return self._counts.setdefault(holder, {}).setdefault(name, EpochCount())
+        except TypeError:
+            return EpochCount()
 
 
 class DistributedDataset(ProcessBound):
@@ -125,37 +156,28 @@ class DistributedDataset(ProcessBound):
                 "make one with dv.Dataset.from_arrays, from_sequence or from_iterable"
             )
         num_local = check_count("distribute_dataset", "num_replicas", num_replicas, 1)
-        self._share = share or WorkerShare([num_local])
-        if self._share.num_local != num_local:
+        share = share or WorkerShare([num_local])
+        if share.num_local != num_local:
             raise DatasetError(
-                f"distribute_dataset: expected a share of {num_local} local replicas; got "
-                f"{self._share}"
+                f"distribute_dataset: expected a share of {num_local} local replicas; got {share}"
             )
         self._dataset = dataset
-        self._is_dealt = is_dealt
-        self._sharding = self._shard(options)
         # PerReplica parses the devices, and checks that there is one for each replica.
         replica_devices = PerReplica((None,) * num_local, devices=devices).devices
         is_copied = options.prefetch_to_device and replica_devices[0].kind == "cuda"
         copier = DeviceCopier(replica_devices) if is_copied else None
-        self._splitter = Splitter(num_local, replica_devices, owner, is_dealt, copier)
+        self._distribution = Distribution(
+            dataset.node,
+            _sharding(dataset, share, options, is_dealt),
+            share,
+            Splitter(num_local, replica_devices, owner, is_dealt, copier),
+            options,
+            is_dealt,
+            exchange,
+        )
         self._check_context = check_context
-        self._options = options
-        self._exchange = exchange
         self._count = count or EpochCount()
         self._next_epoch = self._count.next if dataset.epoch is None else dataset.epoch
-
-    def _shard(self, options: InputOptions) -> Sharding:
-        node, share = self._dataset.node, self._share
-        if self._is_dealt:
-            reason = "each worker has a dataset of its own"
-            sharded = Sharding(AutoShardPolicy.OFF, node, share.num_workers > 1, reason)
-        else:
-            sharded = sharding.shard(node, share, AutoShardPolicy.of(options.auto_shard_policy))
-        if share.num_workers > 1:
-            LOGGER.info("%r over %d workers: %s, since %s", self._dataset, share.num_workers,
-                        sharded.policy.name, sharded.reason)  # fmt: skip
-        return sharded
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next ``iter()``; later ones continue from it."""
@@ -174,29 +196,38 @@ class DistributedDataset(ProcessBound):
 
     def _iterator(self, epoch: int) -> DistributedIterator:
         return DistributedIterator(
-            self._dataset.node,
-            self._sharding,
-            self._share,
-            self._splitter,
-            epoch=epoch,
-            check_context=self._check_context,
-            on_load=self._set_latest_epoch,
-            options=self._options,
-            is_dealt=self._is_dealt,
-            exchange=self._exchange,
+            self._distribution, epoch, self._check_context, self._set_latest_epoch
         )
 
     def __len__(self) -> int:
-        if self._sharding.needs_agreement:  # the last worker's end decides
+        if self._distribution.sharding.needs_agreement:  # the last worker's end decides
             return known_length(None)
-        length = known_length(self._sharding.node.length)
-        return -(-length // self._share.num_local) if self._is_dealt else length
+        length = known_length(self._distribution.sharding.node.length)
+        if self._distribution.is_dealt:
+            return -(-length // self._distribution.share.num_local)
+        return length
 
     def __bool__(self) -> bool:
         return True
 
     def __repr__(self) -> str:
-        return f"DistributedDataset({self._dataset!r}, num_replicas={self._share.num_replicas})"
+        num_replicas = self._distribution.share.num_replicas
+        return f"DistributedDataset({self._dataset!r}, num_replicas={num_replicas})"
 
     def _set_latest_epoch(self, epoch: int) -> None:
         self._next_epoch = self._count.next = epoch + 1
+
+
+def _sharding(
+    dataset: Dataset, share: WorkerShare, options: InputOptions, is_dealt: bool
+) -> Sharding:
+    if is_dealt:
+        reason = "each worker has a dataset of its own"
+        found = Sharding(AutoShardPolicy.OFF, dataset.node, share.num_workers > 1, reason)
+    else:
+        policy = AutoShardPolicy.of(options.auto_shard_policy)
+        found = sharding.shard(dataset.node, share, policy)
+    if share.num_workers > 1:
+        LOGGER.info("%r over %d workers: %s, since %s", dataset, share.num_workers,
+                    found.policy.name, found.reason)  # fmt: skip
+    return found

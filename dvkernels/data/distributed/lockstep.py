@@ -13,14 +13,7 @@ from dvkernels import user_errors
 from dvkernels.data.node import Length
 from dvkernels.errors import DatasetError
 
-__all__ = [
-    "Exchange",
-    "StartReport",
-    "StepReport",
-    "agree_on_start",
-    "agree_on_step",
-    "report_failure",
-]
+__all__: list[str] = []
 
 # All-gather of a small object: returns the objects of all workers, in order.
 Exchange = Callable[[Any], list[Any]]

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dvkernels.data.batch import Batch
-from dvkernels.data.distributed.file_shards import FileShards
 from dvkernels.data.distributed.options import AutoShardPolicy
-from dvkernels.data.distributed.row_shards import RowShard
+from dvkernels.data.distributed.worker_shards import FileShards, RowShard
 from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.file_source import FileList
 from dvkernels.data.filter import Filter
@@ -18,7 +17,7 @@ from dvkernels.data.prefetch import Prefetch
 from dvkernels.data.shuffle import WindowedShuffle
 from dvkernels.errors import DatasetError
 
-__all__ = ["Sharding", "by_elements", "by_files", "shard"]
+__all__: list[str] = []
 
 _MEMBER = "distribute_dataset"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvkernels.data.array_nest import nbytes_of
+from dvkernels.data.cursor import Cursor
 from dvkernels.data.error_policy import SkippedElements
-from dvkernels.data.prefetch import Prefetcher
 from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 
@@ -58,11 +58,12 @@ class InputStats:
 
 
 class StatsRecorder:
-    """Recorder of the input statistics, which adds up the times of the batches."""
+    """Recorder of the input statistics: of the times of the batches, and of skipped elements."""
 
-    __slots__ = ("_began", "_copied", "_ended", "_nbytes", "_num_batches", "_wait")
+    __slots__ = ("_began", "_copied", "_ended", "_nbytes", "_num_batches", "_wait", "skips")
 
-    def __init__(self) -> None:
+    def __init__(self, on_error: str) -> None:
+        self.skips = SkippedElements() if on_error == "skip" else None
         self._num_batches = self._nbytes = 0
         self._wait = self._began = self._ended = self._copied = 0.0
 
@@ -96,18 +97,17 @@ class StatsRecorder:
             100 * self._wait / elapsed, self._num_batches,
         )  # fmt: skip
 
-    def stats(
-        self, prefetcher: Prefetcher | None, prefetch: int, skips: SkippedElements | None
-    ) -> InputStats:
+    def stats(self, cursor: Cursor, prefetch: int) -> InputStats:
         """Return the statistics so far."""
+        fetch_seconds, skips = cursor.fetch_seconds, self.skips
         return InputStats(
             num_batches=self._num_batches,
             nbytes=self._nbytes,
             wait_seconds=self._wait,
-            fetch_seconds=self._wait if prefetcher is None else prefetcher.fetch_seconds,
+            fetch_seconds=self._wait if fetch_seconds is None else fetch_seconds,
             copy_seconds=self._copied,
             elapsed_seconds=self._ended - self._began,
-            queue_depth=0 if prefetcher is None else prefetcher.num_ready,
+            queue_depth=cursor.num_ready,
             prefetch=prefetch,
             num_skipped=0 if skips is None else skips.count,
             skipped=() if skips is None else tuple(skips.listed),

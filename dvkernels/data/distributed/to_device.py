@@ -18,7 +18,7 @@ from dvkernels import reduce_op
 from dvkernels.devices import cuda
 from dvkernels.devices.device import Device
 
-__all__ = ["DeviceCopier"]
+__all__: list[str] = []
 
 _ALIGNMENT = 256  # bytes, as CUDA allocates
 _NUM_SLOTS = 2

@@ -8,7 +8,7 @@ from dvkernels.data.checks import check_count
 from dvkernels.errors import DatasetError
 from dvkernels.schedules import partition
 
-__all__ = ["WorkerShare"]
+__all__: list[str] = []
 
 
 class WorkerShare:

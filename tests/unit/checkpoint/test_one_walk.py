@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import sys
+from typing import ClassVar
 
 import numpy as np
 import optree
@@ -18,7 +19,7 @@ ROOM = checkpoint.__path__[0]
 class Counting(list):
     """Container that counts the visits to it, all of them in one Counter."""
 
-    visits = collections.Counter()
+    visits: ClassVar = collections.Counter()
 
     def flattened(self):
         Counting.visits[id(self)] += 1

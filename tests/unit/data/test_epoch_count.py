@@ -12,7 +12,7 @@ import pytest
 
 import dvkernels as dv
 from dvkernels.data.dataset import Dataset
-from dvkernels.data.epoch_count import EpochCounts
+from dvkernels.data.distributed.dataset import EpochCounts
 from dvkernels.errors import DatasetError
 
 SHUFFLED = Dataset.range(64).shuffle(seed=1).batch(16)

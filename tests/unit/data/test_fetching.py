@@ -330,7 +330,7 @@ def test_the_time_of_copies_to_devices_is_counted_separately(monkeypatch):
             return [list(column) for column in columns]
 
     distributed = DistributedDataset(Dataset.range(9).batch(3), 2)
-    monkeypatch.setattr(distributed._splitter, "_copier", SlowCopier())
+    monkeypatch.setattr(distributed._distribution.splitter, "_copier", SlowCopier())
     with iter(distributed) as iterator:
         assert len(list(iterator)) == 3
         stats = iterator.stats()

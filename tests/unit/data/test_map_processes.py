@@ -17,6 +17,7 @@ import pytest
 
 import dvkernels as dv
 from dvkernels.data import worker_process
+from dvkernels.data.cursor import EpochPosition
 from dvkernels.data.dataset import Dataset
 from dvkernels.errors import DatasetError, WorkerLostError
 
@@ -137,7 +138,7 @@ def test_a_stopped_process_is_replaced_after_the_timeout(monkeypatch):
     with pytest.raises(WorkerLostError, match=r"not answered for 1 s.*DVKERNELS_TIMEOUT_SECONDS"):
         next(iterator)
     monkeypatch.delenv("DVKERNELS_TIMEOUT_SECONDS")
-    iterator.move_to(0, 3)
+    iterator.move_to(EpochPosition(0, 3))
     assert next(iterator).tolist() == [6, 7]
     iterator.close()
 

@@ -201,7 +201,7 @@ def test_elements_of_live_sources_do_not_change() -> None:
 
 
 def test_elements_of_file_shards_do_not_change(tmp_path: pathlib.Path) -> None:
-    from dvkernels.data.distributed.file_shards import FileShards
+    from dvkernels.data.distributed.worker_shards import FileShards
 
     lane = SOURCES["iterable"]("array").node
     lanes = Dataset(FileShards([lane, lane], [0, 0], 4, drops_remainder=False))

@@ -1,14 +1,49 @@
-"""File shards: the batches of one worker, made of its own part of the files."""
+"""Shards: the batches of one worker, by its rows of every global batch or by files of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from dvkernels.data.array_nest import Element, leading_length, slice_rows
+from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.node import Node
 from dvkernels.data.stacking import BatchBuilder
 
-__all__ = ["FileShards"]
+__all__: list[str] = []
+
+
+class RowShard(Node):
+    """Node that keeps one worker's rows of every batch.
+
+    The batches and their order are those of the source, so a position means the same on every
+    worker and on any number of workers. Where the batched elements have random access, the rows
+    of other workers are not computed.
+    """
+
+    source: Node
+
+    def __init__(self, source: Node, share: WorkerShare) -> None:
+        self.source = source
+        self.length = source.length
+        self.random_access = source.random_access
+        self._share = share
+
+    def describe(self) -> str:
+        return f"rows({self._share!r})"
+
+    @property
+    def pipeline(self) -> tuple[str, ...]:
+        return self.source.pipeline
+
+    def element(self, index: int, epoch: int) -> Element:
+        return self.source.select_rows(index, epoch, self._share.rows)
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
+        if self.random_access:
+            yield from super().iterate(epoch, start)
+            return
+        for batch in self.source.iterate(epoch, start):
+            yield slice_rows(batch, *self._share.rows(leading_length(batch)))
 
 
 class FileShards(Node):
@@ -55,7 +90,7 @@ class FileShards(Node):
     def describe(self) -> str:
         return f"lanes({', '.join(map(repr, self._lanes))}).batch({self._size})"
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         assert self.resume_points is not None
         step, delivered = self.resume_points.resume(epoch, start)
         positions = list(delivered)
