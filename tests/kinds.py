@@ -39,6 +39,7 @@ BODIES = (
     "tests/unit/strategies/test_async.py",
     "tests/unit/strategies/test_strategies.py",
     "tests/unit/test_context.py",
+    "tests/contract/test_contract_of_contexts.py",
 )
 
 
