@@ -32,6 +32,7 @@ ROWS = (
         "errors",
         "user_errors",
         "deadlines",
+        "thread_frames",
         "enumeration",
         "custom_reduction",
         "reduce_op",

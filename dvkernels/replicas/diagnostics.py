@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dvkernels import user_errors
+from dvkernels import thread_frames, user_errors
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCalls
@@ -106,7 +105,7 @@ def describe_replicas(
     first_replica: int,
 ) -> str:
     """Describe what each replica does, and where: it waits in a call, runs, or has returned."""
-    frames = sys._current_frames()
+    frames = thread_frames.current_frames()
     return "; ".join(
         f"replica {first_replica + replica} "
         + (

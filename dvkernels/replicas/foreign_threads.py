@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import selectors
-import sys
 import threading
 import types
 from pathlib import Path
 
+from dvkernels import thread_frames
 from dvkernels.errors import ContextError
 from dvkernels.replicas import diagnostics
 from dvkernels.replicas.collective_call import CollectiveCall
@@ -54,7 +54,7 @@ def _check(request: CollectiveCall) -> None:
     own = threading.get_ident()
     if own == threading.main_thread().ident:
         return
-    for ident, frame in sys._current_frames().items():
+    for ident, frame in thread_frames.current_frames().items():
         if ident != own and _is_replica_that_waits(frame):
             raise ContextError(
                 f"{request} was called in thread {threading.current_thread().name!r}, which has no "

@@ -11,7 +11,6 @@ from __future__ import annotations
 import _thread
 import contextlib
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar, cast
@@ -19,6 +18,7 @@ from typing import Generic, NamedTuple, TypeVar, cast
 import numpy as np
 import xxhash
 
+from dvkernels import thread_frames
 from dvkernels.checkpoint.storage import file_system
 from dvkernels.devices import cpu
 from dvkernels.devices.array_spec import HostArray
@@ -214,7 +214,7 @@ class _WorkQueue(Generic[T, R]):
     def wait(self) -> None:
         """Return when a started thread has ended, or after 0.1 s."""
         if not self._wake_up.acquire(timeout=0.1):
-            alive = sys._current_frames()
+            alive = thread_frames.current_frames()
             for thread in [each for each in self._running if each not in alive]:
                 self._running.discard(thread)  # it ran out of memory and could not report its end
                 self.stop(MemoryError())

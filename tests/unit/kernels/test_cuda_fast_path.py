@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda, cuda_arrays, driver
@@ -141,7 +142,7 @@ def calls(draw):
     return verb, made, how
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(call=calls())
 def test_a_repeated_call_is_like_a_fresh_one(machine, call):
     verb, buffers, how = call
