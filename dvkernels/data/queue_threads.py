@@ -94,10 +94,12 @@ def _serve(
     stop: Latch,
 ) -> None:
     def taken() -> Iterator[T]:
-        while not stop.is_open and owner() is not None:
+        while not stop.is_open:
             try:
                 request = requests.get(timeout=_IDLE_CHECK_SECONDS)
             except queue.Empty:
+                if owner() is None:  # An interrupt has kept it from stopping its threads.
+                    return
                 continue
             if not stop.is_open:
                 yield request
