@@ -44,6 +44,7 @@ ROWS = (
     ("communicators",),
     ("values",),
     ("context",),
+    ("verbs",),
     ("replica_context",),
     ("variables",),
     ("data",),

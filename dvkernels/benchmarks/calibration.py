@@ -21,9 +21,7 @@ import numpy as np
 
 from dvkernels.benchmarks.stopwatch import timed
 from dvkernels.kernels import checks
-from dvkernels.kernels.cpu.engine import thread_pool
-from dvkernels.kernels.cpu.engine.job import lay_out_sum
-from dvkernels.kernels.cpu.engine.loops import runner
+from dvkernels.kernels.cpu.engine import job, loops, thread_pool
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.schedules.cost_model import CPU, Machine
 
@@ -41,21 +39,18 @@ class _Sum:
         self.moved = 4 * nbytes
         length = nbytes // 4
         longest = max(1024, length // 8)
-        self._job = lay_out_sum(self._buffers, longest, runner(ReduceOp.SUM, np.dtype("f4")))
+        runner = loops.runner(ReduceOp.SUM, np.dtype("f4"))
+        self._job = job.lay_out_sum(self._buffers, longest, runner)
         self._address = checks.address(self._job)
-
-    def _rewind(self) -> None:
-        self._job[0] = 0
-        self._job[self._job[20] :] = 0  # the counters, at the end of the job
 
     def alone(self) -> None:
         """Run the job on this thread."""
-        self._rewind()
+        job.rewind(self._job)
         thread_pool.run_alone(self._address)
 
     def shared(self) -> None:
         """Run the job on all threads, however small it is."""
-        self._rewind()
+        job.rewind(self._job)
         thread_pool.execute(self._job, self._address, max(self.moved, thread_pool.SHARED_NBYTES))
 
 
@@ -73,8 +68,8 @@ def calibrate(num_rounds: int) -> Machine:
 
     call = median(tiny.alone, 1000)
     cached = small.moved / max(1e-9, median(small.alone, 1000) - call)
-    rate_of_one = _slope(middle, large, [median(job.alone, 50) for job in (middle, large)])
-    shared = [median(job.shared, 50) for job in (middle, large)]
+    rate_of_one = _slope(middle, large, [median(each.alone, 50) for each in (middle, large)])
+    shared = [median(each.shared, 50) for each in (middle, large)]
     rate_of_all = _slope(middle, large, shared)
     join = max(0.0, shared[1] - call - large.moved / rate_of_all)
     wakes = []

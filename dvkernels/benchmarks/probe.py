@@ -81,7 +81,7 @@ def _work(state, rank, size, table, counts, variant, passes):  # type: ignore[no
     sources, targets = counts
     total = np.int64(0)
     for _ in range(passes):
-        zero = np.int32(intrinsics.load_shared(np.int64(state.ctypes.data), 20))
+        zero = np.int32(intrinsics.load(np.int64(state.ctypes.data), 20))
         if targets > 0:
             total ^= _read_then_write(table, sources, targets, rank, size, zero, variant)
         else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -277,16 +276,14 @@ class CheckpointManager(SavesInBackground):
         ]
 
     def _remove_old(self, parent: Folder, just_saved: Path) -> None:
-        self._try_to_remove(
-            "superseded checkpoints",
-            functools.partial(atomic_folder.remove_superseded, parent, step_names.NAME),
-        )
+        with self._logging_failures("superseded checkpoints"):
+            atomic_folder.remove_superseded(parent, step_names.NAME)
         old: list[Path] = []
-        self._try_to_remove("old checkpoints", lambda: old.extend(self._old(just_saved)))
+        with self._logging_failures("old checkpoints"):
+            old = self._old(just_saved)
         for path in old:
-            self._try_to_remove(
-                path.name, functools.partial(atomic_folder.discard, parent / path.name)
-            )
+            with self._logging_failures(path.name):
+                atomic_folder.discard(parent / path.name)
 
     def _old(self, just_saved: Path) -> list[Path]:
         every = self._keep_every
@@ -297,10 +294,11 @@ class CheckpointManager(SavesInBackground):
         ]
         return [path for path in counted[: -self._max_to_keep] if path != just_saved]
 
-    def _try_to_remove(self, what: str, remove: Callable[[], None]) -> None:
-        """Call ``remove`` and log its error: the save has succeeded, and the next one retries."""
+    @contextlib.contextmanager
+    def _logging_failures(self, what: str) -> Iterator[None]:
+        """Log an error of removing something: the save has succeeded, and the next one retries."""
         try:
-            remove()
+            yield
         except (OSError, CheckpointError) as error:
             LOGGER.warning("%s could not be removed from %s: %s", what, self._directory, error)
 

@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dvkernels import pytree
+from dvkernels.data.checks import unexpected
 from dvkernels.devices import interop
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
@@ -57,7 +59,7 @@ def outline(nest: Any, root: str, describe: Callable[[np.dtype[Any], tuple[int, 
     return f"{text[:_LONGEST_OUTLINE]}... {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
+def as_array(leaf: Any, verb: str, where: str) -> HostArray:
     """Return a leaf as a NumPy array; error messages call it ``where``.
 
     Raises
@@ -72,7 +74,7 @@ def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
             "of its own"
         )
     try:
-        view: np.ndarray[Any, Any] = np.asarray(leaf)
+        view: HostArray = np.asarray(leaf)
     except (TypeError, ValueError, RuntimeError):
         if not interop.is_foreign(leaf):
             raise
@@ -143,11 +145,9 @@ def leading_length(batch: Any) -> int:
     for name, leaf in zip(pytree.leaf_names(batch, "batch"), leaves, strict=True):
         shape = getattr(leaf, "shape", None)
         if not shape:
-            raise DatasetError(
-                "distribute_dataset: expected batches, arrays with a leading axis to share "
-                f"among the replicas; got {brief(leaf)}, a {type(leaf).__name__}, as {name}; "
-                "call .batch(global_batch_size) on the dataset"
-            )
+            wanted = "batches, arrays with a leading axis to share among the replicas"
+            remedy = "call .batch(global_batch_size) on the dataset"
+            raise unexpected("distribute_dataset", wanted, leaf, remedy, f", as {name}")
         found.append((name, int(shape[0])))
     if len({length for _, length in found}) > 1:
         lengths = ", ".join(f"{length} for {name}" for name, length in found)

@@ -8,7 +8,7 @@ import queue
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dvkernels import deadlines
 from dvkernels.data.array_nest import Element, nbytes_of
@@ -44,13 +44,13 @@ class Prefetch(SamePositions):
     def pipeline(self) -> tuple[str, ...]:
         return self.source.pipeline  # prefetching changes no element and no position
 
-    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Element]:
         return self.source.elements(indices, epoch)
 
-    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Element:
         return self.source.select_rows(index, epoch, select)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         return self.source.iterate(epoch, start)
 
 
@@ -120,17 +120,15 @@ class PrefetchingCursor(Cursor):
         self._epoch_position = epoch_position
 
     def take(self, count: int = 1) -> list[Element]:
-        if self._thread is None:
+        thread = self._thread
+        if thread is None or not (thread.at_end or thread.threads.is_here):
+            self.release()  # In a fork, the thread stayed in the parent.
             self.wait()
             cursor = DirectCursor(self._node, self._epoch_position, self._skips)
-            self._thread = _PrefetchThread(cursor, self._depth)
-        thread = self._thread
+            thread = self._thread = _PrefetchThread(cursor, self._depth)
         try:
             while len(thread.taken) < count and not thread.at_end:
                 self.fetch_seconds += thread.take_one()
-        except _ForkedError:
-            self.release()
-            return self.take(count)
         except BaseException:
             self.release()  # The elements taken before are taken again.
             raise
@@ -165,10 +163,6 @@ class PrefetchingCursor(Cursor):
             self._previous.stop()  # again, in case that an interrupt struck before
             if self._previous.wait(_CLOSE_SECONDS):
                 self._previous = None
-
-
-class _ForkedError(Exception):
-    """The prefetch thread runs in the process that this one was forked from."""
 
 
 class _PrefetchThread:
@@ -216,8 +210,6 @@ class _PrefetchThread:
 
     def _check(self, deadline: float) -> None:
         """Raise if no further element can arrive."""
-        if not self.threads.is_here:
-            raise _ForkedError
         if self.threads.is_stopping:
             if stoppable_thread.is_over:
                 raise SystemExit  # ends a thread of the user's silently

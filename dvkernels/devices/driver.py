@@ -13,11 +13,9 @@ import ctypes
 import functools
 import itertools
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dvkernels import deadlines
 from dvkernels.errors import DeviceError
 
 __all__ = ["Arguments", "Driver", "find"]
@@ -37,12 +35,7 @@ _END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
 class Arguments:
     """Buffer of the int64 arguments of a kernel, for one launch at a time.
 
-    Attributes
-    ----------
-    words : array.array
-        The arguments, to be filled in completely.
-    options
-        The extra launch options that pass them.
+    Each launch fills in all of ``words``; ``options`` are the extra launch options that pass them.
     """
 
     __slots__ = ("_buffer", "_size", "options", "words")
@@ -60,16 +53,12 @@ class Arguments:
 class Driver:
     """Functions of the CUDA driver; each raises :class:`DeviceError` on failure.
 
-    Parameters
-    ----------
-    library : ctypes.CDLL
-        The driver's library, or a test double.
+    ``library`` is the driver's ``ctypes.CDLL``, or a test double.
     """
 
     def __init__(self, library: Any) -> None:
         self._library = library
         self._contexts: dict[int, ctypes.c_void_p] = {}
-        self._lock = threading.RLock()
         self._pid = os.getpid()
         code = library.cuInit(0)
         self.problem = "" if code in (0, _NO_DEVICE) else self._name(code)
@@ -127,11 +116,7 @@ class Driver:
 
     def device_of(self, address: int) -> int:
         """Return the device of an address."""
-        found = ctypes.c_int()
-        self._check(
-            "cuPointerGetAttribute", ctypes.byref(found), _ORDINAL, ctypes.c_uint64(address)
-        )
-        return found.value
+        return self._pointer_attribute(_ORDINAL, address)
 
     def wait(self, device: int, waiting: int, awaited: int) -> None:
         """Let a stream wait for the present work of another; the host does not wait."""
@@ -163,12 +148,8 @@ class Driver:
         """
         arguments = [[*map(ctypes.c_uint64, numbers)] for numbers in (targets, sources, sizes)]
         stream_arguments = itertools.repeat(ctypes.c_void_p(stream))
-        previous_context = self.current()
-        self.enter(device)
-        try:
+        with self._within(device):
             codes = [*map(self._library.cuMemcpyAsync, *arguments, stream_arguments)]
-        finally:
-            self._check("cuCtxSetCurrent", previous_context)
         for code in codes:
             self._raise("cuMemcpyAsync", code)
 
@@ -199,10 +180,7 @@ class Driver:
         Peer access covers memory of ``cuMemAlloc``. Stream-ordered pools, and virtual memory that
         is mapped piece by piece, have access lists of their own.
         """
-        found = ctypes.c_int()
-        args = ctypes.byref(found), _IS_OPEN, ctypes.c_uint64(address)
-        self._check("cuPointerGetAttribute", *args)
-        return bool(found.value)
+        return bool(self._pointer_attribute(_IS_OPEN, address))
 
     def allocate(self, device: int, nbytes: int) -> int:
         """Allocate device memory; return its address, a multiple of 256."""
@@ -286,17 +264,11 @@ class Driver:
         """Make the primary context of a device, which all libraries share, current."""
         context = self._contexts.get(device)
         if context is None:
-            try:
-                self._lock.acquire(timeout=deadlines.timeout_seconds())
-                context = ctypes.c_void_p()
-                handle = self._handle(device)
-                self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-                self._contexts[device] = context
-            finally:
-                try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                    self._lock.release()
-                except RuntimeError:  # not acquired
-                    pass
+            # It is never released, so several threads may count their references to it.
+            context = ctypes.c_void_p()
+            handle = self._handle(device)
+            self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+            self._contexts[device] = context
         self._check("cuCtxSetCurrent", context)
 
     def current(self) -> ctypes.c_void_p:
@@ -336,6 +308,11 @@ class Driver:
     def _attribute(self, device: int, attribute: int) -> int:
         found = ctypes.c_int()
         self._check("cuDeviceGetAttribute", ctypes.byref(found), attribute, self._handle(device))
+        return found.value
+
+    def _pointer_attribute(self, attribute: int, address: int) -> int:
+        found, given = ctypes.c_int(), ctypes.c_uint64(address)
+        self._check("cuPointerGetAttribute", ctypes.byref(found), attribute, given)
         return found.value
 
     def _handle(self, device: int) -> int:

@@ -119,7 +119,7 @@ def check(
             f"{[len(gradients), len(parameters), *map(len, slots)]}"
         )
     known: Any = None
-    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]] = {}
+    found: list[list[list[Array]]] = []  # of each parameter: its gradients, copies, copies of slots
     sizes: set[tuple[int, int]] = set()
     every_write: list[Array] = []
     every_read: list[Array] = []
@@ -133,27 +133,40 @@ def check(
                 f"{where}: expected the mean or sum of float32 or float64, got the "
                 f"{known.name} of {dtype}; cast to float32 first"
             )
-        writes: list[Array] = []
+        found.append([reads])
         for name, states in (("parameter", parameters), *(("slot", slot) for slot in slots)):
             copies = checks.arrays(f"{verb}, {name} {k}", states[k], "copy")
-            writes += copies
+            found[-1].append(copies)
             if len(copies) != len(parameters[k]):
                 raise BufferMismatchError(
                     f"{verb}, {name} {k}: expected {len(parameters[k])} copies, as of the "
                     f"parameter; got {len(copies)}"
                 )
+        writes = [copy for copies in found[-1][1:] for copy in copies]
         checks.check_shapes(f"{verb}, parameter {k}", reads[0], writes, len(writes))
-        groups.setdefault((dtype, coefficients[k]), []).append([*reads, *writes])
         sizes.add((len(reads), len(parameters[k])))
         every_write += writes
         every_read += reads
-    if not groups:
+    if not found:
         return None
     if len(sizes) != 1:
         raise BufferMismatchError(
             f"{verb} needs the same number of replicas, and of copies, for every parameter; got "
             f"{sorted(sizes)} as (replicas, copies)"
         )
-    checks.check_disjoint(verb, every_write, every_read, "written array {}".format)
-    ((num_replicas, num_copies),) = sizes
-    return CheckedStep(known, groups, num_replicas, num_copies)
+    checks.check_overlaps(
+        verb, every_write, every_read, "written array {}".format, may_be_inputs=False
+    )
+    columns = [*zip(*found, strict=True)]
+    return grouped(columns[0], columns[1:], coefficients, known)
+
+
+def grouped(
+    gradients: Groups, states: Sequence[Groups], coefficients: Sequence[Coefficients], op: ReduceOp
+) -> CheckedStep:
+    """Return a step whose arrays have been checked; the parameters are the first of the states."""
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]] = {}
+    for k, reads in enumerate(gradients):
+        writes = [copy for state in states for copy in state[k]]
+        groups.setdefault((reads[0].dtype, coefficients[k]), []).append([*reads, *writes])
+    return CheckedStep(op, groups, len(gradients[0]), len(states[0][0]))

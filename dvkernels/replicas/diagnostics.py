@@ -14,7 +14,7 @@ from dvkernels.replicas.pending import PendingCalls
 
 __all__: list[str] = []
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class StepEnded(CollectiveMismatchError):
@@ -135,6 +135,6 @@ def _describe_running(
 
 def user_line(frame: types.FrameType | None) -> str:
     """Return the file and line of the innermost frame outside of this package."""
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dvkernels import thread_frames
 from dvkernels.errors import ContextError
+from dvkernels.replicas import diagnostics
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.rendezvous import Rendezvous
 
@@ -24,7 +25,6 @@ __all__: list[str] = []
 # Code objects at the bottom of a replica thread's stack; filled by the modules that run replicas.
 ENTRANCES: set[types.CodeType] = set()
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
 _LIBRARY = str(Path(threading.__file__).parent) + os.sep  # Python's standard library
 _SITE = f"{os.sep}site-packages{os.sep}"
 _WAITING = (threading.__file__, selectors.__file__)  # modules in which a thread waits for another
@@ -69,7 +69,7 @@ def _is_replica_that_waits(frame: types.FrameType | None) -> bool:
         return False
     while frame is not None and _is_of_python(frame.f_code.co_filename):
         frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(_PACKAGE):
+    if frame is None or frame.f_code.co_filename.startswith(diagnostics.PACKAGE):
         return False  # this package waits, not user code
     while frame is not None and frame.f_code not in ENTRANCES:
         frame = frame.f_back

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import examples
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.distributed.options import InputOptions
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.errors import DatasetError
 
 WORLDS = st.sampled_from([[1], [2], [1, 1], [2, 2], [1, 2], [3, 1, 1], [1, 1, 1, 1], [2, 1, 3, 1]])

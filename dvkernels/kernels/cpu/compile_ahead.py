@@ -11,8 +11,8 @@ import numpy as np
 from dvkernels.devices import interop
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import jit, update_rules
-from dvkernels.kernels.cpu import feistel, group, many, optimizers, shm_all_reduce
-from dvkernels.kernels.cpu.engine import gate, loops
+from dvkernels.kernels.cpu import feistel, group, many, shm_all_reduce
+from dvkernels.kernels.cpu.engine import gate, loops, optimizer_rules
 from dvkernels.reduce_op import ReduceOp, check_dtype
 
 __all__ = ["compile_all"]
@@ -39,5 +39,5 @@ def compile_all() -> None:
         update_rules.ADAM,
     )
     for rule, real in itertools.product(rules, (np.float32, np.float64)):
-        optimizers.runner(rule, np.dtype(real))
+        optimizer_rules.runner(rule, np.dtype(real))
     jit.ahead()

@@ -5,18 +5,8 @@ A replica's own ``@numba.njit(nogil=True)`` function calls :func:`barrier`, :fun
 now and then yields its core; a deadline and an abort word end every wait. Each replica publishes
 the fingerprint of its call and compares those of all: nothing is written unless all are equal.
 
-The barrier is centralized: a counter of arrivals, and an epoch that takes the place of the sense
-of a sense-reversing barrier (J. M. Mellor-Crummey, M. L. Scott, ACM Trans. Comput. Syst. 9(1),
-21-65, 1991, doi:10.1145/103727.103729).
-
-    words of a state, a cache line each where several threads write:
-    [0] arrivals   [8] epoch   [16] why the group ended, if it did
-    [24] replicas   [25] timeout in ms   [26] version of this layout
-    [32 + 8 r] slot of replica r: the address of its array, then
-        [2] [3] fingerprint of its call in an even, in an odd epoch   [4] [5] its elements
-
-A replica enters epoch k + 1 only after it has compared the fingerprints of epoch k, so its own
-stays readable until it enters epoch k + 2: words for two epochs are enough.
+The barrier is that of shm_barrier.py, with the threads as its members. The words that they publish
+are the addresses of their arrays.
 """
 
 from __future__ import annotations
@@ -24,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -32,21 +22,31 @@ from numba import extending, types
 
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 from dvkernels.kernels import arithmetic, jit
-from dvkernels.kernels.cpu.engine import intrinsics, loops
+from dvkernels.kernels.cpu.engine import intrinsics, loops, records, shm_barrier
+from dvkernels.kernels.cpu.engine.shm_barrier import AGREED, ENDED, LATE, MISMATCHED
+from dvkernels.kernels.cpu.engine.span import span
 from dvkernels.reduce_op import ReduceOp, parse
 
 __all__ = ["Group", "all_reduce", "barrier", "broadcast"]
 
 
-_SLOTS = 32
-_FINGERPRINT, _LENGTH = 2, 4  # words of a slot, for even epochs
-_LAYOUT = 0x64766B67726F7570 + 2  # changes with the meaning of the words: users cache compiled code
-_TURNS_PER_CLOCK_READ = 1 << 16  # about 2 ms
-# The fields of a fingerprint: a verb, an operation, a root, and the type of the elements.
+class _GroupHead(NamedTuple):
+    num_replicas: int
+    timeout_ms: int
+    layout: int
+
+
+# The words of a state: the head, unused words, the end of the group, the replicas' control lines.
+_head_at = records.view(records.layout(_GroupHead))
+_LINES = 32
+_END = _LINES - records.LINE_NBYTES // 8
+_LAYOUT = 0x64766B67726F7570 + 3  # changes with the meaning of the words: users cache compiled code
+_PAUSES_PER_CLOCK_READ = 1 << 16  # about 2 ms
+# The fields of a fingerprint: a verb, an operation, a root, and the type of the elements. A
+# multiple of the length is added: equal fields with another length make another fingerprint.
 _BARRIER, _ALL_REDUCE, _BROADCAST = range(1, 4)
 _OPERATION, _ROOT, _ELEMENTS = 1 << 4, 1 << 8, 1 << 32
-# Outcomes of a rendezvous.
-_AGREED, _LATE, _ABORTED, _MISMATCHED = range(4)
+_LENGTH = 0x1E3779B97F4A7C15
 
 _int64: Any = types.int64
 _int32: Any = types.int32
@@ -120,104 +120,92 @@ class Group:
             )
         self.num_replicas = int(num_replicas)
         self.timeout_seconds = float(timeout_seconds)
-        self.state = intrinsics.words(_SLOTS + 8 * self.num_replicas)
+        self.state = intrinsics.words(_LINES + 8 * self.num_replicas)
         self.reset()
 
     def abort(self) -> None:
         """End every wait in this group, now and later, with ``CollectiveMismatchError``."""
-        self.state[16] = _ABORTED
+        self.state[_END] = ENDED
 
     def reset(self) -> None:
         """Make the group usable again. No replica may be waiting in it."""
         self.state[:] = 0
-        self.state[24] = self.num_replicas
-        self.state[25] = max(1, round(1000 * self.timeout_seconds))
-        self.state[26] = _LAYOUT
+        timeout_ms = max(1, round(1000 * self.timeout_seconds))
+        self.state[: len(_GroupHead._fields)] = _GroupHead(self.num_replicas, timeout_ms, _LAYOUT)
 
 
 @jit.njit(nogil=True)
-def _abort_outcome(state):  # type: ignore[no-untyped-def]
-    outcome = intrinsics.load_shared(state, 16)
-    return _ABORTED if outcome == _LATE else outcome  # only the replica that waited reports LATE
-
-
-@jit.njit(nogil=True)
-def _rendezvous(state, rank, fingerprint, length):  # type: ignore[no-untyped-def]
-    """Publish a fingerprint, wait for all replicas, compare theirs; return the outcome."""
-    if intrinsics.load_shared(state, 16) != _AGREED:
-        return _abort_outcome(state)
-    epoch = intrinsics.load_shared(state, 8)
-    num_replicas = intrinsics.load(state, 24)
-    parity = epoch & 1
-    slot = state + 8 * (_SLOTS + 8 * rank)
-    intrinsics.store_shared(slot, _FINGERPRINT + parity, fingerprint)
-    intrinsics.store_shared(slot, _LENGTH + parity, length)
-    if intrinsics.fetch_add(state, 0, 1) == num_replicas - 1:
-        intrinsics.store_shared(state, 0, 0)
-        intrinsics.store_shared(state, 8, epoch + 1)
+def _await_all(state, rank, epoch):  # type: ignore[no-untyped-def]
+    """Wait for all replicas until the deadline; return the outcome."""
+    head, lines = _head_at(state), state + 8 * _LINES
+    end = shm_barrier.end_at(lines)
     deadline = np.int64(0)
-    turn = 0
-    while intrinsics.load_shared(state, 8) == epoch:
-        if intrinsics.load_shared(state, 16) != _AGREED:
-            return _abort_outcome(state)
-        intrinsics.relax(turn)
-        turn += 1
-        if turn % _TURNS_PER_CLOCK_READ == 0:
+    while True:
+        outcome = shm_barrier.await_members(
+            lines, head.num_replicas, rank, epoch, _PAUSES_PER_CLOCK_READ
+        )
+        if outcome == ENDED:
+            reason = intrinsics.load_shared(end, "reason")
+            return ENDED if reason == LATE else reason  # only who waited in vain reports LATE
+        if outcome == LATE:
             now = _milliseconds()
             if deadline == 0:
-                deadline = now + intrinsics.load(state, 25)
-            elif now > deadline:
-                intrinsics.store_shared(state, 16, _LATE)
-                return _LATE
-    for other in range(num_replicas):
-        other_slot = state + 8 * (_SLOTS + 8 * other)
-        if (
-            intrinsics.load_shared(other_slot, _FINGERPRINT + parity) != fingerprint
-            or intrinsics.load_shared(other_slot, _LENGTH + parity) != length
-        ):
-            intrinsics.store_shared(state, 16, _MISMATCHED)
-            return _MISMATCHED
-    return _abort_outcome(state)
+                deadline = now + head.timeout_ms
+            if now <= deadline:
+                continue
+        if outcome != AGREED:
+            intrinsics.store_shared(end, "reason", outcome)
+        return outcome
 
 
 @jit.njit(nogil=True)
-def _rendezvous_or_raise(state, rank, fingerprint, length):  # type: ignore[no-untyped-def]
-    outcome = _rendezvous(state, rank, fingerprint, length)
-    if outcome == _LATE:
+def _rendezvous(state, rank, fingerprint, length, address):  # type: ignore[no-untyped-def]
+    """Publish a call and an address, and wait for all replicas; return the epoch, or raise."""
+    lines = state + 8 * _LINES
+    epoch = shm_barrier.epoch_of(lines, rank) + 1
+    shm_barrier.arrive_at(lines, rank, epoch, fingerprint + length * _LENGTH, address)
+    outcome = _await_all(state, rank, epoch)
+    if outcome == LATE:
         raise CollectiveTimeoutError("a replica of the group waited in vain for the others")
-    if outcome == _MISMATCHED:
+    if outcome == MISMATCHED:
         raise CollectiveMismatchError(
             "the replicas of the group called different functions, or with different operations, "
             "roots, dtypes or lengths; nothing was written: make the same call in all of them, "
             "then reset() the group"
         )
-    if outcome == _ABORTED:
+    if outcome == ENDED:
         raise CollectiveMismatchError(
             "the group was aborted: a replica failed, was late or made a different call"
         )
+    return epoch
+
+
+@jit.njit(nogil=True)
+def _published(state, replica, epoch):  # type: ignore[no-untyped-def]
+    """Return the address that a replica has published."""
+    return intrinsics.load_shared(shm_barrier.vote_at(state + 8 * _LINES, replica, epoch), "word")
+
+
+@jit.njit(nogil=True)
+def _abort(state):  # type: ignore[no-untyped-def]
+    intrinsics.store_shared(shm_barrier.end_at(state + 8 * _LINES), "reason", ENDED)
 
 
 @jit.njit(nogil=True)
 def _check_state(state, rank, root):  # type: ignore[no-untyped-def]
     """Return the address of a state; raise unless it is a group's, with such a rank and root."""
-    words = np.int64(state.ctypes.data)
-    if state.size * state.itemsize < 8 * _SLOTS or intrinsics.load(words, 26) != _LAYOUT:
+    address = np.int64(state.ctypes.data)
+    head = _head_at(address)
+    if state.size * state.itemsize < 8 * _LINES or head.layout != _LAYOUT:
         raise ValueError(
             "that is no state of a Group, or compiled code of another version of dvkernels was "
             "kept by numba.njit(cache=True): delete its cache"
         )
-    num_replicas = intrinsics.load(words, 24)
+    num_replicas = head.num_replicas
     if rank < 0 or rank >= num_replicas or root < 0 or root >= num_replicas:
-        intrinsics.store_shared(words, 16, _ABORTED)
+        _abort(address)
         raise ValueError("a rank or a root is not one of the group's")
-    return words
-
-
-@jit.njit(nogil=True)
-def _publish(words, rank, address, fingerprint, length):  # type: ignore[no-untyped-def]
-    """Publish the address of this replica's array, and meet the others."""
-    intrinsics.store_shared(words + 8 * (_SLOTS + 8 * rank), 0, address)
-    _rendezvous_or_raise(words, rank, fingerprint, length)
+    return address
 
 
 @jit.njit(called_with="(int64[::1], int64)", nogil=True)
@@ -244,8 +232,9 @@ def barrier(state, rank):  # type: ignore[no-untyped-def]
     -----
     It takes 0.2 us with a core for each of two replicas.
     """
-    words = _check_state(state, np.int64(rank), np.int64(0))
-    _rendezvous_or_raise(words, np.int64(rank), np.int64(_BARRIER), np.int64(0))
+    zero = np.int64(0)
+    address = _check_state(state, np.int64(rank), zero)
+    _rendezvous(address, np.int64(rank), np.int64(_BARRIER), zero, zero)
 
 
 def all_reduce(state: Any, rank: int, array: Any, op: str = "sum") -> None:
@@ -295,22 +284,23 @@ def _all_reduce(state: Any, rank: Any, array: Any, op: Any = "sum") -> Any:
     fingerprint = _ALL_REDUCE + [*ReduceOp].index(known) * _OPERATION + _elements(array)
 
     def reduce_in_place(state, rank, array, op="sum"):  # type: ignore[no-untyped-def]
-        rank = np.int64(rank)
-        words = _check_state(state, rank, np.int64(0))
+        rank, zero = np.int64(rank), np.int64(0)
+        words = _check_state(state, rank, zero)
         length = np.int64(array.size)
-        _publish(words, rank, np.int64(array.ctypes.data), fingerprint, length)
-        num_replicas = intrinsics.load(words, 24)
+        epoch = _rendezvous(words, rank, fingerprint, length, np.int64(array.ctypes.data))
+        num_replicas = _head_at(words).num_replicas
         table = np.empty(num_replicas, np.int64)
         for k in range(num_replicas):
-            table[k] = intrinsics.load_shared(words + 8 * (_SLOTS + 8 * k), 0)
+            table[k] = _published(words, k, epoch)
         first, count = loops.part(length, num_replicas, rank)
         divisor = num_replicas if is_mean else np.int64(1)
         if count > 0:
-            loops.span(
-                np.int64(table.ctypes.data), np.int64(0), num_replicas, np.int64(0), num_replicas,
-                divisor, first, count, np.int64(0), operation, code,
+            span(
+                intrinsics.address_of(table), zero, num_replicas, zero, num_replicas, divisor,
+                first, count, zero, operation, code,
             )  # fmt: skip
-        _rendezvous_or_raise(words, rank, fingerprint, length)
+        intrinsics.keep_alive(table)
+        _rendezvous(words, rank, fingerprint, length, zero)
 
     return reduce_in_place
 
@@ -350,19 +340,17 @@ def _broadcast(state: Any, rank: Any, array: Any, root: Any) -> Any:
         nbytes = np.int64(array.size * array.itemsize)
         own = np.int64(array.ctypes.data)
         if rank != root and not is_mutable:
-            intrinsics.store_shared(words, 16, _ABORTED)
+            _abort(words)
             raise ValueError("group.broadcast would write into a read-only array")
-        _publish(words, rank, own, fingerprint, nbytes)
+        epoch = _rendezvous(words, rank, fingerprint, nbytes, own)
+        zero, one = np.int64(0), np.int64(1)
         if rank != root:
-            table = np.empty(2, np.int64)
-            table[0] = intrinsics.load_shared(words + 8 * (_SLOTS + 8 * root), 0)
-            table[1] = own
-            one = np.int64(1)
-            loops.span(
-                np.int64(table.ctypes.data), np.int64(0), one, one, one, one, np.int64(0), nbytes,
-                np.int64(0), 0, code,
-            )  # fmt: skip
-        _rendezvous_or_raise(words, rank, fingerprint, nbytes)
+            table = np.array([_published(words, root, epoch), own])
+            span(
+                intrinsics.address_of(table), zero, one, one, one, one, zero, nbytes, zero, 0, code
+            )
+            intrinsics.keep_alive(table)
+        _rendezvous(words, rank, fingerprint, nbytes, zero)
 
     return copy_from_root
 

@@ -21,16 +21,24 @@ A piece handled in Python costs 15 us beside the copy and the sum: two processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from typing import NamedTuple, final
 
 import numpy as np
-from llvmlite import ir
-from numba import extending, types
-from numba.core import cgutils as numba_cgutils
+from numba import types
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks, jit
-from dvkernels.kernels.cpu.engine import array_structs, fast_path, intrinsics, shm_barrier
+from dvkernels.kernels.cpu.engine import (
+    array_structs,
+    fast_path,
+    intrinsics,
+    job_layout,
+    recipe,
+    records,
+    shm_barrier,
+)
+from dvkernels.kernels.cpu.engine.shm_barrier import AGREED
 from dvkernels.reduce_op import Reduction
 
 __all__ = ["DONE", "SharedMemoryAllReduce"]
@@ -38,17 +46,7 @@ __all__ = ["DONE", "SharedMemoryAllReduce"]
 
 # The outcome of a whole all-reduce; others are those of the barrier that stopped it.
 DONE = -2
-_AGREED = shm_barrier.AGREED
-# Words of the state: the control lines, the members, the staging buffers, the spins of a wait.
-_LINES, _COUNT, _RANK, _BUFFERS, _PARITY_STRIDE, _BUFFER_NBYTES, _PAUSES = range(7)
-# The latest round; the first byte of its piece, and the column in which that byte lies.
-_EPOCH, _START, _COLUMN = range(7, 10)
-# The arrays of one call.
-_LAYOUT, _NUM_COLUMNS, _NUM_SOURCES, _NUM_TARGETS, _RECIPE = range(10, 15)
-# The column in which the previous piece starts; whether each member combines a part.
-_PREVIOUS_COLUMN, _IN_PARTS = 15, 16
-_NUM_WORDS = 24
-_LINE = 64
+_LINE = records.LINE_NBYTES
 # From 3 on (5 + 1/n) S is less than (n + 3) S, but the additional round costs time, most of all
 # where processes wait for cores. On two cores of an AMD EPYC 4 processes took 1.0 times as long in
 # parts for 1 MiB and 0.86 for 16 MiB, 6 took 0.85 and 0.77, 8 took 0.74 and 0.72, but 3 took 1.2
@@ -56,203 +54,189 @@ _LINE = 64
 _LEAST_MEMBERS_FOR_PARTS = 4
 # Phases to run: all, all but the staging of the current piece, that staging alone.
 _ALL, _CONTINUE, _STAGE = range(3)
-_RUNNER, _ITEMSIZE, _IS_MEAN = array_structs.RUNNER, array_structs.ITEMSIZE, array_structs.IS_MEAN
-_ITEM, _ROW, _TABLE, _COUNTERS = (
-    fast_path.ITEM,
-    fast_path.ROW,
-    fast_path.TABLE,
-    20,
-)  # words of a job
 _MOST_ARRAYS = fast_path.MOST_ARRAYS  # in a column
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_intrinsic: _Decorator = extending.intrinsic
-_cgutils: Any = numba_cgutils  # its functions carry no types
 
 
-@_intrinsic
-def _copy(typing: Any, target: Any, source: Any, nbytes: Any) -> Any:
-    """Copy bytes from one address to another."""
+class _State(NamedTuple):
+    lines: int  # address of the members' control lines
+    num_members: int
+    rank: int
+    buffers: int  # address of the staging buffers, of even rounds, then of odd ones
+    parity_stride: int
+    buffer_nbytes: int
+    num_pauses: int  # of a wait
+    epoch: int = 0  # the latest round
+    start: int = 0  # the first byte of its piece
+    column: int = 0  # in which that byte lies
+    previous_column: int = 0  # in which the previous piece starts
+    in_parts: int = 0  # whether each member combines a part of the pieces
+    # The arrays of one call: the first byte of each column, and the end of the last one; the
+    # addresses of each column's arrays.
+    begins: int = 0
+    tables: int = 0
+    num_columns: int = 0
+    num_sources: int = 0
+    num_targets: int = 0
+    recipe: int = 0
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        pointers = [builder.inttoptr(address, byte) for address in args[:2]]
-        _cgutils.raw_memcpy(builder, *pointers, args[2], 1)
-        return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+_state_at = records.view(records.layout(_State))
+_EPOCH, _IN_PARTS = map(_State._fields.index, ("epoch", "in_parts"))
+
+
+@jit.njit(nogil=True)
+def _table_of(job):  # type: ignore[no-untyped-def]
+    """Return the address of the table of a job of one item."""
+    return job_layout.item_at(job_layout.job_at(job).items, 0).table
 
 
 @jit.njit(nogil=True)
 def _combine(job, runner, num_sources, num_targets, divisor, length):  # type: ignore[no-untyped-def]
     """Combine the first arrays of the job's table into those that follow them."""
-    row = job + 8 * _ROW
-    intrinsics.store(row, 2, num_sources)
-    intrinsics.store(row, 3, num_sources)
-    intrinsics.store(row, 4, num_targets)
-    intrinsics.store(row, 5, divisor)
-    intrinsics.store(job, 0, 0)
-    intrinsics.store(job, 8, np.int64(length > 0))
-    intrinsics.store(job, 10, length)
-    intrinsics.store(job, 15, 0)
-    intrinsics.store(job, 16, num_sources + num_targets)
-    intrinsics.store(job, 18, runner)
-    intrinsics.store(job, 21, 1)
-    intrinsics.store(job, intrinsics.load(job, _COUNTERS), 0)
-    intrinsics.store(job, _ITEM + 1, length)
+    header = job_layout.job_at(job)
+    header.num_pieces = np.int64(length > 0)
+    header.piece_length = length
+    header.num_arrays = num_sources + num_targets
+    header.runner = runner
+    job_layout.item_at(header.items, 0).length = length
+    row = job_layout.row_at(header.rows, 0)
+    row.num_sources = row.first_target = num_sources
+    row.num_targets = num_targets
+    row.divisor = divisor
+    for k in range(2):
+        job_layout.counter_at(header.counters, k).value = 0
     intrinsics.call(runner, job)
 
 
 # Reads Python lists, so it keeps the interpreter's lock.
 @jit.njit("int64(int64, int64, int64, int64, int64)")
-def _lay_out(columns, num_sources, recipe, layout, state):  # type: ignore[no-untyped-def]
-    """Write each column's first byte and its arrays' addresses; return the total bytes, or -1.
-
-    The end of the last column follows it.
-    """
+def _lay_out(columns, num_sources, recipe_address, layout, state_address):  # type: ignore[no-untyped-def]
+    """Write each column's first byte and its arrays' addresses; return the total bytes, or -1."""
+    state, constants = _state_at(state_address), recipe.recipe_at(recipe_address)
     count = array_structs.length_of(columns)
-    first = array_structs.item_of(columns, 0)
-    width = 1 + array_structs.length_of(first)
+    width = array_structs.length_of(array_structs.item_of(columns, 0))
+    state.start = state.column = 0
+    state.begins = layout
+    state.tables = layout + 8 * (count + 1)
+    state.num_columns = count
+    state.num_sources = num_sources
+    state.num_targets = width - num_sources
+    state.recipe = recipe_address
     begin = np.int64(0)
-    intrinsics.store(state, _START, 0)
-    intrinsics.store(state, _COLUMN, 0)
-    intrinsics.store(state, _LAYOUT, layout)
-    intrinsics.store(state, _NUM_COLUMNS, count)
-    intrinsics.store(state, _NUM_SOURCES, num_sources)
-    intrinsics.store(state, _NUM_TARGETS, width - 1 - num_sources)
-    intrinsics.store(state, _RECIPE, recipe)
     for k in range(count):
-        column = array_structs.item_of(columns, k)
-        entry = layout + 8 * k * width
-        intrinsics.store(entry, 0, begin)
-        length = array_structs.read_addresses(column, recipe, entry + 8, num_sources)
+        intrinsics.store(state.begins, k, begin)
+        column, table = array_structs.item_of(columns, k), state.tables + 8 * k * width
+        length = array_structs.read_addresses(column, constants, table, num_sources)
         if length < 0:
             return np.int64(-1)
-        begin += length * intrinsics.load(recipe, _ITEMSIZE)
-    intrinsics.store(layout, count * width, begin)
+        begin += length * constants.itemsize
+    intrinsics.store(state.begins, count, begin)
     return begin
+
+
+@jit.njit(nogil=True)
+def _overlap(state, column, start, stop):  # type: ignore[no-untyped-def]
+    """Return the bytes of a column, from one to another, that lie in ``start`` to ``stop``."""
+    low = max(start, intrinsics.load(state.begins, column))
+    return low, min(stop, intrinsics.load(state.begins, column + 1))
+
+
+@jit.njit(nogil=True)
+def _address(state, column, k, byte):  # type: ignore[no-untyped-def]
+    """Return the address of a byte, counted over all columns, in array ``k`` of its column."""
+    width = state.num_sources + state.num_targets
+    array = intrinsics.load(state.tables, column * width + k)
+    return array + byte - intrinsics.load(state.begins, column)
 
 
 @jit.njit(nogil=True)
 def _stage(state, job, buffer, start, stop):  # type: ignore[no-untyped-def]
     """Write the reduction of the sources' bytes ``start`` to ``stop`` to a staging buffer."""
-    layout, recipe = intrinsics.load(state, _LAYOUT), intrinsics.load(state, _RECIPE)
-    num_sources, num_targets = (
-        intrinsics.load(state, _NUM_SOURCES),
-        intrinsics.load(state, _NUM_TARGETS),
-    )
-    runner, itemsize = intrinsics.load(recipe, _RUNNER), intrinsics.load(recipe, _ITEMSIZE)
-    table = job + 8 * _TABLE
-    width = 8 * (1 + num_sources + num_targets)
-    entry = layout + intrinsics.load(state, _COLUMN) * width
-    last = layout + intrinsics.load(state, _NUM_COLUMNS) * width
-    while entry < last and intrinsics.load(entry, 0) < stop:
-        begin, end = intrinsics.load(entry, 0), intrinsics.load(entry + width, 0)
-        low, high = max(start, begin), min(stop, end)
+    constants, num_sources = recipe.recipe_at(state.recipe), state.num_sources
+    table, column = _table_of(job), state.column
+    while column < state.num_columns and intrinsics.load(state.begins, column) < stop:
+        low, high = _overlap(state, column, start, stop)
         if high > low:
             staged = buffer + low - start
             if num_sources == 1:
-                _copy(staged, intrinsics.load(entry, 1) + low - begin, high - low)
+                intrinsics.copy(staged, _address(state, column, 0, low), high - low)
             else:
                 for k in range(num_sources):
-                    intrinsics.store(table, k, intrinsics.load(entry, 1 + k) + low - begin)
+                    intrinsics.store(table, k, _address(state, column, k, low))
                 intrinsics.store(table, num_sources, staged)
-                _combine(job, runner, num_sources, 1, 1, (high - low) // itemsize)
-        entry += width
+                length = (high - low) // constants.itemsize
+                _combine(job, constants.runner, num_sources, 1, 1, length)
+        column += 1
     return 0
 
 
 @jit.njit(nogil=True)
 def _reduce_to_targets(state, job, buffers, count, divisor, column, start, stop):  # type: ignore[no-untyped-def]
     """Write the reduction of a piece in ``count`` staging buffers to the targets."""
-    layout, recipe = intrinsics.load(state, _LAYOUT), intrinsics.load(state, _RECIPE)
-    num_sources, num_targets = (
-        intrinsics.load(state, _NUM_SOURCES),
-        intrinsics.load(state, _NUM_TARGETS),
-    )
-    runner, itemsize = intrinsics.load(recipe, _RUNNER), intrinsics.load(recipe, _ITEMSIZE)
-    buffer_nbytes = intrinsics.load(state, _BUFFER_NBYTES)
-    table = job + 8 * _TABLE
-    width = 8 * (1 + num_sources + num_targets)
-    entry = layout + column * width
-    last = layout + intrinsics.load(state, _NUM_COLUMNS) * width
-    while entry < last and intrinsics.load(entry, 0) < stop:
-        begin, end = intrinsics.load(entry, 0), intrinsics.load(entry + width, 0)
-        low, high = max(start, begin), min(stop, end)
+    constants, table = recipe.recipe_at(state.recipe), _table_of(job)
+    while column < state.num_columns and intrinsics.load(state.begins, column) < stop:
+        low, high = _overlap(state, column, start, stop)
         if high > low:
             staged = buffers + low - start
             for member in range(count):
-                intrinsics.store(table, member, staged + member * buffer_nbytes)
-            for k in range(num_targets):
-                target = intrinsics.load(entry, 1 + num_sources + k) + low - begin
+                intrinsics.store(table, member, staged + member * state.buffer_nbytes)
+            for k in range(state.num_targets):
+                target = _address(state, column, state.num_sources + k, low)
                 if count == 1:
-                    _copy(target, staged, high - low)
+                    intrinsics.copy(target, staged, high - low)
                 intrinsics.store(table, count + k, target)
             if count > 1:
-                _combine(job, runner, count, num_targets, divisor, (high - low) // itemsize)
-        entry += width
+                length = (high - low) // constants.itemsize
+                _combine(job, constants.runner, count, state.num_targets, divisor, length)
+        column += 1
     return 0
 
 
 @jit.njit(nogil=True)
 def _combine_part(state, job, buffers, divisor, nbytes):  # type: ignore[no-untyped-def]
     """Combine this member's part of a piece in all staging buffers into the buffer behind them."""
-    recipe = intrinsics.load(state, _RECIPE)
-    count, rank = intrinsics.load(state, _COUNT), intrinsics.load(state, _RANK)
-    buffer_nbytes = intrinsics.load(state, _BUFFER_NBYTES)
-    lines = (nbytes + _LINE - 1) // _LINE
-    low = lines * rank // count * _LINE
-    high = min(nbytes, lines * (rank + 1) // count * _LINE)
+    constants, count = recipe.recipe_at(state.recipe), state.num_members
+    num_lines = (nbytes + _LINE - 1) // _LINE
+    low = num_lines * state.rank // count * _LINE
+    high = min(nbytes, num_lines * (state.rank + 1) // count * _LINE)
     if high > low:
         for k in range(count + 1):
-            intrinsics.store(job + 8 * _TABLE, k, buffers + k * buffer_nbytes + low)
-        length = (high - low) // intrinsics.load(recipe, _ITEMSIZE)
-        _combine(job, intrinsics.load(recipe, _RUNNER), count, 1, divisor, length)
+            intrinsics.store(_table_of(job), k, buffers + k * state.buffer_nbytes + low)
+        _combine(job, constants.runner, count, 1, divisor, (high - low) // constants.itemsize)
     return 0
 
 
 @jit.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
-def _run(state, job, fingerprint, divisor, phase):  # type: ignore[no-untyped-def]
+def _run(state_address, job, fingerprint, divisor, phase):  # type: ignore[no-untyped-def]
     """Reduce from the current piece on; return the outcome."""
-    layout, recipe = intrinsics.load(state, _LAYOUT), intrinsics.load(state, _RECIPE)
-    num_columns = intrinsics.load(state, _NUM_COLUMNS)
-    width = 1 + intrinsics.load(state, _NUM_SOURCES) + intrinsics.load(state, _NUM_TARGETS)
-    total = intrinsics.load(layout, num_columns * width)
-    lines, buffer_nbytes = intrinsics.load(state, _LINES), intrinsics.load(state, _BUFFER_NBYTES)
-    count, rank = intrinsics.load(state, _COUNT), intrinsics.load(state, _RANK)
-    in_parts = intrinsics.load(state, _IN_PARTS)
-    if intrinsics.load(recipe, _IS_MEAN):
+    state = _state_at(state_address)
+    lines, count, rank = state.lines, state.num_members, state.rank
+    buffer_nbytes = state.buffer_nbytes
+    total = intrinsics.load(state.begins, state.num_columns)
+    if recipe.recipe_at(state.recipe).is_mean:
         divisor = count
     while True:
-        start = intrinsics.load(state, _START)  # in parts, the last round has no piece
+        start = state.start  # in parts, the last round has no piece
         stop = min(start + buffer_nbytes, total)
-        epoch = intrinsics.load(state, _EPOCH) + np.int64(phase != _CONTINUE)
-        parity_stride = intrinsics.load(state, _PARITY_STRIDE)
-        buffers = intrinsics.load(state, _BUFFERS) + (epoch & 1) * parity_stride
+        epoch = state.epoch + np.int64(phase != _CONTINUE)
+        buffers = state.buffers + (epoch & 1) * state.parity_stride
         if phase != _CONTINUE:
             _stage(state, job, buffers + rank * buffer_nbytes, start, stop)
             if phase == _STAGE:
                 return DONE
-            intrinsics.store(state, _EPOCH, epoch)
+            state.epoch = epoch
             shm_barrier.arrive_at(lines, rank, epoch, fingerprint, stop - start)
-        outcome = shm_barrier.await_members(
-            lines, count, rank, epoch, intrinsics.load(state, _PAUSES)
-        )
-        if outcome != _AGREED:
+        outcome = shm_barrier.await_members(lines, count, rank, epoch, state.num_pauses)
+        if outcome != AGREED:
             return outcome
         phase = _ALL
-        column = intrinsics.load(state, _COLUMN)
-        if in_parts:
+        column = state.column
+        if state.in_parts:
             if start > 0:
-                previous_start = (start - 1) // buffer_nbytes * buffer_nbytes
-                results = (
-                    intrinsics.load(state, _BUFFERS)
-                    + (~epoch & 1) * parity_stride
-                    + count * buffer_nbytes
-                )
-                previous_column = intrinsics.load(state, _PREVIOUS_COLUMN)
-                _reduce_to_targets(
-                    state, job, results, 1, 1, previous_column, previous_start, start
-                )
+                before = (start - 1) // buffer_nbytes * buffer_nbytes
+                results = state.buffers + (~epoch & 1) * state.parity_stride
+                results += count * buffer_nbytes
+                _reduce_to_targets(state, job, results, 1, 1, state.previous_column, before, start)
             if start >= total:
                 return DONE
             _combine_part(state, job, buffers, divisor, stop - start)
@@ -260,11 +244,11 @@ def _run(state, job, fingerprint, divisor, phase):  # type: ignore[no-untyped-de
             _reduce_to_targets(state, job, buffers, count, divisor, column, start, stop)
             if stop >= total:
                 return DONE
-        intrinsics.store(state, _PREVIOUS_COLUMN, column)
-        while column < num_columns and intrinsics.load(layout, (column + 1) * width) <= stop:
+        state.previous_column = column
+        while column < state.num_columns and intrinsics.load(state.begins, column + 1) <= stop:
             column += 1
-        intrinsics.store(state, _COLUMN, column)
-        intrinsics.store(state, _START, stop)
+        state.column = column
+        state.start = stop
 
 
 # The functions behind the dispatchers: a call is cheaper, for the arguments are integers.
@@ -290,22 +274,32 @@ class SharedMemoryAllReduce:
         Spins of the wait in each round.
     """
 
-    def __init__(self, lines: int, rank: int, buffers: Any, size: int, num_pauses: int) -> None:
+    def __init__(
+        self, lines: int, rank: int, buffers: HostArray, size: int, num_pauses: int
+    ) -> None:
         self._buffers = buffers  # kept alive: the state holds addresses only
-        self._state = intrinsics.words(_NUM_WORDS)
-        self._state[:_EPOCH] = (
-            lines, size, rank, checks.address(buffers), buffers.strides[0], buffers.shape[2],
-            num_pauses,
-        )  # fmt: skip
+        self._state = np.array(
+            _State(
+                lines=lines,
+                num_members=size,
+                rank=rank,
+                buffers=checks.address(buffers),
+                parity_stride=buffers.strides[0],
+                buffer_nbytes=buffers.shape[2],
+                num_pauses=num_pauses,
+            )
+        )
         self._address = checks.address(self._state)
         self._job = fast_path.new_job(size + _MOST_ARRAYS)
         self._size = size
-        self._set_layout(intrinsics.words(_NUM_WORDS))
+        self._set_layout(intrinsics.words(0))
 
-    def _set_layout(self, words: Any) -> None:
+    def _set_layout(self, words: HostArray) -> None:
         self._layout, self._layout_address = words, checks.address(words)
 
-    def lay_out(self, columns: Sequence[Sequence[Any]], num_sources: int, op: Reduction) -> bool:
+    def lay_out(
+        self, columns: Sequence[Sequence[HostArray]], num_sources: int, op: Reduction
+    ) -> bool:
         """Begin the all-reduce of columns of [*sources, *targets]; False: declined.
 
         All columns have equally many sources and targets. This member contributes the reduction
@@ -315,31 +309,29 @@ class SharedMemoryAllReduce:
         lists = [column if type(column) is list else [*column] for column in columns]
         width = len(lists[0])
         dtype = lists[0][0].dtype
-        recipe = array_structs.recipes.get((op, dtype))
-        if recipe is None:
-            array_structs.register(op, dtype)
-            recipe = array_structs.recipes.get((op, dtype))
-        if recipe is None or width > _MOST_ARRAYS:
+        found = recipe.recipes.get((op, dtype))
+        if found is None:
+            recipe.register(op, dtype)
+            found = recipe.recipes.get((op, dtype))
+        if found is None or width > _MOST_ARRAYS:
             return False
         num_words = len(lists) * (1 + width) + 1
         if len(self._layout) < num_words:
             self._set_layout(intrinsics.words(2 * num_words))
-        addresses = (recipe.address, self._layout_address, self._address)
+        addresses = (found.address, self._layout_address, self._address)
         nbytes = int(_lay_out_now(id(lists), num_sources, *addresses))
         self._state[_IN_PARTS] = self.is_in_parts(nbytes)
         return nbytes >= 0
 
     def is_in_parts(self, nbytes: int) -> bool:
         """Return whether each member combines a part of the pieces; all members agree on it."""
-        return self._size >= _LEAST_MEMBERS_FOR_PARTS and nbytes > int(self._state[_BUFFER_NBYTES])
+        return self._size >= _LEAST_MEMBERS_FOR_PARTS and nbytes > self._buffers.shape[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the current piece."""
-        state = self._state
-        width = 1 + int(state[_NUM_SOURCES] + state[_NUM_TARGETS])
-        left = self._layout[state[_NUM_COLUMNS] * width] - state[_START]
-        return int(min(left, state[_BUFFER_NBYTES]))
+        state = _State(*map(int, self._state))
+        return min(int(self._layout[state.num_columns]) - state.start, state.buffer_nbytes)
 
     def run(
         self, epoch: int, fingerprint: int, divisor: int, *, has_arrived: bool

@@ -20,7 +20,7 @@ import pytest
 import dvkernels as dv
 from dvkernels import kernels, reduce_op
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cpu.engine import array_structs, thread_pool
+from dvkernels.kernels.cpu.engine import recipe, thread_pool
 
 REDUCERS = [kernels.direct_all_reduce, kernels.ring_all_reduce]
 _COMBINE = {
@@ -179,10 +179,10 @@ def test_fast_path_and_slow_path_give_the_same_bits(
     buffers = [rng.standard_normal(2 * length).astype("f4").view(dtype) for _ in range(3)]
     slow, fast = ([array.copy() for array in buffers] for _ in range(2))
     with monkeypatch.context() as patch:
-        patch.setattr(array_structs, "recipes", {})
+        patch.setattr(recipe, "recipes", {})
         kernels.all_reduce(slow, op)
     kernels.all_reduce([array.copy() for array in buffers], op)  # enables the fast path
-    assert (op, np.dtype(dtype)) in array_structs.recipes
+    assert (op, np.dtype(dtype)) in recipe.recipes
     kernels.all_reduce(fast, op)
     assert [a.tobytes() for a in fast] == [a.tobytes() for a in slow]
 

@@ -13,59 +13,48 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dvkernels.kernels import arithmetic, checks, jit
-from dvkernels.kernels.cpu.engine import intrinsics, loops, thread_pool
-from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.kernels import jit
+from dvkernels.kernels.cpu.engine import intrinsics, records
 
-__all__ = [
-    "IS_MEAN",
-    "ITEMSIZE",
-    "RUNNER",
-    "SHARED",
-    "THREADS",
-    "item_of",
-    "length_of",
-    "read_addresses",
-    "recipes",
-    "register",
-]
+__all__: list[str] = []
 
-
-# Offsets in words: of a list's fields, and of an array's, after the object header.
-_HEAD = object.__basicsize__ // 8
-_TYPE = _HEAD - 1
-_LENGTH, _ITEMS = _HEAD, _HEAD + 1
-_DATA, _NUM_DIMS, _DIMS, _DTYPE, _FLAGS = _HEAD, _HEAD + 1, _HEAD + 2, _HEAD + 5, _HEAD + 6
+_HEAD = object.__basicsize__  # bytes of the object header, whose last word is the type
 _CONTIGUOUS, _WRITEABLE = 0x1, 0x400
-# The words of a recipe.
-_ARRAY_TYPE, _DTYPE_OBJECT, RUNNER, ITEMSIZE, _FACTOR, IS_MEAN, SHARED, THREADS = range(8)
 
 
-class ReductionWords(NamedTuple):
-    """Recipe of a reduction: the constants of an operation and a dtype, as words."""
-
-    words: Any
-    address: int
-    dtype: Any  # kept alive: its address is one of the words
+def _struct(**fields: tuple[type, int]) -> np.dtype[Any]:
+    """Return the dtype of a struct: the type and the offset in bytes of each field."""
+    formats, offsets = zip(*fields.values(), strict=True)
+    return np.dtype({"names": [*fields], "formats": formats, "offsets": offsets})
 
 
-recipes: dict[tuple[Any, Any], ReductionWords] = {}
+_LIST = _struct(length=(np.int64, _HEAD), items=(np.int64, _HEAD + 8))
+_ARRAY = _struct(
+    type=(np.int64, _HEAD - 8),
+    data=(np.int64, _HEAD),
+    num_dims=(np.int32, _HEAD + 8),
+    dims=(np.int64, _HEAD + 16),
+    dtype=(np.int64, _HEAD + 40),
+    flags=(np.int32, _HEAD + 48),
+)
+_list_at = records.view(_LIST)
+_array_at = records.view(_ARRAY)
 
 
 @jit.njit()
 def length_of(list_address):  # type: ignore[no-untyped-def]
     """Return the length of a list."""
-    return intrinsics.load(list_address, _LENGTH)
+    return _list_at(list_address).length
 
 
 @jit.njit()
 def item_of(list_address, k):  # type: ignore[no-untyped-def]
     """Return the address of item ``k`` of a list."""
-    return intrinsics.load(intrinsics.load(list_address, _ITEMS), k)
+    return intrinsics.load(_list_at(list_address).items, k)
 
 
 @jit.njit()
@@ -75,78 +64,55 @@ def read_addresses(list_address, recipe, table, num_read_only):  # type: ignore[
     The arrays must be contiguous, of one shape and of the recipe's dtype, and all but the first
     ``num_read_only`` writable. The length counts elements of the runner.
     """
-    first = item_of(list_address, 0)
-    num_dims = intrinsics.load_int32(first, 2 * _NUM_DIMS)
-    extents = intrinsics.load(first, _DIMS)
+    first = _array_at(item_of(list_address, 0))
+    num_dims, dims = first.num_dims, first.dims
     for k in range(length_of(list_address)):
-        array = item_of(list_address, k)
+        array = _array_at(item_of(list_address, k))
         needed = _CONTIGUOUS if k < num_read_only else _CONTIGUOUS | _WRITEABLE
         if (
-            intrinsics.load(array, _TYPE) != intrinsics.load(recipe, _ARRAY_TYPE)
-            or intrinsics.load(array, _DTYPE) != intrinsics.load(recipe, _DTYPE_OBJECT)
-            or intrinsics.load_int32(array, 2 * _FLAGS) & needed != needed
-            or intrinsics.load_int32(array, 2 * _NUM_DIMS) != num_dims
+            array.type != recipe.array_type
+            or array.dtype != recipe.dtype
+            or array.flags & needed != needed
+            or array.num_dims != num_dims
         ):
             return np.int64(-1)
         for axis in range(num_dims):
-            if intrinsics.load(intrinsics.load(array, _DIMS), axis) != intrinsics.load(
-                extents, axis
-            ):
+            if intrinsics.load(array.dims, axis) != intrinsics.load(dims, axis):
                 return np.int64(-1)
-        intrinsics.store(table, k, intrinsics.load(array, _DATA))
-    length = intrinsics.load(recipe, _FACTOR)
+        intrinsics.store(table, k, array.data)
+    length = recipe.factor
     for axis in range(num_dims):
-        length *= intrinsics.load(extents, axis)
+        length *= intrinsics.load(dims, axis)
     return length
-
-
-def register(op: Reduction, dtype: np.dtype[Any]) -> None:
-    """Enable the fast path for an operation and a dtype that have passed all checks."""
-    if not _is_supported or type(op) is not ReduceOp or (op, dtype) in recipes:
-        return
-    factor = arithmetic.factor(op, dtype)
-    # Arrays of a built-in dtype share one dtype object; arrays of other dtypes are declined.
-    words = np.array(
-        [
-            id(np.ndarray),
-            id(dtype),
-            loops.runner(op, dtype),
-            dtype.itemsize // factor,
-            factor,
-            op is ReduceOp.MEAN,
-            thread_pool.SHARED_NBYTES,
-            thread_pool.num_threads(),
-        ],
-        np.int64,
-    )
-    recipe = ReductionWords(words, checks.address(words), dtype)
-    recipes[op, dtype] = recipes[op.value, dtype] = recipe
 
 
 def _has_expected_layout() -> bool:
     """Return whether known objects have the layout, and the GIL keeps lists from changing."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return False
-    array = np.zeros((3, 5))[:, 1:3]
-    array.flags.writeable = False
-    arrays = [array, np.zeros(1)]
-    in_list = (ctypes.c_int64 * (_ITEMS + 1)).from_address(id(arrays))
-    items = (ctypes.c_int64 * 2).from_address(in_list[_ITEMS])
-    words = (ctypes.c_int64 * (_FLAGS + 1)).from_address(id(array))
-    if in_list[_LENGTH] != 2 or list(items) != [*map(id, arrays)]:
+    part, whole = np.zeros((3, 5))[:, 1:3], np.zeros(1)
+    part.flags.writeable = False
+    arrays = [part, whole]
+    listed, read_only = _read(arrays, _LIST), _read(part, _ARRAY)
+    if listed["length"] != 2 or read_only["num_dims"] != 2:
         return False
-    extents = (ctypes.c_int64 * 2).from_address(words[_DIMS])
-    flags = [words[_FLAGS] & (_CONTIGUOUS | _WRITEABLE)]
-    other = (ctypes.c_int64 * (_FLAGS + 1)).from_address(id(arrays[1]))
-    flags.append(other[_FLAGS] & (_CONTIGUOUS | _WRITEABLE))
-    return (
-        words[_TYPE] == id(np.ndarray)
-        and words[_DATA] == array.ctypes.data
-        and words[_NUM_DIMS] & 0xFFFFFFFF == 2
+    items = (ctypes.c_int64 * 2).from_address(int(listed["items"]))
+    extents = (ctypes.c_int64 * 2).from_address(int(read_only["dims"]))
+    flags = [_read(array, _ARRAY)["flags"] & (_CONTIGUOUS | _WRITEABLE) for array in arrays]
+    return bool(
+        list(items) == [*map(id, arrays)]
+        and read_only["type"] == id(np.ndarray)
+        and read_only["data"] == part.ctypes.data
         and list(extents) == [3, 2]
-        and words[_DTYPE] == id(array.dtype)
+        and read_only["dtype"] == id(part.dtype)
         and flags == [0, _CONTIGUOUS | _WRITEABLE]
     )
 
 
-_is_supported = _has_expected_layout()
+def _read(value: object, struct: np.dtype[Any]) -> np.void:
+    """Return a copy of an object's struct."""
+    found: np.void = np.frombuffer(ctypes.string_at(id(value), struct.itemsize), struct)[0]
+    return found
+
+
+IS_SUPPORTED = _has_expected_layout()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.core import errors as numba_errors
@@ -18,12 +17,12 @@ from numba.core import errors as numba_errors
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import jit
-from dvkernels.kernels.cpu.engine import intrinsics, loops
+from dvkernels.kernels.cpu.engine import intrinsics, job_layout, loops
+from dvkernels.kernels.cpu.engine.intrinsics import carray
 
-__all__ = ["runner"]
+__all__: list[str] = []
 
 
-carray: Any = vars(numba)["carray"]  # it is missing from Numba's stubs
 _BLOCK = 1024
 
 _runners: weakref.WeakKeyDictionary[CustomReduction, dict[np.dtype[Any], Any]] = (
@@ -51,42 +50,33 @@ def _make(fn: Any, real: Any) -> Any:
     itemsize = np.dtype(real).itemsize
 
     @jit.cfunc(types.void(types.int64), cache=False)
-    def run(job):  # type: ignore[no-untyped-def]
-        width, num_parts = intrinsics.load(job, 16), intrinsics.load(job, 17)
-        program, num_rows = job + 8 * intrinsics.load(job, 13), intrinsics.load(job, 14)
-        scratch = np.empty(width, np.int64)
-        table = np.int64(scratch.ctypes.data)
+    def run(address):  # type: ignore[no-untyped-def]
+        job = job_layout.job_at(address)
+        scratch = np.empty(job.num_arrays, np.int64)
+        table = intrinsics.address_of(scratch)
         block = np.empty(_BLOCK, real)
-        ordinal = intrinsics.fetch_add(job, 0, 1)
-        attempt, begin, end = loops.claim(job, ordinal, 0)
-        while begin < end:
-            for piece in range(begin, end):
-                lines, column, length, line, last_line = loops.locate(job, piece)
-                while line < last_line:
-                    loops.addresses_on(line, lines, width, table)
-                    for row in range(num_rows):
-                        step = program + 48 * row
-                        first, count = column, length
-                        chunk = intrinsics.load(step, 0)
-                        if chunk >= 0:
-                            start, count = loops.part(length, num_parts, chunk)
-                            first += start
-                        sources = table + 8 * intrinsics.load(step, 1)
-                        targets = table + 8 * intrinsics.load(step, 3)
-                        for offset in range(first, first + count, _BLOCK):
-                            size = min(_BLOCK, first + count - offset)
-                            for k in range(intrinsics.load(step, 2)):
-                                address = intrinsics.load(sources, k) + offset * itemsize
-                                source = carray(intrinsics.pointer(address), size, real)
-                                if k == 0:
-                                    block[:size] = source
-                                else:
-                                    for i in range(size):
-                                        block[i] = fn(block[i], source[i])
-                            for k in range(intrinsics.load(step, 4)):
-                                address = intrinsics.load(targets, k) + offset * itemsize
-                                carray(intrinsics.pointer(address), size, real)[:] = block[:size]
-                    line += 1
-            attempt, begin, end = loops.claim(job, ordinal, attempt)
+        at = loops.join(job)
+        while True:
+            at = loops.advance(job, at, table)
+            if at.length < 0:
+                break
+            for number in range(job.num_rows):
+                row = job_layout.row_at(job.rows, number)
+                first, count = loops.extent(job, row, at)
+                for start in range(first, first + count, _BLOCK):
+                    size = min(_BLOCK, first + count - start)
+                    shift = start * itemsize
+                    for k in range(row.num_sources):
+                        pointer = intrinsics.load(table, row.first_source + k) + shift
+                        source = carray(intrinsics.pointer(pointer), size, real)
+                        if k == 0:
+                            block[:size] = source
+                        else:
+                            for i in range(size):
+                                block[i] = fn(block[i], source[i])
+                    for k in range(row.num_targets):
+                        pointer = intrinsics.load(table, row.first_target + k) + shift
+                        carray(intrinsics.pointer(pointer), size, real)[:] = block[:size]
+        intrinsics.keep_alive(scratch)
 
     return run

@@ -1,16 +1,20 @@
 """Intrinsics on raw memory for compiled code: loads, stores, atomics, prefetches, pauses.
 
-Memory is int64 words, named by an address and an index: ``load(job, 3)`` reads the word 24 bytes
-past ``job``. Atomic operations are sequentially consistent.
+A table is int64 words, named by an address and an index: ``load(table, 3)`` reads the word 24 bytes
+past ``table``. Words that several threads change are fields of records (see records.py), named by
+the record and the field. Atomic operations are sequentially consistent.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import platform
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
@@ -18,30 +22,15 @@ from numba.core import cgutils as numba_cgutils
 
 from dvkernels.kernels import checks, jit
 
-__all__ = [
-    "call",
-    "compare_exchange",
-    "exchange",
-    "fetch_add",
-    "load",
-    "load_int32",
-    "load_shared",
-    "pause",
-    "pointer",
-    "prefetch",
-    "relax",
-    "store",
-    "store_shared",
-    "stream_line",
-    "words",
-    "yield_core",
-]
+__all__: list[str] = []
 
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_intrinsic: _Decorator = extending.intrinsic
-_cgutils: Any = numba_cgutils  # its functions carry no types
+Emitter = Callable[..., Any]
+intrinsic: Callable[[Emitter], Emitter] = extending.intrinsic
+literal_intrinsic: Callable[[Emitter], Emitter] = extending.intrinsic(prefer_literal=True)
+cgutils: Any = numba_cgutils  # its functions carry no types
+carray: Any = vars(numba)["carray"]  # it is missing from Numba's stubs
 _HAS_PAUSE = platform.machine() in ("x86_64", "AMD64")
-_I64 = ir.IntType(64)
+_BYTE, _I32, _I64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
 _LINE = 64
 
 
@@ -52,165 +41,168 @@ def words(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return memory[skipped : skipped + count]
 
 
-def _word(builder: Any, args: Any, width: int = 64) -> Any:
-    """Emit the pointer to word ``args[1]`` after the address ``args[0]``."""
-    pointer = builder.inttoptr(args[0], ir.IntType(width).as_pointer())
-    return builder.gep(pointer, [args[1]])
+def emitted(result: Any, *arguments: Any) -> Callable[[Emitter], Emitter]:
+    """Return a decorator: a function that emits code becomes an intrinsic of these types."""
+
+    def decorate(emit: Emitter) -> Emitter:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = emit(builder, *args)
+            return context.get_dummy_value() if value is None else value
+
+        @functools.wraps(emit)
+        def typed(builder: Any, *given: Any) -> Any:
+            return result(*arguments), generate
+
+        return intrinsic(typed)
+
+    return decorate
 
 
-@_intrinsic
-def load(typing: Any, address: Any, index: Any) -> Any:
+def _atomic(result: Any) -> Callable[[Emitter], Emitter]:
+    """Return the same for words: compiled code gives a record and the name of a field."""
+
+    def decorate(emit: Emitter) -> Emitter:
+        _, pointer, *values = inspect.signature(emit).parameters.values()
+
+        def typed(typing: Any, record: Any, field: Any, *given: Any) -> Any:
+            offset = record.offset(field.literal_value)
+
+            def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                word = cgutils.get_record_member(builder, args[0], offset, _I64)
+                value = emit(builder, word, *args[2:])
+                return context.get_dummy_value() if value is None else value
+
+            return result(record, field, *[types.int64] * len(given)), generate
+
+        names = [pointer.replace(name=name) for name in ("typing", "record", "field")]
+        vars(typed)["__signature__"] = inspect.Signature([*names, *values])
+        return literal_intrinsic(functools.update_wrapper(typed, emit))
+
+    return decorate
+
+
+def _word(builder: Any, table: Any, index: Any) -> Any:
+    return builder.gep(builder.inttoptr(table, _I64.as_pointer()), [index])
+
+
+@emitted(types.int64, types.int64, types.int64)
+def load(builder: Any, table: Any, index: Any) -> Any:
     """Read a word."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_word(builder, args))
-
-    return types.int64(types.int64, types.int64), generate
+    return builder.load(_word(builder, table, index))
 
 
-@_intrinsic
-def load_int32(typing: Any, address: Any, index: Any) -> Any:
-    """Read a 32-bit integer; the index counts 32-bit integers."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sext(builder.load(_word(builder, args, 32)), _I64)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@_intrinsic
-def store(typing: Any, address: Any, index: Any, value: Any) -> Any:
+@emitted(types.void, types.int64, types.int64, types.int64)
+def store(builder: Any, table: Any, index: Any, value: Any) -> None:
     """Write a word."""
+    builder.store(value, _word(builder, table, index))
+
+
+@_atomic(types.int64)
+def load_shared(builder: Any, word: Any) -> Any:
+    """Read a field that other threads write, atomically."""
+    return builder.load_atomic(word, "seq_cst", 8)
+
+
+@_atomic(types.void)
+def store_shared(builder: Any, word: Any, value: Any) -> None:
+    """Write a field that other threads read, atomically."""
+    builder.store_atomic(value, word, "seq_cst", 8)
+
+
+@_atomic(types.int64)
+def fetch_add(builder: Any, word: Any, value: Any) -> Any:
+    """Add to a field and return its previous value."""
+    return builder.atomic_rmw("add", word, value, "seq_cst")
+
+
+@_atomic(types.int64)
+def exchange(builder: Any, word: Any, value: Any) -> Any:
+    """Write a field and return its previous value."""
+    return builder.atomic_rmw("xchg", word, value, "seq_cst")
+
+
+@_atomic(types.int64)
+def compare_exchange(builder: Any, word: Any, expected: Any, value: Any) -> Any:
+    """Write a field if it is ``expected``; return its previous value."""
+    return builder.extract_value(builder.cmpxchg(word, expected, value, "seq_cst", "seq_cst"), 0)
+
+
+@intrinsic
+def address_of(typing: Any, array: Any) -> Any:
+    """Return the address of an array's first element; see :func:`keep_alive`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _word(builder, args))
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, _I64)
+
+    return types.int64(array), generate
+
+
+@intrinsic
+def keep_alive(typing: Any, array: Any) -> Any:
+    """Use an array: Numba frees one after the last use of its name, not of its address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.void(array), generate
 
 
-@_intrinsic
-def load_shared(typing: Any, address: Any, index: Any) -> Any:
-    """Read a word that other threads write, atomically."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_word(builder, args), "seq_cst", 8)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@_intrinsic
-def store_shared(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write a word that other threads read, atomically."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[2], _word(builder, args), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@_intrinsic
-def fetch_add(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Add to a word and return its previous value."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _word(builder, args), args[2], "seq_cst")
-
-    return types.int64(types.int64, types.int64, types.int64), generate
-
-
-@_intrinsic
-def exchange(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Write a word and return its previous value."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("xchg", _word(builder, args), args[2], "seq_cst")
-
-    return types.int64(types.int64, types.int64, types.int64), generate
-
-
-@_intrinsic
-def compare_exchange(typing: Any, address: Any, index: Any, expected: Any, value: Any) -> Any:
-    """Write a word if it is ``expected``; return its previous value."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pair = builder.cmpxchg(_word(builder, args), args[2], args[3], "seq_cst", "seq_cst")
-        return builder.extract_value(pair, 0)
-
-    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
-
-
-@_intrinsic
-def pointer(typing: Any, address: Any) -> Any:
+@emitted(types.voidptr, types.int64)
+def pointer(builder: Any, address: Any) -> Any:
     """Return an address as the pointer that ``numba.carray`` takes."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
+    return builder.inttoptr(address, _BYTE)
 
 
-@_intrinsic
-def stream_line(typing: Any, address: Any, value: Any) -> Any:
+@emitted(types.void, types.int64, types.int64, types.int64)
+def copy(builder: Any, target: Any, source: Any, nbytes: Any) -> None:
+    """Copy bytes from one address to another."""
+    pointers = [builder.inttoptr(address, _BYTE) for address in (target, source)]
+    cgutils.raw_memcpy(builder, *pointers, nbytes, 1)
+
+
+@emitted(types.void, types.int64, types.int64)
+def stream_line(builder: Any, address: Any, value: Any) -> None:
     """Fill the cache line at an address (a multiple of 64) with a word, by a streaming store."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = _LINE // 8
-        vector = ir.VectorType(_I64, lanes)
-        undefined = ir.Constant(vector, ir.Undefined)
-        single = builder.insert_element(undefined, args[1], ir.Constant(ir.IntType(32), 0))
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-        line = builder.shuffle_vector(single, undefined, mask)
-        stored = builder.store(line, builder.inttoptr(args[0], vector.as_pointer()), align=_LINE)
-        one = ir.Constant(ir.IntType(32), 1)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
+    lanes = _LINE // 8
+    vector = ir.VectorType(_I64, lanes)
+    undefined = ir.Constant(vector, ir.Undefined)
+    single = builder.insert_element(undefined, value, _I32(0))
+    mask = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    line = builder.shuffle_vector(single, undefined, mask)
+    stored = builder.store(line, builder.inttoptr(address, vector.as_pointer()), align=_LINE)
+    stored.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
 
-@_intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
+def emit_call(builder: Any, name: str, *args: Any) -> None:
+    """Emit the call of an LLVM intrinsic that returns nothing."""
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def emit_prefetch(builder: Any, pointer: Any, to_write: bool) -> None:
+    """Emit the prefetch of the cache line at a pointer to a byte."""
+    emit_call(builder, "llvm.prefetch.p0", pointer, _I32(int(to_write)), _I32(3), _I32(1))
+
+
+@emitted(types.void, types.int64)
+def prefetch(builder: Any, address: Any) -> None:
     """Prefetch the cache line at an address, for writing."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        function_type = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
-        function = _cgutils.get_or_insert_function(
-            builder.module, function_type, "llvm.prefetch.p0"
-        )
-        purpose = [ir.Constant(ir.IntType(32), number) for number in (1, 3, 1)]
-        builder.call(function, [builder.inttoptr(args[0], byte), *purpose])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
+    emit_prefetch(builder, builder.inttoptr(address, _BYTE), True)
 
 
-@_intrinsic
-def call(typing: Any, function: Any, argument: Any) -> Any:
+@emitted(types.void, types.int64, types.int64)
+def call(builder: Any, function: Any, argument: Any) -> None:
     """Call the compiled ``void function(int64)`` at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64]).as_pointer()
-        builder.call(builder.inttoptr(args[0], kind), [args[1]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
+    kind = ir.FunctionType(ir.VoidType(), [_I64]).as_pointer()
+    builder.call(builder.inttoptr(function, kind), [argument])
 
 
-@_intrinsic
-def pause(typing: Any) -> Any:
+@emitted(types.void)
+def pause(builder: Any) -> None:
     """Hint to the core that this is a spin loop; do nothing where it has no such instruction."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if _HAS_PAUSE:
-            function_type = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse2.pause"
-            builder.call(_cgutils.get_or_insert_function(builder.module, function_type, name), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    if _HAS_PAUSE:
+        emit_call(builder, "llvm.x86.sse2.pause")
 
 
 if os.name == "posix":

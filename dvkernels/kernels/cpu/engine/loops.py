@@ -1,274 +1,85 @@
 """Compiled reduction loops: combine the elements of all sources, left to right, store to targets.
 
 There is one runner for each pair of an operation and an element type: a C function of the address
-of a job (see job.py for its words). A runner claims pieces of the job until none is left, so any
-number of threads may call it at once; pieces share no element, so no thread waits for another,
-and the bits depend on the job alone.
-
-Sums are kept in registers. Half types are widened to float32, combined there, and rounded once.
+of a job (see job_layout.py). A runner claims pieces of the job until none is left, so any number of
+threads may call it at once; pieces share no element, so no thread waits for another, and the bits
+depend on the job alone.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import extending, types
-from numba.core import cgutils as numba_cgutils
+from numba import types
 
 from dvkernels.kernels import arithmetic, jit
-from dvkernels.kernels.cpu.engine import intrinsics
+from dvkernels.kernels.cpu.engine import intrinsics, job_layout
+from dvkernels.kernels.cpu.engine.span import span
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = [
-    "addresses_on",
-    "claim",
-    "locate",
-    "part",
-    "runner",
-    "span",
-]
+__all__: list[str] = []
 
 
-# Distance of the prefetches. Two replicas of 64 MiB took 4.45 ms without prefetching and 3.95 ms
-# with it (medians of 120, 2 cores of an AMD EPYC, November 2026; 1 to 16 KiB ahead made no
-# difference); of 4 MiB, in cache, 0.11 and 0.16 ms: so only jobs on data in memory prefetch.
-_PREFETCH_NBYTES = 4096
-_IS_X86 = platform.machine() in ("x86_64", "AMD64")
-_LINE = 64  # a cache line: one zmm register, or two ymm, or four of NEON
-_I64 = ir.IntType(64)
-_I32 = ir.IntType(32)
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_literal_intrinsic: _Decorator = extending.intrinsic(prefer_literal=True)
-cgutils: Any = numba_cgutils  # its functions carry no types
+class _Place(NamedTuple):
+    """Place of a thread in a job: stretches of lines of an item, one line after another."""
 
-
-def _int(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-class _SpanEmitter:
-    """Emitter of a span's loop bodies: some vectors of every source, combined and stored."""
-
-    def __init__(self, builder: Any, operation: int, code: int, args: list[Any]) -> None:
-        self.builder, self.operation = builder, operation
-        self.numbers = arithmetic.VectorArithmetic(builder, code)
-        table, sources, self.num_sources, targets, self.num_targets, divisor = args
-        word = _I64.as_pointer()
-        self.sources = builder.gep(builder.inttoptr(table, word), [sources])
-        self.targets = builder.gep(builder.inttoptr(table, word), [targets])
-        self.divides = self.numbers.is_float and operation == arithmetic.ADD
-        if self.divides:
-            one = ir.Constant(self.numbers.number, 1.0)
-            self.divisor = builder.sitofp(divisor, self.numbers.number)
-            self.reciprocal = builder.fdiv(one, self.divisor)
-            less = builder.sub(divisor, _int(1))
-            self.is_mean = builder.icmp_signed("!=", divisor, _int(1))
-            self.is_exact = builder.icmp_signed("==", builder.and_(divisor, less), _int(0))
-
-    def base(self, table: Any, index: Any) -> Any:
-        """Emit the load of the address ``table[index]`` of an array."""
-        return self.builder.load(self.builder.gep(table, [index]))
-
-    def _pointers(self, base: Any, offset: Any, shifts: list[int]) -> list[Any]:
-        """Emit pointers to the byte ``offset + shift`` of an array, for each shift."""
-        builder = self.builder
-        start = builder.inttoptr(builder.add(base, offset), ir.IntType(8).as_pointer())
-        return [builder.gep(start, [_int(shift)]) for shift in shifts]
-
-    def _prefetch(self, pointer: Any, to_write: bool) -> None:
-        """Emit the prefetch of a cache line that a later iteration reads, or reads and writes."""
-        builder, byte = self.builder, ir.IntType(8).as_pointer()
-        ahead = builder.gep(pointer, [_int(_PREFETCH_NBYTES)])
-        function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        prefetch = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        purpose = [ir.Constant(_I32, number) for number in (int(to_write), 3, 1)]
-        builder.call(prefetch, [ahead, *purpose])
-
-    def body(
-        self,
-        offset: Any,
-        lanes: int,
-        count: int,
-        prefetches: bool = False,
-        streams: bool = False,
-    ) -> None:
-        """Emit the combination of ``count`` vectors of ``lanes`` numbers at byte ``offset``."""
-        builder, numbers = self.builder, self.numbers
-        shifts = self._shifts(lanes, count)
-        accumulators = [cgutils.alloca_once(builder, numbers.vector(lanes)) for _ in shifts]
-
-        def read(index: Any) -> list[Any]:
-            pointers = self._pointers(self.base(self.sources, index), offset, shifts)
-            if prefetches:
-                for pointer in pointers:
-                    self._prefetch(pointer, not streams)
-            return [numbers.load(pointer, lanes) for pointer in pointers]
-
-        for accumulator, value in zip(accumulators, read(_int(0)), strict=True):
-            builder.store(value, accumulator)
-        with cgutils.for_range(builder, self.num_sources, start=_int(1), intp=_I64) as loop:
-            for accumulator, value in zip(accumulators, read(loop.index), strict=True):
-                builder.store(
-                    numbers.combine(self.operation, builder.load(accumulator), value), accumulator
-                )
-        totals = self._divided([builder.load(accumulator) for accumulator in accumulators])
-        with cgutils.for_range(builder, self.num_targets, intp=_I64) as loop:
-            pointers = self._pointers(self.base(self.targets, loop.index), offset, shifts)
-            for total, pointer in zip(totals, pointers, strict=True):
-                numbers.store(total, pointer, lanes, streams)
-
-    def body_of_two(self, offset: Any, lanes: int, count: int, bases: list[Any]) -> None:
-        """Emit the same for two sources and two targets, whose addresses are in registers."""
-        numbers, shifts = self.numbers, self._shifts(lanes, count)
-        left, right, *targets = (self._pointers(base, offset, shifts) for base in bases)
-        totals = self._divided(
-            [
-                numbers.combine(self.operation, numbers.load(one, lanes), numbers.load(two, lanes))
-                for one, two in zip(left, right, strict=True)
-            ]
-        )
-        for target in targets:
-            for total, pointer in zip(totals, target, strict=True):
-                numbers.store(total, pointer, lanes)
-
-    def can_stream(self, offset: Any) -> Any:
-        """Emit whether a cache line begins at byte ``offset`` of every target."""
-        builder = self.builder
-        skew = cgutils.alloca_once_value(builder, _int(0))
-        with cgutils.for_range(builder, self.num_targets, intp=_I64) as loop:
-            start = builder.add(self.base(self.targets, loop.index), offset)
-            builder.store(builder.or_(builder.load(skew), start), skew)
-        low = builder.and_(builder.load(skew), _int(_LINE - 1))
-        return builder.icmp_signed("==", low, _int(0))
-
-    def fence(self) -> None:
-        """Emit a fence that orders streaming stores before all later stores."""
-        if _IS_X86:
-            function_type = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse.sfence"
-            fence = cgutils.get_or_insert_function(self.builder.module, function_type, name)
-            self.builder.call(fence, [])
-        else:
-            self.builder.fence("seq_cst")
-
-    def is_of_two(self) -> Any:
-        """Emit whether there are two sources and two targets.
-
-        In L1 and L2 the load of the addresses in each iteration costs time: a call on two replicas
-        of 64 KiB took 3.5 us with it, and takes 2.8 us with the addresses in registers.
-        """
-        builder = self.builder
-        counts = (self.num_sources, self.num_targets)
-        return builder.and_(*(builder.icmp_signed("==", count, _int(2)) for count in counts))
-
-    def _shifts(self, lanes: int, count: int) -> list[int]:
-        nbytes = lanes * self.numbers.itemsize // self.numbers.unit
-        return [k * nbytes for k in range(count)]
-
-    def _divided(self, totals: list[Any]) -> list[Any]:
-        """Emit the division of the totals where the operation is a mean; return the results."""
-        if not self.divides:
-            return totals
-        builder = self.builder
-        before = builder.block
-        with builder.if_then(self.is_mean):
-            quotients = [
-                self.numbers.divide(total, self.divisor, self.reciprocal, self.is_exact)
-                for total in totals
-            ]
-            within = builder.block
-        merged = []
-        for total, quotient in zip(totals, quotients, strict=True):
-            phi = builder.phi(total.type)
-            phi.add_incoming(total, before)
-            phi.add_incoming(quotient, within)
-            merged.append(phi)
-        return merged
-
-
-@_literal_intrinsic
-def span(
-    typing: Any, table: Any, sources: Any, num_sources: Any, targets: Any, num_targets: Any,
-    divisor: Any, first: Any, length: Any, in_memory: Any, operation: Any, code: Any,
-) -> Any:  # fmt: skip
-    """Combine ``length`` elements from element ``first`` of the arrays that a table lists.
-
-    ``sources`` and ``targets`` are the indices of their first addresses in the table.
-    ``in_memory`` is 0 if the data is in a cache, 1 if it is in memory, 2 if it is in memory and no
-    target is a source, so that stores may bypass the caches.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _SpanEmitter(builder, operation.literal_value, code.literal_value, list(args[:6]))
-        numbers = emit.numbers
-        itemsize = _int(numbers.itemsize)
-        start, nbytes = builder.mul(args[6], itemsize), builder.mul(args[7], itemsize)
-        stop = builder.add(start, nbytes)
-        # Arrays of one allocator have one alignment within a cache line: NumPy's large ones start
-        # 16 bytes into it. The elements up to the next line are done first, so that no vector
-        # straddles two lines (two replicas of 4 MiB: 0.08 ms; without it 0.11 ms).
-        base = builder.load(emit.targets)
-        head = builder.and_(builder.neg(builder.add(base, start)), _int(_LINE - 1))
-        is_whole = builder.icmp_signed("==", builder.srem(head, itemsize), _int(0))
-        fits = builder.and_(is_whole, builder.icmp_signed("<", head, nbytes))
-        aligned = builder.add(start, builder.select(fits, head, _int(0)))
-        # Two lines at a time: two chains of additions hide each other's latency.
-        step = 2 * _LINE
-        middle = builder.add(aligned, builder.and_(builder.sub(stop, aligned), _int(-step)))
-        lanes = _LINE // numbers.itemsize * numbers.unit
-
-        def loop(begin: Any, end: Any, width: int, body: Any, *arguments: Any) -> None:
-            with cgutils.for_range_slice(builder, begin, end, _int(width), _I64) as (offset, _):
-                body(offset, *arguments)
-
-        loop(start, aligned, numbers.itemsize, emit.body, numbers.unit, 1)
-        with builder.if_else(builder.icmp_signed("!=", args[8], _int(0))) as (
-            from_memory,
-            from_cache,
-        ):
-            with from_memory:
-                may_stream = builder.icmp_signed("==", args[8], _int(2))
-                streams = builder.and_(may_stream, emit.can_stream(aligned))
-                with builder.if_else(streams) as (past_caches, through_caches):
-                    with past_caches:
-                        loop(aligned, middle, step, emit.body, lanes, 2, True, True)
-                        emit.fence()
-                    with through_caches:
-                        loop(aligned, middle, step, emit.body, lanes, 2, True)
-            with from_cache, builder.if_else(emit.is_of_two()) as (two_by_two, any_numbers):
-                with two_by_two:
-                    bases = [emit.base(emit.sources, _int(k)) for k in (0, 1)]
-                    bases += [emit.base(emit.targets, _int(k)) for k in (0, 1)]
-                    loop(aligned, middle, step, emit.body_of_two, lanes, 2, bases)
-                with any_numbers:
-                    loop(aligned, middle, step, emit.body, lanes, 2)
-        loop(middle, stop, numbers.itemsize, emit.body, numbers.unit, 1)
-        return context.get_dummy_value()
-
-    integers = [types.int64] * 9
-    return types.void(*integers, operation, code), generate
+    first: int  # element of a line
+    length: int  # of the stretch
+    line: int
+    end_of_lines: int
+    table: int
+    piece: int
+    end_of_pieces: int  # that the thread has claimed
+    attempt: int
+    ordinal: int  # of the thread
 
 
 @jit.njit(nogil=True)
-def claim(job, ordinal, attempt):  # type: ignore[no-untyped-def]
+def join(job):  # type: ignore[no-untyped-def]
+    """Return the place of a thread that joins a job, before its first line."""
+    ordinal = intrinsics.fetch_add(job_layout.counter_at(job.counters, 0), "value", 1)
+    return _Place(0, 0, 0, 0, 0, 0, 0, 0, ordinal)
+
+
+@jit.njit(nogil=True, forceinline=True)  # it has many arguments, and one call in each runner
+def advance(job, at, addresses):  # type: ignore[no-untyped-def]
+    """Return the place of a thread's next line, of length -1 where none is left.
+
+    The addresses of the line in each array of the item are written to ``addresses``.
+    """
+    first, length, line, end_of_lines, table, piece, end_of_pieces, attempt, ordinal = at
+    line += 1
+    if line >= end_of_lines:
+        piece += 1
+        if piece >= end_of_pieces:
+            attempt, piece, end_of_pieces = _claim(job, ordinal, attempt)
+            if end_of_pieces == 0:
+                length = np.int64(-1)
+        if length >= 0:
+            table, first, length, line, end_of_lines = _locate(job, piece)
+    if length >= 0:
+        for k in range(job.num_arrays):
+            shift = line * intrinsics.load(table, job.num_arrays + k) if line > 0 else 0
+            intrinsics.store(addresses, k, intrinsics.load(table, k) + shift)
+    return _Place(first, length, line, end_of_lines, table, piece, end_of_pieces, attempt, ordinal)
+
+
+@jit.njit(nogil=True)
+def _claim(job, ordinal, attempt):  # type: ignore[no-untyped-def]
     """Claim pieces for a thread; return its attempt, the first piece, and the end (0: none left).
 
-    The pieces are split into segments. A thread begins with the segment of its own number, so that
-    repeated calls find their data in the cache of the same core; then it helps in the others. Two
-    replicas of 1 MiB took 23 us with pieces claimed from one counter and take 11 us so, of 4 MiB
-    105 and 51 (2 cores of an AMD EPYC, 1 MiB of cache each, 2026-11).
+    A thread begins with the queue of its own number, so that repeated calls find their data in the
+    cache of the same core; then it helps in the others. Two replicas of 1 MiB took 23 us with
+    pieces claimed from one counter and take 11 us so, of 4 MiB 105 and 51 (2 cores of an AMD EPYC,
+    1 MiB of cache each, 2026-11).
     """
-    num_pieces, grain = intrinsics.load(job, 8), intrinsics.load(job, 9)
-    counters, num_segments = job + 8 * intrinsics.load(job, 20), intrinsics.load(job, 21)
-    while attempt < num_segments:
-        segment = (ordinal + attempt) % num_segments
-        first = num_pieces * segment // num_segments
-        last = num_pieces * (segment + 1) // num_segments
-        begin = first + intrinsics.fetch_add(counters, 8 * segment, grain)
+    num_pieces, num_queues, grain = job.num_pieces, job.num_queues, job.pieces_per_claim
+    while attempt < num_queues:
+        queue = (ordinal + attempt) % num_queues
+        first, last = num_pieces * queue // num_queues, num_pieces * (queue + 1) // num_queues
+        claimed = job_layout.counter_at(job.counters, 1 + queue)
+        begin = first + intrinsics.fetch_add(claimed, "value", grain)
         if begin < last:
             return attempt, begin, min(begin + grain, last)
         attempt += 1
@@ -276,36 +87,26 @@ def claim(job, ordinal, attempt):  # type: ignore[no-untyped-def]
 
 
 @jit.njit(nogil=True)
-def locate(job, piece):  # type: ignore[no-untyped-def]
+def _locate(job, piece):  # type: ignore[no-untyped-def]
     """Return a piece's table, first element and length in a line, first line and end of lines.
 
     The piece belongs to the last item whose first piece is not behind it.
     """
-    items = job + 8 * intrinsics.load(job, 12)
-    low, high = 0, intrinsics.load(job, 11)
+    low, high = 0, job.num_items
     while high - low > 1:
         middle = (low + high) // 2
-        if intrinsics.load(items, 4 * middle) <= piece:
+        if job_layout.item_at(job.items, middle).first_piece <= piece:
             low = middle
         else:
             high = middle
-    item, piece_length = items + 32 * low, intrinsics.load(job, 10)
-    length, num_lines = intrinsics.load(item, 1), intrinsics.load(item, 2)
-    blocks = max(1, -(-length // piece_length))  # of a line
-    lines = max(1, piece_length // max(1, length))  # of a piece
-    number = piece - intrinsics.load(item, 0)
+    item, piece_length = job_layout.item_at(job.items, low), job.piece_length
+    blocks = max(1, -(-item.length // piece_length))  # of a line
+    lines = max(1, piece_length // max(1, item.length))  # of a piece
+    number = piece - item.first_piece
     first = number % blocks * piece_length
     line = number // blocks * lines
-    table = job + 8 * intrinsics.load(item, 3)
-    return table, first, min(piece_length, length - first), line, min(line + lines, num_lines)
-
-
-@jit.njit(nogil=True)
-def addresses_on(line, table, width, scratch):  # type: ignore[no-untyped-def]
-    """Write the addresses of line ``line`` of a table's arrays to ``scratch``."""
-    for k in range(width):
-        shift = line * intrinsics.load(table, width + k) if line > 0 else 0
-        intrinsics.store(scratch, k, intrinsics.load(table, k) + shift)
+    end_of_lines = min(line + lines, item.num_lines)
+    return item.table, first, min(piece_length, item.length - first), line, end_of_lines
 
 
 @jit.njit(nogil=True)
@@ -316,42 +117,36 @@ def part(length, num_parts, k):  # type: ignore[no-untyped-def]
     return k * small + min(k, num_larger), small + np.int64(k < num_larger)
 
 
+@jit.njit(nogil=True)
+def extent(job, row, at):  # type: ignore[no-untyped-def]
+    """Return the first element and the number of elements that a row combines at a place."""
+    if row.part < 0:
+        return at.first, at.length
+    start, count = part(at.length, job.num_parts, row.part)
+    return at.first + start, count
+
+
 def _make(operation: int, code: int) -> Any:
     """Compile a runner; the compile cache distinguishes these closures by their free variables."""
 
     @jit.cfunc(types.void(types.int64))
-    def run(job):  # type: ignore[no-untyped-def]
-        in_memory, width, num_parts = (
-            intrinsics.load(job, 15),
-            intrinsics.load(job, 16),
-            intrinsics.load(job, 17),
-        )
-        program, num_rows = job + 8 * intrinsics.load(job, 13), intrinsics.load(job, 14)
-        ordinal = intrinsics.fetch_add(job, 0, 1)
-        attempt, begin, end = claim(job, ordinal, 0)
-        while begin < end:
-            for piece in range(begin, end):
-                table, column, length, line, last_line = locate(job, piece)
-                scratch = np.empty(width if last_line > 1 else 0, np.int64)
-                while line < last_line:
-                    addresses = table
-                    if last_line > 1:
-                        addresses = np.int64(scratch.ctypes.data)
-                        addresses_on(line, table, width, addresses)
-                    for row in range(num_rows):
-                        step = program + 48 * row
-                        first, count = column, length
-                        chunk = intrinsics.load(step, 0)
-                        if chunk >= 0:
-                            start, count = part(length, num_parts, chunk)
-                            first += start
-                        span(
-                            addresses, intrinsics.load(step, 1), intrinsics.load(step, 2),
-                            intrinsics.load(step, 3), intrinsics.load(step, 4),
-                            intrinsics.load(step, 5), first, count, in_memory, operation, code,
-                        )  # fmt: skip
-                    line += 1
-            attempt, begin, end = claim(job, ordinal, attempt)
+    def run(address):  # type: ignore[no-untyped-def]
+        job = job_layout.job_at(address)
+        scratch = np.empty(job.num_arrays, np.int64)
+        table = intrinsics.address_of(scratch)
+        at = join(job)
+        while True:
+            at = advance(job, at, table)
+            if at.length < 0:
+                break
+            for k in range(job.num_rows):
+                row = job_layout.row_at(job.rows, k)
+                first, count = extent(job, row, at)
+                span(
+                    table, row.first_source, row.num_sources, row.first_target, row.num_targets,
+                    row.divisor, first, count, job.in_memory, operation, code,
+                )  # fmt: skip
+        intrinsics.keep_alive(scratch)
 
     return run
 

@@ -1,35 +1,24 @@
-"""Epoch barrier of processes in shared memory, which also compares the collectives they call.
+"""Epoch barrier of threads or processes that share memory, which also compares their calls.
 
-Each round has an epoch, its number. The memory has a control line of eight words for each member,
-written by that member only:
+Each round has an epoch, its number, and each member a control line, written by that member only:
+the latest epoch at which it has arrived, and its votes in the latest even and odd round. A vote is
+the fingerprint of a call, which must be equal for all members, and a word that they need not share.
 
-    [0] epoch of the latest round at which the member has arrived
-    [1] [2] fingerprint of its call in an even, in an odd round, which must be equal for all
-    [3] [4] bytes of its payload in an even, in an odd round
-
-A member arrives at round k + 1 only after it has seen all others at round k, so its words of round
-k stay readable until it arrives at round k + 2: words for two rounds are enough.
+A member arrives at round k + 1 only after it has seen all others at round k, so its vote of round
+k stays readable until it arrives at round k + 2: votes of two rounds are enough.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import types
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import jit
-from dvkernels.kernels.cpu.engine import intrinsics
+from dvkernels.kernels.cpu.engine import intrinsics, records
 
-__all__ = [
-    "AGREED",
-    "ENDED",
-    "LATE",
-    "MISMATCHED",
-    "arrive",
-    "arrive_at",
-    "await_members",
-    "await_round",
-]
+__all__: list[str] = []
 
 
 # Outcomes of a wait: all arrived with one fingerprint; some have not arrived; some have arrived
@@ -37,43 +26,81 @@ __all__ = [
 AGREED, LATE, MISMATCHED, ENDED = 0, 1, 2, 3
 
 
+class _Line(NamedTuple):
+    epoch: int
+
+
+class _CallVote(NamedTuple):
+    fingerprint: int
+    word: int
+
+
+class _End(NamedTuple):
+    reason: int  # not 0: the group has ended
+
+
+_line_at = records.nth(records.layout(_Line, nbytes=records.LINE_NBYTES))
+_nth_vote = records.nth(records.layout(_CallVote))
+_end_before = records.nth(records.layout(_End, nbytes=records.LINE_NBYTES))
+
+
+@jit.njit(nogil=True)
+def end_at(lines):  # type: ignore[no-untyped-def]
+    """Return the record of the end of a group, on the cache line before the control lines."""
+    return _end_before(lines, -1)
+
+
+@jit.njit(nogil=True)
+def vote_at(lines, member, epoch):  # type: ignore[no-untyped-def]
+    """Return the vote of a member in a round."""
+    return _nth_vote(lines + records.LINE_NBYTES * member + 8, epoch & 1)
+
+
+@jit.njit(nogil=True)
+def epoch_of(lines, member):  # type: ignore[no-untyped-def]
+    """Return the latest epoch at which a member has arrived."""
+    return intrinsics.load_shared(_line_at(lines, member), "epoch")
+
+
 @jit.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
 def await_members(lines, count, rank, epoch, num_pauses):  # type: ignore[no-untyped-def]
-    """Spin at most ``num_pauses`` times until all members have arrived; return the outcome.
-
-    Word -8 of the lines is set when the group ends.
-    """
-    word = 1 + (epoch & 1)
-    mine = intrinsics.load_shared(lines + 64 * rank, word)
-    outcome = 0
+    """Spin at most ``num_pauses`` times until all members have arrived; return the outcome."""
+    end = end_at(lines)
+    mine = intrinsics.load_shared(vote_at(lines, rank, epoch), "fingerprint")
+    outcome = AGREED
     turn = 0
     for member in range(count):
-        line = lines + 64 * member
-        while intrinsics.load_shared(line, 0) < epoch:
-            if intrinsics.load_shared(lines, -8) != 0:
-                return 3
+        while epoch_of(lines, member) < epoch:
+            if intrinsics.load_shared(end, "reason") != 0:
+                return ENDED
             if turn >= num_pauses:
-                return 1
+                return LATE
             intrinsics.relax(turn)
             turn += 1
-        if intrinsics.load_shared(line, word) != mine:
-            outcome = 2
+        if intrinsics.load_shared(vote_at(lines, member, epoch), "fingerprint") != mine:
+            outcome = MISMATCHED
     # Checked last: the fingerprint of a member that has ended the group does not count.
-    if intrinsics.load_shared(lines, -8) != 0:
-        return 3
+    if intrinsics.load_shared(end, "reason") != 0:
+        return ENDED
     return outcome
 
 
 @jit.njit("int64(int64, int64, int64, int64, int64)", nogil=True)
-def arrive_at(lines, rank, epoch, fingerprint, nbytes):  # type: ignore[no-untyped-def]
-    """Publish a call's fingerprint and bytes, and arrive at the round ``epoch``."""
-    line = lines + 64 * rank
-    intrinsics.store_shared(line, 1 + (epoch & 1), fingerprint)
-    intrinsics.store_shared(line, 3 + (epoch & 1), nbytes)
-    intrinsics.store_shared(line, 0, epoch)
+def arrive_at(lines, rank, epoch, fingerprint, word):  # type: ignore[no-untyped-def]
+    """Publish a vote, and arrive at the round ``epoch``."""
+    vote = vote_at(lines, rank, epoch)
+    intrinsics.store_shared(vote, "fingerprint", fingerprint)
+    intrinsics.store_shared(vote, "word", word)
+    intrinsics.store_shared(_line_at(lines, rank), "epoch", epoch)
     return 0
 
 
 # The same for Python: a call of the function behind the dispatcher is cheaper.
 await_round: Any = await_members.get_overload((types.int64,) * 5)
 arrive: Any = arrive_at.get_overload((types.int64,) * 5)
+
+
+def vote_of(line: HostArray, epoch: int) -> tuple[int, int]:
+    """Return the fingerprint and the word of a member's vote in a round."""
+    first = 1 + len(_CallVote._fields) * (epoch & 1)
+    return int(line[first]), int(line[first + 1])

@@ -6,11 +6,6 @@ callers progress together, and a forked child without helpers still computes.
 
 Posting and joining happen in compiled code, without the GIL: a helper that is awake joins within a
 microsecond. After a while without work it parks, and waking it takes 30 to 100 us.
-
-    words of a pool, a cache line each, so that threads do not share lines falsely:
-    [0] jobs posted   [8] helpers asleep
-    [16 + 8 s] slot s: whether taken, the job, the number of helpers inside it
-    [16 + 8 SLOTS + 8 k] helper k: whether asleep
 """
 
 from __future__ import annotations
@@ -21,27 +16,55 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numba import types
 
 from dvkernels import deadlines
 from dvkernels.devices import cpu
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, jit
-from dvkernels.kernels.cpu.engine import intrinsics
+from dvkernels.kernels.cpu.engine import intrinsics, records
+from dvkernels.kernels.cpu.engine.job_layout import JobHeader, job_at
 from dvkernels.schedules import cost_model
 from dvkernels.threads import shielded, thread
 
-__all__ = ["SHARED_NBYTES", "execute", "help_out", "num_threads", "run_alone", "wake"]
+__all__: list[str] = []
 
+
+Copies = Sequence[tuple[HostArray, HostArray]]  # (target, source)
 
 _NUM_SLOTS = 8
-_SLOTS, _HELPERS = 16, 16 + 8 * _NUM_SLOTS
-_TAKEN, _JOB, _INSIDE = 0, 1, 2
-# Words of a job: the address of its runner; its slot plus one, until no helper is inside it.
-_RUNNER, _POOL_SLOT = 18, 22
+
+
+class _PoolHead(NamedTuple):
+    num_jobs: int  # posted
+    num_asleep: int  # helpers
+
+
+class _JobSlot(NamedTuple):
+    is_taken: int
+    job: int  # its address; 0: none
+    num_inside: int  # helpers
+
+
+class _Helper(NamedTuple):
+    is_asleep: int
+
+
+# The words of a pool: the head, the slots, the helpers. Each slot and helper has a cache line, so
+# that threads do not share lines falsely.
+_HEAD = records.layout(_PoolHead, alone=_PoolHead._fields)
+_SLOT, _HELPER = (records.layout(kind, nbytes=records.LINE_NBYTES) for kind in (_JobSlot, _Helper))
+_head_at = records.view(_HEAD)
+_slot_at, _helper_at = records.nth(_SLOT), records.nth(_HELPER)
+_SLOTS = _HEAD.itemsize  # offsets in bytes
+_HELPERS = _SLOTS + _NUM_SLOTS * _SLOT.itemsize
+# Indices of words that Python reads.
+_NUM_ASLEEP = records.index(_HEAD, "num_asleep")
+_POOL_SLOT = JobHeader._fields.index("pool_slot")
 
 # Bytes moved from which on a job is shared, and from which on helpers are woken for it.
 SHARED_NBYTES = cost_model.CPU.sharing_pays_from()
@@ -67,30 +90,30 @@ def help_out(pool):  # type: ignore[no-untyped-def]
 
     The job is read again after the helper is counted as inside: its caller waits for it from then.
     """
-    for slot in range(_NUM_SLOTS):
-        line = pool + 8 * (_SLOTS + 8 * slot)
-        if intrinsics.load_shared(line, _JOB) != 0:
-            intrinsics.fetch_add(line, _INSIDE, 1)
-            job = intrinsics.load_shared(line, _JOB)
+    for k in range(_NUM_SLOTS):
+        slot = _slot_at(pool + _SLOTS, k)
+        if intrinsics.load_shared(slot, "job") != 0:
+            intrinsics.fetch_add(slot, "num_inside", 1)
+            job = intrinsics.load_shared(slot, "job")
             if job != 0:
-                intrinsics.call(intrinsics.load(job, _RUNNER), job)
-            intrinsics.fetch_add(line, _INSIDE, -1)
+                intrinsics.call(job_at(job).runner, job)
+            intrinsics.fetch_add(slot, "num_inside", -1)
 
 
 @jit.njit(called_with="(int64, int64, int64)", nogil=True)
 def _serve(pool, helper, num_pauses):  # type: ignore[no-untyped-def]
     """Help until no job was posted for ``num_pauses``; True: marked asleep, the caller parks."""
+    head = _head_at(pool)
     turn = 0
     while turn < num_pauses:
-        if intrinsics.load_shared(pool, 0) > 0:
+        if intrinsics.load_shared(head, "num_jobs") > 0:
             help_out(pool)
             turn = 0
         turn += 1
         intrinsics.relax(turn)
-    line = pool + 8 * (_HELPERS + 8 * helper)
-    intrinsics.fetch_add(pool, 8, 1)
-    intrinsics.store_shared(line, 0, 1)
-    if intrinsics.load_shared(pool, 0) > 0:
+    intrinsics.fetch_add(head, "num_asleep", 1)
+    intrinsics.store_shared(_helper_at(pool + _HELPERS, helper), "is_asleep", 1)
+    if intrinsics.load_shared(head, "num_jobs") > 0:
         return not _mark_awake(pool, helper)
     return True
 
@@ -98,48 +121,48 @@ def _serve(pool, helper, num_pauses):  # type: ignore[no-untyped-def]
 @jit.njit(called_with="(int64, int64)", nogil=True)
 def _mark_awake(pool, helper):  # type: ignore[no-untyped-def]
     """Mark a helper awake; False if it already was: exactly one thread wakes a sleeper."""
-    line = pool + 8 * (_HELPERS + 8 * helper)
-    if intrinsics.exchange(line, 0, 0) == 0:
+    if intrinsics.exchange(_helper_at(pool + _HELPERS, helper), "is_asleep", 0) == 0:
         return False
-    intrinsics.fetch_add(pool, 8, -1)
+    intrinsics.fetch_add(_head_at(pool), "num_asleep", -1)
     return True
 
 
 @jit.njit(called_with="(int64, int64, int64, int64)", nogil=True)
-def _settle(pool, slot, job, num_pauses):  # type: ignore[no-untyped-def]
-    """Wait until no helper is inside a job; 0, or ``slot + 1`` if ``num_pauses`` were too few."""
-    line = pool + 8 * (_SLOTS + 8 * slot)
+def _settle(pool, number, job, num_pauses):  # type: ignore[no-untyped-def]
+    """Wait until no helper is inside a job; 0, or ``number + 1`` if ``num_pauses`` were too few."""
+    slot = _slot_at(pool + _SLOTS, number)
     for turn in range(num_pauses):
-        if intrinsics.load_shared(line, _INSIDE) == 0:
-            intrinsics.store(job, _POOL_SLOT, 0)
-            intrinsics.store_shared(line, _TAKEN, 0)
+        if intrinsics.load_shared(slot, "num_inside") == 0:
+            job_at(job).pool_slot = 0
+            intrinsics.store_shared(slot, "is_taken", 0)
             return 0
         intrinsics.relax(turn)
-    return slot + 1
+    return number + 1
 
 
 @jit.njit(called_with="(int64, int64, int64)", nogil=True)
 def _execute(pool, job, num_pauses):  # type: ignore[no-untyped-def]
     """Run a job with the helpers that join; return the result of ``_settle``."""
-    intrinsics.store(job, _POOL_SLOT, 0)
-    for slot in range(_NUM_SLOTS):
-        line = pool + 8 * (_SLOTS + 8 * slot)
-        if intrinsics.compare_exchange(line, _TAKEN, 0, 1) == 0:
-            intrinsics.store(job, _POOL_SLOT, slot + 1)
-            intrinsics.store_shared(line, _JOB, job)
-            intrinsics.fetch_add(pool, 0, 1)
-            intrinsics.call(intrinsics.load(job, _RUNNER), job)
-            intrinsics.store_shared(line, _JOB, 0)
-            intrinsics.fetch_add(pool, 0, -1)
-            return _settle(pool, slot, job, num_pauses)
-    intrinsics.call(intrinsics.load(job, _RUNNER), job)  # more callers than slots: alone
+    head, header = _head_at(pool), job_at(job)
+    header.pool_slot = 0
+    for number in range(_NUM_SLOTS):
+        slot = _slot_at(pool + _SLOTS, number)
+        if intrinsics.compare_exchange(slot, "is_taken", 0, 1) == 0:
+            header.pool_slot = number + 1
+            intrinsics.store_shared(slot, "job", job)
+            intrinsics.fetch_add(head, "num_jobs", 1)
+            intrinsics.call(header.runner, job)
+            intrinsics.store_shared(slot, "job", 0)
+            intrinsics.fetch_add(head, "num_jobs", -1)
+            return _settle(pool, number, job, num_pauses)
+    intrinsics.call(header.runner, job)  # more callers than slots: alone
     return 0
 
 
 @jit.njit(called_with="(int64,)", nogil=True)
 def run_alone(job):  # type: ignore[no-untyped-def]
     """Run a job on this thread."""
-    intrinsics.call(intrinsics.load(job, _RUNNER), job)
+    intrinsics.call(job_at(job).runner, job)
 
 
 if hasattr(os, "sched_setaffinity"):
@@ -150,16 +173,20 @@ if hasattr(os, "sched_setaffinity"):
         return _core()
 
 
+def _new_words(num_helpers: int) -> HostArray:
+    return intrinsics.words((_HELPERS + num_helpers * _HELPER.itemsize) // 8)
+
+
 class _Pool:
     """Pool of daemon threads, started when first needed; fewer where no more can be started."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.wake_locks: list[threading.Lock] | None = None  # not started
-        self.words = intrinsics.words(_HELPERS)
+        self.words = _new_words(0)
         self.address = 0
         self.threads: list[threading.Thread] = []
-        self.abandoned: list[Any] = []  # jobs that a stopped thread may still touch
+        self.abandoned: list[HostArray] = []  # jobs that a stopped thread may still touch
 
     def start(self) -> None:
         """Start the helpers, on a thread that no interrupt reaches."""
@@ -170,7 +197,7 @@ class _Pool:
             if self.wake_locks is not None:
                 return
             wake_locks = [threading.Lock() for _ in range(num_threads() - 1)]
-            self.words = intrinsics.words(_HELPERS + 8 * len(wake_locks))
+            self.words = _new_words(len(wake_locks))
             self.address = checks.address(self.words)
             # Functions of rare calls are compiled now: an interrupt of a later compilation would
             # leave the compiler's lock taken.
@@ -216,11 +243,12 @@ def _other_cores() -> set[int]:
     return os.sched_getaffinity(0) - {_this_core()}
 
 
-def _run_helper(words: Any, address: int, helper: int, wake_lock: threading.Lock) -> None:
+def _run_helper(words: HostArray, address: int, helper: int, wake_lock: threading.Lock) -> None:
     """Run a helper thread; its argument ``words`` keeps the memory of its pool alive."""
+    is_asleep = (_HELPERS + helper * _HELPER.itemsize) // 8
     while True:
         if _serve(address, helper, _IDLE_PAUSES):
-            while not wake_lock.acquire(timeout=_RECHECK_SECONDS) and words[_HELPERS + 8 * helper]:
+            while not wake_lock.acquire(timeout=_RECHECK_SECONDS) and words[is_asleep]:
                 pass
 
 
@@ -244,7 +272,7 @@ def wake() -> None:
     _pool.wake()
 
 
-def execute(job: Any, address: int, moved: int, copies: Sequence[tuple[Any, Any]] = ()) -> None:
+def execute(job: HostArray, address: int, moved: int, copies: Copies = ()) -> None:
     """Run the job at ``address``, with helpers if sharing pays for ``moved`` bytes.
 
     Then copy each ``(target, source)`` of ``copies``. The job runs to its end once it has begun:
@@ -259,7 +287,7 @@ def execute(job: Any, address: int, moved: int, copies: Sequence[tuple[Any, Any]
         return
     if pool.wake_locks is None:
         pool.start()
-    if moved >= _WAKING_NBYTES and pool.words[8]:
+    if moved >= _WAKING_NBYTES and pool.words[_NUM_ASLEEP]:
         pool.wake()
     try:
         occupied = _execute(pool.address, address, _SETTLE_PAUSES)
@@ -273,9 +301,7 @@ def execute(job: Any, address: int, moved: int, copies: Sequence[tuple[Any, Any]
         raise
 
 
-def _finish(
-    pool: _Pool, job: Any, address: int, occupied: int, copies: Sequence[tuple[Any, Any]]
-) -> None:
+def _finish(pool: _Pool, job: HostArray, address: int, occupied: int, copies: Copies) -> None:
     """Wait for the helpers inside the job, then copy."""
     interrupted: BaseException | None = None
     timeout = deadlines.timeout_seconds()

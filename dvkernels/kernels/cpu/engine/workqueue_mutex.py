@@ -1,7 +1,6 @@
 """Mutex before Numba's workqueue, which one thread may enter at a time.
 
-kernels/threading_layer.py says why. Words: [0] whether a thread is inside; [8 + k] the thread of
-worker k.
+kernels/threading_layer.py says why.
 """
 
 from __future__ import annotations
@@ -9,21 +8,31 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from numba import config, types
 
 from dvkernels.kernels import checks, jit
-from dvkernels.kernels.cpu.engine import intrinsics
+from dvkernels.kernels.cpu.engine import intrinsics, records
 
-__all__ = ["install"]
+__all__: list[str] = []
 
 _queue: Any = importlib.import_module("numba.np.ufunc.workqueue")
 _config: Any = config
 _NUM_WORKERS = int(_config.NUMBA_NUM_THREADS)
-_words = intrinsics.words(8 + _NUM_WORKERS)
+
+
+class _Mutex(NamedTuple):
+    is_taken: int
+
+
+# The words: the mutex, on a cache line of its own, then the thread of each worker.
+_MUTEX = records.layout(_Mutex, nbytes=records.LINE_NBYTES)
+_mutex_at = records.view(_MUTEX)
+_words = intrinsics.words(_MUTEX.itemsize // 8 + _NUM_WORKERS)
 _ADDRESS = checks.address(_words)
+_WORKERS = _ADDRESS + _MUTEX.itemsize
 
 _int64: Any = types.int64
 _void: Any = types.void
@@ -44,16 +53,17 @@ def install() -> None:
 
     @jit.cfunc(_SIGNATURE, cache=False)
     def enter(function, arguments, lengths, steps, data, num_dims, num_arrays, num_threads):  # type: ignore[no-untyped-def]
+        mutex = _mutex_at(_ADDRESS)
         spin = 0
         is_worker = False
-        while not is_worker and intrinsics.compare_exchange(_ADDRESS, 0, 0, 1) != 0:
+        while not is_worker and intrinsics.compare_exchange(mutex, "is_taken", 0, 1) != 0:
             if spin == 0:
                 for k in range(_NUM_WORKERS):
-                    is_worker = is_worker or intrinsics.load(_ADDRESS, 8 + k) == _this_thread()
+                    is_worker = is_worker or intrinsics.load(_WORKERS, k) == _this_thread()
             intrinsics.relax(spin)
             spin += 1
         _parallel_for(function, arguments, lengths, steps, data, num_dims, num_arrays, num_threads)
-        intrinsics.store_shared(_ADDRESS, 0, 0)
+        intrinsics.store_shared(mutex, "is_taken", 0)
 
     _register_workers(register_worker.address)
     llvm.add_symbol("numba_parallel_for", enter.address)
@@ -66,7 +76,7 @@ def _register_workers(address: int) -> None:
     """Record the workers' threads: each worker runs one task, which stores its thread."""
     add_task = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5)(_queue.add_task)
     for k in range(_NUM_WORKERS):
-        add_task(address, _ADDRESS + 8 * (8 + k), None, None, None)
+        add_task(address, _WORKERS + 8 * k, None, None, None)
     ctypes.CFUNCTYPE(None)(_queue.ready)()
     ctypes.CFUNCTYPE(None)(_queue.synchronize)()
 

@@ -18,7 +18,9 @@ from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import job
 
-__all__ = ["AllReduce", "Buffers", "Call", "wait_for"]
+__all__ = ["NEW", "AllReduce", "Buffers", "Call", "wait_for"]
+
+NEW: Any = object()  # as ``out``: allocate the results
 
 Array = np.ndarray[Any, Any]
 
@@ -148,15 +150,19 @@ class Buffers(Call):
 class AllReduce(Buffers):
     """All-reduce call whose arrays agree in shape and dtype and whose op GPUs support.
 
-    Its results go to the buffers (``out`` is None), to new arrays (``checks.NEW``), or to ``out``.
+    Its results go to the buffers (``out`` is None), to new arrays (:data:`NEW`), or to ``out``.
     """
 
-    def __init__(self, verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> None:
-        self._makes_new = out is checks.NEW
+    def __init__(
+        self, verb: str, buffers: Any, op: Any, out: Any, stream: Any, is_checked: bool = False
+    ) -> None:
+        self._makes_new = out is NEW
         super().__init__(verb, buffers, None if self._makes_new else out, stream)
-        checks.arrays(verb, self.reads)
         self.dtype = self.reads[0].dtype
-        self.op = job.check_op(verb, op, self.dtype)
+        self.op = op
+        if not is_checked:
+            checks.arrays(verb, self.reads)
+            self.op = job.check_op(verb, op, self.dtype)
         self.is_in_place = out is None
 
     def targets(self) -> list[Array]:

@@ -25,6 +25,7 @@ from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels import strides as array_strides
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, launcher, loops, operations
+from dvkernels.kernels.cuda.engine.launch_table import ItemHead, ItemRecord, TableHeader
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["Counts", "Item", "check_op", "combine", "lay_out", "move", "repeated", "run"]
@@ -183,21 +184,25 @@ def lay_out(
     per_thread = _PER_THREAD if total >= most_blocks or intrinsics.SIMULATED else 1
     heads: list[int] = []
     records: list[int] = []
-    record_offset = launch_table.HEADER + 2 * len(items)
+    first_record = len(TableHeader._fields) + len(ItemHead._fields) * len(items)
     num_pieces = 0
     for axes, before, units, after, addresses in items:
-        heads += (num_pieces, record_offset + len(records))
+        heads += ItemHead(num_pieces, first_record + len(records))
         num_pieces += max(1, -(-units // (per_thread * threads)))
         is_alike = all(len({*strides}) == 1 for _, strides in axes)
-        records += (len(axes), before, units, after, int(is_alike), *addresses)
+        records += (*ItemRecord(len(axes), before, units, after, int(is_alike)), *addresses)
         for extent, strides in axes:
             records += (extent, *strides)
-    words = [
-        num_pieces, len(items), *counts, per_thread, len(items[0].addresses),
-        record_offset + len(records), *heads, *records,
-        *np.array(numbers, np.float64).view(np.int64).tolist(),
-    ]  # fmt: skip
-    return min(num_pieces, most_blocks), words
+    header = TableHeader(
+        num_pieces,
+        len(items),
+        *counts,
+        per_thread=per_thread,
+        width=len(items[0].addresses),
+        numbers=first_record + len(records),
+    )
+    float64s = np.array(numbers, np.float64).view(np.int64).tolist()
+    return min(num_pieces, most_blocks), [*header, *heads, *records, *float64s]
 
 
 def _is_aligned(array: Array, size: int) -> bool:

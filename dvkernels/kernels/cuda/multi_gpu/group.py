@@ -175,18 +175,18 @@ class DeviceGroup:
         share = flag_kernel.shares(call.length, call.itemsize, num_parts, num_blocks)
 
         def launch(position: int, row: int) -> None:
-            words = flag_kernel.call_words(
+            header = flag_kernel.LaunchHeader(
                 call.programs[position].address,
                 self._epoch,
                 call.length,
                 divisor,
                 self._deadline_ns,
                 row,
-                share,
-                call.addresses,
+                *share,
             )
             rank = order[position]
             device, stream = self._devices[rank], streams[rank]
+            words = [*header, *call.addresses]
             self._driver.launch(device, call.kernel, num_blocks, stream, words)
 
         if call.route.waits:
