@@ -31,7 +31,6 @@ from dvkernels.reduce_op import ReduceOp as ReduceOp
 from dvkernels.replica_context import ReplicaContext as ReplicaContext
 from dvkernels.replica_context import get_replica_context as get_replica_context
 from dvkernels.strategies.base import Strategy as Strategy
-from dvkernels.strategies.base import ValueContext as ValueContext
 from dvkernels.strategies.base import set_strategy as set_strategy
 from dvkernels.strategies.central_storage import (
     CentralStorageStrategy as CentralStorageStrategy,
@@ -41,6 +40,7 @@ from dvkernels.strategies.multi_worker_mirrored import (
     MultiWorkerMirroredStrategy as MultiWorkerMirroredStrategy,
 )
 from dvkernels.strategies.one_device import OneDeviceStrategy as OneDeviceStrategy
+from dvkernels.strategies.per_replica_values import ValueContext as ValueContext
 from dvkernels.threads import shielded as _shielded
 from dvkernels.values.distributed import DistributedValues as DistributedValues
 from dvkernels.values.distributed import Mirrored as Mirrored

@@ -1,8 +1,8 @@
 """Current context of the caller: the stack of frames, each of a strategy or of one replica.
 
 The current frame is a context variable, so replica threads inherit it from the caller of ``run``,
-and unrelated threads do not see it. Strategies and replica contexts lie above this module: a frame
-holds them as ``Any``.
+and unrelated threads do not see it. Strategies lie above this module: a frame holds them as
+``Any``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,75 @@ from typing import Any
 from dvkernels.communicators.single import Single
 from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
+from dvkernels.replicas.collective_call import CollectiveCall
+from dvkernels.replicas.pending import PendingCall
+from dvkernels.replicas.rendezvous import Rendezvous
+from dvkernels.values import regroup
+from dvkernels.values.handle import Handle
 from dvkernels.values.placement import Placement
+from dvkernels.values.process_bound import ProcessBound
 
 __all__ = ["get_strategy", "has_strategy", "in_cross_replica_context"]
+
+
+class Replica(ProcessBound):
+    """Replica of one step: its identity, and its part in the rendezvous."""
+
+    __slots__ = ("__weakref__", "_rank", "_replica_id", "_step", "_strategy", "placement")
+
+    def __init__(self, placement: Placement, step: Rendezvous, rank: int, strategy: Any) -> None:
+        self.placement = placement
+        self._step = step
+        self._rank = rank
+        self._replica_id = placement.first_replica + rank
+        self._strategy = strategy
+
+    @property
+    def replica_id_in_sync_group(self) -> int:
+        """The id of this replica, from 0, over all workers."""
+        return self._replica_id
+
+    @property
+    def rank_in_process(self) -> int:
+        """The rank of this replica among those of its process."""
+        return self._rank
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """The number of replicas that take part in collectives, over all workers."""
+        return self.placement.num_replicas
+
+    @property
+    def device(self) -> Device:
+        """The device of this replica."""
+        return self.placement.replica_devices[self._rank]
+
+    @property
+    def strategy(self) -> Any:
+        """The strategy that runs this replica."""
+        return default_strategy() if self._strategy is None else self._strategy
+
+    def __repr__(self) -> str:
+        return (
+            f"<replica {self._replica_id} of {self.num_replicas_in_sync} on {self.device}, "
+            f"{self.placement.name}>"
+        )
+
+    def own(self, value: Any) -> Any:
+        """Return this replica's component of a distributed value; a plain value as it is."""
+        return regroup.own_component(value, self._rank, self.placement)
+
+    def meet(self, call: CollectiveCall) -> Any:
+        """Take part in a collective call; return this replica's result."""
+        return self._step.meet(self._rank, call)
+
+    def issue(self, call: CollectiveCall, restored: Callable[[Any], Any]) -> Handle:
+        """Issue a collective call; the handle waits for its result, given to ``restored``."""
+        step, rank = self._step, self._rank
+        pending: PendingCall = step.issue(rank, call)
+        return Handle(
+            lambda: pending.done.is_open, lambda: restored(step.await_pending(rank, pending))
+        )
 
 
 @dataclass(frozen=True, eq=False)

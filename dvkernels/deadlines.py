@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import threading
 
-__all__ = ["DEFAULT_TIMEOUT_SECONDS", "timeout_seconds"]
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "VARIABLE", "timeout_seconds"]
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
+VARIABLE = "DVKERNELS_TIMEOUT_SECONDS"
 
 
 def timeout_seconds() -> float:
     """Return the timeout of a wait [s]: ``DVKERNELS_TIMEOUT_SECONDS``, or 600 if not set."""
-    text = os.environ.get("DVKERNELS_TIMEOUT_SECONDS")
+    text = os.environ.get(VARIABLE)
     if text is None:
         return DEFAULT_TIMEOUT_SECONDS
     try:

@@ -43,17 +43,17 @@ _FLOATS = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128
 _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _NAMES = _FLOATS | _INTEGERS | {"bool"}
 
-_supported: set[tuple[ReduceOp, np.dtype[Any]]] = set()  # pairs that have passed the check
-
-_BY_NAME = {op.value: op for op in ReduceOp}  # the common spellings, found without a search
+# Pairs that have passed the check, and the common spellings. A verb looks here before it calls.
+SUPPORTED: set[tuple[Reduction, np.dtype[Any]]] = set()
+BY_NAME = {op.value: op for op in ReduceOp}
 
 
 def parse(op: object) -> Reduction:
     """Return the reduction that ``op`` is or names; raise :class:`ReduceOpError` otherwise."""
     if type(op) is ReduceOp or type(op) is CustomReduction:
         return op
-    known = _BY_NAME.get(op) if type(op) is str else None
-    return known or ReduceOp.of(op, ReduceOpError)
+    named = BY_NAME.get(op) if type(op) is str else None
+    return named or ReduceOp.of(op, ReduceOpError)
 
 
 def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
@@ -66,11 +66,11 @@ def check_dtype(verb: str, op: Reduction, dtype: np.dtype[Any]) -> None:
             )
         return
     assert type(op) is ReduceOp
-    if (op, dtype) in _supported:
+    if (op, dtype) in SUPPORTED:
         return
     supported = dtype.name in _NAMES and kind(dtype) in _KINDS[op]
     if supported and dtype.isnative:
-        _supported.add((op, dtype))
+        SUPPORTED.add((op, dtype))
         return
     if op is ReduceOp.MEAN and dtype.kind in "iub":
         remedy = f"the mean of {dtype} would not be a {dtype}; cast to float32 or float64 first"

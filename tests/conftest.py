@@ -23,6 +23,7 @@ import pytest
 REPLICA_THREAD_PREFIX = "dvkernels-replica"
 SECONDS_TO_END = 5.0
 SECONDS_TO_END_ALONE = 0.2
+MOST_WORKERS = 4  # of about 1 GB of memory each
 
 _failed = pytest.StashKey[bool]()
 
@@ -61,17 +62,36 @@ def _driver() -> str:
     return version.read_text().splitlines()[0] if version.exists() else "absent"
 
 
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _header() -> str:
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     launcher = shutil.which("mpiexec", path=beside)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
         f"python {platform.python_version()}, numpy {_version('numpy')}, "
-        f"numba {_version('numba')}, threading layer {_threading_layer()}, cores {cores}\n"
+        f"numba {_version('numba')}, threading layer {_threading_layer()}, cores {_cores()}\n"
         f"cuda driver {_driver()}, numba-cuda {_version('numba-cuda')}, "
         f"mpi4py {_version('mpi4py')}, mpiexec {'present' if launcher else 'absent'}, "
         f"jax {_version('jax')}"
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread a run of all tests over the cores, where pytest-xdist is installed; -n 0 does not."""
+    option = config.option
+    is_alone = any(word in option.markexpr for word in ("mpi", "gpu"))  # they use all cores
+    if (
+        getattr(option, "numprocesses", 0) is None
+        and config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        and not (is_alone or option.usepdb or "PYTEST_XDIST_WORKER" in os.environ)
+    ):
+        option.numprocesses = min(_cores(), MOST_WORKERS)
+        option.dist = "worksteal"
 
 
 @pytest.hookimpl(trylast=True)
@@ -85,6 +105,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
+    # Workers of pytest-xdist send reports as UTF-8, and some tests print lone surrogates.
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
     if report.failed:
         item.stash[_failed] = True
     return report

@@ -26,7 +26,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import fork_server
 
 SECONDS_TO_END = 12.0  # of one process; its waits have a timeout of a few seconds
 TIMEOUT_SECONDS = "3"  # DVKERNELS_TIMEOUT_SECONDS of the processes
@@ -100,18 +101,12 @@ def broken_in(
     served = f"{program}\nimport interrupt_points\ninterrupt_points.serve(make, {asked!r})\n"
     here = Path(__file__).parent
     paths = [str(here), str(here / "doubles"), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", served],
-        capture_output=True,
-        text=True,
-        timeout=MOST_SECONDS,
-        check=False,
-        env={
-            "DVKERNELS_TIMEOUT_SECONDS": TIMEOUT_SECONDS,
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        },
-    )
+    environment = {
+        "DVKERNELS_TIMEOUT_SECONDS": TIMEOUT_SECONDS,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    done = fork_server.run(served, timeout=MOST_SECONDS, **environment)
     if done.returncode != 0:
         raise AssertionError(f"the program failed before any interrupt:\n{done.stderr}")
     *lines, last = done.stdout.splitlines()

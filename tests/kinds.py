@@ -39,6 +39,7 @@ BODIES = (
     "tests/unit/strategies/test_async.py",
     "tests/unit/strategies/test_strategies.py",
     "tests/unit/test_context.py",
+    "tests/contract/test_contract_of_contexts.py",
 )
 
 
@@ -60,9 +61,14 @@ def check_body(body: str, kind: str, timeout: float, **environment: str) -> None
 only_cpu = pytest.mark.skipif(KIND != "cpu", reason=f"about the CPU, not about {KIND}")
 
 
-def fewer(count: int) -> int:
-    """Return the number of examples to draw: the simulator runs each element in Python."""
-    return max(2, count // 6) if KIND == "simulator" else count
+def examples(count: int) -> int:
+    """Return the number of examples that Hypothesis draws; ``count`` of them in ``.ci/run``.
+
+    The simulator runs each element in Python, so it gets fewest.
+    """
+    if KIND == "simulator":
+        return max(2, count // 6)
+    return count if os.environ.get("DVKERNELS_TEST_EXAMPLES") == "all" else max(5, count // 3)
 
 
 def smaller(length: int) -> int:

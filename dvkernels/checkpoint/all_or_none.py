@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from dvkernels.checkpoint.storage import parallel_io
 from dvkernels.communicators.base import Workers
+from dvkernels.communicators.workers.atomic_commit import first_difference, results_of_all
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.replicas.diagnostics import StepEnded
-from dvkernels.user_errors import brief, context_manager, describe
+from dvkernels.user_errors import brief, context_manager
 
 __all__: list[str] = []
 
 CHIEF = 0
-
-
-class _WorkerReport(NamedTuple):
-    """Outcome of an action on one worker, which all workers exchange."""
-
-    result: Any = None
-    failure: str | None = None
-    is_damage: bool = False
 
 
 def run(workers: Workers, what: str, act: Callable[[], Any]) -> list[Any]:
@@ -31,32 +24,26 @@ def run(workers: Workers, what: str, act: Callable[[], Any]) -> list[Any]:
     Returns when all workers have called it. If it raised on one worker, all workers raise: that
     one its own error, the others an error of the same class that names the worker.
     """
-    result, failure = None, None
-    try:
-        result = act()
-    except Exception as error:
-        failure = error
-    except BaseException as error:  # an interrupt does not wait for the other workers
-        workers.announce(error)
-        raise
-    is_damage = isinstance(failure, CheckpointDamagedError)
-    own = (
-        _WorkerReport(result)
-        if failure is None
-        else _WorkerReport(None, describe(failure), is_damage)
+
+    def act_or_announce() -> Any:
+        try:
+            return act()
+        except Exception:
+            raise
+        except BaseException as error:  # an interrupt does not wait for the other workers
+            workers.announce(error)
+            raise
+
+    def exchange(outcome: Any) -> list[Any]:
+        with announcing_failures(workers, what):
+            return workers.exchange(outcome)
+
+    return results_of_all(
+        exchange,
+        act_or_announce,
+        (CheckpointDamagedError, CheckpointError),
+        lambda worker, text: f"{what}: worker {worker} of {workers.size} failed: {text}",
     )
-    with announcing_failures(workers, what):
-        reports: list[_WorkerReport] = workers.exchange(own)
-    for worker, report in enumerate(reports):
-        if report.failure is None:
-            continue
-        # All raise the class of the first failure, so that all programs take the same branch.
-        if failure is not None and report.is_damage == is_damage:
-            raise failure
-        kind = CheckpointDamagedError if report.is_damage else CheckpointError
-        message = f"{what}: worker {worker} of {workers.size} failed: {report.failure}"
-        raise kind(message) from failure
-    return [report.result for report in reports]
 
 
 @context_manager
@@ -82,15 +69,14 @@ def check_consistent(workers: Workers, what: str, details: Mapping[str, str]) ->
     with announcing_failures(workers, what):
         if len(set(workers.exchange(parallel_io.checksum(json.dumps(details).encode())))) == 1:
             return
-        each: list[Mapping[str, str]] = workers.exchange(details)
-    for worker, theirs in enumerate(each):
-        for path in [*each[0], *theirs]:
-            mine, other = each[0].get(path, "nothing"), theirs.get(path, "nothing")
-            if mine != other:
-                raise CheckpointError(
-                    f"{what}: expected the same on all workers; for {brief(path, 200)} worker 0 "
-                    f"has {mine}, worker {worker} {other}; build the same objects on all workers, "
-                    f"give a path where all workers see the same files, and keep the objects of a "
-                    f"single worker in another checkpoint, without variables of this strategy"
-                )
-    raise CheckpointError(f"{what}: expected the same order of the objects on all workers")
+        difference = first_difference(workers.exchange(details), "nothing")
+    if difference is None:
+        raise CheckpointError(f"{what}: expected the same order of the objects on all workers")
+    path, found = difference
+    worker = next(k for k, other in enumerate(found) if other != found[0])
+    raise CheckpointError(
+        f"{what}: expected the same on all workers; for {brief(path, 200)} worker 0 has "
+        f"{found[0]}, worker {worker} {found[worker]}; build the same objects on all workers, give "
+        f"a path where all workers see the same files, and keep the objects of a single worker in "
+        f"another checkpoint, without variables of this strategy"
+    )

@@ -8,8 +8,7 @@ current state, and every position must be in range.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -19,75 +18,53 @@ from dvkernels.user_errors import brief
 __all__: list[str] = []
 
 
-class _StateAccess(NamedTuple):
-    """Getter and setter of the state of one class of generators."""
-
-    get: Callable[[Any], Any]
-    set: Callable[[Any, Any], None]
-
-
-def _set_bits(generator: Any, state: Any) -> None:
-    generator.bit_generator.state = state
-
-
-def _set_own(generator: Any, state: Any) -> None:
-    generator.state = state
-
-
-_STATE_ACCESS: dict[type, _StateAccess] = {
-    np.random.Generator: _StateAccess(lambda generator: generator.bit_generator.state, _set_bits),
-    np.random.RandomState: _StateAccess(
-        lambda generator: generator.get_state(legacy=False),
-        lambda generator, state: generator.set_state(state),
-    ),
-    np.random.BitGenerator: _StateAccess(lambda generator: generator.state, _set_own),
-    random.Random: _StateAccess(
-        lambda generator: generator.getstate(),
-        lambda generator, state: generator.setstate(state),
-    ),
-}
-
+RandomGenerator: TypeAlias = (
+    np.random.Generator | np.random.RandomState | np.random.BitGenerator | random.Random
+)
 # Largest valid values of the fields that a generator uses as an index or a flag.
 _MAX_VALUES = {"pos": 624, "buffer_pos": 4, "has_uint32": 1, "has_gauss": 1}
 _MAX_INTEGER = 2**128 - 1  # in the state of PCG64; the other generators have smaller ones
 
 
-def is_generator(value: Any) -> bool:
+def is_generator(value: object) -> TypeGuard[RandomGenerator]:
     """Return whether a value is a random generator whose state can be saved."""
-    return _find_access(value) is not None
+    return isinstance(value, RandomGenerator) and not isinstance(value, random.SystemRandom)
 
 
-def state(generator: Any) -> Any:
+def state(generator: RandomGenerator) -> Any:
     """Return the state of a generator as plain data and arrays."""
-    return _access(generator).get(generator)
+    match generator:
+        case np.random.Generator():
+            return generator.bit_generator.state
+        case np.random.RandomState():
+            return generator.get_state(legacy=False)
+        case np.random.BitGenerator():
+            return generator.state
+    return generator.getstate()
 
 
-def kind(generator: Any) -> str:
+def kind(generator: RandomGenerator) -> str:
     """Return the name of the generator's algorithm, which a state must share."""
     inner = getattr(generator, "bit_generator", generator)
     return type(inner).__name__
 
 
-def check(generator: Any, given: Any, where: str) -> None:
+def check(generator: RandomGenerator, given: Any, where: str) -> None:
     """Raise :class:`CheckpointError` unless a state is valid for the generator."""
     _compare(state(generator), given, where)
 
 
-def set_state(generator: Any, given: Any) -> None:
+def set_state(generator: RandomGenerator, given: Any) -> None:
     """Set the state of a generator; the state has been checked."""
-    _access(generator).set(generator, given)
-
-
-def _find_access(value: Any) -> _StateAccess | None:
-    if isinstance(value, random.SystemRandom):  # it has no state
-        return None
-    return next((each for kind, each in _STATE_ACCESS.items() if isinstance(value, kind)), None)
-
-
-def _access(generator: Any) -> _StateAccess:
-    found = _find_access(generator)
-    assert found is not None
-    return found
+    match generator:
+        case np.random.Generator():
+            generator.bit_generator.state = given
+        case np.random.RandomState():
+            generator.set_state(given)
+        case np.random.BitGenerator():
+            generator.state = given
+        case _:
+            generator.setstate(given)
 
 
 def _compare(current: Any, given: Any, where: str) -> None:

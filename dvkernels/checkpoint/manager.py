@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from dvkernels.checkpoint.restoring import restore
 from dvkernels.checkpoint.restoring.restore import Restored
 from dvkernels.checkpoint.saving import save
 from dvkernels.checkpoint.saving.background import SavesInBackground
-from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.checkpoint.storage.file_system import Folder
 from dvkernels.checkpoint.storage.folder_lock import FolderLock
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.user_errors import brief
 
@@ -136,15 +136,13 @@ class CheckpointManager(SavesInBackground):
         check_context("CheckpointManager.save")
         path = self._directory / step_names.name(_checked(step, "save"))
 
-        def prepare() -> Save:
-            prepared = save.prepare(
-                self._checkpoint.objects, step, metadata, path, lambda: self._transaction(path)
-            )
+        transaction = functools.partial(self._transaction, path)
+        with tracing.span("save", "checkpoint"):
+            self._saver.wait()
+            prepared = save.prepare(self._checkpoint.objects, step, metadata, path, transaction)
             if prepared.workers.size == 1:  # of several workers the chief checks, in Save.begin
                 self._superseded_by(path)
-            return prepared
-
-        self._saver.save(prepare, background=background)
+            self._saver.save(prepared, background=background)
         return path
 
     def restore(self, step: int, *, partial: bool = False) -> Restored:
@@ -272,21 +270,18 @@ class CheckpointManager(SavesInBackground):
                 f"go back to a step and continue from there, call manager.restore(step) first: the "
                 f"save after it removes the later steps; or use another directory"
             )
-        return [
-            other.name for other in existing if other.name in self._superseded and other != path
-        ]
+        names = [other.name for other in existing if other != path]
+        return [name for name in names if name in self._superseded]
 
     def _remove_old(self, parent: Folder, just_saved: Path) -> None:
-        self._try_to_remove(
-            "superseded checkpoints",
-            functools.partial(atomic_folder.remove_superseded, parent, step_names.NAME),
-        )
+        with self._logging_failures("superseded checkpoints"):
+            atomic_folder.remove_superseded(parent, step_names.NAME)
         old: list[Path] = []
-        self._try_to_remove("old checkpoints", lambda: old.extend(self._old(just_saved)))
+        with self._logging_failures("old checkpoints"):
+            old = self._old(just_saved)
         for path in old:
-            self._try_to_remove(
-                path.name, functools.partial(atomic_folder.discard, parent / path.name)
-            )
+            with self._logging_failures(path.name):
+                atomic_folder.discard(parent / path.name)
 
     def _old(self, just_saved: Path) -> list[Path]:
         every = self._keep_every
@@ -297,10 +292,11 @@ class CheckpointManager(SavesInBackground):
         ]
         return [path for path in counted[: -self._max_to_keep] if path != just_saved]
 
-    def _try_to_remove(self, what: str, remove: Callable[[], None]) -> None:
-        """Call ``remove`` and log its error: the save has succeeded, and the next one retries."""
+    @contextlib.contextmanager
+    def _logging_failures(self, what: str) -> Iterator[None]:
+        """Log an error of removing something: the save has succeeded, and the next one retries."""
         try:
-            remove()
+            yield
         except (OSError, CheckpointError) as error:
             LOGGER.warning("%s could not be removed from %s: %s", what, self._directory, error)
 

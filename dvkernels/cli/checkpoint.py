@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from dvkernels.checkpoint.format.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.objects import child
-from dvkernels.checkpoint.restoring.reader import CheckpointReader, opened
+from dvkernels.checkpoint.restoring.reader import CheckpointReader, open_reader
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.errors import CheckpointDamagedError
 from dvkernels.user_errors import brief
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     root = atomic_folder.absolute_path(arguments.path, "checkpoint")
     for path in step_names.within(root) or (root,):
         try:
-            with opened(path) as reader:
+            with contextlib.closing(open_reader(path)) as reader:
                 if arguments.action == "show":
                     print("\n".join(map(_printable, _lines(reader))))
                 else:

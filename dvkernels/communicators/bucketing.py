@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -17,26 +17,6 @@ from dvkernels.reduce_op import Reduction
 __all__: list[str] = []
 
 Column = Sequence[Any]  # one array per local rank
-
-
-def all_reduce_each(
-    communicator: Communicator,
-    columns: Iterable[Column],
-    op: Reduction,
-    outs: Sequence[Column] | None = None,
-) -> list[list[Any]]:
-    """Return the all-reduce of each column, in buckets where the communicator packs them.
-
-    The results are new arrays, or those of ``outs``, which may be the columns themselves.
-    """
-    listed = [*columns]
-    if isinstance(communicator, Bucketing) and len(listed) > 1:
-        return communicator.all_reduce_many(listed, op, outs)
-    if outs is None:
-        return [communicator.all_reduce(column, op) for column in listed]
-    return [
-        communicator.all_reduce(column, op, out) for column, out in zip(listed, outs, strict=True)
-    ]
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import operator
 from collections.abc import Sequence
 from typing import Any, final
@@ -12,6 +11,7 @@ import numpy as np
 from dvkernels.communicators import accumulation
 from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.base import Communicator, Workers
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.devices import array_memory
 from dvkernels.reduce_op import Reduction
@@ -46,8 +46,8 @@ class Hierarchical:
     ) -> None:
         self._local = local
         self._workers = workers
-        self._starts = partition.starts(replicas_of_workers)
-        self._first, self.size = self._starts[workers.rank], self._starts[-1]
+        self._share = WorkerShare(replicas_of_workers, workers.rank)
+        self.size = self._share.num_replicas
         self._is_flat = all(count == 1 for count in replicas_of_workers)
 
     def all_reduce(
@@ -118,9 +118,8 @@ class Hierarchical:
         """Reduce, and return each local rank's part."""
         total = self.reduce(values, op)
         memory = array_memory.holding(total)
-        bounds = (
-            partition.bounds(len(total), self.size, self._first + k) for k in range(len(values))
-        )
+        first = self._share.first_replica
+        bounds = (partition.bounds(len(total), self.size, first + k) for k in range(len(values)))
         return [
             memory.copy_to_device_of(total[start:stop], value)
             for (start, stop), value in zip(bounds, values, strict=True)
@@ -135,8 +134,8 @@ class Hierarchical:
 
     def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
         """Copy the root's value for every rank."""
-        worker = bisect.bisect(self._starts, root) - 1
-        own = root - self._first if worker == self._workers.rank else 0
+        worker = self._share.worker_of(root)
+        own = root - self._share.first_replica if worker == self._workers.rank else 0
         return _copy_for_each(self._workers.broadcast([values[own]], worker)[0], values)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 from dvkernels.devices import array_memory
+from dvkernels.devices.array_spec import Array
 from dvkernels.kernels import backends
 from dvkernels.reduce_op import Reduction
 
@@ -32,34 +32,32 @@ class Local:
         self._algorithm = algorithm
 
     def all_reduce(
-        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
-    ) -> list[Any]:
+        self, values: Sequence[Array], op: Reduction, out: Sequence[Array] | None = None
+    ) -> list[Array]:
         """Reduce into new arrays, or into ``out``."""
-        kernels, algorithm = backends.of(values[0]), self._algorithm
-        results: list[Any]
-        if out is None:
-            results = kernels.all_reduce_new(values, op, algorithm)
-        elif all(map(operator.is_, out, values)):
-            results = kernels.all_reduce(values, op, algorithm=algorithm)  # in place: fewer checks
-        else:
-            results = kernels.all_reduce(values, op, algorithm=algorithm, out=out)
+        results: list[Array] = backends.of_type(type(values[0])).all_reduce_unchecked(
+            values, op, self._algorithm, out
+        )
         return results
 
-    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
+    def reduce(self, values: Sequence[Array], op: Reduction) -> Array:
         """Reduce into one new array."""
-        return backends.of(values[0]).reduce(values, op)
+        total: Array = backends.of_type(type(values[0])).reduce_unchecked(values, op)
+        return total
 
-    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+    def reduce_scatter(self, values: Sequence[Array], op: Reduction) -> list[Array]:
         """Reduce each rank's part into a new array."""
-        results: list[Any] = backends.of(values[0]).reduce_scatter(values, op)
-        return results
+        twin = backends.of_type(type(values[0]))
+        parts: list[Array] = twin.reduce_scatter_unchecked(values, op)
+        return parts
 
-    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+    def all_gather(self, values: Sequence[Array], axis: int) -> list[Array]:
         """Concatenate into a new array for each rank."""
-        results: list[Any] = backends.of(values[0]).all_gather(values, axis)
-        return results
+        twin = backends.of_type(type(values[0]))
+        wholes: list[Array] = twin.all_gather_unchecked(values, axis)
+        return wholes
 
-    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+    def broadcast(self, values: Sequence[Array], root: int) -> list[Array]:
         """Copy the root's value for every rank."""
         source = values[root]
         return [array_memory.holding(source).copy_to_device_of(source, value) for value in values]

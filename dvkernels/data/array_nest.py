@@ -7,12 +7,14 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 
 from dvkernels import pytree
+from dvkernels.data.checks import unexpected
 from dvkernels.devices import interop
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
@@ -27,12 +29,12 @@ _LONGEST_OUTLINE = 200
 _IMMUTABLE_TYPES = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
-def is_flat_tuple(nest: Any) -> bool:
+def is_flat_tuple(nest: Element) -> TypeGuard[tuple[HostArray, ...]]:
     """Return whether ``nest`` is a plain, non-empty tuple of arrays, thus its list of leaves."""
     return type(nest) is tuple and bool(nest) and all(type(leaf) is np.ndarray for leaf in nest)
 
 
-def is_flat_dict(nest: Any) -> bool:
+def is_flat_dict(nest: Element) -> TypeGuard[dict[Any, HostArray]]:
     """Return whether ``nest`` is a plain, non-empty dict of arrays."""
     return (
         type(nest) is dict
@@ -41,7 +43,9 @@ def is_flat_dict(nest: Any) -> bool:
     )
 
 
-def outline(nest: Any, root: str, describe: Callable[[np.dtype[Any], tuple[int, ...]], Any]) -> str:
+def outline(
+    nest: Element, root: str, describe: Callable[[np.dtype[Any], tuple[int, ...]], Any]
+) -> str:
     """Return one line with each leaf's name and ``describe(dtype, shape)``.
 
     A long line is truncated and ends with a digest of the whole.
@@ -57,7 +61,7 @@ def outline(nest: Any, root: str, describe: Callable[[np.dtype[Any], tuple[int, 
     return f"{text[:_LONGEST_OUTLINE]}... {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
+def as_array(leaf: Any, verb: str, where: str) -> HostArray:
     """Return a leaf as a NumPy array; error messages call it ``where``.
 
     Raises
@@ -72,7 +76,7 @@ def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
             "of its own"
         )
     try:
-        view: np.ndarray[Any, Any] = np.asarray(leaf)
+        view: HostArray = np.asarray(leaf)
     except (TypeError, ValueError, RuntimeError):
         if not interop.is_foreign(leaf):
             raise
@@ -80,7 +84,7 @@ def as_array(leaf: Any, verb: str, where: str) -> np.ndarray[Any, Any]:
     return view
 
 
-def owned_copy(element: Any) -> Any:
+def owned_copy(element: Element) -> Element:
     """Return a copy of an element that shares no memory with it.
 
     Copied are arrays of any library, memoryviews, byte arrays and structured scalars, also within
@@ -118,14 +122,14 @@ def _owned_leaf_copy(leaf: Any) -> Any:
     return leaf
 
 
-def concatenate(batches: Sequence[Any]) -> Any:
+def concatenate(batches: Sequence[Element]) -> Element:
     """Concatenate one or more batches of one structure along their leading axis."""
     if len(batches) == 1:
         return batches[0]
     return pytree.map_leaves(lambda *leaves: np.concatenate(leaves), *batches)
 
 
-def leading_length(batch: Any) -> int:
+def leading_length(batch: Element) -> int:
     """Return the number of rows of a batch to distribute.
 
     Raises
@@ -143,11 +147,9 @@ def leading_length(batch: Any) -> int:
     for name, leaf in zip(pytree.leaf_names(batch, "batch"), leaves, strict=True):
         shape = getattr(leaf, "shape", None)
         if not shape:
-            raise DatasetError(
-                "distribute_dataset: expected batches, arrays with a leading axis to share "
-                f"among the replicas; got {brief(leaf)}, a {type(leaf).__name__}, as {name}; "
-                "call .batch(global_batch_size) on the dataset"
-            )
+            wanted = "batches, arrays with a leading axis to share among the replicas"
+            remedy = "call .batch(global_batch_size) on the dataset"
+            raise unexpected("distribute_dataset", wanted, leaf, remedy, f", as {name}")
         found.append((name, int(shape[0])))
     if len({length for _, length in found}) > 1:
         lengths = ", ".join(f"{length} for {name}" for name, length in found)
@@ -158,12 +160,12 @@ def leading_length(batch: Any) -> int:
     return found[0][1]
 
 
-def slice_rows(batch: Any, start: int, stop: int) -> Any:
+def slice_rows(batch: Element, start: int, stop: int) -> Element:
     """Return the rows ``start`` to ``stop`` of every leaf, as views of arrays."""
     return pytree.map_leaves(lambda leaf: leaf[start:stop], batch)
 
 
-def nbytes_of(nest: Any) -> int:
+def nbytes_of(nest: Element) -> int:
     """Return the number of bytes of the arrays in a pytree."""
     if type(nest) is np.ndarray:
         return nest.nbytes
@@ -175,6 +177,6 @@ def nbytes_of(nest: Any) -> int:
     return sum([getattr(leaf, "nbytes", 0) for leaf in leaves])
 
 
-def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+def take(batch: Element, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Element:
     """Return the rows ``indices``, of shape (n,), of every leaf."""
     return pytree.map_leaves(lambda leaf: leaf[indices], batch)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from typing import Any
 
-from dvkernels.data.array_nest import slice_rows
+from dvkernels.data.array_nest import Element, slice_rows
 from dvkernels.data.checks import check_count, check_flag
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.node import Node, RowSelector
-from dvkernels.data.stacking import BatchBuilder
+from dvkernels.data.stacking import batches
 from dvkernels.data.transform import Transform
 
 __all__: list[str] = []
@@ -33,10 +31,10 @@ class Batch(Transform):
     def describe(self) -> str:
         return f"batch({self.size}{', drop_remainder=True' if self.drops_remainder else ''})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self.source.batch(*self._run(index), epoch)
 
-    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Element:
         if skipping.get() is not None:  # the length of the batch is known only once it is computed
             return super().select_rows(index, epoch, select)
         start, stop = self._run(index)
@@ -45,18 +43,9 @@ class Batch(Transform):
             return slice_rows(self.source.batch(start, start + 1, epoch), 0, 0)
         return self.source.batch(start + first, start + last, epoch)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        if self.random_access:
-            yield from super().iterate(epoch, start)
-            return
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         elements = self.source.iterate(*self.upstream(epoch, start))
-        while True:
-            batch = BatchBuilder(self.size)
-            for element in itertools.islice(elements, self.size):
-                batch.add(element)
-            if not batch.count or (batch.count < self.size and self.drops_remainder):
-                return
-            yield batch.build()
+        return batches(elements, self.size, self.drops_remainder)
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         return epoch, position * self.size

@@ -33,10 +33,7 @@ def check_count(
     except TypeError:
         count = None
     if count is None or isinstance(value, bool):
-        raise DatasetError(
-            f"{member}: expected {name} to be {wanted}; got {brief(value)}, "
-            f"a {type(value).__name__}{ending or '; pass an int'}"
-        )
+        raise unexpected(member, f"{name} to be {wanted}", value, remedy or "pass an int")
     if minimum <= count <= maximum:
         return count
     bits = count.bit_length()
@@ -48,6 +45,14 @@ def check_count(
     raise DatasetError(f"{member}: expected {name} to be {wanted}{reason}")
 
 
+def unexpected(
+    member: str, wanted: str, value: object, remedy: str, where: str = ""
+) -> DatasetError:
+    """Return the error for a value of the user's that is not as ``wanted``."""
+    got = f"{brief(value)}, a {type(value).__name__}{where}"
+    return DatasetError(f"{member}: expected {wanted}; got {got}; {remedy}")
+
+
 def check_flag(member: str, name: str, value: object) -> None:
     """Raise :class:`DatasetError` unless ``value`` is True or False."""
     if not isinstance(value, bool):
@@ -57,9 +62,7 @@ def check_flag(member: str, name: str, value: object) -> None:
 def check_callable(member: str, value: object, remedy: str) -> None:
     """Raise :class:`DatasetError` unless ``value`` is callable and not asynchronous."""
     if not callable(value):
-        raise DatasetError(
-            f"{member}: expected a function; got {brief(value)}, a {type(value).__name__}; {remedy}"
-        )
+        raise unexpected(member, "a function", value, remedy)
     if any(map(_is_asynchronous, _called(value))):
         raise DatasetError(
             f"{member}: expected a function that does its work when it is called; got "

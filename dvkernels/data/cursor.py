@@ -57,7 +57,8 @@ class Cursor(Iterator[Element], abc.ABC):
     def take(self, count: int = 1) -> list[Element]:
         """Return the next ``count`` elements, fewer at the end; ``StopIteration`` if none.
 
-        One thread at a time may call it.
+        If more have been taken before, and not confirmed, it may return all of these. One thread
+        at a time may call it.
         """
 
     @abc.abstractmethod
@@ -162,8 +163,8 @@ class DirectCursor(Cursor):
         if self._workers:  # They stayed in the parent of this fork, and the stream needs them.
             self._stream, self._pending, self._at_end = None, [], False
         self._pid = os.getpid()
-        links = self._shared_node.links()
-        self._workers = [link.hold_workers() for link in links if link.has_workers]
+        held = (link.hold_workers() for link in self._shared_node.links())
+        self._workers = [workers for workers in held if workers is not None]
 
     def _take_skipping(self, count: int) -> list[Element]:
         before = skipping.get()
@@ -201,9 +202,8 @@ class DirectCursor(Cursor):
         except StopIteration:
             if not self._pending:
                 raise
-        found = self._pending[:count]
-        self._next_position = self._position + len(found)
-        return found
+        self._next_position = self._position + len(self._pending)
+        return self._pending[:]
 
     def _pull(self) -> Element:
         if self._at_end:

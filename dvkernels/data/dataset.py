@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from dvkernels.data.array_nest import Element
 from dvkernels.data.batch import Batch
-from dvkernels.data.checks import check_count
+from dvkernels.data.checks import check_count, unexpected
 from dvkernels.data.constructors import DatasetConstructors
 from dvkernels.data.cursor import EpochPosition
 from dvkernels.data.file_source import FileList
@@ -20,7 +20,6 @@ from dvkernels.data.shuffle import Shuffle, WindowedShuffle
 from dvkernels.data.subset import Shard, Skip, Take
 from dvkernels.data.zip import Zip
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import brief
 
 __all__ = ["Dataset"]
 
@@ -108,9 +107,12 @@ class Dataset(DatasetConstructors):
         """
         for index, other in enumerate(others):
             if not isinstance(other, Dataset):
-                raise DatasetError(
-                    f"zip: expected datasets; got {brief(other)}, a {type(other).__name__}, as "
-                    f"argument {index}; make it a dataset with from_arrays or from_sequence"
+                raise unexpected(
+                    "zip",
+                    "datasets",
+                    other,
+                    "make it a dataset with from_arrays or from_sequence",
+                    f", as argument {index}",
                 )
             if other.epoch != self._epoch:
                 raise DatasetError(

@@ -15,11 +15,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from dvkernels.data.checks import check_callable, check_ordered
+from dvkernels.data.array_nest import Element
+from dvkernels.data.checks import check_callable, check_ordered, unexpected
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.sources import SupportsIndexing, length_of
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -81,19 +81,19 @@ class FromFiles(FileList):
     random_access = False
     length = None
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         index = 0
         for path in self.files:
             opened: Any = None  # May be its own iterator, as a file is; closing it twice is fine.
-            elements: Iterator[Any] | None = None
+            elements: Iterator[Element] | None = None
             try:
                 opened = self._reader(path)
                 if not isinstance(opened, Iterable):
-                    raise DatasetError(
-                        "from_files: expected the reader to return an iterable; got "
-                        f"{brief(opened)}, a {type(opened).__name__}, for {path!r}; write it as a "
-                        "generator function"
+                    wanted, remedy = (
+                        "the reader to return an iterable",
+                        "write it as a generator function",
                     )
+                    raise unexpected("from_files", wanted, opened, remedy, f", for {path!r}")
                 elements = iter(opened)
                 for element in elements:
                     if index >= start:
@@ -143,7 +143,7 @@ class FromIndexedFiles(FileList):
     def describe(self) -> str:
         return f"{super().describe()[:-1]}, length={self.length})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         file = bisect.bisect_right(self._stops, index)
         offset = index - (self._stops[file - 1] if file else 0)
         try:
@@ -153,9 +153,6 @@ class FromIndexedFiles(FileList):
         except Exception as error:
             add_note(error, self._call_text(self.files[file]), self, index, epoch)
             raise
-
-    def origin(self, index: int, epoch: int) -> int:
-        return index
 
     def _open_file(self, file: int) -> SupportsIndexing:
         opened = self._open_files.get(file)
@@ -195,18 +192,14 @@ class FromIndexedFiles(FileList):
 def check_paths(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
     """Return the paths as strings; raise :class:`DatasetError` unless all exist."""
     if isinstance(paths, str | bytes | os.PathLike) or not isinstance(paths, Iterable):
-        raise DatasetError(
-            f"from_files: expected a list of paths; got {brief(paths)}, a {type(paths).__name__}; "
-            "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
-        )
+        remedy = "pass [path] for one file, sorted(folder.glob('*.npy')) for those of a folder"
+        raise unexpected("from_files", "a list of paths", paths, remedy)
     check_ordered("from_files", "the paths", paths)
     names: Sequence[Any] = list(paths)
     for index, name in enumerate(names):
         if not isinstance(name, str | os.PathLike):
-            raise DatasetError(
-                f"from_files: expected paths; got {brief(name)}, a {type(name).__name__}, as "
-                f"paths[{index}]; pass strings or pathlib.Path objects"
-            )
+            remedy = "pass strings or pathlib.Path objects"
+            raise unexpected("from_files", "paths", name, remedy, f", as paths[{index}]")
     files = tuple(os.fspath(name) for name in names)
     missing = [name for name in files if not os.path.exists(name)]
     if missing:

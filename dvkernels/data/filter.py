@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from dvkernels.data.array_nest import Element
 from dvkernels.data.checks import check_function_of_one
 from dvkernels.data.error_policy import outcome_of
 from dvkernels.data.node import Node, callable_name
@@ -19,7 +19,7 @@ class Filter(Transform):
     has_resume_points = True
     initial_resume_value = 0  # The number of elements of the source tested so far.
 
-    def __init__(self, source: Node, predicate: Callable[[Any], object]) -> None:
+    def __init__(self, source: Node, predicate: Callable[[Element], object]) -> None:
         check_function_of_one("filter", predicate)
         super().__init__(source, 0 if source.length == 0 else None)
         self.random_access = False
@@ -28,10 +28,8 @@ class Filter(Transform):
     def describe(self) -> str:
         return f"filter({callable_name(self._predicate)})"
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        position, begin = (
-            (0, 0) if self.resume_points is None else self.resume_points.resume(epoch, start)
-        )
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
+        position, begin = self.resume(epoch, start)
         for source_position, element in self.source.enumerate_from(epoch, begin):
             if not self._passes(element, source_position - 1, epoch):
                 continue
@@ -45,6 +43,6 @@ class Filter(Transform):
         assert self.resume_points is not None
         return epoch, self.resume_points.find(epoch, position)[1]
 
-    def _passes(self, element: Any, index: int, epoch: int) -> bool:
+    def _passes(self, element: Element, index: int, epoch: int) -> bool:
         outcome = outcome_of(lambda argument: bool(self._predicate(argument)), element)
         return any(self._value_unless_skipped(outcome, index, epoch))

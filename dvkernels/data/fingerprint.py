@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.data.array_nest import as_array, outline
+from dvkernels.data.array_nest import Element, as_array, outline
 from dvkernels.data.node import Node
 from dvkernels.pytree import flatten, leaf_names
 
@@ -25,7 +25,7 @@ def fingerprint(node: Node) -> str:
     return "/".join(_of_source(link) for link in node.links() if not link.sources)
 
 
-def kinds_of(element: Any) -> str:
+def kinds_of(element: Element) -> str:
     """Return the kinds of the leaves of an element, the same text for all elements of a dataset."""
     return outline(element, "element", _kind)
 
@@ -48,7 +48,7 @@ def _of_source(node: Node) -> str:
     return str(known)
 
 
-def _add(digest: Any, element: Any) -> None:
+def _add(digest: Any, element: Element) -> None:
     leaves, _ = flatten(element)
     for name, leaf in zip(leaf_names(element, "element"), leaves, strict=True):
         array = as_array(leaf, "fingerprint", name)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dvkernels.data.array_nest import owned_copy
+from dvkernels.data.array_nest import Element, owned_copy
 from dvkernels.data.checks import check_count, check_function_of_one
 from dvkernels.data.error_policy import outcome_of, skipping
 from dvkernels.data.map_workers import KINDS, MapWorkers
@@ -28,7 +28,7 @@ class Map(Transform):
     def __init__(
         self,
         source: Node,
-        fn: Callable[[Any], Any],
+        fn: Callable[[Element], Element],
         num_workers: int = 0,
         workers: str = "threads",
     ) -> None:
@@ -41,7 +41,6 @@ class Map(Transform):
         super().__init__(source, source.length)
         self._fn = fn
         self._workers = MapWorkers(fn, count, workers) if count else None
-        self.has_workers = self._workers is not None
 
     def hold_workers(self) -> object:
         return None if self._workers is None else self._workers.hold()
@@ -49,10 +48,15 @@ class Map(Transform):
     def describe(self) -> str:
         return f"map({callable_name(self._fn)})"
 
-    def element(self, index: int, epoch: int) -> Any:
-        return self._apply(self.source.element(index, epoch), index, epoch)
+    def element(self, index: int, epoch: int) -> Element:
+        element = self.source.element(index, epoch)
+        try:
+            return self._fn(element)
+        except Exception as error:
+            add_note(error, self.describe(), self.source, index, epoch)
+            raise
 
-    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Element]:
         if self._workers is None or len(indices) < 2:
             return super().elements(indices, epoch)
         given = [
@@ -67,14 +71,11 @@ class Map(Transform):
         )
         return itertools.chain.from_iterable(kept)
 
-    def _unshared(self, element: Any) -> Any:
+    def _unshared(self, element: Element) -> Any:
         """Return the element, copied if user code could change it while workers use it."""
         return element if self.source.owns_elements else owned_copy(element)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        if self.random_access:
-            yield from super().iterate(epoch, start)
-            return
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         # Skipped elements do not count as positions, so the elements before are mapped again.
         num_yielded, begin = (start, start) if skipping.get() is None else (0, 0)
         if self.resume_points is not None:
@@ -93,16 +94,8 @@ class Map(Transform):
                     yield value
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
-        return epoch, position if self.resume_points is None else self.resume_points.find(
-            epoch, position
-        )[1]
+        points = self.resume_points
+        return epoch, position if points is None else points.find(epoch, position)[1]
 
     def origin(self, index: int, epoch: int) -> int | None:
         return self.source.origin(index, epoch)
-
-    def _apply(self, element: Any, index: int, epoch: int) -> Any:
-        try:
-            return self._fn(element)
-        except Exception as error:
-            add_note(error, self.describe(), self.source, index, epoch)
-            raise

@@ -21,10 +21,10 @@ from typing import Any, Self
 import numpy as np
 
 from dvkernels import user_errors
-from dvkernels.data.array_nest import leading_length, slice_rows
+from dvkernels.data.array_nest import Element, leading_length, slice_rows
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.resume_points import ResumePoints
-from dvkernels.data.stacking import BatchBuilder
+from dvkernels.data.stacking import stack
 from dvkernels.errors import DatasetError
 
 __all__: list[str] = []
@@ -51,7 +51,6 @@ class Node(abc.ABC):
     length: Length
     random_access: bool
     source: Node | None = None
-    has_workers = False  # whether iterators keep its workers alive: see hold_workers()
 
     # Why this node keeps an iterator from being resumed from a saved state; None if it does not.
     refusal: str | None = None
@@ -66,41 +65,39 @@ class Node(abc.ABC):
     def describe(self) -> str:
         """Return this link as the user wrote it: all that the order of the elements depends on."""
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         """Return one element; random access only."""
         raise DatasetError(f"{self.describe()} has no random access")
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         """Return the elements at ``indices``, stacked along a new leading axis.
 
         ``indices`` has shape (n,) with n >= 1, int64.
         """
         return self._stacked(indices.tolist(), epoch)
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         """Return the elements ``start`` to ``stop`` (one or more), stacked as by `gather`."""
         return self._stacked(range(start, stop), epoch)
 
-    def _stacked(self, indices: Sequence[int], epoch: int) -> Any:
-        batch = BatchBuilder(len(indices))
-        for element in self.elements(indices, epoch):
-            batch.add(element)
-        if not batch.count:
+    def _stacked(self, indices: Sequence[int], epoch: int) -> Element:
+        batch = stack(self.elements(indices, epoch), len(indices))
+        if batch is None:
             raise EmptyBatchError(f"every element of a batch of {self!r} failed")
-        return batch.build()
+        return batch
 
-    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Element:
         """Return the rows of batch ``index`` that ``select`` chooses."""
         batch = self.element(index, epoch)
         return slice_rows(batch, *select(leading_length(batch)))
 
-    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Element]:
         """Yield the elements at ``indices``; failing elements are skipped where that is asked."""
         if skipping.get() is None:
             return (self.element(index, epoch) for index in indices)
         return (element for _, element in self.attempts(indices, epoch))
 
-    def attempts(self, indices: Iterable[int], epoch: int) -> Iterator[tuple[int, Any]]:
+    def attempts(self, indices: Iterable[int], epoch: int) -> Iterator[tuple[int, Element]]:
         """Yield (index, element) pairs; failing elements are skipped where that is asked."""
         skips = skipping.get()
         for index in indices:
@@ -117,22 +114,22 @@ class Node(abc.ABC):
                 continue
             yield index, element
 
-    def enumerate_from(self, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+    def enumerate_from(self, epoch: int, start: int) -> Iterator[tuple[int, Element]]:
         """Yield (position behind the element, element) from ``start`` on, skipping as above."""
         if self.random_access:
-            length = math.inf if self.length is None else self.length
-            rest = itertools.takewhile(lambda index: index < length, itertools.count(start))
-            for index, element in self.attempts(rest, epoch):
+            for index, element in self.attempts(self.positions(start), epoch):
                 yield index + 1, element
         else:
             yield from enumerate(self.iterate(epoch, start), start + 1)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Yield the elements of an epoch from position ``start`` on."""
-        index = start
-        while self.length is None or index < self.length:
-            yield self.element(index, epoch)
-            index += 1
+    def positions(self, start: int) -> Iterable[int]:
+        """Return the positions of an epoch from ``start`` on; random access only."""
+        assert self.length is not None
+        return itertools.count(start) if self.length == math.inf else range(start, int(self.length))
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
+        """Yield the elements of an epoch from ``start`` on; sequential nodes only."""
+        raise DatasetError(f"{self.describe()} has random access")
 
     def sample(self) -> Iterator[Any]:
         """Yield elements, or other samples of the data of a source, to fingerprint."""
@@ -150,7 +147,7 @@ class Node(abc.ABC):
             yield from node.links()
 
     def hold_workers(self) -> object:
-        """Return an object that keeps the workers of this node alive, where ``has_workers``."""
+        """Return an object that keeps the workers of this node alive; None if it has none."""
         return None
 
     def stop(self) -> None:  # noqa: B027 - most nodes never wait
@@ -158,7 +155,7 @@ class Node(abc.ABC):
 
     def origin(self, index: int, epoch: int) -> int | None:
         """Return the index at the root source of an element, None if it has no single one."""
-        return None
+        return None if self.sources else index
 
     @property
     def owns_elements(self) -> bool:
@@ -211,6 +208,12 @@ class Node(abc.ABC):
         if self.has_resume_points:
             clone.resume_points = ResumePoints(self.initial_resume_value)
         return clone
+
+    def resume(self, epoch: int, position: int) -> tuple[int, Any]:
+        """Return the last (position, value) from which the node can go on to ``position``."""
+        if self.resume_points is None:
+            return 0, self.initial_resume_value
+        return self.resume_points.resume(epoch, position)
 
     def upstream(self, epoch: int, position: int) -> tuple[int, int]:
         """Return the (epoch, position) of the source that this node's ``position`` maps to."""

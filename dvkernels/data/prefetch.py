@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import queue
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dvkernels import deadlines
 from dvkernels.data.array_nest import Element, nbytes_of
@@ -44,13 +45,13 @@ class Prefetch(SamePositions):
     def pipeline(self) -> tuple[str, ...]:
         return self.source.pipeline  # prefetching changes no element and no position
 
-    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Any]:
+    def elements(self, indices: Sequence[int], epoch: int) -> Iterator[Element]:
         return self.source.elements(indices, epoch)
 
-    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Element:
         return self.source.select_rows(index, epoch, select)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         return self.source.iterate(epoch, start)
 
 
@@ -120,29 +121,27 @@ class PrefetchingCursor(Cursor):
         self._epoch_position = epoch_position
 
     def take(self, count: int = 1) -> list[Element]:
-        if self._thread is None:
+        thread = self._thread
+        if thread is None or (thread.pid != os.getpid() and not thread.at_end):
+            self.release()  # In a fork, the thread stayed in the parent.
             self.wait()
             cursor = DirectCursor(self._node, self._epoch_position, self._skips)
-            self._thread = _PrefetchThread(cursor, self._depth)
-        thread = self._thread
+            thread = self._thread = _PrefetchThread(cursor, self._depth)
         try:
             while len(thread.taken) < count and not thread.at_end:
                 self.fetch_seconds += thread.take_one()
-        except _ForkedError:
-            self.release()
-            return self.take(count)
         except BaseException:
             self.release()  # The elements taken before are taken again.
             raise
         if not thread.taken:
             raise StopIteration
-        return [fetched.element for fetched in thread.taken]
+        return thread.taken[:]
 
     def confirm(self) -> None:
         thread = self._thread
         assert thread is not None
         # One statement without a call: an interrupt cannot strike within it.
-        self._epoch_position, thread.taken = thread.taken[-1].epoch_position, []
+        self._epoch_position, thread.taken = thread.behind, []
 
     @property
     def num_ready(self) -> int:
@@ -167,10 +166,6 @@ class PrefetchingCursor(Cursor):
                 self._previous = None
 
 
-class _ForkedError(Exception):
-    """The prefetch thread runs in the process that this one was forked from."""
-
-
 class _PrefetchThread:
     """Prefetch thread and its queue of ready elements; it ends when this object is collected."""
 
@@ -181,8 +176,10 @@ class _PrefetchThread:
         for _ in range(depth):
             self._free_slots.put(None)
         self.sizes: collections.deque[int] = collections.deque()  # of the elements that are ready
-        self.taken: list[_PrefetchedElement] = []  # but not confirmed
-        self.at_end = False  # of the epoch, behind the elements taken
+        self.taken: list[Element] = []  # but not confirmed
+        self.behind = cursor.epoch_position  # behind the elements taken
+        self.at_end = False  # whether the epoch ends there
+        self.pid = os.getpid()
         fetch = functools.partial(_fetch, cursor, self._ready, self.sizes)
         self.threads = QueueThreads(self._free_slots, fetch, 1, "dvkernels-data-ahead")
         try:
@@ -207,7 +204,8 @@ class _PrefetchThread:
         if fetched.error is None:
             self.sizes.popleft()
             self._free_slots.put(None)
-            self.taken.append(fetched)
+            self.taken.append(fetched.element)
+            self.behind = fetched.epoch_position
         elif isinstance(fetched.error, StopIteration):
             self.at_end = True
         else:
@@ -216,8 +214,6 @@ class _PrefetchThread:
 
     def _check(self, deadline: float) -> None:
         """Raise if no further element can arrive."""
-        if not self.threads.is_here:
-            raise _ForkedError
         if self.threads.is_stopping:
             if stoppable_thread.is_over:
                 raise SystemExit  # ends a thread of the user's silently

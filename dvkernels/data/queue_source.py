@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dvkernels.data.array_nest import owned_copy
-from dvkernels.data.checks import check_count
+from dvkernels.data.array_nest import Element, owned_copy
+from dvkernels.data.checks import check_count, unexpected
 from dvkernels.data.exclusion import MutualExclusion
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.data.stacking import stack
 from dvkernels.errors import DatasetError
-from dvkernels.user_errors import brief
 
 __all__: list[str] = []
 
@@ -57,11 +56,8 @@ class FromQueue(Node):
     ) -> None:
         get = getattr(source, "get", source)
         if not callable(get) or isinstance(source, dict | type):
-            raise DatasetError(
-                "from_live: expected a queue, or a function get(timeout); got "
-                f"{brief(source)}, a {type(source).__name__}; pass a queue.Queue that a thread "
-                "fills"
-            )
+            remedy = "pass a queue.Queue that a thread fills"
+            raise unexpected("from_live", "a queue, or a function get(timeout)", source, remedy)
         if batch_size is not None:
             batch_size = check_count(
                 "from_live", "batch_size", batch_size, 1, "leave it out for single elements"
@@ -89,7 +85,7 @@ class FromQueue(Node):
         wait = "" if self._max_wait is None else f", max_wait_seconds={self._max_wait}"
         return f"from_live({self._name}{size}{wait})"
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         arrivals = self._arrivals
         if not self._has_begun:  # The iterator begun last becomes the reader.
             self._has_begun = True

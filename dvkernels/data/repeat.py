@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import concatenate, take
+from dvkernels.data.array_nest import Element, concatenate, take
 from dvkernels.data.checks import LARGEST_INDEX, check_count
 from dvkernels.data.node import Indices, Node, RowSelector
 from dvkernels.data.transform import Transform
@@ -47,15 +46,15 @@ class Repeat(Transform):
     def describe(self) -> str:
         return f"repeat({'' if self.count is None else self.count})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         repetition, offset = self._split_index(index)
         return self.source.element(offset, epoch * self._stride + repetition)
 
-    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Any:
+    def select_rows(self, index: int, epoch: int, select: RowSelector) -> Element:
         repetition, offset = self._split_index(index)
         return self.source.select_rows(offset, epoch * self._stride + repetition, select)
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         pieces = []
         while start < stop:
             repetition, offset = self._split_index(start)
@@ -66,7 +65,7 @@ class Repeat(Transform):
             start += end - offset
         return concatenate(pieces)
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         if self._period is None or self._period == math.inf:
             return self.source.gather(indices, epoch * self._stride)
         if self._period > LARGEST_INDEX:
@@ -82,14 +81,9 @@ class Repeat(Transform):
         ]
         return take(concatenate(pieces), np.argsort(np.concatenate(rows)))
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        if self.random_access:
-            yield from super().iterate(epoch, start)
-            return
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         points = self.resume_points
-        position, (repetition, offset) = (
-            (0, (0, 0)) if points is None else points.resume(epoch, start)
-        )
+        position, (repetition, offset) = self.resume(epoch, start)
         while self.count is None or repetition < self.count:
             for element in self.source.iterate(epoch * self._stride + repetition, offset):
                 position, offset = position + 1, offset + 1
@@ -97,9 +91,7 @@ class Repeat(Transform):
                     points.add(epoch, position, [repetition, offset])
                 if position > start:
                     yield element
-            if (
-                offset == 0
-            ):  # An empty repetition: all others are empty too; endless, it would hang.
+            if offset == 0:  # An empty repetition, as all others are: endless, it would hang.
                 return
             repetition, offset = repetition + 1, 0
 

@@ -17,13 +17,13 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import owned_copy
+from dvkernels.data.array_nest import Element, owned_copy
 from dvkernels.data.checks import LARGEST, LARGEST_INDEX, check_count, check_flag
 from dvkernels.data.node import Indices, Node
+from dvkernels.data.transform import Transform
 from dvkernels.errors import DatasetError
 from dvkernels.kernels import backends
 
@@ -82,11 +82,10 @@ def permute(positions: Indices, length: int, keys: tuple[int, ...]) -> Indices:
     return order
 
 
-class Shuffle(Node):
+class Shuffle(Transform):
     """Shuffle of all elements of ``source``, in an order that is a function of (seed, epoch)."""
 
-    random_access = True
-    source: Node
+    length: int
 
     def __init__(self, source: Node, seed: int, reshuffle_each_epoch: bool) -> None:
         seed = _check_seed(seed, reshuffle_each_epoch)
@@ -107,8 +106,7 @@ class Shuffle(Node):
                 f"shuffle: expected at most 2**62 elements; got {source.length}; shuffle before "
                 "repeat()"
             )
-        self.source = source
-        self.length: int = int(source.length)
+        super().__init__(source, int(source.length))
         self._seed = seed
         self._reshuffles = reshuffle_each_epoch
         # (epoch, block number, its permuted positions): replaced as a whole, never modified.
@@ -118,13 +116,13 @@ class Shuffle(Node):
         once = "" if self._reshuffles else ", reshuffle_each_epoch=False"
         return f"shuffle(seed={self._seed}{once})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self.source.element(self._permuted(index, epoch), epoch)
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         return self.source.gather(permute(indices, self.length, self._keys(epoch)), epoch)
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         first, last = start // BLOCK_LENGTH, (stop - 1) // BLOCK_LENGTH
         if first == last:
             offset = first * BLOCK_LENGTH
@@ -156,7 +154,7 @@ class Shuffle(Node):
         return block
 
 
-class WindowedShuffle(Node):
+class WindowedShuffle(Transform):
     """Shuffle within consecutive windows of ``window`` elements.
 
     No element moves further than a window. The first window of an epoch is shorter by a number
@@ -165,17 +163,13 @@ class WindowedShuffle(Node):
     random access is kept, and a sequential source is resumed at the start of a window.
     """
 
-    source: Node
-
     def __init__(self, source: Node, seed: int, window: int, reshuffle_each_epoch: bool) -> None:
         self._seed = _check_seed(seed, reshuffle_each_epoch)
         self._window = check_count(
             "shuffle", "window", window, 1, "leave it out to shuffle the whole dataset"
         )
         self._reshuffles = reshuffle_each_epoch
-        self.source = source
-        self.length = source.length
-        self.random_access = source.random_access
+        super().__init__(source, source.length)
         # (epoch, window number, its order): replaced as a whole, never modified.
         self._latest: tuple[int, int, Indices] = (-1, -1, np.empty(0, np.int64))
 
@@ -187,16 +181,16 @@ class WindowedShuffle(Node):
     def owns_elements(self) -> bool:
         return not self.random_access or self.source.owns_elements
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self.source.element(self._permuted(index, epoch), epoch)
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         permuted = [self._permuted(index, epoch) for index in indices.tolist()]
         if max(permuted) > LARGEST_INDEX:
             return super().gather(indices, epoch)
         return self.source.gather(np.array(permuted, np.int64), epoch)
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         if stop + self._window > LARGEST_INDEX:
             return super().batch(start, stop, epoch)
         pieces = []
@@ -207,10 +201,7 @@ class WindowedShuffle(Node):
             start = end
         return self.source.gather(np.concatenate(pieces), epoch)
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        if self.random_access:
-            yield from super().iterate(epoch, start)
-            return
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         number, begin, end = self._bounds(start, epoch)
         elements = self.source.iterate(epoch, begin)
         if not self.source.owns_elements:

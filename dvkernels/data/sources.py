@@ -7,10 +7,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dvkernels.data.array_nest import as_array, is_flat_tuple, outline
-from dvkernels.data.checks import LARGEST, check_callable, check_count, check_flag, check_ordered
+from dvkernels.data.array_nest import Element, as_array, is_flat_tuple, outline
+from dvkernels.data.checks import (
+    LARGEST,
+    check_callable,
+    check_count,
+    check_flag,
+    check_ordered,
+    unexpected,
+)
 from dvkernels.data.node import Indices, Node, add_note, callable_name
-from dvkernels.devices.array_spec import Spec
+from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import DatasetError
 from dvkernels.pytree import flatten, leaf_names
 from dvkernels.user_errors import brief, text_of
@@ -32,7 +39,7 @@ class FromArrays(Node):
     random_access = True
     owns_elements = True  # provided that the user does not write to the arrays
 
-    def __init__(self, nest: Any) -> None:
+    def __init__(self, nest: Element) -> None:
         leaves, self._spec = flatten(nest)
         if not leaves:
             raise DatasetError(
@@ -62,10 +69,10 @@ class FromArrays(Node):
     def describe(self) -> str:
         return f"from_arrays(length={self.length}, {self._columns})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self._build([array[index] for array in self._arrays])
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         # take() is about twice as fast as [indices], but copies the whole of a strided array.
         return self._build(
             [
@@ -74,14 +81,11 @@ class FromArrays(Node):
             ]
         )
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         return self._build([array[start:stop] for array in self._arrays])
 
     def sample(self) -> Iterator[Any]:
         return iter(self._arrays)
-
-    def origin(self, index: int, epoch: int) -> int:
-        return index
 
 
 class Range(Node):
@@ -110,9 +114,6 @@ class Range(Node):
     def batch(self, start: int, stop: int, epoch: int) -> Indices:
         return np.arange(start, stop, dtype=np.int64)
 
-    def origin(self, index: int, epoch: int) -> int:
-        return index
-
 
 class FromSequence(Node):
     """Source of the elements of a sequence with ``__len__`` and ``__getitem__``."""
@@ -133,15 +134,12 @@ class FromSequence(Node):
     def describe(self) -> str:
         return f"from_sequence(length={self.length})"
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         try:
             return self._sequence[index]
         except Exception as error:
             add_note(error, f"{type(self._sequence).__name__}.__getitem__", self, index, epoch)
             raise
-
-    def origin(self, index: int, epoch: int) -> int:
-        return index
 
 
 def length_of(sequence: SupportsIndexing, verb: str) -> int:
@@ -158,7 +156,7 @@ class FromIterable(Node):
     random_access = False
     length = None
 
-    def __init__(self, factory: Callable[..., Iterable[Any]], takes_epoch: bool) -> None:
+    def __init__(self, factory: Callable[..., Iterable[Element]], takes_epoch: bool) -> None:
         check_flag("from_iterable", "epoch", takes_epoch)
         check_callable(
             "from_iterable",
@@ -174,9 +172,9 @@ class FromIterable(Node):
         epoch = ", epoch=True" if self._takes_epoch else ""
         return f"from_iterable({callable_name(self._factory)}{epoch})"
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         index = 0
-        iterator: Iterator[Any] | None = None
+        iterator: Iterator[Element] | None = None
         try:
             iterator = self._begin(epoch)
             for element in iterator:
@@ -192,13 +190,11 @@ class FromIterable(Node):
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    def _begin(self, epoch: int) -> Iterator[Any]:
+    def _begin(self, epoch: int) -> Iterator[Element]:
         iterable: object = self._factory(epoch) if self._takes_epoch else self._factory()
         if not isinstance(iterable, Iterable):
-            raise DatasetError(
-                "from_iterable: expected the factory to return an iterable; got "
-                f"{brief(iterable)}, a {type(iterable).__name__}; write it as a generator function"
-            )
+            wanted, remedy = "the factory to return an iterable", "write it as a generator function"
+            raise unexpected("from_iterable", wanted, iterable, remedy)
         check_ordered("from_iterable", "what the factory returns", iterable)
         if not isinstance(iterable, Iterator):
             return iter(iterable)
@@ -212,7 +208,7 @@ class FromIterable(Node):
         return iterable
 
 
-def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
+def _rows(name: str, leaf: object) -> HostArray:
     """Return a read-only view of ``leaf``, so that nobody writes to the source by accident."""
     try:
         array = as_array(leaf, "from_arrays", name)
@@ -224,10 +220,8 @@ def _rows(name: str, leaf: object) -> np.ndarray[Any, np.dtype[Any]]:
             f"cannot read ({text_of(error)}); convert it to a NumPy array first"
         ) from error
     if array.ndim == 0:
-        raise DatasetError(
-            f"from_arrays: expected an array with a leading axis as {name}; got {brief(leaf)}, "
-            f"a {type(leaf).__name__}; lists are containers here, so wrap numbers in np.asarray"
-        )
+        remedy = "lists are containers here, so wrap numbers in np.asarray"
+        raise unexpected("from_arrays", f"an array with a leading axis as {name}", leaf, remedy)
     view = array.view()
     view.flags.writeable = False
     return view

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import as_array
+from dvkernels.data.array_nest import Element, as_array
+from dvkernels.data.checks import unexpected
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
-from dvkernels.pytree import describe_structure, flatten, leaf_names
-from dvkernels.user_errors import brief
+from dvkernels.pytree import Structure, describe_structure, flatten, leaf_names
 
 __all__: list[str] = []
-
-Array = np.ndarray[Any, Any]
 
 # Allocated at first for one leaf, since a sequential source may end long before a batch is full.
 _INITIAL_BYTES = 2**26
@@ -39,11 +39,11 @@ class BatchBuilder:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._columns: list[_Column] = []
-        self._structure: Any = None
+        self._structure: Structure | None = None
         self._num_values: int | None = None  # _num_values() of the first element
         self.count = 0
 
-    def add(self, element: Any) -> None:
+    def add(self, element: Element) -> None:
         """Copy one more element.
 
         Raises
@@ -53,7 +53,7 @@ class BatchBuilder:
             is neither an array nor a number.
         """
         num_values = _num_values(element)
-        leaves: Sequence[Any]
+        leaves: Sequence[Element]
         if num_values is None or num_values != self._num_values:
             leaves = self._leaves(element)
         else:
@@ -62,7 +62,7 @@ class BatchBuilder:
             column.add(leaf, self.count)
         self.count += 1
 
-    def _leaves(self, element: Any) -> list[Any]:
+    def _leaves(self, element: Element) -> list[Any]:
         leaves, structure = flatten(element)
         if self._structure is None:
             self._structure = structure
@@ -78,8 +78,9 @@ class BatchBuilder:
             )
         return leaves
 
-    def build(self) -> Any:
+    def build(self) -> Element:
         """Return the batch of one or more elements; may be called once."""
+        assert self._structure is not None
         return self._structure.unflatten([column.build(self.count) for column in self._columns])
 
 
@@ -92,9 +93,9 @@ class _Column:
         self._name = name
         self._capacity = capacity
         self._shape: tuple[int, ...] | None = None
-        self._dtype: Any = None
-        self._rows: Array = np.empty(0)
-        self._mixed: list[Array] | None = None  # the rows, once their dtypes differ
+        self._dtype: np.dtype[Any] | None = None
+        self._rows: HostArray = np.empty(0)
+        self._mixed: list[HostArray] | None = None  # the rows, once their dtypes differ
 
     def add(self, leaf: Any, row: int) -> None:
         array = leaf if type(leaf) is np.ndarray else self._row(leaf, row)
@@ -116,14 +117,14 @@ class _Column:
             self._mixed = list(self._rows[:row])
         self._mixed.append(array.copy())
 
-    def build(self, count: int) -> Array:
+    def build(self, count: int) -> HostArray:
         if self._mixed is not None:
             return self._stacked(self._mixed)
         if count < len(self._rows):
             self._rows.resize((count, *self._rows.shape[1:]), refcheck=False)
         return self._rows
 
-    def _stacked(self, rows: list[Array]) -> Array:
+    def _stacked(self, rows: list[HostArray]) -> HostArray:
         """Stack rows of several dtypes, if one dtype represents all of them exactly."""
         batch = np.stack(rows)
         kinds = {array.dtype.kind for array in rows}
@@ -136,22 +137,20 @@ class _Column:
             )
         return batch
 
-    def _begin(self, array: Array) -> None:
+    def _begin(self, array: HostArray) -> None:
         self._shape, self._dtype = array.shape, array.dtype
         capacity = max(1, min(self._capacity, _INITIAL_BYTES // max(1, array.nbytes)))
         # The dtype of a batch is NumPy's result type of its rows, in native byte order.
         self._rows = np.empty((capacity, *array.shape), np.result_type(array.dtype, array.dtype))
 
-    def _row(self, leaf: Any, row: int) -> Array:
+    def _row(self, leaf: Any, row: int) -> HostArray:
         if type(leaf) in (int, float) and -(2**63) <= leaf < 2**63:
             return np.asarray(leaf)
         where = f"{self._name} of element {row} of the batch"
         array = as_array(leaf, "batch", where)
         if array.dtype == object and not hasattr(leaf, "dtype"):
-            raise DatasetError(
-                f"batch: expected arrays or numbers to stack; got {brief(leaf)}, a "
-                f"{type(leaf).__name__}, as {where}; turn it into an array with map()"
-            )
+            remedy = "turn it into an array with map()"
+            raise unexpected("batch", "arrays or numbers to stack", leaf, remedy, f", as {where}")
         if isinstance(leaf, str | bytes) and leaf[-1:] in ("\0", b"\0"):
             raise DatasetError(
                 f"batch: expected text or bytes that NumPy keeps as they are; {where} ends with "
@@ -161,7 +160,7 @@ class _Column:
         return array
 
 
-def _num_values(element: Any) -> int | None:
+def _num_values(element: Element) -> int | None:
     """Return the number of leaves of a plain tuple, 0 for a bare leaf; None for other pytrees."""
     kind = type(element)
     if kind in _LEAF_TYPES:
@@ -171,9 +170,20 @@ def _num_values(element: Any) -> int | None:
     return len(element) or None
 
 
-def stack(elements: Iterable[Any], capacity: int) -> Any:
-    """Stack 1 to ``capacity`` elements along a new leading axis."""
+def stack(elements: Iterable[Element], capacity: int) -> Element:
+    """Stack at most ``capacity`` elements along a new leading axis; None if there are none."""
     batch = BatchBuilder(capacity)
     for element in elements:
         batch.add(element)
-    return batch.build()
+    return batch.build() if batch.count else None
+
+
+def batches(elements: Iterator[Element], size: int, drops_remainder: bool) -> Iterator[Element]:
+    """Yield the elements in batches of ``size``, the last one perhaps shorter, or dropped then."""
+    while True:
+        batch = BatchBuilder(size)
+        for element in itertools.islice(elements, size):
+            batch.add(element)
+        if not batch.count or (batch.count < size and drops_remainder):
+            return
+        yield batch.build()

@@ -63,19 +63,19 @@ def write_state(
 ) -> dict[str, Any]:
     """Return the state as a JSON-serializable dict."""
     _check_resumable("state_dict", node)
-    extra: dict[str, Any] = {}
-    optional = {_ELEMENT: element, _FINGERPRINT: fingerprint}
+    epoch, position, memory = epoch_position
     version = _VERSION
+    extra: dict[str, Any] = {}
     if lanes is not None:
         version, extra = _VERSION_WITH_LANES, {_LANES: list(lanes)}
-    elif epoch_position.memory:
-        version, extra = (
-            _VERSION_WITH_MEMORY,
-            {_MEMORY: encode(list(epoch_position.memory), _MEMORY)},
-        )
-    values = (_FORMAT, version, epoch_position.epoch, epoch_position.position, list(node.pipeline))
-    known = {key: value for key, value in optional.items() if value is not None}
-    return dict(zip(_KEYS, values, strict=True)) | extra | known
+    elif memory:
+        version, extra = _VERSION_WITH_MEMORY, {_MEMORY: encode(list(memory), _MEMORY)}
+    if element is not None:
+        extra[_ELEMENT] = element
+    if fingerprint is not None:
+        extra[_FINGERPRINT] = fingerprint
+    values = (_FORMAT, version, epoch, position, list(node.pipeline))
+    return dict(zip(_KEYS, values, strict=True)) | extra
 
 
 def write_workers_state(
@@ -107,7 +107,7 @@ def read_workers_state(
     """Return the epoch and the states of the workers, an empty list if no step had been taken."""
     _check_resumable(_MEMBER, node)
     frame = _check_frame(state, _WORKERS_FORMAT, _WORKERS_KEYS, (), _VERSION)
-    epoch = check_count(_MEMBER, "epoch", frame["epoch"], 0, "the state is damaged")
+    epoch = _count("epoch", frame["epoch"])
     states = frame["workers"]
     if not isinstance(states, list) or len(states) not in (0, num_workers):
         got = f"{len(states)} workers" if isinstance(states, list) else brief(states)
@@ -122,46 +122,34 @@ def read_workers_state(
 def read_state(node: Node, state: object) -> SavedPosition:
     """Return the saved position; raise :class:`DatasetError` unless it is a state of ``node``."""
     _check_resumable(_MEMBER, node)
-    state = _check_frame(
-        state, _FORMAT, _KEYS, (_MEMORY, _LANES, _ELEMENT, _FINGERPRINT), max(_EXTRA)
-    )
-    version = state["version"]
-    epoch = check_count(_MEMBER, "epoch", state["epoch"], 0, "the state is damaged")
-    position = _check_position("position", state["position"])
+    optional_keys = (_MEMORY, _LANES, _ELEMENT, _FINGERPRINT)
+    state = _check_frame(state, _FORMAT, _KEYS, optional_keys, max(_EXTRA))
+    version, epoch = state["version"], _count("epoch", state["epoch"])
+    position = _count("position", state["position"])
     _compare(node, state["pipeline"], epoch, position)
     optional = [state.get(key) for key in (_ELEMENT, _FINGERPRINT)]
     if not all(value is None or isinstance(value, str) for value in optional):
-        raise DatasetError(
-            f"{_MEMBER}: expected text as {_ELEMENT} and {_FINGERPRINT}; got {brief(optional)}; "
-            "the state is damaged"
-        )
-    for key in (_MEMORY, _LANES):
-        if (_EXTRA.get(version) == key) != (key in state):
-            raise DatasetError(
-                f"{_MEMBER}: expected {key!r} in a state of version "
-                f"{next(number for number, name in _EXTRA.items() if name == key)}, and in no "
-                f"other; got version {version}, {brief(state.get(key))}; the state is damaged"
+        raise _damage(f"text as {_ELEMENT} and {_FINGERPRINT}", brief(optional))
+    for number, key in _EXTRA.items():
+        if (version == number) != (key in state):
+            raise _damage(
+                f"{key!r} in a state of version {number}, and in no other",
+                f"version {version}, {brief(state.get(key))}",
             )
     if version == _VERSION_WITH_LANES:
         return SavedPosition(EpochPosition(epoch, position), _read_lanes(state[_LANES]), *optional)
     if node.length is not None and position > node.length:
-        raise DatasetError(
-            f"{_MEMBER}: expected a position of at most {node.length}, the number of elements an "
-            f"epoch; got {position}; the state is damaged"
-        )
+        wanted = f"a position of at most {node.length}, the number of elements an epoch"
+        raise _damage(wanted, str(position))
     memory = decode(state.get(_MEMORY, []))
     if not isinstance(memory, list):
-        raise DatasetError(
-            f"{_MEMBER}: expected a list {_MEMORY!r}; got {brief(memory)}; the state is damaged"
-        )
+        raise _damage(f"a list {_MEMORY!r}", brief(memory))
     if memory:
         rest = iter(memory)
         node.own_chain().restore(rest)  # Only to check that it can be restored.
-        if len(left := list(rest)):
-            raise DatasetError(
-                f"{_MEMBER}: expected a {_MEMORY} of {len(memory) - len(left)} entries for this "
-                f"pipeline; got {len(memory)}; the state is damaged"
-            )
+        if num_left := len(list(rest)):
+            wanted = f"a {_MEMORY} of {len(memory) - num_left} entries for this pipeline"
+            raise _damage(wanted, str(len(memory)))
     return SavedPosition(EpochPosition(epoch, position, memory), None, *optional)
 
 
@@ -203,17 +191,17 @@ def _check_frame(
 def _read_lanes(lanes: object) -> list[int]:
     """Return the position in each lane of files."""
     if not isinstance(lanes, list) or not lanes:
-        raise DatasetError(
-            f"{_MEMBER}: expected {_LANES!r} to be a list of positions, one for each lane of "
-            f"files; got {brief(lanes)}; the state is damaged"
-        )
-    for position in lanes:
-        _check_position(_LANES, position)
-    return lanes
+        wanted = f"{_LANES!r} to be a list of positions, one for each lane of files"
+        raise _damage(wanted, brief(lanes))
+    return [_count(_LANES, position) for position in lanes]
 
 
-def _check_position(name: str, value: object) -> int:
+def _count(name: str, value: object) -> int:
     return check_count(_MEMBER, name, value, 0, "the state is damaged")
+
+
+def _damage(wanted: str, got: str) -> DatasetError:
+    return DatasetError(f"{_MEMBER}: expected {wanted}; got {got}; the state is damaged")
 
 
 def _check_resumable(member: str, node: Node) -> None:
@@ -235,17 +223,13 @@ def check_same(what: str, own: str | None, saved: str | None) -> None:
 
 def _compare(node: Node, saved: object, epoch: int, position: int) -> None:
     if not isinstance(saved, list | tuple) or not all(isinstance(link, str) for link in saved):
-        raise DatasetError(
-            f"{_MEMBER}: expected the pipeline to be a list of strings; got {brief(saved)}; "
-            "the state is damaged"
-        )
+        raise _damage("the pipeline to be a list of strings", brief(saved))
     own = node.pipeline
-    links = list(itertools.zip_longest(own, saved, fillvalue="nothing"))
-    differing = [index for index, (here, there) in enumerate(links) if here != there]
+    links = enumerate(itertools.zip_longest(own, saved, fillvalue="nothing"))
+    differing = [(index, here, there) for index, (here, there) in links if here != there]
     if not differing:
         return
-    index = differing[0]
-    here, there = links[index]
+    index, here, there = differing[0]
     hint = "build the dataset as it was, or start afresh"
     if len(differing) == 1 and (repeat := re.fullmatch(r"repeat\((\d+)\)", there)):
         if epoch == 0 and _continues_repeat(node, len(own) - 1 - index, position, int(repeat[1])):

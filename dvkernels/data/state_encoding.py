@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices import interop
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief
 
@@ -86,13 +87,13 @@ def _decode_bytes(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
-def _encode_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _encode_array(array: HostArray) -> dict[str, Any]:
     little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
     data = _base64(little.reshape(-1).view(np.uint8)) if array.size else ""
     return {"dtype": _dtype_name(array.dtype), "shape": [*array.shape], "base64": data}
 
 
-def _decode_array(encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
+def _decode_array(encoded: dict[str, Any]) -> HostArray:
     dtype, shape, data = (
         _dtype_named(encoded["dtype"]),
         encoded["shape"],

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from dvkernels.data.checks import check_callable, check_flag
+from dvkernels.data.array_nest import Element
+from dvkernels.data.checks import check_callable, check_flag, unexpected
 from dvkernels.data.node import Node, add_note, callable_name
 from dvkernels.errors import DatasetError
 from dvkernels.user_errors import brief, describe
@@ -82,20 +83,20 @@ class FromSource(Node):
 
     def __init__(self, source: Source) -> None:
         if isinstance(source, type) or not callable(getattr(source, "open", None)):
-            raise DatasetError(
-                "from_source: expected an object with open(epoch, state), which returns a reader "
-                f"with __next__() and state(); got {brief(source)}, a {type(source).__name__}; "
-                "use from_iterable(factory) for what has no state"
+            raise unexpected(
+                "from_source",
+                "an object with open(epoch, state), which returns a reader with __next__() and "
+                "state()",
+                source,
+                "use from_iterable(factory) for what has no state",
             )
         self._source = source
 
     def describe(self) -> str:
         return f"from_source({type(self._source).__qualname__})"
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        index, state = (
-            (0, None) if self.resume_points is None else self.resume_points.resume(epoch, start)
-        )
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
+        index, state = self.resume(epoch, start)
         name, verb = type(self._source).__name__, "open"
         reader: Any = None
         try:
@@ -171,22 +172,17 @@ class _StatefulIterableSource:
 
     def open(self, epoch: int, state: Any) -> Reader:
         iterable = self._factory(epoch) if self._takes_epoch else self._factory()
-        # A loader loads its state before it makes an iterator; iter() of an iterator is itself.
-        if _has_state_dict(iterable):
-            if state is not None:
-                iterable.load_state_dict(state)
-            return _StatefulReader(iter(iterable), iterable)
-        iterator = iter(iterable)
-        if not _has_state_dict(iterator):
+        holder = iterable if _has_state_dict(iterable) else iter(iterable)
+        if not _has_state_dict(holder):
             raise DatasetError(
                 f"from_iterable: expected stateful=True to come with an iterable, or an iterator, "
                 f"that has state_dict() and load_state_dict(state); got a "
-                f"{type(iterable).__name__} and a {type(iterator).__name__}; leave stateful out "
+                f"{type(iterable).__name__} and a {type(holder).__name__}; leave stateful out "
                 f"to have it resumed by replay"
             )
-        if state is not None:
-            iterator.load_state_dict(state)
-        return _StatefulReader(iterator, iterator)
+        if state is not None:  # A loader loads its state before it makes an iterator.
+            holder.load_state_dict(state)
+        return _StatefulReader(iter(iterable) if holder is iterable else holder, holder)
 
 
 class _StatefulReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dvkernels.data.array_nest import Element
 from dvkernels.data.error_policy import Outcome, skipping
 from dvkernels.data.node import Indices, Length, Node, add_note
 
@@ -39,13 +40,13 @@ class Transform(Node):
 class SamePositions(Transform):
     """Base class of the transforms whose element n is element n of the source."""
 
-    def element(self, index: int, epoch: int) -> Any:
+    def element(self, index: int, epoch: int) -> Element:
         return self.source.element(index, epoch)
 
-    def gather(self, indices: Indices, epoch: int) -> Any:
+    def gather(self, indices: Indices, epoch: int) -> Element:
         return self.source.gather(indices, epoch)
 
-    def batch(self, start: int, stop: int, epoch: int) -> Any:
+    def batch(self, start: int, stop: int, epoch: int) -> Element:
         return self.source.batch(start, stop, epoch)
 
     def origin(self, index: int, epoch: int) -> int | None:

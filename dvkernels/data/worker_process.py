@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from dvkernels import deadlines
+from dvkernels.data.array_nest import Element
 from dvkernels.data.error_policy import Outcome, outcome_of
 from dvkernels.errors import DatasetError, WorkerLostError
 from dvkernels.threads.thread import Latch
@@ -100,7 +101,7 @@ class WorkerProcess:
         self._connection: Connection | None = None
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
-    def __call__(self, elements: Sequence[Any], stop: Latch) -> Iterator[Outcome]:
+    def __call__(self, elements: Sequence[Element], stop: Latch) -> Iterator[Outcome]:
         """Yield the outcomes of the elements, which are sent in one message."""
         # The view of the pickle buffer is released here, not with the traceback of an error.
         with self._pickle_elements(elements) as request:
@@ -112,19 +113,20 @@ class WorkerProcess:
         for value, sent in answer:
             yield Outcome(value, None if sent is None else sent.unpickled())
 
-    def end(self) -> None:
-        """End the process; it is killed if it does not exit by itself soon."""
+    def end(self) -> int:
+        """End the process, by force if it does not exit by itself soon; return its status."""
         connection, self._connection = self._connection, None
         process, self._process = self._process, None
         if connection is not None:
             connection.close()
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_EXIT_SECONDS)
-            process.kill()
-            process.wait()
+        if process is None:
+            return 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_EXIT_SECONDS)
+        process.kill()
+        return process.wait()
 
-    def _pickle_elements(self, elements: Sequence[Any]) -> Any:
+    def _pickle_elements(self, elements: Sequence[Element]) -> Any:
         try:
             return ForkingPickler.dumps(elements)
         except Exception as error:
@@ -194,13 +196,7 @@ class WorkerProcess:
             raise
 
     def _lost_error(self) -> WorkerLostError:
-        process, self._process = self._process, None
-        assert process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_EXIT_SECONDS)
-        process.kill()
-        status = process.wait()
-        self.end()
+        status = self.end()
         how = f"with status {status}: does the function end it?"
         if status < 0:
             how = f"by signal {-status}: was it killed, perhaps for its memory?"
@@ -214,10 +210,14 @@ def _loads(received: bytes) -> Any:
     try:
         return pickle.loads(received)
     except Exception as error:
-        raise DatasetError(
-            f"map: expected results that can be sent between processes; got {describe(error)}; "
-            "return arrays and nests of them, or use workers='threads'"
-        ) from error
+        raise _unsent("results", describe(error)) from error
+
+
+def _unsent(what: str, got: str) -> DatasetError:
+    return DatasetError(
+        f"map: expected {what} that can be sent between processes; got {got}; return arrays and "
+        "nests of them, or use workers='threads'"
+    )
 
 
 def serve() -> None:
@@ -243,7 +243,7 @@ def _do_nothing(number: int, frame: FrameType | None) -> None:
     """Ignore a signal, which the program handles."""
 
 
-def _receive_function(received: bytes) -> Callable[[Any], Any]:
+def _receive_function(received: bytes) -> Callable[[Element], Element]:
     """Import the main module of the program as ``multiprocessing`` does; return the function."""
     parent, state, pickled = pickle.loads(received)
     threading.Thread(target=_exit_with_parent, args=[parent], daemon=True).start()
@@ -251,7 +251,7 @@ def _receive_function(received: bytes) -> Callable[[Any], Any]:
     process._inheriting = True  # type: ignore[attr-defined]  # forbids starting processes
     try:
         multiprocessing.spawn.prepare(state)
-        fn: Callable[[Any], Any] = pickle.loads(pickled)
+        fn: Callable[[Element], Element] = pickle.loads(pickled)
     finally:
         del process._inheriting  # type: ignore[attr-defined]
     return fn
@@ -264,7 +264,7 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _answer_request(fn: Callable[[Any], Any], connection: Connection) -> Any:
+def _answer_request(fn: Callable[[Element], Element], connection: Connection) -> Any:
     """Apply ``fn`` to the elements of the next request; return the pickled answer."""
     received = connection.recv_bytes()
     answers: list[tuple[Any, _PickledError | None]] = []
@@ -277,25 +277,17 @@ def _answer_request(fn: Callable[[Any], Any], connection: Connection) -> Any:
                 connection.send_bytes(_HEARTBEAT)
                 sent_at = time.monotonic()
     except BaseException as error:  # SystemExit of the function; elements that do not load
-        return _pickle_answer(_PickledError.of(error))
+        return ForkingPickler.dumps(_PickledError.of(error))
     try:
-        return _pickle_answer(answers)
+        return ForkingPickler.dumps(answers)
     except Exception:
-        return _pickle_answer([_picklable(*answer) for answer in answers])
+        return ForkingPickler.dumps([_picklable(*answer) for answer in answers])
 
 
 def _picklable(value: Any, error: _PickledError | None) -> tuple[Any, _PickledError | None]:
     try:
         ForkingPickler.dumps(value)
     except Exception as failure:
-        unsent = DatasetError(
-            f"map: expected a result that can be sent between processes; got a "
-            f"{type(value).__name__}, which cannot be pickled ({describe(failure)}); return "
-            "arrays and nests of them, or use workers='threads'"
-        )
-        return None, _PickledError.of(unsent)
+        got = f"a {type(value).__name__}, which cannot be pickled ({describe(failure)})"
+        return None, _PickledError.of(_unsent("a result", got))
     return value, error
-
-
-def _pickle_answer(answer: object) -> Any:
-    return ForkingPickler.dumps(answer)

@@ -16,8 +16,11 @@ from typing import Any, Protocol, final
 
 import numpy as np
 
-from dvkernels.devices import cuda, cuda_arrays, interop, stream_order
+from dvkernels.devices import cuda, cuda_arrays, interop
+from dvkernels.devices.array_spec import Array, HostArray
+from dvkernels.devices.cuda_arrays import current_stream
 from dvkernels.devices.device import Device
+from dvkernels.devices.stream_order import wait_pairs
 from dvkernels.errors import DeviceError
 
 __all__ = ["HOST", "ArrayMemory", "holding", "of"]
@@ -29,51 +32,51 @@ class ArrayMemory(Protocol):
     Arrays are NumPy's on the host and CuPy's on GPUs.
     """
 
-    def view(self, verb: str, buffer: Any, label: str) -> Any:
+    def view(self, verb: str, buffer: Any, label: str) -> Array:
         """Return an array of another library as NumPy or CuPy array, without a copy."""
 
-    def like(self, result: Any, original: Any) -> Any:
+    def like(self, result: Array, original: Any) -> Any:
         """Return a new NumPy or CuPy array in the library that ``original`` comes from."""
 
-    def new(self, content: Any, device: Device) -> Any:
+    def new(self, content: Array, device: Device) -> Array:
         """Return a new contiguous array on a device; ``content`` lies on the host or a GPU."""
 
-    def on(self, array: Any, device: Device) -> Any:
+    def on(self, array: Array, device: Device) -> Array:
         """Return the array itself if it lies on the device, else a copy on it."""
 
-    def to_device_of(self, array: Any, other: Any) -> Any:
+    def to_device_of(self, array: Array, other: Array) -> Array:
         """Return the array itself if it lies on the device of ``other``, else a copy on it."""
 
-    def copy_to_device_of(self, array: Any, other: Any) -> Any:
+    def copy_to_device_of(self, array: Array, other: Array) -> Array:
         """Return a copy of the array on the device of ``other``."""
 
-    def read_only(self, array: Any) -> Any:
+    def read_only(self, array: Array) -> Array:
         """Return a read-only view."""
 
-    def is_writable(self, array: Any) -> bool:
+    def is_writable(self, array: Array) -> bool:
         """Return whether an array is writable."""
 
-    def apply(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        """Return ``function(*arrays)``, computed on the device of the first array."""
+    def apply(self, function: Callable[..., Any], array: Array, *others: Any) -> Any:
+        """Return ``function(array, *others)``, computed on the device of ``array``."""
 
-    def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> None:
+    def accumulate(self, function: Any, rows: Array, positions: Array, updates: Array) -> None:
         """Apply a ufunc in place: ``rows[p] = function(rows[p], u)`` for each position and update.
 
         In the order of the updates; positions may repeat.
         """
 
-    def overwrite(self, targets: Sequence[Any], values: Sequence[Any]) -> None:
+    def overwrite(self, targets: Sequence[Array], values: Sequence[Array]) -> None:
         """Overwrite contiguous arrays, each with its value, all of them or none.
 
         Values have the targets' shapes and dtypes, and may be views of them.
         """
 
     def overwrite_rows(
-        self, targets: Sequence[Any], rows: Sequence[Any], values: Sequence[Any]
+        self, targets: Sequence[Array], rows: Sequence[Any], values: Sequence[Any]
     ) -> None:
         """Overwrite rows of arrays, each with its value."""
 
-    def to_host(self, array: Any) -> Any:
+    def to_host(self, array: Array) -> HostArray:
         """Return the content in host memory, which may be the array itself."""
 
 
@@ -93,7 +96,7 @@ class _Host:
     view = staticmethod(interop.view)
     like = staticmethod(interop.like)
 
-    def new(self, content: Any, device: Device) -> Any:
+    def new(self, content: Any, device: Device) -> HostArray:
         return np.array(content, order="C", copy=True)
 
     def on(self, array: Any, device: Device) -> Any:
@@ -102,7 +105,7 @@ class _Host:
     def to_device_of(self, array: Any, other: Any) -> Any:
         return array
 
-    def copy_to_device_of(self, array: Any, other: Any) -> Any:
+    def copy_to_device_of(self, array: Any, other: Any) -> HostArray:
         return np.array(array, order="C")
 
     def read_only(self, array: Any) -> Any:
@@ -113,8 +116,8 @@ class _Host:
     def is_writable(self, array: Any) -> bool:
         return bool(array.flags.writeable)
 
-    def apply(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        return function(*arrays)
+    def apply(self, function: Callable[..., Any], array: Any, *others: Any) -> Any:
+        return function(array, *others)
 
     def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> None:
         function.at(rows, positions, updates)
@@ -145,27 +148,22 @@ class _Gpu:
     def __init__(self) -> None:
         self._arrays = cuda.arrays()
 
-    def view(self, verb: str, buffer: Any, label: str) -> Any:
+    def view(self, verb: str, buffer: Any, label: str) -> Array:
         if interop.is_on_gpu(buffer):
             return cuda_arrays.adopt(verb, buffer, label)
         return interop.view(verb, buffer, label)
 
-    def like(self, result: Any, original: Any) -> Any:
+    def like(self, result: Array, original: Any) -> Any:
         if isinstance(result, np.ndarray):
             return interop.like(result, original)
         if interop.is_on_gpu(original):
-            cuda_arrays.wait_for_result(result, original)
+            cuda_arrays.wait_for_result(original)
         return cuda_arrays.like(result, original)
 
-    def new(self, content: Any, device: Device) -> Any:
-        destination = stream_order.DeviceStream(
-            device.index, self._arrays.current(device.index).ptr
-        )
+    def new(self, content: Any, device: Device) -> Array:
         if not isinstance(content, np.ndarray):
             source = self._arrays.device_of(content)
-            cuda_arrays.order_streams(
-                [(destination, stream_order.DeviceStream(source, self._arrays.current(source).ptr))]
-            )
+            cuda_arrays.order_streams([(current_stream(device.index), current_stream(source))])
         new_array = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
         self._arrays.copy(new_array, content)
         return new_array
@@ -178,18 +176,18 @@ class _Gpu:
     def to_device_of(self, array: Any, other: Any) -> Any:
         return self.on(array, Device("cuda", self._arrays.device_of(other)))
 
-    def copy_to_device_of(self, array: Any, other: Any) -> Any:
+    def copy_to_device_of(self, array: Any, other: Any) -> Array:
         return self.new(array, Device("cuda", self._arrays.device_of(other)))
 
-    def read_only(self, array: Any) -> Any:
+    def read_only(self, array: Any) -> Array:
         return self._arrays.read_only(array)
 
     def is_writable(self, array: Any) -> bool:
         return self._arrays.is_writable(array)
 
-    def apply(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        with self._arrays.at(self._arrays.device_of(arrays[0])):
-            return function(*arrays)
+    def apply(self, function: Callable[..., Any], array: Any, *others: Any) -> Any:
+        with self._arrays.at(self._arrays.device_of(array)):
+            return function(array, *others)
 
     def accumulate(self, function: Any, rows: Any, positions: Any, updates: Any) -> None:
         # Atomic operations would add in another order in each run. Round k applies the k-th update
@@ -204,11 +202,11 @@ class _Gpu:
         prepared = {id(value): self._contiguous_copy(value, target_buffers) for value in values}
         sources = [prepared[id(value)] for value in values]
         buffers = [*target_buffers, *cuda_arrays.locate("a write", sources, "value")]
-        streams = [stream_order.DeviceStream(one.device, one.stream) for one in buffers]
+        streams = [buffer.device_stream for buffer in buffers]
         work_stream = streams[0]
-        cuda_arrays.order_streams(stream_order.wait_pairs([work_stream], streams))
-        self._arrays.overwrite(work_stream.device, work_stream.stream, targets, sources)
-        cuda_arrays.order_streams(stream_order.wait_pairs(streams, [work_stream]))
+        cuda_arrays.order_streams(wait_pairs([work_stream], streams))
+        self._arrays.overwrite(*work_stream, targets, sources)
+        cuda_arrays.order_streams(wait_pairs(streams, [work_stream]))
 
     def _contiguous_copy(self, value: Any, targets: Sequence[cuda_arrays.DeviceBuffer]) -> Any:
         if isinstance(value, np.ndarray):
@@ -228,7 +226,7 @@ class _Gpu:
             with self._arrays.at(device.index):
                 target[row] = value
 
-    def to_host(self, array: Any) -> Any:
+    def to_host(self, array: Any) -> HostArray:
         return array if isinstance(array, np.ndarray) else self._arrays.to_host(array)
 
 
@@ -263,13 +261,13 @@ def of(devices: Sequence[Device]) -> ArrayMemory:
     return gpu() if kinds == {"cuda"} else HOST
 
 
-def copied(array: Any, device: Device) -> Any:
+def copied(array: Array, device: Device) -> Any:
     """Return a copy of an array, from either memory, on a device of either kind."""
     memory = of([device])
     return memory.new(holding(array).to_host(array) if memory is HOST else array, device)
 
 
-def on_device(array: Any, device: Device) -> Any:
+def on_device(array: Array, device: Device) -> Any:
     """Return an array on a device of either kind: the array itself if it lies there, or a copy."""
     memory = of([device])
     return memory.on(holding(array).to_host(array) if memory is HOST else array, device)
@@ -280,6 +278,6 @@ def of_value(value: Any) -> ArrayMemory:
     return gpu() if interop.is_on_gpu(value) else HOST
 
 
-def holding(array: Any) -> ArrayMemory:
+def holding(array: Array) -> ArrayMemory:
     """Return the memory of a NumPy or CuPy array."""
     return HOST if isinstance(array, (np.ndarray, np.generic)) else gpu()

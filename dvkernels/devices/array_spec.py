@@ -35,6 +35,9 @@ class Array(Protocol):
 
     def __getitem__(self, key: Any, /) -> Any: ...
 
+    @property
+    def reshape(self) -> Any: ...
+
 
 class Spec(NamedTuple):
     """Shape and dtype, written as ``float32[2, 3]`` in messages."""

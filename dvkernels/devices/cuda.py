@@ -1,25 +1,19 @@
 """CUDA devices of this process, the reason why there are none, and allocation of arrays on them.
 
-The package allocates GPU memory through CuPy. Kernels need the four functions ``empty``, ``copy``,
-``stream`` and ``event``; strategies, whose variables are CuPy arrays, a few more. A twin has the
-same functions over the arrays of Numba's simulator: ``testing.check_arrays`` checks both against
-one contract.
+The package allocates GPU memory through CuPy (cupy_arrays.py), or in the simulator's arrays
+(simulated_arrays.py): ``testing.check_arrays`` checks both against the contract below.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import operator
 import os
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
-
-import numpy as np
+from typing import Any, Protocol
 
 from dvkernels.devices import driver
+from dvkernels.devices.array_spec import Array, HostArray
 from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
 from dvkernels.threads import shielded
@@ -32,14 +26,14 @@ class ArrayLibrary(Protocol):
 
     def empty(
         self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
-    ) -> Any:
+    ) -> Array:
         """Return a new array on a device, with undefined elements.
 
         Its memory is ordered on ``stream`` (an address; None: the current stream): a later use of
         the memory by another array comes after the earlier work of that stream.
         """
 
-    def copy(self, target: Any, source: Any, stream: Any = None) -> None:
+    def copy(self, target: Array, source: Array, stream: Any = None) -> None:
         """Copy between the host and devices, in the order of ``stream``.
 
         The host waits only where its memory is pageable: NumPy arrays that are not pinned.
@@ -60,27 +54,19 @@ class ArrayLibrary(Protocol):
     def identity(self, device: int) -> str:
         """Return an identifier of a device, unique and the same in every process."""
 
-    def over(
-        self,
-        memory: tuple[int, int],
-        address: int,
-        described: Any,
-        device: int,
-        owner: Any,
-    ) -> Any:
+    def over(self, described: HostArray, device: int, owner: Array) -> Array:
         """Return an array over the memory of another library's array ``owner``, without a copy.
 
-        ``memory`` is its first address and the address after its last byte; ``described`` has the
-        shape, dtype and strides of the array, whose first element lies at ``address``.
+        ``described`` is its NumPy description (see cuda_arrays.py).
         """
 
-    def device_of(self, array: Any) -> int:
+    def device_of(self, array: Array) -> int:
         """Return the index of the device that an array lies on."""
 
     def current(self, device: int) -> Any:
         """Return this thread's current stream on a device; its address is ``ptr``."""
 
-    def pinned(self, nbytes: int) -> Any:
+    def pinned(self, nbytes: int) -> HostArray:
         """Return bytes in pinned host memory, from which copies on a stream are asynchronous.
 
         They begin at a page boundary, and must not change before a copy from them has ended.
@@ -89,17 +75,17 @@ class ArrayLibrary(Protocol):
     def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager that makes a device, and a stream of it, current."""
 
-    def to_host(self, array: Any) -> Any:
+    def to_host(self, array: Array) -> HostArray:
         """Return a copy in host memory; the host waits for it."""
 
-    def read_only(self, array: Any) -> Any:
+    def read_only(self, array: Array) -> Array:
         """Return a read-only view; CuPy has no read-only arrays, so its view is writable."""
 
-    def is_writable(self, array: Any) -> bool:
+    def is_writable(self, array: Array) -> bool:
         """Return whether an array is writable."""
 
     def overwrite(
-        self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
+        self, device: int, stream: int, targets: Sequence[Array], sources: Sequence[Array]
     ) -> None:
         """Copy contiguous arrays to contiguous arrays, one after another, on a stream of a device.
 
@@ -177,16 +163,8 @@ def explain(
 ) -> str:
     """Return what is missing and the remedy, or "".
 
-    Parameters
-    ----------
-    version : (int, int) or None
-        The CUDA version of the driver; None where there is no driver, or where it fails to start.
-    problem : str
-        The driver's error on its initialization, or "".
-    count : int
-        The number of visible devices.
-    installed : tuple of str
-        The installed packages.
+    ``version`` is the CUDA version of the driver, None where there is none or it fails to start;
+    ``problem`` its error on initialization, or ""; ``count`` the number of visible devices.
     """
     if problem:
         return f"the NVIDIA driver does not start ({problem}): check that nvidia-smi works"
@@ -224,10 +202,21 @@ def require(verb: str) -> None:
 def arrays() -> ArrayLibrary:
     """Return the array library of this process: CuPy's twin, or the simulator's."""
     require("arrays on a GPU")
-    kind = _SimulatedArrays if is_simulated() else _CuPyArrays
-    return cast(
-        ArrayLibrary, shielded.beyond_interrupts(kind)
-    )  # the constructor imports Numba, or CuPy
+    return shielded.beyond_interrupts(_import_arrays)
+
+
+def _import_arrays() -> ArrayLibrary:
+    """Import CuPy, or Numba's simulator, and return its array library."""
+    if is_simulated():
+        from numba import cuda
+
+        from dvkernels.devices.simulated_arrays import SimulatedArrays
+
+        untyped: Any = cuda
+        return SimulatedArrays(type(untyped.device_array(1)))
+    from dvkernels.devices.cupy_arrays import CuPyArrays
+
+    return CuPyArrays()
 
 
 def as_numba(array: Any) -> Any:
@@ -236,221 +225,3 @@ def as_numba(array: Any) -> Any:
 
     untyped: Any = cuda
     return untyped.as_cuda_array(array)
-
-
-class _CuPyArrays:
-    """Array library of CuPy, from its memory pools."""
-
-    def __init__(self) -> None:
-        import cupy
-
-        self._cupy = cupy
-
-    def empty(
-        self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
-    ) -> Any:
-        """Return a new array on a device."""
-        try:
-            with self._cupy.cuda.Device(device):
-                if stream is None:
-                    return self._cupy.empty(shape, dtype)
-                with self._cupy.cuda.ExternalStream(stream, device):
-                    return self._cupy.empty(shape, dtype)
-        except self._cupy.cuda.memory.OutOfMemoryError as error:
-            nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
-            raise DeviceError(
-                f"cuda:{device} has no room for {nbytes:,} more bytes: free arrays, call "
-                f"cupy.get_default_memory_pool().free_all_blocks(), or use smaller ones ({error})"
-            ) from None
-
-    def copy(self, target: Any, source: Any, stream: Any = None) -> None:
-        """Copy between the host and devices."""
-        on_device = target if isinstance(target, self._cupy.ndarray) else source
-        with on_device.device, stream or self._cupy.cuda.get_current_stream():
-            if on_device is not target:
-                source.get(out=target, blocking=stream is None)
-            elif isinstance(source, self._cupy.ndarray):
-                self._cupy.copyto(target, source)
-            else:
-                target.set(source)
-
-    def stream(self, device: int, *, joins_default: bool = False) -> Any:
-        """Return a new stream."""
-        with self._cupy.cuda.Device(device):
-            return self._cupy.cuda.Stream(non_blocking=not joins_default)
-
-    def event(self, device: int) -> Any:
-        """Return a new event."""
-        with self._cupy.cuda.Device(device):
-            return self._cupy.cuda.Event(disable_timing=True)
-
-    def identity(self, device: int) -> str:
-        """Return the UUID of a device."""
-        cuda_driver = driver.find()
-        assert cuda_driver is not None
-        return cuda_driver.uuid(device)
-
-    def over(
-        self,
-        memory: tuple[int, int],
-        address: int,
-        described: Any,
-        device: int,
-        owner: Any,
-    ) -> Any:
-        """Return an array over the memory of another library's array."""
-        start, stop = memory
-        memory_of_owner = self._cupy.cuda.UnownedMemory(start, stop - start, owner, device)
-        pointer = self._cupy.cuda.MemoryPointer(memory_of_owner, address - start)
-        return self._cupy.ndarray(described.shape, described.dtype, pointer, described.strides)
-
-    def device_of(self, array: Any) -> int:
-        """Return the index of the device that an array lies on."""
-        return int(array.device.id)
-
-    def current(self, device: int) -> Any:
-        """Return this thread's current stream."""
-        return self._cupy.cuda.get_current_stream(device)
-
-    def pinned(self, nbytes: int) -> Any:
-        """Return bytes in pinned host memory."""
-        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
-
-    def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """Make a device, and a stream of it, current."""
-        contexts = contextlib.ExitStack()
-        contexts.enter_context(self._cupy.cuda.Device(device))
-        if stream is not None:  # CuPy enters streams of the current device only
-            contexts.enter_context(stream)
-        return contexts
-
-    def to_host(self, array: Any) -> Any:
-        """Return a copy in host memory."""
-        with array.device:
-            return array.get()
-
-    def read_only(self, array: Any) -> Any:
-        """Return a view."""
-        return array.view()
-
-    def is_writable(self, array: Any) -> bool:
-        """Return True: CuPy has no read-only arrays."""
-        return True
-
-    def overwrite(
-        self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
-    ) -> None:
-        """Copy contiguous arrays to contiguous arrays, on a stream."""
-        cuda_driver = driver.find()
-        assert cuda_driver is not None
-        target_addresses = [array.data.ptr for array in targets]
-        source_addresses = [array.data.ptr for array in sources]
-        cuda_driver.copy_each(
-            device, stream, target_addresses, source_addresses, [array.nbytes for array in sources]
-        )
-
-
-class _SimulatedArrays:
-    """Array library of Numba's simulator: arrays on the host; work is done when it is enqueued."""
-
-    def __init__(self) -> None:
-        from numba import cuda
-
-        from dvkernels.devices import simulated_arrays
-
-        untyped: Any = cuda
-        self._kind = simulated_arrays.kind_of(type(untyped.device_array(1)))
-
-    def empty(
-        self, device: int, shape: tuple[int, ...], dtype: Any, stream: int | None = None
-    ) -> Any:
-        """Return a new array."""
-        return self._kind(np.empty(shape, dtype))
-
-    def copy(self, target: Any, source: Any, stream: Any = None) -> None:
-        """Copy immediately."""
-        host_targets, host_sources = (getattr(array, "_ary", array) for array in (target, source))
-        np.copyto(host_targets, host_sources, casting="no")
-
-    def stream(self, device: int, *, joins_default: bool = False) -> Any:
-        """Return a stand-in for a stream."""
-        return _CompletedStream()
-
-    def event(self, device: int) -> Any:
-        """Return a stand-in for an event."""
-        return _CompletedStream()
-
-    def identity(self, device: int) -> str:
-        """Return an identifier with the process: each process has its own simulated device."""
-        return f"simulated by process {os.getpid()}"
-
-    def over(
-        self,
-        memory: tuple[int, int],
-        address: int,
-        described: Any,
-        device: int,
-        owner: Any,
-    ) -> Any:
-        """Return an array over memory of another array."""
-        return owner if isinstance(owner, self._kind) else self._kind(owner._ary)
-
-    def device_of(self, array: Any) -> int:
-        """Return 0, the only device."""
-        return 0
-
-    def current(self, device: int) -> Any:
-        """Return a stand-in for a stream."""
-        return _CompletedStream()
-
-    def pinned(self, nbytes: int) -> Any:
-        """Return bytes."""
-        return np.empty(nbytes, np.uint8)
-
-    def at(self, device: int, stream: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """Change nothing."""
-        return contextlib.nullcontext()
-
-    def to_host(self, array: Any) -> Any:
-        """Return a copy."""
-        return array._ary.copy()
-
-    def read_only(self, array: Any) -> Any:
-        """Return a read-only view."""
-        view = array._ary.view()
-        view.flags.writeable = False
-        return self._kind(view)
-
-    def is_writable(self, array: Any) -> bool:
-        """Return whether an array is writable."""
-        return bool(array._ary.flags.writeable)
-
-    def overwrite(
-        self, device: int, stream: int, targets: Sequence[Any], sources: Sequence[Any]
-    ) -> None:
-        """Copy arrays to arrays."""
-        host_arrays = ([array._ary for array in arrays] for arrays in (targets, sources))
-        host_targets, host_sources = host_arrays
-        deque(map(operator.setitem, host_targets, itertools.repeat(...), host_sources), maxlen=0)
-
-
-class _CompletedStream:
-    """Stand-in for a stream or an event whose work is complete."""
-
-    ptr = 0
-    done = True
-
-    def __enter__(self) -> _CompletedStream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        """Do nothing: there is nothing to wait for."""
-
-    def wait_event(self, event: Any) -> None:
-        """Do nothing."""
-
-    def synchronize(self) -> None:
-        """Do nothing."""

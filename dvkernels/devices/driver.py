@@ -13,11 +13,9 @@ import ctypes
 import functools
 import itertools
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dvkernels import deadlines
 from dvkernels.errors import DeviceError
 
 __all__ = ["Arguments", "Driver", "find"]
@@ -37,12 +35,7 @@ _END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
 class Arguments:
     """Buffer of the int64 arguments of a kernel, for one launch at a time.
 
-    Attributes
-    ----------
-    words : array.array
-        The arguments, to be filled in completely.
-    options
-        The extra launch options that pass them.
+    Each launch fills in all of ``words``; ``options`` are the extra launch options that pass them.
     """
 
     __slots__ = ("_buffer", "_size", "options", "words")
@@ -60,16 +53,12 @@ class Arguments:
 class Driver:
     """Functions of the CUDA driver; each raises :class:`DeviceError` on failure.
 
-    Parameters
-    ----------
-    library : ctypes.CDLL
-        The driver's library, or a test double.
+    ``library`` is the driver's ``ctypes.CDLL``, or a test double.
     """
 
     def __init__(self, library: Any) -> None:
         self._library = library
         self._contexts: dict[int, ctypes.c_void_p] = {}
-        self._lock = threading.RLock()
         self._pid = os.getpid()
         code = library.cuInit(0)
         self.problem = "" if code in (0, _NO_DEVICE) else self._name(code)
@@ -88,9 +77,8 @@ class Driver:
 
     def version(self) -> tuple[int, int]:
         """Return the newest CUDA version that the driver supports."""
-        found = ctypes.c_int()
-        self._check("cuDriverGetVersion", ctypes.byref(found))
-        return found.value // 1000, found.value % 1000 // 10
+        number = self._get("cuDriverGetVersion")
+        return number // 1000, number % 1000 // 10
 
     def name(self, device: int) -> str:
         """Return the name of a device."""
@@ -114,24 +102,15 @@ class Driver:
 
     def nbytes(self, device: int) -> int:
         """Return the memory of a device, in bytes."""
-        found = ctypes.c_size_t()
-        self._check("cuDeviceTotalMem_v2", ctypes.byref(found), self._handle(device))
-        return found.value
+        return self._get("cuDeviceTotalMem_v2", self._handle(device), kind=ctypes.c_size_t)
 
     def can_reach(self, device: int, peer: int) -> bool:
         """Return whether a device can access the memory of another (peer access)."""
-        found = ctypes.c_int()
-        pair = self._handle(device), self._handle(peer)
-        self._check("cuDeviceCanAccessPeer", ctypes.byref(found), *pair)
-        return bool(found.value)
+        return bool(self._get("cuDeviceCanAccessPeer", self._handle(device), self._handle(peer)))
 
     def device_of(self, address: int) -> int:
         """Return the device of an address."""
-        found = ctypes.c_int()
-        self._check(
-            "cuPointerGetAttribute", ctypes.byref(found), _ORDINAL, ctypes.c_uint64(address)
-        )
-        return found.value
+        return self._get("cuPointerGetAttribute", _ORDINAL, ctypes.c_uint64(address))
 
     def wait(self, device: int, waiting: int, awaited: int) -> None:
         """Let a stream wait for the present work of another; the host does not wait."""
@@ -163,12 +142,8 @@ class Driver:
         """
         arguments = [[*map(ctypes.c_uint64, numbers)] for numbers in (targets, sources, sizes)]
         stream_arguments = itertools.repeat(ctypes.c_void_p(stream))
-        previous_context = self.current()
-        self.enter(device)
-        try:
+        with self._within(device):
             codes = [*map(self._library.cuMemcpyAsync, *arguments, stream_arguments)]
-        finally:
-            self._check("cuCtxSetCurrent", previous_context)
         for code in codes:
             self._raise("cuMemcpyAsync", code)
 
@@ -199,17 +174,12 @@ class Driver:
         Peer access covers memory of ``cuMemAlloc``. Stream-ordered pools, and virtual memory that
         is mapped piece by piece, have access lists of their own.
         """
-        found = ctypes.c_int()
-        args = ctypes.byref(found), _IS_OPEN, ctypes.c_uint64(address)
-        self._check("cuPointerGetAttribute", *args)
-        return bool(found.value)
+        return bool(self._get("cuPointerGetAttribute", _IS_OPEN, ctypes.c_uint64(address)))
 
     def allocate(self, device: int, nbytes: int) -> int:
         """Allocate device memory; return its address, a multiple of 256."""
-        found = ctypes.c_uint64()
         with self._within(device):
-            self._check("cuMemAlloc_v2", ctypes.byref(found), ctypes.c_size_t(nbytes))
-        return found.value
+            return self._get("cuMemAlloc_v2", ctypes.c_size_t(nbytes), kind=ctypes.c_uint64)
 
     def free(self, device: int, address: int) -> None:
         """Free memory of a device; wait until the device no longer uses it."""
@@ -232,11 +202,9 @@ class Driver:
 
     def allocate_on_host(self, nbytes: int) -> int:
         """Allocate pinned host memory; return its address, valid on host and devices."""
-        found = ctypes.c_void_p()
+        size = ctypes.c_size_t(nbytes)
         with self._within(0):
-            size = ctypes.c_size_t(nbytes)
-            self._check("cuMemHostAlloc", ctypes.byref(found), size, _FOR_ALL_DEVICES)
-        return found.value or 0
+            return self._get("cuMemHostAlloc", size, _FOR_ALL_DEVICES, kind=ctypes.c_void_p)
 
     def free_on_host(self, address: int) -> None:
         """Free pinned host memory that no device uses any more."""
@@ -245,11 +213,10 @@ class Driver:
 
     def record(self, device: int, stream: int) -> int:
         """Return a new event after the present work of a stream; the caller destroys it."""
-        event = ctypes.c_void_p()
         with self._within(device):
-            self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
-            self._check("cuEventRecord", event, ctypes.c_void_p(stream))
-        return event.value or 0
+            event = self._get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
+            self._check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+        return event
 
     def await_event(self, device: int, stream: int, event: int) -> None:
         """Let a stream wait for an event of any device; the host does not wait."""
@@ -286,17 +253,11 @@ class Driver:
         """Make the primary context of a device, which all libraries share, current."""
         context = self._contexts.get(device)
         if context is None:
-            try:
-                self._lock.acquire(timeout=deadlines.timeout_seconds())
-                context = ctypes.c_void_p()
-                handle = self._handle(device)
-                self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-                self._contexts[device] = context
-            finally:
-                try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                    self._lock.release()
-                except RuntimeError:  # not acquired
-                    pass
+            # It is never released, so several threads may count their references to it.
+            context = ctypes.c_void_p()
+            handle = self._handle(device)
+            self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+            self._contexts[device] = context
         self._check("cuCtxSetCurrent", context)
 
     def current(self) -> ctypes.c_void_p:
@@ -334,14 +295,16 @@ class Driver:
         self._raise("cuLaunchKernel", code)
 
     def _attribute(self, device: int, attribute: int) -> int:
-        found = ctypes.c_int()
-        self._check("cuDeviceGetAttribute", ctypes.byref(found), attribute, self._handle(device))
-        return found.value
+        return self._get("cuDeviceGetAttribute", attribute, self._handle(device))
 
     def _handle(self, device: int) -> int:
-        found = ctypes.c_int()
-        self._check("cuDeviceGet", ctypes.byref(found), device)
-        return found.value
+        return self._get("cuDeviceGet", device)
+
+    def _get(self, function: str, *args: Any, kind: Any = ctypes.c_int) -> int:
+        """Return what a function writes to its first argument, 0 for a null pointer."""
+        found = kind()
+        self._raise(function, getattr(self._library, function)(ctypes.byref(found), *args))
+        return found.value or 0
 
     def _check(self, function: str, *args: Any) -> None:
         self._raise(function, getattr(self._library, function)(*args))

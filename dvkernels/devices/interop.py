@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.devices.array_spec import Array, HostArray
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.user_errors import text_of
 
 __all__: list[str] = []
 
 _CPU = (1, 3)  # DLPack's kDLCPU, and kDLCUDAHost: pinned memory of the host
+
+
+def library_of(array: object) -> str:
+    """Return the name of the package that an array's type comes from."""
+    return type(array).__module__.partition(".")[0]
 
 
 def is_foreign(value: Any) -> bool:
@@ -56,7 +62,7 @@ def dtype_named(name: Any) -> np.dtype[Any]:
     return dtype
 
 
-def view(verb: str, buffer: Any, label: str) -> Any:
+def view(verb: str, buffer: Any, label: str) -> HostArray:
     """Return a NumPy view of another library's array; ``label`` names it in messages.
 
     The view is writable where the library allows that: PyTorch does, JAX does not.
@@ -84,7 +90,7 @@ def view(verb: str, buffer: Any, label: str) -> Any:
             f"{verb} on the CPU needs arrays in CPU memory: {label} is on DLPack device kind "
             f"{kind}; copy it to the host first"
         )
-    view_of: Callable[[Any], Any] = _VIEWS.get(_library_of(buffer)) or np.from_dlpack
+    view_of: Callable[[Any], HostArray] = _VIEWS.get(library_of(buffer)) or np.from_dlpack
     try:
         return view_of(buffer)
     except (BufferError, TypeError, RuntimeError, ValueError) as error:
@@ -94,14 +100,14 @@ def view(verb: str, buffer: Any, label: str) -> Any:
         ) from error
 
 
-def like(result: Any, original: Any) -> Any:
-    """Return ``result`` as an array of the library that ``original`` comes from, without a copy.
+def like(result: Array, original: Any) -> Any:
+    """Return ``result``, of NumPy or CuPy, in the library of ``original``, without a copy.
 
     Read-only arrays are copied for a library without read-only arrays.
     """
     if isinstance(original, np.ndarray) or not is_foreign(original):
         return result
-    library = _library_of(original)
+    library = library_of(original)
     convert = _CONVERSIONS.get(library)
     if convert is not None:
         return convert(result)
@@ -111,43 +117,38 @@ def like(result: Any, original: Any) -> Any:
 
 def copy(array: Any) -> Any:
     """Return a copy of an array of another library, in the same library."""
-    if _library_of(array) in ("jax", "jaxlib"):
+    if library_of(array) in ("jax", "jaxlib"):
         return array  # immutable
     clone = getattr(array, "clone", None) or getattr(array, "copy", None)
     return clone() if callable(clone) else like(np.array(view("copy", array, "it")), array)
 
 
-def _library_of(array: Any) -> str:
-    return type(array).__module__.partition(".")[0]
-
-
-def _view_of_tensor(tensor: Any) -> Any:
+def _view_of_tensor(tensor: Any) -> HostArray:
     torch = sys.modules["torch"]
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.dtype is torch.bfloat16:
-        import ml_dtypes
-
-        return np.from_dlpack(tensor.view(torch.int16)).view(ml_dtypes.bfloat16)
+        return np.from_dlpack(tensor.view(torch.int16)).view(dtype_named("bfloat16"))
     return np.from_dlpack(tensor)
 
 
 def _as_tensor(array: Any) -> Any:
     torch = sys.modules["torch"]
-    writable = array if array.flags.writeable else array.copy()
+    writable = array if getattr(array.flags, "writeable", True) else array.copy()
     if writable.dtype.name == "bfloat16":
         return torch.from_dlpack(writable.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(writable)
 
 
-def _view_of_jax(array: Any) -> Any:
+def _view_of_jax(array: Any) -> HostArray:
     return np.asarray(array)  # read-only, and not copied on the CPU
 
 
-def _as_jax(array: Any) -> Any:
-    return sys.modules["jax"].numpy.asarray(array)
+def _as_jax(array: Array) -> Any:
+    jax_numpy = sys.modules["jax"].numpy
+    return (jax_numpy.asarray if isinstance(array, np.ndarray) else jax_numpy.from_dlpack)(array)
 
 
-_VIEWS: dict[str, Callable[[Any], Any]] = {
+_VIEWS: dict[str, Callable[[Any], HostArray]] = {
     "torch": _view_of_tensor,
     "jax": _view_of_jax,
     "jaxlib": _view_of_jax,

@@ -1,45 +1,67 @@
-"""Signature of arrays in GPU memory: type, shape, strides, dtype and device, for the fast path.
+"""Signature of arrays in GPU memory: what they have in common, and their addresses.
 
-Describing an array by a NumPy array (see cuda_arrays.py) takes 4 us, and checking it as long again.
-Arrays of one library that agree in everything that the checks depend on, except their addresses,
-are recognized by a few attributes, 0.5 us per array. Arrays that differ, or are unusual, are
-declined.
+Here is what the package knows of the arrays of CuPy, PyTorch, Numba and others on GPUs. The fast
+path compares signatures, whose few attributes take 0.5 us per array; describing an array by a NumPy
+array (see cuda_arrays.py) takes 4 us, and checking it as long again. Arrays that differ in anything
+that the checks depend on, except their addresses, have no signature.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels.devices import driver
+import numpy as np
 
-__all__ = ["Signature", "read"]
+from dvkernels.devices import driver, interop
+
+__all__ = ["Kind", "Signature", "layout", "of", "read"]
+
+# Type, shape, strides, dtype and device, in terms of the library; strides None: contiguous.
+Kind = tuple[type, tuple[int, ...], tuple[int, ...] | None, Any, int]
 
 
 class Signature(NamedTuple):
     """Common properties of arrays, and their addresses."""
 
-    kind: Hashable  # equal for equal type, shape, strides, dtype and device
+    kind: Kind
     addresses: list[int]
-    device: int
     stream: int  # the current stream of their library
+    is_read_only: bool = False
 
 
-def read(buffers: Sequence[Any]) -> Signature | None:
+def read(arrays: Sequence[Any]) -> Signature | None:
     """Return the signature of arrays; None: declined, for the slow path to check."""
     try:
-        return _READERS.get(type(buffers[0]).__module__, _of_interface)(buffers)
+        return of(arrays)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError):
         return None
 
 
-def _of_cupy(buffers: Sequence[Any]) -> Signature | None:
-    first = buffers[0]
+def of(arrays: Sequence[Any]) -> Signature | None:
+    """Return the signature of arrays, None if they differ; raise what reading them raises."""
+    module = type(arrays[0]).__module__
+    reader = _READERS.get(module) or _READERS.get(module.partition(".")[0], _of_interface)
+    return reader(arrays)
+
+
+def layout(kind: Kind) -> tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...] | None]:
+    """Return the shape, the dtype of NumPy, and the strides in bytes."""
+    _, shape, strides, dtype, _ = kind
+    if isinstance(dtype, np.dtype):
+        return shape, dtype, strides
+    dtype = interop.dtype_named(str(dtype).removeprefix("torch."))
+    assert strides is not None
+    return shape, dtype, tuple(stride * dtype.itemsize for stride in strides)
+
+
+def _of_cupy(arrays: Sequence[Any]) -> Signature | None:
+    first = arrays[0]
     kind, shape, strides, dtype = type(first), first.shape, first.strides, first.dtype
     device = first.data.device_id
     addresses = []
-    for array in buffers:
+    for array in arrays:
         memory = array.data
         if (
             type(array) is not kind
@@ -51,85 +73,87 @@ def _of_cupy(buffers: Sequence[Any]) -> Signature | None:
             return None
         addresses.append(memory.ptr)
     stream = sys.modules["cupy"].cuda.get_current_stream(device).ptr
-    return Signature((kind, shape, strides, dtype, device), addresses, device, stream)
+    return Signature((kind, shape, strides, dtype, device), addresses, stream)
 
 
-def _of_torch(buffers: Sequence[Any]) -> Signature | None:
-    first = buffers[0]
+def _of_torch(tensors: Sequence[Any]) -> Signature | None:
+    first = tensors[0]
     kind, shape, strides, dtype = type(first), first.shape, first.stride(), first.dtype
     device = first.get_device()  # -1: on the CPU
     addresses = []
-    for tensor in buffers:
+    for tensor in tensors:
         if (
             type(tensor) is not kind
             or tensor.shape != shape
             or tensor.stride() != strides
             or tensor.dtype != dtype
             or tensor.get_device() != device
-            or tensor.is_conj()
-            or tensor.is_neg()
+            or device < 0
         ):
             return None
+        if tensor.is_conj() or tensor.is_neg():
+            raise ValueError(
+                "it is a conjugated or negated view: call resolve_conj().resolve_neg()"
+            )
         addresses.append(tensor.data_ptr())
-    if device < 0:
-        return None
     stream = sys.modules["torch"].cuda.current_stream(device).cuda_stream
-    return Signature((kind, shape, strides, dtype, device), addresses, device, stream)
+    return Signature((kind, shape, strides, dtype, device), addresses, stream)
 
 
-def _of_interface(buffers: Sequence[Any]) -> Signature | None:
+def _of_interface(arrays: Sequence[Any]) -> Signature | None:
     """Read ``__cuda_array_interface__``, which Numba's and most other arrays have."""
-    first = buffers[0]
+    first, cuda_driver = arrays[0], driver.find()
     interface = first.__cuda_array_interface__
-    kind, shape, strides, typestr = (
-        type(first),
-        interface["shape"],
-        interface.get("strides"),
-        interface["typestr"],
-    )
-    dtype, stream = getattr(first, "dtype", None), interface.get("stream")
-    cuda_driver = driver.find()
-    if cuda_driver is None:
-        return None
-    device = cuda_driver.device_of(interface["data"][0])
+    kind, shape, strides = type(first), interface["shape"], interface.get("strides")
+    typestr, dtype = interface["typestr"], getattr(first, "dtype", None)
+    (start, is_read_only), stream = interface["data"], interface.get("stream")
+    # The driver knows of no device where there are no elements.
+    device_of = None if cuda_driver is None or 0 in shape else cuda_driver.device_of
+    device = 0 if device_of is None else device_of(start)
     addresses = []
-    for buffer in buffers:
-        own = interface if buffer is first else buffer.__cuda_array_interface__
-        address, is_read_only = own["data"]
+    for array in arrays:
+        own = interface if array is first else array.__cuda_array_interface__
+        address, own_read_only = own["data"]
+        if own.get("mask") is not None:
+            raise ValueError("it has a mask, which would be ignored; pass a filled copy")
         if (
-            type(buffer) is not kind
+            type(array) is not kind
             or own["shape"] != shape
             or own.get("strides") != strides
             or own["typestr"] != typestr
-            or getattr(buffer, "dtype", None) != dtype
+            or getattr(array, "dtype", None) != dtype
             or own.get("stream") != stream
-            or own.get("mask") is not None
-            or is_read_only
-            or (buffer is not first and cuda_driver.device_of(address) != device)
+            or own_read_only != is_read_only
+            or (array is not first and device_of is not None and device_of(address) != device)
         ):
             return None
         addresses.append(address)
-    return Signature((kind, shape, strides, typestr, dtype, device), addresses, device, stream or 0)
+    if not isinstance(dtype, np.dtype):
+        dtype = np.dtype(typestr)
+    # No stream: the array is complete, and the work goes to the default stream, 0.
+    return Signature((kind, shape, strides, dtype, device), addresses, stream or 0, is_read_only)
 
 
-def _of_simulator(buffers: Sequence[Any]) -> Signature | None:
-    first = vars(buffers[0])["_ary"]
-    kind, shape, strides, dtype = type(buffers[0]), first.shape, first.strides, first.dtype
+def _of_simulator(arrays: Sequence[Any]) -> Signature | None:
+    first = vars(arrays[0])["_ary"]
+    kind, shape, strides, dtype = type(arrays[0]), first.shape, first.strides, first.dtype
+    is_writable = first.flags.writeable
     addresses = []
-    for buffer in buffers:
-        array = vars(buffer)["_ary"]
+    for array in arrays:
+        own = vars(array)["_ary"]
         if (
-            type(buffer) is not kind
-            or array.shape != shape
-            or array.strides != strides
-            or array.dtype != dtype
-            or not array.flags.writeable
+            type(array) is not kind
+            or own.shape != shape
+            or own.strides != strides
+            or own.dtype != dtype
+            or own.flags.writeable != is_writable
         ):
             return None
-        addresses.append(array.ctypes.data)
-    return Signature((kind, shape, strides, dtype, 0), addresses, 0, 0)
+        addresses.append(own.ctypes.data)
+    return Signature((kind, shape, strides, dtype, 0), addresses, 0, not is_writable)
 
 
+# By module, or by package.
 _READERS: dict[str, Callable[[Sequence[Any]], Signature | None]] = {
     "cupy": _of_cupy,
     "torch": _of_torch,

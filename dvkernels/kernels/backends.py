@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dvkernels.devices.array_spec import Array
 from dvkernels.kernels import numba_import
 
 __all__: list[str] = []
@@ -24,9 +25,15 @@ def cuda() -> Any:
     return numba_import.module("dvkernels.kernels.cuda")
 
 
-def of(array: Any) -> Any:
+def of(array: Array) -> Any:
     """Return the twin for an array: the CPU twin for NumPy arrays, else the CUDA twin."""
-    return cpu() if isinstance(array, np.ndarray) else cuda()
+    return of_type(type(array))
+
+
+@functools.cache
+def of_type(array_type: type[Array]) -> Any:
+    """Return the twin for the arrays of a class: the CPU twin for NumPy's, else the CUDA twin."""
+    return cpu() if issubclass(array_type, np.ndarray) else cuda()
 
 
 @functools.cache

@@ -7,36 +7,38 @@ it, its replica, and the remedy.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from dvkernels import reduce_op
 from dvkernels.devices import interop
-from dvkernels.devices.array_spec import Spec, refuse_masked, spec
+from dvkernels.devices.array_spec import HostArray, Spec, refuse_masked, spec
 from dvkernels.errors import (
     AlgorithmError,
     BufferMismatchError,
     NotABufferError,
     UnsupportedDTypeError,
 )
+from dvkernels.kernels.overlaps import address as address
+from dvkernels.kernels.overlaps import check_in_place as check_in_place
+from dvkernels.kernels.overlaps import check_overlaps as check_overlaps
+from dvkernels.kernels.overlaps import raise_read_only
 from dvkernels.reduce_op import Reduction
 
 __all__ = [
-    "NEW",
     "address",
     "algorithm",
     "arrays",
     "arrays_along",
     "as_sequence",
     "check_axis",
-    "check_disjoint",
     "check_dtype_moves",
     "check_groups",
     "check_in_place",
     "check_out",
+    "check_overlaps",
     "check_root",
     "check_shapes",
     "groups_as_lists",
@@ -46,30 +48,7 @@ __all__ = [
     "views",
 ]
 
-Array = np.ndarray[Any, Any]
 T = TypeVar("T")
-
-# The C struct of an ndarray starts with the object header and then the data pointer. It is part
-# of NumPy's stable ABI, and reading it costs 0.2 us where `array.ctypes.data` costs 1.5 us.
-_DATA = object.__basicsize__
-_pointer_at = ctypes.c_void_p.from_address
-NEW: Any = object()  # as ``out``: allocate the results
-
-
-def _address_from_struct(array: Array) -> int:
-    return _pointer_at(id(array) + _DATA).value or 0
-
-
-def _address_from_ctypes(array: Array) -> int:
-    return int(array.ctypes.data)
-
-
-_probe = np.zeros(1)
-address = (
-    _address_from_struct
-    if _address_from_struct(_probe) == _address_from_ctypes(_probe)
-    else _address_from_ctypes
-)
 
 
 def as_sequence(verb: str, buffers: Any, name: str = "replica") -> Sequence[Any]:
@@ -97,15 +76,15 @@ def groups_as_lists(verb: str, groups: Any) -> list[list[Any]]:
 
 def check_groups(
     verb: str, groups: Sequence[Sequence[Any]], op: Any
-) -> tuple[Reduction, dict[np.dtype[Any], list[list[Array]]]]:
+) -> tuple[Reduction, dict[np.dtype[Any], list[list[HostArray]]]]:
     """Return the reduction, and the groups of arrays by dtype.
 
     Raise unless all groups hold equally many arrays, each group of one shape and dtype, and no
     two arrays share an element.
     """
     width = len(groups[0])
-    by_dtype: dict[np.dtype[Any], list[list[Array]]] = {}
-    every: list[Array] = []
+    by_dtype: dict[np.dtype[Any], list[list[HostArray]]] = {}
+    every: list[HostArray] = []
     names: list[str] = []
     known = None
     for k, group in enumerate(groups):
@@ -124,9 +103,9 @@ def check_groups(
     return known, by_dtype
 
 
-def views(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
+def views(verb: str, buffers: Any, name: str = "replica") -> list[HostArray]:
     """Return a view of each buffer; raise unless there is at least one and all are arrays."""
-    found: list[Array] = []
+    found: list[HostArray] = []
     for buffer in as_sequence(verb, buffers):
         if type(buffer) is not np.ndarray:
             buffer = _view(verb, buffer, f"{name} {len(found)}")
@@ -136,7 +115,7 @@ def views(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
     return found
 
 
-def arrays(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
+def arrays(verb: str, buffers: Any, name: str = "replica") -> list[HostArray]:
     """Return a view of each buffer; raise unless they are arrays of one shape and dtype."""
     found = views(verb, buffers, name)
     shape, dtype = found[0].shape, found[0].dtype
@@ -146,7 +125,7 @@ def arrays(verb: str, buffers: Any, name: str = "replica") -> list[Array]:
     return found
 
 
-def arrays_along(verb: str, buffers: Any, axis: Any) -> tuple[list[Array], int]:
+def arrays_along(verb: str, buffers: Any, axis: Any) -> tuple[list[HostArray], int]:
     """Return a view of each buffer, and the axis counted from the front.
 
     Raise unless the buffers are arrays of one dtype whose shapes differ at most along ``axis``.
@@ -162,7 +141,7 @@ def arrays_along(verb: str, buffers: Any, axis: Any) -> tuple[list[Array], int]:
     return found, axis
 
 
-def check_axis(verb: str, axis: Any, array: Array) -> int:
+def check_axis(verb: str, axis: Any, array: HostArray) -> int:
     """Return ``axis`` counted from the front; raise unless the array has it."""
     try:
         index = axis.__index__()
@@ -176,41 +155,19 @@ def check_axis(verb: str, axis: Any, array: Array) -> int:
     return int(index) % array.ndim
 
 
-def _raise_mismatch(verb: str, found: Sequence[Array], index: int, name: str, needed: str) -> None:
+def _raise_mismatch(
+    verb: str, found: Sequence[HostArray], index: int, name: str, needed: str
+) -> None:
     raise BufferMismatchError(
         f"{verb} needs {needed}: {name} {index} holds {spec(found[index])}, "
         f"{name} 0 holds {spec(found[0])}; pad or cast first"
     )
 
 
-def check_in_place(
-    verb: str, written: Sequence[Array], name_of: Callable[[int], str] = "replica {}".format
-) -> None:
-    """Raise unless every buffer is writable and none shares an element with another.
-
-    ``name_of`` returns the name of a buffer in messages.
-    """
-    is_dense = True
-    for index, view in enumerate(written):
-        flags = view.flags
-        if not flags.writeable:
-            _raise_read_only(verb, name_of(index))
-        is_dense = is_dense and flags.c_contiguous
-    if is_dense:  # the common case, decided in 1 us: each buffer starts behind the previous one
-        end = 0
-        for start, nbytes in sorted((address(view), view.nbytes) for view in written):
-            if start < end:
-                break
-            end = start + nbytes
-        else:
-            return
-    _check_overlaps(verb, written, (), name_of)
-
-
 def check_out(
     verb: str,
-    reads: Sequence[Array],
-    writes: Sequence[Array],
+    reads: Sequence[HostArray],
+    writes: Sequence[HostArray],
     count: int,
 ) -> None:
     """Raise unless ``writes`` (``out`` of the call) fit ``reads``, and overlap them all or none.
@@ -218,24 +175,17 @@ def check_out(
     An ``out`` may be the very buffer, element for element; it must not overlap a part of one.
     """
     check_shapes(verb, reads[0], writes, count)
-    _check_overlaps(verb, writes, reads, "out {}".format)
+    check_overlaps(verb, writes, reads, "out {}".format)
 
 
-def check_shapes(verb: str, model: Array, writes: Sequence[Array], count: int) -> None:
+def check_shapes(verb: str, model: HostArray, writes: Sequence[HostArray], count: int) -> None:
     """Raise unless there are ``count`` writable arrays of the model's shape and dtype."""
     _check_outs(verb, writes, [model.shape] * count, model.dtype, "np.empty_like")
 
 
-def check_disjoint(
-    verb: str, writes: Sequence[Array], reads: Sequence[Array], name_of: Callable[[int], str]
-) -> None:
-    """Raise if a written array shares an element with another; ``name_of`` is for messages."""
-    _check_overlaps(verb, writes, reads, name_of, may_be_inputs=False)
-
-
 def outputs(
-    verb: str, reads: Sequence[Array], out: Any, shapes: Sequence[tuple[int, ...]]
-) -> list[Array]:
+    verb: str, reads: Sequence[HostArray], out: Any, shapes: Sequence[tuple[int, ...]]
+) -> list[HostArray]:
     """Return the result arrays: new ones of ``shapes``, or ``out`` where it is given.
 
     Raise unless ``out`` has these shapes and shares no element with itself or with ``reads``.
@@ -245,13 +195,13 @@ def outputs(
         return [np.empty(shape, dtype) for shape in shapes]
     writes = _outs(verb, out, len(shapes))
     _check_outs(verb, writes, shapes, dtype, "np.empty")
-    _check_overlaps(verb, writes, reads, "out {}".format, may_be_inputs=False)
+    check_overlaps(verb, writes, reads, "out {}".format, may_be_inputs=False)
     return writes
 
 
 def _check_outs(
     verb: str,
-    writes: Sequence[Array],
+    writes: Sequence[HostArray],
     shapes: Sequence[tuple[int, ...]],
     dtype: np.dtype[Any],
     remedy: str,
@@ -263,19 +213,17 @@ def _check_outs(
                 f"out {index} holds {spec(write)}; allocate it with {remedy}"
             )
         if not write.flags.writeable:
-            _raise_read_only(verb, f"out {index}")
+            raise_read_only(verb, f"out {index}")
 
 
-def outputs_like(verb: str, reads: Sequence[Array], out: Any) -> list[Array]:
-    """Return the result arrays, shaped as ``reads``: new ones for ``NEW``, else checked ``out``."""
-    if out is NEW:
-        return [np.empty(reads[0].shape, reads[0].dtype) for _ in reads]
+def outputs_like(verb: str, reads: Sequence[HostArray], out: Any) -> list[HostArray]:
+    """Return the arrays of ``out``, one for each of ``reads``; raise unless they fit."""
     writes = _outs(verb, out, len(reads))
     check_out(verb, reads, writes, len(reads))
     return writes
 
 
-def _outs(verb: str, out: Sequence[Any], count: int) -> list[Array]:
+def _outs(verb: str, out: Sequence[Any], count: int) -> list[HostArray]:
     """Return a view of each array of ``out``; raise unless there are ``count``."""
     if len(out) != count:
         raise BufferMismatchError(
@@ -323,108 +271,10 @@ def check_dtype_moves(verb: str, dtype: np.dtype[Any]) -> None:
         )
 
 
-def _view(verb: str, buffer: Any, name: str) -> Array:
+def _view(verb: str, buffer: Any, name: str) -> HostArray:
     """Return a NumPy view of a buffer that is not a plain ndarray."""
     if isinstance(buffer, np.ndarray):
         refuse_masked(buffer, f"{verb} needs arrays: {name}")
         return buffer.view(np.ndarray)
-    viewed: Array = interop.view(verb, buffer, name)
+    viewed: HostArray = interop.view(verb, buffer, name)
     return viewed
-
-
-def _raise_read_only(verb: str, name: str) -> None:
-    raise BufferMismatchError(
-        f"{verb} writes its results in place: {name} is read-only; "
-        "pass a writable copy, or separate arrays as out where the function takes it"
-    )
-
-
-def _check_overlaps(
-    verb: str,
-    writes: Sequence[Array],
-    reads: Sequence[Array],
-    name_of: Callable[[int], str],
-    may_be_inputs: bool = True,
-) -> None:
-    """Raise if two elements of written arrays, or a written and a read one, share memory.
-
-    Where ``may_be_inputs``, a written array may be the very buffer of its replica, in place.
-    """
-    spans = []
-    for index, view in enumerate(writes):
-        if not (view.flags.c_contiguous or view.flags.f_contiguous) and _overlaps_itself(view):
-            raise BufferMismatchError(
-                f"{verb} writes every element once, and {name_of(index)} holds elements that share "
-                f"memory (shape {view.shape}, strides {view.strides}); pass a copy of it"
-            )
-        spans.append((*_bounds(view), True, index))
-    spans += [(*_bounds(view), False, index) for index, view in enumerate(reads)]
-    spans.sort()
-    # After sorting, a span can overlap only those before it that end behind its start.
-    active: list[tuple[int, int, bool, int]] = []
-    for span in spans:
-        active = [other for other in active if other[1] > span[0]]
-        for other in active:
-            _check_two_spans(verb, writes, reads, other, span, name_of, may_be_inputs)
-        if span[0] < span[1]:
-            active.append(span)
-
-
-def _check_two_spans(
-    verb: str,
-    writes: Sequence[Array],
-    reads: Sequence[Array],
-    one: tuple[int, int, bool, int],
-    other: tuple[int, int, bool, int],
-    name_of: Callable[[int], str],
-    may_be_inputs: bool,
-) -> None:
-    if not (one[2] or other[2]) or one[0] >= one[1] or other[0] >= other[1]:
-        return
-    (_, _, one_written, i), (_, _, other_written, j) = one, other
-    first = writes[i] if one_written else reads[i]
-    second = writes[j] if other_written else reads[j]
-    if may_be_inputs and one_written != other_written and (i == j or len(writes) == 1):
-        same = address(first) == address(second) and first.strides == second.strides
-        if same:
-            return
-    if np.shares_memory(first, second):
-        ordered = sorted((one, other), key=lambda span: (not span[2], span[3]))
-        names = [name_of(k) if written else f"replica {k}" for *_, written, k in ordered]
-        raise BufferMismatchError(
-            f"{verb} needs written buffers that share no element with another buffer: "
-            f"{names[0]} overlaps {names[1]}; pass a copy of one of them"
-        )
-
-
-def _bounds(view: Array) -> tuple[int, int]:
-    """Return the address of the first byte of a view, and of the byte past its last."""
-    start = address(view)
-    flags = view.flags
-    if flags.c_contiguous or flags.f_contiguous:
-        return start, start + view.nbytes
-    low, high = np.lib.array_utils.byte_bounds(view)
-    return int(low), int(high)
-
-
-def _overlaps_itself(view: Array) -> bool:
-    """Return whether two elements of ``view`` share a byte; the answer is exact."""
-    dims = sorted(
-        (abs(stride), extent)
-        for stride, extent in zip(view.strides, view.shape, strict=True)
-        if extent > 1
-    )
-    if view.size < 2:
-        return False
-    reach = view.itemsize  # bytes spanned by the dimensions so far
-    for stride, extent in dims:
-        if stride < reach:
-            break
-        reach += stride * (extent - 1)
-    else:
-        return False
-    offsets = np.zeros(1, np.int64)
-    for stride, extent in dims:
-        offsets = (offsets[:, None] + stride * np.arange(extent)).ravel()
-    offsets.sort()
-    return bool((np.diff(offsets) < view.itemsize).any())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import BufferMismatchError, UnsupportedDTypeError
 from dvkernels.kernels import checks
 from dvkernels.reduce_op import ReduceOp
@@ -27,7 +28,6 @@ __all__ = [
 
 PLAIN, MOMENTUM, NESTEROV, ADAM = range(4)
 
-Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Any]]
 Each = float | Sequence[float]  # one value for all parameters, or one for each
 Coefficients = tuple[float, ...]
@@ -98,7 +98,7 @@ class CheckedStep(NamedTuple):
     """
 
     op: ReduceOp
-    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]]
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[HostArray]]]
     num_replicas: int
     num_copies: int
 
@@ -119,10 +119,11 @@ def check(
             f"{[len(gradients), len(parameters), *map(len, slots)]}"
         )
     known: Any = None
-    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]] = {}
+    # Of each parameter: its gradients, its copies, the copies of its slots.
+    found: list[list[list[HostArray]]] = []
     sizes: set[tuple[int, int]] = set()
-    every_write: list[Array] = []
-    every_read: list[Array] = []
+    every_write: list[HostArray] = []
+    every_read: list[HostArray] = []
     for k, gradient in enumerate(gradients):
         where = f"{verb}, gradient {k}"
         reads = checks.arrays(where, gradient)
@@ -133,27 +134,40 @@ def check(
                 f"{where}: expected the mean or sum of float32 or float64, got the "
                 f"{known.name} of {dtype}; cast to float32 first"
             )
-        writes: list[Array] = []
+        found.append([reads])
         for name, states in (("parameter", parameters), *(("slot", slot) for slot in slots)):
             copies = checks.arrays(f"{verb}, {name} {k}", states[k], "copy")
-            writes += copies
+            found[-1].append(copies)
             if len(copies) != len(parameters[k]):
                 raise BufferMismatchError(
                     f"{verb}, {name} {k}: expected {len(parameters[k])} copies, as of the "
                     f"parameter; got {len(copies)}"
                 )
+        writes = [copy for copies in found[-1][1:] for copy in copies]
         checks.check_shapes(f"{verb}, parameter {k}", reads[0], writes, len(writes))
-        groups.setdefault((dtype, coefficients[k]), []).append([*reads, *writes])
         sizes.add((len(reads), len(parameters[k])))
         every_write += writes
         every_read += reads
-    if not groups:
+    if not found:
         return None
     if len(sizes) != 1:
         raise BufferMismatchError(
             f"{verb} needs the same number of replicas, and of copies, for every parameter; got "
             f"{sorted(sizes)} as (replicas, copies)"
         )
-    checks.check_disjoint(verb, every_write, every_read, "written array {}".format)
-    ((num_replicas, num_copies),) = sizes
-    return CheckedStep(known, groups, num_replicas, num_copies)
+    checks.check_overlaps(
+        verb, every_write, every_read, "written array {}".format, may_be_inputs=False
+    )
+    columns = [*zip(*found, strict=True)]
+    return grouped(columns[0], columns[1:], coefficients, known)
+
+
+def grouped(
+    gradients: Groups, states: Sequence[Groups], coefficients: Sequence[Coefficients], op: ReduceOp
+) -> CheckedStep:
+    """Return a step whose arrays have been checked; the parameters are the first of the states."""
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[HostArray]]] = {}
+    for k, reads in enumerate(gradients):
+        writes = [copy for state in states for copy in state[k]]
+        groups.setdefault((reads[0].dtype, coefficients[k]), []).append([*reads, *writes])
+    return CheckedStep(op, groups, len(gradients[0]), len(states[0][0]))

@@ -1,7 +1,7 @@
 """Optimizers: recipes over fused kernels, which reduce gradients and update variables in one pass.
 
-Imports: communicators, context, devices, errors, kernels, profiler, pytree, reduce_op, replicas,
-user_errors, values, variables.
+Imports: context, devices, errors, kernels, profiler, pytree, reduce_op, replicas, user_errors,
+values, variables, verbs.
 """
 
 from dvkernels.optimizers.adam import Adam as Adam

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dvkernels.optimizers.optimizer import LearningRate, Optimizer, checked
+from dvkernels.optimizers.optimizer import Columns, LearningRate, Optimizer
+from dvkernels.values.scalar_checks import within
 
 __all__ = ["Adam", "AdamW"]
 
@@ -54,10 +55,10 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate)
-        self.beta_1 = checked(beta_1, "beta_1", 0, 1)
-        self.beta_2 = checked(beta_2, "beta_2", 0, 1)
-        self.epsilon = checked(epsilon, "epsilon", 0)
-        self.weight_decay = checked(weight_decay, "weight_decay", 0)
+        self.beta_1 = within(beta_1, "beta_1", 0, 1)
+        self.beta_2 = within(beta_2, "beta_2", 0, 1)
+        self.epsilon = within(epsilon, "epsilon", 0)
+        self.weight_decay = within(weight_decay, "weight_decay", 0)
 
     @property
     def slot_names(self) -> tuple[str, ...]:
@@ -67,8 +68,8 @@ class Adam(Optimizer):
     def _update(
         self,
         kernels: Any,
-        gradients: Sequence[Any],
-        states: Sequence[Sequence[Any]],
+        gradients: Columns,
+        states: Sequence[Columns],
         steps: Sequence[int],
         reduction: Mapping[str, Any],
     ) -> None:

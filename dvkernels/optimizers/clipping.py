@@ -10,8 +10,8 @@ import numpy as np
 from dvkernels import pytree, reduce_op
 from dvkernels.devices import array_memory
 from dvkernels.errors import UnsupportedDTypeError
-from dvkernels.optimizers.optimizer import checked
-from dvkernels.values.array_leaves import as_array
+from dvkernels.values.operands import as_array
+from dvkernels.values.scalar_checks import within
 
 __all__ = ["clip_by_global_norm"]
 
@@ -56,7 +56,7 @@ def clip_by_global_norm(gradients: Any, clip_norm: float) -> tuple[Any, float]:
     >>> dv.optimizers.clip_by_global_norm([np.array([3.0, 0.0]), np.array([4.0])], 1.0)
     ([array([0.6, 0. ]), array([0.8])], 5.0)
     """
-    limit = checked(clip_norm, "clip_norm", 0)
+    limit = within(clip_norm, "clip_norm", 0)
     if limit == 0:
         raise ValueError(f"clip_norm must be above 0; got {clip_norm!r}")
     leaves, structure = pytree.flatten(gradients)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dvkernels import context, reduce_op
-from dvkernels.devices.array_spec import Spec, spec
+from dvkernels import context, reduce_op, user_errors, verbs
+from dvkernels.devices.array_spec import Array, Spec, spec
 from dvkernels.errors import (
     BufferMismatchError,
     CollectiveMismatchError,
     ContextError,
     ReduceOpError,
     SynchronizationError,
+    UnsupportedDTypeError,
 )
 from dvkernels.profiler import debugging
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import ReduceOp, Reduction
+from dvkernels.replicas.collective_call import Same
 from dvkernels.user_errors import brief
 from dvkernels.values import regroup, replica_weights
-from dvkernels.values.array_leaves import as_array
 from dvkernels.values.distributed import DistributedValues, PerReplica
+from dvkernels.values.operands import as_array
+from dvkernels.values.placement import Placement
 from dvkernels.variables.modes import VariableSynchronization
 from dvkernels.variables.variable import Variable
 
@@ -67,6 +70,11 @@ def variables_of(pairs: Sequence[Pair], op: ReduceOp) -> list[Variable]:
                 f"copies may differ; optimizers update ON_WRITE variables, whose copies are equal"
             )
         reduce_op.check_dtype(f"{VERB} of {variable.name!r}", op, variable.dtype)
+        if variable.dtype.char not in "fd":
+            raise UnsupportedDTypeError(
+                f"{VERB} of {variable.name!r}: expected the mean or sum of float32 or float64, got "
+                f"the {op.name} of {variable.dtype}; cast to float32 first"
+            )
         if frame and not context.is_outside(frame) and variable.owner is not frame.placement:
             raise ContextError(
                 f"{VERB}: variable {variable.name!r} belongs to {variable.owner.name}, but the "
@@ -142,6 +150,29 @@ def columns_of(
     # Among columns of several gradients, a single gradient is repeated for every replica.
     length = max(len(column) for column in columns)
     return [column * length if len(column) < length else column for column in columns], False
+
+
+def terms_of(pairs: Sequence[Pair]) -> Iterator[Any]:
+    """Yield what all replicas must agree on: the variables, and which have no gradient."""
+    for gradient, variable in pairs:
+        yield f"{variable.name} without a gradient" if gradient is None else variable.name
+        yield Same(id(variable))
+
+
+def reduced_over_workers(
+    owner: Placement, columns: Sequence[Sequence[Array]], op: Reduction, absent: Sequence[str]
+) -> list[list[Array]]:
+    """Return columns of one gradient, reduced over all replicas of all workers.
+
+    ``absent`` names the variables without a gradient, for the error of workers that disagree.
+    """
+    try:
+        reduced = verbs.all_reduce_each(owner.communicator, columns, op)
+    except CollectiveMismatchError as error:
+        where = f"{VERB} on worker {owner.workers.rank}"
+        user_errors.annotate(error, f"{where}: variables without a gradient: {absent or 'none'}")
+        raise
+    return [copies[:1] for copies in reduced]
 
 
 def checked(gradient: Any, variable: Variable, replica: int, *, counts: bool = True) -> Any:

@@ -7,14 +7,14 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
-from dvkernels import context, user_errors
-from dvkernels.communicators.bucketing import all_reduce_each
+from dvkernels import context, verbs
 from dvkernels.devices import array_memory
-from dvkernels.errors import CollectiveMismatchError, ContextError
+from dvkernels.devices.array_spec import Array
+from dvkernels.errors import ContextError
 from dvkernels.kernels import backends
 from dvkernels.optimizers import gradients, saved_state
 from dvkernels.optimizers.slots import Slots, VariableState
-from dvkernels.reduce_op import ReduceOp
+from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.replicas.collective_call import CollectiveCall, Same
 from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, replica_weights, scalar_checks
@@ -23,6 +23,7 @@ from dvkernels.variables.variable import Variable, copies_of
 __all__ = ["Optimizer"]
 
 LearningRate = float | Callable[[int], float]
+Columns = Sequence[Sequence[Array]]  # of each variable a gradient per replica, or its copies
 
 
 class Optimizer(abc.ABC):
@@ -45,7 +46,7 @@ class Optimizer(abc.ABC):
         if callable(learning_rate):
             function_checks.check("learning_rate", learning_rate)
         else:
-            learning_rate = checked(learning_rate, "learning_rate", 0)
+            learning_rate = scalar_checks.within(learning_rate, "learning_rate", 0)
         self._learning_rate = learning_rate
         self._iterations = 0
         self._slots = Slots()
@@ -58,18 +59,15 @@ class Optimizer(abc.ABC):
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step of a variable that has taken :attr:`iterations` steps."""
-        return self._rate(self._iterations)
-
-    def _rate(self, steps: int) -> float:
-        rate = self._learning_rate
-        return checked(rate(steps), "learning_rate", 0) if callable(rate) else rate
+        return self._rates([self._iterations])[0]
 
     def _rates(self, steps: Sequence[int]) -> list[float]:
         """Return the learning rate of each variable; a callable is called once per step count."""
-        if not callable(self._learning_rate):
-            return [self._learning_rate] * len(steps)
-        rates = {count: self._rate(count) for count in dict.fromkeys(steps)}
-        return [rates[count] for count in steps]
+        rate = self._learning_rate
+        if not callable(rate):
+            return [rate] * len(steps)
+        rates = {count: rate(count) for count in dict.fromkeys(steps)}
+        return [scalar_checks.within(rates[count], "learning_rate", 0) for count in steps]
 
     def slots(self, variable: Variable) -> tuple[Variable, ...]:
         """Return the slots of a variable, in the order of :attr:`slot_names`; zeros at first."""
@@ -195,15 +193,15 @@ class Optimizer(abc.ABC):
     def _update(
         self,
         kernels: Any,
-        gradients: Sequence[Any],
-        states: Sequence[Sequence[Any]],
+        gradients: Columns,
+        states: Sequence[Columns],
         steps: Sequence[int],
         reduction: Mapping[str, Any],
     ) -> None:
         """Run the fused kernel: ``states[0]`` holds the copies of each variable, the others slots.
 
-        ``steps`` are the step counts of the variables before this step, ``reduction`` the arguments
-        ``op`` and ``shares`` of the kernel, by which it reduces the replicas' gradients.
+        ``steps`` are the step counts of the variables before this step, ``reduction`` arguments of
+        the kernel: ``op``, ``shares``, and whether the arrays have been checked.
         """
 
     def apply_gradients(
@@ -285,21 +283,11 @@ class Optimizer(abc.ABC):
             self._reduce(variables, columns, reduction, weights, absent)
             return [None] * len(payloads)
 
-        variable_terms = (
-            term
-            for gradient, variable in own
-            for term in (
-                f"{variable.name} without a gradient" if gradient is None else variable.name,
-                Same(id(variable)),
-            )
-        )
         weighted = None if weight is None else "weighted"
-        terms = (Same(id(self)), reduction.value, weighted, *variable_terms)
+        terms = (Same(id(self)), reduction.value, weighted, *gradients.terms_of(own))
         replica.meet(CollectiveCall(gradients.VERB, terms, (on_device, weight), act))
 
-    def _apply_cross_replica(
-        self, pairs: list[tuple[Any, Variable]], op: ReduceOp, weight: Any
-    ) -> None:
+    def _apply_cross_replica(self, pairs: list[gradients.Pair], op: ReduceOp, weight: Any) -> None:
         """Take a step in cross-replica context, or outside every scope."""
         present = [pair for pair in pairs if not gradients.is_absent(*pair)]
         variables = gradients.variables_of(present, op)
@@ -316,8 +304,8 @@ class Optimizer(abc.ABC):
     def _reduce(
         self,
         variables: list[Variable],
-        columns: list[list[Any]],
-        op: ReduceOp,
+        columns: Columns,
+        op: Reduction,
         weights: list[float] | None,
         absent: list[str],
     ) -> None:
@@ -328,31 +316,18 @@ class Optimizer(abc.ABC):
         """
         if not variables:
             return
-        owner = variables[0].owner
-        shares = None
-        if weights is not None:
-            shares = replica_weights.normalized_shares(weights, owner.workers, gradients.VERB)
+        owner, shares = variables[0].owner, None
         is_single = owner.workers.size == 1
-        if shares is not None and not (is_single and owner.memory is array_memory.HOST):
-            columns, op, shares = replica_weights.scaled_shares(columns, shares), ReduceOp.SUM, None
+        if weights is not None and is_single and owner.memory is array_memory.HOST:
+            shares = replica_weights.normalized_shares(weights, owner.workers, gradients.VERB)
+        elif weights is not None:
+            columns, op = verbs.weighted(gradients.VERB, owner.workers, columns, op, weights)
         if not is_single:
-            try:
-                reduced = all_reduce_each(owner.communicator, columns, op)
-            except CollectiveMismatchError as error:
-                where = f"{gradients.VERB} on worker {owner.workers.rank}"
-                user_errors.annotate(
-                    error, f"{where}: variables without a gradient: {absent or 'none'}"
-                )
-                raise
-            columns = [copies[:1] for copies in reduced]
+            columns = gradients.reduced_over_workers(owner, columns, op, absent)
         self._step(variables, columns, op, shares)
 
     def _step(
-        self,
-        variables: list[Variable],
-        columns: list[list[Any]],
-        op: ReduceOp,
-        shares: list[float] | None,
+        self, variables: list[Variable], columns: Columns, op: Reduction, shares: list[float] | None
     ) -> None:
         """Take one step; ``columns[k]`` holds the replicas' gradients of variable k."""
         if not variables:
@@ -361,18 +336,15 @@ class Optimizer(abc.ABC):
         variable_states = self._slots.states_of(variables, names)
         states = [[copies_of(variable) for variable in variables]]
         states += [[copies_of(each.slots[name]) for each in variable_states] for name in names]
-        reduction = {"op": op} if shares is None else {"op": ReduceOp.SUM, "shares": shares}
+        # A writable gradient shares no element with variables and slots: users get read-only views
+        # of these. So nothing is left for the kernel to check.
+        is_writable = variables[0].owner.memory.is_writable
+        is_checked = all(is_writable(gradient) for column in columns for gradient in column)
+        reduction: dict[str, Any] = {"op": op, "is_checked": is_checked}
+        if shares is not None:
+            reduction |= {"op": ReduceOp.SUM, "shares": shares}
         steps = [int(each.steps) for each in variable_states]
         self._update(backends.of(states[0][0][0]).optimizers, columns, states, steps, reduction)
         for each in variable_states:
             each.steps[...] += 1
         self._iterations = max(self._iterations, max(steps) + 1)
-
-
-def checked(number: Any, name: str, least: float, below: float = float("inf")) -> float:
-    """Return a setting as a float; raise ValueError unless it is in ``[least, below)``."""
-    value = scalar_checks.real(number)
-    if not least <= value < below:
-        limits = f"at least {least:g}" + (f" and below {below:g}" if below < float("inf") else "")
-        raise ValueError(f"{name} must be a finite number, {limits}; got {brief(number, 60)}")
-    return value

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dvkernels.optimizers.optimizer import LearningRate, Optimizer, checked
+from dvkernels.optimizers.optimizer import Columns, LearningRate, Optimizer
 from dvkernels.user_errors import brief
+from dvkernels.values.scalar_checks import within
 
 __all__ = ["SGD"]
 
@@ -48,11 +49,11 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate)
-        self.momentum = checked(momentum, "momentum", 0, 1)
+        self.momentum = within(momentum, "momentum", 0, 1)
         if not isinstance(nesterov, bool):
             raise TypeError(f"nesterov is True or False; got {brief(nesterov)}")
         self.nesterov = nesterov
-        self.weight_decay = checked(weight_decay, "weight_decay", 0)
+        self.weight_decay = within(weight_decay, "weight_decay", 0)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0; got momentum=0")
 
@@ -64,8 +65,8 @@ class SGD(Optimizer):
     def _update(
         self,
         kernels: Any,
-        gradients: Sequence[Any],
-        states: Sequence[Sequence[Any]],
+        gradients: Columns,
+        states: Sequence[Columns],
         steps: Sequence[int],
         reduction: Mapping[str, Any],
     ) -> None:

@@ -1,6 +1,6 @@
 """Profiler: traces, debug mode and memory reports; all other packages may record to it.
 
-Imports: errors, reduce_op, user_errors.
+Imports: errors, reduce_op, thread_frames, user_errors.
 """
 
 from dvkernels.profiler.memory_report import MemoryReport as MemoryReport

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import sys
 import threading
 import time
 import traceback
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvkernels import reduce_op, user_errors
+from dvkernels import reduce_op, thread_frames, user_errors
 from dvkernels.errors import NonFiniteError
 
 __all__ = ["debug"]
@@ -101,7 +100,7 @@ class DebugState:
 
     def report_stall(self, place: RunningReplica, doing: str, threads: Sequence[int]) -> None:
         """Log that a replica is waiting, with the Python stack of each replica's thread."""
-        frames = sys._current_frames()
+        frames = thread_frames.current_frames()
         stacks = "\n".join(
             f"replica {replica}:\n{_stack(frames.get(ident))}"
             for replica, ident in enumerate(threads)

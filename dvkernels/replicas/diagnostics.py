@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dvkernels import user_errors
+from dvkernels import thread_frames, user_errors
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCalls
 
 __all__: list[str] = []
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 class StepEnded(CollectiveMismatchError):
@@ -106,7 +105,7 @@ def describe_replicas(
     first_replica: int,
 ) -> str:
     """Describe what each replica does, and where: it waits in a call, runs, or has returned."""
-    frames = sys._current_frames()
+    frames = thread_frames.current_frames()
     return "; ".join(
         f"replica {first_replica + replica} "
         + (
@@ -136,6 +135,6 @@ def _describe_running(
 
 def user_line(frame: types.FrameType | None) -> str:
     """Return the file and line of the innermost frame outside of this package."""
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import selectors
-import sys
 import threading
 import types
 from pathlib import Path
 
+from dvkernels import thread_frames
 from dvkernels.errors import ContextError
+from dvkernels.replicas import diagnostics
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.rendezvous import Rendezvous
 
@@ -24,7 +25,6 @@ __all__: list[str] = []
 # Code objects at the bottom of a replica thread's stack; filled by the modules that run replicas.
 ENTRANCES: set[types.CodeType] = set()
 
-_PACKAGE = str(Path(__file__).parent.parent) + os.sep
 _LIBRARY = str(Path(threading.__file__).parent) + os.sep  # Python's standard library
 _SITE = f"{os.sep}site-packages{os.sep}"
 _WAITING = (threading.__file__, selectors.__file__)  # modules in which a thread waits for another
@@ -32,6 +32,8 @@ _WAITING = (threading.__file__, selectors.__file__)  # modules in which a thread
 
 class UnscopedRendezvous(Rendezvous):
     """Rendezvous of code outside of every scope and run: a group of one."""
+
+    __slots__ = ()
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -52,7 +54,7 @@ def _check(request: CollectiveCall) -> None:
     own = threading.get_ident()
     if own == threading.main_thread().ident:
         return
-    for ident, frame in sys._current_frames().items():
+    for ident, frame in thread_frames.current_frames().items():
         if ident != own and _is_replica_that_waits(frame):
             raise ContextError(
                 f"{request} was called in thread {threading.current_thread().name!r}, which has no "
@@ -69,7 +71,7 @@ def _is_replica_that_waits(frame: types.FrameType | None) -> bool:
         return False
     while frame is not None and _is_of_python(frame.f_code.co_filename):
         frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(_PACKAGE):
+    if frame is None or frame.f_code.co_filename.startswith(diagnostics.PACKAGE):
         return False  # this package waits, not user code
     while frame is not None and frame.f_code not in ENTRANCES:
         frame = frame.f_back

@@ -12,9 +12,11 @@ import functools
 import math
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from dvkernels.devices import cpu
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import backends
 
 __all__: list[str] = []
@@ -26,8 +28,17 @@ _PAUSES = 60_000
 _PAUSES_TO_HAND_OVER = 400  # about 10 us
 
 
+class _GateFunctions(NamedTuple):
+    """Compiled functions of gates, behind their dispatchers: a call takes 0.2 us less."""
+
+    open_gate: Callable[[HostArray, int], int]
+    close_gate: Callable[[HostArray, int], None]
+    await_gate: Callable[[HostArray, int, int], bool]
+    open_and_await: Callable[[HostArray, int, int, int], int]
+
+
 @functools.cache
-def _ready() -> Any:
+def _ready() -> _GateFunctions:
     """Return the compiled functions, compiled before any replica thread could compile them.
 
     A process forked while another thread compiles finds the compiler's lock held forever.
@@ -38,7 +49,8 @@ def _ready() -> Any:
     gate.await_gate(state, 0, 1)
     gate.close_gate(state, 0)
     gate.open_and_await(state, 0, 1, 1)
-    return gate
+    dispatchers = (getattr(gate, name) for name in _GateFunctions._fields)
+    return _GateFunctions(*(each.get_overload(each.signatures[0]) for each in dispatchers))
 
 
 class Gates:
@@ -48,11 +60,20 @@ class Gates:
     spinning thread keeps the awaited one from running, so it sleeps at once.
     """
 
-    __slots__ = ("_compiled", "_locks", "_pauses", "_pauses_to_hand_over", "_state", "spins")
+    __slots__ = (
+        "_compiled",
+        "_locks",
+        "_module",
+        "_pauses",
+        "_pauses_to_hand_over",
+        "_state",
+        "spins",
+    )
 
     def __init__(self, count: int, num_threads: int) -> None:
-        self._compiled: Any = _ready()
-        self._state = self._compiled.new_state(count)
+        self._compiled = _ready()
+        self._module: Any = backends.gate()
+        self._state: HostArray = self._module.new_state(count)
         self._locks = [threading.Lock() for _ in range(count)]
         for lock in self._locks:
             lock.acquire()
@@ -62,7 +83,7 @@ class Gates:
 
     def open(self, gate: int) -> None:
         """Open a gate and wake its sleeping thread. Opening an open gate does nothing."""
-        if self._compiled.open_gate(self._state, gate) == self._compiled.SLEEPING:
+        if self._compiled.open_gate(self._state, gate) == self._module.SLEEPING:
             self._wake(gate)
 
     def open_and_let_run(self, gate: int, awaited: int) -> None:
@@ -71,7 +92,7 @@ class Gates:
         The woken thread needs the GIL. If the opener kept it, the woken thread would sleep for it.
         """
         found = self._compiled.open_and_await(self._state, gate, awaited, self._pauses_to_hand_over)
-        if found & 3 == self._compiled.SLEEPING:
+        if found & 3 == self._module.SLEEPING:
             self._wake(gate)
 
     def close(self, gate: int) -> None:
@@ -106,7 +127,7 @@ class Gates:
 
     def _is_open(self, gate: int) -> bool:
         slots = len(self._state) // len(self._locks)
-        return bool(self._state[gate * slots] == self._compiled.OPEN)
+        return bool(self._state[gate * slots] == self._module.OPEN)
 
     def _wake(self, gate: int) -> None:
         # Already released if the sleeping thread polled the state before it was woken.

@@ -36,25 +36,14 @@ class PendingCall:
 
 
 class PendingCalls:
-    """Pending calls of one step; the k-th call of a replica is matched with the k-th of each other.
-
-    Attributes
-    ----------
-    calls : dict of PendingCall
-        By number.
-    awaited : list of PendingCall or None
-        The call that each replica waits, or last waited, for.
-    has_awaited : bool
-        Some replica has waited for a call.
-    progress_thread : ProgressThread
-        Performs the calls.
-    """
+    """Pending calls of one step: the k-th call of a replica matches the k-th of each other."""
 
     __slots__ = ("_issued", "awaited", "calls", "has_awaited", "progress_thread")
 
     def __init__(self, num_replicas: int, progress_thread: ProgressThread) -> None:
         self.progress_thread = progress_thread
-        self.calls: dict[int, PendingCall] = {}
+        self.calls: dict[int, PendingCall] = {}  # by number
+        # The call that each replica waits, or last waited, for; whether any has waited for one.
         self.awaited: list[PendingCall | None] = [None] * num_replicas
         self.has_awaited = False
         self._issued = [0] * num_replicas

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 
 from dvkernels.threads import thread
+from dvkernels.threads.claim import Claim
 
 __all__: list[str] = []
 
@@ -21,7 +22,7 @@ class _Queue:
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.vacancy = [None]  # one token, held by the one thread that serves
+        self.vacancy = Claim()  # taken by the one thread that serves
         self.is_served = False
 
 
@@ -67,16 +68,14 @@ def _work(state: _Queue) -> None:
     pid = os.getpid()
     is_needed = True
     while is_needed and pid == os.getpid():
-        try:
-            state.vacancy.pop()
-        except IndexError:
+        if not state.vacancy.take():
             return  # another thread serves
         state.is_served = True
         try:
             _serve(state.jobs, pid)
         finally:
             state.is_served = False
-            state.vacancy.append(None)
+            state.vacancy.give_back()
         is_needed = not state.jobs.empty()  # submitted by a caller that still saw is_served
 
 

@@ -18,7 +18,7 @@ from dvkernels.errors import CollectiveMismatchError, ContextError
 from dvkernels.profiler import tracing
 from dvkernels.replicas import diagnostics
 from dvkernels.replicas.collective_call import CollectiveCall
-from dvkernels.replicas.pending import PendingCall
+from dvkernels.replicas.pending import PendingCall, PendingCalls
 from dvkernels.replicas.step_state import StepState, rest_gate
 
 __all__: list[str] = []
@@ -26,6 +26,8 @@ __all__: list[str] = []
 
 class Rendezvous(StepState):
     """Collectives of the replicas of one step."""
+
+    __slots__ = ()
 
     def meet(self, replica: int, request: CollectiveCall) -> Any:
         """Perform a collective with the other replicas; return this replica's result."""
@@ -84,12 +86,16 @@ class Rendezvous(StepState):
         self._check_alive(request.verb)
         if self._debug_state is not None:
             self._debug_state.record(self.label_of(replica), str(request))
-        pending_calls = self._pending_calls
-        if pending_calls is None:
+        if self._progress_thread is None:
             alone = PendingCall(1)
             alone.results = self._perform_call([request])
             alone.done.open()
             return alone
+        pending_calls = self._pending_calls
+        if pending_calls is None:  # several replicas may see it; all take the first that is made
+            made = PendingCalls(self.num_replicas, self._progress_thread)
+            pending_calls = self._made_pending_calls.setdefault(0, made)
+            self._pending_calls = pending_calls
         call_site = diagnostics.user_line(sys._getframe())
         pending = pending_calls.issue(replica, request, call_site)
         if True in self._has_left and pending_calls.is_deserted(replica, self._has_left):
@@ -194,10 +200,7 @@ class Rendezvous(StepState):
         return self._requests[replica] is None or None not in self._requests
 
     def _keep_waiting(
-        self,
-        replica: int,
-        wait_on: Callable[[float], bool],
-        has_all: Callable[[], bool],
+        self, replica: int, wait_on: Callable[[float], bool], has_all: Callable[[], bool]
     ) -> bool:
         """Go on waiting after the first nap, up to the deadline; without one once all are here.
 

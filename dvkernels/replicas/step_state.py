@@ -48,6 +48,14 @@ class StepState:
     A group of one needs no gates; larger groups need ``num_gates(num_replicas)`` closed ones.
     """
 
+    __slots__ = (
+        "_announce", "_arrivals", "_check_seconds", "_debug_state", "_echoes", "_failures",
+        "_first_nap", "_first_replica", "_gates", "_has_ended", "_has_left", "_made_pending_calls",
+        "_pending_calls", "_pid", "_progress_thread", "_requests", "_results", "_stalls",
+        "_thread_idents", "_timeout", "closed", "errors", "failure", "label", "num_replicas",
+        "perform",
+    )  # fmt: skip
+
     def __init__(
         self,
         num_replicas: int,
@@ -71,10 +79,10 @@ class StepState:
         self._arrivals = itertools.count(1)
         self._has_left = [False] * num_replicas
         self._has_ended = has_ended  # by replica: its thread has ended, so it never arrives
-        # None without a progress thread: asynchronous calls are then performed at once.
-        self._pending_calls = (
-            None if progress_thread is None else PendingCalls(num_replicas, progress_thread)
-        )
+        # None: asynchronous calls are performed at once.
+        self._progress_thread = progress_thread
+        self._pending_calls: PendingCalls | None = None  # None until the first asynchronous call
+        self._made_pending_calls: dict[int, PendingCalls] = {}  # the first, as item 0
         self._requests: list[CollectiveCall | None] = [None] * num_replicas
         self._results: Sequence[Any] = ()
         self._thread_idents: dict[int, int] = {}  # by replica; 0: it will never start

@@ -1,5 +1,5 @@
 """Strategies: combinations of devices, a communicator, and a placement of variables.
 
-Imports: cluster, communicators, context, custom_reduction, data, devices, errors, kernels, pytree,
-profiler, reduce_op, replica_context, replicas, user_errors, values, variables.
+Imports: cluster, communicators, context, data, devices, errors, profiler, pytree, reduce_op,
+replica_context, replicas, user_errors, values, variables, verbs.
 """

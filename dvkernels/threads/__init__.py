@@ -1,4 +1,4 @@
 """Threads and calls that interrupts, forks and the end of the program leave intact.
 
-Imports: deadlines.
+Imports: deadlines, thread_frames.
 """

@@ -6,7 +6,7 @@ __all__: list[str] = []
 
 
 class Claim:
-    """Claim that the first caller of :meth:`take` gets.
+    """Claim that the first caller of :meth:`take` gets, until it gives it back.
 
     It takes no lock, so neither an interrupt nor a fork can leave one held.
     """
@@ -16,6 +16,11 @@ class Claim:
     def __init__(self) -> None:
         self._tokens = [None]
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody has taken it."""
+        return bool(self._tokens)
+
     def take(self) -> bool:
         """Return True to the first caller, False to all others."""
         try:
@@ -23,3 +28,7 @@ class Claim:
         except IndexError:
             return False
         return True
+
+    def give_back(self) -> None:
+        """Let another caller take it."""
+        self._tokens.append(None)

@@ -12,11 +12,11 @@ import _thread
 import contextvars
 import functools
 import os
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from dvkernels import thread_frames
 from dvkernels.threads.thread import Latch
 
 __all__: list[str] = []
@@ -94,7 +94,7 @@ class ShieldedCall:
             runner = self._runners.get(None)
             if runner is None or runner == threading.get_ident():
                 self.run()
-            elif self._pid != os.getpid() or runner not in sys._current_frames():
+            elif self._pid != os.getpid() or runner not in thread_frames.current_frames():
                 self.error = RuntimeError("the thread that made a shielded call is gone")
                 self.done.open()
 

@@ -1,4 +1,5 @@
 """Distributed values: one component per replica, and the devices that hold them.
 
-Imports: communicators, devices, errors, pytree, reduce_op, replicas, schedules, user_errors.
+Imports: communicators, custom_reduction, devices, errors, kernels, pytree, reduce_op, replicas,
+user_errors.
 """

@@ -13,6 +13,7 @@ from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
 from dvkernels.user_errors import brief
 from dvkernels.values.placement import Placement
+from dvkernels.values.scalar_checks import is_integer
 
 __all__ = ["DistributedValues", "Mirrored", "PerReplica"]
 
@@ -44,15 +45,14 @@ class DistributedValues(Generic[T]):
         raise NotImplementedError
 
     @property
-    def owner(self) -> object:
+    def owner(self) -> Placement | None:
         """The placement of the strategy that made this value; None for one made by the user."""
         raise NotImplementedError
 
     @property
     def first_replica(self) -> int:
         """The replica id of the first component: 0, unless other processes hold lower ids."""
-        owner = self.owner
-        return owner.first_replica if isinstance(owner, Placement) else 0
+        return 0 if self.owner is None else self.owner.first_replica
 
     def on(self, replica_id: int) -> T:
         """Return the component of one replica.
@@ -69,7 +69,9 @@ class DistributedValues(Generic[T]):
         TypeError
             ``replica_id`` is not an integer.
         """
-        return self.at(_index(replica_id) - self.first_replica)
+        if not is_integer(replica_id):
+            raise TypeError(f"a replica id is an integer, got {replica_id!r}")
+        return self.at(int(replica_id) - self.first_replica)
 
     def at(self, rank: int) -> T:
         """Return the component of a local rank: a position among the replicas of this process."""
@@ -78,35 +80,47 @@ class DistributedValues(Generic[T]):
             raise IndexError(self._missing(rank + self.first_replica, len(values)))
         return values[rank]
 
+    def copy_to(self, device: Device | str) -> PerReplica[T] | Mirrored[T]:
+        """Copy every component of this process to ``device``.
+
+        Parameters
+        ----------
+        device : Device or str
+            The target of all copies.
+
+        Returns
+        -------
+        PerReplica or Mirrored
+            A value of the same class, for a variable a ``PerReplica``. Arrays are new and owned by
+            the caller; other components are the same objects. Nothing is communicated or reduced.
+
+        Raises
+        ------
+        DeviceError
+            The device does not exist.
+        """
+        target = registry.resolve(device)
+        copies = [_copied(value, target) for value in self.values]
+        kind = type(self) if isinstance(self, PerReplica | Mirrored) else PerReplica
+        return kind(copies, devices=[target] * len(copies), owner=self.owner)
+
     def _missing(self, replica: int, count: int) -> str:
         first, owner = self.first_replica, self.owner
         here = f"this {type(self).__name__} has replicas {first} to {first + count - 1}"
-        if isinstance(owner, Placement) and 0 <= replica < owner.num_replicas != count:
+        if owner is not None and 0 <= replica < owner.num_replicas != count:
+            worker = owner.share.worker_of(replica)
             return (
-                f"replica {replica} is one of worker {owner.worker_of(replica)}, and here, on "
-                f"worker {owner.workers.rank}, {here}; use gather or reduce to combine them"
+                f"replica {replica} is one of worker {worker}, and here, on worker "
+                f"{owner.workers.rank}, {here}; use gather or reduce to combine them"
             )
         return f"there is no replica {replica}: {here}"
-
-
-def is_integer(value: object) -> bool:
-    """Return whether a value is a Python or NumPy integer, and not a bool."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _index(replica_id: Any) -> int:
-    if is_integer(replica_id):
-        return int(replica_id)
-    raise TypeError(f"a replica id is an integer, got {replica_id!r}")
 
 
 class _Frozen(DistributedValues[T]):
     """Implementation of ``PerReplica`` and ``Mirrored``: storage, indexing, printing, refusals."""
 
-    __slots__ = ("__weakref__", "_devices", "_owner", "_values")
-    _values: tuple[T, ...]
-    _devices: tuple[Device, ...]
-    _owner: object
+    # The slots override the properties of the base class.
+    __slots__ = ("__weakref__", "devices", "owner", "values")
 
     # The calls to use instead; shown when an operation is refused.
     _remedy = ""
@@ -116,7 +130,7 @@ class _Frozen(DistributedValues[T]):
         values: Iterable[T],
         *,
         devices: Iterable[Device | str] | None = None,
-        owner: object = None,
+        owner: Placement | None = None,
     ) -> None:
         is_listed = type(values) in (list, tuple)  # the check of abstract classes takes 0.5 us
         # Text is no sequence of values, and mappings and sets have no order of replicas.
@@ -139,50 +153,12 @@ class _Frozen(DistributedValues[T]):
                     f"a {type(self).__name__} of {len(components)} values needs "
                     f"{len(components)} devices, got {len(where)}"
                 )
-        object.__setattr__(self, "_values", components)
-        object.__setattr__(self, "_devices", where)
-        object.__setattr__(self, "_owner", owner)
-
-    @property
-    def values(self) -> tuple[T, ...]:
-        """The components of the replicas of this process, in replica order."""
-        return self._values
-
-    @property
-    def devices(self) -> tuple[Device, ...]:
-        """The device of each component, in replica order."""
-        return self._devices
-
-    @property
-    def owner(self) -> object:
-        """The placement of the strategy that made this value; None for one made by the user."""
-        return self._owner
-
-    def copy_to(self, device: Device | str) -> Any:
-        """Return a value of the same class with every component copied to ``device``.
-
-        Parameters
-        ----------
-        device : Device or str
-            The target of all copies.
-
-        Returns
-        -------
-        PerReplica or Mirrored
-            Arrays are new and owned by the caller; other components are the same objects. Nothing
-            is communicated or reduced.
-
-        Raises
-        ------
-        DeviceError
-            The device does not exist.
-        """
-        target = registry.resolve(device)
-        copies = tuple(_copied(value, target) for value in self._values)
-        return type(self)(copies, devices=(target,) * len(copies), owner=self._owner)
+        object.__setattr__(self, "values", components)
+        object.__setattr__(self, "devices", where)
+        object.__setattr__(self, "owner", owner)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.values)
 
     def __getitem__(self, replica_id: int) -> T:
         return self.on(replica_id)
@@ -197,11 +173,11 @@ class _Frozen(DistributedValues[T]):
         return self  # frozen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        values = copy.deepcopy(self._values, memo)
-        return type(self)(values, devices=self._devices, owner=self._owner)
+        values = copy.deepcopy(self.values, memo)
+        return type(self)(values, devices=self.devices, owner=self.owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._values,)
+        return type(self), (self.values,)
 
     def __format__(self, how: str) -> str:
         return self._refuse() if how else str(self)
@@ -215,7 +191,7 @@ class _Frozen(DistributedValues[T]):
         )
 
     def __repr__(self) -> str:
-        numbered = enumerate(self._values, self.first_replica)
+        numbered = enumerate(self.values, self.first_replica)
         shown = ", ".join(f"{i}: {_short(value)}" for i, value in numbered)
         return f"{type(self).__name__}({shown})"
 
@@ -225,7 +201,7 @@ class _Frozen(DistributedValues[T]):
         rows = "".join(
             f"<tr><td>{i}</td><td>{device}</td><td>{html.escape(_short(value))}</td></tr>"
             for i, (device, value) in enumerate(
-                zip(self._devices, self._values, strict=True), self.first_replica
+                zip(self.devices, self.values, strict=True), self.first_replica
             )
         )
         return (
@@ -236,7 +212,7 @@ class _Frozen(DistributedValues[T]):
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
             f"a {type(self).__name__} is not a number or an array: it holds one value for each of "
-            f"{len(self._values)} replicas; {self._remedy}"
+            f"{len(self.values)} replicas; {self._remedy}"
         )
 
     def __iter__(self) -> Iterator[T]:

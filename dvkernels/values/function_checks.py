@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Mapping
 from typing import Any
 
 from dvkernels.user_errors import brief
@@ -17,7 +18,7 @@ _KINDS = {
     inspect.CO_ASYNC_GENERATOR: "an asynchronous generator function",
     inspect.CO_GENERATOR: "a generator function (it has a yield)",
 }
-_FLAGS = functools.reduce(int.__or__, _KINDS)
+REFUSED = functools.reduce(int.__or__, _KINDS)  # flags of the code of functions to refuse
 
 
 def check(verb: str, fn: Any) -> None:
@@ -31,7 +32,7 @@ def check(verb: str, fn: Any) -> None:
         if not callable(fn):
             raise TypeError(f"{verb} expected a function, got {brief(fn)}, a {type(fn).__name__}")
         flags = getattr(_code_of(fn), "co_flags", 0)
-    if not flags & _FLAGS:
+    if not flags & REFUSED:
         return
     kind = next(words for flag, words in _KINDS.items() if flags & flag)
     remedy = (
@@ -45,22 +46,25 @@ def check(verb: str, fn: Any) -> None:
     )
 
 
+def check_arguments(verb: str, args: object, kwargs: object) -> None:
+    """Raise ``ValueError`` unless these are the arguments of a call: a sequence and a dict."""
+    if not isinstance(args, (list, tuple)):
+        raise ValueError(f"{verb}: args must be a list or tuple, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(f"{verb}: kwargs must be a dict, got {type(kwargs).__name__}")
+
+
 def _code_of(fn: Any) -> Any:
     """Return the code object that a call of ``fn`` runs; None if it is not Python code."""
-    inner, seen = fn, 0
-    while seen < 100:  # __call__ may form a cycle
-        seen += 1
-        if isinstance(inner, functools.partial):
-            inner = inner.func
-        elif isinstance(inner, types.MethodType):
-            inner = inner.__func__
-        elif isinstance(inner, type):
+    for _ in range(100):  # __call__ may form a cycle
+        if isinstance(fn, functools.partial):
+            fn = fn.func
+        elif isinstance(fn, type):
             return None  # a call creates an object
-        elif hasattr(inner, "__code__"):
-            return inner.__code__
+        elif hasattr(fn, "__code__"):  # a function or a method
+            return fn.__code__
         else:
-            call = getattr(type(inner), "__call__", None)  # noqa: B004 - the method itself is needed
-            if not isinstance(call, (types.FunctionType, functools.partial)):
+            fn = getattr(type(fn), "__call__", None)  # noqa: B004 - the method itself is needed
+            if not isinstance(fn, (types.FunctionType, functools.partial)):
                 return None
-            inner = call
     return None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.devices import array_memory as memory
 from dvkernels.devices.device import Device
 from dvkernels.replicas.step_lock import StepLock
-from dvkernels.schedules import partition
 
 __all__: list[str] = []
 
@@ -40,49 +39,38 @@ class Placement:
     is_default: bool = False  # the default strategy: any strategy may read its variables
     step_lock: StepLock = field(default_factory=StepLock)
 
-    @property
+    @cached_property
     def num_replicas(self) -> int:
         """The number of replicas in sync, over all workers."""
         return self.communicator.size
 
-    @property
+    @cached_property
     def num_local(self) -> int:
         """The number of replicas of this process."""
         return len(self.replica_devices)
 
     @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """The number of replicas of each worker."""
-        return self.replicas_of_workers or (self.num_local,)
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return partition.starts(self.counts)
+    def share(self) -> WorkerShare:
+        """The replicas of this worker among those of all workers."""
+        return WorkerShare(self.replicas_of_workers or (self.num_local,), self.workers.rank)
 
     @cached_property
     def first_replica(self) -> int:
         """The id of the first local replica."""
-        return self._starts[self.workers.rank]
+        return self.share.first_replica
 
     @property
     def async_communicator(self) -> Communicator:
         """The communicator of the progress thread, which reduces while the replicas go on."""
-        return (
-            self.communicator
-            if self.background_communicator is None
-            else self.background_communicator
-        )
-
-    def worker_of(self, replica: int) -> int:
-        """Return the worker that runs a replica."""
-        return bisect.bisect(self._starts, replica) - 1
+        background = self.background_communicator
+        return self.communicator if background is None else background
 
     def broadcast_from_chief(self, array: Any) -> Any:
         """Return the array of the first worker; every worker must call this with its own array.
 
         With a single worker the array itself is returned, not copied.
         """
-        return array if len(self.counts) == 1 else self.workers.broadcast([array], 0)[0]
+        return array if self.workers.size == 1 else self.workers.broadcast([array], 0)[0]
 
     @property
     def copy_devices(self) -> tuple[Device, ...]:

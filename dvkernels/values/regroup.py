@@ -14,7 +14,7 @@ from dvkernels.values.placement import Placement
 __all__: list[str] = []
 
 
-def own_component(value: Any, rank: int, placement: object) -> Any:
+def own_component(value: Any, rank: int, placement: Placement) -> Any:
     """Return the component of a leaf for one local rank; a plain leaf is returned as it is.
 
     A distributed value of another strategy, or of another number of replicas, raises
@@ -24,20 +24,18 @@ def own_component(value: Any, rank: int, placement: object) -> Any:
         return value
     check_own(value, placement)
     # All replicas read the only copy of a variable in central storage.
-    return value.at(0 if len(value.values) == 1 and _is_variable(value) else rank)
+    return value.at(0 if len(value.values) == 1 and is_variable(value) else rank)
 
 
-def check_own(value: DistributedValues[Any], placement: object, what: str = "") -> None:
+def check_own(value: DistributedValues[Any], placement: Placement, what: str = "") -> None:
     """Raise ``ContextError`` unless a value has one component per local replica of a strategy."""
-    if not isinstance(placement, Placement):
-        return
-    owner, count, is_variable = value.owner, len(value.values), _is_variable(value)
-    is_anywhere = is_variable and (placement.is_default or getattr(owner, "is_default", False))
-    if isinstance(owner, Placement) and not owner.is_of(placement) and not is_anywhere:
+    owner, count, has_any_count = value.owner, len(value.values), is_variable(value)
+    whose = ""
+    if owner is not None and not owner.is_of(placement):
+        if has_any_count and (placement.is_default or owner.is_default):
+            return  # any strategy reads variables of the default one, which reads those of any
         whose = f" of {owner.name}"
-    elif count != placement.num_local and not is_variable:
-        whose = ""
-    else:
+    elif has_any_count or count == placement.num_local:
         return
     raise ContextError(
         f"{what}expected a value for each of the {placement.num_local} replicas of "
@@ -48,7 +46,7 @@ def check_own(value: DistributedValues[Any], placement: object, what: str = "") 
 def regroup(
     results: Sequence[Any],
     devices: tuple[Device, ...],
-    owner: object,
+    owner: Placement,
     kind: type[PerReplica[Any]] | type[Mirrored[Any]] = PerReplica,
 ) -> Any:
     """Return one pytree whose leaves are of class ``kind``, from one pytree per replica.
@@ -62,7 +60,7 @@ def regroup(
         return None
     flat = [pytree.flatten(result) for result in results]
     structure = flat[0][1]
-    first_id = owner.first_replica if isinstance(owner, Placement) else 0
+    first_id = owner.first_replica
     for replica, (_, other) in enumerate(flat, first_id):
         if other != structure:
             raise ValueError(
@@ -73,7 +71,7 @@ def regroup(
 
     def joined(leaves: tuple[Any, ...]) -> Any:
         first = leaves[0]
-        if (first is None or _is_variable(first)) and all(leaf is first for leaf in leaves):
+        if (first is None or is_variable(first)) and all(leaf is first for leaf in leaves):
             return first
         return kind(
             [own_component(leaf, rank, owner) for rank, leaf in enumerate(leaves)],
@@ -85,5 +83,16 @@ def regroup(
     return pytree.unflatten(structure, [joined(column) for column in columns])
 
 
-def _is_variable(leaf: Any) -> bool:
+def per_replica_component(tree: Any, rank: int, placement: Placement) -> Any:
+    """Return a pytree with each ``PerReplica`` in it replaced by the component of one rank."""
+
+    def component(leaf: Any) -> Any:
+        is_distributed = isinstance(leaf, PerReplica)
+        return own_component(leaf, rank, placement) if is_distributed else leaf
+
+    return pytree.map_leaves(component, tree)
+
+
+def is_variable(leaf: Any) -> bool:
+    """Return whether a leaf is a variable, a class above this module."""
     return isinstance(leaf, DistributedValues) and not isinstance(leaf, PerReplica | Mirrored)

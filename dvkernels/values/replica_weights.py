@@ -10,7 +10,7 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory
-from dvkernels.devices.array_spec import refuse_masked
+from dvkernels.devices.array_spec import Array, refuse_masked
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.user_errors import brief
 from dvkernels.values import scalar_checks
@@ -44,26 +44,25 @@ def normalized_shares(local: Sequence[float], workers: Workers, verb: str) -> li
     return reduce_op.shares(weights, verb)[start : start + len(local)]
 
 
-def scaled_share(array: Any, share: float) -> Any:
-    """Return ``share * array``; the sum of these over the replicas is the weighted mean.
+def scaled_shares(columns: Sequence[Sequence[Array]], shares: Sequence[float]) -> list[list[Any]]:
+    """Return each column, one array per replica, with its arrays scaled by the shares.
 
-    A share of 0 gives zeros whatever the array holds, because NaN * 0 would spoil the sum.
-    float16 and bfloat16 are scaled in float32, so that only the sum is rounded.
+    The sum of a scaled column is the weighted mean. A share of 0 gives zeros whatever the array
+    holds, because NaN * 0 would spoil the sum. float16 and bfloat16 are scaled in float32, so that
+    only the sum is rounded.
     """
-    dtype = reduce_op.working_dtype(array.dtype)
-    apply = array_memory.holding(array).apply
-    if not share:
-        return apply(np.zeros_like, array, dtype)
-    return apply(_scaled, array.astype(dtype, copy=False), dtype.type(share))
-
-
-def _scaled(array: Any, factor: Any) -> Any:
-    return np.multiply(array, factor, out=np.empty_like(array))
-
-
-def scaled_shares(columns: Sequence[Sequence[Any]], shares: Sequence[float]) -> list[list[Any]]:
-    """Return each column, one array per replica, with its arrays scaled by the shares."""
     return [
-        [scaled_share(array, share) for array, share in zip(column, shares, strict=True)]
+        [
+            array_memory.holding(array).apply(_scaled, array, share)
+            for array, share in zip(column, shares, strict=True)
+        ]
         for column in columns
     ]
+
+
+def _scaled(array: Any, share: float) -> Any:
+    dtype = reduce_op.working_dtype(array.dtype)
+    if not share:
+        return np.zeros_like(array, dtype)
+    wide = array.astype(dtype, copy=False)
+    return np.multiply(wide, dtype.type(share), out=np.empty_like(wide))

@@ -58,14 +58,14 @@ def _comparison(fn: _Operator) -> _Operator:
     return _binary(fn)[0]
 
 
-def _in_place(sign: str, *, has_method: bool = False) -> _Operator:
+def _in_place(sign: str) -> _Operator:
     """Return an in-place operator, which raises.
 
     Without it Python would run ``v = v + x`` for ``v += x`` and bind the name to an array.
     """
 
     def in_place(self: VariableReads, other: Any) -> Any:
-        remedy = "" if has_method else f"v.assign(v {sign} x)"
+        remedy = "" if sign in "+-" else f"v.assign(v {sign} x)"  # those two have methods
         refuse_to_write(self, f"v {sign}= x", remedy)
 
     return in_place
@@ -242,8 +242,8 @@ class VariableReads:
     __xor__, __rxor__ = _binary(operator.xor)
     __divmod__, __rdivmod__ = _binary(divmod)
 
-    __iadd__ = _in_place("+", has_method=True)
-    __isub__ = _in_place("-", has_method=True)
+    __iadd__ = _in_place("+")
+    __isub__ = _in_place("-")
     __imul__ = _in_place("*")
     __itruediv__ = _in_place("/")
     __ifloordiv__ = _in_place("//")

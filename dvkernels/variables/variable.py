@@ -9,15 +9,15 @@ from typing import Any, NoReturn, final
 import numpy as np
 
 from dvkernels import context
-from dvkernels.devices import array_memory, registry
 from dvkernels.devices.array_spec import Array, Spec
 from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
 from dvkernels.profiler import memory_report
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.user_errors import brief
-from dvkernels.values.distributed import DistributedValues, PerReplica, is_integer
+from dvkernels.values.distributed import DistributedValues
 from dvkernels.values.placement import Placement
+from dvkernels.values.scalar_checks import is_integer
 from dvkernels.variables import deep_copy
 from dvkernels.variables.access import LONE_REPLICA, calling_replica
 from dvkernels.variables.copies import Copies
@@ -173,22 +173,10 @@ class Variable(VariableReads, VariableWrites, DistributedValues[Any]):
         return self._copies.placement.copy_devices
 
     def on(self, replica_id: int) -> Any:
-        """Return a read-only view of the copy that a replica reads.
+        """Return a read-only view of the copy that a replica reads, valid until the next write.
 
-        Parameters
-        ----------
-        replica_id : int
-            The id of the replica, counted over all processes.
-
-        Returns
-        -------
-        array of shape ``variable.shape``
-            Valid until the next write.
-
-        Raises
-        ------
-        IndexError
-            There is no such replica, or another process holds its copy.
+        Parameters and errors as for :meth:`DistributedValues.on`. Under central storage all
+        replicas read the only copy.
         """
         placement = self._copies.placement
         if placement.central_device is not None and is_integer(replica_id):
@@ -205,29 +193,7 @@ class Variable(VariableReads, VariableWrites, DistributedValues[Any]):
         """Read-only views of the copies of this process, in replica order."""
         return self._copies.views
 
-    def copy_to(self, device: Device | str) -> PerReplica[Any]:
-        """Copy every copy of this process to ``device``.
-
-        Parameters
-        ----------
-        device : Device or str
-            The target of all copies.
-
-        Returns
-        -------
-        PerReplica of array of shape ``variable.shape``
-            New arrays, one per copy; nothing is communicated or reduced.
-
-        Raises
-        ------
-        DeviceError
-            The device does not exist.
-        """
-        target = registry.resolve(device)
-        copies = [array_memory.copied(array, target) for array in self._copies.arrays]
-        return PerReplica(copies, devices=[target] * len(copies), owner=self.owner)
-
-    # -- copies of the variable -----------------------------------------------------------------
+    # -- copying, pickling, printing ------------------------------------------------------------
 
     def __copy__(self) -> NoReturn:
         raise TypeError(

@@ -143,20 +143,8 @@ class VariableWrites:
     def sync(self, op: reduce_op.Reduction | str = "mean") -> None:
         """Synchronize a NONE variable: every copy gets the reduction of all copies.
 
-        Parameters
-        ----------
-        op : ReduceOp, CustomReduction or str
-            The reduction, or its name.
-
-        Raises
-        ------
-        SynchronizationError
-            The variable is not a NONE variable. Other modes synchronize by themselves.
-
-        Notes
-        -----
-        In replica context all replicas must call it. :func:`sync` synchronizes several variables
-        in one collective, and lists further errors.
+        Parameters, errors and contexts as for :func:`sync`, which synchronizes several variables in
+        one collective.
         """
         sync([self], op)
 

@@ -62,6 +62,16 @@ def check(make: Callable[[int], Protocol], **how: int) -> None:
         raise AssertionError(message)
 
 
+def test_two_ranks_in_any_sequence_of_protocols() -> None:
+    check_protocols([*MAKERS.values()], most_ranks=2)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_three_ranks_in_three_calls(name: str) -> None:
+    check(MAKERS[name])
+
+
+@pytest.mark.wide
 def test_all_protocols_in_any_sequence() -> None:
     check_protocols([*MAKERS.values()])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shorthands import replica
+from shorthands import context, replica
 
 import dvkernels as dv
 from dvkernels.errors import CollectiveMismatchError, ContextError
@@ -37,9 +37,10 @@ WITHIN = (True, False, False, 2)
 
 def test_the_current_context(two: dv.Strategy) -> None:
     assert where() == OUTSIDE
-    with two.scope():
+    assert dv.get_strategy() is dv.get_strategy()
+    with two.scope() as entered:
         assert where() == ACROSS
-        assert dv.get_strategy() is two
+        assert dv.get_strategy() is entered is two
         with two.scope():
             assert where() == ACROSS
         assert where() == ACROSS
@@ -47,6 +48,8 @@ def test_the_current_context(two: dv.Strategy) -> None:
     raw: list[Any] = []
     two.run(lambda: raw.append((where(), dv.get_strategy() is two)))
     assert raw == [(WITHIN, True)] * 2
+    on = two.run(lambda: str(dv.get_replica_context().device))
+    assert [*on.values] == [str(device) for device in two.worker_devices]
     raw.clear()
     two.run(lambda: dv.get_replica_context().merge_call(lambda s: raw.append((where(), s is two))))
     assert raw == [(ACROSS, True)]
@@ -61,6 +64,8 @@ def test_the_current_context(two: dv.Strategy) -> None:
 def test_the_default_replica_context() -> None:
     context = dv.get_replica_context()
     assert (context.replica_id_in_sync_group, context.num_replicas_in_sync) == (0, 1)
+    assert context.strategy is dv.get_strategy()
+    assert context.all_reduce("sum", 2.5) == 2.5
     given = np.ones(2)
     for result in (
         context.all_reduce("sum", given),
@@ -160,18 +165,18 @@ def test_a_context_after_its_run(two: dv.Strategy) -> None:
     kept: list[dv.ReplicaContext] = []
     two.run(lambda: kept.append(dv.get_replica_context()))
     one = np.ones(2)
-    for context in kept:
+    for old in kept:
         for call in (
-            lambda context=context: context.all_reduce("sum", one),
-            lambda context=context: context.all_gather(one),
-            lambda context=context: context.reduce_scatter("sum", one),
-            lambda context=context: context.broadcast(one),
-            lambda context=context: context.merge_call(lambda strategy: None),
-            lambda context=context: context.barrier(),
+            lambda old=old: old.all_reduce("sum", one),
+            lambda old=old: old.all_gather(one),
+            lambda old=old: old.reduce_scatter("sum", one),
+            lambda old=old: old.broadcast(one),
+            lambda old=old: old.merge_call(lambda strategy: None),
+            lambda old=old: old.barrier(),
         ):
-            with pytest.raises(ContextError):
+            with pytest.raises(ContextError, match="has ended"):
                 call()
-            with pytest.raises(ContextError):
+            with pytest.raises(ContextError, match="has ended"):
                 two.run(call)  # also in the next step
     assert two.run(lambda: 1).values == (1, 1)
 
@@ -197,9 +202,12 @@ def test_set_strategy(two: dv.Strategy, other: dv.Strategy) -> None:
         raw: list[Any] = []
         two.run(lambda: raw.append(where()))
         assert raw == [WITHIN] * 2
+        assert len(dv.Variable(1.0).values) == 2
     finally:
         dv.set_strategy(None)
     assert where() == OUTSIDE
+    with pytest.raises(TypeError, match="strategy or None"):
+        dv.set_strategy("two")
 
 
 def test_an_error_in_a_scope_ends_the_scope(two: dv.Strategy) -> None:
@@ -269,6 +277,22 @@ def test_disagreement_names_the_replica_the_call_and_the_line(name: str, odd: in
         assert [one.tolist() for one in total.values] == [[3.0] * 4] * 3
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: context().broadcast(ONE, root=replica()),
+        lambda: context().all_gather(np.ones((2, 2)), axis=replica()),
+        lambda: [context().barrier() for _ in range(1 + replica())],
+    ],
+    ids=["root", "axis", "one more"],
+)
+def test_disagreement_about_an_option_or_the_number_of_calls(two: dv.Strategy, body: Any) -> None:
+    with pytest.raises(CollectiveMismatchError, match=r"(?s)replica 0.*replica 1") as caught:
+        two.run(body)
+    assert "test_contract_of_contexts.py" in str(caught.value)
+    assert two.run(lambda: 1).values == (1, 1)
+
+
 def test_a_caught_failure_still_ends_the_step(two: dv.Strategy) -> None:
     again: list[BaseException] = []
 
@@ -312,7 +336,8 @@ def test_exceptions_are_reraised_unchanged() -> None:
                 if not late:  # every replica raises its own error
                     assert caught.value is errors[min(raisers)]
                     notes = " ".join(caught.value.__notes__)
-                    assert all(f"replica {one}" in notes for one in raisers - {min(raisers)})
+                    assert all(f"replica {one}" in notes for one in raisers)
+                    assert all(errors[one].args[0] in notes for one in raisers - {min(raisers)})
                 for error in errors:
                     error.__notes__ = []
 
@@ -357,7 +382,12 @@ def test_results_are_new_arrays_and_inputs_are_unchanged(replicas: int) -> None:
             assert all(np.all(result["a"] == 99.0) for result in results)
             assert np.array_equal(given["a"], kept["a"])
             assert np.array_equal(given["b"][0], kept["b"])
+            out = np.zeros((3, 2))
+            assert context.all_reduce("sum", given["a"], out=out) is out
+            assert np.array_equal(given["a"], kept["a"])
+            assert np.array_equal(out, kept["a"] * replicas)
             back = context.all_reduce("sum", given["a"], out=given["a"])
+            assert back is given["a"]
             assert np.array_equal(given["a"], kept["a"] * replicas)
             return np.shares_memory(back, given["a"])
 
@@ -376,36 +406,60 @@ def test_the_weighted_mean_is_that_of_all_examples() -> None:
             return context.all_reduce("mean", np.array(mean), weight=len(part))
 
         assert [float(one) for one in strategy.run(body).values] == pytest.approx([4.5] * 4)
-        for wrong in (
-            lambda: dv.get_replica_context().all_reduce("mean", ONE, weight=0),
-            lambda: dv.get_replica_context().all_reduce("sum", ONE, weight=1),
-            lambda: dv.get_replica_context().all_reduce("mean", ONE, weight=-1),
-            lambda: dv.get_replica_context().all_reduce("mean", ONE, weight=np.nan),
-        ):
-            with pytest.raises((ValueError, TypeError)):
-                strategy.run(wrong)
 
 
-def test_bad_input_to_collectives(two: dv.Strategy) -> None:
-    integers = np.ones(3, "i4")
+@pytest.mark.parametrize(
+    ("op", "weight"), [("mean", 0), ("mean", -1), ("mean", np.nan), ("mean", "x"), ("sum", 1)]
+)
+def test_an_invalid_weight_is_refused(strategy: dv.Strategy, op: str, weight: Any) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        strategy.run(lambda: context().all_reduce(op, 1.0, weight=weight))
 
-    def context() -> dv.ReplicaContext:
-        return dv.get_replica_context()
 
-    for call, error in (
-        (lambda: context().all_reduce("median", ONE), dv.errors.ReduceOpError),
-        (lambda: context().all_reduce("mean", integers), dv.errors.UnsupportedDTypeError),
-        (lambda: context().all_reduce("sum", "text"), TypeError),
-        (lambda: context().all_reduce("sum", np.array(["x"])), dv.errors.UnsupportedDTypeError),
-        (lambda: context().all_gather(ONE, axis=3), ValueError),
-        (lambda: context().broadcast(ONE, root=2), ValueError),
-        (lambda: context().broadcast(ONE, root=-3), ValueError),
-        (lambda: context().all_reduce("sum", ONE.copy(), out=np.ones(3, "f4")), ValueError),
-        (lambda: context().reduce_scatter("sum", np.array(1.0)), ValueError),
-    ):
-        with pytest.raises(error):
-            two.run(call)
-        assert two.run(replica).values == (0, 1)
+BAD_INPUT: dict[str, tuple[Callable[[], Any], Any]] = {
+    "op": (lambda: context().all_reduce("median", ONE), dv.errors.ReduceOpError),
+    "mean of integers": (
+        lambda: context().all_reduce("mean", np.ones(3, "i4")),
+        dv.errors.UnsupportedDTypeError,
+    ),
+    "text": (
+        lambda: context().all_reduce("sum", "text"),
+        (dv.errors.UnsupportedDTypeError, dv.errors.NotABufferError),
+    ),
+    "texts": (
+        lambda: context().all_reduce("sum", np.array(["x"])),
+        dv.errors.UnsupportedDTypeError,
+    ),
+    "None": (lambda: context().all_reduce("sum", None), dv.errors.NotABufferError),
+    "object": (lambda: context().all_reduce("sum", [[1, object()]]), dv.errors.NotABufferError),
+    "axis": (lambda: context().all_gather(ONE, axis=1), ValueError),
+    "root": (lambda: context().broadcast(ONE, root=9), ValueError),
+    "negative root": (lambda: context().broadcast(ONE, root=-3), ValueError),
+    "out": (
+        lambda: context().all_reduce("sum", ONE.copy(), out=np.ones(3, "f4")),
+        dv.errors.BufferMismatchError,
+    ),
+    "list as out": (
+        lambda: context().all_reduce("sum", np.ones(2), out=[1, 2]),
+        dv.errors.BufferMismatchError,
+    ),
+    "scalar to scatter": (
+        lambda: context().reduce_scatter("sum", np.array(1.0)),
+        dv.errors.BufferMismatchError,
+    ),
+    "arguments": (lambda: context().merge_call(print, args=3), ValueError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_to_collectives(strategy: dv.Strategy, name: str) -> None:
+    call, error = BAD_INPUT[name]
+    with pytest.raises(error):
+        strategy.run(call)
+    assert strategy.run(replica).values == tuple(range(strategy.num_replicas_in_sync))
+
+
+def test_an_out_that_cannot_take_the_result(two: dv.Strategy) -> None:
     frozen = np.ones(4)
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):

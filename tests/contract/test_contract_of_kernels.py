@@ -6,15 +6,13 @@ import contextlib
 import functools
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
+import fork_server
 import ml_dtypes
 import numpy as np
 import pytest
@@ -560,20 +558,12 @@ _DIGESTS = """
 
 @only_cpu
 def test_the_same_bits_in_every_run_with_any_number_of_threads() -> None:
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", textwrap.dedent(_DIGESTS)],
-            env={**os.environ, "DVKERNELS_NUM_THREADS": str(count)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
+    ended = [
+        fork_server.run(textwrap.dedent(_DIGESTS), DVKERNELS_NUM_THREADS=str(count))
         for count in (1, 2, 3)
     ]
-    ended = [(*process.communicate(timeout=100), process.returncode) for process in running]
-    assert [code for _, _, code in ended] == [0, 0, 0], ended
-    assert len({out for out, _, _ in ended}) == 1
+    assert [(done.returncode, done.stderr) for done in ended] == [(0, "")] * 3
+    assert len({done.stdout for done in ended}) == 1
 
 
 def _calls() -> dict[str, tuple[Any, list[Any]]]:

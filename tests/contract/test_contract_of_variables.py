@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,12 @@ WRITES = ("assign", "assign_add", "assign_sub")
 ORDERED = ("scatter_min", "scatter_max", "scatter_update")
 SCATTERS = ("scatter_add", "scatter_sub", "scatter_mul", "scatter_div", *ORDERED)
 AGGREGATIONS = ("none", "sum", "mean", "only_first_replica")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def strategy(request: pytest.FixtureRequest) -> Iterator[dv.Strategy]:
+    with dv.MirroredStrategy(devices(request.param)) as strategy:
+        yield strategy
 
 
 @pytest.fixture
@@ -36,33 +43,40 @@ def own(strategy: dv.Strategy, *values: Any) -> dv.PerReplica:
     )
 
 
-# Two replicas write id + 1; the copies start at 1.
-@pytest.mark.parametrize(
-    ("aggregation", "assigned", "added", "subtracted"),
-    [
-        ("sum", 3.0, 4.0, -2.0),
-        ("mean", 1.5, 2.5, -0.5),
-        ("only_first_replica", 1.0, 2.0, 0.0),
-    ],
-)
+# Replica r of n writes r + 1.
+AGGREGATED: dict[str, Callable[[int], float]] = {
+    "sum": lambda n: n * (n + 1) / 2,
+    "mean": lambda n: (n + 1) / 2,
+    "only_first_replica": lambda n: 1.0,
+}
+WRITTEN: dict[str, Callable[[float, float], float]] = {
+    "assign": lambda old, x: x,
+    "assign_add": operator.add,
+    "assign_sub": operator.sub,
+}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATED)
 @pytest.mark.parametrize("mode", ["auto", "on_write"])
-def test_on_write_in_replicas(
-    two: dv.Strategy, mode: str, aggregation: str, assigned: Any, added: Any, subtracted: Any
-) -> None:
-    for method, expected in zip(WRITES, (assigned, added, subtracted), strict=True):
-        v = variable(two, 1.0, synchronization=mode, aggregation=aggregation)
-        seen = two.run(lambda v=v, m=method: (getattr(v, m)(replica() + 1.0), v.numpy()))
-        assert held(v) == [expected, expected]
-        assert [float(one) for one in seen[1].values] == [expected, expected]
+def test_on_write_in_replicas(strategy: dv.Strategy, mode: str, aggregation: str) -> None:
+    n = strategy.num_replicas_in_sync
+    for method, written in WRITTEN.items():
+        v = variable(strategy, [10.0, 20.0], synchronization=mode, aggregation=aggregation)
+        seen = strategy.run(
+            lambda v=v, m=method: (getattr(v, m)(np.full(2, replica() + 1.0)), v.numpy())
+        )
+        expected = [written(old, AGGREGATED[aggregation](n)) for old in (10.0, 20.0)]
+        assert held(v) == [expected] * n
+        assert seen[0] is None
+        assert [one.tolist() for one in seen[1].values] == [expected] * n
 
 
-@pytest.mark.parametrize("number", [5.0, 0.0])
-def test_a_literal_is_the_contribution_of_each_replica(two: dv.Strategy, number: float) -> None:
-    shared = np.float64(number)
-    for given in (number, shared):
-        v = variable(two, 1.0, aggregation="sum", dtype="f8")
-        two.run(lambda v=v, given=given: v.assign(given))
-        assert held(v) == [2 * number, 2 * number]
+@pytest.mark.parametrize("number", [5.0, 0.0, 5, np.float64(5)])
+def test_a_literal_is_the_contribution_of_each_replica(strategy: dv.Strategy, number: Any) -> None:
+    n = strategy.num_replicas_in_sync
+    v = variable(strategy, 1.0, aggregation="sum")
+    strategy.run(lambda: v.assign(number))
+    assert held(v) == [n * number] * n
 
 
 def test_a_captured_value_means_the_own_component(two: dv.Strategy) -> None:
@@ -77,18 +91,18 @@ def test_a_captured_value_means_the_own_component(two: dv.Strategy) -> None:
 
 @pytest.mark.parametrize("method", WRITES)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_on_write_across_replicas(two: dv.Strategy, aggregation: str, method: str) -> None:
-    expected = {"assign": 6.0, "assign_add": 7.0, "assign_sub": -5.0}[method]
-    v = variable(two, 1.0, aggregation=aggregation)
-    with two.scope():
+def test_on_write_across_replicas(strategy: dv.Strategy, aggregation: str, method: str) -> None:
+    n, expected = strategy.num_replicas_in_sync, WRITTEN[method](1.0, 6.0)
+    v = variable(strategy, 1.0, aggregation=aggregation)
+    with strategy.scope():
         assert getattr(v, method)(6.0) is None
-    assert held(v) == [expected, expected]
-    v.assign(1.0)
+    assert held(v) == [expected] * n
+    v.assign(dv.Mirrored([1.0] * n))
     assert getattr(v, method)(6.0) is None  # outside every scope
-    assert held(v) == [expected, expected]
+    assert held(v) == [expected] * n
     with pytest.raises(ValueError, match="reduce"):
-        getattr(v, method)(own(two, 1.0, 2.0))
-    assert held(v) == [expected, expected]
+        getattr(v, method)(own(strategy, *[2.0] * n))
+    assert held(v) == [expected] * n
 
 
 @pytest.mark.parametrize("method", WRITES)
@@ -112,27 +126,27 @@ def test_a_single_replica_needs_no_aggregation() -> None:
 
 @pytest.mark.parametrize("mode", ["on_read", "none"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_own_copy_only_in_replicas(two: dv.Strategy, mode: str, aggregation: str) -> None:
-    v = variable(two, 1.0, synchronization=mode, aggregation=aggregation)
-    expected = {"assign": [1.0, 2.0], "assign_add": [2.0, 3.0], "assign_sub": [0.0, -1.0]}
-    for method in WRITES:
-        v.assign(own(two, *np.ones(2, v.dtype)))
-        seen = two.run(lambda m=method: (getattr(v, m)(replica() + 1.0), float(v)))
-        assert held(v) == expected[method]
-        assert list(seen[1].values) == expected[method]
+def test_own_copy_only_in_replicas(strategy: dv.Strategy, mode: str, aggregation: str) -> None:
+    n = strategy.num_replicas_in_sync
+    v = variable(strategy, 1.0, synchronization=mode, aggregation=aggregation)
+    for method, written in WRITTEN.items():
+        v.assign(own(strategy, *np.ones(n)))
+        seen = strategy.run(lambda m=method: (getattr(v, m)(replica() + 1.0), float(v)))
+        expected = [written(1.0, at + 1.0) for at in range(n)]
+        assert held(v) == expected
+        assert list(seen[1].values) == expected
 
 
-@pytest.mark.parametrize(
-    ("aggregation", "read"), [("sum", 3.0), ("mean", 1.5), ("only_first_replica", 1.0)]
-)
-def test_on_read_reads_the_aggregate(two: dv.Strategy, aggregation: str, read: float) -> None:
-    v = variable(two, 0.0, synchronization="on_read", aggregation=aggregation)
-    two.run(lambda: v.assign(replica() + 1.0))
-    with two.scope():
-        assert v.read_value() == read
-    assert v.numpy() == float(v) == v + 0 == read
+@pytest.mark.parametrize("aggregation", AGGREGATED)
+def test_on_read_reads_the_aggregate(strategy: dv.Strategy, aggregation: str) -> None:
+    n = strategy.num_replicas_in_sync
+    v = variable(strategy, 0.0, synchronization="on_read", aggregation=aggregation)
+    strategy.run(lambda: v.assign(replica() + 1.0))
+    with strategy.scope():
+        assert v.read_value() == AGGREGATED[aggregation](n)
+    assert v.numpy() == float(v) == v + 0 == AGGREGATED[aggregation](n)
     assert v.numpy().dtype == v.dtype
-    assert held(v) == [1.0, 2.0]
+    assert held(v) == [at + 1.0 for at in range(n)]
 
 
 def test_on_read_without_aggregation_reads_nothing_across(two: dv.Strategy) -> None:
@@ -144,26 +158,23 @@ def test_on_read_without_aggregation_reads_nothing_across(two: dv.Strategy) -> N
     assert two.reduce("sum", v) == 3.0
 
 
-@pytest.mark.parametrize(
-    ("aggregation", "expected"),
-    [
-        ("sum", ([3.0, 3.0], None, None)),
-        ("mean", ([6.0, 6.0], [7.0, 7.0], [-5.0, -5.0])),
-        ("only_first_replica", ([6.0, 6.0], [7.0, 7.0], [-5.0, -5.0])),
-    ],
-)
-def test_on_read_written_across(two: dv.Strategy, aggregation: str, expected: Any) -> None:
-    for method, copies in zip(WRITES, expected, strict=True):
-        v = variable(two, 1.0, synchronization="on_read", aggregation=aggregation)
-        if copies is None:
-            with pytest.raises(ValueError, match=method):
-                getattr(v, method)(6.0)
-            assert held(v) == [1.0, 1.0]
-        else:
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_on_read_written_across(strategy: dv.Strategy, aggregation: str) -> None:
+    n = strategy.num_replicas_in_sync
+    for method, written in WRITTEN.items():
+        v = variable(strategy, 1.0, synchronization="on_read", aggregation=aggregation)
+        if aggregation != "sum":
             getattr(v, method)(6.0)
-            assert held(v) == copies
+            assert held(v) == [written(1.0, 6.0)] * n
+        elif method != "assign":
+            for value in (6.0, own(strategy, *[6.0] * n)):
+                with pytest.raises(ValueError, match=f"{method}.*ON_READ with aggregation SUM"):
+                    getattr(v, method)(value)
+            assert held(v) == [1.0] * n
     v.assign(6.0)
-    assert v.read_value() == 6.0
+    if aggregation != "none":
+        np.testing.assert_allclose(v.numpy(), 6.0, rtol=1e-15)
+    assert max(held(v)) == min(held(v))
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5])
@@ -182,34 +193,47 @@ def test_shares_of_an_integer_add_up_to_it(replicas: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("mode", ["on_read", "none"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_a_per_replica_sets_each_copy(two: dv.Strategy, mode: str, aggregation: str) -> None:
-    v = variable(two, np.zeros(2), synchronization=mode, aggregation=aggregation)
-    given = own(two, np.array([1.0, 2.0]), np.array([3.0, 4.0]))
-    with two.scope():
+def test_a_per_replica_sets_each_copy(strategy: dv.Strategy, mode: str, aggregation: str) -> None:
+    n = strategy.num_replicas_in_sync
+    v = variable(strategy, np.zeros(2), synchronization=mode, aggregation=aggregation)
+    given = own(strategy, *(np.array([at, at + 2.0]) for at in range(n)))
+    with strategy.scope():
         v.assign(given)
-    assert held(v) == [[1.0, 2.0], [3.0, 4.0]]
     given[0][:] = 9.0
-    assert held(v) == [[1.0, 2.0], [3.0, 4.0]]
+    assert held(v) == [[at, at + 2.0] for at in range(n)]
+    with pytest.raises(dv.errors.ContextError, match="replicas"):
+        v.assign(dv.PerReplica([np.ones(2)] * (n + 1)))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_copies_of_a_none_variable_differ_until_sync(two: dv.Strategy, aggregation: str) -> None:
-    v = variable(two, 0.0, synchronization="none", aggregation=aggregation)
-    two.run(lambda: v.assign(replica() + 1.0))
+def test_copies_of_a_none_variable_differ_until_sync(
+    strategy: dv.Strategy, aggregation: str
+) -> None:
+    n = strategy.num_replicas_in_sync
+    v = variable(strategy, 0.0, synchronization="none", aggregation=aggregation)
+    apart = [at + 1.0 for at in range(n)]
+    strategy.run(lambda: v.assign(replica() + 1.0))
     both = v.read_value()
     assert isinstance(both, dv.PerReplica)
-    assert [float(one) for one in both.values] == [1.0, 2.0]
+    assert [float(one) for one in both.values] == apart
     v.sync()
-    assert held(v) == [1.5, 1.5]
+    assert held(v) == [(n + 1) / 2] * n
     v.assign(4.0)
-    assert held(v) == [4.0, 4.0]
-    v.assign_add(own(two, *np.array([1, 2], v.dtype)))
-    assert held(v) == [5.0, 6.0]
+    assert held(v) == [4.0] * n
+    v.assign_add(own(strategy, *np.array(apart)))
+    assert held(v) == [4.0 + one for one in apart]
     v.sync("max")
-    assert held(v) == [6.0, 6.0]
+    assert held(v) == [4.0 + n] * n
     with pytest.raises(ValueError, match=r"(?i)mean"):
         v.sync("mode")
-    assert held(v) == [6.0, 6.0]
+    assert held(v) == [4.0 + n] * n
+
+    def write_and_sync() -> None:
+        v.assign(replica() + 1.0)
+        v.sync("mean")
+
+    strategy.run(write_and_sync)
+    assert held(v) == [(n + 1) / 2] * n
 
 
 def test_sync_of_several_variables_is_one_collective(two: dv.Strategy) -> None:
@@ -226,8 +250,16 @@ def test_sync_of_several_variables_is_one_collective(two: dv.Strategy) -> None:
     with pytest.raises((ValueError, TypeError)):
         dv.sync([*loose, integer], "mean")  # all or none
     assert [held(v) for v in loose] == [[[1.0] * size, [2.0] * size] for size in (1, 2, 3)]
-    with pytest.raises(ValueError, match=r"(?i)none"):
-        dv.sync([*loose, fixed])
+    with dv.MirroredStrategy(devices(2)) as other:
+        foreign = variable(other, 0.0, synchronization="none")
+    for wrong, error, words in (
+        (fixed, ValueError, "sync is for synchronization='none'"),
+        (foreign, dv.errors.ContextError, "sync them apart"),
+        (np.zeros(1), TypeError, "sync needs variables"),
+    ):
+        with pytest.raises(error, match=words):
+            dv.sync([*loose, wrong])
+    assert dv.sync([]) is None
     assert [held(v) for v in loose] == [[[1.0] * size, [2.0] * size] for size in (1, 2, 3)]
 
 
@@ -456,15 +488,18 @@ def test_a_number_that_the_dtype_cannot_hold(two: dv.Strategy, dtype: str, numbe
         assert held(v) == [1, 1]
 
 
-@pytest.mark.parametrize("wrong", ["text", None, object(), [[1.0], [1.0, 2.0]]])
-def test_not_an_array(two: dv.Strategy, wrong: Any) -> None:
-    v = variable(two, 1.0, aggregation="sum")
-    for write in (lambda: v.assign(wrong), lambda: two.run(lambda: v.assign(wrong))):
-        with pytest.raises((TypeError, ValueError)):
-            write()
-        assert held(v) == [1.0, 1.0]
-    with two.scope(), pytest.raises((TypeError, ValueError)):
-        dv.Variable(wrong)
+@pytest.mark.parametrize("wrong", ["text", None, object(), [[1.0], [1.0, 2.0]], 1.0, [1.0]])
+def test_not_an_array_of_this_shape(strategy: dv.Strategy, wrong: Any) -> None:
+    v = variable(strategy, [1.0, 2.0], aggregation="sum")
+    error = (dv.errors.BufferMismatchError, dv.errors.NotABufferError)
+    for write in (v.assign, v.assign_add):
+        for act in (write, lambda x, write=write: strategy.run(write, (x,))):
+            with pytest.raises(error, match=r"float64\[2\]"):
+                act(wrong)
+    assert held(v) == [[1.0, 2.0]] * strategy.num_replicas_in_sync
+    if wrong not in (1.0, [1.0]):
+        with strategy.scope(), pytest.raises(dv.errors.NotABufferError):
+            dv.Variable(wrong)
 
 
 def test_views_are_read_only_and_copies_are_new_arrays(two: dv.Strategy) -> None:
@@ -500,7 +535,10 @@ def test_a_variable_is_a_distributed_value(two: dv.Strategy) -> None:
     assert v[1, 2] == 5.0
     assert np.array_equal(np.asarray(v), np.arange(6.0).reshape(2, 3))
     assert np.array_equal(host(2 * v + 1), np.arange(1.0, 13, 2).reshape(2, 3))
+    assert np.array_equal(host(1 - v), 1 - v.numpy())
+    assert np.array_equal(host(np.sqrt(v)), np.sqrt(v.numpy()))
     assert np.array_equal(host(v @ v.read_value().T), v.numpy() @ v.numpy().T)
+    assert (v == v).all()
     with pytest.raises(AttributeError):
         v.values = ()
 
@@ -553,6 +591,9 @@ def test_different_creations_inside_run(two: dv.Strategy) -> None:
 
 
 def test_a_variable_created_outside_every_scope(two: dv.Strategy) -> None:
+    counter = dv.Variable(0.0, synchronization="on_read", aggregation="sum")
+    counter.assign_add(3.0)
+    assert float(counter) == 3.0
     lone = dv.Variable(np.ones(2))
     assert [one.tolist() for one in two.run(lambda: lone.numpy()).values] == [[1.0, 1.0]] * 2
     for write in (
@@ -560,7 +601,7 @@ def test_a_variable_created_outside_every_scope(two: dv.Strategy) -> None:
         lambda: lone.assign_add(np.ones(2)),
         lambda: lone.scatter_add([0], np.ones(1)),
     ):
-        with pytest.raises(dv.errors.ContextError):
+        with pytest.raises(dv.errors.ContextError, match="outside every scope"):
             two.run(write)
         assert lone.numpy().tolist() == [1.0, 1.0]
     assert len(lone.values) == 1
@@ -578,9 +619,9 @@ def test_another_strategys_variable(two: dv.Strategy, mode: str) -> None:
             lambda: v + 1,
         ]
         for use in uses:
-            with pytest.raises(dv.errors.ContextError):
+            with pytest.raises(dv.errors.ContextError, match="belongs to"):
                 other.run(use)
-            with other.scope(), pytest.raises(dv.errors.ContextError):
+            with other.scope(), pytest.raises(dv.errors.ContextError, match="belongs to"):
                 use()
         with pytest.raises(dv.errors.ContextError):
             other.reduce("sum", v)
@@ -641,6 +682,8 @@ def test_truth_and_hash(two: dv.Strategy) -> None:
     v = variable(two, np.array([1.0, 2.0]))
     with pytest.raises((ValueError, TypeError)):
         bool(v)
+    with pytest.raises(TypeError):
+        hash(v)
     assert "1." in repr(variable(two, 1.0)) or "float" in repr(variable(two, 1.0))
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import fork_server
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -88,8 +86,9 @@ def _page_name(page: Path) -> str:
 
 # Runs in the child: argv[1] is the page, standard input the blocks.
 RUN_BLOCKS = f"""
-import doctest, json, sys, types
+import doctest, json, sys, types, warnings
 
+warnings.simplefilter("error")
 page, blocks = sys.argv[1], json.load(sys.stdin)
 module = types.ModuleType("__main__")
 sys.modules["__main__"] = module
@@ -112,17 +111,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path) -> None:
     blocks = [asdict(block) for block in _code_blocks(page) if block.is_run]
     if not blocks:
         pytest.skip("every block of this page is marked as not run")
-    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN_BLOCKS, str(page)],
-        input=json.dumps(blocks),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    child = fork_server.run(RUN_BLOCKS, page, stdin=json.dumps(blocks), cwd=tmp_path)
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
 
 
@@ -171,6 +160,22 @@ def test_links_resolve(page: Path) -> None:
             if not (page.parent / target).exists():
                 broken.append(f"line {item.number}: {link['target']}")
     assert not broken, "\n".join(broken)
+
+
+def _exists(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute) or bool(
+            importlib.import_module(name)
+        )
+    except ImportError:
+        return False
+
+
+def test_the_reference_describes_what_exists() -> None:
+    described = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+    names = [name for page in PAGES for name in described.findall(page.read_text("utf-8"))]
+    assert [name for name in names if not _exists(name)] == []
 
 
 def _test_command() -> str:

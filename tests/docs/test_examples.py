@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SECONDS = 110
 LONGEST = 80  # lines
+RUN = """
+import runpy, sys, warnings
+
+warnings.simplefilter("error")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def _packages(example: Path) -> set[str]:
@@ -38,16 +43,7 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     for package in sorted(_packages(example)):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-W", "error", str(example)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    child = fork_server.run(RUN, example, cwd=tmp_path)
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
     assert child.stdout.strip(), "an example prints a result"
     assert not list(tmp_path.iterdir()), "an example leaves no file behind"

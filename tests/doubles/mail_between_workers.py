@@ -10,7 +10,7 @@ import numpy as np
 from threads_as_workers import segments_of
 
 from dvkernels.communicators.workers.mpi.collectives import MpiCollectives
-from dvkernels.communicators.workers.mpi.point_to_point import AllRequests
+from dvkernels.communicators.workers.mpi.point_to_point import all_complete
 from dvkernels.communicators.workers.shm.staging import (
     NUM_RESULTS,
     PIECE_NBYTES,
@@ -102,7 +102,7 @@ class MailGather:
         rank = self._p2p.rank
         self._held[rank] = self._own
         others = [other for other in range(self._p2p.size) if other != rank]
-        self._letters = AllRequests(
+        self._letters = all_complete(
             [
                 *(self._p2p.receive(self._held[other], other, 0) for other in others),
                 *(self._p2p.send(self._own, other, 0) for other in others),
@@ -110,7 +110,7 @@ class MailGather:
         )
 
     def Test(self):
-        return self._letters.Test()
+        return self._letters()
 
 
 class MailTransport:

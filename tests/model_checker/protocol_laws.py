@@ -62,7 +62,7 @@ def check_protocols(
     --------
     >>> from dvkernels.schedules import flag_all_reduce
     >>> from model_checker.protocol_laws import check_protocols
-    >>> check_protocols([flag_all_reduce.one_shot, flag_all_reduce.ring], most_ranks=3)
+    >>> check_protocols([flag_all_reduce.one_shot, flag_all_reduce.ring], most_ranks=2)
     """
     for num_ranks in range(1, most_ranks + 1):
         protocols = [make(num_ranks) for make in makers]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 import dvkernels as dv
 from dvkernels.errors import CheckpointDamagedError
@@ -109,7 +110,7 @@ def shown(value):
     return repr(value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(plan=nests, before=st.sampled_from(STRATEGIES), after=st.sampled_from(STRATEGIES))
 def test_any_pytree_is_restored_under_any_strategy(plan, before, after):
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +135,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(drawn=st.data())
 def test_any_changed_bit_is_found(saved, drawn):
     path = saved / drawn.draw(st.sampled_from(sorted(os.listdir(saved))))
@@ -151,7 +152,7 @@ def test_any_changed_bit_is_found(saved, drawn):
         Path(path).write_bytes(good)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     copies=st.lists(st.integers(-100, 100), min_size=1, max_size=4),
     count=st.integers(1, 4),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import KIND, fewer, kernels, smaller
+from kinds import KIND, examples, kernels, smaller
 
 HALVES = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16))
 FLOATS = (*HALVES, np.dtype("f4"), np.dtype("f8"))
@@ -154,7 +154,7 @@ def reductions(draw: Any, dtype: Any) -> Any:
 
 
 @each_dtype
-@settings(max_examples=fewer(15), deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.data())
 def test_all_reduce_is_numpy_on_every_replica(dtype: Any, data: Any) -> None:
     op, values = data.draw(reductions(dtype))
@@ -179,7 +179,7 @@ def test_all_reduce_is_numpy_on_every_replica(dtype: Any, data: Any) -> None:
 
 
 @each_dtype
-@settings(max_examples=fewer(12), deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(st.data())
 def test_reduce_and_reduce_scatter_then_all_gather(dtype: Any, data: Any) -> None:
     op, values = data.draw(reductions(dtype))
@@ -221,7 +221,7 @@ def test_reduce_and_reduce_scatter_then_all_gather(dtype: Any, data: Any) -> Non
         assert array.tobytes() == value.tobytes()
 
 
-@settings(max_examples=fewer(60), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from(["sum", "min", "prod"]),
     st.integers(1, 6),
@@ -265,7 +265,7 @@ def joined(arrays: Any, axis: int = 0) -> Any:
 
 
 @each_moved
-@settings(max_examples=fewer(15), deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.integers(1, 9), SHAPES, st.integers(0, 2**32 - 1), st.data())
 def test_broadcast_and_all_to_all_copy_all_bytes(
     dtype: Any, count: int, shape: Any, seed: int, data: Any
@@ -298,7 +298,7 @@ def test_broadcast_and_all_to_all_copy_all_bytes(
 
 
 @each_moved
-@settings(max_examples=fewer(15), deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=4),
     st.lists(st.integers(0, smaller(40)), min_size=1, max_size=9),
@@ -331,7 +331,7 @@ def test_all_gather_joins_along_any_axis(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@settings(max_examples=fewer(25), deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(1, 9), st.integers(0, smaller(300)), st.integers(0, 2**32 - 1))
 def test_rounding_sums_keep_an_order(dtype: Any, count: int, length: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

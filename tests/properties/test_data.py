@@ -5,6 +5,7 @@ import json
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
@@ -35,7 +36,7 @@ def flat(batches):
     return [x for batch in batches for part in batch.values for x in part.tolist()]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     length=st.integers(0, 60), size=st.integers(1, 20), replicas=REPLICAS, seed=SEEDS,
     epoch=st.integers(0, 5),
@@ -52,7 +53,7 @@ def test_every_element_is_delivered_exactly_once(length, size, replicas, seed, e
         assert sizes[0] - sizes[-1] <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(dataset=datasets(), epoch=st.integers(0, 4))
 def test_the_order_does_not_depend_on_the_number_of_replicas(dataset, epoch):
     orders = []
@@ -63,7 +64,7 @@ def test_the_order_does_not_depend_on_the_number_of_replicas(dataset, epoch):
     assert orders.count(orders[0]) == len(orders)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(dataset=datasets(), before=REPLICAS, after=REPLICAS, epoch=st.integers(0, 3), data=st.data())
 def test_an_iterator_saved_anywhere_resumes_with_the_same_tail(dataset, before, after, epoch, data):
     distributed = DistributedDataset(dataset, before)
@@ -81,21 +82,21 @@ def test_an_iterator_saved_anywhere_resumes_with_the_same_tail(dataset, before, 
     assert resumed.state_dict() == iterator.state_dict()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(length=st.integers(0, 5000), seed=SEEDS, epoch=st.integers(0, 2**40))
 def test_shuffling_permutes(length, seed, epoch):
     order = permute(np.arange(length), length, round_keys(seed, epoch))
     assert np.array_equal(np.sort(order), np.arange(length))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(length=st.integers(20, 5000), seed=SEEDS, epochs=st.sets(st.integers(0, 99), min_size=2))
 def test_epochs_differ(length, seed, epochs):
     orders = {permute(np.arange(20), length, round_keys(seed, epoch)).tobytes() for epoch in epochs}
     assert len(orders) == len(epochs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(length=st.integers(0, 50), num=st.integers(1, 8))
 def test_the_shards_together_are_the_whole(length, num):
     dataset = Dataset.range(length).shuffle(seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import fewer, kernels
+from kinds import examples, kernels
 
 # Few dtypes, because each kernel compiles for 0.3 s; sizes around the 128 bytes of an iteration.
 _CASES = st.tuples(
@@ -23,7 +23,7 @@ def _buffers(dtype: str, count: int, length: int, seed: int) -> list[Any]:
     return [rng.integers(-100, 100, length).astype(dtype) for _ in range(count)]
 
 
-@settings(max_examples=fewer(60), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(_CASES)
 def test_direct_and_ring_agree_and_all_replicas_end_alike(case: Any) -> None:
     (op, dtype), count, length, seed = case
@@ -35,7 +35,7 @@ def test_direct_and_ring_agree_and_all_replicas_end_alike(case: Any) -> None:
     assert {array.tobytes() for array in [*out, *buffers]} == {one.tobytes()}
 
 
-@settings(max_examples=fewer(40), deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(1, 9), st.integers(0, 300), st.data())
 def test_every_buffer_ends_with_the_root(count: int, length: int, data: Any) -> None:
     root = data.draw(st.integers(0, count - 1))
@@ -44,7 +44,7 @@ def test_every_buffer_ends_with_the_root(count: int, length: int, data: Any) -> 
     assert all((buffer == root).all() for buffer in buffers)
 
 
-@settings(max_examples=fewer(40), deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 4), st.integers(1, 4))
 def test_overlap_is_decided_exactly(first: int, second: int, step: int, other: int) -> None:
     base = np.ones(64, "f4")

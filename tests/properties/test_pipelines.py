@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 from dvkernels.data import resume_points
 from dvkernels.data.dataset import Dataset
@@ -90,7 +91,7 @@ def pipelines(draw):
     return dataset, options
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(
     pipeline=pipelines(), epoch=st.sampled_from([0, 1, 5]), data=st.data(),
     stops=st.lists(st.integers(0, 6), max_size=3), max_marks=st.sampled_from([1, 4, 999]),

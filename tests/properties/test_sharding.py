@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.distributed.options import InputOptions
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.errors import DatasetError
 
 WORLDS = st.sampled_from([[1], [2], [1, 1], [2, 2], [1, 2], [3, 1, 1], [1, 1, 1, 1], [2, 1, 3, 1]])
@@ -121,7 +122,7 @@ def datasets(draw):
     return dataset.prefetch(draw(st.integers(0, 2)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(dataset=datasets(), replicas=WORLDS, most=st.integers(0, 8), after=WORLDS)
 def test_rows_of_workers_are_the_parts_of_a_single_worker(dataset, replicas, most, after):
     whole = DistributedDataset(dataset, sum(replicas))
@@ -175,7 +176,7 @@ def file_datasets(draw):
     return build, batch_size, elements, window is None
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     described=file_datasets(), policy=st.sampled_from(["auto", "file"]),
     plan=st.lists(st.tuples(WORLDS, st.integers(0, 3)), min_size=1, max_size=4), last=WORLDS,
@@ -284,7 +285,7 @@ def test_a_short_remainder_ends_the_epoch_of_all(folder):
         assert workers.step() is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     length=st.integers(0, 20), rounds=st.integers(1, 3),
     replicas=st.sampled_from([[1], [3], [1, 1], [2, 2, 2]]),
@@ -297,7 +298,7 @@ def test_off_gives_everything_to_every_worker(length, rounds, replicas):
         assert flat(parts[first : first + replicas[0]] for parts in steps) == list(range(length))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=4, max_size=4), replicas=WORLDS,
     most=st.integers(0, 4),

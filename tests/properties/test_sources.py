@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
@@ -99,20 +100,20 @@ def check_resumption(dataset, data):
         assert [flat([batch]) for batch in resumed] == batches[at:]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(length=st.integers(0, 25), data=st.data())
 def test_a_stateful_source(length, data):
     check_resumption(data.draw(transformed(Dataset.from_source(Numbers(length)))), data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(length=st.integers(0, 25), data=st.data())
 def test_an_iterable_is_replayed(length, data):
     dataset = Dataset.from_iterable(lambda: map(np.int64, range(length)))
     check_resumption(data.draw(transformed(dataset)), data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(random_access=st.booleans(), order=st.permutations(range(FILES)), data=st.data())
 def test_files(paths, random_access, order, data):
     chosen = [paths[number] for number in order]
@@ -120,7 +121,7 @@ def test_files(paths, random_access, order, data):
     check_resumption(data.draw(transformed(dataset)), data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(length=st.integers(1, 60), size=st.integers(1, 5), window=st.integers(1, 9), data=st.data())
 def test_a_stateful_source_is_not_replayed(length, size, window, data):
     source = Numbers(length)
@@ -142,7 +143,7 @@ def test_a_stateful_source_is_not_replayed(length, size, window, data):
         assert source.num_read <= max(left, 0) + 2 * (window + 1) + 2 * size + 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     length=st.integers(0, 60), window=st.integers(1, 70), seed=st.integers(0, 9),
     epoch=st.integers(0, 5),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,6 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from kinds import examples
 
 import dvkernels as dv
 
@@ -640,12 +642,13 @@ class Machine(RuleBasedStateMachine):
             assert twin.agrees(result, twin.narrow(expected)), (twin, result, expected)
 
 
+@pytest.mark.hypothesis  # which the plugin adds to the tests of @given only
 def test_strategies_do_as_the_tables_of_modes_say() -> None:
     run_state_machine_as_test(
         Machine,
         # No shrinking: it may outlast the time that a test has, and then nothing is reported.
         settings=settings(
-            max_examples=600,
+            max_examples=examples(600),
             stateful_step_count=15,
             deadline=None,
             phases=(Phase.explicit, Phase.reuse, Phase.generate),

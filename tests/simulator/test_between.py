@@ -283,7 +283,7 @@ def test_new_results_lie_on_the_gpus_of_their_buffers(machine):
     machine.no_peer_access = {(0, 1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dvkernels.devices.cuda.arrays", lambda: empty)
-        results = kernels.all_reduce_new(buffers, "sum", "auto")
+        results = kernels.all_reduce_unchecked(buffers, dv.ReduceOp.SUM, "auto")
     assert made == [0, 1]
     assert all(np.array_equal(result._ary, sum(arrays)) for result in results)
 

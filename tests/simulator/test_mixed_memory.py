@@ -13,11 +13,12 @@ from threads_as_workers import results, transports
 
 import dvkernels as dv
 from dvkernels.communicators import registry
-from dvkernels.communicators.bucketing import Bucketing, all_reduce_each
+from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.devices import array_memory
+from dvkernels.verbs import all_reduce_each
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs the simulator"

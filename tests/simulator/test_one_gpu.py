@@ -118,8 +118,13 @@ def test_any_alignment_and_length_and_no_write_outside(offsets, length, launches
     copied = sum(offset % 4 != 0 for offset in offsets)
     assert len(launches) == 1 + 2 * copied
     if len({*offsets}) == 1 and not copied:
-        record = launches[0][launch_table.HEADER + 1]
-        num_axes, before, vectors, after = launches[0][record : record + 4]
+        header, head, item = (
+            launch_table.TableHeader,
+            launch_table.ItemHead,
+            launch_table.ItemRecord,
+        )
+        record = head._make(launches[0][len(header._fields) :][:2]).record
+        num_axes, before, vectors, after, _ = item._make(launches[0][record:][:5])
         assert (num_axes, before + 4 * vectors + after) == (0, length)
         assert before < 4
         assert after < 4
@@ -143,13 +148,14 @@ def items_of(sizes):
 def test_pieces_cover_every_unit_once(sizes, most_blocks):
     counts = job.Counts(2, 2, 0, 1)
     blocks, words = job.lay_out(items_of(sizes), counts, 256, most_blocks)
-    num_pieces, num_items = words[:2]
-    per_piece = 256 * words[6]
-    heads = [words[launch_table.HEADER + 2 * k] for k in range(num_items)]
-    ends = [*heads[1:], num_pieces]
+    length = len(launch_table.TableHeader._fields)
+    header = launch_table.TableHeader._make(words[:length])
+    per_piece = 256 * header.per_thread
+    heads = words[length : length + 2 * header.num_items : 2]
+    ends = [*heads[1:], header.num_pieces]
     for size, first, end in zip(sizes, heads, ends, strict=True):
         assert end - first == max(1, -(-size // per_piece))
-    assert 1 <= blocks <= min(num_pieces, most_blocks)
+    assert 1 <= blocks <= min(header.num_pieces, most_blocks)
 
 
 def test_items_with_axes_are_cut_at_the_largest_length(monkeypatch):

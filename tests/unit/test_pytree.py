@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels.context import UNSCOPED
 from dvkernels.pytree import describe_structure, flatten
 from dvkernels.values.regroup import regroup
 
@@ -37,7 +38,7 @@ def test_different_returned_structures_are_described():
     with pytest.raises(
         ValueError, match=r"replica 0 returned a dict of 'x', replica 1 returned a t"
     ):
-        regroup([{"x": 1}, (1, 2)], (), object())
+        regroup([{"x": 1}, (1, 2)], (), UNSCOPED)
 
 
 def test_different_structures_in_a_collective_are_described():

@@ -27,11 +27,11 @@ from mpi4py import MPI
 
 from dvkernels.benchmarks import gradients
 from dvkernels.communicators import registry, single
-from dvkernels.communicators.bucketing import all_reduce_each
 from dvkernels.communicators.workers import connect
 from dvkernels.communicators.workers.group import WorkerGroup
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.strategies.multi_worker_mirrored import MultiWorkerMirroredStrategy
+from dvkernels.verbs import all_reduce_each
 
 TIMEOUT_SECONDS = 60.0
 BYTES_PER_BUCKET = 4 * 1024 * 1024

@@ -1,4 +1,4 @@
 """The checkpoint format: manifest, nodes, JSON codec and safetensors shards, written and read.
 
-Imports: checkpoint.storage, errors, user_errors.
+Imports: checkpoint.storage, devices, errors, user_errors.
 """

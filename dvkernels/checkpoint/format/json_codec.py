@@ -11,12 +11,13 @@ import base64
 import binascii
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from dvkernels.checkpoint.format import json_validation
 from dvkernels.checkpoint.format.shards import DTYPES
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.user_errors import brief
 
@@ -29,6 +30,7 @@ _TOO_DEEP = MAX_DEPTH + 1
 _NOT_PLAIN = 1 << 30
 _ATOMS = (type(None), bool, int, str)
 _KEYS = (bool, int, str)
+LoadArray: TypeAlias = Callable[[str], object]
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -69,7 +71,7 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, np.generic) and value.dtype.name in DTYPES
 
 
-def encode(value: Any, where: str, save_array: Callable[[Any], str] | None = None) -> Any:
+def encode(value: Any, where: str, save_array: Callable[[HostArray], str] | None = None) -> Any:
     """Encode plain data as JSON values.
 
     ``save_array``, if given, allows arrays: it stores an array and returns its name. An object
@@ -88,7 +90,7 @@ class _Encoded(NamedTuple):
 
 
 class _Encoder:
-    def __init__(self, where: str, save_array: Callable[[Any], str] | None) -> None:
+    def __init__(self, where: str, save_array: Callable[[HostArray], str] | None) -> None:
         self._where = where
         self._save_array = save_array
         self._known: dict[int, _Encoded | None] = {}  # by id; None: its children are being encoded
@@ -172,7 +174,7 @@ class _Encoder:
         return {"$dict": [[self.encode(key, 0), each] for key, each in pairs]}
 
 
-def decode(value: Any, where: str, load_array: Callable[[str], Any] | None = None) -> Any:
+def decode(value: Any, where: str, load_array: LoadArray | None = None) -> Any:
     """Decode plain data from the untrusted JSON values that :func:`encode` returned.
 
     ``load_array`` returns the array of a name.
@@ -180,7 +182,7 @@ def decode(value: Any, where: str, load_array: Callable[[str], Any] | None = Non
     return _decode(value, where, load_array, 0)
 
 
-def _decode(value: Any, where: str, load: Callable[[str], Any] | None, depth: int) -> Any:
+def _decode(value: Any, where: str, load: LoadArray | None, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise CheckpointDamagedError(f"{where}: nested deeper than {MAX_DEPTH} levels")
     if type(value) in _ATOMS:
@@ -229,7 +231,7 @@ def _floats(value: Any, where: str, depth: int) -> list[float]:
     return parts
 
 
-def _decode_dict(value: Any, where: str, load: Callable[[str], Any] | None, depth: int) -> Any:
+def _decode_dict(value: Any, where: str, load: LoadArray | None, depth: int) -> Any:
     found: dict[Any, Any] = {}
     for pair in json_validation.array(value, where):
         if len(json_validation.array(pair, where)) != 2 or type(pair[0]) not in _KEYS:

@@ -7,7 +7,6 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from dvkernels.checkpoint.format import manifest, shards
 from dvkernels.checkpoint.format.manifest import FileEntry, Manifest
@@ -16,6 +15,7 @@ from dvkernels.checkpoint.storage import atomic_folder, file_system, parallel_io
 from dvkernels.checkpoint.storage.atomic_folder import MANIFEST
 from dvkernels.checkpoint.storage.file_system import Folder
 from dvkernels.checkpoint.storage.parallel_io import Piece
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
 from dvkernels.user_errors import brief
 
@@ -55,14 +55,13 @@ class CheckpointReader:
     def check(self, names: Iterable[str]) -> None:
         """Read tensors and compare their checksums, without keeping the data."""
         with _readable(self.path):
-            parallel_io.check([piece for name in names for piece in self._pieces(name, ())])
+            parallel_io.load([piece for name in names for piece in self._pieces(name, ())])
 
-    def load(self, targets: Mapping[str, Iterable[Any]]) -> None:
-        """Read tensors, each into all its target arrays, and compare their checksums."""
-        self.prepare_load(targets)()
+    def prepare_load(self, targets: Mapping[str, Iterable[HostArray]]) -> Callable[[], None]:
+        """Return a function that reads tensors, each into all its targets, and compares checksums.
 
-    def prepare_load(self, targets: Mapping[str, Iterable[Any]]) -> Callable[[], None]:
-        """Return a function that does the work of :meth:`load` with hardly any new memory."""
+        The function needs hardly any new memory.
+        """
         pieces = [piece for name, arrays in targets.items() for piece in self._pieces(name, arrays)]
 
         def load() -> None:
@@ -71,7 +70,7 @@ class CheckpointReader:
 
         return load
 
-    def _pieces(self, name: str, targets: Iterable[Any]) -> Iterator[Piece]:
+    def _pieces(self, name: str, targets: Iterable[HostArray]) -> Iterator[Piece]:
         entry = self.manifest.tensors[name]
         where = f"{self.path / self.manifest.files[entry.file].name}, tensor {brief(name, 200)}"
         buffers = [parallel_io.bytes_of(target) for target in targets]
@@ -88,18 +87,8 @@ class CheckpointReader:
             )
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[CheckpointReader]:
-    """Open a checkpoint as by :func:`open_reader`; a context manager that closes it."""
-    reader = open_reader(path)
-    try:
-        yield reader
-    finally:
-        reader.close()
-
-
 def open_reader(path: Path) -> CheckpointReader:
-    """Open a checkpoint; :class:`CheckpointDamagedError` if it cannot be read.
+    """Open a checkpoint, which the caller closes; raise CheckpointDamagedError if unreadable.
 
     A concurrent writer may replace the checkpoint before all its files are open. Then the new one
     is opened.

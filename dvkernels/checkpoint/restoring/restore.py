@@ -83,21 +83,17 @@ def restore(tree: ObjectTree, path: Path, *, partial: bool) -> Restored:
 
 def _open_consistently(path: Path, workers: Workers, what: str) -> CheckpointReader:
     """Open a checkpoint, the same one on all workers."""
-    for is_last in (*[False] * _MAX_RETRIES, True):
-        readers: list[CheckpointReader] = []
-        all_or_none.run(
-            workers,
-            what,
-            lambda into=readers: into.append(uninterrupted(lambda: open_reader(path))),  # type: ignore[misc]
-        )
-        (reader,) = readers
-        with all_or_none.announcing_failures(workers, what):
-            is_same = len(set(workers.exchange(reader.checksum))) == 1
-        if is_last and not is_same:
-            all_or_none.check_consistent(workers, what, {atomic_folder.MANIFEST: reader.checksum})
-        if is_same:
-            return reader
-        reader.close()
+    readers: list[CheckpointReader] = []
+
+    def open_here() -> str:
+        readers[:] = [uninterrupted(lambda: open_reader(path))]
+        return readers[0].checksum
+
+    for _ in range(_MAX_RETRIES):
+        if len(set(all_or_none.run(workers, what, open_here))) == 1:
+            return readers[0]
+        readers[0].close()
+    all_or_none.check_consistent(workers, what, {atomic_folder.MANIFEST: readers[0].checksum})
     raise AssertionError("unreachable")
 
 
@@ -127,7 +123,7 @@ class _Restore:
         all_or_none.check_consistent(
             self._workers, self._what, {path: name for name in lists for path in lists[name]}
         )
-        load = self._reader.prepare_load(plan.loads)
+        load = self._reader.prepare_load(plan.loads.targets)
         uninterrupted(lambda: self._commit(plan, backup, load), is_atomic=True)
         return Restored(
             self._reader.path,
@@ -141,8 +137,8 @@ class _Restore:
 
     def _prepare(self, plan: RestorePlan, backup: list[Any]) -> None:
         """Verify all checksums, load the staged arrays, and back up the state of the objects."""
-        self._reader.check(plan.loads)
-        self._reader.load({name: [array] for name, array in plan.staged.items()})
+        self._reader.check(plan.loads.targets)
+        self._reader.prepare_load({name: [each] for name, each in plan.loads.staged.items()})()
         backup += [
             _attempt(change.get, f"{change.path}: its state cannot be read")
             for change in plan.changes
@@ -196,7 +192,7 @@ def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[byte
     except Exception as error:
         note = (
             "the file was whole when its checksums were compared; these objects now hold parts of "
-            f"it and must be restored again: {_listed(list(plan.loads))}"
+            f"it and must be restored again: {_listed(list(plan.loads.targets))}"
         )
         if isinstance(error, MemoryError):
             raise CheckpointError(f"there is not enough memory; {note}") from error
@@ -206,7 +202,7 @@ def _load_arrays(plan: RestorePlan, load: Callable[[], None], reserve: list[byte
 
 def _load_once(plan: RestorePlan, load: Callable[[], None]) -> None:
     load()
-    for finish in plan.finish:
+    for finish in plan.loads.finish:
         finish()
 
 

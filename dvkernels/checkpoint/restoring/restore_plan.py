@@ -18,7 +18,7 @@ import numpy as np
 
 from dvkernels.checkpoint import generators, objects
 from dvkernels.checkpoint.format import json_codec
-from dvkernels.checkpoint.format.manifest import Manifest, TensorEntry
+from dvkernels.checkpoint.format.manifest import Manifest
 from dvkernels.checkpoint.format.nodes import (
     ArrayNode,
     DataNode,
@@ -28,22 +28,19 @@ from dvkernels.checkpoint.format.nodes import (
     StateNode,
     VariableNode,
 )
-from dvkernels.checkpoint.format.shards import DTYPES
+from dvkernels.checkpoint.generators import RandomGenerator
 from dvkernels.checkpoint.objects import (
     STEPS,
     HasSlots,
     HasState,
     ObjectTree,
-    OpenedContainer,
     child,
     unopened,
 )
-from dvkernels.devices import array_memory
-from dvkernels.devices.array_spec import HostArray, Spec
+from dvkernels.checkpoint.restoring.tensor_loads import TensorLoads
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import brief
-from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
-from dvkernels.variables.saved_variable import assign_first_copy
 from dvkernels.variables.variable import Variable, copies_of
 
 __all__: list[str] = []
@@ -60,18 +57,13 @@ class Change(NamedTuple):
 
 @dataclass
 class RestorePlan:
-    """Actions of a restore, in this order: changes, loads, finish."""
+    """Actions of a restore, in this order: changes, loads."""
 
+    loads: TensorLoads
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    # New arrays, by tensor, that become part of states: read before any object changes.
-    staged: dict[str, HostArray] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
-    # The target arrays of each tensor, all contiguous and in host memory.
-    loads: dict[str, list[HostArray]] = field(default_factory=dict)
-    # Called after the loads; they change arrays only, and may be repeated with the loads.
-    finish: list[Callable[[], object]] = field(default_factory=list)
     # The objects by name after the restore: the same mutable ones, and new immutable ones.
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -84,10 +76,9 @@ def plan_restore(tree: ObjectTree, manifest: Manifest) -> RestorePlan:
 class _RestorePlanner:
     def __init__(self, tree: ObjectTree, manifest: Manifest) -> None:
         self._tree = tree
-        self._manifest = manifest
-        self._filled_from: dict[int, tuple[str, ...]] = {}
+        self._loads = TensorLoads(manifest.tensors)
         self._with_slots: list[tuple[HasSlots, StateNode, str]] = []
-        self.plan = RestorePlan()
+        self.plan = RestorePlan(self._loads)
         self.plan.values = self._children(tree.items, manifest.objects, "")
         # Last, when all variables have been matched.
         for optimizer, node, path in self._with_slots:
@@ -110,88 +101,23 @@ class _RestorePlanner:
 
     def _match(self, item: Any, node: Node, path: str) -> Any:
         """Plan the restore of one object; return the object after the restore."""
-        target = unopened(item)
+        result = target = unopened(item)
         match node:
             case VariableNode() | ArrayNode() if isinstance(target, Variable | np.ndarray):
                 names = node.tensors if isinstance(node, VariableNode) else (node.tensor,)
-                self._fill(target, names, path)
-                self.plan.matched.append(path)
-                return target
+                self._loads.fill(target, names, path)
             case GeneratorNode() if generators.is_generator(target):
                 self._generator(target, node, path)
-                return target
             case StateNode() if objects.is_object(target) and isinstance(target, HasState):
                 self._state(target, node, path)
-                return target
             case DataNode() if self._tree.is_plain(target):
-                self.plan.matched.append(path)
-                return self._data(target, node.value, path)
+                result = self._data(target, node.value, path)
             case NestNode() | DataNode() if not objects.is_object(target):
-                saved = _items(node)
-                # Plain data is a leaf of the tree, but a container may have been saved.
-                container = objects.open_container(target, path) if item is target else item
-                if saved is not None and container is not None:
-                    return self._nest(container, saved, path)
-        raise CheckpointError(
-            f"{path}: expected {_described(target)}; the checkpoint holds {_described_node(node)}; "
-            f"leave it out, or restore into an object of the saved kind"
-        )
-
-    # -- tensors --------------------------------------------------------------------------------
-
-    def _fill(self, target: Any, names: tuple[str, ...], path: str) -> None:
-        """Plan which tensor is loaded into each copy of a variable, or into an array."""
-        is_variable = isinstance(target, Variable)
-        label = f"{path}: variable {target.name!r}" if is_variable else path
-        entries = [self._manifest.tensors[name] for name in names]
-        for entry in entries:
-            _check_spec(label, target, entry)
-        previous = self._filled_from.get(id(target))
-        if previous is not None:
-            if previous == names or self._are_equal([*previous, *names]):
-                return
-            raise CheckpointError(
-                f"{label} has two paths here, and two different tensors are saved for them, "
-                f"{previous[0]!r} and {names[0]!r}; restore into separate objects"
-            )
-        self._filled_from[id(target)] = names
-        copies = list(copies_of(target)) if is_variable else [target]
-        if len(names) == 1:
-            self._load(names[0], copies)
-            if is_variable and _is_shared_out(target):
-                self.plan.finish.append(functools.partial(assign_first_copy, target))
-        elif _has_own_copies(target) and len(names) == target.owner.num_replicas:
-            first = target.owner.first_replica  # of this process
-            for name, array in zip(names[first:], copies, strict=False):
-                self._load(name, [array])
-        elif self._are_equal(names):
-            self._load(names[0], copies)
-        else:
-            count = target.owner.num_replicas if is_variable else 1
-            raise CheckpointError(
-                f"{label}: {len(names)} copies that differ were saved, one per replica; here "
-                f"there are {count} "
-                f"{'copies' if _has_own_copies(target) else 'that must be equal'}; restore on "
-                f"{len(names)} replicas, or make the copies equal (v.sync()) before saving"
-            )
-
-    def _are_equal(self, names: list[str] | tuple[str, ...]) -> bool:
-        return len({self._manifest.tensors[name].checksums for name in names}) == 1
-
-    def _load(self, name: str, targets: list[Any]) -> None:
-        memory = array_memory.holding(targets[0])
-        if not all(map(memory.is_writable, targets)):
-            raise CheckpointError(
-                f"{name}: the array to restore into is read-only; make it writable"
-            )
-        is_host = memory is array_memory.HOST
-        direct = [target for target in targets if is_host and target.flags.c_contiguous]
-        if len(direct) < len(targets):  # on a GPU, or not contiguous
-            staging = np.empty(targets[0].shape, targets[0].dtype)
-            sources = [staging] * len(targets)
-            self.plan.finish.append(functools.partial(memory.overwrite, targets, sources))
-            direct = [staging]
-        self.plan.loads.setdefault(name, []).extend(direct)
+                return self._nest(item, node, path)
+            case _:
+                raise _mismatch(target, node, path)
+        self.plan.matched.append(path)
+        return result
 
     def _slots(self, optimizer: HasSlots, node: StateNode, path: str) -> None:
         """Plan the restore of an optimizer's slots; missing slots are created."""
@@ -201,7 +127,7 @@ class _RestorePlanner:
         for variable_path, saved in node.slots.items():
             here = f"{slots_path}/{variable_path}"
             variable = self._tree.variables.get(variable_path)
-            if variable is None or id(variable) not in self._filled_from:
+            if variable is None or not self._loads.fills(variable):
                 self.plan.unexpected.append(here)
                 continue
             if saved.keys() - {STEPS} != set(names):
@@ -211,34 +137,34 @@ class _RestorePlanner:
                     f"arguments that it had"
                 )
             for name, slot in zip(names, optimizer.slots(variable), strict=True):
-                self._fill(slot, (saved[name],), f"{here}/{name}")
+                self._loads.fill(slot, (saved[name],), f"{here}/{name}")
             steps = optimizer.steps(variable)
             if STEPS in saved:
-                self._fill(steps, (saved[STEPS],), f"{here}/{STEPS}")
+                self._loads.fill(steps, (saved[STEPS],), f"{here}/{STEPS}")
             else:  # an older checkpoint, with one step count for all variables of an optimizer
-                self.plan.finish.append(functools.partial(_fill_with_iterations, steps, optimizer))
+                self._loads.finish.append(
+                    functools.partial(_fill_with_iterations, steps, optimizer)
+                )
             slotted.pop(id(variable), None)
         known = {id(variable) for variable in self._tree.variables.values()}
         for variable in slotted.values():
-            if id(variable) in self._filled_from:
+            if self._loads.fills(variable):
                 # A variable that had no slots when it was saved restarts with zeros.
                 slots = [each for slot in optimizer.slots(variable) for each in copies_of(slot)]
                 arrays = [*slots, optimizer.steps(variable)]
-                self.plan.finish += [functools.partial(array.fill, 0) for array in arrays]
+                self._loads.finish += [functools.partial(array.fill, 0) for array in arrays]
             elif id(variable) not in known:
                 self.plan.missing.append(
                     f"{slots_path} of variable {variable.name!r}, which is not among the objects"
                 )
 
-    # -- states ---------------------------------------------------------------------------------
-
-    def _generator(self, target: Any, node: GeneratorNode, path: str) -> None:
+    def _generator(self, target: RandomGenerator, node: GeneratorNode, path: str) -> None:
         if node.type != generators.kind(target):
             raise CheckpointError(
                 f"{path}: expected the state of a {generators.kind(target)}; the checkpoint holds "
                 f"that of a {node.type:.80}; create a generator of that kind"
             )
-        state = json_codec.decode(node.value, path, self._stage)
+        state = json_codec.decode(node.value, path, self._loads.stage)
         generators.check(target, state, path)
         self._change(
             path,
@@ -246,33 +172,19 @@ class _RestorePlanner:
             lambda given: generators.set_state(target, given),
             state,
         )
-        self.plan.matched.append(path)
 
     def _state(self, target: HasState, node: StateNode, path: str) -> None:
-        state = json_codec.decode(node.value, path, self._stage)
+        state = json_codec.decode(node.value, path, self._loads.stage)
         get, set_ = target.state_dict, target.load_state_dict
         if isinstance(target, HasSlots):
             get, set_ = target.progress, target.set_progress
             self._with_slots.append((target, node, path))
         self._change(path, lambda: copy.deepcopy(get()), set_, state)
-        self.plan.matched.append(path)
         if node.slots and not isinstance(target, HasSlots):
             raise CheckpointError(
                 f"{path}: the checkpoint holds an optimizer's slots; the {type(target).__name__} "
                 f"here has none"
             )
-
-    def _stage(self, name: str) -> HostArray:
-        """Return a new array into which a tensor will be read."""
-        entry = self._manifest.tensors[name]
-        if name not in self.plan.staged:
-            try:
-                self.plan.staged[name] = np.empty(entry.shape, DTYPES[entry.dtype])
-            except (MemoryError, ValueError) as error:
-                raise CheckpointError(f"{name}: {error}") from error
-        return self.plan.staged[name]
-
-    # -- data and containers --------------------------------------------------------------------
 
     def _data(self, target: Any, saved: Any, path: str) -> Any:
         """Plan to change a list or dict in place; return other saved data as it is."""
@@ -291,9 +203,13 @@ class _RestorePlanner:
             return saved
         return target
 
-    def _nest(self, container: OpenedContainer, saved: dict[str, Node], path: str) -> Any:
+    def _nest(self, item: Any, node: NestNode | DataNode, path: str) -> Any:
         """Plan to replace the children of a container that are new objects."""
-        target = container.value
+        target, saved = unopened(item), _items(node)
+        # Plain data is a leaf of the tree, but a container may have been saved.
+        container = objects.open_container(target, path) if item is target else item
+        if saved is None or container is None:
+            raise _mismatch(target, node, path)
         values = list(self._children(container.children, saved, path).values())
         previous = map(unopened, container.children.values())
         new, old = {}, {}
@@ -339,31 +255,6 @@ def _items(node: NestNode | DataNode) -> dict[str, Node] | None:
     return None
 
 
-def _check_spec(label: str, target: Any, entry: TensorEntry) -> None:
-    dtype = DTYPES[entry.dtype]
-    if target.shape != entry.shape or target.dtype != dtype:
-        raise CheckpointError(
-            f"{label}: expected {Spec(target.shape, target.dtype)}; the checkpoint holds "
-            f"{Spec(entry.shape, dtype)}; restore into an object of that shape and dtype, or leave "
-            f"it out"
-        )
-
-
-def _has_own_copies(target: Any) -> bool:
-    return (
-        isinstance(target, Variable)
-        and target.synchronization is not VariableSynchronization.ON_WRITE
-    )
-
-
-def _is_shared_out(variable: Variable) -> bool:
-    """Return whether a value is shared out over the copies, which are then summed when read."""
-    return (
-        variable.synchronization is VariableSynchronization.ON_READ
-        and variable.aggregation is VariableAggregation.SUM
-    )
-
-
 def _replace(target: dict[Any, Any], saved: dict[Any, Any]) -> None:
     target.clear()
     target.update(saved)
@@ -373,13 +264,18 @@ def _fill_with_iterations(steps: HostArray, optimizer: HasSlots) -> None:
     steps.fill(optimizer.iterations)
 
 
-def _described(target: Any) -> str:
+def _mismatch(target: Any, node: Node, path: str) -> CheckpointError:
+    expected = f"a saved object that matches {brief(target)}, a {type(target).__name__}"
     if isinstance(target, Variable):
-        return f"the variable {target.name!r}"
-    return f"a saved object that matches {brief(target)}, a {type(target).__name__}"
-
-
-def _described_node(node: Node) -> str:
-    if isinstance(node, GeneratorNode | StateNode | NestNode):
-        return f"a {node.type:.80} ({node.kind})"
-    return brief(node.value) if isinstance(node, DataNode) else f"a {node.kind}"
+        expected = f"the variable {target.name!r}"
+    match node:
+        case GeneratorNode() | StateNode() | NestNode():
+            found = f"a {node.type:.80} ({node.kind})"
+        case DataNode():
+            found = brief(node.value)
+        case _:
+            found = f"a {node.kind}"
+    return CheckpointError(
+        f"{path}: expected {expected}; the checkpoint holds {found}; leave it out, or restore into "
+        f"an object of the saved kind"
+    )

@@ -20,6 +20,7 @@ from dvkernels.checkpoint.format.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.format.shards import DTYPES
+from dvkernels.checkpoint.generators import RandomGenerator
 from dvkernels.checkpoint.objects import (
     STEPS,
     HasSlots,
@@ -143,13 +144,14 @@ class _Content:
             f"{type(value).__name__}"
         )
 
-    def _generator(self, value: Any, path: str) -> GeneratorNode:
+    def _generator(self, value: RandomGenerator, path: str) -> GeneratorNode:
         # Only the chief's state is saved, so workers with independent generators are refused.
         kind, state = generators.kind(value), generators.state(value)
-        encoded = repr(json_codec.encode(state, path, parallel_io.checksum))
-        self.descriptions[path] = (
-            f"a {kind} generator in state {parallel_io.checksum(encoded.encode())}"
+        arrays_as_checksums = json_codec.encode(
+            state, path, lambda array: parallel_io.checksum(array.data)
         )
+        checksum = parallel_io.checksum(repr(arrays_as_checksums).encode())
+        self.descriptions[path] = f"a {kind} generator in state {checksum}"
         return GeneratorNode(kind, self._state(state, path))
 
     def _variable(self, variable: Variable, path: str) -> VariableNode:

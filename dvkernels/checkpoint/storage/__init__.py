@@ -1,4 +1,4 @@
 """Storage: operations on files, folders that appear whole or not at all, locks and parallel I/O.
 
-Imports: devices, errors, threads, user_errors.
+Imports: devices, errors, thread_frames, threads, user_errors.
 """

@@ -57,23 +57,15 @@ def absolute_path(path: str | os.PathLike[str], verb: str) -> Path:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Folder]:
-    """Open a folder by a user's path, following links; a context manager that closes it."""
-    folder = file_system.active.open_folder(path)
+def opened(where: Path | Entry) -> Iterator[Folder]:
+    """Open a folder, and close it at the end: at a user's path links are followed, else refused."""
+    files = file_system.active
+    folder = files.open_folder(where) if isinstance(where, Path) else files.enter(where)
     try:
         yield folder
     finally:
-        _close(folder)
-
-
-@contextlib.contextmanager
-def entered(entry: Entry) -> Iterator[Folder]:
-    """Open a folder inside an open one, refusing links; a context manager that closes it."""
-    folder = file_system.active.enter(entry)
-    try:
-        yield folder
-    finally:
-        _close(folder)
+        with contextlib.suppress(OSError):  # nothing was written through this descriptor
+            files.close(folder.descriptor)
 
 
 @contextlib.contextmanager
@@ -91,7 +83,7 @@ def locked_replacement(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Folder]:
     """Open the staging folder of ``path``, to write files into."""
-    with opened(path.parent) as parent, entered(_companion(parent / path.name, "tmp")) as folder:
+    with opened(path.parent) as parent, opened(_companion(parent / path.name, "tmp")) as folder:
         yield folder
 
 
@@ -111,7 +103,7 @@ def replacement(target: Entry, superseded: Iterable[Entry] = ()) -> Iterator[Non
     is_placed = False
     try:
         yield
-        with entered(tmp) as folder:
+        with opened(tmp) as folder:
             file_system.active.sync_folder(folder)
         if file_system.active.kind(target) == "folder":
             file_system.active.rename(target, old)
@@ -156,9 +148,8 @@ def remove_leftovers(parent: Folder, pattern: re.Pattern[str]) -> None:
 
 def remove_superseded(parent: Folder, pattern: re.Pattern[str]) -> None:
     """Remove the checkpoints whose tombstones are active, and the tombstones."""
-    tombstones = {name: _TOMBSTONE.fullmatch(name) for name in file_system.active.names(parent)}
-    for name, found in tombstones.items():
-        if found is None or not all(map(pattern.fullmatch, found.groups())):
+    for found in _tombstones(file_system.active.names(parent)):
+        if not all(map(pattern.fullmatch, found.groups())):
             continue
         superseded, successor = (parent / each for each in found.groups())
         if file_system.active.kind(successor) is not None:
@@ -166,7 +157,7 @@ def remove_superseded(parent: Folder, pattern: re.Pattern[str]) -> None:
             if file_system.active.kind(superseded) is not None:
                 discard(superseded)
             file_system.active.sync_folder(parent)  # before the tombstone is removed
-        file_system.active.remove(parent / name)
+        file_system.active.remove(parent / found[0])
 
 
 def within(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -176,8 +167,7 @@ def within(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
             names = set(file_system.active.names(folder))
     except FileNotFoundError:
         return []
-    tombstones = filter(None, map(_TOMBSTONE.fullmatch, names))
-    superseded = {found[1] for found in tombstones if found[2] in names}
+    superseded = {found[1] for found in _tombstones(names) if found[2] in names}
     # During a replacement, and after one that was killed, a checkpoint has its old name only.
     valid = {name.removeprefix(".old-") for name in names} - superseded
     return sorted(parent / name for name in valid if pattern.fullmatch(name))
@@ -185,9 +175,7 @@ def within(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 def open_existing(path: Path) -> Folder:
     """Open a checkpoint, under its old name while it is being replaced."""
-    for _ in range(
-        3
-    ):  # it may be renamed to old after the first try, and removed before the second
+    for _ in range(3):  # it may be renamed after the first try, and removed before the second
         with contextlib.suppress(FileNotFoundError):
             return file_system.active.open_folder(path)
         with contextlib.suppress(FileNotFoundError), opened(path.parent) as parent:
@@ -206,11 +194,6 @@ def make_folders(path: Path) -> None:
         file_system.active.sync_folder(parent)
 
 
-def _close(folder: Folder) -> None:
-    with contextlib.suppress(OSError):  # nothing was written through this descriptor
-        file_system.active.close(folder.descriptor)
-
-
 def _companion(target: Entry, kind: str) -> Entry:
     return target.folder / f".{kind}-{target.name}"
 
@@ -224,9 +207,10 @@ def _recover(target: Entry) -> None:
     _check_own(_companion(target, "old"), "removing it")
     _remove(_companion(target, "tmp"))
     if file_system.active.kind(target) is None:
-        tombstones = [_tombstone(target, target.folder / name) for name in _superseded_by(target)]
+        names = file_system.active.names(target.folder)
+        tombstones = [found for found in _tombstones(names) if found[2] == target.name]
         for tombstone in tombstones:  # first: the previous checkpoint supersedes nothing
-            file_system.active.remove(tombstone)
+            file_system.active.remove(target.folder / tombstone[0])
         if tombstones:
             file_system.active.sync_folder(target.folder)
         old = _companion(target, "old")
@@ -236,9 +220,8 @@ def _recover(target: Entry) -> None:
     _remove_old(target)
 
 
-def _superseded_by(target: Entry) -> list[str]:
-    tombstones = filter(None, map(_TOMBSTONE.fullmatch, file_system.active.names(target.folder)))
-    return [found[1] for found in tombstones if found[2] == target.name]
+def _tombstones(names: Iterable[str]) -> list[re.Match[str]]:
+    return [found for found in map(_TOMBSTONE.fullmatch, names) if found is not None]
 
 
 def _remove_old(target: Entry) -> None:
@@ -259,7 +242,7 @@ def _remove(entry: Entry) -> None:
             file_system.active.remove(entry)
         case "folder":
             _check_own(entry, "removing it")
-            with entered(entry) as folder:
+            with opened(entry) as folder:
                 for name in file_system.active.names(folder):
                     file_system.active.remove(folder / name)
             file_system.active.remove_folder(entry)
@@ -284,12 +267,9 @@ def _check_own(entry: Entry, what: str) -> None:
     """Raise if a folder holds anything but the files of a checkpoint."""
     if file_system.active.kind(entry) != "folder":
         return
-    with entered(entry) as folder:
-        foreign = [
-            name
-            for name in file_system.active.names(folder)
-            if name != MANIFEST and not SHARD.fullmatch(name)
-        ]
+    with opened(entry) as folder:
+        names = file_system.active.names(folder)
+    foreign = [name for name in names if name != MANIFEST and not SHARD.fullmatch(name)]
     if foreign:
         raise CheckpointError(
             f"{what}: {entry} is a folder that holds {foreign[0]!r}, which is no part of a "

@@ -10,13 +10,13 @@ redirects nothing. Links in a user's own path are followed once, when the folder
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 __all__ = ["Entry", "FileSystem", "Folder"]
 
@@ -62,9 +62,8 @@ class FileSystem:
 
     def kind(self, entry: Entry) -> Literal["folder", "link", "other"] | None:
         """Return the kind of an entry, without following links; None if it does not exist."""
-        try:
-            found = os.stat(entry.name, dir_fd=entry.folder.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
+        found = _status(entry)
+        if found is None:
             return None
         if stat.S_ISLNK(found.st_mode):
             return "link"
@@ -87,11 +86,11 @@ class FileSystem:
         """Return the size of a file in bytes."""
         return os.fstat(descriptor).st_size
 
-    def read(self, descriptor: int, buffer: Any, offset: int) -> int:
+    def read(self, descriptor: int, buffer: bytearray | memoryview, offset: int) -> int:
         """Read from ``offset`` into a buffer; return the number of bytes read, 0 at the end."""
         return os.preadv(descriptor, [buffer], offset)
 
-    def write(self, descriptor: int, data: Any, offset: int) -> int:
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> int:
         """Write at ``offset``; return the number of bytes written, which may be fewer."""
         return os.pwrite(descriptor, data, offset)
 
@@ -149,11 +148,14 @@ class FileSystem:
 
     def is_same(self, descriptor: int, entry: Entry) -> bool:
         """Return whether an entry still names an open file."""
-        try:
-            found = os.stat(entry.name, dir_fd=entry.folder.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(descriptor), found)
+        found = _status(entry)
+        return found is not None and os.path.samestat(os.fstat(descriptor), found)
+
+
+def _status(entry: Entry) -> os.stat_result | None:
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(entry.name, dir_fd=entry.folder.descriptor, follow_symlinks=False)
+    return None
 
 
 def _regular(entry: Entry, flags: int) -> int:
@@ -168,7 +170,7 @@ def _regular(entry: Entry, flags: int) -> int:
 active = FileSystem()
 
 
-@contextmanager
+@contextlib.contextmanager
 def using(files: FileSystem) -> Iterator[None]:
     """Replace :data:`active` inside ``with``."""
     global active

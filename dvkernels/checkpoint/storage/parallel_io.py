@@ -11,16 +11,17 @@ from __future__ import annotations
 import _thread
 import contextlib
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import xxhash
 
+from dvkernels import thread_frames
 from dvkernels.checkpoint.storage import file_system
 from dvkernels.devices import cpu
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointDamagedError
 from dvkernels.threads import shielded
 
@@ -29,6 +30,9 @@ __all__: list[str] = []
 PIECE_NBYTES = 16 << 20  # part of the file format
 BLOCK_NBYTES = 1 << 20
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class Piece(NamedTuple):
     """Byte range of a tensor, in memory and in a file."""
@@ -36,13 +40,13 @@ class Piece(NamedTuple):
     descriptor: int
     offset: int
     # uint8 arrays. For a write: the source. For a read: all targets; none to verify only.
-    buffers: tuple[Any, ...]
+    buffers: tuple[HostArray, ...]
     nbytes: int
     checksum: str  # for a read: the expected one
     where: str  # for messages
 
 
-def bytes_of(array: Any) -> Any:
+def bytes_of(array: HostArray) -> HostArray:
     """View a contiguous array as uint8, shape (nbytes,)."""
     return array.reshape(-1).view(np.uint8)
 
@@ -53,12 +57,12 @@ def cut(nbytes: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + PIECE_NBYTES, nbytes)
 
 
-def checksum(data: Any) -> str:
+def checksum(data: bytes | memoryview) -> str:
     """Return the XXH3 checksum of bytes: 64 bits, as 16 hexadecimal digits."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
-def write_all(descriptor: int, data: Any, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of the data, repeating after short writes."""
     left = memoryview(data)
     while left:
@@ -82,7 +86,7 @@ def write(pieces: Sequence[Piece], block_nbytes: int = BLOCK_NBYTES) -> list[str
     def write_piece(piece: Piece) -> str:
         digest = xxhash.xxh3_64()
         for begin, end in _blocks(piece, block_nbytes):
-            block = piece.buffers[0][begin:end]
+            block = piece.buffers[0][begin:end].data
             digest.update(block)
             write_all(piece.descriptor, block, piece.offset + begin)
         return digest.hexdigest()
@@ -90,40 +94,31 @@ def write(pieces: Sequence[Piece], block_nbytes: int = BLOCK_NBYTES) -> list[str
     return in_parallel(write_piece, pieces)
 
 
-def check(pieces: Sequence[Piece]) -> None:
-    """Read pieces in parallel and compare their checksums, without keeping the data."""
+def load(pieces: Sequence[Piece]) -> None:
+    """Read pieces in parallel into all their buffers, if any, and compare their checksums."""
     scratch = threading.local()
 
-    def check_piece(piece: Piece) -> None:
-        if not hasattr(scratch, "block"):
+    def load_piece(piece: Piece) -> None:
+        if not piece.buffers and not hasattr(scratch, "block"):
             scratch.block = np.empty(BLOCK_NBYTES, np.uint8)
         digest = xxhash.xxh3_64()
         for begin, end in _blocks(piece):
-            block = scratch.block[: end - begin]
-            _fill(piece.descriptor, memoryview(block), piece.offset + begin, piece.where)
-            digest.update(block)
-        _compare(piece, digest.hexdigest())
-
-    in_parallel(check_piece, pieces)
-
-
-def load(pieces: Sequence[Piece]) -> None:
-    """Read pieces in parallel into all their buffers, and compare their checksums."""
-
-    def load_piece(piece: Piece) -> None:
-        digest = xxhash.xxh3_64()
-        for begin, end in _blocks(piece):
-            first, *others = (buffer[begin:end] for buffer in piece.buffers)
-            _fill(piece.descriptor, memoryview(first), piece.offset + begin, piece.where)
-            digest.update(first)
-            for other in others:
+            targets = [buffer[begin:end] for buffer in piece.buffers]
+            first: HostArray = targets[0] if targets else scratch.block[: end - begin]
+            _fill(piece.descriptor, first.data, piece.offset + begin, piece.where)
+            digest.update(first.data)
+            for other in targets[1:]:
                 np.copyto(other, first)
-        _compare(piece, digest.hexdigest())
+        if digest.hexdigest() != piece.checksum:
+            raise CheckpointDamagedError(
+                f"{piece.where}: expected the checksum {piece.checksum} for {piece.nbytes} bytes "
+                f"at {piece.offset}; got {digest.hexdigest()}; the file is damaged"
+            )
 
     in_parallel(load_piece, pieces)
 
 
-def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
+def copy(pairs: Sequence[tuple[HostArray, HostArray]]) -> None:
     """Copy arrays in parallel, given (target, source), both contiguous, of one size and dtype."""
     pieces = [
         (bytes_of(target)[begin:end], bytes_of(source)[begin:end])
@@ -133,7 +128,7 @@ def copy(pairs: Sequence[tuple[Any, Any]]) -> None:
     in_parallel(lambda pair: np.copyto(*pair), pieces)
 
 
-def in_parallel(act: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+def in_parallel(act: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Return ``[act(item) for item in items]``, computed by one thread per usable core.
 
     The calling thread is one of them, and works alone where no other can be started. The first
@@ -157,14 +152,14 @@ def in_parallel(act: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
             raise work.errors[0]
         finally:
             work.errors.clear()  # their tracebacks refer to this frame
-    return work.results
+    return cast("list[R]", work.results)
 
 
-class _WorkQueue:
+class _WorkQueue(Generic[T, R]):
     """Work items that several threads take in turn; its shared state changes atomically."""
 
-    def __init__(self, act: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self.results: list[Any] = [None] * len(items)
+    def __init__(self, act: Callable[[T], R], items: Sequence[T]) -> None:
+        self.results: list[R | None] = [None] * len(items)
         self.errors: list[BaseException] = []
         self._shielded_call = shielded.current()
         self._is_stopped = False  # no further items are taken
@@ -219,7 +214,7 @@ class _WorkQueue:
     def wait(self) -> None:
         """Return when a started thread has ended, or after 0.1 s."""
         if not self._wake_up.acquire(timeout=0.1):
-            alive = sys._current_frames()
+            alive = thread_frames.current_frames()
             for thread in [each for each in self._running if each not in alive]:
                 self._running.discard(thread)  # it ran out of memory and could not report its end
                 self.stop(MemoryError())
@@ -240,11 +235,3 @@ def _fill(descriptor: int, buffer: memoryview, offset: int, where: str) -> None:
             )
         buffer = buffer[count:]
         offset += count
-
-
-def _compare(piece: Piece, found: str) -> None:
-    if found != piece.checksum:
-        raise CheckpointDamagedError(
-            f"{piece.where}: expected the checksum {piece.checksum} for {piece.nbytes} bytes at "
-            f"{piece.offset}; got {found}; the file is damaged"
-        )

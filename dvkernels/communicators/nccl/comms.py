@@ -20,23 +20,10 @@ _LATE = "late"
 
 @final
 class NcclComms:
-    """NCCL communicators (``ncclComm_t``) of this process's ranks.
+    """NCCL communicators (``ncclComm_t``) of this process's ranks, one for each of ``devices``.
 
-    Parameters
-    ----------
-    nccl : module
-        ``cupy.cuda.nccl``.
-    arrays : ArrayLibrary
-    devices : sequence of int
-        The GPU of each rank of this process.
-    workers : Workers
-        All workers create theirs at the same time.
-    ranks : sequence of int
-        The ranks of this process.
-    size : int
-        The number of ranks of all workers.
-    unique_id : object
-        The ``ncclUniqueId`` of the communicator, the same on all workers.
+    All workers create theirs at the same time, with the same ``ncclUniqueId``; ``size`` is the
+    number of ranks of all workers.
 
     Raises
     ------
@@ -110,20 +97,12 @@ class NcclComms:
             )
 
     def launch(self, text: str, call: Callable[[int, Any, int], None]) -> None:
-        """Enqueue the calls of all ranks as one NCCL group.
+        """Enqueue the calls of all ranks as one NCCL group; ``text`` names them in errors.
 
-        Parameters
-        ----------
-        text : str
-            The name of the call, for error messages.
-        call : callable
-            Called with the index of a rank in this process, its NCCL communicator, and the address
-            of the current stream of its device, while that device is current.
-
-        Raises
-        ------
-        CollectiveTimeoutError, WorkerLostError
-            The group has been aborted, before or during the call.
+        ``call`` gets the index of a rank in this process, its NCCL communicator, and the address of
+        the current stream of its device, while that device is current. Raises
+        ``CollectiveTimeoutError`` or ``WorkerLostError`` if the group has been aborted, before or
+        during the call.
         """
         try:
             seconds = min(self._workers.timeout_seconds, threading.TIMEOUT_MAX)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, final
 from dvkernels.communicators.workers import wait
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.threads import thread
+from dvkernels.threads.claim import Claim
 from dvkernels.user_errors import describe
 
 __all__: list[str] = []
@@ -42,13 +43,6 @@ class _PendingLaunch:
 class Watchdog:
     """Thread that aborts all calls if the oldest one does not complete in time.
 
-    Parameters
-    ----------
-    timeout_seconds : float
-        How long the oldest pending call may take.
-
-    Notes
-    -----
     The thread polls twenty times a second while calls are pending, and ends with them. It is not a
     daemon thread: a process that exits waits for its calls, at most until they are aborted.
     """
@@ -56,24 +50,16 @@ class Watchdog:
     def __init__(self, timeout_seconds: float) -> None:
         self._seconds = timeout_seconds
         self._calls: deque[_PendingLaunch] = deque()
-        self._vacancy = [None]  # one token, held by the one thread that polls
+        self._vacancy = Claim()  # taken by the one thread that polls
         self._abort_reason: dict[int, BaseException] = {}  # why all calls were aborted, as item 0
 
     @contextlib.contextmanager
     def watch(self, text: str, guard: Guard) -> Iterator[list[Any]]:
         """Supervise the call made inside, until all events put into the list have occurred.
 
-        Parameters
-        ----------
-        text : str
-            The name of the call, for error messages.
-        guard : Guard
-            The same for all calls; kept alive while one is pending.
-
-        Raises
-        ------
-        CollectiveTimeoutError, WorkerLostError
-            The calls have been aborted, before or during this one.
+        ``text`` names the call in errors; ``guard`` is the same for all calls, and kept alive while
+        one is pending. Raises ``CollectiveTimeoutError`` or ``WorkerLostError`` if the calls have
+        been aborted, before or during this one.
         """
         call = self._begin(text, guard)
         try:
@@ -91,7 +77,7 @@ class Watchdog:
         self._calls.append(call)
         if self._abort_reason:
             raise self._abort_error()
-        if self._vacancy:  # several callers may see it; one of their threads stays
+        if self._vacancy.is_free:  # several callers may see it; one of their threads stays
             poller = thread.Thread(target=self._serve, args=[guard], name="dvkernels-watch")
             thread.start([poller])
         return call
@@ -104,12 +90,10 @@ class Watchdog:
     def _serve(self, guard: Guard) -> None:
         is_needed = True
         while is_needed:
-            try:
-                self._vacancy.pop()
-            except IndexError:
+            if not self._vacancy.take():
                 return  # another thread polls
             self._poll_calls(guard)
-            self._vacancy.append(None)
+            self._vacancy.give_back()
             # A call may have begun while this thread was ending.
             is_needed = bool(self._calls) and not self._abort_reason
 

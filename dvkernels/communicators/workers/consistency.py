@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from dvkernels import deadlines
-from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError
+from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, WorkerLostError
 from dvkernels.replicas.diagnostics import StepEnded, user_line
 from dvkernels.user_errors import describe, is_caused_by
 
@@ -64,7 +64,7 @@ class ControlChannel(Protocol):
     def is_complete(self) -> bool:
         """Return, without waiting, whether all workers have arrived in the current round."""
 
-    def await_all(self, fingerprint: Fingerprint) -> list[Vote]:
+    def await_all(self, call: Fingerprint) -> list[Vote]:
         """Wait for the votes of all workers in the current round.
 
         Raises ``CollectiveTimeoutError`` and ``WorkerLostError``, after which no round ever ends.
@@ -73,25 +73,22 @@ class ControlChannel(Protocol):
     def text_of(self, worker: int) -> str:
         """Return the text of a worker's vote in the latest round."""
 
+    def end(self, error: BaseException) -> None:
+        """Abort the group, unless it has ended: every later call on any worker raises ``error``."""
+
 
 class FailureState:
     """Count of the failures that a worker has learnt of, shared by the channels of its group.
 
-    All workers that have arrived in the same round of a channel have counted the same failures.
-
-    Attributes
-    ----------
-    generation : int
-        The number of failures. The latest of them has ended every collective begun before it.
-    checks : list of ConsistencyCheck
-        Those of this worker, one for each channel.
+    All workers that have arrived in the same round of a channel have counted the same failures. The
+    latest of the ``generation`` failures has ended every collective begun before it.
     """
 
     __slots__ = ("_announcing", "_known", "checks", "generation")
 
     def __init__(self) -> None:
         self.generation = 0
-        self.checks: list[ConsistencyCheck] = []
+        self.checks: list[ConsistencyCheck] = []  # one for each channel
         self._known: deque[BaseException] = deque(maxlen=_REMEMBERED)
         self._announcing = threading.RLock()  # held while announcing: a failure is counted once
 
@@ -128,29 +125,16 @@ _MISMATCH_REPORT = fingerprint_of("mismatch report")
 
 
 class ConsistencyCheck:
-    """One worker's side of the control rounds over one channel.
+    """One worker's side of the control rounds over one channel; surrounds each collective.
 
-    Parameters
-    ----------
-    channel : ControlChannel
-    failures : FailureState
-        That of this worker, shared by its channels.
-    end : callable
-        Called with the reason (str) where this worker leaves a collective half-way because of an
-        error that no other worker knows of; aborts the group.
-
-    Notes
-    -----
-    A context manager that surrounds each collective, which may take several rounds.
+    A worker that leaves a collective half-way, because of an error that no other worker knows of,
+    aborts the group.
     """
 
-    def __init__(
-        self, channel: ControlChannel, failures: FailureState, end: Callable[[str], None]
-    ) -> None:
+    def __init__(self, channel: ControlChannel, failures: FailureState) -> None:
         self._channel = channel
         self._failures = failures
         failures.checks.append(self)
-        self._end = end
         self._unannounced: deque[tuple[int, str]] = deque()  # generation and text of failures
         # Held by the thread that votes next. An interrupt on the way into a collective leaves the
         # lock with its thread, which then announces that its step has failed, and releases it.
@@ -174,8 +158,8 @@ class ConsistencyCheck:
     ) -> None:
         try:
             if error is not None and not self._failures.is_known(error):
-                text = describe(error)
-                self._end(f"worker {self._channel.rank} left a collective half-way: {text}")
+                text = f"worker {self._channel.rank} left a collective half-way: {describe(error)}"
+                self._channel.end(WorkerLostError(text))
         finally:
             self._turn.release()
         if self._unannounced:
@@ -228,18 +212,9 @@ class ConsistencyCheck:
     ) -> list[Vote]:
         """Vote until all workers vote for the same call, and return their votes.
 
-        Parameters
-        ----------
-        fingerprint : Fingerprint
-        nbytes : int
-            How many bytes this worker contributes.
-        stage : callable
-            Copies them to the staging buffer of the next round; called before each vote.
-
-        Raises
-        ------
-        CollectiveMismatchError
-            Workers call different collectives, or the step of a worker has failed. Raised on all.
+        ``stage`` copies ``nbytes`` to the staging buffer of the next round, before each vote.
+        Raises ``CollectiveMismatchError`` on all workers if they call different collectives, or if
+        the step of one has failed.
         """
         while True:
             self.settle(fingerprint)

@@ -23,12 +23,7 @@ _NO_BYTES = np.empty(0, np.uint8)
 
 
 class ControlMessages:
-    """What all communicators of workers share: small messages, failures, and the end of the group.
-
-    Parameters
-    ----------
-    transport : Transport
-    """
+    """Messages, failures and the end of a group: common to all communicators of workers."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport

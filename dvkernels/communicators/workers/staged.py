@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.group import ControlMessages, WorkerGroup
 from dvkernels.devices import array_memory, cuda
+from dvkernels.devices.array_spec import Array, HostArray
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
@@ -45,7 +46,7 @@ class Staged(ControlMessages):
         super().__init__(group.transport)
         self._group = group
         self._given_arrays = arrays
-        self._pinned = np.empty(0, np.uint8)
+        self._pinned: HostArray = np.empty(0, np.uint8)
         self._upload_done: Any = None  # event: the pinned memory may be written again
 
     def duplicate(self) -> Staged:
@@ -65,59 +66,56 @@ class Staged(ControlMessages):
             return [self._to_device(staged, value)]
         (target,) = out
         memory = array_memory.holding(target)
-        memory.apply(
-            operator.setitem,
-            target,
-            ...,
-            memory.to_device_of(self._to_device(staged, value), target),
-        )
+        result = memory.to_device_of(self._to_device(staged, value), target)
+        memory.apply(operator.setitem, target, ..., result)
         return [target]
 
     def all_reduce_columns(
         self,
-        columns: Sequence[Sequence[Any]],
+        columns: Sequence[Sequence[Array]],
         how: Accumulation,
-        outs: Sequence[Sequence[Any]] | None = None,
+        outs: Sequence[Sequence[Array]] | None = None,
     ) -> list[list[Any]] | None:
         """Return None: the arrays of another worker may be on GPUs."""
         return None
 
-    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
+    def reduce(self, values: Sequence[Array], op: Reduction) -> Any:
         """Reduce into a new array, on every worker."""
         return self.all_reduce(values, op)[0]
 
-    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+    def reduce_scatter(self, values: Sequence[Array], op: Reduction) -> list[Any]:
         """Reduce, and keep this worker's part."""
-        (value,) = values
-        if isinstance(value, np.ndarray):
-            return self._group.reduce_scatter(values, op)
-        return [self._to_device(self._group.reduce_scatter([self._to_host(value)], op)[0], value)]
+        return self._call_on_host(self._group.reduce_scatter, values, op)
 
-    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+    def all_gather(self, values: Sequence[Array], axis: int) -> list[Any]:
         """Concatenate into a new array."""
-        (value,) = values
-        if isinstance(value, np.ndarray):
-            return self._group.all_gather(values, axis)
-        return [self._to_device(self._group.all_gather([self._to_host(value)], axis)[0], value)]
+        return self._call_on_host(self._group.all_gather, values, axis)
 
-    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+    def broadcast(self, values: Sequence[Array], root: int) -> list[Any]:
         """Copy the root's value."""
+        return self._call_on_host(self._group.broadcast, values, root)
+
+    def _call_on_host(
+        self, call: Callable[..., list[Any]], values: Sequence[Array], argument: Reduction | int
+    ) -> list[Any]:
+        """Call a collective with a host array, and return the result in the value's memory."""
         (value,) = values
         if isinstance(value, np.ndarray):
-            return self._group.broadcast(values, root)
-        return [self._to_device(self._group.broadcast([self._to_host(value)], root)[0], value)]
+            return call(values, argument)
+        (result,) = call([self._to_host(value)], argument)
+        return [self._to_device(result, value)]
 
     @functools.cached_property
     def _arrays(self) -> cuda.ArrayLibrary:
         return cuda.arrays() if self._given_arrays is None else self._given_arrays
 
-    def _to_host(self, value: Any) -> Any:
+    def _to_host(self, value: Any) -> HostArray:
         """Copy a GPU array to pinned host memory, and wait for the copy."""
         if self._upload_done is not None:
             self._upload_done.synchronize()
         if value.nbytes > len(self._pinned):
             self._pinned = self._arrays.pinned(value.nbytes)
-        staged = self._pinned[: value.nbytes].view(value.dtype).reshape(value.shape)
+        staged: HostArray = self._pinned[: value.nbytes].view(value.dtype).reshape(value.shape)
         dense = (
             value
             if value.flags.c_contiguous
@@ -129,7 +127,7 @@ class Staged(ControlMessages):
         self._record_event(device, stream).synchronize()
         return staged
 
-    def _to_device(self, staged: Any, value: Any) -> Any:
+    def _to_device(self, staged: HostArray, value: Any) -> Any:
         """Start the copy of a staged result to a new array on the GPU of ``value``."""
         device = self._arrays.device_of(value)
         result = self._arrays.empty(device, staged.shape, staged.dtype)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NoReturn, Protocol, TypeAlias
+from typing import NoReturn, Protocol
 
 from dvkernels.communicators.workers.consistency import (
     ConsistencyCheck,
@@ -13,7 +12,7 @@ from dvkernels.communicators.workers.consistency import (
     FailureState,
     Fingerprint,
 )
-from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns, SymmetricMemory
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
@@ -21,9 +20,6 @@ from dvkernels.reduce_op import Reduction
 __all__: list[str] = []
 
 LOST, GAVE_UP = 1, 2  # kinds of an end: a worker is lost, or a worker's deadline has passed
-
-# A column is [*sources, *targets]: flat arrays of one length. All columns have as many of each.
-Columns: TypeAlias = Sequence[Sequence[HostArray]]
 
 
 class EndRecord(Protocol):
@@ -39,16 +35,7 @@ class EndRecord(Protocol):
 class Transport(ControlChannel):
     """Transport of flat arrays between workers, which first checks that all call the same.
 
-    Parameters
-    ----------
-    rank, size : int
-        The rank of this worker, and the number of workers.
-    timeout_seconds : float
-        How long to wait for the other workers.
-    record : EndRecord
-    channel : int
-    failures : FailureState, optional
-        Of this worker, shared by its channels.
+    One for each channel; ``failures`` are those of this worker, shared by its channels.
     """
 
     takes_columns = False  # all_reduce_into takes several columns, of several arrays each
@@ -68,21 +55,14 @@ class Transport(ControlChannel):
         self._record = record
         self._channel = channel
         self._failures = failures or FailureState()
-        self._consistency = ConsistencyCheck(
-            self, self._failures, functools.partial(record.end, LOST)
-        )
+        self._consistency = ConsistencyCheck(self, self._failures)
         self._number = 0  # of the latest round
         self._last: Fingerprint | None = None  # the latest call that all workers made
         self._duplicate: Transport | None = None
 
     @abstractmethod
     def all_reduce_into(
-        self,
-        columns: Columns,
-        num_sources: int,
-        op: Reduction,
-        fingerprint: Fingerprint,
-        divisor: int = 1,
+        self, columns: Columns, num_sources: int, op: Reduction, call: Fingerprint, divisor: int = 1
     ) -> None:
         """Write the reduction of all workers' sources to each target: flat arrays of one dtype.
 
@@ -92,11 +72,11 @@ class Transport(ControlChannel):
         """
 
     @abstractmethod
-    def all_gather_bytes(self, source: HostArray, fingerprint: Fingerprint) -> list[HostArray]:
+    def all_gather_bytes(self, source: HostArray, call: Fingerprint) -> list[HostArray]:
         """Return the bytes of all workers, whose numbers may differ."""
 
     @abstractmethod
-    def broadcast_into(self, target: HostArray, root: int, fingerprint: Fingerprint) -> None:
+    def broadcast_into(self, target: HostArray, root: int, call: Fingerprint) -> None:
         """Write the root's bytes, which its ``target`` holds, to every ``target``."""
 
     def duplicate(self) -> Transport:
@@ -134,16 +114,16 @@ class Transport(ControlChannel):
     def remaining_workers(self) -> list[int]:
         """Return the other workers that have not left, as far as is known."""
 
-    def _lose(self, worker: int, fingerprint: Fingerprint, why: str) -> NoReturn:
+    def _lose(self, worker: int, call: Fingerprint, why: str) -> NoReturn:
         """Abort the group because a worker will never make the call that this worker waits in."""
-        self._abort(LOST, f"worker {worker} is lost while {fingerprint.text} waits for it: {why}")
+        self._abort(LOST, f"worker {worker} is lost while {call.text} waits for it: {why}")
 
-    def _give_up(self, absent: Sequence[int], fingerprint: Fingerprint, seen: str) -> NoReturn:
+    def _give_up(self, absent: Sequence[int], call: Fingerprint, seen: str) -> NoReturn:
         """Abort the group after the deadline; ``seen`` says what is known of the absent workers."""
         self._abort(
             GAVE_UP,
             f"worker {self.rank} waited {self.timeout_seconds:g} s in vain for workers {absent} "
-            f"to call {fingerprint.text}: {seen}; give timeout_seconds if they need longer",
+            f"to call {call.text}: {seen}; give timeout_seconds if they need longer",
         )
 
     def _abort(self, kind: int, text: str) -> NoReturn:

@@ -1,5 +1,5 @@
 """Distributed datasets: global batches, sharded over workers and split over replicas.
 
-Imports: data, devices, enumeration, errors, pytree, profiler, reduce_op, schedules, user_errors,
-values.
+Imports: communicators, communicators.workers, data, devices, enumeration, errors, pytree, profiler,
+reduce_op, schedules, user_errors, values.
 """

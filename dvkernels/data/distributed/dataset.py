@@ -6,20 +6,22 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dvkernels.communicators.worker_share import WorkerShare
+from dvkernels.communicators.workers.atomic_commit import Exchange
 from dvkernels.data.checks import check_count
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.distributed import sharding
 from dvkernels.data.distributed.epoch_reader import Distribution
 from dvkernels.data.distributed.iterator import DistributedIterator
-from dvkernels.data.distributed.lockstep import Exchange
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
 from dvkernels.data.distributed.sharding import Sharding
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.to_device import DeviceCopier
-from dvkernels.data.distributed.worker_share import WorkerShare
+from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.values.distributed import PerReplica
+from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
 
 __all__ = ["DistributedDataset"]
@@ -85,7 +87,7 @@ class DistributedDataset(ProcessBound):
         The devices of these replicas, one each.
     check_context : callable, optional
         Called with the name of a member before it delivers; raises where that is not allowed.
-    owner : object, optional
+    owner : Placement, optional
         Passed to every ``PerReplica``.
     options : InputOptions
         How batches are sharded and fetched.
@@ -140,10 +142,10 @@ class DistributedDataset(ProcessBound):
         self,
         dataset: Dataset,
         num_replicas: int,
-        devices: Iterable[Any] | None = None,
+        devices: Iterable[Device | str] | None = None,
         *,
         check_context: Callable[[str], None] = _allow_any_context,
-        owner: object = None,
+        owner: Placement | None = None,
         options: InputOptions = _DEFAULT_OPTIONS,
         is_dealt: bool = False,
         share: WorkerShare | None = None,

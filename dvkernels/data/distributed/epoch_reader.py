@@ -8,21 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dvkernels.communicators.worker_share import WorkerShare
+from dvkernels.communicators.workers.atomic_commit import Exchange
 from dvkernels.data.array_nest import Element
 from dvkernels.data.cursor import EpochPosition
 from dvkernels.data.distributed.lockstep import (
-    Exchange,
     StartReport,
     StepReport,
     agree_on_start,
     agree_on_step,
-    report_failure,
 )
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
 from dvkernels.data.distributed.sharding import Sharding, by_elements, by_files
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.stats import InputStats, StatsRecorder
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.fingerprint import fingerprint, kinds_of
 from dvkernels.data.node import Node
 from dvkernels.data.prefetch import open_cursor, prefetch_depth
@@ -230,25 +229,23 @@ class EpochReader:
             raise
 
     def _take_step(self) -> tuple[list[Element], Any]:
-        exchange, is_resumable = self._distribution.exchange, self._distribution.is_resumable
+        is_resumable = self._distribution.is_resumable
         elements: list[Element] = []
         parts = None
-        try:
+
+        def take() -> StepReport:
+            nonlocal elements, parts
             with contextlib.suppress(StopIteration):
                 elements, parts = self._take_own()
             if elements and self._empty is None:
                 self._empty = self._splitter.empty_like(elements[0])
             if elements and is_resumable:
                 self.cursor.confirm()  # The report to the other workers holds the new position.
-        except Exception as error:
-            report_failure(exchange, error)
-            raise
-        epoch, step = (
-            self.cursor.epoch_position.epoch,
-            0 if self._lanes is None else self._num_steps,
-        )
-        own = StepReport(epoch, step, bool(elements), self._progress(), self._empty)
-        reports = agree_on_step(exchange, own)
+            epoch = self.cursor.epoch_position.epoch
+            step = 0 if self._lanes is None else self._num_steps
+            return StepReport(epoch, step, bool(elements), self._progress(), self._empty)
+
+        reports = agree_on_step(self._distribution.exchange, take)
         have = [report.has_batch for report in reports]
         if not any(have) or (self._sharding.ends_with_first and not all(have)):
             self._has_ended = True

@@ -5,18 +5,14 @@ Either all workers take a step, or none does.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dvkernels import user_errors
+from dvkernels.communicators.workers.atomic_commit import Exchange, first_difference, results_of_all
 from dvkernels.data.node import Length
 from dvkernels.errors import DatasetError
 
 __all__: list[str] = []
-
-# All-gather of a small object: returns the objects of all workers, in order.
-Exchange = Callable[[Any], list[Any]]
 
 
 class StartReport(NamedTuple):
@@ -37,12 +33,6 @@ class StepReport(NamedTuple):
     has_batch: bool = False
     progress: Any = None  # of this worker: {lane: position}, or the state of its own dataset
     empty: Any = None  # an element without rows, for the workers that have none left
-    failure: str | None = None
-
-
-def report_failure(exchange: Exchange, error: Exception) -> None:
-    """Report to the other workers that this one failed; :func:`agree_on_step` raises there."""
-    exchange(StepReport(failure=user_errors.describe(error)))
 
 
 def agree_on_start(exchange: Exchange, own: StartReport) -> None:
@@ -53,38 +43,33 @@ def agree_on_start(exchange: Exchange, own: StartReport) -> None:
     DatasetError
         They are not. Raised on every worker, so that none takes a step.
     """
-    starts: list[StartReport] = _check_kinds(exchange(own))
-    for name, remedy in _REMEDIES.items():
-        found = [getattr(start, name) for start in starts]
-        if all(value == found[0] for value in found):
-            continue
-        if name == "pipeline":
-            name, found = _first_difference(found)
+    starts: list[StartReport] = _reports_of_all(exchange, lambda: own)
+    pipelines = [{f"link {k}": link for k, link in enumerate(s.pipeline)} for s in starts]
+    rest = [
+        {name: value for name, value in s._asdict().items() if name in _REMEDIES} for s in starts
+    ]
+    difference = first_difference(pipelines, "missing") or first_difference(rest, None)
+    if difference is not None:
+        name, found = difference
+        remedy = _REMEDIES.get(name, _PIPELINE_REMEDY)
         raise DatasetError(
             f"next(iterator): expected one dataset, at one position, on all workers; its {name} is "
             f"{_by_worker(found)}; {remedy}. No worker has taken the step"
         )
 
 
+_PIPELINE_REMEDY = (
+    "build the dataset alike everywhere, with the same numbers, and sort the paths: machines list "
+    "a folder in different orders. A dataset of its own for each worker is what "
+    "distribute_datasets_from_function is for"
+)
 _REMEDIES = {
-    "pipeline": "build the dataset alike everywhere, with the same numbers, and sort the paths: "
-    "machines list a folder in different orders. A dataset of its own for each worker is what "
-    "distribute_datasets_from_function is for",
     "length": "build the dataset alike everywhere, of the same data",
     "epoch": "call iter() equally often on every worker, or choose the epoch with set_epoch",
     "position": "load the same state on every worker",
     "fingerprint": "the data differ, or their order does: read the same data everywhere, and sort "
     "what a folder or a set lists",
 }
-
-
-def _first_difference(pipelines: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
-    """Return the name of the first link that differs, and the link on each worker."""
-    links = itertools.zip_longest(*pipelines, fillvalue="missing")
-    index, found = next(
-        (index, list(link)) for index, link in enumerate(links) if len(set(link)) > 1
-    )
-    return f"link {index}", found
 
 
 def _by_worker(found: Sequence[Any]) -> str:
@@ -98,14 +83,17 @@ def _by_worker(found: Sequence[Any]) -> str:
     )
 
 
-def _check_kinds(reports: list[Any]) -> list[Any]:
-    """Return the reports; raise if a worker failed, or if their kinds differ."""
-    for worker, report in enumerate(reports):
-        if isinstance(report, StepReport) and report.failure is not None:
-            raise DatasetError(
-                f"worker {worker} could not read its batch: {report.failure}; no worker has "
-                f"taken the step, and next() tries it again"
-            )
+def _reports_of_all(exchange: Exchange, report: Callable[[], Any]) -> list[Any]:
+    """Return the reports of all workers; raise if a worker failed, or if their kinds differ."""
+    reports = results_of_all(
+        exchange,
+        report,
+        (DatasetError,),
+        lambda worker, text: (
+            f"worker {worker} could not read its batch: {text}; no worker has taken the step, and "
+            f"next() tries it again"
+        ),
+    )
     beginning = [
         str(worker) for worker, report in enumerate(reports) if isinstance(report, StartReport)
     ]
@@ -118,15 +106,16 @@ def _check_kinds(reports: list[Any]) -> list[Any]:
     return reports
 
 
-def agree_on_step(exchange: Exchange, own: StepReport) -> list[StepReport]:
-    """Exchange the reports of a step, and return those of all workers if they are consistent.
+def agree_on_step(exchange: Exchange, take: Callable[[], StepReport]) -> list[StepReport]:
+    """Take this worker's step, and return the reports of all workers if they are consistent.
 
     Raises
     ------
     DatasetError
-        They are not. Raised on every worker, so that none takes the step.
+        They are not, or a worker failed. Raised on every worker, so that none takes the step; a
+        worker that failed raises its own error.
     """
-    reports: list[StepReport] = _check_kinds(exchange(own))
+    reports: list[StepReport] = _reports_of_all(exchange, take)
     for worker, report in enumerate(reports):
         if report[:2] != reports[0][:2]:
             raise DatasetError(

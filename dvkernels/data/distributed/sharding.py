@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.batch import Batch
 from dvkernels.data.distributed.options import AutoShardPolicy
 from dvkernels.data.distributed.worker_shards import FileShards, RowShard
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.file_source import FileList
 from dvkernels.data.filter import Filter
 from dvkernels.data.map import Map

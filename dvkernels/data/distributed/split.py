@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from dvkernels.data.array_nest import is_flat_dict, is_flat_tuple, leading_length
+from dvkernels.data.array_nest import Element, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import DeviceCopier
+from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure, flatten
 from dvkernels.schedules import partition
 from dvkernels.values.distributed import PerReplica
+from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
 
@@ -26,9 +28,9 @@ class Splitter:
     ----------
     num_local : int
         The number of local replicas.
-    devices : iterable of Device, or None
+    devices : sequence of Device
         The devices of the local replicas.
-    owner : object
+    owner : Placement, optional
         Passed to every ``PerReplica``.
     is_dealt : bool
         The elements are batches of single replicas, assigned to them in turn, not global batches.
@@ -39,8 +41,8 @@ class Splitter:
     def __init__(
         self,
         num_local: int,
-        devices: Iterable[Any] | None,
-        owner: object,
+        devices: Sequence[Device],
+        owner: Placement | None,
         is_dealt: bool,
         copier: DeviceCopier | None = None,
     ) -> None:
@@ -51,7 +53,7 @@ class Splitter:
         self._copier = copier
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # for the latest batch length
 
-    def split(self, elements: list[Any], recorder: StatsRecorder) -> Any:
+    def split(self, elements: list[Element], recorder: StatsRecorder) -> Any:
         """Return the parts: views of the one batch, or one element for each replica.
 
         The recorder adds up the time of the copies to devices.
@@ -67,24 +69,36 @@ class Splitter:
         recorder.count_copy(time.perf_counter() - began)
         return structure.unflatten([self.per_replica(column) for column in columns])
 
-    def empty_like(self, element: Any) -> Any:
-        """Return an element like ``element`` without rows; None if a leaf has no leading axis."""
+    def empty_like(self, element: Element) -> Element:
+        """Return an element like ``element`` without rows; None if a leaf has no leading axis.
+
+        It does not keep the arrays of ``element`` alive.
+        """
         leaves, structure = flatten(element)
         arrays = [np.asarray(leaf) for leaf in leaves]
         if any(array.ndim == 0 for array in arrays):
             return None
-        return structure.unflatten([_without_rows(array) for array in arrays])
+        return structure.unflatten([np.empty((0, *a.shape[1:]), a.dtype) for a in arrays])
 
-    def split_empty(self, empty: Any, recorder: StatsRecorder) -> Any:
+    def split_empty(self, empty: Element, recorder: StatsRecorder) -> Any:
         """Return an empty part for each replica, each like ``empty``."""
         return self.split([empty] * (self._num_local if self._is_dealt else 1), recorder)
 
-    def per_replica(self, parts: list[Any]) -> PerReplica[Any]:
+    def per_replica(self, parts: Sequence[Any]) -> PerReplica[Any]:
         """Return one value per local replica."""
         return PerReplica(parts, devices=self._devices, owner=self._owner)
 
-    def _assign_elements(self, elements: list[Any]) -> Any:
+    def _assign_elements(self, elements: list[Element]) -> Any:
         """Assign one element to each replica, and an empty batch to the replicas left over."""
+        if missing := self._num_local - len(elements):
+            empty = self.empty_like(elements[0])
+            if empty is None:
+                raise DatasetError(
+                    f"distribute_datasets_from_function: the last step has {len(elements)} "
+                    f"elements for {self._num_local} replicas, and elements that are no batches "
+                    f"have no empty part; batch the dataset, or drop the rest with take()"
+                )
+            elements = [*elements, *[empty] * missing]
         flat = [flatten(element) for element in elements]
         structure = flat[0][1]
         for index, (_, other) in enumerate(flat):
@@ -94,20 +108,10 @@ class Splitter:
                     f"{describe_structure(structure)} and, {index} later, "
                     f"{describe_structure(other)}"
                 )
-        columns = [list(column) for column in zip(*(leaves for leaves, _ in flat), strict=True)]
-        missing = self._num_local - len(elements)
-        for column in columns if missing else ():
-            array = np.asarray(column[0])
-            if array.ndim == 0:
-                raise DatasetError(
-                    f"distribute_datasets_from_function: the last step has {len(elements)} "
-                    f"elements for {self._num_local} replicas, and elements that are no batches "
-                    f"have no empty part; batch the dataset, or drop the rest with take()"
-                )
-            column += [_without_rows(array)] * missing
+        columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return structure.unflatten([self.per_replica(column) for column in columns])
 
-    def _split_batch(self, batch: Any) -> Any:
+    def _split_batch(self, batch: Element) -> Any:
         # The most frequent structures, an array or a flat tuple or dict, avoid optree's 3 us.
         if type(batch) is np.ndarray:
             return self._parts([batch], batch)[0]
@@ -120,7 +124,7 @@ class Splitter:
             leading_length(batch)  # raises: the batch has no array
         return spec.unflatten(self._parts(leaves, batch))
 
-    def _parts(self, leaves: Iterable[Any], batch: Any) -> list[PerReplica[Any]]:
+    def _parts(self, leaves: Iterable[Any], batch: Element) -> list[PerReplica[Any]]:
         length, slices = self._slices
         parts = []
         for leaf in leaves:
@@ -137,8 +141,3 @@ class Splitter:
                 )
             )
         return parts
-
-
-def _without_rows(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return an array of shape (0, ...) like ``array``, which it does not keep alive."""
-    return np.empty((0, *array.shape[1:]), array.dtype)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
-from dvkernels.data.array_nest import nbytes_of
+from dvkernels.data.array_nest import Element, nbytes_of
 from dvkernels.data.cursor import Cursor
 from dvkernels.data.error_policy import SkippedElements
 from dvkernels.profiler import tracing
@@ -71,7 +70,7 @@ class StatsRecorder:
         """Add the time of a copy to devices."""
         self._copied += seconds
 
-    def count(self, began: float, elements: list[Any]) -> None:
+    def count(self, began: float, elements: list[Element]) -> None:
         """Count a batch that was requested at ``began``."""
         now = time.perf_counter()
         if self._num_batches == 0:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.array_nest import Element, leading_length, slice_rows
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.data.node import Node
-from dvkernels.data.stacking import BatchBuilder
+from dvkernels.data.stacking import batches
+from dvkernels.data.transform import Transform
 
 __all__: list[str] = []
 
 
-class RowShard(Node):
+class RowShard(Transform):
     """Node that keeps one worker's rows of every batch.
 
     The batches and their order are those of the source, so a position means the same on every
@@ -20,12 +21,8 @@ class RowShard(Node):
     of other workers are not computed.
     """
 
-    source: Node
-
     def __init__(self, source: Node, share: WorkerShare) -> None:
-        self.source = source
-        self.length = source.length
-        self.random_access = source.random_access
+        super().__init__(source, source.length)
         self._share = share
 
     def describe(self) -> str:
@@ -39,9 +36,6 @@ class RowShard(Node):
         return self.source.select_rows(index, epoch, self._share.rows)
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
-        if self.random_access:
-            yield from super().iterate(epoch, start)
-            return
         for batch in self.source.iterate(epoch, start):
             yield slice_rows(batch, *self._share.rows(leading_length(batch)))
 
@@ -94,18 +88,16 @@ class FileShards(Node):
         assert self.resume_points is not None
         step, delivered = self.resume_points.resume(epoch, start)
         positions = list(delivered)
-        batch = BatchBuilder(self._size)
+        elements = self._elements(epoch, positions)
+        for batch in batches(elements, self._size, self._drops_remainder):
+            step += 1
+            self.resume_points.add(epoch, step, tuple(positions))
+            if step > start:
+                yield batch
+
+    def _elements(self, epoch: int, positions: list[int]) -> Iterator[Element]:
+        """Yield the elements of the lanes from ``positions`` on, and keep these up to date."""
         for index, lane in enumerate(self._lanes):
             for position, element in lane.enumerate_from(epoch, positions[index]):
                 positions[index] = position
-                batch.add(element)
-                if batch.count == self._size:
-                    step += 1
-                    self.resume_points.add(epoch, step, tuple(positions))
-                    if step > start:
-                        yield batch.build()
-                    batch = BatchBuilder(self._size)
-        if batch.count and not self._drops_remainder:
-            self.resume_points.add(epoch, step + 1, tuple(positions))
-            if step + 1 > start:
-                yield batch.build()
+                yield element

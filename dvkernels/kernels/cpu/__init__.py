@@ -5,33 +5,52 @@ Imports: custom_reduction, deadlines, devices, errors, kernels, reduce_op, sched
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, optimizers, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
-from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
+from dvkernels.kernels.cpu.direct import (
+    aggregate_mean,
+    aggregate_sum,
+    direct_all_reduce,
+    reduce,
+    reduce_unchecked,
+)
 from dvkernels.kernels.cpu.engine import fast_path
-from dvkernels.kernels.cpu.gather import all_gather, all_to_all, reduce_scatter
+from dvkernels.kernels.cpu.gather import (
+    all_gather,
+    all_gather_unchecked,
+    all_to_all,
+    reduce_scatter,
+    reduce_scatter_unchecked,
+)
 from dvkernels.kernels.cpu.many import all_reduce_many
 from dvkernels.kernels.cpu.ring import ring_all_reduce
+from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import cost_model
 
 __all__ = [
     "aggregate_mean",
     "aggregate_sum",
     "all_gather",
+    "all_gather_unchecked",
     "all_reduce",
     "all_reduce_many",
-    "all_reduce_new",
+    "all_reduce_unchecked",
     "all_to_all",
     "broadcast",
     "direct_all_reduce",
     "optimizers",
     "reduce",
     "reduce_scatter",
+    "reduce_scatter_unchecked",
+    "reduce_unchecked",
     "ring_all_reduce",
 ]
 
@@ -51,14 +70,36 @@ _ALGORITHMS = {
 }
 
 
-def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
-    """Return the reduction as one new array per buffer; the buffers are not changed."""
+def all_reduce_unchecked(
+    arrays: Sequence[HostArray],
+    op: Reduction,
+    algorithm: str,
+    out: Sequence[HostArray] | None = None,
+) -> list[HostArray]:
+    """Reduce into new arrays, or into ``out``, which may be the arrays themselves.
+
+    The caller has checked the arguments, but not that no array of ``out`` shares an element with
+    another array: their addresses are read here.
+    """
+    # The fast path is direct, as in all_reduce.
+    if out is not None and all(map(operator.is_, out, arrays)):
+        if algorithm == "ring" or fast_path.all_reduce(arrays, op) is None:
+            checks.check_in_place("all_reduce", arrays)
+            _unchecked(algorithm, arrays).combine_in_place(op, arrays)
+        return list(out)
+    writes = out or [np.empty(array.shape, array.dtype) for array in arrays]
+    if algorithm == "ring" or not fast_path.reduce_into(arrays, writes, op):
+        if out is not None:
+            checks.check_overlaps("all_reduce", writes, arrays, "out {}".format)
+        _unchecked(algorithm, arrays).combine(op, arrays, writes)
+    return list(writes)
+
+
+def _unchecked(algorithm: str, arrays: Sequence[HostArray]) -> Any:
+    """Return the module of an algorithm; ``"auto"`` is the cheapest one for these arrays."""
     if algorithm == "auto":
-        reads = [*buffers]
-        writes = [np.empty(read.shape, read.dtype) for read in reads]
-        if fast_path.reduce_into(reads, writes, op):
-            return writes
-    return _ALGORITHMS[algorithm]("all_reduce", buffers, op, checks.NEW)
+        algorithm = cost_model.cheapest(cost_model.CPU, len(arrays), arrays[0].nbytes)
+    return {"direct": direct, "ring": ring}[algorithm]
 
 
 def all_reduce(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.devices import interop
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu.engine import fast_path, job, recipe
 from dvkernels.reduce_op import ReduceOp, Reduction
@@ -32,7 +33,7 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
         reduced = fast_path.all_reduce(buffers, op)
         if reduced is not None:
             return reduced
-    elif out is not checks.NEW:
+    else:
         out = checks.as_sequence(verb, out, "out")
         if len(out) == len(buffers) and fast_path.reduce_into(buffers, out, op):
             return list(out)
@@ -40,13 +41,10 @@ def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
         checks.check_in_place(verb, reads)
-        recipe.register(op, reads[0].dtype)
-        program = job.combine_in_place(len(reads), job.divisor(op, len(reads)))
-        job.run(op, reads[0].dtype, [reads], program)
+        combine_in_place(op, reads)
         return list(buffers)
-    writes = checks.outputs_like(verb, reads, out)
-    _combine(op, reads, writes)
-    return writes if out is checks.NEW else list(out)
+    combine(op, reads, checks.outputs_like(verb, reads, out))
+    return list(out)
 
 
 def reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> Any:
@@ -64,6 +62,13 @@ def aggregate_mean(buffers: Any, *, out: Any = None) -> Any:
     return _reduce_as("aggregate_mean", buffers, ReduceOp.MEAN, out)
 
 
+def reduce_unchecked(arrays: Sequence[HostArray], op: Reduction) -> HostArray:
+    """Return the reduction as one new array; the caller has checked the arrays."""
+    result = np.empty_like(arrays[0])
+    combine(op, arrays, [result])
+    return result
+
+
 def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
     if out is not None and fast_path.reduce_into(buffers, [out], op):
         return out
@@ -71,16 +76,21 @@ def _reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> Any:
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
     if out is None:
-        result = np.empty_like(reads[0])
-        _combine(op, reads, [result])
-        return interop.like(result, buffers[0])
+        return interop.like(reduce_unchecked(reads, op), buffers[0])
     writes = checks.arrays(verb, [out], "out")
     checks.check_out(verb, reads, writes, 1)
-    _combine(op, reads, writes)
+    combine(op, reads, writes)
     return out
 
 
-def _combine(op: Reduction, reads: Sequence[Any], writes: Sequence[Any]) -> None:
+def combine_in_place(op: Reduction, arrays: Sequence[HostArray]) -> None:
+    """Reduce checked arrays, and leave the result in all of them."""
+    recipe.register(op, arrays[0].dtype)
+    program = job.combine_in_place(len(arrays), job.divisor(op, len(arrays)))
+    job.run(op, arrays[0].dtype, [arrays], program)
+
+
+def combine(op: Reduction, reads: Sequence[HostArray], writes: Sequence[HostArray]) -> None:
     """Reduce ``reads`` into all of ``writes``; both have been checked."""
     if fast_path.reduce_into(reads, writes, op):
         return

@@ -37,6 +37,7 @@ def sgd(
     weight_decay: float = 0.0,
     op: ReduceOp | str = "mean",
     shares: Sequence[float] | None = None,
+    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of gradient descent, in one pass.
 
@@ -63,6 +64,8 @@ def sgd(
     shares : sequence of float, optional
         Weights of the replicas: with ``"sum"``, the sum of share x gradient. A gradient with a
         share of 0 is not read.
+    is_checked : bool
+        The caller has checked all arrays, and that no written one shares an element with another.
 
     Raises
     ------
@@ -82,7 +85,9 @@ def sgd(
     slots = [] if velocities is None else [velocities]
     rule = update_rules.sgd_rule(velocities, nesterov)
     coefficients = update_rules.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
-    _step("optimizers.sgd", rule, gradients, parameters, slots, coefficients, op, shares)
+    _step(
+        "optimizers.sgd", rule, gradients, parameters, slots, coefficients, op, shares, is_checked
+    )
 
 
 def adam(
@@ -100,12 +105,13 @@ def adam(
     decoupled: bool = False,
     op: ReduceOp | str = "mean",
     shares: Sequence[float] | None = None,
+    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of Adam [1]_ or AdamW [2]_, in one pass.
 
     Parameters
     ----------
-    gradients, parameters, op, shares
+    gradients, parameters, op, shares, is_checked
         As in :func:`sgd`.
     first_moments, second_moments : sequence of sequence of array
         As many copies of each moment as of its parameter, zeros before the first step.
@@ -145,7 +151,9 @@ def adam(
     )
     slots = [first_moments, second_moments]
     rule = update_rules.ADAM
-    _step("optimizers.adam", rule, gradients, parameters, slots, coefficients, op, shares)
+    _step(
+        "optimizers.adam", rule, gradients, parameters, slots, coefficients, op, shares, is_checked
+    )
 
 
 def _step(
@@ -157,8 +165,13 @@ def _step(
     coefficients: Sequence[update_rules.Coefficients],
     op: Any,
     shares: Sequence[float] | None,
+    is_checked: bool,
 ) -> None:
-    step = update_rules.check(verb, gradients, parameters, slots, coefficients, op)
+    step: update_rules.CheckedStep | None
+    if is_checked:
+        step = update_rules.grouped(gradients, [parameters, *slots], coefficients, op)
+    else:
+        step = update_rules.check(verb, gradients, parameters, slots, coefficients, op)
     if step is None:
         return
     num_replicas, num_copies = step.num_replicas, step.num_copies

@@ -11,12 +11,14 @@ in registers: the same additions in the order of the schedule, in float32, and o
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu.engine import job
 from dvkernels.kernels.cpu.engine.job_layout import Row
-from dvkernels.reduce_op import ReduceOp, is_half
+from dvkernels.reduce_op import ReduceOp, Reduction, is_half
 from dvkernels.schedules import ring
 
 __all__ = ["ring_all_reduce"]
@@ -35,23 +37,33 @@ def ring_all_reduce(buffers: Any, op: Any = "sum", *, out: Any = None) -> list[A
 def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
     """Reduce around the ring; error messages name the function ``verb``."""
     buffers = checks.as_sequence(verb, buffers)
-    if out is not None and out is not checks.NEW:
+    if out is not None:
         out = checks.as_sequence(verb, out, "out")
     reads = checks.arrays(verb, buffers)
     op = checks.reduction(verb, op, reads[0].dtype)
-    count = len(reads)
     if out is None:
         checks.check_in_place(verb, reads)
-        arrays = reads
-    else:
-        writes = checks.outputs_like(verb, reads, out)
-        arrays = [*reads, *writes]
-    program = _program(count, out is not None, op is ReduceOp.MEAN, is_half(reads[0].dtype))
+        combine_in_place(op, reads)
+        return list(buffers)
+    combine(op, reads, checks.outputs_like(verb, reads, out))
+    return list(out)
+
+
+def combine_in_place(op: Reduction, arrays: Sequence[HostArray]) -> None:
+    """Reduce checked arrays, and leave the result in all of them."""
+    _run(op, len(arrays), arrays)
+
+
+def combine(op: Reduction, reads: Sequence[HostArray], writes: Sequence[HostArray]) -> None:
+    """Reduce ``reads`` into all of ``writes``; both have been checked."""
+    _run(op, len(reads), [*reads, *writes])
+
+
+def _run(op: Reduction, count: int, arrays: Sequence[HostArray]) -> None:
+    dtype = arrays[0].dtype
+    program = _program(count, len(arrays) > count, op is ReduceOp.MEAN, is_half(dtype))
     nbytes = max(4096, _SEGMENT_NBYTES // count // 128 * 128)
-    job.run(op, reads[0].dtype, [arrays], program, piece_nbytes=nbytes)
-    if out is checks.NEW:
-        return writes
-    return list(buffers if out is None else out)
+    job.run(op, dtype, [arrays], program, piece_nbytes=nbytes)
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,25 +16,42 @@ Imports: devices, errors, kernels, reduce_op, schedules.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import direct, optimizers, ring
 from dvkernels.kernels.cuda.broadcast import broadcast
-from dvkernels.kernels.cuda.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
-from dvkernels.kernels.cuda.gather import all_gather, all_to_all, reduce_scatter
+from dvkernels.kernels.cuda.direct import (
+    aggregate_mean,
+    aggregate_sum,
+    direct_all_reduce,
+    reduce,
+    reduce_unchecked,
+)
+from dvkernels.kernels.cuda.engine.call import NEW
+from dvkernels.kernels.cuda.gather import (
+    all_gather,
+    all_gather_unchecked,
+    all_to_all,
+    reduce_scatter,
+    reduce_scatter_unchecked,
+)
 from dvkernels.kernels.cuda.many import all_reduce_many
 from dvkernels.kernels.cuda.multi_gpu.all_reduce import abort, recover
 from dvkernels.kernels.cuda.ring import ring_all_reduce
+from dvkernels.reduce_op import Reduction
 
 __all__ = [
     "abort",
     "aggregate_mean",
     "aggregate_sum",
     "all_gather",
+    "all_gather_unchecked",
     "all_reduce",
     "all_reduce_many",
-    "all_reduce_new",
+    "all_reduce_unchecked",
     "all_to_all",
     "broadcast",
     "direct_all_reduce",
@@ -42,25 +59,38 @@ __all__ = [
     "recover",
     "reduce",
     "reduce_scatter",
+    "reduce_scatter_unchecked",
+    "reduce_unchecked",
     "ring_all_reduce",
 ]
 
 
-def _cheapest(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
+def _cheapest(
+    verb: str, buffers: Any, op: Any, out: Any, stream: Any, is_checked: bool = False
+) -> list[Any]:
     """Reduce directly within a GPU, which moves the least bytes; between GPUs as is best there."""
-    return direct.all_reduce_as(verb, buffers, op, out, stream, between_gpus="auto")
+    return direct.all_reduce_as(
+        verb, buffers, op, out, stream, between_gpus="auto", is_checked=is_checked
+    )
 
 
-_ALGORITHMS = {
+_ALGORITHMS: dict[str, Callable[..., list[Any]]] = {
     "auto": _cheapest,
     "direct": direct.all_reduce_as,
     "ring": ring.all_reduce_as,
 }
 
 
-def all_reduce_new(buffers: Any, op: Any, algorithm: str) -> list[Any]:
-    """Return the reduction as one new array per buffer; leave the buffers unchanged."""
-    return _ALGORITHMS[algorithm]("all_reduce", buffers, op, checks.NEW, None)
+def all_reduce_unchecked(
+    arrays: Sequence[Any], op: Reduction, algorithm: str, out: Sequence[Any] | None = None
+) -> list[Any]:
+    """Reduce into new arrays, or into ``out``, which may be the arrays themselves.
+
+    The caller has checked the arguments, but not that no array of ``out`` shares an element with
+    another array: their addresses are read here.
+    """
+    targets = NEW if out is None else None if all(map(operator.is_, out, arrays)) else out
+    return _ALGORITHMS[algorithm]("all_reduce", arrays, op, targets, None, is_checked=True)
 
 
 def all_reduce(

@@ -6,11 +6,13 @@ Bytes moved for R replicas of S bytes: reduce_scatter R S + S, all_gather R S + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dvkernels.kernels import checks, slices
 from dvkernels.kernels.cuda.engine import job
 from dvkernels.kernels.cuda.engine.call import Buffers
+from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
 __all__ = ["all_gather", "all_to_all", "reduce_scatter"]
@@ -24,9 +26,19 @@ def reduce_scatter(
     reads = checks.arrays("reduce_scatter", call.reads)
     op = job.check_op("reduce_scatter", op, reads[0].dtype)
     checks.check_axis("reduce_scatter", 0, reads[0])
+    return _reduce_scatter(call, op)
+
+
+def reduce_scatter_unchecked(arrays: Sequence[Any], op: Reduction) -> list[Any]:
+    """Return part r of the reduction for replica r; the caller has checked the arrays."""
+    return _reduce_scatter(Buffers("reduce_scatter", arrays, None, None), op)
+
+
+def _reduce_scatter(call: Buffers, op: Reduction) -> list[Any]:
+    reads = call.reads
     parts = partition.parts(len(reads[0]), len(reads))
     rest = reads[0].shape[1:]
-    writes = _targets(call, [(stop - start, *rest) for start, stop in parts])
+    writes = call.outputs([(stop - start, *rest) for start, stop in parts])
     groups = slices.scattered(reads, parts, writes)
     with call.ordered() as work_stream:
         job.combine(work_stream, op, reads[0].dtype, groups, len(reads))
@@ -38,7 +50,17 @@ def all_gather(buffers: Any, axis: Any = 0, *, out: Any = None, stream: Any = No
     call = Buffers("all_gather", buffers, out, stream)
     reads, axis = checks.arrays_along("all_gather", call.reads, axis)
     checks.check_dtype_moves("all_gather", reads[0].dtype)
-    writes = _targets(call, [slices.joined_shape(reads, axis)] * len(reads))
+    return _all_gather(call, axis)
+
+
+def all_gather_unchecked(arrays: Sequence[Any], axis: int) -> list[Any]:
+    """Return the concatenation for each replica; the caller has checked the arrays."""
+    return _all_gather(Buffers("all_gather", arrays, None, None), axis)
+
+
+def _all_gather(call: Buffers, axis: int) -> list[Any]:
+    reads = call.reads
+    writes = call.outputs([slices.joined_shape(reads, axis)] * len(reads))
     with call.ordered() as work_stream:
         job.move(work_stream, slices.gathered(reads, axis, writes))
     return list(call.results)
@@ -52,14 +74,7 @@ def all_to_all(buffers: Any, *, out: Any = None, stream: Any = None) -> list[Any
     checks.check_axis("all_to_all", 0, reads[0])
     parts = partition.parts(len(reads[0]), len(reads))
     rest = reads[0].shape[1:]
-    writes = _targets(call, [(len(reads) * (stop - start), *rest) for start, stop in parts])
+    writes = call.outputs([(len(reads) * (stop - start), *rest) for start, stop in parts])
     with call.ordered() as work_stream:
         job.move(work_stream, slices.exchanged(reads, parts, writes))
     return list(call.results)
-
-
-def _targets(call: Buffers, shapes: list[tuple[int, ...]]) -> list[Any]:
-    """Return the arrays to write to: ``out``, checked, or new arrays."""
-    if call.out is None:
-        return call.new_results(shapes)
-    return checks.outputs(call.verb, call.reads, call.out, shapes)

@@ -24,9 +24,14 @@ def ring_all_reduce(
     return all_reduce_as("ring_all_reduce", buffers, op, out, stream)
 
 
-def all_reduce_as(verb: str, buffers: Any, op: Any, out: Any, stream: Any) -> list[Any]:
-    """Leave the reduction in every buffer (or ``out``); errors call the function ``verb``."""
-    call = AllReduce(verb, buffers, op, out, stream)
+def all_reduce_as(
+    verb: str, buffers: Any, op: Any, out: Any, stream: Any, is_checked: bool = False
+) -> list[Any]:
+    """Leave the reduction in every buffer (or ``out``); errors call the function ``verb``.
+
+    ``is_checked``: shapes, dtypes and op have been checked by the caller.
+    """
+    call = AllReduce(verb, buffers, op, out, stream, is_checked)
     if call.is_multi_gpu:
         return all_reduce.all_reduce(call, "ring")
     reads, writes = call.reads, call.targets()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 from threads_as_workers import at_once, transports
 
 import dvkernels as dv
@@ -70,7 +71,7 @@ CIRCLE.append(CIRCLE)
 layouts = st.lists(st.integers(1, 2), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     modes=st.sampled_from(MODES), before=layouts, after=layouts, seed=st.integers(0, 3),
     background=st.booleans(),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 
 import faults
+import fork_server
 import numpy as np
 import pytest
 
@@ -85,23 +84,15 @@ def test_the_memory_of_copies_is_reused(tmp_path):
     assert checkpoint._saver._copies["weight"] is first
 
 
+STRICT = """
+import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+"""
+
+
 def run(code, path):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            "-W",
-            "ignore:.*fork:DeprecationWarning",
-            "-c",
-            code,
-            str(path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return fork_server.run(STRICT + code, path)
 
 
 EXIT = """

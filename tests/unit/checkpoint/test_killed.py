@@ -3,6 +3,7 @@
 A thousand kills: ``python -m pytest -m slow tests/unit/checkpoint/test_killed.py -s``
 """
 
+import contextlib
 import itertools
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from kills import run_and_kill
 
 from dvkernels.checkpoint.format.step_names import within
-from dvkernels.checkpoint.restoring.reader import opened
+from dvkernels.checkpoint.restoring.reader import open_reader
 
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
 
@@ -30,7 +31,7 @@ def check_what_is_left(folder):
     found = within(folder)
     assert found, "a step had been saved before the kill"
     for path in found:
-        with opened(path) as reader:
+        with contextlib.closing(open_reader(path)) as reader:
             reader.check(reader.manifest.tensors)
 
 

@@ -150,8 +150,10 @@ def campaign(what, verb, length, frees):
     ("what", "frees"),
     [
         *LIMITS.items(),
-        ("RLIMIT_AS", (0, 200)),  # threads that run out of memory while they start
-        pytest.param("RLIMIT_AS", range(100), marks=pytest.mark.slow),
+        # Threads run out of memory while they start. Where the allocators have holes, an
+        # attempt may succeed with nothing free.
+        ("RLIMIT_AS", (0, 0, 0, 200)),
+        pytest.param("RLIMIT_AS", (0, 0, *range(100)), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("verb", ["save", "background", "restore"])
@@ -165,5 +167,5 @@ def test_saves_and_restores_under_resource_limits_succeed_or_change_nothing(what
     assert not wrong, wrong
     assert found[-1][1] == "done", found
     if what != "RLIMIT_NPROC":
-        assert found[0][1] == "error", found[0]
+        assert "error" in [how for free, how, _ in found if free == 0], found
     assert len(found) == len(frees)

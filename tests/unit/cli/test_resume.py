@@ -6,17 +6,26 @@ import subprocess
 import sys
 import time
 
+import fork_server
 import pytest
 from kills import run_and_kill
 
 EPOCHS = 20
 
 
-def command(*options, replicas=2):
+def words(*options, replicas=2):
     return [
-        sys.executable, "-m", "dvkernels", "train", "--json", "--epochs", str(EPOCHS),
-        "--hidden", "512", "--dtype", "float64", "--replicas", str(replicas), *options,
+        "train", "--json", "--epochs", str(EPOCHS), "--hidden", "512", "--dtype", "float64",
+        "--replicas", str(replicas), *options,
     ]  # fmt: skip
+
+
+def command(*options):
+    return [sys.executable, "-m", "dvkernels", *words(*options)]
+
+
+def train(*options, replicas=2):
+    return fork_server.run_module("dvkernels", *words(*options, replicas=replicas))
 
 
 def report(output):
@@ -25,7 +34,7 @@ def report(output):
 
 @pytest.fixture(scope="module")
 def whole():
-    return report(subprocess.run(command(), capture_output=True, text=True, check=True).stdout)
+    return report(train().stdout)
 
 
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, whole):
@@ -54,13 +63,11 @@ def test_a_preempted_run_resumes_on_another_number_of_replicas(tmp_path, whole):
         program.send_signal(signal.SIGTERM)
         err = program.communicate()[1]
     assert program.returncode == 9, err
-    done = subprocess.run(
-        command(*options, "--resume", replicas=3), capture_output=True, text=True, check=True
-    )
+    done = train(*options, "--resume", replicas=3)
     resumed = report(done.stdout)
     assert 0 < resumed["resumed_at_step"] < whole["steps"]
     assert resumed["relative_difference_to_one_device"] <= 1e-9
     assert resumed["final_loss"] == pytest.approx(whole["final_loss"], rel=1e-6)
-    again = subprocess.run(command(*options), capture_output=True, text=True, check=False)
+    again = train(*options)
     assert again.returncode != 0
     assert "pass --resume" in again.stderr

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import fork_server
 import pytest
 from threadpoolctl import threadpool_limits
 
@@ -160,8 +161,7 @@ def test_an_interrupt_ends_the_training():
 
 
 def in_a_process(*arguments):
-    command = [sys.executable, "-m", "dvkernels", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return fork_server.run_module("dvkernels", *arguments)
 
 
 def test_every_process_prints_the_same_weights(capsys):

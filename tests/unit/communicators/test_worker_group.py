@@ -12,7 +12,7 @@ from threads_as_workers import Together, at_once, transports
 
 from dvkernels import kernels
 from dvkernels.communicators.base import Workers
-from dvkernels.communicators.bucketing import Bucketing, all_reduce_each
+from dvkernels.communicators.bucketing import Bucketing
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.communicators.local import Local
 from dvkernels.communicators.workers.group import WorkerGroup
@@ -22,6 +22,7 @@ from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import ReduceOp
 from dvkernels.testing import check_communicator
+from dvkernels.verbs import all_reduce_each
 
 
 def groups(size, timeout_seconds=20.0):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import fork_server
 import pytest
 
 # Elements pass through optree's C++ code, in which no thread may be when the interpreter ends.
@@ -71,13 +69,7 @@ sys.exit(42)
 )
 def test_the_exit_status_is_that_of_the_program(how):
     for _ in range(2):  # a regression aborted in more than half of the runs
-        done = subprocess.run(
-            [sys.executable, "-c", f"HOW = {how!r}\n{PROGRAM}"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = fork_server.run(f"HOW = {how!r}\n{PROGRAM}", timeout=60)
         assert done.returncode == (1 if how == "error" else 42), done.stderr
         if how != "error":
             assert done.stderr == ""

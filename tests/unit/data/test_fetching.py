@@ -18,6 +18,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 import dvkernels as dv
 from dvkernels.data.dataset import Dataset
@@ -160,7 +161,7 @@ def test_functions_that_cannot_be_pickled_are_refused():
         Dataset.range(3).map(abs, num_workers=2, workers="magic")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     length=st.integers(0, 40),
     size=st.integers(1, 7),

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.distributed.options import InputOptions
-from dvkernels.data.distributed.worker_share import WorkerShare
 from dvkernels.errors import DatasetError
 
 SIZE = 3

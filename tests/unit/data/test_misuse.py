@@ -49,10 +49,18 @@ class Length:
 
 THREE = Dataset.range(3)
 MASKED = np.ma.array([[1.0, -9.0], [2.0, 3.0]], mask=[[0, 1], [0, 0]])
-ASYNC = [later, stream, functools.partial(later, 1), Asynchronous()]
+ASYNC = {
+    "a coroutine": later,
+    "a stream": stream,
+    "a partial": functools.partial(later, 1),
+    "an object": Asynchronous(),
+}
 CALLS: dict[str, tuple[Callable[[], Any], str]] = {
-    **{f"map of {fn!r:.30}": (lambda fn=fn: THREE.map(fn), "without async") for fn in ASYNC},
-    **{f"filter of {fn!r:.30}": (lambda fn=fn: THREE.filter(fn), "without async") for fn in ASYNC},
+    **{f"map of {k}": (lambda fn=fn: THREE.map(fn), "without async") for k, fn in ASYNC.items()},
+    **{
+        f"filter of {k}": (lambda fn=fn: THREE.filter(fn), "without async")
+        for k, fn in ASYNC.items()
+    },
     "iterable of a coroutine": (lambda: Dataset.from_iterable(later, epoch=True), "without async"),
     "stateful stream": (lambda: Dataset.from_iterable(stream, stateful=True), "without async"),
     "reader": (lambda: Dataset.from_files([__file__], stream), "without async"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda, cuda_arrays, driver
@@ -141,7 +142,7 @@ def calls(draw):
     return verb, made, how
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(call=calls())
 def test_a_repeated_call_is_like_a_fresh_one(machine, call):
     verb, buffers, how = call
@@ -191,6 +192,20 @@ def test_a_call_like_an_earlier_one_is_only_launched(machine, kind, count):
     assert looks(lambda: kernels.all_reduce(some(0, dtype="i8")))
     assert looks(lambda: kernels.all_reduce(some(0, shape=(4, 10))))
     assert looks(lambda: kernels.cuda.all_reduce(some(0), stream=[5] * count))
+
+
+@pytest.mark.parametrize(
+    ("streams", "others"), [([5], []), ([5, 5], []), ([5, 7, 5, 9, 7], [7, 9]), ([0, 2], [2])]
+)
+def test_streams_wait_before_and_after_the_work(machine, streams, others):
+    buffers = [Array(BASE + (k << 20)) for k in range(len(streams))]
+    first = streams[0]
+    machine.launched.clear()
+    kernels.cuda.all_reduce(buffers, stream=streams)
+    before, (launch, *after) = machine.launched[: len(others)], machine.launched[len(others) :]
+    assert before == [(0, first, other) for other in others]
+    assert launch[-1] == first
+    assert after == [(0, other, first) for other in others]
 
 
 def test_what_is_not_as_before_is_looked_at(machine):

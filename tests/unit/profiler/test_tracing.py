@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import fork_server
 import numpy as np
 import pytest
 
@@ -108,6 +107,6 @@ if os.fork() == 0:
 os.wait()
 """
     path = tmp_path / "t.json"
-    subprocess.run([sys.executable, "-c", program, path], check=True, timeout=60)
+    fork_server.run(program, path).check_returncode()
     assert len(recorded(path)[0]["run"]) == 1
     assert os.listdir(tmp_path) == ["t.json"]

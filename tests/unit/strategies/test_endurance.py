@@ -59,8 +59,12 @@ class Watch:
 
 
 def interrupted(act: Callable[[], None], delay: float) -> None:
-    """Send this process an interrupt after a delay, and wait until it has arrived."""
+    """Send this process an interrupt after a delay, and wait until it has arrived.
+
+    Python drops one that arrives in a finalizer or a callback of a weak reference.
+    """
     arrived: list[int] = []
+    dropped: list[object] = []
 
     def arrive(number: int, frame: Any) -> None:
         arrived.append(number)
@@ -70,6 +74,13 @@ def interrupted(act: Callable[[], None], delay: float) -> None:
         time.sleep(delay)
         os.kill(os.getpid(), signal.SIGINT)
 
+    def note(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            dropped.append(unraisable.object)
+        else:
+            report(unraisable)
+
+    report, sys.unraisablehook = sys.unraisablehook, note
     shooter = threading.Thread(target=shoot, name="shooter")
     before = signal.signal(signal.SIGINT, arrive)
     try:
@@ -79,10 +90,11 @@ def interrupted(act: Callable[[], None], delay: float) -> None:
         deadline = time.monotonic() + SECONDS_PER_STEP
         while not arrived and time.monotonic() < deadline:
             time.sleep(0.001)
-        raise AssertionError(f"the interrupt was {'lost' if arrived else 'never sent'}")
+        assert dropped, f"the interrupt was {'lost' if arrived else 'never sent'}"
     except KeyboardInterrupt:
         pass
     finally:
+        sys.unraisablehook = report
         signal.signal(signal.SIGINT, before)
         shooter.join()
 

@@ -7,12 +7,11 @@ import functools
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
 
+import fork_server
 import numpy as np
 import psutil
 import pytest
@@ -159,9 +158,7 @@ def run_alone(program):
         "def rank(): return here().replica_id_in_sync_group\n"
         "def total(): return float(here().all_reduce('sum', np.ones(100))[0])\n"
     )
-    return subprocess.run(
-        [sys.executable, "-c", prelude + program], capture_output=True, text=True, timeout=60
-    )
+    return fork_server.run(prelude + program, timeout=60)
 
 
 @needs_posix
@@ -696,9 +693,7 @@ def test_calls_during_interpreter_shutdown_end(act, size):
     """At shutdown daemon threads have stopped, and no call waits for them."""
     program = ENDING.replace("ACT", act).replace("SIZE", str(size))
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = fork_server.run(program, timeout=60)
     assert done.returncode == 0
     assert time.monotonic() - began < 20
     if size == 2 and act.startswith("strategy.run"):

@@ -49,21 +49,6 @@ def test_variables_are_passed_as_they_are(strategy):
     assert strategy.run(lambda: variable) is variable
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2])
-def test_results_are_per_replica_always(num_replicas):
-    with dv.MirroredStrategy(devices(num_replicas)) as strategy:
-        shared = object()
-        assert strategy.run(lambda: shared).values == (shared,) * num_replicas
-        assert strategy.run(lambda: None) is None
-        nest = strategy.run(lambda: Pair([rank()], {"x": None}))
-        assert nest.left[0].values == tuple(range(num_replicas))
-        assert nest.right["x"] is None
-
-
-def test_none_from_some_replicas_is_kept(strategy):
-    assert strategy.run(lambda: rank() or None).values == (None, 1)
-
-
 @pytest.mark.parametrize(
     "fn",
     [
@@ -76,12 +61,6 @@ def test_none_from_some_replicas_is_kept(strategy):
 def test_different_structures_are_refused(strategy, fn):
     with pytest.raises(ValueError, match=r"replica 0 returned.*replica 1 returned"):
         strategy.run(fn)
-
-
-@pytest.mark.parametrize("bad", [{"args": 5}, {"args": "x"}, {"kwargs": [1]}])
-def test_bad_arguments(strategy, bad):
-    with pytest.raises(ValueError, match="must be a"):
-        strategy.run(print, **bad)
 
 
 def test_a_value_of_another_length_or_strategy(strategy):
@@ -167,30 +146,6 @@ def test_reduce_refuses(strategy, args, error):
         strategy.reduce(*args)
 
 
-def test_gather(strategy):
-    a, b = np.arange(4).reshape(2, 2), np.arange(6).reshape(3, 2)
-    np.testing.assert_array_equal(strategy.gather(dv.PerReplica([a, b])), np.concatenate([a, b]))
-    np.testing.assert_array_equal(
-        strategy.gather(dv.PerReplica([a, a]), axis=-1), np.concatenate([a, a], 1)
-    )
-    assert strategy.gather(dv.PerReplica([1, 2])).tolist() == [1, 2]
-    assert strategy.gather([dv.PerReplica([True, False])])[0].tolist() == [True, False]
-    with pytest.raises(BufferMismatchError, match="replica 1"):
-        strategy.gather(dv.PerReplica([a, b]), axis=1)
-    with pytest.raises(ValueError, match="plain"):
-        strategy.gather(a)
-
-
-def test_local_results(strategy):
-    value = dv.PerReplica([1, 2])
-    with strategy.scope():
-        variable = dv.Variable(5.0)
-    assert strategy.local_results(value) == (1, 2)
-    assert strategy.local_results({"a": value, "b": 3}) == ({"a": 1, "b": 3}, {"a": 2, "b": 3})
-    assert strategy.local_results("plain") == ("plain", "plain")
-    assert [float(copy) for copy in strategy.local_results(variable)] == [5.0, 5.0]
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(3, float), ((), "complex64"), ([2, 0], bool), ((4, 5), "float16")]
 )
@@ -234,24 +189,6 @@ def test_empty_belongs_to_cross_replica_context(strategy):
     other = dv.OneDeviceStrategy("cpu:0")
     with other.scope(), pytest.raises(ContextError, match="empty"):
         strategy.empty(3)
-
-
-def test_distribute_values_from_function(strategy):
-    value = strategy.distribute_values_from_function(
-        lambda ctx: {"id": ctx.replica_id_in_sync_group, "of": (ctx.num_replicas_in_sync, None)}
-    )
-    assert value["id"].values == (0, 1)
-    assert value["of"][0].values == (2, 2)
-    with pytest.raises(ValueError, match="same structure"):
-        strategy.distribute_values_from_function(lambda ctx: [1] * ctx.replica_id_in_sync_group)
-
-
-def test_names_of_tf_distribute(strategy):
-    assert strategy.experimental_local_results(dv.PerReplica([1, 2])) == (1, 2)
-    made = strategy.experimental_distribute_values_from_function(lambda ctx: 1)
-    assert made.values == (1, 1)
-    batches = strategy.experimental_distribute_dataset(dv.Dataset.range(3).batch(3))
-    assert [part.tolist() for part in next(iter(batches)).values] == [[0, 1], [2]]
 
 
 def test_a_strategy_is_described_by_its_properties(strategy):

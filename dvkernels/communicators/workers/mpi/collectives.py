@@ -56,20 +56,7 @@ _MAX_GATHERS = 64
 class MpiCollectives:
     """One worker's side of the collectives between hosts, over one channel.
 
-    Parameters
-    ----------
-    p2p : PointToPoint
-        Messages between the workers, used by this object only.
-    staging : Staging
-        The staging buffers of this host's workers.
-    hosts : sequence of int
-        The host number of each worker.
-    routing : Routing
-        Chooses the algorithm of a reduction; the same on all workers.
-
-    Notes
-    -----
-    Each method takes ``finish``, which waits until a function returns True, or raises. All workers
+    ``p2p`` is used by this object only; ``hosts`` has the number of each worker's host. All workers
     call the same methods, with arrays of the same sizes.
     """
 

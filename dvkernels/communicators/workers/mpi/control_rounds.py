@@ -12,6 +12,7 @@ import numpy as np
 
 from dvkernels.communicators.workers.consistency import Vote
 from dvkernels.communicators.workers.mpi.point_to_point import PointToPoint
+from dvkernels.communicators.workers.shm.segment import read_text, write_text
 
 __all__: list[str] = []
 
@@ -21,13 +22,7 @@ _HAS_TEXT = -1  # in place of the byte count, which is 0 in a vote with a text
 
 @final
 class ControlRounds:
-    """One worker's side of the control rounds; as a request, complete when the round is.
-
-    Parameters
-    ----------
-    p2p : PointToPoint
-        Its other all-gathers begin and end between rounds.
-    """
+    """One worker's side of the control rounds; other all-gathers of ``p2p`` come between rounds."""
 
     def __init__(self, p2p: PointToPoint) -> None:
         self._own, self._own_text = np.zeros(2, np.int64), np.zeros(_TEXT_NBYTES, np.uint8)
@@ -40,9 +35,7 @@ class ControlRounds:
 
     def start(self, number: int, nbytes: int, text: str = "") -> None:
         """Vote in the next round, once the last one is complete; with a text, or with bytes."""
-        encoded = text.encode(errors="replace")[: _TEXT_NBYTES - 1]
-        self._own_text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        self._own_text[len(encoded)] = 0
+        write_text(self._own_text, text)
         self._own[:] = number, _HAS_TEXT if text else nbytes
         self._has_texts = bool(text)
         self._heads.Start()
@@ -64,7 +57,4 @@ class ControlRounds:
 
     def text_of(self, worker: int) -> str:
         """Return the text of a worker's vote, or ""."""
-        if self._all[worker, 1] != _HAS_TEXT:
-            return ""
-        encoded: bytes = self._all_texts[worker].tobytes()
-        return encoded[: encoded.index(0)].decode(errors="replace")
+        return read_text(self._all_texts[worker]) if self._all[worker, 1] == _HAS_TEXT else ""

@@ -14,12 +14,9 @@ __all__: list[str] = []
 
 @final
 class MpiPointToPoint:
-    """Point-to-point messages of flat arrays over one MPI communicator.
+    """Point-to-point messages of flat arrays over one MPI communicator, used by this object only.
 
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Comm
-        Of the workers, used by this object only. All workers construct theirs together.
+    All workers construct theirs together.
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
@@ -27,11 +24,11 @@ class MpiPointToPoint:
         self.rank, self.size = comm.rank, comm.size
         self._has_persistent = _has_working_persistent_collectives(comm)
 
-    def send(self, array: HostArray, to: int, tag: int) -> Any:
+    def send(self, array: HostArray, to: int, tag: int) -> MPI.Request:
         """Send an array to a worker."""
         return self._comm.Isend([array.view(np.uint8), MPI.BYTE], to, tag)
 
-    def receive(self, array: HostArray, source: int, tag: int) -> Any:
+    def receive(self, array: HostArray, source: int, tag: int) -> MPI.Request:
         """Receive an array from a worker."""
         return self._comm.Irecv([array.view(np.uint8), MPI.BYTE], source, tag)
 

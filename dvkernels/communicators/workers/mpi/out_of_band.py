@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from dvkernels.communicators.workers.shm.segment import NUM_CHANNELS
 from dvkernels.communicators.workers.transport import GAVE_UP, LOST
+from dvkernels.devices.array_spec import HostArray
 
 __all__: list[str] = []
 
@@ -29,7 +29,7 @@ class OutOfBandMessages:
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank, self.size = comm.rank, comm.size
         self._others = [other for other in range(comm.size) if other != comm.rank]
-        self._pending_sends: list[tuple[Any, Any]] = []  # requests and their payloads
+        self._pending_sends: list[tuple[MPI.Request, HostArray]] = []  # requests and their payloads
         self.ended: tuple[int, str] | None = None
         self.left: dict[int, tuple[list[int], str]] = {}  # by worker: its last rounds, and why
         self.rounds = [0] * NUM_CHANNELS  # by channel: the latest round of this worker
@@ -50,7 +50,8 @@ class OutOfBandMessages:
             self._send(kind, text)
 
     def why_ended(self) -> tuple[int, str] | None:
-        """Return kind and text of the abort that is known; None if none is."""
+        """Return kind and text of the abort, if any has been announced to this worker."""
+        self.poll()
         return self.ended
 
     def _send(self, tag: int, text: str) -> None:

@@ -9,12 +9,8 @@ import numpy as np
 
 from dvkernels.communicators import accumulation
 from dvkernels.communicators.accumulation import Accumulation
-from dvkernels.communicators.workers.mpi.point_to_point import (
-    AllRequests,
-    Finish,
-    PointToPoint,
-    Request,
-)
+from dvkernels.communicators.workers.mpi import point_to_point
+from dvkernels.communicators.workers.mpi.point_to_point import Finish, PointToPoint, Request
 from dvkernels.communicators.workers.mpi.ring import HostRing
 from dvkernels.communicators.workers.shm.staging import Staging
 from dvkernels.devices.array_spec import HostArray
@@ -35,17 +31,7 @@ _DONE = object()
 
 @final
 class PiecePipeline:
-    """One worker's side of the pieces in flight over one channel.
-
-    Parameters
-    ----------
-    p2p : PointToPoint
-        Messages between the workers, used by this object only.
-    staging : Staging
-        The staging buffers of this host's workers.
-    hosts : sequence of int
-        The host number of each worker.
-    """
+    """One worker's side of the pieces in flight over one channel."""
 
     def __init__(self, p2p: PointToPoint, staging: Staging, hosts: Sequence[int]) -> None:
         self._p2p, self._staging = p2p, staging
@@ -112,7 +98,7 @@ class PiecePipeline:
             else:
                 received[rank] = on_host
         yield
-        finish(AllRequests(requests).Test)
+        finish(point_to_point.all_complete(requests))
         results = self._staging.results(number, targets)
         in_order = [received[worker] for worker in self._roles.gateways]
         _reduce_between_hosts(in_order, results[rank], how, scratch)
@@ -162,7 +148,7 @@ class PiecePipeline:
         else:
             requests.append(p2p.receive(results[rank], root, _TO_REDUCE))
         yield
-        finish(AllRequests(requests).Test)
+        finish(point_to_point.all_complete(requests))
         yield from self._gather_parts(number, results, targets, finish)
 
     # -- stages -----------------------------------------------------------------------------------
@@ -185,7 +171,7 @@ class PiecePipeline:
             ),
         ]
         yield
-        finish(AllRequests(requests).Test)
+        finish(point_to_point.all_complete(requests))
         yield
         self._staging.copy_out(results, targets)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeAlias, final
+from typing import Protocol, TypeAlias
 
 from dvkernels.devices.array_spec import HostArray
 
@@ -30,19 +30,6 @@ class PersistentRequest(Request, Protocol):
         """Free the request."""
 
 
-@final
-class AllRequests:
-    """Request that is complete when several requests are."""
-
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._pending = list(requests)
-
-    def Test(self) -> bool:
-        """Return whether all requests are complete."""
-        self._pending = [request for request in self._pending if not request.Test()]
-        return not self._pending
-
-
 class PointToPoint(Protocol):
     """Non-blocking messages of flat arrays between workers.
 
@@ -64,3 +51,14 @@ class PointToPoint(Protocol):
 
     def progress(self) -> None:
         """Progress all messages: another worker may wait for this one's."""
+
+
+def all_complete(requests: Iterable[Request]) -> Callable[[], bool]:
+    """Return a function that tests requests, and returns whether all are complete."""
+    pending = list(requests)
+
+    def test() -> bool:
+        pending[:] = [request for request in pending if not request.Test()]
+        return not pending
+
+    return test

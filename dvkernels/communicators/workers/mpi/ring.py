@@ -41,14 +41,6 @@ _Allocator: TypeAlias = Callable[[int, np.dtype[Any]], HostArray]
 class HostRing:
     """One worker's side of the ring all-reduce over two hosts or more.
 
-    Parameters
-    ----------
-    p2p : PointToPoint
-    hosts : sequence of int
-        The host number of each worker.
-
-    Notes
-    -----
     Parts of a failed collective stay here with their memory: a late message must not be written to
     memory that has been reused.
     """
@@ -67,21 +59,11 @@ class HostRing:
         how: Accumulation,
         empty: _Allocator,
     ) -> Request:
-        """Start the parts of a piece; nothing moves before the first test or progress.
+        """Start the parts of piece ``number``; nothing moves before the first test or progress.
 
-        Parameters
-        ----------
-        number : int
-            The number of the piece.
-        own : mapping of int to array
-            By part: this host's contribution to the parts that pass this worker, each of shape
-            (n,) and dtype ``how.wide``. Unchanged by the caller until the part's result is there,
-            which may be in the same memory.
-        results : sequence of array
-            By part: the result buffers of the parts that pass this worker.
-        how : Accumulation
-        empty : callable
-            Allocates scratch memory of a size and a dtype that lives as long as the piece.
+        ``own`` and ``results`` are, by part, this host's contributions of dtype ``how.wide`` and
+        the result buffers. A contribution is unchanged until the part's result is there, which may
+        be in the same memory. ``empty`` allocates scratch memory that lives as long as the piece.
         """
         first_tag = _TAGS_PER_PART * (number % _MAX_PIECES) * self._p2p.size + _FIRST_TAG
         parts = [

@@ -22,7 +22,8 @@ from dvkernels.communicators.workers.mpi.out_of_band import OutOfBandMessages
 from dvkernels.communicators.workers.mpi.point_to_point import Finish
 from dvkernels.communicators.workers.shm.segment import NUM_CHANNELS
 from dvkernels.communicators.workers.shm.staging import Staging
-from dvkernels.communicators.workers.transport import LOST, Columns, Transport
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns
+from dvkernels.communicators.workers.transport import LOST, Transport
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules.cost_model import Routing
@@ -37,18 +38,7 @@ _CATCH_UP = 0  # the vote in a round in which a worker calls nothing
 class MpiTransport(Transport):
     """Transport between the workers of several hosts.
 
-    Parameters
-    ----------
-    comm : mpi4py.MPI.Comm
-        Of the workers; duplicated.
-    hosts_of_workers : sequence of int
-        The host number of each worker.
-    stagings : sequence of Staging
-        The staging buffers of this host, for each channel.
-    timeout_seconds : float
-        How long to wait for the other workers.
-    routing : Routing
-        Chooses the algorithm of a reduction; the same on all workers.
+    ``comm`` is duplicated. ``stagings`` are the staging buffers of this host, for each channel.
     """
 
     _duplicate: MpiTransport | None
@@ -90,81 +80,69 @@ class MpiTransport(Transport):
     # -- arrays -----------------------------------------------------------------------------------
 
     def all_reduce_into(
-        self,
-        columns: Columns,
-        num_sources: int,
-        op: Reduction,
-        fingerprint: Fingerprint,
-        divisor: int = 1,
+        self, columns: Columns, num_sources: int, op: Reduction, call: Fingerprint, divisor: int = 1
     ) -> None:
-        """Write the reduction of all workers' sources to the target: flat arrays of one dtype."""
         del num_sources, divisor
         ((source, target),) = columns
         with self._consistency:
-            self._agree(fingerprint, source.nbytes)
-            self._collectives.all_reduce(target, source, op, self._finish_for(fingerprint))
+            self._agree(call, source.nbytes)
+            self._collectives.all_reduce(target, source, op, self._finish_for(call))
 
-    def all_gather_bytes(self, source: HostArray, fingerprint: Fingerprint) -> list[HostArray]:
-        """Return the bytes of all workers, whose numbers may differ."""
+    def all_gather_bytes(self, source: HostArray, call: Fingerprint) -> list[HostArray]:
         with self._consistency:
-            votes = self._agree(fingerprint, source.nbytes)
+            votes = self._agree(call, source.nbytes)
             results: list[HostArray] = [np.empty(vote.nbytes, np.uint8) for vote in votes]
             results[self.rank][...] = source
-            self._collectives.all_gather(results, self._finish_for(fingerprint))
+            self._collectives.all_gather(results, self._finish_for(call))
         return results
 
-    def broadcast_into(self, target: HostArray, root: int, fingerprint: Fingerprint) -> None:
-        """Write the root's bytes, which its ``target`` holds, to every ``target``."""
+    def broadcast_into(self, target: HostArray, root: int, call: Fingerprint) -> None:
         with self._consistency:
-            self._agree(fingerprint, len(target))
-            self._collectives.broadcast(target, root, self._finish_for(fingerprint))
+            self._agree(call, len(target))
+            self._collectives.broadcast(target, root, self._finish_for(call))
 
-    def _finish_for(self, fingerprint: Fingerprint) -> Finish:
-        return functools.partial(self._finish, fingerprint)
+    def _finish_for(self, call: Fingerprint) -> Finish:
+        return functools.partial(self._finish, call)
 
     # -- rounds -----------------------------------------------------------------------------------
 
-    def _agree(self, fingerprint: Fingerprint, nbytes: int) -> list[Vote]:
+    def _agree(self, call: Fingerprint, nbytes: int) -> list[Vote]:
         if self._out_of_band.ended is not None:  # no data of a worker that has aborted
             raise self._end_error()
-        votes = self._consistency.agree(fingerprint, nbytes, _stage_nothing)
-        self._last = fingerprint
+        votes = self._consistency.agree(call, nbytes, _stage_nothing)
+        self._last = call
         return votes
 
     def arrive(self, number: int, nbytes: int, text: str = "") -> None:
-        """Vote in the next round, without waiting."""
         self._number += 1
         self._out_of_band.rounds[self._channel] = self._number
         self._rounds.start(number, nbytes, text)
 
     def is_complete(self) -> bool:
-        """Return, without waiting, whether all workers have arrived in the round."""
         return self._rounds.Test()
 
-    def await_all(self, fingerprint: Fingerprint) -> list[Vote]:
-        """Wait for the votes of all workers in the round."""
-        self._finish(fingerprint, self._rounds.Test, wait.MPI_ROUND)
+    def await_all(self, call: Fingerprint) -> list[Vote]:
+        self._finish(call, self._rounds.Test, wait.MPI_ROUND)
         return self._rounds.votes()
 
     def text_of(self, worker: int) -> str:
-        """Return a worker's text of the latest round."""
         return self._rounds.text_of(worker)
 
     def _finish(
         self,
-        fingerprint: Fingerprint,
+        call: Fingerprint,
         is_done: Callable[[], bool],
         pace: wait.Pace = wait.MPI_DATA,
     ) -> None:
         """Wait until ``is_done()``; raise if waiting is in vain."""
         try:
-            if not wait.until(is_done, pace, self.timeout_seconds, self._check_others, fingerprint):
+            if not wait.until(is_done, pace, self.timeout_seconds, self._check_others, call):
                 absent = self._out_of_band.absent(self._channel)
-                self._give_up(absent, fingerprint, f"they were last seen {self._last_seen}")
+                self._give_up(absent, call, f"they were last seen {self._last_seen}")
         except MPI.Exception as error:
-            self._abort(LOST, f"worker {self.rank} lost another in {fingerprint.text}: {error}")
+            self._abort(LOST, f"worker {self.rank} lost another in {call.text}: {error}")
 
-    def _check_others(self, waited_seconds: float, fingerprint: Fingerprint) -> None:
+    def _check_others(self, waited_seconds: float, call: Fingerprint) -> None:
         """Raise if the others can never arrive; report to them that this worker waits."""
         out_of_band = self._out_of_band
         out_of_band.poll()
@@ -172,19 +150,13 @@ class MpiTransport(Transport):
             raise self._end_error()
         for worker, (rounds, why) in out_of_band.left.items():
             if rounds[self._channel] < self._number:
-                self._lose(worker, fingerprint, why)
+                self._lose(worker, call, why)
         is_late = waited_seconds > min(_REPORT_SECONDS, self.timeout_seconds / 4)
         if self._reported < self._number and (is_late or out_of_band.is_awaited(self._channel)):
             self._reported = self._number
             out_of_band.report_wait(self._channel)
 
     # -- the end ----------------------------------------------------------------------------------
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the group has been aborted."""
-        self._out_of_band.poll()
-        return self._out_of_band.ended is not None
 
     @property
     def is_settled(self) -> bool:
@@ -210,11 +182,9 @@ class MpiTransport(Transport):
         return True
 
     def leave(self, text: str) -> None:
-        """Tell the other workers that this one arrives in no further round, and why."""
         self._out_of_band.leave(text)
 
     def remaining_workers(self) -> list[int]:
-        """Return the other workers that have not left."""
         return self._out_of_band.remaining()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from dvkernels.communicators import accumulation
 from dvkernels.communicators.workers.consistency import Fingerprint
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES
-from dvkernels.communicators.workers.transport import Columns
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cpu import direct
 from dvkernels.reduce_op import Reduction
@@ -24,7 +24,7 @@ from dvkernels.schedules import partition
 
 __all__: list[str] = []
 
-# Carries out a round: fingerprint, bytes, and what stages them in the buffer of a parity.
+# Carries out a round: call, bytes, and what stages them in the buffer of a parity.
 Round: TypeAlias = Callable[[Fingerprint, int, Callable[[int], None]], int]
 
 _MAX_VIEWS = 256
@@ -50,7 +50,7 @@ class KernelReduction:
         columns: Columns,
         num_sources: int,
         op: Reduction,
-        fingerprint: Fingerprint,
+        call: Fingerprint,
         divisor: int,
         in_parts: bool,
     ) -> None:
@@ -68,7 +68,7 @@ class KernelReduction:
         pieces = [slice(k, k + step) for k in range(0, max(1, sources[0].size), step)]
         result, before = _NO_RESULT, _NO_PIECE
         for here in [*pieces, _NO_PIECE] if in_parts else pieces:
-            views = self._exchange_staged([source[here] for source in sources], op, fingerprint)
+            views = self._exchange_staged([source[here] for source in sources], op, call)
             if in_parts:
                 for target in targets:
                     target[before] = result
@@ -97,12 +97,12 @@ class KernelReduction:
             accumulation.divide(result[low:high], divisor)
 
     def _exchange_staged(
-        self, pieces: Sequence[HostArray], op: Reduction, fingerprint: Fingerprint
+        self, pieces: Sequence[HostArray], op: Reduction, call: Fingerprint
     ) -> list[HostArray]:
         """Stage the reduction of ``pieces``; return the buffers once all workers have staged."""
         views = self._staged_views(pieces[0].dtype, pieces[0].size)
         stage = functools.partial(_stage_reduction, views, self._rank, pieces, op)
-        return views[self._round(fingerprint, pieces[0].nbytes, stage)]
+        return views[self._round(call, pieces[0].nbytes, stage)]
 
     def _staged_views(self, dtype: np.dtype[Any], size: int) -> list[list[HostArray]]:
         """Return the start of each buffer as an array, by parity and worker."""

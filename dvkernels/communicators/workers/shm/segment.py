@@ -38,17 +38,8 @@ _PROCESS, _ENDED, _LEFT = 0, 1, 2
 class Segment:
     """One worker's view of the shared-memory segment.
 
-    Parameters
-    ----------
-    memory : ndarray of uint8
-        Of shape (n,), n at least :meth:`nbytes_for`, aligned to a cache line, cleared by
-        :meth:`clear`. The same memory for all workers.
-    rank, size : int
-        The rank of this worker, and the number of workers.
-    num_result_buffers : int
-        The number of result buffers of each parity.
-    buffer_nbytes : int
-        The size of a buffer.
+    ``memory`` has at least :meth:`nbytes_for` bytes, aligned to a cache line, cleared by
+    :meth:`clear`. ``num_result_buffers`` is that of each parity.
     """
 
     def __init__(
@@ -142,14 +133,23 @@ class Segment:
         return procfs.state_of(self.process_of(worker)) not in ("Z", "X")
 
     def _write_text(self, slot: int, text: str) -> None:
-        encoded = text.encode(errors="replace")[: _TEXT_NBYTES - 1]
-        target = self._texts[slot, self.rank]
-        target[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        target[len(encoded)] = 0
+        write_text(self._texts[slot, self.rank], text)
 
     def _read_text(self, slot: int, worker: int) -> str:
-        encoded: bytes = self._texts[slot, worker].tobytes()
-        return encoded[: encoded.index(0)].decode(errors="replace")
+        return read_text(self._texts[slot, worker])
+
+
+def write_text(field: HostArray, text: str) -> None:
+    """Write as much of a text as fits into the bytes of a field, and a zero behind it."""
+    encoded = text.encode(errors="replace")[: len(field) - 1]
+    field[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    field[len(encoded)] = 0
+
+
+def read_text(field: HostArray) -> str:
+    """Return the text in a field."""
+    encoded: bytes = field.tobytes()
+    return encoded[: encoded.index(0)].decode(errors="replace")
 
 
 def _region(memory: HostArray, start: int, shape: tuple[int, ...]) -> HostArray:

@@ -78,13 +78,8 @@ class LocalStaging:
 class SharedStaging:
     """Staging between several workers of a host, in a shared-memory segment.
 
-    Parameters
-    ----------
-    segment : Segment
-        With ``NUM_RESULTS // 2`` result buffers, and buffers of ``PIECE_NBYTES``.
-    channel : int
-    may_spin : bool
-        Each worker has a core of its own, so a waiting worker may spin.
+    The segment has ``NUM_RESULTS // 2`` result buffers, and buffers of ``PIECE_NBYTES``.
+    ``may_spin``: each worker has a core of its own.
     """
 
     def __init__(self, segment: Segment, channel: int, may_spin: bool) -> None:

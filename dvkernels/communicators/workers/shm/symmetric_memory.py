@@ -14,12 +14,12 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, TypeAlias, final
 
 import numpy as np
 
 from dvkernels.communicators.workers.shm import available
-from dvkernels.devices.array_spec import Spec
+from dvkernels.devices.array_spec import HostArray, Spec
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, many
@@ -34,7 +34,9 @@ _MAX_SEGMENT_NBYTES = 1 << 44  # an offset is segment number * this + byte offse
 _POSITIVE = (1 << 62) - 1
 _MAX_LOCATED = 256
 
-Agree = Callable[..., list[list[int]]]
+Agree: TypeAlias = Callable[..., list[list[int]]]
+# A column is [*sources, *targets]: flat arrays of one length. All columns have as many of each.
+Columns: TypeAlias = Sequence[Sequence[HostArray]]
 
 
 class SegmentAllocator(Protocol):
@@ -43,7 +45,7 @@ class SegmentAllocator(Protocol):
     def free_nbytes(self) -> int:
         """Return the free shared memory of this host in bytes."""
 
-    def open(self, nbytes: int) -> Sequence[Any]:
+    def open(self, nbytes: int) -> Sequence[HostArray]:
         """Return a new segment of each worker as uint8; all workers call this together."""
 
 
@@ -63,31 +65,24 @@ class SymmetricColumns(NamedTuple):
     """
 
     number: int  # hash of the offsets: equal on workers whose arrays are symmetric
-    sources: list[list[Any]]
-    targets: list[list[Any]] | None  # None: the targets are the sources
+    sources: list[list[HostArray]]
+    targets: list[list[HostArray]] | None  # None: the targets are the sources
 
 
 @final
 class SymmetricMemory:
-    """Allocator and in-place reductions of arrays in the segments of all workers.
-
-    Parameters
-    ----------
-    rank, size : int
-        The rank of this worker, and the number of workers.
-    segments : SegmentAllocator
-    """
+    """Allocator and in-place reductions of arrays in the segments of all workers."""
 
     def __init__(self, rank: int, size: int, segments: SegmentAllocator) -> None:
         self._rank, self._size = rank, size
         self._segments = segments
-        self._open: list[tuple[Any, ...]] = []  # by segment: the bytes of every worker
+        self._open: list[tuple[HostArray, ...]] = []  # by segment: the bytes of every worker
         self._starts: list[tuple[int, int]] = []  # (own address, segment number), sorted
         self._free: list[tuple[int, int]] = []  # (offset, nbytes), sorted, none adjacent
         self._blocks: dict[int, tuple[int, int]] = {}  # by block number: (offset, nbytes)
         self._number = 0
         self._dropped: deque[int] = deque()  # block numbers; appended by finalizers of any thread
-        self._located: dict[Any, SymmetricColumns | None] = {}
+        self._located: dict[tuple[object, ...], SymmetricColumns | None] = {}
         self._unused: set[int] = set()  # block numbers without an array of this worker
 
     @property
@@ -97,7 +92,9 @@ class SymmetricMemory:
 
     # -- allocation -------------------------------------------------------------------------------
 
-    def empty(self, agree: Agree, shape: tuple[int, ...], dtype: Any, count: int) -> list[Any]:
+    def empty(
+        self, agree: Agree, shape: tuple[int, ...], dtype: np.dtype[Any], count: int
+    ) -> list[HostArray]:
         """Return ``count`` new arrays; all workers call this, and only the counts may differ.
 
         ``agree`` is ``Workers.agree``.
@@ -138,7 +135,9 @@ class SymmetricMemory:
         self._open.append(found)
         self._located.clear()
 
-    def _allocate(self, block_nbytes: int, nbytes: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _allocate(
+        self, block_nbytes: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> HostArray:
         """Return an array in the first free block that is large enough (first fit)."""
         k = next(k for k, (_, length) in enumerate(self._free) if length >= block_nbytes)
         offset, length = self._free[k]
@@ -165,7 +164,7 @@ class SymmetricMemory:
 
     # -- reduction --------------------------------------------------------------------------------
 
-    def locate(self, columns: Sequence[Sequence[Any]], num_sources: int) -> SymmetricColumns | None:
+    def locate(self, columns: Columns, num_sources: int) -> SymmetricColumns | None:
         """Return the location of flat arrays: columns of [*sources, *targets], of one dtype.
 
         None if an array is outside of symmetric memory, or an element would be written twice.
@@ -181,12 +180,13 @@ class SymmetricMemory:
         return self._located[key]
 
     def _locate(
-        self, columns: Sequence[Sequence[Any]], num_sources: int, addresses: Sequence[int]
+        self, columns: Columns, num_sources: int, addresses: Sequence[int]
     ) -> SymmetricColumns | None:
         nbytes = [column[0].nbytes for column in columns]
         width = len(columns[0])
-        offsets = [self._offset_of(at, nbytes[k // width]) for k, at in enumerate(addresses)]
-        if None in offsets:
+        found = [self._offset_of(at, nbytes[k // width]) for k, at in enumerate(addresses)]
+        offsets = [offset for offset in found if offset is not None]
+        if len(offsets) < len(found):
             return None
         rows = [offsets[k : k + width] for k in range(0, len(offsets), width)]
         sources, targets = [row[:num_sources] for row in rows], [row[num_sources:] for row in rows]
@@ -226,7 +226,9 @@ class SymmetricMemory:
         for reads, writes in zip(located.sources, located.targets, strict=True):
             direct.all_reduce_as("all_reduce", reads, op, writes)
 
-    def _share(self, rows: Sequence[Sequence[Any]], nbytes: Sequence[int], dtype: Any) -> Any:
+    def _share(
+        self, rows: Sequence[Sequence[int]], nbytes: Sequence[int], dtype: np.dtype[Any]
+    ) -> list[list[HostArray]]:
         """Return this worker's share of all workers' arrays at some offsets, one row per column.
 
         The cache lines of all columns are divided evenly between the workers, so with many short
@@ -243,7 +245,9 @@ class SymmetricMemory:
             begin += count
         return found
 
-    def _views_of_all(self, offsets: Sequence[int], start: int, stop: int, dtype: Any) -> list[Any]:
+    def _views_of_all(
+        self, offsets: Sequence[int], start: int, stop: int, dtype: np.dtype[Any]
+    ) -> list[HostArray]:
         """Return bytes ``start`` to ``stop`` of every worker's arrays at some offsets."""
         where = [divmod(offset, _MAX_SEGMENT_NBYTES) for offset in offsets]
         return [

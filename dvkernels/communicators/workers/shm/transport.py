@@ -31,8 +31,8 @@ from dvkernels.communicators.workers.consistency import (
 )
 from dvkernels.communicators.workers.shm.kernel_reduction import KernelReduction
 from dvkernels.communicators.workers.shm.segment import BUFFER_NBYTES, NUM_CHANNELS, Segment
-from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
-from dvkernels.communicators.workers.transport import Columns, Transport
+from dvkernels.communicators.workers.shm.symmetric_memory import Columns, SymmetricMemory
+from dvkernels.communicators.workers.transport import Transport
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cpu import shm_all_reduce
 from dvkernels.kernels.cpu.engine import shm_barrier
@@ -51,15 +51,7 @@ _IN_PLACE_DONE = fingerprint_of("all_reduce, the end")
 class SharedMemoryTransport(Transport):
     """Transport between the workers of one host.
 
-    Parameters
-    ----------
-    segment : Segment
-    timeout_seconds : float
-        How long to wait for the other workers.
-    may_spin : bool
-        Each worker has a core of its own, so a waiting worker may spin.
-    symmetric_memory : SymmetricMemory, optional
-        Allocates the arrays that are reduced in place.
+    ``may_spin``: each worker has a core of its own.
     """
 
     takes_columns = True
@@ -93,30 +85,19 @@ class SharedMemoryTransport(Transport):
     # -- arrays -----------------------------------------------------------------------------------
 
     def all_reduce_into(
-        self,
-        columns: Columns,
-        num_sources: int,
-        op: Reduction,
-        fingerprint: Fingerprint,
-        divisor: int = 1,
+        self, columns: Columns, num_sources: int, op: Reduction, call: Fingerprint, divisor: int = 1
     ) -> None:
-        """Write the reduction of all workers' sources to each target: flat arrays of one dtype."""
         with self._consistency:
-            if self._all_reduce_in_place(columns, num_sources, op, fingerprint, divisor):
+            if self._all_reduce_in_place(columns, num_sources, op, call, divisor):
                 return
             if self._all_reduce.lay_out(columns, num_sources, op):
-                self._run_compiled(fingerprint, divisor)
+                self._run_compiled(call, divisor)
                 return
             in_parts = self._all_reduce.is_in_parts(sum(column[0].nbytes for column in columns))
-            self._kernels.all_reduce(columns, num_sources, op, fingerprint, divisor, in_parts)
+            self._kernels.all_reduce(columns, num_sources, op, call, divisor, in_parts)
 
     def _all_reduce_in_place(
-        self,
-        columns: Columns,
-        num_sources: int,
-        op: Reduction,
-        fingerprint: Fingerprint,
-        divisor: int,
+        self, columns: Columns, num_sources: int, op: Reduction, call: Fingerprint, divisor: int
     ) -> bool:
         """Reduce the arrays in place if they are in symmetric memory on all workers."""
         symmetric_memory = self.symmetric_memory
@@ -127,50 +108,45 @@ class SharedMemoryTransport(Transport):
         located = symmetric_memory.locate(columns, num_sources)
         location = -1 if located is None else located.number
         # Another fingerprint than that of a staged piece, so no worker mistakes this round for one.
-        self._round(
-            Fingerprint(fingerprint.text, fingerprint.number ^ _IN_PLACE), location, _stage_nothing
-        )
+        self._round(Fingerprint(call.text, call.number ^ _IN_PLACE), location, _stage_nothing)
         if located is None or any(vote.nbytes != location for vote in self._votes()):
             return False
         symmetric_memory.reduce(located, ReduceOp.MEAN if divisor > 1 else op)
         self._round(_IN_PLACE_DONE, 0, _stage_nothing)
-        self._last = fingerprint
+        self._last = call
         return True
 
-    def _run_compiled(self, fingerprint: Fingerprint, divisor: int) -> None:
+    def _run_compiled(self, call: Fingerprint, divisor: int) -> None:
         """Run the compiled all-reduce, again after each wait for a late worker."""
         consistency, all_reduce = self._consistency, self._all_reduce
         has_arrived = not consistency.is_settled
         if has_arrived:
-            self._agree(fingerprint)
+            self._agree(call)
         while True:
             outcome, self._number = all_reduce.run(
-                self._number, fingerprint.number, divisor, has_arrived=has_arrived
+                self._number, call.number, divisor, has_arrived=has_arrived
             )
             if outcome == shm_all_reduce.DONE:
-                self._last = fingerprint
+                self._last = call
                 return
             has_arrived = True
-            if self._wait(fingerprint) != shm_barrier.AGREED:
-                consistency.diagnose(self._votes(), fingerprint)
-                self._agree(fingerprint)
+            if self._wait(call) != shm_barrier.AGREED:
+                consistency.diagnose(self._votes(), call)
+                self._agree(call)
 
-    def _agree(self, fingerprint: Fingerprint) -> None:
+    def _agree(self, call: Fingerprint) -> None:
         """Vote, with the current piece staged, until all workers vote for this call."""
         all_reduce = self._all_reduce
-        self._consistency.agree(
-            fingerprint, all_reduce.nbytes, lambda: all_reduce.stage(self._number)
-        )
+        self._consistency.agree(call, all_reduce.nbytes, lambda: all_reduce.stage(self._number))
 
-    def all_gather_bytes(self, source: HostArray, fingerprint: Fingerprint) -> list[HostArray]:
-        """Return the bytes of all workers, whose numbers may differ."""
+    def all_gather_bytes(self, source: HostArray, call: Fingerprint) -> list[HostArray]:
         longest, start = 0, 0
         results: list[HostArray] = []
         with self._consistency:
             while not results or start < longest:
                 piece = source[start : start + BUFFER_NBYTES]
                 parity = self._round(
-                    fingerprint, source.nbytes, functools.partial(self._stage_bytes, piece)
+                    call, source.nbytes, functools.partial(self._stage_bytes, piece)
                 )
                 if not results:
                     results = [np.empty(vote.nbytes, np.uint8) for vote in self._votes()]
@@ -182,15 +158,12 @@ class SharedMemoryTransport(Transport):
                 start += BUFFER_NBYTES
         return results
 
-    def broadcast_into(self, target: HostArray, root: int, fingerprint: Fingerprint) -> None:
-        """Write the root's bytes, which its ``target`` holds, to every ``target``."""
+    def broadcast_into(self, target: HostArray, root: int, call: Fingerprint) -> None:
         with self._consistency:
             for start in range(0, max(1, len(target)), BUFFER_NBYTES):
                 piece = target[start : start + BUFFER_NBYTES]
                 mine = piece if self.rank == root else piece[:0]
-                parity = self._round(
-                    fingerprint, piece.nbytes, functools.partial(self._stage_bytes, mine)
-                )
+                parity = self._round(call, piece.nbytes, functools.partial(self._stage_bytes, mine))
                 if self.rank != root:
                     piece[...] = self._buffers[parity, root, : len(piece)]
 
@@ -199,38 +172,34 @@ class SharedMemoryTransport(Transport):
 
     # -- rounds -----------------------------------------------------------------------------------
 
-    def _round(self, fingerprint: Fingerprint, nbytes: int, stage: Callable[[int], None]) -> int:
+    def _round(self, call: Fingerprint, nbytes: int, stage: Callable[[int], None]) -> int:
         """Stage and vote; return the parity of the round in which all workers agreed."""
         consistency = self._consistency
         if consistency.is_settled:  # nearly always: agree() inlined
             stage(self._number + 1 & 1)
-            self.arrive(fingerprint.number, nbytes)
-            if self._wait(fingerprint) == shm_barrier.AGREED:
-                self._last = fingerprint
+            self.arrive(call.number, nbytes)
+            if self._wait(call) == shm_barrier.AGREED:
+                self._last = call
                 return self._number & 1
-            consistency.diagnose(self._votes(), fingerprint)
-        consistency.agree(fingerprint, nbytes, lambda: stage(self._number + 1 & 1))
-        self._last = fingerprint
+            consistency.diagnose(self._votes(), call)
+        consistency.agree(call, nbytes, lambda: stage(self._number + 1 & 1))
+        self._last = call
         return self._number & 1
 
     def arrive(self, number: int, nbytes: int, text: str = "") -> None:
-        """Vote in the next round, without waiting."""
         self._number += 1
         if text:
             self._segment.publish_text(self._channel, self._number & 1, text)
         shm_barrier.arrive(self._lines, self.rank, self._number, number, nbytes)
 
     def is_complete(self) -> bool:
-        """Return, without waiting, whether all workers have arrived in the round."""
         return self._poll(0) in (shm_barrier.AGREED, shm_barrier.MISMATCHED)
 
-    def await_all(self, fingerprint: Fingerprint) -> list[Vote]:
-        """Wait for the votes of all workers in the round."""
-        self._wait(fingerprint)
+    def await_all(self, call: Fingerprint) -> list[Vote]:
+        self._wait(call)
         return self._votes()
 
     def text_of(self, worker: int) -> str:
-        """Return a worker's text of the latest round."""
         return self._segment.published_text(self._channel, self._number & 1, worker)
 
     def _votes(self) -> list[Vote]:
@@ -243,18 +212,18 @@ class SharedMemoryTransport(Transport):
             shm_barrier.await_round(self._lines, self.size, self.rank, self._number, num_pauses)
         )
 
-    def _wait(self, fingerprint: Fingerprint) -> int:
+    def _wait(self, call: Fingerprint) -> int:
         """Wait for all workers; return AGREED or MISMATCHED, or raise if waiting is in vain."""
         outcome = int(
             shm_barrier.await_round(self._lines, self.size, self.rank, self._number, self._pauses)
         )
         if outcome == shm_barrier.LATE:
-            outcome = self._wait_for_late(fingerprint)
+            outcome = self._wait_for_late(call)
         if outcome == shm_barrier.ENDED:
             raise self._end_error()
         return outcome
 
-    def _wait_for_late(self, fingerprint: Fingerprint) -> int:
+    def _wait_for_late(self, call: Fingerprint) -> int:
         outcome = shm_barrier.LATE
 
         def has_outcome() -> bool:
@@ -262,19 +231,17 @@ class SharedMemoryTransport(Transport):
             outcome = self._poll(wait.SPINS_BETWEEN_NAPS)
             return outcome != shm_barrier.LATE
 
-        if not wait.until(
-            has_outcome, wait.ROUND, self.timeout_seconds, self._check_absent, fingerprint
-        ):
+        if not wait.until(has_outcome, wait.ROUND, self.timeout_seconds, self._check_absent, call):
             absent = self._absent()
             seen = "; ".join(self._describe_worker(worker) for worker in absent)
-            self._give_up(absent, fingerprint, seen)
+            self._give_up(absent, call, seen)
         return outcome
 
     def _absent(self) -> list[int]:
         lines = self._segment.control_lines(self._channel)
         return [worker for worker in range(self.size) if lines[worker, 0] < self._number]
 
-    def _check_absent(self, waited_seconds: float, fingerprint: Fingerprint) -> None:
+    def _check_absent(self, waited_seconds: float, call: Fingerprint) -> None:
         """Abort the group if an absent worker can never arrive."""
         del waited_seconds
         segment = self._segment
@@ -283,7 +250,7 @@ class SharedMemoryTransport(Transport):
             if why is None and not segment.is_alive(worker):
                 why = f"process {segment.process_of(worker)} has disappeared: was it killed?"
             if why is not None:
-                self._lose(worker, fingerprint, why)
+                self._lose(worker, call, why)
 
     def _describe_worker(self, worker: int) -> str:
         process = self._segment.process_of(worker)
@@ -295,11 +262,9 @@ class SharedMemoryTransport(Transport):
     # -- the end ----------------------------------------------------------------------------------
 
     def leave(self, text: str) -> None:
-        """Record that this worker arrives in no further round, and why."""
         self._segment.leave(text)
 
     def remaining_workers(self) -> list[int]:
-        """Return the other workers that exist and have not left."""
         segment = self._segment
         others = (worker for worker in range(self.size) if worker != self.rank)
         return [w for w in others if segment.why_left(w) is None and segment.is_alive(w)]

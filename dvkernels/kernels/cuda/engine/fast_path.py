@@ -13,9 +13,8 @@ import os
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dvkernels.devices import signature, stream_order
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels.cuda.engine import job, launcher
 from dvkernels.reduce_op import Reduction
 
@@ -51,7 +50,7 @@ def describe(sources: Sequence[Any], targets: Sequence[Any], op: Any) -> CallSig
     None: such a call is never cached.
     """
     described = signature.read([*sources, *targets] if targets else sources)
-    if described is None:
+    if described is None or described.is_read_only:
         return None
     key = (described.kind, len(sources), len(targets), op)
     try:
@@ -78,15 +77,12 @@ def repeat(call: CallSignature | None, verb: str, stream: Any) -> bool:
     return True
 
 
-def learn(
-    call: CallSignature | None, op: Reduction, arrays: Sequence[np.ndarray[Any, Any]]
-) -> None:
+def learn(call: CallSignature | None, op: Reduction, arrays: Sequence[HostArray]) -> None:
     """Cache the launch of a call that has passed all checks, with these arrays."""
     if call is None:
         return
-    launch = job.repeated(
-        call.arrays.device, op, arrays, call.num_sources, in_place=call.is_in_place
-    )
+    device = call.arrays.kind[-1]
+    launch = job.repeated(device, op, arrays, call.num_sources, in_place=call.is_in_place)
     if launch is None:
         return
     if len(_launches) >= _MAX_LAUNCHES:

@@ -1,8 +1,8 @@
 """Intrinsics of the CUDA kernels (memory accesses, flags, clock), with simulator twins.
 
 Addresses and words are int64, so that tables of them need one type and no expression becomes a
-float (Numba adds an int64 to a uint64 in float64). ``load_word(table, 3)`` reads the word 24 bytes
-after ``table``. A vector is 16 bytes at a multiple of 16, four uint32: one LDG.E.128 or STG.E.128.
+float (Numba adds an int64 to a uint64 in float64). A vector is 16 bytes at a multiple of 16, four
+uint32: one LDG.E.128 or STG.E.128.
 
 Flags between GPUs need system scope: ``cuda.atomic`` has device scope, and a plain load in a spin
 loop is hoisted out of it. So flags are accessed in PTX: after an ``acquire`` that reads the value
@@ -36,7 +36,6 @@ __all__ = [
     "inline_ptx",
     "keep_rolled",
     "load_relaxed",
-    "load_word",
     "nanosleep",
     "pack",
     "pointer",
@@ -71,11 +70,6 @@ def twin(simulated: Callable[..., Any], *, prefer_literal: bool = False) -> Call
 def pointer(builder: Any, address: Any, kind: Any) -> Any:
     """Emit an address as a pointer to ``kind`` in device memory."""
     return builder.inttoptr(address, ir.PointerType(kind, addrspace=GLOBAL))
-
-
-def _word_pointer(builder: Any, args: Any) -> Any:
-    """Emit the pointer to word ``args[1]`` after the address ``args[0]``."""
-    return builder.gep(pointer(builder, args[0], _I64), [args[1]])
 
 
 def inline_ptx(builder: Any, result: Any, code: str, constraints: str, args: Sequence[Any]) -> Any:
@@ -135,23 +129,6 @@ def emit_vector_store(builder: Any, address: Any, value: Any) -> Any:
     lanes = unpack(builder, builder.bitcast(value, VECTOR))
     code = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
     return inline_ptx(builder, ir.VoidType(), code, "l,r,r,r,r,~{memory}", [address, *lanes])
-
-
-# ------------------------------------------------------------------ words
-
-
-def _simulated_load_word(address: int, index: int) -> int:
-    return ctypes.c_int64.from_address(address + 8 * index).value
-
-
-@twin(_simulated_load_word)
-def load_word(typing: Any, address: Any, index: Any) -> Any:
-    """Read a word."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_word_pointer(builder, args), align=8)
-
-    return types.int64(types.int64, types.int64), generate
 
 
 def _simulated_quotient(dividend: int, divisor: int) -> int:

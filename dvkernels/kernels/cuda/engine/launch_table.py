@@ -1,12 +1,8 @@
 """Launch table: the int64 words that describe the arrays of a launch to every block.
 
-    [0] pieces   [1] items   [2] sources   [3] targets   [4] index of the first target in a record
-    [5] divisor  [6] vectors per thread in a piece   [7] addresses in a record
-    [8] index of the first float64 number for the kernel
-    heads, two words per item: its first piece, and the index of its record
-    records: axes (0: dense), elements before the first whole vector, vectors (or elements, where
-    there are axes), elements after, whether all arrays have the strides of the first; the
-    addresses; for each axis, the innermost first, its extent and the strides in bytes
+It consists of a ``TableHeader``, an ``ItemHead`` for each item, the items, and float64 numbers for
+the kernel. An item is an ``ItemRecord``, its addresses and, for each axis, the innermost first, its
+extent and its strides in bytes.
 
 A short table is passed as the arguments of the launch: no copy precedes the launch, no memory has
 to outlive it, and a captured graph contains it. Each block copies the arguments to shared memory,
@@ -16,30 +12,78 @@ address.
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import cuda as numba_cuda
 from numba import types
 
-from dvkernels.kernels.cuda.engine import intrinsics
+from dvkernels.kernels.cuda.engine import intrinsics, records
 
-__all__ = ["HEADER", "NUM_WORDS", "RECORD", "THREADS", "byte_offset", "entry", "locate", "stage"]
+__all__ = [
+    "NUM_WORDS",
+    "THREADS",
+    "ItemHead",
+    "ItemRecord",
+    "TableHeader",
+    "addresses",
+    "byte_offset",
+    "entry",
+    "header",
+    "item",
+    "locate",
+    "stage",
+]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
 THREADS = 256  # per block, at least: eight warps copy the words to shared memory
 NUM_WORDS = 128  # arguments of a launch: 1 KiB of the possible 4 KiB
-HEADER = 9
-RECORD = 5
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _SHARED = 3  # the address space of shared memory
 _WARP = 32
 
 
+class TableHeader(NamedTuple):
+    """First words of a launch table."""
+
+    num_pieces: int
+    num_items: int
+    num_sources: int
+    num_targets: int
+    first_target: int  # its position among the addresses of an item
+    divisor: int
+    per_thread: int  # vectors per thread in a piece
+    width: int  # addresses of an item
+    numbers: int  # index of the first number for the kernel
+
+
+class ItemHead(NamedTuple):
+    """Words by which a block finds the item of a piece."""
+
+    first_piece: int
+    record: int  # its index
+
+
+class ItemRecord(NamedTuple):
+    """First words of the record of an item."""
+
+    num_axes: int  # 0: contiguous arrays
+    before: int  # elements before the first whole vector
+    units: int  # whole vectors; elements where there are axes
+    after: int  # elements after the last whole vector
+    is_alike: int  # whether all arrays have the strides of the first
+
+
+header, item, _head = records.at(TableHeader), records.at(ItemRecord), records.at(ItemHead)
+_HEADS = len(TableHeader._fields)  # index of the first head
+_ADDRESSES = len(ItemRecord._fields)
+
+
 def _simulated_entry(table: int, index: int) -> int:
-    return int(intrinsics.load_word(table, index))
+    return ctypes.c_int64.from_address(table + 8 * index).value
 
 
 @intrinsics.twin(_simulated_entry)
@@ -109,23 +153,30 @@ def _emit_special_register(builder: Any, register: str) -> Any:
 
 @cuda.jit(device=True, inline="always")
 def locate(table, piece):  # type: ignore[no-untyped-def]
-    """Return the item of a piece: the last item whose first piece is not after it."""
-    low, high = 0, entry(table, 1)
+    """Return the head of a piece's item: the last one whose first piece is not after it."""
+    heads = table + 8 * _HEADS
+    low, high = 0, header(table).num_items
     while high - low > 1:
         middle = (low + high) >> 1
-        if entry(table, HEADER + 2 * middle) <= piece:
+        if _head(heads + 16 * middle).first_piece <= piece:
             low = middle
         else:
             high = middle
-    return low
+    return _head(heads + 16 * low)
+
+
+@cuda.jit(device=True, inline="always")
+def addresses(record):  # type: ignore[no-untyped-def]
+    """Return the table of the addresses of an item."""
+    return record + 8 * _ADDRESSES
 
 
 @cuda.jit(device=True, inline="always")
 def byte_offset(record, width, position, element, itemsize):  # type: ignore[no-untyped-def]
     """Return the offset in bytes of an element in the array at ``position`` of a record."""
-    num_axes = entry(record, 0)
+    num_axes = item(record).num_axes
     offset = element * itemsize if num_axes == 0 else 0
-    axis = record + 8 * (RECORD + width)
+    axis = addresses(record) + 8 * width
     for _ in range(num_axes):
         extent = entry(axis, 0)
         quotient = intrinsics.quotient(element, extent)

@@ -1,4 +1,4 @@
-"""Kernel of the collectives within a GPU: read all sources, combine left to right, store.
+"""Kernels over launch tables: the loop over the pieces of a table, and that of the collectives.
 
 There is one kernel per pair of operation and element type, for any number of replicas, any shapes
 and strides. R replicas of S bytes reduced in place move 2 R S bytes: each thread keeps the sums of
@@ -15,102 +15,101 @@ from typing import Any
 from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import elements, intrinsics, launch_table
+from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.operations import Operation
 
-__all__ = ["kernel"]
+__all__ = ["dense_address", "kernel", "over_pieces"]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
 
-@functools.cache
-def kernel(operation: Operation, code: int) -> Callable[..., None]:
-    """Return the kernel of an operation (operations.py) and an element type, not yet compiled."""
+def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:
+    """Return the kernel over all pieces of a launch table, not compiled.
+
+    ``vectors(table, header, addresses, before, begin, end)`` is the device function of the whole
+    vectors of a piece, and ``element(table, header, record, item, number)`` that of one element.
+    """
     itemsize = arithmetic.dtype_of(code).itemsize
     per_vector = intrinsics.VECTOR_NBYTES // itemsize
-    header, record_size = launch_table.HEADER, launch_table.RECORD
-    combine_lanes = elements.combiner(operation, code)
 
     def run(words):  # type: ignore[no-untyped-def]
         table = launch_table.stage(words)
-        num_sources, num_targets = launch_table.entry(table, 2), launch_table.entry(table, 3)
-        first_target, divisor = launch_table.entry(table, 4), launch_table.entry(table, 5)
-        per_thread, width = launch_table.entry(table, 6), launch_table.entry(table, 7)
+        header = launch_table.header(table)
         threads, thread = cuda.blockDim.x, cuda.threadIdx.x
-        for piece in range(cuda.blockIdx.x, launch_table.entry(table, 0), cuda.gridDim.x):
-            item = launch_table.locate(table, piece)
-            piece_of_item = piece - launch_table.entry(table, header + 2 * item)
-            record = table + 8 * launch_table.entry(table, header + 2 * item + 1)
-            num_axes, before = launch_table.entry(record, 0), launch_table.entry(record, 1)
-            count, after = launch_table.entry(record, 2), launch_table.entry(record, 3)
-            is_alike = launch_table.entry(record, 4) != 0
-            sources = record + 8 * record_size
-            targets = sources + 8 * first_target
-            begin = piece_of_item * per_thread * threads
-            end = min(begin + per_thread * threads, count)
-            if num_axes == 0:
-                first = before * itemsize + 16 * (begin + thread)
-                if per_thread == 4 and end - begin == 4 * threads:
-                    # Four vectors per thread, a block's width apart: accesses of a warp coalesce.
-                    second = first + 16 * threads
-                    third, fourth = second + 16 * threads, second + 32 * threads
-                    source = launch_table.entry(sources, 0)
-                    a = elements.load(source + first, code, True)
-                    b = elements.load(source + second, code, True)
-                    c = elements.load(source + third, code, True)
-                    d = elements.load(source + fourth, code, True)
-                    for k in range(1, num_sources):
-                        source = launch_table.entry(sources, k)
-                        e = elements.load(source + first, code, True)
-                        f = elements.load(source + second, code, True)
-                        g = elements.load(source + third, code, True)
-                        h = elements.load(source + fourth, code, True)
-                        a = combine_lanes(a, e)
-                        b = combine_lanes(b, f)
-                        c = combine_lanes(c, g)
-                        d = combine_lanes(d, h)
-                    a = elements.divide(a, divisor, code)
-                    b = elements.divide(b, divisor, code)
-                    c = elements.divide(c, divisor, code)
-                    d = elements.divide(d, divisor, code)
-                    for k in range(num_targets):
-                        target = launch_table.entry(targets, k)
-                        elements.store(target + first, a, code, True)
-                        elements.store(target + second, b, code, True)
-                        elements.store(target + third, c, code, True)
-                        elements.store(target + fourth, d, code, True)
-                else:
-                    for vector in range(begin + thread, end, threads):
-                        offset = before * itemsize + 16 * vector
-                        a = elements.load(launch_table.entry(sources, 0) + offset, code, True)
-                        for k in range(1, num_sources):
-                            e = elements.load(launch_table.entry(sources, k) + offset, code, True)
-                            a = combine_lanes(a, e)
-                        a = elements.divide(a, divisor, code)
-                        for k in range(num_targets):
-                            elements.store(launch_table.entry(targets, k) + offset, a, code, True)
-            if num_axes == 0:  # the first piece also takes the elements around the whole vectors
-                begin, end = 0, before + after if piece_of_item == 0 else 0
+        for piece in range(cuda.blockIdx.x, header.num_pieces, cuda.gridDim.x):
+            head = launch_table.locate(table, piece)
+            piece_of_item = piece - head.first_piece
+            record = table + 8 * head.record
+            item = launch_table.item(record)
+            begin = piece_of_item * header.per_thread * threads
+            end = min(begin + header.per_thread * threads, item.units)
+            if item.num_axes == 0:
+                vectors(table, header, launch_table.addresses(record), item.before, begin, end)
+                # The first piece also takes the elements before and after the whole vectors.
+                begin, end = 0, item.before + item.after if piece_of_item == 0 else 0
             for unit in range(begin + thread, end, threads):
-                skipped = count * per_vector if num_axes == 0 and unit >= before else 0
-                element = unit + skipped
-                common_offset = launch_table.byte_offset(record, width, 0, element, itemsize)
-                value = elements.load(launch_table.entry(sources, 0) + common_offset, code, False)
-                for k in range(1, num_sources):
-                    own_offset = (
-                        common_offset
-                        if is_alike
-                        else launch_table.byte_offset(record, width, k, element, itemsize)
-                    )
-                    other = elements.load(launch_table.entry(sources, k) + own_offset, code, False)
-                    value = combine_lanes(value, other)
-                value = elements.divide(value, divisor, code)
-                for k in range(num_targets):
-                    own_offset = common_offset
-                    if not is_alike:
-                        own_offset = launch_table.byte_offset(
-                            record, width, first_target + k, element, itemsize
-                        )
-                    elements.store(launch_table.entry(targets, k) + own_offset, value, code, False)
+                is_behind = item.num_axes == 0 and unit >= item.before
+                element(
+                    table,
+                    header,
+                    record,
+                    item,
+                    unit + (item.units * per_vector if is_behind else 0),
+                )
 
     return run
+
+
+@cuda.jit(device=True, inline="always")
+def dense_address(place, k):  # type: ignore[no-untyped-def]
+    """Return the address of a vector in array k of a contiguous item."""
+    addresses, offset = place
+    return launch_table.entry(addresses, k) + offset
+
+
+@functools.cache
+def kernel(operation: Operation, code: int) -> Callable[..., None]:
+    """Return the kernel of an operation (operations.py) and an element type, not compiled."""
+    itemsize = arithmetic.dtype_of(code).itemsize
+
+    @cuda.jit(device=True, inline="always")
+    def element_address(place, k):  # type: ignore[no-untyped-def]
+        addresses, record, width, position, number, common_offset, is_alike = place
+        offset = common_offset
+        if not is_alike:
+            offset = launch_table.byte_offset(record, width, position + k, number, itemsize)
+        return launch_table.entry(addresses, k) + offset
+
+    reduce_four = reducers.four_vectors(operation, code, dense_address)
+    reduce_vector = reducers.one(operation, code, True, dense_address)
+    reduce_element = reducers.one(operation, code, False, element_address)
+
+    @cuda.jit(device=True, inline="always")
+    def vectors(table, header, addresses, before, begin, end):  # type: ignore[no-untyped-def]
+        num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
+        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
+        targets = addresses + 8 * header.first_target
+        if header.per_thread == 4 and end - begin == 4 * threads:
+            offset = before * itemsize + 16 * (begin + thread)
+            from_, to = (addresses, offset), (targets, offset)
+            reduce_four(from_, num_sources, to, num_targets, divisor, 16 * threads)
+        else:
+            for vector in range(begin + thread, end, threads):
+                offset = before * itemsize + 16 * vector
+                from_, to = (addresses, offset), (targets, offset)
+                first = dense_address(from_, 0)
+                reduce_vector(first, from_, num_sources, to, num_targets, divisor)
+
+    @cuda.jit(device=True, inline="always")
+    def element(table, header, record, item, number):  # type: ignore[no-untyped-def]
+        num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
+        addresses, first_target = launch_table.addresses(record), header.first_target
+        targets, width = addresses + 8 * first_target, header.width
+        offset = launch_table.byte_offset(record, width, 0, number, itemsize)
+        is_alike = item.is_alike != 0
+        from_ = (addresses, record, width, 0, number, offset, is_alike)
+        to = (targets, record, width, first_target, number, offset, is_alike)
+        first = launch_table.entry(addresses, 0) + offset
+        reduce_element(first, from_, num_sources, to, num_targets, divisor)
+
+    return over_pieces(code, vectors, element)

@@ -8,11 +8,11 @@ from typing import Any
 from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import elements, launch_table
+from dvkernels.kernels.cuda.engine import launch_table, reducers
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 
-__all__ = ["LINE_NBYTES", "combiner", "start"]
+__all__ = ["LINE_NBYTES", "reducer", "start"]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
@@ -22,30 +22,33 @@ LINE_NBYTES = 128
 start = cuda.jit(device=True, inline="always")(partition.start)
 
 
-@functools.cache
-def combiner(operation: Operation, code: int) -> Any:
-    """Return the device function by which the threads of a block combine a span.
+@cuda.jit(device=True, inline="always")
+def _address(place, k):  # type: ignore[no-untyped-def]
+    addresses, positions, offset = place
+    return launch_table.entry(addresses, launch_table.entry(positions, k)) + offset
 
-    ``places`` is a table of addresses; ``sources`` and ``targets`` are tables of indices into it.
-    Each thread has four vectors of every source in flight, a block's width apart.
+
+@functools.cache
+def reducer(operation: Operation, code: int) -> Any:
+    """Return the device function by which the threads of a block reduce a span.
+
+    ``addresses`` is a table of addresses; ``positions`` is a table of positions in it, first those
+    of the sources, then those of the targets.
     """
     itemsize = arithmetic.dtype_of(code).itemsize
-    combine_lanes = elements.combiner(operation, code)
+    reduce_four = reducers.four_vectors(operation, code, _address)
+    reduce_vector = reducers.one(operation, code, True, _address)
+    reduce_element = reducers.one(operation, code, False, _address)
 
     @cuda.jit(device=True, inline="always")
-    def combine(places, sources, num_sources, targets, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
+    def reduce(addresses, positions, num_sources, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
         threads, thread = cuda.blockDim.x, cuda.threadIdx.x
         # Vectors where all addresses are equal modulo 16; else, and around the vectors, elements.
-        misalignment = (
-            launch_table.entry(places, launch_table.entry(sources, 0)) + begin * itemsize
-        ) & 15
+        place = (addresses, positions, begin * itemsize)
+        misalignment = _address(place, 0) & 15
         is_alike = misalignment % itemsize == 0
-        for k in range(1, num_sources):
-            source = launch_table.entry(places, launch_table.entry(sources, k))
-            is_alike = is_alike and (source + begin * itemsize) & 15 == misalignment
-        for k in range(num_targets):
-            target = launch_table.entry(places, launch_table.entry(targets, k))
-            is_alike = is_alike and (target + begin * itemsize) & 15 == misalignment
+        for k in range(1, num_sources + num_targets):
+            is_alike = is_alike and _address(place, k) & 15 == misalignment
         vectors_begin, vectors_end = end, end
         if is_alike:
             per_vector = 16 // itemsize
@@ -54,62 +57,25 @@ def combiner(operation: Operation, code: int) -> Any:
         offset = vectors_begin * itemsize + 16 * thread
         stop = vectors_end * itemsize
         width = 16 * threads
+        target_positions = positions + 8 * num_sources
         while offset + 3 * width < stop:
-            source = launch_table.entry(places, launch_table.entry(sources, 0)) + offset
-            a = elements.load(source, code, True)
-            b = elements.load(source + width, code, True)
-            c = elements.load(source + 2 * width, code, True)
-            d = elements.load(source + 3 * width, code, True)
-            for k in range(1, num_sources):
-                source = launch_table.entry(places, launch_table.entry(sources, k)) + offset
-                e = elements.load(source, code, True)
-                f = elements.load(source + width, code, True)
-                g = elements.load(source + 2 * width, code, True)
-                h = elements.load(source + 3 * width, code, True)
-                a = combine_lanes(a, e)
-                b = combine_lanes(b, f)
-                c = combine_lanes(c, g)
-                d = combine_lanes(d, h)
-            a = elements.divide(a, divisor, code)
-            b = elements.divide(b, divisor, code)
-            c = elements.divide(c, divisor, code)
-            d = elements.divide(d, divisor, code)
-            for k in range(num_targets):
-                target = launch_table.entry(places, launch_table.entry(targets, k)) + offset
-                elements.store(target, a, code, True)
-                elements.store(target + width, b, code, True)
-                elements.store(target + 2 * width, c, code, True)
-                elements.store(target + 3 * width, d, code, True)
+            sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
+            reduce_four(sources, num_sources, targets, num_targets, divisor, width)
             offset += 4 * width
         while offset < stop:
-            source = launch_table.entry(places, launch_table.entry(sources, 0)) + offset
-            a = elements.load(source, code, True)
-            for k in range(1, num_sources):
-                source = launch_table.entry(places, launch_table.entry(sources, k)) + offset
-                a = combine_lanes(a, elements.load(source, code, True))
-            a = elements.divide(a, divisor, code)
-            for k in range(num_targets):
-                target = launch_table.entry(places, launch_table.entry(targets, k)) + offset
-                elements.store(target, a, code, True)
+            sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
+            first = _address(sources, 0)
+            reduce_vector(first, sources, num_sources, targets, num_targets, divisor)
             offset += width
         # The elements before and after the whole vectors.
         num_before = vectors_begin - begin
         index = thread  # range() with a step would call a division routine
         while index < num_before + end - vectors_end:
             element = begin + index if index < num_before else vectors_end + index - num_before
-            source = launch_table.entry(places, launch_table.entry(sources, 0)) + element * itemsize
-            value = elements.load(source, code, False)
-            for k in range(1, num_sources):
-                source = (
-                    launch_table.entry(places, launch_table.entry(sources, k)) + element * itemsize
-                )
-                value = combine_lanes(value, elements.load(source, code, False))
-            value = elements.divide(value, divisor, code)
-            for k in range(num_targets):
-                target = (
-                    launch_table.entry(places, launch_table.entry(targets, k)) + element * itemsize
-                )
-                elements.store(target, value, code, False)
+            offset = element * itemsize
+            sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
+            first = _address(sources, 0)
+            reduce_element(first, sources, num_sources, targets, num_targets, divisor)
             index += threads
 
-    return combine
+    return reduce

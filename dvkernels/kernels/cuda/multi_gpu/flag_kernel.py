@@ -15,20 +15,9 @@ defines the rows, testing/ proves the protocols; a device implements the rows as
   block records the ranks that it waited for, and exits. The results of such a call are undefined on
   all ranks.
 
-Program of a rank, int64 words that stay in its device memory:
-
-    [0] rows   [1] bytes from a block's flags to the next block's   [2] address of the stop word
-    rows, seven words each:  combine, part, offset and number of sources, of targets, completes
-                             signal, stage, offset and number of flags, 0, 0, 0
-                             wait, stage, offset and number of flags, offset of missed words, 0, 0
-    lists: indices of addresses, addresses of flags, addresses of missed words (one per peer)
-
-Words of a call, passed with the launch:
-
-    [0] address of the program   [1] the epoch before its first   [2] elements   [3] divisor
-    [4] deadline of a wait in nanoseconds   [5] row to run, where a launch runs one row
-    [6] lines in a block's share of a part   [7] number of shares with one line more
-    addresses: the inputs of all ranks, the outputs of all ranks, the slots of all ranks
+The program of a rank stays in its device memory: a ``ProgramHeader``, a ``CombineRow`` or a
+``FlagRow`` for each row, and the lists that the rows refer to. With each launch come a
+``LaunchHeader`` and the addresses of the inputs, the outputs and the slots of all ranks.
 """
 
 from __future__ import annotations
@@ -40,15 +29,14 @@ from typing import Any, NamedTuple
 from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import intrinsics, launch_table, span
+from dvkernels.kernels.cuda.engine import intrinsics, launch_table, records, span
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 from dvkernels.schedules.flag_protocol import Combine, Memory, Protocol, Signal
 
 __all__ = [
-    "CALL_HEADER",
+    "LaunchHeader",
     "SharedAddresses",
-    "call_words",
     "combine_kernel",
     "program_words",
     "shares",
@@ -58,8 +46,6 @@ __all__ = [
 cuda: Any = numba_cuda  # its functions carry no types
 
 _COMBINE, _SIGNAL, _WAIT = range(3)
-_HEADER, _WIDTH = 3, 7
-CALL_HEADER = 8
 _MEMORIES: tuple[Memory, ...] = ("input", "output", "slot")
 _POLLS = 64  # between reads of the clock and of the stop word, which take 1 us over PCIe
 _NAP_NS = 100
@@ -73,49 +59,85 @@ class SharedAddresses(NamedTuple):
     stop: int
 
 
+class LaunchHeader(NamedTuple):
+    """First words of a launch."""
+
+    program: int  # its address
+    epoch: int  # before the first of the call
+    length: int
+    divisor: int
+    deadline_ns: int  # of a wait
+    row: int  # the row to run, where a launch runs one
+    share: int  # lines in a block's share of a part
+    num_larger: int  # shares with one line more
+
+
+class ProgramHeader(NamedTuple):
+    """First words of a program."""
+
+    num_rows: int
+    flags_nbytes: int  # from a block's flags to the next block's
+    stop: int  # address of the stop word
+
+
+class CombineRow(NamedTuple):
+    """Row that reduces a part; lists are given by their index in the program."""
+
+    kind: int
+    part: int
+    positions: int  # list of the positions of the sources, then of the targets, in the addresses
+    num_sources: int
+    num_targets: int
+    completes: int
+
+
+class FlagRow(NamedTuple):
+    """Row that signals or waits."""
+
+    kind: int
+    stage: int
+    flags: int  # list of addresses, one per peer
+    num_flags: int
+    missed: int  # list of addresses of missed words, one per peer
+    unused: int = 0
+
+
+_launch, _program = records.at(LaunchHeader), records.at(ProgramHeader)
+_combine_row, _flag_row = records.at(CombineRow), records.at(FlagRow)
+_LAUNCH_NBYTES, _ROW_NBYTES = 8 * len(LaunchHeader._fields), 8 * len(CombineRow._fields)
+_ROWS = len(ProgramHeader._fields)  # index of the first row
+
+
 def program_words(protocol: Protocol, rank: int, addresses: SharedAddresses) -> list[int]:
     """Return the words of a rank's program."""
     num_ranks = protocol.num_ranks
     rows = protocol.rows[rank]
     lists: list[int] = []
-    lists_begin = _HEADER + _WIDTH * len(rows)
+    lists_begin = _ROWS + len(CombineRow._fields) * len(rows)
 
     def append_list(words: Sequence[int]) -> int:
         lists.extend(words)
         return lists_begin + len(lists) - len(words)
 
-    words = [len(rows), 8 * num_ranks, addresses.stop]
+    words = [*ProgramHeader(len(rows), 8 * num_ranks, addresses.stop)]
     for row in rows:
         if isinstance(row, Combine):
-            sources, targets = (
-                [_MEMORIES.index(buffer.memory) * num_ranks + buffer.rank for buffer in buffers]
-                for buffers in (row.sources, row.targets)
+            positions = append_list(
+                [
+                    _MEMORIES.index(buffer.memory) * num_ranks + buffer.rank
+                    for buffer in (*row.sources, *row.targets)
+                ]
             )
-            completes = int(row.completes)
-            words += (_COMBINE, row.part, append_list(sources), len(sources))
-            words += (append_list(targets), len(targets), completes)
+            counts = len(row.sources), len(row.targets)
+            words += CombineRow(_COMBINE, row.part, positions, *counts, int(row.completes))
         elif isinstance(row, Signal):
-            flags = [addresses.flags[peer] + 8 * rank for peer in row.ranks]
-            words += (_SIGNAL, row.stage, append_list(flags), len(flags), 0, 0, 0)
+            flags = append_list([addresses.flags[peer] + 8 * rank for peer in row.ranks])
+            words += FlagRow(_SIGNAL, row.stage, flags, len(row.ranks), 0)
         else:
-            flags = [addresses.flags[rank] + 8 * peer for peer in row.ranks]
-            missed = [addresses.missed[peer] for peer in row.ranks]
-            words += (_WAIT, row.stage, append_list(flags), len(flags), append_list(missed), 0, 0)
+            flags = append_list([addresses.flags[rank] + 8 * peer for peer in row.ranks])
+            missed = append_list([addresses.missed[peer] for peer in row.ranks])
+            words += FlagRow(_WAIT, row.stage, flags, len(row.ranks), missed)
     return words + lists
-
-
-def call_words(
-    program: int,
-    epoch: int,
-    length: int,
-    divisor: int,
-    deadline_ns: int,
-    row: int,
-    share_widths: tuple[int, int],
-    addresses: Sequence[int],
-) -> tuple[int, ...]:
-    """Return the words of a call."""
-    return (program, epoch, length, divisor, deadline_ns, row, *share_widths, *addresses)
 
 
 def shares(length: int, itemsize: int, num_parts: int, num_blocks: int) -> tuple[int, int]:
@@ -148,25 +170,23 @@ def _await(flag, epoch, stop, deadline_ns):  # type: ignore[no-untyped-def]
 def _row(operation: Operation, code: int) -> Any:
     """Return the device function that runs a Combine row."""
     line = span.LINE_NBYTES // arithmetic.dtype_of(code).itemsize
-    combine = span.combiner(operation, code)
+    reduce = span.reducer(operation, code)
 
     @cuda.jit(device=True, inline="always")
-    def run(call, program, row):  # type: ignore[no-untyped-def]
-        length, smaller_share, num_larger = (
-            launch_table.entry(call, 2),
-            launch_table.entry(call, 6),
-            launch_table.entry(call, 7),
+    def run(launch, program, row):  # type: ignore[no-untyped-def]
+        header, combine = _launch(launch), _combine_row(row)
+        share = combine.part * cuda.gridDim.x + cuda.blockIdx.x
+        begin = min(span.start(header.share, header.num_larger, share) * line, header.length)
+        end = min(span.start(header.share, header.num_larger, share + 1) * line, header.length)
+        reduce(
+            launch + _LAUNCH_NBYTES,
+            program + 8 * combine.positions,
+            combine.num_sources,
+            combine.num_targets,
+            begin,
+            end,
+            header.divisor if combine.completes else 1,
         )
-        share = launch_table.entry(row, 1) * cuda.gridDim.x + cuda.blockIdx.x
-        begin = min(span.start(smaller_share, num_larger, share) * line, length)
-        end = min(span.start(smaller_share, num_larger, share + 1) * line, length)
-        divisor = launch_table.entry(call, 3) if launch_table.entry(row, 6) else 1
-        combine(
-            call + 8 * CALL_HEADER,
-            program + 8 * launch_table.entry(row, 2), launch_table.entry(row, 3),
-            program + 8 * launch_table.entry(row, 4), launch_table.entry(row, 5),
-            begin, end, divisor,
-        )  # fmt: skip
 
     return run
 
@@ -177,9 +197,10 @@ def combine_kernel(operation: Operation, code: int) -> Callable[..., None]:
     run_row = _row(operation, code)
 
     def run(words):  # type: ignore[no-untyped-def]
-        call = launch_table.stage(words)
-        program = launch_table.entry(call, 0)
-        run_row(call, program, program + 8 * (_HEADER + _WIDTH * launch_table.entry(call, 5)))
+        launch = launch_table.stage(words)
+        header = _launch(launch)
+        row = header.program + 8 * _ROWS + _ROW_NBYTES * header.row
+        run_row(launch, header.program, row)
 
     return run
 
@@ -190,39 +211,33 @@ def waiting_kernel(operation: Operation, code: int) -> Callable[..., None]:
     run_row = _row(operation, code)
 
     def run(words):  # type: ignore[no-untyped-def]
-        call = launch_table.stage(words)
-        program = launch_table.entry(call, 0)
-        for number in range(launch_table.entry(program, 0)):
-            row = program + 8 * (_HEADER + _WIDTH * number)
-            kind = launch_table.entry(row, 0)
-            if kind == _COMBINE:
-                run_row(call, program, row)
+        launch = launch_table.stage(words)
+        program = _launch(launch).program
+        for number in range(_program(program).num_rows):
+            address = program + 8 * _ROWS + _ROW_NBYTES * number
+            if _combine_row(address).kind == _COMBINE:
+                run_row(launch, program, address)
                 continue
             # Read again for each row: values kept across rows would cost registers in run_row.
-            wanted, count = (
-                launch_table.entry(call, 1) + launch_table.entry(row, 1),
-                launch_table.entry(row, 3),
-            )
-            own_flags = cuda.blockIdx.x * launch_table.entry(program, 1)
+            header, shared, row = _launch(launch), _program(program), _flag_row(address)
+            wanted, flags = header.epoch + row.stage, program + 8 * row.flags
+            own_flags = cuda.blockIdx.x * shared.flags_nbytes
             threads, thread = cuda.blockDim.x, cuda.threadIdx.x
-            flags = program + 8 * launch_table.entry(row, 2)
-            if kind == _SIGNAL:
+            if row.kind == _SIGNAL:
                 cuda.syncthreads()
-                while thread < count:
+                while thread < row.num_flags:
                     intrinsics.release(launch_table.entry(flags, thread) + own_flags, wanted)
                     thread += threads
                 continue
-            stop, deadline_ns = launch_table.entry(program, 2), launch_table.entry(call, 4)
             failed = 0
-            while thread < count:
-                outcome = _await(
-                    launch_table.entry(flags, thread) + own_flags, wanted, stop, deadline_ns
-                )
+            while thread < row.num_flags:
+                flag = launch_table.entry(flags, thread) + own_flags
+                outcome = _await(flag, wanted, shared.stop, header.deadline_ns)
                 if outcome != 0:
-                    missed = launch_table.entry(program + 8 * launch_table.entry(row, 4), thread)
+                    missed = launch_table.entry(program + 8 * row.missed, thread)
                     intrinsics.store_relaxed(missed, wanted)
                 if outcome == 2:
-                    intrinsics.release(stop, 1)
+                    intrinsics.release(shared.stop, 1)
                 failed |= outcome
                 thread += threads
             if cuda.syncthreads_or(failed):

@@ -16,7 +16,7 @@ from dvkernels.devices.array_spec import Spec, spec
 from dvkernels.errors import BufferMismatchError
 from dvkernels.kernels import backends
 from dvkernels.reduce_op import ReduceOp, Reduction
-from dvkernels.values.distributed import is_integer
+from dvkernels.values.scalar_checks import is_integer
 
 __all__: list[str] = []
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
-from dvkernels.data.checks import check_count
-from dvkernels.errors import DatasetError
 from dvkernels.schedules import partition
 
 __all__: list[str] = []
@@ -30,22 +29,19 @@ class WorkerShare:
     (6, 10)
     """
 
-    __slots__ = ("_counts", "first_replica", "num_local", "num_replicas", "num_workers", "worker")
+    __slots__ = ("_starts", "first_replica", "num_local", "num_replicas", "num_workers", "worker")
 
     def __init__(self, replicas_of_workers: Sequence[int], worker: int = 0) -> None:
-        counts = [check_count("WorkerShare", "replicas", count, 1) for count in replicas_of_workers]
-        self._counts = tuple(counts)
-        self.num_workers = len(counts)
-        self.worker = check_count("WorkerShare", "worker", worker, 0)
-        if self.worker >= self.num_workers:
-            raise DatasetError(
-                f"WorkerShare: expected a worker from 0 to {self.num_workers - 1}; got "
-                f"{self.worker}"
-            )
-        starts = partition.starts(counts)
-        self.num_replicas = starts[-1]
-        self.num_local = counts[self.worker]
-        self.first_replica = starts[self.worker]
+        self._starts = partition.starts(replicas_of_workers)
+        self.worker = worker
+        self.num_workers = len(replicas_of_workers)
+        self.num_replicas = self._starts[-1]
+        self.num_local = replicas_of_workers[worker]
+        self.first_replica = self._starts[worker]
+
+    def worker_of(self, replica: int) -> int:
+        """Return the worker that runs a replica."""
+        return bisect.bisect(self._starts, replica) - 1
 
     def rows(self, length: int) -> tuple[int, int]:
         """Return the range (start, stop) of this worker's rows of a global batch of ``length``.
@@ -53,14 +49,17 @@ class WorkerShare:
         Split evenly over the local replicas, larger parts first, these rows give the same parts as
         the whole batch split over all replicas.
         """
-        start, _ = partition.bounds(length, self.num_replicas, self.first_replica)
-        last = self.first_replica + self.num_local - 1
-        return start, partition.bounds(length, self.num_replicas, last)[1]
+        return self._rows_of(self.worker, length)
 
     def num_rows(self, length: int) -> list[int]:
         """Return the number of rows of a global batch for each worker."""
-        shares = [WorkerShare(self._counts, worker) for worker in range(self.num_workers)]
-        return [stop - start for start, stop in (share.rows(length) for share in shares)]
+        ranges = (self._rows_of(worker, length) for worker in range(self.num_workers))
+        return [stop - start for start, stop in ranges]
+
+    def _rows_of(self, worker: int, length: int) -> tuple[int, int]:
+        first, after = self._starts[worker], self._starts[worker + 1]
+        start, _ = partition.bounds(length, self.num_replicas, first)
+        return start, partition.bounds(length, self.num_replicas, after - 1)[1]
 
     def __repr__(self) -> str:
         last = self.first_replica + self.num_local - 1
