@@ -134,7 +134,7 @@ def lay_out_sum(buffers: Sequence[HostArray], piece_length: int, runner: int) ->
 
 
 def _in_memory(moved: int, program: Program) -> int:
-    """Return the argument ``in_memory`` of ``loops.span`` for a job that moves so many bytes."""
+    """Return the argument ``in_memory`` of ``span`` for a job that moves so many bytes."""
     if moved < OUT_OF_CACHE_NBYTES // 2:
         return 0
     # A store to a line that is in no cache reads it first, unless it is a streaming store. With
