@@ -102,13 +102,14 @@ def run(
     for arrays in groups:
         first = arrays[0]
         moved += first.nbytes * (program.num_reads + len(arrays) - program.first_write)
-        lines: list[_Lines] = []
         if not all(array.flags.c_contiguous for array in arrays):
             lines = [*_lines(arrays, size)]
-            if not lines:
-                arrays = _stage(arrays, program, copies)
-                staged_groups.append(arrays)
-        items += lines or [_Lines(first.nbytes // size, 1, [*map(checks.address, arrays)], ())]
+            if lines:
+                items += lines
+                continue
+            arrays = _stage(arrays, program, copies)
+            staged_groups.append(arrays)
+        items.append(_Lines(first.nbytes // size, 1, [*map(checks.address, arrays)], ()))
     width = len(groups[0])
     if piece_nbytes:
         piece_length = max(1, piece_nbytes // size)
@@ -133,7 +134,7 @@ def lay_out_sum(buffers: Sequence[HostArray], piece_length: int, runner: int) ->
 
 
 def _in_memory(moved: int, program: Program) -> int:
-    """Return the argument ``in_memory`` of ``loops.span`` for a job that moves so many bytes."""
+    """Return the argument ``in_memory`` of ``span`` for a job that moves so many bytes."""
     if moved < OUT_OF_CACHE_NBYTES // 2:
         return 0
     # A store to a line that is in no cache reads it first, unless it is a streaming store. With
