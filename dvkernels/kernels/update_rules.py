@@ -31,11 +31,12 @@ PLAIN, MOMENTUM, NESTEROV, ADAM = range(4)
 Groups = Sequence[Sequence[Any]]
 Each = float | Sequence[float]  # one value for all parameters, or one for each
 Coefficients = tuple[float, ...]
+Rule = tuple[int, Sequence[Coefficients]]  # one of the rules above; each parameter's coefficients
 
 
-def sgd_rule(velocities: Any, nesterov: bool) -> int:
+def sgd_rule(has_velocities: bool, nesterov: bool) -> int:
     """Return the update rule of gradient descent: plain, with momentum, or with Nesterov's."""
-    return PLAIN if velocities is None else NESTEROV if nesterov else MOMENTUM
+    return PLAIN if not has_velocities else NESTEROV if nesterov else MOMENTUM
 
 
 def sgd_coefficients(
@@ -106,12 +107,12 @@ class CheckedStep(NamedTuple):
 def check(
     verb: str,
     gradients: Groups,
-    parameters: Groups,
-    slots: Sequence[Groups],
+    states: Sequence[Groups],
     coefficients: Sequence[Coefficients],
     op: Any,
 ) -> CheckedStep | None:
     """Return the checked step, None without parameters; raise before any array is touched."""
+    parameters, *slots = states
     lengths = {len(gradients), len(parameters), *map(len, slots)}
     if len(lengths) != 1:
         raise BufferMismatchError(
@@ -135,8 +136,8 @@ def check(
                 f"{known.name} of {dtype}; cast to float32 first"
             )
         found.append([reads])
-        for name, states in (("parameter", parameters), *(("slot", slot) for slot in slots)):
-            copies = checks.arrays(f"{verb}, {name} {k}", states[k], "copy")
+        for name, state in (("parameter", parameters), *(("slot", slot) for slot in slots)):
+            copies = checks.arrays(f"{verb}, {name} {k}", state[k], "copy")
             found[-1].append(copies)
             if len(copies) != len(parameters[k]):
                 raise BufferMismatchError(

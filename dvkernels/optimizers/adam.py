@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from dvkernels.kernels import update_rules
 from dvkernels.optimizers.optimizer import Columns, LearningRate, Optimizer
 from dvkernels.values.scalar_checks import within
 
@@ -65,25 +65,16 @@ class Adam(Optimizer):
         """Names of the two running means."""
         return ("first_moment", "second_moment")
 
-    def _update(
-        self,
-        kernels: Any,
-        gradients: Columns,
-        states: Sequence[Columns],
-        steps: Sequence[int],
-        reduction: Mapping[str, Any],
-    ) -> None:
-        kernels.adam(
-            gradients,
-            *states,
-            step=[count + 1 for count in steps],
-            learning_rate=self._rates(steps),
-            beta_1=self.beta_1,
-            beta_2=self.beta_2,
-            epsilon=self.epsilon,
-            weight_decay=self.weight_decay,
-            decoupled=self._is_decoupled,
-            **reduction,
+    def _rule(self, parameters: Columns, steps: Sequence[int]) -> update_rules.Rule:
+        return update_rules.ADAM, update_rules.adam_coefficients(
+            parameters,
+            [count + 1 for count in steps],
+            self._rates(steps),
+            self.beta_1,
+            self.beta_2,
+            self.epsilon,
+            self.weight_decay,
+            self._is_decoupled,
         )
 
 

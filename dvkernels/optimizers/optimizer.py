@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Self
 
 from dvkernels import context, verbs
 from dvkernels.devices import array_memory
 from dvkernels.devices.array_spec import Array
 from dvkernels.errors import ContextError
-from dvkernels.kernels import backends
+from dvkernels.kernels import backends, update_rules
 from dvkernels.optimizers import gradients, saved_state
 from dvkernels.optimizers.slots import Slots, VariableState
 from dvkernels.reduce_op import ReduceOp, Reduction
@@ -190,18 +190,11 @@ class Optimizer(abc.ABC):
         """Names of the slots of each variable."""
 
     @abc.abstractmethod
-    def _update(
-        self,
-        kernels: Any,
-        gradients: Columns,
-        states: Sequence[Columns],
-        steps: Sequence[int],
-        reduction: Mapping[str, Any],
-    ) -> None:
-        """Run the fused kernel: ``states[0]`` holds the copies of each variable, the others slots.
+    def _rule(self, parameters: Columns, steps: Sequence[int]) -> update_rules.Rule:
+        """Return the update rule and each variable's coefficients.
 
-        ``steps`` are the step counts of the variables before this step, ``reduction`` arguments of
-        the kernel: ``op``, ``shares``, and whether the arrays have been checked.
+        ``parameters`` holds the copies of each variable, ``steps`` the step counts of the variables
+        before this step.
         """
 
     def apply_gradients(
@@ -340,11 +333,17 @@ class Optimizer(abc.ABC):
         # of these. So nothing is left for the kernel to check.
         is_writable = variables[0].owner.memory.is_writable
         is_checked = all(is_writable(gradient) for column in columns for gradient in column)
-        reduction: dict[str, Any] = {"op": op, "is_checked": is_checked}
-        if shares is not None:
-            reduction |= {"op": ReduceOp.SUM, "shares": shares}
+        weighting = {} if shares is None else {"shares": shares}  # on the CPU only
         steps = [int(each.steps) for each in variable_states]
-        self._update(backends.of(states[0][0][0]).optimizers, columns, states, steps, reduction)
+        backends.of(states[0][0][0]).optimizers.take_step(
+            f"{type(self).__name__}.apply_gradients",
+            self._rule(states[0], steps),
+            columns,
+            states,
+            op if shares is None else ReduceOp.SUM,
+            is_checked=is_checked,
+            **weighting,
+        )
         for each in variable_states:
             each.steps[...] += 1
         self._iterations = max(self._iterations, max(steps) + 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from dvkernels.kernels import update_rules
 from dvkernels.optimizers.optimizer import Columns, LearningRate, Optimizer
 from dvkernels.user_errors import brief
 from dvkernels.values.scalar_checks import within
@@ -62,20 +62,9 @@ class SGD(Optimizer):
         """Name of the velocity; empty without momentum."""
         return ("velocity",) if self.momentum else ()
 
-    def _update(
-        self,
-        kernels: Any,
-        gradients: Columns,
-        states: Sequence[Columns],
-        steps: Sequence[int],
-        reduction: Mapping[str, Any],
-    ) -> None:
-        kernels.sgd(
-            gradients,
-            *states,
-            learning_rate=self._rates(steps),
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-            **reduction,
+    def _rule(self, parameters: Columns, steps: Sequence[int]) -> update_rules.Rule:
+        return update_rules.sgd_rule(bool(self.momentum), self.nesterov), (
+            update_rules.sgd_coefficients(
+                parameters, self._rates(steps), self.momentum, self.weight_decay
+            )
         )

@@ -37,7 +37,6 @@ def sgd(
     weight_decay: float = 0.0,
     op: ReduceOp | str = "mean",
     shares: Sequence[float] | None = None,
-    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of gradient descent, in one pass.
 
@@ -64,8 +63,6 @@ def sgd(
     shares : sequence of float, optional
         Weights of the replicas: with ``"sum"``, the sum of share x gradient. A gradient with a
         share of 0 is not read.
-    is_checked : bool
-        The caller has checked all arrays, and that no written one shares an element with another.
 
     Raises
     ------
@@ -82,12 +79,10 @@ def sgd(
     >>> weight[0]
     array([0.8, 1.9])
     """
-    slots = [] if velocities is None else [velocities]
-    rule = update_rules.sgd_rule(velocities, nesterov)
+    states = [parameters] if velocities is None else [parameters, velocities]
+    rule = update_rules.sgd_rule(velocities is not None, nesterov)
     coefficients = update_rules.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
-    _step(
-        "optimizers.sgd", rule, gradients, parameters, slots, coefficients, op, shares, is_checked
-    )
+    take_step("optimizers.sgd", (rule, coefficients), gradients, states, op, shares)
 
 
 def adam(
@@ -105,13 +100,12 @@ def adam(
     decoupled: bool = False,
     op: ReduceOp | str = "mean",
     shares: Sequence[float] | None = None,
-    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of Adam [1]_ or AdamW [2]_, in one pass.
 
     Parameters
     ----------
-    gradients, parameters, op, shares, is_checked
+    gradients, parameters, op, shares
         As in :func:`sgd`.
     first_moments, second_moments : sequence of sequence of array
         As many copies of each moment as of its parameter, zeros before the first step.
@@ -149,45 +143,47 @@ def adam(
     coefficients = update_rules.adam_coefficients(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
-    slots = [first_moments, second_moments]
-    rule = update_rules.ADAM
-    _step(
-        "optimizers.adam", rule, gradients, parameters, slots, coefficients, op, shares, is_checked
-    )
+    states = [parameters, first_moments, second_moments]
+    take_step("optimizers.adam", (update_rules.ADAM, coefficients), gradients, states, op, shares)
 
 
-def _step(
+def take_step(
     verb: str,
-    rule: int,
+    rule: update_rules.Rule,
     gradients: Groups,
-    parameters: Groups,
-    slots: Sequence[Groups],
-    coefficients: Sequence[update_rules.Coefficients],
+    states: Sequence[Groups],
     op: Any,
-    shares: Sequence[float] | None,
-    is_checked: bool,
+    shares: Sequence[float] | None = None,
+    *,
+    is_checked: bool = False,
 ) -> None:
-    step: update_rules.CheckedStep | None
+    """Take a step of any rule; ``states`` are the parameters and the slots of the rule.
+
+    ``is_checked``: the caller has checked all arrays, and that no written one shares an element
+    with another.
+    """
+    number, coefficients = rule
+    checked: update_rules.CheckedStep | None
     if is_checked:
-        step = update_rules.grouped(gradients, [parameters, *slots], coefficients, op)
+        checked = update_rules.grouped(gradients, states, coefficients, op)
     else:
-        step = update_rules.check(verb, gradients, parameters, slots, coefficients, op)
-    if step is None:
+        checked = update_rules.check(verb, gradients, states, coefficients, op)
+    if checked is None:
         return
-    num_replicas, num_copies = step.num_replicas, step.num_copies
-    divisor = jobs.divisor(step.op, num_replicas)
+    num_replicas, num_copies = checked.num_replicas, checked.num_copies
+    divisor = jobs.divisor(checked.op, num_replicas)
     if shares is not None:
-        if len(shares) != num_replicas or step.op is not ReduceOp.SUM:
+        if len(shares) != num_replicas or checked.op is not ReduceOp.SUM:
             raise BufferMismatchError(
                 f"{verb} needs a share for each of {num_replicas} replicas, and op 'sum'; got "
-                f"{len(shares)} and {step.op.value!r}"
+                f"{len(shares)} and {checked.op.value!r}"
             )
         divisor = optimizer_rules.WEIGHTED
-    program = _program(num_replicas, num_copies, 1 + len(slots), divisor)
-    for (dtype, values), arrays in step.groups.items():
-        runner = optimizer_rules.runner(rule, dtype)
+    program = _program(num_replicas, num_copies, len(states), divisor)
+    for (dtype, values), arrays in checked.groups.items():
+        runner = optimizer_rules.runner(number, dtype)
         constants = optimizer_rules.constants(values, shares or ())
-        jobs.run(step.op, dtype, arrays, program, runner=runner, constants=constants)
+        jobs.run(checked.op, dtype, arrays, program, runner=runner, constants=constants)
 
 
 def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) -> jobs.Program:

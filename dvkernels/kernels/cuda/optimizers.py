@@ -42,7 +42,6 @@ def sgd(
     weight_decay: float = 0.0,
     op: ReduceOp | str = "mean",
     stream: Any = None,
-    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of gradient descent, as ``kernels.cpu.optimizers.sgd`` does.
 
@@ -51,10 +50,10 @@ def sgd(
 
     ``stream`` is one stream, or None for the current streams; see :mod:`dvkernels.kernels.cuda`.
     """
-    slots = [] if velocities is None else [velocities]
+    states = [parameters] if velocities is None else [parameters, velocities]
     numbers = update_rules.sgd_coefficients(parameters, learning_rate, momentum, weight_decay)
-    rule = update_rules.sgd_rule(velocities, nesterov)
-    _step("optimizers.sgd", rule, gradients, parameters, slots, numbers, op, stream, is_checked)
+    rule = update_rules.sgd_rule(velocities is not None, nesterov)
+    take_step("optimizers.sgd", (rule, numbers), gradients, states, op, stream)
 
 
 def adam(
@@ -72,7 +71,6 @@ def adam(
     decoupled: bool = False,
     op: ReduceOp | str = "mean",
     stream: Any = None,
-    is_checked: bool = False,
 ) -> None:
     """Reduce gradients and take a step of Adam or AdamW, as ``kernels.cpu.optimizers.adam`` does.
 
@@ -81,45 +79,36 @@ def adam(
     numbers = update_rules.adam_coefficients(
         parameters, step, learning_rate, beta_1, beta_2, epsilon, weight_decay, decoupled
     )
-    slots = [first_moments, second_moments]
-    _step(
-        "optimizers.adam",
-        update_rules.ADAM,
-        gradients,
-        parameters,
-        slots,
-        numbers,
-        op,
-        stream,
-        is_checked,
-    )
+    states = [parameters, first_moments, second_moments]
+    take_step("optimizers.adam", (update_rules.ADAM, numbers), gradients, states, op, stream)
 
 
-def _step(
+def take_step(
     verb: str,
-    rule: int,
+    rule: update_rules.Rule,
     gradients: Groups,
-    parameters: Groups,
-    slots: Sequence[Groups],
-    numbers: Sequence[update_rules.Coefficients],
+    states: Sequence[Groups],
     op: Any,
-    stream: Any,
-    is_checked: bool,
+    stream: Any = None,
+    *,
+    is_checked: bool = False,
 ) -> None:
+    """Take a step of any rule, as ``take_step`` of the CPU twin does."""
+    number, coefficients = rule
     call = Call(verb, stream)
     arrays = [
         [call.register(group, f"{verb}, {name} {k}", what) for k, group in enumerate(groups)]
         for groups, name, what in (
             (gradients, "gradient", "replica"),
-            (parameters, "parameter", "copy"),
-            *((slot, "slot", "copy") for slot in slots),
+            (states[0], "parameter", "copy"),
+            *((slot, "slot", "copy") for slot in states[1:]),
         )
     ]
     step: update_rules.CheckedStep | None
     if is_checked:
-        step = update_rules.grouped(arrays[0], arrays[1:], numbers, op)
+        step = update_rules.grouped(arrays[0], arrays[1:], coefficients, op)
     else:
-        step = update_rules.check(verb, arrays[0], arrays[1], arrays[2:], numbers, op)
+        step = update_rules.check(verb, arrays[0], arrays[1:], coefficients, op)
     if step is None:
         return
     divisor = step.num_replicas if step.op is ReduceOp.MEAN else 1
@@ -129,7 +118,7 @@ def _step(
             code = arithmetic.type_code(dtype)
             # Parameters and slots are read too. Seven numbers: as many as the longest rule takes.
             padded = [*numbers_of_group, *[0.0] * (7 - len(numbers_of_group))]
-            job.run(work_stream, kernel(rule, code), code, groups, counts, len(groups[0]), padded)
+            job.run(work_stream, kernel(number, code), code, groups, counts, len(groups[0]), padded)
 
 
 @functools.cache
