@@ -16,6 +16,7 @@ from numba import cuda as numba_cuda
 from dvkernels.kernels import arithmetic, update_rules
 from dvkernels.kernels.cuda.engine import (
     elements,
+    intrinsics,
     job,
     launch_table,
     loops,
@@ -127,7 +128,7 @@ def kernel(rule: int, code: int) -> Callable[..., None]:
     itemsize = arithmetic.dtype_of(code).itemsize
     num_slots = (0, 1, 1, 2)[rule]
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def element_address(place, k):  # type: ignore[no-untyped-def]
         record, width, number = place
         offset = launch_table.byte_offset(record, width, k, number, itemsize)
@@ -136,13 +137,13 @@ def kernel(rule: int, code: int) -> Callable[..., None]:
     step_vector = _stepper(rule, code, num_slots, True, loops.dense_address)
     step_element = _stepper(rule, code, num_slots, False, element_address)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def vectors(table, header, addresses, before, begin, end):  # type: ignore[no-untyped-def]
         threads, thread = cuda.blockDim.x, cuda.threadIdx.x
         for vector in range(begin + thread, end, threads):
             step_vector(table, header, (addresses, before * itemsize + 16 * vector))
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def element(table, header, record, item, number):  # type: ignore[no-untyped-def]
         step_element(table, header, (record, header.width, number))
 
@@ -156,7 +157,7 @@ def _stepper(rule: int, code: int, num_slots: int, is_whole: bool, address: Any)
     """
     load_gradient = reducers.loader(arithmetic.ADD, code, is_whole, address)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def step(table, header, place):  # type: ignore[no-untyped-def]
         num_copies, parameter = header.num_targets, header.num_sources
         slot = parameter + num_copies * (1 if num_slots > 0 else 0)

@@ -21,7 +21,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import config as numba_config
-from numba import extending, types
+from numba import cuda, extending, types
 
 __all__ = [
     "GLOBAL",
@@ -34,6 +34,7 @@ __all__ = [
     "emit_vector_load",
     "emit_vector_store",
     "inline_ptx",
+    "inlined",
     "keep_rolled",
     "load_relaxed",
     "nanosleep",
@@ -54,6 +55,11 @@ VECTOR = ir.VectorType(_I32, 4)
 GLOBAL = 1  # the address space of device memory: without it LLVM emits generic accesses
 
 _Emit = Callable[..., Any]
+
+# Decorator of device functions. Made here, since the simulator replaces the name ``cuda`` in the
+# module of a kernel while it runs, and another thread may make a kernel at that time.
+_untyped_cuda: Any = cuda
+inlined = _untyped_cuda.jit(device=True, inline="always")
 
 
 def twin(simulated: Callable[..., Any], *, prefer_literal: bool = False) -> Callable[[_Emit], Any]:

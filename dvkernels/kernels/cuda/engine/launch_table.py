@@ -16,7 +16,6 @@ import ctypes
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import cuda as numba_cuda
 from numba import types
 
 from dvkernels.kernels.cuda.engine import intrinsics, records
@@ -35,8 +34,6 @@ __all__ = [
     "locate",
     "stage",
 ]
-
-cuda: Any = numba_cuda  # its functions carry no types
 
 THREADS = 256  # per block, at least: eight warps copy the words to shared memory
 NUM_WORDS = 128  # arguments of a launch: 1 KiB of the possible 4 KiB
@@ -151,7 +148,7 @@ def _emit_special_register(builder: Any, register: str) -> Any:
     return builder.asm(ir.FunctionType(_I32, []), code, "=r", [], side_effect=False)
 
 
-@cuda.jit(device=True, inline="always")
+@intrinsics.inlined
 def locate(table, piece):  # type: ignore[no-untyped-def]
     """Return the head of a piece's item: the last one whose first piece is not after it."""
     heads = table + 8 * _HEADS
@@ -165,13 +162,13 @@ def locate(table, piece):  # type: ignore[no-untyped-def]
     return _head(heads + 16 * low)
 
 
-@cuda.jit(device=True, inline="always")
+@intrinsics.inlined
 def addresses(record):  # type: ignore[no-untyped-def]
     """Return the table of the addresses of an item."""
     return record + 8 * _ADDRESSES
 
 
-@cuda.jit(device=True, inline="always")
+@intrinsics.inlined
 def byte_offset(record, width, position, element, itemsize):  # type: ignore[no-untyped-def]
     """Return the offset in bytes of an element in the array at ``position`` of a record."""
     num_axes = item(record).num_axes

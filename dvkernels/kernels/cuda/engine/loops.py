@@ -60,7 +60,7 @@ def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:
     return run
 
 
-@cuda.jit(device=True, inline="always")
+@intrinsics.inlined
 def dense_address(place, k):  # type: ignore[no-untyped-def]
     """Return the address of a vector in array k of a contiguous item."""
     addresses, offset = place
@@ -72,7 +72,7 @@ def kernel(operation: Operation, code: int) -> Callable[..., None]:
     """Return the kernel of an operation (operations.py) and an element type, not compiled."""
     itemsize = arithmetic.dtype_of(code).itemsize
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def element_address(place, k):  # type: ignore[no-untyped-def]
         addresses, record, width, position, number, common_offset, is_alike = place
         offset = common_offset
@@ -84,7 +84,7 @@ def kernel(operation: Operation, code: int) -> Callable[..., None]:
     reduce_vector = reducers.one(operation, code, True, dense_address)
     reduce_element = reducers.one(operation, code, False, element_address)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def vectors(table, header, addresses, before, begin, end):  # type: ignore[no-untyped-def]
         num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
         threads, thread = cuda.blockDim.x, cuda.threadIdx.x
@@ -100,7 +100,7 @@ def kernel(operation: Operation, code: int) -> Callable[..., None]:
                 first = dense_address(from_, 0)
                 reduce_vector(first, from_, num_sources, to, num_targets, divisor)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def element(table, header, record, item, number):  # type: ignore[no-untyped-def]
         num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
         addresses, first_target = launch_table.addresses(record), header.first_target

@@ -10,14 +10,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import cuda as numba_cuda
-
-from dvkernels.kernels.cuda.engine import elements
+from dvkernels.kernels.cuda.engine import elements, intrinsics
 from dvkernels.kernels.cuda.engine.operations import Operation
 
 __all__ = ["four_vectors", "loader", "one"]
-
-cuda: Any = numba_cuda  # its functions carry no types
 
 
 @functools.cache
@@ -28,7 +24,7 @@ def loader(operation: Operation, code: int, is_whole: bool, address: Any) -> Any
     """
     combine = elements.combiner(operation, code)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def load(first, sources, num_sources, divisor):  # type: ignore[no-untyped-def]
         value = elements.load(first, code, is_whole)
         for k in range(1, num_sources):
@@ -44,7 +40,7 @@ def one(operation: Operation, code: int, is_whole: bool, address: Any) -> Any:
     """Return the device function that reduces a vector, or an element, into all targets."""
     load = loader(operation, code, is_whole, address)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def reduce(first, sources, num_sources, targets, num_targets, divisor):  # type: ignore[no-untyped-def]
         value = load(first, sources, num_sources, divisor)
         for k in range(num_targets):
@@ -62,7 +58,7 @@ def four_vectors(operation: Operation, code: int, address: Any) -> Any:
     """
     combine = elements.combiner(operation, code)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def reduce(sources, num_sources, targets, num_targets, divisor, width):  # type: ignore[no-untyped-def]
         source = address(sources, 0)
         a = elements.load(source, code, True)

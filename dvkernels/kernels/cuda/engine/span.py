@@ -8,7 +8,7 @@ from typing import Any
 from numba import cuda as numba_cuda
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import launch_table, reducers
+from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 
@@ -19,10 +19,10 @@ cuda: Any = numba_cuda  # its functions carry no types
 # A line of the L2 cache: spans begin at multiples of it in a buffer.
 LINE_NBYTES = 128
 
-start = cuda.jit(device=True, inline="always")(partition.start)
+start = intrinsics.inlined(partition.start)
 
 
-@cuda.jit(device=True, inline="always")
+@intrinsics.inlined
 def _address(place, k):  # type: ignore[no-untyped-def]
     addresses, positions, offset = place
     return launch_table.entry(addresses, launch_table.entry(positions, k)) + offset
@@ -40,7 +40,7 @@ def reducer(operation: Operation, code: int) -> Any:
     reduce_vector = reducers.one(operation, code, True, _address)
     reduce_element = reducers.one(operation, code, False, _address)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def reduce(addresses, positions, num_sources, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
         threads, thread = cuda.blockDim.x, cuda.threadIdx.x
         # Vectors where all addresses are equal modulo 16; else, and around the vectors, elements.

@@ -150,7 +150,7 @@ def shares(length: int, itemsize: int, num_parts: int, num_blocks: int) -> tuple
     return partition.widths(-(-length // line), num_parts * num_blocks)
 
 
-@cuda.jit(device=True, inline="always")
+@intrinsics.inlined
 def _await(flag, epoch, stop, deadline_ns):  # type: ignore[no-untyped-def]
     """Return 0 when a flag is at ``epoch``, 1 if the stop word is set, 2 at the deadline."""
     polls = 0
@@ -172,7 +172,7 @@ def _row(operation: Operation, code: int) -> Any:
     line = span.LINE_NBYTES // arithmetic.dtype_of(code).itemsize
     reduce = span.reducer(operation, code)
 
-    @cuda.jit(device=True, inline="always")
+    @intrinsics.inlined
     def run(launch, program, row):  # type: ignore[no-untyped-def]
         header, combine = _launch(launch), _combine_row(row)
         share = combine.part * cuda.gridDim.x + cuda.blockIdx.x
