@@ -298,10 +298,7 @@ class ReplicaContext(Replica):
         PerReplica(0: 3.0, 1: 3.0)
         """
         function_checks.check("merge_call", fn)
-        if not isinstance(args, (list, tuple)):
-            raise ValueError(f"merge_call: args must be a list or tuple, got {type(args).__name__}")
-        if kwargs is not None and not isinstance(kwargs, Mapping):
-            raise ValueError(f"merge_call: kwargs must be a dict, got {type(kwargs).__name__}")
+        function_checks.check_arguments("merge_call", args, kwargs)
         given = (tuple(args), dict(kwargs or {}))
         terms = (pytree.flatten(given)[1],)
         return self.meet(CollectiveCall("merge_call", terms, (fn, given), self._merge))

@@ -80,26 +80,10 @@ def measure(
     plan: MeasurementPlan,
     libraries: Mapping[str, Library],
 ) -> list[Figure]:
-    """Measure the all-reduce between GPUs.
+    """Return a figure of the all-reduce between GPUs for each size; raise if a result is wrong.
 
-    Parameters
-    ----------
-    devices : sequence of int
-        The GPUs' ordinals.
-    plan : MeasurementPlan
-        Sizes, rounds and calls.
-    libraries : mapping
-        Libraries by name, next to our protocols.
-
-    Returns
-    -------
-    list of Figure
-        One per size. With a single GPU, and for missing libraries, figures that say so.
-
-    Raises
-    ------
-    DeviceError
-        A result is wrong.
+    ``libraries`` are measured next to our protocols. With a single GPU, and for missing libraries,
+    there are figures that say so.
     """
     if len(devices) < 2:
         return [_missing(_NAME, len(devices), f"it takes two GPUs, and there is {len(devices)}")]

@@ -7,8 +7,8 @@ Each result is compared with NumPy's on random numbers before it is timed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -99,21 +99,13 @@ class _OneGpuBench:
         )
 
     def figure(
-        self,
-        name: str,
-        replicas: int,
-        array: Any,
-        moved: int,
-        found: Mapping[str, Samples],
-        note: str = "",
+        self, name: str, replicas: int, array: Any, moved: int, found: Mapping[str, Samples]
     ) -> Figure:
-        copied = 2 * self.plan.nbytes / found["copy"].median
-        ours = found["ours"]
+        ours, copied = found["ours"], 2 * self.plan.nbytes / found["copy"].median
         return Figure(
             name, replicas, array.nbytes, array.dtype.name, ours.median, ours.quartiles, moved,
             moved / ours.median / copied,
-            {other: samples.median for other, samples in found.items() if other not in ("ours",)},
-            note,
+            {other: samples.median for other, samples in found.items() if other != "ours"},
         )  # fmt: skip
 
 
@@ -131,10 +123,7 @@ def measure(device: int = 0, plan: MeasurementPlan | None = None) -> list[Figure
         for dtype in (np.dtype("f4"), np.dtype(ml_dtypes.bfloat16))
         for count in bench.plan.replicas
     ]
-    figures.append(_small(bench))
-    figures.append(_in_a_graph(bench))
-    figures.append(_adam(bench))
-    return figures
+    return [*figures, _small(bench), _in_a_graph(bench), _adam(bench)]
 
 
 def all_reduce(device: int, plan: MeasurementPlan, replicas: int) -> Figure:
@@ -147,13 +136,8 @@ def _all_reduce(bench: _OneGpuBench, count: int, dtype: np.dtype[Any]) -> Figure
     buffers, host = bench.filled(length, dtype, count)
     kernels.all_reduce(buffers)
     expected = np.sum([one.astype("f4") for one in host], axis=0, dtype="f4")
-    compare(
-        bench.arrays,
-        "all_reduce",
-        buffers,
-        expected,
-        1e-6 if dtype == "f4" else _BFLOAT16_TOLERANCE,
-    )
+    tolerance = 1e-6 if dtype == "f4" else _BFLOAT16_TOLERANCE
+    compare(bench.arrays, "all_reduce", buffers, expected, tolerance)
     others = _other_libraries(buffers) if dtype == "f4" else {}
     found = bench.compare_times(
         lambda: kernels.all_reduce(buffers, "mean"), others, bench.plan.calls
@@ -180,6 +164,7 @@ def _in_a_graph(bench: _OneGpuBench) -> Figure:
     buffers, _ = bench.filled(nbytes // 4, np.dtype("f4"), 2)
     kernels.all_reduce(buffers, "mean")
     stream, inside = cupy.cuda.Stream(non_blocking=True), 100
+    replays = max(1, bench.plan.small_calls // inside)
     with stream:
         stream.begin_capture()
         for _ in range(inside):
@@ -187,15 +172,12 @@ def _in_a_graph(bench: _OneGpuBench) -> Figure:
         graph = stream.end_capture()
 
     def replay() -> None:
-        for _ in range(max(1, bench.plan.small_calls // inside)):
+        for _ in range(replays):
             graph.launch(stream)
         stream.synchronize()
 
-    rounds = [
-        timed(replay, 1) / max(1, bench.plan.small_calls // inside) / inside
-        for _ in range(bench.plan.rounds)
-    ]
-    ours = Samples(tuple(rounds))
+    rounds = range(bench.plan.rounds)
+    ours = Samples(tuple(timed(replay, 1) / replays / inside for _ in rounds))
     return Figure(name, 2, nbytes, "float32", ours.median, ours.quartiles, 4 * nbytes, None, {})
 
 
@@ -239,54 +221,46 @@ def compare(
 
 def _other_libraries(buffers: Sequence[Any]) -> dict[str, Callable[[], object]]:
     """Return calls of CuPy and PyTorch with the same result, where they are installed."""
-    found: dict[str, Callable[[], object]] = {}
     if cuda.is_simulated():
-        return found
+        return {}
     import cupy
 
-    def by_cupy() -> None:
-        total = cupy.stack(buffers).mean(axis=0)
-        for buffer in buffers:
-            buffer[...] = total
-
-    def by_adding() -> None:
-        total = buffers[0] + buffers[1]
-        for buffer in buffers[2:]:
-            total += buffer
-        total /= len(buffers)
-        for buffer in buffers:
-            buffer[...] = total
-
-    found["cupy stack"], found["cupy add"] = by_cupy, by_adding
-    torch: Any = sys.modules.get("torch") or _torch()
-    if torch is not None and torch.cuda.is_available():
+    found = _by_stacking_and_adding("cupy", cupy, buffers, contextlib.nullcontext)
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        return found
+    if torch.cuda.is_available():
         tensors = [torch.from_dlpack(buffer) for buffer in buffers]
         stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)
-
-        def by_torch() -> None:
-            with torch.cuda.stream(stream):
-                total = torch.stack(tensors).mean(0)
-                for tensor in tensors:
-                    tensor.copy_(total)
-
-        def by_adding_in_torch() -> None:
-            with torch.cuda.stream(stream):
-                total = tensors[0] + tensors[1]
-                for tensor in tensors[2:]:
-                    total += tensor
-                total /= len(tensors)
-                for tensor in tensors:
-                    tensor.copy_(total)
-
-        found["torch stack"], found["torch add"] = by_torch, by_adding_in_torch
+        found |= _by_stacking_and_adding("torch", torch, tensors, lambda: torch.cuda.stream(stream))
     return found
 
 
-def _torch() -> Any:
-    try:
-        return importlib.import_module("torch")
-    except ImportError:
-        return None
+def _by_stacking_and_adding(
+    name: str,
+    library: Any,
+    arrays: Sequence[Any],
+    on_stream: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> dict[str, Callable[[], object]]:
+    """Return the two ways to leave the mean in all arrays with a library's own functions."""
+
+    def stack() -> None:
+        with on_stream():
+            total = library.stack(arrays).mean(0)
+            for array in arrays:
+                array[...] = total
+
+    def add() -> None:
+        with on_stream():
+            total = arrays[0] + arrays[1]
+            for array in arrays[2:]:
+                total += array
+            total /= len(arrays)
+            for array in arrays:
+                array[...] = total
+
+    return {f"{name} stack": stack, f"{name} add": add}
 
 
 def page(figures: Sequence[Figure], about: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from dvkernels.checkpoint.saving import save
 from dvkernels.checkpoint.saving.background import SavesInBackground
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.errors import CheckpointError, ContextError
+from dvkernels.profiler import tracing
 
 __all__ = ["Checkpoint"]
 
@@ -119,16 +121,11 @@ class Checkpoint(SavesInBackground):
         """
         check_context("Checkpoint.save")
         target = atomic_folder.absolute_path(path, "Checkpoint.save")
-        self._saver.save(
-            lambda: save.prepare(
-                self.objects,
-                None,
-                metadata,
-                target,
-                lambda: atomic_folder.locked_replacement(target),
-            ),
-            background=background,
-        )
+        transaction = functools.partial(atomic_folder.locked_replacement, target)
+        with tracing.span("save", "checkpoint"):
+            self._saver.wait()
+            prepared = save.prepare(self.objects, None, metadata, target, transaction)
+            self._saver.save(prepared, background=background)
 
     def restore(self, path: str | os.PathLike[str], *, partial: bool = False) -> Restored:
         """Restore the objects: all of them, or after an error none.

@@ -8,7 +8,7 @@ current state, and every position must be in range.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -18,18 +18,20 @@ from dvkernels.user_errors import brief
 __all__: list[str] = []
 
 
-_CLASSES = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+RandomGenerator: TypeAlias = (
+    np.random.Generator | np.random.RandomState | np.random.BitGenerator | random.Random
+)
 # Largest valid values of the fields that a generator uses as an index or a flag.
 _MAX_VALUES = {"pos": 624, "buffer_pos": 4, "has_uint32": 1, "has_gauss": 1}
 _MAX_INTEGER = 2**128 - 1  # in the state of PCG64; the other generators have smaller ones
 
 
-def is_generator(value: Any) -> bool:
+def is_generator(value: object) -> TypeGuard[RandomGenerator]:
     """Return whether a value is a random generator whose state can be saved."""
-    return isinstance(value, _CLASSES) and not isinstance(value, random.SystemRandom)
+    return isinstance(value, RandomGenerator) and not isinstance(value, random.SystemRandom)
 
 
-def state(generator: Any) -> Any:
+def state(generator: RandomGenerator) -> Any:
     """Return the state of a generator as plain data and arrays."""
     match generator:
         case np.random.Generator():
@@ -41,18 +43,18 @@ def state(generator: Any) -> Any:
     return generator.getstate()
 
 
-def kind(generator: Any) -> str:
+def kind(generator: RandomGenerator) -> str:
     """Return the name of the generator's algorithm, which a state must share."""
     inner = getattr(generator, "bit_generator", generator)
     return type(inner).__name__
 
 
-def check(generator: Any, given: Any, where: str) -> None:
+def check(generator: RandomGenerator, given: Any, where: str) -> None:
     """Raise :class:`CheckpointError` unless a state is valid for the generator."""
     _compare(state(generator), given, where)
 
 
-def set_state(generator: Any, given: Any) -> None:
+def set_state(generator: RandomGenerator, given: Any) -> None:
     """Set the state of a generator; the state has been checked."""
     match generator:
         case np.random.Generator():

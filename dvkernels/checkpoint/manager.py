@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,11 @@ from dvkernels.checkpoint.restoring import restore
 from dvkernels.checkpoint.restoring.restore import Restored
 from dvkernels.checkpoint.saving import save
 from dvkernels.checkpoint.saving.background import SavesInBackground
-from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import atomic_folder
 from dvkernels.checkpoint.storage.file_system import Folder
 from dvkernels.checkpoint.storage.folder_lock import FolderLock
 from dvkernels.errors import CheckpointDamagedError, CheckpointError
+from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.user_errors import brief
 
@@ -135,15 +136,13 @@ class CheckpointManager(SavesInBackground):
         check_context("CheckpointManager.save")
         path = self._directory / step_names.name(_checked(step, "save"))
 
-        def prepare() -> Save:
-            prepared = save.prepare(
-                self._checkpoint.objects, step, metadata, path, lambda: self._transaction(path)
-            )
+        transaction = functools.partial(self._transaction, path)
+        with tracing.span("save", "checkpoint"):
+            self._saver.wait()
+            prepared = save.prepare(self._checkpoint.objects, step, metadata, path, transaction)
             if prepared.workers.size == 1:  # of several workers the chief checks, in Save.begin
                 self._superseded_by(path)
-            return prepared
-
-        self._saver.save(prepare, background=background)
+            self._saver.save(prepared, background=background)
         return path
 
     def restore(self, step: int, *, partial: bool = False) -> Restored:
@@ -271,9 +270,8 @@ class CheckpointManager(SavesInBackground):
                 f"go back to a step and continue from there, call manager.restore(step) first: the "
                 f"save after it removes the later steps; or use another directory"
             )
-        return [
-            other.name for other in existing if other.name in self._superseded and other != path
-        ]
+        names = [other.name for other in existing if other != path]
+        return [name for name in names if name in self._superseded]
 
     def _remove_old(self, parent: Folder, just_saved: Path) -> None:
         with self._logging_failures("superseded checkpoints"):

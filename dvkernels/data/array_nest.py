@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -29,12 +29,12 @@ _LONGEST_OUTLINE = 200
 _IMMUTABLE_TYPES = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
-def is_flat_tuple(nest: Any) -> bool:
+def is_flat_tuple(nest: Element) -> TypeGuard[tuple[HostArray, ...]]:
     """Return whether ``nest`` is a plain, non-empty tuple of arrays, thus its list of leaves."""
     return type(nest) is tuple and bool(nest) and all(type(leaf) is np.ndarray for leaf in nest)
 
 
-def is_flat_dict(nest: Any) -> bool:
+def is_flat_dict(nest: Element) -> TypeGuard[dict[Any, HostArray]]:
     """Return whether ``nest`` is a plain, non-empty dict of arrays."""
     return (
         type(nest) is dict
@@ -43,7 +43,9 @@ def is_flat_dict(nest: Any) -> bool:
     )
 
 
-def outline(nest: Any, root: str, describe: Callable[[np.dtype[Any], tuple[int, ...]], Any]) -> str:
+def outline(
+    nest: Element, root: str, describe: Callable[[np.dtype[Any], tuple[int, ...]], Any]
+) -> str:
     """Return one line with each leaf's name and ``describe(dtype, shape)``.
 
     A long line is truncated and ends with a digest of the whole.
@@ -82,7 +84,7 @@ def as_array(leaf: Any, verb: str, where: str) -> HostArray:
     return view
 
 
-def owned_copy(element: Any) -> Any:
+def owned_copy(element: Element) -> Element:
     """Return a copy of an element that shares no memory with it.
 
     Copied are arrays of any library, memoryviews, byte arrays and structured scalars, also within
@@ -120,14 +122,14 @@ def _owned_leaf_copy(leaf: Any) -> Any:
     return leaf
 
 
-def concatenate(batches: Sequence[Any]) -> Any:
+def concatenate(batches: Sequence[Element]) -> Element:
     """Concatenate one or more batches of one structure along their leading axis."""
     if len(batches) == 1:
         return batches[0]
     return pytree.map_leaves(lambda *leaves: np.concatenate(leaves), *batches)
 
 
-def leading_length(batch: Any) -> int:
+def leading_length(batch: Element) -> int:
     """Return the number of rows of a batch to distribute.
 
     Raises
@@ -158,12 +160,12 @@ def leading_length(batch: Any) -> int:
     return found[0][1]
 
 
-def slice_rows(batch: Any, start: int, stop: int) -> Any:
+def slice_rows(batch: Element, start: int, stop: int) -> Element:
     """Return the rows ``start`` to ``stop`` of every leaf, as views of arrays."""
     return pytree.map_leaves(lambda leaf: leaf[start:stop], batch)
 
 
-def nbytes_of(nest: Any) -> int:
+def nbytes_of(nest: Element) -> int:
     """Return the number of bytes of the arrays in a pytree."""
     if type(nest) is np.ndarray:
         return nest.nbytes
@@ -175,6 +177,6 @@ def nbytes_of(nest: Any) -> int:
     return sum([getattr(leaf, "nbytes", 0) for leaf in leaves])
 
 
-def take(batch: Any, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+def take(batch: Element, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Element:
     """Return the rows ``indices``, of shape (n,), of every leaf."""
     return pytree.map_leaves(lambda leaf: leaf[indices], batch)

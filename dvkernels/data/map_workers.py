@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import os
 import pickle
 import queue
@@ -132,23 +133,26 @@ class MapWorkers:
         """Yield the outcomes of the elements in order; each worker gets a run of the elements."""
         size = -(-len(elements) // self._count)
         runs = (elements[at : at + size] for at in range(0, len(elements), size))
-        return self._map_runs(runs, self._count)
+        return itertools.chain.from_iterable(self._map_runs(runs, self._count))
 
     def map_lazily(self, elements: Iterable[Element]) -> Iterator[Outcome]:
         """Yield the outcomes of the elements in order, computing a few of them ahead."""
-        return self._map_runs(([element] for element in elements), 2 * self._count)
+        runs = ([element] for element in elements)
+        return itertools.chain.from_iterable(self._map_runs(runs, 2 * self._count))
 
-    def _map_runs(self, runs: Iterable[Sequence[Element]], num_ahead: int) -> Iterator[Outcome]:
+    def _map_runs(
+        self, runs: Iterable[Sequence[Element]], num_ahead: int
+    ) -> Iterator[list[Outcome]]:
         threads = self._started()
         submitted: collections.deque[_MapTask] = collections.deque()
         try:
             for run in runs:
                 submitted.append(self._submit(threads, run))
                 if len(submitted) > num_ahead:
-                    yield from self._result(threads.board, submitted[0])
+                    yield self._result(threads.board, submitted[0])
                     submitted.popleft()
             while submitted:
-                yield from self._result(threads.board, submitted[0])
+                yield self._result(threads.board, submitted[0])
                 submitted.popleft()
         finally:
             del threads  # else the traceback of an error would keep the threads alive

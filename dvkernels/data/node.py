@@ -117,12 +117,15 @@ class Node(abc.ABC):
     def enumerate_from(self, epoch: int, start: int) -> Iterator[tuple[int, Element]]:
         """Yield (position behind the element, element) from ``start`` on, skipping as above."""
         if self.random_access:
-            length = math.inf if self.length is None else self.length
-            rest = itertools.takewhile(lambda index: index < length, itertools.count(start))
-            for index, element in self.attempts(rest, epoch):
+            for index, element in self.attempts(self.positions(start), epoch):
                 yield index + 1, element
         else:
             yield from enumerate(self.iterate(epoch, start), start + 1)
+
+    def positions(self, start: int) -> Iterable[int]:
+        """Return the positions of an epoch from ``start`` on; random access only."""
+        assert self.length is not None
+        return itertools.count(start) if self.length == math.inf else range(start, int(self.length))
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         """Yield the elements of an epoch from ``start`` on; sequential nodes only."""

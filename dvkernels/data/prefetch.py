@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import queue
 import time
 import weakref
@@ -121,7 +122,7 @@ class PrefetchingCursor(Cursor):
 
     def take(self, count: int = 1) -> list[Element]:
         thread = self._thread
-        if thread is None or not (thread.at_end or thread.threads.is_here):
+        if thread is None or (thread.pid != os.getpid() and not thread.at_end):
             self.release()  # In a fork, the thread stayed in the parent.
             self.wait()
             cursor = DirectCursor(self._node, self._epoch_position, self._skips)
@@ -134,13 +135,13 @@ class PrefetchingCursor(Cursor):
             raise
         if not thread.taken:
             raise StopIteration
-        return [fetched.element for fetched in thread.taken]
+        return thread.taken[:]
 
     def confirm(self) -> None:
         thread = self._thread
         assert thread is not None
         # One statement without a call: an interrupt cannot strike within it.
-        self._epoch_position, thread.taken = thread.taken[-1].epoch_position, []
+        self._epoch_position, thread.taken = thread.behind, []
 
     @property
     def num_ready(self) -> int:
@@ -175,8 +176,10 @@ class _PrefetchThread:
         for _ in range(depth):
             self._free_slots.put(None)
         self.sizes: collections.deque[int] = collections.deque()  # of the elements that are ready
-        self.taken: list[_PrefetchedElement] = []  # but not confirmed
-        self.at_end = False  # of the epoch, behind the elements taken
+        self.taken: list[Element] = []  # but not confirmed
+        self.behind = cursor.epoch_position  # behind the elements taken
+        self.at_end = False  # whether the epoch ends there
+        self.pid = os.getpid()
         fetch = functools.partial(_fetch, cursor, self._ready, self.sizes)
         self.threads = QueueThreads(self._free_slots, fetch, 1, "dvkernels-data-ahead")
         try:
@@ -201,7 +204,8 @@ class _PrefetchThread:
         if fetched.error is None:
             self.sizes.popleft()
             self._free_slots.put(None)
-            self.taken.append(fetched)
+            self.taken.append(fetched.element)
+            self.behind = fetched.epoch_position
         elif isinstance(fetched.error, StopIteration):
             self.at_end = True
         else:

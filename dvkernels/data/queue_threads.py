@@ -23,18 +23,8 @@ _IDLE_CHECK_SECONDS = 1.0  # how often an idle thread checks whether its owner s
 class QueueThreads(Generic[T]):
     """Threads that serve one queue; they end when this object is garbage collected.
 
-    Parameters
-    ----------
-    requests : queue.SimpleQueue
-        What is put there reaches one of the threads; None may only wake it. A SimpleQueue stays
-        consistent when an interrupt strikes between two operations.
-    serve : callable
-        Called in each thread with an iterator over its requests and the latch ``stop``. It must
-        not refer to an object that refers to this one.
-    count : int
-        How many threads are wanted.
-    name : str
-        Name of the threads.
+    Each calls ``serve(requests, stop)`` with an iterator over its requests, of which None may only
+    wake it. ``serve`` must not refer to what refers to this object.
     """
 
     def __init__(
@@ -103,18 +93,16 @@ def _serve(
     owner: weakref.ref[QueueThreads[T]],
     stop: Latch,
 ) -> None:
-    serve(_taken(requests, owner, stop), stop)
+    def taken() -> Iterator[T]:
+        while not stop.is_open:
+            try:
+                request = requests.get(timeout=_IDLE_CHECK_SECONDS)
+            except queue.Empty:
+                if owner() is None:  # An interrupt has kept it from stopping its threads.
+                    return
+                continue
+            if not stop.is_open:
+                yield request
+            del request  # keeps no object of the user's alive while waiting
 
-
-def _taken(
-    requests: queue.SimpleQueue[T], owner: weakref.ref[QueueThreads[T]], stop: Latch
-) -> Iterator[T]:
-    """Yield the requests until the thread is stopped or its owner has gone."""
-    while not stop.is_open and owner() is not None:
-        try:
-            request = requests.get(timeout=_IDLE_CHECK_SECONDS)
-        except queue.Empty:
-            continue
-        if not stop.is_open:
-            yield request
-        del request  # keeps no object of the user's alive while waiting
+    serve(taken(), stop)

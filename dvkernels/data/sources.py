@@ -39,7 +39,7 @@ class FromArrays(Node):
     random_access = True
     owns_elements = True  # provided that the user does not write to the arrays
 
-    def __init__(self, nest: Any) -> None:
+    def __init__(self, nest: Element) -> None:
         leaves, self._spec = flatten(nest)
         if not leaves:
             raise DatasetError(
@@ -156,7 +156,7 @@ class FromIterable(Node):
     random_access = False
     length = None
 
-    def __init__(self, factory: Callable[..., Iterable[Any]], takes_epoch: bool) -> None:
+    def __init__(self, factory: Callable[..., Iterable[Element]], takes_epoch: bool) -> None:
         check_flag("from_iterable", "epoch", takes_epoch)
         check_callable(
             "from_iterable",
@@ -174,7 +174,7 @@ class FromIterable(Node):
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Element]:
         index = 0
-        iterator: Iterator[Any] | None = None
+        iterator: Iterator[Element] | None = None
         try:
             iterator = self._begin(epoch)
             for element in iterator:
@@ -190,7 +190,7 @@ class FromIterable(Node):
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    def _begin(self, epoch: int) -> Iterator[Any]:
+    def _begin(self, epoch: int) -> Iterator[Element]:
         iterable: object = self._factory(epoch) if self._takes_epoch else self._factory()
         if not isinstance(iterable, Iterable):
             wanted, remedy = "the factory to return an iterable", "write it as a generator function"

@@ -53,7 +53,7 @@ class BatchBuilder:
             is neither an array nor a number.
         """
         num_values = _num_values(element)
-        leaves: Sequence[Any]
+        leaves: Sequence[Element]
         if num_values is None or num_values != self._num_values:
             leaves = self._leaves(element)
         else:

@@ -78,5 +78,8 @@ class Zip(Node):
 
 
 def _owned_elements(node: Node, epoch: int, start: int) -> Iterator[Element]:
-    for _, element in node.enumerate_from(epoch, start):
-        yield element if node.owns_elements else owned_copy(element)
+    if node.random_access:
+        elements: Iterator[Element] = (node.element(k, epoch) for k in node.positions(start))
+    else:
+        elements = node.iterate(epoch, start)
+    return elements if node.owns_elements else map(owned_copy, elements)

@@ -33,19 +33,9 @@ def usable_cores() -> int:
 def share(own: int, together: float, quota: float, num_local_workers: int) -> int:
     """Return the number of cores that one of the workers of a host may use.
 
-    Parameters
-    ----------
-    own : int
-        Cores in the affinity of this worker: a few if its launcher has bound it, else all.
-    together : float
-        Cores that the workers of the host may run on together: the affinity of their launcher.
-    quota : float
-        CPU time that they may use together, in cores.
-    num_local_workers : int
-        Number of workers on this host.
+    ``own`` are the cores in its affinity: a few if its launcher has bound it, else all. The workers
+    may run on the cores ``together``, the affinity of their launcher, and use ``quota`` of them.
 
-    Examples
-    --------
     >>> share(own=8, together=8, quota=math.inf, num_local_workers=2)  # not bound
     4
     >>> share(own=3, together=8, quota=math.inf, num_local_workers=2)  # bound

@@ -163,16 +163,8 @@ def explain(
 ) -> str:
     """Return what is missing and the remedy, or "".
 
-    Parameters
-    ----------
-    version : (int, int) or None
-        The CUDA version of the driver; None where there is no driver, or where it fails to start.
-    problem : str
-        The driver's error on its initialization, or "".
-    count : int
-        The number of visible devices.
-    installed : tuple of str
-        The installed packages.
+    ``version`` is the CUDA version of the driver, None where there is none or it fails to start;
+    ``problem`` its error on initialization, or ""; ``count`` the number of visible devices.
     """
     if problem:
         return f"the NVIDIA driver does not start ({problem}): check that nvidia-smi works"

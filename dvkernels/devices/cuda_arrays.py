@@ -23,6 +23,7 @@ from dvkernels.user_errors import text_of
 __all__ = [
     "DeviceBuffer",
     "adopt",
+    "allocate",
     "current_stream",
     "like",
     "locate",
@@ -93,6 +94,14 @@ def _describe(found: signature.Signature) -> HostArray:
     return array
 
 
+def allocate(
+    target: DeviceStream, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Array, HostArray]:
+    """Return a new CuPy array, whose memory is ordered on a stream, and its description."""
+    array = cuda.arrays().empty(target.device, shape, dtype, target.stream)
+    return array, _locate_one("a new array", array, "it").array
+
+
 def adopt(verb: str, buffer: Any, label: str) -> Array:
     """Return an array in GPU memory as a CuPy array, without a copy; ``label`` is for messages.
 
@@ -119,11 +128,18 @@ def current_stream(device: int) -> DeviceStream:
 
 def order_streams(pairs: Sequence[tuple[DeviceStream, DeviceStream]]) -> None:
     """Let the first stream of each pair wait for the present work of the second; not the host."""
-    cuda_driver = driver.find() if pairs and not cuda.is_simulated() else None
-    if cuda_driver is not None:
-        for waiting, awaited in pairs:
-            if waiting != awaited:
-                cuda_driver.wait(awaited.device, waiting.stream, awaited.stream)
+    cuda_driver = driver.find() if pairs else None
+    if cuda_driver is None:  # in the simulator, all work is done when a call returns
+        return
+    for waiting, awaited in pairs:
+        if waiting == awaited:
+            continue
+        if waiting.device == awaited.device:
+            cuda_driver.wait(waiting.device, waiting.stream, awaited.stream)
+            continue
+        event = cuda_driver.record(*awaited)
+        cuda_driver.await_event(*waiting, event)
+        cuda_driver.destroy(event)
 
 
 def _raise_elsewhere(verb: str, buffer: Any, label: str, located: Sequence[DeviceBuffer]) -> None:

@@ -77,9 +77,8 @@ class Driver:
 
     def version(self) -> tuple[int, int]:
         """Return the newest CUDA version that the driver supports."""
-        found = ctypes.c_int()
-        self._check("cuDriverGetVersion", ctypes.byref(found))
-        return found.value // 1000, found.value % 1000 // 10
+        number = self._get("cuDriverGetVersion")
+        return number // 1000, number % 1000 // 10
 
     def name(self, device: int) -> str:
         """Return the name of a device."""
@@ -103,20 +102,15 @@ class Driver:
 
     def nbytes(self, device: int) -> int:
         """Return the memory of a device, in bytes."""
-        found = ctypes.c_size_t()
-        self._check("cuDeviceTotalMem_v2", ctypes.byref(found), self._handle(device))
-        return found.value
+        return self._get("cuDeviceTotalMem_v2", self._handle(device), kind=ctypes.c_size_t)
 
     def can_reach(self, device: int, peer: int) -> bool:
         """Return whether a device can access the memory of another (peer access)."""
-        found = ctypes.c_int()
-        pair = self._handle(device), self._handle(peer)
-        self._check("cuDeviceCanAccessPeer", ctypes.byref(found), *pair)
-        return bool(found.value)
+        return bool(self._get("cuDeviceCanAccessPeer", self._handle(device), self._handle(peer)))
 
     def device_of(self, address: int) -> int:
         """Return the device of an address."""
-        return self._pointer_attribute(_ORDINAL, address)
+        return self._get("cuPointerGetAttribute", _ORDINAL, ctypes.c_uint64(address))
 
     def wait(self, device: int, waiting: int, awaited: int) -> None:
         """Let a stream wait for the present work of another; the host does not wait."""
@@ -180,14 +174,12 @@ class Driver:
         Peer access covers memory of ``cuMemAlloc``. Stream-ordered pools, and virtual memory that
         is mapped piece by piece, have access lists of their own.
         """
-        return bool(self._pointer_attribute(_IS_OPEN, address))
+        return bool(self._get("cuPointerGetAttribute", _IS_OPEN, ctypes.c_uint64(address)))
 
     def allocate(self, device: int, nbytes: int) -> int:
         """Allocate device memory; return its address, a multiple of 256."""
-        found = ctypes.c_uint64()
         with self._within(device):
-            self._check("cuMemAlloc_v2", ctypes.byref(found), ctypes.c_size_t(nbytes))
-        return found.value
+            return self._get("cuMemAlloc_v2", ctypes.c_size_t(nbytes), kind=ctypes.c_uint64)
 
     def free(self, device: int, address: int) -> None:
         """Free memory of a device; wait until the device no longer uses it."""
@@ -210,11 +202,9 @@ class Driver:
 
     def allocate_on_host(self, nbytes: int) -> int:
         """Allocate pinned host memory; return its address, valid on host and devices."""
-        found = ctypes.c_void_p()
+        size = ctypes.c_size_t(nbytes)
         with self._within(0):
-            size = ctypes.c_size_t(nbytes)
-            self._check("cuMemHostAlloc", ctypes.byref(found), size, _FOR_ALL_DEVICES)
-        return found.value or 0
+            return self._get("cuMemHostAlloc", size, _FOR_ALL_DEVICES, kind=ctypes.c_void_p)
 
     def free_on_host(self, address: int) -> None:
         """Free pinned host memory that no device uses any more."""
@@ -223,11 +213,10 @@ class Driver:
 
     def record(self, device: int, stream: int) -> int:
         """Return a new event after the present work of a stream; the caller destroys it."""
-        event = ctypes.c_void_p()
         with self._within(device):
-            self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
-            self._check("cuEventRecord", event, ctypes.c_void_p(stream))
-        return event.value or 0
+            event = self._get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
+            self._check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+        return event
 
     def await_event(self, device: int, stream: int, event: int) -> None:
         """Let a stream wait for an event of any device; the host does not wait."""
@@ -306,19 +295,16 @@ class Driver:
         self._raise("cuLaunchKernel", code)
 
     def _attribute(self, device: int, attribute: int) -> int:
-        found = ctypes.c_int()
-        self._check("cuDeviceGetAttribute", ctypes.byref(found), attribute, self._handle(device))
-        return found.value
-
-    def _pointer_attribute(self, attribute: int, address: int) -> int:
-        found, given = ctypes.c_int(), ctypes.c_uint64(address)
-        self._check("cuPointerGetAttribute", ctypes.byref(found), attribute, given)
-        return found.value
+        return self._get("cuDeviceGetAttribute", attribute, self._handle(device))
 
     def _handle(self, device: int) -> int:
-        found = ctypes.c_int()
-        self._check("cuDeviceGet", ctypes.byref(found), device)
-        return found.value
+        return self._get("cuDeviceGet", device)
+
+    def _get(self, function: str, *args: Any, kind: Any = ctypes.c_int) -> int:
+        """Return what a function writes to its first argument, 0 for a null pointer."""
+        found = kind()
+        self._raise(function, getattr(self._library, function)(ctypes.byref(found), *args))
+        return found.value or 0
 
     def _check(self, function: str, *args: Any) -> None:
         self._raise(function, getattr(self._library, function)(*args))

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from dvkernels.errors import DeviceError
 from dvkernels.user_errors import brief
 
-__all__ = ["DeviceStream", "Joined", "join", "stream_handle", "wait_pairs"]
-
-
-S = TypeVar("S", bound=Hashable)
-
-
-class Joined(NamedTuple, Generic[S]):
-    """Stream for work on several arrays, and the streams to order with it."""
-
-    work_stream: S  # gets the work
-    before: tuple[S, ...]  # work_stream waits for these before the work
-    after: tuple[S, ...]  # these wait for work_stream after the work
-
-
-def join(streams: Sequence[S]) -> Joined[S]:
-    """Return the order of work on arrays with one stream each; the work goes to the first stream.
-
-    Earlier work of every stream comes before this work, and later work after it. The host waits
-    for no stream.
-    """
-    others = tuple(dict.fromkeys(stream for stream in streams if stream != streams[0]))
-    return Joined(streams[0], others, others)
+__all__ = ["DeviceStream", "per_buffer", "stream_handle", "wait_pairs"]
 
 
 class DeviceStream(NamedTuple):

@@ -130,20 +130,8 @@ def ring_all_reduce(
 ) -> list[Any]:
     """Reduce around a ring: reduce-scatter, then all-gather.
 
-    Parameters
-    ----------
-    buffers, op, out
-        As in :func:`all_reduce`; the buffers are in ring order.
-
-    Returns
-    -------
-    list of array
-        ``out``, or the buffers themselves.
-
-    Raises
-    ------
-    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
-        As in :func:`all_reduce`.
+    Arguments, result and errors are those of :func:`all_reduce`, but for ``algorithm``; the buffers
+    are in ring order.
 
     Notes
     -----
@@ -173,20 +161,7 @@ def direct_all_reduce(
 ) -> list[Any]:
     """Reduce in one pass over memory: each element is read and written once per replica.
 
-    Parameters
-    ----------
-    buffers, op, out
-        As in :func:`all_reduce`.
-
-    Returns
-    -------
-    list of array
-        ``out``, or the buffers themselves.
-
-    Raises
-    ------
-    BufferMismatchError, NotABufferError, UnsupportedDTypeError, ReduceOpError
-        As in :func:`all_reduce`.
+    Arguments, result and errors are those of :func:`all_reduce`, but for ``algorithm``.
 
     Notes
     -----
@@ -275,20 +250,7 @@ def reduce(buffers: Sequence[Any], op: Reduction | str = "sum", *, out: Any = No
 def aggregate_sum(buffers: Sequence[Any], *, out: Any = None) -> Any:
     """Sum the buffers into one array: :func:`reduce` with the op fixed.
 
-    Parameters
-    ----------
-    buffers, out
-        As in :func:`reduce`.
-
-    Returns
-    -------
-    array
-        A new array, or ``out``.
-
-    Raises
-    ------
-    BufferMismatchError, NotABufferError, UnsupportedDTypeError
-        As in :func:`reduce`.
+    Arguments, result and errors are those of :func:`reduce`.
 
     Examples
     --------
@@ -304,20 +266,7 @@ def aggregate_sum(buffers: Sequence[Any], *, out: Any = None) -> Any:
 def aggregate_mean(buffers: Sequence[Any], *, out: Any = None) -> Any:
     """Average the buffers into one array: :func:`reduce` with the op fixed.
 
-    Parameters
-    ----------
-    buffers, out
-        As in :func:`reduce`; the dtype must be a floating-point one.
-
-    Returns
-    -------
-    array
-        A new array, or ``out``.
-
-    Raises
-    ------
-    BufferMismatchError, NotABufferError, UnsupportedDTypeError
-        As in :func:`reduce`.
+    Arguments, result and errors are those of :func:`reduce`; the dtype is a floating-point one.
 
     Examples
     --------

@@ -6,17 +6,17 @@ Each function returns groups of arrays: the arrays that are read, then those tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
+from dvkernels.devices.array_spec import HostArray
 
 __all__ = ["exchanged", "gathered", "joined_shape", "scattered"]
 
-Array = np.ndarray[Any, Any]
 Parts = Sequence[tuple[int, int]]
 
 
-def scattered(reads: Sequence[Array], parts: Parts, writes: Sequence[Array]) -> list[list[Array]]:
+def scattered(
+    reads: Sequence[HostArray], parts: Parts, writes: Sequence[HostArray]
+) -> list[list[HostArray]]:
     """Return, for each part along axis 0, that slice of every array and the part's result."""
     return [
         [*(read[start:stop] for read in reads), write]
@@ -24,13 +24,15 @@ def scattered(reads: Sequence[Array], parts: Parts, writes: Sequence[Array]) -> 
     ]
 
 
-def joined_shape(reads: Sequence[Array], axis: int) -> tuple[int, ...]:
+def joined_shape(reads: Sequence[HostArray], axis: int) -> tuple[int, ...]:
     """Return the shape of the concatenation along an axis."""
     shape = reads[0].shape
     return (*shape[:axis], sum(read.shape[axis] for read in reads), *shape[axis + 1 :])
 
 
-def gathered(reads: Sequence[Array], axis: int, writes: Sequence[Array]) -> list[list[Array]]:
+def gathered(
+    reads: Sequence[HostArray], axis: int, writes: Sequence[HostArray]
+) -> list[list[HostArray]]:
     """Return each array and its slice of every concatenation along an axis."""
     before = (slice(None),) * axis
     groups = []
@@ -42,7 +44,9 @@ def gathered(reads: Sequence[Array], axis: int, writes: Sequence[Array]) -> list
     return groups
 
 
-def exchanged(reads: Sequence[Array], parts: Parts, writes: Sequence[Array]) -> list[list[Array]]:
+def exchanged(
+    reads: Sequence[HostArray], parts: Parts, writes: Sequence[HostArray]
+) -> list[list[HostArray]]:
     """Return part i of array j and the j-th slice of result i, for all i and j."""
     return [
         [read[start:stop], write[k * (stop - start) : (k + 1) * (stop - start)]]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
+from dvkernels.devices.array_spec import HostArray
 
 __all__ = ["merge_axes"]
 
-Array = np.ndarray[Any, Any]
 
-
-def merge_axes(arrays: Sequence[Array]) -> list[tuple[int, tuple[int, ...]]]:
+def merge_axes(arrays: Sequence[HostArray]) -> list[tuple[int, tuple[int, ...]]]:
     """Return (extent, stride in each array) of the fewest axes that walk all arrays together.
 
     The outermost axis comes first. An elementwise operation allows any order of the elements, so

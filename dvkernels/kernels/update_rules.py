@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import BufferMismatchError, UnsupportedDTypeError
 from dvkernels.kernels import checks
 from dvkernels.reduce_op import ReduceOp
@@ -27,7 +28,6 @@ __all__ = [
 
 PLAIN, MOMENTUM, NESTEROV, ADAM = range(4)
 
-Array = np.ndarray[Any, Any]
 Groups = Sequence[Sequence[Any]]
 Each = float | Sequence[float]  # one value for all parameters, or one for each
 Coefficients = tuple[float, ...]
@@ -98,7 +98,7 @@ class CheckedStep(NamedTuple):
     """
 
     op: ReduceOp
-    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]]
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[HostArray]]]
     num_replicas: int
     num_copies: int
 
@@ -119,10 +119,11 @@ def check(
             f"{[len(gradients), len(parameters), *map(len, slots)]}"
         )
     known: Any = None
-    found: list[list[list[Array]]] = []  # of each parameter: its gradients, copies, copies of slots
+    # Of each parameter: its gradients, its copies, the copies of its slots.
+    found: list[list[list[HostArray]]] = []
     sizes: set[tuple[int, int]] = set()
-    every_write: list[Array] = []
-    every_read: list[Array] = []
+    every_write: list[HostArray] = []
+    every_read: list[HostArray] = []
     for k, gradient in enumerate(gradients):
         where = f"{verb}, gradient {k}"
         reads = checks.arrays(where, gradient)
@@ -165,7 +166,7 @@ def grouped(
     gradients: Groups, states: Sequence[Groups], coefficients: Sequence[Coefficients], op: ReduceOp
 ) -> CheckedStep:
     """Return a step whose arrays have been checked; the parameters are the first of the states."""
-    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[Array]]] = {}
+    groups: dict[tuple[np.dtype[Any], Coefficients], list[list[HostArray]]] = {}
     for k, reads in enumerate(gradients):
         writes = [copy for state in states for copy in state[k]]
         groups.setdefault((reads[0].dtype, coefficients[k]), []).append([*reads, *writes])

@@ -33,6 +33,8 @@ _WAITING = (threading.__file__, selectors.__file__)  # modules in which a thread
 class UnscopedRendezvous(Rendezvous):
     """Rendezvous of code outside of every scope and run: a group of one."""
 
+    __slots__ = ()
+
     def __init__(self) -> None:
         super().__init__(1)
 

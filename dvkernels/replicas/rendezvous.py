@@ -27,6 +27,8 @@ __all__: list[str] = []
 class Rendezvous(StepState):
     """Collectives of the replicas of one step."""
 
+    __slots__ = ()
+
     def meet(self, replica: int, request: CollectiveCall) -> Any:
         """Perform a collective with the other replicas; return this replica's result."""
         recording = tracing.active

@@ -48,6 +48,9 @@ class Runner:
         self._num_steps = 0
         self._closed = False
         self._progress_thread = ProgressThread()
+        # A single replica of a single worker performs asynchronous calls at once.
+        is_alone = num_replicas == 1 and announce is None
+        self._background = None if is_alone else self._progress_thread
         self._reset_after_fork()
 
     def _reset_after_fork(self) -> None:
@@ -107,8 +110,6 @@ class Runner:
             self._num_steps += 1
             debug_state = debugging.active
             number = self._num_steps
-            # A single replica of a single worker performs asynchronous calls at once.
-            is_alone = self._num_replicas == 1 and self._announce is None
             if self._num_replicas > 1:
                 team = self._idle.pop() if self._idle else self._new_team()
                 team.is_busy = True
@@ -117,7 +118,7 @@ class Runner:
                 self._num_replicas,
                 gates,
                 timeout,
-                None if is_alone else self._progress_thread,
+                self._background,
                 self._first_replica,
                 self._announce,
                 has_ended,

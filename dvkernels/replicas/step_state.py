@@ -48,6 +48,14 @@ class StepState:
     A group of one needs no gates; larger groups need ``num_gates(num_replicas)`` closed ones.
     """
 
+    __slots__ = (
+        "_announce", "_arrivals", "_check_seconds", "_debug_state", "_echoes", "_failures",
+        "_first_nap", "_first_replica", "_gates", "_has_ended", "_has_left", "_made_pending_calls",
+        "_pending_calls", "_pid", "_progress_thread", "_requests", "_results", "_stalls",
+        "_thread_idents", "_timeout", "closed", "errors", "failure", "label", "num_replicas",
+        "perform",
+    )  # fmt: skip
+
     def __init__(
         self,
         num_replicas: int,

@@ -230,12 +230,8 @@ def between_hosts(
 class Routing(NamedTuple):
     """Choice of the algorithm of reductions between hosts.
 
-    Attributes
-    ----------
-    algorithm : {"auto", "gather", "exchange", "ring"}
-        ``"auto"`` asks the cost model for each size; the others are used for every size.
-    network : Network
-        Constants of the cost model.
+    ``"auto"`` asks the cost model for each size; ``"gather"``, ``"exchange"`` and ``"ring"`` are
+    used for every size.
     """
 
     algorithm: str = "auto"

@@ -46,32 +46,12 @@ def choose(
 ) -> Route:
     """Return the route of an all-reduce of ``nbytes`` per rank.
 
-    Parameters
-    ----------
-    reach : AccessMatrix
-        Access of each rank's device to the memory of each other's; a device reaches its own.
-    devices : sequence of int
-        The device of each rank.
-    nbytes : int
-        Bytes of a buffer.
-    algorithm : {"auto", "direct", "ring"}
-        ``"direct"`` adds left to right. So does ``"auto"``, unless only a ring is possible.
-    is_half : bool
-        Whether the dtype is a half type, which a ring would round at each step.
-    buffers_reachable : bool
-        Whether devices with peer access can also access these buffers: memory of some pools is
-        open to its own device only.
-    is_captured : bool
-        Whether the launches are captured into a graph. Its replays would all have the same epochs
-        and the same slot, so no route with flags or slots is chosen.
+    ``"direct"`` adds left to right, and so does ``"auto"``, unless only a ``"ring"`` is possible. A
+    ring would round half types (``is_half``) at each step. Buffers are not reachable, even with
+    peer access, where their pool is open to its own device only. Raise ``DeviceError`` for launches
+    that are captured into a graph where there is no route without flags and slots: the replays
+    would all have the same epochs and the same slot.
 
-    Raises
-    ------
-    DeviceError
-        The launches are captured, and there is no route without slots.
-
-    Examples
-    --------
     >>> everyone = [[True] * 4] * 4
     >>> choose(everyone, range(4), 4096).make.__name__
     'one_shot'

@@ -42,21 +42,11 @@ __all__ = ["Hop", "Roles", "host_numbers", "ring", "roles"]
 
 
 class Roles(NamedTuple):
-    """Peers and parts of one worker.
+    """Peers and parts of one worker."""
 
-    Attributes
-    ----------
-    host : int
-        Its own host, numbered in the order of their first workers.
-    gateways : tuple of int
-        Of each host, the worker that exchanges this worker's part with it; on its own host, itself.
-    parts : tuple of int
-        The parts for which it is the gateway of its host, its own among them.
-    """
-
-    host: int
-    gateways: tuple[int, ...]
-    parts: tuple[int, ...]
+    host: int  # its own, numbered in the order of their first workers
+    gateways: tuple[int, ...]  # of each host, the worker that exchanges this worker's part with it
+    parts: tuple[int, ...]  # those for which it is the gateway of its host, its own among them
 
 
 def host_numbers(hosts: Sequence[object]) -> list[int]:
@@ -84,23 +74,12 @@ def roles(hosts: Sequence[int], worker: int) -> Roles:
 
 
 class Hop(NamedTuple):
-    """Hop of a part around the ring of hosts, at the gateway of one host.
-
-    Attributes
-    ----------
-    part : int
-        The part.
-    position : int
-        Number of hosts that have added their contributions before: 0 where the part starts, H - 1
-        at its worker.
-    source, target : int
-        The workers that send it to the gateway, and to which the gateway sends it.
-    """
+    """Hop of a part around the ring of hosts, at the gateway of one host."""
 
     part: int
-    position: int
-    source: int
-    target: int
+    position: int  # hosts that have added their contributions before; H - 1 at the part's worker
+    source: int  # the worker that sends it to the gateway
+    target: int  # the worker to which the gateway sends it
 
 
 def ring(hosts: Sequence[int], worker: int) -> list[Hop]:

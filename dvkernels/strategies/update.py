@@ -91,10 +91,7 @@ class VariableUpdate(ProcessBound):
                 f"{self._placement.name}"
             )
         context.check_no_step_elsewhere(self._placement, f"update of variable {variable.name!r}")
-        if not isinstance(args, (list, tuple)):
-            raise ValueError(f"update: args must be a list or tuple, got {type(args).__name__}")
-        if kwargs is not None and not isinstance(kwargs, Mapping):
-            raise ValueError(f"update: kwargs must be a dict, got {type(kwargs).__name__}")
+        function_checks.check_arguments("update", args, kwargs)
         given = (tuple(args), dict(kwargs or {}))
         equal = variable.synchronization is VariableSynchronization.ON_WRITE
         if equal and any(isinstance(leaf, PerReplica) for leaf in pytree.leaves(given)):

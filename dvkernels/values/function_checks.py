@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Mapping
 from typing import Any
 
 from dvkernels.user_errors import brief
@@ -43,6 +44,14 @@ def check(verb: str, fn: Any) -> None:
         f"{verb} expected a function that does its work when it is called, got {kind}: "
         f"{getattr(fn, '__qualname__', fn)!s:.80}; calling that runs nothing of it, so {remedy}"
     )
+
+
+def check_arguments(verb: str, args: object, kwargs: object) -> None:
+    """Raise ``ValueError`` unless these are the arguments of a call: a sequence and a dict."""
+    if not isinstance(args, (list, tuple)):
+        raise ValueError(f"{verb}: args must be a list or tuple, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(f"{verb}: kwargs must be a dict, got {type(kwargs).__name__}")
 
 
 def _code_of(fn: Any) -> Any:

@@ -193,7 +193,7 @@ class Variable(VariableReads, VariableWrites, DistributedValues[Any]):
         """Read-only views of the copies of this process, in replica order."""
         return self._copies.views
 
-    # -- copies of the variable -----------------------------------------------------------------
+    # -- copying, pickling, printing ------------------------------------------------------------
 
     def __copy__(self) -> NoReturn:
         raise TypeError(

@@ -162,6 +162,22 @@ def test_links_resolve(page: Path) -> None:
     assert not broken, "\n".join(broken)
 
 
+def _exists(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute) or bool(
+            importlib.import_module(name)
+        )
+    except ImportError:
+        return False
+
+
+def test_the_reference_describes_what_exists() -> None:
+    described = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+    names = [name for page in PAGES for name in described.findall(page.read_text("utf-8"))]
+    assert [name for name in names if not _exists(name)] == []
+
+
 def _test_command() -> str:
     """Return the first bash block below a README heading that contains the word test."""
     is_below = False

@@ -57,12 +57,11 @@ class CheckpointReader:
         with _readable(self.path):
             parallel_io.load([piece for name in names for piece in self._pieces(name, ())])
 
-    def load(self, targets: Mapping[str, Iterable[HostArray]]) -> None:
-        """Read tensors, each into all its target arrays, and compare their checksums."""
-        self.prepare_load(targets)()
-
     def prepare_load(self, targets: Mapping[str, Iterable[HostArray]]) -> Callable[[], None]:
-        """Return a function that does the work of :meth:`load` with hardly any new memory."""
+        """Return a function that reads tensors, each into all its targets, and compares checksums.
+
+        The function needs hardly any new memory.
+        """
         pieces = [piece for name, arrays in targets.items() for piece in self._pieces(name, arrays)]
 
         def load() -> None:

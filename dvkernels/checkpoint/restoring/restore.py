@@ -138,7 +138,7 @@ class _Restore:
     def _prepare(self, plan: RestorePlan, backup: list[Any]) -> None:
         """Verify all checksums, load the staged arrays, and back up the state of the objects."""
         self._reader.check(plan.loads.targets)
-        self._reader.load({name: [array] for name, array in plan.loads.staged.items()})
+        self._reader.prepare_load({name: [each] for name, each in plan.loads.staged.items()})()
         backup += [
             _attempt(change.get, f"{change.path}: its state cannot be read")
             for change in plan.changes

@@ -28,6 +28,7 @@ from dvkernels.checkpoint.format.nodes import (
     StateNode,
     VariableNode,
 )
+from dvkernels.checkpoint.generators import RandomGenerator
 from dvkernels.checkpoint.objects import (
     STEPS,
     HasSlots,
@@ -157,7 +158,7 @@ class _RestorePlanner:
                     f"{slots_path} of variable {variable.name!r}, which is not among the objects"
                 )
 
-    def _generator(self, target: Any, node: GeneratorNode, path: str) -> None:
+    def _generator(self, target: RandomGenerator, node: GeneratorNode, path: str) -> None:
         if node.type != generators.kind(target):
             raise CheckpointError(
                 f"{path}: expected the state of a {generators.kind(target)}; the checkpoint holds "

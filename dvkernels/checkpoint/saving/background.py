@@ -7,16 +7,16 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from dvkernels import user_errors
 from dvkernels.checkpoint.saving.save import Save
 from dvkernels.checkpoint.storage import parallel_io
-from dvkernels.profiler import tracing
+from dvkernels.devices.array_spec import HostArray, spec
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.threads.shielded import ShieldedCall, uninterrupted
 from dvkernels.user_errors import text_of
@@ -47,14 +47,11 @@ class BackgroundSaver:
     def __init__(self) -> None:
         # The arrays that snapshots are copied to are kept for the next save: allocating their pages
         # each time takes longer than the copy.
-        self._copies: dict[str, Any] = {}
+        self._copies: dict[str, HostArray] = {}
         self._unfinished: _UnfinishedSave | None = None
 
-    @tracing.span("save", "checkpoint")
-    def save(self, prepare: Callable[[], Save], *, background: bool) -> None:
-        """Run a save, after waiting for the previous one, whose error is raised."""
-        self.wait()
-        save = prepare()
+    def save(self, save: Save, *, background: bool) -> None:
+        """Run a save; the previous one has been waited for."""
         is_single = save.workers.size == 1
         if is_single and not background:
             uninterrupted(save.carry_out)
@@ -127,13 +124,12 @@ class BackgroundSaver:
             raise
         _unfinished_savers.pop(self, None)
 
-    def _copy(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    def _copy(self, tensors: Mapping[str, HostArray]) -> dict[str, HostArray]:
         """Copy arrays, into the previous copies where shape and dtype are the same."""
-        previous = self._copies
-        self._copies = {}
+        previous, self._copies = self._copies, {}
         for name, array in tensors.items():
             target = previous.get(name)
-            if target is None or target.shape != array.shape or target.dtype != array.dtype:
+            if target is None or spec(target) != spec(array):
                 target = np.empty(array.shape, array.dtype)
             self._copies[name] = target
         pairs = [(self._copies[name], array) for name, array in tensors.items()]

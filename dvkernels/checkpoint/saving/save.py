@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dvkernels.checkpoint import all_or_none
 from dvkernels.checkpoint.format import manifest, shards
@@ -20,6 +19,7 @@ from dvkernels.checkpoint.storage import atomic_folder, file_system, parallel_io
 from dvkernels.checkpoint.storage.file_system import Folder
 from dvkernels.checkpoint.storage.parallel_io import Piece
 from dvkernels.devices import cpu
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointError
 from dvkernels.profiler import tracing
 from dvkernels.threads.shielded import uninterrupted
@@ -28,6 +28,8 @@ __all__: list[str] = []
 
 # Smaller shards gain nothing from another core.
 _LEAST_SHARD_NBYTES = 32 << 20
+
+_Group: TypeAlias = Sequence[tuple[str, HostArray]]  # the tensors of a shard, by name
 
 
 class _Written(NamedTuple):
@@ -84,14 +86,14 @@ class Save:
         self._failure: BaseException | None = None
         self._is_rolled_back = False
 
-    def copy_tensors(self, copy: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+    def copy_tensors(self, copy: Callable[[Mapping[str, HostArray]], dict[str, HostArray]]) -> None:
         """Replace the arrays of the snapshot by the copies that ``copy`` returns."""
         # A background writer takes the interpreter's lock as rarely as possible: a replica that
         # needs the lock would wait for the writer, which may itself wait for a core. Steps took
         # 1.1 times as long as without a save when written in whole pieces, 1.2 to 1.3 times in
         # blocks that fit the caches.
         self._block_nbytes = parallel_io.PIECE_NBYTES
-        with naming_failures(self._path):
+        with _naming_failures(self._path):
             tensors = copy(self.snapshot.tensors)
         self.snapshot = replace(self.snapshot, tensors=tensors)
         self._groups = _shard_groups(tensors)
@@ -118,7 +120,7 @@ class Save:
     def write(self) -> None:
         """Write the shards of this worker; :meth:`finish` raises the error if that fails."""
         try:
-            with naming_failures(self._path), atomic_folder.staging_folder(self._path) as new:
+            with _naming_failures(self._path), atomic_folder.staging_folder(self._path) as new:
                 self._written = _write_shards(
                     self._groups, new, self._first_shard, self._block_nbytes
                 )
@@ -141,11 +143,11 @@ class Save:
             self._is_rolled_back = True
 
     def _begin_transaction(self) -> None:
-        with naming_failures(self._path):
+        with _naming_failures(self._path):
             self._stack.enter_context(self._transaction())
 
     def _commit(self, parts: Sequence[_Written]) -> None:
-        with naming_failures(self._path):
+        with _naming_failures(self._path):
             _write_manifest(self.snapshot, parts, self._path)
             self._stack.close()
 
@@ -163,7 +165,7 @@ class Save:
 
 
 @contextlib.contextmanager
-def naming_failures(path: Path) -> Iterator[None]:
+def _naming_failures(path: Path) -> Iterator[None]:
     """Turn errors of the operating system into a :class:`CheckpointError` that names ``path``."""
     try:
         yield
@@ -175,18 +177,19 @@ def naming_failures(path: Path) -> Iterator[None]:
 
 
 def _write_shards(
-    groups: Sequence[Sequence[tuple[str, Any]]], new: Folder, first_shard: int, block_nbytes: int
+    groups: Sequence[_Group], new: Folder, first_shard: int, block_nbytes: int
 ) -> _Written:
+    files, descriptors, columns = [], [], []
     with contextlib.ExitStack() as stack:
-        descriptors, headers, columns = [], [], []
         for index, group in enumerate(groups, first_shard):
-            descriptor = file_system.active.create(new / manifest.shard_name(index))
+            name = manifest.shard_name(index)
+            descriptor = file_system.active.create(new / name)
             stack.callback(file_system.active.close, descriptor)
-            tensors = [(name, array.dtype.name, array.shape) for name, array in group]
-            header = shards.header(tensors)
+            header = shards.header([(name, array.dtype.name, array.shape) for name, array in group])
             parallel_io.write_all(descriptor, header, 0)
+            nbytes = len(header) + sum(array.nbytes for _, array in group)
+            files.append(FileEntry(name, nbytes, parallel_io.checksum(header)))
             descriptors.append(descriptor)
-            headers.append(header)
             columns.append(_pieces(descriptor, len(header), group))
         # Interleaved, so that the cores write different files: a file admits one writer at a time.
         pieces = [
@@ -197,15 +200,7 @@ def _write_shards(
         for piece, checksum in written:
             checksums.setdefault(piece.where, []).append((piece.offset, checksum))
         parallel_io.in_parallel(file_system.active.sync, descriptors)
-    entries = [
-        FileEntry(
-            manifest.shard_name(index),
-            len(header) + sum(array.nbytes for _, array in group),
-            parallel_io.checksum(header),
-        )
-        for index, (header, group) in enumerate(zip(headers, groups, strict=True), first_shard)
-    ]
-    tensor_entries = {
+    tensors = {
         name: TensorEntry(
             index,
             array.dtype.name,
@@ -215,7 +210,7 @@ def _write_shards(
         for index, group in enumerate(groups, first_shard)
         for name, array in group
     }
-    return _Written(entries, tensor_entries)
+    return _Written(files, tensors)
 
 
 def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> None:
@@ -235,11 +230,10 @@ def _write_manifest(taken: Snapshot, parts: Sequence[_Written], path: Path) -> N
             file_system.active.close(descriptor)
 
 
-def _shard_groups(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:
+def _shard_groups(tensors: Mapping[str, HostArray]) -> list[_Group]:
     """Divide the tensors among shards of about equal size."""
-    total = sum(array.nbytes for array in tensors.values())
-    num_shards = max(1, min(cpu.usable_cores(), math.ceil(total / _LEAST_SHARD_NBYTES)))
     sizes = {name: array.nbytes for name, array in tensors.items()}
+    num_shards = max(1, min(cpu.usable_cores(), -(-sum(sizes.values()) // _LEAST_SHARD_NBYTES)))
     groups = [
         [(name, tensors[name]) for name in names]
         for names in shards.balanced_groups(sizes, min(num_shards, len(tensors)))
@@ -248,7 +242,7 @@ def _shard_groups(tensors: Mapping[str, Any]) -> list[list[tuple[str, Any]]]:
     return [sorted(group, key=lambda item: -item[1].dtype.itemsize) for group in groups]
 
 
-def _pieces(descriptor: int, begin: int, group: Sequence[tuple[str, Any]]) -> list[Piece]:
+def _pieces(descriptor: int, begin: int, group: _Group) -> list[Piece]:
     pieces = []
     for name, array in group:
         data = parallel_io.bytes_of(array)

@@ -20,6 +20,7 @@ from dvkernels.checkpoint.format.nodes import (
     VariableNode,
 )
 from dvkernels.checkpoint.format.shards import DTYPES
+from dvkernels.checkpoint.generators import RandomGenerator
 from dvkernels.checkpoint.objects import (
     STEPS,
     HasSlots,
@@ -143,7 +144,7 @@ class _Content:
             f"{type(value).__name__}"
         )
 
-    def _generator(self, value: Any, path: str) -> GeneratorNode:
+    def _generator(self, value: RandomGenerator, path: str) -> GeneratorNode:
         # Only the chief's state is saved, so workers with independent generators are refused.
         kind, state = generators.kind(value), generators.state(value)
         arrays_as_checksums = json_codec.encode(

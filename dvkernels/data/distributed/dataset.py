@@ -17,6 +17,7 @@ from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
 from dvkernels.data.distributed.sharding import Sharding
 from dvkernels.data.distributed.split import Splitter
 from dvkernels.data.distributed.to_device import DeviceCopier
+from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.profiler.debugging import LOGGER
 from dvkernels.values.distributed import PerReplica
@@ -141,7 +142,7 @@ class DistributedDataset(ProcessBound):
         self,
         dataset: Dataset,
         num_replicas: int,
-        devices: Iterable[Any] | None = None,
+        devices: Iterable[Device | str] | None = None,
         *,
         check_context: Callable[[str], None] = _allow_any_context,
         owner: Placement | None = None,

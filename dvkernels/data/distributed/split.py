@@ -11,6 +11,7 @@ import numpy as np
 from dvkernels.data.array_nest import Element, is_flat_dict, is_flat_tuple, leading_length
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import DeviceCopier
+from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.pytree import describe_structure, flatten
 from dvkernels.schedules import partition
@@ -27,7 +28,7 @@ class Splitter:
     ----------
     num_local : int
         The number of local replicas.
-    devices : iterable of Device, or None
+    devices : sequence of Device
         The devices of the local replicas.
     owner : Placement, optional
         Passed to every ``PerReplica``.
@@ -40,7 +41,7 @@ class Splitter:
     def __init__(
         self,
         num_local: int,
-        devices: Iterable[Any] | None,
+        devices: Sequence[Device],
         owner: Placement | None,
         is_dealt: bool,
         copier: DeviceCopier | None = None,
@@ -68,7 +69,7 @@ class Splitter:
         recorder.count_copy(time.perf_counter() - began)
         return structure.unflatten([self.per_replica(column) for column in columns])
 
-    def empty_like(self, element: Element) -> Any:
+    def empty_like(self, element: Element) -> Element:
         """Return an element like ``element`` without rows; None if a leaf has no leading axis.
 
         It does not keep the arrays of ``element`` alive.
@@ -79,7 +80,7 @@ class Splitter:
             return None
         return structure.unflatten([np.empty((0, *a.shape[1:]), a.dtype) for a in arrays])
 
-    def split_empty(self, empty: Any, recorder: StatsRecorder) -> Any:
+    def split_empty(self, empty: Element, recorder: StatsRecorder) -> Any:
         """Return an empty part for each replica, each like ``empty``."""
         return self.split([empty] * (self._num_local if self._is_dealt else 1), recorder)
 
@@ -110,7 +111,7 @@ class Splitter:
         columns = zip(*(leaves for leaves, _ in flat), strict=True)
         return structure.unflatten([self.per_replica(column) for column in columns])
 
-    def _split_batch(self, batch: Any) -> Any:
+    def _split_batch(self, batch: Element) -> Any:
         # The most frequent structures, an array or a flat tuple or dict, avoid optree's 3 us.
         if type(batch) is np.ndarray:
             return self._parts([batch], batch)[0]
@@ -123,7 +124,7 @@ class Splitter:
             leading_length(batch)  # raises: the batch has no array
         return spec.unflatten(self._parts(leaves, batch))
 
-    def _parts(self, leaves: Iterable[Any], batch: Any) -> list[PerReplica[Any]]:
+    def _parts(self, leaves: Iterable[Any], batch: Element) -> list[PerReplica[Any]]:
         length, slices = self._slices
         parts = []
         for leaf in leaves:

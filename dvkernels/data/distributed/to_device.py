@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels import reduce_op
+from dvkernels.data.array_nest import Element
 from dvkernels.devices import cuda
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.device import Device
 
 __all__: list[str] = []
@@ -30,7 +32,7 @@ class _SlotRange(NamedTuple):
     column: int
     row: int
     begin: int
-    array: Any
+    array: HostArray
 
 
 class _Slot:
@@ -39,8 +41,8 @@ class _Slot:
     def __init__(self, arrays: cuda.ArrayLibrary, device: int) -> None:
         self.arrays, self.device = arrays, device
         self.capacity = 0
-        self.host_buffer: Any = None
-        self.device_buffer: Any = None
+        self.host_buffer: HostArray = np.empty(0, np.uint8)
+        self.device_buffer: Any = None  # an array of the GPU's library
         self.uploaded = arrays.event(device)  # the host buffer may be overwritten
         self.emptied = arrays.event(device)  # the device buffer may be overwritten
 
@@ -77,7 +79,7 @@ class DeviceCopier:
         self._streams: dict[int, Any] = {}
         self._num_batches = 0
 
-    def copy(self, columns: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def copy(self, columns: Sequence[Sequence[Element]]) -> list[list[Element]]:
         """Return the columns with each array copied to the device of its replica.
 
         A column is one leaf: one array per replica, of any shape and dtype. Values other than
@@ -92,7 +94,9 @@ class DeviceCopier:
         self._num_batches += 1
         return copied
 
-    def _slot_ranges(self, columns: Sequence[Sequence[Any]], device: int) -> Iterator[_SlotRange]:
+    def _slot_ranges(
+        self, columns: Sequence[Sequence[Element]], device: int
+    ) -> Iterator[_SlotRange]:
         begin = 0
         for k, column in enumerate(columns):
             for rank, value in enumerate(column):
@@ -102,7 +106,7 @@ class DeviceCopier:
                 yield _SlotRange(k, rank, begin, array)
                 begin += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
 
-    def _copy_to(self, device: int, ranges: list[_SlotRange], copied: list[list[Any]]) -> None:
+    def _copy_to(self, device: int, ranges: list[_SlotRange], copied: list[list[Element]]) -> None:
         arrays = self._arrays
         if device not in self._slots:
             # The slots are set last: after an interrupt before that, both are made again.

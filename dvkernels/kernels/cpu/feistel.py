@@ -8,10 +8,9 @@ Arithmetic is on unsigned 64-bit integers only.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import jit
 
 __all__ = ["permute"]
@@ -46,7 +45,9 @@ def _permute(positions, length, base, keys, swaps, out):  # type: ignore[no-unty
         out[i] = np.int64(point)
 
 
-def permute(positions: Any, length: int, base: int, keys: Any, swaps: bool) -> Any:
+def permute(
+    positions: HostArray, length: int, base: int, keys: HostArray, swaps: bool
+) -> HostArray:
     """Return the image of each position.
 
     Parameters

@@ -11,8 +11,6 @@ are the addresses of their arrays.
 
 from __future__ import annotations
 
-import os
-import time
 import zlib
 from typing import Any, NamedTuple
 
@@ -47,26 +45,6 @@ _PAUSES_PER_CLOCK_READ = 1 << 16  # about 2 ms
 _BARRIER, _ALL_REDUCE, _BROADCAST = range(1, 4)
 _OPERATION, _ROOT, _ELEMENTS = 1 << 4, 1 << 8, 1 << 32
 _LENGTH = 0x1E3779B97F4A7C15
-
-_int64: Any = types.int64
-_int32: Any = types.int32
-if os.name == "posix":
-    _clock: Any = types.ExternalFunction("clock_gettime", _int32(_int32, _int64))
-    _MONOTONIC = time.CLOCK_MONOTONIC
-
-    @jit.njit(nogil=True)
-    def _milliseconds():  # type: ignore[no-untyped-def]
-        """Return the time of a monotonic clock."""
-        found = np.zeros(2, np.int64)  # seconds and nanoseconds
-        _clock(_MONOTONIC, np.int64(found.ctypes.data))
-        return found[0] * 1000 + found[1] // 1_000_000
-else:
-    _ticks: Any = types.ExternalFunction("GetTickCount64", _int64())
-
-    @jit.njit(nogil=True)
-    def _milliseconds():  # type: ignore[no-untyped-def]
-        """Return the time of a monotonic clock."""
-        return _ticks()
 
 
 class Group:
@@ -148,7 +126,7 @@ def _await_all(state, rank, epoch):  # type: ignore[no-untyped-def]
             reason = intrinsics.load_shared(end, "reason")
             return ENDED if reason == LATE else reason  # only who waited in vain reports LATE
         if outcome == LATE:
-            now = _milliseconds()
+            now = intrinsics.milliseconds()
             if deadline == 0:
                 deadline = now + head.timeout_ms
             if now <= deadline:

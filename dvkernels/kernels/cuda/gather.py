@@ -38,7 +38,7 @@ def _reduce_scatter(call: Buffers, op: Reduction) -> list[Any]:
     reads = call.reads
     parts = partition.parts(len(reads[0]), len(reads))
     rest = reads[0].shape[1:]
-    writes = _targets(call, [(stop - start, *rest) for start, stop in parts])
+    writes = call.outputs([(stop - start, *rest) for start, stop in parts])
     groups = slices.scattered(reads, parts, writes)
     with call.ordered() as work_stream:
         job.combine(work_stream, op, reads[0].dtype, groups, len(reads))
@@ -60,7 +60,7 @@ def all_gather_unchecked(arrays: Sequence[Any], axis: int) -> list[Any]:
 
 def _all_gather(call: Buffers, axis: int) -> list[Any]:
     reads = call.reads
-    writes = _targets(call, [slices.joined_shape(reads, axis)] * len(reads))
+    writes = call.outputs([slices.joined_shape(reads, axis)] * len(reads))
     with call.ordered() as work_stream:
         job.move(work_stream, slices.gathered(reads, axis, writes))
     return list(call.results)
@@ -74,14 +74,7 @@ def all_to_all(buffers: Any, *, out: Any = None, stream: Any = None) -> list[Any
     checks.check_axis("all_to_all", 0, reads[0])
     parts = partition.parts(len(reads[0]), len(reads))
     rest = reads[0].shape[1:]
-    writes = _targets(call, [(len(reads) * (stop - start), *rest) for start, stop in parts])
+    writes = call.outputs([(len(reads) * (stop - start), *rest) for start, stop in parts])
     with call.ordered() as work_stream:
         job.move(work_stream, slices.exchanged(reads, parts, writes))
     return list(call.results)
-
-
-def _targets(call: Buffers, shapes: list[tuple[int, ...]]) -> list[Any]:
-    """Return the arrays to write to: ``out``, checked, or new arrays."""
-    if call.out is None:
-        return call.new_results(shapes)
-    return checks.outputs(call.verb, call.reads, call.out, shapes)

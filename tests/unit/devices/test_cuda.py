@@ -124,12 +124,18 @@ def test_mixed_memory_names_the_replica_and_its_memory(wrong, error, message, mo
             kernels.all_reduce([wrong, OnGpu()])
 
 
-@pytest.mark.parametrize(
-    ("given", "home", "others"),
-    [([5], 5, ()), ([5, 5], 5, ()), ([5, 7, 5, 9, 7], 5, (7, 9)), ([0, 2], 0, (2,))],
-)
-def test_streams_wait_before_and_after_the_work(given, home, others):
-    assert stream_order.join(given) == (home, others, others)
+def test_streams_of_several_devices_are_ordered_each_in_its_own_context(monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            return lambda *args: calls.append((name, *args)) or 77
+
+    monkeypatch.setattr(driver, "find", Recorder)
+    near, far, other = (stream_order.DeviceStream(*pair) for pair in [(0, 5), (1, 0), (0, 0)])
+    cuda_arrays.order_streams([(near, near), (near, other), (far, other)])
+    waits = [("wait", 0, 5, 0), ("record", 0, 0), ("await_event", 1, 0, 77), ("destroy", 77)]
+    assert calls == waits
 
 
 def test_streams_of_every_library():

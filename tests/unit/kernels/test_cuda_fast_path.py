@@ -194,6 +194,20 @@ def test_a_call_like_an_earlier_one_is_only_launched(machine, kind, count):
     assert looks(lambda: kernels.cuda.all_reduce(some(0), stream=[5] * count))
 
 
+@pytest.mark.parametrize(
+    ("streams", "others"), [([5], []), ([5, 5], []), ([5, 7, 5, 9, 7], [7, 9]), ([0, 2], [2])]
+)
+def test_streams_wait_before_and_after_the_work(machine, streams, others):
+    buffers = [Array(BASE + (k << 20)) for k in range(len(streams))]
+    first = streams[0]
+    machine.launched.clear()
+    kernels.cuda.all_reduce(buffers, stream=streams)
+    before, (launch, *after) = machine.launched[: len(others)], machine.launched[len(others) :]
+    assert before == [(0, first, other) for other in others]
+    assert launch[-1] == first
+    assert after == [(0, other, first) for other in others]
+
+
 def test_what_is_not_as_before_is_looked_at(machine):
     fast_path._launches.clear()
     good = [Array(BASE), Array(BASE + 4096)]

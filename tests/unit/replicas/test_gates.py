@@ -122,8 +122,6 @@ def test_an_interrupted_opening_can_be_repeated():
     compiled = gates._compiled
 
     class Interrupted:
-        SLEEPING = compiled.SLEEPING
-
         @staticmethod
         def open_gate(state, gate):
             compiled.open_gate(state, gate)

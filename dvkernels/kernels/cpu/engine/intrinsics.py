@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import platform
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -205,14 +206,32 @@ def pause(builder: Any) -> None:
         emit_call(builder, "llvm.x86.sse2.pause")
 
 
+_int32: Any = types.int32
+_int64: Any = types.int64
 if os.name == "posix":
     yield_core = types.ExternalFunction("sched_yield", types.intc())
+    _clock: Any = types.ExternalFunction("clock_gettime", _int32(_int32, _int64))
+    _MONOTONIC = time.CLOCK_MONOTONIC
+
+    @jit.njit(nogil=True)
+    def milliseconds():  # type: ignore[no-untyped-def]
+        """Return the time of a monotonic clock."""
+        found = np.zeros(2, np.int64)  # seconds and nanoseconds
+        _clock(_MONOTONIC, address_of(found))
+        return found[0] * 1000 + found[1] // 1_000_000
 else:  # without it a spinning thread keeps its core until the system preempts it
 
     @jit.njit(nogil=True)
     def yield_core():  # type: ignore[no-untyped-def]
         """Do nothing."""
         return 0
+
+    _ticks: Any = types.ExternalFunction("GetTickCount64", _int64())
+
+    @jit.njit(nogil=True)
+    def milliseconds():  # type: ignore[no-untyped-def]
+        """Return the time of a monotonic clock."""
+        return _ticks()
 
 
 @jit.njit(nogil=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -101,20 +102,14 @@ def run(
     for arrays in groups:
         first = arrays[0]
         moved += first.nbytes * (program.num_reads + len(arrays) - program.first_write)
-        if all(array.flags.c_contiguous for array in arrays):
-            items.append(_Lines(first.nbytes // size, 1, [*map(checks.address, arrays)], ()))
-            continue
-        group_items = [*_lines(arrays, size)]
-        if (
-            not group_items
-            or len(group_items) > _MANY_ITEMS
-            or group_items[0].length * size < _SHORT_NBYTES
-        ):
-            staged_groups.append(_stage(arrays, program, copies))
-            group_items = [
-                _Lines(first.nbytes // size, 1, [*map(checks.address, staged_groups[-1])], ())
-            ]
-        items += group_items
+        if not all(array.flags.c_contiguous for array in arrays):
+            lines = [*_lines(arrays, size)]
+            if lines:
+                items += lines
+                continue
+            arrays = _stage(arrays, program, copies)
+            staged_groups.append(arrays)
+        items.append(_Lines(first.nbytes // size, 1, [*map(checks.address, arrays)], ()))
     width = len(groups[0])
     if piece_nbytes:
         piece_length = max(1, piece_nbytes // size)
@@ -139,7 +134,7 @@ def lay_out_sum(buffers: Sequence[HostArray], piece_length: int, runner: int) ->
 
 
 def _in_memory(moved: int, program: Program) -> int:
-    """Return the argument ``in_memory`` of ``loops.span`` for a job that moves so many bytes."""
+    """Return the argument ``in_memory`` of ``span`` for a job that moves so many bytes."""
     if moved < OUT_OF_CACHE_NBYTES // 2:
         return 0
     # A store to a line that is in no cache reads it first, unless it is a streaming store. With
@@ -163,7 +158,7 @@ def _lay_out(
     table = program.table
     rows_offset = HEADER_WORDS + ITEM_WORDS * len(items)
     tables_offset = rows_offset + ROW_WORDS * len(program.rows)
-    num_tables = sum([1 if item.num_lines == 1 else 2 for item in items])  # addresses, strides
+    num_tables = sum([2 if item.num_lines > 1 else 1 for item in items])  # addresses, strides
     constants_offset = tables_offset + len(table) * num_tables
     counters_offset = counters_after(constants_offset + len(constants))
     # One queue where one thread runs the job, else one for each thread.
@@ -204,7 +199,7 @@ def rewind(words: HostArray) -> None:
 
 
 def _lines(arrays: Sequence[HostArray], size: int) -> Iterator[_Lines]:
-    """Yield the items that make up a group of arrays; none where its lines are too short."""
+    """Yield the items that make up a group of arrays; none where its lines are short or many."""
     itemsize = arrays[0].itemsize
     axes = merge_axes(arrays)
     length = 1
@@ -213,6 +208,8 @@ def _lines(arrays: Sequence[HostArray], size: int) -> Iterator[_Lines]:
     if length * itemsize < _SHORT_NBYTES:
         return
     num_lines, strides = axes.pop() if axes else (1, (0,) * len(arrays))
+    if math.prod(extent for extent, _ in axes) > _MANY_ITEMS:
+        return
     starts = [*map(checks.address, arrays)]
     for index in np.ndindex(*(extent for extent, _ in axes)):
         addresses = [

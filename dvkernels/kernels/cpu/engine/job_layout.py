@@ -37,7 +37,7 @@ class JobHeader(NamedTuple):
     num_arrays: int = 0  # entries of a table
     num_parts: int = 1  # of an item, to which the rows refer
     num_queues: int = 1
-    in_memory: int = 0  # the argument of span.span
+    in_memory: int = 0  # the argument of span
     runner: int = 0  # its address
     pool_slot: int = 0  # slot of the thread pool that holds the job, plus one; 0: none
     items: int = 0  # the address of the first

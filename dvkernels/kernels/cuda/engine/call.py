@@ -10,30 +10,23 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from dvkernels.devices import cuda, cuda_arrays, driver, stream_order
+from dvkernels.devices.array_spec import HostArray
+from dvkernels.devices.cuda_arrays import order_streams
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import job
 
-__all__ = ["NEW", "AllReduce", "Buffers", "Call", "wait_for"]
+__all__ = ["NEW", "AllReduce", "Buffers", "Call"]
 
 NEW: Any = object()  # as ``out``: allocate the results
-
-Array = np.ndarray[Any, Any]
 
 
 class Call:
     """Collective call: the devices and streams of its arrays, and the stream of its work.
 
-    Parameters
-    ----------
-    verb : str
-        Name of the function in error messages.
-    stream
-        The caller's argument ``stream``.
+    ``verb`` is the function's name in error messages, ``stream`` the caller's argument.
     """
 
     def __init__(self, verb: str, stream: Any = None) -> None:
@@ -43,47 +36,25 @@ class Call:
         self._device_buffers: list[cuda_arrays.DeviceBuffer] = []
         self._names: list[str] = []
 
-    def register(self, buffers: Any, verb: str = "", name: str = "replica") -> list[Array]:
+    def register(self, buffers: Any, verb: str = "", name: str = "replica") -> list[HostArray]:
         """Return buffers as NumPy descriptions, and order the work of this call with theirs."""
         found = cuda_arrays.locate(verb or self.verb, buffers, name)
         self._device_buffers += found
         self._names += (f"{name} {k}" for k in range(len(found)))
         return [buffer.array for buffer in found]
 
-    def new(
-        self, shapes: Sequence[tuple[int, ...]], dtype: Any, on_own_gpu: bool = False
-    ) -> tuple[list[Any], list[Array]]:
-        """Allocate arrays; return them and their NumPy descriptions.
-
-        They lie on the GPU that does the work, or (``on_own_gpu``) each on the GPU of the buffer of
-        the same index.
-        """
-        work_stream = self._joined().work_stream
-        streams = (
-            [DeviceStream(buffer.device, buffer.stream) for buffer in self.device_buffers()]
-            if on_own_gpu
-            else []
-        )
-        library_arrays = [
-            cuda.arrays().empty(target.device, shape, dtype, target.stream)
-            for shape, target in zip(shapes, streams or [work_stream] * len(shapes), strict=False)
-        ]
-        located = cuda_arrays.locate(self.verb, library_arrays, "out")
-        return library_arrays, [buffer.array for buffer in located]
-
     @contextlib.contextmanager
     def ordered(self) -> Iterator[DeviceStream]:
         """Yield the stream to launch on: it waits for the buffers' streams, and they for it."""
-        joined = self._joined()
+        streams = dict.fromkeys(buffer.device_stream for buffer in self.device_buffers())
+        work_stream, *others = streams
         if self.is_multi_gpu:
-            self._check_peer_access(joined.work_stream.device)
-        for other in joined.before:
-            wait_for(joined.work_stream, other)
+            self._check_peer_access(work_stream.device)
+        order_streams([(work_stream, other) for other in others])
         try:
-            yield joined.work_stream
+            yield work_stream
         finally:
-            for other in joined.after:
-                wait_for(other, joined.work_stream)
+            order_streams([(other, work_stream) for other in others])
 
     @property
     def is_multi_gpu(self) -> bool:
@@ -97,12 +68,6 @@ class Call:
             return self._device_buffers
         pairs = zip(self._device_buffers, streams, strict=True)
         return [buffer._replace(stream=stream) for buffer, stream in pairs]
-
-    def _joined(self) -> stream_order.Joined[DeviceStream]:
-        """Return the stream of the work and the streams to order with it."""
-        return stream_order.join(
-            [DeviceStream(buffer.device, buffer.stream) for buffer in self.device_buffers()]
-        )
 
     def _check_peer_access(self, work_device: int) -> None:
         """Raise unless the GPU that does the work can access the memory of all arrays."""
@@ -133,18 +98,31 @@ class Buffers(Call):
         self.buffers = checks.as_sequence(verb, buffers)
         self.results: Any = self.buffers
         self.reads = self.register(self.buffers)
-        self.out: list[Array] | None = None
+        self.out: list[HostArray] | None = None
         if out is not None:
             self.results = checks.as_sequence(verb, out, "out")
             self.out = self.register(self.results, name="out")
 
-    def new_results(self, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-        """Allocate the results, of the library of the buffers; return their descriptions."""
-        on_own_gpu = len(shapes) == len(self.reads)
-        library_arrays, arrays = self.new(shapes, self.reads[0].dtype, on_own_gpu)
-        pairs = zip(library_arrays, self.buffers, strict=False)
-        self.results = [cuda_arrays.like(result, buffer) for result, buffer in pairs]
-        return arrays
+    def new_results(self, shapes: Sequence[tuple[int, ...]]) -> list[HostArray]:
+        """Allocate the results, of the library of the buffers; return their descriptions.
+
+        Each lies on the GPU of its buffer; a single one on the GPU that does the work, the first.
+        """
+        streams = [buffer.device_stream for buffer in self.device_buffers()]
+        dtype = self.reads[0].dtype
+        made = [
+            cuda_arrays.allocate(stream, shape, dtype)
+            for shape, stream in zip(shapes, streams, strict=False)
+        ]
+        pairs = zip(made, self.buffers, strict=False)
+        self.results = [cuda_arrays.like(result, buffer) for (result, _), buffer in pairs]
+        return [described for _, described in made]
+
+    def outputs(self, shapes: Sequence[tuple[int, ...]]) -> list[HostArray]:
+        """Return the arrays to write to: ``out``, checked, or new ones."""
+        if self.out is None:
+            return self.new_results(shapes)
+        return checks.outputs(self.verb, self.reads, self.out, shapes)
 
 
 class AllReduce(Buffers):
@@ -165,7 +143,7 @@ class AllReduce(Buffers):
             self.op = job.check_op(verb, op, self.dtype)
         self.is_in_place = out is None
 
-    def targets(self) -> list[Array]:
+    def targets(self) -> list[HostArray]:
         """Return the arrays that receive the results; raise unless they are writable."""
         if self.is_in_place:
             checks.check_in_place(self.verb, self.reads)
@@ -173,16 +151,3 @@ class AllReduce(Buffers):
         if self._makes_new:
             return self.new_results([read.shape for read in self.reads])
         return checks.outputs_like(self.verb, self.reads, self.out)
-
-
-def wait_for(waiting: DeviceStream, awaited: DeviceStream) -> None:
-    """Let one stream wait for the work that another stream, of any device, holds now."""
-    cuda_driver = driver.find()
-    if cuda_driver is None:  # in the simulator, all work is done when a call returns
-        return
-    if waiting.device == awaited.device:
-        cuda_driver.wait(waiting.device, waiting.stream, awaited.stream)
-        return
-    event = cuda_driver.record(awaited.device, awaited.stream)
-    cuda_driver.await_event(waiting.device, waiting.stream, event)
-    cuda_driver.destroy(event)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvkernels.devices import cuda, cuda_arrays
+from dvkernels.devices import cuda_arrays
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels import strides as array_strides
@@ -30,8 +31,7 @@ from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["Counts", "Item", "check_op", "combine", "lay_out", "move", "repeated", "run"]
 
-Array = np.ndarray[Any, Any]
-Groups = Sequence[Sequence[Array]]
+Groups = Sequence[Sequence[HostArray]]
 
 _VECTOR = intrinsics.VECTOR_NBYTES
 _PER_THREAD = 4
@@ -78,13 +78,17 @@ def combine(
     In place, all arrays of a group are both sources and targets.
     """
     operation, code = operations.resolve(op, dtype)
-    kernel = loops.kernel(operation, code)
     counts = _counts(op, len(groups[0]) if groups else 0, num_sources, in_place)
-    run(work_stream, kernel, code, groups, counts, num_sources)
+    run(work_stream, loops.kernel(operation, code), code, groups, counts, num_sources)
 
 
 def repeated(
-    device: int, op: Reduction, arrays: Sequence[Array], num_sources: int, *, in_place: bool = False
+    device: int,
+    op: Reduction,
+    arrays: Sequence[HostArray],
+    num_sources: int,
+    *,
+    in_place: bool = False,
 ) -> launcher.RepeatedLaunch | None:
     """Return the launch of :func:`combine` on one group, to be repeated with other addresses.
 
@@ -146,16 +150,13 @@ def run(
     filled = [[*arrays] for arrays in groups if arrays[0].size]
     if not filled:
         return
-    copied_back: list[tuple[Array, Array]] = []
+    copied_back: list[tuple[HostArray, HostArray]] = []
     allocations = []  # of the staging copies, kept until all work on them is enqueued
     for arrays in filled:
         for k, array in enumerate(arrays):
             if _is_aligned(array, arithmetic.number_nbytes(code)):
                 continue
-            allocation = cuda.arrays().empty(
-                work_stream.device, array.shape, array.dtype, work_stream.stream
-            )
-            staging = cuda_arrays.locate("staging", [allocation])[0].array
+            allocation, staging = cuda_arrays.allocate(work_stream, array.shape, array.dtype)
             allocations.append(allocation)
             if k < num_reads:
                 move(work_stream, [[array, staging]])
@@ -205,7 +206,7 @@ def lay_out(
     return min(num_pieces, most_blocks), [*header, *heads, *records, *float64s]
 
 
-def _is_aligned(array: Array, size: int) -> bool:
+def _is_aligned(array: HostArray, size: int) -> bool:
     """Return whether all elements lie at multiples of ``size``, as accesses of a GPU must."""
     if checks.address(array) % size:
         return False
@@ -216,7 +217,7 @@ def _is_aligned(array: Array, size: int) -> bool:
     )
 
 
-def _items(arrays: Sequence[Array], size: int) -> list[Item]:
+def _items(arrays: Sequence[HostArray], size: int) -> list[Item]:
     """Return the items of a group; ``size`` is the itemsize of the kernel's element type."""
     axes = _merged(arrays, size)
     addresses = [*map(checks.address, arrays)]
@@ -252,7 +253,7 @@ def _cut(axes: list[tuple[int, tuple[int, ...]]], addresses: list[int]) -> list[
     ]
 
 
-def _merged(arrays: Sequence[Array], size: int) -> list[tuple[int, tuple[int, ...]]]:
+def _merged(arrays: Sequence[HostArray], size: int) -> list[tuple[int, tuple[int, ...]]]:
     """Return (extent, stride in each array) of the coalesced axes, the innermost first.
 
     Extents count elements of ``size`` bytes; an element of the arrays may consist of several.

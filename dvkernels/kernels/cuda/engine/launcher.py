@@ -62,15 +62,7 @@ def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], strea
 
 
 class RepeatedLaunch:
-    """Launch over a short table, repeatable with other addresses in the last words of the table.
-
-    Parameters
-    ----------
-    kernel, device, blocks, words
-        As in :func:`launch`.
-    num_addresses : int
-        Number of words at the end that change.
-    """
+    """Launch over a short table, repeatable with other addresses in its last words."""
 
     __slots__ = ("_begin", "_blocks", "_device", "_end", "_kernel", "_words")
 

@@ -8,6 +8,7 @@ arXiv:1711.05101.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,33 +59,30 @@ class _Rules:
         return kept_share * parameter - rate * mean / denominator, mean, square
 
 
+def _operator(instruction: str) -> Callable[[_Number, _Number], _Number]:
+    """Return the method that emits an instruction of LLVM on two numbers."""
+
+    def emit(self: _Number, other: _Number) -> _Number:
+        builder = self.builder
+        return _Number(builder, getattr(builder, instruction)(self.value, other.value))
+
+    return emit
+
+
 class _Number:
     """Number in emitted LLVM code, with operators that emit instructions."""
 
     def __init__(self, builder: Any, value: Any) -> None:
         self.builder, self.value = builder, value
 
-    def __add__(self, other: _Number) -> _Number:
-        return _Number(self.builder, self.builder.fadd(self.value, other.value))
-
-    def __sub__(self, other: _Number) -> _Number:
-        return _Number(self.builder, self.builder.fsub(self.value, other.value))
-
-    def __mul__(self, other: _Number) -> _Number:
-        return _Number(self.builder, self.builder.fmul(self.value, other.value))
-
-    def __truediv__(self, other: _Number) -> _Number:
-        return _Number(self.builder, self.builder.fdiv(self.value, other.value))
+    __add__, __sub__ = _operator("fadd"), _operator("fsub")
+    __mul__, __truediv__ = _operator("fmul"), _operator("fdiv")
 
     def sqrt(self) -> _Number:
         """Emit the square root, rounded to nearest."""
-        suffix = "d" if self.value.type == _DOUBLE else "f"
-        return _Number(
-            self.builder,
-            intrinsics.call(
-                self.builder, f"llvm.nvvm.sqrt.rn.{suffix}", self.value.type, [self.value]
-            ),
-        )
+        name = f"llvm.nvvm.sqrt.rn.{'d' if self.value.type == _DOUBLE else 'f'}"
+        root = intrinsics.call(self.builder, name, self.value.type, [self.value])
+        return _Number(self.builder, root)
 
 
 @intrinsics.twin(_simulated_apply, prefer_literal=True)

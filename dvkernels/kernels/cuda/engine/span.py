@@ -47,7 +47,11 @@ def reducer(operation: Operation, code: int) -> Any:
         place = (addresses, positions, begin * itemsize)
         misalignment = _address(place, 0) & 15
         is_alike = misalignment % itemsize == 0
-        for k in range(1, num_sources + num_targets):
+        for k in range(1, num_sources):
+            is_alike = is_alike and _address(place, k) & 15 == misalignment
+        target_positions = positions + 8 * num_sources
+        place = (addresses, target_positions, begin * itemsize)
+        for k in range(num_targets):
             is_alike = is_alike and _address(place, k) & 15 == misalignment
         vectors_begin, vectors_end = end, end
         if is_alike:
@@ -57,7 +61,6 @@ def reducer(operation: Operation, code: int) -> Any:
         offset = vectors_begin * itemsize + 16 * thread
         stop = vectors_end * itemsize
         width = 16 * threads
-        target_positions = positions + 8 * num_sources
         while offset + 3 * width < stop:
             sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
             reduce_four(sources, num_sources, targets, num_targets, divisor, width)

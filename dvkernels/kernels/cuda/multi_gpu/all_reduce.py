@@ -11,14 +11,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from dvkernels.devices import cuda, cuda_arrays, driver
+from dvkernels.devices import cuda_arrays, driver
+from dvkernels.devices.array_spec import HostArray
+from dvkernels.devices.cuda_arrays import order_streams
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels.cuda.engine import job as jobs
-from dvkernels.kernels.cuda.engine.call import AllReduce, wait_for
+from dvkernels.kernels.cuda.engine.call import AllReduce
 from dvkernels.kernels.cuda.multi_gpu import peer_access
 from dvkernels.kernels.cuda.multi_gpu.group import AllReduceCall, DeviceGroup
 from dvkernels.reduce_op import Reduction, is_half
@@ -27,16 +27,14 @@ from dvkernels.schedules.flag_selection import AccessMatrix
 
 __all__ = ["abort", "all_reduce", "recover"]
 
-Array = np.ndarray[Any, Any]
-
 
 class Rank(NamedTuple):
     """Stream of a rank, the array that it contributes, and the array for its result."""
 
     work_stream: DeviceStream
-    read: Array
-    write: Array  # the same array where it works in place
-    other_streams: tuple[DeviceStream, ...]  # other streams of the same device that use the arrays
+    read: HostArray
+    write: HostArray  # the same array where it works in place
+    out_stream: DeviceStream  # of the array for its result, on the same device
 
 
 class _OpenGroup(NamedTuple):
@@ -63,43 +61,25 @@ def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
     if ranks[0].read.size:
         cuda_driver = driver.find()
         assert cuda_driver is not None  # it has located the buffers
-        for rank in ranks:
-            for other in rank.other_streams:
-                wait_for(rank.work_stream, other)
+        order_streams([(rank.work_stream, rank.out_stream) for rank in ranks])
         _launch(cuda_driver, call.op, ranks, algorithm)
-        for rank in ranks:
-            for other in rank.other_streams:
-                wait_for(other, rank.work_stream)
+        order_streams([(rank.out_stream, rank.work_stream) for rank in ranks])
     return list(call.results)
 
 
-def _ranks(call: AllReduce, writes: Sequence[Array]) -> list[Rank]:
+def _ranks(call: AllReduce, writes: Sequence[HostArray]) -> list[Rank]:
     """Return the ranks of a call; raise unless each result lies on the GPU of its buffer."""
-    device_buffers = call.device_buffers()
+    buffers = call.device_buffers()
     num_ranks = len(writes)
+    outs = buffers[num_ranks:] or buffers
     ranks = []
-    for k, (buffer, write) in enumerate(zip(device_buffers[:num_ranks], writes, strict=True)):
-        other_streams = []
-        if len(device_buffers) > num_ranks:
-            out_buffer = device_buffers[num_ranks + k]
-            if out_buffer.device != buffer.device:
-                raise DeviceError(
-                    f"{call.verb} leaves each result on the GPU of its buffer: replica {k} is on "
-                    f"cuda:{buffer.device}, out {k} on cuda:{out_buffer.device}; allocate it there"
-                )
-            other_streams = (
-                [DeviceStream(out_buffer.device, out_buffer.stream)]
-                if out_buffer.stream != buffer.stream
-                else []
+    for k, (buffer, out, write) in enumerate(zip(buffers[:num_ranks], outs, writes, strict=True)):
+        if out.device != buffer.device:
+            raise DeviceError(
+                f"{call.verb} leaves each result on the GPU of its buffer: replica {k} is on "
+                f"cuda:{buffer.device}, out {k} on cuda:{out.device}; allocate it there"
             )
-        ranks.append(
-            Rank(
-                DeviceStream(buffer.device, buffer.stream),
-                buffer.array,
-                write,
-                tuple(other_streams),
-            )
-        )
+        ranks.append(Rank(buffer.device_stream, buffer.array, write, out.device_stream))
     return ranks
 
 
@@ -129,13 +109,10 @@ def _launch(
         inputs, outputs, length, dtype, op, [rank.work_stream.stream for rank in ranks]
     )
     # Streams that wait for the captured stream join the capture.
-    for rank in ranks if captured else ():
-        if rank is not captured[0]:
-            wait_for(rank.work_stream, captured[0].work_stream)
+    joined = [(rank.work_stream, captured[0].work_stream) for rank in ranks if captured]
+    order_streams(joined)
     open_group.group.all_reduce(job, route, is_captured=bool(captured))
-    for rank in ranks if captured else ():
-        if rank is not captured[0]:
-            wait_for(captured[0].work_stream, rank.work_stream)
+    order_streams([(first, own) for own, first in joined])
     for rank, staging in zip(ranks, contiguous, strict=True):
         if staging.write is not rank.write:
             jobs.move(rank.work_stream, [[staging.write, rank.write]])
@@ -176,13 +153,13 @@ def _group(cuda_driver: driver.Driver, devices: tuple[int, ...]) -> _OpenGroup:
 
 def _contiguous(rank: Rank, alignment: int, allocations: list[Any]) -> Rank:
     """Return the rank with staging buffers in place of arrays that are not contiguous."""
-    device, stream = rank.work_stream
 
-    def staged(array: Array) -> Array:
+    def staged(array: HostArray) -> HostArray:
         if array.flags.c_contiguous and checks.address(array) % alignment == 0:
             return array
-        allocations.append(cuda.arrays().empty(device, array.shape, array.dtype, stream))
-        return cuda_arrays.locate("staging", allocations[-1:])[0].array
+        made, staging = cuda_arrays.allocate(rank.work_stream, array.shape, array.dtype)
+        allocations.append(made)
+        return staging
 
     read = staged(rank.read)
     if read is not rank.read:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,59 +21,18 @@ from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import operations
 from dvkernels.kernels.cuda.multi_gpu import flag_kernel
+from dvkernels.kernels.cuda.multi_gpu.peer_access import DeviceMemory, PeerAccess
 from dvkernels.reduce_op import ReduceOp, Reduction
-from dvkernels.schedules.flag_protocol import NUM_SLOTS, Combine, Signal
-from dvkernels.schedules.flag_protocol import Protocol as Schedule
+from dvkernels.schedules.flag_protocol import NUM_SLOTS, Combine, Protocol, Signal
 from dvkernels.schedules.flag_selection import Route
 
-__all__ = ["MOST_BLOCKS", "AllReduceCall", "DeviceGroup", "GroupDriver"]
+__all__ = ["MOST_BLOCKS", "AllReduceCall", "DeviceGroup"]
 
 MOST_BLOCKS = 32
 # Bytes per block below which fewer blocks are launched; not measured on hardware.
 _BLOCK_NBYTES = 16 * 1024
 _SLOT_NBYTES = 4 * 1024 * 1024
 _ABORTED = 2  # value of the stop word after abort(); a rank sets 1 at its deadline
-
-
-class DeviceMemory(Protocol):
-    """Device memory that lives as long as this object."""
-
-    address: int
-
-
-class GroupDriver(Protocol):
-    """Driver operations that a group needs, on the devices of its ranks."""
-
-    def empty(self, device: int, nbytes: int) -> DeviceMemory:
-        """Allocate memory at a multiple of 256 bytes."""
-
-    def words(self, device: int, words: Sequence[int]) -> DeviceMemory:
-        """Allocate memory and write int64 words to it before returning."""
-
-    def pinned(self, num_words: int) -> Any:
-        """Return zeroed int64 words in host memory that devices access at the same address."""
-
-    def load(self, device: int, kernel: Callable[..., None]) -> None:
-        """Compile a kernel, unless it is compiled, and load it onto the device."""
-
-    def launch(
-        self,
-        device: int,
-        kernel: Callable[..., None],
-        num_blocks: int,
-        stream: Any,
-        words: Sequence[int],
-    ) -> None:
-        """Launch a loaded kernel without waiting for a device."""
-
-    def record(self, device: int, stream: Any) -> Any:
-        """Return an event after all work that the stream holds now."""
-
-    def wait(self, device: int, stream: Any, event: Any) -> None:
-        """Let the stream wait for an event of any device."""
-
-    def synchronize(self, device: int) -> None:
-        """Wait until a device has done all its work."""
 
 
 class AllReduceCall(NamedTuple):
@@ -90,24 +49,14 @@ class AllReduceCall(NamedTuple):
 class DeviceGroup:
     """Group of ranks that reduce by the protocols of schedules/flag_all_reduce.py.
 
-    Parameters
-    ----------
-    devices : sequence of int
-        The device of each rank.
-    driver : GroupDriver
-        Operations on the devices.
-    timeout_seconds : float
-        How long a rank waits for another, within a launch, before all ranks give up.
-
-    Notes
-    -----
     The calls of a group are ordered: on each rank, a call comes after the previous one, also where
-    it has another stream. After a timeout or ``abort``, results are undefined, and every call and
-    ``check`` raise ``CollectiveTimeoutError`` until ``recover``.
+    it has another stream. Within a launch, a rank waits ``timeout_seconds`` for another before all
+    ranks give up. After that, or ``abort``, results are undefined, and every call and ``check``
+    raise ``CollectiveTimeoutError`` until ``recover``.
     """
 
     def __init__(
-        self, devices: Sequence[int], driver: GroupDriver, *, timeout_seconds: float = 600.0
+        self, devices: Sequence[int], driver: PeerAccess, *, timeout_seconds: float = 600.0
     ) -> None:
         self._devices, self._driver = tuple(devices), driver
         self._deadline_ns = round(timeout_seconds * 1e9)
@@ -266,7 +215,7 @@ class DeviceGroup:
                 self._driver.load(device, kernel)
             self._loaded.add(kernel)
 
-    def _ready_programs(self, schedule: Schedule, order: tuple[int, ...]) -> list[DeviceMemory]:
+    def _ready_programs(self, schedule: Protocol, order: tuple[int, ...]) -> list[DeviceMemory]:
         """Return the program of each position in the protocol, on the device of its rank."""
         key = schedule.name, order
         if key not in self._programs:
@@ -320,7 +269,7 @@ class DeviceGroup:
 
 
 class _LaunchedCall(NamedTuple):
-    schedule: Schedule
+    schedule: Protocol
     route: Route
     kernel: Callable[..., None]
     programs: list[DeviceMemory]

@@ -15,11 +15,11 @@ from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import launcher
 from dvkernels.schedules.flag_selection import AccessMatrix
 
-__all__ = ["PeerAccess", "reach"]
+__all__ = ["DeviceMemory", "PeerAccess", "reach"]
 
 
-class _Memory:
-    """Memory of a device or of the host, freed with this object."""
+class DeviceMemory:
+    """Memory of a device, freed with this object."""
 
     def __init__(self, address: int, free: Callable[[int], None]) -> None:
         self.address = address
@@ -36,23 +36,17 @@ class _Event:
 
 
 class PeerAccess:
-    """Operations of ``group.GroupDriver``, by the CUDA driver.
-
-    Parameters
-    ----------
-    cuda_driver : driver.Driver
-        The driver.
-    """
+    """Driver operations that a device group needs, on the devices of its ranks."""
 
     def __init__(self, cuda_driver: driver.Driver) -> None:
         self._driver = cuda_driver
 
-    def empty(self, device: int, nbytes: int) -> _Memory:
-        """Allocate memory of a device."""
+    def empty(self, device: int, nbytes: int) -> DeviceMemory:
+        """Allocate memory of a device, at a multiple of 256 bytes."""
         address = self._driver.allocate(device, nbytes)
-        return _Memory(address, functools.partial(self._driver.free, device))
+        return DeviceMemory(address, functools.partial(self._driver.free, device))
 
-    def words(self, device: int, words: Sequence[int]) -> _Memory:
+    def words(self, device: int, words: Sequence[int]) -> DeviceMemory:
         """Allocate memory and write int64 words to it before returning."""
         host = np.array(words, np.int64)
         memory = self.empty(device, host.nbytes)
