@@ -20,11 +20,10 @@ from dvkernels.reduce_op import ReduceOp
 from dvkernels.testing import check_communicator
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["gather", "exchange", "ring"])
-HOSTS = pytest.mark.parametrize(
-    "hosts",
-    [[0, 1], [0, 1, 2], [0, 0, 1], [0, 0, 1, 2], [0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 2, 2, 1, 3]],
-    ids=str,
-)
+SOME_HOSTS = [  # the host of each worker
+    [0, 1], [0, 1, 2], [0, 0, 1], [0, 0, 1, 2], [0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 2, 2, 1, 3],
+]  # fmt: skip
+HOSTS = pytest.mark.parametrize("hosts", SOME_HOSTS, ids=str)
 PIECE_NBYTES = 1 << 12
 LARGER = CustomReduction(numba.njit(lambda a, b: a if abs(a) > abs(b) else b), 0, "larger")
 
@@ -55,7 +54,14 @@ def bits(arrays):
 
 
 @ALGORITHMS
-@HOSTS
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        pytest.param(hosts, marks=[] if hosts in ([0, 1, 2], [0, 1, 0, 1]) else pytest.mark.wide)
+        for hosts in SOME_HOSTS
+    ],
+    ids=str,
+)
 def test_the_laws_of_communicators(hosts, algorithm):
     check_communicator(
         lambda size: Together(size, carried=transports_between_hosts(hosts, algorithm)),
