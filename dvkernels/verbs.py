@@ -1,9 +1,8 @@
 """Verbs: of each collective the checks, the terms on which the replicas must agree, and the action.
 
-A verb of a replica checks the arguments of that replica. The replicas then meet with their terms;
-the last one to arrive performs the action for all of them. A verb in cross-replica context has the
-values of all replicas of this process, so it checks, and acts at once. Both hand the arrays to a
-communicator, which checks nothing again.
+A verb of a replica checks its arguments. The replicas then meet with their terms, and the last one
+to arrive performs the action for all. A verb in cross-replica context has the values of all
+replicas of this process: it checks, and acts at once. The communicator checks nothing again.
 """
 
 from __future__ import annotations

@@ -267,6 +267,19 @@ def test_files_are_named_for_what_they_hold() -> None:
 
 
 # Where a module stands, to the reader of a folder: in the folder, or for a file at the top itself.
+def test_files_are_short() -> None:
+    # Of kernels/__init__.py two thirds are the docstrings of what it defines for users.
+    limits = {"kernels/__init__.py": 440}
+    too_long = {
+        (name, lines)
+        for path in _paths().values()
+        for name in [path.relative_to(HOUSE).as_posix()]
+        for lines in [len(path.read_text(encoding="utf-8").splitlines())]
+        if lines > limits.get(name, 400 if name.startswith("kernels/") else 350)
+    }
+    assert not too_long
+
+
 def _place(module: str) -> str:
     return _folder(module) or _room(module)
 
