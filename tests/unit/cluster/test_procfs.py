@@ -21,10 +21,12 @@ def test_a_child_and_its_child():
         env={**os.environ, "DVKERNELS_TEST": "a=b"},
     )
     try:
-        while len(below := procfs.descendants_of(os.getpid())) < 2:
+        while not (grandchildren := procfs.descendants_of(shell.pid)):
             pass
-        assert below[0] == shell.pid
-        assert [procfs.parent_of(pid) for pid in below] == [os.getpid(), shell.pid]
+        below = procfs.descendants_of(os.getpid())
+        assert {shell.pid, *grandchildren} <= {*below}
+        assert procfs.parent_of(shell.pid) == os.getpid()
+        assert [procfs.parent_of(pid) for pid in grandchildren] == [shell.pid]
         assert procfs.environment_of(shell.pid)["DVKERNELS_TEST"] == "a=b"
     finally:
         shell.communicate()
