@@ -9,6 +9,7 @@ import pytest
 from peers import main
 
 
+@pytest.mark.wide
 def test_every_case_is_measured(capsys, tmp_path):
     found = tmp_path / "found.json"
     arguments = ["--rounds", "1", "--mebibytes", "2", "--json", str(found)]

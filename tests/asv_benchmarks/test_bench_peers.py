@@ -54,6 +54,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+@pytest.mark.wide
 def test_an_interrupt_ends_the_peers(tmp_path):
     # A stand-in for a peer's interpreter: it prints a version, then hangs like a stuck rank.
     stand_in = tmp_path / "python"

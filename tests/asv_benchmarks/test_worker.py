@@ -56,6 +56,7 @@ def test_a_worker_that_dies_is_reported_with_its_last_output(peer):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
+@pytest.mark.wide
 def test_a_worker_that_hangs_is_ended_with_its_children(peer):
     with peer(HANGS, timeout=1.0) as worker:
         with pytest.raises(WorkerLostError, match="gave no answer in 1 s") as caught:

@@ -62,6 +62,7 @@ def check(make: Callable[[int], Protocol], **how: int) -> None:
         raise AssertionError(message)
 
 
+@pytest.mark.wide
 def test_two_ranks_in_any_sequence_of_protocols() -> None:
     check_protocols([*MAKERS.values()], most_ranks=2)
 

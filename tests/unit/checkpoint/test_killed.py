@@ -46,7 +46,7 @@ def run_killed(folder, steps, kills, seed, *options):
     return killed.num_kills, result(killed.output)
 
 
-@pytest.mark.parametrize("options", [[], ["--background"]])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.wide), ["--background"]])
 def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, options):
     steps = 60
     whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
@@ -55,6 +55,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, options):
     assert num_kills > 0
 
 
+@pytest.mark.wide
 def test_a_killed_run_on_other_numbers_of_replicas_ends_within_rounding(tmp_path):
     steps = 40
     whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)

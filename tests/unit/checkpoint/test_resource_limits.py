@@ -152,7 +152,7 @@ def campaign(what, verb, length, frees):
         *LIMITS.items(),
         # Threads run out of memory while they start. Where the allocators have holes, an
         # attempt may succeed with nothing free.
-        ("RLIMIT_AS", (0, 0, 0, 200)),
+        pytest.param("RLIMIT_AS", (0, 0, 0, 200), marks=pytest.mark.wide),
         pytest.param("RLIMIT_AS", (0, 0, *range(100)), marks=pytest.mark.slow),
     ],
 )
