@@ -15,6 +15,7 @@ from typing import Any
 
 from dvkernels.benchmarks.measurement import Answer
 from dvkernels.errors import WorkerLostError
+from dvkernels.threads.shielded import ShieldedCall
 from peers.registry import PEERS, Peer
 
 __all__ = ["Worker", "end_all"]
@@ -24,6 +25,8 @@ _TAIL = 800  # characters of stderr that an error quotes
 
 class Worker:
     """Processes of one peer; a context manager that ends them."""
+
+    _process: subprocess.Popen[str]
 
     def __init__(
         self,
@@ -40,7 +43,8 @@ class Worker:
             "w+", encoding="utf-8", errors="replace"
         )
         peer = peers[name]
-        try:
+
+        def start() -> None:
             # In a session of its own: the terminal's Ctrl-C does not reach it, and all of its
             # processes can be ended at once.
             self._process = subprocess.Popen(
@@ -52,9 +56,22 @@ class Worker:
                 env=peer.environment(num_ranks),
                 start_new_session=True,
             )
+
+        # Another thread starts it, where no interrupt loses it.
+        starting = ShieldedCall(start, is_atomic=True)
+        try:
+            starting.start()
+            starting.wait()
+            starting.outcome()
         except OSError as error:
             self._stderr.close()
             raise WorkerLostError(f"peer {name} cannot be started: {error}") from error
+        except BaseException:
+            starting.cancel()
+            starting.wait()
+            if hasattr(self, "_process"):
+                self.close()
+            raise
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:

@@ -372,6 +372,7 @@ def test_positions_of_generators_are_checked(folder, generator, key, value):
         restore(folder)
 
 
+@pytest.mark.wide
 def test_a_million_entries(folder):
     manifest = read(folder)
     manifest["metadata"] = [0] * 1_000_000

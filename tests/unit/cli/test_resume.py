@@ -37,6 +37,7 @@ def whole():
     return report(train().stdout)
 
 
+@pytest.mark.wide
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(tmp_path, whole):
     def is_under_way(output):
         return any(tmp_path.glob("step-*"))

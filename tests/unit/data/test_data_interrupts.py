@@ -125,7 +125,7 @@ def broken_in(name, act, is_distributed, sample=None):
 
 @pytest.mark.parametrize("act", ACTS)
 def test_a_sample_of_the_points(act):
-    report = broken_in("prefetch", act, is_distributed=True, sample=6)
+    report = broken_in("prefetch", act, is_distributed=True, sample=4)
     assert not report, report.text()
 
 
