@@ -83,6 +83,37 @@ def test_assigned_host_values_move_to_the_gpu_and_reduced_ones_stay(two):
         two.run(lambda: here().all_reduce("sum", on_gpu(np.ones(2)) if rank() else np.ones(2)))
 
 
+def in_some_memory(at):
+    return on_gpu(np.ones(2)) if rank() == at else np.ones(2)
+
+
+MIXED = {
+    "all_reduce": lambda at: here().all_reduce("sum", in_some_memory(at)),
+    "async": lambda at: here().all_reduce_async("sum", in_some_memory(at)).wait(),
+    "shared": lambda at: here().all_reduce("sum", in_some_memory(at), shared=True),
+    "weighted": lambda at: here().all_reduce("mean", in_some_memory(at), weight=1.0),
+    "out": lambda at: here().all_reduce("sum", np.ones(2), out=on_gpu(np.ones(2))),
+    "out of one": lambda at: here().all_reduce("sum", np.ones(2), out=in_some_memory(at)),
+    "several": lambda at: here().all_reduce("sum", [in_some_memory(at), np.ones(3)]),
+    "reduce_scatter": lambda at: here().reduce_scatter("sum", in_some_memory(at)),
+    "all_gather": lambda at: here().all_gather(in_some_memory(at)),
+}
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("bytes_per_bucket", [None, 1 << 20])
+def test_arrays_in_several_kinds_of_memory_are_refused(at, bytes_per_bucket):
+    with dv.MirroredStrategy(["cuda:0", "cuda:0"], bytes_per_bucket=bytes_per_bucket) as strategy:
+        for verb, call in MIXED.items():
+            with pytest.raises(errors.BufferMismatchError, match="one kind of device"):
+                strategy.run(lambda call=call: call(at))
+        mixed = strategy.run(lambda: in_some_memory(at))
+        with pytest.raises(errors.BufferMismatchError, match="one kind of device"):
+            strategy.reduce("sum", mixed)
+        with pytest.raises(errors.BufferMismatchError, match="one kind of device"):
+            strategy.gather(mixed)
+
+
 def test_a_cpu_strategy_refuses_arrays_of_a_gpu():
     with dv.MirroredStrategy(["cpu:0"]) as strategy:
         with pytest.raises(errors.BufferMismatchError, match="host"):
