@@ -47,7 +47,7 @@ class ProgressThread:
         """Whether a thread of this process runs the jobs in the queue."""
         return self._queue.is_served and self._pid == os.getpid()
 
-    def submit(self, job: Job) -> None:
+    def carry(self, job: Job) -> None:
         """Run a job in the background; RuntimeError if no thread can be started."""
         if self._pid != os.getpid():
             self._reset_after_fork()  # the thread stayed in the parent process

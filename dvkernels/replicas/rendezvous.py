@@ -103,7 +103,7 @@ class Rendezvous(StepState):
         if self.failure is not None:
             raise self._ended()
         if pending.is_complete:  # several replicas may see it; one job gets its claim
-            pending_calls.progress_thread.submit(functools.partial(self._perform_pending, pending))
+            pending_calls.progress_thread.carry(functools.partial(self._perform_pending, pending))
         return pending
 
     def _perform_pending(self, pending: PendingCall) -> None:

@@ -104,7 +104,7 @@ MIXED = {
 @pytest.mark.parametrize("bytes_per_bucket", [None, 1 << 20])
 def test_arrays_in_several_kinds_of_memory_are_refused(at, bytes_per_bucket):
     with dv.MirroredStrategy(["cuda:0", "cuda:0"], bytes_per_bucket=bytes_per_bucket) as strategy:
-        for verb, call in MIXED.items():
+        for call in MIXED.values():
             with pytest.raises(errors.BufferMismatchError, match="one kind of device"):
                 strategy.run(lambda call=call: call(at))
         mixed = strategy.run(lambda: in_some_memory(at))
