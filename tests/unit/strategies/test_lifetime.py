@@ -135,10 +135,15 @@ def test_one_step_at_a_time_from_several_threads(strategy):
 def test_a_replica_that_never_arrives_is_named(strategy, monkeypatch):
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.1")
 
+    has_given_up = threading.Event()
+
     def late():
         if here().replica_id_in_sync_group == 1:
-            time.sleep(0.4)
-        here().barrier()
+            assert has_given_up.wait(60)
+        try:
+            here().barrier()
+        finally:
+            has_given_up.set()
 
     with pytest.raises(CollectiveTimeoutError, match=r"replicas \[1\].*test_lifetime.py"):
         strategy.run(late)
@@ -330,21 +335,23 @@ def test_a_long_merge_call_is_no_timeout(strategy, monkeypatch):
 def test_a_replica_that_arrives_after_the_deadline_is_refused(absent, monkeypatch):
     monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.2")
     ended = {}
+    have_given_up = threading.Semaphore(0)
 
     def step():
         rank = here().replica_id_in_sync_group
         if rank == absent:
-            time.sleep(0.6)
+            assert all(have_given_up.acquire(timeout=60) for _ in range(2))
         began = time.monotonic()
         try:
             here().all_reduce("sum", 1.0)
         finally:
             ended[rank] = time.monotonic() - began
+            have_given_up.release()
 
     with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
         with pytest.raises(CollectiveTimeoutError, match=rf"replicas \[{absent}\]"):
             strategy.run(step)
-        assert max(ended.values()) < 0.5
+        assert max(ended.values()) < 30
         assert strategy.run(total).values == (3.0, 3.0, 3.0)
 
 
