@@ -15,42 +15,31 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, optimizers, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
-from dvkernels.kernels.cpu.direct import (
-    aggregate_mean,
-    aggregate_sum,
-    direct_all_reduce,
-    reduce,
-    reduce_unchecked,
-)
+from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
+from dvkernels.kernels.cpu.direct import reduce_unchecked as reduce_unchecked
 from dvkernels.kernels.cpu.engine import fast_path
-from dvkernels.kernels.cpu.gather import (
-    all_gather,
-    all_gather_unchecked,
-    all_to_all,
-    reduce_scatter,
-    reduce_scatter_unchecked,
-)
+from dvkernels.kernels.cpu.gather import all_gather, all_to_all, reduce_scatter
+from dvkernels.kernels.cpu.gather import all_gather_unchecked as all_gather_unchecked
+from dvkernels.kernels.cpu.gather import reduce_scatter_unchecked as reduce_scatter_unchecked
 from dvkernels.kernels.cpu.many import all_reduce_many
 from dvkernels.kernels.cpu.ring import ring_all_reduce
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import cost_model
 
+# The *_unchecked functions are for communicators, whose callers have checked the arguments: no part
+# of the interface.
 __all__ = [
     "aggregate_mean",
     "aggregate_sum",
     "all_gather",
-    "all_gather_unchecked",
     "all_reduce",
     "all_reduce_many",
-    "all_reduce_unchecked",
     "all_to_all",
     "broadcast",
     "direct_all_reduce",
     "optimizers",
     "reduce",
     "reduce_scatter",
-    "reduce_scatter_unchecked",
-    "reduce_unchecked",
     "ring_all_reduce",
 ]
 

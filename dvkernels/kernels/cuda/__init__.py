@@ -23,35 +23,26 @@ from typing import Any
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda import direct, optimizers, ring
 from dvkernels.kernels.cuda.broadcast import broadcast
-from dvkernels.kernels.cuda.direct import (
-    aggregate_mean,
-    aggregate_sum,
-    direct_all_reduce,
-    reduce,
-    reduce_unchecked,
-)
+from dvkernels.kernels.cuda.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
+from dvkernels.kernels.cuda.direct import reduce_unchecked as reduce_unchecked
 from dvkernels.kernels.cuda.engine.call import NEW
-from dvkernels.kernels.cuda.gather import (
-    all_gather,
-    all_gather_unchecked,
-    all_to_all,
-    reduce_scatter,
-    reduce_scatter_unchecked,
-)
+from dvkernels.kernels.cuda.gather import all_gather, all_to_all, reduce_scatter
+from dvkernels.kernels.cuda.gather import all_gather_unchecked as all_gather_unchecked
+from dvkernels.kernels.cuda.gather import reduce_scatter_unchecked as reduce_scatter_unchecked
 from dvkernels.kernels.cuda.many import all_reduce_many
 from dvkernels.kernels.cuda.multi_gpu.all_reduce import abort, recover
 from dvkernels.kernels.cuda.ring import ring_all_reduce
 from dvkernels.reduce_op import Reduction
 
+# The *_unchecked functions are for communicators, whose callers have checked the arguments: no part
+# of the interface.
 __all__ = [
     "abort",
     "aggregate_mean",
     "aggregate_sum",
     "all_gather",
-    "all_gather_unchecked",
     "all_reduce",
     "all_reduce_many",
-    "all_reduce_unchecked",
     "all_to_all",
     "broadcast",
     "direct_all_reduce",
@@ -59,8 +50,6 @@ __all__ = [
     "recover",
     "reduce",
     "reduce_scatter",
-    "reduce_scatter_unchecked",
-    "reduce_unchecked",
     "ring_all_reduce",
 ]
 
