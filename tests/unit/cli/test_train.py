@@ -222,7 +222,7 @@ def test_an_interrupt_leaves_no_result(tmp_path):
                 time.sleep(0.05)
             time.sleep(1)
             process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=5)
+            out, _ = process.communicate(timeout=30)
         finally:
             process.kill()
             process.communicate()
