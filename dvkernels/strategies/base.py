@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, Self
 
-from dvkernels import context
+from dvkernels import context, deadlines
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
@@ -21,11 +21,13 @@ from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
+from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.update import VariableUpdate
+from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, operands, regroup
 from dvkernels.values.placement import Placement
 from dvkernels.values.scalar_checks import is_integer
@@ -55,6 +57,13 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     workers : Workers, optional
         The group of worker processes, each with replicas of its own; ``devices`` and
         ``communicator`` describe this process only. A single process if not given.
+    threads : str
+        ``"share"``: from the first step of several CPU replicas until the strategy is closed, BLAS,
+        OpenMP and Numba use at most cores // replicas threads in each of them. ``"all"``: they use
+        as many as they are set to.
+    timeout_seconds : float
+        How long a replica waits for the others, or a step for the one before it [s]. The default
+        gives way to the environment variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
@@ -63,7 +72,8 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     AlgorithmError
         The communicator has another size, or the object lacks methods of the protocol.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer.
+        ``bytes_per_bucket`` is not a positive integer, ``threads`` neither ``"share"`` nor
+        ``"all"``, or ``timeout_seconds`` not a positive number.
 
     Notes
     -----
@@ -94,7 +104,10 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         bytes_per_bucket: int | None = None,
         central_device: Device | str | None = None,
         workers: Workers | None = None,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
+        check_options(threads, timeout_seconds)
         resolved = registry.resolve_all(devices)
         if bytes_per_bucket is not None:
             if not is_integer(bytes_per_bucket) or bytes_per_bucket <= 0:
@@ -123,10 +136,18 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
             background_communicator=background,
         )
         announce = workers.announce if workers.size > 1 else None
+        on_host = self._placement.memory is array_memory.HOST
+        is_limited = threads == "share" and on_host and len(resolved) > 1
         self._runner: Runner | StreamedRunner = Runner(
-            len(resolved), name, self._placement.first_replica, announce, self._placement.step_lock
+            len(resolved),
+            name,
+            self._placement.first_replica,
+            announce,
+            self._placement.step_lock,
+            float(timeout_seconds),
+            ThreadLimit(len(resolved)) if is_limited else None,
         )
-        if self._placement.memory is not array_memory.HOST:
+        if not on_host:
             order = StreamOrder([device.index for device in resolved])
             self._runner = StreamedRunner(self._runner, order)
 
@@ -276,6 +297,16 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     experimental_distribute_dataset = DatasetDistribution.distribute_dataset
     experimental_local_results = CrossReplica.local_results
     experimental_distribute_values_from_function = PerReplicaValues.distribute_values_from_function
+
+
+def check_options(threads: object, timeout_seconds: object) -> None:
+    """Raise ``ValueError`` unless these options, which every strategy takes, are right."""
+    if not isinstance(threads, str) or threads not in ("share", "all"):
+        raise ValueError(
+            f"threads is 'share' (BLAS, OpenMP and Numba use at most cores // replicas threads in "
+            f"each replica) or 'all' (as many as they are set to), got {brief(threads)}"
+        )
+    deadlines.checked(timeout_seconds)
 
 
 def set_strategy(strategy: Strategy | None) -> None:

@@ -27,11 +27,19 @@ class CentralStorageStrategy(Strategy):
     parameter_device : Device or str, optional
         The device that holds the variables, of the same kind as ``compute_devices``. If not given,
         ``"cpu:0"``, or the first of the GPUs.
+    threads : str
+        ``"share"`` or ``"all"``: the threads of BLAS, OpenMP and Numba in each replica, as for
+        :class:`Strategy`.
+    timeout_seconds : float
+        How long a replica waits for the others in a collective [s]. The default gives way to the
+        environment variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
     DeviceError
         A device does not exist, the list is empty, or the devices differ in kind.
+    ValueError
+        ``threads`` or ``timeout_seconds`` has none of the right values.
 
     Notes
     -----
@@ -53,8 +61,16 @@ class CentralStorageStrategy(Strategy):
         self,
         compute_devices: Sequence[Device | str] | None = None,
         parameter_device: Device | str | None = None,
+        *,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
         devices = registry.resolve_all(compute_devices)
         if parameter_device is None:
             parameter_device = "cpu:0" if devices[0].kind == "cpu" else devices[0]
-        super().__init__(devices, central_device=parameter_device)
+        super().__init__(
+            devices,
+            central_device=parameter_device,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )

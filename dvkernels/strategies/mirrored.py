@@ -29,6 +29,12 @@ class MirroredStrategy(Strategy):
     bytes_per_bucket : int, optional
         Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. If not
         given, arrays are not packed, which is faster with the kernels of one process.
+    threads : str
+        ``"share"`` or ``"all"``: the threads of BLAS, OpenMP and Numba in each replica, as for
+        :class:`Strategy`.
+    timeout_seconds : float
+        How long a replica waits for the others in a collective [s]. The default gives way to the
+        environment variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
@@ -37,7 +43,7 @@ class MirroredStrategy(Strategy):
     AlgorithmError
         There is no such algorithm, or it does not support these devices.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer.
+        ``bytes_per_bucket``, ``threads`` or ``timeout_seconds`` has none of the right values.
 
     Examples
     --------
@@ -54,5 +60,13 @@ class MirroredStrategy(Strategy):
         *,
         cross_device_ops: str | Communicator = "auto",
         bytes_per_bucket: int | None = None,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
-        super().__init__(devices, cross_device_ops, bytes_per_bucket=bytes_per_bucket)
+        super().__init__(
+            devices,
+            cross_device_ops,
+            bytes_per_bucket=bytes_per_bucket,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )

@@ -21,11 +21,18 @@ class OneDeviceStrategy(Strategy):
     ----------
     device : Device or str
         The device of the replica and of the variables.
+    threads : str
+        ``"share"`` or ``"all"``, as for other strategies. A single replica has all threads anyway.
+    timeout_seconds : float
+        How long a step waits for the one before it [s]. The default gives way to the environment
+        variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
     DeviceError
         The device does not exist.
+    ValueError
+        ``threads`` or ``timeout_seconds`` has none of the right values.
 
     Examples
     --------
@@ -35,8 +42,12 @@ class OneDeviceStrategy(Strategy):
     PerReplica(0: 1)
     """
 
-    def __init__(self, device: Device | str) -> None:
-        super().__init__((registry.resolve(device),), Single())
+    def __init__(
+        self, device: Device | str, *, threads: str = "share", timeout_seconds: float = 600
+    ) -> None:
+        super().__init__(
+            (registry.resolve(device),), Single(), threads=threads, timeout_seconds=timeout_seconds
+        )
 
 
 @final
