@@ -138,19 +138,15 @@ def lower(
             setting.set(share)
 
 
-def describe() -> list[dict[str, Any]] | None:
-    """Return name and number of threads of each library now; None without threadpoolctl."""
+def threads_by_library() -> dict[str, int] | None:
+    """Return the number of threads of each loaded library now; None without threadpoolctl."""
     threadpoolctl = _threadpoolctl()
     if threadpoolctl is None:
         return None
-    return [
-        {
-            "kind": library.user_api,
-            "library": os.path.basename(library.filepath),
-            "threads": library.num_threads,
-        }
+    return {
+        f"{library.internal_api} ({os.path.basename(library.filepath)})": library.num_threads
         for library in threadpoolctl.ThreadpoolController().lib_controllers
-    ]
+    }
 
 
 def _threadpoolctl() -> Any:
@@ -217,7 +213,7 @@ def _settle() -> None:
     _is_stale = True
     lock = _lock.lock()
     try:
-        if not lock.acquire(timeout=deadlines.timeout_seconds()) or _settling == os.getpid():
+        if not lock.acquire(timeout=deadlines.DEFAULT_TIMEOUT_SECONDS) or _settling == os.getpid():
             return
         try:
             _settling = os.getpid()

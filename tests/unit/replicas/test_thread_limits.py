@@ -41,14 +41,18 @@ def nothing():
     return None
 
 
+@pytest.fixture(scope="module")
+def settings():
+    """Return what gets and sets the threads of each BLAS of the process."""
+    with mirrored(2) as strategy:
+        strategy.run(nothing)  # imports all of Numba, and with it another BLAS
+        strategy.run(nothing)
+    return list(thread_limits._of_process.values())
+
+
 @pytest.fixture
-def blas(monkeypatch):
+def blas(settings, monkeypatch):
     """Return a function that sets the threads of the process's BLAS, 8 at first."""
-    mirrored(2).run(nothing)  # imports all of Numba, and with it another BLAS
-    gc.collect()
-    thread_limits._num_searched = -1
-    thread_limits._find_libraries()
-    settings = list(thread_limits._of_process.values())
     before = [setting.get() for setting in settings]
     monkeypatch.setattr(thread_limits.cpu, "usable_cores", lambda: CORES)
 
@@ -285,10 +289,7 @@ before = seen(), numba.get_num_threads()
 """
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        """
+STEP = """
 def make():
     strategy = dv.MirroredStrategy(['cpu:0', 'cpu:1'])
     strategy.run(nothing)
@@ -297,8 +298,8 @@ def make():
         strategy.close()
         assert seen() == before[0], (seen(), before)
     return lambda: strategy.run(nothing), check
-""",
-        """
+"""
+FIRST_STEP_AND_CLOSE = """
 def make():
     def act():
         with dv.MirroredStrategy(['cpu:0', 'cpu:1']) as strategy:
@@ -309,12 +310,20 @@ def make():
             gc.collect()
         assert (seen(), numba.get_num_threads()) == before
     return act, check
-""",
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "sample"),
+    [
+        (FIRST_STEP_AND_CLOSE, 10),
+        pytest.param(STEP, None, marks=pytest.mark.wide),
+        pytest.param(FIRST_STEP_AND_CLOSE, 60, marks=pytest.mark.wide),
     ],
-    ids=["step", "first step and close"],
+    ids=["sample", "step", "first step and close"],
 )
-def test_no_interrupt_leaves_a_limit(made):
-    broken = interrupt_points.broken_in(INTERRUPTED + made, sample=12)
+def test_no_interrupt_leaves_a_limit(program, sample):
+    broken = interrupt_points.broken_in(INTERRUPTED + program, sample=sample)
     assert not broken, broken.text()
 
 
