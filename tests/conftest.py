@@ -115,6 +115,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         reporter.write_line(_header())
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Exempt modules and tests, most of all objects, from later collections of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
