@@ -17,7 +17,6 @@ from dvkernels.communicators.workers.staged import Staged
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.reduce_op import ReduceOp
 
-
 MY_SUM = CustomReduction(numba.njit(lambda a, b: a + b), 0, "my sum")
 
 
