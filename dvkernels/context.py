@@ -32,7 +32,7 @@ __all__ = ["get_strategy", "has_strategy", "in_cross_replica_context"]
 class Replica(ProcessBound):
     """Replica of one step: its identity, and its part in the rendezvous."""
 
-    __slots__ = ("__weakref__", "_rank", "_replica_id", "_step", "_strategy", "item", "placement")
+    __slots__ = ("__weakref__", "_rank", "_replica_id", "_step", "_strategy", "placement")
 
     def __init__(self, placement: Placement, step: Rendezvous, rank: int, strategy: Any) -> None:
         self.placement = placement
@@ -40,7 +40,6 @@ class Replica(ProcessBound):
         self._rank = rank
         self._replica_id = placement.first_replica + rank
         self._strategy = strategy
-        self.item: int | None = None  # in ``map``, the index of the item that the replica works on
 
     @property
     def replica_id_in_sync_group(self) -> int:
@@ -51,6 +50,11 @@ class Replica(ProcessBound):
     def rank_in_process(self) -> int:
         """The rank of this replica among those of its process."""
         return self._rank
+
+    @property
+    def item_index(self) -> int | None:
+        """The index of the item in a function of ``strategy.map``; None in ``run``."""
+        return self._step.item_index
 
     @property
     def num_replicas_in_sync(self) -> int:
@@ -113,11 +117,12 @@ class Replica(ProcessBound):
         PerReplica(0: array([11, 78, 30]), 1: array([97, 48,  2]))
         PerReplica(0: array([79, 73, 88]), 1: array([ 6, 91, 47]))
         """
-        if self._step.closed:
-            self._step.check_alive("rng")
+        step = self._step
+        if step.closed:
+            step.check_alive("rng")
         generators: StrategyGenerators = self.strategy.generators
-        if self.item is not None:
-            return generators.of_item(self._rank, self.item, name)
+        if step.item_index is not None:
+            return generators.of_item(self._rank, step.item_index, name)
         if self._strategy is None:
             return generators.outside(name)
         return generators.of_replica(self._rank, self._replica_id, name)
