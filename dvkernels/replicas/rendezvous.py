@@ -34,7 +34,7 @@ class Rendezvous(StepState):
         recording = tracing.active
         began = 0 if recording is None else time.perf_counter_ns()
         try:
-            self._check_alive(request.verb)
+            self.check_alive(request.verb)
             if self._debug_state is not None:
                 self._debug_state.record(self.label_of(replica), str(request))
             gates = self._gates
@@ -84,7 +84,7 @@ class Rendezvous(StepState):
 
         The k-th call that a replica issues is matched with the k-th of each other replica.
         """
-        self._check_alive(request.verb)
+        self.check_alive(request.verb)
         if self._debug_state is not None:
             self._debug_state.record(self.label_of(replica), str(request))
         if self._progress_thread is None:
@@ -124,7 +124,7 @@ class Rendezvous(StepState):
     def await_pending(self, replica: int, pending: PendingCall) -> Any:
         """Wait for an asynchronous collective; return this replica's result."""
         if not pending.done.is_open:
-            self._check_alive("wait")
+            self.check_alive("wait")
             pending_calls = self._pending_calls
             assert pending_calls is not None
             pending_calls.awaited[replica] = pending
@@ -146,7 +146,8 @@ class Rendezvous(StepState):
             )
         return pending.results[replica]
 
-    def _check_alive(self, verb: str) -> None:
+    def check_alive(self, verb: str) -> None:
+        """Raise if the step has ended or failed, or if this process was forked in it."""
         if self.closed:
             raise ContextError(
                 f"{verb} was called through the context of a run that has ended; get the context "
