@@ -73,6 +73,7 @@ class Rendezvous(StepState):
         if self.failure is not None:
             raise self._ended()
         self._results = results
+        self._performer = replica
         self._requests = [None] * self.num_replicas
         own = results[replica]
         self._release(replica)
@@ -195,6 +196,8 @@ class Rendezvous(StepState):
         if not opened:
             missing = diagnostics.missing_replicas(self._requests, self._first_replica)
             self._fail_late(replica, f"replicas {missing}: {self._describe_replicas()}")
+        elif not gates.spins:
+            self._release_after(replica)
 
     def _has_all(self, replica: int) -> bool:
         """Return whether all replicas have arrived at the collective a replica waits in."""
@@ -229,13 +232,27 @@ class Rendezvous(StepState):
                 return True
 
     def _release(self, replica: int) -> None:
-        assert self._gates is not None
+        gates = self._gates
+        assert gates is not None
+        if not gates.spins:
+            self._release_after(-1)
+            return
         rest = rest_gate(self.num_replicas)
-        self._gates.close(rest)
+        gates.close(rest)
         *others, last = (other for other in range(self.num_replicas) if other != replica)
         for other in others:
-            self._gates.open(other)
-        self._gates.open_and_let_run(last, rest)
+            gates.open(other)
+        gates.open_and_let_run(last, rest)
+
+    def _release_after(self, replica: int) -> None:
+        """Release the next replica that waits: each that wakes is to wake the next.
+
+        All woken at once would queue for the GIL, and each of them sleep a second time.
+        """
+        following = replica + 1 + (replica + 1 == self._performer)
+        if following < self.num_replicas:
+            assert self._gates is not None
+            self._gates.open(following)
 
     def _fail_late(self, replica: int, awaited: str) -> None:
         self.fail(diagnostics.timeout_error(self._first_replica + replica, self._timeout, awaited))

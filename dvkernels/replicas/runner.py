@@ -20,6 +20,7 @@ from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.step_lock import StepLock
 from dvkernels.replicas.thread_team import ThreadTeam
+from dvkernels.replicas.work_meter import WorkMeter
 
 __all__: list[str] = []
 
@@ -51,6 +52,8 @@ class Runner:
         self._num_steps = 0
         self._closed = False
         self._progress_thread = ProgressThread()
+        self._meter = WorkMeter(num_replicas)
+        self._make_rendezvous: Callable[..., Rendezvous] = Rendezvous
         # A single replica of a single worker performs asynchronous calls at once.
         is_alone = num_replicas == 1 and announce is None
         self._background = None if is_alone else self._progress_thread
@@ -120,7 +123,7 @@ class Runner:
                 team = self._idle.pop() if self._idle else self._new_team()
                 team.is_busy = True
                 gates, has_ended = team.closed_gates(), team.has_ended
-            rendezvous = Rendezvous(
+            rendezvous = self._make_rendezvous(
                 self._num_replicas,
                 gates,
                 timeout,
@@ -160,6 +163,15 @@ class Runner:
                 rendezvous.end()
             if self._closed:
                 self.close()  # by another thread, during this step
+
+    def measure_work(self, finish: Callable[[int], None] | None = None) -> WorkMeter:
+        """Measure the work of the replicas in all later steps; return the meter.
+
+        ``finish`` waits for the work of a replica that its function leaves behind on a stream.
+        """
+        self._meter.finish = finish
+        self._make_rendezvous = self._meter.rendezvous
+        return self._meter
 
     def _new_team(self) -> ThreadTeam:
         team = ThreadTeam(self._num_replicas)
