@@ -122,7 +122,7 @@ class Replica(ProcessBound):
             step.check_alive("rng")
         generators: StrategyGenerators = self.strategy.generators
         if step.item_index is not None:
-            return generators.of_item(self._rank, step, step.item_index, name)
+            return generators.of_item(self._rank, step.item_index, name)
         if self._strategy is None:
             return generators.outside(name)
         return generators.of_replica(self._rank, self._replica_id, name)

@@ -42,8 +42,8 @@ _OUTSIDE = 2**64 - 2  # outside of every scope and ``run``: word 1 is 0
 
 _WORD = 2**64 - 1
 
-# Number of the run, or an object that stands for a map, and words 1 and 3 of the counter.
-_Position = tuple[object, int, int]
+# Number of the step or map, and words 1 and 3 of the counter.
+_Position = tuple[int, int, int]
 
 
 def check_seed(seed: Any) -> int:
@@ -129,9 +129,7 @@ class _StepGenerators:
         self._generators: dict[_Position, dict[str, np.random.Generator]] = {}
         self._spare: dict[str, np.random.Generator] = {}  # of the step before
 
-    def get(
-        self, seed: int, name: str, run: object, word_1: int, word_3: int
-    ) -> np.random.Generator:
+    def get(self, seed: int, name: str, run: int, word_1: int, word_3: int) -> np.random.Generator:
         if not isinstance(name, str):
             raise TypeError(
                 f"rng: expected name to be a str; got {brief(name)}, a {type(name).__name__}; call "
@@ -166,7 +164,7 @@ class StrategyGenerators:
         The number of steps that have ended without an error, and so the number of the step under
         way: a step that failed is tried again with the same draws. Not those within another step.
     num_begun : int
-        The number of steps that have begun. A step that is tried again draws from the beginning.
+        The number of steps and maps that have begun; each draws from the beginning of its streams.
     """
 
     __slots__ = ("_of_rank", "_outside", "num_begun", "num_done", "seed")
@@ -187,12 +185,9 @@ class StrategyGenerators:
         """Return the generator of a replica for the step under way."""
         return self._of_rank[rank].get(self.seed, name, self.num_begun, self.num_done, replica_id)
 
-    def of_item(self, rank: int, run: object, index: int, name: str) -> np.random.Generator:
-        """Return the generator of an item of ``map``, which a replica of this rank works on.
-
-        ``run`` is an object of this map alone: another map of the same items draws the same again.
-        """
-        return self._of_rank[rank].get(self.seed, name, run, index, _OF_ITEM)
+    def of_item(self, rank: int, index: int, name: str) -> np.random.Generator:
+        """Return the generator of an item of ``map``, which a replica of this rank works on."""
+        return self._of_rank[rank].get(self.seed, name, self.num_begun, index, _OF_ITEM)
 
     def outside(self, name: str) -> np.random.Generator:
         """Return the generator of code outside of every scope, which goes on from call to call."""

@@ -19,7 +19,7 @@ def test_the_streams_are_those_of_every_version():
     assert [draws(generators.of_replica(1, 1, "noise"), 2), draws(generators.outside(""), 2)] == [
         [16133758952394611664, 9288494597187930078], [17112977619985156737, 16345560219581685492],
     ]  # fmt: skip
-    assert draws(generators.of_item(0, None, 5, "noise"), 2) == [
+    assert draws(generators.of_item(0, 5, "noise"), 2) == [
         2234152223860093816,
         10599007503234342426,
     ]
@@ -48,7 +48,7 @@ def test_no_two_streams_are_equal_or_overlap():
                 for replica in (0, 1, 2**32):
                     seen.update(draws(generators.of_replica(0, replica, name), 16))
                     count += 16
-            seen.update(draws(generators.of_item(0, None, step, name), 16))
+            seen.update(draws(generators.of_item(0, step, name), 16))
             seen.update(draws(generators.outside(name), 16))
             count += 32
     assert len(seen) == count  # 64-bit numbers: two of 10^4 are equal in 1 of 10^11 tests
