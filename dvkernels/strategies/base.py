@@ -25,10 +25,10 @@ from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
-from dvkernels.strategies.strategy_options import check_options
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.seeded_steps import SeededSteps
+from dvkernels.strategies.strategy_options import check_options
 from dvkernels.strategies.update import VariableUpdate
 from dvkernels.values import function_checks, operands, regroup
 from dvkernels.values.placement import Placement
