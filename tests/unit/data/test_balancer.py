@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import examples
 
 import dvkernels as dv
 from dvkernels.communicators.worker_share import WorkerShare
@@ -71,7 +72,7 @@ WORKS = {
 
 
 @pytest.mark.parametrize("kind", WORKS)
-@settings(max_examples=12)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.floats(1, 8), min_size=2, max_size=6), st.integers(40, 400))
 def test_shares_settle_where_all_replicas_take_equally_long(kind, costs, length):
     simulation = Simulation(len(costs), length, lambda k, rows: WORKS[kind](costs[k], rows))
