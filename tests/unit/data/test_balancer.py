@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 
+import interrupt_points
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -292,3 +294,57 @@ def test_wrong_uses_are_refused():
         batches = iter(two.distribute_dataset(dv.Dataset.range(4), MEASURED))
         with contextlib.closing(batches), pytest.raises(DatasetError, match=r"call \.batch"):
             next(batches)
+
+
+# A batch that an interrupt struck is delivered again; the shares stay valid, and go on adapting.
+INTERRUPTED = """
+import numpy as np
+import dvkernels as dv
+
+here = dv.get_replica_context
+OPTIONS = dv.InputOptions(balance="measured")
+
+def make():
+    strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
+    batches = iter(strategy.distribute_dataset(dv.Dataset.range(1600).batch(8), OPTIONS))
+    balancer = batches._distribution.splitter.balancer
+    found = []
+
+    def step(rows):
+        return float(here().all_reduce("sum", float(rows.sum())))
+
+    def read():
+        batch = next(batches)
+        found.append(np.concatenate(batch.values).tolist())
+        assert strategy.run(step, (batch,)).values[0] == sum(found[-1])
+
+    for _ in range(12):  # the next one judges the shares
+        read()
+    position = len(found)
+
+    def act():
+        strategy.run(step, (next(batches),))
+
+    def check(was_raised):
+        delivered = batches.state_dict()["position"]
+        assert delivered in (position, position + 1)
+        del found[:]
+        while delivered + len(found) < 200:
+            read()
+        assert sum(found, []) == [*range(8 * delivered, 1600)]
+        assert abs(sum(balancer.shares) - 1) < 1e-9 and min(balancer.shares) > 0
+        strategy.close()
+
+    return act, check
+
+act, check = make()
+act()
+check(False)
+"""
+
+
+@pytest.mark.wide
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+def test_interrupts_at_any_point_of_a_measured_step():
+    broken = interrupt_points.broken_in(INTERRUPTED, sample=80)
+    assert not broken, broken.text()
