@@ -12,6 +12,7 @@ from typing import Any
 
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
+from dvkernels.philox import StrategyGenerators
 from dvkernels.profiler import debugging, tracing
 from dvkernels.replicas import foreign_threads
 from dvkernels.replicas.gates import Gates
@@ -40,7 +41,9 @@ class Runner:
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
         step_lock: StepLock | None = None,
+        generators: StrategyGenerators | None = None,
     ) -> None:
+        self._generators = StrategyGenerators() if generators is None else generators
         self._step_lock = StepLock() if step_lock is None else step_lock
         self._num_replicas = num_replicas
         self._first_replica = first_replica
@@ -93,7 +96,10 @@ class Runner:
             was_stepping = self._step_lock.is_stepping  # the default strategy may be in merge_call
             try:
                 self._step_lock.is_stepping = True
-                return self._run(call, seconds)
+                self._generators.num_begun += 1
+                results = self._run(call, seconds)
+                self._generators.num_done += 1
+                return results
             finally:
                 self._step_lock.is_stepping = was_stepping
         finally:
