@@ -138,7 +138,7 @@ def leading_length(batch: Element) -> int:
         The batch has no leaf, a leaf without a leading axis, or leaves of different lengths.
     """
     leaves = pytree.leaves(batch)
-    first_axes = {(getattr(leaf, "shape", None) or (None,))[0] for leaf in leaves}
+    first_axes: set[Any] = {(getattr(leaf, "shape", None) or (None,))[0] for leaf in leaves}
     if len(first_axes) == 1 and None not in first_axes:
         return int(first_axes.pop())
     if not leaves:

@@ -97,10 +97,11 @@ class Balancer:
         wanted = _normalized([1 / cost for cost in costs])
         if now <= (1 + self._least_gain) * _slowest(costs, length, wanted):
             return
-        halfway = _normalized([*map(math.sqrt, map(float.__mul__, self.shares, wanted))])
-        gain = now - _slowest(costs, length, halfway)  # 0 if no element goes elsewhere
+        target = _normalized([*map(math.sqrt, map(float.__mul__, self.shares, wanted))])
+        if _slowest(costs, length, target) >= now:  # in small batches the counts may stay
+            target = wanted
         self._before = self.shares
-        self._change(halfway, now - gain / 4 if gain > 0 else math.inf)
+        self._change(target, now - (now - _slowest(costs, length, target)) / 4)
 
     def _change(self, shares: tuple[float, ...], goal: float) -> None:
         """Set the shares."""
