@@ -54,13 +54,14 @@ class Balancer:
         self._counts = [0] * num_replicas  # elements of the latest batch
         # Seconds per element of the replicas, for each batch since the shares were last judged.
         self._samples: list[tuple[float, ...]] = []
+        self._longest = 0  # of these batches: the shares are judged by it, not by a remainder
         self._num_to_skip = _WARM_UP
         self._least_gain = _LEAST_GAIN
         # The shares before the last change, and what it must achieve: seconds of the slowest
         # replica, per element of the batch.
         self._before: tuple[float, ...] = ()
         self._goal = math.inf
-        self.shares = (1 / num_replicas,) * num_replicas
+        self.shares = meter.shares or (1 / num_replicas,) * num_replicas
         self.seconds_per_element: tuple[float, ...] = ()  # empty until enough is measured
 
     def parts(self, length: int) -> list[tuple[int, int]]:
@@ -68,10 +69,11 @@ class Balancer:
         reading = self._meter.reading
         if reading.num_steps > self._latest.num_steps:
             self._measure(reading.seconds)
-            if length and len(self._samples) >= _NUM_SAMPLES:
+            if len(self._samples) >= _NUM_SAMPLES:
                 samples, self._samples = self._samples, []
+                longest, self._longest = self._longest, 0
                 self.seconds_per_element = tuple(map(statistics.median, zip(*samples, strict=True)))
-                self._rebalance(length, self.seconds_per_element)
+                self._rebalance(longest, self.seconds_per_element)
         self._latest, self._counts = reading, divide(length, self.shares)
         return [*pairwise(accumulate(self._counts, initial=0))]
 
@@ -83,6 +85,7 @@ class Balancer:
         if self._num_to_skip:
             self._num_to_skip -= 1
             return
+        self._longest = max(self._longest, sum(self._counts))
         self._samples.append(tuple(map(float.__truediv__, worked, map(float, self._counts))))
 
     def _rebalance(self, length: int, costs: tuple[float, ...]) -> None:
@@ -104,9 +107,10 @@ class Balancer:
         self._change(target, now - (now - _slowest(costs, length, target)) / 4)
 
     def _change(self, shares: tuple[float, ...], goal: float) -> None:
-        """Set the shares."""
+        """Set the shares, with which the next dataset of the strategy begins, too."""
         self._num_to_skip = _AFTER_CHANGE
-        self._goal, self.shares = goal, shares
+        self._goal = goal
+        self.shares = self._meter.shares = shares
         LOGGER.info("shares of the local replicas: %s, at %s s per element", self,
                     self.seconds_per_element)  # fmt: skip
 

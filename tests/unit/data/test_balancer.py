@@ -125,6 +125,19 @@ def test_a_replica_that_gets_slow_and_fast_again():
     assert max(simulation.run(300)[-1]) <= 110
 
 
+def test_short_last_batches_of_epochs_mislead_nobody():
+    for num_whole in range(1, 25):
+        simulation = Simulation(2, 90, lambda k, rows: 0.1 + (k + 1) * rows)
+        found = []
+        for _ in range(150 // num_whole):
+            simulation.length = 90
+            found += simulation.run(num_whole)
+            simulation.length = 3
+            simulation.run(1)
+        assert len(set(found[-20:])) == 1
+        assert found[-1][0] in range(57, 64)
+
+
 def test_small_batches_settle_too():
     for length in range(1, 9):
         simulation = Simulation(3, length, lambda k, rows: 0.5 + (k + 1) * rows)
@@ -237,7 +250,9 @@ def test_every_element_once_and_positions_are_independent_of_the_shares(clock, p
         with iter(DistributedDataset(data, 3)) as unbalanced:  # elsewhere, by another division
             unbalanced.load_state_dict(state)
             assert [np.concatenate(batch.values).tolist() for batch in unbalanced] == tail
-        assert len(next(iter(distributed)).values[0]) == 8  # it has learned
+        # What was measured serves the next epoch, also of a dataset that is distributed anew.
+        for again in (distributed, two.distribute_dataset(data, options)):
+            assert len(next(iter(again)).values[0]) == 8
 
 
 def test_a_batch_that_fails_is_divided_again():
@@ -347,7 +362,7 @@ OPTIONS = dv.InputOptions(balance="measured")
 
 def make():
     strategy = dv.MirroredStrategy(["cpu:0", "cpu:1"])
-    batches = iter(strategy.distribute_dataset(dv.Dataset.range(1600).batch(8), OPTIONS))
+    batches = iter(strategy.distribute_dataset(dv.Dataset.range(320).batch(8), OPTIONS))
     balancer = batches._distribution.splitter.balancer
     found = []
 
@@ -370,9 +385,9 @@ def make():
         delivered = batches.state_dict()["position"]
         assert delivered in (position, position + 1)
         del found[:]
-        while delivered + len(found) < 200:
+        while delivered + len(found) < 40:
             read()
-        assert sum(found, []) == [*range(8 * delivered, 1600)]
+        assert sum(found, []) == [*range(8 * delivered, 320)]
         assert abs(sum(balancer.shares) - 1) < 1e-9 and min(balancer.shares) > 0
         strategy.close()
 
@@ -387,5 +402,5 @@ check(False)
 @pytest.mark.wide
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
 def test_interrupts_at_any_point_of_a_measured_step():
-    broken = interrupt_points.broken_in(INTERRUPTED, sample=80)
+    broken = interrupt_points.broken_in(INTERRUPTED, sample=60)
     assert not broken, broken.text()
