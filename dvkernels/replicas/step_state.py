@@ -48,6 +48,8 @@ class StepState:
     A group of one needs no gates; larger groups need ``num_gates(num_replicas)`` closed ones.
     """
 
+    item_index: int | None = None  # of the item in a function of map, which has no step
+
     __slots__ = (
         "_announce", "_arrivals", "_check_seconds", "_debug_state", "_echoes", "_failures",
         "_first_nap", "_first_replica", "_gates", "_has_ended", "_has_left", "_made_pending_calls",

@@ -23,6 +23,7 @@ from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
+from dvkernels.strategies.item_map import ItemMap
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.update import VariableUpdate
@@ -35,7 +36,7 @@ from dvkernels.variables.variable import variables_of
 __all__ = ["Strategy"]
 
 
-class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution):
+class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, ItemMap):
     """Distribution of a computation over replicas: devices, a communicator, a home for variables.
 
     Use one of the final subclasses, or call this constructor for a strategy of your own.
@@ -237,7 +238,7 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         ...     print(strategy.run(lambda x: 10 * x, args=(dv.PerReplica([1, 2]),)))
         PerReplica(0: 10, 1: 20)
         """
-        frame = context.require_cross_replica(self._placement, "run")
+        frame = context.require_cross_replica(self._placement, "run", True)
         # The common case, without a call.
         if type(fn) is not FunctionType or fn.__code__.co_flags & function_checks.REFUSED:
             function_checks.check("run", fn)
