@@ -8,7 +8,6 @@ import os
 from types import TracebackType
 from typing import Any, NoReturn, Self, final
 
-from dvkernels import user_errors
 from dvkernels.errors import ContextError
 from dvkernels.replicas.task_farm import Outcome, TaskFarm
 from dvkernels.threads import stoppable_thread
@@ -76,7 +75,7 @@ class MapIterator:
             farm.finish()
             self._has_ended = True
         except BaseException as interrupt:
-            farm.close(f"{user_errors.describe(interrupt)} ended it")
+            farm.close(f"{type(interrupt).__name__} ended it")
             raise
         if error is None:
             raise StopIteration

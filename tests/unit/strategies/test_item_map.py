@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.errors import CollectiveTimeoutError, ContextError, DeviceError
+from dvkernels.errors import CollectiveTimeoutError, ContextError
 
 SECONDS = 30  # until an event that must come is missed
 
@@ -514,23 +514,3 @@ def test_bad_arguments(two):
     with pytest.raises(TypeError, match="copied or pickled"):
         __import__("copy").copy(two.map(square, []))
     assert is_free(two)
-
-
-@pytest.mark.parametrize("count", [1, 4, np.int64(3)])
-def test_a_count_of_devices(count):
-    names = tuple(f"cpu:{k}" for k in range(count))
-    for make in (
-        dv.MirroredStrategy,
-        dv.CentralStorageStrategy,
-        dv.Strategy,
-        lambda devices: dv.MultiWorkerMirroredStrategy(devices=devices),
-    ):
-        with make(count) as strategy:
-            assert tuple(map(str, strategy.worker_devices)) == names
-
-
-@pytest.mark.parametrize("count", [True, False, 0, -1, 2.0, np.True_, "2"])
-def test_no_count_of_devices(count):
-    for make in (dv.MirroredStrategy, dv.CentralStorageStrategy, dv.Strategy):
-        with pytest.raises(DeviceError, match="the devices here are"):
-            make(count)
