@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 from types import TracebackType
-from typing import Any, NoReturn, Self, final
+from typing import Any, Generic, NoReturn, Self, TypeVar, final
 
 from dvkernels.errors import ContextError
 from dvkernels.replicas.task_farm import Outcome, TaskFarm
@@ -15,12 +15,14 @@ from dvkernels.threads.stoppable_thread import StoppableThread
 
 __all__ = ["MapIterator"]
 
+R = TypeVar("R")
+
 _NAME = "dvkernels-replica"
 _CHECK_SECONDS = 1.0  # how often a waiting caller checks that its result can still arrive
 
 
 @final
-class MapIterator:
+class MapIterator(Generic[R]):
     """Results of ``strategy.map``, as they are asked for; also a context manager that closes it.
 
     Several threads may take results from it: each result goes to one of them.
@@ -52,9 +54,10 @@ class MapIterator:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> R:
         farm = self._farm
         if self._has_ended:
+            farm.finish()
             raise StopIteration
         if farm.why_closed or farm.pid != os.getpid():
             self._refuse()
@@ -65,6 +68,7 @@ class MapIterator:
             if outcome is None:
                 outcome = self._wait(position)
             if outcome is not None:
+                result: R
                 result, error = outcome
                 if error is None:
                     farm.slots.put(None)
@@ -72,7 +76,9 @@ class MapIterator:
                         farm.streams.exchange()
                         self._last = result
                     return result
-            farm.finish()
+                farm.close("an error ended it")
+            else:
+                farm.finish()
             self._has_ended = True
         except BaseException as interrupt:
             farm.close(f"{type(interrupt).__name__} ended it")
@@ -120,9 +126,8 @@ class MapIterator:
         CollectiveTimeoutError
             A function has not returned within ``DVKERNELS_TIMEOUT_SECONDS``.
         """
-        if not self._has_ended:
-            self._farm.close("it was closed")
-            self._farm.await_calls("close")
+        self._farm.close("it was closed")
+        self._farm.await_calls("close")
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("the iterator of a map cannot be copied or pickled; pass on its results")

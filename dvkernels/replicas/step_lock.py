@@ -52,7 +52,8 @@ class StepLock:
             farm.vacate(verb)
 
     def between_steps(self, work: Callable[[], T], what: str) -> T:
-        """Call ``work`` while no other thread runs a step; such a step is awaited."""
+        """Call ``work`` while no other thread runs a step, which is awaited, and no map is open."""
+        self.check_free(what)  # before the lock, for which functions of the map may wait
         lock, seconds = self.lock(), deadlines.timeout_seconds()
         try:
             if not lock.acquire(timeout=seconds):
@@ -61,6 +62,7 @@ class StepLock:
                     f"{seconds:g} s; a thread that this step waits for must not do this "
                     f"(DVKERNELS_TIMEOUT_SECONDS changes the timeout)"
                 )
+            self.check_free(what)  # of a map opened meanwhile
             return work()
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first

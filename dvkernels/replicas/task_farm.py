@@ -8,6 +8,7 @@ for that position.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import queue
@@ -133,11 +134,7 @@ class TaskFarm:
 
     def claim(self) -> None:
         """Occupy the replicas of the strategy; raise if they are occupied."""
-
-        def occupy() -> None:
-            self._step_lock.check_free("map")
-            self._step_lock.farms[self] = None
-
+        occupy = functools.partial(self._step_lock.farms.setdefault, self)
         self._step_lock.between_steps(occupy, "map")
 
     # -- the threads of the replicas --------------------------------------------------------------
@@ -216,8 +213,8 @@ class TaskFarm:
                     recording.add("map", "step", began, {"item": index})
                 if not is_ordered:
                     position = next(completions)
+            calls[rank] = None  # first: when the last outcome is received, no call runs
             outcomes[position] = outcome
-            calls[rank] = None
             del outcome
             lock = waiting.pop(position, None)
             if lock is not None:
@@ -266,9 +263,12 @@ class TaskFarm:
             self._step_lock.farms.pop(self, None)
 
     def finish(self) -> None:
-        """End after the last outcome has been received: the replicas are free."""
-        self.end()
-        self._step_lock.farms.pop(self, None)
+        """End, once the last outcome has been received: the replicas are free.
+
+        Another thread may still wait for an earlier one.
+        """
+        if self.num_calls == 0 and not self.outcomes:
+            self._step_lock.farms.pop(self, None)
 
     @property
     def num_calls(self) -> int:
@@ -290,7 +290,8 @@ class TaskFarm:
     def vacate(self, verb: str) -> None:
         """Free the replicas for ``verb``: raise if results are wanted, else wait for the calls."""
         if self.pid == os.getpid():
-            if not self.why_closed and self._owner() is not None:
+            is_wanted = not self.why_closed and self._owner() is not None
+            if is_wanted or threading.get_ident() in self._idents:
                 raise ContextError(
                     f"{verb} was called while a map of {self._name} is open; take all its results "
                     f"first (list(...)), close it (close(), or a with statement), or drop it: "

@@ -43,9 +43,10 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
 
     Parameters
     ----------
-    devices : sequence of Device or str, optional
-        One per replica, all of one kind; a device may be named several times. If not given, all
-        GPUs, or one replica per usable core where there is no GPU.
+    devices : sequence of Device or str, or int, optional
+        One per replica, all of one kind; a device may be named several times. A number means so
+        many CPU devices. If not given, all GPUs, or one replica per usable core where there is no
+        GPU.
     communicator : Communicator or str
         A communicator with one rank per device, or a name that ``MirroredStrategy`` accepts.
     bytes_per_bucket : int, optional
@@ -60,7 +61,8 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     Raises
     ------
     DeviceError
-        A device does not exist, the list is empty, or it mixes CPU devices and GPUs.
+        A device does not exist, the list is empty or mixes CPU devices and GPUs, or the number is
+        not positive.
     AlgorithmError
         The communicator has another size, or the object lacks methods of the protocol.
     ValueError
@@ -89,7 +91,7 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
 
     def __init__(
         self,
-        devices: Sequence[Device | str] | None,
+        devices: Sequence[Device | str] | int | None,
         communicator: Communicator | str = "auto",
         *,
         bytes_per_bucket: int | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 from dvkernels import context
 from dvkernels.context import Frame
@@ -26,6 +26,9 @@ from dvkernels.values.process_bound import ProcessBound
 
 __all__: list[str] = []
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class ItemMap(ProcessBound):
     """Base class of strategies: their map over items."""
@@ -34,8 +37,8 @@ class ItemMap(ProcessBound):
     _runner: Runner | StreamedRunner
 
     def map(
-        self, fn: Callable[[Any], Any], items: Iterable[Any], *, ordered: bool = True
-    ) -> MapIterator:
+        self, fn: Callable[[T], R], items: Iterable[T], *, ordered: bool = True
+    ) -> MapIterator[R]:
         """Call ``fn`` on each item, on whichever replica is free; return an iterator of results.
 
         Parameters
@@ -123,7 +126,7 @@ class ItemMap(ProcessBound):
             first_replica=placement.first_replica,
             step_lock=placement.step_lock,
         )
-        results = MapIterator(farm)
+        results: MapIterator[R] = MapIterator(farm)
         self._runner.farm_out(farm)
         results.start(placement.num_local)
         return results

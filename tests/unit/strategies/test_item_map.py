@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import copy
 import itertools
 import json
 import operator
@@ -281,6 +282,24 @@ def test_a_context_kept_from_a_call_is_of_no_use(two):
         kept.barrier()
 
 
+def test_a_thread_without_a_context_is_found_out(two):
+    def all_reduce_elsewhere(_):
+        raised = []
+
+        def call():
+            try:
+                here().all_reduce("sum", 1.0)
+            except ContextError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        return len(raised)
+
+    assert list(two.map(all_reduce_elsewhere, [0])) == [1]
+
+
 def test_a_trace_has_a_span_for_each_item(two, tmp_path):
     with dv.profiler.trace(tmp_path / "trace.json"):
         list(two.map(square, range(4)))
@@ -315,6 +334,19 @@ def test_the_strategy_is_occupied_while_a_map_is_open(strategy):
         end(results)
         assert is_free(strategy)
         variable.assign(0.0)
+
+
+def test_deep_copies_of_variables_wait_for_it_or_raise(two):
+    with two.scope():
+        variable = dv.Variable(1.0)
+    with (
+        two.map(square, itertools.count()),
+        pytest.raises(ContextError, match="deepcopy of variable"),
+    ):
+        copy.deepcopy(variable)
+    assert float(copy.deepcopy(variable)) == 1
+    with pytest.raises(ContextError, match="deepcopy of variable"):
+        list(two.map(lambda _: copy.deepcopy(variable), range(5)))
 
 
 def test_other_strategies_are_not_occupied(two):
@@ -512,5 +544,5 @@ def test_bad_arguments(two):
         two.map(square, [1], ordered="yes")
     assert list(two.map(operator.neg, dv.Dataset.range(3))) == [0, -1, -2]
     with pytest.raises(TypeError, match="copied or pickled"):
-        __import__("copy").copy(two.map(square, []))
+        copy.copy(two.map(square, []))
     assert is_free(two)
