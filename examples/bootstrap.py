@@ -8,16 +8,15 @@ SEED, RESAMPLES = 20, 500
 sample = np.random.default_rng(SEED).exponential(3.0, 2000)
 
 
-def median_of_resample(seed):
-    # One seed for each resample: the same numbers on any number of replicas, in any order.
-    rng = np.random.default_rng(seed)
+def median_of_resample(_):
+    # The generator of the item: the same numbers on any number of replicas, in any order.
+    rng = dv.get_replica_context().rng("bootstrap")
     return np.median(rng.choice(sample, sample.size))
 
 
 def bootstrap(num_replicas):
-    seeds = np.random.SeedSequence(SEED).spawn(RESAMPLES)
-    with dv.MirroredStrategy(num_replicas) as strategy:
-        return np.array(list(strategy.map(median_of_resample, seeds)))
+    with dv.MirroredStrategy(num_replicas, seed=SEED) as strategy:
+        return np.array(list(strategy.map(median_of_resample, range(RESAMPLES))))
 
 
 medians = bootstrap(2)

@@ -50,7 +50,7 @@ class ItemStep(Rendezvous):
 
     def meet(self, replica: int, request: CollectiveCall) -> Any:
         """Raise: there are no others to meet."""
-        self._check_alive(request.verb)
+        self.check_alive(request.verb)
         raise ContextError(
             f"{request.verb} was called in a function of strategy.map, for item "
             f"{self.item_index}: there each replica works on items of its own and meets no other; "
@@ -149,7 +149,7 @@ class TaskFarm:
         except BaseException as error:  # no memory is left, or the program ends
             self.failure = error
         finally:
-            self._calls[rank] = None
+            self._calls[rank], self._idents[rank] = None, 0  # the next thread may have that ident
             self._steps[rank].closed = True
             if self.failure is not None:
                 self.end()

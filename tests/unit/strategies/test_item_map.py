@@ -217,6 +217,22 @@ def test_distributed_values_are_the_replicas_own(two):
     assert float(total) == 45
 
 
+def test_draws_are_those_of_the_item(strategy):
+    def draw(_):
+        rng = here().rng("noise")
+        return rng.random(), here().rng("noise").random(), here().rng("other").random()
+
+    drawn = list(strategy.map(draw, range(9)))
+    assert len({*itertools.chain(*drawn)}) == 27
+    for length in (1, 1, 9):
+        assert list(strategy.map(draw, range(length))) == drawn[:length]
+    with dv.MirroredStrategy(3) as three:
+        assert list(three.map(draw, range(9))) == drawn
+    steps = strategy.state_dict()["num_steps"]
+    list(strategy.map(draw, range(9)))
+    assert strategy.state_dict()["num_steps"] == steps, "a map is no step"
+
+
 COLLECTIVES = {
     "all_reduce": lambda: here().all_reduce("sum", 1.0),
     "all_reduce_async": lambda: here().all_reduce_async("sum", 1.0).wait(),
