@@ -21,14 +21,18 @@ from dvkernels.replicas.gates import Gates
 from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.step_lock import StepLock
+from dvkernels.replicas.task_farm import TaskFarm
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.replicas.thread_team import ThreadTeam
 from dvkernels.replicas.work_meter import WorkMeter
+from dvkernels.threads import stoppable_thread
 
 __all__: list[str] = []
 
 Call = Callable[[Rendezvous, int], Any]
 
+_CLOSED = "this strategy has been closed; make a new one"
+_CLOSE_SECONDS = 5.0  # how long closing waits for the functions of an open map
 _exhaust = collections.deque
 
 
@@ -86,13 +90,9 @@ class Runner:
         if self._pid != os.getpid():
             self._reset_after_fork()  # threads and lock owner stayed in the parent process
         if self._closed:
-            raise ContextError("this strategy has been closed; make a new one")
+            raise ContextError(_CLOSED)
         if self._num_replicas > 1 and sys.is_finalizing():
-            raise ContextError(
-                f"run of {self._label} was called while the interpreter is shutting down, when the "
-                f"threads of its replicas run no more; call it before that, in a function "
-                f"registered with atexit at the latest"
-            )
+            raise self._too_late("run")
         seconds = self._timeout_seconds
         if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS and deadlines.VARIABLE in os.environ:
             seconds = deadlines.timeout_seconds()
@@ -105,6 +105,8 @@ class Runner:
                     f"one step runs at a time (timeout_seconds of the strategy, or "
                     f"DVKERNELS_TIMEOUT_SECONDS, changes the patience)"
                 )
+            if self._step_lock.farms:  # opened while this thread waited for the lock
+                self._step_lock.check_free("run")
             was_stepping = self._step_lock.is_stepping  # the default strategy may be in merge_call
             try:
                 self._step_lock.is_stepping = True
@@ -182,6 +184,22 @@ class Runner:
             if self._closed:
                 self.close()  # by another thread, during this step
 
+    def farm_out(self, farm: TaskFarm) -> None:
+        """Occupy the replicas with a task farm, whose threads its iterator starts."""
+        if self._closed:
+            raise ContextError(_CLOSED)
+        if stoppable_thread.is_over:
+            raise self._too_late("map")
+        farm.claim()
+        self._generators.num_begun += 1  # those of the items begin anew
+
+    def _too_late(self, verb: str) -> ContextError:
+        return ContextError(
+            f"{verb} of {self._label} was called while the interpreter is shutting down, when the "
+            f"threads of its replicas run no more; call it before that, in a function registered "
+            f"with atexit at the latest"
+        )
+
     def measure_work(self, finish: Callable[[int], None] | None = None) -> WorkMeter:
         """Measure the work of the replicas in all later steps; return the meter.
 
@@ -201,6 +219,9 @@ class Runner:
     def close(self) -> None:
         """End the threads and join them. Safe to call twice."""
         self._closed = True
+        for farm in list(self._step_lock.farms):
+            farm.close("its strategy was closed")
+            farm.wait_for_calls(_CLOSE_SECONDS)
         self._progress_thread.stop()
         if self._pid == os.getpid():
             teams = [ref() for ref in self._teams]

@@ -25,6 +25,7 @@ from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
+from dvkernels.strategies.item_map import ItemMap
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.seeded_steps import SeededSteps
@@ -38,16 +39,19 @@ from dvkernels.variables.variable import variables_of
 __all__ = ["Strategy"]
 
 
-class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, SeededSteps):
+class Strategy(
+    CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, ItemMap, SeededSteps
+):
     """Distribution of a computation over replicas: devices, a communicator, a home for variables.
 
     Use one of the final subclasses, or call this constructor for a strategy of your own.
 
     Parameters
     ----------
-    devices : sequence of Device or str, optional
-        One per replica, all of one kind; a device may be named several times. If not given, all
-        GPUs, or one replica per usable core where there is no GPU.
+    devices : sequence of Device or str, or int, optional
+        One per replica, all of one kind; a device may be named several times. A number means so
+        many CPU devices. If not given, all GPUs, or one replica per usable core where there is no
+        GPU.
     communicator : Communicator or str
         A communicator with one rank per device, or a name that ``MirroredStrategy`` accepts.
     bytes_per_bucket : int, optional
@@ -71,7 +75,8 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     Raises
     ------
     DeviceError
-        A device does not exist, the list is empty, or it mixes CPU devices and GPUs.
+        A device does not exist, the list is empty or mixes CPU devices and GPUs, or the number is
+        not positive.
     AlgorithmError
         The communicator has another size, or the object lacks methods of the protocol.
     ValueError
@@ -103,7 +108,7 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
 
     def __init__(
         self,
-        devices: Sequence[Device | str] | None,
+        devices: Sequence[Device | str] | int | None,
         communicator: Communicator | str = "auto",
         *,
         bytes_per_bucket: int | None = None,
@@ -119,8 +124,6 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
             threads=threads,
             timeout_seconds=timeout_seconds,
         )
-        if bytes_per_bucket is not None:
-            bytes_per_bucket = int(bytes_per_bucket)
         resolved = registry.resolve_all(devices)
         self.generators = StrategyGenerators(seed, len(resolved))
         central = None if central_device is None else registry.resolve(central_device)
@@ -267,7 +270,7 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         ...     print(strategy.run(lambda x: 10 * x, args=(dv.PerReplica([1, 2]),)))
         PerReplica(0: 10, 1: 20)
         """
-        frame = context.require_cross_replica(self._placement, "run")
+        frame = context.require_cross_replica(self._placement, "run", True)
         # The common case, without a call.
         if type(fn) is not FunctionType or fn.__code__.co_flags & function_checks.REFUSED:
             function_checks.check("run", fn)

@@ -21,9 +21,9 @@ class CentralStorageStrategy(Strategy):
 
     Parameters
     ----------
-    compute_devices : sequence of Device or str, optional
-        One replica each. If not given, all GPUs, or one replica per usable core where there is
-        no GPU.
+    compute_devices : sequence of Device or str, or int, optional
+        One replica each; a number means so many CPU replicas. If not given, all GPUs, or one
+        replica per usable core where there is no GPU.
     parameter_device : Device or str, optional
         The device that holds the variables, of the same kind as ``compute_devices``. If not given,
         ``"cpu:0"``, or the first of the GPUs.
@@ -39,7 +39,8 @@ class CentralStorageStrategy(Strategy):
     Raises
     ------
     DeviceError
-        A device does not exist, the list is empty, or the devices differ in kind.
+        A device does not exist, the list is empty, the devices differ in kind, or the number is
+        not positive.
     ValueError
         ``seed``, ``threads`` or ``timeout_seconds`` has none of the right values.
     TypeError
@@ -63,7 +64,7 @@ class CentralStorageStrategy(Strategy):
 
     def __init__(
         self,
-        compute_devices: Sequence[Device | str] | None = None,
+        compute_devices: Sequence[Device | str] | int | None = None,
         parameter_device: Device | str | None = None,
         *,
         seed: int = 0,

@@ -18,10 +18,10 @@ class MirroredStrategy(Strategy):
 
     Parameters
     ----------
-    devices : sequence of Device or str, optional
-        One replica each; a device may be named several times. If not given, all GPUs, or one
-        replica per usable core where there is no GPU (under a launcher, per core of this
-        process's share).
+    devices : sequence of Device or str, or int, optional
+        One replica each; a device may be named several times. A number means so many CPU replicas.
+        If not given, all GPUs, or one replica per usable core where there is no GPU (under a
+        launcher, per core of this process's share).
     cross_device_ops : str or Communicator
         The algorithm of the collectives: ``"auto"`` (chosen by size), ``"direct"``, ``"ring"``,
         ``"nccl"`` (NVIDIA's library, for GPUs with one replica each), or an object that
@@ -41,7 +41,8 @@ class MirroredStrategy(Strategy):
     Raises
     ------
     DeviceError
-        A device does not exist, the list is empty, or it mixes CPU devices and GPUs.
+        A device does not exist, the list is empty or mixes CPU devices and GPUs, or the number is
+        not positive.
     AlgorithmError
         There is no such algorithm, or it does not support these devices.
     ValueError
@@ -61,7 +62,7 @@ class MirroredStrategy(Strategy):
 
     def __init__(
         self,
-        devices: Sequence[Device | str] | None = None,
+        devices: Sequence[Device | str] | int | None = None,
         *,
         cross_device_ops: str | Communicator = "auto",
         bytes_per_bucket: int | None = None,

@@ -33,9 +33,9 @@ class MultiWorkerMirroredStrategy(Strategy):
     cluster_resolver : ClusterResolver, optional
         Says which worker this process is. If not given, detected from the launcher's environment
         variables, see :func:`dvkernels.cluster.default_resolver`.
-    devices : sequence of Device or str, optional
-        The devices of this process, one replica each. If not given, one replica per core of this
-        process's share.
+    devices : sequence of Device or str, or int, optional
+        The devices of this process, one replica each; a number means so many CPU replicas. If not
+        given, one replica per core of this process's share.
     cross_device_ops : str or Communicator
         The algorithm between the replicas of this process, as for :class:`MirroredStrategy`, and
         between hosts: ``"direct"`` exchanges parts pairwise, ``"ring"`` passes them around a ring,
@@ -113,7 +113,7 @@ class MultiWorkerMirroredStrategy(Strategy):
         self,
         cluster_resolver: ClusterResolver | None = None,
         *,
-        devices: Sequence[Device | str] | None = None,
+        devices: Sequence[Device | str] | int | None = None,
         cross_device_ops: str | Communicator = "auto",
         timeout_seconds: float = 600,
         bytes_per_bucket: int | None = None,
