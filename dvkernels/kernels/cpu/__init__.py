@@ -15,6 +15,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, optimizers, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
+from dvkernels.kernels.cpu.broadcast import broadcast_many_unchecked as broadcast_many_unchecked
 from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
 from dvkernels.kernels.cpu.direct import reduce_unchecked as reduce_unchecked
 from dvkernels.kernels.cpu.engine import fast_path
