@@ -37,7 +37,7 @@ class _Selection(NamedTuple):
     """Indices of the rows to take."""
 
     indices: int  # the address of the first
-    count: int
+    num_taken: int
     num_rows: int  # of every array
     num_wrong: int  # indices that name no row
 
@@ -65,7 +65,7 @@ def _copy_rows(column, selection, first, end, nbytes):  # type: ignore[no-untype
 
     ``nbytes`` is the length of a line: a constant where it is short, so that no call is made.
     """
-    indices, last, num_rows = selection.indices, selection.count - 1, selection.num_rows
+    indices, last, num_rows = selection.indices, selection.num_taken - 1, selection.num_rows
     sources, row_stride, line_stride = column.source, column.row_stride, column.line_stride
     num_lines = column.row_nbytes // nbytes
     target = column.target + first * column.row_nbytes
@@ -99,7 +99,7 @@ def _run(address):  # type: ignore[no-untyped-def]
         if end_of_pieces == 0:
             break
         first = piece * job.piece_length
-        end = min(end_of_pieces * job.piece_length, selection.count)
+        end = min(end_of_pieces * job.piece_length, selection.num_taken)
         wrong = 0
         for k in range(job.num_items):
             column = _column_at(job.items, k)
@@ -128,8 +128,11 @@ class RowTaker:
     """
 
     def __init__(self, arrays: Sequence[HostArray]) -> None:
+        columns = [_layout_of(array) for array in arrays]
         self._arrays = arrays
-        self._columns = [_column(array) for array in arrays]
+        self._columns = [column for column in columns if column is not None]
+        if len(self._columns) < len(arrays):
+            raise ValueError("RowTaker: expected arrays for which takes(array) is true")
         self._row_nbytes = max(1, sum(column.row_nbytes for column in self._columns))
 
     def take_into(self, targets: Sequence[HostArray], indices: HostArray) -> None:
@@ -188,11 +191,12 @@ def takes(array: HostArray) -> bool:
 
     Its dtype holds no references, and a row is contiguous, or lines at one stride.
     """
-    is_plain = array.dtype.kind in "biufcmMSUV" and not array.dtype.hasobject
-    return is_plain and array.size > 0 and _column(array) is not None
+    return _layout_of(array) is not None
 
 
-def _column(array: HostArray) -> _RowLayout | None:
+def _layout_of(array: HostArray) -> _RowLayout | None:
+    if array.dtype.kind not in "biufcmMSUV" or array.dtype.hasobject or not array.size:
+        return None
     row = array[0, ...]
     dense = np.empty(row.shape, row.dtype)
     axes = merge_axes([dense, row])  # in the order of the target
