@@ -30,35 +30,29 @@ _FEWEST_ARRAYS = 3
 
 
 class BufferPool:
-    """Pool of arrays of one dtype and row shape.
+    """Pool of byte arrays for one leaf of the batches of a node.
 
     It has no lock: a thread that pops an array is the only one to see it. An array lost to an
     interrupt is freed when its batch is.
-
-    Parameters
-    ----------
-    row_shape : tuple of int
-        Shape of a row.
-    dtype : dtype
-        Dtype of the arrays.
     """
 
-    __slots__ = ("__weakref__", "_arrays", "_dtype", "_row_shape")
+    __slots__ = ("__weakref__", "_arrays")
 
-    def __init__(self, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._row_shape, self._dtype = row_shape, dtype
+    def __init__(self) -> None:
         self._arrays: collections.deque[HostArray] = collections.deque()
         _pools.add(self)
 
-    def take(self, num_rows: int) -> HostArray:
-        """Return an array of at least ``num_rows`` rows to which nobody else refers."""
+    def take(self, nbytes: int) -> HostArray:
+        """Return an array of at least ``nbytes``, at most twice as many, that nobody refers to."""
         for array in self._unused():
-            if len(array) >= num_rows and array.flags.carray:
+            if nbytes <= array.nbytes <= 2 * nbytes and array.flags.carray:
                 return array
-        return np.empty((num_rows, *self._row_shape), self._dtype)
+            if array.nbytes > nbytes:
+                self._arrays.append(array)  # the next batch may need as much
+        return np.empty(nbytes, np.uint8)
 
     def give_back(self, array: HostArray) -> None:
-        """Use an array again once nobody else refers to it."""
+        """Use an array again once nobody else refers to it; no thread may still write to it."""
         arrays = self._arrays
         arrays.append(array)
         most = min(_MOST_ARRAYS, _MOST_NBYTES // max(1, array.nbytes))
@@ -87,7 +81,7 @@ class BufferPool:
                 self._arrays.append(array)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BufferPool, (self._row_shape, self._dtype)
+        return BufferPool, ()  # a copy has memory of its own
 
 
 def _pop(arrays: collections.deque[HostArray]) -> tuple[HostArray, int]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from dvkernels import user_errors
 from dvkernels.data.array_nest import Element, leading_length, slice_rows
+from dvkernels.data.buffer_pool import BufferPool
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.resume_points import ResumePoints
 from dvkernels.data.stacking import stack
@@ -81,7 +82,7 @@ class Node(abc.ABC):
         return self._stacked(range(start, stop), epoch)
 
     def _stacked(self, indices: Sequence[int], epoch: int) -> Element:
-        batch = stack(self.elements(indices, epoch), len(indices))
+        batch = stack(self.elements(indices, epoch), len(indices), self._buffer_pools)
         if batch is None:
             raise EmptyBatchError(f"every element of a batch of {self!r} failed")
         return batch
@@ -170,6 +171,11 @@ class Node(abc.ABC):
     def sources(self) -> tuple[Node, ...]:
         """The nodes directly upstream, from which this one takes its elements."""
         return () if self.source is None else (self.source,)
+
+    @functools.cached_property
+    def _buffer_pools(self) -> list[BufferPool]:
+        """The memory of its batches, one pool for each leaf."""
+        return []
 
     @functools.cached_property
     def needs_own_chain(self) -> bool:

@@ -100,16 +100,21 @@ class _Taker:
         self._arrays = arrays
         kernel = backends.take()
         chosen = [k for k, array in enumerate(arrays) if kernel.takes(array)]
-        self._pools = {k: BufferPool(arrays[k].shape[1:], arrays[k].dtype) for k in chosen}
+        self._pools = {k: BufferPool() for k in chosen}
         self._rows = kernel.RowTaker([arrays[k] for k in chosen])
 
     def take(self, indices: Indices) -> list[HostArray]:
         """Return the rows ``indices`` of each array."""
-        buffers = {k: pool.take(len(indices)) for k, pool in self._pools.items()}
-        views = {k: buffer[: len(indices)] for k, buffer in buffers.items()}
+        count = len(indices)
+        views, memory = {}, {}
+        for k, pool in self._pools.items():
+            array = self._arrays[k]
+            shape = (count, *array.shape[1:])
+            memory[k] = pool.take(count * (array.nbytes // len(array)))
+            views[k] = np.ndarray(shape, array.dtype, memory[k])
         if views:
             self._rows.take_into([*views.values()], indices)
-        for k, buffer in buffers.items():  # only now, when no thread writes to it any more
+        for k, buffer in memory.items():  # only now, when no thread writes to it any more
             self._pools[k].give_back(buffer)
         return [
             views[k] if k in views else _rows_of(array, indices)

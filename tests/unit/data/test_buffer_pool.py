@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
-from dvkernels.data import sources
+from dvkernels.data import sources, stacking
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
 
@@ -24,10 +24,19 @@ ROWS = np.arange(600.0).reshape(100, 6)
 @pytest.fixture(autouse=True)
 def _every_batch_is_large(monkeypatch):
     monkeypatch.setattr(sources, "_SHARED_NBYTES", 1)
+    monkeypatch.setattr(stacking, "_LARGE_NBYTES", 1)
 
 
-def shuffled(rows=ROWS, seed=0):
-    return Dataset.from_arrays(rows).shuffle(seed=seed)
+def shuffled(rows=ROWS):
+    return Dataset.from_arrays(rows).shuffle(seed=0)
+
+
+# What takes memory: batches of shuffled rows, and batches stacked from elements.
+MAKE = {
+    "taken": shuffled,
+    "stacked": lambda: shuffled().map(np.copy),
+    "stacked in order": lambda: Dataset.from_iterable(lambda: iter(ROWS)),
+}
 
 
 def address(array):
@@ -43,10 +52,16 @@ def memory_of(batches, leaf):
     return {address(leaf(batch).base) for batch in batches}
 
 
-def test_memory_is_used_again_once_a_batch_is_dropped():
-    for depth in (0, 3):
-        memory = memory_of(shuffled().batch(8).repeat(5).prefetch(depth), lambda batch: batch)
-        assert len(memory) <= 3 + depth
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("make", MAKE)
+def test_memory_is_used_again_once_a_batch_is_dropped(make, depth):
+    data = MAKE[make]().batch(8)
+    memory = memory_of(data.prefetch(depth), lambda batch: batch)
+    assert len(memory) <= 3 + depth
+    np.testing.assert_array_equal(np.sort(np.concatenate([*data]), axis=0), ROWS)
+
+
+def test_all_columns_of_distributed_batches_use_memory_again():
     distributed = DistributedDataset(shuffled((ROWS, ROWS[:, 0])).batch(8), num_replicas=3)
     for k in range(2):
         epochs = (batch for _ in range(3) for batch in distributed)
@@ -91,9 +106,10 @@ SLOW_IMPORTS = {"torch": pytest.mark.wide, "jax": pytest.mark.jax}
 @pytest.mark.parametrize(
     "holder", [pytest.param(name, marks=SLOW_IMPORTS.get(name, ())) for name in HOLDERS]
 )
-def test_what_a_holder_of_a_batch_reads_never_changes(holder):
+@pytest.mark.parametrize("make", MAKE)
+def test_what_a_holder_of_a_batch_reads_never_changes(make, holder):
     held = []
-    for batch in shuffled().batch(8).repeat(2):
+    for batch in MAKE[make]().batch(8).repeat(2):
         kept = HOLDERS[holder](batch)
         held.append((kept, read(kept)))
         del batch, kept
@@ -192,6 +208,21 @@ def test_a_pool_remembers_few_arrays_however_many_batches_are_held():
     before = unused()
     del batches
     assert unused() - before <= 16 * 32_000
+
+
+def test_batches_of_changing_shapes_keep_what_they_hold():
+    rows = [np.full((2 + 7 * k % 13, 5), k) for k in range(60)]
+    batches = [*Dataset.from_sequence(rows).map(np.copy).batch(1)]
+    for k, batch in enumerate(batches):
+        assert (batch == k).all()
+        assert batch.base.nbytes <= 2 * batch.nbytes
+
+
+def test_the_last_batch_of_a_few_rows_does_not_hold_the_memory_of_a_full_one():
+    for data in (MAKE[make]().batch(48) for make in MAKE):
+        *_, last = data
+        assert len(last) == 4
+        assert last.base is None or last.base.nbytes <= 2 * last.nbytes
 
 
 def test_copies_of_a_dataset_have_memory_of_their_own():

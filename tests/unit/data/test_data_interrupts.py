@@ -8,15 +8,16 @@ import pytest
 TOP = """
 import gc, operator, os, queue, threading, time
 import numpy as np
-from dvkernels.data import sources
+from dvkernels.data import sources, stacking
 from dvkernels.data.dataset import Dataset
 from dvkernels.data.distributed.dataset import DistributedDataset
+
+sources._SHARED_NBYTES = stacking._LARGE_NBYTES = 1  # all batches use memory again
 
 def sequence():
     return Dataset.range(40)
 
 def rows():
-    sources._SHARED_NBYTES = 1  # batches are taken by compiled code, into memory used again
     return Dataset.from_arrays(np.repeat(np.arange(40), 2)).shard(2, 0)
 
 def stream():
