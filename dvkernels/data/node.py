@@ -82,7 +82,8 @@ class Node(abc.ABC):
         return self._stacked(range(start, stop), epoch)
 
     def _stacked(self, indices: Sequence[int], epoch: int) -> Element:
-        batch = stack(self.elements(indices, epoch), len(indices), self._buffer_pools)
+        pools: list[BufferPool] = vars(self).setdefault("_buffer_pools", [])  # atomic
+        batch = stack(self.elements(indices, epoch), len(indices), pools)
         if batch is None:
             raise EmptyBatchError(f"every element of a batch of {self!r} failed")
         return batch
@@ -171,11 +172,6 @@ class Node(abc.ABC):
     def sources(self) -> tuple[Node, ...]:
         """The nodes directly upstream, from which this one takes its elements."""
         return () if self.source is None else (self.source,)
-
-    @functools.cached_property
-    def _buffer_pools(self) -> list[BufferPool]:
-        """The memory of its batches, one pool for each leaf."""
-        return []
 
     @functools.cached_property
     def needs_own_chain(self) -> bool:
