@@ -76,6 +76,7 @@ class Comparison(NamedTuple):
 
 def compare(program: Program, replicas: int, num_rounds: int, cores: AllCores) -> Comparison:
     """Check that all ways have one result, then time them in turn."""
+    replicas = program.replicas or replicas
     settle_allocator()
     data = program.make(**program.sizes)
     skipped = {each.name: why for each in program.neighbours if (why := each.why_skipped())}

@@ -36,7 +36,7 @@ def mean_and_variance(found: Any) -> Any:
     return np.array([means.mean(), variances.mean() + means.var()])
 
 
-@numba.njit(parallel=True)
+@numba.njit(parallel=True, fastmath=True)  # else the sums are not vectorized
 def _in_parallel(blocks):  # type: ignore[no-untyped-def]
     found = np.empty((len(blocks), 2))
     for k in numba.prange(len(blocks)):

@@ -94,6 +94,7 @@ class Program(NamedTuple):
     # The compute of one of several threads, without synchronization: data, rank, count.
     share: Callable[[Any, int, int], object] | None = None
     consume: Callable[[Any], object] = lambda result: result  # what the clock covers beside the run
+    replicas: int | None = None  # None: as many as the command is told
 
 
 def of_possible(limit: float) -> Goal:

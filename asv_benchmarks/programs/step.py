@@ -51,14 +51,6 @@ def _submit_nothing(calls: Calls, count: int) -> Run:
         yield lambda: [[*pool.map(_nothing, range(count))].pop() for _ in range(calls.number)]
 
 
-def _run_nothing_on_8(calls: Calls, count: int) -> Run:
-    return _run_nothing(calls, 8)
-
-
-def _submit_nothing_8_times(calls: Calls, count: int) -> Run:
-    return _submit_nothing(calls, 8)
-
-
 def _run_a_sum(calls: Calls, count: int) -> Run:
     with dv.MirroredStrategy([f"cpu:{k}" for k in range(count)]) as strategy:
 
@@ -110,7 +102,7 @@ def _number_of_calls(sizes: Mapping[str, int]) -> int:
 
 PROGRAMS = (
     Program(
-        "run",
+        "empty-step",
         "run of nothing",
         {"calls": 1000},
         make,
@@ -122,22 +114,20 @@ PROGRAMS = (
         (microseconds(20),),
     ),
     Program(
-        "run-8",
+        "empty-step-8",
         "run of nothing on 8 replicas, whatever the number of cores",
         {"calls": 300},
         make,
-        (
-            Neighbour("ThreadPoolExecutor", _submit_nothing_8_times),
-            Neighbour(OURS, _run_nothing_on_8),
-        ),
+        (Neighbour("ThreadPoolExecutor", _submit_nothing), Neighbour(OURS, _run_nothing)),
         "call",
         _number_of_calls,
         _is_none,
         0.0,
         (microseconds(150),),
+        replicas=8,
     ),
     Program(
-        "step",
+        "small-step",
         "run of a step that all-reduces {length} float32",
         {"calls": 1000, "length": 1024},
         make,
@@ -149,7 +139,7 @@ PROGRAMS = (
         (microseconds(45),),
     ),
     Program(
-        "next",
+        "next-batch",
         "next batch of {rows} x {columns} float32, in order",
         {"calls": 1000, "rows": 64, "columns": 64},
         make_rows,
