@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import threadpoolctl
 
-from dvkernels.benchmarks.stopwatch import Samples, alternate, ratio
+from dvkernels.benchmarks.stopwatch import Samples, alternate
 from dvkernels.errors import DvKernelsError
 from programs.all_cores import AllCores
 from programs.machine import ProcessorTime, others_share, settle_allocator
@@ -35,7 +35,8 @@ class Comparison(NamedTuple):
 
     def as_record(self) -> dict[str, Any]:
         """Return the comparison as plain JSON values."""
-        ours = self.samples.get(OURS)
+        first = self.samples[self.program.neighbours[0].name]
+        ours, possible = self.samples.get(OURS), self.samples.get(ALL_CORES)
         lines = {each.name: each.lines for each in self.program.neighbours}
         return {
             "program": self.program.name,
@@ -51,14 +52,15 @@ class Comparison(NamedTuple):
                     "seconds": samples.median,
                     "quartiles": list(samples.quartiles),
                     "rounds": list(samples.seconds),
-                    "times_ours": None if ours is None else ratio(samples, ours),
+                    "times_ours": _of_rounds(samples, ours),
                     "difference": self.differences.get(name),
                 }
                 for name, samples in self.samples.items()
             ],
             "skipped": dict(self.skipped),
-            "speed_up": self._speed_up(OURS),
-            "possible_speed_up": self._speed_up(ALL_CORES),
+            "speed_up": _of_rounds(first, ours),
+            "possible_speed_up": _of_rounds(first, possible),
+            "of_possible": _of_rounds(possible, ours),
             "goals": [
                 {"goal": goal.text, "value": value, "is_met": goal.is_met_by(value)}
                 for goal in self.program.goals
@@ -68,10 +70,14 @@ class Comparison(NamedTuple):
             "others_share": self.others_share,
         }
 
-    def _speed_up(self, name: str) -> float | None:
-        """Return how many times as fast as the first neighbour a way is."""
-        first = self.samples[self.program.neighbours[0].name]
-        return ratio(first, self.samples[name]) if name in self.samples else None
+
+def _of_rounds(samples: Samples | None, reference: Samples | None) -> dict[str, Any] | None:
+    """Return median and quartiles of the ratios of two times within each round."""
+    if samples is None or reference is None:
+        return None
+    pairs = zip(samples.seconds, reference.seconds, strict=True)
+    ratios = Samples(tuple(seconds / other for seconds, other in pairs))
+    return {"median": ratios.median, "quartiles": list(ratios.quartiles)}
 
 
 def compare(program: Program, replicas: int, num_rounds: int, cores: AllCores) -> Comparison:

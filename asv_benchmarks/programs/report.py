@@ -22,9 +22,9 @@ def text(record: Record) -> str:
         code = "" if way["lines"] is None else counted(way["lines"], "line")
         note = "(other arithmetic)" if _is_landmark(way) else ""
         time = f"{_time(way)} per {record['unit']}"
-        lines.append(f"{way['name']:31}{time:44}{times:>16}{code:>9} {note}".rstrip())
+        lines.append(f"{way['name']:31}{time:44}{times:>34}{code:>10} {note}".rstrip())
     remarks = [f"{name} skipped: {why}" for name, why in record["skipped"].items()]
-    remarks += [_speed_up(record)] if _has_speed_up(record) else []
+    remarks += _speed_up(record)
     remarks += [
         f"goal {'met' if goal['is_met'] else 'MISSED'}: {goal['goal']}; it is {goal['value']:.4g}"
         for goal in record["goals"]
@@ -35,7 +35,9 @@ def text(record: Record) -> str:
 
 def markdown(found: Record) -> str:
     """Return the table of the page, and the paragraph below it, from the JSON of a run."""
-    rows: list[Sequence[str]] = [("program", "way", "median (quartiles)", "times ours", "lines")]
+    rows: list[Sequence[str]] = [
+        ("program", "way", "median (quartiles)", "times ours (quartiles)", "lines")
+    ]
     for record in found["results"]:
         description = f"{record['description']}; per {record['unit']}"
         for way in record["ways"]:
@@ -44,13 +46,12 @@ def markdown(found: Record) -> str:
             lines = "" if way["lines"] is None else str(way["lines"])
             rows.append((description, name, _time(way), _times_ours(way), lines))
             description = ""
-        if _has_speed_up(record):
-            rows.append(("", "", _speed_up(record), "", ""))
+        rows += [("", "", speed_up, "", "") for speed_up in _speed_up(record)]
         for goal in record["goals"]:
             verdict = "goal met" if goal["is_met"] else "**goal missed**"
             rows.append(("", verdict, goal["goal"], f"{goal['value']:.4g}", ""))
         rows += [("", name, f"skipped: {why}", "", "") for name, why in record["skipped"].items()]
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    head, *body = (f"| {' | '.join(row)} |".replace(" us ", " µs ") for row in rows)
     packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     below = [
         f"{found['machine']}; {packages}, {found['blas']}; {found['date']}, commit "
@@ -67,21 +68,32 @@ def _time(way: Record) -> str:
 
 
 def _times_ours(way: Record) -> str:
-    return "" if way["times_ours"] is None else f"{way['times_ours']:.2f}"
+    if way["name"] == OURS:
+        return "1"
+    return "" if way["times_ours"] is None else _ratio(way["times_ours"])
+
+
+def _ratio(of_rounds: Record) -> str:
+    low, high = of_rounds["quartiles"]
+    return f"{of_rounds['median']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _is_landmark(way: Record) -> bool:
     return way["lines"] is not None and way["difference"] is None
 
 
-def _has_speed_up(record: Record) -> bool:
-    return None not in (record["speed_up"], record["possible_speed_up"])
-
-
-def _speed_up(record: Record) -> str:
-    ours, possible = record["speed_up"], record["possible_speed_up"]
+def _speed_up(record: Record) -> list[str]:
+    """Say what the speed-up is, and of what possible one, where both were measured."""
+    ours, possible, share = (
+        record[name] for name in ("speed_up", "possible_speed_up", "of_possible")
+    )
+    if share is None:
+        return []
     replicas = counted(record["replicas"], "replica")
-    return f"speed-up {ours:.2f} of {possible:.2f} possible ({replicas}): {ours / possible:.2f}"
+    return [
+        f"speed-up {ours['median']:.2f} of {possible['median']:.2f} possible ({replicas}): "
+        f"{_ratio(share)}"
+    ]
 
 
 def _others(records: Sequence[Record]) -> list[str]:
