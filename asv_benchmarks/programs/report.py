@@ -10,6 +10,7 @@ from programs.program import OURS
 
 __all__ = ["markdown", "text"]
 
+_BUSY = 0.1  # share of the cores
 # Comparisons are records here, as :meth:`programs.comparison.Comparison.as_record` makes them.
 Record = Mapping[str, Any]
 
@@ -102,4 +103,5 @@ def _others(records: Sequence[Record]) -> list[str]:
     if not shares:
         return []
     low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
-    return [f"other programs took {low if low == high else f'{low} to {high}'} % of the cores"]
+    remark = f"other programs took {low if low == high else f'{low} to {high}'} % of the cores"
+    return [remark + (", too much for a comparison" if max(shares) > _BUSY else "")]

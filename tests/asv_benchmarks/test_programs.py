@@ -75,6 +75,14 @@ def test_a_way_whose_library_is_missing_is_skipped_with_a_word(needs, cores):
     assert "times ours" not in text
 
 
+@pytest.mark.parametrize(("share", "is_busy"), [(None, False), (0.05, False), (0.3, True)])
+def test_a_busy_machine_is_called_one(share, is_busy):
+    chosen = small("batches")
+    samples = {chosen.neighbours[0].name: Samples((1.0,))}
+    found = comparison.Comparison(chosen, 2, samples, {}, {}, share)
+    assert ("too much" in report.text(found.as_record())) == is_busy
+
+
 def test_ways_that_map_take_three_lines_at_most():
     assert all(each.lines <= 3 for each in mapped.neighbours())
 
