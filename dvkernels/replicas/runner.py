@@ -12,18 +12,25 @@ from typing import Any
 
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
+from dvkernels.philox import StrategyGenerators
 from dvkernels.profiler import debugging, tracing
 from dvkernels.replicas import foreign_threads, thread_limits
 from dvkernels.replicas.gates import Gates
 from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.step_lock import StepLock
+from dvkernels.replicas.task_farm import TaskFarm
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.replicas.thread_team import ThreadTeam
+from dvkernels.replicas.work_meter import WorkMeter
+from dvkernels.threads import stoppable_thread
 
 __all__: list[str] = []
 
 Call = Callable[[Rendezvous, int], Any]
+
+_CLOSED = "this strategy has been closed; make a new one"
+_CLOSE_SECONDS = 5.0  # how long closing waits for the functions of an open map
 
 
 class Runner:
@@ -42,9 +49,11 @@ class Runner:
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
         step_lock: StepLock | None = None,
+        generators: StrategyGenerators | None = None,
         timeout_seconds: float = deadlines.DEFAULT_TIMEOUT_SECONDS,
         limit: ThreadLimit | None = None,
     ) -> None:
+        self._generators = StrategyGenerators() if generators is None else generators
         self._step_lock = StepLock() if step_lock is None else step_lock
         self._num_replicas = num_replicas
         self._first_replica = first_replica
@@ -55,6 +64,8 @@ class Runner:
         self._num_steps = 0
         self._closed = False
         self._progress_thread = ProgressThread()
+        self._meter = WorkMeter(num_replicas)
+        self._make_rendezvous: Callable[..., Rendezvous] = Rendezvous
         # A single replica of a single worker performs asynchronous calls at once.
         is_alone = num_replicas == 1 and announce is None
         self._background = None if is_alone else self._progress_thread
@@ -76,13 +87,9 @@ class Runner:
         if self._pid != os.getpid():
             self._reset_after_fork()  # threads and lock owner stayed in the parent process
         if self._closed:
-            raise ContextError("this strategy has been closed; make a new one")
+            raise ContextError(_CLOSED)
         if self._num_replicas > 1 and sys.is_finalizing():
-            raise ContextError(
-                f"run of {self._label} was called while the interpreter is shutting down, when the "
-                f"threads of its replicas run no more; call it before that, in a function "
-                f"registered with atexit at the latest"
-            )
+            raise self._too_late("run")
         seconds = self._timeout_seconds
         if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS and deadlines.VARIABLE in os.environ:
             seconds = deadlines.timeout_seconds()
@@ -95,10 +102,15 @@ class Runner:
                     f"one step runs at a time (timeout_seconds of the strategy, or "
                     f"DVKERNELS_TIMEOUT_SECONDS, changes the patience)"
                 )
+            if self._step_lock.farms:  # opened while this thread waited for the lock
+                self._step_lock.check_free("run")
             was_stepping = self._step_lock.is_stepping  # the default strategy may be in merge_call
             try:
                 self._step_lock.is_stepping = True
-                return self._run(call, seconds)
+                self._generators.num_begun += 1
+                results = self._run(call, seconds)
+                self._generators.num_done += 1
+                return results
             finally:
                 self._step_lock.is_stepping = was_stepping
         finally:
@@ -127,9 +139,9 @@ class Runner:
                 team.is_busy = True
                 # After the first team, which imports Numba.
                 if limit is not None and limit.num_modules != len(sys.modules):
-                    limit.apply()
+                    limit.apply(stacklevel=5)
                 gates, has_ended = team.closed_gates(), team.has_ended
-            rendezvous = Rendezvous(
+            rendezvous = self._make_rendezvous(
                 self._num_replicas,
                 gates,
                 timeout,
@@ -171,6 +183,34 @@ class Runner:
             if self._closed:
                 self.close()  # by another thread, during this step
 
+    def farm_out(self, farm: TaskFarm) -> None:
+        """Occupy the replicas with a task farm, whose threads its iterator starts."""
+        if self._closed:
+            raise ContextError(_CLOSED)
+        if stoppable_thread.is_over:
+            raise self._too_late("map")
+        if self._limit is not None:
+            self._limit.apply(stacklevel=4)
+            farm.share = self._limit.share
+        farm.claim()
+        self._generators.num_begun += 1  # those of the items begin anew
+
+    def _too_late(self, verb: str) -> ContextError:
+        return ContextError(
+            f"{verb} of {self._label} was called while the interpreter is shutting down, when the "
+            f"threads of its replicas run no more; call it before that, in a function registered "
+            f"with atexit at the latest"
+        )
+
+    def measure_work(self, finish: Callable[[int], None] | None = None) -> WorkMeter:
+        """Measure the work of the replicas in all later steps; return the meter.
+
+        ``finish`` waits for the work of a replica that its function leaves behind on a stream.
+        """
+        self._meter.finish = finish
+        self._make_rendezvous = self._meter.rendezvous
+        return self._meter
+
     def _new_team(self) -> ThreadTeam:
         share = None if self._limit is None else self._limit.share
         team = ThreadTeam(self._num_replicas, share)
@@ -181,6 +221,9 @@ class Runner:
     def close(self) -> None:
         """End the threads and join them. Safe to call twice."""
         self._closed = True
+        for farm in list(self._step_lock.farms):
+            farm.close("its strategy was closed")
+            farm.wait_for_calls(_CLOSE_SECONDS)
         self._progress_thread.stop()
         if self._pid == os.getpid():
             teams = [ref() for ref in self._teams]

@@ -7,6 +7,8 @@ from typing import Any
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Call, Runner
+from dvkernels.replicas.task_farm import TaskFarm
+from dvkernels.replicas.work_meter import MeteredRendezvous, WorkMeter
 
 __all__: list[str] = []
 
@@ -25,10 +27,25 @@ class StreamedRunner:
         def on_stream(step: Rendezvous, rank: int) -> Any:
             step.perform = order.meet
             with order.replica(rank):
-                return call(step, rank)
+                if not isinstance(step, MeteredRendezvous):
+                    return call(step, rank)
+                step.resume(rank)
+                result = call(step, rank)
+                step.pause(rank)
+                return result
 
         with order.step():
             return self._runner.run(on_stream, nested)
+
+    def farm_out(self, farm: TaskFarm) -> None:
+        """Occupy the replicas with a task farm, which comes after the caller's earlier work."""
+        farm.streams = self._order
+        self._order.exchange()
+        self._runner.farm_out(farm)
+
+    def measure_work(self) -> WorkMeter:
+        """Measure the work of the replicas in all later steps; return the meter."""
+        return self._runner.measure_work(self._order.finish)
 
     def close(self) -> None:
         """End the threads; the streams live as long as the strategy."""

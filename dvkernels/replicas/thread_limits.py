@@ -79,6 +79,7 @@ late: dict[int, Callable[[], object]] = {}
 _of_thread: dict[str, _Setting] = {}
 _of_process: dict[str, _Setting] = {}
 settings: tuple[_Setting, ...] = ()  # of a thread
+_followed: set[int] | None = set()  # threads that saw Numba start; None: found by a search since
 _num_searched = -1  # the modules that had been imported when libraries were last searched for
 _held: dict[str, _Held] = {}  # of the process
 _open: list[weakref.ref[ThreadLimit]] = []  # limits in force
@@ -101,11 +102,14 @@ class ThreadLimit:
         # The imported modules when it was last applied: an import may have loaded a library.
         self.num_modules = -1
 
-    def apply(self) -> None:
-        """Lower the settings of the process to the share, and find those of threads."""
+    def apply(self, stacklevel: int) -> None:
+        """Lower the settings of the process to the share, and find those of threads.
+
+        ``stacklevel`` is that of the user's call, for a warning.
+        """
         self.num_modules = shielded.uninterrupted(self._apply, is_atomic=True)
         if _threadpoolctl() is None:
-            _warn(self._num_replicas, self.share)
+            _warn(self._num_replicas, self.share, stacklevel + 1)
 
     def _apply(self) -> int:
         num_modules = _find_libraries()
@@ -132,11 +136,16 @@ def share_of(num_replicas: int) -> int:
     return max(1, cpu.usable_cores() // num_replicas)
 
 
-def lower(these: tuple[_Setting, ...], share: int) -> None:
-    """Lower the settings of this thread that exceed ``share``."""
-    for setting in these:
+def lower(share: int, num_lowered: int) -> int:
+    """Lower all but the first settings of a thread that is the strategy's; return their number.
+
+    Each is lowered once: what user code sets on the thread later stays.
+    """
+    found = settings
+    for setting in found[num_lowered:]:
         if setting.get() > share:
             setting.set(share)
+    return len(found)
 
 
 def run_limited(share: int, function: Callable[..., object], *arguments: object) -> None:
@@ -184,7 +193,7 @@ def _threadpoolctl() -> Any:
 
 def _find_libraries() -> int:
     """Find the libraries that are loaded; return the number of modules imported before."""
-    global settings, _num_searched
+    global settings, _num_searched, _followed
     controllers = []
     num_modules = len(sys.modules)
     if num_modules == _num_searched:
@@ -203,30 +212,42 @@ def _find_libraries() -> int:
         elif api == "openblas" and library.threading_layer != "openmp":  # else it asks OpenMP
             names = next(names for names in _OPENBLAS if hasattr(symbols, names[0]))
             _of_process[path] = _setting(*(getattr(symbols, name) for name in names))
-    numba = threading_layer.functions_of_thread()
-    if numba is not None:
-        _of_thread.setdefault("numba", _setting(*numba))
+    if _find_numba() is not None:
+        _followed = None
     settings = tuple(_of_thread.values())
     _num_searched = num_modules
     return num_modules
 
 
-def _follow_numba() -> None:
-    """Lower Numba's threads in a replica that starts them, or uses them in the same step.
+def _find_numba() -> _Setting | None:
+    functions = threading_layer.functions_of_thread()
+    if functions is not None:
+        _of_thread.setdefault("numba", _setting(*functions))
+    return _of_thread.get("numba")
 
-    From the next step on they are among the settings. What this has to know of a thread is read
-    from its frames, so that no step pays for it.
+
+def _follow_numba() -> None:
+    """Lower Numba's threads in a replica that starts them, or asks for them in the same step.
+
+    From the next step, or the next item of a map, on they are among the settings. What this has to
+    know of a thread is read from its frames, so that no step pays for it.
     """
-    frame = None if "numba" in _of_thread or not _open else sys._getframe()
+    global settings
+    own = threading.get_ident()
+    frame = sys._getframe() if _open and _followed is not None and own not in _followed else None
     while frame is not None and frame.f_code not in entrances:
         frame = frame.f_back
-    functions = threading_layer.functions_of_thread()
-    if frame is None or functions is None or frame.f_locals["share"] is None:
+    share: int | None = None if frame is None else frame.f_locals["share"]
+    numba = None if share is None else _find_numba()
+    if frame is None or share is None or numba is None:
         return
-    numba = _setting(*functions)
-    if entrances[frame.f_code]:
-        late.setdefault(threading.get_ident(), functools.partial(numba.set, numba.get()))
-    lower((numba,), frame.f_locals["share"])
+    if _followed is not None:
+        _followed.add(own)
+    settings = tuple(_of_thread.values())
+    if numba.get() > share:
+        if entrances[frame.f_code]:
+            late.setdefault(own, functools.partial(numba.set, numba.get()))
+        numba.set(share)
 
 
 threading_layer.after_launch.append(_follow_numba)
@@ -281,7 +302,7 @@ def _hold(path: str, limit: int | None) -> None:
         _held.pop(path, None)
 
 
-def _warn(num_replicas: int, share: int) -> None:
+def _warn(num_replicas: int, share: int, stacklevel: int) -> None:
     """Warn once where nothing can hold BLAS and OpenMP to fewer threads than they have."""
     global _has_warned
     numbers = [os.environ.get(name, "").partition(",")[0] for name in _VARIABLES]
@@ -296,5 +317,5 @@ def _warn(num_replicas: int, share: int) -> None:
         f"(python -m pip install 'dvkernels[threads]'), or set OMP_NUM_THREADS={share} before "
         f"Python starts; threads='all' leaves them as they are, without this warning",
         RuntimeWarning,
-        stacklevel=6,
+        stacklevel=stacklevel,
     )

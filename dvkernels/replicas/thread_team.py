@@ -143,10 +143,7 @@ def _work(inbox: _Inbox, has_ended: list[bool], rank: int, share: int | None) ->
             if task is _end:
                 return
             if share is not None and num_lowered < len(thread_limits.settings):
-                # Each once: what user code sets on this thread later stays.
-                found = thread_limits.settings
-                thread_limits.lower(found[num_lowered:], share)
-                num_lowered = len(found)
+                num_lowered = thread_limits.lower(share, num_lowered)
             task()
             del task  # keep no object of the user alive while waiting
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, Self
 
-from dvkernels import context, deadlines
+from dvkernels import context
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.single import Single
@@ -16,6 +16,7 @@ from dvkernels.devices import array_memory, registry
 from dvkernels.devices.device import Device
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.errors import ContextError
+from dvkernels.philox import StrategyGenerators
 from dvkernels.profiler import debugging
 from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -24,29 +25,33 @@ from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
+from dvkernels.strategies.item_map import ItemMap
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
+from dvkernels.strategies.seeded_steps import SeededSteps
+from dvkernels.strategies.strategy_options import check_options
 from dvkernels.strategies.update import VariableUpdate
-from dvkernels.user_errors import brief
 from dvkernels.values import function_checks, operands, regroup
 from dvkernels.values.placement import Placement
-from dvkernels.values.scalar_checks import is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.variable import variables_of
 
 __all__ = ["Strategy"]
 
 
-class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution):
+class Strategy(
+    CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, ItemMap, SeededSteps
+):
     """Distribution of a computation over replicas: devices, a communicator, a home for variables.
 
     Use one of the final subclasses, or call this constructor for a strategy of your own.
 
     Parameters
     ----------
-    devices : sequence of Device or str, optional
-        One per replica, all of one kind; a device may be named several times. If not given, all
-        GPUs, or one replica per usable core where there is no GPU.
+    devices : sequence of Device or str, or int, optional
+        One per replica, all of one kind; a device may be named several times. A number means so
+        many CPU devices. If not given, all GPUs, or one replica per usable core where there is no
+        GPU.
     communicator : Communicator or str
         A communicator with one rank per device, or a name that ``MirroredStrategy`` accepts.
     bytes_per_bucket : int, optional
@@ -57,6 +62,8 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     workers : Workers, optional
         The group of worker processes, each with replicas of its own; ``devices`` and
         ``communicator`` describe this process only. A single process if not given.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
     threads : str
         ``"share"``: from the first step of several CPU replicas until the strategy is closed, BLAS,
         OpenMP and Numba use at most cores // replicas threads in each of them. ``"all"``: they use
@@ -68,12 +75,15 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     Raises
     ------
     DeviceError
-        A device does not exist, the list is empty, or it mixes CPU devices and GPUs.
+        A device does not exist, the list is empty or mixes CPU devices and GPUs, or the number is
+        not positive.
     AlgorithmError
         The communicator has another size, or the object lacks methods of the protocol.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer, ``threads`` neither ``"share"`` nor
-        ``"all"``, or ``timeout_seconds`` not a positive number.
+        ``bytes_per_bucket`` is not a positive integer, ``seed`` is out of range, ``threads`` is
+        neither ``"share"`` nor ``"all"``, or ``timeout_seconds`` is not a positive number.
+    TypeError
+        ``seed`` is not an integer.
 
     Notes
     -----
@@ -98,23 +108,24 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
 
     def __init__(
         self,
-        devices: Sequence[Device | str] | None,
+        devices: Sequence[Device | str] | int | None,
         communicator: Communicator | str = "auto",
         *,
         bytes_per_bucket: int | None = None,
         central_device: Device | str | None = None,
         workers: Workers | None = None,
+        seed: int = 0,
         threads: str = "share",
         timeout_seconds: float = 600,
     ) -> None:
-        check_options(threads, timeout_seconds)
+        check_options(
+            bytes_per_bucket=bytes_per_bucket,
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
         resolved = registry.resolve_all(devices)
-        if bytes_per_bucket is not None:
-            if not is_integer(bytes_per_bucket) or bytes_per_bucket <= 0:
-                raise ValueError(
-                    f"bytes_per_bucket is a positive integer, got {bytes_per_bucket!r}"
-                )
-            bytes_per_bucket = int(bytes_per_bucket)
+        self.generators = StrategyGenerators(seed, len(resolved))
         central = None if central_device is None else registry.resolve(central_device)
         workers = Single() if workers is None else workers
         memory = array_memory.of(resolved)
@@ -144,6 +155,7 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
             self._placement.first_replica,
             announce,
             self._placement.step_lock,
+            self.generators,
             float(timeout_seconds),
             ThreadLimit(len(resolved)) if is_limited else None,
         )
@@ -258,7 +270,7 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         ...     print(strategy.run(lambda x: 10 * x, args=(dv.PerReplica([1, 2]),)))
         PerReplica(0: 10, 1: 20)
         """
-        frame = context.require_cross_replica(self._placement, "run")
+        frame = context.require_cross_replica(self._placement, "run", True)
         # The common case, without a call.
         if type(fn) is not FunctionType or fn.__code__.co_flags & function_checks.REFUSED:
             function_checks.check("run", fn)
@@ -297,16 +309,6 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     experimental_distribute_dataset = DatasetDistribution.distribute_dataset
     experimental_local_results = CrossReplica.local_results
     experimental_distribute_values_from_function = PerReplicaValues.distribute_values_from_function
-
-
-def check_options(threads: object, timeout_seconds: object) -> None:
-    """Raise ``ValueError`` unless these options, which every strategy takes, are right."""
-    if not isinstance(threads, str) or threads not in ("share", "all"):
-        raise ValueError(
-            f"threads is 'share' (BLAS, OpenMP and Numba use at most cores // replicas threads in "
-            f"each replica) or 'all' (as many as they are set to), got {brief(threads)}"
-        )
-    deadlines.checked(timeout_seconds)
 
 
 def set_strategy(strategy: Strategy | None) -> None:

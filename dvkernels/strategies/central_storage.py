@@ -21,12 +21,14 @@ class CentralStorageStrategy(Strategy):
 
     Parameters
     ----------
-    compute_devices : sequence of Device or str, optional
-        One replica each. If not given, all GPUs, or one replica per usable core where there is
-        no GPU.
+    compute_devices : sequence of Device or str, or int, optional
+        One replica each; a number means so many CPU replicas. If not given, all GPUs, or one
+        replica per usable core where there is no GPU.
     parameter_device : Device or str, optional
         The device that holds the variables, of the same kind as ``compute_devices``. If not given,
         ``"cpu:0"``, or the first of the GPUs.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
     threads : str
         ``"share"`` or ``"all"``: the threads of BLAS, OpenMP and Numba in each replica, as for
         :class:`Strategy`.
@@ -37,9 +39,12 @@ class CentralStorageStrategy(Strategy):
     Raises
     ------
     DeviceError
-        A device does not exist, the list is empty, or the devices differ in kind.
+        A device does not exist, the list is empty, the devices differ in kind, or the number is
+        not positive.
     ValueError
-        ``threads`` or ``timeout_seconds`` has none of the right values.
+        ``seed``, ``threads`` or ``timeout_seconds`` has none of the right values.
+    TypeError
+        ``seed`` is not an integer.
 
     Notes
     -----
@@ -59,9 +64,10 @@ class CentralStorageStrategy(Strategy):
 
     def __init__(
         self,
-        compute_devices: Sequence[Device | str] | None = None,
+        compute_devices: Sequence[Device | str] | int | None = None,
         parameter_device: Device | str | None = None,
         *,
+        seed: int = 0,
         threads: str = "share",
         timeout_seconds: float = 600,
     ) -> None:
@@ -71,6 +77,7 @@ class CentralStorageStrategy(Strategy):
         super().__init__(
             devices,
             central_device=parameter_device,
+            seed=seed,
             threads=threads,
             timeout_seconds=timeout_seconds,
         )

@@ -11,7 +11,7 @@ from dvkernels.devices.array_spec import Array
 from dvkernels.devices.device import Device
 from dvkernels.reduce_op import Reduction
 from dvkernels.user_errors import brief
-from dvkernels.values import operands
+from dvkernels.values import operands, regroup
 from dvkernels.values.distributed import DistributedValues, Mirrored
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
@@ -66,7 +66,7 @@ class CrossReplica(ProcessBound):
         ...     print(strategy.reduce("mean", losses, axis=0))
         2.5
         """
-        context.require_cross_replica(self._placement, "reduce")
+        context.require_cross_replica(self._placement, "reduce", True)
         return verbs.reduce(self._placement, op, value, axis)
 
     def gather(self, value: Any, axis: int = 0) -> Any:
@@ -101,7 +101,7 @@ class CrossReplica(ProcessBound):
         ...     print(strategy.gather(dv.PerReplica([[1, 2], [3]])))
         [1 2 3]
         """
-        context.require_cross_replica(self._placement, "gather")
+        context.require_cross_replica(self._placement, "gather", True)
         return verbs.gather(self._placement, value, axis)
 
     def local_results(self, value: Any) -> tuple[Any, ...]:
@@ -230,7 +230,7 @@ class CrossReplica(ProcessBound):
         ...     print(strategy.broadcast_to(2.5, dv.PerReplica([0, 0])))
         Mirrored(0: array(2.5), 1: array(2.5))
         """
-        context.require_cross_replica(self._placement, "broadcast_to")
+        context.require_cross_replica(self._placement, "broadcast_to", True)
         devices = _devices_of(destinations, "broadcast_to", self._placement)
 
         def broadcast_leaf(leaf: Any) -> Array:
@@ -251,7 +251,7 @@ class CrossReplica(ProcessBound):
 
 def _devices_of(destinations: Any, verb: str, placement: Placement) -> tuple[Device, ...]:
     if isinstance(destinations, DistributedValues):
-        operands.check_owner(verb, destinations, placement)
+        regroup.check_owner(destinations, placement, f"{verb}: ")
         return destinations.devices
     if isinstance(destinations, (Device, str)):
         return (registry.resolve(destinations),)

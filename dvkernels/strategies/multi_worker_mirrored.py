@@ -10,7 +10,8 @@ from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
 from dvkernels.devices.device import Device
-from dvkernels.strategies.base import Strategy, check_options
+from dvkernels.strategies.base import Strategy
+from dvkernels.strategies.strategy_options import check_options
 from dvkernels.user_errors import brief
 
 __all__ = ["MultiWorkerMirroredStrategy"]
@@ -32,9 +33,9 @@ class MultiWorkerMirroredStrategy(Strategy):
     cluster_resolver : ClusterResolver, optional
         Says which worker this process is. If not given, detected from the launcher's environment
         variables, see :func:`dvkernels.cluster.default_resolver`.
-    devices : sequence of Device or str, optional
-        The devices of this process, one replica each. If not given, one replica per core of this
-        process's share.
+    devices : sequence of Device or str, or int, optional
+        The devices of this process, one replica each; a number means so many CPU replicas. If not
+        given, one replica per core of this process's share.
     cross_device_ops : str or Communicator
         The algorithm between the replicas of this process, as for :class:`MirroredStrategy`, and
         between hosts: ``"direct"`` exchanges parts pairwise, ``"ring"`` passes them around a ring,
@@ -48,6 +49,8 @@ class MultiWorkerMirroredStrategy(Strategy):
     bytes_per_bucket : int, optional
         Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. If not
         given, 4 MiB; a single worker does not pack.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
     threads : str
         ``"share"`` or ``"all"``: the threads of BLAS, OpenMP and Numba in each replica of
         this process, as for :class:`Strategy`; the cores are this process's share of those of
@@ -65,10 +68,10 @@ class MultiWorkerMirroredStrategy(Strategy):
     CollectiveTimeoutError
         Another worker did not create its strategy in time, or NCCL did not connect the workers.
     TypeError
-        ``cluster_resolver`` is not a ``dv.cluster.ClusterResolver``.
+        ``cluster_resolver`` is not a ``dv.cluster.ClusterResolver``, or ``seed`` not an integer.
     ValueError
-        ``timeout_seconds`` or ``bytes_per_bucket`` is not a positive number, or ``threads`` is
-        neither ``"share"`` nor ``"all"``.
+        ``timeout_seconds`` or ``bytes_per_bucket`` is not a positive number, ``seed`` is out of
+        range, or ``threads`` is neither ``"share"`` nor ``"all"``.
 
     Notes
     -----
@@ -110,13 +113,19 @@ class MultiWorkerMirroredStrategy(Strategy):
         self,
         cluster_resolver: ClusterResolver | None = None,
         *,
-        devices: Sequence[Device | str] | None = None,
+        devices: Sequence[Device | str] | int | None = None,
         cross_device_ops: str | Communicator = "auto",
         timeout_seconds: float = 600,
         bytes_per_bucket: int | None = None,
+        seed: int = 0,
         threads: str = "share",
     ) -> None:
-        check_options(threads, timeout_seconds)
+        check_options(
+            bytes_per_bucket=bytes_per_bucket,
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
         self._resolver = default_resolver() if cluster_resolver is None else cluster_resolver
         if not isinstance(self._resolver, ClusterResolver):
             raise TypeError(
@@ -133,6 +142,7 @@ class MultiWorkerMirroredStrategy(Strategy):
             cross_device_ops,
             bytes_per_bucket=bytes_per_bucket,
             workers=workers,
+            seed=seed,
             threads=threads,
             timeout_seconds=timeout_seconds,
         )

@@ -21,6 +21,8 @@ class OneDeviceStrategy(Strategy):
     ----------
     device : Device or str
         The device of the replica and of the variables.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
     threads : str
         ``"share"`` or ``"all"``, as for other strategies. A single replica has all threads anyway.
     timeout_seconds : float
@@ -32,7 +34,9 @@ class OneDeviceStrategy(Strategy):
     DeviceError
         The device does not exist.
     ValueError
-        ``threads`` or ``timeout_seconds`` has none of the right values.
+        ``seed``, ``threads`` or ``timeout_seconds`` has none of the right values.
+    TypeError
+        ``seed`` is not an integer.
 
     Examples
     --------
@@ -43,10 +47,19 @@ class OneDeviceStrategy(Strategy):
     """
 
     def __init__(
-        self, device: Device | str, *, threads: str = "share", timeout_seconds: float = 600
+        self,
+        device: Device | str,
+        *,
+        seed: int = 0,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
         super().__init__(
-            (registry.resolve(device),), Single(), threads=threads, timeout_seconds=timeout_seconds
+            (registry.resolve(device),),
+            Single(),
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
         )
 
 

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 
+import fork_server
+import numpy as np
 import pytest
 
 import dvkernels as dv
@@ -34,7 +36,22 @@ def test_one_logical_device_per_usable_core():
         dv.list_devices("tpu")
 
 
-@pytest.mark.parametrize("devices", [[], ["cuda:0"], ["cpu:0", "x"], "cpu:0", 3, [None]])
+@pytest.mark.parametrize("count", [1, 4, np.int64(3)])
+def test_a_count_of_devices(count):
+    names = tuple(f"cpu:{k}" for k in range(count))
+    for make in (
+        dv.MirroredStrategy,
+        dv.CentralStorageStrategy,
+        dv.Strategy,
+        lambda devices: dv.MultiWorkerMirroredStrategy(devices=devices),
+    ):
+        with make(count) as strategy:
+            assert tuple(map(str, strategy.worker_devices)) == names
+
+
+@pytest.mark.parametrize(
+    "devices", [[], ["cuda:0"], ["cpu:0", "x"], "cpu:0", 2.5, [None], True, False, 0, -1]
+)
 def test_a_strategy_names_the_devices_there_are(devices):
     with pytest.raises(DeviceError, match="the devices here are cpu:0"):
         dv.MirroredStrategy(devices)
@@ -73,9 +90,12 @@ USABLE = "from dvkernels.devices import cpu; print(cpu.usable_cores())"
 
 
 def usable_below(command, **environ):
+    given = {name: str(value) for name, value in environ.items()}
+    if not command:
+        return int(fork_server.run(USABLE, **given).stdout)
     child = subprocess.run(
         [*command, sys.executable, "-c", USABLE],
-        env={**os.environ, **{name: str(value) for name, value in environ.items()}},
+        env={**os.environ, **given},
         capture_output=True,
         text=True,
         check=True,

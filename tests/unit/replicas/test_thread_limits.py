@@ -98,6 +98,11 @@ class TestOfTheProcess:
         gc.collect()
         assert seen() == {CORES}
 
+    def test_in_the_functions_of_a_map(self):
+        with mirrored(4) as strategy:
+            assert set(strategy.map(lambda _: str(seen()), range(20))) == {"{2}"}
+        assert seen() == {CORES}
+
     def test_a_failing_first_step(self):
         with mirrored(4) as strategy, pytest.raises(ZeroDivisionError):
             strategy.run(lambda: 1 / 0)
@@ -241,6 +246,14 @@ caller = threading.Thread(target=lambda: other.append((
 caller.start()
 caller.join()
 assert other == [((1, 1), 2)]
+""")
+
+
+def test_numba_in_the_functions_of_a_map():
+    in_replicas("""
+for _ in range(2):
+    assert set(strategy.map(lambda _: numba.get_num_threads(), range(50))) == {1}
+    assert numba.get_num_threads() == 2
 """)
 
 
