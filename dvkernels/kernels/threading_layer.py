@@ -40,21 +40,21 @@ def guard() -> None:
     vars(numba_parallel)["_launch_threads"] = launch_guarded
 
 
-def functions_of_thread() -> tuple[Callable[[], int], Callable[[int], object]] | None:
+def functions_of_thread() -> tuple[Any, ...] | None:
     """Return functions to get and set the threads of Numba on the calling thread.
 
     None before Numba has started its threads: asking it would start them. The functions are those
-    of ``numba.get_num_threads``, without its locks and without a moment in which another thread
-    may take the interpreter's lock.
+    behind ``numba.get_num_threads``, without its locks, without giving up the interpreter's lock,
+    and without declared types, which take five times as long (1.0 us, then 0.2 us for two calls).
     """
     numba_parallel: Any = sys.modules.get("numba.np.ufunc.parallel")
     if not getattr(numba_parallel, "_is_initialized", False):
         return None
-    get, set_number = (
-        ctypes.cast(function, ctypes.c_void_p).value or 0
+    with_gil: Any = type(ctypes.pythonapi.Py_IsInitialized)
+    return tuple(
+        with_gil(ctypes.cast(function, ctypes.c_void_p).value)
         for function in (numba_parallel._get_num_threads, numba_parallel._set_num_threads)
     )
-    return ctypes.PYFUNCTYPE(ctypes.c_int)(get), ctypes.PYFUNCTYPE(None, ctypes.c_int)(set_number)
 
 
 def layer() -> str:

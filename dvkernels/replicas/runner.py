@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import contextvars
 import functools
-import operator
 import os
 import sys
 import weakref
@@ -33,7 +31,6 @@ Call = Callable[[Rendezvous, int], Any]
 
 _CLOSED = "this strategy has been closed; make a new one"
 _CLOSE_SECONDS = 5.0  # how long closing waits for the functions of an open map
-_exhaust = collections.deque
 
 
 class Runner:
@@ -131,6 +128,7 @@ class Runner:
         is_reusable = False
         try:
             self._num_steps += 1
+            limit = self._limit
             debug_state = debugging.active
             number = self._num_steps
             if self._num_replicas > 1:
@@ -139,7 +137,7 @@ class Runner:
                 except IndexError:
                     team = self._new_team()
                 team.is_busy = True
-                limit = self._limit  # after the first team, which imports Numba
+                # After the first team, which imports Numba.
                 if limit is not None and limit.num_modules != len(sys.modules):
                     limit.apply()
                 gates, has_ended = team.closed_gates(), team.has_ended
@@ -155,7 +153,8 @@ class Runner:
             if debug_state is not None:
                 rendezvous.observe(debug_state, debugging.RunningReplica(self._label, number, 0))
             if team is not None:
-                _run_together(rendezvous, team, call, results, self._limit)
+                share = None if limit is None else limit.share
+                _run_together(rendezvous, team, call, results, share)
             else:
                 try:
                     contextvars.copy_context().run(_take_part, rendezvous, 0, call, results)
@@ -266,7 +265,7 @@ def _run_together(
     team: ThreadTeam,
     call: Call,
     results: list[Any],
-    limit: ThreadLimit | None,
+    share: int | None,
 ) -> None:
     """Run all replicas, replica 0 on this thread, and return when all have left.
 
@@ -279,22 +278,21 @@ def _run_together(
         for rank in range(1, len(results))
     ]
     started = False
-    undo: list[Callable[[], object]] = [thread_limits.forget]
-    undoing = map(operator.call, undo)
     try:
         team.start(tasks)
         started = True
-        try:
-            if limit is not None:
-                thread_limits.here.undo, thread_limits.here.share = undo, limit.share
-                if thread_limits.settings:
-                    thread_limits.lower(thread_limits.settings, limit.share, undo)
-            contexts[0].run(_take_part, rendezvous, 0, call, results)
-        finally:
-            # One call in C, and none before it: no interrupt leaves this thread limited.
-            _exhaust(undoing, 0)
+        run = contexts[0].run
+        if share is None or not thread_limits.settings:
+            run(_take_part, rendezvous, 0, call, results)
+        else:
+            thread_limits.run_limited(share, run, _take_part, rendezvous, 0, call, results)
     except BaseException as error:
         rendezvous.fail(error, 0)
     finally:
         rendezvous.settle(started)
+        if thread_limits.late:
+            thread_limits.restore_late()
         del team, tasks  # the traceback of an error that the user keeps refers to this frame
+
+
+thread_limits.entrances[_run_together.__code__] = True

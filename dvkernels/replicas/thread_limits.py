@@ -13,9 +13,11 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import operator
 import os
 import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -51,7 +53,13 @@ class _Setting(NamedTuple):
     """Number of threads of a library, read and written without giving up the GIL."""
 
     get: Callable[[], int]
-    set: Callable[[int], object]
+    set: Callable[[int], None]
+
+
+def _setting(get: Any, set_number: Any) -> _Setting:
+    """Return the setting of two functions of C."""
+    set_number.restype = None
+    return _Setting(get, set_number)
 
 
 class _Held(NamedTuple):
@@ -61,13 +69,11 @@ class _Held(NamedTuple):
     limit: int
 
 
-class _Here(threading.local):
-    share: int | None = None  # of the replica that runs on this thread
-    undo: list[Callable[[], object]] | None = None  # calls that restore this thread's settings
-
-
-here = _Here()
-forget = functools.partial(setattr, here, "share", None)  # one C call, as are all calls to undo
+# Code of the functions that run a replica, with a local ``share`` (None: no limit), by whether the
+# thread is the caller's. Filled by their modules.
+entrances: dict[types.CodeType, bool] = {}
+# By a caller's thread: restores Numba, which was started during the step.
+late: dict[int, Callable[[], object]] = {}
 
 # By the library's path, in the order in which they were found.
 _of_thread: dict[str, _Setting] = {}
@@ -126,16 +132,36 @@ def share_of(num_replicas: int) -> int:
     return max(1, cpu.usable_cores() // num_replicas)
 
 
-def lower(
-    these: tuple[_Setting, ...], share: int, undo: list[Callable[[], object]] | None = None
-) -> None:
-    """Lower the settings of this thread that exceed ``share``, and note how to restore them."""
+def lower(these: tuple[_Setting, ...], share: int) -> None:
+    """Lower the settings of this thread that exceed ``share``."""
     for setting in these:
-        number = setting.get()
-        if number > share:
-            if undo is not None:
-                undo.append(functools.partial(setting.set, number))
+        if setting.get() > share:
             setting.set(share)
+
+
+def run_limited(share: int, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function on the caller's thread, with lowered settings that are restored."""
+    undo: list[Callable[[], None]] = []
+    undoing = map(operator.call, undo)
+    try:
+        for setting in settings:
+            number = setting.get()
+            if number > share:
+                undo.append(functools.partial(setting.set, number))
+                setting.set(share)
+        function(*arguments)
+    finally:
+        # One call in C, and none before it: no interrupt leaves the thread limited. Each returns
+        # None, so that any() makes them all.
+        any(undoing)
+
+
+def restore_late() -> None:
+    """Restore Numba after the step in which this thread started it."""
+    own = threading.get_ident()
+    if own in late:
+        late[own]()
+        del late[own]
 
 
 def threads_by_library() -> dict[str, int] | None:
@@ -173,24 +199,34 @@ def _find_libraries() -> int:
             continue
         symbols = ctypes.PyDLL(path)
         if api in _OF_THREAD:
-            _of_thread[path] = _Setting(*(getattr(symbols, name) for name in _OF_THREAD[api]))
+            _of_thread[path] = _setting(*(getattr(symbols, name) for name in _OF_THREAD[api]))
         elif api == "openblas" and library.threading_layer != "openmp":  # else it asks OpenMP
             names = next(names for names in _OPENBLAS if hasattr(symbols, names[0]))
-            _of_process[path] = _Setting(*(getattr(symbols, name) for name in names))
+            _of_process[path] = _setting(*(getattr(symbols, name) for name in names))
     numba = threading_layer.functions_of_thread()
     if numba is not None:
-        _of_thread.setdefault("numba", _Setting(*numba))
+        _of_thread.setdefault("numba", _setting(*numba))
     settings = tuple(_of_thread.values())
     _num_searched = num_modules
     return num_modules
 
 
 def _follow_numba() -> None:
-    """Lower Numba's threads in a replica that has just started them, or uses them first."""
-    if here.share is not None and "numba" not in _of_thread:
-        functions = threading_layer.functions_of_thread()
-        if functions is not None:
-            lower((_Setting(*functions),), here.share, here.undo)
+    """Lower Numba's threads in a replica that starts them, or uses them in the same step.
+
+    From the next step on they are among the settings. What this has to know of a thread is read
+    from its frames, so that no step pays for it.
+    """
+    frame = None if "numba" in _of_thread or not _open else sys._getframe()
+    while frame is not None and frame.f_code not in entrances:
+        frame = frame.f_back
+    functions = threading_layer.functions_of_thread()
+    if frame is None or functions is None or frame.f_locals["share"] is None:
+        return
+    numba = _setting(*functions)
+    if entrances[frame.f_code]:
+        late.setdefault(threading.get_ident(), functools.partial(numba.set, numba.get()))
+    lower((numba,), frame.f_locals["share"])
 
 
 threading_layer.after_launch.append(_follow_numba)

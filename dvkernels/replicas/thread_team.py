@@ -137,7 +137,6 @@ def _end() -> None:
 
 def _work(inbox: _Inbox, has_ended: list[bool], rank: int, share: int | None) -> None:
     try:
-        thread_limits.here.share = share
         num_lowered = 0
         while True:
             task: Any = inbox.take()
@@ -152,6 +151,9 @@ def _work(inbox: _Inbox, has_ended: list[bool], rank: int, share: int | None) ->
             del task  # keep no object of the user alive while waiting
     finally:
         has_ended[rank] = True  # read by replicas that wait for this one
+
+
+thread_limits.entrances[_work.__code__] = False
 
 
 def _end_all(inboxes: list[_Inbox], pid: int) -> None:
