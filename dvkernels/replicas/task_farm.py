@@ -294,8 +294,8 @@ class TaskFarm:
             if is_wanted or threading.get_ident() in self._idents:
                 raise ContextError(
                     f"{verb} was called while a map of {self._name} is open; take all its results "
-                    f"first (list(...)), close it (close(), or a with statement), or drop it: "
-                    f"after an exception the traceback may keep it"
+                    f"first (list(...)), close it (close(), or a with statement), or drop it: a "
+                    f"variable keeps it, also in the traceback of an exception"
                 )
             self.end()
             self.await_calls(verb)
