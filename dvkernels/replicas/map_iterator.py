@@ -45,11 +45,7 @@ class MapIterator(Generic[R]):
             StoppableThread(functools.partial(farm.serve, rank), f"{_NAME}-{rank}-of-map", farm.end)
             for rank in range(num_replicas)
         ]
-        try:
-            stoppable_thread.start_all(self._threads)
-        except BaseException:
-            farm.close("it could not be started")
-            raise
+        stoppable_thread.start_all(self._threads)
 
     def __iter__(self) -> Self:
         return self

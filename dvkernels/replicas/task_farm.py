@@ -23,7 +23,7 @@ from dvkernels import deadlines, user_errors
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.profiler import tracing
-from dvkernels.replicas import foreign_threads
+from dvkernels.replicas import foreign_threads, thread_limits
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCall
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -123,6 +123,7 @@ class TaskFarm:
         self._idents = [0] * len(steps)
         self._is_over = False  # no further item is taken
         self.streams: StreamOrder | None = None  # of GPUs
+        self.share: int | None = None  # the threads of BLAS, OpenMP and Numba in each replica
         self._owner: Callable[[], object] = _nobody
         self.pid = os.getpid()
 
@@ -144,6 +145,9 @@ class TaskFarm:
         self._idents[rank] = threading.get_ident()
         streams = self.streams
         try:
+            if self.share is not None:
+                thread_limits.here.share = self.share
+                thread_limits.lower(thread_limits.settings, self.share)
             with contextlib.nullcontext() if streams is None else streams.replica(rank):
                 self._serve(rank)
         except BaseException as error:  # no memory is left, or the program ends

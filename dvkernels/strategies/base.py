@@ -22,16 +22,17 @@ from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
+from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
 from dvkernels.strategies.item_map import ItemMap
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.seeded_steps import SeededSteps
+from dvkernels.strategies.strategy_options import check_options
 from dvkernels.strategies.update import VariableUpdate
 from dvkernels.values import function_checks, operands, regroup
 from dvkernels.values.placement import Placement
-from dvkernels.values.scalar_checks import is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.variable import variables_of
 
@@ -48,9 +49,8 @@ class Strategy(
     Parameters
     ----------
     devices : sequence of Device or str, or int, optional
-        One per replica, all of one kind; a device may be named several times. A number means so
-        many CPU devices. If not given, all GPUs, or one replica per usable core where there is no
-        GPU.
+        One per replica, all of one kind; a device may be named several times. Or so many CPU
+        replicas. If not given, all GPUs, or one per usable core where there is no GPU.
     communicator : Communicator or str
         A communicator with one rank per device, or a name that ``MirroredStrategy`` accepts.
     bytes_per_bucket : int, optional
@@ -63,6 +63,13 @@ class Strategy(
         ``communicator`` describe this process only. A single process if not given.
     seed : int
         Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
+    threads : str
+        ``"share"``: from the first step of several CPU replicas until the strategy is closed, BLAS,
+        OpenMP and Numba use at most cores // replicas threads in each of them. ``"all"``: they use
+        as many as they are set to.
+    timeout_seconds : float
+        How long a replica waits for the others, or a step for the one before it [s]. The default
+        gives way to the environment variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
@@ -72,7 +79,8 @@ class Strategy(
     AlgorithmError
         The communicator has another size, or the object lacks methods of the protocol.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer, or ``seed`` is out of range.
+        ``bytes_per_bucket`` is not a positive integer, ``seed`` is out of range, ``threads`` is
+        neither ``"share"`` nor ``"all"``, or ``timeout_seconds`` is not a positive number.
     TypeError
         ``seed`` is not an integer.
 
@@ -106,15 +114,19 @@ class Strategy(
         central_device: Device | str | None = None,
         workers: Workers | None = None,
         seed: int = 0,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
+        check_options(
+            bytes_per_bucket=bytes_per_bucket,
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
+        if bytes_per_bucket is not None:
+            bytes_per_bucket = int(bytes_per_bucket)
         resolved = registry.resolve_all(devices)
         self.generators = StrategyGenerators(seed, len(resolved))
-        if bytes_per_bucket is not None:
-            if not is_integer(bytes_per_bucket) or bytes_per_bucket <= 0:
-                raise ValueError(
-                    f"bytes_per_bucket is a positive integer, got {bytes_per_bucket!r}"
-                )
-            bytes_per_bucket = int(bytes_per_bucket)
         central = None if central_device is None else registry.resolve(central_device)
         workers = Single() if workers is None else workers
         memory = array_memory.of(resolved)
@@ -136,6 +148,8 @@ class Strategy(
             background_communicator=background,
         )
         announce = workers.announce if workers.size > 1 else None
+        on_host = self._placement.memory is array_memory.HOST
+        is_limited = threads == "share" and on_host and len(resolved) > 1
         self._runner: Runner | StreamedRunner = Runner(
             len(resolved),
             name,
@@ -143,8 +157,10 @@ class Strategy(
             announce,
             self._placement.step_lock,
             self.generators,
+            float(timeout_seconds),
+            ThreadLimit(len(resolved)) if is_limited else None,
         )
-        if self._placement.memory is not array_memory.HOST:
+        if not on_host:
             order = StreamOrder([device.index for device in resolved])
             self._runner = StreamedRunner(self._runner, order)
 

@@ -29,14 +29,22 @@ class CentralStorageStrategy(Strategy):
         ``"cpu:0"``, or the first of the GPUs.
     seed : int
         Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
+    threads : str
+        ``"share"`` or ``"all"``: the threads of BLAS, OpenMP and Numba in each replica, as for
+        :class:`Strategy`.
+    timeout_seconds : float
+        How long a replica waits for the others in a collective [s]. The default gives way to the
+        environment variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
     DeviceError
         A device does not exist, the list is empty, the devices differ in kind, or the number is
         not positive.
-    ValueError, TypeError
-        ``seed`` is out of range, or not an integer.
+    ValueError
+        ``seed``, ``threads`` or ``timeout_seconds`` has none of the right values.
+    TypeError
+        ``seed`` is not an integer.
 
     Notes
     -----
@@ -60,8 +68,16 @@ class CentralStorageStrategy(Strategy):
         parameter_device: Device | str | None = None,
         *,
         seed: int = 0,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
         devices = registry.resolve_all(compute_devices)
         if parameter_device is None:
             parameter_device = "cpu:0" if devices[0].kind == "cpu" else devices[0]
-        super().__init__(devices, central_device=parameter_device, seed=seed)
+        super().__init__(
+            devices,
+            central_device=parameter_device,
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )

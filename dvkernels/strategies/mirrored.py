@@ -31,6 +31,12 @@ class MirroredStrategy(Strategy):
         given, arrays are not packed, which is faster with the kernels of one process.
     seed : int
         Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
+    threads : str
+        ``"share"`` or ``"all"``: the threads of BLAS, OpenMP and Numba in each replica, as for
+        :class:`Strategy`.
+    timeout_seconds : float
+        How long a replica waits for the others in a collective [s]. The default gives way to the
+        environment variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
@@ -40,7 +46,8 @@ class MirroredStrategy(Strategy):
     AlgorithmError
         There is no such algorithm, or it does not support these devices.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer, or ``seed`` is out of range.
+        ``bytes_per_bucket``, ``seed``, ``threads`` or ``timeout_seconds`` has none of the right
+        values.
     TypeError
         ``seed`` is not an integer.
 
@@ -60,5 +67,14 @@ class MirroredStrategy(Strategy):
         cross_device_ops: str | Communicator = "auto",
         bytes_per_bucket: int | None = None,
         seed: int = 0,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
-        super().__init__(devices, cross_device_ops, bytes_per_bucket=bytes_per_bucket, seed=seed)
+        super().__init__(
+            devices,
+            cross_device_ops,
+            bytes_per_bucket=bytes_per_bucket,
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
