@@ -120,7 +120,7 @@ class MapIterator(Generic[R]):
         Raises
         ------
         CollectiveTimeoutError
-            A function has not returned within ``DVKERNELS_TIMEOUT_SECONDS``.
+            A function has not returned within ``timeout_seconds`` of the strategy.
         """
         self._farm.close("it was closed")
         self._farm.await_calls("close")

@@ -190,6 +190,7 @@ class Runner:
             raise ContextError(_CLOSED)
         if stoppable_thread.is_over:
             raise self._too_late("map")
+        farm.timeout_seconds = self._timeout_seconds
         farm.claim()
         if self._limit is not None:
             if self._limit.num_modules != len(sys.modules):

@@ -123,6 +123,7 @@ class TaskFarm:
         self._idents = [0] * len(steps)
         self._is_over = False  # no further item is taken
         self.streams: StreamOrder | None = None  # of GPUs
+        self.timeout_seconds = deadlines.DEFAULT_TIMEOUT_SECONDS  # of waits for calls to return
         self.share: int | None = None  # the threads of BLAS, OpenMP and Numba in each replica
         self._owner: Callable[[], object] = _nobody
         self.pid = os.getpid()
@@ -307,12 +308,15 @@ class TaskFarm:
 
     def await_calls(self, verb: str) -> None:
         """Wait until no call runs; raise CollectiveTimeoutError at the deadline."""
-        seconds = deadlines.timeout_seconds()
+        seconds = self.timeout_seconds
+        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS:
+            seconds = deadlines.timeout_seconds()
         if not self.wait_for_calls(seconds):
             running = sorted(call for call in self._calls if call is not None)
             raise CollectiveTimeoutError(
                 f"{verb} waited {seconds:g} s in vain for functions of a map of {self._name} to "
-                f"return, for items {running}; set DVKERNELS_TIMEOUT_SECONDS if they need longer"
+                f"return, for items {running}; set timeout_seconds of the strategy, or "
+                f"DVKERNELS_TIMEOUT_SECONDS, if they need longer"
             )
 
 
