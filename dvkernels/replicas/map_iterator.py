@@ -45,11 +45,7 @@ class MapIterator(Generic[R]):
             StoppableThread(functools.partial(farm.serve, rank), f"{_NAME}-{rank}-of-map", farm.end)
             for rank in range(num_replicas)
         ]
-        try:
-            stoppable_thread.start_all(self._threads)
-        except BaseException:
-            farm.close("it could not be started")
-            raise
+        stoppable_thread.start_all(self._threads)
 
     def __iter__(self) -> Self:
         return self
@@ -124,7 +120,7 @@ class MapIterator(Generic[R]):
         Raises
         ------
         CollectiveTimeoutError
-            A function has not returned within ``DVKERNELS_TIMEOUT_SECONDS``.
+            A function has not returned within ``timeout_seconds`` of the strategy.
         """
         self._farm.close("it was closed")
         self._farm.await_calls("close")

@@ -189,10 +189,12 @@ class Runner:
             raise ContextError(_CLOSED)
         if stoppable_thread.is_over:
             raise self._too_late("map")
-        if self._limit is not None:
-            self._limit.apply(stacklevel=4)
-            farm.share = self._limit.share
+        farm.timeout_seconds = self._timeout_seconds
         farm.claim()
+        if self._limit is not None:
+            if self._limit.num_modules != len(sys.modules):
+                self._limit.apply(stacklevel=4)
+            farm.share = self._limit.share
         self._generators.num_begun += 1  # those of the items begin anew
 
     def _too_late(self, verb: str) -> ContextError:

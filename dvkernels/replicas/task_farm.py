@@ -123,7 +123,8 @@ class TaskFarm:
         self._idents = [0] * len(steps)
         self._is_over = False  # no further item is taken
         self.streams: StreamOrder | None = None  # of GPUs
-        self.share: int | None = None  # of the threads of OpenMP and Numba
+        self.timeout_seconds = deadlines.DEFAULT_TIMEOUT_SECONDS  # of waits for calls to return
+        self.share: int | None = None  # the threads of BLAS, OpenMP and Numba in each replica
         self._owner: Callable[[], object] = _nobody
         self.pid = os.getpid()
 
@@ -298,8 +299,8 @@ class TaskFarm:
             if is_wanted or threading.get_ident() in self._idents:
                 raise ContextError(
                     f"{verb} was called while a map of {self._name} is open; take all its results "
-                    f"first (list(...)), close it (close(), or a with statement), or drop it: "
-                    f"after an exception the traceback may keep it"
+                    f"first (list(...)), close it (close(), or a with statement), or drop it: a "
+                    f"variable keeps it, also in the traceback of an exception"
                 )
             self.end()
             self.await_calls(verb)
@@ -307,12 +308,15 @@ class TaskFarm:
 
     def await_calls(self, verb: str) -> None:
         """Wait until no call runs; raise CollectiveTimeoutError at the deadline."""
-        seconds = deadlines.timeout_seconds()
+        seconds = self.timeout_seconds
+        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS:
+            seconds = deadlines.timeout_seconds()
         if not self.wait_for_calls(seconds):
             running = sorted(call for call in self._calls if call is not None)
             raise CollectiveTimeoutError(
                 f"{verb} waited {seconds:g} s in vain for functions of a map of {self._name} to "
-                f"return, for items {running}; set DVKERNELS_TIMEOUT_SECONDS if they need longer"
+                f"return, for items {running}; set timeout_seconds of the strategy, or "
+                f"DVKERNELS_TIMEOUT_SECONDS, if they need longer"
             )
 
 

@@ -49,9 +49,8 @@ class Strategy(
     Parameters
     ----------
     devices : sequence of Device or str, or int, optional
-        One per replica, all of one kind; a device may be named several times. A number means so
-        many CPU devices. If not given, all GPUs, or one replica per usable core where there is no
-        GPU.
+        One per replica, all of one kind; a device may be named several times. Or so many CPU
+        replicas. If not given, all GPUs, or one per usable core where there is no GPU.
     communicator : Communicator or str
         A communicator with one rank per device, or a name that ``MirroredStrategy`` accepts.
     bytes_per_bucket : int, optional

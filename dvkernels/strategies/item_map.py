@@ -127,8 +127,12 @@ class ItemMap(ProcessBound):
             step_lock=placement.step_lock,
         )
         results: MapIterator[R] = MapIterator(farm)
-        self._runner.farm_out(farm)
-        results.start(placement.num_local)
+        try:
+            self._runner.farm_out(farm)
+            results.start(placement.num_local)
+        except BaseException:
+            farm.close("it could not be started")  # the traceback keeps the iterator
+            raise
         return results
 
     def _replica_variables(self, step: ItemStep, rank: int) -> contextvars.Context:

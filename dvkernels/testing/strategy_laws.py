@@ -38,8 +38,8 @@ def check_strategy(make: Callable[[int], Strategy], replicas: Sequence[int] = (1
     Notes
     -----
     Covered are contexts, collectives, values, every kind of variable that the strategy supports,
-    ``merge_call`` with ``run`` inside, datasets, random draws, maps, and failures: the exception
-    of a replica is re-raised as it is, replicas that disagree raise ``CollectiveMismatchError``,
+    ``merge_call`` with ``run`` inside, datasets, maps, random draws, and failures: the exception of
+    a replica is re-raised as it is, replicas that disagree raise ``CollectiveMismatchError``,
     variables stay unchanged, and the next step works.
 
     Examples
@@ -321,7 +321,7 @@ _LAWS = (
     _scatter_writes_rows,
     _merge_call_runs_once,
     _every_element_is_delivered_once,
-    _draws_depend_on_seed_step_and_replica,
     _each_item_is_mapped_once,
+    _draws_depend_on_seed_step_and_replica,
     _failures_end_the_step_only,
 )

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from dvkernels.devices.array_spec import HostArray
+from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import checks, jit
 from dvkernels.kernels.cpu.engine import intrinsics, job_layout, loops, records, thread_pool
 from dvkernels.kernels.cpu.engine.job_layout import (
@@ -56,6 +57,7 @@ class _RowLayout(NamedTuple):
 _SELECTION_WORDS, _COLUMN_WORDS = len(_Selection._fields), len(_RowLayout._fields)
 _selection_at = records.view(records.layout(_Selection))
 _column_at = records.nth(records.layout(_RowLayout))
+_abandoned: list[Any] = []  # arrays that a stopped thread may still touch
 _NUM_WRONG = HEADER_WORDS + _Selection._fields.index("num_wrong")
 
 
@@ -63,7 +65,7 @@ _NUM_WRONG = HEADER_WORDS + _Selection._fields.index("num_wrong")
 def _copy_rows(column, selection, first, end, nbytes):  # type: ignore[no-untyped-def]
     """Copy the rows of the indices ``first`` to ``end``; return how many name no row.
 
-    ``nbytes`` is the length of a line: a constant where it is short, so that no call is made.
+    ``nbytes`` is the length of a line: a constant for single numbers, so that no call is made.
     """
     indices, last, num_rows = selection.indices, selection.num_taken - 1, selection.num_rows
     sources, row_stride, line_stride = column.source, column.row_stride, column.line_stride
@@ -104,14 +106,10 @@ def _run(address):  # type: ignore[no-untyped-def]
         for k in range(job.num_items):
             column = _column_at(job.items, k)
             nbytes = column.line_nbytes
-            if nbytes == 1:
-                wrong += _copy_rows(column, selection, first, end, 1)
-            elif nbytes == 4:
+            if nbytes == 4:
                 wrong += _copy_rows(column, selection, first, end, 4)
             elif nbytes == 8:
                 wrong += _copy_rows(column, selection, first, end, 8)
-            elif nbytes == 32:
-                wrong += _copy_rows(column, selection, first, end, 32)
             else:
                 wrong += _copy_rows(column, selection, first, end, nbytes)
         if wrong > 0:
@@ -175,7 +173,11 @@ class RowTaker:
         for column, target in zip(columns, targets, strict=True):
             content += column._replace(target=checks.address(target))
         words[:end] = content
-        thread_pool.execute(words, address, moved)
+        try:
+            thread_pool.execute(words, address, moved)
+        except CollectiveTimeoutError:
+            _abandoned.append((targets, indices))
+            raise
         if words[_NUM_WRONG]:
             num_wrong = words[_NUM_WRONG] // len(columns)
             raise IndexError(

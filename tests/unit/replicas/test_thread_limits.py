@@ -68,6 +68,17 @@ def blas(settings, monkeypatch):
 
 @needs_openblas
 @pytest.mark.usefixtures("blas")
+def test_functions_of_a_map_share_the_cores():
+    import numba
+
+    with mirrored(4) as strategy:
+        assert set(strategy.map(lambda _: (*seen(),), range(9))) == {(2,)}
+        assert {*strategy.map(lambda _: numba.get_num_threads(), range(9))} <= {1, 2}
+    assert seen() == {CORES}
+
+
+@needs_openblas
+@pytest.mark.usefixtures("blas")
 class TestOfTheProcess:
     @pytest.mark.parametrize(("replicas", "share"), [(2, 4), (3, 2), (8, 1), (9, 1)])
     def test_from_the_first_step_until_close(self, replicas, share):

@@ -381,6 +381,17 @@ def test_dropping_it_closes_it(two):
     assert next(num_calls) <= 6  # 5 items ahead of the first
 
 
+def test_an_error_in_a_loop_over_the_results_closes_it(two):
+    def consume():
+        for result in two.map(square, itertools.count()):
+            assert result < 9
+
+    with pytest.raises(AssertionError) as caught:
+        consume()
+    assert is_free(two)
+    assert caught.value.__traceback__ is not None
+
+
 def test_the_next_step_waits_for_calls_that_still_run(two):
     has_begun, may_end, has_ended = threading.Event(), threading.Event(), threading.Event()
 
