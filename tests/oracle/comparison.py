@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from programs import decoded
+from oracle_programs import decoded
 
 # A mean may be a sum times 1/n or a sum over n, and a sum may be taken in any order.
 TOLERANCE = 1e-6

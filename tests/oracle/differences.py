@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from comparison import Case, close, same
-from programs import SCATTERS, VARIABLE, WRITES, decoded
+from oracle_programs import SCATTERS, VARIABLE, WRITES, decoded
 
 
 class Difference(NamedTuple):

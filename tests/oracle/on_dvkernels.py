@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from programs import SCATTERS, WRITES, decoded, encoded
+from oracle_programs import SCATTERS, WRITES, decoded, encoded
 
 import dvkernels as dv
 

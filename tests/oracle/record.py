@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from programs import SCATTERS, WRITES, all_programs, decoded, encoded
+from oracle_programs import SCATTERS, WRITES, all_programs, decoded, encoded
 
 ANSWERS = Path(__file__).with_name("answers.json")
 DEVICES = 4

@@ -14,7 +14,7 @@ import on_dvkernels
 import pytest
 from comparison import Case, differing, same_outcome
 from differences import DIFFERENCES
-from programs import all_programs
+from oracle_programs import all_programs
 from record import ANSWERS
 
 PROGRAMS = all_programs()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import dvkernels as dv
+from dvkernels.replicas import thread_limits
 
 PACKAGE = str(Path(dv.__file__).parent)
 MOST = 25
@@ -92,6 +93,7 @@ def test_reduce_enters_few_files(strategy, values):
 @pytest.mark.parametrize(("late", "most"), [(1, 10), (0, 13)], ids=["waits", "performs"])
 def test_a_step_with_one_collective_enters_few_files(strategy, late, most, monkeypatch):
     monkeypatch.delenv("DVKERNELS_TIMEOUT_SECONDS", raising=False)
+    monkeypatch.setattr(thread_limits, "settings", ())  # no threads of OpenMP and Numba
     ones = np.ones(8)
 
     def step():
