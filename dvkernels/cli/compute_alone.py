@@ -1,0 +1,68 @@
+"""Compute of a training alone: its gradient function in plain threads, without the library.
+
+What all cores gain over one here is the speed-up that is possible: no reduction, no input, no
+synchronization. Virtual cores that share a physical one gain little, whoever divides the work.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from dvkernels.cli import mlp
+from dvkernels.cli.digits import Digits
+from dvkernels.cli.step_times import clock
+from dvkernels.cli.training_loop import TrainingConfig
+from dvkernels.devices.device import Device
+
+__all__: list[str] = []
+
+Part = tuple[Any, Any, mlp.Workspace]  # images, labels, workspace
+
+
+class ComputeAlone:
+    """Gradients of a batch, by one thread with all of it, or by several with a part each."""
+
+    def __init__(
+        self, config: TrainingConfig, data: Digits, num_replicas: int, num_local: int
+    ) -> None:
+        size = min(config.batch_size, len(data.train_images))
+
+        def part(rows: Any) -> Part:
+            workspace = mlp.Workspace(len(rows), config.num_hidden, config.dtype, Device("cpu", 0))
+            return data.train_images[rows], data.train_labels[rows], workspace
+
+        self._whole = [part(np.arange(size))]
+        split = np.array_split(np.arange(size), num_replicas)
+        self._parts = [part(rows) for rows in split[:num_local] if len(rows)]
+
+    def on_one_thread(self, weights: Any, repeats: int) -> float:
+        """Return the examples per second of one thread with the whole batch."""
+        return _rate(self._whole, weights, repeats)
+
+    def on_all_threads(self, weights: Any, repeats: int) -> float:
+        """Return the examples per second of a thread for each replica of this process."""
+        return _rate(self._parts, weights, repeats)
+
+
+def _rate(parts: list[Part], weights: Any, repeats: int) -> float:
+    """Return the sum of the threads' examples per second; threads start and end off the clock."""
+    rates = [0.0] * len(parts)
+    together = threading.Barrier(len(parts))
+
+    def compute(thread: int) -> None:
+        images, labels, workspace = parts[thread]
+        together.wait()
+        started = clock()
+        for _ in range(repeats):
+            mlp.gradient_and_loss(weights, images, labels, workspace)
+        rates[thread] = repeats * len(images) / (clock() - started)
+
+    threads = [threading.Thread(target=compute, args=(k,)) for k in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(rates)
