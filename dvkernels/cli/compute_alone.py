@@ -48,8 +48,11 @@ class ComputeAlone:
 
 
 def _rate(parts: list[Part], weights: Any, repeats: int) -> float:
-    """Return the sum of the threads' examples per second; threads start and end off the clock."""
-    rates = [0.0] * len(parts)
+    """Return the examples of all parts over the mean time of the threads.
+
+    Each thread measures its own time, so that their start and their end are off the clock.
+    """
+    seconds = [0.0] * len(parts)
     together = threading.Barrier(len(parts))
 
     def compute(thread: int) -> None:
@@ -58,11 +61,12 @@ def _rate(parts: list[Part], weights: Any, repeats: int) -> float:
         started = clock()
         for _ in range(repeats):
             mlp.gradient_and_loss(weights, images, labels, workspace)
-        rates[thread] = repeats * len(images) / (clock() - started)
+        seconds[thread] = clock() - started
 
     threads = [threading.Thread(target=compute, args=(k,)) for k in range(len(parts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(rates)
+    num_examples = repeats * sum(len(images) for images, _, _ in parts)
+    return num_examples * len(parts) / sum(seconds)
