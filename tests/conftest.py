@@ -33,6 +33,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Hundreds of processes that tests start would each compile the package's sources anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # An example may wait for a core that other tests use.
 if importlib.util.find_spec("hypothesis") is not None:
     import hypothesis
@@ -109,6 +113,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write_line(_header())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Exempt modules and tests, most of all objects, from later collections of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

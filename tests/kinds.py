@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,18 @@ def examples(count: int) -> int:
     if KIND == "simulator":
         return max(2, count // 6)
     return count if os.environ.get("DVKERNELS_TEST_EXAMPLES") == "all" else max(5, count // 3)
+
+
+def daily(cases: Collection[Any], *chosen: Any) -> list[Any]:
+    """Return parameters, of which all but the chosen ones are run by ``-m wide`` only."""
+    assert set(chosen) <= {*cases}, "a chosen case is none of the cases"
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else [case]),
+            marks=[] if case in chosen else pytest.mark.wide,
+        )
+        for case in cases
+    ]
 
 
 def smaller(length: int) -> int:

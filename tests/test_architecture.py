@@ -36,6 +36,7 @@ ROWS = (
         "enumeration",
         "custom_reduction",
         "reduce_op",
+        "philox",
     ),
     ("schedules", "profiler", "cluster", "pytree", "threads"),
     ("devices",),

@@ -15,6 +15,7 @@ from dvkernels.communicators.single import Single
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CheckpointError
 from dvkernels.user_errors import brief
+from dvkernels.values.placement import Placement
 from dvkernels.variables.variable import Variable
 
 __all__: list[str] = []
@@ -118,6 +119,12 @@ def is_object(value: Any) -> bool:
     )
 
 
+def _workers_of(value: Any) -> Workers:
+    """Return the workers of a variable, or of a strategy, which is known by its placement."""
+    owner = value.owner if isinstance(value, Variable) else getattr(value, "placement", None)
+    return owner.workers if isinstance(owner, Placement) else _SINGLE
+
+
 class ObjectTree:
     """The user's objects by name, after a walk that visits each of them once.
 
@@ -130,7 +137,7 @@ class ObjectTree:
     variables : dict of str to Variable
         By path; a shared variable at each of its paths.
     workers : Workers
-        Those that the variables belong to; without such variables, a single worker.
+        Those that variables and strategies belong to; without any, a single worker.
     """
 
     def __init__(self, objects: dict[str, Any]) -> None:
@@ -167,8 +174,8 @@ class ObjectTree:
             )
         if id(value) in self._containers:
             return self._containers[id(value)]
-        if isinstance(value, Variable) and self.workers.size == 1:
-            self.workers = value.owner.workers
+        if self.workers.size == 1:
+            self.workers = _workers_of(value)
         is_leaf = is_object(value) or self.is_plain(value)
         container = None if is_leaf else open_container(value, path)
         if container is None:

@@ -70,9 +70,9 @@ def check_callable(member: str, value: object, remedy: str) -> None:
         )
 
 
-def check_function_of_one(member: str, value: object) -> None:
+def check_function(member: str, value: object, remedy: str) -> None:
     """Raise :class:`DatasetError` unless ``value`` is callable, not asynchronous, no generator."""
-    check_callable(member, value, "pass a function of one element")
+    check_callable(member, value, remedy)
     if any(map(inspect.isgeneratorfunction, _called(value))):
         raise DatasetError(
             f"{member}: expected a function that returns; got {brief(value)}, which makes a "

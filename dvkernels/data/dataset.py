@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from dvkernels.data.array_nest import Element
 from dvkernels.data.batch import Batch
 from dvkernels.data.checks import check_count, unexpected
@@ -15,6 +17,7 @@ from dvkernels.data.filter import Filter
 from dvkernels.data.map import Map
 from dvkernels.data.node import Length, Node
 from dvkernels.data.prefetch import Prefetch, open_cursor
+from dvkernels.data.random_map import RandomMap
 from dvkernels.data.repeat import Repeat
 from dvkernels.data.shuffle import Shuffle, WindowedShuffle
 from dvkernels.data.subset import Shard, Skip, Take
@@ -32,9 +35,9 @@ class Dataset(DatasetConstructors):
     ``optree`` knows (tuples, lists, dicts, named tuples, registered dataclasses).
 
     Each iteration starts anew and yields the elements of epoch 0, or of the epoch set by
-    :meth:`with_epoch`. An error in user code (a source, a function given to :meth:`map` or
-    :meth:`filter`) is re-raised as it is, with a note that names index, source and transform; the
-    next ``next()`` tries the same element again.
+    :meth:`with_epoch`. An error in user code (a source, a function given to :meth:`map`,
+    :meth:`random_map` or :meth:`filter`) is re-raised as it is, with a note that names index,
+    source and transform; the next ``next()`` tries the same element again.
 
     Notes
     -----
@@ -202,6 +205,30 @@ class Dataset(DatasetConstructors):
         [10, 20]
         """
         return self._then(Map(self._node, fn, num_workers, workers))
+
+    def random_map(
+        self,
+        fn: Callable[[Element, np.random.Generator], Element],
+        *,
+        seed: int,
+        num_workers: int = 0,
+        workers: str = "threads",
+    ) -> Dataset:
+        """Replace each element by ``fn(element, rng)``, for augmentations and other random changes.
+
+        The draws of ``rng``, a NumPy Generator, depend on the seed, the epoch, the index of the
+        element among those that come here, and the number of random maps before this one. So they
+        are the same on any number of replicas, workers and threads, with any prefetching, and after
+        a resume. ``repeat`` behind it draws anew in each repetition; shards of one dataset draw as
+        the whole does. The other arguments are those of :meth:`map` and :meth:`shuffle`.
+
+        Examples
+        --------
+        >>> noisy = Dataset.range(3).random_map(lambda x, rng: x + 10 * rng.integers(10), seed=1)
+        >>> [[int(element) for element in noisy.with_epoch(epoch)] for epoch in range(2)]
+        [[90, 51, 2], [90, 61, 52]]
+        """
+        return self._then(RandomMap(self._node, fn, seed, num_workers, workers))
 
     def prefetch(self, n: int) -> Dataset:
         """Have a thread of each iterator keep up to ``n`` elements ready.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from dvkernels.data.array_nest import Element
-from dvkernels.data.checks import check_function_of_one
+from dvkernels.data.checks import check_function
 from dvkernels.data.error_policy import outcome_of
 from dvkernels.data.node import Node, callable_name
 from dvkernels.data.transform import Transform
@@ -20,7 +20,7 @@ class Filter(Transform):
     initial_resume_value = 0  # The number of elements of the source tested so far.
 
     def __init__(self, source: Node, predicate: Callable[[Element], object]) -> None:
-        check_function_of_one("filter", predicate)
+        check_function("filter", predicate, "pass a function of one element")
         super().__init__(source, 0 if source.length == 0 else None)
         self.random_access = False
         self._predicate = predicate

@@ -194,7 +194,7 @@ class Node(abc.ABC):
         clone.source = self.source.replace_link(old, new)
         clone.random_access = self.random_access and clone.source.random_access
         clone.length = clone.source.length if self.length == self.source.length else None
-        for name in ("pipeline", "needs_own_chain", "why_not_resumable"):
+        for name in ("pipeline", "needs_own_chain", "why_not_resumable", "interleaving"):
             vars(clone).pop(name, None)  # cached properties of the original chain
         return clone
 
@@ -240,6 +240,14 @@ class Node(abc.ABC):
     def _sources_with_resume_points(self) -> list[Node]:
         # Of two zipped sources one may be replayable and have no resume points.
         return [node for node in self.sources if node.needs_own_chain]
+
+    @functools.cached_property
+    def interleaving(self) -> tuple[int, int]:
+        """The (step, first) of a numbering of elements that differs between shards.
+
+        Element n has the number ``first + step * n``, its index where the first shard is taken.
+        """
+        return (1, 0) if self.source is None else self.source.interleaving
 
     @functools.cached_property
     def pipeline(self) -> tuple[str, ...]:

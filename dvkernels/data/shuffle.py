@@ -26,6 +26,7 @@ from dvkernels.data.node import Indices, Node
 from dvkernels.data.transform import Transform
 from dvkernels.errors import DatasetError
 from dvkernels.kernels import backends
+from dvkernels.philox import LARGEST_SEED
 
 __all__: list[str] = []
 
@@ -37,7 +38,6 @@ BLOCK_LENGTH = 4096
 _NUM_ROUNDS = 8
 _NUM_ROUNDS_SMALL = 24
 _SMALL_BASE = 16
-_LARGEST_SEED = 2**1024 - 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -248,4 +248,4 @@ class WindowedShuffle(Transform):
 
 def _check_seed(seed: int, reshuffle_each_epoch: bool) -> int:
     check_flag("shuffle", "reshuffle_each_epoch", reshuffle_each_epoch)
-    return check_count("shuffle", "seed", seed, 0, maximum=_LARGEST_SEED)
+    return check_count("shuffle", "seed", seed, 0, maximum=LARGEST_SEED)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from dvkernels.data.batch import Batch
 from dvkernels.data.checks import check_count
 from dvkernels.data.cursor import EpochPosition
-from dvkernels.data.map import Map
+from dvkernels.data.map import Application
 from dvkernels.data.node import Node
 from dvkernels.data.prefetch import Prefetch
 from dvkernels.data.repeat import Repeat
@@ -250,7 +250,9 @@ def _continues_repeat(node: Node, num_behind: int, position: int, saved_count: i
     """
     chain = [link for link in node.links() if not isinstance(link, Prefetch)]
     behind, repeat = chain[:num_behind], chain[num_behind]
-    if not isinstance(repeat, Repeat) or not all(isinstance(link, Map | Batch) for link in behind):
+    if not isinstance(repeat, Repeat) or not all(
+        isinstance(link, Application | Batch) for link in behind
+    ):
         return False
     if repeat.count is not None and repeat.count < saved_count:
         return False

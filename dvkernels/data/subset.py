@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -98,6 +99,11 @@ class Shard(Strided):
                 f"shard: expected index to be one of 0 to {num - 1} for num={num}; got {index}"
             )
         super().__init__(source, index, num)
+
+    @functools.cached_property
+    def interleaving(self) -> tuple[int, int]:
+        step, first = self.source.interleaving
+        return step * self._step, first + step * self._first
 
     def describe(self) -> str:
         return f"shard({self._step}, {self._first})"

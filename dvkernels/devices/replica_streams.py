@@ -72,6 +72,11 @@ class StreamOrder:
         """Return a context manager that makes a replica's device and stream current."""
         return self._arrays.at(self._devices[rank], self._own[rank])
 
+    def finish(self, rank: int) -> None:
+        """Wait until the work on a replica's stream is complete."""
+        with self._arrays.at(self._devices[rank]):
+            self._own[rank].synchronize()
+
     def meet(self, act: Callable[[Any], Any], payloads: Any) -> Any:
         """Return ``act(payloads)``, the work of a rendezvous, ordered with all replicas."""
         own = self._device_streams()

@@ -113,7 +113,7 @@ def weights_of(weight: Any, variables: Sequence[Variable], op: ReduceOp) -> list
         return None
     count = variables[0].owner.num_local
     if isinstance(weight, PerReplica):
-        regroup.check_own(weight, variables[0].owner, f"{VERB}, weight: ")
+        regroup.check_fits(weight, variables[0].owner, f"{VERB}, weight: ")
     return weights if isinstance(weight, PerReplica) else weights * count
 
 
@@ -130,7 +130,7 @@ def columns_of(
         count, first = variable.owner.num_local, variable.owner.first_replica
         if isinstance(gradient, PerReplica):
             what = f"{VERB}, gradient of {variable.name!r}: "
-            regroup.check_own(gradient, variable.owner, what)
+            regroup.check_fits(gradient, variable.owner, what)
             parts = list(gradient.values)
         else:
             parts = [gradient.at(0) if isinstance(gradient, DistributedValues) else gradient]

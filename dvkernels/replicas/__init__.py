@@ -1,4 +1,5 @@
 """Replicas of one run: a thread each, and the rendezvous where they perform collectives.
 
-Imports: deadlines, devices, errors, kernels, pytree, profiler, thread_frames, threads, user_errors.
+Imports: deadlines, devices, errors, kernels, philox, profiler, pytree, thread_frames, threads,
+user_errors.
 """

@@ -33,7 +33,7 @@ class _GateFunctions(NamedTuple):
 
     open_gate: Callable[[HostArray, int], int]
     close_gate: Callable[[HostArray, int], None]
-    await_gate: Callable[[HostArray, int, int], bool]
+    await_gate: Callable[[HostArray, int, int, int], bool]
     open_and_await: Callable[[HostArray, int, int, int], int]
 
 
@@ -46,7 +46,7 @@ def _ready() -> _GateFunctions:
     gate = backends.gate()
     state = gate.new_state(2)
     gate.open_gate(state, 0)
-    gate.await_gate(state, 0, 1)
+    gate.await_gate(state, 0, 1, 0)
     gate.close_gate(state, 0)
     gate.open_and_await(state, 0, 1, 1)
     dispatchers = (getattr(gate, name) for name in _GateFunctions._fields)
@@ -66,6 +66,7 @@ class Gates:
         "_module",
         "_pauses",
         "_pauses_to_hand_over",
+        "_pool",
         "_state",
         "spins",
     )
@@ -73,6 +74,7 @@ class Gates:
     def __init__(self, count: int, num_threads: int) -> None:
         self._compiled = _ready()
         self._module: Any = backends.gate()
+        self._pool: Any = self._module.thread_pool_of_process()  # whose jobs a waiting thread joins
         self._state: HostArray = self._module.new_state(count)
         self._locks = [threading.Lock() for _ in range(count)]
         for lock in self._locks:
@@ -105,7 +107,7 @@ class Gates:
 
     def wait(self, gate: int, timeout_seconds: float = -1) -> bool:
         """Wait until a gate is open, and return whether it is; -1 means no timeout."""
-        if self._compiled.await_gate(self._state, gate, self._pauses):
+        if self._compiled.await_gate(self._state, gate, self._pauses, self._pool.address):
             return True
         return self.sleep(gate, timeout_seconds)
 

@@ -34,7 +34,7 @@ class Rendezvous(StepState):
         recording = tracing.active
         began = 0 if recording is None else time.perf_counter_ns()
         try:
-            self._check_alive(request.verb)
+            self.check_alive(request.verb)
             if self._debug_state is not None:
                 self._debug_state.record(self.label_of(replica), str(request))
             gates = self._gates
@@ -73,6 +73,7 @@ class Rendezvous(StepState):
         if self.failure is not None:
             raise self._ended()
         self._results = results
+        self._performer = replica
         self._requests = [None] * self.num_replicas
         own = results[replica]
         self._release(replica)
@@ -83,7 +84,7 @@ class Rendezvous(StepState):
 
         The k-th call that a replica issues is matched with the k-th of each other replica.
         """
-        self._check_alive(request.verb)
+        self.check_alive(request.verb)
         if self._debug_state is not None:
             self._debug_state.record(self.label_of(replica), str(request))
         if self._progress_thread is None:
@@ -123,7 +124,7 @@ class Rendezvous(StepState):
     def await_pending(self, replica: int, pending: PendingCall) -> Any:
         """Wait for an asynchronous collective; return this replica's result."""
         if not pending.done.is_open:
-            self._check_alive("wait")
+            self.check_alive("wait")
             pending_calls = self._pending_calls
             assert pending_calls is not None
             pending_calls.awaited[replica] = pending
@@ -145,7 +146,8 @@ class Rendezvous(StepState):
             )
         return pending.results[replica]
 
-    def _check_alive(self, verb: str) -> None:
+    def check_alive(self, verb: str) -> None:
+        """Raise if the step has ended or failed, or if this process was forked in it."""
         if self.closed:
             raise ContextError(
                 f"{verb} was called through the context of a run that has ended; get the context "
@@ -194,6 +196,8 @@ class Rendezvous(StepState):
         if not opened:
             missing = diagnostics.missing_replicas(self._requests, self._first_replica)
             self._fail_late(replica, f"replicas {missing}: {self._describe_replicas()}")
+        elif not gates.spins:
+            self._release_after(replica)
 
     def _has_all(self, replica: int) -> bool:
         """Return whether all replicas have arrived at the collective a replica waits in."""
@@ -228,13 +232,27 @@ class Rendezvous(StepState):
                 return True
 
     def _release(self, replica: int) -> None:
-        assert self._gates is not None
+        gates = self._gates
+        assert gates is not None
+        if not gates.spins:
+            self._release_after(-1)
+            return
         rest = rest_gate(self.num_replicas)
-        self._gates.close(rest)
+        gates.close(rest)
         *others, last = (other for other in range(self.num_replicas) if other != replica)
         for other in others:
-            self._gates.open(other)
-        self._gates.open_and_let_run(last, rest)
+            gates.open(other)
+        gates.open_and_let_run(last, rest)
+
+    def _release_after(self, replica: int) -> None:
+        """Release the next replica that waits: each that wakes is to wake the next.
+
+        All woken at once would queue for the GIL, and each of them sleep a second time.
+        """
+        following = replica + 1 + (replica + 1 == self._performer)
+        if following < self.num_replicas:
+            assert self._gates is not None
+            self._gates.open(following)
 
     def _fail_late(self, replica: int, awaited: str) -> None:
         self.fail(diagnostics.timeout_error(self._first_replica + replica, self._timeout, awaited))

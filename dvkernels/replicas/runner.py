@@ -12,6 +12,7 @@ from typing import Any
 
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
+from dvkernels.philox import StrategyGenerators
 from dvkernels.profiler import debugging, tracing
 from dvkernels.replicas import foreign_threads
 from dvkernels.replicas.gates import Gates
@@ -19,6 +20,7 @@ from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.step_lock import StepLock
 from dvkernels.replicas.thread_team import ThreadTeam
+from dvkernels.replicas.work_meter import WorkMeter
 
 __all__: list[str] = []
 
@@ -39,7 +41,9 @@ class Runner:
         first_replica: int = 0,
         announce: Callable[[BaseException], None] | None = None,
         step_lock: StepLock | None = None,
+        generators: StrategyGenerators | None = None,
     ) -> None:
+        self._generators = StrategyGenerators() if generators is None else generators
         self._step_lock = StepLock() if step_lock is None else step_lock
         self._num_replicas = num_replicas
         self._first_replica = first_replica
@@ -48,6 +52,8 @@ class Runner:
         self._num_steps = 0
         self._closed = False
         self._progress_thread = ProgressThread()
+        self._meter = WorkMeter(num_replicas)
+        self._make_rendezvous: Callable[..., Rendezvous] = Rendezvous
         # A single replica of a single worker performs asynchronous calls at once.
         is_alone = num_replicas == 1 and announce is None
         self._background = None if is_alone else self._progress_thread
@@ -90,7 +96,10 @@ class Runner:
             was_stepping = self._step_lock.is_stepping  # the default strategy may be in merge_call
             try:
                 self._step_lock.is_stepping = True
-                return self._run(call, seconds)
+                self._generators.num_begun += 1
+                results = self._run(call, seconds)
+                self._generators.num_done += 1
+                return results
             finally:
                 self._step_lock.is_stepping = was_stepping
         finally:
@@ -114,7 +123,7 @@ class Runner:
                 team = self._idle.pop() if self._idle else self._new_team()
                 team.is_busy = True
                 gates, has_ended = team.closed_gates(), team.has_ended
-            rendezvous = Rendezvous(
+            rendezvous = self._make_rendezvous(
                 self._num_replicas,
                 gates,
                 timeout,
@@ -154,6 +163,15 @@ class Runner:
                 rendezvous.end()
             if self._closed:
                 self.close()  # by another thread, during this step
+
+    def measure_work(self, finish: Callable[[int], None] | None = None) -> WorkMeter:
+        """Measure the work of the replicas in all later steps; return the meter.
+
+        ``finish`` waits for the work of a replica that its function leaves behind on a stream.
+        """
+        self._meter.finish = finish
+        self._make_rendezvous = self._meter.rendezvous
+        return self._meter
 
     def _new_team(self) -> ThreadTeam:
         team = ThreadTeam(self._num_replicas)

@@ -48,12 +48,14 @@ class StepState:
     A group of one needs no gates; larger groups need ``num_gates(num_replicas)`` closed ones.
     """
 
+    item_index: int | None = None  # of the item in a function of map, which has no step
+
     __slots__ = (
         "_announce", "_arrivals", "_check_seconds", "_debug_state", "_echoes", "_failures",
         "_first_nap", "_first_replica", "_gates", "_has_ended", "_has_left", "_made_pending_calls",
-        "_pending_calls", "_pid", "_progress_thread", "_requests", "_results", "_stalls",
-        "_thread_idents", "_timeout", "closed", "errors", "failure", "label", "num_replicas",
-        "perform",
+        "_pending_calls", "_performer", "_pid", "_progress_thread", "_requests", "_results",
+        "_stalls", "_thread_idents", "_timeout", "closed", "errors", "failure", "label",
+        "num_replicas", "perform",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +87,7 @@ class StepState:
         self._made_pending_calls: dict[int, PendingCalls] = {}  # the first, as item 0
         self._requests: list[CollectiveCall | None] = [None] * num_replicas
         self._results: Sequence[Any] = ()
+        self._performer = 0  # the replica that performed the latest collective
         self._thread_idents: dict[int, int] = {}  # by replica; 0: it will never start
         self._timeout = timeout
         self._first_nap = min(timeout, _CHECK_SECONDS)

@@ -7,6 +7,7 @@ from typing import Any
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Call, Runner
+from dvkernels.replicas.work_meter import MeteredRendezvous, WorkMeter
 
 __all__: list[str] = []
 
@@ -25,10 +26,19 @@ class StreamedRunner:
         def on_stream(step: Rendezvous, rank: int) -> Any:
             step.perform = order.meet
             with order.replica(rank):
-                return call(step, rank)
+                if not isinstance(step, MeteredRendezvous):
+                    return call(step, rank)
+                step.resume(rank)
+                result = call(step, rank)
+                step.pause(rank)
+                return result
 
         with order.step():
             return self._runner.run(on_stream, nested)
+
+    def measure_work(self) -> WorkMeter:
+        """Measure the work of the replicas in all later steps; return the meter."""
+        return self._runner.measure_work(self._order.finish)
 
     def close(self) -> None:
         """End the threads; the streams live as long as the strategy."""

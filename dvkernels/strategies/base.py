@@ -16,6 +16,7 @@ from dvkernels.devices import array_memory, registry
 from dvkernels.devices.device import Device
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.errors import ContextError
+from dvkernels.philox import StrategyGenerators
 from dvkernels.profiler import debugging
 from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -25,6 +26,7 @@ from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
+from dvkernels.strategies.seeded_steps import SeededSteps
 from dvkernels.strategies.update import VariableUpdate
 from dvkernels.values import function_checks, operands, regroup
 from dvkernels.values.placement import Placement
@@ -35,7 +37,7 @@ from dvkernels.variables.variable import variables_of
 __all__ = ["Strategy"]
 
 
-class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution):
+class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, SeededSteps):
     """Distribution of a computation over replicas: devices, a communicator, a home for variables.
 
     Use one of the final subclasses, or call this constructor for a strategy of your own.
@@ -55,6 +57,8 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     workers : Workers, optional
         The group of worker processes, each with replicas of its own; ``devices`` and
         ``communicator`` describe this process only. A single process if not given.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
 
     Raises
     ------
@@ -63,7 +67,9 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
     AlgorithmError
         The communicator has another size, or the object lacks methods of the protocol.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer.
+        ``bytes_per_bucket`` is not a positive integer, or ``seed`` is out of range.
+    TypeError
+        ``seed`` is not an integer.
 
     Notes
     -----
@@ -94,8 +100,10 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         bytes_per_bucket: int | None = None,
         central_device: Device | str | None = None,
         workers: Workers | None = None,
+        seed: int = 0,
     ) -> None:
         resolved = registry.resolve_all(devices)
+        self.generators = StrategyGenerators(seed, len(resolved))
         if bytes_per_bucket is not None:
             if not is_integer(bytes_per_bucket) or bytes_per_bucket <= 0:
                 raise ValueError(
@@ -124,7 +132,12 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         )
         announce = workers.announce if workers.size > 1 else None
         self._runner: Runner | StreamedRunner = Runner(
-            len(resolved), name, self._placement.first_replica, announce, self._placement.step_lock
+            len(resolved),
+            name,
+            self._placement.first_replica,
+            announce,
+            self._placement.step_lock,
+            self.generators,
         )
         if self._placement.memory is not array_memory.HOST:
             order = StreamOrder([device.index for device in resolved])

@@ -27,11 +27,15 @@ class CentralStorageStrategy(Strategy):
     parameter_device : Device or str, optional
         The device that holds the variables, of the same kind as ``compute_devices``. If not given,
         ``"cpu:0"``, or the first of the GPUs.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
 
     Raises
     ------
     DeviceError
         A device does not exist, the list is empty, or the devices differ in kind.
+    ValueError, TypeError
+        ``seed`` is out of range, or not an integer.
 
     Notes
     -----
@@ -53,8 +57,10 @@ class CentralStorageStrategy(Strategy):
         self,
         compute_devices: Sequence[Device | str] | None = None,
         parameter_device: Device | str | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         devices = registry.resolve_all(compute_devices)
         if parameter_device is None:
             parameter_device = "cpu:0" if devices[0].kind == "cpu" else devices[0]
-        super().__init__(devices, central_device=parameter_device)
+        super().__init__(devices, central_device=parameter_device, seed=seed)

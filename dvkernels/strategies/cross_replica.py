@@ -11,7 +11,7 @@ from dvkernels.devices.array_spec import Array
 from dvkernels.devices.device import Device
 from dvkernels.reduce_op import Reduction
 from dvkernels.user_errors import brief
-from dvkernels.values import operands
+from dvkernels.values import operands, regroup
 from dvkernels.values.distributed import DistributedValues, Mirrored
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
@@ -251,7 +251,7 @@ class CrossReplica(ProcessBound):
 
 def _devices_of(destinations: Any, verb: str, placement: Placement) -> tuple[Device, ...]:
     if isinstance(destinations, DistributedValues):
-        operands.check_owner(verb, destinations, placement)
+        regroup.check_owner(destinations, placement, f"{verb}: ")
         return destinations.devices
     if isinstance(destinations, (Device, str)):
         return (registry.resolve(destinations),)

@@ -12,6 +12,8 @@ from dvkernels.data.distributed.dataset import DistributedDataset, EpochCount, E
 from dvkernels.data.distributed.input_context import InputContext
 from dvkernels.data.distributed.options import InputOptions
 from dvkernels.errors import DatasetError
+from dvkernels.replicas.runner import Runner
+from dvkernels.replicas.streams import StreamedRunner
 from dvkernels.values import function_checks
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
@@ -27,6 +29,7 @@ class DatasetDistribution(ProcessBound):
 
     _placement: Placement
     _epochs: EpochCounts
+    _runner: Runner | StreamedRunner
 
     def distribute_dataset(
         self, dataset: Dataset, options: InputOptions | None = None
@@ -38,13 +41,14 @@ class DatasetDistribution(ProcessBound):
         dataset : Dataset
             Its ``batch(size)`` is the global batch.
         options : InputOptions, optional
-            Prefetching, sharding, and the policy for elements that fail.
+            Prefetching, sharding, the policy for elements that fail, and the balance.
 
         Returns
         -------
         DistributedDataset
             Its iterators yield a ``PerReplica``, or a pytree of them. The parts of a batch differ
-            in size by at most one element, larger parts first.
+            in size by at most one element, larger parts first, unless
+            ``InputOptions(balance="measured")`` lets them follow the speed of the replicas.
 
         Raises
         ------
@@ -153,4 +157,5 @@ class DatasetDistribution(ProcessBound):
             share=placement.share,
             exchange=functools.partial(placement.workers.exchange, verb=_READ),
             count=count,
+            measure_work=self._runner.measure_work,
         )

@@ -29,6 +29,8 @@ class MirroredStrategy(Strategy):
     bytes_per_bucket : int, optional
         Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. If not
         given, arrays are not packed, which is faster with the kernels of one process.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
 
     Raises
     ------
@@ -37,7 +39,9 @@ class MirroredStrategy(Strategy):
     AlgorithmError
         There is no such algorithm, or it does not support these devices.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer.
+        ``bytes_per_bucket`` is not a positive integer, or ``seed`` is out of range.
+    TypeError
+        ``seed`` is not an integer.
 
     Examples
     --------
@@ -54,5 +58,6 @@ class MirroredStrategy(Strategy):
         *,
         cross_device_ops: str | Communicator = "auto",
         bytes_per_bucket: int | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(devices, cross_device_ops, bytes_per_bucket=bytes_per_bucket)
+        super().__init__(devices, cross_device_ops, bytes_per_bucket=bytes_per_bucket, seed=seed)

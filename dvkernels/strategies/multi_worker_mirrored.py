@@ -12,6 +12,7 @@ from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
 from dvkernels.devices.device import Device
+from dvkernels.philox import check_seed
 from dvkernels.strategies.base import Strategy
 from dvkernels.user_errors import brief
 
@@ -48,6 +49,8 @@ class MultiWorkerMirroredStrategy(Strategy):
     bytes_per_bucket : int, optional
         Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. If not
         given, 4 MiB; a single worker does not pack.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
 
     Raises
     ------
@@ -61,9 +64,10 @@ class MultiWorkerMirroredStrategy(Strategy):
     CollectiveTimeoutError
         Another worker did not create its strategy in time, or NCCL did not connect the workers.
     TypeError
-        ``cluster_resolver`` is not a ``dv.cluster.ClusterResolver``.
+        ``cluster_resolver`` is not a ``dv.cluster.ClusterResolver``, or ``seed`` not an integer.
     ValueError
-        ``timeout_seconds`` or ``bytes_per_bucket`` is not a positive number.
+        ``timeout_seconds`` or ``bytes_per_bucket`` is not a positive number, or ``seed`` is out of
+        range.
 
     Notes
     -----
@@ -109,6 +113,7 @@ class MultiWorkerMirroredStrategy(Strategy):
         cross_device_ops: str | Communicator = "auto",
         timeout_seconds: float = 600,
         bytes_per_bucket: int | None = None,
+        seed: int = 0,
     ) -> None:
         self._resolver = default_resolver() if cluster_resolver is None else cluster_resolver
         if not isinstance(self._resolver, ClusterResolver):
@@ -116,13 +121,18 @@ class MultiWorkerMirroredStrategy(Strategy):
                 f"expected cluster_resolver to be a dv.cluster.ClusterResolver, got "
                 f"{brief(cluster_resolver)}"
             )
+        check_seed(seed)  # before the workers wait for each other
         workers = communicators.between_workers(
             self._resolver, _checked(timeout_seconds), cross_device_ops
         )
         if bytes_per_bucket is None and workers.size > 1:
             bytes_per_bucket = _BYTES_PER_BUCKET
         super().__init__(
-            devices, cross_device_ops, bytes_per_bucket=bytes_per_bucket, workers=workers
+            devices,
+            cross_device_ops,
+            bytes_per_bucket=bytes_per_bucket,
+            workers=workers,
+            seed=seed,
         )
 
     @property

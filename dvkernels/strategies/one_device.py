@@ -21,11 +21,15 @@ class OneDeviceStrategy(Strategy):
     ----------
     device : Device or str
         The device of the replica and of the variables.
+    seed : int
+        Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
 
     Raises
     ------
     DeviceError
         The device does not exist.
+    ValueError, TypeError
+        ``seed`` is out of range, or not an integer.
 
     Examples
     --------
@@ -35,8 +39,8 @@ class OneDeviceStrategy(Strategy):
     PerReplica(0: 1)
     """
 
-    def __init__(self, device: Device | str) -> None:
-        super().__init__((registry.resolve(device),), Single())
+    def __init__(self, device: Device | str, *, seed: int = 0) -> None:
+        super().__init__((registry.resolve(device),), Single(), seed=seed)
 
 
 @final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from dvkernels.communicators.base import Workers
 from dvkernels.devices import array_memory, interop
 from dvkernels.devices.array_memory import ArrayMemory
 from dvkernels.devices.array_spec import Array, Spec, refuse_masked, spec
-from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
+from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import regroup
 from dvkernels.values.distributed import DistributedValues
@@ -150,7 +150,7 @@ def component_arrays(verb: str, leaf: Any, placement: Placement) -> tuple[list[A
             f"to {verb}"
         )
     values = leaf.values
-    check_fits(verb, leaf, values, placement)
+    regroup.check_fits(leaf, placement, f"{verb}: ")
     if len(values) < placement.num_local:
         values = values * placement.num_local
     memory = placement.memory
@@ -180,41 +180,14 @@ def components(
             continue
         values = leaf.values
         if len(values) != num_copies:
-            check_fits(verb, leaf, values, placement)
+            regroup.check_fits(leaf, placement, f"{verb}: ")
         else:
-            check_owner(verb, leaf, placement)
+            regroup.check_owner(leaf, placement, f"{verb}: ")
         columns.append(values)
     return [
         pytree.unflatten(structure, [column[rank if len(column) > 1 else 0] for column in columns])
         for rank in range(placement.num_local if num_copies is None else num_copies)
     ]
-
-
-def check_fits(
-    verb: str, leaf: DistributedValues[Any], values: Sequence[Any], placement: Placement
-) -> None:
-    """Raise unless a value of this strategy, or of none, has one component per local replica."""
-    check_owner(verb, leaf, placement)
-    # A variable may have a single copy for all replicas.
-    if len(values) != placement.num_local and not regroup.is_variable(leaf):
-        _refuse(verb, leaf, "", placement)
-
-
-def check_owner(verb: str, leaf: DistributedValues[Any], placement: Placement) -> None:
-    """Raise if a value belongs to another strategy."""
-    owner = leaf.owner
-    if owner is None or owner is placement:
-        return
-    if not (owner.is_default and regroup.is_variable(leaf)):
-        _refuse(verb, leaf, f" of {owner.name}", placement)
-
-
-def _refuse(verb: str, leaf: DistributedValues[Any], whose: str, placement: Placement) -> NoReturn:
-    raise ContextError(
-        f"{verb}: expected one value for each of the {placement.num_local} replicas "
-        f"of {placement.name}, got a {type(leaf).__name__} of "
-        f"{len(leaf.values)} values{whose}"
-    )
 
 
 # -- arrays to concatenate -----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dvkernels import pytree
 from dvkernels.devices.device import Device
@@ -18,28 +18,44 @@ def own_component(value: Any, rank: int, placement: Placement) -> Any:
     """Return the component of a leaf for one local rank; a plain leaf is returned as it is.
 
     A distributed value of another strategy, or of another number of replicas, raises
-    ``ContextError``.
+    ``ContextError``. Only the replica outside every scope reads variables of all strategies: as in
+    their cross-replica context.
     """
     if not isinstance(value, DistributedValues):
         return value
-    check_own(value, placement)
+    if placement.is_default and is_variable(value) and value.owner is not placement:
+        variable: Any = value  # of a class above this module
+        return variable.read_value()
+    check_fits(value, placement)
     # All replicas read the only copy of a variable in central storage.
     return value.at(0 if len(value.values) == 1 and is_variable(value) else rank)
 
 
-def check_own(value: DistributedValues[Any], placement: Placement, what: str = "") -> None:
+def check_fits(value: DistributedValues[Any], placement: Placement, what: str = "") -> None:
     """Raise ``ContextError`` unless a value has one component per local replica of a strategy."""
-    owner, count, has_any_count = value.owner, len(value.values), is_variable(value)
-    whose = ""
-    if owner is not None and not owner.is_of(placement):
-        if has_any_count and (placement.is_default or owner.is_default):
-            return  # any strategy reads variables of the default one, which reads those of any
-        whose = f" of {owner.name}"
-    elif has_any_count or count == placement.num_local:
+    check_owner(value, placement, what)
+    # A variable may have a single copy for all replicas.
+    if len(value.values) != placement.num_local and not is_variable(value):
+        _refuse(value, placement, what)
+
+
+def check_owner(value: DistributedValues[Any], placement: Placement, what: str = "") -> None:
+    """Raise ``ContextError`` if a value belongs to another strategy.
+
+    Variables created outside every scope, those of the default strategy, are read by all.
+    """
+    owner = value.owner
+    if owner is None or owner.is_of(placement) or (owner.is_default and is_variable(value)):
         return
+    _refuse(value, placement, what, f" of {owner.name}")
+
+
+def _refuse(
+    value: DistributedValues[Any], placement: Placement, what: str, whose: str = ""
+) -> NoReturn:
     raise ContextError(
         f"{what}expected a value for each of the {placement.num_local} replicas of "
-        f"{placement.name}, got a {type(value).__name__} of {count} values{whose}"
+        f"{placement.name}, got a {type(value).__name__} of {len(value.values)} values{whose}"
     )
 
 

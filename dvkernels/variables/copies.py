@@ -7,16 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from dvkernels.devices import interop
+from dvkernels.devices import array_memory, interop
 from dvkernels.devices.array_spec import Array, HostArray, Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
+from dvkernels.kernels import backends
 from dvkernels.profiler import debugging
+from dvkernels.schedules import cost_model
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values.distributed import DistributedValues, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.variables.modes import VariableAggregation, VariableSynchronization
 
 __all__: list[str] = []
+
+_SHARED_NBYTES = cost_model.CPU.sharing_pays_from()  # read and written
 
 
 class Copies:
@@ -189,9 +193,27 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     if debugging.active is not None:
         for copies, contents in writes:
             _check_written(copies, contents)
+    memory = writes[0][0].memory
     arrays = [array for copies, _ in writes for array in copies.arrays]
     values = [value for _, contents in writes for value in contents]
-    writes[0][0].memory.overwrite(arrays, values)
+    if memory is array_memory.HOST and _may_share(writes, arrays):
+        groups = [[contents[0], *copies.arrays] for copies, contents in writes]
+        backends.cpu().broadcast_many_unchecked(groups)
+    else:
+        memory.overwrite(arrays, values)
+
+
+def _may_share(writes: Sequence[tuple[Copies, Sequence[Any]]], arrays: Sequence[Any]) -> bool:
+    """Return whether equal copies are so large that several cores should write them."""
+    moved = 0
+    for copies, contents in writes:
+        value = contents[0]
+        if len(copies.arrays) == 1 or any(other is not value for other in contents):
+            return False
+        moved += value.nbytes * (1 + len(contents))
+    return moved >= _SHARED_NBYTES and not any(
+        np.may_share_memory(contents[0], array) for _, contents in writes for array in arrays
+    )
 
 
 def _check_written(copies: Copies, values: Sequence[Array]) -> None:

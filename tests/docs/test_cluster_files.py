@@ -104,8 +104,8 @@ def test_the_batch_script_forwards_sigterm_and_requeues_a_job_that_saved(batch):
     [
         ("42", "RUNNING", ["scontrol requeue 7"]),  # Slurm has signalled only the workers
         ("42", "CANCELLED", []),
-        ("0", "RUNNING", []),
-        ("2", "RUNNING", []),
+        pytest.param("0", "RUNNING", [], marks=pytest.mark.wide),
+        pytest.param("2", "RUNNING", [], marks=pytest.mark.wide),
     ],
 )
 def test_the_batch_script_requeues_only_a_job_that_saved(batch, end, state, words):

@@ -44,6 +44,10 @@ def fails_at_threes(x):
     return x
 
 
+def changed(x, rng):
+    return x + 8 * rng.integers(2**20)
+
+
 SOURCES = [
     Dataset.range,
     lambda n: Dataset.from_arrays(np.arange(n)),
@@ -57,6 +61,7 @@ TRANSFORMS = st.one_of(
     st.builds(lambda k, n: lambda d: d.shuffle(seed=k, window=n), FEW, st.integers(1, 9)),
     st.builds(lambda k: lambda d: d.map(lambda x: x + 1, num_workers=k), WORKERS),
     st.just(lambda d: d.filter(lambda x: np.sum(x) % 3 != 1)),
+    st.builds(lambda k: lambda d: d.random_map(changed, seed=3, num_workers=k), WORKERS),
     st.builds(lambda n: lambda d: d.take(4 * n), FEW),
     st.builds(lambda n: lambda d: d.skip(n), FEW),
     st.builds(lambda n: lambda d: d.repeat(n), st.integers(1, 3)),

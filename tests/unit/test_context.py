@@ -353,6 +353,33 @@ def test_another_strategys_variable_is_refused_in_a_replica(pair):
     assert pair.run(lambda: here().all_reduce("sum", unscoped))[0] == 2.0
 
 
+@pytest.mark.parametrize(("mode", "value"), [("on_write", 3.0), ("on_read", 5.0), ("none", None)])
+def test_outside_every_scope_another_strategys_variable_is_read_across_its_replicas(
+    pair, mode, value
+):
+    with pair.scope():
+        variable = dv.Variable(3.0, synchronization=mode, aggregation="sum")
+    if mode != "on_write":
+        variable.assign(dv.PerReplica([1.0, 4.0]))
+    lone, default = dv.Variable(0.0), dv.get_strategy()
+    uses = (
+        lambda: float(here().all_reduce("sum", variable)),
+        lambda: lone.assign(variable) or float(lone),
+    )
+    for use in uses:
+        if value is None:
+            with pytest.raises((TypeError, ContextError), match="PerReplica"):
+                use()  # which of its copies?
+        else:
+            assert use() == value
+        # In a run of the default strategy they are under another strategy than their own.
+        with pytest.raises(ContextError, match="belongs to"):
+            default.run(use)
+    for verb in (default.reduce, default.reduce_to):
+        with pytest.raises(ContextError, match="of MirroredStrategy"):
+            verb("sum", variable, *[lone][: verb == default.reduce_to])
+
+
 def test_leaving_a_scope_that_was_not_entered_raises(pair):
     scope = pair.scope()
     with pytest.raises(ContextError, match="without having been entered"):

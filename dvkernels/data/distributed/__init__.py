@@ -1,5 +1,5 @@
 """Distributed datasets: global batches, sharded over workers and split over replicas.
 
 Imports: communicators, communicators.workers, data, devices, enumeration, errors, pytree, profiler,
-reduce_op, schedules, user_errors, values.
+reduce_op, replicas, schedules, user_errors, values.
 """

@@ -11,6 +11,7 @@ from dvkernels.communicators.workers.atomic_commit import Exchange
 from dvkernels.data.checks import check_count
 from dvkernels.data.dataset import Dataset, known_length
 from dvkernels.data.distributed import sharding
+from dvkernels.data.distributed.balancer import Balancer
 from dvkernels.data.distributed.epoch_reader import Distribution
 from dvkernels.data.distributed.iterator import DistributedIterator
 from dvkernels.data.distributed.options import AutoShardPolicy, InputOptions
@@ -20,6 +21,7 @@ from dvkernels.data.distributed.to_device import DeviceCopier
 from dvkernels.devices.device import Device
 from dvkernels.errors import DatasetError
 from dvkernels.profiler.debugging import LOGGER
+from dvkernels.replicas.work_meter import WorkMeter
 from dvkernels.values.distributed import PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.values.process_bound import ProcessBound
@@ -99,6 +101,9 @@ class DistributedDataset(ProcessBound):
         All-gather of a small object, in the order of the workers; every worker calls it.
     count : EpochCount, optional
         Counter that continues the epochs where the same dataset is distributed again.
+    measure_work : callable, optional
+        Begins to measure the work of the local replicas, and returns the meter. Called under
+        ``balance="measured"``; the split stays even if not given.
 
     Notes
     -----
@@ -151,6 +156,7 @@ class DistributedDataset(ProcessBound):
         share: WorkerShare | None = None,
         exchange: Exchange = _exchange_alone,
         count: EpochCount | None = None,
+        measure_work: Callable[[], WorkMeter] | None = None,
     ) -> None:
         if not isinstance(dataset, Dataset):
             raise DatasetError(
@@ -168,11 +174,20 @@ class DistributedDataset(ProcessBound):
         replica_devices = PerReplica((None,) * num_local, devices=devices).devices
         is_copied = options.prefetch_to_device and replica_devices[0].kind == "cuda"
         copier = DeviceCopier(replica_devices) if is_copied else None
+        balancer = None
+        if options.balance == "measured":
+            if is_dealt:
+                raise DatasetError(
+                    "distribute_datasets_from_function: expected balance='none', since the batches "
+                    "of the replicas come from the function, undivided; got 'measured'; use "
+                    "distribute_dataset, which divides global batches"
+                )
+            balancer = Balancer(WorkMeter(num_local) if measure_work is None else measure_work())
         self._distribution = Distribution(
             dataset.node,
             _sharding(dataset, share, options, is_dealt),
             share,
-            Splitter(num_local, replica_devices, owner, is_dealt, copier),
+            Splitter(num_local, replica_devices, owner, is_dealt, copier, balancer),
             options,
             is_dealt,
             exchange,

@@ -166,7 +166,7 @@ class EpochReader:
 
     def stats(self) -> InputStats:
         """Return the input statistics so far."""
-        return self._recorder.stats(self.cursor, self._depth)
+        return self._recorder.stats(self.cursor, self._depth, self._splitter.balancer)
 
     def advance(self) -> Any:
         """Return the parts of the next batch, and move past it.

@@ -193,11 +193,13 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
 
     def __repr__(self) -> str:
         epoch, position, _ = self._reader.epoch_position
+        balancer = self._distribution.splitter.balancer
+        shares = "" if balancer is None else f", shares=({balancer})"
         closed = ", closed" if self._is_closed else ""
         return (
             f"DistributedIterator({self._distribution.node!r}, "
             f"num_replicas={self._distribution.share.num_replicas}, epoch={epoch}, "
-            f"position={position}{closed})"
+            f"position={position}{shares}{closed})"
         )
 
     def _check_open(self, member: str) -> None:

@@ -1,4 +1,4 @@
-"""Input options: sharding policy, prefetching and error policy of a distributed dataset."""
+"""Input options of a distributed dataset: sharding, prefetching, error policy and balance."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ class InputOptions:
         its length, or all if there are fewer; of each file its size and 16 blocks of 4 KiB; the
         first 256 elements of a sequential source. So a few differing elements in a large dataset
         may be missed. Nothing is read of ``from_live``.
+    balance : {"none", "measured"}
+        Division of a batch among the local replicas. ``"none"``: as evenly as possible.
+        ``"measured"``: in proportion to their measured speed, at least 1 element each where there
+        are enough. Elements, order and states stay the same, and so do weighted means, up to
+        rounding that differs from run to run. Each worker balances its own replicas; its rows of a
+        global batch stay as many. Not for ``distribute_datasets_from_function``. See
+        :class:`dvkernels.data.distributed.balancer.Balancer`.
 
     Examples
     --------
@@ -65,6 +72,7 @@ class InputOptions:
     prefetch_to_device: bool = True
     on_error: str = "raise"
     fingerprint: bool = False
+    balance: str = "none"
 
     def __post_init__(self) -> None:
         if self.prefetch is not None:
@@ -73,8 +81,12 @@ class InputOptions:
         object.__setattr__(self, "auto_shard_policy", policy)
         check_flag("InputOptions", "prefetch_to_device", self.prefetch_to_device)
         check_flag("InputOptions", "fingerprint", self.fingerprint)
-        if self.on_error not in ("raise", "skip"):
-            raise DatasetError(
-                "InputOptions: expected on_error to be 'raise' or 'skip'; got "
-                f"{brief(self.on_error)}"
-            )
+        _check_choice("on_error", self.on_error, "raise", "skip")
+        _check_choice("balance", self.balance, "none", "measured")
+
+
+def _check_choice(name: str, value: object, first: str, second: str) -> None:
+    if not (isinstance(value, str) and value in (first, second)):
+        raise DatasetError(
+            f"InputOptions: expected {name} to be {first!r} or {second!r}; got {brief(value)}"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.data.array_nest import Element, is_flat_dict, is_flat_tuple, leading_length
+from dvkernels.data.distributed.balancer import Balancer
 from dvkernels.data.distributed.stats import StatsRecorder
 from dvkernels.data.distributed.to_device import DeviceCopier
 from dvkernels.devices.device import Device
@@ -36,6 +37,8 @@ class Splitter:
         The elements are batches of single replicas, assigned to them in turn, not global batches.
     copier : DeviceCopier, optional
         Copies the parts to their devices; without it they stay on the host.
+    balancer : Balancer, optional
+        Divides the batches; without it they are divided evenly.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class Splitter:
         owner: Placement | None,
         is_dealt: bool,
         copier: DeviceCopier | None = None,
+        balancer: Balancer | None = None,
     ) -> None:
         self._num_local = num_local
         self._devices = devices
         self._owner = owner
         self._is_dealt = is_dealt
         self._copier = copier
+        self.balancer = balancer
         self._slices: tuple[int, tuple[slice, ...]] = (-1, ())  # for the latest batch length
 
     def split(self, elements: list[Element], recorder: StatsRecorder) -> Any:
@@ -58,6 +63,10 @@ class Splitter:
 
         The recorder adds up the time of the copies to devices.
         """
+        if self.balancer is not None:
+            length = leading_length(elements[0])
+            parts = self.balancer.parts(length)
+            self._slices = (length, tuple(slice(start, stop) for start, stop in parts))
         nest = self._assign_elements(elements) if self._is_dealt else self._split_batch(elements[0])
         return nest if self._copier is None else self._on_devices(nest, self._copier, recorder)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dvkernels.data.array_nest import Element, nbytes_of
 from dvkernels.data.cursor import Cursor
+from dvkernels.data.distributed.balancer import Balancer
 from dvkernels.data.error_policy import SkippedElements
 from dvkernels.profiler import tracing
 from dvkernels.profiler.debugging import LOGGER
@@ -42,6 +43,12 @@ class InputStats:
         Elements that failed and were skipped, under ``on_error="skip"``.
     skipped : tuple of str
         The first hundred of them: the error, and where it happened.
+    shares : tuple of float
+        Under ``balance="measured"``, the share of each local replica in this worker's rows of a
+        batch; else empty.
+    seconds_per_element : tuple of float
+        Under ``balance="measured"``, the measured time of each local replica [s], without waits in
+        collectives; empty until enough steps have been measured.
     """
 
     num_batches: int
@@ -54,6 +61,8 @@ class InputStats:
     prefetch: int
     num_skipped: int
     skipped: tuple[str, ...]
+    shares: tuple[float, ...] = ()
+    seconds_per_element: tuple[float, ...] = ()
 
 
 class StatsRecorder:
@@ -96,7 +105,7 @@ class StatsRecorder:
             100 * self._wait / elapsed, self._num_batches,
         )  # fmt: skip
 
-    def stats(self, cursor: Cursor, prefetch: int) -> InputStats:
+    def stats(self, cursor: Cursor, prefetch: int, balancer: Balancer | None = None) -> InputStats:
         """Return the statistics so far."""
         fetch_seconds, skips = cursor.fetch_seconds, self.skips
         return InputStats(
@@ -110,4 +119,6 @@ class StatsRecorder:
             prefetch=prefetch,
             num_skipped=0 if skips is None else skips.count,
             skipped=() if skips is None else tuple(skips.listed),
+            shares=() if balancer is None else balancer.shares,
+            seconds_per_element=() if balancer is None else balancer.seconds_per_element,
         )

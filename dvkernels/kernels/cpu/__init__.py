@@ -15,6 +15,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu import direct, optimizers, ring
 from dvkernels.kernels.cpu.broadcast import broadcast
+from dvkernels.kernels.cpu.broadcast import broadcast_many_unchecked as broadcast_many_unchecked
 from dvkernels.kernels.cpu.direct import aggregate_mean, aggregate_sum, direct_all_reduce, reduce
 from dvkernels.kernels.cpu.direct import reduce_unchecked as reduce_unchecked
 from dvkernels.kernels.cpu.engine import fast_path
@@ -44,19 +45,14 @@ __all__ = [
 ]
 
 
-def _cheapest(verb: str, buffers: Any, op: Any, out: Any) -> list[Any]:
-    """Reduce by the algorithm that the cost model finds cheapest."""
-    buffers = checks.as_sequence(verb, buffers)
+# The modules of the algorithms; None stands for the one that the cost model finds cheapest.
+_ALGORITHMS: dict[str, Any] = {"auto": None, "direct": direct, "ring": ring}
+
+
+def _cheapest(buffers: Sequence[Any]) -> Any:
+    """Return the module of the cheapest algorithm for some buffers, which may be wrong."""
     nbytes = getattr(buffers[0], "nbytes", 0) if buffers else 0
-    chosen = cost_model.cheapest(cost_model.CPU, len(buffers) or 1, nbytes)
-    return _ALGORITHMS[chosen](verb, buffers, op, out)
-
-
-_ALGORITHMS = {
-    "auto": _cheapest,
-    "direct": direct.all_reduce_as,
-    "ring": ring.all_reduce_as,
-}
+    return _ALGORITHMS[cost_model.cheapest(cost_model.CPU, len(buffers) or 1, nbytes)]
 
 
 def all_reduce_unchecked(
@@ -74,21 +70,14 @@ def all_reduce_unchecked(
     if out is not None and all(map(operator.is_, out, arrays)):
         if algorithm == "ring" or fast_path.all_reduce(arrays, op) is None:
             checks.check_in_place("all_reduce", arrays)
-            _unchecked(algorithm, arrays).combine_in_place(op, arrays)
+            (_ALGORITHMS[algorithm] or _cheapest(arrays)).combine_in_place(op, arrays)
         return list(out)
     writes = out or [np.empty(array.shape, array.dtype) for array in arrays]
     if algorithm == "ring" or not fast_path.reduce_into(arrays, writes, op):
         if out is not None:
             checks.check_overlaps("all_reduce", writes, arrays, "out {}".format)
-        _unchecked(algorithm, arrays).combine(op, arrays, writes)
+        (_ALGORITHMS[algorithm] or _cheapest(arrays)).combine(op, arrays, writes)
     return list(writes)
-
-
-def _unchecked(algorithm: str, arrays: Sequence[HostArray]) -> Any:
-    """Return the module of an algorithm; ``"auto"`` is the cheapest one for these arrays."""
-    if algorithm == "auto":
-        algorithm = cost_model.cheapest(cost_model.CPU, len(arrays), arrays[0].nbytes)
-    return {"direct": direct, "ring": ring}[algorithm]
 
 
 def all_reduce(
@@ -101,4 +90,7 @@ def all_reduce(
         if reduced is not None:
             return reduced
     chosen = checks.algorithm("all_reduce", algorithm, _ALGORITHMS)
-    return chosen("all_reduce", buffers, op, out)
+    buffers = checks.as_sequence("all_reduce", buffers)
+    module = chosen or _cheapest(buffers)
+    results: list[Any] = module.all_reduce_as("all_reduce", buffers, op, out)
+    return results

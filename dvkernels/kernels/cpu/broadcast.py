@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from dvkernels.devices.array_spec import HostArray
 from dvkernels.kernels import checks
 from dvkernels.kernels.cpu.engine import job
 
@@ -21,3 +23,8 @@ def broadcast(buffers: Any, root: int = 0) -> list[Any]:
     if len(views) > 1:
         job.move([views])
     return list(buffers)
+
+
+def broadcast_many_unchecked(groups: Sequence[Sequence[HostArray]]) -> None:
+    """Copy the first array of each group to all its others, in one go that no interrupt cuts."""
+    job.move(groups)

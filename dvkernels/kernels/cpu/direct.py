@@ -65,7 +65,8 @@ def aggregate_mean(buffers: Any, *, out: Any = None) -> Any:
 def reduce_unchecked(arrays: Sequence[HostArray], op: Reduction) -> HostArray:
     """Return the reduction as one new array; the caller has checked the arrays."""
     result = np.empty_like(arrays[0])
-    combine(op, arrays, [result])
+    if not fast_path.reduce_into(arrays, [result], op):
+        combine(op, arrays, [result])
     return result
 
 
@@ -91,9 +92,7 @@ def combine_in_place(op: Reduction, arrays: Sequence[HostArray]) -> None:
 
 
 def combine(op: Reduction, reads: Sequence[HostArray], writes: Sequence[HostArray]) -> None:
-    """Reduce ``reads`` into all of ``writes``; both have been checked."""
-    if fast_path.reduce_into(reads, writes, op):
-        return
+    """Reduce ``reads`` into all of ``writes``, both checked, where there is no fast path."""
     recipe.register(op, reads[0].dtype)
     program = job.combine(len(reads), len(writes), job.divisor(op, len(reads)))
     job.run(op, reads[0].dtype, [[*reads, *writes]], program)

@@ -17,6 +17,8 @@ from dvkernels.communicators.workers.staged import Staged
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.reduce_op import ReduceOp
 
+MY_SUM = CustomReduction(numba.njit(lambda a, b: a + b), 0, "my sum")
+
 
 def on_device(content):
     return OnDevice(np.array(content))
@@ -69,13 +71,12 @@ def test_each_worker_gets_results_in_the_memory_of_its_value(where):
     """``where`` says which workers have their values on a GPU."""
     seams = [Arrays(rank) for rank in range(3)]
     put = lambda array, rank: OnDevice(array) if where[rank] else array  # noqa: E731
-    op = CustomReduction(numba.njit(lambda a, b: a + b), 0, "my sum")
 
     def call(worker):
         rank = worker.rank
         found = [
             worker.all_reduce([put(np.full(5, rank + 1.0), rank)], ReduceOp.MEAN)[0],
-            worker.all_reduce([put(np.full(5, rank + 1.0), rank)], op)[0],
+            worker.all_reduce([put(np.full(5, rank + 1.0), rank)], MY_SUM)[0],
             worker.reduce_scatter([put(np.full(5, rank + 1), rank)], ReduceOp.SUM)[0],
             worker.all_gather([put(np.full((rank, 2), rank), rank)], 0)[0],
             worker.broadcast([put(np.full(3, rank), rank)], 1)[0],

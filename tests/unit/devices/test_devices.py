@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import fork_server
 import pytest
 
 import dvkernels as dv
@@ -73,9 +74,12 @@ USABLE = "from dvkernels.devices import cpu; print(cpu.usable_cores())"
 
 
 def usable_below(command, **environ):
+    given = {name: str(value) for name, value in environ.items()}
+    if not command:
+        return int(fork_server.run(USABLE, **given).stdout)
     child = subprocess.run(
         [*command, sys.executable, "-c", USABLE],
-        env={**os.environ, **{name: str(value) for name, value in environ.items()}},
+        env={**os.environ, **given},
         capture_output=True,
         text=True,
         check=True,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from dvkernels import kernels
-from dvkernels.kernels.cpu.engine import thread_pool
+from dvkernels.kernels import checks
+from dvkernels.kernels.cpu.engine import gate, job, job_layout, loops, thread_pool
+from dvkernels.reduce_op import ReduceOp
 from dvkernels.threads import thread
 
 
@@ -20,7 +24,7 @@ def test_kernels_compute_with_as_many_helpers_as_there_are(monkeypatch, error, n
     start, before = thread.start, thread_pool._pool
     monkeypatch.setenv("DVKERNELS_NUM_THREADS", "4")
     kernels.all_reduce([np.ones(1 << 20), np.ones(1 << 20)])  # compiled
-    monkeypatch.setattr(thread_pool, "_pool", thread_pool._Pool())
+    monkeypatch.setattr(thread_pool, "_pool", thread_pool.ThreadPool())
     with monkeypatch.context() as patch:
         patch.setattr(thread, "start", start_some)
         thread_pool._pool._start()
@@ -36,7 +40,7 @@ def test_kernels_compute_with_as_many_helpers_as_there_are(monkeypatch, error, n
 def test_a_helper_recovers_from_a_lost_wake_up(monkeypatch) -> None:
     monkeypatch.setenv("DVKERNELS_NUM_THREADS", "2")
     monkeypatch.setattr(thread_pool, "_RECHECK_SECONDS", 0.01)
-    monkeypatch.setattr(thread_pool, "_pool", thread_pool._Pool())
+    monkeypatch.setattr(thread_pool, "_pool", thread_pool.ThreadPool())
     thread_pool.wake()
     lone, address = thread_pool._pool, thread_pool._pool.address
     while not lone.words[8]:  # it sleeps
@@ -45,3 +49,25 @@ def test_a_helper_recovers_from_a_lost_wake_up(monkeypatch) -> None:
     while not lone.words[8]:  # it has woken by its timeout, and sleeps again
         pass
     thread_pool.wake()
+
+
+def test_a_thread_that_waits_at_a_gate_joins_jobs(monkeypatch) -> None:
+    monkeypatch.setattr(thread_pool, "_pool", pool := thread_pool.ThreadPool())
+    monkeypatch.setattr(thread, "start", lambda threads: None)  # no helpers
+    pool._start()
+    state = gate.new_state(1)
+    with ThreadPoolExecutor(1) as executor:
+        opened = executor.submit(gate.await_gate, state, 0, 1 << 40, pool.address)
+        while not pool.words[thread_pool._NUM_GUESTS]:
+            pass
+        num_joined = 0
+        while num_joined < 2:
+            buffers = [np.ones(1 << 20), np.ones(1 << 20)]
+            words = job.lay_out_sum(buffers, 1 << 10, loops.runner(ReduceOp.SUM, np.dtype(float)))
+            thread_pool.execute(words, checks.address(words), thread_pool.SHARED_NBYTES)
+            counters = words[job_layout.JobHeader._fields.index("counters")]
+            num_joined = words[(counters - checks.address(words)) // 8]
+            assert all((buffer == 2).all() for buffer in buffers)
+        gate.open_gate(state, 0)
+        assert opened.result(60)
+    assert pool.words[thread_pool._NUM_GUESTS] == 0

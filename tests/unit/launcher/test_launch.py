@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from kinds import daily
 
 from dvkernels.cli.main import main
 
@@ -60,7 +61,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("shell", INPUTS)
+@pytest.mark.parametrize("shell", daily(INPUTS, 'cat input | "$@"', 'exec "$@" <&-'))
 def test_an_input_of_any_size_and_kind_is_read_whole(start, script, tmp_path, shell):
     text = os.urandom(3_000_000)
     (tmp_path / "input").write_bytes(text)
@@ -156,7 +157,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", daily(ENDS, "sys.exit('the last word')", "import no_such_module"))
 def test_one_status(launch, script, end):
     status, words = ENDS[end]
     program = script(f"if rank == 1:\n    {end}")
@@ -186,7 +187,7 @@ def test_restarts_count_and_end(launch, script):
     assert launch("-n", "1", "--max-restarts", "2", again, DVKERNELS_ATTEMPT="4")[0] == 0
 
 
-@pytest.mark.parametrize("status", [0, 2, 42, 130, 141])
+@pytest.mark.parametrize("status", daily([0, 2, 42, 130, 141], 0, 42))
 def test_jobs_with_a_final_status_are_not_restarted(launch, script, status):
     found, _, err = launch("-n", "1", "--max-restarts", "2", script(f"os._exit({status})"))
     assert found == status
@@ -283,12 +284,16 @@ def all_gone(pids: list[int]) -> bool:
 
 @pytest.mark.parametrize(
     ("sent", "asked", "status"),
-    [
-        (signal.SIGTERM, 0, 0),
+    daily(
+        [
+            (signal.SIGTERM, 0, 0),
+            (signal.SIGTERM, 42, 42),
+            (signal.SIGINT, 0, 0),
+            (signal.SIGUSR1, 42, 42),
+        ],
         (signal.SIGTERM, 42, 42),
         (signal.SIGINT, 0, 0),
-        (signal.SIGUSR1, 42, 42),
-    ],
+    ),
 )
 def test_signals_reach_the_workers(start, script, sent, asked, status):
     process = start("-n", "2", "--max-restarts", "3", script(GRACEFUL), str(asked))
@@ -302,7 +307,7 @@ def test_signals_reach_the_workers(start, script, sent, asked, status):
     assert "starting again" not in err
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", daily([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_ends_a_program_without_handlers(start, script, sent):
     process = start("-n", "2", script("print('up', flush=True)\ntime.sleep(1000)"))
     read_lines(process, 2)
@@ -311,7 +316,9 @@ def test_a_signal_ends_a_program_without_handlers(start, script, sent):
     assert process.returncode == 128 + sent
 
 
-@pytest.mark.parametrize("how", ["timeout", "interrupt", "interrupt twice"])
+@pytest.mark.parametrize(
+    "how", daily(["timeout", "interrupt", "interrupt twice"], "timeout", "interrupt twice")
+)
 def test_workers_that_ignore_signals_are_killed_with_all_they_started(start, script, how):
     options = {
         "timeout": ["--timeout", "6", "--grace", "0.1"],

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kinds import daily
 
 from dvkernels.launcher import scancel
 
@@ -130,7 +131,10 @@ def start(slurm, tmp_path):
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fake srun needs Linux")
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 42), (signal.SIGINT, 43)])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    daily([(signal.SIGTERM, 42), (signal.SIGINT, 43)], (signal.SIGTERM, 42)),
+)
 def test_workers_under_srun_get_a_signal(slurm, start, sent, status):
     slurm("scontrol", SCONTROL, step=STEP.format(step="7.0", at=f"{HERE}:PID"))
     slurm("scancel", SCANCEL)

@@ -6,7 +6,7 @@ does not invalidate the line on which another thread spins.
 
     state = new_state(2)
     waiter                                      opener
-    if not await_gate(state, 0, 2000):          if open_gate(state, 0) == SLEEPING:
+    if not await_gate(state, 0, 2000, 0):       if open_gate(state, 0) == SLEEPING:
         lock.acquire()       # blocks               lock.release()
     close_gate(state, 0)     # ready again
 
@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.kernels import jit
-from dvkernels.kernels.cpu.engine import intrinsics, records
+from dvkernels.kernels.cpu.engine import intrinsics, records, thread_pool
 
 __all__: list[str] = []
 
 CLOSED, OPEN, SLEEPING = 0, 1, 2
+
+thread_pool_of_process = thread_pool.of_process
 
 
 class _Gate(NamedTuple):
@@ -64,14 +66,35 @@ def _spin(gate, num_pauses):  # type: ignore[no-untyped-def]
     return False
 
 
-@jit.njit(called_with="(int64[::1], int64, int64)", nogil=True)
-def await_gate(state, k, num_pauses):  # type: ignore[no-untyped-def]
-    """Spin at most ``num_pauses`` times for gate ``k``; False: it is SLEEPING, the caller parks."""
+@jit.njit(nogil=True)
+def _spin_as_guest(gate, num_pauses, pool):  # type: ignore[no-untyped-def]
+    """Return whether a gate opens within ``num_pauses``; join the jobs of a pool meanwhile."""
+    is_open = False
+    thread_pool.count_guests(pool, 1)
+    for turn in range(num_pauses):
+        is_open = intrinsics.load_shared(gate, "state") == OPEN
+        if is_open:
+            break
+        if thread_pool.has_jobs(pool):
+            thread_pool.help_out(pool)
+        intrinsics.relax(turn)
+    thread_pool.count_guests(pool, -1)
+    return is_open
+
+
+@jit.njit(called_with="(int64[::1], int64, int64, int64)", nogil=True)
+def await_gate(state, k, num_pauses, pool):  # type: ignore[no-untyped-def]
+    """Spin at most ``num_pauses`` times for gate ``k``; False: it is SLEEPING, the caller parks.
+
+    Meanwhile join the jobs of the pool at an address, unless it is 0.
+    """
     gate = _gate_at(intrinsics.address_of(state), k)
-    return (
-        _spin(gate, num_pauses)
-        or intrinsics.compare_exchange(gate, "state", CLOSED, SLEEPING) == OPEN
+    is_open = (
+        _spin_as_guest(gate, num_pauses, pool)
+        if pool != 0 and num_pauses > 0
+        else _spin(gate, num_pauses)
     )
+    return is_open or intrinsics.compare_exchange(gate, "state", CLOSED, SLEEPING) == OPEN
 
 
 @jit.njit(called_with="(int64[::1], int64, int64, int64)", nogil=True)

@@ -5,7 +5,9 @@ pieces of it. A caller waits only for helpers that are inside its job: it cannot
 callers progress together, and a forked child without helpers still computes.
 
 Posting and joining happen in compiled code, without the GIL: a helper that is awake joins within a
-microsecond. After a while without work it parks, and waking it takes 30 to 100 us.
+microsecond. After a while without work it parks, and waking it takes 30 to 100 us. Threads that
+spin for something else, as replicas that wait for a collective do, join jobs meanwhile: they are
+awake, and hold the cores that helpers would need.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ _NUM_SLOTS = 8
 class _PoolHead(NamedTuple):
     num_jobs: int  # posted
     num_asleep: int  # helpers
+    num_guests: int  # threads that spin for something else, and join jobs meanwhile
 
 
 class _JobSlot(NamedTuple):
@@ -64,6 +67,7 @@ _SLOTS = _HEAD.itemsize  # offsets in bytes
 _HELPERS = _SLOTS + _NUM_SLOTS * _SLOT.itemsize
 # Indices of words that Python reads.
 _NUM_ASLEEP = records.index(_HEAD, "num_asleep")
+_NUM_GUESTS = records.index(_HEAD, "num_guests")
 _POOL_SLOT = JobHeader._fields.index("pool_slot")
 
 # Bytes moved from which on a job is shared, and from which on helpers are woken for it.
@@ -100,20 +104,32 @@ def help_out(pool):  # type: ignore[no-untyped-def]
             intrinsics.fetch_add(slot, "num_inside", -1)
 
 
+@jit.njit(nogil=True)
+def has_jobs(pool):  # type: ignore[no-untyped-def]
+    """Return whether a job is posted."""
+    return intrinsics.load_shared(_head_at(pool), "num_jobs") > 0
+
+
+@jit.njit(nogil=True)
+def count_guests(pool, change):  # type: ignore[no-untyped-def]
+    """Count threads that come, or go: they spin for something else, and join jobs meanwhile."""
+    intrinsics.fetch_add(_head_at(pool), "num_guests", change)
+
+
 @jit.njit(called_with="(int64, int64, int64)", nogil=True)
 def _serve(pool, helper, num_pauses):  # type: ignore[no-untyped-def]
     """Help until no job was posted for ``num_pauses``; True: marked asleep, the caller parks."""
     head = _head_at(pool)
     turn = 0
     while turn < num_pauses:
-        if intrinsics.load_shared(head, "num_jobs") > 0:
+        if has_jobs(pool):
             help_out(pool)
             turn = 0
         turn += 1
         intrinsics.relax(turn)
     intrinsics.fetch_add(head, "num_asleep", 1)
     intrinsics.store_shared(_helper_at(pool + _HELPERS, helper), "is_asleep", 1)
-    if intrinsics.load_shared(head, "num_jobs") > 0:
+    if has_jobs(pool):
         return not _mark_awake(pool, helper)
     return True
 
@@ -177,14 +193,18 @@ def _new_words(num_helpers: int) -> HostArray:
     return intrinsics.words((_HELPERS + num_helpers * _HELPER.itemsize) // 8)
 
 
-class _Pool:
+class ThreadPool:
     """Pool of daemon threads, started when first needed; fewer where no more can be started."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: in a forked child the threads, and a holder of the lock, do not exist."""
         self.lock = threading.Lock()
         self.wake_locks: list[threading.Lock] | None = None  # not started
         self.words = _new_words(0)
-        self.address = 0
+        self.address = 0  # of the words, once started
         self.threads: list[threading.Thread] = []
         self.abandoned: list[HostArray] = []  # jobs that a stopped thread may still touch
 
@@ -252,17 +272,15 @@ def _run_helper(words: HostArray, address: int, helper: int, wake_lock: threadin
                 pass
 
 
-_pool = _Pool()
-
-
-def _reset_after_fork() -> None:
-    """Replace the pool in a forked child: its threads, and a holder of its lock, do not exist."""
-    global _pool
-    _pool = _Pool()
-
+_pool = ThreadPool()
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
+    os.register_at_fork(after_in_child=_pool.reset)
+
+
+def of_process() -> ThreadPool:
+    """Return the pool of this process; its address is 0 until it is started."""
+    return _pool
 
 
 def wake() -> None:
@@ -287,7 +305,8 @@ def execute(job: HostArray, address: int, moved: int, copies: Copies = ()) -> No
         return
     if pool.wake_locks is None:
         pool.start()
-    if moved >= _WAKING_NBYTES and pool.words[_NUM_ASLEEP]:
+    words = pool.words
+    if moved >= _WAKING_NBYTES and words[_NUM_ASLEEP] > words[_NUM_GUESTS]:
         pool.wake()
     try:
         occupied = _execute(pool.address, address, _SETTLE_PAUSES)
@@ -301,7 +320,7 @@ def execute(job: HostArray, address: int, moved: int, copies: Copies = ()) -> No
         raise
 
 
-def _finish(pool: _Pool, job: HostArray, address: int, occupied: int, copies: Copies) -> None:
+def _finish(pool: ThreadPool, job: HostArray, address: int, occupied: int, copies: Copies) -> None:
     """Wait for the helpers inside the job, then copy."""
     interrupted: BaseException | None = None
     timeout = deadlines.timeout_seconds()
