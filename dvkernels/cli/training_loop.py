@@ -21,10 +21,10 @@ __all__: list[str] = []
 class TrainingConfig:
     """Hyperparameters of a training run; the same for every strategy."""
 
-    epochs: int = 80
+    epochs: int = 100
     batch_size: int = 2048  # global
     num_hidden: int = 768
-    learning_rate: float = 0.04
+    learning_rate: float = 0.05
     momentum: float = 0.9
     dtype: str = "float32"
     seed: int = 0
