@@ -15,8 +15,8 @@ from typing import Any
 
 from dvkernels.errors import BufferMismatchError
 from dvkernels.kernels import update_rules
+from dvkernels.kernels.cpu.engine import grouped_job, optimizer_rules, thread_pool
 from dvkernels.kernels.cpu.engine import job as jobs
-from dvkernels.kernels.cpu.engine import optimizer_rules
 from dvkernels.kernels.cpu.engine.job_layout import Row
 from dvkernels.reduce_op import ReduceOp
 
@@ -179,16 +179,16 @@ def take_step(
                 f"{len(shares)} and {checked.op.value!r}"
             )
         divisor = optimizer_rules.WEIGHTED
-    program = _program(num_replicas, num_copies, len(states), divisor)
-    for (dtype, values), arrays in checked.groups.items():
-        runner = optimizer_rules.runner(number, dtype)
-        constants = optimizer_rules.constants(values, shares or ())
-        jobs.run(checked.op, dtype, arrays, program, runner=runner, constants=constants)
-
-
-def _program(num_replicas: int, num_copies: int, num_states: int, divisor: int) -> jobs.Program:
-    """Return a program of one row: sum the gradients into a block, the next entry of the table."""
+    # The gradients are summed into a block, whose entry of the table follows those of the arrays.
     row = Row(-1, 0, num_replicas, num_replicas, num_copies, divisor)
-    num_arrays = num_replicas + num_copies * num_states
-    table = (*range(num_replicas), 0, *range(num_replicas, num_arrays))
-    return jobs.Program((row,), table, num_arrays, num_replicas)
+    num_arrays = num_replicas + num_copies * len(states)
+    program = jobs.Program((row,), (*range(num_arrays), 0), num_arrays, num_replicas)
+    for (dtype, values), arrays in checked.groups.items():
+        found = optimizer_rules.recipe_of(number, dtype)
+        constants = optimizer_rules.constants(values, shares or ())
+        job = grouped_job.fill(arrays, found, row, num_arrays + 1, constants) if found else None
+        if job is not None:
+            thread_pool.execute(*job)
+        else:
+            runner = optimizer_rules.runner(number, dtype)
+            jobs.run(checked.op, dtype, arrays, program, runner=runner, constants=constants)

@@ -5,6 +5,7 @@ The rules are those of kernels/update_rules.py, on float32 and float64.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numba import types
 
 from dvkernels.kernels import arithmetic, jit
-from dvkernels.kernels.cpu.engine import intrinsics, job_layout, loops
+from dvkernels.kernels.cpu.engine import array_structs, intrinsics, job_layout, loops, recipe
 from dvkernels.kernels.cpu.engine.intrinsics import carray
 from dvkernels.kernels.cpu.engine.span import span
 from dvkernels.kernels.update_rules import ADAM, NESTEROV, PLAIN, Coefficients
@@ -47,6 +48,12 @@ def runner(rule: int, dtype: np.dtype[Any]) -> int:
     return address
 
 
+@functools.cache
+def recipe_of(rule: int, dtype: np.dtype[Any]) -> recipe.Recipe | None:
+    """Return the recipe of a rule; None where compiled code cannot read arrays."""
+    return recipe.new(runner(rule, dtype), dtype) if array_structs.IS_SUPPORTED else None
+
+
 def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
     """Compile the runner of a rule over ``real``, which is float32 or float64."""
     num_slots = (0, 1, 1, 2)[rule]
@@ -59,9 +66,9 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
         coefficients = carray(intrinsics.pointer(job.constants), _NUM_COEFFICIENTS, np.float64)
         after = job.constants + 8 * _NUM_COEFFICIENTS
         shares = carray(intrinsics.pointer(after), num_replicas, np.float64)
-        # The arrays of each kind have consecutive entries in the table. The block of the summed
-        # gradients has one, too, between those of the gradients and the parameters.
-        block_entry, parameters = num_replicas, num_replicas + 1
+        # The arrays of each kind have consecutive entries in the table, gradients first. The block
+        # of the summed gradients has the last entry.
+        block_entry, parameters = job.num_arrays - 1, num_replicas
         slots = parameters + num_copies if num_slots > 0 else parameters
         others = slots + num_copies if num_slots > 1 else slots
         scratch = np.empty(job.num_arrays, np.int64)

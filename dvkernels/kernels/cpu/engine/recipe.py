@@ -37,11 +37,12 @@ recipe_at = records.view(records.layout(_RecipeWords))
 
 
 class Recipe(NamedTuple):
-    """Recipe of a reduction in memory."""
+    """Recipe in memory."""
 
     words: HostArray
     address: int
     itemsize: int
+    is_mean: bool
     dtype: np.dtype[Any]  # kept alive: its address is one of the words
 
 
@@ -52,21 +53,28 @@ def register(op: Reduction, dtype: np.dtype[Any]) -> None:
     """Enable the fast path for an operation and a dtype that have passed all checks."""
     if not array_structs.IS_SUPPORTED or type(op) is not ReduceOp or (op, dtype) in recipes:
         return
-    factor = arithmetic.factor(op, dtype)
+    made = new(loops.runner(op, dtype), dtype, arithmetic.factor(op, dtype), op is ReduceOp.MEAN)
+    recipes[op, dtype] = recipes[op.value, dtype] = made
+
+
+def new(runner: int, dtype: np.dtype[Any], factor: int = 1, is_mean: bool = False) -> Recipe:
+    """Return the recipe of the runner at an address.
+
+    An element of the dtype is ``factor`` elements of the runner.
+    """
     # Arrays of a built-in dtype share one dtype object; arrays of other dtypes are declined.
     values = _RecipeWords(
         array_type=id(np.ndarray),
         dtype=id(dtype),
-        runner=loops.runner(op, dtype),
+        runner=runner,
         itemsize=dtype.itemsize // factor,
         factor=factor,
-        is_mean=op is ReduceOp.MEAN,
+        is_mean=is_mean,
         shared_nbytes=thread_pool.SHARED_NBYTES,
         num_threads=thread_pool.num_threads(),
     )
     words = np.array(values, np.int64)
-    found = Recipe(words, checks.address(words), values.itemsize, dtype)
-    recipes[op, dtype] = recipes[op.value, dtype] = found
+    return Recipe(words, checks.address(words), values.itemsize, is_mean, dtype)
 
 
 @jit.njit()
