@@ -7,6 +7,7 @@ synchronization. Virtual cores that share a physical one gain little, whoever di
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -52,21 +53,22 @@ def _rate(parts: list[Part], weights: Any, repeats: int) -> float:
 
     Each thread measures its own time, so that their start and their end are off the clock.
     """
-    seconds = [0.0] * len(parts)
     together = threading.Barrier(len(parts))
 
-    def compute(thread: int) -> None:
-        images, labels, workspace = parts[thread]
+    def compute(part: Part) -> float:
+        images, labels, workspace = part
         together.wait()
         started = clock()
         for _ in range(repeats):
+            if together.broken:
+                break
             mlp.gradient_and_loss(weights, images, labels, workspace)
-        seconds[thread] = clock() - started
+        return clock() - started
 
-    threads = [threading.Thread(target=compute, args=(k,)) for k in range(len(parts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(parts)) as pool:
+        try:
+            seconds = list(pool.map(compute, parts))
+        finally:
+            together.abort()  # an interrupt ends what runs, and what waits for others to start
     num_examples = repeats * sum(len(images) for images, _, _ in parts)
     return num_examples * len(parts) / sum(seconds)

