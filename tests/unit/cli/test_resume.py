@@ -15,7 +15,7 @@ EPOCHS = 20
 
 def words(*options, replicas=2):
     return [
-        "train", "--json", "--epochs", str(EPOCHS), "--hidden", "64", "--dtype", "float64",
+        "train", "--json", "--epochs", str(EPOCHS), "--hidden", "32", "--dtype", "float64",
         "--replicas", str(replicas), *options,
     ]  # fmt: skip
 
