@@ -22,6 +22,7 @@ import numpy as np
 
 from dvkernels import user_errors
 from dvkernels.data.array_nest import Element, leading_length, slice_rows
+from dvkernels.data.buffer_pool import BufferPool
 from dvkernels.data.error_policy import skipping
 from dvkernels.data.resume_points import ResumePoints
 from dvkernels.data.stacking import stack
@@ -81,7 +82,8 @@ class Node(abc.ABC):
         return self._stacked(range(start, stop), epoch)
 
     def _stacked(self, indices: Sequence[int], epoch: int) -> Element:
-        batch = stack(self.elements(indices, epoch), len(indices))
+        pools: list[BufferPool] = vars(self).setdefault("_buffer_pools", [])  # atomic
+        batch = stack(self.elements(indices, epoch), len(indices), pools)
         if batch is None:
             raise EmptyBatchError(f"every element of a batch of {self!r} failed")
         return batch

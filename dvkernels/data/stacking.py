@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dvkernels.data.array_nest import Element, as_array
+from dvkernels.data.buffer_pool import BufferPool
 from dvkernels.data.checks import unexpected
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import DatasetError
@@ -18,6 +19,8 @@ __all__: list[str] = []
 
 # Allocated at first for one leaf, since a sequential source may end long before a batch is full.
 _INITIAL_BYTES = 2**26
+# Smaller memory is used again by the allocator, without page faults.
+_LARGE_NBYTES = 2**17
 # Types that are leaves for certain: asking optree takes longer than copying a short row.
 _LEAF_TYPES = frozenset({np.ndarray, bool, int, float, complex, *np.sctypeDict.values()})
 
@@ -32,12 +35,15 @@ class BatchBuilder:
     ----------
     capacity : int
         The largest number of elements.
+    pools : list of BufferPool
+        Where large batches get their memory, one for each leaf; missing ones are appended.
     """
 
-    __slots__ = ("_capacity", "_columns", "_num_values", "_structure", "count")
+    __slots__ = ("_capacity", "_columns", "_num_values", "_pools", "_structure", "count")
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, pools: list[BufferPool]) -> None:
         self._capacity = capacity
+        self._pools = pools
         self._columns: list[_Column] = []
         self._structure: Structure | None = None
         self._num_values: int | None = None  # _num_values() of the first element
@@ -68,7 +74,12 @@ class BatchBuilder:
             self._structure = structure
             self._num_values = _num_values(element)
             names = leaf_names(element, "element")
-            self._columns = [_Column(name, self._capacity) for name in names]
+            while len(self._pools) < len(names):
+                self._pools.append(BufferPool())
+            self._columns = [
+                _Column(name, self._capacity, pool)
+                for name, pool in zip(names, self._pools, strict=False)
+            ]
         elif structure != self._structure:
             raise DatasetError(
                 "batch: expected the elements of a batch to have one structure; got "
@@ -87,11 +98,15 @@ class BatchBuilder:
 class _Column:
     """Rows of one leaf of the batch."""
 
-    __slots__ = ("_capacity", "_dtype", "_mixed", "_name", "_rows", "_shape")
+    __slots__ = (
+        "_capacity", "_dtype", "_memory", "_mixed", "_name", "_pool", "_rows", "_shape",
+    )  # fmt: skip
 
-    def __init__(self, name: str, capacity: int) -> None:
+    def __init__(self, name: str, capacity: int, pool: BufferPool) -> None:
         self._name = name
         self._capacity = capacity
+        self._pool = pool
+        self._memory: HostArray | None = None  # of the rows, if it is the pool's
         self._shape: tuple[int, ...] | None = None
         self._dtype: np.dtype[Any] | None = None
         self._rows: HostArray = np.empty(0)
@@ -120,6 +135,11 @@ class _Column:
     def build(self, count: int) -> HostArray:
         if self._mixed is not None:
             return self._stacked(self._mixed)
+        if self._memory is not None:
+            if 2 * count < len(self._rows):
+                return self._rows[:count].copy()
+            self._pool.give_back(self._memory)
+            return self._rows[:count]
         if count < len(self._rows):
             self._rows.resize((count, *self._rows.shape[1:]), refcheck=False)
         return self._rows
@@ -141,7 +161,13 @@ class _Column:
         self._shape, self._dtype = array.shape, array.dtype
         capacity = max(1, min(self._capacity, _INITIAL_BYTES // max(1, array.nbytes)))
         # The dtype of a batch is NumPy's result type of its rows, in native byte order.
-        self._rows = np.empty((capacity, *array.shape), np.result_type(array.dtype, array.dtype))
+        dtype = np.result_type(array.dtype, array.dtype)
+        shape, nbytes = (capacity, *array.shape), capacity * array.nbytes
+        if nbytes < _LARGE_NBYTES or capacity < self._capacity or dtype.kind not in "biufcmM":
+            self._rows = np.empty(shape, dtype)
+        else:
+            self._memory = self._pool.take(nbytes)
+            self._rows = np.ndarray(shape, dtype, self._memory)
 
     def _row(self, leaf: Any, row: int) -> HostArray:
         if type(leaf) in (int, float) and -(2**63) <= leaf < 2**63:
@@ -170,9 +196,11 @@ def _num_values(element: Element) -> int | None:
     return len(element) or None
 
 
-def stack(elements: Iterable[Element], capacity: int) -> Element:
+def stack(
+    elements: Iterable[Element], capacity: int, pools: list[BufferPool] | None = None
+) -> Element:
     """Stack at most ``capacity`` elements along a new leading axis; None if there are none."""
-    batch = BatchBuilder(capacity)
+    batch = BatchBuilder(capacity, [] if pools is None else pools)
     for element in elements:
         batch.add(element)
     return batch.build() if batch.count else None
@@ -180,8 +208,9 @@ def stack(elements: Iterable[Element], capacity: int) -> Element:
 
 def batches(elements: Iterator[Element], size: int, drops_remainder: bool) -> Iterator[Element]:
     """Yield the elements in batches of ``size``, the last one perhaps shorter, or dropped then."""
+    pools: list[BufferPool] = []
     while True:
-        batch = BatchBuilder(size)
+        batch = BatchBuilder(size, pools)
         for element in itertools.islice(elements, size):
             batch.add(element)
         if not batch.count or (batch.count < size and drops_remainder):

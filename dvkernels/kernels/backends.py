@@ -46,3 +46,9 @@ def gate() -> Any:
 def permutation() -> Any:
     """Return the module of the compiled Feistel permutation, which shuffles indices."""
     return numba_import.module("dvkernels.kernels.cpu.feistel")
+
+
+@functools.cache
+def take() -> Any:
+    """Return the module of the compiled gather of rows."""
+    return numba_import.module("dvkernels.kernels.cpu.take")

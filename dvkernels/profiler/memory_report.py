@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["MemoryReport", "memory"]
 
-OWNERS = ("variables", "slots", "workspaces", "prefetch")
+OWNERS = ("variables", "slots", "workspaces", "prefetch", "batches")
 
 # Yields (device, owner, bytes) of all arrays that a module holds at the moment.
 Account = Callable[[], Iterable[tuple[str, str, int]]]
@@ -30,8 +30,9 @@ class MemoryReport:
     ----------
     by_device : dict of dict
         Bytes by device, such as ``"cpu:0"``, and owner: ``"variables"`` (their copies),
-        ``"slots"`` (of optimizers), ``"workspaces"`` (arrays in which writes are computed) and
-        ``"prefetch"`` (prefetched batches).
+        ``"slots"`` (of optimizers), ``"workspaces"`` (arrays in which writes are computed),
+        ``"prefetch"`` (prefetched batches) and ``"batches"`` (memory of batches that nobody holds
+        any more, kept for the next ones).
     process_nbytes : int or None
         Resident memory of the process; None where the system does not report it.
     process_peak_nbytes : int or None

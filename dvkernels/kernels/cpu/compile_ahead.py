@@ -11,14 +11,14 @@ import numpy as np
 from dvkernels.devices import interop
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import jit, update_rules
-from dvkernels.kernels.cpu import feistel, group, shm_all_reduce
+from dvkernels.kernels.cpu import feistel, group, shm_all_reduce, take
 from dvkernels.kernels.cpu.engine import gate, grouped_job, loops, optimizer_rules
 from dvkernels.reduce_op import ReduceOp, check_dtype
 
 __all__ = ["compile_all"]
 
 # Modules whose functions are compiled at import, or by ``jit.ahead``.
-_MODULES: list[Any] = [gate, group, grouped_job, feistel, shm_all_reduce]
+_MODULES: list[Any] = [gate, group, grouped_job, feistel, shm_all_reduce, take]
 _DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "float16", "bfloat16", "float32", "float64", "complex64", "complex128",

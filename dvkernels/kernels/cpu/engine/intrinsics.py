@@ -192,6 +192,12 @@ def prefetch(builder: Any, address: Any) -> None:
     emit_prefetch(builder, builder.inttoptr(address, _BYTE), True)
 
 
+@emitted(types.void, types.int64)
+def prefetch_to_read(builder: Any, address: Any) -> None:
+    """Prefetch the cache line at an address, for reading."""
+    emit_prefetch(builder, builder.inttoptr(address, _BYTE), False)
+
+
 @emitted(types.void, types.int64, types.int64)
 def call(builder: Any, function: Any, argument: Any) -> None:
     """Call the compiled ``void function(int64)`` at an address."""

@@ -53,7 +53,7 @@ def advance(job, at, addresses):  # type: ignore[no-untyped-def]
     if line >= end_of_lines:
         piece += 1
         if piece >= end_of_pieces:
-            attempt, piece, end_of_pieces = _claim(job, ordinal, attempt)
+            attempt, piece, end_of_pieces = claim(job, ordinal, attempt)
             if end_of_pieces == 0:
                 length = np.int64(-1)
         if length >= 0:
@@ -66,7 +66,7 @@ def advance(job, at, addresses):  # type: ignore[no-untyped-def]
 
 
 @jit.njit(nogil=True)
-def _claim(job, ordinal, attempt):  # type: ignore[no-untyped-def]
+def claim(job, ordinal, attempt):  # type: ignore[no-untyped-def]
     """Claim pieces for a thread; return its attempt, the first piece, and the end (0: none left).
 
     A thread begins with the queue of its own number, so that repeated calls find their data in the
