@@ -6,6 +6,7 @@ possible.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ __all__: list[str] = []
 
 _MOST_STEPS_IN_A_BLOCK = 64
 _NUM_BLOCKS = 20
-_STEPS_PER_REPEAT = 4  # of the compute alone
+_STEPS_PER_REPEAT = 2  # of the compute alone
+_LEAST_SECONDS = 0.01  # of the compute alone
 _REST_SECONDS = 0.002  # until the replicas that spin for the next step sleep
 
 AfterStep = Callable[[], bool]  # whether to stop
@@ -62,16 +64,18 @@ class Comparison:
 
     def _block(self, size: int, after_step: AfterStep, after_step_alone: AfterStep) -> None:
         together = _advance(self.training, size, after_step)
-        self._measure_possible(max(1, size // _STEPS_PER_REPEAT))
+        self._measure_possible(size)
         if self.alone is not None:
             time.sleep(_REST_SECONDS)
             alone = _advance(self.alone, self.training.steps - self.alone.steps, after_step_alone)
             if together > 0 < alone:
                 self.speed_ups.append(alone / together)
 
-    def _measure_possible(self, repeats: int) -> None:
-        if self.compute is None:
+    def _measure_possible(self, size: int) -> None:
+        if self.compute is None or not self.training.times.num_steps:
             return
+        seconds = self.training.times.by_part()["compute"]
+        repeats = max(1, size // _STEPS_PER_REPEAT, math.ceil(_LEAST_SECONDS / seconds))
         weights = self.training.weights.read_value()
         time.sleep(_REST_SECONDS)
         on_all = self.training.sum_over_workers(self.compute.on_all_threads(weights, repeats))
