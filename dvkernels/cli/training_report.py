@@ -20,6 +20,7 @@ __all__: list[str] = []
 _GOAL = 0.9  # of what is possible
 _GUESSING = math.log(10)  # loss of equal probabilities for all digits
 _MUCH = 0.1  # share of the cores that other programs take
+_SHORT = 5e-4  # seconds of compute that are too few to share, however busy the cores
 
 
 def figures(
@@ -87,7 +88,9 @@ def notes(found: dict[str, Any], num_examples: int) -> list[str]:
             f"other programs took {others:.0%} of the cores meanwhile: the figures of a quiet "
             f"machine are better"
         )
-        return said  # what follows would be about them
+        if _is_too_small(found) and found["seconds"]["compute"] < _SHORT:
+            said.append(_what_would_pay(found, num_examples))
+        return said  # the rest would be about them
     possible, num_replicas = found["possible_speed_up"], found["num_replicas"]
     if possible is not None and possible < 0.75 * num_replicas:
         reason = (

@@ -138,3 +138,6 @@ def test_other_programs_are_named_before_anything_else_is_blamed():
     busy = found(share_of_other_programs=0.4, possible_speed_up=1.0, speed_up_over_possible=0.2)
     (note,) = training_report.notes(busy, 1000)
     assert "other programs took 40%" in note
+    busy["seconds"] = {"compute": 1e-4, "start": 1e-3}
+    _, note = training_report.notes(busy, 1000)
+    assert "too small" in note
