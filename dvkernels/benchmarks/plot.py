@@ -1,9 +1,9 @@
-"""Plot of a benchmark: bandwidth and time by size, of our collective, the probe and the peers."""
+"""Plots: bandwidth and time of a collective by size; loss and time per step of a training."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from dvkernels.benchmarks.measurement import Measurement
 from dvkernels.errors import DvKernelsError
 from dvkernels.profiler.atomic_file import AtomicFile
 
-__all__ = ["FormatError", "MissingPackageError", "check", "draw"]
+__all__ = ["FormatError", "MissingPackageError", "check", "draw", "draw_training"]
 
 
 class MissingPackageError(DvKernelsError, ImportError):
@@ -28,7 +28,7 @@ def check(path: Path) -> None:
     known = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in known:
         raise FormatError(
-            f"bench --plot: {path.name!r} must end in the name of a format, such as .svg; known "
+            f"--plot: {path.name!r} must end in the name of a format, such as .svg; known "
             f"are {', '.join(known)}"
         )
 
@@ -39,7 +39,7 @@ def _matplotlib(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise MissingPackageError(
-            "bench --plot needs matplotlib: pip install 'dvkernels[plot]'"
+            "--plot needs matplotlib: pip install 'dvkernels[plot]'"
         ) from None
 
 
@@ -67,8 +67,42 @@ def draw(measurements: Sequence[Measurement], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
     time.set_yscale("log")
     rate.legend(fontsize=8)
+    _save(figure, path, title)
+
+
+def draw_training(
+    losses: Mapping[str, tuple[int, Sequence[float]]],
+    seconds: Mapping[str, Mapping[str, float] | None],
+    path: Path,
+    title: str,
+) -> None:
+    """Draw the losses of trainings from their first steps on, and the time per step by part."""
+    pyplot = _matplotlib("matplotlib.pyplot")
+    figure, (loss, time) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for (name, (first, values)), style in zip(losses.items(), ("-", "--"), strict=True):
+        loss.plot(range(first, first + len(values)), values, style, label=name, linewidth=1)
+    loss.set_yscale("log")
+    loss.set_xlabel("step")
+    loss.set_ylabel("loss")
+    loss.legend(fontsize=8)
+    measured = {name: parts for name, parts in seconds.items() if parts}
+    lefts = dict.fromkeys(measured, 0.0)
+    for part in next(iter(measured.values()), {}):
+        widths = {name: 1e3 * parts[part] for name, parts in measured.items()}
+        time.barh([*widths], [*widths.values()], left=[*lefts.values()], label=part)
+        lefts = {name: lefts[name] + width for name, width in widths.items()}
+    time.set_xlabel("time per step (ms)")
+    if measured:
+        time.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5)
+    for axes in (loss, time):
+        axes.grid(alpha=0.3)
+    _save(figure, path, title)
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    """Write a figure to a file whose suffix names the format."""
     figure.suptitle(title, fontsize=10)
     kind = path.suffix.removeprefix(".") or "png"
     metadata = {"Date": None} if kind == "svg" else None
     AtomicFile(path).fill(lambda file: figure.savefig(file, format=kind, metadata=metadata))
-    pyplot.close(figure)
+    _matplotlib("matplotlib.pyplot").close(figure)

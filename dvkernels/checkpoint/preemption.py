@@ -115,6 +115,11 @@ class PreemptionHandler:
         """Whether this process has received a preemption signal."""
         return self._received is not None
 
+    @property
+    def received(self) -> str | None:
+        """Name of the last preemption signal that this process has received, or None."""
+        return self._received
+
     def after_step(self, step: int) -> None:
         """Return; or, after a signal, save ``step`` and raise ``SystemExit``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 __all__: list[str] = []
 
@@ -29,6 +30,17 @@ def _at_least(least: int, text: str) -> int:
     number = integer(text)
     if number < least:
         raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
     return number
 
 

@@ -143,7 +143,7 @@ def measure(arguments: argparse.Namespace, others: OtherLibraries) -> int:
         for name in collectives
         for nbytes in _sizes(arguments.sizes, arguments.factor)
     ]
-    plot_path = None if arguments.plot is None else _plot_path(arguments.plot)
+    plot_path = None if arguments.plot is None else output_paths.plot(arguments.plot)
     quiet = arguments.json == "-"
     json_path = (
         None if quiet or arguments.json is None else output_paths.file("--json", arguments.json)
@@ -243,15 +243,6 @@ def _nbytes(text: str) -> int:
     if not number.isdecimal() or int(number) < 1:
         raise BufferMismatchError(f"bench: expected a size such as 4, 64K or 256M; got {text!r}")
     return int(number) * _SUFFIXES[suffix]
-
-
-def _plot_path(name: str) -> Path:
-    """Return the path of the plot; raise if its format is unknown or it cannot be written."""
-    from dvkernels.benchmarks import plot
-
-    path = Path(name)
-    plot.check(path)
-    return output_paths.file("--plot", name)
 
 
 def _about(arguments: argparse.Namespace, program: str) -> dict[str, Any]:

@@ -58,5 +58,14 @@ def folder(option: str, name: str, *, create: bool = False) -> Path:
     return path
 
 
+def plot(name: str) -> Path:
+    """Return the path of a plot after a check that matplotlib can write its format there."""
+    from dvkernels.benchmarks import plot
+
+    path = Path(name)
+    plot.check(path)
+    return file("--plot", name)
+
+
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)

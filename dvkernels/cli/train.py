@@ -9,29 +9,24 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dvkernels as dv
 from dvkernels.checkpoint.format import step_names
-from dvkernels.cli import argument_types, digits, mlp, output_paths, training_loop
-from dvkernels.cli.training_loop import (
-    CheckpointConfig,
-    ProgressReport,
-    TrainingConfig,
-    TrainingResult,
-)
+from dvkernels.cli import argument_types, digits, output_paths, training_loop, training_report
+from dvkernels.cli.comparison import Comparison
+from dvkernels.cli.compute_alone import ComputeAlone
+from dvkernels.cli.progress_bars import ProgressBars, say
+from dvkernels.cli.run_checkpoints import CheckpointConfig, NoCheckpoints, RunCheckpoints
+from dvkernels.cli.training_loop import Training, TrainingConfig
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.devices import cpu
 from dvkernels.devices.device import Device
 from dvkernels.devices.registry import list_devices, resolve
 from dvkernels.errors import CheckpointError, DvKernelsError
-from dvkernels.strategies.base import Strategy
-from dvkernels.strategies.mirrored import MirroredStrategy
-from dvkernels.strategies.multi_worker_mirrored import MultiWorkerMirroredStrategy
-from dvkernels.strategies.one_device import OneDeviceStrategy
 
 __all__: list[str] = []
 
@@ -54,18 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=argument_types.positive,
         default=defaults.epochs,
-        help="passes over the training set",
+        help="passes over the training set, 1437 digits and their shifts by one pixel",
     )
     parser.add_argument(
         "--batch-size",
         type=argument_types.positive,
         default=defaults.batch_size,
-        help="global batch size, of all replicas together",
+        help="global batch size, of all replicas together; a larger one gives each replica more "
+        "work per step",
     )
     parser.add_argument(
-        "--hidden", type=argument_types.positive, default=defaults.num_hidden, help="hidden units"
+        "--hidden",
+        type=argument_types.positive,
+        default=defaults.num_hidden,
+        help="hidden units; more of them make the compute and the gradients larger",
     )
-    parser.add_argument("--device", default="cpu", help="kind of device: cpu or cuda")
+    parser.add_argument(
+        "--learning-rate",
+        type=argument_types.positive_number,
+        default=defaults.learning_rate,
+        help="learning rate of the first step of gradient descent with momentum; it falls as "
+        "1 / (1 + steps / 300)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="kind of device of the replicas: cpu or cuda"
+    )
     parser.add_argument(
         "--seed",
         type=argument_types.natural,
@@ -79,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="element type of the weights",
     )
     parser.add_argument(
-        "--checkpoint-dir", help="save checkpoints here; SIGTERM and SIGUSR1 save one and exit"
+        "--checkpoint-dir",
+        metavar="DIR",
+        help="save checkpoints here (default: none); Ctrl-C, SIGHUP, SIGTERM and SIGUSR1 save the "
+        "current step and exit",
     )
     parser.add_argument(
         "--checkpoint-every",
@@ -90,21 +101,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint; start afresh where there is none",
+        help="go on from the newest checkpoint; start afresh where there is none (default: start "
+        "afresh, and refuse a folder that holds checkpoints)",
     )
     parser.add_argument(
         "--preemption-exit-code",
         type=argument_types.exit_status,
         default=42,
-        help="exit status after SIGTERM or SIGUSR1",
+        help="exit status after SIGTERM or SIGUSR1; that after Ctrl-C is 130, after SIGHUP 129",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object; times are seconds per step"
+        "--plot",
+        metavar="FILE",
+        help="draw loss and time per step to a file, whose suffix names the format (default: none)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object; times are in seconds (default: lines of text)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, test, compare with one device, and print the results."""
+    """Train, on one device in turn, test, and print the results; return 1 if the run diverged."""
     for package in ("sklearn", "rich", "threadpoolctl"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(
@@ -116,75 +135,92 @@ def run(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         num_hidden=arguments.hidden,
+        learning_rate=arguments.learning_rate,
         dtype=arguments.dtype,
         seed=arguments.seed,
     )
-    data = digits.load(config.dtype)
-    checkpoints = _checkpoint_config(arguments)
+    plot_path = output_paths.plot(arguments.plot) if arguments.plot else None
+    data = digits.with_shifts(digits.load(config.dtype))
+    checkpoint_config = _checkpoint_config(arguments, training_loop.steps_per_epoch(config, data))
     resolver = default_resolver()
-    with _one_blas_thread(), _strategy(resolver, devices) as strategy:
-        num_replicas = strategy.num_replicas_in_sync
-        if not resolver.is_chief:
-            training_loop.train(strategy, config, data, _ignore_progress, checkpoints)
-            return 0
-        _say(
-            f"{len(data.train_images)} training and {len(data.test_images)} test digits; "
-            f"{argument_types.counted(num_replicas, 'replica')}; "
-            "BLAS uses one thread per replica"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_blas_thread())
+        strategy = stack.enter_context(_strategy(resolver, devices))
+        training = Training(strategy, config, data)
+        stack.enter_context(training.batches)
+        checkpoints: NoCheckpoints | RunCheckpoints = (
+            NoCheckpoints()
+            if checkpoint_config is None
+            else RunCheckpoints(training, checkpoint_config)
         )
-        outcome = _train(strategy, config, data, "training", checkpoints)
-        if outcome.resumed_at_step == outcome.steps:
-            _say(
-                f"nothing left to do: the run in {arguments.checkpoint_dir} has completed its "
-                f"{outcome.steps} steps, {config.epochs} epochs; pass a larger --epochs to go on"
-            )
-        with OneDeviceStrategy(devices[0]) as alone:
-            reference = _train(alone, config, data, "the same on one device", None)
-
-    def accuracy(trained: TrainingResult) -> float:
-        return mlp.accuracy(trained.weights, config.num_hidden, data.test_images, data.test_labels)
-
-    result = {
-        "test_accuracy": accuracy(outcome),
-        "final_loss": outcome.final_loss,
-        "weights_sha256": mlp.checksum(outcome.weights),
-        "num_workers": resolver.num_workers,
-        "num_replicas": num_replicas,
-        "steps": outcome.steps,
-        "resumed_at_step": outcome.resumed_at_step,
-        "examples_per_second": outcome.examples_per_second,
-        "seconds_per_step": outcome.seconds_per_step,
-        "compute_seconds": outcome.compute_seconds,
-        "communication_seconds": outcome.communication_seconds,
-        "input_seconds": outcome.input_seconds,
-        "relative_difference_to_one_device": training_loop.relative_difference(
-            outcome.weights, reference.weights
-        ),
-        "one_device_test_accuracy": accuracy(reference),
-        "one_device_examples_per_second": reference.examples_per_second,
-        "speed_up": _speed_up(outcome, reference),
-        "dtype": config.dtype,
-        "seed": config.seed,
-    }
-    print(json.dumps(result) if arguments.json else _report(result))
-    return 0
+        stack.enter_context(checkpoints)
+        alone = None
+        if resolver.is_chief:
+            alone = Training(stack.enter_context(dv.OneDeviceStrategy(devices[0])), config, data)
+            stack.enter_context(alone.batches)
+            _announce(data, strategy.num_replicas_in_sync)
+        comparison = Comparison(training, alone, _compute_alone(config, data, strategy))
+        _run(comparison, checkpoints)
+        checkpoints.finish()
+    if alone is None:
+        return 0
+    result = training_report.figures(comparison, config, data, checkpoints.resumed_at_step)
+    result["num_workers"] = resolver.num_workers
+    if checkpoints.resumed_at_step == training.num_steps:
+        say(
+            f"nothing left to do: the run in {arguments.checkpoint_dir} has completed its "
+            f"{training.steps} steps, {config.epochs} epochs; pass a larger --epochs to go on"
+        )
+    if plot_path is not None:
+        _draw(plot_path, comparison, result)
+    print(json.dumps(result) if arguments.json else training_report.text(result))
+    return 1 if result["diverged"] else 0
 
 
-def _speed_up(outcome: TrainingResult, reference: TrainingResult) -> float | None:
-    """Return the ratio of examples/s to one device; None if a resumed run had no steps left."""
-    if not (outcome.examples_per_second > 0 and reference.examples_per_second > 0):
+def _run(comparison: Comparison, checkpoints: NoCheckpoints | RunCheckpoints) -> None:
+    """Run the comparison; save, and show the progress, while its clock stands still."""
+    training, alone = comparison.training, comparison.alone
+    shown = {} if alone is None else {"training": training, "one device": alone}
+    with ProgressBars(shown) as bars:
+
+        def after_step() -> bool:
+            with training.times.measured("checkpoint"):
+                checkpoints.after_step()
+            with training.times.paused():
+                bars.draw()
+            return False
+
+        def after_step_alone() -> bool:
+            assert alone is not None
+            with alone.times.paused():
+                bars.draw()
+            return checkpoints.is_requested
+
+        comparison.run(after_step, after_step_alone)
+
+
+def _announce(data: digits.Digits, num_replicas: int) -> None:
+    say(
+        f"{len(data.train_images)} training and {len(data.test_images)} test digits; "
+        f"{argument_types.counted(num_replicas, 'replica')}; "
+        "BLAS uses one thread per replica, and one on one device"
+    )
+
+
+def _compute_alone(
+    config: TrainingConfig, data: digits.Digits, strategy: dv.Strategy
+) -> ComputeAlone | None:
+    """Return the compute without the library; None for GPUs, which share no cores."""
+    devices = strategy.worker_devices
+    if devices[0].kind != "cpu":
         return None
-    return outcome.examples_per_second / reference.examples_per_second
+    return ComputeAlone(config, data, strategy.num_replicas_in_sync, len(devices))
 
 
-def _strategy(resolver: ClusterResolver, devices: list[Device]) -> Strategy:
+def _strategy(resolver: ClusterResolver, devices: list[Device]) -> dv.Strategy:
     if resolver.num_workers > 1:
-        return MultiWorkerMirroredStrategy(resolver, devices=devices)
-    return MirroredStrategy(devices)
-
-
-def _ignore_progress(step: int, examples: int, loss: float, rate: float) -> None:
-    """Do nothing: the chief shows the progress."""
+        return dv.MultiWorkerMirroredStrategy(resolver, devices=devices)
+    return dv.MirroredStrategy(devices)
 
 
 def _devices(kind: str, num_replicas: int | None) -> list[Device]:
@@ -197,7 +233,9 @@ def _devices(kind: str, num_replicas: int | None) -> list[Device]:
     return [resolve(device) for device in chosen]
 
 
-def _checkpoint_config(arguments: argparse.Namespace) -> CheckpointConfig | None:
+def _checkpoint_config(
+    arguments: argparse.Namespace, steps_per_epoch: int
+) -> CheckpointConfig | None:
     """Return where and when checkpoints are saved; None for none; raise if options conflict."""
     if arguments.checkpoint_dir is None:
         if arguments.resume or arguments.checkpoint_every:
@@ -214,73 +252,10 @@ def _checkpoint_config(arguments: argparse.Namespace) -> CheckpointConfig | None
             f"{existing[-1].name}; pass --resume to go on with it, or another --checkpoint-dir"
         )
     return CheckpointConfig(
-        arguments.checkpoint_dir, arguments.checkpoint_every, arguments.preemption_exit_code
+        arguments.checkpoint_dir,
+        arguments.checkpoint_every or steps_per_epoch,
+        arguments.preemption_exit_code,
     )
-
-
-def _train(
-    strategy: Strategy,
-    config: TrainingConfig,
-    data: digits.Digits,
-    title: str,
-    checkpoints: CheckpointConfig | None,
-) -> TrainingResult:
-    with _progress_bar(title, training_loop.num_steps(config, data)) as report:
-        return training_loop.train(strategy, config, data, report, checkpoints)
-
-
-def _report(result: dict[str, Any]) -> str:
-    step = result["seconds_per_step"]
-    shares = ", ".join(
-        f"{name} {result[f'{name}_seconds'] * 1e6:.0f} us"
-        for name in ("compute", "communication", "input")
-    )
-    return "\n".join(
-        [
-            f"test accuracy      {result['test_accuracy']:.4f}",
-            f"final loss         {result['final_loss']:.3g}",
-            f"steps              {result['steps']}, "
-            + (
-                "none of them now: the run was complete"
-                if result["resumed_at_step"] == result["steps"]
-                else f"{result['examples_per_second']:.0f} examples/s"
-                + (f", resumed at {resumed}" if (resumed := result["resumed_at_step"]) else "")
-                + f"\ntime per step      {step * 1e6:.0f} us: {shares}"
-            ),
-            f"against one device {result['relative_difference_to_one_device']:.2e} "
-            f"relative difference of the weights, accuracy there "
-            f"{result['one_device_test_accuracy']:.4f}",
-            f"one device         {result['one_device_examples_per_second']:.0f} examples/s"
-            + ("" if result["speed_up"] is None else f", speed-up {result['speed_up']:.2f}"),
-            f"weights            sha256 {result['weights_sha256']}",
-        ]
-    )
-
-
-@contextlib.contextmanager
-def _progress_bar(title: str, num_steps: int) -> Iterator[ProgressReport]:
-    """Show a progress bar with loss and examples/s on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[pace]}"),
-    )
-    every = max(1, num_steps // 100)  # drawing holds the interpreter's lock
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-        bar = progress.add_task(title, total=num_steps, pace="")
-
-        def report(step: int, examples: int, loss: float, rate: float) -> None:
-            if examples == 0:
-                progress.update(bar, completed=step, pace=f"loss {loss:.4f}, resumed", refresh=True)
-            elif step % every == 0 or step == num_steps:
-                pace = f"loss {loss:.4f}  {rate:,.0f} examples/s"
-                progress.update(bar, completed=step, pace=pace, refresh=True)
-
-        yield report
 
 
 @contextlib.contextmanager
@@ -291,5 +266,16 @@ def _one_blas_thread() -> Iterator[None]:
         yield
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def _draw(path: Path, comparison: Comparison, result: dict[str, Any]) -> None:
+    """Draw the losses of the run, and the parts of a step beside those on one device."""
+    from dvkernels.benchmarks import plot
+
+    assert comparison.alone is not None
+    replicas = argument_types.counted(result["num_replicas"], "replica")
+    first = comparison.training.steps - len(comparison.training.losses) + 1
+    plot.draw_training(
+        {replicas: (first, comparison.training.losses), "one device": (1, comparison.alone.losses)},
+        {replicas: result["seconds"], "one device": result["one_device_seconds"]},
+        path,
+        training_report.headline(result),
+    )

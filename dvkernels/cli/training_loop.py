@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dvkernels import replica_context
-from dvkernels.checkpoint.checkpoint import Checkpoint
-from dvkernels.checkpoint.manager import CheckpointManager
-from dvkernels.checkpoint.preemption import PreemptionHandler
+import dvkernels as dv
 from dvkernels.cli import mlp, mlp_gpu
 from dvkernels.cli.digits import Digits
-from dvkernels.data.dataset import Dataset
-from dvkernels.devices import array_memory
-from dvkernels.strategies.base import Strategy
-from dvkernels.variables.variable import Variable
+from dvkernels.cli.step_times import StepTimes, clock
 
 __all__: list[str] = []
 
@@ -29,196 +21,145 @@ __all__: list[str] = []
 class TrainingConfig:
     """Hyperparameters of a training run; the same for every strategy."""
 
-    epochs: int = 30
-    batch_size: int = 128  # global
-    num_hidden: int = 256
-    learning_rate: float = 0.1
+    epochs: int = 100
+    batch_size: int = 2048  # global
+    num_hidden: int = 768
+    learning_rate: float = 0.05  # of the first step
     momentum: float = 0.9
     dtype: str = "float32"
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """Trained weights, and times: seconds are means per step."""
-
-    weights: Any  # flat, as in mlp.py
-    steps: int
-    resumed_at_step: int | None
-    final_loss: float
-    examples_per_second: float
-    seconds_per_step: float
-    compute_seconds: float
-    communication_seconds: float
-    input_seconds: float
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Folder and period of the checkpoints, and the exit status after a preemption."""
-
-    directory: str
-    every: int | None  # steps; None: those of an epoch
-    exit_code: int
-
+# The learning rate falls to half in so many steps, to a third in twice as many. Constant, it makes
+# training chaotic: after 700 steps rounding errors were 2e-4 of the weights, now they are 5e-6.
+_STEPS_TO_HALVE_THE_RATE = 300
 
 _NETWORKS: dict[str, Any] = {"cpu": mlp, "cuda": mlp_gpu}  # twins
-# Called with step, examples, loss, examples per second.
-ProgressReport = Callable[[int, int, float, float], None]
 
 
-def dataset(config: TrainingConfig, data: Digits) -> Dataset:
+def dataset(config: TrainingConfig, data: Digits) -> dv.Dataset:
     """Return the batches of all epochs; repeat comes last, so that a resumed run may have more."""
     return (
-        Dataset.from_arrays((data.train_images, data.train_labels))
+        dv.Dataset.from_arrays((data.train_images, data.train_labels))
         .shuffle(seed=config.seed)
         .batch(config.batch_size)
         .repeat(config.epochs)
     )
 
 
-def num_steps(config: TrainingConfig, data: Digits) -> int:
-    """Return the number of batches in all epochs."""
-    return config.epochs * _steps_per_epoch(config, data)
-
-
-def _steps_per_epoch(config: TrainingConfig, data: Digits) -> int:
+def steps_per_epoch(config: TrainingConfig, data: Digits) -> int:
+    """Return the number of batches in an epoch; the last one may be short."""
     return -(-len(data.train_images) // config.batch_size)
 
 
-def _num_examples(steps: int, config: TrainingConfig, data: Digits) -> int:
-    """Return the number of examples in the first steps: an epoch's last batch may be short."""
-    epoch_size = len(data.train_images)
-    epochs, rest = divmod(steps, _steps_per_epoch(config, data))
-    return epochs * epoch_size + min(rest * config.batch_size, epoch_size)
+class Training:
+    """Training under a strategy: its variables, its optimizer, its input, and its steps.
 
+    Each step averages the gradients over all examples of a global batch, so the weights are those
+    of the same training on one device, up to rounding.
+    """
 
-def train(
-    strategy: Strategy,
-    config: TrainingConfig,
-    data: Digits,
-    report: ProgressReport,
-    checkpoints: CheckpointConfig | None = None,
-) -> TrainingResult:
-    """Train under a strategy, with gradients averaged over all examples of each global batch."""
-    with strategy.scope():
-        initial = mlp.initial_weights(config.num_hidden, config.dtype, config.seed)
-        weights = Variable(initial, name="weights")
-        velocity = Variable(np.zeros_like(initial), trainable=False, name="velocity")
-    number = np.dtype(config.dtype).type
-    rate, momentum = number(config.learning_rate), number(config.momentum)
-    net = _NETWORKS[strategy.worker_devices[0].kind]
-    workspaces: dict[tuple[int, int], Any] = {}  # by replica and number of examples
-    clock = time.perf_counter
-
-    def update(_: Strategy, averaged: Any) -> float:
-        started = clock()
-        delta = averaged.values[0][:-1]  # may be overwritten: a view of the workspace
-        delta *= -rate
-        delta += momentum * velocity
-        velocity.assign(delta)
-        weights.assign_add(delta)
-        return clock() - started
-
-    def step(images: Any, labels: Any) -> None:
-        replica = replica_context.get_replica_context()
-        assert replica is not None
-        started = clock()
-        rank = replica.rank_in_process
-        key = (rank, len(images))
-        if key not in workspaces:
-            workspaces[key] = net.Workspace(
-                len(images), config.num_hidden, config.dtype, replica.device
-            )
-        own = net.gradient_and_loss(weights.read_value(), images, labels, workspaces[key])
-        computed = clock()
-        averaged = replica.all_reduce("mean", own, weight=len(images), out=own)
-        losses[rank] = float(averaged[-1])  # synchronizes with a GPU
-        updating = replica.merge_call(update, (averaged,))
-        seconds[rank] += (computed - started + updating, clock() - computed - updating)
-
-    def warm_up() -> None:
-        """Compile or load the code of a step before the clock starts; changes no variable."""
-        replica = replica_context.get_replica_context()
-        assert replica is not None
-        workspace = net.Workspace(1, config.num_hidden, config.dtype, replica.device)
-        images, labels = (
-            array_memory.on_device(array[:1], replica.device)
-            for array in (data.train_images, data.train_labels)
+    def __init__(self, strategy: dv.Strategy, config: TrainingConfig, data: Digits) -> None:
+        with strategy.scope():
+            initial = mlp.initial_weights(config.num_hidden, config.dtype, config.seed)
+            self.weights = dv.Variable(initial, name="weights")
+        self.optimizer = dv.optimizers.SGD(
+            lambda step: config.learning_rate / (1 + step / _STEPS_TO_HALVE_THE_RATE),
+            momentum=config.momentum,
         )
-        own = net.gradient_and_loss(weights.read_value(), images, labels, workspace)
-        replica.all_reduce("mean", own, weight=1, out=own)
+        self.batches = iter(strategy.distribute_dataset(dataset(config, data)))
+        self.progress: dict[str, Any] = {"steps": 0, "loss": math.nan}  # as checkpoints save it
+        self.losses: list[float] = []  # of each step since the start or the resumption
+        self.num_steps = config.epochs * steps_per_epoch(config, data)
+        self.times = StepTimes(len(strategy.worker_devices))
+        self.strategy = strategy
+        self._config = config
+        self._network = _NETWORKS[strategy.worker_devices[0].kind]
+        self._workspaces: dict[tuple[int, int], Any] = {}  # by replica and number of examples
 
-    strategy.run(warm_up)
-    num_local = len(strategy.worker_devices)
-    seconds = np.zeros((num_local, 2))  # compute, communication
-    losses = np.zeros(num_local)
-    progress: dict[str, Any] = {"steps": 0, "loss": math.nan}
-    resumed_at_step = None
-    resumed_at_example, waiting = 0, 0.0
-    with contextlib.ExitStack() as stack:
-        batches = stack.enter_context(iter(strategy.distribute_dataset(dataset(config, data))))
-        if checkpoints is not None:
-            checkpoint = Checkpoint(
-                weights=weights, velocity=velocity, batches=batches, progress=progress
+    @property
+    def steps(self) -> int:
+        """Number of steps taken, those before a resumption included."""
+        return int(self.progress["steps"])
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the examples of the last step; NaN before the first one."""
+        return float(self.progress["loss"])
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the loss is no longer finite."""
+        return self.steps > 0 and not math.isfinite(self.loss)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are taken, or no further one has a meaning."""
+        return self.has_diverged or self.steps >= self.num_steps
+
+    def advance(self, num_steps: int, after_step: Callable[[], bool] = lambda: False) -> None:
+        """Take steps until so many are taken, the training is over, or ``after_step`` says stop."""
+        with self.times.running():
+            for _ in range(num_steps):
+                if self.is_over:
+                    return
+                self._step()
+                if after_step():
+                    return
+
+    def _step(self) -> None:
+        started = clock()
+        batch = next(self.batches)
+        fetched = clock()
+        sums = self.strategy.run(self._step_of_replica, batch)
+        returned = clock()
+        with self.times.measured("loss"):
+            loss, num_examples = self.strategy.reduce("sum", sums)
+        self.progress["steps"] += 1
+        self.progress["loss"] = float(loss / num_examples)
+        self.losses.append(self.loss)
+        self.times.add(started, fetched, returned, int(num_examples))
+
+    def _step_of_replica(self, images: Any, labels: Any) -> Any:
+        """Take this replica's part of a step; return the sum of its losses, and their number."""
+        began = clock()
+        replica = dv.get_replica_context()
+        assert replica is not None
+        workspace = self._workspace(replica, len(images))
+        gradient = self._network.gradient_and_loss(
+            self.weights.read_value(), images, labels, workspace
+        )
+        sums = np.array([float(gradient[-1]) * len(images), len(images)])  # waits for a GPU
+        computed = clock()
+        self.optimizer.apply_gradients([(gradient[:-1], self.weights)], weight=len(images))
+        self.times.marks[replica.rank_in_process] = (began, computed, clock())
+        return sums
+
+    def sum_over_workers(self, number: float) -> float:
+        """Return the sum of the workers' numbers, on all of them; each must call it."""
+        num_local = len(self.strategy.worker_devices)
+        shares = self.strategy.distribute_values_from_function(lambda _: number / num_local)
+        return float(self.strategy.reduce("sum", shares))
+
+    def _workspace(self, replica: dv.ReplicaContext, num_examples: int) -> Any:
+        key = (replica.rank_in_process, num_examples)
+        if key not in self._workspaces:
+            config = self._config
+            self._workspaces[key] = self._network.Workspace(
+                num_examples, config.num_hidden, config.dtype, replica.device
             )
-            manager = stack.enter_context(CheckpointManager(checkpoint, checkpoints.directory))
-            restored = manager.restore_latest()
-            resumed_at_step = None if restored is None else restored.step
-            resumed_at_example = _num_examples(progress["steps"], config, data)
-            if restored is not None:
-                report(progress["steps"], 0, progress["loss"], 0.0)
-            preemption = stack.enter_context(
-                PreemptionHandler(manager, exit_code=checkpoints.exit_code, agree=_any_of(strategy))
-            )
-            every = checkpoints.every or _steps_per_epoch(config, data)
-        loop_start = clock()
-        while True:
-            fetch_start = clock()
-            images, labels = next(batches, (None, None))
-            if images is None:
-                break
-            waiting += clock() - fetch_start
-            strategy.run(step, (images, labels))
-            progress["steps"] += 1
-            progress["loss"] = float(losses[0])
-            steps = progress["steps"]
-            seen = _num_examples(steps, config, data) - resumed_at_example
-            report(steps, seen, losses[0], seen / (clock() - loop_start))
-            if checkpoints is not None:
-                preemption.after_step(steps)
-                if steps % every == 0:
-                    manager.save(steps, background=True)
-        elapsed = clock() - loop_start
-        if checkpoints is not None and (resumed_at_step or 0) < progress["steps"]:
-            manager.save(progress["steps"])
-    steps = progress["steps"]
-    seen = _num_examples(steps, config, data) - resumed_at_example
-    num_timed = max(1, steps - (resumed_at_step or 0))  # without those before a resume
-    compute, communication = seconds.mean(axis=0) / num_timed
-    return TrainingResult(
-        weights=weights.numpy(),
-        steps=steps,
-        resumed_at_step=resumed_at_step,
-        final_loss=progress["loss"],
-        examples_per_second=seen / elapsed,
-        seconds_per_step=elapsed / num_timed,
-        compute_seconds=float(compute),
-        communication_seconds=float(communication),
-        input_seconds=waiting / num_timed,
-    )
+        return self._workspaces[key]
 
 
-def _any_of(strategy: Strategy) -> Callable[[bool], bool]:
-    """Return a collective "or" over all workers, for requests to stop."""
-
-    def agree(is_requested: bool) -> bool:
-        if len(strategy.worker_devices) == strategy.num_replicas_in_sync:
-            return is_requested  # a single worker
-        requested = strategy.distribute_values_from_function(lambda _: np.int8(is_requested))
-        return bool(strategy.reduce("max", requested))
-
-    return agree
+def train(strategy: dv.Strategy, config: TrainingConfig, data: Digits) -> Training:
+    """Return a training that has taken all of its steps; the first one is not in its times."""
+    training = Training(strategy, config, data)
+    with training.batches:
+        training.advance(1)
+        if not training.is_over:
+            training.times.clear()
+        training.advance(training.num_steps)
+    return training
 
 
 def relative_difference(values: Any, reference: Any) -> float:

@@ -242,6 +242,8 @@ def test_training_on_gpus_matches_one_gpu(capsys):
         "1",
         "--hidden",
         "16",
+        "--batch-size",
+        "512",
         "--json",
     ]
     assert main(arguments) == 0

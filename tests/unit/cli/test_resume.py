@@ -15,7 +15,8 @@ EPOCHS = 8
 
 def words(*options, replicas=2):
     return [
-        "train", "--json", "--epochs", str(EPOCHS), "--hidden", "256", "--dtype", "float64",
+        "train", "--json", "--epochs", str(EPOCHS), "--batch-size", "1024", "--hidden", "32",
+        "--dtype", "float64",
         "--replicas", str(replicas), *options,
     ]  # fmt: skip
 

@@ -1,0 +1,83 @@
+"""Usage of this process's cores by other programs, from ``/proc/stat``."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+__all__ = ["CoreUsage", "share_a_physical_core"]
+
+_STAT = Path("/proc/stat")
+_CORES = Path("/sys/devices/system/cpu")
+_IDLE = (3, 4)  # columns of idle time and of waiting for I/O
+_GUEST = 8  # the columns from here on are part of earlier ones
+
+
+class CoreUsage:
+    """Clock of the time that other programs spend on the cores in this process's affinity.
+
+    Examples
+    --------
+    >>> usage = CoreUsage()
+    >>> share = usage.share_of_others()
+    >>> share is None or 0 <= share <= 1
+    True
+    """
+
+    def __init__(self) -> None:
+        self._wall, self._busy, self._own = _now()
+
+    def share_of_others(self) -> float | None:
+        """Return the share of the cores' time since the start that others took.
+
+        Interrupts and a hypervisor count as others. None where ``/proc/stat`` does not exist, or
+        before a tick of its clock has passed.
+        """
+        wall, busy, own = _now()
+        if busy is None or self._busy is None or wall - self._wall < 2 / os.sysconf("SC_CLK_TCK"):
+            return None
+        others = (busy - self._busy) - (own - self._own)
+        return min(1.0, max(0.0, others / (wall - self._wall) / len(_cores())))
+
+
+def share_a_physical_core() -> bool:
+    """Return whether two of this process's cores are threads of one physical core.
+
+    A virtual machine may not show it.
+    """
+    known = [path for core in _cores() if (path := _siblings_path(core)).exists()]
+    physical = {path.read_text(encoding="ascii") for path in known}
+    return len(physical) < len(known)
+
+
+def _siblings_path(core: int) -> Path:
+    return _CORES / f"cpu{core}" / "topology" / "thread_siblings_list"
+
+
+def _cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _now() -> tuple[float, float | None, float]:
+    """Return wall-clock time, the busy time of the cores, and that of this process [s]."""
+    user, system, *_ = os.times()
+    return time.perf_counter(), _busy_seconds(), user + system
+
+
+def _busy_seconds() -> float | None:
+    names = {f"cpu{core}" for core in _cores()}
+    try:
+        rows = [line.split() for line in _STAT.read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return None
+    ticks = [
+        int(number)
+        for name, *numbers in rows
+        if name in names
+        for column, number in enumerate(numbers[:_GUEST])
+        if column not in _IDLE
+    ]
+    return sum(ticks) / os.sysconf("SC_CLK_TCK")
