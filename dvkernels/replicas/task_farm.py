@@ -144,11 +144,10 @@ class TaskFarm:
     def serve(self, rank: int, _: Latch) -> None:
         """Take items and call ``fn`` on them, as one replica, until there are no more."""
         self._idents[rank] = threading.get_ident()
-        streams = self.streams
+        streams, share = self.streams, self.share
         try:
-            if self.share is not None:
-                thread_limits.here.share = self.share
-                thread_limits.lower(thread_limits.settings, self.share)
+            if share is not None:
+                thread_limits.lower(thread_limits.settings, share)
             with contextlib.nullcontext() if streams is None else streams.replica(rank):
                 self._serve(rank)
         except BaseException as error:  # no memory is left, or the program ends
@@ -321,6 +320,7 @@ class TaskFarm:
 
 
 foreign_threads.ENTRANCES.add(TaskFarm.serve.__code__)
+thread_limits.entrances[TaskFarm.serve.__code__] = False
 
 
 def _nobody() -> None:
