@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -136,7 +137,19 @@ SOME = {"RLIMIT_NPROC": (0, 1, 4), "RLIMIT_NOFILE": (0, 3, 6, 15), "RLIMIT_FSIZE
 def campaign(what, verb, length, frees):
     """Return (free, outcome, fault) of each attempt."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, what, verb, *map(str, (length, *frees))],
+        [
+            sys.executable,
+            "-B",
+            "-W",
+            "ignore",
+            "-c",
+            PROGRAM,
+            what,
+            verb,
+            *map(str, (length, *frees)),
+        ],
+        # Compiled from source: where modules are loaded, holes are left that suffice for a save.
+        env={**os.environ, **({"PYTHONPYCACHEPREFIX": "/nowhere"} if what == "RLIMIT_AS" else {})},
         capture_output=True,
         text=True,
         timeout=600,
