@@ -119,8 +119,11 @@ class ShieldedCall:
             del error  # its traceback refers to this frame
 
     def _call(self) -> Any:
-        _current.set(self)
-        return self._function()
+        token = _current.set(self)
+        try:
+            return self._function()
+        finally:
+            _current.reset(token)  # else the context and this call would refer to each other
 
 
 _current: contextvars.ContextVar[ShieldedCall | None] = contextvars.ContextVar(

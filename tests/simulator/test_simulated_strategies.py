@@ -290,3 +290,9 @@ def test_measured_shares_of_batches_on_gpus(two):
     np.testing.assert_allclose(means, np.arange(900.0).reshape(150, 6).mean(1), rtol=1e-6)
     assert {sum(count) for count in counts} == {6}
     assert len(stats.seconds_per_element) == 2
+
+
+def test_items_are_mapped_to_arrays_on_gpus(two):
+    results = two.map(lambda k: on_gpu([k, rank() >= 0]), range(9))
+    for k, result in enumerate(results):
+        assert array_memory.gpu().to_host(result).tolist() == [k, 1]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
+import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +24,25 @@ def test_results_and_errors_are_those_of_the_function() -> None:
     with pytest.raises(LookupError) as caught:
         shielded.beyond_interrupts(fail)
     assert caught.value is error
+
+
+def test_what_a_call_refers_to_is_freed_without_a_collection() -> None:
+    class Owner:
+        def act(self) -> None: ...
+
+    owner = Owner()
+    ref = weakref.ref(owner)
+    gc.collect()
+    gc.disable()
+    try:
+        shielded.uninterrupted(owner.act)
+        del owner
+        end = time.monotonic() + 5
+        while ref() is not None and time.monotonic() < end:
+            time.sleep(0.001)  # the thread that made the call is about to end
+        assert ref() is None
+    finally:
+        gc.enable()
 
 
 def test_only_the_main_thread_needs_another() -> None:
