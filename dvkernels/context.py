@@ -276,6 +276,8 @@ def in_cross_replica_context() -> bool:
 def check_no_step_elsewhere(placement: Placement, what: str) -> None:
     """Raise ``ContextError`` if ``what`` would write while another thread runs a step."""
     frame = find()
+    if placement.step_lock.farms:
+        placement.step_lock.check_free(what)
     if (frame is None or not frame.merging) and placement.step_lock.is_elsewhere():
         raise ContextError(
             f"{what}: another thread runs a step of {placement.name}, and this one has no part in "
@@ -289,13 +291,26 @@ def is_outside(frame: Frame | None) -> bool:
     return frame is None or (frame.placement is UNSCOPED and frame.replica is None)
 
 
-def require_cross_replica(placement: Placement, verb: str) -> Frame | None:
-    """Raise ``ContextError`` unless ``verb`` of this strategy may be called here."""
+def require_cross_replica(
+    placement: Placement, verb: str, needs_replicas: bool = False
+) -> Frame | None:
+    """Raise ``ContextError`` unless ``verb`` of this strategy may be called here.
+
+    A verb that needs the replicas may not be called while a map of the strategy is open.
+    """
     frame = find()
-    if frame is None or (frame.replica is None and frame.placement is placement):
-        return frame
-    if is_outside(frame):
-        return None
+    is_here = frame is None or (frame.replica is None and frame.placement is placement)
+    if is_here or is_outside(frame):
+        if needs_replicas and placement.step_lock.farms:
+            placement.step_lock.check_free(verb)
+        return frame if is_here else None
+    assert frame is not None
+    if frame.replica is not None and frame.replica.item_index is not None:
+        raise ContextError(
+            f"{verb} was called in a function of map, for item {frame.replica.item_index}, on "
+            f"replica {frame.replica.replica_id_in_sync_group} of {frame.placement.name}: there "
+            f"each replica works by itself; call {verb} on the results, outside"
+        )
     if frame.replica is not None:
         raise ContextError(
             f"{verb} needs cross-replica context, and this is replica "

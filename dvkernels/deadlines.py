@@ -1,11 +1,12 @@
-"""Timeout of all waits, set by an environment variable."""
+"""Timeout of all waits, set by an environment variable, and of one strategy, by an argument."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 
-__all__ = ["DEFAULT_TIMEOUT_SECONDS", "VARIABLE", "timeout_seconds"]
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "VARIABLE", "checked", "timeout_seconds"]
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 VARIABLE = "DVKERNELS_TIMEOUT_SECONDS"
@@ -22,4 +23,18 @@ def timeout_seconds() -> float:
         seconds = 0.0
     if not 0 < seconds <= threading.TIMEOUT_MAX:
         raise ValueError(f"DVKERNELS_TIMEOUT_SECONDS must be a positive number, got {text!r}")
+    return seconds
+
+
+def checked(timeout_seconds: object) -> float:
+    """Return the argument ``timeout_seconds`` of a strategy; raise ``ValueError`` if it is bad."""
+    try:
+        seconds = float(timeout_seconds)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"timeout_seconds is a positive number of at most {threading.TIMEOUT_MAX:g}, got "
+            f"{timeout_seconds!r}"
+        )
     return seconds

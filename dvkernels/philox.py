@@ -42,6 +42,9 @@ _OUTSIDE = 2**64 - 2  # outside of every scope and ``run``: word 1 is 0
 
 _WORD = 2**64 - 1
 
+# Number of the step or map, and words 1 and 3 of the counter.
+_Position = tuple[int, int, int]
+
 
 def check_seed(seed: Any) -> int:
     """Return a seed as an int; raise unless it is a non-negative integer of up to 1024 bits."""
@@ -73,7 +76,7 @@ def key_of(kind: str, seed: int, *names: str | int) -> tuple[int, int]:
 def _move(generator: np.random.Generator, key: tuple[int, int], word_1: int, word_3: int) -> None:
     """Move a generator to the beginning of a stream.
 
-    That takes a fortieth of the time of making one; half as much with tuples as with arrays.
+    That takes a tenth of the time of making one; items of tuples are read faster than of arrays.
     """
     generator.bit_generator.state = {
         "bit_generator": "Philox",
@@ -123,8 +126,7 @@ class _StepGenerators:
     __slots__ = ("_generators", "_spare")
 
     def __init__(self) -> None:
-        # By number of the run, and words 1 and 3 of the counter.
-        self._generators: dict[tuple[int, int, int], dict[str, np.random.Generator]] = {}
+        self._generators: dict[_Position, dict[str, np.random.Generator]] = {}
         self._spare: dict[str, np.random.Generator] = {}  # of the step before
 
     def get(self, seed: int, name: str, run: int, word_1: int, word_3: int) -> np.random.Generator:
@@ -144,7 +146,7 @@ class _StepGenerators:
             generator = generators.setdefault(name, generator)
         return generator
 
-    def _begin(self, position: tuple[int, int, int]) -> dict[str, np.random.Generator]:
+    def _begin(self, position: _Position) -> dict[str, np.random.Generator]:
         generators = self._generators.setdefault(position, {})
         for other in [*self._generators]:
             if other != position:
@@ -162,7 +164,7 @@ class StrategyGenerators:
         The number of steps that have ended without an error, and so the number of the step under
         way: a step that failed is tried again with the same draws. Not those within another step.
     num_begun : int
-        The number of steps that have begun. A step that is tried again draws from the beginning.
+        The number of steps and maps that have begun; each draws from the beginning of its streams.
     """
 
     __slots__ = ("_of_rank", "_outside", "num_begun", "num_done", "seed")

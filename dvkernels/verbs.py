@@ -240,7 +240,7 @@ def broadcast(replica: Replica, value: Any, root: int) -> Any:
 def broadcast_from_chief(placement: Placement, verb: str, leaf: Any) -> Array:
     """Return the one value of a leaf, the first worker's, as a new array."""
     if isinstance(leaf, DistributedValues):
-        operands.check_fits(verb, leaf, leaf.values, placement)
+        regroup.check_fits(leaf, placement, f"{verb}: ")
     whole: Any = leaf.read_value() if regroup.is_variable(leaf) else leaf
     if isinstance(whole, PerReplica):
         raise ValueError(

@@ -29,6 +29,9 @@ from dvkernels.kernels.cpu.engine import intrinsics
 __all__ = ["Probe"]
 
 carray: Any = vars(numba)["carray"]  # missing in Numba's stubs
+# Words of a group's state that the group does not use: a zero that the compiler does not know, and
+# a result that keeps it from dropping the reads.
+_ZERO, _TOTAL = 20, 21
 _STEP = 64  # words of each buffer in turn: four cache lines
 # Not zero: two cores of an AMD EPYC streamed zeros at 85 GB/s, other words at 38 (2026-11).
 _PATTERN = np.int64(0x12345678)
@@ -81,7 +84,7 @@ def _work(state, rank, size, table, counts, variant, passes):  # type: ignore[no
     sources, targets = counts
     total = np.int64(0)
     for _ in range(passes):
-        zero = np.int32(intrinsics.load(np.int64(state.ctypes.data), 20))
+        zero = np.int32(intrinsics.load(np.int64(state.ctypes.data), _ZERO))
         if targets > 0:
             total ^= _read_then_write(table, sources, targets, rank, size, zero, variant)
         else:
@@ -92,8 +95,7 @@ def _work(state, rank, size, table, counts, variant, passes):  # type: ignore[no
             else:
                 _one_after_another(table, sources, first, last, zero)
         group.barrier(state, rank)
-    # Stored, or the compiler would drop the reads.
-    intrinsics.store(np.int64(state.ctypes.data), 21, total)
+    intrinsics.store(np.int64(state.ctypes.data), _TOTAL, total)
 
 
 @numba.njit(nogil=True)

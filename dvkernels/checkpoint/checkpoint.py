@@ -30,11 +30,12 @@ class Checkpoint(SavesInBackground):
     Parameters
     ----------
     **objects
-        Variables; optimizers, with their slots; NumPy arrays; iterators of distributed datasets
-        and any other object whose ``state_dict`` and ``load_state_dict`` use plain data and
-        arrays; random generators of NumPy and of Python; plain data (None, bool, int, float,
-        complex, str, bytes, NumPy scalars, and lists, tuples and dicts of them); and containers
-        of all these: dicts, lists, tuples, named tuples, dataclasses registered with optree.
+        Variables; optimizers, with their slots; NumPy arrays; iterators of distributed datasets,
+        strategies (seed and step count, on which ``ctx.rng`` depends) and any other object whose
+        ``state_dict`` and ``load_state_dict`` use plain data and arrays; random generators of NumPy
+        and of Python; plain data (None, bool, int, float, complex, str, bytes, NumPy scalars, and
+        lists, tuples and dicts of them); and containers of all these: dicts, lists, tuples, named
+        tuples, dataclasses registered with optree.
 
     Raises
     ------
@@ -51,7 +52,7 @@ class Checkpoint(SavesInBackground):
 
     ``objects`` is a dict and may be changed: ``checkpoint.objects["epoch"] = 3``.
 
-    With variables of a strategy over several workers, every worker makes the same calls, on a
+    With a strategy over several workers, or its variables, every worker makes the same calls, on a
     folder that all workers see. Each worker writes a part, and a call succeeds on all workers or
     on none. Data and arrays are the first worker's; random generators must be in the same state on
     all workers. Without such variables a checkpoint belongs to its own process.

@@ -1,5 +1,5 @@
 """The command line: one module for each verb of ``python -m dvkernels``.
 
 Imports: benchmarks, checkpoint, cluster, data, devices, errors, kernels, launcher, profiler,
-replica_context, strategies, user_errors, variables.
+replica_context, replicas, strategies, user_errors, variables.
 """

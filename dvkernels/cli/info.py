@@ -14,6 +14,7 @@ import numpy as np
 
 from dvkernels import replica_context
 from dvkernels._version import __version__
+from dvkernels.cli import argument_types
 from dvkernels.cluster import simulated_hosts
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.cluster.resolvers import default_resolver
@@ -21,6 +22,7 @@ from dvkernels.devices import array_memory, cpu, cuda
 from dvkernels.devices.device import Device
 from dvkernels.devices.registry import list_devices
 from dvkernels.kernels import compile_cache, threading_layer
+from dvkernels.replicas import thread_limits
 from dvkernels.strategies.mirrored import MirroredStrategy
 
 __all__: list[str] = []
@@ -70,6 +72,8 @@ def _machine_report() -> dict[str, Any]:
     outcomes |= {str(gpu): _check([gpu, gpu]) for gpu in gpus}  # two replicas that share it
     if len(gpus) > 1:
         outcomes["all GPUs"] = _check(gpus)
+    num_replicas = max(2, len(devices))
+    together = _check([Device("cpu", k) for k in range(num_replicas)])
     return {
         "dvkernels": __version__,
         "python": platform.python_version(),
@@ -80,7 +84,14 @@ def _machine_report() -> dict[str, Any]:
         "threading_layer": threading_layer.layer(),
         "compiled_code": compile_cache.describe(),
         "devices": outcomes,
-        "together": _check([Device("cpu", k) for k in range(max(2, len(devices)))]),
+        "together": together,
+        # Of BLAS and OpenMP; with threadpoolctl, replicas hold them to their share.
+        "threads": {
+            "cores": cpu.usable_cores(),
+            "replicas": num_replicas,
+            "share": thread_limits.share_of(num_replicas),
+            "libraries": thread_limits.threads_by_library(),
+        },
         "cuda": missing or ("simulated" if cuda.is_simulated() else "found"),
     }
 
@@ -94,12 +105,27 @@ def _print_machine(found: dict[str, Any]) -> None:
         f"{found['threading_layer']}"
     )
     print(f"compiled code: {found['compiled_code']}")
+    print(f"threads: {_described(found['threads'])}")
     for device, outcome in found["devices"].items():
         is_simulated = found["cuda"] == "simulated" and not device.startswith("cpu")
         print(f"{device:8} {outcome}{' in the simulator' * is_simulated}")
     print(f"{'together':8} {found['together']}")
     if found["cuda"] not in ("simulated", "found"):
         print(f"{'cuda':8} {found['cuda']}")
+
+
+def _described(threads: dict[str, Any]) -> str:
+    """Return the threads of BLAS and OpenMP, and how many of them a replica may use."""
+    share, libraries = threads["share"], threads["libraries"]
+    cores = argument_types.counted(threads["cores"], "core")
+    among = f"in each of {threads['replicas']} replicas on {cores}"
+    if libraries is None:
+        return (
+            f"those of BLAS and OpenMP are not held to {share} {among}: threadpoolctl is not "
+            f"installed (python -m pip install 'dvkernels[threads]')"
+        )
+    numbers = ", ".join(f"{name} {number}" for name, number in libraries.items())
+    return f"{numbers or 'no BLAS or OpenMP found'}; at most {share} {among}"
 
 
 def _position(resolver: ClusterResolver) -> str:

@@ -12,11 +12,12 @@ import numpy as np
 from dvkernels.communicators.base import Communicator
 from dvkernels.communicators.hierarchical import Hierarchical
 from dvkernels.devices import array_memory
+from dvkernels.devices.array_spec import Array
 from dvkernels.reduce_op import Reduction
 
 __all__: list[str] = []
 
-Column = Sequence[Any]  # one array per local rank
+Column = Sequence[Array]  # one array per local rank
 
 
 @final
@@ -47,7 +48,7 @@ class Bucketing:
 
     def all_reduce_many(
         self, columns: Sequence[Column], op: Reduction, outs: Sequence[Column] | None = None
-    ) -> list[list[Any]]:
+    ) -> list[list[Array]]:
         """Return the all-reduce of each column, in the arrays of ``outs`` where they are given.
 
         New arrays of one bucket share a buffer.
@@ -56,7 +57,7 @@ class Bucketing:
             all_results = self._communicator.all_reduce_many(columns, op, outs)
             if all_results is not None:
                 return all_results
-        results: list[list[Any]] = [[]] * len(columns)
+        results: list[list[Array]] = [[]] * len(columns)
         for bucket in self._buckets(columns):
             if len(bucket) == 1:
                 (k,) = bucket
@@ -97,29 +98,29 @@ class Bucketing:
         yield from filling.values()
 
     def all_reduce(
-        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
-    ) -> list[Any]:
+        self, values: Sequence[Array], op: Reduction, out: Sequence[Array] | None = None
+    ) -> list[Array]:
         """Reduce one array, without packing."""
         return self._communicator.all_reduce(values, op, out)
 
-    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
+    def reduce(self, values: Sequence[Array], op: Reduction) -> Any:
         """Reduce into one new array."""
         return self._communicator.reduce(values, op)
 
-    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+    def reduce_scatter(self, values: Sequence[Array], op: Reduction) -> list[Array]:
         """Reduce each rank's part into a new array."""
         return self._communicator.reduce_scatter(values, op)
 
-    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+    def all_gather(self, values: Sequence[Array], axis: int) -> list[Array]:
         """Concatenate into a new array for each rank."""
         return self._communicator.all_gather(values, axis)
 
-    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+    def broadcast(self, values: Sequence[Array], root: int) -> list[Array]:
         """Copy the root's value for every rank."""
         return self._communicator.broadcast(values, root)
 
 
-def _pack(arrays: Sequence[Any]) -> Any:
+def _pack(arrays: Sequence[Array]) -> Any:
     """Return the concatenation of arrays, on a GPU if one of them is there.
 
     Buckets do not depend on where arrays are stored, which may differ between workers.
@@ -137,7 +138,7 @@ def _unpack(part: Any, array: Any) -> Any:
     return array_memory.holding(array).to_device_of(part, array)
 
 
-def _copy_into(targets: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+def _copy_into(targets: Sequence[Array], values: Sequence[Array]) -> list[Array]:
     """Copy each value into its target, both in the same memory, and return the targets."""
     for target, value in zip(targets, values, strict=True):
         array_memory.holding(target).apply(operator.setitem, target, ..., value)

@@ -14,6 +14,7 @@ from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.worker_share import WorkerShare
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.devices import array_memory
+from dvkernels.devices.array_spec import Array
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
@@ -51,8 +52,8 @@ class Hierarchical:
         self._is_flat = all(count == 1 for count in replicas_of_workers)
 
     def all_reduce(
-        self, values: Sequence[Any], op: Reduction, out: Sequence[Any] | None = None
-    ) -> list[Any]:
+        self, values: Sequence[Array], op: Reduction, out: Sequence[Array] | None = None
+    ) -> list[Array]:
         """Reduce into new arrays, or into ``out``."""
         if self._is_flat:
             return self._workers.all_reduce(values, op, out)
@@ -70,10 +71,10 @@ class Hierarchical:
 
     def all_reduce_many(
         self,
-        columns: Sequence[Sequence[Any]],
+        columns: Sequence[Sequence[Array]],
         op: Reduction,
-        outs: Sequence[Sequence[Any]] | None = None,
-    ) -> list[list[Any]] | None:
+        outs: Sequence[Sequence[Array]] | None = None,
+    ) -> list[list[Array]] | None:
         """Reduce each column into new arrays, or ``outs``, in one pass; None if that is impossible.
 
         After None the caller packs the columns into buckets; none has been touched.
@@ -84,7 +85,7 @@ class Hierarchical:
         # The workers must decline all dtypes or none: a column must not be reduced twice.
         if len(hows) > 1 and not all(type(one) is np.ndarray for each in columns for one in each):
             return None
-        results: dict[int, list[Any]] = {}
+        results: dict[int, list[Array]] = {}
         for dtype, how in hows.items():
             alike = [k for k, column in enumerate(columns) if column[0].dtype == dtype]
             into = None if outs is None else [outs[k] for k in alike]
@@ -99,7 +100,7 @@ class Hierarchical:
             return Accumulation(op, dtype, 1)
         return accumulation.of(op, dtype, self.size)
 
-    def reduce(self, values: Sequence[Any], op: Reduction) -> Any:
+    def reduce(self, values: Sequence[Array], op: Reduction) -> Any:
         """Reduce into one new array."""
         if self._is_flat:
             return self._workers.reduce(values, op)
@@ -114,32 +115,32 @@ class Hierarchical:
         memory.apply(how.divide, total)
         return memory.apply(_cast, total, dtype)
 
-    def reduce_scatter(self, values: Sequence[Any], op: Reduction) -> list[Any]:
+    def reduce_scatter(self, values: Sequence[Array], op: Reduction) -> list[Array]:
         """Reduce, and return each local rank's part."""
         total = self.reduce(values, op)
         memory = array_memory.holding(total)
-        first = self._share.first_replica
-        bounds = (partition.bounds(len(total), self.size, first + k) for k in range(len(values)))
+        first, length = self._share.first_replica, total.shape[0]
+        bounds = (partition.bounds(length, self.size, first + k) for k in range(len(values)))
         return [
             memory.copy_to_device_of(total[start:stop], value)
             for (start, stop), value in zip(bounds, values, strict=True)
         ]
 
-    def all_gather(self, values: Sequence[Any], axis: int) -> list[Any]:
+    def all_gather(self, values: Sequence[Array], axis: int) -> list[Array]:
         """Concatenate into a new array for each rank."""
         memory = array_memory.holding(values[0])
         near = [memory.to_device_of(value, values[0]) for value in values]
         own = memory.apply(lambda *parts: np.concatenate(parts, axis), *near)
         return _copy_for_each(self._workers.all_gather([own], axis)[0], values)
 
-    def broadcast(self, values: Sequence[Any], root: int) -> list[Any]:
+    def broadcast(self, values: Sequence[Array], root: int) -> list[Array]:
         """Copy the root's value for every rank."""
         worker = self._share.worker_of(root)
         own = root - self._share.first_replica if worker == self._workers.rank else 0
         return _copy_for_each(self._workers.broadcast([values[own]], worker)[0], values)
 
 
-def _copy_for_each(array: Any, values: Sequence[Any]) -> list[Any]:
+def _copy_for_each(array: Any, values: Sequence[Array]) -> list[Array]:
     """Return the array in the memory of the first value, and a copy in that of each other one."""
     memory = array_memory.holding(array)
     return [

@@ -138,6 +138,9 @@ def leading_length(batch: Element) -> int:
         The batch has no leaf, a leaf without a leading axis, or leaves of different lengths.
     """
     leaves = pytree.leaves(batch)
+    first_axes: set[Any] = {(getattr(leaf, "shape", None) or (None,))[0] for leaf in leaves}
+    if len(first_axes) == 1 and None not in first_axes:
+        return int(first_axes.pop())
     if not leaves:
         raise DatasetError(
             f"distribute_dataset: expected batches with at least one array; got {brief(batch)}; "
@@ -150,14 +153,11 @@ def leading_length(batch: Element) -> int:
             wanted = "batches, arrays with a leading axis to share among the replicas"
             remedy = "call .batch(global_batch_size) on the dataset"
             raise unexpected("distribute_dataset", wanted, leaf, remedy, f", as {name}")
-        found.append((name, int(shape[0])))
-    if len({length for _, length in found}) > 1:
-        lengths = ", ".join(f"{length} for {name}" for name, length in found)
-        raise DatasetError(
-            "distribute_dataset: expected one leading length, that of the global batch; got "
-            f"{lengths}; call .batch(global_batch_size) on the dataset"
-        )
-    return found[0][1]
+        found.append(f"{shape[0]} for {name}")
+    raise DatasetError(
+        "distribute_dataset: expected one leading length, that of the global batch; got "
+        f"{', '.join(found)}; call .batch(global_batch_size) on the dataset"
+    )
 
 
 def slice_rows(batch: Element, start: int, stop: int) -> Element:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from dvkernels.devices import cpu, cuda
 from dvkernels.devices.device import Device
 from dvkernels.errors import DeviceError
@@ -69,16 +71,21 @@ def resolve(device: object) -> Device:
 
 
 def resolve_all(devices: object) -> tuple[Device, ...]:
-    """Return the devices of a sequence of devices or names; for None all GPUs, or else all cores.
+    """Return the devices of a sequence of devices or names, or so many CPU devices.
+
+    None means all GPUs, or else all cores.
 
     GPUs count only where kernels can run on them, which takes more than a driver.
     """
     if devices is None:
         gpus = [] if cuda.missing() else cuda.devices()
         return tuple(gpus or _cpu_devices())
+    if isinstance(devices, (int, np.integer)) and not isinstance(devices, bool) and devices > 0:
+        return tuple(Device("cpu", index) for index in range(int(devices)))
     if isinstance(devices, (str, Device)) or not isinstance(devices, Iterable):
         raise DeviceError(
-            f"expected a list of devices such as ['cpu:0', 'cpu:1'], got {devices!r}; "
+            f"expected a list of devices such as ['cpu:0', 'cpu:1'], or a positive number of CPU "
+            f"replicas, got {devices!r}; "
             f"{_available()}"
         )
     resolved = tuple(resolve(device) for device in devices)

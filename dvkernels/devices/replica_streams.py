@@ -58,15 +58,18 @@ class StreamOrder:
     @user_errors.context_manager
     def step(self) -> Iterator[None]:
         """Order the step inside ``with`` after its caller's earlier work, before its later work."""
-        own = self._device_streams()
-        callers = [
-            DeviceStream(device, self._arrays.current(device).ptr) for device in self._shared
-        ]
+        own, callers = self._device_streams(), self._callers()
         self._order(wait_pairs(own, callers))
         try:
             yield
         finally:
             self._order(wait_pairs(callers, own))
+
+    def exchange(self) -> None:
+        """Order the later work of the replicas and of the caller after the other's earlier work."""
+        own, callers = self._device_streams(), self._callers()
+        self._order(wait_pairs(own, callers))
+        self._order(wait_pairs(callers, own))
 
     def replica(self, rank: int) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager that makes a replica's device and stream current."""
@@ -89,6 +92,9 @@ class StreamOrder:
                 return act(payloads)
         finally:
             self._order(wait_pairs(own, shared))
+
+    def _callers(self) -> list[DeviceStream]:
+        return [DeviceStream(device, self._arrays.current(device).ptr) for device in self._shared]
 
     def _device_streams(self) -> list[DeviceStream]:
         if not self._own:

@@ -75,8 +75,8 @@ def desertion_error(calls: str) -> CollectiveMismatchError:
 def timeout_error(replica: int, seconds: float, awaited: str) -> CollectiveTimeoutError:
     """Return the error of a replica that has waited in vain for ``awaited``."""
     return CollectiveTimeoutError(
-        f"replica {replica} waited {seconds:g} s in vain for {awaited}; set "
-        f"DVKERNELS_TIMEOUT_SECONDS if they need longer"
+        f"replica {replica} waited {seconds:g} s in vain for {awaited}; give the strategy "
+        f"timeout_seconds, or set DVKERNELS_TIMEOUT_SECONDS, if they need longer"
     )
 
 

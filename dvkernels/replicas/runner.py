@@ -14,24 +14,32 @@ from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.philox import StrategyGenerators
 from dvkernels.profiler import debugging, tracing
-from dvkernels.replicas import foreign_threads
+from dvkernels.replicas import foreign_threads, thread_limits
 from dvkernels.replicas.gates import Gates
 from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.step_lock import StepLock
+from dvkernels.replicas.task_farm import TaskFarm
+from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.replicas.thread_team import ThreadTeam
 from dvkernels.replicas.work_meter import WorkMeter
+from dvkernels.threads import stoppable_thread
 
 __all__: list[str] = []
 
 Call = Callable[[Rendezvous, int], Any]
+
+_CLOSED = "this strategy has been closed; make a new one"
+_CLOSE_SECONDS = 5.0  # how long closing waits for the functions of an open map
 
 
 class Runner:
     """Runner of one strategy's steps, one at a time; a step inside ``merge_call`` is nested.
 
     Threads are started at the first step, and again in a forked process. Replicas are numbered from
-    ``first_replica``; ``announce`` is called with the first failure of each step.
+    ``first_replica``; ``announce`` is called with the first failure of each step. A step waits
+    ``timeout_seconds``; the default gives way to the environment variable. ``limit`` holds the
+    threads of BLAS, OpenMP and Numba down from the first step until the runner is closed.
     """
 
     def __init__(
@@ -42,6 +50,8 @@ class Runner:
         announce: Callable[[BaseException], None] | None = None,
         step_lock: StepLock | None = None,
         generators: StrategyGenerators | None = None,
+        timeout_seconds: float = deadlines.DEFAULT_TIMEOUT_SECONDS,
+        limit: ThreadLimit | None = None,
     ) -> None:
         self._generators = StrategyGenerators() if generators is None else generators
         self._step_lock = StepLock() if step_lock is None else step_lock
@@ -49,6 +59,8 @@ class Runner:
         self._first_replica = first_replica
         self._announce = announce
         self._label = label
+        self._timeout_seconds = timeout_seconds
+        self._limit = limit
         self._num_steps = 0
         self._closed = False
         self._progress_thread = ProgressThread()
@@ -75,15 +87,11 @@ class Runner:
         if self._pid != os.getpid():
             self._reset_after_fork()  # threads and lock owner stayed in the parent process
         if self._closed:
-            raise ContextError("this strategy has been closed; make a new one")
+            raise ContextError(_CLOSED)
         if self._num_replicas > 1 and sys.is_finalizing():
-            raise ContextError(
-                f"run of {self._label} was called while the interpreter is shutting down, when the "
-                f"threads of its replicas run no more; call it before that, in a function "
-                f"registered with atexit at the latest"
-            )
-        seconds = deadlines.DEFAULT_TIMEOUT_SECONDS
-        if deadlines.VARIABLE in os.environ:
+            raise self._too_late("run")
+        seconds = self._timeout_seconds
+        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS and deadlines.VARIABLE in os.environ:
             seconds = deadlines.timeout_seconds()
         if nested:
             return self._run(call, seconds)
@@ -91,8 +99,11 @@ class Runner:
             if not self._lock.acquire(timeout=seconds):
                 raise CollectiveTimeoutError(
                     f"another thread has been running a step of this strategy for {seconds:g} s; "
-                    f"one step runs at a time (DVKERNELS_TIMEOUT_SECONDS changes the patience)"
+                    f"one step runs at a time (timeout_seconds of the strategy, or "
+                    f"DVKERNELS_TIMEOUT_SECONDS, changes the patience)"
                 )
+            if self._step_lock.farms:  # opened while this thread waited for the lock
+                self._step_lock.check_free("run")
             was_stepping = self._step_lock.is_stepping  # the default strategy may be in merge_call
             try:
                 self._step_lock.is_stepping = True
@@ -117,11 +128,18 @@ class Runner:
         is_reusable = False
         try:
             self._num_steps += 1
+            limit = self._limit
             debug_state = debugging.active
             number = self._num_steps
             if self._num_replicas > 1:
-                team = self._idle.pop() if self._idle else self._new_team()
+                try:  # two atomic operations: close() may empty the list meanwhile
+                    team = self._idle.pop()
+                except IndexError:
+                    team = self._new_team()
                 team.is_busy = True
+                # After the first team, which imports Numba.
+                if limit is not None and limit.num_modules != len(sys.modules):
+                    limit.apply()
                 gates, has_ended = team.closed_gates(), team.has_ended
             rendezvous = self._make_rendezvous(
                 self._num_replicas,
@@ -135,7 +153,8 @@ class Runner:
             if debug_state is not None:
                 rendezvous.observe(debug_state, debugging.RunningReplica(self._label, number, 0))
             if team is not None:
-                _run_together(rendezvous, team, call, results)
+                share = None if limit is None else limit.share
+                _run_together(rendezvous, team, call, results, share)
             else:
                 try:
                     contextvars.copy_context().run(_take_part, rendezvous, 0, call, results)
@@ -164,6 +183,27 @@ class Runner:
             if self._closed:
                 self.close()  # by another thread, during this step
 
+    def farm_out(self, farm: TaskFarm) -> None:
+        """Occupy the replicas with a task farm, whose threads its iterator starts."""
+        if self._closed:
+            raise ContextError(_CLOSED)
+        if stoppable_thread.is_over:
+            raise self._too_late("map")
+        farm.timeout_seconds = self._timeout_seconds
+        farm.claim()
+        if self._limit is not None:
+            if self._limit.num_modules != len(sys.modules):
+                self._limit.apply()
+            farm.share = self._limit.share
+        self._generators.num_begun += 1  # those of the items begin anew
+
+    def _too_late(self, verb: str) -> ContextError:
+        return ContextError(
+            f"{verb} of {self._label} was called while the interpreter is shutting down, when the "
+            f"threads of its replicas run no more; call it before that, in a function registered "
+            f"with atexit at the latest"
+        )
+
     def measure_work(self, finish: Callable[[int], None] | None = None) -> WorkMeter:
         """Measure the work of the replicas in all later steps; return the meter.
 
@@ -174,7 +214,8 @@ class Runner:
         return self._meter
 
     def _new_team(self) -> ThreadTeam:
-        team = ThreadTeam(self._num_replicas)
+        share = None if self._limit is None else self._limit.share
+        team = ThreadTeam(self._num_replicas, share)
         self._teams = [ref for ref in self._teams if ref() is not None]
         self._teams.append(weakref.ref(team))
         return team
@@ -182,6 +223,9 @@ class Runner:
     def close(self) -> None:
         """End the threads and join them. Safe to call twice."""
         self._closed = True
+        for farm in list(self._step_lock.farms):
+            farm.close("its strategy was closed")
+            farm.wait_for_calls(_CLOSE_SECONDS)
         self._progress_thread.stop()
         if self._pid == os.getpid():
             teams = [ref() for ref in self._teams]
@@ -189,6 +233,8 @@ class Runner:
             for team in teams:
                 if team is not None and not team.is_busy:
                     team.stop()
+        if self._limit is not None:
+            self._limit.release()
 
 
 def _take_part(rendezvous: Rendezvous, rank: int, call: Call, results: list[Any]) -> None:
@@ -219,7 +265,13 @@ def _traced(rendezvous: Rendezvous, rank: int, call: Call) -> Any:
         return call(rendezvous, rank)
 
 
-def _run_together(rendezvous: Rendezvous, team: ThreadTeam, call: Call, results: list[Any]) -> None:
+def _run_together(
+    rendezvous: Rendezvous,
+    team: ThreadTeam,
+    call: Call,
+    results: list[Any],
+    share: int | None,
+) -> None:
     """Run all replicas, replica 0 on this thread, and return when all have left.
 
     An interrupt may strike between any two operations. Whatever it skips, the replicas that have
@@ -234,9 +286,18 @@ def _run_together(rendezvous: Rendezvous, team: ThreadTeam, call: Call, results:
     try:
         team.start(tasks)
         started = True
-        contexts[0].run(_take_part, rendezvous, 0, call, results)
+        run = contexts[0].run
+        if share is None or not thread_limits.settings:
+            run(_take_part, rendezvous, 0, call, results)
+        else:
+            thread_limits.run_limited(share, run, _take_part, rendezvous, 0, call, results)
     except BaseException as error:
         rendezvous.fail(error, 0)
     finally:
         rendezvous.settle(started)
+        if thread_limits.late:
+            thread_limits.restore_late()
         del team, tasks  # the traceback of an error that the user keeps refers to this frame
+
+
+thread_limits.entrances[_run_together.__code__] = True

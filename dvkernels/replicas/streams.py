@@ -7,6 +7,7 @@ from typing import Any
 from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Call, Runner
+from dvkernels.replicas.task_farm import TaskFarm
 from dvkernels.replicas.work_meter import MeteredRendezvous, WorkMeter
 
 __all__: list[str] = []
@@ -35,6 +36,12 @@ class StreamedRunner:
 
         with order.step():
             return self._runner.run(on_stream, nested)
+
+    def farm_out(self, farm: TaskFarm) -> None:
+        """Occupy the replicas with a task farm, which comes after the caller's earlier work."""
+        farm.streams = self._order
+        self._order.exchange()
+        self._runner.farm_out(farm)
 
     def measure_work(self) -> WorkMeter:
         """Measure the work of the replicas in all later steps; return the meter."""

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dvkernels.replicas import step_state
+from dvkernels.replicas import step_state, thread_limits
 from dvkernels.replicas.gates import Gates
 from dvkernels.threads import thread as threads
 
@@ -59,11 +59,13 @@ class _Inbox:
 class ThreadTeam:
     """Team of threads for replicas 1 to n - 1 of a step, and the gates between all n replicas.
 
+    Each thread leaves ``share`` threads to BLAS, OpenMP and Numba; None: as many as they like.
+
     The threads end when the team is dropped. Only :meth:`stop` joins them: a finalizer must not
     wait, and an interrupt during it would be lost.
     """
 
-    def __init__(self, num_replicas: int) -> None:
+    def __init__(self, num_replicas: int, share: int | None) -> None:
         first = step_state.num_gates(num_replicas)  # after the gates of the rendezvous
         self._gates = Gates(first + num_replicas - 1, num_replicas)
         self._is_chain = not self._gates.spins
@@ -81,7 +83,7 @@ class ThreadTeam:
         self._threads = [
             threads.Thread(
                 target=_work,
-                args=(inbox, self.has_ended, rank),
+                args=(inbox, self.has_ended, rank, share),
                 name=f"dvkernels-replica-{rank}",
                 daemon=True,
             )
@@ -133,16 +135,25 @@ def _end() -> None:
     """Stand for the end of a thread, in place of a task."""
 
 
-def _work(inbox: _Inbox, has_ended: list[bool], rank: int) -> None:
+def _work(inbox: _Inbox, has_ended: list[bool], rank: int, share: int | None) -> None:
     try:
+        num_lowered = 0
         while True:
             task: Any = inbox.take()
             if task is _end:
                 return
+            if share is not None and num_lowered < len(thread_limits.settings):
+                # Each once: what user code sets on this thread later stays.
+                found = thread_limits.settings
+                thread_limits.lower(found[num_lowered:], share)
+                num_lowered = len(found)
             task()
             del task  # keep no object of the user alive while waiting
     finally:
         has_ended[rank] = True  # read by replicas that wait for this one
+
+
+thread_limits.entrances[_work.__code__] = False
 
 
 def _end_all(inboxes: list[_Inbox], pid: int) -> None:

@@ -32,12 +32,14 @@ class WorkReading(NamedTuple):
 class WorkMeter:
     """Meter of the work of the replicas of one strategy, in the steps that ended well."""
 
-    __slots__ = ("_steps", "finish", "reading")
+    __slots__ = ("_steps", "finish", "reading", "shares")
 
     def __init__(self, num_replicas: int) -> None:
         self._steps = itertools.count()
         # Waits for the work that a replica has put on its stream; None: there are no streams.
         self.finish: Callable[[int], None] | None = None
+        # The latest shares of the work that suited the speeds; empty: none are known.
+        self.shares: tuple[float, ...] = ()
         self.reading = WorkReading(0, (0.0,) * num_replicas)
 
     def rendezvous(self, *args: Any) -> Rendezvous:

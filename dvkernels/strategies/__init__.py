@@ -1,5 +1,5 @@
 """Strategies: combinations of devices, a communicator, and a placement of variables.
 
-Imports: cluster, communicators, context, data, devices, errors, philox, profiler, pytree,
-reduce_op, replica_context, replicas, user_errors, values, variables, verbs.
+Imports: cluster, communicators, context, data, deadlines, devices, errors, philox, profiler,
+pytree, reduce_op, replica_context, replicas, user_errors, values, variables, verbs.
 """

@@ -22,31 +22,35 @@ from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas.rendezvous import Rendezvous
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
+from dvkernels.replicas.thread_limits import ThreadLimit
 from dvkernels.strategies.cross_replica import CrossReplica
 from dvkernels.strategies.dataset_distribution import DatasetDistribution
+from dvkernels.strategies.item_map import ItemMap
 from dvkernels.strategies.per_replica_values import PerReplicaValues
 from dvkernels.strategies.scope import Scope
 from dvkernels.strategies.seeded_steps import SeededSteps
+from dvkernels.strategies.strategy_options import check_options
 from dvkernels.strategies.update import VariableUpdate
 from dvkernels.values import function_checks, operands, regroup
 from dvkernels.values.placement import Placement
-from dvkernels.values.scalar_checks import is_integer
 from dvkernels.variables import drift
 from dvkernels.variables.variable import variables_of
 
 __all__ = ["Strategy"]
 
 
-class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, SeededSteps):
+class Strategy(
+    CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistribution, ItemMap, SeededSteps
+):
     """Distribution of a computation over replicas: devices, a communicator, a home for variables.
 
     Use one of the final subclasses, or call this constructor for a strategy of your own.
 
     Parameters
     ----------
-    devices : sequence of Device or str, optional
-        One per replica, all of one kind; a device may be named several times. If not given, all
-        GPUs, or one replica per usable core where there is no GPU.
+    devices : sequence of Device or str, or int, optional
+        One per replica, all of one kind; a device may be named several times. Or so many CPU
+        replicas. If not given, all GPUs, or one per usable core where there is no GPU.
     communicator : Communicator or str
         A communicator with one rank per device, or a name that ``MirroredStrategy`` accepts.
     bytes_per_bucket : int, optional
@@ -59,15 +63,24 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         ``communicator`` describe this process only. A single process if not given.
     seed : int
         Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
+    threads : str
+        ``"share"``: from the first step of several CPU replicas until the strategy is closed, BLAS,
+        OpenMP and Numba use at most cores // replicas threads in each of them. ``"all"``: they use
+        as many as they are set to.
+    timeout_seconds : float
+        How long a replica waits for the others, or a step for the one before it [s]. The default
+        gives way to the environment variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
     DeviceError
-        A device does not exist, the list is empty, or it mixes CPU devices and GPUs.
+        A device does not exist, the list is empty or mixes CPU devices and GPUs, or the number is
+        not positive.
     AlgorithmError
         The communicator has another size, or the object lacks methods of the protocol.
     ValueError
-        ``bytes_per_bucket`` is not a positive integer, or ``seed`` is out of range.
+        ``bytes_per_bucket`` is not a positive integer, ``seed`` is out of range, ``threads`` is
+        neither ``"share"`` nor ``"all"``, or ``timeout_seconds`` is not a positive number.
     TypeError
         ``seed`` is not an integer.
 
@@ -94,22 +107,24 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
 
     def __init__(
         self,
-        devices: Sequence[Device | str] | None,
+        devices: Sequence[Device | str] | int | None,
         communicator: Communicator | str = "auto",
         *,
         bytes_per_bucket: int | None = None,
         central_device: Device | str | None = None,
         workers: Workers | None = None,
         seed: int = 0,
+        threads: str = "share",
+        timeout_seconds: float = 600,
     ) -> None:
+        check_options(
+            bytes_per_bucket=bytes_per_bucket,
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
         resolved = registry.resolve_all(devices)
         self.generators = StrategyGenerators(seed, len(resolved))
-        if bytes_per_bucket is not None:
-            if not is_integer(bytes_per_bucket) or bytes_per_bucket <= 0:
-                raise ValueError(
-                    f"bytes_per_bucket is a positive integer, got {bytes_per_bucket!r}"
-                )
-            bytes_per_bucket = int(bytes_per_bucket)
         central = None if central_device is None else registry.resolve(central_device)
         workers = Single() if workers is None else workers
         memory = array_memory.of(resolved)
@@ -131,6 +146,8 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
             background_communicator=background,
         )
         announce = workers.announce if workers.size > 1 else None
+        on_host = self._placement.memory is array_memory.HOST
+        is_limited = threads == "share" and on_host and len(resolved) > 1
         self._runner: Runner | StreamedRunner = Runner(
             len(resolved),
             name,
@@ -138,8 +155,10 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
             announce,
             self._placement.step_lock,
             self.generators,
+            float(timeout_seconds),
+            ThreadLimit(len(resolved)) if is_limited else None,
         )
-        if self._placement.memory is not array_memory.HOST:
+        if not on_host:
             order = StreamOrder([device.index for device in resolved])
             self._runner = StreamedRunner(self._runner, order)
 
@@ -250,7 +269,7 @@ class Strategy(CrossReplica, PerReplicaValues, VariableUpdate, DatasetDistributi
         ...     print(strategy.run(lambda x: 10 * x, args=(dv.PerReplica([1, 2]),)))
         PerReplica(0: 10, 1: 20)
         """
-        frame = context.require_cross_replica(self._placement, "run")
+        frame = context.require_cross_replica(self._placement, "run", True)
         # The common case, without a call.
         if type(fn) is not FunctionType or fn.__code__.co_flags & function_checks.REFUSED:
             function_checks.check("run", fn)

@@ -66,7 +66,7 @@ class CrossReplica(ProcessBound):
         ...     print(strategy.reduce("mean", losses, axis=0))
         2.5
         """
-        context.require_cross_replica(self._placement, "reduce")
+        context.require_cross_replica(self._placement, "reduce", True)
         return verbs.reduce(self._placement, op, value, axis)
 
     def gather(self, value: Any, axis: int = 0) -> Any:
@@ -101,7 +101,7 @@ class CrossReplica(ProcessBound):
         ...     print(strategy.gather(dv.PerReplica([[1, 2], [3]])))
         [1 2 3]
         """
-        context.require_cross_replica(self._placement, "gather")
+        context.require_cross_replica(self._placement, "gather", True)
         return verbs.gather(self._placement, value, axis)
 
     def local_results(self, value: Any) -> tuple[Any, ...]:
@@ -230,7 +230,7 @@ class CrossReplica(ProcessBound):
         ...     print(strategy.broadcast_to(2.5, dv.PerReplica([0, 0])))
         Mirrored(0: array(2.5), 1: array(2.5))
         """
-        context.require_cross_replica(self._placement, "broadcast_to")
+        context.require_cross_replica(self._placement, "broadcast_to", True)
         devices = _devices_of(destinations, "broadcast_to", self._placement)
 
         def broadcast_leaf(leaf: Any) -> Array:

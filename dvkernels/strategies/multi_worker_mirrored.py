@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.cluster.resolvers import default_resolver
 from dvkernels.communicators import registry as communicators
 from dvkernels.communicators.base import Communicator
 from dvkernels.devices.device import Device
-from dvkernels.philox import check_seed
 from dvkernels.strategies.base import Strategy
+from dvkernels.strategies.strategy_options import check_options
 from dvkernels.user_errors import brief
 
 __all__ = ["MultiWorkerMirroredStrategy"]
@@ -35,9 +33,9 @@ class MultiWorkerMirroredStrategy(Strategy):
     cluster_resolver : ClusterResolver, optional
         Says which worker this process is. If not given, detected from the launcher's environment
         variables, see :func:`dvkernels.cluster.default_resolver`.
-    devices : sequence of Device or str, optional
-        The devices of this process, one replica each. If not given, one replica per core of this
-        process's share.
+    devices : sequence of Device or str, or int, optional
+        The devices of this process, one replica each; a number means so many CPU replicas. If not
+        given, one replica per core of this process's share.
     cross_device_ops : str or Communicator
         The algorithm between the replicas of this process, as for :class:`MirroredStrategy`, and
         between hosts: ``"direct"`` exchanges parts pairwise, ``"ring"`` passes them around a ring,
@@ -45,12 +43,18 @@ class MultiWorkerMirroredStrategy(Strategy):
         workers, one per replica. All workers must pass the same of these three names, or none of
         them.
     timeout_seconds : float
-        How long a worker waits for the others in a collective [s].
+        How long a worker, or a replica of this process, waits for the others in a collective [s].
+        Between replicas, the default gives way to the environment variable
+        ``DVKERNELS_TIMEOUT_SECONDS``.
     bytes_per_bucket : int, optional
         Size of the buckets into which ``all_reduce`` packs the arrays of a pytree [bytes]. If not
         given, 4 MiB; a single worker does not pack.
     seed : int
         Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
+    threads : str
+        ``"share"`` or ``"all"``: the threads of BLAS, OpenMP and Numba in each replica of
+        this process, as for :class:`Strategy`; the cores are this process's share of those of
+        the host.
 
     Raises
     ------
@@ -66,8 +70,8 @@ class MultiWorkerMirroredStrategy(Strategy):
     TypeError
         ``cluster_resolver`` is not a ``dv.cluster.ClusterResolver``, or ``seed`` not an integer.
     ValueError
-        ``timeout_seconds`` or ``bytes_per_bucket`` is not a positive number, or ``seed`` is out of
-        range.
+        ``timeout_seconds`` or ``bytes_per_bucket`` is not a positive number, ``seed`` is out of
+        range, or ``threads`` is neither ``"share"`` nor ``"all"``.
 
     Notes
     -----
@@ -109,21 +113,27 @@ class MultiWorkerMirroredStrategy(Strategy):
         self,
         cluster_resolver: ClusterResolver | None = None,
         *,
-        devices: Sequence[Device | str] | None = None,
+        devices: Sequence[Device | str] | int | None = None,
         cross_device_ops: str | Communicator = "auto",
         timeout_seconds: float = 600,
         bytes_per_bucket: int | None = None,
         seed: int = 0,
+        threads: str = "share",
     ) -> None:
+        check_options(
+            bytes_per_bucket=bytes_per_bucket,
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
         self._resolver = default_resolver() if cluster_resolver is None else cluster_resolver
         if not isinstance(self._resolver, ClusterResolver):
             raise TypeError(
                 f"expected cluster_resolver to be a dv.cluster.ClusterResolver, got "
                 f"{brief(cluster_resolver)}"
             )
-        check_seed(seed)  # before the workers wait for each other
         workers = communicators.between_workers(
-            self._resolver, _checked(timeout_seconds), cross_device_ops
+            self._resolver, float(timeout_seconds), cross_device_ops
         )
         if bytes_per_bucket is None and workers.size > 1:
             bytes_per_bucket = _BYTES_PER_BUCKET
@@ -133,22 +143,11 @@ class MultiWorkerMirroredStrategy(Strategy):
             bytes_per_bucket=bytes_per_bucket,
             workers=workers,
             seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
         )
 
     @property
     def cluster_resolver(self) -> ClusterResolver:
         """The resolver of this process's position in the cluster."""
         return self._resolver
-
-
-def _checked(timeout_seconds: Any) -> float:
-    try:
-        seconds = float(timeout_seconds)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"timeout_seconds is a positive number of at most {threading.TIMEOUT_MAX:g}, got "
-            f"{timeout_seconds!r}"
-        )
-    return seconds

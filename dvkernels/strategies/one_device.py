@@ -23,13 +23,20 @@ class OneDeviceStrategy(Strategy):
         The device of the replica and of the variables.
     seed : int
         Seed of ``ctx.rng``, from 0 to 2**1024 - 1.
+    threads : str
+        ``"share"`` or ``"all"``, as for other strategies. A single replica has all threads anyway.
+    timeout_seconds : float
+        How long a step waits for the one before it [s]. The default gives way to the environment
+        variable ``DVKERNELS_TIMEOUT_SECONDS``.
 
     Raises
     ------
     DeviceError
         The device does not exist.
-    ValueError, TypeError
-        ``seed`` is out of range, or not an integer.
+    ValueError
+        ``seed``, ``threads`` or ``timeout_seconds`` has none of the right values.
+    TypeError
+        ``seed`` is not an integer.
 
     Examples
     --------
@@ -39,8 +46,21 @@ class OneDeviceStrategy(Strategy):
     PerReplica(0: 1)
     """
 
-    def __init__(self, device: Device | str, *, seed: int = 0) -> None:
-        super().__init__((registry.resolve(device),), Single(), seed=seed)
+    def __init__(
+        self,
+        device: Device | str,
+        *,
+        seed: int = 0,
+        threads: str = "share",
+        timeout_seconds: float = 600,
+    ) -> None:
+        super().__init__(
+            (registry.resolve(device),),
+            Single(),
+            seed=seed,
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
 
 
 @final

@@ -38,9 +38,9 @@ def check_strategy(make: Callable[[int], Strategy], replicas: Sequence[int] = (1
     Notes
     -----
     Covered are contexts, collectives, values, every kind of variable that the strategy supports,
-    ``merge_call`` with ``run`` inside, datasets, and failures: the exception of a replica is
-    re-raised as it is, replicas that disagree raise ``CollectiveMismatchError``, variables stay
-    unchanged, and the next step works.
+    ``merge_call`` with ``run`` inside, datasets, maps, random draws, and failures: the exception of
+    a replica is re-raised as it is, replicas that disagree raise ``CollectiveMismatchError``,
+    variables stay unchanged, and the next step works.
 
     Examples
     --------
@@ -257,6 +257,20 @@ def _every_element_is_delivered_once(strategy: Strategy, count: int) -> None:
     assert seen == [*range(11)], f"a dataset of 0 to 10 gave {seen}"
 
 
+def _each_item_is_mapped_once(strategy: Strategy, count: int) -> None:
+    local, squares = _local(strategy), [k * k for k in range(7)]
+    found = list(strategy.map(lambda k: (k * k, _rank() in local), range(7)))
+    assert found == [(square, True) for square in squares], f"map of 0 to 6 gave {found}"
+    assert sorted(strategy.map(lambda k: k * k, range(7), ordered=False)) == squares, "unordered"
+    _assert_raises(ContextError, lambda: list(strategy.map(lambda _: _meet(), [0])))
+    with strategy.map(lambda k: k, range(7)):
+        _assert_raises(ContextError, lambda: strategy.run(_rank))
+
+
+def _meet() -> None:
+    _replica_context().barrier()
+
+
 def _failures_end_the_step_only(strategy: Strategy, count: int) -> None:
     with strategy.scope():
         variable = Variable(1.0, aggregation="sum")
@@ -284,6 +298,21 @@ def _failures_end_the_step_only(strategy: Strategy, count: int) -> None:
     _assert_raises(ContextError, lambda: strategy.run(lambda: strategy.run(_rank)))
 
 
+def _draws_depend_on_seed_step_and_replica(strategy: Strategy, count: int) -> None:
+    def draw() -> Any:
+        return _replica_context().rng("of this law").integers(2**62)
+
+    def two_steps() -> list[Any]:
+        return [_on_host(strategy.gather(strategy.run(draw))).tolist() for _ in range(2)]
+
+    before = strategy.state_dict()
+    drawn = two_steps()
+    assert len({*drawn[0], *drawn[1]}) == 2 * count, f"draws are not independent: {drawn}"
+    strategy.load_state_dict(before)
+    again = two_steps()
+    assert again == drawn, f"draws after a resume are {again}, and were {drawn}"
+
+
 _LAWS = (
     _run_calls_each_replica_once,
     _collectives_combine_all_replicas,
@@ -292,5 +321,7 @@ _LAWS = (
     _scatter_writes_rows,
     _merge_call_runs_once,
     _every_element_is_delivered_once,
+    _each_item_is_mapped_once,
+    _draws_depend_on_seed_step_and_replica,
     _failures_end_the_step_only,
 )

@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dvkernels.threads import thread
 
@@ -52,12 +52,7 @@ class StoppableThread:
 
         After an interrupt it may have started: ``work`` should check that its owner still exists.
         """
-        try:
-            _running.add(self)
-            thread.start([self._thread])
-        except Exception:
-            _running.discard(self)
-            raise
+        start_all([self])
 
     @property
     def is_here(self) -> bool:
@@ -101,6 +96,16 @@ class StoppableThread:
 
         ident = ctypes.c_ulong(self._thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
+
+
+def start_all(threads: Sequence[StoppableThread]) -> None:
+    """Start threads at once; raise ``RuntimeError`` if not all of them run."""
+    try:
+        _running.update(threads)
+        thread.start([each._thread for each in threads])
+    except Exception:
+        _running.difference_update(each for each in threads if not each.has_begun)
+        raise
 
 
 _running: set[StoppableThread] = set()

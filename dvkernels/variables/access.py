@@ -50,6 +50,9 @@ def check_aggregation(copies: Copies, verb: str) -> None:
     """Raise where several replicas write a variable whose values have no aggregate."""
     count = copies.placement.num_replicas
     if copies.aggregation is VariableAggregation.NONE and count > 1:
+        frame = context.find()
+        if frame is not None and frame.replica is not None and frame.replica.item_index is not None:
+            write_together(copies, verb, None, list, frame.replica)  # raises: there is no meeting
         raise SynchronizationError(
             f"{verb} of variable {copies.name!r} in replica context needs an aggregation: it was "
             f"created with aggregation='none', which does not say how the values of {count} "

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dvkernels import context, deadlines
-from dvkernels.errors import CollectiveTimeoutError
+from dvkernels import context
 from dvkernels.variables.copies import Copies
 
 __all__: list[str] = []
@@ -28,23 +27,8 @@ def report(memo: dict[int, Any], variable: Any, made: Any) -> None:
 
 def between_steps(copies: Copies) -> Copies:
     """Duplicate copies while no other thread runs a step; such a step is awaited."""
-    placement, seconds = copies.placement, deadlines.timeout_seconds()
-    frame = context.find()
+    placement, frame = copies.placement, context.find()
     if placement is context.UNSCOPED or (frame is not None and frame.merging):
-        made = copies.duplicate()  # a single copy; or inside a step, which holds the lock
-    else:
-        lock = placement.step_lock.lock()
-        try:
-            if not lock.acquire(timeout=seconds):
-                raise CollectiveTimeoutError(
-                    f"deepcopy of variable {copies.name!r}: another thread has been running a "
-                    f"step of its strategy for {seconds:g} s; a thread that this step waits "
-                    f"for must not copy (DVKERNELS_TIMEOUT_SECONDS changes the timeout)"
-                )
-            made = copies.duplicate()
-        finally:
-            try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                lock.release()
-            except RuntimeError:  # not acquired: the wait timed out or was interrupted
-                pass
-    return made
+        return copies.duplicate()  # a single copy; or inside a step, which holds the lock
+    what = f"deepcopy of variable {copies.name!r}"
+    return placement.step_lock.between_steps(copies.duplicate, what)

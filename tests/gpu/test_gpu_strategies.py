@@ -184,3 +184,22 @@ def test_the_sanitizer_finds_nothing(tool):
         timeout=600, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
+
+
+@needs_gpu
+def test_items_are_mapped_on_the_streams_of_the_replicas():
+    import cupy
+
+    with dv.MirroredStrategy(["cuda:0", "cuda:0"]) as strategy:
+        given = cupy.arange(1_000_000, dtype="f8")
+
+        def work(k):
+            assert cupy.cuda.get_current_stream().ptr
+            result = given
+            for _ in range(5):  # temporary arrays, whose memory is used again
+                result = result + k
+            return result
+
+        totals = [result.sum() for result in strategy.map(work, range(100))]
+        first = float(given.sum())
+        assert [float(total) for total in totals] == [first + 5e6 * k for k in range(100)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from mpi_jobs import Job, needs_mpi, run
@@ -122,6 +124,19 @@ def test_a_checkpoint_resumes_on_another_number_of_workers(is_apart, tmp_path):
         assert len(shards) == count
     expected = np.load(tmp_path / "whole" / "found.npy")
     np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("count", "num_local", "over"), [(4, 1, "memory"), (2, 2, "memory"), (4, 1, "2,2")]
+)
+def test_random_draws_are_those_of_one_process(count, num_local, over, tmp_path):
+    run(count, "random_draws", num_local, over, tmp_path)
+    drawn = json.loads((tmp_path / "drawn.json").read_text())
+    run(1, "random_draws", 4, "memory", tmp_path)
+    assert drawn == json.loads((tmp_path / "drawn.json").read_text())
+    assert drawn["rows"][:4] == drawn["rows"][4:]
+    assert drawn["own"][1:4] == drawn["own"][4:7]  # the second strategy begins with step 1
+    assert len({number for step in drawn["own"][:4] for number in step}) == 4 * 4
 
 
 @pytest.mark.parametrize("program", ["strategy_laws", "variables"])

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import itertools
+import json
 import os
 import pathlib
 import signal
@@ -301,6 +302,29 @@ def go_on(num_local: str, over: str, folder: str, until: str) -> None:
         found = np.append(weight.numpy(), float(seen))
         if rank() == 0:
             np.save(f"{folder}/found.npy", found)
+
+
+def random_draws(num_local: str, over: str, folder: str) -> None:
+    """Draw, save after the first step, and draw after a resume; the chief writes all numbers."""
+    data = dv.Dataset.range(20).random_map(lambda x, rng: rng.integers(2**62), seed=1)
+
+    def draw(rows):
+        replica = dv.get_replica_context()
+        return replica.all_gather((rows, replica.rng("a").integers(2**62)))
+
+    drawn = {"rows": [], "own": []}
+    with make(int(num_local)) as strategy, make(int(num_local)) as resumed:
+        for each in (strategy, resumed):
+            with iter(each.distribute_dataset(data.batch(6))) as batches:
+                for batch in batches:
+                    rows, own = each.local_results(each.run(draw, (batch,)))[0]
+                    drawn["rows"].append(rows.tolist())
+                    drawn["own"].append(own.tolist())
+                    if len(drawn["own"]) == 1:
+                        dv.Checkpoint(strategy=strategy).save(f"{folder}/one")
+            dv.Checkpoint(strategy=resumed).restore(f"{folder}/one")
+    if rank() == 0:
+        pathlib.Path(folder, "drawn.json").write_text(json.dumps(drawn))
 
 
 class HarmfulFiles:

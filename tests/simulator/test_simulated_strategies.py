@@ -267,3 +267,24 @@ def test_a_wrong_result_is_not_reported(monkeypatch):
         gpu.measure(
             plan=gpu.MeasurementPlan(nbytes=64, small_nbytes=16, rounds=1, calls=1, small_calls=1)
         )
+
+
+def test_measured_shares_of_batches_on_gpus(two):
+    """One step of seven is measured, in which the host waits for the streams."""
+    data = dv.Dataset.from_arrays(np.arange(900.0, dtype=np.float32)).batch(6)
+
+    def step(rows):
+        worked = np.zeros(20_000 if rank() else 100)  # shapes of parts do not matter
+        for _ in range(40):
+            worked += 1
+        return here().all_reduce("mean", rows.sum() / len(rows), weight=len(rows))
+
+    counts, means = [], []
+    with iter(two.distribute_dataset(data, dv.InputOptions(balance="measured"))) as batches:
+        for batch in batches:
+            counts.append([len(part) for part in batch.values])
+            means.append(float(two.run(step, (batch,)).on(0)))
+        stats = batches.stats()
+    np.testing.assert_allclose(means, np.arange(900.0).reshape(150, 6).mean(1), rtol=1e-6)
+    assert {sum(count) for count in counts} == {6}
+    assert len(stats.seconds_per_element) == 2

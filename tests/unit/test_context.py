@@ -380,6 +380,17 @@ def test_outside_every_scope_another_strategys_variable_is_read_across_its_repli
             verb("sum", variable, *[lone][: verb == default.reduce_to])
 
 
+def test_broadcast_to_takes_variables_of_its_strategy_and_of_none(pair):
+    with pair.scope():
+        own = dv.Variable(3.0)
+    with dv.MirroredStrategy(devices(2)) as other, other.scope():
+        alien = dv.Variable(4.0)
+    assert float(pair.broadcast_to(own, devices(1)[0])[0]) == 3.0
+    assert float(pair.broadcast_to(dv.Variable(5.0), own)[1]) == 5.0
+    with pytest.raises(ContextError, match="a value for each of the 2 replicas"):
+        pair.broadcast_to(alien, own)
+
+
 def test_leaving_a_scope_that_was_not_entered_raises(pair):
     scope = pair.scope()
     with pytest.raises(ContextError, match="without having been entered"):

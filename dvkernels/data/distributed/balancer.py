@@ -14,8 +14,8 @@ __all__: list[str] = []
 
 _WARM_UP = 2  # batches that are not measured: their steps compile, and fill caches
 _AFTER_CHANGE = 1  # the same after new shares: parts of a new shape
-# A median of 7 ignores 3 outliers: an evaluation, a checkpoint or a busy moment between batches.
-_FEWEST, _MOST = 7, 11
+# A median of 9 ignores 4 outliers: an evaluation, a checkpoint or a busy moment between batches.
+_NUM_SAMPLES = 9
 _LEAST_GAIN = 0.05  # of the time of the slowest replica: changes for less would follow the noise
 
 
@@ -23,11 +23,11 @@ class Balancer:
     """Balancer of the parts of batches among the replicas of one worker.
 
     It divides one batch after another. The work of all steps between two batches counts for the
-    first of them. The seconds per element of a replica are the median over the last batches. Where
-    other shares would relieve the slowest replica by a twentieth, the shares go halfway there, and
-    are measured anew. Halfway, since then they settle even if the work grows with the square of
-    the rows. If the slowest replica does not get faster by a quarter of what was predicted, the
-    shares go back, and the next change must promise twice as much.
+    first of them. The seconds per element of a replica are the median over a few batches. Where
+    other shares would relieve the slowest replica by a twentieth, the shares go halfway there:
+    halfway, since then they settle even if the work grows with the square of the rows. If the
+    slowest replica does not get faster by a quarter of what was predicted, the shares go back, and
+    the next change must promise twice as much.
 
     Parameters
     ----------
@@ -52,15 +52,16 @@ class Balancer:
         self._latest = meter.reading  # before the steps of the latest batch
         num_replicas = len(self._latest.seconds)
         self._counts = [0] * num_replicas  # elements of the latest batch
-        # Seconds per element in the batches since the shares were last changed.
-        self._samples: list[tuple[float, ...]] = [()] * num_replicas
+        # Seconds per element of the replicas, for each batch since the shares were last judged.
+        self._samples: list[tuple[float, ...]] = []
+        self._longest = 0  # of these batches: the shares are judged by it, not by a remainder
         self._num_to_skip = _WARM_UP
         self._least_gain = _LEAST_GAIN
         # The shares before the last change, and what it must achieve: seconds of the slowest
         # replica, per element of the batch.
         self._before: tuple[float, ...] = ()
         self._goal = math.inf
-        self.shares = (1 / num_replicas,) * num_replicas
+        self.shares = meter.shares or (1 / num_replicas,) * num_replicas
         self.seconds_per_element: tuple[float, ...] = ()  # empty until enough is measured
 
     def parts(self, length: int) -> list[tuple[int, int]]:
@@ -68,26 +69,27 @@ class Balancer:
         reading = self._meter.reading
         if reading.num_steps > self._latest.num_steps:
             self._measure(reading.seconds)
-            self._rebalance(length)
+            if len(self._samples) >= _NUM_SAMPLES:
+                samples, self._samples = self._samples, []
+                longest, self._longest = self._longest, 0
+                self.seconds_per_element = tuple(map(statistics.median, zip(*samples, strict=True)))
+                self._rebalance(longest, self.seconds_per_element)
         self._latest, self._counts = reading, divide(length, self.shares)
         return [*pairwise(accumulate(self._counts, initial=0))]
 
     def _measure(self, seconds: Sequence[float]) -> None:
-        """Record the work that the replicas have done on the latest batch."""
+        """Record the work on the latest batch, if every replica had some."""
+        worked = [*map(float.__sub__, seconds, self._latest.seconds)]
+        if min(self._counts) == 0 or min(worked) <= 0:
+            return
         if self._num_to_skip:
             self._num_to_skip -= 1
             return
-        for replica, count in enumerate(self._counts):
-            worked = seconds[replica] - self._latest.seconds[replica]
-            if count and worked > 0:
-                kept = self._samples[replica][1 - _MOST :]
-                self._samples[replica] = (*kept, worked / count)
+        self._longest = max(self._longest, sum(self._counts))
+        self._samples.append(tuple(map(float.__truediv__, worked, map(float, self._counts))))
 
-    def _rebalance(self, length: int) -> None:
+    def _rebalance(self, length: int, costs: tuple[float, ...]) -> None:
         """Change the shares if that would relieve the slowest replica by enough."""
-        if min(map(len, self._samples)) < _FEWEST or length == 0:
-            return
-        costs = self.seconds_per_element = tuple(map(statistics.median, self._samples))
         now = _slowest(costs, length, self.shares)
         if now > self._goal:
             self._least_gain *= 2
@@ -98,16 +100,17 @@ class Balancer:
         wanted = _normalized([1 / cost for cost in costs])
         if now <= (1 + self._least_gain) * _slowest(costs, length, wanted):
             return
-        halfway = _normalized([*map(math.sqrt, map(float.__mul__, self.shares, wanted))])
-        gain = now - _slowest(costs, length, halfway)  # 0 if no element goes elsewhere
+        target = _normalized([*map(math.sqrt, map(float.__mul__, self.shares, wanted))])
+        if _slowest(costs, length, target) >= now:  # in small batches the counts may stay
+            target = wanted
         self._before = self.shares
-        self._change(halfway, now - gain / 4 if gain > 0 else math.inf)
+        self._change(target, now - (now - _slowest(costs, length, target)) / 4)
 
     def _change(self, shares: tuple[float, ...], goal: float) -> None:
-        """Set the shares, and forget what was measured with others."""
-        self._samples = [()] * len(shares)
+        """Set the shares, with which the next dataset of the strategy begins, too."""
         self._num_to_skip = _AFTER_CHANGE
-        self._goal, self.shares = goal, shares
+        self._goal = goal
+        self.shares = self._meter.shares = shares
         LOGGER.info("shares of the local replicas: %s, at %s s per element", self,
                     self.seconds_per_element)  # fmt: skip
 

@@ -57,8 +57,7 @@ class InputOptions:
         ``"measured"``: in proportion to their measured speed, at least 1 element each where there
         are enough. Elements, order and states stay the same, and so do weighted means, up to
         rounding that differs from run to run. Each worker balances its own replicas; its rows of a
-        global batch stay as many. Not for ``distribute_datasets_from_function``. See
-        :class:`dvkernels.data.distributed.balancer.Balancer`.
+        global batch stay as many. Not for ``distribute_datasets_from_function``.
 
     Examples
     --------

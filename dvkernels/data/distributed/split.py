@@ -64,9 +64,7 @@ class Splitter:
         The recorder adds up the time of the copies to devices.
         """
         if self.balancer is not None:
-            length = leading_length(elements[0])
-            parts = self.balancer.parts(length)
-            self._slices = (length, tuple(slice(start, stop) for start, stop in parts))
+            self._slices = (-1, ())  # divide this batch anew
         nest = self._assign_elements(elements) if self._is_dealt else self._split_batch(elements[0])
         return nest if self._copier is None else self._on_devices(nest, self._copier, recorder)
 
@@ -140,9 +138,7 @@ class Splitter:
             shape = getattr(leaf, "shape", None)
             if not shape or shape[0] != length:
                 length = leading_length(batch)  # raises if the leaves differ in length
-                slices = tuple(
-                    slice(start, stop) for start, stop in partition.parts(length, self._num_local)
-                )
+                slices = tuple(slice(start, stop) for start, stop in self._divide(length))
                 self._slices = (length, slices)
             parts.append(
                 PerReplica(
@@ -150,3 +146,9 @@ class Splitter:
                 )
             )
         return parts
+
+    def _divide(self, length: int) -> list[tuple[int, int]]:
+        """Return the start and the stop of each replica's part of a batch."""
+        if self.balancer is None:
+            return partition.parts(length, self._num_local)
+        return self.balancer.parts(length)

@@ -208,7 +208,9 @@ def test_a_failure_of_one_worker_fails_on_all(tmp_path, background):
     assert all(name.startswith("step-") for name in os.listdir(tmp_path)), "no leftovers"
 
 
-@pytest.mark.parametrize("loses", [(), ("content",), ("names",)])
+@pytest.mark.parametrize(
+    "loses", [(), pytest.param(("content",), marks=pytest.mark.wide), ("names",)]
+)
 def test_a_kill_at_any_operation_leaves_a_valid_checkpoint(tmp_path, loses):
     done(each_worker([1, 1], saving(1, tmp_path)))
 

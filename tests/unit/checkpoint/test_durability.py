@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import faults
 import numpy as np
 import pytest
+from kinds import daily
 
 import dvkernels as dv
 from dvkernels.checkpoint.storage import file_system
@@ -62,8 +64,16 @@ class Run:
         return number
 
 
-@pytest.mark.parametrize("loses", [(), ("content",), ("names",), ("content", "names")])
-@pytest.mark.parametrize("uses_manager", [False, True])
+LOSSES = [(), ("content",), ("names",), ("content", "names")]
+
+
+@pytest.mark.parametrize(
+    ("uses_manager", "loses"),
+    daily(
+        [*itertools.product([False, True], LOSSES)],
+        *zip([False, True, True, False], LOSSES, strict=True),
+    ),
+)
 def test_a_kill_at_any_operation_leaves_a_whole_checkpoint(tmp_path, uses_manager, loses):
     run = Run(tmp_path / "a" / "b", uses_manager)
     run.save()
@@ -85,8 +95,14 @@ def test_a_completed_save_survives_a_power_failure(tmp_path):
         assert run.check() == number
 
 
-@pytest.mark.parametrize("uses_manager", [False, True])
-@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize(
+    ("uses_manager", "error"),
+    daily(
+        [*itertools.product([False, True], [errno.EIO, errno.ENOSPC])],
+        (False, errno.EIO),
+        (True, errno.ENOSPC),
+    ),
+)
 def test_an_error_at_any_operation_is_raised_and_keeps_the_previous_checkpoint(
     tmp_path, uses_manager, error
 ):
@@ -278,7 +294,7 @@ with file_system.using(Stopping()):
 """
 
 
-@pytest.mark.parametrize("number", [3, 9, 14, 19, 24])
+@pytest.mark.parametrize("number", daily([3, 9, 14, 19, 24], 3, 14))
 def test_sigkill_at_an_operation(tmp_path, number):
     run = Run(tmp_path / "c")
     run.save()

@@ -50,7 +50,7 @@ def run_killed(folder, steps, kills, seed, *options):
 def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, options):
     steps = 60
     whole = result(run_and_kill(command(tmp_path / "whole", steps), most_kills=0, seed=0).output)
-    num_kills, killed = run_killed(tmp_path / "killed", steps, 3, 1, *options)
+    num_kills, killed = run_killed(tmp_path / "killed", steps, 2, 1, *options)
     assert killed == whole
     assert num_kills > 0
 

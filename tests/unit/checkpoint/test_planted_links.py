@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 
 import numpy as np
 import pytest
+from kinds import daily
 
 import dvkernels as dv
 from dvkernels.checkpoint.storage import file_system
@@ -55,9 +57,19 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("how", ["save", "background", "manager"])
-@pytest.mark.parametrize("to", ["treasure", "treasure/thesis.txt", "absent"])
+HOWS = ["save", "background", "manager"]
+TARGETS = ["treasure", "treasure/thesis.txt", "absent"]
+# Daily every two of a name, a way to save and a target meet, or nearly so.
+PAIRWISE = [
+    (name, how, TARGETS[(k + shift) % 3])
+    for k, name in enumerate(NAMES)
+    for shift, how in enumerate(HOWS)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "to"), daily([*itertools.product(NAMES, HOWS, TARGETS)], *PAIRWISE)
+)
 def test_links_are_removed_or_refused_but_not_followed(tmp_path, treasure, here, name, how, to):
     (here / name).symlink_to(tmp_path / to)
     try:

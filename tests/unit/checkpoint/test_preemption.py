@@ -123,7 +123,8 @@ def test_bad_input(bad):
         dv.PreemptionHandler(Saves(), **bad)
 
 
-def test_a_preempted_run_resumes_where_it_stopped(tmp_path):
+@pytest.mark.parametrize("stops", [STOPS[:1], pytest.param(STOPS, marks=pytest.mark.wide)])
+def test_a_preempted_run_resumes_where_it_stopped(tmp_path, stops):
     def run(folder, steps, stop=None):
         command = [sys.executable, SMALL_RUN, str(tmp_path / folder), str(steps), "--pause", "0.01"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
@@ -135,7 +136,7 @@ def test_a_preempted_run_resumes_where_it_stopped(tmp_path):
         return program.returncode, lines
 
     _, whole = run("whole", 40)
-    for number in STOPS:  # the second run resumes the first
+    for number in stops:  # the second run resumes the first
         code, lines = run("preempted", 40, number)
         assert code == 42, lines
         assert not any(line.startswith("result") for line in lines)

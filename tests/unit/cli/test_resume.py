@@ -10,12 +10,12 @@ import fork_server
 import pytest
 from kills import run_and_kill
 
-EPOCHS = 20
+EPOCHS = 8
 
 
 def words(*options, replicas=2):
     return [
-        "train", "--json", "--epochs", str(EPOCHS), "--hidden", "512", "--dtype", "float64",
+        "train", "--json", "--epochs", str(EPOCHS), "--hidden", "256", "--dtype", "float64",
         "--replicas", str(replicas), *options,
     ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 import dvkernels as dv
 from dvkernels.cli import digits, main, mlp, training_loop
 from dvkernels.kernels import compile_cache
+from dvkernels.replicas import thread_limits
 
 KEYS = {
     "test_accuracy",
@@ -142,6 +143,17 @@ def test_info_computes_on_every_device(capsys):
     assert {*found["devices"].values(), found["together"]} == {"PASS"}
     assert f"compiled code: {found['compiled_code']}" == cache_line
     assert any("interpreter lock o" in line and "threading layer" in line for line in lines)
+    share, replicas = found["threads"]["share"], found["threads"]["replicas"]
+    (threads_line,) = [line for line in lines if line.startswith("threads: ")]
+    assert f"at most {share} in each of {replicas} replicas" in threads_line
+    assert all(name in threads_line for name in found["threads"]["libraries"])
+
+
+def test_info_says_when_nothing_limits_the_threads(capsys, monkeypatch):
+    monkeypatch.setattr(thread_limits, "_threadpoolctl", lambda: None)
+    monkeypatch.setattr(thread_limits, "_has_warned", True)
+    assert main.main(["info"]) == 0
+    assert "threadpoolctl is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numba
 import numpy as np
@@ -53,12 +55,15 @@ def bits(arrays):
     return {array.tobytes() for array in arrays}
 
 
-@ALGORITHMS
+# Daily each algorithm, and one and several workers a host.
+DAILY = [("gather", [0, 1, 2]), ("exchange", [0, 1, 0, 1]), ("ring", [0, 1, 0, 1])]
+
+
 @pytest.mark.parametrize(
-    "hosts",
+    ("algorithm", "hosts"),
     [
-        pytest.param(hosts, marks=[] if hosts in ([0, 1, 2], [0, 1, 0, 1]) else pytest.mark.wide)
-        for hosts in SOME_HOSTS
+        pytest.param(*case, marks=[] if case in DAILY else pytest.mark.wide)
+        for case in itertools.product(["gather", "exchange", "ring"], SOME_HOSTS)
     ],
     ids=str,
 )

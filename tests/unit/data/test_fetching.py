@@ -18,7 +18,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import examples
+from kinds import daily, examples
 
 import dvkernels as dv
 from dvkernels.data.dataset import Dataset
@@ -279,7 +279,9 @@ def test_strategies_take_options():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent", daily([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], signal.SIGINT, signal.SIGKILL)
+)
 def test_no_process_outlives_the_program(tmp_path, sent):
     (tmp_path / "work.py").write_text(
         "import time\ndef slow(x):\n    time.sleep(0.02)\n    return x\n"

@@ -271,7 +271,7 @@ def test_an_import_failure_is_reported_as_the_cause(tmp_path, how):
         assert "__main__" in last
     else:
         # Raised at the line that the user wrote, a few calls below.
-        assert sum(line.startswith("  File ") for line in lines) <= 5
+        assert sum(line.startswith("  File ") for line in lines) <= 6
 
 
 @pytest.mark.parametrize("missing", ["files", "threads"])

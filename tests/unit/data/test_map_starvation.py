@@ -111,9 +111,10 @@ PLACES = [
 ]
 
 
+@pytest.mark.parametrize("extra", [8192, pytest.param(64 << 20, marks=pytest.mark.wide)])
 @pytest.mark.parametrize(("where", "workers"), PLACES)
-def test_map_with_almost_no_memory(tmp_path, where, workers):
-    found, said = broken(tmp_path, where, workers, [8192, 64 << 20])
+def test_map_with_almost_no_memory(tmp_path, where, workers, extra):
+    found, said = broken(tmp_path, where, workers, [extra])
     assert not found, found + said
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import fork_server
+import numpy as np
 import pytest
 
 import dvkernels as dv
@@ -35,7 +36,22 @@ def test_one_logical_device_per_usable_core():
         dv.list_devices("tpu")
 
 
-@pytest.mark.parametrize("devices", [[], ["cuda:0"], ["cpu:0", "x"], "cpu:0", 3, [None]])
+@pytest.mark.parametrize("count", [1, 4, np.int64(3)])
+def test_a_count_of_devices(count):
+    names = tuple(f"cpu:{k}" for k in range(count))
+    for make in (
+        dv.MirroredStrategy,
+        dv.CentralStorageStrategy,
+        dv.Strategy,
+        lambda devices: dv.MultiWorkerMirroredStrategy(devices=devices),
+    ):
+        with make(count) as strategy:
+            assert tuple(map(str, strategy.worker_devices)) == names
+
+
+@pytest.mark.parametrize(
+    "devices", [[], ["cuda:0"], ["cpu:0", "x"], "cpu:0", 2.5, [None], True, False, 0, -1]
+)
 def test_a_strategy_names_the_devices_there_are(devices):
     with pytest.raises(DeviceError, match="the devices here are cpu:0"):
         dv.MirroredStrategy(devices)

@@ -100,6 +100,29 @@ def test_replicas_do_not_wait_for_each_other_between_rendezvous():
                 assert not timeline.enqueue(timeline.current_stream(0), rank)
 
 
+@pytest.mark.parametrize("devices", [[0], [0, 0], [0, 1]])
+def test_items_of_a_map_and_the_callers_work_on_results_are_ordered(devices):
+    timeline = Timeline()
+    order = StreamOrder(devices, timeline, timeline.order)
+    callers = [timeline.current_stream(device) for device in {*devices}]
+    for caller in callers:
+        timeline.enqueue(caller, ("given", caller))
+    order.exchange()
+    for rank, device in enumerate(devices):
+        with order.replica(rank):
+            own = timeline.current_stream(device)
+            assert {("given", each) for each in callers} <= timeline.enqueue(own, ("item", rank))
+    order.exchange()
+    for caller in callers:
+        items = {("item", rank) for rank in range(len(devices))}
+        assert items <= timeline.enqueue(caller, ("used", caller))
+    order.exchange()  # the memory of the results may be used again
+    for rank, device in enumerate(devices):
+        with order.replica(rank):
+            own = timeline.current_stream(device)
+            assert {("used", each) for each in callers} <= timeline.enqueue(own, ("next", rank))
+
+
 def test_a_failed_rendezvous_is_ordered_too():
     timeline = Timeline()
     order = StreamOrder([0, 0], timeline, timeline.order)

@@ -211,12 +211,13 @@ import sys
 import numpy as np
 sys.stdin.read(1)  # all processes start at once
 from dvkernels import kernels
+from dvkernels.kernels.cpu.engine import loops
 a = [np.ones(5, np.int16), np.ones(5, np.int16)]
-print(kernels.reduce(a).sum())
+print(kernels.reduce(a).sum(), sum(runner.cache_hits for runner in loops._runners.values()))
 """
 
 
-def test_processes_fill_an_empty_folder_at_once(tmp_path) -> None:
+def test_processes_fill_an_empty_folder_at_once_and_another_compiles_nothing(tmp_path) -> None:
     environ = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     children = [
         subprocess.Popen(
@@ -231,6 +232,13 @@ def test_processes_fill_an_empty_folder_at_once(tmp_path) -> None:
     for child in children:
         child.stdin.write("go")
         child.stdin.flush()
-    assert [child.communicate(timeout=100)[0] for child in children] == ["10\n", "10\n"]
+    results = [child.communicate(timeout=100)[0].split()[0] for child in children]
+    assert results == ["10", "10"]
     (folder,) = (tmp_path / "dvkernels").iterdir()
-    assert {path.suffix for path in folder.iterdir()} == {".code"}
+    files = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {Path(name).suffix for name in files} == {".code"}
+    third = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environ, input="go", capture_output=True, text=True
+    )
+    assert third.stdout == "10 1\n", third.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == files

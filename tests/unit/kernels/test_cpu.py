@@ -287,21 +287,6 @@ def _python(code: str, **environment: str) -> str:
     return finished.stdout.strip()
 
 
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
-    code = """
-        import numpy as np
-        from dvkernels import kernels
-        from dvkernels.kernels.cpu.engine import loops
-        for op in ("sum", "max"):
-            kernels.all_reduce([np.ones(9, "f4"), np.ones(9, "f4")], op)
-        print(sum(runner.cache_hits for runner in loops._runners.values()))
-    """
-    assert _python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "0"
-    files = sorted(path.name for path in tmp_path.rglob("*.nb?"))
-    assert _python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "2"
-    assert sorted(path.name for path in tmp_path.rglob("*.nb?")) == files
-
-
 def test_importing_the_kernels_does_not_import_numba() -> None:
     assert _python("import sys, dvkernels.kernels; print('numba' in sys.modules)") == "False"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
+from kinds import daily
 
 # Numba's own parallel loop runs first, so that its layer is active beside our threads.
 PROGRAM = """
@@ -46,7 +48,7 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+@pytest.mark.parametrize("layer", daily(["workqueue", "omp"], "workqueue"))
 def test_four_threads_reduce_at_once(layer: str) -> None:
     run = subprocess.run(
         [
@@ -92,8 +94,14 @@ with dv.MirroredStrategy(["cpu:0", "cpu:1", "cpu:2"]) as strategy:
 """
 
 
-@pytest.mark.parametrize("layer", ["workqueue", "omp"])
-@pytest.mark.parametrize("early", ["import dvkernels", ""])
+@pytest.mark.parametrize(
+    ("layer", "early"),
+    daily(
+        [*itertools.product(["workqueue", "omp"], ["import dvkernels", ""])],
+        ("workqueue", ""),
+        ("omp", "import dvkernels"),
+    ),
+)
 def test_parallel_functions_of_users_run_in_several_replicas(layer: str, early: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", IN_REPLICAS.format(early=early)],

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from kinds import daily
 
 import dvkernels as dv
 
@@ -240,7 +241,7 @@ def central() -> dv.Strategy:
 each_strategy = pytest.mark.parametrize("make", [mirrored, rings, central])
 
 
-@each_strategy
+@pytest.mark.parametrize("make", daily([mirrored, rings, central], mirrored))
 def test_three_hundred_steps_with_faults(make: Callable[[], dv.Strategy]) -> None:
     with make() as strategy:
         survives(strategy, 300, seed=1)

@@ -2,8 +2,10 @@
 
 import contextvars
 import json
+import os
 import threading
 
+import interrupt_points
 import numba
 import numpy as np
 import pytest
@@ -215,6 +217,43 @@ def test_after_the_run_it_raises():
         contexts = strategy.run(here).values
         with pytest.raises(dv.errors.ContextError, match="has ended"):
             contexts[0].rng()
+
+
+# An interrupted step is counted or tried again, and in either case draws what the table says.
+INTERRUPTED = """
+import dvkernels as dv
+
+def draw():
+    rng = dv.get_replica_context().rng("a")
+    return str([*rng.integers(2**62, size=2), *dv.get_replica_context().rng("b").random(2)])
+
+def made():
+    return dv.MirroredStrategy(["cpu:0", "cpu:1"])
+
+with made() as first:
+    expected = [first.run(draw).values for _ in range(5)]
+
+def make():
+    strategy = made()
+    strategy.run(draw)
+
+    def check(was_raised):
+        done = strategy.state_dict()["num_steps"]
+        assert done in (1, 2), done
+        assert [strategy.run(draw).values for _ in range(2)] == expected[done:done + 2]
+        strategy.close()
+
+    return lambda: strategy.run(draw), check
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+@pytest.mark.parametrize(
+    "sample", [pytest.param(25, marks=pytest.mark.wide), pytest.param(None, marks=pytest.mark.slow)]
+)
+def test_an_interrupted_step_draws_the_same_when_it_is_tried_again(sample):
+    broken = interrupt_points.broken_in(INTERRUPTED, sample=sample)
+    assert not broken, broken.text()
 
 
 def test_outside_of_every_scope_the_generator_goes_on():

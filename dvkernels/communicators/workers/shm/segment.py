@@ -32,7 +32,8 @@ BUFFER_NBYTES = 256 * 1024
 _LINE, _WORDS_PER_LINE = 64, 8
 _TEXT_NBYTES = 2048
 _PAGE = 4096
-_PROCESS, _ENDED, _LEFT = 0, 1, 2
+_PROCESS, _ENDED, _LEFT = 0, 1, 2  # words of the line of a worker
+_IS_ABORTED = 0  # of the first line of a channel
 
 
 class Segment:
@@ -104,7 +105,7 @@ class Segment:
         self._write_text(0, text)
         self._control[1 + self.rank, _ENDED] = kind
         for first in self._channels:
-            self._control[first, 0] = 1
+            self._control[first, _IS_ABORTED] = 1
 
     def why_ended(self) -> tuple[int, str] | None:
         """Return kind and text of the abort of the lowest worker that aborted; None if none has."""

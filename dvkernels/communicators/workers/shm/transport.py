@@ -239,7 +239,9 @@ class SharedMemoryTransport(Transport):
 
     def _absent(self) -> list[int]:
         lines = self._segment.control_lines(self._channel)
-        return [worker for worker in range(self.size) if lines[worker, 0] < self._number]
+        return [
+            worker for worker in range(self.size) if lines[worker, shm_barrier.EPOCH] < self._number
+        ]
 
     def _check_absent(self, waited_seconds: float, call: Fingerprint) -> None:
         """Abort the group if an absent worker can never arrive."""

@@ -30,6 +30,9 @@ class _Line(NamedTuple):
     epoch: int
 
 
+EPOCH = _Line._fields.index("epoch")  # for Python: the index of this word of a line
+
+
 class _CallVote(NamedTuple):
     fingerprint: int
     word: int
