@@ -1,4 +1,4 @@
-"""Iterators of ``map`` and of rows with almost no memory give right elements or an error, and end."""
+"""Iterators of ``map`` and of rows with almost no memory give the right elements, or an error."""
 
 from __future__ import annotations
 
