@@ -26,8 +26,8 @@ from dvkernels.user_errors import brief, text_of
 
 __all__: list[str] = []
 
-# Batches from this size on are taken by all cores. NumPy copies one of this size in 75 us; a job
-# costs 8 us, and sleeping threads are woken for it (2 cores of an AMD EPYC, 2026-11).
+# Batches from this size on, which NumPy copies in 75 us, are taken by all cores: a job costs 8 us,
+# and sleeping threads are woken for it (2 cores of an AMD EPYC, 2026-11).
 _SHARED_NBYTES = 512 * 1024
 
 

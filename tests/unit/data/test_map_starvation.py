@@ -1,4 +1,4 @@
-"""Iterators of ``map`` with almost no memory give the right elements or an error, and end."""
+"""Iterators of ``map`` and of rows with almost no memory give the right elements, or an error."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ class Fill:
         return np.full(300_000, element)
 
 def elements(workers, extra=None, num_workers=2):
-    data = Dataset.range(16).map(Fill(extra), num_workers=num_workers, workers=workers)
+    if workers == "rows":  # taken by the threads of the kernels
+        data = Dataset.from_arrays(ROWS).shard(2, 0)
+    else:
+        data = Dataset.range(16).map(Fill(extra), num_workers=num_workers, workers=workers)
     iterator = iter(data.batch(2).prefetch(1))
     try:
         return [batch[:, -1].tolist() for batch in iterator]
     finally:
         iterator.close()
 
+ROWS = np.repeat(np.arange(16), 2 * 40_000).reshape(32, 40_000)
 RIGHT = [[2 * k, 2 * k + 1] for k in range(8)]
 
 def use(where, workers, extra):
@@ -81,6 +85,7 @@ def main():
 
 if __name__ == "__main__":
     assert elements("threads", num_workers=0) == RIGHT
+    assert elements("rows") == RIGHT
     gc.freeze()  # the processes exit faster
     main()
 """
@@ -98,7 +103,12 @@ def broken(tmp_path, where, workers, extras):
     return done.stdout + (done.stderr if done.returncode else ""), done.stderr
 
 
-PLACES = [("program", "threads"), ("program", "processes"), ("worker", "processes")]
+PLACES = [
+    ("program", "threads"),
+    ("program", "rows"),
+    ("program", "processes"),
+    ("worker", "processes"),
+]
 
 
 @pytest.mark.parametrize("extra", [8192, pytest.param(64 << 20, marks=pytest.mark.wide)])

@@ -230,9 +230,8 @@ class ThreadPool:
                 wake_lock.acquire()
                 name = f"dvkernels-kernel-{helper}"
                 args = (self.words, self.address, helper, wake_lock)
-                helpers.append(
-                    threading.Thread(target=_run_helper, args=args, name=name, daemon=True)
-                )
+                # Where no memory is left one may die before it begins, which is seen at once.
+                helpers.append(thread.Thread(target=_run_helper, args=args, name=name, daemon=True))
             with contextlib.suppress(Exception):  # fewer threads, or none, could be started
                 thread.start(helpers)
             self.threads = [helper for helper in helpers if helper.is_alive()]
