@@ -32,7 +32,7 @@ def fancy_index(rows: Rows, count: int) -> Run:
 
 def replicas(rows: Rows, count: int) -> Run:
     """Take the parts of the replicas; to ask for them makes sure that they are assembled."""
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(count)]) as strategy:
+    with dv.MirroredStrategy(count) as strategy:
         dataset = dv.Dataset.from_arrays((rows.x, rows.y)).shuffle(seed=SEED).batch(rows.size)
         batches = strategy.distribute_dataset(dataset)
 

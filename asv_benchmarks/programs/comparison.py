@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import threadpoolctl
 
+from dvkernels.benchmarks.core_usage import CoreUsage
 from dvkernels.benchmarks.stopwatch import Samples, alternate
 from dvkernels.errors import DvKernelsError
 from programs.all_cores import AllCores
-from programs.machine import ProcessorTime, others_share, settle_allocator
+from programs.machine import settle_allocator
 from programs.program import ALL_CORES, OURS, Neighbour, Program
 
 __all__ = ["Comparison", "DifferentResultError", "compare"]
@@ -121,10 +122,9 @@ def compare(program: Program, replicas: int, num_rounds: int, cores: AllCores) -
     timers = {each.name: timer_of(each) for each in chosen}
     if program.share is not None:
         timers[ALL_CORES] = all_cores
-    before = ProcessorTime.now()
+    usage = CoreUsage()
     samples = alternate(timers, num_rounds)
-    others = others_share(before, ProcessorTime.now())
-    return Comparison(program, replicas, samples, differences, skipped, others)
+    return Comparison(program, replicas, samples, differences, skipped, usage.share_of_others())
 
 
 def _differences(

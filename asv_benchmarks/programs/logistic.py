@@ -45,7 +45,7 @@ def numpy_alone(rows: Rows, count: int) -> Run:
 
 def replicas(rows: Rows, count: int) -> Run:
     """Run on replicas of this library."""
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(count)]) as strategy:
+    with dv.MirroredStrategy(count) as strategy:
 
         def program() -> Any:
             with strategy.scope():

@@ -1,26 +1,23 @@
-"""What a figure must name: machine, date, commit, versions, and the load by other programs."""
+"""What a figure must name: machine, date, commit and versions."""
 
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import subprocess
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dvkernels._version import __version__
-from dvkernels.cluster import procfs
 from dvkernels.devices import cpu
 
-__all__ = ["ProcessorTime", "about", "others_share", "settle_allocator"]
+__all__ = ["about", "settle_allocator"]
 
 _PACKAGES = ("numpy", "numba", "scikit-learn", "joblib", "threadpoolctl")
-_PROC = Path("/proc")
+_CPUINFO = Path("/proc/cpuinfo")
 _LARGE_NBYTES = 31 << 20  # just below 32 MiB, the largest that glibc's allocator learns from
 
 
@@ -74,53 +71,8 @@ def _commit() -> str:
 
 def _processor() -> str:
     try:
-        lines = (_PROC / "cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or "an unknown processor")
-
-
-class ProcessorTime(NamedTuple):
-    """Seconds of processor time since an unnamed moment."""
-
-    busy: float  # of the cores that this process may use, by all programs
-    own: float  # of this process and its descendants
-    passed: float  # of the clock
-
-    @classmethod
-    def now(cls) -> ProcessorTime | None:
-        """Read the times; None where there is no ``/proc``."""
-        tick = 1 / os.sysconf("SC_CLK_TCK")
-        try:
-            lines = (_PROC / "stat").read_text(encoding="ascii").splitlines()
-            mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-        except (OSError, AttributeError):
-            return None
-        busy = 0
-        for line in lines:
-            name, *fields = line.split()
-            if name in mine:
-                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
-                busy += user + nice + system + irq + softirq + steal
-        times = os.times()
-        own = times.user + times.system + times.children_user + times.children_system
-        own += sum(_ticks_of(pid) for pid in procfs.descendants_of(os.getpid())) * tick
-        return cls(busy * tick, own, time.perf_counter())
-
-
-def _ticks_of(pid: int) -> int:
-    try:
-        stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    fields = stat.rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])  # user, system
-
-
-def others_share(before: ProcessorTime | None, after: ProcessorTime | None) -> float | None:
-    """Return the fraction of the usable cores that other programs took, None where unknown."""
-    if before is None or after is None or after.passed <= before.passed:
-        return None
-    others = (after.busy - before.busy) - (after.own - before.own)
-    return max(0.0, others / (after.passed - before.passed) / len(os.sched_getaffinity(0)))

@@ -29,8 +29,8 @@ def loop(work: Work, count: int) -> Run:
 
 def replicas(work: Work, count: int) -> Run:
     """Apply the function on replicas of this library."""
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(count)]) as strategy:
-        yield lambda: list(strategy.map(work.function, work.items))  # type: ignore[attr-defined, unused-ignore]
+    with dv.MirroredStrategy(count) as strategy:
+        yield lambda: list(strategy.map(work.function, work.items))
 
 
 def executor(work: Work, count: int) -> Run:

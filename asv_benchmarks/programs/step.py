@@ -42,7 +42,7 @@ def _nothing(replica_id: int = 0) -> None:
 
 
 def _run_nothing(calls: Calls, count: int) -> Run:
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(count)]) as strategy:
+    with dv.MirroredStrategy(count) as strategy:
         yield lambda: [strategy.run(_nothing) for _ in range(calls.number)]
 
 
@@ -52,7 +52,7 @@ def _submit_nothing(calls: Calls, count: int) -> Run:
 
 
 def _run_a_sum(calls: Calls, count: int) -> Run:
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(count)]) as strategy:
+    with dv.MirroredStrategy(count) as strategy:
 
         def step() -> Any:
             context: Any = dv.get_replica_context()
@@ -71,7 +71,7 @@ def _submit_a_sum(calls: Calls, count: int) -> Run:
 
 def _next_of_replicas(calls: Calls, count: int) -> Run:
     size = len(calls.arrays) // calls.number
-    with dv.MirroredStrategy([f"cpu:{k}" for k in range(count)]) as strategy:
+    with dv.MirroredStrategy(count) as strategy:
         batches = strategy.distribute_dataset(dv.Dataset.from_arrays(calls.arrays).batch(size))
         yield lambda: iter(batches)
 

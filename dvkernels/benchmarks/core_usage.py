@@ -6,9 +6,12 @@ import os
 import time
 from pathlib import Path
 
+from dvkernels.cluster import procfs
+
 __all__ = ["CoreUsage", "share_a_physical_core"]
 
-_STAT = Path("/proc/stat")
+_PROC = Path("/proc")
+_STAT = _PROC / "stat"
 _CORES = Path("/sys/devices/system/cpu")
 _IDLE = (3, 4)  # columns of idle time and of waiting for I/O
 _GUEST = 8  # the columns from here on are part of earlier ones
@@ -31,7 +34,8 @@ class CoreUsage:
     def share_of_others(self) -> float | None:
         """Return the share of the cores' time since the start that others took.
 
-        Interrupts and a hypervisor count as others. None where ``/proc/stat`` does not exist, or
+        The processes that this one has started are its own; interrupts and a hypervisor count as
+        others. None where ``/proc/stat`` does not exist, or
         before a tick of its clock has passed.
         """
         wall, busy, own = _now()
@@ -62,9 +66,21 @@ def _cores() -> set[int]:
 
 
 def _now() -> tuple[float, float | None, float]:
-    """Return wall-clock time, the busy time of the cores, and that of this process [s]."""
-    user, system, *_ = os.times()
-    return time.perf_counter(), _busy_seconds(), user + system
+    """Return wall-clock time, the busy time of the cores, and that of these processes [s]."""
+    busy, times = _busy_seconds(), os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    if busy is not None:
+        own += sum(map(_seconds_of, procfs.descendants_of(os.getpid())))
+    return time.perf_counter(), busy, own
+
+
+def _seconds_of(pid: int) -> float:
+    try:
+        stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user, system
 
 
 def _busy_seconds() -> float | None:

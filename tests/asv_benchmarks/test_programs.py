@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import all_cores, comparison, machine, main, mapped, program, report, run
+from programs import all_cores, comparison, main, mapped, program, report, run
 from programs.registry import PROGRAMS
 
 from dvkernels.benchmarks.stopwatch import Samples
@@ -116,15 +116,6 @@ def test_goals_compare_round_by_round():
     assert values == {0.5: False, 1.0: True, 1e6: True}
     goal = program.within_quartiles("x")
     assert goal.is_met_by(goal.value(found))
-
-
-def test_others_share_is_that_of_all_cores_without_our_own():
-    cores = len(getattr(machine.os, "sched_getaffinity", lambda _: [0])(0))
-    before, after = machine.ProcessorTime(1, 1, 1), machine.ProcessorTime(1 + 4 * cores, 3, 11)
-    if machine.ProcessorTime.now() is None:
-        pytest.skip("no /proc")
-    assert machine.others_share(before, after) == pytest.approx((4 * cores - 2) / (10 * cores))
-    assert machine.others_share(None, after) is None
 
 
 def test_the_command_writes_what_the_table_is_made_from(cores, monkeypatch, tmp_path, capsys):
