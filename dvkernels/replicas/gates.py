@@ -7,7 +7,6 @@ spins for a while in compiled code without the GIL, and only then sleeps.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import threading
@@ -33,7 +32,7 @@ class _GateFunctions(NamedTuple):
 
     open_gate: Callable[[HostArray, int], int]
     close_gate: Callable[[HostArray, int], None]
-    await_gate: Callable[[HostArray, int, int, int], bool]
+    await_gate: Callable[[HostArray, int, int, int, int], int]
     open_and_await: Callable[[HostArray, int, int, int], int]
 
 
@@ -46,7 +45,7 @@ def _ready() -> _GateFunctions:
     gate = backends.gate()
     state = gate.new_state(2)
     gate.open_gate(state, 0)
-    gate.await_gate(state, 0, 1, 0)
+    gate.await_gate(state, -1, 0, 1, 0)
     gate.close_gate(state, 0)
     gate.open_and_await(state, 0, 1, 1)
     dispatchers = (getattr(gate, name) for name in _GateFunctions._fields)
@@ -63,19 +62,23 @@ class Gates:
     __slots__ = (
         "_compiled",
         "_locks",
-        "_module",
+        "_open",
         "_pauses",
         "_pauses_to_hand_over",
         "_pool",
+        "_sleeping",
+        "_slots",
         "_state",
         "spins",
     )
 
     def __init__(self, count: int, num_threads: int) -> None:
         self._compiled = _ready()
-        self._module: Any = backends.gate()
-        self._pool: Any = self._module.thread_pool_of_process()  # whose jobs a waiting thread joins
-        self._state: HostArray = self._module.new_state(count)
+        module: Any = backends.gate()
+        self._open, self._sleeping = module.OPEN, module.SLEEPING
+        self._pool: Any = module.thread_pool_of_process()  # whose jobs a waiting thread joins
+        self._state: HostArray = module.new_state(count)
+        self._slots = len(self._state) // count  # words of a gate
         self._locks = [threading.Lock() for _ in range(count)]
         for lock in self._locks:
             lock.acquire()
@@ -85,7 +88,7 @@ class Gates:
 
     def open(self, gate: int) -> None:
         """Open a gate and wake its sleeping thread. Opening an open gate does nothing."""
-        if self._compiled.open_gate(self._state, gate) == self._module.SLEEPING:
+        if self._compiled.open_gate(self._state, gate) == self._sleeping:
             self._wake(gate)
 
     def open_and_let_run(self, gate: int, awaited: int) -> None:
@@ -94,7 +97,7 @@ class Gates:
         The woken thread needs the GIL. If the opener kept it, the woken thread would sleep for it.
         """
         found = self._compiled.open_and_await(self._state, gate, awaited, self._pauses_to_hand_over)
-        if found & 3 == self._module.SLEEPING:
+        if found & 3 == self._sleeping:
             self._wake(gate)
 
     def close(self, gate: int) -> None:
@@ -103,13 +106,20 @@ class Gates:
 
     def close_first(self, count: int) -> None:
         """Close the gates 0 to ``count`` - 1, where no thread may be waiting."""
-        self._state[: count * (len(self._state) // len(self._locks))] = 0
+        self._state[: count * self._slots] = 0
 
-    def wait(self, gate: int, timeout_seconds: float = -1) -> bool:
-        """Wait until a gate is open, and return whether it is; -1 means no timeout."""
-        if self._compiled.await_gate(self._state, gate, self._pauses, self._pool.address):
-            return True
-        return self.sleep(gate, timeout_seconds)
+    def wait(self, gate: int, timeout_seconds: float = -1, *, opening: int = -1) -> bool:
+        """Wait until a gate is open, and return whether it is; -1 means no timeout.
+
+        First open the gate ``opening``, once this thread has released the GIL: its waiter needs it,
+        and would sleep for it otherwise (a step of 4 KiB: 50 us became 40).
+        """
+        await_gate, pool = self._compiled.await_gate, self._pool.address
+        is_open = await_gate(self._state, opening, gate, self._pauses, pool)
+        if is_open < 0:
+            self._wake(opening)
+            is_open = await_gate(self._state, -1, gate, self._pauses, pool)
+        return is_open > 0 or self.sleep(gate, timeout_seconds)
 
     def sleep(self, gate: int, timeout_seconds: float) -> bool:
         """Sleep until a gate is open, after :meth:`wait` has returned False.
@@ -117,21 +127,19 @@ class Gates:
         The state of the gate decides, the lock only wakes. An interrupt may strike the opener
         between the two, so a sleeping thread polls the state, at first after 20 ms.
         """
+        state, slot, lock = self._state, gate * self._slots, self._locks[gate]
         end = math.inf if timeout_seconds < 0 else time.monotonic() + timeout_seconds
         nap = 0.02
-        while not self._is_open(gate):
+        while state[slot] != self._open:
             left = end - time.monotonic()
             if left <= 0:
                 return False
-            self._locks[gate].acquire(timeout=min(nap, left))
+            lock.acquire(True, min(nap, left))
             nap = min(2 * nap, 1.0)
         return True
 
-    def _is_open(self, gate: int) -> bool:
-        slots = len(self._state) // len(self._locks)
-        return bool(self._state[gate * slots] == self._module.OPEN)
-
     def _wake(self, gate: int) -> None:
-        # Already released if the sleeping thread polled the state before it was woken.
-        with contextlib.suppress(RuntimeError):
+        try:  # noqa: SIM105 - a context manager takes a microsecond more
             self._locks[gate].release()
+        except RuntimeError:  # released already: the sleeping thread polled the state meanwhile
+            pass

@@ -187,10 +187,9 @@ class Rendezvous(StepState):
     def _wait(self, replica: int) -> None:
         gates, nap = self._gates, self._first_nap
         assert gates is not None
-        gates.open(rest_gate(self.num_replicas))
-        # Nothing between the two: the replica that spins at the rest gate needs the GIL now, and
-        # would sleep for it (a step of 4 KiB: 48 us became 85).
-        opened = gates.wait(replica, nap) or self._keep_waiting(
+        opened = gates.wait(
+            replica, nap, opening=rest_gate(self.num_replicas)
+        ) or self._keep_waiting(
             replica, functools.partial(gates.sleep, replica), lambda: self._has_all(replica)
         )
         if not opened:

@@ -237,10 +237,13 @@ class Runner:
             self._limit.release()
 
 
-def _take_part(rendezvous: Rendezvous, rank: int, call: Call, results: list[Any]) -> None:
-    """Run one replica: store its result in ``results``, or its error in the rendezvous."""
+def _take_part(rendezvous: Rendezvous, rank: int, call: Call, results: list[Any]) -> int:
+    """Run one replica: store its result in ``results``, or its error in the rendezvous.
+
+    Return the gate that its thread opens next, or -1.
+    """
     if not rendezvous.enter(rank):
-        return
+        return -1
     is_observed = debugging.active is not None
     before = debugging.enter(rendezvous.label_of(rank)) if is_observed else None
     try:
@@ -252,7 +255,8 @@ def _take_part(rendezvous: Rendezvous, rank: int, call: Call, results: list[Any]
     finally:
         if is_observed:
             debugging.enter(before)
-        rendezvous.leave(rank)
+        gate = rendezvous.leave(rank)
+    return gate
 
 
 foreign_threads.ENTRANCES.add(_take_part.__code__)

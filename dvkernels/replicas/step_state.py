@@ -121,8 +121,12 @@ class StepState:
         """Register this thread as a replica's; False if the step ended before it started."""
         return self._thread_idents.setdefault(replica, threading.get_ident()) != 0
 
-    def leave(self, replica: int) -> None:
-        """Record that this replica's function has ended."""
+    def leave(self, replica: int) -> int:
+        """Record that this replica's function has ended; return the gate to open, or -1.
+
+        Its thread opens the gate while it waits for the next task; replica 0's, which has called
+        ``run``, waits in :meth:`settle`.
+        """
         self._has_left[replica] = True
         pending_calls = self._pending_calls
         is_waited_for = (
@@ -130,9 +134,9 @@ class StepState:
         ) or self._requests.count(None) < self.num_replicas
         if is_waited_for and self.failure is None:
             self._fail_deserted()
-        if self._gates is not None and not self._is_forked():
-            done, rest = self.num_replicas, rest_gate(self.num_replicas)
-            self._gates.open(rest if False in self._has_left else done)
+        if replica == 0 or self._gates is None or self._is_forked():
+            return -1
+        return rest_gate(self.num_replicas) if False in self._has_left else self.num_replicas
 
     def _fail_deserted(self) -> None:
         self.fail(diagnostics.desertion_error(self._describe_replicas()))
@@ -197,14 +201,12 @@ class StepState:
             self._has_left[replica] = True
 
     def _wait_for_all(self, patient: bool) -> None:
-        wait: Callable[[int, float], bool] | None = None
-        if patient and self._gates is not None:
-            wait = self._gates.wait
-        deadline = None
+        gates, done = self._gates, self.num_replicas
+        rest, deadline = rest_gate(self.num_replicas), None
         while False in self._has_left and not self._is_forked():
-            if wait is not None and self._gates is not None:
-                wait(self.num_replicas, _CHECK_SECONDS)
-                wait = self._gates.sleep
+            if patient and gates is not None:
+                gates.wait(done, _CHECK_SECONDS, opening=rest)
+                gates.close(done)  # it may have been opened late, by a thread of the step before
             else:  # after an interrupt the gate may be in any state
                 time.sleep(0.001)
             if False in self._has_left:

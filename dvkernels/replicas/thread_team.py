@@ -19,6 +19,8 @@ from dvkernels.threads import thread as threads
 
 __all__: list[str] = []
 
+Task = Callable[[], int]
+
 _JOIN_SECONDS = 5.0
 _LOOK_UP_SECONDS = 1.0  # how often an idle thread checks that its team still exists
 
@@ -31,17 +33,19 @@ class _Inbox:
     def __init__(
         self, gates: Gates, gate: int, next_gate: int | None, team: weakref.ref[ThreadTeam]
     ) -> None:
-        self.task: Callable[[], None] | None = None
+        self.task: Task | None = None
         self.next_gate = next_gate
         self.gates = gates
         self.gate = gate
         self.team = team
         self.pid = os.getpid()
 
-    def take(self) -> Callable[[], None]:
+    def take(self, opening: int) -> Task:
+        """Open a gate, unless it is negative, while waiting for the next task; return the task."""
         task = None
         while task is None:  # the gate of a step that was interrupted may have no task behind it
-            is_open = self.gates.wait(self.gate, _LOOK_UP_SECONDS)
+            is_open = self.gates.wait(self.gate, _LOOK_UP_SECONDS, opening=opening)
+            opening = -1
             while not is_open:
                 # The team was dropped, perhaps by an interrupt; or the last task forked, and this
                 # is the child, which never gets another. Checked here, not for each task: a call
@@ -98,8 +102,8 @@ class ThreadTeam:
         self._gates.close_first(step_state.num_gates(len(self.has_ended)))
         return self._gates
 
-    def start(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Start one task on each (idle) thread; a task never raises."""
+    def start(self, tasks: Sequence[Task]) -> None:
+        """Start one task on each (idle) thread; a task never raises, and returns a gate to open."""
         for inbox, task in zip(self._inboxes, tasks, strict=True):
             inbox.task = task
         if self._is_chain:
@@ -131,20 +135,21 @@ class ThreadTeam:
                 thread.join(_JOIN_SECONDS)
 
 
-def _end() -> None:
+def _end() -> int:
     """Stand for the end of a thread, in place of a task."""
+    return -1
 
 
 def _work(inbox: _Inbox, has_ended: list[bool], rank: int, share: int | None) -> None:
     try:
-        num_lowered = 0
+        num_lowered, gate = 0, -1
         while True:
-            task: Any = inbox.take()
+            task: Any = inbox.take(gate)
             if task is _end:
                 return
             if share is not None and num_lowered < len(thread_limits.settings):
                 num_lowered = thread_limits.lower(share, num_lowered)
-            task()
+            gate = task()
             del task  # keep no object of the user alive while waiting
     finally:
         has_ended[rank] = True  # read by replicas that wait for this one

@@ -107,10 +107,10 @@ class MeteredRendezvous(Rendezvous):
         self._began[replica] = perf_counter()
         return super().enter(replica)
 
-    def leave(self, replica: int) -> None:
+    def leave(self, replica: int) -> int:
         """Stop the clock, and record that this replica's function has ended."""
         self._count(replica)
-        super().leave(replica)
+        return super().leave(replica)
 
     def end(self) -> None:
         """Close the step, and report its work unless it has failed."""

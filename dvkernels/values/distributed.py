@@ -144,15 +144,17 @@ class _Frozen(DistributedValues[T]):
             raise ValueError(f"a {type(self).__name__} needs one value per replica, got none")
         if devices is None:
             where = (_FIRST_CPU,) * len(components)
+        elif owner is not None and devices is owner.replica_devices:  # the common case, as they are
+            where = owner.replica_devices
         else:
             where = tuple(
                 device if type(device) is Device else registry.resolve(device) for device in devices
             )
-            if len(where) != len(components):
-                raise DeviceError(
-                    f"a {type(self).__name__} of {len(components)} values needs "
-                    f"{len(components)} devices, got {len(where)}"
-                )
+        if len(where) != len(components):
+            raise DeviceError(
+                f"a {type(self).__name__} of {len(components)} values needs "
+                f"{len(components)} devices, got {len(where)}"
+            )
         object.__setattr__(self, "values", components)
         object.__setattr__(self, "devices", where)
         object.__setattr__(self, "owner", owner)

@@ -15,12 +15,13 @@ from dvkernels.devices.array_spec import Array, Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, NotABufferError
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values import regroup
-from dvkernels.values.distributed import DistributedValues
+from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 from dvkernels.values.scalar_checks import is_integer
 
 __all__: list[str] = []
 
+_ARGUMENTS = regroup.PLAIN | {PerReplica, Mirrored}
 _NUMBERS = (float, int, complex, np.generic)
 # The name in specs of strings of any width: they are gathered with the widest width.
 _STRINGS = {"U": "str", "S": "bytes"}
@@ -171,7 +172,12 @@ def components(
     ``num_copies`` asks for one pytree per copy of a variable instead. Variables are replaced only
     if ``variables`` is true.
     """
-    leaves, structure = pytree.flatten(tree)
+    leaves: Sequence[Any]
+    structure: pytree.Structure | None
+    if type(tree) is tuple and _ARGUMENTS.issuperset(map(type, tree)):  # the common case
+        leaves, structure = tree, None
+    else:
+        leaves, structure = pytree.flatten(tree)
     columns: list[tuple[Any, ...]] = []  # of each leaf its components, or the plain value
     for leaf in leaves:
         is_plain = not isinstance(leaf, DistributedValues)
@@ -184,10 +190,13 @@ def components(
         else:
             regroup.check_owner(leaf, placement, f"{verb}: ")
         columns.append(values)
-    return [
-        pytree.unflatten(structure, [column[rank if len(column) > 1 else 0] for column in columns])
+    trees = [
+        [column[rank if len(column) > 1 else 0] for column in columns]
         for rank in range(placement.num_local if num_copies is None else num_copies)
     ]
+    if structure is None:
+        return [*map(tuple, trees)]
+    return [pytree.unflatten(structure, each) for each in trees]
 
 
 # -- arrays to concatenate -----------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import numpy as np
+
 from dvkernels import pytree
 from dvkernels.devices.device import Device
 from dvkernels.errors import ContextError
@@ -12,6 +14,9 @@ from dvkernels.values.distributed import DistributedValues, Mirrored, PerReplica
 from dvkernels.values.placement import Placement
 
 __all__: list[str] = []
+
+PLAIN = frozenset({np.ndarray, float, int, bool, np.float32, np.float64})  # leaves of any pytree
+_NONE = {type(None)}
 
 
 def own_component(value: Any, rank: int, placement: Placement) -> Any:
@@ -71,9 +76,11 @@ def regroup(
     stays that variable, which is a distributed value already. Different structures raise
     ``ValueError``.
     """
-    first = results[0]
-    if first is None and all(result is None for result in results):
+    kinds = {*map(type, results)}  # common cases, without the containers of a pytree
+    if kinds == _NONE:
         return None
+    if kinds <= PLAIN:
+        return kind(results, devices=devices, owner=owner)
     flat = [pytree.flatten(result) for result in results]
     structure = flat[0][1]
     first_id = owner.first_replica

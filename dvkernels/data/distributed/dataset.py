@@ -171,7 +171,7 @@ class DistributedDataset(ProcessBound):
             )
         self._dataset = dataset
         # PerReplica parses the devices, and checks that there is one for each replica.
-        replica_devices = PerReplica((None,) * num_local, devices=devices).devices
+        replica_devices = PerReplica((None,) * num_local, devices=devices, owner=owner).devices
         is_copied = options.prefetch_to_device and replica_devices[0].kind == "cuda"
         copier = DeviceCopier(replica_devices) if is_copied else None
         balancer = None

@@ -57,7 +57,7 @@ def test_a_thread_that_waits_at_a_gate_joins_jobs(monkeypatch) -> None:
     pool._start()
     state = gate.new_state(1)
     with ThreadPoolExecutor(1) as executor:
-        opened = executor.submit(gate.await_gate, state, 0, 1 << 40, pool.address)
+        opened = executor.submit(gate.await_gate, state, -1, 0, 1 << 40, pool.address)
         while not pool.words[thread_pool._NUM_GUESTS]:
             pass
         num_joined = 0

@@ -6,7 +6,7 @@ does not invalidate the line on which another thread spins.
 
     state = new_state(2)
     waiter                                      opener
-    if not await_gate(state, 0, 2000, 0):       if open_gate(state, 0) == SLEEPING:
+    if not await_gate(state, -1, 0, 2000, 0):   if open_gate(state, 0) == SLEEPING:
         lock.acquire()       # blocks               lock.release()
     close_gate(state, 0)     # ready again
 
@@ -27,6 +27,7 @@ from dvkernels.kernels.cpu.engine import intrinsics, records, thread_pool
 __all__: list[str] = []
 
 CLOSED, OPEN, SLEEPING = 0, 1, 2
+NOT_AWAITED = -1
 
 thread_pool_of_process = thread_pool.of_process
 
@@ -44,13 +45,16 @@ def new_state(num_gates: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return intrinsics.words(num_gates * _GATE.itemsize // 8)
 
 
-@jit.njit(called_with="(int64[::1], int64)", nogil=True)
+# The first two keep the GIL: a thread that gave it up for nanoseconds might sleep to get it back.
+
+
+@jit.njit(called_with="(int64[::1], int64)")
 def open_gate(state, k):  # type: ignore[no-untyped-def]
     """Open gate ``k`` and return its previous value: a SLEEPING owner must be woken."""
     return intrinsics.exchange(_gate_at(intrinsics.address_of(state), k), "state", OPEN)
 
 
-@jit.njit(called_with="(int64[::1], int64)", nogil=True)
+@jit.njit(called_with="(int64[::1], int64)")
 def close_gate(state, k):  # type: ignore[no-untyped-def]
     """Close gate ``k``: it can be awaited again."""
     intrinsics.exchange(_gate_at(intrinsics.address_of(state), k), "state", CLOSED)
@@ -82,19 +86,26 @@ def _spin_as_guest(gate, num_pauses, pool):  # type: ignore[no-untyped-def]
     return is_open
 
 
-@jit.njit(called_with="(int64[::1], int64, int64, int64)", nogil=True)
-def await_gate(state, k, num_pauses, pool):  # type: ignore[no-untyped-def]
-    """Spin at most ``num_pauses`` times for gate ``k``; False: it is SLEEPING, the caller parks.
+@jit.njit(called_with="(int64[::1], int64, int64, int64, int64)", nogil=True)
+def await_gate(state, opened, k, num_pauses, pool):  # type: ignore[no-untyped-def]
+    """Open a gate, unless it is negative, and spin at most ``num_pauses`` times for gate ``k``.
 
-    Meanwhile join the jobs of the pool at an address, unless it is 0.
+    Return whether it is OPEN; else it is SLEEPING, and the caller parks. So it does at once if the
+    opened gate was SLEEPING: NOT_AWAITED, the caller wakes its owner first. Meanwhile join the jobs
+    of the pool at an address, unless it is 0.
     """
+    if opened >= 0:
+        first = _gate_at(intrinsics.address_of(state), opened)
+        if intrinsics.exchange(first, "state", OPEN) == SLEEPING:
+            return NOT_AWAITED
     gate = _gate_at(intrinsics.address_of(state), k)
     is_open = (
         _spin_as_guest(gate, num_pauses, pool)
         if pool != 0 and num_pauses > 0
         else _spin(gate, num_pauses)
     )
-    return is_open or intrinsics.compare_exchange(gate, "state", CLOSED, SLEEPING) == OPEN
+    is_open = is_open or intrinsics.compare_exchange(gate, "state", CLOSED, SLEEPING) == OPEN
+    return np.int64(is_open)
 
 
 @jit.njit(called_with="(int64[::1], int64, int64, int64)", nogil=True)
