@@ -43,7 +43,7 @@ class MapIterator(Generic[R]):
         farm = self._farm
         self._threads = [
             StoppableThread(functools.partial(farm.serve, rank), f"{_NAME}-{rank}-of-map", farm.end)
-            for rank in range(num_replicas)
+            for rank in range(int(farm.has_caller), num_replicas)
         ]
         stoppable_thread.start_all(self._threads)
 
@@ -77,6 +77,7 @@ class MapIterator(Generic[R]):
                 farm.finish()
             self._has_ended = True
         except BaseException as interrupt:
+            farm.leave_seat()
             farm.close(f"{type(interrupt).__name__} ended it")
             raise
         if error is None:
@@ -91,7 +92,13 @@ class MapIterator(Generic[R]):
     def _wait(self, position: int) -> Outcome | None:
         """Wait for an outcome; None if there are no more."""
         farm = self._farm
-        while (outcome := farm.wait(position, _CHECK_SECONDS)) is None:
+        while True:
+            helped = farm.has_caller and farm.help_out()
+            outcome = (
+                farm.outcomes.pop(position, None) if helped else farm.wait(position, _CHECK_SECONDS)
+            )
+            if outcome is not None:
+                return outcome
             if farm.is_behind(position):
                 outcome = farm.outcomes.pop(position, None)  # that arrived meanwhile
                 if outcome is None and farm.failure is not None:
@@ -101,12 +108,11 @@ class MapIterator(Generic[R]):
                 raise SystemExit  # ends a thread of the user's silently
             if farm.why_closed or farm.pid != os.getpid():
                 self._refuse()
-            if all(thread.has_ended.is_open for thread in self._threads):
+            if self._threads and all(thread.has_ended.is_open for thread in self._threads):
                 outcome = farm.outcomes.pop(position, None)
                 if outcome is None:
                     raise ContextError("the threads of a map have ended before its last result")
                 return outcome
-        return outcome
 
     def _refuse(self) -> NoReturn:
         why = self._farm.why_closed or "it is open in the process that this one was forked from"

@@ -1,8 +1,8 @@
 """Task farm: threads of replicas that take items one by one, each the next as soon as it is free.
 
-The threads advance the iterator of the items themselves, one thread at a time, so that no item is
-handed over. A thread leaves each result under its position and wakes the caller only if it waits
-for that position.
+Replica 0 may be the caller's thread, while it waits for a result. The threads advance the iterator
+of the items themselves, one thread at a time, so that no item is handed over. A thread leaves each
+result under its position, and wakes the caller only if it waits for that position.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from dvkernels.devices.replica_streams import StreamOrder
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.profiler import tracing
 from dvkernels.replicas import foreign_threads, thread_limits
-from dvkernels.replicas.collective_call import CollectiveCall
-from dvkernels.replicas.pending import PendingCall
-from dvkernels.replicas.rendezvous import Rendezvous
+from dvkernels.replicas.item_step import ItemStep
 from dvkernels.replicas.step_lock import StepLock
 from dvkernels.threads.thread import Latch
 
@@ -37,30 +35,6 @@ Outcome = tuple[Any, BaseException | None]  # a result, or the error that was ra
 _IDLE_CHECK_SECONDS = 1.0  # how often an idle thread checks that somebody still wants results
 _LAST_SLEEP_SECONDS = 0.02  # of a wait for calls to return
 _END = object()  # in place of an item: there is none left
-
-
-class ItemStep(Rendezvous):
-    """Rendezvous of a replica that works on items of its own, where it meets no other."""
-
-    __slots__ = ("item_index",)
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.item_index = 0
-
-    def meet(self, replica: int, request: CollectiveCall) -> Any:
-        """Raise: there are no others to meet."""
-        self.check_alive(request.verb)
-        raise ContextError(
-            f"{request.verb} was called in a function of strategy.map, for item "
-            f"{self.item_index}: there each replica works on items of its own and meets no other; "
-            f"return what is to be combined and combine the results, or use strategy.run"
-        )
-
-    def issue(self, replica: int, request: CollectiveCall) -> PendingCall:
-        """Raise: there are no others to meet."""
-        self.meet(replica, request)
-        raise AssertionError
 
 
 @final
@@ -81,6 +55,9 @@ class TaskFarm:
         The strategy and the caller's line, for messages.
     first_replica : int
         The number of the first local replica among those of all processes.
+    has_caller : bool
+        Whether replica 0 is the thread that waits for a result: it works on items meanwhile. With a
+        thread more than cores, Linux lets one of them wait for milliseconds.
     """
 
     def __init__(
@@ -94,7 +71,11 @@ class TaskFarm:
         name: str,
         first_replica: int,
         step_lock: StepLock,
+        has_caller: bool,
     ) -> None:
+        self.has_caller = has_caller
+        self._seat: list[None] = [None]  # of replica 0, for the caller's thread that takes it
+        self._num_threads = len(steps) - has_caller
         self._fn = fn
         self._items = items
         self._source_context = copy_context()
@@ -155,77 +136,116 @@ class TaskFarm:
             self._steps[rank].closed = True
             if self.failure is not None:
                 self.end()
-            is_last = next(self._num_left) == len(self._steps)
+            is_last = next(self._num_left) == self._num_threads
             if is_last and (self.why_closed or self._owner() is None):
                 self._step_lock.farms.pop(self, None)
 
     def _serve(self, rank: int) -> None:
-        # One loop without a call that could be spared: it is what an item costs.
-        fn, items, pid = self._fn, self._items, self.pid
-        step, context, calls = self._steps[rank], self._contexts[rank], self._calls
-        get_slot, get_turn, give_turn = self.slots.get, self._turns.get, self._turns.put
-        pull, outcomes, waiting = self._source_context.run, self.outcomes, self.waiting
-        owner, is_ordered, completions = self._owner, self._is_ordered, self._completions
         share, num_lowered = self.share, 0
+        get_slot, get_turn = self.slots.get, self._turns.get
         has_slot = False
         while True:
             try:
                 has_slot = has_slot or get_slot(True, _IDLE_CHECK_SECONDS) is None
                 get_turn(True, _IDLE_CHECK_SECONDS)
             except queue.Empty:
-                if self._is_over or owner() is None:
+                if self._is_over or self._owner() is None:
                     return
                 continue
-            if self._is_over or owner() is None:
-                self.end()
-                return
             has_slot = False
-            index = position = self._num_taken
-            try:
-                item = pull(next, items, _END)
-            except BaseException as error:
-                user_errors.annotate(error, f"raised by the items of map, in place of item {index}")
-                outcome: Outcome = (None, error)
+            if share is not None and num_lowered < len(thread_limits.settings):
+                num_lowered = thread_limits.lower(share, num_lowered)
+            if not self._take(rank):
+                return
+
+    def _take(self, rank: int) -> bool:
+        """Take an item, with a slot and the turn, and leave its outcome; False: no more are taken.
+
+        On the caller's thread a KeyboardInterrupt is raised: it may be Ctrl-C.
+        """
+        if self._is_over or self._owner() is None:
+            self.end()
+            return False
+        step, calls = self._steps[rank], self._calls
+        index = position = self._num_taken
+        try:
+            item = self._source_context.run(next, self._items, _END)
+        except BaseException as error:
+            user_errors.annotate(error, f"raised by the items of map, in place of item {index}")
+            outcome: Outcome = (None, error)
+            self.end()
+        else:
+            if item is _END:
+                self.count = index
                 self.end()
-            else:
-                if item is _END:
-                    self.count = index
-                    self.end()
-                    return
-                self._num_taken = index + 1
-                give_turn(None)
-                calls[rank] = step.item_index = index
-                if self.why_closed:  # whoever closes this waits for the calls it sees
-                    return
-                recording = tracing.active
-                began = 0 if recording is None else time.perf_counter_ns()
-                if share is not None and num_lowered < len(thread_limits.settings):
-                    num_lowered = thread_limits.lower(share, num_lowered)
-                try:
-                    outcome = (context.copy().run(fn, item), None)
-                except BaseException as error:
-                    replica = self._first_replica + rank
-                    user_errors.annotate(
-                        error, f"raised for item {index} of map, by replica {replica}"
-                    )
-                    outcome = (None, error)
-                    self.end()
-                del item  # keep no object of the user alive while waiting
-                if os.getpid() != pid:
-                    return  # fn forked, and this is the child
-                if recording is not None:
-                    recording.name_lane(f"replica {self._first_replica + rank}")
-                    recording.add("map", "step", began, {"item": index})
-                if not is_ordered:
-                    position = next(completions)
-            calls[rank] = None  # first: when the last outcome is received, no call runs
-            outcomes[position] = outcome
-            del outcome
-            lock = waiting.pop(position, None)
-            if lock is not None:
-                lock.release()
+                return False
+            self._num_taken = index + 1
+            self._turns.put(None)
+            calls[rank] = step.item_index = index
+            if self.why_closed:  # whoever closes this waits for the calls it sees
+                return False
+            recording = tracing.active
+            began = 0 if recording is None else time.perf_counter_ns()
+            try:
+                outcome = (self._contexts[rank].copy().run(self._fn, item), None)
+            except BaseException as error:
+                replica = self._first_replica + rank
+                user_errors.annotate(error, f"raised for item {index} of map, by replica {replica}")
+                if self.has_caller and rank == 0 and isinstance(error, KeyboardInterrupt):
+                    raise
+                outcome = (None, error)
+                self.end()
+            del item  # keep no object of the user alive while waiting
+            if os.getpid() != self.pid:
+                return False  # fn forked, and this is the child
+            if recording is not None:
+                recording.name_lane(f"replica {self._first_replica + rank}")
+                recording.add("map", "step", began, {"item": index})
+            if not self._is_ordered:
+                position = next(self._completions)
+        calls[rank] = None  # first: when the last outcome is received, no call runs
+        self.outcomes[position] = outcome
+        lock = self.waiting.pop(position, None)
+        if lock is not None:
+            lock.release()
+        return True
 
     # -- the caller -------------------------------------------------------------------------------
+
+    def help_out(self) -> bool:
+        """Work on one item as replica 0, on this thread; False: it may take none now."""
+        share, own = self.share, threading.get_ident()
+        if own in self._idents:
+            return False  # a function of this map asks for a result
+        try:
+            self._seat.pop()
+        except IndexError:
+            return False  # another thread is replica 0
+        try:
+            try:
+                self.slots.get(False)
+            except queue.Empty:
+                return False
+            try:
+                self._turns.get(False)
+            except queue.Empty:
+                self.slots.put(None)
+                return False
+            self._idents[0] = own
+            if share is None or not thread_limits.settings:
+                return self._take(0)
+            return bool(thread_limits.run_limited(share, self._take, 0))
+        finally:
+            if thread_limits.late:
+                thread_limits.restore_late()
+            self.leave_seat()
+
+    def leave_seat(self) -> None:
+        """Record that this thread works as replica 0 no more; also after an interrupt."""
+        if self.has_caller and self._idents[0] in (0, threading.get_ident()):
+            self._calls[0], self._idents[0] = None, 0
+            self._steps[0].closed = self._is_over
+            self._seat[:] = [None]
 
     def wait(self, position: int, seconds: float) -> Outcome | None:
         """Wait for an outcome for so many seconds; None if it is not there, or there is none."""
@@ -321,7 +341,9 @@ class TaskFarm:
 
 
 foreign_threads.ENTRANCES.add(TaskFarm.serve.__code__)
+foreign_threads.ENTRANCES.add(TaskFarm.help_out.__code__)
 thread_limits.entrances[TaskFarm._serve.__code__] = False
+thread_limits.entrances[TaskFarm.help_out.__code__] = True
 
 
 def _nobody() -> None:

@@ -148,7 +148,7 @@ def lower(share: int, num_lowered: int) -> int:
     return len(found)
 
 
-def run_limited(share: int, function: Callable[..., object], *arguments: object) -> None:
+def run_limited(share: int, function: Callable[..., object], *arguments: object) -> object:
     """Call a function on the caller's thread, with lowered settings that are restored."""
     undo: list[Callable[[], None]] = []
     undoing = map(operator.call, undo)
@@ -158,7 +158,7 @@ def run_limited(share: int, function: Callable[..., object], *arguments: object)
             if number > share:
                 undo.append(functools.partial(setting.set, number))
                 setting.set(share)
-        function(*arguments)
+        return function(*arguments)
     finally:
         # One call in C, and none before it: no interrupt leaves the thread limited. Each returns
         # None, so that any() makes them all.

@@ -11,13 +11,15 @@ from dvkernels import context
 from dvkernels.context import Frame
 from dvkernels.data.distributed.dataset import DistributedDataset
 from dvkernels.data.distributed.iterator import DistributedIterator
+from dvkernels.devices import array_memory
 from dvkernels.errors import ContextError
 from dvkernels.replica_context import ReplicaContext
 from dvkernels.replicas import diagnostics
+from dvkernels.replicas.item_step import ItemStep
 from dvkernels.replicas.map_iterator import MapIterator
 from dvkernels.replicas.runner import Runner
 from dvkernels.replicas.streams import StreamedRunner
-from dvkernels.replicas.task_farm import ItemStep, TaskFarm
+from dvkernels.replicas.task_farm import TaskFarm
 from dvkernels.user_errors import brief
 from dvkernels.values import function_checks
 from dvkernels.values.distributed import DistributedValues
@@ -73,14 +75,18 @@ class ItemMap(ProcessBound):
 
         Notes
         -----
-        The replicas begin at once, and go on while the caller works on the results. Until the
+        The replicas begin at once, and go on while the caller works on the results. Replica 0 is
+        the caller's thread, which works on items while it waits for a result, if ``items`` has a
+        length and is on the host; other iterables may block it, so replica 0 has a thread then, as
+        the others have. Until the
         last result or an error has been received, or ``close`` was called, or the iterator was
         dropped, the map is open: ``run``, ``reduce``, ``gather``, a second map, and writes of
         variables in cross-replica context raise ``ContextError``. Afterwards they wait for the
         calls of ``fn`` that still run.
 
         An error is raised unchanged, with a note of the item's index; only a ``StopIteration``
-        becomes the cause of a ``RuntimeError``. Ctrl-C while the caller waits ends the map.
+        becomes the cause of a ``RuntimeError``. Ctrl-C while the caller waits, or works on
+        an item, ends the map at once.
 
         Over several workers each maps the items that it was given, with its own replicas; nothing
         is communicated. On GPUs, the caller's work on a result is to be queued before the next
@@ -125,6 +131,8 @@ class ItemMap(ProcessBound):
             name=f"{placement.name}, made at {diagnostics.user_line(sys._getframe())},",
             first_replica=placement.first_replica,
             step_lock=placement.step_lock,
+            # The caller must not be kept from its results by items that may never come.
+            has_caller=hasattr(items, "__len__") and placement.memory is array_memory.HOST,
         )
         results: MapIterator[R] = MapIterator(farm)
         try:

@@ -510,7 +510,8 @@ def test_the_first_error_in_order_ends_it(strategy, kind):
         time.sleep(0.002 * (7 - k))
         return k
 
-    results = strategy.map(fail_at_7, range(1000))
+    # From an iterator: it could block the caller, who does not work on items then.
+    results = strategy.map(fail_at_7, iter(range(1000)))
     assert [next(results) for _ in range(7)] == [*range(7)]
     with pytest.raises(kind) as caught:
         next(results)
@@ -573,3 +574,34 @@ def test_bad_arguments(two):
     with pytest.raises(TypeError, match="copied or pickled"):
         copy.copy(two.map(square, []))
     assert is_free(two)
+
+
+def test_the_caller_works_on_items_while_it_waits(strategy):
+    caller, idents = threading.get_ident(), set()
+
+    def fn(k):
+        idents.add(threading.get_ident())
+        return dv.get_replica_context().replica_id_in_sync_group, threading.get_ident() == caller
+
+    found = [*strategy.map(fn, range(200))]
+    assert all((replica == 0) == is_caller for replica, is_caller in found)
+    assert caller in idents
+    assert threading.get_ident() not in {
+        ident for _, ident in strategy.map(lambda _: (0, threading.get_ident()), iter(range(50)))
+    }
+
+
+def test_an_interrupt_of_the_caller_ends_it_at_once(strategy):
+    caller = threading.get_ident()
+
+    def fn(k):
+        if threading.get_ident() == caller:
+            raise KeyboardInterrupt
+        return k
+
+    results = strategy.map(fn, range(1000))
+    with pytest.raises(KeyboardInterrupt):
+        for _ in results:
+            pass
+    strategy.run(lambda: None)
+    assert [*strategy.map(abs, [-1, -2])] == [1, 2]
