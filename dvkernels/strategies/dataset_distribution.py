@@ -142,15 +142,11 @@ class DatasetDistribution(ProcessBound):
                 f"{verb}: expected options to be a dv.InputOptions, got a {type(options).__name__}"
             )
         placement = self._placement
-
-        def check_context(verb: str) -> None:
-            context.require_cross_replica(placement, verb)
-
         return DistributedDataset(
             dataset,
             placement.num_local,
             placement.replica_devices,
-            check_context=check_context,
+            check_context=functools.partial(context.require_cross_replica, placement),
             owner=placement,
             options=options or InputOptions(),
             is_dealt=is_dealt,

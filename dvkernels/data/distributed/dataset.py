@@ -149,7 +149,7 @@ class DistributedDataset(ProcessBound):
         num_replicas: int,
         devices: Iterable[Device | str] | None = None,
         *,
-        check_context: Callable[[str], None] = _allow_any_context,
+        check_context: Callable[[str], object] = _allow_any_context,
         owner: Placement | None = None,
         options: InputOptions = _DEFAULT_OPTIONS,
         is_dealt: bool = False,

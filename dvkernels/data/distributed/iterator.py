@@ -66,7 +66,7 @@ class DistributedIterator(ProcessBound, Iterator[Any]):
         self,
         distribution: Distribution,
         epoch: int,
-        check_context: Callable[[str], None],
+        check_context: Callable[[str], object],
         on_load: Callable[[int], None],
     ) -> None:
         self._distribution = distribution
