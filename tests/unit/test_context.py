@@ -354,10 +354,9 @@ def test_another_strategys_variable_is_refused_in_a_replica(pair):
 
 
 @pytest.mark.parametrize(("mode", "value"), [("on_write", 3.0), ("on_read", 5.0), ("none", None)])
-def test_outside_every_scope_another_strategys_variable_is_read_across_its_replicas(
-    pair, mode, value
-):
-    with pair.scope():
+def test_outside_every_scope_another_strategys_variable_is_read_across_its_replicas(mode, value):
+    # On the host, as the default strategy is.
+    with dv.MirroredStrategy(2) as pair, pair.scope():
         variable = dv.Variable(3.0, synchronization=mode, aggregation="sum")
     if mode != "on_write":
         variable.assign(dv.PerReplica([1.0, 4.0]))
