@@ -21,7 +21,7 @@ def timeout_seconds() -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
+    if not _is_timeout(seconds):
         raise ValueError(f"DVKERNELS_TIMEOUT_SECONDS must be a positive number, got {text!r}")
     return seconds
 
@@ -32,9 +32,13 @@ def checked(timeout_seconds: object) -> float:
         seconds = float(timeout_seconds)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         seconds = math.nan
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
+    if not _is_timeout(seconds):
         raise ValueError(
             f"timeout_seconds is a positive number of at most {threading.TIMEOUT_MAX:g}, got "
             f"{timeout_seconds!r}"
         )
     return seconds
+
+
+def _is_timeout(seconds: float) -> bool:
+    return 0 < seconds <= threading.TIMEOUT_MAX

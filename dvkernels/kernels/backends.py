@@ -43,6 +43,12 @@ def gate() -> Any:
 
 
 @functools.cache
+def thread_pool() -> Any:
+    """Return the module of the threads that share the jobs of kernels."""
+    return numba_import.module("dvkernels.kernels.cpu.engine.thread_pool")
+
+
+@functools.cache
 def permutation() -> Any:
     """Return the module of the compiled Feistel permutation, which shuffles indices."""
     return numba_import.module("dvkernels.kernels.cpu.feistel")

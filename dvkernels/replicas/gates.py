@@ -24,7 +24,9 @@ __all__: list[str] = []
 # replicas of 1.3 ms of work each, 0.5 ms apart (2 cores of an AMD EPYC, November 2026): a step
 # took 4.2 ms with 2 000 pauses, 2.8 ms with unlimited ones. The limit is for idle strategies.
 _PAUSES = 60_000
-_PAUSES_TO_HAND_OVER = 400  # about 10 us
+# About 20 us: the Python of a step with an optimizer takes longer than 10 us. With half of this its
+# replicas slept for the GIL (75 to 99 us a step became 63).
+_PAUSES_TO_HAND_OVER = 800
 
 
 class _GateFunctions(NamedTuple):
@@ -76,7 +78,7 @@ class Gates:
         self._compiled = _ready()
         module: Any = backends.gate()
         self._open, self._sleeping = module.OPEN, module.SLEEPING
-        self._pool: Any = module.thread_pool_of_process()  # whose jobs a waiting thread joins
+        self._pool: Any = backends.thread_pool().of_process()  # whose jobs a waiting thread joins
         self._state: HostArray = module.new_state(count)
         self._slots = len(self._state) // count  # words of a gate
         self._locks = [threading.Lock() for _ in range(count)]
@@ -92,7 +94,7 @@ class Gates:
             self._wake(gate)
 
     def open_and_let_run(self, gate: int, awaited: int) -> None:
-        """Open a gate, and spin without the GIL until the gate ``awaited`` opens, for about 10 us.
+        """Open a gate, and spin without the GIL until the gate ``awaited`` opens, for about 20 us.
 
         The woken thread needs the GIL. If the opener kept it, the woken thread would sleep for it.
         """

@@ -90,9 +90,7 @@ class Runner:
             raise ContextError(_CLOSED)
         if self._num_replicas > 1 and sys.is_finalizing():
             raise self._too_late("run")
-        seconds = self._timeout_seconds
-        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS and deadlines.VARIABLE in os.environ:
-            seconds = deadlines.timeout_seconds()
+        seconds = self._patience()
         if nested:
             return self._run(call, seconds)
         try:
@@ -189,13 +187,20 @@ class Runner:
             raise ContextError(_CLOSED)
         if stoppable_thread.is_over:
             raise self._too_late("map")
-        farm.timeout_seconds = self._timeout_seconds
+        farm.timeout_seconds = self._patience()
         farm.claim()
         if self._limit is not None:
             if self._limit.num_modules != len(sys.modules):
                 self._limit.apply(stacklevel=4)
             farm.share = self._limit.share
         self._generators.num_begun += 1  # those of the items begin anew
+
+    def _patience(self) -> float:
+        """Return how long waits last [s]: the default gives way to the environment variable."""
+        seconds = self._timeout_seconds
+        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS and deadlines.VARIABLE in os.environ:
+            return deadlines.timeout_seconds()
+        return seconds
 
     def _too_late(self, verb: str) -> ContextError:
         return ContextError(

@@ -329,8 +329,6 @@ class TaskFarm:
     def await_calls(self, verb: str) -> None:
         """Wait until no call runs; raise CollectiveTimeoutError at the deadline."""
         seconds = self.timeout_seconds
-        if seconds == deadlines.DEFAULT_TIMEOUT_SECONDS:
-            seconds = deadlines.timeout_seconds()
         if not self.wait_for_calls(seconds):
             running = sorted(call for call in self._calls if call is not None)
             raise CollectiveTimeoutError(

@@ -29,8 +29,6 @@ __all__: list[str] = []
 CLOSED, OPEN, SLEEPING = 0, 1, 2
 NOT_AWAITED = -1
 
-thread_pool_of_process = thread_pool.of_process
-
 
 class _Gate(NamedTuple):
     state: int
@@ -61,28 +59,23 @@ def close_gate(state, k):  # type: ignore[no-untyped-def]
 
 
 @jit.njit(nogil=True)
-def _spin(gate, num_pauses):  # type: ignore[no-untyped-def]
-    """Return whether a gate opens within ``num_pauses``."""
-    for turn in range(num_pauses):
-        if intrinsics.load_shared(gate, "state") == OPEN:
-            return True
-        intrinsics.relax(turn)
-    return False
+def _spin(gate, num_pauses, pool):  # type: ignore[no-untyped-def]
+    """Return whether a gate opens within ``num_pauses``.
 
-
-@jit.njit(nogil=True)
-def _spin_as_guest(gate, num_pauses, pool):  # type: ignore[no-untyped-def]
-    """Return whether a gate opens within ``num_pauses``; join the jobs of a pool meanwhile."""
+    Meanwhile join the jobs of the pool at an address, unless it is 0.
+    """
     is_open = False
-    thread_pool.count_guests(pool, 1)
+    if pool != 0:
+        thread_pool.count_guests(pool, 1)
     for turn in range(num_pauses):
         is_open = intrinsics.load_shared(gate, "state") == OPEN
         if is_open:
             break
-        if thread_pool.has_jobs(pool):
+        if pool != 0 and thread_pool.has_jobs(pool):
             thread_pool.help_out(pool)
         intrinsics.relax(turn)
-    thread_pool.count_guests(pool, -1)
+    if pool != 0:
+        thread_pool.count_guests(pool, -1)
     return is_open
 
 
@@ -100,11 +93,9 @@ def await_gate(state, opened, k, num_pauses, pool):  # type: ignore[no-untyped-d
             return NOT_AWAITED
     gate = _gate_at(intrinsics.address_of(state), k)
     is_open = (
-        _spin_as_guest(gate, num_pauses, pool)
-        if pool != 0 and num_pauses > 0
-        else _spin(gate, num_pauses)
+        _spin(gate, num_pauses, pool)
+        or intrinsics.compare_exchange(gate, "state", CLOSED, SLEEPING) == OPEN
     )
-    is_open = is_open or intrinsics.compare_exchange(gate, "state", CLOSED, SLEEPING) == OPEN
     return np.int64(is_open)
 
 
@@ -118,6 +109,6 @@ def open_and_await(state, opened, awaited, num_pauses):  # type: ignore[no-untyp
     gates = intrinsics.address_of(state)
     old = intrinsics.exchange(_gate_at(gates, opened), "state", OPEN)
     gate = _gate_at(gates, awaited)
-    is_open = _spin(gate, 0 if old == SLEEPING else num_pauses)
+    is_open = _spin(gate, 0 if old == SLEEPING else num_pauses, 0)
     is_open = is_open or intrinsics.load_shared(gate, "state") == OPEN
     return old + 4 * np.int64(is_open)
