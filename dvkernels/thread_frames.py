@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import operator
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 __all__: list[str] = []
+
+T = TypeVar("T")
 
 
 def current_frames() -> dict[int, FrameType]:
@@ -19,14 +22,28 @@ def current_frames() -> dict[int, FrameType]:
     finalizer, which gives the GIL away, and the thread that gets it starts a thread, each waits for
     the other forever. So nothing is collected meanwhile.
     """
+    return _uncollected(sys._current_frames)
+
+
+def back_of(frame: FrameType) -> FrameType | None:
+    """Return ``frame.f_back``, for a frame of another thread.
+
+    CPython 3.11 makes the frame object now. If a collection then gives the GIL away, that thread
+    goes on, and the object refers to memory that it has left: the process has crashed so.
+    """
+    return _uncollected(functools.partial(getattr, frame, "f_back"))
+
+
+def _uncollected(call: Callable[[], T]) -> T:
+    """Return what a C function returns; nothing is collected meanwhile."""
     if not gc.isenabled():
-        return sys._current_frames()
-    calls: tuple[Callable[[], Any], ...] = (gc.disable, sys._current_frames, gc.enable)
-    frames: dict[int, FrameType]
+        return call()
+    calls: tuple[Callable[[], Any], ...] = (gc.disable, call, gc.enable)
     try:
         # One operation of the interpreter: no other thread and no interrupt comes in between.
-        _, frames, _ = map(operator.call, calls)
+        _, result, _ = map(operator.call, calls)
     except BaseException:  # no memory
         gc.enable()
         raise
-    return frames
+    found: T = result
+    return found

@@ -70,11 +70,11 @@ def _is_replica_that_waits(frame: types.FrameType | None) -> bool:
     if frame is None or frame.f_code.co_filename not in _WAITING:
         return False
     while frame is not None and _is_of_python(frame.f_code.co_filename):
-        frame = frame.f_back
+        frame = thread_frames.back_of(frame)
     if frame is None or frame.f_code.co_filename.startswith(diagnostics.PACKAGE):
         return False  # this package waits, not user code
     while frame is not None and frame.f_code not in ENTRANCES:
-        frame = frame.f_back
+        frame = thread_frames.back_of(frame)
     return frame is not None
 
 
