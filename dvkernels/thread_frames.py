@@ -31,7 +31,8 @@ def back_of(frame: FrameType) -> FrameType | None:
     CPython 3.11 makes the frame object now. If a collection then gives the GIL away, that thread
     goes on, and the object refers to memory that it has left: the process has crashed so.
     """
-    return _uncollected(functools.partial(getattr, frame, "f_back"))
+    back: FrameType | None = _uncollected(functools.partial(getattr, frame, "f_back"))
+    return back
 
 
 def _uncollected(call: Callable[[], T]) -> T:
