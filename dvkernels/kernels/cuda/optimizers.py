@@ -117,8 +117,9 @@ def take_step(
         for (dtype, numbers_of_group), groups in step.groups.items():
             counts = job.Counts(step.num_replicas, step.num_copies, step.num_replicas, divisor)
             code = arithmetic.type_code(dtype)
-            # Parameters and slots are read too. Seven numbers: as many as the longest rule takes.
-            padded = [*numbers_of_group, *[0.0] * (7 - len(numbers_of_group))]
+            # Parameters and slots are read too.
+            absent = update_rules.NUM_COEFFICIENTS - len(numbers_of_group)
+            padded = [*numbers_of_group, *[0.0] * absent]
             job.run(work_stream, kernel(number, code), code, groups, counts, len(groups[0]), padded)
 
 
@@ -166,7 +167,7 @@ def _stepper(rule: int, code: int, num_slots: int, is_whole: bool, address: Any)
         p = elements.load(address(place, parameter), code, is_whole)
         s = elements.load(address(place, slot), code, is_whole)
         t = elements.load(address(place, second_slot), code, is_whole)
-        p, s, t = optimizer_rules.apply(rule, g, p, s, t, table + 8 * header.numbers)
+        p, s, t = optimizer_rules.apply(table + 8 * header.numbers, g, p, s, t, rule)
         for k in range(num_copies):
             elements.store(address(place, parameter + k), p, code, is_whole)
             if num_slots > 0:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
-from dvkernels.kernels.cuda.engine import intrinsics
+from dvkernels.kernels.cuda.engine import inline_ptx
 
 __all__ = ["at"]
 
 _untyped: Any = types  # its classes carry no types
-_I64 = ir.IntType(64)
 
 
 def at(record: Any) -> Any:
@@ -28,13 +26,7 @@ def at(record: Any) -> Any:
     def simulated(address: int) -> Any:
         return record._make((ctypes.c_int64 * count).from_address(address))
 
-    @intrinsics.twin(simulated)
-    def read(typing: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            start = builder.inttoptr(args[0], _I64.as_pointer())
-            words = [builder.load(builder.gep(start, [_I64(k)]), align=8) for k in range(count)]
-            return context.make_tuple(builder, kind, words)
-
-        return kind(types.int64), generate
-
-    return read
+    loads = [f"ld.b64 ${k}, [${count}+{8 * k}];" for k in range(count)]
+    return inline_ptx.device_function(
+        " ".join(loads), kind, [types.int64], simulated=simulated, effect=inline_ptx.READS
+    )

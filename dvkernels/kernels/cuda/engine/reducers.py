@@ -22,7 +22,7 @@ def loader(operation: Operation, code: int, is_whole: bool, address: Any) -> Any
 
     ``first`` is its address in the first source.
     """
-    combine = elements.combiner(operation, code)
+    combine = elements.combiner(operation, code, is_whole)
 
     @intrinsics.inlined
     def load(first, sources, num_sources, divisor):  # type: ignore[no-untyped-def]
