@@ -11,8 +11,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from numba import cuda as numba_cuda
-
 from dvkernels.kernels import arithmetic, update_rules
 from dvkernels.kernels.cuda.engine import (
     elements,
@@ -24,11 +22,11 @@ from dvkernels.kernels.cuda.engine import (
     reducers,
 )
 from dvkernels.kernels.cuda.engine.call import Call
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.reduce_op import ReduceOp
 
 __all__ = ["adam", "kernel", "sgd"]
 
-cuda: Any = numba_cuda  # its functions carry no types
 Groups = Sequence[Sequence[Any]]
 
 

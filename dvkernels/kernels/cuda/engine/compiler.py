@@ -10,14 +10,13 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from numba import cuda, types
+from numba import types
 
 from dvkernels.errors import DeviceError
-from dvkernels.kernels.cuda.engine import launch_table
+from dvkernels.kernels.cuda.engine import cuda_target, launch_table
 
 __all__ = ["Compiled", "assemble", "check", "compile_to_ptx"]
 
-_untyped_cuda: Any = cuda
 _untyped_types: Any = types
 _OLDEST = (7, 5)  # the oldest compute capability that current toolkits compile for
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
@@ -38,7 +37,7 @@ def compile_to_ptx(kernel: Callable[..., None], capability: tuple[int, int]) -> 
     at most 128 registers, with which two blocks of 256 threads fit on a multiprocessor.
     """
     words = _untyped_types.UniTuple(types.int64, launch_table.NUM_WORDS)
-    ptx, _ = _untyped_cuda.compile_ptx(kernel, types.void(words), device=False, cc=capability)
+    ptx = cuda_target.compile_ptx(kernel, types.void(words), device=False, cc=capability)
     found = _ENTRY.search(ptx)
     assert found is not None
     return Compiled(found[1], ptx)
@@ -46,9 +45,10 @@ def compile_to_ptx(kernel: Callable[..., None], capability: tuple[int, int]) -> 
 
 def check(function: Callable[..., Any], signature: Any) -> None:
     """Raise Numba's error unless a function compiles for devices."""
-    _untyped_cuda.compile_ptx(function, signature, device=True, cc=_OLDEST)
+    cuda_target.compile_ptx(function, signature, device=True, cc=_OLDEST)
 
 
+@cuda_target.diagnosed()
 def assemble(compiled: Compiled, capability: tuple[int, int]) -> bytes:
     """Return the machine code (cubin) for a compute capability."""
     from cuda.bindings import nvjitlink

@@ -11,17 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numba import cuda as numba_cuda
 
 from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import compiler, intrinsics, launch_table
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 
 __all__ = ["LongTables", "RepeatedLaunch", "launch", "num_blocks", "prepare", "threads"]
 
-cuda: Any = numba_cuda  # its functions carry no types
 
 Kernel = Callable[..., None]
 

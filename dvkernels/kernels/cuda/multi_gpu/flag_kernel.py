@@ -26,10 +26,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from numba import cuda as numba_cuda
-
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, records, span
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 from dvkernels.schedules.flag_protocol import Combine, Memory, Protocol, Signal
@@ -43,7 +42,6 @@ __all__ = [
     "waiting_kernel",
 ]
 
-cuda: Any = numba_cuda  # its functions carry no types
 
 _COMBINE, _SIGNAL, _WAIT = range(3)
 _MEMORIES: tuple[Memory, ...] = ("input", "output", "slot")
