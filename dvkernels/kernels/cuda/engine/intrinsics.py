@@ -23,6 +23,8 @@ from llvmlite import ir
 from numba import config as numba_config
 from numba import cuda, extending, types
 
+from dvkernels.kernels.cuda.engine import table_layout
+
 __all__ = [
     "GLOBAL",
     "SIMULATED",
@@ -48,7 +50,7 @@ __all__ = [
 ]
 
 SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
-VECTOR_NBYTES = 16
+VECTOR_NBYTES = table_layout.VECTOR_NBYTES
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(_I32, 4)

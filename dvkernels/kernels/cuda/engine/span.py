@@ -12,12 +12,9 @@ from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 
-__all__ = ["LINE_NBYTES", "reducer", "start"]
+__all__ = ["reducer", "start"]
 
 cuda: Any = numba_cuda  # its functions carry no types
-
-# A line of the L2 cache: spans begin at multiples of it in a buffer.
-LINE_NBYTES = 128
 
 start = intrinsics.inlined(partition.start)
 
