@@ -137,9 +137,12 @@ def order_streams(pairs: Sequence[tuple[DeviceStream, DeviceStream]]) -> None:
         if waiting.device == awaited.device:
             cuda_driver.wait(waiting.device, waiting.stream, awaited.stream)
             continue
-        event = cuda_driver.record(*awaited)
-        cuda_driver.await_event(*waiting, event)
-        cuda_driver.destroy(event)
+        event = cuda_driver.event(awaited.device)
+        try:
+            cuda_driver.record(*awaited, event)
+            cuda_driver.await_event(*waiting, event)
+        finally:
+            cuda_driver.destroy(awaited.device, event)
 
 
 def _raise_elsewhere(verb: str, buffer: Any, label: str, located: Sequence[DeviceBuffer]) -> None:
