@@ -24,6 +24,7 @@ __all__ = [
     "LongTables",
     "RepeatedLaunch",
     "launch",
+    "launching",
     "num_blocks",
     "prepare",
     "threads",
@@ -33,7 +34,10 @@ SIMULATED = devices.is_simulated()
 _NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
 _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent launch
-_compiling = threading.RLock()
+# Held while a kernel is compiled and loaded, and between the launches of a call whose kernels wait
+# for each other: loading may wait for a device, and that device for a launch. All groups of devices
+# share it: two calls, each launched first on another device, would wait for each other.
+launching = threading.RLock()
 # The simulator runs one kernel at a time in the whole process.
 _simulating = threading.RLock()
 # The fewest threads and blocks that are not one: each simulated thread is a Python thread.
@@ -114,7 +118,7 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
 def prepare(kernel: Kernel, device: int) -> int:
     """Compile a kernel and load it on a device; return its handle there."""
     try:
-        _compiling.acquire()
+        launching.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
@@ -125,7 +129,7 @@ def prepare(kernel: Kernel, device: int) -> int:
         return _handles[key]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-            _compiling.release()
+            launching.release()
         except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
