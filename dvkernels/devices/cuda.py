@@ -45,6 +45,9 @@ class ArrayLibrary(Protocol):
         ``joins_default``: the stream and the device's default stream wait for each other.
         """
 
+    def stream_at(self, device: int, address: int) -> Any:
+        """Return a stream of any library, known by its address, as one of this library."""
+
     def event(self, device: int) -> Any:
         """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``.
 
