@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,73 +88,65 @@ def vector_type(code: int, is_whole: bool) -> Any:
 
 
 def emit_load(text: Text, address: Registers, code: int, is_whole: bool) -> Registers:
-    """Emit a load that widens.
-
-    Vectors are loaded as 32-bit words: left to LLVM, eight float16 are two loads.
-    """
-    element = arithmetic.element_type(code)
+    """Emit a load that widens. Vectors are loaded as words: LLVM would split eight float16."""
+    element, start = arithmetic.element_type(code), address.names[0]
     if is_whole:
         words = text.new("u32", 4)
-        text.line("ld.global.v4.b32", f"{{{', '.join(words.names)}}}", f"[{address.names[0]}]")
+        text.line("ld.global.v4.b32", _braced(words.names), f"[{start}]")
         if element.is_half:
-            return _split_float16(words) if element.kind == "f" else arithmetic.split_bfloat16(words)
-        if element.bits < 64:
-            return words
-        pairs = text.new("f64" if element.is_float else "s64", 2)
-        for k, name in enumerate(pairs.names):
-            text.line("mov.b64", name, f"{{{words.names[2 * k]}, {words.names[2 * k + 1]}}}")
-        return pairs
+            split = _split_float16 if element.kind == "f" else arithmetic.split_bfloat16
+            return split(words)
+        return words if element.bits < 64 else _regrouped(words, text.new("s64", 2))
     if element.is_half and element.kind == "f":
         half = text.new("b16", 1)
-        text.line("ld.global.b16", half.names[0], f"[{address.names[0]}]")
+        text.line("ld.global.b16", half.names[0], f"[{start}]")
         return half.each("cvt.f32.f16", kind="f32")
-    signs = {"i": "s", "u": "u"}.get(element.kind, "u")
-    numbers = text.new(f"{signs}{max(element.bits, 32)}", element.unit)
+    sign = "s" if element.kind == "i" else "u"
+    numbers = text.new(f"{sign}{max(element.bits, 32)}", element.unit)
     for k, name in enumerate(numbers.names):
-        position = f"[{address.names[0]}+{k * element.bits // 8}]"
-        text.line(f"ld.global.{signs}{element.bits}", name, position)
+        text.line(f"ld.global.{sign}{element.bits}", name, f"[{start}+{k * element.bits // 8}]")
     return (numbers << 16).bits("f32") if element.is_half else numbers
 
 
 def emit_store(text: Text, address: Registers, value: Registers, code: int, is_whole: bool) -> None:
     """Emit a store that rounds."""
-    element = arithmetic.element_type(code)
+    element, start = arithmetic.element_type(code), address.names[0]
+    if element.is_half and element.kind == "f":
+        value = value.each("cvt.rn.f16.f32", kind="b16")
+    elif element.is_half:
+        value = arithmetic.round_to_bfloat16(value)
     if is_whole:
-        words = value
-        if element.is_half:
-            rounded = arithmetic.round_to_bfloat16
-            words = _join_float16(value) if element.kind == "f" else arithmetic.join_bfloat16(rounded(value))
-        elif element.bits == 64:
-            words = text.new("u32", 4)
-            for k, name in enumerate(value.names):
-                text.line("mov.b64", f"{{{words.names[2 * k]}, {words.names[2 * k + 1]}}}", name)
-        else:
-            words = value.bits("u32")
-        text.line("st.global.v4.b32", f"[{address.names[0]}]", f"{{{', '.join(words.names)}}}")
+        if element.is_half and element.kind == "b":
+            value = arithmetic.join_bfloat16(value)
+        elif value.count != 4:
+            value = _regrouped(value, text.new("u32", 4))
+        text.line("st.global.v4.b32", f"[{start}]", _braced(value.names))
         return
-    if element.is_half:
-        value = value.each("cvt.rn.f16.f32", kind="b16") if element.kind == "f" else arithmetic.round_to_bfloat16(value) >> 16
+    if element.is_half and element.kind == "b":
+        value = value >> 16
     for k, name in enumerate(value.names):
-        position = f"[{address.names[0]}+{k * element.bits // 8}]"
-        text.line(f"st.global.b{element.bits}", position, name)
+        text.line(f"st.global.b{element.bits}", f"[{start}+{k * element.bits // 8}]", name)
+
+
+def _braced(names: Sequence[str]) -> str:
+    return f"{{{', '.join(names)}}}"
+
+
+def _regrouped(parts: Registers, result: Registers) -> Registers:
+    """Emit the same bytes in fewer, larger registers, or in more, smaller ones."""
+    few, many = sorted([parts, result], key=lambda one: one.count)
+    per_register = many.count // few.count
+    for k, name in enumerate(few.names):
+        braced = _braced(many.names[k * per_register : (k + 1) * per_register])
+        operands = (name, braced) if few is result else (braced, name)
+        parts.text.line(f"mov.b{few.kind[1:]}", *operands)
+    return result
 
 
 def _split_float16(words: Registers) -> Registers:
     """Emit the float32 of packed float16."""
-    text = words.text
-    halves = text.new("b16", 2 * words.count)
-    for k, name in enumerate(words.names):
-        text.line("mov.b32", f"{{{halves.names[2 * k]}, {halves.names[2 * k + 1]}}}", name)
+    halves = _regrouped(words, words.text.new("b16", 2 * words.count))
     return halves.each("cvt.f32.f16", kind="f32")
-
-
-def _join_float16(value: Registers) -> Registers:
-    """Emit packed float16, rounded to nearest."""
-    text, halves = value.text, value.each("cvt.rn.f16.f32", kind="b16")
-    words = text.new("u32", value.count // 2)
-    for k, name in enumerate(words.names):
-        text.line("mov.b32", name, f"{{{halves.names[2 * k]}, {halves.names[2 * k + 1]}}}")
-    return words
 
 
 def _declare_load(address: Any, code: int, is_whole: bool) -> inline_ptx.Code:
@@ -226,7 +218,10 @@ def _pack(bits: int, numbers: Registers) -> Registers:
     """Emit the packed lower bits of 32-bit integers; the inverse of ``_unpack``."""
     parts = [numbers.take(range(k, k + 4)) for k in range(0, numbers.count, 4)]
     if bits == 8:
-        parts = [low.each("prmt.b32", high, "0x0040") for low, high in zip(parts[::2], parts[1::2], strict=True)]
+        parts = [
+            low.each("prmt.b32", high, "0x0040")
+            for low, high in zip(parts[::2], parts[1::2], strict=True)
+        ]
     return parts[0].each("prmt.b32", parts[1], "0x5410")
 
 
@@ -293,11 +288,10 @@ def _custom_combiner(custom: Custom, code: int, is_whole: bool) -> Any:
     if element.bits >= 32:
         return each
     lanes = _untyped.UniTuple(number, count)
-    unpack = inline_ptx.device_function(
-        *generate(lanes, [_PACKED], lambda _, words: [_unpack(element, words)]), effect=inline_ptx.NOTHING
-    )
-    pack = inline_ptx.device_function(
-        *generate(_PACKED, [lanes], lambda _, numbers: [_pack(element.bits, numbers)]), effect=inline_ptx.NOTHING
+    unpacked = generate(lanes, [_PACKED], lambda _, words: [_unpack(element, words)])
+    packed = generate(_PACKED, [lanes], lambda _, numbers: [_pack(element.bits, numbers)])
+    unpack, pack = (
+        inline_ptx.device_function(*code, effect=inline_ptx.NOTHING) for code in (unpacked, packed)
     )
 
     @inlined

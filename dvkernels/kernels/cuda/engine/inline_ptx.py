@@ -46,7 +46,7 @@ def device_function(
     *,
     effect: str = EFFECT,
 ) -> Any:
-    """Return the device function that executes inline PTX; see :class:`Code`, :func:`overloaded`."""
+    """Return the device function that executes inline PTX; see :class:`Code`."""
     code = Code(text, result, operands)
 
     def declare(*given: Any) -> Code:
@@ -126,9 +126,7 @@ def _paths(kind: Any, path: tuple[int, ...] = ()) -> Any:
 
 
 def _numbers(builder: Any, value: Any) -> list[Any]:
-    return [
-        builder.extract_value(value, path) if path else value for _, path in _paths(value.type)
-    ]
+    return [builder.extract_value(value, path) if path else value for _, path in _paths(value.type)]
 
 
 def _emit(builder: Any, text: str, results: Any, numbers: Any, effect: str) -> list[Any]:

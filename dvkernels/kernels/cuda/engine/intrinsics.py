@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import time
-from typing import Any
 
-from numba import cuda, types
+from numba import types
 
+from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.inline_ptx import READS, SIMULATED, device_function
 
 __all__ = [
@@ -33,12 +34,11 @@ __all__ = [
     "store_relaxed",
 ]
 
-VECTOR_NBYTES = 16
+VECTOR_NBYTES = table_layout.VECTOR_NBYTES
 
 # Decorator of device functions. Made here, since the simulator replaces the name ``cuda`` in the
 # module of a kernel while it runs, and another thread may make a kernel at that time.
-_untyped_cuda: Any = cuda
-inlined = _untyped_cuda.jit(device=True, inline="always")
+inlined = cuda.jit(device=True, inline="always")
 
 
 def _load(address: int) -> int:
@@ -77,9 +77,7 @@ nanosleep = device_function(
     simulated=lambda nanoseconds: time.sleep(nanoseconds * 1e-9),
 )
 # Return the nanoseconds of a monotonic clock; its resolution may be a microsecond.
-clock_ns = device_function(
-    "mov.u64 $0, %globaltimer;", types.int64, simulated=time.monotonic_ns
-)
+clock_ns = device_function("mov.u64 $0, %globaltimer;", types.int64, simulated=time.monotonic_ns)
 _quotient = device_function(
     "div.u32 $0, $1, $2;",
     types.uint32,

@@ -31,7 +31,9 @@ def _simulated_apply(
 ) -> Any:
     float64s = (ctypes.c_double * _COUNT).from_address(address)
     with np.errstate(all="ignore"):
-        return _step(rule, gradient, (parameter, first, second), [*map(gradient.dtype.type, float64s)])
+        return _step(
+            rule, gradient, (parameter, first, second), [*map(gradient.dtype.type, float64s)]
+        )
 
 
 def _declare_apply(

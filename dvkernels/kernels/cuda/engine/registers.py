@@ -149,9 +149,7 @@ def generate(result: Any, operands: Sequence[Any], emit: Callable[..., Any]) -> 
         first += len(kinds)
     vectors = emit(text, *given)
     # An operand may share its register with a result: all are read before any result is written.
-    numbers = [
-        one.bits(one.kind) if one.names[0].startswith("$") else one for one in vectors or ()
-    ]
+    numbers = [one.bits(one.kind) if one.names[0].startswith("$") else one for one in vectors or ()]
     names = [(name, one.kind) for one in numbers for name in one.names]
     for k, (name, kind) in enumerate(names):
         text.line(f"mov.b{kind[1:]}", f"${k}", name)
