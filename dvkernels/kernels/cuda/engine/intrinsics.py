@@ -31,6 +31,7 @@ __all__ = [
     "quotient",
     "read_word",
     "release",
+    "short_quotient",
     "store_relaxed",
 ]
 
@@ -78,7 +79,7 @@ nanosleep = device_function(
 )
 # Return the nanoseconds of a monotonic clock; its resolution may be a microsecond.
 clock_ns = device_function("mov.u64 $0, %globaltimer;", types.int64, simulated=time.monotonic_ns)
-_quotient = device_function(
+short_quotient = device_function(
     "div.u32 $0, $1, $2;",
     types.uint32,
     [types.uint32, types.uint32],
@@ -90,4 +91,4 @@ _int64 = int if SIMULATED else types.int64
 @inlined
 def quotient(dividend, divisor):  # type: ignore[no-untyped-def]
     """Divide positive integers below 2**32, in a third of the instructions of a 64-bit division."""
-    return _int64(_quotient(dividend, divisor))
+    return _int64(short_quotient(dividend, divisor))
