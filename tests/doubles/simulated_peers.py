@@ -30,7 +30,7 @@ class SimulatedDriver:
 
     def load(self, device, kernel):
         self.loaded.append((device, kernel))
-        self._kernels.setdefault(kernel, cuda.jit(kernel))
+        self._kernels.setdefault(kernel, cuda.jit(kernel.build()))
 
     def launch(self, device, kernel, num_blocks, stream, words):
         assert (device, kernel) in self.loaded
