@@ -36,8 +36,9 @@ def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -
         ) from error
     if rows.size and rows.dtype.kind not in "iu":
         number = _first_fraction(rows)
+        first = rows.reshape(-1).tolist()[number]
         raise NotABufferError(
-            f"{what}: expected integers as indices, got {brief(rows.reshape(-1).tolist()[number], 60)}"
+            f"{what}: expected integers as indices, got {brief(first, 60)}"
             f"{_place(rows, number)}{origin}, of dtype {rows.dtype}; cast with .astype(int) if "
             f"that is what they mean"
         )
