@@ -75,13 +75,14 @@ def _transport_of(call: RollCall, timeout_seconds: float) -> SharedMemoryTranspo
     may_spin = size <= min(len(cores), cpu.quota_of_this_process())
     symmetric = SymmetricMemory(rank, size, _FileSegmentAllocator(call.file, rank, size))
     transport = SharedMemoryTransport(segment, timeout_seconds, may_spin, symmetric)
-    cpu.enter_host_group(len(cores), size)
+    host_share = cpu.HostShare(len(cores), size)
+    cpu.enter_host_group(host_share)
     pid = os.getpid()
 
     def leave(text: str) -> None:
         if pid == os.getpid():
             segment.leave(text)
-            cpu.leave_host_group()
+            cpu.leave_host_group(host_share)
 
     transport.on_close = leave
     weakref.finalize(transport, leave, "it has dropped its strategy").atexit = False
