@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 
 ROOT = Path(os.environ.get("DVK_ROOT", Path(__file__).resolve().parents[3]))
@@ -39,17 +38,10 @@ def section(function):
 
 
 def prepare():
-    """Import NumPy and dvkernels so that numba-cuda 0.30 loads beside NumPy 2.5."""
-    warnings.filterwarnings("ignore")
+    """Let dvkernels be imported from the checkout, with prebuilt machine code if there is some."""
     sys.path.insert(0, str(ROOT))
-    import numpy as np
-
-    is_shimmed = not hasattr(np, "row_stack")
-    if is_shimmed:  # NVIDIA/numba-cuda#907, which will not be fixed
-        np.vstack = np.vstack
     if os.environ.get("DVK_PREBUILT"):
         use_prebuilt(Path(os.environ["DVK_PREBUILT"]))
-    return is_shimmed
 
 
 def driver():
@@ -220,7 +212,7 @@ def catalogue():
     import catalogue as module
 
     module.CUSTOM = {}
-    return {name: one.function for name, one in module.kernels().items()}
+    return module.kernels()
 
 
 def slug(name):
@@ -232,7 +224,7 @@ def use_prebuilt(folder):
     from dvkernels.kernels.cuda.engine import compiler
 
     index = json.loads((folder / "index.json").read_text())
-    known = {function: name for name, function in catalogue().items()}
+    known = {kernel: name for name, kernel in catalogue().items()}
     compile_to_ptx, assemble = compiler.compile_to_ptx, compiler.assemble
 
     def found(kernel, capability):
@@ -255,8 +247,8 @@ def prebuild(folder):
 
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    for name, function in catalogue().items():
-        compiled = compiler.compile_to_ptx(function, (9, 0))
+    for name, kernel in catalogue().items():
+        compiled = compiler.compile_to_ptx(kernel, (9, 0))
         (folder / f"{slug(name)}.cubin").write_bytes(compiler.assemble(compiled, (9, 0)))
         index[name] = compiled.name
         (folder / "index.json").write_text(json.dumps(index))
@@ -334,22 +326,22 @@ def env(data, _):
                 data[f"lib{name}"] = f"{type(error).__name__}: {error}"[:300]
     except ImportError as error:
         data["pathfinder"] = str(error)
-    # As a user would meet it, without the shim: does numba-cuda load beside this NumPy?
+    # Does numba-cuda load beside this NumPy, where the package does not help it?
     code = (
         "import numpy, numba.cuda as c, numba.types as t; "
         "c.compile_ptx(lambda x: None, t.void(t.int64), cc=(9, 0)); print('compiles', c.__file__)"
     )
     hidden = "PYTHONPATH", "NUMBA_ENABLE_CUDASIM"
     bare = {key: value for key, value in os.environ.items() if key not in hidden}
-    bare["PYTHONPATH"] = "/tmp/site" if Path("/tmp/site").is_dir() else ""
+    bare["PYTHONPATH"] = os.environ.get("DVK_SITE", "")
     try:
         ended = subprocess.run(
             [sys.executable, "-c", code], env=bare, capture_output=True, text=True, timeout=60,
             check=False,
         )  # fmt: skip
-        data["numba_cuda_without_shim"] = (ended.stdout + ended.stderr).strip()[-300:]
+        data["numba_cuda_alone"] = (ended.stdout + ended.stderr).strip()[-300:]
     except subprocess.TimeoutExpired:
-        data["numba_cuda_without_shim"] = "more than 60 s"
+        data["numba_cuda_alone"] = "more than 60 s"
 
 
 @section
@@ -363,7 +355,7 @@ def first(data, _):
         data[f"seconds_{name}"] = round(now - began, 3)
         began = now
 
-    data["is_shimmed"] = prepare()
+    prepare()
     import numpy as np
 
     gpu = Gpu()
@@ -375,7 +367,7 @@ def first(data, _):
     assert not data["missing"], data["missing"]
     lap("import_dvkernels")
     from dvkernels.kernels import arithmetic
-    from dvkernels.kernels.cuda.engine import compiler, launcher, loops
+    from dvkernels.kernels.cuda.engine import catalogue, compiler, launcher
 
     data["numba_cuda_file"] = getattr(importlib.import_module("numba.cuda"), "__file__", "?")
     lap("import_kernels")
@@ -386,7 +378,7 @@ def first(data, _):
     if not DRY:
         found = driver()
         data["device"] = found.name(0), found.capability(0), found.version()
-        kernel = loops.kernel(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
+        kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
         compiled = compiler.compile_to_ptx(kernel, found.capability(0))
         lap("to_ptx")
         data["ptx"] = re.findall(r"^\.(?:version|target) .*$", compiled.ptx, re.M)
@@ -451,7 +443,7 @@ def bandwidth(data, _):
     from dvkernels import kernels
     from dvkernels.kernels import arithmetic
     from dvkernels.kernels.cuda import optimizers
-    from dvkernels.kernels.cuda.engine import fast_path, launcher, loops
+    from dvkernels.kernels.cuda.engine import catalogue, fast_path, launcher
 
     nbytes = 1 << 12 if DRY else 256 << 20
     calls, rounds = (1, 1) if DRY else (20, 7)
@@ -480,7 +472,7 @@ def bandwidth(data, _):
                 {"dtype": dtype.name, "replicas": count, "wrong": wrong, "of_copy": round(part, 3),
                  "tb_per_s": round(2 * count * nbytes / times["ours"]["us"] * 1e-6, 3), **times}
             )  # fmt: skip
-        kernel = loops.kernel(arithmetic.ADD, arithmetic.type_code(dtype))
+        kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(dtype))
         data[f"attributes_{dtype.name}"] = attributes(kernel)
     save(data)
 
@@ -569,7 +561,7 @@ def bandwidth(data, _):
             times = contest(gpu, {"ours": adam, "copy": copy}, calls, 1 if DRY else 5)
         part = (moved / times["ours"]["us"]) / (2 * nbytes / times["copy"]["us"])
         data["adam"][name] = {"of_copy": round(part, 3), **times["ours"]}
-    kernel = optimizers.kernel(3, arithmetic.type_code(np.dtype("f4")))
+    kernel = catalogue.optimizer(3, arithmetic.type_code(np.dtype("f4")))
     data["attributes_adam"] = attributes(kernel)
 
 
@@ -649,7 +641,7 @@ def latency(data, _):
             with replay.stream:
                 replay()
         gpu.sync()
-        data["graph_leaves"] = float(buffers[0][0]), "24 is right; tests/gpu says 48"
+        data["graph_leaves"] = float(buffers[0][0]), "24 is right"
         try:
             import torch
 
@@ -1113,7 +1105,10 @@ def run_section(name, part, slice_text):
     global _part
     _part = part
     own, total = (int(number) for number in slice_text.split("/"))
-    data = {"section": name, "slice": slice_text}
+    data = {
+        "section": name, "slice": slice_text, "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": said("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+    }  # fmt: skip
     began = time.perf_counter()
     try:
         SECTIONS[name](data, (own, total))
@@ -1130,8 +1125,11 @@ def run_section(name, part, slice_text):
 
 
 def merge(parts, out):
-    """Write all that is there so far: results.json, summary.txt."""
-    found = {}
+    """Write all that is there so far, earlier calls included: results.json, summary.txt."""
+    results = out / "results.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    for path in sorted(parts.glob("*.rc")):
+        found.pop(path.stem, None)
     for path in sorted(parts.glob("*.json")):
         with contextlib.suppress(ValueError):
             found[path.stem] = json.loads(path.read_text())
@@ -1139,7 +1137,7 @@ def merge(parts, out):
         found.setdefault(path.stem, {})["log"] = path.read_text(errors="replace")[-6000:]
     for path in sorted(parts.glob("*.rc")):
         found.setdefault(path.stem, {})["rc"] = path.read_text().strip()
-    (out / "results.json").write_text(json.dumps(found, indent=1, default=str))
+    results.write_text(json.dumps(found, indent=1, default=str))
     lines = []
     for name, one in found.items():
         lines.append(f"== {name}: rc {one.get('rc')}, ok {one.get('ok')}, {one.get('seconds')} s")
@@ -1151,7 +1149,7 @@ def merge(parts, out):
                 f"{line['tb_per_s']} TB/s, wrong {line['wrong']}"
             )
         for key in (
-            "missing", "device", "numba_cuda_without_shim", "is_shimmed", "attributes",
+            "missing", "device", "numba_cuda_alone", "attributes",
             "attributes_float32", "attributes_bfloat16", "attributes_adam", "adam",
             "blocks_a_multiprocessor", "by_size_mib", "variants", "from_python", "in_a_graph_us",
             "graph_leaves",
