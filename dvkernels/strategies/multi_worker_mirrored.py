@@ -138,15 +138,19 @@ class MultiWorkerMirroredStrategy(Strategy):
         )
         if bytes_per_bucket is None and workers.size > 1:
             bytes_per_bucket = _BYTES_PER_BUCKET
-        super().__init__(
-            devices,
-            cross_device_ops,
-            bytes_per_bucket=bytes_per_bucket,
-            workers=workers,
-            seed=seed,
-            threads=threads,
-            timeout_seconds=timeout_seconds,
-        )
+        try:
+            super().__init__(
+                devices,
+                cross_device_ops,
+                bytes_per_bucket=bytes_per_bucket,
+                workers=workers,
+                seed=seed,
+                threads=threads,
+                timeout_seconds=timeout_seconds,
+            )
+        except BaseException:
+            workers.close()  # nobody else would
+            raise
 
     @property
     def cluster_resolver(self) -> ClusterResolver:

@@ -12,6 +12,7 @@ import pathlib
 import signal
 import time
 
+import interrupt_points
 import numpy as np
 import pytest
 from threads_as_workers import at_once, results
@@ -319,3 +320,56 @@ def test_strategies(path):
             return strategy.run(lambda: dv.get_replica_context().all_reduce("sum", 1.0)).values
 
     assert results(lambda: train(0), lambda: train(1)) == [(2.0,), (2.0,)]
+
+
+INTERRUPTED = """
+import os, pathlib, threading
+import dvkernels as dv
+
+def strategy(rank, path):
+    group = dv.cluster.HostGroup(path, rank, 2, "secret")
+    return dv.MultiWorkerMirroredStrategy(group, devices=1, timeout_seconds=3)
+
+def sum_of(made):
+    return made.reduce("sum", made.distribute_values_from_function(lambda c: c.replica_id_in_sync_group))
+
+with dv.MirroredStrategy(2) as made:
+    made.reduce("sum", made.distribute_values_from_function(lambda c: 1))
+
+def make():
+    path = pathlib.Path(f"/dev/shm/dvkernels-test-{os.getpid()}")
+    told, held = [], []
+
+    def other():
+        try:
+            with strategy(1, path) as made:
+                told.append(sum_of(made))
+        except dv.errors.DvKernelsError as error:
+            told.append(error)
+
+    beside = threading.Thread(target=other)
+    beside.start()
+
+    def act():
+        with strategy(0, path) as made:
+            assert sum_of(made) == 1
+
+    def check(was_raised):
+        beside.join(10)
+        assert told, "the other worker still waits"
+        assert was_raised or told == [1], told
+        assert not path.exists()
+        again = threading.Thread(target=other)
+        again.start()
+        act()
+        again.join()
+        assert told[1] == 1, told
+
+    return act, check
+"""
+
+
+@pytest.mark.wide  # the other waits for seconds, where one was interrupted before it had come
+def test_an_interrupt_leaves_no_file_and_nobody_waiting():
+    report = interrupt_points.broken_in(INTERRUPTED, sample=40, seconds_to_end=40)
+    assert not report, report.text()
