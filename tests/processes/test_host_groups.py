@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
 
 import numpy as np
 import pytest
 from host_jobs import outcome, run
+from mpi_jobs import ROOT
 from test_failures import COUNT, SECONDS, TOLD
 from test_multi_worker import resumes_on_other_numbers, trains_as_one_device
 
@@ -79,3 +85,48 @@ def test_survivors_are_told(harm, tmp_path):
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_a_campaign(harm, seed, tmp_path):
     fails(harm, seed, tmp_path)
+
+
+PAIR = """
+import subprocess, sys
+
+program = '''
+import sys
+import dvkernels as dv
+group = dv.cluster.HostGroup(sys.argv[1], int(sys.argv[2]), 2, "secret")
+with dv.MultiWorkerMirroredStrategy(group, devices=1, timeout_seconds=40) as made:
+    ids = made.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+    print("sum", made.reduce("sum", ids))
+'''
+path, *apart = sys.argv[1:]
+commands = [[*apart * rank, sys.executable, "-c", program, path, str(rank)] for rank in (0, 1)]
+children = [subprocess.Popen(command) for command in commands]
+print([child.wait() for child in children])
+"""
+
+
+@pytest.mark.wide
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], check=False).returncode,
+    reason="this machine allows no namespaces",
+)
+@pytest.mark.parametrize(
+    ("apart", "code", "text"),
+    [
+        (["unshare", "--mount"], 0, "sum 1"),
+        (["unshare", "--pid", "--fork", "--mount-proc"], 1, "runs in another process namespace"),
+        ([], 1, "2 processes need 3,174,400 bytes of shared memory, and /mnt has "),
+    ],
+)
+def test_containers(apart, code, text):
+    path = f"/dev/shm/dvkernels-test-{uuid.uuid4().hex}" if apart else "/mnt/group"
+    mount = "true" if apart else "mount -t tmpfs -o size=2m tmpfs /mnt"
+    words = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "-"]
+    ended = subprocess.run(
+        [*words, sys.executable, "-c", PAIR, path, *apart],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert ended.stdout.count(text) >= 2, ended.stdout
+    assert f"[{code}, {code}]" in ended.stdout, ended.stdout
+    assert not os.path.lexists(path)
