@@ -12,6 +12,8 @@ from dvkernels.errors import ClusterError
 __all__ = [
     "GROUP",
     "LOCAL",
+    "RANK",
+    "SIZE",
     "SRUN",
     "TOKEN",
     "Environment",
@@ -24,8 +26,10 @@ __all__ = [
 Environment: TypeAlias = Mapping[str, str]
 
 SRUN = "srun"
-LOCAL = "local"  # launch --engine local
-GROUP, TOKEN = "DVKERNELS_GROUP", "DVKERNELS_GROUP_TOKEN"  # file and secret of its host group
+LOCAL = "local"  # launch --engine local, and dv.launch
+# The file and the secret of its host group, and the place of a process in it.
+GROUP, TOKEN = "DVKERNELS_GROUP", "DVKERNELS_GROUP_TOKEN"
+RANK, SIZE = "DVKERNELS_GROUP_RANK", "DVKERNELS_GROUP_SIZE"
 
 
 class _Variables(NamedTuple):
@@ -41,13 +45,7 @@ class _Variables(NamedTuple):
 # These take precedence over srun: inside a Slurm allocation Hydra and Open MPI start their daemons
 # with srun, and the ranks inherit the daemons' SLURM variables.
 _LAUNCHERS = (
-    _Variables(
-        LOCAL,
-        "DVKERNELS_GROUP_RANK",
-        "DVKERNELS_GROUP_SIZE",
-        "DVKERNELS_GROUP_RANK",
-        "DVKERNELS_GROUP_SIZE",
-    ),
+    _Variables(LOCAL, RANK, SIZE, RANK, SIZE),
     _Variables(
         "Open MPI",
         "OMPI_COMM_WORLD_RANK",
