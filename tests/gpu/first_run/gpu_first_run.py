@@ -212,7 +212,7 @@ def catalogue():
     import catalogue as module
 
     module.CUSTOM = {}
-    return {name: one.function for name, one in module.kernels().items()}
+    return module.kernels()
 
 
 def slug(name):
@@ -224,7 +224,7 @@ def use_prebuilt(folder):
     from dvkernels.kernels.cuda.engine import compiler
 
     index = json.loads((folder / "index.json").read_text())
-    known = {function: name for name, function in catalogue().items()}
+    known = {kernel: name for name, kernel in catalogue().items()}
     compile_to_ptx, assemble = compiler.compile_to_ptx, compiler.assemble
 
     def found(kernel, capability):
@@ -247,8 +247,8 @@ def prebuild(folder):
 
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    for name, function in catalogue().items():
-        compiled = compiler.compile_to_ptx(function, (9, 0))
+    for name, kernel in catalogue().items():
+        compiled = compiler.compile_to_ptx(kernel, (9, 0))
         (folder / f"{slug(name)}.cubin").write_bytes(compiler.assemble(compiled, (9, 0)))
         index[name] = compiled.name
         (folder / "index.json").write_text(json.dumps(index))
@@ -367,7 +367,7 @@ def first(data, _):
     assert not data["missing"], data["missing"]
     lap("import_dvkernels")
     from dvkernels.kernels import arithmetic
-    from dvkernels.kernels.cuda.engine import compiler, launcher, loops
+    from dvkernels.kernels.cuda.engine import catalogue, compiler, launcher
 
     data["numba_cuda_file"] = getattr(importlib.import_module("numba.cuda"), "__file__", "?")
     lap("import_kernels")
@@ -378,7 +378,7 @@ def first(data, _):
     if not DRY:
         found = driver()
         data["device"] = found.name(0), found.capability(0), found.version()
-        kernel = loops.kernel(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
+        kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
         compiled = compiler.compile_to_ptx(kernel, found.capability(0))
         lap("to_ptx")
         data["ptx"] = re.findall(r"^\.(?:version|target) .*$", compiled.ptx, re.M)
@@ -443,7 +443,7 @@ def bandwidth(data, _):
     from dvkernels import kernels
     from dvkernels.kernels import arithmetic
     from dvkernels.kernels.cuda import optimizers
-    from dvkernels.kernels.cuda.engine import fast_path, launcher, loops
+    from dvkernels.kernels.cuda.engine import catalogue, fast_path, launcher
 
     nbytes = 1 << 12 if DRY else 256 << 20
     calls, rounds = (1, 1) if DRY else (20, 7)
@@ -472,7 +472,7 @@ def bandwidth(data, _):
                 {"dtype": dtype.name, "replicas": count, "wrong": wrong, "of_copy": round(part, 3),
                  "tb_per_s": round(2 * count * nbytes / times["ours"]["us"] * 1e-6, 3), **times}
             )  # fmt: skip
-        kernel = loops.kernel(arithmetic.ADD, arithmetic.type_code(dtype))
+        kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(dtype))
         data[f"attributes_{dtype.name}"] = attributes(kernel)
     save(data)
 
@@ -561,7 +561,7 @@ def bandwidth(data, _):
             times = contest(gpu, {"ours": adam, "copy": copy}, calls, 1 if DRY else 5)
         part = (moved / times["ours"]["us"]) / (2 * nbytes / times["copy"]["us"])
         data["adam"][name] = {"of_copy": round(part, 3), **times["ours"]}
-    kernel = optimizers.kernel(3, arithmetic.type_code(np.dtype("f4")))
+    kernel = catalogue.optimizer(3, arithmetic.type_code(np.dtype("f4")))
     data["attributes_adam"] = attributes(kernel)
 
 

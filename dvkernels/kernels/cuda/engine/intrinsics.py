@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba import config as numba_config
 from numba import extending, types
 
+from dvkernels.kernels.cuda.engine import table_layout
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
 
 __all__ = [
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
-VECTOR_NBYTES = 16
+VECTOR_NBYTES = table_layout.VECTOR_NBYTES
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(_I32, 4)

@@ -1,4 +1,4 @@
-"""Jobs: arrays laid out as a launch table (see launch_table.py), and the launch over it.
+"""Jobs: arrays laid out as a launch table (see table_layout.py), and the launch over it.
 
 Arrays are the NumPy descriptions of devices/cuda_arrays.py, over device memory. The addresses and
 strides of an item decide how its elements are accessed:
@@ -15,7 +15,7 @@ strides of an item decide how its elements are accessed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,15 +25,16 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels import strides as array_strides
-from dvkernels.kernels.cuda.engine import intrinsics, launch_table, launcher, loops, operations
-from dvkernels.kernels.cuda.engine.launch_table import ItemHead, ItemRecord, TableHeader
+from dvkernels.kernels.cuda.engine import catalogue, launcher, operations, table_layout
+from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.kernels.cuda.engine.table_layout import ItemHead, ItemRecord, TableHeader
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["Counts", "Item", "check_op", "combine", "lay_out", "move", "repeated", "run"]
 
 Groups = Sequence[Sequence[HostArray]]
 
-_VECTOR = intrinsics.VECTOR_NBYTES
+_VECTOR = table_layout.VECTOR_NBYTES
 _PER_THREAD = 4
 _LONGEST = 1 << 30  # elements of an item with axes: their indices are divided in 32 bits
 
@@ -79,7 +80,7 @@ def combine(
     """
     operation, code = operations.resolve(op, dtype)
     counts = _counts(op, len(groups[0]) if groups else 0, num_sources, in_place)
-    run(work_stream, loops.kernel(operation, code), code, groups, counts, num_sources)
+    run(work_stream, catalogue.collective(operation, code), code, groups, counts, num_sources)
 
 
 def repeated(
@@ -105,9 +106,9 @@ def repeated(
     counts = _counts(op, len(arrays), num_sources, in_place)
     max_blocks = launcher.num_blocks(device)
     blocks, words = lay_out(_items(arrays, size), counts, launcher.threads(), max_blocks)
-    if len(words) >= launch_table.NUM_WORDS:
+    if len(words) >= table_layout.NUM_WORDS:
         return None
-    kernel = loops.kernel(operation, code)
+    kernel = catalogue.collective(operation, code)
     return launcher.RepeatedLaunch(kernel, device, blocks, words, len(arrays))
 
 
@@ -135,7 +136,7 @@ def move(work_stream: DeviceStream, groups: Groups) -> None:
 
 def run(
     work_stream: DeviceStream,
-    kernel: Callable[..., None],
+    kernel: Kernel,
     code: int,
     groups: Groups,
     counts: Counts,
@@ -182,7 +183,7 @@ def lay_out(
     """Return the number of blocks of a launch and the words of its table."""
     # Pieces of several vectors per thread if they suffice for all blocks, else of one vector.
     total = sum(-(-item.units // (_PER_THREAD * threads)) for item in items)
-    per_thread = _PER_THREAD if total >= most_blocks or intrinsics.SIMULATED else 1
+    per_thread = _PER_THREAD if total >= most_blocks or launcher.SIMULATED else 1
     heads: list[int] = []
     records: list[int] = []
     first_record = len(TableHeader._fields) + len(ItemHead._fields) * len(items)

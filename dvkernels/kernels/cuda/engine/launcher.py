@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import array
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,19 +15,29 @@ import numpy as np
 from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
 from dvkernels.errors import DeviceError
-from dvkernels.kernels import checks
-from dvkernels.kernels.cuda.engine import compiler, intrinsics, launch_table
-from dvkernels.kernels.cuda.engine.cuda_target import cuda
+from dvkernels.kernels import checks, numba_import
+from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine.kernel import Kernel
 
-__all__ = ["LongTables", "RepeatedLaunch", "launch", "num_blocks", "prepare", "threads"]
+__all__ = [
+    "SIMULATED",
+    "LongTables",
+    "RepeatedLaunch",
+    "launch",
+    "launching",
+    "num_blocks",
+    "prepare",
+    "threads",
+]
 
-
-Kernel = Callable[..., None]
-
-_NUM_WORDS = launch_table.NUM_WORDS
+SIMULATED = devices.is_simulated()
+_NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
 _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent launch
-_compiling = threading.RLock()
+# Held while a kernel is compiled and loaded, and between the launches of a call whose kernels wait
+# for each other: loading may wait for a device, and that device for a launch. All groups of devices
+# share it: two calls, each launched first on another device, would wait for each other.
+launching = threading.RLock()
 # The simulator runs one kernel at a time in the whole process.
 _simulating = threading.RLock()
 # The fewest threads and blocks that are not one: each simulated thread is a Python thread.
@@ -37,22 +47,22 @@ _WAVES = 8  # blocks per multiprocessor: two or three run at once, the others ba
 
 def threads() -> int:
     """Return the number of threads in a block."""
-    return _SIMULATED_THREADS if intrinsics.SIMULATED else launch_table.THREADS
+    return _SIMULATED_THREADS if SIMULATED else table_layout.THREADS
 
 
 def num_blocks(device: int) -> int:
     """Return the largest number of blocks of a launch; with more pieces, a block takes several."""
-    if intrinsics.SIMULATED:
+    if SIMULATED:
         return _SIMULATED_BLOCKS
     return _WAVES * _driver().num_multiprocessors(device)
 
 
 def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], stream: int) -> None:
     """Launch a kernel over a table on a stream; do not wait for its end."""
-    if intrinsics.SIMULATED:
+    if SIMULATED:
         _simulate(kernel, blocks, words)
         return
-    if len(words) < launch_table.NUM_WORDS:
+    if len(words) < table_layout.NUM_WORDS:
         _start(kernel, device, blocks, _as_arguments(words), stream)
     else:
         prepare(kernel, device)
@@ -77,7 +87,7 @@ class RepeatedLaunch:
         """Launch with these addresses; several threads may do so at once."""
         words = self._words[:]
         words[self._begin : self._end] = array.array("q", addresses)
-        if intrinsics.SIMULATED:
+        if SIMULATED:
             _simulate(self._kernel, self._blocks, words[1 : self._end])
         else:
             _start(self._kernel, self._device, self._blocks, words, stream)
@@ -97,7 +107,7 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
         arguments = driver.Arguments(_NUM_WORDS)
     arguments.words[:] = words
     try:
-        _driver().launch(device, handle, blocks, launch_table.THREADS, arguments, stream)
+        _driver().launch(device, handle, blocks, table_layout.THREADS, arguments, stream)
     except DeviceError:
         # The device may have been reset, which unloads the kernel: load it again next time.
         _handles.pop((device, kernel), None)
@@ -108,17 +118,18 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
 def prepare(kernel: Kernel, device: int) -> int:
     """Compile a kernel and load it on a device; return its handle there."""
     try:
-        _compiling.acquire()
+        launching.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
+            compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
             compiled = compiler.compile_to_ptx(kernel, capability)
             image = compiler.assemble(compiled, capability)
             _handles[key] = _driver().load(device, image, compiled.name)
         return _handles[key]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-            _compiling.release()
+            launching.release()
         except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
@@ -133,9 +144,10 @@ def _driver() -> driver.Driver:
 
 def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     table = np.array(words, np.int64)
-    arguments = (checks.address(table), *[0] * (launch_table.NUM_WORDS - 1))
+    arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
+    function, cuda = kernel.build(), numba_import.module("numba.cuda")
     with _simulating:
-        simulated: Any = cuda.jit(kernel)
+        simulated: Any = cuda.jit(function)
         simulated[blocks, _SIMULATED_THREADS](arguments)
 
 

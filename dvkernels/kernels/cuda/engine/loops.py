@@ -17,7 +17,7 @@ from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
 
-__all__ = ["dense_address", "kernel", "over_pieces"]
+__all__ = ["build", "dense_address", "over_pieces"]
 
 
 def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:
@@ -65,7 +65,7 @@ def dense_address(place, k):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def kernel(operation: Operation, code: int) -> Callable[..., None]:
+def build(operation: Operation, code: int) -> Callable[..., None]:
     """Return the kernel of an operation (operations.py) and an element type, not compiled."""
     itemsize = arithmetic.dtype_of(code).itemsize
 

@@ -11,11 +11,8 @@ from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 
-__all__ = ["LINE_NBYTES", "reducer", "start"]
+__all__ = ["reducer", "start"]
 
-
-# A line of the L2 cache: spans begin at multiples of it in a buffer.
-LINE_NBYTES = 128
 
 start = intrinsics.inlined(partition.start)
 
