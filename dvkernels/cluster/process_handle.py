@@ -42,9 +42,7 @@ if sys.platform == "darwin":
     def _watch(handle: ProcessHandle, pid: int, start_time: int) -> Callable[[], bool]:
         queue = select.kqueue()
         weakref.finalize(handle, queue.close).atexit = False
-        event = select.kevent(
-            pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT
-        )
+        event = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
         ended = False
         try:
             queue.control([event], 0)

@@ -14,12 +14,13 @@ from dvkernels.kernels.cuda.engine import compiler
 
 FAMILIES = ["add float32", "add bfloat16", "waiting add float32", "row add float32",
             "adam float32", "farther float32"]  # fmt: skip
+KERNELS = kernels()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_kernel_of_each_family(name: str, tmp_path: Path) -> None:
     architecture = toolchain.architectures()[-1]
-    compiled = compiler.compile_to_ptx(kernels()[name].function, divmod(architecture, 10))
+    compiled = compiler.compile_to_ptx(KERNELS[name], divmod(architecture, 10))
     assert f".target sm_{architecture}" in compiled.ptx
     assembled = toolchain.assemble(compiled.ptx, architecture, tmp_path)
     assert (assembled.spills, assembled.stack) == (0, 0)
