@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -62,10 +63,9 @@ class HostGroup(ClusterResolver):
     def __init__(
         self, path: str | os.PathLike[str], rank: int, size: int, token: str | bytes
     ) -> None:
-        try:
+        text: object = ""
+        with contextlib.suppress(TypeError):
             text = os.fspath(path)
-        except TypeError:
-            text = ""
         if not isinstance(text, str) or not text or "\0" in text:
             raise ClusterError(f"path: expected the path of a file; got {brief(path)}")
         for name, value, low in (("size", size, 1), ("rank", rank, 0)):
@@ -75,7 +75,8 @@ class HostGroup(ClusterResolver):
             if not is_whole or value < low or (end is not None and value >= end):
                 expected = f"an integer from {low}" + ("" if end is None else f" to {end - 1}")
                 raise ClusterError(f"{name}: expected {expected}; got {brief(given)}")
-        if not isinstance(token, (str, bytes)) or not token:
+        given_token: object = token
+        if not isinstance(given_token, (str, bytes)) or not given_token:
             raise ClusterError(
                 f"token: expected a text or bytes that only this group has, such as "
                 f"secrets.token_hex(); got {'none' if token in ('', b'') else brief(type(token))}"
