@@ -126,7 +126,6 @@ def take_step(
 def kernel(rule: int, code: int) -> Callable[..., None]:
     """Return the kernel of an update rule (update_rules) and an element type, not compiled."""
     itemsize = arithmetic.dtype_of(code).itemsize
-    num_slots = (0, 1, 1, 2)[rule]
 
     @intrinsics.inlined
     def element_address(place, k):  # type: ignore[no-untyped-def]
@@ -134,44 +133,83 @@ def kernel(rule: int, code: int) -> Callable[..., None]:
         offset = launch_table.byte_offset(record, width, k, number, itemsize)
         return launch_table.entry(launch_table.addresses(record), k) + offset
 
-    step_vector = _stepper(rule, code, num_slots, True, loops.dense_address)
-    step_element = _stepper(rule, code, num_slots, False, element_address)
+    step_two = _stepper(rule, code, 2, loops.dense_address)
+    step_vector = _stepper(rule, code, 1, loops.dense_address)
+    step_element = _stepper(rule, code, 0, element_address)
 
     @intrinsics.inlined
-    def vectors(table, header, addresses, before, begin, end):  # type: ignore[no-untyped-def]
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
-        for vector in range(begin + thread, end, threads):
-            step_vector(table, header, (addresses, before * itemsize + 16 * vector))
+    def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
+        addresses, width = launch_table.addresses(record), 16 * THREADS
+        vector = begin + cuda.threadIdx.x
+        offset = launch_table.item(record).before * itemsize + 16 * vector
+        while vector + THREADS < end:
+            step_two(table, (addresses, offset), width)
+            vector += 2 * THREADS
+            offset += 2 * width
+        while vector < end:
+            step_vector(table, (addresses, offset), width)
+            vector += THREADS
+            offset += width
 
     @intrinsics.inlined
-    def element(table, header, record, item, number):  # type: ignore[no-untyped-def]
-        step_element(table, header, (record, header.width, number))
+    def element(table, record, number):  # type: ignore[no-untyped-def]
+        step_element(table, (record, launch_table.header(table).width, number), 0)
 
     return loops.over_pieces(code, vectors, element)
 
 
-def _stepper(rule: int, code: int, num_slots: int, is_whole: bool, address: Any) -> Any:
-    """Return the device function that updates a vector, or an element, of all copies.
+THREADS = 256
+
+
+@functools.cache
+def _updater(rule: int, count: int) -> Any:
+    """Return the device function that applies a rule to ``count`` vectors, or to an element."""
+
+    @intrinsics.inlined
+    def update(g, p, s, t, numbers):  # type: ignore[no-untyped-def]
+        return optimizer_rules.apply(rule, g, p, s, t, numbers)
+
+    if count < 2:
+        return update
+    update_rest = _updater(rule, count - 1)
+
+    @intrinsics.inlined
+    def update_all(g, p, s, t, numbers):  # type: ignore[no-untyped-def]
+        a, b, c = update(g[0], p[0], s[0], t[0], numbers)
+        d, e, f = update_rest(g[1], p[1], s[1], t[1], numbers)
+        return (a, d), (b, e), (c, f)
+
+    return update_all
+
+
+def _stepper(rule: int, code: int, count: int, address: Any) -> Any:
+    """Return the device function that updates ``count`` vectors, or an element, of all copies.
 
     ``g`` is the gradient, ``p`` the parameter, ``s`` and ``t`` are the slots.
     """
-    load_gradient = reducers.loader(arithmetic.ADD, code, is_whole, address)
+    num_slots = (0, 1, 1, 2)[rule]
+    load_gradient = reducers.loader(arithmetic.ADD, code, count, address)
+    load, _, divide, store = reducers.batch(arithmetic.ADD, code, count)
+    update = _updater(rule, count)
 
     @intrinsics.inlined
-    def step(table, header, place):  # type: ignore[no-untyped-def]
+    def step(table, place, width):  # type: ignore[no-untyped-def]
+        header = launch_table.header(table)
         num_copies, parameter = header.num_targets, header.num_sources
-        slot = parameter + num_copies * (1 if num_slots > 0 else 0)
-        second_slot = parameter + num_copies * num_slots
-        g = load_gradient(address(place, 0), place, header.num_sources, header.divisor)
-        p = elements.load(address(place, parameter), code, is_whole)
-        s = elements.load(address(place, slot), code, is_whole)
-        t = elements.load(address(place, second_slot), code, is_whole)
-        p, s, t = optimizer_rules.apply(rule, g, p, s, t, table + 8 * header.numbers)
+        slot = parameter + num_copies
+        second_slot = slot + num_copies
+        # All loads come before the first use of one; only further gradients come later.
+        p = load(address(place, parameter), width)
+        s = load(address(place, slot), width) if num_slots > 0 else p
+        t = load(address(place, second_slot), width) if num_slots > 1 else p
+        g = load_gradient(place, header.num_sources, width)
+        g = divide(g, header.divisor)
+        p, s, t = update(g, p, s, t, table + 8 * header.numbers)
         for k in range(num_copies):
-            elements.store(address(place, parameter + k), p, code, is_whole)
+            store(address(place, parameter + k), p, width)
             if num_slots > 0:
-                elements.store(address(place, slot + k), s, code, is_whole)
+                store(address(place, slot + k), s, width)
             if num_slots > 1:
-                elements.store(address(place, second_slot + k), t, code, is_whole)
+                store(address(place, second_slot + k), t, width)
 
     return step

@@ -112,7 +112,7 @@ def keep_rolled(builder: Any) -> None:
     A GPU hides latency by running other warps, which need registers: unrolled by LLVM, the minimum
     of int8 took 152 registers per thread on sm_90 and the sum of float16 128; rolled, 84 and 96.
     """
-    empty = builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
+    empty = builder.asm(ir.FunctionType(ir.VoidType(), []), r".pragma \22nounroll\22;", "", [], side_effect=True)
     empty.attributes.add("convergent")
 
 

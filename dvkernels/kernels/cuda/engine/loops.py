@@ -34,31 +34,32 @@ def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:
 
     def run(words):  # type: ignore[no-untyped-def]
         table = launch_table.stage(words)
-        header = launch_table.header(table)
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
-        for piece in range(cuda.blockIdx.x, header.num_pieces, cuda.gridDim.x):
+        piece = cuda.blockIdx.x  # range() with a step would call a division routine
+        while piece < launch_table.header(table).num_pieces:
+            per_thread = launch_table.header(table).per_thread
             head = launch_table.locate(table, piece)
             piece_of_item = piece - head.first_piece
             record = table + 8 * head.record
             item = launch_table.item(record)
-            begin = piece_of_item * header.per_thread * threads
-            end = min(begin + header.per_thread * threads, item.units)
+            begin = piece_of_item * per_thread * THREADS
+            end = min(begin + per_thread * THREADS, item.units)
             if item.num_axes == 0:
-                vectors(table, header, launch_table.addresses(record), item.before, begin, end)
+                vectors(table, record, begin, end)
                 # The first piece also takes the elements before and after the whole vectors.
+                item = launch_table.item(record)
                 begin, end = 0, item.before + item.after if piece_of_item == 0 else 0
-            for unit in range(begin + thread, end, threads):
+            unit = begin + cuda.threadIdx.x
+            while unit < end:
+                item = launch_table.item(record)
                 is_behind = item.num_axes == 0 and unit >= item.before
-                element(
-                    table,
-                    header,
-                    record,
-                    item,
-                    unit + (item.units * per_vector if is_behind else 0),
-                )
+                element(table, record, unit + (item.units * per_vector if is_behind else 0))
+                unit += THREADS
+            piece += cuda.gridDim.x
 
     return run
 
+
+THREADS = 256
 
 @intrinsics.inlined
 def dense_address(place, k):  # type: ignore[no-untyped-def]
@@ -80,36 +81,39 @@ def kernel(operation: Operation, code: int) -> Callable[..., None]:
             offset = launch_table.byte_offset(record, width, position + k, number, itemsize)
         return launch_table.entry(addresses, k) + offset
 
-    reduce_four = reducers.four_vectors(operation, code, dense_address)
-    reduce_vector = reducers.one(operation, code, True, dense_address)
-    reduce_element = reducers.one(operation, code, False, element_address)
+    reduce_four = reducers.reducer(operation, code, 4, dense_address)
+    reduce_vector = reducers.reducer(operation, code, 1, dense_address)
+    reduce_element = reducers.reducer(operation, code, 0, element_address)
 
     @intrinsics.inlined
-    def vectors(table, header, addresses, before, begin, end):  # type: ignore[no-untyped-def]
+    def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
+        offset = launch_table.item(record).before * itemsize + 16 * (begin + cuda.threadIdx.x)
+        header = launch_table.header(table)
         num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
+        addresses = launch_table.addresses(record)
         targets = addresses + 8 * header.first_target
-        if header.per_thread == 4 and end - begin == 4 * threads:
-            offset = before * itemsize + 16 * (begin + thread)
+        width = 16 * THREADS
+        if end - begin == 4 * THREADS:
             from_, to = (addresses, offset), (targets, offset)
-            reduce_four(from_, num_sources, to, num_targets, divisor, 16 * threads)
+            reduce_four(from_, num_sources, to, num_targets, divisor, width)
         else:
-            for vector in range(begin + thread, end, threads):
-                offset = before * itemsize + 16 * vector
+            vector = begin + cuda.threadIdx.x
+            while vector < end:
                 from_, to = (addresses, offset), (targets, offset)
-                first = dense_address(from_, 0)
-                reduce_vector(first, from_, num_sources, to, num_targets, divisor)
+                reduce_vector(from_, num_sources, to, num_targets, divisor, width)
+                vector += THREADS
+                offset += width
 
     @intrinsics.inlined
-    def element(table, header, record, item, number):  # type: ignore[no-untyped-def]
+    def element(table, record, number):  # type: ignore[no-untyped-def]
+        header = launch_table.header(table)
         num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
-        addresses, first_target = launch_table.addresses(record), header.first_target
-        targets, width = addresses + 8 * first_target, header.width
+        addresses, first_target, width = launch_table.addresses(record), header.first_target, header.width
+        targets = addresses + 8 * first_target
         offset = launch_table.byte_offset(record, width, 0, number, itemsize)
-        is_alike = item.is_alike != 0
+        is_alike = launch_table.item(record).is_alike != 0
         from_ = (addresses, record, width, 0, number, offset, is_alike)
         to = (targets, record, width, first_target, number, offset, is_alike)
-        first = launch_table.entry(addresses, 0) + offset
-        reduce_element(first, from_, num_sources, to, num_targets, divisor)
+        reduce_element(from_, num_sources, to, num_targets, divisor, 0)
 
     return over_pieces(code, vectors, element)

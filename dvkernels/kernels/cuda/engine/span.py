@@ -36,13 +36,13 @@ def reducer(operation: Operation, code: int) -> Any:
     of the sources, then those of the targets.
     """
     itemsize = arithmetic.dtype_of(code).itemsize
-    reduce_four = reducers.four_vectors(operation, code, _address)
-    reduce_vector = reducers.one(operation, code, True, _address)
-    reduce_element = reducers.one(operation, code, False, _address)
+    reduce_four = reducers.reducer(operation, code, 4, _address)
+    reduce_vector = reducers.reducer(operation, code, 1, _address)
+    reduce_element = reducers.reducer(operation, code, 0, _address)
 
     @intrinsics.inlined
     def reduce(addresses, positions, num_sources, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
+        threads, thread = THREADS, cuda.threadIdx.x
         # Vectors where all addresses are equal modulo 16; else, and around the vectors, elements.
         place = (addresses, positions, begin * itemsize)
         misalignment = _address(place, 0) & 15
@@ -67,8 +67,7 @@ def reducer(operation: Operation, code: int) -> Any:
             offset += 4 * width
         while offset < stop:
             sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
-            first = _address(sources, 0)
-            reduce_vector(first, sources, num_sources, targets, num_targets, divisor)
+            reduce_vector(sources, num_sources, targets, num_targets, divisor, width)
             offset += width
         # The elements before and after the whole vectors.
         num_before = vectors_begin - begin
@@ -77,8 +76,10 @@ def reducer(operation: Operation, code: int) -> Any:
             element = begin + index if index < num_before else vectors_end + index - num_before
             offset = element * itemsize
             sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
-            first = _address(sources, 0)
-            reduce_element(first, sources, num_sources, targets, num_targets, divisor)
+            reduce_element(sources, num_sources, targets, num_targets, divisor, width)
             index += threads
 
     return reduce
+
+
+THREADS = 512
