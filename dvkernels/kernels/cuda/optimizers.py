@@ -7,28 +7,16 @@ call; they are equal after it. The update rules are in engine/optimizer_rules.py
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from numba import cuda as numba_cuda
-
 from dvkernels.kernels import arithmetic, update_rules
-from dvkernels.kernels.cuda.engine import (
-    elements,
-    intrinsics,
-    job,
-    launch_table,
-    loops,
-    optimizer_rules,
-    reducers,
-)
+from dvkernels.kernels.cuda.engine import catalogue, job
 from dvkernels.kernels.cuda.engine.call import Call
 from dvkernels.reduce_op import ReduceOp
 
-__all__ = ["adam", "kernel", "sgd"]
+__all__ = ["adam", "sgd"]
 
-cuda: Any = numba_cuda  # its functions carry no types
 Groups = Sequence[Sequence[Any]]
 
 
@@ -119,97 +107,5 @@ def take_step(
             code = arithmetic.type_code(dtype)
             # Parameters and slots are read too. Seven numbers: as many as the longest rule takes.
             padded = [*numbers_of_group, *[0.0] * (7 - len(numbers_of_group))]
-            job.run(work_stream, kernel(number, code), code, groups, counts, len(groups[0]), padded)
-
-
-@functools.cache
-def kernel(rule: int, code: int) -> Callable[..., None]:
-    """Return the kernel of an update rule (update_rules) and an element type, not compiled."""
-    itemsize = arithmetic.dtype_of(code).itemsize
-
-    @intrinsics.inlined
-    def element_address(place, k):  # type: ignore[no-untyped-def]
-        record, width, number = place
-        offset = launch_table.byte_offset(record, width, k, number, itemsize)
-        return launch_table.entry(launch_table.addresses(record), k) + offset
-
-    step_two = _stepper(rule, code, 2, loops.dense_address)
-    step_vector = _stepper(rule, code, 1, loops.dense_address)
-    step_element = _stepper(rule, code, 0, element_address)
-
-    @intrinsics.inlined
-    def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
-        addresses, width = launch_table.addresses(record), 16 * THREADS
-        vector = begin + cuda.threadIdx.x
-        offset = launch_table.item(record).before * itemsize + 16 * vector
-        while vector + THREADS < end:
-            step_two(table, (addresses, offset), width)
-            vector += 2 * THREADS
-            offset += 2 * width
-        while vector < end:
-            step_vector(table, (addresses, offset), width)
-            vector += THREADS
-            offset += width
-
-    @intrinsics.inlined
-    def element(table, record, number):  # type: ignore[no-untyped-def]
-        step_element(table, (record, launch_table.header(table).width, number), 0)
-
-    return loops.over_pieces(code, vectors, element)
-
-
-THREADS = 256
-
-
-@functools.cache
-def _updater(rule: int, count: int) -> Any:
-    """Return the device function that applies a rule to ``count`` vectors, or to an element."""
-
-    @intrinsics.inlined
-    def update(g, p, s, t, numbers):  # type: ignore[no-untyped-def]
-        return optimizer_rules.apply(rule, g, p, s, t, numbers)
-
-    if count < 2:
-        return update
-    update_rest = _updater(rule, count - 1)
-
-    @intrinsics.inlined
-    def update_all(g, p, s, t, numbers):  # type: ignore[no-untyped-def]
-        a, b, c = update(g[0], p[0], s[0], t[0], numbers)
-        d, e, f = update_rest(g[1], p[1], s[1], t[1], numbers)
-        return (a, d), (b, e), (c, f)
-
-    return update_all
-
-
-def _stepper(rule: int, code: int, count: int, address: Any) -> Any:
-    """Return the device function that updates ``count`` vectors, or an element, of all copies.
-
-    ``g`` is the gradient, ``p`` the parameter, ``s`` and ``t`` are the slots.
-    """
-    num_slots = (0, 1, 1, 2)[rule]
-    load_gradient = reducers.loader(arithmetic.ADD, code, count, address)
-    load, _, divide, store = reducers.batch(arithmetic.ADD, code, count)
-    update = _updater(rule, count)
-
-    @intrinsics.inlined
-    def step(table, place, width):  # type: ignore[no-untyped-def]
-        header = launch_table.header(table)
-        num_copies, parameter = header.num_targets, header.num_sources
-        slot = parameter + num_copies
-        second_slot = slot + num_copies
-        # All loads come before the first use of one; only further gradients come later.
-        p = load(address(place, parameter), width)
-        s = load(address(place, slot), width) if num_slots > 0 else p
-        t = load(address(place, second_slot), width) if num_slots > 1 else p
-        g = load_gradient(place, header.num_sources, width)
-        g = divide(g, header.divisor)
-        p, s, t = update(g, p, s, t, table + 8 * header.numbers)
-        for k in range(num_copies):
-            store(address(place, parameter + k), p, width)
-            if num_slots > 0:
-                store(address(place, slot + k), s, width)
-            if num_slots > 1:
-                store(address(place, second_slot + k), t, width)
-
-    return step
+            kernel = catalogue.optimizer(number, code)
+            job.run(work_stream, kernel, code, groups, counts, len(groups[0]), padded)

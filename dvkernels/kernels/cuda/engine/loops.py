@@ -2,8 +2,8 @@
 
 There is one kernel per pair of operation and element type, for any number of replicas, any shapes
 and strides. R replicas of S bytes reduced in place move 2 R S bytes: each thread keeps the sums of
-four vectors of 16 bytes in registers, so a warp has 2 KiB of loads per source in flight, and no
-element is read twice. A copy is a sum of one source.
+four vectors of 16 bytes in registers, so a warp has 2 KiB of loads per source in flight, from two
+sources at a time, and no element is read twice. A copy is a sum of one source.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from numba import cuda as numba_cuda
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.operations import Operation
+from dvkernels.kernels.cuda.engine.table_layout import VECTOR_NBYTES
 
-__all__ = ["dense_address", "kernel", "over_pieces"]
+__all__ = ["build", "dense_address", "over_pieces"]
 
 cuda: Any = numba_cuda  # its functions carry no types
 
 
-def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:
-    """Return the kernel over all pieces of a launch table, not compiled.
+def over_pieces(code: int, threads: int, vectors: Any, element: Any) -> Callable[..., None]:
+    """Return the kernel over all pieces of a launch table, not compiled, for blocks of ``threads``.
 
-    ``vectors(table, header, addresses, before, begin, end)`` is the device function of the whole
-    vectors of a piece, and ``element(table, header, record, item, number)`` that of one element.
+    ``vectors(table, record, begin, end)`` is the device function of these whole vectors of an item,
+    and ``element(table, record, number)`` that of one element.
     """
-    itemsize = arithmetic.dtype_of(code).itemsize
-    per_vector = intrinsics.VECTOR_NBYTES // itemsize
+    per_vector = VECTOR_NBYTES // arithmetic.dtype_of(code).itemsize
 
     def run(words):  # type: ignore[no-untyped-def]
         table = launch_table.stage(words)
         piece = cuda.blockIdx.x  # range() with a step would call a division routine
+        # Words are read again where they are used: kept, they would cost registers in ``vectors``.
         while piece < launch_table.header(table).num_pieces:
-            per_thread = launch_table.header(table).per_thread
             head = launch_table.locate(table, piece)
             piece_of_item = piece - head.first_piece
             record = table + 8 * head.record
-            item = launch_table.item(record)
-            begin = piece_of_item * per_thread * THREADS
-            end = min(begin + per_thread * THREADS, item.units)
-            if item.num_axes == 0:
+            num_units = launch_table.header(table).per_thread * threads
+            begin = piece_of_item * num_units
+            end = min(begin + num_units, launch_table.item(record).units)
+            if launch_table.item(record).num_axes == 0:
                 vectors(table, record, begin, end)
                 # The first piece also takes the elements before and after the whole vectors.
                 item = launch_table.item(record)
@@ -53,13 +53,11 @@ def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:
                 item = launch_table.item(record)
                 is_behind = item.num_axes == 0 and unit >= item.before
                 element(table, record, unit + (item.units * per_vector if is_behind else 0))
-                unit += THREADS
+                unit += threads
             piece += cuda.gridDim.x
 
     return run
 
-
-THREADS = 256
 
 @intrinsics.inlined
 def dense_address(place, k):  # type: ignore[no-untyped-def]
@@ -69,7 +67,7 @@ def dense_address(place, k):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def kernel(operation: Operation, code: int) -> Callable[..., None]:
+def build(operation: Operation, code: int, threads: int) -> Callable[..., None]:
     """Return the kernel of an operation (operations.py) and an element type, not compiled."""
     itemsize = arithmetic.dtype_of(code).itemsize
 
@@ -81,39 +79,37 @@ def kernel(operation: Operation, code: int) -> Callable[..., None]:
             offset = launch_table.byte_offset(record, width, position + k, number, itemsize)
         return launch_table.entry(addresses, k) + offset
 
+    width = VECTOR_NBYTES * threads
     reduce_four = reducers.reducer(operation, code, 4, dense_address)
     reduce_vector = reducers.reducer(operation, code, 1, dense_address)
     reduce_element = reducers.reducer(operation, code, 0, element_address)
 
     @intrinsics.inlined
     def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
-        offset = launch_table.item(record).before * itemsize + 16 * (begin + cuda.threadIdx.x)
         header = launch_table.header(table)
         num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
-        addresses = launch_table.addresses(record)
-        targets = addresses + 8 * header.first_target
-        width = 16 * THREADS
-        if end - begin == 4 * THREADS:
-            from_, to = (addresses, offset), (targets, offset)
+        sources = launch_table.addresses(record)
+        targets = sources + 8 * header.first_target
+        vector = begin + cuda.threadIdx.x
+        offset = launch_table.item(record).before * itemsize + VECTOR_NBYTES * vector
+        if end - begin == 4 * threads:
+            from_, to = (sources, offset), (targets, offset)
             reduce_four(from_, num_sources, to, num_targets, divisor, width)
-        else:
-            vector = begin + cuda.threadIdx.x
-            while vector < end:
-                from_, to = (addresses, offset), (targets, offset)
-                reduce_vector(from_, num_sources, to, num_targets, divisor, width)
-                vector += THREADS
-                offset += width
+            return
+        while vector < end:
+            from_, to = (sources, offset), (targets, offset)
+            reduce_vector(from_, num_sources, to, num_targets, divisor, width)
+            vector += threads
+            offset += width
 
     @intrinsics.inlined
     def element(table, record, number):  # type: ignore[no-untyped-def]
-        header = launch_table.header(table)
-        num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
-        addresses, first_target, width = launch_table.addresses(record), header.first_target, header.width
-        targets = addresses + 8 * first_target
+        header, sources = launch_table.header(table), launch_table.addresses(record)
+        first_target, width = header.first_target, header.width
         offset = launch_table.byte_offset(record, width, 0, number, itemsize)
         is_alike = launch_table.item(record).is_alike != 0
-        from_ = (addresses, record, width, 0, number, offset, is_alike)
-        to = (targets, record, width, first_target, number, offset, is_alike)
-        reduce_element(from_, num_sources, to, num_targets, divisor, 0)
+        from_ = (sources, record, width, 0, number, offset, is_alike)
+        to = (sources + 8 * first_target, record, width, first_target, number, offset, is_alike)
+        reduce_element(from_, header.num_sources, to, header.num_targets, header.divisor, 0)
 
-    return over_pieces(code, vectors, element)
+    return over_pieces(code, threads, vectors, element)

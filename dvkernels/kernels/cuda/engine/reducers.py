@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from dvkernels.kernels.cuda.engine import elements, intrinsics
 from dvkernels.kernels.cuda.engine.operations import Operation
 
-__all__ = ["Batch", "batch", "loader", "reducer"]
+__all__ = ["VectorBatch", "batch", "loader", "reducer"]
 
 
-class Batch(NamedTuple):
+class VectorBatch(NamedTuple):
     """Device functions on the vectors of a batch: a vector, or a pair of it and of the others."""
 
     load: Any  # (address, width)
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 @functools.cache
-def batch(operation: Operation, code: int, count: int) -> Batch:
+def batch(operation: Operation, code: int, count: int) -> VectorBatch:
     """Return the device functions on ``count`` vectors; 0 stands for an element."""
     if count > 1:
         return _extended(batch(operation, code, 1), batch(operation, code, count - 1))
@@ -48,10 +48,10 @@ def batch(operation: Operation, code: int, count: int) -> Batch:
     def store(address, value, width):  # type: ignore[no-untyped-def]
         elements.store(address, value, code, is_whole)
 
-    return Batch(load, combine, divide, store)
+    return VectorBatch(load, combine, divide, store)
 
 
-def _extended(one: Batch, rest: Batch) -> Batch:
+def _extended(one: VectorBatch, rest: VectorBatch) -> VectorBatch:
     """Return the device functions on a vector and a batch."""
     load_one, combine_one, divide_one, store_one = one
     load_rest, combine_rest, divide_rest, store_rest = rest
@@ -73,10 +73,10 @@ def _extended(one: Batch, rest: Batch) -> Batch:
         store_one(address, values[0], width)
         store_rest(address + width, values[1], width)
 
-    return Batch(load, combine, divide, store)
+    return VectorBatch(load, combine, divide, store)
 
 
-def _ahead(of: Batch, count: int, address: Any) -> tuple[Any, Any]:
+def _ahead(of: VectorBatch, count: int, address: Any) -> tuple[Any, Any]:
     """Return the device functions that load from ``count`` sources, and combine them in order."""
     load_one, combine_one = of.load, of.combine
 

@@ -12,12 +12,9 @@ from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 
-__all__ = ["LINE_NBYTES", "reducer", "start"]
+__all__ = ["reducer", "start"]
 
 cuda: Any = numba_cuda  # its functions carry no types
-
-# A line of the L2 cache: spans begin at multiples of it in a buffer.
-LINE_NBYTES = 128
 
 start = intrinsics.inlined(partition.start)
 
@@ -29,20 +26,21 @@ def _address(place, k):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def reducer(operation: Operation, code: int) -> Any:
+def reducer(operation: Operation, code: int, threads: int) -> Any:
     """Return the device function by which the threads of a block reduce a span.
 
     ``addresses`` is a table of addresses; ``positions`` is a table of positions in it, first those
     of the sources, then those of the targets.
     """
     itemsize = arithmetic.dtype_of(code).itemsize
+    width = 16 * threads
     reduce_four = reducers.reducer(operation, code, 4, _address)
     reduce_vector = reducers.reducer(operation, code, 1, _address)
     reduce_element = reducers.reducer(operation, code, 0, _address)
 
     @intrinsics.inlined
     def reduce(addresses, positions, num_sources, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
-        threads, thread = THREADS, cuda.threadIdx.x
+        thread = cuda.threadIdx.x
         # Vectors where all addresses are equal modulo 16; else, and around the vectors, elements.
         place = (addresses, positions, begin * itemsize)
         misalignment = _address(place, 0) & 15
@@ -60,7 +58,6 @@ def reducer(operation: Operation, code: int) -> Any:
             vectors_end = vectors_begin + (end - vectors_begin) // per_vector * per_vector
         offset = vectors_begin * itemsize + 16 * thread
         stop = vectors_end * itemsize
-        width = 16 * threads
         while offset + 3 * width < stop:
             sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
             reduce_four(sources, num_sources, targets, num_targets, divisor, width)
@@ -80,6 +77,3 @@ def reducer(operation: Operation, code: int) -> Any:
             index += threads
 
     return reduce
-
-
-THREADS = 512
