@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dvkernels.cluster.launcher_environment import Environment
 
-__all__ = ["descendants_of", "environment_of", "parent_of", "state_of"]
+__all__ = ["descendants_of", "environment_of", "parent_of", "start_time_of", "state_of"]
 
 _PROC = Path("/proc")
 
@@ -26,14 +26,28 @@ def state_of(pid: int) -> str:
     return _state_and_parent(pid)[0]
 
 
+def start_time_of(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; 0 if it is not there.
+
+    It tells a process from a later one of the same id.
+    """
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields else 0
+
+
 def _state_and_parent(pid: int) -> tuple[str, int]:
+    fields = _stat_fields(pid)
+    return (fields[0], int(fields[1])) if fields else ("X", 0)
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of a process's ``stat`` from its state on; none if it is not there."""
     try:
         stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "X", 0
+        return []
     # "7 (any (name)) S 1 ...": the name may contain brackets; the last one ends it.
-    state, parent = stat.rpartition(")")[2].split()[:2]
-    return state, int(parent)
+    return stat.rpartition(")")[2].split()
 
 
 def environment_of(pid: int) -> Environment | None:

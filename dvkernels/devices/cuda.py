@@ -45,6 +45,9 @@ class ArrayLibrary(Protocol):
         ``joins_default``: the stream and the device's default stream wait for each other.
         """
 
+    def stream_at(self, device: int, address: int) -> Any:
+        """Return a stream of any library, known by its address, as one of this library."""
+
     def event(self, device: int) -> Any:
         """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``.
 
@@ -175,9 +178,8 @@ def explain(
         )
     if count == 0:
         return "the NVIDIA driver sees no device: is CUDA_VISIBLE_DEVICES empty?"
-    extra = "cuda13" if version[0] >= 13 else "cuda12"
     runs = f"the driver runs CUDA {version[0]}.{version[1]}"
-    install = f"python -m pip install 'dvkernels[{extra}]'"
+    install = install_command(version)
     if version[0] < 12:
         return f"{runs}, and CUDA 12 or later is needed: update the NVIDIA driver"
     if version[0] < 13 and "cupy-cuda13x" in installed and "cupy-cuda12x" not in installed:
@@ -189,6 +191,14 @@ def explain(
         if not any(installed_name.startswith(name) for installed_name in installed):
             return f"{package_name} is not installed; {runs}: {install}"
     return ""
+
+
+def install_command(version: tuple[int, int] | None = None) -> str:
+    """Return the command that installs what GPUs need; ``version`` None: for the driver here."""
+    if version is None:
+        cuda_driver = driver.find()
+        version = (13, 0) if cuda_driver is None or cuda_driver.problem else cuda_driver.version()
+    return f"python -m pip install 'dvkernels[{'cuda13' if version[0] >= 13 else 'cuda12'}]'"
 
 
 def require(verb: str) -> None:
@@ -219,9 +229,23 @@ def _import_arrays() -> ArrayLibrary:
     return CuPyArrays()
 
 
-def as_numba(array: Any) -> Any:
-    """Return a CuPy array as a Numba device array, without a copy."""
+class _OnStream:
+    """CuPy array that names the stream of the work on it in its array interface.
+
+    CuPy names its current stream, on which the work need not be.
+    """
+
+    def __init__(self, array: Any, stream: int) -> None:
+        self._array = array
+        # The interface calls the default stream 1.
+        interface = {**array.__cuda_array_interface__, "version": 3, "stream": stream or 1}
+        self.__cuda_array_interface__ = interface
+
+
+def as_numba(array: Any, device: int, stream: int) -> Any:
+    """Return a CuPy array as a Numba device array on a stream, without a copy or a wait."""
     from numba import cuda
 
     untyped: Any = cuda
-    return untyped.as_cuda_array(array)
+    with untyped.gpus[device]:
+        return untyped.as_cuda_array(_OnStream(array, stream), sync=False)

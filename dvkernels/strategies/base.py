@@ -188,8 +188,12 @@ class Strategy(
         return f"<{self._placement.name}>"
 
     def close(self) -> None:
-        """End the replica threads. Variables stay readable; ``run`` raises ``ContextError``."""
+        """End the replica threads. Variables stay readable; ``run`` raises ``ContextError``.
+
+        A worker leaves its :class:`dvkernels.cluster.HostGroup`: what communicates raises, too.
+        """
         self._runner.close()
+        self._placement.workers.close()
 
     def __enter__(self) -> Self:
         return self

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 
 ROOT = Path(os.environ.get("DVK_ROOT", Path(__file__).resolve().parents[3]))
@@ -39,17 +38,10 @@ def section(function):
 
 
 def prepare():
-    """Import NumPy and dvkernels so that numba-cuda 0.30 loads beside NumPy 2.5."""
-    warnings.filterwarnings("ignore")
+    """Let dvkernels be imported from the checkout, with prebuilt machine code if there is some."""
     sys.path.insert(0, str(ROOT))
-    import numpy as np
-
-    is_shimmed = not hasattr(np, "row_stack")
-    if is_shimmed:  # NVIDIA/numba-cuda#907, which will not be fixed
-        np.vstack = np.vstack
     if os.environ.get("DVK_PREBUILT"):
         use_prebuilt(Path(os.environ["DVK_PREBUILT"]))
-    return is_shimmed
 
 
 def driver():
@@ -327,22 +319,22 @@ def env(data, _):
                 data[f"lib{name}"] = f"{type(error).__name__}: {error}"[:300]
     except ImportError as error:
         data["pathfinder"] = str(error)
-    # As a user would meet it, without the shim: does numba-cuda load beside this NumPy?
+    # Does numba-cuda load beside this NumPy, where the package does not help it?
     code = (
         "import numpy, numba.cuda as c, numba.types as t; "
         "c.compile_ptx(lambda x: None, t.void(t.int64), cc=(9, 0)); print('compiles', c.__file__)"
     )
     hidden = "PYTHONPATH", "NUMBA_ENABLE_CUDASIM"
     bare = {key: value for key, value in os.environ.items() if key not in hidden}
-    bare["PYTHONPATH"] = "/tmp/site" if Path("/tmp/site").is_dir() else ""
+    bare["PYTHONPATH"] = os.environ.get("DVK_SITE", "")
     try:
         ended = subprocess.run(
             [sys.executable, "-c", code], env=bare, capture_output=True, text=True, timeout=60,
             check=False,
         )  # fmt: skip
-        data["numba_cuda_without_shim"] = (ended.stdout + ended.stderr).strip()[-300:]
+        data["numba_cuda_alone"] = (ended.stdout + ended.stderr).strip()[-300:]
     except subprocess.TimeoutExpired:
-        data["numba_cuda_without_shim"] = "more than 60 s"
+        data["numba_cuda_alone"] = "more than 60 s"
 
 
 @section
@@ -356,7 +348,7 @@ def first(data, _):
         data[f"seconds_{name}"] = round(now - began, 3)
         began = now
 
-    data["is_shimmed"] = prepare()
+    prepare()
     import numpy as np
 
     gpu = Gpu()
@@ -638,7 +630,7 @@ def latency(data, _):
             with replay.stream:
                 replay()
         gpu.sync()
-        data["graph_leaves"] = float(buffers[0][0]), "24 is right; tests/gpu says 48"
+        data["graph_leaves"] = float(buffers[0][0]), "24 is right"
         try:
             import torch
 
@@ -1102,7 +1094,10 @@ def run_section(name, part, slice_text):
     global _part
     _part = part
     own, total = (int(number) for number in slice_text.split("/"))
-    data = {"section": name, "slice": slice_text}
+    data = {
+        "section": name, "slice": slice_text, "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": said("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+    }  # fmt: skip
     began = time.perf_counter()
     try:
         SECTIONS[name](data, (own, total))
@@ -1119,8 +1114,11 @@ def run_section(name, part, slice_text):
 
 
 def merge(parts, out):
-    """Write all that is there so far: results.json, summary.txt."""
-    found = {}
+    """Write all that is there so far, earlier calls included: results.json, summary.txt."""
+    results = out / "results.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    for path in sorted(parts.glob("*.rc")):
+        found.pop(path.stem, None)
     for path in sorted(parts.glob("*.json")):
         with contextlib.suppress(ValueError):
             found[path.stem] = json.loads(path.read_text())
@@ -1128,7 +1126,7 @@ def merge(parts, out):
         found.setdefault(path.stem, {})["log"] = path.read_text(errors="replace")[-6000:]
     for path in sorted(parts.glob("*.rc")):
         found.setdefault(path.stem, {})["rc"] = path.read_text().strip()
-    (out / "results.json").write_text(json.dumps(found, indent=1, default=str))
+    results.write_text(json.dumps(found, indent=1, default=str))
     lines = []
     for name, one in found.items():
         lines.append(f"== {name}: rc {one.get('rc')}, ok {one.get('ok')}, {one.get('seconds')} s")
@@ -1140,7 +1138,7 @@ def merge(parts, out):
                 f"{line['tb_per_s']} TB/s, wrong {line['wrong']}"
             )
         for key in (
-            "missing", "device", "numba_cuda_without_shim", "is_shimmed", "attributes",
+            "missing", "device", "numba_cuda_alone", "attributes",
             "attributes_float32", "attributes_bfloat16", "attributes_adam", "adam",
             "blocks_a_multiprocessor", "by_size_mib", "variants", "from_python", "in_a_graph_us",
             "graph_leaves",

@@ -50,11 +50,15 @@ class Call:
         work_stream, *others = streams
         if self.is_multi_gpu:
             self._check_peer_access(work_stream.device)
-        order_streams([(work_stream, other) for other in others])
-        try:
+        if not others:
             yield work_stream
-        finally:
-            order_streams([(other, work_stream) for other in others])
+            return
+        with cuda_arrays.in_one_capture(self.verb, streams):
+            order_streams([(work_stream, other) for other in others])
+            try:
+                yield work_stream
+            finally:
+                order_streams([(other, work_stream) for other in others])
 
     @property
     def is_multi_gpu(self) -> bool:
@@ -109,13 +113,12 @@ class Buffers(Call):
         Each lies on the GPU of its buffer; a single one on the GPU that does the work, the first.
         """
         streams = [buffer.device_stream for buffer in self.device_buffers()]
-        dtype = self.reads[0].dtype
+        originals = zip(self._device_buffers, self.buffers, streams, strict=False)
         made = [
-            cuda_arrays.allocate(stream, shape, dtype)
-            for shape, stream in zip(shapes, streams, strict=False)
+            cuda_arrays.allocate_like(*original, shape)
+            for shape, original in zip(shapes, originals, strict=False)
         ]
-        pairs = zip(made, self.buffers, strict=False)
-        self.results = [cuda_arrays.like(result, buffer) for (result, _), buffer in pairs]
+        self.results = [result for result, _ in made]
         return [described for _, described in made]
 
     def outputs(self, shapes: Sequence[tuple[int, ...]]) -> list[HostArray]:

@@ -24,6 +24,7 @@ __all__ = [
     "LongTables",
     "RepeatedLaunch",
     "launch",
+    "launching",
     "num_resident",
     "prepare",
 ]
@@ -33,7 +34,10 @@ _NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
 _num_resident: dict[tuple[int, Kernel], int] = {}
 _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent launch
-_compiling = threading.RLock()
+# Held while a kernel is compiled and loaded, and between the launches of a call whose kernels wait
+# for each other: loading may wait for a device, and that device for a launch. All groups of devices
+# share it: two calls, each launched first on another device, would wait for each other.
+launching = threading.RLock()
 # The simulator runs one kernel at a time in the whole process.
 _simulating = threading.RLock()
 
@@ -111,7 +115,7 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
 def prepare(kernel: Kernel, device: int) -> int:
     """Compile a kernel and load it on a device; return its handle there."""
     try:
-        _compiling.acquire()
+        launching.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
@@ -122,7 +126,7 @@ def prepare(kernel: Kernel, device: int) -> int:
         return _handles[key]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-            _compiling.release()
+            launching.release()
         except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
@@ -161,11 +165,9 @@ class LongTables:
 
     def place(self, device: int, stream: int, words: Sequence[int]) -> int:
         """Return the device address of a table with these words."""
-        import cupy
-
         content = array.array("q", words).tobytes()
         key = (device, stream, content)
-        is_captured = bool(cupy.cuda.runtime.streamIsCapturing(stream))
+        is_captured = _driver().is_capturing(device, stream)
         try:
             self._lock.acquire()
             entry = self._captured.get(key) or self._recent.pop(key, None)
@@ -175,7 +177,7 @@ class LongTables:
                     "while a graph is captured: make the same call once on the stream, before"
                 )
             if entry is None:
-                entry = self._copy_to_device(cupy, device, stream, content)
+                entry = self._copy_to_device(device, stream, content)
             if is_captured or key in self._captured:
                 self._captured[key] = entry
             else:
@@ -190,17 +192,16 @@ class LongTables:
             except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
-    def _copy_to_device(
-        self, cupy: Any, device: int, stream: int, content: bytes
-    ) -> tuple[Any, Any, Any]:
+    def _copy_to_device(self, device: int, stream: int, content: bytes) -> tuple[Any, Any, Any]:
         """Return the table, the pinned memory that it is copied from, and the event of the copy."""
-        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device) as order:
-            staged = cupy.cuda.alloc_pinned_memory(len(content))
-            host = np.frombuffer(staged, np.uint8, len(content))
-            host[:] = np.frombuffer(content, np.uint8)
-            table = cupy.empty(len(content), np.uint8)
-            table.data.copy_from_host_async(host.ctypes.data, len(content), order)
-            copy_event = cupy.cuda.Event(disable_timing=True)
+        library = devices.arrays()
+        order = library.stream_at(device, stream)
+        with library.at(device, order):
+            staged = library.pinned(len(content))
+            staged[:] = np.frombuffer(content, np.uint8)
+            table = library.empty(device, (len(content),), np.uint8)
+            library.copy(table, staged, order)
+            copy_event = library.event(device)
             copy_event.record(order)
         return table, staged, copy_event
 
