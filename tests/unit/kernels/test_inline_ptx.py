@@ -19,11 +19,12 @@ from dvkernels.kernels.cuda.engine import (
     intrinsics,
     launch_table,
     optimizer_rules,
+    simulator,
     table_layout,
 )
 from dvkernels.reduce_op import ReduceOp
 
-pytestmark = pytest.mark.skipif(intrinsics.SIMULATED, reason="the simulator executes no PTX")
+pytestmark = pytest.mark.skipif(simulator.IS_ON, reason="the simulator executes no PTX")
 VECTORS = 2000
 OPS = {
     arithmetic.ADD: ReduceOp.SUM,

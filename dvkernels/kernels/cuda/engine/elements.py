@@ -17,9 +17,10 @@ import numpy as np
 from numba import types
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import inline_ptx, intrinsics
+from dvkernels.kernels.cuda.engine import inline_ptx, intrinsics, simulator
 from dvkernels.kernels.cuda.engine.operations import Custom, Operation
 from dvkernels.kernels.cuda.engine.registers import Registers, Text, generate
+from dvkernels.kernels.cuda.engine.table_layout import VECTOR_NBYTES
 from dvkernels.reduce_op import working_dtype
 
 __all__ = ["combiner", "divide", "load", "store"]
@@ -43,7 +44,7 @@ def _view_at(address: int, code: int, is_whole: bool) -> Any:
     Raise ``ValueError`` for a misaligned address, which a device cannot access.
     """
     dtype = arithmetic.dtype_of(code)
-    nbytes = intrinsics.VECTOR_NBYTES if is_whole else dtype.itemsize
+    nbytes = VECTOR_NBYTES if is_whole else dtype.itemsize
     if address % (nbytes if is_whole else arithmetic.number_nbytes(code)):
         raise ValueError(f"an access of {nbytes} bytes at {address:#x}, not a multiple of its size")
     raw: Any = (ctypes.c_uint8 * nbytes).from_address(address)
@@ -83,7 +84,7 @@ def vector_type(code: int, is_whole: bool) -> Any:
         return _PACKED
     bits = max(element.bits, 32)
     number = f"float{bits}" if element.is_float else f"{'u' * (element.kind == 'u')}int{bits}"
-    count = element.unit * (intrinsics.VECTOR_NBYTES // element.itemsize if is_whole else 1)
+    count = element.unit * (VECTOR_NBYTES // element.itemsize if is_whole else 1)
     return _untyped.UniTuple(getattr(types, number), count)
 
 
@@ -174,7 +175,7 @@ store = inline_ptx.overloaded(_declare_store, _simulated_store)
 @functools.cache
 def combiner(operation: Operation, code: int, is_whole: bool = True) -> Any:
     """Return the function that combines two vectors, or two elements, lane by lane."""
-    if isinstance(operation, Custom) and not intrinsics.SIMULATED:
+    if isinstance(operation, Custom) and not simulator.IS_ON:
         return _custom_combiner(operation, code, is_whole)
 
     def emit(text: Text, *sides: Registers) -> list[Registers]:
@@ -266,7 +267,7 @@ def _custom_combiner(custom: Custom, code: int, is_whole: bool) -> Any:
     vector = vector_type(code, is_whole)
     if vector != _PACKED:
         return inline_ptx.calls(custom.function.py_func, custom.signature, vector)
-    lanes = _untyped.UniTuple(number, intrinsics.VECTOR_NBYTES // element.itemsize)
+    lanes = _untyped.UniTuple(number, VECTOR_NBYTES // element.itemsize)
     unpacked = generate(lanes, [_PACKED], lambda _, words: [_unpack(element, words)])
     packed = generate(_PACKED, [lanes], lambda _, numbers: [_pack(element.bits, numbers)])
     unpack, pack = (

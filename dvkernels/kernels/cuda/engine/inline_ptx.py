@@ -14,21 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import config as numba_config
 from numba import extending, types
+
+from dvkernels.kernels.cuda.engine import simulator
 
 __all__ = [
     "EFFECT",
     "NOTHING",
     "READS",
-    "SIMULATED",
     "Code",
     "calls",
     "device_function",
     "overloaded",
 ]
 
-SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
 # What code does besides computing its result, as LLVM's attributes.
 NOTHING, READS, EFFECT = "readnone nounwind", "readonly nounwind", "convergent noduplicate"
 _CONSTRAINTS = {"i32": "r", "i64": "l", "float": "f", "double": "d"}
@@ -80,11 +79,11 @@ def overloaded(
     Code whose effect is ``NOTHING`` depends on its operands alone, and code that ``READS`` on the
     memory too: it may be executed once for many uses, or not at all. Code with an ``EFFECT`` is
     executed where it stands: no access to memory is moved across it, and it is not copied, so a
-    barrier remains one, and LLVM unrolls no loop around it. (A GPU hides latency by running other
+    barrier remains one, and no loop around it is unrolled. (A GPU hides latency by running other
     warps, which need registers: unrolled by LLVM, the minimum of int8 took 152 registers per thread
     on sm_90 and the sum of float16 128; rolled, 84 and 80.)
     """
-    if SIMULATED:
+    if simulator.IS_ON:
         return simulated
 
     def typed(typing: Any, *given: Any) -> Any:
@@ -192,6 +191,8 @@ def _emit(builder: Any, text: str, results: Any, numbers: Any, effect: str) -> l
     if results:
         result = ir.LiteralStructType(results) if len(results) > 1 else results[0]
     function = ir.FunctionType(result, [number.type for number in numbers])
+    if effect == EFFECT:  # the assembler unrolls loops too
+        text = f'.pragma "nounroll";\n{text}'
     text = text.replace('"', r"\22")  # as LLVM writes a quotation mark in a string
     call = builder.asm(function, text, ",".join(constraints), numbers, side_effect=effect == EFFECT)
     for attribute in effect.split():

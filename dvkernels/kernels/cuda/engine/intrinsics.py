@@ -16,13 +16,11 @@ import time
 
 from numba import types
 
-from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
-from dvkernels.kernels.cuda.engine.inline_ptx import READS, SIMULATED, device_function
+from dvkernels.kernels.cuda.engine.inline_ptx import READS, device_function
 
 __all__ = [
-    "SIMULATED",
-    "VECTOR_NBYTES",
     "acquire",
     "clock_ns",
     "inlined",
@@ -34,8 +32,6 @@ __all__ = [
     "short_quotient",
     "store_relaxed",
 ]
-
-VECTOR_NBYTES = table_layout.VECTOR_NBYTES
 
 # Decorator of device functions. Made here, since the simulator replaces the name ``cuda`` in the
 # module of a kernel while it runs, and another thread may make a kernel at that time.
@@ -85,7 +81,7 @@ short_quotient = device_function(
     [types.uint32, types.uint32],
     simulated=lambda dividend, divisor: dividend // divisor,
 )
-_int64 = int if SIMULATED else types.int64
+_int64 = int if simulator.IS_ON else types.int64
 
 
 @inlined
