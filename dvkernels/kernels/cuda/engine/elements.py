@@ -165,7 +165,7 @@ def _declare_store(address: Any, value: Any, code: int, is_whole: bool) -> inlin
 
 
 # Read a vector at a multiple of 16 bytes, or an element at a multiple of its number's size.
-load = inline_ptx.overloaded(_declare_load, _simulated_load)
+load = inline_ptx.overloaded(_declare_load, _simulated_load, effect=inline_ptx.NOT_COPIED)
 # Round a vector, or one element, to the stored type and write it.
 store = inline_ptx.overloaded(_declare_store, _simulated_store)
 
@@ -256,7 +256,7 @@ def _divider(emit_quotient: Callable[[Registers, Registers], Registers]) -> Any:
 
 
 quotient = _divider(Registers.__truediv__)
-exact_quotient = _divider(lambda value, real: value * real.reciprocal())
+exact_quotient = _divider(lambda value, real: value * real.each(f"rcp.rn.{real.kind}"))
 
 # ------------------------------------------------------------------ functions of the user's
 
