@@ -118,7 +118,8 @@ class NcclComms:
                 self._enqueue(call)
                 for device in self._devices:
                     event = self._arrays.event(device)
-                    event.record(self._arrays.current(device))
+                    with self._arrays.at(device):  # whose default stream may be the current one
+                        event.record(self._arrays.current(device))
                     events.append(event)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
