@@ -57,7 +57,7 @@ class NcclComms:
         self._join(ranks, size, unique_id)
         self._watchdog: Watchdog | None = None
         if workers.size > 1:
-            self._watchdog = Watchdog(workers.timeout_seconds)
+            self._watchdog = Watchdog(workers.timeout_seconds, self._devices[0])
 
     def _join(self, ranks: Sequence[int], size: int, unique_id: Any) -> None:
         """Create the communicators in a daemon thread: NCCL waits for all ranks forever."""

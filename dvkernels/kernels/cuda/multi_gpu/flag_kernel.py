@@ -38,6 +38,7 @@ __all__ = [
     "LaunchHeader",
     "SharedAddresses",
     "combine_kernel",
+    "flags_nbytes",
     "program_words",
     "shares",
     "waiting_kernel",
@@ -108,6 +109,14 @@ _LAUNCH_NBYTES, _ROW_NBYTES = 8 * len(LaunchHeader._fields), 8 * len(CombineRow.
 _ROWS = len(ProgramHeader._fields)  # index of the first row
 
 
+def flags_nbytes(num_ranks: int) -> int:
+    """Return the bytes from a block's flags, one per writer, to the next block's: whole lines.
+
+    So a block does not poll a line that others write for another block.
+    """
+    return -(-8 * num_ranks // span.LINE_NBYTES) * span.LINE_NBYTES
+
+
 def program_words(protocol: Protocol, rank: int, addresses: SharedAddresses) -> list[int]:
     """Return the words of a rank's program."""
     num_ranks = protocol.num_ranks
@@ -119,7 +128,7 @@ def program_words(protocol: Protocol, rank: int, addresses: SharedAddresses) -> 
         lists.extend(words)
         return lists_begin + len(lists) - len(words)
 
-    words = [*ProgramHeader(len(rows), 8 * num_ranks, addresses.stop)]
+    words = [*ProgramHeader(len(rows), flags_nbytes(num_ranks), addresses.stop)]
     for row in rows:
         if isinstance(row, Combine):
             positions = append_list(
