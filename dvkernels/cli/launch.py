@@ -11,14 +11,12 @@ import sys
 
 from dvkernels.cli import argument_types
 from dvkernels.errors import LaunchError
-from dvkernels.launcher import attempts, commands, job_plan
+from dvkernels.launcher import attempts, commands, job_plan, leaked_shm
 from dvkernels.launcher.commands import HostSlots, LauncherFlavour
 
 __all__: list[str] = []
 
 HELP = "start a program on several workers: here, or with the installed mpiexec or srun"
-
-_MPI, _SLURM = ("mpiexec", "mpirun"), ("srun",)
 
 _HOST = re.compile(r"(?P<name>[^\s:,]+|\[[0-9a-fA-F:]+\])(?::(?P<count>[1-9][0-9]*))?")
 
@@ -125,7 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.dry_run:
         added = commands.environment(job.num_threads, os.environ)
-        assignments = [f"{name}={value}" for name, value in added.items()]
+        with leaked_shm.host_group(job.num_workers, flavour is commands.LOCAL) as group:
+            assignments = [f"{name}={value}" for name, value in (added | group).items()]
         print(shlex.join(["env", *assignments, *commands.command(launcher, flavour, job)]))
         return 0
     return attempts.run(
@@ -149,8 +148,10 @@ def _engine(arguments: argparse.Namespace) -> tuple[str, LauncherFlavour]:
         if arguments.launcher:
             raise LaunchError("--engine local needs no --launcher; leave one of them out")
         return sys.executable, commands.LOCAL
-    names = {"mpi": _MPI, "slurm": _SLURM, "any": (*_MPI, *_SLURM)}[engine]
-    launcher = commands.find((arguments.launcher,) if arguments.launcher else names, os.environ)
+    among = {"mpi": commands.MPI, "slurm": commands.SLURM}.get(
+        engine, (*commands.MPI, *commands.SLURM)
+    )
+    launcher = commands.find(arguments.launcher, os.environ, among)
     return launcher, commands.flavour_of(launcher)
 
 

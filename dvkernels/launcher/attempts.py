@@ -71,7 +71,7 @@ def run(
     deadline = time.monotonic() + timeout_seconds
     first = _first_attempt(environ)
     for attempt in range(first, first + max_restarts + 1):
-        with leaked_shm.host_group(job.num_workers) as group:
+        with leaked_shm.host_group(job.num_workers, flavour is commands.LOCAL) as group:
             end = supervision.run(
                 command,
                 {**environ, **added, **group, job_plan.ATTEMPT_VARIABLE: str(attempt)},

@@ -23,8 +23,10 @@ from dvkernels.launcher import scancel
 __all__ = [
     "EXPORTED_VARIABLES",
     "FLAVOURS",
-    "HostSlots",
     "LOCAL",
+    "MPI",
+    "SLURM",
+    "HostSlots",
     "Job",
     "LauncherFlavour",
     "command",
@@ -54,6 +56,7 @@ _RENAMED_VARIABLES = {
     "OMPI_MCA_orte_default_hostfile": "PRTE_MCA_prte_default_hostfile",
     "OMPI_MCA_orte_keep_fqdn_hostnames": "PRTE_MCA_prte_keep_fqdn_hostnames",
 }
+MPI, SLURM = ("mpiexec", "mpirun"), ("srun",)  # names of launchers
 _SECONDS_FOR_A_VERSION = 30
 _PREFIX_SCRIPT = Path(__file__).with_name("prefix_output.py")
 _LOCAL_ENGINE = Path(__file__).with_name("local_engine.py")
@@ -129,14 +132,16 @@ class LauncherFlavour(NamedTuple):
     forwards_input: bool = True
 
 
-def find(names: Sequence[str], environ: Mapping[str, str]) -> str:
+def find(
+    name: str | None, environ: Mapping[str, str], among: Sequence[str] = (*MPI, *SLURM)
+) -> str:
     """Return the path of the launcher.
 
     Parameters
     ----------
-    names : sequence of str
-        Names or paths, of which the first that exists counts. A name is looked up in the folder of
-        the interpreter, where pip installs the MPI of mpi4py, and then in ``PATH``.
+    name : str or None
+        A name or path; None for the first of ``among`` that exists. A name is looked up in the
+        folder of the interpreter, where pip installs the MPI of mpi4py, and then in ``PATH``.
     environ : mapping
         The environment variables.
 
@@ -146,6 +151,7 @@ def find(names: Sequence[str], environ: Mapping[str, str]) -> str:
         No launcher was found.
     """
     own_folder = str(Path(sys.executable).parent)
+    names = (name,) if name else among
     for program in names:
         for folders in (own_folder, environ.get("PATH", "")):
             path = shutil.which(program, path=folders)

@@ -331,7 +331,8 @@ def strategy(rank, path):
     return dv.MultiWorkerMirroredStrategy(group, devices=1, timeout_seconds=3)
 
 def sum_of(made):
-    return made.reduce("sum", made.distribute_values_from_function(lambda c: c.replica_id_in_sync_group))
+    ids = made.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+    return made.reduce("sum", ids)
 
 with dv.MirroredStrategy(2) as made:
     made.reduce("sum", made.distribute_values_from_function(lambda c: 1))
