@@ -10,9 +10,11 @@ import shlex
 import sys
 
 from dvkernels.cli import argument_types
+from dvkernels.cluster import simulated_hosts
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import attempts, commands, job_plan, leaked_shm
-from dvkernels.launcher.commands import HostSlots, LauncherFlavour
+from dvkernels.launcher.commands import LauncherFlavour
+from dvkernels.launcher.job_description import HostSlots
 
 __all__: list[str] = []
 
@@ -143,6 +145,7 @@ def _engine(arguments: argparse.Namespace) -> tuple[str, LauncherFlavour]:
     engine: str = arguments.engine
     if engine == "auto":
         is_named = arguments.launcher or arguments.launcher_option or arguments.hosts
+        is_named = is_named or os.environ.get(simulated_hosts.VARIABLE)
         engine = "any" if is_named or job_plan.names_hosts(os.environ) else commands.LOCAL.name
     if engine == commands.LOCAL.name:
         if arguments.launcher:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from dvkernels.launcher import commands, job_plan, leaked_shm, supervision
-from dvkernels.launcher.commands import Job, LauncherFlavour
+from dvkernels.launcher.commands import LauncherFlavour
+from dvkernels.launcher.job_description import Job
 
 __all__ = ["run"]
 
