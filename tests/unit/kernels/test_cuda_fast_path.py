@@ -65,8 +65,15 @@ class Machine:
     def num_multiprocessors(self, device):
         return 4
 
+    def num_resident_blocks(self, device, function, threads):
+        assert (function, threads) == (7, 256)
+        return 3
+
     def device_of(self, address):
         return 0
+
+    def is_capturing(self, device, stream):
+        return False
 
     def wait(self, device, waiting, awaited):
         self.launched.append((device, waiting, awaited))
