@@ -313,6 +313,12 @@ def test_without_files_without_names(path, monkeypatch):
     assert not [*path.parent.glob(".dvkernels-*")]
 
 
+def test_simulated_hosts_need_mpi(path, monkeypatch):
+    monkeypatch.setenv("DVKERNELS_HOSTS", "1,1")
+    with pytest.raises(ClusterError, match="DVKERNELS_HOSTS simulates several hosts"):
+        come(path, 0)
+
+
 def test_strategies(path):
     def train(rank):
         group = HostGroup(path.name, rank, 2, b"secret")
