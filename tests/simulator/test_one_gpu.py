@@ -147,10 +147,10 @@ def items_of(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(1,), (0, 0), (7, 0, 4096), (1 << 22,), (5000, 1, 300_000)])
-@pytest.mark.parametrize("most_blocks", [1, 2, 1056])
-def test_pieces_cover_every_unit_once(sizes, most_blocks):
+@pytest.mark.parametrize("num_resident", [1, 2, 396])
+def test_pieces_cover_every_unit_once(sizes, num_resident):
     counts = job.Counts(2, 2, 0, 1)
-    blocks, words = job.lay_out(items_of(sizes), counts, 256, most_blocks)
+    blocks, words = job.lay_out(items_of(sizes), counts, 256, num_resident)
     length = len(launch_table.TableHeader._fields)
     header = launch_table.TableHeader._make(words[:length])
     per_piece = 256 * header.per_thread
@@ -158,7 +158,9 @@ def test_pieces_cover_every_unit_once(sizes, most_blocks):
     ends = [*heads[1:], header.num_pieces]
     for size, first, end in zip(sizes, heads, ends, strict=True):
         assert end - first == max(1, -(-size // per_piece))
-    assert 1 <= blocks <= min(header.num_pieces, most_blocks)
+    # A whole number of blocks on each multiprocessor, or a block for each piece.
+    assert blocks == min(header.num_pieces, 4 * num_resident)
+    assert (header.per_thread == 4) == (sum(-(-size // 1024) for size in sizes) >= num_resident)
 
 
 def test_items_with_axes_are_cut_at_the_largest_length(monkeypatch):

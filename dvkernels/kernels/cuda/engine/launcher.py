@@ -25,14 +25,14 @@ __all__ = [
     "RepeatedLaunch",
     "launch",
     "launching",
-    "num_blocks",
+    "num_resident",
     "prepare",
-    "threads",
 ]
 
 SIMULATED = devices.is_simulated()
 _NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
+_num_resident: dict[tuple[int, Kernel], int] = {}
 _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent launch
 # Held while a kernel is compiled and loaded, and between the launches of a call whose kernels wait
 # for each other: loading may wait for a device, and that device for a launch. All groups of devices
@@ -40,21 +40,18 @@ _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent la
 launching = threading.RLock()
 # The simulator runs one kernel at a time in the whole process.
 _simulating = threading.RLock()
-# The fewest threads and blocks that are not one: each simulated thread is a Python thread.
-_SIMULATED_THREADS, _SIMULATED_BLOCKS = 2, 2
-_WAVES = 8  # blocks per multiprocessor: two or three run at once, the others balance the tail
 
 
-def threads() -> int:
-    """Return the number of threads in a block."""
-    return _SIMULATED_THREADS if SIMULATED else table_layout.THREADS
-
-
-def num_blocks(device: int) -> int:
-    """Return the largest number of blocks of a launch; with more pieces, a block takes several."""
+def num_resident(kernel: Kernel, device: int) -> int:
+    """Return how many blocks of a kernel run at once on a device."""
     if SIMULATED:
-        return _SIMULATED_BLOCKS
-    return _WAVES * _driver().num_multiprocessors(device)
+        return 1
+    key = device, kernel
+    if key not in _num_resident:
+        handle, cuda_driver = prepare(kernel, device), _driver()
+        blocks = cuda_driver.num_resident_blocks(device, handle, kernel.launch_bounds[0])
+        _num_resident[key] = blocks * cuda_driver.num_multiprocessors(device)
+    return _num_resident[key]
 
 
 def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], stream: int) -> None:
@@ -107,7 +104,7 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
         arguments = driver.Arguments(_NUM_WORDS)
     arguments.words[:] = words
     try:
-        _driver().launch(device, handle, blocks, table_layout.THREADS, arguments, stream)
+        _driver().launch(device, handle, blocks, kernel.launch_bounds[0], arguments, stream)
     except DeviceError:
         # The device may have been reset, which unloads the kernel: load it again next time.
         _handles.pop((device, kernel), None)
@@ -148,7 +145,7 @@ def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     function, cuda = kernel.build(), numba_import.module("numba.cuda")
     with _simulating:
         simulated: Any = cuda.jit(function)
-        simulated[blocks, _SIMULATED_THREADS](arguments)
+        simulated[blocks, kernel.launch_bounds[0]](arguments)
 
 
 class LongTables:
