@@ -156,7 +156,8 @@ def _as_jax(array: Any) -> Any:
     if isinstance(array, np.ndarray):
         return jax_numpy.asarray(array)
     if array.dtype.name == "bfloat16":
-        return jax_numpy.from_dlpack(array.view(np.uint16)).view("bfloat16")
+        words: Any = array
+        return jax_numpy.from_dlpack(words.view(np.uint16)).view("bfloat16")
     return jax_numpy.from_dlpack(array)
 
 
