@@ -151,7 +151,7 @@ def _view_of_jax(array: Any) -> HostArray:
     return np.asarray(array)  # read-only, and not copied on the CPU
 
 
-def _as_jax(array: Array) -> Any:
+def _as_jax(array: Any) -> Any:
     jax_numpy = sys.modules["jax"].numpy
     if isinstance(array, np.ndarray):
         return jax_numpy.asarray(array)
