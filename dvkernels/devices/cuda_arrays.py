@@ -171,8 +171,8 @@ def order_streams(pairs: Sequence[tuple[DeviceStream, DeviceStream]]) -> None:
             continue
         event = cuda_driver.event(awaited.device)
         try:
-            cuda_driver.record(*awaited, event)
-            cuda_driver.await_event(*waiting, event)
+            cuda_driver.record([(*awaited, event)])
+            cuda_driver.wait_for([(*waiting, event)])
         finally:
             cuda_driver.destroy(awaited.device, event)
 

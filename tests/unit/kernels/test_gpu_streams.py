@@ -155,6 +155,7 @@ def test_calls_of_two_groups_are_not_launched_crosswise(gpus):
 @pytest.mark.parametrize(("value", "blocks"), [("1", True), ("2", True), ("0", False), ("", False)])
 def test_no_kernel_waits_for_another_where_launches_block(gpus, monkeypatch, value, blocks):
     gpus.streams()
+    monkeypatch.setattr(driver, "_BLOCKED_AT_IMPORT", False)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
     num_events = len(gpus.library.events)
     kernels.all_reduce([Array(gpus, 0), Array(gpus, 1)])

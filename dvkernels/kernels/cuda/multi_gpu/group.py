@@ -97,8 +97,8 @@ class DeviceGroup:
             programs = self._ready_programs(schedule, route.order)
             slots = self._ready_slots(route) if schedule.uses_slots else None
             lanes = [*zip(self._devices, job.streams, self._ends, strict=True)]
-            for lane in () if is_captured else lanes:
-                self._driver.wait(*lane)
+            if not is_captured:
+                self._driver.wait(lanes)
             longest = _SLOT_NBYTES // itemsize if slots else max(1, count)
             try:
                 for begin in range(0, count, longest):
@@ -109,8 +109,8 @@ class DeviceGroup:
                             schedule, route, kernel, programs, addresses, job, length, itemsize
                         )
                     )
-                for lane in () if is_captured else lanes:
-                    self._driver.record(*lane)
+                if not is_captured:
+                    self._driver.record(lanes)
             except BaseException:
                 if not is_captured:
                     # Launched ranks wait for the others, and no later call would wait for them.
@@ -159,11 +159,11 @@ class DeviceGroup:
                     launch(position, number)
                 elif isinstance(row, Signal):
                     event = self._driver.event(device)
-                    self._driver.record(device, stream, event)
+                    self._driver.record([(device, stream, event)])
                     signals.update({(position, peer): event for peer in row.ranks})
                 else:
-                    for peer in row.ranks:
-                        self._driver.wait(device, stream, signals[peer, position])
+                    events = [signals[peer, position] for peer in row.ranks]
+                    self._driver.wait([(device, stream, event) for event in events])
         self._num_calls += 1
 
     def check(self) -> None:
