@@ -137,6 +137,14 @@ class Driver(DriverCalls):
                 self.check("cuFuncLoad", function)
         return function.value or 0
 
+    def num_resident_blocks(self, device: int, function: int, threads: int) -> int:
+        """Return how many blocks of a loaded kernel run at once on one multiprocessor."""
+        with self.within(device):
+            return self.get(
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.c_void_p(function), threads,
+                ctypes.c_size_t(0),
+            )  # fmt: skip
+
     def open_peer(self, device: int, peer: int) -> bool:
         """Enable a device's access to the memory of a peer; return whether it has access now."""
         if not self.can_reach(device, peer):

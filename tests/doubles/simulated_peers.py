@@ -11,8 +11,8 @@ from numba import cuda
 class SimulatedDriver:
     """GroupDriver on host memory; launches on the devices in ``absent`` are dropped."""
 
-    def __init__(self, threads=2, absent=()):
-        self._threads, self._absent = threads, absent
+    def __init__(self, absent=()):
+        self._absent = absent
         self._kernels, self._kept = {}, []
         self.loaded, self.launched, self.events = [], [], 0
 
@@ -30,7 +30,7 @@ class SimulatedDriver:
 
     def load(self, device, kernel):
         self.loaded.append((device, kernel))
-        self._kernels.setdefault(kernel, cuda.jit(kernel))
+        self._kernels.setdefault(kernel, cuda.jit(kernel.build()))
 
     def launch(self, device, kernel, num_blocks, stream, words):
         assert (device, kernel) in self.loaded
@@ -39,7 +39,7 @@ class SimulatedDriver:
             return
         array = np.array(words, np.int64)
         self._kept.append(array)
-        self._kernels[kernel][num_blocks, self._threads, stream]((array.ctypes.data,))
+        self._kernels[kernel][num_blocks, kernel.launch_bounds[0], stream]((array.ctypes.data,))
 
     def event(self, device):
         self.events += 1

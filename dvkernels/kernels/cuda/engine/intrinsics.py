@@ -21,7 +21,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import config as numba_config
-from numba import cuda, extending, types
+from numba import extending, types
+
+from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 
 __all__ = [
     "GLOBAL",
@@ -48,7 +51,7 @@ __all__ = [
 ]
 
 SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
-VECTOR_NBYTES = 16
+VECTOR_NBYTES = table_layout.VECTOR_NBYTES
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(_I32, 4)
@@ -58,8 +61,7 @@ _Emit = Callable[..., Any]
 
 # Decorator of device functions. Made here, since the simulator replaces the name ``cuda`` in the
 # module of a kernel while it runs, and another thread may make a kernel at that time.
-_untyped_cuda: Any = cuda
-inlined = _untyped_cuda.jit(device=True, inline="always")
+inlined = cuda.jit(device=True, inline="always")
 
 
 def twin(simulated: Callable[..., Any], *, prefer_literal: bool = False) -> Callable[[_Emit], Any]:
@@ -107,12 +109,13 @@ def call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
 
 
 def keep_rolled(builder: Any) -> None:
-    """Keep LLVM from unrolling the loop around the current position.
+    """Keep LLVM and ptxas from unrolling the loop around the current position.
 
     A GPU hides latency by running other warps, which need registers: unrolled by LLVM, the minimum
     of int8 took 152 registers per thread on sm_90 and the sum of float16 128; rolled, 84 and 96.
     """
-    empty = builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
+    text = r".pragma \22nounroll\22;"  # for ptxas; LLVM does not copy what is convergent
+    empty = builder.asm(ir.FunctionType(ir.VoidType(), []), text, "", [], side_effect=True)
     empty.attributes.add("convergent")
 
 

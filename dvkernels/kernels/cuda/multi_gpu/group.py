@@ -12,15 +12,16 @@ for the next launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import launcher, operations
-from dvkernels.kernels.cuda.multi_gpu import flag_kernel
+from dvkernels.kernels.cuda.engine import catalogue, launcher, operations
+from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.kernels.cuda.multi_gpu import flag_program
 from dvkernels.kernels.cuda.multi_gpu.peer_access import DeviceMemory, PeerAccess
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.schedules.flag_protocol import NUM_SLOTS, Combine, Protocol, Signal
@@ -63,11 +64,11 @@ class DeviceGroup:
         self._timeout_seconds = timeout_seconds
         num_ranks = len(self._devices)
         self._shared = driver.pinned(self._devices[0], 1 + num_ranks**2)
-        unset = [0] * (flag_kernel.flags_nbytes(num_ranks) // 8 * MOST_BLOCKS)
+        unset = [0] * (flag_program.flags_nbytes(num_ranks) // 8 * MOST_BLOCKS)
         self._flags = [driver.words(device, unset) for device in self._devices]
         self._slots: dict[str, list[list[int]]] = {}
         self._programs: dict[tuple[str, tuple[int, ...]], list[DeviceMemory]] = {}
-        self._loaded: set[Callable[..., None]] = set()
+        self._loaded: set[Kernel] = set()
         self._allocations: list[Any] = []
         # Per rank, after its last call. Its stream may have been destroyed since.
         self._ends = [driver.event(device) for device in self._devices]
@@ -86,7 +87,7 @@ class DeviceGroup:
         """
         schedule = route.make(len(self._devices))
         operation, code = operations.resolve(job.op, job.dtype)
-        make = flag_kernel.waiting_kernel if route.waits else flag_kernel.combine_kernel
+        make = catalogue.waiting if route.waits else catalogue.row
         kernel = make(operation, code)
         itemsize = arithmetic.dtype_of(code).itemsize
         count = job.length * arithmetic.factor(job.op, job.dtype)
@@ -129,10 +130,10 @@ class DeviceGroup:
         nbytes = call.length * call.itemsize // call.schedule.num_parts
         num_blocks = max(1, min(MOST_BLOCKS, nbytes // _BLOCK_NBYTES))
         num_parts = call.schedule.num_parts
-        share = flag_kernel.shares(call.length, call.itemsize, num_parts, num_blocks)
+        share = flag_program.shares(call.length, call.itemsize, num_parts, num_blocks)
 
         def launch(position: int, row: int) -> None:
-            header = flag_kernel.LaunchHeader(
+            header = flag_program.LaunchHeader(
                 call.programs[position].address,
                 self._epoch,
                 call.length,
@@ -214,7 +215,7 @@ class DeviceGroup:
 
     # -- resources of a call ----------------------------------------------------------------------
 
-    def _load(self, kernel: Callable[..., None]) -> None:
+    def _load(self, kernel: Kernel) -> None:
         if kernel not in self._loaded:
             for device in {*self._devices}:
                 self._driver.load(device, kernel)
@@ -229,8 +230,8 @@ class DeviceGroup:
             programs = []
             for position, rank in enumerate(order):
                 missed = [stop + 8 * (1 + rank * len(order) + peer) for peer in order]
-                words = flag_kernel.program_words(
-                    schedule, position, flag_kernel.SharedAddresses(flags, missed, stop)
+                words = flag_program.program_words(
+                    schedule, position, flag_program.SharedAddresses(flags, missed, stop)
                 )
                 programs.append(self._driver.words(self._devices[rank], words))
             self._programs[key] = programs
@@ -268,7 +269,7 @@ class DeviceGroup:
 class _LaunchedCall(NamedTuple):
     schedule: Protocol
     route: Route
-    kernel: Callable[..., None]
+    kernel: Kernel
     programs: list[DeviceMemory]
     addresses: list[int]
     job: AllReduceCall

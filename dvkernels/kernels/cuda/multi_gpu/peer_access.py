@@ -13,6 +13,7 @@ import numpy as np
 from dvkernels.devices import driver
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import launcher
+from dvkernels.kernels.cuda.engine.kernel import Kernel
 from dvkernels.schedules.flag_selection import AccessMatrix
 
 __all__ = ["DeviceMemory", "PeerAccess", "reach"]
@@ -62,14 +63,14 @@ class PeerAccess:
         weakref.finalize(memory, self._driver.free_on_host, device, address).atexit = False
         return words
 
-    def load(self, device: int, kernel: Callable[..., None]) -> None:
+    def load(self, device: int, kernel: Kernel) -> None:
         """Compile a kernel, unless it is compiled, and load it onto the device."""
         launcher.prepare(kernel, device)
 
     def launch(
         self,
         device: int,
-        kernel: Callable[..., None],
+        kernel: Kernel,
         num_blocks: int,
         stream: int,
         words: Sequence[int],
