@@ -23,8 +23,8 @@ from dvkernels.launcher import scancel
 __all__ = [
     "EXPORTED_VARIABLES",
     "FLAVOURS",
-    "HostSlots",
     "LOCAL",
+    "HostSlots",
     "Job",
     "LauncherFlavour",
     "command",
