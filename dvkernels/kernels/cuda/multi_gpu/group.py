@@ -113,6 +113,7 @@ class DeviceGroup:
                 if not is_captured:
                     self._driver.record(lanes)
             except BaseException:
+                self._loaded.discard(kernel)  # a failed launch may have unloaded it
                 if not is_captured:
                     # Launched ranks wait for the others, and no later call would wait for them.
                     self.abort()
@@ -131,11 +132,14 @@ class DeviceGroup:
         num_blocks = max(1, min(MOST_BLOCKS, nbytes // _BLOCK_NBYTES))
         num_parts = call.schedule.num_parts
         share = flag_program.shares(call.length, call.itemsize, num_parts, num_blocks)
+        epoch = self._epoch
+        if call.route.waits:  # a call that is left half-way has used its epochs too
+            self._epoch += call.schedule.num_stages
 
         def launch(position: int, row: int) -> None:
             header = flag_program.LaunchHeader(
                 call.programs[position].address,
-                self._epoch,
+                epoch,
                 call.length,
                 divisor,
                 self._deadline_ns,
@@ -150,7 +154,6 @@ class DeviceGroup:
         if call.route.waits:
             for position in range(len(order)):
                 launch(position, 0)
-            self._epoch += call.schedule.num_stages
         else:
             signals: dict[tuple[int, int], Any] = {}  # (writer, reader) -> event of the last signal
             for position, number in call.schedule.in_order():
