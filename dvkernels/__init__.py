@@ -55,13 +55,15 @@ if _typing.TYPE_CHECKING:
     from dvkernels.checkpoint.manager import CheckpointManager as CheckpointManager
     from dvkernels.checkpoint.preemption import PreemptionHandler as PreemptionHandler
     from dvkernels.checkpoint.restoring.restore import Restored as Restored
+    from dvkernels.launcher.function_job import launch as launch
 
-# Imported at first access: not every program needs them, and they import xxhash.
+# Imported at first access: not every program needs them; checkpoints import xxhash.
 _LAZY = {
     "Checkpoint": "dvkernels.checkpoint.checkpoint",
     "CheckpointManager": "dvkernels.checkpoint.manager",
     "PreemptionHandler": "dvkernels.checkpoint.preemption",
     "Restored": "dvkernels.checkpoint.restoring.restore",
+    "launch": "dvkernels.launcher.function_job",
 }
 
 

@@ -175,9 +175,8 @@ def explain(
         )
     if count == 0:
         return "the NVIDIA driver sees no device: is CUDA_VISIBLE_DEVICES empty?"
-    extra = "cuda13" if version[0] >= 13 else "cuda12"
     runs = f"the driver runs CUDA {version[0]}.{version[1]}"
-    install = f"python -m pip install 'dvkernels[{extra}]'"
+    install = install_command(version)
     if version[0] < 12:
         return f"{runs}, and CUDA 12 or later is needed: update the NVIDIA driver"
     if version[0] < 13 and "cupy-cuda13x" in installed and "cupy-cuda12x" not in installed:
@@ -189,6 +188,14 @@ def explain(
         if not any(installed_name.startswith(name) for installed_name in installed):
             return f"{package_name} is not installed; {runs}: {install}"
     return ""
+
+
+def install_command(version: tuple[int, int] | None = None) -> str:
+    """Return the command that installs what GPUs need; ``version`` None: for the driver here."""
+    if version is None:
+        cuda_driver = driver.find()
+        version = (13, 0) if cuda_driver is None or cuda_driver.problem else cuda_driver.version()
+    return f"python -m pip install 'dvkernels[{'cuda13' if version[0] >= 13 else 'cuda12'}]'"
 
 
 def require(verb: str) -> None:

@@ -61,7 +61,7 @@ def _close_all_but(kept: set[int]) -> None:
 
 def _relay(prefix: bytes, targets: dict[int, int]) -> None:
     """Copy lines from each source to its target until all sources have ended."""
-    streams = {source: _LinePrefixer(prefix) for source in targets}
+    streams = {source: LinePrefixer(prefix) for source in targets}
     while streams:
         deadlines = [stream.due for stream in streams.values() if stream.rest]
         seconds = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
@@ -74,7 +74,7 @@ def _relay(prefix: bytes, targets: dict[int, int]) -> None:
                 del streams[source]
 
 
-class _LinePrefixer:
+class LinePrefixer:
     """Splitter of one source's bytes into prefixed lines."""
 
     def __init__(self, prefix: bytes) -> None:

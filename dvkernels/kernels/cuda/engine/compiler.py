@@ -10,15 +10,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda, types
+from numba import types
 
 from dvkernels.errors import DeviceError
-from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine import cuda_target, table_layout
 from dvkernels.kernels.cuda.engine.kernel import Compiled, Kernel
 
 __all__ = ["assemble", "check", "compile_to_ptx"]
 
-_untyped_cuda: Any = cuda
 _untyped_types: Any = types
 _OLDEST = (7, 5)  # the oldest compute capability that current toolkits compile for
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
@@ -34,7 +33,7 @@ def compile_to_ptx(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
     """
     words = _untyped_types.UniTuple(types.int64, table_layout.NUM_WORDS)
     options = {} if kernel.launch_bounds is None else {"launch_bounds": kernel.launch_bounds}
-    ptx, _ = _untyped_cuda.compile_ptx(
+    ptx = cuda_target.compile_ptx(
         kernel.build(), types.void(words), device=False, cc=capability, **options
     )
     found = _ENTRY.search(ptx)
@@ -46,9 +45,10 @@ def compile_to_ptx(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
 
 def check(function: Callable[..., Any], signature: Any) -> None:
     """Raise Numba's error unless a function compiles for devices."""
-    _untyped_cuda.compile_ptx(function, signature, device=True, cc=_OLDEST)
+    cuda_target.compile_ptx(function, signature, device=True, cc=_OLDEST)
 
 
+@cuda_target.diagnosed()
 def assemble(compiled: Compiled, capability: tuple[int, int]) -> bytes:
     """Return the machine code (cubin) for a compute capability."""
     from cuda.bindings import nvjitlink

@@ -21,9 +21,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import config as numba_config
-from numba import cuda, extending, types
+from numba import extending, types
 
 from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 
 __all__ = [
     "GLOBAL",
@@ -60,8 +61,7 @@ _Emit = Callable[..., Any]
 
 # Decorator of device functions. Made here, since the simulator replaces the name ``cuda`` in the
 # module of a kernel while it runs, and another thread may make a kernel at that time.
-_untyped_cuda: Any = cuda
-inlined = _untyped_cuda.jit(device=True, inline="always")
+inlined = cuda.jit(device=True, inline="always")
 
 
 def twin(simulated: Callable[..., Any], *, prefer_literal: bool = False) -> Callable[[_Emit], Any]:

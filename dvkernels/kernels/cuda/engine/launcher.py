@@ -141,7 +141,8 @@ def _driver() -> driver.Driver:
 def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     table = np.array(words, np.int64)
     arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
-    function, cuda = kernel.build(), numba_import.module("numba.cuda")
+    function = kernel.build()
+    cuda = numba_import.module("dvkernels.kernels.cuda.engine.cuda_target").cuda
     with _simulating:
         simulated: Any = cuda.jit(function)
         simulated[blocks, _SIMULATED_THREADS](arguments)

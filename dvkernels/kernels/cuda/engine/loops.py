@@ -12,15 +12,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda as numba_cuda
-
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
 
 __all__ = ["build", "dense_address", "over_pieces"]
-
-cuda: Any = numba_cuda  # its functions carry no types
 
 
 def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:

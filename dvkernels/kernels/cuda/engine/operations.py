@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.devices import cuda as devices
-from dvkernels.errors import UnsupportedDTypeError
+from dvkernels.errors import DeviceError, UnsupportedDTypeError
 from dvkernels.kernels import arithmetic, numba_import
 from dvkernels.reduce_op import ReduceOp, Reduction
 
@@ -36,11 +36,15 @@ def resolve(op: Reduction, dtype: np.dtype[Any]) -> tuple[Operation, int]:
     ------
     UnsupportedDTypeError
         The user's function does not compile for GPUs, which is tried on its first use.
+    DeviceError
+        No function does: a part of the compiler is missing.
     """
     if isinstance(op, ReduceOp):
         return arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
     try:
         custom = _check_compiles(op.fn, dtype)
+    except DeviceError:
+        raise
     except Exception as error:  # Numba raises many classes without a common base
         raise UnsupportedDTypeError(
             f"{op!r} cannot be compiled for {dtype} on a GPU: {str(error).strip():.300}"

@@ -9,8 +9,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda as numba_cuda
-
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import (
     elements,
@@ -20,10 +18,9 @@ from dvkernels.kernels.cuda.engine import (
     optimizer_rules,
     reducers,
 )
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 
 __all__ = ["build"]
-
-cuda: Any = numba_cuda  # its functions carry no types
 
 
 @functools.cache

@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import cuda as numba_cuda
-
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 
 __all__ = ["reducer", "start"]
 
-cuda: Any = numba_cuda  # its functions carry no types
 
 start = intrinsics.inlined(partition.start)
 

@@ -26,10 +26,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda as numba_cuda
-
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, records, span
+from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.kernels.cuda.engine.table_layout import LINE_NBYTES
 from dvkernels.kernels.cuda.multi_gpu.flag_program import (
@@ -46,7 +45,6 @@ from dvkernels.kernels.cuda.multi_gpu.flag_program import (
 
 __all__ = ["build_row", "build_waiting"]
 
-cuda: Any = numba_cuda  # its functions carry no types
 
 _POLLS = 64  # between reads of the clock and of the stop word, which take 1 us over PCIe
 _NAP_NS = 100

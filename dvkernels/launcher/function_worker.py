@@ -1,0 +1,96 @@
+"""Worker process of a launched function: it reads the call, makes it, and writes how it ended.
+
+``python function_worker.py CALL RESULT PATH``, a script: two descriptors of files (see
+``shared_pickle.py``), and as JSON the folders from which the caller imports. So everything that the
+caller can import can be imported here, this package as well.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+import traceback
+
+_POLL_SECONDS = 0.5
+
+
+def main() -> None:
+    """Make the call, and write ``(is_error, value, text, when)`` to the file of the result."""
+    call_fd, result_fd = map(int, sys.argv[1:3])
+    sys.path[:] = json.loads(sys.argv[3])
+    sys.argv[:] = [""]
+    _end_with(os.getppid())
+    from dvkernels.launcher import shared_pickle
+
+    try:
+        fn, args, kwargs = shared_pickle.read(call_fd)
+        os.close(call_fd)
+        result = (False, fn(*args, **kwargs), "", 0.0)
+        try:
+            shared_pickle.write(result_fd, result)
+        except Exception as error:
+            raise _unpicklable(error) from None
+    except BaseException as error:
+        when = time.monotonic()
+        os.ftruncate(result_fd, 0)
+        shared_pickle.write(result_fd, (True, _picklable(error), _text_of(error), when))
+        status = 1
+    else:
+        status = 0
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or None
+            stream.flush()
+    sys.exit(status)
+
+
+def _unpicklable(error: Exception) -> Exception:
+    from dvkernels import user_errors
+    from dvkernels.errors import LaunchError
+
+    return LaunchError(
+        f"launch: the result of the function cannot be pickled: {user_errors.describe(error)}; "
+        f"return arrays, numbers, text and containers of them"
+    )
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and those that it has started, soon after its parent has ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="dvkernels-parent").start()
+
+
+def _picklable(error: BaseException) -> BaseException | None:
+    """Return an exception, or None if the caller could not read it."""
+    import pickle
+
+    import cloudpickle
+
+    try:
+        copied = pickle.loads(cloudpickle.dumps(error))
+    except BaseException:  # its class may do anything
+        return None
+    return error if type(copied) is type(error) else None
+
+
+def _text_of(error: BaseException) -> str:
+    """Return the traceback of an exception without the frames of this module."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__):
+        trace = trace.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except Exception:  # its __str__ may fail
+        return "".join(traceback.format_tb(trace)) + type(error).__name__
+
+
+if __name__ == "__main__":
+    main()
