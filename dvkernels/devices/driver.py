@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dvkernels.devices import load_log
 from dvkernels.errors import DeviceError
 
 __all__ = ["Arguments", "Driver", "find"]
@@ -148,10 +149,15 @@ class Driver:
             self._raise("cuMemcpyAsync", code)
 
     def load(self, device: int, image: bytes, name: str) -> int:
-        """Load a compiled image onto a device; return the handle of its kernel ``name``."""
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        """Load PTX or machine code onto a device; return the handle of its kernel ``name``."""
+        module, function, log = ctypes.c_void_p(), ctypes.c_void_p(), load_log.LoadLog()
         self.enter(device)
-        self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        code = self._library.cuModuleLoadDataEx(
+            ctypes.byref(module), ctypes.c_char_p(image), *log.options
+        )
+        if code not in (0, _OUT_OF_MEMORY):
+            raise DeviceError(log.describe(code, self._name(code), name, self.version()))
+        self._raise("cuModuleLoadDataEx", code)
         self._check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
         # Otherwise drivers since 12.4 may finish loading at the first launch, and wait for the
         # device then.
