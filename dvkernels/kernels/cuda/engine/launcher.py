@@ -25,33 +25,34 @@ __all__ = [
     "LongTables",
     "RepeatedLaunch",
     "launch",
-    "num_blocks",
+    "launching",
+    "num_resident",
     "prepare",
-    "threads",
 ]
 
 SIMULATED = devices.is_simulated()
 _NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
+_num_resident: dict[tuple[int, Kernel], int] = {}
 _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent launch
-_compiling = threading.RLock()
+# Held while a kernel is compiled and loaded, and between the launches of a call whose kernels wait
+# for each other: loading may wait for a device, and that device for a launch. All groups of devices
+# share it: two calls, each launched first on another device, would wait for each other.
+launching = threading.RLock()
 # The simulator runs one kernel at a time in the whole process.
 _simulating = threading.RLock()
-# The fewest threads and blocks that are not one: each simulated thread is a Python thread.
-_SIMULATED_THREADS, _SIMULATED_BLOCKS = 2, 2
-_WAVES = 8  # blocks per multiprocessor: two or three run at once, the others balance the tail
 
 
-def threads() -> int:
-    """Return the number of threads in a block."""
-    return _SIMULATED_THREADS if SIMULATED else table_layout.THREADS
-
-
-def num_blocks(device: int) -> int:
-    """Return the largest number of blocks of a launch; with more pieces, a block takes several."""
+def num_resident(kernel: Kernel, device: int) -> int:
+    """Return how many blocks of a kernel run at once on a device."""
     if SIMULATED:
-        return _SIMULATED_BLOCKS
-    return _WAVES * _driver().num_multiprocessors(device)
+        return 1
+    key = device, kernel
+    if key not in _num_resident:
+        handle, cuda_driver = prepare(kernel, device), _driver()
+        blocks = cuda_driver.num_resident_blocks(device, handle, kernel.launch_bounds[0])
+        _num_resident[key] = blocks * cuda_driver.num_multiprocessors(device)
+    return _num_resident[key]
 
 
 def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], stream: int) -> None:
@@ -104,7 +105,7 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
         arguments = driver.Arguments(_NUM_WORDS)
     arguments.words[:] = words
     try:
-        _driver().launch(device, handle, blocks, table_layout.THREADS, arguments, stream)
+        _driver().launch(device, handle, blocks, kernel.launch_bounds[0], arguments, stream)
     except DeviceError:
         # The device may have been reset, which unloads the kernel: load it again next time.
         _handles.pop((device, kernel), None)
@@ -115,7 +116,7 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
 def prepare(kernel: Kernel, device: int) -> int:
     """Load a kernel on a device, as it ships or compiled here; return its handle there."""
     try:
-        _compiling.acquire()
+        launching.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
@@ -124,7 +125,7 @@ def prepare(kernel: Kernel, device: int) -> int:
         return _handles[key]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-            _compiling.release()
+            launching.release()
         except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
@@ -152,7 +153,7 @@ def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     cuda = numba_import.module("dvkernels.kernels.cuda.engine.cuda_target").cuda
     with _simulating:
         simulated: Any = cuda.jit(function)
-        simulated[blocks, _SIMULATED_THREADS](arguments)
+        simulated[blocks, kernel.launch_bounds[0]](arguments)
 
 
 class LongTables:
@@ -172,11 +173,9 @@ class LongTables:
 
     def place(self, device: int, stream: int, words: Sequence[int]) -> int:
         """Return the device address of a table with these words."""
-        import cupy
-
         content = array.array("q", words).tobytes()
         key = (device, stream, content)
-        is_captured = bool(cupy.cuda.runtime.streamIsCapturing(stream))
+        is_captured = _driver().is_capturing(device, stream)
         try:
             self._lock.acquire()
             entry = self._captured.get(key) or self._recent.pop(key, None)
@@ -186,7 +185,7 @@ class LongTables:
                     "while a graph is captured: make the same call once on the stream, before"
                 )
             if entry is None:
-                entry = self._copy_to_device(cupy, device, stream, content)
+                entry = self._copy_to_device(device, stream, content)
             if is_captured or key in self._captured:
                 self._captured[key] = entry
             else:
@@ -201,17 +200,16 @@ class LongTables:
             except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
-    def _copy_to_device(
-        self, cupy: Any, device: int, stream: int, content: bytes
-    ) -> tuple[Any, Any, Any]:
+    def _copy_to_device(self, device: int, stream: int, content: bytes) -> tuple[Any, Any, Any]:
         """Return the table, the pinned memory that it is copied from, and the event of the copy."""
-        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device) as order:
-            staged = cupy.cuda.alloc_pinned_memory(len(content))
-            host = np.frombuffer(staged, np.uint8, len(content))
-            host[:] = np.frombuffer(content, np.uint8)
-            table = cupy.empty(len(content), np.uint8)
-            table.data.copy_from_host_async(host.ctypes.data, len(content), order)
-            copy_event = cupy.cuda.Event(disable_timing=True)
+        library = devices.arrays()
+        order = library.stream_at(device, stream)
+        with library.at(device, order):
+            staged = library.pinned(len(content))
+            staged[:] = np.frombuffer(content, np.uint8)
+            table = library.empty(device, (len(content),), np.uint8)
+            library.copy(table, staged, order)
+            copy_event = library.event(device)
             copy_event.record(order)
         return table, staged, copy_event
 
