@@ -2,8 +2,8 @@
 
 A record is declared once, as a NamedTuple: the host writes the fields in their order, and a kernel
 reads all of them at once. The loads of the fields that it does not use are optimized away. A record
-is read where the kernel says so: words that LLVM kept from one place to another would cost registers
-in the loops between them.
+is read where the kernel says so: words that LLVM kept from there to later uses would cost registers
+in the loops between.
 """
 
 from __future__ import annotations
