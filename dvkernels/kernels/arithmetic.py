@@ -16,14 +16,17 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = [
     "ADD",
+    "DIV",
     "MAX",
     "MIN",
     "MUL",
+    "SUB",
     "ElementType",
     "combine",
     "dtype_of",
     "element_type",
     "factor",
+    "has_type",
     "join_bfloat16",
     "number_nbytes",
     "operation_code",
@@ -32,7 +35,7 @@ __all__ = [
     "type_code",
 ]
 
-ADD, MIN, MAX, MUL = range(4)
+ADD, MIN, MAX, MUL, SUB, DIV = range(6)
 # A mean is a sum that is divided once, at the end.
 _OPERATIONS = {
     ReduceOp.SUM: ADD,
@@ -80,6 +83,10 @@ def combine(operation: int, element: ElementType, left: Any, right: Any) -> Any:
         return left + right
     if operation == MUL:
         return _complex_product(left, right) if element.kind == "c" else left * right
+    if operation == SUB:
+        return left - right
+    if operation == DIV:  # of real floats only
+        return left / right
     stays = left < right if operation == MIN else left > right
     # A NaN on the left is kept; a NaN on the right makes the comparison false, and is chosen.
     return left.choose(stays | left.is_nan() if element.is_float else stays, right)
@@ -126,6 +133,11 @@ def operation_code(op: ReduceOp) -> int:
 def type_code(dtype: np.dtype[Any], op: ReduceOp = ReduceOp.MAX) -> int:
     """Return the code of the element type that gives ``op`` the same bits as ``dtype``."""
     return _TYPES.index(_computed_as(op, dtype))
+
+
+def has_type(dtype: np.dtype[Any]) -> bool:
+    """Return whether the loops have a type for the elements of ``dtype``."""
+    return dtype.isnative and _computed_as(ReduceOp.PROD, dtype) in _TYPES
 
 
 def dtype_of(code: int) -> np.dtype[Any]:

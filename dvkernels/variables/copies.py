@@ -178,11 +178,9 @@ class Copies:
             debugging.check_finite(f"the new content of variable {self.name!r}", [value])
         self.memory.overwrite([self.arrays[self.index_of(rank)]], [value])
 
-    def commit_rows(self, rows: Sequence[HostArray], values: Sequence[Array]) -> None:
-        """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""
-        if debugging.active is not None:
-            _check_written(self, values)
-        self.memory.overwrite_rows(self.arrays, rows, values)
+    def arrays_to_scatter(self) -> Sequence[Array]:
+        """Return the arrays some of whose rows are about to be written."""
+        return self.arrays
 
 
 def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
@@ -192,7 +190,7 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     """
     if debugging.active is not None:
         for copies, contents in writes:
-            _check_written(copies, contents)
+            check_written(copies, contents)
     memory = writes[0][0].memory
     arrays = [array for copies, _ in writes for array in copies.arrays]
     values = [value for _, contents in writes for value in contents]
@@ -216,7 +214,7 @@ def _may_share(writes: Sequence[tuple[Copies, Sequence[Any]]], arrays: Sequence[
     )
 
 
-def _check_written(copies: Copies, values: Sequence[Array]) -> None:
+def check_written(copies: Copies, values: Sequence[Array]) -> None:
     """In debug mode: raise if the new content is not finite, and record the write."""
     distinct = {id(value): value for value in values}
     debugging.check_finite(f"the new content of variable {copies.name!r}", distinct.values())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import types
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import dvkernels as dv
 from dvkernels import errors, kernels
-from dvkernels.devices import cuda
+from dvkernels.devices import cuda, cuda_arrays
 from dvkernels.kernels.cuda.engine import elements, job, launch_table, launcher
+from dvkernels.kernels.cuda.engine.call import NEW
 from dvkernels.schedules import partition, ring
 from dvkernels.testing import check_arrays
 
@@ -201,3 +204,58 @@ def test_the_ring_adds_each_chunk_in_the_order_of_its_schedule():
     assert (expected != values[0] + values[1] + values[2]).any()
     for result in kernels.ring_all_reduce(on_device([value.copy() for value in values])):
         assert np.asarray(result._ary).tobytes() == expected.tobytes()
+
+
+class OfJax:
+    """Double of an array of JAX on the GPU: immutable, on a stream that nobody else knows."""
+
+    __module__ = "jaxlib._jax"
+
+    def __init__(self, content, events):
+        self._content, self._events = content, events
+        self.shape, self.dtype = content.shape, content.dtype
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def block_until_ready(self):
+        self._events.append("ready")
+        return self
+
+    def unsafe_buffer_pointer(self):
+        return self._content.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("verb", ["reduce", "all_gather", "reduce_scatter", "all_to_all", "NEW"])
+def test_a_call_on_arrays_of_jax_waits_before_and_after_its_work(monkeypatch, verb, dtype):
+    events, launch = [], launcher.launch
+    monkeypatch.setattr(
+        launcher, "launch", lambda *args: events.append("launched") or launch(*args)
+    )
+    stream = types.SimpleNamespace(synchronize=lambda: events.append("synchronized"))
+    monkeypatch.setattr(type(cuda.arrays()), "stream_at", lambda *_: stream)
+    monkeypatch.setattr(
+        cuda_arrays, "like", lambda result, _: events.append("handed over") or result.get()
+    )
+    contents = [np.full(40, k + 1, dtype) for k in range(2)]
+    arrays = [OfJax(content, events) for content in contents]
+    if verb == "NEW":
+        results = kernels.cuda.all_reduce(arrays, out=NEW)
+        expected = [np.full(40, 3, dtype)] * 2
+    else:
+        results = getattr(kernels.cuda, verb)(arrays)
+        expected = getattr(kernels.cpu, verb)(contents)
+    if verb == "reduce":
+        results, expected = [results], [expected]
+    for result, right in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, right)
+    begun = events.index("launched")
+    assert {*events[:begun]} == {"ready"}
+    assert events[begun:] == ["launched", "synchronized", *["handed over"] * len(results)]
+
+
+def test_arrays_of_jax_are_not_overwritten():
+    arrays = [OfJax(np.ones(3), []) for _ in range(2)]
+    with pytest.raises(errors.BufferMismatchError, match="read-only"):
+        kernels.all_reduce(arrays)

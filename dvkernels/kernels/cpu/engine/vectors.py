@@ -38,6 +38,12 @@ class Vector:
     def __add__(self, other: Any) -> Vector:
         return self._emit("fadd" if self.is_float else "add", other)
 
+    def __sub__(self, other: Any) -> Vector:
+        return self._emit("fsub" if self.is_float else "sub", other)
+
+    def __truediv__(self, other: Any) -> Vector:
+        return self._emit("fdiv", other)
+
     def __mul__(self, other: Any) -> Vector:
         return self._emit("fmul" if self.is_float else "mul", other)
 
@@ -170,17 +176,17 @@ class VectorArithmetic:
         lanes = value.type.count
         with builder.if_else(is_exact) as (exact, rounded):
             with exact:
-                product = builder.fmul(value, self._spread(reciprocal, lanes))
+                product = builder.fmul(value, self.spread(reciprocal, lanes))
                 from_exact = builder.block
             with rounded:
-                quotient = builder.fdiv(value, self._spread(divisor, lanes))
+                quotient = builder.fdiv(value, self.spread(divisor, lanes))
                 from_rounded = builder.block
         merged = builder.phi(value.type)
         merged.add_incoming(product, from_exact)
         merged.add_incoming(quotient, from_rounded)
         return merged
 
-    def _spread(self, scalar: Any, lanes: int) -> Any:
+    def spread(self, scalar: Any, lanes: int) -> Any:
         """Emit a vector with the scalar in every lane."""
         undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
         single = self.builder.insert_element(undefined, scalar, _I64(0))

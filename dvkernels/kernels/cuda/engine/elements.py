@@ -17,9 +17,10 @@ import numpy as np
 from numba import types
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import inline_ptx, intrinsics
+from dvkernels.kernels.cuda.engine import inline_ptx, intrinsics, simulator
 from dvkernels.kernels.cuda.engine.operations import Custom, Operation
 from dvkernels.kernels.cuda.engine.registers import Registers, Text, generate
+from dvkernels.kernels.cuda.engine.table_layout import VECTOR_NBYTES
 from dvkernels.reduce_op import working_dtype
 
 __all__ = ["combiner", "divide", "load", "store"]
@@ -43,7 +44,7 @@ def _view_at(address: int, code: int, is_whole: bool) -> Any:
     Raise ``ValueError`` for a misaligned address, which a device cannot access.
     """
     dtype = arithmetic.dtype_of(code)
-    nbytes = intrinsics.VECTOR_NBYTES if is_whole else dtype.itemsize
+    nbytes = VECTOR_NBYTES if is_whole else dtype.itemsize
     if address % (nbytes if is_whole else arithmetic.number_nbytes(code)):
         raise ValueError(f"an access of {nbytes} bytes at {address:#x}, not a multiple of its size")
     raw: Any = (ctypes.c_uint8 * nbytes).from_address(address)
@@ -83,7 +84,7 @@ def vector_type(code: int, is_whole: bool) -> Any:
         return _PACKED
     bits = max(element.bits, 32)
     number = f"float{bits}" if element.is_float else f"{'u' * (element.kind == 'u')}int{bits}"
-    count = element.unit * (intrinsics.VECTOR_NBYTES // element.itemsize if is_whole else 1)
+    count = element.unit * (VECTOR_NBYTES // element.itemsize if is_whole else 1)
     return _untyped.UniTuple(getattr(types, number), count)
 
 
@@ -174,7 +175,7 @@ store = inline_ptx.overloaded(_declare_store, _simulated_store)
 @functools.cache
 def combiner(operation: Operation, code: int, is_whole: bool = True) -> Any:
     """Return the function that combines two vectors, or two elements, lane by lane."""
-    if isinstance(operation, Custom) and not intrinsics.SIMULATED:
+    if isinstance(operation, Custom) and not simulator.IS_ON:
         return _custom_combiner(operation, code, is_whole)
 
     def emit(text: Text, *sides: Registers) -> list[Registers]:
@@ -233,9 +234,9 @@ def divide(value, divisor, code):  # type: ignore[no-untyped-def]
     """
     if divisor != 1:
         if divisor & (divisor - 1) == 0:
-            value = _exact_quotient(value, divisor)
+            value = exact_quotient(value, divisor)
         else:
-            value = _quotient(value, divisor)
+            value = quotient(value, divisor)
     return value
 
 
@@ -254,58 +255,28 @@ def _divider(emit_quotient: Callable[[Registers, Registers], Registers]) -> Any:
     return inline_ptx.overloaded(declare, _simulated_quotient, effect=inline_ptx.NOTHING)
 
 
-_quotient = _divider(Registers.__truediv__)
-_exact_quotient = _divider(lambda value, real: value * real.reciprocal())
+quotient = _divider(Registers.__truediv__)
+exact_quotient = _divider(lambda value, real: value * real.reciprocal())
 
 # ------------------------------------------------------------------ functions of the user's
 
 
 def _custom_combiner(custom: Custom, code: int, is_whole: bool) -> Any:
     """Return the device function that calls a user's function of two elements, lane by lane."""
-    element = arithmetic.element_type(code)
-    inlined, user = intrinsics.inlined, intrinsics.inlined(custom.function.py_func)
-    kind = custom.signature.return_type
-    number = vector_type(code, False).dtype
-    if kind == types.boolean:
-        kind = bool
-
-    @inlined
-    def call(left, right):  # type: ignore[no-untyped-def]
-        return (number(kind(user(kind(left[0]), kind(right[0])))),)
-
-    @inlined
-    def call_on_complex(left, right):  # type: ignore[no-untyped-def]
-        result = kind(user(complex(left[0], left[1]), complex(right[0], right[1])))
-        return (result.real, result.imag)
-
-    each = call_on_complex if element.unit == 2 else call
-    if not is_whole:
-        return each
-    count = element.unit
-    while count < element.unit * intrinsics.VECTOR_NBYTES // element.itemsize:
-        each = _twice(each, count)
-        count *= 2
-    if element.bits >= 32:
-        return each
-    lanes = _untyped.UniTuple(number, count)
+    element, number = arithmetic.element_type(code), vector_type(code, False).dtype
+    vector = vector_type(code, is_whole)
+    if vector != _PACKED:
+        return inline_ptx.calls(custom.function.py_func, custom.signature, vector)
+    lanes = _untyped.UniTuple(number, VECTOR_NBYTES // element.itemsize)
     unpacked = generate(lanes, [_PACKED], lambda _, words: [_unpack(element, words)])
     packed = generate(_PACKED, [lanes], lambda _, numbers: [_pack(element.bits, numbers)])
     unpack, pack = (
         inline_ptx.device_function(*code, effect=inline_ptx.NOTHING) for code in (unpacked, packed)
     )
-
-    @inlined
-    def each_packed(left, right):  # type: ignore[no-untyped-def]
-        return pack(each(unpack(left), unpack(right)))
-
-    return each_packed
-
-
-def _twice(call: Any, count: int) -> Any:
-    """Return the device function that calls another one on each half of twice its numbers."""
+    call = inline_ptx.calls(custom.function.py_func, custom.signature, lanes)
 
     @intrinsics.inlined
-    def both(left, right):  # type: ignore[no-untyped-def]
-        return call(left[:count], right[:count]) + call(left[count:], right[count:])
+    def combine(left, right):  # type: ignore[no-untyped-def]
+        return pack(call(unpack(left), unpack(right)))
 
-    return both
+    return combine

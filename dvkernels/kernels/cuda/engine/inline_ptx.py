@@ -14,12 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import config as numba_config
 from numba import extending, types
 
-__all__ = ["EFFECT", "NOTHING", "READS", "SIMULATED", "Code", "device_function", "overloaded"]
+from dvkernels.kernels.cuda.engine import simulator
 
-SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
+__all__ = [
+    "EFFECT",
+    "NOTHING",
+    "READS",
+    "Code",
+    "calls",
+    "device_function",
+    "overloaded",
+]
+
 # What code does besides computing its result, as LLVM's attributes.
 NOTHING, READS, EFFECT = "readnone nounwind", "readonly nounwind", "convergent noduplicate"
 _CONSTRAINTS = {"i32": "r", "i64": "l", "float": "f", "double": "d"}
@@ -75,7 +83,7 @@ def overloaded(
     latency by running other warps, which need registers: unrolled by LLVM, the minimum of int8 took
     152 registers per thread on sm_90 and the sum of float16 128; rolled, 84 and 80.)
     """
-    if SIMULATED:
+    if simulator.IS_ON:
         return simulated
 
     def typed(typing: Any, *given: Any) -> Any:
@@ -93,14 +101,8 @@ def overloaded(
                 _emit(builder, code.text, [], numbers, effect)
                 return context.get_dummy_value()
             whole = context.get_value_type(code.result)
-            paths = [*_paths(whole)]
-            found = _emit(builder, code.text, [kind for kind, _ in paths], numbers, effect)
-            if not paths[0][1]:
-                return found[0]
-            value = ir.Constant(whole, ir.Undefined)
-            for (_, path), number in zip(paths, found, strict=True):
-                value = builder.insert_value(value, number, path)
-            return value
+            found = _emit(builder, code.text, [kind for kind, _ in _paths(whole)], numbers, effect)
+            return _whole(builder, whole, found)
 
         constants = given[len(code.operands) :]
         return code.result(*code.operands, *constants), generate
@@ -113,7 +115,57 @@ def overloaded(
     vars(typed)["__signature__"] = inspect.Signature(
         [inspect.Parameter(name, kind) for name in parameters]
     )
-    return extending.intrinsic(prefer_literal=True)(typed)
+    function: Any = extending.intrinsic(prefer_literal=True)(typed)
+    function.declare, function.simulated = declare, simulated  # for tests of the PTX
+    return function
+
+
+def calls(function: Callable[..., Any], signature: Any, vector: Any) -> Any:
+    """Return the device function that calls a function of two elements on each pair of two vectors.
+
+    The function, not compiled, becomes part of the kernel. An element is a number of ``vector``,
+    two where the signature says that it is complex; a smaller integer is a wider one there.
+    """
+    kind, number = signature.return_type, vector.dtype
+    unit = 2 if isinstance(kind, types.Complex) else 1
+
+    def call(typing: Any, left: Any, right: Any) -> Any:
+        def generate(context: Any, builder: Any, signature_of_call: Any, args: Any) -> Any:
+            # No caching: Numba would confuse functions of equal code and different globals.
+            compiled = context.compile_subroutine(builder, function, signature, caching=False)
+            sides = [_numbers(builder, arg) for arg in args]
+            results: list[Any] = []
+            for k in range(0, len(sides[0]), unit):
+                pair = []
+                for side in sides:
+                    element = side[k]
+                    if unit == 2:
+                        parts = context.make_complex(builder, kind)
+                        parts.real, parts.imag = side[k : k + 2]
+                        element = parts._getvalue()
+                    pair.append(
+                        element if unit == 2 else context.cast(builder, element, number, kind)
+                    )
+                result = context.call_internal(builder, compiled.fndesc, signature, pair)
+                if unit == 2:
+                    results += (builder.extract_value(result, part) for part in range(2))
+                else:
+                    results.append(context.cast(builder, result, kind, number))
+            return _whole(builder, context.get_value_type(vector), results)
+
+        return vector(vector, vector), generate
+
+    return extending.intrinsic(call)
+
+
+def _whole(builder: Any, kind: Any, numbers: Sequence[Any]) -> Any:
+    """Emit the value of an LLVM type, whose numbers these are."""
+    if not isinstance(kind, ir.ArrayType):
+        return numbers[0]
+    value = ir.Constant(kind, ir.Undefined)
+    for (_, path), number in zip(_paths(kind), numbers, strict=True):
+        value = builder.insert_value(value, number, path)
+    return value
 
 
 def _paths(kind: Any, path: tuple[int, ...] = ()) -> Any:
@@ -140,6 +192,8 @@ def _emit(builder: Any, text: str, results: Any, numbers: Any, effect: str) -> l
     if results:
         result = ir.LiteralStructType(results) if len(results) > 1 else results[0]
     function = ir.FunctionType(result, [number.type for number in numbers])
+    if effect == EFFECT:  # the assembler unrolls loops too
+        text = f'.pragma "nounroll";\n{text}'
     text = text.replace('"', r"\22")  # as LLVM writes a quotation mark in a string
     call = builder.asm(function, text, ",".join(constraints), numbers, side_effect=effect == EFFECT)
     for attribute in effect.split():

@@ -16,13 +16,11 @@ import time
 
 from numba import types
 
-from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
-from dvkernels.kernels.cuda.engine.inline_ptx import READS, SIMULATED, device_function
+from dvkernels.kernels.cuda.engine.inline_ptx import READS, device_function
 
 __all__ = [
-    "SIMULATED",
-    "VECTOR_NBYTES",
     "acquire",
     "clock_ns",
     "inlined",
@@ -31,10 +29,9 @@ __all__ = [
     "quotient",
     "read_word",
     "release",
+    "short_quotient",
     "store_relaxed",
 ]
-
-VECTOR_NBYTES = table_layout.VECTOR_NBYTES
 
 # Decorator of device functions. Made here, since the simulator replaces the name ``cuda`` in the
 # module of a kernel while it runs, and another thread may make a kernel at that time.
@@ -78,16 +75,16 @@ nanosleep = device_function(
 )
 # Return the nanoseconds of a monotonic clock; its resolution may be a microsecond.
 clock_ns = device_function("mov.u64 $0, %globaltimer;", types.int64, simulated=time.monotonic_ns)
-_quotient = device_function(
+short_quotient = device_function(
     "div.u32 $0, $1, $2;",
     types.uint32,
     [types.uint32, types.uint32],
     simulated=lambda dividend, divisor: dividend // divisor,
 )
-_int64 = int if SIMULATED else types.int64
+_int64 = int if simulator.IS_ON else types.int64
 
 
 @inlined
 def quotient(dividend, divisor):  # type: ignore[no-untyped-def]
     """Divide positive integers below 2**32, in a third of the instructions of a 64-bit division."""
-    return _int64(_quotient(dividend, divisor))
+    return _int64(short_quotient(dividend, divisor))

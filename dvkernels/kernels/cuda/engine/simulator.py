@@ -1,26 +1,34 @@
-"""Numba's CUDA simulator, which runs kernels as Python: whether it is on, and a launch in it."""
+"""Numba's CUDA simulator, which runs kernels as Python on the host: whether it is on, and a launch.
+
+It is for tests, and goes when Numba's does: docs/explanation/cuda.md says what takes its place.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from numba import config as numba_config
-from numba import cuda as numba_cuda
+import numpy as np
 
-__all__ = ["BLOCKS", "IS_ON", "THREADS", "launch"]
+from dvkernels.devices import cuda
+from dvkernels.kernels import checks, numba_import
+from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine.kernel import Kernel
 
-IS_ON = bool(vars(numba_config)["ENABLE_CUDASIM"])
-# The fewest threads and blocks that are not one: each simulated thread is a Python thread.
-THREADS, BLOCKS = 2, 2
+__all__ = ["IS_ON", "THREADS", "launch"]
 
-_untyped_cuda: Any = numba_cuda
+IS_ON = cuda.is_simulated()
+THREADS = 2  # per block: the fewest that are not one, since each is a thread of Python
 # The simulator runs one kernel at a time in the whole process.
 _simulating = threading.RLock()
 
 
-def launch(kernel: Callable[..., None], blocks: int, arguments: Sequence[int]) -> None:
-    """Run a kernel, and wait for its end."""
+def launch(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
+    """Run a kernel over a table of words, and wait for its end."""
+    table = np.array(words, np.int64)
+    arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
+    function, target = kernel.build(), numba_import.module("numba.cuda")
     with _simulating:
-        _untyped_cuda.jit(kernel)[blocks, THREADS](tuple(arguments))
+        simulated: Any = target.jit(function)
+        simulated[blocks, kernel.launch_bounds[0]](arguments)
