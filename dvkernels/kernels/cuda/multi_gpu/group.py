@@ -64,7 +64,7 @@ class DeviceGroup:
         self._timeout_seconds = timeout_seconds
         num_ranks = len(self._devices)
         self._shared = driver.pinned(self._devices[0], 1 + num_ranks**2)
-        unset = [0] * (num_ranks * MOST_BLOCKS)
+        unset = [0] * (flag_program.flags_nbytes(num_ranks) // 8 * MOST_BLOCKS)
         self._flags = [driver.words(device, unset) for device in self._devices]
         self._slots: dict[str, list[list[int]]] = {}
         self._programs: dict[tuple[str, tuple[int, ...]], list[DeviceMemory]] = {}
