@@ -187,7 +187,6 @@ def _emit(builder: Any, text: str, results: Any, numbers: Any, effect: str) -> l
     constraints += [_CONSTRAINTS[str(number.type)] for number in numbers]
     if effect == EFFECT:
         constraints.append("~{memory}")
-        text = f'.pragma "nounroll"; {text}'
     result = ir.VoidType()
     if results:
         result = ir.LiteralStructType(results) if len(results) > 1 else results[0]
