@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvkernels.devices import cuda as devices
 from dvkernels.errors import DeviceError, UnsupportedDTypeError
 from dvkernels.kernels import arithmetic, numba_import
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["Custom", "Operation", "resolve"]
@@ -61,7 +61,7 @@ def _check_compiles(function: Any, dtype: np.dtype[Any]) -> Custom:
     """Return the function with its signature; raise unless it compiles (simulator: for the CPU)."""
     element = numba_import.module("numba.np.numpy_support").from_dtype(dtype)
     signature = element(element, element)
-    if devices.is_simulated():
+    if simulator.IS_ON:
         function.compile((element, element))
     else:
         compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
