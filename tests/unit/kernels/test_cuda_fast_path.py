@@ -72,6 +72,9 @@ class Machine:
     def device_of(self, address):
         return 0
 
+    def is_capturing(self, device, stream):
+        return False
+
     def wait(self, device, waiting, awaited):
         self.launched.append((device, waiting, awaited))
 

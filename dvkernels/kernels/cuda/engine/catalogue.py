@@ -66,6 +66,12 @@ def _collective_bounds(operation: Operation, code: int) -> LaunchBounds:
     return _bounds(_THREADS, _FEWER_BLOCKS if is_custom or is_unpacked else _BLOCKS)
 
 
+def _optimizer_bounds(rule: int, code: int) -> LaunchBounds:
+    """Return three blocks, or two for Adam in float64, whose two vectors take 88 registers."""
+    is_large = rule == update_rules.ADAM and arithmetic.dtype_of(code).itemsize == 8
+    return _bounds(_THREADS, _FEWER_BLOCKS if is_large else _BLOCKS)
+
+
 @functools.cache
 def collective(operation: Operation, code: int) -> Kernel:
     """Return the kernel of the collectives within a GPU, for an operation and an element type."""
@@ -106,7 +112,7 @@ def optimizer(rule: int, code: int) -> Kernel:
         f"{_RULES[rule]} {arithmetic.dtype_of(code)}",
         "dvkernels.kernels.cuda.engine.optimizer_kernel.build",
         (rule, code),
-        _bounds(_THREADS, _FEWER_BLOCKS if arithmetic.dtype_of(code).itemsize == 8 else _BLOCKS),
+        _optimizer_bounds(rule, code),
     )
 
 

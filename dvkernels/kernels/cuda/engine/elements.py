@@ -165,7 +165,7 @@ def _declare_store(address: Any, value: Any, code: int, is_whole: bool) -> inlin
 
 
 # Read a vector at a multiple of 16 bytes, or an element at a multiple of its number's size.
-load = inline_ptx.overloaded(_declare_load, _simulated_load, effect=inline_ptx.NOT_COPIED)
+load = inline_ptx.overloaded(_declare_load, _simulated_load)
 # Round a vector, or one element, to the stored type and write it.
 store = inline_ptx.overloaded(_declare_store, _simulated_store)
 

@@ -21,7 +21,6 @@ from dvkernels.kernels.cuda.engine import simulator
 __all__ = [
     "EFFECT",
     "NOTHING",
-    "NOT_COPIED",
     "READS",
     "Code",
     "calls",
@@ -29,9 +28,8 @@ __all__ = [
     "overloaded",
 ]
 
-# What code does besides computing its result, as LLVM's attributes of its call.
-NOTHING, READS, EFFECT = "readnone nounwind", "readonly nounwind", "convergent"
-NOT_COPIED = "convergent noduplicate"
+# What code does besides computing its result, as LLVM's attributes.
+NOTHING, READS, EFFECT = "readnone nounwind", "readonly nounwind", "convergent noduplicate"
 _CONSTRAINTS = {"i32": "r", "i64": "l", "float": "f", "double": "d"}
 
 
@@ -80,11 +78,10 @@ def overloaded(
 
     Code whose effect is ``NOTHING`` depends on its operands alone, and code that ``READS`` on the
     memory too: it may be executed once for many uses, or not at all. Code with an ``EFFECT`` is
-    executed where it stands, and no access to memory is moved across it. Code that is
-    ``NOT_COPIED`` is so too, and LLVM does not copy it: a barrier remains one, and a loop around it
-    is not unrolled. (A GPU hides latency by running other warps, which need registers: unrolled,
-    the minimum of int8 took 152 registers per thread on sm_90 and the sum of float16 128. Where all
-    loops are kept, those over strides and targets too, ptxas spills in Adam's kernels.)
+    executed where it stands: no access to memory is moved across it, and it is not copied, so a
+    barrier remains one, and neither LLVM nor the assembler unrolls a loop around it. (A GPU hides
+    latency by running other warps, which need registers: unrolled by LLVM, the minimum of int8 took
+    152 registers per thread on sm_90 and the sum of float16 128; rolled, 84 and 80.)
     """
     if simulator.IS_ON:
         return simulated
@@ -188,17 +185,16 @@ def _emit(builder: Any, text: str, results: Any, numbers: Any, effect: str) -> l
     """Emit inline assembly, and return its results."""
     constraints = [f"={_CONSTRAINTS[str(kind)]}" for kind in results]
     constraints += [_CONSTRAINTS[str(number.type)] for number in numbers]
-    has_effect = effect in (EFFECT, NOT_COPIED)
-    if has_effect:
+    if effect == EFFECT:
         constraints.append("~{memory}")
     result = ir.VoidType()
     if results:
         result = ir.LiteralStructType(results) if len(results) > 1 else results[0]
     function = ir.FunctionType(result, [number.type for number in numbers])
-    if has_effect:  # the assembler unrolls loops too
+    if effect == EFFECT:  # the assembler unrolls loops too
         text = f'.pragma "nounroll";\n{text}'
     text = text.replace('"', r"\22")  # as LLVM writes a quotation mark in a string
-    call = builder.asm(function, text, ",".join(constraints), numbers, side_effect=has_effect)
+    call = builder.asm(function, text, ",".join(constraints), numbers, side_effect=effect == EFFECT)
     for attribute in effect.split():
         set.add(call.attributes, attribute)  # llvmlite's own ``add`` does not know ``noduplicate``
     if len(results) < 2:

@@ -94,7 +94,6 @@ stage = inline_ptx.device_function(
     types.int64,
     [_untyped.UniTuple(types.int64, NUM_WORDS)],
     simulated=lambda words: int(words[0]),
-    effect=inline_ptx.NOT_COPIED,
 )
 
 

@@ -1,7 +1,9 @@
 """Records of int64 words in the tables that kernels read, by the names of their fields.
 
 A record is declared once, as a NamedTuple: the host writes the fields in their order, and a kernel
-reads all of them at once. The loads of the fields that it does not use are optimized away.
+reads all of them at once. The loads of the fields that it does not use are optimized away. A record
+is read where the kernel says so: words that LLVM kept from there to later uses would cost registers
+in the loops between.
 """
 
 from __future__ import annotations
@@ -27,6 +29,4 @@ def at(record: Any) -> Any:
         return record._make((ctypes.c_int64 * count).from_address(address))
 
     loads = [f"ld.b64 ${k}, [${count}+{8 * k}];" for k in range(count)]
-    return inline_ptx.device_function(
-        " ".join(loads), kind, [types.int64], simulated=simulated, effect=inline_ptx.READS
-    )
+    return inline_ptx.device_function(" ".join(loads), kind, [types.int64], simulated=simulated)
