@@ -51,7 +51,7 @@ class Vector(arithmetic.VectorOperators):
     def negate_even(self) -> Vector:
         """Emit the numbers, those of even lanes with the other sign."""
         signs = [(-1.0, 1.0)[lane & 1] for lane in range(self.count)]
-        return self * self._of(ir.Constant(self.value.type, signs))
+        return self.emit("mul", self._of(ir.Constant(self.value.type, signs)))
 
     def bits(self, kind: str) -> Vector:
         """Emit the same bits as numbers of another type of 32 bits."""

@@ -124,7 +124,7 @@ def generate(result: Any, operands: Sequence[Any], emit: Callable[..., Any]) -> 
 def _kinds(numba_type: Any) -> list[str]:
     """Return the PTX type of each number: ``float32`` is ``f32``, ``int64`` is ``s64``."""
     if hasattr(numba_type, "dtype"):
-        return _kinds(numba_type.dtype) * numba_type.count
+        return _kinds(numba_type.dtype) * int(numba_type.count)
     name = str(numba_type)
     if name == "none":
         return []
