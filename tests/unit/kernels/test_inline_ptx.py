@@ -135,13 +135,14 @@ def test_interpreted_means_are_those_of_the_cpu(dtype, count, monkeypatch):
     combine = functools.partial(vectors.machine.call, elements.combiner(arithmetic.ADD, code))
     total = functools.reduce(combine, map(vectors.load, sources))
     used = []
+
+    def divided(name, function, value, divisor):
+        used.append(name)
+        return vectors.machine.call(function, value, number(divisor))
+
     for name in ("quotient", "exact_quotient"):
-
-        def divided(value, divisor, name=name, function=getattr(elements, name)):
-            used.append(name)
-            return vectors.machine.call(function, value, number(divisor))
-
-        monkeypatch.setattr(elements, name, divided)
+        bound = functools.partial(divided, name, getattr(elements, name))
+        monkeypatch.setattr(elements, name, bound)
     assert elements.divide.py_func(total, 1, code) is total
     vectors.store(elements.divide.py_func(total, count, code), result)
     assert used == ["quotient" if count == 3 else "exact_quotient"]
