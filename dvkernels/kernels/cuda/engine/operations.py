@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvkernels.devices import cuda as devices
 from dvkernels.errors import DeviceError, UnsupportedDTypeError
 from dvkernels.kernels import arithmetic, numba_import
 from dvkernels.kernels.cuda.engine import simulator
@@ -41,6 +42,8 @@ def resolve(op: Reduction, dtype: np.dtype[Any]) -> tuple[Operation, int]:
     """
     if isinstance(op, ReduceOp):
         return arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
+    if not simulator.IS_ON:
+        devices.require_compiler(repr(op))
     try:
         custom = _check_compiles(op.fn, dtype)
     except DeviceError:
