@@ -60,6 +60,8 @@ def test_machine_code(name: str, tmp_path: Path) -> None:
 def check_ptx(ptx: str, is_between_gpus: bool) -> None:
     body = ptx[ptx.index(".entry") :]
     assert "ld.global.v4.b32" in body
+    # One barrier behind the copy of the table, and one in the loop that waits for other GPUs.
+    assert len(re.findall(r"\bbar(?:rier)?\.sync", body)) == 1 + is_between_gpus
     assert "st.global.v4.b32" in body
     assert not re.search(r"\bcall\b", body), "a function that the toolkit would have to link"
     assert ".local" not in ptx
