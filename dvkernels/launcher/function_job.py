@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import os
-import secrets
 import selectors
 import signal
 import subprocess
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dvkernels import user_errors
-from dvkernels.cluster import launcher_environment
-from dvkernels.cluster.host_group import HostGroup
 from dvkernels.cluster import launcher_environment
 from dvkernels.devices import cpu
 from dvkernels.errors import LaunchError, WorkerLostError
@@ -231,7 +228,6 @@ class _FunctionJob:
         self.workers: list[_FunctionWorker] = []
         self._selector = selectors.DefaultSelector()
         self._line = notebook_line.NotebookLine()
-        self._group: HostGroup | None = None
 
     def start(self, call_fd: int, result_fds: Sequence[int], group: Mapping[str, str]) -> None:
         """Start a worker for each result, with the environment of a host group."""
@@ -288,8 +284,6 @@ class _FunctionJob:
             if self._pass_on(key):  # a process that left the group may hold the other end open
                 self._close(key)
         self._selector.close()
-        if self._group is not None:  # some may have waited for others that never came
-            self._group.path.unlink(missing_ok=True)
 
     def _are_ended(self) -> bool:
         return all([worker.look() for worker in self.workers])
