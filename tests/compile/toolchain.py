@@ -28,7 +28,7 @@ class Assembled(NamedTuple):
 def tool(name: str) -> str | None:
     """Return the path of a tool, preferably of the toolkit's wheels, which are of one release."""
     folder = Path(sysconfig.get_path("purelib")) / "nvidia"
-    wheels = sorted(folder.glob(f"*/bin/{name}"), reverse=True)
+    wheels = sorted(folder.glob(f"cu[0-9]*/bin/{name}"), reverse=True)
     return str(wheels[0]) if wheels else shutil.which(name)
 
 

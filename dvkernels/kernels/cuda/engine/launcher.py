@@ -1,6 +1,7 @@
 """Launcher of kernels over launch tables: through the driver, or in the simulator.
 
-Each process compiles a kernel for a device on its first launch there, in half a second.
+A process loads a kernel on a device at its first launch there. Most kernels ship as PTX, which the
+driver assembles; others are compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks, numba_import
-from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine import shipped_ptx, table_layout
 from dvkernels.kernels.cuda.engine.kernel import Kernel
 
 __all__ = [
@@ -113,22 +114,28 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
 
 
 def prepare(kernel: Kernel, device: int) -> int:
-    """Compile a kernel and load it on a device; return its handle there."""
+    """Load a kernel on a device, as it ships or compiled here; return its handle there."""
     try:
         launching.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
-            compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
-            compiled = compiler.compile_to_ptx(kernel, capability)
-            image = compiler.assemble(compiled, capability)
-            _handles[key] = _driver().load(device, image, compiled.name)
+            image = shipped_ptx.find(kernel, capability) or _compile(kernel, capability)
+            _handles[key] = _driver().load(device, image, kernel.entry)
         return _handles[key]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
             launching.release()
         except RuntimeError:  # not acquired: the wait was interrupted
             pass
+
+
+def _compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
+    """Compile a kernel, in half a second or more, and return its machine code."""
+    devices.require_compiler(f"{kernel!r}, {shipped_ptx.reason(kernel, capability)},")
+    compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
+    image: bytes = compiler.assemble(compiler.compile_to_ptx(kernel, capability), capability)
+    return image
 
 
 def _driver() -> driver.Driver:
@@ -142,7 +149,8 @@ def _driver() -> driver.Driver:
 def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     table = np.array(words, np.int64)
     arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
-    function, cuda = kernel.build(), numba_import.module("numba.cuda")
+    function = kernel.build()
+    cuda = numba_import.module("dvkernels.kernels.cuda.engine.cuda_target").cuda
     with _simulating:
         simulated: Any = cuda.jit(function)
         simulated[blocks, kernel.launch_bounds[0]](arguments)

@@ -41,6 +41,8 @@ def resolve(op: Reduction, dtype: np.dtype[Any]) -> tuple[Operation, int]:
     """
     if isinstance(op, ReduceOp):
         return arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
+    if not devices.is_simulated():
+        devices.require_compiler(repr(op))
     try:
         custom = _check_compiles(op.fn, dtype)
     except DeviceError:
