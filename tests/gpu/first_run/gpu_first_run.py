@@ -501,9 +501,10 @@ def bandwidth(data, _):
     fast_path._launches.clear()
     save(data)
 
-    # By size: with fewer pieces of 16 KiB than blocks run at once (396) a thread takes one vector.
+    # By size: with fewer pieces of 16 KiB than half the blocks that run at once (198, 3.1 MiB) a
+    # thread takes one vector.
     tried = data["by_size_mib"] = {}
-    for mib in () if DRY else (1, 4, 6, 7, 8, 16, 32, 64):
+    for mib in () if DRY else (1, 2, 3, 4, 8, 16, 32, 64):
         short = mib << 20
         near = lambda: gpu.copy(target[:short], source[:short])  # noqa: E731, B023
         tried[mib] = {}
@@ -901,7 +902,7 @@ def teams(data, _):
         shapes += [("two_shot", 1 << 24, True)]
         for name, length, is_unbound in shapes:
             with variant(without_bounds) if is_unbound else contextlib.nullcontext():
-                getattr(own, "_loaded", set()).clear()
+                own._most_blocks.clear()
                 told = f"{name} x{count} {4 * length >> 10} KiB{' no bounds' * is_unbound}"
                 arrays = [cp.ones(length, dtype) for _ in range(count)]
                 outs = [cp.empty(length, dtype) for _ in range(count)]

@@ -14,10 +14,10 @@ from driver_double import DriverLibrary
 from dvkernels import errors, kernels
 from dvkernels.devices import cuda, driver
 from dvkernels.devices.driver import Driver
-from dvkernels.kernels.cuda.engine import intrinsics
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.kernels.cuda.multi_gpu import all_reduce
 
-pytestmark = pytest.mark.skipif(intrinsics.SIMULATED, reason="has a driver of its own")
+pytestmark = pytest.mark.skipif(simulator.IS_ON, reason="has a driver of its own")
 
 
 class Array:
