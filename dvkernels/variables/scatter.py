@@ -186,7 +186,8 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
     arrays, memory = copies.arrays_to_scatter(), copies.memory
     if memory is array_memory.HOST and debugging.active is None:
         kernel, dtype = backends.row_updates(), arrays[0].dtype
-        if kernel.takes(verb, dtype) and not _rounds_twice(verb, dtype, changes):
+        runner = None if _rounds_twice(verb, dtype, changes) else kernel.runner(verb, dtype)
+        if runner is not None:
             writes = [
                 kernel.RowWrite(
                     [arrays[k] for k in change.copies], indices, _apart(updates, arrays)
@@ -194,7 +195,7 @@ def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: in
                 for change in changes
                 for indices, updates in change.parts
             ]
-            kernel.update_rows(verb, writes, divisor)
+            kernel.update_rows(runner, writes, divisor)
             return
     targets, rows, values = [], [], []
     for change in changes:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,21 +30,21 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     JobHeader,
     counters_after,
 )
+from dvkernels.reduce_op import ReduceOp
 
 __all__: list[str] = []
 
 _REPLACE = -1  # beside the operations of arithmetic.py
-_OPERATIONS = {
-    "scatter_update": _REPLACE,
-    "scatter_add": arithmetic.ADD,
-    "scatter_sub": arithmetic.SUB,
-    "scatter_mul": arithmetic.MUL,
-    "scatter_div": arithmetic.DIV,
-    "scatter_min": arithmetic.MIN,
-    "scatter_max": arithmetic.MAX,
+_OPERATIONS = {  # and a reduction of which the loops share types
+    "scatter_update": (_REPLACE, ReduceOp.MAX),
+    "scatter_add": (arithmetic.ADD, ReduceOp.SUM),
+    "scatter_sub": (arithmetic.SUB, ReduceOp.SUM),
+    "scatter_mul": (arithmetic.MUL, ReduceOp.PROD),
+    "scatter_div": (arithmetic.DIV, ReduceOp.MAX),
+    "scatter_min": (arithmetic.MIN, ReduceOp.MIN),
+    "scatter_max": (arithmetic.MAX, ReduceOp.MAX),
 }
-# Kinds of dtype: numpy.dtype.kind, "f" for bfloat16. NumPy keeps the division of integers, of which
-# one by 0 warns, that of complex numbers, and bool.
+# Kinds of dtype: numpy.dtype.kind, "f" for bfloat16.
 _KINDS = {arithmetic.MIN: "fiu", arithmetic.MAX: "fiu", arithmetic.DIV: "f"}
 _BYTES = arithmetic.type_code(np.dtype(np.uint8))
 
@@ -223,47 +224,36 @@ def _choose(chosen, indices, count, shift, mask, owner):  # type: ignore[no-unty
     return num_own
 
 
-_runners: dict[tuple[int, int], Any] = {}
+_made = functools.cache(_make)
 
 
-def _key(verb: str, dtype: np.dtype[Any]) -> tuple[int, int]:
-    """Return the operation and the type of elements that give the same bits as ``dtype``."""
-    operation = _OPERATIONS[verb]
-    if operation == _REPLACE:
-        return operation, _BYTES
-    if operation == arithmetic.MUL:
-        return operation, arithmetic.type_code(dtype, reduce_op.ReduceOp.PROD)
-    is_sum = operation in (arithmetic.ADD, arithmetic.SUB)
-    like = reduce_op.ReduceOp.SUM if is_sum else reduce_op.ReduceOp.MAX
-    return operation, arithmetic.type_code(dtype, like)
+@functools.cache
+def runner(verb: str, dtype: np.dtype[Any]) -> int | None:
+    """Return the address of the runner of an operation over a dtype, compiled if need be.
 
-
-def _runner(verb: str, dtype: np.dtype[Any]) -> int:
-    """Return the address of the runner of an operation over a dtype, compiled if need be."""
-    key = _key(verb, dtype)
-    if key not in _runners:
-        _runners[key] = _make(*key)
-    address: int = _runners[key].address
+    None for what is left to NumPy: the division of integers, of which one by 0 warns, that of
+    complex numbers and their order, bool, and dtypes that are not known.
+    """
+    operation, like = _OPERATIONS[verb]
+    if operation != _REPLACE and (
+        dtype.kind == "b"
+        or not arithmetic.has_type(dtype)
+        or reduce_op.kind(dtype) not in _KINDS.get(operation, "fciu")
+    ):
+        return None
+    # One runner for all dtypes with the same bits.
+    code = _BYTES if operation == _REPLACE else arithmetic.type_code(dtype, like)
+    address: int = _made(operation, code).address
     return address
 
 
-def compile_all(dtypes: Iterable[np.dtype[Any]]) -> None:
+def compile_all(dtypes: Sequence[np.dtype[Any]]) -> None:
     """Compile every operation over these dtypes."""
     for verb, dtype in itertools.product(_OPERATIONS, dtypes):
-        if takes(verb, dtype):
-            _runner(verb, dtype)
+        runner(verb, dtype)
 
 
-def takes(verb: str, dtype: np.dtype[Any]) -> bool:
-    """Return whether :func:`update_rows` has this operation for a dtype of numbers."""
-    operation = _OPERATIONS[verb]
-    if operation == _REPLACE:
-        return True
-    is_known = dtype.kind != "b" and arithmetic.has_type(dtype)
-    return is_known and reduce_op.kind(dtype) in _KINDS.get(operation, "fciu")
-
-
-def update_rows(verb: str, writes: Sequence[RowWrite], divisor: int = 1) -> None:
+def update_rows(runner: int, writes: Sequence[RowWrite], divisor: int = 1) -> None:
     """Apply updates to rows, list after list, in one go that no interrupt cuts.
 
     Each update is applied to its row of the first array of its write, and the new row is written to
@@ -271,26 +261,29 @@ def update_rows(verb: str, writes: Sequence[RowWrite], divisor: int = 1) -> None
 
     Parameters
     ----------
-    verb : str
-        The operation: the name of a variable's method, such as ``"scatter_add"``.
+    runner : int
+        That of the operation and the arrays' dtype.
     writes : sequence of RowWrite
-        Of arrays of one shape and dtype, for which :func:`takes` is true.
+        Of arrays of one shape and dtype.
     divisor : int
         Updates are divided by it first; 1 for integers.
     """
     like = writes[0].arrays[0]
-    row_nbytes = like.itemsize * int(np.prod(like.shape[1:], dtype=np.int64))
-    runner = _runner(verb, like.dtype)
-    moved = row_nbytes * sum(len(w.indices) * (2 + len(w.arrays)) for w in writes)
+    row_nbytes = like.itemsize * math.prod(like.shape[1:])
+    moved, num_copies = 0, 0
+    for write in writes:
+        moved += row_nbytes * len(write.indices) * (2 + len(write.arrays))
+        num_copies += len(write.arrays)
     if moved == 0:
         return
-    num_owners, num_threads = 1, min(thread_pool.num_threads(), MOST_QUEUES)
-    while moved >= thread_pool.SHARED_NBYTES and num_owners < num_threads:
-        num_owners *= 2
-    # Words: the header, the row_job, the lists, the addresses of the arrays, the counters.
+    num_owners, num_threads = 1, 1
+    if moved >= thread_pool.SHARED_NBYTES:
+        num_threads = min(thread_pool.num_threads(), MOST_QUEUES)
+        num_owners = 1 << (num_threads - 1).bit_length()
+    # Words: the header, the request, the lists, the addresses of the arrays, the counters.
     lists_offset = HEADER_WORDS + _ROW_JOB_WORDS
     copies_offset = lists_offset + _LIST_WORDS * len(writes)
-    end = copies_offset + sum(len(write.arrays) for write in writes)
+    end = copies_offset + num_copies
     counters_offset = counters_after(end)
     words = intrinsics.words(counters_offset + COUNTER_WORDS * (1 + num_threads))
     address = checks.address(words)
@@ -303,20 +296,19 @@ def update_rows(verb: str, writes: Sequence[RowWrite], divisor: int = 1) -> None
         constants=address + 8 * HEADER_WORDS,
         counters=address + 8 * counters_offset,
     )
-    owner_shift = max(0, (_OWNED_NBYTES - 1) // row_nbytes).bit_length()
-    row_job = _RowJob(row_nbytes, divisor, owner_shift, num_owners - 1)
-    content: list[int] = [*header, *row_job]
+    owner_shift = ((_OWNED_NBYTES - 1) // row_nbytes).bit_length()
+    content: list[int] = [*header, row_nbytes, divisor, owner_shift, num_owners - 1]
     copies: list[int] = []
     kept = [_with_contiguous_rows(write.updates) for write in writes]
     for write, updates in zip(writes, kept, strict=True):
-        content += _UpdateList(
+        content += [
             checks.address(write.indices),
             checks.address(updates),
             updates.strides[0],
             len(write.indices),
             address + 8 * (copies_offset + len(copies)),
             len(write.arrays),
-        )
+        ]
         copies += map(checks.address, write.arrays)
     words[:end] = content + copies
     try:
@@ -328,4 +320,6 @@ def update_rows(verb: str, writes: Sequence[RowWrite], divisor: int = 1) -> None
 
 def _with_contiguous_rows(updates: HostArray) -> HostArray:
     """Return updates each of which is contiguous: the array itself if it is so."""
-    return updates if updates[:1].flags.c_contiguous else np.ascontiguousarray(updates)
+    if updates.flags.c_contiguous or updates[:1].flags.c_contiguous:
+        return updates
+    return np.ascontiguousarray(updates)
