@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from dvkernels import reduce_op
@@ -22,7 +21,6 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import arithmetic, checks, jit
 from dvkernels.kernels.cpu.engine import intrinsics, job_layout, loops, records, thread_pool
-from dvkernels.kernels.cpu.engine.intrinsics import cgutils
 from dvkernels.kernels.cpu.engine.job_layout import (
     COUNTER_WORDS,
     HEADER_WORDS,
@@ -30,13 +28,13 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     JobHeader,
     counters_after,
 )
+from dvkernels.kernels.cpu.engine.row_loop import REPLACE, apply_updates
 from dvkernels.reduce_op import ReduceOp
 
 __all__: list[str] = []
 
-_REPLACE = -1  # beside the operations of arithmetic.py
 _OPERATIONS = {  # and a reduction of which the loops share types
-    "scatter_update": (_REPLACE, ReduceOp.MAX),
+    "scatter_update": (REPLACE, ReduceOp.MAX),
     "scatter_add": (arithmetic.ADD, ReduceOp.SUM),
     "scatter_sub": (arithmetic.SUB, ReduceOp.SUM),
     "scatter_mul": (arithmetic.MUL, ReduceOp.PROD),
@@ -48,14 +46,10 @@ _OPERATIONS = {  # and a reduction of which the loops share types
 _KINDS = {arithmetic.MIN: "fiu", arithmetic.MAX: "fiu", arithmetic.DIV: "f"}
 _BYTES = arithmetic.type_code(np.dtype(np.uint8))
 
-# An owner selects its rows from so many indices at a time, then applies their updates, for which
-# the rows so many updates ahead are fetched.
+# An owner selects its rows from so many indices at a time, then applies their updates.
 _CHUNK = 512
-_AHEAD = 12
 # Neighbouring rows up to so many bytes have one owner, so that few cache lines have two.
 _OWNED_NBYTES = 512
-_LINE = 64
-_I64 = ir.IntType(64)
 
 
 class RowWrite(NamedTuple):
@@ -84,94 +78,13 @@ class _UpdateList(NamedTuple):
     length: int
     copies: int  # the address of the first of the arrays' addresses
     num_copies: int
+    order: int  # the address of the positions in the order of :func:`grouped`, or 0
 
 
 _ROW_JOB_WORDS, _LIST_WORDS = len(_RowJob._fields), len(_UpdateList._fields)
 _row_job_at = records.view(records.layout(_RowJob))
 _list_at = records.nth(records.layout(_UpdateList))
 _abandoned: list[Any] = []  # arrays that a stopped thread may still touch
-
-
-@intrinsics.literal_intrinsic
-def _apply(
-    typing: Any, copies: Any, num_copies: Any, indices: Any, updates: Any, stride: Any, chosen: Any,
-    count: Any, is_all: Any, nbytes: Any, divisor: Any, operation: Any, code: Any,
-) -> Any:  # fmt: skip
-    """Apply the updates that ``chosen`` lists to rows of ``nbytes``, one after another.
-
-    The first five arguments are as in ``_UpdateList``.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        table, num_copies, indices, updates, stride, listed, count, is_all, nbytes, divisor = args[
-            :10
-        ]
-        numbers = arithmetic.VectorArithmetic(builder, code.literal_value)
-        combines = operation.literal_value != _REPLACE
-        bases = builder.inttoptr(table, _I64.as_pointer())
-        base, one = builder.load(bases), _I64(1)
-
-        def word(address: Any, index: Any) -> Any:
-            return builder.load(builder.gep(builder.inttoptr(address, _I64.as_pointer()), [index]))
-
-        def byte(*terms: Any) -> Any:
-            address = functools.reduce(builder.add, terms)
-            return builder.inttoptr(address, ir.IntType(8).as_pointer())
-
-        def vector(shift: Any, update: Any, offset: Any, width: int, is_plain: bool) -> None:
-            lanes = width // numbers.itemsize * numbers.unit
-            value = numbers.load(byte(update, offset), lanes)
-            if not is_plain and numbers.is_float:
-                number = builder.sitofp(divisor, numbers.number)
-                value = builder.fdiv(value, numbers.spread(number, lanes))
-            target = byte(base, shift, offset)
-            if combines:
-                value = numbers.combine(operation.literal_value, numbers.load(target, lanes), value)
-            numbers.store(value, target, lanes)
-            if not is_plain:
-                with cgutils.for_range(builder, num_copies, start=one, intp=_I64) as loop:
-                    other = builder.load(builder.gep(bases, [loop.index]))
-                    numbers.store(value, byte(other, shift, offset), lanes)
-
-        def row(shift: Any, update: Any, is_plain: bool) -> None:
-            whole, rest = (builder.and_(nbytes, _I64(part)) for part in (-_LINE, _LINE - 1))
-            with cgutils.for_range_slice(builder, _I64(0), whole, _I64(_LINE), _I64) as (start, _):
-                vector(shift, update, start, _LINE, is_plain)
-            with builder.if_then(builder.icmp_signed("!=", rest, _I64(0))):
-                width = _LINE // 2
-                while width >= numbers.itemsize:  # the binary digits of the rest
-                    digit = builder.and_(rest, _I64(width))
-                    with builder.if_then(builder.icmp_signed("!=", digit, _I64(0))):
-                        start = builder.and_(nbytes, _I64(-2 * width))
-                        vector(shift, update, start, width, is_plain)
-                    width //= 2
-
-        def rows(is_plain: bool, is_listed: bool = True) -> None:
-            at = functools.partial(word, listed) if is_listed else _same
-            last = builder.sub(count, one)
-            with cgutils.for_range(builder, count, intp=_I64) as loop:
-                n, later = loop.index, builder.add(loop.index, _I64(_AHEAD))
-                later = builder.select(builder.icmp_signed("<", later, last), later, last)
-                later = builder.mul(word(indices, at(later)), nbytes)
-                for end in (_I64(0), builder.sub(nbytes, one)):
-                    intrinsics.emit_prefetch(builder, byte(base, later, end), True)
-                i = at(n)
-                shift = builder.mul(word(indices, i), nbytes)
-                row(shift, builder.add(updates, builder.mul(i, stride)), is_plain)
-
-        is_alone = builder.icmp_signed("==", num_copies, one)
-        is_plain = builder.and_(is_alone, builder.icmp_signed("==", divisor, one))
-        with builder.if_else(is_plain) as (plain, general):
-            with plain, builder.if_else(builder.trunc(is_all, ir.IntType(1))) as (every, some):
-                with every:
-                    rows(True, False)
-                with some:
-                    rows(True)
-            with general:
-                rows(False)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 10, operation, code), generate
 
 
 def _make(operation: int, code: int) -> Any:
@@ -182,9 +95,10 @@ def _make(operation: int, code: int) -> Any:
         job = job_layout.job_at(address)
         row_job = _row_job_at(job.constants)
         shift, mask = row_job.owner_shift, row_job.owner_mask
-        scratch = np.empty(_CHUNK, np.int64)
+        chunk = job.piece_length
+        scratch = np.empty(chunk, np.int64)
         chosen = intrinsics.address_of(scratch)
-        for i in range(_CHUNK):
+        for i in range(chunk):
             intrinsics.store(chosen, i, i)
         ordinal = intrinsics.fetch_add(job_layout.counter_at(job.counters, 0), "value", 1)
         attempt = 0
@@ -194,34 +108,64 @@ def _make(operation: int, code: int) -> Any:
                 break
             for k in range(job.num_items):
                 given = _list_at(job.items, k)
-                for first in range(0, given.length, _CHUNK):
+                for first in range(0, given.length, chunk):
                     indices = given.indices + 8 * first
-                    count = min(_CHUNK, given.length - first)
+                    listed, count = chosen, min(chunk, given.length - first)
                     if mask != 0:
-                        count = _choose(chosen, indices, count, shift, mask, owner)
-                    _apply(
+                        count = _choose(chosen, indices, given.order, count, shift, mask, owner)
+                    elif given.order != 0:
+                        listed = given.order
+                    apply_updates(
                         given.copies, given.num_copies, indices,
-                        given.updates + first * given.stride, given.stride, chosen, count,
-                        np.int64(mask == 0), row_job.row_nbytes, row_job.divisor, operation, code,
+                        given.updates + first * given.stride, given.stride, listed, count,
+                        row_job.row_nbytes, row_job.divisor, np.int64(mask == 0), operation, code,
                     )  # fmt: skip
         intrinsics.keep_alive(scratch)
 
     return run
 
 
-def _same(number: Any) -> Any:
-    return number
-
-
 @jit.njit(nogil=True)
-def _choose(chosen, indices, count, shift, mask, owner):  # type: ignore[no-untyped-def]
+def _choose(chosen, indices, order, count, shift, mask, owner):  # type: ignore[no-untyped-def]
     """List the positions of the indices of an owner's rows; return their number."""
     num_own = 0
-    for i in range(count):
+    for n in range(count):
+        i = intrinsics.load(order, n) if order != 0 else n
         row = intrinsics.load(indices, i)
         intrinsics.store(chosen, num_own, i)
         num_own += (row >> shift) & mask == owner
     return num_own
+
+
+@jit.njit(called_with="(int64[::1],)", nogil=True)
+def _grouped(indices):  # type: ignore[no-untyped-def]
+    """Return the positions of the indices, those of one row together, in their order."""
+    count, num_bits = len(indices), 4
+    while count >> (num_bits - 1) > 0:
+        num_bits += 1
+    first = np.full(1 << num_bits, -1)  # position of each row, by its hash
+    last, following = np.empty(count, np.int64), np.full(count, -1)
+    for i in range(count):
+        # D. Knuth, The Art of Computer Programming 3, 6.4: multiplication by the golden ratio
+        place = np.uint64(indices[i]) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - num_bits)
+        at = np.int64(place)
+        while first[at] >= 0 and indices[first[at]] != indices[i]:
+            at = (at + 1) & ((1 << num_bits) - 1)
+        if first[at] < 0:
+            first[at] = i
+            last[i] = i
+        else:
+            last[i] = -1
+            following[last[first[at]]] = i
+            last[first[at]] = i
+    order, number = np.empty(count, np.int64), 0
+    for head in range(count):
+        i = head if last[head] >= 0 else -1
+        while i >= 0:
+            order[number] = i
+            number += 1
+            i = following[i]
+    return order
 
 
 _made = functools.cache(_make)
@@ -235,14 +179,14 @@ def runner(verb: str, dtype: np.dtype[Any]) -> int | None:
     complex numbers and their order, bool, and dtypes that are not known.
     """
     operation, like = _OPERATIONS[verb]
-    if operation != _REPLACE and (
+    if operation != REPLACE and (
         dtype.kind == "b"
         or not arithmetic.has_type(dtype)
         or reduce_op.kind(dtype) not in _KINDS.get(operation, "fciu")
     ):
         return None
     # One runner for all dtypes with the same bits.
-    code = _BYTES if operation == _REPLACE else arithmetic.type_code(dtype, like)
+    code = _BYTES if operation == REPLACE else arithmetic.type_code(dtype, like)
     address: int = _made(operation, code).address
     return address
 
@@ -253,16 +197,16 @@ def compile_all(dtypes: Sequence[np.dtype[Any]]) -> None:
         runner(verb, dtype)
 
 
-def update_rows(runner: int, writes: Sequence[RowWrite], divisor: int = 1) -> None:
+def update_rows(verb: str, writes: Sequence[RowWrite], divisor: int = 1) -> None:
     """Apply updates to rows, list after list, in one go that no interrupt cuts.
 
     Each update is applied to its row of the first array of its write, and the new row is written to
-    all of them.
+    all of them. Half numbers are combined in float32, and a row is rounded once in each list.
 
     Parameters
     ----------
-    runner : int
-        That of the operation and the arrays' dtype.
+    verb : str
+        The operation, for which :func:`runner` has one over the arrays' dtype.
     writes : sequence of RowWrite
         Of arrays of one shape and dtype.
     divisor : int
@@ -276,6 +220,9 @@ def update_rows(runner: int, writes: Sequence[RowWrite], divisor: int = 1) -> No
         num_copies += len(write.arrays)
     if moved == 0:
         return
+    is_merged = reduce_op.is_half(like.dtype)
+    orders = [_grouped(write.indices) if is_merged else None for write in writes]
+    longest = max(len(write.indices) for write in writes) if is_merged else 0
     num_owners, num_threads = 1, 1
     if moved >= thread_pool.SHARED_NBYTES:
         num_threads = min(thread_pool.num_threads(), MOST_QUEUES)
@@ -289,9 +236,10 @@ def update_rows(runner: int, writes: Sequence[RowWrite], divisor: int = 1) -> No
     address = checks.address(words)
     header = JobHeader(
         num_pieces=num_owners,
+        piece_length=max(_CHUNK, longest),
         num_items=len(writes),
         num_queues=num_threads,
-        runner=runner,
+        runner=runner(verb, like.dtype) or 0,
         items=address + 8 * lists_offset,
         constants=address + 8 * HEADER_WORDS,
         counters=address + 8 * counters_offset,
@@ -300,7 +248,7 @@ def update_rows(runner: int, writes: Sequence[RowWrite], divisor: int = 1) -> No
     content: list[int] = [*header, row_nbytes, divisor, owner_shift, num_owners - 1]
     copies: list[int] = []
     kept = [_with_contiguous_rows(write.updates) for write in writes]
-    for write, updates in zip(writes, kept, strict=True):
+    for write, updates, order in zip(writes, kept, orders, strict=True):
         content += [
             checks.address(write.indices),
             checks.address(updates),
@@ -308,13 +256,14 @@ def update_rows(runner: int, writes: Sequence[RowWrite], divisor: int = 1) -> No
             len(write.indices),
             address + 8 * (copies_offset + len(copies)),
             len(write.arrays),
+            0 if order is None else checks.address(order),
         ]
         copies += map(checks.address, write.arrays)
     words[:end] = content + copies
     try:
         thread_pool.execute(words, address, moved)
     except CollectiveTimeoutError:
-        _abandoned.append((writes, kept))
+        _abandoned.append((writes, kept, orders))
         raise
 
 

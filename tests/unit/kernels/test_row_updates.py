@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dvkernels import reduce_op
 from dvkernels.kernels.cpu import row_updates
 from dvkernels.kernels.cpu.engine import thread_pool
 
@@ -21,7 +22,6 @@ UFUNCS = {
 DTYPES = ["?", "i1", "u2", "i4", "u8", "f2", ml_dtypes.bfloat16, "f4", "f8", "c8", "c16"]
 WIDTHS = [(), (1,), (3,), (2, 5), (16,), (45,), (64,)]
 RNG = np.random.default_rng(0)
-ADD = row_updates.runner("scatter_add", np.dtype(float))
 
 
 def numbers(shape, dtype):
@@ -37,11 +37,12 @@ def numbers(shape, dtype):
 
 
 def one_after_another(ufunc, array, indices, updates):
-    new = array.copy()
+    wide = reduce_op.working_dtype(array.dtype)  # half numbers are rounded once
+    new, updates = array.astype(wide), updates.astype(wide)
     with np.errstate(all="ignore"):
         for index, update in zip(indices, updates, strict=True):
             new[index] = ufunc(new[index], update)
-    return new
+        return new.astype(array.dtype)
 
 
 @pytest.fixture(params=["alone", "shared"])
@@ -52,8 +53,7 @@ def threads(request, monkeypatch):
 @pytest.mark.parametrize("verb", UFUNCS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_updates_apply_in_order(verb, dtype, threads):
-    runner = row_updates.runner(verb, np.dtype(dtype))
-    if runner is None:
+    if row_updates.runner(verb, np.dtype(dtype)) is None:
         assert np.dtype(dtype).kind in "bc" or verb == "scatter_div"
         return
     for width in WIDTHS:
@@ -64,7 +64,7 @@ def test_updates_apply_in_order(verb, dtype, threads):
         wide = np.empty((40, 2, *width), dtype)
         wide[:, 1] = updates
         for arrays, given in (copies[:1], updates), (copies[1:], wide[:, 1]):
-            row_updates.update_rows(runner, [row_updates.RowWrite(arrays, indices, given)])
+            row_updates.update_rows(verb, [row_updates.RowWrite(arrays, indices, given)])
         for copy in copies:
             if array.dtype.kind == "c":  # a zero has any sign
                 np.testing.assert_array_equal(copy, expected, f"{verb}, rows {width}")
@@ -80,7 +80,7 @@ def test_several_lists_apply_one_after_another_to_their_own_arrays(threads):
         row_updates.RowWrite([second], np.array([0, 3]), updates),
         row_updates.RowWrite([first], np.array([3, 1]), updates[:, ::-1]),
     ]
-    row_updates.update_rows(ADD, writes, 2)
+    row_updates.update_rows("scatter_add", writes, 2)
     np.testing.assert_array_equal(first[[1, 3]], [[4.0, 4.5, 5.0], [1.0, 0.5, 0.0]])
     np.testing.assert_array_equal(second, [[1, 1.5, 2], [1, 1, 1], [1, 1, 1], [2.5, 3, 3.5]])
 
@@ -93,5 +93,14 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(width, monkeypatch):
         monkeypatch.setattr(thread_pool, "num_threads", lambda n=num_threads: n)
         results.append(rows.copy())
         write = row_updates.RowWrite([results[-1]], indices, updates)
-        row_updates.update_rows(ADD, [write])
+        row_updates.update_rows("scatter_add", [write])
     assert len({result.tobytes() for result in results}) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 1000])
+@pytest.mark.parametrize("num_rows", [1, 5, 1 << 40])
+def test_the_positions_of_a_row_are_put_together_in_their_order(count, num_rows):
+    indices = RNG.integers(0, num_rows, count)
+    order = row_updates._grouped(indices)
+    _, first, of_row = np.unique(indices, return_index=True, return_inverse=True)
+    np.testing.assert_array_equal(order, np.argsort(first[of_row], kind="stable"))
