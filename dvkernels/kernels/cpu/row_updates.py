@@ -2,7 +2,8 @@
 
 Several updates of one row are applied one after another, so the bits depend on the order of the
 indices alone. Threads share the rows, not the updates: a piece of the job is an owner, which reads
-all indices and applies the updates of its own rows.
+all indices and applies the updates of its own rows. Jobs of several callers on one array exclude
+each other, by a lock that compiled code takes and gives back: no interrupt comes between.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
 
-from dvkernels import reduce_op
+from dvkernels import deadlines, reduce_op
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import arithmetic, checks, jit
@@ -29,6 +31,7 @@ from dvkernels.kernels.cpu.engine.job_layout import (
     counters_after,
 )
 from dvkernels.kernels.cpu.engine.row_loop import REPLACE, apply_updates
+from dvkernels.kernels.cpu.engine.thread_pool import NUM_LOCKS
 from dvkernels.reduce_op import ReduceOp
 
 __all__: list[str] = []
@@ -48,6 +51,8 @@ _BYTES = arithmetic.type_code(np.dtype(np.uint8))
 
 # An owner selects its rows from so many indices at a time, then applies their updates.
 _CHUNK = 512
+# A job that has waited so long for its array, 1 to 3 ms, lets Python handle signals.
+_LOCK_PAUSES = 65_536
 # Neighbouring rows up to so many bytes have one owner, so that few cache lines have two.
 _OWNED_NBYTES = 512
 
@@ -67,6 +72,13 @@ class _RowJob(NamedTuple):
     divisor: int  # of the updates
     owner_shift: int  # row r belongs to owner (r >> owner_shift) & owner_mask
     owner_mask: int
+    lock: int  # its address
+    is_locked: int  # by this job
+    num_done: int  # owners
+
+
+class _ArrayLock(NamedTuple):
+    is_taken: int
 
 
 class _UpdateList(NamedTuple):
@@ -84,6 +96,8 @@ class _UpdateList(NamedTuple):
 _ROW_JOB_WORDS, _LIST_WORDS = len(_RowJob._fields), len(_UpdateList._fields)
 _row_job_at = records.view(records.layout(_RowJob))
 _list_at = records.nth(records.layout(_UpdateList))
+_lock_at = records.view(records.layout(_ArrayLock))
+_IS_LOCKED = HEADER_WORDS + _RowJob._fields.index("is_locked")
 _abandoned: list[Any] = []  # arrays that a stopped thread may still touch
 
 
@@ -102,7 +116,7 @@ def _make(operation: int, code: int) -> Any:
             intrinsics.store(chosen, i, i)
         ordinal = intrinsics.fetch_add(job_layout.counter_at(job.counters, 0), "value", 1)
         attempt = 0
-        while True:
+        while _acquire(row_job, ordinal):
             attempt, owner, end_of_owners = loops.claim(job, ordinal, attempt)
             if end_of_owners == 0:
                 break
@@ -120,9 +134,26 @@ def _make(operation: int, code: int) -> Any:
                         given.updates + first * given.stride, given.stride, listed, count,
                         row_job.row_nbytes, row_job.divisor, np.int64(mask == 0), operation, code,
                     )  # fmt: skip
+            if intrinsics.fetch_add(row_job, "num_done", 1) == job.num_pieces - 1:
+                intrinsics.store_shared(_lock_at(row_job.lock), "is_taken", 0)
         intrinsics.keep_alive(scratch)
 
     return run
+
+
+@jit.njit(nogil=True)
+def _acquire(row_job, ordinal):  # type: ignore[no-untyped-def]
+    """Let the first thread of a job take the lock; return whether the job has it."""
+    turn = 0
+    while intrinsics.load_shared(row_job, "is_locked") == 0:
+        if ordinal == 0:
+            if intrinsics.compare_exchange(_lock_at(row_job.lock), "is_taken", 0, 1) == 0:
+                intrinsics.store_shared(row_job, "is_locked", 1)
+            elif turn == _LOCK_PAUSES:
+                intrinsics.store_shared(row_job, "is_locked", -1)
+        turn += 1
+        intrinsics.relax(turn)
+    return intrinsics.load_shared(row_job, "is_locked") > 0
 
 
 @jit.njit(nogil=True)
@@ -245,7 +276,10 @@ def update_rows(verb: str, writes: Sequence[RowWrite], divisor: int = 1) -> None
         counters=address + 8 * counters_offset,
     )
     owner_shift = ((_OWNED_NBYTES - 1) // row_nbytes).bit_length()
-    content: list[int] = [*header, row_nbytes, divisor, owner_shift, num_owners - 1]
+    locks = thread_pool.of_process().locks  # kept alive here
+    lock = checks.address(locks) + records.LINE_NBYTES * (checks.address(like) // 64 % NUM_LOCKS)
+    row_job = _RowJob(row_nbytes, divisor, owner_shift, num_owners - 1, lock, 0, 0)
+    content: list[int] = [*header, *row_job]
     copies: list[int] = []
     kept = [_with_contiguous_rows(write.updates) for write in writes]
     for write, updates, order in zip(writes, kept, orders, strict=True):
@@ -259,9 +293,18 @@ def update_rows(verb: str, writes: Sequence[RowWrite], divisor: int = 1) -> None
             0 if order is None else checks.address(order),
         ]
         copies += map(checks.address, write.arrays)
-    words[:end] = content + copies
+    content += copies
+    deadline = time.monotonic() + deadlines.timeout_seconds()
     try:
-        thread_pool.execute(words, address, moved)
+        while words[_IS_LOCKED] <= 0:
+            if words[_IS_LOCKED] < 0 and time.monotonic() > deadline:
+                raise CollectiveTimeoutError(
+                    f"{verb}: another thread has written these rows for "
+                    f"{deadlines.timeout_seconds():.0f} s: was it stopped?"
+                )
+            words[counters_offset:] = 0
+            words[:end] = content
+            thread_pool.execute(words, address, moved)
     except CollectiveTimeoutError:
         _abandoned.append((writes, kept, orders))
         raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from dvkernels import reduce_op
+from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels.cpu import row_updates
 from dvkernels.kernels.cpu.engine import thread_pool
 
@@ -95,6 +98,34 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(width, monkeypatch):
         write = row_updates.RowWrite([results[-1]], indices, updates)
         row_updates.update_rows("scatter_add", [write])
     assert len({result.tobytes() for result in results}) == 1
+
+
+@pytest.mark.parametrize("count", [3, 500])
+def test_no_update_of_several_threads_is_lost(count, threads):
+    rows = np.zeros((5, 16), np.float32)
+    write = row_updates.RowWrite([rows], np.arange(count) % 5, np.ones((count, 16), np.float32))
+
+    def add(_):
+        for _ in range(50):
+            row_updates.update_rows("scatter_add", [write])
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(add, range(4)))
+    np.testing.assert_array_equal(rows.T, [200.0 * np.bincount(np.arange(count) % 5, None, 5)] * 16)
+
+
+def test_a_lock_that_a_stopped_thread_holds_is_an_error_and_is_free_after_a_fork(monkeypatch):
+    monkeypatch.setenv("DVKERNELS_TIMEOUT_SECONDS", "0.01")
+    rows, pool = np.zeros((5, 16)), thread_pool.ThreadPool()
+    monkeypatch.setattr(thread_pool, "_pool", pool)
+    pool.locks[:] = 1
+    write = row_updates.RowWrite([rows], np.array([1, 2]), np.ones((2, 16)))
+    with pytest.raises(CollectiveTimeoutError, match="scatter_add: another thread has written"):
+        row_updates.update_rows("scatter_add", [write])
+    assert not rows.any()
+    pool.reset()  # in a forked child
+    row_updates.update_rows("scatter_add", [write])
+    assert rows.sum() == 32
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 1000])
