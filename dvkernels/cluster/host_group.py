@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -63,23 +62,17 @@ class HostGroup(ClusterResolver):
     def __init__(
         self, path: str | os.PathLike[str], rank: int, size: int, token: str | bytes
     ) -> None:
-        text: object = ""
-        with contextlib.suppress(TypeError):
-            text = os.fspath(path)
+        place: object = path
+        text = os.fspath(place) if isinstance(place, (str, os.PathLike)) else None
         if not isinstance(text, str) or not text or "\0" in text:
             raise ClusterError(f"path: expected the path of a file; got {brief(path)}")
-        for name, value, low in (("size", size, 1), ("rank", rank, 0)):
-            given: object = value
-            end = size if name == "rank" else None
-            is_whole = isinstance(given, int) and not isinstance(given, bool)
-            if not is_whole or value < low or (end is not None and value >= end):
-                expected = f"an integer from {low}" + ("" if end is None else f" to {end - 1}")
-                raise ClusterError(f"{name}: expected {expected}; got {brief(given)}")
-        given_token: object = token
-        if not isinstance(given_token, (str, bytes)) or not given_token:
+        _check_whole("size", size, 1)
+        _check_whole("rank", rank, 0, size)
+        secret: object = token
+        if not isinstance(secret, (str, bytes)) or not secret:
             raise ClusterError(
                 f"token: expected a text or bytes that only this group has, such as "
-                f"secrets.token_hex(); got {'none' if token in ('', b'') else brief(type(token))}"
+                f"secrets.token_hex(); got {'none' if secret in ('', b'') else type(secret)}"
             )
         self._path = _place(text, size)
         self._token = token.encode(errors="surrogatepass") if isinstance(token, str) else token
@@ -94,6 +87,13 @@ class HostGroup(ClusterResolver):
     def token(self) -> bytes:
         """The secret of the group."""
         return self._token
+
+
+def _check_whole(name: str, value: object, low: int, end: int | None = None) -> None:
+    number = value if isinstance(value, int) and not isinstance(value, bool) else low - 1
+    if number < low or (end is not None and number >= end):
+        expected = f"an integer from {low}" + ("" if end is None else f" to {end - 1}")
+        raise ClusterError(f"{name}: expected {expected}; got {brief(value)}")
 
 
 def _place(text: str, size: int) -> Path:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 from dvkernels.cluster.launcher_environment import Environment
 
-__all__ = ["descendants_of", "environment_of", "parent_of", "start_time_of", "state_of"]
+__all__ = [
+    "descendants_of",
+    "environment_of",
+    "number_of",
+    "parent_of",
+    "start_time_of",
+    "state_of",
+    "this_host",
+    "this_process_namespace",
+]
 
 _PROC = Path("/proc")
 
@@ -73,3 +84,24 @@ def descendants_of(pid: int) -> list[int]:
     for parent in tree:  # breadth first: the list grows during the loop
         tree.extend(children.get(parent, ()))
     return tree[1:]
+
+
+def this_host() -> int:
+    """Return a number of this host and of its time since the last boot."""
+    try:
+        return number_of((_PROC / "sys/kernel/random/boot_id").read_text())
+    except OSError:
+        return number_of(platform.node())
+
+
+def this_process_namespace() -> int:
+    """Return a number of the namespace of this process's id; 0 where there are none."""
+    try:
+        return os.stat(_PROC / "self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def number_of(text: str) -> int:
+    """Return a number of 64 bits that stands for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dvkernels.communicators.single import Single
 from dvkernels.communicators.workers.shm import available
 from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, ClusterError
+from dvkernels.threads import shielded
 
 __all__: list[str] = []
 
@@ -51,9 +53,12 @@ def between_workers(
         return Single()
     algorithm = _BETWEEN_HOSTS.get(_name_of(cross_device_ops), "auto")
     if isinstance(resolver, HostGroup):
-        from dvkernels.communicators.workers.shm import roll_call
-
-        return roll_call.connect(resolver, timeout_seconds, algorithm)
+        # Not where Ctrl-C would leave the lock of an import taken.
+        roll_call = shielded.beyond_interrupts(
+            importlib.import_module, "dvkernels.communicators.workers.shm.roll_call"
+        )
+        workers: Workers = roll_call.connect(resolver, timeout_seconds, algorithm)
+        return workers
     available.check_for_mpi(resolver, os.environ, platform.node())
     try:
         from dvkernels.communicators.workers import connect

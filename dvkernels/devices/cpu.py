@@ -6,6 +6,7 @@ import functools
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from dvkernels.cluster import launcher_environment, procfs
 from dvkernels.cluster.position import Position
@@ -13,24 +14,29 @@ from dvkernels.cluster.position import Position
 __all__: list[str] = []
 
 
-# The cores of the processes of the latest host group that this process is in, and their number.
-_host_group: tuple[int, int] | None = None
+class HostShare(NamedTuple):
+    """Cores that the processes of a host group have together, and their number."""
+
+    together: int
+    num_workers: int
 
 
-def enter_host_group(together: int, num_workers: int) -> None:
-    """Share the cores ``together`` with the other processes of a host group, from now on."""
-    _set_host_group((together, num_workers))
+_host_share: HostShare | None = None  # of the latest host group that this process is in
 
 
-def leave_host_group() -> None:
-    """Share the cores with no other process any more."""
-    _set_host_group(None)
-
-
-def _set_host_group(found: tuple[int, int] | None) -> None:
-    global _host_group
-    _host_group = found
+def enter_host_group(found: HostShare) -> None:
+    """Share the cores with the other processes of a host group, from now on."""
+    global _host_share
+    _host_share = found
     usable_cores.cache_clear()
+
+
+def leave_host_group(found: HostShare) -> None:
+    """Share the cores with no other process any more, unless another group was entered since."""
+    global _host_share
+    if _host_share is found:
+        _host_share = None
+        usable_cores.cache_clear()
 
 
 @functools.cache
@@ -44,8 +50,8 @@ def usable_cores() -> int:
     """
     quota = quota_of_this_process()
     own = len(affinity_of(0))
-    if _host_group is not None:
-        return share(own, _host_group[0], quota, _host_group[1])
+    if _host_share is not None:
+        return share(own, _host_share.together, quota, _host_share.num_workers)
     found = launcher_environment.find(os.environ)
     num_local = 1 if found is None else found[1].num_local_workers or 1
     if found is None or num_local == 1:

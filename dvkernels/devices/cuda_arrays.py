@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -27,11 +28,13 @@ __all__ = [
     "allocate",
     "allocate_like",
     "current_stream",
+    "finish",
     "in_one_capture",
     "like",
     "locate",
     "order_streams",
     "wait_for_result",
+    "wait_on_host",
 ]
 
 
@@ -68,7 +71,7 @@ def _locate_one(verb: str, buffer: Any, label: str) -> DeviceBuffer:
         found = _signature_of(buffer)
         assert found is not None  # a single array does not differ from others
         return DeviceBuffer(_describe(found), found.kind[-1], found.stream)
-    except (BufferError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+    except (BufferError, TypeError, RuntimeError, ValueError, AttributeError, ImportError) as error:
         raise NotABufferError(
             f"{verb} cannot tell where {label}, a {type(buffer).__name__}, lies: {text_of(error)}"
         ) from error
@@ -79,7 +82,7 @@ def _signature_of(buffer: Any) -> signature.Signature | None:
     try:
         return signature.of([buffer])
     except AttributeError:
-        return signature.of([sys.modules["cupy"].from_dlpack(buffer)])
+        return signature.of([importlib.import_module("cupy").from_dlpack(buffer)])
 
 
 def _describe(found: signature.Signature) -> HostArray:
@@ -124,31 +127,53 @@ def allocate_like(
 ) -> tuple[Any, HostArray]:
     """Return a new array for work on a stream, of the library and dtype of another, described.
 
-    ``owner`` is the other array, ``original`` its description.
+    ``owner`` is the other array, ``original`` its description. For JAX it is of CuPy until the work
+    is done (see :func:`finish`).
     """
     if interop.library_of(owner) == "torch" and target == original.device_stream:
         # From PyTorch's own pool, which keeps the memory for a graph that PyTorch captures.
         tensor = sys.modules["torch"].empty(shape, dtype=owner.dtype, device=owner.device)
         return tensor, _locate_one("a new tensor", tensor, "it").array
     array, described = allocate(target, shape, original.array.dtype)
+    if interop.is_of_jax(owner):
+        return array, described
     return like(array, owner, target.stream), described
+
+
+def finish(results: Sequence[Any], owners: Sequence[Any]) -> list[Any]:
+    """Return the new results of a call in the libraries of the other arrays."""
+    pairs = zip(results, owners, strict=False)
+    return [like(result, owner) if interop.is_of_jax(owner) else result for result, owner in pairs]
 
 
 def adopt(verb: str, buffer: Any, label: str) -> Array:
     """Return an array in GPU memory as a CuPy array, without a copy; ``label`` is for messages.
 
-    The current stream of this thread waits for the present work of the array's stream.
+    The current stream of this thread waits for the present work of the array's stream. Arrays of
+    JAX are copied, and the host waits: JAX may write to their memory as soon as nobody in Python
+    refers to them, while work on our streams still reads it.
     """
     if interop.library_of(buffer) == "cupy":
         return cast(Array, buffer)
-    located = _locate_one(verb, buffer, label)
+    located, arrays = _locate_one(verb, buffer, label), cuda.arrays()
     order_streams([(current_stream(located.device), located.device_stream)])
-    return cuda.arrays().over(located.array, located.device, buffer)
+    adopted = arrays.over(located.array, located.device, buffer)
+    if interop.is_of_jax(buffer):
+        own = arrays.empty(located.device, adopted.shape, adopted.dtype)
+        arrays.copy(own, adopted)
+        wait_on_host(current_stream(located.device))
+        return own
+    return adopted
 
 
 def wait_for_result(original: Any) -> None:
-    """Let the stream of a foreign array wait for the current stream, which has the result."""
-    if interop.library_of(original) != "cupy":
+    """Let the stream of a foreign array wait for the current stream, which has the result.
+
+    JAX takes results that are there: for it the host waits.
+    """
+    if interop.is_of_jax(original):
+        wait_on_host(current_stream(original.__dlpack_device__()[1]))
+    elif interop.library_of(original) != "cupy":
         located = _locate_one("a result", original, "the value")
         order_streams([(located.device_stream, current_stream(located.device))])
 
@@ -171,10 +196,17 @@ def order_streams(pairs: Sequence[tuple[DeviceStream, DeviceStream]]) -> None:
             continue
         event = cuda_driver.event(awaited.device)
         try:
-            cuda_driver.record(*awaited, event)
-            cuda_driver.await_event(*waiting, event)
+            cuda_driver.record([(*awaited, event)])
+            cuda_driver.wait_for([(*waiting, event)])
         finally:
             cuda_driver.destroy(awaited.device, event)
+
+
+def wait_on_host(stream: DeviceStream) -> None:
+    """Let the host wait for the present work of a stream."""
+    arrays = cuda.arrays()
+    with arrays.at(stream.device):  # whose default stream it may be
+        arrays.stream_at(*stream).synchronize()
 
 
 @contextlib.contextmanager

@@ -188,10 +188,7 @@ class Strategy(
         return f"<{self._placement.name}>"
 
     def close(self) -> None:
-        """End the replica threads. Variables stay readable; ``run`` raises ``ContextError``.
-
-        A worker leaves its :class:`dvkernels.cluster.HostGroup`: what communicates raises, too.
-        """
+        """End the replica threads; leave a host group. Variables stay readable, ``run`` raises."""
         self._runner.close()
         self._placement.workers.close()
 

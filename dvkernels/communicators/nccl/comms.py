@@ -57,7 +57,7 @@ class NcclComms:
         self._join(ranks, size, unique_id)
         self._watchdog: Watchdog | None = None
         if workers.size > 1:
-            self._watchdog = Watchdog(workers.timeout_seconds)
+            self._watchdog = Watchdog(workers.timeout_seconds, self._devices[0])
 
     def _join(self, ranks: Sequence[int], size: int, unique_id: Any) -> None:
         """Create the communicators in a daemon thread: NCCL waits for all ranks forever."""
@@ -118,7 +118,8 @@ class NcclComms:
                 self._enqueue(call)
                 for device in self._devices:
                     event = self._arrays.event(device)
-                    event.record(self._arrays.current(device))
+                    with self._arrays.at(device):  # whose default stream may be the current one
+                        event.record(self._arrays.current(device))
                     events.append(event)
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first

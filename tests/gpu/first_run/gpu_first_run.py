@@ -160,50 +160,42 @@ def contest(gpu, contestants, calls, rounds):
 
 
 @contextlib.contextmanager
-def variant(ptx=None, options=()):
-    """Compile kernels with their PTX changed, or with more options of the linker."""
-    from dvkernels.kernels.cuda.engine import compiler, fast_path, launcher
+def variant(ptx):
+    """Load kernels with their PTX changed; it is that which ships, if that is current."""
+    from dvkernels.kernels.cuda.engine import fast_path, launcher, shipped_ptx
 
-    compile_to_ptx, assemble = compiler.compile_to_ptx, compiler.assemble
+    find = shipped_ptx.find
 
     def changed(kernel, capability):
-        key = kernel, capability
-        if key not in _ptx:
-            _ptx[key] = compile_to_ptx(kernel, capability)
-        found = _ptx[key]
-        return found._replace(ptx=ptx(found.ptx)) if ptx else found
+        image = find(kernel, capability)
+        if image is None:
+            from dvkernels.kernels.cuda.engine import compiler
 
-    def linked(compiled, capability):
-        if not options:
-            return assemble(compiled, capability)
-        from cuda.bindings import nvjitlink
-
-        source = compiled.ptx.encode()
-        told = [f"-arch=sm_{capability[0]}{capability[1]}", *options]
-        linker = nvjitlink.create(len(told), told)
-        try:
-            nvjitlink.add_data(linker, nvjitlink.InputType.PTX, source, len(source), compiled.name)
-            nvjitlink.complete(linker)
-            image = bytearray(nvjitlink.get_linked_cubin_size(linker))
-            nvjitlink.get_linked_cubin(linker, image)
-        finally:
-            nvjitlink.destroy(linker)
-        return bytes(image)
+            image = compiler.compile_to_ptx(kernel, capability).ptx.encode()
+        return ptx(image.decode()).encode()
 
     def forget():
         launcher._handles.clear()
+        launcher._num_resident.clear()
         fast_path._launches.clear()
 
-    compiler.compile_to_ptx, compiler.assemble = changed, linked
+    shipped_ptx.find = changed
     forget()
     try:
         yield
     finally:
-        compiler.compile_to_ptx, compiler.assemble = compile_to_ptx, assemble
+        shipped_ptx.find = find
         forget()
 
 
-_ptx = {}
+def without_bounds(ptx):
+    """Return PTX without launch bounds."""
+    return re.sub(r"\.maxntid .*\n|\.minnctapersm .*\n", "", ptx)
+
+
+def with_blocks(count):
+    """Return the change of PTX to launch bounds of that many blocks a multiprocessor."""
+    return lambda ptx: re.sub(r"(\.minnctapersm) \d+", rf"\1 {count}", ptx)
 
 
 def catalogue():
@@ -221,24 +213,16 @@ def slug(name):
 
 def use_prebuilt(folder):
     """Take the machine code of kernels from files that ``prebuild`` has made."""
-    from dvkernels.kernels.cuda.engine import compiler
+    from dvkernels.kernels.cuda.engine import shipped_ptx
 
-    index = json.loads((folder / "index.json").read_text())
-    known = {kernel: name for name, kernel in catalogue().items()}
-    compile_to_ptx, assemble = compiler.compile_to_ptx, compiler.assemble
+    find = shipped_ptx.find
 
-    def found(kernel, capability):
-        name = known.get(kernel)
-        if name in index and tuple(capability) == (9, 0):
-            return compiler.Compiled(index[name], f"//prebuilt {slug(name)}")
-        return compile_to_ptx(kernel, capability)
+    def read(kernel, capability):
+        image = folder / f"{slug(str(kernel.name))}.cubin"
+        is_there = tuple(capability) == (9, 0) and image.exists()
+        return image.read_bytes() if is_there else find(kernel, capability)
 
-    def read(compiled, capability):
-        if compiled.ptx.startswith("//prebuilt "):
-            return (folder / f"{compiled.ptx.split()[1]}.cubin").read_bytes()
-        return assemble(compiled, capability)
-
-    compiler.compile_to_ptx, compiler.assemble = found, read
+    shipped_ptx.find = read
 
 
 def prebuild(folder):
@@ -246,12 +230,9 @@ def prebuild(folder):
     from dvkernels.kernels.cuda.engine import compiler
 
     folder.mkdir(parents=True, exist_ok=True)
-    index = {}
     for name, kernel in catalogue().items():
         compiled = compiler.compile_to_ptx(kernel, (9, 0))
         (folder / f"{slug(name)}.cubin").write_bytes(compiler.assemble(compiled, (9, 0)))
-        index[name] = compiled.name
-        (folder / "index.json").write_text(json.dumps(index))
         print(name, flush=True)
 
 
@@ -367,9 +348,9 @@ def first(data, _):
     assert not data["missing"], data["missing"]
     lap("import_dvkernels")
     from dvkernels.kernels import arithmetic
-    from dvkernels.kernels.cuda.engine import catalogue, compiler, launcher
+    from dvkernels.kernels.cuda.engine import catalogue, launcher, shipped_ptx
 
-    data["numba_cuda_file"] = getattr(importlib.import_module("numba.cuda"), "__file__", "?")
+    data["cuda_kernels"] = shipped_ptx.described()
     lap("import_kernels")
     host = [np.arange(1, 1001, dtype="f4") * (k + 1) for k in range(3)]
     buffers = [gpu.array(one) for one in host]
@@ -379,14 +360,6 @@ def first(data, _):
         found = driver()
         data["device"] = found.name(0), found.capability(0), found.version()
         kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
-        compiled = compiler.compile_to_ptx(kernel, found.capability(0))
-        lap("to_ptx")
-        data["ptx"] = re.findall(r"^\.(?:version|target) .*$", compiled.ptx, re.M)
-        image = compiler.assemble(compiled, found.capability(0))
-        lap("to_cubin")
-        data["cubin_bytes"] = len(image)
-        found.load(0, image, compiled.name)
-        lap("load")
     kernels.all_reduce(buffers)
     gpu.sync()
     lap("first_call")
@@ -396,9 +369,26 @@ def first(data, _):
     right = np.sum(host, axis=0)
     assert all((gpu.host(one) == right).all() for one in buffers), "a wrong sum"
     if not DRY:
+        image = shipped_ptx.find(kernel, found.capability(0))
+        lap("find_shipped")
+        if image is not None:
+            found.load(0, image, kernel.entry)
+            lap("load_shipped_again")
         data["attributes"] = attributes(kernel)
         data["multiprocessors"] = found.num_multiprocessors(0)
-        data["most_blocks"] = launcher.num_blocks(0)
+        data["resident_blocks"] = launcher.num_resident(kernel, 0)
+        from dvkernels.kernels.cuda.engine import compiler
+
+        data["numba_cuda_file"] = getattr(importlib.import_module("numba.cuda"), "__file__", "?")
+        lap("import_compiler")
+        compiled = compiler.compile_to_ptx(kernel, found.capability(0))
+        lap("to_ptx")
+        data["ptx"] = re.findall(r"^\.(?:version|target) .*$", compiled.ptx, re.M)
+        image = compiler.assemble(compiled, found.capability(0))
+        lap("to_cubin")
+        data["cubin_bytes"] = len(image)
+        found.load(0, image, compiled.name)
+        lap("load")
 
 
 def _sum_in_order(gpu, buffers, is_half):
@@ -443,7 +433,7 @@ def bandwidth(data, _):
     from dvkernels import kernels
     from dvkernels.kernels import arithmetic
     from dvkernels.kernels.cuda import optimizers
-    from dvkernels.kernels.cuda.engine import catalogue, fast_path, launcher
+    from dvkernels.kernels.cuda.engine import catalogue, fast_path, job
 
     nbytes = 1 << 12 if DRY else 256 << 20
     calls, rounds = (1, 1) if DRY else (20, 7)
@@ -483,24 +473,25 @@ def bandwidth(data, _):
         )  # fmt: skip
         return round(len(used) * times["copy"]["us"] / times["ours"]["us"], 3)
 
-    # How many blocks, and how many vectors a thread takes.
-    tried = data["blocks_a_multiprocessor"] = {}
-    kept = launcher._WAVES
-    for waves in (2, 3, 4, 6, 8, 16, 32, 124):
-        launcher._WAVES = waves
+    # How many blocks, in multiples of those that run at once.
+    tried = data["waves"] = {}
+    kept = job._WAVES
+    for waves in (1, 2, 3, 4, 8, 16, 42):
+        job._WAVES = waves
         fast_path._launches.clear()
         tried[waves] = {
             f"{name} x{count}": of_copy(figures[name][:count])
             for name in figures
             for count in (2, 8)
         }
-    launcher._WAVES = kept
+    job._WAVES = kept
     fast_path._launches.clear()
     save(data)
 
-    # By size: below num_blocks pieces of 16 KiB a thread takes one vector at a time.
+    # By size: with fewer pieces of 16 KiB than half the blocks that run at once (198, 3.1 MiB) a
+    # thread takes one vector.
     tried = data["by_size_mib"] = {}
-    for mib in () if DRY else (1, 4, 8, 16, 17, 32, 64):
+    for mib in () if DRY else (1, 2, 3, 4, 8, 16, 32, 64):
         short = mib << 20
         near = lambda: gpu.copy(target[:short], source[:short])  # noqa: E731, B023
         tried[mib] = {}
@@ -512,28 +503,24 @@ def bandwidth(data, _):
             tried[mib][f"x{count}"] = round(times["ours"]["us"], 1), round(part, 3)
     save(data)
 
-    # Other machine code of the same kernel. 80 registers: three blocks fit where two did. Told of
-    # 80 or 128, ptxas keeps the four loads of a source together; left alone it does not always.
+    # Other machine code of the same kernel: launch bounds for other numbers of blocks, or none (the
+    # linker ignores -maxrregcount where there are bounds), and hints for the caches.
     tried = data["variants"] = {}
     load, store = "ld.global.v4.b32", "st.global.v4.b32"
     variants = {
-        "as it is": (None, ()),
-        "128 registers": (None, ("-maxrregcount=128",)),
-        "80 registers": (None, ("-maxrregcount=80",)),
-        "64 registers": (None, ("-maxrregcount=64",)),
-        "loads no_allocate": (
-            lambda ptx: ptx.replace(load, "ld.global.L1::no_allocate.v4.b32"), ()),
-        "loads evict_first": (
-            lambda ptx: ptx.replace(load, "ld.global.L1::evict_first.v4.b32"), ()),
-        "loads cs": (lambda ptx: ptx.replace(load, "ld.global.cs.v4.b32"), ()),
-        "stores cs": (lambda ptx: ptx.replace(store, "st.global.cs.v4.b32"), ()),
-        "80, no_allocate, stores cs": (
-            lambda ptx: ptx.replace(load, "ld.global.L1::no_allocate.v4.b32").replace(
-                store, "st.global.cs.v4.b32"), ("-maxrregcount=80",)),
+        "as it is": lambda ptx: ptx,
+        "no bounds": without_bounds,
+        **{f"{count} blocks": with_blocks(count) for count in (1, 2, 3, 4)},
+        "loads no_allocate": lambda ptx: ptx.replace(load, "ld.global.L1::no_allocate.v4.b32"),
+        "loads evict_first": lambda ptx: ptx.replace(load, "ld.global.L1::evict_first.v4.b32"),
+        "loads cs": lambda ptx: ptx.replace(load, "ld.global.cs.v4.b32"),
+        "stores cs": lambda ptx: ptx.replace(store, "st.global.cs.v4.b32"),
+        "no_allocate, stores cs": lambda ptx: ptx.replace(
+            load, "ld.global.L1::no_allocate.v4.b32").replace(store, "st.global.cs.v4.b32"),
     }  # fmt: skip
-    for name, (ptx, options) in {} if DRY or os.environ.get("DVK_PREBUILT") else variants.items():
+    for name, ptx in {} if DRY or os.environ.get("DVK_PREBUILT") else variants.items():
         try:
-            with variant(ptx, options):
+            with variant(ptx):
                 tried[name] = {
                     f"{kind} x{count}": of_copy(figures[kind][:count])
                     for kind in figures
@@ -554,10 +541,10 @@ def bandwidth(data, _):
 
     data["adam"] = {}
     moved = (4 + 3 + 12) * 4 * length
-    for name, options in (("as it is", ()), ("80 registers", ("-maxrregcount=80",))):
-        if DRY and options:
+    for name, ptx in (("as it is", None), ("2 blocks", with_blocks(2))):
+        if DRY and ptx:
             continue
-        with variant(None, options) if not DRY else contextlib.nullcontext():
+        with variant(ptx) if ptx else contextlib.nullcontext():
             times = contest(gpu, {"ours": adam, "copy": copy}, calls, 1 if DRY else 5)
         part = (moved / times["ours"]["us"]) / (2 * nbytes / times["copy"]["us"])
         data["adam"][name] = {"of_copy": round(part, 3), **times["ours"]}
@@ -896,14 +883,14 @@ def teams(data, _):
                     own.recover()
             save(data)
         times = data.setdefault("us_a_call", {})
-        shapes = [(name, length, ()) for name in ("one_shot", "two_shot", "ring")
+        shapes = [(name, length, False) for name in ("one_shot", "two_shot", "ring")
                   for length in (1 << 10, 1 << 16, 1 << 20, 1 << 24)]  # fmt: skip
-        # As ptxas leaves it, one load at a time may be in flight; told of 128 registers, four.
-        shapes += [("two_shot", 1 << 24, ("-maxrregcount=128",))]
-        for name, length, options in shapes:
-            with variant(None, options) if options else contextlib.nullcontext():
-                own._loaded.clear()
-                told = f"{name} x{count} {4 * length >> 10} KiB{' 128 registers' * bool(options)}"
+        # Without bounds, ptxas loads later.
+        shapes += [("two_shot", 1 << 24, True)]
+        for name, length, is_unbound in shapes:
+            with variant(without_bounds) if is_unbound else contextlib.nullcontext():
+                own._most_blocks.clear()
+                told = f"{name} x{count} {4 * length >> 10} KiB{' no bounds' * is_unbound}"
                 arrays = [cp.ones(length, dtype) for _ in range(count)]
                 outs = [cp.empty(length, dtype) for _ in range(count)]
                 gpu.sync()
@@ -965,7 +952,6 @@ def frameworks(data, _):
     prepare()
     import numpy as np
 
-    gpu = Gpu()
     from dvkernels import kernels
 
     if DRY:
@@ -1011,7 +997,7 @@ def frameworks(data, _):
             made = [jax.jit(lambda x: (x @ x) * 0 + 1)(jax.numpy.ones((3000, 3000)) + k)
                     for k in range(2)]  # fmt: skip
             total = kernels.reduce(made)
-            wrong += int((gpu.host(total) != 2).sum()) if hasattr(total, "get") else -1
+            wrong += int((total != 2).sum())
         return {"type in": str(type(made[0])), "type out": str(type(total)), "wrong": wrong}
 
     def jax_bfloat16():
@@ -1149,7 +1135,7 @@ def merge(parts, out):
                 f"{line['tb_per_s']} TB/s, wrong {line['wrong']}"
             )
         for key in (
-            "missing", "device", "numba_cuda_alone", "attributes",
+            "missing", "device", "numba_cuda_alone", "cuda_kernels", "attributes",
             "attributes_float32", "attributes_bfloat16", "attributes_adam", "adam",
             "blocks_a_multiprocessor", "by_size_mib", "variants", "from_python", "in_a_graph_us",
             "graph_leaves",
@@ -1159,7 +1145,7 @@ def merge(parts, out):
         ):  # fmt: skip
             if key in one and one[key] not in ([], "", None):
                 lines.append(f"   {key}: {json.dumps(one[key], default=str)[:1200]}")
-        for key in ("seconds_to_ptx", "seconds_to_cubin", "seconds_first_call"):
+        for key in ("seconds_first_call", "seconds_to_ptx", "seconds_to_cubin"):
             if key in one:
                 lines.append(f"   {key}: {one[key]}")
         if name.startswith(("pytest", "sanitize", "ncu", "train")):

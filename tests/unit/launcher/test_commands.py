@@ -10,7 +10,7 @@ import pytest
 
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import commands
-from dvkernels.launcher.commands import HostSlots, Job
+from dvkernels.launcher.job_description import HostSlots, Job
 
 FLAVOURS = {flavour.name: flavour for flavour in commands.FLAVOURS}
 # Recorded output of --version, and the kind of the launcher.
@@ -52,18 +52,19 @@ def test_the_launcher_of_the_interpreters_environment_comes_first(tmp_path, monk
     monkeypatch.setattr(sys, "executable", str(own_folder / "python"))
     environ = {"PATH": str(elsewhere)}
     with pytest.raises(LaunchError, match="none of mpiexec, mpirun, srun is in the folder of"):
-        commands.find(None, environ)
+        commands.find(NAMES, environ)
     srun = executable(elsewhere / "srun", "")
-    assert commands.find(None, environ) == srun
+    assert commands.find(NAMES, environ) == srun
     mpiexec = executable(elsewhere / "mpiexec", "")
-    assert commands.find(None, environ) == mpiexec
-    assert commands.find("srun", environ) == srun
+    assert commands.find(NAMES, environ) == mpiexec
+    assert commands.find(("srun",), environ) == srun
     own = executable(own_folder / "mpiexec", "")
-    assert commands.find(None, environ) == own
-    assert commands.find(srun, environ) == srun
+    assert commands.find(NAMES, environ) == own
+    assert commands.find((srun,), environ) == srun
 
 
 HOSTS = (HostSlots("a", 2), HostSlots("b", 2))
+NAMES = ("mpiexec", "mpirun", "srun")
 # "plain", "bound" to two cores each, more workers than cores, and on two hosts.
 JOBS = {
     "plain": Job(("prog", "x"), 4, prefixed=False),

@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import mmap
 import os
-import platform
 import secrets
 import stat
 import sys
@@ -19,6 +18,7 @@ from typing import Any, Final, final
 import numpy as np
 
 from dvkernels._version import __version__
+from dvkernels.cluster import procfs
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.shm import available
 from dvkernels.communicators.workers.shm.segment import read_text, write_text
@@ -85,7 +85,10 @@ class GroupFile:
             raise refusal(path, f"it cannot be made: {error.strerror}") from None
         header = file._header[0]
         header["magic"], header["size"], header["token"] = _MAGIC, size, _digest(token)
-        header["host"], header["process_namespace"] = _this_host(), _this_process_namespace()
+        header["host"], header["process_namespace"] = (
+            procfs.this_host(),
+            procfs.this_process_namespace(),
+        )
         return file
 
     @staticmethod
@@ -154,9 +157,9 @@ class GroupFile:
         header = self._header[0]
         if header["size"] != size:
             return f"it says that the group has {size} processes, and others {header['size']}"
-        if header["host"] != _this_host():
+        if header["host"] != procfs.this_host():
             return "it runs on another host; several hosts need MPI"
-        if header["process_namespace"] != _this_process_namespace():
+        if header["process_namespace"] != procfs.this_process_namespace():
             return (
                 "it runs in another process namespace, where it cannot see whether the others "
                 "live; let the containers share one (docker run --pid, in Kubernetes "
@@ -292,24 +295,4 @@ def _digest(token: bytes) -> HostArray:
     return np.frombuffer(hashlib.blake2b(token, digest_size=32).digest(), np.uint8)
 
 
-def _number_of(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, signed=True)
-
-
-def _this_host() -> int:
-    """Return a number of this host, and of the time since its boot."""
-    try:
-        return _number_of(Path("/proc/sys/kernel/random/boot_id").read_text())
-    except OSError:
-        return _number_of(platform.node())
-
-
-def _this_process_namespace() -> int:
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
-_MAGIC = _number_of(f"dvkernels {__version__}, host group, 1, {sys.byteorder}")
+_MAGIC = procfs.number_of(f"dvkernels {__version__}, host group, 1, {sys.byteorder}")

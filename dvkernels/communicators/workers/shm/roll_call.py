@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
+import warnings
 import weakref
 from typing import Any, final
 
+from dvkernels.cluster import launcher_environment, simulated_hosts
 from dvkernels.cluster.host_group import HostGroup
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.group import WorkerGroup, check_algorithms
@@ -25,12 +28,7 @@ from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
 from dvkernels.communicators.workers.transport import GAVE_UP, LOST, Transport, text_of_exit
 from dvkernels.devices import cpu
 from dvkernels.devices.array_spec import HostArray
-from dvkernels.errors import (
-    AlgorithmError,
-    ClusterError,
-    CollectiveTimeoutError,
-    WorkerLostError,
-)
+from dvkernels.errors import ClusterError, CollectiveTimeoutError, WorkerLostError
 from dvkernels.threads import shielded
 from dvkernels.user_errors import describe
 
@@ -59,12 +57,30 @@ def connect(group: HostGroup, timeout_seconds: float, algorithm: str) -> WorkerG
     WorkerLostError
         A process has ended, or was interrupted, before all had come. Raised on all others.
     """
-    call: RollCall = shielded.uninterrupted(lambda: _complete_call(group, timeout_seconds))
-    workers = WorkerGroup(_transport_of(call, timeout_seconds))
+    if os.environ.get(simulated_hosts.VARIABLE):
+        raise ClusterError(
+            f"{simulated_hosts.VARIABLE} simulates several hosts, and a host group is of one; "
+            f"unset it, or start the program with launch --engine mpi"
+        )
+    if "mpi4py" in sys.modules and launcher_environment.RANK in os.environ:
+        warnings.warn(
+            "this worker was started without MPI, so for mpi4py it is a job of its own; start a "
+            "program that uses both with launch --engine mpi",
+            stacklevel=4,  # the line that makes the strategy
+        )
+    made: list[WorkerGroup] = []  # kept if an interrupt swallows the result
+
+    def join() -> None:
+        call = _complete_call(group, timeout_seconds)
+        made.append(WorkerGroup(_transport_of(call, timeout_seconds)))
+
     try:
+        shielded.uninterrupted(join)
+        (workers,) = made
         check_algorithms(workers.exchange(algorithm))
-    except AlgorithmError:
-        workers.close()
+    except BaseException:
+        for workers in made:
+            workers.close()
         raise
     return workers
 
@@ -75,13 +91,14 @@ def _transport_of(call: RollCall, timeout_seconds: float) -> SharedMemoryTranspo
     may_spin = size <= min(len(cores), cpu.quota_of_this_process())
     symmetric = SymmetricMemory(rank, size, _FileSegmentAllocator(call.file, rank, size))
     transport = SharedMemoryTransport(segment, timeout_seconds, may_spin, symmetric)
-    cpu.enter_host_group(len(cores), size)
+    host_share = cpu.HostShare(len(cores), size)
+    cpu.enter_host_group(host_share)
     pid = os.getpid()
 
     def leave(text: str) -> None:
         if pid == os.getpid():
             segment.leave(text)
-            cpu.leave_host_group()
+            cpu.leave_host_group(host_share)
 
     transport.on_close = leave
     weakref.finalize(transport, leave, "it has dropped its strategy").atexit = False

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cpu.engine import intrinsics
+from dvkernels.kernels.cpu.engine import intrinsics, vectors
 from dvkernels.kernels.cpu.engine.intrinsics import cgutils, literal_intrinsic
 
 __all__: list[str] = []
@@ -28,7 +28,7 @@ class _RowEmitter:
 
     def __init__(self, builder: Any, operation: int, code: int, args: list[Any]) -> None:
         self.builder, self.operation = builder, operation
-        self.numbers = arithmetic.VectorArithmetic(builder, code)
+        self.numbers = vectors.VectorArithmetic(builder, code)
         table, self.num_copies, self.indices, self.updates, self.stride = args[:5]
         self.listed, self.count, self.nbytes, self.divisor = args[5:]
         self.bases = builder.inttoptr(table, _I64.as_pointer())

@@ -16,7 +16,8 @@ import numpy as np
 from dvkernels import reduce_op
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import arithmetic, update_rules
-from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.kernels.cuda.engine import simulator
+from dvkernels.kernels.cuda.engine.kernel import Kernel, LaunchBounds
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.reduce_op import ReduceOp
 
@@ -40,6 +41,36 @@ _RULES = {
     update_rules.ADAM: "adam",
 }
 
+# Launch bounds. Left alone, ptxas counts on blocks of 1024 threads, and saves registers by loading
+# later. A multiprocessor has 65,536 registers: three blocks of 256 threads may take 80 a thread,
+# two 128, and one of 512 threads 128. Its bytes in flight are blocks x threads x 16 x loads of a
+# thread; an H200 wants 48 KiB (see docs/explanation/gpu-performance.md). With eight loads, of four
+# vectors of two sources, three blocks have 96 KiB in flight, and two have 64 KiB.
+_THREADS, _BLOCKS, _FEWER_BLOCKS = 256, 3, 2
+# Operations that unpack integers of 8 and 16 bits, and need more registers.
+_UNPACKED = arithmetic.MIN, arithmetic.MAX
+# Between GPUs few blocks run, one a multiprocessor, and a load takes 2 us: 32 blocks of 512 threads
+# with eight loads have 2 MiB in flight.
+_BETWEEN_GPUS = 512, 1
+
+
+def _bounds(threads: int, blocks: int) -> LaunchBounds:
+    return simulator.THREADS if simulator.IS_ON else threads, blocks
+
+
+def _collective_bounds(operation: Operation, code: int) -> LaunchBounds:
+    """Return three blocks, or two where the machine code of a vector would spill."""
+    is_custom = not isinstance(operation, int)
+    dtype = arithmetic.dtype_of(code)
+    is_unpacked = operation in _UNPACKED and dtype.kind in "iu" and dtype.itemsize < 4
+    return _bounds(_THREADS, _FEWER_BLOCKS if is_custom or is_unpacked else _BLOCKS)
+
+
+def _optimizer_bounds(rule: int, code: int) -> LaunchBounds:
+    """Return three blocks, or two for Adam in float64, whose two vectors take 88 registers."""
+    is_large = rule == update_rules.ADAM and arithmetic.dtype_of(code).itemsize == 8
+    return _bounds(_THREADS, _FEWER_BLOCKS if is_large else _BLOCKS)
+
 
 @functools.cache
 def collective(operation: Operation, code: int) -> Kernel:
@@ -48,6 +79,7 @@ def collective(operation: Operation, code: int) -> Kernel:
         _name("", operation, code),
         "dvkernels.kernels.cuda.engine.loops.build",
         (operation, code),
+        _collective_bounds(operation, code),
     )
 
 
@@ -58,6 +90,7 @@ def waiting(operation: Operation, code: int) -> Kernel:
         _name("waiting ", operation, code),
         "dvkernels.kernels.cuda.multi_gpu.flag_kernel.build_waiting",
         (operation, code),
+        _bounds(*_BETWEEN_GPUS),
     )
 
 
@@ -68,6 +101,7 @@ def row(operation: Operation, code: int) -> Kernel:
         _name("row ", operation, code),
         "dvkernels.kernels.cuda.multi_gpu.flag_kernel.build_row",
         (operation, code),
+        _bounds(*_BETWEEN_GPUS),
     )
 
 
@@ -78,6 +112,7 @@ def optimizer(rule: int, code: int) -> Kernel:
         f"{_RULES[rule]} {arithmetic.dtype_of(code)}",
         "dvkernels.kernels.cuda.engine.optimizer_kernel.build",
         (rule, code),
+        _optimizer_bounds(rule, code),
     )
 
 

@@ -27,14 +27,15 @@ _UNUSED = re.compile(r"^[ \t]*//.*\n|^\.common .*NumbaEnv.*\n", re.MULTILINE)
 def compile_to_ptx(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
     """Compile a kernel, whose arguments are the words of a launch table, for a compute capability.
 
-    No launch bounds are given: with bounds of 256 threads, ptxas 13.5 aims at a number of blocks
-    per multiprocessor and spills up to 80 bytes for it; without them it spills nothing and takes
-    at most 128 registers, with which two blocks of 256 threads fit on a multiprocessor.
+    Its launch bounds say how many registers it may take: see catalogue.py.
     """
     words = _untyped_types.UniTuple(types.int64, table_layout.NUM_WORDS)
-    options = {} if kernel.launch_bounds is None else {"launch_bounds": kernel.launch_bounds}
     ptx = cuda_target.compile_ptx(
-        kernel.build(), types.void(words), device=False, cc=capability, **options
+        kernel.build(),
+        types.void(words),
+        device=False,
+        cc=capability,
+        launch_bounds=kernel.launch_bounds,
     )
     found = _ENTRY.search(ptx)
     assert found is not None

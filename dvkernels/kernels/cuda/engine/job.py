@@ -36,6 +36,10 @@ Groups = Sequence[Sequence[HostArray]]
 
 _VECTOR = table_layout.VECTOR_NBYTES
 _PER_THREAD = 4
+# Blocks of a launch, in multiples of those that run at once: each of its blocks then takes as many
+# pieces as the others. One would do on an idle GPU. With four, work of another stream that leaves
+# no room for some of the first blocks delays a quarter of the work, not all of it.
+_WAVES = 4
 _LONGEST = 1 << 30  # elements of an item with axes: their indices are divided in 32 bits
 
 
@@ -104,11 +108,11 @@ def repeated(
     if not is_dense or not arrays[0].size:
         return None
     counts = _counts(op, len(arrays), num_sources, in_place)
-    max_blocks = launcher.num_blocks(device)
-    blocks, words = lay_out(_items(arrays, size), counts, launcher.threads(), max_blocks)
+    kernel = catalogue.collective(operation, code)
+    num_resident = launcher.num_resident(kernel, device)
+    blocks, words = lay_out(_items(arrays, size), counts, kernel.launch_bounds[0], num_resident)
     if len(words) >= table_layout.NUM_WORDS:
         return None
-    kernel = catalogue.collective(operation, code)
     return launcher.RepeatedLaunch(kernel, device, blocks, words, len(arrays))
 
 
@@ -166,8 +170,8 @@ def run(
             arrays[k] = staging
     size = arithmetic.dtype_of(code).itemsize
     items = [item for arrays in filled for item in _items(arrays, size)]
-    max_blocks = launcher.num_blocks(work_stream.device)
-    blocks, words = lay_out(items, counts, launcher.threads(), max_blocks, numbers)
+    num_resident = launcher.num_resident(kernel, work_stream.device)
+    blocks, words = lay_out(items, counts, kernel.launch_bounds[0], num_resident, numbers)
     launcher.launch(kernel, work_stream.device, blocks, words, work_stream.stream)
     for staging, array in copied_back:
         move(work_stream, [[staging, array]])
@@ -177,13 +181,17 @@ def lay_out(
     items: Sequence[Item],
     counts: Counts,
     threads: int,
-    most_blocks: int,
+    num_resident: int,
     numbers: Sequence[float] = (),
 ) -> tuple[int, list[int]]:
-    """Return the number of blocks of a launch and the words of its table."""
-    # Pieces of several vectors per thread if they suffice for all blocks, else of one vector.
+    """Return the number of blocks of a launch and the words of its table.
+
+    Of its blocks, ``num_resident`` run at once.
+    """
+    # Pieces of four vectors per thread, eight loads in flight, if they occupy half of the blocks
+    # that run at once; of one vector, two to four loads, if more blocks have more in flight.
     total = sum(-(-item.units // (_PER_THREAD * threads)) for item in items)
-    per_thread = _PER_THREAD if total >= most_blocks or launcher.SIMULATED else 1
+    per_thread = _PER_THREAD if 2 * total >= num_resident else 1
     heads: list[int] = []
     records: list[int] = []
     first_record = len(TableHeader._fields) + len(ItemHead._fields) * len(items)
@@ -204,7 +212,7 @@ def lay_out(
         numbers=first_record + len(records),
     )
     float64s = np.array(numbers, np.float64).view(np.int64).tolist()
-    return min(num_pieces, most_blocks), [*header, *heads, *records, *float64s]
+    return min(num_pieces, _WAVES * num_resident), [*header, *heads, *records, *float64s]
 
 
 def _is_aligned(array: HostArray, size: int) -> bool:

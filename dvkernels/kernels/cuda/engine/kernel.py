@@ -25,23 +25,23 @@ class Kernel:
     builder : str
         Full name of the function that returns the kernel as a Python function, not compiled.
     arguments : tuple
-        Arguments of the builder, which is cached.
-    launch_bounds : (threads, blocks), optional
-        Launch bounds of its machine code; None leaves the registers to the assembler.
+        Arguments of the builder, which is cached; the number of threads follows them.
+    launch_bounds : (threads, blocks)
+        Launch bounds of its machine code.
     """
 
-    __slots__ = ("_arguments", "_builder", "launch_bounds", "name")
+    __slots__ = ("_arguments", "builder", "launch_bounds", "name")
 
     def __init__(
         self,
         name: str | None,
         builder: str,
         arguments: tuple[Any, ...],
-        launch_bounds: LaunchBounds | None = None,
+        launch_bounds: LaunchBounds,
     ) -> None:
         self.name = name
         self.launch_bounds = launch_bounds
-        self._builder, self._arguments = builder, arguments
+        self.builder, self._arguments = builder, arguments
 
     @property
     def entry(self) -> str:
@@ -50,9 +50,9 @@ class Kernel:
 
     def build(self) -> Callable[..., None]:
         """Return the kernel as a Python function, not compiled."""
-        module, _, builder = self._builder.rpartition(".")
+        module, _, builder = self.builder.rpartition(".")
         function: Callable[..., None] = getattr(numba_import.module(module), builder)(
-            *self._arguments
+            *self._arguments, self.launch_bounds[0]
         )
         return function
 

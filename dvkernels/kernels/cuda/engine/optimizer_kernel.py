@@ -11,7 +11,6 @@ from typing import Any
 
 from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import (
-    elements,
     intrinsics,
     launch_table,
     loops,
@@ -19,60 +18,101 @@ from dvkernels.kernels.cuda.engine import (
     reducers,
 )
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
+from dvkernels.kernels.cuda.engine.table_layout import VECTOR_NBYTES
 
 __all__ = ["build"]
 
 
 @functools.cache
-def build(rule: int, code: int) -> Callable[..., None]:
+def build(rule: int, code: int, threads: int) -> Callable[..., None]:
     """Return the kernel of an update rule (update_rules) and an element type, not compiled."""
     itemsize = arithmetic.dtype_of(code).itemsize
-    num_slots = (0, 1, 1, 2)[rule]
 
     @intrinsics.inlined
     def element_address(place, k):  # type: ignore[no-untyped-def]
-        record, width, number = place
+        table, record, number = place
+        width = launch_table.header(table).width
         offset = launch_table.byte_offset(record, width, k, number, itemsize)
         return launch_table.entry(launch_table.addresses(record), k) + offset
 
-    step_vector = _stepper(rule, code, num_slots, True, loops.dense_address)
-    step_element = _stepper(rule, code, num_slots, False, element_address)
+    step_two = _stepper(rule, code, 2, loops.dense_address)
+    step_vector = _stepper(rule, code, 1, loops.dense_address)
+    step_element = _stepper(rule, code, 0, element_address)
+    width = VECTOR_NBYTES * threads
 
     @intrinsics.inlined
-    def vectors(table, header, addresses, before, begin, end):  # type: ignore[no-untyped-def]
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
-        for vector in range(begin + thread, end, threads):
-            step_vector(table, header, (addresses, before * itemsize + 16 * vector))
+    def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
+        vector = begin + cuda.threadIdx.x
+        offset = launch_table.item(record).before * itemsize + VECTOR_NBYTES * vector
+        while vector + threads < end:
+            step_two((table, record, offset), width)
+            vector += 2 * threads
+            offset += 2 * width
+        if vector < end:
+            step_vector((table, record, offset), width)
 
     @intrinsics.inlined
-    def element(table, header, record, item, number):  # type: ignore[no-untyped-def]
-        step_element(table, header, (record, header.width, number))
+    def element(table, record, number):  # type: ignore[no-untyped-def]
+        step_element((table, record, number), 0)
 
-    return loops.over_pieces(code, vectors, element)
+    return loops.over_pieces(code, threads, vectors, element)
 
 
-def _stepper(rule: int, code: int, num_slots: int, is_whole: bool, address: Any) -> Any:
-    """Return the device function that updates a vector, or an element, of all copies.
+@intrinsics.inlined
+def _position(place, state):  # type: ignore[no-untyped-def]
+    """Return the position of the first copy of a state: the parameters, or a slot."""
+    header = launch_table.header(place[0])
+    return header.num_sources + header.num_targets * state
+
+
+def _stepper(rule: int, code: int, count: int, address: Any) -> Any:
+    """Return the device function that updates ``count`` vectors, or an element, of all copies.
 
     ``g`` is the gradient, ``p`` the parameter, ``s`` and ``t`` are the slots.
     """
-    load_gradient = reducers.loader(arithmetic.ADD, code, is_whole, address)
+    num_slots = (0, 1, 1, 2)[rule]
+    access = reducers.Access(address, loops.num_sources, None, None, None)
+    load_gradient = reducers.loader(arithmetic.ADD, code, count, access)
+    load, _, divide, store = reducers.batch(arithmetic.ADD, code, count)
+    update = _updater(rule, count)
 
     @intrinsics.inlined
-    def step(table, header, place):  # type: ignore[no-untyped-def]
-        num_copies, parameter = header.num_targets, header.num_sources
-        slot = parameter + num_copies * (1 if num_slots > 0 else 0)
-        second_slot = parameter + num_copies * num_slots
-        g = load_gradient(address(place, 0), place, header.num_sources, header.divisor)
-        p = elements.load(address(place, parameter), code, is_whole)
-        s = elements.load(address(place, slot), code, is_whole)
-        t = elements.load(address(place, second_slot), code, is_whole)
-        p, s, t = optimizer_rules.apply(rule, g, p, s, t, table + 8 * header.numbers)
-        for k in range(num_copies):
-            elements.store(address(place, parameter + k), p, code, is_whole)
+    def step(place, width):  # type: ignore[no-untyped-def]
+        # The states are loaded first: they are in flight together with the first gradients.
+        p = load(address(place, _position(place, 0)), width)
+        s = load(address(place, _position(place, 1)), width) if num_slots > 0 else p
+        t = load(address(place, _position(place, 2)), width) if num_slots > 1 else p
+        g = load_gradient(place, width)
+        header = launch_table.header(place[0])
+        g = divide(g, header.divisor)
+        p, s, t = update(g, p, s, t, place[0] + 8 * header.numbers)
+        k = 0
+        while k < launch_table.header(place[0]).num_targets:
+            store(address(place, _position(place, 0) + k), p, width)
             if num_slots > 0:
-                elements.store(address(place, slot + k), s, code, is_whole)
+                store(address(place, _position(place, 1) + k), s, width)
             if num_slots > 1:
-                elements.store(address(place, second_slot + k), t, code, is_whole)
+                store(address(place, _position(place, 2) + k), t, width)
+            k += 1
 
     return step
+
+
+def _updater(rule: int, count: int) -> Any:
+    """Return the device function that applies a rule to ``count`` vectors, or to an element."""
+
+    @intrinsics.inlined
+    def update(g, p, s, t, numbers):  # type: ignore[no-untyped-def]
+        return optimizer_rules.apply(numbers, g, p, s, t, rule)
+
+    if count < 2:
+        return update
+    update_rest = _updater(rule, count - 1)
+
+    @intrinsics.inlined
+    def update_all(g, p, s, t, numbers):  # type: ignore[no-untyped-def]
+        first = update(g[0], p[0], s[0], t[0], numbers)
+        rest = update_rest(g[1], p[1], s[1], t[1], numbers)
+        return (first[0], rest[0]), (first[1], rest[1]), (first[2], rest[2])
+
+    return update_all

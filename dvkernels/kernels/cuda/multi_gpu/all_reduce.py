@@ -66,6 +66,7 @@ def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
             order_streams([(rank.work_stream, rank.out_stream) for rank in ranks])
             _launch(cuda_driver, call.op, ranks, algorithm, is_captured)
             order_streams([(rank.out_stream, rank.work_stream) for rank in ranks])
+        call.settle([rank.work_stream for rank in ranks])
     return list(call.results)
 
 

@@ -71,10 +71,10 @@ def _await(flag, epoch, stop, deadline_ns):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _row(operation: Operation, code: int) -> Any:
+def _row(operation: Operation, code: int, threads: int) -> Any:
     """Return the device function that runs a Combine row."""
     line = LINE_NBYTES // arithmetic.dtype_of(code).itemsize
-    reduce = span.reducer(operation, code)
+    reduce = span.reducer(operation, code, threads)
 
     @intrinsics.inlined
     def run(launch, program, row):  # type: ignore[no-untyped-def]
@@ -85,20 +85,22 @@ def _row(operation: Operation, code: int) -> Any:
         reduce(
             launch + LAUNCH_NBYTES,
             program + 8 * combine.positions,
-            combine.num_sources,
-            combine.num_targets,
+            (
+                combine.num_sources,
+                combine.num_targets,
+                header.divisor if combine.completes else 1,
+            ),
             begin,
             end,
-            header.divisor if combine.completes else 1,
         )
 
     return run
 
 
 @functools.cache
-def build_row(operation: Operation, code: int) -> Callable[..., None]:
+def build_row(operation: Operation, code: int, threads: int) -> Callable[..., None]:
     """Return the kernel that runs one Combine row, without waiting."""
-    run_row = _row(operation, code)
+    run_row = _row(operation, code, threads)
 
     def run(words):  # type: ignore[no-untyped-def]
         launch = launch_table.stage(words)
@@ -110,9 +112,9 @@ def build_row(operation: Operation, code: int) -> Callable[..., None]:
 
 
 @functools.cache
-def build_waiting(operation: Operation, code: int) -> Callable[..., None]:
+def build_waiting(operation: Operation, code: int, threads: int) -> Callable[..., None]:
     """Return the kernel that runs all rows of a rank, and waits for the other ranks."""
-    run_row = _row(operation, code)
+    run_row = _row(operation, code, threads)
 
     def run(words):  # type: ignore[no-untyped-def]
         launch = launch_table.stage(words)
@@ -126,7 +128,7 @@ def build_waiting(operation: Operation, code: int) -> Callable[..., None]:
             header, shared, row = _launch(launch), _program(program), _flag_row(address)
             wanted, flags = header.epoch + row.stage, program + 8 * row.flags
             own_flags = cuda.blockIdx.x * shared.flags_nbytes
-            threads, thread = cuda.blockDim.x, cuda.threadIdx.x
+            thread = cuda.threadIdx.x
             if row.kind == SIGNAL:
                 cuda.syncthreads()
                 while thread < row.num_flags:
