@@ -12,7 +12,7 @@ import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dvkernels.devices.driver_calls import RELAXED, DriverCalls
 
@@ -101,7 +101,7 @@ class Driver(DriverCalls):
             event = self.get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
             try:
                 self.check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(awaited))
-                self._await(waiting, event)
+                self.check("cuStreamWaitEvent", ctypes.c_void_p(waiting), ctypes.c_void_p(event), 0)
             finally:  # the driver keeps what streams still need
                 self.check("cuEventDestroy_v2", ctypes.c_void_p(event))
 
@@ -205,18 +205,27 @@ class Driver(DriverCalls):
         with self.within(device):
             return self.get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
 
-    def record(self, device: int, stream: int, event: int) -> None:
-        """Let an event of a stream's device happen after the present work of the stream."""
-        with self.within(device):
-            self.check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+    def record(self, lanes: Iterable[tuple[int, int, int]]) -> None:
+        """Let each event happen after the present work of a stream: (device, stream, event)."""
+        function, previous_context = self.library.cuEventRecord, self.current()
+        try:  # one context after another, and the caller's once
+            for device, stream, event in lanes:
+                self.enter(device)
+                code = function(ctypes.c_void_p(event), ctypes.c_void_p(stream))
+                self.raise_for("cuEventRecord", code)
+        finally:
+            self.check("cuCtxSetCurrent", previous_context)
 
-    def await_event(self, device: int, stream: int, event: int) -> None:
-        """Let a stream wait for an event of any device; the host does not wait."""
-        with self.within(device):
-            self._await(stream, event)
-
-    def _await(self, stream: int, event: int) -> None:
-        self.check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+    def wait_for(self, lanes: Iterable[tuple[int, int, int]]) -> None:
+        """Let each stream wait for an event of any device: (device, stream, event)."""
+        function, previous_context = self.library.cuStreamWaitEvent, self.current()
+        try:
+            for device, stream, event in lanes:
+                self.enter(device)
+                code = function(ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+                self.raise_for("cuStreamWaitEvent", code)
+        finally:
+            self.check("cuCtxSetCurrent", previous_context)
 
     def destroy(self, device: int, event: int) -> None:
         """Destroy an event of a device; streams that wait for it are not affected."""

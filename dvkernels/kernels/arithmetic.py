@@ -259,7 +259,7 @@ def factor(op: object, dtype: np.dtype[Any]) -> int:
 def _computed_as(op: ReduceOp, dtype: np.dtype[Any]) -> tuple[str, int]:
     """Return the type whose runner computes the same bits; a shared runner saves 0.3 s."""
     kind, itemsize = dtype.kind, dtype.itemsize
-    if dtype.name == "bfloat16":
+    if kind == "V" and dtype.name == "bfloat16":  # NumPy makes the name anew each time
         return "b", 2
     if kind == "b":
         return "u", 1

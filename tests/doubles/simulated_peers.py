@@ -45,11 +45,13 @@ class SimulatedDriver:
         self.events += 1
         return cuda.event()
 
-    def record(self, device, stream, event):
-        event.record(stream)
+    def record(self, lanes):
+        for _, stream, event in lanes:
+            event.record(stream)
 
-    def wait(self, device, stream, event):
-        event.wait(stream)
+    def wait(self, lanes):
+        for _, stream, event in lanes:
+            event.wait(stream)
 
     def synchronize(self, device):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from types import SimpleNamespace
@@ -83,7 +84,9 @@ class Gpus:
         monkeypatch.setitem(sys.modules, "torch", torch)
 
     def prepare(self, kernel, device):
-        return self.loaded.setdefault((device, kernel), self.driver.load(device, b"", "") or 7)
+        if (device, kernel) not in self.loaded:
+            self.loaded[device, kernel] = self.driver.load(device, b"", "") or 7
+        return self.loaded[device, kernel]
 
     def empty(self, device, shape, dtype, stream=None):
         before, self.library.current = self.library.current, device
@@ -152,9 +155,37 @@ def test_calls_of_two_groups_are_not_launched_crosswise(gpus):
     assert [device for device, _ in gpus.library.launched] == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_flags_of_a_call_that_was_left_half_way_are_too_old_for_the_next(gpus, error):
+    gpus.streams()
+    buffers, launch, epochs = [Array(gpus, 0), Array(gpus, 1)], gpus.library._cuLaunchKernel, []
+
+    def failing(*args):
+        words = (ctypes.c_int64 * 3).from_address(args[-1][1])
+        epochs.append(words[2])  # behind the mark of a short table and the program
+        if len(epochs) == 2 and error is not None:
+            raise error
+        return errors_left.pop() if len(epochs) == 2 else launch(*args)
+
+    errors_left = [999]
+    gpus.library._cuLaunchKernel = failing
+    with pytest.raises(error or errors.DeviceError):
+        kernels.all_reduce(buffers)
+    with pytest.raises(errors.CollectiveTimeoutError, match="aborted"):
+        kernels.all_reduce(buffers)
+    kernels.cuda.recover()
+    gpus.library.calls.clear()
+    kernels.all_reduce(buffers)
+    names = [name for name, _ in gpus.library.calls if name in ("cuFuncLoad", "cuLaunchKernel")]
+    assert names == ["cuFuncLoad"] * (error is None) + ["cuLaunchKernel"] * 2
+    num_stages = 1  # of one-shot, which the first rank may have signalled
+    assert epochs[2:] == [epochs[0] + num_stages] * 2
+
+
 @pytest.mark.parametrize(("value", "blocks"), [("1", True), ("2", True), ("0", False), ("", False)])
 def test_no_kernel_waits_for_another_where_launches_block(gpus, monkeypatch, value, blocks):
     gpus.streams()
+    monkeypatch.setattr(driver, "_BLOCKED_AT_IMPORT", False)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
     num_events = len(gpus.library.events)
     kernels.all_reduce([Array(gpus, 0), Array(gpus, 1)])

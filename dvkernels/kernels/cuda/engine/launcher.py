@@ -178,6 +178,9 @@ class LongTables:
                 )
             if entry is None:
                 entry = self._copy_to_device(device, stream, content)
+            elif not is_captured:
+                # The handle may be that of another stream by now, or of another thread's default.
+                _driver().wait_for([(device, stream, entry[2].ptr)])
             if is_captured or key in self._captured:
                 self._captured[key] = entry
             else:

@@ -98,8 +98,8 @@ class DeviceGroup:
             programs = self._ready_programs(schedule, route.order)
             slots = self._ready_slots(route) if schedule.uses_slots else None
             lanes = [*zip(self._devices, job.streams, self._ends, strict=True)]
-            for lane in () if is_captured else lanes:
-                self._driver.wait(*lane)
+            if not is_captured:
+                self._driver.wait(lanes)
             longest = _SLOT_NBYTES // itemsize if slots else max(1, count)
             try:
                 for begin in range(0, count, longest):
@@ -110,9 +110,10 @@ class DeviceGroup:
                             schedule, route, kernel, programs, addresses, job, length, itemsize
                         )
                     )
-                for lane in () if is_captured else lanes:
-                    self._driver.record(*lane)
+                if not is_captured:
+                    self._driver.record(lanes)
             except BaseException:
+                self._loaded.discard(kernel)  # a failed launch may have unloaded it
                 if not is_captured:
                     # Launched ranks wait for the others, and no later call would wait for them.
                     self.abort()
@@ -131,11 +132,14 @@ class DeviceGroup:
         num_blocks = max(1, min(MOST_BLOCKS, nbytes // _BLOCK_NBYTES))
         num_parts = call.schedule.num_parts
         share = flag_program.shares(call.length, call.itemsize, num_parts, num_blocks)
+        epoch = self._epoch
+        if call.route.waits:  # a call that is left half-way has used its epochs too
+            self._epoch += call.schedule.num_stages
 
         def launch(position: int, row: int) -> None:
             header = flag_program.LaunchHeader(
                 call.programs[position].address,
-                self._epoch,
+                epoch,
                 call.length,
                 divisor,
                 self._deadline_ns,
@@ -150,7 +154,6 @@ class DeviceGroup:
         if call.route.waits:
             for position in range(len(order)):
                 launch(position, 0)
-            self._epoch += call.schedule.num_stages
         else:
             signals: dict[tuple[int, int], Any] = {}  # (writer, reader) -> event of the last signal
             for position, number in call.schedule.in_order():
@@ -160,11 +163,11 @@ class DeviceGroup:
                     launch(position, number)
                 elif isinstance(row, Signal):
                     event = self._driver.event(device)
-                    self._driver.record(device, stream, event)
+                    self._driver.record([(device, stream, event)])
                     signals.update({(position, peer): event for peer in row.ranks})
                 else:
-                    for peer in row.ranks:
-                        self._driver.wait(device, stream, signals[peer, position])
+                    events = [signals[peer, position] for peer in row.ranks]
+                    self._driver.wait([(device, stream, event) for event in events])
         self._num_calls += 1
 
     def check(self) -> None:

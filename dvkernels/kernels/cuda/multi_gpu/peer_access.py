@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,13 +82,13 @@ class PeerAccess:
         """Return an event of a device, which has happened."""
         return _Event(self._driver, device)
 
-    def record(self, device: int, stream: int, event: Any) -> None:
-        """Let an event of the device happen after all work that the stream holds now."""
-        self._driver.record(device, stream, event.handle)
+    def record(self, lanes: Iterable[tuple[int, int, Any]]) -> None:
+        """Let each event happen after the present work of a stream: (device, stream, event)."""
+        self._driver.record([(device, stream, event.handle) for device, stream, event in lanes])
 
-    def wait(self, device: int, stream: int, event: Any) -> None:
-        """Let the stream wait for an event of any device."""
-        self._driver.await_event(device, stream, event.handle)
+    def wait(self, lanes: Iterable[tuple[int, int, Any]]) -> None:
+        """Let each stream wait for an event of any device: (device, stream, event)."""
+        self._driver.wait_for([(device, stream, event.handle) for device, stream, event in lanes])
 
     def synchronize(self, device: int) -> None:
         """Wait until a device has done all its work."""
