@@ -954,7 +954,6 @@ def frameworks(data, _):
     prepare()
     import numpy as np
 
-    gpu = Gpu()
     from dvkernels import kernels
 
     if DRY:
@@ -1000,7 +999,7 @@ def frameworks(data, _):
             made = [jax.jit(lambda x: (x @ x) * 0 + 1)(jax.numpy.ones((3000, 3000)) + k)
                     for k in range(2)]  # fmt: skip
             total = kernels.reduce(made)
-            wrong += int((gpu.host(total) != 2).sum()) if hasattr(total, "get") else -1
+            wrong += int((total != 2).sum())
         return {"type in": str(type(made[0])), "type out": str(type(total)), "wrong": wrong}
 
     def jax_bfloat16():

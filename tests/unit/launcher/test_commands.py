@@ -10,7 +10,7 @@ import pytest
 
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import commands
-from dvkernels.launcher.commands import HostSlots, Job
+from dvkernels.launcher.job_description import HostSlots, Job
 
 FLAVOURS = {flavour.name: flavour for flavour in commands.FLAVOURS}
 # Recorded output of --version, and the kind of the launcher.
