@@ -76,6 +76,7 @@ class DriverLibrary:
                 return self._invalidate(UNSUPPORTED)
             return getattr(self, f"_{name}", lambda *_: 0)(*args) or 0
 
+        setattr(self, name, function)  # as a CDLL does
         return function
 
     def _invalidate(self, code):
