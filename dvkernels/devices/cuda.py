@@ -152,7 +152,7 @@ _PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "cupy")
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    """Return the installed packages among those that a GPU needs."""
+    """Return the installed packages among those that a GPU, or a compiler for it, needs."""
     from importlib import metadata  # 15 ms, and only where there is a driver
 
     installed = []
@@ -191,9 +191,8 @@ def explain(
             f"{runs}, and the packages here are for CUDA 13: python -m pip uninstall cupy-cuda13x, "
             f"then {install}, or update the driver"
         )
-    for name, package_name in (("numba-cuda", "numba-cuda"), ("cupy", "CuPy")):
-        if not any(installed_name.startswith(name) for installed_name in installed):
-            return f"{package_name} is not installed; {runs}: {install}"
+    if not any(name.startswith("cupy") for name in installed):
+        return f"CuPy is not installed; {runs}: {install}"
     return ""
 
 
@@ -210,6 +209,15 @@ def require(verb: str) -> None:
     problem = missing()
     if problem:
         raise DeviceError(f"{verb}: {problem}")
+
+
+def require_compiler(what: str) -> None:
+    """Raise :class:`DeviceError` unless there is a compiler for GPUs, which ``what`` needs."""
+    if "numba-cuda" not in _installed():
+        raise DeviceError(
+            f"{what} has to be compiled for GPUs, and numba-cuda is not installed: "
+            f"{install_command()}"
+        )
 
 
 @functools.cache

@@ -14,7 +14,9 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 
-from dvkernels.devices.driver_calls import RELAXED, DriverCalls
+from dvkernels.devices import load_log
+from dvkernels.devices.driver_calls import OUT_OF_MEMORY, RELAXED, DriverCalls
+from dvkernels.errors import DeviceError
 
 __all__ = ["Arguments", "Driver", "find", "launches_block", "leave_captures_alone"]
 
@@ -126,10 +128,15 @@ class Driver(DriverCalls):
             self.raise_for("cuMemcpyAsync", code)
 
     def load(self, device: int, image: bytes, name: str) -> int:
-        """Load a compiled image onto a device; return the handle of its kernel ``name``."""
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        """Load PTX or machine code onto a device; return the handle of its kernel ``name``."""
+        module, function, log = ctypes.c_void_p(), ctypes.c_void_p(), load_log.LoadLog()
         with self.beside_captures(device):
-            self.check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+            code = self.library.cuModuleLoadDataEx(
+                ctypes.byref(module), ctypes.c_char_p(image), *log.options
+            )
+            if code not in (0, OUT_OF_MEMORY):
+                raise DeviceError(log.describe(code, self.error_name(code), name, self.version()))
+            self.raise_for("cuModuleLoadDataEx", code)
             self.check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             # Otherwise drivers since 12.4 may finish loading at the first launch, and wait for the
             # device then.

@@ -14,10 +14,10 @@ from typing import Any
 
 from dvkernels.errors import DeviceError
 
-__all__ = ["RELAXED", "DriverCalls"]
+__all__ = ["OUT_OF_MEMORY", "RELAXED", "DriverCalls"]
 
 RELAXED = 2  # capture mode of a thread whose calls no capture of another stream forbids
-_NO_DEVICE, _OUT_OF_MEMORY = 100, 2
+_NO_DEVICE, OUT_OF_MEMORY = 100, 2
 _CAPTURE_ERRORS = range(900, 909)
 _CAPTURE_HINT = (
     ": a CUDA graph is being captured, and the call cannot become part of it; make the same call "
@@ -111,7 +111,7 @@ class DriverCalls:
 
     def raise_for(self, function: str, code: int) -> None:
         """Raise :class:`DeviceError` unless the code that a function returned is 0."""
-        if code == _OUT_OF_MEMORY:
+        if code == OUT_OF_MEMORY:
             raise DeviceError(
                 f"{function}: the GPU is out of memory; free arrays (in CuPy "
                 "get_default_memory_pool().free_all_blocks()), or use smaller ones"

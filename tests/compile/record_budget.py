@@ -1,4 +1,4 @@
-"""Record registers and shared memory of each kernel as the budget of test_machine_code.py."""
+"""Record what each kernel takes, and its loads in flight, as the budget of the tests."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def main() -> None:
         budget[name] = {
             "registers": max(one.registers for one in made),
             "shared": max(one.shared for one in made),
+            "loads": min(toolchain.loads_in_flight(one.code) for one in made if one.code),
         }
         print(name, budget[name], flush=True)
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(budget[name])}" for name in budget)

@@ -29,6 +29,9 @@ pytestmark = pytest.mark.skipif(
     reason="needs the extra cuda-compile, and no simulator",
 )
 BUDGET = json.loads(Path(__file__).with_name("budget.json").read_text())
+# Loads in flight of a thread: four vectors of two sources, or two of a gradient and each state.
+_LOADS = {"adam": 8, "momentum": 6, "nesterov": 6, "sgd": 4}
+_SMALL = {"int8", "uint8", "int16", "uint16"}
 SPARE = 8  # registers that another release of the assembler may take more
 KERNELS = kernels()
 
@@ -38,6 +41,17 @@ def test_the_budget_knows_every_kernel() -> None:
     # Kernels within a GPU, waiting kernels, rows, optimizers, custom reductions.
     assert len(KERNELS) == 42 + 42 + 8 + 8 + 8
     assert len(catalogue.DTYPES) == 15
+
+
+def test_the_budget_keeps_what_the_launch_bounds_promise() -> None:
+    """No more registers than let so many blocks run at once, and loads of two sources in flight."""
+    for name, kernel in KERNELS.items():
+        threads, blocks = kernel.launch_bounds
+        assert BUDGET[name]["registers"] <= 65536 // (threads * blocks) // 8 * 8, name
+        promised = _LOADS.get(name.split()[0], 8)
+        if kernel.name is None or (name.split()[-1] in _SMALL and not name.startswith("add")):
+            promised = 4  # a function of the user's, or lanes that are unpacked
+        assert BUDGET[name]["loads"] >= promised, name
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -72,7 +86,7 @@ def check(name: str, architecture: int, assembled: toolchain.Assembled) -> None:
     assert assembled.shared <= budget["shared"], architecture
     if assembled.code is not None:
         assert not re.search(r"\b(LDL|STL)\b", assembled.code), architecture
-        assert re.search(r"LDG\.E(\.\w+)*\.128", assembled.code), architecture
+        assert toolchain.loads_in_flight(assembled.code) >= budget["loads"], architecture
         assert re.search(r"STG\.E(\.\w+)*\.128", assembled.code), architecture
 
 

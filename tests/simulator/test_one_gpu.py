@@ -160,7 +160,7 @@ def test_pieces_cover_every_unit_once(sizes, num_resident):
         assert end - first == max(1, -(-size // per_piece))
     # A whole number of blocks on each multiprocessor, or a block for each piece.
     assert blocks == min(header.num_pieces, 4 * num_resident)
-    assert (header.per_thread == 4) == (sum(-(-size // 1024) for size in sizes) >= num_resident)
+    assert (header.per_thread == 4) == (2 * sum(-(-size // 1024) for size in sizes) >= num_resident)
 
 
 def test_items_with_axes_are_cut_at_the_largest_length(monkeypatch):

@@ -20,7 +20,14 @@ from dvkernels import reduce_op
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import arithmetic, checks, jit
-from dvkernels.kernels.cpu.engine import intrinsics, job_layout, loops, records, thread_pool
+from dvkernels.kernels.cpu.engine import (
+    intrinsics,
+    job_layout,
+    loops,
+    records,
+    thread_pool,
+    vectors,
+)
 from dvkernels.kernels.cpu.engine.intrinsics import cgutils
 from dvkernels.kernels.cpu.engine.job_layout import (
     COUNTER_WORDS,
@@ -105,7 +112,7 @@ def _apply(
         table, num_copies, indices, updates, stride, listed, count, is_all, nbytes, divisor = args[
             :10
         ]
-        numbers = arithmetic.VectorArithmetic(builder, code.literal_value)
+        numbers = vectors.VectorArithmetic(builder, code.literal_value)
         combines = operation.literal_value != _REPLACE
         bases = builder.inttoptr(table, _I64.as_pointer())
         base, one = builder.load(bases), _I64(1)

@@ -10,9 +10,9 @@ from driver_double import Array, Gpus, Tensor
 
 from dvkernels import errors, kernels
 from dvkernels.devices import driver
-from dvkernels.kernels.cuda.engine import intrinsics
+from dvkernels.kernels.cuda.engine import simulator
 
-pytestmark = pytest.mark.skipif(intrinsics.SIMULATED, reason="has a driver of its own")
+pytestmark = pytest.mark.skipif(simulator.IS_ON, reason="has a driver of its own")
 
 
 @pytest.fixture

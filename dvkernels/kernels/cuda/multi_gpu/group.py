@@ -68,7 +68,7 @@ class DeviceGroup:
         self._flags = [driver.words(device, unset) for device in self._devices]
         self._slots: dict[str, list[list[int]]] = {}
         self._programs: dict[tuple[str, tuple[int, ...]], list[DeviceMemory]] = {}
-        self._loaded: set[Kernel] = set()
+        self._most_blocks: dict[Kernel, int] = {}  # of the kernels that are loaded
         self._allocations: list[Any] = []
         # Per rank, after its last call. Its stream may have been destroyed since.
         self._ends = [driver.event(device) for device in self._devices]
@@ -94,7 +94,7 @@ class DeviceGroup:
         try:
             launcher.launching.acquire()
             self.check()
-            self._load(kernel)
+            most_blocks = self._load(kernel)
             programs = self._ready_programs(schedule, route.order)
             slots = self._ready_slots(route) if schedule.uses_slots else None
             lanes = [*zip(self._devices, job.streams, self._ends, strict=True)]
@@ -107,13 +107,21 @@ class DeviceGroup:
                     addresses = self._buffer_addresses(job, route.order, begin * itemsize, slots)
                     self._launch(
                         _LaunchedCall(
-                            schedule, route, kernel, programs, addresses, job, length, itemsize
+                            schedule,
+                            route,
+                            kernel,
+                            most_blocks,
+                            programs,
+                            addresses,
+                            job,
+                            length,
+                            itemsize,
                         )
                     )
                 if not is_captured:
                     self._driver.record(lanes)
             except BaseException:
-                self._loaded.discard(kernel)  # a failed launch may have unloaded it
+                self._most_blocks.pop(kernel, None)  # a failed launch may have unloaded it
                 if not is_captured:
                     # Launched ranks wait for the others, and no later call would wait for them.
                     self.abort()
@@ -129,7 +137,7 @@ class DeviceGroup:
         order, streams = call.route.order, call.job.streams
         divisor = len(order) if call.job.op is ReduceOp.MEAN else 1
         nbytes = call.length * call.itemsize // call.schedule.num_parts
-        num_blocks = max(1, min(MOST_BLOCKS, nbytes // _BLOCK_NBYTES))
+        num_blocks = max(1, min(call.most_blocks, nbytes // _BLOCK_NBYTES))
         num_parts = call.schedule.num_parts
         share = flag_program.shares(call.length, call.itemsize, num_parts, num_blocks)
         epoch = self._epoch
@@ -218,11 +226,16 @@ class DeviceGroup:
 
     # -- resources of a call ----------------------------------------------------------------------
 
-    def _load(self, kernel: Kernel) -> None:
-        if kernel not in self._loaded:
-            for device in {*self._devices}:
-                self._driver.load(device, kernel)
-            self._loaded.add(kernel)
+    def _load(self, kernel: Kernel) -> int:
+        """Load a kernel on all devices; return the most blocks of a launch.
+
+        All of them run at once on every device, where no other work takes their place.
+        """
+        if kernel not in self._most_blocks:
+            devices = dict.fromkeys(self._devices)
+            resident = [self._driver.load(device, kernel) for device in devices]
+            self._most_blocks[kernel] = min(MOST_BLOCKS, *resident)
+        return self._most_blocks[kernel]
 
     def _ready_programs(self, schedule: Protocol, order: tuple[int, ...]) -> list[DeviceMemory]:
         """Return the program of each position in the protocol, on the device of its rank."""
@@ -273,6 +286,7 @@ class _LaunchedCall(NamedTuple):
     schedule: Protocol
     route: Route
     kernel: Kernel
+    most_blocks: int
     programs: list[DeviceMemory]
     addresses: list[int]
     job: AllReduceCall

@@ -63,9 +63,10 @@ class PeerAccess:
         weakref.finalize(memory, self._driver.free_on_host, device, address).atexit = False
         return words
 
-    def load(self, device: int, kernel: Kernel) -> None:
-        """Compile a kernel, unless it is compiled, and load it onto the device."""
+    def load(self, device: int, kernel: Kernel) -> int:
+        """Load a kernel onto a device; return how many of its blocks run there at once."""
         launcher.prepare(kernel, device)
+        return launcher.num_resident(kernel, device)
 
     def launch(
         self,
