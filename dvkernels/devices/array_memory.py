@@ -161,11 +161,15 @@ class _Gpu:
         return cuda_arrays.like(result, original)
 
     def new(self, content: Any, device: Device) -> Array:
-        if not isinstance(content, np.ndarray):
-            source = self._arrays.device_of(content)
-            cuda_arrays.order_streams([(current_stream(device.index), current_stream(source))])
         new_array = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
+        if isinstance(content, np.ndarray):
+            self._arrays.copy(new_array, content)
+            return new_array
+        target = current_stream(device.index)
+        source = current_stream(self._arrays.device_of(content))
+        cuda_arrays.order_streams([(target, source)])
         self._arrays.copy(new_array, content)
+        cuda_arrays.order_streams([(source, target)])  # what overwrites the content, comes later
         return new_array
 
     def on(self, array: Any, device: Device) -> Any:

@@ -51,6 +51,7 @@ class ArrayLibrary(Protocol):
     def event(self, device: int) -> Any:
         """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``.
 
+        Both are called inside ``at(device)``: a default stream is that of the current device.
         Its ``done`` says, without waiting, whether it has happened.
         """
 
@@ -67,7 +68,10 @@ class ArrayLibrary(Protocol):
         """Return the index of the device that an array lies on."""
 
     def current(self, device: int) -> Any:
-        """Return this thread's current stream on a device; its address is ``ptr``."""
+        """Return this thread's current stream on a device; its address is ``ptr``.
+
+        It is used inside ``at(device)``: the default stream is that of the current device.
+        """
 
     def pinned(self, nbytes: int) -> HostArray:
         """Return bytes in pinned host memory, from which copies on a stream are asynchronous.

@@ -136,7 +136,7 @@ def test_streams_of_several_devices_are_ordered_each_in_its_own_context(monkeypa
     monkeypatch.setattr(driver, "find", Recorder)
     near, far, other = (stream_order.DeviceStream(*pair) for pair in [(0, 5), (1, 0), (0, 0)])
     cuda_arrays.order_streams([(near, near), (near, other), (far, other)])
-    waits = [("record", 0, 0, 77), ("await_event", 1, 0, 77), ("destroy", 0, 77)]
+    waits = [("record", [(0, 0, 77)]), ("wait_for", [(1, 0, 77)]), ("destroy", 0, 77)]
     assert calls == [("wait", 0, 5, 0), ("event", 0), *waits]
 
 

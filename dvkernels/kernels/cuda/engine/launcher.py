@@ -16,12 +16,11 @@ import numpy as np
 from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
 from dvkernels.errors import DeviceError
-from dvkernels.kernels import checks, numba_import
-from dvkernels.kernels.cuda.engine import shipped_ptx, table_layout
+from dvkernels.kernels import numba_import
+from dvkernels.kernels.cuda.engine import shipped_ptx, simulator, table_layout
 from dvkernels.kernels.cuda.engine.kernel import Kernel
 
 __all__ = [
-    "SIMULATED",
     "LongTables",
     "RepeatedLaunch",
     "launch",
@@ -30,7 +29,6 @@ __all__ = [
     "prepare",
 ]
 
-SIMULATED = devices.is_simulated()
 _NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
 _num_resident: dict[tuple[int, Kernel], int] = {}
@@ -39,13 +37,11 @@ _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent la
 # for each other: loading may wait for a device, and that device for a launch. All groups of devices
 # share it: two calls, each launched first on another device, would wait for each other.
 launching = threading.RLock()
-# The simulator runs one kernel at a time in the whole process.
-_simulating = threading.RLock()
 
 
 def num_resident(kernel: Kernel, device: int) -> int:
     """Return how many blocks of a kernel run at once on a device."""
-    if SIMULATED:
+    if simulator.IS_ON:
         return 1
     key = device, kernel
     if key not in _num_resident:
@@ -57,8 +53,8 @@ def num_resident(kernel: Kernel, device: int) -> int:
 
 def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], stream: int) -> None:
     """Launch a kernel over a table on a stream; do not wait for its end."""
-    if SIMULATED:
-        _simulate(kernel, blocks, words)
+    if simulator.IS_ON:
+        simulator.launch(kernel, blocks, words)
         return
     if len(words) < table_layout.NUM_WORDS:
         _start(kernel, device, blocks, _as_arguments(words), stream)
@@ -85,8 +81,8 @@ class RepeatedLaunch:
         """Launch with these addresses; several threads may do so at once."""
         words = self._words[:]
         words[self._begin : self._end] = array.array("q", addresses)
-        if SIMULATED:
-            _simulate(self._kernel, self._blocks, words[1 : self._end])
+        if simulator.IS_ON:
+            simulator.launch(self._kernel, self._blocks, words[1 : self._end])
         else:
             _start(self._kernel, self._device, self._blocks, words, stream)
 
@@ -146,16 +142,6 @@ def _driver() -> driver.Driver:
     return cuda_driver
 
 
-def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
-    table = np.array(words, np.int64)
-    arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
-    function = kernel.build()
-    cuda = numba_import.module("dvkernels.kernels.cuda.engine.cuda_target").cuda
-    with _simulating:
-        simulated: Any = cuda.jit(function)
-        simulated[blocks, kernel.launch_bounds[0]](arguments)
-
-
 class LongTables:
     """Cache of the tables that are too long to be arguments, in device memory.
 
@@ -186,6 +172,9 @@ class LongTables:
                 )
             if entry is None:
                 entry = self._copy_to_device(device, stream, content)
+            elif not is_captured:
+                # The handle may be that of another stream by now, or of another thread's default.
+                _driver().wait_for([(device, stream, entry[2].ptr)])
             if is_captured or key in self._captured:
                 self._captured[key] = entry
             else:
