@@ -1,12 +1,13 @@
 """Element types and operations of the kernels: one definition of their arithmetic, for all twins.
 
-A vector is an object with Python's operators: on the CPU, emitted LLVM vectors; on a GPU, emitted
-PTX. The operations are the same, and so are the bits. Half types are widened to float32, combined
-there, and rounded once.
+A vector is an object whose operators emit code: for the CPU, LLVM's; for a GPU, PTX. The operations
+are the same, and so are the bits. Half types are widened to float32, combined there, and rounded
+once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -22,6 +23,7 @@ __all__ = [
     "MUL",
     "SUB",
     "ElementType",
+    "VectorOperators",
     "combine",
     "dtype_of",
     "element_type",
@@ -75,6 +77,32 @@ def element_type(code: int) -> ElementType:
     kind, itemsize = _TYPES[code]
     unit = 2 if kind == "c" else 1
     return ElementType(kind, itemsize, unit, 8 * itemsize // unit)
+
+
+def _operator(name: str) -> Callable[[Any, Any], Any]:
+    """Return the method of an operator, which emits the operation of this name."""
+
+    def operate(self: Any, other: Any) -> Any:
+        return self.emit(name, other)
+
+    return operate
+
+
+class VectorOperators:
+    """Vector in registers. Its classes add ``emit``, and the methods that :func:`combine` calls."""
+
+    __add__, __sub__, __mul__ = _operator("add"), _operator("sub"), _operator("mul")
+    __truediv__, __lt__, __gt__ = _operator("div"), _operator("lt"), _operator("gt")
+    __and__, __or__, __xor__ = _operator("and"), _operator("or"), _operator("xor")
+    __lshift__, __rshift__ = _operator("shl"), _operator("shr")
+
+    def emit(self, name: str, other: Any) -> Any:
+        """Emit an operation with another vector, or with an integer in every lane."""
+        raise NotImplementedError
+
+    def is_nan(self) -> Any:
+        """Emit which numbers are not a number."""
+        return self.emit("nan", self)
 
 
 def combine(operation: int, element: ElementType, left: Any, right: Any) -> Any:

@@ -107,3 +107,8 @@ def loads_in_flight(code: str) -> int:
             loaded |= set(range(int(wide[1]), int(wide[1]) + 4))
             most = max(most, count)
     return most
+
+
+def num_wide_loads(code: str) -> int:
+    """Return how many wide loads there are."""
+    return len(_WIDE_LOAD.findall(code))

@@ -245,7 +245,7 @@ def attributes(kernel, device=0):
     from dvkernels.kernels.cuda.engine import launcher
 
     handle = ctypes.c_void_p(launcher.prepare(kernel, device))
-    library = driver()._library
+    library = driver().library
     driver().enter(device)
     found = {}
     for name, number in (("shared", 1), ("local", 3), ("registers", 4)):

@@ -13,11 +13,13 @@ __all__: list[str] = []
 
 _LINE = 64  # bytes of a cache line, the unit of a streaming store
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_COMPARISONS = {"lt": "<", "gt": ">", "nan": "uno"}
+_NAMES = {"and": "and_", "or": "or_", "shl": "shl", "shr": "lshr"}
 _KINDS = {"f32": ir.FloatType(), "u32": _I32}
 
 
-class Vector:
-    """Emitted LLVM vector, whose operators emit instructions."""
+class Vector(arithmetic.VectorOperators):
+    """Emitted LLVM vector."""
 
     def __init__(self, builder: Any, value: Any, is_signed: bool = False) -> None:
         self.builder, self.value, self.is_signed = builder, value, is_signed
@@ -27,54 +29,20 @@ class Vector:
     def _of(self, value: Any) -> Vector:
         return Vector(self.builder, value, self.is_signed)
 
-    def _emit(self, instruction: str, other: Any) -> Vector:
-        """Emit an instruction with another vector, or with an integer in every lane."""
+    def emit(self, name: str, other: Any) -> Vector:
+        """Emit an operation with another vector, or with an integer in every lane."""
+        builder = self.builder
         if isinstance(other, Vector):
             operand = other.value
         else:
             operand = ir.Constant(self.value.type, [other] * self.count)
-        return self._of(getattr(self.builder, instruction)(self.value, operand))
-
-    def __add__(self, other: Any) -> Vector:
-        return self._emit("fadd" if self.is_float else "add", other)
-
-    def __sub__(self, other: Any) -> Vector:
-        return self._emit("fsub" if self.is_float else "sub", other)
-
-    def __truediv__(self, other: Any) -> Vector:
-        return self._emit("fdiv", other)
-
-    def __mul__(self, other: Any) -> Vector:
-        return self._emit("fmul" if self.is_float else "mul", other)
-
-    def __and__(self, other: Any) -> Vector:
-        return self._emit("and_", other)
-
-    def __or__(self, other: Any) -> Vector:
-        return self._emit("or_", other)
-
-    def __lshift__(self, other: Any) -> Vector:
-        return self._emit("shl", other)
-
-    def __rshift__(self, other: Any) -> Vector:
-        return self._emit("lshr", other)
-
-    def __lt__(self, other: Vector) -> Vector:
-        return self._compare("<", other)
-
-    def __gt__(self, other: Vector) -> Vector:
-        return self._compare(">", other)
-
-    def _compare(self, sign: str, other: Vector) -> Vector:
-        builder = self.builder
-        compare = builder.icmp_signed if self.is_signed else builder.icmp_unsigned
-        if self.is_float:
-            compare = builder.fcmp_ordered
-        return self._of(compare(sign, self.value, other.value))
-
-    def is_nan(self) -> Vector:
-        """Emit which numbers are not a number."""
-        return self._of(self.builder.fcmp_unordered("uno", self.value, self.value))
+        if name in _COMPARISONS:
+            compare = builder.icmp_signed if self.is_signed else builder.icmp_unsigned
+            if self.is_float:
+                compare = builder.fcmp_unordered if name == "nan" else builder.fcmp_ordered
+            return self._of(compare(_COMPARISONS[name], self.value, operand))
+        instruction = _NAMES.get(name, f"f{name}" if self.is_float else name)
+        return self._of(getattr(builder, instruction)(self.value, operand))
 
     def choose(self, where: Vector, other: Vector) -> Vector:
         """Emit these numbers where the condition holds, else those of ``other``."""
@@ -83,7 +51,7 @@ class Vector:
     def negate_even(self) -> Vector:
         """Emit the numbers, those of even lanes with the other sign."""
         signs = [(-1.0, 1.0)[lane & 1] for lane in range(self.count)]
-        return self * self._of(ir.Constant(self.value.type, signs))
+        return self.emit("mul", self._of(ir.Constant(self.value.type, signs)))
 
     def bits(self, kind: str) -> Vector:
         """Emit the same bits as numbers of another type of 32 bits."""

@@ -165,9 +165,9 @@ def _declare_store(address: Any, value: Any, code: int, is_whole: bool) -> inlin
 
 
 # Read a vector at a multiple of 16 bytes, or an element at a multiple of its number's size.
-load = inline_ptx.overloaded(_declare_load, _simulated_load)
+load = inline_ptx.device_function(_declare_load, _simulated_load)
 # Round a vector, or one element, to the stored type and write it.
-store = inline_ptx.overloaded(_declare_store, _simulated_store)
+store = inline_ptx.device_function(_declare_store, _simulated_store)
 
 # ------------------------------------------------------------------ arithmetic
 
@@ -184,10 +184,10 @@ def combiner(operation: Operation, code: int, is_whole: bool = True) -> Any:
     vector = vector_type(code, is_whole)
     simulated = functools.partial(_simulated_combine, operation)
     declared = generate(vector, [vector, vector], emit)
-    return inline_ptx.device_function(*declared, simulated=simulated, effect=inline_ptx.NOTHING)
+    return inline_ptx.device_function(declared, simulated, inline_ptx.NOTHING)
 
 
-def emit_combine(operation: Any, code: int, left: Registers, right: Registers) -> Registers:
+def emit_combine(operation: Any, code: int, left: Registers, right: Registers) -> Any:
     """Emit ``left operation right``."""
     element = arithmetic.element_type(code)
     if element.bits >= 32 or element.is_float or left.count == 1:
@@ -198,7 +198,7 @@ def emit_combine(operation: Any, code: int, left: Registers, right: Registers) -
     return _pack(element.bits, arithmetic.combine(operation, element, *sides))
 
 
-def _packed_sum(bits: int, left: Registers, right: Registers) -> Registers:
+def _packed_sum(bits: int, left: Registers, right: Registers) -> Any:
     """Emit the sums of packed 8 or 16-bit integers; carries do not cross their top bits.
 
     Five instructions per register, where unpacking takes twenty.
@@ -252,11 +252,11 @@ def _divider(emit_quotient: Callable[[Registers, Registers], Registers]) -> Any:
             return inline_ptx.Code("", value, [value, types.int64])
         return generate(value, [value, types.int64], emit)
 
-    return inline_ptx.overloaded(declare, _simulated_quotient, effect=inline_ptx.NOTHING)
+    return inline_ptx.device_function(declare, _simulated_quotient, inline_ptx.NOTHING)
 
 
 quotient = _divider(Registers.__truediv__)
-exact_quotient = _divider(lambda value, real: value * real.reciprocal())
+exact_quotient = _divider(lambda value, real: value * real.each(f"rcp.rn.{real.kind}"))
 
 # ------------------------------------------------------------------ functions of the user's
 
@@ -271,7 +271,7 @@ def _custom_combiner(custom: Custom, code: int, is_whole: bool) -> Any:
     unpacked = generate(lanes, [_PACKED], lambda _, words: [_unpack(element, words)])
     packed = generate(_PACKED, [lanes], lambda _, numbers: [_pack(element.bits, numbers)])
     unpack, pack = (
-        inline_ptx.device_function(*code, effect=inline_ptx.NOTHING) for code in (unpacked, packed)
+        inline_ptx.device_function(code, None, inline_ptx.NOTHING) for code in (unpacked, packed)
     )
     call = inline_ptx.calls(custom.function.py_func, custom.signature, lanes)
 

@@ -25,7 +25,6 @@ __all__ = [
     "Code",
     "calls",
     "device_function",
-    "overloaded",
 ]
 
 # What code does besides computing its result, as LLVM's attributes.
@@ -47,34 +46,14 @@ class Code(NamedTuple):
 
 
 def device_function(
-    text: str,
-    result: Any = types.void,
-    operands: Sequence[Any] = (),
+    code: Code | Callable[..., Code],
     simulated: Callable[..., Any] | None = None,
-    *,
     effect: str = EFFECT,
 ) -> Any:
-    """Return the device function that executes inline PTX; see :class:`Code`."""
-    code = Code(text, result, operands)
+    """Return the device function that executes inline PTX: this code, or what a function returns.
 
-    def declare(*given: Any) -> Code:
-        return code
-
-    names = [f"operand_{k}" for k in range(len(operands))]
-    return overloaded(declare, simulated, effect=effect, names=names)
-
-
-def overloaded(
-    declare: Callable[..., Code],
-    simulated: Callable[..., Any] | None,
-    *,
-    effect: str = EFFECT,
-    names: Sequence[str] | None = None,
-) -> Any:
-    """Return the device function that executes the PTX that ``declare`` returns for its arguments.
-
-    ``declare`` is given the argument's value where it is a constant, else its type. Arguments that
-    are no operands come last. ``names`` are those of its parameters, where it takes any number.
+    The function is given each argument's value where it is a constant, else its type. Arguments
+    that are no operands come last.
 
     Code whose effect is ``NOTHING`` depends on its operands alone, and code that ``READS`` on the
     memory too: it may be executed once for many uses, or not at all. Code with an ``EFFECT`` is
@@ -86,30 +65,35 @@ def overloaded(
     if simulator.IS_ON:
         return simulated
 
+    def declare(*given: Any) -> Code:
+        return code if isinstance(code, Code) else code(*given)
+
     def typed(typing: Any, *given: Any) -> Any:
-        code = declare(*(getattr(one, "literal_value", one) for one in given))
+        found = declare(*(getattr(one, "literal_value", one) for one in given))
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             numbers = [
                 number
-                for arg, _ in zip(args, code.operands, strict=False)
+                for arg, _ in zip(args, found.operands, strict=False)
                 for number in _numbers(builder, arg)
             ]
-            if not code.text:
+            if not found.text:
                 return args[0]
-            if code.result == types.void:
-                _emit(builder, code.text, [], numbers, effect)
+            if found.result == types.void:
+                _emit(builder, found.text, [], numbers, effect)
                 return context.get_dummy_value()
-            whole = context.get_value_type(code.result)
-            found = _emit(builder, code.text, [kind for kind, _ in _paths(whole)], numbers, effect)
-            return _whole(builder, whole, found)
+            whole = context.get_value_type(found.result)
+            kinds = [kind for kind, _ in _paths(whole)]
+            return _whole(builder, whole, _emit(builder, found.text, kinds, numbers, effect))
 
-        constants = given[len(code.operands) :]
-        return code.result(*code.operands, *constants), generate
+        constants = given[len(found.operands) :]
+        return found.result(*found.operands, *constants), generate
 
     # Numba asks the signature for the number of arguments.
-    if names is None:
-        names = [*inspect.signature(declare).parameters]
+    if isinstance(code, Code):
+        names = [f"operand_{k}" for k in range(len(code.operands))]
+    else:
+        names = [*inspect.signature(code).parameters]
     parameters = ["typing", *names]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     vars(typed)["__signature__"] = inspect.Signature(

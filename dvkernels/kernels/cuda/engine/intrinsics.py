@@ -12,13 +12,14 @@ of a ``release``, everything written before that release is visible.
 from __future__ import annotations
 
 import ctypes
+import operator
 import time
 
 from numba import types
 
 from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
-from dvkernels.kernels.cuda.engine.inline_ptx import READS, device_function
+from dvkernels.kernels.cuda.engine.inline_ptx import READS, Code, device_function
 
 __all__ = [
     "acquire",
@@ -46,40 +47,28 @@ def _store(address: int, value: int) -> None:
     ctypes.c_int64.from_address(address).value = value
 
 
+_READ = types.int64, [types.int64]
+_WRITE = types.void, [types.int64, types.int64]
+
 # Read a word of a table in shared or device memory, which nobody writes during the launch.
-read_word = device_function(
-    "ld.b64 $0, [$1];", types.int64, [types.int64], simulated=_load, effect=READS
-)
+read_word = device_function(Code("ld.b64 $0, [$1];", *_READ), _load, READS)
 # Read a flag; from here on, writes before the release that set it are visible.
-acquire = device_function(
-    "ld.acquire.sys.global.b64 $0, [$1];", types.int64, [types.int64], simulated=_load
-)
+acquire = device_function(Code("ld.acquire.sys.global.b64 $0, [$1];", *_READ), _load)
 # Read a word that other GPUs, or the host, write; orders no other access.
-load_relaxed = device_function(
-    "ld.relaxed.sys.global.b64 $0, [$1];", types.int64, [types.int64], simulated=_load
-)
+load_relaxed = device_function(Code("ld.relaxed.sys.global.b64 $0, [$1];", *_READ), _load)
 # Set a flag after everything that this thread has written or acquired.
-release = device_function(
-    "st.release.sys.global.b64 [$0], $1;", types.void, [types.int64, types.int64], simulated=_store
-)
+release = device_function(Code("st.release.sys.global.b64 [$0], $1;", *_WRITE), _store)
 # Write a word that other GPUs, or the host, read; orders no other access.
-store_relaxed = device_function(
-    "st.relaxed.sys.global.b64 [$0], $1;", types.void, [types.int64, types.int64], simulated=_store
-)
+store_relaxed = device_function(Code("st.relaxed.sys.global.b64 [$0], $1;", *_WRITE), _store)
 # Suspend this thread for about that many nanoseconds, at most a millisecond.
 nanosleep = device_function(
-    "nanosleep.u32 $0;",
-    types.void,
-    [types.uint32],
-    simulated=lambda nanoseconds: time.sleep(nanoseconds * 1e-9),
+    Code("nanosleep.u32 $0;", operands=[types.uint32]),
+    lambda nanoseconds: time.sleep(nanoseconds * 1e-9),
 )
 # Return the nanoseconds of a monotonic clock; its resolution may be a microsecond.
-clock_ns = device_function("mov.u64 $0, %globaltimer;", types.int64, simulated=time.monotonic_ns)
+clock_ns = device_function(Code("mov.u64 $0, %globaltimer;", types.int64), time.monotonic_ns)
 short_quotient = device_function(
-    "div.u32 $0, $1, $2;",
-    types.uint32,
-    [types.uint32, types.uint32],
-    simulated=lambda dividend, divisor: dividend // divisor,
+    Code("div.u32 $0, $1, $2;", types.uint32, [types.uint32, types.uint32]), operator.floordiv
 )
 _int64 = int if simulator.IS_ON else types.int64
 

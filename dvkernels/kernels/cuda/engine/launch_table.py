@@ -90,10 +90,10 @@ def _copy_to_shared(count: int) -> str:
 # Return the address of the launch's table: copied to shared memory, or in device memory. All
 # threads of a block must call this function.
 stage = inline_ptx.device_function(
-    _copy_to_shared(NUM_WORDS - 1),
-    types.int64,
-    [_untyped.UniTuple(types.int64, NUM_WORDS)],
-    simulated=lambda words: int(words[0]),
+    inline_ptx.Code(
+        _copy_to_shared(NUM_WORDS - 1), types.int64, [_untyped.UniTuple(types.int64, NUM_WORDS)]
+    ),
+    lambda words: int(words[0]),
 )
 
 

@@ -55,4 +55,4 @@ def _declare_apply(
 
 # Return the new parameter, first and second slot, lane by lane. The coefficients are float64s at
 # an address.
-apply = inline_ptx.overloaded(_declare_apply, _simulated_apply, effect=inline_ptx.READS)
+apply = inline_ptx.device_function(_declare_apply, _simulated_apply, inline_ptx.READS)

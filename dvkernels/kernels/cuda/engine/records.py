@@ -29,4 +29,5 @@ def at(record: Any) -> Any:
         return record._make((ctypes.c_int64 * count).from_address(address))
 
     loads = [f"ld.b64 ${k}, [${count}+{8 * k}];" for k in range(count)]
-    return inline_ptx.device_function(" ".join(loads), kind, [types.int64], simulated=simulated)
+    code = inline_ptx.Code(" ".join(loads), kind, [types.int64])
+    return inline_ptx.device_function(code, simulated)

@@ -9,6 +9,7 @@ import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine.inline_ptx import Code
 
 __all__ = ["Registers", "Text", "generate"]
@@ -37,13 +38,12 @@ class Text:
         return "\n".join(["{", *declared, *self._lines, "}"])
 
 
-class Registers:
+class Registers(arithmetic.VectorOperators):
     """Vector of numbers of one PTX type, each in a register, or one number for every lane."""
 
     def __init__(self, text: Text, kind: str, names: Sequence[str]) -> None:
         self.text, self.kind, self.names = text, kind, [*names]
         self.count = len(self.names)
-        self.is_float = kind[0] == "f"
 
     def each(self, instruction: str, *others: Any, kind: str = "") -> Registers:
         """Emit an instruction for each lane."""
@@ -55,50 +55,19 @@ class Registers:
             self.text.line(instruction, *row)
         return result
 
-    def __add__(self, other: Any) -> Registers:
-        return self.each(f"add{'.rn' * self.is_float}.{self.kind}", other)
-
-    def __sub__(self, other: Any) -> Registers:
-        return self.each(f"sub{'.rn' * self.is_float}.{self.kind}", other)
-
-    def __mul__(self, other: Any) -> Registers:
-        return self.each(f"mul.{'rn' if self.is_float else 'lo'}.{self.kind}", other)
-
-    def __truediv__(self, other: Any) -> Registers:
-        return self.each(f"div.rn.{self.kind}", other)
+    def emit(self, name: str, other: Any) -> Registers:
+        """Emit an operation with other numbers, or with an integer in every lane."""
+        if name in ("lt", "gt", "nan"):
+            return self.each(f"setp.{name}.{self.kind}", other, kind="pred")
+        if name in ("and", "or", "xor", "shl"):
+            is_predicate = self.kind == "pred"
+            return self.each(f"{name}.{'pred' if is_predicate else f'b{self.kind[1:]}'}", other)
+        rounding = ".rn" if self.kind[0] == "f" else ".lo" * (name == "mul")
+        return self.each(f"{name}{rounding}.{self.kind}", other)
 
     def sqrt(self) -> Registers:
-        """Emit the square root, which ``numpy.sqrt`` of an object calls."""
+        """Emit the square roots: ``numpy.sqrt`` of an object calls this method."""
         return self.each(f"sqrt.rn.{self.kind}")
-
-    def reciprocal(self) -> Registers:
-        """Emit the reciprocal."""
-        return self.each(f"rcp.rn.{self.kind}")
-
-    def __and__(self, other: Any) -> Registers:
-        return self.each(f"and.{self._untyped}", other)
-
-    def __or__(self, other: Any) -> Registers:
-        return self.each(f"or.{self._untyped}", other)
-
-    def __xor__(self, other: Any) -> Registers:
-        return self.each(f"xor.{self._untyped}", other)
-
-    def __lshift__(self, count: int) -> Registers:
-        return self.each(f"shl.{self._untyped}", count)
-
-    def __rshift__(self, count: int) -> Registers:
-        return self.each(f"shr.{self.kind}", count)
-
-    def __lt__(self, other: Any) -> Registers:
-        return self.each(f"setp.lt.{self.kind}", other, kind="pred")
-
-    def __gt__(self, other: Any) -> Registers:
-        return self.each(f"setp.gt.{self.kind}", other, kind="pred")
-
-    def is_nan(self) -> Registers:
-        """Emit which numbers are not a number."""
-        return self.each(f"setp.nan.{self.kind}", self, kind="pred")
 
     def choose(self, where: Any, other: Any) -> Registers:
         """Emit these numbers where the predicate holds, else those of ``other``."""
@@ -121,10 +90,6 @@ class Registers:
     def join(self, other: Registers) -> Registers:
         """Return all lanes, then those of ``other``."""
         return Registers(self.text, self.kind, [*self.names, *other.names])
-
-    @property
-    def _untyped(self) -> str:
-        return self.kind if self.kind == "pred" else f"b{self.kind[1:]}"
 
 
 def _spread(one: Any, lanes: int) -> Sequence[str]:
@@ -159,7 +124,7 @@ def generate(result: Any, operands: Sequence[Any], emit: Callable[..., Any]) -> 
 def _kinds(numba_type: Any) -> list[str]:
     """Return the PTX type of each number: ``float32`` is ``f32``, ``int64`` is ``s64``."""
     if hasattr(numba_type, "dtype"):
-        return _kinds(numba_type.dtype) * numba_type.count
+        return _kinds(numba_type.dtype) * int(numba_type.count)
     name = str(numba_type)
     if name == "none":
         return []

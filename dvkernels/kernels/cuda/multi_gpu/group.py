@@ -121,7 +121,7 @@ class DeviceGroup:
                 if not is_captured:
                     self._driver.record(lanes)
             except BaseException:
-                self._loaded.discard(kernel)  # a failed launch may have unloaded it
+                self._most_blocks.pop(kernel, None)  # a failed launch may have unloaded it
                 if not is_captured:
                     # Launched ranks wait for the others, and no later call would wait for them.
                     self.abort()
