@@ -93,8 +93,8 @@ def diagnosed() -> Iterator[None]:
         if name.startswith("DynamicLibNot") or name in ("NvvmSupportError", "NvrtcSupportError"):
             raise DeviceError(
                 "a part of the CUDA toolkit that compiles kernels is missing "
-                f"({str(error).strip().splitlines()[0]}): {devices.install_command()}, or let the "
-                "environment variable CUDA_HOME name the folder of a CUDA toolkit"
+                f"({(str(error).strip() or name).splitlines()[0]}): {devices.install_command()}, "
+                "or let the environment variable CUDA_HOME name the folder of a CUDA toolkit"
             ) from error
         raise
 
