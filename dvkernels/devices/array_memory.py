@@ -20,8 +20,10 @@ from dvkernels.devices import cuda, cuda_arrays, interop
 from dvkernels.devices.array_spec import Array, HostArray
 from dvkernels.devices.cuda_arrays import current_stream
 from dvkernels.devices.device import Device
+from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.devices.stream_order import wait_pairs
 from dvkernels.errors import DeviceError
+from dvkernels.profiler import tracing
 
 __all__ = ["HOST", "ArrayMemory", "holding", "of"]
 
@@ -165,7 +167,16 @@ class _Gpu:
             source = self._arrays.device_of(content)
             cuda_arrays.order_streams([(current_stream(device.index), current_stream(source))])
         new_array = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
+        recording = tracing.active
+        if recording is None:
+            self._arrays.copy(new_array, content)
+            return new_array
+        span = GpuSpan(recording, *current_stream(device.index))
         self._arrays.copy(new_array, content)
+        on_host = isinstance(content, np.ndarray)
+        source_name = "host" if on_host else f"cuda:{self._arrays.device_of(content)}"
+        about = {"from": source_name, "to": str(device), "bytes": content.nbytes}
+        span.end("copy", "copy", about | {"dtype": str(content.dtype)})
         return new_array
 
     def on(self, array: Any, device: Device) -> Any:

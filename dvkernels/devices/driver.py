@@ -211,10 +211,10 @@ class Driver:
         with self._within(0):
             self._check("cuMemFreeHost", ctypes.c_void_p(address))
 
-    def record(self, device: int, stream: int) -> int:
+    def record(self, device: int, stream: int, *, timed: bool = False) -> int:
         """Return a new event after the present work of a stream; the caller destroys it."""
         with self._within(device):
-            event = self._get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
+            event = self._get("cuEventCreate", 0 if timed else _UNTIMED, kind=ctypes.c_void_p)
             self._check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
         return event
 
@@ -222,6 +222,18 @@ class Driver:
         """Let a stream wait for an event of any device; the host does not wait."""
         with self._within(device):
             self._check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+
+    def await_on_host(self, event: int) -> None:
+        """Wait on the host until an event has happened."""
+        self._check("cuEventSynchronize", ctypes.c_void_p(event))
+
+    def milliseconds_between(self, first: int, last: int) -> float:
+        """Return the time between two timed events of one device that have happened [ms]."""
+        found = ctypes.c_float()
+        self._check(
+            "cuEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(first), ctypes.c_void_p(last)
+        )
+        return found.value
 
     def destroy(self, event: int) -> None:
         """Destroy an event; streams that wait for it are not affected."""

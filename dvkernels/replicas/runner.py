@@ -13,7 +13,7 @@ from typing import Any
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.philox import StrategyGenerators
-from dvkernels.profiler import debugging, tracing
+from dvkernels.profiler import collective_hooks, debugging, tracing
 from dvkernels.replicas import foreign_threads, thread_limits
 from dvkernels.replicas.gates import Gates
 from dvkernels.replicas.progress_thread import ProgressThread
@@ -40,6 +40,7 @@ class Runner:
     ``first_replica``; ``announce`` is called with the first failure of each step. A step waits
     ``timeout_seconds``; the default gives way to the environment variable. ``limit`` holds the
     threads of BLAS, OpenMP and Numba down from the first step until the runner is closed.
+    ``algorithm_of`` names the algorithm of a collective in traces: see ``CollectiveEvent``.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Runner:
         generators: StrategyGenerators | None = None,
         timeout_seconds: float = deadlines.DEFAULT_TIMEOUT_SECONDS,
         limit: ThreadLimit | None = None,
+        algorithm_of: Callable[[int, int], str] | None = None,
     ) -> None:
         self._generators = StrategyGenerators() if generators is None else generators
         self._step_lock = StepLock() if step_lock is None else step_lock
@@ -61,6 +63,7 @@ class Runner:
         self._label = label
         self._timeout_seconds = timeout_seconds
         self._limit = limit
+        self._algorithm_of = algorithm_of
         self._num_steps = 0
         self._closed = False
         self._progress_thread = ProgressThread()
@@ -148,8 +151,9 @@ class Runner:
                 self._announce,
                 has_ended,
             )
-            if debug_state is not None:
-                rendezvous.observe(debug_state, debugging.RunningReplica(self._label, number, 0))
+            if collective_hooks.active is not None:  # as in debug mode
+                label = debugging.RunningReplica(self._label, number, 0, self._algorithm_of)
+                rendezvous.observe(debug_state, label)
             if team is not None:
                 share = None if limit is None else limit.share
                 _run_together(rendezvous, team, call, results, share)
@@ -269,9 +273,13 @@ foreign_threads.ENTRANCES.add(_take_part.__code__)
 
 def _traced(rendezvous: Rendezvous, rank: int, call: Call) -> Any:
     """Run one replica inside a trace span."""
-    replica = rendezvous.global_rank(rank)
-    with tracing.span("run", "step", lane=f"replica {replica}", replica=replica):
-        return call(rendezvous, rank)
+    replica, recording = rendezvous.global_rank(rank), tracing.active
+    about = {"replica": replica, "step": rendezvous.label.step}
+    with tracing.span("run", "step", lane=f"replica {replica}", **about):
+        result = call(rendezvous, rank)
+    if rank == 0 and recording is not None:
+        recording.sample()
+    return result
 
 
 def _run_together(

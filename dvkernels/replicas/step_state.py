@@ -102,12 +102,15 @@ class StepState:
 
     # -- called by a replica ----------------------------------------------------------------------
 
-    def observe(self, debug_state: debugging.DebugState, label: debugging.RunningReplica) -> None:
-        """Report the events of this step, whose name is ``label``, in debug mode."""
-        self._debug_state = debug_state
-        self._first_nap = min(debug_state.stall_seconds, self._timeout, _CHECK_SECONDS)
-        self._check_seconds = min(debug_state.stall_seconds, _CHECK_SECONDS)
+    def observe(
+        self, debug_state: debugging.DebugState | None, label: debugging.RunningReplica
+    ) -> None:
+        """Name this step ``label`` in reports; report its stalls in debug mode."""
         self.label = label
+        if debug_state is not None:
+            self._debug_state = debug_state
+            self._first_nap = min(debug_state.stall_seconds, self._timeout, _CHECK_SECONDS)
+            self._check_seconds = min(debug_state.stall_seconds, _CHECK_SECONDS)
 
     def label_of(self, replica: int) -> debugging.RunningReplica:
         """Return the name of a replica of this step in messages."""

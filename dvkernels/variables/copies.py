@@ -11,7 +11,7 @@ from dvkernels.devices import array_memory, interop
 from dvkernels.devices.array_spec import Array, HostArray, Spec, refuse_masked, spec
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.kernels import backends
-from dvkernels.profiler import debugging
+from dvkernels.profiler import debugging, tracing
 from dvkernels.schedules import cost_model
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -176,13 +176,19 @@ class Copies:
         """Overwrite the copy of one local rank."""
         if debugging.active is not None:
             debugging.check_finite(f"the new content of variable {self.name!r}", [value])
+        began = 0 if tracing.active is None else tracing.active.begin("write")
         self.memory.overwrite([self.arrays[self.index_of(rank)]], [value])
+        if began:
+            _trace(began, [(self, [value])])
 
     def commit_rows(self, rows: Sequence[HostArray], values: Sequence[Array]) -> None:
         """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""
         if debugging.active is not None:
             _check_written(self, values)
+        began = 0 if tracing.active is None else tracing.active.begin("write")
         self.memory.overwrite_rows(self.arrays, rows, values)
+        if began:
+            _trace(began, [(self, values)])
 
 
 def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
@@ -193,6 +199,7 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     if debugging.active is not None:
         for copies, contents in writes:
             _check_written(copies, contents)
+    began = 0 if tracing.active is None else tracing.active.begin("write")
     memory = writes[0][0].memory
     arrays = [array for copies, _ in writes for array in copies.arrays]
     values = [value for _, contents in writes for value in contents]
@@ -201,6 +208,20 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
         backends.cpu().broadcast_many_unchecked(groups)
     else:
         memory.overwrite(arrays, values)
+    if began:
+        _trace(began, writes)
+
+
+def _trace(began: int, writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
+    """Record a write in the trace, if it has not ended meanwhile."""
+    recording = tracing.active
+    if recording is not None:
+        nbytes = sum(value.nbytes for _, values in writes for value in values)
+        names = [copies.name for copies, _ in writes]
+        dtype = str(writes[0][0].arrays[0].dtype)
+        recording.end(
+            "write", "write", began, {"variables": names, "bytes": nbytes, "dtype": dtype}
+        )
 
 
 def _may_share(writes: Sequence[tuple[Copies, Sequence[Any]]], arrays: Sequence[Any]) -> bool:

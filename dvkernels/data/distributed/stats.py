@@ -87,10 +87,12 @@ class StatsRecorder:
         self._ended = now
         self._num_batches += 1
         self._wait += now - began
-        if tracing.active is not None:
-            tracing.active.add("next", "input", round(began * 1e9), {})
+        nbytes = 0
         for element in elements:
-            self._nbytes += nbytes_of(element)
+            nbytes += nbytes_of(element)
+        self._nbytes += nbytes
+        if tracing.active is not None:
+            tracing.active.add("next", "input", round(began * 1e9), {"bytes": nbytes})
         if self._num_batches == _WARN_AFTER_BATCHES:
             self._warn()
 

@@ -19,6 +19,8 @@ from dvkernels.data.array_nest import Element
 from dvkernels.devices import cuda
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.device import Device
+from dvkernels.devices.gpu_times import GpuSpan
+from dvkernels.profiler import tracing
 
 __all__: list[str] = []
 
@@ -123,7 +125,11 @@ class DeviceCopier:
             staging = slot.host_buffer[begin : begin + array.nbytes]
             staging.view(array.dtype).reshape(array.shape)[...] = array
         copy_stream.wait_event(slot.emptied)
+        recording = tracing.active
+        span = None if recording is None else GpuSpan(recording, device, copy_stream.ptr)
         arrays.copy(slot.device_buffer[:nbytes], slot.host_buffer[:nbytes], copy_stream)
+        if span is not None:
+            span.end("copy", "copy", {"from": "host", "to": f"cuda:{device}", "bytes": nbytes})
         slot.uploaded.record(copy_stream)
         current_stream = arrays.current(device)
         current_stream.wait_event(slot.uploaded)

@@ -11,7 +11,7 @@ on purpose: ``shm_all_reduce`` (worker processes share host memory, not device m
 pipeline computes on the host) and ``compile_ahead`` (CUDA kernels are compiled in each process for
 the device at hand; Numba's cache on disk does not hold them).
 
-Imports: devices, errors, kernels, reduce_op, schedules, threads.
+Imports: devices, errors, kernels, profiler, reduce_op, schedules, threads.
 """
 
 from __future__ import annotations

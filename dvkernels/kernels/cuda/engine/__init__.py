@@ -1,4 +1,4 @@
 """Engine of the CUDA kernels: launch tables, the compiled loops over them, compiler, launcher.
 
-Imports: devices, errors, kernels, reduce_op, schedules, threads.
+Imports: devices, errors, kernels, profiler, reduce_op, schedules, threads.
 """

@@ -14,10 +14,12 @@ import numpy as np
 
 from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
+from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import compiler, intrinsics, launch_table
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
+from dvkernels.profiler import tracing
 
 __all__ = ["LongTables", "RepeatedLaunch", "launch", "num_blocks", "prepare", "threads"]
 
@@ -96,6 +98,8 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
     except IndexError:
         arguments = driver.Arguments(_NUM_WORDS)
     arguments.words[:] = words
+    recording = tracing.active
+    span = None if recording is None else GpuSpan(recording, device, stream)
     try:
         _driver().launch(device, handle, blocks, launch_table.THREADS, arguments, stream)
     except DeviceError:
@@ -103,6 +107,12 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
         _handles.pop((device, kernel), None)
         raise
     _free_arguments.append(arguments)
+    if span is not None:
+        span.end(_name_of(kernel), "kernel", {"blocks": blocks})
+
+
+def _name_of(kernel: Kernel) -> str:
+    return getattr(kernel, "__qualname__", "kernel")
 
 
 def prepare(kernel: Kernel, device: int) -> int:
@@ -135,8 +145,12 @@ def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     table = np.array(words, np.int64)
     arguments = (checks.address(table), *[0] * (launch_table.NUM_WORDS - 1))
     with _simulating:
+        recording = tracing.active
+        span = None if recording is None else GpuSpan(recording, 0, 0)
         simulated: Any = cuda.jit(kernel)
         simulated[blocks, _SIMULATED_THREADS](arguments)
+        if span is not None:
+            span.end(_name_of(kernel), "kernel", {"blocks": blocks})
 
 
 class LongTables:
