@@ -140,16 +140,18 @@ def _auto(bench: _MultiGpuBench, inputs: Sequence[Any], outs: Sequence[Any]) -> 
 
 def _protocols(bench: _MultiGpuBench) -> dict[str, Implementation]:
     """Return the protocols that these GPUs can run, by name."""
-    ranks = tuple(range(len(bench.devices)))
+    ranks, blocks = tuple(range(len(bench.devices))), driver.launches_block()
     found: dict[str, Route] = {}
     # Some memory pools give other GPUs no access; this asks about the pool of bench.arrays.
     probes = cuda_arrays.locate(_NAME, bench.empty(1))
     is_open = all(bench.driver.is_open(checks.address(probe.array)) for probe in probes)
     if is_open and all(all(row) for row in bench.reach):
         for name in ("one_shot", "two_shot", "ring"):
-            found[name] = Route(flag_all_reduce.PROTOCOLS[name], ranks, True)
+            found[name] = Route(flag_all_reduce.PROTOCOLS[name], ranks, not blocks)
     elif is_open and flag_selection.ring_order(bench.reach) is not None:
-        found["ring"] = flag_selection.choose(bench.reach, bench.devices, 1, "ring")
+        found["ring"] = flag_selection.choose(
+            bench.reach, bench.devices, 1, "ring", launches_block=blocks
+        )
     found["staged"] = Route(flag_all_reduce.staged, ranks, False, "host")
     return {name: _protocol(route) for name, route in found.items()}
 

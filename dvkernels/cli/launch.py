@@ -1,4 +1,4 @@
-"""``python -m dvkernels launch``: start a program on several workers, by mpiexec or srun."""
+"""``python -m dvkernels launch``: start a program on several workers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import math
 import os
 import re
 import shlex
+import sys
 
 from dvkernels.cli import argument_types
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import attempts, commands, job_plan
-from dvkernels.launcher.commands import HostSlots
+from dvkernels.launcher.commands import HostSlots, LauncherFlavour
 
 __all__: list[str] = []
 
-HELP = "start a program on several workers, with the installed mpiexec or srun"
+HELP = "start a program on several workers: here, or with the installed mpiexec or srun"
+
+_MPI, _SLURM = ("mpiexec", "mpirun"), ("srun",)
 
 _HOST = re.compile(r"(?P<name>[^\s:,]+|\[[0-9a-fA-F:]+\])(?::(?P<count>[1-9][0-9]*))?")
 
@@ -80,6 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"number of the attempt; the program itself has to load its newest checkpoint",
     )
     parser.add_argument(
+        "--engine",
+        choices=("auto", commands.LOCAL.name, "mpi", "slurm"),
+        default="auto",
+        help="what starts the workers, and connects them: local needs nothing but this package; "
+        "auto takes MPI, else Slurm, in their allocations or where hosts are named, else local",
+    )
+    parser.add_argument(
         "--launcher",
         metavar="PATH",
         help="mpiexec or srun; default: mpiexec of this environment or in PATH, else srun",
@@ -100,8 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the workers and wait for them; return the job's exit status."""
-    launcher = commands.find(arguments.launcher, os.environ)
-    flavour = commands.flavour_of(launcher)
+    launcher, flavour = _engine(arguments)
     job = job_plan.plan(
         flavour,
         arguments.program,
@@ -128,6 +137,21 @@ def run(arguments: argparse.Namespace) -> int:
         grace_seconds=arguments.grace,
         max_restarts=arguments.max_restarts,
     )
+
+
+def _engine(arguments: argparse.Namespace) -> tuple[str, LauncherFlavour]:
+    """Return the path and the kind of the launcher."""
+    engine: str = arguments.engine
+    if engine == "auto":
+        is_named = arguments.launcher or arguments.launcher_option or arguments.hosts
+        engine = "any" if is_named or job_plan.names_hosts(os.environ) else commands.LOCAL.name
+    if engine == commands.LOCAL.name:
+        if arguments.launcher:
+            raise LaunchError("--engine local needs no --launcher; leave one of them out")
+        return sys.executable, commands.LOCAL
+    names = {"mpi": _MPI, "slurm": _SLURM, "any": (*_MPI, *_SLURM)}[engine]
+    launcher = commands.find((arguments.launcher,) if arguments.launcher else names, os.environ)
+    return launcher, commands.flavour_of(launcher)
 
 
 def _hosts(text: str | None, num_workers: int | None) -> tuple[HostSlots, ...]:

@@ -1,8 +1,9 @@
 """Cluster resolvers: the jobs and tasks of a cluster, and which task this process is.
 
-Imports: errors.
+Imports: errors, user_errors.
 """
 
+from dvkernels.cluster.host_group import HostGroup as HostGroup
 from dvkernels.cluster.resolver import ClusterResolver as ClusterResolver
 from dvkernels.cluster.resolvers import KubernetesClusterResolver as KubernetesClusterResolver
 from dvkernels.cluster.resolvers import MPIClusterResolver as MPIClusterResolver

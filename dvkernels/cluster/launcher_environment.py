@@ -9,11 +9,27 @@ from dvkernels.cluster import slurm_counts
 from dvkernels.cluster.position import Position
 from dvkernels.errors import ClusterError
 
-__all__ = ["SRUN", "Environment", "find", "number", "slurm_position", "why_not_found"]
+__all__ = [
+    "GROUP",
+    "LOCAL",
+    "RANK",
+    "SIZE",
+    "SRUN",
+    "TOKEN",
+    "Environment",
+    "find",
+    "number",
+    "slurm_position",
+    "why_not_found",
+]
 
 Environment: TypeAlias = Mapping[str, str]
 
 SRUN = "srun"
+LOCAL = "local"  # launch --engine local, and dv.launch
+# The file and the secret of its host group, and the place of a process in it.
+GROUP, TOKEN = "DVKERNELS_GROUP", "DVKERNELS_GROUP_TOKEN"
+RANK, SIZE = "DVKERNELS_GROUP_RANK", "DVKERNELS_GROUP_SIZE"
 
 
 class _Variables(NamedTuple):
@@ -29,6 +45,7 @@ class _Variables(NamedTuple):
 # These take precedence over srun: inside a Slurm allocation Hydra and Open MPI start their daemons
 # with srun, and the ranks inherit the daemons' SLURM variables.
 _LAUNCHERS = (
+    _Variables(LOCAL, RANK, SIZE, RANK, SIZE),
     _Variables(
         "Open MPI",
         "OMPI_COMM_WORLD_RANK",
@@ -69,7 +86,7 @@ def why_not_found(environ: Environment) -> str:
             f"PMIX_RANK={environ['PMIX_RANK']!r} says that a PMIx launcher started this process, "
             f"but none of its variables gives the number of processes; pass a SimpleClusterResolver"
         )
-    variables = ", ".join(names.rank for names in _LAUNCHERS)
+    variables = ", ".join(names.rank for names in _LAUNCHERS if names.launcher != LOCAL)
     return (
         f"no MPI launcher started this process: none of {variables}, SLURM_PROCID (with "
         f"SLURM_STEP_NUM_TASKS) is set; start it with mpiexec, srun or python -m dvkernels launch"

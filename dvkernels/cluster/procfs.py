@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 from dvkernels.cluster.launcher_environment import Environment
 
-__all__ = ["descendants_of", "environment_of", "parent_of", "state_of"]
+__all__ = [
+    "descendants_of",
+    "environment_of",
+    "number_of",
+    "parent_of",
+    "start_time_of",
+    "state_of",
+    "this_host",
+    "this_process_namespace",
+]
 
 _PROC = Path("/proc")
 
@@ -26,14 +37,28 @@ def state_of(pid: int) -> str:
     return _state_and_parent(pid)[0]
 
 
+def start_time_of(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; 0 if it is not there.
+
+    It tells a process from a later one of the same id.
+    """
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields else 0
+
+
 def _state_and_parent(pid: int) -> tuple[str, int]:
+    fields = _stat_fields(pid)
+    return (fields[0], int(fields[1])) if fields else ("X", 0)
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of a process's ``stat`` from its state on; none if it is not there."""
     try:
         stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "X", 0
+        return []
     # "7 (any (name)) S 1 ...": the name may contain brackets; the last one ends it.
-    state, parent = stat.rpartition(")")[2].split()[:2]
-    return state, int(parent)
+    return stat.rpartition(")")[2].split()
 
 
 def environment_of(pid: int) -> Environment | None:
@@ -59,3 +84,24 @@ def descendants_of(pid: int) -> list[int]:
     for parent in tree:  # breadth first: the list grows during the loop
         tree.extend(children.get(parent, ()))
     return tree[1:]
+
+
+def this_host() -> int:
+    """Return a number of this host and of its time since the last boot."""
+    try:
+        return number_of((_PROC / "sys/kernel/random/boot_id").read_text())
+    except OSError:
+        return number_of(platform.node())
+
+
+def this_process_namespace() -> int:
+    """Return a number of the namespace of this process's id; 0 where there are none."""
+    try:
+        return os.stat(_PROC / "self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def number_of(text: str) -> int:
+    """Return a number of 64 bits that stands for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from dvkernels.cluster import launcher_environment
+from dvkernels.cluster.host_group import HostGroup
 from dvkernels.cluster.position import Position, position_in
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.cluster.spec import ClusterSpec, Tasks
@@ -180,7 +181,7 @@ class MPIClusterResolver(ClusterResolver):
     def __init__(self, *, environ: launcher_environment.Environment | None = None) -> None:
         environ = os.environ if environ is None else environ
         found = launcher_environment.find(environ)
-        if found is None:
+        if found is None or found[0] == launcher_environment.LOCAL:
             raise ClusterError(launcher_environment.why_not_found(environ))
         super().__init__(*found)
 
@@ -245,9 +246,9 @@ class KubernetesClusterResolver(ClusterResolver):
 def default_resolver(environ: launcher_environment.Environment | None = None) -> ClusterResolver:
     """Return the resolver that fits the environment of this process.
 
-    The first that applies of: an MPI launcher or ``srun``; the JSON in ``DVKERNELS_CLUSTER`` or
-    ``TF_CONFIG``; an indexed Kubernetes Job whose manifest sets ``DVKERNELS_NUM_WORKERS`` (pods of
-    other Jobs are independent); a single worker.
+    The first that applies of: ``launch --engine local``; an MPI launcher or ``srun``; the JSON in
+    ``DVKERNELS_CLUSTER`` or ``TF_CONFIG``; an indexed Kubernetes Job whose manifest sets
+    ``DVKERNELS_NUM_WORKERS`` (pods of other Jobs are independent); a single worker.
 
     Parameters
     ----------
@@ -276,13 +277,24 @@ def default_resolver(environ: launcher_environment.Environment | None = None) ->
     environ = os.environ if environ is None else environ
     found = launcher_environment.find(environ)
     if found is not None:
-        by_srun = found[0] == launcher_environment.SRUN
+        launcher, position = found
+        if launcher == launcher_environment.LOCAL:
+            return _local_group(environ, position)
+        by_srun = launcher == launcher_environment.SRUN
         return (SlurmClusterResolver if by_srun else MPIClusterResolver)(environ=environ)
     if environ.get(_OWN_CONFIG, "").strip() or environ.get(_TF_CONFIG, "").strip():
         return TFConfigClusterResolver(environ=environ)
     if _COMPLETION_INDEX in environ and _NUM_WORKERS in environ:
         return KubernetesClusterResolver(environ=environ)
     return SimpleClusterResolver({})
+
+
+def _local_group(environ: launcher_environment.Environment, position: Position) -> HostGroup:
+    group, token = launcher_environment.GROUP, launcher_environment.TOKEN
+    for name in (group, token):
+        if not environ.get(name):
+            raise ClusterError(f"{name} is not set, as launch --engine local does")
+    return HostGroup(environ[group], position.task_id, position.num_workers, environ[token])
 
 
 def _parsed_config(name: str, text: str) -> dict[str, Any]:

@@ -108,5 +108,8 @@ class Workers(Communicator, Protocol):
     def has_ended(self) -> bool:
         """Whether the group has been aborted, by :meth:`end` or by the loss of a worker."""
 
+    def close(self) -> None:
+        """Leave the group, with the strategy; do nothing where only an exit can leave it."""
+
     def duplicate(self) -> Workers:
         """Return the same workers for another thread, with a call order of its own."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import platform
 from collections.abc import Callable, Sequence
 
+from dvkernels.cluster.host_group import HostGroup
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.communicators.base import Communicator, Workers
 from dvkernels.communicators.bucketing import Bucketing
@@ -17,6 +19,7 @@ from dvkernels.communicators.workers.shm import available
 from dvkernels.devices.device import Device
 from dvkernels.errors import AlgorithmError, ClusterError
 from dvkernels.schedules import cost_model
+from dvkernels.threads import shielded
 
 __all__: list[str] = []
 
@@ -32,14 +35,16 @@ _BETWEEN_HOSTS = {"direct": "exchange", "ring": "ring"}
 def between_workers(
     resolver: ClusterResolver, timeout_seconds: float, cross_device_ops: object = "auto"
 ) -> Workers:
-    """Return the communicator of a job's workers: over MPI, or ``Single`` for one worker.
+    """Return the communicator of a job's workers, or ``Single`` for one worker.
+
+    A host group needs no MPI, all others do.
 
     Raises
     ------
     AlgorithmError
         Workers ask for different algorithms between hosts. Raised on all workers.
     ClusterError, CollectiveTimeoutError
-        See ``workers.connect.connect``.
+        See ``workers.connect.connect`` and ``workers.shm.roll_call.connect``.
     """
     if resolver.worker_id is None:
         raise ClusterError(
@@ -48,6 +53,14 @@ def between_workers(
         )
     if resolver.num_workers == 1:
         return Single()
+    algorithm = _BETWEEN_HOSTS.get(_name_of(cross_device_ops), "auto")
+    if isinstance(resolver, HostGroup):
+        # Not where Ctrl-C would leave the lock of an import taken.
+        roll_call = shielded.beyond_interrupts(
+            importlib.import_module, "dvkernels.communicators.workers.shm.roll_call"
+        )
+        workers: Workers = roll_call.connect(resolver, timeout_seconds, algorithm)
+        return workers
     available.check_for_mpi(resolver, os.environ, platform.node())
     try:
         from dvkernels.communicators.workers import connect
@@ -56,9 +69,7 @@ def between_workers(
             f"{resolver!r} has several workers, which communicate by MPI: install mpi4py and an "
             f"MPI (pip install 'dvkernels[mpi]' mpich); importing it failed: {error}"
         ) from error
-    return connect.connect(
-        resolver, timeout_seconds, _BETWEEN_HOSTS.get(_name_of(cross_device_ops), "auto")
-    )
+    return connect.connect(resolver, timeout_seconds, algorithm)
 
 
 def for_any_memory(workers: Workers, are_on_gpus: bool) -> Workers:

@@ -52,6 +52,9 @@ class Single:
     def end(self, error: BaseException) -> None:
         """Do nothing: no other worker waits for this one."""
 
+    def close(self) -> None:
+        """Do nothing: there is no other worker."""
+
     def duplicate(self) -> Single:
         """Return this communicator: it keeps no order of calls."""
         return self

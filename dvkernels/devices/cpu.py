@@ -6,6 +6,7 @@ import functools
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from dvkernels.cluster import launcher_environment, procfs
 from dvkernels.cluster.position import Position
@@ -13,21 +14,49 @@ from dvkernels.cluster.position import Position
 __all__: list[str] = []
 
 
+class HostShare(NamedTuple):
+    """Cores that the processes of a host group have together, and their number."""
+
+    together: int
+    num_workers: int
+
+
+_host_share: HostShare | None = None  # of the latest host group that this process is in
+
+
+def enter_host_group(found: HostShare) -> None:
+    """Share the cores with the other processes of a host group, from now on."""
+    global _host_share
+    _host_share = found
+    usable_cores.cache_clear()
+
+
+def leave_host_group(found: HostShare) -> None:
+    """Share the cores with no other process any more, unless another group was entered since."""
+    global _host_share
+    if _host_share is found:
+        _host_share = None
+        usable_cores.cache_clear()
+
+
 @functools.cache
 def usable_cores() -> int:
     """Return the number of cores that this process may use: its affinity, capped by a cgroup quota.
 
-    Under a launcher that started several workers on this host, it is this worker's share of them.
+    Under a launcher that started several workers on this host, or in a host group, it is this
+    worker's share of them.
 
     Computed once per process: reading the quota takes 50 microseconds, as long as a step.
     """
-    quota = cgroup_quota(Path("/sys/fs/cgroup"))
-    own = _num_cores_of(0)
+    quota = quota_of_this_process()
+    own = len(affinity_of(0))
+    if _host_share is not None:
+        return share(own, _host_share.together, quota, _host_share.num_workers)
     found = launcher_environment.find(os.environ)
     num_local = 1 if found is None else found[1].num_local_workers or 1
     if found is None or num_local == 1:
         return share(own, own, quota, 1)
-    return share(own, _num_cores_of(_launcher_above(found)), quota, num_local)
+    return share(own, len(affinity_of(_launcher_above(found))), quota, num_local)
 
 
 def share(own: int, together: float, quota: float, num_local_workers: int) -> int:
@@ -60,14 +89,19 @@ def described_affinity() -> str:
     return f"{'core' if shown.isdecimal() else 'cores'} {shown}"
 
 
-def _num_cores_of(pid: int) -> int:
-    """Return the number of cores in a process's affinity; this process's for 0 and ended ones."""
+def affinity_of(pid: int) -> set[int]:
+    """Return the cores in a process's affinity; this process's for 0 and for ended ones."""
     if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
+        return set(range(os.cpu_count() or 1))
     try:
-        return len(os.sched_getaffinity(pid))
+        return os.sched_getaffinity(pid)
     except OSError:
-        return len(os.sched_getaffinity(0))
+        return os.sched_getaffinity(0)
+
+
+def quota_of_this_process() -> float:
+    """Return the quota of this process's cgroup in cores, infinity where there is none."""
+    return cgroup_quota(Path("/sys/fs/cgroup"))
 
 
 def _launcher_above(found: tuple[str, Position]) -> int:

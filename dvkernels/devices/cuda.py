@@ -45,6 +45,9 @@ class ArrayLibrary(Protocol):
         ``joins_default``: the stream and the device's default stream wait for each other.
         """
 
+    def stream_at(self, device: int, address: int) -> Any:
+        """Return a stream of any library, known by its address, as one of this library."""
+
     def event(self, device: int) -> Any:
         """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``.
 
@@ -226,9 +229,23 @@ def _import_arrays() -> ArrayLibrary:
     return CuPyArrays()
 
 
-def as_numba(array: Any) -> Any:
-    """Return a CuPy array as a Numba device array, without a copy."""
+class _OnStream:
+    """CuPy array that names the stream of the work on it in its array interface.
+
+    CuPy names its current stream, on which the work need not be.
+    """
+
+    def __init__(self, array: Any, stream: int) -> None:
+        self._array = array
+        # The interface calls the default stream 1.
+        interface = {**array.__cuda_array_interface__, "version": 3, "stream": stream or 1}
+        self.__cuda_array_interface__ = interface
+
+
+def as_numba(array: Any, device: int, stream: int) -> Any:
+    """Return a CuPy array as a Numba device array on a stream, without a copy or a wait."""
     from numba import cuda
 
     untyped: Any = cuda
-    return untyped.as_cuda_array(array)
+    with untyped.gpus[device]:
+        return untyped.as_cuda_array(_OnStream(array, stream), sync=False)

@@ -16,6 +16,16 @@ from dvkernels.errors import DeviceError
 __all__ = ["CuPyArrays"]
 
 
+class _StreamAddress:
+    """Address of a stream, in the protocol that CuPy 14 takes streams of other libraries by."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
 class CuPyArrays:
     """The :class:`dvkernels.devices.cuda.ArrayLibrary` of CuPy."""
 
@@ -26,7 +36,7 @@ class CuPyArrays:
             with cupy.cuda.Device(device):
                 if stream is None:
                     return cupy.empty(shape, dtype)
-                with cupy.cuda.ExternalStream(stream, device):
+                with self.stream_at(device, stream):
                     return cupy.empty(shape, dtype)
         except cupy.cuda.memory.OutOfMemoryError as error:
             nbytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
@@ -48,6 +58,12 @@ class CuPyArrays:
     def stream(self, device: int, *, joins_default: bool = False) -> Any:
         with cupy.cuda.Device(device):
             return cupy.cuda.Stream(non_blocking=not joins_default)
+
+    def stream_at(self, device: int, address: int) -> Any:
+        from_external = getattr(cupy.cuda.Stream, "from_external", None)
+        if from_external is None:  # CuPy 13
+            return cupy.cuda.ExternalStream(address, device)
+        return from_external(_StreamAddress(address))
 
     def event(self, device: int) -> Any:
         with cupy.cuda.Device(device):

@@ -18,7 +18,7 @@ from typing import Any
 
 from dvkernels.errors import DeviceError
 
-__all__ = ["Arguments", "Driver", "find"]
+__all__ = ["Arguments", "Driver", "find", "launches_block"]
 
 _NAMES = ("libcuda.so.1", "libcuda.so")
 _NUM_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # attributes of a device
@@ -27,7 +27,9 @@ _UNTIMED = 2  # flag of an event without a time stamp
 _NON_BLOCKING = 1  # flag of a stream that does not synchronize with the default stream
 _FOR_ALL_DEVICES = 3  # flags of host memory: portable and mapped
 _ALREADY_OPEN = 704
-_NO_DEVICE, _OUT_OF_MEMORY = 100, 2
+_NO_DEVICE, _OUT_OF_MEMORY, _NO_CONTEXT = 100, 2, 201
+_CAPTURE_ERRORS = range(900, 909)
+_RELAXED = 2  # mode of a thread whose calls no capture of another stream forbids
 # Keys of the extra launch options: all arguments in one buffer, and the buffer's size.
 _END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
 
@@ -110,22 +112,17 @@ class Driver:
 
     def device_of(self, address: int) -> int:
         """Return the device of an address."""
-        return self._get("cuPointerGetAttribute", _ORDINAL, ctypes.c_uint64(address))
+        return self._pointer_attribute(_ORDINAL, address)
 
     def wait(self, device: int, waiting: int, awaited: int) -> None:
-        """Let a stream wait for the present work of another; the host does not wait."""
-        event = ctypes.c_void_p()
-        previous_context = self.current()
-        self.enter(device)
-        try:
-            self._check("cuEventCreate", ctypes.byref(event), _UNTIMED)
+        """Let a stream wait for the present work of another of its device; the host does not."""
+        with self._within(device):
+            event = self._get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
             try:
-                self._check("cuEventRecord", event, ctypes.c_void_p(awaited))
-                self._check("cuStreamWaitEvent", ctypes.c_void_p(waiting), event, 0)
+                self._check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(awaited))
+                self._await(waiting, event)
             finally:  # the driver keeps what streams still need
-                self._check("cuEventDestroy_v2", event)
-        finally:
-            self._check("cuCtxSetCurrent", previous_context)
+                self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
 
     def copy_each(
         self,
@@ -150,14 +147,22 @@ class Driver:
     def load(self, device: int, image: bytes, name: str) -> int:
         """Load a compiled image onto a device; return the handle of its kernel ``name``."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        self.enter(device)
-        self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
-        self._check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-        # Otherwise drivers since 12.4 may finish loading at the first launch, and wait for the
-        # device then.
-        if hasattr(self._library, "cuFuncLoad"):
-            self._check("cuFuncLoad", function)
+        with self._beside_captures(device):
+            self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+            self._check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+            # Otherwise drivers since 12.4 may finish loading at the first launch, and wait for the
+            # device then.
+            if hasattr(self._library, "cuFuncLoad"):
+                self._check("cuFuncLoad", function)
         return function.value or 0
+
+    def num_resident_blocks(self, device: int, function: int, threads: int) -> int:
+        """Return how many blocks of a loaded kernel run at once on one multiprocessor."""
+        with self._within(device):
+            return self._get(
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.c_void_p(function), threads,
+                ctypes.c_size_t(0),
+            )  # fmt: skip
 
     def open_peer(self, device: int, peer: int) -> bool:
         """Enable a device's access to the memory of a peer; return whether it has access now."""
@@ -174,22 +179,24 @@ class Driver:
         Peer access covers memory of ``cuMemAlloc``. Stream-ordered pools, and virtual memory that
         is mapped piece by piece, have access lists of their own.
         """
-        return bool(self._get("cuPointerGetAttribute", _IS_OPEN, ctypes.c_uint64(address)))
+        return bool(self._pointer_attribute(_IS_OPEN, address))
 
     def allocate(self, device: int, nbytes: int) -> int:
         """Allocate device memory; return its address, a multiple of 256."""
-        with self._within(device):
+        with self._beside_captures(device):
             return self._get("cuMemAlloc_v2", ctypes.c_size_t(nbytes), kind=ctypes.c_uint64)
 
     def free(self, device: int, address: int) -> None:
         """Free memory of a device; wait until the device no longer uses it."""
-        with self._within(device):
+        if self.is_inherited:
+            return
+        with self._beside_captures(device):
             self._check("cuMemFree_v2", ctypes.c_uint64(address))
 
     def write(self, device: int, address: int, host: int, nbytes: int) -> None:
         """Copy host memory to a device, and wait for the copy, but for no other work."""
         stream = ctypes.c_void_p()
-        with self._within(device):
+        with self._beside_captures(device):
             self._check("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
             try:
                 self._check(
@@ -200,28 +207,33 @@ class Driver:
             finally:
                 self._check("cuStreamDestroy_v2", stream)
 
-    def allocate_on_host(self, nbytes: int) -> int:
-        """Allocate pinned host memory; return its address, valid on host and devices."""
+    def allocate_on_host(self, device: int, nbytes: int) -> int:
+        """Allocate pinned host memory in a device's context; its address is valid everywhere."""
         size = ctypes.c_size_t(nbytes)
-        with self._within(0):
+        with self._beside_captures(device):
             return self._get("cuMemHostAlloc", size, _FOR_ALL_DEVICES, kind=ctypes.c_void_p)
 
-    def free_on_host(self, address: int) -> None:
+    def free_on_host(self, device: int, address: int) -> None:
         """Free pinned host memory that no device uses any more."""
-        with self._within(0):
+        if self.is_inherited:
+            return
+        with self._beside_captures(device):
             self._check("cuMemFreeHost", ctypes.c_void_p(address))
 
-    def record(self, device: int, stream: int, *, timed: bool = False) -> int:
-        """Return a new event after the present work of a stream; the caller destroys it."""
+    def event(self, device: int, *, timed: bool = False) -> int:
+        """Return a new event of a device, which has happened; the caller destroys it."""
         with self._within(device):
-            event = self._get("cuEventCreate", 0 if timed else _UNTIMED, kind=ctypes.c_void_p)
+            return self._get("cuEventCreate", 0 if timed else _UNTIMED, kind=ctypes.c_void_p)
+
+    def record(self, device: int, stream: int, event: int) -> None:
+        """Let an event of a stream's device happen after the present work of the stream."""
+        with self._within(device):
             self._check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
-        return event
 
     def await_event(self, device: int, stream: int, event: int) -> None:
         """Let a stream wait for an event of any device; the host does not wait."""
         with self._within(device):
-            self._check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+            self._await(stream, event)
 
     def await_on_host(self, event: int) -> None:
         """Wait on the host until an event has happened."""
@@ -235,9 +247,15 @@ class Driver:
         )
         return found.value
 
-    def destroy(self, event: int) -> None:
-        """Destroy an event; streams that wait for it are not affected."""
-        self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
+    def _await(self, stream: int, event: int) -> None:
+        self._check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+
+    def destroy(self, device: int, event: int) -> None:
+        """Destroy an event of a device; streams that wait for it are not affected."""
+        if self.is_inherited:
+            return
+        with self._within(device):
+            self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
 
     def is_capturing(self, device: int, stream: int) -> bool:
         """Return whether a stream is being captured into a graph."""
@@ -254,15 +272,41 @@ class Driver:
     @contextlib.contextmanager
     def _within(self, device: int) -> Iterator[None]:
         """Make the context of a device current inside ``with``, then restore the previous one."""
-        previous_context = self.current()
-        self.enter(device)
-        try:
+        previous_context, context = self.current(), self._context(device)
+        if previous_context.value == context.value:
+            yield
+            return
+        try:  # an interrupt behind the first call restores the context too
+            self._check("cuCtxSetCurrent", context)
             yield
         finally:
             self._check("cuCtxSetCurrent", previous_context)
 
+    @contextlib.contextmanager
+    def _beside_captures(self, device: int) -> Iterator[None]:
+        """Enter a device's context for calls that allocate, load or free.
+
+        While a graph is captured, in this thread or, in the mode "global", in any other, the driver
+        would refuse such calls and end the capture; in the mode "relaxed" of this thread it serves
+        them, outside of the graph.
+        """
+        mode = ctypes.c_int(_RELAXED)
+        with self._within(device):
+            self.exchange_capture_mode(mode)
+            try:
+                yield
+            finally:
+                self.exchange_capture_mode(mode)
+
+    def exchange_capture_mode(self, mode: ctypes.c_int) -> None:
+        """Exchange the capture mode of this thread with ``mode``."""
+        self._check("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+
     def enter(self, device: int) -> None:
         """Make the primary context of a device, which all libraries share, current."""
+        self._check("cuCtxSetCurrent", self._context(device))
+
+    def _context(self, device: int) -> ctypes.c_void_p:
         context = self._contexts.get(device)
         if context is None:
             # It is never released, so several threads may count their references to it.
@@ -270,7 +314,7 @@ class Driver:
             handle = self._handle(device)
             self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
             self._contexts[device] = context
-        self._check("cuCtxSetCurrent", context)
+        return context
 
     def current(self) -> ctypes.c_void_p:
         """Return the current context of this thread, which may be null."""
@@ -294,9 +338,9 @@ class Driver:
         previous_context = self.current()
         device_context = self._contexts.get(device)
         is_elsewhere = device_context is None or previous_context.value != device_context.value
-        if is_elsewhere:
-            self.enter(device)
         try:
+            if is_elsewhere:
+                self.enter(device)
             code = self._library.cuLaunchKernel(
                 ctypes.c_void_p(function), blocks, 1, 1, threads, 1, 1, 0,
                 ctypes.c_void_p(stream), None, arguments.options,
@@ -305,6 +349,17 @@ class Driver:
             if is_elsewhere:
                 self._check("cuCtxSetCurrent", previous_context)
         self._raise("cuLaunchKernel", code)
+
+    def _pointer_attribute(self, attribute: int, address: int) -> int:
+        """Return an attribute of an address, also in threads without a context."""
+        found = ctypes.c_int()
+        arguments = ctypes.byref(found), attribute, ctypes.c_uint64(address)
+        code = self._library.cuPointerGetAttribute(*arguments)
+        if code == _NO_CONTEXT:
+            with self._within(next(iter(self._contexts), 0)):
+                code = self._library.cuPointerGetAttribute(*arguments)
+        self._raise("cuPointerGetAttribute", code)
+        return found.value
 
     def _attribute(self, device: int, attribute: int) -> int:
         return self._get("cuDeviceGetAttribute", attribute, self._handle(device))
@@ -327,6 +382,13 @@ class Driver:
                 f"{function}: the GPU is out of memory; free arrays (in CuPy "
                 "get_default_memory_pool().free_all_blocks()), or use smaller ones"
             )
+        if code in _CAPTURE_ERRORS:
+            raise DeviceError(
+                f"{function} failed with {self._name(code)}: a CUDA graph is being captured, and "
+                "the call cannot become part of it; make the same call once before the capture, "
+                "then in it with streams that it captures (not the default stream), in place or "
+                "with out="
+            )
         if code:
             raise DeviceError(f"{function} failed with {self._name(code)}")
 
@@ -334,6 +396,23 @@ class Driver:
         text = ctypes.c_char_p()
         self._library.cuGetErrorName(code, ctypes.byref(text))
         return (text.value or b"").decode() or f"error {code} of the CUDA driver"
+
+
+def _is_set(value: str) -> bool:
+    return value.strip() not in ("", "0")
+
+
+_BLOCKED_AT_IMPORT = _is_set(os.environ.get("CUDA_LAUNCH_BLOCKING", ""))
+
+
+def launches_block() -> bool:
+    """Return whether a launch returns only when its kernel has ended: ``CUDA_LAUNCH_BLOCKING``.
+
+    The driver reads the variable when it starts, which another library may have done before. So
+    the launches count as blocking if the variable was set at the import of this module, or is now,
+    to anything but 0.
+    """
+    return _BLOCKED_AT_IMPORT or _is_set(os.environ.get("CUDA_LAUNCH_BLOCKING", ""))
 
 
 @functools.cache

@@ -114,7 +114,7 @@ class StreamClock(SimulatedClock):
         """Record an event behind the present work of the stream; 0 while a graph is captured."""
         if self._driver.is_capturing(self._device, stream):
             return 0
-        return self._driver.record(self._device, stream, timed=True)
+        return self._event_on(stream)
 
     def add(self, name: str, category: str, stream: int, began: int, about: Any) -> None:
         """Record a span between two events, whose times are read later."""
@@ -135,7 +135,7 @@ class StreamClock(SimulatedClock):
             while self._open:
                 self._read_oldest()
             for anchor in self._anchors:
-                self._driver.destroy(anchor.event)
+                self._driver.destroy(self._device, anchor.event)
         except DeviceError as error:
             LOGGER.warning("the trace has no times of cuda:%d: %s", self._device, error)
 
@@ -144,14 +144,20 @@ class StreamClock(SimulatedClock):
         waits: list[tuple[int, _Anchor]] = []
         for _ in range(3):
             before = perf_counter_ns()
-            event = self._driver.record(self._device, stream, timed=True)
+            event = self._event_on(stream)
             self._driver.await_on_host(event)
             after = perf_counter_ns()
             waits.append((after - before, _Anchor(event, (before + after) // 2)))
         (_, best), *others = sorted(waits)
         for _, other in others:
-            self._driver.destroy(other.event)
+            self._driver.destroy(self._device, other.event)
         return best
+
+    def _event_on(self, stream: int) -> int:
+        """Return a new event behind the present work of a stream."""
+        event = self._driver.event(self._device, timed=True)
+        self._driver.record(self._device, stream, event)
+        return event
 
     def _read_oldest(self) -> None:
         """Wait for the end of the oldest span, and record it."""
@@ -166,5 +172,5 @@ class StreamClock(SimulatedClock):
         start = span.anchor.moment + round(shift * 1e6)
         times = start, start + round(duration * 1e6)
         self._recording.add_at(span.name, span.category, times, span.lane, span.about)
-        self._driver.destroy(began)
-        self._driver.destroy(ended)
+        self._driver.destroy(self._device, began)
+        self._driver.destroy(self._device, ended)

@@ -27,6 +27,11 @@ def library_of(array: object) -> str:
     return type(array).__module__.partition(".")[0]
 
 
+def is_of_jax(array: object) -> bool:
+    """Return whether an array is one of JAX: immutable, and of no stream that others could name."""
+    return library_of(array) in ("jax", "jaxlib")
+
+
 def is_foreign(value: Any) -> bool:
     """Return whether a value is an array of another library than NumPy."""
     if isinstance(value, (np.ndarray, np.generic)):
@@ -48,7 +53,10 @@ def is_on_gpu(buffer: Any) -> bool:
         return True
     dlpack_device = getattr(buffer, "__dlpack_device__", None)
     if dlpack_device is not None:
-        return int(dlpack_device()[0]) in (2, 13)
+        try:
+            return int(dlpack_device()[0]) in (2, 13)
+        except BufferError:  # JAX: it has parts on several devices, which view() reports
+            return False
     return hasattr(buffer, "__cuda_array_interface__")
 
 
@@ -117,7 +125,7 @@ def like(result: Array, original: Any) -> Any:
 
 def copy(array: Any) -> Any:
     """Return a copy of an array of another library, in the same library."""
-    if library_of(array) in ("jax", "jaxlib"):
+    if is_of_jax(array):
         return array  # immutable
     clone = getattr(array, "clone", None) or getattr(array, "copy", None)
     return clone() if callable(clone) else like(np.array(view("copy", array, "it")), array)
@@ -145,7 +153,11 @@ def _view_of_jax(array: Any) -> HostArray:
 
 def _as_jax(array: Array) -> Any:
     jax_numpy = sys.modules["jax"].numpy
-    return (jax_numpy.asarray if isinstance(array, np.ndarray) else jax_numpy.from_dlpack)(array)
+    if isinstance(array, np.ndarray):
+        return jax_numpy.asarray(array)
+    if array.dtype.name == "bfloat16":
+        return jax_numpy.from_dlpack(array.view(np.uint16)).view("bfloat16")
+    return jax_numpy.from_dlpack(array)
 
 
 _VIEWS: dict[str, Callable[[Any], HostArray]] = {

@@ -100,6 +100,43 @@ def _of_torch(tensors: Sequence[Any]) -> Signature | None:
     return Signature((kind, shape, strides, dtype, device), addresses, stream)
 
 
+def _of_jax(arrays: Sequence[Any]) -> Signature | None:
+    """Read arrays of JAX, which tells nobody its streams: the host waits until they are there.
+
+    Their ``__cuda_array_interface__`` knows no bfloat16, and would have us read them too early.
+    """
+    first = arrays[0].block_until_ready()
+    kind, shape, dtype = type(first), first.shape, np.dtype(first.dtype)
+    device = first.__dlpack_device__()[1]
+    layout_of = getattr(getattr(first, "format", None), "layout", None)  # since JAX 0.7
+    addresses = []
+    for array in arrays:
+        if (
+            type(array) is not kind
+            or array.shape != shape
+            or array.dtype != dtype
+            or getattr(getattr(array, "format", None), "layout", None) != layout_of
+            or array.__dlpack_device__()[1] != device
+        ):
+            return None
+        addresses.append(array.block_until_ready().unsafe_buffer_pointer())
+    strides = None if layout_of is None else _strides(layout_of, shape, dtype.itemsize)
+    return Signature((kind, shape, strides, dtype, device), addresses, 0, is_read_only=True)
+
+
+def _strides(layout_of: Any, shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
+    """Return the strides of a layout of JAX; None: contiguous."""
+    if layout_of.tiling:
+        raise ValueError("it is laid out in tiles; copy it to a layout in rows")
+    order = tuple(layout_of.major_to_minor)
+    if order == tuple(range(len(shape))):
+        return None
+    by_axis, nbytes = {}, itemsize
+    for axis in reversed(order):
+        by_axis[axis], nbytes = nbytes, nbytes * shape[axis]
+    return tuple(by_axis[axis] for axis in range(len(shape)))
+
+
 def _of_interface(arrays: Sequence[Any]) -> Signature | None:
     """Read ``__cuda_array_interface__``, which Numba's and most other arrays have."""
     first, cuda_driver = arrays[0], driver.find()
@@ -156,6 +193,8 @@ def _of_simulator(arrays: Sequence[Any]) -> Signature | None:
 # By module, or by package.
 _READERS: dict[str, Callable[[Sequence[Any]], Signature | None]] = {
     "cupy": _of_cupy,
+    "jax": _of_jax,
+    "jaxlib": _of_jax,
     "torch": _of_torch,
     "torch.nn.parameter": _of_torch,
     "numba.cuda.simulator.cudadrv.devicearray": _of_simulator,

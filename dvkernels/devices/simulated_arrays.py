@@ -47,6 +47,9 @@ class SimulatedArrays:
     def stream(self, device: int, *, joins_default: bool = False) -> Any:
         return _CompletedStream()
 
+    def stream_at(self, device: int, address: int) -> Any:
+        return _CompletedStream()
+
     def event(self, device: int) -> Any:
         return _CompletedStream()
 

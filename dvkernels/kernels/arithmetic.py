@@ -17,12 +17,15 @@ from dvkernels.reduce_op import ReduceOp
 
 __all__ = [
     "ADD",
+    "DIV",
     "MAX",
     "MIN",
     "MUL",
+    "SUB",
     "VectorArithmetic",
     "dtype_of",
     "factor",
+    "has_type",
     "number_nbytes",
     "operation_code",
     "type_code",
@@ -32,7 +35,7 @@ _LINE = 64  # bytes of a cache line, the unit of a streaming store
 _I64 = ir.IntType(64)
 _I32 = ir.IntType(32)
 
-ADD, MIN, MAX, MUL = range(4)
+ADD, MIN, MAX, MUL, SUB, DIV = range(6)
 # A mean is a sum that is divided once, at the end.
 _OPERATIONS = {
     ReduceOp.SUM: ADD,
@@ -153,6 +156,10 @@ class VectorArithmetic:
             if self.kind == "c":
                 return self._complex_product(left, right)
             return (builder.fmul if self.is_float else builder.mul)(left, right)
+        if operation == SUB:
+            return (builder.fsub if self.is_float else builder.sub)(left, right)
+        if operation == DIV:  # of real floats only
+            return builder.fdiv(left, right)
         sign = "<" if operation == MIN else ">"
         if not self.is_float:
             compare = builder.icmp_signed if self.kind == "i" else builder.icmp_unsigned
@@ -225,6 +232,11 @@ def operation_code(op: ReduceOp) -> int:
 def type_code(dtype: np.dtype[Any], op: ReduceOp = ReduceOp.MAX) -> int:
     """Return the code of the element type that gives ``op`` the same bits as ``dtype``."""
     return _TYPES.index(_computed_as(op, dtype))
+
+
+def has_type(dtype: np.dtype[Any]) -> bool:
+    """Return whether the loops have a type for the elements of ``dtype``."""
+    return dtype.isnative and _computed_as(ReduceOp.PROD, dtype) in _TYPES
 
 
 def dtype_of(code: int) -> np.dtype[Any]:

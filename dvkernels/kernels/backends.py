@@ -58,3 +58,9 @@ def permutation() -> Any:
 def take() -> Any:
     """Return the module of the compiled gather of rows."""
     return numba_import.module("dvkernels.kernels.cpu.take")
+
+
+@functools.cache
+def row_updates() -> Any:
+    """Return the module of compiled updates of rows."""
+    return numba_import.module("dvkernels.kernels.cpu.row_updates")

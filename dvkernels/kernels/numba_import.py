@@ -34,7 +34,8 @@ def module(name: str) -> Any:
 def _import(name: str) -> Any:
     with _importing:
         found = importlib.import_module(name)
-        threading_layer.guard()
+        if "numba" in sys.modules:
+            threading_layer.guard()
         return found
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from dvkernels.launcher import commands, job_plan, supervision
+from dvkernels.launcher import commands, job_plan, leaked_shm, supervision
 from dvkernels.launcher.commands import Job, LauncherFlavour
 
 __all__ = ["run"]
@@ -71,22 +71,23 @@ def run(
     deadline = time.monotonic() + timeout_seconds
     first = _first_attempt(environ)
     for attempt in range(first, first + max_restarts + 1):
-        end = supervision.run(
-            command,
-            {**environ, **added, job_plan.ATTEMPT_VARIABLE: str(attempt)},
-            forwarded_signals=flavour.forwarded_signals,
-            end_signal=flavour.end_signal,
-            timeout_seconds=max(0.0, deadline - time.monotonic()),
-            grace_seconds=grace_seconds,
-            send_signal=(
-                None
-                if flavour.send_signal is None
-                else functools.partial(_send_signal, flavour.send_signal, launcher)
-            ),
-            failure_statuses=flavour.failure_statuses,
-            input_fd=input_fd,
-            launcher_forwards_input=launcher_forwards_input,
-        )
+        with leaked_shm.host_group(job.num_workers) as group:
+            end = supervision.run(
+                command,
+                {**environ, **added, **group, job_plan.ATTEMPT_VARIABLE: str(attempt)},
+                forwarded_signals=flavour.forwarded_signals,
+                end_signal=flavour.end_signal,
+                timeout_seconds=max(0.0, deadline - time.monotonic()),
+                grace_seconds=grace_seconds,
+                send_signal=(
+                    None
+                    if flavour.send_signal is None
+                    else functools.partial(_send_signal, flavour.send_signal, launcher)
+                ),
+                failure_statuses=flavour.failure_statuses,
+                input_fd=input_fd,
+                launcher_forwards_input=launcher_forwards_input,
+            )
         restarts_left = first + max_restarts - attempt
         if end.silent:
             _report(

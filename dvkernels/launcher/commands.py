@@ -1,4 +1,4 @@
-"""Command lines of the supported launchers: Open MPI, MPICH and Intel MPI (Hydra), Slurm's srun.
+"""Command lines of the launchers: Open MPI, MPICH and Intel MPI (Hydra), srun, our local engine.
 
 Nothing is started here, except the launcher for its version.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dvkernels.cluster import launcher_environment
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import scancel
@@ -22,6 +23,7 @@ from dvkernels.launcher import scancel
 __all__ = [
     "EXPORTED_VARIABLES",
     "FLAVOURS",
+    "LOCAL",
     "HostSlots",
     "Job",
     "LauncherFlavour",
@@ -54,6 +56,9 @@ _RENAMED_VARIABLES = {
 }
 _SECONDS_FOR_A_VERSION = 30
 _PREFIX_SCRIPT = Path(__file__).with_name("prefix_output.py")
+_LOCAL_ENGINE = Path(__file__).with_name("local_engine.py")
+# Without site packages the interpreter starts in a few milliseconds.
+_BARE = (sys.executable, "-I", "-S")
 
 
 class HostSlots(NamedTuple):
@@ -124,14 +129,14 @@ class LauncherFlavour(NamedTuple):
     forwards_input: bool = True
 
 
-def find(name: str | None, environ: Mapping[str, str]) -> str:
+def find(names: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the path of the launcher.
 
     Parameters
     ----------
-    name : str or None
-        A name or path; None for ``mpiexec``, or else ``srun``. A name is looked up in the folder
-        of the interpreter, where pip installs the MPI of mpi4py, and then in ``PATH``.
+    names : sequence of str
+        Names or paths, of which the first that exists counts. A name is looked up in the folder of
+        the interpreter, where pip installs the MPI of mpi4py, and then in ``PATH``.
     environ : mapping
         The environment variables.
 
@@ -140,7 +145,6 @@ def find(name: str | None, environ: Mapping[str, str]) -> str:
     LaunchError
         No launcher was found.
     """
-    names = (name,) if name else ("mpiexec", "mpirun", "srun")
     own_folder = str(Path(sys.executable).parent)
     for program in names:
         for folders in (own_folder, environ.get("PATH", "")):
@@ -149,8 +153,8 @@ def find(name: str | None, environ: Mapping[str, str]) -> str:
                 return path
     raise LaunchError(
         f"no launcher: none of {', '.join(names)} is in the folder of {sys.executable} or in "
-        f"PATH; install an MPI (python -m pip install mpi4py mpich), or name its mpiexec with "
-        f"--launcher PATH"
+        f"PATH; install an MPI (python -m pip install mpi4py mpich), name its mpiexec with "
+        f"--launcher PATH, or use --engine local for workers of this host"
     )
 
 
@@ -196,9 +200,7 @@ def command(launcher: str, flavour: LauncherFlavour, job: Job) -> list[str]:
     """
     worker = list(job.program)
     if job.prefixed:
-        # Without site packages the interpreter starts in a few milliseconds.
-        prefix = [sys.executable, "-I", "-S", str(_PREFIX_SCRIPT), flavour.rank_variable]
-        worker = [*prefix, *worker]
+        worker = [*_BARE, str(_PREFIX_SCRIPT), flavour.rank_variable, *worker]
     return [launcher, *flavour.arguments(job, worker)]
 
 
@@ -271,9 +273,23 @@ def _srun(job: Job, worker: Sequence[str]) -> list[str]:
     return [*arguments, *job.launcher_options, *worker]
 
 
+def _local(job: Job, worker: Sequence[str]) -> list[str]:
+    num_cores = (job.num_threads or 1) if job.bound else 0
+    return [*_BARE[1:], str(_LOCAL_ENGINE), str(job.num_workers), str(num_cores), *worker]
+
+
 def _host_list(hosts: Sequence[HostSlots]) -> str:
     return ",".join(f"{host.name}:{host.num_workers}" for host in hosts)
 
+
+LOCAL = LauncherFlavour(
+    launcher_environment.LOCAL,
+    re.compile(r"(?!)"),  # it is not asked
+    launcher_environment.RANK,
+    _local,
+    frozenset(),
+    signal.SIGTERM,
+)
 
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dvkernels import user_errors
+from dvkernels.cluster import launcher_environment
 from dvkernels.devices import cpu
 from dvkernels.errors import LaunchError, WorkerLostError
-from dvkernels.launcher import commands, notebook_line, shared_pickle
+from dvkernels.launcher import commands, leaked_shm, notebook_line, shared_pickle
 from dvkernels.launcher.prefix_output import LinePrefixer
 from dvkernels.threads import shielded
 
@@ -113,7 +114,8 @@ def launch(
         job = _FunctionJob()
         try:
             # An interrupt would lose a process that has just been started.
-            start = functools.partial(job.start, call, results)
+            group = files.enter_context(leaked_shm.host_group(num_workers))
+            start = functools.partial(job.start, call, results, group)
             shielded.uninterrupted(start, is_atomic=True)
             job.wait()
         finally:
@@ -227,16 +229,16 @@ class _FunctionJob:
         self._selector = selectors.DefaultSelector()
         self._line = notebook_line.NotebookLine()
 
-    def start(self, call_fd: int, result_fds: Sequence[int]) -> None:
-        """Start a worker for each result."""
+    def start(self, call_fd: int, result_fds: Sequence[int], group: Mapping[str, str]) -> None:
+        """Start a worker for each result, with the environment of a host group."""
         num_threads = max(1, cpu.usable_cores() // len(result_fds))
-        environ = {**os.environ, **commands.environment(num_threads, os.environ)}
+        environ = {**os.environ, **commands.environment(num_threads, os.environ), **group}
         folders = json.dumps([str(folder) for folder in sys.path])
         for rank, result_fd in enumerate(result_fds):
             try:
                 process = subprocess.Popen(
                     [sys.executable, str(_SCRIPT), str(call_fd), str(result_fd), folders],
-                    env=environ,
+                    env={**environ, launcher_environment.RANK: str(rank)},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

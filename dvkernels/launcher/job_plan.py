@@ -13,7 +13,7 @@ from dvkernels.errors import LaunchError
 from dvkernels.launcher import commands
 from dvkernels.launcher.commands import HostSlots, Job, LauncherFlavour
 
-__all__ = ["ATTEMPT_VARIABLE", "is_first_worker_local", "plan"]
+__all__ = ["ATTEMPT_VARIABLE", "is_first_worker_local", "names_hosts", "plan"]
 
 ATTEMPT_VARIABLE = "DVKERNELS_ATTEMPT"
 # Set where the MPI Operator, a batch system or a user has named the hosts already.
@@ -76,12 +76,18 @@ def plan(
     """
     cores = cpu.usable_cores()
     num_workers = sum(host.num_workers for host in hosts) or num_workers
-    if num_workers is None:
-        num_workers = _slurm_tasks(environ) or cores
     is_local = all(_is_this_host(host.name) for host in hosts)
-    if not hosts:
-        is_local = not any(environ.get(name) for name in _HOST_LIST_VARIABLES)
+    if flavour is commands.LOCAL:
+        if not is_local or launcher_options:
+            raise LaunchError(
+                "--engine local starts the workers of this host, without a launcher: it takes no "
+                "other --hosts and no --launcher-option; use --engine mpi or slurm"
+            )
+    elif not hosts:
+        is_local = not names_hosts(environ)
     is_local = is_local and flavour.name != launcher_environment.SRUN
+    if num_workers is None:
+        num_workers = (None if flavour is commands.LOCAL else _slurm_tasks(environ)) or cores
     # The cores of other hosts are unknown: their workers compute their share themselves, unless
     # Slurm says how many cores a task has.
     if num_threads is None and "SLURM_CPUS_PER_TASK" in environ:
@@ -112,6 +118,11 @@ def plan(
         ),
         launcher_options=tuple(launcher_options),
     )
+
+
+def names_hosts(environ: Mapping[str, str]) -> bool:
+    """Return whether a batch system, an operator or a user has named the hosts of jobs."""
+    return any(environ.get(name) for name in _HOST_LIST_VARIABLES)
 
 
 def is_first_worker_local(job: Job) -> bool:

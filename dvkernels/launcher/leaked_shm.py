@@ -1,4 +1,4 @@
-"""Removal of the shared-memory files that MPI libraries leave behind when workers are killed.
+"""Removal of the shared-memory files that are left behind when workers are killed.
 
 MPI libraries create named shared memory and unlink it when they end in order. A killed worker
 leaves megabytes in ``/dev/shm`` until the machine is rebooted. So the files that processes of the
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import re
+import secrets
 import shutil
 import struct
 import tempfile
@@ -19,7 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, final
 
-__all__ = ["Leftovers"]
+from dvkernels.cluster import launcher_environment
+from dvkernels.cluster.host_group import HostGroup
+
+__all__ = ["Leftovers", "host_group"]
 
 _MEMORY = "/dev/shm"
 _PROC = Path("/proc")
@@ -95,6 +99,25 @@ class Leftovers:
         """Stop watching."""
         if self.wakeup_fd >= 0:
             os.close(self.wakeup_fd)
+
+
+@contextlib.contextmanager
+def host_group(num_workers: int) -> Iterator[dict[str, str]]:
+    """Yield the environment variables of a new host group, but its ranks; remove its file.
+
+    The file has its name only until all workers have come, unless all are killed before that.
+    """
+    name, token = f"dvkernels-launch-{secrets.token_hex(8)}", secrets.token_hex(16)
+    path = HostGroup(name, 0, num_workers, token).path
+    try:
+        yield {
+            launcher_environment.GROUP: str(path),
+            launcher_environment.TOKEN: token,
+            launcher_environment.SIZE: str(num_workers),
+        }
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _existing_in(folder: str) -> Iterator[_File]:

@@ -1,8 +1,9 @@
 """Selection of the protocol of a reduction between devices, by their peer access.
 
-Ranks may wait for each other's flags only where each has a device of its own: two launches on one
-device need not run at the same time. Else, and where the slots lie in host memory, the same rows
-are launched one by one, and events take the place of flags.
+Ranks may wait for each other's flags only where each has a device of its own, and launches return
+before their kernels have ended: else two launches need not run at the same time. Otherwise, and
+where the slots lie in host memory, the same rows are launched one by one, and events take the place
+of flags.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def choose(
     is_half: bool = False,
     buffers_reachable: bool = True,
     is_captured: bool = False,
+    launches_block: bool = False,
 ) -> Route:
     """Return the route of an all-reduce of ``nbytes`` per rank.
 
@@ -60,7 +62,7 @@ def choose(
     """
     num_ranks = len(devices)
     ranks = tuple(range(num_ranks))
-    waits = len({*devices}) == num_ranks and not is_captured
+    waits = len({*devices}) == num_ranks and not is_captured and not launches_block
     small = nbytes <= crossover_nbytes(num_ranks) and not is_captured
     if all(all(row) for row in reach):
         if not buffers_reachable:

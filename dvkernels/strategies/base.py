@@ -189,8 +189,9 @@ class Strategy(
         return f"<{self._placement.name}>"
 
     def close(self) -> None:
-        """End the replica threads. Variables stay readable; ``run`` raises ``ContextError``."""
+        """End the replica threads; leave a host group. Variables stay readable, ``run`` raises."""
         self._runner.close()
+        self._placement.workers.close()
 
     def __enter__(self) -> Self:
         return self

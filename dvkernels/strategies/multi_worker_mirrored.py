@@ -26,7 +26,8 @@ class MultiWorkerMirroredStrategy(Strategy):
     """One replica per local device on every worker, variables mirrored on all of them.
 
     Every process started by ``mpiexec`` or ``srun`` runs the same program and creates this strategy
-    at the same point of it. A single process is a job of one worker.
+    at the same point of it. Processes of one host that something else has started pass a
+    :class:`dvkernels.cluster.HostGroup`. A single process is a job of one worker.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ class MultiWorkerMirroredStrategy(Strategy):
     ------
     ClusterError
         The launcher's environment variables are malformed, MPI started another number of
-        processes, or mpi4py is missing.
+        processes, mpi4py is missing, or a host group does not fit together.
     DeviceError, AlgorithmError
         As for ``MirroredStrategy``. If ``"nccl"`` fails on one worker (NCCL is missing, two
         replicas share a GPU, some workers passed another name), all workers raise; likewise if
@@ -87,7 +88,7 @@ class MultiWorkerMirroredStrategy(Strategy):
     error with its text at their next collective. After either all workers can go on together. A
     worker that is late (``CollectiveTimeoutError``) or lost (``WorkerLostError``) ends the job:
     every later collective raises the same error, and MPI aborts the remaining processes when the
-    first one exits.
+    first one exits; nobody ends those of a host group.
 
     Workers of one host exchange data through shared memory, hosts by MPI messages: a reduction is
     hierarchical, first within each host, then between hosts. Values on GPUs are staged through host
@@ -137,15 +138,19 @@ class MultiWorkerMirroredStrategy(Strategy):
         )
         if bytes_per_bucket is None and workers.size > 1:
             bytes_per_bucket = _BYTES_PER_BUCKET
-        super().__init__(
-            devices,
-            cross_device_ops,
-            bytes_per_bucket=bytes_per_bucket,
-            workers=workers,
-            seed=seed,
-            threads=threads,
-            timeout_seconds=timeout_seconds,
-        )
+        try:
+            super().__init__(
+                devices,
+                cross_device_ops,
+                bytes_per_bucket=bytes_per_bucket,
+                workers=workers,
+                seed=seed,
+                threads=threads,
+                timeout_seconds=timeout_seconds,
+            )
+        except BaseException:
+            workers.close()  # nobody else would
+            raise
 
     @property
     def cluster_resolver(self) -> ClusterResolver:

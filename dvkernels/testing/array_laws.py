@@ -35,8 +35,8 @@ def check_arrays(arrays: ArrayLibrary, device: int = 0) -> None:
     A new array has the requested shape and dtype, and its own memory. A copy to the device, to
     another array there and back to the host preserves all bits, also on a stream. A copy on a
     stream that waits for an event comes after the event. Arrays know their device, and read-only
-    views share memory; ``at`` makes a device and a stream current inside ``with`` only; arrays are
-    overwritten on a stream; copies read pinned memory.
+    views share memory; a stream is found by its address; ``at`` makes a device and a stream current
+    inside ``with`` only; arrays are overwritten on a stream; copies read pinned memory.
     """
     for dtype in map(np.dtype, (*_DTYPES, ml_dtypes.bfloat16)):
         for shape in _SHAPES:
@@ -76,8 +76,10 @@ def _check_streams(arrays: ArrayLibrary, device: int) -> None:
         assert (received == round_number).all(), "a stream that waited for an event read older data"
         event.synchronize()
         assert event.done, "an event that was waited for is not done"
-    with first_stream:
-        pass
+    same_stream = arrays.stream_at(device, first_stream.ptr)
+    assert same_stream.ptr == first_stream.ptr, "stream_at: another address"
+    with arrays.at(device, same_stream):
+        assert arrays.current(device).ptr == first_stream.ptr, "stream_at: did not become current"
     first_stream.synchronize()
 
 

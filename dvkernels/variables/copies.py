@@ -179,16 +179,11 @@ class Copies:
         began = 0 if tracing.active is None else tracing.active.begin("write")
         self.memory.overwrite([self.arrays[self.index_of(rank)]], [value])
         if began:
-            _trace(began, [(self, [value])])
+            trace_write(began, [self], value.nbytes)
 
-    def commit_rows(self, rows: Sequence[HostArray], values: Sequence[Array]) -> None:
-        """Overwrite the rows ``rows[r]`` of copy r with ``values[r]``, for all r."""
-        if debugging.active is not None:
-            _check_written(self, values)
-        began = 0 if tracing.active is None else tracing.active.begin("write")
-        self.memory.overwrite_rows(self.arrays, rows, values)
-        if began:
-            _trace(began, [(self, values)])
+    def arrays_to_scatter(self) -> Sequence[Array]:
+        """Return the arrays some of whose rows are about to be written."""
+        return self.arrays
 
 
 def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
@@ -198,7 +193,7 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     """
     if debugging.active is not None:
         for copies, contents in writes:
-            _check_written(copies, contents)
+            check_written(copies, contents)
     began = 0 if tracing.active is None else tracing.active.begin("write")
     memory = writes[0][0].memory
     arrays = [array for copies, _ in writes for array in copies.arrays]
@@ -209,19 +204,17 @@ def commit_together(writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
     else:
         memory.overwrite(arrays, values)
     if began:
-        _trace(began, writes)
+        nbytes = sum(value.nbytes for value in values)
+        trace_write(began, [copies for copies, _ in writes], nbytes)
 
 
-def _trace(began: int, writes: Sequence[tuple[Copies, Sequence[Array]]]) -> None:
+def trace_write(began: int, written: Sequence[Copies], nbytes: int) -> None:
     """Record a write in the trace, if it has not ended meanwhile."""
     recording = tracing.active
     if recording is not None:
-        nbytes = sum(value.nbytes for _, values in writes for value in values)
-        names = [copies.name for copies, _ in writes]
-        dtype = str(writes[0][0].arrays[0].dtype)
-        recording.end(
-            "write", "write", began, {"variables": names, "bytes": nbytes, "dtype": dtype}
-        )
+        names, dtype = [copies.name for copies in written], str(written[0].arrays[0].dtype)
+        about = {"variables": names, "bytes": nbytes, "dtype": dtype}
+        recording.end("write", "write", began, about)
 
 
 def _may_share(writes: Sequence[tuple[Copies, Sequence[Any]]], arrays: Sequence[Any]) -> bool:
@@ -237,7 +230,7 @@ def _may_share(writes: Sequence[tuple[Copies, Sequence[Any]]], arrays: Sequence[
     )
 
 
-def _check_written(copies: Copies, values: Sequence[Array]) -> None:
+def check_written(copies: Copies, values: Sequence[Array]) -> None:
     """In debug mode: raise if the new content is not finite, and record the write."""
     distinct = {id(value): value for value in values}
     debugging.check_finite(f"the new content of variable {copies.name!r}", distinct.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dvkernels.communicators.single import Single
-from dvkernels.devices.array_spec import Array, HostArray
+from dvkernels.devices.array_spec import Array
 from dvkernels.errors import ContextError
 from dvkernels.values.placement import Placement
 from dvkernels.variables.copies import Copies
@@ -51,12 +51,11 @@ class Draft(Copies):
             self.set_arrays([self.memory.copy_to_device_of(values[0], self.arrays[0])])
             self.is_written = True
 
-    def commit_rows(self, rows: Sequence[HostArray], values: Sequence[Array]) -> None:
-        """Write rows of the draft's own array; the first write allocates it."""
-        if not self.is_written:
+    def arrays_to_scatter(self) -> Sequence[Array]:
+        """Return the draft's own array; the first write allocates it."""
+        if not self.is_written or self.has_ended:
             self.commit(self.arrays)
-        assert not self.has_ended
-        super().commit_rows(rows, values)
+        return self.arrays
 
 
 def drafts_of(variable: Variable) -> list[Variable]:

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dvkernels.devices.array_spec import HostArray
+from dvkernels.errors import BufferMismatchError
 from dvkernels.values.distributed import PerReplica
-from dvkernels.variables import scatter
 from dvkernels.variables.access import calling_replica
 from dvkernels.variables.copies import Copies
+from dvkernels.variables.rows import checked_out, checked_rows, gather
 from dvkernels.variables.synchronization import SYNC_MODES
 
 __all__: list[str] = []
@@ -109,13 +110,16 @@ class VariableReads:
             return mode.read_across(self._copies)
         return mode.read_in_replica(self._copies, replica)
 
-    def gather_rows(self, indices: Any) -> Any:
+    def gather_rows(self, indices: Any, *, out: Any = None) -> Any:
         """Return rows of the value as a new array.
 
         Parameters
         ----------
         indices : array-like of int, of any shape
             Positions along axis 0; repetitions are allowed. Negative indices raise.
+        out : array of shape ``indices.shape + variable.shape[1:]``, optional
+            Of this variable's dtype, writable: gets the rows, and is returned. A ``PerReplica`` of
+            such arrays where :meth:`read_value` returns one.
 
         Returns
         -------
@@ -128,7 +132,12 @@ class VariableReads:
         IndexError
             An index is out of range.
         NotABufferError, BufferMismatchError
-            The indices are not integers; the variable is 0-d.
+            The indices are not integers; the variable is 0-d; ``out`` does not fit. Nothing has
+            been written.
+
+        Notes
+        -----
+        Many rows are copied by compiled code on all cores, and other threads run meanwhile.
 
         Examples
         --------
@@ -138,20 +147,30 @@ class VariableReads:
         array([[5., 6.],
                [1., 2.]])
         """
-        replica, number = calling_replica(self._copies, "gather_rows", write=False), None
+        copies, verb = self._copies, "gather_rows"
+        replica, number = calling_replica(copies, verb, write=False), None
         if replica is not None:
             indices, number = replica.own(indices), replica.replica_id_in_sync_group
-        rows = scatter.checked_rows(self._copies, "gather_rows", indices, number)
+            out = replica.own(out)
+        rows = checked_rows(copies, verb, indices, number)
         value = self.read_value()
-
-        def take(array: Any) -> Any:
-            return array[rows.reshape(-1)].reshape(*rows.shape, *array.shape[1:])
-
-        apply = self._copies.memory.apply
-        if isinstance(value, PerReplica):
-            each = [apply(take, array) for array in value.values]
+        if not isinstance(value, PerReplica):
+            target = None if out is None else checked_out(copies, rows, out, number)
+            taken = gather(copies, value, rows, target)
+            return taken if out is None else out
+        if out is None:
+            each = [gather(copies, array, rows) for array in value.values]
             return PerReplica(each, devices=value.devices, owner=value.owner)
-        return apply(take, value)
+        if not isinstance(out, PerReplica):
+            raise BufferMismatchError(
+                f"{verb} of variable {copies.name!r} expected as out a PerReplica with an array "
+                f"for each copy, got a {type(out).__name__}"
+            )
+        outs = copies.components(out, verb)
+        targets = [checked_out(copies, rows, each, k) for k, each in enumerate(outs)]
+        for array, target in zip(value.values, targets, strict=True):
+            gather(copies, array, rows, target)
+        return out
 
     def numpy(self) -> HostArray:
         """Return the value as a NumPy array.

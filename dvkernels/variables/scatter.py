@@ -8,16 +8,17 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from dvkernels import context, reduce_op
-from dvkernels.devices import interop
-from dvkernels.devices.array_spec import Array, HostArray, Spec, refuse_masked, spec
-from dvkernels.errors import BufferMismatchError, NotABufferError, SynchronizationError
-from dvkernels.profiler import debugging
+from dvkernels.devices import array_memory
+from dvkernels.devices.array_spec import HostArray, Spec, spec
+from dvkernels.errors import BufferMismatchError, SynchronizationError
+from dvkernels.kernels import backends
+from dvkernels.profiler import debugging, tracing
 from dvkernels.replica_context import ReplicaContext
-from dvkernels.user_errors import brief
 from dvkernels.values.distributed import PerReplica
 from dvkernels.variables.access import check_aggregation, write_together
-from dvkernels.variables.copies import Copies, value_for_all
+from dvkernels.variables.copies import Copies, check_written, trace_write, value_for_all
 from dvkernels.variables.modes import VariableAggregation
+from dvkernels.variables.rows import checked_rows
 
 __all__: list[str] = []
 
@@ -60,15 +61,15 @@ def aggregate_then_scatter(
 
     def act(parts: list[Updates]) -> list[None]:
         placement, how = copies.placement, copies.aggregation
-        applied: Sequence[Updates] = parts
+        workers, applied = placement.workers, parts
         if how not in (VariableAggregation.SUM, VariableAggregation.MEAN):
             # those of replica 0, a replica of the first worker
-            applied = parts[: 1 if placement.workers.rank == 0 else 0]
-        own = _concatenated(copies, applied, parts[0])
-        rows, content = (placement.workers.all_gather([array], 0)[0] for array in own)
-        if how is VariableAggregation.MEAN and placement.num_replicas > 1:
-            content = content / content.dtype.type(placement.num_replicas)
-        _scatter_alike(copies, verb, Updates(rows, content))
+            applied = parts[: 1 if workers.rank == 0 else 0]
+        if workers.size > 1:
+            own = _concatenated(copies, applied or [_none_of(parts[0])])
+            applied = [Updates(*(workers.all_gather([array], 0)[0] for array in own))]
+        divisor = placement.num_replicas if how is VariableAggregation.MEAN else 1
+        _apply(copies, verb, [_RowChange(range(len(copies.arrays)), applied)], divisor)
         return [None] * len(parts)
 
     write_together(copies, verb, own, act, replica)
@@ -78,10 +79,9 @@ def scatter_own_copy(
     copies: Copies, verb: str, indices: Any, updates: Any, replica: ReplicaContext
 ) -> None:
     """Apply row updates to this replica's copy only."""
-    own = copies.arrays[copies.index_of(replica.rank_in_process)]
+    own = copies.index_of(replica.rank_in_process)
     given = _checked_own(copies, verb, indices, updates, replica)
-    rows, content = _new_rows(copies, own, verb, given)
-    copies.memory.overwrite_rows([own], [rows], [content])
+    _apply(copies, verb, [_RowChange([own], [given])])
 
 
 def scatter_every_copy_alike(copies: Copies, verb: str, indices: Any, updates: Any) -> None:
@@ -92,7 +92,8 @@ def scatter_every_copy_alike(copies: Copies, verb: str, indices: Any, updates: A
             f"{verb} of variable {copies.name!r}: a PerReplica holds different values, and the "
             f"copies of an ON_WRITE variable are equal; scatter in a replica, or pass one array"
         )
-    _scatter_alike(copies, verb, _checked_for_all(copies, verb, indices, updates))
+    given = _checked_for_all(copies, verb, indices, updates)
+    _apply(copies, verb, [_RowChange(range(len(copies.arrays)), [given])])
 
 
 def scatter_every_copy(copies: Copies, verb: str, indices: Any, updates: Any) -> None:
@@ -106,9 +107,7 @@ def scatter_every_copy(copies: Copies, verb: str, indices: Any, updates: Any) ->
         ]
     else:
         checked = [_checked_for_all(copies, verb, indices, updates)] * len(copies.arrays)
-    pairs = zip(copies.arrays, checked, strict=True)
-    changes = [_new_rows(copies, own, verb, updates) for own, updates in pairs]
-    copies.commit_rows([rows for rows, _ in changes], [content for _, content in changes])
+    _apply(copies, verb, [_RowChange([own], [given]) for own, given in enumerate(checked)])
 
 
 def refuse_to_scatter(copies: Copies, verb: str, *_: object) -> NoReturn:
@@ -117,11 +116,6 @@ def refuse_to_scatter(copies: Copies, verb: str, *_: object) -> NoReturn:
         f"{verb} of variable {copies.name!r}: it is ON_READ, which takes assign, assign_add and "
         f"assign_sub only; use synchronization='none' or 'on_write'"
     )
-
-
-def _scatter_alike(copies: Copies, verb: str, given: Updates) -> None:
-    rows, content = _new_rows(copies, copies.arrays[0], verb, given)
-    copies.commit_rows([rows] * len(copies.arrays), [content] * len(copies.arrays))
 
 
 # -- checks --------------------------------------------------------------------------------------
@@ -137,30 +131,6 @@ def _check_additive(copies: Copies, verb: str) -> None:
         )
 
 
-def checked_rows(copies: Copies, verb: str, indices: Any, replica: int | None) -> HostArray:
-    """Return row indices as an integer array on the host; malformed or out of range they raise."""
-    shape = copies.arrays[0].shape
-    what = f"{verb} of variable {copies.name!r}"
-    origin = "" if replica is None else f" from replica {replica}"
-    if not shape:
-        raise BufferMismatchError(f"{what}: a 0-d variable has no rows; use the whole value")
-    refuse_masked(indices, f"{what}: the indices{origin}")
-    rows = copies.memory.to_host(indices) if interop.is_on_gpu(indices) else np.asarray(indices)
-    if rows.size == 0 and rows.dtype.kind == "f":
-        rows = rows.astype(np.int64)  # an empty list
-    if rows.dtype.kind not in "iu":
-        raise NotABufferError(
-            f"{what}: expected integers as indices, got {brief(indices, 60)}{origin}"
-        )
-    outside = rows[(rows < 0) | (rows >= shape[0])]
-    if outside.size:
-        raise IndexError(
-            f"{what}: got index {outside.flat[0]}{origin}; the rows are 0 to {shape[0] - 1}, and "
-            f"negative ones do not count from the end"
-        )
-    return rows
-
-
 def _checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int | None) -> Updates:
     """Return the updates with flat indices; wrong indices, shapes or dtypes raise."""
     shape, dtype = copies.arrays[0].shape, copies.arrays[0].dtype
@@ -170,7 +140,7 @@ def _checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int
     expected = Spec((*rows.shape, *shape[1:]), dtype)
     is_number = isinstance(updates, (bool, int, float, complex)) and array.ndim == 0
     if is_number and array.dtype == dtype:
-        array = np.broadcast_to(array, expected.shape)
+        array = np.broadcast_to(np.full(shape[1:], array), expected.shape)
     if spec(array) != expected:
         origin = "" if replica is None else f" from replica {replica}"
         raise BufferMismatchError(
@@ -181,7 +151,7 @@ def _checked(copies: Copies, verb: str, indices: Any, updates: Any, replica: int
         debugging.check_finite(what, [array])
     flat = array.reshape(-1, *shape[1:]) if rows.size else array.reshape(0, *shape[1:])
     near = copies.memory.to_device_of(flat, copies.read_by(replica))
-    return Updates(rows.reshape(-1).astype(np.int64), near)
+    return Updates(rows.reshape(-1), near)
 
 
 def _checked_own(
@@ -201,28 +171,88 @@ def _checked_for_all(copies: Copies, verb: str, indices: Any, updates: Any) -> U
 # -- arithmetic of rows --------------------------------------------------------------------------
 
 
-def _concatenated(copies: Copies, parts: Sequence[Updates], like: Updates) -> Updates:
-    """Concatenate updates in order, on the first copy's device; without parts, none of ``like``."""
-    if not parts:
-        return Updates(like.indices[:0], _wide(like.updates[:0]))
-    memory = copies.memory
-    indices = np.concatenate([part.indices for part in parts])
-    each = [_wide(memory.to_device_of(part.updates, copies.arrays[0])) for part in parts]
-    return Updates(indices, memory.apply(lambda *arrays: np.concatenate(arrays), *each))
+class _RowChange(NamedTuple):
+    """Row updates, in order, of copies that hold the same."""
+
+    copies: Sequence[int]  # their indices
+    parts: Sequence[Updates]
 
 
-def _new_rows(copies: Copies, array: Array, verb: str, given: Updates) -> tuple[HostArray, Any]:
-    """Return the rows that change and their new content; ``array``, a copy, is unchanged.
+def _apply(copies: Copies, verb: str, changes: Sequence[_RowChange], divisor: int = 1) -> None:
+    """Apply the updates, divided by a number, to the rows of copies: to all of them or none.
 
     float16 and bfloat16 are computed in float32 and rounded once.
     """
-    rows, content = copies.memory.apply(_changed, array, copies.memory.accumulate, verb, given)
-    return rows, content
+    arrays, memory = copies.arrays_to_scatter(), copies.memory
+    began = 0 if tracing.active is None else tracing.active.begin("write")
+    if memory is array_memory.HOST and debugging.active is None:
+        kernel, dtype = backends.row_updates(), arrays[0].dtype
+        if kernel.takes(verb, dtype) and not _rounds_twice(verb, dtype, changes):
+            writes = [
+                kernel.RowWrite(
+                    [arrays[k] for k in change.copies], indices, _apart(updates, arrays)
+                )
+                for change in changes
+                for indices, updates in change.parts
+            ]
+            kernel.update_rows(verb, writes, divisor)
+            if began:
+                trace_write(began, [copies], _nbytes_of(changes))
+            return
+    targets, rows, values = [], [], []
+    for change in changes:
+        like, given = arrays[change.copies[0]], _concatenated(copies, change.parts)
+        changed = memory.apply(_changed, like, memory.accumulate, verb, given, divisor)
+        for k in change.copies:
+            targets.append(arrays[k])
+            rows.append(changed[0])
+            values.append(changed[1])
+    if debugging.active is not None:
+        check_written(copies, values)
+    memory.overwrite_rows(targets, rows, values)
+    if began:
+        trace_write(began, [copies], _nbytes_of(changes))
+
+
+def _nbytes_of(changes: Sequence[_RowChange]) -> int:
+    """Return the bytes of the rows that are changed, in all copies."""
+    return sum(
+        len(change.copies) * part.updates.nbytes for change in changes for part in change.parts
+    )
+
+
+def _rounds_twice(verb: str, dtype: np.dtype[Any], changes: Sequence[_RowChange]) -> bool:
+    """Return whether updates one after another would round the half numbers of a row twice."""
+    if verb in _NOT_ADDITIVE or not reduce_op.is_half(dtype):
+        return False
+    each = [np.concatenate([given.indices for given in change.parts]) for change in changes]
+    return any(len(np.unique(indices)) < len(indices) for indices in each)
+
+
+def _apart(updates: HostArray, arrays: Sequence[Any]) -> HostArray:
+    """Return the updates, or a copy if they share memory with one of the arrays."""
+    shares = any(np.may_share_memory(updates, array) for array in arrays)
+    return updates.copy() if shares else updates
+
+
+def _none_of(given: Updates) -> Updates:
+    return Updates(given.indices[:0], given.updates[:0])
+
+
+def _concatenated(copies: Copies, parts: Sequence[Updates]) -> Updates:
+    """Concatenate updates in order, on the first copy's device."""
+    if len(parts) == 1:
+        return parts[0]
+    memory = copies.memory
+    indices = np.concatenate([part.indices for part in parts])
+    each = [memory.to_device_of(part.updates, copies.arrays[0]) for part in parts]
+    return Updates(indices, memory.apply(lambda *arrays: np.concatenate(arrays), *each))
 
 
 def _changed(
-    array: Any, accumulate: Callable[..., None], verb: str, given: Updates
+    array: Any, accumulate: Callable[..., None], verb: str, given: Updates, divisor: int
 ) -> tuple[HostArray, Any]:
+    """Return the rows that change and their new content; ``array`` is unchanged."""
     if verb == "scatter_update":  # the last of several updates of a row wins
         rows, last = np.unique(given.indices[::-1], return_index=True)
         return rows, given.updates[len(given.indices) - 1 - last]
@@ -230,8 +260,9 @@ def _changed(
     if change is np.divide and array.dtype.kind in "iu":
         change = np.floor_divide
     rows, positions = np.unique(given.indices, return_inverse=True)
-    content = _wide(array[rows])
-    updates = given.updates.astype(content.dtype, copy=False)
+    content, updates = _wide(array[rows]), _wide(given.updates)
+    if divisor != 1:
+        updates = updates / updates.dtype.type(divisor)
     accumulate(change, content, positions.reshape(-1), updates)
     return rows, content.astype(array.dtype, copy=False)
 

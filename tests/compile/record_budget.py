@@ -16,7 +16,7 @@ def main() -> None:
     """Compile everything, and write budget.json."""
     budget = {}
     for name, kernel in kernels().items():
-        ptx = compiler.compile_to_ptx(kernel.function, (7, 5)).ptx
+        ptx = compiler.compile_to_ptx(kernel, (7, 5)).ptx
         with tempfile.TemporaryDirectory() as folder:
             made = [
                 toolchain.assemble(ptx, architecture, Path(folder))

@@ -17,11 +17,12 @@ import numba
 import numpy as np
 import pytest
 import toolchain
-from catalogue import DTYPES, kernels
+from catalogue import kernels
 
 from dvkernels.custom_reduction import CustomReduction
 from dvkernels.errors import DeviceError, UnsupportedDTypeError
-from dvkernels.kernels.cuda.engine import compiler, loops, operations
+from dvkernels.kernels.cuda.engine import catalogue, compiler, operations
+from dvkernels.kernels.cuda.engine.kernel import Compiled
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("numba_cuda") is None or os.environ.get("NUMBA_ENABLE_CUDASIM") == "1",
@@ -36,13 +37,13 @@ def test_the_budget_knows_every_kernel() -> None:
     assert BUDGET.keys() == KERNELS.keys(), "run: python tests/compile/record_budget.py"
     # Kernels within a GPU, waiting kernels, rows, optimizers, custom reductions.
     assert len(KERNELS) == 42 + 42 + 8 + 8 + 8
-    assert len(DTYPES) == 15
+    assert len(catalogue.DTYPES) == 15
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_machine_code(name: str, tmp_path: Path) -> None:
-    compiled = compiler.compile_to_ptx(KERNELS[name].function, (7, 5))
-    check_ptx(compiled.ptx, KERNELS[name].is_between_gpus)
+    compiled = compiler.compile_to_ptx(KERNELS[name], (7, 5))
+    check_ptx(compiled.ptx, name.startswith("waiting "))
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(
             lambda architecture: toolchain.assemble(compiled.ptx, architecture, tmp_path),
@@ -78,19 +79,19 @@ def check(name: str, architecture: int, assembled: toolchain.Assembled) -> None:
 @pytest.mark.parametrize("name", ["mul complex64", "mul complex128"])
 def test_complex_products_round_as_numpy_does(name: str) -> None:
     """Fused, a product and a sum would round once, and the bits differ from NumPy's."""
-    ptx = compiler.compile_to_ptx(KERNELS[name].function, (7, 5)).ptx
+    ptx = compiler.compile_to_ptx(KERNELS[name], (7, 5)).ptx
     assert "mul.rn.f" in ptx  # the assembler may fuse products that do not say how they round
     assert "fma.rn" not in ptx
 
 
 def test_the_linker_makes_machine_code() -> None:
-    compiled = compiler.compile_to_ptx(KERNELS["add float32"].function, (9, 0))
+    compiled = compiler.compile_to_ptx(KERNELS["add float32"], (9, 0))
     assert compiler.assemble(compiled, (9, 0)).startswith(b"\x7fELF")
 
 
 def test_a_linker_that_fails_says_what_to_look_at() -> None:
     with pytest.raises(DeviceError, match="of one release"):
-        compiler.assemble(compiler.Compiled("broken", ".version 9.0\nnonsense"), (9, 0))
+        compiler.assemble(Compiled("broken", ".version 9.0\nnonsense"), (9, 0))
 
 
 def test_a_function_of_the_users_that_does_not_compile_is_named() -> None:
@@ -107,5 +108,5 @@ def test_a_function_of_the_users_may_call_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: device)
     square = numba.njit(lambda x: x * x)
     op = CustomReduction(numba.njit(lambda a, b: square(a) + b), 0, "sum of squares")
-    kernel = loops.kernel(*operations.resolve(op, np.dtype("f4")))
+    kernel = catalogue.collective(*operations.resolve(op, np.dtype("f4")))
     check_ptx(compiler.compile_to_ptx(kernel, (7, 5)).ptx, False)

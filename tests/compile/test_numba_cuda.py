@@ -32,8 +32,8 @@ COMPILE = """
 import numpy as np
 before = dir(np)
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import compiler, loops
-kernel = loops.kernel(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
+from dvkernels.kernels.cuda.engine import catalogue, compiler
+kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
 compiled = compiler.compile_to_ptx(kernel, (9, 0))
 assert compiler.assemble(compiled, (9, 0)).startswith(b"\\x7fELF")
 """

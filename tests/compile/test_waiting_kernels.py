@@ -21,7 +21,7 @@ KERNELS = kernels()
 
 
 def test_flags_have_the_scope_of_the_system_and_waits_end(tmp_path: Path) -> None:
-    ptx = compiler.compile_to_ptx(KERNELS["waiting add float32"].function, (7, 5)).ptx
+    ptx = compiler.compile_to_ptx(KERNELS["waiting add float32"], (7, 5)).ptx
     assert "ld.acquire.sys.global.b64" in ptx
     assert "st.release.sys.global.b64" in ptx
     assert "ld.relaxed.sys.global.b64" in ptx  # the stop word
@@ -39,5 +39,5 @@ def test_flags_have_the_scope_of_the_system_and_waits_end(tmp_path: Path) -> Non
 
 
 def test_a_row_alone_waits_for_nobody() -> None:
-    ptx = compiler.compile_to_ptx(KERNELS["row add float32"].function, (7, 5)).ptx
+    ptx = compiler.compile_to_ptx(KERNELS["row add float32"], (7, 5)).ptx
     assert not re.search(r"ld\.acquire|st\.release|nanosleep", ptx)

@@ -11,10 +11,10 @@ from numba import cuda
 class SimulatedDriver:
     """GroupDriver on host memory; launches on the devices in ``absent`` are dropped."""
 
-    def __init__(self, threads=2, absent=()):
-        self._threads, self._absent = threads, absent
+    def __init__(self, absent=()):
+        self._absent = absent
         self._kernels, self._kept = {}, []
-        self.loaded, self.launched, self.records = [], [], 0
+        self.loaded, self.launched, self.events = [], [], 0
 
     def empty(self, device, nbytes):
         buffer = np.full(nbytes + 256, 0xAA, np.uint8)
@@ -25,12 +25,12 @@ class SimulatedDriver:
         array = np.array(words, np.int64)
         return SimpleNamespace(address=array.ctypes.data, array=array)
 
-    def pinned(self, num_words):
+    def pinned(self, device, num_words):
         return np.zeros(num_words, np.int64)
 
     def load(self, device, kernel):
         self.loaded.append((device, kernel))
-        self._kernels.setdefault(kernel, cuda.jit(kernel))
+        self._kernels.setdefault(kernel, cuda.jit(kernel.build()))
 
     def launch(self, device, kernel, num_blocks, stream, words):
         assert (device, kernel) in self.loaded
@@ -39,13 +39,14 @@ class SimulatedDriver:
             return
         array = np.array(words, np.int64)
         self._kept.append(array)
-        self._kernels[kernel][num_blocks, self._threads, stream]((array.ctypes.data,))
+        self._kernels[kernel][num_blocks, kernel.launch_bounds[0], stream]((array.ctypes.data,))
 
-    def record(self, device, stream):
-        self.records += 1
-        event = cuda.event()
+    def event(self, device):
+        self.events += 1
+        return cuda.event()
+
+    def record(self, device, stream, event):
         event.record(stream)
-        return event
 
     def wait(self, device, stream, event):
         event.wait(stream)

@@ -99,6 +99,10 @@ def test_variables(count, num_local, over):
     ],
 )
 def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
+    trains_as_one_device(run, count, num_local, over, tmp_path)
+
+
+def trains_as_one_device(run, count, num_local, over, tmp_path):
     ops = "ring" if "," in over else "auto"
     run(count, "train", num_local, over, tmp_path / "weights.npz", ops)
     expected, seen = trained(dv.OneDeviceStrategy("cpu:0"))
@@ -114,6 +118,10 @@ def test_training_is_that_of_one_device(count, num_local, over, tmp_path):
 
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_a_checkpoint_resumes_on_another_number_of_workers(is_apart, tmp_path):
+    resumes_on_other_numbers(run, is_apart, tmp_path)
+
+
+def resumes_on_other_numbers(run, is_apart, tmp_path):
     go_on("1", "alone", str(tmp_path / "whole"), "25")
     for count, num_local, until in ((2, 1, 6), (3, 1, 13), (1, 2, 18), (2, 2, 25)):
         over = ",".join(["1"] * count) if is_apart else "memory"

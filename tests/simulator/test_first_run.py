@@ -46,6 +46,40 @@ def test_a_section_runs_on_tiny_arrays(section, tmp_path):
     assert all(line["wrong"] == 0 for line in found.get("all_reduce", []))
 
 
+def call(sections, out):
+    return subprocess.run(
+        ["bash", FIRST_RUN.with_suffix(".sh")],
+        env={
+            **os.environ, "DVK_DRY": "1", "NUMBA_ENABLE_CUDASIM": "1", "DVK_SECTIONS": sections,
+            "OUT": str(out), "PYTHON": sys.executable,
+        },
+        capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
+
+
+def test_a_second_call_repeats_the_sections_that_it_names(tmp_path):
+    for sections in ("env,first", "first"):
+        ended = call(sections, tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert {name: found["rc"] for name, found in results.items()} == {"env": "0", "first": "0"}
+    assert results["env"]["date"] <= results["first"]["date"]
+    refused = call("first,bandwith", tmp_path)
+    assert refused.returncode == 2
+    assert "no section bandwith; there are env,first,bandwidth" in refused.stderr
+
+
+@pytest.mark.parametrize("which", ["not slow", "slow -k of_the_cpu", "slow -k sanitizer"])
+def test_the_selections_of_tests_select_some(which):
+    marks, *names = which.split(" -k ")
+    options = ["-m", f"gpu and {marks}", *(["-k", names[0]] if names else [])]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", *options],
+        cwd=FIRST_RUN.parents[3], capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout
+
+
 def test_all_that_it_uses_of_the_library_is_there():
     """Some of it runs on hardware only: names are looked up without being called."""
     tree = ast.parse(FIRST_RUN.read_text("utf-8"))

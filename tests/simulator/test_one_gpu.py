@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import types
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import dvkernels as dv
 from dvkernels import errors, kernels
-from dvkernels.devices import cuda
+from dvkernels.devices import cuda, cuda_arrays
 from dvkernels.kernels.cuda.engine import elements, job, launch_table, launcher
+from dvkernels.kernels.cuda.engine.call import NEW
 from dvkernels.schedules import partition, ring
 from dvkernels.testing import check_arrays
 
@@ -144,10 +147,10 @@ def items_of(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(1,), (0, 0), (7, 0, 4096), (1 << 22,), (5000, 1, 300_000)])
-@pytest.mark.parametrize("most_blocks", [1, 2, 1056])
-def test_pieces_cover_every_unit_once(sizes, most_blocks):
+@pytest.mark.parametrize("num_resident", [1, 2, 396])
+def test_pieces_cover_every_unit_once(sizes, num_resident):
     counts = job.Counts(2, 2, 0, 1)
-    blocks, words = job.lay_out(items_of(sizes), counts, 256, most_blocks)
+    blocks, words = job.lay_out(items_of(sizes), counts, 256, num_resident)
     length = len(launch_table.TableHeader._fields)
     header = launch_table.TableHeader._make(words[:length])
     per_piece = 256 * header.per_thread
@@ -155,7 +158,9 @@ def test_pieces_cover_every_unit_once(sizes, most_blocks):
     ends = [*heads[1:], header.num_pieces]
     for size, first, end in zip(sizes, heads, ends, strict=True):
         assert end - first == max(1, -(-size // per_piece))
-    assert 1 <= blocks <= min(header.num_pieces, most_blocks)
+    # A whole number of blocks on each multiprocessor, or a block for each piece.
+    assert blocks == min(header.num_pieces, 4 * num_resident)
+    assert (header.per_thread == 4) == (sum(-(-size // 1024) for size in sizes) >= num_resident)
 
 
 def test_items_with_axes_are_cut_at_the_largest_length(monkeypatch):
@@ -199,3 +204,58 @@ def test_the_ring_adds_each_chunk_in_the_order_of_its_schedule():
     assert (expected != values[0] + values[1] + values[2]).any()
     for result in kernels.ring_all_reduce(on_device([value.copy() for value in values])):
         assert np.asarray(result._ary).tobytes() == expected.tobytes()
+
+
+class OfJax:
+    """Double of an array of JAX on the GPU: immutable, on a stream that nobody else knows."""
+
+    __module__ = "jaxlib._jax"
+
+    def __init__(self, content, events):
+        self._content, self._events = content, events
+        self.shape, self.dtype = content.shape, content.dtype
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def block_until_ready(self):
+        self._events.append("ready")
+        return self
+
+    def unsafe_buffer_pointer(self):
+        return self._content.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("verb", ["reduce", "all_gather", "reduce_scatter", "all_to_all", "NEW"])
+def test_a_call_on_arrays_of_jax_waits_before_and_after_its_work(monkeypatch, verb, dtype):
+    events, launch = [], launcher.launch
+    monkeypatch.setattr(
+        launcher, "launch", lambda *args: events.append("launched") or launch(*args)
+    )
+    stream = types.SimpleNamespace(synchronize=lambda: events.append("synchronized"))
+    monkeypatch.setattr(type(cuda.arrays()), "stream_at", lambda *_: stream)
+    monkeypatch.setattr(
+        cuda_arrays, "like", lambda result, _: events.append("handed over") or result.get()
+    )
+    contents = [np.full(40, k + 1, dtype) for k in range(2)]
+    arrays = [OfJax(content, events) for content in contents]
+    if verb == "NEW":
+        results = kernels.cuda.all_reduce(arrays, out=NEW)
+        expected = [np.full(40, 3, dtype)] * 2
+    else:
+        results = getattr(kernels.cuda, verb)(arrays)
+        expected = getattr(kernels.cpu, verb)(contents)
+    if verb == "reduce":
+        results, expected = [results], [expected]
+    for result, right in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, right)
+    begun = events.index("launched")
+    assert {*events[:begun]} == {"ready"}
+    assert events[begun:] == ["launched", "synchronized", *["handed over"] * len(results)]
+
+
+def test_arrays_of_jax_are_not_overwritten():
+    arrays = [OfJax(np.ones(3), []) for _ in range(2)]
+    with pytest.raises(errors.BufferMismatchError, match="read-only"):
+        kernels.all_reduce(arrays)

@@ -68,9 +68,10 @@ class Nccl:
     Notes
     -----
     The kernels of this package carry out whatever NCCL does differently from this package's
-    contract: host arrays, half types (NCCL rounds at every hop), minimum and maximum of floats
-    (NCCL may lose NaN), complex numbers, dtypes and reductions that NCCL lacks, arrays that are not
-    contiguous on some worker.
+    contract: host arrays, half types (NCCL rounds at every hop, except for sums in symmetric
+    windows, which CuPy does not register), minimum and maximum of floats (NCCL may lose NaN),
+    complex numbers, dtypes and reductions that NCCL lacks, arrays that are not contiguous on some
+    worker.
 
     NCCL waits without a deadline for a rank that does not call. Before each call the workers
     therefore agree on it, in one control round on the host. The call is enqueued on the current

@@ -7,7 +7,6 @@ import contextlib
 import os
 import platform
 import sys
-from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
@@ -15,7 +14,7 @@ from mpi4py import MPI
 from dvkernels.cluster import simulated_hosts
 from dvkernels.cluster.resolver import ClusterResolver
 from dvkernels.communicators.workers import wait
-from dvkernels.communicators.workers.group import WorkerGroup
+from dvkernels.communicators.workers.group import WorkerGroup, check_algorithms
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.communicators.workers.mpi.transport import MpiTransport
 from dvkernels.communicators.workers.shm import available
@@ -29,13 +28,12 @@ from dvkernels.communicators.workers.shm.staging import (
 )
 from dvkernels.communicators.workers.shm.symmetric_memory import SymmetricMemory
 from dvkernels.communicators.workers.shm.transport import SharedMemoryTransport
-from dvkernels.communicators.workers.transport import Transport
+from dvkernels.communicators.workers.transport import Transport, text_of_exit
 from dvkernels.devices import cpu
 from dvkernels.devices.array_spec import HostArray
-from dvkernels.errors import AlgorithmError, ClusterError, CollectiveTimeoutError
+from dvkernels.errors import ClusterError, CollectiveTimeoutError
 from dvkernels.schedules.cost_model import Routing
 from dvkernels.schedules.multi_leader import host_numbers
-from dvkernels.user_errors import describe
 
 __all__: list[str] = []
 
@@ -123,12 +121,7 @@ def _split_by_host(comm: MPI.Comm) -> MPI.Comm:
 
 def _agreed_routing(comm: MPI.Comm, algorithm: str) -> Routing:
     """Return the routing of reductions; raise on all workers if theirs differ."""
-    algorithms = comm.allgather(algorithm)
-    if len({*algorithms}) > 1:
-        raise AlgorithmError(
-            f"all workers need the same algorithm between hosts, and cross_device_ops chooses "
-            f"{algorithms}, in rank order; give all of them the same"
-        )
+    check_algorithms(comm.allgather(algorithm))
     _check_alike(comm, network_model.VARIABLE)
     return Routing(algorithm, network_model.from_environ(os.environ))
 
@@ -176,9 +169,8 @@ def _shared_segment(comm: MPI.Comm, *more: int) -> tuple[Segment, bool]:
     comm.Barrier()
     segment = Segment(memory, comm.rank, comm.size, *more)
     # Also a barrier: after it every process has attached to the segment.
-    cores = set().union(*comm.allgather(_usable_cores()))
-    quota = cpu.cgroup_quota(Path("/sys/fs/cgroup"))
-    return segment, comm.size <= min(len(cores), quota)
+    cores = set().union(*comm.allgather(cpu.affinity_of(0)))
+    return segment, comm.size <= min(len(cores), cpu.quota_of_this_process())
 
 
 class _MpiSegmentAllocator:
@@ -209,12 +201,6 @@ def _memory_of(window: MPI.Win, rank: int) -> HostArray:
     return window_bytes[-window_bytes.ctypes.data % _LINE :]
 
 
-def _usable_cores() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
-
-
 def _wait_for_all(comm: MPI.Comm, timeout_seconds: float) -> None:
     """Wait until all processes are here: the calls that follow have no deadline."""
     if not wait.until(comm.Ibarrier().Test, wait.PROGRAMS, timeout_seconds):
@@ -243,9 +229,8 @@ def _leave_at_exit(pid: int) -> None:
     if pid != os.getpid():
         return  # a process forked from the worker
     error = getattr(sys, "last_value", None)
-    text = "it has exited" if error is None else f"it exited after {describe(error)}"
     for transport in _open:
-        transport.leave(text)
+        transport.leave(text_of_exit())
     is_broken = any(transport.has_ended for transport in _open)
     is_whole = error is None and all(transport.is_settled for transport in _open)
     if is_broken or not is_whole:

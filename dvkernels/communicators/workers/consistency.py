@@ -19,7 +19,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from dvkernels import deadlines
-from dvkernels.errors import CollectiveMismatchError, CollectiveTimeoutError, WorkerLostError
+from dvkernels.errors import (
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    ContextError,
+    WorkerLostError,
+)
 from dvkernels.replicas.diagnostics import StepEnded, user_line
 from dvkernels.user_errors import describe, is_caused_by
 
@@ -141,8 +146,11 @@ class ConsistencyCheck:
         self._turn = threading.RLock()
         self._began = 0  # the generation in which the current collective began
         self.is_announcing = False  # this worker's latest vote announces a failure
+        self.refusal = ""  # why this process makes no call any more
 
     def __enter__(self) -> None:
+        if self.refusal:
+            raise ContextError(self.refusal)
         if not self._turn.acquire(timeout=self._channel.timeout_seconds):
             raise CollectiveTimeoutError(
                 f"another thread of worker {self._channel.rank} has been in a collective for "

@@ -12,6 +12,7 @@ from dvkernels.communicators.accumulation import Accumulation
 from dvkernels.communicators.workers.consistency import fingerprint_of
 from dvkernels.communicators.workers.transport import Transport
 from dvkernels.devices.array_spec import HostArray, Spec
+from dvkernels.errors import AlgorithmError
 from dvkernels.reduce_op import Reduction
 from dvkernels.schedules import partition
 
@@ -58,6 +59,10 @@ class ControlMessages:
     def announce(self, error: BaseException) -> None:
         """Tell the other workers that this worker's step has failed."""
         self.transport.announce(error)
+
+    def close(self) -> None:
+        """Leave the group, where that is possible before this process exits."""
+        self.transport.close()
 
     def end(self, error: BaseException) -> None:
         """Abort the group: every later call on any worker raises ``error``."""
@@ -170,3 +175,12 @@ class WorkerGroup(ControlMessages):
 def _as_bytes(array: HostArray) -> HostArray:
     """Return a view of a C-contiguous array as flat bytes."""
     return array.reshape(-1).view(np.uint8)
+
+
+def check_algorithms(algorithms: Sequence[str]) -> None:
+    """Raise ``AlgorithmError``, on all workers, if they ask for different algorithms."""
+    if len({*algorithms}) > 1:
+        raise AlgorithmError(
+            f"all workers need the same algorithm between hosts, and cross_device_ops chooses "
+            f"{algorithms}, in rank order; give all of them the same"
+        )

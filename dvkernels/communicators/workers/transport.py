@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 from dvkernels.communicators.workers.consistency import (
@@ -16,10 +19,13 @@ from dvkernels.communicators.workers.shm.symmetric_memory import Columns, Symmet
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
 from dvkernels.reduce_op import Reduction
+from dvkernels.user_errors import describe
 
 __all__: list[str] = []
 
 LOST, GAVE_UP = 1, 2  # kinds of an end: a worker is lost, or a worker's deadline has passed
+
+_in_this_process: weakref.WeakSet[Transport] = weakref.WeakSet()
 
 
 class EndRecord(Protocol):
@@ -40,6 +46,7 @@ class Transport(ControlChannel):
 
     takes_columns = False  # all_reduce_into takes several columns, of several arrays each
     symmetric_memory: SymmetricMemory | None = None  # whose arrays are reduced in place
+    on_close: Callable[[str], object] | None = None  # leaves the group, where its end is no exit
 
     def __init__(
         self,
@@ -59,6 +66,7 @@ class Transport(ControlChannel):
         self._number = 0  # of the latest round
         self._last: Fingerprint | None = None  # the latest call that all workers made
         self._duplicate: Transport | None = None
+        _in_this_process.add(self)
 
     @abstractmethod
     def all_reduce_into(
@@ -98,8 +106,29 @@ class Transport(ControlChannel):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the group has been aborted."""
-        return self._record.why_ended() is not None
+        """Whether the group has been aborted, or this process has left it."""
+        return self.has_closed or self._record.why_ended() is not None
+
+    @property
+    def has_closed(self) -> bool:
+        """Whether this process has left the group, or was forked from a worker."""
+        return bool(self._consistency.refusal)
+
+    def close(self) -> None:
+        """Leave the group, where that is possible before this process exits."""
+        if self.on_close is not None and not self.has_closed:
+            error = sys.exception()  # that of a ``with`` block
+            after = "" if error is None else f" after {describe(error)}"
+            self.on_close(f"it has closed its strategy{after}")
+            self.refuse(
+                "this worker has closed its strategy, and with that has left the group of workers; "
+                "make a new strategy on all of them"
+            )
+
+    def refuse(self, text: str) -> None:
+        """Let every later call of this process raise ``ContextError``; other workers go on."""
+        for transport in (self, self._duplicate or self):
+            transport._consistency.refusal = text
 
     @property
     def is_settled(self) -> bool:
@@ -142,3 +171,21 @@ class Transport(ControlChannel):
     @property
     def _last_seen(self) -> str:
         return "before any collective" if self._last is None else f"in {self._last.text}"
+
+
+def text_of_exit() -> str:
+    """Return why this process leaves its groups at its exit."""
+    error = getattr(sys, "last_value", None)
+    return "it has exited" if error is None else f"it exited after {describe(error)}"
+
+
+def _refuse_in_child() -> None:
+    for transport in [*_in_this_process]:
+        transport.refuse(
+            f"this process was forked from worker {transport.rank}, and is no worker itself; call "
+            f"this there, or make a strategy of its own here"
+        )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_refuse_in_child)

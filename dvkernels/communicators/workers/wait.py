@@ -46,6 +46,8 @@ MPI_ROUND = Pace(1e-3, 20e-6, 1e-3, 0.0)
 MPI_DATA = Pace(2.0, 20e-6, 1e-3, 0.0)
 # For all workers to begin or to exit, which takes as long as their programs.
 PROGRAMS = Pace(0.0, 1e-3, 1e-3, math.inf)
+# For the processes of a host group to come; a check asks the system for processes.
+ROLL_CALL = Pace(0.0, 0.2e-3, 5e-3, 0.1)
 # For GPUs, whose calls a thread watches in the background.
 GPU_CALL = Pace(0.0, 0.05, 0.05, 0.0)
 

@@ -11,7 +11,7 @@ import numpy as np
 from dvkernels.devices import interop
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import jit, update_rules
-from dvkernels.kernels.cpu import feistel, group, shm_all_reduce, take
+from dvkernels.kernels.cpu import feistel, group, row_updates, shm_all_reduce, take
 from dvkernels.kernels.cpu.engine import gate, grouped_job, loops, optimizer_rules
 from dvkernels.reduce_op import ReduceOp, check_dtype
 
@@ -40,4 +40,5 @@ def compile_all() -> None:
     )
     for rule, real in itertools.product(rules, (np.float32, np.float64)):
         optimizer_rules.runner(rule, np.dtype(real))
+    row_updates.compile_all(map(interop.dtype_named, _DTYPES))
     jit.ahead()

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 
 ROOT = Path(os.environ.get("DVK_ROOT", Path(__file__).resolve().parents[3]))
@@ -39,17 +38,10 @@ def section(function):
 
 
 def prepare():
-    """Import NumPy and dvkernels so that numba-cuda 0.30 loads beside NumPy 2.5."""
-    warnings.filterwarnings("ignore")
+    """Let dvkernels be imported from the checkout, with prebuilt machine code if there is some."""
     sys.path.insert(0, str(ROOT))
-    import numpy as np
-
-    is_shimmed = not hasattr(np, "row_stack")
-    if is_shimmed:  # NVIDIA/numba-cuda#907, which will not be fixed
-        np.vstack = np.vstack
     if os.environ.get("DVK_PREBUILT"):
         use_prebuilt(Path(os.environ["DVK_PREBUILT"]))
-    return is_shimmed
 
 
 def driver():
@@ -168,50 +160,43 @@ def contest(gpu, contestants, calls, rounds):
 
 
 @contextlib.contextmanager
-def variant(ptx=None, options=()):
-    """Compile kernels with their PTX changed, or with more options of the linker."""
+def variant(ptx):
+    """Compile kernels with their PTX changed."""
     from dvkernels.kernels.cuda.engine import compiler, fast_path, launcher
 
-    compile_to_ptx, assemble = compiler.compile_to_ptx, compiler.assemble
+    compile_to_ptx = compiler.compile_to_ptx
 
     def changed(kernel, capability):
         key = kernel, capability
         if key not in _ptx:
             _ptx[key] = compile_to_ptx(kernel, capability)
-        found = _ptx[key]
-        return found._replace(ptx=ptx(found.ptx)) if ptx else found
-
-    def linked(compiled, capability):
-        if not options:
-            return assemble(compiled, capability)
-        from cuda.bindings import nvjitlink
-
-        source = compiled.ptx.encode()
-        told = [f"-arch=sm_{capability[0]}{capability[1]}", *options]
-        linker = nvjitlink.create(len(told), told)
-        try:
-            nvjitlink.add_data(linker, nvjitlink.InputType.PTX, source, len(source), compiled.name)
-            nvjitlink.complete(linker)
-            image = bytearray(nvjitlink.get_linked_cubin_size(linker))
-            nvjitlink.get_linked_cubin(linker, image)
-        finally:
-            nvjitlink.destroy(linker)
-        return bytes(image)
+        return _ptx[key]._replace(ptx=ptx(_ptx[key].ptx))
 
     def forget():
         launcher._handles.clear()
+        launcher._num_resident.clear()
         fast_path._launches.clear()
 
-    compiler.compile_to_ptx, compiler.assemble = changed, linked
+    compiler.compile_to_ptx = changed
     forget()
     try:
         yield
     finally:
-        compiler.compile_to_ptx, compiler.assemble = compile_to_ptx, assemble
+        compiler.compile_to_ptx = compile_to_ptx
         forget()
 
 
 _ptx = {}
+
+
+def without_bounds(ptx):
+    """Return PTX without launch bounds."""
+    return re.sub(r"\.maxntid .*\n|\.minnctapersm .*\n", "", ptx)
+
+
+def with_blocks(count):
+    """Return the change of PTX to launch bounds of that many blocks a multiprocessor."""
+    return lambda ptx: re.sub(r"(\.minnctapersm) \d+", rf"\1 {count}", ptx)
 
 
 def catalogue():
@@ -220,7 +205,7 @@ def catalogue():
     import catalogue as module
 
     module.CUSTOM = {}
-    return {name: one.function for name, one in module.kernels().items()}
+    return module.kernels()
 
 
 def slug(name):
@@ -232,7 +217,7 @@ def use_prebuilt(folder):
     from dvkernels.kernels.cuda.engine import compiler
 
     index = json.loads((folder / "index.json").read_text())
-    known = {function: name for name, function in catalogue().items()}
+    known = {kernel: name for name, kernel in catalogue().items()}
     compile_to_ptx, assemble = compiler.compile_to_ptx, compiler.assemble
 
     def found(kernel, capability):
@@ -255,8 +240,8 @@ def prebuild(folder):
 
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    for name, function in catalogue().items():
-        compiled = compiler.compile_to_ptx(function, (9, 0))
+    for name, kernel in catalogue().items():
+        compiled = compiler.compile_to_ptx(kernel, (9, 0))
         (folder / f"{slug(name)}.cubin").write_bytes(compiler.assemble(compiled, (9, 0)))
         index[name] = compiled.name
         (folder / "index.json").write_text(json.dumps(index))
@@ -334,22 +319,22 @@ def env(data, _):
                 data[f"lib{name}"] = f"{type(error).__name__}: {error}"[:300]
     except ImportError as error:
         data["pathfinder"] = str(error)
-    # As a user would meet it, without the shim: does numba-cuda load beside this NumPy?
+    # Does numba-cuda load beside this NumPy, where the package does not help it?
     code = (
         "import numpy, numba.cuda as c, numba.types as t; "
         "c.compile_ptx(lambda x: None, t.void(t.int64), cc=(9, 0)); print('compiles', c.__file__)"
     )
     hidden = "PYTHONPATH", "NUMBA_ENABLE_CUDASIM"
     bare = {key: value for key, value in os.environ.items() if key not in hidden}
-    bare["PYTHONPATH"] = "/tmp/site" if Path("/tmp/site").is_dir() else ""
+    bare["PYTHONPATH"] = os.environ.get("DVK_SITE", "")
     try:
         ended = subprocess.run(
             [sys.executable, "-c", code], env=bare, capture_output=True, text=True, timeout=60,
             check=False,
         )  # fmt: skip
-        data["numba_cuda_without_shim"] = (ended.stdout + ended.stderr).strip()[-300:]
+        data["numba_cuda_alone"] = (ended.stdout + ended.stderr).strip()[-300:]
     except subprocess.TimeoutExpired:
-        data["numba_cuda_without_shim"] = "more than 60 s"
+        data["numba_cuda_alone"] = "more than 60 s"
 
 
 @section
@@ -363,7 +348,7 @@ def first(data, _):
         data[f"seconds_{name}"] = round(now - began, 3)
         began = now
 
-    data["is_shimmed"] = prepare()
+    prepare()
     import numpy as np
 
     gpu = Gpu()
@@ -375,7 +360,7 @@ def first(data, _):
     assert not data["missing"], data["missing"]
     lap("import_dvkernels")
     from dvkernels.kernels import arithmetic
-    from dvkernels.kernels.cuda.engine import compiler, launcher, loops
+    from dvkernels.kernels.cuda.engine import catalogue, compiler, launcher
 
     data["numba_cuda_file"] = getattr(importlib.import_module("numba.cuda"), "__file__", "?")
     lap("import_kernels")
@@ -386,7 +371,7 @@ def first(data, _):
     if not DRY:
         found = driver()
         data["device"] = found.name(0), found.capability(0), found.version()
-        kernel = loops.kernel(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
+        kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(np.dtype("f4")))
         compiled = compiler.compile_to_ptx(kernel, found.capability(0))
         lap("to_ptx")
         data["ptx"] = re.findall(r"^\.(?:version|target) .*$", compiled.ptx, re.M)
@@ -406,7 +391,7 @@ def first(data, _):
     if not DRY:
         data["attributes"] = attributes(kernel)
         data["multiprocessors"] = found.num_multiprocessors(0)
-        data["most_blocks"] = launcher.num_blocks(0)
+        data["resident_blocks"] = launcher.num_resident(kernel, 0)
 
 
 def _sum_in_order(gpu, buffers, is_half):
@@ -451,7 +436,7 @@ def bandwidth(data, _):
     from dvkernels import kernels
     from dvkernels.kernels import arithmetic
     from dvkernels.kernels.cuda import optimizers
-    from dvkernels.kernels.cuda.engine import fast_path, launcher, loops
+    from dvkernels.kernels.cuda.engine import catalogue, fast_path, job
 
     nbytes = 1 << 12 if DRY else 256 << 20
     calls, rounds = (1, 1) if DRY else (20, 7)
@@ -480,7 +465,7 @@ def bandwidth(data, _):
                 {"dtype": dtype.name, "replicas": count, "wrong": wrong, "of_copy": round(part, 3),
                  "tb_per_s": round(2 * count * nbytes / times["ours"]["us"] * 1e-6, 3), **times}
             )  # fmt: skip
-        kernel = loops.kernel(arithmetic.ADD, arithmetic.type_code(dtype))
+        kernel = catalogue.collective(arithmetic.ADD, arithmetic.type_code(dtype))
         data[f"attributes_{dtype.name}"] = attributes(kernel)
     save(data)
 
@@ -491,24 +476,24 @@ def bandwidth(data, _):
         )  # fmt: skip
         return round(len(used) * times["copy"]["us"] / times["ours"]["us"], 3)
 
-    # How many blocks, and how many vectors a thread takes.
-    tried = data["blocks_a_multiprocessor"] = {}
-    kept = launcher._WAVES
-    for waves in (2, 3, 4, 6, 8, 16, 32, 124):
-        launcher._WAVES = waves
+    # How many blocks, in multiples of those that run at once.
+    tried = data["waves"] = {}
+    kept = job._WAVES
+    for waves in (1, 2, 3, 4, 8, 16, 42):
+        job._WAVES = waves
         fast_path._launches.clear()
         tried[waves] = {
             f"{name} x{count}": of_copy(figures[name][:count])
             for name in figures
             for count in (2, 8)
         }
-    launcher._WAVES = kept
+    job._WAVES = kept
     fast_path._launches.clear()
     save(data)
 
-    # By size: below num_blocks pieces of 16 KiB a thread takes one vector at a time.
+    # By size: with fewer pieces of 16 KiB than blocks run at once (396) a thread takes one vector.
     tried = data["by_size_mib"] = {}
-    for mib in () if DRY else (1, 4, 8, 16, 17, 32, 64):
+    for mib in () if DRY else (1, 4, 6, 7, 8, 16, 32, 64):
         short = mib << 20
         near = lambda: gpu.copy(target[:short], source[:short])  # noqa: E731, B023
         tried[mib] = {}
@@ -520,28 +505,24 @@ def bandwidth(data, _):
             tried[mib][f"x{count}"] = round(times["ours"]["us"], 1), round(part, 3)
     save(data)
 
-    # Other machine code of the same kernel. 80 registers: three blocks fit where two did. Told of
-    # 80 or 128, ptxas keeps the four loads of a source together; left alone it does not always.
+    # Other machine code of the same kernel: launch bounds for other numbers of blocks, or none (the
+    # linker ignores -maxrregcount where there are bounds), and hints for the caches.
     tried = data["variants"] = {}
     load, store = "ld.global.v4.b32", "st.global.v4.b32"
     variants = {
-        "as it is": (None, ()),
-        "128 registers": (None, ("-maxrregcount=128",)),
-        "80 registers": (None, ("-maxrregcount=80",)),
-        "64 registers": (None, ("-maxrregcount=64",)),
-        "loads no_allocate": (
-            lambda ptx: ptx.replace(load, "ld.global.L1::no_allocate.v4.b32"), ()),
-        "loads evict_first": (
-            lambda ptx: ptx.replace(load, "ld.global.L1::evict_first.v4.b32"), ()),
-        "loads cs": (lambda ptx: ptx.replace(load, "ld.global.cs.v4.b32"), ()),
-        "stores cs": (lambda ptx: ptx.replace(store, "st.global.cs.v4.b32"), ()),
-        "80, no_allocate, stores cs": (
-            lambda ptx: ptx.replace(load, "ld.global.L1::no_allocate.v4.b32").replace(
-                store, "st.global.cs.v4.b32"), ("-maxrregcount=80",)),
+        "as it is": lambda ptx: ptx,
+        "no bounds": without_bounds,
+        **{f"{count} blocks": with_blocks(count) for count in (1, 2, 3, 4)},
+        "loads no_allocate": lambda ptx: ptx.replace(load, "ld.global.L1::no_allocate.v4.b32"),
+        "loads evict_first": lambda ptx: ptx.replace(load, "ld.global.L1::evict_first.v4.b32"),
+        "loads cs": lambda ptx: ptx.replace(load, "ld.global.cs.v4.b32"),
+        "stores cs": lambda ptx: ptx.replace(store, "st.global.cs.v4.b32"),
+        "no_allocate, stores cs": lambda ptx: ptx.replace(
+            load, "ld.global.L1::no_allocate.v4.b32").replace(store, "st.global.cs.v4.b32"),
     }  # fmt: skip
-    for name, (ptx, options) in {} if DRY or os.environ.get("DVK_PREBUILT") else variants.items():
+    for name, ptx in {} if DRY or os.environ.get("DVK_PREBUILT") else variants.items():
         try:
-            with variant(ptx, options):
+            with variant(ptx):
                 tried[name] = {
                     f"{kind} x{count}": of_copy(figures[kind][:count])
                     for kind in figures
@@ -562,14 +543,14 @@ def bandwidth(data, _):
 
     data["adam"] = {}
     moved = (4 + 3 + 12) * 4 * length
-    for name, options in (("as it is", ()), ("80 registers", ("-maxrregcount=80",))):
-        if DRY and options:
+    for name, ptx in (("as it is", None), ("2 blocks", with_blocks(2))):
+        if DRY and ptx:
             continue
-        with variant(None, options) if not DRY else contextlib.nullcontext():
+        with variant(ptx) if ptx else contextlib.nullcontext():
             times = contest(gpu, {"ours": adam, "copy": copy}, calls, 1 if DRY else 5)
         part = (moved / times["ours"]["us"]) / (2 * nbytes / times["copy"]["us"])
         data["adam"][name] = {"of_copy": round(part, 3), **times["ours"]}
-    kernel = optimizers.kernel(3, arithmetic.type_code(np.dtype("f4")))
+    kernel = catalogue.optimizer(3, arithmetic.type_code(np.dtype("f4")))
     data["attributes_adam"] = attributes(kernel)
 
 
@@ -649,7 +630,7 @@ def latency(data, _):
             with replay.stream:
                 replay()
         gpu.sync()
-        data["graph_leaves"] = float(buffers[0][0]), "24 is right; tests/gpu says 48"
+        data["graph_leaves"] = float(buffers[0][0]), "24 is right"
         try:
             import torch
 
@@ -904,14 +885,14 @@ def teams(data, _):
                     own.recover()
             save(data)
         times = data.setdefault("us_a_call", {})
-        shapes = [(name, length, ()) for name in ("one_shot", "two_shot", "ring")
+        shapes = [(name, length, False) for name in ("one_shot", "two_shot", "ring")
                   for length in (1 << 10, 1 << 16, 1 << 20, 1 << 24)]  # fmt: skip
-        # As ptxas leaves it, one load at a time may be in flight; told of 128 registers, four.
-        shapes += [("two_shot", 1 << 24, ("-maxrregcount=128",))]
-        for name, length, options in shapes:
-            with variant(None, options) if options else contextlib.nullcontext():
+        # Without bounds, ptxas loads later.
+        shapes += [("two_shot", 1 << 24, True)]
+        for name, length, is_unbound in shapes:
+            with variant(without_bounds) if is_unbound else contextlib.nullcontext():
                 own._loaded.clear()
-                told = f"{name} x{count} {4 * length >> 10} KiB{' 128 registers' * bool(options)}"
+                told = f"{name} x{count} {4 * length >> 10} KiB{' no bounds' * is_unbound}"
                 arrays = [cp.ones(length, dtype) for _ in range(count)]
                 outs = [cp.empty(length, dtype) for _ in range(count)]
                 gpu.sync()
@@ -1113,7 +1094,10 @@ def run_section(name, part, slice_text):
     global _part
     _part = part
     own, total = (int(number) for number in slice_text.split("/"))
-    data = {"section": name, "slice": slice_text}
+    data = {
+        "section": name, "slice": slice_text, "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": said("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+    }  # fmt: skip
     began = time.perf_counter()
     try:
         SECTIONS[name](data, (own, total))
@@ -1130,8 +1114,11 @@ def run_section(name, part, slice_text):
 
 
 def merge(parts, out):
-    """Write all that is there so far: results.json, summary.txt."""
-    found = {}
+    """Write all that is there so far, earlier calls included: results.json, summary.txt."""
+    results = out / "results.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    for path in sorted(parts.glob("*.rc")):
+        found.pop(path.stem, None)
     for path in sorted(parts.glob("*.json")):
         with contextlib.suppress(ValueError):
             found[path.stem] = json.loads(path.read_text())
@@ -1139,7 +1126,7 @@ def merge(parts, out):
         found.setdefault(path.stem, {})["log"] = path.read_text(errors="replace")[-6000:]
     for path in sorted(parts.glob("*.rc")):
         found.setdefault(path.stem, {})["rc"] = path.read_text().strip()
-    (out / "results.json").write_text(json.dumps(found, indent=1, default=str))
+    results.write_text(json.dumps(found, indent=1, default=str))
     lines = []
     for name, one in found.items():
         lines.append(f"== {name}: rc {one.get('rc')}, ok {one.get('ok')}, {one.get('seconds')} s")
@@ -1151,7 +1138,7 @@ def merge(parts, out):
                 f"{line['tb_per_s']} TB/s, wrong {line['wrong']}"
             )
         for key in (
-            "missing", "device", "numba_cuda_without_shim", "is_shimmed", "attributes",
+            "missing", "device", "numba_cuda_alone", "attributes",
             "attributes_float32", "attributes_bfloat16", "attributes_adam", "adam",
             "blocks_a_multiprocessor", "by_size_mib", "variants", "from_python", "in_a_graph_us",
             "graph_leaves",

@@ -2,13 +2,24 @@
 # The first run on a real GPU: everything at once, at most ten minutes, each section by itself.
 #
 # On the machine with the GPU, from the checkout's root: bash gpu_first_run.sh; gpu_first_run.py lies beside it.
-# Results: results.json, summary.txt, all.log in the folder $OUT (/tmp/gpu_first_run if unset).
+# Results: results.json, summary.txt, all.log in the folder $OUT (/tmp/gpu_first_run if unset). Sections that
+# a later call does not repeat keep the results that they have there.
 # Without a network there: wheels of missing packages (optree) in .whl/ are installed into a folder of their own.
 # Optional, should that machine's compiler fail, made where dvkernels[cuda-compile] is installed:
 #   python gpu_first_run.py prebuild cubins   (the folder cubins beside this file)
 #
 # DVK_BUDGET: seconds in all (570). DVK_DRY=1: the same code in Numba's simulator, without a GPU.
+# DVK_SECTIONS: which parts to run, comma-separated, such as "bandwidth,latency,tests"; unset: all.
 set -u
+ALL=env,first,bandwidth,latency,compare,teams,correct,frameworks,train,tests,sanitize,ncu
+SECTIONS=${DVK_SECTIONS:-$ALL}
+for name in ${SECTIONS//,/ }; do
+    case ",$ALL," in
+        *",$name,"*) ;;
+        *) echo "DVK_SECTIONS: no section $name; there are $ALL" >&2; exit 2 ;;
+    esac
+done
+wanted() { case ",$SECTIONS," in *",$1,"*) ;; *) return 1 ;; esac; }
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export DVK_ROOT=${DVK_ROOT:-$(cd "$HERE/../../.." && pwd)}
 OUT=${OUT:-/tmp/gpu_first_run}
@@ -19,28 +30,13 @@ HELPER=$HERE/gpu_first_run.py
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 
-# ---- packages from .whl/, and a NumPy beside which numba-cuda 0.30 loads
+# ---- packages from .whl/
+export DVK_SITE=$PARTS/site
 if compgen -G ".whl/*.whl" >/dev/null; then
     $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target /tmp/site .whl/*.whl >"$PARTS/wheels.log" 2>&1 || echo "wheels: see all.log"
+        --target "$DVK_SITE" .whl/*.whl >"$PARTS/wheels.log" 2>&1 || echo "wheels: see all.log"
 fi
-SHIM=$PARTS/shim
-mkdir -p "$SHIM"
-cat >"$SHIM/sitecustomize.py" <<'EOF'
-import os
-import site
-
-if os.path.isdir("/tmp/site"):
-    site.addsitedir("/tmp/site")  # and its .pth files: numba-cuda's redirector is one
-try:
-    import numpy
-
-    if not hasattr(numpy, "row_stack"):  # NVIDIA/numba-cuda#907
-        numpy.row_stack = numpy.vstack
-except ImportError:
-    pass
-EOF
-export PYTHONPATH="$SHIM:/tmp/site:$DVK_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$DVK_SITE:$DVK_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 if [ -z "${CUDA_HOME:-}" ] && [ -d /usr/local/cuda ]; then
     export CUDA_HOME=/usr/local/cuda # where libNVVM is looked for last
 fi
@@ -78,37 +74,43 @@ gather() {
 trap 'gather; tail -c 11000 "$PARTS/merged.txt"' EXIT
 
 # ---- A: alone on the GPU, one after another
-ours env 70 env
-ours first 90 first
-if [ "$(cat "$PARTS/first.rc")" != 0 ] && [ -f "$HERE/cubins/index.json" ]; then
+wanted env && ours env 70 env
+wanted first && ours first 90 first
+if [ -e "$PARTS/first.rc" ] && [ "$(cat "$PARTS/first.rc")" != 0 ] && [ -f "$HERE/cubins/index.json" ]; then
     export DVK_PREBUILT=$HERE/cubins
     ours first_prebuilt 60 first
 fi
 gather
-ours bandwidth 150 bandwidth
-gather
-ours latency 60 latency
-ours compare 50 compare
-ours teams 60 teams
-gather
+for part in "bandwidth 150" "latency 60" "compare 50" "teams 60"; do
+    read -r name seconds <<<"$part"
+    if wanted "$name"; then
+        ours "$name" "$seconds" "$name"
+        gather
+    fi
+done
 
 # ---- B: several at once; nothing here is timed
-OPTIONS="-o faulthandler_timeout=0 -W \"ignore:The 'generic' unit:DeprecationWarning\""
-OPTIONS="$OPTIONS -W \"ignore:ExternalStream is deprecated:DeprecationWarning\""
-export PYTEST_ADDOPTS="$OPTIONS"
 MARK=gpu
 PARALLEL=$($PYTHON -c 'import xdist' 2>/dev/null && echo "-n 6")
 [ "${DVK_DRY:-}" = 1 ] && MARK='gpu and not gpu'
-for k in 0 1 2 3 4; do ours "correct_$k" 150 correct --slice "$k/5" & done
-ours frameworks 90 frameworks &
-ours train 120 train &
-# Each test file of tests/gpu; the bodies of the CPU's tests, which take longest, by themselves.
-(cd "$DVK_ROOT" && section pytest_gpu 150 "$PYTHON" -m pytest -m "$MARK" tests/gpu -p no:cacheprovider \
-    -k "not bodies and not sanitizer" -q -rfE --tb=short) &
-(cd "$DVK_ROOT" && section pytest_bodies 200 "$PYTHON" -m pytest -m "$MARK" tests/gpu/test_real_gpu.py \
-    -p no:cacheprovider -k bodies -q -rfE --tb=short $PARALLEL) &
+if wanted correct; then
+    for k in 0 1 2 3 4; do ours "correct_$k" 150 correct --slice "$k/5" & done
+fi
+wanted frameworks && ours frameworks 90 frameworks &
+wanted train && ours train 120 train &
+# The tests of the CPU's kernels over CuPy, which take longest, by themselves.
+tests() { # tests NAME SECONDS OPTIONS...
+    cd "$DVK_ROOT" && section "$1" "$2" "$PYTHON" -m pytest tests/gpu -p no:cacheprovider -q -rfE \
+        --tb=short "${@:3}"
+}
+if wanted tests; then
+    (tests pytest_gpu 150 -m "$MARK and not slow") &
+    (tests pytest_bodies 200 -m "$MARK and slow" -k of_the_cpu $PARALLEL) &
+fi
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-if [ -n "$SANITIZER" ]; then
+if ! wanted sanitize; then
+    :
+elif [ -n "$SANITIZER" ]; then
     for tool in memcheck racecheck synccheck; do
         section "sanitize_$tool" 150 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
             "$PYTHON" "$HELPER" body_of_sanitizer &
@@ -121,7 +123,7 @@ gather
 
 # ---- C: counters, alone again, if there is time
 NCU=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
-if [ -n "$NCU" ] && [ "$(left)" -gt 40 ]; then
+if wanted ncu && [ -n "$NCU" ] && [ "$(left)" -gt 40 ]; then
     section ncu 80 "$NCU" --clock-control none --kernel-name-base mangled -k regex:dvkernels -c 8 \
         --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__issue_active.avg.pct_of_peak_sustained_active,l1tex__data_bank_conflicts_pipe_lsu.sum \
         "$PYTHON" "$HELPER" body_of_ncu

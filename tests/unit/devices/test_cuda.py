@@ -136,8 +136,8 @@ def test_streams_of_several_devices_are_ordered_each_in_its_own_context(monkeypa
     monkeypatch.setattr(driver, "find", Recorder)
     near, far, other = (stream_order.DeviceStream(*pair) for pair in [(0, 5), (1, 0), (0, 0)])
     cuda_arrays.order_streams([(near, near), (near, other), (far, other)])
-    waits = [("wait", 0, 5, 0), ("record", 0, 0), ("await_event", 1, 0, 77), ("destroy", 77)]
-    assert calls == waits
+    waits = [("record", 0, 0, 77), ("await_event", 1, 0, 77), ("destroy", 0, 77)]
+    assert calls == [("wait", 0, 5, 0), ("event", 0), *waits]
 
 
 def test_streams_of_every_library():
@@ -200,6 +200,10 @@ class RecordingLibrary:
     def _cuCtxSetCurrent(self, context):
         self.current = context.value
 
+    def _cuOccupancyMaxActiveBlocksPerMultiprocessor(self, found, function, threads, nbytes):
+        assert self.current == 100, "asked outside the context of the device"
+        found._obj.value = 768 // threads
+
     def _cuGetErrorName(self, code, text):
         text._obj.value = b"CUDA_ERROR_SOMETHING"
 
@@ -225,6 +229,12 @@ def test_a_launch_passes_its_words_and_leaves_the_context_as_it_was():
     library.calls.clear()
     found.launch(1, 5, 6, 256, arguments, 9)
     assert library.calls == ["cuCtxGetCurrent", "cuLaunchKernel"]
+
+
+def test_resident_blocks_are_asked_for_in_the_context_of_the_device():
+    library = RecordingLibrary()
+    assert driver.Driver(library).num_resident_blocks(1, 5, 256) == 3
+    assert library.current == 77
 
 
 def test_a_wait_creates_an_event_and_destroys_it():

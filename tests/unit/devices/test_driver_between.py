@@ -101,7 +101,7 @@ def test_words_are_written_and_memory_is_freed() -> None:
     memory = devices.words(1, [1, -2])
     address = memory.address
     assert library.copied == (1).to_bytes(8, "little") + (-2).to_bytes(8, "little", signed=True)
-    order = [name for name in library.calls if "Stream" in name or "Memcpy" in name]
+    order = [name for name in library.calls if name.startswith(("cuStream", "cuMemcpy"))]
     assert order == [
         "cuStreamCreate",
         "cuMemcpyHtoDAsync_v2",
@@ -116,7 +116,7 @@ def test_words_are_written_and_memory_is_freed() -> None:
 
 def test_pinned_words_are_zero_and_live_as_long_as_their_array() -> None:
     library = RecordingLibrary()
-    words = peer_access.PeerAccess(Driver(library)).pinned(5)
+    words = peer_access.PeerAccess(Driver(library)).pinned(1, 5)
     part = words[1:]
     assert words.tolist() == [0] * 5
     del words
@@ -141,7 +141,8 @@ def test_out_of_memory_is_reported_and_leaks_nothing() -> None:
 def test_an_event_is_destroyed_with_its_last_reference() -> None:
     library = RecordingLibrary()
     devices = peer_access.PeerAccess(Driver(library))
-    event = devices.record(0, 5)
+    event = devices.event(0)
+    devices.record(0, 5, event)
     devices.wait(1, 6, event)
     assert "cuEventDestroy_v2" not in library.calls
     del event

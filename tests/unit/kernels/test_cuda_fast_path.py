@@ -65,6 +65,10 @@ class Machine:
     def num_multiprocessors(self, device):
         return 4
 
+    def num_resident_blocks(self, device, function, threads):
+        assert (function, threads) == (7, 256)
+        return 3
+
     def device_of(self, address):
         return 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dvkernels.errors import DeviceError, UnsupportedDTypeError
-from dvkernels.kernels.cuda.engine import cuda_target, operations
+from dvkernels.kernels.cuda.engine import compiler, cuda_target, operations
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ def test_a_custom_reduction_is_not_blamed_for_a_missing_part(monkeypatch, error)
     def check(*args):
         raise error
 
-    monkeypatch.setattr(operations.intrinsics, "SIMULATED", False)
-    monkeypatch.setattr(operations.compiler, "check", check)
+    monkeypatch.setattr(operations.devices, "is_simulated", lambda: False)
+    monkeypatch.setattr(compiler, "check", check)
     op = dv.CustomReduction(numba.njit(lambda a, b: a + b), 0, "plus")
     expected = DeviceError if isinstance(error, DeviceError) else UnsupportedDTypeError
     with pytest.raises(expected, match=str(error)):

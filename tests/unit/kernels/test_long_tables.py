@@ -1,10 +1,9 @@
-"""Long launch tables, over a double of CuPy."""
+"""Long launch tables, over a double of the array library."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
 import types
 
 import numpy as np
@@ -15,27 +14,30 @@ from dvkernels.kernels.cuda.engine import launcher
 
 
 class Copies:
-    """Double of CuPy that counts copies and waits; its device memory is host memory."""
+    """Double of the array library that counts copies and waits; its GPU memory is host memory."""
 
     def __init__(self):
         self.made, self.awaited, self.is_capturing = 0, 0, False
-        self.empty = self.Table
-        self.cuda = types.SimpleNamespace(
-            Device=lambda device: contextlib.nullcontext(),
-            ExternalStream=lambda stream, device: contextlib.nullcontext(stream),
-            alloc_pinned_memory=bytearray,
-            Event=lambda disable_timing: self,
-            runtime=types.SimpleNamespace(streamIsCapturing=lambda stream: self.is_capturing),
-        )
 
-    def Table(self, nbytes, dtype):
+    def stream_at(self, device, address):
+        return address
+
+    def at(self, device, stream):
+        return contextlib.nullcontext()
+
+    def pinned(self, nbytes):
+        return np.zeros(nbytes, np.uint8)
+
+    def empty(self, device, shape, dtype):
         self.made += 1
-        memory = np.zeros(nbytes, dtype)
-        data = types.SimpleNamespace(ptr=memory.ctypes.data, memory=memory)
-        data.copy_from_host_async = lambda source, count, stream: ctypes.memmove(
-            data.ptr, source, count
-        )
-        return types.SimpleNamespace(data=data)
+        memory = np.zeros(shape, dtype)
+        return types.SimpleNamespace(data=types.SimpleNamespace(ptr=memory.ctypes.data, of=memory))
+
+    def copy(self, target, source, stream):
+        target.data.of[:] = source
+
+    def event(self, device):
+        return self
 
     def record(self, stream):
         pass
@@ -47,7 +49,9 @@ class Copies:
 @pytest.fixture
 def copies(monkeypatch):
     double = Copies()
-    monkeypatch.setitem(sys.modules, "cupy", double)
+    capture = types.SimpleNamespace(is_capturing=lambda device, stream: double.is_capturing)
+    monkeypatch.setattr(launcher, "_driver", lambda: capture)
+    monkeypatch.setattr(launcher.devices, "arrays", lambda: double)
     return double
 
 

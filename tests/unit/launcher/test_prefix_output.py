@@ -22,7 +22,7 @@ WORDS = st.sampled_from([b"a", b"b c", b"\xff\x00", "\u00e4".encode(), b"\n", b"
 
 def relayed(*pieces: bytes | None) -> bytes:
     """Return the output for pieces read one after another; None: a moment passes."""
-    stream = prefix_output._LinePrefixer(b"[7] ")
+    stream = prefix_output.LinePrefixer(b"[7] ")
     found = []
     for piece in (*pieces, b""):
         if piece is None:

@@ -2,6 +2,7 @@
 
     line 0         unused, but for its address
     lines 1..n     worker w: [0] process id  [1] why it aborted the group  [2] whether it has left
+                   [3] when its process started
     then for each of the two channels
         a line     [0] whether the group has been aborted
         n lines    the votes of each worker: see dvkernels/kernels/cpu/engine/shm_barrier.py
@@ -20,6 +21,7 @@ import os
 import numpy as np
 
 from dvkernels.cluster import procfs
+from dvkernels.cluster.process_handle import ProcessHandle
 from dvkernels.devices.array_spec import HostArray
 
 __all__: list[str] = []
@@ -32,7 +34,7 @@ BUFFER_NBYTES = 256 * 1024
 _LINE, _WORDS_PER_LINE = 64, 8
 _TEXT_NBYTES = 2048
 _PAGE = 4096
-_PROCESS, _ENDED, _LEFT = 0, 1, 2  # words of the line of a worker
+_PROCESS, _ENDED, _LEFT, _STARTED = 0, 1, 2, 3  # words of the line of a worker
 _IS_ABORTED = 0  # of the first line of a channel
 
 
@@ -62,6 +64,8 @@ class Segment:
         self._buffers = _region(
             memory, buffers_start, (NUM_CHANNELS, 2, size + num_result_buffers, buffer_nbytes)
         )
+        self._handles: dict[int, ProcessHandle] = {}  # by worker
+        self._control[1 + rank, _STARTED] = procfs.start_time_of(os.getpid())
         self._control[1 + rank, _PROCESS] = os.getpid()
 
     @staticmethod
@@ -70,6 +74,17 @@ class Segment:
     ) -> int:
         """Return the bytes of the segment of ``size`` workers."""
         return _layout(size)[2] + NUM_CHANNELS * 2 * (size + num_result_buffers) * buffer_nbytes
+
+    @staticmethod
+    def control_nbytes_for(size: int) -> int:
+        """Return the bytes of the control lines and texts, at its start."""
+        return _layout(size)[2]
+
+    @staticmethod
+    def process_in(memory: HostArray, rank: int, size: int) -> int:
+        """Return the process id of a worker that has attached to a segment, or 0."""
+        lines = memory[: _layout(size)[1]].view(np.int64).reshape(-1, _WORDS_PER_LINE)
+        return int(lines[1 + rank, _PROCESS])
 
     @staticmethod
     def clear(memory: HostArray, size: int) -> None:
@@ -126,12 +141,16 @@ class Segment:
         return self._read_text(0, worker) if self._control[1 + worker, _LEFT] else None
 
     def process_of(self, worker: int) -> int:
-        """Return the process id of a worker."""
+        """Return the process id of a worker; 0 if it has not attached."""
         return int(self._control[1 + worker, _PROCESS])
 
     def is_alive(self, worker: int) -> bool:
-        """Return whether a worker's process exists."""
-        return procfs.state_of(self.process_of(worker)) not in ("Z", "X")
+        """Return whether a worker's process lives; it has attached."""
+        handle = self._handles.get(worker)
+        if handle is None:
+            started = int(self._control[1 + worker, _STARTED])
+            handle = self._handles[worker] = ProcessHandle(self.process_of(worker), started)
+        return handle.is_alive()
 
     def _write_text(self, slot: int, text: str) -> None:
         write_text(self._texts[slot, self.rank], text)

@@ -46,13 +46,18 @@ class SegmentAllocator(Protocol):
         """Return the free shared memory of this host in bytes."""
 
     def open(self, nbytes: int) -> Sequence[HostArray]:
-        """Return a new segment of each worker as uint8; all workers call this together."""
+        """Return a new segment of each worker as uint8; all workers call this together.
+
+        Raises ``OSError`` if there is no memory for the segment of this worker.
+        """
 
 
 class _Allocation:
     """Block of this worker's segment, kept alive by the arrays and views over it."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, segment: HostArray, offset: int, nbytes: int) -> None:
+        self._segment = segment  # which may outlive its group
+        address = checks.address(segment) + offset
         self.__array_interface__ = {
             "data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3,
         }  # fmt: skip
@@ -124,12 +129,22 @@ class SymmetricMemory:
                     f"of a host need {needed * self._size} bytes of shared memory, "
                     f"and its /dev/shm has {least} left; {available.REMEDY}, or use numpy.empty"
                 )
-            self._extend(segment_nbytes)
+            self._extend(agree, segment_nbytes)
         arrays = [self._allocate(block_nbytes, nbytes, shape, dtype) for _ in range(most)]
         return arrays[:count]
 
-    def _extend(self, nbytes: int) -> None:
-        found = tuple(self._segments.open(nbytes))
+    def _extend(self, agree: Agree, nbytes: int) -> None:
+        found: tuple[HostArray, ...] = ()
+        text = "of another worker"
+        try:
+            found = tuple(self._segments.open(nbytes))
+        except OSError as error:  # others of this host have taken what was free
+            text = str(error)
+        if not all(is_open for (is_open,) in agree([bool(found)], "empty, its memory")):
+            raise DeviceError(
+                f"empty: a worker did not get {nbytes} bytes of shared memory, which were free "
+                f"just before ({text}); {available.REMEDY}, or use numpy.empty"
+            )
         bisect.insort(self._starts, (checks.address(found[self._rank]), len(self._open)))
         self._release(len(self._open) * _MAX_SEGMENT_NBYTES, nbytes)
         self._open.append(found)
@@ -147,7 +162,7 @@ class SymmetricMemory:
         number, self._number = self._number, self._number + 1
         self._blocks[number] = offset, block_nbytes
         segment, offset = divmod(offset, _MAX_SEGMENT_NBYTES)
-        block = _Allocation(checks.address(self._open[segment][self._rank]) + offset, nbytes)
+        block = _Allocation(self._open[segment][self._rank], offset, nbytes)
         weakref.finalize(block, self._dropped.append, number).atexit = False
         return np.asarray(block).view(dtype).reshape(shape)
 

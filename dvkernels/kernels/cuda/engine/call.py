@@ -7,10 +7,10 @@ events. The host does not wait.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from dvkernels.devices import cuda, cuda_arrays, driver, stream_order
+from dvkernels.devices import cuda, cuda_arrays, driver, interop, stream_order
 from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.cuda_arrays import order_streams
 from dvkernels.devices.stream_order import DeviceStream
@@ -35,12 +35,14 @@ class Call:
         self._stream = stream
         self._device_buffers: list[cuda_arrays.DeviceBuffer] = []
         self._names: list[str] = []
+        self._is_of_jax = False
 
     def register(self, buffers: Any, verb: str = "", name: str = "replica") -> list[HostArray]:
         """Return buffers as NumPy descriptions, and order the work of this call with theirs."""
         found = cuda_arrays.locate(verb or self.verb, buffers, name)
         self._device_buffers += found
         self._names += (f"{name} {k}" for k in range(len(found)))
+        self._is_of_jax = self._is_of_jax or any(map(interop.is_of_jax, buffers))
         return [buffer.array for buffer in found]
 
     @contextlib.contextmanager
@@ -50,11 +52,27 @@ class Call:
         work_stream, *others = streams
         if self.is_multi_gpu:
             self._check_peer_access(work_stream.device)
-        order_streams([(work_stream, other) for other in others])
-        try:
+        if not others:
             yield work_stream
-        finally:
-            order_streams([(other, work_stream) for other in others])
+            self.settle([work_stream])
+            return
+        with cuda_arrays.in_one_capture(self.verb, streams):
+            order_streams([(work_stream, other) for other in others])
+            try:
+                yield work_stream
+            finally:
+                order_streams([(other, work_stream) for other in others])
+        self.settle([work_stream])
+
+    def settle(self, work_streams: Iterable[DeviceStream]) -> None:
+        """Let the host wait for the work if it reads arrays of JAX.
+
+        JAX uses their memory again in the order of streams of its own, and takes results that are
+        there.
+        """
+        if self._is_of_jax:
+            for device, stream in work_streams:
+                cuda.arrays().stream_at(device, stream).synchronize()
 
     @property
     def is_multi_gpu(self) -> bool:
@@ -96,12 +114,19 @@ class Buffers(Call):
     def __init__(self, verb: str, buffers: Any, out: Any, stream: Any) -> None:
         super().__init__(verb, stream)
         self.buffers = checks.as_sequence(verb, buffers)
-        self.results: Any = self.buffers
+        self._results: Any = self.buffers
         self.reads = self.register(self.buffers)
         self.out: list[HostArray] | None = None
         if out is not None:
-            self.results = checks.as_sequence(verb, out, "out")
-            self.out = self.register(self.results, name="out")
+            self._results = checks.as_sequence(verb, out, "out")
+            self.out = self.register(self._results, name="out")
+
+    @property
+    def results(self) -> Any:
+        """The arrays to return, once the work on them has been enqueued."""
+        if self._is_of_jax and self.out is None:
+            return cuda_arrays.finish(self._results, self.buffers)
+        return self._results
 
     def new_results(self, shapes: Sequence[tuple[int, ...]]) -> list[HostArray]:
         """Allocate the results, of the library of the buffers; return their descriptions.
@@ -109,13 +134,12 @@ class Buffers(Call):
         Each lies on the GPU of its buffer; a single one on the GPU that does the work, the first.
         """
         streams = [buffer.device_stream for buffer in self.device_buffers()]
-        dtype = self.reads[0].dtype
+        originals = zip(self._device_buffers, self.buffers, streams, strict=False)
         made = [
-            cuda_arrays.allocate(stream, shape, dtype)
-            for shape, stream in zip(shapes, streams, strict=False)
+            cuda_arrays.allocate_like(*original, shape)
+            for shape, original in zip(shapes, originals, strict=False)
         ]
-        pairs = zip(made, self.buffers, strict=False)
-        self.results = [cuda_arrays.like(result, buffer) for (result, _), buffer in pairs]
+        self._results = [result for result, _ in made]
         return [described for _, described in made]
 
     def outputs(self, shapes: Sequence[tuple[int, ...]]) -> list[HostArray]:

@@ -8,39 +8,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import types
 
 from dvkernels.errors import DeviceError
-from dvkernels.kernels.cuda.engine import cuda_target, launch_table
+from dvkernels.kernels.cuda.engine import cuda_target, table_layout
+from dvkernels.kernels.cuda.engine.kernel import Compiled, Kernel
 
-__all__ = ["Compiled", "assemble", "check", "compile_to_ptx"]
+__all__ = ["assemble", "check", "compile_to_ptx"]
 
 _untyped_types: Any = types
 _OLDEST = (7, 5)  # the oldest compute capability that current toolkits compile for
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
+_UNUSED = re.compile(r"^[ \t]*//.*\n|^\.common .*NumbaEnv.*\n", re.MULTILINE)
 
 
-class Compiled(NamedTuple):
-    """PTX and the name of the kernel in it."""
-
-    name: str
-    ptx: str
-
-
-def compile_to_ptx(kernel: Callable[..., None], capability: tuple[int, int]) -> Compiled:
+def compile_to_ptx(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
     """Compile a kernel, whose arguments are the words of a launch table, for a compute capability.
 
-    No launch bounds are given: with bounds of 256 threads, ptxas 13.5 aims at a number of blocks
-    per multiprocessor and spills up to 80 bytes for it; without them it spills nothing and takes
-    at most 128 registers, with which two blocks of 256 threads fit on a multiprocessor.
+    Its launch bounds say how many registers it may take: see catalogue.py.
     """
-    words = _untyped_types.UniTuple(types.int64, launch_table.NUM_WORDS)
-    ptx = cuda_target.compile_ptx(kernel, types.void(words), device=False, cc=capability)
+    words = _untyped_types.UniTuple(types.int64, table_layout.NUM_WORDS)
+    ptx = cuda_target.compile_ptx(
+        kernel.build(),
+        types.void(words),
+        device=False,
+        cc=capability,
+        launch_bounds=kernel.launch_bounds,
+    )
     found = _ENTRY.search(ptx)
     assert found is not None
-    return Compiled(found[1], ptx)
+    # Numba's names depend on what was compiled before: the same kernel is to be the same PTX.
+    ptx = _UNUSED.sub("", ptx).replace(found[1], kernel.entry)
+    return Compiled(kernel.entry, ptx)
 
 
 def check(function: Callable[..., Any], signature: Any) -> None:

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 from dvkernels.devices import signature, stream_order
 from dvkernels.devices.array_spec import HostArray
-from dvkernels.kernels.cuda.engine import job, launcher
+from dvkernels.kernels.cuda.engine import job, launcher, table_layout
 from dvkernels.reduce_op import Reduction
 
 __all__ = ["CallSignature", "describe", "learn", "repeat"]
 
-_VECTOR_NBYTES = 16
 _MAX_LAUNCHES = 1024  # in the cache: 1 KiB each
 
 
@@ -69,7 +68,7 @@ def repeat(call: CallSignature | None, verb: str, stream: Any) -> bool:
         return False
     addresses, end = call.arrays.addresses, 0
     for address in sorted(addresses):
-        if address < end or address % _VECTOR_NBYTES:
+        if address < end or address % table_layout.VECTOR_NBYTES:
             return False
         end = address + cached.nbytes
     work_stream = call.arrays.stream if stream is None else stream_order.stream_handle(verb, stream)

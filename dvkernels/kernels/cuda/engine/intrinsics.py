@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba import config as numba_config
 from numba import extending, types
 
+from dvkernels.kernels.cuda.engine import table_layout
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
 
 __all__ = [
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 SIMULATED = bool(vars(numba_config)["ENABLE_CUDASIM"])
-VECTOR_NBYTES = 16
+VECTOR_NBYTES = table_layout.VECTOR_NBYTES
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(_I32, 4)
@@ -108,12 +109,13 @@ def call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
 
 
 def keep_rolled(builder: Any) -> None:
-    """Keep LLVM from unrolling the loop around the current position.
+    """Keep LLVM and ptxas from unrolling the loop around the current position.
 
     A GPU hides latency by running other warps, which need registers: unrolled by LLVM, the minimum
     of int8 took 152 registers per thread on sm_90 and the sum of float16 128; rolled, 84 and 96.
     """
-    empty = builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
+    text = r".pragma \22nounroll\22;"  # for ptxas; LLVM does not copy what is convergent
+    empty = builder.asm(ir.FunctionType(ir.VoidType(), []), text, "", [], side_effect=True)
     empty.attributes.add("convergent")
 
 

@@ -1,4 +1,4 @@
-"""Jobs: arrays laid out as a launch table (see launch_table.py), and the launch over it.
+"""Jobs: arrays laid out as a launch table (see table_layout.py), and the launch over it.
 
 Arrays are the NumPy descriptions of devices/cuda_arrays.py, over device memory. The addresses and
 strides of an item decide how its elements are accessed:
@@ -15,7 +15,7 @@ strides of an item decide how its elements are accessed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,16 +25,21 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.stream_order import DeviceStream
 from dvkernels.kernels import arithmetic, checks
 from dvkernels.kernels import strides as array_strides
-from dvkernels.kernels.cuda.engine import intrinsics, launch_table, launcher, loops, operations
-from dvkernels.kernels.cuda.engine.launch_table import ItemHead, ItemRecord, TableHeader
+from dvkernels.kernels.cuda.engine import catalogue, launcher, operations, table_layout
+from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.kernels.cuda.engine.table_layout import ItemHead, ItemRecord, TableHeader
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["Counts", "Item", "check_op", "combine", "lay_out", "move", "repeated", "run"]
 
 Groups = Sequence[Sequence[HostArray]]
 
-_VECTOR = intrinsics.VECTOR_NBYTES
+_VECTOR = table_layout.VECTOR_NBYTES
 _PER_THREAD = 4
+# Blocks of a launch, in multiples of those that run at once: each of its blocks then takes as many
+# pieces as the others. One would do on an idle GPU. With four, work of another stream that leaves
+# no room for some of the first blocks delays a quarter of the work, not all of it.
+_WAVES = 4
 _LONGEST = 1 << 30  # elements of an item with axes: their indices are divided in 32 bits
 
 
@@ -79,7 +84,7 @@ def combine(
     """
     operation, code = operations.resolve(op, dtype)
     counts = _counts(op, len(groups[0]) if groups else 0, num_sources, in_place)
-    run(work_stream, loops.kernel(operation, code), code, groups, counts, num_sources)
+    run(work_stream, catalogue.collective(operation, code), code, groups, counts, num_sources)
 
 
 def repeated(
@@ -103,11 +108,11 @@ def repeated(
     if not is_dense or not arrays[0].size:
         return None
     counts = _counts(op, len(arrays), num_sources, in_place)
-    max_blocks = launcher.num_blocks(device)
-    blocks, words = lay_out(_items(arrays, size), counts, launcher.threads(), max_blocks)
-    if len(words) >= launch_table.NUM_WORDS:
+    kernel = catalogue.collective(operation, code)
+    num_resident = launcher.num_resident(kernel, device)
+    blocks, words = lay_out(_items(arrays, size), counts, kernel.launch_bounds[0], num_resident)
+    if len(words) >= table_layout.NUM_WORDS:
         return None
-    kernel = loops.kernel(operation, code)
     return launcher.RepeatedLaunch(kernel, device, blocks, words, len(arrays))
 
 
@@ -135,7 +140,7 @@ def move(work_stream: DeviceStream, groups: Groups) -> None:
 
 def run(
     work_stream: DeviceStream,
-    kernel: Callable[..., None],
+    kernel: Kernel,
     code: int,
     groups: Groups,
     counts: Counts,
@@ -165,8 +170,8 @@ def run(
             arrays[k] = staging
     size = arithmetic.dtype_of(code).itemsize
     items = [item for arrays in filled for item in _items(arrays, size)]
-    max_blocks = launcher.num_blocks(work_stream.device)
-    blocks, words = lay_out(items, counts, launcher.threads(), max_blocks, numbers)
+    num_resident = launcher.num_resident(kernel, work_stream.device)
+    blocks, words = lay_out(items, counts, kernel.launch_bounds[0], num_resident, numbers)
     launcher.launch(kernel, work_stream.device, blocks, words, work_stream.stream)
     for staging, array in copied_back:
         move(work_stream, [[staging, array]])
@@ -176,13 +181,16 @@ def lay_out(
     items: Sequence[Item],
     counts: Counts,
     threads: int,
-    most_blocks: int,
+    num_resident: int,
     numbers: Sequence[float] = (),
 ) -> tuple[int, list[int]]:
-    """Return the number of blocks of a launch and the words of its table."""
-    # Pieces of several vectors per thread if they suffice for all blocks, else of one vector.
+    """Return the number of blocks of a launch and the words of its table.
+
+    Of its blocks, ``num_resident`` run at once.
+    """
+    # Pieces of several vectors per thread if they occupy all blocks that run at once, else of one.
     total = sum(-(-item.units // (_PER_THREAD * threads)) for item in items)
-    per_thread = _PER_THREAD if total >= most_blocks or intrinsics.SIMULATED else 1
+    per_thread = _PER_THREAD if total >= num_resident else 1
     heads: list[int] = []
     records: list[int] = []
     first_record = len(TableHeader._fields) + len(ItemHead._fields) * len(items)
@@ -203,7 +211,7 @@ def lay_out(
         numbers=first_record + len(records),
     )
     float64s = np.array(numbers, np.float64).view(np.int64).tolist()
-    return min(num_pieces, most_blocks), [*header, *heads, *records, *float64s]
+    return min(num_pieces, _WAVES * num_resident), [*header, *heads, *records, *float64s]
 
 
 def _is_aligned(array: HostArray, size: int) -> bool:

@@ -13,19 +13,15 @@ address.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 from numba import types
 
 from dvkernels.kernels.cuda.engine import intrinsics, records
+from dvkernels.kernels.cuda.engine.table_layout import THREADS, ItemHead, ItemRecord, TableHeader
 
 __all__ = [
-    "NUM_WORDS",
-    "THREADS",
-    "ItemHead",
-    "ItemRecord",
-    "TableHeader",
     "addresses",
     "byte_offset",
     "entry",
@@ -35,43 +31,9 @@ __all__ = [
     "stage",
 ]
 
-THREADS = 256  # per block, at least: eight warps copy the words to shared memory
-NUM_WORDS = 128  # arguments of a launch: 1 KiB of the possible 4 KiB
-
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _SHARED = 3  # the address space of shared memory
 _WARP = 32
-
-
-class TableHeader(NamedTuple):
-    """First words of a launch table."""
-
-    num_pieces: int
-    num_items: int
-    num_sources: int
-    num_targets: int
-    first_target: int  # its position among the addresses of an item
-    divisor: int
-    per_thread: int  # vectors per thread in a piece
-    width: int  # addresses of an item
-    numbers: int  # index of the first number for the kernel
-
-
-class ItemHead(NamedTuple):
-    """Words by which a block finds the item of a piece."""
-
-    first_piece: int
-    record: int  # its index
-
-
-class ItemRecord(NamedTuple):
-    """First words of the record of an item."""
-
-    num_axes: int  # 0: contiguous arrays
-    before: int  # elements before the first whole vector
-    units: int  # whole vectors; elements where there are axes
-    after: int  # elements after the last whole vector
-    is_alike: int  # whether all arrays have the strides of the first
 
 
 header, item, _head = records.at(TableHeader), records.at(ItemRecord), records.at(ItemHead)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import array
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,45 +16,52 @@ from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
 from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.errors import DeviceError
-from dvkernels.kernels import checks
-from dvkernels.kernels.cuda.engine import compiler, intrinsics, launch_table
-from dvkernels.kernels.cuda.engine.cuda_target import cuda
+from dvkernels.kernels import checks, numba_import
+from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine.kernel import Kernel
 from dvkernels.profiler import tracing
 
-__all__ = ["LongTables", "RepeatedLaunch", "launch", "num_blocks", "prepare", "threads"]
+__all__ = [
+    "SIMULATED",
+    "LongTables",
+    "RepeatedLaunch",
+    "launch",
+    "launching",
+    "num_resident",
+    "prepare",
+]
 
-
-Kernel = Callable[..., None]
-
-_NUM_WORDS = launch_table.NUM_WORDS
+SIMULATED = devices.is_simulated()
+_NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
+_num_resident: dict[tuple[int, Kernel], int] = {}
 _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent launch
-_compiling = threading.RLock()
+# Held while a kernel is compiled and loaded, and between the launches of a call whose kernels wait
+# for each other: loading may wait for a device, and that device for a launch. All groups of devices
+# share it: two calls, each launched first on another device, would wait for each other.
+launching = threading.RLock()
 # The simulator runs one kernel at a time in the whole process.
 _simulating = threading.RLock()
-# The fewest threads and blocks that are not one: each simulated thread is a Python thread.
-_SIMULATED_THREADS, _SIMULATED_BLOCKS = 2, 2
-_WAVES = 8  # blocks per multiprocessor: two or three run at once, the others balance the tail
 
 
-def threads() -> int:
-    """Return the number of threads in a block."""
-    return _SIMULATED_THREADS if intrinsics.SIMULATED else launch_table.THREADS
-
-
-def num_blocks(device: int) -> int:
-    """Return the largest number of blocks of a launch; with more pieces, a block takes several."""
-    if intrinsics.SIMULATED:
-        return _SIMULATED_BLOCKS
-    return _WAVES * _driver().num_multiprocessors(device)
+def num_resident(kernel: Kernel, device: int) -> int:
+    """Return how many blocks of a kernel run at once on a device."""
+    if SIMULATED:
+        return 1
+    key = device, kernel
+    if key not in _num_resident:
+        handle, cuda_driver = prepare(kernel, device), _driver()
+        blocks = cuda_driver.num_resident_blocks(device, handle, kernel.launch_bounds[0])
+        _num_resident[key] = blocks * cuda_driver.num_multiprocessors(device)
+    return _num_resident[key]
 
 
 def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], stream: int) -> None:
     """Launch a kernel over a table on a stream; do not wait for its end."""
-    if intrinsics.SIMULATED:
+    if SIMULATED:
         _simulate(kernel, blocks, words)
         return
-    if len(words) < launch_table.NUM_WORDS:
+    if len(words) < table_layout.NUM_WORDS:
         _start(kernel, device, blocks, _as_arguments(words), stream)
     else:
         prepare(kernel, device)
@@ -79,7 +86,7 @@ class RepeatedLaunch:
         """Launch with these addresses; several threads may do so at once."""
         words = self._words[:]
         words[self._begin : self._end] = array.array("q", addresses)
-        if intrinsics.SIMULATED:
+        if SIMULATED:
             _simulate(self._kernel, self._blocks, words[1 : self._end])
         else:
             _start(self._kernel, self._device, self._blocks, words, stream)
@@ -101,34 +108,31 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
     recording = tracing.active
     span = None if recording is None else GpuSpan(recording, device, stream)
     try:
-        _driver().launch(device, handle, blocks, launch_table.THREADS, arguments, stream)
+        _driver().launch(device, handle, blocks, kernel.launch_bounds[0], arguments, stream)
     except DeviceError:
         # The device may have been reset, which unloads the kernel: load it again next time.
         _handles.pop((device, kernel), None)
         raise
     _free_arguments.append(arguments)
     if span is not None:
-        span.end(_name_of(kernel), "kernel", {"blocks": blocks})
-
-
-def _name_of(kernel: Kernel) -> str:
-    return getattr(kernel, "__qualname__", "kernel")
+        span.end(kernel.entry, "kernel", {"blocks": blocks})
 
 
 def prepare(kernel: Kernel, device: int) -> int:
     """Compile a kernel and load it on a device; return its handle there."""
     try:
-        _compiling.acquire()
+        launching.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
+            compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
             compiled = compiler.compile_to_ptx(kernel, capability)
             image = compiler.assemble(compiled, capability)
             _handles[key] = _driver().load(device, image, compiled.name)
         return _handles[key]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-            _compiling.release()
+            launching.release()
         except RuntimeError:  # not acquired: the wait was interrupted
             pass
 
@@ -143,14 +147,15 @@ def _driver() -> driver.Driver:
 
 def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
     table = np.array(words, np.int64)
-    arguments = (checks.address(table), *[0] * (launch_table.NUM_WORDS - 1))
+    arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
+    function, cuda = kernel.build(), numba_import.module("numba.cuda")
     with _simulating:
         recording = tracing.active
         span = None if recording is None else GpuSpan(recording, 0, 0)
-        simulated: Any = cuda.jit(kernel)
-        simulated[blocks, _SIMULATED_THREADS](arguments)
+        simulated: Any = cuda.jit(function)
+        simulated[blocks, kernel.launch_bounds[0]](arguments)
         if span is not None:
-            span.end(_name_of(kernel), "kernel", {"blocks": blocks})
+            span.end(kernel.entry, "kernel", {"blocks": blocks})
 
 
 class LongTables:
@@ -170,11 +175,9 @@ class LongTables:
 
     def place(self, device: int, stream: int, words: Sequence[int]) -> int:
         """Return the device address of a table with these words."""
-        import cupy
-
         content = array.array("q", words).tobytes()
         key = (device, stream, content)
-        is_captured = bool(cupy.cuda.runtime.streamIsCapturing(stream))
+        is_captured = _driver().is_capturing(device, stream)
         try:
             self._lock.acquire()
             entry = self._captured.get(key) or self._recent.pop(key, None)
@@ -184,7 +187,7 @@ class LongTables:
                     "while a graph is captured: make the same call once on the stream, before"
                 )
             if entry is None:
-                entry = self._copy_to_device(cupy, device, stream, content)
+                entry = self._copy_to_device(device, stream, content)
             if is_captured or key in self._captured:
                 self._captured[key] = entry
             else:
@@ -199,17 +202,16 @@ class LongTables:
             except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
-    def _copy_to_device(
-        self, cupy: Any, device: int, stream: int, content: bytes
-    ) -> tuple[Any, Any, Any]:
+    def _copy_to_device(self, device: int, stream: int, content: bytes) -> tuple[Any, Any, Any]:
         """Return the table, the pinned memory that it is copied from, and the event of the copy."""
-        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device) as order:
-            staged = cupy.cuda.alloc_pinned_memory(len(content))
-            host = np.frombuffer(staged, np.uint8, len(content))
-            host[:] = np.frombuffer(content, np.uint8)
-            table = cupy.empty(len(content), np.uint8)
-            table.data.copy_from_host_async(host.ctypes.data, len(content), order)
-            copy_event = cupy.cuda.Event(disable_timing=True)
+        library = devices.arrays()
+        order = library.stream_at(device, stream)
+        with library.at(device, order):
+            staged = library.pinned(len(content))
+            staged[:] = np.frombuffer(content, np.uint8)
+            table = library.empty(device, (len(content),), np.uint8)
+            library.copy(table, staged, order)
+            copy_event = library.event(device)
             copy_event.record(order)
         return table, staged, copy_event
 

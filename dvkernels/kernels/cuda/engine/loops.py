@@ -2,8 +2,8 @@
 
 There is one kernel per pair of operation and element type, for any number of replicas, any shapes
 and strides. R replicas of S bytes reduced in place move 2 R S bytes: each thread keeps the sums of
-four vectors of 16 bytes in registers, so a warp has 2 KiB of loads per source in flight, and no
-element is read twice. A copy is a sum of one source.
+four vectors of 16 bytes in registers, so a warp has 2 KiB of loads per source in flight, from two
+sources at a time, and no element is read twice. A copy is a sum of one source.
 """
 
 from __future__ import annotations
@@ -16,43 +16,42 @@ from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
+from dvkernels.kernels.cuda.engine.table_layout import VECTOR_NBYTES
 
-__all__ = ["dense_address", "kernel", "over_pieces"]
+__all__ = ["build", "dense_address", "over_pieces"]
 
 
-def over_pieces(code: int, vectors: Any, element: Any) -> Callable[..., None]:
-    """Return the kernel over all pieces of a launch table, not compiled.
+def over_pieces(code: int, threads: int, vectors: Any, element: Any) -> Callable[..., None]:
+    """Return the kernel over all pieces of a launch table, not compiled, for blocks of ``threads``.
 
-    ``vectors(table, header, addresses, before, begin, end)`` is the device function of the whole
-    vectors of a piece, and ``element(table, header, record, item, number)`` that of one element.
+    ``vectors(table, record, begin, end)`` is the device function of these whole vectors of an item,
+    and ``element(table, record, number)`` that of one element.
     """
-    itemsize = arithmetic.dtype_of(code).itemsize
-    per_vector = intrinsics.VECTOR_NBYTES // itemsize
+    per_vector = VECTOR_NBYTES // arithmetic.dtype_of(code).itemsize
 
     def run(words):  # type: ignore[no-untyped-def]
         table = launch_table.stage(words)
-        header = launch_table.header(table)
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
-        for piece in range(cuda.blockIdx.x, header.num_pieces, cuda.gridDim.x):
+        piece = cuda.blockIdx.x  # range() with a step would call a division routine
+        # Words are read again where they are used: kept, they would cost registers in ``vectors``.
+        while piece < launch_table.header(table).num_pieces:
             head = launch_table.locate(table, piece)
             piece_of_item = piece - head.first_piece
             record = table + 8 * head.record
-            item = launch_table.item(record)
-            begin = piece_of_item * header.per_thread * threads
-            end = min(begin + header.per_thread * threads, item.units)
-            if item.num_axes == 0:
-                vectors(table, header, launch_table.addresses(record), item.before, begin, end)
+            num_units = launch_table.header(table).per_thread * threads
+            begin = piece_of_item * num_units
+            end = min(begin + num_units, launch_table.item(record).units)
+            if launch_table.item(record).num_axes == 0:
+                vectors(table, record, begin, end)
                 # The first piece also takes the elements before and after the whole vectors.
+                item = launch_table.item(record)
                 begin, end = 0, item.before + item.after if piece_of_item == 0 else 0
-            for unit in range(begin + thread, end, threads):
+            unit = begin + cuda.threadIdx.x
+            while unit < end:
+                item = launch_table.item(record)
                 is_behind = item.num_axes == 0 and unit >= item.before
-                element(
-                    table,
-                    header,
-                    record,
-                    item,
-                    unit + (item.units * per_vector if is_behind else 0),
-                )
+                element(table, record, unit + (item.units * per_vector if is_behind else 0))
+                unit += threads
+            piece += cuda.gridDim.x
 
     return run
 
@@ -65,7 +64,7 @@ def dense_address(place, k):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def kernel(operation: Operation, code: int) -> Callable[..., None]:
+def build(operation: Operation, code: int, threads: int) -> Callable[..., None]:
     """Return the kernel of an operation (operations.py) and an element type, not compiled."""
     itemsize = arithmetic.dtype_of(code).itemsize
 
@@ -77,36 +76,37 @@ def kernel(operation: Operation, code: int) -> Callable[..., None]:
             offset = launch_table.byte_offset(record, width, position + k, number, itemsize)
         return launch_table.entry(addresses, k) + offset
 
-    reduce_four = reducers.four_vectors(operation, code, dense_address)
-    reduce_vector = reducers.one(operation, code, True, dense_address)
-    reduce_element = reducers.one(operation, code, False, element_address)
+    width = VECTOR_NBYTES * threads
+    reduce_four = reducers.reducer(operation, code, 4, dense_address)
+    reduce_vector = reducers.reducer(operation, code, 1, dense_address)
+    reduce_element = reducers.reducer(operation, code, 0, element_address)
 
     @intrinsics.inlined
-    def vectors(table, header, addresses, before, begin, end):  # type: ignore[no-untyped-def]
+    def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
+        header = launch_table.header(table)
         num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
-        targets = addresses + 8 * header.first_target
-        if header.per_thread == 4 and end - begin == 4 * threads:
-            offset = before * itemsize + 16 * (begin + thread)
-            from_, to = (addresses, offset), (targets, offset)
-            reduce_four(from_, num_sources, to, num_targets, divisor, 16 * threads)
-        else:
-            for vector in range(begin + thread, end, threads):
-                offset = before * itemsize + 16 * vector
-                from_, to = (addresses, offset), (targets, offset)
-                first = dense_address(from_, 0)
-                reduce_vector(first, from_, num_sources, to, num_targets, divisor)
+        sources = launch_table.addresses(record)
+        targets = sources + 8 * header.first_target
+        vector = begin + cuda.threadIdx.x
+        offset = launch_table.item(record).before * itemsize + VECTOR_NBYTES * vector
+        if end - begin == 4 * threads:
+            from_, to = (sources, offset), (targets, offset)
+            reduce_four(from_, num_sources, to, num_targets, divisor, width)
+            return
+        while vector < end:
+            from_, to = (sources, offset), (targets, offset)
+            reduce_vector(from_, num_sources, to, num_targets, divisor, width)
+            vector += threads
+            offset += width
 
     @intrinsics.inlined
-    def element(table, header, record, item, number):  # type: ignore[no-untyped-def]
-        num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
-        addresses, first_target = launch_table.addresses(record), header.first_target
-        targets, width = addresses + 8 * first_target, header.width
+    def element(table, record, number):  # type: ignore[no-untyped-def]
+        header, sources = launch_table.header(table), launch_table.addresses(record)
+        first_target, width = header.first_target, header.width
         offset = launch_table.byte_offset(record, width, 0, number, itemsize)
-        is_alike = item.is_alike != 0
-        from_ = (addresses, record, width, 0, number, offset, is_alike)
-        to = (targets, record, width, first_target, number, offset, is_alike)
-        first = launch_table.entry(addresses, 0) + offset
-        reduce_element(first, from_, num_sources, to, num_targets, divisor)
+        is_alike = launch_table.item(record).is_alike != 0
+        from_ = (sources, record, width, 0, number, offset, is_alike)
+        to = (sources + 8 * first_target, record, width, first_target, number, offset, is_alike)
+        reduce_element(from_, header.num_sources, to, header.num_targets, header.divisor, 0)
 
-    return over_pieces(code, vectors, element)
+    return over_pieces(code, threads, vectors, element)

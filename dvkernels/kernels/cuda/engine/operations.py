@@ -10,11 +10,10 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.np import numpy_support
 
+from dvkernels.devices import cuda as devices
 from dvkernels.errors import DeviceError, UnsupportedDTypeError
-from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import compiler, intrinsics
+from dvkernels.kernels import arithmetic, numba_import
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["Custom", "Operation", "resolve"]
@@ -58,10 +57,11 @@ def resolve(op: Reduction, dtype: np.dtype[Any]) -> tuple[Operation, int]:
 @functools.cache
 def _check_compiles(function: Any, dtype: np.dtype[Any]) -> Custom:
     """Return the function with its signature; raise unless it compiles (simulator: for the CPU)."""
-    element = numpy_support.from_dtype(dtype)
+    element = numba_import.module("numba.np.numpy_support").from_dtype(dtype)
     signature = element(element, element)
-    if intrinsics.SIMULATED:
+    if devices.is_simulated():
         function.compile((element, element))
     else:
+        compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
         compiler.check(function.py_func, signature)
     return Custom(function, signature)

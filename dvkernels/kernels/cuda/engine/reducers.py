@@ -1,89 +1,139 @@
-"""Reduction of one vector, of four, or of an element: read all sources, combine, store to targets.
+"""Reduction of a batch of vectors, or of an element: read all sources, combine, store to targets.
 
 These loops over sources and targets are those of all kernels. ``address(place, k)`` is a device
 function: the address of these elements in the k-th source, or target. ``sources`` and ``targets``
-are places.
+are places. ``width`` is the number of bytes from a vector of a batch to the next: with 16 bytes for
+each thread of a block, the accesses of a warp coalesce.
+
+The loads of a batch from several sources come before the first use of any of them, so that all are
+in flight together (see docs/explanation/gpu-performance.md).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvkernels.kernels.cuda.engine import elements, intrinsics
 from dvkernels.kernels.cuda.engine.operations import Operation
 
-__all__ = ["four_vectors", "loader", "one"]
+__all__ = ["VectorBatch", "batch", "loader", "reducer"]
+
+
+class VectorBatch(NamedTuple):
+    """Device functions on the vectors of a batch: a vector, or a pair of it and of the others."""
+
+    load: Any  # (address, width)
+    combine: Any  # (left, right)
+    divide: Any  # (batch, divisor)
+    store: Any  # (address, batch, width)
 
 
 @functools.cache
-def loader(operation: Operation, code: int, is_whole: bool, address: Any) -> Any:
-    """Return the device function that combines a vector, or element, of all sources.
-
-    ``first`` is its address in the first source.
-    """
-    combine = elements.combiner(operation, code)
+def batch(operation: Operation, code: int, count: int) -> VectorBatch:
+    """Return the device functions on ``count`` vectors; 0 stands for an element."""
+    if count > 1:
+        return _extended(batch(operation, code, 1), batch(operation, code, count - 1))
+    combine, is_whole = elements.combiner(operation, code), count == 1
 
     @intrinsics.inlined
-    def load(first, sources, num_sources, divisor):  # type: ignore[no-untyped-def]
-        value = elements.load(first, code, is_whole)
-        for k in range(1, num_sources):
-            other = elements.load(address(sources, k), code, is_whole)
-            value = combine(value, other)
+    def load(address, width):  # type: ignore[no-untyped-def]
+        return elements.load(address, code, is_whole)
+
+    @intrinsics.inlined
+    def divide(value, divisor):  # type: ignore[no-untyped-def]
         return elements.divide(value, divisor, code)
+
+    @intrinsics.inlined
+    def store(address, value, width):  # type: ignore[no-untyped-def]
+        elements.store(address, value, code, is_whole)
+
+    return VectorBatch(load, combine, divide, store)
+
+
+def _extended(one: VectorBatch, rest: VectorBatch) -> VectorBatch:
+    """Return the device functions on a vector and a batch."""
+    load_one, combine_one, divide_one, store_one = one
+    load_rest, combine_rest, divide_rest, store_rest = rest
+
+    @intrinsics.inlined
+    def load(address, width):  # type: ignore[no-untyped-def]
+        return load_one(address, width), load_rest(address + width, width)
+
+    @intrinsics.inlined
+    def combine(left, right):  # type: ignore[no-untyped-def]
+        return combine_one(left[0], right[0]), combine_rest(left[1], right[1])
+
+    @intrinsics.inlined
+    def divide(values, divisor):  # type: ignore[no-untyped-def]
+        return divide_one(values[0], divisor), divide_rest(values[1], divisor)
+
+    @intrinsics.inlined
+    def store(address, values, width):  # type: ignore[no-untyped-def]
+        store_one(address, values[0], width)
+        store_rest(address + width, values[1], width)
+
+    return VectorBatch(load, combine, divide, store)
+
+
+def _ahead(of: VectorBatch, count: int, address: Any) -> tuple[Any, Any]:
+    """Return the device functions that load from ``count`` sources, and combine them in order."""
+    load_one, combine_one = of.load, of.combine
+
+    @intrinsics.inlined
+    def load_last(sources, k, width):  # type: ignore[no-untyped-def]
+        return load_one(address(sources, k), width)
+
+    if count == 1:
+        return load_last, combine_one
+    load_rest, combine_rest = _ahead(of, count - 1, address)
+
+    @intrinsics.inlined
+    def load(sources, k, width):  # type: ignore[no-untyped-def]
+        return load_one(address(sources, k), width), load_rest(sources, k + 1, width)
+
+    @intrinsics.inlined
+    def combine(values, loaded):  # type: ignore[no-untyped-def]
+        return combine_rest(combine_one(values, loaded[0]), loaded[1])
+
+    return load, combine
+
+
+@functools.cache
+def loader(operation: Operation, code: int, count: int, address: Any) -> Any:
+    """Return the device function that combines ``count`` vectors, or an element, of all sources."""
+    of = batch(operation, code, count)
+    # Of one vector as many as its registers allow; of an element one: its address is long to find.
+    ahead = {0: 1, 1: 3}.get(count, 2)
+    load_one, combine_one = _ahead(of, 1, address)
+    load_several, combine_several = _ahead(of, ahead, address)
+
+    @intrinsics.inlined
+    def load(sources, num_sources, width):  # type: ignore[no-untyped-def]
+        values = load_one(sources, 0, width)
+        k = 1
+        if ahead > 1:
+            while k + ahead <= num_sources:
+                values = combine_several(values, load_several(sources, k, width))
+                k += ahead
+        while k < num_sources:
+            values = combine_one(values, load_one(sources, k, width))
+            k += 1
+        return values
 
     return load
 
 
 @functools.cache
-def one(operation: Operation, code: int, is_whole: bool, address: Any) -> Any:
-    """Return the device function that reduces a vector, or an element, into all targets."""
-    load = loader(operation, code, is_whole, address)
-
-    @intrinsics.inlined
-    def reduce(first, sources, num_sources, targets, num_targets, divisor):  # type: ignore[no-untyped-def]
-        value = load(first, sources, num_sources, divisor)
-        for k in range(num_targets):
-            elements.store(address(targets, k), value, code, is_whole)
-
-    return reduce
-
-
-@functools.cache
-def four_vectors(operation: Operation, code: int, address: Any) -> Any:
-    """Return the device function that reduces four vectors, ``width`` bytes apart, at once.
-
-    All their loads from a source are in flight together; with the width of a block, the accesses
-    of a warp coalesce.
-    """
-    combine = elements.combiner(operation, code)
+def reducer(operation: Operation, code: int, count: int, address: Any) -> Any:
+    """Return the device function that reduces ``count`` vectors, or an element, to all targets."""
+    load = loader(operation, code, count, address)
+    _, _, divide, store = batch(operation, code, count)
 
     @intrinsics.inlined
     def reduce(sources, num_sources, targets, num_targets, divisor, width):  # type: ignore[no-untyped-def]
-        source = address(sources, 0)
-        a = elements.load(source, code, True)
-        b = elements.load(source + width, code, True)
-        c = elements.load(source + 2 * width, code, True)
-        d = elements.load(source + 3 * width, code, True)
-        for k in range(1, num_sources):
-            source = address(sources, k)
-            e = elements.load(source, code, True)
-            f = elements.load(source + width, code, True)
-            g = elements.load(source + 2 * width, code, True)
-            h = elements.load(source + 3 * width, code, True)
-            a = combine(a, e)
-            b = combine(b, f)
-            c = combine(c, g)
-            d = combine(d, h)
-        a = elements.divide(a, divisor, code)
-        b = elements.divide(b, divisor, code)
-        c = elements.divide(c, divisor, code)
-        d = elements.divide(d, divisor, code)
+        values = divide(load(sources, num_sources, width), divisor)
         for k in range(num_targets):
-            target = address(targets, k)
-            elements.store(target, a, code, True)
-            elements.store(target + width, b, code, True)
-            elements.store(target + 2 * width, c, code, True)
-            elements.store(target + 3 * width, d, code, True)
+            store(address(targets, k), values, width)
 
     return reduce

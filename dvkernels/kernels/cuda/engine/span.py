@@ -11,11 +11,8 @@ from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.schedules import partition
 
-__all__ = ["LINE_NBYTES", "reducer", "start"]
+__all__ = ["reducer", "start"]
 
-
-# A line of the L2 cache: spans begin at multiples of it in a buffer.
-LINE_NBYTES = 128
 
 start = intrinsics.inlined(partition.start)
 
@@ -27,20 +24,21 @@ def _address(place, k):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def reducer(operation: Operation, code: int) -> Any:
+def reducer(operation: Operation, code: int, threads: int) -> Any:
     """Return the device function by which the threads of a block reduce a span.
 
     ``addresses`` is a table of addresses; ``positions`` is a table of positions in it, first those
     of the sources, then those of the targets.
     """
     itemsize = arithmetic.dtype_of(code).itemsize
-    reduce_four = reducers.four_vectors(operation, code, _address)
-    reduce_vector = reducers.one(operation, code, True, _address)
-    reduce_element = reducers.one(operation, code, False, _address)
+    width = 16 * threads
+    reduce_four = reducers.reducer(operation, code, 4, _address)
+    reduce_vector = reducers.reducer(operation, code, 1, _address)
+    reduce_element = reducers.reducer(operation, code, 0, _address)
 
     @intrinsics.inlined
     def reduce(addresses, positions, num_sources, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
-        threads, thread = cuda.blockDim.x, cuda.threadIdx.x
+        thread = cuda.threadIdx.x
         # Vectors where all addresses are equal modulo 16; else, and around the vectors, elements.
         place = (addresses, positions, begin * itemsize)
         misalignment = _address(place, 0) & 15
@@ -58,15 +56,13 @@ def reducer(operation: Operation, code: int) -> Any:
             vectors_end = vectors_begin + (end - vectors_begin) // per_vector * per_vector
         offset = vectors_begin * itemsize + 16 * thread
         stop = vectors_end * itemsize
-        width = 16 * threads
         while offset + 3 * width < stop:
             sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
             reduce_four(sources, num_sources, targets, num_targets, divisor, width)
             offset += 4 * width
         while offset < stop:
             sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
-            first = _address(sources, 0)
-            reduce_vector(first, sources, num_sources, targets, num_targets, divisor)
+            reduce_vector(sources, num_sources, targets, num_targets, divisor, width)
             offset += width
         # The elements before and after the whole vectors.
         num_before = vectors_begin - begin
@@ -75,8 +71,7 @@ def reducer(operation: Operation, code: int) -> Any:
             element = begin + index if index < num_before else vectors_end + index - num_before
             offset = element * itemsize
             sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
-            first = _address(sources, 0)
-            reduce_element(first, sources, num_sources, targets, num_targets, divisor)
+            reduce_element(sources, num_sources, targets, num_targets, divisor, width)
             index += threads
 
     return reduce

@@ -61,9 +61,12 @@ def all_reduce(call: AllReduce, algorithm: str) -> list[Any]:
     if ranks[0].read.size:
         cuda_driver = driver.find()
         assert cuda_driver is not None  # it has located the buffers
-        order_streams([(rank.work_stream, rank.out_stream) for rank in ranks])
-        _launch(cuda_driver, call.op, ranks, algorithm)
-        order_streams([(rank.out_stream, rank.work_stream) for rank in ranks])
+        streams = [stream for rank in ranks for stream in (rank.work_stream, rank.out_stream)]
+        with cuda_arrays.in_one_capture(call.verb, streams) as is_captured:
+            order_streams([(rank.work_stream, rank.out_stream) for rank in ranks])
+            _launch(cuda_driver, call.op, ranks, algorithm, is_captured)
+            order_streams([(rank.out_stream, rank.work_stream) for rank in ranks])
+        call.settle([rank.work_stream for rank in ranks])
     return list(call.results)
 
 
@@ -84,7 +87,11 @@ def _ranks(call: AllReduce, writes: Sequence[HostArray]) -> list[Rank]:
 
 
 def _launch(
-    cuda_driver: driver.Driver, op: Reduction, ranks: Sequence[Rank], algorithm: str
+    cuda_driver: driver.Driver,
+    op: Reduction,
+    ranks: Sequence[Rank],
+    algorithm: str,
+    is_captured: bool,
 ) -> None:
     devices = tuple(rank.work_stream.device for rank in ranks)
     open_group = _group(cuda_driver, devices)
@@ -95,7 +102,6 @@ def _launch(
     contiguous = [_contiguous(rank, alignment, allocations) for rank in ranks]
     inputs = [checks.address(rank.read) for rank in contiguous]
     outputs = [checks.address(rank.write) for rank in contiguous]
-    captured = [rank for rank in ranks if cuda_driver.is_capturing(*rank.work_stream)]
     route = flag_selection.choose(
         open_group.reach,
         devices,
@@ -103,16 +109,13 @@ def _launch(
         algorithm,
         is_half=is_half(dtype),
         buffers_reachable=all(cuda_driver.is_open(address) for address in {*inputs, *outputs}),
-        is_captured=bool(captured),
+        is_captured=is_captured,
+        launches_block=driver.launches_block(),
     )
     job = AllReduceCall(
         inputs, outputs, length, dtype, op, [rank.work_stream.stream for rank in ranks]
     )
-    # Streams that wait for the captured stream join the capture.
-    joined = [(rank.work_stream, captured[0].work_stream) for rank in ranks if captured]
-    order_streams(joined)
-    open_group.group.all_reduce(job, route, is_captured=bool(captured))
-    order_streams([(first, own) for own, first in joined])
+    open_group.group.all_reduce(job, route, is_captured=is_captured)
     for rank, staging in zip(ranks, contiguous, strict=True):
         if staging.write is not rank.write:
             jobs.move(rank.work_stream, [[staging.write, rank.write]])

@@ -4,23 +4,24 @@ Each rank has flags and slots in the memory of its device, and the programs of t
 has run. In pinned host memory, which all devices access, lie the stop word and, for each pair of
 ranks, the epoch in which the first waited in vain for the second.
 
-One thread launches for all ranks. Before the first launch of a call, its kernels are compiled and
-loaded and its programs written on every device: loading and allocating may wait for a device, and
-that device may be waiting, in a launch, for the next launch.
+One thread launches for all ranks, and in the process one call at a time, whatever its group. Before
+the first launch of a call, its kernels are compiled and loaded and its programs written on every
+device: loading and allocating may wait for a device, and that device may be waiting, in a launch,
+for the next launch.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dvkernels.errors import CollectiveTimeoutError
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import operations
-from dvkernels.kernels.cuda.multi_gpu import flag_kernel
+from dvkernels.kernels.cuda.engine import catalogue, launcher, operations
+from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.kernels.cuda.multi_gpu import flag_program
 from dvkernels.kernels.cuda.multi_gpu.peer_access import DeviceMemory, PeerAccess
 from dvkernels.reduce_op import ReduceOp, Reduction
 from dvkernels.schedules.flag_protocol import NUM_SLOTS, Combine, Protocol, Signal
@@ -62,18 +63,17 @@ class DeviceGroup:
         self._deadline_ns = round(timeout_seconds * 1e9)
         self._timeout_seconds = timeout_seconds
         num_ranks = len(self._devices)
-        self._shared = driver.pinned(1 + num_ranks**2)
+        self._shared = driver.pinned(self._devices[0], 1 + num_ranks**2)
         unset = [0] * (num_ranks * MOST_BLOCKS)
         self._flags = [driver.words(device, unset) for device in self._devices]
         self._slots: dict[str, list[list[int]]] = {}
         self._programs: dict[tuple[str, tuple[int, ...]], list[DeviceMemory]] = {}
-        self._loaded: set[Callable[..., None]] = set()
+        self._loaded: set[Kernel] = set()
         self._allocations: list[Any] = []
-        self._last_streams: dict[int, Any] = {}
+        # Per rank, after its last call. Its stream may have been destroyed since.
+        self._ends = [driver.event(device) for device in self._devices]
         self._epoch = 0
         self._num_calls = 0
-        # Two calls at once, each launched first on one device, would wait for each other.
-        self._launching = threading.RLock()
 
     def all_reduce(self, job: AllReduceCall, route: Route, *, is_captured: bool = False) -> None:
         """Launch an all-reduce; return before it has run.
@@ -87,30 +87,39 @@ class DeviceGroup:
         """
         schedule = route.make(len(self._devices))
         operation, code = operations.resolve(job.op, job.dtype)
-        make = flag_kernel.waiting_kernel if route.waits else flag_kernel.combine_kernel
+        make = catalogue.waiting if route.waits else catalogue.row
         kernel = make(operation, code)
         itemsize = arithmetic.dtype_of(code).itemsize
         count = job.length * arithmetic.factor(job.op, job.dtype)
         try:
-            self._launching.acquire()
+            launcher.launching.acquire()
             self.check()
             self._load(kernel)
             programs = self._ready_programs(schedule, route.order)
             slots = self._ready_slots(route) if schedule.uses_slots else None
-            if not is_captured:
-                self._order_streams(job.streams)
+            lanes = [*zip(self._devices, job.streams, self._ends, strict=True)]
+            for lane in () if is_captured else lanes:
+                self._driver.wait(*lane)
             longest = _SLOT_NBYTES // itemsize if slots else max(1, count)
-            for begin in range(0, count, longest):
-                length = min(longest, count - begin)
-                addresses = self._buffer_addresses(job, route.order, begin * itemsize, slots)
-                self._launch(
-                    _LaunchedCall(
-                        schedule, route, kernel, programs, addresses, job, length, itemsize
+            try:
+                for begin in range(0, count, longest):
+                    length = min(longest, count - begin)
+                    addresses = self._buffer_addresses(job, route.order, begin * itemsize, slots)
+                    self._launch(
+                        _LaunchedCall(
+                            schedule, route, kernel, programs, addresses, job, length, itemsize
+                        )
                     )
-                )
+                for lane in () if is_captured else lanes:
+                    self._driver.record(*lane)
+            except BaseException:
+                if not is_captured:
+                    # Launched ranks wait for the others, and no later call would wait for them.
+                    self.abort()
+                raise
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                self._launching.release()
+                launcher.launching.release()
             except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
@@ -121,10 +130,10 @@ class DeviceGroup:
         nbytes = call.length * call.itemsize // call.schedule.num_parts
         num_blocks = max(1, min(MOST_BLOCKS, nbytes // _BLOCK_NBYTES))
         num_parts = call.schedule.num_parts
-        share = flag_kernel.shares(call.length, call.itemsize, num_parts, num_blocks)
+        share = flag_program.shares(call.length, call.itemsize, num_parts, num_blocks)
 
         def launch(position: int, row: int) -> None:
-            header = flag_kernel.LaunchHeader(
+            header = flag_program.LaunchHeader(
                 call.programs[position].address,
                 self._epoch,
                 call.length,
@@ -139,12 +148,8 @@ class DeviceGroup:
             self._driver.launch(device, call.kernel, num_blocks, stream, words)
 
         if call.route.waits:
-            try:
-                for position in range(len(order)):
-                    launch(position, 0)
-            except BaseException:
-                self.abort()  # else the launched ranks wait for the others
-                raise
+            for position in range(len(order)):
+                launch(position, 0)
             self._epoch += call.schedule.num_stages
         else:
             signals: dict[tuple[int, int], Any] = {}  # (writer, reader) -> event of the last signal
@@ -154,7 +159,8 @@ class DeviceGroup:
                 if isinstance(row, Combine):
                     launch(position, number)
                 elif isinstance(row, Signal):
-                    event = self._driver.record(device, stream)
+                    event = self._driver.event(device)
+                    self._driver.record(device, stream, event)
                     signals.update({(position, peer): event for peer in row.ranks})
                 else:
                     for peer in row.ranks:
@@ -195,7 +201,7 @@ class DeviceGroup:
     def recover(self) -> None:
         """Reset the group after a failure; wait for all devices first."""
         try:
-            self._launching.acquire()
+            launcher.launching.acquire()
             for device in self._devices:
                 self._driver.synchronize(device)
             # The flags are at most at the last epoch of the failed call, or of the calls launched
@@ -203,13 +209,13 @@ class DeviceGroup:
             self._shared[:] = 0
         finally:
             try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
-                self._launching.release()
+                launcher.launching.release()
             except RuntimeError:  # not acquired: the wait was interrupted
                 pass
 
     # -- resources of a call ----------------------------------------------------------------------
 
-    def _load(self, kernel: Callable[..., None]) -> None:
+    def _load(self, kernel: Kernel) -> None:
         if kernel not in self._loaded:
             for device in {*self._devices}:
                 self._driver.load(device, kernel)
@@ -224,8 +230,8 @@ class DeviceGroup:
             programs = []
             for position, rank in enumerate(order):
                 missed = [stop + 8 * (1 + rank * len(order) + peer) for peer in order]
-                words = flag_kernel.program_words(
-                    schedule, position, flag_kernel.SharedAddresses(flags, missed, stop)
+                words = flag_program.program_words(
+                    schedule, position, flag_program.SharedAddresses(flags, missed, stop)
                 )
                 programs.append(self._driver.words(self._devices[rank], words))
             self._programs[key] = programs
@@ -242,19 +248,11 @@ class DeviceGroup:
                     slots_by_parity.append([memory.address for memory in on_devices])
                     self._allocations += on_devices
                 else:
-                    pinned = [self._driver.pinned(_SLOT_NBYTES // 8) for _ in self._devices]
+                    pinned = [self._driver.pinned(d, _SLOT_NBYTES // 8) for d in self._devices]
                     slots_by_parity.append([*map(_address, pinned)])
                     self._allocations += pinned
             self._slots[memory_kind] = slots_by_parity
         return self._slots[memory_kind]
-
-    def _order_streams(self, streams: Sequence[Any]) -> None:
-        """Let each rank's stream wait for the previous call, where that had another stream."""
-        for rank, stream in enumerate(streams):
-            last, device = self._last_streams.get(rank, stream), self._devices[rank]
-            if last != stream:
-                self._driver.wait(device, stream, self._driver.record(device, last))
-            self._last_streams[rank] = stream
 
     def _buffer_addresses(
         self, job: AllReduceCall, order: Sequence[int], offset: int, slots: list[list[int]] | None
@@ -271,7 +269,7 @@ class DeviceGroup:
 class _LaunchedCall(NamedTuple):
     schedule: Protocol
     route: Route
-    kernel: Callable[..., None]
+    kernel: Kernel
     programs: list[DeviceMemory]
     addresses: list[int]
     job: AllReduceCall

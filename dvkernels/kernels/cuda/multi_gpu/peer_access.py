@@ -13,6 +13,7 @@ import numpy as np
 from dvkernels.devices import driver
 from dvkernels.kernels import checks
 from dvkernels.kernels.cuda.engine import launcher
+from dvkernels.kernels.cuda.engine.kernel import Kernel
 from dvkernels.schedules.flag_selection import AccessMatrix
 
 __all__ = ["DeviceMemory", "PeerAccess", "reach"]
@@ -28,11 +29,11 @@ class DeviceMemory:
 
 
 class _Event:
-    """Event that is destroyed with this object."""
+    """Event of a device that is destroyed with this object."""
 
-    def __init__(self, handle: int, destroy: Callable[[int], None]) -> None:
-        self.handle = handle
-        weakref.finalize(self, destroy, handle).atexit = False
+    def __init__(self, cuda_driver: driver.Driver, device: int) -> None:
+        self.handle = cuda_driver.event(device)
+        weakref.finalize(self, cuda_driver.destroy, device, self.handle).atexit = False
 
 
 class PeerAccess:
@@ -53,23 +54,23 @@ class PeerAccess:
         self._driver.write(device, memory.address, checks.address(host), host.nbytes)
         return memory
 
-    def pinned(self, num_words: int) -> Any:
-        """Return zeroed int64 words in host memory that devices access at the same address."""
-        address = self._driver.allocate_on_host(8 * num_words)
+    def pinned(self, device: int, num_words: int) -> Any:
+        """Return zeroed int64 words in host memory that all devices access at the same address."""
+        address = self._driver.allocate_on_host(device, 8 * num_words)
         memory: Any = (ctypes.c_int64 * num_words).from_address(address)
         words = np.ndarray(num_words, np.int64, memory)
         words[:] = 0
-        weakref.finalize(memory, self._driver.free_on_host, address).atexit = False
+        weakref.finalize(memory, self._driver.free_on_host, device, address).atexit = False
         return words
 
-    def load(self, device: int, kernel: Callable[..., None]) -> None:
+    def load(self, device: int, kernel: Kernel) -> None:
         """Compile a kernel, unless it is compiled, and load it onto the device."""
         launcher.prepare(kernel, device)
 
     def launch(
         self,
         device: int,
-        kernel: Callable[..., None],
+        kernel: Kernel,
         num_blocks: int,
         stream: int,
         words: Sequence[int],
@@ -77,9 +78,13 @@ class PeerAccess:
         """Launch a loaded kernel without waiting for a device."""
         launcher.launch(kernel, device, num_blocks, words, stream)
 
-    def record(self, device: int, stream: int) -> Any:
-        """Return an event after all work that the stream holds now."""
-        return _Event(self._driver.record(device, stream), self._driver.destroy)
+    def event(self, device: int) -> Any:
+        """Return an event of a device, which has happened."""
+        return _Event(self._driver, device)
+
+    def record(self, device: int, stream: int, event: Any) -> None:
+        """Let an event of the device happen after all work that the stream holds now."""
+        self._driver.record(device, stream, event.handle)
 
     def wait(self, device: int, stream: int, event: Any) -> None:
         """Let the stream wait for an event of any device."""
