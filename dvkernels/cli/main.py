@@ -26,6 +26,7 @@ _VERBS = {
     "checkpoint": "dvkernels.cli.checkpoint",
     "compile": "dvkernels.cli.compile",
     "info": "dvkernels.cli.info",
+    "trace": "dvkernels.cli.trace",
 }
 
 

@@ -201,9 +201,19 @@ def _arrows(content: TraceContent) -> Iterator[Record]:
                 if other is last:
                     continue
                 number += 1
-                arrow = {"cat": "collective", "name": "last to arrive", "pid": worker}
-                arrow["id"] = f"{worker}.{number}"
-                for phase, (_, _, began, ended, lane, _) in (("s", last), ("f", other)):
-                    moment = began if phase == "s" else ended
-                    where = {"ts": (moment - base) / 1e3, "tid": content.lanes[lane].number}
-                    yield {"ph": phase, "bp": "e", **arrow, **where}
+                start = _lane_of(content, last), (last[2] - base) / 1e3
+                finish = _lane_of(content, other), (other[3] - base) / 1e3
+                yield from arrow(f"{worker}.{number}", "last to arrive", start, finish)
+
+
+def _lane_of(content: TraceContent, traced: TraceEvent) -> Record:
+    return {"pid": content.process.worker, "tid": content.lanes[traced[4]].number}
+
+
+def arrow(number: str, name: str, *ends: tuple[Record, float]) -> Iterator[Record]:
+    """Yield the start and the finish of an arrow: each a moment on the lane of a record."""
+    for phase, (lane, moment) in zip("sf", ends, strict=True):
+        yield {
+            "ph": phase, "bp": "e", "cat": "collective", "name": name, "id": number,
+            "pid": lane["pid"], "tid": lane["tid"], "ts": moment,
+        }  # fmt: skip
