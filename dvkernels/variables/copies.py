@@ -12,6 +12,7 @@ from dvkernels.devices.array_spec import Array, HostArray, Spec, refuse_masked, 
 from dvkernels.errors import BufferMismatchError, ContextError, NotABufferError
 from dvkernels.kernels import backends
 from dvkernels.profiler import debugging, tracing
+from dvkernels.profiler.memory_report import Holding
 from dvkernels.schedules import cost_model
 from dvkernels.user_errors import brief, text_of
 from dvkernels.values.distributed import DistributedValues, PerReplica
@@ -32,6 +33,7 @@ class Copies:
 
     __slots__ = (
         "__weakref__",
+        "_holdings",
         "_scratch",
         "aggregation",
         "arrays",
@@ -64,6 +66,10 @@ class Copies:
         devices = placement.copy_devices
         each = initial if len(initial) == len(devices) else [initial[0]] * len(devices)
         self.set_arrays(map(self.memory.new, each, devices))
+        self._holdings = [
+            Holding(str(device), "variables", array.nbytes)
+            for device, array in zip(devices, self.arrays, strict=True)
+        ]
 
     def set_arrays(self, arrays: Iterable[Array]) -> None:
         """Take new arrays as the copies."""
@@ -76,8 +82,15 @@ class Copies:
         are_equal = self.synchronization is VariableSynchronization.ON_WRITE
         initial = self.arrays[:1] if are_equal else self.arrays
         made = Copies(initial, self.placement, self.name, self.synchronization, self.aggregation)
-        made.is_slot = self.is_slot
+        if self.is_slot:
+            made.mark_as_slot()
         return made
+
+    def mark_as_slot(self) -> None:
+        """Count the memory as that of an optimizer."""
+        self.is_slot = True
+        for holding in self._holdings:
+            holding.move_to("slots")
 
     def index_of(self, rank: int) -> int:
         """Return the index of the copy that a local rank reads: its own, or the only one."""
@@ -153,11 +166,6 @@ class Copies:
 
     # -- writes of all copies -------------------------------------------------------------------
 
-    @property
-    def has_scratch(self) -> bool:
-        """Whether :meth:`scratch` holds an array."""
-        return self._scratch is not None
-
     def scratch(self) -> Any:
         """Return an array in which a write is computed before it is committed.
 
@@ -166,6 +174,8 @@ class Copies:
         """
         if self._scratch is None:
             self._scratch = self.memory.apply(np.empty_like, self.arrays[0])
+            device = str(self.placement.copy_devices[0])
+            self._holdings.append(Holding(device, "workspaces", self._scratch.nbytes))
         return self._scratch
 
     def commit(self, values: Sequence[Array]) -> None:

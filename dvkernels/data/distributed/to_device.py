@@ -21,6 +21,7 @@ from dvkernels.devices.array_spec import HostArray
 from dvkernels.devices.device import Device
 from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.profiler import tracing
+from dvkernels.profiler.memory_report import Holding
 
 __all__: list[str] = []
 
@@ -58,6 +59,8 @@ class _Slot:
             self.emptied.synchronize()
         self.host_buffer = self.arrays.pinned(nbytes)
         self.device_buffer = self.arrays.empty(self.device, (nbytes,), np.dtype(np.uint8))
+        places = "cpu:0", f"cuda:{self.device}"
+        self._holdings = [Holding(place, "staging", nbytes) for place in places]
         # The allocator may reuse memory that work on the current stream still accesses.
         self.emptied.record(self.arrays.current(self.device))
         self.capacity = nbytes
