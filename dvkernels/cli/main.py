@@ -27,6 +27,7 @@ _VERBS = {
     "compile": "dvkernels.cli.compile",
     "info": "dvkernels.cli.info",
     "trace": "dvkernels.cli.trace",
+    "ask": "dvkernels.cli.ask",
 }
 
 

@@ -1,6 +1,6 @@
 """Profiler: traces, debug mode and memory reports; all other packages may record to it.
 
-Imports: cluster, errors, pytree, reduce_op, schedules, thread_frames, user_errors.
+Imports: cluster, errors, pytree, reduce_op, schedules, thread_frames, threads, user_errors.
 """
 
 from dvkernels.profiler.collective_hooks import CollectiveRecord as CollectiveRecord

@@ -13,8 +13,8 @@ from typing import Any
 from dvkernels import deadlines
 from dvkernels.errors import CollectiveTimeoutError, ContextError
 from dvkernels.philox import StrategyGenerators
-from dvkernels.profiler import collective_hooks, debugging, tracing
-from dvkernels.replicas import foreign_threads, thread_limits
+from dvkernels.profiler import ask_server, collective_hooks, debugging, tracing
+from dvkernels.replicas import foreign_threads, step_report, thread_limits
 from dvkernels.replicas.gates import Gates
 from dvkernels.replicas.progress_thread import ProgressThread
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -60,7 +60,7 @@ class Runner:
         self._num_replicas = num_replicas
         self._first_replica = first_replica
         self._announce = announce
-        self._label = label
+        self.label = label
         self._timeout_seconds = timeout_seconds
         self._limit = limit
         self._algorithm_of = algorithm_of
@@ -72,6 +72,8 @@ class Runner:
         # A single replica of a single worker performs asynchronous calls at once.
         is_alone = num_replicas == 1 and announce is None
         self._background = None if is_alone else self._progress_thread
+        if announce is not None:  # of several workers
+            ask_server.ensure_running()
         self._reset_after_fork()
 
     def _reset_after_fork(self) -> None:
@@ -152,7 +154,7 @@ class Runner:
                 has_ended,
             )
             if collective_hooks.active is not None:  # as in debug mode
-                label = debugging.RunningReplica(self._label, number, 0, self._algorithm_of)
+                label = debugging.RunningReplica(self.label, number, 0, self._algorithm_of)
                 rendezvous.observe(debug_state, label)
             if team is not None:
                 share = None if limit is None else limit.share
@@ -165,7 +167,7 @@ class Runner:
             if rendezvous.failure is not None:
                 error = rendezvous.outcome(rendezvous.failure)
                 if debug_state is not None:
-                    debug_state.dump(self._label, number, error)
+                    debug_state.dump(self.label, number, error)
                 raise error
             if team is not None:
                 team.is_busy = False
@@ -208,7 +210,7 @@ class Runner:
 
     def _too_late(self, verb: str) -> ContextError:
         return ContextError(
-            f"{verb} of {self._label} was called while the interpreter is shutting down, when the "
+            f"{verb} of {self.label} was called while the interpreter is shutting down, when the "
             f"threads of its replicas run no more; call it before that, in a function registered "
             f"with atexit at the latest"
         )
@@ -223,6 +225,7 @@ class Runner:
         return self._meter
 
     def _new_team(self) -> ThreadTeam:
+        ask_server.ensure_running()
         share = None if self._limit is None else self._limit.share
         team = ThreadTeam(self._num_replicas, share)
         self._teams = [ref for ref in self._teams if ref() is not None]
@@ -269,6 +272,8 @@ def _take_part(rendezvous: Rendezvous, rank: int, call: Call, results: list[Any]
 
 
 foreign_threads.ENTRANCES.add(_take_part.__code__)
+step_report.REPLICAS.add(_take_part.__code__)
+step_report.RUNS.add(Runner._run.__code__)
 
 
 def _traced(rendezvous: Rendezvous, rank: int, call: Call) -> Any:

@@ -268,6 +268,18 @@ class StepState:
         """Return whether an error is caused by, or was raised while handling, the failure."""
         return user_errors.is_caused_by(error, self._echoes)
 
+    def waits_of(self, replica: int) -> tuple[str, list[int]]:
+        """Return the call that a replica is in, "" for none, and the replicas it waits for."""
+        requests: list[CollectiveCall | None] = self._requests
+        if requests[replica] is None and self._pending_calls is not None:
+            pending = self._pending_calls.awaited[replica]
+            if pending is not None and not pending.done.is_open:
+                requests = pending.requests
+        request = requests[replica]
+        if request is None:
+            return "", []
+        return str(request), diagnostics.missing_replicas(requests, self._first_replica)
+
     def _describe_replicas(self) -> str:
         return diagnostics.describe_replicas(
             self._requests,
