@@ -225,9 +225,9 @@ class Runner:
         return self._meter
 
     def _new_team(self) -> ThreadTeam:
-        ask_server.ensure_running()
         share = None if self._limit is None else self._limit.share
         team = ThreadTeam(self._num_replicas, share)
+        ask_server.ensure_running()
         self._teams = [ref for ref in self._teams if ref() is not None]
         self._teams.append(weakref.ref(team))
         return team
