@@ -33,7 +33,7 @@ class TimedDriver:
         return next(self.numbers)
 
     def record(self, lanes):
-        ((device, stream, event),) = lanes
+        ((_, stream, event),) = lanes
         ahead = 0 if stream == 7 else AHEAD
         self.recorded[event] = time.perf_counter_ns() + ahead
 
