@@ -33,12 +33,12 @@ class CustomReduction:
 
     Notes
     -----
-    The reduction supports integers, float32, float64, complex numbers and bool; half types must
-    be widened first. Every replica ends with the same bits, and the direct algorithm applies
-    ``fn`` from left to right. ``fn`` is compiled at its first use on a dtype, in each process
-    (about 0.5 s), for the CPU or for a GPU, wherever the arrays lie; a GPU may contract a product
-    and a sum, rounding once. Create the reduction once, outside ``run``: all replicas must pass
-    the same object.
+    The reduction supports integers, float32, float64, complex numbers and bool; half types must be
+    widened first. Every replica ends with the same bits, and the direct algorithm applies ``fn``
+    from left to right. ``fn`` is compiled at its first use on a dtype, in each process (about 0.5
+    s), for the CPU or for a GPU, wherever the arrays lie; for a GPU that needs numba-cuda, and a
+    product and a sum may be contracted there, rounding once. Create the reduction once, outside
+    ``run``: all replicas must pass the same object.
 
     Examples
     --------

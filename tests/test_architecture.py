@@ -258,6 +258,14 @@ def test_numba_cuda_stays_in_two_places() -> None:
     assert not broken, f"only kernels/cuda/ and devices/cuda.py touch numba.cuda: {broken}"
 
 
+def test_one_module_of_the_cuda_half_builds_llvm() -> None:
+    """All others say PTX: numba-cuda's successor has no llvmlite."""
+    found = {found.module for found in _all_imports() if found.target.split(".")[0] == "llvmlite"}
+    broken = {module for module in found if module.startswith("dvkernels.kernels.cuda.")}
+    assert broken == {"dvkernels.kernels.cuda.engine.inline_ptx"}
+    assert "dvkernels.kernels.arithmetic" not in found  # imported before the first call on a GPU
+
+
 def test_optree_stays_in_one_place() -> None:
     broken = {found.module for found in _all_imports() if found.target.split(".")[0] == "optree"}
     assert broken == {"dvkernels.pytree"}, "take flatten, map_leaves and others from pytree.py"

@@ -77,7 +77,8 @@ class _OneGpuBench:
         def all_calls() -> None:
             for _ in range(calls):
                 call()
-            self.arrays.current(self.device).synchronize()
+            with self.arrays.at(self.device):
+                self.arrays.current(self.device).synchronize()
 
         return timed(all_calls, 1) / calls
 

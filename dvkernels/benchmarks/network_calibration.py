@@ -1,6 +1,6 @@
 """Calibration of the cost model between workers, from measured all-reduce times by size.
 
-All workers of a job run it together, under ``mpiexec``; each time is that of the slowest worker.
+All workers of a job run it together; each time is that of the slowest worker.
 Between hosts every algorithm is measured, and the constants of the network are fitted to all.
 """
 
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dvkernels.benchmarks.stopwatch import Samples
+from dvkernels.cluster.host_group import HostGroup
 from dvkernels.cluster.resolver import ClusterResolver
+from dvkernels.communicators import registry
 from dvkernels.communicators.base import Workers
 from dvkernels.communicators.workers.mpi import network_model as network
 from dvkernels.reduce_op import ReduceOp
@@ -55,6 +57,9 @@ class Calibration(NamedTuple):
 
 def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
     """Measure between the workers of the job; collective over all of them."""
+    if isinstance(resolver, HostGroup):
+        group = registry.between_workers(resolver, _TIMEOUT_SECONDS)
+        return _on_one_host(group.size, _measure({"auto": group}, num_rounds)["auto"])
     # Imported here: it loads MPI.
     from dvkernels.communicators.workers import connect
 
@@ -65,8 +70,7 @@ def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
         workers = {name: connect.connect(resolver, _TIMEOUT_SECONDS, name) for name in ALGORITHMS}
     found = _measure(workers, num_rounds)
     if num_hosts == 1:
-        samples = found["auto"]
-        return Calibration(num_workers, 1, fit(num_workers, 1, samples), samples, None, {})
+        return _on_one_host(num_workers, found["auto"])
     samples = {
         nbytes: found[cost_model.between_hosts(cost_model.NETWORK, num_workers, num_hosts, nbytes)][
             nbytes
@@ -76,6 +80,10 @@ def calibrate(resolver: ClusterResolver, num_rounds: int) -> Calibration:
     link = fit(num_workers, num_hosts, samples)
     fitted = fit_network(num_workers, num_hosts, found)
     return Calibration(num_workers, num_hosts, link, samples, fitted, found)
+
+
+def _on_one_host(num_workers: int, samples: dict[int, Samples]) -> Calibration:
+    return Calibration(num_workers, 1, fit(num_workers, 1, samples), samples, None, {})
 
 
 def _measure(workers: Mapping[str, Workers], num_rounds: int) -> dict[str, dict[int, Samples]]:

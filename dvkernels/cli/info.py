@@ -22,6 +22,7 @@ from dvkernels.devices import array_memory, cpu, cuda
 from dvkernels.devices.device import Device
 from dvkernels.devices.registry import list_devices
 from dvkernels.kernels import compile_cache, threading_layer
+from dvkernels.kernels.cuda.engine import shipped_ptx
 from dvkernels.replicas import thread_limits
 from dvkernels.strategies.mirrored import MirroredStrategy
 
@@ -93,6 +94,7 @@ def _machine_report() -> dict[str, Any]:
             "libraries": thread_limits.threads_by_library(),
         },
         "cuda": missing or ("simulated" if cuda.is_simulated() else "found"),
+        "cuda_kernels": shipped_ptx.described(),
     }
 
 
@@ -110,7 +112,9 @@ def _print_machine(found: dict[str, Any]) -> None:
         is_simulated = found["cuda"] == "simulated" and not device.startswith("cpu")
         print(f"{device:8} {outcome}{' in the simulator' * is_simulated}")
     print(f"{'together':8} {found['together']}")
-    if found["cuda"] not in ("simulated", "found"):
+    if found["cuda"] == "found":
+        print(f"kernels of GPUs: {found['cuda_kernels']}")
+    elif found["cuda"] != "simulated":
         print(f"{'cuda':8} {found['cuda']}")
 
 
@@ -154,7 +158,8 @@ def _check(devices: list[Device]) -> str:
     expected = inputs.sum(axis=0)
     try:
         for algorithm in ("direct", "ring"):
-            with MirroredStrategy(devices, cross_device_ops=algorithm) as strategy:
+            # The threads of BLAS have a line of their own: no warning about them.
+            with MirroredStrategy(devices, cross_device_ops=algorithm, threads="all") as strategy:
 
                 def reduce_own() -> object:
                     replica = replica_context.get_replica_context()

@@ -10,15 +10,15 @@ import shlex
 import sys
 
 from dvkernels.cli import argument_types
+from dvkernels.cluster import simulated_hosts
 from dvkernels.errors import LaunchError
-from dvkernels.launcher import attempts, commands, job_plan
-from dvkernels.launcher.commands import HostSlots, LauncherFlavour
+from dvkernels.launcher import attempts, commands, job_plan, leaked_shm
+from dvkernels.launcher.commands import LauncherFlavour
+from dvkernels.launcher.job_description import HostSlots
 
 __all__: list[str] = []
 
 HELP = "start a program on several workers: here, or with the installed mpiexec or srun"
-
-_MPI, _SLURM = ("mpiexec", "mpirun"), ("srun",)
 
 _HOST = re.compile(r"(?P<name>[^\s:,]+|\[[0-9a-fA-F:]+\])(?::(?P<count>[1-9][0-9]*))?")
 
@@ -125,7 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.dry_run:
         added = commands.environment(job.num_threads, os.environ)
-        assignments = [f"{name}={value}" for name, value in added.items()]
+        with leaked_shm.host_group(job.num_workers, flavour is commands.LOCAL) as group:
+            assignments = [f"{name}={value}" for name, value in (added | group).items()]
         print(shlex.join(["env", *assignments, *commands.command(launcher, flavour, job)]))
         return 0
     return attempts.run(
@@ -144,13 +145,16 @@ def _engine(arguments: argparse.Namespace) -> tuple[str, LauncherFlavour]:
     engine: str = arguments.engine
     if engine == "auto":
         is_named = arguments.launcher or arguments.launcher_option or arguments.hosts
+        is_named = is_named or os.environ.get(simulated_hosts.VARIABLE)
         engine = "any" if is_named or job_plan.names_hosts(os.environ) else commands.LOCAL.name
     if engine == commands.LOCAL.name:
         if arguments.launcher:
             raise LaunchError("--engine local needs no --launcher; leave one of them out")
         return sys.executable, commands.LOCAL
-    names = {"mpi": _MPI, "slurm": _SLURM, "any": (*_MPI, *_SLURM)}[engine]
-    launcher = commands.find((arguments.launcher,) if arguments.launcher else names, os.environ)
+    among = {"mpi": commands.MPI, "slurm": commands.SLURM}.get(
+        engine, (*commands.MPI, *commands.SLURM)
+    )
+    launcher = commands.find(arguments.launcher, os.environ, among)
     return launcher, commands.flavour_of(launcher)
 
 

@@ -163,21 +163,26 @@ class _Gpu:
         return cuda_arrays.like(result, original)
 
     def new(self, content: Any, device: Device) -> Array:
-        if not isinstance(content, np.ndarray):
-            source = self._arrays.device_of(content)
-            cuda_arrays.order_streams([(current_stream(device.index), current_stream(source))])
         new_array = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
+        if isinstance(content, np.ndarray):
+            self._copy(new_array, content, "host", device)
+            return new_array
+        target = current_stream(device.index)
+        source = current_stream(self._arrays.device_of(content))
+        cuda_arrays.order_streams([(target, source)])
+        self._copy(new_array, content, f"cuda:{source.device}", device)
+        cuda_arrays.order_streams([(source, target)])  # what overwrites the content, comes later
+        return new_array
+
+    def _copy(self, target: Any, content: Any, source: str, device: Device) -> None:
         recording = tracing.active
         if recording is None:
-            self._arrays.copy(new_array, content)
-            return new_array
+            self._arrays.copy(target, content)
+            return
         span = GpuSpan(recording, *current_stream(device.index))
-        self._arrays.copy(new_array, content)
-        on_host = isinstance(content, np.ndarray)
-        source_name = "host" if on_host else f"cuda:{self._arrays.device_of(content)}"
-        about = {"from": source_name, "to": str(device), "bytes": content.nbytes}
+        self._arrays.copy(target, content)
+        about = {"from": source, "to": str(device), "bytes": content.nbytes}
         span.end("copy", "copy", about | {"dtype": str(content.dtype)})
-        return new_array
 
     def on(self, array: Any, device: Device) -> Any:
         if isinstance(array, np.ndarray) or self._arrays.device_of(array) != device.index:

@@ -51,6 +51,7 @@ class ArrayLibrary(Protocol):
     def event(self, device: int) -> Any:
         """Return a new event: ``record(stream)``, ``synchronize()``; ``stream.wait_event(it)``.
 
+        Both are called inside ``at(device)``: a default stream is that of the current device.
         Its ``done`` says, without waiting, whether it has happened.
         """
 
@@ -67,7 +68,10 @@ class ArrayLibrary(Protocol):
         """Return the index of the device that an array lies on."""
 
     def current(self, device: int) -> Any:
-        """Return this thread's current stream on a device; its address is ``ptr``."""
+        """Return this thread's current stream on a device; its address is ``ptr``.
+
+        It is used inside ``at(device)``: the default stream is that of the current device.
+        """
 
     def pinned(self, nbytes: int) -> HostArray:
         """Return bytes in pinned host memory, from which copies on a stream are asynchronous.
@@ -148,7 +152,7 @@ _PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "cupy")
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    """Return the installed packages among those that a GPU needs."""
+    """Return the installed packages among those that a GPU, or a compiler for it, needs."""
     from importlib import metadata  # 15 ms, and only where there is a driver
 
     installed = []
@@ -187,9 +191,8 @@ def explain(
             f"{runs}, and the packages here are for CUDA 13: python -m pip uninstall cupy-cuda13x, "
             f"then {install}, or update the driver"
         )
-    for name, package_name in (("numba-cuda", "numba-cuda"), ("cupy", "CuPy")):
-        if not any(installed_name.startswith(name) for installed_name in installed):
-            return f"{package_name} is not installed; {runs}: {install}"
+    if not any(name.startswith("cupy") for name in installed):
+        return f"CuPy is not installed; {runs}: {install}"
     return ""
 
 
@@ -206,6 +209,15 @@ def require(verb: str) -> None:
     problem = missing()
     if problem:
         raise DeviceError(f"{verb}: {problem}")
+
+
+def require_compiler(what: str) -> None:
+    """Raise :class:`DeviceError` unless there is a compiler for GPUs, which ``what`` needs."""
+    if "numba-cuda" not in _installed():
+        raise DeviceError(
+            f"{what} has to be compiled for GPUs, and numba-cuda is not installed: "
+            f"{install_command()}"
+        )
 
 
 @functools.cache

@@ -34,6 +34,7 @@ __all__ = [
     "locate",
     "order_streams",
     "wait_for_result",
+    "wait_on_host",
 ]
 
 
@@ -160,7 +161,7 @@ def adopt(verb: str, buffer: Any, label: str) -> Array:
     if interop.is_of_jax(buffer):
         own = arrays.empty(located.device, adopted.shape, adopted.dtype)
         arrays.copy(own, adopted)
-        arrays.current(located.device).synchronize()
+        wait_on_host(current_stream(located.device))
         return own
     return adopted
 
@@ -171,7 +172,7 @@ def wait_for_result(original: Any) -> None:
     JAX takes results that are there: for it the host waits.
     """
     if interop.is_of_jax(original):
-        cuda.arrays().current(original.__dlpack_device__()[1]).synchronize()
+        wait_on_host(current_stream(original.__dlpack_device__()[1]))
     elif interop.library_of(original) != "cupy":
         located = _locate_one("a result", original, "the value")
         order_streams([(located.device_stream, current_stream(located.device))])
@@ -195,10 +196,17 @@ def order_streams(pairs: Sequence[tuple[DeviceStream, DeviceStream]]) -> None:
             continue
         event = cuda_driver.event(awaited.device)
         try:
-            cuda_driver.record(*awaited, event)
-            cuda_driver.await_event(*waiting, event)
+            cuda_driver.record([(*awaited, event)])
+            cuda_driver.wait_for([(*waiting, event)])
         finally:
             cuda_driver.destroy(awaited.device, event)
+
+
+def wait_on_host(stream: DeviceStream) -> None:
+    """Let the host wait for the present work of a stream."""
+    arrays = cuda.arrays()
+    with arrays.at(stream.device):  # whose default stream it may be
+        arrays.stream_at(*stream).synchronize()
 
 
 @contextlib.contextmanager

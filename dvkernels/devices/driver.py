@@ -8,17 +8,17 @@ initialize CUDA.
 from __future__ import annotations
 
 import array
-import contextlib
 import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
+from dvkernels.devices import load_log
+from dvkernels.devices.driver_calls import OUT_OF_MEMORY, RELAXED, DriverCalls
 from dvkernels.errors import DeviceError
 
-__all__ = ["Arguments", "Driver", "find", "launches_block"]
+__all__ = ["Arguments", "Driver", "find", "launches_block", "leave_captures_alone"]
 
 _NAMES = ("libcuda.so.1", "libcuda.so")
 _NUM_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # attributes of a device
@@ -27,9 +27,7 @@ _UNTIMED = 2  # flag of an event without a time stamp
 _NON_BLOCKING = 1  # flag of a stream that does not synchronize with the default stream
 _FOR_ALL_DEVICES = 3  # flags of host memory: portable and mapped
 _ALREADY_OPEN = 704
-_NO_DEVICE, _OUT_OF_MEMORY, _NO_CONTEXT = 100, 2, 201
-_CAPTURE_ERRORS = range(900, 909)
-_RELAXED = 2  # mode of a thread whose calls no capture of another stream forbids
+_NO_CONTEXT = 201
 # Keys of the extra launch options: all arguments in one buffer, and the buffer's size.
 _END, _BUFFER, _BUFFER_SIZE = 0, 1, 2
 
@@ -52,46 +50,31 @@ class Arguments:
         )  # fmt: skip
 
 
-class Driver:
-    """Functions of the CUDA driver; each raises :class:`DeviceError` on failure.
-
-    ``library`` is the driver's ``ctypes.CDLL``, or a test double.
-    """
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-        self._contexts: dict[int, ctypes.c_void_p] = {}
-        self._pid = os.getpid()
-        code = library.cuInit(0)
-        self.problem = "" if code in (0, _NO_DEVICE) else self._name(code)
-
-    @property
-    def is_inherited(self) -> bool:
-        """Whether this process was forked after the driver was initialized."""
-        return os.getpid() != self._pid
+class Driver(DriverCalls):
+    """Functions of the CUDA driver; each raises :class:`DeviceError` on failure."""
 
     def count(self) -> int:
         """Return the number of devices that ``CUDA_VISIBLE_DEVICES`` makes visible."""
         found = ctypes.c_int()
-        if self.problem or self._library.cuDeviceGetCount(ctypes.byref(found)):
+        if self.problem or self.library.cuDeviceGetCount(ctypes.byref(found)):
             return 0
         return found.value
 
     def version(self) -> tuple[int, int]:
         """Return the newest CUDA version that the driver supports."""
-        number = self._get("cuDriverGetVersion")
+        number = self.get("cuDriverGetVersion")
         return number // 1000, number % 1000 // 10
 
     def name(self, device: int) -> str:
         """Return the name of a device."""
         name_buffer = ctypes.create_string_buffer(256)
-        self._check("cuDeviceGetName", name_buffer, len(name_buffer), self._handle(device))
+        self.check("cuDeviceGetName", name_buffer, len(name_buffer), self.handle(device))
         return name_buffer.value.decode()
 
     def uuid(self, device: int) -> str:
         """Return the UUID of a device (or MIG instance) as 32 hexadecimal digits."""
         found = (ctypes.c_uint8 * 16)()
-        self._check("cuDeviceGetUuid_v2", found, self._handle(device))
+        self.check("cuDeviceGetUuid_v2", found, self.handle(device))
         return bytes(found).hex()
 
     def capability(self, device: int) -> tuple[int, int]:
@@ -104,11 +87,11 @@ class Driver:
 
     def nbytes(self, device: int) -> int:
         """Return the memory of a device, in bytes."""
-        return self._get("cuDeviceTotalMem_v2", self._handle(device), kind=ctypes.c_size_t)
+        return self.get("cuDeviceTotalMem_v2", self.handle(device), kind=ctypes.c_size_t)
 
     def can_reach(self, device: int, peer: int) -> bool:
         """Return whether a device can access the memory of another (peer access)."""
-        return bool(self._get("cuDeviceCanAccessPeer", self._handle(device), self._handle(peer)))
+        return bool(self.get("cuDeviceCanAccessPeer", self.handle(device), self.handle(peer)))
 
     def device_of(self, address: int) -> int:
         """Return the device of an address."""
@@ -116,13 +99,13 @@ class Driver:
 
     def wait(self, device: int, waiting: int, awaited: int) -> None:
         """Let a stream wait for the present work of another of its device; the host does not."""
-        with self._within(device):
-            event = self._get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
+        with self.within(device):
+            event = self.get("cuEventCreate", _UNTIMED, kind=ctypes.c_void_p)
             try:
-                self._check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(awaited))
-                self._await(waiting, event)
+                self.check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(awaited))
+                self.check("cuStreamWaitEvent", ctypes.c_void_p(waiting), ctypes.c_void_p(event), 0)
             finally:  # the driver keeps what streams still need
-                self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
+                self.library.cuEventDestroy_v2(ctypes.c_void_p(event))
 
     def copy_each(
         self,
@@ -139,27 +122,32 @@ class Driver:
         """
         arguments = [[*map(ctypes.c_uint64, numbers)] for numbers in (targets, sources, sizes)]
         stream_arguments = itertools.repeat(ctypes.c_void_p(stream))
-        with self._within(device):
-            codes = [*map(self._library.cuMemcpyAsync, *arguments, stream_arguments)]
+        with self.within(device):
+            codes = [*map(self.library.cuMemcpyAsync, *arguments, stream_arguments)]
         for code in codes:
-            self._raise("cuMemcpyAsync", code)
+            self.raise_for("cuMemcpyAsync", code)
 
     def load(self, device: int, image: bytes, name: str) -> int:
-        """Load a compiled image onto a device; return the handle of its kernel ``name``."""
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        with self._beside_captures(device):
-            self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
-            self._check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        """Load PTX or machine code onto a device; return the handle of its kernel ``name``."""
+        module, function, log = ctypes.c_void_p(), ctypes.c_void_p(), load_log.LoadLog()
+        with self.beside_captures(device):
+            code = self.library.cuModuleLoadDataEx(
+                ctypes.byref(module), ctypes.c_char_p(image), *log.options
+            )
+            if code not in (0, OUT_OF_MEMORY):
+                raise DeviceError(log.describe(code, self.error_name(code), name, self.version()))
+            self.raise_for("cuModuleLoadDataEx", code)
+            self.check("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
             # Otherwise drivers since 12.4 may finish loading at the first launch, and wait for the
             # device then.
-            if hasattr(self._library, "cuFuncLoad"):
-                self._check("cuFuncLoad", function)
+            if hasattr(self.library, "cuFuncLoad"):
+                self.check("cuFuncLoad", function)
         return function.value or 0
 
     def num_resident_blocks(self, device: int, function: int, threads: int) -> int:
         """Return how many blocks of a loaded kernel run at once on one multiprocessor."""
-        with self._within(device):
-            return self._get(
+        with self.within(device):
+            return self.get(
                 "cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.c_void_p(function), threads,
                 ctypes.c_size_t(0),
             )  # fmt: skip
@@ -168,10 +156,9 @@ class Driver:
         """Enable a device's access to the memory of a peer; return whether it has access now."""
         if not self.can_reach(device, peer):
             return False
-        with self._within(peer):
-            context = self.current()
-        with self._within(device):
-            return self._library.cuCtxEnablePeerAccess(context, 0) in (0, _ALREADY_OPEN)
+        context = self.context(peer)
+        with self.beside_captures(device):
+            return self.library.cuCtxEnablePeerAccess(context, 0) in (0, _ALREADY_OPEN)
 
     def is_open(self, address: int) -> bool:
         """Return whether peers may access the memory at an address.
@@ -183,144 +170,98 @@ class Driver:
 
     def allocate(self, device: int, nbytes: int) -> int:
         """Allocate device memory; return its address, a multiple of 256."""
-        with self._beside_captures(device):
-            return self._get("cuMemAlloc_v2", ctypes.c_size_t(nbytes), kind=ctypes.c_uint64)
+        with self.beside_captures(device):
+            return self.get("cuMemAlloc_v2", ctypes.c_size_t(nbytes), kind=ctypes.c_uint64)
 
     def free(self, device: int, address: int) -> None:
         """Free memory of a device; wait until the device no longer uses it."""
         if self.is_inherited:
             return
-        with self._beside_captures(device):
-            self._check("cuMemFree_v2", ctypes.c_uint64(address))
+        with self.beside_captures(device):
+            self.check("cuMemFree_v2", ctypes.c_uint64(address))
 
     def write(self, device: int, address: int, host: int, nbytes: int) -> None:
         """Copy host memory to a device, and wait for the copy, but for no other work."""
         stream = ctypes.c_void_p()
-        with self._beside_captures(device):
-            self._check("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        with self.beside_captures(device):
+            self.check("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
             try:
-                self._check(
+                self.check(
                     "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), ctypes.c_void_p(host),
                     ctypes.c_size_t(nbytes), stream,
                 )  # fmt: skip
-                self._check("cuStreamSynchronize", stream)
+                self.check("cuStreamSynchronize", stream)
             finally:
-                self._check("cuStreamDestroy_v2", stream)
+                self.check("cuStreamDestroy_v2", stream)
 
     def allocate_on_host(self, device: int, nbytes: int) -> int:
         """Allocate pinned host memory in a device's context; its address is valid everywhere."""
         size = ctypes.c_size_t(nbytes)
-        with self._beside_captures(device):
-            return self._get("cuMemHostAlloc", size, _FOR_ALL_DEVICES, kind=ctypes.c_void_p)
+        with self.beside_captures(device):
+            return self.get("cuMemHostAlloc", size, _FOR_ALL_DEVICES, kind=ctypes.c_void_p)
 
     def free_on_host(self, device: int, address: int) -> None:
         """Free pinned host memory that no device uses any more."""
         if self.is_inherited:
             return
-        with self._beside_captures(device):
-            self._check("cuMemFreeHost", ctypes.c_void_p(address))
+        with self.beside_captures(device):
+            self.check("cuMemFreeHost", ctypes.c_void_p(address))
 
     def event(self, device: int, *, timed: bool = False) -> int:
         """Return a new event of a device, which has happened; the caller destroys it."""
-        with self._within(device):
-            return self._get("cuEventCreate", 0 if timed else _UNTIMED, kind=ctypes.c_void_p)
+        with self.within(device):
+            return self.get("cuEventCreate", 0 if timed else _UNTIMED, kind=ctypes.c_void_p)
 
-    def record(self, device: int, stream: int, event: int) -> None:
-        """Let an event of a stream's device happen after the present work of the stream."""
-        with self._within(device):
-            self._check("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+    def record(self, lanes: Iterable[tuple[int, int, int]]) -> None:
+        """Let each event happen after the present work of a stream: (device, stream, event)."""
+        function, previous_context = self.library.cuEventRecord, self.current()
+        try:  # one context after another, and the caller's once
+            for device, stream, event in lanes:
+                self.enter(device)
+                code = function(ctypes.c_void_p(event), ctypes.c_void_p(stream))
+                self.raise_for("cuEventRecord", code)
+        finally:
+            self.library.cuCtxSetCurrent(previous_context)
 
-    def await_event(self, device: int, stream: int, event: int) -> None:
-        """Let a stream wait for an event of any device; the host does not wait."""
-        with self._within(device):
-            self._await(stream, event)
+    def wait_for(self, lanes: Iterable[tuple[int, int, int]]) -> None:
+        """Let each stream wait for an event of any device: (device, stream, event)."""
+        function, previous_context = self.library.cuStreamWaitEvent, self.current()
+        try:
+            for device, stream, event in lanes:
+                self.enter(device)
+                code = function(ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+                self.raise_for("cuStreamWaitEvent", code)
+        finally:
+            self.library.cuCtxSetCurrent(previous_context)
 
     def await_on_host(self, event: int) -> None:
         """Wait on the host until an event has happened."""
-        self._check("cuEventSynchronize", ctypes.c_void_p(event))
+        self.check("cuEventSynchronize", ctypes.c_void_p(event))
 
     def milliseconds_between(self, first: int, last: int) -> float:
         """Return the time between two timed events of one device that have happened [ms]."""
-        found = ctypes.c_float()
-        self._check(
-            "cuEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(first), ctypes.c_void_p(last)
-        )
+        found, events = ctypes.c_float(), (ctypes.c_void_p(first), ctypes.c_void_p(last))
+        self.check("cuEventElapsedTime", ctypes.byref(found), *events)
         return found.value
-
-    def _await(self, stream: int, event: int) -> None:
-        self._check("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
 
     def destroy(self, device: int, event: int) -> None:
         """Destroy an event of a device; streams that wait for it are not affected."""
         if self.is_inherited:
             return
-        with self._within(device):
-            self._check("cuEventDestroy_v2", ctypes.c_void_p(event))
+        with self.within(device):
+            self.check("cuEventDestroy_v2", ctypes.c_void_p(event))
 
     def is_capturing(self, device: int, stream: int) -> bool:
         """Return whether a stream is being captured into a graph."""
         found = ctypes.c_int()
-        with self._within(device):
-            self._check("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(found))
+        with self.within(device):
+            self.check("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(found))
         return found.value != 0
 
     def synchronize(self, device: int) -> None:
         """Wait until a device has done all its work."""
-        with self._within(device):
-            self._check("cuCtxSynchronize")
-
-    @contextlib.contextmanager
-    def _within(self, device: int) -> Iterator[None]:
-        """Make the context of a device current inside ``with``, then restore the previous one."""
-        previous_context, context = self.current(), self._context(device)
-        if previous_context.value == context.value:
-            yield
-            return
-        try:  # an interrupt behind the first call restores the context too
-            self._check("cuCtxSetCurrent", context)
-            yield
-        finally:
-            self._check("cuCtxSetCurrent", previous_context)
-
-    @contextlib.contextmanager
-    def _beside_captures(self, device: int) -> Iterator[None]:
-        """Enter a device's context for calls that allocate, load or free.
-
-        While a graph is captured, in this thread or, in the mode "global", in any other, the driver
-        would refuse such calls and end the capture; in the mode "relaxed" of this thread it serves
-        them, outside of the graph.
-        """
-        mode = ctypes.c_int(_RELAXED)
-        with self._within(device):
-            self.exchange_capture_mode(mode)
-            try:
-                yield
-            finally:
-                self.exchange_capture_mode(mode)
-
-    def exchange_capture_mode(self, mode: ctypes.c_int) -> None:
-        """Exchange the capture mode of this thread with ``mode``."""
-        self._check("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-
-    def enter(self, device: int) -> None:
-        """Make the primary context of a device, which all libraries share, current."""
-        self._check("cuCtxSetCurrent", self._context(device))
-
-    def _context(self, device: int) -> ctypes.c_void_p:
-        context = self._contexts.get(device)
-        if context is None:
-            # It is never released, so several threads may count their references to it.
-            context = ctypes.c_void_p()
-            handle = self._handle(device)
-            self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-            self._contexts[device] = context
-        return context
-
-    def current(self) -> ctypes.c_void_p:
-        """Return the current context of this thread, which may be null."""
-        found = ctypes.c_void_p()
-        self._check("cuCtxGetCurrent", ctypes.byref(found))
-        return found
+        with self.within(device):
+            self.check("cuCtxSynchronize")
 
     def launch(
         self,
@@ -336,66 +277,33 @@ class Driver:
         The driver copies the arguments before this returns. The thread's context is restored.
         """
         previous_context = self.current()
-        device_context = self._contexts.get(device)
+        device_context = self.contexts.get(device)
         is_elsewhere = device_context is None or previous_context.value != device_context.value
         try:
             if is_elsewhere:
                 self.enter(device)
-            code = self._library.cuLaunchKernel(
+            code = self.library.cuLaunchKernel(
                 ctypes.c_void_p(function), blocks, 1, 1, threads, 1, 1, 0,
                 ctypes.c_void_p(stream), None, arguments.options,
             )  # fmt: skip
         finally:
             if is_elsewhere:
-                self._check("cuCtxSetCurrent", previous_context)
-        self._raise("cuLaunchKernel", code)
+                self.library.cuCtxSetCurrent(previous_context)
+        self.raise_for("cuLaunchKernel", code)
 
     def _pointer_attribute(self, attribute: int, address: int) -> int:
         """Return an attribute of an address, also in threads without a context."""
         found = ctypes.c_int()
         arguments = ctypes.byref(found), attribute, ctypes.c_uint64(address)
-        code = self._library.cuPointerGetAttribute(*arguments)
+        code = self.library.cuPointerGetAttribute(*arguments)
         if code == _NO_CONTEXT:
-            with self._within(next(iter(self._contexts), 0)):
-                code = self._library.cuPointerGetAttribute(*arguments)
-        self._raise("cuPointerGetAttribute", code)
+            with self.within(next(iter(self.contexts), 0)):
+                code = self.library.cuPointerGetAttribute(*arguments)
+        self.raise_for("cuPointerGetAttribute", code)
         return found.value
 
     def _attribute(self, device: int, attribute: int) -> int:
-        return self._get("cuDeviceGetAttribute", attribute, self._handle(device))
-
-    def _handle(self, device: int) -> int:
-        return self._get("cuDeviceGet", device)
-
-    def _get(self, function: str, *args: Any, kind: Any = ctypes.c_int) -> int:
-        """Return what a function writes to its first argument, 0 for a null pointer."""
-        found = kind()
-        self._raise(function, getattr(self._library, function)(ctypes.byref(found), *args))
-        return found.value or 0
-
-    def _check(self, function: str, *args: Any) -> None:
-        self._raise(function, getattr(self._library, function)(*args))
-
-    def _raise(self, function: str, code: int) -> None:
-        if code == _OUT_OF_MEMORY:
-            raise DeviceError(
-                f"{function}: the GPU is out of memory; free arrays (in CuPy "
-                "get_default_memory_pool().free_all_blocks()), or use smaller ones"
-            )
-        if code in _CAPTURE_ERRORS:
-            raise DeviceError(
-                f"{function} failed with {self._name(code)}: a CUDA graph is being captured, and "
-                "the call cannot become part of it; make the same call once before the capture, "
-                "then in it with streams that it captures (not the default stream), in place or "
-                "with out="
-            )
-        if code:
-            raise DeviceError(f"{function} failed with {self._name(code)}")
-
-    def _name(self, code: int) -> str:
-        text = ctypes.c_char_p()
-        self._library.cuGetErrorName(code, ctypes.byref(text))
-        return (text.value or b"").decode() or f"error {code} of the CUDA driver"
+        return self.get("cuDeviceGetAttribute", attribute, self.handle(device))
 
 
 def _is_set(value: str) -> bool:
@@ -413,6 +321,14 @@ def launches_block() -> bool:
     to anything but 0.
     """
     return _BLOCKED_AT_IMPORT or _is_set(os.environ.get("CUDA_LAUNCH_BLOCKING", ""))
+
+
+def leave_captures_alone(device: int) -> None:
+    """Let the calls of this thread neither fail nor end a capture while another thread captures."""
+    cuda_driver = find()
+    if cuda_driver is not None:
+        with cuda_driver.within(device):
+            cuda_driver.exchange_capture_mode(ctypes.c_int(RELAXED))
 
 
 @functools.cache

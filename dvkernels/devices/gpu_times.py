@@ -156,7 +156,7 @@ class StreamClock(SimulatedClock):
     def _event_on(self, stream: int) -> int:
         """Return a new event behind the present work of a stream."""
         event = self._driver.event(self._device, timed=True)
-        self._driver.record(self._device, stream, event)
+        self._driver.record([(self._device, stream, event)])
         return event
 
     def _read_oldest(self) -> None:

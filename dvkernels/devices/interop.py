@@ -151,12 +151,13 @@ def _view_of_jax(array: Any) -> HostArray:
     return np.asarray(array)  # read-only, and not copied on the CPU
 
 
-def _as_jax(array: Array) -> Any:
+def _as_jax(array: Any) -> Any:
     jax_numpy = sys.modules["jax"].numpy
     if isinstance(array, np.ndarray):
         return jax_numpy.asarray(array)
     if array.dtype.name == "bfloat16":
-        return jax_numpy.from_dlpack(array.view(np.uint16)).view("bfloat16")
+        words: Any = array
+        return jax_numpy.from_dlpack(words.view(np.uint16)).view("bfloat16")
     return jax_numpy.from_dlpack(array)
 
 

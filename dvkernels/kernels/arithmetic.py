@@ -1,17 +1,17 @@
-"""LLVM code of vector arithmetic on every element type, for both twins.
+"""Element types and operations of the kernels: one definition of their arithmetic, for all twins.
 
-The CPU keeps a vector in one register, a GPU in several: the emitted operations are the same, and
-so are the bits. Half types are widened to float32, combined there, and rounded once.
+A vector is an object whose operators emit code: for the CPU, LLVM's; for a GPU, PTX. The operations
+are the same, and so are the bits. Half types are widened to float32, combined there, and rounded
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from llvmlite import ir
 
 from dvkernels.reduce_op import ReduceOp
 
@@ -22,18 +22,20 @@ __all__ = [
     "MIN",
     "MUL",
     "SUB",
-    "VectorArithmetic",
+    "ElementType",
+    "VectorOperators",
+    "combine",
     "dtype_of",
+    "element_type",
     "factor",
     "has_type",
+    "join_bfloat16",
     "number_nbytes",
     "operation_code",
+    "round_to_bfloat16",
+    "split_bfloat16",
     "type_code",
 ]
-
-_LINE = 64  # bytes of a cache line, the unit of a streaming store
-_I64 = ir.IntType(64)
-_I32 = ir.IntType(32)
 
 ADD, MIN, MAX, MUL, SUB, DIV = range(6)
 # A mean is a sum that is divided once, at the end.
@@ -51,177 +53,104 @@ _TYPES = (
 )  # fmt: skip
 
 
-def _int(value: int) -> Any:
-    return ir.Constant(_I64, value)
+class ElementType(NamedTuple):
+    """Type of an element, which is a number, or two where it is complex."""
+
+    kind: str
+    itemsize: int
+    unit: int  # numbers per element
+    bits: int  # of a number, as it is stored
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the numbers are floating-point numbers."""
+        return self.kind in "bfc"
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the numbers are computed in float32 and stored in 16 bits."""
+        return self.bits == 16 and self.is_float
 
 
-class VectorArithmetic:
-    """Emitter of loads, stores and arithmetic on vectors of one element type.
+def element_type(code: int) -> ElementType:
+    """Return the element type of a code."""
+    kind, itemsize = _TYPES[code]
+    unit = 2 if kind == "c" else 1
+    return ElementType(kind, itemsize, unit, 8 * itemsize // unit)
 
-    A vector holds numbers: a complex element is two of them.
+
+def _operator(name: str) -> Callable[[Any, Any], Any]:
+    """Return the method of an operator, which emits the operation of this name."""
+
+    def operate(self: Any, other: Any) -> Any:
+        return self.emit(name, other)
+
+    return operate
+
+
+class VectorOperators:
+    """Vector in registers. Its classes add ``emit``, and the methods that :func:`combine` calls."""
+
+    __add__, __sub__, __mul__ = _operator("add"), _operator("sub"), _operator("mul")
+    __truediv__, __lt__, __gt__ = _operator("div"), _operator("lt"), _operator("gt")
+    __and__, __or__, __xor__ = _operator("and"), _operator("or"), _operator("xor")
+    __lshift__, __rshift__ = _operator("shl"), _operator("shr")
+
+    def emit(self, name: str, other: Any) -> Any:
+        """Emit an operation with another vector, or with an integer in every lane."""
+        raise NotImplementedError
+
+    def is_nan(self) -> Any:
+        """Emit which numbers are not a number."""
+        return self.emit("nan", self)
+
+
+def combine(operation: int, element: ElementType, left: Any, right: Any) -> Any:
+    """Return ``left operation right`` of two vectors."""
+    if operation == ADD:
+        return left + right
+    if operation == MUL:
+        return _complex_product(left, right) if element.kind == "c" else left * right
+    if operation == SUB:
+        return left - right
+    if operation == DIV:  # of real floats only
+        return left / right
+    stays = left < right if operation == MIN else left > right
+    # A NaN on the left is kept; a NaN on the right makes the comparison false, and is chosen.
+    return left.choose(stays | left.is_nan() if element.is_float else stays, right)
+
+
+def _complex_product(left: Any, right: Any) -> Any:
+    """Return (a + bi)(c + di) = (ac - bd) + (ad + bc)i over pairs of lanes, with NumPy's bits."""
+    lanes = range(left.count)
+    real = left.take([lane & ~1 for lane in lanes])
+    imaginary = left.take([lane | 1 for lane in lanes])
+    swapped = right.take([lane ^ 1 for lane in lanes])
+    cross = (imaginary * swapped).negate_even()
+    return real * right + cross
+
+
+def split_bfloat16(words: Any) -> Any:
+    """Return the float32 of packed bfloat16: all lower halves of the words, then all upper ones.
+
+    :func:`join_bfloat16` inverts this order of lanes, so nothing needs to be shuffled.
     """
+    return (words << 16).join(words & 0xFFFF0000).bits("f32")
 
-    def __init__(self, builder: Any, code: int) -> None:
-        self.builder = builder
-        self.kind, self.itemsize = _TYPES[code]
-        self.unit = 2 if self.kind == "c" else 1  # numbers per element
-        bits = 8 * self.itemsize // self.unit
-        self.is_half = bits == 16 and self.kind in "bf"
-        self.is_float = self.kind in "bfc"
-        floats = {16: ir.FloatType(), 32: ir.FloatType(), 64: ir.DoubleType()}
-        self.number: Any = floats[bits] if self.is_float else ir.IntType(bits)
-        self.stored: Any = ir.IntType(16) if self.is_half else self.number
 
-    def vector(self, lanes: int) -> Any:
-        """Return the vector type of ``lanes`` numbers in which arithmetic is done."""
-        return ir.VectorType(self.number, lanes)
+def join_bfloat16(bits: Any) -> Any:
+    """Return words with the upper halves of the first, and of the second half of the lanes."""
+    lower, upper = bits.take(range(bits.count // 2)), bits.take(range(bits.count // 2, bits.count))
+    return (lower >> 16) | (upper & 0xFFFF0000)
 
-    def load(self, pointer: Any, lanes: int, align: int = 1) -> Any:
-        """Emit a load that widens; on a CPU, unaligned loads cost nothing on aligned data."""
-        builder = self.builder
-        raw = self.read(pointer, lanes, align)
-        if not self.is_half:
-            return raw
-        if self.kind == "f":
-            halves = builder.bitcast(raw, ir.VectorType(ir.HalfType(), lanes))
-            return builder.fpext(halves, self.vector(lanes))
-        if lanes % 2 == 0:
-            # Each 32-bit word holds two halves: all lower ones come first, then all upper ones.
-            # The store inverts this order of lanes, so nothing needs to be shuffled.
-            words = builder.bitcast(raw, ir.VectorType(_I32, lanes // 2))
-            lower = builder.shl(words, self._all(_I32, lanes // 2, 16))
-            upper = builder.and_(words, self._all(_I32, lanes // 2, 0xFFFF0000))
-            wide = builder.shuffle_vector(lower, upper, self._lanes(range(lanes)))
-        else:
-            wide = builder.zext(raw, ir.VectorType(_I32, lanes))
-            wide = builder.shl(wide, self._all(_I32, lanes, 16))
-        return builder.bitcast(wide, self.vector(lanes))
 
-    def store(
-        self, value: Any, pointer: Any, lanes: int, streams: bool = False, align: int = 1
-    ) -> None:
-        """Emit a store that rounds half types; a streaming store needs a cache line's start."""
-        builder = self.builder
-        if self.is_half:
-            value = self._to_half(value, lanes)
-        stored = self.write(value, pointer, lanes, _LINE if streams else align)
-        if streams:
-            one = ir.Constant(_I32, 1)
-            stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
-
-    def read(self, pointer: Any, lanes: int, align: int) -> Any:
-        """Emit a load of the stored type."""
-        kind = ir.VectorType(self.stored, lanes)
-        typed = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
-        return self.builder.load(typed, align=align)
-
-    def write(self, value: Any, pointer: Any, lanes: int, align: int) -> Any:
-        """Emit a store of the stored type, and return the instruction."""
-        kind = ir.VectorType(self.stored, lanes)
-        typed = self.builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
-        return self.builder.store(value, typed, align=align)
-
-    def _to_half(self, value: Any, lanes: int) -> Any:
-        """Emit the rounding to the nearest half, ties to even."""
-        builder = self.builder
-        shorts = ir.VectorType(ir.IntType(16), lanes)
-        if self.kind == "f":
-            halves = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
-            return builder.bitcast(halves, shorts)
-        wide = ir.VectorType(_I32, lanes)
-        bits = builder.bitcast(value, wide)
-        sixteen = self._all(_I32, lanes, 16)
-        upper = builder.lshr(bits, sixteen)
-        odd = builder.and_(upper, self._all(_I32, lanes, 1))
-        half_up = builder.add(builder.add(bits, self._all(_I32, lanes, 0x7FFF)), odd)
-        # The carry would turn some NaNs into infinities: keep their upper bits, and set quiet.
-        quiet = builder.or_(bits, self._all(_I32, lanes, 0x400000))
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        rounded = builder.select(is_nan, quiet, half_up)
-        if lanes % 2:
-            return builder.trunc(builder.lshr(rounded, sixteen), shorts)
-        half = lanes // 2
-        lower = builder.shuffle_vector(rounded, rounded, self._lanes(range(half)))
-        upper = builder.shuffle_vector(rounded, rounded, self._lanes(range(half, lanes)))
-        lower = builder.lshr(lower, self._all(_I32, half, 16))
-        upper = builder.and_(upper, self._all(_I32, half, 0xFFFF0000))
-        return builder.bitcast(builder.or_(lower, upper), shorts)
-
-    def combine(self, operation: int, left: Any, right: Any) -> Any:
-        """Emit ``left operation right``."""
-        builder = self.builder
-        if operation == ADD:
-            return (builder.fadd if self.is_float else builder.add)(left, right)
-        if operation == MUL:
-            if self.kind == "c":
-                return self._complex_product(left, right)
-            return (builder.fmul if self.is_float else builder.mul)(left, right)
-        if operation == SUB:
-            return (builder.fsub if self.is_float else builder.sub)(left, right)
-        if operation == DIV:  # of real floats only
-            return builder.fdiv(left, right)
-        sign = "<" if operation == MIN else ">"
-        if not self.is_float:
-            compare = builder.icmp_signed if self.kind == "i" else builder.icmp_unsigned
-            return builder.select(compare(sign, left, right), left, right)
-        # A NaN on the left is kept; a NaN on the right makes the comparison false, and is chosen.
-        stays = builder.or_(
-            builder.fcmp_ordered(sign, left, right), builder.fcmp_unordered("uno", left, left)
-        )
-        return builder.select(stays, left, right)
-
-    def _complex_product(self, left: Any, right: Any) -> Any:
-        """Emit (a + bi)(c + di) = (ac - bd) + (ad + bc)i over pairs of lanes, with NumPy's bits."""
-        builder = self.builder
-        lanes = left.type.count
-        real = self._shuffle(left, [lane & ~1 for lane in range(lanes)])
-        imaginary = self._shuffle(left, [lane | 1 for lane in range(lanes)])
-        swapped = self._shuffle(right, [lane ^ 1 for lane in range(lanes)])
-        signs = ir.Constant(left.type, [(-1.0, 1.0)[lane & 1] for lane in range(lanes)])
-        cross = builder.fmul(self.product(imaginary, swapped), signs)
-        return builder.fadd(self.product(real, right), cross)
-
-    def product(self, left: Any, right: Any) -> Any:
-        """Emit a product that is rounded before a sum: never a fused multiply-add."""
-        return self.builder.fmul(left, right)
-
-    def divide(self, value: Any, divisor: Any, reciprocal: Any, is_exact: Any) -> Any:
-        """Emit a division with NumPy's bits.
-
-        Where ``is_exact``, the divisor is a power of two, and the product with the reciprocal is
-        exact and faster.
-        """
-        builder = self.builder
-        lanes = value.type.count
-        with builder.if_else(is_exact) as (exact, rounded):
-            with exact:
-                product = builder.fmul(value, self.spread(reciprocal, lanes))
-                from_exact = builder.block
-            with rounded:
-                quotient = builder.fdiv(value, self.spread(divisor, lanes))
-                from_rounded = builder.block
-        merged = builder.phi(value.type)
-        merged.add_incoming(product, from_exact)
-        merged.add_incoming(quotient, from_rounded)
-        return merged
-
-    def spread(self, scalar: Any, lanes: int) -> Any:
-        """Emit a vector with the scalar in every lane."""
-        undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
-        single = self.builder.insert_element(undefined, scalar, _int(0))
-        return self._shuffle(single, [0] * lanes)
-
-    def _shuffle(self, vector: Any, lanes: list[int]) -> Any:
-        nothing = ir.Constant(vector.type, ir.Undefined)
-        return self.builder.shuffle_vector(vector, nothing, self._lanes(lanes))
-
-    @staticmethod
-    def _lanes(lanes: Sequence[int]) -> Any:
-        return ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
-
-    @staticmethod
-    def _all(number: Any, lanes: int, value: int) -> Any:
-        return ir.Constant(ir.VectorType(number, lanes), [value] * lanes)
+def round_to_bfloat16(value: Any) -> Any:
+    """Return the bits whose upper halves are the nearest bfloat16, ties to even, of float32."""
+    bits = value.bits("u32")
+    odd = (bits >> 16) & 1
+    half_up = bits + 0x7FFF + odd
+    # The carry would turn some NaNs into infinities: keep their upper bits, and set quiet.
+    return (bits | 0x400000).choose(value.is_nan(), half_up)
 
 
 def operation_code(op: ReduceOp) -> int:
@@ -259,7 +188,7 @@ def factor(op: object, dtype: np.dtype[Any]) -> int:
 def _computed_as(op: ReduceOp, dtype: np.dtype[Any]) -> tuple[str, int]:
     """Return the type whose runner computes the same bits; a shared runner saves 0.3 s."""
     kind, itemsize = dtype.kind, dtype.itemsize
-    if dtype.name == "bfloat16":
+    if kind == "V" and dtype.name == "bfloat16":  # NumPy makes the name anew each time
         return "b", 2
     if kind == "b":
         return "u", 1

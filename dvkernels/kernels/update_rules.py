@@ -1,4 +1,9 @@
-"""Update rules, coefficients and checks of the fused optimizers, for both twins."""
+"""Update rules, coefficients and checks of the fused optimizers, for both twins.
+
+SGD: plain, with momentum, with Nesterov momentum. Adam: D. P. Kingma, J. Ba, ICLR 2015,
+arXiv:1412.6980. AdamW (decoupled weight decay): I. Loshchilov, F. Hutter, ICLR 2019,
+arXiv:1711.05101.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +23,49 @@ __all__ = [
     "ADAM",
     "MOMENTUM",
     "NESTEROV",
+    "NUM_COEFFICIENTS",
     "PLAIN",
     "CheckedStep",
     "adam_coefficients",
+    "adam_step",
     "check",
     "sgd_coefficients",
     "sgd_rule",
+    "sgd_step",
 ]
 
 PLAIN, MOMENTUM, NESTEROV, ADAM = range(4)
+NUM_COEFFICIENTS = 9  # of the rule with most
 
 Groups = Sequence[Sequence[Any]]
 Each = float | Sequence[float]  # one value for all parameters, or one for each
 Coefficients = tuple[float, ...]
 Rule = tuple[int, Sequence[Coefficients]]  # one of the rules above; each parameter's coefficients
+
+
+# The arithmetic of a step. The numbers are of one type, and round after each operation: elements in
+# code that Numba compiles, NumPy arrays, or vectors in the registers of a GPU.
+
+
+def sgd_step(rule: int, gradient: Any, parameter: Any, velocity: Any, coefficients: Any) -> Any:
+    """Return the new parameter and the new velocity, which a plain step has none of."""
+    rate, momentum, decay = coefficients[0], coefficients[1], coefficients[2]
+    slope = gradient + decay * parameter
+    if rule == PLAIN:
+        return parameter - rate * slope, velocity
+    speed = momentum * velocity + slope
+    direction = slope + momentum * speed if rule == NESTEROV else speed
+    return parameter - rate * direction, speed
+
+
+def adam_step(gradient: Any, parameter: Any, first: Any, second: Any, coefficients: Any) -> Any:
+    """Return the new parameter, and its new first and second moments."""
+    rate, beta_1, beta_2, epsilon, correction, decay, kept, new_1, new_2 = coefficients
+    slope = gradient + decay * parameter
+    mean = beta_1 * first + new_1 * slope
+    square = beta_2 * second + new_2 * slope * slope
+    denominator = np.sqrt(square) * correction + epsilon
+    return kept * parameter - rate * mean / denominator, mean, square
 
 
 def sgd_rule(has_velocities: bool, nesterov: bool) -> int:
@@ -74,6 +108,8 @@ def adam_coefficients(
             1 / math.sqrt(1 - beta_2**count),
             0.0 if decoupled else weight_decay,
             1 - rate * weight_decay if decoupled else 1.0,
+            1 - beta_1,
+            1 - beta_2,
         )
 
     counts = _each("optimizers.adam", "step", step, len(parameters))

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from dvkernels.launcher import commands, job_plan, leaked_shm, supervision
-from dvkernels.launcher.commands import Job, LauncherFlavour
+from dvkernels.launcher.commands import LauncherFlavour
+from dvkernels.launcher.job_description import Job
 
 __all__ = ["run"]
 
@@ -71,7 +72,7 @@ def run(
     deadline = time.monotonic() + timeout_seconds
     first = _first_attempt(environ)
     for attempt in range(first, first + max_restarts + 1):
-        with leaked_shm.host_group(job.num_workers) as group:
+        with leaked_shm.host_group(job.num_workers, flavour is commands.LOCAL) as group:
             end = supervision.run(
                 command,
                 {**environ, **added, **group, job_plan.ATTEMPT_VARIABLE: str(attempt)},

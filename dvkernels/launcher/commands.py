@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +18,14 @@ from dvkernels.cluster import launcher_environment
 from dvkernels.communicators.workers.mpi import network_model
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import scancel
+from dvkernels.launcher.job_description import HostSlots, Job
 
 __all__ = [
     "EXPORTED_VARIABLES",
     "FLAVOURS",
     "LOCAL",
-    "HostSlots",
-    "Job",
+    "MPI",
+    "SLURM",
     "LauncherFlavour",
     "command",
     "environment",
@@ -54,62 +54,12 @@ _RENAMED_VARIABLES = {
     "OMPI_MCA_orte_default_hostfile": "PRTE_MCA_prte_default_hostfile",
     "OMPI_MCA_orte_keep_fqdn_hostnames": "PRTE_MCA_prte_keep_fqdn_hostnames",
 }
+MPI, SLURM = ("mpiexec", "mpirun"), ("srun",)  # names of launchers
 _SECONDS_FOR_A_VERSION = 30
 _PREFIX_SCRIPT = Path(__file__).with_name("prefix_output.py")
 _LOCAL_ENGINE = Path(__file__).with_name("local_engine.py")
 # Without site packages the interpreter starts in a few milliseconds.
 _BARE = (sys.executable, "-I", "-S")
-
-
-class HostSlots(NamedTuple):
-    """A host and its number of workers."""
-
-    name: str
-    num_workers: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job to start: a program, its workers, their hosts, threads and binding.
-
-    Attributes
-    ----------
-    program : tuple of str
-        The command of each worker.
-    num_workers : int
-        Number of workers.
-    hosts : tuple of HostSlots
-        The hosts; empty where the launcher decides: this host, unless a batch system names others.
-    num_threads : int or None
-        Threads of each worker; None for the worker's own choice.
-    bound : bool or None
-        Whether each worker is bound to as many cores as it has threads. None for the launcher's
-        default: Slurm binds tasks to their allocation, the others bind nothing.
-    is_local : bool
-        Whether all workers are known to run on this host.
-    oversubscribed : bool
-        Whether there are more workers than cores.
-    as_root : bool
-        Whether the superuser starts the job.
-    prefixed : bool
-        Whether each line that a worker prints starts with its number.
-    exported_variables : tuple of str
-        Names of the environment variables that workers on other hosts need too.
-    launcher_options : tuple of str
-        Further arguments of the launcher.
-    """
-
-    program: tuple[str, ...]
-    num_workers: int
-    hosts: tuple[HostSlots, ...] = ()
-    num_threads: int | None = None
-    bound: bool | None = False
-    is_local: bool = False
-    oversubscribed: bool = False
-    as_root: bool = False
-    prefixed: bool = True
-    exported_variables: tuple[str, ...] = ()
-    launcher_options: tuple[str, ...] = ()
 
 
 class LauncherFlavour(NamedTuple):
@@ -129,14 +79,16 @@ class LauncherFlavour(NamedTuple):
     forwards_input: bool = True
 
 
-def find(names: Sequence[str], environ: Mapping[str, str]) -> str:
+def find(
+    name: str | None, environ: Mapping[str, str], among: Sequence[str] = (*MPI, *SLURM)
+) -> str:
     """Return the path of the launcher.
 
     Parameters
     ----------
-    names : sequence of str
-        Names or paths, of which the first that exists counts. A name is looked up in the folder of
-        the interpreter, where pip installs the MPI of mpi4py, and then in ``PATH``.
+    name : str or None
+        A name or path; None for the first of ``among`` that exists. A name is looked up in the
+        folder of the interpreter, where pip installs the MPI of mpi4py, and then in ``PATH``.
     environ : mapping
         The environment variables.
 
@@ -146,6 +98,7 @@ def find(names: Sequence[str], environ: Mapping[str, str]) -> str:
         No launcher was found.
     """
     own_folder = str(Path(sys.executable).parent)
+    names = (name,) if name else among
     for program in names:
         for folders in (own_folder, environ.get("PATH", "")):
             path = shutil.which(program, path=folders)

@@ -11,7 +11,8 @@ from dvkernels.cluster import launcher_environment, slurm_counts
 from dvkernels.devices import cpu
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import commands
-from dvkernels.launcher.commands import HostSlots, Job, LauncherFlavour
+from dvkernels.launcher.commands import LauncherFlavour
+from dvkernels.launcher.job_description import HostSlots, Job
 
 __all__ = ["ATTEMPT_VARIABLE", "is_first_worker_local", "names_hosts", "plan"]
 

@@ -102,11 +102,15 @@ class Leftovers:
 
 
 @contextlib.contextmanager
-def host_group(num_workers: int) -> Iterator[dict[str, str]]:
+def host_group(num_workers: int, is_local: bool = True) -> Iterator[dict[str, str]]:
     """Yield the environment variables of a new host group, but its ranks; remove its file.
 
-    The file has its name only until all workers have come, unless all are killed before that.
+    The file has its name only until all workers have come, unless all are killed before that. None
+    where a launcher connects the workers: ``is_local`` is False.
     """
+    if not is_local:
+        yield {}
+        return
     name, token = f"dvkernels-launch-{secrets.token_hex(8)}", secrets.token_hex(16)
     path = HostGroup(name, 0, num_workers, token).path
     try:

@@ -6,6 +6,7 @@ event says so, and may or may not have been done before.
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -39,7 +40,11 @@ class Stream:
 
 
 class Event:
+    def __init__(self, arrays, device):
+        self._arrays, self._device = arrays, device
+
     def record(self, stream):
+        assert self._arrays.here == self._device, "a default stream is that of the current device"
         self._stream, self._has_happened = stream, False
         stream.give(lambda: setattr(self, "_has_happened", True))
 
@@ -53,7 +58,7 @@ class Arrays:
 
     def __init__(self, seed):
         self.streams = [Stream(seed), Stream(seed + 1)]
-        self.stream, self.num_pinned = self.streams[0], 0
+        self.stream, self.num_pinned, self.here = self.streams[0], 0, None
 
     def drain(self):
         for stream in self.streams:
@@ -70,7 +75,13 @@ class Arrays:
         (stream or self.stream).give(lambda: np.copyto(into, taken))
 
     def event(self, device):
-        return Event()
+        return Event(self, device)
+
+    @contextlib.contextmanager
+    def at(self, device, stream=None):
+        before, self.here = self.here, device
+        yield
+        self.here = before
 
     def current(self, device):
         return self.stream

@@ -89,6 +89,7 @@ class Event:
         self._library, self._gpu = library, gpu
 
     def record(self, stream):
+        assert Library.here.gpu == self._gpu, "a default stream is that of the current device"
         self._wanted = self._library.enqueued[self._gpu]
 
     @property

@@ -11,10 +11,10 @@ from numba import cuda
 class SimulatedDriver:
     """GroupDriver on host memory; launches on the devices in ``absent`` are dropped."""
 
-    def __init__(self, absent=()):
-        self._absent = absent
+    def __init__(self, absent=(), num_resident=32):
+        self._absent, self._num_resident = absent, num_resident
         self._kernels, self._kept = {}, []
-        self.loaded, self.launched, self.events = [], [], 0
+        self.loaded, self.launched, self.num_blocks, self.events = [], [], set(), 0
 
     def empty(self, device, nbytes):
         buffer = np.full(nbytes + 256, 0xAA, np.uint8)
@@ -31,10 +31,12 @@ class SimulatedDriver:
     def load(self, device, kernel):
         self.loaded.append((device, kernel))
         self._kernels.setdefault(kernel, cuda.jit(kernel.build()))
+        return self._num_resident
 
     def launch(self, device, kernel, num_blocks, stream, words):
         assert (device, kernel) in self.loaded
         self.launched.append(device)
+        self.num_blocks.add(num_blocks)
         if device in self._absent:
             return
         array = np.array(words, np.int64)
@@ -45,11 +47,13 @@ class SimulatedDriver:
         self.events += 1
         return cuda.event()
 
-    def record(self, device, stream, event):
-        event.record(stream)
+    def record(self, lanes):
+        for _, stream, event in lanes:
+            event.record(stream)
 
-    def wait(self, device, stream, event):
-        event.wait(stream)
+    def wait(self, lanes):
+        for _, stream, event in lanes:
+            event.wait(stream)
 
     def synchronize(self, device):
         pass

@@ -1,4 +1,4 @@
-"""``launch`` with the installed MPI: beside this interpreter, or else in PATH."""
+"""``launch`` with the installed MPI, beside this interpreter or else in PATH, and without one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,40 @@ SECONDS = 100
 SEARCH_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
-pytestmark = pytest.mark.mpi
+# The part of mpi4py that programs here use, for workers without MPI.
+STAND_IN = """
+import dvkernels as dv
+
+strategy = dv.MultiWorkerMirroredStrategy(devices=1)
+workers = strategy.distribute_values_from_function(lambda context: 0).owner.workers
+
+class MPI:
+    COMM_TYPE_SHARED = 0
+
+    class COMM_WORLD:
+        rank, size = getattr(workers, "rank", 0), workers.size
+        Barrier = workers.barrier
+        allreduce = staticmethod(lambda value: sum(workers.exchange(value)))
+        Split_type = classmethod(lambda cls, kind: cls)
+"""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("mpi", marks=pytest.mark.mpi),
+        pytest.param("local", marks=pytest.mark.wide),
+    ],
+)
+def engine(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def flavour():
-    """Return the flavour of the installed launcher."""
+def flavour(engine):
+    """Return the flavour of the launcher."""
+    if engine == "local":
+        return engine
     pytest.importorskip("mpi4py")
     try:
         return commands.flavour_of(commands.find(None, os.environ)).name
@@ -38,15 +66,18 @@ def flavour():
 
 
 @pytest.fixture
-def start(flavour, tmp_path):
+def start(engine, flavour, tmp_path):
     """Return a function that starts ``launch`` with the text of a program."""
     started = []
 
     def start(text: str, *words: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
         program = tmp_path / "program.py"
         program.write_text("import os, signal, sys, time\n" + text)
+        if engine == "local":
+            (tmp_path / "mpi4py.py").write_text(STAND_IN)
+        command = [sys.executable, "-m", "dvkernels", "launch", "--engine", engine]
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvkernels", "launch", "--timeout", "90", *words, str(program)],
+            [*command, "--timeout", "90", *words, str(program)],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -112,8 +143,11 @@ def test_each_worker_has_cores_of_its_own(launch):
     assert sorted(out.splitlines()) == [f"[0] {shared}", f"[1] {shared}"]
 
 
-def test_info_shows_host_and_rank_of_each_worker(flavour):
-    command = [sys.executable, "-m", "dvkernels", "launch", "-n", "2", "-m", "dvkernels", "info"]
+def test_info_shows_host_and_rank_of_each_worker(engine, flavour):
+    command = [
+        sys.executable, "-m", "dvkernels", "launch", "--engine", engine, "-n", "2",
+        "-m", "dvkernels", "info",
+    ]  # fmt: skip
     ran = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -127,7 +161,7 @@ def test_info_shows_host_and_rank_of_each_worker(flavour):
     for rank, line in enumerate(lines):
         assert re.fullmatch(
             rf"\[{rank}\] worker {rank} of 2, {rank} of 2 on {re.escape(platform.node())}, cores? "
-            r"[0-9,-]+ \((Open MPI|Hydra)\): cpu:0( cpu:[0-9]+)* PASS",
+            r"[0-9,-]+ \((Open MPI|Hydra|/dev/shm/.*)\): cpu:0( cpu:[0-9]+)* PASS",
             line,
         )
     assert len(lines) == 2
@@ -135,13 +169,14 @@ def test_info_shows_host_and_rank_of_each_worker(flavour):
 
 @pytest.mark.parametrize(("num_workers", "num_local"), [(4, 1), (2, 2)])
 def test_digits_on_several_workers_are_those_of_one_device(
-    flavour, tmp_path, num_workers, num_local
+    engine, flavour, tmp_path, num_workers, num_local
 ):
     for package in ("sklearn", "rich", "threadpoolctl"):
         pytest.importorskip(package)
     command = [
-        sys.executable, "-m", "dvkernels", "launch", "-n", str(num_workers), "--no-prefix",
-        "-m", "dvkernels", "train", "--replicas", str(num_local), "--dtype", "float64",
+        sys.executable, "-m", "dvkernels", "launch", "--engine", engine,
+        "-n", str(num_workers), "--no-prefix", "-m", "dvkernels", "train",
+        "--replicas", str(num_local), "--dtype", "float64",
         "--hidden", "64", "--batch-size", "149", "--checkpoint-dir", str(tmp_path), "--resume",
     ]  # fmt: skip
     reports = []
@@ -191,9 +226,12 @@ def test_workers_that_are_told_to_stop_save_the_same_step(flavour, start, tmp_pa
 
 
 @pytest.mark.parametrize("hosts", ["2", "1,1"])
-def test_workers_calibrate_their_link(flavour, tmp_path, hosts):
+def test_workers_calibrate_their_link(engine, flavour, tmp_path, hosts):
+    if engine == "local" and hosts != "2":
+        pytest.skip("without MPI there is one host")
+    hosts = "" if engine == "local" else hosts
     command = [
-        sys.executable, "-m", "dvkernels", "launch", "-n", "2", "--no-prefix",
+        sys.executable, "-m", "dvkernels", "launch", "--engine", engine, "-n", "2", "--no-prefix",
         "-m", "dvkernels", "bench", "--calibrate", "--rounds", "1", "--json", "found.json",
     ]  # fmt: skip
     ran = subprocess.run(
@@ -210,7 +248,7 @@ def test_workers_calibrate_their_link(flavour, tmp_path, hosts):
     assert (found["num_workers"], found["num_hosts"]) == (2, len(hosts.split(",")))
     assert found["latency_seconds"] > 0
     assert all(seconds > 0 for each in found["seconds"].values() for seconds in each)
-    over = "in shared memory" if hosts == "2" else "by messages of 2 hosts"
+    over = "in shared memory" if "," not in hosts else "by messages of 2 hosts"
     assert f"2 workers {over}" in ran.stdout
 
 
@@ -252,8 +290,9 @@ sys.exit(42)
 """
 
 
-def test_workers_that_all_exit_with_a_status(launch, tmp_path):
-    status, _, err = launch(ALL_LEAVE, "-n", "2")
+def test_workers_that_all_exit_with_a_status(engine, launch, tmp_path):
+    text = ALL_LEAVE.replace("2 *", "0.3 *") if engine == "local" else ALL_LEAVE
+    status, _, err = launch(text, "-n", "2")
     assert status == 42, err
     assert (tmp_path / "0").exists()
     assert (tmp_path / "1").exists()
@@ -327,11 +366,11 @@ strategy.run(lambda: dv.get_replica_context().all_reduce("sum", np.ones(9)))
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 9)", "raise ValueError"])
-def test_a_job_that_lost_a_worker_fails_and_leaves_nothing(launch, tmp_path, end):
+def test_a_job_that_lost_a_worker_fails_and_leaves_nothing(engine, launch, tmp_path, end):
     status, _, err = launch(VANISHES.replace("END", end), "-n", "2", "--grace", "3")
     assert status not in (0, 124), err
     held = (tmp_path / "held").read_text().split()
-    assert held
+    assert held or engine == "local"  # whose file has no name any more
     assert [name for name in held if Path(name).exists()] == []
 
 

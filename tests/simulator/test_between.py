@@ -61,11 +61,12 @@ class Machine:
     def event(self, device):
         return []
 
-    def record(self, device, stream, event):
-        event[:] = device, stream
+    def record(self, lanes):
+        for device, stream, event in lanes:
+            event[:] = device, stream
 
-    def await_event(self, device, stream, event):
-        self.waited.append((device, stream, *event))
+    def wait_for(self, lanes):
+        self.waited += [(device, stream, *event) for device, stream, event in lanes]
 
     def destroy(self, device, event):
         pass

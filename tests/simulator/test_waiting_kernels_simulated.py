@@ -191,7 +191,7 @@ def test_kernels_are_loaded_on_all_devices_before_the_first_launch():
     buffers = some(3, 50)
     launched_at_load = []
     load = driver.load
-    driver.load = lambda *args: (launched_at_load.append(len(driver.launched)), load(*args))
+    driver.load = lambda *args: (launched_at_load.append(len(driver.launched)), load(*args))[1]
     with concurrent():
         group = DeviceGroup((0, 1, 2), driver)
         streams = [cuda.stream() for _ in range(3)]
@@ -199,3 +199,17 @@ def test_kernels_are_loaded_on_all_devices_before_the_first_launch():
         group.all_reduce(job(buffers, buffers, "sum", streams), route)
     assert launched_at_load == [0, 0, 0]
     assert driver.launched == [0, 1, 2]
+
+
+def test_a_launch_has_no_more_blocks_than_run_at_once():
+    """A block that waits for one that cannot begin would wait for its deadline."""
+    driver = SimulatedDriver(num_resident=2)
+    buffers = some(2, 1000)
+    expected = buffers[0] + buffers[1]
+    with concurrent():
+        group = DeviceGroup((0, 1), driver)
+        streams = [cuda.stream() for _ in range(2)]
+        route = Route(PROTOCOLS["two_shot"], (0, 1), waits=True)
+        group.all_reduce(job(buffers, buffers, "sum", streams), route)
+    assert driver.num_blocks == {2}
+    np.testing.assert_array_equal(buffers, [expected] * 2)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any, Protocol, final
 
 from dvkernels.communicators.workers import wait
-from dvkernels.errors import CollectiveTimeoutError, WorkerLostError
+from dvkernels.devices import driver
+from dvkernels.errors import CollectiveTimeoutError, DeviceError, WorkerLostError
 from dvkernels.threads import thread
 from dvkernels.threads.claim import Claim
 from dvkernels.user_errors import describe
@@ -45,10 +46,11 @@ class Watchdog:
 
     The thread polls twenty times a second while calls are pending, and ends with them. It is not a
     daemon thread: a process that exits waits for its calls, at most until they are aborted.
+    ``device`` is any GPU of the calls.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
-        self._seconds = timeout_seconds
+    def __init__(self, timeout_seconds: float, device: int) -> None:
+        self._seconds, self._device = timeout_seconds, device
         self._calls: deque[_PendingLaunch] = deque()
         self._vacancy = Claim()  # taken by the one thread that polls
         self._abort_reason: dict[int, BaseException] = {}  # why all calls were aborted, as item 0
@@ -88,6 +90,8 @@ class Watchdog:
         return type(why)(str(why))
 
     def _serve(self, guard: Guard) -> None:
+        with contextlib.suppress(DeviceError):  # the poll will meet it again
+            driver.leave_captures_alone(self._device)  # which a query of an event would end
         is_needed = True
         while is_needed:
             if not self._vacancy.take():

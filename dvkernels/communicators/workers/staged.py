@@ -139,5 +139,6 @@ class Staged(ControlMessages):
 
     def _record_event(self, device: int, stream: Any) -> Any:
         event = self._arrays.event(device)
-        event.record(stream)
+        with self._arrays.at(device):  # whose default stream it may be
+            event.record(stream)
         return event

@@ -95,7 +95,8 @@ class DeviceCopier:
         for device in dict.fromkeys(self._devices):
             ranges = [*self._slot_ranges(columns, device)]
             if ranges:
-                self._copy_to(device, ranges, copied)
+                with self._arrays.at(device):  # whose default stream may be the current one
+                    self._copy_to(device, ranges, copied)
         self._num_batches += 1
         return copied
 

@@ -1,4 +1,4 @@
-"""Collectives on arrays in GPU memory: kernels compiled by Numba, launched through the driver.
+"""Collectives on arrays in GPU memory: kernels shipped as PTX, launched through the driver.
 
 The functions are those of :mod:`dvkernels.kernels`, with one more parameter ``stream``: one stream,
 or one for each buffer, of CuPy, PyTorch or Numba, or its address. None means the current stream of
@@ -8,8 +8,8 @@ holds, and work put on the stream afterwards waits for the kernel. The host wait
 Modules are twins of those of the same name in ``kernels/cpu``. Four CPU modules have no twin here,
 on purpose: ``shm_all_reduce`` (worker processes share host memory, not device memory), ``group``
 (collectives inside ``@njit`` functions of threads), ``feistel`` (a permutation that the input
-pipeline computes on the host) and ``compile_ahead`` (CUDA kernels are compiled in each process for
-the device at hand; Numba's cache on disk does not hold them).
+pipeline computes on the host) and ``compile_ahead`` (the kernels ship as PTX, which the driver
+assembles for the device at hand and keeps on disk; see ``engine/shipped_ptx.py``).
 
 Imports: devices, errors, kernels, profiler, reduce_op, schedules, threads.
 """

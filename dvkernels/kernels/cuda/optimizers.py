@@ -105,7 +105,8 @@ def take_step(
         for (dtype, numbers_of_group), groups in step.groups.items():
             counts = job.Counts(step.num_replicas, step.num_copies, step.num_replicas, divisor)
             code = arithmetic.type_code(dtype)
-            # Parameters and slots are read too. Seven numbers: as many as the longest rule takes.
-            padded = [*numbers_of_group, *[0.0] * (7 - len(numbers_of_group))]
+            # Parameters and slots are read too.
+            absent = update_rules.NUM_COEFFICIENTS - len(numbers_of_group)
+            padded = [*numbers_of_group, *[0.0] * absent]
             kernel = catalogue.optimizer(number, code)
             job.run(work_stream, kernel, code, groups, counts, len(groups[0]), padded)

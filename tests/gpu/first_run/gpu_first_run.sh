@@ -76,7 +76,7 @@ trap 'gather; tail -c 11000 "$PARTS/merged.txt"' EXIT
 # ---- A: alone on the GPU, one after another
 wanted env && ours env 70 env
 wanted first && ours first 90 first
-if [ -e "$PARTS/first.rc" ] && [ "$(cat "$PARTS/first.rc")" != 0 ] && [ -f "$HERE/cubins/index.json" ]; then
+if [ -e "$PARTS/first.rc" ] && [ "$(cat "$PARTS/first.rc")" != 0 ] && [ -d "$HERE/cubins" ]; then
     export DVK_PREBUILT=$HERE/cubins
     ours first_prebuilt 60 first
 fi

@@ -313,6 +313,12 @@ def test_without_files_without_names(path, monkeypatch):
     assert not [*path.parent.glob(".dvkernels-*")]
 
 
+def test_simulated_hosts_need_mpi(path, monkeypatch):
+    monkeypatch.setenv("DVKERNELS_HOSTS", "1,1")
+    with pytest.raises(ClusterError, match="DVKERNELS_HOSTS simulates several hosts"):
+        come(path, 0)
+
+
 def test_strategies(path):
     def train(rank):
         group = HostGroup(path.name, rank, 2, b"secret")
@@ -331,7 +337,8 @@ def strategy(rank, path):
     return dv.MultiWorkerMirroredStrategy(group, devices=1, timeout_seconds=3)
 
 def sum_of(made):
-    return made.reduce("sum", made.distribute_values_from_function(lambda c: c.replica_id_in_sync_group))
+    ids = made.distribute_values_from_function(lambda c: c.replica_id_in_sync_group)
+    return made.reduce("sum", ids)
 
 with dv.MirroredStrategy(2) as made:
     made.reduce("sum", made.distribute_values_from_function(lambda c: 1))

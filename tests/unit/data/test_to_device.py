@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -25,6 +26,7 @@ class Stream:
         return True
 
     def wait_event(self, event):
+        assert event.gpu.here == 0, "a default stream is that of the current device"
         count = event.recorded
         self.queue.append((lambda: event.happened >= count, lambda: None))
 
@@ -34,6 +36,7 @@ class Event:
         self.gpu, self.recorded, self.happened = gpu, 0, 0
 
     def record(self, stream):
+        assert self.gpu.here == 0, "a default stream is that of the current device"
         self.recorded += 1
 
         def happen(count=self.recorded):
@@ -52,7 +55,7 @@ class Gpu:
         self.random = None if seed is None else random.Random(seed)
         self.default = Stream()
         self.streams = [self.default]
-        self.num_pinned = 0
+        self.num_pinned, self.here = 0, None
 
     def run(self, is_done):
         while not is_done():
@@ -80,6 +83,12 @@ class Gpu:
 
     def event(self, device):
         return Event(self)
+
+    @contextlib.contextmanager
+    def at(self, device):
+        self.here = device
+        yield
+        self.here = None
 
     def current(self, device):
         return self.default

@@ -25,7 +25,7 @@ BOTH = ("numba-cuda", "cupy-cuda13x")
         (None, "", 0, BOTH, "no NVIDIA driver was found"),
         (None, "CUDA_ERROR_UNKNOWN", 0, BOTH, r"does not start \(CUDA_ERROR_UNKNOWN\)"),
         ((13, 0), "", 0, BOTH, "CUDA_VISIBLE_DEVICES"),
-        ((13, 0), "", 1, (), r"numba-cuda is not installed.*CUDA 13.0.*dvkernels\[cuda13\]"),
+        ((13, 0), "", 1, (), r"CuPy is not installed.*CUDA 13.0.*dvkernels\[cuda13\]"),
         ((12, 4), "", 1, (), r"dvkernels\[cuda12\]"),
         ((13, 0), "", 1, ("numba-cuda",), r"CuPy is not installed.*dvkernels\[cuda13\]"),
         ((12, 4), "", 1, BOTH, r"CUDA 12.4, and the packages here are for CUDA 13.*\[cuda12\]"),
@@ -38,7 +38,7 @@ def test_missing_parts_are_named_with_the_remedy(version, problem, count, instal
 
 
 @pytest.mark.parametrize(
-    "installed", [BOTH, ("numba-cuda", "cupy-cuda12x"), ("numba-cuda", "cupy")]
+    "installed", [BOTH, ("numba-cuda", "cupy-cuda12x"), ("numba-cuda", "cupy"), ("cupy-cuda13x",)]
 )
 def test_nothing_is_missing(installed):
     assert cuda.explain((13, 0), "", 2, installed) == ""
@@ -136,7 +136,7 @@ def test_streams_of_several_devices_are_ordered_each_in_its_own_context(monkeypa
     monkeypatch.setattr(driver, "find", Recorder)
     near, far, other = (stream_order.DeviceStream(*pair) for pair in [(0, 5), (1, 0), (0, 0)])
     cuda_arrays.order_streams([(near, near), (near, other), (far, other)])
-    waits = [("record", 0, 0, 77), ("await_event", 1, 0, 77), ("destroy", 0, 77)]
+    waits = [("record", [(0, 0, 77)]), ("wait_for", [(1, 0, 77)]), ("destroy", 0, 77)]
     assert calls == [("wait", 0, 5, 0), ("event", 0), *waits]
 
 
@@ -169,6 +169,7 @@ class RecordingLibrary:
 
     def __init__(self, fails=(), code=2):
         self.calls, self.fails, self.code, self.current = [], fails, code, 77
+        self.says = ""
 
     def __getattr__(self, name):
         def answer(*args):
@@ -206,6 +207,13 @@ class RecordingLibrary:
 
     def _cuGetErrorName(self, code, text):
         text._obj.value = b"CUDA_ERROR_SOMETHING"
+
+    def _cuModuleLoadDataEx(self, module, image, count, keys, values):
+        assert [*keys] == [5, 6]  # the buffer for errors, and its size
+        text = self.says.encode() + b"\0"
+        assert len(text) <= values[1]
+        ctypes.memmove(values[0], text, len(text))
+        return self.code
 
     def _cuLaunchKernel(self, function, *rest):
         assert self.current == 100, "launched outside the context of the device"
@@ -254,6 +262,29 @@ def test_out_of_memory_is_reported():
     with pytest.raises(errors.DeviceError, match="out of memory; free arrays"):
         driver.Driver(library).launch(0, 5, 6, 256, driver.Arguments(1), 0)
     assert library.current == 77
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "message"),
+    [
+        (222, "", r"driver of CUDA 12.4 cannot load the kernel fit: CUDA_ERROR_SOMETHING; update"),
+        (
+            218,
+            "ptxas x.ptx, line 9; error\n\n fatal\n\n1\n2",
+            r"\(ptxas x.*error; fatal; 1\); update",
+        ),
+        (221, "", "libnvidia-ptxjitcompiler is missing"),
+        (223, "", "unset CUDA_DISABLE_PTX_JIT"),
+        (209, "", r"compute capability 7\.5"),
+        (999, "", "report this"),
+        (2, "", "out of memory; free arrays"),
+    ],
+)
+def test_a_kernel_that_the_driver_does_not_load_is_explained(code, says, message):
+    library = RecordingLibrary(code=code)
+    library.says = says
+    with pytest.raises(errors.DeviceError, match=message):
+        driver.Driver(library).load(0, b"image", "fit")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

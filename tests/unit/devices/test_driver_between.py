@@ -142,8 +142,8 @@ def test_an_event_is_destroyed_with_its_last_reference() -> None:
     library = RecordingLibrary()
     devices = peer_access.PeerAccess(Driver(library))
     event = devices.event(0)
-    devices.record(0, 5, event)
-    devices.wait(1, 6, event)
+    devices.record([(0, 5, event)])
+    devices.wait([(1, 6, event)])
     assert "cuEventDestroy_v2" not in library.calls
     del event
     gc.collect()

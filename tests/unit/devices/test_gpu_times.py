@@ -32,7 +32,8 @@ class TimedDriver:
         assert timed
         return next(self.numbers)
 
-    def record(self, device, stream, event):
+    def record(self, lanes):
+        ((_, stream, event),) = lanes
         ahead = 0 if stream == 7 else AHEAD
         self.recorded[event] = time.perf_counter_ns() + ahead
 

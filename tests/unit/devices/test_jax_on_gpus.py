@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import numpy as np
@@ -117,8 +118,10 @@ def test_a_result_becomes_an_array_of_jax(jax, dtype):
 def test_an_adopted_array_is_a_copy_that_is_there(jax, monkeypatch):
     events = []
     library = types.SimpleNamespace(
-        current=lambda device: types.SimpleNamespace(
-            ptr=0, synchronize=lambda: events.append("synchronized")
+        current=lambda device: types.SimpleNamespace(ptr=0),
+        at=lambda device: contextlib.nullcontext(events.append(f"at {device}")),
+        stream_at=lambda device, address: types.SimpleNamespace(
+            synchronize=lambda: events.append("synchronized")
         ),
         over=lambda described, device, owner: described,
         empty=lambda device, shape, dtype: np.empty(shape, dtype),
@@ -127,8 +130,9 @@ def test_an_adopted_array_is_a_copy_that_is_there(jax, monkeypatch):
     monkeypatch.setattr(cuda, "arrays", lambda: library)
     content = jax.numpy.arange(5.0)
     adopted = cuda_arrays.adopt("test", JaxOnGpu(content, events), "the value")
-    assert events == ["ready", "ready", "copied", "synchronized"]
+    # The default stream that is waited for is that of the current device.
+    assert events == ["ready", "ready", "copied", "at 0", "synchronized"]
     assert not np.may_share_memory(adopted, np.asarray(content))
     np.testing.assert_array_equal(adopted, np.arange(5.0))
     cuda_arrays.wait_for_result(JaxOnGpu(content))
-    assert events[4:] == ["synchronized"]
+    assert events[5:] == ["at 0", "synchronized"]

@@ -101,6 +101,7 @@ def test_a_custom_reduction_is_not_blamed_for_a_missing_part(monkeypatch, error)
         raise error
 
     monkeypatch.setattr(operations.devices, "is_simulated", lambda: False)
+    monkeypatch.setattr(operations.devices, "_installed", lambda: ("numba-cuda",))
     monkeypatch.setattr(compiler, "check", check)
     op = dv.CustomReduction(numba.njit(lambda a, b: a + b), 0, "plus")
     expected = DeviceError if isinstance(error, DeviceError) else UnsupportedDTypeError

@@ -2,105 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import ctypes
 import threading
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from driver_double import DriverLibrary
+from driver_double import Array, Gpus, Tensor
 
 from dvkernels import errors, kernels
-from dvkernels.devices import cuda, driver
-from dvkernels.devices.driver import Driver
-from dvkernels.kernels.cuda.engine import intrinsics
-from dvkernels.kernels.cuda.multi_gpu import all_reduce
+from dvkernels.devices import driver
+from dvkernels.kernels.cuda.engine import simulator
 
-pytestmark = pytest.mark.skipif(intrinsics.SIMULATED, reason="has a driver of its own")
-
-
-class Array:
-    """Double of a CuPy array."""
-
-    def __init__(self, gpus, device, length=40, skip=0, dtype="f4"):
-        self.shape, self.dtype = (length,), np.dtype(dtype)
-        self.strides = (self.dtype.itemsize,)
-        start = gpus.driver.allocate(device, length * self.dtype.itemsize + skip)
-        self.data = SimpleNamespace(ptr=start + skip, device_id=device)
-        self.device = SimpleNamespace(id=device)
-
-
-class Tensor:
-    """Double of a tensor of PyTorch."""
-
-    is_cuda, dtype = True, "torch.float32"
-
-    def __init__(self, address, shape, device=0):
-        self.shape, self.device, self._address = tuple(shape), device, address
-
-    def data_ptr(self):
-        return self._address
-
-    def stride(self):
-        return (1,)
-
-    def get_device(self):
-        return self.device
-
-    def is_conj(self):
-        return False
-
-    is_neg = is_conj
-
-
-Array.__module__, Array.__name__ = "cupy", "ndarray"
-Tensor.__module__ = "torch"
-
-
-class Gpus:
-    """Two GPUs; each library has a current stream on each of them."""
-
-    def __init__(self, monkeypatch):
-        self.library = DriverLibrary()
-        self.driver = Driver(self.library)
-        self.current = {0: 0, 1: 0}
-        self.loaded = {}
-        monkeypatch.setattr(driver, "find", lambda: self.driver)
-        monkeypatch.setattr(cuda, "_installed", lambda: ("numba-cuda", "cupy-cuda13x"))
-        monkeypatch.setattr(cuda, "missing", lambda: "")
-        monkeypatch.setattr(cuda, "arrays", lambda: self)
-        monkeypatch.setattr(all_reduce, "_groups", {})
-        from dvkernels.kernels.cuda.engine import launcher
-
-        monkeypatch.setattr(launcher, "_handles", self.loaded)
-        monkeypatch.setattr(launcher, "prepare", self.prepare)
-        stream_of = SimpleNamespace(
-            get_current_stream=lambda device: SimpleNamespace(ptr=self.current[device]),
-            current_stream=lambda device: SimpleNamespace(cuda_stream=self.current[device]),
-        )
-        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=stream_of))
-        torch = SimpleNamespace(cuda=stream_of, empty=self.torch_empty)
-        monkeypatch.setitem(sys.modules, "torch", torch)
-
-    def prepare(self, kernel, device):
-        return self.loaded.setdefault((device, kernel), self.driver.load(device, b"", "") or 7)
-
-    def empty(self, device, shape, dtype, stream=None):
-        before, self.library.current = self.library.current, device
-        found = SimpleNamespace(_obj=SimpleNamespace(value=0))
-        assert self.library.cuMemAlloc_v2(found, SimpleNamespace(value=256)) == 0
-        self.library.current = before
-        array = Array(self, device, shape[0], dtype=dtype)
-        return array
-
-    def torch_empty(self, shape, dtype, device):
-        """Return a tensor of a pool that allocates during captures too."""
-        return Tensor(self.driver.allocate(device, 4 * shape[0]), shape, device)
-
-    def streams(self):
-        """Make new streams current on both GPUs."""
-        self.current = {device: self.library.stream(device) for device in range(2)}
-        return [*self.current.items()]
+pytestmark = pytest.mark.skipif(simulator.IS_ON, reason="has a driver of its own")
 
 
 @pytest.fixture
@@ -152,9 +64,37 @@ def test_calls_of_two_groups_are_not_launched_crosswise(gpus):
     assert [device for device, _ in gpus.library.launched] == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_flags_of_a_call_that_was_left_half_way_are_too_old_for_the_next(gpus, error):
+    gpus.streams()
+    buffers, launch, epochs = [Array(gpus, 0), Array(gpus, 1)], gpus.library._cuLaunchKernel, []
+
+    def failing(*args):
+        words = (ctypes.c_int64 * 3).from_address(args[-1][1])
+        epochs.append(words[2])  # behind the mark of a short table and the program
+        if len(epochs) == 2 and error is not None:
+            raise error
+        return errors_left.pop() if len(epochs) == 2 else launch(*args)
+
+    errors_left = [999]
+    gpus.library._cuLaunchKernel = failing
+    with pytest.raises(error or errors.DeviceError):
+        kernels.all_reduce(buffers)
+    with pytest.raises(errors.CollectiveTimeoutError, match="aborted"):
+        kernels.all_reduce(buffers)
+    kernels.cuda.recover()
+    gpus.library.calls.clear()
+    kernels.all_reduce(buffers)
+    names = [name for name, _ in gpus.library.calls if name in ("cuFuncLoad", "cuLaunchKernel")]
+    assert names == ["cuFuncLoad"] * (error is None) + ["cuLaunchKernel"] * 2
+    num_stages = 1  # of one-shot, which the first rank may have signalled
+    assert epochs[2:] == [epochs[0] + num_stages] * 2
+
+
 @pytest.mark.parametrize(("value", "blocks"), [("1", True), ("2", True), ("0", False), ("", False)])
 def test_no_kernel_waits_for_another_where_launches_block(gpus, monkeypatch, value, blocks):
     gpus.streams()
+    monkeypatch.setattr(driver, "_BLOCKED_AT_IMPORT", False)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", value)
     num_events = len(gpus.library.events)
     kernels.all_reduce([Array(gpus, 0), Array(gpus, 1)])

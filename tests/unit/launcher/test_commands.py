@@ -10,7 +10,7 @@ import pytest
 
 from dvkernels.errors import LaunchError
 from dvkernels.launcher import commands
-from dvkernels.launcher.commands import HostSlots, Job
+from dvkernels.launcher.job_description import HostSlots, Job
 
 FLAVOURS = {flavour.name: flavour for flavour in commands.FLAVOURS}
 # Recorded output of --version, and the kind of the launcher.
@@ -57,7 +57,7 @@ def test_the_launcher_of_the_interpreters_environment_comes_first(tmp_path, monk
     assert commands.find(None, environ) == srun
     mpiexec = executable(elsewhere / "mpiexec", "")
     assert commands.find(None, environ) == mpiexec
-    assert commands.find("srun", environ) == srun
+    assert commands.find("srun", environ) == commands.find(None, environ, commands.SLURM) == srun
     own = executable(own_folder / "mpiexec", "")
     assert commands.find(None, environ) == own
     assert commands.find(srun, environ) == srun

@@ -375,6 +375,14 @@ def test_one_warning_names_the_remedy():
 
 
 @pytest.mark.usefixtures("without_threadpoolctl")
+def test_info_says_it_on_a_line_of_its_own_and_does_not_warn(capsys):
+    from dvkernels.cli import main
+
+    assert main.main(["info"]) == 0  # a warning, which is an error here, would fail its check
+    assert "threadpoolctl is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_threadpoolctl")
 @pytest.mark.parametrize("name", thread_limits._VARIABLES)
 def test_no_warning_where_the_environment_holds_them(monkeypatch, name):
     monkeypatch.setenv(name, "4,2")

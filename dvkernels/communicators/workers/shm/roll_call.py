@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
+import warnings
 import weakref
 from typing import Any, final
 
+from dvkernels.cluster import launcher_environment, simulated_hosts
 from dvkernels.cluster.host_group import HostGroup
 from dvkernels.communicators.workers import wait
 from dvkernels.communicators.workers.group import WorkerGroup, check_algorithms
@@ -54,6 +57,17 @@ def connect(group: HostGroup, timeout_seconds: float, algorithm: str) -> WorkerG
     WorkerLostError
         A process has ended, or was interrupted, before all had come. Raised on all others.
     """
+    if os.environ.get(simulated_hosts.VARIABLE):
+        raise ClusterError(
+            f"{simulated_hosts.VARIABLE} simulates several hosts, and a host group is of one; "
+            f"unset it, or start the program with launch --engine mpi"
+        )
+    if "mpi4py" in sys.modules and launcher_environment.RANK in os.environ:
+        warnings.warn(
+            "this worker was started without MPI, so for mpi4py it is a job of its own; start a "
+            "program that uses both with launch --engine mpi",
+            stacklevel=4,  # the line that makes the strategy
+        )
     made: list[WorkerGroup] = []  # kept if an interrupt swallows the result
 
     def join() -> None:
@@ -172,7 +186,9 @@ class RollCall:
                     f"the same path, size and token, or give timeout_seconds if they need longer",
                 )
         except BaseException as error:
-            self._settle(LOST, f"rank {self.rank} has left the roll call: {describe(error)}")
+            is_interrupt = isinstance(error, shielded.Cancelled)
+            why = "it was interrupted" if is_interrupt else describe(error)
+            self._settle(LOST, f"rank {self.rank} has left the roll call: {why}")
             raise
         state = self.file.state
         if state != _COMPLETE:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from dvkernels.kernels import arithmetic, jit
+from dvkernels.kernels import arithmetic, jit, update_rules
 from dvkernels.kernels.cpu.engine import array_structs, intrinsics, job_layout, loops, recipe
 from dvkernels.kernels.cpu.engine.intrinsics import carray
 from dvkernels.kernels.cpu.engine.span import span
-from dvkernels.kernels.update_rules import ADAM, NESTEROV, PLAIN, Coefficients
+from dvkernels.kernels.update_rules import ADAM, NUM_COEFFICIENTS, PLAIN, Coefficients
 
 __all__: list[str] = []
 
@@ -26,13 +26,14 @@ __all__: list[str] = []
 # 8 192 (2 cores of an AMD EPYC, 2026-11). Prefetching the states while the gradients are summed
 # gave a tenth of that.
 _BLOCK = 8192
-_NUM_COEFFICIENTS = 8  # room for those of any rule; the replicas' shares follow them
 WEIGHTED = 0  # the divisor that marks a weighted sum
+_sgd_step = jit.njit(nogil=True, error_model="numpy")(update_rules.sgd_step)
+_adam_step = jit.njit(nogil=True, error_model="numpy")(update_rules.adam_step)
 
 
 def constants(coefficients: Coefficients, shares: Sequence[float]) -> list[float]:
-    """Return the constants of a runner's job."""
-    return [*coefficients, *[0.0] * (_NUM_COEFFICIENTS - len(coefficients)), *shares]
+    """Return the constants of a runner's job: room for the coefficients of any rule, the shares."""
+    return [*coefficients, *[0.0] * (NUM_COEFFICIENTS - len(coefficients)), *shares]
 
 
 _runners: dict[tuple[int, np.dtype[Any]], Any] = {}
@@ -63,8 +64,8 @@ def _make(rule: int, code: int, itemsize: int, real: Any) -> Any:
         job = job_layout.job_at(address)
         row, in_memory = job_layout.row_at(job.rows, 0), job.in_memory
         num_replicas, num_copies = row.num_sources, row.num_targets
-        coefficients = carray(intrinsics.pointer(job.constants), _NUM_COEFFICIENTS, np.float64)
-        after = job.constants + 8 * _NUM_COEFFICIENTS
+        coefficients = carray(intrinsics.pointer(job.constants), NUM_COEFFICIENTS, np.float64)
+        after = job.constants + 8 * NUM_COEFFICIENTS
         shares = carray(intrinsics.pointer(after), num_replicas, np.float64)
         # The arrays of each kind have consecutive entries in the table, gradients first. The block
         # of the summed gradients has the last entry.
@@ -137,35 +138,23 @@ def _add_share(total, gradient, share):  # type: ignore[no-untyped-def]
 
 @jit.njit(nogil=True, error_model="numpy")
 def _sgd(rule, gradient, parameter, velocity, coefficients):  # type: ignore[no-untyped-def]
-    rate, momentum, decay = (
-        gradient.dtype.type(coefficients[0]),
-        gradient.dtype.type(coefficients[1]),
-        gradient.dtype.type(coefficients[2]),
-    )
+    real = gradient.dtype.type
+    rounded = real(coefficients[0]), real(coefficients[1]), real(coefficients[2])
     for i in range(len(gradient)):
-        slope = gradient[i] + decay * parameter[i]
+        new, speed = _sgd_step(rule, gradient[i], parameter[i], velocity[i], rounded)
         if rule != PLAIN:
-            speed = momentum * velocity[i] + slope
             velocity[i] = speed
-            slope = slope + momentum * speed if rule == NESTEROV else speed
-        parameter[i] -= rate * slope
+        parameter[i] = new
 
 
 @jit.njit(nogil=True, error_model="numpy")
 def _adam(gradient, parameter, first, second, coefficients):  # type: ignore[no-untyped-def]
     real = gradient.dtype.type
-    rate, beta_1, beta_2, epsilon = (
-        real(coefficients[0]),
-        real(coefficients[1]),
-        real(coefficients[2]),
-        real(coefficients[3]),
-    )
-    new_1, new_2 = real(1 - coefficients[1]), real(1 - coefficients[2])
-    correction, decay, kept = real(coefficients[4]), real(coefficients[5]), real(coefficients[6])
+    rounded = (
+        real(coefficients[0]), real(coefficients[1]), real(coefficients[2]), real(coefficients[3]),
+        real(coefficients[4]), real(coefficients[5]), real(coefficients[6]), real(coefficients[7]),
+        real(coefficients[8]),
+    )  # fmt: skip
     for i in range(len(gradient)):
-        slope = gradient[i] + decay * parameter[i]
-        mean = beta_1 * first[i] + new_1 * slope
-        square = beta_2 * second[i] + new_2 * slope * slope
-        first[i] = mean
-        second[i] = square
-        parameter[i] = kept * parameter[i] - rate * mean / (np.sqrt(square) * correction + epsilon)
+        new, mean, square = _adam_step(gradient[i], parameter[i], first[i], second[i], rounded)
+        first[i], second[i], parameter[i] = mean, square, new

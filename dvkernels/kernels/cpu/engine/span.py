@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cpu.engine import intrinsics
+from dvkernels.kernels.cpu.engine import intrinsics, vectors
 from dvkernels.kernels.cpu.engine.intrinsics import cgutils, literal_intrinsic
 
 __all__: list[str] = []
@@ -35,7 +35,7 @@ class _SpanEmitter:
 
     def __init__(self, builder: Any, operation: int, code: int, args: list[Any]) -> None:
         self.builder, self.operation = builder, operation
-        self.numbers = arithmetic.VectorArithmetic(builder, code)
+        self.numbers = vectors.VectorArithmetic(builder, code)
         table, sources, self.num_sources, targets, self.num_targets, divisor = args
         word = _I64.as_pointer()
         self.sources = builder.gep(builder.inttoptr(table, word), [sources])

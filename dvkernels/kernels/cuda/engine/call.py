@@ -71,8 +71,8 @@ class Call:
         there.
         """
         if self._is_of_jax:
-            for device, stream in work_streams:
-                cuda.arrays().stream_at(device, stream).synchronize()
+            for stream in work_streams:
+                cuda_arrays.wait_on_host(stream)
 
     @property
     def is_multi_gpu(self) -> bool:

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from dvkernels import reduce_op
-from dvkernels.devices.cuda import is_simulated
 from dvkernels.errors import UnsupportedDTypeError
 from dvkernels.kernels import arithmetic, update_rules
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.kernels.cuda.engine.kernel import Kernel, LaunchBounds
 from dvkernels.kernels.cuda.engine.operations import Operation
 from dvkernels.reduce_op import ReduceOp
@@ -52,12 +52,10 @@ _UNPACKED = arithmetic.MIN, arithmetic.MAX
 # Between GPUs few blocks run, one a multiprocessor, and a load takes 2 us: 32 blocks of 512 threads
 # with eight loads have 2 MiB in flight.
 _BETWEEN_GPUS = 512, 1
-# In the simulator a thread is a thread of Python: the fewest that are not one.
-_SIMULATED_THREADS = 2
 
 
 def _bounds(threads: int, blocks: int) -> LaunchBounds:
-    return _SIMULATED_THREADS if is_simulated() else threads, blocks
+    return simulator.THREADS if simulator.IS_ON else threads, blocks
 
 
 def _collective_bounds(operation: Operation, code: int) -> LaunchBounds:
@@ -66,6 +64,12 @@ def _collective_bounds(operation: Operation, code: int) -> LaunchBounds:
     dtype = arithmetic.dtype_of(code)
     is_unpacked = operation in _UNPACKED and dtype.kind in "iu" and dtype.itemsize < 4
     return _bounds(_THREADS, _FEWER_BLOCKS if is_custom or is_unpacked else _BLOCKS)
+
+
+def _optimizer_bounds(rule: int, code: int) -> LaunchBounds:
+    """Return three blocks, or two for Adam in float64, whose two vectors take 88 registers."""
+    is_large = rule == update_rules.ADAM and arithmetic.dtype_of(code).itemsize == 8
+    return _bounds(_THREADS, _FEWER_BLOCKS if is_large else _BLOCKS)
 
 
 @functools.cache
@@ -108,7 +112,7 @@ def optimizer(rule: int, code: int) -> Kernel:
         f"{_RULES[rule]} {arithmetic.dtype_of(code)}",
         "dvkernels.kernels.cuda.engine.optimizer_kernel.build",
         (rule, code),
-        _bounds(_THREADS, _FEWER_BLOCKS if arithmetic.dtype_of(code).itemsize == 8 else _BLOCKS),
+        _optimizer_bounds(rule, code),
     )
 
 

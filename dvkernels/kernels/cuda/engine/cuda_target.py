@@ -69,7 +69,36 @@ def _load_target() -> Any:
     # the place of Numba's own, deprecated target, as it does where its .pth file is read.
     with contextlib.suppress(ImportError):
         importlib.import_module("_numba_cuda_redirector")
-    return load("numba.cuda")
+    target = load("numba.cuda")
+    if devices.is_simulated():
+        simulator: Any = importlib.import_module("numba.cuda.simulator.kernel")
+        simulator.swapped_cuda_module = _swapped
+    return target
+
+
+_swaps: dict[int, int] = {}  # by the globals of a function: threads that run it
+
+
+@contextlib.contextmanager
+def _swapped(function: Callable[..., Any], simulated: Any) -> Iterator[None]:
+    """Let a function, run by threads of a simulated block, find the block's module as ``cuda``.
+
+    The simulator's own swap reverts it when the first of the threads returns.
+    """
+    variables = function.__globals__
+    with _lock:
+        _swaps[id(variables)] = depth = _swaps.get(id(variables), 0) + 1
+        if depth == 1:
+            names = [name for name, value in variables.items() if value is cuda]
+            variables.update(dict.fromkeys(names, simulated))
+    try:
+        yield
+    finally:
+        with _lock:
+            _swaps[id(variables)] -= 1
+            if not _swaps[id(variables)]:
+                names = [name for name, value in variables.items() if value is simulated]
+                variables.update(dict.fromkeys(names, cuda))
 
 
 @functools.cache

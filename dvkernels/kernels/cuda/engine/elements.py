@@ -1,31 +1,32 @@
 """Operations on vectors in registers (16 bytes, or one element): load, combine, divide, store.
 
 Kernels do not look into a vector. On a device it is a tuple of numbers in the type that they are
-computed in (a vector of float16 is eight float32); in the simulator, a NumPy array. ``code`` and
-``operation`` are those of kernels/arithmetic.py, which emits the same arithmetic for the CPU: so
-both give the same bits.
+computed in (a vector of float16 is eight float32), and 8 and 16-bit integers are 32-bit ones: those
+of whole vectors stay packed, four or two per register. In the simulator it is a NumPy array.
+``code`` and ``operation`` are those of kernels/arithmetic.py, which defines the arithmetic.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from dvkernels.kernels import arithmetic
-from dvkernels.kernels.cuda.engine import intrinsics
+from dvkernels.kernels.cuda.engine import inline_ptx, intrinsics, simulator
 from dvkernels.kernels.cuda.engine.operations import Custom, Operation
+from dvkernels.kernels.cuda.engine.registers import Registers, Text, generate
+from dvkernels.kernels.cuda.engine.table_layout import VECTOR_NBYTES
 from dvkernels.reduce_op import working_dtype
 
 __all__ = ["combiner", "divide", "load", "store"]
 
 _untyped: Any = types  # its classes carry no types
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_PACKED = _untyped.UniTuple(types.uint32, 4)
 
 # ------------------------------------------------------------------ in the simulator
 
@@ -43,7 +44,7 @@ def _view_at(address: int, code: int, is_whole: bool) -> Any:
     Raise ``ValueError`` for a misaligned address, which a device cannot access.
     """
     dtype = arithmetic.dtype_of(code)
-    nbytes = intrinsics.VECTOR_NBYTES if is_whole else dtype.itemsize
+    nbytes = VECTOR_NBYTES if is_whole else dtype.itemsize
     if address % (nbytes if is_whole else arithmetic.number_nbytes(code)):
         raise ValueError(f"an access of {nbytes} bytes at {address:#x}, not a multiple of its size")
     raw: Any = (ctypes.c_uint8 * nbytes).from_address(address)
@@ -61,214 +62,221 @@ def _simulated_store(address: int, value: Any, code: int, is_whole: bool) -> Non
         view[:] = value.astype(view.dtype)
 
 
-def _simulated_divide(value: Any, divisor: int, code: int) -> Any:
+def _simulated_combine(operation: Operation, left: Any, right: Any) -> Any:
     with np.errstate(all="ignore"):
-        return value if divisor == 1 else value / value.dtype.type(divisor)
+        if not isinstance(operation, Custom):
+            return _UFUNCS[operation](left, right)
+        pairs = zip(left, right, strict=True)
+        return np.array([operation.function(*pair) for pair in pairs], left.dtype)
 
 
-# ------------------------------------------------------------------ on a device
+def _simulated_quotient(value: Any, divisor: int) -> Any:
+    return value / value.dtype.type(divisor)
 
 
-class _GpuNumbers(arithmetic.VectorArithmetic):
-    """Emitter of LLVM arithmetic on vectors, or on single elements, for a GPU."""
-
-    def __init__(self, builder: Any, code: int, is_whole: bool) -> None:
-        super().__init__(builder, code)
-        self.is_whole = is_whole
-        self.count = (
-            self.unit * intrinsics.VECTOR_NBYTES // self.itemsize if is_whole else self.unit
-        )
-        # 8 and 16-bit integers stay packed, four or two per register.
-        self.is_packed = is_whole and self.itemsize < 4 and not self.is_half
-
-    def numba_type(self) -> Any:
-        """Return Numba's type of a vector."""
-        if self.is_packed:
-            return _untyped.UniTuple(types.uint32, 4)
-        sign = "u" if self.kind == "u" else ""
-        name = "float" if self.is_float else f"{sign}int"
-        bits = 32 if self.is_half else 8 * self.itemsize // self.unit
-        return _untyped.UniTuple(getattr(types, f"{name}{bits}"), self.count)
-
-    def from_tuple(self, value: Any) -> Any:
-        """Emit the vector of a tuple."""
-        builder = self.builder
-        numbers = [builder.extract_value(value, k) for k in range(value.type.count)]
-        vector = intrinsics.pack(builder, numbers)
-        return builder.bitcast(vector, self.vector(self.count)) if self.is_packed else vector
-
-    def to_tuple(self, context: Any, vector: Any) -> Any:
-        """Emit the tuple of a vector."""
-        builder = self.builder
-        if self.is_packed:
-            vector = builder.bitcast(vector, intrinsics.VECTOR)
-        return context.make_tuple(builder, self.numba_type(), intrinsics.unpack(builder, vector))
-
-    def read(self, address: Any, lanes: int, align: int) -> Any:
-        """Emit the load of numbers in their stored type."""
-        intrinsics.keep_rolled(self.builder)
-        if not self.is_whole:
-            return super().read(self._pointer(address), lanes, self.itemsize // self.unit)
-        vector = intrinsics.emit_vector_load(self.builder, address)
-        return self.builder.bitcast(vector, ir.VectorType(self.stored, lanes))
-
-    def write(self, value: Any, address: Any, lanes: int, align: int) -> Any:
-        """Emit the store of numbers in their stored type, and return the instruction."""
-        intrinsics.keep_rolled(self.builder)
-        if not self.is_whole:
-            return super().write(value, self._pointer(address), lanes, self.itemsize // self.unit)
-        return intrinsics.emit_vector_store(self.builder, address, value)
-
-    def _pointer(self, address: Any) -> Any:
-        return intrinsics.pointer(self.builder, address, self.stored)
-
-    def combine(self, operation: int, left: Any, right: Any) -> Any:
-        """Emit ``left operation right``."""
-        if operation == arithmetic.ADD and self.is_packed:
-            return self._packed_sum(left, right)
-        return super().combine(operation, left, right)
-
-    def _packed_sum(self, left: Any, right: Any) -> Any:
-        """Emit the sums of packed 8 or 16-bit integers; carries do not cross their top bits.
-
-        Five instructions per register, where unpacking takes twenty.
-        """
-        builder = self.builder
-        top = {1: 0x80808080, 2: 0x80008000}[self.itemsize]
-        tops, rest = (
-            ir.Constant(intrinsics.VECTOR, [bits] * 4) for bits in (top, top ^ 0xFFFFFFFF)
-        )
-        left_words, right_words = (
-            builder.bitcast(side, intrinsics.VECTOR) for side in (left, right)
-        )
-        lower = builder.add(builder.and_(left_words, rest), builder.and_(right_words, rest))
-        upper = builder.and_(builder.xor(left_words, right_words), tops)
-        return builder.bitcast(builder.xor(lower, upper), left.type)
-
-    def product(self, left: Any, right: Any) -> Any:
-        """Emit a product with explicit rounding: NVVM would fuse a plain one with additions."""
-        builder, number = self.builder, self.number
-        name = f"llvm.nvvm.mul.rn.{'d' if number == ir.DoubleType() else 'f'}"
-        pairs = zip(*(intrinsics.unpack(builder, side) for side in (left, right)), strict=True)
-        products = [intrinsics.call(builder, name, number, pair) for pair in pairs]
-        return intrinsics.pack(builder, products)
+# ------------------------------------------------------------------ loads and stores
 
 
-def _arithmetic_of(builder: Any, code: int, value: Any) -> _GpuNumbers:
-    """Return the emitter for values of Numba's type ``value``: vectors or elements."""
-    for is_whole in (True, False):
-        numbers = _GpuNumbers(builder, code, is_whole)
-        if numbers.numba_type() == value:
-            break
-    return numbers
+def vector_type(code: int, is_whole: bool) -> Any:
+    """Return Numba's type of a vector, or of an element."""
+    element = arithmetic.element_type(code)
+    if is_whole and element.bits < 32 and not element.is_float:
+        return _PACKED
+    bits = max(element.bits, 32)
+    number = f"float{bits}" if element.is_float else f"{'u' * (element.kind == 'u')}int{bits}"
+    count = element.unit * (VECTOR_NBYTES // element.itemsize if is_whole else 1)
+    return _untyped.UniTuple(getattr(types, number), count)
 
 
-@intrinsics.twin(_simulated_load, prefer_literal=True)
-def load(typing: Any, address: Any, code: Any, is_whole: Any) -> Any:
-    """Read a vector at a multiple of 16 bytes, or an element at a multiple of its number's size."""
+def emit_load(text: Text, address: Registers, code: int, is_whole: bool) -> Registers:
+    """Emit a load that widens. Vectors are loaded as words: LLVM would split eight float16."""
+    element, start = arithmetic.element_type(code), address.names[0]
+    if is_whole:
+        words = text.new("u32", 4)
+        text.line("ld.global.v4.b32", _braced(words.names), f"[{start}]")
+        if element.is_half:
+            split = _split_float16 if element.kind == "f" else arithmetic.split_bfloat16
+            return split(words)
+        return words if element.bits < 64 else _regrouped(words, text.new("s64", 2))
+    if element.is_half and element.kind == "f":
+        half = text.new("b16", 1)
+        text.line("ld.global.b16", half.names[0], f"[{start}]")
+        return half.each("cvt.f32.f16", kind="f32")
+    sign = "s" if element.kind == "i" else "u"
+    numbers = text.new(f"{sign}{max(element.bits, 32)}", element.unit)
+    for k, name in enumerate(numbers.names):
+        text.line(f"ld.global.{sign}{element.bits}", name, f"[{start}+{k * element.bits // 8}]")
+    return (numbers << 16).bits("f32") if element.is_half else numbers
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        numbers = _GpuNumbers(builder, code.literal_value, is_whole.literal_value)
-        return numbers.to_tuple(context, numbers.load(args[0], numbers.count))
 
-    result = _GpuNumbers(None, code.literal_value, is_whole.literal_value).numba_type()
-    return result(types.int64, code, is_whole), generate
+def emit_store(text: Text, address: Registers, value: Registers, code: int, is_whole: bool) -> None:
+    """Emit a store that rounds."""
+    element, start = arithmetic.element_type(code), address.names[0]
+    if element.is_half and element.kind == "f":
+        value = value.each("cvt.rn.f16.f32", kind="b16")
+    elif element.is_half:
+        value = arithmetic.round_to_bfloat16(value)
+    if is_whole:
+        if element.is_half and element.kind == "b":
+            value = arithmetic.join_bfloat16(value)
+        elif value.count != 4:
+            value = _regrouped(value, text.new("u32", 4))
+        text.line("st.global.v4.b32", f"[{start}]", _braced(value.names))
+        return
+    if element.is_half and element.kind == "b":
+        value = value >> 16
+    for k, name in enumerate(value.names):
+        text.line(f"st.global.b{element.bits}", f"[{start}+{k * element.bits // 8}]", name)
 
 
-@intrinsics.twin(_simulated_store, prefer_literal=True)
-def store(typing: Any, address: Any, value: Any, code: Any, is_whole: Any) -> Any:
-    """Round a vector, or one element, to the stored type and write it."""
+def _braced(names: Sequence[str]) -> str:
+    return f"{{{', '.join(names)}}}"
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        numbers = _GpuNumbers(builder, code.literal_value, is_whole.literal_value)
-        numbers.store(numbers.from_tuple(args[1]), args[0], numbers.count)
-        return context.get_dummy_value()
 
-    return types.void(types.int64, value, code, is_whole), generate
+def _regrouped(parts: Registers, result: Registers) -> Registers:
+    """Emit the same bytes in fewer, larger registers, or in more, smaller ones."""
+    few, many = sorted([parts, result], key=lambda one: one.count)
+    per_register = many.count // few.count
+    for k, name in enumerate(few.names):
+        braced = _braced(many.names[k * per_register : (k + 1) * per_register])
+        operands = (name, braced) if few is result else (braced, name)
+        parts.text.line(f"mov.b{few.kind[1:]}", *operands)
+    return result
+
+
+def _split_float16(words: Registers) -> Registers:
+    """Emit the float32 of packed float16."""
+    halves = _regrouped(words, words.text.new("b16", 2 * words.count))
+    return halves.each("cvt.f32.f16", kind="f32")
+
+
+def _declare_load(address: Any, code: int, is_whole: bool) -> inline_ptx.Code:
+    def emit(text: Text, where: Registers) -> list[Registers]:
+        return [emit_load(text, where, code, is_whole)]
+
+    return generate(vector_type(code, is_whole), [types.int64], emit)
+
+
+def _declare_store(address: Any, value: Any, code: int, is_whole: bool) -> inline_ptx.Code:
+    def emit(text: Text, where: Registers, numbers: Registers) -> None:
+        emit_store(text, where, numbers, code, is_whole)
+
+    return generate(types.void, [types.int64, value], emit)
+
+
+# Read a vector at a multiple of 16 bytes, or an element at a multiple of its number's size.
+load = inline_ptx.device_function(_declare_load, _simulated_load)
+# Round a vector, or one element, to the stored type and write it.
+store = inline_ptx.device_function(_declare_store, _simulated_store)
+
+# ------------------------------------------------------------------ arithmetic
 
 
 @functools.cache
-def combiner(operation: Operation, code: int) -> Any:
+def combiner(operation: Operation, code: int, is_whole: bool = True) -> Any:
     """Return the function that combines two vectors, or two elements, lane by lane."""
+    if isinstance(operation, Custom) and not simulator.IS_ON:
+        return _custom_combiner(operation, code, is_whole)
 
-    def simulated(left: Any, right: Any) -> Any:
-        with np.errstate(all="ignore"):
-            if not isinstance(operation, Custom):
-                return _UFUNCS[operation](left, right)
-            pairs = zip(left, right, strict=True)
-            return np.array([operation.function(*pair) for pair in pairs], left.dtype)
+    def emit(text: Text, *sides: Registers) -> list[Registers]:
+        return [emit_combine(operation, code, *sides)]
 
-    @intrinsics.twin(simulated)
-    def combine(typing: Any, left: Any, right: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            numbers = _arithmetic_of(builder, code, left)
-            left_vector, right_vector = (numbers.from_tuple(arg) for arg in args)
-            if isinstance(operation, Custom):
-                result = _emit_calls(
-                    context, builder, operation, numbers, left_vector, right_vector
-                )
-            else:
-                result = numbers.combine(operation, left_vector, right_vector)
-            return numbers.to_tuple(context, result)
+    vector = vector_type(code, is_whole)
+    simulated = functools.partial(_simulated_combine, operation)
+    declared = generate(vector, [vector, vector], emit)
+    return inline_ptx.device_function(declared, simulated, inline_ptx.NOTHING)
 
-        return left(left, right), generate
+
+def emit_combine(operation: Any, code: int, left: Registers, right: Registers) -> Any:
+    """Emit ``left operation right``."""
+    element = arithmetic.element_type(code)
+    if element.bits >= 32 or element.is_float or left.count == 1:
+        return arithmetic.combine(operation, element, left, right)
+    if operation == arithmetic.ADD:
+        return _packed_sum(element.bits, left, right)
+    sides = (_unpack(element, side) for side in (left, right))
+    return _pack(element.bits, arithmetic.combine(operation, element, *sides))
+
+
+def _packed_sum(bits: int, left: Registers, right: Registers) -> Any:
+    """Emit the sums of packed 8 or 16-bit integers; carries do not cross their top bits.
+
+    Five instructions per register, where unpacking takes twenty.
+    """
+    top = {8: 0x80808080, 16: 0x80008000}[bits]
+    rest = top ^ 0xFFFFFFFF
+    return ((left & rest) + (right & rest)) ^ ((left ^ right) & top)
+
+
+def _unpack(element: arithmetic.ElementType, words: Registers) -> Registers:
+    """Emit the 32-bit integers of packed ones, the first of all words first."""
+    sign, bits = "s" if element.kind == "i" else "u", element.bits
+    lanes = [words.each(f"bfe.{sign}32", k, bits, kind=f"{sign}32") for k in range(0, 32, bits)]
+    return functools.reduce(Registers.join, lanes)
+
+
+def _pack(bits: int, numbers: Registers) -> Registers:
+    """Emit the packed lower bits of 32-bit integers; the inverse of ``_unpack``."""
+    parts = [numbers.take(range(k, k + 4)) for k in range(0, numbers.count, 4)]
+    if bits == 8:
+        parts = [
+            low.each("prmt.b32", high, "0x0040")
+            for low, high in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0].each("prmt.b32", parts[1], "0x5410")
+
+
+@intrinsics.inlined
+def divide(value, divisor, code):  # type: ignore[no-untyped-def]
+    """Return ``value / divisor``, rounded as NumPy does; integers have no mean: ``value``.
+
+    The product with the reciprocal of a power of two is exact, and faster.
+    """
+    if divisor != 1:
+        if divisor & (divisor - 1) == 0:
+            value = exact_quotient(value, divisor)
+        else:
+            value = quotient(value, divisor)
+    return value
+
+
+def _divider(emit_quotient: Callable[[Registers, Registers], Registers]) -> Any:
+    """Return a device function that divides floating-point numbers, and returns integers."""
+
+    def declare(value: Any, divisor: Any) -> inline_ptx.Code:
+        def emit(text: Text, numbers: Registers, count: Registers) -> list[Registers]:
+            real = count.each(f"cvt.rn.{numbers.kind}.s64", kind=numbers.kind)
+            return [emit_quotient(numbers, real)]
+
+        if not str(value.dtype).startswith("float"):
+            return inline_ptx.Code("", value, [value, types.int64])
+        return generate(value, [value, types.int64], emit)
+
+    return inline_ptx.device_function(declare, _simulated_quotient, inline_ptx.NOTHING)
+
+
+quotient = _divider(Registers.__truediv__)
+exact_quotient = _divider(lambda value, real: value * real.each(f"rcp.rn.{real.kind}"))
+
+# ------------------------------------------------------------------ functions of the user's
+
+
+def _custom_combiner(custom: Custom, code: int, is_whole: bool) -> Any:
+    """Return the device function that calls a user's function of two elements, lane by lane."""
+    element, number = arithmetic.element_type(code), vector_type(code, False).dtype
+    vector = vector_type(code, is_whole)
+    if vector != _PACKED:
+        return inline_ptx.calls(custom.function.py_func, custom.signature, vector)
+    lanes = _untyped.UniTuple(number, VECTOR_NBYTES // element.itemsize)
+    unpacked = generate(lanes, [_PACKED], lambda _, words: [_unpack(element, words)])
+    packed = generate(_PACKED, [lanes], lambda _, numbers: [_pack(element.bits, numbers)])
+    unpack, pack = (
+        inline_ptx.device_function(code, None, inline_ptx.NOTHING) for code in (unpacked, packed)
+    )
+    call = inline_ptx.calls(custom.function.py_func, custom.signature, lanes)
+
+    @intrinsics.inlined
+    def combine(left, right):  # type: ignore[no-untyped-def]
+        return pack(call(unpack(left), unpack(right)))
 
     return combine
-
-
-def _emit_calls(
-    context: Any, builder: Any, custom: Custom, numbers: _GpuNumbers, left: Any, right: Any
-) -> Any:
-    """Emit calls of a user's function, element by element; they are inlined."""
-    # No caching: Numba would confuse functions of equal code and different globals.
-    compiled = context.compile_subroutine(
-        builder, custom.function.py_func, custom.signature, caching=False
-    )
-    kind, unit = custom.signature.return_type, numbers.unit
-    sides = [intrinsics.unpack(builder, side) for side in (left, right)]
-    results: list[Any] = []
-    for k in range(0, left.type.count, unit):
-        pair = [_emit_element(context, builder, kind, side[k : k + unit]) for side in sides]
-        result = context.call_internal(builder, compiled.fndesc, custom.signature, pair)
-        if unit == 2:
-            results += (builder.extract_value(result, part) for part in range(2))
-        else:
-            is_bool = kind == types.boolean
-            results.append(builder.zext(result, numbers.number) if is_bool else result)
-    return intrinsics.pack(builder, results)
-
-
-def _emit_element(context: Any, builder: Any, kind: Any, numbers: Sequence[Any]) -> Any:
-    """Emit the value of Numba's type ``kind`` from the numbers of an element."""
-    if len(numbers) == 2:
-        value = context.make_complex(builder, kind)
-        value.real, value.imag = numbers
-        return value._getvalue()
-    if kind == types.boolean:
-        return builder.icmp_unsigned("!=", numbers[0], numbers[0].type(0))
-    return numbers[0]
-
-
-@intrinsics.twin(_simulated_divide, prefer_literal=True)
-def divide(typing: Any, value: Any, divisor: Any, code: Any) -> Any:
-    """Return ``value / divisor``, rounded as NumPy does; integers have no mean: ``value``."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        numbers = _arithmetic_of(builder, code.literal_value, value)
-        if not numbers.is_float:
-            return args[0]
-        constant_one, dividend = ir.Constant(_I64, 1), numbers.from_tuple(args[0])
-        real = builder.sitofp(args[1], numbers.number)
-        reciprocal = builder.fdiv(ir.Constant(numbers.number, 1.0), real)
-        rest = builder.and_(args[1], builder.sub(args[1], constant_one))
-        is_exact = builder.icmp_signed("==", rest, ir.Constant(_I64, 0))
-        before = builder.block
-        with builder.if_then(builder.icmp_signed("!=", args[1], constant_one)):
-            quotient = numbers.divide(dividend, real, reciprocal, is_exact)
-            division = builder.block
-        result = builder.phi(dividend.type)
-        result.add_incoming(dividend, before)
-        result.add_incoming(quotient, division)
-        return numbers.to_tuple(context, result)
-
-    return value(value, types.int64, code), generate

@@ -188,9 +188,10 @@ def lay_out(
 
     Of its blocks, ``num_resident`` run at once.
     """
-    # Pieces of several vectors per thread if they occupy all blocks that run at once, else of one.
+    # Pieces of four vectors per thread, eight loads in flight, if they occupy half of the blocks
+    # that run at once; of one vector, two to four loads, if more blocks have more in flight.
     total = sum(-(-item.units // (_PER_THREAD * threads)) for item in items)
-    per_thread = _PER_THREAD if total >= num_resident else 1
+    per_thread = _PER_THREAD if 2 * total >= num_resident else 1
     heads: list[int] = []
     records: list[int] = []
     first_record = len(TableHeader._fields) + len(ItemHead._fields) * len(items)

@@ -30,7 +30,7 @@ class Kernel:
         Launch bounds of its machine code.
     """
 
-    __slots__ = ("_arguments", "_builder", "launch_bounds", "name")
+    __slots__ = ("_arguments", "builder", "launch_bounds", "name")
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Kernel:
     ) -> None:
         self.name = name
         self.launch_bounds = launch_bounds
-        self._builder, self._arguments = builder, arguments
+        self.builder, self._arguments = builder, arguments
 
     @property
     def entry(self) -> str:
@@ -50,7 +50,7 @@ class Kernel:
 
     def build(self) -> Callable[..., None]:
         """Return the kernel as a Python function, not compiled."""
-        module, _, builder = self._builder.rpartition(".")
+        module, _, builder = self.builder.rpartition(".")
         function: Callable[..., None] = getattr(numba_import.module(module), builder)(
             *self._arguments, self.launch_bounds[0]
         )

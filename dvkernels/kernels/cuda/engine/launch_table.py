@@ -12,14 +12,18 @@ address.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
-from dvkernels.kernels.cuda.engine import intrinsics, records
-from dvkernels.kernels.cuda.engine.table_layout import THREADS, ItemHead, ItemRecord, TableHeader
+from dvkernels.kernels.cuda.engine import inline_ptx, intrinsics, records
+from dvkernels.kernels.cuda.engine.table_layout import (
+    NUM_WORDS,
+    THREADS,
+    ItemHead,
+    ItemRecord,
+    TableHeader,
+)
 
 __all__ = [
     "addresses",
@@ -31,8 +35,7 @@ __all__ = [
     "stage",
 ]
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
-_SHARED = 3  # the address space of shared memory
+_untyped: Any = types  # its classes carry no types
 _WARP = 32
 
 
@@ -41,73 +44,57 @@ _HEADS = len(TableHeader._fields)  # index of the first head
 _ADDRESSES = len(ItemRecord._fields)
 
 
-def _simulated_entry(table: int, index: int) -> int:
-    return ctypes.c_int64.from_address(table + 8 * index).value
+@intrinsics.inlined
+def entry(table, index):  # type: ignore[no-untyped-def]
+    """Return a word of a table in shared or device memory."""
+    return intrinsics.read_word(table + 8 * index)
 
 
-@intrinsics.twin(_simulated_entry)
-def entry(typing: Any, table: Any, index: Any) -> Any:
-    """Read a word of a table in shared or device memory."""
+def _copy_to_shared(count: int) -> str:
+    """Return the PTX that copies ``$2`` and the next words to shared memory, unless ``$1`` is set.
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.load(builder.gep(start, [args[1]]), align=8)
-
-    return types.int64(types.int64, types.int64), generate
-
-
-def _simulated_stage(words: Any) -> int:
-    return int(words[0])
-
-
-@intrinsics.twin(_simulated_stage)
-def stage(typing: Any, words: Any) -> Any:
-    """Return the address of the launch's table: copied to shared memory, or in device memory.
-
-    All threads of a block must call this function.
+    Lane 0 of each warp stores its share, one word after another.
     """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        count = args[0].type.count - 1
-        shared = ir.GlobalVariable(
-            builder.module, ir.ArrayType(_I64, count), context.mangler("launch_table", []), _SHARED
-        )
-        shared.linkage, shared.align = "internal", 16
-        shared.initializer = ir.Constant(shared.type.pointee, ir.Undefined)
-        given_address = builder.extract_value(args[0], 0)
-        entry_block = builder.block
-        is_in_arguments = builder.icmp_signed("==", given_address, _I64(0))
-        with builder.if_then(is_in_arguments):
-            _emit_copy_to_shared(builder, args[0], shared, count)
-            generic = builder.addrspacecast(shared, ir.PointerType(shared.type.pointee))
-            shared_address = builder.ptrtoint(generic, _I64)
-            copy_block = builder.block
-        table = builder.phi(_I64)
-        table.add_incoming(given_address, entry_block)
-        table.add_incoming(shared_address, copy_block)
-        return table
-
-    return types.int64(words), generate
-
-
-def _emit_copy_to_shared(builder: Any, words: Any, shared: Any, count: int) -> None:
-    """Emit the copy of all words: lane 0 of each warp stores its share, one word after another."""
-    thread = _emit_special_register(builder, "tid.x")
     share = -(-count * _WARP // THREADS)
-    is_first = builder.icmp_signed("==", builder.and_(thread, _I32(_WARP - 1)), _I32(0))
-    with builder.if_then(is_first):
-        warp = builder.lshr(thread, _I32(5))
-        for number, begin in enumerate(range(0, count, share)):
-            with builder.if_then(builder.icmp_signed("==", warp, _I32(number))):
-                for k in range(begin, min(begin + share, count)):
-                    target = builder.gep(shared, [_I32(0), _I32(k)])
-                    builder.store(builder.extract_value(words, k + 1), target, align=8)
-    intrinsics.inline_ptx(builder, ir.VoidType(), "bar.sync 0;", "~{memory}", [])
+    shares = "".join(
+        f"""
+        setp.ne.u32 %skips, %warp, {number};
+        @%skips bra after_{number};
+        {" ".join(f"st.shared.b64 [launch_table+{8 * k}], ${2 + k};" for k in words)}
+        after_{number}:"""
+        for number, begin in enumerate(range(0, count, share))
+        for words in [range(begin, min(begin + share, count))]
+    )
+    return f"""{{
+        .shared .align 16 .b64 launch_table[{count}];
+        .reg .pred %skips;
+        .reg .b32 %thread, %lane, %warp;
+        .reg .b64 %table;
+        mov.b64 %table, $1;
+        setp.ne.s64 %skips, %table, 0;
+        @%skips bra staged;
+        mov.u32 %thread, %tid.x;
+        and.b32 %lane, %thread, {_WARP - 1};
+        shr.u32 %warp, %thread, 5;
+        setp.ne.u32 %skips, %lane, 0;
+        @%skips bra stored;{shares}
+        stored:
+        bar.sync 0;
+        mov.u64 %table, launch_table;
+        cvta.shared.u64 %table, %table;
+        staged:
+        mov.b64 $0, %table;
+    }}"""
 
 
-def _emit_special_register(builder: Any, register: str) -> Any:
-    code = f"mov.u32 $0, %{register};"
-    return builder.asm(ir.FunctionType(_I32, []), code, "=r", [], side_effect=False)
+# Return the address of the launch's table: copied to shared memory, or in device memory. All
+# threads of a block must call this function.
+stage = inline_ptx.device_function(
+    inline_ptx.Code(
+        _copy_to_shared(NUM_WORDS - 1), types.int64, [_untyped.UniTuple(types.int64, NUM_WORDS)]
+    ),
+    lambda words: int(words[0]),
+)
 
 
 @intrinsics.inlined

@@ -1,6 +1,7 @@
 """Launcher of kernels over launch tables: through the driver, or in the simulator.
 
-Each process compiles a kernel for a device on its first launch there, in half a second.
+A process loads a kernel on a device at its first launch there. Most kernels ship as PTX, which the
+driver assembles; others are compiled.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from dvkernels.devices import cuda as devices
 from dvkernels.devices import driver
 from dvkernels.devices.gpu_times import GpuSpan
 from dvkernels.errors import DeviceError
-from dvkernels.kernels import checks, numba_import
-from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels import numba_import
+from dvkernels.kernels.cuda.engine import shipped_ptx, simulator, table_layout
 from dvkernels.kernels.cuda.engine.kernel import Kernel
 from dvkernels.profiler import tracing
 
 __all__ = [
-    "SIMULATED",
     "LongTables",
     "RepeatedLaunch",
     "launch",
@@ -31,7 +31,6 @@ __all__ = [
     "prepare",
 ]
 
-SIMULATED = devices.is_simulated()
 _NUM_WORDS = table_layout.NUM_WORDS
 _handles: dict[tuple[int, Kernel], int] = {}
 _num_resident: dict[tuple[int, Kernel], int] = {}
@@ -40,13 +39,11 @@ _free_arguments: list[driver.Arguments] = []  # for reuse: one per concurrent la
 # for each other: loading may wait for a device, and that device for a launch. All groups of devices
 # share it: two calls, each launched first on another device, would wait for each other.
 launching = threading.RLock()
-# The simulator runs one kernel at a time in the whole process.
-_simulating = threading.RLock()
 
 
 def num_resident(kernel: Kernel, device: int) -> int:
     """Return how many blocks of a kernel run at once on a device."""
-    if SIMULATED:
+    if simulator.IS_ON:
         return 1
     key = device, kernel
     if key not in _num_resident:
@@ -58,8 +55,8 @@ def num_resident(kernel: Kernel, device: int) -> int:
 
 def launch(kernel: Kernel, device: int, blocks: int, words: Sequence[int], stream: int) -> None:
     """Launch a kernel over a table on a stream; do not wait for its end."""
-    if SIMULATED:
-        _simulate(kernel, blocks, words)
+    if simulator.IS_ON:
+        simulator.launch(kernel, blocks, words)
         return
     if len(words) < table_layout.NUM_WORDS:
         _start(kernel, device, blocks, _as_arguments(words), stream)
@@ -86,8 +83,8 @@ class RepeatedLaunch:
         """Launch with these addresses; several threads may do so at once."""
         words = self._words[:]
         words[self._begin : self._end] = array.array("q", addresses)
-        if SIMULATED:
-            _simulate(self._kernel, self._blocks, words[1 : self._end])
+        if simulator.IS_ON:
+            simulator.launch(self._kernel, self._blocks, words[1 : self._end])
         else:
             _start(self._kernel, self._device, self._blocks, words, stream)
 
@@ -119,16 +116,14 @@ def _start(kernel: Kernel, device: int, blocks: int, words: array.array[int], st
 
 
 def prepare(kernel: Kernel, device: int) -> int:
-    """Compile a kernel and load it on a device; return its handle there."""
+    """Load a kernel on a device, as it ships or compiled here; return its handle there."""
     try:
         launching.acquire()
         key = (device, kernel)
         if key not in _handles:
             capability = _driver().capability(device)
-            compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
-            compiled = compiler.compile_to_ptx(kernel, capability)
-            image = compiler.assemble(compiled, capability)
-            _handles[key] = _driver().load(device, image, compiled.name)
+            image = shipped_ptx.find(kernel, capability) or _compile(kernel, capability)
+            _handles[key] = _driver().load(device, image, kernel.entry)
         return _handles[key]
     finally:
         try:  # noqa: SIM105 - entering a context manager would let an interrupt in first
@@ -137,25 +132,20 @@ def prepare(kernel: Kernel, device: int) -> int:
             pass
 
 
+def _compile(kernel: Kernel, capability: tuple[int, int]) -> bytes:
+    """Compile a kernel, in half a second or more, and return its machine code."""
+    devices.require_compiler(f"{kernel!r}, {shipped_ptx.reason(kernel, capability)},")
+    compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")
+    image: bytes = compiler.assemble(compiler.compile_to_ptx(kernel, capability), capability)
+    return image
+
+
 def _driver() -> driver.Driver:
     cuda_driver = driver.find()
     if cuda_driver is None:
         devices.require("a kernel")
         raise DeviceError("no NVIDIA driver was found")
     return cuda_driver
-
-
-def _simulate(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
-    table = np.array(words, np.int64)
-    arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
-    function, cuda = kernel.build(), numba_import.module("numba.cuda")
-    with _simulating:
-        recording = tracing.active
-        span = None if recording is None else GpuSpan(recording, 0, 0)
-        simulated: Any = cuda.jit(function)
-        simulated[blocks, kernel.launch_bounds[0]](arguments)
-        if span is not None:
-            span.end(kernel.entry, "kernel", {"blocks": blocks})
 
 
 class LongTables:
@@ -188,6 +178,9 @@ class LongTables:
                 )
             if entry is None:
                 entry = self._copy_to_device(device, stream, content)
+            elif not is_captured:
+                # The handle may be that of another stream by now, or of another thread's default.
+                _driver().wait_for([(device, stream, entry[2].ptr)])
             if is_captured or key in self._captured:
                 self._captured[key] = entry
             else:

@@ -57,10 +57,31 @@ def over_pieces(code: int, threads: int, vectors: Any, element: Any) -> Callable
 
 
 @intrinsics.inlined
+def num_sources(place):  # type: ignore[no-untyped-def]
+    """Return the number of sources of a launch; its table is the first of a place."""
+    return launch_table.header(place[0]).num_sources
+
+
+@intrinsics.inlined
+def _num_targets(place):  # type: ignore[no-untyped-def]
+    return launch_table.header(place[0]).num_targets
+
+
+@intrinsics.inlined
+def _divisor(place):  # type: ignore[no-untyped-def]
+    return launch_table.header(place[0]).divisor
+
+
+@intrinsics.inlined
 def dense_address(place, k):  # type: ignore[no-untyped-def]
-    """Return the address of a vector in array k of a contiguous item."""
-    addresses, offset = place
-    return launch_table.entry(addresses, k) + offset
+    """Return the address in array k of a contiguous item, of which a place is an offset."""
+    _, record, offset = place
+    return launch_table.entry(launch_table.addresses(record), k) + offset
+
+
+@intrinsics.inlined
+def _dense_target(place, k):  # type: ignore[no-untyped-def]
+    return dense_address(place, launch_table.header(place[0]).first_target + k)
 
 
 @functools.cache
@@ -70,43 +91,40 @@ def build(operation: Operation, code: int, threads: int) -> Callable[..., None]:
 
     @intrinsics.inlined
     def element_address(place, k):  # type: ignore[no-untyped-def]
-        addresses, record, width, position, number, common_offset, is_alike = place
-        offset = common_offset
+        table, record, number, offset, is_alike = place
         if not is_alike:
-            offset = launch_table.byte_offset(record, width, position + k, number, itemsize)
-        return launch_table.entry(addresses, k) + offset
+            width = launch_table.header(table).width
+            offset = launch_table.byte_offset(record, width, k, number, itemsize)
+        return launch_table.entry(launch_table.addresses(record), k) + offset
 
+    @intrinsics.inlined
+    def element_target(place, k):  # type: ignore[no-untyped-def]
+        return element_address(place, launch_table.header(place[0]).first_target + k)
+
+    dense = reducers.Access(dense_address, num_sources, _dense_target, _num_targets, _divisor)
+    strided = dense._replace(source=element_address, target=element_target)
+    reduce_four = reducers.reducer(operation, code, 4, dense)
+    reduce_vector = reducers.reducer(operation, code, 1, dense)
+    reduce_element = reducers.reducer(operation, code, 0, strided)
     width = VECTOR_NBYTES * threads
-    reduce_four = reducers.reducer(operation, code, 4, dense_address)
-    reduce_vector = reducers.reducer(operation, code, 1, dense_address)
-    reduce_element = reducers.reducer(operation, code, 0, element_address)
 
     @intrinsics.inlined
     def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
-        header = launch_table.header(table)
-        num_sources, num_targets, divisor = header.num_sources, header.num_targets, header.divisor
-        sources = launch_table.addresses(record)
-        targets = sources + 8 * header.first_target
         vector = begin + cuda.threadIdx.x
         offset = launch_table.item(record).before * itemsize + VECTOR_NBYTES * vector
         if end - begin == 4 * threads:
-            from_, to = (sources, offset), (targets, offset)
-            reduce_four(from_, num_sources, to, num_targets, divisor, width)
+            reduce_four((table, record, offset), width)
             return
         while vector < end:
-            from_, to = (sources, offset), (targets, offset)
-            reduce_vector(from_, num_sources, to, num_targets, divisor, width)
+            reduce_vector((table, record, offset), width)
             vector += threads
             offset += width
 
     @intrinsics.inlined
     def element(table, record, number):  # type: ignore[no-untyped-def]
-        header, sources = launch_table.header(table), launch_table.addresses(record)
-        first_target, width = header.first_target, header.width
+        width = launch_table.header(table).width
         offset = launch_table.byte_offset(record, width, 0, number, itemsize)
         is_alike = launch_table.item(record).is_alike != 0
-        from_ = (sources, record, width, 0, number, offset, is_alike)
-        to = (sources + 8 * first_target, record, width, first_target, number, offset, is_alike)
-        reduce_element(from_, header.num_sources, to, header.num_targets, header.divisor, 0)
+        reduce_element((table, record, number, offset, is_alike), 0)
 
     return over_pieces(code, threads, vectors, element)

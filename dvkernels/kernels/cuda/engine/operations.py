@@ -14,6 +14,7 @@ import numpy as np
 from dvkernels.devices import cuda as devices
 from dvkernels.errors import DeviceError, UnsupportedDTypeError
 from dvkernels.kernels import arithmetic, numba_import
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.reduce_op import ReduceOp, Reduction
 
 __all__ = ["Custom", "Operation", "resolve"]
@@ -41,6 +42,8 @@ def resolve(op: Reduction, dtype: np.dtype[Any]) -> tuple[Operation, int]:
     """
     if isinstance(op, ReduceOp):
         return arithmetic.operation_code(op), arithmetic.type_code(dtype, op)
+    if not simulator.IS_ON:
+        devices.require_compiler(repr(op))
     try:
         custom = _check_compiles(op.fn, dtype)
     except DeviceError:
@@ -59,7 +62,7 @@ def _check_compiles(function: Any, dtype: np.dtype[Any]) -> Custom:
     """Return the function with its signature; raise unless it compiles (simulator: for the CPU)."""
     element = numba_import.module("numba.np.numpy_support").from_dtype(dtype)
     signature = element(element, element)
-    if devices.is_simulated():
+    if simulator.IS_ON:
         function.compile((element, element))
     else:
         compiler = numba_import.module("dvkernels.kernels.cuda.engine.compiler")

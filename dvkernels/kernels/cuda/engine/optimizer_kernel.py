@@ -30,32 +30,39 @@ def build(rule: int, code: int, threads: int) -> Callable[..., None]:
 
     @intrinsics.inlined
     def element_address(place, k):  # type: ignore[no-untyped-def]
-        record, width, number = place
+        table, record, number = place
+        width = launch_table.header(table).width
         offset = launch_table.byte_offset(record, width, k, number, itemsize)
         return launch_table.entry(launch_table.addresses(record), k) + offset
 
-    width = VECTOR_NBYTES * threads
     step_two = _stepper(rule, code, 2, loops.dense_address)
     step_vector = _stepper(rule, code, 1, loops.dense_address)
     step_element = _stepper(rule, code, 0, element_address)
+    width = VECTOR_NBYTES * threads
 
     @intrinsics.inlined
     def vectors(table, record, begin, end):  # type: ignore[no-untyped-def]
-        addresses = launch_table.addresses(record)
         vector = begin + cuda.threadIdx.x
         offset = launch_table.item(record).before * itemsize + VECTOR_NBYTES * vector
         while vector + threads < end:
-            step_two(table, (addresses, offset), width)
+            step_two((table, record, offset), width)
             vector += 2 * threads
             offset += 2 * width
         if vector < end:
-            step_vector(table, (addresses, offset), width)
+            step_vector((table, record, offset), width)
 
     @intrinsics.inlined
     def element(table, record, number):  # type: ignore[no-untyped-def]
-        step_element(table, (record, launch_table.header(table).width, number), 0)
+        step_element((table, record, number), 0)
 
     return loops.over_pieces(code, threads, vectors, element)
+
+
+@intrinsics.inlined
+def _position(place, state):  # type: ignore[no-untyped-def]
+    """Return the position of the first copy of a state: the parameters, or a slot."""
+    header = launch_table.header(place[0])
+    return header.num_sources + header.num_targets * state
 
 
 def _stepper(rule: int, code: int, count: int, address: Any) -> Any:
@@ -64,28 +71,29 @@ def _stepper(rule: int, code: int, count: int, address: Any) -> Any:
     ``g`` is the gradient, ``p`` the parameter, ``s`` and ``t`` are the slots.
     """
     num_slots = (0, 1, 1, 2)[rule]
-    load_gradient = reducers.loader(arithmetic.ADD, code, count, address)
+    access = reducers.Access(address, loops.num_sources, None, None, None)
+    load_gradient = reducers.loader(arithmetic.ADD, code, count, access)
     load, _, divide, store = reducers.batch(arithmetic.ADD, code, count)
     update = _updater(rule, count)
 
     @intrinsics.inlined
-    def step(table, place, width):  # type: ignore[no-untyped-def]
-        header = launch_table.header(table)
-        num_copies, parameter = header.num_targets, header.num_sources
-        slot = parameter + num_copies
-        second_slot = slot + num_copies
+    def step(place, width):  # type: ignore[no-untyped-def]
         # The states are loaded first: they are in flight together with the first gradients.
-        p = load(address(place, parameter), width)
-        s = load(address(place, slot), width) if num_slots > 0 else p
-        t = load(address(place, second_slot), width) if num_slots > 1 else p
-        g = divide(load_gradient(place, header.num_sources, width), header.divisor)
-        p, s, t = update(g, p, s, t, table + 8 * header.numbers)
-        for k in range(num_copies):
-            store(address(place, parameter + k), p, width)
+        p = load(address(place, _position(place, 0)), width)
+        s = load(address(place, _position(place, 1)), width) if num_slots > 0 else p
+        t = load(address(place, _position(place, 2)), width) if num_slots > 1 else p
+        g = load_gradient(place, width)
+        header = launch_table.header(place[0])
+        g = divide(g, header.divisor)
+        p, s, t = update(g, p, s, t, place[0] + 8 * header.numbers)
+        k = 0
+        while k < launch_table.header(place[0]).num_targets:
+            store(address(place, _position(place, 0) + k), p, width)
             if num_slots > 0:
-                store(address(place, slot + k), s, width)
+                store(address(place, _position(place, 1) + k), s, width)
             if num_slots > 1:
-                store(address(place, second_slot + k), t, width)
+                store(address(place, _position(place, 2) + k), t, width)
+            k += 1
 
     return step
 
@@ -95,7 +103,7 @@ def _updater(rule: int, count: int) -> Any:
 
     @intrinsics.inlined
     def update(g, p, s, t, numbers):  # type: ignore[no-untyped-def]
-        return optimizer_rules.apply(rule, g, p, s, t, numbers)
+        return optimizer_rules.apply(numbers, g, p, s, t, rule)
 
     if count < 2:
         return update

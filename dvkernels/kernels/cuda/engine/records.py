@@ -1,7 +1,9 @@
 """Records of int64 words in the tables that kernels read, by the names of their fields.
 
 A record is declared once, as a NamedTuple: the host writes the fields in their order, and a kernel
-reads all of them at once. The loads of the fields that it does not use are optimized away.
+reads all of them at once. The loads of the fields that it does not use are optimized away. A record
+is read where the kernel says so: words that LLVM kept from there to later uses would cost registers
+in the loops between.
 """
 
 from __future__ import annotations
@@ -9,15 +11,13 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
-from dvkernels.kernels.cuda.engine import intrinsics
+from dvkernels.kernels.cuda.engine import inline_ptx
 
 __all__ = ["at"]
 
 _untyped: Any = types  # its classes carry no types
-_I64 = ir.IntType(64)
 
 
 def at(record: Any) -> Any:
@@ -28,13 +28,6 @@ def at(record: Any) -> Any:
     def simulated(address: int) -> Any:
         return record._make((ctypes.c_int64 * count).from_address(address))
 
-    @intrinsics.twin(simulated)
-    def read(typing: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            start = builder.inttoptr(args[0], _I64.as_pointer())
-            words = [builder.load(builder.gep(start, [_I64(k)]), align=8) for k in range(count)]
-            return context.make_tuple(builder, kind, words)
-
-        return kind(types.int64), generate
-
-    return read
+    loads = [f"ld.b64 ${k}, [${count}+{8 * k}];" for k in range(count)]
+    code = inline_ptx.Code(" ".join(loads), kind, [types.int64])
+    return inline_ptx.device_function(code, simulated)

@@ -9,6 +9,7 @@ from dvkernels.kernels import arithmetic
 from dvkernels.kernels.cuda.engine import intrinsics, launch_table, reducers
 from dvkernels.kernels.cuda.engine.cuda_target import cuda
 from dvkernels.kernels.cuda.engine.operations import Operation
+from dvkernels.kernels.cuda.engine.table_layout import VECTOR_NBYTES
 from dvkernels.schedules import partition
 
 __all__ = ["reducer", "start"]
@@ -18,9 +19,32 @@ start = intrinsics.inlined(partition.start)
 
 
 @intrinsics.inlined
-def _address(place, k):  # type: ignore[no-untyped-def]
-    addresses, positions, offset = place
+def _source(place, k):  # type: ignore[no-untyped-def]
+    addresses, positions, _, offset = place
     return launch_table.entry(addresses, launch_table.entry(positions, k)) + offset
+
+
+@intrinsics.inlined
+def _target(place, k):  # type: ignore[no-untyped-def]
+    return _source(place, place[2][0] + k)
+
+
+@intrinsics.inlined
+def _num_sources(place):  # type: ignore[no-untyped-def]
+    return place[2][0]
+
+
+@intrinsics.inlined
+def _num_targets(place):  # type: ignore[no-untyped-def]
+    return place[2][1]
+
+
+@intrinsics.inlined
+def _divisor(place):  # type: ignore[no-untyped-def]
+    return place[2][2]
+
+
+_ACCESS = reducers.Access(_source, _num_sources, _target, _num_targets, _divisor)
 
 
 @functools.cache
@@ -28,50 +52,43 @@ def reducer(operation: Operation, code: int, threads: int) -> Any:
     """Return the device function by which the threads of a block reduce a span.
 
     ``addresses`` is a table of addresses; ``positions`` is a table of positions in it, first those
-    of the sources, then those of the targets.
+    of the sources, then those of the targets; ``counts`` are the numbers of sources and of targets,
+    and the divisor.
     """
     itemsize = arithmetic.dtype_of(code).itemsize
-    width = 16 * threads
-    reduce_four = reducers.reducer(operation, code, 4, _address)
-    reduce_vector = reducers.reducer(operation, code, 1, _address)
-    reduce_element = reducers.reducer(operation, code, 0, _address)
+    reduce_four = reducers.reducer(operation, code, 4, _ACCESS)
+    reduce_vector = reducers.reducer(operation, code, 1, _ACCESS)
+    reduce_element = reducers.reducer(operation, code, 0, _ACCESS)
+    width = VECTOR_NBYTES * threads
 
     @intrinsics.inlined
-    def reduce(addresses, positions, num_sources, num_targets, begin, end, divisor):  # type: ignore[no-untyped-def]
+    def reduce(addresses, positions, counts, begin, end):  # type: ignore[no-untyped-def]
         thread = cuda.threadIdx.x
         # Vectors where all addresses are equal modulo 16; else, and around the vectors, elements.
-        place = (addresses, positions, begin * itemsize)
-        misalignment = _address(place, 0) & 15
+        place = (addresses, positions, counts, begin * itemsize)
+        misalignment = _source(place, 0) & 15
         is_alike = misalignment % itemsize == 0
-        for k in range(1, num_sources):
-            is_alike = is_alike and _address(place, k) & 15 == misalignment
-        target_positions = positions + 8 * num_sources
-        place = (addresses, target_positions, begin * itemsize)
-        for k in range(num_targets):
-            is_alike = is_alike and _address(place, k) & 15 == misalignment
+        for k in range(1, counts[0] + counts[1]):
+            is_alike = is_alike and _source(place, k) & 15 == misalignment
         vectors_begin, vectors_end = end, end
         if is_alike:
-            per_vector = 16 // itemsize
+            per_vector = VECTOR_NBYTES // itemsize
             vectors_begin = min(begin + ((16 - misalignment) & 15) // itemsize, end)
             vectors_end = vectors_begin + (end - vectors_begin) // per_vector * per_vector
-        offset = vectors_begin * itemsize + 16 * thread
+        offset = vectors_begin * itemsize + VECTOR_NBYTES * thread
         stop = vectors_end * itemsize
         while offset + 3 * width < stop:
-            sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
-            reduce_four(sources, num_sources, targets, num_targets, divisor, width)
+            reduce_four((addresses, positions, counts, offset), width)
             offset += 4 * width
         while offset < stop:
-            sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
-            reduce_vector(sources, num_sources, targets, num_targets, divisor, width)
+            reduce_vector((addresses, positions, counts, offset), width)
             offset += width
         # The elements before and after the whole vectors.
         num_before = vectors_begin - begin
         index = thread  # range() with a step would call a division routine
         while index < num_before + end - vectors_end:
             element = begin + index if index < num_before else vectors_end + index - num_before
-            offset = element * itemsize
-            sources, targets = (addresses, positions, offset), (addresses, target_positions, offset)
-            reduce_element(sources, num_sources, targets, num_targets, divisor, width)
+            reduce_element((addresses, positions, counts, element * itemsize), width)
             index += threads
 
     return reduce

@@ -85,11 +85,13 @@ def _row(operation: Operation, code: int, threads: int) -> Any:
         reduce(
             launch + LAUNCH_NBYTES,
             program + 8 * combine.positions,
-            combine.num_sources,
-            combine.num_targets,
+            (
+                combine.num_sources,
+                combine.num_targets,
+                header.divisor if combine.completes else 1,
+            ),
             begin,
             end,
-            header.divisor if combine.completes else 1,
         )
 
     return run

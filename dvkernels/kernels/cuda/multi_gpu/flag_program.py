@@ -20,6 +20,7 @@ __all__ = [
     "LaunchHeader",
     "ProgramHeader",
     "SharedAddresses",
+    "flags_nbytes",
     "program_words",
     "shares",
 ]
@@ -83,6 +84,14 @@ LAUNCH_NBYTES, ROW_NBYTES = 8 * len(LaunchHeader._fields), 8 * len(CombineRow._f
 ROWS = len(ProgramHeader._fields)  # index of the first row
 
 
+def flags_nbytes(num_ranks: int) -> int:
+    """Return the bytes from a block's flags, one per writer, to the next block's: whole lines.
+
+    So a block does not poll a line that others write for another block.
+    """
+    return -(-8 * num_ranks // LINE_NBYTES) * LINE_NBYTES
+
+
 def program_words(protocol: Protocol, rank: int, addresses: SharedAddresses) -> list[int]:
     """Return the words of a rank's program."""
     num_ranks = protocol.num_ranks
@@ -94,7 +103,7 @@ def program_words(protocol: Protocol, rank: int, addresses: SharedAddresses) -> 
         lists.extend(words)
         return lists_begin + len(lists) - len(words)
 
-    words = [*ProgramHeader(len(rows), 8 * num_ranks, addresses.stop)]
+    words = [*ProgramHeader(len(rows), flags_nbytes(num_ranks), addresses.stop)]
     for row in rows:
         if isinstance(row, Combine):
             positions = append_list(

@@ -64,11 +64,11 @@ class DeviceGroup:
         self._timeout_seconds = timeout_seconds
         num_ranks = len(self._devices)
         self._shared = driver.pinned(self._devices[0], 1 + num_ranks**2)
-        unset = [0] * (num_ranks * MOST_BLOCKS)
+        unset = [0] * (flag_program.flags_nbytes(num_ranks) // 8 * MOST_BLOCKS)
         self._flags = [driver.words(device, unset) for device in self._devices]
         self._slots: dict[str, list[list[int]]] = {}
         self._programs: dict[tuple[str, tuple[int, ...]], list[DeviceMemory]] = {}
-        self._loaded: set[Kernel] = set()
+        self._most_blocks: dict[Kernel, int] = {}  # of the kernels that are loaded
         self._allocations: list[Any] = []
         # Per rank, after its last call. Its stream may have been destroyed since.
         self._ends = [driver.event(device) for device in self._devices]
@@ -94,12 +94,12 @@ class DeviceGroup:
         try:
             launcher.launching.acquire()
             self.check()
-            self._load(kernel)
+            most_blocks = self._load(kernel)
             programs = self._ready_programs(schedule, route.order)
             slots = self._ready_slots(route) if schedule.uses_slots else None
             lanes = [*zip(self._devices, job.streams, self._ends, strict=True)]
-            for lane in () if is_captured else lanes:
-                self._driver.wait(*lane)
+            if not is_captured:
+                self._driver.wait(lanes)
             longest = _SLOT_NBYTES // itemsize if slots else max(1, count)
             try:
                 for begin in range(0, count, longest):
@@ -107,12 +107,21 @@ class DeviceGroup:
                     addresses = self._buffer_addresses(job, route.order, begin * itemsize, slots)
                     self._launch(
                         _LaunchedCall(
-                            schedule, route, kernel, programs, addresses, job, length, itemsize
+                            schedule,
+                            route,
+                            kernel,
+                            most_blocks,
+                            programs,
+                            addresses,
+                            job,
+                            length,
+                            itemsize,
                         )
                     )
-                for lane in () if is_captured else lanes:
-                    self._driver.record(*lane)
+                if not is_captured:
+                    self._driver.record(lanes)
             except BaseException:
+                self._most_blocks.pop(kernel, None)  # a failed launch may have unloaded it
                 if not is_captured:
                     # Launched ranks wait for the others, and no later call would wait for them.
                     self.abort()
@@ -128,14 +137,17 @@ class DeviceGroup:
         order, streams = call.route.order, call.job.streams
         divisor = len(order) if call.job.op is ReduceOp.MEAN else 1
         nbytes = call.length * call.itemsize // call.schedule.num_parts
-        num_blocks = max(1, min(MOST_BLOCKS, nbytes // _BLOCK_NBYTES))
+        num_blocks = max(1, min(call.most_blocks, nbytes // _BLOCK_NBYTES))
         num_parts = call.schedule.num_parts
         share = flag_program.shares(call.length, call.itemsize, num_parts, num_blocks)
+        epoch = self._epoch
+        if call.route.waits:  # a call that is left half-way has used its epochs too
+            self._epoch += call.schedule.num_stages
 
         def launch(position: int, row: int) -> None:
             header = flag_program.LaunchHeader(
                 call.programs[position].address,
-                self._epoch,
+                epoch,
                 call.length,
                 divisor,
                 self._deadline_ns,
@@ -150,7 +162,6 @@ class DeviceGroup:
         if call.route.waits:
             for position in range(len(order)):
                 launch(position, 0)
-            self._epoch += call.schedule.num_stages
         else:
             signals: dict[tuple[int, int], Any] = {}  # (writer, reader) -> event of the last signal
             for position, number in call.schedule.in_order():
@@ -160,11 +171,11 @@ class DeviceGroup:
                     launch(position, number)
                 elif isinstance(row, Signal):
                     event = self._driver.event(device)
-                    self._driver.record(device, stream, event)
+                    self._driver.record([(device, stream, event)])
                     signals.update({(position, peer): event for peer in row.ranks})
                 else:
-                    for peer in row.ranks:
-                        self._driver.wait(device, stream, signals[peer, position])
+                    events = [signals[peer, position] for peer in row.ranks]
+                    self._driver.wait([(device, stream, event) for event in events])
         self._num_calls += 1
 
     def check(self) -> None:
@@ -215,11 +226,16 @@ class DeviceGroup:
 
     # -- resources of a call ----------------------------------------------------------------------
 
-    def _load(self, kernel: Kernel) -> None:
-        if kernel not in self._loaded:
-            for device in {*self._devices}:
-                self._driver.load(device, kernel)
-            self._loaded.add(kernel)
+    def _load(self, kernel: Kernel) -> int:
+        """Load a kernel on all devices; return the most blocks of a launch.
+
+        All of them run at once on every device, where no other work takes their place.
+        """
+        if kernel not in self._most_blocks:
+            devices = dict.fromkeys(self._devices)
+            resident = [self._driver.load(device, kernel) for device in devices]
+            self._most_blocks[kernel] = min(MOST_BLOCKS, *resident)
+        return self._most_blocks[kernel]
 
     def _ready_programs(self, schedule: Protocol, order: tuple[int, ...]) -> list[DeviceMemory]:
         """Return the program of each position in the protocol, on the device of its rank."""
@@ -270,6 +286,7 @@ class _LaunchedCall(NamedTuple):
     schedule: Protocol
     route: Route
     kernel: Kernel
+    most_blocks: int
     programs: list[DeviceMemory]
     addresses: list[int]
     job: AllReduceCall

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,10 @@ class PeerAccess:
         weakref.finalize(memory, self._driver.free_on_host, device, address).atexit = False
         return words
 
-    def load(self, device: int, kernel: Kernel) -> None:
-        """Compile a kernel, unless it is compiled, and load it onto the device."""
+    def load(self, device: int, kernel: Kernel) -> int:
+        """Load a kernel onto a device; return how many of its blocks run there at once."""
         launcher.prepare(kernel, device)
+        return launcher.num_resident(kernel, device)
 
     def launch(
         self,
@@ -82,13 +83,13 @@ class PeerAccess:
         """Return an event of a device, which has happened."""
         return _Event(self._driver, device)
 
-    def record(self, device: int, stream: int, event: Any) -> None:
-        """Let an event of the device happen after all work that the stream holds now."""
-        self._driver.record(device, stream, event.handle)
+    def record(self, lanes: Iterable[tuple[int, int, Any]]) -> None:
+        """Let each event happen after the present work of a stream: (device, stream, event)."""
+        self._driver.record([(device, stream, event.handle) for device, stream, event in lanes])
 
-    def wait(self, device: int, stream: int, event: Any) -> None:
-        """Let the stream wait for an event of any device."""
-        self._driver.await_event(device, stream, event.handle)
+    def wait(self, lanes: Iterable[tuple[int, int, Any]]) -> None:
+        """Let each stream wait for an event of any device: (device, stream, event)."""
+        self._driver.wait_for([(device, stream, event.handle) for device, stream, event in lanes])
 
     def synchronize(self, device: int) -> None:
         """Wait until a device has done all its work."""

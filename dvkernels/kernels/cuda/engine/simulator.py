@@ -1,0 +1,40 @@
+"""Numba's CUDA simulator, which runs kernels as Python on the host: whether it is on, and a launch.
+
+It is for tests, and goes when Numba's does: docs/explanation/cuda.md says what takes its place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dvkernels.devices import cuda
+from dvkernels.devices.gpu_times import GpuSpan
+from dvkernels.kernels import checks, numba_import
+from dvkernels.kernels.cuda.engine import table_layout
+from dvkernels.kernels.cuda.engine.kernel import Kernel
+from dvkernels.profiler import tracing
+
+__all__ = ["IS_ON", "THREADS", "launch"]
+
+IS_ON = cuda.is_simulated()
+THREADS = 2  # per block: the fewest that are not one, since each is a thread of Python
+# The simulator runs one kernel at a time in the whole process.
+_simulating = threading.RLock()
+
+
+def launch(kernel: Kernel, blocks: int, words: Sequence[int]) -> None:
+    """Run a kernel over a table of words, and wait for its end."""
+    table = np.array(words, np.int64)
+    arguments = (checks.address(table), *[0] * (table_layout.NUM_WORDS - 1))
+    function, target = kernel.build(), numba_import.module("numba.cuda")
+    with _simulating:
+        recording = tracing.active
+        span = None if recording is None else GpuSpan(recording, 0, 0)
+        simulated: Any = target.jit(function)
+        simulated[blocks, kernel.launch_bounds[0]](arguments)
+        if span is not None:
+            span.end(kernel.entry, "kernel", {"blocks": blocks})
