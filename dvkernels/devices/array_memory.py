@@ -164,25 +164,25 @@ class _Gpu:
 
     def new(self, content: Any, device: Device) -> Array:
         new_array = self._arrays.empty(device.index, tuple(content.shape), content.dtype)
-        recording = tracing.active
-        span = None if recording is None else GpuSpan(recording, *current_stream(device.index))
-        self._fill(new_array, content, device)
-        if span is not None:
-            on_host = isinstance(content, np.ndarray)
-            source_name = "host" if on_host else f"cuda:{self._arrays.device_of(content)}"
-            about = {"from": source_name, "to": str(device), "bytes": content.nbytes}
-            span.end("copy", "copy", about | {"dtype": str(content.dtype)})
-        return new_array
-
-    def _fill(self, new_array: Array, content: Any, device: Device) -> None:
         if isinstance(content, np.ndarray):
-            self._arrays.copy(new_array, content)
-            return
+            self._copy(new_array, content, "host", device)
+            return new_array
         target = current_stream(device.index)
         source = current_stream(self._arrays.device_of(content))
         cuda_arrays.order_streams([(target, source)])
-        self._arrays.copy(new_array, content)
+        self._copy(new_array, content, f"cuda:{source.device}", device)
         cuda_arrays.order_streams([(source, target)])  # what overwrites the content, comes later
+        return new_array
+
+    def _copy(self, target: Any, content: Any, source: str, device: Device) -> None:
+        recording = tracing.active
+        if recording is None:
+            self._arrays.copy(target, content)
+            return
+        span = GpuSpan(recording, *current_stream(device.index))
+        self._arrays.copy(target, content)
+        about = {"from": source, "to": str(device), "bytes": content.nbytes}
+        span.end("copy", "copy", about | {"dtype": str(content.dtype)})
 
     def on(self, array: Any, device: Device) -> Any:
         if isinstance(array, np.ndarray) or self._arrays.device_of(array) != device.index:

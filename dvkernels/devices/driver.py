@@ -240,10 +240,8 @@ class Driver(DriverCalls):
 
     def milliseconds_between(self, first: int, last: int) -> float:
         """Return the time between two timed events of one device that have happened [ms]."""
-        found = ctypes.c_float()
-        self.check(
-            "cuEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(first), ctypes.c_void_p(last)
-        )
+        found, events = ctypes.c_float(), (ctypes.c_void_p(first), ctypes.c_void_p(last))
+        self.check("cuEventElapsedTime", ctypes.byref(found), *events)
         return found.value
 
     def destroy(self, device: int, event: int) -> None:

@@ -71,8 +71,11 @@ def register_account(count: Count) -> None:
     _counts.append(count)
 
 
+_counted: set[tuple[str, str]] = set()  # the accounts that hold what has been counted
+
+
 def _update_counts() -> None:
-    found: dict[tuple[str, str], int] = {}
+    found = dict.fromkeys(_counted, 0)
     for count in _counts:
         for device, owner, nbytes in count():
             found[device, owner] = found.get((device, owner), 0) + nbytes
@@ -80,6 +83,7 @@ def _update_counts() -> None:
         account = _account(device, owner)
         account.now = nbytes
         account.peak = max(account.peak, nbytes)
+    _counted.update(found)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dvkernels.errors import ContextError
+from dvkernels.profiler.collective_hooks import CollectiveEvent
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCall
 from dvkernels.replicas.rendezvous import Rendezvous
@@ -30,7 +31,9 @@ class ItemStep(Rendezvous):
             f"return what is to be combined and combine the results, or use strategy.run"
         )
 
-    def issue(self, replica: int, request: CollectiveCall) -> PendingCall:
+    def issue(
+        self, replica: int, request: CollectiveCall, event: CollectiveEvent | None = None
+    ) -> PendingCall:
         """Raise: there are no others to meet."""
         self.meet(replica, request)
         raise AssertionError

@@ -9,6 +9,7 @@ from typing import Any
 from dvkernels.profiler import collective_hooks, tracing
 from dvkernels.profiler.collective_hooks import CollectiveEvent, Observer
 from dvkernels.replicas.collective_call import CollectiveCall
+from dvkernels.replicas.pending import PendingCall
 from dvkernels.replicas.step_state import StepState
 
 __all__: list[str] = []
@@ -19,11 +20,11 @@ def meet(
 ) -> Any:
     """Return the result of ``perform`` for a replica's call, between the hooks."""
     observers = collective_hooks.active or ()
-    event = begun(step, replica, request, observers)
+    event = _begun(step, replica, request, observers)
     try:
         result = perform(step, replica, request, True)
     except BaseException as error:
-        abort(event, error, observers)
+        _abort(event, error, observers)
         raise
     _finish(step, replica, event, observers)
     return result
@@ -39,7 +40,7 @@ def await_pending(
     try:
         result = wait()
     except BaseException as error:
-        abort(event, error, observers)
+        _abort(event, error, observers)
         raise
     finally:
         if recording is not None:
@@ -48,7 +49,20 @@ def await_pending(
     return result
 
 
-def begun(
+def issue(
+    step: StepState, replica: int, request: CollectiveCall, perform: Callable[..., PendingCall]
+) -> PendingCall:
+    """Return the pending call that ``perform`` issues, after the hooks ``before``."""
+    observers = collective_hooks.active or ()
+    event = _begun(step, replica, request, observers)
+    try:
+        return perform(step, replica, request, event)
+    except BaseException as error:
+        _abort(event, error, observers)
+        raise
+
+
+def _begun(
     step: StepState, replica: int, request: CollectiveCall, observers: Sequence[Observer]
 ) -> CollectiveEvent:
     """Return the event of a replica's call, after the hooks ``before``.
@@ -61,7 +75,7 @@ def begun(
             observer.before(event)
     except BaseException as error:
         step.fail(error, replica)
-        abort(event, error, observers)
+        _abort(event, error, observers)
         raise
     return event
 
@@ -78,7 +92,7 @@ def _finish(
         raise
 
 
-def abort(event: CollectiveEvent, error: BaseException, observers: Sequence[Observer]) -> None:
+def _abort(event: CollectiveEvent, error: BaseException, observers: Sequence[Observer]) -> None:
     """Call the hooks ``abort`` with an error."""
     event.ended, event.error = perf_counter_ns(), error
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dvkernels.errors import CollectiveMismatchError, ContextError
 from dvkernels.profiler import collective_hooks
+from dvkernels.profiler.collective_hooks import CollectiveEvent
 from dvkernels.replicas import diagnostics, observed_calls
 from dvkernels.replicas.collective_call import CollectiveCall
 from dvkernels.replicas.pending import PendingCall, PendingCalls
@@ -73,15 +74,16 @@ class Rendezvous(StepState):
         self._release(replica)
         return own
 
-    def issue(self, replica: int, request: CollectiveCall) -> PendingCall:
+    def issue(
+        self, replica: int, request: CollectiveCall, event: CollectiveEvent | None = None
+    ) -> PendingCall:
         """Issue an asynchronous collective without waiting; see :meth:`await_pending`.
 
         The k-th call that a replica issues is matched with the k-th of each other replica.
         """
+        if collective_hooks.active is not None and event is None:
+            return observed_calls.issue(self, replica, request, Rendezvous.issue)
         self.check_alive(request.verb)
-        event = None
-        if collective_hooks.active is not None:
-            event = observed_calls.begun(self, replica, request, collective_hooks.active)
         if self._progress_thread is None:
             alone = PendingCall(1)
             alone.events[0] = event

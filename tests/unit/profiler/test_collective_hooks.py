@@ -92,6 +92,21 @@ def test_abort_gets_the_error_and_its_own_becomes_a_note(strategy):
     assert "abort of on_collective raised ValueError" in "".join(caught.value.__notes__)
 
 
+def test_abort_is_called_for_calls_that_cannot_be_issued_or_awaited(strategy):
+    seen = []
+
+    def step():
+        if rank() == 0:
+            raise ZeroDivisionError
+        dv.get_replica_context().all_reduce_async("sum", 1.0).wait()
+
+    hooks = dv.profiler.on_collective(abort=lambda record: seen.append(record[:2]))
+    with hooks, pytest.raises(ZeroDivisionError):
+        strategy.run(step)
+    assert {*seen} <= {("all_reduce_async", 1), ("all_reduce_async", 2)}
+    assert len({*seen}) == len(seen)
+
+
 def test_a_handle_removes_its_own_hooks_only(strategy):
     first, second = [], []
     one = dv.profiler.on_collective(before=first.append)
