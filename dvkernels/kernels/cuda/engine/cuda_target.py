@@ -21,6 +21,7 @@ import numpy as np
 from dvkernels.devices import cuda as devices
 from dvkernels.errors import DeviceError
 from dvkernels.kernels import numba_import
+from dvkernels.kernels.cuda.engine import simulator
 from dvkernels.threads import shielded
 
 __all__ = ["compile_ptx", "cuda", "diagnosed", "load"]
@@ -70,35 +71,9 @@ def _load_target() -> Any:
     with contextlib.suppress(ImportError):
         importlib.import_module("_numba_cuda_redirector")
     target = load("numba.cuda")
-    if devices.is_simulated():
-        simulator: Any = importlib.import_module("numba.cuda.simulator.kernel")
-        simulator.swapped_cuda_module = _swapped
+    if simulator.IS_ON:
+        simulator.share_swaps(target)
     return target
-
-
-_swaps: dict[int, int] = {}  # by the globals of a function: threads that run it
-
-
-@contextlib.contextmanager
-def _swapped(function: Callable[..., Any], simulated: Any) -> Iterator[None]:
-    """Let a function, run by threads of a simulated block, find the block's module as ``cuda``.
-
-    The simulator's own swap reverts it when the first of the threads returns.
-    """
-    variables = function.__globals__
-    with _lock:
-        _swaps[id(variables)] = depth = _swaps.get(id(variables), 0) + 1
-        if depth == 1:
-            names = [name for name, value in variables.items() if value is cuda]
-            variables.update(dict.fromkeys(names, simulated))
-    try:
-        yield
-    finally:
-        with _lock:
-            _swaps[id(variables)] -= 1
-            if not _swaps[id(variables)]:
-                names = [name for name, value in variables.items() if value is simulated]
-                variables.update(dict.fromkeys(names, cuda))
 
 
 @functools.cache
@@ -118,8 +93,8 @@ def diagnosed() -> Iterator[None]:
         if name.startswith("DynamicLibNot") or name in ("NvvmSupportError", "NvrtcSupportError"):
             raise DeviceError(
                 "a part of the CUDA toolkit that compiles kernels is missing "
-                f"({str(error).strip().splitlines()[0]}): {devices.install_command()}, or let the "
-                "environment variable CUDA_HOME name the folder of a CUDA toolkit"
+                f"({(str(error).strip() or name).splitlines()[0]}): {devices.install_command()}, "
+                "or let the environment variable CUDA_HOME name the folder of a CUDA toolkit"
             ) from error
         raise
 
